@@ -1,0 +1,24 @@
+//! Barid's vocabulary: the words of docs/protocol.md and ARCHITECTURE.md as types. No I/O, no
+//! encoding, no Redis, no Kafka.
+
+mod backoff;
+mod clock;
+mod close;
+mod history;
+mod ids;
+pub mod limits;
+mod receipts;
+mod secret;
+mod shard;
+
+pub use backoff::{Backoff, InvalidBackoff};
+pub use clock::{Clock, ManualClock, SystemClock};
+pub use close::CloseCode;
+pub use history::{Chain, Epoch, Generation, IdHash, Position, Seq};
+pub use ids::{
+    AppId, Attempt, ConnectionId, DeviceId, Incarnation, InvalidName, MessageId, NodeId,
+    SessionRef, UserId,
+};
+pub use receipts::{ReceiptSet, UnknownReceipt};
+pub use secret::Secret;
+pub use shard::{InvalidShardCount, Shard, ShardCount};

@@ -1,0 +1,22 @@
+//! Bounds that are part of the wire or the Redis layout. Everything else is configuration.
+
+/// App names, bytes.
+pub const APP_BYTES_MAX: usize = 64;
+/// User names, bytes.
+pub const USER_BYTES_MAX: usize = 128;
+/// Device names, bytes.
+pub const DEVICE_BYTES_MAX: usize = 64;
+/// Message ids, bytes.
+pub const MESSAGE_ID_BYTES_MAX: usize = 128;
+/// Node names, bytes.
+pub const NODE_BYTES_MAX: usize = 64;
+/// Collapse keys, bytes.
+pub const COLLAPSE_KEY_BYTES_MAX: usize = 64;
+/// Platform names in Hello, bytes.
+pub const PLATFORM_BYTES_MAX: usize = 32;
+/// SDK names in Hello, bytes.
+pub const SDK_BYTES_MAX: usize = 64;
+/// Numbers on the wire stay below 2^53, so that JSON and Lua keep them exactly.
+pub const WIRE_NUMBER_MAX: u64 = (1 << 53) - 1;
+/// Re-sends of a message to an online device before its session is closed.
+pub const RESENDS_MAX: u32 = 5;
