@@ -1,1 +1,16 @@
-//! TODO
+//! Everything that has an encoding: generated protobuf types, the JSON twins of records and frames,
+//! and the conversions between them and `barid-core`. No other crate knows a byte of it.
+
+pub mod envelope;
+
+/// Generated from `proto/barid/v1/{envelope,record,frames}.proto`.
+#[allow(missing_docs, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("barid.v1");
+}
+
+/// Generated from `proto/barid/v1/internal.proto`: gRPC between roles.
+#[allow(missing_docs, clippy::all)]
+pub mod internal {
+    tonic::include_proto!("barid.internal.v1");
+}

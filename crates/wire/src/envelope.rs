@@ -1,0 +1,177 @@
+//! Mailbox entries: the fixed header that the accept script writes, and the body before it.
+
+use std::borrow::Cow;
+
+use barid_core::{Chain, Epoch, Seq};
+use bytes::Bytes;
+use prost::Message as _;
+
+pub use crate::v1::{BodyKind, Envelope, SkipReason};
+
+/// Bytes of the header: epoch, seq, previous chain, chain, time, each a fixed-width field with its tag.
+pub const HEADER_BYTES: usize = 37;
+
+/// The five fields that accept wrote, read without decoding the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// The mailbox's life.
+    pub epoch: Epoch,
+    /// The entry's position.
+    pub seq: Seq,
+    /// The chain before it.
+    pub prev_chain: Chain,
+    /// The chain after it.
+    pub chain: Chain,
+    /// Redis's time of acceptance, ms since the Unix epoch.
+    pub accepted_at_ms: u64,
+}
+
+/// Bytes that are no envelope.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnvelopeError {
+    /// Shorter than a header, or other tags than a header's.
+    #[error("not an envelope: {0} bytes without the header of one")]
+    Header(usize),
+    /// The body does not decode.
+    #[error("not an envelope: {0}")]
+    Body(String),
+    /// The payload does not decompress to the length that it names.
+    #[error("payload does not decompress: {0}")]
+    Payload(String),
+}
+
+impl Header {
+    /// Reads the header of an entry.
+    ///
+    /// # Errors
+    /// [`EnvelopeError::Header`].
+    pub fn parse(entry: &[u8]) -> Result<Self, EnvelopeError> {
+        let short = || EnvelopeError::Header(entry.len());
+        let header: &[u8; HEADER_BYTES] = entry.first_chunk().ok_or_else(short)?;
+        let tags = [header[0], header[9], header[18], header[23], header[28]];
+        if tags != [0x09, 0x11, 0x1d, 0x25, 0x29] {
+            return Err(short());
+        }
+        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        Ok(Self {
+            epoch: Epoch(u64_at(1)),
+            seq: Seq(u64_at(10)),
+            prev_chain: Chain(u32_at(19)),
+            chain: Chain(u32_at(24)),
+            accepted_at_ms: u64_at(29),
+        })
+    }
+
+    /// The header's bytes, as the accept script writes them.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut out = [0; HEADER_BYTES];
+        let mut put = |at: usize, tag: u8, bytes: &[u8]| {
+            out[at] = tag;
+            out[at + 1..at + 1 + bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, 0x09, &self.epoch.0.to_le_bytes());
+        put(9, 0x11, &self.seq.0.to_le_bytes());
+        put(18, 0x1d, &self.prev_chain.0.to_le_bytes());
+        put(23, 0x25, &self.chain.0.to_le_bytes());
+        put(28, 0x29, &self.accepted_at_ms.to_le_bytes());
+        out
+    }
+}
+
+/// Decodes a whole entry.
+///
+/// # Errors
+/// It has no header, or the body is not protobuf.
+pub fn decode(entry: Bytes) -> Result<(Header, Envelope), EnvelopeError> {
+    let header = Header::parse(&entry)?;
+    let envelope = Envelope::decode(entry).map_err(|e| EnvelopeError::Body(e.to_string()))?;
+    Ok((header, envelope))
+}
+
+/// Encodes what stands behind the header: `envelope` without its first five fields.
+pub fn encode_body(mut envelope: Envelope) -> Bytes {
+    envelope.epoch = 0;
+    envelope.seq = 0;
+    envelope.prev_chain = 0;
+    envelope.chain = 0;
+    envelope.accepted_at_ms = 0;
+    envelope.encode_to_vec().into()
+}
+
+/// Puts a payload into an envelope, zstd-compressed (`level` 1 to 19) if that is smaller and it has
+/// at least `min_bytes`.
+pub fn set_payload(envelope: &mut Envelope, payload: Bytes, min_bytes: usize, level: i32) {
+    envelope.raw_bytes = 0;
+    if payload.len() >= min_bytes
+        && let Ok(packed) = zstd::bulk::compress(&payload, level)
+        && packed.len() < payload.len()
+    {
+        envelope.raw_bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        envelope.payload = packed.into();
+        return;
+    }
+    envelope.payload = payload;
+}
+
+/// The payload as the business gave it.
+///
+/// # Errors
+/// [`EnvelopeError::Payload`]: it is compressed and broken. Never allocates more than `raw_bytes`.
+pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
+    if envelope.raw_bytes == 0 {
+        return Ok(Cow::Borrowed(&envelope.payload));
+    }
+    let raw_bytes = envelope.raw_bytes as usize;
+    let raw = zstd::bulk::decompress(&envelope.payload, raw_bytes)
+        .map_err(|e| EnvelopeError::Payload(e.to_string()))?;
+    if raw.len() != raw_bytes {
+        return Err(EnvelopeError::Payload(format!("{} bytes instead of {raw_bytes}", raw.len())));
+    }
+    Ok(Cow::Owned(raw))
+}
+
+/// Whether the entry's time to live is over at `now_ms`.
+pub fn expired(envelope: &Envelope, now_ms: u64) -> bool {
+    envelope.ttl_ms != 0 && envelope.accepted_at_ms.saturating_add(envelope.ttl_ms) <= now_ms
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn header_and_body_together_are_one_protobuf_message() {
+        let header = Header {
+            epoch: Epoch(77),
+            seq: Seq(5),
+            prev_chain: Chain(1),
+            chain: Chain(2),
+            accepted_at_ms: 9,
+        };
+        let mut envelope = Envelope { id: "order-7".into(), ..Default::default() };
+        set_payload(&mut envelope, vec![b'a'; 4096].into(), 128, 3);
+        assert!(envelope.payload.len() < 100);
+        let entry = [&header.encode()[..], &encode_body(envelope)].concat();
+        let (parsed, decoded) = decode(entry.into()).unwrap();
+        assert_eq!((parsed, decoded.seq, decoded.id.as_str()), (header, 5, "order-7"));
+        assert_eq!(payload(&decoded).unwrap().len(), 4096);
+    }
+
+    #[test]
+    fn incompressible_payloads_stay_as_they_are() {
+        let mut envelope = Envelope::default();
+        set_payload(&mut envelope, Bytes::from_static(b"\x01\x9f\x33short"), 0, 3);
+        assert_eq!(envelope.raw_bytes, 0);
+        assert_eq!(&*payload(&envelope).unwrap(), b"\x01\x9f\x33short");
+    }
+
+    #[test]
+    fn what_is_no_envelope_is_refused() {
+        assert_eq!(Header::parse(b"short"), Err(EnvelopeError::Header(5)));
+        assert!(Header::parse(&[0; 64]).is_err());
+        let bomb =
+            Envelope { raw_bytes: 10, payload: Bytes::from_static(b"junk"), ..Default::default() };
+        assert!(payload(&bomb).is_err());
+    }
+}
