@@ -1,1 +1,116 @@
-//! TODO
+//! What every role needs and no role is about: configuration, logs, metrics, health, admin
+//! endpoints, signals and draining. No domain.
+
+mod admin;
+mod announce;
+pub mod config;
+mod health;
+mod main_role;
+mod secret_url;
+mod shutdown;
+pub mod telemetry;
+
+pub use announce::Announcements;
+pub use config::{AdminConfig, Common, HasCommon, LogConfig, LogFormat};
+pub use health::{Condition, Health};
+pub use main_role::main;
+pub use secret_url::SecretUrl;
+pub use shutdown::Shutdown;
+
+use std::future::Future;
+use std::net::SocketAddr;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Why a role's run ended early.
+pub type RunError = Box<dyn std::error::Error + Send + Sync>;
+
+/// One of the four roles: all that [`main`] has to know of it.
+pub trait Role: Sized + 'static {
+    /// As in `barid-<name>` and `BARID_<NAME>_…`.
+    const NAME: &'static str;
+    /// Its configuration; an empty file means `Config::default()`.
+    type Config: DeserializeOwned + Serialize + Default + HasCommon + Send + 'static;
+
+    /// Checks relations between settings that types cannot; run before a port binds.
+    ///
+    /// # Errors
+    /// What is wrong, naming the keys.
+    fn check(config: &Self::Config) -> Result<(), String>;
+
+    /// Works until `context.shutdown` drains it.
+    ///
+    /// # Errors
+    /// It could not start, or could not go on.
+    fn run(
+        config: Self::Config,
+        context: Context,
+    ) -> impl Future<Output = Result<Stopped, RunError>> + Send;
+}
+
+/// How a role ended after it was told to drain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stopped {
+    /// Everything was finished.
+    Clean,
+    /// The deadline cut something off; exit code 3.
+    Cut {
+        /// What: `sessions`, `records`, …
+        what: String,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What a role is given by the process that it runs in. Cheap to clone.
+#[derive(Clone)]
+pub struct Context {
+    /// Tells when to drain, and until when.
+    pub shutdown: Shutdown,
+    /// Where its metrics are registered.
+    pub metrics: prometheus::Registry,
+    /// Its conditions of readiness.
+    pub health: Health,
+    announcements: Announcements,
+}
+
+impl Context {
+    /// A context of its own, as each role of `barid dev` and of tests has.
+    pub fn new() -> Self {
+        Self::with_ready_file(None)
+    }
+
+    fn with_ready_file(ready_file: Option<std::path::PathBuf>) -> Self {
+        Self {
+            shutdown: Shutdown::new(),
+            metrics: prometheus::Registry::new(),
+            health: Health::new(),
+            announcements: Announcements::new(ready_file),
+        }
+    }
+
+    /// Tells where a listener was bound (`grpc`, `ws`, …).
+    pub fn announce(&self, listener: &'static str, address: SocketAddr) {
+        tracing::info!(listener, %address, "listening");
+        self.announcements.add(listener, address);
+    }
+
+    /// Tells that every listener was announced; the ready file appears now, if one is configured.
+    pub fn announce_done(&self) {
+        if let Err(error) = self.announcements.done() {
+            tracing::error!(%error, "cannot write the ready file");
+        }
+    }
+
+    /// The listeners; waits for [`Self::announce_done`].
+    pub fn announcements(&self) -> &Announcements {
+        &self.announcements
+    }
+}
+
+impl Default for Context {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,244 @@
+//! Configuration: a TOML file, overridden by environment variables, checked before anything starts.
+//! A key that nobody knows refuses to start and is named.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+/// What every role's configuration has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Common {
+    /// Metrics and health.
+    pub admin: AdminConfig,
+    /// Logs.
+    pub log: LogConfig,
+    /// How long draining may take after SIGTERM.
+    pub drain_seconds: u64,
+    /// Where to write the bound addresses as JSON once everything is up.
+    pub ready_file: Option<PathBuf>,
+}
+
+/// Gives a configuration's common part.
+pub trait HasCommon {
+    /// A copy of the common keys.
+    fn common(&self) -> Common;
+}
+
+/// Keys under `admin`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// Where `/metrics`, `/healthz` and `/readyz` are served. They carry no secrets and ask for
+    /// none: do not expose them beyond your own network.
+    pub listen: SocketAddr,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 0)) }
+    }
+}
+
+/// Keys under `log`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `info,barid_access=debug`.
+    pub level: String,
+    /// `text` for people, `json` for machines.
+    pub format: LogFormat,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {error}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{path}: {error}")]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        error: Box<toml::de::Error>,
+    },
+    /// A key is unknown, or its value does not fit.
+    #[error("{key}: {problem}{origin}")]
+    Key {
+        /// The key, dotted.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+        /// The environment variable that it came from, if one.
+        origin: String,
+    },
+    /// An environment variable's path crosses a value.
+    #[error("{variable}: {key} is not a table")]
+    NotATable {
+        /// The variable.
+        variable: String,
+        /// The key in the way.
+        key: String,
+    },
+}
+
+/// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`.
+///
+/// # Errors
+/// [`ConfigError`]; the first problem found.
+pub fn load<C: DeserializeOwned + Serialize + Default>(
+    file: Option<&Path>,
+    prefix: &str,
+    variables: impl Iterator<Item = (String, String)>,
+) -> Result<C, ConfigError> {
+    let mut table = file.map(read).transpose()?.unwrap_or_default();
+    let defaults = Table::try_from(C::default()).unwrap_or_default();
+    let mut origins = Vec::new();
+    for (variable, value) in variables {
+        let Some(path) = variable.strip_prefix(prefix) else { continue };
+        let path: Vec<String> = path.split("__").map(str::to_lowercase).collect();
+        let value = environment_value(&value, lookup(&defaults, &path));
+        set(&mut table, &path, value, &variable)?;
+        origins.push((path.join("."), variable));
+    }
+    serde_path_to_error::deserialize(Value::Table(table)).map_err(|error| {
+        let key = error.path().to_string();
+        let problem = error.inner().message().to_owned();
+        let origin = origins
+            .iter()
+            .find(|(path, _)| path.starts_with(key.trim_end_matches(".?")))
+            .map(|(_, variable)| format!(" (set by {variable})"))
+            .unwrap_or_default();
+        ConfigError::Key { key, problem, origin }
+    })
+}
+
+fn read(path: &Path) -> Result<Table, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| ConfigError::Read { path: path.into(), error })?;
+    text.parse().map_err(|error| ConfigError::Toml { path: path.into(), error: Box::new(error) })
+}
+
+fn lookup<'a>(table: &'a Table, path: &[String]) -> Option<&'a Value> {
+    let (last, tables) = path.split_last()?;
+    let mut table = table;
+    for key in tables {
+        table = table.get(key)?.as_table()?;
+    }
+    table.get(last)
+}
+
+/// A value is text where the default is text; else it is read as TOML, and as text if it is none.
+fn environment_value(text: &str, default: Option<&Value>) -> Value {
+    if matches!(default, Some(Value::String(_))) {
+        return Value::String(text.to_owned());
+    }
+    format!("v = {text}")
+        .parse::<Table>()
+        .ok()
+        .and_then(|mut table| table.remove("v"))
+        .unwrap_or_else(|| Value::String(text.to_owned()))
+}
+
+fn set(
+    table: &mut Table,
+    path: &[String],
+    value: Value,
+    variable: &str,
+) -> Result<(), ConfigError> {
+    let Some((last, tables)) = path.split_last() else { return Ok(()) };
+    let mut table = table;
+    for key in tables {
+        table = table
+            .entry(key.clone())
+            .or_insert_with(|| Value::Table(Table::new()))
+            .as_table_mut()
+            .ok_or_else(|| ConfigError::NotATable {
+                variable: variable.into(),
+                key: key.clone(),
+            })?;
+    }
+    table.insert(last.clone(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct Config {
+        name: String,
+        admin: AdminConfig,
+        brokers: Vec<String>,
+        limit: u32,
+    }
+
+    fn with(file: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
+        let mut path = tempfile::NamedTempFile::new().unwrap();
+        path.write_all(file.as_bytes()).unwrap();
+        let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        load(Some(path.path()), "BARID_X_", variables).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn environment_overrides_the_file() {
+        let config = with(
+            "limit = 1\nname = 'file'",
+            &[
+                ("BARID_X_LIMIT", "7"),
+                ("BARID_X_NAME", "12"),
+                ("BARID_X_BROKERS", "['a:1', 'b:2']"),
+                ("BARID_X_ADMIN__LISTEN", "127.0.0.1:9"),
+                ("BARID_Y_LIMIT", "8"),
+            ],
+        )
+        .unwrap();
+        assert_eq!((config.limit, config.name.as_str()), (7, "12"));
+        assert_eq!(config.brokers, ["a:1", "b:2"]);
+        assert_eq!(config.admin.listen.port(), 9);
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_by_name() {
+        let error = with("[admin]\nlisen = 'x'", &[]).unwrap_err();
+        assert!(error.starts_with("admin.lisen: unknown field `lisen`"), "{error}");
+        let error = with("", &[("BARID_X_LIMITT", "7")]).unwrap_err();
+        assert!(error.contains("limitt") && error.ends_with("(set by BARID_X_LIMITT)"), "{error}");
+    }
+
+    #[test]
+    fn values_that_do_not_fit_name_their_key() {
+        let error = with("limit = 'many'", &[]).unwrap_err();
+        assert!(error.starts_with("limit: invalid type"), "{error}");
+        let error = with("limit = 1", &[("BARID_X_LIMIT__DEEP", "1")]).unwrap_err();
+        assert_eq!(error, "BARID_X_LIMIT__DEEP: limit is not a table");
+    }
+}

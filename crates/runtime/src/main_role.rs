@@ -1,0 +1,183 @@
+//! A role's process, as a list of verbs: read arguments, load, check, observe, run, drain, exit.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Arg, ArgAction, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::{Context, HasCommon as _, Role, RunError, Stopped, admin, config, telemetry};
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_CONFIG: u8 = 2;
+const EXIT_CUT: u8 = 3;
+
+/// What a role may take over the drain time to notice the deadline by itself.
+const OVERTIME: Duration = Duration::from_secs(2);
+
+/// Runs a role as this process. Exit codes: 0 drained cleanly, 1 failed, 2 the configuration is
+/// not valid, 3 the drain deadline (or a second signal) cut something off.
+pub fn main<R: Role>() -> ExitCode {
+    let arguments = Arguments::parse::<R>();
+    let config = match load::<R>(&arguments) {
+        Ok(config) => config,
+        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+    };
+    if arguments.print_config {
+        return print_config(&config);
+    }
+    if arguments.check_config {
+        return say("configuration is valid\n");
+    }
+    telemetry::init(&config.common().log);
+    // One worker a core of the cgroup's CPU quota, which std reads: the container's, not the host's.
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
+    };
+    let exit = runtime.block_on(serve::<R>(config));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    exit
+}
+
+async fn serve<R: Role>(config: R::Config) -> ExitCode {
+    let common = config.common().to_owned();
+    let context = Context::with_ready_file(common.ready_file.clone());
+    let signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => return fail(EXIT_FAILED, &format!("cannot listen for signals: {error}")),
+    };
+    if let Err(error) = admin::serve(&common.admin, R::NAME, &context).await {
+        let listen = common.admin.listen;
+        return fail(EXIT_FAILED, &format!("cannot listen on admin.listen {listen}: {error}"));
+    }
+    tracing::info!(role = R::NAME, version = env!("CARGO_PKG_VERSION"), "starting");
+    let drain = Duration::from_secs(common.drain_seconds);
+    let outcome = tokio::select! {
+        outcome = R::run(config, context.clone()) => outcome,
+        () = signals.drain_then_abort(&context, drain) => Ok(Stopped::Cut { what: "role".into(), count: 1 }),
+    };
+    exit_code(R::NAME, outcome)
+}
+
+fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
+    match outcome {
+        Ok(Stopped::Clean) => {
+            tracing::info!(role, "drained");
+            ExitCode::SUCCESS
+        }
+        Ok(Stopped::Cut { what, count }) => {
+            tracing::error!(role, what, count, "cut off at the drain deadline");
+            ExitCode::from(EXIT_CUT)
+        }
+        Err(error) => {
+            tracing::error!(role, %error, "failed");
+            fail(EXIT_FAILED, &format!("barid-{role}: {error}"))
+        }
+    }
+}
+
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => (),
+            _ = self.int.recv() => (),
+        }
+    }
+
+    /// The first signal drains; returns at a second one, or when the role ignores the deadline.
+    async fn drain_then_abort(mut self, context: &Context, drain: Duration) {
+        self.next().await;
+        tracing::info!(drain_seconds = drain.as_secs(), "draining");
+        context.shutdown.begin(drain);
+        tokio::select! {
+            () = self.next() => tracing::warn!("second signal: not waiting any longer"),
+            () = tokio::time::sleep(drain + OVERTIME) => tracing::error!("drain deadline passed"),
+        }
+    }
+}
+
+struct Arguments {
+    config: Option<PathBuf>,
+    check_config: bool,
+    print_config: bool,
+}
+
+impl Arguments {
+    fn parse<R: Role>() -> Self {
+        let name: &'static str = R::NAME;
+        let matches = Command::new(name)
+            .bin_name(format!("barid-{name}"))
+            .display_name(format!("barid-{name}"))
+            .version(env!("CARGO_PKG_VERSION"))
+            .about(format!("Barid's {name}"))
+            .after_help(format!(
+                "Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.",
+                name.to_uppercase()
+            ))
+            .arg(
+                Arg::new("config")
+                    .long("config")
+                    .value_name("FILE")
+                    .value_parser(clap::value_parser!(PathBuf))
+                    .help("TOML file; without one, defaults and the environment"),
+            )
+            .arg(
+                Arg::new("check-config")
+                    .long("check-config")
+                    .action(ArgAction::SetTrue)
+                    .help("Check the configuration and exit: 0 valid, 2 not"),
+            )
+            .arg(
+                Arg::new("print-config")
+                    .long("print-config")
+                    .action(ArgAction::SetTrue)
+                    .help("Print the whole configuration in force, secrets masked, and exit"),
+            )
+            .get_matches();
+        Self {
+            config: matches.get_one("config").cloned(),
+            check_config: matches.get_flag("check-config"),
+            print_config: matches.get_flag("print-config"),
+        }
+    }
+}
+
+fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
+    let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
+    let config: R::Config = config::load(arguments.config.as_deref(), &prefix, std::env::vars())
+        .map_err(|error| error.to_string())?;
+    R::check(&config)?;
+    Ok(config)
+}
+
+fn print_config<C: serde::Serialize>(config: &C) -> ExitCode {
+    match toml::to_string_pretty(config) {
+        Ok(text) => say(&text),
+        Err(error) => fail(EXIT_FAILED, &format!("cannot print the configuration: {error}")),
+    }
+}
+
+fn say(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(EXIT_FAILED),
+    }
+}
+
+fn fail(code: u8, problem: &str) -> ExitCode {
+    // Nothing is left to tell of a failure to tell.
+    let _ = writeln!(std::io::stderr(), "{problem}");
+    ExitCode::from(code)
+}
