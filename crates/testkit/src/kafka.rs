@@ -1,0 +1,315 @@
+//! Apache Kafka itself: one KRaft node in one small JVM, on private ports, in a directory of its own.
+
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::types::RDKafkaErrorCode;
+use tokio::sync::OnceCell;
+
+use crate::paths;
+use crate::ports::free_port;
+use crate::process::Process;
+use crate::spawner::{self, Scratch};
+
+/// It takes 3 s on a quiet machine; machines that run tests are not quiet.
+const START_LIMIT: Duration = Duration::from_secs(90);
+
+/// What a broker is told beyond a single node's needs.
+#[derive(Debug, Clone)]
+pub struct KafkaOptions {
+    /// Create a topic when somebody names it. Off: a misspelt topic is an error.
+    pub auto_create_topics: bool,
+    /// How long a consumer that says nothing stays in its group, milliseconds. Kafka's own default
+    /// (45 s) is far too long for a test that kills consumers.
+    pub session_timeout_ms: u32,
+    /// Further lines of server.properties; they come last and win.
+    pub properties: Vec<(String, String)>,
+}
+
+impl Default for KafkaOptions {
+    fn default() -> Self {
+        Self { auto_create_topics: false, session_timeout_ms: 3_000, properties: Vec::new() }
+    }
+}
+
+/// A running Apache Kafka. Killed, and its data removed, on drop and with the test process.
+#[derive(Debug)]
+pub struct Kafka {
+    // First: the process ends before its directory goes.
+    process: Option<Process>,
+    port: u16,
+    dir: Scratch,
+}
+
+static SHARED: OnceCell<Kafka> = OnceCell::const_new();
+
+impl Kafka {
+    /// The broker that the tests of this process share: starting one takes 3 s and 300 MB. Tests
+    /// keep apart by topics and groups of their own ([`unique`]).
+    ///
+    /// # Panics
+    /// As [`Kafka::start`] fails.
+    pub async fn shared() -> &'static Self {
+        let start = || async { Self::start().await.expect("Apache Kafka starts") };
+        SHARED.get_or_init(start).await
+    }
+
+    /// Starts a broker of one's own with the default options.
+    ///
+    /// # Errors
+    /// As [`Kafka::start_with`].
+    pub async fn start() -> Result<Self> {
+        Self::start_with(KafkaOptions::default()).await
+    }
+
+    /// Starts a broker and waits until it answers.
+    ///
+    /// # Errors
+    /// Java or the jars are missing (says how to get them), or the broker does not come up (shows
+    /// the end of its log).
+    pub async fn start_with(options: KafkaOptions) -> Result<Self> {
+        paths::kafka_class_path()?;
+        let dir = Scratch::new("barid-kafka-").context("directory for Kafka's data")?;
+        let (port, controller) = (free_port(), free_port());
+        let properties = server_properties(&options, port, controller, &dir);
+        std::fs::write(dir.path().join("server.properties"), properties)?;
+        let mut kafka = Self { process: None, port, dir };
+        kafka.format().await?;
+        kafka.restart().await?;
+        Ok(kafka)
+    }
+
+    /// `host:port` for clients.
+    pub fn brokers(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Settings of a client of this broker, quiet on standard error.
+    pub fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", self.brokers()).set_log_level(RDKafkaLogLevel::Emerg);
+        config
+    }
+
+    /// Creates topics with `partitions` each. Those that exist stay as they are.
+    ///
+    /// # Errors
+    /// The broker refuses one, or does not answer.
+    pub async fn create_topics(&self, names: &[&str], partitions: i32) -> Result<()> {
+        let topics: Vec<_> = names
+            .iter()
+            .map(|name| NewTopic::new(name, partitions, TopicReplication::Fixed(1)))
+            .collect();
+        for outcome in self.admin()?.create_topics(&topics, &admin_options()).await? {
+            match outcome {
+                Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+                Err((name, error)) => bail!("creating topic {name}: {error}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes topics.
+    ///
+    /// # Errors
+    /// The broker refuses one, or does not answer.
+    pub async fn delete_topics(&self, names: &[&str]) -> Result<()> {
+        for outcome in self.admin()?.delete_topics(names, &admin_options()).await? {
+            outcome.map_err(|(name, error)| anyhow::anyhow!("deleting topic {name}: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// `kill -9`. The port and the data stay for [`Kafka::restart`].
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().context("Kafka is not running")?.kill()
+    }
+
+    /// SIGTERM, and waits until it has left in good order.
+    ///
+    /// # Errors
+    /// It is not running, or does not leave within 30 s.
+    pub async fn stop(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("Kafka is not running")?;
+        process.term()?;
+        process.wait(Duration::from_secs(30)).await?;
+        Ok(())
+    }
+
+    /// SIGSTOP: connections stay open, nothing answers.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn pause(&mut self) -> Result<()> {
+        self.process.as_mut().context("Kafka is not running")?.stop()
+    }
+
+    /// SIGCONT after [`Kafka::pause`].
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn resume(&mut self) -> Result<()> {
+        self.process.as_mut().context("Kafka is not running")?.cont()
+    }
+
+    /// Starts it again on the same port and data (killing it first if it runs), and waits until it
+    /// answers.
+    ///
+    /// # Errors
+    /// It does not come up; shows the end of its log.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.process = None;
+        let class_path = paths::kafka_class_path()?;
+        let properties = self.dir.path().join("server.properties");
+        let log = self.dir.path().join("kafka.log");
+        let process = Process::spawn("kafka", "java", &log, |java| {
+            java.args(["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"])
+                .args(["-cp", &class_path, "kafka.Kafka"])
+                .arg(properties);
+        })?;
+        self.process = Some(process);
+        self.answering().await
+    }
+
+    async fn format(&self) -> Result<()> {
+        let class_path = paths::kafka_class_path()?;
+        let log = self.dir.path().join("format.log");
+        let properties = self.dir.path().join("server.properties");
+        let mut format = Process::spawn("kafka storage format", "java", &log, |java| {
+            java.args(["-Xmx64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])
+                .args(["-cp", &class_path, "kafka.tools.StorageTool", "format", "--standalone"])
+                .args(["-t", "YmFyaWQtdGVzdGtpdC0wMQ", "-c"])
+                .arg(properties);
+        })
+        .context("is Java installed? scripts/setup.sh test installs what tests need")?;
+        let status = format.wait(START_LIMIT).await?;
+        if !status.success() {
+            bail!("formatting Kafka's storage failed with {status}:\n{}", format.tail(30));
+        }
+        Ok(())
+    }
+
+    async fn answering(&mut self) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < START_LIMIT {
+            self.process.as_mut().context("Kafka is not running")?.must_run()?;
+            // Asking librdkafka before the port is open costs its back-off.
+            if TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok()
+                && self.has_broker().await?
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let log = self.process.as_ref().map(|p| p.tail(40)).unwrap_or_default();
+        bail!("Kafka does not answer after {START_LIMIT:?}:\n{log}")
+    }
+
+    async fn has_broker(&self) -> Result<bool> {
+        let admin = self.admin()?;
+        let ask = move || admin.inner().fetch_metadata(None, Duration::from_secs(2));
+        let metadata = tokio::task::spawn_blocking(ask).await?;
+        Ok(metadata.is_ok_and(|m| !m.brokers().is_empty()))
+    }
+
+    fn admin(&self) -> Result<AdminClient<DefaultClientContext>> {
+        Ok(self.client().create()?)
+    }
+}
+
+/// `prefix` with something behind it that no other test has: names for topics, groups, users.
+pub fn unique(prefix: &str) -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn admin_options() -> AdminOptions {
+    let limit = Some(Duration::from_secs(20));
+    AdminOptions::new().request_timeout(limit).operation_timeout(limit)
+}
+
+fn server_properties(
+    options: &KafkaOptions,
+    port: u16,
+    controller: u16,
+    dir: &spawner::Scratch,
+) -> String {
+    let session = options.session_timeout_ms;
+    let heartbeat = (session / 6).max(100);
+    let data = dir.path().join("data");
+    let mut text = format!(
+        "process.roles=broker,controller\n\
+         node.id=1\n\
+         controller.quorum.bootstrap.servers=127.0.0.1:{controller}\n\
+         listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n\
+         advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n\
+         controller.listener.names=CONTROLLER\n\
+         log.dirs={}\n\
+         auto.create.topics.enable={}\n\
+         num.partitions=4\n\
+         offsets.topic.replication.factor=1\n\
+         offsets.topic.num.partitions=4\n\
+         transaction.state.log.replication.factor=1\n\
+         transaction.state.log.min.isr=1\n\
+         transaction.state.log.num.partitions=2\n\
+         share.coordinator.state.topic.replication.factor=1\n\
+         share.coordinator.state.topic.min.isr=1\n\
+         group.initial.rebalance.delay.ms=0\n\
+         group.min.session.timeout.ms=500\n\
+         group.consumer.min.session.timeout.ms=500\n\
+         group.consumer.session.timeout.ms={session}\n\
+         group.consumer.min.heartbeat.interval.ms=50\n\
+         group.consumer.heartbeat.interval.ms={heartbeat}\n\
+         num.io.threads=2\n\
+         num.network.threads=2\n\
+         num.recovery.threads.per.data.dir=1\n\
+         log.cleaner.dedupe.buffer.size=2097152\n",
+        data.display(),
+        options.auto_create_topics,
+    );
+    for (key, value) in &options.properties {
+        let _ = writeln!(text, "{key}={value}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rdkafka::consumer::{BaseConsumer, Consumer};
+    use rdkafka::producer::{FutureProducer, FutureRecord};
+
+    async fn produce(kafka: &Kafka, topic: &str, payload: &str) {
+        let producer: FutureProducer = kafka.client().create().unwrap();
+        let record = FutureRecord::<str, str>::to(topic).payload(payload);
+        producer.send(record, Duration::from_secs(20)).await.unwrap();
+    }
+
+    fn count(kafka: &Kafka, topic: &str) -> i64 {
+        let consumer: BaseConsumer = kafka.client().set("group.id", "count").create().unwrap();
+        consumer.fetch_watermarks(topic, 0, Duration::from_secs(20)).unwrap().1
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn kafka_keeps_its_records_over_a_kill() {
+        let mut kafka = Kafka::start().await.unwrap();
+        kafka.create_topics(&["t"], 1).await.unwrap();
+        kafka.create_topics(&["t"], 1).await.unwrap();
+        produce(&kafka, "t", "one").await;
+        kafka.kill().unwrap();
+        assert!(kafka.kill().is_err());
+        kafka.restart().await.unwrap();
+        produce(&kafka, "t", "two").await;
+        assert_eq!(count(&kafka, "t"), 2);
+    }
+}
