@@ -1,0 +1,144 @@
+//! Bounds and times of the streams between roles.
+
+use std::time::Duration;
+
+use barid_core::Backoff;
+use serde::{Deserialize, Serialize};
+
+/// One stream to one peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LinkConfig {
+    /// Unanswered batches; a further one waits.
+    pub window_batches: usize,
+    /// Items in a batch.
+    pub batch_items_max: usize,
+    /// Bytes in a batch; an item that is larger goes alone.
+    pub batch_bytes_max: usize,
+    /// Items that wait for a place in a batch.
+    pub queue_items_max: usize,
+    /// Bytes that wait for a place in a batch.
+    pub queue_bytes_max: usize,
+    /// A batch unanswered for so long breaks the stream.
+    pub reply_timeout_ms: u64,
+    /// Connecting and opening the stream may take so long.
+    pub connect_timeout_ms: u64,
+    /// An HTTP/2 ping goes out after so long without traffic, so that a half-open peer is noticed.
+    pub keepalive_interval_ms: u64,
+    /// A ping unanswered for so long breaks the connection.
+    pub keepalive_timeout_ms: u64,
+    /// The wait before the first reconnect; doubles with each failure.
+    pub reconnect_base_ms: u64,
+    /// The longest wait before a reconnect.
+    pub reconnect_max_ms: u64,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            window_batches: 8,
+            batch_items_max: 512,
+            batch_bytes_max: 1 << 20,
+            queue_items_max: 8192,
+            queue_bytes_max: 32 << 20,
+            reply_timeout_ms: 5000,
+            connect_timeout_ms: 2000,
+            keepalive_interval_ms: 2000,
+            keepalive_timeout_ms: 3000,
+            reconnect_base_ms: 50,
+            reconnect_max_ms: 2000,
+        }
+    }
+}
+
+/// The largest message that a peer takes by default (gRPC's 4 MiB), less room for one more item.
+const BATCH_BYTES_LIMIT: usize = 3 << 20;
+
+impl LinkConfig {
+    /// # Errors
+    /// Says in words which bound makes no sense.
+    pub fn check(&self) -> Result<(), String> {
+        let positive = [
+            ("window_batches", self.window_batches as u64),
+            ("batch_items_max", self.batch_items_max as u64),
+            ("batch_bytes_max", self.batch_bytes_max as u64),
+            ("queue_items_max", self.queue_items_max as u64),
+            ("queue_bytes_max", self.queue_bytes_max as u64),
+            ("reply_timeout_ms", self.reply_timeout_ms),
+            ("connect_timeout_ms", self.connect_timeout_ms),
+            ("keepalive_interval_ms", self.keepalive_interval_ms),
+            ("keepalive_timeout_ms", self.keepalive_timeout_ms),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{name} must be above zero"));
+        }
+        if self.batch_bytes_max > BATCH_BYTES_LIMIT {
+            return Err(format!("batch_bytes_max must not be above {BATCH_BYTES_LIMIT}"));
+        }
+        if u32::try_from(self.queue_bytes_max).is_err() {
+            return Err(format!("queue_bytes_max must not be above {}", u32::MAX));
+        }
+        self.reconnect().map(drop)
+    }
+
+    /// The waits between reconnects.
+    ///
+    /// # Errors
+    /// The waits make no sense.
+    pub fn reconnect(&self) -> Result<Backoff, String> {
+        let base = Duration::from_millis(self.reconnect_base_ms);
+        Backoff::new(base, Duration::from_millis(self.reconnect_max_ms), 0.5)
+            .map_err(|e| format!("reconnect: {e}"))
+    }
+
+    pub(crate) fn reply_timeout(&self) -> Duration {
+        Duration::from_millis(self.reply_timeout_ms)
+    }
+
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.connect_timeout_ms)
+    }
+}
+
+/// What purgers and delayers say of their streams to the dispatchers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MeshConfig {
+    /// A push waits so long for room in its dispatcher's queue, or for a dispatcher at all; then it
+    /// is dropped, and the retry timer repairs.
+    pub push_wait_ms: u64,
+    /// Each stream.
+    pub link: LinkConfig,
+}
+
+impl Default for MeshConfig {
+    fn default() -> Self {
+        Self { push_wait_ms: 1000, link: LinkConfig::default() }
+    }
+}
+
+impl MeshConfig {
+    /// # Errors
+    /// Says in words which bound makes no sense.
+    pub fn check(&self) -> Result<(), String> {
+        self.link.check().map_err(|e| format!("link: {e}"))
+    }
+
+    pub(crate) fn push_wait(&self) -> Duration {
+        Duration::from_millis(self.push_wait_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_that_make_no_sense_are_named() {
+        assert_eq!(MeshConfig::default().check(), Ok(()));
+        let config = LinkConfig { window_batches: 0, ..Default::default() };
+        assert_eq!(config.check().unwrap_err(), "window_batches must be above zero");
+        let config = LinkConfig { reconnect_max_ms: 1, ..Default::default() };
+        assert_eq!(config.check().unwrap_err(), "reconnect: max must not be below base");
+    }
+}

@@ -1,0 +1,342 @@
+//! The dispatchers as one: a shard's work goes to the dispatcher that ranks first for it, so that
+//! its L1 is warm, and to the next one the moment a stream breaks.
+
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use barid_core::{Incarnation, NodeId, Shard};
+use barid_wire::internal::dispatcher_client::DispatcherClient;
+use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend};
+use parking_lot::RwLock;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+use crate::{Broken, Link, LinkState, MeshConfig, MeshMetrics, Protocol, rendezvous};
+
+/// A dispatcher, as its lease shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its name.
+    pub id: NodeId,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Its gRPC `host:port`.
+    pub address: String,
+    /// It finishes what it has: new work goes elsewhere if there is an elsewhere.
+    pub draining: bool,
+}
+
+/// No dispatcher took it, or its answer never came. Nothing is known of its effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no dispatcher answered")]
+pub struct Unavailable;
+
+/// Hands work to dispatchers; cheap to clone. When the last clone is dropped its links finish.
+#[derive(Clone)]
+pub struct DispatchPool {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: MeshConfig,
+    metrics: MeshMetrics,
+    members: RwLock<Arc<Vec<Member>>>,
+    // Counts changes of the members and of their links' states.
+    changes: watch::Sender<u64>,
+}
+
+struct Member {
+    peer: Peer,
+    link: Link<Dispatching>,
+}
+
+impl DispatchPool {
+    /// Follows `peers`, with one link to each. Call within a runtime; ends with the last clone or
+    /// with the sender of `peers`.
+    ///
+    /// # Errors
+    /// The bounds in `config` make no sense.
+    pub fn over(
+        mut peers: watch::Receiver<Vec<Peer>>,
+        config: MeshConfig,
+        metrics: MeshMetrics,
+    ) -> Result<Self, String> {
+        config.check()?;
+        let inner = Arc::new(Inner {
+            config,
+            metrics,
+            members: RwLock::default(),
+            changes: watch::Sender::new(0),
+        });
+        inner.follow(&peers.borrow_and_update().clone());
+        let weak = Arc::downgrade(&inner);
+        tokio::spawn(async move {
+            while peers.changed().await.is_ok() {
+                let Some(inner) = weak.upgrade() else { return };
+                inner.follow(&peers.borrow_and_update().clone());
+            }
+        });
+        Ok(Self { inner })
+    }
+
+    /// Hands a push on. Waits while the dispatcher's queue is full, or while there is no
+    /// dispatcher, never longer than `push_wait_ms`; then drops and counts it: the retry timer is
+    /// armed. Pushes of one shard keep their order while the dispatchers stay the same.
+    pub async fn push(&self, shard: Shard, push: Push) {
+        let item = Item::Push { shard, push, moved: false };
+        let Err(item) = self.inner.try_hand(item) else { return };
+        let deadline = Instant::now() + self.inner.config.push_wait();
+        if let Err(outcome) = self.inner.hand(shard, item, deadline).await {
+            self.inner.metrics.pushes.with_label_values(&[outcome]).inc();
+        }
+    }
+
+    /// Hands a re-send on and waits for the answer: the indices of the devices (in
+    /// `resend.devices`) whose node could not be reached.
+    ///
+    /// # Errors
+    /// No dispatcher took it within `push_wait_ms`, or its stream broke before it answered.
+    pub async fn resend(&self, shard: Shard, resend: Resend) -> Result<Vec<usize>, Unavailable> {
+        let (answer, answered) = oneshot::channel();
+        let item = Item::Resend { parts: split(resend), answer };
+        let handed = match self.inner.try_hand_on(shard, item) {
+            Ok(()) => Ok(()),
+            Err(item) => {
+                let deadline = Instant::now() + self.inner.config.push_wait();
+                self.inner.hand(shard, item, deadline).await
+            }
+        };
+        let result = match handed {
+            Ok(()) => answered.await.map_err(|_| Unavailable),
+            Err(_) => Err(Unavailable),
+        };
+        let outcome = if result.is_ok() { "answered" } else { "unavailable" };
+        self.inner.metrics.resends.with_label_values(&[outcome]).inc();
+        result
+    }
+
+    /// Whether some dispatcher takes work now: for readiness.
+    pub async fn any_available(&self) -> bool {
+        self.inner.members().iter().any(|member| member.link.state() == LinkState::Up)
+    }
+
+    /// Waits until everything that was handed on is answered, or `deadline`; returns how many
+    /// items are still on their way.
+    pub async fn flush(&self, deadline: Instant) -> usize {
+        loop {
+            let left = self.inner.members().iter().map(|member| member.link.pending()).sum();
+            if left == 0 || Instant::now() >= deadline {
+                return left;
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+impl Inner {
+    fn members(&self) -> Arc<Vec<Member>> {
+        Arc::clone(&self.members.read())
+    }
+
+    /// Opens links to new peers and lets those of peers that left finish.
+    fn follow(self: &Arc<Self>, peers: &[Peer]) {
+        let old = self.members();
+        let mut members = Vec::with_capacity(peers.len());
+        for peer in peers {
+            let same = old.iter().find(|member| {
+                member.peer.incarnation == peer.incarnation && member.peer.address == peer.address
+            });
+            let link = match same {
+                Some(member) => member.link.clone(),
+                None => match self.open(peer) {
+                    Ok(link) => link,
+                    Err(why) => {
+                        tracing::error!(dispatcher = %peer.id, why, "cannot open a link");
+                        continue;
+                    }
+                },
+            };
+            members.push(Member { peer: peer.clone(), link });
+        }
+        *self.members.write() = Arc::new(members);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    fn open(self: &Arc<Self>, peer: &Peer) -> Result<Link<Dispatching>, String> {
+        let protocol = Dispatching { pool: Arc::downgrade(self) };
+        let config = self.config.link.clone();
+        Link::open(&peer.address, config, self.metrics.link.clone(), protocol)
+    }
+
+    /// The link that ranks first among the best that there are: open ones, then new ones, then
+    /// those of draining dispatchers.
+    fn pick(&self, shard: Shard) -> Option<Link<Dispatching>> {
+        let members = self.members();
+        let among = |state: LinkState, draining: bool| {
+            let fit = move |member: &&Member| {
+                member.peer.draining == draining && member.link.state() == state
+            };
+            rendezvous::first(members.iter().filter(fit), |m| m.peer.id.as_str(), shard)
+        };
+        let member = among(LinkState::Up, false)
+            .or_else(|| among(LinkState::Connecting, false))
+            .or_else(|| among(LinkState::Up, true));
+        member.map(|member| member.link.clone())
+    }
+
+    fn try_hand(&self, item: Item) -> Result<(), Item> {
+        match item {
+            Item::Push { shard, .. } => self.try_hand_on(shard, item),
+            Item::Resend { .. } => Err(item),
+        }
+    }
+
+    fn try_hand_on(&self, shard: Shard, item: Item) -> Result<(), Item> {
+        match self.pick(shard) {
+            Some(link) => link.try_send(item).map_err(|refused| refused.item),
+            None => Err(item),
+        }
+    }
+
+    /// Waits for room or for a dispatcher; the error is the outcome to count.
+    async fn hand(
+        &self,
+        shard: Shard,
+        mut item: Item,
+        deadline: Instant,
+    ) -> Result<(), &'static str> {
+        let mut changes = self.changes.subscribe();
+        loop {
+            changes.borrow_and_update();
+            let Some(link) = self.pick(shard) else {
+                match timeout_at(deadline, changes.changed()).await {
+                    Ok(Ok(())) => continue,
+                    _ => return Err("unavailable"),
+                }
+            };
+            match timeout_at(deadline, link.send(item)).await {
+                Ok(Ok(())) => return Ok(()),
+                // It went down meanwhile: pick sees that.
+                Ok(Err(refused)) => item = refused.item,
+                Err(_) => return Err("full"),
+            }
+        }
+    }
+
+    /// A stream broke under a push: the next dispatcher gets it, once. A message that was handed
+    /// out twice is dropped by the node.
+    fn hand_again(&self, item: Item) {
+        let outcome = match item {
+            Item::Push { shard, push, moved: false } => {
+                match self.try_hand_on(shard, Item::Push { shard, push, moved: true }) {
+                    Ok(()) => "moved",
+                    Err(_) => "lost",
+                }
+            }
+            Item::Push { .. } => "lost",
+            // Dropping the answer tells the caller.
+            Item::Resend { .. } => return,
+        };
+        self.metrics.pushes.with_label_values(&[outcome]).inc();
+    }
+}
+
+/// One re-send a device, so that a dispatcher answers for each.
+fn split(resend: Resend) -> Vec<Resend> {
+    let Resend { app, user, devices } = resend;
+    let part = |device| Resend { app: app.clone(), user: user.clone(), devices: vec![device] };
+    devices.into_iter().map(part).collect()
+}
+
+enum Item {
+    Push { shard: Shard, push: Push, moved: bool },
+    Resend { parts: Vec<Resend>, answer: oneshot::Sender<Vec<usize>> },
+}
+
+/// The batches of `barid.internal.v1.Dispatcher`.
+struct Dispatching {
+    pool: Weak<Inner>,
+}
+
+/// What is kept of a batch: its pushes to hand on again, and who waits for which of its re-sends.
+struct SealedDispatch {
+    pushes: Vec<Item>,
+    answers: Vec<(Range<usize>, oneshot::Sender<Vec<usize>>)>,
+}
+
+impl Protocol for Dispatching {
+    type Item = Item;
+    type Batch = DispatchBatch;
+    type Reply = DispatchReply;
+    type Sealed = SealedDispatch;
+
+    fn bytes(item: &Item) -> usize {
+        match item {
+            Item::Push { push, .. } => push.app.len() + push.user.len() + push.envelope.len() + 16,
+            Item::Resend { parts, .. } => {
+                parts.iter().map(|part| part.app.len() + part.user.len() + 160).sum()
+            }
+        }
+    }
+
+    fn seal(&mut self, number: u64, items: Vec<Item>) -> (DispatchBatch, SealedDispatch) {
+        let mut batch = DispatchBatch { batch: number, ..Default::default() };
+        let mut sealed = SealedDispatch { pushes: Vec::new(), answers: Vec::new() };
+        for item in items {
+            match item {
+                Item::Push { shard, push, moved } => {
+                    batch.pushes.push(push.clone());
+                    sealed.pushes.push(Item::Push { shard, push, moved });
+                }
+                Item::Resend { parts, answer } => {
+                    let from = batch.resends.len();
+                    batch.resends.extend(parts);
+                    sealed.answers.push((from..batch.resends.len(), answer));
+                }
+            }
+        }
+        (batch, sealed)
+    }
+
+    async fn call(
+        channel: Channel,
+        batches: ReceiverStream<DispatchBatch>,
+    ) -> Result<Streaming<DispatchReply>, Status> {
+        Ok(DispatcherClient::new(channel).dispatch(batches).await?.into_inner())
+    }
+
+    fn number(reply: &DispatchReply) -> u64 {
+        reply.batch
+    }
+
+    fn settle(&mut self, sealed: SealedDispatch, outcome: Result<DispatchReply, Broken>) {
+        let Ok(reply) = outcome else { return self.fail(sealed.pushes) };
+        if let Some(pool) = self.pool.upgrade() {
+            let answered = pool.metrics.pushes.with_label_values(&["answered"]);
+            answered.inc_by(sealed.pushes.len() as u64);
+        }
+        for (range, answer) in sealed.answers {
+            let unreachable = reply.unreachable.iter().map(|index| *index as usize);
+            let mine = unreachable.filter(|index| range.contains(index));
+            // The caller may have gone: then nobody wants to know.
+            drop(answer.send(mine.map(|index| index - range.start).collect()));
+        }
+    }
+
+    fn fail(&mut self, items: Vec<Item>) {
+        let Some(pool) = self.pool.upgrade() else { return };
+        for item in items {
+            pool.hand_again(item);
+        }
+    }
+
+    fn changed(&mut self, _state: LinkState) {
+        if let Some(pool) = self.pool.upgrade() {
+            pool.changes.send_modify(|count| *count += 1);
+        }
+    }
+}
