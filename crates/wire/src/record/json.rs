@@ -1,0 +1,296 @@
+//! The JSON twin of a push record: the proto3 JSON mapping, and a little more (a `json` body may
+//! stand as it is, receipts by their short names).
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::alphabet;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::{Flaw, RecordLimits, RefusalCode, flaw, receipt, too_many_users};
+use crate::v1::{Audience, PushRecord, push_record::Body};
+
+/// Reads a record's fields into `record`; those before a flaw are there.
+pub(super) fn read_push(
+    value: &[u8],
+    limits: &RecordLimits,
+    record: &mut PushRecord,
+) -> Result<(), Flaw> {
+    let fields = Fields::parse(value, RefusalCode::BadJson, "the record")?;
+    let mut bodies = 0;
+    // The names first: a receipt about any other field's flaw carries them.
+    for naming in [true, false] {
+        for (name, raw) in &fields.0 {
+            let names_it = matches!(name.as_str(), "id" | "app" | "to");
+            if names_it == naming && raw.get() != "null" {
+                read_field(name, raw, limits, record, &mut bodies)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_field(
+    name: &str,
+    raw: &RawValue,
+    limits: &RecordLimits,
+    record: &mut PushRecord,
+    bodies: &mut u32,
+) -> Result<(), Flaw> {
+    match name {
+        "id" => record.id = string(name, raw, RefusalCode::BadId)?,
+        "app" => record.app = string(name, raw, RefusalCode::BadApp)?,
+        "to" => read_audience(raw, limits, record.to.get_or_insert_default())?,
+        "text" | "json" | "data" => {
+            *bodies += 1;
+            if *bodies > 1 {
+                return flaw(RefusalCode::TwoBodies, "more than one of `text`, `json` and `data`");
+            }
+            record.body = Some(body(name, raw, limits)?);
+        }
+        "ttlSeconds" => record.ttl_seconds = integer(name, raw)?,
+        "collapseKey" => record.collapse_key = string(name, raw, RefusalCode::BadCollapseKey)?,
+        "receipts" => record.receipts = receipts(raw)?,
+        _ => return unknown(name),
+    }
+    Ok(())
+}
+
+fn read_audience(raw: &RawValue, limits: &RecordLimits, to: &mut Audience) -> Result<(), Flaw> {
+    let fields = Fields::parse(raw.get().as_bytes(), RefusalCode::BadValue, "`to`")?;
+    for (name, raw) in &fields.0 {
+        if raw.get() == "null" {
+            continue;
+        }
+        match name.as_str() {
+            "user" => to.user = string("to.user", raw, RefusalCode::BadUser)?,
+            "device" => to.device = string("to.device", raw, RefusalCode::BadDevice)?,
+            "users" => to.users = users(raw, limits)?,
+            other => return unknown(&format!("to.{other}")),
+        }
+    }
+    Ok(())
+}
+
+fn unknown(name: &str) -> Result<(), Flaw> {
+    flaw(RefusalCode::UnknownField, format!("there is no field `{name}`"))
+}
+
+/// An object's fields with their values unread, names in lowerCamelCase.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'a> Fields<'a> {
+    fn parse(text: &'a [u8], code: RefusalCode, what: &str) -> Result<Self, Flaw> {
+        let fields: Self = serde_json::from_slice(text)
+            .map_err(|e| (code, format!("{what} is not a JSON object: {e}")))?;
+        for (i, (name, _)) in fields.0.iter().enumerate() {
+            if fields.0[..i].iter().any(|(earlier, _)| earlier == name) {
+                return flaw(RefusalCode::RepeatedField, format!("`{name}` stands twice"));
+            }
+        }
+        Ok(fields)
+    }
+}
+
+/// More fields than any object of ours has; a bound on what a hostile record allocates.
+const FIELDS_MAX: usize = 32;
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Fields<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields: Vec<(String, &'de RawValue)> = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    let name = camel_case(name);
+                    if fields.len() == FIELDS_MAX {
+                        return Err(serde::de::Error::custom("too many fields"));
+                    }
+                    fields.push((name, map.next_value()?));
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Reader)
+    }
+}
+
+/// Both spellings of the mapping become one: `ttl_seconds` is `ttlSeconds`.
+fn camel_case(name: String) -> String {
+    if !matches!(name.as_str(), "ttl_seconds" | "collapse_key") {
+        return name;
+    }
+    let mut parts = name.split('_');
+    let mut camel = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        camel.push_str(&part[..1].to_ascii_uppercase());
+        camel.push_str(&part[1..]);
+    }
+    camel
+}
+
+fn string(name: &str, raw: &RawValue, code: RefusalCode) -> Result<String, Flaw> {
+    serde_json::from_str(raw.get())
+        .map_err(|_| (code, format!("`{name}` must be a string, is {}", kind_of(raw))))
+}
+
+fn kind_of(raw: &RawValue) -> &'static str {
+    match raw.get().as_bytes().first() {
+        Some(b'{') => "an object",
+        Some(b'[') => "an array",
+        Some(b'"') => "a string",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'n') => "null",
+        _ => "a number",
+    }
+}
+
+/// Integers may be plain, quoted, or written with a point or exponent, as the mapping has it.
+fn integer(name: &str, raw: &RawValue) -> Result<i64, Flaw> {
+    let quoted: Option<String> = serde_json::from_str(raw.get()).ok();
+    let text = quoted.as_deref().unwrap_or(raw.get());
+    if let Ok(number) = text.parse::<i64>() {
+        return Ok(number);
+    }
+    match serde_json::from_str::<f64>(text) {
+        // Exact up to 2^53, far above any limit here; beyond, the conversion saturates.
+        Ok(number) if number.fract() == 0.0 => Ok(number as i64),
+        _ => flaw(RefusalCode::BadValue, format!("`{name}` must be an integer")),
+    }
+}
+
+/// Reads at most one user more than allowed, so that a list of millions costs nothing.
+fn users(raw: &RawValue, limits: &RecordLimits) -> Result<Vec<String>, Flaw> {
+    struct Reader {
+        max: usize,
+    }
+    impl<'de> Visitor<'de> for Reader {
+        type Value = Option<Vec<String>>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of strings")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut seen = std::collections::HashSet::new();
+            let mut users = Vec::new();
+            while let Some(user) = seq.next_element::<String>()? {
+                if seen.insert(user.clone()) {
+                    users.push(user);
+                }
+                if users.len() > self.max {
+                    while seq.next_element::<serde::de::IgnoredAny>()?.is_some() {}
+                    return Ok(None);
+                }
+            }
+            Ok(Some(users))
+        }
+    }
+    let mut reader = serde_json::Deserializer::from_str(raw.get());
+    let read = serde::Deserializer::deserialize_seq(&mut reader, Reader { max: limits.users_max });
+    match read {
+        Ok(Some(users)) => Ok(users),
+        Ok(None) => too_many_users(limits.users_max + 1, limits).map(|()| Vec::new()),
+        Err(e) => {
+            flaw(RefusalCode::BadUser, format!("`to.users` must be an array of strings: {e}"))
+        }
+    }
+}
+
+fn body(name: &str, raw: &RawValue, limits: &RecordLimits) -> Result<Body, Flaw> {
+    match name {
+        "text" => string(name, raw, RefusalCode::BadValue).map(Body::Text),
+        "data" => {
+            let text = string(name, raw, RefusalCode::BadValue)?;
+            Ok(Body::Data(base64(&text, limits)?))
+        }
+        _ => Ok(Body::Json(json_text(raw))),
+    }
+}
+
+/// The value as it was written. A string is the mapping's spelling of a JSON text, if it is one;
+/// else it is the value itself.
+fn json_text(raw: &RawValue) -> String {
+    if raw.get().starts_with('"')
+        && let Ok(text) = serde_json::from_str::<String>(raw.get())
+        && serde_json::from_str::<&RawValue>(&text).is_ok()
+    {
+        return text;
+    }
+    raw.get().to_owned()
+}
+
+const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
+    .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+    .with_decode_allow_trailing_bits(true);
+const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, LENIENT);
+const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIENT);
+
+/// Either alphabet, with or without padding.
+fn base64(text: &str, limits: &RecordLimits) -> Result<Bytes, Flaw> {
+    if text.len() / 4 * 3 > limits.payload_bytes_max.saturating_add(3) {
+        let reason = format!("`data` decodes to more than {} bytes", limits.payload_bytes_max);
+        return flaw(RefusalCode::PayloadTooLarge, reason);
+    }
+    let engine = if text.contains(['-', '_']) { &URL_SAFE } else { &STANDARD };
+    let decoded = engine.decode(text);
+    decoded
+        .map(Bytes::from)
+        .map_err(|e| (RefusalCode::BadBase64, format!("`data` is not base64: {e}")))
+}
+
+fn receipts(raw: &RawValue) -> Result<Vec<i32>, Flaw> {
+    let bad = |reason: String| (RefusalCode::UnknownReceipt, reason);
+    let values: Vec<&RawValue> = serde_json::from_str(raw.get())
+        .map_err(|_| bad(format!("`receipts` must be an array, is {}", kind_of(raw))))?;
+    values
+        .into_iter()
+        .map(|value| match serde_json::from_str::<i32>(value.get()) {
+            Ok(number) => Ok(number),
+            Err(_) => {
+                let name = string("receipts", value, RefusalCode::UnknownReceipt)?;
+                receipt::number_of_name(&name)
+                    .ok_or_else(|| bad(barid_core::UnknownReceipt(name).to_string()))
+            }
+        })
+        .collect()
+}
+
+/// One JSON value, not deeper than `depth_max`.
+pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
+    if depth(text) > depth_max {
+        let reason = format!("the JSON body nests deeper than {depth_max}");
+        return flaw(RefusalCode::TooDeep, reason);
+    }
+    // Reading a raw value takes no recursion.
+    match serde_json::from_slice::<&RawValue>(text) {
+        Ok(_) => Ok(()),
+        Err(e) => flaw(RefusalCode::BadJsonBody, format!("`json` is not a JSON value: {e}")),
+    }
+}
+
+/// Arrays and objects inside each other, strings not looked into.
+fn depth(text: &[u8]) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+    for byte in text {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}

@@ -1,0 +1,260 @@
+use super::*;
+use proptest::prelude::*;
+
+fn limits() -> RecordLimits {
+    RecordLimits {
+        payload_bytes_max: 100,
+        users_max: 3,
+        fanout_bytes_max: 150,
+        ..Default::default()
+    }
+}
+
+fn decode(json: &str) -> Result<Push, Refusal> {
+    decode_push(&Bytes::copy_from_slice(json.as_bytes()), None, &limits())
+}
+
+fn code(json: &str) -> RefusalCode {
+    let refusal = decode(json).expect_err(json);
+    assert!(!refusal.reason.is_empty());
+    refusal.code
+}
+
+/// The least record with other fields beside.
+fn with(fields: &str) -> String {
+    format!(r#"{{"id":"order-7","app":"demo",{fields}}}"#)
+}
+
+fn least() -> PushRecord {
+    PushRecord {
+        id: "order-7".into(),
+        app: "demo".into(),
+        to: Some(crate::v1::Audience { user: "alice".into(), ..Default::default() }),
+        body: Some(Body::Text("hello".into())),
+        ..Default::default()
+    }
+}
+
+fn protobuf(record: &PushRecord) -> Result<Push, Refusal> {
+    decode_push(&record.encode_to_vec().into(), None, &limits())
+}
+
+#[test]
+fn the_least_record_is_the_same_in_both_formats() {
+    let push =
+        decode(r#"{"id":"order-7","app":"demo","to":{"user":"alice"},"text":"hello"}"#).unwrap();
+    assert_eq!(push.payload, "hello");
+    assert_eq!(push.audience.users(), [UserId::new("alice").unwrap()]);
+    assert_eq!(protobuf(&least()).unwrap(), push);
+    assert_eq!(decode("\r\n\t {\"id\":\"order-7\",\"app\":\"demo\",\"to\":{\"user\":\"alice\"},\"text\":\"hello\"}").unwrap(), push);
+}
+
+#[test]
+fn every_field_and_spelling_of_the_mapping_is_accepted() {
+    let all = |ttl: &str, key: &str, receipts: &str| {
+        with(&format!(
+            r#""to":{{"user":"a","device":"d","users":null}},"data":"_-8","{ttl}":"60","{key}":"k","receipts":{receipts}"#
+        ))
+    };
+    let push =
+        decode(&all("ttlSeconds", "collapseKey", r#"["acked",1,"RECEIPT_KIND_SENT"]"#)).unwrap();
+    assert_eq!(
+        push,
+        decode(&all("ttl_seconds", "collapse_key", r#"[4,"accepted","SENT"]"#)).unwrap()
+    );
+    assert_eq!(&*push.payload, b"\xff\xef");
+    assert_eq!((push.ttl_ms, push.collapse_key.as_deref()), (60_000, Some("k")));
+    assert_eq!(push.audience.device().unwrap().as_str(), "d");
+    let wanted = ReceiptSet::ACKED.with(ReceiptSet::ACCEPTED).with(ReceiptSet::SENT);
+    assert_eq!(push.receipts, wanted);
+    for ttl in ["6e1", "60.0", "\"60\"", "60"] {
+        let push = decode(&with(&format!(r#""to":{{"user":"a"}},"text":"","ttlSeconds":{ttl}"#)));
+        assert_eq!(push.unwrap().ttl_ms, 60_000, "{ttl}");
+    }
+}
+
+#[test]
+fn json_bodies_stand_as_they_were_written() {
+    let body = |json: &str| {
+        let push = decode(&with(&format!(r#""to":{{"user":"a"}},"json":{json}"#))).unwrap();
+        assert_eq!(push.kind, BodyKind::Json);
+        String::from_utf8(push.payload.to_vec()).unwrap()
+    };
+    assert_eq!(body(r#"{"b": 1.50, "a":[true,null]}"#), r#"{"b": 1.50, "a":[true,null]}"#);
+    assert_eq!(body("12345678901234567890.10"), "12345678901234567890.10");
+    assert_eq!(body(r#""{\"a\":1}""#), r#"{"a":1}"#, "the mapping's spelling");
+    assert_eq!(body(r#""plain words""#), r#""plain words""#);
+}
+
+#[test]
+fn repeated_users_are_taken_once() {
+    let push = decode(&with(r#""to":{"users":["b","a","b","a","c"]},"text":"x""#)).unwrap();
+    let names: Vec<&str> = push.audience.users().iter().map(UserId::as_str).collect();
+    assert_eq!(names, ["b", "a", "c"]);
+}
+
+#[test]
+fn the_header_decides_before_the_first_byte() {
+    let json = Bytes::from(r#"{"id":"1","app":"a","to":{"user":"u"},"text":"t"}"#);
+    let decode = |header: &str| decode_push(&json, Some(header.as_bytes()), &limits());
+    assert!(decode("application/json; charset=utf-8").is_ok());
+    assert!(decode("text/plain").is_ok(), "an unknown type: told by the first byte");
+    assert_eq!(decode("application/x-protobuf").unwrap_err().code, RefusalCode::BadProtobuf);
+}
+
+#[test]
+fn an_id_of_123_bytes_is_not_taken_for_json() {
+    let record = PushRecord { id: "i".repeat(123), ..least() };
+    assert!(record.encode_to_vec().starts_with(b"\n{"));
+    assert_eq!(protobuf(&record).unwrap().id.as_str().len(), 123);
+}
+
+#[test]
+fn each_flaw_has_its_word() {
+    use RefusalCode as C;
+    let to = r#""to":{"user":"alice"}"#;
+    let deep = format!("{}1{}", "[".repeat(65), "]".repeat(65));
+    let long = "x".repeat(101);
+    let cases = [
+        (with(r#""to":{"user":"alice"},"text":"x""#).replace('}', ""), C::BadJson),
+        (
+            with(&format!(r#""to":{{"user":"a"}},"text":"x""#)).replace("order-7", "a\\u0001"),
+            C::BadId,
+        ),
+        (with(&format!(r#"{to},"text":"x","txt":1"#)), C::UnknownField),
+        (with(r#""to":{"group":"g"},"text":"x""#), C::UnknownField),
+        (with(&format!(r#"{to},"text":"x","text":"y""#)), C::RepeatedField),
+        (with(&format!(r#"{to},"text":5"#)), C::BadValue),
+        (with(r#""to":"alice","text":"x""#), C::BadValue),
+        (with(&format!(r#"{to},"text":"x","ttlSeconds":"soon""#)), C::BadValue),
+        (format!(r#"{{"app":"a",{to},"text":"x"}}"#), C::MissingField),
+        (format!(r#"{{"id":"","app":"a",{to},"text":"x"}}"#), C::MissingField),
+        (format!(r#"{{"id":7,"app":"a",{to},"text":"x"}}"#), C::BadId),
+        (format!(r#"{{"id":"1","app":"a:b",{to},"text":"x"}}"#), C::BadApp),
+        (with(r#""to":{"user":"a\u0000b"},"text":"x""#), C::BadUser),
+        (with(r#""to":{"users":["a",""]},"text":"x""#), C::BadUser),
+        (with(r#""to":{"users":"a"},"text":"x""#), C::BadUser),
+        (with(&format!(r#""to":{{"user":"a","device":"{long}"}},"text":"x""#)), C::BadDevice),
+        (with(r#""to":{"users":["a"],"device":"d"},"text":"x""#), C::BadDevice),
+        (with(r#""text":"x""#), C::NoAudience),
+        (with(r#""to":{"device":"d","users":[]},"text":"x""#), C::NoAudience),
+        (with(r#""to":{"user":"a","users":["b"]},"text":"x""#), C::TwoAudiences),
+        (with(r#""to":{"users":["a","b","c","d"]},"text":"x""#), C::TooManyUsers),
+        (
+            with(&format!(r#""to":{{"users":["a","b"]}},"text":"{}""#, "x".repeat(80))),
+            C::FanoutTooLarge,
+        ),
+        (with(to), C::NoBody),
+        (with(&format!(r#"{to},"text":"x","data":"eA==""#)), C::TwoBodies),
+        (with(&format!(r#"{to},"data":"@@""#)), C::BadBase64),
+        (with(&format!(r#"{to},"json":{deep}"#)), C::TooDeep),
+        (with(&format!(r#"{to},"text":"{long}""#)), C::PayloadTooLarge),
+        (with(&format!(r#"{to},"text":"x","ttlSeconds":-1"#)), C::NegativeTtl),
+        (with(&format!(r#"{to},"text":"x","ttlSeconds":1e18"#)), C::TtlTooLong),
+        (with(&format!(r#"{to},"text":"x","collapseKey":"{long}""#)), C::BadCollapseKey),
+        (with(&format!(r#"{to},"text":"x","receipts":["read"]"#)), C::UnknownReceipt),
+        (with(&format!(r#"{to},"text":"x","receipts":[7]"#)), C::UnknownReceipt),
+    ];
+    for (json, expected) in cases {
+        assert_eq!(code(&json), expected, "{json}");
+    }
+    let decode = |value: &'static [u8]| decode_push(&Bytes::from_static(value), None, &limits());
+    assert_eq!(decode(b"").unwrap_err().code, C::EmptyRecord);
+    assert_eq!(decode(b"\x0a\xff").unwrap_err().code, C::BadProtobuf);
+    let bad_body = PushRecord { body: Some(Body::Json("{]".into())), ..least() };
+    assert_eq!(protobuf(&bad_body).unwrap_err().code, C::BadJsonBody);
+}
+
+#[test]
+fn a_refusal_names_the_record_as_far_as_it_can_be_read() {
+    let refusal =
+        decode(r#"{"text":"x","nonsense":1,"id":"order-7","app":"demo","to":{"user":"alice"}}"#)
+            .unwrap_err();
+    assert_eq!(refusal.to_string(), "unknown_field: there is no field `nonsense`");
+    assert_eq!((&*refusal.id, &*refusal.app, &*refusal.user), ("order-7", "demo", "alice"));
+}
+
+#[test]
+fn words_are_unique() {
+    let words: HashSet<&str> = RefusalCode::ALL.iter().map(|code| code.as_str()).collect();
+    assert_eq!(words.len(), RefusalCode::ALL.len());
+}
+
+#[test]
+fn receipts_come_back_from_either_format() {
+    let receipt = crate::v1::Receipt {
+        kind: ReceiptKind::Acked as i32,
+        id: "order-7".into(),
+        app: "demo".into(),
+        user: "alice".into(),
+        device: "phone".into(),
+        seq: 5,
+        at_ms: 9,
+        ..Default::default()
+    };
+    let json = encode_receipt(&receipt, Format::Json);
+    let text = r#"{"kind":"acked","id":"order-7","app":"demo","user":"alice","device":"phone","seq":5,"atMs":9}"#;
+    assert_eq!(json, text);
+    assert_eq!(decode_receipt(&json).unwrap(), receipt);
+    assert_eq!(decode_receipt(&encode_receipt(&receipt, Format::Protobuf)).unwrap(), receipt);
+}
+
+fn json_like() -> impl Strategy<Value = String> {
+    let word = prop::sample::select(vec![
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"id\"",
+        "\"to\"",
+        "\"user\"",
+        "\"users\"",
+        "\"json\"",
+        "\"data\"",
+        "\"receipts\"",
+        "\"ttlSeconds\"",
+        "1e999",
+        "-1",
+        "null",
+        "true",
+        "\"\\ud800\"",
+        "\"a\"",
+        "\\",
+        "\"",
+    ]);
+    prop::collection::vec(word, 0..40).prop_map(|words| format!("{{{}", words.concat()))
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic(value in prop::collection::vec(any::<u8>(), 0..300)) {
+        let value = Bytes::from(value);
+        for header in [None, Some(&b"application/json"[..]), Some(&b"application/x-protobuf"[..])] {
+            let _ = decode_push(&value, header, &limits());
+        }
+        let _ = decode_receipt(&value);
+    }
+
+    #[test]
+    fn no_json_panics(value in json_like()) {
+        let _ = decode(&value);
+    }
+
+    #[test]
+    fn what_protobuf_carries_is_checked_and_kept(id in "\\PC{1,20}", user in "\\PC{1,20}", text in "\\PC{0,20}", ttl in 0i64..1000) {
+        let record = PushRecord {
+            id: id.clone(),
+            to: Some(crate::v1::Audience { user: user.clone(), ..Default::default() }),
+            body: Some(Body::Text(text.clone())),
+            ttl_seconds: ttl,
+            ..least()
+        };
+        let push = protobuf(&record).unwrap();
+        prop_assert_eq!(push.id.as_str(), id);
+        prop_assert_eq!(push.audience.users()[0].as_str(), user);
+        prop_assert_eq!(&*push.payload, text.as_bytes());
+        prop_assert_eq!(push.ttl_ms, ttl as u64 * 1000);
+    }
+}
