@@ -2,6 +2,7 @@
 //! and the conversions between them and `barid-core`. No other crate knows a byte of it.
 
 pub mod envelope;
+pub mod frames;
 pub mod record;
 
 /// Generated from `proto/barid/v1/{envelope,record,frames}.proto`.

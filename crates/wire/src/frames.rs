@@ -1,0 +1,224 @@
+//! What a device and an access node say to each other, in both encodings and both directions.
+//!
+//! A node writes messages straight from their envelopes ([`encode_deliver`]): the payload is copied
+//! once, into the frame.
+
+mod json;
+mod proto;
+
+use barid_core::limits::WIRE_NUMBER_MAX;
+use bytes::Bytes;
+
+use crate::envelope::{self, Envelope, EnvelopeError};
+pub use crate::v1::client_frame::Kind as ClientFrame;
+use crate::v1::{BodyKind, Error, GoAway, Message, Ping, Skip, Welcome, message};
+
+/// A body longer than this is taken for a broken one rather than unpacked.
+pub const BODY_BYTES_MAX: u32 = 16 << 20;
+
+/// How frames are encoded: agreed on by WebSocket subprotocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// `barid.v1.proto`: one protobuf message a binary WebSocket message.
+    Proto,
+    /// `barid.v1.json`: one JSON object a text WebSocket message, its one key the kind.
+    Json,
+}
+
+impl Encoding {
+    /// Its WebSocket subprotocol.
+    pub fn subprotocol(self) -> &'static str {
+        match self {
+            Self::Proto => "barid.v1.proto",
+            Self::Json => "barid.v1.json",
+        }
+    }
+
+    /// The encoding of a subprotocol; `None` for others' subprotocols.
+    pub fn from_subprotocol(name: &str) -> Option<Self> {
+        [Self::Proto, Self::Json].into_iter().find(|encoding| encoding.subprotocol() == name)
+    }
+}
+
+/// What a node says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ServerFrame {
+    /// Messages of one mailbox, in order and contiguous.
+    Deliver(Deliver),
+    /// Answers Hello, or replaces the positions of a running session.
+    Welcome(Welcome),
+    /// Positions without a message.
+    Skip(Skip),
+    /// The node will close soon.
+    GoAway(GoAway),
+    /// What was wrong.
+    Error(Error),
+    /// Answer with Pong.
+    Ping(Ping),
+    /// A kind that only a newer version knows: ignore it.
+    Unknown,
+}
+
+/// Messages of one mailbox.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Deliver {
+    /// Whose; empty: the user's own.
+    pub mailbox: String,
+    /// How often the device's cursor was reset.
+    pub generation: u32,
+    /// In order and contiguous.
+    pub messages: Vec<Message>,
+}
+
+/// What an application reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Body {
+    /// Text.
+    Text(String),
+    /// One JSON value, as text.
+    Json(String),
+    /// Any bytes.
+    Data(Bytes),
+}
+
+/// Bytes that are no frame, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Not protobuf, or not of this message.
+    #[error("not a protobuf frame: {0}")]
+    Proto(String),
+    /// Not JSON, or not of this shape.
+    #[error("not a JSON frame: {0}")]
+    Json(String),
+    /// No kind that this version knows.
+    #[error("the frame is of no known kind; hello, ack, refresh and pong are")]
+    Kind,
+    /// A number that JSON readers would round.
+    #[error("{0} is not below 2^53")]
+    Number(&'static str),
+    /// A message without a body.
+    #[error("message {0} has no body")]
+    NoBody(u64),
+    /// A compressed body that does not unpack within the bound.
+    #[error("the body of message {0} does not unpack: {1}")]
+    Unpack(u64, String),
+}
+
+/// Reads a device's frame. Both encodings take whatever a client may reasonably leave out.
+///
+/// # Errors
+/// [`FrameError`], in words that help who wrote the client.
+pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<ClientFrame, FrameError> {
+    let frame = match encoding {
+        Encoding::Proto => proto::decode_client(bytes)?,
+        Encoding::Json => json::decode_client(bytes)?,
+    };
+    check_numbers(&frame)?;
+    Ok(frame)
+}
+
+fn check_numbers(frame: &ClientFrame) -> Result<(), FrameError> {
+    let check = |name, number| match number {
+        0..=WIRE_NUMBER_MAX => Ok(()),
+        _ => Err(FrameError::Number(name)),
+    };
+    match frame {
+        ClientFrame::Hello(hello) => {
+            check("hello.attempt", hello.attempt)?;
+            for position in &hello.positions {
+                check("hello.positions.epoch", position.epoch)?;
+                check("hello.positions.seq", position.seq)?;
+            }
+            Ok(())
+        }
+        ClientFrame::Ack(ack) => check("ack.seq", ack.seq),
+        ClientFrame::Refresh(_) | ClientFrame::Pong(_) => Ok(()),
+    }
+}
+
+/// Writes a device's frame.
+pub fn encode_client(encoding: Encoding, frame: &ClientFrame) -> Bytes {
+    match encoding {
+        Encoding::Proto => proto::encode_client(frame),
+        Encoding::Json => json::encode_client(frame),
+    }
+}
+
+/// Reads a node's frame. Fields and kinds of a newer version are passed over.
+///
+/// # Errors
+/// [`FrameError`].
+pub fn decode_server(encoding: Encoding, bytes: Bytes) -> Result<ServerFrame, FrameError> {
+    match encoding {
+        Encoding::Proto => proto::decode_server(bytes),
+        Encoding::Json => json::decode_server(&bytes),
+    }
+}
+
+/// Writes a node's frame. ([`ServerFrame::Unknown`] is an empty frame.)
+///
+/// # Errors
+/// A JSON message whose body is none, or is compressed and broken.
+pub fn encode_server(encoding: Encoding, frame: &ServerFrame) -> Result<Bytes, FrameError> {
+    match encoding {
+        Encoding::Proto => Ok(proto::encode_server(frame)),
+        Encoding::Json => json::encode_server(frame),
+    }
+}
+
+/// Writes entries of the user's own mailbox into one Deliver frame. Compressed bodies stay so for
+/// devices that `accept_zstd` in protobuf; JSON never carries them.
+///
+/// # Errors
+/// The payload of an entry is broken, with the entry's index; nothing of the frame is usable.
+pub fn encode_deliver<'a>(
+    encoding: Encoding,
+    generation: u32,
+    entries: impl IntoIterator<Item = &'a Envelope>,
+    accept_zstd: bool,
+) -> Result<Bytes, (usize, EnvelopeError)> {
+    match encoding {
+        Encoding::Proto => proto::encode_deliver(generation, entries, accept_zstd),
+        Encoding::Json => json::encode_deliver(generation, entries),
+    }
+}
+
+/// A message's body, unpacked.
+///
+/// # Errors
+/// It has none, or does not unpack to at most `bytes_max` bytes.
+pub fn body(message: Message, bytes_max: usize) -> Result<Body, FrameError> {
+    use message::Body as Wire;
+    let seq = message.seq;
+    let unpack = |packed: &[u8]| {
+        zstd::bulk::decompress(packed, bytes_max)
+            .map_err(|error| FrameError::Unpack(seq, error.to_string()))
+    };
+    let text = |raw: Vec<u8>| {
+        String::from_utf8(raw).map_err(|error| FrameError::Unpack(seq, error.to_string()))
+    };
+    Ok(match message.body.ok_or(FrameError::NoBody(seq))? {
+        Wire::Text(value) => Body::Text(value),
+        Wire::Json(value) => Body::Json(value),
+        Wire::Data(value) => Body::Data(value),
+        Wire::ZstdText(packed) => Body::Text(text(unpack(&packed)?)?),
+        Wire::ZstdJson(packed) => Body::Json(text(unpack(&packed)?)?),
+        Wire::ZstdData(packed) => Body::Data(unpack(&packed)?.into()),
+    })
+}
+
+/// An entry's payload as it goes into a frame, known to be what its kind promises.
+fn checked_payload(entry: &Envelope) -> Result<std::borrow::Cow<'_, [u8]>, EnvelopeError> {
+    let broken = |why: String| EnvelopeError::Payload(why);
+    if entry.raw_bytes > BODY_BYTES_MAX {
+        return Err(broken(format!("{} bytes are more than {BODY_BYTES_MAX}", entry.raw_bytes)));
+    }
+    let payload = envelope::payload(entry)?;
+    if entry.kind() != BodyKind::Data {
+        std::str::from_utf8(&payload).map_err(|error| broken(error.to_string()))?;
+    }
+    Ok(payload)
+}
+
+#[cfg(test)]
+mod tests;

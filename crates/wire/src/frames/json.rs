@@ -1,0 +1,540 @@
+//! Frames as JSON: `{"ack":{"seq":5}}`. Input is taken as a person would write it: numbers plain or
+//! quoted, keys in camelCase or snake_case, null for absent, base64 of either alphabet.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+
+use base64::Engine as _;
+use base64::alphabet;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
+use base64::engine::{DecodePaddingMode, general_purpose};
+use bytes::Bytes;
+use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{Body, ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
+use crate::envelope::{Envelope, EnvelopeError};
+use crate::v1::{self, BodyKind, SkipReason, message};
+
+pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
+    let frame: Client = parse(bytes)?;
+    Ok(match frame {
+        Client::Hello(hello) => ClientFrame::Hello(hello.into()),
+        Client::Ack(ack) => ClientFrame::Ack(v1::Ack {
+            mailbox: ack.mailbox.unwrap_or_default(),
+            generation: ack.generation,
+            seq: ack.seq,
+        }),
+        Client::Refresh(refresh) => ClientFrame::Refresh(v1::Refresh { token: refresh.token }),
+        Client::Pong(_) => ClientFrame::Pong(v1::Pong {}),
+    })
+}
+
+pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
+    to_bytes(&match frame.clone() {
+        ClientFrame::Hello(hello) => Client::Hello(hello.into()),
+        ClientFrame::Ack(ack) => Client::Ack(Ack {
+            mailbox: some(ack.mailbox),
+            generation: ack.generation,
+            seq: ack.seq,
+        }),
+        ClientFrame::Refresh(refresh) => Client::Refresh(Refresh { token: refresh.token }),
+        ClientFrame::Pong(_) => Client::Pong(Empty {}),
+    })
+}
+
+/// Unlike a device's frames, a node's may have kinds and fields of a newer version.
+pub(super) fn decode_server(bytes: &[u8]) -> Result<ServerFrame, FrameError> {
+    let kinds: BTreeMap<Cow<'_, str>, &RawValue> = parse(bytes)?;
+    let mut kinds = kinds.into_iter();
+    let (Some((kind, value)), None) = (kinds.next(), kinds.next()) else {
+        return Err(FrameError::Json("an object with one key, the kind, is expected".into()));
+    };
+    let value = value.get().as_bytes();
+    Ok(match &*kind {
+        "deliver" => ServerFrame::Deliver(parse::<DeliverIn>(value)?.try_into()?),
+        "welcome" => ServerFrame::Welcome(parse::<Welcome>(value)?.into()),
+        "skip" => ServerFrame::Skip(parse::<Skip>(value)?.into()),
+        "goAway" | "go_away" => ServerFrame::GoAway(parse::<GoAway>(value)?.into()),
+        "error" => ServerFrame::Error(parse::<ErrorText>(value)?.into()),
+        "ping" => ServerFrame::Ping(v1::Ping {}),
+        _ => ServerFrame::Unknown,
+    })
+}
+
+pub(super) fn encode_server(frame: &ServerFrame) -> Result<Bytes, FrameError> {
+    Ok(match frame.clone() {
+        ServerFrame::Deliver(deliver) => return encode_messages(deliver),
+        ServerFrame::Welcome(welcome) => to_bytes(&Server::Welcome(welcome.into())),
+        ServerFrame::Skip(skip) => to_bytes(&Server::Skip(skip.into())),
+        ServerFrame::GoAway(go_away) => to_bytes(&Server::GoAway(GoAway {
+            why: go_away.why,
+            reconnect_after_ms: go_away.reconnect_after_ms,
+        })),
+        ServerFrame::Error(error) => {
+            to_bytes(&Server::Error(ErrorText { code: error.code, text: error.text }))
+        }
+        ServerFrame::Ping(_) => to_bytes(&Server::Ping(Empty {})),
+        ServerFrame::Unknown => Bytes::from_static(b"{}"),
+    })
+}
+
+pub(super) fn encode_deliver<'a>(
+    generation: u32,
+    entries: impl IntoIterator<Item = &'a Envelope>,
+) -> Result<Bytes, (usize, EnvelopeError)> {
+    let mut out = b"{\"deliver\":{\"messages\":[".to_vec();
+    for (index, entry) in entries.into_iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        let payload = checked_payload(entry).map_err(|error| (index, error))?;
+        put_message(&mut out, entry.seq, &entry.id, entry.kind(), &payload)
+            .map_err(|why| (index, EnvelopeError::Payload(why)))?;
+    }
+    Ok(close_deliver(out, "", generation))
+}
+
+fn encode_messages(deliver: Deliver) -> Result<Bytes, FrameError> {
+    let mut out = b"{\"deliver\":{\"messages\":[".to_vec();
+    for (index, message) in deliver.messages.into_iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        let (seq, id) = (message.seq, message.id.clone());
+        let body = super::body(message, super::BODY_BYTES_MAX as usize)?;
+        let (kind, payload) = match &body {
+            Body::Text(text) => (BodyKind::Text, text.as_bytes()),
+            Body::Json(json) => (BodyKind::Json, json.as_bytes()),
+            Body::Data(data) => (BodyKind::Data, &data[..]),
+        };
+        put_message(&mut out, seq, &id, kind, payload).map_err(FrameError::Json)?;
+    }
+    Ok(close_deliver(out, &deliver.mailbox, deliver.generation))
+}
+
+fn put_message(
+    out: &mut Vec<u8>,
+    seq: u64,
+    id: &str,
+    kind: BodyKind,
+    payload: &[u8],
+) -> Result<(), String> {
+    out.reserve(payload.len() + id.len() + 48);
+    out.extend_from_slice(format!("{{\"seq\":{seq},\"id\":").as_bytes());
+    put_text(out, id);
+    match kind {
+        BodyKind::Text => {
+            let text = std::str::from_utf8(payload).map_err(|error| error.to_string())?;
+            out.extend_from_slice(b",\"text\":");
+            put_text(out, text);
+        }
+        BodyKind::Json => {
+            // A value that is none would break the whole frame, and the session with it.
+            serde_json::from_slice::<&RawValue>(payload).map_err(|error| error.to_string())?;
+            out.extend_from_slice(b",\"json\":");
+            out.extend_from_slice(payload);
+        }
+        BodyKind::Data => {
+            out.extend_from_slice(b",\"data\":\"");
+            out.extend_from_slice(STANDARD.encode(payload).as_bytes());
+            out.push(b'"');
+        }
+    }
+    out.push(b'}');
+    Ok(())
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("text is JSON, and a Vec takes it");
+}
+
+fn close_deliver(mut out: Vec<u8>, mailbox: &str, generation: u32) -> Bytes {
+    out.push(b']');
+    if !mailbox.is_empty() {
+        out.extend_from_slice(b",\"mailbox\":");
+        put_text(&mut out, mailbox);
+    }
+    if generation != 0 {
+        out.extend_from_slice(format!(",\"generation\":{generation}").as_bytes());
+    }
+    out.extend_from_slice(b"}}");
+    out.into()
+}
+
+fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, FrameError> {
+    serde_json::from_slice(bytes).map_err(|error| FrameError::Json(error.to_string()))
+}
+
+fn to_bytes<T: Serialize>(frame: &T) -> Bytes {
+    serde_json::to_vec(frame).expect("frames hold nothing that JSON cannot").into()
+}
+
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Client {
+    Hello(Hello),
+    Ack(Ack),
+    Refresh(Refresh),
+    Pong(Empty),
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+enum Server {
+    Welcome(Welcome),
+    Skip(Skip),
+    GoAway(GoAway),
+    Error(ErrorText),
+    Ping(Empty),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Empty {}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[derive(Default)]
+struct Hello {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    platform: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sdk: Option<String>,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    attempt: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    positions: Option<Vec<Position>>,
+    #[serde(alias = "accepts_zstd", skip_serializing_if = "Option::is_none")]
+    accepts_zstd: Option<bool>,
+    #[serde(alias = "visible_pings", skip_serializing_if = "Option::is_none")]
+    visible_pings: Option<bool>,
+}
+
+/// Also of Welcome, so unknown fields are passed over.
+#[derive(Serialize, Deserialize, Default)]
+#[serde(default)]
+struct Position {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mailbox: Option<String>,
+    #[serde(deserialize_with = "number")]
+    epoch: u64,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    generation: u32,
+    #[serde(deserialize_with = "number")]
+    seq: u64,
+    #[serde(deserialize_with = "optional", skip_serializing_if = "Option::is_none")]
+    chain: Option<u32>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ack {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mailbox: Option<String>,
+    #[serde(default, deserialize_with = "optional", skip_serializing_if = "Option::is_none")]
+    generation: Option<u32>,
+    #[serde(deserialize_with = "number")]
+    seq: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Refresh {
+    token: String,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct Welcome {
+    session: String,
+    #[serde(alias = "ping_interval_ms", deserialize_with = "number")]
+    ping_interval_ms: u32,
+    #[serde(alias = "max_frame_bytes", deserialize_with = "number")]
+    max_frame_bytes: u32,
+    #[serde(alias = "max_unacked", deserialize_with = "number")]
+    max_unacked: u32,
+    positions: Vec<Position>,
+    #[serde(alias = "server_time_ms", deserialize_with = "number")]
+    server_time_ms: u64,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+#[serde(default)]
+struct Skip {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mailbox: Option<String>,
+    #[serde(deserialize_with = "number")]
+    to: u64,
+    why: String,
+    #[serde(deserialize_with = "number")]
+    chain: u32,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    generation: u32,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct GoAway {
+    why: String,
+    #[serde(alias = "reconnect_after_ms", deserialize_with = "number")]
+    reconnect_after_ms: u32,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+#[serde(default)]
+struct ErrorText {
+    #[serde(deserialize_with = "number")]
+    code: u32,
+    text: String,
+}
+
+#[derive(Deserialize)]
+struct DeliverIn {
+    #[serde(default)]
+    mailbox: Option<String>,
+    #[serde(default, deserialize_with = "number")]
+    generation: u32,
+    messages: Vec<MessageIn>,
+}
+
+#[derive(Deserialize)]
+struct MessageIn {
+    #[serde(deserialize_with = "number")]
+    seq: u64,
+    id: String,
+    text: Option<String>,
+    #[serde(default, deserialize_with = "present")]
+    json: Option<Box<RawValue>>,
+    data: Option<String>,
+}
+
+impl From<Hello> for v1::Hello {
+    fn from(hello: Hello) -> Self {
+        Self {
+            device: hello.device.unwrap_or_default(),
+            platform: hello.platform.unwrap_or_default(),
+            sdk: hello.sdk.unwrap_or_default(),
+            attempt: hello.attempt,
+            positions: hello.positions.into_iter().flatten().map(Into::into).collect(),
+            accepts_zstd: hello.accepts_zstd.unwrap_or_default(),
+            visible_pings: hello.visible_pings.unwrap_or_default(),
+        }
+    }
+}
+
+impl From<v1::Hello> for Hello {
+    fn from(hello: v1::Hello) -> Self {
+        let positions: Vec<_> = hello.positions.into_iter().map(Into::into).collect();
+        Self {
+            device: some(hello.device),
+            platform: some(hello.platform),
+            sdk: some(hello.sdk),
+            attempt: hello.attempt,
+            positions: (!positions.is_empty()).then_some(positions),
+            accepts_zstd: hello.accepts_zstd.then_some(true),
+            visible_pings: hello.visible_pings.then_some(true),
+        }
+    }
+}
+
+impl From<Position> for v1::Position {
+    fn from(position: Position) -> Self {
+        Self {
+            mailbox: position.mailbox.unwrap_or_default(),
+            epoch: position.epoch,
+            generation: position.generation,
+            seq: position.seq,
+            chain: position.chain,
+        }
+    }
+}
+
+impl From<v1::Position> for Position {
+    fn from(position: v1::Position) -> Self {
+        Self {
+            mailbox: some(position.mailbox),
+            epoch: position.epoch,
+            generation: position.generation,
+            seq: position.seq,
+            chain: position.chain,
+        }
+    }
+}
+
+impl From<Welcome> for v1::Welcome {
+    fn from(welcome: Welcome) -> Self {
+        Self {
+            session: welcome.session,
+            ping_interval_ms: welcome.ping_interval_ms,
+            max_frame_bytes: welcome.max_frame_bytes,
+            max_unacked: welcome.max_unacked,
+            positions: welcome.positions.into_iter().map(Into::into).collect(),
+            server_time_ms: welcome.server_time_ms,
+        }
+    }
+}
+
+impl From<v1::Welcome> for Welcome {
+    fn from(welcome: v1::Welcome) -> Self {
+        Self {
+            session: welcome.session,
+            ping_interval_ms: welcome.ping_interval_ms,
+            max_frame_bytes: welcome.max_frame_bytes,
+            max_unacked: welcome.max_unacked,
+            positions: welcome.positions.into_iter().map(Into::into).collect(),
+            server_time_ms: welcome.server_time_ms,
+        }
+    }
+}
+
+impl From<Skip> for v1::Skip {
+    fn from(skip: Skip) -> Self {
+        Self {
+            mailbox: skip.mailbox.unwrap_or_default(),
+            to: skip.to,
+            why: skip_reason(&skip.why).into(),
+            chain: skip.chain,
+            generation: skip.generation,
+        }
+    }
+}
+
+impl From<v1::Skip> for Skip {
+    fn from(skip: v1::Skip) -> Self {
+        Self {
+            why: skip_word(skip.why()).into(),
+            mailbox: some(skip.mailbox),
+            to: skip.to,
+            chain: skip.chain,
+            generation: skip.generation,
+        }
+    }
+}
+
+impl From<GoAway> for v1::GoAway {
+    fn from(go_away: GoAway) -> Self {
+        Self { why: go_away.why, reconnect_after_ms: go_away.reconnect_after_ms }
+    }
+}
+
+impl From<ErrorText> for v1::Error {
+    fn from(error: ErrorText) -> Self {
+        Self { code: error.code, text: error.text }
+    }
+}
+
+impl TryFrom<DeliverIn> for Deliver {
+    type Error = FrameError;
+
+    fn try_from(deliver: DeliverIn) -> Result<Self, FrameError> {
+        Ok(Self {
+            mailbox: deliver.mailbox.unwrap_or_default(),
+            generation: deliver.generation,
+            messages: deliver.messages.into_iter().map(message).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+fn message(message: MessageIn) -> Result<v1::Message, FrameError> {
+    let bad = |why: String| FrameError::Json(format!("data of message {}: {why}", message.seq));
+    let body = match (message.text, message.json, message.data) {
+        (Some(text), None, None) => message::Body::Text(text),
+        (None, Some(json), None) => message::Body::Json(String::from(Box::<str>::from(json))),
+        (None, None, Some(data)) => {
+            message::Body::Data(from_base64(&data).map_err(|e| bad(e.to_string()))?.into())
+        }
+        _ => return Err(FrameError::NoBody(message.seq)),
+    };
+    Ok(v1::Message { seq: message.seq, id: message.id, body: Some(body) })
+}
+
+fn skip_word(why: SkipReason) -> &'static str {
+    match why {
+        SkipReason::Unspecified => "unspecified",
+        SkipReason::Expired => "expired",
+        SkipReason::Evicted => "evicted",
+        SkipReason::OtherDevice => "otherDevice",
+        SkipReason::Collapsed => "collapsed",
+        SkipReason::Recalled => "recalled",
+    }
+}
+
+fn skip_reason(word: &str) -> SkipReason {
+    match word {
+        "expired" => SkipReason::Expired,
+        "evicted" => SkipReason::Evicted,
+        "otherDevice" | "other_device" => SkipReason::OtherDevice,
+        "collapsed" => SkipReason::Collapsed,
+        "recalled" => SkipReason::Recalled,
+        _ => SkipReason::Unspecified,
+    }
+}
+
+fn from_base64(text: &str) -> Result<Vec<u8>, base64::DecodeError> {
+    const LENIENT: GeneralPurposeConfig = general_purpose::GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let alphabet = if text.contains(['-', '_']) { alphabet::URL_SAFE } else { alphabet::STANDARD };
+    GeneralPurpose::new(&alphabet, LENIENT).decode(text)
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// A field that is there, even as `null`: JSON null is a body like any other.
+fn present<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
+}
+
+fn number<'de, D: Deserializer<'de>, T: TryFrom<u64> + Default>(from: D) -> Result<T, D::Error> {
+    Ok(optional(from)?.unwrap_or_default())
+}
+
+/// A whole number, plain or quoted; null is none.
+fn optional<'de, D: Deserializer<'de>, T: TryFrom<u64>>(from: D) -> Result<Option<T>, D::Error> {
+    struct Number<T>(PhantomData<T>);
+
+    impl<T: TryFrom<u64>> Visitor<'_> for Number<T> {
+        type Value = Option<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a whole number, plain or quoted")
+        }
+
+        fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
+            let out_of_range = || E::invalid_value(de::Unexpected::Unsigned(value), &self);
+            T::try_from(value).ok().map(Some).ok_or_else(out_of_range)
+        }
+
+        fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
+            // Exact: a float that is whole and below 2^53 converts without loss.
+            if value.fract() == 0.0 && (0.0..9_007_199_254_740_992.0).contains(&value) {
+                return self.visit_u64(value as u64);
+            }
+            Err(E::invalid_value(de::Unexpected::Float(value), &self))
+        }
+
+        fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
+            match value.parse() {
+                Ok(value) => self.visit_u64(value),
+                Err(_) => Err(E::invalid_value(de::Unexpected::Str(value), &self)),
+            }
+        }
+
+        fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+    }
+
+    from.deserialize_any(Number(PhantomData))
+}

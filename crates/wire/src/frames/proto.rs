@@ -1,0 +1,112 @@
+//! Frames as protobuf.
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use prost::Message as _;
+use prost::encoding::{encode_varint, encoded_len_varint};
+
+use super::{ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
+use crate::envelope::{Envelope, EnvelopeError};
+use crate::v1::server_frame::Control;
+use crate::v1::{self, BodyKind};
+
+pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
+    let frame = v1::ClientFrame::decode(bytes).map_err(|e| FrameError::Proto(e.to_string()))?;
+    frame.kind.ok_or(FrameError::Kind)
+}
+
+pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
+    let mut out = BytesMut::with_capacity(frame.encoded_len());
+    frame.encode(&mut out);
+    out.freeze()
+}
+
+pub(super) fn decode_server(bytes: Bytes) -> Result<ServerFrame, FrameError> {
+    let frame = v1::ServerFrame::decode(bytes).map_err(|e| FrameError::Proto(e.to_string()))?;
+    if !frame.deliver.is_empty() {
+        return Ok(ServerFrame::Deliver(Deliver {
+            mailbox: frame.mailbox,
+            generation: frame.generation,
+            messages: frame.deliver,
+        }));
+    }
+    Ok(match frame.control {
+        Some(Control::Welcome(welcome)) => ServerFrame::Welcome(welcome),
+        Some(Control::Skip(skip)) => ServerFrame::Skip(skip),
+        Some(Control::GoAway(go_away)) => ServerFrame::GoAway(go_away),
+        Some(Control::Error(error)) => ServerFrame::Error(error),
+        Some(Control::Ping(ping)) => ServerFrame::Ping(ping),
+        None => ServerFrame::Unknown,
+    })
+}
+
+pub(super) fn encode_server(frame: &ServerFrame) -> Bytes {
+    let control = |control| v1::ServerFrame { control: Some(control), ..Default::default() };
+    let frame = match frame.clone() {
+        ServerFrame::Deliver(Deliver { mailbox, generation, messages }) => {
+            v1::ServerFrame { deliver: messages, mailbox, generation, control: None }
+        }
+        ServerFrame::Welcome(welcome) => control(Control::Welcome(welcome)),
+        ServerFrame::Skip(skip) => control(Control::Skip(skip)),
+        ServerFrame::GoAway(go_away) => control(Control::GoAway(go_away)),
+        ServerFrame::Error(error) => control(Control::Error(error)),
+        ServerFrame::Ping(ping) => control(Control::Ping(ping)),
+        ServerFrame::Unknown => v1::ServerFrame::default(),
+    };
+    frame.encode_to_vec().into()
+}
+
+// Tags (field number << 3 | wire type) of what is written by hand.
+const FRAME_DELIVER: u8 = 1 << 3 | 2;
+const FRAME_GENERATION: u8 = 3 << 3;
+const MESSAGE_SEQ: u8 = 1 << 3;
+const MESSAGE_ID: u8 = 2 << 3 | 2;
+
+pub(super) fn encode_deliver<'a>(
+    generation: u32,
+    entries: impl IntoIterator<Item = &'a Envelope>,
+    accept_zstd: bool,
+) -> Result<Bytes, (usize, EnvelopeError)> {
+    let mut out = BytesMut::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        put_message(&mut out, entry, accept_zstd).map_err(|error| (index, error))?;
+    }
+    if generation != 0 {
+        out.reserve(6);
+        out.put_u8(FRAME_GENERATION);
+        encode_varint(u64::from(generation), &mut out);
+    }
+    Ok(out.freeze())
+}
+
+fn put_message(
+    out: &mut BytesMut,
+    entry: &Envelope,
+    accept_zstd: bool,
+) -> Result<(), EnvelopeError> {
+    let packed = accept_zstd && entry.raw_bytes != 0;
+    let body = if packed { (&entry.payload[..]).into() } else { checked_payload(entry)? };
+    let id = entry.id.as_bytes();
+    let length = |bytes: &[u8]| 1 + encoded_len_varint(bytes.len() as u64) + bytes.len();
+    let message = 1 + encoded_len_varint(entry.seq) + length(id) + length(&body);
+    out.reserve(6 + message);
+    out.put_u8(FRAME_DELIVER);
+    encode_varint(message as u64, out);
+    out.put_u8(MESSAGE_SEQ);
+    encode_varint(entry.seq, out);
+    out.put_u8(MESSAGE_ID);
+    encode_varint(id.len() as u64, out);
+    out.put_slice(id);
+    out.put_u8(body_tag(entry.kind(), packed));
+    encode_varint(body.len() as u64, out);
+    out.put_slice(&body);
+    Ok(())
+}
+
+fn body_tag(kind: BodyKind, packed: bool) -> u8 {
+    let field = match kind {
+        BodyKind::Text => 3,
+        BodyKind::Json => 4,
+        BodyKind::Data => 5,
+    };
+    (if packed { field + 3 } else { field }) << 3 | 2
+}

@@ -1,0 +1,275 @@
+use barid_core::{Chain, Epoch, Seq};
+use proptest::prelude::*;
+
+use super::*;
+use crate::envelope::{Header, encode_body, set_payload};
+use crate::v1;
+
+const BOTH: [Encoding; 2] = [Encoding::Proto, Encoding::Json];
+
+fn json_client(text: &str) -> Result<ClientFrame, String> {
+    decode_client(Encoding::Json, text.as_bytes()).map_err(|error| error.to_string())
+}
+
+fn entry(seq: u64, kind: BodyKind, payload: Vec<u8>, min_bytes: usize) -> Envelope {
+    let mut entry = Envelope { seq, id: format!("order-{seq}"), ..Default::default() };
+    entry.set_kind(kind);
+    set_payload(&mut entry, payload.into(), min_bytes, 3);
+    entry
+}
+
+#[test]
+fn what_a_stranger_types_is_understood() {
+    let hello = json_client(r#"{"hello":{"device":"phone"}}"#).unwrap();
+    assert_eq!(
+        hello,
+        ClientFrame::Hello(v1::Hello { device: "phone".into(), ..Default::default() })
+    );
+    let ack = ClientFrame::Ack(v1::Ack { seq: 5, ..Default::default() });
+    assert_eq!(json_client(r#"{"ack":{"seq":5}}"#).unwrap(), ack);
+    assert_eq!(json_client(r#"{"ack":{"seq":"5","generation":null}}"#).unwrap(), ack);
+    assert_eq!(json_client(r#"{"ack":{"seq":5.0}}"#).unwrap(), ack);
+    assert_eq!(json_client(r#"{"pong":{}}"#).unwrap(), ClientFrame::Pong(v1::Pong {}));
+    let snake = json_client(
+        r#"{"hello":{"visible_pings":true,"attempt":"7","positions":[{"epoch":1,"seq":2,"chain":"3"}]}}"#,
+    );
+    let ClientFrame::Hello(hello) = snake.unwrap() else { panic!("not a hello") };
+    assert!(hello.visible_pings && hello.attempt == 7 && hello.positions[0].chain == Some(3));
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    let error = |text| json_client(text).unwrap_err();
+    assert!(error("{").contains("EOF"));
+    assert!(error(r#"{"helo":{}}"#).contains("unknown variant `helo`, expected one of `hello`"));
+    assert!(error(r#"{"ack":{"seqq":1}}"#).contains("unknown field `seqq`"));
+    assert!(error(r#"{"ack":{}}"#).contains("missing field `seq`"));
+    assert!(error(r#"{"ack":{"seq":-1}}"#).contains("whole number"));
+    assert!(error(r#"{"ack":{"seq":1,"generation":4294967296}}"#).contains("4294967296"));
+    assert_eq!(error(r#"{"ack":{"seq":9007199254740992}}"#), "ack.seq is not below 2^53");
+    assert_eq!(decode_client(Encoding::Proto, b"").unwrap_err(), FrameError::Kind);
+}
+
+#[test]
+fn delivered_json_reads_as_designed() {
+    let entries = [
+        entry(5, BodyKind::Text, b"hello".to_vec(), 128),
+        entry(6, BodyKind::Json, br#"{"a": [1]}"#.to_vec(), 128),
+        entry(7, BodyKind::Data, vec![0xff, 0xfe], 128),
+    ];
+    let frame = encode_deliver(Encoding::Json, 0, &entries, true).unwrap();
+    assert_eq!(
+        std::str::from_utf8(&frame).unwrap(),
+        r#"{"deliver":{"messages":[{"seq":5,"id":"order-5","text":"hello"},{"seq":6,"id":"order-6","json":{"a": [1]}},{"seq":7,"id":"order-7","data":"//4="}]}}"#
+    );
+    let skip = v1::Skip { to: 9, why: SkipReason::Expired.into(), chain: 1, ..Default::default() };
+    let skip = encode_server(Encoding::Json, &ServerFrame::Skip(skip)).unwrap();
+    assert_eq!(&skip[..], br#"{"skip":{"to":9,"why":"expired","chain":1}}"#);
+    let away = v1::GoAway { why: "draining".into(), reconnect_after_ms: 7 };
+    let away = encode_server(Encoding::Json, &ServerFrame::GoAway(away)).unwrap();
+    assert_eq!(&away[..], br#"{"goAway":{"why":"draining","reconnectAfterMs":7}}"#);
+}
+
+use crate::v1::SkipReason;
+
+#[test]
+fn a_message_of_200_bytes_costs_at_most_12_over_its_id_and_body() {
+    for seq in [1, 500, 16_000, 2_000_000] {
+        let entry = entry(seq, BodyKind::Text, vec![b'x'; 200], 1000);
+        let frame = encode_deliver(Encoding::Proto, 0, [&entry], false).unwrap();
+        assert!(frame.len() <= 12 + entry.id.len() + 200, "{} bytes", frame.len());
+    }
+}
+
+#[test]
+fn compressed_bodies_reach_only_who_accepts_them() {
+    let long = entry(1, BodyKind::Text, vec![b'a'; 4000], 128);
+    assert_ne!(long.raw_bytes, 0);
+    for (encoding, accept_zstd, packed) in [
+        (Encoding::Proto, true, true),
+        (Encoding::Proto, false, false),
+        (Encoding::Json, true, false),
+    ] {
+        let frame = encode_deliver(encoding, 3, [&long], accept_zstd).unwrap();
+        assert_eq!(frame.len() < 200, packed);
+        let ServerFrame::Deliver(deliver) = decode_server(encoding, frame).unwrap() else {
+            panic!("not a delivery")
+        };
+        assert_eq!(deliver.generation, 3);
+        let got = body(deliver.messages[0].clone(), 4000).unwrap();
+        assert_eq!(got, Body::Text("a".repeat(4000)));
+    }
+}
+
+#[test]
+fn a_broken_payload_is_told_by_index_and_breaks_no_frame() {
+    let good = entry(1, BodyKind::Text, b"ok".to_vec(), 128);
+    let no_text = entry(2, BodyKind::Text, vec![0xff], 128);
+    let no_json = entry(2, BodyKind::Json, b"{".to_vec(), 128);
+    let bomb = Envelope { raw_bytes: u32::MAX, ..good.clone() };
+    for encoding in BOTH {
+        assert_eq!(encode_deliver(encoding, 0, [&good, &no_text], false).unwrap_err().0, 1);
+        assert_eq!(encode_deliver(encoding, 0, [&bomb], false).unwrap_err().0, 0);
+    }
+    assert!(encode_deliver(Encoding::Json, 0, [&no_json], false).is_err());
+}
+
+#[test]
+fn null_is_a_json_body() {
+    let entry = entry(1, BodyKind::Json, b"null".to_vec(), 128);
+    let frame = encode_deliver(Encoding::Json, 0, [&entry], false).unwrap();
+    let ServerFrame::Deliver(deliver) = decode_server(Encoding::Json, frame).unwrap() else {
+        panic!("not a delivery")
+    };
+    assert_eq!(body(deliver.messages[0].clone(), 10).unwrap(), Body::Json("null".into()));
+}
+
+#[test]
+fn what_a_newer_node_says_is_passed_over() {
+    let newer = br#"{"probe":{"x":1}}"#;
+    assert_eq!(
+        decode_server(Encoding::Json, Bytes::from_static(newer)).unwrap(),
+        ServerFrame::Unknown
+    );
+    let field = br#"{"goAway":{"why":"x","reconnectAfterMs":1,"newer":true}}"#;
+    assert!(matches!(
+        decode_server(Encoding::Json, Bytes::from_static(field)).unwrap(),
+        ServerFrame::GoAway(_)
+    ));
+}
+
+fn name() -> impl Strategy<Value = String> {
+    "\\PC{0,20}"
+}
+
+fn wire_number() -> impl Strategy<Value = u64> {
+    0..=WIRE_NUMBER_MAX
+}
+
+fn position() -> impl Strategy<Value = v1::Position> {
+    (name(), wire_number(), any::<u32>(), wire_number(), any::<Option<u32>>()).prop_map(
+        |(mailbox, epoch, generation, seq, chain)| v1::Position {
+            mailbox,
+            epoch,
+            generation,
+            seq,
+            chain,
+        },
+    )
+}
+
+fn client_frame() -> impl Strategy<Value = ClientFrame> {
+    let positions = proptest::collection::vec(position(), 0..3);
+    prop_oneof![
+        (name(), name(), wire_number(), positions, any::<(bool, bool)>()).prop_map(
+            |(device, platform, attempt, positions, (accepts_zstd, visible_pings))| {
+                ClientFrame::Hello(v1::Hello {
+                    device,
+                    sdk: platform.clone(),
+                    platform,
+                    attempt,
+                    positions,
+                    accepts_zstd,
+                    visible_pings,
+                })
+            }
+        ),
+        (name(), any::<Option<u32>>(), wire_number()).prop_map(|(mailbox, generation, seq)| {
+            ClientFrame::Ack(v1::Ack { mailbox, generation, seq })
+        }),
+        name().prop_map(|token| ClientFrame::Refresh(v1::Refresh { token })),
+        Just(ClientFrame::Pong(v1::Pong {})),
+    ]
+}
+
+fn server_frame() -> impl Strategy<Value = ServerFrame> {
+    let body = prop_oneof![
+        name().prop_map(message::Body::Text),
+        any::<i32>().prop_map(|n| message::Body::Json(format!("{{\"n\":{n}}}"))),
+        any::<Vec<u8>>().prop_map(|data| message::Body::Data(data.into())),
+    ];
+    let message = (wire_number(), name(), body).prop_map(|(seq, id, body)| Message {
+        seq,
+        id,
+        body: Some(body),
+    });
+    let positions = proptest::collection::vec(position(), 0..3);
+    prop_oneof![
+        (name(), any::<u32>(), proptest::collection::vec(message, 1..4)).prop_map(
+            |(mailbox, generation, messages)| {
+                ServerFrame::Deliver(Deliver { mailbox, generation, messages })
+            }
+        ),
+        (name(), any::<(u32, u32, u32)>(), positions, wire_number()).prop_map(
+            |(session, (ping_interval_ms, max_frame_bytes, max_unacked), positions, now)| {
+                ServerFrame::Welcome(Welcome {
+                    session,
+                    ping_interval_ms,
+                    max_frame_bytes,
+                    max_unacked,
+                    positions,
+                    server_time_ms: now,
+                })
+            }
+        ),
+        (wire_number(), 0..6, any::<(u32, u32)>()).prop_map(|(to, why, (chain, generation))| {
+            ServerFrame::Skip(Skip { mailbox: String::new(), to, why, chain, generation })
+        }),
+        (name(), any::<u32>()).prop_map(|(why, reconnect_after_ms)| ServerFrame::GoAway(GoAway {
+            why,
+            reconnect_after_ms
+        })),
+        (any::<u32>(), name()).prop_map(|(code, text)| ServerFrame::Error(Error { code, text })),
+        Just(ServerFrame::Ping(Ping {})),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn client_frames_come_back_as_they_went(frame in client_frame()) {
+        for encoding in BOTH {
+            let bytes = encode_client(encoding, &frame);
+            prop_assert_eq!(&decode_client(encoding, &bytes).unwrap(), &frame);
+        }
+    }
+
+    #[test]
+    fn server_frames_come_back_as_they_went(frame in server_frame()) {
+        for encoding in BOTH {
+            let bytes = encode_server(encoding, &frame).unwrap();
+            prop_assert_eq!(&decode_server(encoding, bytes).unwrap(), &frame);
+        }
+    }
+
+    #[test]
+    fn entries_are_written_as_the_generated_code_would(
+        seq in 1..WIRE_NUMBER_MAX, text in name(), generation in any::<u32>(), zstd in any::<bool>(),
+    ) {
+        let mut envelope = Envelope { id: "order".into(), ..Default::default() };
+        set_payload(&mut envelope, text.clone().into(), 0, 3);
+        let header = Header {
+            epoch: Epoch(1), seq: Seq(seq), prev_chain: Chain(2), chain: Chain(3), accepted_at_ms: 4,
+        };
+        let bytes = [&header.encode()[..], &encode_body(envelope)].concat();
+        let (_, entry) = crate::envelope::decode(bytes.into()).unwrap();
+        for encoding in BOTH {
+            let frame = encode_deliver(encoding, generation, [&entry], zstd).unwrap();
+            let ServerFrame::Deliver(deliver) = decode_server(encoding, frame).unwrap() else {
+                panic!("not a delivery")
+            };
+            prop_assert_eq!(deliver.generation, generation);
+            prop_assert_eq!(deliver.messages[0].seq, seq);
+            prop_assert_eq!(body(deliver.messages[0].clone(), 1000).unwrap(), Body::Text(text.clone()));
+        }
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes in any::<Vec<u8>>(), text in "[{}\\[\\]\",:a-z0-9 ]{0,60}") {
+        for encoding in BOTH {
+            let _ = decode_client(encoding, &bytes);
+            let _ = decode_server(encoding, bytes.clone().into());
+            let _ = decode_client(encoding, text.as_bytes());
+            let _ = decode_server(encoding, text.clone().into());
+        }
+    }
+}
