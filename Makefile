@@ -1,0 +1,21 @@
+# Thin names for scripts/: everything works without make as well.
+.DEFAULT_GOAL := help
+.PHONY: help run test lint fmt setup
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+run: ## Install what is missing, build, start the whole cluster and show a push
+	@scripts/run.sh
+
+test: ## Install what is missing and run every test
+	@scripts/test.sh
+
+lint: ## Check format and lints
+	@scripts/lint.sh
+
+fmt: ## Format
+	cargo fmt --all
+
+setup: ## Install what is missing for both, and do nothing else
+	@scripts/setup.sh test

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Format and lints. What is a matter of taste is decided by these programs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/setup.sh run
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+if command -v rustup >/dev/null; then
+  rustup component list --installed | grep -q '^clippy' || rustup component add clippy
+  rustup component list --installed | grep -q '^rustfmt' || rustup component add rustfmt
+fi
+cargo fmt --all --check
+cargo clippy --locked --workspace --all-targets -- -D warnings
+if command -v shellcheck >/dev/null; then
+  shellcheck scripts/*.sh .ci/run
+fi
+if command -v cargo-deny >/dev/null; then
+  cargo deny check bans licenses sources
+fi

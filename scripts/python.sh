@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Puts the Python packages of docs/examples/python/requirements.txt into target/python, a virtual
+# environment; does nothing if those of this list are there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+list=docs/examples/python/requirements.txt
+env="${CARGO_TARGET_DIR:-target}/python"
+wanted="$(cksum <"$list")"
+
+if [[ -f "$env/.complete" && "$(cat "$env/.complete")" == "$wanted" ]]; then
+  exit 0
+fi
+echo "installing $list into $env"
+rm -rf "$env"
+mkdir -p "$(dirname "$env")"
+python3 -m venv "$env"
+"$env/bin/pip" install -q --disable-pip-version-check -r "$list"
+echo "$wanted" >"$env/.complete"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs every test: unit, property, contract, end-to-end.
+# Arguments are handed on to `cargo test`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/setup.sh test
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+# The end-to-end tests start the roles' binaries, which Cargo builds for a package's own tests only.
+# --tests beside --bins: both are then built with the same features, once.
+cargo build --locked --workspace --bins --tests
+cargo test --locked --workspace "$@"
