@@ -10,6 +10,9 @@ purpose="${1:-run}"
 
 # Where rustup puts cargo; a shell that started before it was installed does not know.
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+# What Barid is developed with, so that lints say here what they said there. Any from rust-version
+# in Cargo.toml on will do and is left alone.
+rust_installed=1.95.0
 rust_needed="$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)"
 
 missing=()
@@ -80,15 +83,16 @@ install_missing() {
 
 install_rust() {
   if command -v rustup >/dev/null; then
-    echo "setup: updating Rust to at least $rust_needed with rustup"
-    rustup toolchain install stable --profile minimal --component clippy,rustfmt
-    rustup default stable
+    echo "setup: installing Rust $rust_installed with rustup"
+    rustup toolchain install "$rust_installed" --profile minimal --component clippy,rustfmt
+    rustup default "$rust_installed"
     return
   fi
-  echo "setup: no Rust from $rust_needed on here; installing it with rustup into ${CARGO_HOME:-$HOME/.cargo}"
+  echo "setup: no Rust from $rust_needed on here; installing $rust_installed with rustup into ${CARGO_HOME:-$HOME/.cargo}"
   # A cargo of Debian's may be on the PATH, too old: rustup asks about that unless told not to.
   curl --proto '=https' --tlsv1.2 -sSf https://static.rust-lang.org/rustup/rustup-init.sh |
-    RUSTUP_INIT_SKIP_PATH_CHECK=yes sh -s -- -y --profile minimal --component clippy,rustfmt
+    RUSTUP_INIT_SKIP_PATH_CHECK=yes sh -s -- -y -q --no-modify-path --profile minimal \
+      --default-toolchain "$rust_installed" --component clippy,rustfmt
 }
 
 list_missing
