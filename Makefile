@@ -1,4 +1,6 @@
 # Thin names for scripts/: everything works without make as well.
+# Where rustup puts cargo, for shells that started before it was installed.
+export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
 .PHONY: help run test lint fmt setup
 

@@ -1,0 +1,28 @@
+//! Tokens for devices, signed with the key that [`crate::Cluster`] gives its access nodes.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use serde_json::{Value, json};
+
+/// The key id of [`SECRET`].
+pub const KEY_ID: &str = "test";
+/// The shared secret that the cluster's access nodes check HS256 tokens with.
+pub const SECRET: &str = "a-secret-of-the-tests-32-bytes-long";
+
+/// A token of `user` in `app` that is good for `life`.
+pub fn token(app: &str, user: &str, life: Duration) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    sign(&json!({ "app": app, "sub": user, "exp": (now + life).as_secs() }), SECRET)
+}
+
+/// A token with these claims, signed with `secret`.
+///
+/// # Panics
+/// The claims cannot be encoded.
+pub fn sign(claims: &Value, secret: &str) -> String {
+    let mut header = Header::new(Algorithm::HS256);
+    header.kid = Some(KEY_ID.into());
+    let key = EncodingKey::from_secret(secret.as_bytes());
+    jsonwebtoken::encode(&header, claims, &key).expect("JSON claims can be signed")
+}
