@@ -1,1 +1,39 @@
-//! TODO
+//! Barid's Rust SDK: one device's connection to the cluster, kept up for as long as the program
+//! wants it.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use barid_client::{Client, Message};
+//!
+//! let client = Client::builder("ws://127.0.0.1:7080")
+//!     .device("phone")
+//!     .token(|| async { Ok("a token from your own service".into()) })
+//!     .start(|message: Message| async move {
+//!         println!("{}: {:?}", message.id, message.body);
+//!         Ok(()) // acknowledged; an error leaves it unacknowledged, and it comes again
+//!     })?;
+//! client.closed().await; // only for a reason that trying again does not mend
+//! # Ok(()) }
+//! ```
+//!
+//! What the SDK takes care of: the order of messages and that none is shown twice, resuming where
+//! the device stopped, cumulative acknowledgements, reconnecting with jitter, fresh tokens, and
+//! telling a failover (the mailbox's history forked) from an ordinary reconnect.
+
+mod client;
+mod connection;
+mod driver;
+mod event;
+mod inbox;
+mod message;
+mod reconnect;
+mod store;
+mod token;
+
+pub use client::{AckHandle, Builder, Client, Deliveries, Delivery, HandlerError, InvalidBuilder};
+pub use event::{Closed, Disconnect, Event, SkipReason};
+pub use message::{Body, Message};
+pub use store::{Checkpoint, FileStore, MemoryStore, PositionStore};
+pub use token::{Token, TokenError};
+
+pub use barid_core::{Chain, Epoch, Generation, Position, Seq};

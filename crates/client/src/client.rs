@@ -1,0 +1,385 @@
+//! The application's side: building a client, taking its messages, shutting it down.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{DeviceId, InvalidName, limits};
+use tokio::sync::{mpsc, watch};
+use tokio_tungstenite::tungstenite::http::Uri;
+use tokio_util::sync::CancellationToken;
+
+use crate::driver::{Driver, Finished};
+use crate::event::{Closed, Event};
+use crate::inbox::{Inbox, Ticket};
+use crate::message::Message;
+use crate::store::PositionStore;
+use crate::token::{Token, TokenError, TokenSource};
+
+/// Why a handler did not handle a message.
+pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A running client. Dropping it ends the connection without a last acknowledgement being waited
+/// for; [`Client::shutdown`] is the polite way.
+#[derive(Debug)]
+pub struct Client {
+    stop: CancellationToken,
+    closed: watch::Receiver<Option<Closed>>,
+}
+
+/// What a client is to be. Made by [`Client::builder`].
+pub struct Builder {
+    url: String,
+    device: Option<String>,
+    platform: String,
+    token: Option<TokenSource>,
+    store: Option<Arc<dyn PositionStore>>,
+    on_event: Arc<dyn Fn(Event) + Send + Sync>,
+    timing: Timing,
+    body_bytes_max: usize,
+}
+
+/// The durations that a client keeps to.
+#[derive(Debug, Clone)]
+pub(crate) struct Timing {
+    pub(crate) reconnect_min: Duration,
+    pub(crate) reconnect_max: Duration,
+    pub(crate) connect: Duration,
+    pub(crate) ack_delay: Duration,
+    pub(crate) shutdown: Duration,
+}
+
+/// What the driver keeps of a [`Builder`].
+pub(crate) struct Settings {
+    pub(crate) uri: Uri,
+    pub(crate) device: String,
+    pub(crate) platform: String,
+    pub(crate) token: TokenSource,
+    pub(crate) store: Option<Arc<dyn PositionStore>>,
+    pub(crate) on_event: Arc<dyn Fn(Event) + Send + Sync>,
+    pub(crate) timing: Timing,
+    pub(crate) body_bytes_max: usize,
+}
+
+/// A client that cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidBuilder {
+    /// The URL does not name a server.
+    #[error("url {url:?} is not one of ws://HOST:PORT or wss://HOST: {problem}")]
+    Url {
+        /// As given.
+        url: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The device's name is not allowed.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// No token callback was given.
+    #[error("no token: call Builder::token")]
+    NoToken,
+    /// The stored position cannot be read.
+    #[error("the stored position cannot be read: {0}")]
+    Store(#[source] io::Error),
+}
+
+impl Client {
+    /// Begins to describe a client of the cluster at `url`: `ws://HOST:PORT` or `wss://HOST`; the
+    /// path is `/v1/connect` unless the URL has one.
+    pub fn builder(url: impl Into<String>) -> Builder {
+        Builder {
+            url: url.into(),
+            device: None,
+            platform: std::env::consts::OS.into(),
+            token: None,
+            store: None,
+            on_event: Arc::new(|_| {}),
+            timing: Timing {
+                reconnect_min: Duration::from_millis(500),
+                reconnect_max: Duration::from_secs(20),
+                connect: Duration::from_secs(10),
+                ack_delay: Duration::from_millis(20),
+                shutdown: Duration::from_secs(5),
+            },
+            body_bytes_max: 16 << 20,
+        }
+    }
+
+    /// Waits until the client is over: shut down, or refused for good.
+    pub async fn closed(&self) -> Closed {
+        let mut closed = self.closed.clone();
+        let ended = closed.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+        ended.unwrap_or(Closed::Shutdown)
+    }
+
+    /// Takes no further messages, lets the application finish those that it has (for
+    /// [`Builder::shutdown_timeout`] at most), sends the last acknowledgement and closes.
+    pub async fn shutdown(self) -> Closed {
+        self.stop.cancel();
+        self.closed().await
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Builder {
+    /// Names the device among its user's; 1 to 64 bytes. May be left out if the token names it.
+    #[must_use]
+    pub fn device(mut self, device: impl Into<String>) -> Self {
+        self.device = Some(device.into());
+        self
+    }
+
+    /// What kind of machine it is: free text, cut at 32 bytes; the operating system if not given.
+    #[must_use]
+    pub fn platform(mut self, platform: impl Into<String>) -> Self {
+        self.platform = platform.into();
+        while self.platform.len() > limits::PLATFORM_BYTES_MAX {
+            self.platform.pop();
+        }
+        self
+    }
+
+    /// Where tokens come from. Asked at every connection attempt, and before a token that says
+    /// when it expires does so.
+    #[must_use]
+    pub fn token<F, Fut>(mut self, source: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Token, TokenError>> + Send + 'static,
+    {
+        self.token = Some(Arc::new(move || Box::pin(source())));
+        self
+    }
+
+    /// Keeps the position somewhere; without, it is forgotten with the client, and the server's
+    /// memory of the device is used.
+    #[must_use]
+    pub fn positions(mut self, store: impl PositionStore) -> Self {
+        self.store = Some(Arc::new(store));
+        self
+    }
+
+    /// Told of everything that is not a message. Must return soon.
+    #[must_use]
+    pub fn on_event(mut self, on_event: impl Fn(Event) + Send + Sync + 'static) -> Self {
+        self.on_event = Arc::new(on_event);
+        self
+    }
+
+    /// The bounds of the wait before a reconnect; 500 ms to 20 s if not given.
+    #[must_use]
+    pub fn reconnect_between(mut self, min: Duration, max: Duration) -> Self {
+        (self.timing.reconnect_min, self.timing.reconnect_max) = (min, max);
+        self
+    }
+
+    /// How long a connection attempt, up to the server's welcome, may take; 10 s if not given.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.timing.connect = timeout;
+        self
+    }
+
+    /// How long an acknowledgement waits for others while further messages wait to be handled;
+    /// 20 ms if not given.
+    #[must_use]
+    pub fn ack_delay(mut self, delay: Duration) -> Self {
+        self.timing.ack_delay = delay;
+        self
+    }
+
+    /// How long [`Client::shutdown`] waits for the application; 5 s if not given.
+    #[must_use]
+    pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
+        self.timing.shutdown = timeout;
+        self
+    }
+
+    /// To how many bytes a compressed body may grow; 16 MiB if not given.
+    #[must_use]
+    pub fn body_bytes_max(mut self, max: usize) -> Self {
+        self.body_bytes_max = max;
+        self
+    }
+
+    /// Starts a client that gives `handler` one message at a time, in order, and acknowledges it
+    /// when the handler returns `Ok`. After an error the message comes again, by the server's
+    /// re-sends, and nothing newer before it.
+    ///
+    /// # Errors
+    /// [`InvalidBuilder`]; that the server cannot be reached is no error, but an event.
+    pub fn start<H, Fut>(self, handler: H) -> Result<Client, InvalidBuilder>
+    where
+        H: Fn(Message) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), HandlerError>> + Send,
+    {
+        let (client, mut deliveries) = self.open(1)?;
+        tokio::spawn(async move {
+            while let Some(Delivery { message, ack }) = deliveries.next().await {
+                let (seq, id) = (message.seq, message.id.clone());
+                match handler(message).await {
+                    Ok(()) => ack.ack(),
+                    Err(error) => tracing::warn!(%seq, id, %error, "message not handled"),
+                }
+            }
+        });
+        Ok(client)
+    }
+
+    /// Starts a client whose messages are taken and acknowledged by hand. At most `at_once`
+    /// (at least 1) are out at a time.
+    ///
+    /// # Errors
+    /// As [`Builder::start`].
+    pub fn open(self, at_once: usize) -> Result<(Client, Deliveries), InvalidBuilder> {
+        let settings = Arc::new(self.settings()?);
+        let checkpoint = match &settings.store {
+            Some(store) => store.load().map_err(InvalidBuilder::Store)?.unwrap_or_default(),
+            None => Default::default(),
+        };
+        let stop = CancellationToken::new();
+        let (closed_tx, closed) = watch::channel(None);
+        let at_once = at_once.max(1);
+        let (deliver, messages) = mpsc::channel(at_once);
+        let (finish, finished) = mpsc::channel(at_once);
+        let driver = Driver::new(
+            settings,
+            Inbox::resume(&checkpoint),
+            checkpoint.attempt,
+            stop.clone(),
+            deliver,
+            (finish, finished),
+        );
+        tokio::spawn(async move {
+            let why = driver.run().await;
+            closed_tx.send_replace(Some(why));
+        });
+        let deliveries = Deliveries { messages, stop: stop.clone() };
+        Ok((Client { stop, closed }, deliveries))
+    }
+
+    fn settings(self) -> Result<Settings, InvalidBuilder> {
+        let uri = address(&self.url)?;
+        let device = match self.device {
+            Some(device) => DeviceId::new(&device)?.to_string(),
+            None => String::new(),
+        };
+        Ok(Settings {
+            uri,
+            device,
+            platform: self.platform,
+            token: self.token.ok_or(InvalidBuilder::NoToken)?,
+            store: self.store,
+            on_event: self.on_event,
+            timing: self.timing,
+            body_bytes_max: self.body_bytes_max,
+        })
+    }
+}
+
+/// Checks a URL, and completes its path.
+fn address(url: &str) -> Result<Uri, InvalidBuilder> {
+    let invalid = |problem: String| InvalidBuilder::Url { url: url.into(), problem };
+    let uri: Uri = url.parse().map_err(|e| invalid(format!("{e}")))?;
+    if !matches!(uri.scheme_str(), Some("ws" | "wss")) {
+        return Err(invalid("the scheme is neither ws nor wss".into()));
+    }
+    if uri.host().is_none_or(str::is_empty) {
+        return Err(invalid("it names no host".into()));
+    }
+    if uri.path() != "/" {
+        return Ok(uri);
+    }
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let mut parts = uri.into_parts();
+    let path = format!("/v1/connect{query}");
+    parts.path_and_query = Some(path.parse().map_err(|e| invalid(format!("{e}")))?);
+    Uri::from_parts(parts).map_err(|e| invalid(e.to_string()))
+}
+
+/// Messages to be acknowledged by hand.
+#[derive(Debug)]
+pub struct Deliveries {
+    messages: mpsc::Receiver<Delivery>,
+    stop: CancellationToken,
+}
+
+/// A message and the right to acknowledge it.
+#[derive(Debug)]
+pub struct Delivery {
+    /// The message.
+    pub message: Message,
+    /// To be used once the message is safe with the application.
+    pub ack: AckHandle,
+}
+
+/// Acknowledges one message. Acknowledgements on the wire are cumulative: one is sent when every
+/// earlier message is acknowledged too. Dropped unused, the message comes again.
+#[derive(Debug)]
+pub struct AckHandle {
+    ticket: Ticket,
+    finished: mpsc::Sender<Finished>,
+    handled: bool,
+}
+
+impl Deliveries {
+    /// The next message; `None`: the client is over or shutting down. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Delivery> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                self.messages.close();
+                while self.messages.try_recv().is_ok() {} // given back unhandled
+                None
+            }
+            delivery = self.messages.recv() => delivery,
+        }
+    }
+}
+
+impl AckHandle {
+    pub(crate) fn new(ticket: Ticket, finished: mpsc::Sender<Finished>) -> Self {
+        Self { ticket, finished, handled: false }
+    }
+
+    /// The message is handled and must not come again.
+    pub fn ack(mut self) {
+        self.handled = true;
+    }
+}
+
+impl Drop for AckHandle {
+    fn drop(&mut self) {
+        // There is a place for every message that is out; a closed channel means a closed client.
+        let _ = self.finished.try_send(Finished { ticket: self.ticket, handled: self.handled });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_completed_or_refused_with_the_reason() {
+        let complete = |url: &str| address(url).map(|uri| uri.to_string());
+        assert_eq!(complete("ws://h:7080").unwrap(), "ws://h:7080/v1/connect");
+        assert_eq!(complete("wss://h/?a=b").unwrap(), "wss://h/v1/connect?a=b");
+        assert_eq!(complete("ws://h/other").unwrap(), "ws://h/other");
+        let refused = complete("http://h").unwrap_err().to_string();
+        assert!(refused.contains("neither ws nor wss"), "{refused}");
+        assert!(complete("nonsense").is_err() && complete("").is_err());
+    }
+
+    #[test]
+    fn long_platform_names_are_cut_at_a_character() {
+        let builder = Client::builder("ws://h").platform("ä".repeat(40));
+        assert_eq!(builder.platform, "ä".repeat(16));
+    }
+}

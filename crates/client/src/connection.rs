@@ -1,0 +1,134 @@
+//! One socket: opening it, and frames in and out.
+
+use std::sync::{Arc, Once};
+use std::time::Duration;
+
+use barid_wire::v1::{ClientFrame, ServerFrame, client_frame};
+use futures::{SinkExt as _, StreamExt as _};
+use prost::Message as _;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::http::{HeaderValue, Response, Uri, header};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message};
+use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
+
+use crate::event::Disconnect;
+use crate::token::Token;
+
+const SUBPROTOCOL: &str = "barid.v1.proto";
+/// Frames from the server: far above what a node sends at once.
+const FRAME_BYTES_MAX: usize = 64 << 20;
+/// A frame that cannot be written for so long: the network is gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the other side may take to answer a close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// An open WebSocket.
+pub(crate) struct Connection {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+}
+
+impl Connection {
+    /// Connects and authenticates.
+    pub(crate) async fn open(uri: &Uri, token: &Token) -> Result<Self, Disconnect> {
+        install_tls_provider();
+        let network = |error: &dyn std::fmt::Display| Disconnect::Network(error.to_string());
+        let mut request = uri.clone().into_client_request().map_err(|e| network(&e))?;
+        let mut bearer = HeaderValue::try_from(format!("Bearer {}", token.expose()))
+            .map_err(|_| Disconnect::Token("it has characters that no header may have".into()))?;
+        bearer.set_sensitive(true);
+        request.headers_mut().insert(header::AUTHORIZATION, bearer);
+        let subprotocol = HeaderValue::from_static(SUBPROTOCOL);
+        request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, subprotocol);
+        let config = WebSocketConfig::default()
+            .read_buffer_size(8 << 10)
+            .write_buffer_size(0)
+            .max_message_size(Some(FRAME_BYTES_MAX))
+            .max_frame_size(Some(FRAME_BYTES_MAX));
+        match connect_async_with_config(request, Some(config), true).await {
+            Ok((socket, _)) => Ok(Self { socket }),
+            Err(tungstenite::Error::Http(response)) => Err(http_error(&response)),
+            Err(error) => Err(network(&error)),
+        }
+    }
+
+    /// The next frame; what the WebSocket itself needs is answered inside. Cancel-safe.
+    /// `Ok(None)`: something came that is no frame, a ping.
+    pub(crate) async fn receive(&mut self) -> Result<Option<ServerFrame>, Disconnect> {
+        match self.socket.next().await {
+            Some(Ok(Message::Binary(bytes))) => ServerFrame::decode(bytes)
+                .map(Some)
+                .map_err(|error| Disconnect::Violation(error.to_string())),
+            Some(Ok(Message::Text(_))) => {
+                Err(Disconnect::Violation("a text frame on a binary protocol".into()))
+            }
+            Some(Ok(Message::Close(frame))) => Err(closed(frame)),
+            Some(Ok(_)) => Ok(None),
+            Some(Err(error)) => Err(failed(&error)),
+            None => Err(closed(None)),
+        }
+    }
+
+    pub(crate) async fn send(&mut self, kind: client_frame::Kind) -> Result<(), Disconnect> {
+        let frame = Message::Binary(ClientFrame { kind: Some(kind) }.encode_to_vec().into());
+        match timeout(WRITE_TIMEOUT, self.socket.send(frame)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(failed(&error)),
+            Err(_) => Err(Disconnect::Timeout("progress of a write")),
+        }
+    }
+
+    /// Closes, and waits a little for the answer: what was sent before has arrived then.
+    pub(crate) async fn close(mut self, reason: &'static str) {
+        let frame = CloseFrame { code: CloseCode::Normal, reason: reason.into() };
+        let goodbye = async {
+            if self.socket.close(Some(frame)).await.is_ok() {
+                while let Some(Ok(_)) = self.socket.next().await {}
+            }
+        };
+        let _ = timeout(CLOSE_TIMEOUT, goodbye).await;
+    }
+}
+
+fn http_error(response: &Response<Option<Vec<u8>>>) -> Disconnect {
+    let body = response.body().as_deref().unwrap_or_default();
+    let text: String = String::from_utf8_lossy(body).trim().chars().take(200).collect();
+    Disconnect::Http { status: response.status().as_u16(), text }
+}
+
+fn closed(frame: Option<CloseFrame>) -> Disconnect {
+    match frame {
+        Some(frame) => {
+            Disconnect::Closed { code: frame.code.into(), reason: frame.reason.as_str().to_owned() }
+        }
+        None => Disconnect::Network("the connection ended without a close frame".into()),
+    }
+}
+
+fn failed(error: &tungstenite::Error) -> Disconnect {
+    use tungstenite::Error;
+    match error {
+        Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
+        | Error::ConnectionClosed
+        | Error::AlreadyClosed => closed(None),
+        Error::Protocol(_) | Error::Capacity(_) | Error::Utf8(_) => {
+            Disconnect::Violation(error.to_string())
+        }
+        _ => Disconnect::Network(error.to_string()),
+    }
+}
+
+/// `wss://` needs a process-wide choice of cryptography; one that the application made stays.
+fn install_tls_provider() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let provider: Arc<_> = rustls::crypto::aws_lc_rs::default_provider().into();
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            let _ = Arc::unwrap_or_clone(provider).install_default();
+        }
+    });
+}

@@ -1,0 +1,467 @@
+//! The task behind a client: connects, carries frames between socket and inbox, comes back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{Chain, Clock as _, CloseCode, Epoch, Generation, Position, Seq, SystemClock};
+use barid_wire::v1::{self, ServerFrame, client_frame, server_frame};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{AckHandle, Delivery, Settings};
+use crate::connection::Connection;
+use crate::event::{Closed, Disconnect, Event, SkipReason};
+use crate::inbox::{Inbox, Ticket};
+use crate::message::unpack;
+use crate::reconnect::{Reconnect, next_attempt};
+
+/// A connection that lived for so long was a good one: the next wait is a short one again.
+const HELD: Duration = Duration::from_secs(5);
+/// Acknowledgements are sent without delay when so many positions wait, whatever the server allows.
+const UNACKED_MAX: u64 = 64;
+/// Between attempts to fetch a fresh token while the old one still serves.
+const TOKEN_RETRY: Duration = Duration::from_secs(5);
+/// Added to two ping intervals before a silent connection is given up.
+const SILENCE_SLACK: Duration = Duration::from_secs(5);
+/// Ping intervals beyond this are believed to be mistakes.
+const PING_INTERVAL_MAX: Duration = Duration::from_secs(600);
+
+/// The application is done with a message, one way or the other.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) ticket: Ticket,
+    pub(crate) handled: bool,
+}
+
+pub(crate) struct Driver {
+    settings: Arc<Settings>,
+    work: Work,
+    attempt: u64,
+    reconnect: Reconnect,
+    stop: CancellationToken,
+}
+
+/// The inbox and its ways to the application.
+struct Work {
+    settings: Arc<Settings>,
+    inbox: Inbox,
+    deliver: mpsc::Sender<Delivery>,
+    finish: mpsc::Sender<Finished>,
+    finished: mpsc::Receiver<Finished>,
+    /// With the application.
+    out: usize,
+    /// No further messages for the application.
+    stopping: bool,
+}
+
+/// What a session knows beside the inbox.
+struct Session {
+    connection: Connection,
+    silence: Duration,
+    unacked_max: u64,
+    heard_at: Instant,
+    ack_at: Option<Instant>,
+    leave_at: Option<Instant>,
+}
+
+/// How one connection ended.
+enum Ended {
+    Stopped,
+    Lost(Disconnect),
+    Leaving { since: Instant, after: Duration },
+}
+
+impl Driver {
+    pub(crate) fn new(
+        settings: Arc<Settings>,
+        inbox: Inbox,
+        attempt: u64,
+        stop: CancellationToken,
+        deliver: mpsc::Sender<Delivery>,
+        (finish, finished): (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
+    ) -> Self {
+        let timing = &settings.timing;
+        let reconnect = Reconnect::new(timing.reconnect_min, timing.reconnect_max);
+        let work = Work {
+            settings: settings.clone(),
+            inbox,
+            deliver,
+            finish,
+            finished,
+            out: 0,
+            stopping: false,
+        };
+        Self { settings, work, attempt, reconnect, stop }
+    }
+
+    pub(crate) async fn run(mut self) -> Closed {
+        let closed = loop {
+            let (why, wait) = match self.connection().await {
+                Ended::Stopped => break Closed::Shutdown,
+                Ended::Lost(why) if is_final(&why) => {
+                    self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
+                    break Closed::Refused(why);
+                }
+                Ended::Lost(why) => (why, self.reconnect.next_wait()),
+                Ended::Leaving { since, after } => {
+                    (Disconnect::GoAway, after.saturating_sub(since.elapsed()))
+                }
+            };
+            self.work.tell(Event::Disconnected { why, retry_in: Some(wait) });
+            tokio::select! {
+                () = self.work.until_stopped(&self.stop) => break Closed::Shutdown,
+                () = sleep(wait) => {}
+            }
+        };
+        self.stop.cancel();
+        self.work.finish_quietly().await;
+        self.work.save(self.attempt).await;
+        closed
+    }
+
+    /// One attempt, and the connection that comes of it.
+    async fn connection(&mut self) -> Ended {
+        self.attempt = next_attempt(self.attempt, SystemClock.now_ms());
+        self.work.tell(Event::Connecting { attempt: self.attempt });
+        let settings = self.settings.clone();
+        let opening = timeout(settings.timing.connect, open(&settings));
+        let opened = tokio::select! {
+            () = self.work.until_stopped(&self.stop) => return Ended::Stopped,
+            opened = opening => opened,
+        };
+        let (connection, refresh_in) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(why)) => return Ended::Lost(why),
+            Err(_) => return Ended::Lost(Disconnect::Timeout("connection")),
+        };
+        let began = Instant::now();
+        let mut session = Session::new(connection);
+        let ended = match self.session(&mut session, refresh_in).await {
+            Err(why) if session.leave_at.is_some() && !is_final(&why) => session.leaving(),
+            Err(why) => Ended::Lost(why),
+            Ok(ended) => ended,
+        };
+        if began.elapsed() >= HELD || matches!(ended, Ended::Leaving { .. }) {
+            self.reconnect.held();
+        }
+        if let Ended::Stopped | Ended::Leaving { .. } = ended {
+            session.connection.close("").await;
+        }
+        ended
+    }
+
+    /// From Hello to the end.
+    async fn session(
+        &mut self,
+        session: &mut Session,
+        refresh_in: Option<Duration>,
+    ) -> Result<Ended, Disconnect> {
+        let hello = self.hello();
+        session.connection.send(client_frame::Kind::Hello(hello)).await?;
+        tokio::select! {
+            welcome = timeout(self.settings.timing.connect, self.work.welcome(session)) =>
+                welcome.map_err(|_| Disconnect::Timeout("welcome"))??,
+            () = self.stop.cancelled() => return Ok(Ended::Stopped),
+        }
+        self.work.save(self.attempt).await;
+        let mut refresh = std::pin::pin!(refresh(self.settings.clone(), refresh_in));
+        let deliver = self.work.deliver.clone();
+        let mut stop_at = None;
+        loop {
+            self.work.flush_ack(session, self.attempt).await?;
+            if self.work.stopping && self.work.out == 0 {
+                self.work.send_ack(session, self.attempt).await?;
+                return Ok(Ended::Stopped);
+            }
+            tokio::select! {
+                frame = session.connection.receive() => {
+                    session.heard_at = Instant::now();
+                    if let Some(frame) = frame? {
+                        self.work.frame(session, frame).await?;
+                    }
+                }
+                () = self.work.finished() => {}
+                () = due(session.ack_at) => {
+                    self.work.send_ack(session, self.attempt).await?;
+                }
+                token = &mut refresh => {
+                    let (token, next) = token;
+                    session.connection.send(client_frame::Kind::Refresh(v1::Refresh { token })).await?;
+                    self.work.tell(Event::TokenRefreshed);
+                    refresh.set(self::refresh(self.settings.clone(), next));
+                }
+                () = sleep_until(session.heard_at + session.silence) => {
+                    return Err(Disconnect::Timeout("sign of life"));
+                }
+                () = due(session.leave_at) => return Ok(session.leaving()),
+                () = self.stop.cancelled(), if !self.work.stopping => {
+                    self.work.stopping = true;
+                    stop_at = Some(Instant::now() + self.settings.timing.shutdown);
+                }
+                () = deliver.closed(), if !self.work.stopping => self.stop.cancel(),
+                () = due(stop_at) => {
+                    self.work.send_ack(session, self.attempt).await?;
+                    return Ok(Ended::Stopped);
+                }
+            }
+        }
+    }
+
+    fn hello(&self) -> v1::Hello {
+        let position = self.work.inbox.position().map(|position| v1::Position {
+            mailbox: String::new(),
+            epoch: position.epoch.0,
+            generation: position.generation.0,
+            seq: position.seq.0,
+            chain: position.chain.map(|chain| chain.0),
+        });
+        v1::Hello {
+            device: self.settings.device.clone(),
+            platform: self.settings.platform.clone(),
+            sdk: concat!("barid-rust/", env!("CARGO_PKG_VERSION")).into(),
+            attempt: self.attempt,
+            positions: position.into_iter().collect(),
+            accepts_zstd: true,
+            visible_pings: false,
+        }
+    }
+}
+
+impl Work {
+    fn tell(&self, event: Event) {
+        tracing::debug!(?event, "event");
+        (self.settings.on_event)(event);
+    }
+
+    fn tell_all(&self, events: Vec<Event>) {
+        events.into_iter().for_each(|event| self.tell(event));
+    }
+
+    /// Waits for the first frame that is a welcome.
+    async fn welcome(&mut self, session: &mut Session) -> Result<(), Disconnect> {
+        loop {
+            if let Some(frame) = session.connection.receive().await? {
+                let welcomed = matches!(frame.control, Some(server_frame::Control::Welcome(_)));
+                self.frame(session, frame).await?;
+                if welcomed {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    async fn frame(&mut self, session: &mut Session, frame: ServerFrame) -> Result<(), Disconnect> {
+        if !frame.mailbox.is_empty() {
+            return Ok(()); // a group's: this SDK subscribes to none
+        }
+        self.messages(Generation(frame.generation), frame.deliver)?;
+        match frame.control {
+            Some(server_frame::Control::Welcome(welcome)) => self.welcomed(session, welcome),
+            Some(server_frame::Control::Skip(skip)) => self.skipped(&skip)?,
+            Some(server_frame::Control::GoAway(go_away)) => {
+                let reconnect_after = Duration::from_millis(go_away.reconnect_after_ms.into());
+                session.leave_at = Some(Instant::now() + reconnect_after);
+                self.tell(Event::GoingAway { why: go_away.why, reconnect_after });
+            }
+            Some(server_frame::Control::Error(error)) => {
+                self.tell(Event::ServerError { code: error.code, text: error.text });
+            }
+            Some(server_frame::Control::Ping(_)) => {
+                session.connection.send(client_frame::Kind::Pong(v1::Pong {})).await?;
+            }
+            None => {}
+        }
+        self.hand_out();
+        Ok(())
+    }
+
+    fn messages(
+        &mut self,
+        generation: Generation,
+        messages: Vec<v1::Message>,
+    ) -> Result<(), Disconnect> {
+        let mut events = Vec::new();
+        for message in messages {
+            let seq = message.seq;
+            let message = unpack(message, self.settings.body_bytes_max)
+                .map_err(|bad| Disconnect::Violation(format!("body of message {seq}: {bad}")))?;
+            self.inbox
+                .deliver(generation, message, &mut events)
+                .map_err(|violation| Disconnect::Violation(violation.to_string()))?;
+        }
+        self.tell_all(events);
+        Ok(())
+    }
+
+    fn welcomed(&mut self, session: &mut Session, welcome: v1::Welcome) {
+        let position = welcome.positions.iter().find(|p| p.mailbox.is_empty());
+        let position = position.map_or_else(Position::default, |p| Position {
+            epoch: Epoch(p.epoch),
+            generation: Generation(p.generation),
+            seq: Seq(p.seq),
+            chain: p.chain.map(Chain),
+        });
+        let interval = Duration::from_millis(welcome.ping_interval_ms.into());
+        if !interval.is_zero() {
+            session.silence = interval.min(PING_INTERVAL_MAX) * 2 + SILENCE_SLACK;
+        }
+        session.unacked_max = u64::from(welcome.max_unacked / 2).clamp(1, UNACKED_MAX);
+        let mut events = Vec::new();
+        self.inbox.welcome(position, &mut events);
+        self.tell_all(events);
+        if !welcome.session.is_empty() {
+            self.tell(Event::Connected { session: welcome.session, position });
+        }
+    }
+
+    fn skipped(&mut self, skip: &v1::Skip) -> Result<(), Disconnect> {
+        if !skip.mailbox.is_empty() {
+            return Ok(());
+        }
+        let mut events = Vec::new();
+        let why = SkipReason::from_wire(skip.why);
+        self.inbox
+            .skip(Generation(skip.generation), Seq(skip.to), Chain(skip.chain), why, &mut events)
+            .map_err(|violation| Disconnect::Violation(violation.to_string()))?;
+        self.tell_all(events);
+        Ok(())
+    }
+
+    /// Gives the application what it has room for.
+    fn hand_out(&mut self) {
+        while !self.stopping && self.out < self.deliver.max_capacity() {
+            let Some((ticket, message)) = self.inbox.next() else { return };
+            let ack = AckHandle::new(ticket, self.finish.clone());
+            self.out += 1;
+            // There is room; where the application has gone, the handle's drop gives it back.
+            let _ = self.deliver.try_send(Delivery { message, ack });
+        }
+    }
+
+    /// Waits until the application is done with one more message. Cancel-safe.
+    async fn finished(&mut self) {
+        // `self.finish` keeps the channel open.
+        if let Some(Finished { ticket, handled }) = self.finished.recv().await {
+            self.out = self.out.saturating_sub(1);
+            self.inbox.finished(ticket, handled);
+            self.hand_out();
+        }
+    }
+
+    /// Goes on with the application's side while there is no connection.
+    async fn until_stopped(&mut self, stop: &CancellationToken) {
+        let deliver = self.deliver.clone();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = deliver.closed() => return,
+                () = self.finished() => {}
+            }
+        }
+    }
+
+    /// At the end, without a connection: what the application still finishes is remembered.
+    async fn finish_quietly(&mut self) {
+        self.stopping = true;
+        let deadline = Instant::now() + self.settings.timing.shutdown;
+        while self.out > 0 {
+            tokio::select! {
+                () = self.finished() => {}
+                () = sleep_until(deadline) => return,
+            }
+        }
+    }
+
+    /// Sends an ack that is due, or lets it wait a little while more of them are in sight.
+    async fn flush_ack(&mut self, session: &mut Session, attempt: u64) -> Result<(), Disconnect> {
+        if !self.inbox.ack_due() {
+            return Ok(());
+        }
+        if self.out == 0 || self.inbox.unacked() >= session.unacked_max {
+            return self.send_ack(session, attempt).await;
+        }
+        session.ack_at.get_or_insert(Instant::now() + self.settings.timing.ack_delay);
+        Ok(())
+    }
+
+    async fn send_ack(&mut self, session: &mut Session, attempt: u64) -> Result<(), Disconnect> {
+        session.ack_at = None;
+        let Some(ack) = self.inbox.take_ack() else { return Ok(()) };
+        self.save(attempt).await;
+        let ack =
+            v1::Ack { mailbox: String::new(), generation: Some(ack.generation.0), seq: ack.seq.0 };
+        session.connection.send(client_frame::Kind::Ack(ack)).await
+    }
+
+    /// What is acknowledged must be remembered first: the other way round a crash in between
+    /// would show it again.
+    async fn save(&self, attempt: u64) {
+        let Some(store) = self.settings.store.clone() else { return };
+        let checkpoint = self.inbox.checkpoint(attempt);
+        let saved = tokio::task::spawn_blocking(move || store.save(&checkpoint)).await;
+        let problem = match saved {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        self.tell(Event::PositionNotSaved { reason: problem });
+    }
+}
+
+impl Session {
+    fn new(connection: Connection) -> Self {
+        Self {
+            connection,
+            silence: PING_INTERVAL_MAX,
+            unacked_max: UNACKED_MAX,
+            heard_at: Instant::now(),
+            ack_at: None,
+            leave_at: None,
+        }
+    }
+
+    fn leaving(&self) -> Ended {
+        let since = Instant::now();
+        let leave_at = self.leave_at.unwrap_or(since);
+        Ended::Leaving { since, after: leave_at.saturating_duration_since(since) }
+    }
+}
+
+/// Whether trying again mends nothing.
+fn is_final(why: &Disconnect) -> bool {
+    match why {
+        Disconnect::Closed { code, .. } => !CloseCode::reconnects(*code),
+        Disconnect::Http { status, .. } => matches!(status, 400 | 401 | 403),
+        _ => false,
+    }
+}
+
+async fn open(settings: &Settings) -> Result<(Connection, Option<Duration>), Disconnect> {
+    let token = (settings.token)().await.map_err(|e| Disconnect::Token(e.to_string()))?;
+    let refresh_in = token.refresh_in(SystemClock.now_ms());
+    Ok((Connection::open(&settings.uri, &token).await?, refresh_in))
+}
+
+/// Fetches a fresh token when it is time; never returns where tokens do not expire.
+async fn refresh(settings: Arc<Settings>, wait: Option<Duration>) -> (String, Option<Duration>) {
+    let Some(wait) = wait else { return std::future::pending().await };
+    sleep(wait).await;
+    loop {
+        match (settings.token)().await {
+            Ok(token) => {
+                let next = token.refresh_in(SystemClock.now_ms());
+                return (token.expose().to_owned(), next.map(|wait| wait.max(TOKEN_RETRY)));
+            }
+            Err(error) => (settings.on_event)(Event::TokenFailed { reason: error.to_string() }),
+        }
+        sleep(TOKEN_RETRY).await;
+    }
+}
+
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,339 @@
+//! The protocol's state on the device's side: what has come, what the application was given, what
+//! may be acknowledged. Knows no socket, no clock and no task.
+//!
+//! Two marks stand in the mailbox's history: everything up to `received` has come, everything up
+//! to `handled` is done. Between them lie the pending positions. The server is told `handled`, in
+//! acks and when the device comes back; what then comes a second time is dropped by its position.
+//! When the positions start anew (a Welcome with another epoch or generation), ids tell instead.
+
+use std::collections::{HashSet, VecDeque};
+
+use barid_core::{Chain, Generation, IdHash, Position, Seq};
+
+use crate::event::{Event, SkipReason};
+use crate::message::Message;
+use crate::store::Checkpoint;
+
+/// Ids that are remembered for after a reset.
+const RECENT_MAX: usize = 256;
+/// Pending positions above which the server is believed broken: it bounds them itself.
+const PENDING_MAX: usize = 65_536;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    standing: Option<Standing>,
+    pending: VecDeque<Pending>,
+    /// Counts the resets: tickets of an earlier life name positions that are void.
+    life: u64,
+    recent: VecDeque<u64>,
+    /// Handled before the last reset: each is dropped once.
+    seen: HashSet<u64>,
+    /// With the application since before the last reset.
+    ghosts: HashSet<u64>,
+    acked: Seq,
+    ack_due: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Standing {
+    /// Its seq and chain are the `handled` mark.
+    handled: Position,
+    received: Seq,
+    received_chain: Option<Chain>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    seq: Seq,
+    chain: Option<Chain>,
+    id: u64,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// To be given to the application.
+    Waiting(Message),
+    /// With the application.
+    Out,
+    /// With the application under a position that is void now.
+    Ghost,
+    /// The application did not handle it: it waits to be sent again.
+    Refused,
+    Done,
+}
+
+/// Names a message that the application has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ticket {
+    life: u64,
+    seq: Seq,
+    id: u64,
+}
+
+/// A cumulative acknowledgement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ack {
+    pub(crate) generation: Generation,
+    pub(crate) seq: Seq,
+}
+
+/// The server broke the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Violation {
+    #[error("message {got} after {received}: a gap")]
+    Gap { received: Seq, got: Seq },
+    #[error("more than {PENDING_MAX} unacknowledged messages")]
+    TooMany,
+    #[error("a message before welcome")]
+    Early,
+}
+
+impl Inbox {
+    pub(crate) fn resume(checkpoint: &Checkpoint) -> Self {
+        let mut inbox = Self::default();
+        inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
+        inbox.standing = checkpoint.position.map(Standing::at);
+        inbox
+    }
+
+    /// What to remember over a restart of the program.
+    pub(crate) fn checkpoint(&self, attempt: u64) -> Checkpoint {
+        Checkpoint {
+            attempt,
+            position: self.position(),
+            recent: self.recent.iter().copied().collect(),
+        }
+    }
+
+    /// What Hello says: the `handled` mark.
+    pub(crate) fn position(&self) -> Option<Position> {
+        self.standing.map(|s| s.handled)
+    }
+
+    /// Positions that were handled and are not acknowledged.
+    pub(crate) fn unacked(&self) -> u64 {
+        self.standing.map_or(0, |s| s.handled.seq.0.saturating_sub(self.acked.0))
+    }
+
+    /// The server tells where the device stands.
+    pub(crate) fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
+        let Some(standing) = self.standing else {
+            self.standing = Some(Standing::at(now));
+            self.acked = now.seq;
+            return;
+        };
+        let before = standing.handled;
+        if (before.epoch, before.generation) != (now.epoch, now.generation) {
+            let empty = standing.received == Seq(0);
+            self.reset(now);
+            if !empty {
+                events.push(Event::Reset { before, now });
+            }
+            return;
+        }
+        self.acked = now.seq;
+        if now.seq > standing.received {
+            // Further than anything that came here: another program holds this device's place.
+            self.pending.clear();
+            self.standing = Some(Standing::at(now));
+        } else {
+            self.ack_due = now.seq < before.seq;
+        }
+    }
+
+    fn reset(&mut self, now: Position) {
+        self.life += 1;
+        for entry in self.pending.drain(..) {
+            if matches!(entry.state, State::Out | State::Ghost) {
+                self.ghosts.insert(entry.id);
+            }
+        }
+        self.seen = self.recent.iter().copied().collect();
+        self.standing = Some(Standing::at(now));
+        self.acked = now.seq;
+        self.ack_due = false;
+    }
+
+    /// A message came.
+    pub(crate) fn deliver(
+        &mut self,
+        generation: Generation,
+        message: Message,
+        events: &mut Vec<Event>,
+    ) -> Result<(), Violation> {
+        let standing = self.standing.as_mut().ok_or(Violation::Early)?;
+        if generation != standing.handled.generation {
+            return Ok(()); // on its way when the positions started anew
+        }
+        if message.seq <= standing.received {
+            self.again(message, events);
+            return Ok(());
+        }
+        if message.seq != standing.received.next() {
+            return Err(Violation::Gap { received: standing.received, got: message.seq });
+        }
+        if self.pending.len() >= PENDING_MAX {
+            return Err(Violation::TooMany);
+        }
+        standing.received = message.seq;
+        standing.received_chain = standing.received_chain.map(|chain| chain.next(&message.id));
+        let (seq, chain) = (message.seq, standing.received_chain);
+        let id = IdHash::of(&message.id).ring;
+        let state = if self.ghosts.contains(&id) {
+            State::Ghost
+        } else if self.seen.remove(&id) {
+            State::Done
+        } else {
+            State::Waiting(message)
+        };
+        self.pending.push_back(Pending { seq, chain, id, state });
+        self.settle();
+        Ok(())
+    }
+
+    /// A message came that had come before: the server has no ack for it.
+    fn again(&mut self, message: Message, events: &mut Vec<Event>) {
+        self.ack_due = true;
+        if let Some(entry) = self.entry(message.seq)
+            && matches!(entry.state, State::Refused)
+        {
+            entry.state = State::Waiting(message);
+            return;
+        }
+        events.push(Event::Duplicate { seq: message.seq, id: message.id });
+    }
+
+    /// Positions up to `to` will not be shown.
+    pub(crate) fn skip(
+        &mut self,
+        generation: Generation,
+        to: Seq,
+        chain: Chain,
+        why: SkipReason,
+        events: &mut Vec<Event>,
+    ) -> Result<(), Violation> {
+        let standing = self.standing.as_mut().ok_or(Violation::Early)?;
+        if generation != standing.handled.generation {
+            return Ok(());
+        }
+        if to <= standing.received {
+            self.ack_due = true;
+            self.give_up_refused(to, why, events);
+            return Ok(());
+        }
+        events.push(Event::Skipped { first: standing.received.next(), last: to, why });
+        standing.received = to;
+        standing.received_chain = Some(chain);
+        self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
+        self.settle();
+        Ok(())
+    }
+
+    /// A message that the application refused cannot come again.
+    fn give_up_refused(&mut self, to: Seq, why: SkipReason, events: &mut Vec<Event>) {
+        for entry in self.pending.iter_mut().take_while(|entry| entry.seq <= to) {
+            if matches!(entry.state, State::Refused) {
+                entry.state = State::Done;
+                events.push(Event::Skipped { first: entry.seq, last: entry.seq, why });
+            }
+        }
+        self.settle();
+    }
+
+    /// The next message for the application, in order: nothing passes one that it refused.
+    pub(crate) fn next(&mut self) -> Option<(Ticket, Message)> {
+        let life = self.life;
+        let entry = self
+            .pending
+            .iter_mut()
+            .find(|entry| matches!(entry.state, State::Waiting(_) | State::Refused))?;
+        if matches!(entry.state, State::Refused) {
+            return None;
+        }
+        match std::mem::replace(&mut entry.state, State::Out) {
+            State::Waiting(message) => {
+                Some((Ticket { life, seq: entry.seq, id: entry.id }, message))
+            }
+            other => {
+                entry.state = other;
+                None
+            }
+        }
+    }
+
+    /// The application is done with a message, or (`handled` false) gives it back.
+    pub(crate) fn finished(&mut self, ticket: Ticket, handled: bool) {
+        if handled {
+            self.remember(ticket.id);
+        }
+        let state = if handled { State::Done } else { State::Refused };
+        if ticket.life == self.life {
+            if let Some(entry) = self.entry(ticket.seq) {
+                entry.state = state;
+            }
+        } else {
+            self.ghosts.remove(&ticket.id);
+            let twin = self
+                .pending
+                .iter_mut()
+                .find(|entry| entry.id == ticket.id && matches!(entry.state, State::Ghost));
+            match twin {
+                Some(entry) => entry.state = state,
+                None if handled => {
+                    self.seen.insert(ticket.id);
+                }
+                None => {}
+            }
+        }
+        self.settle();
+    }
+
+    /// The acknowledgement that is due, once.
+    pub(crate) fn take_ack(&mut self) -> Option<Ack> {
+        let handled = self.standing?.handled;
+        if !std::mem::take(&mut self.ack_due) || handled.seq == Seq(0) {
+            return None;
+        }
+        self.acked = handled.seq;
+        Some(Ack { generation: handled.generation, seq: handled.seq })
+    }
+
+    /// Whether [`Self::take_ack`] has one.
+    pub(crate) fn ack_due(&self) -> bool {
+        self.ack_due
+    }
+
+    fn entry(&mut self, seq: Seq) -> Option<&mut Pending> {
+        let at = self.pending.binary_search_by_key(&seq, |entry| entry.seq).ok()?;
+        self.pending.get_mut(at)
+    }
+
+    fn remember(&mut self, id: u64) {
+        if self.recent.len() == RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(id);
+    }
+
+    /// Moves `handled` over what is done.
+    fn settle(&mut self) {
+        let Some(standing) = self.standing.as_mut() else { return };
+        while let Some(Pending { seq, chain, state: State::Done, .. }) = self.pending.front() {
+            standing.handled.seq = *seq;
+            standing.handled.chain = *chain;
+            self.ack_due = true;
+            self.pending.pop_front();
+        }
+    }
+}
+
+impl Standing {
+    fn at(position: Position) -> Self {
+        Self { handled: position, received: position.seq, received_chain: position.chain }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,282 @@
+use barid_core::Epoch;
+
+use super::*;
+use crate::message::Body;
+
+const G: Generation = Generation(1);
+
+fn at(epoch: u64, generation: u32, seq: u64) -> Position {
+    Position {
+        epoch: Epoch(epoch),
+        generation: Generation(generation),
+        seq: Seq(seq),
+        chain: Some(Chain::START),
+    }
+}
+
+fn message(seq: u64, id: &str) -> Message {
+    Message { seq: Seq(seq), id: id.into(), body: Body::Text(id.into()) }
+}
+
+/// An inbox behind a recorder of its events.
+#[derive(Default)]
+struct Device {
+    inbox: Inbox,
+    events: Vec<Event>,
+}
+
+impl Device {
+    fn welcomed() -> Self {
+        let mut device = Self::default();
+        device.welcome(at(7, 1, 0));
+        device
+    }
+
+    fn welcome(&mut self, position: Position) {
+        self.inbox.welcome(position, &mut self.events);
+    }
+
+    fn deliver(&mut self, generation: Generation, seq: u64, id: &str) {
+        self.inbox.deliver(generation, message(seq, id), &mut self.events).unwrap();
+    }
+
+    fn skip(&mut self, to: u64, chain: u32) {
+        let why = SkipReason::Expired;
+        self.inbox.skip(G, Seq(to), Chain(chain), why, &mut self.events).unwrap();
+    }
+
+    fn take(&mut self) -> Ticket {
+        self.inbox.next().expect("a message waits").0
+    }
+
+    fn shown(&mut self) -> Option<String> {
+        self.inbox.next().map(|(_, message)| message.id)
+    }
+
+    fn acked(&mut self) -> Option<u64> {
+        self.inbox.take_ack().map(|ack| ack.seq.0)
+    }
+
+    /// Handles everything that waits; the ids.
+    fn handle_all(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| {
+            let (ticket, message) = self.inbox.next()?;
+            self.inbox.finished(ticket, true);
+            Some(message.id)
+        })
+        .collect()
+    }
+}
+
+#[test]
+fn messages_are_shown_in_order_and_acknowledged_together() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    assert_eq!(device.acked(), None);
+    assert_eq!(device.handle_all(), ["a", "b"]);
+    assert_eq!(device.inbox.take_ack(), Some(Ack { generation: G, seq: Seq(2) }));
+    assert_eq!(device.acked(), None);
+    let position = device.inbox.position().unwrap();
+    assert_eq!(position.seq, Seq(2));
+    assert_eq!(position.chain, Some(Chain::START.next("a").next("b")));
+}
+
+#[test]
+fn an_ack_never_passes_a_message_that_is_not_handled() {
+    let mut device = Device::welcomed();
+    for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
+        device.deliver(G, seq, id);
+    }
+    let (a, b, c) = (device.take(), device.take(), device.take());
+    device.inbox.finished(c, true);
+    assert_eq!(device.acked(), None);
+    device.inbox.finished(a, true);
+    assert_eq!(device.acked(), Some(1));
+    device.inbox.finished(b, true);
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
+fn what_came_before_is_not_shown_again_but_acknowledged_again() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    let a = device.take();
+    device.deliver(G, 1, "a"); // a re-send while the application has it
+    device.deliver(G, 2, "b"); // and while it waits
+    assert_eq!(device.events.len(), 2);
+    device.inbox.finished(a, true);
+    assert_eq!(device.handle_all(), ["b"]);
+    assert_eq!(device.acked(), Some(2));
+    device.deliver(G, 2, "b"); // the ack got lost
+    assert_eq!(device.shown(), None);
+    assert_eq!(device.acked(), Some(2));
+}
+
+#[test]
+fn a_refused_message_comes_again_before_anything_newer() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    let a = device.take();
+    device.inbox.finished(a, false);
+    assert_eq!(device.shown(), None);
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    assert_eq!(device.handle_all(), ["a", "b"]);
+    assert_eq!(device.acked(), Some(2));
+}
+
+#[test]
+fn a_refused_message_that_expires_is_skipped() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    let a = device.take();
+    device.inbox.finished(a, false);
+    device.skip(1, 5);
+    assert_eq!(device.handle_all(), ["b"]);
+    assert_eq!(device.acked(), Some(2));
+}
+
+#[test]
+fn a_gap_is_a_violation() {
+    let mut device = Device::welcomed();
+    let gap = device.inbox.deliver(G, message(2, "b"), &mut device.events);
+    assert_eq!(gap, Err(Violation::Gap { received: Seq(0), got: Seq(2) }));
+    let mut stranger = Device::default();
+    let early = stranger.inbox.deliver(G, message(1, "a"), &mut stranger.events);
+    assert_eq!(early, Err(Violation::Early));
+}
+
+#[test]
+fn skipped_positions_are_told_and_acknowledged_in_their_turn() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.skip(4, 99);
+    device.deliver(G, 5, "e");
+    let (first, last) = (Seq(2), Seq(4));
+    assert_eq!(device.events, [Event::Skipped { first, last, why: SkipReason::Expired }]);
+    assert_eq!(device.acked(), None);
+    assert_eq!(device.handle_all(), ["a", "e"]);
+    assert_eq!(device.acked(), Some(5));
+    assert_eq!(device.inbox.position().unwrap().chain, Some(Chain(99).next("e")));
+}
+
+#[test]
+fn a_reconnect_repeats_the_ack_that_the_server_missed() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    device.handle_all();
+    assert_eq!(device.acked(), Some(2));
+    device.welcome(at(7, 1, 1));
+    assert_eq!(device.acked(), Some(2));
+    device.deliver(G, 2, "b");
+    assert_eq!(device.shown(), None);
+}
+
+#[test]
+fn what_is_with_the_application_survives_a_reconnect() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    let a = device.take();
+    device.welcome(at(7, 1, 0));
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    device.inbox.finished(a, true);
+    assert_eq!(device.handle_all(), ["b"]);
+    assert_eq!(device.acked(), Some(2));
+}
+
+#[test]
+fn after_a_reset_ids_tell_what_was_seen() {
+    let mut device = Device::welcomed();
+    for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
+        device.deliver(G, seq, id);
+    }
+    device.handle_all();
+    device.welcome(at(7, 2, 0)); // a fork: "c" is forgotten, "x" took its place
+    assert!(matches!(device.events[..], [Event::Reset { .. }]));
+    let g = Generation(2);
+    device.deliver(G, 4, "late"); // of the void generation
+    for (seq, id) in [(1, "a"), (2, "b"), (3, "x"), (4, "c")] {
+        device.deliver(g, seq, id);
+    }
+    assert_eq!(device.handle_all(), ["x"]);
+    assert_eq!(device.inbox.take_ack(), Some(Ack { generation: g, seq: Seq(4) }));
+    device.deliver(g, 5, "a"); // the business uses an id again, much later
+    assert_eq!(device.handle_all(), ["a"]);
+}
+
+#[test]
+fn a_message_with_the_application_during_a_reset_is_not_shown_twice() {
+    for handled_before_it_returns in [true, false] {
+        let mut device = Device::welcomed();
+        device.deliver(G, 1, "a");
+        let a = device.take();
+        device.welcome(at(8, 1, 0));
+        if handled_before_it_returns {
+            device.inbox.finished(a, true);
+            device.deliver(G, 1, "a");
+        } else {
+            device.deliver(G, 1, "a");
+            assert_eq!(device.shown(), None);
+            assert_eq!(device.acked(), None);
+            device.inbox.finished(a, true);
+        }
+        assert_eq!(device.shown(), None);
+        assert_eq!(device.acked(), Some(1));
+    }
+}
+
+#[test]
+fn a_message_refused_after_a_reset_is_shown_again() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let a = device.take();
+    device.welcome(at(8, 1, 0));
+    device.deliver(G, 1, "a");
+    device.inbox.finished(a, false);
+    device.deliver(G, 1, "a");
+    assert_eq!(device.handle_all(), ["a"]);
+}
+
+#[test]
+fn the_first_message_of_a_new_mailbox_is_no_reset() {
+    let mut device = Device::default();
+    device.welcome(at(0, 0, 0));
+    device.welcome(at(7, 1, 0));
+    assert_eq!(device.events, []);
+    device.deliver(G, 1, "a");
+    assert_eq!(device.handle_all(), ["a"]);
+}
+
+#[test]
+fn a_checkpoint_brings_back_the_position_and_the_ids() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.deliver(G, 2, "b");
+    let a = device.take();
+    device.inbox.finished(a, true);
+    let checkpoint = device.inbox.checkpoint(5);
+    assert_eq!(checkpoint.position.unwrap().seq, Seq(1)); // "b" was not handled
+
+    let mut restarted = Device { inbox: Inbox::resume(&checkpoint), events: vec![] };
+    restarted.welcome(at(9, 1, 0));
+    restarted.deliver(G, 1, "a");
+    restarted.deliver(G, 2, "b");
+    assert_eq!(restarted.handle_all(), ["b"]);
+}
+
+#[test]
+fn a_server_that_is_further_is_believed() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    device.welcome(at(7, 1, 5)); // another program of this device acknowledged up to there
+    device.deliver(G, 6, "f");
+    assert_eq!(device.handle_all(), ["f"]);
+    assert_eq!(device.acked(), Some(6));
+}

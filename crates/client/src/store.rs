@@ -1,0 +1,159 @@
+//! Where a device stands, kept over restarts of the program.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use barid_core::{Chain, Epoch, Generation, Position, Seq};
+use serde::{Deserialize, Serialize};
+
+/// What a device remembers.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// The last connection attempt's number.
+    pub attempt: u64,
+    /// The last message that was handled; `None`: none ever was.
+    #[serde(default, with = "position")]
+    pub position: Option<Position>,
+    /// Hashes (`xxh3_64`) of the ids handled last, oldest first: after a reset of the positions
+    /// they tell what the application has seen.
+    #[serde(default)]
+    pub recent: Vec<u64>,
+}
+
+/// Keeps one device's checkpoint. Called from a thread that may block.
+pub trait PositionStore: Send + Sync + 'static {
+    /// The checkpoint that was saved last; `None`: there is none.
+    ///
+    /// # Errors
+    /// It cannot be read. The client does not start then, rather than to show everything again.
+    fn load(&self) -> io::Result<Option<Checkpoint>>;
+
+    /// Replaces the checkpoint. Called before the messages in it are acknowledged.
+    ///
+    /// # Errors
+    /// It cannot be written: an event tells so, and the client goes on.
+    fn save(&self, checkpoint: &Checkpoint) -> io::Result<()>;
+}
+
+/// Keeps the checkpoint for as long as the store lives: share one among a program's clients of the
+/// same device.
+#[derive(Debug, Default)]
+pub struct MemoryStore(Mutex<Option<Checkpoint>>);
+
+impl PositionStore for MemoryStore {
+    fn load(&self) -> io::Result<Option<Checkpoint>> {
+        Ok(self.0.lock().unwrap_or_else(|e| e.into_inner()).clone())
+    }
+
+    fn save(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(checkpoint.clone());
+        Ok(())
+    }
+}
+
+/// Keeps the checkpoint in a small JSON file, replaced as a whole.
+#[derive(Debug, Clone)]
+pub struct FileStore {
+    path: PathBuf,
+}
+
+impl FileStore {
+    /// A store in this file; its directory must exist.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl PositionStore for FileStore {
+    fn load(&self) -> io::Result<Option<Checkpoint>> {
+        match std::fs::read(&self.path) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn save(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        let mut new = self.path.clone().into_os_string();
+        new.push(".new");
+        std::fs::write(&new, serde_json::to_vec(checkpoint)?)?;
+        std::fs::rename(&new, &self.path)
+    }
+}
+
+/// A [`Position`] as `{"epoch":…,"generation":…,"seq":…,"chain":…}`.
+mod position {
+    use super::*;
+    use serde::{Deserializer, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Saved {
+        epoch: u64,
+        generation: u32,
+        seq: u64,
+        #[serde(default)]
+        chain: Option<u32>,
+    }
+
+    pub(super) fn serialize<S: Serializer>(
+        position: &Option<Position>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let saved = position.map(|p| Saved {
+            epoch: p.epoch.0,
+            generation: p.generation.0,
+            seq: p.seq.0,
+            chain: p.chain.map(|c| c.0),
+        });
+        saved.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Position>, D::Error> {
+        let saved = Option::<Saved>::deserialize(deserializer)?;
+        Ok(saved.map(|s| Position {
+            epoch: Epoch(s.epoch),
+            generation: Generation(s.generation),
+            seq: Seq(s.seq),
+            chain: s.chain.map(Chain),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_brings_back_what_was_saved_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::new(dir.path().join("phone.json"));
+        assert_eq!(store.load().unwrap(), None);
+        let position = Position {
+            epoch: Epoch(7),
+            generation: Generation(2),
+            seq: Seq(9),
+            chain: Some(Chain(u32::MAX)),
+        };
+        for recent in [vec![], vec![u64::MAX, 1]] {
+            let checkpoint = Checkpoint { attempt: 5, position: Some(position), recent };
+            store.save(&checkpoint).unwrap();
+            assert_eq!(store.load().unwrap(), Some(checkpoint));
+        }
+    }
+
+    #[test]
+    fn a_broken_file_is_an_error_and_not_a_fresh_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("phone.json");
+        std::fs::write(&path, "{").unwrap();
+        assert!(FileStore::new(path).load().is_err());
+    }
+}

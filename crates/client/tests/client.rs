@@ -1,0 +1,268 @@
+//! The client against a server that the test plays.
+
+mod fake;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use barid_client::{Client, Closed, Disconnect, Event, FileStore, Message, Seq, Token};
+use barid_wire::v1::{self, client_frame, server_frame};
+use base64::Engine as _;
+use fake::{PATIENCE, Server};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+/// What a client shows, in order.
+struct Shown(mpsc::Receiver<Message>);
+
+impl Shown {
+    async fn next(&mut self) -> String {
+        let message = timeout(PATIENCE, self.0.recv()).await.expect("a message in time");
+        message.expect("an open client").id
+    }
+
+    fn nothing_more(&mut self) -> bool {
+        self.0.try_recv().is_err()
+    }
+}
+
+fn start(builder: barid_client::Builder) -> (Client, Shown) {
+    let (tx, rx) = mpsc::channel(64);
+    let client = builder.start(move |message| {
+        let tx = tx.clone();
+        async move { Ok(tx.send(message).await?) }
+    });
+    (client.unwrap(), Shown(rx))
+}
+
+#[tokio::test]
+async fn messages_are_shown_and_acknowledged() {
+    let server = Server::start().await;
+    let (client, mut shown) = start(server.client());
+    let (mut peer, hello) = server.welcome(7, 1, 0).await;
+    assert_eq!((peer.token.as_str(), hello.device.as_str()), ("Bearer secret", "phone"));
+    assert!(hello.positions.is_empty() && hello.accepts_zstd && hello.attempt > 0);
+    peer.deliver(1, 1..=3).await;
+    while peer.ack().await != (1, 3) {}
+    assert_eq!([shown.next().await, shown.next().await, shown.next().await], ["m1", "m2", "m3"]);
+    let (closed, ()) = tokio::join!(client.shutdown(), peer.closed());
+    assert_eq!(closed, Closed::Shutdown);
+}
+
+#[tokio::test]
+async fn a_lost_connection_resumes_where_it_was() {
+    let server = Server::start().await;
+    let (_client, mut shown) = start(server.client());
+    let (mut peer, first) = server.welcome(7, 1, 4).await;
+    peer.deliver(1, 5..=6).await;
+    while peer.ack().await != (1, 6) {}
+    drop(peer);
+    let (mut peer, second) = server.welcome(7, 1, 6).await;
+    let position = &second.positions[0];
+    assert_eq!((position.epoch, position.generation, position.seq), (7, 1, 6));
+    let chain = barid_client::Chain::START.next("m5").next("m6");
+    assert_eq!(position.chain, Some(chain.0));
+    assert!(second.attempt > first.attempt);
+    peer.deliver(1, 6..=7).await; // 6 once too often
+    while peer.ack().await != (1, 7) {}
+    let ids = [shown.next().await, shown.next().await, shown.next().await];
+    assert_eq!(ids, ["m5", "m6", "m7"]);
+    assert!(shown.nothing_more());
+}
+
+#[tokio::test]
+async fn after_a_fork_what_was_seen_is_not_shown_again() {
+    let server = Server::start().await;
+    let (_client, mut shown) = start(server.client());
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=2).await;
+    while peer.ack().await != (1, 2) {}
+    peer.send_welcome(8, 1, 0).await; // in mid-connection
+    peer.deliver(1, 1..=3).await;
+    while peer.ack().await != (1, 3) {}
+    assert_eq!([shown.next().await, shown.next().await, shown.next().await], ["m1", "m2", "m3"]);
+    assert!(shown.nothing_more());
+}
+
+#[tokio::test]
+async fn a_message_that_the_handler_fails_on_comes_again() {
+    let server = Server::start().await;
+    let tries = Arc::new(AtomicU32::new(0));
+    let counted = tries.clone();
+    let _client = server.client().start(move |_| {
+        let n = counted.fetch_add(1, Ordering::SeqCst);
+        async move { if n == 0 { Err("not now".into()) } else { Ok(()) } }
+    });
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=1).await;
+    while tries.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    peer.deliver(1, 1..=1).await;
+    assert_eq!(peer.ack().await, (1, 1));
+    assert_eq!(tries.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn by_hand_an_ack_waits_for_every_earlier_one() {
+    let server = Server::start().await;
+    let (_client, mut deliveries) = server.client().open(8).unwrap();
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=3).await;
+    let mut taken = Vec::new();
+    for _ in 0..3 {
+        taken.push(deliveries.next().await.unwrap());
+    }
+    taken.pop().unwrap().ack.ack();
+    let first = taken.remove(0);
+    first.ack.ack();
+    assert_eq!(peer.ack().await, (1, 1));
+    taken.pop().unwrap().ack.ack();
+    assert_eq!(peer.ack().await, (1, 3));
+}
+
+#[tokio::test]
+async fn shutdown_flushes_the_last_ack() {
+    let server = Server::start().await;
+    let (started, mut began) = mpsc::channel(1);
+    let client = server.client().start(move |_| {
+        let started = started.clone();
+        async move {
+            started.send(()).await?;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            Ok(())
+        }
+    });
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=2).await;
+    began.recv().await.unwrap();
+    let shutdown = tokio::spawn(client.unwrap().shutdown());
+    assert_eq!(peer.ack().await, (1, 1)); // the one that was being handled; not the next
+    peer.closed().await;
+    assert_eq!(shutdown.await.unwrap(), Closed::Shutdown);
+}
+
+#[tokio::test]
+async fn codes_from_4500_on_stop_the_client_with_the_reason() {
+    let server = Server::start().await;
+    let (client, _shown) = start(server.client());
+    let (peer, _) = server.welcome(7, 1, 0).await;
+    peer.close(4000, "draining").await;
+    let (peer, _) = server.welcome(7, 1, 0).await;
+    peer.close(4502, "replaced").await;
+    let replaced = Disconnect::Closed { code: 4502, reason: "replaced".into() };
+    assert_eq!(client.closed().await, Closed::Refused(replaced));
+}
+
+#[tokio::test]
+async fn a_refused_token_stops_the_client_and_a_full_server_does_not() {
+    let server = Server::start().await;
+    let (client, _shown) = start(server.client());
+    server.refuse(503, "full").await;
+    server.refuse(401, "token: signature does not match").await;
+    let text = "token: signature does not match".into();
+    assert_eq!(client.closed().await, Closed::Refused(Disconnect::Http { status: 401, text }));
+}
+
+#[tokio::test]
+async fn go_away_says_when_to_come_back() {
+    let server = Server::start().await;
+    let (_client, _shown) = start(server.client());
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    let go_away = v1::GoAway { why: "draining".into(), reconnect_after_ms: 300 };
+    let told = Instant::now();
+    peer.control(server_frame::Control::GoAway(go_away)).await;
+    peer.close(4000, "draining").await;
+    let _ = server.welcome(7, 1, 0).await;
+    let waited = told.elapsed();
+    assert!(waited >= Duration::from_millis(290), "came back after {waited:?}");
+}
+
+#[tokio::test]
+async fn a_fresh_token_is_sent_before_the_old_one_expires() {
+    let server = Server::start().await;
+    let asked = Arc::new(AtomicU32::new(0));
+    let builder = server.client().token(move || {
+        let n = asked.fetch_add(1, Ordering::SeqCst);
+        async move {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+            let life = if n == 0 { 2 } else { 3600 };
+            let claims = format!("{{\"exp\":{},\"n\":{n}}}", now + life);
+            let engine = base64::engine::general_purpose::URL_SAFE_NO_PAD;
+            Ok(Token::new(format!("e30.{}.sig", engine.encode(claims))))
+        }
+    });
+    let (_client, _shown) = start(builder);
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    match peer.receive().await {
+        client_frame::Kind::Refresh(refresh) => {
+            assert!(!peer.token.ends_with(&refresh.token) && refresh.token.starts_with("e30."));
+        }
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_file_resumes_over_a_restart_of_the_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FileStore::new(dir.path().join("phone.json"));
+    let server = Server::start().await;
+    let (client, _shown) = start(server.client().positions(store.clone()));
+    let (mut peer, first) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=2).await;
+    while peer.ack().await != (1, 2) {}
+    tokio::join!(client.shutdown(), peer.closed());
+
+    let (_client, mut shown) = start(server.client().positions(store));
+    let (mut peer, second) = server.welcome(7, 2, 0).await; // forked meanwhile
+    assert_eq!(second.positions[0].seq, 2);
+    assert!(second.attempt > first.attempt);
+    peer.deliver(2, 1..=3).await;
+    assert_eq!(shown.next().await, "m3");
+}
+
+#[tokio::test]
+async fn a_gap_makes_the_client_come_back_from_its_position() {
+    let server = Server::start().await;
+    let (events, mut told) = mpsc::channel(64);
+    let builder = server.client().on_event(move |event| {
+        let _ = events.try_send(event);
+    });
+    let (_client, mut shown) = start(builder);
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=1).await;
+    peer.deliver(1, 3..=3).await;
+    let (_peer, hello) = server.welcome(7, 1, 1).await;
+    assert!(hello.positions[0].seq <= 1);
+    assert_eq!(shown.next().await, "m1");
+    assert!(shown.nothing_more());
+    while let Some(event) = told.recv().await {
+        if let Event::Disconnected { why, retry_in } = event {
+            assert_eq!(why.to_string(), "protocol violation: message 3 after 1: a gap");
+            assert!(retry_in.is_some());
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn skips_are_told_and_acknowledged() {
+    let server = Server::start().await;
+    let (events, mut told) = mpsc::channel(64);
+    let builder = server.client().on_event(move |event| {
+        let _ = events.try_send(event);
+    });
+    let (_client, _shown) = start(builder);
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    let why = v1::SkipReason::Expired.into();
+    let skip = v1::Skip { to: 4, why, chain: 9, generation: 1, ..Default::default() };
+    peer.control(server_frame::Control::Skip(skip)).await;
+    assert_eq!(peer.ack().await, (1, 4));
+    while let Some(event) = told.recv().await {
+        if let Event::Skipped { first, last, .. } = event {
+            assert_eq!((first, last), (Seq(1), Seq(4)));
+            return;
+        }
+    }
+}
