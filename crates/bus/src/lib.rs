@@ -1,1 +1,24 @@
-//! TODO
+//! Kafka: the consumer that gives partitions back only when they are finished, the ledger of what
+//! may be committed, producers of receipts and dead letters, topics. What a record says is not its
+//! business; neither is what becomes of it.
+
+mod config;
+pub mod consumer;
+mod context;
+mod dead;
+mod embedded;
+mod error;
+mod ffi;
+pub mod ledger;
+mod producer;
+mod receipts;
+mod topics;
+
+pub use config::{GroupProtocol, KafkaConfig, Properties, Topics};
+pub use dead::{DeadLetter, DeadLetters};
+pub use embedded::EmbeddedKafka;
+pub use error::Error;
+pub use ledger::Ledger;
+pub use producer::Producer;
+pub use receipts::Receipts;
+pub use topics::ensure_topics;

@@ -6,6 +6,7 @@ fn limits() -> RecordLimits {
         payload_bytes_max: 100,
         users_max: 3,
         fanout_bytes_max: 150,
+        json_depth_max: 10,
         ..Default::default()
     }
 }
@@ -113,7 +114,7 @@ fn an_id_of_123_bytes_is_not_taken_for_json() {
 fn each_flaw_has_its_word() {
     use RefusalCode as C;
     let to = r#""to":{"user":"alice"}"#;
-    let deep = format!("{}1{}", "[".repeat(65), "]".repeat(65));
+    let deep = format!("{}1{}", "[".repeat(11), "]".repeat(11));
     let long = "x".repeat(101);
     let cases = [
         (with(r#""to":{"user":"alice"},"text":"x""#).replace('}', ""), C::BadJson),

@@ -1,0 +1,252 @@
+//! Settings of everything that speaks to Kafka.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use barid_wire::record::Format;
+use rdkafka::ClientConfig;
+use rdkafka::config::RDKafkaLogLevel;
+use serde::{Deserialize, Serialize};
+
+/// Where Kafka is and how it is used. Roles that only produce leave the group's settings alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KafkaConfig {
+    /// `host:port` of some brokers.
+    pub brokers: Vec<String>,
+    /// Names of the topics.
+    pub topics: Topics,
+    /// Whether topics that are missing are created at start.
+    pub create_topics: bool,
+    /// Partitions of created push topics; the others get one, receipts get as many.
+    pub partitions: u16,
+    /// Replicas of created topics; 0: the broker's default.
+    pub replication: u16,
+    /// The consumers' group.
+    pub group: String,
+    /// How the group balances.
+    pub group_protocol: GroupProtocol,
+    /// A name of this process that stays over restarts (`barid-purger-0`): its partitions wait for
+    /// it. Empty: none.
+    pub group_instance_id: String,
+    /// How receipts are written.
+    pub receipts_format: Format,
+    /// Records that wait in a producer, at most.
+    pub producer_queue_records_max: u32,
+    /// Their size, at most, KiB.
+    pub producer_queue_kbytes_max: u32,
+    /// How long a producer tries to deliver a record before it says so.
+    pub delivery_timeout_ms: u32,
+    /// Bytes prefetched a partition, at most, KiB.
+    pub prefetch_kbytes_max: u32,
+    /// How long a broker holds a fetch open while there is nothing. A record that arrives ends the
+    /// wait at once; the price of a low value is empty answers.
+    pub fetch_wait_max_ms: u32,
+    /// Further settings of librdkafka, as `security.protocol`, `sasl.password`. They come last and
+    /// win, except over what correctness rests on.
+    pub properties: Properties,
+}
+
+/// Names of the topics.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Topics {
+    /// What must not wait.
+    pub push_high: String,
+    /// The ordinary.
+    pub push: String,
+    /// What may wait.
+    pub push_bulk: String,
+    /// Receipts for the business.
+    pub receipts: String,
+    /// What was refused.
+    pub dead: String,
+}
+
+/// How the members of a group come to their partitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupProtocol {
+    /// KIP-848 where the broker has it, else classic.
+    Auto,
+    /// KIP-848: the broker assigns, and moves only what has to move.
+    Consumer,
+    /// The range assignor; everything stops while the group balances.
+    Classic,
+}
+
+impl Default for KafkaConfig {
+    fn default() -> Self {
+        Self {
+            brokers: vec!["127.0.0.1:9092".into()],
+            topics: Topics::default(),
+            create_topics: false,
+            partitions: 12,
+            replication: 0,
+            group: "barid-purger".into(),
+            group_protocol: GroupProtocol::Auto,
+            group_instance_id: String::new(),
+            receipts_format: Format::Json,
+            producer_queue_records_max: 100_000,
+            producer_queue_kbytes_max: 65_536,
+            delivery_timeout_ms: 30_000,
+            prefetch_kbytes_max: 4_096,
+            fetch_wait_max_ms: 100,
+            properties: Properties::default(),
+        }
+    }
+}
+
+impl Default for Topics {
+    fn default() -> Self {
+        Self {
+            push_high: "barid.push.high".into(),
+            push: "barid.push".into(),
+            push_bulk: "barid.push.bulk".into(),
+            receipts: "barid.receipts".into(),
+            dead: "barid.dead".into(),
+        }
+    }
+}
+
+impl Topics {
+    /// The topics that businesses produce to, most urgent first.
+    pub fn pushes(&self) -> [&str; 3] {
+        [&self.push_high, &self.push, &self.push_bulk]
+    }
+}
+
+/// What the promises rest on; nobody may set these.
+const RESERVED: [&str; 10] = [
+    "acks",
+    "request.required.acks",
+    "auto.offset.reset",
+    "bootstrap.servers",
+    "enable.auto.commit",
+    "enable.auto.offset.store",
+    "enable.idempotence",
+    "group.id",
+    "group.protocol",
+    "partition.assignment.strategy",
+];
+
+impl KafkaConfig {
+    /// Relations that types do not check.
+    ///
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        if self.brokers.is_empty() || self.brokers.iter().any(String::is_empty) {
+            return Err("kafka.brokers names no broker".into());
+        }
+        if self.group.is_empty() {
+            return Err("kafka.group is empty".into());
+        }
+        if self.partitions == 0 {
+            return Err("kafka.partitions must be above zero".into());
+        }
+        if self.producer_queue_records_max == 0 || self.producer_queue_kbytes_max == 0 {
+            return Err("kafka.producer_queue_*_max must be above zero".into());
+        }
+        let names = &self.topics;
+        let mut all = vec![&names.push_high, &names.push, &names.push_bulk];
+        all.extend([&names.receipts, &names.dead]);
+        all.sort();
+        all.dedup();
+        if all.len() != 5 || all[0].is_empty() {
+            return Err("kafka.topics must be five different names".into());
+        }
+        match RESERVED.iter().find(|key| self.properties.0.contains_key(**key)) {
+            Some(key) => Err(format!("kafka.properties must not set {key:?}")),
+            None => Ok(()),
+        }
+    }
+
+    /// What every client of librdkafka is told.
+    pub(crate) fn client(&self) -> ClientConfig {
+        let mut client = ClientConfig::new();
+        client
+            .set("bootstrap.servers", self.brokers.join(","))
+            .set("client.id", "barid")
+            // Brokers that come back are found again within a second.
+            .set("reconnect.backoff.ms", "50")
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("log.connection.close", "false")
+            .set_log_level(RDKafkaLogLevel::Info);
+        client
+    }
+
+    /// The operator's own settings, over the others.
+    pub(crate) fn overlay(&self, mut client: ClientConfig) -> ClientConfig {
+        for (key, value) in &self.properties.0 {
+            client.set(key, value);
+        }
+        client
+    }
+}
+
+/// Settings of librdkafka by name. Values of keys that hold secrets are neither printed nor logged.
+#[derive(Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(transparent)]
+pub struct Properties(pub BTreeMap<String, String>);
+
+impl Properties {
+    fn shown(&self) -> BTreeMap<&str, &str> {
+        let secret = |key: &str| {
+            ["password", "secret", "key", "token", "jaas", "oauthbearer.config"]
+                .iter()
+                .any(|word| key.contains(word))
+        };
+        let shown = |(key, value)| {
+            let (key, value): (&String, &String) = (key, value);
+            (key.as_str(), if secret(key) { "***" } else { value.as_str() })
+        };
+        self.0.iter().map(shown).collect()
+    }
+}
+
+impl fmt::Debug for Properties {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.shown()).finish()
+    }
+}
+
+impl Serialize for Properties {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.shown().serialize(serializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_a_valid_configuration() {
+        let config: KafkaConfig = toml::from_str("").unwrap();
+        assert_eq!((config.check(), &config), (Ok(()), &KafkaConfig::default()));
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let text =
+            "properties = { \"sasl.password\" = \"hunter2\", \"socket.nagle.disable\" = \"true\" }";
+        let config: KafkaConfig = toml::from_str(text).unwrap();
+        for shown in [format!("{config:?}"), toml::to_string(&config).unwrap()] {
+            assert!(
+                !shown.contains("hunter2") && shown.contains("socket.nagle.disable"),
+                "{shown}"
+            );
+        }
+        assert_eq!(config.properties.0["sasl.password"], "hunter2");
+    }
+
+    #[test]
+    fn what_the_promises_rest_on_cannot_be_set() {
+        let config: KafkaConfig = toml::from_str("properties = { acks = \"1\" }").unwrap();
+        assert_eq!(config.check().unwrap_err(), "kafka.properties must not set \"acks\"");
+        let mut config = KafkaConfig::default();
+        config.topics.dead = config.topics.push.clone();
+        assert!(config.check().is_err());
+    }
+}

@@ -1,0 +1,570 @@
+//! A member of the consumers' group, as a typestate: [`Consuming`] takes records, [`Draining`] only
+//! commits and gives back, [`Done`] has left the group.
+//!
+//! librdkafka asks before it takes a partition away, and waits for the answer: [`Event::Revoked`] is
+//! the question, [`Consumer::release`] the answer, and what lies between is draining. Nothing blocks:
+//! the callbacks only leave a note. Each partition has a queue of its own, so a partition whose
+//! records cannot be taken is simply not asked, and bulk never stands before what is urgent.
+
+use std::collections::{HashMap, VecDeque};
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rdkafka::TopicPartitionList;
+use rdkafka::config::FromClientConfigAndContext as _;
+use rdkafka::consumer::base_consumer::PartitionQueue;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, RebalanceProtocol};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
+use rdkafka::topic_partition_list::Offset;
+use tokio::sync::Notify;
+use tokio::task::spawn_blocking;
+
+use crate::context::{Callbacks, Told};
+use crate::{Error, GroupProtocol, KafkaConfig, ffi};
+
+/// A partition of a topic of the group.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Partition {
+    /// The topic's name.
+    pub topic: Arc<str>,
+    /// The partition.
+    pub number: i32,
+}
+
+/// A record as it was taken, copied out of librdkafka's memory.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// The topic's name.
+    pub topic: Arc<str>,
+    /// The partition.
+    pub partition: i32,
+    /// Its offset.
+    pub offset: i64,
+    /// The epoch of the leader that wrote it; -1 where the broker does not tell.
+    pub leader_epoch: i32,
+    /// When the business produced it (or the broker appended it), ms since the Unix epoch.
+    pub timestamp_ms: Option<i64>,
+    /// Its key.
+    pub key: Option<Bytes>,
+    /// Its value; empty for a tombstone.
+    pub value: Bytes,
+    /// Its headers.
+    pub headers: Vec<(String, Bytes)>,
+}
+
+impl Record {
+    /// The first header of this name, in any case.
+    pub fn header(&self, name: &str) -> Option<&[u8]> {
+        let found = self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| &**value)
+    }
+}
+
+/// Something that the group or the broker said.
+#[derive(Debug)]
+pub enum Event {
+    /// These partitions are for this member; answer with [`Consumer::assign`].
+    Assigned(Vec<Partition>),
+    /// These are to be given back; answer with [`Consumer::release`] once they are drained.
+    Revoked {
+        /// Which.
+        partitions: Vec<Partition>,
+        /// Somebody else already has them: there is nothing to drain or commit.
+        lost: bool,
+    },
+    /// A commit was answered.
+    Committed(Result<(), Error>),
+    /// Something is wrong, or was: no broker, an unknown topic, a lost coordinator. librdkafka tries on.
+    Trouble(Error),
+}
+
+/// Takes records.
+#[derive(Debug)]
+pub struct Consuming;
+/// Takes nothing more; commits and gives back.
+#[derive(Debug)]
+pub struct Draining;
+/// Has left the group.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Done {
+    /// In order.
+    Left,
+    /// librdkafka did not finish in time; the group will notice by itself.
+    Abandoned,
+}
+
+/// What to commit of a partition.
+#[derive(Debug, Clone)]
+pub struct Commit {
+    /// The partition.
+    pub partition: Partition,
+    /// The next offset to read.
+    pub offset: i64,
+    /// The topic's id, kept beside the offset: an offset of another life of the topic is void.
+    pub topic_id: Arc<str>,
+}
+
+/// Where a partition stood when it was assigned.
+#[derive(Debug, Clone)]
+pub struct Assigned {
+    /// The partition.
+    pub partition: Partition,
+    /// The topic's id (base64); its name where the broker gives none.
+    pub topic_id: Arc<str>,
+}
+
+/// A member of the group.
+pub struct Consumer<State = Consuming> {
+    core: Core,
+    state: PhantomData<State>,
+}
+
+struct Core {
+    config: KafkaConfig,
+    topics: Vec<Arc<str>>,
+    inner: Arc<BaseConsumer<Callbacks>>,
+    callbacks: Callbacks,
+    queues: HashMap<Partition, PartitionQueue<Callbacks>>,
+    /// The order in which partitions of a topic are asked; rotates.
+    order: Vec<VecDeque<Partition>>,
+    bell: Arc<Notify>,
+    classic: bool,
+    was_assigned: bool,
+}
+
+impl Consumer<Consuming> {
+    /// Joins the group for these topics, most urgent first. Brokers that are away are found later.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn start(config: &KafkaConfig, topics: &[&str]) -> Result<Self, Error> {
+        let classic = config.group_protocol == GroupProtocol::Classic;
+        let bell = Arc::new(Notify::new());
+        let (inner, callbacks) = create(config, topics, classic, &bell)?;
+        let core = Core {
+            config: config.clone(),
+            topics: topics.iter().map(|topic| Arc::from(*topic)).collect(),
+            inner,
+            callbacks,
+            queues: HashMap::new(),
+            order: vec![VecDeque::new(); topics.len()],
+            bell,
+            classic,
+            was_assigned: false,
+        };
+        Ok(Self { core, state: PhantomData })
+    }
+
+    /// Takes up to `max` records of a topic (by its place in the list given at start) into `out`,
+    /// partition by partition in turn, from those that `wanted` names. Never waits; how many.
+    pub fn take(
+        &mut self,
+        topic: usize,
+        max: usize,
+        mut wanted: impl FnMut(&Partition) -> bool,
+        out: &mut Vec<Record>,
+    ) -> usize {
+        let before = out.len();
+        let Some(order) = self.core.order.get_mut(topic) else { return 0 };
+        for _ in 0..order.len() {
+            let Some(partition) = order.pop_front() else { break };
+            if let Some(queue) = self.core.queues.get(&partition).filter(|_| wanted(&partition)) {
+                while out.len() - before < max {
+                    match queue.poll(Duration::ZERO) {
+                        Some(Ok(message)) => out.push(copy(&partition.topic, &message)),
+                        Some(Err(error)) => {
+                            tracing::warn!(%error, topic = &*partition.topic, partition = partition.number, "cannot fetch");
+                            break;
+                        }
+                        None => break,
+                    }
+                }
+            }
+            order.push_back(partition);
+            if out.len() - before >= max {
+                break;
+            }
+        }
+        out.len() - before
+    }
+
+    /// Goes back, or on, to an offset: the next record taken is the first at or after it. What was
+    /// prefetched is dropped. Blocks for up to `timeout` (a few ms where the broker answers).
+    ///
+    /// # Errors
+    /// The partition is not assigned, or it took too long.
+    pub async fn seek(&self, partition: &Partition, offset: i64) -> Result<(), Error> {
+        let inner = Arc::clone(&self.core.inner);
+        let partition = partition.clone();
+        let seek = move || {
+            let mut list = TopicPartitionList::new();
+            let offset = if offset <= 0 { Offset::Beginning } else { Offset::Offset(offset) };
+            list.add_partition_offset(&partition.topic, partition.number, offset)?;
+            let list = inner.seek_partitions(list, Duration::from_secs(5))?;
+            list.elements().iter().try_for_each(|element| element.error())
+        };
+        blocking(seek).await?.map_err(Error::from)
+    }
+
+    /// Takes no more records from now on.
+    pub fn drain(self) -> Consumer<Draining> {
+        Consumer { core: self.core, state: PhantomData }
+    }
+}
+
+impl Consumer<Draining> {
+    /// Leaves the group, for at most `timeout`; what is still assigned is given back as it is.
+    pub async fn finish(self, timeout: Duration) -> Done {
+        let Core { inner, callbacks, queues, .. } = self.core;
+        callbacks.close();
+        drop(queues);
+        // Dropping closes the consumer, which waits for the coordinator.
+        match tokio::time::timeout(timeout, spawn_blocking(move || drop(inner))).await {
+            Ok(_) => Done::Left,
+            Err(_) => Done::Abandoned,
+        }
+    }
+}
+
+impl<State> Consumer<State> {
+    /// What there is to answer, if anything; has to be asked at least every few minutes, or the group
+    /// takes the partitions away. Never waits.
+    pub fn poll(&mut self) -> Option<Event> {
+        loop {
+            if let Some(told) = self.core.callbacks.next() {
+                return Some(self.core.event(told));
+            }
+            match self.core.inner.poll(Duration::ZERO) {
+                Some(Err(error)) => {
+                    if let Some(event) = self.core.trouble(error) {
+                        return Some(event);
+                    }
+                }
+                // Every partition was split off before it was assigned, so none can be here.
+                Some(Ok(message)) => {
+                    let (topic, partition) = (message.topic().to_owned(), message.partition());
+                    tracing::error!(topic, partition, "record in the common queue");
+                    let error = Error::Refused(format!("{topic}/{partition}: queue was not split"));
+                    return Some(Event::Trouble(error));
+                }
+                None => break,
+            }
+        }
+        let told = self.core.callbacks.next();
+        told.map(|told| self.core.event(told)).or_else(|| {
+            let down = self.core.callbacks.take_all_down();
+            down.then(|| Event::Trouble(Error::Away("no broker can be reached".into())))
+        })
+    }
+
+    /// Waits until there may be something to poll or to take.
+    pub async fn ready(&self) {
+        self.core.bell.notified().await;
+    }
+
+    /// A handle for waiting while the consumer itself is in use: what [`Self::ready`] awaits.
+    pub fn bell(&self) -> Arc<Notify> {
+        Arc::clone(&self.core.bell)
+    }
+
+    /// Accepts partitions, each from its committed offset; from the log's start where that belongs to
+    /// another life of the topic, or there is none.
+    ///
+    /// # Errors
+    /// The coordinator did not tell the committed offsets in time; ask again.
+    pub async fn assign(&mut self, partitions: &[Partition]) -> Result<Vec<Assigned>, Error> {
+        let ids = self.topic_ids().await?;
+        let committed = self.committed(partitions).await?;
+        let mut list = TopicPartitionList::new();
+        let mut assigned = Vec::with_capacity(partitions.len());
+        for partition in partitions {
+            let topic_id = id_of(&ids, &partition.topic);
+            let offset = match committed.get(partition) {
+                Some((_, id)) if !id.is_empty() && **id != *topic_id => {
+                    tracing::warn!(
+                        topic = &*partition.topic,
+                        partition = partition.number,
+                        "topic was created anew, starting at its beginning"
+                    );
+                    Offset::Beginning
+                }
+                Some((offset, _)) => Offset::Offset(*offset),
+                None => Offset::Beginning,
+            };
+            list.add_partition_offset(&partition.topic, partition.number, offset)?;
+            assigned.push(Assigned { partition: partition.clone(), topic_id });
+        }
+        self.core.split(partitions);
+        match self.core.inner.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => self.core.inner.incremental_assign(&list)?,
+            _ => self.core.inner.assign(&list)?,
+        }
+        self.core.was_assigned = true;
+        Ok(assigned)
+    }
+
+    /// Gives partitions back. Their records and commits are over.
+    ///
+    /// # Errors
+    /// librdkafka refuses, as where the partitions are not assigned.
+    pub fn release(&mut self, partitions: &[Partition]) -> Result<(), Error> {
+        for partition in partitions {
+            self.core.queues.remove(partition);
+        }
+        for order in &mut self.core.order {
+            order.retain(|partition| !partitions.contains(partition));
+        }
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&partition.topic, partition.number);
+        }
+        match self.core.inner.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => self.core.inner.incremental_unassign(&list)?,
+            _ => self.core.inner.unassign()?,
+        }
+        Ok(())
+    }
+
+    /// Asks to commit; [`Event::Committed`] is the answer.
+    ///
+    /// # Errors
+    /// It could not be asked.
+    pub fn commit(&self, commits: &[Commit]) -> Result<(), Error> {
+        let list = commit_list(commits)?;
+        self.core.inner.commit(&list, CommitMode::Async).map_err(Error::from)
+    }
+
+    /// Commits and waits for the answer, for at most `timeout`.
+    ///
+    /// # Errors
+    /// It was not committed, or it is not known.
+    pub async fn commit_and_wait(
+        &self,
+        commits: &[Commit],
+        timeout: Duration,
+    ) -> Result<(), Error> {
+        if commits.is_empty() {
+            return Ok(());
+        }
+        let list = commit_list(commits)?;
+        let inner = Arc::clone(&self.core.inner);
+        let commit = blocking(move || inner.commit(&list, CommitMode::Sync));
+        match tokio::time::timeout(timeout, commit).await {
+            Ok(committed) => committed?.map_err(Error::from),
+            Err(_) => Err(Error::Away("the commit was not answered in time".into())),
+        }
+    }
+
+    /// The ids of the group's topics; empty where the broker gives none. Shows that a broker answers.
+    ///
+    /// # Errors
+    /// None answered in time.
+    pub async fn topic_ids(&self) -> Result<HashMap<String, String>, Error> {
+        let inner = Arc::clone(&self.core.inner);
+        let topics: Vec<String> = self.core.topics.iter().map(|t| t.to_string()).collect();
+        blocking(move || ffi::topic_ids(inner.client(), &topics, Duration::from_secs(5))).await?
+    }
+
+    /// Whether the group balances by the classic protocol.
+    pub fn is_classic(&self) -> bool {
+        self.core.classic
+    }
+
+    /// How far each partition has been written, for the lag; -1 where it is not known yet.
+    pub fn high_watermark(&self, partition: &Partition) -> i64 {
+        let inner = &self.core.inner;
+        ffi::cached_high_watermark(inner.client(), &partition.topic, partition.number)
+    }
+
+    /// The committed offsets, each with the topic id that was kept beside it.
+    async fn committed(
+        &self,
+        partitions: &[Partition],
+    ) -> Result<HashMap<Partition, (i64, String)>, Error> {
+        let inner = Arc::clone(&self.core.inner);
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            list.add_partition(&partition.topic, partition.number);
+        }
+        if partitions.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let list =
+            blocking(move || inner.committed_offsets(list, Duration::from_secs(5))).await??;
+        let mut committed = HashMap::new();
+        for element in list.elements() {
+            element.error()?;
+            let topic = self.core.topic(element.topic());
+            if let Offset::Offset(offset) = element.offset() {
+                let partition = Partition { topic, number: element.partition() };
+                committed.insert(partition, (offset, element.metadata().to_owned()));
+            }
+        }
+        Ok(committed)
+    }
+}
+
+impl Core {
+    fn event(&mut self, told: Told) -> Event {
+        match told {
+            Told::Assign(list) => Event::Assigned(self.partitions(list)),
+            Told::Revoke { partitions, lost } => {
+                Event::Revoked { partitions: self.partitions(partitions), lost }
+            }
+            Told::Committed(Err(error), _)
+                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::NoOffset) =>
+            {
+                Event::Committed(Ok(()))
+            }
+            Told::Committed(result, _) => Event::Committed(result.map_err(Error::from)),
+        }
+    }
+
+    fn partitions(&self, list: Vec<(String, i32)>) -> Vec<Partition> {
+        let partition =
+            |(topic, number): (String, i32)| Partition { topic: self.topic(&topic), number };
+        list.into_iter().map(partition).collect()
+    }
+
+    fn topic(&self, name: &str) -> Arc<str> {
+        let known = self.topics.iter().find(|topic| ***topic == *name);
+        known.map_or_else(|| Arc::from(name), Arc::clone)
+    }
+
+    /// A broker without KIP-848 says so once, fatally: start over with the classic protocol.
+    fn trouble(&mut self, error: KafkaError) -> Option<Event> {
+        let fatal = self.inner.client().fatal_error();
+        let Some((code, reason)) = fatal else {
+            return Some(Event::Trouble(error.into()));
+        };
+        let unsupported = matches!(
+            code,
+            RDKafkaErrorCode::UnsupportedFeature | RDKafkaErrorCode::UnsupportedVersion
+        );
+        let auto = self.config.group_protocol == GroupProtocol::Auto;
+        if !(unsupported && auto && !self.classic && !self.was_assigned) {
+            return Some(Event::Trouble(Error::Refused(format!("{code}: {reason}"))));
+        }
+        tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
+        let topics: Vec<&str> = self.topics.iter().map(|topic| &**topic).collect();
+        match create(&self.config, &topics, true, &self.bell) {
+            Ok((inner, callbacks)) => {
+                self.callbacks.close();
+                let old = std::mem::replace(&mut self.inner, inner);
+                self.callbacks = callbacks;
+                self.classic = true;
+                std::mem::drop(spawn_blocking(move || drop(old)));
+                None
+            }
+            Err(error) => Some(Event::Trouble(error)),
+        }
+    }
+
+    /// Gives each partition a queue of its own. Before it is assigned: so no record ever goes to the
+    /// common queue.
+    fn split(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            let Some(mut queue) =
+                self.inner.split_partition_queue(&partition.topic, partition.number)
+            else {
+                continue;
+            };
+            let bell = Arc::clone(&self.bell);
+            queue.set_nonempty_callback(move || bell.notify_one());
+            self.queues.insert(partition.clone(), queue);
+            let topic = self.topics.iter().position(|topic| *topic == partition.topic);
+            if let Some(order) = topic.and_then(|topic| self.order.get_mut(topic))
+                && !order.contains(partition)
+            {
+                order.push_back(partition.clone());
+            }
+        }
+        self.bell.notify_one();
+    }
+}
+
+fn create(
+    config: &KafkaConfig,
+    topics: &[&str],
+    classic: bool,
+    bell: &Arc<Notify>,
+) -> Result<(Arc<BaseConsumer<Callbacks>>, Callbacks), Error> {
+    let mut client = config.client();
+    client
+        .set("group.id", &config.group)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "earliest")
+        .set("isolation.level", "read_committed")
+        .set("fetch.wait.max.ms", config.fetch_wait_max_ms.to_string())
+        // How long a full queue rests before it fetches again; the default adds up to a second.
+        .set("fetch.queue.backoff.ms", "5")
+        .set("fetch.error.backoff.ms", "100")
+        .set("queued.max.messages.kbytes", config.prefetch_kbytes_max.to_string())
+        .set("topic.metadata.refresh.interval.ms", "30000");
+    if classic {
+        client
+            .set("group.protocol", "classic")
+            .set("partition.assignment.strategy", "range")
+            .set("session.timeout.ms", "10000")
+            .set("heartbeat.interval.ms", "1000");
+    } else {
+        client.set("group.protocol", "consumer");
+    }
+    if !config.group_instance_id.is_empty() {
+        client.set("group.instance.id", &config.group_instance_id);
+    }
+    let callbacks = Callbacks::default();
+    let client = config.overlay(client);
+    let mut inner: BaseConsumer<Callbacks> =
+        BaseConsumer::from_config_and_context(&client, callbacks.clone())?;
+    let ring = Arc::clone(bell);
+    inner.set_nonempty_callback(move || ring.notify_one());
+    inner.subscribe(topics)?;
+    Ok((Arc::new(inner), callbacks))
+}
+
+fn copy(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Record {
+    let headers = message.headers().map_or_else(Vec::new, |headers| {
+        let header = |h: rdkafka::message::Header<'_, &[u8]>| {
+            (h.key.to_owned(), Bytes::copy_from_slice(h.value.unwrap_or_default()))
+        };
+        headers.iter().map(header).collect()
+    });
+    Record {
+        topic: Arc::clone(topic),
+        partition: message.partition(),
+        offset: message.offset(),
+        leader_epoch: ffi::leader_epoch(message),
+        timestamp_ms: message.timestamp().to_millis(),
+        key: message.key().map(Bytes::copy_from_slice),
+        value: message.payload().map(Bytes::copy_from_slice).unwrap_or_default(),
+        headers,
+    }
+}
+
+/// The topic's id; its name where the broker gives none.
+pub fn id_of(ids: &HashMap<String, String>, topic: &str) -> Arc<str> {
+    Arc::from(ids.get(topic).map_or(topic, String::as_str))
+}
+
+fn commit_list(commits: &[Commit]) -> Result<TopicPartitionList, Error> {
+    let mut list = TopicPartitionList::with_capacity(commits.len());
+    for commit in commits {
+        let Partition { topic, number } = &commit.partition;
+        let mut element = list.add_partition(topic, *number);
+        element.set_offset(Offset::Offset(commit.offset))?;
+        element.set_metadata(&*commit.topic_id);
+    }
+    Ok(list)
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    spawn_blocking(work).await.map_err(|e| Error::Away(format!("worker thread: {e}")))
+}

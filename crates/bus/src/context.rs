@@ -1,0 +1,131 @@
+//! librdkafka's callbacks: its log goes to ours, its errors become the state of the connection, and
+//! a rebalance becomes an event that waits for an answer.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::TopicPartitionList;
+use rdkafka::types::RDKafkaRespErr;
+
+/// A client that only logs.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Logged;
+
+impl ClientContext for Logged {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "kafka client");
+    }
+}
+
+fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    use RDKafkaLogLevel as Level;
+    match level {
+        Level::Emerg | Level::Alert | Level::Critical | Level::Error | Level::Warning => {
+            tracing::warn!(target: "librdkafka", facility, message);
+        }
+        Level::Notice | Level::Info => tracing::info!(target: "librdkafka", facility, message),
+        Level::Debug => tracing::debug!(target: "librdkafka", facility, message),
+    }
+}
+
+/// What librdkafka told a consumer.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// These partitions are to be taken.
+    Assign(Vec<(String, i32)>),
+    /// These are to be given back; `lost`: they already belong to somebody else.
+    Revoke { partitions: Vec<(String, i32)>, lost: bool },
+    /// A commit was answered.
+    Committed(Result<(), KafkaError>, Vec<(String, i32, i64)>),
+}
+
+/// A consumer's callbacks. It does not answer a rebalance itself: librdkafka holds the partitions
+/// until somebody assigns or unassigns, which is what lets a revoked partition be drained first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Callbacks {
+    told: Arc<Mutex<VecDeque<Told>>>,
+    closing: Arc<AtomicBool>,
+    all_down: Arc<AtomicBool>,
+}
+
+impl Callbacks {
+    /// The next thing told.
+    pub(crate) fn next(&self) -> Option<Told> {
+        self.told.lock().pop_front()
+    }
+
+    /// From now on nobody answers: rebalances are answered in the callback.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether no broker could be reached since this was asked last.
+    pub(crate) fn take_all_down(&self) -> bool {
+        self.all_down.swap(false, Ordering::SeqCst)
+    }
+}
+
+impl ClientContext for Callbacks {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        log(level, facility, message);
+    }
+    fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.all_down.store(true, Ordering::SeqCst);
+        }
+        tracing::debug!(%error, reason, "kafka consumer");
+    }
+}
+
+impl ConsumerContext for Callbacks {
+    fn rebalance(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        error: RDKafkaRespErr,
+        list: &mut TopicPartitionList,
+    ) {
+        let assign = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        if self.closing.load(Ordering::SeqCst) {
+            let incremental =
+                matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
+            let _ = match (assign, incremental) {
+                (true, true) => consumer.incremental_assign(list),
+                (true, false) => consumer.assign(list),
+                (false, true) => consumer.incremental_unassign(list),
+                (false, false) => consumer.unassign(),
+            };
+            return;
+        }
+        let partitions = names(list);
+        let lost = consumer.assignment_lost();
+        self.told.lock().push_back(if assign {
+            Told::Assign(partitions)
+        } else {
+            Told::Revoke { partitions, lost }
+        });
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        let offset = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
+            let offset = element.offset().to_raw().unwrap_or(-1);
+            (element.topic().to_owned(), element.partition(), offset)
+        };
+        let result =
+            result.and_then(|()| offsets.elements().iter().try_for_each(|element| element.error()));
+        let offsets = offsets.elements().iter().map(offset).collect();
+        self.told.lock().push_back(Told::Committed(result, offsets));
+    }
+}
+
+fn names(list: &TopicPartitionList) -> Vec<(String, i32)> {
+    list.elements().iter().map(|e| (e.topic().to_owned(), e.partition())).collect()
+}

@@ -1,0 +1,52 @@
+//! librdkafka's in-process broker, for `barid dev` and for tests: it listens on TCP, so that any
+//! Kafka client can produce to it. It keeps everything in memory and forgets it at its end.
+
+use std::time::Duration;
+
+use rdkafka::config::FromClientConfig as _;
+use rdkafka::producer::{BaseProducer, Producer as _};
+
+use crate::{Error, KafkaConfig, ffi};
+
+/// A running in-process broker; it ends when this is dropped.
+pub struct EmbeddedKafka {
+    // The broker belongs to this client.
+    client: BaseProducer,
+}
+
+impl EmbeddedKafka {
+    /// Starts one broker with the topics of `config`, and names it in `config.brokers`.
+    ///
+    /// # Errors
+    /// librdkafka could not start it.
+    pub fn start(config: &mut KafkaConfig) -> Result<Self, Error> {
+        let mut client = rdkafka::ClientConfig::new();
+        client.set("test.mock.num.brokers", "1");
+        let client = BaseProducer::from_config(&client)?;
+        ffi::set_mock_rebalance_delay(client.client(), Duration::from_millis(0));
+        let this = Self { client };
+        config.brokers = vec![this.brokers()];
+        let topics = config.topics.pushes();
+        for topic in topics.iter().chain([&config.topics.receipts.as_str()]) {
+            this.create_topic(topic, config.partitions)?;
+        }
+        this.create_topic(&config.topics.dead, 1)?;
+        Ok(this)
+    }
+
+    /// `host:port` for clients.
+    pub fn brokers(&self) -> String {
+        self.client.client().mock_cluster().map(|c| c.bootstrap_servers()).unwrap_or_default()
+    }
+
+    /// Creates a topic.
+    ///
+    /// # Errors
+    /// It exists.
+    pub fn create_topic(&self, name: &str, partitions: u16) -> Result<(), Error> {
+        let Some(cluster) = self.client.client().mock_cluster() else {
+            return Err(Error::Away("the in-process broker is gone".into()));
+        };
+        cluster.create_topic(name, i32::from(partitions), 1).map_err(Error::from)
+    }
+}

@@ -1,0 +1,48 @@
+//! What can go wrong with Kafka.
+
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+
+/// Kafka did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A setting is wrong; nothing will help but another one.
+    #[error("kafka configuration: {0}")]
+    Config(String),
+    /// No broker, or no leader of the partition, answered in time. Trying again may help.
+    #[error("kafka is away: {0}")]
+    Away(String),
+    /// The record is larger than its topic, or this client, takes.
+    #[error("the record is larger than its topic takes")]
+    TooLarge,
+    /// The broker refused.
+    #[error("kafka refused: {0}")]
+    Refused(String),
+}
+
+impl From<KafkaError> for Error {
+    fn from(error: KafkaError) -> Self {
+        use RDKafkaErrorCode as Code;
+        match (&error, error.rdkafka_error_code()) {
+            (KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_), _) => {
+                Self::Config(error.to_string())
+            }
+            (_, Some(Code::MessageSizeTooLarge | Code::InvalidMessageSize)) => Self::TooLarge,
+            (
+                _,
+                Some(
+                    Code::UnknownTopicOrPartition
+                    | Code::UnknownTopic
+                    | Code::UnknownPartition
+                    | Code::TopicAuthorizationFailed
+                    | Code::GroupAuthorizationFailed
+                    | Code::ClusterAuthorizationFailed
+                    | Code::Authentication
+                    | Code::InvalidTopic
+                    | Code::InvalidRecord
+                    | Code::PolicyViolation,
+                ),
+            ) => Self::Refused(error.to_string()),
+            _ => Self::Away(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The few things of librdkafka that the rdkafka crate does not wrap.
+#![allow(
+    unsafe_code,
+    reason = "leader epochs, topic ids and the mock cluster's delay exist only in the C interface; \
+              all of it is confined to this file"
+)]
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::ptr::null_mut;
+use std::time::Duration;
+
+use rdkafka::bindings as sys;
+use rdkafka::client::{Client, ClientContext};
+use rdkafka::message::BorrowedMessage;
+
+use crate::Error;
+
+/// The epoch of the leader that wrote a record; -1 where the broker does not tell.
+pub(crate) fn leader_epoch(message: &BorrowedMessage<'_>) -> i32 {
+    // SAFETY: the message is borrowed, so librdkafka's struct behind the pointer lives, and the
+    // function only reads it.
+    unsafe { sys::rd_kafka_message_leader_epoch(message.ptr()) }
+}
+
+/// The ids of topics, base64; a topic that does not exist, or whose broker knows no ids, is absent.
+/// Blocks for up to `timeout`.
+///
+/// # Errors
+/// No broker answered in time, or it cannot describe topics.
+pub(crate) fn topic_ids<C: ClientContext>(
+    client: &Client<C>,
+    topics: &[String],
+    timeout: Duration,
+) -> Result<HashMap<String, String>, Error> {
+    let timeout_ms = c_int::try_from(timeout.as_millis()).unwrap_or(c_int::MAX);
+    let names: Vec<CString> = topics.iter().filter_map(|t| CString::new(t.as_str()).ok()).collect();
+    let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
+    // SAFETY: the client outlives this call, so its handle is valid throughout. Every object made
+    // here is destroyed once by its guard, in reverse order: the event before the queue it came
+    // from. The names outlive the collection's making, which copies them.
+    unsafe {
+        let handle = client.native_ptr();
+        let queue = Guard(sys::rd_kafka_queue_new(handle), sys::rd_kafka_queue_destroy);
+        let options = Guard(
+            sys::rd_kafka_AdminOptions_new(
+                handle,
+                sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS,
+            ),
+            sys::rd_kafka_AdminOptions_destroy,
+        );
+        let mut text = [0 as c_char; 128];
+        sys::rd_kafka_AdminOptions_set_request_timeout(
+            options.0,
+            timeout_ms,
+            text.as_mut_ptr(),
+            text.len(),
+        );
+        let collection = Guard(
+            sys::rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len()),
+            sys::rd_kafka_TopicCollection_destroy,
+        );
+        sys::rd_kafka_DescribeTopics(handle, collection.0, options.0, queue.0);
+        // A little later than the request itself gives up.
+        let event = sys::rd_kafka_queue_poll(queue.0, timeout_ms.saturating_add(500));
+        if event.is_null() {
+            return Err(Error::Away("no broker described the topics in time".into()));
+        }
+        let event = Guard(event, sys::rd_kafka_event_destroy);
+        read_topic_ids(event.0)
+    }
+}
+
+/// # Safety
+/// `event` is a live event of librdkafka.
+unsafe fn read_topic_ids(
+    event: *mut sys::rd_kafka_event_t,
+) -> Result<HashMap<String, String>, Error> {
+    // SAFETY: all of these read the event, which lives while this runs; the strings are copied.
+    unsafe {
+        if sys::rd_kafka_event_error(event) != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
+        {
+            let text = CStr::from_ptr(sys::rd_kafka_event_error_string(event)).to_string_lossy();
+            return Err(Error::Away(text.into_owned()));
+        }
+        let result = sys::rd_kafka_event_DescribeTopics_result(event);
+        if result.is_null() {
+            return Err(Error::Away("another answer than topics".into()));
+        }
+        let mut count = 0;
+        let described = sys::rd_kafka_DescribeTopics_result_topics(result, &mut count);
+        let mut ids = HashMap::new();
+        for i in 0..count {
+            let topic = *described.add(i);
+            let error = sys::rd_kafka_TopicDescription_error(topic);
+            let failed = !error.is_null()
+                && sys::rd_kafka_error_code(error)
+                    != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+            let id = sys::rd_kafka_TopicDescription_topic_id(topic);
+            if failed || id.is_null() || is_zero(id) {
+                continue;
+            }
+            let text = sys::rd_kafka_Uuid_base64str(id);
+            if text.is_null() {
+                continue;
+            }
+            let name = CStr::from_ptr(sys::rd_kafka_TopicDescription_name(topic));
+            ids.insert(
+                name.to_string_lossy().into_owned(),
+                CStr::from_ptr(text).to_string_lossy().into_owned(),
+            );
+        }
+        Ok(ids)
+    }
+}
+
+/// # Safety
+/// `id` points to a live id.
+unsafe fn is_zero(id: *const sys::rd_kafka_Uuid_t) -> bool {
+    // SAFETY: both only read the id.
+    unsafe {
+        sys::rd_kafka_Uuid_most_significant_bits(id) == 0
+            && sys::rd_kafka_Uuid_least_significant_bits(id) == 0
+    }
+}
+
+/// The last known end of a partition, from fetch answers, without asking; -1: not known.
+pub(crate) fn cached_high_watermark<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    partition: i32,
+) -> i64 {
+    let Ok(topic) = CString::new(topic) else { return -1 };
+    let (mut low, mut high) = (-1, -1);
+    // SAFETY: the client lives, the name is a C string, and the two numbers are written before the
+    // function returns.
+    unsafe {
+        sys::rd_kafka_get_watermark_offsets(
+            client.native_ptr(),
+            topic.as_ptr(),
+            partition,
+            &mut low,
+            &mut high,
+        );
+    }
+    if high < 0 { -1 } else { high }
+}
+
+/// The mock cluster of a client waits 3 s for further members of a new group; let it wait less.
+/// False: the client has no mock cluster.
+pub(crate) fn set_mock_rebalance_delay<C: ClientContext>(
+    client: &Client<C>,
+    delay: Duration,
+) -> bool {
+    // SAFETY: the client lives, its mock cluster as long as it, and the setter takes its lock.
+    unsafe {
+        let cluster = sys::rd_kafka_handle_mock_cluster(client.native_ptr());
+        if cluster.is_null() {
+            return false;
+        }
+        let delay_ms = i32::try_from(delay.as_millis()).unwrap_or(i32::MAX);
+        sys::rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, delay_ms);
+    }
+    true
+}
+
+/// Destroys what it holds.
+struct Guard<T>(*mut T, unsafe extern "C" fn(*mut T));
+
+impl<T> Drop for Guard<T> {
+    fn drop(&mut self) {
+        if self.0 != null_mut() {
+            // SAFETY: made by librdkafka, destroyed nowhere else, by the function that belongs to it.
+            unsafe { self.1(self.0) }
+        }
+    }
+}

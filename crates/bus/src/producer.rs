@@ -1,0 +1,138 @@
+//! Records out: idempotent, acknowledged by all replicas, sent at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use rdkafka::config::FromClientConfigAndContext as _;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _};
+use tokio::time::{Instant, sleep};
+
+use crate::context::Logged;
+use crate::{Error, KafkaConfig};
+
+/// Produces records. Cheap to clone; clones share one bounded queue.
+#[derive(Clone)]
+pub struct Producer {
+    config: Arc<KafkaConfig>,
+    inner: Arc<RwLock<FutureProducer<Logged>>>,
+}
+
+impl std::fmt::Debug for Producer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Producer").field("brokers", &self.config.brokers).finish()
+    }
+}
+
+/// A record on its way out.
+pub(crate) type Out<'a> = FutureRecord<'a, [u8], [u8]>;
+
+impl Producer {
+    /// A producer; brokers that are away are found later.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn new(config: &KafkaConfig) -> Result<Self, Error> {
+        let inner = Arc::new(RwLock::new(create(config)?));
+        Ok(Self { config: Arc::new(config.clone()), inner })
+    }
+
+    /// Sends a record and waits until all replicas have it. Waits while the queue is full, for as
+    /// long as a delivery may take.
+    ///
+    /// # Errors
+    /// It was not delivered: [`Error::Away`] after the delivery timeout, [`Error::TooLarge`] and
+    /// [`Error::Refused`] at once.
+    pub async fn send(
+        &self,
+        topic: &str,
+        key: &[u8],
+        payload: Bytes,
+        headers: &[(&str, &[u8])],
+    ) -> Result<(), Error> {
+        let deadline =
+            Instant::now() + Duration::from_millis(u64::from(self.config.delivery_timeout_ms));
+        loop {
+            match self.try_send(topic, key, &payload, headers) {
+                Ok(delivery) => {
+                    let canceled = || Error::Away("the producer was closed".into());
+                    let delivered = delivery.await.map_err(|_| canceled())?;
+                    return match delivered {
+                        Ok(_) => Ok(()),
+                        Err((error, _)) => Err(self.failed(error)),
+                    };
+                }
+                Err(error) if is_queue_full(&error) && Instant::now() < deadline => {
+                    sleep(Duration::from_millis(5)).await;
+                }
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+    }
+
+    /// Queues a record; the future tells when all replicas have it.
+    pub(crate) fn try_send(
+        &self,
+        topic: &str,
+        key: &[u8],
+        payload: &[u8],
+        headers: &[(&str, &[u8])],
+    ) -> Result<DeliveryFuture, KafkaError> {
+        let owned = headers
+            .iter()
+            .fold(OwnedHeaders::new_with_capacity(headers.len()), |owned, (key, value)| {
+                owned.insert(Header { key, value: Some(*value) })
+            });
+        let record: Out<'_> = FutureRecord::to(topic).key(key).payload(payload).headers(owned);
+        self.inner.read().send_result(record).map_err(|(error, _)| error)
+    }
+
+    /// Waits until every queued record was delivered or given up; how many are still there at the
+    /// deadline.
+    pub async fn flush(&self, deadline: Instant) -> usize {
+        loop {
+            let left = usize::try_from(self.inner.read().in_flight_count()).unwrap_or(0);
+            if left == 0 || Instant::now() >= deadline {
+                return left;
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// An idempotent producer that lost track of its sequence numbers is of no further use: the next
+    /// record goes through a new one.
+    fn failed(&self, error: KafkaError) -> Error {
+        let mut inner = self.inner.write();
+        if let Some((code, reason)) = inner.client().fatal_error() {
+            tracing::warn!(%code, reason, "kafka producer made anew");
+            match create(&self.config) {
+                Ok(fresh) => *inner = fresh,
+                Err(error) => tracing::error!(%error, "kafka producer cannot be made anew"),
+            }
+        }
+        error.into()
+    }
+}
+
+pub(crate) fn is_queue_full(error: &KafkaError) -> bool {
+    error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull)
+}
+
+fn create(config: &KafkaConfig) -> Result<FutureProducer<Logged>, Error> {
+    let mut client = config.client();
+    client
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        .set("linger.ms", "0")
+        .set("compression.type", "none")
+        // The topics' own limits decide, not this client's.
+        .set("message.max.bytes", "100000000")
+        .set("queue.buffering.max.messages", config.producer_queue_records_max.to_string())
+        .set("queue.buffering.max.kbytes", config.producer_queue_kbytes_max.to_string())
+        .set("delivery.timeout.ms", config.delivery_timeout_ms.to_string());
+    let client = config.overlay(client);
+    FutureProducer::from_config_and_context(&client, Logged).map_err(Error::from)
+}

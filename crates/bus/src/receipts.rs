@@ -1,0 +1,93 @@
+//! Receipts for the business.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::Backoff;
+use barid_wire::record::{CONTENT_TYPE, Format, encode_receipt};
+use barid_wire::v1::Receipt;
+use bytes::Bytes;
+use prometheus::IntCounter;
+use tokio::time::{Instant, sleep};
+
+use crate::{Error, KafkaConfig, Producer};
+
+/// Produces receipts, keyed by message id. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Receipts {
+    producer: Producer,
+    topic: Arc<str>,
+    format: Format,
+    dropped: IntCounter,
+}
+
+impl Receipts {
+    /// Receipts through `producer`; `dropped` counts those that [`Self::offer`] could not queue.
+    pub fn new(producer: Producer, config: &KafkaConfig, dropped: IntCounter) -> Self {
+        let topic = Arc::from(config.topics.receipts.as_str());
+        Self { producer, topic, format: config.receipts_format, dropped }
+    }
+
+    /// Queues a receipt if there is room, else drops and counts it. Never waits.
+    pub fn offer(&self, receipt: &Receipt) {
+        let payload = encode_receipt(receipt, self.format);
+        if self
+            .producer
+            .try_send(&self.topic, receipt.id.as_bytes(), &payload, &self.headers())
+            .is_err()
+        {
+            self.dropped.inc();
+        }
+    }
+
+    /// Produces a receipt and waits until all replicas have it, for as long as that takes: while
+    /// Kafka is away, it waits. A receipt that Kafka refuses for good is logged and counted as dropped.
+    pub async fn tell(&self, receipt: &Receipt) {
+        let payload = encode_receipt(receipt, self.format);
+        let headers = self.headers();
+        let key = receipt.id.as_bytes();
+        let send = || self.producer.send(&self.topic, key, payload.clone(), &headers);
+        if let Err(error) = until_delivered(send).await {
+            tracing::error!(%error, id = receipt.id, "receipt cannot be produced");
+            self.dropped.inc();
+        }
+    }
+
+    /// Waits until what was offered is delivered; how many are not at the deadline.
+    pub async fn flush(&self, deadline: Instant) -> usize {
+        self.producer.flush(deadline).await
+    }
+
+    fn headers(&self) -> [(&'static str, &'static [u8]); 1] {
+        [(CONTENT_TYPE, self.format.content_type().as_bytes())]
+    }
+}
+
+/// Tries for as long as Kafka is away, or its topic does not exist yet.
+///
+/// # Errors
+/// [`Error::TooLarge`] and [`Error::Config`]: no time will help.
+pub(crate) async fn until_delivered<F>(mut send: impl FnMut() -> F) -> Result<(), Error>
+where
+    F: Future<Output = Result<(), Error>>,
+{
+    let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.2)
+        .expect("constants in range");
+    let mut failures = 0;
+    loop {
+        match send().await {
+            Ok(()) => return Ok(()),
+            Err(error @ (Error::Away(_) | Error::Refused(_))) => {
+                tracing::warn!(%error, failures, "record not delivered, trying again");
+                sleep(backoff.delay(failures)).await;
+                failures += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A payload cut to `max` bytes.
+pub(crate) fn truncate(payload: &Bytes, max: usize) -> Bytes {
+    payload.slice(..payload.len().min(max))
+}

@@ -1,0 +1,47 @@
+//! Topics that have to be there.
+
+use std::time::Duration;
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::config::FromClientConfigAndContext as _;
+use rdkafka::types::RDKafkaErrorCode;
+
+use crate::context::Logged;
+use crate::{Error, KafkaConfig};
+
+/// Creates the topics of `config` that are missing; those that exist stay as they are.
+///
+/// # Errors
+/// No broker answered within `timeout`, or one refused.
+pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<(), Error> {
+    let admin: AdminClient<Logged> =
+        AdminClient::from_config_and_context(&config.overlay(config.client()), Logged)?;
+    // The cluster's default number of replicas, where the broker knows it (Kafka 2.4).
+    let replication = match config.replication {
+        0 => -1,
+        replicas => i32::from(replicas),
+    };
+    let topics = &config.topics;
+    let spread = i32::from(config.partitions);
+    let wanted: Vec<NewTopic<'_>> = [
+        (topics.push_high.as_str(), spread),
+        (&topics.push, spread),
+        (&topics.push_bulk, spread),
+        (&topics.receipts, spread),
+        (&topics.dead, 1),
+    ]
+    .into_iter()
+    .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(replication)))
+    .collect();
+    let options =
+        AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout));
+    for outcome in admin.create_topics(&wanted, &options).await? {
+        match outcome {
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((name, code)) => {
+                return Err(Error::Refused(format!("creating topic {name}: {code}")));
+            }
+        }
+    }
+    Ok(())
+}
