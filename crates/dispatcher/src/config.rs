@@ -1,0 +1,179 @@
+//! What an operator may set.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use barid_mailbox::RedisConfig;
+use barid_mesh::LinkConfig;
+use barid_runtime::{AdminConfig, Common, HasCommon, LogConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::resolve::Limits;
+
+/// The dispatcher's configuration; an empty file is valid.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// This dispatcher's name among all nodes; empty: one is made up at each start.
+    pub node: String,
+    /// Where it listens for purgers and delayers (gRPC, plain text: a private network).
+    pub listen: SocketAddr,
+    /// The `host:port` that it writes into its lease; empty: where it listens.
+    pub advertise: String,
+    /// Where it stands, for people.
+    pub zone: String,
+    /// How long its lease lives without renewal.
+    pub lease_ttl_ms: u64,
+    /// How often it reads the table of access nodes.
+    pub nodes_refresh_ms: u64,
+    /// Batches of one caller that are looked up at the same time.
+    pub window_batches: usize,
+    /// Routes of a node that has been gone for so long are removed.
+    pub void_after_seconds: u64,
+    /// After it said that it drains, it goes on taking batches for so long, until its callers know.
+    pub drain_settle_ms: u64,
+    /// Redis.
+    pub redis: RedisConfig,
+    /// The cache of routes.
+    pub l1: L1Config,
+    /// Removal of void routes.
+    pub reap: ReapConfig,
+    /// The streams to access nodes.
+    pub links: LinkConfig,
+    /// Metrics and health.
+    pub admin: AdminConfig,
+    /// Logs.
+    pub log: LogConfig,
+    /// How long draining may take.
+    pub drain_seconds: u64,
+    /// Where to write the bound addresses once it is up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// Keys under `l1`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct L1Config {
+    /// Bytes that it may hold, about.
+    pub bytes_max: u64,
+    /// An entry leaves after so long, whatever happened.
+    pub ttl_seconds: u64,
+    /// Reading routes from Redis may take so long; a push that waits longer is left to its timer.
+    pub load_timeout_ms: u64,
+    /// After a read failed, reads from the same master fail at once for so long.
+    pub away_ms: u64,
+}
+
+impl Default for L1Config {
+    fn default() -> Self {
+        Self { bytes_max: 64 << 20, ttl_seconds: 600, load_timeout_ms: 500, away_ms: 250 }
+    }
+}
+
+/// Keys under `reap`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReapConfig {
+    /// Void routes that wait to be removed; further ones are met again.
+    pub queue_max: usize,
+    /// Removals at the same time.
+    pub concurrency: usize,
+}
+
+impl Default for ReapConfig {
+    fn default() -> Self {
+        Self { queue_max: 4096, concurrency: 16 }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: String::new(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 7091)),
+            advertise: String::new(),
+            zone: String::new(),
+            lease_ttl_ms: 10_000,
+            nodes_refresh_ms: 1000,
+            window_batches: 8,
+            void_after_seconds: 600,
+            drain_settle_ms: 1500,
+            redis: RedisConfig::default(),
+            l1: L1Config::default(),
+            reap: ReapConfig::default(),
+            links: LinkConfig::default(),
+            admin: AdminConfig { listen: SocketAddr::from(([127, 0, 0, 1], 7092)) },
+            log: LogConfig::default(),
+            drain_seconds: 20,
+            ready_file: None,
+        }
+    }
+}
+
+impl HasCommon for Config {
+    fn common(&self) -> Common {
+        Common {
+            admin: self.admin.clone(),
+            log: self.log.clone(),
+            drain_seconds: self.drain_seconds,
+            ready_file: self.ready_file.clone(),
+        }
+    }
+}
+
+impl Config {
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        let positive = [
+            ("lease_ttl_ms", self.lease_ttl_ms),
+            ("nodes_refresh_ms", self.nodes_refresh_ms),
+            ("window_batches", self.window_batches as u64),
+            ("l1.ttl_seconds", self.l1.ttl_seconds),
+            ("l1.load_timeout_ms", self.l1.load_timeout_ms),
+            ("reap.queue_max", self.reap.queue_max as u64),
+            ("reap.concurrency", self.reap.concurrency as u64),
+        ];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{name} must be above zero"));
+        }
+        if !self.node.is_empty() {
+            barid_core::NodeId::new(&self.node).map_err(|e| format!("node: {e}"))?;
+        }
+        if self.listen.ip().is_unspecified() && self.advertise.is_empty() {
+            return Err("advertise must be set where listen names no address".into());
+        }
+        if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
+            return Err("drain_settle_ms must be below drain_seconds".into());
+        }
+        self.links.check().map_err(|e| format!("links: {e}"))
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            bytes_max: self.l1.bytes_max,
+            ttl: Duration::from_secs(self.l1.ttl_seconds),
+            load_timeout: Duration::from_millis(self.l1.load_timeout_ms),
+            away: Duration::from_millis(self.l1.away_ms),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_contradict_each_other_are_named() {
+        assert_eq!(Config::default().check(), Ok(()));
+        let listen = "0.0.0.0:0".parse().unwrap();
+        let config = Config { listen, ..Default::default() };
+        assert!(config.check().unwrap_err().starts_with("advertise must be set"));
+        let config = Config { drain_seconds: 1, ..Default::default() };
+        assert!(config.check().unwrap_err().starts_with("drain_settle_ms"));
+        let config = Config { node: "a:b".into(), ..Default::default() };
+        assert!(config.check().unwrap_err().starts_with("node: node contains ':'"));
+    }
+}

@@ -1,0 +1,230 @@
+//! A batch's way: look up its users, all at once; then queue for their nodes, in order.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{AppId, Clock, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
+use barid_mailbox::{Route, UserKey};
+use barid_wire::envelope::Header;
+use barid_wire::internal::{DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend};
+
+use crate::metrics::Metrics;
+use crate::nodes::{NodeItem, Nodes, Unsent};
+use crate::reap::{Reaper, Void};
+use crate::resolve::{Away, Loaded, Lookup, Resolver, Routes};
+
+/// Everything that a batch meets; cheap to clone.
+pub struct Delivery<R> {
+    /// Who is where.
+    pub resolver: Resolver<R>,
+    /// The way to the nodes.
+    pub nodes: Arc<Nodes>,
+    /// Takes void routes.
+    pub reaper: Reaper,
+    /// A route whose node has been gone for so long is removed.
+    pub void_after: Duration,
+    /// Counters.
+    pub metrics: Metrics,
+    /// For the hop's latency.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// A batch whose users are known.
+pub struct Resolved {
+    batch: u64,
+    pushes: Vec<(Push, Option<(UserKey, Loaded)>)>,
+    resends: Vec<(Resend, Option<(UserKey, Loaded)>)>,
+}
+
+impl<R: Routes> Delivery<R> {
+    /// Looks up every user of a batch. All loads begin at once, and several batches may be here at
+    /// the same time.
+    pub async fn resolve(&self, batch: DispatchBatch) -> Resolved {
+        let looked: Vec<_> = batch
+            .pushes
+            .into_iter()
+            .map(|push| {
+                let looked = key(&push.app, &push.user).map(|user| {
+                    let lookup = self.resolver.look(&user);
+                    (user, lookup)
+                });
+                (push, looked)
+            })
+            .collect();
+        let looked_again: Vec<_> = batch
+            .resends
+            .into_iter()
+            .map(|resend| {
+                let looked = key(&resend.app, &resend.user).map(|user| {
+                    let lookup = self.resolver.look_again(&user);
+                    (user, lookup)
+                });
+                (resend, looked)
+            })
+            .collect();
+        Resolved {
+            batch: batch.batch,
+            pushes: arrived(looked).await,
+            resends: arrived(looked_again).await,
+        }
+    }
+
+    /// Queues a batch for its nodes, in order; never waits.
+    pub fn hand_on(&self, resolved: Resolved) -> DispatchReply {
+        let now_ms = self.clock.now_ms();
+        for (push, user) in resolved.pushes {
+            match user {
+                Some((user, Ok(routes))) => self.push(push, &user, &routes, now_ms),
+                Some((_, Err(Away))) => self.count_push("away"),
+                None => self.count_push("invalid"),
+            }
+        }
+        let mut unreachable = Vec::new();
+        for (index, (resend, user)) in resolved.resends.into_iter().enumerate() {
+            let reached = match user {
+                Some((user, Ok(routes))) => self.resend(&resend, &user, &routes),
+                Some((_, Err(Away))) => {
+                    self.count_resend("away");
+                    false
+                }
+                None => {
+                    self.count_resend("invalid");
+                    true
+                }
+            };
+            if !reached {
+                unreachable.push(u32::try_from(index).unwrap_or(u32::MAX));
+            }
+        }
+        self.metrics.batches.inc();
+        DispatchReply { batch: resolved.batch, unreachable }
+    }
+
+    fn push(&self, push: Push, user: &UserKey, routes: &[Route], now_ms: u64) {
+        if let Ok(header) = Header::parse(&push.envelope) {
+            let ms = now_ms.saturating_sub(header.accepted_at_ms);
+            self.metrics.accepted_to_dispatched.observe(ms as f64 / 1000.0);
+        }
+        if routes.is_empty() {
+            return self.count_push("no_route");
+        }
+        for (at, route) in routes.iter().enumerate() {
+            let session = &route.session;
+            let same_life = |other: &Route| {
+                other.session.node == session.node
+                    && other.session.incarnation == session.incarnation
+            };
+            if routes[..at].iter().any(same_life) {
+                continue; // its node had it with the first of its routes
+            }
+            let there = routes[at..].iter().filter(|other| same_life(other));
+            let connections = there.map(|other| other.session.connection.0).collect();
+            let item = NodeItem::Push(NodePush {
+                app: push.app.clone(),
+                user: push.user.clone(),
+                envelope: push.envelope.clone(),
+                connections,
+            });
+            match self.nodes.send(session, item) {
+                Ok(()) => self.count_push("handed"),
+                Err(unsent) => {
+                    self.count_push(unsent.label());
+                    if unsent == Unsent::Void {
+                        routes[at..].iter().filter(|r| same_life(r)).for_each(|route| {
+                            self.reap_if_void(user, route);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// False if some device's node could not be reached.
+    fn resend(&self, resend: &Resend, user: &UserKey, routes: &[Route]) -> bool {
+        let mut reached = true;
+        for device in &resend.devices {
+            let route = routes.iter().find(|route| route.device.as_str() == device.device);
+            let same = route.filter(|route| {
+                let session = &route.session;
+                session.node.as_str() == device.node
+                    && session.incarnation.0 == device.incarnation
+                    && session.connection.0 == device.connection
+            });
+            let Some(route) = same else {
+                // That session is over; a newer one reads the mailbox when it connects.
+                self.count_resend("superseded");
+                continue;
+            };
+            let item = NodeItem::Resend(NodeResend {
+                app: resend.app.clone(),
+                user: resend.user.clone(),
+                connection: device.connection,
+                device: device.device.clone(),
+                attempt: device.attempt,
+            });
+            match self.nodes.send(&route.session, item) {
+                Ok(()) => self.count_resend("handed"),
+                Err(unsent) => {
+                    self.count_resend(unsent.label());
+                    if unsent == Unsent::Void {
+                        self.reap_if_void(user, route);
+                    }
+                    reached = false;
+                }
+            }
+        }
+        reached
+    }
+
+    fn reap_if_void(&self, user: &UserKey, route: &Route) {
+        let void = self.nodes.void_since(&route.session);
+        if void.is_some_and(|since| since >= self.void_after) {
+            self.reaper.offer(Void {
+                user: user.clone(),
+                device: Some(route.device.clone()),
+                session: route.session.clone(),
+            });
+        }
+    }
+
+    fn count_push(&self, outcome: &str) {
+        self.metrics.pushes.with_label_values(&[outcome]).inc();
+    }
+
+    fn count_resend(&self, outcome: &str) {
+        self.metrics.resends.with_label_values(&[outcome]).inc();
+    }
+}
+
+fn key(app: &str, user: &str) -> Option<UserKey> {
+    Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
+}
+
+type Looked<T, L> = Vec<(T, Option<(UserKey, L)>)>;
+
+async fn arrived<T>(looked: Looked<T, Lookup>) -> Looked<T, Loaded> {
+    let mut arrived = Vec::with_capacity(looked.len());
+    for (item, looked) in looked {
+        let user = match looked {
+            Some((user, lookup)) => Some((user, lookup.routes().await)),
+            None => None,
+        };
+        arrived.push((item, user));
+    }
+    arrived
+}
+
+/// What a node's "not here" names; `None`: names that cannot be.
+pub fn void_of(
+    node: &NodeId,
+    incarnation: Incarnation,
+    gone: &barid_wire::internal::Gone,
+) -> Option<Void> {
+    let user = key(&gone.app, &gone.user)?;
+    let device = match gone.device.as_str() {
+        "" => None,
+        device => Some(DeviceId::new(device).ok()?),
+    };
+    let connection = ConnectionId(gone.connection);
+    Some(Void { user, device, session: SessionRef { node: node.clone(), incarnation, connection } })
+}

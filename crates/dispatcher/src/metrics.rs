@@ -1,0 +1,92 @@
+//! Everything that a dispatcher counts.
+
+use barid_mesh::LinkMetrics;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    exponential_buckets,
+};
+
+/// Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// The streams to access nodes.
+    pub nodes: LinkMetrics,
+    /// Pushes by outcome, one for each node that has a route: `handed`, or why not: `no_route`,
+    /// `void`, `full`, `down`, `away`, `invalid`.
+    pub pushes: IntCounterVec,
+    /// Re-sends by outcome: `handed`, `superseded` (that session is over), or what the delayer is
+    /// told as unreachable: `void`, `full`, `down`, `away`; `invalid`.
+    pub resends: IntCounterVec,
+    /// Items that a stream to a node took along when it broke.
+    pub lost: IntCounter,
+    /// Batches received.
+    pub batches: IntCounter,
+    /// Streams from purgers and delayers that are open.
+    pub callers: IntGauge,
+    /// Lookups that L1 answered.
+    pub l1_hits: IntCounter,
+    /// Lookups that went to Redis.
+    pub l1_misses: IntCounter,
+    /// Invalidations that Redis or a node's answer brought.
+    pub l1_invalidations: IntCounter,
+    /// Loads that an invalidation overtook: their values were not kept.
+    pub l1_discarded: IntCounter,
+    /// Users in L1.
+    pub l1_entries: IntGauge,
+    /// 1 while Redis reports changes.
+    pub tracking: IntGauge,
+    /// Loads that failed or took too long.
+    pub load_failures: IntCounter,
+    /// Void routes by outcome: `removed`, `failed`, `unknown`, `dropped` (too many at once).
+    pub reaped: IntCounterVec,
+    /// From acceptance (Redis's clock) to the queue of the node (this machine's), seconds.
+    pub accepted_to_dispatched: Histogram,
+}
+
+impl Metrics {
+    /// # Errors
+    /// One of the names is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str| {
+            let counter = IntCounter::new(format!("barid_dispatcher_{name}"), help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok::<_, prometheus::Error>(counter)
+        };
+        let gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::new(format!("barid_dispatcher_{name}"), help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok::<_, prometheus::Error>(gauge)
+        };
+        let outcomes = |name: &str, help: &str| {
+            let opts = Opts::new(format!("barid_dispatcher_{name}"), help);
+            let counter = IntCounterVec::new(opts, &["outcome"])?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok::<_, prometheus::Error>(counter)
+        };
+        let hop = Histogram::with_opts(
+            HistogramOpts::new(
+                "barid_dispatcher_accepted_to_dispatched_seconds",
+                "From acceptance to the node's queue.",
+            )
+            .buckets(exponential_buckets(0.000_5, 2.0, 16)?),
+        )?;
+        registry.register(Box::new(hop.clone()))?;
+        Ok(Self {
+            nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
+            pushes: outcomes("pushes_total", "Pushes by what became of them.")?,
+            resends: outcomes("resends_total", "Re-sends by what became of them.")?,
+            lost: counter("lost_items_total", "Items on streams that broke.")?,
+            batches: counter("batches_total", "Batches received.")?,
+            callers: gauge("callers", "Open streams from purgers and delayers.")?,
+            l1_hits: counter("l1_hits_total", "Lookups that L1 answered.")?,
+            l1_misses: counter("l1_misses_total", "Lookups that went to Redis.")?,
+            l1_invalidations: counter("l1_invalidations_total", "Invalidations handled.")?,
+            l1_discarded: counter("l1_discarded_total", "Loads that were overtaken.")?,
+            l1_entries: gauge("l1_entries", "Users in L1.")?,
+            tracking: gauge("tracking", "1 while Redis reports changes of routes.")?,
+            load_failures: counter("load_failures_total", "Loads of routes that failed.")?,
+            reaped: outcomes("reaped_total", "Void routes by what became of them.")?,
+            accepted_to_dispatched: hop,
+        })
+    }
+}

@@ -1,0 +1,222 @@
+//! The access nodes: one link to each life of each, with a bounded queue, so that one slow or
+//! stopped node delays no other.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{Incarnation, NodeId, SessionRef};
+use barid_mesh::{Broken, Link, LinkConfig, LinkMetrics, Protocol, Refusal};
+use barid_wire::internal::access_client::AccessClient;
+use barid_wire::internal::{Gone, NodeBatch, NodePush, NodeReply, NodeResend};
+use parking_lot::RwLock;
+use prometheus::IntCounter;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+/// One access node, as its lease shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessNode {
+    /// Its name.
+    pub id: NodeId,
+    /// Its life: routes of another one are void.
+    pub incarnation: Incarnation,
+    /// Its gRPC `host:port`.
+    pub address: String,
+}
+
+/// How long a life of a node has been over; `None`: as far as is known it is not.
+pub type VoidSince = Arc<dyn Fn(&NodeId, Incarnation) -> Option<Duration> + Send + Sync>;
+
+/// Told which session is not where its route says.
+pub type OnGone = Arc<dyn Fn(&NodeId, Incarnation, Gone) + Send + Sync>;
+
+/// Why a session's node got nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unsent {
+    /// No such life of such a node.
+    Void,
+    /// Its queue is full.
+    Full,
+    /// Its stream is down.
+    Down,
+}
+
+impl Unsent {
+    /// As metrics label it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Void => "void",
+            Self::Full => "full",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// One thing for a node.
+#[derive(Debug)]
+pub enum NodeItem {
+    /// A message for a user's sessions there.
+    Push(NodePush),
+    /// A session to sync.
+    Resend(NodeResend),
+}
+
+/// The table of nodes and the links to them.
+pub struct Nodes {
+    config: LinkConfig,
+    metrics: LinkMetrics,
+    lost: IntCounter,
+    void_since: VoidSince,
+    on_gone: OnGone,
+    table: RwLock<Arc<HashMap<NodeId, Node>>>,
+}
+
+struct Node {
+    incarnation: Incarnation,
+    address: String,
+    link: Link<Delivering>,
+}
+
+impl Nodes {
+    /// No nodes yet.
+    pub fn new(
+        config: LinkConfig,
+        metrics: LinkMetrics,
+        lost: IntCounter,
+        void_since: VoidSince,
+        on_gone: OnGone,
+    ) -> Self {
+        Self { config, metrics, lost, void_since, on_gone, table: RwLock::default() }
+    }
+
+    /// Opens links to new lives of nodes, and lets those of lives that are over finish.
+    pub fn follow(&self, nodes: &[AccessNode]) {
+        let old = Arc::clone(&self.table.read());
+        let mut table = HashMap::with_capacity(nodes.len());
+        for node in nodes {
+            let same = old.get(&node.id).filter(|known| {
+                known.incarnation == node.incarnation && known.address == node.address
+            });
+            let link = match same {
+                Some(known) => known.link.clone(),
+                None => match self.open(node) {
+                    Ok(link) => link,
+                    Err(why) => {
+                        tracing::error!(node = %node.id, why, "cannot open a link");
+                        continue;
+                    }
+                },
+            };
+            let (incarnation, address) = (node.incarnation, node.address.clone());
+            table.insert(node.id.clone(), Node { incarnation, address, link });
+        }
+        *self.table.write() = Arc::new(table);
+    }
+
+    fn open(&self, node: &AccessNode) -> Result<Link<Delivering>, String> {
+        let protocol = Delivering {
+            node: node.id.clone(),
+            incarnation: node.incarnation,
+            lost: self.lost.clone(),
+            on_gone: Arc::clone(&self.on_gone),
+        };
+        Link::open(&node.address, self.config.clone(), self.metrics.clone(), protocol)
+    }
+
+    /// Queues something for the node of a session; never waits.
+    ///
+    /// # Errors
+    /// [`Unsent`].
+    pub fn send(&self, session: &SessionRef, item: NodeItem) -> Result<(), Unsent> {
+        let table = self.table.read();
+        let node = table.get(&session.node).filter(|n| n.incarnation == session.incarnation);
+        let node = node.ok_or(Unsent::Void)?;
+        node.link.try_send(item).map_err(|refused| match refused.why {
+            Refusal::Full => Unsent::Full,
+            Refusal::Down => Unsent::Down,
+        })
+    }
+
+    /// Whether this life of the node is the current one.
+    pub fn knows(&self, session: &SessionRef) -> bool {
+        let table = self.table.read();
+        table.get(&session.node).is_some_and(|node| node.incarnation == session.incarnation)
+    }
+
+    /// How long the session's node has been over; `None`: as far as is known it is not.
+    pub fn void_since(&self, session: &SessionRef) -> Option<Duration> {
+        (self.void_since)(&session.node, session.incarnation)
+    }
+
+    /// Items queued for nodes or unanswered by them.
+    pub fn pending(&self) -> usize {
+        self.table.read().values().map(|node| node.link.pending()).sum()
+    }
+}
+
+/// The batches of `barid.internal.v1.Access`.
+struct Delivering {
+    node: NodeId,
+    incarnation: Incarnation,
+    lost: IntCounter,
+    on_gone: OnGone,
+}
+
+impl Protocol for Delivering {
+    type Item = NodeItem;
+    type Batch = NodeBatch;
+    type Reply = NodeReply;
+    type Sealed = usize;
+
+    fn bytes(item: &NodeItem) -> usize {
+        match item {
+            NodeItem::Push(push) => {
+                let names = push.app.len() + push.user.len();
+                names + push.envelope.len() + 10 * push.connections.len() + 16
+            }
+            NodeItem::Resend(resend) => {
+                resend.app.len() + resend.user.len() + resend.device.len() + 32
+            }
+        }
+    }
+
+    fn seal(&mut self, number: u64, items: Vec<NodeItem>) -> (NodeBatch, usize) {
+        let count = items.len();
+        let incarnation = self.incarnation.0;
+        let mut batch = NodeBatch { batch: number, incarnation, ..Default::default() };
+        for item in items {
+            match item {
+                NodeItem::Push(push) => batch.pushes.push(push),
+                NodeItem::Resend(resend) => batch.resends.push(resend),
+            }
+        }
+        (batch, count)
+    }
+
+    async fn call(
+        channel: Channel,
+        batches: ReceiverStream<NodeBatch>,
+    ) -> Result<Streaming<NodeReply>, Status> {
+        Ok(AccessClient::new(channel).deliver(batches).await?.into_inner())
+    }
+
+    fn number(reply: &NodeReply) -> u64 {
+        reply.batch
+    }
+
+    fn settle(&mut self, count: usize, outcome: Result<NodeReply, Broken>) {
+        let Ok(reply) = outcome else {
+            self.lost.inc_by(count as u64);
+            return;
+        };
+        for gone in reply.gone {
+            (self.on_gone)(&self.node, self.incarnation, gone);
+        }
+    }
+
+    fn fail(&mut self, items: Vec<NodeItem>) {
+        self.lost.inc_by(items.len() as u64);
+    }
+}

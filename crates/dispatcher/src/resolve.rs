@@ -1,0 +1,287 @@
+//! Who is where: L1 (moka) over L2 (the routes in Redis).
+//!
+//! L1 is coherent, not merely short-lived: Redis tells of every change of a key that the tracking
+//! connection has read. A value is inserted only if its load is still the one that the table of
+//! loads names: an invalidation takes the load out of the table, so that a value which was read
+//! before the change and arrives after it is used by those who asked before, and kept by nobody.
+//! While tracking is not proven alive, nothing is kept at all.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use barid_mailbox::{DisconnectRequest, Error, Route, UserKey};
+use moka::sync::Cache;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+use crate::metrics::Metrics;
+
+/// What the dispatcher asks of Redis. A trait so that tests can hold a load in mid-flight.
+pub trait Routes: Send + Sync + 'static {
+    /// Reads on the tracking connection: Redis will tell when it changes.
+    fn tracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
+    /// Reads on the ordinary connection.
+    fn untracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
+    /// Removes a route if it is still this session's.
+    fn remove(&self, request: DisconnectRequest) -> impl Future<Output = Result<(), Error>> + Send;
+    /// The master that a user lives on.
+    fn lane_of(&self, user: &UserKey) -> usize;
+    /// How many masters there are.
+    fn lanes(&self) -> usize;
+}
+
+/// Bounds of L1 and of loads.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes that L1 may hold, about.
+    pub bytes_max: u64,
+    /// An entry leaves after so long, whatever happened: a net under the invalidations.
+    pub ttl: Duration,
+    /// A load may take so long.
+    pub load_timeout: Duration,
+    /// After a load failed, those of the same master fail at once for so long.
+    pub away: Duration,
+}
+
+/// The master of a user cannot be asked now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("routes cannot be read")]
+pub struct Away;
+
+/// What a load gives to all who wait for it.
+pub type Loaded = Result<Arc<[Route]>, Away>;
+
+/// L1 over L2; cheap to clone.
+pub struct Resolver<R> {
+    inner: Arc<Inner<R>>,
+}
+
+impl<R> Clone for Resolver<R> {
+    fn clone(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+struct Inner<R> {
+    routes: Arc<R>,
+    limits: Limits,
+    metrics: Metrics,
+    l1: Cache<UserKey, Cached>,
+    // Held across every insert and invalidation, so that they are in one order.
+    loads: Mutex<HashMap<UserKey, Load>>,
+    // Entries of an older era are misses: moka forgets all of them lazily, this at once.
+    era: AtomicU64,
+    tickets: AtomicU64,
+    tracking: AtomicBool,
+    // Per lane: until when loads fail at once, in ms since `started`.
+    away_until_ms: Vec<AtomicU64>,
+    started: Instant,
+}
+
+#[derive(Clone)]
+struct Cached {
+    era: u64,
+    routes: Arc<[Route]>,
+}
+
+struct Load {
+    ticket: u64,
+    answer: watch::Receiver<Option<Loaded>>,
+}
+
+/// Routes that are there, or on their way.
+pub enum Lookup {
+    /// From L1.
+    Hit(Arc<[Route]>),
+    /// A load that has begun, together with everybody else's for that user.
+    Loading(Loading),
+    /// Not now.
+    Away,
+}
+
+/// A load that has begun.
+pub struct Loading(watch::Receiver<Option<Loaded>>);
+
+impl Lookup {
+    /// Waits for the routes; loads begin without it.
+    ///
+    /// # Errors
+    /// [`Away`].
+    pub async fn routes(self) -> Loaded {
+        match self {
+            Self::Hit(routes) => Ok(routes),
+            Self::Away => Err(Away),
+            Self::Loading(Loading(mut answer)) => {
+                let done = answer.wait_for(Option::is_some).await.map_err(|_| Away)?;
+                (*done).clone().unwrap_or(Err(Away))
+            }
+        }
+    }
+}
+
+impl<R: Routes> Resolver<R> {
+    /// An empty L1 that keeps nothing until [`Self::set_tracking`].
+    pub fn new(routes: Arc<R>, limits: Limits, metrics: Metrics) -> Self {
+        let l1 = Cache::builder()
+            .max_capacity(limits.bytes_max)
+            .weigher(weight)
+            .time_to_live(limits.ttl)
+            .build();
+        let away_until_ms = (0..routes.lanes()).map(|_| AtomicU64::new(0)).collect();
+        let inner = Inner {
+            routes,
+            limits,
+            metrics,
+            l1,
+            loads: Mutex::default(),
+            era: AtomicU64::new(0),
+            tickets: AtomicU64::new(0),
+            tracking: AtomicBool::new(false),
+            away_until_ms,
+            started: Instant::now(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Where a user is, from L1 or by a load that begins now. Call within a runtime.
+    pub fn look(&self, user: &UserKey) -> Lookup {
+        let era = self.inner.era.load(Ordering::SeqCst);
+        if let Some(cached) = self.inner.l1.get(user).filter(|cached| cached.era == era) {
+            self.inner.metrics.l1_hits.inc();
+            return Lookup::Hit(cached.routes);
+        }
+        self.inner.metrics.l1_misses.inc();
+        self.load(user)
+    }
+
+    /// Where a user is, from L2, and written back to L1.
+    pub fn look_again(&self, user: &UserKey) -> Lookup {
+        self.load(user)
+    }
+
+    /// A route of this user changed.
+    pub fn invalidate(&self, user: &UserKey) {
+        let mut loads = self.inner.loads.lock();
+        loads.remove(user);
+        self.inner.l1.invalidate(user);
+        drop(loads);
+        self.inner.metrics.l1_invalidations.inc();
+    }
+
+    /// Anything may have changed.
+    pub fn invalidate_all(&self) {
+        let mut loads = self.inner.loads.lock();
+        self.inner.forget(&mut loads);
+        drop(loads);
+        self.inner.metrics.l1_invalidations.inc();
+    }
+
+    /// Whether Redis tells of changes. Whatever it was before: everything is forgotten.
+    pub fn set_tracking(&self, tracking: bool) {
+        let mut loads = self.inner.loads.lock();
+        self.inner.tracking.store(tracking, Ordering::SeqCst);
+        self.inner.forget(&mut loads);
+    }
+
+    /// Entries in L1; also lets moka do its housekeeping.
+    pub fn entries(&self) -> u64 {
+        self.inner.l1.run_pending_tasks();
+        self.inner.l1.entry_count()
+    }
+
+    fn load(&self, user: &UserKey) -> Lookup {
+        if self.inner.is_away(user) {
+            return Lookup::Away;
+        }
+        let mut loads = self.inner.loads.lock();
+        if let Some(load) = loads.get(user) {
+            return Lookup::Loading(Loading(load.answer.clone()));
+        }
+        let ticket = self.inner.tickets.fetch_add(1, Ordering::SeqCst);
+        let (done, answer) = watch::channel(None);
+        loads.insert(user.clone(), Load { ticket, answer: answer.clone() });
+        let tracked = self.inner.tracking.load(Ordering::SeqCst);
+        drop(loads);
+        let (inner, user) = (Arc::clone(&self.inner), user.clone());
+        tokio::spawn(async move {
+            let loaded = inner.read(&user, tracked).await;
+            inner.finish(user, ticket, &loaded);
+            done.send_replace(Some(loaded.map(|(routes, _)| routes)));
+        });
+        Lookup::Loading(Loading(answer))
+    }
+}
+
+impl<R: Routes> Inner<R> {
+    /// Reads L2; tells also whether Redis will report changes of what was read.
+    async fn read(&self, user: &UserKey, tracked: bool) -> Result<(Arc<[Route]>, bool), Away> {
+        let read = async {
+            if tracked && let Ok(routes) = self.routes.tracked(user).await {
+                return Ok((routes, true));
+            }
+            self.routes.untracked(user).await.map(|routes| (routes, false))
+        };
+        let why = match timeout(self.limits.load_timeout, read).await {
+            Ok(Ok((routes, tracked))) => return Ok((routes.into(), tracked)),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer in time".into(),
+        };
+        let until = (self.started.elapsed() + self.limits.away).as_millis() as u64;
+        if let Some(lane) = self.away_until_ms.get(self.routes.lane_of(user)) {
+            lane.store(until, Ordering::Relaxed);
+        }
+        tracing::debug!(why, "routes cannot be read");
+        self.metrics.load_failures.inc();
+        Err(Away)
+    }
+
+    fn is_away(&self, user: &UserKey) -> bool {
+        let lane = self.away_until_ms.get(self.routes.lane_of(user));
+        let until = lane.map_or(0, |until| until.load(Ordering::Relaxed));
+        until != 0 && (self.started.elapsed().as_millis() as u64) < until
+    }
+
+    fn finish(&self, user: UserKey, ticket: u64, loaded: &Result<(Arc<[Route]>, bool), Away>) {
+        let mut loads = self.loads.lock();
+        if loads.get(&user).is_none_or(|load| load.ticket != ticket) {
+            self.metrics.l1_discarded.inc();
+            return;
+        }
+        loads.remove(&user);
+        if let Ok((routes, true)) = loaded
+            && self.tracking.load(Ordering::SeqCst)
+        {
+            let era = self.era.load(Ordering::SeqCst);
+            self.l1.insert(user, Cached { era, routes: Arc::clone(routes) });
+        }
+    }
+
+    fn forget(&self, loads: &mut HashMap<UserKey, Load>) {
+        loads.clear();
+        self.era.fetch_add(1, Ordering::SeqCst);
+        self.l1.invalidate_all();
+    }
+}
+
+/// Bytes that an entry takes, about: strings, and what stands around them.
+fn weight(user: &UserKey, cached: &Cached) -> u32 {
+    const ENTRY_BYTES: usize = 200;
+    const ROUTE_BYTES: usize = 160;
+    let names = user.app.as_str().len() + user.user.as_str().len();
+    let routes: usize = cached
+        .routes
+        .iter()
+        .map(|route| {
+            let strings = [route.device.as_str(), route.session.node.as_str(), &route.platform];
+            ROUTE_BYTES + strings.iter().map(|s| s.len()).sum::<usize>()
+        })
+        .sum();
+    u32::try_from(ENTRY_BYTES + names + routes).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests;
