@@ -1,0 +1,165 @@
+//! Access nodes as real tonic servers that misbehave as told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use barid_core::{Chain, Epoch, Seq};
+use barid_wire::envelope::Header;
+use barid_wire::internal::access_server::{Access, AccessServer};
+use barid_wire::internal::dispatcher_client::DispatcherClient;
+use barid_wire::internal::{
+    DispatchBatch, DispatchReply, Gone, NodeBatch, NodePush, NodeReply, NodeResend, Push,
+};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Long enough for anything on a busy machine.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// An access node.
+pub struct FakeNode {
+    pub address: String,
+    pub fake: Fake,
+    // Its own runtime, so that a kill takes every connection along.
+    runtime: Option<Runtime>,
+}
+
+/// What the node is told to do, and what it got.
+#[derive(Clone)]
+pub struct Fake {
+    seen: watch::Sender<(Vec<NodePush>, Vec<NodeResend>)>,
+    /// False: it reads nothing.
+    pub reads: Arc<AtomicBool>,
+    /// Answered as gone when pushed to or re-sent to.
+    pub gone: Arc<Mutex<Vec<Gone>>>,
+}
+
+#[tonic::async_trait]
+impl Access for Fake {
+    type DeliverStream = ReceiverStream<Result<NodeReply, Status>>;
+
+    async fn deliver(
+        &self,
+        request: Request<Streaming<NodeBatch>>,
+    ) -> Result<Response<Self::DeliverStream>, Status> {
+        let (replies, outbound) = mpsc::channel(64);
+        let fake = self.clone();
+        let mut batches = request.into_inner();
+        tokio::spawn(async move {
+            loop {
+                while !fake.reads.load(Ordering::SeqCst) {
+                    sleep(Duration::from_millis(1)).await;
+                }
+                let Ok(Some(batch)) = batches.message().await else { return };
+                let gone = fake.gone.lock().clone();
+                fake.seen.send_modify(|(pushes, resends)| {
+                    pushes.extend(batch.pushes);
+                    resends.extend(batch.resends);
+                });
+                drop(replies.send(Ok(NodeReply { batch: batch.batch, gone })).await);
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(outbound)))
+    }
+}
+
+impl Drop for FakeNode {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl FakeNode {
+    /// Starts one on a port of its own.
+    pub async fn start() -> Self {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let binding = runtime.spawn(tokio::net::TcpListener::bind("127.0.0.1:0"));
+        let listener = binding.await.unwrap().unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let fake = Fake {
+            seen: watch::Sender::default(),
+            reads: Arc::new(AtomicBool::new(true)),
+            gone: Arc::default(),
+        };
+        let service = AccessServer::new(fake.clone());
+        runtime.spawn(async move {
+            let incoming = TcpListenerStream::new(listener);
+            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+        });
+        Self { address, fake, runtime: Some(runtime) }
+    }
+
+    /// Waits until it got so many pushes, and returns them.
+    pub async fn pushes(&self, count: usize) -> Vec<NodePush> {
+        let mut seen = self.fake.seen.subscribe();
+        let enough = timeout(SOON, seen.wait_for(|(pushes, _)| pushes.len() >= count)).await;
+        enough.expect("the node got too few pushes").unwrap().0.clone()
+    }
+
+    /// Waits until it got so many re-sends, and returns them.
+    pub async fn resends(&self, count: usize) -> Vec<NodeResend> {
+        let mut seen = self.fake.seen.subscribe();
+        let enough = timeout(SOON, seen.wait_for(|(_, resends)| resends.len() >= count)).await;
+        enough.expect("the node got too few re-sends").unwrap().1.clone()
+    }
+}
+
+/// A caller of the dispatcher.
+pub struct Caller {
+    batches: mpsc::Sender<DispatchBatch>,
+    replies: Streaming<DispatchReply>,
+    number: u64,
+}
+
+impl Caller {
+    /// Connects to a dispatcher.
+    pub async fn connect(address: &str) -> Self {
+        let (batches, outbound) = mpsc::channel(64);
+        let mut client = DispatcherClient::connect(format!("http://{address}")).await.unwrap();
+        let replies = client.dispatch(ReceiverStream::new(outbound)).await.unwrap().into_inner();
+        Self { batches, replies, number: 0 }
+    }
+
+    /// Sends a batch and waits for its answer.
+    pub async fn dispatch(&mut self, mut batch: DispatchBatch) -> DispatchReply {
+        self.number += 1;
+        batch.batch = self.number;
+        self.batches.send(batch).await.unwrap();
+        let reply = timeout(SOON, self.replies.message()).await.expect("no reply in time");
+        let reply = reply.unwrap().expect("the dispatcher ended the stream");
+        assert_eq!(reply.batch, self.number);
+        reply
+    }
+
+    /// Sends pushes and waits for the answer.
+    pub async fn push(&mut self, pushes: Vec<Push>) {
+        self.dispatch(DispatchBatch { pushes, ..Default::default() }).await;
+    }
+}
+
+/// A push of an envelope with this seq.
+pub fn push(user: &str, seq: u64) -> Push {
+    let header = Header {
+        epoch: Epoch(1),
+        seq: Seq(seq),
+        prev_chain: Chain::START,
+        chain: Chain::START,
+        accepted_at_ms: 1,
+    };
+    let envelope = Bytes::copy_from_slice(&header.encode());
+    Push { app: "demo".into(), user: user.into(), envelope }
+}
+
+/// The seq in an envelope.
+pub fn seq(envelope: &Bytes) -> u64 {
+    Header::parse(envelope).unwrap().seq.0
+}

@@ -1,0 +1,297 @@
+//! The pool and its links against real tonic servers that misbehave as told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use barid_core::{Incarnation, NodeId, Shard, ShardCount};
+use barid_mesh::{DispatchPool, LinkConfig, MeshConfig, MeshMetrics, Peer, Unavailable};
+use barid_wire::internal::dispatcher_server::{Dispatcher, DispatcherServer};
+use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, ResendDevice};
+use prometheus::Registry;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// A dispatcher that notes what it gets.
+#[derive(Clone)]
+struct Fake {
+    seen: mpsc::Sender<(NodeId, DispatchBatch)>,
+    id: NodeId,
+    answers: Arc<AtomicBool>,
+    unanswered: Arc<AtomicUsize>,
+    unanswered_max: Arc<AtomicUsize>,
+}
+
+#[tonic::async_trait]
+impl Dispatcher for Fake {
+    type DispatchStream = ReceiverStream<Result<DispatchReply, Status>>;
+
+    async fn dispatch(
+        &self,
+        request: Request<Streaming<DispatchBatch>>,
+    ) -> Result<Response<Self::DispatchStream>, Status> {
+        let (replies, outbound) = mpsc::channel(64);
+        let fake = self.clone();
+        let mut batches = request.into_inner();
+        tokio::spawn(async move {
+            while let Ok(Some(batch)) = batches.message().await {
+                let reply = DispatchReply {
+                    batch: batch.batch,
+                    unreachable: (0u32..)
+                        .zip(&batch.resends)
+                        .filter(|(_, resend)| resend.devices[0].device == "lost")
+                        .map(|(index, _)| index)
+                        .collect(),
+                };
+                let now = fake.unanswered.fetch_add(1, Ordering::SeqCst) + 1;
+                fake.unanswered_max.fetch_max(now, Ordering::SeqCst);
+                fake.seen.send((fake.id.clone(), batch)).await.unwrap();
+                if fake.answers.load(Ordering::SeqCst) {
+                    fake.unanswered.fetch_sub(1, Ordering::SeqCst);
+                    drop(replies.send(Ok(reply)).await);
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(outbound)))
+    }
+}
+
+struct Running {
+    peer: Peer,
+    fake: Fake,
+    // Its own runtime, so that a kill takes every connection along.
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Running {
+    async fn start(name: &str, seen: &mpsc::Sender<(NodeId, DispatchBatch)>) -> Self {
+        let runtime =
+            Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let binding = runtime.spawn(tokio::net::TcpListener::bind("127.0.0.1:0"));
+        let listener = binding.await.unwrap().unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let id = NodeId::new(name).unwrap();
+        let fake = Fake {
+            seen: seen.clone(),
+            id: id.clone(),
+            answers: Arc::new(AtomicBool::new(true)),
+            unanswered: Arc::default(),
+            unanswered_max: Arc::default(),
+        };
+        let service = DispatcherServer::new(fake.clone());
+        runtime.spawn(async move {
+            let incoming = TcpListenerStream::new(listener);
+            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+        });
+        let peer = Peer { id, incarnation: Incarnation(1), address, draining: false };
+        Self { peer, fake, runtime: Some(runtime) }
+    }
+
+    fn kill(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn push(user: &str, number: u32) -> Push {
+    let envelope = number.to_be_bytes().to_vec().into();
+    Push { app: "demo".into(), user: user.into(), envelope }
+}
+
+fn number(push: &Push) -> u32 {
+    u32::from_be_bytes(push.envelope[..].try_into().unwrap())
+}
+
+fn resend(devices: &[&str]) -> Resend {
+    let device = |name: &&str| ResendDevice { device: (*name).into(), ..Default::default() };
+    Resend {
+        app: "demo".into(),
+        user: "alice".into(),
+        devices: devices.iter().map(device).collect(),
+    }
+}
+
+fn shard() -> Shard {
+    ShardCount::new(64).unwrap().shard_of("demo", "alice")
+}
+
+fn pool(peers: &watch::Sender<Vec<Peer>>, config: MeshConfig) -> (DispatchPool, MeshMetrics) {
+    let metrics = MeshMetrics::new(&Registry::new(), "test").unwrap();
+    (DispatchPool::over(peers.subscribe(), config, metrics.clone()).unwrap(), metrics)
+}
+
+async fn up(pool: &DispatchPool, metrics: &MeshMetrics, count: i64) {
+    let begun = Instant::now();
+    while metrics.link.up.get() != count {
+        assert!(begun.elapsed() < SOON, "links did not come up");
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(pool.any_available().await, count > 0);
+}
+
+#[tokio::test]
+async fn pushes_of_a_user_arrive_in_order_at_one_dispatcher() {
+    let (seen, mut batches) = mpsc::channel(1024);
+    let (a, b) = (Running::start("a", &seen).await, Running::start("b", &seen).await);
+    let peers = watch::Sender::new(vec![a.peer.clone(), b.peer.clone()]);
+    let (pool, metrics) = pool(&peers, MeshConfig::default());
+    up(&pool, &metrics, 2).await;
+    for n in 0..500 {
+        pool.push(shard(), push("alice", n)).await;
+    }
+    assert_eq!(pool.flush(Instant::now() + SOON).await, 0);
+    let mut numbers = Vec::new();
+    let mut owners = std::collections::HashSet::new();
+    while let Ok((id, batch)) = batches.try_recv() {
+        owners.insert(id);
+        numbers.extend(batch.pushes.iter().map(number));
+    }
+    assert_eq!(numbers, (0..500).collect::<Vec<_>>());
+    assert_eq!(owners.len(), 1);
+    assert_eq!(metrics.pushes.with_label_values(&["answered"]).get(), 500);
+}
+
+#[tokio::test]
+async fn a_window_bounds_unanswered_batches_and_a_full_queue_drops_after_the_wait() {
+    let (seen, mut batches) = mpsc::channel(1024);
+    let a = Running::start("a", &seen).await;
+    a.fake.answers.store(false, Ordering::SeqCst);
+    let peers = watch::Sender::new(vec![a.peer.clone()]);
+    let link = LinkConfig { window_batches: 3, queue_items_max: 4, ..Default::default() };
+    let (pool, metrics) = pool(&peers, MeshConfig { push_wait_ms: 50, link });
+    up(&pool, &metrics, 1).await;
+    for n in 0..3 {
+        pool.push(shard(), push("alice", n)).await;
+        timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    }
+    // The task holds one more, and four are queued: the next one waits and is dropped.
+    for n in 3..8 {
+        pool.push(shard(), push("alice", n)).await;
+        sleep(Duration::from_millis(5)).await;
+    }
+    let begun = Instant::now();
+    pool.push(shard(), push("alice", 8)).await;
+    assert!(begun.elapsed() >= Duration::from_millis(50));
+    assert_eq!(metrics.pushes.with_label_values(&["full"]).get(), 1);
+    assert_eq!(a.fake.unanswered_max.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn a_killed_dispatcher_hands_its_pushes_to_the_next_one_at_once() {
+    let (seen, mut batches) = mpsc::channel(4096);
+    let (a, b) = (Running::start("a", &seen).await, Running::start("b", &seen).await);
+    let peers = watch::Sender::new(vec![a.peer.clone(), b.peer.clone()]);
+    let (pool, metrics) = pool(&peers, MeshConfig::default());
+    up(&pool, &metrics, 2).await;
+    pool.push(shard(), push("alice", 0)).await;
+    let (owner, _) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    let (mut first, next) = if owner == a.peer.id { (a, b) } else { (b, a) };
+    first.fake.answers.store(false, Ordering::SeqCst);
+    for n in 1..100 {
+        pool.push(shard(), push("alice", n)).await;
+    }
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.resend(shard(), resend(&["phone"])).await }
+    });
+    sleep(Duration::from_millis(50)).await;
+    let killed = Instant::now();
+    first.kill();
+    let mut moved = Vec::new();
+    while moved.len() < 99 {
+        let (id, batch) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+        if id == next.peer.id {
+            moved.extend(batch.pushes.iter().map(number));
+        }
+    }
+    assert_eq!(moved, (1..100).collect::<Vec<_>>(), "all of them, in order");
+    assert!(killed.elapsed() < Duration::from_secs(1), "took {:?}", killed.elapsed());
+    // Nothing is known of a re-send's effect: its caller decides.
+    assert_eq!(waiting.await.unwrap(), Err(Unavailable));
+    assert_eq!(pool.resend(shard(), resend(&["phone"])).await, Ok(vec![]));
+}
+
+#[tokio::test]
+async fn a_resend_tells_which_devices_could_not_be_reached() {
+    let (seen, _batches) = mpsc::channel(64);
+    let a = Running::start("a", &seen).await;
+    let peers = watch::Sender::new(vec![a.peer.clone()]);
+    let (pool, _) = pool(&peers, MeshConfig::default());
+    let both = tokio::join!(
+        pool.resend(shard(), resend(&["phone", "lost", "tablet", "lost"])),
+        pool.resend(shard(), resend(&["lost", "phone"])),
+    );
+    assert_eq!(both, (Ok(vec![1, 3]), Ok(vec![0])));
+}
+
+#[tokio::test]
+async fn without_a_dispatcher_pushes_are_dropped_after_the_wait_and_resends_are_unavailable() {
+    let peers = watch::Sender::new(vec![]);
+    let config = MeshConfig { push_wait_ms: 30, ..Default::default() };
+    let (pool, metrics) = pool(&peers, config);
+    assert!(!pool.any_available().await);
+    pool.push(shard(), push("alice", 0)).await;
+    assert_eq!(metrics.pushes.with_label_values(&["unavailable"]).get(), 1);
+    assert_eq!(pool.resend(shard(), resend(&["phone"])).await, Err(Unavailable));
+}
+
+#[tokio::test]
+async fn a_push_waits_for_a_dispatcher_that_is_just_coming() {
+    let (seen, mut batches) = mpsc::channel(64);
+    let peers = watch::Sender::new(vec![]);
+    let (pool, _) = pool(&peers, MeshConfig::default());
+    let pushing = pool.push(shard(), push("alice", 5));
+    let coming = async {
+        sleep(Duration::from_millis(20)).await;
+        let a = Running::start("a", &seen).await;
+        peers.send_replace(vec![a.peer.clone()]);
+        a
+    };
+    let _a = tokio::join!(pushing, coming);
+    let (_, batch) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    assert_eq!(number(&batch.pushes[0]), 5);
+}
+
+#[tokio::test]
+async fn a_silent_peer_is_noticed_and_a_draining_one_is_left() {
+    let (seen, mut batches) = mpsc::channel(64);
+    let (a, b) = (Running::start("a", &seen).await, Running::start("b", &seen).await);
+    let peers = watch::Sender::new(vec![a.peer.clone(), b.peer.clone()]);
+    let link = LinkConfig { reply_timeout_ms: 100, ..Default::default() };
+    let (pool, metrics) = pool(&peers, MeshConfig { link, ..Default::default() });
+    up(&pool, &metrics, 2).await;
+    pool.push(shard(), push("alice", 0)).await;
+    let (owner, _) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    let (first, next) = if owner == a.peer.id { (a, b) } else { (b, a) };
+    // It reads and does not answer: the push moves on after the time-out.
+    first.fake.answers.store(false, Ordering::SeqCst);
+    pool.push(shard(), push("alice", 1)).await;
+    assert_eq!(timeout(SOON, batches.recv()).await.unwrap().unwrap().0, first.peer.id);
+    assert_eq!(timeout(SOON, batches.recv()).await.unwrap().unwrap().0, next.peer.id);
+    // Back again, and then draining: new work goes to the other one.
+    first.fake.answers.store(true, Ordering::SeqCst);
+    up(&pool, &metrics, 2).await;
+    let draining = Peer { draining: true, ..first.peer.clone() };
+    peers.send_replace(vec![draining.clone(), next.peer.clone()]);
+    sleep(Duration::from_millis(20)).await;
+    pool.push(shard(), push("alice", 2)).await;
+    assert_eq!(timeout(SOON, batches.recv()).await.unwrap().unwrap().0, next.peer.id);
+    // With no other one, the draining one still serves.
+    peers.send_replace(vec![draining]);
+    sleep(Duration::from_millis(20)).await;
+    pool.push(shard(), push("alice", 3)).await;
+    assert_eq!(timeout(SOON, batches.recv()).await.unwrap().unwrap().0, first.peer.id);
+}
