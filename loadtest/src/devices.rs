@@ -1,0 +1,72 @@
+//! The devices: one SDK client a user.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+use barid_client::{Client, Event, Message, Token};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use tokio::sync::mpsc;
+
+use crate::Arguments;
+use crate::audit::Audit;
+
+/// Handshakes under way at once while the fleet connects.
+const CONNECTING_MAX: u32 = 64;
+
+/// How long one group of handshakes may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The name of a user by number.
+pub fn user(number: u64) -> String {
+    format!("user-{number}")
+}
+
+/// Connects every user's device and waits until all of them were welcomed.
+pub async fn connect(arguments: &Arguments, audit: &Arc<Audit>) -> anyhow::Result<Vec<Client>> {
+    let secret = std::fs::read(&arguments.secret_file)
+        .with_context(|| format!("reading {}", arguments.secret_file.display()))?;
+    let key = EncodingKey::from_secret(secret.trim_ascii_end());
+    let (welcomed, mut welcomes) = mpsc::channel(arguments.users as usize);
+    let mut clients = Vec::new();
+    for number in 0..arguments.users {
+        let token = sign(arguments, &key, &user(number.into()))?;
+        let url = &arguments.url[number as usize % arguments.url.len()];
+        let (audit, welcomed) = (Arc::clone(audit), welcomed.clone());
+        let client = Client::builder(url)
+            .device("load")
+            .platform("loadtest")
+            .token(move || {
+                let token = Token::new(token.clone());
+                async move { Ok(token) }
+            })
+            .on_event(move |event| {
+                if let Event::Connected { .. } = event {
+                    // Full only when everybody has been counted: reconnects need no count.
+                    let _ = welcomed.try_send(());
+                }
+            })
+            .start(move |message: Message| {
+                audit.shown(number, &message.id);
+                async { Ok(()) }
+            })?;
+        clients.push(client);
+        if (number + 1) % CONNECTING_MAX == 0 || number + 1 == arguments.users {
+            let group = clients.len() - (number / CONNECTING_MAX * CONNECTING_MAX) as usize;
+            for _ in 0..group {
+                if tokio::time::timeout(CONNECT_TIMEOUT, welcomes.recv()).await.is_err() {
+                    bail!("a device was not welcomed within {CONNECT_TIMEOUT:?} at {url}");
+                }
+            }
+        }
+    }
+    Ok(clients)
+}
+
+fn sign(arguments: &Arguments, key: &EncodingKey, user: &str) -> anyhow::Result<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let life = arguments.seconds + arguments.settle_seconds + 3600;
+    let claims = serde_json::json!({ "app": arguments.app, "sub": user, "exp": now + life });
+    let header = Header { kid: arguments.key_id.clone(), ..Header::new(Algorithm::HS256) };
+    Ok(jsonwebtoken::encode(&header, &claims, key)?)
+}
