@@ -1,0 +1,170 @@
+//! Turns single calls into batches: what waits is sent as soon as the call before is on its way.
+//! Nobody lingers, so batches grow only under load.
+
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use barid_core::Shard;
+use redis::Value;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::metrics::Metrics;
+use crate::redis_clock::RedisClock;
+use crate::reply::Reply;
+use crate::scripts::{Call, Script};
+use crate::topology::Topology;
+use crate::{Error, RedisConfig};
+
+/// A script that processes a list of independent items.
+pub(crate) trait Operation: Send + Sync + 'static {
+    /// What one item asks.
+    type Request: Send + Sync + 'static;
+    /// What it is answered.
+    type Outcome: Send + 'static;
+    /// Items in one call, at most, whatever the configuration says.
+    const ITEMS_MAX: usize = usize::MAX;
+
+    fn script() -> &'static Script;
+    /// Arguments in front of the items'.
+    fn shared(config: &RedisConfig, call: &mut Call);
+    /// An item's keys and arguments.
+    fn item(item: &Item<'_, Self::Request>, call: &mut Call);
+    /// An item's answer.
+    fn outcome(reply: Reply) -> Result<Self::Outcome, Error>;
+}
+
+/// What an item's keys and arguments are made of.
+pub(crate) struct Item<'a, Request> {
+    pub request: &'a Request,
+    pub shard: Shard,
+    /// After this the caller has given up.
+    pub deadline: Instant,
+    pub clock: &'a RedisClock,
+}
+
+/// The queue in front of one script on one master. Cheap to clone.
+pub(crate) struct Batcher<O: Operation> {
+    queue: mpsc::Sender<Pending<O>>,
+    patience: Duration,
+}
+
+struct Pending<O: Operation> {
+    request: O::Request,
+    shard: Shard,
+    deadline: Instant,
+    answer: oneshot::Sender<Result<O::Outcome, Error>>,
+}
+
+impl<O: Operation> Batcher<O> {
+    /// Starts the task that sends the batches; it ends when the batcher is dropped.
+    pub fn start(topology: Weak<Topology>, config: &RedisConfig) -> Self {
+        let (queue, receiver) = mpsc::channel(config.queue_max);
+        let items_max = config.batch_max.min(O::ITEMS_MAX);
+        tokio::spawn(work::<O>(receiver, topology, config.window, items_max));
+        Self { queue, patience: config.response_timeout() }
+    }
+
+    /// Waits for the item's answer, for the response time-out at most.
+    pub async fn call(&self, request: O::Request, shard: Shard) -> Result<O::Outcome, Error> {
+        let (answer, answered) = oneshot::channel();
+        let deadline = Instant::now() + self.patience;
+        let pending = Pending { request, shard, deadline, answer };
+        let away = |why: &str| Error::Away(why.into());
+        let wait = async {
+            self.queue.send(pending).await.map_err(|_| away("the mailbox is closed"))?;
+            answered.await.map_err(|_| away("the call was abandoned"))?
+        };
+        match tokio::time::timeout_at(deadline.into(), wait).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(away("no answer in time")),
+        }
+    }
+}
+
+async fn work<O: Operation>(
+    mut queue: mpsc::Receiver<Pending<O>>,
+    topology: Weak<Topology>,
+    window: usize,
+    items_max: usize,
+) {
+    let window = Arc::new(Semaphore::new(window));
+    while let Some(first) = queue.recv().await {
+        let Ok(permit) = window.clone().acquire_owned().await else { return };
+        let mut batch = vec![first];
+        while batch.len() < items_max {
+            let Ok(next) = queue.try_recv() else { break };
+            batch.push(next);
+        }
+        batch.retain(|pending| !pending.answer.is_closed());
+        let Some(topology) = topology.upgrade() else { return };
+        if batch.is_empty() {
+            continue;
+        }
+        tokio::spawn(async move {
+            execute(&topology, batch).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Sends a batch: in one call, or in one a shard where shards may lie on different slots.
+async fn execute<O: Operation>(topology: &Topology, mut batch: Vec<Pending<O>>) {
+    if !topology.is_cluster() {
+        return call(topology, batch).await;
+    }
+    batch.sort_by_key(|pending| pending.shard);
+    let mut calls = Vec::new();
+    while let Some(last) = batch.last() {
+        let shard = last.shard;
+        let from = batch.partition_point(|pending| pending.shard < shard);
+        calls.push(call(topology, batch.split_off(from)));
+    }
+    futures::future::join_all(calls).await;
+}
+
+async fn call<O: Operation>(topology: &Topology, batch: Vec<Pending<O>>) {
+    let (script, metrics) = (O::script(), topology.metrics());
+    let timer = metrics.timer(script.name, batch.len()).start_timer();
+    let replies = send::<O>(topology, &batch).await;
+    timer.observe_duration();
+    let mut replies = match replies {
+        Ok(replies) => replies,
+        Err(error) => return fail(script, metrics, batch, &error),
+    };
+    for pending in batch {
+        let outcome = replies.array().and_then(O::outcome);
+        if let Err(error) = &outcome {
+            metrics.failed(script.name, error);
+        }
+        let _gave_up = pending.answer.send(outcome);
+    }
+}
+
+fn fail<O: Operation>(script: &Script, metrics: &Metrics, batch: Vec<Pending<O>>, error: &Error) {
+    for pending in batch {
+        metrics.failed(script.name, error);
+        let _gave_up = pending.answer.send(Err(error.clone()));
+    }
+}
+
+async fn send<O: Operation>(topology: &Topology, batch: &[Pending<O>]) -> Result<Reply, Error> {
+    let shard = batch[0].shard;
+    let link = topology.link(shard);
+    link.ready().await?; // its clock is known from then on
+    let mut call = Call::default();
+    O::shared(topology.config(), &mut call);
+    for pending in batch {
+        let Pending { request, shard, deadline, .. } = pending;
+        let item = Item { request, shard: *shard, deadline: *deadline, clock: link.clock() };
+        O::item(&item, &mut call);
+    }
+    let value = topology.run(shard, O::script(), &call).await?;
+    timed_reply(value, link.clock())
+}
+
+/// A reply whose first element is Redis's time.
+pub(crate) fn timed_reply(value: Value, clock: &RedisClock) -> Result<Reply, Error> {
+    let mut reply = Reply::new(value)?;
+    clock.observe(reply.number()?, Instant::now());
+    Ok(reply)
+}

@@ -1,0 +1,68 @@
+//! How calls to Redis fail.
+
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+
+/// A call did not come through. Nothing is known of its effect unless it says so.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// Redis, or the master of this shard, cannot be reached or does not answer in time.
+    #[error("redis is away: {0}")]
+    Away(String),
+    /// Redis is full (OOM): only accept is refused so.
+    #[error("redis is full: {0}")]
+    Full(String),
+    /// Redis answered what it should not: a bug, or somebody else writes there.
+    #[error("redis answered unexpectedly: {0}")]
+    Unexpected(String),
+    /// Start-up refused this Redis (it evicts, or it belongs to a cluster with another shard count).
+    #[error("this redis cannot be used: {0}")]
+    Unusable(String),
+}
+
+impl Error {
+    /// A stable word for metrics.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Away(_) => "away",
+            Self::Full(_) => "full",
+            Self::Unexpected(_) => "unexpected",
+            Self::Unusable(_) => "unusable",
+        }
+    }
+
+    /// What an item's error inside a script means.
+    pub(crate) fn of_item(text: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(text).into_owned();
+        if text.contains("OOM ") { Self::Full(text) } else { Self::Unexpected(text) }
+    }
+}
+
+impl From<RedisError> for Error {
+    fn from(error: RedisError) -> Self {
+        let text = error.to_string();
+        if error.code() == Some("OOM") {
+            return Self::Full(text);
+        }
+        match error.kind() {
+            ErrorKind::Io
+            | ErrorKind::ClusterConnectionNotFound
+            | ErrorKind::Server(
+                ServerErrorKind::BusyLoading
+                | ServerErrorKind::TryAgain
+                | ServerErrorKind::ClusterDown
+                | ServerErrorKind::MasterDown
+                | ServerErrorKind::ReadOnly
+                | ServerErrorKind::Moved
+                | ServerErrorKind::Ask,
+            ) => Self::Away(text),
+            ErrorKind::AuthenticationFailed | ErrorKind::InvalidClientConfig => {
+                Self::Unusable(text)
+            }
+            _ if matches!(error.code(), Some("BUSY" | "NOREPLICAS" | "MISCONF")) => {
+                Self::Away(text)
+            }
+            _ if error.is_connection_dropped() || error.is_timeout() => Self::Away(text),
+            _ => Self::Unexpected(text),
+        }
+    }
+}

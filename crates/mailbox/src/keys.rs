@@ -1,0 +1,54 @@
+//! The names of keys. The hash tag is the shard, so everything about a user is in one slot.
+
+use barid_core::{AppId, Shard, UserId};
+
+use crate::UserKey;
+
+/// Shard count and schema version.
+pub(crate) const META: &str = "barid:meta";
+
+pub(crate) fn head(shard: Shard, app: &AppId, user: &UserId) -> String {
+    format!("{{{shard}}}:h:u:{app}:{user}")
+}
+
+pub(crate) fn queue(shard: Shard, app: &AppId, user: &UserId) -> String {
+    format!("{{{shard}}}:q:u:{app}:{user}")
+}
+
+pub(crate) fn routes(shard: Shard, app: &AppId, user: &UserId) -> String {
+    format!("{{{shard}}}:r:{app}:{user}")
+}
+
+pub(crate) fn timers(shard: Shard) -> String {
+    format!("{{{shard}}}:t")
+}
+
+pub(crate) fn positions(shard: Shard) -> String {
+    format!("{{{shard}}}:o")
+}
+
+/// A user in the timers: NUL is in no name, `:` is in no app.
+pub(crate) fn member(app: &AppId, user: &UserId) -> String {
+    format!("{app}\0{user}")
+}
+
+/// The user of a timer's member.
+pub(crate) fn parse_member(member: &str) -> Option<UserKey> {
+    let (app, user) = member.split_once('\0')?;
+    Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colons_in_a_user_do_not_make_it_another_one() {
+        let shard = barid_core::ShardCount::new(64).unwrap().shard_of("a", "b:c");
+        let (app, user) = (AppId::new("a").unwrap(), UserId::new("b:c").unwrap());
+        assert_eq!(head(shard, &app, &user), format!("{{{shard}}}:h:u:a:b:c"));
+        assert!(AppId::new("a:b").is_err());
+        let key = parse_member(&member(&app, &user)).unwrap();
+        assert_eq!((key.app, key.user), (app, user));
+    }
+}

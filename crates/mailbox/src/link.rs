@@ -1,0 +1,208 @@
+//! One connection to one Redis node, made again whenever it breaks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
+
+use crate::redis_clock::RedisClock;
+use crate::scripts::{Call, Script};
+use crate::{Error, RedisConfig, keys};
+
+/// The layout of the keys. Another one refuses to start.
+const SCHEMA: u32 = 1;
+/// After a failed attempt to connect, calls fail at once for so long.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+/// A node of Redis: its address, its connection while there is one, its time.
+pub(crate) struct Link {
+    client: Client,
+    shards: u32,
+    connect_timeout: Duration,
+    response_timeout: Duration,
+    live: RwLock<Option<Live>>,
+    /// One attempt at a time; when the last one failed, and how.
+    attempt: tokio::sync::Mutex<Option<(Instant, Error)>>,
+    clock: RedisClock,
+    on_connect: Box<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Clone)]
+struct Live {
+    connection: MultiplexedConnection,
+    number: u64,
+}
+
+impl Link {
+    /// A link to `client`'s node; nothing is connected yet. `on_connect` hears of each connection.
+    pub fn new(
+        client: Client,
+        config: &RedisConfig,
+        on_connect: impl Fn() + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            client,
+            shards: config.shards,
+            connect_timeout: config.connect_timeout(),
+            response_timeout: config.response_timeout(),
+            live: RwLock::new(None),
+            attempt: tokio::sync::Mutex::new(None),
+            clock: RedisClock::new(),
+            on_connect: Box::new(on_connect),
+        })
+    }
+
+    /// Runs a script; loads it first where this node does not know it.
+    pub async fn run(&self, script: &Script, call: &Call) -> Result<Value, RedisError> {
+        let cmd = script.command(call);
+        match self.send(&cmd).await {
+            Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                self.send(&script.load()).await?;
+                self.send(&cmd).await
+            }
+            done => done,
+        }
+    }
+
+    /// Sends one command. A connection that fails or does not answer in time is dropped.
+    pub async fn send(&self, cmd: &Cmd) -> Result<Value, RedisError> {
+        let mut live = self.live().await?;
+        let sent = live.connection.send_packed_command(cmd).await;
+        let sent = sent.and_then(Value::extract_error);
+        if let Err(error) = &sent
+            && breaks_connection(error)
+        {
+            self.drop_connection(live.number);
+        }
+        sent
+    }
+
+    /// This node's time.
+    pub fn clock(&self) -> &RedisClock {
+        &self.clock
+    }
+
+    /// Connects if there is no connection.
+    pub async fn ready(&self) -> Result<(), Error> {
+        self.live().await.map(drop).map_err(Error::from)
+    }
+
+    fn drop_connection(&self, number: u64) {
+        let mut live = self.live.write();
+        if live.as_ref().is_some_and(|l| l.number == number) {
+            *live = None;
+        }
+    }
+
+    async fn live(&self) -> Result<Live, RedisError> {
+        if let Some(live) = self.live.read().clone() {
+            return Ok(live);
+        }
+        let mut attempt = self.attempt.lock().await;
+        if let Some(live) = self.live.read().clone() {
+            return Ok(live);
+        }
+        if let Some((at, error)) = &*attempt
+            && at.elapsed() < RETRY_AFTER
+        {
+            return Err(refused(error));
+        }
+        match self.connect().await {
+            Ok(connection) => {
+                *attempt = None;
+                let live = Live { connection, number: rand::random() };
+                *self.live.write() = Some(live.clone());
+                (self.on_connect)();
+                Ok(live)
+            }
+            Err(error) => {
+                let refusal = refused(&error);
+                tracing::warn!(%error, "redis refused a connection");
+                *attempt = Some((Instant::now(), error));
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<MultiplexedConnection, Error> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.connect_timeout))
+            .set_response_timeout(Some(self.response_timeout));
+        let mut connection =
+            self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        check_node(&mut connection).await?;
+        check_meta(&mut connection, self.shards).await?;
+        let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(&mut connection).await?;
+        self.clock.reset();
+        self.clock.observe(seconds * 1000 + micros / 1000, Instant::now());
+        Ok(connection)
+    }
+}
+
+/// An [`Error`] on its way through a function that fails with a [`RedisError`].
+fn refused(error: &Error) -> RedisError {
+    let kind = match error {
+        Error::Unusable(_) => ErrorKind::InvalidClientConfig,
+        _ => ErrorKind::Io,
+    };
+    RedisError::from((kind, "not connected", error.to_string()))
+}
+
+fn breaks_connection(error: &RedisError) -> bool {
+    error.is_io_error()
+        || error.is_unrecoverable_error()
+        || error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
+}
+
+/// It must be a master, and must not evict: an evicted head is a lost mailbox.
+async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error> {
+    let info: String = redis::cmd("INFO").query_async(connection).await?;
+    let field = |name: &str| {
+        info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or("")
+    };
+    if field("role") != "master" {
+        return Err(Error::Away(format!("it is a {}, not a master", field("role"))));
+    }
+    let (limit, policy) = (field("maxmemory"), field("maxmemory_policy"));
+    if limit != "0" && policy != "noeviction" {
+        return Err(Error::Unusable(format!(
+            "maxmemory-policy is {policy}: it would evict mailboxes; set it to noeviction"
+        )));
+    }
+    Ok(())
+}
+
+/// Shard count and schema are what the cluster was created with; recorded by whoever comes first.
+async fn check_meta(connection: &mut MultiplexedConnection, shards: u32) -> Result<(), Error> {
+    match meta(connection, shards).await {
+        Ok((recorded, SCHEMA)) if recorded == shards => Ok(()),
+        Ok((recorded, SCHEMA)) => Err(Error::Unusable(format!(
+            "it was set up with {recorded} shards, the configuration says {shards}"
+        ))),
+        Ok((_, schema)) => Err(Error::Unusable(format!(
+            "its keys have layout {schema}, this program knows layout {SCHEMA}"
+        ))),
+        // In a Redis Cluster another master holds it, and its link checks it.
+        Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::Moved) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+async fn meta(
+    connection: &mut MultiplexedConnection,
+    shards: u32,
+) -> Result<(u32, u32), RedisError> {
+    let mut read = redis::cmd("HMGET");
+    read.arg(keys::META).arg("shards").arg("schema");
+    if let (Some(shards), Some(schema)) = read.query_async(connection).await? {
+        return Ok((shards, schema));
+    }
+    for (field, value) in [("shards", shards), ("schema", SCHEMA)] {
+        let mut write = redis::cmd("HSETNX");
+        write.arg(keys::META).arg(field).arg(value);
+        let () = write.query_async(connection).await?;
+    }
+    read.query_async(connection).await
+}

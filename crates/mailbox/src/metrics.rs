@@ -1,0 +1,77 @@
+//! `barid_mailbox_*`.
+
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    exponential_buckets,
+};
+
+use crate::Error;
+
+/// Every metric of this crate.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    pub seconds: HistogramVec,
+    pub batch_items: HistogramVec,
+    pub errors: IntCounterVec,
+    pub connections: IntCounter,
+    pub evicted: IntCounter,
+    pub gaps: IntCounter,
+}
+
+impl Metrics {
+    /// # Errors
+    /// The registry has metrics of these names already.
+    pub fn new(registry: &Registry) -> Result<Self, Error> {
+        Self::register(registry).map_err(|e| Error::Unusable(e.to_string()))
+    }
+
+    fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let seconds = HistogramVec::new(
+            HistogramOpts::new("barid_mailbox_call_seconds", "Script calls, by script.")
+                .buckets(exponential_buckets(0.000_1, 2.5, 12)?),
+            &["script"],
+        )?;
+        let batch_items = HistogramVec::new(
+            HistogramOpts::new("barid_mailbox_batch_items", "Items in a script call, by script.")
+                .buckets(exponential_buckets(1.0, 2.0, 9)?),
+            &["script"],
+        )?;
+        let errors = IntCounterVec::new(
+            Opts::new("barid_mailbox_errors_total", "Failed items, by script and kind."),
+            &["script", "kind"],
+        )?;
+        let counter = |name: &str, help: &str| IntCounter::new(name, help);
+        let metrics = Self {
+            seconds,
+            batch_items,
+            errors,
+            connections: counter("barid_mailbox_connections_total", "Connections made to Redis.")?,
+            evicted: counter(
+                "barid_mailbox_evicted_total",
+                "Entries that left a full or old mailbox before every device had them.",
+            )?,
+            gaps: counter(
+                "barid_mailbox_gaps_total",
+                "Accept groups that Redis refused because it lacks what came before.",
+            )?,
+        };
+        registry.register(Box::new(metrics.seconds.clone()))?;
+        registry.register(Box::new(metrics.batch_items.clone()))?;
+        registry.register(Box::new(metrics.errors.clone()))?;
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.evicted.clone()))?;
+        registry.register(Box::new(metrics.gaps.clone()))?;
+        Ok(metrics)
+    }
+
+    /// The timer of one script.
+    pub fn timer(&self, script: &str, items: usize) -> Histogram {
+        self.batch_items.with_label_values(&[script]).observe(items as f64);
+        self.seconds.with_label_values(&[script])
+    }
+
+    /// Counts one failed item.
+    pub fn failed(&self, script: &str, error: &Error) {
+        self.errors.with_label_values(&[script, error.kind()]).inc();
+    }
+}

@@ -1,0 +1,63 @@
+//! The scripts' items: how they are asked, and how their answers read.
+
+mod accept;
+mod ack;
+mod inspect;
+mod sessions;
+mod timers;
+
+pub(crate) use accept::accept;
+pub(crate) use ack::{Ack, Read};
+pub(crate) use inspect::{inspect, parse_route, routes as read_routes};
+pub(crate) use sessions::{Confirm, Connect, Disconnect};
+pub(crate) use timers::{defer, fire};
+
+use barid_core::{Epoch, NodeId, SessionRef, Shard};
+
+use crate::reply::Reply;
+use crate::scripts::Call;
+use crate::{Error, RedisConfig, UserKey, keys};
+
+/// A random epoch for a mailbox that has no head: below 2^53, not 0.
+fn epoch_candidate() -> u64 {
+    (rand::random::<u64>() >> 11).max(1)
+}
+
+fn head(call: &mut Call, shard: Shard, user: &UserKey) {
+    call.key(keys::head(shard, &user.app, &user.user));
+}
+
+fn queue(call: &mut Call, shard: Shard, user: &UserKey) {
+    call.key(keys::queue(shard, &user.app, &user.user));
+}
+
+fn routes(call: &mut Call, shard: Shard, user: &UserKey) {
+    call.key(keys::routes(shard, &user.app, &user.user));
+}
+
+fn session(call: &mut Call, session: &SessionRef) {
+    call.arg(&session.node).arg(session.incarnation).arg(session.connection);
+}
+
+fn ttl_ms(config: &RedisConfig) -> u64 {
+    config.ttl_seconds.saturating_mul(1000)
+}
+
+/// Three elements: node, incarnation, connection.
+fn read_session(reply: &mut Reply) -> Result<Option<SessionRef>, Error> {
+    let node = reply.text()?;
+    let (incarnation, connection) = (reply.number()?, reply.number()?);
+    if node.is_empty() {
+        return Ok(None);
+    }
+    let node = NodeId::new(&node).map_err(|e| Error::Unexpected(e.to_string()))?;
+    Ok(Some(SessionRef {
+        node,
+        incarnation: barid_core::Incarnation(incarnation),
+        connection: barid_core::ConnectionId(connection),
+    }))
+}
+
+fn read_epoch(reply: &mut Reply) -> Result<Epoch, Error> {
+    reply.number().map(Epoch)
+}

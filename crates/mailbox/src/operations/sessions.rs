@@ -1,0 +1,165 @@
+//! connect, confirm, disconnect.
+
+use std::time::Instant;
+
+use barid_core::{Chain, Generation, Position, Seq};
+
+use super::{epoch_candidate, head, queue, read_epoch, read_session, routes, session, ttl_ms};
+use crate::batcher::{Item, Operation};
+use crate::reply::{Reply, unknown_tag};
+use crate::scripts::{self, Call, Script};
+use crate::{
+    ConfirmOutcome, ConfirmRequest, ConnectOutcome, ConnectRequest, DisconnectRequest, Error,
+    RedisConfig, keys,
+};
+
+/// How long the attempt of a session that is over refuses lower ones, ms. Longer than any call may
+/// be on its way.
+const FENCE_MS: u64 = 60_000;
+
+pub(crate) struct Connect;
+
+impl Operation for Connect {
+    type Request = ConnectRequest;
+    type Outcome = ConnectOutcome;
+
+    fn script() -> &'static Script {
+        &scripts::CONNECT
+    }
+
+    fn shared(config: &RedisConfig, call: &mut Call) {
+        retry_args(config, call);
+        call.arg(config.devices_max).arg(FENCE_MS);
+    }
+
+    fn item(item: &Item<'_, ConnectRequest>, call: &mut Call) {
+        let request = item.request;
+        user_keys(item.shard, &request.user, call);
+        call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
+        session(call, &request.session);
+        call.arg(request.attempt).arg(&request.platform).arg(deadline(item));
+        call.arg(epoch_candidate());
+        // An epoch of 0 is no place: a client that has never received anything.
+        let position = request.position.filter(|position| position.epoch.0 != 0);
+        call.arg(u8::from(position.is_some()));
+        position_args(position.unwrap_or_default(), call);
+    }
+
+    fn outcome(mut reply: Reply) -> Result<ConnectOutcome, Error> {
+        match reply.tag()? {
+            b'C' => {
+                let cursor = read_position(&mut reply)?;
+                Ok(ConnectOutcome::Connected {
+                    cursor,
+                    newest: Seq(reply.number()?),
+                    reset: reply.number()? == 1,
+                    replaced: read_session(&mut reply)?,
+                })
+            }
+            b'S' => Ok(ConnectOutcome::Superseded),
+            b'M' => Ok(ConnectOutcome::TooManyDevices),
+            b'L' => Ok(ConnectOutcome::TooLate),
+            tag => Err(unknown_tag(tag)),
+        }
+    }
+}
+
+/// The deadline in Redis's time. 0 would be none: the clock is known once a link is ready.
+fn deadline<R>(item: &Item<'_, R>) -> u64 {
+    let left = item.deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
+    item.clock.at(Instant::now()).map_or(1, |now| now + left)
+}
+
+pub(crate) struct Confirm;
+
+impl Operation for Confirm {
+    type Request = ConfirmRequest;
+    type Outcome = ConfirmOutcome;
+
+    fn script() -> &'static Script {
+        &scripts::CONFIRM
+    }
+
+    fn shared(config: &RedisConfig, call: &mut Call) {
+        retry_args(config, call);
+        call.arg(config.devices_max);
+    }
+
+    fn item(item: &Item<'_, ConfirmRequest>, call: &mut Call) {
+        let request = item.request;
+        user_keys(item.shard, &request.user, call);
+        call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
+        session(call, &request.session);
+        call.arg(request.attempt).arg(&request.platform).arg(epoch_candidate());
+        position_args(request.position, call);
+    }
+
+    fn outcome(mut reply: Reply) -> Result<ConfirmOutcome, Error> {
+        match reply.tag()? {
+            b'C' => Ok(ConfirmOutcome::Confirmed {
+                restored: reply.number()? == 1,
+                epoch: read_epoch(&mut reply)?,
+                newest: Seq(reply.number()?),
+            }),
+            b'S' => Ok(ConfirmOutcome::Superseded),
+            tag => Err(unknown_tag(tag)),
+        }
+    }
+}
+
+pub(crate) struct Disconnect;
+
+impl Operation for Disconnect {
+    type Request = DisconnectRequest;
+    type Outcome = ();
+
+    fn script() -> &'static Script {
+        &scripts::DISCONNECT
+    }
+
+    fn shared(_config: &RedisConfig, _call: &mut Call) {}
+
+    fn item(item: &Item<'_, DisconnectRequest>, call: &mut Call) {
+        let request = item.request;
+        head(call, item.shard, &request.user);
+        routes(call, item.shard, &request.user);
+        call.key(keys::timers(item.shard));
+        call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
+        session(call, &request.session);
+    }
+
+    fn outcome(mut reply: Reply) -> Result<(), Error> {
+        match reply.tag()? {
+            b'R' | b'K' => Ok(()),
+            tag => Err(unknown_tag(tag)),
+        }
+    }
+}
+
+/// Time to live, first backoff, jitter.
+pub(super) fn retry_args(config: &RedisConfig, call: &mut Call) {
+    call.arg(ttl_ms(config)).arg(config.retry_base_ms).arg(config.retry_jitter);
+}
+
+/// Head, queue, routes, timers.
+pub(super) fn user_keys(shard: barid_core::Shard, user: &crate::UserKey, call: &mut Call) {
+    head(call, shard, user);
+    queue(call, shard, user);
+    routes(call, shard, user);
+    call.key(keys::timers(shard));
+}
+
+fn position_args(position: Position, call: &mut Call) {
+    call.arg(position.epoch).arg(position.generation).arg(position.seq);
+    call.arg(position.chain.map_or_else(String::new, |chain| chain.to_string()));
+}
+
+/// Four elements: epoch, generation, seq, chain.
+pub(super) fn read_position(reply: &mut Reply) -> Result<Position, Error> {
+    Ok(Position {
+        epoch: read_epoch(reply)?,
+        generation: Generation(reply.number_u32()?),
+        seq: Seq(reply.number()?),
+        chain: Some(Chain(reply.number_u32()?)),
+    })
+}

@@ -1,0 +1,93 @@
+//! Reading what scripts answer.
+
+use bytes::Bytes;
+use redis::Value;
+
+use crate::Error;
+
+/// The elements of an array, taken from the front.
+pub(crate) struct Reply(std::vec::IntoIter<Value>);
+
+impl Reply {
+    pub fn new(value: Value) -> Result<Self, Error> {
+        match value {
+            Value::Array(values) => Ok(Self(values.into_iter())),
+            other => Err(unexpected("an array", &other)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.len() == 0
+    }
+
+    /// The next element, whatever it is.
+    pub fn value(&mut self) -> Result<Value, Error> {
+        self.0.next().ok_or_else(|| Error::Unexpected("a script's reply is too short".into()))
+    }
+
+    /// The next element, an array.
+    pub fn array(&mut self) -> Result<Self, Error> {
+        Self::new(self.value()?)
+    }
+
+    /// The next element, any bytes.
+    pub fn bytes(&mut self) -> Result<Bytes, Error> {
+        bytes(self.value()?)
+    }
+
+    /// The next element, text.
+    pub fn text(&mut self) -> Result<String, Error> {
+        let bytes = self.bytes()?;
+        String::from_utf8(bytes.into()).map_err(|e| Error::Unexpected(e.to_string()))
+    }
+
+    /// The next element, a number, also where it is written as text.
+    pub fn number(&mut self) -> Result<u64, Error> {
+        match self.value()? {
+            Value::Int(number) => {
+                u64::try_from(number).map_err(|e| Error::Unexpected(e.to_string()))
+            }
+            Value::BulkString(text) => std::str::from_utf8(&text)
+                .ok()
+                .and_then(|t| t.parse().ok())
+                .ok_or_else(|| Error::Unexpected("a script answered no number".into())),
+            other => Err(unexpected("a number", &other)),
+        }
+    }
+
+    /// As [`Self::number`], 32 bits.
+    pub fn number_u32(&mut self) -> Result<u32, Error> {
+        u32::try_from(self.number()?).map_err(|e| Error::Unexpected(e.to_string()))
+    }
+
+    /// The next element's one-letter tag; `E` is turned into the error that follows it.
+    pub fn tag(&mut self) -> Result<u8, Error> {
+        match self.bytes()?.as_ref() {
+            b"E" => Err(Error::of_item(&self.bytes()?)),
+            [tag] => Ok(*tag),
+            other => Err(Error::Unexpected(format!("a script answered tag {other:?}"))),
+        }
+    }
+}
+
+pub(crate) fn bytes(value: Value) -> Result<Bytes, Error> {
+    match value {
+        Value::BulkString(bytes) => Ok(bytes.into()),
+        other => Err(unexpected("bytes", &other)),
+    }
+}
+
+pub(crate) fn unexpected(wanted: &str, got: &Value) -> Error {
+    let kind = match got {
+        Value::Nil => "nil",
+        Value::Int(_) => "a number",
+        Value::BulkString(_) => "bytes",
+        Value::Array(_) => "an array",
+        _ => "something else",
+    };
+    Error::Unexpected(format!("a script answered {kind} instead of {wanted}"))
+}
+
+pub(crate) fn unknown_tag(tag: u8) -> Error {
+    Error::Unexpected(format!("a script answered tag {:?}", char::from(tag)))
+}

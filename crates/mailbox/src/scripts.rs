@@ -1,0 +1,103 @@
+//! The scripts, each a file with its KEYS, ARGV and reply described on top.
+
+use std::sync::LazyLock;
+
+use redis::Cmd;
+
+/// A script and the name under which Redis remembers it.
+pub(crate) struct Script {
+    /// As in the file's name and in metrics.
+    pub name: &'static str,
+    code: &'static str,
+    sha: LazyLock<String>,
+}
+
+macro_rules! script {
+    ($static:ident, $name:literal, $flags:literal) => {
+        pub(crate) static $static: Script = Script {
+            name: $name,
+            code: script!(@code $name, $flags),
+            sha: LazyLock::new(|| {
+                redis::Script::new(script!(@code $name, $flags)).get_hash().to_owned()
+            }),
+        };
+    };
+    (@code $name:literal, $flags:literal) => {
+        concat!(
+            "#!lua",
+            $flags,
+            "\n",
+            include_str!("scripts/lib.lua"),
+            include_str!(concat!("scripts/", $name, ".lua"))
+        )
+    };
+}
+
+script!(ACCEPT, "accept", "");
+script!(CONNECT, "connect", " flags=allow-oom");
+script!(CONFIRM, "confirm", " flags=allow-oom");
+script!(READ, "read", " flags=no-writes");
+script!(ACK, "ack", " flags=allow-oom");
+script!(DISCONNECT, "disconnect", " flags=allow-oom");
+script!(DUE, "due", " flags=no-writes");
+script!(FIRE, "fire", " flags=allow-oom");
+script!(DEFER, "defer", " flags=allow-oom");
+
+impl Script {
+    /// `EVALSHA` with these keys and arguments.
+    pub fn command(&self, call: &Call) -> Cmd {
+        let mut cmd = redis::cmd("EVALSHA");
+        cmd.arg(self.sha.as_str()).arg(call.keys.len());
+        for part in call.keys.iter().map(String::as_bytes).chain(call.args.iter().map(Arg::bytes)) {
+            cmd.arg(part);
+        }
+        cmd
+    }
+
+    /// `SCRIPT LOAD`.
+    pub fn load(&self) -> Cmd {
+        let mut cmd = redis::cmd("SCRIPT");
+        cmd.arg("LOAD").arg(self.code);
+        cmd
+    }
+}
+
+/// Keys and arguments of a script call.
+#[derive(Default)]
+pub(crate) struct Call {
+    keys: Vec<String>,
+    args: Vec<Arg>,
+}
+
+enum Arg {
+    Text(String),
+    Bytes(bytes::Bytes),
+}
+
+impl Arg {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Text(text) => text.as_bytes(),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl Call {
+    pub fn key(&mut self, key: String) -> &mut Self {
+        self.keys.push(key);
+        self
+    }
+
+    /// An argument: text or a number.
+    pub fn arg(&mut self, arg: impl ToString) -> &mut Self {
+        self.args.push(Arg::Text(arg.to_string()));
+        self
+    }
+
+    /// An argument of any bytes.
+    pub fn bytes(&mut self, arg: bytes::Bytes) -> &mut Self {
+        self.args.push(Arg::Bytes(arg));
+        self
+    }
+}

@@ -1,0 +1,64 @@
+-- confirm: a session says that it lives. Restores what a failover or an expiry took. Allowed when
+-- Redis is full.
+--
+-- KEYS  an item: head, queue, routes, timers.
+-- ARGV  ttl ms, retry base ms, retry jitter, devices_max; then an item: member (app NUL user),
+--       device, node, incarnation, connection, attempt, platform, epoch candidate, and the last
+--       position that it acknowledged: epoch, generation, seq, chain or ''.
+-- Reply now, then an item: {'C', 1 if the route was absent, epoch, newest} ·
+--       {'S'} a newer session of the device is there, or came and went · {'E', text}
+--
+-- A route of the same node and connection under an older incarnation is mine: my lease had lapsed.
+
+local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local DEVICES_MAX = tonumber(ARGV[4])
+
+-- The device as the session knows it, where the head has forgotten it.
+local function remember(h, queue, name, a)
+  local d = { name = name, seq = h.b - 1, chain = h.bc, generation = tonumber(ARGV[a + 1]),
+    due = 0, attempt = 0, used = NOW, fence = 0 }
+  local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
+  local ours = tonumber(ARGV[a]) == h.e and chain_at(h, queue, seq)
+  if ours and (not chain or chain == ours) then
+    d.seq, d.chain = seq, ours
+  end
+  return d
+end
+
+local function confirm(k, a)
+  local head, queue, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3]
+  local member, name, attempt = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 5])
+  local text = call('HGET', routes, name)
+  if text then
+    local route = parse_route(text)
+    local mine = route.node == ARGV[a + 2] and route.connection == ARGV[a + 4]
+      and route.attempt == attempt
+    if not mine and route.attempt >= attempt then return { 'S' } end
+  end
+  local h = open_head(head, queue, ARGV[a + 7], TTL)
+  local d = find_device(h, name)
+  if d and not text and d.fence > attempt then return { 'S' } end
+
+  local others, room = other_devices(h, name), true
+  if not d then
+    d = remember(h, queue, name, a + 8)
+    room = add_device(h, routes, d, others, DEVICES_MAX)
+  end
+  if room then
+    d.used, d.fence = NOW, attempt
+    if d.seq >= h.n then
+      d.due, d.attempt = 0, 0
+    elseif d.due == 0 then
+      d.due, d.attempt = NOW + spread(BASE, JITTER), 0
+    end
+    save_device(h, d)
+    others[#others + 1] = d
+  end
+  local route = table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5],
+    ARGV[a + 6] }, ' ')
+  if text ~= route then call('HSET', routes, name, route) end
+  set_timer(timers, member, others)
+  return { 'C', text and 0 or 1, h.e, h.n }
+end
+
+return each(#KEYS / 4, confirm, 4, 12, 5)

@@ -1,0 +1,31 @@
+-- read: the entries after a position. Writes nothing.
+--
+-- KEYS  an item: head, queue.
+-- ARGV  an item: after (seq), entries_max, bytes_max.
+-- Reply now, then an item: {epoch (0: no mailbox), oldest, the chain before it, newest, entries
+--       from max(after + 1, oldest)}; or {'E', text}. At least one entry comes if there is one.
+
+local CHUNK = 16 -- entries fetched at once, so that a byte bound does not cost the whole list
+
+local function read(k, a)
+  local h = find_head(KEYS[k])
+  if not h then return { 0, 1, 0, 0, {} } end
+  local entries, bytes = {}, 0
+  local next = math.max(tonumber(ARGV[a]) + 1, h.b)
+  local last = math.min(next + tonumber(ARGV[a + 1]) - 1, h.n)
+  while next <= last do
+    local to = math.min(next + CHUNK - 1, last)
+    local chunk = call('LRANGE', KEYS[k + 1], int(next - h.b), int(to - h.b))
+    for _, entry in ipairs(chunk) do
+      bytes = bytes + #entry
+      if #entries > 0 and bytes > tonumber(ARGV[a + 2]) then
+        return { h.e, h.b, h.bc, h.n, entries }
+      end
+      entries[#entries + 1] = entry
+    end
+    next = to + 1
+  end
+  return { h.e, h.b, h.bc, h.n, entries }
+end
+
+return each(#KEYS / 2, read, 2, 3, 1)
