@@ -11,8 +11,8 @@ use crate::operations;
 use crate::topology::Topology;
 use crate::{
     AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
-    ConnectRequest, DeferRequest, DisconnectRequest, DueUser, Error, GroupOutcome, Inspection, Limits, Page,
-    ReadRequest, RedisConfig, Route, UserKey,
+    ConnectRequest, DeferRequest, DisconnectRequest, DueUser, Error, GroupOutcome, Inspection,
+    Limits, Page, ReadRequest, RedisConfig, Route, UserKey,
 };
 
 /// The door to Redis, cheap to clone. Single calls are coalesced into batches inside: what is

@@ -16,9 +16,9 @@ macro_rules! script {
     ($static:ident, $name:literal, $flags:literal) => {
         pub(crate) static $static: Script = Script {
             name: $name,
-            code: script!(@code $name, $flags),
+    code: script!(@code $name, $flags),
             sha: LazyLock::new(|| {
-                redis::Script::new(script!(@code $name, $flags)).get_hash().to_owned()
+        redis::Script::new(script!(@code $name, $flags)).get_hash().to_owned()
             }),
         };
     };

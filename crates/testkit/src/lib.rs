@@ -8,8 +8,10 @@ pub mod kafka;
 pub mod paths;
 pub mod ports;
 pub mod process;
+pub mod redis;
 mod spawner;
 pub mod token;
 
 pub use device::Device;
 pub use kafka::Kafka;
+pub use redis::{Redis, RedisCluster};

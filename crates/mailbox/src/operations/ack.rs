@@ -83,4 +83,3 @@ impl Operation for Ack {
         }
     }
 }
-

@@ -25,7 +25,7 @@ pub(crate) async fn routes(topology: &Topology, user: &UserKey) -> Result<Vec<Ro
 /// A route as the scripts write it; `None`: somebody else did.
 pub(crate) fn parse_route(device: &str, route: &str) -> Option<Route> {
     let mut parts = route.splitn(5, ' ');
-    let mut number = |text: Option<&str>| text?.parse::<u64>().ok();
+    let number = |text: Option<&str>| text?.parse::<u64>().ok();
     let node = NodeId::new(parts.next()?).ok()?;
     let incarnation = Incarnation(number(parts.next())?);
     let connection = ConnectionId(number(parts.next())?);

@@ -1,0 +1,269 @@
+//! Redis itself, alone or as a Redis Cluster, on private ports, in directories of its own.
+
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use redis::{FromRedisValue, Value};
+
+use crate::ports::free_port;
+use crate::process::Process;
+use crate::spawner::Scratch;
+
+/// It takes 30 ms on a quiet machine; machines that run tests are not quiet.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// Hash slots of a Redis Cluster.
+const SLOTS: u16 = 16_384;
+
+/// How a server is started.
+#[derive(Debug, Clone, Default)]
+pub struct RedisOptions {
+    /// Keep what was written over a `kill -9` (appendonly yes, appendfsync everysec).
+    pub append_only: bool,
+    /// Further settings, as on the command line without the dashes: `("maxmemory", "10mb")`.
+    pub settings: Vec<(String, String)>,
+}
+
+/// A running redis-server. Killed, and its data removed, on drop and with the test process.
+#[derive(Debug)]
+pub struct Redis {
+    // First: the process ends before its directory goes.
+    process: Option<Process>,
+    port: u16,
+    options: RedisOptions,
+    dir: Scratch,
+}
+
+impl Redis {
+    /// Starts a server that keeps nothing on disk.
+    ///
+    /// # Errors
+    /// redis-server is not installed, or does not come up (shows the end of its log).
+    pub async fn start() -> Result<Self> {
+        Self::start_with(RedisOptions::default()).await
+    }
+
+    /// Starts a server and waits until it answers.
+    ///
+    /// # Errors
+    /// As [`Redis::start`].
+    pub async fn start_with(options: RedisOptions) -> Result<Self> {
+        let dir = Scratch::new("barid-redis-").context("directory for Redis's data")?;
+        let mut redis = Self { process: None, port: free_port(), options, dir };
+        redis.restart().await?;
+        Ok(redis)
+    }
+
+    /// `redis://127.0.0.1:port`.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Its port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Runs a command, on a connection of its own: `redis.query(&["SCRIPT", "FLUSH"])`.
+    ///
+    /// # Errors
+    /// It does not answer, or refuses the command.
+    pub async fn query<T: FromRedisValue>(&self, command: &[impl AsRef<[u8]>]) -> Result<T> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut cmd = redis::Cmd::new();
+        for part in command {
+            cmd.arg(part.as_ref());
+        }
+        Ok(cmd.query_async(&mut connection).await?)
+    }
+
+    /// `kill -9`. The port, and with `append_only` the data, stay for [`Redis::restart`].
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().context("Redis is not running")?.kill()
+    }
+
+    /// SIGSTOP: connections stay open and nothing is answered.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.as_mut().context("Redis is not running")?.stop()
+    }
+
+    /// SIGCONT: goes on after [`Redis::stop`].
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn cont(&mut self) -> Result<()> {
+        self.process.as_mut().context("Redis is not running")?.cont()
+    }
+
+    /// Kills it if it runs, starts it again on the same port and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not come up; shows the end of its log.
+    pub async fn restart(&mut self) -> Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.kill()?;
+        }
+        let log = self.dir.path().join("redis.log");
+        let mut process = Process::spawn("redis-server", "redis-server", &log, |command| {
+            command.current_dir(self.dir.path()).args(arguments(self.port, &self.options));
+        })?;
+        let began = Instant::now();
+        while !answers(self.port) {
+            process.must_run()?;
+            if began.elapsed() > START_LIMIT {
+                bail!("redis-server does not answer:\n{}", process.tail(20));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Where its data and its log lie.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// A Redis Cluster of masters without replicas. Slots are spread evenly over them.
+#[derive(Debug)]
+pub struct RedisCluster {
+    nodes: Vec<Redis>,
+}
+
+impl RedisCluster {
+    /// Starts `masters` servers and joins them.
+    ///
+    /// # Errors
+    /// A server does not come up, or the cluster does not agree in time.
+    pub async fn start(masters: u16) -> Result<Self> {
+        ensure!(masters > 0, "a cluster has at least one master");
+        let mut nodes = Vec::new();
+        for _ in 0..masters {
+            let settings = [
+                ("cluster-enabled", "yes"),
+                ("cluster-node-timeout", "1000"),
+                // A master that is away stops its own slots only.
+                ("cluster-require-full-coverage", "no"),
+            ];
+            let settings = settings.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
+            // Their bus ports would be 10,000 above, where other servers' ports may be.
+            let bus = ("cluster-port".to_owned(), free_port().to_string());
+            let settings = [settings, vec![bus]].concat();
+            nodes.push(Redis::start_with(RedisOptions { settings, ..Default::default() }).await?);
+        }
+        let cluster = Self { nodes };
+        cluster.join().await?;
+        Ok(cluster)
+    }
+
+    /// The masters.
+    pub fn nodes(&self) -> &[Redis] {
+        &self.nodes
+    }
+
+    /// One master, for its verbs.
+    pub fn node(&mut self, index: usize) -> &mut Redis {
+        &mut self.nodes[index]
+    }
+
+    /// The URLs of all masters.
+    pub fn urls(&self) -> Vec<String> {
+        self.nodes.iter().map(Redis::url).collect()
+    }
+
+    async fn join(&self) -> Result<()> {
+        let masters = u16::try_from(self.nodes.len())?;
+        let first = &self.nodes[0];
+        for (index, node) in (0..masters).zip(&self.nodes) {
+            let slot = |i: u16| u32::from(SLOTS) * u32::from(i) / u32::from(masters);
+            let (from, to) = (slot(index).to_string(), (slot(index + 1) - 1).to_string());
+            let epoch = (index + 1).to_string();
+            let _: Value = node.query(&["CLUSTER", "SET-CONFIG-EPOCH", &epoch]).await?;
+            let _: Value = node.query(&["CLUSTER", "ADDSLOTSRANGE", &from, &to]).await?;
+            if index > 0 {
+                let bus: Vec<String> = node.query(&["CONFIG", "GET", "cluster-port"]).await?;
+                let (port, bus) = (node.port().to_string(), &bus[1]);
+                let _: Value = first.query(&["CLUSTER", "MEET", "127.0.0.1", &port, bus]).await?;
+            }
+        }
+        let began = Instant::now();
+        while !self.agrees().await? {
+            ensure!(began.elapsed() < START_LIMIT, "the cluster does not agree");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    async fn agrees(&self) -> Result<bool> {
+        for node in &self.nodes {
+            let info: String = node.query(&["CLUSTER", "INFO"]).await?;
+            let all = info.contains("cluster_state:ok")
+                && info.contains(&format!("cluster_slots_ok:{SLOTS}"))
+                && info.contains(&format!("cluster_known_nodes:{}", self.nodes.len()));
+            if !all {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn arguments(port: u16, options: &RedisOptions) -> Vec<String> {
+    let append_only = if options.append_only { "yes" } else { "no" };
+    let mut settings = vec![
+        ("port".into(), port.to_string()),
+        ("bind".into(), "127.0.0.1".into()),
+        ("save".into(), String::new()),
+        ("appendonly".into(), append_only.into()),
+        ("appendfsync".into(), "everysec".into()),
+        ("maxmemory-policy".into(), "noeviction".into()),
+    ];
+    settings.extend(options.settings.iter().cloned());
+    settings.into_iter().flat_map(|(key, value)| [format!("--{key}"), value]).collect()
+}
+
+/// Whether it answers a PING with anything but "still loading".
+fn answers(port: u16) -> bool {
+    use std::io::{Read as _, Write as _};
+    let ping = || {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"PING\r\n")?;
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer)?;
+        std::io::Result::Ok(&answer == b"+PONG")
+    };
+    ping().unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn data_survives_kill_9_with_append_only() {
+        let options = RedisOptions { append_only: true, ..Default::default() };
+        let mut redis = Redis::start_with(options).await.unwrap();
+        let _: Value = redis.query(&["SET", "key", "kept"]).await.unwrap();
+        redis.kill().unwrap();
+        assert!(redis.query::<Value>(&["PING"]).await.is_err());
+        redis.restart().await.unwrap();
+        assert_eq!(redis.query::<String>(&["GET", "key"]).await.unwrap(), "kept");
+    }
+
+    #[tokio::test]
+    async fn a_cluster_of_three_serves_all_slots() {
+        let cluster = RedisCluster::start(3).await.unwrap();
+        let slots: Vec<Value> = cluster.nodes()[2].query(&["CLUSTER", "SLOTS"]).await.unwrap();
+        assert_eq!(slots.len(), 3);
+    }
+}
