@@ -43,6 +43,7 @@ list_missing() {
 
 # Debian starts the service of what it installs; Barid wants the program only, and port 6379 free.
 install_quietly() {
+  echo "setup: installing ${missing[*]}"
   local policy=/usr/sbin/policy-rc.d
   local -a as_root=("$@")
   local ours=no
@@ -64,7 +65,6 @@ install_missing() {
     echo "setup: this is no Debian; install what brings: ${missing[*]}" >&2
     exit 1
   fi
-  echo "setup: installing ${missing[*]}"
   if [[ "$(id -u)" == 0 ]]; then
     install_quietly env
   elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then

@@ -1,7 +1,9 @@
 //! What tests need and users never run: Apache Kafka and Redis on private ports, Barid's binaries
+//! as processes with verbs (term, kill, stop, cont), and a whole cluster of them.
 //!
 //! Everything started here dies with the test process, however that ends, and leaves no files.
 
+pub mod cluster;
 pub mod device;
 pub mod http;
 pub mod kafka;
@@ -9,9 +11,12 @@ pub mod paths;
 pub mod ports;
 pub mod process;
 pub mod redis;
+pub mod relay;
 mod spawner;
 pub mod token;
 
+pub use cluster::{Cluster, Role};
 pub use device::Device;
 pub use kafka::Kafka;
 pub use redis::{Redis, RedisCluster};
+pub use relay::Relay;

@@ -26,3 +26,9 @@ pub fn sign(claims: &Value, secret: &str) -> String {
     let key = EncodingKey::from_secret(secret.as_bytes());
     jsonwebtoken::encode(&header, claims, &key).expect("JSON claims can be signed")
 }
+
+/// The entry of `auth.keys` that access nodes need for [`token`].
+pub(crate) fn key() -> toml::Table {
+    let entry = [("id", KEY_ID), ("algorithm", "HS256"), ("secret", SECRET)];
+    entry.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect()
+}

@@ -1,0 +1,98 @@
+//! The roles' command lines.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, Result};
+use barid_testkit::Role;
+
+fn run(role: Role, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
+    let mut command = Command::new(role.binary()?);
+    command.args(arguments).envs(variables.iter().copied());
+    command.output().context("running the role")
+}
+
+/// Exit code, standard output, standard error.
+fn told(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+fn config(dir: &Path, text: &str) -> String {
+    let path = dir.join("config.toml");
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn a_key_that_nobody_knows_refuses_to_start_and_is_named() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for role in Role::ALL {
+        for (text, key) in [
+            ("colour = 'red'", "colour"),
+            ("[redis]\nurll = 'redis://h'", "redis.urll"),
+            ("[admin]\nlisten = '127.0.0.1:0'\nport = 1", "admin.port"),
+        ] {
+            let path = config(dir.path(), text);
+            for flags in [&["--config", &path][..], &["--config", &path, "--check-config"]] {
+                let (code, _, complaint) = told(&run(role, flags, &[])?);
+                assert_eq!(code, Some(2), "{role:?}: {complaint}");
+                assert!(complaint.contains(key), "{role:?}: {complaint}");
+            }
+        }
+        let variable = format!("BARID_{}_REDIS__URLL", role.name().to_uppercase());
+        let (code, _, complaint) = told(&run(role, &["--check-config"], &[(&variable, "x")])?);
+        assert_eq!(code, Some(2), "{role:?}: {complaint}");
+        assert!(complaint.contains(&variable), "{role:?}: {complaint}");
+    }
+    Ok(())
+}
+
+#[test]
+fn values_that_make_no_sense_are_named_before_anything_starts() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let missing = dir.path().join("missing.toml").display().to_string();
+    for role in Role::ALL {
+        for (text, key) in [
+            ("drain_seconds = 'soon'", "drain_seconds"),
+            ("[redis]\nshards = 0", "redis.shards"),
+            ("[admin]\nlisten = 'here'", "admin.listen"),
+        ] {
+            let path = config(dir.path(), text);
+            let (code, _, complaint) =
+                told(&run(role, &["--config", &path, "--check-config"], &[])?);
+            assert_eq!(code, Some(2), "{role:?}: {complaint}");
+            assert!(complaint.contains(key), "{role:?}: {complaint}");
+        }
+        let (code, _, complaint) = told(&run(role, &["--config", &missing], &[])?);
+        assert_eq!(code, Some(2), "{role:?}: {complaint}");
+        assert!(complaint.contains("missing.toml"), "{role:?}: {complaint}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let text = "[redis]\nurl = 'redis://me:hunter2@example.test:6380/3'\n";
+    let with_kafka = format!("{text}[kafka.properties]\n'sasl.password' = 'hunter2'\n");
+    for role in Role::ALL {
+        let kafka = matches!(role, Role::Purger | Role::Access);
+        let path = config(dir.path(), if kafka { &with_kafka } else { text });
+        let prefix = format!("BARID_{}_", role.name().to_uppercase());
+        let variable = format!("{prefix}REDIS__SHARDS");
+        let print = run(role, &["--config", &path, "--print-config"], &[(&variable, "32")])?;
+        let (code, printed, complaint) = told(&print);
+        assert_eq!(code, Some(0), "{role:?}: {complaint}");
+        assert!(!printed.contains("hunter2"), "{role:?}: {printed}");
+        for part in ["shards = 32", "example.test:6380", "drain_seconds", "[admin]", "[log]"] {
+            assert!(printed.contains(part), "{role:?} does not print {part}: {printed}");
+        }
+        let path = config(dir.path(), &printed);
+        let (code, said, complaint) =
+            told(&run(role, &["--config", &path, "--check-config"], &[])?);
+        assert_eq!(code, Some(0), "{role:?}: {complaint}");
+        assert_eq!(said, "configuration is valid\n");
+    }
+    Ok(())
+}

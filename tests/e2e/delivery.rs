@@ -1,0 +1,315 @@
+//! From a record to a device.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use barid_testkit::device::{Device, Heard, PATIENCE};
+use barid_testkit::{Cluster, Relay};
+use serde_json::{Value, json};
+
+use crate::listener::Listener;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_reaches_an_online_device_and_its_ack_is_told() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    for (id, body) in [
+        ("text", json!({"text": "hello"})),
+        ("json", json!({"json": {"order": 7, "lines": [1, 2.5, null, "x"]}})),
+        ("data", json!({"data": "AAECAw=="})),
+        ("long", json!({"text": "barid ".repeat(5_000)})),
+    ] {
+        let mut record = json!({
+            "id": id, "app": "demo", "to": {"user": "alice"},
+            "receipts": ["accepted", "sent", "acked"],
+        });
+        record.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+        business.push(&record).await?;
+        let message = phone.message().await?;
+        assert_eq!((message.id.as_str(), &message.body), (id, &body));
+        phone.ack(message.seq).await?;
+    }
+    let receipts = cluster.reader(&cluster.topics().receipts)?;
+    let mut told = Vec::new();
+    while told.len() < 12 {
+        let record = receipts.next(PATIENCE).await?;
+        let receipt = record.json()?;
+        assert_eq!(record.key, receipt["id"].as_str().unwrap());
+        assert_eq!((&receipt["app"], &receipt["user"]), (&json!("demo"), &json!("alice")));
+        told.push((record.key, receipt["kind"].as_str().unwrap_or_default().to_owned()));
+    }
+    for id in ["text", "json", "data", "long"] {
+        for kind in ["accepted", "sent", "acked"] {
+            assert!(told.contains(&(id.into(), kind.into())), "{kind} of {id} not in {told:?}");
+        }
+    }
+    phone.silent(Duration::from_millis(500)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_while_a_device_was_away_is_delivered_before_anything_newer() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    business.say("alice", "first", "1").await?;
+    assert_eq!(phone.take(1).await?, ["first"]);
+    phone.close().await?;
+    for id in ["away-1", "away-2", "away-3"] {
+        business.say("alice", id, "offline").await?;
+    }
+    let mut phone = cluster.device("alice", "phone").await?;
+    business.say("alice", "newer", "online").await?;
+    assert_eq!(phone.take(4).await?, ["away-1", "away-2", "away-3", "newer"]);
+    phone.silent(Duration::from_millis(300)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_was_never_there_finds_the_messages_on_the_first_visit() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    for id in ["a", "b"] {
+        business.say("new", id, "welcome").await?;
+    }
+    // Produced is not yet accepted.
+    let mut phone = cluster.device("new", "phone").await?;
+    assert_eq!(phone.take(2).await?, ["a", "b"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_devices_of_a_user_have_their_own_cursors() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    let mut tablet = cluster.device("alice", "tablet").await?;
+    business.say("alice", "both", "").await?;
+    assert_eq!(phone.take(1).await?, ["both"]);
+    assert_eq!(tablet.take(1).await?, ["both"]);
+    tablet.close().await?;
+    business.say("alice", "phone-now", "tablet later").await?;
+    assert_eq!(phone.take(1).await?, ["phone-now"]);
+    // What the phone acknowledged still waits for the tablet.
+    let mut tablet = cluster.device("alice", "tablet").await?;
+    assert_eq!(tablet.take(1).await?, ["phone-now"]);
+    business
+        .push(&json!({
+            "id": "tablet-only", "app": "demo", "to": {"user": "alice", "device": "tablet"}, "text": "t",
+        }))
+        .await?;
+    business.say("alice", "after", "").await?;
+    assert_eq!(tablet.take(2).await?, ["tablet-only", "after"]);
+    assert_eq!(phone.take(1).await?, ["after"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_reconnects_in_mid_stream_misses_and_repeats_nothing() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let feed = tokio::spawn(async move {
+        for number in 0..200 {
+            business.say("alice", &format!("m{number}"), "stream").await?;
+        }
+        anyhow::Ok(())
+    });
+    let mut acknowledged = 0;
+    let mut seen = Vec::new();
+    while seen.len() < 200 {
+        let mut phone = cluster.device("alice", "phone").await?;
+        // Each connection acknowledges some and receives three more that it never acknowledges.
+        for _ in 0..37.min(200 - seen.len()) {
+            let message = phone.message().await?;
+            assert_eq!(message.seq, acknowledged + 1, "resumed behind the last acknowledged one");
+            seen.push(message.id);
+            acknowledged = message.seq;
+            phone.ack(message.seq).await?;
+        }
+        for _ in 0..3.min(200 - seen.len()) {
+            phone.message().await?;
+        }
+        phone.close().await?;
+    }
+    feed.await??;
+    let wanted: Vec<String> = (0..200).map(|n| format!("m{n}")).collect();
+    assert_eq!(seen, wanted);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sdk_shows_everything_once_over_a_network_that_breaks() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let address = cluster.node(barid_testkit::Role::Access, 0).address("ws").await?;
+    let relay = Relay::to(address).await?;
+    let listener = Listener::start(&format!("ws://{}", relay.address()), "alice", "phone")?;
+    listener.connected().await?;
+    for number in 0..150 {
+        business.say("alice", &format!("m{number}"), "through the storm").await?;
+        if number % 30 == 29 {
+            relay.cut();
+        }
+    }
+    listener.count(150).await?;
+    let wanted: Vec<String> = (0..150).map(|n| format!("m{n}")).collect();
+    assert_eq!(listener.ids(), wanted);
+    assert!(listener.connections() > 1);
+    listener.shutdown().await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_record_reaches_several_users_and_names_do_not_mix() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let users = ["eng", "b:c", "c", "u:eng", "ünïcødé ☂", "{17}"];
+    let mut devices = Vec::new();
+    for user in users {
+        devices.push(cluster.device(user, "d").await?);
+    }
+    business
+        .push(&json!({"id": "all", "app": "demo", "to": {"users": users}, "text": "to each"}))
+        .await?;
+    for user in users {
+        business.say(user, &format!("for {user}"), "one").await?;
+    }
+    for (user, device) in users.iter().zip(&mut devices) {
+        assert_eq!(device.take(2).await?, ["all".to_owned(), format!("for {user}")]);
+        device.silent(Duration::from_millis(50)).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_comes_again_is_shown_once() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    let twice = json!({
+        "id": "twice", "app": "demo", "to": {"user": "alice"}, "text": "once",
+        "receipts": ["duplicate"],
+    });
+    for _ in 0..3 {
+        business.push(&twice).await?;
+    }
+    business.say("alice", "after", "").await?;
+    assert_eq!(phone.take(2).await?, ["twice", "after"]);
+    let receipts = cluster.reader(&cluster.topics().receipts)?;
+    for _ in 0..2 {
+        assert_eq!(receipts.next(PATIENCE).await?.json()?["kind"], "duplicate");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_records_are_kept_and_told_and_harm_nobody() -> Result<()> {
+    // One partition: the good ones stand behind the bad ones.
+    let mut cluster = Cluster::builder().partitions(1).start().await?;
+    let business = cluster.business()?;
+    let push = cluster.topics().push.clone();
+    let mut phone = cluster.device("alice", "phone").await?;
+    let bad: [&[u8]; 7] = [
+        b"",
+        b"not a record",
+        b"{\"id\":",
+        b"{\"id\":\"x1\",\"app\":\"demo\",\"to\":{\"user\":\"alice\"}}",
+        b"{\"id\":\"x2\",\"app\":\"de:mo\",\"to\":{\"user\":\"alice\"},\"text\":\"a\"}",
+        b"{\"id\":\"x3\",\"app\":\"demo\",\"to\":{\"user\":\"alice\"},\"text\":\"a\",\"colour\":1}",
+        b"\xff\xfe\x00\x01",
+    ];
+    for (number, bytes) in bad.iter().enumerate() {
+        business.produce(&push, "alice", bytes).await?;
+        business.say("alice", &format!("good-{number}"), "between").await?;
+    }
+    let ids = phone.take(bad.len()).await?;
+    assert_eq!(ids, (0..bad.len()).map(|n| format!("good-{n}")).collect::<Vec<_>>());
+
+    let dead = cluster.reader(&cluster.topics().dead)?;
+    let mut reasons = Vec::new();
+    for bytes in bad {
+        let record = dead.next(PATIENCE).await?;
+        assert_eq!((record.value.as_slice(), record.key.as_str()), (bytes, "alice"));
+        assert_eq!(record.headers["barid-topic"], push);
+        for header in ["barid-code", "barid-partition", "barid-offset"] {
+            assert!(record.headers.contains_key(header), "{header} in {:?}", record.headers);
+        }
+        reasons.push(record.headers["barid-reason"].clone());
+    }
+    assert!(reasons[5].contains("colour"), "{reasons:?}");
+    let receipts = cluster.reader(&cluster.topics().receipts)?;
+    // Those whose id could be read are told by it.
+    let mut refused = Vec::new();
+    while !refused.contains(&json!("x3")) {
+        let receipt = receipts.next(PATIENCE).await?.json()?;
+        assert_eq!(receipt["kind"], "refused");
+        assert!(receipt["reason"].as_str().is_some_and(|r| !r.is_empty()), "{receipt}");
+        refused.push(receipt.get("id").cloned().unwrap_or(Value::Null));
+    }
+    assert!(refused.contains(&json!("x1")) && refused.contains(&json!("x2")), "{refused:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bulk_does_not_delay_what_is_urgent() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    let (high, bulk) = (cluster.topics().high.clone(), cluster.topics().bulk.clone());
+    let mut urgent = cluster.device("urgent", "d").await?;
+    let mut flood = Vec::new();
+    for number in 0..4_000 {
+        let record = json!({
+            "id": format!("b{number}"), "app": "demo", "to": {"user": format!("c{}", number % 400)},
+            "text": "campaign",
+        });
+        let (business, bulk) = (business.clone(), bulk.clone());
+        flood.push(tokio::spawn(async move {
+            business.produce(&bulk, "", record.to_string().as_bytes()).await
+        }));
+    }
+    for number in 0..10 {
+        let id = format!("h{number}");
+        let record = json!({"id": id, "app": "demo", "to": {"user": "urgent"}, "text": "now"});
+        business.produce(&high, "", record.to_string().as_bytes()).await?;
+        let start = tokio::time::Instant::now();
+        assert_eq!(urgent.take(1).await?, [id]);
+        assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
+    }
+    for task in flood {
+        task.await??;
+    }
+    // And bulk arrives too.
+    let mut last = cluster.device("c399", "d").await?;
+    assert_eq!(last.take(10).await?.last().map(String::as_str), Some("b3999"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_expired_while_a_device_was_away_is_skipped_and_said() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let business = cluster.business()?;
+    business
+        .push(&json!({
+            "id": "short", "app": "demo", "to": {"user": "alice"}, "text": "now or never",
+            "ttlSeconds": 1,
+        }))
+        .await?;
+    business.say("alice", "lasting", "").await?;
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    let mut phone = Device::open(&cluster.url(0).await?, &cluster.token("alice")).await?;
+    phone.send(&json!({"hello": {"device": "phone"}})).await?;
+    let mut skipped = None;
+    loop {
+        match phone.next(PATIENCE).await? {
+            Heard::Skip(skip) => skipped = Some(skip),
+            Heard::Message(message) => {
+                assert_eq!((message.seq, message.id.as_str()), (2, "lasting"));
+                break;
+            }
+            Heard::Welcome(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let skip = skipped.expect("a skip before the message");
+    assert_eq!((&skip["to"], &skip["why"]), (&json!(1), &json!("expired")));
+    Ok(())
+}

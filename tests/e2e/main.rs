@@ -1,0 +1,13 @@
+//! The real binaries, Apache Kafka and redis-server, as an operator runs them: from a record in
+//! Kafka to a device's acknowledgement.
+//!
+//! `make test` builds the binaries first; by hand: `cargo build --workspace --bins`.
+
+mod binaries;
+mod delivery;
+mod listener;
+mod outages;
+mod python;
+mod resends;
+mod restarts;
+mod sessions;

@@ -1,0 +1,137 @@
+//! Every role stopped, restarted or killed while messages flow: nothing lost, nothing shown twice,
+//! everything in order.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use barid_testkit::{Cluster, Role};
+
+use crate::listener::{Flow, Listener};
+
+const USERS: usize = 8;
+
+/// Two of each role, and a listener for each user, spread over the access nodes.
+async fn pairs() -> Result<(Cluster, Vec<Listener>)> {
+    let mut builder = Cluster::builder();
+    for role in Role::ALL {
+        builder = builder.nodes(role, 2);
+    }
+    let mut cluster = builder.start().await?;
+    let urls = [cluster.url(0).await?, cluster.url(1).await?];
+    let listeners: Vec<Listener> = (0..USERS)
+        .map(|user| Listener::start(&urls[user % 2], &format!("u{user}"), "phone"))
+        .collect::<Result<_>>()?;
+    for listener in &listeners {
+        listener.connected().await?;
+    }
+    Ok((cluster, listeners))
+}
+
+async fn restart_while_messages_flow(role: Role) -> Result<()> {
+    let (mut cluster, listeners) = pairs().await?;
+    let flow = Flow::start(cluster.business()?, USERS, 150, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for number in 0..2 {
+        cluster.restart(role, number).await?;
+    }
+    flow.finish(&listeners).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn purgers_restart_while_messages_flow() -> Result<()> {
+    restart_while_messages_flow(Role::Purger).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dispatchers_restart_while_messages_flow() -> Result<()> {
+    restart_while_messages_flow(Role::Dispatcher).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn delayers_restart_while_messages_flow() -> Result<()> {
+    restart_while_messages_flow(Role::Delayer).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_dispatchers_close_no_session_and_delay_little() -> Result<()> {
+    let (mut cluster, listeners) = pairs().await?;
+    let flow = Flow::start(cluster.business()?, USERS, 150, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    cluster.kill(Role::Dispatcher, 0)?;
+    flow.finish(&listeners).await?;
+    for listener in &listeners {
+        ensure!(listener.connections() == 1, "a session was closed");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_purgers_lose_nothing() -> Result<()> {
+    let (mut cluster, listeners) = pairs().await?;
+    let flow = Flow::start(cluster.business()?, USERS, 150, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    cluster.kill(Role::Purger, 0)?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cluster.launch(Role::Purger, 0).await?;
+    cluster.kill(Role::Purger, 1)?;
+    flow.finish(&listeners).await
+}
+
+/// A device has no list of nodes; what stands for the cluster is one address. Here the node comes
+/// back on the port that it had.
+async fn on_a_fixed_port() -> Result<(Cluster, Vec<Listener>)> {
+    let port = barid_testkit::ports::free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let mut cluster = Cluster::builder().set_of(Role::Access, "listen", listen).start().await?;
+    let url = cluster.url(0).await?;
+    let listeners: Vec<Listener> = (0..USERS)
+        .map(|user| Listener::start(&url, &format!("u{user}"), "phone"))
+        .collect::<Result<_>>()?;
+    for listener in &listeners {
+        listener.connected().await?;
+    }
+    Ok((cluster, listeners))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_access_node_restarts_while_messages_flow() -> Result<()> {
+    let (mut cluster, listeners) = on_a_fixed_port().await?;
+    let flow = Flow::start(cluster.business()?, USERS, 150, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    cluster.restart(Role::Access, 0).await?;
+    flow.finish(&listeners).await?;
+    ensure!(listeners.iter().all(|l| l.connections() > 1), "every session moved");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_access_node_loses_nothing() -> Result<()> {
+    let (mut cluster, listeners) = on_a_fixed_port().await?;
+    let flow = Flow::start(cluster.business()?, USERS, 150, Duration::from_millis(20));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    cluster.kill(Role::Access, 0)?;
+    cluster.launch(Role::Access, 0).await?;
+    flow.finish(&listeners).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_access_node_delays_no_other() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(Role::Access, 2).start().await?;
+    let business = cluster.business()?;
+    let (here, there) = (cluster.url(0).await?, cluster.url(1).await?);
+    let healthy = Listener::start(&here, "u0", "phone")?;
+    let stopped = Listener::start(&there, "u1", "phone")?;
+    healthy.connected().await?;
+    stopped.connected().await?;
+    cluster.node(Role::Access, 1).process()?.stop()?;
+    let flow = Flow::start(business.clone(), 1, 100, Duration::from_millis(10));
+    for number in 0..100 {
+        business.say("u1", &format!("s{number}"), "for the stopped one").await?;
+    }
+    flow.finish(std::slice::from_ref(&healthy)).await?;
+    cluster.node(Role::Access, 1).process()?.cont()?;
+    stopped.count(100).await?;
+    let wanted: Vec<String> = (0..100).map(|n| format!("s{n}")).collect();
+    ensure!(stopped.ids() == wanted, "{:?}", stopped.ids());
+    Ok(())
+}
