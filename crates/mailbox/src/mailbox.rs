@@ -32,7 +32,9 @@ impl Mailbox {
     pub async fn open(config: &RedisConfig, registry: &Registry) -> Result<Self, Error> {
         config.check().map_err(Error::Unusable)?;
         let shards = config.shard_count().map_err(|e| Error::Unusable(e.to_string()))?;
-        let topology = Topology::open(config.clone(), shards, Metrics::new(registry)?).await?;
+        let metrics = Metrics::new()?;
+        let topology = Topology::open(config.clone(), shards, metrics.clone()).await?;
+        metrics.register(registry)?;
         Ok(Self { topology })
     }
 
