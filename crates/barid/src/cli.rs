@@ -1,0 +1,85 @@
+//! The commands; each one's options stand in its own file.
+
+use clap::{Parser, Subcommand};
+
+use crate::{inspect, listen, send, token};
+
+/// Barid, a push cluster: from Kafka to devices, in order, once, or kept until they return.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    disable_help_subcommand = true,
+    after_help = "While `barid dev` runs, the other commands find it by themselves.\n\
+                  Otherwise they take BARID_BROKERS, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
+                  or the options of the same names."
+)]
+pub struct Cli {
+    /// Print one JSON object a line, for programs
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Send a message to a user, several users, or one device, through Kafka
+    Send(send::Args),
+    /// Be a device: print what it receives, and acknowledge it
+    Listen(listen::Args),
+    /// Make a token for a device
+    Token(token::Args),
+    /// Show what the cluster holds
+    #[command(subcommand)]
+    Inspect(Inspect),
+}
+
+/// What to show.
+#[derive(Debug, Subcommand)]
+pub enum Inspect {
+    /// A user's mailbox, devices, routes and retry timer
+    User(inspect::Args),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        let words = std::iter::once("barid").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| cli.command).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_message_has_one_audience_and_one_body() {
+        assert!(parse("send --user alice hello").is_ok());
+        assert!(parse("send --users alice,bob --json-body {}").is_ok());
+        let error = parse("send hello").unwrap_err();
+        assert!(error.contains("--user <USER>"), "{error}");
+        let error = parse("send --user alice").unwrap_err();
+        assert!(error.contains("--text <TEXT>") || error.contains("[TEXT]"), "{error}");
+        assert!(parse("send --user a --users b,c hello").is_err());
+        assert!(parse("send --users b,c --device d hello").is_err());
+        assert!(parse("send --user a hello --file x").is_err());
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert!(parse("token --user alice --ttl 90m").is_ok());
+        let error = parse("token --user alice --ttl soon").unwrap_err();
+        assert!(error.contains("30s, 15m, 1h, 7d"), "{error}");
+    }
+
+    #[test]
+    fn names_are_checked_before_anything_happens() {
+        let error = parse("send --app a:b --user alice hello").unwrap_err();
+        assert!(error.contains("app contains ':'"), "{error}");
+    }
+}

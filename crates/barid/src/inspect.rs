@@ -1,0 +1,229 @@
+//! `barid inspect`: what Redis holds about a user, read without touching it.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use barid_core::{AppId, Seq, UserId};
+use barid_mailbox::{DeviceState, Inspection, Mailbox, RedisConfig, Route, UserKey};
+use barid_runtime::SecretUrl;
+use barid_wire::envelope::{self, BodyKind, SkipReason};
+use serde::Serialize;
+
+use crate::output::{Output, Tone, bytes, clean, span};
+use crate::values;
+
+/// Options of `barid inspect user`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The user
+    pub user: UserId,
+    /// The app
+    #[arg(long, default_value = "demo", env = "BARID_APP")]
+    pub app: AppId,
+    /// Redis: redis://HOST:PORT
+    #[arg(long, env = "BARID_REDIS", value_name = "URL", hide_env_values = true)]
+    pub redis: Option<String>,
+    /// It is a Redis Cluster
+    #[arg(long)]
+    pub redis_cluster: bool,
+    /// How many shards the cluster was created with
+    #[arg(long, default_value_t = 64)]
+    pub shards: u32,
+}
+
+#[derive(Serialize)]
+struct User<'a> {
+    app: &'a str,
+    user: &'a str,
+    shard: u16,
+    epoch: u64,
+    oldest: u64,
+    newest: u64,
+    kept: u64,
+    bytes: u64,
+    timer_due_ms: Option<u64>,
+    now_ms: u64,
+    devices: Vec<Device<'a>>,
+    entries: Vec<Entry>,
+}
+
+#[derive(Serialize)]
+struct Device<'a> {
+    device: &'a str,
+    seq: u64,
+    generation: u32,
+    behind: u64,
+    resends: u32,
+    due_ms: Option<u64>,
+    used_ms: u64,
+    online: bool,
+    session: Option<String>,
+    platform: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    seq: u64,
+    id: String,
+    kind: &'static str,
+    stored_bytes: usize,
+    raw_bytes: usize,
+    device: Option<String>,
+    accepted_at_ms: u64,
+    ttl_ms: Option<u64>,
+}
+
+/// Shows one user.
+pub async fn user(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let url = SecretUrl::new(values::redis(args.redis)?);
+    let shown = url.to_string();
+    let config =
+        RedisConfig { url, cluster: args.redis_cluster, shards: args.shards, ..Default::default() };
+    let key = UserKey { app: args.app, user: args.user };
+    let found =
+        read(&config, &key).await.with_context(|| format!("cannot read Redis at {shown}"))?;
+    let user = describe(&key, &found);
+    if out.is_json() {
+        out.object(&user)?;
+    } else {
+        show(&user, out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Everything that Redis holds about a user.
+pub async fn read(config: &RedisConfig, key: &UserKey) -> anyhow::Result<Inspection> {
+    let mailbox = Mailbox::open(config, &barid_runtime::Context::new().metrics).await?;
+    Ok(mailbox.inspect(key).await?)
+}
+
+fn describe<'a>(key: &'a UserKey, found: &'a Inspection) -> User<'a> {
+    let known = found.devices.iter().map(|state| {
+        let route = found.routes.iter().find(|route| route.device == state.device);
+        device(state, route, found.newest)
+    });
+    User {
+        app: key.app.as_str(),
+        user: key.user.as_str(),
+        shard: found.shard.get(),
+        epoch: found.epoch.0,
+        oldest: found.oldest.0,
+        newest: found.newest.0,
+        kept: (found.newest.0 + 1).saturating_sub(found.oldest.0),
+        bytes: found.bytes,
+        timer_due_ms: found.timer_due_ms,
+        now_ms: found.now_ms,
+        devices: known.collect(),
+        entries: found.entries.iter().filter_map(entry).collect(),
+    }
+}
+
+fn device<'a>(state: &'a DeviceState, route: Option<&'a Route>, newest: Seq) -> Device<'a> {
+    Device {
+        device: state.device.as_str(),
+        seq: state.cursor.seq.0,
+        generation: state.cursor.generation.0,
+        behind: newest.0.saturating_sub(state.cursor.seq.0),
+        resends: state.attempt,
+        due_ms: (state.due_ms > 0).then_some(state.due_ms),
+        used_ms: state.used_ms,
+        online: route.is_some(),
+        session: route.map(|route| route.session.to_string()),
+        platform: route.map(|route| &*route.platform),
+    }
+}
+
+fn entry(stored: &bytes::Bytes) -> Option<Entry> {
+    let stored_bytes = stored.len();
+    let (header, envelope) = envelope::decode(stored.clone()).ok()?;
+    let raw =
+        if envelope.raw_bytes > 0 { envelope.raw_bytes as usize } else { envelope.payload.len() };
+    let kind = match (envelope.voided(), envelope.kind()) {
+        (SkipReason::Unspecified, BodyKind::Text) => "text",
+        (SkipReason::Unspecified, BodyKind::Json) => "json",
+        (SkipReason::Unspecified, BodyKind::Data) => "data",
+        _ => "voided",
+    };
+    Some(Entry {
+        seq: header.seq.0,
+        kind,
+        stored_bytes,
+        raw_bytes: raw,
+        device: (!envelope.device.is_empty()).then_some(envelope.device),
+        accepted_at_ms: header.accepted_at_ms,
+        ttl_ms: (envelope.ttl_ms > 0).then_some(envelope.ttl_ms),
+        id: envelope.id,
+    })
+}
+
+fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
+    let place = out.paint(Tone::Faint, format_args!("in {}, shard {}", user.app, user.shard));
+    out.line(format_args!("{}  {place}", out.paint(Tone::Strong, clean(user.user))))?;
+    if user.epoch == 0 {
+        out.line("nothing is known of this user")?;
+        return Ok(());
+    }
+    let kept = match user.kept {
+        0 => format!("empty, {} so far", user.newest),
+        n => format!("{n} kept (#{} to #{}), {}", user.oldest, user.newest, bytes(user.bytes)),
+    };
+    out.line(format_args!("mailbox  {kept}"))?;
+    out.line(format_args!("timer    {}", timer(user)))?;
+    show_devices(user, out)?;
+    show_entries(user, out)
+}
+
+fn timer(user: &User<'_>) -> String {
+    match user.timer_due_ms {
+        None => "not armed".into(),
+        Some(due) if due >= user.now_ms => format!("due in {}", span(due - user.now_ms)),
+        Some(due) => format!("overdue by {}", span(user.now_ms - due)),
+    }
+}
+
+fn show_devices(user: &User<'_>, out: Output) -> anyhow::Result<()> {
+    if user.devices.is_empty() {
+        out.line("\nno device is known")?;
+        return Ok(());
+    }
+    let heading = format!("\n{:<16} {:>7} {:>7} {:>9}  ", "device", "cursor", "behind", "re-sends");
+    out.line(out.paint(Tone::Faint, heading + "state"))?;
+    for device in &user.devices {
+        let state = match &device.session {
+            Some(session) => {
+                let platform = device.platform.unwrap_or_default();
+                let place = out.paint(Tone::Faint, format_args!("{session} {}", clean(platform)));
+                format!("{}  {place}", out.paint(Tone::Good, "online"))
+            }
+            None => {
+                let ago = span(user.now_ms.saturating_sub(device.used_ms));
+                format!("offline  {}", out.paint(Tone::Faint, format_args!("seen {ago} ago")))
+            }
+        };
+        let (name, cursor) = (clean(device.device), format!("#{}", device.seq));
+        let numbers = format!("{cursor:>7} {:>7} {:>9}", device.behind, device.resends);
+        out.line(format_args!("{name:<16} {numbers}  {state}"))?;
+    }
+    Ok(())
+}
+
+fn show_entries(user: &User<'_>, out: Output) -> anyhow::Result<()> {
+    if user.entries.is_empty() {
+        return Ok(());
+    }
+    let heading = format!("\n{:<8} {:<24} {:<6} {:>10}  ", "entry", "id", "kind", "size");
+    out.line(out.paint(Tone::Faint, heading + "waits since"))?;
+    for entry in &user.entries {
+        let age = span(user.now_ms.saturating_sub(entry.accepted_at_ms));
+        let only = entry.device.as_deref().map(|d| format!("  only for {}", clean(d)));
+        out.line(format_args!(
+            "{:<8} {:<24} {:<6} {:>10}  {age}{}",
+            format!("#{}", entry.seq),
+            clean(&entry.id),
+            entry.kind,
+            bytes(entry.raw_bytes as u64),
+            only.unwrap_or_default(),
+        ))?;
+    }
+    Ok(())
+}

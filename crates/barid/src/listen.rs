@@ -1,0 +1,274 @@
+//! `barid listen`: a device, with the SDK that any other would use.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::bail;
+use barid_client::{
+    AckHandle, Body, Client, Closed, Deliveries, Delivery, Event, FileStore, Message,
+};
+use barid_core::{AppId, DeviceId, UserId};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::output::{Output, Tone, clean, clock, span};
+use crate::token::{Holder, sign};
+use crate::values::{self, KeyArgs, now_ms};
+
+/// With `--no-ack` so many messages are held at once.
+const HELD_MAX: usize = 10_000;
+/// How long the tokens are good for that are made here.
+const TOKEN_TTL: Duration = Duration::from_secs(3600);
+
+/// Options of `barid listen`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The app
+    #[arg(long, default_value = "demo", env = "BARID_APP")]
+    pub app: AppId,
+    /// The user; not needed with --token
+    #[arg(long, required_unless_present = "token")]
+    pub user: Option<UserId>,
+    /// The device; a second one of the same name takes the place of the first
+    #[arg(long, default_value = "terminal")]
+    pub device: DeviceId,
+    /// Where devices connect: ws://HOST:PORT
+    #[arg(long, env = "BARID_URL")]
+    pub url: Option<String>,
+    /// A token from elsewhere; otherwise one is made with the secret
+    #[arg(long, env = "BARID_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// Acknowledge nothing, to see messages come again
+    #[arg(long)]
+    pub no_ack: bool,
+    /// Stop after so many messages
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
+    /// Stop after this time: 30s, 15m
+    #[arg(long = "for", value_name = "TIME", value_parser = values::duration)]
+    pub period: Option<Duration>,
+    /// Keep the position in this file, rather than to rely on the server's memory
+    #[arg(long, value_name = "FILE")]
+    pub position_file: Option<std::path::PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Received<'a> {
+    event: &'static str,
+    seq: u64,
+    id: &'a str,
+    kind: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    json: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<String>,
+    received_at_ms: u64,
+}
+
+/// Prints what a device receives, until it has seen enough or is interrupted.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let (events, told) = mpsc::channel(1024);
+    let at_once = if args.no_ack { HELD_MAX } else { 1 };
+    let (client, deliveries) = builder(&args)?
+        .on_event(move |event| {
+            // A terminal that stands still must not hold up the connection.
+            let _ = events.try_send(event);
+        })
+        .open(at_once)?;
+    let result = show(&args, &client, deliveries, told, out).await;
+    let closed = client.shutdown().await;
+    result?;
+    match closed {
+        Closed::Shutdown => Ok(ExitCode::SUCCESS),
+        Closed::Refused(why) => bail!("the server will not have this device: {why}"),
+    }
+}
+
+fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
+    let builder = Client::builder(values::url(args.url.clone())?)
+        .device(args.device.as_str())
+        .platform("terminal");
+    let builder = match &args.position_file {
+        Some(file) => builder.positions(FileStore::new(file)),
+        None => builder,
+    };
+    if let Some(token) = args.token.clone() {
+        return Ok(builder.token(move || std::future::ready(Ok(token.as_str().into()))));
+    }
+    let Some(user) = args.user.clone() else { bail!("give --user or --token") };
+    let holder = Holder { app: args.app.clone(), user, device: None };
+    let key = Arc::new(args.key.key()?);
+    Ok(builder.token(move || {
+        let token = sign(&key, &holder, TOKEN_TTL);
+        std::future::ready(token.map(|(token, _)| token.into()).map_err(Into::into))
+    }))
+}
+
+/// Prints until the count, the time, a signal, or the end of the client.
+async fn show(
+    args: &Args,
+    client: &Client,
+    mut deliveries: Deliveries,
+    mut told: mpsc::Receiver<Event>,
+    out: Output,
+) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut over = std::pin::pin!(tokio::time::sleep(args.period.unwrap_or(Duration::MAX)));
+    let mut left = args.count.unwrap_or(u64::MAX);
+    let mut held: Vec<AckHandle> = Vec::new();
+    while left > 0 {
+        tokio::select! {
+            biased;
+            Some(event) = told.recv() => tell(&event, out)?,
+            Some(Delivery { message, ack }) = deliveries.next() => {
+                show_message(&message, out)?;
+                left -= 1;
+                if args.no_ack { held.push(ack) } else { ack.ack() }
+            }
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+            () = &mut over => break,
+            _ = client.closed() => break,
+        }
+    }
+    while let Ok(event) = told.try_recv() {
+        tell(&event, out)?;
+    }
+    Ok(())
+}
+
+fn show_message(message: &Message, out: Output) -> anyhow::Result<()> {
+    let received_at_ms = now_ms();
+    let mut received = Received {
+        event: "message",
+        seq: message.seq.0,
+        id: &message.id,
+        kind: "text",
+        text: None,
+        json: None,
+        data: None,
+        received_at_ms,
+    };
+    match &message.body {
+        Body::Text(text) => received.text = Some(text),
+        Body::Json(json) => {
+            received.kind = "json";
+            // One line an object: JSON text may hold line breaks, RawValue would keep them.
+            match serde_json::from_str::<&RawValue>(json) {
+                Ok(raw) if !json.contains(['\n', '\r']) => received.json = Some(raw),
+                _ => received.text = Some(json),
+            }
+        }
+        Body::Data(data) => {
+            received.kind = "data";
+            received.data = Some(STANDARD.encode(data));
+        }
+    }
+    out.either(&received, || {
+        let time = out.paint(Tone::Faint, clock(received_at_ms));
+        let seq = out.paint(Tone::Strong, format_args!("#{:<5}", message.seq));
+        let id = format!("{:<16}", clean(&message.id));
+        format!("{time}  {seq} {id}  {}", body(&message.body, out))
+    })?;
+    Ok(())
+}
+
+fn body(body: &Body, out: Output) -> String {
+    match body {
+        Body::Text(text) | Body::Json(text) => clean(text),
+        Body::Data(data) => {
+            let size = out.paint(Tone::Faint, format_args!("{} bytes", data.len()));
+            let head = STANDARD.encode(&data[..data.len().min(48)]);
+            format!("{size} {head}{}", if data.len() > 48 { "…" } else { "" })
+        }
+    }
+}
+
+/// Events as objects: the word in `event`, the rest beside it.
+fn object(event: &Event) -> serde_json::Value {
+    use serde_json::json;
+    match event {
+        Event::Connecting { attempt } => json!({"event": "connecting", "attempt": attempt}),
+        Event::Connected { session, position } => {
+            json!({"event": "connected", "session": session, "seq": position.seq.0})
+        }
+        Event::Disconnected { why, retry_in } => json!({
+            "event": "disconnected",
+            "why": why.to_string(),
+            "retry_in_ms": retry_in.map(|wait| wait.as_millis() as u64),
+        }),
+        Event::GoingAway { why, reconnect_after } => json!({
+            "event": "going_away",
+            "why": why,
+            "reconnect_after_ms": reconnect_after.as_millis() as u64,
+        }),
+        Event::Skipped { first, last, why } => {
+            json!({"event": "skipped", "first": first.0, "last": last.0, "why": why.as_str()})
+        }
+        Event::Reset { before, now } => {
+            json!({"event": "reset", "before_seq": before.seq.0, "seq": now.seq.0})
+        }
+        Event::Duplicate { seq, id } => json!({"event": "duplicate", "seq": seq.0, "id": id}),
+        Event::TokenRefreshed => json!({"event": "token_refreshed"}),
+        Event::TokenFailed { reason } => json!({"event": "token_failed", "why": reason}),
+        Event::ServerError { code, text } => {
+            json!({"event": "server_error", "code": code, "why": text})
+        }
+        Event::PositionNotSaved { reason } => {
+            json!({"event": "position_not_saved", "why": reason})
+        }
+        other => json!({"event": "other", "why": format!("{other:?}")}),
+    }
+}
+
+fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
+    if out.is_json() {
+        return Ok(out.object(&object(event))?);
+    }
+    let (tone, text) = match event {
+        Event::Connecting { .. } | Event::TokenRefreshed => return Ok(()),
+        Event::Connected { session, position } => (
+            Tone::Good,
+            format!("connected as session {}, behind #{}", clean(session), position.seq),
+        ),
+        Event::Disconnected { why, retry_in: Some(wait) } => {
+            let wait = span(wait.as_millis() as u64);
+            (Tone::Warn, format!("{}; trying again in {wait}", clean(&why.to_string())))
+        }
+        Event::Disconnected { retry_in: None, .. } => return Ok(()), // told at the end
+        Event::GoingAway { why, reconnect_after } => {
+            let wait = span(reconnect_after.as_millis() as u64);
+            (Tone::Warn, format!("asked to move in {wait}: {}", clean(why)))
+        }
+        Event::Skipped { first, last, why } if first == last => {
+            (Tone::Warn, format!("#{first} skipped: {}", why.as_str()))
+        }
+        Event::Skipped { first, last, why } => {
+            (Tone::Warn, format!("#{first} to #{last} skipped: {}", why.as_str()))
+        }
+        Event::Reset { before, now } => (
+            Tone::Warn,
+            format!("positions start anew: behind #{} instead of #{}", now.seq, before.seq),
+        ),
+        Event::Duplicate { seq, id } => {
+            (Tone::Faint, format!("#{seq} {} was sent again", clean(id)))
+        }
+        Event::ServerError { code, text } => (Tone::Bad, format!("{code} {}", clean(text))),
+        Event::TokenFailed { reason } => (Tone::Bad, format!("no fresh token: {reason}")),
+        Event::PositionNotSaved { reason } => (Tone::Bad, format!("position not saved: {reason}")),
+        other => (Tone::Faint, format!("{other:?}")),
+    };
+    let time = out.paint(Tone::Faint, clock(now_ms()));
+    out.line(format_args!("{time}  {}", out.paint(tone, text)))?;
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! `barid`: the command line of a Barid cluster, and the whole cluster in one process.
+
+mod cli;
+mod inspect;
+mod listen;
+mod output;
+mod receipts;
+mod send;
+mod state;
+mod token;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Cli, Command, Inspect};
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let out = Output::new(cli.json);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return out.fail(&error.into()),
+    };
+    let result = runtime.block_on(run(cli.command, out));
+    runtime.shutdown_background();
+    result.unwrap_or_else(|error| out.fail(&error))
+}
+
+async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Send(args) => send::run(args, out).await,
+        Command::Listen(args) => listen::run(args, out).await,
+        Command::Token(args) => token::run(&args, out),
+        Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
+    }
+}

@@ -1,0 +1,161 @@
+//! Everything that is printed: aligned text for people, one JSON object a line for programs.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+/// Where and how to print. Colour only on a terminal, and only if `NO_COLOR` is not set.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    json: bool,
+    colour: bool,
+}
+
+/// What a piece of text means to the reader.
+#[derive(Debug, Clone, Copy)]
+pub enum Tone {
+    Strong,
+    Faint,
+    Good,
+    Warn,
+    Bad,
+}
+
+impl Output {
+    pub fn new(json: bool) -> Self {
+        let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+            || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        Self { json, colour: !json && !plain && io::stdout().is_terminal() }
+    }
+
+    /// Whether programs read it.
+    pub fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// One line for people.
+    pub fn line(self, text: impl Display) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        writeln!(out, "{text}")?;
+        out.flush()
+    }
+
+    /// One object for programs.
+    pub fn object(self, object: &impl Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_vec(object)?;
+        line.push(b'\n');
+        let mut out = io::stdout().lock();
+        out.write_all(&line)?;
+        out.flush()
+    }
+
+    /// An object for programs, or a line for people.
+    pub fn either(self, object: &impl Serialize, line: impl FnOnce() -> String) -> io::Result<()> {
+        if self.json { self.object(object) } else { self.line(line()) }
+    }
+
+    /// A remark beside the output proper.
+    pub fn note(self, text: impl Display) {
+        // Nothing is left to tell of a failure to tell.
+        let _ = writeln!(io::stderr(), "{text}");
+    }
+
+    /// Text in a tone.
+    pub fn paint(self, tone: Tone, text: impl Display) -> String {
+        let code = match tone {
+            _ if !self.colour => return text.to_string(),
+            Tone::Strong => "1",
+            Tone::Faint => "2",
+            Tone::Good => "32",
+            Tone::Warn => "33",
+            Tone::Bad => "31",
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+
+    /// Ends the program with an error; a reader that went away is none.
+    pub fn fail(self, error: &anyhow::Error) -> ExitCode {
+        let gone = error
+            .chain()
+            .filter_map(|cause| cause.downcast_ref::<io::Error>())
+            .any(|io| io.kind() == io::ErrorKind::BrokenPipe);
+        if gone {
+            return ExitCode::SUCCESS;
+        }
+        #[derive(Serialize)]
+        struct Failure {
+            error: String,
+        }
+        if self.json {
+            let failure = Failure { error: format!("{error:#}") };
+            self.note(serde_json::to_string(&failure).unwrap_or_default());
+        } else {
+            self.note(format_args!("barid: {error:#}"));
+        }
+        ExitCode::FAILURE
+    }
+}
+
+/// Text of strangers, safe to show: a terminal obeys control characters.
+pub fn clean(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
+}
+
+/// A time of day (UTC) for people.
+pub fn clock(at_ms: u64) -> String {
+    let (seconds, millis) = (at_ms / 1000, at_ms % 1000);
+    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{h:02}:{m:02}:{s:02}.{millis:03}")
+}
+
+/// How long something lasts, for people: one unit, two where it matters.
+pub fn span(millis: u64) -> String {
+    match millis {
+        0..1_000 => format!("{millis} ms"),
+        1_000..120_000 => format!("{:.1} s", millis as f64 / 1e3),
+        120_000..7_200_000 => format!("{} min", millis / 60_000),
+        7_200_000..172_800_000 => format!("{} h", millis / 3_600_000),
+        _ => format!("{} d", millis / 86_400_000),
+    }
+}
+
+/// A size for people.
+pub fn bytes(count: u64) -> String {
+    match count {
+        0..10_000 => format!("{count} B"),
+        10_000..10_000_000 => format!("{:.1} KB", count as f64 / 1e3),
+        _ => format!("{:.1} MB", count as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_shown_and_not_obeyed() {
+        assert_eq!(clean("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+        assert_eq!(clean("برید ü"), "برید ü");
+    }
+
+    #[test]
+    fn quantities_are_short() {
+        assert_eq!(clock(3_723_004), "01:02:03.004");
+        assert_eq!(
+            (span(7), span(2_500), span(600_000)),
+            ("7 ms".into(), "2.5 s".into(), "10 min".into())
+        );
+        assert_eq!((bytes(7), bytes(12_345)), ("7 B".into(), "12.3 KB".into()));
+    }
+
+    #[test]
+    fn json_has_no_colour() {
+        assert_eq!(Output { json: true, colour: false }.paint(Tone::Bad, "x"), "x");
+    }
+}

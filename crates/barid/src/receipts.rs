@@ -1,0 +1,65 @@
+//! Watching `barid.receipts`: what Barid says of the messages that were just sent.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use barid_wire::record::decode_receipt;
+use barid_wire::v1::Receipt;
+use rdkafka::consumer::{Consumer as _, StreamConsumer};
+use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+
+/// How long a broker may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Reads the topic from where it ended when this was opened. Joins no group, commits nothing.
+pub struct Receipts {
+    consumer: StreamConsumer,
+}
+
+impl Receipts {
+    /// Opens the topic.
+    pub async fn open(brokers: &[String], topic: &str) -> anyhow::Result<Self> {
+        let (brokers, topic) = (brokers.join(","), topic.to_owned());
+        let opened = tokio::task::spawn_blocking(move || {
+            open(&brokers, &topic)
+                .with_context(|| format!("cannot read topic {topic} of Kafka at {brokers}"))
+        });
+        opened.await?
+    }
+
+    /// The next receipt. Records that are none are passed over.
+    pub async fn next(&self) -> anyhow::Result<Receipt> {
+        loop {
+            let record = self.consumer.recv().await.context("cannot read receipts")?;
+            if let Some(payload) = record.payload()
+                && let Ok(receipt) = decode_receipt(payload)
+            {
+                return Ok(receipt);
+            }
+        }
+    }
+}
+
+fn open(brokers: &str, topic: &str) -> anyhow::Result<Receipts> {
+    let consumer: StreamConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("client.id", "barid-cli")
+        .set("group.id", "barid-cli")
+        .set("enable.auto.commit", "false")
+        .set("fetch.wait.max.ms", "50")
+        .set("fetch.queue.backoff.ms", "5")
+        .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg)
+        .create()?;
+    let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT)?;
+    let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
+    if partitions.is_empty() {
+        bail!("there is no such topic");
+    }
+    let mut ends = TopicPartitionList::new();
+    for partition in partitions {
+        let (_, end) = consumer.fetch_watermarks(topic, partition.id(), TIMEOUT)?;
+        ends.add_partition_offset(topic, partition.id(), Offset::Offset(end))?;
+    }
+    consumer.assign(&ends)?;
+    Ok(Receipts { consumer })
+}

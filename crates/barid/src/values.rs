@@ -1,0 +1,149 @@
+//! Values that several commands take, and where they come from when they are not given.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+use barid_core::Secret;
+
+use crate::state::DevState;
+
+/// Reads `30s`, `15m`, `1h`, `7d`, `500ms`; a bare number counts seconds.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis_each: u64 = match unit {
+        "ms" => 1,
+        "" | "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err("a duration is a number and a unit: 500ms, 30s, 15m, 1h, 7d".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "a duration is 500ms, 30s, 15m, 1h, 7d")?;
+    let millis = number.checked_mul(millis_each).filter(|ms| *ms < 1 << 53);
+    millis.map(Duration::from_millis).ok_or_else(|| "that is longer than anything lasts".into())
+}
+
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A random name that nobody else makes: `<prefix>-` and 10 letters and digits.
+pub fn random_name(prefix: &str) -> String {
+    const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+    let bits: u64 = rand::random();
+    let name: String =
+        (0..10).map(|i| char::from(ALPHABET[(bits >> (5 * i)) as usize & 31])).collect();
+    format!("{prefix}-{name}")
+}
+
+/// Kafka's address: as given, else that of the running `barid dev`.
+pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
+    let brokers = match given {
+        Some(brokers) => brokers,
+        None => DevState::running()?
+            .map(|dev| dev.brokers)
+            .ok_or_else(|| missing("Kafka", "--brokers HOST:PORT", "BARID_BROKERS"))?,
+    };
+    let brokers: Vec<String> =
+        brokers.split(',').map(|b| b.trim().to_owned()).filter(|b| !b.is_empty()).collect();
+    if brokers.is_empty() {
+        bail!("--brokers names no broker; give HOST:PORT, or several with commas between");
+    }
+    Ok(brokers)
+}
+
+/// Redis's address: as given, else that of the running `barid dev`.
+pub fn redis(given: Option<String>) -> anyhow::Result<String> {
+    match given {
+        Some(url) => Ok(url),
+        None => DevState::running()?
+            .map(|dev| dev.redis)
+            .ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS")),
+    }
+}
+
+/// Where devices connect: as given, else that of the running `barid dev`.
+pub fn url(given: Option<String>) -> anyhow::Result<String> {
+    match given {
+        Some(url) => Ok(url),
+        None => DevState::running()?
+            .map(|dev| dev.url)
+            .ok_or_else(|| missing("the access nodes", "--url ws://HOST:PORT", "BARID_URL")),
+    }
+}
+
+fn missing(what: &str, option: &str, variable: &str) -> anyhow::Error {
+    anyhow::anyhow!(
+        "where is {what}? Give {option}, set {variable}, or start `barid dev` in another terminal"
+    )
+}
+
+/// The key that signs tokens.
+#[derive(Debug, clap::Args)]
+pub struct KeyArgs {
+    /// The shared secret of HS256 tokens (others can see it in the process list: prefer a file)
+    #[arg(long, value_name = "SECRET", conflicts_with = "secret_file")]
+    pub secret: Option<String>,
+    /// A file that holds the secret
+    #[arg(long, value_name = "FILE", env = "BARID_SECRET_FILE")]
+    pub secret_file: Option<PathBuf>,
+    /// Which of the cluster's keys it is (`kid` in the token's header)
+    #[arg(long, value_name = "ID", env = "BARID_KEY_ID")]
+    pub key_id: Option<String>,
+}
+
+/// A secret and its name.
+#[derive(Debug)]
+pub struct Key {
+    pub secret: Secret,
+    pub id: Option<String>,
+}
+
+impl KeyArgs {
+    /// The key: as given, else that of the running `barid dev`.
+    pub fn key(&self) -> anyhow::Result<Key> {
+        let id = self.key_id.clone();
+        if let Some(secret) = &self.secret {
+            return Ok(Key { secret: Secret::new(secret), id });
+        }
+        if let Some(file) = &self.secret_file {
+            let secret = std::fs::read_to_string(file)
+                .with_context(|| format!("cannot read the secret in {}", file.display()))?;
+            let secret = secret.trim_end_matches(['\r', '\n']);
+            if secret.is_empty() {
+                bail!("{} is empty; it must hold the secret", file.display());
+            }
+            return Ok(Key { secret: Secret::new(secret), id });
+        }
+        let dev = DevState::running()?.ok_or_else(|| {
+            missing("the key that signs tokens", "--secret-file FILE", "BARID_SECRET_FILE")
+        })?;
+        Ok(Key { secret: Secret::new(dev.secret), id: id.or(Some(dev.key_id)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_numbers_with_units() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("15m"), Ok(Duration::from_secs(900)));
+        assert_eq!(duration("7d"), Ok(Duration::from_secs(7 * 86_400)));
+        for bad in ["", "h", "1w", "-1s", "1.5h", "99999999999999d"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn random_names_differ() {
+        let (a, b) = (random_name("m"), random_name("m"));
+        assert!(a != b && a.starts_with("m-") && a.len() == 12);
+    }
+}
