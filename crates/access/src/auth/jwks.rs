@@ -1,0 +1,143 @@
+//! Key sets from a file or a URL: read again now and then, the last good one kept.
+
+use std::io::Read as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::AppId;
+use jsonwebtoken::jwk::JwkSet;
+use parking_lot::{Mutex, RwLock};
+use tokio::time::Instant;
+
+use super::keys::{Key, apps};
+use super::KeyError;
+use crate::config::JwksConfig;
+
+const BYTES_MAX: u64 = 1 << 20;
+
+/// One key set.
+#[derive(Debug)]
+pub(super) struct Jwks {
+    source: Source,
+    apps: Vec<AppId>,
+    refresh: Duration,
+    refresh_min: Duration,
+    keys: RwLock<Arc<Vec<Key>>>,
+    tried: Mutex<Option<Instant>>,
+    running: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    File(PathBuf),
+    Url(String, Duration),
+}
+
+impl Jwks {
+    pub(super) fn new(config: &JwksConfig) -> Result<Self, KeyError> {
+        let fail = |problem: &str| KeyError(format!("auth.jwks: {problem}"));
+        let source = match (&config.file, config.url.as_str()) {
+            (Some(path), "") => Source::File(path.clone()),
+            (None, url) if url.starts_with("https://") || url.starts_with("http://") => {
+                Source::Url(url.to_owned(), Duration::from_millis(config.timeout_ms))
+            }
+            _ => return Err(fail("needs either file or an http(s) url")),
+        };
+        Ok(Self {
+            source,
+            apps: apps(&config.apps).map_err(|problem| fail(&problem))?,
+            refresh: Duration::from_secs(config.refresh_seconds),
+            refresh_min: Duration::from_secs(config.refresh_min_seconds),
+            keys: RwLock::default(),
+            tried: Mutex::default(),
+            running: tokio::sync::Mutex::default(),
+        })
+    }
+
+    pub(super) fn keys(&self) -> Arc<Vec<Key>> {
+        Arc::clone(&self.keys.read())
+    }
+
+    pub(super) async fn refresh_if_due(&self) {
+        if self.is_older_than(self.refresh) {
+            self.refresh().await;
+        }
+    }
+
+    /// Whether it was read since the caller looked: a token may name a key that is minutes old.
+    pub(super) async fn refresh_for_unknown_key(&self) -> bool {
+        if !self.is_older_than(self.refresh_min) {
+            return false;
+        }
+        self.refresh().await;
+        true
+    }
+
+    fn is_older_than(&self, age: Duration) -> bool {
+        self.tried.lock().is_none_or(|tried| tried.elapsed() >= age)
+    }
+
+    /// One at a time; who waited for another's reading does not read again.
+    async fn refresh(&self) {
+        let asked = Instant::now();
+        let _running = self.running.lock().await;
+        if self.tried.lock().is_some_and(|tried| tried >= asked) {
+            return;
+        }
+        *self.tried.lock() = Some(Instant::now());
+        let source = self.source.clone();
+        let read = tokio::task::spawn_blocking(move || source.read()).await;
+        match read.map_err(|error| error.to_string()).and_then(|read| read) {
+            Ok(set) => self.take(&set),
+            Err(error) => {
+                tracing::warn!(source = %self.source, error, "cannot read key set; the last good one stays");
+            }
+        }
+    }
+
+    fn take(&self, set: &JwkSet) {
+        let keys: Vec<Key> =
+            set.keys.iter().filter_map(|jwk| Key::from_jwk(jwk, &self.apps)).collect();
+        if keys.is_empty() {
+            tracing::warn!(source = %self.source, "key set holds no usable key; the last good one stays");
+            return;
+        }
+        tracing::debug!(source = %self.source, keys = keys.len(), "key set read");
+        *self.keys.write() = Arc::new(keys);
+    }
+}
+
+impl Source {
+    fn read(&self) -> Result<JwkSet, String> {
+        let bytes = match self {
+            Self::File(path) => std::fs::read(path).map_err(|error| error.to_string())?,
+            Self::Url(url, timeout) => fetch(url, *timeout)?,
+        };
+        serde_json::from_slice(&bytes).map_err(|error| format!("not a key set: {error}"))
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            // Without a query, which may hold a secret.
+            Self::Url(url, _) => f.write_str(url.split('?').next().unwrap_or_default()),
+        }
+    }
+}
+
+fn fetch(url: &str, timeout: Duration) -> Result<Vec<u8>, String> {
+    let tls = ureq::tls::TlsConfig::builder()
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .build();
+    let agent = ureq::Agent::new_with_config(
+        ureq::Agent::config_builder().tls_config(tls).timeout_global(Some(timeout)).build(),
+    );
+    let response = agent.get(url).call().map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    let mut body = response.into_body();
+    body.as_reader().take(BYTES_MAX).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    Ok(bytes)
+}

@@ -1,0 +1,123 @@
+//! Keys: one algorithm each.
+
+use std::path::Path;
+
+use barid_core::{AppId, Secret};
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey};
+
+use super::KeyError;
+use crate::config::{KeyAlgorithmName, KeyConfig};
+
+/// RFC 7518 asks for an HMAC secret at least as long as the hash.
+const SECRET_BYTES_MIN: usize = 32;
+
+/// A key for exactly one algorithm.
+#[derive(Clone)]
+pub(super) struct Key {
+    id: Option<String>,
+    pub(super) algorithm: Algorithm,
+    pub(super) decoding: DecodingKey,
+    apps: Vec<AppId>,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Key")
+            .field("id", &self.id)
+            .field("algorithm", &self.algorithm)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Key {
+    pub(super) fn from_config(config: &KeyConfig) -> Result<Self, KeyError> {
+        let fail = |problem: String| KeyError(format!("auth.keys {:?}: {problem}", config.id));
+        let (algorithm, decoding) = decoding(config).map_err(fail)?;
+        let id = (!config.id.is_empty()).then(|| config.id.clone());
+        Ok(Self { id, algorithm, decoding, apps: apps(&config.apps).map_err(fail)? })
+    }
+
+    /// A key of a set; `None` for what cannot check a signature here. A symmetric key in a set that
+    /// is meant to be public is no key.
+    pub(super) fn from_jwk(jwk: &Jwk, apps: &[AppId]) -> Option<Self> {
+        if matches!(jwk.common.public_key_use, Some(PublicKeyUse::Encryption)) {
+            return None;
+        }
+        let algorithm = match &jwk.algorithm {
+            AlgorithmParameters::RSA(_) => Algorithm::RS256,
+            AlgorithmParameters::EllipticCurve(key) if key.curve == EllipticCurve::P256 => {
+                Algorithm::ES256
+            }
+            AlgorithmParameters::OctetKeyPair(key) if key.curve == EllipticCurve::Ed25519 => {
+                Algorithm::EdDSA
+            }
+            _ => return None,
+        };
+        let named = match jwk.common.key_algorithm {
+            None => Some(algorithm),
+            Some(KeyAlgorithm::RS256) => Some(Algorithm::RS256),
+            Some(KeyAlgorithm::ES256) => Some(Algorithm::ES256),
+            Some(KeyAlgorithm::EdDSA) => Some(Algorithm::EdDSA),
+            Some(_) => None,
+        };
+        Some(Self {
+            id: jwk.common.key_id.clone(),
+            algorithm: named.filter(|named| *named == algorithm)?,
+            decoding: DecodingKey::from_jwk(jwk).ok()?,
+            apps: apps.to_vec(),
+        })
+    }
+
+    /// Whether a token of this algorithm and key id may be this key's. Either may go without an id.
+    pub(super) fn fits(&self, algorithm: Algorithm, id: Option<&str>) -> bool {
+        let same_id = match (&self.id, id) {
+            (Some(mine), Some(named)) => mine == named,
+            _ => true,
+        };
+        same_id && self.algorithm == algorithm
+    }
+
+    pub(super) fn speaks_for(&self, app: &AppId) -> bool {
+        self.apps.is_empty() || self.apps.contains(app)
+    }
+}
+
+pub(super) fn apps(names: &[String]) -> Result<Vec<AppId>, String> {
+    names.iter().map(|name| AppId::new(name).map_err(|error| error.to_string())).collect()
+}
+
+fn decoding(config: &KeyConfig) -> Result<(Algorithm, DecodingKey), String> {
+    if config.algorithm == KeyAlgorithmName::HS256 {
+        return Ok((Algorithm::HS256, DecodingKey::from_secret(&secret(config)?)));
+    }
+    let Some(path) = &config.public_key_file else {
+        return Err(format!("{:?} needs public_key_file", config.algorithm));
+    };
+    let pem = read(path)?;
+    let (algorithm, key) = match config.algorithm {
+        KeyAlgorithmName::RS256 => (Algorithm::RS256, DecodingKey::from_rsa_pem(&pem)),
+        KeyAlgorithmName::ES256 => (Algorithm::ES256, DecodingKey::from_ec_pem(&pem)),
+        _ => (Algorithm::EdDSA, DecodingKey::from_ed_pem(&pem)),
+    };
+    let key = key.map_err(|error| {
+        format!("{} is not a {:?} public key in PEM: {error}", path.display(), config.algorithm)
+    })?;
+    Ok((algorithm, key))
+}
+
+fn secret(config: &KeyConfig) -> Result<Vec<u8>, String> {
+    let secret = match (&config.secret, &config.secret_file) {
+        (secret, None) if !secret.is_empty() => Secret::expose(secret).as_bytes().to_vec(),
+        (secret, Some(path)) if secret.is_empty() => read(path)?.trim_ascii().to_vec(),
+        _ => return Err("HS256 needs either secret or secret_file".into()),
+    };
+    if secret.len() < SECRET_BYTES_MIN {
+        return Err(format!("the secret has {} bytes, at least {SECRET_BYTES_MIN} are needed", secret.len()));
+    }
+    Ok(secret)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+}

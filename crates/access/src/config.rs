@@ -1,0 +1,290 @@
+//! Configuration of an access node.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use barid_bus::KafkaConfig;
+use barid_core::{NodeId, Secret};
+use barid_mailbox::RedisConfig;
+use barid_runtime::{AdminConfig, Common, HasCommon, LogConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::auth::Verifier;
+
+/// The whole configuration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Metrics and health.
+    pub admin: AdminConfig,
+    /// Logs.
+    pub log: LogConfig,
+    /// How long draining may take; GoAways are spread over it.
+    pub drain_seconds: u64,
+    /// Where the bound addresses are written as JSON.
+    pub ready_file: Option<PathBuf>,
+    /// The node's name, unique in the cluster; empty: made from its gRPC address.
+    pub node: String,
+    /// Where the node stands, for people and placement; may be empty.
+    pub zone: String,
+    /// Where devices connect (`/v1/connect`).
+    pub listen: SocketAddr,
+    /// Where dispatchers connect. Not for devices: it asks for no credentials.
+    pub grpc_listen: SocketAddr,
+    /// `host:port` at which dispatchers reach `grpc_listen`; empty: the bound address.
+    pub advertise: String,
+    /// How long the node's lease holds without renewal, ms.
+    pub lease_ttl_ms: u64,
+    /// Redis.
+    pub redis: RedisConfig,
+    /// Who may connect.
+    pub auth: AuthConfig,
+    /// Bounds.
+    pub limits: LimitsConfig,
+    /// Pings.
+    pub heartbeat: HeartbeatConfig,
+    /// Reading and confirming.
+    pub sync: SyncConfig,
+    /// Whether receipts are produced for messages that ask for them.
+    pub receipts: bool,
+    /// Kafka, for receipts.
+    pub kafka: KafkaConfig,
+}
+
+/// Keys under `auth`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthConfig {
+    /// Keys by hand. Several may be good at once: that is how they are rotated.
+    pub keys: Vec<KeyConfig>,
+    /// Key sets.
+    pub jwks: Vec<JwksConfig>,
+    /// If not empty: `aud` must be one of these.
+    pub audience: Vec<String>,
+    /// If not empty: `iss` must be one of these.
+    pub issuer: Vec<String>,
+    /// How far ahead `nbf` may lie for clocks that differ, seconds. `exp` is taken at its word.
+    pub nbf_leeway_seconds: u64,
+}
+
+/// One key under `auth.keys`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct KeyConfig {
+    /// Its `kid`; empty: tried for every token of its algorithm.
+    pub id: String,
+    /// The only algorithm that it is good for.
+    pub algorithm: KeyAlgorithmName,
+    /// HS256: the secret, at least 32 bytes.
+    pub secret: Secret,
+    /// HS256: a file that holds the secret.
+    pub secret_file: Option<PathBuf>,
+    /// The others: a public key in PEM.
+    pub public_key_file: Option<PathBuf>,
+    /// The apps that it speaks for; empty: all.
+    pub apps: Vec<String>,
+}
+
+/// Signature algorithms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum KeyAlgorithmName {
+    /// HMAC with SHA-256.
+    #[default]
+    HS256,
+    /// RSA PKCS #1 v1.5 with SHA-256.
+    RS256,
+    /// ECDSA on P-256 with SHA-256.
+    ES256,
+    /// Ed25519.
+    EdDSA,
+}
+
+/// One key set under `auth.jwks`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JwksConfig {
+    /// A file that holds it.
+    pub file: Option<PathBuf>,
+    /// Or a URL.
+    pub url: String,
+    /// The apps that its keys speak for; empty: all.
+    pub apps: Vec<String>,
+    /// Read again after so many seconds.
+    pub refresh_seconds: u64,
+    /// A token with an unknown key id has it read again, but not sooner than so many seconds after
+    /// the last time.
+    pub refresh_min_seconds: u64,
+    /// How long a URL may take, ms.
+    pub timeout_ms: u64,
+}
+
+impl Default for JwksConfig {
+    fn default() -> Self {
+        Self {
+            file: None,
+            url: String::new(),
+            apps: Vec::new(),
+            refresh_seconds: 300,
+            refresh_min_seconds: 10,
+            timeout_ms: 5_000,
+        }
+    }
+}
+
+/// Keys under `limits`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Connections at once.
+    pub connections_max: usize,
+    /// Handshakes at once; further ones get 503.
+    pub handshakes_max: usize,
+    /// How long a handshake may take, ms.
+    pub handshake_timeout_ms: u64,
+    /// How long a device may take to say Hello, and the mailbox to answer it, ms each.
+    pub hello_timeout_ms: u64,
+    /// Bytes of a frame from a device.
+    pub frame_bytes_max: usize,
+    /// Bytes of pushes that may wait for one device; beyond them it is closed with 4002.
+    pub queued_bytes_max: usize,
+    /// Messages in flight to one device without an acknowledgement.
+    pub unacked_max: usize,
+    /// How long a closing connection may take to take its last frames, ms.
+    pub close_timeout_ms: u64,
+    /// Batches of one dispatcher that may be unanswered.
+    pub batches_max: usize,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            connections_max: 100_000,
+            handshakes_max: 1_024,
+            handshake_timeout_ms: 5_000,
+            hello_timeout_ms: 10_000,
+            frame_bytes_max: 64 << 10,
+            queued_bytes_max: 1 << 20,
+            unacked_max: 256,
+            close_timeout_ms: 2_000,
+            batches_max: 64,
+        }
+    }
+}
+
+/// Keys under `heartbeat`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HeartbeatConfig {
+    /// A connection with a silent direction is pinged after so many seconds.
+    pub interval_seconds: u32,
+    /// And closed with 4003 if nothing came so many seconds after the ping.
+    pub timeout_seconds: u32,
+}
+
+impl Default for HeartbeatConfig {
+    fn default() -> Self {
+        Self { interval_seconds: 25, timeout_seconds: 10 }
+    }
+}
+
+/// Keys under `sync`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SyncConfig {
+    /// Entries read at once.
+    pub page_entries_max: u32,
+    /// Bytes read at once.
+    pub page_bytes_max: u32,
+    /// Every session is confirmed once in so many seconds.
+    pub confirm_interval_seconds: u64,
+    /// After a lapsed lease or a new connection to Redis: so many sessions a second.
+    pub confirms_per_second: u32,
+}
+
+impl Default for SyncConfig {
+    fn default() -> Self {
+        Self {
+            page_entries_max: 128,
+            page_bytes_max: 256 << 10,
+            confirm_interval_seconds: 600,
+            confirms_per_second: 2_000,
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Self {
+            admin: AdminConfig { listen: local(7082) },
+            log: LogConfig::default(),
+            drain_seconds: 30,
+            ready_file: None,
+            node: String::new(),
+            zone: String::new(),
+            listen: local(7080),
+            grpc_listen: local(7081),
+            advertise: String::new(),
+            lease_ttl_ms: 10_000,
+            redis: RedisConfig::default(),
+            auth: AuthConfig::default(),
+            limits: LimitsConfig::default(),
+            heartbeat: HeartbeatConfig::default(),
+            sync: SyncConfig::default(),
+            receipts: true,
+            kafka: KafkaConfig::default(),
+        }
+    }
+}
+
+impl HasCommon for Config {
+    fn common(&self) -> Common {
+        Common {
+            admin: self.admin.clone(),
+            log: self.log.clone(),
+            drain_seconds: self.drain_seconds,
+            ready_file: self.ready_file.clone(),
+        }
+    }
+}
+
+impl Config {
+    /// What must hold before a port binds.
+    ///
+    /// # Errors
+    /// The first key that does not fit.
+    pub fn check(&self) -> Result<(), String> {
+        if !self.node.is_empty() {
+            NodeId::new(&self.node).map_err(|error| error.to_string())?;
+        }
+        if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
+            return Err("auth: no device can connect without an entry in auth.keys or auth.jwks".into());
+        }
+        Verifier::new(&self.auth).map_err(|error| error.to_string())?;
+        self.redis.check()?;
+        self.kafka.check()?;
+        let positive = [
+            ("drain_seconds", self.drain_seconds),
+            ("lease_ttl_ms", self.lease_ttl_ms),
+            ("limits.connections_max", self.limits.connections_max as u64),
+            ("limits.handshakes_max", self.limits.handshakes_max as u64),
+            ("limits.handshake_timeout_ms", self.limits.handshake_timeout_ms),
+            ("limits.hello_timeout_ms", self.limits.hello_timeout_ms),
+            ("limits.frame_bytes_max", self.limits.frame_bytes_max as u64),
+            ("limits.queued_bytes_max", self.limits.queued_bytes_max as u64),
+            ("limits.unacked_max", self.limits.unacked_max as u64),
+            ("limits.close_timeout_ms", self.limits.close_timeout_ms),
+            ("limits.batches_max", self.limits.batches_max as u64),
+            ("heartbeat.interval_seconds", self.heartbeat.interval_seconds.into()),
+            ("heartbeat.timeout_seconds", self.heartbeat.timeout_seconds.into()),
+            ("sync.page_entries_max", self.sync.page_entries_max.into()),
+            ("sync.page_bytes_max", self.sync.page_bytes_max.into()),
+            ("sync.confirm_interval_seconds", self.sync.confirm_interval_seconds),
+            ("sync.confirms_per_second", self.sync.confirms_per_second.into()),
+        ];
+        match positive.iter().find(|(_, value)| *value == 0) {
+            Some((key, _)) => Err(format!("{key} must be above 0")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,774 @@
+//! A device's connection: one task. It reads frames, hands them to the session, and does what the
+//! session wants: frames out, calls to Redis. What waits for the socket goes out in one flush.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use barid_core::CloseCode;
+use barid_mailbox::{
+    AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, DisconnectRequest, Page, ReadRequest,
+};
+use barid_wire::envelope::Envelope;
+use barid_wire::frames::{ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server};
+use barid_wire::v1;
+use bytes::Bytes;
+use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Error as WsError;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+
+use crate::auth::Claims;
+use crate::handle::{Handle, Inbox};
+use crate::handshake::{self, Accepted, Socket, WRITE_BUFFER_BYTES};
+use crate::node::Node;
+use crate::session::{
+    Beat, Close, Closing, Connected, Connecting, Effect, Heartbeat, Pushed, Unidentified,
+};
+
+/// Turns of the loop before other tasks have theirs.
+const TURNS_MAX: usize = 64;
+
+/// How long a device that was told to go may still acknowledge, seconds.
+const LEAVE_SECONDS: u32 = 2;
+
+/// Serves one socket to its end.
+pub async fn serve(
+    node: Arc<Node>,
+    stream: TcpStream,
+    _connection: OwnedSemaphorePermit,
+    handshake: OwnedSemaphorePermit,
+) {
+    // What comes before a session lives in a box of its own, so that a session's task stays small.
+    let Some(mut accepted) = Box::pin(handshake::accept(&node, stream)).await else { return };
+    drop(handshake);
+    node.metrics.connections.inc();
+    let identified = Box::pin(identify(&node, &mut accepted)).await;
+    let close = match identified {
+        Ok((session, handle, codec)) => {
+            node.metrics.sessions.inc();
+            run(&node, accepted, session, handle, codec).await;
+            node.metrics.sessions.dec();
+            None
+        }
+        Err(Some(close)) => Some((close, accepted)),
+        Err(None) => {
+            node.metrics.close(None);
+            None
+        }
+    };
+    if let Some((close, accepted)) = close {
+        node.metrics.close(Some(close.code));
+        Box::pin(hang_up(&node, accepted.socket, accepted.encoding, Some(close))).await;
+    }
+    node.metrics.connections.dec();
+}
+
+/// How a session's frames are written.
+#[derive(Debug, Clone, Copy)]
+struct Codec {
+    encoding: Encoding,
+    zstd: bool,
+    visible_pings: bool,
+}
+
+/// From the first frame to a welcomed session. The error is what to close with; `None`: it left.
+async fn identify(
+    node: &Arc<Node>,
+    accepted: &mut Accepted,
+) -> Result<(Connected, Arc<Handle>, Codec), Option<Close>> {
+    let limit = Duration::from_millis(node.limits.hello_timeout_ms);
+    let hello = timeout(limit, first_frame(node, accepted)).await;
+    let late = || Close::new(CloseCode::Heartbeat, "no hello came in time");
+    let connecting = hello.unwrap_or_else(|_| Err(Some(late())))?;
+    let codec = Codec {
+        encoding: accepted.encoding,
+        zstd: connecting.accepts_zstd,
+        visible_pings: connecting.visible_pings,
+    };
+    let identity = &connecting.identity;
+    let connection = node.next_connection();
+    let handle = Arc::new(Handle::new(
+        connection,
+        identity.attempt,
+        identity.user.clone(),
+        identity.device.clone(),
+    ));
+    // Before the route is written: a push must find the session that its route names.
+    node.registry.insert(Arc::clone(&handle));
+    match connect(node, connecting, &handle).await {
+        Ok(session) => Ok((session, handle, codec)),
+        Err(close) => {
+            node.registry.remove(handle.user(), connection);
+            handle.finish();
+            forget(node, &handle).await;
+            Err(Some(close))
+        }
+    }
+}
+
+async fn first_frame(node: &Node, accepted: &mut Accepted) -> Result<Connecting, Option<Close>> {
+    let unidentified = Unidentified::new(accepted.claims.clone(), accepted.at_ms);
+    loop {
+        let message = match accepted.socket.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(error)) => return Err(refusal(&error)),
+            None => return Err(None),
+        };
+        if let Some(frame) = decode(node, accepted.encoding, &message).map_err(Some)? {
+            return unidentified.frame(frame).map_err(Some);
+        }
+        if message.is_close() {
+            return Err(None);
+        }
+    }
+}
+
+async fn connect(
+    node: &Arc<Node>,
+    connecting: Connecting,
+    handle: &Arc<Handle>,
+) -> Result<Connected, Close> {
+    let request = connecting.request(node.session(handle.connection));
+    let limit = Duration::from_millis(node.limits.hello_timeout_ms);
+    let call = node.until_answered("connect", || node.mailbox.connect(request.clone()));
+    let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");
+    let outcome = timeout(limit, call).await.map_err(away)?;
+    let (session, replaced) = connecting.answered(outcome, node.settings)?;
+    let text = "a newer connection of this device took over";
+    node.registry.each(handle.user(), |other| {
+        if other.device() == handle.device() && other.attempt < handle.attempt {
+            other.close(Close::new(CloseCode::Replaced, text));
+        }
+    });
+    if let Some(replaced) = replaced {
+        if replaced.node == node.id {
+            if let Some(other) = node.registry.get(handle.user(), replaced.connection)
+                && other.device() == handle.device()
+                && other.connection != handle.connection
+            {
+                other.close(Close::new(CloseCode::Replaced, text));
+            }
+        } else {
+            node.peers.close(handle.user(), handle.device(), replaced);
+        }
+    }
+    Ok(session)
+}
+
+async fn forget(node: &Node, handle: &Handle) {
+    node.forget(DisconnectRequest {
+        user: handle.user().clone(),
+        device: handle.device().clone(),
+        session: node.session(handle.connection),
+    })
+    .await;
+}
+
+/// A device's frame; `None` for control frames.
+fn decode(
+    node: &Node,
+    encoding: Encoding,
+    message: &Message,
+) -> Result<Option<ClientFrame>, Close> {
+    let bytes: &[u8] = match (message, encoding) {
+        (Message::Text(text), Encoding::Json) => text.as_bytes(),
+        (Message::Binary(bytes), Encoding::Proto) => bytes,
+        (Message::Text(_) | Message::Binary(_), _) => {
+            let text = "barid.v1.json frames are text messages, barid.v1.proto frames binary ones";
+            return Err(Close::new(CloseCode::BadFrame, text));
+        }
+        _ => return Ok(None),
+    };
+    let frame = decode_client(encoding, bytes)
+        .map_err(|error| Close::new(CloseCode::BadFrame, error.to_string()))?;
+    node.metrics.frame_in(match &frame {
+        ClientFrame::Hello(_) => "hello",
+        ClientFrame::Ack(_) => "ack",
+        ClientFrame::Refresh(_) => "refresh",
+        ClientFrame::Pong(_) => "pong",
+    });
+    Ok(Some(frame))
+}
+
+/// What a broken socket is closed with; `None`: there is nobody to tell.
+fn refusal(error: &WsError) -> Option<Close> {
+    match error {
+        WsError::Capacity(error) => Some(Close::new(CloseCode::BadFrame, error.to_string())),
+        WsError::Utf8(_) => Some(Close::new(CloseCode::BadFrame, "a text message is not UTF-8")),
+        _ => None,
+    }
+}
+
+async fn run(
+    node: &Arc<Node>,
+    accepted: Accepted,
+    session: Connected,
+    handle: Arc<Handle>,
+    codec: Codec,
+) {
+    let now = node.seconds();
+    let beat = Heartbeat::new(
+        node.heartbeat.interval_seconds,
+        node.heartbeat.timeout_seconds,
+        now,
+        node.seconds_at(accepted.claims.expires_s),
+    );
+    let mut connection = Connection {
+        node: Arc::clone(node),
+        socket: accepted.socket,
+        handle,
+        session,
+        codec,
+        beat,
+        out: VecDeque::new(),
+        out_bytes: 0,
+        fed: 0,
+        told_bytes: 0,
+        calls: Vec::new(),
+        refreshing: None,
+        effects: Vec::new(),
+        end: None,
+    };
+    connection.welcome();
+    connection.node.set_due(&connection.handle, connection.beat.due());
+    let close = poll_fn(|cx| connection.poll(cx)).await;
+    Box::pin(connection.finish(close)).await;
+}
+
+/// What waits for the socket.
+enum Out {
+    Frame(Bytes),
+    /// Entries of a page, encoded when their turn comes.
+    Entries(Vec<Envelope>),
+    Ping,
+}
+
+enum Answer {
+    Page(Page),
+    Acked(AckOutcome),
+    Confirmed(ConfirmOutcome),
+}
+
+type Call = Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Refreshing = Pin<Box<dyn Future<Output = Result<Claims, crate::auth::AuthError>> + Send>>;
+
+/// How a connection ended: what to close with, or `None` if the device is gone.
+type End = Option<Close>;
+
+struct Connection {
+    node: Arc<Node>,
+    socket: Socket,
+    handle: Arc<Handle>,
+    session: Connected,
+    codec: Codec,
+    beat: Heartbeat,
+    out: VecDeque<Out>,
+    /// Bytes of frames in `out`.
+    out_bytes: usize,
+    /// Bytes given to the socket since it was last flushed.
+    fed: usize,
+    /// What the gauge of queued bytes was told.
+    told_bytes: usize,
+    /// Redis: at most one read, one acknowledgement and one confirmation.
+    calls: Vec<Call>,
+    refreshing: Option<Refreshing>,
+    effects: Vec<Effect>,
+    end: Option<End>,
+}
+
+impl Connection {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        for _ in 0..TURNS_MAX {
+            let mut busy = self.poll_inbox(cx);
+            busy |= self.poll_calls(cx);
+            busy |= self.poll_read(cx);
+            busy |= self.start_calls();
+            busy |= self.poll_write(cx);
+            self.tell_queued();
+            if let Some(end) = self.end.take() {
+                return Poll::Ready(end);
+            }
+            if !busy {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Whether everything written so far has left.
+    fn is_flushed(&self) -> bool {
+        self.fed == 0 && self.out.is_empty()
+    }
+
+    fn end(&mut self, close: End) {
+        self.end.get_or_insert(close);
+    }
+
+    fn poll_inbox(&mut self, cx: &Context<'_>) -> bool {
+        let Poll::Ready(inbox) = self.handle.poll_take(cx) else { return false };
+        let Inbox { pushes, missed, tick, resend, confirm, go_away, close, .. } = inbox;
+        if let Some(close) = close {
+            self.end(Some(close));
+            return true;
+        }
+        let now_ms = self.node.mailbox_now_ms(self.handle.user());
+        for push in pushes {
+            self.push(&push, now_ms);
+        }
+        if missed {
+            self.session.missed();
+        }
+        if resend {
+            let flushed = self.is_flushed();
+            if self.session.resend(flushed, now_ms, &mut self.effects) {
+                self.node.metrics.resends.inc();
+            }
+            self.apply();
+        }
+        if confirm {
+            self.start_confirm();
+        }
+        if let Some(reconnect_after_ms) = go_away
+            && !self.beat.is_leaving()
+        {
+            let why = CloseCode::Draining.as_str().to_owned();
+            self.control(&ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }));
+            self.beat.leave(self.node.seconds() + LEAVE_SECONDS);
+            self.node.set_due(&self.handle, self.beat.due());
+        }
+        if tick {
+            self.tick();
+        }
+        true
+    }
+
+    fn push(&mut self, push: &crate::handle::Push, now_ms: u64) {
+        let pushed = self.session.push(&push.header, &push.envelope, now_ms, &mut self.effects);
+        match pushed {
+            Pushed::Write => {
+                let generation = self.session.generation().0;
+                match push.frame(self.codec.encoding, generation, self.codec.zstd) {
+                    Ok(frame) => {
+                        self.node.metrics.delivered_fast.inc();
+                        let waited_ms = now_ms.saturating_sub(push.header.accepted_at_ms);
+                        self.node.metrics.accepted_to_written.observe(waited_ms as f64 / 1000.0);
+                        self.frame(frame);
+                    }
+                    Err(error) => {
+                        tracing::warn!(seq = push.header.seq.0, %error, "entry cannot be delivered");
+                        let effect = self.session.undeliverable(push.header.seq);
+                        self.effects.push(effect);
+                    }
+                }
+            }
+            Pushed::Skipped => (),
+            Pushed::Dropped(why) => self.node.metrics.dropped(why),
+        }
+        self.apply();
+        let queued_max = self.node.limits.queued_bytes_max;
+        if self.out_bytes + self.fed > queued_max.max(WRITE_BUFFER_BYTES) {
+            let text = "more waits for the device than may wait";
+            self.end(Some(Close::new(CloseCode::SlowConsumer, text)));
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.node.seconds();
+        match self.beat.tick(now) {
+            Beat::Nothing => (),
+            Beat::Ping if self.codec.visible_pings => self.control(&ServerFrame::Ping(v1::Ping {})),
+            Beat::Ping => self.out.push_back(Out::Ping),
+            Beat::Dead => {
+                let text = "nothing was heard from the device";
+                self.end(Some(Close::new(CloseCode::Heartbeat, text)));
+            }
+            Beat::Expired => {
+                let text = "the token has expired";
+                self.end(Some(Close::new(CloseCode::TokenExpired, text)));
+            }
+            Beat::Leave => {
+                self.end(Some(Close::new(CloseCode::Draining, "this node is being drained")));
+            }
+        }
+        self.node.set_due(&self.handle, self.beat.due());
+    }
+
+    fn poll_calls(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut busy = self.poll_refresh(cx);
+        let mut index = 0;
+        while let Some(call) = self.calls.get_mut(index) {
+            let Poll::Ready(answer) = call.as_mut().poll(cx) else {
+                index += 1;
+                continue;
+            };
+            drop(self.calls.swap_remove(index));
+            busy = true;
+            match answer {
+                Answer::Page(page) => {
+                    let now_ms = self.node.mailbox_now_ms(self.handle.user());
+                    self.session.page(page, now_ms, &mut self.effects);
+                }
+                Answer::Acked(outcome) => self.session.acked(outcome, &mut self.effects),
+                Answer::Confirmed(outcome) => {
+                    self.node.metrics.confirm(match outcome {
+                        ConfirmOutcome::Confirmed { restored: false, .. } => "stood",
+                        ConfirmOutcome::Confirmed { restored: true, .. } => "restored",
+                        ConfirmOutcome::Superseded => "superseded",
+                    });
+                    self.session.confirmed(outcome, &mut self.effects);
+                }
+            }
+            self.apply();
+        }
+        busy
+    }
+
+    fn poll_refresh(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(refreshing) = &mut self.refreshing else { return false };
+        let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
+        self.refreshing = None;
+        let checked = result
+            .map_err(|error| Close::new(CloseCode::BadToken, error.to_string()))
+            .and_then(|claims| self.session.refresh(&claims).map(|()| claims));
+        match checked {
+            Ok(claims) => {
+                self.beat.expires(self.node.seconds_at(claims.expires_s));
+                self.node.set_due(&self.handle, self.beat.due());
+            }
+            Err(close) => self.end(Some(close)),
+        }
+        true
+    }
+
+    fn start_calls(&mut self) -> bool {
+        let before = self.calls.len();
+        if let Some(point) = self.session.next_ack() {
+            let request = ack_request(&self.node, &self.handle, point);
+            let node = Arc::clone(&self.node);
+            self.calls.push(Box::pin(async move {
+                let call = || node.mailbox.ack(request.clone());
+                Answer::Acked(node.until_answered("ack", call).await)
+            }));
+        }
+        if let Some((read, cause)) = self.session.next_read(self.is_flushed()) {
+            self.node.metrics.sync(cause);
+            let request = ReadRequest {
+                user: self.handle.user().clone(),
+                after: read.after,
+                entries_max: read.entries_max,
+                bytes_max: read.bytes_max,
+            };
+            let node = Arc::clone(&self.node);
+            self.calls.push(Box::pin(async move {
+                let call = || node.mailbox.read(request.clone());
+                Answer::Page(node.until_answered("read", call).await)
+            }));
+        }
+        self.calls.len() > before
+    }
+
+    fn start_confirm(&mut self) {
+        let identity = self.session.identity();
+        let request = ConfirmRequest {
+            user: identity.user.clone(),
+            device: identity.device.clone(),
+            session: self.node.session(self.handle.connection),
+            attempt: identity.attempt,
+            platform: identity.platform.clone(),
+            position: self.session.position(),
+        };
+        let node = Arc::clone(&self.node);
+        self.calls.push(Box::pin(async move {
+            let call = || node.mailbox.confirm(request.clone());
+            Answer::Confirmed(node.until_answered("confirm", call).await)
+        }));
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.refreshing.is_some() {
+            return false; // its outcome decides on what follows
+        }
+        let message = match Pin::new(&mut self.socket).poll_next(cx) {
+            Poll::Pending => return false,
+            Poll::Ready(Some(Ok(message))) => message,
+            Poll::Ready(Some(Err(error))) => {
+                self.end(refusal(&error));
+                return true;
+            }
+            Poll::Ready(None) => {
+                self.end(None);
+                return true;
+            }
+        };
+        self.beat.heard(self.node.seconds());
+        self.handle.set_due(self.beat.due());
+        match decode(&self.node, self.codec.encoding, &message) {
+            Ok(Some(frame)) => self.frame_in(frame),
+            Ok(None) if message.is_close() => self.end(None),
+            Ok(None) => (),
+            Err(close) => self.end(Some(close)),
+        }
+        true
+    }
+
+    fn frame_in(&mut self, frame: ClientFrame) {
+        match frame {
+            ClientFrame::Ack(ack) => {
+                let now_ms = self.node.mailbox_now_ms(self.handle.user());
+                for under_way_ms in self.session.ack(&ack, now_ms, &mut self.effects) {
+                    self.node.metrics.written_to_acked.observe(under_way_ms as f64 / 1000.0);
+                }
+                self.apply();
+            }
+            ClientFrame::Refresh(refresh) => {
+                let node = Arc::clone(&self.node);
+                self.refreshing = Some(Box::pin(async move {
+                    node.verifier.verify(&refresh.token, node.now_ms() / 1000).await
+                }));
+            }
+            ClientFrame::Pong(_) => (),
+            ClientFrame::Hello(_) => {
+                self.end(Some(Close::new(CloseCode::BadFrame, "hello came twice")));
+            }
+        }
+    }
+
+    /// Does what the session wants.
+    fn apply(&mut self) {
+        let mut effects = std::mem::take(&mut self.effects);
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::Deliver(entries) => {
+                    self.node.metrics.delivered_sync.inc_by(entries.len() as u64);
+                    self.out.push_back(Out::Entries(entries));
+                }
+                Effect::Skip { to, why } => {
+                    self.node.metrics.skip(why);
+                    self.control(&ServerFrame::Skip(v1::Skip {
+                        mailbox: String::new(),
+                        to: to.seq.0,
+                        why: why.into(),
+                        chain: to.chain.0,
+                        generation: self.session.generation().0,
+                    }));
+                }
+                Effect::Welcome => self.welcome(),
+                Effect::Receipt(receipt) => {
+                    if let Some(receipts) = &self.node.receipts {
+                        receipts.offer(&receipt);
+                    }
+                }
+                Effect::Close(close) => self.end(Some(close)),
+            }
+        }
+        self.effects = effects;
+    }
+
+    fn welcome(&mut self) {
+        let position = self.session.position();
+        let limit = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        self.control(&ServerFrame::Welcome(v1::Welcome {
+            session: self.node.session(self.handle.connection).to_string(),
+            ping_interval_ms: self.node.heartbeat.interval_seconds.saturating_mul(1000),
+            max_frame_bytes: limit(self.node.limits.frame_bytes_max),
+            max_unacked: limit(self.node.limits.unacked_max),
+            positions: vec![v1::Position {
+                mailbox: String::new(),
+                epoch: position.epoch.0,
+                generation: position.generation.0,
+                seq: position.seq.0,
+                chain: position.chain.map(|chain| chain.0),
+            }],
+            server_time_ms: self.node.now_ms(),
+        }));
+    }
+
+    fn control(&mut self, frame: &ServerFrame) {
+        // Only bodies can fail to encode, and these frames have none.
+        if let Ok(frame) = encode_server(self.codec.encoding, frame) {
+            self.frame(frame);
+        }
+    }
+
+    fn frame(&mut self, frame: Bytes) {
+        self.out_bytes += frame.len();
+        self.out.push_back(Out::Frame(frame));
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut busy = false;
+        loop {
+            while self.fed < WRITE_BUFFER_BYTES
+                && let Some(out) = self.out.pop_front()
+            {
+                if let Err(error) = self.feed(out) {
+                    self.end(refusal(&error));
+                    return true;
+                }
+            }
+            if self.fed == 0 {
+                return busy;
+            }
+            match Pin::new(&mut self.socket).poll_flush(cx) {
+                Poll::Pending => return busy,
+                Poll::Ready(Ok(())) => {
+                    self.fed = 0;
+                    self.beat.written(self.node.seconds());
+                    busy = true;
+                }
+                Poll::Ready(Err(_)) => {
+                    self.end(None);
+                    return true;
+                }
+            }
+        }
+    }
+
+    fn feed(&mut self, out: Out) -> Result<(), WsError> {
+        let frame = match out {
+            Out::Ping => {
+                self.fed += 2;
+                return Pin::new(&mut self.socket).start_send(Message::Ping(Bytes::new()));
+            }
+            Out::Frame(frame) => {
+                self.out_bytes -= frame.len();
+                frame
+            }
+            Out::Entries(entries) => match self.encode(entries) {
+                Some(frame) => frame,
+                None => return Ok(()),
+            },
+        };
+        self.fed += frame.len();
+        self.node.metrics.bytes_out.inc_by(frame.len() as u64);
+        let message = message(self.codec.encoding, frame);
+        Pin::new(&mut self.socket).start_send(message)
+    }
+
+    /// One frame for all of them; entry by entry if one of them is broken.
+    fn encode(&mut self, mut entries: Vec<Envelope>) -> Option<Bytes> {
+        let generation = self.session.generation().0;
+        let Codec { encoding, zstd, .. } = self.codec;
+        let (broken, error) = match encode_deliver(encoding, generation, &entries, zstd) {
+            Ok(frame) => return Some(frame),
+            Err(broken) => broken,
+        };
+        let rest = entries.split_off(broken + 1);
+        let seq = barid_core::Seq(entries.pop().map_or(0, |entry| entry.seq));
+        tracing::warn!(seq = seq.0, %error, "entry cannot be delivered");
+        let waiting = std::mem::take(&mut self.out);
+        if !entries.is_empty() {
+            self.out.push_back(Out::Entries(entries));
+        }
+        let skip = self.session.undeliverable(seq);
+        self.effects.push(skip);
+        self.apply();
+        if !rest.is_empty() {
+            self.out.push_back(Out::Entries(rest));
+        }
+        self.out.extend(waiting);
+        None
+    }
+
+    fn tell_queued(&mut self) {
+        let queued = self.out_bytes + self.fed;
+        if queued != self.told_bytes {
+            self.node.metrics.queued_bytes.add(queued as i64 - self.told_bytes as i64);
+            self.told_bytes = queued;
+        }
+    }
+
+    /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
+    async fn finish(self, close: End) {
+        let Self { node, socket, handle, session, codec, told_bytes, out, .. } = self;
+        node.metrics.queued_bytes.sub(told_bytes as i64);
+        node.metrics.close(close.as_ref().map(|close| close.code));
+        node.registry.remove(handle.user(), handle.connection);
+        handle.finish();
+        drop(out);
+        let closing = session.close(close);
+        tracing::debug!(
+            session = %node.session(handle.connection),
+            code = closing.close.as_ref().map_or("device", |close| close.code.as_str()),
+            "session closed"
+        );
+        tokio::join!(
+            settle(&node, &handle, &closing),
+            hang_up(&node, socket, codec.encoding, closing.close.clone()),
+        );
+    }
+}
+
+fn ack_request(node: &Node, handle: &Handle, point: crate::session::AckPoint) -> AckRequest {
+    AckRequest {
+        user: handle.user().clone(),
+        device: handle.device().clone(),
+        session: node.session(handle.connection),
+        epoch: point.epoch,
+        generation: point.generation,
+        seq: point.mark.seq,
+        chain: point.mark.chain,
+    }
+}
+
+/// Tells the mailbox what it is owed.
+async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
+    if let Some(point) = closing.ack {
+        let request = ack_request(node, handle, point);
+        let limit = Duration::from_millis(node.limits.hello_timeout_ms);
+        let call = node.until_answered("ack", || node.mailbox.ack(request.clone()));
+        // Not told in time: the device is sent again what it has, and drops it.
+        let _ = timeout(limit, call).await;
+    }
+    forget(node, handle).await;
+}
+
+/// Ends a socket politely, within a bound.
+async fn hang_up(node: &Node, mut socket: Socket, encoding: Encoding, close: End) {
+    let limit = Duration::from_millis(node.limits.close_timeout_ms);
+    let _ = timeout(limit, async {
+        if let Some(close) = close {
+            if let Some(frame) = error_frame(encoding, &close) {
+                socket.feed(message(encoding, frame)).await?;
+            }
+            let code = close.code.code().into();
+            let reason = close.code.as_str().into();
+            socket.close(Some(CloseFrame { code, reason })).await?;
+        } else {
+            socket.flush().await?;
+        }
+        // Until the device has answered: a socket closed with unread bytes becomes a reset, and the
+        // device never learns why.
+        while socket.next().await.is_some_and(|message| message.is_ok()) {}
+        Ok::<_, WsError>(())
+    })
+    .await;
+}
+
+/// Draining is told by GoAway, and is no error.
+fn error_frame(encoding: Encoding, close: &Close) -> Option<Bytes> {
+    if close.code == CloseCode::Draining {
+        return None;
+    }
+    let error = v1::Error { code: close.code.code().into(), text: close.text.to_string() };
+    encode_server(encoding, &ServerFrame::Error(error)).ok()
+}
+
+fn message(encoding: Encoding, frame: Bytes) -> Message {
+    match encoding {
+        Encoding::Proto => Message::Binary(frame),
+        Encoding::Json => match frame.try_into() {
+            Ok(text) => Message::Text(text),
+            // JSON is written from text only.
+            Err(_) => Message::Text(Default::default()),
+        },
+    }
+}

@@ -1,0 +1,186 @@
+//! What dispatchers and other nodes ask: deliveries in batches, and closing a replaced session.
+
+use std::sync::Arc;
+
+use barid_core::{AppId, CloseCode, ConnectionId, DeviceId, UserId};
+use barid_mailbox::{DisconnectRequest, UserKey};
+use barid_wire::internal::access_peer_server::AccessPeer;
+use barid_wire::internal::access_server::Access;
+use barid_wire::internal::{
+    CloseReply, CloseRequest, Gone, NodeBatch, NodePush, NodeReply, NodeResend,
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::handle::{Push, Queued};
+use crate::node::Node;
+use crate::session::Close;
+
+/// Calls at once that remove routes of connections that are not here.
+const FORGETTING_MAX: usize = 256;
+
+/// The services. Cheap to clone.
+#[derive(Clone)]
+pub struct AccessService {
+    node: Arc<Node>,
+    forgetting: Arc<Semaphore>,
+}
+
+impl AccessService {
+    /// Serves a node.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, forgetting: Arc::new(Semaphore::new(FORGETTING_MAX)) }
+    }
+}
+
+#[tonic::async_trait]
+impl Access for AccessService {
+    type DeliverStream = ReceiverStream<Result<NodeReply, Status>>;
+
+    async fn deliver(
+        &self,
+        request: Request<Streaming<NodeBatch>>,
+    ) -> Result<Response<Self::DeliverStream>, Status> {
+        let mut batches = request.into_inner();
+        let (replies, stream) = mpsc::channel(self.node.limits.batches_max);
+        let node = Arc::clone(&self.node);
+        let forgetting = Arc::clone(&self.forgetting);
+        tokio::spawn(async move {
+            // Ends with the stream, which is the only one that sends.
+            while let Ok(Some(batch)) = batches.message().await {
+                let reply = deliver(&node, &forgetting, batch);
+                if replies.send(Ok(reply)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+#[tonic::async_trait]
+impl AccessPeer for AccessService {
+    async fn close(
+        &self,
+        request: Request<CloseRequest>,
+    ) -> Result<Response<CloseReply>, Status> {
+        let CloseRequest { app, user, device, connection, incarnation } = request.into_inner();
+        let invalid = || Status::invalid_argument("not a user");
+        let key = user_key(&app, &user).ok_or_else(invalid)?;
+        let handle = self.node.registry.get(&key, ConnectionId(connection));
+        let closed = incarnation == self.node.incarnation().0
+            && handle.is_some_and(|handle| {
+                let same = handle.device().as_str() == device;
+                if same {
+                    let text = "a newer connection of this device took over";
+                    handle.close(Close::new(CloseCode::Replaced, text));
+                }
+                same
+            });
+        Ok(Response::new(CloseReply { closed }))
+    }
+}
+
+fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
+    let mine = batch.incarnation == node.incarnation().0;
+    let mut gone = Vec::new();
+    for push in batch.pushes {
+        deliver_push(node, mine, push, &mut gone);
+    }
+    for resend in batch.resends {
+        deliver_resend(node, mine, resend, &mut gone);
+    }
+    node.metrics.gone.inc_by(gone.len() as u64);
+    if mine && !gone.is_empty() {
+        forget(node, forgetting, gone.clone());
+    }
+    NodeReply { batch: batch.batch, gone }
+}
+
+fn deliver_push(node: &Node, mine: bool, push: NodePush, gone: &mut Vec<Gone>) {
+    let NodePush { app, user, envelope, connections } = push;
+    let key = if mine { user_key(&app, &user) } else { None };
+    let mut here = Vec::new();
+    if let Some(key) = &key {
+        match Push::new(envelope) {
+            Ok(push) => here = hand_out(node, key, &Arc::new(push)),
+            // The mailbox holds it, and the session finds it there.
+            Err(error) => {
+                tracing::warn!(%error, "a dispatcher sent no envelope");
+                node.registry.each(key, |handle| here.push(handle.connection.0));
+            }
+        }
+    }
+    for connection in connections {
+        if !here.contains(&connection) {
+            gone.push(Gone {
+                app: app.clone(),
+                user: user.clone(),
+                device: String::new(),
+                connection,
+            });
+        }
+    }
+}
+
+/// Gives an entry to every session of its user; returns which there are.
+fn hand_out(node: &Node, user: &UserKey, push: &Arc<Push>) -> Vec<u64> {
+    let mut here = Vec::new();
+    let (count_max, bytes_max) = (node.limits.unacked_max, node.limits.queued_bytes_max);
+    node.registry.each(user, |handle| {
+        here.push(handle.connection.0);
+        if handle.push(push, count_max, bytes_max) == Queued::Overflow {
+            node.metrics.overflow();
+        }
+    });
+    here
+}
+
+fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Gone>) {
+    let NodeResend { app, user, connection, device, attempt: _ } = resend;
+    let key = if mine { user_key(&app, &user) } else { None };
+    match key.and_then(|key| node.registry.get(&key, ConnectionId(connection))) {
+        Some(handle) if handle.device().as_str() == device => {
+            handle.tell(|inbox| inbox.resend = true);
+        }
+        _ => gone.push(Gone { app, user, device, connection }),
+    }
+}
+
+/// Removes routes that name this node's life and connections that are not there.
+fn forget(node: &Arc<Node>, forgetting: &Arc<Semaphore>, gone: Vec<Gone>) {
+    // Too many at once: the next push to them finds out again.
+    let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else { return };
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        let _permit = permit;
+        for gone in gone {
+            forget_one(&node, gone).await;
+        }
+    });
+}
+
+async fn forget_one(node: &Node, gone: Gone) {
+    let Some(user) = user_key(&gone.app, &gone.user) else { return };
+    let connection = ConnectionId(gone.connection);
+    let session = node.session(connection);
+    let device = match DeviceId::new(&gone.device) {
+        Ok(device) => Some(device),
+        Err(_) => match node.mailbox.read_routes(&user).await {
+            Ok(routes) => {
+                let named = routes.into_iter().find(|route| route.session == session);
+                named.map(|route| route.device)
+            }
+            Err(_) => None,
+        },
+    };
+    let Some(device) = device else { return };
+    if node.registry.get(&user, connection).is_none() {
+        node.forget(DisconnectRequest { user, device, session }).await;
+    }
+}
+
+fn user_key(app: &str, user: &str) -> Option<UserKey> {
+    Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
+}

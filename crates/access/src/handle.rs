@@ -1,0 +1,284 @@
+//! The way to a session from outside its task: an inbox with a waker, and the time at which the
+//! wheel shall look at it. No channel: an idle session costs a lock and two empty vectors.
+
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use barid_core::{Attempt, ConnectionId, DeviceId};
+use barid_mailbox::UserKey;
+use barid_wire::envelope::{Envelope, EnvelopeError, Header};
+use barid_wire::frames::{Encoding, encode_deliver};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::sync::OnceLock;
+
+use crate::session::{Close, Seconds};
+
+/// An entry on its way to all sessions of a user here; encoded once an encoding.
+#[derive(Debug)]
+pub struct Push {
+    /// Its place.
+    pub header: Header,
+    /// The entry.
+    pub envelope: Envelope,
+    bytes: usize,
+    frames: [OnceLock<Result<Bytes, EnvelopeError>>; 3],
+}
+
+impl Push {
+    /// Decodes an entry.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn new(entry: Bytes) -> Result<Self, EnvelopeError> {
+        let bytes = entry.len();
+        let (header, envelope) = barid_wire::envelope::decode(entry)?;
+        Ok(Self { header, envelope, bytes, frames: Default::default() })
+    }
+
+    /// The frame of this entry alone.
+    ///
+    /// # Errors
+    /// Its payload is broken.
+    pub fn frame(
+        &self,
+        encoding: Encoding,
+        generation: u32,
+        zstd: bool,
+    ) -> Result<Bytes, EnvelopeError> {
+        let encode = || {
+            encode_deliver(encoding, generation, [&self.envelope], zstd).map_err(|(_, error)| error)
+        };
+        if generation != 0 {
+            return encode();
+        }
+        let kind = match (encoding, zstd) {
+            (Encoding::Proto, true) => 0,
+            (Encoding::Proto, false) => 1,
+            (Encoding::Json, _) => 2,
+        };
+        self.frames[kind].get_or_init(encode).clone()
+    }
+}
+
+/// What waits for a session.
+#[derive(Debug, Default)]
+pub struct Inbox {
+    /// Entries, in order.
+    pub pushes: Vec<Arc<Push>>,
+    /// Their bytes.
+    pub bytes: usize,
+    /// Pushes were dropped here.
+    pub missed: bool,
+    /// Look at the clock.
+    pub tick: bool,
+    /// The retry timer was due.
+    pub resend: bool,
+    /// Say that you live.
+    pub confirm: bool,
+    /// Tell the device to go, and to come back after so many ms.
+    pub go_away: Option<u32>,
+    /// End.
+    pub close: Option<Close>,
+}
+
+impl Inbox {
+    fn is_empty(&self) -> bool {
+        self.pushes.is_empty()
+            && !(self.missed || self.tick || self.resend || self.confirm)
+            && self.go_away.is_none()
+            && self.close.is_none()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    inbox: Inbox,
+    waker: Option<Waker>,
+    over: bool,
+}
+
+/// One session, as others see it.
+#[derive(Debug)]
+pub struct Handle {
+    /// Its number in this node's life.
+    pub connection: ConnectionId,
+    /// Its attempt.
+    pub attempt: Attempt,
+    user: UserKey,
+    device: DeviceId,
+    state: Mutex<State>,
+    due: AtomicU32,
+    slotted: AtomicU32,
+}
+
+/// What became of a push to a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queued {
+    /// It waits.
+    Waiting,
+    /// There was no room; the session will read its mailbox.
+    Overflow,
+}
+
+impl Handle {
+    /// Of a session.
+    pub fn new(
+        connection: ConnectionId,
+        attempt: Attempt,
+        user: UserKey,
+        device: DeviceId,
+    ) -> Self {
+        Self {
+            connection,
+            attempt,
+            user,
+            device,
+            state: Mutex::default(),
+            due: AtomicU32::new(Seconds::MAX),
+            slotted: AtomicU32::new(Seconds::MAX),
+        }
+    }
+
+    /// Whose it is.
+    pub fn user(&self) -> &UserKey {
+        &self.user
+    }
+
+    /// Which device's.
+    pub fn device(&self) -> &DeviceId {
+        &self.device
+    }
+
+    /// Hands an entry over. More than `count_max` of them, or `bytes_max` bytes, do not wait.
+    pub fn push(&self, push: &Arc<Push>, count_max: usize, bytes_max: usize) -> Queued {
+        let mut state = self.state.lock();
+        let inbox = &mut state.inbox;
+        let room = inbox.pushes.len() < count_max && inbox.bytes + push.bytes <= bytes_max;
+        if room && !inbox.missed {
+            inbox.bytes += push.bytes;
+            inbox.pushes.push(Arc::clone(push));
+        } else {
+            inbox.missed = true;
+        }
+        let queued = if inbox.missed { Queued::Overflow } else { Queued::Waiting };
+        Self::wake(state);
+        queued
+    }
+
+    /// Changes what waits, and wakes the session.
+    pub fn tell(&self, change: impl FnOnce(&mut Inbox)) {
+        let mut state = self.state.lock();
+        change(&mut state.inbox);
+        Self::wake(state);
+    }
+
+    /// Ends the session.
+    pub fn close(&self, close: Close) {
+        self.tell(|inbox| {
+            inbox.close.get_or_insert(close);
+        });
+    }
+
+    /// Takes everything that waits.
+    pub fn poll_take(&self, cx: &Context<'_>) -> Poll<Inbox> {
+        let mut state = self.state.lock();
+        if state.inbox.is_empty() {
+            match &mut state.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                None => state.waker = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        }
+        Poll::Ready(mem::take(&mut state.inbox))
+    }
+
+    /// The session is over: nothing waits for it any longer.
+    pub fn finish(&self) {
+        *self.state.lock() = State { over: true, ..State::default() };
+    }
+
+    /// Whether the session is over.
+    pub fn is_over(&self) -> bool {
+        self.state.lock().over
+    }
+
+    /// When the session wants to look at the clock.
+    pub fn due(&self) -> Seconds {
+        self.due.load(Ordering::Relaxed)
+    }
+
+    /// Sets when to look at the clock. Returns whether that is before the wheel would.
+    pub fn set_due(&self, due: Seconds) -> bool {
+        self.due.store(due, Ordering::Relaxed);
+        due < self.slotted.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn slotted(&self) -> Seconds {
+        self.slotted.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_slotted(&self, at: Seconds) {
+        self.slotted.store(at, Ordering::Relaxed);
+    }
+
+    fn wake(mut state: parking_lot::MutexGuard<'_, State>) {
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use barid_core::{AppId, Chain, Epoch, Seq, UserId};
+    use barid_wire::envelope::encode_body;
+
+    pub(crate) fn handle(connection: u64) -> Arc<Handle> {
+        let user = UserKey {
+            app: AppId::new("demo").unwrap(),
+            user: UserId::new("alice").unwrap(),
+        };
+        let device = DeviceId::new("phone").unwrap();
+        Arc::new(Handle::new(ConnectionId(connection), Attempt(connection), user, device))
+    }
+
+    fn push(seq: u64) -> Arc<Push> {
+        let header = Header {
+            epoch: Epoch(1),
+            seq: Seq(seq),
+            prev_chain: Chain(0),
+            chain: Chain(1),
+            accepted_at_ms: 0,
+        };
+        let body = encode_body(Envelope { id: "a".into(), ..Default::default() });
+        Arc::new(Push::new([&header.encode()[..], &body].concat().into()).unwrap())
+    }
+
+    #[test]
+    fn beyond_its_bounds_it_keeps_what_it_has_and_tells() {
+        let handle = handle(1);
+        assert_eq!(handle.push(&push(1), 1, 1000), Queued::Waiting);
+        assert_eq!(handle.push(&push(2), 1, 1000), Queued::Overflow);
+        // Once one is missing, a later one would only be a gap.
+        assert_eq!(handle.push(&push(3), 9, 1000), Queued::Overflow);
+        let cx = Context::from_waker(Waker::noop());
+        let Poll::Ready(inbox) = handle.poll_take(&cx) else { panic!("nothing waits") };
+        assert_eq!((inbox.pushes.len(), inbox.missed), (1, true));
+        assert!(handle.poll_take(&cx).is_pending());
+    }
+
+    #[test]
+    fn one_frame_serves_all_receivers_of_an_encoding() {
+        let push = push(1);
+        let one = push.frame(Encoding::Proto, 0, false).unwrap();
+        assert_eq!(one.as_ptr(), push.frame(Encoding::Proto, 0, false).unwrap().as_ptr());
+        assert_ne!(one, push.frame(Encoding::Json, 0, false).unwrap());
+        assert_ne!(one, push.frame(Encoding::Proto, 1, false).unwrap());
+    }
+}

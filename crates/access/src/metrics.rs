@@ -1,0 +1,176 @@
+//! Every metric of an access node, as a closed set.
+
+use barid_core::CloseCode;
+use barid_wire::envelope::SkipReason;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    exponential_buckets,
+};
+
+use crate::session::{Dropped, SyncCause};
+
+/// The node's metrics. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Sockets that are open.
+    pub connections: IntGauge,
+    /// Sessions whose device said Hello and was welcomed.
+    pub sessions: IntGauge,
+    handshakes: IntCounterVec,
+    closes: IntCounterVec,
+    /// Messages written from a dispatcher's push.
+    pub delivered_fast: IntCounter,
+    /// Messages written from a mailbox's page.
+    pub delivered_sync: IntCounter,
+    skips: IntCounterVec,
+    frames_in: IntCounterVec,
+    /// Bytes of frames written to devices, without WebSocket headers.
+    pub bytes_out: IntCounter,
+    syncs: IntCounterVec,
+    dropped: IntCounterVec,
+    /// Re-sends written.
+    pub resends: IntCounter,
+    /// Connections that dispatchers named and that are not here.
+    pub gone: IntCounter,
+    /// Bytes of pushes that wait for a device.
+    pub queued_bytes: IntGauge,
+    redis_retries: IntCounterVec,
+    confirms: IntCounterVec,
+    /// Receipts that found no room on their way to Kafka.
+    pub receipts_dropped: IntCounter,
+    /// From acceptance (Redis's clock) to the socket (this node's).
+    pub accepted_to_written: Histogram,
+    /// From the socket to the device's acknowledgement.
+    pub written_to_acked: Histogram,
+}
+
+impl Metrics {
+    /// Registers them.
+    ///
+    /// # Errors
+    /// One of them is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let make = Maker(registry);
+        let delivered = make.counters("delivered_total", "Messages written, by path", "path")?;
+        Ok(Self {
+            connections: make.gauge("connections", "Open sockets")?,
+            sessions: make.gauge("sessions", "Welcomed sessions")?,
+            handshakes: make.counters("handshakes_total", "Handshakes, by result", "result")?,
+            closes: make.counters("closes_total", "Closed connections, by code", "code")?,
+            delivered_fast: delivered.with_label_values(&["fast"]),
+            delivered_sync: delivered.with_label_values(&["sync"]),
+            skips: make.counters("skips_total", "Skips told, by reason", "why")?,
+            frames_in: make.counters("frames_in_total", "Frames of devices, by kind", "kind")?,
+            bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
+            syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause")?,
+            dropped: make.counters("pushes_dropped_total", "Pushes not written, by reason", "why")?,
+            resends: make.counter("resends_total", "Re-sends written")?,
+            gone: make.counter("gone_total", "Connections asked for that are not here")?,
+            queued_bytes: make.gauge("queued_bytes", "Bytes that wait for devices")?,
+            redis_retries: make.counters("redis_retries_total", "Failed calls, by call", "call")?,
+            confirms: make.counters("confirms_total", "Confirmations, by outcome", "outcome")?,
+            receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
+            accepted_to_written: make
+                .histogram("accepted_to_written_seconds", "From acceptance to the socket")?,
+            written_to_acked: make
+                .histogram("written_to_acked_seconds", "From the socket to its acknowledgement")?,
+        })
+    }
+
+    /// A handshake ended.
+    pub fn handshake(&self, result: &'static str) {
+        self.handshakes.with_label_values(&[result]).inc();
+    }
+
+    /// A connection was closed; `None`: by the device.
+    pub fn close(&self, code: Option<CloseCode>) {
+        self.closes.with_label_values(&[code.map_or("device", CloseCode::as_str)]).inc();
+    }
+
+    /// A skip was told.
+    pub fn skip(&self, why: SkipReason) {
+        let why = match why {
+            SkipReason::Unspecified => "unspecified",
+            SkipReason::Expired => "expired",
+            SkipReason::Evicted => "evicted",
+            SkipReason::OtherDevice => "other_device",
+            SkipReason::Collapsed => "collapsed",
+            SkipReason::Recalled => "recalled",
+        };
+        self.skips.with_label_values(&[why]).inc();
+    }
+
+    /// A device sent a frame.
+    pub fn frame_in(&self, kind: &'static str) {
+        self.frames_in.with_label_values(&[kind]).inc();
+    }
+
+    /// A mailbox is read.
+    pub fn sync(&self, cause: SyncCause) {
+        self.syncs.with_label_values(&[cause.as_str()]).inc();
+    }
+
+    /// A push was not written.
+    pub fn dropped(&self, why: Dropped) {
+        let why = match why {
+            Dropped::Known => "known",
+            Dropped::Syncing => "syncing",
+            Dropped::Window => "window",
+            Dropped::Gap => "gap",
+            Dropped::Fork => "fork",
+        };
+        self.dropped.with_label_values(&[why]).inc();
+    }
+
+    /// A push found the session's queue full.
+    pub fn overflow(&self) {
+        self.dropped.with_label_values(&["overflow"]).inc();
+    }
+
+    /// A call to Redis failed and is made again.
+    pub fn redis_retry(&self, call: &'static str) {
+        self.redis_retries.with_label_values(&[call]).inc();
+    }
+
+    /// A confirmation was answered.
+    pub fn confirm(&self, outcome: &'static str) {
+        self.confirms.with_label_values(&[outcome]).inc();
+    }
+}
+
+struct Maker<'a>(&'a Registry);
+
+impl Maker<'_> {
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        let counter = IntCounter::new(format!("barid_access_{name}"), help)?;
+        self.0.register(Box::new(counter.clone()))?;
+        Ok(counter)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        let options = Opts::new(format!("barid_access_{name}"), help);
+        let counters = IntCounterVec::new(options, &[label])?;
+        self.0.register(Box::new(counters.clone()))?;
+        Ok(counters)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        let gauge = IntGauge::new(format!("barid_access_{name}"), help)?;
+        self.0.register(Box::new(gauge.clone()))?;
+        Ok(gauge)
+    }
+
+    /// 0.1 ms to 100 s.
+    fn histogram(&self, name: &str, help: &str) -> Result<Histogram, prometheus::Error> {
+        let options = HistogramOpts::new(format!("barid_access_{name}"), help)
+            .buckets(exponential_buckets(0.000_1, 2.0, 20)?);
+        let histogram = Histogram::with_opts(options)?;
+        self.0.register(Box::new(histogram.clone()))?;
+        Ok(histogram)
+    }
+}

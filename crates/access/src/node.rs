@@ -1,0 +1,204 @@
+//! What all connections of a node share.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use barid_bus::Receipts;
+use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, SystemClock};
+use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
+use barid_runtime::Shutdown;
+
+use crate::auth::Verifier;
+use crate::config::{HeartbeatConfig, LimitsConfig};
+use crate::handle::Handle;
+use crate::metrics::Metrics;
+use crate::registry::Registry;
+use crate::session::{Seconds, Settings};
+use crate::wheel::Wheel;
+
+/// The node.
+pub struct Node {
+    /// Its name.
+    pub id: NodeId,
+    /// Redis.
+    pub mailbox: Mailbox,
+    /// Who may connect.
+    pub verifier: Verifier,
+    /// Its sessions.
+    pub registry: Registry,
+    /// Their clocks.
+    pub wheel: Wheel,
+    /// What it counts.
+    pub metrics: Metrics,
+    /// To the business; `None`: switched off.
+    pub receipts: Option<Receipts>,
+    /// Bounds.
+    pub limits: LimitsConfig,
+    /// Pings.
+    pub heartbeat: HeartbeatConfig,
+    /// Bounds of sessions.
+    pub settings: Settings,
+    /// Draining.
+    pub shutdown: Shutdown,
+    /// Other access nodes, to close sessions that were replaced.
+    pub peers: crate::peers::Peers,
+    incarnation: AtomicU64,
+    connections: AtomicU64,
+    seconds: AtomicU32,
+    retry: Backoff,
+}
+
+/// What a node is made of.
+pub struct Parts {
+    /// Its name.
+    pub id: NodeId,
+    /// Its first life.
+    pub incarnation: Incarnation,
+    /// Redis.
+    pub mailbox: Mailbox,
+    /// Who may connect.
+    pub verifier: Verifier,
+    /// What it counts.
+    pub metrics: Metrics,
+    /// To the business.
+    pub receipts: Option<Receipts>,
+    /// Bounds.
+    pub limits: LimitsConfig,
+    /// Pings.
+    pub heartbeat: HeartbeatConfig,
+    /// Bounds of sessions.
+    pub settings: Settings,
+    /// Draining.
+    pub shutdown: Shutdown,
+    /// Other access nodes.
+    pub peers: crate::peers::Peers,
+}
+
+impl Node {
+    /// Puts it together.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            id: parts.id,
+            mailbox: parts.mailbox,
+            verifier: parts.verifier,
+            registry: Registry::new(),
+            wheel: Wheel::new(),
+            metrics: parts.metrics,
+            receipts: parts.receipts,
+            limits: parts.limits,
+            heartbeat: parts.heartbeat,
+            settings: parts.settings,
+            shutdown: parts.shutdown,
+            peers: parts.peers,
+            incarnation: AtomicU64::new(parts.incarnation.0),
+            connections: AtomicU64::new(0),
+            seconds: AtomicU32::new(0),
+            retry: Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.5)
+                .expect("constants in range"),
+        }
+    }
+
+    /// The life that routes name now.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(self.incarnation.load(Ordering::Acquire))
+    }
+
+    /// Begins another life.
+    pub fn set_incarnation(&self, incarnation: Incarnation) {
+        self.incarnation.store(incarnation.0, Ordering::Release);
+    }
+
+    /// A number for a new connection.
+    pub fn next_connection(&self) -> ConnectionId {
+        ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// What a route of this connection names now.
+    pub fn session(&self, connection: ConnectionId) -> SessionRef {
+        SessionRef { node: self.id.clone(), incarnation: self.incarnation(), connection }
+    }
+
+    /// Milliseconds since the Unix epoch, by this machine's clock.
+    pub fn now_ms(&self) -> u64 {
+        SystemClock.now_ms()
+    }
+
+    /// Milliseconds since the Unix epoch by the clock that stamped a user's messages.
+    pub fn mailbox_now_ms(&self, user: &UserKey) -> u64 {
+        let shard = self.mailbox.shard_of(user);
+        self.mailbox.redis_now_ms(shard).unwrap_or_else(|| self.now_ms())
+    }
+
+    /// The coarse clock: seconds since the node started.
+    pub fn seconds(&self) -> Seconds {
+        self.seconds.load(Ordering::Relaxed)
+    }
+
+    /// The coarse clock's value when `expires_s` (Unix epoch) has come.
+    pub fn seconds_at(&self, expires_s: u64) -> Seconds {
+        let left_ms = expires_s.saturating_mul(1000).saturating_sub(self.now_ms());
+        let left = Seconds::try_from(left_ms.div_ceil(1000)).unwrap_or(Seconds::MAX);
+        self.seconds().saturating_add(left)
+    }
+
+    /// Turns the wheel, once a second for as long as the node lives.
+    pub async fn tick(&self) {
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        let started = second.tick().await;
+        loop {
+            let now = second.tick().await;
+            let now = Seconds::try_from((now - started).as_secs()).unwrap_or(Seconds::MAX);
+            // A machine that stood still leaves seconds out: each has its slot.
+            for now in self.seconds() + 1..=now {
+                self.seconds.store(now, Ordering::Relaxed);
+                self.wheel.turn(now);
+            }
+        }
+    }
+
+    /// Sets when a session wants to look at the clock.
+    pub fn set_due(&self, handle: &Arc<Handle>, due: Seconds) {
+        self.wheel.set_due(handle, due, self.seconds());
+    }
+
+    /// Whether the node is being drained.
+    pub fn is_draining(&self) -> bool {
+        self.shutdown.is_draining()
+    }
+
+    /// Waits until the node is being drained.
+    pub async fn draining(&self) {
+        self.shutdown.draining().await;
+    }
+
+    /// Makes a call to Redis until it is answered.
+    pub async fn until_answered<T, F>(&self, name: &'static str, mut call: impl FnMut() -> F) -> T
+    where
+        F: Future<Output = Result<T, barid_mailbox::Error>>,
+    {
+        let mut failures = 0;
+        loop {
+            match call().await {
+                Ok(answer) => return answer,
+                Err(error) => {
+                    tracing::debug!(call = name, %error, failures, "redis did not answer");
+                    self.metrics.redis_retry(name);
+                    tokio::time::sleep(self.retry.delay(failures)).await;
+                    failures = failures.saturating_add(1);
+                }
+            }
+        }
+    }
+
+    /// Removes the route of a session that is not here; gives up after a few seconds: the next push
+    /// to it finds out again.
+    pub async fn forget(&self, request: DisconnectRequest) {
+        let call = self.until_answered("disconnect", || self.mailbox.disconnect(request.clone()));
+        let limit = Duration::from_millis(self.limits.hello_timeout_ms);
+        if tokio::time::timeout(limit, call).await.is_err() {
+            tracing::debug!("route not removed: redis is away");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Other access nodes: a session that a newer one on this node replaced is closed where it is, as
+//! far as that can be done at once. What is missed is found by that session's next confirmation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{DeviceId, SessionRef};
+use barid_mailbox::{NodeTable, UserKey};
+use barid_wire::internal::CloseRequest;
+use barid_wire::internal::access_peer_client::AccessPeerClient;
+use tokio::sync::Semaphore;
+use tonic::transport::Endpoint;
+
+/// Calls at once.
+const CALLS_MAX: usize = 256;
+/// For one call, connection included.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The way to other nodes. Cheap to clone.
+#[derive(Clone)]
+pub struct Peers {
+    nodes: NodeTable,
+    calls: Arc<Semaphore>,
+}
+
+impl Peers {
+    /// Finds nodes by their leases.
+    pub fn new(nodes: NodeTable) -> Self {
+        Self { nodes, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    }
+
+    /// Asks the node that holds `session` to close it. Does not wait, and may fail silently.
+    pub fn close(&self, user: &UserKey, device: &DeviceId, session: SessionRef) {
+        let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else { return };
+        let nodes = self.nodes.snapshot();
+        let lives_on = |node: &&barid_mailbox::NodeRecord| {
+            node.id == session.node && node.incarnation == session.incarnation
+        };
+        let Some(address) = nodes.iter().find(lives_on).map(|node| node.address.clone()) else {
+            return;
+        };
+        let request = CloseRequest {
+            app: user.app.to_string(),
+            user: user.user.to_string(),
+            device: device.to_string(),
+            connection: session.connection.0,
+            incarnation: session.incarnation.0,
+        };
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Err(error) = call(&address, request).await {
+                tracing::debug!(address, error, "replaced session not closed on its node");
+            }
+        });
+    }
+}
+
+async fn call(address: &str, request: CloseRequest) -> Result<(), String> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|error| error.to_string())?
+        .connect_timeout(TIMEOUT)
+        .timeout(TIMEOUT);
+    let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+    let mut client = AccessPeerClient::new(channel);
+    client.close(request).await.map(|_| ()).map_err(|status| status.code().to_string())
+}

@@ -1,0 +1,100 @@
+//! The sessions of this node, by user. A session is registered before it asks for its route, so
+//! that a push never finds a route without a session, and unregistered by its own connection number
+//! only: an old session never removes a newer one.
+
+use std::collections::HashMap;
+use std::hash::BuildHasher as _;
+use std::sync::Arc;
+
+use barid_core::ConnectionId;
+use barid_mailbox::UserKey;
+use parking_lot::Mutex;
+
+use crate::handle::Handle;
+
+/// A power of two; each part has a lock of its own.
+const PARTS: usize = 64;
+
+type Part = HashMap<UserKey, Vec<Arc<Handle>>>;
+
+/// All sessions.
+#[derive(Debug)]
+pub struct Registry {
+    parts: Vec<Mutex<Part>>,
+    hasher: std::hash::RandomState,
+}
+
+impl Registry {
+    /// Without sessions.
+    pub fn new() -> Self {
+        let parts = (0..PARTS).map(|_| Mutex::default()).collect();
+        Self { parts, hasher: std::hash::RandomState::new() }
+    }
+
+    /// Adds a session.
+    pub fn insert(&self, handle: Arc<Handle>) {
+        let mut part = self.part(handle.user()).lock();
+        part.entry(handle.user().clone()).or_default().push(handle);
+    }
+
+    /// Removes a session, by user and connection in one step.
+    pub fn remove(&self, user: &UserKey, connection: ConnectionId) {
+        let mut part = self.part(user).lock();
+        let Some(handles) = part.get_mut(user) else { return };
+        handles.retain(|handle| handle.connection != connection);
+        if handles.is_empty() {
+            part.remove(user);
+        }
+    }
+
+    /// Calls `each` for every session of a user.
+    pub fn each(&self, user: &UserKey, mut each: impl FnMut(&Arc<Handle>)) {
+        let part = self.part(user).lock();
+        part.get(user).into_iter().flatten().for_each(&mut each);
+    }
+
+    /// One session.
+    pub fn get(&self, user: &UserKey, connection: ConnectionId) -> Option<Arc<Handle>> {
+        let part = self.part(user).lock();
+        part.get(user)?.iter().find(|handle| handle.connection == connection).cloned()
+    }
+
+    /// Every session at this moment.
+    pub fn all(&self) -> Vec<Arc<Handle>> {
+        let mut all = Vec::new();
+        for part in &self.parts {
+            all.extend(part.lock().values().flatten().cloned());
+        }
+        all
+    }
+
+    fn part(&self, user: &UserKey) -> &Mutex<Part> {
+        &self.parts[self.hasher.hash_one(user) as usize % PARTS]
+    }
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handle::tests::handle;
+
+    #[test]
+    fn old_session_does_not_remove_newer_one() {
+        let registry = Registry::new();
+        let (old, new) = (handle(1), handle(2));
+        registry.insert(old.clone());
+        registry.insert(new.clone());
+        registry.remove(old.user(), old.connection);
+        registry.remove(old.user(), old.connection);
+        assert!(registry.get(new.user(), new.connection).is_some());
+        assert_eq!(registry.all().len(), 1);
+        registry.remove(new.user(), new.connection);
+        assert!(registry.all().is_empty());
+    }
+}

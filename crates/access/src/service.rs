@@ -1,0 +1,324 @@
+//! Puts a node together, keeps its lease and its sessions confirmed, and drains it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use barid_bus::{Producer, Receipts};
+use barid_core::limits::WIRE_NUMBER_MAX;
+use barid_core::{Incarnation, NodeId};
+use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable};
+use barid_runtime::{Condition, Context, Stopped};
+use barid_wire::internal::access_peer_server::AccessPeerServer;
+use barid_wire::internal::access_server::AccessServer;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, sleep_until, timeout_at};
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::auth::Verifier;
+use crate::config::Config;
+use crate::error::Error;
+use crate::grpc::AccessService;
+use crate::handle::Handle;
+use crate::handshake;
+use crate::metrics::Metrics;
+use crate::node::{Node, Parts};
+use crate::peers::Peers;
+use crate::session::Settings;
+
+/// How often the pace of GoAways and confirmations is kept, and readiness looked at.
+const PACE: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_secs(1);
+/// A batch from a dispatcher, at most.
+const BATCH_BYTES_MAX: usize = 16 << 20;
+/// Of the drain period, the share over which devices are told to go; the rest is for those told last.
+const GO_AWAY_SHARE: f64 = 0.6;
+/// Kept of the drain period for what comes after the last session.
+const DRAIN_RESERVE: Duration = Duration::from_millis(500);
+/// Devices that were told to go come back within this, at random.
+const RECONNECT_SPREAD_MS: u32 = 1_000;
+
+/// Runs a node until it is drained.
+///
+/// # Errors
+/// It cannot start.
+pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
+    let redis = context.health.condition("redis");
+    let leased = context.health.condition("lease");
+    let listening = context.health.condition("listener");
+
+    let devices = bind("listen", config.listen).await?;
+    let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
+    let (node, mut lease) = build(&config, &context, &dispatchers).await?;
+    redis.ready();
+    leased.ready();
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(tick(Arc::clone(&node)));
+    tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
+    tasks.spawn(watch_redis(Arc::clone(&node), redis));
+    serve_dispatchers(&mut tasks, &node, dispatchers);
+    context.announce("ws", local(&devices));
+    context.announce_done();
+    let listener = tokio::spawn(handshake::listen(Arc::clone(&node), devices));
+    listening.ready();
+
+    tokio::select! {
+        () = context.shutdown.draining() => (),
+        () = keep_lease(&node, &mut lease, &leased, &config) => (),
+    }
+    listening.failing("draining");
+    lease.set_draining();
+    let cut = drain(&node, &context).await;
+    listener.abort();
+    lease.release().await;
+    flush_receipts(&node, &context).await;
+    tasks.shutdown().await;
+    Ok(match cut {
+        0 => Stopped::Clean,
+        count => Stopped::Cut { what: "sessions".into(), count },
+    })
+}
+
+async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|error| Error::Listen { key, address, error })
+}
+
+fn local(listener: &TcpListener) -> SocketAddr {
+    listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
+}
+
+async fn build(
+    config: &Config,
+    context: &Context,
+    dispatchers: &TcpListener,
+) -> Result<(Arc<Node>, Lease), Error> {
+    let metrics = Metrics::new(&context.metrics)?;
+    let verifier = Verifier::new(&config.auth)?;
+    let receipts = receipts(config, &metrics)?;
+    let mailbox = Mailbox::open(&config.redis, &context.metrics).await?;
+    let grpc = local(dispatchers);
+    context.announce("grpc", grpc);
+    let id = node_id(config, grpc)?;
+    let incarnation = new_incarnation();
+    let ttl = Duration::from_millis(config.lease_ttl_ms);
+    let record = NodeRecord {
+        id: id.clone(),
+        role: NodeRole::Access,
+        address: if config.advertise.is_empty() { grpc.to_string() } else { config.advertise.clone() },
+        incarnation,
+        load: 0,
+        draining: false,
+        zone: config.zone.clone(),
+    };
+    let lease = Lease::acquire(&mailbox, record, ttl).await?;
+    let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, ttl / 4));
+    let settings = Settings {
+        unacked_max: config.limits.unacked_max,
+        page_entries_max: config.sync.page_entries_max,
+        page_bytes_max: config.sync.page_bytes_max,
+    };
+    let node = Node::new(Parts {
+        id,
+        incarnation,
+        mailbox,
+        verifier,
+        metrics,
+        receipts,
+        limits: config.limits.clone(),
+        heartbeat: config.heartbeat.clone(),
+        settings,
+        shutdown: context.shutdown.clone(),
+        peers,
+    });
+    node.verifier.refresh().await;
+    Ok((Arc::new(node), lease))
+}
+
+fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Error> {
+    if !config.receipts {
+        return Ok(None);
+    }
+    let producer = Producer::new(&config.kafka)?;
+    Ok(Some(Receipts::new(producer, &config.kafka, metrics.receipts_dropped.clone())))
+}
+
+/// Names and addresses may not hold the same characters.
+fn node_id(config: &Config, grpc: SocketAddr) -> Result<NodeId, Error> {
+    let made = || format!("access-{}", grpc.to_string().replace([':', '[', ']'], "-"));
+    let name = if config.node.is_empty() { made() } else { config.node.clone() };
+    Ok(NodeId::new(&name)?)
+}
+
+fn new_incarnation() -> Incarnation {
+    Incarnation(rand::random_range(1..=WIRE_NUMBER_MAX))
+}
+
+async fn tick(node: Arc<Node>) {
+    node.tick().await;
+}
+
+async fn keep_keys_fresh(node: Arc<Node>) {
+    let mut look = interval(LOOK);
+    loop {
+        look.tick().await;
+        node.verifier.refresh().await;
+    }
+}
+
+async fn watch_redis(node: Arc<Node>, condition: Condition) {
+    let mut look = interval(LOOK);
+    loop {
+        look.tick().await;
+        match node.mailbox.ping().await {
+            Ok(()) => condition.ready(),
+            Err(error) => condition.failing(error.to_string()),
+        }
+    }
+}
+
+fn serve_dispatchers(tasks: &mut JoinSet<()>, node: &Arc<Node>, listener: TcpListener) {
+    let service = AccessService::new(Arc::clone(node));
+    let deliver = AccessServer::new(service.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .add_service(deliver)
+        .add_service(AccessPeerServer::new(service))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tasks.spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "the gRPC server ended");
+        }
+    });
+}
+
+/// Keeps the node's life and its sessions' routes true. Never returns.
+async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
+    let mut confirming = Confirming::new(config);
+    let mut next = new_incarnation();
+    let mut pace = interval(PACE);
+    let mut look = interval(LOOK);
+    loop {
+        tokio::select! {
+            event = lease.next_event() => match event {
+                LeaseEvent::Lapsed => {
+                    condition.failing("the lease lapsed");
+                    next = new_incarnation();
+                    tracing::warn!(incarnation = next.0, "lease lapsed: a new life begins");
+                    lease.renew_as(next);
+                }
+                LeaseEvent::Renewed => {
+                    // Routes of the new life are written only after its lease.
+                    node.set_incarnation(next);
+                    condition.ready();
+                    confirming.all(node);
+                }
+                LeaseEvent::Reconnected => {
+                    tracing::info!("new connection to redis: confirming sessions");
+                    confirming.all(node);
+                }
+            },
+            _ = pace.tick() => confirming.go_on(node),
+            _ = look.tick() => {
+                lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
+            }
+        }
+    }
+}
+
+/// Confirms sessions at a bounded rate.
+struct Confirming {
+    waiting: VecDeque<Weak<Handle>>,
+    per_pace: usize,
+    urgent_per_pace: usize,
+    every: Duration,
+    next: Instant,
+}
+
+impl Confirming {
+    fn new(config: &Config) -> Self {
+        let every = Duration::from_secs(config.sync.confirm_interval_seconds);
+        let urgent = f64::from(config.sync.confirms_per_second) * PACE.as_secs_f64();
+        Self {
+            waiting: VecDeque::new(),
+            per_pace: 0,
+            urgent_per_pace: (urgent.ceil() as usize).max(1),
+            every,
+            next: Instant::now() + every,
+        }
+    }
+
+    /// All of them, as fast as is allowed.
+    fn all(&mut self, node: &Node) {
+        self.fill(node);
+        self.per_pace = self.urgent_per_pace;
+    }
+
+    fn go_on(&mut self, node: &Node) {
+        if Instant::now() >= self.next && self.waiting.is_empty() {
+            self.fill(node);
+            // Spread over half the interval.
+            let paces = (self.every.as_secs_f64() / 2.0 / PACE.as_secs_f64()).max(1.0);
+            let calm = (self.waiting.len() as f64 / paces).ceil() as usize;
+            self.per_pace = calm.clamp(1, self.urgent_per_pace);
+        }
+        for _ in 0..self.per_pace {
+            let Some(handle) = self.waiting.pop_front() else { return };
+            if let Some(handle) = handle.upgrade() {
+                handle.tell(|inbox| inbox.confirm = true);
+            }
+        }
+    }
+
+    fn fill(&mut self, node: &Node) {
+        self.waiting = node.registry.all().iter().map(Arc::downgrade).collect();
+        self.next = Instant::now() + self.every;
+    }
+}
+
+/// Tells all devices to go, at a steady rate, and waits for them. Returns how many sessions the
+/// deadline cut off.
+async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
+    let begun = Instant::now();
+    let deadline = context.shutdown.deadline().unwrap_or(begun) - DRAIN_RESERVE;
+    let span = deadline.saturating_duration_since(begun).mul_f64(GO_AWAY_SHARE);
+    let handles = node.registry.all();
+    tracing::info!(sessions = handles.len(), spread_ms = span.as_millis() as u64, "telling devices to go");
+    let total = handles.len().max(1) as f64;
+    for (index, handle) in handles.iter().enumerate() {
+        let at = begun + span.mul_f64(index as f64 / total);
+        if at > Instant::now() {
+            sleep_until(at).await;
+        }
+        let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
+        handle.tell(|inbox| inbox.go_away = Some(reconnect_after_ms));
+    }
+    drop(handles);
+    let all_gone = async {
+        let mut look = interval(PACE);
+        while node.metrics.connections.get() > 0 {
+            look.tick().await;
+            // A device whose Hello was under way when draining began.
+            for handle in node.registry.all() {
+                handle.tell(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
+            }
+        }
+    };
+    match timeout_at(deadline, all_gone).await {
+        Ok(()) => 0,
+        Err(_) => u64::try_from(node.metrics.connections.get()).unwrap_or(0),
+    }
+}
+
+async fn flush_receipts(node: &Node, context: &Context) {
+    if let Some(receipts) = &node.receipts {
+        let deadline = context.shutdown.deadline().unwrap_or_else(Instant::now);
+        let left = receipts.flush(deadline).await;
+        if left > 0 {
+            tracing::warn!(left, "receipts not delivered");
+        }
+    }
+}

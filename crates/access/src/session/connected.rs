@@ -1,0 +1,602 @@
+//! A running session: what may be written, what is acknowledged, when to read the mailbox.
+//!
+//! An entry is written only if it follows on what was written: epoch, next position, previous chain.
+//! Everything else ends in a sync: pages read from where the session stands. A contradiction between
+//! what was written and what the mailbox holds is settled by acknowledging again what the device has
+//! acknowledged: the mailbox compares chains, and resets the device if its history was another.
+
+use barid_core::limits::RESENDS_MAX;
+use barid_core::{Chain, CloseCode, Epoch, Generation, Position, ReceiptSet, Seq};
+use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
+use barid_wire::envelope::{self, Envelope, Header, SkipReason};
+use barid_wire::v1::{self, ReceiptKind};
+
+use super::window::{Sent, Wanted, Window};
+use super::{AckPoint, Close, Closing, Effect, Identity, Mark, ReadFrom, Settings, SyncCause};
+use crate::auth::Claims;
+
+/// Payload bytes (unpacked) after which a page's messages go into another frame.
+const FRAME_BYTES: usize = 64 << 10;
+
+/// What became of a push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushed {
+    /// It follows: write it now.
+    Write,
+    /// It follows, and is not for this device: a skip is among the effects.
+    Skipped,
+    /// Not now.
+    Dropped(Dropped),
+}
+
+/// Why a push was not written; a sync brings it unless the device has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dropped {
+    /// The device has it.
+    Known,
+    /// The session is reading its mailbox.
+    Syncing,
+    /// Too much is unacknowledged.
+    Window,
+    /// A position is missing before it.
+    Gap,
+    /// It belongs to another history.
+    Fork,
+}
+
+/// How sure the session is that the mailbox's history is the one that it wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    Sure,
+    /// They contradict each other; the acknowledged position is being compared.
+    Asking,
+    /// The acknowledged position agrees; a sync shows whether the rest does.
+    Checked,
+}
+
+/// A session whose device is connected.
+#[derive(Debug)]
+pub struct Connected {
+    identity: Identity,
+    settings: Settings,
+    epoch: Epoch,
+    generation: Generation,
+    window: Window,
+    /// The last position of the current pass; below `window.high` only in a re-send.
+    at: Mark,
+    /// The newest position heard of.
+    newest: Seq,
+    /// Why the mailbox is to be read.
+    wanted: Option<SyncCause>,
+    reading: bool,
+    /// The page under way belongs to a history that is void.
+    stale_page: bool,
+    /// The acknowledgement under way.
+    acking: Option<Mark>,
+    ack_wanted: bool,
+    trust: Trust,
+    /// Re-sends since the last acknowledgement.
+    resends: u32,
+}
+
+impl Connected {
+    pub(super) fn new(
+        identity: Identity,
+        cursor: Position,
+        newest: Seq,
+        settings: Settings,
+    ) -> Self {
+        let at = mark_of(cursor);
+        Self {
+            identity,
+            settings,
+            epoch: cursor.epoch,
+            generation: cursor.generation,
+            window: Window::new(at),
+            at,
+            newest,
+            wanted: (newest > at.seq).then_some(SyncCause::Connect),
+            reading: false,
+            stale_page: false,
+            acking: None,
+            ack_wanted: false,
+            trust: Trust::Sure,
+            resends: 0,
+        }
+    }
+
+    /// Who is connected.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The generation that frames carry.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Where the device stands, as Welcome and confirmations tell it.
+    pub fn position(&self) -> Position {
+        let acked = self.window.acked();
+        Position {
+            epoch: self.epoch,
+            generation: self.generation,
+            seq: acked.seq,
+            chain: Some(acked.chain),
+        }
+    }
+
+    /// Whether nothing is unacknowledged and nothing is being read.
+    pub fn is_settled(&self) -> bool {
+        self.window.is_empty() && !self.reading && self.acking.is_none() && !self.ack_wanted
+    }
+
+    /// An entry came from a dispatcher.
+    pub fn push(
+        &mut self,
+        header: &Header,
+        entry: &Envelope,
+        now_ms: u64,
+        out: &mut Vec<Effect>,
+    ) -> Pushed {
+        if header.epoch != self.epoch {
+            self.contradicted(out);
+            return Pushed::Dropped(Dropped::Fork);
+        }
+        if header.seq <= self.at.seq.max(self.window.high().seq) {
+            return match self.window.chain_at(header.seq) {
+                Some(chain) if chain != header.chain => {
+                    self.contradicted(out);
+                    Pushed::Dropped(Dropped::Fork)
+                }
+                _ => Pushed::Dropped(Dropped::Known),
+            };
+        }
+        self.newest = self.newest.max(header.seq);
+        if self.reading || self.wanted.is_some() || self.trust == Trust::Asking {
+            return Pushed::Dropped(Dropped::Syncing);
+        }
+        if header.seq != self.at.seq.next() {
+            self.wanted = Some(SyncCause::Gap);
+            return Pushed::Dropped(Dropped::Gap);
+        }
+        if header.prev_chain != self.at.chain {
+            self.contradicted(out);
+            return Pushed::Dropped(Dropped::Fork);
+        }
+        if self.window.len() >= self.settings.unacked_max {
+            self.wanted = Some(SyncCause::Window);
+            return Pushed::Dropped(Dropped::Window);
+        }
+        match self.take(header, entry, now_ms, out) {
+            None => Pushed::Write,
+            Some(why) => {
+                out.push(Effect::Skip { to: self.at, why });
+                Pushed::Skipped
+            }
+        }
+    }
+
+    /// The node dropped pushes.
+    pub fn missed(&mut self) {
+        self.want(SyncCause::Overflow);
+    }
+
+    /// A page came back.
+    pub fn page(&mut self, page: Page, now_ms: u64, out: &mut Vec<Effect>) {
+        self.reading = false;
+        if std::mem::take(&mut self.stale_page) {
+            return;
+        }
+        if page.epoch != self.epoch || page.newest < self.window.acked().seq {
+            return self.contradicted(out);
+        }
+        let before = self.at;
+        if page.oldest > self.at.seq.next() {
+            let to = Mark { seq: Seq(page.oldest.0 - 1), chain: page.chain_before_oldest };
+            self.skip_to(to);
+            out.push(Effect::Skip { to, why: SkipReason::Evicted });
+        }
+        if !self.write_page(page.entries, now_ms, out) {
+            return self.contradicted(out);
+        }
+        self.trust = Trust::Sure;
+        self.after_page(before, page.newest, out);
+    }
+
+    fn after_page(&mut self, before: Mark, newest: Seq, out: &mut Vec<Effect>) {
+        let full = self.window.len() >= self.settings.unacked_max;
+        if self.at == before && !full {
+            if self.at.seq < newest {
+                let text = "the mailbox has an entry that cannot be read";
+                out.push(Effect::Close(Close::new(CloseCode::Overloaded, text)));
+            }
+            // What a push told of was forgotten since, or this read ran before it: in the second
+            // case the retry timer brings it.
+            self.newest = newest;
+        }
+        self.newest = self.newest.max(newest);
+        if self.at.seq < self.newest {
+            self.want(if full { SyncCause::Window } else { SyncCause::Gap });
+        }
+    }
+
+    /// Writes what follows; false where the page contradicts what was written.
+    fn write_page(
+        &mut self,
+        entries: Vec<bytes::Bytes>,
+        now_ms: u64,
+        out: &mut Vec<Effect>,
+    ) -> bool {
+        let mut batch = Batch::default();
+        let mut follows = true;
+        for bytes in entries {
+            // An entry whose body is broken still has its place: it is skipped.
+            let Ok(header) = Header::parse(&bytes) else { break };
+            if header.seq <= self.at.seq {
+                continue;
+            }
+            let known = self.window.chain_at(header.seq);
+            follows = header.seq == self.at.seq.next()
+                && header.prev_chain == self.at.chain
+                && known.is_none_or(|chain| chain == header.chain);
+            let first = header.seq > self.window.high().seq;
+            if !follows || first && self.window.len() >= self.settings.unacked_max {
+                break;
+            }
+            match envelope::decode(bytes) {
+                Ok((_, entry)) => match self.take(&header, &entry, now_ms, out) {
+                    None => batch.deliver(entry, out),
+                    Some(why) => batch.skip(self.at, why, out),
+                },
+                Err(_) => {
+                    self.skip_to(mark_at(&header));
+                    batch.skip(self.at, SkipReason::Unspecified, out);
+                }
+            }
+        }
+        batch.finish(out);
+        follows
+    }
+
+    /// Moves over an entry that follows. Returns why it is skipped, `None` if it is delivered.
+    fn take(
+        &mut self,
+        header: &Header,
+        entry: &Envelope,
+        now_ms: u64,
+        out: &mut Vec<Effect>,
+    ) -> Option<SkipReason> {
+        let mark = mark_at(header);
+        if let Some(why) = self.skips(entry, now_ms) {
+            self.skip_to(mark);
+            if why == SkipReason::Expired {
+                let wanted = wanted(entry);
+                self.receipt(ReceiptSet::EXPIRED, wanted.as_deref(), mark.seq, now_ms, out);
+            }
+            return Some(why);
+        }
+        self.at = mark;
+        if mark.seq > self.window.high().seq {
+            let wanted = wanted(entry);
+            self.receipt(ReceiptSet::SENT, wanted.as_deref(), mark.seq, now_ms, out);
+            self.window.sent(Sent { mark, to: mark, written_ms: now_ms, receipt: wanted });
+        }
+        None
+    }
+
+    fn skips(&self, entry: &Envelope, now_ms: u64) -> Option<SkipReason> {
+        if entry.voided() != SkipReason::Unspecified {
+            return Some(entry.voided());
+        }
+        if !entry.device.is_empty() && entry.device != self.identity.device.as_str() {
+            return Some(SkipReason::OtherDevice);
+        }
+        envelope::expired(entry, now_ms).then_some(SkipReason::Expired)
+    }
+
+    /// Moves over positions that the device is not shown. Messages among them that were written
+    /// before (in a re-send's pass) need no acknowledgement any longer.
+    fn skip_to(&mut self, to: Mark) {
+        let gone = |sent: &Sent| sent.mark.seq > self.at.seq && sent.mark.seq <= to.seq;
+        let gone: Vec<Seq> =
+            self.window.iter().filter(|sent| gone(sent)).map(|sent| sent.mark.seq).collect();
+        for seq in gone {
+            self.ack_wanted |= self.window.withdraw(seq);
+        }
+        if to.seq > self.window.high().seq {
+            self.ack_wanted |= self.window.skipped(to);
+        }
+        self.at = to;
+    }
+
+    /// An entry that was to be delivered cannot be encoded: it is skipped after all.
+    pub fn undeliverable(&mut self, seq: Seq) -> Effect {
+        let chain = self.window.chain_at(seq).unwrap_or_default();
+        self.ack_wanted |= self.window.withdraw(seq);
+        Effect::Skip { to: Mark { seq, chain }, why: SkipReason::Unspecified }
+    }
+
+    /// The device acknowledged. Returns how long each message was under way, ms.
+    pub fn ack(&mut self, ack: &v1::Ack, now_ms: u64, out: &mut Vec<Effect>) -> Vec<u64> {
+        let current = ack.generation.is_none_or(|generation| generation == self.generation.0);
+        let mut times = Vec::new();
+        if !current || !ack.mailbox.is_empty() {
+            return times;
+        }
+        let mut receipts = Vec::new();
+        let moved = self.window.ack(Seq(ack.seq), |sent| {
+            times.push(now_ms.saturating_sub(sent.written_ms));
+            if let Some(wanted) = sent.receipt {
+                receipts.push((wanted, sent.mark.seq));
+            }
+        });
+        for (wanted, seq) in receipts {
+            self.receipt(ReceiptSet::ACKED, Some(&wanted), seq, now_ms, out);
+        }
+        if moved {
+            self.ack_wanted = true;
+            self.resends = 0;
+            if self.at.seq < self.window.acked().seq {
+                self.at = self.window.acked();
+            }
+        }
+        times
+    }
+
+    /// The mailbox answered an acknowledgement.
+    pub fn acked(&mut self, outcome: AckOutcome, out: &mut Vec<Effect>) {
+        self.acking = None;
+        match outcome {
+            AckOutcome::Advanced { .. } => {
+                if self.trust == Trust::Asking {
+                    self.trust = Trust::Checked;
+                    self.at = self.window.acked();
+                    self.want(SyncCause::Fork);
+                }
+            }
+            AckOutcome::Reset { cursor } => self.start_over(cursor, out),
+            // This session's generation is the only one that it ever acknowledges under, so the
+            // mailbox reset the device and the answer was lost. A new Hello learns where it stands.
+            AckOutcome::Stale => {
+                out.push(Effect::Close(Close::new(CloseCode::Overloaded, "positions start anew")));
+            }
+        }
+    }
+
+    fn start_over(&mut self, cursor: Position, out: &mut Vec<Effect>) {
+        self.epoch = cursor.epoch;
+        self.generation = cursor.generation;
+        self.at = mark_of(cursor);
+        self.window = Window::new(self.at);
+        self.newest = self.at.seq;
+        self.stale_page = self.reading;
+        self.ack_wanted = false;
+        self.trust = Trust::Sure;
+        self.resends = 0;
+        out.push(Effect::Welcome);
+        self.want(SyncCause::Fork);
+    }
+
+    /// The retry timer was due. `flushed`: the socket took everything so far. Returns whether it is
+    /// a re-send of something.
+    pub fn resend(&mut self, flushed: bool, now_ms: u64, out: &mut Vec<Effect>) -> bool {
+        let blocked = self.wanted == Some(SyncCause::Window);
+        if self.reading || !flushed || self.trust == Trust::Asking {
+            return false; // it is being written to
+        }
+        if self.window.is_empty() {
+            // The mailbox thinks that it is behind: a push was lost, or an acknowledgement.
+            self.ack_wanted = true;
+            self.want(SyncCause::Resend);
+            return false;
+        }
+        if self.wanted.is_some() && !blocked {
+            return false;
+        }
+        if self.resends >= RESENDS_MAX {
+            self.exhaust(now_ms, out);
+            return false;
+        }
+        self.resends += 1;
+        self.at = self.window.acked();
+        self.wanted = Some(SyncCause::Resend);
+        true
+    }
+
+    fn exhaust(&mut self, now_ms: u64, out: &mut Vec<Effect>) {
+        for sent in self.window.iter() {
+            let wanted = sent.receipt.as_deref();
+            self.receipt(ReceiptSet::EXHAUSTED, wanted, sent.mark.seq, now_ms, out);
+        }
+        let text = "five re-sends were not acknowledged";
+        out.push(Effect::Close(Close::new(CloseCode::AckTimeout, text)));
+    }
+
+    /// The mailbox answered a confirmation.
+    pub fn confirmed(&mut self, outcome: ConfirmOutcome, out: &mut Vec<Effect>) {
+        match outcome {
+            ConfirmOutcome::Superseded => {
+                let text = "a newer connection of this device took over";
+                out.push(Effect::Close(Close::new(CloseCode::Replaced, text)));
+            }
+            ConfirmOutcome::Confirmed { epoch, newest, .. } => {
+                if epoch != self.epoch || newest < self.window.acked().seq {
+                    self.contradicted(out);
+                } else if newest > self.newest.max(self.at.seq) {
+                    self.want(SyncCause::Confirm);
+                }
+            }
+        }
+    }
+
+    /// A new token.
+    ///
+    /// # Errors
+    /// It is somebody else's.
+    pub fn refresh(&self, claims: &Claims) -> Result<(), Close> {
+        let device = claims.device.as_ref().is_none_or(|device| *device == self.identity.device);
+        if claims.user == self.identity.user && device {
+            return Ok(());
+        }
+        Err(Close::new(CloseCode::BadToken, "the new token is for another app, user or device"))
+    }
+
+    /// What to read now. `flushed`: everything written so far has left.
+    pub fn next_read(&mut self, flushed: bool) -> Option<(ReadFrom, SyncCause)> {
+        if self.reading || !flushed || self.trust == Trust::Asking {
+            return None;
+        }
+        let cause = self.wanted?;
+        let resending = self.at.seq < self.window.high().seq;
+        let room = self.settings.unacked_max.saturating_sub(self.window.len());
+        // A window that was full is half empty before it is filled again: pages, not single entries.
+        let enough = if cause == SyncCause::Window { self.settings.unacked_max / 2 } else { 1 };
+        if !resending && room < enough.max(1) {
+            self.wanted = Some(SyncCause::Window);
+            return None;
+        }
+        let room = if resending { u32::MAX } else { u32::try_from(room).unwrap_or(u32::MAX) };
+        self.wanted = None;
+        self.reading = true;
+        let read = ReadFrom {
+            after: self.at.seq,
+            entries_max: self.settings.page_entries_max.min(room),
+            bytes_max: self.settings.page_bytes_max,
+        };
+        Some((read, cause))
+    }
+
+    /// What to acknowledge now.
+    pub fn next_ack(&mut self) -> Option<AckPoint> {
+        if self.acking.is_some() || !self.ack_wanted {
+            return None;
+        }
+        self.ack_wanted = false;
+        let mark = self.window.acked();
+        self.acking = Some(mark);
+        Some(AckPoint { epoch: self.epoch, generation: self.generation, mark })
+    }
+
+    /// Ends the session.
+    pub fn close(self, close: Option<Close>) -> Closing {
+        let mark = self.window.acked();
+        let owed = self.ack_wanted || self.acking.is_some();
+        let ack = owed.then_some(AckPoint { epoch: self.epoch, generation: self.generation, mark });
+        Closing { identity: self.identity, ack, close }
+    }
+
+    fn want(&mut self, cause: SyncCause) {
+        self.wanted.get_or_insert(cause);
+    }
+
+    /// The mailbox's history is not the one that was written.
+    fn contradicted(&mut self, out: &mut Vec<Effect>) {
+        match self.trust {
+            Trust::Sure => {
+                self.trust = Trust::Asking;
+                self.ack_wanted = true;
+            }
+            Trust::Asking => (),
+            // What the device acknowledged is true, what it was sent since is not. It has to say
+            // itself what it has: its next Hello names position and chain.
+            Trust::Checked => {
+                let text = "the mailbox's history changed behind what was sent";
+                out.push(Effect::Close(Close::new(CloseCode::Overloaded, text)));
+            }
+        }
+    }
+
+    fn receipt(
+        &self,
+        kind: ReceiptSet,
+        wanted: Option<&Wanted>,
+        seq: Seq,
+        now_ms: u64,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(wanted) = wanted.filter(|wanted| ReceiptSet(wanted.receipts).wants(kind)) else {
+            return;
+        };
+        let mut receipt = v1::Receipt {
+            id: wanted.id.clone(),
+            app: self.identity.user.app.to_string(),
+            user: self.identity.user.user.to_string(),
+            device: self.identity.device.to_string(),
+            seq: seq.0,
+            at_ms: now_ms,
+            traceparent: wanted.traceparent.clone(),
+            ..Default::default()
+        };
+        receipt.set_kind(match kind {
+            ReceiptSet::SENT => ReceiptKind::Sent,
+            ReceiptSet::ACKED => ReceiptKind::Acked,
+            ReceiptSet::EXPIRED => ReceiptKind::Expired,
+            _ => ReceiptKind::Exhausted,
+        });
+        out.push(Effect::Receipt(Box::new(receipt)));
+    }
+}
+
+/// Neighbouring entries of a page, on their way into as few frames as is sensible.
+#[derive(Default)]
+struct Batch {
+    entries: Vec<Envelope>,
+    bytes: usize,
+    skip: Option<(Mark, SkipReason)>,
+}
+
+impl Batch {
+    fn deliver(&mut self, entry: Envelope, out: &mut Vec<Effect>) {
+        if let Some((to, why)) = self.skip.take() {
+            out.push(Effect::Skip { to, why });
+        }
+        self.bytes += entry.payload.len().max(entry.raw_bytes as usize);
+        self.entries.push(entry);
+        if self.bytes >= FRAME_BYTES {
+            self.flush_entries(out);
+        }
+    }
+
+    fn skip(&mut self, to: Mark, why: SkipReason, out: &mut Vec<Effect>) {
+        self.flush_entries(out);
+        if let Some((earlier, other)) = self.skip.replace((to, why))
+            && other != why
+        {
+            out.push(Effect::Skip { to: earlier, why: other });
+        }
+    }
+
+    fn flush_entries(&mut self, out: &mut Vec<Effect>) {
+        if !self.entries.is_empty() {
+            out.push(Effect::Deliver(std::mem::take(&mut self.entries)));
+            self.bytes = 0;
+        }
+    }
+
+    fn finish(mut self, out: &mut Vec<Effect>) {
+        self.flush_entries(out);
+        if let Some((to, why)) = self.skip {
+            out.push(Effect::Skip { to, why });
+        }
+    }
+}
+
+fn mark_of(position: Position) -> Mark {
+    Mark { seq: position.seq, chain: position.chain.unwrap_or(Chain::START) }
+}
+
+fn mark_at(header: &Header) -> Mark {
+    Mark { seq: header.seq, chain: header.chain }
+}
+
+fn wanted(entry: &Envelope) -> Option<Box<Wanted>> {
+    let any = ReceiptSet::SENT.0 | ReceiptSet::ACKED.0 | ReceiptSet::EXPIRED.0 | ReceiptSet::EXHAUSTED.0;
+    (entry.receipts & any != 0).then(|| {
+        Box::new(Wanted {
+            id: entry.id.clone(),
+            receipts: entry.receipts,
+            traceparent: entry.traceparent.clone(),
+        })
+    })
+}

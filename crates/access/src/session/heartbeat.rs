@@ -1,0 +1,156 @@
+//! When to ping, when a connection counts as dead, when its token is over, when it has to leave.
+//! Seconds of the node's coarse clock; nothing here runs on traffic but two stores.
+
+/// Seconds.
+pub type Seconds = u32;
+
+/// What is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    /// Nothing.
+    Nothing,
+    /// Ping the device.
+    Ping,
+    /// Nothing was heard from it for too long.
+    Dead,
+    /// Its token's time is over.
+    Expired,
+    /// It was told to go, and time is up.
+    Leave,
+}
+
+/// The times of one connection.
+#[derive(Debug, Clone)]
+pub struct Heartbeat {
+    interval: Seconds,
+    patience: Seconds,
+    heard: Seconds,
+    written: Seconds,
+    pinged: Option<Seconds>,
+    expires: Seconds,
+    leaves: Option<Seconds>,
+}
+
+impl Heartbeat {
+    /// Pings where a direction was silent for `interval`; gives up `patience` after a ping.
+    pub fn new(interval: Seconds, patience: Seconds, now: Seconds, expires: Seconds) -> Self {
+        Self {
+            interval,
+            patience,
+            heard: now,
+            written: now,
+            pinged: None,
+            expires,
+            leaves: None,
+        }
+    }
+
+    /// Something came from the device.
+    pub fn heard(&mut self, now: Seconds) {
+        self.heard = now;
+        self.pinged = None;
+    }
+
+    /// Something was written to the device.
+    pub fn written(&mut self, now: Seconds) {
+        self.written = now;
+    }
+
+    /// The token now holds until `expires`.
+    pub fn expires(&mut self, expires: Seconds) {
+        self.expires = expires;
+    }
+
+    /// The connection ends at `at` at the latest.
+    pub fn leave(&mut self, at: Seconds) {
+        self.leaves = Some(self.leaves.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    /// Whether it was told to go.
+    pub fn is_leaving(&self) -> bool {
+        self.leaves.is_some()
+    }
+
+    /// What is due now. A ping is taken as sent.
+    pub fn tick(&mut self, now: Seconds) -> Beat {
+        if self.leaves.is_some_and(|at| now >= at) {
+            return Beat::Leave;
+        }
+        if now >= self.expires {
+            return Beat::Expired;
+        }
+        match self.pinged {
+            Some(at) if now >= at + self.patience => Beat::Dead,
+            None if now >= self.quiet_since() + self.interval => {
+                self.pinged = Some(now);
+                self.written = now;
+                Beat::Ping
+            }
+            _ => Beat::Nothing,
+        }
+    }
+
+    /// When to tick next.
+    pub fn due(&self) -> Seconds {
+        let beat = match self.pinged {
+            Some(at) => at + self.patience,
+            None => self.quiet_since() + self.interval,
+        };
+        beat.min(self.expires).min(self.leaves.unwrap_or(Seconds::MAX))
+    }
+
+    fn quiet_since(&self) -> Seconds {
+        self.heard.min(self.written)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_connection_is_pinged_then_dead() {
+        let mut beat = Heartbeat::new(25, 10, 0, 1000);
+        assert_eq!((beat.due(), beat.tick(24)), (25, Beat::Nothing));
+        assert_eq!((beat.tick(25), beat.due()), (Beat::Ping, 35));
+        assert_eq!(beat.tick(34), Beat::Nothing);
+        assert_eq!(beat.tick(35), Beat::Dead);
+    }
+
+    #[test]
+    fn an_answer_keeps_it_and_traffic_in_both_directions_needs_no_ping() {
+        let mut beat = Heartbeat::new(25, 10, 0, 1000);
+        assert_eq!(beat.tick(25), Beat::Ping);
+        beat.heard(26);
+        assert_eq!((beat.tick(40), beat.due()), (Beat::Nothing, 50));
+        beat.heard(49);
+        beat.written(49);
+        assert_eq!((beat.tick(50), beat.due()), (Beat::Nothing, 74));
+    }
+
+    #[test]
+    fn a_device_that_only_listens_is_pinged_so_that_it_can_be_heard() {
+        let mut beat = Heartbeat::new(25, 10, 0, 1000);
+        (1..25).for_each(|now| beat.written(now));
+        assert_eq!(beat.tick(25), Beat::Ping);
+    }
+
+    #[test]
+    fn tokens_end_connections_and_new_ones_prolong_them() {
+        let mut beat = Heartbeat::new(25, 10, 0, 5);
+        assert_eq!(beat.due(), 5);
+        beat.expires(100);
+        assert_eq!(beat.tick(5), Beat::Nothing);
+        beat.heard(99);
+        beat.written(99);
+        assert_eq!(beat.tick(100), Beat::Expired);
+    }
+
+    #[test]
+    fn who_was_told_to_go_goes() {
+        let mut beat = Heartbeat::new(25, 10, 0, 100);
+        beat.leave(7);
+        beat.leave(9);
+        assert_eq!((beat.due(), beat.tick(6), beat.tick(7)), (7, Beat::Nothing, Beat::Leave));
+    }
+}

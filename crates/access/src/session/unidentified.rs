@@ -1,0 +1,135 @@
+//! Before a session: the token is valid, but nobody said Hello.
+
+use std::sync::Arc;
+
+use barid_core::limits::{PLATFORM_BYTES_MAX, SDK_BYTES_MAX};
+use barid_core::{Attempt, Chain, CloseCode, DeviceId, Epoch, Generation, Position, Seq, SessionRef};
+use barid_mailbox::{ConnectOutcome, ConnectRequest};
+use barid_wire::frames::ClientFrame;
+use barid_wire::v1;
+
+use super::{Close, Connected, Identity, Settings};
+use crate::auth::Claims;
+
+/// A connection whose token is valid and whose first frame is awaited.
+#[derive(Debug)]
+pub struct Unidentified {
+    claims: Claims,
+    handshake_ms: u64,
+}
+
+/// A device that said Hello, on its way to its mailbox.
+#[derive(Debug)]
+pub struct Connecting {
+    /// Who it is.
+    pub identity: Identity,
+    /// It unpacks zstd.
+    pub accepts_zstd: bool,
+    /// It wants Ping frames.
+    pub visible_pings: bool,
+    position: Option<Position>,
+}
+
+impl Unidentified {
+    /// A handshake succeeded at `handshake_ms` (Unix epoch).
+    pub fn new(claims: Claims, handshake_ms: u64) -> Self {
+        Self { claims, handshake_ms }
+    }
+
+    /// Takes the first frame.
+    ///
+    /// # Errors
+    /// It is not a Hello, or not one for this token.
+    pub fn frame(self, frame: ClientFrame) -> Result<Connecting, Close> {
+        let ClientFrame::Hello(hello) = frame else {
+            return Err(bad("the first frame is hello"));
+        };
+        let device = self.device(&hello)?;
+        check_length("platform", &hello.platform, PLATFORM_BYTES_MAX)?;
+        check_length("sdk", &hello.sdk, SDK_BYTES_MAX)?;
+        let attempt = if hello.attempt == 0 { self.handshake_ms } else { hello.attempt };
+        let position = hello.positions.iter().find(|position| position.mailbox.is_empty());
+        Ok(Connecting {
+            identity: Identity {
+                user: self.claims.user,
+                device,
+                attempt: Attempt(attempt),
+                platform: Arc::from(hello.platform.as_str()),
+            },
+            accepts_zstd: hello.accepts_zstd,
+            visible_pings: hello.visible_pings,
+            position: position.map(position_of),
+        })
+    }
+
+    fn device(&self, hello: &v1::Hello) -> Result<DeviceId, Close> {
+        match (&self.claims.device, hello.device.as_str()) {
+            (Some(device), "") => Ok(device.clone()),
+            (Some(device), named) if device.as_str() != named => {
+                Err(bad("hello names another device than the token"))
+            }
+            (Some(device), _) => Ok(device.clone()),
+            (None, "") => Err(bad("hello names no device, and neither does the token")),
+            (None, named) => DeviceId::new(named).map_err(|error| bad(error.to_string())),
+        }
+    }
+}
+
+impl Connecting {
+    /// What to ask the mailbox.
+    pub fn request(&self, session: SessionRef) -> ConnectRequest {
+        ConnectRequest {
+            user: self.identity.user.clone(),
+            device: self.identity.device.clone(),
+            session,
+            attempt: self.identity.attempt,
+            platform: self.identity.platform.clone(),
+            position: self.position,
+        }
+    }
+
+    /// Takes the mailbox's answer; also returns the session that this one took over from.
+    ///
+    /// # Errors
+    /// The device may not connect now.
+    pub fn answered(
+        self,
+        outcome: ConnectOutcome,
+        settings: Settings,
+    ) -> Result<(Connected, Option<SessionRef>), Close> {
+        match outcome {
+            ConnectOutcome::Connected { cursor, newest, replaced, reset: _ } => {
+                Ok((Connected::new(self.identity, cursor, newest, settings), replaced))
+            }
+            ConnectOutcome::Superseded => {
+                Err(Close::new(CloseCode::Replaced, "a newer connection of this device is known"))
+            }
+            ConnectOutcome::TooManyDevices => {
+                Err(Close::new(CloseCode::Limit, "this user has as many devices as it may have"))
+            }
+            ConnectOutcome::TooLate => {
+                Err(Close::new(CloseCode::Overloaded, "the mailbox answered too late"))
+            }
+        }
+    }
+}
+
+fn position_of(position: &v1::Position) -> Position {
+    Position {
+        epoch: Epoch(position.epoch),
+        generation: Generation(position.generation),
+        seq: Seq(position.seq),
+        chain: position.chain.map(Chain),
+    }
+}
+
+fn check_length(name: &str, text: &str, bytes_max: usize) -> Result<(), Close> {
+    if text.len() <= bytes_max {
+        return Ok(());
+    }
+    Err(bad(format!("hello.{name} has {} bytes, the limit is {bytes_max}", text.len())))
+}
+
+fn bad(text: impl Into<std::borrow::Cow<'static, str>>) -> Close {
+    Close::new(CloseCode::BadFrame, text)
+}
