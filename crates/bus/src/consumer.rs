@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,6 +80,8 @@ pub enum Event {
     Committed(Result<(), Error>),
     /// Something is wrong, or was: no broker, an unknown topic, a lost coordinator. librdkafka tries on.
     Trouble(Error),
+    /// This member cannot go on (fenced by another with its name, not allowed): end the process.
+    Fatal(String),
 }
 
 /// Takes records.
@@ -116,6 +119,9 @@ pub struct Assigned {
     /// The topic's id (base64); its name where the broker gives none.
     pub topic_id: Arc<str>,
 }
+
+/// Topics' ids by name, on their way; does not borrow the consumer.
+pub type TopicIds = Pin<Box<dyn Future<Output = Result<HashMap<String, String>, Error>> + Send>>;
 
 /// A member of the group.
 pub struct Consumer<State = Consuming> {
@@ -192,24 +198,6 @@ impl Consumer<Consuming> {
         out.len() - before
     }
 
-    /// Goes back, or on, to an offset: the next record taken is the first at or after it. What was
-    /// prefetched is dropped. Blocks for up to `timeout` (a few ms where the broker answers).
-    ///
-    /// # Errors
-    /// The partition is not assigned, or it took too long.
-    pub async fn seek(&self, partition: &Partition, offset: i64) -> Result<(), Error> {
-        let inner = Arc::clone(&self.core.inner);
-        let partition = partition.clone();
-        let seek = move || {
-            let mut list = TopicPartitionList::new();
-            let offset = if offset <= 0 { Offset::Beginning } else { Offset::Offset(offset) };
-            list.add_partition_offset(&partition.topic, partition.number, offset)?;
-            let list = inner.seek_partitions(list, Duration::from_secs(5))?;
-            list.elements().iter().try_for_each(|element| element.error())
-        };
-        blocking(seek).await?.map_err(Error::from)
-    }
-
     /// Takes no more records from now on.
     pub fn drain(self) -> Consumer<Draining> {
         Consumer { core: self.core, state: PhantomData }
@@ -269,6 +257,24 @@ impl<State> Consumer<State> {
     /// A handle for waiting while the consumer itself is in use: what [`Self::ready`] awaits.
     pub fn bell(&self) -> Arc<Notify> {
         Arc::clone(&self.core.bell)
+    }
+
+    /// Goes back, or on, to an offset: the next record taken is the first at or after it. What was
+    /// prefetched is dropped. Blocks for up to `timeout` (a few ms where the broker answers).
+    ///
+    /// # Errors
+    /// The partition is not assigned, or it took too long.
+    pub async fn seek(&self, partition: &Partition, offset: i64) -> Result<(), Error> {
+        let inner = Arc::clone(&self.core.inner);
+        let partition = partition.clone();
+        let seek = move || {
+            let mut list = TopicPartitionList::new();
+            let offset = if offset <= 0 { Offset::Beginning } else { Offset::Offset(offset) };
+            list.add_partition_offset(&partition.topic, partition.number, offset)?;
+            let list = inner.seek_partitions(list, Duration::from_secs(5))?;
+            list.elements().iter().try_for_each(|element| element.error())
+        };
+        blocking(seek).await?.map_err(Error::from)
     }
 
     /// Accepts partitions, each from its committed offset; from the log's start where that belongs to
@@ -363,10 +369,11 @@ impl<State> Consumer<State> {
     ///
     /// # Errors
     /// None answered in time.
-    pub async fn topic_ids(&self) -> Result<HashMap<String, String>, Error> {
+    pub fn topic_ids(&self) -> TopicIds {
         let inner = Arc::clone(&self.core.inner);
         let topics: Vec<String> = self.core.topics.iter().map(|t| t.to_string()).collect();
-        blocking(move || ffi::topic_ids(inner.client(), &topics, Duration::from_secs(5))).await?
+        let ask = move || ffi::topic_ids(inner.client(), &topics, Duration::from_secs(5));
+        Box::pin(async move { blocking(ask).await? })
     }
 
     /// Whether the group balances by the classic protocol.
@@ -415,12 +422,12 @@ impl Core {
             Told::Revoke { partitions, lost } => {
                 Event::Revoked { partitions: self.partitions(partitions), lost }
             }
-            Told::Committed(Err(error), _)
+            Told::Committed(Err(error))
                 if error.rdkafka_error_code() == Some(RDKafkaErrorCode::NoOffset) =>
             {
                 Event::Committed(Ok(()))
             }
-            Told::Committed(result, _) => Event::Committed(result.map_err(Error::from)),
+            Told::Committed(result) => Event::Committed(result.map_err(Error::from)),
         }
     }
 
@@ -447,7 +454,7 @@ impl Core {
         );
         let auto = self.config.group_protocol == GroupProtocol::Auto;
         if !(unsupported && auto && !self.classic && !self.was_assigned) {
-            return Some(Event::Trouble(Error::Refused(format!("{code}: {reason}"))));
+            return Some(Event::Fatal(format!("{code}: {reason}")));
         }
         tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
         let topics: Vec<&str> = self.topics.iter().map(|topic| &**topic).collect();

@@ -45,7 +45,7 @@ pub(crate) enum Told {
     /// These are to be given back; `lost`: they already belong to somebody else.
     Revoke { partitions: Vec<(String, i32)>, lost: bool },
     /// A commit was answered.
-    Committed(Result<(), KafkaError>, Vec<(String, i32, i64)>),
+    Committed(Result<(), KafkaError>),
 }
 
 /// A consumer's callbacks. It does not answer a rebalance itself: librdkafka holds the partitions
@@ -115,14 +115,8 @@ impl ConsumerContext for Callbacks {
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let offset = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
-            let offset = element.offset().to_raw().unwrap_or(-1);
-            (element.topic().to_owned(), element.partition(), offset)
-        };
-        let result =
-            result.and_then(|()| offsets.elements().iter().try_for_each(|element| element.error()));
-        let offsets = offsets.elements().iter().map(offset).collect();
-        self.told.lock().push_back(Told::Committed(result, offsets));
+        let each = || offsets.elements().iter().try_for_each(|element| element.error());
+        self.told.lock().push_back(Told::Committed(result.and_then(|()| each())));
     }
 }
 

@@ -212,10 +212,8 @@ async fn one_stopped_node_delays_no_other() {
     let dropped = cluster.metrics.pushes.with_label_values(&["full"]).get();
     assert!(dropped > 1000, "the stopped node's queue is bounded: {dropped} dropped");
     // A re-send that finds the queue full is told, so that its claim is given back.
-    let resends = vec![
-        resend("alice", "phone", "stopped", 1, 1),
-        resend("bob", "phone", "well", 1, 1),
-    ];
+    let resends =
+        vec![resend("alice", "phone", "stopped", 1, 1), resend("bob", "phone", "well", 1, 1)];
     let reply = caller.dispatch(DispatchBatch { resends, ..Default::default() }).await;
     assert_eq!(reply.unreachable, [0]);
     assert_eq!(well.resends(1).await[0].attempt, 2);
@@ -238,7 +236,11 @@ async fn a_resend_goes_only_to_the_session_that_still_has_the_route() {
         resend("erin", "phone", "a", 1, 1),
     ];
     let reply = caller.dispatch(DispatchBatch { resends, ..Default::default() }).await;
-    assert_eq!(reply.unreachable, [2, 3], "nodes that cannot be reached, not sessions that are over");
+    assert_eq!(
+        reply.unreachable,
+        [2, 3],
+        "nodes that cannot be reached, not sessions that are over"
+    );
     let at_a = a.resends(1).await;
     assert_eq!((at_a.len(), at_a[0].connection, at_a[0].device.as_str()), (1, 2, "phone"));
     assert!(cluster.routes.removed.lock().is_empty(), "as far as is known those nodes live");
@@ -275,11 +277,12 @@ async fn what_a_node_calls_gone_loses_its_route() {
 #[tokio::test]
 async fn routes_of_a_life_that_is_over_for_long_are_not_used_and_removed() {
     let a = FakeNode::start().await;
-    let void_since: VoidSince = Arc::new(|node, incarnation| match (node.as_str(), incarnation.0) {
-        ("a", 1) => Some(Duration::MAX), // its newer life is there
-        ("b", 1) => Some(Duration::from_secs(599)),
-        _ => None,
-    });
+    let void_since: VoidSince =
+        Arc::new(|node, incarnation| match (node.as_str(), incarnation.0) {
+            ("a", 1) => Some(Duration::MAX), // its newer life is there
+            ("b", 1) => Some(Duration::from_secs(599)),
+            _ => None,
+        });
     let cluster = Cluster::start(LinkConfig::default(), void_since).await;
     cluster.follow(&[("a", 2, &a)]).await;
     cluster.route("alice", "phone", "a", 1, 5);

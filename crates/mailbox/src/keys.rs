@@ -7,6 +7,14 @@ use crate::UserKey;
 /// Shard count and schema version.
 pub(crate) const META: &str = "barid:meta";
 
+/// Ids of nodes, scored by when their leases end.
+pub(crate) const NODES: &str = "barid:nodes";
+
+/// A node's lease.
+pub(crate) fn node(id: &str) -> String {
+    format!("barid:node:{id}")
+}
+
 pub(crate) fn head(shard: Shard, app: &AppId, user: &UserId) -> String {
     format!("{{{shard}}}:h:u:{app}:{user}")
 }
@@ -25,6 +33,13 @@ pub(crate) fn timers(shard: Shard) -> String {
 
 pub(crate) fn positions(shard: Shard) -> String {
     format!("{{{shard}}}:o")
+}
+
+/// The user of a routes key.
+pub(crate) fn parse_routes(key: &[u8]) -> Option<UserKey> {
+    let (_, rest) = std::str::from_utf8(key).ok()?.split_once(":r:")?;
+    let (app, user) = rest.split_once(':')?;
+    Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
 }
 
 /// A user in the timers: NUL is in no name, `:` is in no app.

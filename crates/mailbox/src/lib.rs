@@ -3,24 +3,33 @@
 //!
 //! ```text
 //! Mailbox ── Topology: shard -> Lane (one a master) ── Batcher a script ── Link: one connection
-//!    └─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
+//!    ├─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
+//!    └─ Lease, NodeTable: who is alive
+//! TrackedRoutes: routes read on a connection on which Redis reports their changes
 //! ```
 
 mod batcher;
+mod cluster;
 mod config;
 mod error;
 mod keys;
+mod lease;
 mod link;
 mod mailbox;
 mod metrics;
+mod nodes;
 mod operations;
 mod redis_clock;
 mod reply;
+mod routes;
 mod scripts;
 mod topology;
 mod types;
 
 pub use config::{Limits, RedisConfig};
 pub use error::Error;
+pub use lease::{Lease, LeaseEvent, NodeRecord, NodeRole};
 pub use mailbox::Mailbox;
+pub use nodes::NodeTable;
+pub use routes::{Invalidation, TrackedRoutes};
 pub use types::*;

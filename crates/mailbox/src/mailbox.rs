@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use barid_core::{Backoff, Shard, ShardCount};
 use prometheus::Registry;
+use tokio::sync::broadcast;
 
 use crate::metrics::Metrics;
 use crate::operations;
@@ -12,7 +13,7 @@ use crate::topology::Topology;
 use crate::{
     AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
     ConnectRequest, DeferRequest, DisconnectRequest, DueUser, Error, GroupOutcome, Inspection,
-    Limits, Page, ReadRequest, RedisConfig, Route, UserKey,
+    Limits, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
 /// The door to Redis, cheap to clone. Single calls are coalesced into batches inside: what is
@@ -32,7 +33,9 @@ impl Mailbox {
     pub async fn open(config: &RedisConfig, registry: &Registry) -> Result<Self, Error> {
         config.check().map_err(Error::Unusable)?;
         let shards = config.shard_count().map_err(|e| Error::Unusable(e.to_string()))?;
-        let topology = Topology::open(config.clone(), shards, Metrics::new(registry)?).await?;
+        let metrics = Metrics::new()?;
+        let topology = Topology::open(config.clone(), shards, metrics.clone()).await?;
+        metrics.register(registry)?;
         Ok(Self { topology })
     }
 
@@ -161,6 +164,15 @@ impl Mailbox {
     /// has answered anything. Machines' clocks differ; this one is shared by all.
     pub fn redis_now_ms(&self, shard: Shard) -> Option<u64> {
         self.topology.link(shard).clock().at(Instant::now())
+    }
+
+    /// Tells of every connection to Redis that is made from now on.
+    pub fn reconnections(&self) -> broadcast::Receiver<Reconnected> {
+        self.topology.reconnections()
+    }
+
+    pub(crate) fn topology(&self) -> &Arc<Topology> {
+        &self.topology
     }
 
     /// Answers when every master does, for readiness.

@@ -1,5 +1,6 @@
 //! `barid_mailbox_*`.
 
+use prometheus::core::Collector;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
     exponential_buckets,
@@ -19,13 +20,30 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
+    /// Not registered yet, so that opening a mailbox can be tried again.
+    ///
     /// # Errors
-    /// The registry has metrics of these names already.
-    pub fn new(registry: &Registry) -> Result<Self, Error> {
-        Self::register(registry).map_err(|e| Error::Unusable(e.to_string()))
+    /// None, as long as the names and buckets make sense.
+    pub fn new() -> Result<Self, Error> {
+        Self::create().map_err(|e| Error::Unusable(e.to_string()))
     }
 
-    fn register(registry: &Registry) -> prometheus::Result<Self> {
+    /// # Errors
+    /// The registry has metrics of these names already.
+    pub fn register(&self, registry: &Registry) -> Result<(), Error> {
+        let all: [Box<dyn Collector>; 6] = [
+            Box::new(self.seconds.clone()),
+            Box::new(self.batch_items.clone()),
+            Box::new(self.errors.clone()),
+            Box::new(self.connections.clone()),
+            Box::new(self.evicted.clone()),
+            Box::new(self.gaps.clone()),
+        ];
+        let mut registered = all.into_iter().map(|metric| registry.register(metric));
+        registered.try_for_each(|one| one.map_err(|e| Error::Unusable(e.to_string())))
+    }
+
+    fn create() -> prometheus::Result<Self> {
         let seconds = HistogramVec::new(
             HistogramOpts::new("barid_mailbox_call_seconds", "Script calls, by script.")
                 .buckets(exponential_buckets(0.000_1, 2.5, 12)?),
@@ -41,7 +59,7 @@ impl Metrics {
             &["script", "kind"],
         )?;
         let counter = |name: &str, help: &str| IntCounter::new(name, help);
-        let metrics = Self {
+        Ok(Self {
             seconds,
             batch_items,
             errors,
@@ -54,14 +72,7 @@ impl Metrics {
                 "barid_mailbox_gaps_total",
                 "Accept groups that Redis refused because it lacks what came before.",
             )?,
-        };
-        registry.register(Box::new(metrics.seconds.clone()))?;
-        registry.register(Box::new(metrics.batch_items.clone()))?;
-        registry.register(Box::new(metrics.errors.clone()))?;
-        registry.register(Box::new(metrics.connections.clone()))?;
-        registry.register(Box::new(metrics.evicted.clone()))?;
-        registry.register(Box::new(metrics.gaps.clone()))?;
-        Ok(metrics)
+        })
     }
 
     /// The timer of one script.

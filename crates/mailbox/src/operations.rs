@@ -8,7 +8,7 @@ mod timers;
 
 pub(crate) use accept::accept;
 pub(crate) use ack::{Ack, Read};
-pub(crate) use inspect::{inspect, routes as read_routes};
+pub(crate) use inspect::{inspect, parse_route, routes as read_routes};
 pub(crate) use sessions::{Confirm, Connect, Disconnect};
 pub(crate) use timers::{defer, fire};
 

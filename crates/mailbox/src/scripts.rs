@@ -42,6 +42,8 @@ script!(DISCONNECT, "disconnect", " flags=allow-oom");
 script!(DUE, "due", " flags=no-writes");
 script!(FIRE, "fire", " flags=allow-oom");
 script!(DEFER, "defer", " flags=allow-oom");
+script!(LEASE, "lease", " flags=allow-oom");
+script!(INDEX, "index", " flags=allow-oom");
 
 impl Script {
     /// `EVALSHA` with these keys and arguments.

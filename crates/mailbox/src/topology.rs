@@ -1,35 +1,53 @@
-//! Which master holds which shard: one lane a master.
+//! Which master holds which shard: one lane a master, with a queue for each script.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use barid_core::{Shard, ShardCount};
 use parking_lot::RwLock;
-use redis::{Client, Cmd, FromRedisValue, Value};
+use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, Value};
+use tokio::sync::broadcast;
 
 use crate::batcher::Batcher;
+use crate::cluster::{self, Master, slot_of};
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
 use crate::scripts::{Call, Script};
-use crate::{Error, RedisConfig, UserKey};
+use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
+
+/// The masters are looked up again at most this often.
+const REFRESH_SPACING: Duration = Duration::from_millis(300);
+/// Redirections that one call follows.
+const REDIRECTIONS_MAX: usize = 3;
+/// Events that a slow subscriber may be behind.
+const EVENTS: usize = 64;
 
 /// All masters, and the queues in front of them.
 pub(crate) struct Topology {
+    this: Weak<Self>,
     config: RedisConfig,
     shards: ShardCount,
     metrics: Metrics,
     map: RwLock<Arc<Map>>,
+    /// When the masters were looked up last; held during a look-up.
+    refreshed: tokio::sync::Mutex<Instant>,
+    reconnected: broadcast::Sender<Reconnected>,
 }
 
+#[derive(Default)]
 struct Map {
     lanes: Vec<Arc<Lane>>,
     /// The lane of each shard.
     of_shard: Vec<usize>,
+    /// The slots of each lane.
+    slots: Vec<Vec<(u16, u16)>>,
 }
 
 /// One master: its link, and a queue a script.
 pub(crate) struct Lane {
+    name: String,
     pub link: Arc<Link>,
     pub connect: Batcher<Connect>,
     pub confirm: Batcher<Confirm>,
@@ -39,20 +57,31 @@ pub(crate) struct Lane {
 }
 
 impl Topology {
+    /// Connects to the masters. Of several, some may be away.
     pub async fn open(
         config: RedisConfig,
         shards: ShardCount,
         metrics: Metrics,
     ) -> Result<Arc<Self>, Error> {
-        let client = Client::open(config.url.expose())?;
-        let connections = metrics.connections.clone();
-        let link = Link::new(client, &config, move || connections.inc());
-        link.ready().await?;
-        Ok(Arc::new_cyclic(|topology| {
-            let lane = Arc::new(Lane::start(link, topology.clone(), &config));
-            let map = Map { lanes: vec![lane], of_shard: vec![0; usize::from(shards.get())] };
-            Self { config, shards, metrics, map: RwLock::new(Arc::new(map)) }
-        }))
+        let masters = cluster::masters(&config, Vec::new()).await?;
+        let topology = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            config,
+            shards,
+            metrics,
+            map: RwLock::default(),
+            refreshed: tokio::sync::Mutex::new(Instant::now()),
+            reconnected: broadcast::Sender::new(EVENTS),
+        });
+        topology.install(masters);
+        let lanes = topology.map.read().lanes.clone();
+        let ready = futures::future::join_all(lanes.iter().map(|lane| lane.link.ready())).await;
+        let failures: Vec<Error> = ready.into_iter().filter_map(Result::err).collect();
+        let refused = failures.iter().find(|e| matches!(e, Error::Unusable(_)));
+        match refused.or(failures.first()) {
+            Some(error) if refused.is_some() || failures.len() == lanes.len() => Err(error.clone()),
+            _ => Ok(topology),
+        }
     }
 
     pub fn config(&self) -> &RedisConfig {
@@ -65,6 +94,11 @@ impl Topology {
 
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// Tells of every connection that is made from now on.
+    pub fn reconnections(&self) -> broadcast::Receiver<Reconnected> {
+        self.reconnected.subscribe()
     }
 
     /// Whether each shard needs a call of its own.
@@ -109,34 +143,195 @@ impl Topology {
 
     /// Runs a script where `shard` is.
     pub async fn run(&self, shard: Shard, script: &Script, call: &Call) -> Result<Value, Error> {
-        Ok(self.link(shard).run(script, call).await?)
+        let command = Command::Script(script, call);
+        self.follow(|| self.link(shard), &command).await
     }
 
     /// Sends a command on keys of `shard`.
     pub async fn query<T: FromRedisValue>(&self, shard: Shard, cmd: &Cmd) -> Result<T, Error> {
-        let value = self.link(shard).send(cmd).await?;
+        let value = self.follow(|| self.link(shard), &Command::Plain(cmd)).await?;
         redis::from_redis_value(value).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
+    /// Runs a script on a key that belongs to no shard.
+    pub async fn run_on(&self, key: &str, script: &Script, call: &Call) -> Result<Value, Error> {
+        self.follow(|| self.link_of_key(key), &Command::Script(script, call)).await
+    }
+
+    /// Sends a command on a key that belongs to no shard.
+    pub async fn query_on<T: FromRedisValue>(&self, key: &str, cmd: &Cmd) -> Result<T, Error> {
+        let value = self.follow(|| self.link_of_key(key), &Command::Plain(cmd)).await?;
+        redis::from_redis_value(value).map_err(|e| Error::Unexpected(e.to_string()))
+    }
+
+    /// Answers when every master does.
     pub async fn ping(&self) -> Result<(), Error> {
         let lanes = self.map.read().lanes.clone();
         let ping = redis::cmd("PING");
-        for lane in lanes {
-            lane.link.send(&ping).await?;
-        }
+        let answers = lanes.iter().map(|lane| lane.link.send(&ping));
+        futures::future::try_join_all(answers).await?;
         Ok(())
+    }
+
+    /// Sends to `link()`, and goes where it is redirected.
+    async fn follow(
+        &self,
+        link: impl Fn() -> Arc<Link>,
+        command: &Command<'_>,
+    ) -> Result<Value, Error> {
+        let mut last = None;
+        for _ in 0..REDIRECTIONS_MAX {
+            let error = match command.send(&link()).await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            match error.kind() {
+                ErrorKind::Server(ServerErrorKind::Moved) => self.refresh().await,
+                ErrorKind::Server(ServerErrorKind::Ask) => match self.asked(&error) {
+                    Some(link) => return Ok(command.ask(&link).await?),
+                    None => self.refresh().await,
+                },
+                _ => {
+                    self.look_again(&error);
+                    return Err(error.into());
+                }
+            }
+            last = Some(error);
+        }
+        Err(last.map_or_else(|| Error::Away("redirected".into()), Error::from))
+    }
+
+    /// The link to where an ASK points.
+    fn asked(&self, error: &RedisError) -> Option<Arc<Link>> {
+        let (host, port) = error.redirect_node()?;
+        let name = format!("{host}:{port}");
+        self.map.read().lanes.iter().find(|lane| lane.name == name).map(|lane| lane.link.clone())
+    }
+
+    /// After a failure that a failover may explain, looks for the masters without making anyone wait.
+    fn look_again(&self, error: &RedisError) {
+        let moved = error.is_io_error()
+            || matches!(
+                error.kind(),
+                ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::ClusterDown)
+            );
+        if self.is_cluster()
+            && moved
+            && let Some(topology) = self.this.upgrade()
+        {
+            tokio::spawn(async move { topology.refresh().await });
+        }
+    }
+
+    /// Looks up the masters. Those who come while somebody does wait for that one.
+    async fn refresh(&self) {
+        if !self.is_cluster() {
+            return;
+        }
+        let came = Instant::now();
+        let mut refreshed = self.refreshed.lock().await;
+        if *refreshed > came {
+            return;
+        }
+        tokio::time::sleep(REFRESH_SPACING.saturating_sub(refreshed.elapsed())).await;
+        let known = self.map.read().lanes.iter().map(|lane| lane.link.client().clone()).collect();
+        match cluster::masters(&self.config, known).await {
+            Ok(masters) => self.install(masters),
+            Err(error) => tracing::warn!(%error, "the masters could not be looked up"),
+        }
+        *refreshed = Instant::now();
+    }
+
+    /// Takes over a set of masters; lanes of those that stay go on.
+    fn install(&self, masters: Vec<Master>) {
+        let old = self.map.read().clone();
+        let mut map = Map::default();
+        for shard in self.shards.all() {
+            let slot = slot_of(&keys::timers(shard));
+            // A slot that nobody serves: whoever is asked says so.
+            let lane = masters.iter().position(|master| master.serves(slot)).unwrap_or(0);
+            map.of_shard.push(lane);
+        }
+        for master in masters {
+            let same = old.lanes.iter().find(|lane| lane.name == master.name).cloned();
+            map.lanes.push(same.unwrap_or_else(|| self.start_lane(&master)));
+            map.slots.push(master.slots);
+        }
+        *self.map.write() = Arc::new(map);
+    }
+
+    fn start_lane(&self, master: &Master) -> Arc<Lane> {
+        let (this, name) = (self.this.clone(), master.name.clone());
+        let link = Link::new(master.client.clone(), &self.config, move || {
+            if let Some(topology) = this.upgrade() {
+                topology.connected(&name);
+            }
+        });
+        Arc::new(Lane::start(master.name.clone(), link, &self.this, &self.config))
+    }
+
+    fn connected(&self, name: &str) {
+        self.metrics.connections.inc();
+        let map = self.map.read().clone();
+        let lane = map.lanes.iter().position(|lane| lane.name == name);
+        let shards = self.shards.all().zip(&map.of_shard).filter(|(_, of)| Some(**of) == lane);
+        let shards = shards.map(|(shard, _)| shard).collect();
+        tracing::info!(master = name, "connected to redis");
+        let _nobody_listens = self.reconnected.send(Reconnected { shards });
+    }
+
+    fn link_of_key(&self, key: &str) -> Arc<Link> {
+        let slot = slot_of(key);
+        let map = self.map.read();
+        let serves = |ranges: &Vec<(u16, u16)>| {
+            ranges.iter().any(|(from, to)| (*from..=*to).contains(&slot))
+        };
+        let lane = map.slots.iter().position(serves).unwrap_or(0);
+        map.lanes[lane].link.clone()
+    }
+}
+
+/// What can be sent again somewhere else.
+enum Command<'a> {
+    Plain(&'a Cmd),
+    Script(&'a Script, &'a Call),
+}
+
+impl Command<'_> {
+    async fn send(&self, link: &Link) -> Result<Value, RedisError> {
+        match self {
+            Self::Plain(cmd) => link.send(cmd).await,
+            Self::Script(script, call) => link.run(script, call).await,
+        }
+    }
+
+    /// To a node that is about to take over the slot.
+    async fn ask(&self, link: &Link) -> Result<Value, RedisError> {
+        match self {
+            Self::Plain(cmd) => link.send_asking(cmd).await,
+            Self::Script(script, call) => {
+                link.send(&script.load()).await?;
+                link.send_asking(&script.command(call)).await
+            }
+        }
     }
 }
 
 impl Lane {
-    fn start(link: Arc<Link>, topology: Weak<Topology>, config: &RedisConfig) -> Self {
+    fn start(
+        name: String,
+        link: Arc<Link>,
+        topology: &Weak<Topology>,
+        config: &RedisConfig,
+    ) -> Self {
         Self {
+            name,
             link,
             connect: Batcher::start(topology.clone(), config),
             confirm: Batcher::start(topology.clone(), config),
             read: Batcher::start(topology.clone(), config),
             ack: Batcher::start(topology.clone(), config),
-            disconnect: Batcher::start(topology, config),
+            disconnect: Batcher::start(topology.clone(), config),
         }
     }
 }

@@ -336,3 +336,11 @@ pub struct DeviceState {
     /// When it was last seen, ms.
     pub used_ms: u64,
 }
+
+/// A connection to Redis was made anew: what was written before may have been forgotten. Sessions
+/// of these shards are confirmed, purgers probe them.
+#[derive(Debug, Clone)]
+pub struct Reconnected {
+    /// The shards that lie behind it.
+    pub shards: Arc<[Shard]>,
+}

@@ -77,8 +77,7 @@ impl Drop for Running {
 
 impl Running {
     async fn start(name: &str, seen: &mpsc::Sender<(NodeId, DispatchBatch)>) -> Self {
-        let runtime =
-            Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let binding = runtime.spawn(tokio::net::TcpListener::bind("127.0.0.1:0"));
         let listener = binding.await.unwrap().unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -198,6 +197,7 @@ async fn a_killed_dispatcher_hands_its_pushes_to_the_next_one_at_once() {
     up(&pool, &metrics, 2).await;
     pool.push(shard(), push("alice", 0)).await;
     let (owner, _) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    assert_eq!(pool.flush(Instant::now() + SOON).await, 0);
     let (mut first, next) = if owner == a.peer.id { (a, b) } else { (b, a) };
     first.fake.answers.store(false, Ordering::SeqCst);
     for n in 1..100 {
@@ -294,4 +294,73 @@ async fn a_silent_peer_is_noticed_and_a_draining_one_is_left() {
     sleep(Duration::from_millis(20)).await;
     pool.push(shard(), push("alice", 3)).await;
     assert_eq!(timeout(SOON, batches.recv()).await.unwrap().unwrap().0, first.peer.id);
+}
+
+/// Passes bytes on until it is frozen; then it is a half-open peer: no byte, no end.
+async fn freezable(to: String) -> (String, Arc<AtomicBool>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let frozen = Arc::new(AtomicBool::new(false));
+    let freeze = Arc::clone(&frozen);
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = tokio::net::TcpStream::connect(&to).await.unwrap();
+            let (from_client, to_client) = client.into_split();
+            let (from_server, to_server) = server.into_split();
+            tokio::spawn(pass(from_client, to_server, Arc::clone(&freeze)));
+            tokio::spawn(pass(from_server, to_client, Arc::clone(&freeze)));
+        }
+    });
+    (address, frozen)
+}
+
+async fn pass(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    frozen: Arc<AtomicBool>,
+) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        if frozen.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_idle_half_open_peer_is_noticed_by_keepalive() {
+    let (seen, _batches) = mpsc::channel(64);
+    let a = Running::start("a", &seen).await;
+    let (address, frozen) = freezable(a.peer.address.clone()).await;
+    let peers = watch::Sender::new(vec![Peer { address, ..a.peer.clone() }]);
+    let link = LinkConfig {
+        keepalive_interval_ms: 50,
+        keepalive_timeout_ms: 100,
+        reply_timeout_ms: 60_000,
+        ..Default::default()
+    };
+    let (pool, metrics) = pool(&peers, MeshConfig { link, ..Default::default() });
+    up(&pool, &metrics, 1).await;
+    frozen.store(true, Ordering::SeqCst);
+    up(&pool, &metrics, 0).await;
+    frozen.store(false, Ordering::SeqCst);
+    up(&pool, &metrics, 1).await;
+}
+
+#[tokio::test]
+async fn a_dispatcher_that_left_the_table_is_still_sent_what_was_queued_for_it() {
+    let (seen, mut batches) = mpsc::channel(64);
+    let a = Running::start("a", &seen).await;
+    let peers = watch::Sender::new(vec![a.peer.clone()]);
+    let (pool, metrics) = pool(&peers, MeshConfig::default());
+    pool.push(shard(), push("alice", 1)).await; // queued: the link still connects
+    peers.send_replace(vec![]);
+    let (_, batch) = timeout(SOON, batches.recv()).await.unwrap().unwrap();
+    assert_eq!(number(&batch.pushes[0]), 1);
+    up(&pool, &metrics, 0).await;
+    assert_eq!(metrics.link.pending.get(), 0);
 }

@@ -1,0 +1,138 @@
+//! Which master serves which hash slot of a Redis Cluster.
+
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, Value};
+
+use crate::reply::Reply;
+use crate::{Error, RedisConfig};
+
+/// Hash slots of a Redis Cluster.
+const SLOTS: u16 = 16_384;
+
+/// A master and what it serves.
+pub(crate) struct Master {
+    /// `host:port`, by which it is known again.
+    pub name: String,
+    pub client: Client,
+    /// First and last slot of each range.
+    pub slots: Vec<(u16, u16)>,
+}
+
+impl Master {
+    /// The only one.
+    pub fn alone(client: Client) -> Self {
+        Self { name: "redis".into(), client, slots: vec![(0, SLOTS - 1)] }
+    }
+
+    pub fn serves(&self, slot: u16) -> bool {
+        self.slots.iter().any(|(from, to)| (*from..=*to).contains(&slot))
+    }
+}
+
+/// The configured Redis, or a Redis Cluster's masters as the first node that answers knows them.
+/// `known` nodes are asked as well as the configured ones.
+pub(crate) async fn masters(
+    config: &RedisConfig,
+    known: Vec<Client>,
+) -> Result<Vec<Master>, Error> {
+    let seeds = std::iter::once(&config.url)
+        .chain(&config.urls)
+        .map(|url| Client::open(url.expose()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let Some(first) = seeds.first().cloned() else {
+        return Err(Error::Unusable("redis.url is missing".into()));
+    };
+    if !config.cluster {
+        return Ok(vec![Master::alone(first)]);
+    }
+    let timeout = config.connect_timeout();
+    let asked = known.into_iter().chain(seeds).map(|client| slots(client, timeout).boxed());
+    let (masters, _) = futures::future::select_ok(asked).await?;
+    Ok(masters)
+}
+
+async fn slots(client: Client, timeout: Duration) -> Result<Vec<Master>, Error> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(timeout))
+        .set_response_timeout(Some(timeout));
+    let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+    let mut cmd = redis::cmd("CLUSTER");
+    cmd.arg("SLOTS");
+    let value: Value = cmd.query_async(&mut connection).await?;
+    let masters = parse(value, client.get_connection_info())?;
+    if masters.is_empty() {
+        return Err(Error::Away("this node knows no slots".into()));
+    }
+    Ok(masters)
+}
+
+/// `CLUSTER SLOTS`: first slot, last slot, [host, port, …] of the master, then replicas.
+fn parse(value: Value, seed: &ConnectionInfo) -> Result<Vec<Master>, Error> {
+    let mut masters: Vec<Master> = Vec::new();
+    let mut ranges = Reply::new(value)?;
+    while !ranges.is_empty() {
+        let mut range = ranges.array()?;
+        let slot = |number: u64| u16::try_from(number).unwrap_or(SLOTS - 1);
+        let range_slots = (slot(range.number()?), slot(range.number()?));
+        let mut master = range.array()?;
+        // A node that does not know its own name means the one that it was asked under.
+        let host = master.text().ok().filter(|host| !host.is_empty() && host != "?");
+        let port = u16::try_from(master.number()?).unwrap_or(0);
+        let address = readdressed(seed.addr(), host, port);
+        let name = address.to_string();
+        match masters.iter_mut().find(|master| master.name == name) {
+            Some(master) => master.slots.push(range_slots),
+            None => {
+                let client = Client::open(seed.clone().set_addr(address))?;
+                masters.push(Master { name, client, slots: vec![range_slots] });
+            }
+        }
+    }
+    Ok(masters)
+}
+
+/// The seed's kind of address (plain or TLS) with another host and port.
+fn readdressed(seed: &ConnectionAddr, other: Option<String>, other_port: u16) -> ConnectionAddr {
+    match seed.clone() {
+        ConnectionAddr::TcpTls { host, insecure, tls_params, .. } => ConnectionAddr::TcpTls {
+            host: other.unwrap_or(host),
+            port: other_port,
+            insecure,
+            tls_params,
+        },
+        ConnectionAddr::Tcp(host, _) => ConnectionAddr::Tcp(other.unwrap_or(host), other_port),
+        unix => match other {
+            Some(host) => ConnectionAddr::Tcp(host, other_port),
+            None => unix,
+        },
+    }
+}
+
+/// The hash slot of a key: CRC-16/XMODEM of its tag.
+pub(crate) fn slot_of(key: &str) -> u16 {
+    let tag = key
+        .split_once('{')
+        .and_then(|(_, rest)| rest.split_once('}'))
+        .map_or(key, |(tag, _)| if tag.is_empty() { key } else { tag });
+    let crc = tag.bytes().fold(0_u16, |crc, byte| {
+        (0..8).fold(crc ^ (u16::from(byte) << 8), |crc, _| {
+            if crc & 0x8000 == 0 { crc << 1 } else { (crc << 1) ^ 0x1021 }
+        })
+    });
+    crc % SLOTS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_those_of_redis() {
+        // By CLUSTER KEYSLOT.
+        assert_eq!(slot_of("123456789"), 0x31c3);
+        assert_eq!(slot_of("{17}:t"), slot_of("17"));
+        assert_eq!(slot_of("foo"), 12182);
+    }
+}

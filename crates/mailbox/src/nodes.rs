@@ -1,0 +1,278 @@
+//! Which nodes live, as their leases say; sceptical of sudden mass death.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use barid_core::{Incarnation, NodeId};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::{Error, Mailbox, NodeRecord, NodeRole, keys};
+
+/// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
+/// the leases' master or a stepped clock takes them all, and most live.
+const DISBELIEF: Duration = Duration::from_secs(30);
+/// Former lives remembered of each node.
+const LIVES_MAX: usize = 16;
+/// Unknown lives whose first sight is remembered.
+const STRANGERS_MAX: usize = 4096;
+
+/// The living nodes of a role, refreshed in the background. Cheap to clone; the refreshing ends with
+/// the last clone.
+#[derive(Clone)]
+pub struct NodeTable {
+    inner: Arc<Inner>,
+    view: watch::Receiver<Arc<Vec<NodeRecord>>>,
+}
+
+struct Inner {
+    view: watch::Sender<Arc<Vec<NodeRecord>>>,
+    memory: Mutex<Memory>,
+    /// A view older than this says nothing of who is gone.
+    stale_after: Duration,
+}
+
+/// What is known of nodes beyond the view.
+#[derive(Default)]
+struct Memory {
+    known: HashMap<NodeId, Known>,
+    /// When lives that no lease was ever seen for were first asked about.
+    strangers: HashMap<(NodeId, Incarnation), Instant>,
+    read_at: Option<Instant>,
+    /// Since when more than half were missing.
+    vanished_at: Option<Instant>,
+}
+
+struct Known {
+    record: NodeRecord,
+    gone_since: Option<Instant>,
+    former: Vec<Incarnation>,
+}
+
+impl NodeTable {
+    /// Starts to follow the leases of `role`, reading them every `refresh`. Empty until the first
+    /// reading.
+    pub fn watch(mailbox: &Mailbox, role: NodeRole, refresh: Duration) -> Self {
+        let (view, receiver) = watch::channel(Arc::default());
+        let stale_after = refresh * 4;
+        let inner = Arc::new(Inner { view, memory: Mutex::default(), stale_after });
+        tokio::spawn(follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh));
+        Self { inner, view: receiver }
+    }
+
+    /// The living nodes, by id.
+    pub fn snapshot(&self) -> Arc<Vec<NodeRecord>> {
+        self.view.borrow().clone()
+    }
+
+    /// Waits until the nodes are others than when this clone last asked. Cancel-safe.
+    pub async fn changed(&mut self) {
+        if self.view.changed().await.is_err() {
+            std::future::pending::<()>().await; // cannot be: `inner` holds the sender
+        }
+    }
+
+    /// How long an incarnation of a node has been gone; `None`: it lives, or nobody can tell now. A
+    /// life after which another one was seen is gone for `Duration::MAX`. One that was never seen
+    /// counts from the first question about it.
+    pub fn void_since(&self, node: &NodeId, incarnation: Incarnation) -> Option<Duration> {
+        self.inner.memory.lock().void_since(node, incarnation, self.inner.stale_after)
+    }
+}
+
+impl Memory {
+    fn void_since(
+        &mut self,
+        node: &NodeId,
+        incarnation: Incarnation,
+        stale_after: Duration,
+    ) -> Option<Duration> {
+        if let Some(known) = self.known.get(node) {
+            if known.former.contains(&incarnation) {
+                return Some(Duration::MAX);
+            }
+            if known.record.incarnation == incarnation {
+                return known.gone_since.map(|at| at.elapsed());
+            }
+        }
+        if self.read_at.is_none_or(|at| at.elapsed() > stale_after) {
+            return None;
+        }
+        if self.strangers.len() >= STRANGERS_MAX {
+            self.strangers.clear();
+        }
+        let first = self.strangers.entry((node.clone(), incarnation)).or_insert_with(Instant::now);
+        Some(first.elapsed())
+    }
+
+    /// Takes over a reading; returns the view that follows from it.
+    fn update(&mut self, read: Vec<NodeRecord>) -> Vec<NodeRecord> {
+        let now = Instant::now();
+        self.read_at = Some(now);
+        let living = self.known.values().filter(|known| known.gone_since.is_none());
+        let (all, missing) = living.fold((0, 0), |(all, missing), known| {
+            let here = read.iter().any(|record| record.id == known.record.id);
+            (all + 1, missing + usize::from(!here))
+        });
+        let suspicious = missing * 2 > all;
+        let believe = match (suspicious, self.vanished_at) {
+            (false, _) => true,
+            (true, Some(at)) => now.duration_since(at) >= DISBELIEF,
+            (true, None) => {
+                tracing::warn!(missing, all, "most leases vanished at once: keeping the last view");
+                self.vanished_at = Some(now);
+                false
+            }
+        };
+        if believe {
+            self.vanished_at = None;
+            for known in self.known.values_mut() {
+                if !read.iter().any(|record| record.id == known.record.id) {
+                    known.gone_since.get_or_insert(now);
+                }
+            }
+        }
+        for record in read {
+            self.see(record);
+        }
+        let living = self.known.values().filter(|known| known.gone_since.is_none());
+        let mut view: Vec<NodeRecord> = living.map(|known| known.record.clone()).collect();
+        view.sort_by(|a, b| a.id.cmp(&b.id));
+        view
+    }
+
+    fn see(&mut self, record: NodeRecord) {
+        self.strangers.remove(&(record.id.clone(), record.incarnation));
+        match self.known.get_mut(&record.id) {
+            Some(known) => {
+                known.gone_since = None;
+                if known.record.incarnation != record.incarnation {
+                    if known.former.len() == LIVES_MAX {
+                        known.former.remove(0);
+                    }
+                    known.former.retain(|life| *life != record.incarnation);
+                    known.former.push(known.record.incarnation);
+                }
+                known.record = record;
+            }
+            None => {
+                let known = Known { record, gone_since: None, former: Vec::new() };
+                self.known.insert(known.record.id.clone(), known);
+            }
+        }
+    }
+}
+
+async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: Duration) {
+    loop {
+        let read = read(&mailbox, role).await;
+        let Some(inner) = inner.upgrade() else { return };
+        match read {
+            Ok(records) => {
+                let view = inner.memory.lock().update(records);
+                inner.view.send_if_modified(|old| {
+                    let changed = **old != view;
+                    if changed {
+                        *old = Arc::new(view);
+                    }
+                    changed
+                });
+            }
+            Err(error) => tracing::warn!(%error, "leases cannot be read: keeping the last view"),
+        }
+        drop(inner);
+        tokio::time::sleep(refresh).await;
+    }
+}
+
+async fn read(mailbox: &Mailbox, role: NodeRole) -> Result<Vec<NodeRecord>, Error> {
+    let topology = mailbox.topology();
+    let mut list = redis::cmd("ZRANGE");
+    list.arg(keys::NODES).arg(0).arg(-1);
+    let ids: Vec<String> = topology.query_on(keys::NODES, &list).await?;
+    let records = ids.iter().map(|id| async move {
+        let key = keys::node(id);
+        let mut get = redis::cmd("HGETALL");
+        get.arg(&key);
+        let fields: HashMap<String, String> = topology.query_on(&key, &get).await?;
+        Ok::<_, Error>(parse(id, &fields))
+    });
+    let records = futures::future::try_join_all(records).await?;
+    Ok(records.into_iter().flatten().filter(|record| record.role == role).collect())
+}
+
+fn parse(id: &str, fields: &HashMap<String, String>) -> Option<NodeRecord> {
+    let field = |name: &str| fields.get(name).map(String::as_str);
+    Some(NodeRecord {
+        id: NodeId::new(id).ok()?,
+        role: NodeRole::parse(field("role")?)?,
+        address: field("address")?.to_owned(),
+        incarnation: Incarnation(field("incarnation")?.parse().ok()?),
+        load: field("load")?.parse().ok()?,
+        draining: field("state")? == "draining",
+        zone: field("zone").unwrap_or_default().to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(id: &str, incarnation: u64) -> NodeRecord {
+        NodeRecord {
+            id: NodeId::new(id).unwrap(),
+            role: NodeRole::Access,
+            address: "127.0.0.1:1".into(),
+            incarnation: Incarnation(incarnation),
+            load: 0,
+            draining: false,
+            zone: String::new(),
+        }
+    }
+
+    fn ids(view: &[NodeRecord]) -> Vec<&str> {
+        view.iter().map(|record| record.id.as_str()).collect()
+    }
+
+    const STALE: Duration = Duration::from_secs(4);
+
+    #[tokio::test(start_paused = true)]
+    async fn hazard_13_mass_death_is_believed_only_after_a_while() {
+        let mut memory = Memory::default();
+        memory.update(vec![record("a", 1), record("b", 1), record("c", 1)]);
+        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a", "b", "c"]);
+        assert_eq!(memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE), None);
+        tokio::time::advance(DISBELIEF).await;
+        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a"]);
+        assert!(memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_death_is_believed_at_once_and_its_time_counts() {
+        let mut memory = Memory::default();
+        memory.update(vec![record("a", 1), record("b", 1)]);
+        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a"]);
+        tokio::time::advance(Duration::from_secs(9)).await;
+        let gone = memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE);
+        assert_eq!(gone, Some(Duration::from_secs(9)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_former_life_is_void_at_once_and_an_unseen_one_from_the_first_question() {
+        let mut memory = Memory::default();
+        let a = NodeId::new("a").unwrap();
+        memory.update(vec![record("a", 9)]);
+        memory.update(vec![record("a", 4)]);
+        assert_eq!(memory.void_since(&a, Incarnation(9), STALE), Some(Duration::MAX));
+        assert_eq!(memory.void_since(&a, Incarnation(4), STALE), None);
+        // Newer than the view, perhaps: nothing is removed for it soon.
+        assert_eq!(memory.void_since(&a, Incarnation(7), STALE), Some(Duration::ZERO));
+        memory.update(vec![record("a", 7)]);
+        assert_eq!(memory.void_since(&a, Incarnation(7), STALE), None);
+        // Redis away: nobody can tell.
+        tokio::time::advance(STALE * 2).await;
+        assert_eq!(memory.void_since(&a, Incarnation(8), STALE), None);
+    }
+}

@@ -1,0 +1,181 @@
+//! A record from the moment it is taken until everything about it is done.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use barid_bus::consumer::{Partition, Record};
+use barid_core::{ReceiptSet, Shard};
+use barid_mailbox::{AcceptMessage, LogPosition, Source};
+use barid_wire::record::{Push, ReceiptKind};
+use barid_wire::v1::Receipt;
+use tokio::time::Instant;
+
+/// A partition as it was assigned to this purger, once.
+#[derive(Debug)]
+pub struct Assignment {
+    /// Tells it from every other assignment of this process.
+    pub id: u64,
+    /// The partition.
+    pub partition: Partition,
+    /// The same, as Redis knows it.
+    pub source: Source,
+    /// The priority of its topic, 0 the most urgent.
+    pub priority: usize,
+}
+
+/// One reading of an assignment's log, from where it was assigned or sought to. Once it has ended,
+/// what was taken in it counts no more: it will be taken again, here or elsewhere.
+#[derive(Debug)]
+pub struct Reading {
+    /// What is read.
+    pub assignment: Arc<Assignment>,
+    number: u64,
+    /// Shards for which this reading went back, and what they said they know.
+    repairs: HashMap<Shard, Option<LogPosition>>,
+    ended: AtomicBool,
+}
+
+impl Reading {
+    /// The first reading of an assignment.
+    pub fn first(assignment: Arc<Assignment>) -> Arc<Self> {
+        Arc::new(Self {
+            assignment,
+            number: 1,
+            repairs: HashMap::new(),
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// The reading after this one, which repairs one more shard. Shards that this one repairs may
+    /// not have heard of it yet, so they are carried on.
+    pub fn repairing(&self, shard: Shard, known: Option<LogPosition>) -> Arc<Self> {
+        let mut repairs = self.repairs.clone();
+        repairs.insert(shard, known);
+        let assignment = Arc::clone(&self.assignment);
+        Arc::new(Self {
+            assignment,
+            number: self.number + 1,
+            repairs,
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// The reading after this one, of a log that went back by itself (an unclean election).
+    pub fn next(&self) -> Arc<Self> {
+        let (assignment, repairs) = (Arc::clone(&self.assignment), self.repairs.clone());
+        Arc::new(Self {
+            assignment,
+            number: self.number + 1,
+            repairs,
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// Counts the readings of an assignment, from 1.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// What the shard said it knows, if this reading went back for it.
+    pub fn repairs(&self, shard: Shard) -> Option<Option<LogPosition>> {
+        self.repairs.get(&shard).copied()
+    }
+
+    /// Ends it. Calls under way are not stopped.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it has ended.
+    pub fn ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
+/// A record that was taken.
+#[derive(Debug)]
+pub struct Flight {
+    /// In which reading.
+    pub reading: Arc<Reading>,
+    /// As it came: a message that fails in Redis becomes a dead letter.
+    pub record: Record,
+    /// What it says; `None` where it was refused.
+    pub push: Option<Push>,
+    /// When it was taken.
+    pub taken: Instant,
+    /// The business's trace, if it sent one.
+    pub traceparent: String,
+    /// Bytes that it takes in memory, about.
+    pub bytes: usize,
+    /// Messages, one a user, that are not done.
+    left: AtomicUsize,
+}
+
+impl Flight {
+    /// A flight of `parts` messages.
+    pub fn new(
+        reading: Arc<Reading>,
+        record: Record,
+        push: Option<Push>,
+        taken: Instant,
+        traceparent: String,
+        parts: usize,
+    ) -> Self {
+        let payload = push.as_ref().map_or(0, |push| push.payload.len());
+        let bytes = 512 + record.value.len() + payload + 256 * parts;
+        Self { reading, record, push, taken, traceparent, bytes, left: AtomicUsize::new(parts) }
+    }
+
+    /// One of its messages is done. True: it was the last.
+    pub fn part_done(&self) -> bool {
+        self.left.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// A receipt about it, if the business asked for such a one.
+    pub fn receipt(&self, kind: ReceiptKind, user: &str, seq: u64, at_ms: u64) -> Option<Receipt> {
+        let push = self.push.as_ref()?;
+        if !push.receipts.wants(ReceiptSet(1 << kind as u32)) {
+            return None;
+        }
+        Some(Receipt {
+            kind: kind as i32,
+            id: push.id.as_str().to_owned(),
+            app: push.app.as_str().to_owned(),
+            user: user.to_owned(),
+            seq,
+            at_ms,
+            traceparent: self.traceparent.clone(),
+            ..Default::default()
+        })
+    }
+
+    /// The receipt of a refusal, which is always told.
+    pub fn refusal(&self, user: &str, code: &str, reason: &str, at_ms: u64) -> Receipt {
+        let (id, app) = self.push.as_ref().map_or_else(Default::default, |p| {
+            (p.id.as_str().to_owned(), p.app.as_str().to_owned())
+        });
+        Receipt {
+            kind: ReceiptKind::Refused as i32,
+            id,
+            app,
+            user: user.to_owned(),
+            at_ms,
+            code: code.to_owned(),
+            reason: reason.to_owned(),
+            traceparent: self.traceparent.clone(),
+            ..Default::default()
+        }
+    }
+}
+
+/// One message of a flight, on its way to one mailbox.
+#[derive(Debug, Clone)]
+pub struct Parcel {
+    /// The record.
+    pub flight: Arc<Flight>,
+    /// The mailbox's shard.
+    pub shard: Shard,
+    /// What accept gets.
+    pub message: AcceptMessage,
+}

@@ -1,0 +1,184 @@
+//! From a record to what the mailboxes take: decoded, checked, compressed once.
+
+use std::sync::Arc;
+
+use barid_bus::consumer::Record;
+use barid_core::{IdHash, ShardCount};
+use barid_mailbox::{AcceptMessage, LogPosition};
+use barid_wire::envelope::{Envelope, encode_body, set_payload};
+use barid_wire::record::{CONTENT_TYPE, Push, RecordLimits, Refusal, decode_push};
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::config::{CompressionConfig, Config};
+use crate::flight::{Flight, Parcel, Reading};
+
+/// Decodes records.
+#[derive(Debug, Clone)]
+pub struct Intake {
+    limits: RecordLimits,
+    compression: CompressionConfig,
+    shards: ShardCount,
+}
+
+/// A record, ready for the mailboxes or refused.
+#[derive(Debug)]
+pub enum Taken {
+    /// Its messages, one a user.
+    Parcels(Vec<Parcel>),
+    /// Why not.
+    Refused(Flight, Refusal),
+}
+
+impl Intake {
+    /// An intake for a cluster of `shards`.
+    pub fn new(config: &Config, shards: ShardCount) -> Self {
+        Self { limits: config.record_limits(), compression: config.compression.clone(), shards }
+    }
+
+    /// Prepares a record that was just taken.
+    pub fn take(&self, reading: &Arc<Reading>, record: Record, now_ms: u64) -> Taken {
+        let reading = Arc::clone(reading);
+        let taken = Instant::now();
+        let traceparent = traceparent(&record);
+        match decode_push(&record.value, record.header(CONTENT_TYPE), &self.limits) {
+            Err(refusal) => {
+                let flight = Flight::new(reading, record, None, taken, traceparent, 1);
+                Taken::Refused(flight, refusal)
+            }
+            Ok(push) => {
+                let body = self.body(&push, &record, &traceparent, now_ms);
+                let parts = push.audience.users().len();
+                let flight = Flight::new(reading, record, Some(push), taken, traceparent, parts);
+                Taken::Parcels(self.parcels(flight, &body))
+            }
+        }
+    }
+
+    fn parcels(&self, flight: Flight, body: &Bytes) -> Vec<Parcel> {
+        let flight = Arc::new(flight);
+        let Some(push) = &flight.push else { return Vec::new() };
+        let id = IdHash::of(push.id.as_str());
+        let parcel = |(index, user): (u32, &barid_core::UserId)| Parcel {
+            flight: Arc::clone(&flight),
+            shard: self.shards.shard_of(push.app.as_str(), user.as_str()),
+            message: AcceptMessage {
+                position: LogPosition {
+                    leader_epoch: flight.record.leader_epoch,
+                    offset: flight.record.offset,
+                    index,
+                },
+                app: push.app.clone(),
+                user: user.clone(),
+                id,
+                collapse_key: push.collapse_key.clone(),
+                body: body.clone(),
+            },
+        };
+        (0u32..).zip(push.audience.users()).map(parcel).collect()
+    }
+
+    /// The envelope but for what accept writes; the same for all users of the record.
+    fn body(&self, push: &Push, record: &Record, traceparent: &str, now_ms: u64) -> Bytes {
+        let mut envelope = Envelope {
+            id: push.id.as_str().to_owned(),
+            kind: push.kind as i32,
+            ttl_ms: push.ttl_ms,
+            device: push.audience.device().map_or_else(String::new, ToString::to_string),
+            receipts: push.receipts.0,
+            produced_at_ms: record.timestamp_ms.and_then(|ms| ms.try_into().ok()).unwrap_or(0),
+            taken_at_ms: now_ms,
+            traceparent: traceparent.to_owned(),
+            ..Default::default()
+        };
+        let CompressionConfig { min_bytes, level } = self.compression;
+        set_payload(&mut envelope, push.payload.clone(), min_bytes, level);
+        encode_body(envelope)
+    }
+}
+
+/// The W3C header, if it is one: 55 bytes, ASCII.
+fn traceparent(record: &Record) -> String {
+    let value = record.header("traceparent").unwrap_or_default();
+    match std::str::from_utf8(value) {
+        Ok(text) if text.len() <= 64 && text.is_ascii() => text.to_owned(),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flight::Assignment;
+    use barid_bus::consumer::Partition;
+    use barid_mailbox::Source;
+    use barid_wire::envelope;
+
+    fn reading() -> Arc<Reading> {
+        let topic: Arc<str> = "barid.push".into();
+        Reading::first(Arc::new(Assignment {
+            id: 1,
+            partition: Partition { topic: topic.clone(), number: 2 },
+            source: Source { topic_id: topic, partition: 2 },
+            priority: 1,
+        }))
+    }
+
+    fn record(value: &str) -> Record {
+        Record {
+            topic: "barid.push".into(),
+            partition: 2,
+            offset: 40,
+            leader_epoch: 3,
+            timestamp_ms: Some(1000),
+            key: None,
+            value: Bytes::copy_from_slice(value.as_bytes()),
+            headers: vec![("traceparent".into(), Bytes::from_static(b"00-ab-cd-01"))],
+        }
+    }
+
+    fn intake() -> Intake {
+        Intake::new(&Config::default(), ShardCount::new(64).unwrap())
+    }
+
+    /// The body behind a header, as accept would store it.
+    fn decoded(body: &Bytes) -> Envelope {
+        let header = envelope::Header {
+            epoch: barid_core::Epoch(1),
+            seq: barid_core::Seq(1),
+            prev_chain: barid_core::Chain::START,
+            chain: barid_core::Chain::START,
+            accepted_at_ms: 1,
+        };
+        envelope::decode([&header.encode()[..], body].concat().into()).unwrap().1
+    }
+
+    #[test]
+    fn each_user_gets_a_parcel_at_a_position_of_its_own() {
+        let text = "x".repeat(5000);
+        let value = format!(
+            r#"{{"id":"1","app":"demo","to":{{"users":["alice","bob"]}},"text":"{text}"}}"#
+        );
+        let Taken::Parcels(parcels) = intake().take(&reading(), record(&value), 1007) else {
+            panic!("refused");
+        };
+        let places: Vec<(u16, i64, u32)> = parcels
+            .iter()
+            .map(|p| (p.shard.get(), p.message.position.offset, p.message.position.index))
+            .collect();
+        assert_eq!(places, [(51, 40, 0), (59, 40, 1)]);
+        let envelope = decoded(&parcels[0].message.body);
+        assert_eq!((envelope.produced_at_ms, envelope.taken_at_ms), (1000, 1007));
+        assert_eq!((envelope.raw_bytes, &*envelope.traceparent), (5000, "00-ab-cd-01"));
+        assert_eq!(envelope::payload(&envelope).unwrap().len(), 5000);
+        assert!(!parcels[0].flight.part_done() && parcels[1].flight.part_done());
+    }
+
+    #[test]
+    fn a_refused_record_keeps_what_it_was() {
+        let Taken::Refused(flight, refusal) = intake().take(&reading(), record("{}"), 0) else {
+            panic!("taken");
+        };
+        assert_eq!((refusal.code.as_str(), &*flight.record.value), ("missing_field", &b"{}"[..]));
+    }
+}

@@ -1,0 +1,144 @@
+//! What follows from an outcome: the dispatcher, the receipt, the dead letter; then the record is
+//! finished.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_bus::{DeadLetter, DeadLetters, Receipts};
+use barid_core::{Clock, Shard};
+use barid_mailbox::AcceptOutcome;
+use barid_wire::internal::Push;
+use barid_wire::record::ReceiptKind;
+use barid_wire::v1::Receipt;
+use futures::future::join_all;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::{Event, last_parts};
+use crate::flight::{Flight, Parcel};
+use crate::metrics::Metrics;
+
+/// The code of a message that Redis cannot take.
+const ACCEPT_FAILED: &str = "accept_failed";
+
+/// Where outcomes go. Cheap to clone.
+#[derive(Clone)]
+pub struct Outbox {
+    /// To the business.
+    pub receipts: Receipts,
+    /// For the operator.
+    pub dead: DeadLetters,
+    /// To the dispatchers.
+    pub handoff: mpsc::Sender<(Shard, Push)>,
+    /// How long to wait for room there.
+    pub handoff_wait: Duration,
+    /// Of receipts.
+    pub clock: Arc<dyn Clock>,
+    /// Counted here.
+    pub metrics: Metrics,
+}
+
+/// What has to be delivered before a message is done.
+struct Owed {
+    flight: Arc<Flight>,
+    receipt: Option<Receipt>,
+    /// Why Redis refused the message.
+    dead: Option<String>,
+}
+
+impl Outbox {
+    /// Settles the outcomes of a call: hands on first, for speed; a record is told finished once its
+    /// receipts and dead letters are delivered.
+    pub async fn settle(&self, done: Vec<(Parcel, AcceptOutcome)>, events: &mpsc::Sender<Event>) {
+        let now_ms = self.clock.now_ms();
+        let mut settled = Vec::with_capacity(done.len());
+        let (mut owed, mut pushes) = (Vec::new(), Vec::new());
+        for (parcel, outcome) in done {
+            let Parcel { flight, shard, message } = parcel;
+            let user = message.user.as_str();
+            self.metrics.messages.with_label_values(&[word(&outcome)]).inc();
+            let mut dead = None;
+            let receipt = match outcome {
+                AcceptOutcome::Accepted { seq, envelope, online, evicted } => {
+                    self.metrics.hop_accepted.observe(flight.taken.elapsed().as_secs_f64());
+                    self.metrics.evicted.inc_by(u64::from(evicted));
+                    if online {
+                        let (app, user) = (message.app.to_string(), user.to_owned());
+                        pushes.push((shard, Push { app, user, envelope }));
+                    }
+                    flight.receipt(ReceiptKind::Accepted, user, seq.0, now_ms)
+                }
+                AcceptOutcome::AcceptedBefore => {
+                    flight.receipt(ReceiptKind::Accepted, user, 0, now_ms)
+                }
+                AcceptOutcome::Duplicate => flight.receipt(ReceiptKind::Duplicate, user, 0, now_ms),
+                AcceptOutcome::Failed(reason) => {
+                    let receipt = flight.refusal(user, ACCEPT_FAILED, &reason, now_ms);
+                    dead = Some(reason);
+                    Some(receipt)
+                }
+            };
+            if receipt.is_some() || dead.is_some() {
+                owed.push(Owed { flight, receipt, dead });
+            } else {
+                settled.push(flight);
+            }
+        }
+        self.hand_on(pushes).await;
+        let finished = last_parts(settled.into_iter());
+        if !finished.is_empty() {
+            let _ = events.send(Event::Finished(finished)).await;
+        }
+        if !owed.is_empty() {
+            let (this, events) = (self.clone(), events.clone());
+            // Bounded: what is owed counts in the window of records under way.
+            tokio::spawn(async move { this.deliver(owed, &events).await });
+        }
+    }
+
+    async fn deliver(&self, owed: Vec<Owed>, events: &mpsc::Sender<Event>) {
+        join_all(owed.iter().map(|owed| self.deliver_one(owed))).await;
+        let finished = last_parts(owed.into_iter().map(|owed| owed.flight));
+        if !finished.is_empty() {
+            let _ = events.send(Event::Finished(finished)).await;
+        }
+    }
+
+    async fn deliver_one(&self, owed: &Owed) {
+        if let Some(reason) = &owed.dead {
+            self.metrics.refused.with_label_values(&[ACCEPT_FAILED]).inc();
+            let record = &owed.flight.record;
+            self.dead.write(&DeadLetter { record, code: ACCEPT_FAILED, reason }).await;
+        }
+        if let Some(receipt) = &owed.receipt {
+            self.receipts.tell(receipt).await;
+        }
+    }
+
+    /// A dispatcher that does not keep up slows accepting a little, and no more: what finds no room
+    /// is left to the timers that accept has armed.
+    async fn hand_on(&self, pushes: Vec<(Shard, Push)>) {
+        let mut patient = true;
+        for push in pushes {
+            let handed = match self.handoff.try_send(push) {
+                Ok(()) => true,
+                Err(mpsc::error::TrySendError::Full(push)) if patient => {
+                    patient = timeout(self.handoff_wait, self.handoff.send(push)).await.is_ok();
+                    patient
+                }
+                Err(_) => false,
+            };
+            let counter = if handed { &self.metrics.handed } else { &self.metrics.handoff_dropped };
+            counter.inc();
+        }
+    }
+}
+
+fn word(outcome: &AcceptOutcome) -> &'static str {
+    match outcome {
+        AcceptOutcome::Accepted { .. } => "accepted",
+        AcceptOutcome::AcceptedBefore => "before",
+        AcceptOutcome::Duplicate => "duplicate",
+        AcceptOutcome::Failed(_) => "failed",
+    }
+}

@@ -1,0 +1,7 @@
+//! `barid-purger`: the purger as a process. `--help` tells its options.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    barid_runtime::main::<barid_purger::Purger>()
+}

@@ -1,0 +1,149 @@
+//! The closed set of the purger's metrics.
+
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
+
+/// The purger's metrics.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Records taken, by topic.
+    pub taken: IntCounterVec,
+    /// Messages (one a user), by outcome: accepted, before, duplicate, failed.
+    pub messages: IntCounterVec,
+    /// Records refused, by code.
+    pub refused: IntCounterVec,
+    /// Messages that were accepted while their user was online, and went to a dispatcher.
+    pub handed: IntCounter,
+    /// Those that found no room, and were left to the retry timer.
+    pub handoff_dropped: IntCounter,
+    /// Entries that had to leave a mailbox for a newer one.
+    pub evicted: IntCounter,
+    /// Times that Redis had forgotten a batch, and the log was read again.
+    pub gaps: IntCounter,
+    /// Accept calls, by outcome: done, gap, away, full, unexpected.
+    pub calls: IntCounterVec,
+    /// Messages of an accept call.
+    pub call_messages: Histogram,
+    /// How long accept calls take.
+    pub call_seconds: Histogram,
+    /// Records taken and not finished, by topic.
+    pub in_flight: IntGaugeVec,
+    /// Their bytes, by topic.
+    pub in_flight_bytes: IntGaugeVec,
+    /// Partitions assigned.
+    pub partitions: IntGauge,
+    /// Partitions whose next record waits for room.
+    pub paused: IntGauge,
+    /// Shards whose master did not take the last call.
+    pub shards_away: IntGauge,
+    /// Records between what is committed and the log's end, over all partitions.
+    pub lag: IntGauge,
+    /// Partitions taken away, by how: drained, cut, lost.
+    pub revoked: IntCounterVec,
+    /// Topics that were found created anew.
+    pub recreated: IntCounter,
+    /// Commits, by outcome.
+    pub commits: IntCounterVec,
+    /// Receipts that could not be produced.
+    pub receipts_dropped: IntCounter,
+    /// From the business's timestamp to the purger's hand.
+    pub hop_taken: Histogram,
+    /// From the purger's hand to the mailbox.
+    pub hop_accepted: Histogram,
+    /// Whether some dispatcher takes work.
+    pub dispatchers: IntGauge,
+}
+
+const LATENCY: [f64; 15] =
+    [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 4.0, 15.0, 60.0];
+const SIZES: [f64; 9] = [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+impl Metrics {
+    /// Registers them.
+    ///
+    /// # Errors
+    /// One is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let make = Maker(registry);
+        Ok(Self {
+            taken: make.counters("records_taken_total", "Records taken from Kafka.", "topic")?,
+            messages: make.counters("messages_total", "Messages, one a user.", "outcome")?,
+            refused: make.counters("records_refused_total", "Records refused.", "code")?,
+            handed: make.counter("handed_total", "Messages handed to dispatchers.")?,
+            handoff_dropped: make
+                .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
+            evicted: make.counter("evicted_total", "Entries that left a full mailbox.")?,
+            gaps: make.counter("gaps_total", "Batches that Redis had forgotten.")?,
+            calls: make.counters("accept_calls_total", "Groups of accept calls.", "outcome")?,
+            call_messages: make.histogram("accept_messages", "Messages of a call.", &SIZES)?,
+            call_seconds: make.histogram("accept_seconds", "Time of accept calls.", &LATENCY)?,
+            in_flight: make.gauges("in_flight_records", "Records not finished.", "topic")?,
+            in_flight_bytes: make.gauges("in_flight_bytes", "Their bytes.", "topic")?,
+            partitions: make.gauge("partitions", "Partitions assigned.")?,
+            paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
+            shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
+            lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
+            revoked: make.counters("partitions_revoked_total", "Partitions taken away.", "how")?,
+            recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
+            commits: make.counters("commits_total", "Commits.", "outcome")?,
+            receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
+            hop_taken: make.histogram("hop_taken_seconds", "Produced to taken.", &LATENCY)?,
+            hop_accepted: make.histogram("hop_accepted_seconds", "Taken to accepted.", &LATENCY)?,
+            dispatchers: make.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
+        })
+    }
+}
+
+struct Maker<'a>(&'a Registry);
+
+impl Maker<'_> {
+    fn register<T: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        metric: Result<T, prometheus::Error>,
+    ) -> Result<T, prometheus::Error> {
+        let metric = metric?;
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.register(IntCounter::new(full(name), help))
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(Opts::new(full(name), help), &[label]))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.register(IntGauge::new(full(name), help))
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntGaugeVec, prometheus::Error> {
+        self.register(IntGaugeVec::new(Opts::new(full(name), help), &[label]))
+    }
+
+    fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> Result<Histogram, prometheus::Error> {
+        let opts = HistogramOpts::new(full(name), help).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(opts))
+    }
+}
+
+fn full(name: &str) -> String {
+    format!("barid_purger_{name}")
+}

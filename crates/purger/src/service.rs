@@ -1,0 +1,653 @@
+//! The loop: takes records while there is room, hears what is done, commits, answers the group.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_bus::consumer::{Consumer, Consuming, Done, Draining, Event, Partition};
+use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Producer, Receipts};
+use barid_core::SystemClock;
+use barid_runtime::{Condition, Context, Stopped};
+use barid_wire::record::{ReceiptKind, Refusal};
+use barid_wire::v1::Receipt;
+use futures::FutureExt as _;
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::flight::{Flight, Parcel};
+use crate::intake::{Intake, Taken};
+use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Queue};
+use crate::metrics::Metrics;
+use crate::partitions::Partitions;
+use crate::ports::{Handoff, Mailboxes};
+
+/// Records taken in one turn for each unit of weight.
+const TURN: usize = 16;
+/// How long the loop sleeps when nothing rings.
+const TICK: Duration = Duration::from_millis(50);
+/// How long a commit may take when a partition is given back, or the process ends.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Events of lanes that wait for the loop.
+const EVENTS_MAX: usize = 1024;
+
+/// A purger over some Redis and some dispatchers.
+pub struct Service<M, H> {
+    config: Config,
+    mailboxes: M,
+    handoff: H,
+    producer: Producer,
+    flow: Flow,
+    events: mpsc::Receiver<LaneEvent>,
+    workers: JoinSet<()>,
+    conditions: Conditions,
+    timers: Timers,
+}
+
+struct Conditions {
+    kafka: Condition,
+    redis: Condition,
+}
+
+/// What is to be done by time.
+struct Timers {
+    commit: Instant,
+    refresh: Instant,
+    ping: Instant,
+    ids: Option<JoinHandle<Result<HashMap<String, String>, KafkaError>>>,
+    pong: Option<JoinHandle<Option<String>>>,
+    assign: Option<(Vec<Partition>, Instant)>,
+}
+
+/// Partitions that are to be given back.
+struct Revocation {
+    partitions: Vec<Partition>,
+    deadline: Instant,
+}
+
+/// What is under way, apart from whose consumer it is.
+struct Flow {
+    intake: Intake,
+    partitions: Partitions,
+    revocations: Vec<Revocation>,
+    queues: Vec<Arc<Queue>>,
+    /// Which queue a shard goes to.
+    by_shard: Vec<usize>,
+    lane_messages_max: usize,
+    records: [usize; 3],
+    bytes: [usize; 3],
+    records_max: usize,
+    bytes_max: usize,
+    weights: [usize; 3],
+    outbox: Outbox,
+    lane_events: mpsc::Sender<LaneEvent>,
+    away: Arc<Away>,
+    topics: Vec<Arc<str>>,
+    metrics: Metrics,
+}
+
+impl<M: Mailboxes, H: Handoff> Service<M, H> {
+    /// A purger; it works once [`Self::run`] does.
+    ///
+    /// # Errors
+    /// The configuration makes no sense to Kafka's client, or metrics are registered already.
+    pub fn new(config: Config, mailboxes: M, handoff: H, context: &Context) -> Result<Self, Error> {
+        config.check().map_err(Error::Config)?;
+        let metrics = Metrics::new(&context.metrics)?;
+        let producer = Producer::new(&config.kafka)?;
+        let (lane_events, events) = mpsc::channel(EVENTS_MAX);
+        let (handoff_in, handoff_out) = mpsc::channel(config.window.handoff_max);
+        let dropped = metrics.receipts_dropped.clone();
+        let outbox = Outbox {
+            receipts: Receipts::new(producer.clone(), &config.kafka, dropped),
+            dead: DeadLetters::new(producer.clone(), &config.kafka),
+            handoff: handoff_in,
+            handoff_wait: Duration::from_millis(config.window.handoff_wait_ms),
+            clock: Arc::new(SystemClock),
+            metrics: metrics.clone(),
+        };
+        let mut workers = JoinSet::new();
+        workers.spawn(hand_on(handoff.clone(), handoff_out));
+        let flow = Flow::new(&config, &mailboxes, outbox, lane_events, metrics, &mut workers)?;
+        let conditions = Conditions {
+            kafka: context.health.condition("kafka"),
+            redis: context.health.condition("redis"),
+        };
+        let timers = Timers::new(Instant::now());
+        Ok(Self { config, mailboxes, handoff, producer, flow, events, workers, conditions, timers })
+    }
+
+    /// Works until `context` drains; gives its partitions back; tells what was cut off.
+    ///
+    /// # Errors
+    /// [`Error::Fatal`]: the consumer cannot go on.
+    pub async fn run(mut self, context: &Context) -> Result<Stopped, Error> {
+        let topics = self.config.kafka.topics.pushes();
+        let mut consumer = Consumer::start(&self.config.kafka, &topics)?;
+        let shutdown = context.shutdown.clone();
+        let bell = consumer.bell();
+        while !shutdown.is_draining() {
+            self.turn(&mut consumer).await?;
+            if self.flow.fill(&mut consumer) > 0 {
+                // Others of this thread, and the lanes, get their turn.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            tokio::select! {
+                () = bell.notified() => {}
+                event = self.events.recv() => self.lane_event(event),
+                () = sleep(TICK) => {}
+                () = shutdown.draining() => {}
+            }
+        }
+        let deadline = shutdown.deadline().unwrap_or_else(Instant::now);
+        self.drain(consumer.drain(), deadline).await
+    }
+
+    /// Everything but taking: what Kafka and the lanes say, and what is due.
+    async fn turn<S>(&mut self, consumer: &mut Consumer<S>) -> Result<(), Error> {
+        while let Some(event) = consumer.poll() {
+            self.kafka_event(consumer, event)?;
+        }
+        while let Ok(event) = self.events.try_recv() {
+            self.lane_event(Some(event));
+        }
+        self.assign(consumer).await;
+        self.seek(consumer).await;
+        self.give_back(consumer).await;
+        self.due(consumer).await;
+        Ok(())
+    }
+
+    fn kafka_event<S>(&mut self, consumer: &mut Consumer<S>, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Assigned(partitions) => {
+                self.timers.assign = Some((partitions, Instant::now()));
+            }
+            Event::Revoked { partitions, lost: false } => {
+                self.flow.revoke(partitions, Duration::from_millis(self.config.revoke_drain_ms));
+            }
+            Event::Revoked { partitions, lost: true } => {
+                self.flow.lose(&partitions);
+                if let Err(error) = consumer.release(&partitions) {
+                    tracing::warn!(%error, "cannot release lost partitions");
+                }
+            }
+            Event::Committed(result) => {
+                let outcome = if result.is_ok() { "done" } else { "failed" };
+                self.flow.metrics.commits.with_label_values(&[outcome]).inc();
+                if let Err(error) = result {
+                    tracing::warn!(%error, "commit failed, trying again");
+                    self.flow.partitions.uncommit();
+                }
+            }
+            Event::Trouble(error) => {
+                self.conditions.kafka.failing(error.to_string());
+                self.timers.refresh = self.timers.refresh.min(Instant::now() + TICK * 10);
+            }
+            Event::Fatal(reason) => return Err(Error::Fatal(reason)),
+        }
+        Ok(())
+    }
+
+    fn lane_event(&mut self, event: Option<LaneEvent>) {
+        match event {
+            Some(LaneEvent::Finished(flights)) => {
+                for flight in &flights {
+                    self.flow.partitions.finish(flight);
+                }
+                self.flow.uncount(&flights);
+            }
+            Some(LaneEvent::Gap { reading, shard, back_to }) => {
+                let dropped = self.flow.partitions.gap(&reading, shard, back_to);
+                self.flow.uncount(&dropped);
+            }
+            // The loop holds a sender itself.
+            None => {}
+        }
+    }
+
+    /// Answers an assignment; the coordinator may need a second attempt.
+    async fn assign<S>(&mut self, consumer: &mut Consumer<S>) {
+        let due = |(_, at): &(Vec<Partition>, Instant)| *at <= Instant::now();
+        let Some((partitions, _)) = self.timers.assign.take_if(|assign| due(assign)) else {
+            return;
+        };
+        match consumer.assign(&partitions).await {
+            Ok(assigned) => {
+                tracing::info!(partitions = assigned.len(), "assigned");
+                self.conditions.kafka.ready();
+                for assigned in assigned {
+                    let topic = &assigned.partition.topic;
+                    let priority = self.flow.topics.iter().position(|known| known == topic);
+                    self.flow.partitions.assign(assigned, priority.unwrap_or(2));
+                }
+            }
+            Err(error) => {
+                self.conditions.kafka.failing(format!("cannot take partitions: {error}"));
+                let later = Instant::now() + Duration::from_millis(500);
+                self.timers.assign = Some((partitions, later));
+            }
+        }
+    }
+
+    async fn seek<S>(&mut self, consumer: &Consumer<S>) {
+        for open in self.flow.partitions.iter_mut() {
+            let Some(offset) = open.seek_to else { continue };
+            match consumer.seek(&open.assignment.partition, offset).await {
+                Ok(()) => open.seek_to = None,
+                // A partition that was only just assigned cannot seek yet.
+                Err(error) => {
+                    tracing::debug!(%error, "cannot seek yet");
+                    sleep(TICK).await;
+                }
+            }
+        }
+    }
+
+    /// Gives revoked partitions back once they are finished, or their time is over.
+    async fn give_back<S>(&mut self, consumer: &mut Consumer<S>) {
+        let now = Instant::now();
+        let flow = &mut self.flow;
+        while let Some(at) =
+            flow.revocations.iter().position(|r| flow.drained(r) || r.deadline <= now)
+        {
+            let revocation = flow.revocations.swap_remove(at);
+            let how = if flow.drained(&revocation) { "drained" } else { "cut" };
+            let commits = flow.partitions.commits_of(&revocation.partitions);
+            if let Err(error) = consumer.commit_and_wait(&commits, COMMIT_TIMEOUT).await {
+                tracing::warn!(%error, "cannot commit revoked partitions: their next owner repeats them");
+            }
+            tracing::info!(partitions = revocation.partitions.len(), how, "gave partitions back");
+            flow.metrics
+                .revoked
+                .with_label_values(&[how])
+                .inc_by(revocation.partitions.len() as u64);
+            for partition in &revocation.partitions {
+                flow.partitions.remove(partition);
+            }
+            if let Err(error) = consumer.release(&revocation.partitions) {
+                tracing::warn!(%error, "cannot release partitions");
+            }
+        }
+    }
+
+    /// Commits, compares topic ids, pings Redis, shows the state.
+    async fn due<S>(&mut self, consumer: &Consumer<S>) {
+        let now = Instant::now();
+        if self.timers.commit <= now {
+            self.timers.commit = now + Duration::from_millis(self.config.commit_interval_ms);
+            let commits = self.flow.partitions.to_commit();
+            if !commits.is_empty()
+                && let Err(error) = consumer.commit(&commits)
+            {
+                tracing::warn!(%error, "cannot commit");
+                self.flow.partitions.uncommit();
+            }
+            self.flow.show(consumer);
+        }
+        self.refresh(consumer, now);
+        self.watch_redis(now).await;
+    }
+
+    fn refresh<S>(&mut self, consumer: &Consumer<S>, now: Instant) {
+        let suspect = self.flow.partitions.iter().any(|open| open.suspect.is_some());
+        let timers = &mut self.timers;
+        if timers.ids.is_none() && (timers.refresh <= now || suspect) {
+            timers.refresh = now + Duration::from_millis(self.config.topic_refresh_ms);
+            timers.ids = Some(tokio::spawn(consumer.topic_ids()));
+        }
+        let Some(ids) = timers.ids.take_if(|ids| ids.is_finished()) else { return };
+        match ids.now_or_never() {
+            Some(Ok(Ok(ids))) => {
+                self.conditions.kafka.ready();
+                let (recreated, dropped) = self.flow.partitions.compare(&ids);
+                self.flow.uncount(&dropped);
+                self.flow.metrics.recreated.inc_by(recreated as u64);
+                if recreated > 0 {
+                    tracing::warn!(
+                        partitions = recreated,
+                        "topic created anew, reading from its start"
+                    );
+                }
+            }
+            Some(Ok(Err(error))) => self.conditions.kafka.failing(error.to_string()),
+            _ => {}
+        }
+    }
+
+    async fn watch_redis(&mut self, now: Instant) {
+        let away = self.flow.away.shards.load(std::sync::atomic::Ordering::Relaxed);
+        if away > 0 {
+            let reason = self.flow.away.reason.lock().clone();
+            self.conditions.redis.failing(format!("{away} shards wait: {reason}"));
+        }
+        if self.timers.pong.is_none() && self.timers.ping <= now {
+            self.timers.ping = now + Duration::from_secs(1);
+            let mailboxes = self.mailboxes.clone();
+            self.timers.pong = Some(tokio::spawn(async move {
+                match timeout(Duration::from_secs(3), mailboxes.ping()).await {
+                    Ok(Ok(())) => None,
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some("redis does not answer".into()),
+                }
+            }));
+            let available = self.handoff.any_available().await;
+            self.flow.metrics.dispatchers.set(i64::from(available));
+        }
+        let Some(pong) = self.timers.pong.take_if(|pong| pong.is_finished()) else { return };
+        match pong.now_or_never() {
+            Some(Ok(None)) if away == 0 => self.conditions.redis.ready(),
+            Some(Ok(Some(reason))) => self.conditions.redis.failing(reason),
+            _ => {}
+        }
+    }
+
+    /// Finishes what is taken, commits, leaves the group.
+    async fn drain(
+        mut self,
+        mut consumer: Consumer<Draining>,
+        deadline: Instant,
+    ) -> Result<Stopped, Error> {
+        tracing::info!(unfinished = self.flow.partitions.unfinished(), "draining");
+        self.flow.stop_taking();
+        // The last part of the time is for committing and leaving.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let enough = deadline - (left / 3).min(COMMIT_TIMEOUT);
+        while self.flow.partitions.unfinished() > 0 && Instant::now() < enough {
+            self.turn(&mut consumer).await?;
+            tokio::select! {
+                event = self.events.recv() => self.lane_event(event),
+                () = sleep(TICK) => {}
+            }
+        }
+        let cut = self.flow.partitions.unfinished();
+        self.flow.partitions.uncommit();
+        let commits = self.flow.partitions.to_commit();
+        let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
+        if let Err(error) = consumer.commit_and_wait(&commits, patience).await {
+            tracing::warn!(%error, "last commit failed: what it covers is delivered again");
+        }
+        // What is not finished counts no more, so the lanes drop it and end.
+        self.flow.partitions.iter().for_each(|open| open.reading.end());
+        let left = deadline.saturating_duration_since(Instant::now());
+        let leaving = consumer.finish(left.max(Duration::from_millis(500)));
+        let handoff = self.handoff.clone();
+        let closing = self.close(deadline);
+        let (done, unhanded, ()) = tokio::join!(leaving, handoff.flush(deadline), closing);
+        if done == Done::Abandoned {
+            tracing::warn!("left the group without its answer");
+        }
+        if unhanded > 0 {
+            tracing::info!(unhanded, "pushes without answer: their timers are armed");
+        }
+        Ok(match cut {
+            0 => Stopped::Clean,
+            count => Stopped::Cut { what: "records".into(), count: count as u64 },
+        })
+    }
+
+    /// Ends the lanes; events are heard until they have.
+    async fn close(self, deadline: Instant) {
+        let Self { flow, mut events, mut workers, producer, .. } = self;
+        flow.queues.iter().for_each(|queue| queue.close());
+        drop(flow);
+        let ended = async {
+            while events.recv().await.is_some() {}
+            while workers.join_next().await.is_some() {}
+        };
+        let _ = tokio::time::timeout_at(deadline, ended).await;
+        producer.flush(deadline).await;
+    }
+}
+
+impl Timers {
+    fn new(now: Instant) -> Self {
+        Self { commit: now, refresh: now, ping: now, ids: None, pong: None, assign: None }
+    }
+}
+
+impl Flow {
+    fn new<M: Mailboxes>(
+        config: &Config,
+        mailboxes: &M,
+        outbox: Outbox,
+        lane_events: mpsc::Sender<LaneEvent>,
+        metrics: Metrics,
+        workers: &mut JoinSet<()>,
+    ) -> Result<Self, Error> {
+        let window = &config.window;
+        let retry = config.retry().map_err(Error::Config)?;
+        let away = Arc::new(Away::default());
+        let count = mailboxes.lanes().max(1) * window.calls_per_lane;
+        let queues: Vec<Arc<Queue>> = (0..count).map(|_| Arc::default()).collect();
+        for queue in &queues {
+            let lane = Lane::new(
+                mailboxes.clone(),
+                Arc::clone(queue),
+                outbox.clone(),
+                lane_events.clone(),
+                window.clone(),
+                config.redis.accept_batch_max,
+                retry,
+                Arc::clone(&away),
+                metrics.clone(),
+            );
+            workers.spawn(lane.run());
+        }
+        // Fixed for good, so that a shard stays in order even while masters change.
+        let place = |shard: barid_core::Shard| {
+            let within = usize::from(shard.get()) % window.calls_per_lane;
+            (mailboxes.lane_of(shard) * window.calls_per_lane + within) % count
+        };
+        let by_shard = mailboxes.shards().all().map(place).collect();
+        Ok(Self {
+            intake: Intake::new(config, mailboxes.shards()),
+            partitions: Partitions::default(),
+            revocations: Vec::new(),
+            queues,
+            by_shard,
+            lane_messages_max: window.lane_messages_max,
+            records: [0; 3],
+            bytes: [0; 3],
+            records_max: window.records_max,
+            bytes_max: window.bytes_max,
+            weights: window.weights,
+            outbox,
+            lane_events,
+            away,
+            topics: config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect(),
+            metrics,
+        })
+    }
+
+    /// Takes a turn's records of each priority, as far as there is room; how many.
+    fn fill(&mut self, consumer: &mut Consumer<Consuming>) -> usize {
+        self.admit_stalled();
+        let mut taken = 0;
+        for priority in 0..self.weights.len() {
+            if self.bytes[priority] >= self.bytes_max {
+                continue;
+            }
+            let room = self.records_max.saturating_sub(self.records[priority]);
+            let max = room.min(self.weights[priority] * TURN);
+            let mut records = Vec::new();
+            let wants = |p: &Partition| self.partitions.get(p).is_some_and(|open| open.wants());
+            if max > 0 {
+                taken += consumer.take(priority, max, wants, &mut records);
+            }
+            records.into_iter().for_each(|record| self.taken(record));
+        }
+        taken
+    }
+
+    fn taken(&mut self, record: barid_bus::consumer::Record) {
+        let partition = Partition { topic: Arc::clone(&record.topic), number: record.partition };
+        let Some(open) = self.partitions.get_mut(&partition) else { return };
+        // Behind one that went back: all of it is taken again.
+        if open.suspect.is_some() || !open.take(record.offset, record.leader_epoch) {
+            return;
+        }
+        let now_ms = self.outbox.clock.now_ms();
+        self.metrics.taken.with_label_values(&[&record.topic]).inc();
+        if let Some(produced) = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok()) {
+            self.metrics.hop_taken.observe(now_ms.saturating_sub(produced) as f64 / 1000.0);
+        }
+        match self.intake.take(&open.reading, record, now_ms) {
+            Taken::Refused(flight, refusal) => {
+                self.count(&flight);
+                self.refuse(flight, refusal, now_ms);
+            }
+            Taken::Parcels(parcels) => {
+                if let Some(parcel) = parcels.first() {
+                    let flight = Arc::clone(&parcel.flight);
+                    self.count(&flight);
+                }
+                self.admit(&partition, parcels);
+            }
+        }
+    }
+
+    /// Queues a record's parcels if every lane has room; else it waits, and its partition with it.
+    fn admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) {
+        let Some(open) = self.partitions.get_mut(partition) else { return };
+        if !open.stalled.is_empty()
+            || !has_room(&self.queues, &self.by_shard, self.lane_messages_max, &parcels)
+        {
+            open.stalled.push_back(parcels);
+            return;
+        }
+        enqueue(&self.queues, &self.by_shard, open.assignment.priority, parcels);
+    }
+
+    fn admit_stalled(&mut self) {
+        for open in self.partitions.iter_mut() {
+            while let Some(parcels) = open.stalled.pop_front() {
+                if !has_room(&self.queues, &self.by_shard, self.lane_messages_max, &parcels) {
+                    open.stalled.push_front(parcels);
+                    break;
+                }
+                enqueue(&self.queues, &self.by_shard, open.assignment.priority, parcels);
+            }
+        }
+    }
+
+    /// A refused record becomes a dead letter and a receipt; the partition goes on (P6).
+    fn refuse(&self, flight: Flight, refusal: Refusal, now_ms: u64) {
+        self.metrics.refused.with_label_values(&[refusal.code.as_str()]).inc();
+        let (outbox, events) = (self.outbox.clone(), self.lane_events.clone());
+        // Bounded: the flight counts in the window until this is done.
+        tokio::spawn(async move {
+            let (code, reason) = (refusal.code.as_str(), refusal.reason.as_str());
+            outbox.dead.write(&DeadLetter { record: &flight.record, code, reason }).await;
+            let receipt = Receipt {
+                kind: ReceiptKind::Refused as i32,
+                id: refusal.id.clone(),
+                app: refusal.app.clone(),
+                user: refusal.user.clone(),
+                at_ms: now_ms,
+                code: code.to_owned(),
+                reason: reason.to_owned(),
+                traceparent: flight.traceparent.clone(),
+                ..Default::default()
+            };
+            outbox.receipts.tell(&receipt).await;
+            let _ = events.send(LaneEvent::Finished(vec![Arc::new(flight)])).await;
+        });
+    }
+
+    fn count(&mut self, flight: &Flight) {
+        let priority = flight.reading.assignment.priority;
+        self.records[priority] += 1;
+        self.bytes[priority] += flight.bytes;
+    }
+
+    fn uncount(&mut self, flights: &[Arc<Flight>]) {
+        for flight in flights {
+            let priority = flight.reading.assignment.priority;
+            self.records[priority] = self.records[priority].saturating_sub(1);
+            self.bytes[priority] = self.bytes[priority].saturating_sub(flight.bytes);
+        }
+    }
+
+    fn revoke(&mut self, partitions: Vec<Partition>, drain: Duration) {
+        for partition in &partitions {
+            self.stop(partition);
+        }
+        self.revocations.push(Revocation { partitions, deadline: Instant::now() + drain });
+    }
+
+    fn lose(&mut self, partitions: &[Partition]) {
+        tracing::warn!(partitions = partitions.len(), "partitions lost");
+        self.metrics.revoked.with_label_values(&["lost"]).inc_by(partitions.len() as u64);
+        for partition in partitions {
+            self.stop(partition);
+            self.partitions.remove(partition);
+        }
+        for revocation in &mut self.revocations {
+            revocation.partitions.retain(|partition| !partitions.contains(partition));
+        }
+        self.revocations.retain(|revocation| !revocation.partitions.is_empty());
+    }
+
+    fn stop(&mut self, partition: &Partition) {
+        let Some(open) = self.partitions.get_mut(partition) else { return };
+        open.revoking = true;
+        let dropped = open.drop_stalled();
+        self.uncount(&dropped);
+    }
+
+    fn stop_taking(&mut self) {
+        let all: Vec<Partition> =
+            self.partitions.iter().map(|open| open.assignment.partition.clone()).collect();
+        all.iter().for_each(|partition| self.stop(partition));
+    }
+
+    fn drained(&self, revocation: &Revocation) -> bool {
+        let open =
+            revocation.partitions.iter().filter_map(|partition| self.partitions.get(partition));
+        open.map(|open| open.ledger.open()).sum::<usize>() == 0
+    }
+
+    fn show<S>(&self, consumer: &Consumer<S>) {
+        for (priority, topic) in self.topics.iter().enumerate() {
+            let metrics = &self.metrics;
+            metrics.in_flight.with_label_values(&[topic]).set(self.records[priority] as i64);
+            metrics.in_flight_bytes.with_label_values(&[topic]).set(self.bytes[priority] as i64);
+        }
+        let (mut held, mut paused, mut lag) = (0, 0, 0);
+        for open in self.partitions.iter() {
+            held += 1;
+            let full = self.records[open.assignment.priority] >= self.records_max;
+            paused += i64::from(!open.wants() || full);
+            if let Some(committed) = open.committed() {
+                lag += (consumer.high_watermark(&open.assignment.partition) - committed).max(0);
+            }
+        }
+        self.metrics.partitions.set(held);
+        self.metrics.paused.set(paused);
+        self.metrics.lag.set(lag);
+    }
+}
+
+fn has_room(queues: &[Arc<Queue>], by_shard: &[usize], max: usize, parcels: &[Parcel]) -> bool {
+    parcels.iter().all(|p| queues[by_shard[usize::from(p.shard.get())]].load() < max)
+}
+
+fn enqueue(queues: &[Arc<Queue>], by_shard: &[usize], priority: usize, parcels: Vec<Parcel>) {
+    for parcel in parcels {
+        queues[by_shard[usize::from(parcel.shard.get())]].push(priority, parcel);
+    }
+}
+
+/// Hands on in order; what waits here is bounded by the channel.
+async fn hand_on<H: Handoff>(
+    handoff: H,
+    mut pushes: mpsc::Receiver<(barid_core::Shard, barid_wire::internal::Push)>,
+) {
+    while let Some((shard, push)) = pushes.recv().await {
+        handoff.push(shard, push).await;
+    }
+}
