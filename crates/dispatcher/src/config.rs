@@ -148,6 +148,7 @@ impl Config {
         if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
             return Err("drain_settle_ms must be below drain_seconds".into());
         }
+        self.redis.check()?;
         self.links.check().map_err(|e| format!("links: {e}"))
     }
 

@@ -2,9 +2,37 @@
 //! audience's sockets, and streams to those nodes. It holds nothing that cannot be rebuilt, and it
 //! may drop whatever it likes: mailbox, timer and sync keep the promises.
 
+mod config;
 pub mod deliver;
+mod error;
 pub mod grpc;
 pub mod metrics;
 pub mod nodes;
 pub mod reap;
+mod redis_routes;
 pub mod resolve;
+mod service;
+
+pub use config::{Config, L1Config, ReapConfig};
+pub use error::Error;
+pub use redis_routes::RedisRoutes;
+pub use service::Service;
+
+use barid_runtime::{Context, Role, RunError, Stopped};
+
+/// The role, for `barid_runtime::main` and for `barid dev`.
+pub struct Dispatcher;
+
+impl Role for Dispatcher {
+    const NAME: &'static str = "dispatcher";
+    type Config = Config;
+
+    fn check(config: &Config) -> Result<(), String> {
+        config.check()
+    }
+
+    async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
+        let service = Service::start(config, context).await?;
+        Ok(service.run().await)
+    }
+}

@@ -147,6 +147,11 @@ impl<R: Routes> Resolver<R> {
         Self { inner: Arc::new(inner) }
     }
 
+    /// L2, for what is not a lookup.
+    pub fn routes(&self) -> Arc<R> {
+        Arc::clone(&self.inner.routes)
+    }
+
     /// Where a user is, from L1 or by a load that begins now. Call within a runtime.
     pub fn look(&self, user: &UserKey) -> Lookup {
         let era = self.inner.era.load(Ordering::SeqCst);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId, Shard};
+use barid_mailbox::{NodeRecord, NodeTable};
 use barid_wire::internal::dispatcher_client::DispatcherClient;
 use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend};
 use parking_lot::RwLock;
@@ -55,6 +56,29 @@ struct Member {
 }
 
 impl DispatchPool {
+    /// Follows the dispatchers' leases, with one link to each. Call within a runtime; ends with the
+    /// last clone.
+    ///
+    /// # Errors
+    /// The bounds in `config` make no sense.
+    pub fn new(
+        mut nodes: NodeTable,
+        config: MeshConfig,
+        metrics: MeshMetrics,
+    ) -> Result<Self, String> {
+        let (peers, followed) = watch::channel(peers_of(&nodes));
+        let pool = Self::over(followed, config, metrics)?;
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = nodes.changed() => peers.send_replace(peers_of(&nodes)),
+                    () = peers.closed() => return,
+                };
+            }
+        });
+        Ok(pool)
+    }
+
     /// Follows `peers`, with one link to each. Call within a runtime; ends with the last clone or
     /// with the sender of `peers`.
     ///
@@ -73,9 +97,13 @@ impl DispatchPool {
             changes: watch::Sender::new(0),
         });
         inner.follow(&peers.borrow_and_update().clone());
-        let weak = Arc::downgrade(&inner);
+        let (weak, alive) = (Arc::downgrade(&inner), inner.changes.subscribe());
         tokio::spawn(async move {
-            while peers.changed().await.is_ok() {
+            loop {
+                tokio::select! {
+                    changed = peers.changed() => if changed.is_err() { return },
+                    () = closed(alive.clone()) => return,
+                }
                 let Some(inner) = weak.upgrade() else { return };
                 inner.follow(&peers.borrow_and_update().clone());
             }
@@ -88,9 +116,7 @@ impl DispatchPool {
     /// armed. Pushes of one shard keep their order while the dispatchers stay the same.
     pub async fn push(&self, shard: Shard, push: Push) {
         let item = Item::Push { shard, push, moved: false };
-        let Err(item) = self.inner.try_hand(item) else { return };
-        let deadline = Instant::now() + self.inner.config.push_wait();
-        if let Err(outcome) = self.inner.hand(shard, item, deadline).await {
+        if let Err(outcome) = self.inner.hand(shard, item).await {
             self.inner.metrics.pushes.with_label_values(&[outcome]).inc();
         }
     }
@@ -103,14 +129,7 @@ impl DispatchPool {
     pub async fn resend(&self, shard: Shard, resend: Resend) -> Result<Vec<usize>, Unavailable> {
         let (answer, answered) = oneshot::channel();
         let item = Item::Resend { parts: split(resend), answer };
-        let handed = match self.inner.try_hand_on(shard, item) {
-            Ok(()) => Ok(()),
-            Err(item) => {
-                let deadline = Instant::now() + self.inner.config.push_wait();
-                self.inner.hand(shard, item, deadline).await
-            }
-        };
-        let result = match handed {
+        let result = match self.inner.hand(shard, item).await {
             Ok(()) => answered.await.map_err(|_| Unavailable),
             Err(_) => Err(Unavailable),
         };
@@ -135,6 +154,16 @@ impl DispatchPool {
             sleep(Duration::from_millis(2)).await;
         }
     }
+}
+
+fn peers_of(nodes: &NodeTable) -> Vec<Peer> {
+    let peer = |record: &NodeRecord| Peer {
+        id: record.id.clone(),
+        incarnation: record.incarnation,
+        address: record.address.clone(),
+        draining: record.draining,
+    };
+    nodes.snapshot().iter().map(peer).collect()
 }
 
 impl Inner {
@@ -188,27 +217,18 @@ impl Inner {
         member.map(|member| member.link.clone())
     }
 
-    fn try_hand(&self, item: Item) -> Result<(), Item> {
-        match item {
-            Item::Push { shard, .. } => self.try_hand_on(shard, item),
-            Item::Resend { .. } => Err(item),
-        }
-    }
-
-    fn try_hand_on(&self, shard: Shard, item: Item) -> Result<(), Item> {
+    fn try_hand(&self, shard: Shard, item: Item) -> Result<(), Item> {
         match self.pick(shard) {
             Some(link) => link.try_send(item).map_err(|refused| refused.item),
             None => Err(item),
         }
     }
 
-    /// Waits for room or for a dispatcher; the error is the outcome to count.
-    async fn hand(
-        &self,
-        shard: Shard,
-        mut item: Item,
-        deadline: Instant,
-    ) -> Result<(), &'static str> {
+    /// Hands an item on; waits for room or for a dispatcher, up to `push_wait_ms`. The error is the
+    /// outcome to count.
+    async fn hand(&self, shard: Shard, item: Item) -> Result<(), &'static str> {
+        let Err(mut item) = self.try_hand(shard, item) else { return Ok(()) };
+        let deadline = Instant::now() + self.config.push_wait();
         let mut changes = self.changes.subscribe();
         loop {
             changes.borrow_and_update();
@@ -232,7 +252,7 @@ impl Inner {
     fn hand_again(&self, item: Item) {
         let outcome = match item {
             Item::Push { shard, push, moved: false } => {
-                match self.try_hand_on(shard, Item::Push { shard, push, moved: true }) {
+                match self.try_hand(shard, Item::Push { shard, push, moved: true }) {
                     Ok(()) => "moved",
                     Err(_) => "lost",
                 }
@@ -243,6 +263,11 @@ impl Inner {
         };
         self.metrics.pushes.with_label_values(&[outcome]).inc();
     }
+}
+
+/// Waits until the pool is gone.
+async fn closed(mut changes: watch::Receiver<u64>) {
+    while changes.changed().await.is_ok() {}
 }
 
 /// One re-send a device, so that a dispatcher answers for each.

@@ -1,0 +1,174 @@
+//! One Redis master's timers: claim what is due, hand it on, give back what nobody could take.
+//! A master that is away slows down its own lane only.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{Backoff, DeviceId, Shard};
+use barid_mailbox::{DeferRequest, DueUser, Mailbox};
+use barid_mesh::DispatchPool;
+use barid_runtime::Shutdown;
+use barid_wire::internal::{Resend, ResendDevice};
+use futures::future::join_all;
+use parking_lot::Mutex;
+use rand::RngExt as _;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use crate::Metrics;
+use crate::schedule::{Polled, Schedule};
+
+/// What the lanes share; cheap to clone.
+#[derive(Clone)]
+pub struct Lanes {
+    /// Redis.
+    pub mailbox: Mailbox,
+    /// The dispatchers.
+    pub pool: DispatchPool,
+    /// Counters.
+    pub metrics: Metrics,
+    /// The times between re-sends.
+    pub retry: Backoff,
+    /// Users claimed in one poll.
+    pub page_users_max: u32,
+    /// Pages of one lane handed on at the same time.
+    pub pages_max: usize,
+    /// When a claim that is given back is due again, about.
+    pub defer: Duration,
+    /// When to stop.
+    pub shutdown: Shutdown,
+}
+
+/// How a lane fares, for readiness.
+#[derive(Debug, Clone)]
+pub struct Pulse {
+    /// When it last polled, or found that it need not.
+    pub polled: Instant,
+    /// Why its master did not answer.
+    pub away: Option<String>,
+}
+
+/// Polls until draining, then waits for what it claimed. `pulse` is kept up to date.
+pub async fn run(lanes: Lanes, lane: usize, mut schedule: Schedule, pulse: Arc<Mutex<Pulse>>) {
+    let mut pages = JoinSet::new();
+    while !lanes.shutdown.is_draining() {
+        while pages.len() >= lanes.pages_max {
+            pages.join_next().await;
+        }
+        let polled = lanes.poll(lane, &pulse, &mut pages).await;
+        let wait = schedule.after(polled);
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = lanes.shutdown.draining() => {}
+        }
+        while pages.try_join_next().is_some() {}
+    }
+    while pages.join_next().await.is_some() {}
+}
+
+impl Lanes {
+    async fn poll(&self, lane: usize, pulse: &Mutex<Pulse>, pages: &mut JoinSet<()>) -> Polled {
+        let shards = self.shards_of(lane);
+        // Without a dispatcher a claim could only be given back.
+        if shards.is_empty() || !self.pool.any_available().await {
+            pulse.lock().polled = Instant::now();
+            return Polled::None;
+        }
+        let begun = Instant::now();
+        let fired = self.mailbox.fire(&shards, self.page_users_max, &self.retry).await;
+        self.metrics.poll_seconds.observe(begun.elapsed().as_secs_f64());
+        let mut pulse = pulse.lock();
+        pulse.polled = Instant::now();
+        match fired {
+            Ok(due) => {
+                pulse.away = None;
+                let polled = match due.len() {
+                    0 => return Polled::None,
+                    users if users >= self.page_users_max as usize => Polled::Full,
+                    _ => Polled::Some,
+                };
+                self.metrics.fired.inc_by(due.len() as u64);
+                pages.spawn(self.clone().hand_on(due));
+                polled
+            }
+            Err(error) => {
+                if pulse.away.is_none() {
+                    tracing::warn!(lane, %error, "timers cannot be claimed");
+                }
+                pulse.away = Some(error.to_string());
+                self.metrics.poll_failures.inc();
+                Polled::Away
+            }
+        }
+    }
+
+    /// From a random one on, so that several delayers do not all begin with the same.
+    fn shards_of(&self, lane: usize) -> Vec<Shard> {
+        let all = self.mailbox.shards().all();
+        let mut shards: Vec<_> = all.filter(|shard| self.mailbox.lane_of(*shard) == lane).collect();
+        if !shards.is_empty() {
+            let from = rand::rng().random_range(0..shards.len());
+            shards.rotate_left(from);
+        }
+        shards
+    }
+
+    async fn hand_on(self, due: Vec<DueUser>) {
+        self.metrics.claims.add(due.len() as i64);
+        let claimed = Instant::now();
+        let count = due.len();
+        let back = join_all(due.into_iter().map(|user| self.resend(user))).await;
+        self.metrics.claim_to_answer.observe(claimed.elapsed().as_secs_f64());
+        let back: Vec<DeferRequest> = back.into_iter().flatten().collect();
+        if !back.is_empty()
+            && let Err(error) = self.mailbox.defer(&back).await
+        {
+            let devices: usize = back.iter().map(|request| request.devices.len()).sum();
+            self.metrics.defer_failures.inc_by(devices as u64);
+            tracing::warn!(%error, devices, "claims cannot be given back");
+        }
+        self.metrics.claims.sub(count as i64);
+    }
+
+    /// Hands one user's devices to a dispatcher; returns what is to be given back.
+    async fn resend(&self, due: DueUser) -> Option<DeferRequest> {
+        let shard = self.mailbox.shard_of(&due.user);
+        let devices = due.devices.iter().map(|device| ResendDevice {
+            device: device.device.as_str().to_owned(),
+            node: device.session.node.as_str().to_owned(),
+            incarnation: device.session.incarnation.0,
+            connection: device.session.connection.0,
+            attempt: device.attempt,
+        });
+        let resend = Resend {
+            app: due.user.app.as_str().to_owned(),
+            user: due.user.user.as_str().to_owned(),
+            devices: devices.collect(),
+        };
+        let (back, why) = match self.pool.resend(shard, resend).await {
+            Ok(unreachable) => (unreachable, "unreachable"),
+            Err(_) => ((0..due.devices.len()).collect(), "unavailable"),
+        };
+        for (index, device) in due.devices.iter().enumerate() {
+            if !back.contains(&index) {
+                self.metrics.resent(device.attempt);
+            }
+        }
+        self.metrics.deferred.with_label_values(&[why]).inc_by(back.len() as u64);
+        let devices: Vec<DeviceId> = back
+            .into_iter()
+            .filter_map(|index| due.devices.get(index))
+            .map(|device| device.device.clone())
+            .collect();
+        if devices.is_empty() {
+            return None;
+        }
+        let delay = self.defer.mul_f64(rand::rng().random_range(0.75..=1.25));
+        Some(DeferRequest {
+            user: due.user,
+            claimed_score: due.claimed_score,
+            devices,
+            delay_ms: u32::try_from(delay.as_millis()).unwrap_or(u32::MAX),
+        })
+    }
+}

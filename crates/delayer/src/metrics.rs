@@ -1,0 +1,91 @@
+//! Everything that a delayer counts.
+
+use barid_mesh::MeshMetrics;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    exponential_buckets,
+};
+
+/// Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// The streams to dispatchers.
+    pub mesh: MeshMetrics,
+    /// Users whose timer was claimed.
+    pub fired: IntCounter,
+    /// Devices handed to a dispatcher, by which re-send it is: `1` to `5`, `last` above.
+    pub resends: IntCounterVec,
+    /// Devices whose claim was given back, by why: `unreachable` (their node), `unavailable` (no
+    /// dispatcher answered).
+    pub deferred: IntCounterVec,
+    /// Devices whose claim could not even be given back: they are due again a backoff later.
+    pub defer_failures: IntCounter,
+    /// Polls that a master did not answer.
+    pub poll_failures: IntCounter,
+    /// What a poll takes, seconds.
+    pub poll_seconds: Histogram,
+    /// From the claim to the dispatcher's answer, seconds.
+    pub claim_to_answer: Histogram,
+    /// Users whose claim is being handed on.
+    pub claims: IntGauge,
+    /// Seconds since the master that was polled longest ago was polled.
+    pub poll_age_seconds: IntGauge,
+}
+
+impl Metrics {
+    /// # Errors
+    /// One of the names is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let name = |name: &str| format!("barid_delayer_{name}");
+        let seconds = |of: &str, help: &str| {
+            let opts = HistogramOpts::new(name(of), help);
+            Histogram::with_opts(opts.buckets(exponential_buckets(0.000_2, 2.5, 13)?))
+        };
+        let metrics = Self {
+            mesh: MeshMetrics::new(registry, "barid_delayer")?,
+            fired: IntCounter::new(name("fired_total"), "Users whose timer was claimed.")?,
+            resends: IntCounterVec::new(
+                Opts::new(name("resends_total"), "Devices handed on, by re-send."),
+                &["attempt"],
+            )?,
+            deferred: IntCounterVec::new(
+                Opts::new(name("deferred_total"), "Devices whose claim was given back."),
+                &["why"],
+            )?,
+            defer_failures: IntCounter::new(
+                name("defer_failures_total"),
+                "Devices whose claim could not be given back.",
+            )?,
+            poll_failures: IntCounter::new(name("poll_failures_total"), "Polls without answer.")?,
+            poll_seconds: seconds("poll_seconds", "What a poll takes.")?,
+            claim_to_answer: seconds("claim_to_answer_seconds", "From claim to answer.")?,
+            claims: IntGauge::new(name("claims"), "Users whose claim is being handed on.")?,
+            poll_age_seconds: IntGauge::new(
+                name("poll_age_seconds"),
+                "Seconds since the master that was polled longest ago was polled.",
+            )?,
+        };
+        registry.register(Box::new(metrics.fired.clone()))?;
+        registry.register(Box::new(metrics.resends.clone()))?;
+        registry.register(Box::new(metrics.deferred.clone()))?;
+        registry.register(Box::new(metrics.defer_failures.clone()))?;
+        registry.register(Box::new(metrics.poll_failures.clone()))?;
+        registry.register(Box::new(metrics.poll_seconds.clone()))?;
+        registry.register(Box::new(metrics.claim_to_answer.clone()))?;
+        registry.register(Box::new(metrics.claims.clone()))?;
+        registry.register(Box::new(metrics.poll_age_seconds.clone()))?;
+        Ok(metrics)
+    }
+
+    pub(crate) fn resent(&self, attempt: u32) {
+        let label = match attempt {
+            1 => "1",
+            2 => "2",
+            3 => "3",
+            4 => "4",
+            5 => "5",
+            _ => "last",
+        };
+        self.resends.with_label_values(&[label]).inc();
+    }
+}

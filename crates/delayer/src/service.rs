@@ -1,0 +1,145 @@
+//! Starts the lanes, watches how they fare, and drains them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::Backoff;
+use barid_mailbox::{Mailbox, NodeRole, NodeTable};
+use barid_mesh::DispatchPool;
+use barid_runtime::{Condition, Context, Stopped};
+use parking_lot::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::lane::{self, Lanes, Pulse};
+use crate::schedule::Schedule;
+use crate::{Config, Error, Metrics};
+
+/// How often readiness is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
+/// A lane that has not polled for so long hangs.
+const HANGS_AFTER: Duration = Duration::from_secs(15);
+
+/// A running delayer.
+pub struct Service {
+    config: Config,
+    context: Context,
+    lanes: Lanes,
+    conditions: Conditions,
+}
+
+struct Conditions {
+    redis: Condition,
+    dispatchers: Condition,
+    polling: Condition,
+}
+
+impl Service {
+    /// Connects; waits for Redis as long as it is away.
+    ///
+    /// # Errors
+    /// [`Error`]: Redis may not be used, or the configuration makes no sense.
+    pub async fn start(config: Config, context: Context) -> Result<Self, Error> {
+        let metrics = Metrics::new(&context.metrics)?;
+        let conditions = Conditions {
+            redis: context.health.condition("redis"),
+            dispatchers: context.health.condition("dispatchers"),
+            polling: context.health.condition("polling"),
+        };
+        let mailbox = open(&config, &context, &conditions.redis).await?;
+        let refresh = Duration::from_millis(config.nodes_refresh_ms);
+        let table = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
+        let pool = DispatchPool::new(table, config.mesh.clone(), metrics.mesh.clone())
+            .map_err(Error::Config)?;
+        let lanes = Lanes {
+            retry: config.redis.retry().map_err(|e| Error::Config(e.to_string()))?,
+            page_users_max: config.page_users_max,
+            pages_max: config.pages_max,
+            defer: Duration::from_millis(config.defer_ms.into()),
+            shutdown: context.shutdown.clone(),
+            mailbox,
+            pool,
+            metrics,
+        };
+        context.announce_done();
+        Ok(Self { config, context, lanes, conditions })
+    }
+
+    /// Works until it is told to drain; then finishes what it claimed.
+    pub async fn run(self) -> Stopped {
+        let mut tasks = JoinSet::new();
+        let mut pulses = Vec::new();
+        loop {
+            // A cluster may grow masters.
+            for lane in pulses.len()..self.lanes.mailbox.lanes() {
+                let pulse = Arc::new(Mutex::new(Pulse { polled: Instant::now(), away: None }));
+                pulses.push(Arc::clone(&pulse));
+                tasks.spawn(lane::run(self.lanes.clone(), lane, self.schedule(), pulse));
+            }
+            self.look(&pulses).await;
+            tokio::select! {
+                () = sleep(WATCH_EVERY) => {}
+                () = self.context.shutdown.draining() => break,
+            }
+        }
+        self.conditions.polling.failing("draining");
+        let deadline = self.context.shutdown.deadline().unwrap_or_else(Instant::now);
+        let finished = async { while tasks.join_next().await.is_some() {} };
+        tokio::select! {
+            () = finished => Stopped::Clean,
+            () = sleep_until(deadline) => {
+                let count = u64::try_from(self.lanes.metrics.claims.get()).unwrap_or(0);
+                Stopped::Cut { what: "claims".into(), count }
+            }
+        }
+    }
+
+    fn schedule(&self) -> Schedule {
+        Schedule::new(self.config.poll(), self.config.poll_idle(), reconnecting())
+    }
+
+    async fn look(&self, pulses: &[Arc<Mutex<Pulse>>]) {
+        let pulses: Vec<Pulse> = pulses.iter().map(|pulse| pulse.lock().clone()).collect();
+        match pulses.iter().find_map(|pulse| pulse.away.as_ref()) {
+            Some(why) => self.conditions.redis.failing(why),
+            None => self.conditions.redis.ready(),
+        }
+        if self.lanes.pool.any_available().await {
+            self.conditions.dispatchers.ready();
+        } else {
+            self.conditions.dispatchers.failing("no dispatcher can be reached");
+        }
+        let oldest = pulses.iter().map(|pulse| pulse.polled.elapsed()).max().unwrap_or_default();
+        self.lanes.metrics.poll_age_seconds.set(oldest.as_secs() as i64);
+        if oldest < HANGS_AFTER {
+            self.conditions.polling.ready();
+        } else {
+            self.conditions.polling.failing(format!("no poll for {} s", oldest.as_secs()));
+        }
+    }
+}
+
+/// Waits for a Redis that is away; gives up on one that may not be used.
+async fn open(config: &Config, context: &Context, redis: &Condition) -> Result<Mailbox, Error> {
+    let backoff = reconnecting();
+    for failures in 0.. {
+        match Mailbox::open(&config.redis, &context.metrics).await {
+            Err(barid_mailbox::Error::Away(why)) => {
+                tracing::warn!(why, "redis is away");
+                redis.failing(why);
+            }
+            opened => return Ok(opened?),
+        }
+        tokio::select! {
+            () = sleep(backoff.delay(failures)) => {}
+            () = context.shutdown.draining() => return Err(Error::Stopped),
+        }
+    }
+    Err(Error::Stopped)
+}
+
+/// The waits for a master that is away.
+fn reconnecting() -> Backoff {
+    Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
+        .expect("constants that make sense")
+}

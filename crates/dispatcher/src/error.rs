@@ -1,0 +1,26 @@
+//! Why a dispatcher does not start.
+
+/// It could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Redis refused, or is not one that may be used.
+    #[error(transparent)]
+    Redis(#[from] barid_mailbox::Error),
+    /// A setting makes no sense.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// Metrics are registered already: two dispatchers in one registry.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// Where.
+        address: std::net::SocketAddr,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// It was told to drain before Redis could be reached.
+    #[error("told to stop before it had started")]
+    Stopped,
+}

@@ -1,0 +1,318 @@
+//! Puts the dispatcher together, keeps its lease and its table of nodes, and drains it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::{Backoff, Incarnation, NodeId, SystemClock};
+use barid_mailbox::{
+    Invalidation, Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable, TrackedRoutes,
+};
+use barid_runtime::{Condition, Context, Stopped};
+use barid_wire::internal::Gone;
+use barid_wire::internal::dispatcher_server::DispatcherServer;
+use rand::RngExt as _;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::deliver::{Delivery, void_of};
+use crate::grpc::Door;
+use crate::metrics::Metrics;
+use crate::nodes::{AccessNode, Nodes, OnGone};
+use crate::reap::Reaper;
+use crate::resolve::Resolver;
+use crate::{Config, Error, RedisRoutes};
+
+/// How often readiness is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(500);
+/// The largest batch that is taken, bytes: what callers may send, and one more item.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// A running dispatcher.
+pub struct Service {
+    config: Config,
+    context: Context,
+    leased: Condition,
+    lease: Lease,
+    door: Door<RedisRoutes>,
+    nodes: Arc<Nodes>,
+    // Ends the listener and what runs beside it.
+    stop: CancellationToken,
+    tasks: JoinSet<()>,
+}
+
+impl Service {
+    /// Connects, listens, takes its lease. Waits for Redis as long as it is away.
+    ///
+    /// # Errors
+    /// [`Error`]: Redis may not be used, the address is taken, or the configuration makes no sense.
+    pub async fn start(config: Config, context: Context) -> Result<Self, Error> {
+        let metrics = Metrics::new(&context.metrics)?;
+        let redis = context.health.condition("redis");
+        let tracking = context.health.condition("tracking");
+        let leased = context.health.condition("lease");
+        let mailbox = retry(&context, &redis, || Mailbox::open(&config.redis, &context.metrics));
+        let mailbox = mailbox.await?;
+        let tracked = retry(&context, &redis, || TrackedRoutes::open(&config.redis)).await?;
+        let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
+        let resolver = Resolver::new(routes, config.limits(), metrics.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(follow_tracking(tracked, resolver.clone(), tracking, metrics.clone()));
+        tasks.spawn(watch_redis(mailbox.clone(), redis.clone(), resolver.clone(), metrics.clone()));
+        let (delivery, table) = assemble(&config, &mailbox, resolver, metrics);
+        let nodes = Arc::clone(&delivery.nodes);
+        tasks.spawn(follow_nodes(table, Arc::clone(&nodes)));
+        let door = Door::new(Arc::new(delivery), config.window_batches);
+        let stop = CancellationToken::new();
+        let address = listen(&config, &context, &door, &stop, &mut tasks).await?;
+        let record = record(&config, address)?;
+        let ttl = Duration::from_millis(config.lease_ttl_ms);
+        let take = || Lease::acquire(&mailbox, record.clone(), ttl);
+        let lease = retry(&context, &redis, take).await?;
+        tracing::info!(node = %record.id, address = record.address, "took a lease");
+        leased.ready();
+        context.announce_done();
+        Ok(Self { config, context, leased, lease, door, nodes, stop, tasks })
+    }
+}
+
+impl Service {
+    /// Works until it is told to drain; then lets callers move on, finishes what is in, and leaves.
+    pub async fn run(mut self) -> Stopped {
+        loop {
+            tokio::select! {
+                () = self.context.shutdown.draining() => break,
+                event = self.lease.next_event() => self.keep_lease(event),
+                Some(ended) = self.tasks.join_next() => {
+                    tracing::error!(?ended, "a task ended early");
+                }
+            }
+        }
+        self.leased.failing("draining");
+        self.drain().await
+    }
+
+    /// A dispatcher's life means nothing to anybody: a lapsed lease is simply taken again.
+    fn keep_lease(&self, event: LeaseEvent) {
+        match event {
+            LeaseEvent::Lapsed => {
+                self.leased.failing("the lease lapsed");
+                tracing::warn!("the lease lapsed; taking it again");
+                self.lease.renew_as(new_incarnation());
+            }
+            LeaseEvent::Renewed => self.leased.ready(),
+            LeaseEvent::Reconnected => {}
+        }
+    }
+
+    async fn drain(self) -> Stopped {
+        let deadline = self.context.shutdown.deadline().unwrap_or_else(Instant::now);
+        self.lease.set_draining();
+        let settle = Duration::from_millis(self.config.drain_settle_ms);
+        sleep(settle.min(deadline.saturating_duration_since(Instant::now()))).await;
+        let finished = timeout_at(deadline, async {
+            self.door.finish().await;
+            while self.nodes.pending() > 0 {
+                sleep(Duration::from_millis(2)).await;
+            }
+        });
+        let in_time = finished.await.is_ok();
+        self.stop.cancel();
+        // The lease ends by itself if Redis is away.
+        drop(timeout_at(deadline, self.lease.release()).await);
+        if in_time {
+            return Stopped::Clean;
+        }
+        let count = self.door.unanswered() + self.nodes.pending() as u64;
+        Stopped::Cut { what: "batches and items".into(), count }
+    }
+}
+
+fn assemble(
+    config: &Config,
+    mailbox: &Mailbox,
+    resolver: Resolver<RedisRoutes>,
+    metrics: Metrics,
+) -> (Delivery<RedisRoutes>, NodeTable) {
+    let reap = &config.reap;
+    let reaper =
+        Reaper::start(resolver.routes(), reap.queue_max, reap.concurrency, metrics.clone());
+    let refresh = Duration::from_millis(config.nodes_refresh_ms);
+    let table = NodeTable::watch(mailbox, NodeRole::Access, refresh);
+    let void_since = {
+        let table = table.clone();
+        Arc::new(move |node: &NodeId, incarnation| table.void_since(node, incarnation))
+    };
+    let nodes = Nodes::new(
+        config.links.clone(),
+        metrics.nodes.clone(),
+        metrics.lost.clone(),
+        void_since,
+        on_gone(&resolver, &reaper),
+    );
+    let delivery = Delivery {
+        resolver,
+        nodes: Arc::new(nodes),
+        reaper,
+        void_after: Duration::from_secs(config.void_after_seconds),
+        metrics,
+        clock: Arc::new(SystemClock),
+    };
+    (delivery, table)
+}
+
+/// "Not here" is heeded at once in L1, and soon in Redis.
+fn on_gone(resolver: &Resolver<RedisRoutes>, reaper: &Reaper) -> OnGone {
+    let (resolver, reaper) = (resolver.clone(), reaper.clone());
+    Arc::new(move |node: &NodeId, incarnation: Incarnation, gone: Gone| {
+        if let Some(void) = void_of(node, incarnation, &gone) {
+            resolver.invalidate(&void.user);
+            reaper.offer(void);
+        }
+    })
+}
+
+async fn listen(
+    config: &Config,
+    context: &Context,
+    door: &Door<RedisRoutes>,
+    stop: &CancellationToken,
+    tasks: &mut JoinSet<()>,
+) -> Result<std::net::SocketAddr, Error> {
+    let failed = |error| Error::Listen { address: config.listen, error };
+    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    context.announce("grpc", address);
+    let service = DispatcherServer::new(door.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let keepalive = Duration::from_millis(config.links.keepalive_interval_ms);
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(8 << 20)
+        .http2_keepalive_interval(Some(keepalive))
+        .http2_keepalive_timeout(Some(Duration::from_millis(config.links.keepalive_timeout_ms)))
+        .add_service(service);
+    let stop = stop.clone().cancelled_owned();
+    tasks.spawn(async move {
+        let incoming = TcpListenerStream::new(listener);
+        if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop).await {
+            tracing::error!(%error, "the grpc server failed");
+        }
+    });
+    Ok(address)
+}
+
+/// What the lease says of this dispatcher.
+fn record(config: &Config, address: std::net::SocketAddr) -> Result<NodeRecord, Error> {
+    let id = match config.node.as_str() {
+        "" => format!("dispatcher-{:012x}", new_incarnation().0 & 0xffff_ffff_ffff),
+        name => name.to_owned(),
+    };
+    let advertise = match config.advertise.as_str() {
+        "" => address.to_string(),
+        advertised => advertised.to_owned(),
+    };
+    Ok(NodeRecord {
+        id: NodeId::new(&id).map_err(|e| Error::Config(e.to_string()))?,
+        role: NodeRole::Dispatcher,
+        address: advertise,
+        incarnation: new_incarnation(),
+        load: 0,
+        draining: false,
+        zone: config.zone.clone(),
+    })
+}
+
+/// Below 2^53, as every number in Redis.
+fn new_incarnation() -> Incarnation {
+    Incarnation(rand::rng().random_range(1..=barid_core::limits::WIRE_NUMBER_MAX))
+}
+
+async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
+    loop {
+        let living: Vec<AccessNode> = table
+            .snapshot()
+            .iter()
+            .map(|record| AccessNode {
+                id: record.id.clone(),
+                incarnation: record.incarnation,
+                address: record.address.clone(),
+            })
+            .collect();
+        nodes.follow(&living);
+        table.changed().await;
+    }
+}
+
+/// Keeps L1 only as long as Redis reports changes.
+async fn follow_tracking(
+    tracked: TrackedRoutes,
+    resolver: Resolver<RedisRoutes>,
+    condition: Condition,
+    metrics: Metrics,
+) {
+    let listener = resolver.clone();
+    tracked.on_invalidate(move |invalidation| match invalidation {
+        Invalidation::User(user) => listener.invalidate(&user),
+        Invalidation::All => listener.invalidate_all(),
+    });
+    let mut tracking = tracked.tracking();
+    loop {
+        let now = *tracking.borrow_and_update();
+        resolver.set_tracking(now);
+        metrics.tracking.set(now.into());
+        match now {
+            true => condition.ready(),
+            false => condition.failing("changes of routes are not reported; nothing is cached"),
+        }
+        if tracking.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn watch_redis(
+    mailbox: Mailbox,
+    condition: Condition,
+    resolver: Resolver<RedisRoutes>,
+    metrics: Metrics,
+) {
+    loop {
+        match mailbox.ping().await {
+            Ok(()) => condition.ready(),
+            Err(error) => condition.failing(error.to_string()),
+        }
+        metrics.l1_entries.set(i64::try_from(resolver.entries()).unwrap_or(i64::MAX));
+        sleep(WATCH_EVERY).await;
+    }
+}
+
+/// Waits for a Redis that is away; gives up on one that may not be used.
+async fn retry<T, F>(
+    context: &Context,
+    redis: &Condition,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, barid_mailbox::Error>>,
+{
+    let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
+        .expect("constants that make sense");
+    for failures in 0.. {
+        match attempt().await {
+            Err(barid_mailbox::Error::Away(why)) => {
+                tracing::warn!(why, "redis is away");
+                redis.failing(why);
+            }
+            done => return Ok(done?),
+        }
+        tokio::select! {
+            () = sleep(backoff.delay(failures)) => {}
+            () = context.shutdown.draining() => return Err(Error::Stopped),
+        }
+    }
+    Err(Error::Stopped)
+}
