@@ -10,6 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -132,14 +133,36 @@ pub struct Consumer<State = Consuming> {
 struct Core {
     config: KafkaConfig,
     topics: Vec<Arc<str>>,
-    inner: Arc<BaseConsumer<Callbacks>>,
-    callbacks: Callbacks,
     queues: HashMap<Partition, PartitionQueue<Callbacks>>,
+    member: Member,
     /// The order in which partitions of a topic are asked; rotates.
     order: Vec<VecDeque<Partition>>,
     bell: Arc<Notify>,
     classic: bool,
     was_assigned: bool,
+    /// The broker has told topics' ids.
+    gives_ids: Arc<AtomicBool>,
+}
+
+/// librdkafka's consumer. Its drop leaves the group, and waits until that is done.
+struct Member {
+    inner: Arc<BaseConsumer<Callbacks>>,
+    callbacks: Callbacks,
+}
+
+impl Drop for Member {
+    /// Nobody will answer rebalances any more, neither those to come nor one that is pending:
+    /// without an answer, leaving would wait for ever.
+    fn drop(&mut self) {
+        self.callbacks.close();
+        let held = self.inner.assignment();
+        let _ = match self.inner.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => {
+                held.and_then(|l| self.inner.incremental_unassign(&l))
+            }
+            _ => self.inner.unassign(),
+        };
+    }
 }
 
 impl Consumer<Consuming> {
@@ -150,17 +173,17 @@ impl Consumer<Consuming> {
     pub fn start(config: &KafkaConfig, topics: &[&str]) -> Result<Self, Error> {
         let classic = config.group_protocol == GroupProtocol::Classic;
         let bell = Arc::new(Notify::new());
-        let (inner, callbacks) = create(config, topics, classic, &bell)?;
+        let member = create(config, topics, classic, &bell)?;
         let core = Core {
             config: config.clone(),
             topics: topics.iter().map(|topic| Arc::from(*topic)).collect(),
-            inner,
-            callbacks,
             queues: HashMap::new(),
+            member,
             order: vec![VecDeque::new(); topics.len()],
             bell,
             classic,
             was_assigned: false,
+            gives_ids: Arc::default(),
         };
         Ok(Self { core, state: PhantomData })
     }
@@ -207,11 +230,9 @@ impl Consumer<Consuming> {
 impl Consumer<Draining> {
     /// Leaves the group, for at most `timeout`; what is still assigned is given back as it is.
     pub async fn finish(self, timeout: Duration) -> Done {
-        let Core { inner, callbacks, queues, .. } = self.core;
-        callbacks.close();
+        let Core { queues, member, .. } = self.core;
         drop(queues);
-        // Dropping closes the consumer, which waits for the coordinator.
-        match tokio::time::timeout(timeout, spawn_blocking(move || drop(inner))).await {
+        match tokio::time::timeout(timeout, spawn_blocking(move || drop(member))).await {
             Ok(_) => Done::Left,
             Err(_) => Done::Abandoned,
         }
@@ -223,10 +244,10 @@ impl<State> Consumer<State> {
     /// takes the partitions away. Never waits.
     pub fn poll(&mut self) -> Option<Event> {
         loop {
-            if let Some(told) = self.core.callbacks.next() {
+            if let Some(told) = self.core.member.callbacks.next() {
                 return Some(self.core.event(told));
             }
-            match self.core.inner.poll(Duration::ZERO) {
+            match self.core.member.inner.poll(Duration::ZERO) {
                 Some(Err(error)) => {
                     if let Some(event) = self.core.trouble(error) {
                         return Some(event);
@@ -242,9 +263,9 @@ impl<State> Consumer<State> {
                 None => break,
             }
         }
-        let told = self.core.callbacks.next();
+        let told = self.core.member.callbacks.next();
         told.map(|told| self.core.event(told)).or_else(|| {
-            let down = self.core.callbacks.take_all_down();
+            let down = self.core.member.callbacks.take_all_down();
             down.then(|| Event::Trouble(Error::Away("no broker can be reached".into())))
         })
     }
@@ -265,7 +286,7 @@ impl<State> Consumer<State> {
     /// # Errors
     /// The partition is not assigned, or it took too long.
     pub async fn seek(&self, partition: &Partition, offset: i64) -> Result<(), Error> {
-        let inner = Arc::clone(&self.core.inner);
+        let inner = Arc::clone(&self.core.member.inner);
         let partition = partition.clone();
         let seek = move || {
             let mut list = TopicPartitionList::new();
@@ -305,9 +326,9 @@ impl<State> Consumer<State> {
             assigned.push(Assigned { partition: partition.clone(), topic_id });
         }
         self.core.split(partitions);
-        match self.core.inner.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => self.core.inner.incremental_assign(&list)?,
-            _ => self.core.inner.assign(&list)?,
+        match self.core.member.inner.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => self.core.member.inner.incremental_assign(&list)?,
+            _ => self.core.member.inner.assign(&list)?,
         }
         self.core.was_assigned = true;
         Ok(assigned)
@@ -328,9 +349,9 @@ impl<State> Consumer<State> {
         for partition in partitions {
             list.add_partition(&partition.topic, partition.number);
         }
-        match self.core.inner.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => self.core.inner.incremental_unassign(&list)?,
-            _ => self.core.inner.unassign()?,
+        match self.core.member.inner.rebalance_protocol() {
+            RebalanceProtocol::Cooperative => self.core.member.inner.incremental_unassign(&list)?,
+            _ => self.core.member.inner.unassign()?,
         }
         Ok(())
     }
@@ -341,7 +362,7 @@ impl<State> Consumer<State> {
     /// It could not be asked.
     pub fn commit(&self, commits: &[Commit]) -> Result<(), Error> {
         let list = commit_list(commits)?;
-        self.core.inner.commit(&list, CommitMode::Async).map_err(Error::from)
+        self.core.member.inner.commit(&list, CommitMode::Async).map_err(Error::from)
     }
 
     /// Commits and waits for the answer, for at most `timeout`.
@@ -357,7 +378,7 @@ impl<State> Consumer<State> {
             return Ok(());
         }
         let list = commit_list(commits)?;
-        let inner = Arc::clone(&self.core.inner);
+        let inner = Arc::clone(&self.core.member.inner);
         let commit = blocking(move || inner.commit(&list, CommitMode::Sync));
         match tokio::time::timeout(timeout, commit).await {
             Ok(committed) => committed?.map_err(Error::from),
@@ -370,9 +391,21 @@ impl<State> Consumer<State> {
     /// # Errors
     /// None answered in time.
     pub fn topic_ids(&self) -> TopicIds {
-        let inner = Arc::clone(&self.core.inner);
+        let inner = Arc::clone(&self.core.member.inner);
         let topics: Vec<String> = self.core.topics.iter().map(|t| t.to_string()).collect();
-        let ask = move || ffi::topic_ids(inner.client(), &topics, Duration::from_secs(5));
+        let gives_ids = Arc::clone(&self.core.gives_ids);
+        let ask = move || {
+            let (client, timeout) = (inner.client(), Duration::from_secs(5));
+            if !gives_ids.load(Ordering::Relaxed) {
+                let topic = topics.first().map(String::as_str);
+                if !ffi::has_controller(client, topic, timeout)? {
+                    return Ok(HashMap::new());
+                }
+            }
+            let ids = ffi::topic_ids(client, &topics, timeout)?;
+            gives_ids.store(true, Ordering::Relaxed);
+            Ok(ids)
+        };
         Box::pin(async move { blocking(ask).await? })
     }
 
@@ -383,7 +416,7 @@ impl<State> Consumer<State> {
 
     /// How far each partition has been written, for the lag; -1 where it is not known yet.
     pub fn high_watermark(&self, partition: &Partition) -> i64 {
-        let inner = &self.core.inner;
+        let inner = &self.core.member.inner;
         ffi::cached_high_watermark(inner.client(), &partition.topic, partition.number)
     }
 
@@ -392,7 +425,7 @@ impl<State> Consumer<State> {
         &self,
         partitions: &[Partition],
     ) -> Result<HashMap<Partition, (i64, String)>, Error> {
-        let inner = Arc::clone(&self.core.inner);
+        let inner = Arc::clone(&self.core.member.inner);
         let mut list = TopicPartitionList::new();
         for partition in partitions {
             list.add_partition(&partition.topic, partition.number);
@@ -444,7 +477,7 @@ impl Core {
 
     /// A broker without KIP-848 says so once, fatally: start over with the classic protocol.
     fn trouble(&mut self, error: KafkaError) -> Option<Event> {
-        let fatal = self.inner.client().fatal_error();
+        let fatal = self.member.inner.client().fatal_error();
         let Some((code, reason)) = fatal else {
             return Some(Event::Trouble(error.into()));
         };
@@ -459,10 +492,8 @@ impl Core {
         tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
         let topics: Vec<&str> = self.topics.iter().map(|topic| &**topic).collect();
         match create(&self.config, &topics, true, &self.bell) {
-            Ok((inner, callbacks)) => {
-                self.callbacks.close();
-                let old = std::mem::replace(&mut self.inner, inner);
-                self.callbacks = callbacks;
+            Ok(member) => {
+                let old = std::mem::replace(&mut self.member, member);
                 self.classic = true;
                 std::mem::drop(spawn_blocking(move || drop(old)));
                 None
@@ -476,7 +507,7 @@ impl Core {
     fn split(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             let Some(mut queue) =
-                self.inner.split_partition_queue(&partition.topic, partition.number)
+                self.member.inner.split_partition_queue(&partition.topic, partition.number)
             else {
                 continue;
             };
@@ -499,7 +530,7 @@ fn create(
     topics: &[&str],
     classic: bool,
     bell: &Arc<Notify>,
-) -> Result<(Arc<BaseConsumer<Callbacks>>, Callbacks), Error> {
+) -> Result<Member, Error> {
     let mut client = config.client();
     client
         .set("group.id", &config.group)
@@ -532,7 +563,7 @@ fn create(
     let ring = Arc::clone(bell);
     inner.set_nonempty_callback(move || ring.notify_one());
     inner.subscribe(topics)?;
-    Ok((Arc::new(inner), callbacks))
+    Ok(Member { inner: Arc::new(inner), callbacks })
 }
 
 fn copy(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Record {

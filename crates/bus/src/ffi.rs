@@ -23,6 +23,22 @@ pub(crate) fn leader_epoch(message: &BorrowedMessage<'_>) -> i32 {
     unsafe { sys::rd_kafka_message_leader_epoch(message.ptr()) }
 }
 
+/// Whether a broker names a controller that exists: only then does it describe topics. librdkafka's
+/// in-process broker does not, and would be waited for until the time is over.
+///
+/// # Errors
+/// No broker answered within `timeout`.
+pub(crate) fn has_controller<C: ClientContext>(
+    client: &Client<C>,
+    topic: Option<&str>,
+    timeout: Duration,
+) -> Result<bool, Error> {
+    let metadata = client.fetch_metadata(topic, timeout)?;
+    // SAFETY: the client lives; after the metadata above the answer is at hand.
+    let controller = unsafe { sys::rd_kafka_controllerid(client.native_ptr(), 100) };
+    Ok(metadata.brokers().iter().any(|broker| broker.id() == controller))
+}
+
 /// The ids of topics, base64; a topic that does not exist, or whose broker knows no ids, is absent.
 /// Blocks for up to `timeout`.
 ///
