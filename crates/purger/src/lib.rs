@@ -18,9 +18,9 @@ mod service;
 use std::time::Duration;
 
 use barid_bus::ensure_topics;
-use barid_mailbox::Mailbox;
+use barid_mailbox::{Mailbox, NodeRole, NodeTable};
 use barid_mesh::{DispatchPool, MeshMetrics};
-use barid_runtime::{Context, Role, RunError, Stopped};
+use barid_runtime::{Condition, Context, Role, RunError, Stopped};
 
 pub use config::{CompressionConfig, Config, LimitsConfig, WindowConfig};
 pub use error::Error;
@@ -40,15 +40,47 @@ impl Role for Purger {
     }
 
     async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
-        if config.kafka.create_topics {
-            ensure_topics(&config.kafka, Duration::from_secs(30)).await?;
-        }
-        let mailbox = Mailbox::open(&config.redis, &context.metrics).await?;
-        let (_peers, dispatchers) = tokio::sync::watch::channel(Vec::new());
+        let redis = context.health.condition("redis");
+        let kafka = context.health.condition("kafka");
+        let Some(mailbox) = prepare(&config, &context, &kafka, &redis).await? else {
+            return Ok(Stopped::Clean);
+        };
+        let refresh = Duration::from_millis(config.nodes_refresh_ms);
+        let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
         let metrics = MeshMetrics::new(&context.metrics, "barid_purger")?;
-        let pool = DispatchPool::over(dispatchers, config.mesh.clone(), metrics)?;
+        let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics)?;
         let service = Service::new(config, mailbox, pool, &context)?;
         context.announce_done();
         Ok(service.run(&context).await?)
+    }
+}
+
+/// Creates topics if it shall, and opens the mailboxes; waits while Kafka or Redis is away. `None`:
+/// it was told to drain meanwhile.
+async fn prepare(
+    config: &Config,
+    context: &Context,
+    kafka: &Condition,
+    redis: &Condition,
+) -> Result<Option<Mailbox>, Error> {
+    let mut topics = config.kafka.create_topics;
+    loop {
+        if topics {
+            match ensure_topics(&config.kafka, Duration::from_secs(10)).await {
+                Ok(()) => topics = false,
+                Err(error @ barid_bus::Error::Away(_)) => kafka.failing(error.to_string()),
+                Err(error) => return Err(error.into()),
+            }
+        } else {
+            match Mailbox::open(&config.redis, &context.metrics).await {
+                Ok(mailbox) => return Ok(Some(mailbox)),
+                Err(error @ barid_mailbox::Error::Away(_)) => redis.failing(error.to_string()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            () = context.shutdown.draining() => return Ok(None),
+        }
     }
 }
