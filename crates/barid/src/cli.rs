@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{inspect, listen, send, token};
+use crate::{dev, inspect, listen, send, token};
 
 /// Barid, a push cluster: from Kafka to devices, in order, once, or kept until they return.
 #[derive(Debug, Parser)]
@@ -24,6 +24,8 @@ pub struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run a whole cluster in this process, and show that it works
+    Dev(dev::Args),
     /// Send a message to a user, several users, or one device, through Kafka
     Send(send::Args),
     /// Be a device: print what it receives, and acknowledge it

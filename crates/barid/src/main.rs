@@ -1,6 +1,7 @@
 //! `barid`: the command line of a Barid cluster, and the whole cluster in one process.
 
 mod cli;
+mod dev;
 mod inspect;
 mod listen;
 mod output;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
 
 async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Dev(args) => dev::run(args, out).await,
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
         Command::Token(args) => token::run(&args, out),

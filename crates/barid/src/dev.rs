@@ -1,0 +1,283 @@
+//! `barid dev`: the whole cluster in this process, and a demonstration by the same means that
+//! users have.
+
+mod cluster;
+mod demo;
+mod redis_server;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use barid_bus::{EmbeddedKafka, KafkaConfig, ensure_topics};
+use barid_core::Secret;
+use barid_mailbox::RedisConfig;
+use barid_runtime::{LogConfig, LogFormat, SecretUrl, telemetry};
+use serde::Serialize;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::output::{Output, Tone};
+use crate::state::DevState;
+use crate::values::{Key, random_name};
+use cluster::Cluster;
+use redis_server::RedisServer;
+
+/// Where devices connect if nothing else is said and nobody else listens there.
+const PORT: u16 = 7080;
+/// The name of the key that signs this cluster's tokens.
+const KEY_ID: &str = "dev";
+/// Partitions of the in-process broker's push topics: enough for several to be in use.
+const PARTITIONS: u16 = 4;
+
+/// Options of `barid dev`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Use this Kafka instead of the in-process broker
+    #[arg(long, value_name = "HOST:PORT", env = "BARID_BROKERS")]
+    pub kafka: Option<String>,
+    /// Use this Redis instead of a private redis-server
+    #[arg(long, value_name = "URL", env = "BARID_REDIS", hide_env_values = true)]
+    pub redis: Option<String>,
+    /// Where devices connect [default: 7080, or a free port]
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Show the demonstration and exit: 0 if all of it was seen
+    #[arg(long)]
+    pub once: bool,
+    /// What the roles log: error, warn, info, debug, or directives as barid_access=debug
+    #[arg(long, default_value = "warn", value_name = "LEVEL")]
+    pub log: String,
+}
+
+/// What the cluster stands on.
+struct Ground {
+    kafka: KafkaConfig,
+    redis: RedisConfig,
+    // Ends with this value.
+    _broker: Option<EmbeddedKafka>,
+}
+
+#[derive(Serialize)]
+struct Ready<'a> {
+    event: &'static str,
+    url: &'a str,
+    brokers: &'a str,
+    redis: &'a str,
+    elapsed_ms: u64,
+}
+
+/// Runs until a signal, or with `--once` until the demonstration is over.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    if let Some(other) = DevState::running()? {
+        bail!(
+            "`barid dev` runs already (process {}, {}); stop it, or set BARID_DEV_STATE to a file of its own",
+            other.pid,
+            other.url
+        );
+    }
+    telemetry::init(&LogConfig { level: args.log.clone(), format: LogFormat::Text });
+    let mut signals = Signals::new()?;
+    let began = Instant::now();
+    heading(out)?;
+    let (ground, mut server) = tokio::select! {
+        ground = ground(&args, out) => ground?,
+        () = signals.next() => return Ok(ExitCode::FAILURE),
+    };
+    let key = Key {
+        secret: Secret::new(random_name("") + &random_name("") + &random_name("")),
+        id: Some(KEY_ID.into()),
+    };
+    let listen = listen(args.port)?;
+    let mut cluster = Cluster::start(&ground.kafka, &ground.redis, &key, listen)?;
+    let result = tokio::select! {
+        result = work(&args, &ground, &mut cluster, &key, began, out) => result,
+        () = signals.next() => Ok(()),
+        why = died(&mut server) => Err(why),
+    };
+    if !args.once && !out.is_json() && result.is_ok() {
+        out.line("")?;
+    }
+    let stopped = tokio::select! {
+        stopped = cluster.stop(out) => stopped,
+        () = signals.next() => bail!("stopped at the second signal, before everything was finished"),
+    };
+    result?;
+    stopped
+}
+
+/// Waits for the cluster, shows what it does, and stays.
+async fn work(
+    args: &Args,
+    ground: &Ground,
+    cluster: &mut Cluster,
+    key: &Key,
+    began: Instant,
+    out: Output,
+) -> anyhow::Result<()> {
+    let access = cluster.ready().await?;
+    let state = DevState {
+        pid: std::process::id(),
+        brokers: ground.kafka.brokers.join(","),
+        redis: ground.redis.url.expose().to_owned(),
+        url: format!("ws://{access}"),
+        key_id: KEY_ID.into(),
+        secret: key.secret.expose().to_owned(),
+    };
+    let _published = state.publish()?;
+    let elapsed_ms = began.elapsed().as_millis() as u64;
+    let ready = Ready {
+        event: "ready",
+        url: &state.url,
+        brokers: &state.brokers,
+        redis: &ground.redis.url.to_string(),
+        elapsed_ms,
+    };
+    out.either(&ready, || {
+        let note = format!("devices connect here; all four roles ready after {elapsed_ms} ms");
+        fact(out, "access", &state.url, &note)
+    })?;
+    demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await?;
+    if args.once {
+        return Ok(());
+    }
+    invite(&state, out)?;
+    cluster.failed().await
+}
+
+fn heading(out: Output) -> anyhow::Result<()> {
+    if !out.is_json() {
+        let title = out.paint(Tone::Strong, "Barid");
+        out.line(format_args!(
+            "{title} {}, a whole cluster in one process",
+            env!("CARGO_PKG_VERSION")
+        ))?;
+    }
+    Ok(())
+}
+
+/// One aligned line about the cluster.
+fn fact(out: Output, name: &str, value: &str, note: &str) -> String {
+    format!("  {name:<7} {value:<26} {}", out.paint(Tone::Faint, note))
+}
+
+/// Finds or starts Redis and Kafka.
+async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<RedisServer>)> {
+    let mut redis = RedisConfig::default();
+    let server = match &args.redis {
+        Some(url) => {
+            redis.url = SecretUrl::new(url);
+            None
+        }
+        None => Some(RedisServer::start().await?),
+    };
+    let note = match &server {
+        Some(server) => {
+            redis.url = SecretUrl::new(server.url());
+            format!("private redis-server {}, in memory, gone with this process", server.version())
+        }
+        None => "yours".into(),
+    };
+    if !out.is_json() {
+        out.line(fact(out, "redis", &redis.url.to_string(), &note))?;
+    }
+    let mut kafka = KafkaConfig { partitions: PARTITIONS, ..Default::default() };
+    let broker = match &args.kafka {
+        Some(brokers) => {
+            kafka.brokers = brokers.split(',').map(|b| b.trim().to_owned()).collect();
+            ensure_topics(&kafka, Duration::from_secs(10))
+                .await
+                .with_context(|| format!("cannot create Barid's topics in Kafka at {brokers}"))?;
+            None
+        }
+        None => {
+            Some(EmbeddedKafka::start(&mut kafka).context("cannot start the in-process broker")?)
+        }
+    };
+    let note = match &broker {
+        Some(_) => "in-process broker, for any Kafka client, in memory",
+        None => "yours",
+    };
+    if !out.is_json() {
+        out.line(fact(out, "kafka", &kafka.brokers.join(","), note))?;
+    }
+    Ok((Ground { kafka, redis, _broker: broker }, server))
+}
+
+/// The port that was asked for, or the usual one, or any.
+fn listen(port: Option<u16>) -> anyhow::Result<SocketAddr> {
+    let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let is_free = |port| TcpListener::bind(at(port)).is_ok();
+    match port {
+        Some(port) if port != 0 && !is_free(port) => {
+            bail!("port {port} is in use; give another one with --port, or none")
+        }
+        Some(port) => Ok(at(port)),
+        None => Ok(at(if is_free(PORT) { PORT } else { 0 })),
+    }
+}
+
+/// Waits for the private Redis to end, which it should not.
+async fn died(server: &mut Option<RedisServer>) -> anyhow::Error {
+    match server {
+        Some(server) => server.died().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The lines to copy.
+fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
+    if out.is_json() {
+        return Ok(());
+    }
+    let barid = own_name();
+    let faint = |text: &str| out.paint(Tone::Faint, text);
+    out.line(format_args!("\n{}", out.paint(Tone::Strong, "Your turn, in two other terminals")))?;
+    out.line(format_args!("  {barid} listen --user alice"))?;
+    out.line(format_args!("  {barid} send --user alice \"hello\" --wait accepted,acked"))?;
+    out.line(format_args!("{}", faint("Or with any Kafka client:")))?;
+    let record = r#"{"id":"k-1","app":"demo","to":{"user":"alice"},"text":"hello from kcat"}"#;
+    out.line(format_args!("  echo '{record}' | kcat -P -b {} -t barid.push", state.brokers))?;
+    out.line(faint("Ctrl-C stops everything."))?;
+    Ok(())
+}
+
+/// What to type to run this program again.
+fn own_name() -> String {
+    let own = std::env::current_exe().ok();
+    let in_path = std::env::var_os("PATH").and_then(|path| {
+        let own = own.as_ref()?.canonicalize().ok()?;
+        let mut found = std::env::split_paths(&path).map(|dir| dir.join("barid"));
+        let first: PathBuf = found.find(|file| file.is_file())?;
+        (first.canonicalize().ok()? == own).then_some(())
+    });
+    if in_path.is_some() {
+        return "barid".into();
+    }
+    let here = std::env::current_dir().unwrap_or_default();
+    match own {
+        Some(own) => own.strip_prefix(&here).unwrap_or(&own).display().to_string(),
+        None => "barid".into(),
+    }
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The four roles in this process, started by the same door as their binaries start them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+use barid_access::Access;
+use barid_bus::KafkaConfig;
+use barid_delayer::Delayer;
+use barid_dispatcher::Dispatcher;
+use barid_mailbox::RedisConfig;
+use barid_purger::Purger;
+use barid_runtime::{Context, Role, RunError, Stopped};
+use futures::future::select_all;
+use serde::Serialize;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::output::{Output, Tone};
+use crate::values::Key;
+
+/// How long the roles may take to become ready.
+const START: Duration = Duration::from_secs(30);
+/// How long each may take to drain.
+const DRAIN: Duration = Duration::from_secs(3);
+/// What a role may take over that to notice by itself.
+const OVERTIME: Duration = Duration::from_secs(2);
+/// The exit code of a drain that cut something off, as the roles' own.
+const EXIT_CUT: u8 = 3;
+
+/// The running roles, in the order in which they stop.
+pub struct Cluster {
+    roles: Vec<Running>,
+}
+
+struct Running {
+    name: &'static str,
+    context: Context,
+    task: JoinHandle<Result<Stopped, RunError>>,
+}
+
+#[derive(Serialize)]
+struct Drained<'a> {
+    event: &'static str,
+    role: &'a str,
+    elapsed_ms: u64,
+}
+
+impl Cluster {
+    /// Starts all four; where devices connect is `listen`.
+    pub fn start(
+        kafka: &KafkaConfig,
+        redis: &RedisConfig,
+        key: &Key,
+        listen: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let auth_key = barid_access::config::KeyConfig {
+            id: key.id.clone().unwrap_or_default(),
+            secret: key.secret.clone(),
+            ..Default::default()
+        };
+        let access = barid_access::Config {
+            listen,
+            grpc_listen: any,
+            kafka: kafka.clone(),
+            redis: redis.clone(),
+            auth: barid_access::config::AuthConfig { keys: vec![auth_key], ..Default::default() },
+            drain_seconds: DRAIN.as_secs(),
+            ..Default::default()
+        };
+        let dispatcher = barid_dispatcher::Config {
+            listen: any,
+            redis: redis.clone(),
+            // Its callers are in this process, and stop before it.
+            drain_settle_ms: 50,
+            drain_seconds: DRAIN.as_secs(),
+            ..Default::default()
+        };
+        let delayer = barid_delayer::Config {
+            redis: redis.clone(),
+            drain_seconds: DRAIN.as_secs(),
+            ..Default::default()
+        };
+        let purger = barid_purger::Config {
+            kafka: kafka.clone(),
+            redis: redis.clone(),
+            drain_seconds: DRAIN.as_secs(),
+            ..Default::default()
+        };
+        Ok(Self {
+            roles: vec![
+                start::<Purger>(purger)?,
+                start::<Dispatcher>(dispatcher)?,
+                start::<Delayer>(delayer)?,
+                start::<Access>(access)?,
+            ],
+        })
+    }
+
+    /// Waits until every role is ready; where devices connect.
+    pub async fn ready(&mut self) -> anyhow::Result<SocketAddr> {
+        let contexts: Vec<_> = self.roles.iter().map(|r| (r.name, r.context.clone())).collect();
+        let all = async {
+            let mut access = None;
+            for (_, context) in &contexts {
+                let listeners = context.announcements().wait().await;
+                access = access.or(listeners.get("ws").copied());
+                while !context.health.not_ready().is_empty() {
+                    sleep(Duration::from_millis(2)).await;
+                }
+            }
+            access.ok_or_else(|| anyhow!("access does not say where it listens"))
+        };
+        tokio::select! {
+            ready = timeout(START, all) => match ready {
+                Ok(access) => access,
+                Err(_) => bail!("not ready after {START:?}: {}", missing(&contexts)),
+            },
+            ended = self.failed() => Err(match ended {
+                Err(why) => why,
+                Ok(()) => anyhow!("a role ended before it was ready"),
+            }),
+        }
+    }
+
+    /// Waits until a role ends, which none should by itself.
+    pub async fn failed(&mut self) -> anyhow::Result<()> {
+        let tasks: Vec<_> = self.roles.iter_mut().map(|role| &mut role.task).collect();
+        let (ended, index, _) = select_all(tasks).await;
+        let name = self.roles.remove(index).name;
+        match ended {
+            Ok(Ok(_)) => bail!("{name} ended by itself"),
+            Ok(Err(error)) => bail!("{name} failed: {error}"),
+            Err(error) => bail!("{name} failed: {error}"),
+        }
+    }
+
+    /// Drains the roles one after the other.
+    pub async fn stop(&mut self, out: Output) -> anyhow::Result<ExitCode> {
+        let mut exit = ExitCode::SUCCESS;
+        for role in self.roles.drain(..) {
+            let began = Instant::now();
+            role.context.shutdown.begin(DRAIN);
+            let problem = match timeout(DRAIN + OVERTIME, role.task).await {
+                Ok(Ok(Ok(Stopped::Clean))) => None,
+                Ok(Ok(Ok(Stopped::Cut { what, count }))) => Some(format!("{count} {what} cut off")),
+                Ok(Ok(Err(error))) => Some(error.to_string()),
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("does not end".into()),
+            };
+            match problem {
+                None => tell(role.name, began, out)?,
+                Some(problem) => {
+                    exit = ExitCode::from(EXIT_CUT);
+                    out.note(format_args!("{}: {problem}", role.name));
+                }
+            }
+        }
+        Ok(exit)
+    }
+}
+
+fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
+    R::check(&config).map_err(|problem| anyhow!("{}: {problem}", R::NAME))?;
+    let context = Context::new();
+    let task = tokio::spawn(R::run(config, context.clone()));
+    Ok(Running { name: R::NAME, context, task })
+}
+
+fn missing(contexts: &[(&str, Context)]) -> String {
+    let mut reasons = Vec::new();
+    for (name, context) in contexts {
+        for (condition, reason) in context.health.not_ready() {
+            reasons.push(format!("{name} {condition}: {reason}"));
+        }
+    }
+    if reasons.is_empty() { "a role does not listen".into() } else { reasons.join("; ") }
+}
+
+fn tell(role: &str, began: Instant, out: Output) -> anyhow::Result<()> {
+    let elapsed_ms = began.elapsed().as_millis() as u64;
+    let drained = Drained { event: "drained", role, elapsed_ms };
+    out.either(&drained, || {
+        out.paint(Tone::Faint, format_args!("  {role:<10} drained in {elapsed_ms} ms"))
+    })?;
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! A private redis-server: on a port of its own, in memory, and never longer-lived than this process.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep, timeout};
+
+/// Another process may take the port between its choice and its use.
+const TRIES: u32 = 5;
+/// How long it may take to answer for the first time.
+const START: Duration = Duration::from_secs(10);
+
+/// The running server; killed when this is dropped.
+pub struct RedisServer {
+    child: Child,
+    port: u16,
+    version: String,
+    // Its log; removed with this value.
+    dir: TempDir,
+}
+
+impl RedisServer {
+    /// Starts it and waits until it answers. To be called on the process's first thread: the
+    /// kernel kills the server when the thread that started it ends.
+    pub async fn start() -> anyhow::Result<Self> {
+        let program = find("redis-server").ok_or_else(|| {
+            anyhow!(
+                "redis-server is not installed. On Debian and Ubuntu:\n\n    \
+                 sudo apt-get install -y --no-install-recommends redis-server\n\n\
+                 or give another Redis: --redis redis://HOST:PORT"
+            )
+        })?;
+        let mut problem = anyhow!("no free port");
+        for _ in 0..TRIES {
+            match Self::try_start(&program).await {
+                Ok(server) => return Ok(server),
+                Err(error) => problem = error,
+            }
+        }
+        Err(problem.context(format!("cannot start {}", program.display())))
+    }
+
+    /// Where it is.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// As it calls itself.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn died(&mut self) -> anyhow::Error {
+        match self.child.wait().await {
+            Ok(status) => anyhow!("the private redis-server ended ({status}){}", self.last_words()),
+            Err(error) => anyhow!("the private redis-server cannot be watched: {error}"),
+        }
+    }
+
+    async fn try_start(program: &Path) -> anyhow::Result<Self> {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let dir = tempfile::Builder::new().prefix("barid-dev-redis-").tempdir()?;
+        let child = command(program, port, dir.path()).spawn()?;
+        let mut server = Self { child, port, version: String::new(), dir };
+        let deadline = Instant::now() + START;
+        loop {
+            if let Some(status) = server.child.try_wait()? {
+                bail!("it ended at once ({status}){}", server.last_words());
+            }
+            if let Some(version) = ask_version(port).await {
+                server.version = version;
+                return Ok(server);
+            }
+            if Instant::now() > deadline {
+                bail!("it does not answer on port {port}{}", server.last_words());
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+        let last: Vec<&str> = log.lines().rev().take(3).collect();
+        last.iter().rev().fold(String::new(), |words, line| words + "\n  " + line)
+    }
+}
+
+fn command(program: &Path, port: u16, dir: &Path) -> Command {
+    // setpriv (util-linux) has the kernel kill the server when this process ends, however it does.
+    let mut command = match find("setpriv") {
+        Some(setpriv) => {
+            let mut command = Command::new(setpriv);
+            command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+            command
+        }
+        None => Command::new(program),
+    };
+    command
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir"])
+        .arg(dir)
+        .args(["--logfile", "log", "--save", "", "--appendonly", "no"])
+        .args(["--maxmemory-policy", "noeviction", "--daemonize", "no"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        // Ctrl-C is for this process alone: the roles need Redis to finish.
+        .process_group(0)
+        .kill_on_drop(true);
+    command
+}
+
+/// The server's version, once it answers.
+async fn ask_version(port: u16) -> Option<String> {
+    let ask = async {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+        stream.write_all(b"INFO server\r\nQUIT\r\n").await?;
+        let mut answer = String::new();
+        stream.take(64 << 10).read_to_string(&mut answer).await.context("no text")?;
+        anyhow::Ok(answer)
+    };
+    let answer = timeout(Duration::from_secs(2), ask).await.ok()?.ok()?;
+    let line = answer.lines().find_map(|line| line.strip_prefix("redis_version:"))?;
+    Some(line.trim().to_owned())
+}
+
+/// A program, in the directories of PATH.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
