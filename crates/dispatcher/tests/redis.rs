@@ -1,0 +1,266 @@
+//! A whole dispatcher over a real Redis, with access nodes and callers.
+
+mod support;
+
+use std::time::Duration;
+
+use barid_core::{AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
+use barid_dispatcher::{Config, Dispatcher};
+use barid_mailbox::{
+    ConnectOutcome, ConnectRequest, Lease, Mailbox, NodeRecord, NodeRole, NodeTable, RedisConfig,
+    UserKey,
+};
+use barid_runtime::{Context, Role as _, SecretUrl, Stopped};
+use barid_testkit::Redis;
+use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice};
+use prometheus::Registry;
+use support::{Caller, FakeNode, SOON, push, seq};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+struct Cluster {
+    redis: Redis,
+    mailbox: Mailbox,
+    config: RedisConfig,
+}
+
+struct Running {
+    task: JoinHandle<Stopped>,
+    context: Context,
+    address: String,
+}
+
+fn user(name: &str) -> UserKey {
+    UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(name).unwrap() }
+}
+
+fn session(node: &str, connection: u64) -> SessionRef {
+    SessionRef {
+        node: NodeId::new(node).unwrap(),
+        incarnation: Incarnation(7),
+        connection: ConnectionId(connection),
+    }
+}
+
+impl Cluster {
+    async fn start() -> Self {
+        let redis = Redis::start().await.unwrap();
+        let config =
+            RedisConfig { url: SecretUrl::new(redis.url()), shards: 8, ..Default::default() };
+        let mailbox = Mailbox::open(&config, &Registry::new()).await.unwrap();
+        Self { redis, mailbox, config }
+    }
+
+    async fn dispatcher(&self, nodes: i64) -> Running {
+        let config = Config {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            nodes_refresh_ms: 50,
+            drain_settle_ms: 200,
+            lease_ttl_ms: 900,
+            redis: self.config.clone(),
+            ..Default::default()
+        };
+        let context = Context::new();
+        let running = Dispatcher::run(config, context.clone());
+        let task = tokio::spawn(async move { running.await.unwrap() });
+        let addresses = timeout(SOON, context.announcements().wait()).await.unwrap();
+        let address = addresses["grpc"].to_string();
+        let begun = Instant::now();
+        while !context.health.not_ready().is_empty()
+            || gauge(&context, "barid_dispatcher_node_links_up") < nodes
+        {
+            assert!(begun.elapsed() < SOON, "not ready: {:?}", context.health.not_ready());
+            sleep(Duration::from_millis(5)).await;
+        }
+        Running { task, context, address }
+    }
+
+    async fn node(&self, name: &str) -> (FakeNode, Lease) {
+        let node = FakeNode::start().await;
+        let record = NodeRecord {
+            id: NodeId::new(name).unwrap(),
+            role: NodeRole::Access,
+            address: node.address.clone(),
+            incarnation: Incarnation(7),
+            load: 0,
+            draining: false,
+            zone: String::new(),
+        };
+        let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
+        (node, lease)
+    }
+
+    async fn connect(&self, name: &str, device: &str, session: SessionRef, attempt: u64) {
+        let request = ConnectRequest {
+            user: user(name),
+            device: DeviceId::new(device).unwrap(),
+            session,
+            attempt: Attempt(attempt),
+            platform: "ios".into(),
+            position: None,
+        };
+        let begun = Instant::now();
+        let outcome = loop {
+            match self.mailbox.connect(request.clone()).await {
+                Ok(outcome) => break outcome,
+                // A test cut this connection, too.
+                Err(error) => assert!(begun.elapsed() < SOON, "{error}"),
+            }
+            sleep(Duration::from_millis(10)).await;
+        };
+        assert!(matches!(outcome, ConnectOutcome::Connected { .. }), "{outcome:?}");
+    }
+}
+
+fn metric(context: &Context, name: &str) -> prometheus::proto::Metric {
+    let families = context.metrics.gather();
+    let family = families.iter().find(|family| family.name() == name);
+    family.unwrap_or_else(|| panic!("no metric {name}")).get_metric()[0].clone()
+}
+
+fn gauge(context: &Context, name: &str) -> i64 {
+    metric(context, name).get_gauge().get_value() as i64
+}
+
+fn counter(context: &Context, name: &str) -> u64 {
+    metric(context, name).get_counter().get_value() as u64
+}
+
+#[tokio::test]
+async fn a_changed_route_reaches_l1_by_invalidation() {
+    let cluster = Cluster::start().await;
+    let ((a, _la), (b, _lb)) = (cluster.node("a").await, cluster.node("b").await);
+    let dispatcher = cluster.dispatcher(2).await;
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    for round in 0..20 {
+        let (at, node) = if round % 2 == 0 { ("a", &a) } else { ("b", &b) };
+        cluster.connect("alice", "phone", session(at, round + 1), round + 1).await;
+        let invalidated = Instant::now();
+        // The push message of Redis is on its way: wait for it as long as a timer would.
+        let before = node.pushes(0).await.len();
+        while node.pushes(0).await.len() == before {
+            assert!(invalidated.elapsed() < Duration::from_secs(2), "L1 is stale");
+            caller.push(vec![push("alice", round)]).await;
+            sleep(Duration::from_millis(1)).await;
+        }
+        let last = node.pushes(0).await.pop().unwrap();
+        assert_eq!((last.connections[..].to_vec(), seq(&last.envelope)), (vec![round + 1], round));
+        for _ in 0..3 {
+            caller.push(vec![push("alice", round)]).await;
+        }
+    }
+    assert!(counter(&dispatcher.context, "barid_dispatcher_l1_hits_total") >= 40);
+}
+
+#[tokio::test]
+async fn gone_removes_the_route_from_redis() {
+    let cluster = Cluster::start().await;
+    let (a, _lease) = cluster.node("a").await;
+    let dispatcher = cluster.dispatcher(1).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    cluster.connect("alice", "watch", session("a", 2), 1).await;
+    *a.fake.gone.lock() = vec![Gone {
+        app: "demo".into(),
+        user: "alice".into(),
+        device: String::new(),
+        connection: 1,
+    }];
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    caller.push(vec![push("alice", 1)]).await;
+    let begun = Instant::now();
+    while cluster.mailbox.read_routes(&user("alice")).await.unwrap().len() == 2 {
+        assert!(begun.elapsed() < SOON, "the route stays");
+        sleep(Duration::from_millis(5)).await;
+    }
+    let routes = cluster.mailbox.read_routes(&user("alice")).await.unwrap();
+    assert_eq!((routes.len(), routes[0].device.as_str()), (1, "watch"));
+}
+
+#[tokio::test]
+async fn resends_read_redis_and_tell_what_cannot_be_reached() {
+    let cluster = Cluster::start().await;
+    let (a, _lease) = cluster.node("a").await;
+    let dispatcher = cluster.dispatcher(1).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    cluster.connect("bob", "phone", session("nowhere", 1), 1).await;
+    let resend = |name: &str, node: &str, connection| Resend {
+        app: "demo".into(),
+        user: name.into(),
+        devices: vec![ResendDevice {
+            device: "phone".into(),
+            node: node.into(),
+            incarnation: 7,
+            connection,
+            attempt: 3,
+        }],
+    };
+    let resends =
+        vec![resend("alice", "a", 1), resend("alice", "a", 9), resend("bob", "nowhere", 1)];
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    let reply = caller.dispatch(DispatchBatch { resends, ..Default::default() }).await;
+    assert_eq!(reply.unreachable, [2]);
+    let at_a = a.resends(1).await;
+    assert_eq!((at_a.len(), at_a[0].connection, at_a[0].attempt), (1, 1, 3));
+}
+
+#[tokio::test]
+async fn a_lost_tracking_connection_empties_l1_and_comes_back() {
+    let cluster = Cluster::start().await;
+    let ((a, _la), (b, _lb)) = (cluster.node("a").await, cluster.node("b").await);
+    let dispatcher = cluster.dispatcher(2).await;
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    caller.push(vec![push("alice", 1)]).await;
+    a.pushes(1).await;
+    let _: i64 = cluster.redis.query(&["CLIENT", "KILL", "TYPE", "normal"]).await.unwrap_or(0);
+    // While nobody reports changes the route moves.
+    let begun = Instant::now();
+    cluster.connect("alice", "phone", session("b", 2), 2).await;
+    while b.pushes(0).await.is_empty() {
+        assert!(begun.elapsed() < SOON, "L1 is stale");
+        caller.push(vec![push("alice", 2)]).await;
+        sleep(Duration::from_millis(20)).await;
+    }
+    while gauge(&dispatcher.context, "barid_dispatcher_tracking") == 0 {
+        assert!(begun.elapsed() < SOON, "tracking does not come back");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn draining_is_told_finishes_and_leaves() {
+    let cluster = Cluster::start().await;
+    let (a, _lease) = cluster.node("a").await;
+    let dispatcher = cluster.dispatcher(1).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    dispatcher.context.shutdown.begin(Duration::from_secs(10));
+    // Until the callers know, it goes on.
+    caller.push(vec![push("alice", 1)]).await;
+    a.pushes(1).await;
+    let not_ready = dispatcher.context.health.not_ready();
+    assert!(not_ready.iter().any(|(_, why)| why == "draining"), "{not_ready:?}");
+    assert_eq!(timeout(SOON, dispatcher.task).await.unwrap().unwrap(), Stopped::Clean);
+}
+
+#[tokio::test]
+async fn hazard_13_a_lapsed_lease_is_taken_again() {
+    let cluster = Cluster::start().await;
+    let dispatcher = cluster.dispatcher(0).await;
+    let mut table =
+        NodeTable::watch(&cluster.mailbox, NodeRole::Dispatcher, Duration::from_millis(20));
+    timeout(SOON, table.changed()).await.unwrap();
+    let before = table.snapshot()[0].clone();
+    assert_eq!(before.address, dispatcher.address);
+    let key = format!("barid:node:{}", before.id);
+    let _: u64 = cluster.redis.query(&["DEL", &key]).await.unwrap();
+    while table.snapshot()[0].incarnation == before.incarnation {
+        timeout(SOON, table.changed()).await.unwrap();
+    }
+    assert_eq!(table.snapshot()[0].id, before.id);
+    let begun = Instant::now();
+    while !dispatcher.context.health.not_ready().is_empty() {
+        assert!(begun.elapsed() < SOON, "{:?}", dispatcher.context.health.not_ready());
+        sleep(Duration::from_millis(5)).await;
+    }
+}
