@@ -1,4 +1,5 @@
 //! Whole delayers over a real Redis, with dispatchers that answer as told.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::sync::Arc;
 use std::time::Duration;

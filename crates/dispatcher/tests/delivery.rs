@@ -1,4 +1,5 @@
 //! From the gRPC door to access nodes, with routes in memory.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! A whole dispatcher over a real Redis, with access nodes and callers.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 mod support;
 

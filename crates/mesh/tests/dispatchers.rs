@@ -1,4 +1,5 @@
 //! The pool and its links against real tonic servers that misbehave as told.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
