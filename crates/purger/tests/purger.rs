@@ -1,0 +1,467 @@
+//! The purger over real Redis, and over both brokers: Apache Kafka and librdkafka's in-process one.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use barid_bus::{EmbeddedKafka, KafkaConfig, Producer, ensure_topics};
+use barid_core::{
+    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard, UserId,
+};
+use barid_mailbox::{ConnectOutcome, ConnectRequest, Inspection, Mailbox, RedisConfig, UserKey};
+use barid_purger::{Config, Handoff, Service};
+use barid_runtime::{Context, SecretUrl, Stopped};
+use barid_testkit::kafka::unique;
+use barid_testkit::{Kafka, Redis};
+use barid_wire::envelope;
+use barid_wire::internal::Push;
+use barid_wire::record::{ReceiptKind, decode_receipt};
+use barid_wire::v1::Receipt;
+use bytes::Bytes;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::{Headers as _, Message as _};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+const LIMIT: Duration = Duration::from_secs(40);
+
+/// Keeps what it is handed.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<Push>>>);
+
+impl Handoff for Kept {
+    async fn push(&self, _shard: Shard, push: Push) {
+        self.0.lock().await.push(push);
+    }
+    async fn any_available(&self) -> bool {
+        true
+    }
+    async fn flush(&self, _deadline: tokio::time::Instant) -> usize {
+        0
+    }
+}
+
+struct World {
+    redis: Redis,
+    config: Config,
+    mailbox: Mailbox,
+    producer: Producer,
+    handed: Kept,
+    embedded: Option<EmbeddedKafka>,
+}
+
+/// A purger of this world, in this process.
+struct Running {
+    context: Context,
+    task: JoinHandle<Result<Stopped, barid_purger::Error>>,
+}
+
+impl World {
+    async fn new(embedded: bool) -> Self {
+        let redis = Redis::start().await.unwrap();
+        let mut config =
+            Config { commit_interval_ms: 100, topic_refresh_ms: 300, ..Default::default() };
+        config.redis = RedisConfig {
+            url: SecretUrl::new(redis.url()),
+            response_timeout_ms: 500,
+            ..Default::default()
+        };
+        config.kafka = KafkaConfig { partitions: 4, group: unique("group"), ..Default::default() };
+        let topics = &mut config.kafka.topics;
+        for name in [
+            &mut topics.push_high,
+            &mut topics.push,
+            &mut topics.push_bulk,
+            &mut topics.receipts,
+            &mut topics.dead,
+        ] {
+            *name = unique(name);
+        }
+        let embedded = if embedded {
+            Some(EmbeddedKafka::start(&mut config.kafka).unwrap())
+        } else {
+            config.kafka.brokers = vec![Kafka::shared().await.brokers()];
+            ensure_topics(&config.kafka, LIMIT).await.unwrap();
+            None
+        };
+        let mailbox = Mailbox::open(&config.redis, &Context::new().metrics).await.unwrap();
+        let producer = Producer::new(&config.kafka).unwrap();
+        Self { redis, config, mailbox, producer, handed: Kept::default(), embedded }
+    }
+
+    async fn start(&self) -> Running {
+        let context = Context::new();
+        let mailbox = Mailbox::open(&self.config.redis, &context.metrics).await.unwrap();
+        let service =
+            Service::new(self.config.clone(), mailbox, self.handed.clone(), &context).unwrap();
+        let task = tokio::spawn({
+            let context = context.clone();
+            async move { service.run(&context).await }
+        });
+        Running { context, task }
+    }
+
+    async fn produce(&self, key: &str, value: impl Into<Bytes>) {
+        let topic = &self.config.kafka.topics.push;
+        self.producer.send(topic, key.as_bytes(), value.into(), &[]).await.unwrap();
+    }
+
+    /// `count` messages for alice, ids `from..`, in order.
+    async fn produce_to_alice(&self, from: usize, count: usize) {
+        for i in from..from + count {
+            self.produce("alice", record(&i.to_string(), "alice", "")).await;
+        }
+    }
+
+    async fn inspect(&self, user: &str) -> Inspection {
+        self.mailbox.inspect(&key(user)).await.unwrap()
+    }
+
+    async fn ids(&self, user: &str) -> Vec<String> {
+        let entries = self.inspect(user).await.entries;
+        entries.into_iter().map(|entry| envelope::decode(entry).unwrap().1.id).collect()
+    }
+
+    /// Waits until a user's mailbox has so many entries.
+    async fn has(&self, user: &str, count: usize) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let ids = self.ids(user).await;
+            if ids.len() >= count {
+                assert_eq!(ids.len(), count);
+                return;
+            }
+            assert!(Instant::now() < end, "{user} has {ids:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Reads a topic from its start: keys, values, and headers as text.
+    async fn read(&self, topic: &str, count: usize) -> Vec<(String, Bytes, Vec<(String, String)>)> {
+        let mut config = rdkafka::ClientConfig::new();
+        config
+            .set("bootstrap.servers", self.config.kafka.brokers.join(","))
+            .set("group.id", unique("reader"))
+            .set("auto.offset.reset", "earliest");
+        let topic = topic.to_owned();
+        let read = move || {
+            let reader: BaseConsumer = config.create().unwrap();
+            reader.subscribe(&[&topic]).unwrap();
+            let (mut records, end) = (Vec::new(), Instant::now() + LIMIT);
+            while records.len() < count && Instant::now() < end {
+                let Some(message) = reader.poll(Duration::from_millis(200)) else { continue };
+                let Ok(message) = message else { continue };
+                let text = |bytes: Option<&[u8]>| {
+                    String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
+                };
+                let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+                records.push((
+                    text(message.key()),
+                    Bytes::copy_from_slice(message.payload().unwrap_or_default()),
+                    headers.map(|h| (h.key.to_owned(), text(h.value))).collect(),
+                ));
+            }
+            records
+        };
+        let records = tokio::task::spawn_blocking(read).await.unwrap();
+        assert_eq!(records.len(), count, "{records:?}");
+        records
+    }
+
+    async fn receipts(&self, count: usize) -> Vec<Receipt> {
+        let mut receipts: Vec<Receipt> = self
+            .read(&self.config.kafka.topics.receipts, count)
+            .await
+            .into_iter()
+            .map(|(key, value, _)| {
+                let receipt = decode_receipt(&value).unwrap();
+                assert_eq!(key, receipt.id);
+                receipt
+            })
+            .collect();
+        receipts.sort_by(|a, b| (&a.id, a.kind).cmp(&(&b.id, b.kind)));
+        receipts
+    }
+}
+
+impl Running {
+    async fn stop(self) -> Stopped {
+        self.context.shutdown.begin(Duration::from_secs(10));
+        tokio::time::timeout(LIMIT, self.task).await.unwrap().unwrap().unwrap()
+    }
+
+    /// As `kill -9`, as far as one process can: nothing is finished, nothing committed.
+    fn kill(self) {
+        self.task.abort();
+    }
+
+    fn metric(&self, name: &str) -> f64 {
+        let families = self.context.metrics.gather();
+        let family = families.iter().find(|f| f.name() == format!("barid_purger_{name}"));
+        let metrics = family.map(|f| f.get_metric()).unwrap_or_default();
+        metrics.iter().map(|m| m.get_counter().get_value() + m.get_gauge().get_value()).sum()
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + LIMIT;
+        while !holds(self) {
+            assert!(Instant::now() < end, "{what}: {:?}", self.context.health.not_ready());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn ready(&self) {
+        self.until("ready", |this| this.context.health.not_ready().is_empty()).await;
+    }
+}
+
+fn key(user: &str) -> UserKey {
+    UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(user).unwrap() }
+}
+
+fn record(id: &str, user: &str, more: &str) -> String {
+    format!(r#"{{"id":"{id}","app":"demo","to":{{"user":"{user}"}},"text":"hello"{more}}}"#)
+}
+
+fn expected(count: usize) -> Vec<String> {
+    (0..count).map(|i| i.to_string()).collect()
+}
+
+async fn accepts_in_order_and_commits(world: World) {
+    let purger = world.start().await;
+    world.produce_to_alice(0, 30).await;
+    world.has("alice", 30).await;
+    assert_eq!(world.ids("alice").await, expected(30));
+    assert_eq!(purger.stop().await, Stopped::Clean);
+    // What was committed is not taken again.
+    let again = world.start().await;
+    world.produce_to_alice(30, 5).await;
+    world.has("alice", 35).await;
+    assert_eq!(again.metric("records_taken_total"), 5.0);
+    assert_eq!(again.stop().await, Stopped::Clean);
+    drop(world.embedded);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accepts_in_order_and_commits_embedded() {
+    accepts_in_order_and_commits(World::new(true).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accepts_in_order_and_commits_apache() {
+    accepts_in_order_and_commits(World::new(false).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_becomes_a_dead_letter_and_a_receipt_and_harms_nobody_else() {
+    let world = World::new(false).await;
+    let purger = world.start().await;
+    let asks = r#","receipts":["accepted","duplicate"]"#;
+    world.produce("k", record("1", "alice", asks)).await;
+    world.produce("k", record("1", "alice", asks)).await;
+    world.produce("bad", record("2", "alice", r#","nonsense":1"#)).await;
+    world.produce("k", Bytes::from_static(b"\xff\xff")).await;
+    world.produce("k", record("3", "alice", asks)).await;
+    world.has("alice", 2).await;
+    let receipts = world.receipts(5).await;
+    let told: Vec<(&str, ReceiptKind, u64, &str)> =
+        receipts.iter().map(|r| (r.id.as_str(), r.kind(), r.seq, r.code.as_str())).collect();
+    assert_eq!(
+        told,
+        [
+            ("", ReceiptKind::Refused, 0, "bad_protobuf"),
+            ("1", ReceiptKind::Accepted, 1, ""),
+            ("1", ReceiptKind::Duplicate, 0, ""),
+            ("2", ReceiptKind::Refused, 0, "unknown_field"),
+            ("3", ReceiptKind::Accepted, 2, ""),
+        ]
+    );
+    let dead = world.read(&world.config.kafka.topics.dead, 2).await;
+    let bad = dead.iter().find(|(key, ..)| key == "bad").unwrap();
+    assert!(bad.1.ends_with(b"\"nonsense\":1}"));
+    let header = |name: &str| bad.2.iter().find(|(n, _)| n == name).unwrap().1.clone();
+    assert_eq!(header("barid-code"), "unknown_field");
+    assert_eq!(header("barid-topic"), world.config.kafka.topics.push);
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_is_for_online_users_is_handed_on() {
+    let world = World::new(true).await;
+    let connect = ConnectRequest {
+        user: key("alice"),
+        device: DeviceId::new("phone").unwrap(),
+        session: SessionRef {
+            node: NodeId::new("a").unwrap(),
+            incarnation: Incarnation(1),
+            connection: ConnectionId(1),
+        },
+        attempt: Attempt(1),
+        platform: "test".into(),
+        position: None,
+    };
+    let connected = world.mailbox.connect(connect).await.unwrap();
+    assert!(matches!(connected, ConnectOutcome::Connected { .. }));
+    let purger = world.start().await;
+    let both = r#"{"id":"7","app":"demo","to":{"users":["alice","bob","alice"]},"text":"hi"}"#;
+    world.produce("k", both).await;
+    world.has("alice", 1).await;
+    world.has("bob", 1).await;
+    purger.until("handed", |purger| purger.metric("handed_total") == 1.0).await;
+    assert_eq!(purger.stop().await, Stopped::Clean);
+    let handed = world.handed.0.lock().await;
+    assert_eq!((handed.len(), &*handed[0].user), (1, "alice"));
+    let (header, envelope) = envelope::decode(handed[0].envelope.clone()).unwrap();
+    assert_eq!((header.seq.0, &*envelope.id), (1, "7"));
+    assert!(envelope.taken_at_ms >= envelope.produced_at_ms && envelope.produced_at_ms > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_purger_loses_nothing_and_repeats_nothing() {
+    let mut world = World::new(false).await;
+    // Nothing is ever committed by the first: all of it is redelivered to the second.
+    world.config.commit_interval_ms = 1_000_000;
+    let first = world.start().await;
+    world.produce_to_alice(0, 20).await;
+    world.has("alice", 20).await;
+    first.kill();
+    let second = world.start().await;
+    world.produce_to_alice(20, 5).await;
+    world.has("alice", 25).await;
+    assert_eq!(world.ids("alice").await, expected(25));
+    assert_eq!(second.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_away_loses_nothing_and_is_told() {
+    let mut world = World::new(false).await;
+    let purger = world.start().await;
+    world.produce_to_alice(0, 5).await;
+    world.has("alice", 5).await;
+    purger.ready().await;
+    world.redis.stop().unwrap();
+    world.produce_to_alice(5, 5).await;
+    let redis_fails = |p: &Running| p.context.health.not_ready().iter().any(|(n, _)| *n == "redis");
+    purger.until("redis is missed", redis_fails).await;
+    world.redis.cont().unwrap();
+    world.has("alice", 10).await;
+    assert_eq!(world.ids("alice").await, expected(10));
+    purger.ready().await;
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_forgets_is_read_again_below_the_commit() {
+    let world = World::new(false).await;
+    let purger = world.start().await;
+    world.produce_to_alice(0, 10).await;
+    world.has("alice", 10).await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // committed
+    let _: () = world.redis.query(&["FLUSHALL"]).await.unwrap();
+    world.produce_to_alice(10, 1).await;
+    world.has("alice", 11).await;
+    assert_eq!(world.ids("alice").await, expected(11));
+    assert!(purger.metric("gaps_total") >= 1.0);
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scripts_that_redis_forgot_lose_no_batch() {
+    let world = World::new(false).await;
+    let purger = world.start().await;
+    for round in 0..10 {
+        let _: () = world.redis.query(&["SCRIPT", "FLUSH"]).await.unwrap();
+        world.produce_to_alice(round * 10, 10).await;
+    }
+    world.has("alice", 100).await;
+    assert_eq!(world.ids("alice").await, expected(100));
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_redis_holds_the_commit_until_there_is_room() {
+    let world = World::new(false).await;
+    let purger = world.start().await;
+    world.produce_to_alice(0, 3).await;
+    world.has("alice", 3).await;
+    let _: () = world.redis.query(&["CONFIG", "SET", "maxmemory", "1"]).await.unwrap();
+    world.produce_to_alice(3, 3).await;
+    let full = |p: &Running| p.metric("shards_away") >= 1.0;
+    purger.until("full", full).await;
+    let _: () = world.redis.query(&["CONFIG", "SET", "maxmemory", "0"]).await.unwrap();
+    world.has("alice", 6).await;
+    assert_eq!(world.ids("alice").await, expected(6));
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_move_between_purgers_and_everything_arrives_once_in_order() {
+    let world = World::new(false).await;
+    let first = world.start().await;
+    first.until("assigned", |p| p.metric("partitions") == 12.0).await;
+    let producing = async {
+        for i in 0..300 {
+            world.produce("alice", record(&i.to_string(), "alice", "")).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let moving = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let second = world.start().await;
+        second.until("shared", |p| p.metric("partitions") >= 1.0).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(first.stop().await, Stopped::Clean);
+        second
+    };
+    let ((), second) = tokio::join!(producing, moving);
+    let end = Instant::now() + LIMIT;
+    while world.inspect("alice").await.newest.0 < 300 {
+        assert!(Instant::now() < end, "alice has {}", world.inspect("alice").await.newest);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(world.inspect("alice").await.newest.0, 300);
+    // An inspection shows the newest hundred.
+    assert_eq!(world.ids("alice").await, expected(300)[200..]);
+    assert_eq!(second.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_created_again_is_accepted_from_its_start() {
+    let world = World::new(false).await;
+    let purger = world.start().await;
+    world.produce_to_alice(0, 5).await;
+    world.has("alice", 5).await;
+    let topic = world.config.kafka.topics.push.clone();
+    Kafka::shared().await.delete_topics(&[&topic]).await.unwrap();
+    ensure_topics(&world.config.kafka, LIMIT).await.unwrap();
+    let fresh = World { producer: Producer::new(&world.config.kafka).unwrap(), ..world };
+    fresh.produce_to_alice(5, 3).await;
+    fresh.has("alice", 8).await;
+    assert_eq!(fresh.ids("alice").await, expected(8));
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_bulk_does_not_delay_what_is_urgent() {
+    let mut world = World::new(false).await;
+    // A mailbox call of 20 ms a message, as it were: a slow store makes the backlog last.
+    world.config.window.call_messages_max = 4;
+    let topics = world.config.kafka.topics.clone();
+    let bulk = (0..3000).map(|i| {
+        let (producer, topic) = (world.producer.clone(), topics.push_bulk.clone());
+        async move {
+            let value = record(&i.to_string(), &format!("u{}", i % 50), "");
+            producer.send(&topic, format!("{i}").as_bytes(), value.into(), &[]).await.unwrap();
+        }
+    });
+    futures::future::join_all(bulk).await;
+    let purger = world.start().await;
+    purger.until("bulk is under way", |p| p.metric("messages_total") > 50.0).await;
+    let before = purger.metric("messages_total");
+    let high = record("urgent", "alice", "").into();
+    world.producer.send(&topics.push_high, b"k", high, &[]).await.unwrap();
+    world.has("alice", 1).await;
+    let passed = purger.metric("messages_total") - before;
+    purger.until("bulk is done", |p| p.metric("messages_total") == 3001.0).await;
+    assert!(passed < 2900.0, "{passed} bulk messages went first");
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
