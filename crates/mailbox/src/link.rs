@@ -79,15 +79,6 @@ impl Link {
         sent
     }
 
-    /// Sends one command to a node that is about to take over its slot.
-    pub async fn send_asking(&self, cmd: &Cmd) -> Result<Value, RedisError> {
-        let mut live = self.live().await?;
-        let mut pipeline = redis::pipe();
-        pipeline.cmd("ASKING").ignore().add_command(cmd.clone());
-        let mut values = live.connection.send_packed_commands(&pipeline, 0, 2).await?;
-        values.pop().unwrap_or_default().extract_error()
-    }
-
     /// Where it connects to.
     pub fn client(&self) -> &Client {
         &self.client

@@ -78,7 +78,8 @@ impl NodeTable {
     /// life after which another one was seen is gone for `Duration::MAX`. One that was never seen
     /// counts from the first question about it.
     pub fn void_since(&self, node: &NodeId, incarnation: Incarnation) -> Option<Duration> {
-        self.inner.memory.lock().void_since(node, incarnation, self.inner.stale_after)
+        let mut memory = self.inner.memory.lock();
+        memory.void_since(node, incarnation, self.inner.stale_after, Instant::now())
     }
 }
 
@@ -88,28 +89,28 @@ impl Memory {
         node: &NodeId,
         incarnation: Incarnation,
         stale_after: Duration,
+        now: Instant,
     ) -> Option<Duration> {
         if let Some(known) = self.known.get(node) {
             if known.former.contains(&incarnation) {
                 return Some(Duration::MAX);
             }
             if known.record.incarnation == incarnation {
-                return known.gone_since.map(|at| at.elapsed());
+                return known.gone_since.map(|at| now - at);
             }
         }
-        if self.read_at.is_none_or(|at| at.elapsed() > stale_after) {
+        if self.read_at.is_none_or(|at| now - at > stale_after) {
             return None;
         }
         if self.strangers.len() >= STRANGERS_MAX {
             self.strangers.clear();
         }
-        let first = self.strangers.entry((node.clone(), incarnation)).or_insert_with(Instant::now);
-        Some(first.elapsed())
+        let first = self.strangers.entry((node.clone(), incarnation)).or_insert(now);
+        Some(now - *first)
     }
 
     /// Takes over a reading; returns the view that follows from it.
-    fn update(&mut self, read: Vec<NodeRecord>) -> Vec<NodeRecord> {
-        let now = Instant::now();
+    fn update(&mut self, read: Vec<NodeRecord>, now: Instant) -> Vec<NodeRecord> {
         self.read_at = Some(now);
         let living = self.known.values().filter(|known| known.gone_since.is_none());
         let (all, missing) = living.fold((0, 0), |(all, missing), known| {
@@ -171,7 +172,7 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
         let Some(inner) = inner.upgrade() else { return };
         match read {
             Ok(records) => {
-                let view = inner.memory.lock().update(records);
+                let view = inner.memory.lock().update(records, Instant::now());
                 inner.view.send_if_modified(|old| {
                     let changed = **old != view;
                     if changed {
@@ -238,41 +239,41 @@ mod tests {
 
     const STALE: Duration = Duration::from_secs(4);
 
-    #[tokio::test(start_paused = true)]
-    async fn hazard_13_mass_death_is_believed_only_after_a_while() {
-        let mut memory = Memory::default();
-        memory.update(vec![record("a", 1), record("b", 1), record("c", 1)]);
-        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a", "b", "c"]);
-        assert_eq!(memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE), None);
-        tokio::time::advance(DISBELIEF).await;
-        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a"]);
-        assert!(memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE).is_some());
+    #[test]
+    fn hazard_13_mass_death_is_believed_only_after_a_while() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
+        let b = NodeId::new("b").unwrap();
+        memory.update(vec![record("a", 1), record("b", 1), record("c", 1)], t);
+        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a", "b", "c"]);
+        assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), None);
+        let t = t + DISBELIEF;
+        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a"]);
+        assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), Some(Duration::ZERO));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn one_death_is_believed_at_once_and_its_time_counts() {
-        let mut memory = Memory::default();
-        memory.update(vec![record("a", 1), record("b", 1)]);
-        assert_eq!(ids(&memory.update(vec![record("a", 1)])), ["a"]);
-        tokio::time::advance(Duration::from_secs(9)).await;
-        let gone = memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE);
-        assert_eq!(gone, Some(Duration::from_secs(9)));
+    #[test]
+    fn one_death_is_believed_at_once_and_its_time_counts() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
+        memory.update(vec![record("a", 1), record("b", 1)], t);
+        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a"]);
+        let later = Duration::from_secs(9);
+        let gone = memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE, t + later);
+        assert_eq!(gone, Some(later));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_former_life_is_void_at_once_and_an_unseen_one_from_the_first_question() {
-        let mut memory = Memory::default();
+    #[test]
+    fn a_former_life_is_void_at_once_and_an_unseen_one_from_the_first_question() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
         let a = NodeId::new("a").unwrap();
-        memory.update(vec![record("a", 9)]);
-        memory.update(vec![record("a", 4)]);
-        assert_eq!(memory.void_since(&a, Incarnation(9), STALE), Some(Duration::MAX));
-        assert_eq!(memory.void_since(&a, Incarnation(4), STALE), None);
+        memory.update(vec![record("a", 9)], t);
+        memory.update(vec![record("a", 4)], t);
+        assert_eq!(memory.void_since(&a, Incarnation(9), STALE, t), Some(Duration::MAX));
+        assert_eq!(memory.void_since(&a, Incarnation(4), STALE, t), None);
         // Newer than the view, perhaps: nothing is removed for it soon.
-        assert_eq!(memory.void_since(&a, Incarnation(7), STALE), Some(Duration::ZERO));
-        memory.update(vec![record("a", 7)]);
-        assert_eq!(memory.void_since(&a, Incarnation(7), STALE), None);
+        assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), Some(Duration::ZERO));
+        memory.update(vec![record("a", 7)], t);
+        assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), None);
         // Redis away: nobody can tell.
-        tokio::time::advance(STALE * 2).await;
-        assert_eq!(memory.void_since(&a, Incarnation(8), STALE), None);
+        assert_eq!(memory.void_since(&a, Incarnation(8), STALE, t + STALE * 2), None);
     }
 }

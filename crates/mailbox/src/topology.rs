@@ -173,7 +173,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Sends to `link()`, and goes where it is redirected.
+    /// Sends to `link()`, and goes where it is redirected. A slot on its way to another master (ASK,
+    /// TRYAGAIN: some of a script's keys are here, some there) is away until it has arrived.
     async fn follow(
         &self,
         link: impl Fn() -> Arc<Link>,
@@ -187,10 +188,6 @@ impl Topology {
             };
             match error.kind() {
                 ErrorKind::Server(ServerErrorKind::Moved) => self.refresh().await,
-                ErrorKind::Server(ServerErrorKind::Ask) => match self.asked(&error) {
-                    Some(link) => return Ok(command.ask(&link).await?),
-                    None => self.refresh().await,
-                },
                 _ => {
                     self.look_again(&error);
                     return Err(error.into());
@@ -199,13 +196,6 @@ impl Topology {
             last = Some(error);
         }
         Err(last.map_or_else(|| Error::Away("redirected".into()), Error::from))
-    }
-
-    /// The link to where an ASK points.
-    fn asked(&self, error: &RedisError) -> Option<Arc<Link>> {
-        let (host, port) = error.redirect_node()?;
-        let name = format!("{host}:{port}");
-        self.map.read().lanes.iter().find(|lane| lane.name == name).map(|lane| lane.link.clone())
     }
 
     /// After a failure that a failover may explain, looks for the masters without making anyone wait.
@@ -302,17 +292,6 @@ impl Command<'_> {
         match self {
             Self::Plain(cmd) => link.send(cmd).await,
             Self::Script(script, call) => link.run(script, call).await,
-        }
-    }
-
-    /// To a node that is about to take over the slot.
-    async fn ask(&self, link: &Link) -> Result<Value, RedisError> {
-        match self {
-            Self::Plain(cmd) => link.send_asking(cmd).await,
-            Self::Script(script, call) => {
-                link.send(&script.load()).await?;
-                link.send_asking(&script.command(call)).await
-            }
         }
     }
 }

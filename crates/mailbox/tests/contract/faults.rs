@@ -1,0 +1,284 @@
+//! Redis away, restarted, emptied of scripts, full, or not to be used.
+
+use std::time::{Duration, Instant};
+
+use barid_core::Seq;
+use barid_mailbox::{AcceptOutcome, Error, GroupOutcome, Mailbox, RedisConfig};
+use barid_runtime::SecretUrl;
+use barid_testkit::Redis;
+use barid_testkit::redis::RedisOptions;
+
+use crate::support::{Bed, at, config, hello, message, open, sleep_ms, until};
+
+#[tokio::test]
+async fn scripts_are_loaded_again_after_a_flush_in_mid_stream() {
+    let bed = Bed::own(|_| {}).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    let mut prev = None;
+    for offset in 1..=60 {
+        if offset % 7 == 0 {
+            let () = bed.query(&["SCRIPT", "FLUSH"]).await;
+        }
+        let messages = vec![message(&user, offset, &format!("m{offset}"))];
+        let outcome = bed.accept_group(messages, prev).await;
+        assert!(matches!(outcome, GroupOutcome::Done(_)), "{outcome:?}");
+        prev = Some(at(offset));
+        if offset % 5 == 0 {
+            bed.ack(&user, "phone", 1, offset as u64).await;
+        }
+    }
+    assert_eq!(bed.page(&user, 0).await.newest, Seq(60));
+}
+
+/// Retries until Redis is there again.
+async fn accept_at_last(mailbox: &Mailbox, bed: &Bed, offset: i64) -> AcceptOutcome {
+    let user = bed.user("alice");
+    let group = bed.group(vec![message(&user, offset, &format!("m{offset}"))], None);
+    for _ in 0..500 {
+        match mailbox.accept(std::slice::from_ref(&group)).await.remove(0) {
+            Ok(GroupOutcome::Done(mut outcomes)) => return outcomes.remove(0),
+            Ok(gap) => panic!("{gap:?}"),
+            Err(Error::Away(_)) => sleep_ms(20).await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("Redis never came back");
+}
+
+#[tokio::test]
+async fn killed_connections_are_made_again_and_told() {
+    let bed = Bed::own(|_| {}).await;
+    let mut reconnections = bed.mailbox.reconnections();
+    for offset in 1..=5 {
+        let () = bed.query(&["CLIENT", "KILL", "TYPE", "normal"]).await;
+        let outcome = accept_at_last(&bed.mailbox, &bed, offset).await;
+        assert!(matches!(outcome, AcceptOutcome::Accepted { .. } | AcceptOutcome::AcceptedBefore));
+    }
+    assert_eq!(bed.page(&bed.user("alice"), 0).await.newest, Seq(5));
+    let told = reconnections.try_recv().expect("a new connection is told");
+    assert_eq!(told.shards.len(), 64);
+}
+
+#[tokio::test]
+async fn a_restarted_redis_is_found_again() {
+    let mut bed = Bed::own(|_| {}).await;
+    let user = bed.user("alice");
+    bed.fill(&user, 1..=3).await;
+    bed.redis().kill().unwrap();
+    let began = Instant::now();
+    let error = bed.mailbox.connect(hello(&user, "phone", 1)).await.unwrap_err();
+    assert!(matches!(error, Error::Away(_)), "{error}");
+    assert!(bed.mailbox.ping().await.is_err());
+    assert!(began.elapsed() < Duration::from_secs(1), "a refused connection is told at once");
+    bed.redis().restart().await.unwrap();
+    accept_at_last(&bed.mailbox, &bed, 4).await;
+    assert_eq!(bed.page(&user, 0).await.newest, Seq(4), "appendonly: nothing was forgotten");
+    bed.mailbox.ping().await.unwrap();
+}
+
+#[tokio::test]
+async fn hazard_14_a_connect_that_runs_after_its_deadline_does_nothing() {
+    let mut bed = Bed::own(|config| config.response_timeout_ms = 300).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "tablet", 1).await;
+    bed.redis().stop().unwrap();
+    let error = bed.mailbox.connect(hello(&user, "phone", 1)).await.unwrap_err();
+    assert!(matches!(error, Error::Away(_)), "{error}");
+    sleep_ms(100).await;
+    bed.redis().cont().unwrap();
+    // The call that was on its way is executed now.
+    sleep_ms(100).await;
+    let calls: String = bed.query(&["INFO", "commandstats"]).await;
+    assert!(calls.contains("cmdstat_evalsha"));
+    let routes: Vec<String> = bed.query(&["HKEYS", &bed.key("r", &user)]).await;
+    assert_eq!(routes, ["tablet"]);
+}
+
+#[tokio::test]
+async fn connects_work_after_redis_clock_or_machine_changed() {
+    // Another machine's clock: the estimate of one connection is not used on the next.
+    let mut bed = Bed::own(|_| {}).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.redis().restart().await.unwrap();
+    until("a connect is let in", async || {
+        bed.mailbox.connect(hello(&user, "phone", 2)).await.is_ok()
+    })
+    .await;
+    let shard = bed.shard(&user);
+    let estimate = bed.mailbox.redis_now_ms(shard).unwrap();
+    let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
+    assert!(estimate <= now && now - estimate < 200, "{estimate} {now}");
+}
+
+#[tokio::test]
+async fn hazard_21_a_full_redis_takes_everything_but_messages() {
+    let bed = Bed::own(|_| {}).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=5).await;
+    let () = bed.query(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    let () = bed.query(&["SCRIPT", "FLUSH"]).await;
+    let group = bed.group(vec![message(&user, 6, "m6")], None);
+    let refused = bed.mailbox.accept(std::slice::from_ref(&group)).await.remove(0);
+    assert!(matches!(refused, Err(Error::Full(_))), "{refused:?}");
+    sleep_ms(130).await;
+    assert_eq!(bed.fire(&user).await.unwrap().devices.len(), 1);
+    bed.ack(&user, "phone", 1, 5).await;
+    assert_eq!(bed.page(&user, 0).await.entries.len(), 0);
+    bed.connect(&user, "tablet", 2).await;
+    bed.disconnect(&user, "tablet", 2).await;
+    // A full Redis can also be connected to.
+    open(&bed.config).await;
+    let () = bed.query(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    let done = bed.mailbox.accept(&[group]).await.remove(0).unwrap();
+    assert!(matches!(done, GroupOutcome::Done(_)));
+}
+
+async fn refusal(config: &RedisConfig) -> Error {
+    Mailbox::open(config, &prometheus::Registry::new()).await.err().expect("refused")
+}
+
+#[tokio::test]
+async fn a_redis_that_evicts_is_refused() {
+    let settings = [("maxmemory", "100mb"), ("maxmemory-policy", "allkeys-lru")];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
+    let options = RedisOptions { settings, ..Default::default() };
+    let redis = Redis::start_with(options).await.unwrap();
+    let error = refusal(&config(&redis.url())).await;
+    assert!(matches!(&error, Error::Unusable(why) if why.contains("allkeys-lru")), "{error}");
+}
+
+#[tokio::test]
+async fn another_shard_count_is_refused_also_on_a_reconnect() {
+    let mut bed = Bed::own(|config| config.shards = 8).await;
+    let error = refusal(&RedisConfig { shards: 16, ..bed.config.clone() }).await;
+    assert!(matches!(&error, Error::Unusable(why) if why.contains('8')), "{error}");
+    let () = bed.query(&["HSET", "barid:meta", "shards", "32"]).await;
+    bed.redis().restart().await.unwrap();
+    let user = bed.user("alice");
+    until("the other shard count is noticed", async || {
+        let outcome = bed.mailbox.connect(hello(&user, "phone", 1)).await;
+        matches!(outcome, Err(Error::Unusable(_)))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_replica_is_not_written_to() {
+    let bed = Bed::own(|_| {}).await;
+    let replica = Redis::start().await.unwrap();
+    let port = bed.config.url.expose().rsplit(':').next().unwrap().to_owned();
+    let _: redis::Value = replica.query(&["REPLICAOF", "127.0.0.1", &port]).await.unwrap();
+    let error = refusal(&config(&replica.url())).await;
+    assert!(matches!(&error, Error::Away(why) if why.contains("slave")), "{error}");
+}
+
+#[tokio::test]
+async fn an_unreachable_redis_is_away_and_a_wrong_setting_unusable() {
+    let away = refusal(&config("redis://127.0.0.1:1")).await;
+    assert!(matches!(away, Error::Away(_)), "{away}");
+    let wrong = RedisConfig { shards: 0, url: SecretUrl::new("redis://h"), ..Default::default() };
+    assert!(matches!(refusal(&wrong).await, Error::Unusable(_)));
+}
+
+#[tokio::test]
+async fn single_calls_are_batched_under_load_and_fail_alone() {
+    let redis = Redis::start().await.unwrap();
+    let registry = prometheus::Registry::new();
+    let mailbox = Mailbox::open(&config(&redis.url()), &registry).await.unwrap();
+    let bed = Bed::alone().await; // only for its names
+    let users: Vec<_> = (0..400).map(|i| bed.user(&format!("u{i}"))).collect();
+    let corrupt = bed.key("h", &users[7]);
+    let _: redis::Value = redis.query(&["SET", corrupt.as_str(), "no hash"]).await.unwrap();
+    let calls = users.iter().map(|user| mailbox.connect(hello(user, "phone", 1)));
+    let outcomes = futures::future::join_all(calls).await;
+    for (index, outcome) in outcomes.iter().enumerate() {
+        assert_eq!(outcome.is_err(), index == 7, "{index} {outcome:?}");
+    }
+    let families = registry.gather();
+    let family = |name: &str| families.iter().find(|family| family.name() == name).unwrap();
+    let items = family("barid_mailbox_batch_items").get_metric()[0].get_histogram();
+    assert_eq!(items.get_sample_sum(), 400.0);
+    assert!(items.get_sample_count() < 40, "{} calls", items.get_sample_count());
+    let errors = family("barid_mailbox_errors_total").get_metric()[0].get_counter().get_value();
+    assert_eq!(errors, 1.0);
+}
+
+#[tokio::test]
+async fn hazard_22_a_master_that_is_away_stops_its_own_shards_only() {
+    let mut bed = Bed::own_cluster(|config| config.response_timeout_ms = 500).await;
+    assert_eq!(bed.mailbox.lanes(), 3);
+    let users: Vec<_> = (0..60).map(|i| bed.user(&format!("u{i}"))).collect();
+    let lane = |bed: &Bed, user| bed.mailbox.lane_of(bed.shard(user));
+    let stopped = lane(&bed, &users[0]);
+    // Which node that lane is: the one that has the user's timers.
+    let key = bed.key("t", &users[0]);
+    let mut index = 0;
+    for (i, node) in bed.nodes().iter().enumerate() {
+        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
+            index = i;
+        }
+    }
+    bed.masters().node(index).stop().unwrap();
+    let began = Instant::now();
+    for (user, offset) in users.iter().zip(1..).filter(|(user, _)| lane(&bed, user) != stopped) {
+        bed.fill(user, offset..=offset).await;
+        bed.connect(user, "phone", 1).await;
+        bed.ack(user, "phone", 1, 1).await;
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let group = bed.group(vec![message(&users[0], 100, "a")], None);
+    assert!(matches!(bed.mailbox.accept(&[group]).await[0], Err(Error::Away(_))));
+    bed.masters().node(index).cont().unwrap();
+    let user = users[0].clone();
+    until("its shards work again", async || {
+        let group = bed.group(vec![message(&user, 100, "a")], None);
+        bed.mailbox.accept(&[group]).await[0].is_ok()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_slot_that_moved_is_followed() {
+    let bed = Bed::own_cluster(|_| {}).await;
+    let user = bed.user("alice");
+    bed.fill(&user, 1..=1).await;
+    let shard = bed.shard(&user).get().to_string();
+    let key = bed.key("t", &user);
+    let nodes = bed.nodes();
+    let slot: u16 = nodes[0].query(&["CLUSTER", "KEYSLOT", &shard]).await.unwrap();
+    let slot = slot.to_string();
+    let mut source = None;
+    for node in nodes {
+        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
+            source = Some(node);
+        }
+    }
+    let source = source.unwrap();
+    let target = nodes.iter().find(|node| node.port() != source.port()).unwrap();
+    let id = async |node: &Redis| node.query::<String>(&["CLUSTER", "MYID"]).await.unwrap();
+    let (from, to) = (id(source).await, id(target).await);
+    let set = async |node: &Redis, verb: &str, id: &str| {
+        let _: redis::Value = node.query(&["CLUSTER", "SETSLOT", &slot, verb, id]).await.unwrap();
+    };
+    set(target, "IMPORTING", &from).await;
+    set(source, "MIGRATING", &to).await;
+    let keys: Vec<String> =
+        source.query(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]).await.unwrap();
+    let port = target.port().to_string();
+    for key in &keys {
+        let _: redis::Value =
+            source.query(&["MIGRATE", "127.0.0.1", &port, key, "0", "1000"]).await.unwrap();
+    }
+    // Half here, half there: nobody can run a script on them.
+    let group = bed.group(vec![message(&user, 2, "m2")], None);
+    let away = bed.mailbox.accept(std::slice::from_ref(&group)).await.remove(0);
+    assert!(matches!(away, Err(Error::Away(_))), "{away:?}");
+    for node in [target, source] {
+        set(node, "NODE", &to).await;
+    }
+    bed.fill(&user, 2..=2).await;
+    assert_eq!(bed.page(&user, 0).await.newest, Seq(2));
+}

@@ -1,0 +1,216 @@
+//! Retry timers: accept and connect arm, ack and disconnect disarm, fire claims, defer gives back.
+
+use barid_mailbox::DeferRequest;
+
+use crate::support::{Bed, contract, session, sleep_ms};
+
+contract!(
+    a_message_for_an_offline_user_arms_nothing,
+    a_device_that_connects_behind_is_armed,
+    fire_claims_once_and_backs_off,
+    only_one_of_many_delayers_claims,
+    hazard_15_a_claim_keeps_the_timer,
+    hazard_16_each_device_has_its_own_due_time_and_attempt,
+    hazard_17_a_defer_after_the_ack_restores_nothing,
+    a_defer_takes_the_attempt_back,
+    a_defer_of_another_claim_is_ignored,
+    hazard_17_fire_drops_who_is_not_behind,
+    fire_drops_who_has_no_route,
+    fire_drops_the_timer_of_a_forgotten_mailbox,
+    hazard_19_a_time_far_ahead_is_due,
+    a_disconnect_leaves_the_other_devices_timer,
+);
+
+async fn due_now(bed: &Bed) {
+    sleep_ms(bed.config.retry_base_ms + 30).await;
+}
+
+async fn a_message_for_an_offline_user_arms_nothing(bed: Bed) {
+    let user = bed.user("alice");
+    bed.fill(&user, 1..=2).await;
+    assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn a_device_that_connects_behind_is_armed(bed: Bed) {
+    let user = bed.user("alice");
+    bed.fill(&user, 1..=2).await;
+    bed.connect(&user, "phone", 1).await;
+    let state = bed.state(&user, "phone").await.unwrap();
+    assert_eq!(Some(state.due_ms), bed.timer(&user).await);
+    due_now(&bed).await;
+    let due = bed.fire(&user).await.unwrap();
+    assert_eq!((&due.devices[0].session, due.devices[0].attempt), (&session(1), 1));
+}
+
+async fn fire_claims_once_and_backs_off(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    assert_eq!(bed.fire(&user).await, None, "not due yet");
+    for attempt in 1..=4_u32 {
+        let wait = u64::pow(2, attempt - 1) * bed.config.retry_base_ms;
+        sleep_ms(wait.min(bed.config.retry_max_ms) + 30).await;
+        let due = bed.fire(&user).await.unwrap();
+        assert_eq!(due.devices[0].attempt, attempt);
+        assert_eq!(bed.timer(&user).await, Some(due.claimed_score));
+        assert_eq!(bed.fire(&user).await, None, "claimed");
+        let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
+        let next = u64::pow(2, attempt) * bed.config.retry_base_ms;
+        let wait = due.claimed_score - now;
+        assert!(wait <= next.min(bed.config.retry_max_ms) && wait + 200 > next.min(1_000));
+    }
+}
+
+async fn only_one_of_many_delayers_claims(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    due_now(&bed).await;
+    let claims = futures::future::join_all((0..8).map(|_| bed.fire(&user))).await;
+    assert_eq!(claims.iter().flatten().count(), 1);
+}
+
+async fn hazard_15_a_claim_keeps_the_timer(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    due_now(&bed).await;
+    bed.fire(&user).await.unwrap(); // and the delayer dies
+    sleep_ms(2 * bed.config.retry_base_ms + 30).await;
+    assert_eq!(bed.fire(&user).await.unwrap().devices[0].attempt, 2);
+}
+
+async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "tablet", 1).await;
+    bed.connect(&user, "phone", 2).await;
+    bed.fill(&user, 1..=1).await;
+    bed.ack(&user, "phone", 2, 1).await;
+    for attempt in 1..=3_u32 {
+        // The phone hears and acknowledges everything; the tablet is half-open.
+        sleep_ms((u64::pow(2, attempt - 1) * bed.config.retry_base_ms) / 2).await;
+        let seq = u64::from(attempt) + 1;
+        bed.fill(&user, seq as i64..=seq as i64).await;
+        bed.ack(&user, "phone", 2, seq).await;
+        sleep_ms((u64::pow(2, attempt - 1) * bed.config.retry_base_ms) / 2 + 40).await;
+        let due = bed.fire(&user).await.expect("the tablet is due");
+        assert_eq!(due.devices.len(), 1);
+        assert_eq!((due.devices[0].device.as_str(), due.devices[0].attempt), ("tablet", attempt));
+    }
+    // And the phone's next message starts with its own first attempt.
+    bed.fill(&user, 50..=50).await;
+    assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 0);
+    assert_eq!(bed.state(&user, "tablet").await.unwrap().attempt, 3);
+    due_now(&bed).await;
+    let due = bed.fire(&user).await.unwrap();
+    let phone = due.devices.iter().find(|due| due.device.as_str() == "phone").unwrap();
+    assert_eq!(phone.attempt, 1);
+}
+
+fn give_back(due: &barid_mailbox::DueUser, delay_ms: u32) -> DeferRequest {
+    DeferRequest {
+        user: due.user.clone(),
+        claimed_score: due.claimed_score,
+        devices: due.devices.iter().map(|due| due.device.clone()).collect(),
+        delay_ms,
+    }
+}
+
+async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    due_now(&bed).await;
+    let due = bed.fire(&user).await.unwrap();
+    bed.ack(&user, "phone", 1, 1).await;
+    bed.mailbox.defer(&[give_back(&due, 10)]).await.unwrap();
+    assert_eq!(bed.timer(&user).await, None);
+    assert_eq!(bed.state(&user, "phone").await.unwrap().due_ms, 0);
+}
+
+async fn a_defer_takes_the_attempt_back(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    due_now(&bed).await;
+    for _ in 0..6 {
+        let due = bed.fire(&user).await.unwrap();
+        assert_eq!(due.devices[0].attempt, 1, "an outage inside is not the device's failure");
+        bed.mailbox.defer(&[give_back(&due, 20)]).await.unwrap();
+        assert_eq!(bed.fire(&user).await, None);
+        sleep_ms(40).await;
+    }
+}
+
+async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    due_now(&bed).await;
+    let first = bed.fire(&user).await.unwrap();
+    sleep_ms(2 * bed.config.retry_base_ms + 30).await;
+    let second = bed.fire(&user).await.unwrap();
+    bed.mailbox.defer(&[give_back(&first, 10)]).await.unwrap();
+    assert_eq!(bed.timer(&user).await, Some(second.claimed_score));
+    assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 2);
+}
+
+async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    bed.ack(&user, "phone", 1, 1).await;
+    // Somebody's late defer of an older version put it back.
+    let member = format!("demo\0{}", user.user);
+    let () = bed.query(&["ZADD", &bed.key("t", &user), "1", &member]).await;
+    assert_eq!(bed.fire(&user).await, None);
+    assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn fire_drops_who_has_no_route(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    let () = bed.query(&["DEL", &bed.key("r", &user)]).await;
+    due_now(&bed).await;
+    assert_eq!(bed.fire(&user).await, None);
+    assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn fire_drops_the_timer_of_a_forgotten_mailbox(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    let () = bed.query(&["DEL", &bed.key("h", &user), &bed.key("q", &user)]).await;
+    due_now(&bed).await;
+    assert_eq!(bed.fire(&user).await, None);
+    assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=1).await;
+    // The master before this one had a clock an hour ahead.
+    let far = bed.timer(&user).await.unwrap() + 3_600_000;
+    let member = format!("demo\0{}", user.user);
+    let () = bed.query(&["ZADD", &bed.key("t", &user), &far.to_string(), &member]).await;
+    let state = format!("0 0 0 {far} 2 {far} 1");
+    let () = bed.query(&["HSET", &bed.key("h", &user), "d:phone", &state]).await;
+    let due = bed.fire(&user).await.expect("due now");
+    assert_eq!(due.devices[0].attempt, 3);
+    assert!(due.claimed_score < far - 3_000_000);
+    assert_eq!(bed.fire(&user).await, None, "and backed off from now on");
+}
+
+async fn a_disconnect_leaves_the_other_devices_timer(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "tablet", 1).await;
+    bed.connect(&user, "phone", 2).await;
+    bed.fill(&user, 1..=1).await;
+    bed.disconnect(&user, "phone", 2).await;
+    let state = bed.state(&user, "tablet").await.unwrap();
+    assert_eq!(bed.timer(&user).await, Some(state.due_ms));
+    bed.disconnect(&user, "tablet", 1).await;
+    assert_eq!(bed.timer(&user).await, None);
+}

@@ -1,0 +1,92 @@
+//! Routes on a tracked connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_mailbox::{Invalidation, TrackedRoutes, UserKey};
+use tokio::sync::mpsc;
+
+use crate::support::{Bed, contract, session};
+
+contract!(
+    a_read_route_is_reported_when_it_changes,
+    hazard_20_a_change_is_reported_before_any_later_reply
+);
+
+async fn open(bed: &Bed) -> (TrackedRoutes, mpsc::Receiver<Invalidation>) {
+    let tracked = TrackedRoutes::open(&bed.config).await.unwrap();
+    let (reports, heard) = mpsc::channel(1_000);
+    tracked.on_invalidate(move |invalidation| {
+        let _full = reports.try_send(invalidation);
+    });
+    let mut tracking = tracked.tracking();
+    tracking.wait_for(|on| *on).await.unwrap();
+    (tracked, heard)
+}
+
+/// The next report about `user` or everybody.
+async fn report(heard: &mut mpsc::Receiver<Invalidation>, user: &UserKey) -> Invalidation {
+    let next = async {
+        loop {
+            match heard.recv().await.unwrap() {
+                Invalidation::User(other) if other != *user => {}
+                report => return report,
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), next).await.expect("a report")
+}
+
+async fn a_read_route_is_reported_when_it_changes(bed: Bed) {
+    let (tracked, mut heard) = open(&bed).await;
+    let user = bed.user("alice");
+    assert!(tracked.get(&user).await.unwrap().is_empty());
+    bed.connect(&user, "phone", 1).await;
+    assert_eq!(report(&mut heard, &user).await, Invalidation::User(user.clone()));
+    assert_eq!(tracked.get(&user).await.unwrap()[0].session, session(1));
+    // A message changes no route: it reports nothing, and the removal is the next report.
+    bed.fill(&user, 1..=1).await;
+    bed.disconnect(&user, "phone", 1).await;
+    assert_eq!(report(&mut heard, &user).await, Invalidation::User(user.clone()));
+    assert!(tracked.get(&user).await.unwrap().is_empty());
+}
+
+async fn hazard_20_a_change_is_reported_before_any_later_reply(bed: Bed) {
+    let (tracked, mut heard) = open(&bed).await;
+    let user = bed.user("alice");
+    for n in 1..=50 {
+        tracked.get(&user).await.unwrap();
+        bed.connect(&user, "phone", n).await;
+        // No waiting: the report stands in front of this reply.
+        assert_eq!(tracked.get(&user).await.unwrap()[0].session, session(n));
+        let reports: Vec<_> = std::iter::from_fn(|| heard.try_recv().ok()).collect();
+        assert!(reports.contains(&Invalidation::User(user.clone())), "{n}: {reports:?}");
+    }
+}
+
+#[tokio::test]
+async fn losing_the_connection_or_all_data_reports_everything() {
+    let mut bed = Bed::own(|_| {}).await;
+    let (tracked, mut heard) = open(&bed).await;
+    let user = bed.user("alice");
+    tracked.get(&user).await.unwrap();
+    let () = bed.query(&["FLUSHALL"]).await;
+    assert_eq!(report(&mut heard, &user).await, Invalidation::All);
+
+    let states = Arc::new(tracked.tracking());
+    let () = bed.query(&["CLIENT", "KILL", "TYPE", "normal"]).await;
+    assert_eq!(report(&mut heard, &user).await, Invalidation::All);
+    let mut state = (*states).clone();
+    state.wait_for(|on| *on).await.unwrap();
+    let gone = async || {
+        let mut state = (*states).clone();
+        tokio::time::timeout(Duration::from_secs(5), state.wait_for(|on| !*on)).await.is_ok()
+    };
+    // A connection that is open and silent.
+    bed.redis().stop().unwrap();
+    assert!(gone().await, "noticed by its ping");
+    assert!(tracked.get(&user).await.is_err());
+    bed.redis().cont().unwrap();
+    state.wait_for(|on| *on).await.unwrap();
+    tracked.get(&user).await.unwrap();
+}
