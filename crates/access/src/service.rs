@@ -69,7 +69,6 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
         () = context.shutdown.draining() => (),
         () = keep_lease(&node, &mut lease, &leased, &config) => (),
     }
-    listening.failing("draining");
     lease.set_draining();
     let cut = drain(&node, &context).await;
     listener.abort();

@@ -155,7 +155,10 @@ fn the_other_commands_find_the_running_cluster() {
 
     let (sent, status) = place.run("send --user alice --id order-7 --wait accepted hello");
     assert!(status.success(), "{sent:?}");
-    assert_eq!((sent[0]["event"].as_str(), sent[0]["id"].as_str()), (Some("sent"), Some("order-7")));
+    assert_eq!(
+        (sent[0]["event"].as_str(), sent[0]["id"].as_str()),
+        (Some("sent"), Some("order-7"))
+    );
     assert_eq!((sent[1]["kind"].as_str(), sent[1]["seq"].as_u64()), (Some("accepted"), Some(1)));
 
     let (held, _) = place.run("inspect user alice");

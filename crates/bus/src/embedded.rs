@@ -26,6 +26,8 @@ impl EmbeddedKafka {
         ffi::set_mock_rebalance_delay(client.client(), Duration::from_millis(0));
         let this = Self { client };
         config.brokers = vec![this.brokers()];
+        // Unlike Kafka, this broker answers a waiting fetch only at the end of its wait.
+        config.fetch_wait_max_ms = config.fetch_wait_max_ms.min(5);
         let topics = config.topics.pushes();
         for topic in topics.iter().chain([&config.topics.receipts.as_str()]) {
             this.create_topic(topic, config.partitions)?;

@@ -82,7 +82,6 @@ impl Service {
                 () = self.context.shutdown.draining() => break,
             }
         }
-        self.conditions.polling.failing("draining");
         let deadline = self.context.shutdown.deadline().unwrap_or_else(Instant::now);
         let finished = async { while tasks.join_next().await.is_some() {} };
         tokio::select! {

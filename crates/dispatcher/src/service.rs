@@ -91,7 +91,6 @@ impl Service {
                 }
             }
         }
-        self.leased.failing("draining");
         self.drain().await
     }
 
