@@ -15,6 +15,9 @@ use tonic::transport::Endpoint;
 const CALLS_MAX: usize = 256;
 /// For one call, connection included.
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// Tries to close one session, and the wait between them: longer than the table needs to learn of a node.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// The way to other nodes. Cheap to clone.
 #[derive(Clone)]
@@ -29,16 +32,10 @@ impl Peers {
         Self { nodes, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
     }
 
-    /// Asks the node that holds `session` to close it. Does not wait, and may fail silently.
+    /// Asks the node that holds `session` to close it, a few times if need be: a node that started
+    /// just now is not in the table yet. Does not wait, and may fail silently.
     pub fn close(&self, user: &UserKey, device: &DeviceId, session: SessionRef) {
         let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else { return };
-        let nodes = self.nodes.snapshot();
-        let lives_on = |node: &&barid_mailbox::NodeRecord| {
-            node.id == session.node && node.incarnation == session.incarnation
-        };
-        let Some(address) = nodes.iter().find(lives_on).map(|node| node.address.clone()) else {
-            return;
-        };
         let request = CloseRequest {
             app: user.app.to_string(),
             user: user.user.to_string(),
@@ -46,13 +43,34 @@ impl Peers {
             connection: session.connection.0,
             incarnation: session.incarnation.0,
         };
+        let nodes = self.nodes.clone();
         tokio::spawn(async move {
             let _permit = permit;
-            if let Err(error) = call(&address, request).await {
-                tracing::debug!(address, error, "replaced session not closed on its node");
+            for _ in 0..TRIES {
+                match try_close(&nodes, &session, &request).await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        tracing::debug!(%session, error, "replaced session not closed on its node");
+                    }
+                }
+                tokio::time::sleep(PAUSE).await;
             }
         });
     }
+}
+
+async fn try_close(
+    nodes: &NodeTable,
+    session: &SessionRef,
+    request: &CloseRequest,
+) -> Result<(), String> {
+    let address = match nodes.snapshot().iter().find(|node| node.id == session.node) {
+        // Another life of the node: the session ended with the one before.
+        Some(node) if node.incarnation > session.incarnation => return Ok(()),
+        Some(node) if node.incarnation == session.incarnation => node.address.clone(),
+        _ => return Err("the node is not in the table".into()),
+    };
+    call(&address, request.clone()).await
 }
 
 async fn call(address: &str, request: CloseRequest) -> Result<(), String> {
