@@ -28,6 +28,9 @@ pub fn main<R: Role>() -> ExitCode {
     if arguments.print_config {
         return print_config(&config);
     }
+    if let Err(problem) = R::check(&config) {
+        return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME));
+    }
     if arguments.check_config {
         return say("configuration is valid\n");
     }
@@ -156,10 +159,8 @@ impl Arguments {
 
 fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
     let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
-    let config: R::Config = config::load(arguments.config.as_deref(), &prefix, std::env::vars())
-        .map_err(|error| error.to_string())?;
-    R::check(&config)?;
-    Ok(config)
+    config::load(arguments.config.as_deref(), &prefix, std::env::vars())
+        .map_err(|error| error.to_string())
 }
 
 fn print_config<C: serde::Serialize>(config: &C) -> ExitCode {
