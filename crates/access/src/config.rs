@@ -258,7 +258,9 @@ impl Config {
             NodeId::new(&self.node).map_err(|error| error.to_string())?;
         }
         if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
-            return Err("auth: no device can connect without an entry in auth.keys or auth.jwks".into());
+            return Err(
+                "auth: no device can connect without an entry in auth.keys or auth.jwks".into()
+            );
         }
         Verifier::new(&self.auth).map_err(|error| error.to_string())?;
         self.redis.check()?;

@@ -13,7 +13,9 @@ use barid_mailbox::{
     AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, DisconnectRequest, Page, ReadRequest,
 };
 use barid_wire::envelope::Envelope;
-use barid_wire::frames::{ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server};
+use barid_wire::frames::{
+    ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server,
+};
 use barid_wire::v1;
 use bytes::Bytes;
 use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};

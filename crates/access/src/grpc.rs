@@ -61,10 +61,7 @@ impl Access for AccessService {
 
 #[tonic::async_trait]
 impl AccessPeer for AccessService {
-    async fn close(
-        &self,
-        request: Request<CloseRequest>,
-    ) -> Result<Response<CloseReply>, Status> {
+    async fn close(&self, request: Request<CloseRequest>) -> Result<Response<CloseReply>, Status> {
         let CloseRequest { app, user, device, connection, incarnation } = request.into_inner();
         let invalid = || Status::invalid_argument("not a user");
         let key = user_key(&app, &user).ok_or_else(invalid)?;

@@ -240,10 +240,8 @@ pub(crate) mod tests {
     use barid_wire::envelope::encode_body;
 
     pub(crate) fn handle(connection: u64) -> Arc<Handle> {
-        let user = UserKey {
-            app: AppId::new("demo").unwrap(),
-            user: UserId::new("alice").unwrap(),
-        };
+        let user =
+            UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
         let device = DeviceId::new("phone").unwrap();
         Arc::new(Handle::new(ConnectionId(connection), Attempt(connection), user, device))
     }

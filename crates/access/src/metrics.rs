@@ -63,7 +63,11 @@ impl Metrics {
             frames_in: make.counters("frames_in_total", "Frames of devices, by kind", "kind")?,
             bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
             syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause")?,
-            dropped: make.counters("pushes_dropped_total", "Pushes not written, by reason", "why")?,
+            dropped: make.counters(
+                "pushes_dropped_total",
+                "Pushes not written, by reason",
+                "why",
+            )?,
             resends: make.counter("resends_total", "Re-sends written")?,
             gone: make.counter("gone_total", "Connections asked for that are not here")?,
             queued_bytes: make.gauge("queued_bytes", "Bytes that wait for devices")?,

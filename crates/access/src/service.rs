@@ -106,7 +106,11 @@ async fn build(
     let record = NodeRecord {
         id: id.clone(),
         role: NodeRole::Access,
-        address: if config.advertise.is_empty() { grpc.to_string() } else { config.advertise.clone() },
+        address: if config.advertise.is_empty() {
+            grpc.to_string()
+        } else {
+            config.advertise.clone()
+        },
         incarnation,
         load: 0,
         draining: false,
@@ -285,7 +289,11 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     let deadline = context.shutdown.deadline().unwrap_or(begun) - DRAIN_RESERVE;
     let span = deadline.saturating_duration_since(begun).mul_f64(GO_AWAY_SHARE);
     let handles = node.registry.all();
-    tracing::info!(sessions = handles.len(), spread_ms = span.as_millis() as u64, "telling devices to go");
+    tracing::info!(
+        sessions = handles.len(),
+        spread_ms = span.as_millis() as u64,
+        "telling devices to go"
+    );
     let total = handles.len().max(1) as f64;
     for (index, handle) in handles.iter().enumerate() {
         let at = begun + span.mul_f64(index as f64 / total);

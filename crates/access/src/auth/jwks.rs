@@ -10,8 +10,8 @@ use jsonwebtoken::jwk::JwkSet;
 use parking_lot::{Mutex, RwLock};
 use tokio::time::Instant;
 
-use super::keys::{Key, apps};
 use super::KeyError;
+use super::keys::{Key, apps};
 use crate::config::JwksConfig;
 
 const BYTES_MAX: u64 = 1 << 20;

@@ -113,7 +113,10 @@ fn secret(config: &KeyConfig) -> Result<Vec<u8>, String> {
         _ => return Err("HS256 needs either secret or secret_file".into()),
     };
     if secret.len() < SECRET_BYTES_MIN {
-        return Err(format!("the secret has {} bytes, at least {SECRET_BYTES_MIN} are needed", secret.len()));
+        return Err(format!(
+            "the secret has {} bytes, at least {SECRET_BYTES_MIN} are needed",
+            secret.len()
+        ));
     }
     Ok(secret)
 }

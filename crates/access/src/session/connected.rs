@@ -591,7 +591,8 @@ fn mark_at(header: &Header) -> Mark {
 }
 
 fn wanted(entry: &Envelope) -> Option<Box<Wanted>> {
-    let any = ReceiptSet::SENT.0 | ReceiptSet::ACKED.0 | ReceiptSet::EXPIRED.0 | ReceiptSet::EXHAUSTED.0;
+    let any =
+        ReceiptSet::SENT.0 | ReceiptSet::ACKED.0 | ReceiptSet::EXPIRED.0 | ReceiptSet::EXHAUSTED.0;
     (entry.receipts & any != 0).then(|| {
         Box::new(Wanted {
             id: entry.id.clone(),

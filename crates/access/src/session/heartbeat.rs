@@ -34,15 +34,7 @@ pub struct Heartbeat {
 impl Heartbeat {
     /// Pings where a direction was silent for `interval`; gives up `patience` after a ping.
     pub fn new(interval: Seconds, patience: Seconds, now: Seconds, expires: Seconds) -> Self {
-        Self {
-            interval,
-            patience,
-            heard: now,
-            written: now,
-            pinged: None,
-            expires,
-            leaves: None,
-        }
+        Self { interval, patience, heard: now, written: now, pinged: None, expires, leaves: None }
     }
 
     /// Something came from the device.

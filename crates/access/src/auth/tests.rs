@@ -1,0 +1,305 @@
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der, PublicKeyX509Der};
+use aws_lc_rs::rsa::KeySize;
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RsaKeyPair,
+};
+use barid_core::Secret;
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+
+use super::*;
+use crate::config::{JwksConfig, KeyAlgorithmName, KeyConfig};
+
+const NOW: u64 = 1_800_000_000;
+const SECRET: &str = "a secret of at least thirty-two bytes";
+const OTHER: &str = "another secret of thirty-two bytes...";
+
+fn hmac_key(id: &str, secret: &str) -> KeyConfig {
+    KeyConfig { id: id.into(), secret: Secret::new(secret), ..Default::default() }
+}
+
+fn verifier(keys: Vec<KeyConfig>) -> Verifier {
+    Verifier::new(&AuthConfig { keys, ..Default::default() }).unwrap()
+}
+
+fn claims() -> Value {
+    json!({ "app": "demo", "sub": "alice", "exp": NOW + 60 })
+}
+
+fn with(change: Value) -> Value {
+    let mut all = claims();
+    for (name, value) in change.as_object().unwrap() {
+        all[name] = value.clone();
+    }
+    all
+}
+
+fn sign(kid: Option<&str>, claims: &Value, secret: &str) -> String {
+    let mut header = Header::new(Algorithm::HS256);
+    header.kid = kid.map(Into::into);
+    encode(&header, claims, &EncodingKey::from_secret(secret.as_bytes())).unwrap()
+}
+
+async fn refusal(verifier: &Verifier, token: &str) -> AuthError {
+    verifier.verify(token, NOW).await.unwrap_err()
+}
+
+/// A key pair: how tokens are signed, and the public half as PEM.
+struct Pair {
+    algorithm: Algorithm,
+    signing: EncodingKey,
+    pem: String,
+    /// Where the library cannot make one.
+    jwk: Option<Value>,
+}
+
+impl Pair {
+    fn rsa() -> Self {
+        let pair = RsaKeyPair::generate(KeySize::Rsa2048).unwrap();
+        let pkcs8: Pkcs8V1Der<'_> = pair.as_der().unwrap();
+        let pem = pem("PRIVATE KEY", pkcs8.as_ref());
+        let public: PublicKeyX509Der<'_> = pair.public_key().as_der().unwrap();
+        let signing = EncodingKey::from_rsa_pem(pem.as_bytes()).unwrap();
+        let pem = self::pem("PUBLIC KEY", public.as_ref());
+        Self { algorithm: Algorithm::RS256, signing, pem, jwk: None }
+    }
+
+    fn ec() -> Self {
+        let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
+        let pkcs8 = pair.to_pkcs8v1().unwrap();
+        let public: PublicKeyX509Der<'_> = pair.public_key().as_der().unwrap();
+        let signing = EncodingKey::from_ec_der(pkcs8.as_ref());
+        let pem = pem("PUBLIC KEY", public.as_ref());
+        Self { algorithm: Algorithm::ES256, signing, pem, jwk: None }
+    }
+
+    fn ed() -> Self {
+        let pair = Ed25519KeyPair::generate().unwrap();
+        let pkcs8 = pair.to_pkcs8().unwrap();
+        let public: PublicKeyX509Der<'_> = pair.public_key().as_der().unwrap();
+        let signing = EncodingKey::from_ed_der(pkcs8.as_ref());
+        let pem = pem("PUBLIC KEY", public.as_ref());
+        let x = URL_SAFE_NO_PAD.encode(pair.public_key());
+        let jwk = Some(json!({ "kty": "OKP", "crv": "Ed25519", "x": x }));
+        Self { algorithm: Algorithm::EdDSA, signing, pem, jwk }
+    }
+
+    fn token(&self, kid: &str, claims: &Value) -> String {
+        let mut header = Header::new(self.algorithm);
+        header.kid = Some(kid.into());
+        encode(&header, claims, &self.signing).unwrap()
+    }
+
+    fn jwk(&self, kid: &str) -> Value {
+        let made = || jsonwebtoken::jwk::Jwk::from_encoding_key(&self.signing, self.algorithm);
+        let mut jwk = match &self.jwk {
+            Some(jwk) => jwk.clone(),
+            None => serde_json::to_value(made().unwrap()).unwrap(),
+        };
+        jwk["kid"] = kid.into();
+        jwk
+    }
+}
+
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let lines: Vec<&str> =
+        text.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).unwrap()).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+}
+
+fn file(text: &str) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn public_key(id: &str, algorithm: KeyAlgorithmName, path: PathBuf) -> KeyConfig {
+    KeyConfig { id: id.into(), algorithm, public_key_file: Some(path), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_valid_token_says_who_it_is_for() {
+    let verifier = verifier(vec![hmac_key("a", SECRET)]);
+    let token = sign(Some("a"), &with(json!({ "device": "phone", "groups": ["x"] })), SECRET);
+    let claims = verifier.verify(&token, NOW).await.unwrap();
+    assert_eq!((claims.user.app.as_str(), claims.user.user.as_str()), ("demo", "alice"));
+    assert_eq!(claims.device.unwrap().as_str(), "phone");
+    assert_eq!(claims.expires_s, NOW + 60);
+}
+
+#[tokio::test]
+async fn old_and_new_keys_are_good_at_once() {
+    let verifier = verifier(vec![hmac_key("old", SECRET), hmac_key("new", OTHER)]);
+    for (kid, secret) in [(Some("old"), SECRET), (Some("new"), OTHER), (None, OTHER)] {
+        assert!(verifier.verify(&sign(kid, &claims(), secret), NOW).await.is_ok(), "{kid:?}");
+    }
+    let crossed = sign(Some("old"), &claims(), OTHER);
+    assert_eq!(refusal(&verifier, &crossed).await, AuthError::Signature);
+    let unknown = sign(Some("older"), &claims(), SECRET);
+    assert_eq!(refusal(&verifier, &unknown).await, AuthError::UnknownKey);
+}
+
+#[tokio::test]
+async fn refusals_say_why() {
+    let verifier = verifier(vec![hmac_key("a", SECRET)]);
+    let error = async |change| refusal(&verifier, &sign(Some("a"), &with(change), SECRET)).await;
+    assert_eq!(error(json!({ "exp": NOW })).await, AuthError::Expired);
+    assert_eq!(error(json!({ "nbf": NOW + 1 })).await, AuthError::TooEarly);
+    assert!(error(json!({ "app": "a:b" })).await.to_string().contains("app contains ':'"));
+    assert!(error(json!({ "sub": "" })).await.to_string().contains("user is empty"));
+    assert!(matches!(error(json!({ "exp": null })).await, AuthError::Malformed(_)));
+    assert!(matches!(error(json!({ "sub": 7 })).await, AuthError::Malformed(_)));
+    assert!(matches!(refusal(&verifier, "not.a.token").await, AuthError::Malformed(_)));
+    assert!(matches!(refusal(&verifier, "").await, AuthError::Malformed(_)));
+}
+
+#[tokio::test]
+async fn a_missing_claim_is_named() {
+    let verifier = verifier(vec![hmac_key("a", SECRET)]);
+    let mut claims = claims();
+    claims.as_object_mut().unwrap().remove("exp");
+    let error = refusal(&verifier, &sign(Some("a"), &claims, SECRET)).await;
+    assert!(matches!(error, AuthError::Malformed(_)), "{error}");
+}
+
+#[tokio::test]
+async fn unsigned_tokens_are_no_tokens() {
+    let verifier = verifier(vec![hmac_key("a", SECRET)]);
+    let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    for algorithm in ["none", "None", ""] {
+        let head = part(json!({ "alg": algorithm, "kid": "a" }));
+        let token = format!("{head}.{}.", part(claims()));
+        assert!(matches!(refusal(&verifier, &token).await, AuthError::Malformed(_)));
+    }
+}
+
+#[tokio::test]
+async fn every_algorithm_is_checked_with_its_own_kind_of_key() {
+    let pairs = [
+        (Pair::rsa(), KeyAlgorithmName::RS256),
+        (Pair::ec(), KeyAlgorithmName::ES256),
+        (Pair::ed(), KeyAlgorithmName::EdDSA),
+    ];
+    for (pair, name) in &pairs {
+        let pem = file(&pair.pem);
+        let verifier = verifier(vec![public_key("k", *name, pem.path().into())]);
+        assert!(verifier.verify(&pair.token("k", &claims()), NOW).await.is_ok(), "{name:?}");
+        // The public key, which everybody has, is no HMAC secret.
+        let forged = sign(Some("k"), &claims(), &pair.pem);
+        assert_eq!(refusal(&verifier, &forged).await, AuthError::UnknownKey);
+        for (other, _) in pairs.iter().filter(|(other, _)| other.algorithm != pair.algorithm) {
+            let token = other.token("k", &claims());
+            assert_eq!(refusal(&verifier, &token).await, AuthError::UnknownKey);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_of_an_app_opens_nothing_of_another() {
+    let shop = KeyConfig { apps: vec!["shop".into()], ..hmac_key("a", SECRET) };
+    let verifier = verifier(vec![shop]);
+    let token = |app: &str| sign(Some("a"), &with(json!({ "app": app })), SECRET);
+    assert!(verifier.verify(&token("shop"), NOW).await.is_ok());
+    assert_eq!(refusal(&verifier, &token("demo")).await, AuthError::OtherApp);
+}
+
+#[tokio::test]
+async fn audience_and_issuer_are_checked_where_configured() {
+    let config = AuthConfig {
+        keys: vec![hmac_key("a", SECRET)],
+        audience: vec!["barid".into()],
+        issuer: vec!["login".into()],
+        ..Default::default()
+    };
+    let verifier = Verifier::new(&config).unwrap();
+    let token = |change| sign(Some("a"), &with(change), SECRET);
+    let good = token(json!({ "aud": ["x", "barid"], "iss": "login" }));
+    assert!(verifier.verify(&good, NOW).await.is_ok());
+    let audience = token(json!({ "aud": "x", "iss": "login" }));
+    assert_eq!(refusal(&verifier, &audience).await, AuthError::Audience);
+    let issuer = token(json!({ "aud": "barid", "iss": "x" }));
+    assert_eq!(refusal(&verifier, &issuer).await, AuthError::Issuer);
+    assert!(verifier.verify(&token(json!({})), NOW).await.is_err());
+    // A token with an audience is no concern of a node that was told none.
+    let verifier = self::verifier(vec![hmac_key("a", SECRET)]);
+    assert!(verifier.verify(&token(json!({ "aud": "x" })), NOW).await.is_ok());
+}
+
+#[tokio::test]
+async fn key_sets_are_read_again_for_an_unknown_key_and_the_last_good_one_stays() {
+    let (old, new) = (Pair::ec(), Pair::ed());
+    let set = |keys: &[Value]| json!({ "keys": keys }).to_string();
+    let secret = json!({ "kty": "oct", "kid": "sym", "k": URL_SAFE_NO_PAD.encode(SECRET) });
+    let path = file(&set(&[old.jwk("old"), secret]));
+    let jwks =
+        JwksConfig { file: Some(path.path().into()), refresh_min_seconds: 0, ..Default::default() };
+    let config = AuthConfig { jwks: vec![jwks], ..Default::default() };
+    let verifier = Verifier::new(&config).unwrap();
+    verifier.refresh().await;
+    assert!(verifier.verify(&old.token("old", &claims()), NOW).await.is_ok());
+    let symmetric = sign(Some("sym"), &claims(), SECRET);
+    assert_eq!(refusal(&verifier, &symmetric).await, AuthError::UnknownKey);
+
+    std::fs::write(path.path(), set(&[old.jwk("old"), new.jwk("new")])).unwrap();
+    assert!(verifier.verify(&new.token("new", &claims()), NOW).await.is_ok());
+    std::fs::write(path.path(), "broken").unwrap();
+    assert_eq!(refusal(&verifier, &new.token("newer", &claims())).await, AuthError::UnknownKey);
+    assert!(verifier.verify(&new.token("new", &claims()), NOW).await.is_ok());
+}
+
+#[tokio::test]
+async fn key_sets_come_over_http_at_a_bounded_rate() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let pair = Pair::ed();
+    let body = json!({ "keys": [pair.jwk("k")] }).to_string();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/keys?secret=1", listener.local_addr().unwrap());
+    let fetches = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let counted = fetches.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let _ = stream.read(&mut [0; 1024]).await;
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                body.len()
+            );
+            let _ = stream.write_all((head + &body).as_bytes()).await;
+        }
+    });
+    let config =
+        AuthConfig { jwks: vec![JwksConfig { url, ..Default::default() }], ..Default::default() };
+    let verifier = Verifier::new(&config).unwrap();
+    assert!(verifier.verify(&pair.token("k", &claims()), NOW).await.is_ok(), "read on demand");
+    for _ in 0..5 {
+        let error = refusal(&verifier, &pair.token("unknown", &claims())).await;
+        assert_eq!(error, AuthError::UnknownKey);
+    }
+    assert_eq!(fetches.load(std::sync::atomic::Ordering::SeqCst), 1);
+}
+
+#[test]
+fn keys_that_cannot_work_are_refused_at_start() {
+    let error = |key: KeyConfig| {
+        Verifier::new(&AuthConfig { keys: vec![key], ..Default::default() })
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(error(hmac_key("a", "short")).contains("5 bytes, at least 32"));
+    assert!(!error(hmac_key("a", "short")).contains("short"));
+    assert!(error(KeyConfig::default()).contains("either secret or secret_file"));
+    let missing = public_key("a", KeyAlgorithmName::RS256, "/nowhere.pem".into());
+    assert!(error(missing).contains("/nowhere.pem"));
+    let pem = file(&Pair::ed().pem);
+    let wrong = public_key("a", KeyAlgorithmName::RS256, pem.path().into());
+    assert!(error(wrong).contains("not a RS256 public key"));
+    let app = KeyConfig { apps: vec!["a:b".into()], ..hmac_key("a", SECRET) };
+    assert!(error(app).contains("app contains ':'"));
+}

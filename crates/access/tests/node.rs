@@ -1,0 +1,491 @@
+//! A whole access node on a real Redis: devices on one side, a dispatcher's stream on the other.
+
+mod support;
+
+use std::time::Duration;
+
+use anyhow::Result;
+use barid_runtime::Stopped;
+use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::{Device, token};
+use barid_wire::envelope::set_payload;
+use serde_json::json;
+use support::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+#[tokio::test]
+async fn a_push_to_an_online_device_is_written_and_its_ack_moves_the_cursor() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let (entry, online) = world.accept("alice", "order-1").await?;
+    assert!(online);
+    assert!(dispatcher.push(&world, "alice", entry).await?.gone.is_empty());
+    let message = phone.message().await?;
+    assert_eq!((message.seq, message.id.as_str()), (1, "order-1"));
+    assert_eq!(message.body, json!({ "text": "text of order-1" }));
+    phone.ack(1).await?;
+    world.cursor_becomes("alice", "phone", 1).await?;
+    assert_eq!(world.inspect("alice").await?.timer_due_ms, None);
+    assert_eq!(node.metric("barid_access_delivered_total", "fast"), 1.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_came_while_it_was_away_is_delivered_first_and_in_order() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    for n in 1..=300 {
+        world.accept("alice", &format!("m{n}")).await?;
+    }
+    let mut phone = node.device("alice", "phone").await?;
+    let ids = phone.take(300).await?;
+    assert_eq!(ids, (1..=300).map(|n| format!("m{n}")).collect::<Vec<_>>());
+    world.cursor_becomes("alice", "phone", 300).await?;
+    phone.close().await?;
+    world.routes_become("alice", 0).await?;
+    world.accept("alice", "m301").await?;
+    let mut phone = node.device("alice", "phone").await?;
+    assert_eq!(phone.take(1).await?, ["m301"], "from where it stopped");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_push_is_read_when_the_next_one_leaves_a_gap() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    world.accept("alice", "lost").await?;
+    let (entry, _) = world.accept("alice", "next").await?;
+    dispatcher.push(&world, "alice", entry).await?;
+    assert_eq!(phone.take(2).await?, ["lost", "next"]);
+    assert_eq!(node.metric("barid_access_syncs_total", "gap"), 1.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn devices_of_a_user_have_cursors_of_their_own() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let mut tablet = node.device("alice", "tablet").await?;
+    let (both, _) = world.accept("alice", "both").await?;
+    dispatcher.push(&world, "alice", both).await?;
+    let (one, _) = world.accept_with("alice", "one", |e| e.device = "tablet".into()).await?;
+    dispatcher.push(&world, "alice", one).await?;
+    assert_eq!(phone.take(1).await?, ["both"]);
+    let Heard::Skip(skip) = phone.next(PATIENCE).await? else { panic!("no skip") };
+    assert_eq!((&skip["to"], &skip["why"]), (&json!(2), &json!("otherDevice")));
+    world.cursor_becomes("alice", "phone", 2).await?;
+    assert_eq!(tablet.message().await?.id, "both");
+    world.cursor_becomes("alice", "tablet", 0).await?;
+    assert_eq!(tablet.message().await?.id, "one");
+    tablet.ack(2).await?;
+    world.cursor_becomes("alice", "tablet", 2).await
+}
+
+#[tokio::test]
+async fn a_newer_connection_of_a_device_replaces_the_older() -> Result<()> {
+    let world = World::new().await?;
+    let (node, other) = (world.node().await?, world.node().await?);
+    let hello = |attempt: u64| json!({ "device": "phone", "attempt": attempt });
+    let token = token_of("alice");
+    let (mut first, _) = Device::connect_with(&node.url(), &token, hello(1)).await?;
+    let (mut second, _) = Device::connect_with(&node.url(), &token, hello(2)).await?;
+    assert_eq!(first.closed(PATIENCE).await?, 4502, "on the same node");
+    let (mut third, _) = Device::connect_with(&other.url(), &token, hello(3)).await?;
+    assert_eq!(second.closed(PATIENCE).await?, 4502, "on another node");
+    // The old sessions' ends leave the new one's route alone.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let routes = world.inspect("alice").await?.routes;
+    assert_eq!((routes.len(), routes[0].attempt.0), (1, 3));
+    // A late Hello of an older attempt is refused, and does no harm.
+    let mut late = Device::open(&node.url(), &token).await?;
+    late.send(&json!({ "hello": hello(2) })).await?;
+    assert_eq!(late.closed(PATIENCE).await?, 4502);
+    let (entry, _) = world.accept("alice", "m1").await?;
+    other.dispatcher().await?.push(&world, "alice", entry).await?;
+    assert_eq!(third.take(1).await?, ["m1"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_token_that_expires_closes_the_connection_unless_it_is_refreshed() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let short = || token::token(APP, "alice", Duration::from_secs(3));
+    let mut phone = Device::connect(&node.url(), &short(), "phone").await?;
+    let mut tablet = Device::connect(&node.url(), &short(), "tablet").await?;
+    tablet.send(&json!({ "refresh": { "token": token_of("alice") } })).await?;
+    assert_eq!(phone.closed(PATIENCE).await?, 4004);
+    tablet.silent(Duration::from_secs(1)).await?;
+    tablet.send(&json!({ "refresh": { "token": token_of("bob") } })).await?;
+    assert_eq!(tablet.closed(PATIENCE).await?, 4500, "somebody else's");
+    let mut watch = node.device("alice", "watch").await?;
+    watch.send(&json!({ "refresh": { "token": "junk" } })).await?;
+    assert_eq!(watch.closed(PATIENCE).await?, 4500);
+    Ok(())
+}
+
+#[tokio::test]
+async fn five_resends_without_an_answer_close_with_4001_and_the_message_stays() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let (entry, _) = world.accept("alice", "m1").await?;
+    dispatcher.push(&world, "alice", entry).await?;
+    assert_eq!(phone.message().await?.seq, 1);
+    for attempt in 1..=5 {
+        assert!(dispatcher.resend(&world, "alice", attempt).await?.gone.is_empty());
+        assert_eq!(phone.message().await?.seq, 1, "re-send {attempt}");
+    }
+    dispatcher.resend(&world, "alice", 6).await?;
+    assert_eq!(phone.closed(PATIENCE).await?, 4001);
+    world.routes_become("alice", 0).await?;
+    let mut phone = node.device("alice", "phone").await?;
+    assert_eq!(phone.take(1).await?, ["m1"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn whoever_is_not_here_is_gone_and_loses_the_route() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let route = world.inspect("alice").await?.routes.remove(0);
+    let (entry, _) = world.accept("alice", "m1").await?;
+    let push = |connection| barid_wire::internal::NodePush {
+        app: APP.into(),
+        user: "alice".into(),
+        envelope: entry.clone(),
+        connections: vec![connection],
+    };
+    let here = route.session.connection.0;
+    let incarnation = route.session.incarnation.0;
+    let reply = dispatcher.send(incarnation + 1, vec![push(here)], vec![]).await?;
+    assert_eq!(reply.gone.len(), 1, "another life of the node");
+    phone.silent(Duration::from_millis(200)).await?;
+    let reply = dispatcher.send(incarnation, vec![push(here), push(here + 7)], vec![]).await?;
+    assert_eq!(reply.gone.iter().map(|gone| gone.connection).collect::<Vec<_>>(), [here + 7]);
+    assert_eq!(phone.message().await?.id, "m1");
+
+    // A route that outlived its session.
+    let ghost = barid_mailbox::ConnectRequest {
+        user: user_key("bob"),
+        device: barid_core::DeviceId::new("phone")?,
+        session: barid_core::SessionRef {
+            connection: barid_core::ConnectionId(here + 100),
+            ..route.session
+        },
+        attempt: barid_core::Attempt(1),
+        platform: "".into(),
+        position: None,
+    };
+    world.mailbox.connect(ghost).await?;
+    let (entry, online) = world.accept("bob", "m1").await?;
+    assert!(online);
+    assert_eq!(dispatcher.push(&world, "bob", entry).await?.gone.len(), 1);
+    world.routes_become("bob", 0).await
+}
+
+#[tokio::test]
+async fn a_device_that_does_not_read_is_closed_with_4002_and_harms_nobody() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let slow = node.device("alice", "phone").await?;
+    let mut other = node.device("bob", "phone").await?;
+    let noise: Vec<u8> =
+        (0..60_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    for n in 0..250 {
+        let (entry, _) = world
+            .accept_with("alice", &format!("m{n}"), |e| {
+                e.set_kind(barid_wire::v1::BodyKind::Data);
+                set_payload(e, noise.clone().into(), usize::MAX, 3);
+            })
+            .await?;
+        dispatcher.push(&world, "alice", entry).await?;
+        if node.metric("barid_access_closes_total", "slow_consumer") > 0.0 {
+            break;
+        }
+    }
+    eventually("closed", async || {
+        Ok(node.metric("barid_access_closes_total", "slow_consumer") == 1.0)
+    })
+    .await?;
+    world.routes_become("alice", 0).await?;
+    assert_eq!(node.metric("barid_access_queued_bytes", ""), 0.0);
+    let (entry, _) = world.accept("bob", "m1").await?;
+    dispatcher.push(&world, "bob", entry).await?;
+    assert_eq!(other.take(1).await?, ["m1"]);
+    drop(slow);
+    Ok(())
+}
+
+#[tokio::test]
+async fn frames_that_make_no_sense_are_told_and_closed_with_4501() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.frame_bytes_max = 1000).await?;
+    let long = "x".repeat(2000);
+    for (frame, text) in [
+        (json!({ "helo": {} }), "unknown variant `helo`"),
+        (json!({ "hello": { "device": "phone" } }), "hello came twice"),
+        (json!({ "ack": { "seq": -1 } }), "whole number"),
+        (json!({ "refresh": { "token": long } }), ""),
+    ] {
+        let mut phone = node.device("alice", "phone").await?;
+        phone.send(&frame).await?;
+        let mut told = String::new();
+        let code = loop {
+            match phone.next(PATIENCE).await? {
+                Heard::Other(kind, error) if kind == "error" => told = error["text"].to_string(),
+                Heard::Closed(code, _) => break code,
+                other => panic!("unexpected {other:?}"),
+            }
+        };
+        assert_eq!(code, 4501, "{frame}");
+        assert!(told.contains(text), "{told}");
+    }
+    let mut early = Device::open(&node.url(), &token_of("alice")).await?;
+    early.ack(1).await?;
+    assert_eq!(early.closed(PATIENCE).await?, 4501, "hello comes first");
+    Ok(())
+}
+
+async fn http(address: std::net::SocketAddr, request: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(request.as_bytes()).await?;
+    let mut bytes = vec![0; 4096];
+    let mut length = 0;
+    while let Ok(read) =
+        tokio::time::timeout(Duration::from_secs(5), stream.read(&mut bytes[length..])).await?
+    {
+        length += read;
+        let text = String::from_utf8_lossy(&bytes[..length]);
+        if read == 0 || text.contains("101 Switching") {
+            break;
+        }
+    }
+    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
+}
+
+#[tokio::test]
+async fn handshakes_are_answered_with_a_status_and_a_reason() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let address = node.addresses["ws"];
+    let request = |path: &str, headers: &str| {
+        format!(
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+        )
+    };
+    let json = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
+    let good = token_of("alice");
+    let expired = token::token(APP, "alice", Duration::ZERO);
+    let forged = token::sign(&json!({"app": APP, "sub": "alice", "exp": 4_000_000_000_u64}), "x");
+    for (request, status, text) in [
+        (request("/", json), "404", "/v1/connect"),
+        (request("/v1/connect", ""), "400", "barid.v1.json"),
+        (request("/v1/connect", json), "401", "no token"),
+        (request(&format!("/v1/connect?token={expired}"), json), "401", "expired"),
+        (request(&format!("/v1/connect?token={forged}"), json), "401", "signature"),
+        (request("/v1/connect?token=junk", json), "401", "not a valid token"),
+        ("POST /v1/connect HTTP/1.1\r\n\r\n".into(), "400", ""),
+        ("nonsense\r\n\r\n".into(), "400", ""),
+        (request("/v1/connect", &format!("X: {}\r\n", "x".repeat(20_000))), "431", "bytes"),
+        (request(&format!("/v1/connect?token={good}"), json), "101", "barid.v1.json"),
+        (
+            request(
+                "/v1/connect",
+                &format!(
+                    "Authorization: bearer {good}\r\nSec-WebSocket-Protocol: x, barid.v1.proto\r\n"
+                ),
+            ),
+            "101",
+            "barid.v1.proto",
+        ),
+        (
+            request(
+                "/v1/connect",
+                &format!("Sec-WebSocket-Protocol: barid.v1.json, bearer.{good}\r\n"),
+            ),
+            "101",
+            "barid.v1.json",
+        ),
+    ] {
+        let answer = http(address, &request).await?;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request} → {answer}");
+        assert!(answer.to_lowercase().contains(&text.to_lowercase()), "{request} → {answer}");
+        assert!(!answer.contains(&good), "a token is never sent back");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn silence_in_a_handshake_or_before_hello_ends() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.handshake_timeout_ms = 300;
+            config.limits.hello_timeout_ms = 300;
+            config.limits.handshakes_max = 1;
+        })
+        .await?;
+    let mut silent = TcpStream::connect(node.addresses["ws"]).await?;
+    silent.write_all(b"GET /v1").await?;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let answer = http(node.addresses["ws"], "GET / HTTP/1.1\r\n\r\n").await?;
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert_eq!(silent.read(&mut [0; 16]).await?, 0);
+    let mut mute = Device::open(&node.url(), &token_of("alice")).await?;
+    assert_eq!(mute.closed(PATIENCE).await?, 4003);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_device_from_which_nothing_is_heard_is_closed_with_4003() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.heartbeat.interval_seconds = 1;
+            config.heartbeat.timeout_seconds = 1;
+        })
+        .await?;
+    let visible = json!({ "device": "tablet", "visiblePings": true });
+    let (mut tablet, _) = Device::connect_with(&node.url(), &token_of("bob"), visible).await?;
+    // This one answers WebSocket pings only while it is read.
+    let mut phone = node.device("alice", "phone").await?;
+    let dead = node.device("alice", "dead").await?;
+    let phone = tokio::spawn(async move { phone.silent(Duration::from_secs(5)).await });
+    let Heard::Other(kind, _) = tablet.next(PATIENCE).await? else { panic!("no ping") };
+    assert_eq!(kind, "ping");
+    tablet.send(&json!({ "pong": {} })).await?;
+    assert_eq!(tablet.closed(PATIENCE).await?, 4003, "the second ping was not answered");
+    phone.await??;
+    eventually("dead closed", async || {
+        Ok(node.metric("barid_access_closes_total", "heartbeat") == 2.0)
+    })
+    .await?;
+    drop(dead);
+    Ok(())
+}
+
+#[tokio::test]
+async fn draining_tells_devices_to_go_and_leaves_nothing_behind() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut devices = Vec::new();
+    for n in 0..5 {
+        devices.push(node.device(&format!("user{n}"), "phone").await?);
+    }
+    let (entry, _) = world.accept("user0", "m1").await?;
+    dispatcher.push(&world, "user0", entry).await?;
+    assert_eq!(devices[0].message().await?.id, "m1");
+    let address = node.addresses["ws"];
+    let stopping = tokio::spawn(node.stop(Duration::from_secs(6)));
+    for (n, mut device) in devices.into_iter().enumerate() {
+        let Heard::Other(kind, away) = device.next(PATIENCE).await? else { panic!("no goAway") };
+        assert_eq!((kind.as_str(), &away["why"]), ("goAway", &json!("draining")));
+        assert!(away["reconnectAfterMs"].as_u64().is_some_and(|ms| ms <= 1000));
+        if n == 0 {
+            device.ack(1).await?;
+        }
+        assert_eq!(device.closed(PATIENCE).await?, 4000);
+    }
+    assert_eq!(stopping.await??, Stopped::Clean);
+    assert!(TcpStream::connect(address).await.is_err());
+    for n in 0..5 {
+        assert!(world.inspect(&format!("user{n}")).await?.routes.is_empty());
+    }
+    world.cursor_becomes("user0", "phone", 1).await?;
+    let leases: Vec<String> = world.redis.query(&["KEYS", "barid:node:*"]).await?;
+    assert!(leases.is_empty(), "{leases:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_12_a_forgotten_route_is_restored_when_the_connection_to_redis_is_new() -> Result<()>
+{
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let routes: Vec<String> = world.redis.query(&["KEYS", "*:r:demo:alice"]).await?;
+    let _: i64 = world.redis.query(&["DEL", &routes[0]]).await?;
+    let (_, online) = world.accept("alice", "missed").await?;
+    assert!(!online);
+    let _: i64 = world.redis.query(&["CLIENT", "KILL", "TYPE", "normal"]).await?;
+    world.routes_become("alice", 1).await?;
+    assert_eq!(phone.take(1).await?, ["missed"], "and what came meanwhile is read");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_13_a_lapsed_lease_begins_a_new_life_and_sessions_live_on() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.lease_ttl_ms = 1500).await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let before = world.inspect("alice").await?.routes.remove(0).session.incarnation;
+    let leases: Vec<String> = world.redis.query(&["KEYS", "barid:node:*"]).await?;
+    let _: i64 = world.redis.query(&["DEL", &leases[0]]).await?;
+    eventually("another incarnation in the route", async || {
+        let routes = world.inspect("alice").await?.routes;
+        Ok(routes.len() == 1 && routes[0].session.incarnation != before)
+    })
+    .await?;
+    let (entry, _) = world.accept("alice", "m1").await?;
+    assert!(node.dispatcher().await?.push(&world, "alice", entry).await?.gone.is_empty());
+    assert_eq!(phone.take(1).await?, ["m1"]);
+    world.cursor_becomes("alice", "phone", 1).await
+}
+
+#[tokio::test]
+async fn hazard_18_a_mailbox_that_vanished_starts_over_under_the_session() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    for n in 1..=3 {
+        let (entry, _) = world.accept("alice", &format!("old{n}")).await?;
+        dispatcher.push(&world, "alice", entry).await?;
+    }
+    phone.take(3).await?;
+    world.cursor_becomes("alice", "phone", 3).await?;
+    let keys: Vec<String> = world.redis.query(&["KEYS", "*:[hq]:u:demo:alice"]).await?;
+    for key in keys {
+        let _: i64 = world.redis.query(&["DEL", &key]).await?;
+    }
+    let (entry, _) = world.accept("alice", "new1").await?;
+    dispatcher.push(&world, "alice", entry).await?;
+    let Heard::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
+    assert_eq!(welcome["positions"][0]["seq"], 0);
+    assert_eq!(phone.take(1).await?, ["new1"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn redis_away_delays_and_loses_nothing() -> Result<()> {
+    let mut world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let (entry, _) = world.accept("alice", "m1").await?;
+    dispatcher.push(&world, "alice", entry).await?;
+    assert_eq!(phone.message().await?.seq, 1);
+    world.redis.stop()?;
+    phone.ack(1).await?;
+    eventually("not ready", async || {
+        Ok(node.context.health.not_ready().iter().any(|(name, _)| *name == "redis"))
+    })
+    .await?;
+    world.redis.cont()?;
+    world.cursor_becomes("alice", "phone", 1).await?;
+    eventually("ready", async || Ok(node.context.health.not_ready().is_empty())).await
+}
