@@ -145,16 +145,16 @@ async fn read_request(stream: &mut TcpStream) -> Result<(Request, Vec<u8>), Fail
         if stream.read_buf(&mut bytes).await? == 0 {
             return Err(Failure::Gone);
         }
+        if bytes.len() > REQUEST_BYTES_MAX {
+            let text = format!("the request has more than {REQUEST_BYTES_MAX} bytes");
+            return Err(refused("431 Request Header Fields Too Large", "bad_request", text));
+        }
         if bytes[seen..].windows(4).any(|end| end == b"\r\n\r\n") {
             return match Request::try_parse(&bytes) {
                 Ok(Some((length, request))) => Ok((request, bytes.split_off(length))),
                 Ok(None) => Err(refused("400 Bad Request", "bad_request", "not a request")),
                 Err(error) => Err(refused("400 Bad Request", "bad_request", error.to_string())),
             };
-        }
-        if bytes.len() > REQUEST_BYTES_MAX {
-            let text = format!("the request has more than {REQUEST_BYTES_MAX} bytes");
-            return Err(refused("431 Request Header Fields Too Large", "bad_request", text));
         }
     }
 }

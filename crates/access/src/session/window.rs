@@ -104,7 +104,9 @@ impl Window {
     /// moved.
     pub fn ack(&mut self, seq: Seq, mut done: impl FnMut(Sent)) -> bool {
         let before = self.acked;
-        while let Some(sent) = self.entries.pop_front_if(|sent| sent.mark.seq <= seq) {
+        while self.entries.front().is_some_and(|sent| sent.mark.seq <= seq)
+            && let Some(sent) = self.entries.pop_front()
+        {
             self.acked = sent.to;
             done(sent);
         }

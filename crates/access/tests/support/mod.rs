@@ -1,6 +1,6 @@
 //! An access node in this process on a real Redis, and what stands around it: a mailbox that accepts
 //! as a purger does, a dispatcher's stream, devices.
-#![allow(dead_code, reason = "not every test file uses all of it")]
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
