@@ -151,7 +151,7 @@ impl Lanes {
         };
         for (index, device) in due.devices.iter().enumerate() {
             if !back.contains(&index) {
-                self.metrics.resent(device.attempt);
+                self.metrics.resends_of(device.attempt).inc();
             }
         }
         self.metrics.deferred.with_label_values(&[why]).inc_by(back.len() as u64);

@@ -1,5 +1,6 @@
 //! Everything that a delayer counts.
 
+use barid_core::limits::RESENDS_MAX;
 use barid_mesh::MeshMetrics;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
@@ -65,6 +66,10 @@ impl Metrics {
                 "Seconds since the master that was polled longest ago was polled.",
             )?,
         };
+        // All of them are there from the start, as zeros.
+        (1..=RESENDS_MAX + 1).for_each(|attempt| drop(metrics.resends_of(attempt)));
+        let whys = ["unreachable", "unavailable"];
+        whys.iter().for_each(|why| drop(metrics.deferred.with_label_values(&[why])));
         registry.register(Box::new(metrics.fired.clone()))?;
         registry.register(Box::new(metrics.resends.clone()))?;
         registry.register(Box::new(metrics.deferred.clone()))?;
@@ -77,7 +82,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    pub(crate) fn resent(&self, attempt: u32) {
+    /// The counter of a re-send.
+    pub(crate) fn resends_of(&self, attempt: u32) -> IntCounter {
         let label = match attempt {
             1 => "1",
             2 => "2",
@@ -86,6 +92,6 @@ impl Metrics {
             5 => "5",
             _ => "last",
         };
-        self.resends.with_label_values(&[label]).inc();
+        self.resends.with_label_values(&[label])
     }
 }

@@ -6,6 +6,10 @@ use prometheus::{
     exponential_buckets,
 };
 
+const PUSHES: [&str; 7] = ["handed", "no_route", "void", "full", "down", "away", "invalid"];
+const RESENDS: [&str; 7] = ["handed", "superseded", "void", "full", "down", "away", "invalid"];
+const REAPED: [&str; 4] = ["removed", "failed", "unknown", "dropped"];
+
 /// Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -57,9 +61,11 @@ impl Metrics {
             registry.register(Box::new(gauge.clone()))?;
             Ok::<_, prometheus::Error>(gauge)
         };
-        let outcomes = |name: &str, help: &str| {
+        let outcomes = |name: &str, help: &str, outcomes: &[&str]| {
             let opts = Opts::new(format!("barid_dispatcher_{name}"), help);
             let counter = IntCounterVec::new(opts, &["outcome"])?;
+            // All of them are there from the start, as zeros.
+            outcomes.iter().for_each(|outcome| drop(counter.with_label_values(&[outcome])));
             registry.register(Box::new(counter.clone()))?;
             Ok::<_, prometheus::Error>(counter)
         };
@@ -73,8 +79,8 @@ impl Metrics {
         registry.register(Box::new(hop.clone()))?;
         Ok(Self {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
-            pushes: outcomes("pushes_total", "Pushes by what became of them.")?,
-            resends: outcomes("resends_total", "Re-sends by what became of them.")?,
+            pushes: outcomes("pushes_total", "Pushes by what became of them.", &PUSHES)?,
+            resends: outcomes("resends_total", "Re-sends by what became of them.", &RESENDS)?,
             lost: counter("lost_items_total", "Items on streams that broke.")?,
             batches: counter("batches_total", "Batches received.")?,
             callers: gauge("callers", "Open streams from purgers and delayers.")?,
@@ -85,7 +91,7 @@ impl Metrics {
             l1_entries: gauge("l1_entries", "Users in L1.")?,
             tracking: gauge("tracking", "1 while Redis reports changes of routes.")?,
             load_failures: counter("load_failures_total", "Loads of routes that failed.")?,
-            reaped: outcomes("reaped_total", "Void routes by what became of them.")?,
+            reaped: outcomes("reaped_total", "Void routes by what became of them.", &REAPED)?,
             accepted_to_dispatched: hop,
         })
     }

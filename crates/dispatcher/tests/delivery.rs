@@ -5,7 +5,7 @@ mod support;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use barid_core::{
@@ -31,6 +31,8 @@ use tonic::transport::Server;
 /// Redis in memory.
 #[derive(Default)]
 struct InMemory {
+    // What a read takes, ms.
+    read_ms: AtomicU64,
     routes: Mutex<HashMap<UserKey, Vec<Route>>>,
     removed: Mutex<Vec<DisconnectRequest>>,
 }
@@ -40,6 +42,7 @@ impl Routes for InMemory {
         self.untracked(user).await
     }
     async fn untracked(&self, user: &UserKey) -> Result<Vec<Route>, Error> {
+        sleep(Duration::from_millis(self.read_ms.load(Ordering::SeqCst))).await;
         Ok(self.routes.lock().get(user).cloned().unwrap_or_default())
     }
     async fn remove(&self, request: DisconnectRequest) -> Result<(), Error> {
@@ -189,6 +192,34 @@ async fn each_node_gets_a_push_once_with_its_connections_in_order() {
     assert_eq!(seqs, (1..=200).collect::<Vec<_>>());
     assert_eq!((&at_a[0].connections[..], &at_b[0].connections[..]), (&[10, 11][..], &[20][..]));
     assert_eq!(cluster.metrics.l1_misses.get(), 1 + 9, "one load; its first batch waited for it");
+}
+
+#[tokio::test]
+async fn a_users_messages_keep_their_order_while_routes_are_being_read() {
+    let a = FakeNode::start().await;
+    let cluster = Cluster::start(LinkConfig::default(), never()).await;
+    cluster.follow(&[("a", 1, &a)]).await;
+    cluster.route("alice", "phone", "a", 1, 1);
+    cluster.route("bob", "phone", "a", 1, 2);
+    cluster.routes.read_ms.store(30, Ordering::SeqCst);
+    let mut caller = Caller::connect(&cluster.address).await;
+    for n in 1..=40 {
+        // Every few batches the route has to be read again, while later batches find it in L1.
+        if n % 5 == 0 {
+            cluster.resolver.invalidate(&user("alice"));
+        }
+        caller.send(DispatchBatch {
+            pushes: vec![push("alice", n), push("bob", n)],
+            ..Default::default()
+        });
+        sleep(Duration::from_millis(5)).await;
+    }
+    let pushes = a.pushes(80).await;
+    for name in ["alice", "bob"] {
+        let of_user = pushes.iter().filter(|push| push.user == name);
+        let seqs: Vec<u64> = of_user.map(|push| seq(&push.envelope)).collect();
+        assert_eq!(seqs, (1..=40).collect::<Vec<_>>());
+    }
 }
 
 #[tokio::test]

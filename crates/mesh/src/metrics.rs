@@ -5,6 +5,9 @@ use prometheus::{
     exponential_buckets,
 };
 
+const PUSHES: [&str; 5] = ["answered", "moved", "full", "unavailable", "lost"];
+const RESENDS: [&str; 2] = ["answered", "unavailable"];
+
 /// Counted over all links of one kind.
 #[derive(Debug, Clone)]
 pub struct LinkMetrics {
@@ -70,14 +73,17 @@ impl MeshMetrics {
     /// # Errors
     /// One of the names is registered already.
     pub fn new(registry: &Registry, prefix: &str) -> Result<Self, prometheus::Error> {
-        let counter = |what: &str, help: &str| {
+        let counter = |what: &str, help: &str, outcomes: &[&str]| {
             let opts = Opts::new(format!("{prefix}_mesh_{what}_total"), help);
-            IntCounterVec::new(opts, &["outcome"])
+            let counter = IntCounterVec::new(opts, &["outcome"])?;
+            // All of them are there from the start, as zeros.
+            outcomes.iter().for_each(|outcome| drop(counter.with_label_values(&[outcome])));
+            Ok::<_, prometheus::Error>(counter)
         };
         let metrics = Self {
             link: LinkMetrics::new(registry, &format!("{prefix}_mesh_links"))?,
-            pushes: counter("pushes", "Pushes by what became of them.")?,
-            resends: counter("resends", "Re-sends by what became of them.")?,
+            pushes: counter("pushes", "Pushes by what became of them.", &PUSHES)?,
+            resends: counter("resends", "Re-sends by what became of them.", &RESENDS)?,
         };
         registry.register(Box::new(metrics.pushes.clone()))?;
         registry.register(Box::new(metrics.resends.clone()))?;

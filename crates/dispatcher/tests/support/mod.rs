@@ -129,11 +129,16 @@ impl Caller {
         Self { batches, replies, number: 0 }
     }
 
-    /// Sends a batch and waits for its answer.
-    pub async fn dispatch(&mut self, mut batch: DispatchBatch) -> DispatchReply {
+    /// Sends a batch; nobody reads its answer.
+    pub fn send(&mut self, mut batch: DispatchBatch) {
         self.number += 1;
         batch.batch = self.number;
-        self.batches.send(batch).await.unwrap();
+        self.batches.try_send(batch).unwrap();
+    }
+
+    /// Sends a batch and waits for its answer.
+    pub async fn dispatch(&mut self, batch: DispatchBatch) -> DispatchReply {
+        self.send(batch);
         let reply = timeout(SOON, self.replies.message()).await.expect("no reply in time");
         let reply = reply.unwrap().expect("the dispatcher ended the stream");
         assert_eq!(reply.batch, self.number);
