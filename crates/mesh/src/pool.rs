@@ -9,7 +9,7 @@ use barid_core::{Incarnation, NodeId, Shard};
 use barid_mailbox::{NodeRecord, NodeTable};
 use barid_wire::internal::dispatcher_client::DispatcherClient;
 use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
@@ -48,6 +48,8 @@ struct Inner {
     members: RwLock<Arc<Vec<Member>>>,
     // Counts changes of the members and of their links' states.
     changes: watch::Sender<u64>,
+    // Since when no dispatcher could be picked.
+    alone_since: Mutex<Option<Instant>>,
 }
 
 struct Member {
@@ -95,6 +97,7 @@ impl DispatchPool {
             metrics,
             members: RwLock::default(),
             changes: watch::Sender::new(0),
+            alone_since: Mutex::default(),
         });
         inner.follow(&peers.borrow_and_update().clone());
         let (weak, alive) = (Arc::downgrade(&inner), inner.changes.subscribe());
@@ -112,8 +115,8 @@ impl DispatchPool {
     }
 
     /// Hands a push on. Waits while the dispatcher's queue is full, or while there is no
-    /// dispatcher, never longer than `push_wait_ms`; then drops and counts it: the retry timer is
-    /// armed. Pushes of one shard keep their order while the dispatchers stay the same.
+    /// dispatcher, never longer than `push_wait_ms` (and not at all once there has been none for so
+    /// long); then drops and counts it: the retry timer is armed. Pushes of one shard keep their order while the dispatchers stay the same.
     pub async fn push(&self, shard: Shard, push: Push) {
         let item = Item::Push { shard, push, moved: false };
         if let Err(outcome) = self.inner.hand(shard, item).await {
@@ -192,6 +195,15 @@ impl Inner {
             members.push(Member { peer: peer.clone(), link });
         }
         *self.members.write() = Arc::new(members);
+        self.changed();
+    }
+
+    /// A member came or went, or a link's state is another one.
+    fn changed(&self) {
+        let alone = self.members().iter().all(|member| member.link.state() == LinkState::Down);
+        let mut since = self.alone_since.lock();
+        *since = if alone { since.or_else(|| Some(Instant::now())) } else { None };
+        drop(since);
         self.changes.send_modify(|count| *count += 1);
     }
 
@@ -224,8 +236,9 @@ impl Inner {
         }
     }
 
-    /// Hands an item on; waits for room or for a dispatcher, up to `push_wait_ms`. The error is the
-    /// outcome to count.
+    /// Hands an item on; waits for room or for a dispatcher, up to `push_wait_ms`. Where there has
+    /// been none for so long already, it does not wait: whoever accepts messages must not be held
+    /// up by an outage behind it. The error is the outcome to count.
     async fn hand(&self, shard: Shard, item: Item) -> Result<(), &'static str> {
         let Err(mut item) = self.try_hand(shard, item) else { return Ok(()) };
         let deadline = Instant::now() + self.config.push_wait();
@@ -233,7 +246,9 @@ impl Inner {
         loop {
             changes.borrow_and_update();
             let Some(link) = self.pick(shard) else {
-                match timeout_at(deadline, changes.changed()).await {
+                let since = *self.alone_since.lock();
+                let patience = since.map_or(deadline, |since| since + self.config.push_wait());
+                match timeout_at(deadline.min(patience), changes.changed()).await {
                     Ok(Ok(())) => continue,
                     _ => return Err("unavailable"),
                 }
@@ -361,7 +376,7 @@ impl Protocol for Dispatching {
 
     fn changed(&mut self, _state: LinkState) {
         if let Some(pool) = self.pool.upgrade() {
-            pool.changes.send_modify(|count| *count += 1);
+            pool.changed();
         }
     }
 }

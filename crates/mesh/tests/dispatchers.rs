@@ -250,6 +250,19 @@ async fn without_a_dispatcher_pushes_are_dropped_after_the_wait_and_resends_are_
 }
 
 #[tokio::test]
+async fn an_outage_of_all_dispatchers_is_waited_for_once_and_not_by_every_push() {
+    let peers = watch::Sender::new(vec![]);
+    let config = MeshConfig { push_wait_ms: 100, ..Default::default() };
+    let (pool, metrics) = pool(&peers, config);
+    let begun = Instant::now();
+    for n in 0..1000 {
+        pool.push(shard(), push("alice", n)).await;
+    }
+    assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
+    assert_eq!(metrics.pushes.with_label_values(&["unavailable"]).get(), 1000);
+}
+
+#[tokio::test]
 async fn a_push_waits_for_a_dispatcher_that_is_just_coming() {
     let (seen, mut batches) = mpsc::channel(64);
     let peers = watch::Sender::new(vec![]);
