@@ -47,23 +47,31 @@ impl Reading {
         })
     }
 
-    /// The reading after this one, which repairs one more shard. Shards that this one repairs may
-    /// not have heard of it yet, so they are carried on.
-    pub fn repairing(&self, shard: Shard, known: Option<LogPosition>) -> Arc<Self> {
+    /// The reading after this one, from `start`, which repairs one more shard. Shards that this one
+    /// repairs may not have heard of it yet: those whose repair lies ahead again are carried on. The
+    /// others must not be: what they have confirmed since would not be asked of Redis any more.
+    pub fn repairing(
+        &self,
+        shard: Shard,
+        known: Option<LogPosition>,
+        start: i64,
+        first: i64,
+    ) -> Arc<Self> {
+        let ahead =
+            |known: &Option<LogPosition>| known.map_or(first, |known| known.offset) >= start;
         let mut repairs = self.repairs.clone();
+        repairs.retain(|_, known| ahead(known));
         repairs.insert(shard, known);
-        let assignment = Arc::clone(&self.assignment);
-        Arc::new(Self {
-            assignment,
-            number: self.number + 1,
-            repairs,
-            ended: AtomicBool::new(false),
-        })
+        self.after(repairs)
     }
 
     /// The reading after this one, of a log that went back by itself (an unclean election).
     pub fn next(&self) -> Arc<Self> {
-        let (assignment, repairs) = (Arc::clone(&self.assignment), self.repairs.clone());
+        self.after(HashMap::new())
+    }
+
+    fn after(&self, repairs: HashMap<Shard, Option<LogPosition>>) -> Arc<Self> {
+        let assignment = Arc::clone(&self.assignment);
         Arc::new(Self {
             assignment,
             number: self.number + 1,

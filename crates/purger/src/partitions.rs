@@ -100,7 +100,8 @@ impl Open {
         let targets = [known.map(|known| known.offset), first_later, self.seek_to];
         let target = targets.into_iter().flatten().fold(unfinished, i64::min);
         self.reading.end();
-        self.reading = self.reading.repairing(shard, known);
+        let first = self.epochs.values().copied().min().unwrap_or(target);
+        self.reading = self.reading.repairing(shard, known, target, first);
         self.ledger.rewind(target);
         self.seek_to = Some(target);
     }

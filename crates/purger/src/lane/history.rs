@@ -1,7 +1,11 @@
 //! What each shard has confirmed of each assignment: the `prev` of its next group. With it Redis
 //! tells a batch that was never executed, or that it has forgotten.
+//!
+//! It is the highest confirmed position, even for a group that lies before it because a reading went
+//! back for another shard: whatever this shard has confirmed, it must still know. Only a reading that
+//! repairs this very shard lowers it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use barid_core::Shard;
@@ -10,10 +14,7 @@ use barid_mailbox::{AcceptGroup, LogPosition};
 use super::Group;
 use crate::flight::Assignment;
 
-/// Ends of groups that are remembered a shard and assignment. More than one, because a reading that
-/// goes back asks for the end before its own start.
-const ENDS_MAX: usize = 16;
-/// How often dead assignments are looked for, in new tracks.
+/// How often assignments that are over are looked for, in new tracks.
 const SWEEP_EVERY: usize = 256;
 
 /// Per assignment and shard.
@@ -27,36 +28,25 @@ pub(super) struct History {
 struct Track {
     assignment: Weak<Assignment>,
     reading: u64,
-    /// Ascending.
-    ends: VecDeque<LogPosition>,
+    confirmed: Option<LogPosition>,
 }
 
 impl History {
-    /// The group as Redis is asked: `prev` is the last confirmed position before its first. In a
-    /// reading that repairs this shard, it is what the shard said it knows.
+    /// The group as Redis is asked.
     pub(super) fn request(&mut self, group: &Group) -> AcceptGroup {
-        let first = group.parcels.first().map(|parcel| parcel.message.position);
-        let track = self.track(group);
-        let prev =
-            track.ends.iter().rev().find(|end| first.is_none_or(|first| **end < first)).copied();
         AcceptGroup {
             shard: group.shard,
             source: group.reading.assignment.source.clone(),
-            prev,
+            prev: self.track(group).confirmed,
             messages: group.parcels.iter().map(|parcel| parcel.message.clone()).collect(),
         }
     }
 
     /// The group was executed.
     pub(super) fn done(&mut self, group: &Group) {
-        let Some(last) = group.parcels.last().map(|parcel| parcel.message.position) else { return };
-        let ends = &mut self.track(group).ends;
-        if ends.back().is_none_or(|end| *end < last) {
-            if ends.len() == ENDS_MAX {
-                ends.pop_front();
-            }
-            ends.push_back(last);
-        }
+        let last = group.parcels.last().map(|parcel| parcel.message.position);
+        let track = self.track(group);
+        track.confirmed = track.confirmed.max(last);
     }
 
     fn track(&mut self, group: &Group) -> &mut Track {
@@ -68,12 +58,12 @@ impl History {
         let track = self.tracks.entry(key).or_insert_with(|| Track {
             assignment: Arc::downgrade(&reading.assignment),
             reading: 0,
-            ends: VecDeque::new(),
+            confirmed: None,
         });
         if track.reading != reading.number() {
             track.reading = reading.number();
             if let Some(known) = reading.repairs(group.shard) {
-                track.ends = known.into_iter().collect();
+                track.confirmed = known;
             }
         }
         track

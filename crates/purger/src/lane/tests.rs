@@ -1,1 +1,363 @@
+//! The lanes and the partitions together, over a store that behaves as the accept script does and
+//! fails as Redis may: whatever happens, every shard ends up with its part of the log, in order.
 
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_bus::consumer::{Assigned, Partition, Record};
+use barid_bus::{DeadLetters, KafkaConfig, Producer, Receipts};
+use barid_core::{Seq, ShardCount, SystemClock};
+use barid_mailbox::{AcceptOutcome, Source};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prometheus::IntCounter;
+use proptest::prelude::*;
+use tokio::time::timeout;
+
+use super::*;
+use crate::config::Config;
+use crate::intake::{Intake, Taken};
+use crate::partitions::Partitions;
+
+const SHARDS: u32 = 4;
+
+/// What happens to a call.
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    Executed,
+    /// It never arrived.
+    Lost,
+    /// It was executed, but its answer was lost.
+    AnswerLost,
+    /// Before it, the master fell back to what it was after so many accepted messages.
+    Forgets(usize),
+    /// Only the first group got through.
+    FirstOnly,
+}
+
+type Place = (Source, Shard);
+
+/// A shard's accepted messages: whence, and which id.
+type Accepted = Vec<(Place, LogPosition)>;
+
+#[derive(Default)]
+struct State {
+    fates: VecDeque<Fate>,
+    positions: BTreeMap<(i32, u16), LogPosition>,
+    accepted: BTreeMap<u16, Accepted>,
+    outstanding: BTreeMap<(i32, u16), usize>,
+}
+
+#[derive(Clone, Default)]
+struct Store(Arc<Mutex<State>>);
+
+impl State {
+    fn group(&mut self, group: &AcceptGroup) -> GroupOutcome {
+        let place = place(group);
+        let stored = self.positions.get(&place).copied();
+        if group.prev > stored {
+            return GroupOutcome::Gap(stored);
+        }
+        let outcome = |state: &mut Self, message: &barid_mailbox::AcceptMessage| {
+            if state.positions.get(&place).is_some_and(|stored| message.position <= *stored) {
+                return AcceptOutcome::AcceptedBefore;
+            }
+            state.positions.insert(place, message.position);
+            let log = state.accepted.entry(group.shard.get()).or_default();
+            log.push(((group.source.clone(), group.shard), message.position));
+            let seq = Seq(log.len() as u64);
+            AcceptOutcome::Accepted { seq, envelope: Bytes::new(), online: false, evicted: 0 }
+        };
+        GroupOutcome::Done(group.messages.iter().map(|message| outcome(self, message)).collect())
+    }
+
+    /// Every shard falls back to its first `kept` messages.
+    fn forget(&mut self, kept: usize) {
+        self.positions.clear();
+        for (shard, log) in &mut self.accepted {
+            log.truncate(kept);
+            for ((source, _), position) in log {
+                self.positions.insert((source.partition, *shard), *position);
+            }
+        }
+    }
+}
+
+fn place(group: &AcceptGroup) -> (i32, u16) {
+    (group.source.partition, group.shard.get())
+}
+
+impl Mailboxes for Store {
+    fn shards(&self) -> ShardCount {
+        ShardCount::new(SHARDS).unwrap()
+    }
+    fn lanes(&self) -> usize {
+        2
+    }
+    fn lane_of(&self, shard: Shard) -> usize {
+        usize::from(shard.get()) % 2
+    }
+    async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
+        let fate = {
+            let mut state = self.0.lock();
+            for group in groups {
+                let calls = state.outstanding.entry(place(group)).or_default();
+                *calls += 1;
+                assert_eq!(*calls, 1, "one group a shard and partition at once");
+            }
+            state.fates.pop_front().unwrap_or(Fate::Executed)
+        };
+        tokio::time::sleep(Duration::from_micros(300)).await;
+        let mut state = self.0.lock();
+        for group in groups {
+            state.outstanding.insert(place(group), 0);
+        }
+        let away = || Err(Error::Away("test".into()));
+        match fate {
+            Fate::Lost => return groups.iter().map(|_| away()).collect(),
+            Fate::Forgets(kept) => state.forget(kept),
+            _ => {}
+        }
+        let outcomes = groups.iter().enumerate().map(|(i, group)| match fate {
+            Fate::FirstOnly if i > 0 => away(),
+            _ => Ok(state.group(group)),
+        });
+        let outcomes: Vec<_> = outcomes.collect();
+        if let Fate::AnswerLost = fate {
+            return groups.iter().map(|_| away()).collect();
+        }
+        outcomes
+    }
+    async fn ping(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+fn outbox(metrics: &Metrics) -> Outbox {
+    let config = KafkaConfig::default();
+    let producer = Producer::new(&config).unwrap();
+    let (handoff, _) = mpsc::channel(1);
+    Outbox {
+        receipts: Receipts::new(producer.clone(), &config, IntCounter::new("d", "d").unwrap()),
+        dead: DeadLetters::new(producer, &config),
+        handoff,
+        handoff_wait: Duration::ZERO,
+        clock: Arc::new(SystemClock),
+        metrics: metrics.clone(),
+    }
+}
+
+/// A log of two partitions, read as the service reads it.
+struct World {
+    config: Config,
+    store: Store,
+    partitions: Partitions,
+    queues: Vec<Arc<Queue>>,
+    events: mpsc::Receiver<Event>,
+    intake: Intake,
+    next: [i64; 2],
+    length: i64,
+}
+
+impl World {
+    fn new(fates: Vec<Fate>, length: i64) -> Self {
+        let mut config = Config::default();
+        config.window.call_messages_max = 16;
+        config.window.retry_base_ms = 1;
+        config.window.retry_max_ms = 10;
+        let store = Store::default();
+        store.0.lock().fates = fates.into();
+        let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
+        let (sender, events) = mpsc::channel(64);
+        let queues: Vec<Arc<Queue>> = vec![Arc::default(), Arc::default()];
+        for queue in &queues {
+            let lane = Lane::new(
+                store.clone(),
+                Arc::clone(queue),
+                outbox(&metrics),
+                sender.clone(),
+                config.window.clone(),
+                5,
+                config.retry().unwrap(),
+                Arc::default(),
+                metrics.clone(),
+            );
+            tokio::spawn(lane.run());
+        }
+        let mut partitions = Partitions::default();
+        for number in 0..2 {
+            let assigned = Assigned { partition: partition(number), topic_id: "id".into() };
+            partitions.assign(assigned, 1);
+        }
+        let intake = Intake::new(&config, store.shards());
+        Self { config, store, partitions, queues, events, intake, next: [0; 2], length }
+    }
+
+    /// Reads both partitions to their ends, and until everything is finished.
+    async fn run(&mut self) {
+        loop {
+            let took = self.take(0) | self.take(1);
+            if !took {
+                if self.partitions.unfinished() == 0 && self.seek() {
+                    return;
+                }
+                let event = self.events.recv().await.expect("lanes live");
+                self.hear(event);
+            }
+            while let Ok(event) = self.events.try_recv() {
+                self.hear(event);
+            }
+            let _ = self.seek();
+        }
+    }
+
+    fn take(&mut self, number: i32) -> bool {
+        let offset = self.next[number as usize];
+        let open = self.partitions.get_mut(&partition(number)).unwrap();
+        if offset >= self.length || !open.wants() {
+            return false;
+        }
+        assert!(open.take(offset, 0));
+        let record = record(number, offset);
+        let Taken::Parcels(parcels) = self.intake.take(&open.reading, record, 0) else {
+            panic!("refused");
+        };
+        for parcel in parcels {
+            let lane = self.store.lane_of(parcel.shard);
+            self.queues[lane].push(1, parcel);
+        }
+        self.next[number as usize] += 1;
+        true
+    }
+
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::Finished(flights) => {
+                flights.iter().for_each(|flight| self.partitions.finish(flight));
+            }
+            Event::Gap { reading, shard, back_to } => {
+                self.partitions.gap(&reading, shard, back_to);
+            }
+        }
+    }
+
+    /// True: both partitions are at their ends.
+    fn seek(&mut self) -> bool {
+        for open in self.partitions.iter_mut() {
+            if let Some(offset) = open.seek_to.take() {
+                self.next[open.assignment.partition.number as usize] = offset;
+            }
+        }
+        self.next == [self.length; 2]
+    }
+}
+
+fn partition(number: i32) -> Partition {
+    Partition { topic: "push".into(), number }
+}
+
+/// Each record is for one to three users.
+fn record(number: i32, offset: i64) -> Record {
+    let user = |i: i64| format!("\"u{}\"", (offset * 7 + i64::from(number) * 3 + i * 5) % 11);
+    let users: Vec<String> = (0..=offset % 3).map(user).collect();
+    let users = users.join(",");
+    let value =
+        format!(r#"{{"id":"{number}-{offset}","app":"a","to":{{"users":[{users}]}},"text":""}}"#);
+    Record {
+        topic: "push".into(),
+        partition: number,
+        offset,
+        leader_epoch: 0,
+        timestamp_ms: None,
+        key: None,
+        value: value.into(),
+        headers: Vec::new(),
+    }
+}
+
+/// What each shard must hold of each partition.
+fn expected(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
+    let mut expected: BTreeMap<(u16, i32), Vec<LogPosition>> = BTreeMap::new();
+    for number in 0..2 {
+        let open = world.partitions.get(&partition(number)).unwrap();
+        for offset in 0..world.length {
+            let taken = world.intake.take(&open.reading, record(number, offset), 0);
+            let Taken::Parcels(parcels) = taken else { panic!("refused") };
+            for parcel in parcels {
+                let held = expected.entry((parcel.shard.get(), number)).or_default();
+                held.push(parcel.message.position);
+            }
+        }
+    }
+    expected
+}
+
+fn held(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
+    let mut held: BTreeMap<(u16, i32), Vec<LogPosition>> = BTreeMap::new();
+    for (shard, log) in &world.store.0.lock().accepted {
+        for ((source, _), position) in log {
+            held.entry((*shard, source.partition)).or_default().push(*position);
+        }
+    }
+    held
+}
+
+fn check(fates: Vec<Fate>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut world = World::new(fates, 120);
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        // What is forgotten is noticed by the next batch for the shard: send every shard some more.
+        world.store.0.lock().fates.clear();
+        world.length = 150;
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        let (held, expected) = (held(&world), expected(&world));
+        for (place, expected) in expected {
+            assert_eq!(held[&place], expected, "shard and partition {place:?}");
+        }
+        let commits = world.partitions.to_commit();
+        assert!(commits.iter().all(|commit| commit.offset == 150), "{commits:?}");
+        assert!(world.queues.iter().all(|queue| queue.load() == 0));
+        assert!(world.config.check().is_ok());
+    });
+}
+
+#[test]
+fn an_overtaken_batch_is_found_by_its_gap() {
+    // The first calls are lost on their way, as by NOSCRIPT, and the store falls back meanwhile.
+    check(vec![Fate::Executed, Fate::Executed, Fate::Lost, Fate::Forgets(0), Fate::Executed]);
+}
+
+#[test]
+fn answers_that_are_lost_repeat_nothing() {
+    check(vec![Fate::AnswerLost; 12]);
+}
+
+#[test]
+fn a_store_that_forgets_twice_while_it_is_repaired_is_repaired() {
+    let forgets = [3, 0, 5, 1, 0].map(Fate::Forgets);
+    check(forgets.into_iter().flat_map(|fate| [Fate::Executed, fate, fate]).collect());
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![
+        5 => Just(Fate::Executed),
+        2 => Just(Fate::Lost),
+        2 => Just(Fate::AnswerLost),
+        2 => Just(Fate::FirstOnly),
+        2 => (0usize..40).prop_map(Fate::Forgets),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(50))]
+    #[test]
+    fn whatever_happens_every_shard_gets_its_part_in_order(fates in prop::collection::vec(fate(), 0..40)) {
+        check(fates);
+    }
+}
