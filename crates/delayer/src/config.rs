@@ -48,7 +48,7 @@ impl Default for Config {
             page_users_max: 256,
             pages_max: 4,
             defer_ms: 500,
-            nodes_refresh_ms: 1000,
+            nodes_refresh_ms: 500,
             redis: RedisConfig::default(),
             mesh: MeshConfig::default(),
             admin: AdminConfig { listen: SocketAddr::from(([127, 0, 0, 1], 7112)) },

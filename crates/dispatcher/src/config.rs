@@ -96,7 +96,7 @@ impl Default for Config {
             advertise: String::new(),
             zone: String::new(),
             lease_ttl_ms: 10_000,
-            nodes_refresh_ms: 1000,
+            nodes_refresh_ms: 500,
             window_batches: 8,
             void_after_seconds: 600,
             drain_settle_ms: 1500,
