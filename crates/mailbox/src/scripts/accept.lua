@@ -39,7 +39,7 @@ end
 
 -- The older entry of the collapse key keeps its place and loses its content.
 local function collapse(h, queue, key)
-  local old = tonumber(call('HGET', h.key, 'k:' .. key) or nil)
+  local old = tonumber(call('HGET', h.key, 'k:' .. key))
   if old and old >= h.b and old < h.n then
     local index = int(old - h.b)
     local entry = call('LINDEX', queue, index)
@@ -105,9 +105,8 @@ local function accept(k, a, timers)
   local head, queue, routes = KEYS[k], KEYS[k + 1], KEYS[k + 2]
   local member, key, hash, body = ARGV[a + 3], ARGV[a + 4], ARGV[a + 5], ARGV[a + 8]
   local online = call('HKEYS', routes)
-  local h = open_head(head, queue, ARGV[a + 7], TTL)
-  local v = call('HMGET', head, 'i', 'ct')
-  local ring = v[1] or ''
+  local h = open_head(head, queue, ARGV[a + 7], TTL, 'i', 'ct')
+  local ring = h.more1 or ''
   if in_ring(ring, hash) then return 'D' end
 
   local chain = chain_step(h.nc, tonumber(ARGV[a + 6]))
@@ -126,7 +125,7 @@ local function accept(k, a, timers)
       h.b, h.bc = seq, before
       call('HSET', head, 'b', int(seq), 'bc', int(before))
     end
-    local check_at = tonumber(v[2] or nil)
+    local check_at = tonumber(h.more2)
     if h.b == h.n then
       call('PEXPIREAT', queue, int(h.x))
       check_at = NOW + TTL

@@ -34,7 +34,7 @@ end
 
 local function fire(k, a)
   local head, routes, timers, member = KEYS[k], KEYS[k + 1], KEYS[k + 2], ARGV[a]
-  local score = tonumber(call('ZSCORE', timers, member) or nil)
+  local score = tonumber(call('ZSCORE', timers, member))
   if not score or not is_due(score) then return { 'N' } end
   local h = find_head(head)
   if not h then

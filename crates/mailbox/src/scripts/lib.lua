@@ -41,14 +41,20 @@ local function entry_chain(entry)
   return (struct.unpack('<I4', entry, 25))
 end
 
--- The mailbox's head; nil where there is none.
-local function find_head(key)
-  local v = call('HMGET', key, 'e', 'b', 'bc', 'n', 'nc', 'x', 'ds', 'kl')
+-- The mailbox's head; nil where there is none. `more1` and `more2` are further
+-- fields that are wanted.
+local function find_head(key, more1, more2)
+  local v
+  if more1 then
+    v = call('HMGET', key, 'e', 'b', 'bc', 'n', 'nc', 'x', 'ds', 'kl', more1, more2)
+  else
+    v = call('HMGET', key, 'e', 'b', 'bc', 'n', 'nc', 'x', 'ds', 'kl')
+  end
   if not v[1] then return nil end
   local h = {
     key = key, e = tonumber(v[1]), b = tonumber(v[2]), bc = tonumber(v[3]),
     n = tonumber(v[4]), nc = tonumber(v[5]), x = tonumber(v[6]), ds = v[7] or '',
-    kl = tonumber(v[8] or nil),
+    kl = tonumber(v[8]), more1 = v[9], more2 = v[10],
   }
   if not (h.e and h.b and h.bc and h.n and h.nc and h.x) then error('corrupt head') end
   return h
@@ -66,8 +72,8 @@ local function renew(h, queue, ttl)
 end
 
 -- The mailbox's head, or a new life of it.
-local function open_head(key, queue, candidate, ttl)
-  local h = find_head(key)
+local function open_head(key, queue, candidate, ttl, more1, more2)
+  local h = find_head(key, more1, more2)
   if not h then
     call('DEL', key, queue)
     h = { key = key, e = tonumber(candidate), b = 1, bc = 0, n = 0, nc = 0, x = 0, ds = '' }

@@ -1,7 +1,9 @@
 //! What the mailbox promises, on a real redis-server and on a real Redis Cluster of three masters.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in #[test] functions; these are their bodies
 
 mod accept;
 mod acks;
+mod cost;
 mod faults;
 mod leases;
 mod sessions;
