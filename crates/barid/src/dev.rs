@@ -31,6 +31,9 @@ const KEY_ID: &str = "dev";
 /// Partitions of the in-process broker's push topics: enough for several to be in use.
 const PARTITIONS: u16 = 4;
 
+/// Warnings, but for those of streams that end because this process does.
+const LOG: &str = "warn,barid_mesh::link=error,barid_mailbox::routes=error";
+
 /// Options of `barid dev`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -47,8 +50,9 @@ pub struct Args {
     #[arg(long)]
     pub once: bool,
     /// What the roles log: error, warn, info, debug, or directives as barid_access=debug
-    #[arg(long, default_value = "warn", value_name = "LEVEL")]
-    pub log: String,
+    /// [default: warnings]
+    #[arg(long, value_name = "LEVEL")]
+    pub log: Option<String>,
 }
 
 /// What the cluster stands on.
@@ -77,7 +81,8 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             other.url
         );
     }
-    telemetry::init(&LogConfig { level: args.log.clone(), format: LogFormat::Text });
+    let level = args.log.as_deref().unwrap_or(LOG).to_owned();
+    telemetry::init(&LogConfig { level, format: LogFormat::Text });
     let mut signals = Signals::new()?;
     let began = Instant::now();
     heading(out)?;
@@ -135,7 +140,7 @@ async fn work(
         elapsed_ms,
     };
     out.either(&ready, || {
-        let note = format!("devices connect here; all four roles ready after {elapsed_ms} ms");
+        let note = format!("all four roles ready after {elapsed_ms} ms");
         fact(out, "access", &state.url, &note)
     })?;
     demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await?;
@@ -175,7 +180,7 @@ async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<Redi
     let note = match &server {
         Some(server) => {
             redis.url = SecretUrl::new(server.url());
-            format!("private redis-server {}, in memory, gone with this process", server.version())
+            format!("private redis-server {}, in memory", server.version())
         }
         None => "yours".into(),
     };
@@ -196,7 +201,7 @@ async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<Redi
         }
     };
     let note = match &broker {
-        Some(_) => "in-process broker, for any Kafka client, in memory",
+        Some(_) => "in-process broker, for any Kafka client",
         None => "yours",
     };
     if !out.is_json() {

@@ -164,7 +164,7 @@ fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let kept = match user.kept {
-        0 => format!("empty, {} so far", user.newest),
+        0 => format!("empty; the newest was #{}", user.newest),
         n => format!("{n} kept (#{} to #{}), {}", user.oldest, user.newest, bytes(user.bytes)),
     };
     out.line(format_args!("mailbox  {kept}"))?;

@@ -188,8 +188,8 @@ fn body(body: &Body, out: Output) -> String {
         Body::Text(text) | Body::Json(text) => clean(text),
         Body::Data(data) => {
             let size = out.paint(Tone::Faint, format_args!("{} bytes", data.len()));
-            let head = STANDARD.encode(&data[..data.len().min(48)]);
-            format!("{size} {head}{}", if data.len() > 48 { "…" } else { "" })
+            let head = STANDARD.encode(&data[..data.len().min(24)]);
+            format!("{size} {head}{}", if data.len() > 24 { "…" } else { "" })
         }
     }
 }
@@ -239,7 +239,7 @@ fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
         Event::Connecting { .. } | Event::TokenRefreshed => return Ok(()),
         Event::Connected { session, position } => (
             Tone::Good,
-            format!("connected as session {}, behind #{}", clean(session), position.seq),
+            format!("connected, behind #{}, as session {}", position.seq, clean(session)),
         ),
         Event::Disconnected { why, retry_in: Some(wait) } => {
             let wait = span(wait.as_millis() as u64);

@@ -46,7 +46,7 @@ fn open(brokers: &str, topic: &str) -> anyhow::Result<Receipts> {
         .set("client.id", "barid-cli")
         .set("group.id", "barid-cli")
         .set("enable.auto.commit", "false")
-        .set("fetch.wait.max.ms", "50")
+        .set("fetch.wait.max.ms", "5")
         .set("fetch.queue.backoff.ms", "5")
         .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg)
         .create()?;

@@ -7,13 +7,17 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use barid_bus::{KafkaConfig, Producer};
+use barid_bus::KafkaConfig;
 use barid_core::{AppId, DeviceId, MessageId, UserId};
 use barid_wire::record::{CONTENT_TYPE, Format, RecordLimits, decode_push};
 use barid_wire::v1::{Receipt, ReceiptKind};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::ValueEnum;
+use rdkafka::ClientConfig;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::time::{Instant as Deadline, timeout_at};
@@ -21,6 +25,9 @@ use tokio::time::{Instant as Deadline, timeout_at};
 use crate::output::{Output, Tone, clean};
 use crate::receipts::Receipts;
 use crate::values;
+
+/// How long Kafka may take: people wait.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Options of `barid send`.
 #[derive(Debug, clap::Args)]
@@ -180,12 +187,8 @@ fn is_zero(number: &u64) -> bool {
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let record = record(&args)?;
     let payload = encode(&record)?;
-    let config = KafkaConfig {
-        brokers: values::brokers(args.brokers.clone())?,
-        // People wait.
-        delivery_timeout_ms: 10_000,
-        ..Default::default()
-    };
+    let config =
+        KafkaConfig { brokers: values::brokers(args.brokers.clone())?, ..Default::default() };
     let receipts = match args.wait.is_empty() {
         true => None,
         false => Some(Receipts::open(&config.brokers, &config.topics.receipts).await?),
@@ -196,7 +199,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         Priority::Bulk => &config.topics.push_bulk,
     };
     let began = Instant::now();
-    produce(&config, topic, &record, payload.clone()).await?;
+    produce(&config, topic, &record, &payload).await?;
     let elapsed_ms = millis(began);
     let bytes = payload.len();
     let sent = Sent { event: "sent", id: &record.id, topic, bytes, elapsed_ms };
@@ -211,19 +214,37 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Produces one record, keyed by its user so that a user's messages keep their order.
+/// Produces one record, keyed by its user so that a user's messages keep their order. Not
+/// idempotent, which takes half a second to set up: the message's id does the same.
 async fn produce(
     config: &KafkaConfig,
     topic: &str,
     record: &Record,
-    payload: Vec<u8>,
+    payload: &[u8],
 ) -> anyhow::Result<()> {
+    let brokers = config.brokers.join(",");
     let key = record.to.user.as_ref().or(record.to.users.first()).map_or("", String::as_str);
-    let headers = [(CONTENT_TYPE, Format::Json.content_type().as_bytes())];
-    Producer::new(config)?
-        .send(topic, key.as_bytes(), payload.into(), &headers)
-        .await
-        .with_context(|| format!("cannot send through Kafka at {}", config.brokers.join(",")))
+    let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
+    let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", &brokers)
+        .set("client.id", "barid-cli")
+        .set("acks", "all")
+        .set("linger.ms", "0")
+        // Also paces the first connections of a fresh client.
+        .set("reconnect.backoff.ms", "10")
+        .set("message.max.bytes", "100000000")
+        .set("message.timeout.ms", SEND_TIMEOUT.as_millis().to_string())
+        .set_log_level(RDKafkaLogLevel::Emerg)
+        .create()
+        .context("cannot make a Kafka client")?;
+    let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
+    match producer.send(record, SEND_TIMEOUT).await {
+        Ok(_) => Ok(()),
+        Err((error, _)) => {
+            Err(error).with_context(|| format!("cannot send through Kafka at {brokers}"))
+        }
+    }
 }
 
 async fn wait(

@@ -52,6 +52,7 @@ impl Connection {
         match connect_async_with_config(request, Some(config), true).await {
             Ok((socket, _)) => Ok(Self { socket }),
             Err(tungstenite::Error::Http(response)) => Err(http_error(&response)),
+            Err(tungstenite::Error::Io(error)) => Err(network(&error)),
             Err(error) => Err(network(&error)),
         }
     }

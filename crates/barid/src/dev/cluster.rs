@@ -26,6 +26,8 @@ const START: Duration = Duration::from_secs(30);
 const DRAIN: Duration = Duration::from_secs(3);
 /// What a role may take over that to notice by itself.
 const OVERTIME: Duration = Duration::from_secs(2);
+/// How often the table of nodes is read: the roles find each other at once.
+const NODES_REFRESH_MS: u64 = 100;
 /// The exit code of a drain that cut something off, as the roles' own.
 const EXIT_CUT: u8 = 3;
 
@@ -75,17 +77,20 @@ impl Cluster {
             redis: redis.clone(),
             // Its callers are in this process, and stop before it.
             drain_settle_ms: 50,
+            nodes_refresh_ms: NODES_REFRESH_MS,
             drain_seconds: DRAIN.as_secs(),
             ..Default::default()
         };
         let delayer = barid_delayer::Config {
             redis: redis.clone(),
+            nodes_refresh_ms: NODES_REFRESH_MS,
             drain_seconds: DRAIN.as_secs(),
             ..Default::default()
         };
         let purger = barid_purger::Config {
             kafka: kafka.clone(),
             redis: redis.clone(),
+            nodes_refresh_ms: NODES_REFRESH_MS,
             drain_seconds: DRAIN.as_secs(),
             ..Default::default()
         };
@@ -110,6 +115,10 @@ impl Cluster {
                 while !context.health.not_ready().is_empty() {
                     sleep(Duration::from_millis(2)).await;
                 }
+            }
+            // A dispatcher is ready without nodes; the demonstration shows the way through them.
+            while !contexts.iter().all(|(_, context)| has_links(context)) {
+                sleep(Duration::from_millis(2)).await;
             }
             access.ok_or_else(|| anyhow!("access does not say where it listens"))
         };
@@ -167,6 +176,13 @@ fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
     let context = Context::new();
     let task = tokio::spawn(R::run(config, context.clone()));
     Ok(Running { name: R::NAME, context, task })
+}
+
+/// Whether the streams to other roles are open, where a role has such.
+fn has_links(context: &Context) -> bool {
+    let families = context.metrics.gather();
+    let links = families.iter().find(|family| family.name().ends_with("_links_up"));
+    links.is_none_or(|up| up.get_metric().iter().any(|metric| metric.get_gauge().get_value() > 0.0))
 }
 
 fn missing(contexts: &[(&str, Context)]) -> String {

@@ -71,8 +71,9 @@ pub async fn run(
     key: &Key,
     out: Output,
 ) -> anyhow::Result<()> {
+    let producer = Producer::new(kafka)?;
     let receipts = Receipts::open(&kafka.brokers, &kafka.topics.receipts).await?;
-    let demo = Demo { kafka, redis, url, key, producer: Producer::new(kafka)?, receipts, out };
+    let demo = Demo { kafka, redis, url, key, producer, receipts, out };
     let phone = demo.online().await?;
     demo.away(phone).await
 }
@@ -195,9 +196,14 @@ impl Demo<'_> {
             }
             let kind = receipt.kind();
             let detail = match kind {
-                ReceiptKind::Accepted => format!("into {USER}'s mailbox as #{}", receipt.seq),
+                ReceiptKind::Accepted => {
+                    format!("receipt: in {USER}'s mailbox as #{}", receipt.seq)
+                }
                 ReceiptKind::Acked => {
-                    format!("by the device; the receipt is in {}", self.kafka.topics.receipts)
+                    format!(
+                        "receipt: {}'s {} has handled #{}",
+                        receipt.user, receipt.device, receipt.seq
+                    )
                 }
                 _ => bail!("unexpected receipt: {} {}", kind_word(kind), receipt.reason),
             };
