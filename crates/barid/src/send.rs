@@ -231,8 +231,6 @@ async fn produce(
         .set("client.id", "barid-cli")
         .set("acks", "all")
         .set("linger.ms", "0")
-        // Also paces the first connections of a fresh client.
-        .set("reconnect.backoff.ms", "10")
         .set("message.max.bytes", "100000000")
         .set("message.timeout.ms", SEND_TIMEOUT.as_millis().to_string())
         .set_log_level(RDKafkaLogLevel::Emerg)

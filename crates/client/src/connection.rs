@@ -24,6 +24,8 @@ const SUBPROTOCOL: &str = "barid.v1.proto";
 const FRAME_BYTES_MAX: usize = 64 << 20;
 /// A frame that cannot be written for so long: the network is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A `Retry-After` beyond this is cut: a device must come back.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 /// How long the other side may take to answer a close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -98,7 +100,10 @@ impl Connection {
 fn http_error(response: &Response<Option<Vec<u8>>>) -> Disconnect {
     let body = response.body().as_deref().unwrap_or_default();
     let text: String = String::from_utf8_lossy(body).trim().chars().take(200).collect();
-    Disconnect::Http { status: response.status().as_u16(), text }
+    let retry_after = response.headers().get(header::RETRY_AFTER);
+    let retry_after = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
+    let retry_after = retry_after.map(|s: u64| Duration::from_secs(s).min(RETRY_AFTER_MAX));
+    Disconnect::Http { status: response.status().as_u16(), text, retry_after }
 }
 
 fn closed(frame: Option<CloseFrame>) -> Disconnect {

@@ -103,7 +103,10 @@ impl Driver {
                     self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
                     break Closed::Refused(why);
                 }
-                Ended::Lost(why) => (why, self.reconnect.next_wait()),
+                Ended::Lost(why) => {
+                    let wait = self.reconnect.next_wait();
+                    (why.clone(), wait + told_to_wait(&why))
+                }
                 Ended::Leaving { since, after } => {
                     (Disconnect::GoAway, after.saturating_sub(since.elapsed()))
                 }
@@ -434,6 +437,14 @@ fn is_final(why: &Disconnect) -> bool {
         Disconnect::Closed { code, .. } => !CloseCode::reconnects(*code),
         Disconnect::Http { status, .. } => matches!(status, 400 | 401 | 403),
         _ => false,
+    }
+}
+
+/// What the server asks for comes before the jitter, which spreads those who were told the same.
+fn told_to_wait(why: &Disconnect) -> Duration {
+    match why {
+        Disconnect::Http { retry_after, .. } => retry_after.unwrap_or_default(),
+        _ => Duration::ZERO,
     }
 }
 

@@ -143,6 +143,8 @@ pub enum Disconnect {
         status: u16,
         /// The beginning of the body.
         text: String,
+        /// When to come back, if the server says so.
+        retry_after: Option<Duration>,
     },
     /// The network failed.
     #[error("{0}")]

@@ -162,7 +162,18 @@ async fn a_refused_token_stops_the_client_and_a_full_server_does_not() {
     server.refuse(503, "full").await;
     server.refuse(401, "token: signature does not match").await;
     let text = "token: signature does not match".into();
-    assert_eq!(client.closed().await, Closed::Refused(Disconnect::Http { status: 401, text }));
+    let refused = Disconnect::Http { status: 401, text, retry_after: None };
+    assert_eq!(client.closed().await, Closed::Refused(refused));
+}
+
+#[tokio::test]
+async fn retry_after_is_obeyed() {
+    let server = Server::start().await;
+    let (_client, _shown) = start(server.client());
+    server.refuse_for(1).await;
+    let told = Instant::now();
+    let _ = server.welcome(7, 1, 0).await;
+    assert!(told.elapsed() >= Duration::from_millis(990));
 }
 
 #[tokio::test]

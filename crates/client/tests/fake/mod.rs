@@ -67,11 +67,22 @@ impl Server {
 
     /// Answers the next connection with an HTTP error.
     pub async fn refuse(&self, status: u16, text: &str) {
-        let refuse = |_: &Request, _: Response| {
-            let mut response = ErrorResponse::new(Some(text.to_owned()));
-            *response.status_mut() = status.try_into().unwrap();
-            Err(response)
-        };
+        let mut response = ErrorResponse::new(Some(text.to_owned()));
+        *response.status_mut() = status.try_into().unwrap();
+        self.answer(response).await;
+    }
+
+    /// Answers the next connection with 503 and `Retry-After`.
+    pub async fn refuse_for(&self, seconds: u64) {
+        let mut response = ErrorResponse::new(None);
+        *response.status_mut() = 503.try_into().unwrap();
+        response.headers_mut().insert("retry-after", seconds.into());
+        self.answer(response).await;
+    }
+
+    #[allow(clippy::result_large_err)]
+    async fn answer(&self, response: ErrorResponse) {
+        let refuse = move |_: &Request, _: Response| Err(response);
         assert!(accept_hdr_async(self.stream().await, refuse).await.is_err());
     }
 }
