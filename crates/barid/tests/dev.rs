@@ -1,5 +1,6 @@
 //! `barid dev` and the commands beside it, as users run them: the real program, its own redis-server
 //! and broker, nothing played.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};

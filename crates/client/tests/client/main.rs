@@ -1,4 +1,5 @@
 //! The client against a server that the test plays.
+#![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 mod fake;
 
