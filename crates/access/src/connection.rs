@@ -40,36 +40,41 @@ const TURNS_MAX: usize = 64;
 /// How long a device that was told to go may still acknowledge, seconds.
 const LEAVE_SECONDS: u32 = 2;
 
-/// Serves one socket to its end.
+/// Serves one socket to its end. What comes before a session, and after it, lives in boxes of its
+/// own: the task of an idle session holds no more than the session.
 pub async fn serve(
     node: Arc<Node>,
     stream: TcpStream,
     _connection: OwnedSemaphorePermit,
     handshake: OwnedSemaphorePermit,
 ) {
-    // What comes before a session lives in a box of its own, so that a session's task stays small.
-    let Some(mut accepted) = Box::pin(handshake::accept(&node, stream)).await else { return };
+    if let Some(mut connection) = Box::pin(open(node, stream, handshake)).await {
+        let close = poll_fn(|cx| connection.poll(cx)).await;
+        Box::pin(connection.finish(close)).await;
+    }
+}
+
+/// Handshake, Hello, Welcome; `None` if it came to nothing.
+async fn open(
+    node: Arc<Node>,
+    stream: TcpStream,
+    handshake: OwnedSemaphorePermit,
+) -> Option<Box<Connection>> {
+    let mut accepted = handshake::accept(&node, stream).await?;
     drop(handshake);
     node.metrics.connections.inc();
-    let identified = Box::pin(identify(&node, &mut accepted)).await;
-    let close = match identified {
+    let close = match identify(&node, &mut accepted).await {
         Ok((session, handle, codec)) => {
-            node.metrics.sessions.inc();
-            run(&node, accepted, session, handle, codec).await;
-            node.metrics.sessions.dec();
-            None
+            return Some(Connection::begin(&node, accepted, session, handle, codec));
         }
-        Err(Some(close)) => Some((close, accepted)),
-        Err(None) => {
-            node.metrics.close(None);
-            None
-        }
+        Err(close) => close,
     };
-    if let Some((close, accepted)) = close {
-        node.metrics.close(Some(close.code));
-        Box::pin(hang_up(&node, accepted.socket, accepted.encoding, Some(close))).await;
+    node.metrics.close(close.as_ref().map(|close| close.code));
+    if close.is_some() {
+        hang_up(&node, accepted.socket, accepted.encoding, close).await;
     }
     node.metrics.connections.dec();
+    None
 }
 
 /// How a session's frames are written.
@@ -208,42 +213,6 @@ fn refusal(error: &WsError) -> Option<Close> {
     }
 }
 
-async fn run(
-    node: &Arc<Node>,
-    accepted: Accepted,
-    session: Connected,
-    handle: Arc<Handle>,
-    codec: Codec,
-) {
-    let now = node.seconds();
-    let beat = Heartbeat::new(
-        node.heartbeat.interval_seconds,
-        node.heartbeat.timeout_seconds,
-        now,
-        node.seconds_at(accepted.claims.expires_s),
-    );
-    let mut connection = Connection {
-        node: Arc::clone(node),
-        socket: accepted.socket,
-        handle,
-        session,
-        codec,
-        beat,
-        out: VecDeque::new(),
-        out_bytes: 0,
-        fed: 0,
-        told_bytes: 0,
-        calls: Vec::new(),
-        refreshing: None,
-        effects: Vec::new(),
-        end: None,
-    };
-    connection.welcome();
-    connection.node.set_due(&connection.handle, connection.beat.due());
-    let close = poll_fn(|cx| connection.poll(cx)).await;
-    Box::pin(connection.finish(close)).await;
-}
-
 /// What waits for the socket.
 enum Out {
     Frame(Bytes),
@@ -286,6 +255,41 @@ struct Connection {
 }
 
 impl Connection {
+    fn begin(
+        node: &Arc<Node>,
+        accepted: Accepted,
+        session: Connected,
+        handle: Arc<Handle>,
+        codec: Codec,
+    ) -> Box<Self> {
+        let beat = Heartbeat::new(
+            node.heartbeat.interval_seconds,
+            node.heartbeat.timeout_seconds,
+            node.seconds(),
+            node.seconds_at(accepted.claims.expires_s),
+        );
+        let mut connection = Box::new(Self {
+            node: Arc::clone(node),
+            socket: accepted.socket,
+            handle,
+            session,
+            codec,
+            beat,
+            out: VecDeque::new(),
+            out_bytes: 0,
+            fed: 0,
+            told_bytes: 0,
+            calls: Vec::new(),
+            refreshing: None,
+            effects: Vec::new(),
+            end: None,
+        });
+        node.metrics.sessions.inc();
+        connection.welcome();
+        node.set_due(&connection.handle, connection.beat.due());
+        connection
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         for _ in 0..TURNS_MAX {
             let mut busy = self.poll_inbox(cx);
@@ -689,8 +693,8 @@ impl Connection {
     }
 
     /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
-    async fn finish(self, close: End) {
-        let Self { node, socket, handle, session, codec, told_bytes, out, .. } = self;
+    async fn finish(self: Box<Self>, close: End) {
+        let Self { node, socket, handle, session, codec, told_bytes, out, .. } = *self;
         node.metrics.queued_bytes.sub(told_bytes as i64);
         node.metrics.close(close.as_ref().map(|close| close.code));
         node.registry.remove(handle.user(), handle.connection);
@@ -706,6 +710,8 @@ impl Connection {
             settle(&node, &handle, &closing),
             hang_up(&node, socket, codec.encoding, closing.close.clone()),
         );
+        node.metrics.sessions.dec();
+        node.metrics.connections.dec();
     }
 }
 
@@ -772,5 +778,22 @@ fn message(encoding: Encoding, frame: Bytes) -> Message {
             // JSON is written from text only.
             Err(_) => Message::Text(Default::default()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn future_bytes<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn an_idle_session_is_small() {
+        // Beside these: tokio's task (~200), user and device names, the WebSocket's read buffer.
+        assert!(future_bytes(serve) <= 128, "the task: {}", future_bytes(serve));
+        assert!(size_of::<Connection>() <= 768, "the connection: {}", size_of::<Connection>());
+        assert!(size_of::<Handle>() <= 192, "its handle: {}", size_of::<Handle>());
     }
 }

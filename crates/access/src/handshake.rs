@@ -36,7 +36,8 @@ pub struct Accepted {
     pub encoding: Encoding,
     /// Who it may be.
     pub claims: Claims,
-    /// When, ms since the Unix epoch.
+    /// When, ms since the Unix epoch by the clock of the user's mailbox, which all nodes share: it
+    /// orders the attempts of devices that do not count them.
     pub at_ms: u64,
 }
 
@@ -99,12 +100,10 @@ struct Judged {
     rest: Vec<u8>,
     encoding: Encoding,
     claims: Claims,
-    at_ms: u64,
 }
 
 async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
     let (request, rest) = read_request(stream).await?;
-    let at_ms = node.now_ms();
     if request.uri().path() != PATH {
         return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
     }
@@ -119,7 +118,7 @@ async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
     let mut response = create_response(&request)
         .map_err(|error| refused("400 Bad Request", "bad_request", error.to_string()))?;
     let claims = match token(&request, &offered) {
-        Some(token) => node.verifier.verify(&token, at_ms / 1000).await,
+        Some(token) => node.verifier.verify(&token, node.now_ms() / 1000).await,
         None => Err(AuthError::Missing),
     };
     let claims =
@@ -130,7 +129,7 @@ async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
     write_response(&mut bytes, &response)
         .map_err(|error| refused("400 Bad Request", "bad_request", error.to_string()))?;
     stream.write_all(&bytes).await?;
-    Ok(Judged { rest, encoding, claims, at_ms })
+    Ok(Judged { rest, encoding, claims })
 }
 
 fn refused(status: &'static str, label: &'static str, text: impl Into<String>) -> Failure {
@@ -191,7 +190,8 @@ async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
         .write_buffer_size(WRITE_BUFFER_BYTES);
     config.max_message_size = frame_bytes_max;
     config.max_frame_size = frame_bytes_max;
-    let Judged { rest, encoding, claims, at_ms } = judged;
+    let Judged { rest, encoding, claims } = judged;
+    let at_ms = node.mailbox_now_ms(&claims.user);
     let socket =
         WebSocketStream::from_partially_read(stream, rest, Role::Server, Some(config)).await;
     Accepted { socket, encoding, claims, at_ms }

@@ -6,15 +6,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_bus::{Producer, Receipts};
-use barid_core::limits::WIRE_NUMBER_MAX;
-use barid_core::{Incarnation, NodeId};
+use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep_until, timeout_at};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::auth::Verifier;
@@ -31,6 +30,8 @@ use crate::session::Settings;
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
+/// Between two tries to reach Redis at start.
+const START_PAUSE: Duration = Duration::from_millis(500);
 /// A batch from a dispatcher, at most.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 /// Of the drain period, the share over which devices are told to go; the rest is for those told last.
@@ -51,7 +52,9 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
 
     let devices = bind("listen", config.listen).await?;
     let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
-    let (node, mut lease) = build(&config, &context, &dispatchers).await?;
+    let Some((node, mut lease)) = build(&config, &context, &dispatchers, &redis).await? else {
+        return Ok(Stopped::Clean);
+    };
     redis.ready();
     leased.ready();
 
@@ -89,19 +92,22 @@ fn local(listener: &TcpListener) -> SocketAddr {
     listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
 }
 
+/// `None`: it was told to drain before Redis was there.
 async fn build(
     config: &Config,
     context: &Context,
     dispatchers: &TcpListener,
-) -> Result<(Arc<Node>, Lease), Error> {
+    redis: &Condition,
+) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
     let verifier = Verifier::new(&config.auth)?;
     let receipts = receipts(config, &metrics)?;
-    let mailbox = Mailbox::open(&config.redis, &context.metrics).await?;
+    let open = || Mailbox::open(&config.redis, &context.metrics);
+    let Some(mailbox) = until_there(context, redis, open).await? else { return Ok(None) };
     let grpc = local(dispatchers);
     context.announce("grpc", grpc);
     let id = node_id(config, grpc)?;
-    let incarnation = new_incarnation();
+    let incarnation = new_incarnation(Incarnation(0));
     let ttl = Duration::from_millis(config.lease_ttl_ms);
     let record = NodeRecord {
         id: id.clone(),
@@ -116,7 +122,8 @@ async fn build(
         draining: false,
         zone: config.zone.clone(),
     };
-    let lease = Lease::acquire(&mailbox, record, ttl).await?;
+    let acquire = || Lease::acquire(&mailbox, record.clone(), ttl);
+    let Some(lease) = until_there(context, redis, acquire).await? else { return Ok(None) };
     let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, ttl / 4));
     let settings = Settings {
         unacked_max: config.limits.unacked_max,
@@ -137,7 +144,28 @@ async fn build(
         peers,
     });
     node.verifier.refresh().await;
-    Ok((Arc::new(node), lease))
+    Ok(Some((Arc::new(node), lease)))
+}
+
+/// Tries until Redis is there; `None`: the node was told to drain first.
+async fn until_there<T, F>(
+    context: &Context,
+    redis: &Condition,
+    mut call: impl FnMut() -> F,
+) -> Result<Option<T>, Error>
+where
+    F: Future<Output = Result<T, barid_mailbox::Error>>,
+{
+    loop {
+        match call().await {
+            Err(error @ barid_mailbox::Error::Away(_)) => redis.failing(error.to_string()),
+            done => return Ok(Some(done?)),
+        }
+        tokio::select! {
+            () = sleep(START_PAUSE) => (),
+            () = context.shutdown.draining() => return Ok(None),
+        }
+    }
 }
 
 fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Error> {
@@ -155,8 +183,9 @@ fn node_id(config: &Config, grpc: SocketAddr) -> Result<NodeId, Error> {
     Ok(NodeId::new(&name)?)
 }
 
-fn new_incarnation() -> Incarnation {
-    Incarnation(rand::random_range(1..=WIRE_NUMBER_MAX))
+/// Ordered, so that others can tell an earlier life from a later one.
+fn new_incarnation(last: Incarnation) -> Incarnation {
+    Incarnation(SystemClock.now_ms().max(last.0 + 1))
 }
 
 async fn tick(node: Arc<Node>) {
@@ -201,7 +230,7 @@ fn serve_dispatchers(tasks: &mut JoinSet<()>, node: &Arc<Node>, listener: TcpLis
 /// Keeps the node's life and its sessions' routes true. Never returns.
 async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
     let mut confirming = Confirming::new(config);
-    let mut next = new_incarnation();
+    let mut next = node.incarnation();
     let mut pace = interval(PACE);
     let mut look = interval(LOOK);
     loop {
@@ -209,7 +238,7 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
             event = lease.next_event() => match event {
                 LeaseEvent::Lapsed => {
                     condition.failing("the lease lapsed");
-                    next = new_incarnation();
+                    next = new_incarnation(next);
                     tracing::warn!(incarnation = next.0, "lease lapsed: a new life begins");
                     lease.renew_as(next);
                 }
