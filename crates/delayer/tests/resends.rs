@@ -36,6 +36,8 @@ const SOON: Duration = Duration::from_secs(15);
 enum Nodes {
     Reached,
     Unreachable,
+    /// The dispatcher itself does not answer.
+    Silent,
 }
 
 #[derive(Clone)]
@@ -57,14 +59,18 @@ impl Dispatcher for Fake {
         let mut batches = request.into_inner();
         tokio::spawn(async move {
             while let Ok(Some(batch)) = batches.message().await {
-                let unreachable = match *fake.nodes.lock() {
-                    Nodes::Reached => vec![],
+                let nodes = *fake.nodes.lock();
+                let unreachable = match nodes {
+                    Nodes::Reached | Nodes::Silent => vec![],
                     Nodes::Unreachable => (0..batch.resends.len() as u32).collect(),
                 };
                 for resend in batch.resends {
                     fake.seen.send((Instant::now(), resend)).await.unwrap();
                 }
                 let reply = DispatchReply { batch: batch.batch, unreachable };
+                if nodes == Nodes::Silent {
+                    continue;
+                }
                 drop(replies.send(Ok(reply)).await);
             }
         });
@@ -312,4 +318,16 @@ async fn draining_finishes_the_claim_and_ends_clean() {
     next(&mut resends).await;
     context.shutdown.begin(Duration::from_secs(5));
     assert_eq!(timeout(SOON, delayer).await.unwrap().unwrap(), Stopped::Clean);
+}
+
+#[tokio::test]
+async fn a_deadline_that_cuts_claims_off_is_told_with_their_number() {
+    let mut cluster = Cluster::start().await;
+    let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Silent).await;
+    let (delayer, context) = cluster.delayer();
+    cluster.behind("alice").await;
+    next(&mut resends).await;
+    context.shutdown.begin(Duration::from_millis(200));
+    let stopped = timeout(SOON, delayer).await.unwrap().unwrap();
+    assert_eq!(stopped, Stopped::Cut { what: "claims".into(), count: 1 });
 }

@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use barid_core::{AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
@@ -89,6 +90,14 @@ impl Cluster {
         };
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (node, lease)
+    }
+
+    /// The dispatchers as callers see them.
+    async fn dispatchers(&self) -> NodeTable {
+        let refresh = Duration::from_millis(20);
+        let mut table = NodeTable::watch(&self.mailbox, NodeRole::Dispatcher, refresh);
+        timeout(SOON, table.changed()).await.unwrap();
+        table
     }
 
     async fn connect(&self, name: &str, device: &str, session: SessionRef, attempt: u64) {
@@ -234,23 +243,40 @@ async fn draining_is_told_finishes_and_leaves() {
     let (a, _lease) = cluster.node("a").await;
     let dispatcher = cluster.dispatcher(1).await;
     cluster.connect("alice", "phone", session("a", 1), 1).await;
+    let mut table = cluster.dispatchers().await;
+    assert!(!table.snapshot()[0].draining);
     let mut caller = Caller::connect(&dispatcher.address).await;
     dispatcher.context.shutdown.begin(Duration::from_secs(10));
     // Until the callers know, it goes on.
     caller.push(vec![push("alice", 1)]).await;
     a.pushes(1).await;
-    let not_ready = dispatcher.context.health.not_ready();
-    assert!(not_ready.iter().any(|(_, why)| why == "draining"), "{not_ready:?}");
+    while !table.snapshot()[0].draining {
+        timeout(SOON, table.changed()).await.unwrap();
+    }
     assert_eq!(timeout(SOON, dispatcher.task).await.unwrap().unwrap(), Stopped::Clean);
+}
+
+#[tokio::test]
+async fn a_deadline_that_cuts_items_off_is_told_with_their_number() {
+    let cluster = Cluster::start().await;
+    let (a, _lease) = cluster.node("a").await;
+    let dispatcher = cluster.dispatcher(1).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    a.fake.reads.store(false, Ordering::SeqCst);
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    caller.push((0..50).map(|n| push("alice", n)).collect()).await;
+    dispatcher.context.shutdown.begin(Duration::from_millis(800));
+    let stopped = timeout(SOON, dispatcher.task).await.unwrap().unwrap();
+    let Stopped::Cut { what, count } = stopped else { panic!("{stopped:?}") };
+    assert_eq!(what, "batches and items");
+    assert!((40..=50).contains(&count), "{count}");
 }
 
 #[tokio::test]
 async fn hazard_13_a_lapsed_lease_is_taken_again() {
     let cluster = Cluster::start().await;
     let dispatcher = cluster.dispatcher(0).await;
-    let mut table =
-        NodeTable::watch(&cluster.mailbox, NodeRole::Dispatcher, Duration::from_millis(20));
-    timeout(SOON, table.changed()).await.unwrap();
+    let mut table = cluster.dispatchers().await;
     let before = table.snapshot()[0].clone();
     assert_eq!(before.address, dispatcher.address);
     let key = format!("barid:node:{}", before.id);

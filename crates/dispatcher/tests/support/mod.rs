@@ -35,7 +35,7 @@ pub struct FakeNode {
 #[derive(Clone)]
 pub struct Fake {
     seen: watch::Sender<(Vec<NodePush>, Vec<NodeResend>)>,
-    /// False: it reads nothing.
+    /// False: it answers nothing, and reads nothing more.
     pub reads: Arc<AtomicBool>,
     /// Answered as gone when pushed to or re-sent to.
     pub gone: Arc<Mutex<Vec<Gone>>>,
@@ -53,11 +53,10 @@ impl Access for Fake {
         let fake = self.clone();
         let mut batches = request.into_inner();
         tokio::spawn(async move {
-            loop {
+            while let Ok(Some(batch)) = batches.message().await {
                 while !fake.reads.load(Ordering::SeqCst) {
                     sleep(Duration::from_millis(1)).await;
                 }
-                let Ok(Some(batch)) = batches.message().await else { return };
                 let gone = fake.gone.lock().clone();
                 fake.seen.send_modify(|(pushes, resends)| {
                     pushes.extend(batch.pushes);
