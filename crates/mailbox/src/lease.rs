@@ -286,11 +286,12 @@ async fn call(
     lease.arg(&record.zone);
     let topology = mailbox.topology();
     let done = topology.run_on(&key, &scripts::LEASE, &lease).await?;
-    if done != Value::Int(1) || verb == "release" {
-        return Ok(done == Value::Int(1));
+    if done != Value::Int(1) {
+        return Ok(false);
     }
+    let left = if verb == "release" { Duration::ZERO } else { ttl };
     let mut index = Call::default();
-    index.key(keys::NODES.into()).arg(&record.id).arg(ttl.as_millis()).arg(INDEX_KEPT.as_millis());
+    index.key(keys::NODES.into()).arg(&record.id).arg(left.as_millis()).arg(INDEX_KEPT.as_millis());
     topology.run_on(keys::NODES, &scripts::INDEX, &index).await?;
     Ok(true)
 }

@@ -1,6 +1,6 @@
 //! Which nodes live, as their leases say; sceptical of sudden mass death.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -110,12 +110,11 @@ impl Memory {
     }
 
     /// Takes over a reading; returns the view that follows from it.
-    fn update(&mut self, read: Vec<NodeRecord>, now: Instant) -> Vec<NodeRecord> {
+    fn update(&mut self, reading: Reading, now: Instant) -> Vec<NodeRecord> {
         self.read_at = Some(now);
         let living = self.known.values().filter(|known| known.gone_since.is_none());
         let (all, missing) = living.fold((0, 0), |(all, missing), known| {
-            let here = read.iter().any(|record| record.id == known.record.id);
-            (all + 1, missing + usize::from(!here))
+            (all + 1, missing + usize::from(reading.misses(&known.record.id)))
         });
         let suspicious = missing * 2 > all;
         let believe = match (suspicious, self.vanished_at) {
@@ -129,13 +128,14 @@ impl Memory {
         };
         if believe {
             self.vanished_at = None;
-            for known in self.known.values_mut() {
-                if !read.iter().any(|record| record.id == known.record.id) {
-                    known.gone_since.get_or_insert(now);
-                }
+        }
+        for known in self.known.values_mut() {
+            let id = &known.record.id;
+            if !reading.holds(id) && (believe || !reading.misses(id)) {
+                known.gone_since.get_or_insert(now);
             }
         }
-        for record in read {
+        for record in reading.records {
             self.see(record);
         }
         let living = self.known.values().filter(|known| known.gone_since.is_none());
@@ -166,13 +166,34 @@ impl Memory {
     }
 }
 
+/// What Redis says at a moment.
+struct Reading {
+    /// Those that have a lease.
+    records: Vec<NodeRecord>,
+    /// Those that should have one: it was taken and not given up.
+    expected: HashSet<NodeId>,
+    /// The index itself is gone: nothing can be said of anybody.
+    blank: bool,
+}
+
+impl Reading {
+    fn holds(&self, id: &NodeId) -> bool {
+        self.records.iter().any(|record| record.id == *id)
+    }
+
+    /// Whether its lease is absent without having been given up.
+    fn misses(&self, id: &NodeId) -> bool {
+        !self.holds(id) && (self.blank || self.expected.contains(id))
+    }
+}
+
 async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: Duration) {
     loop {
         let read = read(&mailbox, role).await;
         let Some(inner) = inner.upgrade() else { return };
         match read {
-            Ok(records) => {
-                let view = inner.memory.lock().update(records, Instant::now());
+            Ok(reading) => {
+                let view = inner.memory.lock().update(reading, Instant::now());
                 inner.view.send_if_modified(|old| {
                     let changed = **old != view;
                     if changed {
@@ -188,20 +209,25 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
     }
 }
 
-async fn read(mailbox: &Mailbox, role: NodeRole) -> Result<Vec<NodeRecord>, Error> {
+async fn read(mailbox: &Mailbox, role: NodeRole) -> Result<Reading, Error> {
     let topology = mailbox.topology();
     let mut list = redis::cmd("ZRANGE");
-    list.arg(keys::NODES).arg(0).arg(-1);
-    let ids: Vec<String> = topology.query_on(keys::NODES, &list).await?;
-    let records = ids.iter().map(|id| async move {
+    list.arg(keys::NODES).arg(0).arg(-1).arg("WITHSCORES");
+    let index: Vec<(String, f64)> = topology.query_on(keys::NODES, &list).await?;
+    let records = index.iter().map(|(id, _)| async move {
         let key = keys::node(id);
         let mut get = redis::cmd("HGETALL");
         get.arg(&key);
         let fields: HashMap<String, String> = topology.query_on(&key, &get).await?;
         Ok::<_, Error>(parse(id, &fields))
     });
-    let records = futures::future::try_join_all(records).await?;
-    Ok(records.into_iter().flatten().filter(|record| record.role == role).collect())
+    let records = futures::future::try_join_all(records).await?.into_iter().flatten();
+    let expected = index.iter().filter(|(_, ends)| *ends > 0.0);
+    Ok(Reading {
+        records: records.filter(|record| record.role == role).collect(),
+        expected: expected.filter_map(|(id, _)| NodeId::new(id).ok()).collect(),
+        blank: index.is_empty(),
+    })
 }
 
 fn parse(id: &str, fields: &HashMap<String, String>) -> Option<NodeRecord> {
@@ -237,25 +263,43 @@ mod tests {
         view.iter().map(|record| record.id.as_str()).collect()
     }
 
+    /// `lapsed`: ids that should have a lease and have none.
+    fn read(living: &[(&str, u64)], lapsed: &str) -> Reading {
+        let records: Vec<_> = living.iter().map(|(id, life)| record(id, *life)).collect();
+        let lapsed = lapsed.split_whitespace().map(|id| NodeId::new(id).unwrap());
+        let expected: HashSet<_> = records.iter().map(|r| r.id.clone()).chain(lapsed).collect();
+        Reading { records, blank: expected.is_empty(), expected }
+    }
+
     const STALE: Duration = Duration::from_secs(4);
 
     #[test]
     fn hazard_13_mass_death_is_believed_only_after_a_while() {
         let (mut memory, t) = (Memory::default(), Instant::now());
         let b = NodeId::new("b").unwrap();
-        memory.update(vec![record("a", 1), record("b", 1), record("c", 1)], t);
-        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a", "b", "c"]);
+        memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
+        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a", "b", "c"]);
         assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), None);
         let t = t + DISBELIEF;
-        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a"]);
+        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
         assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn leases_that_were_given_up_are_gone_at_once() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
+        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
+        assert!(memory.update(read(&[], "x"), t).is_empty());
+        // But not when the index was lost with them.
+        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
+        assert_eq!(ids(&memory.update(read(&[], ""), t)), ["a", "b"]);
     }
 
     #[test]
     fn one_death_is_believed_at_once_and_its_time_counts() {
         let (mut memory, t) = (Memory::default(), Instant::now());
-        memory.update(vec![record("a", 1), record("b", 1)], t);
-        assert_eq!(ids(&memory.update(vec![record("a", 1)], t)), ["a"]);
+        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
+        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
         let later = Duration::from_secs(9);
         let gone = memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE, t + later);
         assert_eq!(gone, Some(later));
@@ -265,13 +309,13 @@ mod tests {
     fn a_former_life_is_void_at_once_and_an_unseen_one_from_the_first_question() {
         let (mut memory, t) = (Memory::default(), Instant::now());
         let a = NodeId::new("a").unwrap();
-        memory.update(vec![record("a", 9)], t);
-        memory.update(vec![record("a", 4)], t);
+        memory.update(read(&[("a", 9)], ""), t);
+        memory.update(read(&[("a", 4)], ""), t);
         assert_eq!(memory.void_since(&a, Incarnation(9), STALE, t), Some(Duration::MAX));
         assert_eq!(memory.void_since(&a, Incarnation(4), STALE, t), None);
         // Newer than the view, perhaps: nothing is removed for it soon.
         assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), Some(Duration::ZERO));
-        memory.update(vec![record("a", 7)], t);
+        memory.update(read(&[("a", 7)], ""), t);
         assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), None);
         // Redis away: nobody can tell.
         assert_eq!(memory.void_since(&a, Incarnation(8), STALE, t + STALE * 2), None);
