@@ -249,9 +249,18 @@ struct Connection {
     told_bytes: usize,
     /// Redis: at most one read, one acknowledgement and one confirmation.
     calls: Vec<Call>,
+    confirming: Confirming,
     refreshing: Option<Refreshing>,
     effects: Vec<Effect>,
     end: Option<End>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Confirming {
+    #[default]
+    No,
+    Once,
+    Again,
 }
 
 impl Connection {
@@ -280,6 +289,7 @@ impl Connection {
             fed: 0,
             told_bytes: 0,
             calls: Vec::new(),
+            confirming: Confirming::No,
             refreshing: None,
             effects: Vec::new(),
             end: None,
@@ -340,7 +350,7 @@ impl Connection {
             self.apply();
         }
         if confirm {
-            self.start_confirm();
+            self.confirm();
         }
         if let Some(reconnect_after_ms) = go_away
             && !self.beat.is_leaving()
@@ -430,6 +440,9 @@ impl Connection {
                         ConfirmOutcome::Superseded => "superseded",
                     });
                     self.session.confirmed(outcome, &mut self.effects);
+                    if std::mem::take(&mut self.confirming) == Confirming::Again {
+                        self.confirm();
+                    }
                 }
             }
             self.apply();
@@ -481,7 +494,13 @@ impl Connection {
         self.calls.len() > before
     }
 
-    fn start_confirm(&mut self) {
+    /// One at a time. One that is under way may have begun under another incarnation.
+    fn confirm(&mut self) {
+        if self.confirming != Confirming::No {
+            self.confirming = Confirming::Again;
+            return;
+        }
+        self.confirming = Confirming::Once;
         let identity = self.session.identity();
         let request = ConfirmRequest {
             user: identity.user.clone(),
@@ -706,11 +725,11 @@ impl Connection {
             code = closing.close.as_ref().map_or("device", |close| close.code.as_str()),
             "session closed"
         );
-        tokio::join!(
-            settle(&node, &handle, &closing),
-            hang_up(&node, socket, codec.encoding, closing.close.clone()),
-        );
-        node.metrics.sessions.dec();
+        let settled = async {
+            settle(&node, &handle, &closing).await;
+            node.metrics.sessions.dec();
+        };
+        tokio::join!(settled, hang_up(&node, socket, codec.encoding, closing.close.clone()));
         node.metrics.connections.dec();
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_bus::{Producer, Receipts};
-use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
+use barid_core::{Clock as _, CloseCode, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_peer_server::AccessPeerServer;
@@ -25,7 +25,7 @@ use crate::handshake;
 use crate::metrics::Metrics;
 use crate::node::{Node, Parts};
 use crate::peers::Peers;
-use crate::session::Settings;
+use crate::session::{Close, Settings};
 
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
@@ -38,6 +38,8 @@ const BATCH_BYTES_MAX: usize = 16 << 20;
 const GO_AWAY_SHARE: f64 = 0.6;
 /// Kept of the drain period for what comes after the last session.
 const DRAIN_RESERVE: Duration = Duration::from_millis(500);
+/// So long before the end whoever is still there is closed.
+const LAST_CALL: Duration = Duration::from_secs(1);
 /// Devices that were told to go come back within this, at random.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
 
@@ -264,6 +266,7 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
 /// Confirms sessions at a bounded rate.
 struct Confirming {
     waiting: VecDeque<Weak<Handle>>,
+    again: bool,
     per_pace: usize,
     urgent_per_pace: usize,
     every: Duration,
@@ -276,6 +279,7 @@ impl Confirming {
         let urgent = f64::from(config.sync.confirms_per_second) * PACE.as_secs_f64();
         Self {
             waiting: VecDeque::new(),
+            again: false,
             per_pace: 0,
             urgent_per_pace: (urgent.ceil() as usize).max(1),
             every,
@@ -283,14 +287,20 @@ impl Confirming {
         }
     }
 
-    /// All of them, as fast as is allowed.
+    /// All of them, as fast as is allowed. A round that is under way is finished first: nobody
+    /// starves where this is asked for again and again.
     fn all(&mut self, node: &Node) {
-        self.fill(node);
+        self.again = !self.waiting.is_empty();
+        if !self.again {
+            self.fill(node);
+        }
         self.per_pace = self.urgent_per_pace;
     }
 
     fn go_on(&mut self, node: &Node) {
-        if Instant::now() >= self.next && self.waiting.is_empty() {
+        if self.waiting.is_empty() && std::mem::take(&mut self.again) {
+            self.fill(node);
+        } else if self.waiting.is_empty() && Instant::now() >= self.next {
             self.fill(node);
             // Spread over half the interval.
             let paces = (self.every.as_secs_f64() / 2.0 / PACE.as_secs_f64()).max(1.0);
@@ -334,18 +344,28 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     }
     drop(handles);
     let all_gone = async {
-        let mut look = interval(PACE);
+        let (mut look, mut late) = (interval(PACE), interval(LOOK));
         while node.metrics.connections.get() > 0 {
-            look.tick().await;
-            // A device whose Hello was under way when draining began.
-            for handle in node.registry.all() {
-                handle.tell(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
+            tokio::select! {
+                _ = look.tick() => (),
+                // Devices whose Hello was under way when draining began; the others know already.
+                _ = late.tick() => for handle in node.registry.all() {
+                    handle.tell(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
+                },
             }
         }
     };
+    tokio::pin!(all_gone);
+    if timeout_at(deadline - LAST_CALL, &mut all_gone).await.is_ok() {
+        return 0;
+    }
+    for handle in node.registry.all() {
+        handle.close(Close::new(CloseCode::Draining, "this node is being drained"));
+    }
+    // What counts is what sessions owe to the mailbox; a socket may go without a last word.
     match timeout_at(deadline, all_gone).await {
         Ok(()) => 0,
-        Err(_) => u64::try_from(node.metrics.connections.get()).unwrap_or(0),
+        Err(_) => u64::try_from(node.metrics.sessions.get()).unwrap_or(0),
     }
 }
 

@@ -412,6 +412,72 @@ async fn draining_tells_devices_to_go_and_leaves_nothing_behind() -> Result<()> 
 }
 
 #[tokio::test]
+async fn a_short_drain_cuts_off_only_who_still_owes_something() -> Result<()> {
+    let mut world = World::new().await?;
+    let node = world.node().await?;
+    let _mute = node.device("alice", "phone").await?;
+    assert_eq!(node.stop(Duration::from_secs(2)).await?, Stopped::Clean);
+    assert!(world.inspect("alice").await?.routes.is_empty());
+
+    let node = world.node().await?;
+    let _mute = node.device("alice", "phone").await?;
+    world.redis.stop()?;
+    let cut = Stopped::Cut { what: "sessions".into(), count: 1 };
+    assert_eq!(node.stop(Duration::from_secs(2)).await?, cut, "its route cannot be removed");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_protobuf_device_gets_compressed_bodies_if_it_accepts_them() -> Result<()> {
+    use barid_wire::frames::{
+        ClientFrame, Encoding, ServerFrame, body, decode_server, encode_client,
+    };
+    use barid_wire::v1;
+    use futures::{SinkExt as _, StreamExt as _};
+    use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+    use tokio_tungstenite::tungstenite::{Message, http::HeaderValue};
+
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let text = "the same again, ".repeat(200);
+    world.accept_with("alice", "m1", |e| set_payload(e, text.clone().into(), 128, 3)).await?;
+    for (device, accepts_zstd) in [("old", false), ("new", true)] {
+        let url = format!("{}?token={}", node.url(), token_of("alice"));
+        let mut request = url.into_client_request()?;
+        let protocol = HeaderValue::from_static("barid.v1.proto");
+        request.headers_mut().insert("sec-websocket-protocol", protocol);
+        let (mut socket, _) = tokio_tungstenite::connect_async(request).await?;
+        let device = device.to_owned();
+        let hello = v1::Hello { device, accepts_zstd, ..Default::default() };
+        let hello = encode_client(Encoding::Proto, &ClientFrame::Hello(hello));
+        socket.send(Message::Binary(hello)).await?;
+        let mut frames = Vec::new();
+        while frames.len() < 2 {
+            if let Some(Message::Binary(bytes)) = socket.next().await.transpose()? {
+                frames.push((bytes.len(), decode_server(Encoding::Proto, bytes)?));
+            }
+        }
+        assert!(matches!(frames[0].1, ServerFrame::Welcome(_)));
+        let (bytes, ServerFrame::Deliver(deliver)) = frames.remove(1) else { panic!("no message") };
+        assert_eq!(bytes < text.len() / 10, accepts_zstd);
+        let got = body(deliver.messages[0].clone(), 1 << 20)?;
+        assert_eq!(got, barid_wire::frames::Body::Text(text.clone()));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_turned_away_with_503() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.connections_max = 1).await?;
+    let phone = node.device("alice", "phone").await?;
+    let refused = node.device("bob", "phone").await.unwrap_err();
+    assert!(format!("{refused:?}").contains("503"), "{refused:?}");
+    phone.close().await?;
+    eventually("room again", async || Ok(node.device("bob", "phone").await.is_ok())).await
+}
+
+#[tokio::test]
 async fn hazard_12_a_forgotten_route_is_restored_when_the_connection_to_redis_is_new() -> Result<()>
 {
     let world = World::new().await?;
