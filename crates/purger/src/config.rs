@@ -94,6 +94,8 @@ pub struct WindowConfig {
     pub handoff_max: usize,
     /// How long accepting waits for room there before it goes on without.
     pub handoff_wait_ms: u64,
+    /// How often shards without new messages are asked whether they still know what they confirmed.
+    pub probe_interval_ms: u64,
     /// First wait after a failed accept call.
     pub retry_base_ms: u64,
     /// Longest wait between them.
@@ -152,6 +154,7 @@ impl Default for WindowConfig {
             call_bytes_max: 2 * 1024 * 1024,
             handoff_max: 8192,
             handoff_wait_ms: 100,
+            probe_interval_ms: 10_000,
             retry_base_ms: 50,
             retry_max_ms: 2000,
         }
@@ -207,6 +210,7 @@ impl Config {
             ("commit_interval_ms", self.commit_interval_ms),
             ("topic_refresh_ms", self.topic_refresh_ms),
             ("nodes_refresh_ms", self.nodes_refresh_ms),
+            ("window.probe_interval_ms", window.probe_interval_ms),
         ] {
             if value == 0 {
                 return Err(format!("{key} must be above zero"));

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use barid_core::{Backoff, Shard};
 use barid_mailbox::{AcceptGroup, Error, GroupOutcome, LogPosition};
@@ -73,6 +74,8 @@ pub struct Lane<M> {
     /// Shards whose messages wait: the last call failed, or there were too many for one.
     held: HashMap<Shard, Held>,
     history: History,
+    probe_at: Instant,
+    probe_every: Duration,
 }
 
 /// What a shard has waiting.
@@ -106,7 +109,7 @@ impl<M: Mailboxes> Lane<M> {
         away: Arc<Away>,
         metrics: Metrics,
     ) -> Self {
-        let (held, history) = (HashMap::new(), History::default());
+        let probe_every = Duration::from_millis(window.probe_interval_ms);
         Self {
             mailboxes,
             queue,
@@ -117,8 +120,10 @@ impl<M: Mailboxes> Lane<M> {
             retry,
             away,
             metrics,
-            held,
-            history,
+            held: HashMap::new(),
+            history: History::default(),
+            probe_at: Instant::now() + probe_every,
+            probe_every,
         }
     }
 
@@ -128,6 +133,8 @@ impl<M: Mailboxes> Lane<M> {
             let groups = self.gather().await;
             if !groups.is_empty() {
                 self.call(groups).await;
+            } else if self.probe_at <= Instant::now() {
+                self.probe().await;
             } else if !self.wait().await {
                 return;
             }
@@ -137,34 +144,36 @@ impl<M: Mailboxes> Lane<M> {
     /// Waits for something to do. False: nothing will come.
     async fn wait(&self) -> bool {
         let due = self.held.values().map(|held| held.until).min();
-        match due {
-            Some(due) => {
-                tokio::select! {
-                    () = sleep_until(due) => {}
-                    _ = self.queue.filled() => {}
-                }
-                true
+        tokio::select! {
+            () = sleep_until(due.unwrap_or(self.probe_at).min(self.probe_at)) => true,
+            filled = self.queue.filled(), if due.is_none() || !self.queue.closed() => {
+                filled || due.is_some()
             }
-            None => self.queue.filled().await,
+        }
+    }
+
+    /// Asks shards that had nothing new for a while whether they still know what they confirmed: a
+    /// failover may have forgotten it, and no batch would come to find out.
+    async fn probe(&mut self) {
+        self.probe_at = Instant::now() + self.probe_every;
+        for groups in self.history.idle(self.window.call_messages_max) {
+            self.call(groups).await;
         }
     }
 
     /// The next call's groups: shards that waited long enough first, then what is new.
     async fn gather(&mut self) -> Vec<Group> {
         let mut batch = Batch::new(&self.window, self.group_max);
-        let mut ended = Vec::new();
         let now = Instant::now();
+        let mut ended = self.held_ended();
         for held in self.held.values_mut().filter(|held| held.until <= now) {
             while let Some(parcel) = held.parcels.pop_front() {
-                if parcel.flight.reading.ended() {
-                    ended.push(parcel);
-                } else if let Some(parcel) = batch.add(parcel) {
+                if let Some(parcel) = batch.add(parcel) {
                     held.parcels.push_front(parcel);
                     break;
                 }
             }
         }
-        self.held.retain(|_, held| !held.parcels.is_empty() || held.failures > 0);
         for parcel in self.queue.take(&self.window.weights, batch.room(), batch.room_bytes()) {
             if parcel.flight.reading.ended() {
                 ended.push(parcel);
@@ -176,6 +185,24 @@ impl<M: Mailboxes> Lane<M> {
         }
         self.drop_ended(ended).await;
         batch.groups
+    }
+
+    /// What waits for nothing any more, as its partition was given back.
+    fn held_ended(&mut self) -> Vec<Parcel> {
+        let mut ended = Vec::new();
+        for held in self.held.values_mut() {
+            let over = |parcel: &Parcel| parcel.flight.reading.ended();
+            if held.parcels.iter().any(over) {
+                let parcels = std::mem::take(&mut held.parcels);
+                let (over, kept): (Vec<_>, Vec<_>) = parcels.into_iter().partition(over);
+                ended.extend(over);
+                held.parcels = kept.into();
+            }
+        }
+        // Entries without parcels are there only while these are in a call.
+        self.held.retain(|_, held| !held.parcels.is_empty());
+        self.show_away();
+        ended
     }
 
     fn hold(&mut self, shard: Shard, until: Instant) -> &mut Held {
@@ -242,7 +269,6 @@ impl<M: Mailboxes> Lane<M> {
                 Err(error) => self.failed(group, error),
             }
         }
-        self.held.retain(|_, held| !held.parcels.is_empty() || held.failures > 0);
         self.queue.done(done.len());
         self.outbox.settle(done, &self.events).await;
     }
@@ -266,6 +292,9 @@ impl<M: Mailboxes> Lane<M> {
     fn failed(&mut self, group: Group, error: Error) {
         if matches!(error, Error::Unexpected(_)) {
             tracing::error!(%error, shard = %group.shard, "accept failed, trying again");
+        }
+        if group.parcels.is_empty() {
+            return; // a probe: the next one asks again
         }
         *self.away.reason.lock() = error.to_string();
         let retry = self.retry;

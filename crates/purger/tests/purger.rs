@@ -11,7 +11,7 @@ use barid_mailbox::{ConnectOutcome, ConnectRequest, Inspection, Mailbox, RedisCo
 use barid_purger::{Config, Handoff, Service};
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::kafka::unique;
-use barid_testkit::{Kafka, Redis};
+use barid_testkit::{Kafka, Redis, RedisCluster};
 use barid_wire::envelope;
 use barid_wire::internal::Push;
 use barid_wire::record::{ReceiptKind, decode_receipt};
@@ -112,8 +112,15 @@ impl World {
         }
     }
 
+    /// Asks until Redis answers: some tests stop it.
     async fn inspect(&self, user: &str) -> Inspection {
-        self.mailbox.inspect(&key(user)).await.unwrap()
+        let end = Instant::now() + LIMIT;
+        loop {
+            match self.mailbox.inspect(&key(user)).await {
+                Ok(inspection) => return inspection,
+                Err(error) => assert!(Instant::now() < end, "{error}"),
+            }
+        }
     }
 
     async fn ids(&self, user: &str) -> Vec<String> {
@@ -349,6 +356,55 @@ async fn redis_away_loses_nothing_and_is_told() {
     assert_eq!(purger.stop().await, Stopped::Clean);
 }
 
+/// Hazard 22.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_is_away_stops_its_own_shards_only() {
+    let mut cluster = RedisCluster::start(3).await.unwrap();
+    let mut world = World::new(false).await;
+    let mut urls = cluster.urls().into_iter().map(SecretUrl::new);
+    world.config.redis.cluster = true;
+    world.config.redis.url = urls.next().unwrap();
+    world.config.redis.urls = urls.collect();
+    world.mailbox = Mailbox::open(&world.config.redis, &Context::new().metrics).await.unwrap();
+    // A user of each master.
+    let lane = |user: &str| world.mailbox.lane_of(world.mailbox.shard_of(&key(user)));
+    let user_of =
+        |wanted: usize| (0..).map(|i| format!("u{i}")).find(|u| lane(u) == wanted).unwrap();
+    let users: Vec<String> = (0..3).map(user_of).collect();
+    let purger = world.start().await;
+    let send = async |from: usize, to: usize| {
+        for i in from..to {
+            for user in &users {
+                world.produce(&format!("{i}"), record(&format!("{i}"), user, "")).await;
+            }
+        }
+    };
+    send(0, 5).await;
+    for user in &users {
+        world.has(user, 5).await;
+    }
+    cluster.node(0).stop().unwrap();
+    send(5, 40).await;
+    // Two of three go on; which master serves whom is the cluster's business.
+    let newest = async |user: &String| {
+        let inspection = world.mailbox.inspect(&key(user)).await;
+        inspection.map_or(0, |inspection| inspection.newest.0)
+    };
+    let end = Instant::now() + LIMIT;
+    loop {
+        let done = futures::future::join_all(users.iter().map(&newest)).await;
+        if done.iter().filter(|newest| **newest == 40).count() == 2 {
+            break;
+        }
+        assert!(Instant::now() < end, "{done:?}");
+    }
+    cluster.node(0).cont().unwrap();
+    for user in &users {
+        world.has(user, 40).await;
+    }
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_redis_forgets_is_read_again_below_the_commit() {
     let world = World::new(false).await;
@@ -361,6 +417,20 @@ async fn what_redis_forgets_is_read_again_below_the_commit() {
     world.has("alice", 11).await;
     assert_eq!(world.ids("alice").await, expected(11));
     assert!(purger.metric("gaps_total") >= 1.0);
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+/// Hazard 5.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_redis_forgets_is_noticed_without_new_messages() {
+    let mut world = World::new(false).await;
+    world.config.window.probe_interval_ms = 200;
+    let purger = world.start().await;
+    world.produce_to_alice(0, 10).await;
+    world.has("alice", 10).await;
+    let _: () = world.redis.query(&["FLUSHALL"]).await.unwrap();
+    world.has("alice", 10).await;
+    assert_eq!(world.ids("alice").await, expected(10));
     assert_eq!(purger.stop().await, Stopped::Clean);
 }
 

@@ -436,7 +436,8 @@ fn receipts(asked: &[i32]) -> Result<ReceiptSet, Flaw> {
 
 /// At most `max` bytes of a text, cut between characters.
 fn cut(text: &str, max: usize) -> String {
-    text[..text.floor_char_boundary(max)].to_owned()
+    let fits = |(at, c): &(usize, char)| at + c.len_utf8() <= max;
+    text.char_indices().take_while(fits).map(|(_, c)| c).collect()
 }
 
 #[cfg(test)]

@@ -41,13 +41,18 @@ impl Queue {
         self.bell.notify_one();
     }
 
+    /// Whether nothing more will be added.
+    pub fn closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     /// Waits until something may be there. False: the queue is closed and empty.
     pub async fn filled(&self) -> bool {
         loop {
             if self.waiting.lock().iter().any(|queue| !queue.is_empty()) {
                 return true;
             }
-            if self.closed.load(Ordering::SeqCst) {
+            if self.closed() {
                 return false;
             }
             self.bell.notified().await;
