@@ -477,6 +477,86 @@ async fn connections_beyond_the_limit_are_turned_away_with_503() -> Result<()> {
     eventually("room again", async || Ok(node.device("bob", "phone").await.is_ok())).await
 }
 
+/// Keeps a copy of a user's mailbox, or brings it back: what a failover to a replica that lags does.
+async fn copy_mailbox(world: &World, user: &str, from: &str, to: &str) -> Result<()> {
+    let matching = |suffix: &str| format!("*:[hq]:u:demo:{user}{suffix}");
+    // An empty list is no key: what was copied onto goes first.
+    let old: Vec<String> = world.redis.query(&["KEYS", &matching(to)]).await?;
+    for key in old {
+        let _: i64 = world.redis.query(&["DEL", &key]).await?;
+    }
+    let keys: Vec<String> = world.redis.query(&["KEYS", &matching(from)]).await?;
+    anyhow::ensure!(!keys.is_empty(), "nothing to copy");
+    for key in keys {
+        let copy = format!("{}{to}", key.trim_end_matches(from));
+        let _: i64 = world.redis.query(&["COPY", &key, &copy]).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_3_a_message_that_took_anothers_place_in_a_failover_is_shown() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    // A device that is away keeps the entries from being trimmed.
+    node.device("alice", "tablet").await?.close().await?;
+    world.routes_become("alice", 1).await?;
+    for id in ["m1", "m2"] {
+        let (entry, _) = world.accept("alice", id).await?;
+        dispatcher.push(&world, "alice", entry).await?;
+    }
+    assert_eq!(phone.take(2).await?, ["m1", "m2"]);
+    world.cursor_becomes("alice", "phone", 2).await?;
+    copy_mailbox(&world, "alice", "", ":before").await?;
+    let (x, _) = world.accept("alice", "x").await?;
+    dispatcher.push(&world, "alice", x).await?;
+    assert_eq!(phone.take(1).await?, ["x"]);
+    world.cursor_becomes("alice", "phone", 3).await?;
+
+    copy_mailbox(&world, "alice", ":before", "").await?;
+    let (y, _) = world.accept("alice", "y").await?;
+    dispatcher.push(&world, "alice", y).await?;
+    let Heard::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
+    assert_eq!(
+        (&welcome["positions"][0]["generation"], &welcome["positions"][0]["seq"]),
+        (&json!(1), &json!(0))
+    );
+    assert_eq!(phone.take(3).await?, ["m1", "m2", "y"], "the SDK drops the first two by id");
+    world.cursor_becomes("alice", "phone", 3).await
+}
+
+#[tokio::test]
+async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let (mut phone, welcome) =
+        Device::connect_with(&node.url(), &token_of("alice"), json!({ "device": "phone" })).await?;
+    let (first, _) = world.accept("alice", "m1").await?;
+    dispatcher.push(&world, "alice", first).await?;
+    assert_eq!(phone.take(1).await?, ["m1"]);
+    world.cursor_becomes("alice", "phone", 1).await?;
+    let list: Vec<String> = world.redis.query(&["KEYS", "*:q:u:demo:alice"]).await?;
+    anyhow::ensure!(list.is_empty(), "acknowledged by all: trimmed, and Redis keeps no empty list");
+    copy_mailbox(&world, "alice", "", ":before").await?;
+    let (x, _) = world.accept("alice", "x").await?;
+    dispatcher.push(&world, "alice", x).await?;
+    assert_eq!(phone.message().await?.id, "x");
+    copy_mailbox(&world, "alice", ":before", "").await?;
+    let (y, _) = world.accept("alice", "y").await?;
+    dispatcher.push(&world, "alice", y).await?;
+    assert_eq!(phone.closed(PATIENCE).await?, 4005);
+    let mut position = welcome["positions"][0].clone();
+    position["seq"] = 2.into();
+    position["chain"] = barid_core::Chain::START.next("m1").next("x").0.into();
+    let hello = json!({ "device": "phone", "positions": [position] });
+    let (mut phone, _) = Device::connect_with(&node.url(), &token_of("alice"), hello).await?;
+    assert_eq!(phone.take(1).await?, ["y"], "not dropped for x's sake");
+    Ok(())
+}
+
 #[tokio::test]
 async fn hazard_12_a_forgotten_route_is_restored_when_the_connection_to_redis_is_new() -> Result<()>
 {
