@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 const WINDOW: Duration = Duration::from_secs(10);
+const ALMOST_A_MS: Duration = Duration::from_nanos(999_999);
 
 /// Estimates a master's time from its replies. A reply's time was read before the reply came, so
 /// `its time - arrival` is never above the true offset; the greatest of recent ones is the best.
@@ -36,7 +37,8 @@ impl RedisClock {
 
     /// A reply that carries Redis's time arrived at `arrived`.
     pub fn observe(&self, redis_ms: u64, arrived: Instant) {
-        let offset = redis_ms as i64 - self.elapsed_ms(arrived);
+        // Rounded up: a part of a millisecond must not make the estimate late.
+        let offset = redis_ms as i64 - self.elapsed_ms(arrived + ALMOST_A_MS);
         let mut samples = self.samples.lock();
         if arrived >= samples.window_ends {
             samples.before = samples.current.take();

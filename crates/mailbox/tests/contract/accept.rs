@@ -233,16 +233,16 @@ async fn eviction_by_length_is_counted_and_told(bed: Bed) {
 }
 
 async fn eviction_by_age_is_counted_and_told(bed: Bed) {
-    let bed = bed.with(|config| config.ttl_seconds = 1).await;
+    let bed = bed.with(|config| config.ttl_seconds = 2).await;
     let user = bed.user("alice");
     bed.fill(&user, 1..=2).await;
-    sleep_ms(700).await;
+    sleep_ms(1_400).await;
     bed.fill(&user, 3..=3).await;
-    sleep_ms(500).await;
+    sleep_ms(1_000).await;
     let outcome = bed.accept(&user, 4, "m4").await;
     assert!(matches!(outcome, AcceptOutcome::Accepted { evicted: 2, .. }), "{outcome:?}");
     assert_eq!(bed.page(&user, 0).await.oldest, Seq(3));
-    sleep_ms(700).await;
+    sleep_ms(1_400).await;
     let outcome = bed.accept(&user, 5, "m5").await;
     assert!(matches!(outcome, AcceptOutcome::Accepted { evicted: 1, .. }), "{outcome:?}");
 }

@@ -3,7 +3,7 @@
 use barid_core::{Chain, Epoch, Generation, Position, Seq};
 use barid_mailbox::{AcceptOutcome, AckOutcome};
 
-use crate::support::{Bed, contract, sleep_ms};
+use crate::support::{Bed, contract};
 
 contract!(
     an_ack_trims_and_removes_the_timer,
@@ -151,7 +151,7 @@ async fn progress_starts_the_retries_over(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=3).await;
-    sleep_ms(150).await;
+    bed.make_due(&user).await;
     assert_eq!(bed.fire(&user).await.unwrap().devices[0].attempt, 1);
     bed.ack(&user, "phone", 1, 1).await;
     let state = bed.state(&user, "phone").await.unwrap();
@@ -168,7 +168,7 @@ async fn no_progress_leaves_the_retries_alone(bed: Bed) {
         chain: Some(bed.page(&user, 0).await.chain_before_oldest),
         ..bed.position(&user, 2).await
     };
-    sleep_ms(150).await;
+    bed.make_due(&user).await;
     bed.fire(&user).await.unwrap();
     let before = bed.state(&user, "phone").await.unwrap();
     bed.ack_at(&user, "phone", 1, Position { seq: Seq(1), ..place }).await;

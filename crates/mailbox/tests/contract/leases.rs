@@ -63,7 +63,7 @@ async fn a_node_is_seen_changes_and_leaves(bed: Bed) {
 async fn hazard_13_a_lapsed_lease_is_taken_as_another_life(bed: Bed) {
     let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
     let mine = record(&name(&bed, "three"), NodeRole::Access);
-    let ttl = Duration::from_millis(600);
+    let ttl = Duration::from_millis(1_500);
     let mut lease = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
     let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
     until("it is seen", async || see().is_some()).await;
@@ -87,7 +87,7 @@ async fn hazard_13_a_lapsed_lease_is_taken_as_another_life(bed: Bed) {
 async fn hazard_12_a_new_connection_is_an_event_and_a_full_redis_renews() {
     let mut bed = Bed::own(|_| {}).await;
     let mine = record("node", NodeRole::Access);
-    let ttl = Duration::from_millis(900);
+    let ttl = Duration::from_millis(2_000);
     let mut lease = Lease::acquire(&bed.mailbox, mine, ttl).await.unwrap();
     let () = bed.query(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
     tokio::time::sleep(ttl).await;

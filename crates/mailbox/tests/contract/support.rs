@@ -56,12 +56,12 @@ pub struct Bed {
     number: u64,
 }
 
-/// Short waits, no jitter.
+/// No jitter, and nothing becomes due while a test runs: [`Bed::make_due`] does that.
 pub fn config(url: &str) -> RedisConfig {
     RedisConfig {
         url: SecretUrl::new(url),
-        retry_base_ms: 100,
-        retry_max_ms: 1_000,
+        retry_base_ms: 10_000,
+        retry_max_ms: 60_000,
         retry_jitter: 0.0,
         ..Default::default()
     }
@@ -296,6 +296,22 @@ impl Bed {
 
     pub async fn timer(&self, user: &UserKey) -> Option<u64> {
         self.mailbox.inspect(user).await.expect("inspect comes through").timer_due_ms
+    }
+
+    /// Turns the clock, as it were: whoever waits to be due is.
+    pub async fn make_due(&self, user: &UserKey) {
+        let head = self.key("h", user);
+        for state in self.mailbox.inspect(user).await.expect("inspect comes through").devices {
+            let field = format!("d:{}", state.device);
+            let text: String = self.query(&["HGET", &head, &field]).await;
+            let mut numbers: Vec<&str> = text.split(' ').collect();
+            if state.due_ms > 0 {
+                numbers[3] = "1";
+            }
+            let () = self.query(&["HSET", &head, &field, &numbers.join(" ")]).await;
+        }
+        let member = format!("{}\0{}", user.app, user.user);
+        let () = self.query(&["ZADD", &self.key("t", user), "XX", "1", &member]).await;
     }
 
     /// Claims what is due; only this user's.

@@ -2,7 +2,7 @@
 
 use barid_mailbox::DeferRequest;
 
-use crate::support::{Bed, contract, session, sleep_ms};
+use crate::support::{Bed, contract, session};
 
 contract!(
     a_message_for_an_offline_user_arms_nothing,
@@ -21,10 +21,6 @@ contract!(
     a_disconnect_leaves_the_other_devices_timer,
 );
 
-async fn due_now(bed: &Bed) {
-    sleep_ms(bed.config.retry_base_ms + 30).await;
-}
-
 async fn a_message_for_an_offline_user_arms_nothing(bed: Bed) {
     let user = bed.user("alice");
     bed.fill(&user, 1..=2).await;
@@ -37,7 +33,7 @@ async fn a_device_that_connects_behind_is_armed(bed: Bed) {
     bed.connect(&user, "phone", 1).await;
     let state = bed.state(&user, "phone").await.unwrap();
     assert_eq!(Some(state.due_ms), bed.timer(&user).await);
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
     assert_eq!((&due.devices[0].session, due.devices[0].attempt), (&session(1), 1));
 }
@@ -48,16 +44,15 @@ async fn fire_claims_once_and_backs_off(bed: Bed) {
     bed.fill(&user, 1..=1).await;
     assert_eq!(bed.fire(&user).await, None, "not due yet");
     for attempt in 1..=4_u32 {
-        let wait = u64::pow(2, attempt - 1) * bed.config.retry_base_ms;
-        sleep_ms(wait.min(bed.config.retry_max_ms) + 30).await;
+        bed.make_due(&user).await;
         let due = bed.fire(&user).await.unwrap();
         assert_eq!(due.devices[0].attempt, attempt);
         assert_eq!(bed.timer(&user).await, Some(due.claimed_score));
         assert_eq!(bed.fire(&user).await, None, "claimed");
         let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
-        let next = u64::pow(2, attempt) * bed.config.retry_base_ms;
+        let next = (bed.config.retry_base_ms << attempt).min(bed.config.retry_max_ms);
         let wait = due.claimed_score - now;
-        assert!(wait <= next.min(bed.config.retry_max_ms) && wait + 200 > next.min(1_000));
+        assert!(wait <= next && wait + 8_000 > next, "{attempt}: {wait}");
     }
 }
 
@@ -65,7 +60,7 @@ async fn only_one_of_many_delayers_claims(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     let claims = futures::future::join_all((0..8).map(|_| bed.fire(&user))).await;
     assert_eq!(claims.iter().flatten().count(), 1);
 }
@@ -74,9 +69,9 @@ async fn hazard_15_a_claim_keeps_the_timer(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     bed.fire(&user).await.unwrap(); // and the delayer dies
-    sleep_ms(2 * bed.config.retry_base_ms + 30).await;
+    bed.make_due(&user).await;
     assert_eq!(bed.fire(&user).await.unwrap().devices[0].attempt, 2);
 }
 
@@ -88,11 +83,14 @@ async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
     bed.ack(&user, "phone", 2, 1).await;
     for attempt in 1..=3_u32 {
         // The phone hears and acknowledges everything; the tablet is half-open.
-        sleep_ms((u64::pow(2, attempt - 1) * bed.config.retry_base_ms) / 2).await;
+        let before = bed.state(&user, "tablet").await.unwrap();
         let seq = u64::from(attempt) + 1;
         bed.fill(&user, seq as i64..=seq as i64).await;
         bed.ack(&user, "phone", 2, seq).await;
-        sleep_ms((u64::pow(2, attempt - 1) * bed.config.retry_base_ms) / 2 + 40).await;
+        let after = bed.state(&user, "tablet").await.unwrap();
+        assert_eq!((after.due_ms, after.attempt), (before.due_ms, before.attempt));
+        assert_eq!(bed.timer(&user).await, Some(after.due_ms), "the tablet's time stands");
+        bed.make_due(&user).await;
         let due = bed.fire(&user).await.expect("the tablet is due");
         assert_eq!(due.devices.len(), 1);
         assert_eq!((due.devices[0].device.as_str(), due.devices[0].attempt), ("tablet", attempt));
@@ -101,7 +99,7 @@ async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
     bed.fill(&user, 50..=50).await;
     assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 0);
     assert_eq!(bed.state(&user, "tablet").await.unwrap().attempt, 3);
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
     let phone = due.devices.iter().find(|due| due.device.as_str() == "phone").unwrap();
     assert_eq!(phone.attempt, 1);
@@ -120,7 +118,7 @@ async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
     bed.ack(&user, "phone", 1, 1).await;
     bed.mailbox.defer(&[give_back(&due, 10)]).await.unwrap();
@@ -132,13 +130,15 @@ async fn a_defer_takes_the_attempt_back(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     for _ in 0..6 {
         let due = bed.fire(&user).await.unwrap();
         assert_eq!(due.devices[0].attempt, 1, "an outage inside is not the device's failure");
-        bed.mailbox.defer(&[give_back(&due, 20)]).await.unwrap();
+        bed.mailbox.defer(&[give_back(&due, 5_000)]).await.unwrap();
+        let timer = bed.timer(&user).await.unwrap();
+        assert!(timer < due.claimed_score, "due again before the claim would have been");
         assert_eq!(bed.fire(&user).await, None);
-        sleep_ms(40).await;
+        bed.make_due(&user).await;
     }
 }
 
@@ -146,9 +146,9 @@ async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     let first = bed.fire(&user).await.unwrap();
-    sleep_ms(2 * bed.config.retry_base_ms + 30).await;
+    bed.make_due(&user).await;
     let second = bed.fire(&user).await.unwrap();
     bed.mailbox.defer(&[give_back(&first, 10)]).await.unwrap();
     assert_eq!(bed.timer(&user).await, Some(second.claimed_score));
@@ -172,7 +172,7 @@ async fn fire_drops_who_has_no_route(bed: Bed) {
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     let () = bed.query(&["DEL", &bed.key("r", &user)]).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     assert_eq!(bed.fire(&user).await, None);
     assert_eq!(bed.timer(&user).await, None);
 }
@@ -182,7 +182,7 @@ async fn fire_drops_the_timer_of_a_forgotten_mailbox(bed: Bed) {
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     let () = bed.query(&["DEL", &bed.key("h", &user), &bed.key("q", &user)]).await;
-    due_now(&bed).await;
+    bed.make_due(&user).await;
     assert_eq!(bed.fire(&user).await, None);
     assert_eq!(bed.timer(&user).await, None);
 }
