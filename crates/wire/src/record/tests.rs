@@ -119,7 +119,7 @@ fn each_flaw_has_its_word() {
     let cases = [
         (with(r#""to":{"user":"alice"},"text":"x""#).replace('}', ""), C::BadJson),
         (
-            with(&format!(r#""to":{{"user":"a"}},"text":"x""#)).replace("order-7", "a\\u0001"),
+            with(r#""to":{"user":"a"},"text":"x""#).replace("order-7", "a\\u0001"),
             C::BadId,
         ),
         (with(&format!(r#"{to},"text":"x","txt":1"#)), C::UnknownField),
