@@ -118,10 +118,7 @@ fn each_flaw_has_its_word() {
     let long = "x".repeat(101);
     let cases = [
         (with(r#""to":{"user":"alice"},"text":"x""#).replace('}', ""), C::BadJson),
-        (
-            with(r#""to":{"user":"a"},"text":"x""#).replace("order-7", "a\\u0001"),
-            C::BadId,
-        ),
+        (with(r#""to":{"user":"a"},"text":"x""#).replace("order-7", "a\\u0001"), C::BadId),
         (with(&format!(r#"{to},"text":"x","txt":1"#)), C::UnknownField),
         (with(r#""to":{"group":"g"},"text":"x""#), C::UnknownField),
         (with(&format!(r#"{to},"text":"x","text":"y""#)), C::RepeatedField),
