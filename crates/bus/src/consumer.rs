@@ -486,7 +486,8 @@ impl Core {
             RDKafkaErrorCode::UnsupportedFeature | RDKafkaErrorCode::UnsupportedVersion
         );
         let auto = self.config.group_protocol == GroupProtocol::Auto;
-        if !(unsupported && auto && !self.classic && !self.was_assigned) {
+        let can_fall_back = auto && !self.classic && !self.was_assigned;
+        if !unsupported || !can_fall_back {
             return Some(Event::Fatal(format!("{code}: {reason}")));
         }
         tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");

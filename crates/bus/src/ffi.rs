@@ -7,7 +7,6 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::ptr::null_mut;
 use std::time::Duration;
 
 use rdkafka::bindings as sys;
@@ -185,7 +184,7 @@ struct Guard<T>(*mut T, unsafe extern "C" fn(*mut T));
 
 impl<T> Drop for Guard<T> {
     fn drop(&mut self) {
-        if self.0 != null_mut() {
+        if !self.0.is_null() {
             // SAFETY: made by librdkafka, destroyed nowhere else, by the function that belongs to it.
             unsafe { self.1(self.0) }
         }

@@ -1,5 +1,6 @@
 //! The consumer and the producers against librdkafka's in-process broker and against Apache Kafka:
 //! both have to behave alike.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ async fn produce(config: &KafkaConfig, count: usize) {
     }
 }
 
-async fn takes_commits_and_goes_on_where_it_stopped(config: KafkaConfig) {
+async fn takes_commits_and_goes_on_where_it_stopped(config: KafkaConfig, topic_ids: usize) {
     produce(&config, 5).await;
     let mut consumer = start(&config);
     let records = take(&mut consumer, 5).await;
@@ -84,10 +85,11 @@ async fn takes_commits_and_goes_on_where_it_stopped(config: KafkaConfig) {
     assert_eq!(offsets, [0, 1, 2, 3, 4]);
     assert_eq!(records[0].header("N"), Some(&b"v"[..]));
     assert!(records[0].timestamp_ms.unwrap() > 0);
-    println!("leader epoch {} classic {}", records[0].leader_epoch, consumer.is_classic());
-    println!("topic ids {:?}", consumer.topic_ids().await);
+    assert_eq!(records[0].leader_epoch, 0, "both brokers tell it");
+    assert_eq!(consumer.is_classic(), config.group_protocol == GroupProtocol::Classic);
     let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
-    let ids = consumer.topic_ids().await.unwrap_or_default();
+    let ids = consumer.topic_ids().await.unwrap();
+    assert_eq!(ids.len(), topic_ids, "the in-process broker gives none");
     let topic_id = barid_bus::consumer::id_of(&ids, &config.topics.push);
     consumer.seek(&partition, 3).await.unwrap();
     assert_eq!(take(&mut consumer, 2).await[0].offset, 3);
@@ -102,25 +104,25 @@ async fn takes_commits_and_goes_on_where_it_stopped(config: KafkaConfig) {
 #[tokio::test]
 async fn embedded_broker() {
     let (_kafka, config) = embedded();
-    takes_commits_and_goes_on_where_it_stopped(config).await;
+    takes_commits_and_goes_on_where_it_stopped(config, 0).await;
 }
 
 #[tokio::test]
 async fn embedded_broker_with_classic_groups() {
     let (_kafka, mut config) = embedded();
     config.group_protocol = GroupProtocol::Classic;
-    takes_commits_and_goes_on_where_it_stopped(config).await;
+    takes_commits_and_goes_on_where_it_stopped(config, 0).await;
 }
 
 #[tokio::test]
 async fn apache_kafka() {
-    takes_commits_and_goes_on_where_it_stopped(apache().await).await;
+    takes_commits_and_goes_on_where_it_stopped(apache().await, 3).await;
 }
 
 #[tokio::test]
 async fn apache_kafka_with_classic_groups() {
     let config = KafkaConfig { group_protocol: GroupProtocol::Classic, ..apache().await };
-    takes_commits_and_goes_on_where_it_stopped(config).await;
+    takes_commits_and_goes_on_where_it_stopped(config, 3).await;
 }
 
 /// What the group decided, seen from one member, for `span`.

@@ -27,7 +27,7 @@ pub enum Taken {
     /// Its messages, one a user.
     Parcels(Vec<Parcel>),
     /// Why not.
-    Refused(Flight, Refusal),
+    Refused(Arc<Flight>, Refusal),
 }
 
 impl Intake {
@@ -44,7 +44,7 @@ impl Intake {
         match decode_push(&record.value, record.header(CONTENT_TYPE), &self.limits) {
             Err(refusal) => {
                 let flight = Flight::new(reading, record, None, taken, traceparent, 1);
-                Taken::Refused(flight, refusal)
+                Taken::Refused(Arc::new(flight), refusal)
             }
             Ok(push) => {
                 let body = self.body(&push, &record, &traceparent, now_ms);

@@ -215,7 +215,7 @@ impl Partitions {
     }
 
     /// What has not been committed yet; counted as committed from now on.
-    pub fn to_commit(&mut self) -> Vec<Commit> {
+    pub fn take_commits(&mut self) -> Vec<Commit> {
         let mut commits = Vec::new();
         for open in self.open.values_mut() {
             let Some(offset) = open.ledger.committable() else { continue };
@@ -298,7 +298,7 @@ mod tests {
         let mut partitions = held();
         take(&mut partitions, 0..10, 0);
         finish(&mut partitions, 0..8);
-        assert_eq!(partitions.to_commit()[0].offset, 8);
+        assert_eq!(partitions.take_commits()[0].offset, 8);
         let reading = partitions.get(&partition()).unwrap().reading.clone();
         partitions.gap(&reading, shard(), at(0, 9));
         let open = partitions.get(&partition()).unwrap();
@@ -307,7 +307,7 @@ mod tests {
         // Another shard of the same reading knows less.
         partitions.gap(&reading, shard(), at(0, 3));
         assert_eq!(partitions.get(&partition()).unwrap().seek_to, Some(3));
-        assert_eq!(partitions.to_commit()[0].offset, 3, "a crash now must read from there");
+        assert_eq!(partitions.take_commits()[0].offset, 3, "a crash now must read from there");
     }
 
     #[test]

@@ -279,7 +279,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let now = Instant::now();
         if self.timers.commit <= now {
             self.timers.commit = now + Duration::from_millis(self.config.commit_interval_ms);
-            let commits = self.flow.partitions.to_commit();
+            let commits = self.flow.partitions.take_commits();
             if !commits.is_empty()
                 && let Err(error) = consumer.commit(&commits)
             {
@@ -365,7 +365,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
         let cut = self.flow.partitions.unfinished();
         self.flow.partitions.uncommit();
-        let commits = self.flow.partitions.to_commit();
+        let commits = self.flow.partitions.take_commits();
         let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
         if let Err(error) = consumer.commit_and_wait(&commits, patience).await {
             tracing::warn!(%error, "last commit failed: what it covers is delivered again");
@@ -535,7 +535,7 @@ impl Flow {
     }
 
     /// A refused record becomes a dead letter and a receipt; the partition goes on (P6).
-    fn refuse(&self, flight: Flight, refusal: Refusal, now_ms: u64) {
+    fn refuse(&self, flight: Arc<Flight>, refusal: Refusal, now_ms: u64) {
         self.metrics.refused.with_label_values(&[refusal.code.as_str()]).inc();
         let (outbox, events) = (self.outbox.clone(), self.lane_events.clone());
         // Bounded: the flight counts in the window until this is done.
@@ -554,7 +554,7 @@ impl Flow {
                 ..Default::default()
             };
             outbox.receipts.tell(&receipt).await;
-            let _ = events.send(LaneEvent::Finished(vec![Arc::new(flight)])).await;
+            let _ = events.send(LaneEvent::Finished(vec![flight])).await;
         });
     }
 

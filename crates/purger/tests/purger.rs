@@ -1,4 +1,5 @@
 //! The purger over real Redis, and over both brokers: Apache Kafka and librdkafka's in-process one.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -320,7 +320,7 @@ fn check(fates: Vec<Fate>) {
         for (place, expected) in expected {
             assert_eq!(held[&place], expected, "shard and partition {place:?}");
         }
-        let commits = world.partitions.to_commit();
+        let commits = world.partitions.take_commits();
         assert!(commits.iter().all(|commit| commit.offset == 150), "{commits:?}");
         assert!(world.queues.iter().all(|queue| queue.load() == 0));
         assert!(world.config.check().is_ok());
