@@ -8,7 +8,7 @@ use barid_bus::consumer::{Commit, Consumer, Consuming, Done, Event, Partition, R
 use barid_bus::ensure_topics;
 use barid_bus::{DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Producer};
 use barid_testkit::Kafka;
-use barid_testkit::kafka::unique;
+use barid_testkit::kafka::{KafkaOptions, unique};
 use bytes::Bytes;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Headers as _, Message as _};
@@ -123,6 +123,20 @@ async fn apache_kafka() {
 async fn apache_kafka_with_classic_groups() {
     let config = KafkaConfig { group_protocol: GroupProtocol::Classic, ..apache().await };
     takes_commits_and_goes_on_where_it_stopped(config, 3).await;
+}
+
+#[tokio::test]
+async fn a_broker_without_kip_848_is_used_with_the_classic_protocol() {
+    let old = ("group.coordinator.rebalance.protocols".to_owned(), "classic".to_owned());
+    let options = KafkaOptions { properties: vec![old], ..Default::default() };
+    let kafka = Kafka::start_with(options).await.unwrap();
+    let config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    ensure_topics(&config, LIMIT).await.unwrap();
+    produce(&config, 2).await;
+    let mut consumer = start(&config);
+    assert_eq!(take(&mut consumer, 2).await[0].offset, 0);
+    assert!(consumer.is_classic());
+    assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
 }
 
 /// What the group decided, seen from one member, for `span`.
