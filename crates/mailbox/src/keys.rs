@@ -67,3 +67,7 @@ mod tests {
         assert_eq!((key.app, key.user), (app, user));
     }
 }
+
+/// The channel on which a node says that its lease was taken, given up, or is draining; the message
+/// is its role.
+pub const NODES_CHANGED: &str = "barid:nodes:changed";

@@ -4,10 +4,11 @@
 //! ```text
 //! Mailbox ── Topology: shard -> Lane (one a master) ── Batcher a script ── Link: one connection
 //!    ├─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
-//!    └─ Lease, NodeTable: who is alive
+//!    └─ Lease, NodeTable: who is alive      announcements: hears of changes at once
 //! TrackedRoutes: routes read on a connection on which Redis reports their changes
 //! ```
 
+mod announcements;
 mod batcher;
 mod cluster;
 mod config;

@@ -9,11 +9,14 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::announcements::Announcements;
 use crate::{Error, Mailbox, NodeRecord, NodeRole, keys};
 
 /// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
 /// the leases' master or a stepped clock takes them all, and most live.
 const DISBELIEF: Duration = Duration::from_secs(30);
+/// Between an announcement and the reading that follows it: a fleet that restarts is read once.
+const ANNOUNCED_PAUSE: Duration = Duration::from_millis(20);
 /// Former lives remembered of each node.
 const LIVES_MAX: usize = 16;
 /// Unknown lives whose first sight is remembered.
@@ -52,8 +55,8 @@ struct Known {
 }
 
 impl NodeTable {
-    /// Starts to follow the leases of `role`, reading them every `refresh`. Empty until the first
-    /// reading.
+    /// Starts to follow the leases of `role`, reading them every `refresh` and whenever one of them
+    /// announces a change. Empty until the first reading.
     pub fn watch(mailbox: &Mailbox, role: NodeRole, refresh: Duration) -> Self {
         let (view, receiver) = watch::channel(Arc::default());
         let stale_after = refresh * 4;
@@ -188,6 +191,7 @@ impl Reading {
 }
 
 async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: Duration) {
+    let mut announcements = Announcements::hear(mailbox.topology().config());
     loop {
         let read = read(&mailbox, role).await;
         let Some(inner) = inner.upgrade() else { return };
@@ -205,7 +209,10 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
             Err(error) => tracing::warn!(%error, "leases cannot be read: keeping the last view"),
         }
         drop(inner);
-        tokio::time::sleep(refresh).await;
+        tokio::select! {
+            () = tokio::time::sleep(refresh) => {}
+            () = announcements.of(role) => tokio::time::sleep(ANNOUNCED_PAUSE).await,
+        }
     }
 }
 

@@ -7,7 +7,11 @@ use barid_mailbox::{Lease, LeaseEvent, NodeRecord, NodeRole, NodeTable};
 
 use crate::support::{Bed, contract, until};
 
-contract!(a_node_is_seen_changes_and_leaves, hazard_13_a_lapsed_lease_is_taken_as_another_life);
+contract!(
+    a_node_is_seen_changes_and_leaves,
+    a_change_is_heard_of_before_the_next_reading,
+    hazard_13_a_lapsed_lease_is_taken_as_another_life
+);
 
 const REFRESH: Duration = Duration::from_millis(50);
 
@@ -58,6 +62,33 @@ async fn a_node_is_seen_changes_and_leaves(bed: Bed) {
     lease.release().await;
     until("it is gone", async || see().is_none()).await;
     assert!(table.void_since(&mine.id, mine.incarnation).is_some());
+}
+
+async fn a_change_is_heard_of_before_the_next_reading(bed: Bed) {
+    let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, Duration::from_secs(600));
+    let ttl = Duration::from_secs(30);
+    let second = record(&name(&bed, "five"), NodeRole::Access);
+    // The subscription may come after the first announcement: another one is made until it is heard.
+    let mut leases = vec![Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap()];
+    until("the subscription stands", async || {
+        leases.push(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+        table.snapshot().iter().any(|node| node.id == second.id)
+    })
+    .await;
+    let mine = record(&name(&bed, "six"), NodeRole::Access);
+    let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
+    let lease = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
+    until("it is seen", async || see().is_some()).await;
+    lease.set_draining();
+    until("it is draining", async || see().is_some_and(|node| node.draining)).await;
+    // The subscriber heals itself.
+    let () = bed.query(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    lease.release().await;
+    until("it is gone", async || {
+        leases.push(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+        see().is_none()
+    })
+    .await;
 }
 
 async fn hazard_13_a_lapsed_lease_is_taken_as_another_life(bed: Bed) {

@@ -1,0 +1,112 @@
+//! Hears at once that a node came, went or is leaving, instead of at the next reading of the leases.
+//! Nothing rests on it: without it, or while it reconnects, readings every few seconds find the same.
+//!
+//! This is fred's place in Barid: a subscriber that heals itself, on a connection of its own.
+
+use std::time::Duration;
+
+use fred::clients::SubscriberClient;
+use fred::interfaces::{ClientLike as _, EventInterface as _, PubsubInterface as _};
+use fred::types::config::{Config, ReconnectPolicy, Server, ServerConfig};
+use fred::types::{Builder, Message};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
+
+use crate::{NodeRole, RedisConfig, keys};
+
+/// Unheard announcements kept; more of them say nothing that one does not.
+const BACKLOG_MAX: usize = 64;
+/// Waits between attempts to reconnect, ms: from, to, and the factor between.
+const RECONNECT_MS: (u32, u32, u32) = (100, 5_000, 2);
+
+/// A subscription; it ends when this is dropped.
+pub struct Announcements {
+    messages: Option<Receiver<Message>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Announcements {
+    /// Subscribes in the background, as soon as Redis is there.
+    pub fn hear(config: &RedisConfig) -> Self {
+        match subscriber(config) {
+            Ok(client) => {
+                let messages = Some(client.message_rx());
+                Self { messages, tasks: vec![tokio::spawn(subscribe(client))] }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "changes of the nodes are not heard of at once");
+                Self { messages: None, tasks: Vec::new() }
+            }
+        }
+    }
+
+    /// Waits until a node of `role` announces a change. Cancel-safe.
+    pub async fn of(&mut self, role: NodeRole) {
+        let Some(messages) = &mut self.messages else { return std::future::pending().await };
+        loop {
+            match messages.recv().await {
+                Ok(message) if message.value.as_str().as_deref() != Some(role.as_str()) => {}
+                Ok(_) | Err(RecvError::Lagged(_)) => return,
+                Err(RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    }
+}
+
+impl Drop for Announcements {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+fn subscriber(config: &RedisConfig) -> Result<SubscriberClient, fred::error::Error> {
+    let (min, max, factor) = RECONNECT_MS;
+    Builder::from_config(client_config(config)?)
+        .with_connection_config(|connection| {
+            connection.connection_timeout = config.connect_timeout();
+        })
+        .with_performance_config(|performance| {
+            performance.default_command_timeout = Duration::ZERO;
+            performance.broadcast_channel_capacity = BACKLOG_MAX;
+        })
+        .set_policy(ReconnectPolicy::new_exponential(0, min, max, factor))
+        .build_subscriber_client()
+}
+
+fn client_config(config: &RedisConfig) -> Result<Config, fred::error::Error> {
+    let parse = if config.cluster { Config::from_url_clustered } else { Config::from_url };
+    let mut client = parse(config.url.expose())?;
+    if let ServerConfig::Clustered { hosts, .. } = &mut client.server {
+        for url in &config.urls {
+            if let ServerConfig::Centralized { server } = Config::from_url(url.expose())?.server {
+                hosts.push(Server::new(server.host, server.port));
+            }
+        }
+    }
+    // Redis may come later than this process.
+    client.fail_fast = false;
+    Ok(client)
+}
+
+/// Keeps the subscription for as long as the task lives.
+async fn subscribe(client: SubscriberClient) {
+    let connection = client.connect();
+    let _keeper = AbortOnDrop(client.manage_subscriptions());
+    let _connection = AbortOnDrop(connection);
+    while let Err(error) = client.subscribe(keys::NODES_CHANGED).await {
+        tracing::debug!(%error, "not subscribed yet");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    std::future::pending().await
+}
+
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
