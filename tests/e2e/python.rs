@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
+use barid_testkit::token::{KEY_ID, SECRET};
 use barid_testkit::{Cluster, paths};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -12,7 +13,12 @@ async fn a_stranger_with_two_packages_from_pypi_pushes_and_receives() -> Result<
     ensure!(python.is_file(), "{} is missing: run scripts/python.sh", python.display());
     let script =
         concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples/python/push_and_receive.py");
-    let (url, token, brokers) = (cluster.url(0).await?, cluster.token("alice"), cluster.brokers());
+    let token = std::process::Command::new(paths::binary("barid")?)
+        .args(["token", "--user", "alice", "--secret", SECRET, "--key-id", KEY_ID])
+        .output()?;
+    ensure!(token.status.success(), "{}", String::from_utf8_lossy(&token.stderr));
+    let token = String::from_utf8(token.stdout)?.trim().to_owned();
+    let (url, brokers) = (cluster.url(0).await?, cluster.brokers());
     let run = tokio::process::Command::new(python)
         .arg(script)
         .args(["--brokers", &brokers, "--topic", &cluster.topics().push])

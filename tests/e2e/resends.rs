@@ -3,20 +3,21 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use barid_testkit::cluster::Builder;
 use barid_testkit::device::{Heard, PATIENCE};
 use barid_testkit::{Cluster, Role};
 use serde_json::json;
 
-/// Five re-sends after 200, 400, 800, 1600 and 3200 ms, and as long again to the close.
-fn impatient() -> barid_testkit::cluster::Builder {
-    Cluster::builder().set("redis.retry_base_ms", 200).set("redis.retry_max_ms", 60_000)
+/// Five re-sends after 1, 2, 4, 8 and 16 times `base_ms`, and the close after 32 times.
+fn impatient(base_ms: i64) -> Builder {
+    Cluster::builder().set("redis.retry_base_ms", base_ms).set("redis.retry_max_ms", 60_000)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unacknowledged_message_is_sent_five_times_more_then_waits_for_the_return() -> Result<()>
 {
     // Two delayers: together they re-send nothing twice.
-    let mut cluster = impatient().nodes(Role::Delayer, 2).start().await?;
+    let mut cluster = impatient(200).nodes(Role::Delayer, 2).start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
     business
@@ -53,7 +54,7 @@ async fn an_unacknowledged_message_is_sent_five_times_more_then_waits_for_the_re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_ack_ends_the_resends_of_this_device_and_no_other() -> Result<()> {
-    let mut cluster = impatient().start().await?;
+    let mut cluster = impatient(100).start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
     let mut tablet = cluster.device("alice", "tablet").await?;
@@ -76,7 +77,7 @@ async fn an_ack_ends_the_resends_of_this_device_and_no_other() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_crash_of_a_delayer_closes_or_forgets_a_session() -> Result<()> {
-    let mut cluster = impatient().start().await?;
+    let mut cluster = impatient(200).start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
     business.say("alice", "m", "").await?;
