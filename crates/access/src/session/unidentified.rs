@@ -30,6 +30,8 @@ pub struct Connecting {
     /// It wants Ping frames.
     pub visible_pings: bool,
     position: Option<Position>,
+    /// The device did not count its attempts: the node's clock at the handshake serves.
+    attempt_implied: bool,
 }
 
 impl Unidentified {
@@ -61,6 +63,7 @@ impl Unidentified {
             accepts_zstd: hello.accepts_zstd,
             visible_pings: hello.visible_pings,
             position: position.map(position_of),
+            attempt_implied: hello.attempt == 0,
         })
     }
 
@@ -102,6 +105,11 @@ impl Connecting {
         match outcome {
             ConnectOutcome::Connected { cursor, newest, replaced, reset: _ } => {
                 Ok((Connected::new(self.identity, cursor, newest, settings), replaced))
+            }
+            // Two nodes' clocks differ by a little, and a device may come back within that: told that
+            // it was replaced it would never connect again.
+            ConnectOutcome::Superseded if self.attempt_implied => {
+                Err(Close::new(CloseCode::Overloaded, "another connection of this device overtook"))
             }
             ConnectOutcome::Superseded => {
                 Err(Close::new(CloseCode::Replaced, "a newer connection of this device is known"))
