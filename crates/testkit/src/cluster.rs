@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
@@ -19,6 +20,9 @@ use crate::{Device, Kafka, Redis, http, paths, token};
 
 /// How long a role may take to come up or to leave, on a machine that runs other tests as well.
 const ROLE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often roles look at the table of nodes.
+const NODES_REFRESH_MS: i64 = 100;
 
 /// Seconds that roles are given to drain.
 const DRAIN_SECONDS: i64 = 5;
@@ -138,6 +142,9 @@ impl Builder {
             }
         }
         cluster.wait_ready().await?;
+        // A role is ready when it can work with what it knows of; who came up after it is seen at
+        // the next look at the table of nodes. Until then pushes take the slow path.
+        tokio::time::sleep(Duration::from_millis(2 * NODES_REFRESH_MS.unsigned_abs())).await;
         Ok(cluster)
     }
 }
@@ -436,7 +443,8 @@ impl Cluster {
     /// The handshake or Hello is refused.
     pub async fn device_at(&mut self, number: usize, user: &str, device: &str) -> Result<Device> {
         let url = self.url(number).await?;
-        Device::connect(&url, &self.token(user), device).await
+        let hello = json!({ "device": device, "attempt": next_attempt() });
+        Device::connect_with(&url, &self.token(user), hello).await.map(|(device, _)| device)
     }
 
     /// A business, which can be moved into another task.
@@ -485,6 +493,9 @@ impl Cluster {
             set("node", format!("{}-{number}", role.name()).into())?;
             set("listen", "127.0.0.1:0".into())?;
         }
+        if role != Role::Access {
+            set("nodes_refresh_ms", NODES_REFRESH_MS.into())?;
+        }
         if role == Role::Access {
             set("grpc_listen", "127.0.0.1:0".into())?;
             set("auth.keys", Value::Array(vec![token::key().into()]))?;
@@ -513,6 +524,16 @@ fn show_tail(node: &Node) {
     for line in output.lines().skip(skip) {
         eprintln!("{line}");
     }
+}
+
+/// Grows with every call, as the attempts of a device must: tests reconnect within a millisecond.
+fn next_attempt() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let now = u64::try_from(now).unwrap_or(u64::MAX);
+    let last =
+        LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(now.max(last + 1)));
+    now.max(last.unwrap_or_default() + 1)
 }
 
 /// Sets a dotted key.
