@@ -53,6 +53,10 @@ pub(crate) fn parse_member(member: &str) -> Option<UserKey> {
     Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
 }
 
+/// The channel on which a node says that its lease was taken, given up, or is draining; the message
+/// is its role.
+pub const NODES_CHANGED: &str = "barid:nodes:changed";
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,7 +71,3 @@ mod tests {
         assert_eq!((key.app, key.user), (app, user));
     }
 }
-
-/// The channel on which a node says that its lease was taken, given up, or is draining; the message
-/// is its role.
-pub const NODES_CHANGED: &str = "barid:nodes:changed";
