@@ -7,11 +7,11 @@ export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
 
-run: ## Install what is missing, build, start the whole cluster and show a push
-	@scripts/run.sh
+run: ## Install what is missing, build, start the whole cluster and show a push (ARGS=--once: and stop)
+	@scripts/run.sh $(ARGS)
 
 test: ## Install what is missing and run every test
-	@scripts/test.sh
+	@scripts/test.sh $(ARGS)
 
 lint: ## Check format and lints
 	@scripts/lint.sh
