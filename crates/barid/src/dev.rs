@@ -31,8 +31,9 @@ const KEY_ID: &str = "dev";
 /// Partitions of the in-process broker's push topics: enough for several to be in use.
 const PARTITIONS: u16 = 4;
 
-/// Warnings, but for those of streams that end because this process does.
-const LOG: &str = "warn,barid_mesh::link=error,barid_mailbox::routes=error";
+/// Warnings, but for those of streams and leases that end because this process does.
+const LOG: &str =
+    "warn,barid_mesh::link=error,barid_mailbox::routes=error,barid_mailbox::nodes=error";
 
 /// Options of `barid dev`.
 #[derive(Debug, clap::Args)]

@@ -2,115 +2,12 @@
 //! and broker, nothing played.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+mod place;
+mod sdk;
 
-use serde_json::Value;
-use tempfile::TempDir;
+use std::time::Instant;
 
-/// Far above what anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A place of its own, so that tests and a developer's own cluster do not meet.
-struct Place {
-    dir: TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
-    }
-
-    fn state(&self) -> std::path::PathBuf {
-        self.dir.path().join("dev.json")
-    }
-
-    /// `barid --json <line>`, not started.
-    fn barid(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_barid"));
-        command.arg("--json").args(line.split_whitespace()).env("BARID_DEV_STATE", self.state());
-        for variable in ["BROKERS", "REDIS", "URL", "TOKEN", "SECRET_FILE", "KEY_ID", "APP"] {
-            command.env_remove(format!("BARID_{variable}"));
-        }
-        command
-    }
-
-    /// Runs to the end; what it printed, and how it ended.
-    fn run(&self, line: &str) -> (Vec<Value>, ExitStatus) {
-        let output = self.barid(line).stderr(Stdio::inherit()).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        (text.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), output.status)
-    }
-
-    /// Starts; its lines can be awaited.
-    fn start(&self, line: &str) -> Running {
-        let mut child = self.barid(line).stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = child.stdout.take().unwrap();
-        Running { child, lines: lines(stdout) }
-    }
-}
-
-struct Running {
-    child: Child,
-    lines: mpsc::Receiver<Value>,
-}
-
-fn lines(stdout: ChildStdout) -> mpsc::Receiver<Value> {
-    let (tx, rx) = mpsc::sync_channel(1024);
-    std::thread::spawn(move || {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if tx.send(serde_json::from_str(&line).unwrap()).is_err() {
-                return;
-            }
-        }
-    });
-    rx
-}
-
-impl Running {
-    /// The next line whose `event` is this.
-    fn event(&self, event: &str) -> Value {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let line = self.lines.recv_timeout(left);
-            let line = line.unwrap_or_else(|e| panic!("waiting for {event}: {e}"));
-            if line["event"] == event {
-                return line;
-            }
-        }
-    }
-
-    fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
-        assert!(kill.unwrap().success());
-    }
-
-    fn end(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "still running");
-            pause();
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-#[allow(clippy::disallowed_methods, reason = "a test thread may block")]
-fn pause() {
-    std::thread::sleep(Duration::from_millis(20));
-}
+use place::{PATIENCE, Place, pause};
 
 /// Whether somebody listens at `redis://HOST:PORT`.
 fn is_up(redis: &str) -> bool {
@@ -143,6 +40,19 @@ fn once_shows_an_online_and_an_offline_push_and_leaves_nothing_behind() {
     let ready = shown.iter().find(|line| line["event"] == "ready").unwrap();
     assert!(!is_up(ready["redis"].as_str().unwrap()), "redis-server is still there");
     assert!(!place.state().exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn once_runs_on_apache_kafka_and_a_given_redis() {
+    let redis = barid_testkit::Redis::start().await.unwrap();
+    let kafka = barid_testkit::Kafka::shared().await.brokers();
+    let place = Place::new();
+    let line = format!("dev --once --port 0 --kafka {kafka} --redis {}", redis.url());
+    let (shown, status) = tokio::task::spawn_blocking(move || place.run(&line)).await.unwrap();
+    assert!(status.success(), "{shown:#?}");
+    let acked = shown.iter().filter(|line| line["step"] == "acked").count();
+    assert_eq!(acked, 2, "{shown:#?}");
+    assert!(is_up(&redis.url()), "a given redis is left alone");
 }
 
 #[test]

@@ -1,0 +1,111 @@
+//! The real program in a place of its own.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Far above what anything here takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A place of its own, so that tests and a developer's own cluster do not meet.
+pub struct Place {
+    pub dir: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn state(&self) -> std::path::PathBuf {
+        self.dir.path().join("dev.json")
+    }
+
+    /// `barid --json <line>`, not started.
+    pub fn barid(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_barid"));
+        command.arg("--json").args(line.split_whitespace()).env("BARID_DEV_STATE", self.state());
+        for variable in ["BROKERS", "REDIS", "URL", "TOKEN", "SECRET_FILE", "KEY_ID", "APP"] {
+            command.env_remove(format!("BARID_{variable}"));
+        }
+        command
+    }
+
+    /// Runs to the end; what it printed, and how it ended.
+    pub fn run(&self, line: &str) -> (Vec<Value>, ExitStatus) {
+        let output = self.barid(line).stderr(Stdio::inherit()).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        (text.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), output.status)
+    }
+
+    /// Starts; its lines can be awaited.
+    pub fn start(&self, line: &str) -> Running {
+        let mut child = self.barid(line).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        Running { child, lines: lines(stdout) }
+    }
+}
+
+pub struct Running {
+    pub child: Child,
+    pub lines: mpsc::Receiver<Value>,
+}
+
+fn lines(stdout: ChildStdout) -> mpsc::Receiver<Value> {
+    let (tx, rx) = mpsc::sync_channel(1024);
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if tx.send(serde_json::from_str(&line).unwrap()).is_err() {
+                return;
+            }
+        }
+    });
+    rx
+}
+
+impl Running {
+    /// The next line whose `event` is this.
+    pub fn event(&self, event: &str) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left);
+            let line = line.unwrap_or_else(|e| panic!("waiting for {event}: {e}"));
+            if line["event"] == event {
+                return line;
+            }
+        }
+    }
+
+    pub fn signal(&self, name: &str) {
+        let kill = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+    }
+
+    pub fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "still running");
+            pause();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a test thread may block")]
+pub fn pause() {
+    std::thread::sleep(Duration::from_millis(20));
+}
