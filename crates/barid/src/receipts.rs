@@ -17,11 +17,15 @@ pub struct Receipts {
 }
 
 impl Receipts {
-    /// Opens the topic.
-    pub async fn open(brokers: &[String], topic: &str) -> anyhow::Result<Self> {
+    /// Opens the topic; `properties` are further settings of librdkafka.
+    pub async fn open(
+        brokers: &[String],
+        topic: &str,
+        properties: Vec<(String, String)>,
+    ) -> anyhow::Result<Self> {
         let (brokers, topic) = (brokers.join(","), topic.to_owned());
         let opened = tokio::task::spawn_blocking(move || {
-            open(&brokers, &topic)
+            open(&brokers, &topic, properties)
                 .with_context(|| format!("cannot read topic {topic} of Kafka at {brokers}"))
         });
         opened.await?
@@ -40,16 +44,18 @@ impl Receipts {
     }
 }
 
-fn open(brokers: &str, topic: &str) -> anyhow::Result<Receipts> {
-    let consumer: StreamConsumer = ClientConfig::new()
+fn open(brokers: &str, topic: &str, properties: Vec<(String, String)>) -> anyhow::Result<Receipts> {
+    let mut client = ClientConfig::new();
+    client
         .set("bootstrap.servers", brokers)
         .set("client.id", "barid-cli")
         .set("group.id", "barid-cli")
         .set("enable.auto.commit", "false")
         .set("fetch.wait.max.ms", "5")
         .set("fetch.queue.backoff.ms", "5")
-        .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg)
-        .create()?;
+        .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
+    client.extend(properties);
+    let consumer: StreamConsumer = client.create()?;
     let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT)?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
     if partitions.is_empty() {

@@ -92,6 +92,14 @@ pub struct Args {
     /// Kafka: HOST:PORT, several with commas between
     #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
     pub brokers: Option<String>,
+    /// A setting of librdkafka, as security.protocol=ssl; may be repeated
+    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = property)]
+    pub properties: Vec<(String, String)>,
+}
+
+fn property(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
+    Ok((key.trim().into(), value.trim().into()))
 }
 
 /// How applications read a body.
@@ -191,7 +199,10 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         KafkaConfig { brokers: values::brokers(args.brokers.clone())?, ..Default::default() };
     let receipts = match args.wait.is_empty() {
         true => None,
-        false => Some(Receipts::open(&config.brokers, &config.topics.receipts).await?),
+        false => {
+            let topic = &config.topics.receipts;
+            Some(Receipts::open(&config.brokers, topic, args.properties.clone()).await?)
+        }
     };
     let topic = match args.priority {
         Priority::High => &config.topics.push_high,
@@ -199,7 +210,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         Priority::Bulk => &config.topics.push_bulk,
     };
     let began = Instant::now();
-    produce(&config, topic, &record, &payload).await?;
+    produce(&config, &args.properties, topic, &record, &payload).await?;
     let elapsed_ms = millis(began);
     let bytes = payload.len();
     let sent = Sent { event: "sent", id: &record.id, topic, bytes, elapsed_ms };
@@ -218,6 +229,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 /// idempotent, which takes half a second to set up: the message's id does the same.
 async fn produce(
     config: &KafkaConfig,
+    properties: &[(String, String)],
     topic: &str,
     record: &Record,
     payload: &[u8],
@@ -226,16 +238,17 @@ async fn produce(
     let key = record.to.user.as_ref().or(record.to.users.first()).map_or("", String::as_str);
     let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
     let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
-    let producer: FutureProducer = ClientConfig::new()
+    let mut client = ClientConfig::new();
+    client
         .set("bootstrap.servers", &brokers)
         .set("client.id", "barid-cli")
         .set("acks", "all")
         .set("linger.ms", "0")
         .set("message.max.bytes", "100000000")
         .set("message.timeout.ms", SEND_TIMEOUT.as_millis().to_string())
-        .set_log_level(RDKafkaLogLevel::Emerg)
-        .create()
-        .context("cannot make a Kafka client")?;
+        .set_log_level(RDKafkaLogLevel::Emerg);
+    client.extend(properties.iter().cloned());
+    let producer: FutureProducer = client.create().context("cannot make a Kafka client")?;
     let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
     match producer.send(record, SEND_TIMEOUT).await {
         Ok(_) => Ok(()),

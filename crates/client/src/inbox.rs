@@ -27,7 +27,8 @@ pub(crate) struct Inbox {
     /// Counts the resets: tickets of an earlier life name positions that are void.
     life: u64,
     recent: VecDeque<u64>,
-    /// Handled before the last reset: each is dropped once.
+    /// Handled before the last reset, or ahead of the position before a restart: each is dropped
+    /// once. Not simply what is recent: a business may use an id again.
     seen: HashSet<u64>,
     /// With the application since before the last reset.
     ghosts: HashSet<u64>,
@@ -94,16 +95,19 @@ impl Inbox {
     pub(crate) fn resume(checkpoint: &Checkpoint) -> Self {
         let mut inbox = Self::default();
         inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
+        inbox.seen.extend(&checkpoint.ahead);
         inbox.standing = checkpoint.position.map(Standing::at);
         inbox
     }
 
     /// What to remember over a restart of the program.
     pub(crate) fn checkpoint(&self, attempt: u64) -> Checkpoint {
+        let ahead = self.pending.iter().filter(|entry| matches!(entry.state, State::Done));
         Checkpoint {
             attempt,
             position: self.position(),
             recent: self.recent.iter().copied().collect(),
+            ahead: ahead.map(|entry| entry.id).chain(self.seen.iter().copied()).collect(),
         }
     }
 

@@ -19,6 +19,10 @@ pub struct Checkpoint {
     /// they tell what the application has seen.
     #[serde(default)]
     pub recent: Vec<u64>,
+    /// Those of them that are handled and may come again behind the position: because they were
+    /// handled before an earlier one was, or because the positions started anew.
+    #[serde(default)]
+    pub ahead: Vec<u64>,
 }
 
 /// Keeps one device's checkpoint. Called from a thread that may block.
@@ -143,7 +147,8 @@ mod tests {
             chain: Some(Chain(u32::MAX)),
         };
         for recent in [vec![], vec![u64::MAX, 1]] {
-            let checkpoint = Checkpoint { attempt: 5, position: Some(position), recent };
+            let checkpoint =
+                Checkpoint { attempt: 5, position: Some(position), recent, ahead: vec![1] };
             store.save(&checkpoint).unwrap();
             assert_eq!(store.load().unwrap(), Some(checkpoint));
         }

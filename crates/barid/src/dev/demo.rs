@@ -72,7 +72,7 @@ pub async fn run(
     out: Output,
 ) -> anyhow::Result<()> {
     let producer = Producer::new(kafka)?;
-    let receipts = Receipts::open(&kafka.brokers, &kafka.topics.receipts).await?;
+    let receipts = Receipts::open(&kafka.brokers, &kafka.topics.receipts, Vec::new()).await?;
     let demo = Demo { kafka, redis, url, key, producer, receipts, out };
     let phone = demo.online().await?;
     demo.away(phone).await

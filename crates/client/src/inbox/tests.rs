@@ -1,4 +1,5 @@
 use barid_core::Epoch;
+use proptest::prelude::*;
 
 use super::*;
 use crate::message::Body;
@@ -279,4 +280,174 @@ fn a_server_that_is_further_is_believed() {
     device.deliver(G, 6, "f");
     assert_eq!(device.handle_all(), ["f"]);
     assert_eq!(device.acked(), Some(6));
+}
+
+/// What can happen between a device, its application and a cluster that may lose its newest writes.
+#[derive(Debug, Clone)]
+enum Step {
+    Push,
+    Send,
+    Resend,
+    Take,
+    Finish { which: prop::sample::Index, handled: bool },
+    Ack,
+    Reconnect,
+    Restart,
+    Fork { lost: usize },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let finish = (any::<prop::sample::Index>(), prop::bool::weighted(0.8))
+        .prop_map(|(which, handled)| Step::Finish { which, handled });
+    prop_oneof![
+        4 => Just(Step::Push),
+        5 => Just(Step::Send),
+        1 => Just(Step::Resend),
+        4 => Just(Step::Take),
+        5 => finish,
+        3 => Just(Step::Ack),
+        1 => Just(Step::Reconnect),
+        1 => Just(Step::Restart),
+        1 => (0usize..4).prop_map(|lost| Step::Fork { lost }),
+    ]
+}
+
+/// A mailbox, its session, and an application that takes what the inbox gives it.
+#[derive(Default)]
+struct World {
+    device: Device,
+    log: Vec<String>,
+    pushed: usize,
+    generation: u32,
+    acked: u64,
+    sent: u64,
+    out: Vec<(Ticket, String)>,
+    handled: Vec<String>,
+}
+
+impl World {
+    fn push(&mut self) {
+        self.pushed += 1;
+        self.log.push(format!("m{}", self.pushed));
+    }
+
+    fn welcome(&mut self) {
+        self.sent = self.acked;
+        self.device.welcome(at(7, self.generation, self.acked));
+    }
+
+    fn send(&mut self) {
+        if let Some(id) = self.log.get(self.sent as usize).cloned() {
+            self.sent += 1;
+            self.device.deliver(Generation(self.generation), self.sent, &id);
+        }
+    }
+
+    fn resend(&mut self) {
+        let sent = std::mem::replace(&mut self.sent, self.acked);
+        while self.sent < sent {
+            self.send();
+        }
+    }
+
+    fn take(&mut self) {
+        if let Some((ticket, message)) = self.device.inbox.next() {
+            self.out.push((ticket, message.id));
+        }
+    }
+
+    fn finish(&mut self, which: usize, handled: bool) {
+        let (ticket, id) = self.out.swap_remove(which);
+        self.device.inbox.finished(ticket, handled);
+        if handled {
+            self.handled.push(id);
+        }
+    }
+
+    fn ack(&mut self) {
+        if let Some(ack) = self.device.inbox.take_ack()
+            && ack.generation.0 == self.generation
+        {
+            // A node clamps: this connection may not have sent yet what the one before had.
+            self.acked = self.acked.max(ack.seq.0.min(self.sent));
+        }
+    }
+
+    fn reconnect(&mut self) {
+        let position = self.device.inbox.position().expect("there was a welcome");
+        if position.generation.0 == self.generation {
+            self.acked = self.acked.max(position.seq.0);
+        }
+        self.welcome();
+    }
+
+    /// Another process of the same device: only the checkpoint survives.
+    fn restart(&mut self) {
+        self.out.clear();
+        self.device.inbox = Inbox::resume(&self.device.inbox.checkpoint(0));
+        self.reconnect();
+    }
+
+    /// The newest entries are lost, and come back from Kafka behind another one.
+    fn fork(&mut self, lost: usize) {
+        let back = self.log.split_off(self.log.len().saturating_sub(lost));
+        self.push();
+        self.log.extend(back);
+        self.generation += 1;
+        self.acked = 0;
+        self.welcome();
+    }
+
+    fn run(&mut self, step: &Step) {
+        match step {
+            Step::Push => self.push(),
+            Step::Send => self.send(),
+            Step::Resend => self.resend(),
+            Step::Take => self.take(),
+            Step::Finish { .. } if self.out.is_empty() => {}
+            Step::Finish { which, handled } => self.finish(which.index(self.out.len()), *handled),
+            Step::Ack => self.ack(),
+            Step::Reconnect => self.reconnect(),
+            Step::Restart => self.restart(),
+            Step::Fork { lost } => self.fork(*lost),
+        }
+    }
+
+    /// Nothing goes wrong any more.
+    fn calm(&mut self) {
+        for _ in 0..2 {
+            while !self.out.is_empty() {
+                self.finish(0, true);
+            }
+            self.resend();
+            for _ in 0..self.log.len() {
+                self.send();
+                self.take();
+                while !self.out.is_empty() {
+                    self.finish(0, true);
+                }
+            }
+            self.ack();
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_each_message_is_handled_once_and_acknowledged(
+        steps in prop::collection::vec(step(), 1..120)
+    ) {
+        let mut world = World::default();
+        world.welcome();
+        for step in &steps {
+            world.run(step);
+        }
+        world.calm();
+        prop_assert_eq!(world.acked, world.log.len() as u64);
+        let mut handled = world.handled.clone();
+        handled.sort();
+        let mut log = world.log.clone();
+        log.sort();
+        prop_assert_eq!(handled, log);
+    }
 }
