@@ -20,7 +20,7 @@ fn told(output: &Output) -> (Option<i32>, String, String) {
 
 fn config(dir: &Path, text: &str) -> String {
     let path = dir.join("config.toml");
-    std::fs::write(&path, text).unwrap();
+    std::fs::write(&path, text).expect("the temporary directory takes a file");
     path.display().to_string()
 }
 

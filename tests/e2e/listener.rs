@@ -1,6 +1,6 @@
 //! A device that uses the Rust SDK, as an application does, and remembers what it was shown.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -14,6 +14,10 @@ use tokio::time::Instant;
 struct Seen {
     ids: Vec<String>,
     connections: usize,
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An application on a device.
@@ -36,11 +40,11 @@ impl Listener {
             .reconnect_between(Duration::from_millis(50), Duration::from_millis(500))
             .on_event(move |event| {
                 if let Event::Connected { .. } = event {
-                    events.lock().unwrap().connections += 1;
+                    lock(&events).connections += 1;
                 }
             })
             .start(move |message| {
-                shown.lock().unwrap().ids.push(message.id);
+                lock(&shown).ids.push(message.id);
                 async { Ok(()) }
             })?;
         Ok(Self { seen, client })
@@ -48,12 +52,12 @@ impl Listener {
 
     /// What the application was shown, in order.
     pub fn ids(&self) -> Vec<String> {
-        self.seen.lock().unwrap().ids.clone()
+        lock(&self.seen).ids.clone()
     }
 
     /// How often it was welcomed.
     pub fn connections(&self) -> usize {
-        self.seen.lock().unwrap().connections
+        lock(&self.seen).connections
     }
 
     /// Waits until it is connected.
@@ -68,7 +72,7 @@ impl Listener {
 
     async fn until(&self, what: &str, done: impl Fn(&Seen) -> bool) -> Result<()> {
         let deadline = Instant::now() + 2 * PATIENCE;
-        while !done(&self.seen.lock().unwrap()) {
+        while !done(&lock(&self.seen)) {
             ensure!(Instant::now() < deadline, "{what}: not so; it was shown {:?}", self.ids());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

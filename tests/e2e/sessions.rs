@@ -19,7 +19,7 @@ async fn a_handshake_without_a_valid_token_is_refused() -> Result<()> {
         token("demo", "alice", Duration::ZERO),
         sign(&json!({"sub": "alice", "exp": 4_000_000_000_u64}), barid_testkit::token::SECRET),
     ] {
-        let refused = Device::open(&url, &bad).await.err().expect("refused").to_string();
+        let refused = Device::open(&url, &bad).await.expect_err("refused").to_string();
         assert!(refused.contains("401"), "{refused}");
     }
     Ok(())
