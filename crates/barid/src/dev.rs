@@ -32,8 +32,8 @@ const KEY_ID: &str = "dev";
 const PARTITIONS: u16 = 4;
 
 /// Warnings, but for those of streams and leases that end because this process does.
-const LOG: &str =
-    "warn,barid_mesh::link=error,barid_mailbox::routes=error,barid_mailbox::nodes=error";
+const LOG: &str = "warn,fred=error,barid_mesh::link=error,barid_mailbox::routes=error,\
+                   barid_mailbox::nodes=error";
 
 /// Options of `barid dev`.
 #[derive(Debug, clap::Args)]
