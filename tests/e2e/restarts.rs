@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use barid_testkit::{Cluster, Role};
+use barid_testkit::device::{Device, Heard, PATIENCE};
+use barid_testkit::{Cluster, Relay, Role};
 
 use crate::listener::{Flow, Listener};
 
@@ -133,5 +134,77 @@ async fn a_stopped_access_node_delays_no_other() -> Result<()> {
     stopped.count(100).await?;
     let wanted: Vec<String> = (0..100).map(|n| format!("s{n}")).collect();
     ensure!(stopped.ids() == wanted, "{:?}", stopped.ids());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_node_says_where_to_go_before_it_closes() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(Role::Access, 2).start().await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    cluster.node(Role::Access, 0).process()?.term()?;
+    let reconnect_after = loop {
+        match phone.next(PATIENCE).await? {
+            Heard::Other(kind, fields) if kind == "goAway" => break fields,
+            Heard::Closed(code, reason) => panic!("closed with {code} ({reason}) before goAway"),
+            _ => {}
+        }
+    };
+    ensure!(reconnect_after["why"] == "draining", "{reconnect_after}");
+    business.say("alice", "m", "in between").await?;
+    let mut phone_elsewhere = cluster.device_at(1, "alice", "phone").await?;
+    ensure!(phone_elsewhere.take(1).await? == ["m"]);
+    let code = phone.closed(PATIENCE).await?;
+    ensure!(code == 4000 || code == 4502, "closed with {code}");
+    let status = cluster.node(Role::Access, 0).process()?.wait(PATIENCE).await?;
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_13_a_node_whose_lease_lapsed_keeps_its_sessions() -> Result<()> {
+    let mut cluster =
+        Cluster::builder().set_of(Role::Access, "lease_ttl_ms", 1_000).start().await?;
+    let listener = Listener::start(&cluster.url(0).await?, "u0", "phone")?;
+    listener.connected().await?;
+    let business = cluster.business()?;
+    cluster.node(Role::Access, 0).process()?.stop()?;
+    business.say("u0", "stopped", "").await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    cluster.node(Role::Access, 0).process()?.cont()?;
+    listener.count(1).await?;
+    // By the fast path again, once dispatchers know the node's new life.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = cluster.node(Role::Access, 0).metric("barid_access_resends_total").await?;
+    for number in 0..20 {
+        business.say("u0", &format!("m{number}"), "").await?;
+    }
+    listener.count(21).await?;
+    let after = cluster.node(Role::Access, 0).metric("barid_access_resends_total").await?;
+    ensure!(after - before < 1.0, "{} re-sends were needed", after - before);
+    ensure!(listener.connections() == 1, "the session was closed");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_behind_a_dead_link_is_given_up_and_finds_its_messages_later() -> Result<()> {
+    let mut cluster = Cluster::builder()
+        .set_of(Role::Access, "heartbeat.interval_seconds", 1)
+        .set_of(Role::Access, "heartbeat.timeout_seconds", 1)
+        .start()
+        .await?;
+    let relay = Relay::to(cluster.node(Role::Access, 0).address("ws").await?).await?;
+    let url = format!("ws://{}/v1/connect", relay.address());
+    let mut phone = Device::connect(&url, &cluster.token("alice"), "phone").await?;
+    phone.silent(Duration::from_secs(3)).await?;
+    relay.hold();
+    let start = tokio::time::Instant::now();
+    while cluster.node(Role::Access, 0).metric("barid_access_sessions").await? > 0.0 {
+        ensure!(start.elapsed() < Duration::from_secs(8), "the session is still there");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    cluster.business()?.say("alice", "m", "").await?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    ensure!(phone.take(1).await? == ["m"]);
     Ok(())
 }
