@@ -9,4 +9,4 @@ export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 # The end-to-end tests start the roles' binaries, which Cargo builds for a package's own tests only.
 # --tests beside --bins: both are then built with the same features, once.
 cargo build --locked --workspace --bins --tests
-cargo test --locked --workspace "$@"
+cargo test --locked --workspace --no-fail-fast "$@"
