@@ -8,8 +8,8 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_mailbox::{DisconnectRequest, Error, Route, UserKey};
@@ -63,6 +63,16 @@ pub struct Resolver<R> {
 impl<R> Clone for Resolver<R> {
     fn clone(&self) -> Self {
         Self { inner: Arc::clone(&self.inner) }
+    }
+}
+
+/// See [`Resolver::downgrade`].
+pub struct WeakResolver<R>(Weak<Inner<R>>);
+
+impl<R> WeakResolver<R> {
+    /// The resolver, if it is still in use.
+    pub fn upgrade(&self) -> Option<Resolver<R>> {
+        self.0.upgrade().map(|inner| Resolver { inner })
     }
 }
 
@@ -175,6 +185,11 @@ impl<R: Routes> Resolver<R> {
         self.inner.l1.invalidate(user);
         drop(loads);
         self.inner.metrics.l1_invalidations.inc();
+    }
+
+    /// A hold that does not keep it alive, for who reports changes to it and is owned by it.
+    pub fn downgrade(&self) -> WeakResolver<R> {
+        WeakResolver(Arc::downgrade(&self.inner))
     }
 
     /// Anything may have changed.

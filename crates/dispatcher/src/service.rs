@@ -253,10 +253,14 @@ async fn follow_tracking(
     condition: Condition,
     metrics: Metrics,
 ) {
-    let listener = resolver.clone();
-    tracked.on_invalidate(move |invalidation| match invalidation {
-        Invalidation::User(user) => listener.invalidate(&user),
-        Invalidation::All => listener.invalidate_all(),
+    // The resolver reads through `tracked`: holding it here would keep both for ever.
+    let listener = resolver.downgrade();
+    tracked.on_invalidate(move |invalidation| {
+        let Some(listener) = listener.upgrade() else { return };
+        match invalidation {
+            Invalidation::User(user) => listener.invalidate(&user),
+            Invalidation::All => listener.invalidate_all(),
+        }
     });
     let mut tracking = tracked.tracking();
     loop {
