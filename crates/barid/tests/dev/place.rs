@@ -82,7 +82,9 @@ impl Running {
     }
 
     pub fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
+        // The shell's own: a bare Debian has no kill program.
+        let pid = self.child.id().to_string();
+        let kill = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid]).status();
         assert!(kill.unwrap().success());
     }
 
