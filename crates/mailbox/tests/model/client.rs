@@ -23,7 +23,7 @@ pub struct Client {
     standing: Option<Position>,
     received: u64,
     received_chain: Chain,
-    pending: VecDeque<Mark>,
+    pending: VecDeque<(Mark, Option<String>)>,
     /// Shown before the positions started anew: each is dropped once.
     seen: HashSet<String>,
     /// The furthest record of each partition that was shown.
@@ -50,6 +50,10 @@ impl Client {
             return Ok(());
         }
         check!(mark(now) == mark(before), "it said {before:?} and is welcomed at {now:?}");
+        // What came behind that and was not handled may have been forgotten, and its positions given
+        // to other messages: whatever comes now is told by its id.
+        self.seen.extend(self.pending.drain(..).filter_map(|(_, id)| id));
+        self.start(now);
         Ok(())
     }
 
@@ -68,7 +72,7 @@ impl Client {
         check!(seq == self.received + 1, "{seq} after {}: a gap", self.received);
         self.received = seq;
         self.received_chain = self.received_chain.next(id);
-        self.pending.push_back(Mark { seq, chain: self.received_chain });
+        self.pending.push_back((Mark { seq, chain: self.received_chain }, Some(id.to_owned())));
         if self.seen.remove(id) {
             return Ok(());
         }
@@ -86,7 +90,7 @@ impl Client {
         if generation == standing.generation && to.seq > self.received {
             self.received = to.seq;
             self.received_chain = to.chain;
-            self.pending.push_back(to);
+            self.pending.push_back((to, None));
         }
         Ok(())
     }
@@ -94,7 +98,7 @@ impl Client {
     /// The application is done with so many; returns the acknowledgement.
     pub fn handle(&mut self, count: usize) -> Option<(Generation, u64)> {
         let standing = self.standing.as_mut()?;
-        for done in self.pending.drain(..count.min(self.pending.len())) {
+        for (done, _) in self.pending.drain(..count.min(self.pending.len())) {
             standing.seq = Seq(done.seq);
             standing.chain = Some(done.chain);
         }

@@ -14,6 +14,8 @@ const RING: usize = 64;
 pub struct Shard {
     pub positions: [Option<i64>; 2],
     pub boxes: [Mailbox; 2],
+    /// The number of the session that each client's route names.
+    pub routes: [Option<u64>; 4],
 }
 
 #[derive(Debug, Clone)]
@@ -94,7 +96,10 @@ impl Mailbox {
 
     /// The ids from a position to before another.
     pub fn between(&self, from: u64, to: u64) -> Vec<String> {
-        (from..to).filter_map(|seq| self.entries.get(seq as usize - 1)).map(|e| e.id.clone()).collect()
+        (from..to)
+            .filter_map(|seq| self.entries.get(seq as usize - 1))
+            .map(|e| e.id.clone())
+            .collect()
     }
 
     pub fn newest(&self) -> u64 {

@@ -30,6 +30,8 @@ pub(crate) enum Step {
     Redeliver { source: usize },
     /// A push reaches the nodes, not always the first one first.
     Push { user: usize, nth: usize },
+    /// Everything reaches a user's devices, is handled and acknowledged.
+    Serve { user: usize },
     /// The fast path drops what it has.
     LosePushes { user: usize },
     /// A device connects; a connection that it had is not told.
@@ -71,7 +73,7 @@ impl ReferenceStateMachine for Anything {
 
     fn transitions((): &()) -> BoxedStrategy<Step> {
         let (source, user, client) = (0..2_usize, 0..USERS, 0..CLIENTS);
-        let ghost = || prop::bool::weighted(0.15);
+        let ghost = || prop::bool::weighted(0.25);
         prop_oneof![
             12 => (source.clone(), user.clone(), prop::bool::weighted(0.1))
                 .prop_map(|(source, user, repeat)| Step::Produce { source, user, repeat }),
@@ -81,6 +83,7 @@ impl ReferenceStateMachine for Anything {
             2 => source.prop_map(|source| Step::Redeliver { source }),
             8 => (user.clone(), prop_oneof![4 => Just(0), 1 => Just(1_usize)])
                 .prop_map(|(user, nth)| Step::Push { user, nth }),
+            5 => user.clone().prop_map(|user| Step::Serve { user }),
             1 => user.clone().prop_map(|user| Step::LosePushes { user }),
             6 => client.clone().prop_map(|client| Step::Connect { client }),
             1 => client.clone().prop_map(|client| Step::ConnectLate { client }),

@@ -147,7 +147,9 @@ impl Session {
 
     fn skip(&mut self, to: Mark) {
         let at = self.at.seq;
-        while let Some(gone) = self.sent.iter().position(|(sent, _)| sent.seq > at && sent.seq <= to.seq) {
+        while let Some(gone) =
+            self.sent.iter().position(|(sent, _)| sent.seq > at && sent.seq <= to.seq)
+        {
             let (_, end) = self.sent.remove(gone).expect("it was found");
             match gone.checked_sub(1) {
                 Some(before) => self.sent[before].1 = end,

@@ -135,7 +135,11 @@ impl Store {
 impl<'a> World<'a> {
     /// With an empty Redis.
     pub async fn new(store: &'a mut Store) -> Checked<Self> {
-        store.eval("for _, k in ipairs(redis.call('KEYS', '*{0}:*')) do redis.call('DEL', k) end", &[])
+        store
+            .eval(
+                "for _, k in ipairs(redis.call('KEYS', '*{0}:*')) do redis.call('DEL', k) end",
+                &[],
+            )
             .await;
         let mut world = Self {
             store,

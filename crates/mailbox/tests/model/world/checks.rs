@@ -2,7 +2,9 @@
 
 use barid_mailbox::Inspection;
 
-use super::{CLIENTS, Checked, USERS, World, check, device_of, session_ref, text, user_key, user_of};
+use super::{
+    CLIENTS, Checked, USERS, World, check, device_of, session_ref, text, user_key, user_of,
+};
 use crate::session::parse;
 
 impl World<'_> {
@@ -12,6 +14,7 @@ impl World<'_> {
             let seen = self.store.mailbox.inspect(&user_key(user)).await.map_err(text)?;
             self.entries_are_as_accepted(user, &seen)?;
             timers_are_right(&seen)?;
+            self.routes_are_as_written(user, &seen)?;
             self.seen[user] = seen;
         }
         Ok(())
@@ -35,6 +38,16 @@ impl World<'_> {
             let chain = mailbox.entries[seq as usize - 1].chain;
             let right = (header.epoch, header.seq.0, header.chain) == (epoch, seq, chain);
             check!(right, "the entry at {seq} has the header {header:?}");
+        }
+        Ok(())
+    }
+
+    fn routes_are_as_written(&self, user: usize, seen: &Inspection) -> Checked {
+        for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
+            let route = seen.routes.iter().find(|route| route.device == device_of(client));
+            let route = route.map(|route| route.session.connection.0);
+            let expected = self.now.routes[client];
+            check!(route == expected, "client {client} has route {route:?}, not {expected:?}");
         }
         Ok(())
     }
@@ -71,8 +84,8 @@ impl World<'_> {
         let routed = after.routes.iter().any(|r| r.device == device && r.session == here);
         let state = |seen: &Inspection| seen.devices.iter().find(|d| d.device == device).cloned();
         let (Some(before), Some(now)) = (state(before), state(after)) else { return Ok(()) };
-        let progress = before.cursor.generation == now.cursor.generation
-            && before.cursor.seq < now.cursor.seq;
+        let progress =
+            before.cursor.generation == now.cursor.generation && before.cursor.seq < now.cursor.seq;
         let fresh = now.attempt == 0 && (now.due_ms == 0 || now.due_ms > after.now_ms);
         check!(!routed || !progress || fresh, "progress, and the retries go on: {now:?}");
         Ok(())
@@ -87,11 +100,26 @@ impl World<'_> {
         }
     }
 
+    /// What was there before a device is not owed to it: it starts where the others are.
+    pub(super) fn begins(&mut self, client: usize, cursor: u64) -> Checked {
+        let mailbox = &self.now.boxes[user_of(client)];
+        let seen = &self.seen[user_of(client)];
+        if !seen.devices.iter().any(|state| state.device == device_of(client)) {
+            let furthest = seen.devices.iter().map(|state| state.cursor.seq.0).max();
+            let start = furthest.unwrap_or(0).max(mailbox.oldest - 1);
+            check!(cursor == start, "a new device starts at {cursor}, not at {start}");
+        }
+        let before = mailbox.between(1, cursor + 1);
+        self.clients[client].missed.extend(before);
+        Ok(())
+    }
+
     /// Whether client may be told that there is nothing from one position to before another.
     pub(super) fn may_skip(&self, client: usize, from: u64, to: u64) -> Checked {
         let state = &self.clients[client];
         let skipped = self.now.boxes[user_of(client)].between(from, to);
-        let lost = skipped.iter().find(|id| !state.shown.contains(*id) && !state.missed.contains(*id));
+        let lost =
+            skipped.iter().find(|id| !state.shown.contains(*id) && !state.missed.contains(*id));
         check!(lost.is_none(), "client {client} is told to skip {lost:?}, which was not evicted");
         Ok(())
     }

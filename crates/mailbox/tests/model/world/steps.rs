@@ -13,7 +13,7 @@ use super::{
 use crate::Step;
 use crate::mailboxes::Expected;
 use crate::purger::Group;
-use crate::session::{Mark, Next, Out, Session, mark};
+use crate::session::{Mark, Next, Out, Session};
 
 /// Rounds of repairs in which everything has to settle.
 const ROUNDS: usize = 12;
@@ -26,6 +26,7 @@ impl World<'_> {
             Step::Rebalance { source } => self.rebalance(source).await?,
             Step::Redeliver { source } => self.redeliver(source).await?,
             Step::Push { user, nth } => self.push(user, nth).await?,
+            Step::Serve { user } => self.serve(user).await?,
             Step::LosePushes { user } => self.pushes[user].clear(),
             Step::Connect { client } => self.connect(client, false).await?,
             Step::ConnectLate { client } => self.connect(client, true).await?,
@@ -161,6 +162,7 @@ impl World<'_> {
     }
 
     async fn connect(&mut self, client: usize, late: bool) -> Checked {
+        self.look().await?;
         let state = &mut self.clients[client];
         if late && state.attempts == 0 {
             return Ok(());
@@ -186,23 +188,17 @@ impl World<'_> {
         if let Some(old) = replaced {
             let ours = self.clients[client].current == Some(old.connection.0);
             check!(!late || !ours, "a late connect replaced the live session");
-            self.sessions.retain(|session| session.number != old.connection.0);
         }
+        self.now.routes[client] = Some(number);
         self.sessions.push(Session::new(client, number, tried, cursor, newest));
         if late {
             return Ok(()); // nobody listens
         }
         self.clients[client].current = Some(number);
         if self.clients[client].is_new() {
-            self.begins(client, mark(cursor));
+            self.begins(client, cursor.seq.0)?;
         }
         self.clients[client].welcome(cursor)
-    }
-
-    /// What was there before a device is not owed to it.
-    fn begins(&mut self, client: usize, cursor: Mark) {
-        let before = self.now.boxes[user_of(client)].between(1, cursor.seq + 1);
-        self.clients[client].missed.extend(before);
     }
 
     /// A session ends: it hands in what it owes, and its route goes if it is still its own.
@@ -221,7 +217,14 @@ impl World<'_> {
         if *current == Some(session.number) {
             *current = None;
         }
+        self.unrouted(session.client, session.number);
         Ok(())
+    }
+
+    /// A route goes if it is still this session's.
+    fn unrouted(&mut self, client: usize, number: u64) {
+        let route = &mut self.now.routes[client];
+        *route = route.filter(|routed| *routed != number);
     }
 
     fn handle(&mut self, client: usize, count: usize) {
@@ -229,6 +232,29 @@ impl World<'_> {
         if let Some(index) = self.find(client, false) {
             self.sessions[index].acknowledged(generation, seq);
         }
+    }
+
+    /// The fast path does what it can, up to the acks.
+    async fn serve(&mut self, user: usize) -> Checked {
+        while !self.pushes[user].is_empty() {
+            self.push(user, 0).await?;
+        }
+        for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
+            self.exhaust(client).await?;
+        }
+        Ok(())
+    }
+
+    /// A client and its session go on until neither has anything to do.
+    async fn exhaust(&mut self, client: usize) -> Checked {
+        for _ in 0..32 {
+            self.handle(client, usize::MAX);
+            match self.find(client, false) {
+                Some(index) if self.turn(index).await? => (),
+                _ => break,
+            }
+        }
+        Ok(())
     }
 
     /// The session does what it wants next. A page comes back a turn later.
@@ -327,6 +353,9 @@ impl World<'_> {
         let refused = outcome == barid_mailbox::ConfirmOutcome::Superseded;
         let current = self.clients[client].current == Some(number);
         check!(!refused || !current, "the newest session of client {client} was superseded");
+        if !refused {
+            self.now.routes[client] = Some(number);
+        }
         let mut out = Vec::new();
         self.sessions[index].confirmed(outcome, &mut out);
         self.tell(number, out).await
@@ -340,7 +369,9 @@ impl World<'_> {
         let mut expected: Vec<_> = seen
             .routes
             .iter()
-            .filter(|route| behind(route.device.clone()).is_some_and(|d| d.cursor.seq < seen.newest))
+            .filter(|route| {
+                behind(route.device.clone()).is_some_and(|d| d.cursor.seq < seen.newest)
+            })
             .map(|route| (route.device.to_string(), route.session.connection.0))
             .collect();
         let retry = self.store.config.retry().map_err(|error| error.to_string())?;
@@ -364,9 +395,14 @@ impl World<'_> {
             self.sessions[index].resend();
             return Ok(());
         }
-        let device = barid_core::DeviceId::new(device).map_err(|error| error.to_string())?;
-        let request =
-            DisconnectRequest { user: user_key(user), device, session: session_ref(number) };
+        let of = |client: &usize| user_of(*client) == user && device_of(*client).as_str() == device;
+        let client = (0..CLIENTS).find(of).ok_or("a device of this test")?;
+        let request = DisconnectRequest {
+            user: user_key(user),
+            device: device_of(client),
+            session: session_ref(number),
+        };
+        self.unrouted(client, number);
         self.store.mailbox.disconnect(request).await.map_err(text)
     }
 
@@ -436,13 +472,7 @@ impl World<'_> {
             self.fire(user).await?;
         }
         for client in 0..CLIENTS {
-            for _ in 0..32 {
-                self.handle(client, usize::MAX);
-                match self.find(client, false) {
-                    Some(index) if self.turn(index).await? => (),
-                    _ => break,
-                }
-            }
+            self.exhaust(client).await?;
         }
         self.look().await
     }
@@ -473,4 +503,3 @@ impl World<'_> {
         self.sessions.iter().position(|session| session.number == number)
     }
 }
-
