@@ -132,7 +132,8 @@ async fn a_token_that_expires_closes_the_connection_unless_it_is_refreshed() -> 
 }
 
 #[tokio::test]
-async fn five_resends_without_an_answer_close_with_4001_and_the_message_stays() -> Result<()> {
+async fn hazard_15_five_resends_without_an_answer_close_with_4001_and_the_message_stays()
+-> Result<()> {
     let world = World::new().await?;
     let node = world.node().await?;
     let mut dispatcher = node.dispatcher().await?;
@@ -495,7 +496,7 @@ async fn copy_mailbox(world: &World, user: &str, from: &str, to: &str) -> Result
 }
 
 #[tokio::test]
-async fn hazard_3_a_message_that_took_anothers_place_in_a_failover_is_shown() -> Result<()> {
+async fn hazard_03_a_message_that_took_anothers_place_in_a_failover_is_shown() -> Result<()> {
     let world = World::new().await?;
     let node = world.node().await?;
     let mut dispatcher = node.dispatcher().await?;

@@ -214,7 +214,7 @@ async fn a_topic_created_again_is_read_from_its_start() {
 }
 
 #[tokio::test]
-async fn a_dead_letter_that_its_topic_does_not_take_is_cut_and_says_so() {
+async fn hazard_23_a_dead_letter_that_its_topic_does_not_take_is_cut_and_says_so() {
     let config = apache().await;
     let dead = DeadLetters::new(Producer::new(&config).unwrap(), &config);
     let record = |bytes: usize| Record {

@@ -436,7 +436,7 @@ async fn what_redis_forgets_is_noticed_without_new_messages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn scripts_that_redis_forgot_lose_no_batch() {
+async fn hazard_01_scripts_that_redis_forgot_lose_no_batch() {
     let world = World::new(false).await;
     let purger = world.start().await;
     for round in 0..10 {

@@ -464,7 +464,7 @@ fn what_was_evicted_meanwhile_is_skipped_on_a_resend() {
 }
 
 #[test]
-fn hazard_3_a_fork_at_the_acknowledged_position_starts_over() {
+fn hazard_03_a_fork_at_the_acknowledged_position_starts_over() {
     let (mut old, mut new) = (History::of(6), History::of(6));
     let mut walk = Walk::new(&old, 6);
     old.add("x");

@@ -94,7 +94,7 @@ async fn loads_of_one_user_are_coalesced_and_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_that_an_invalidation_overtook_is_not_kept() {
+async fn hazard_20_a_value_that_an_invalidation_overtook_is_not_kept() {
     let (resolver, mut held) = setup();
     let old = resolver.look(&user("alice"));
     let read = held.recv().await.unwrap();
@@ -165,7 +165,7 @@ async fn a_master_that_is_away_fails_its_own_users_fast_and_no_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_resend_reads_again_and_writes_back() {
+async fn hazard_20_a_resend_reads_again_and_writes_back() {
     let (resolver, mut held) = setup();
     let look = resolver.look(&user("alice"));
     answer(&mut held, 1).await;

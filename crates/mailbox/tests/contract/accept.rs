@@ -11,7 +11,7 @@ use crate::support::{Bed, at, contract, message, sleep_ms};
 contract!(
     entries_are_contiguous_and_stored_as_they_were_returned,
     lua_and_rust_compute_the_same_chain,
-    a_redelivered_position_is_accepted_before_and_another_record_a_duplicate,
+    hazard_25_a_redelivered_position_is_accepted_before_and_another_record_a_duplicate,
     the_ring_forgets_ids_after_64_more,
     hazard_01_an_overtaken_batch_is_a_gap_and_writes_nothing,
     hazard_06_a_later_leader_epoch_passes_earlier_offsets,
@@ -26,7 +26,7 @@ contract!(
     eviction_by_age_is_counted_and_told,
     hazard_18_head_and_queue_expire_together_into_a_new_epoch,
     a_collapse_key_voids_the_older_entry_in_its_place,
-    collapse_keys_are_dropped_below_the_oldest_entry,
+    hazard_24_collapse_keys_are_dropped_below_the_oldest_entry,
     reading_is_bounded_by_entries_and_bytes,
     reading_a_mailbox_that_is_not_there_is_an_empty_page,
 );
@@ -66,7 +66,9 @@ async fn lua_and_rust_compute_the_same_chain(bed: Bed) {
     assert_ne!(chain, Chain::START);
 }
 
-async fn a_redelivered_position_is_accepted_before_and_another_record_a_duplicate(bed: Bed) {
+async fn hazard_25_a_redelivered_position_is_accepted_before_and_another_record_a_duplicate(
+    bed: Bed,
+) {
     let user = bed.user("alice");
     bed.fill(&user, 1..=3).await;
     assert_eq!(bed.accept(&user, 2, "m2").await, AcceptOutcome::AcceptedBefore);
@@ -284,7 +286,7 @@ async fn a_collapse_key_voids_the_older_entry_in_its_place(bed: Bed) {
     assert_eq!(&decoded[2].payload[..], b"m3");
 }
 
-async fn collapse_keys_are_dropped_below_the_oldest_entry(bed: Bed) {
+async fn hazard_24_collapse_keys_are_dropped_below_the_oldest_entry(bed: Bed) {
     let bed = bed.with(|config| config.entries_max = 3).await;
     let user = bed.user("alice");
     for offset in 1..=10 {

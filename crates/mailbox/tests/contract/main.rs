@@ -5,6 +5,7 @@ mod accept;
 mod acks;
 mod cost;
 mod faults;
+mod forgetting;
 mod leases;
 mod sessions;
 mod support;

@@ -19,7 +19,7 @@ contract!(
     a_newer_session_is_told_what_it_replaced,
     hazard_14_a_late_connect_of_an_older_attempt_is_superseded,
     the_fence_stays_when_the_newer_session_is_gone,
-    the_device_unused_for_longest_is_forgotten,
+    hazard_24_the_device_unused_for_longest_is_forgotten,
     devices_that_are_online_are_never_forgotten,
     only_the_routes_own_session_removes_it,
     a_message_after_connect_finds_the_device_online,
@@ -175,7 +175,7 @@ async fn the_fence_stays_when_the_newer_session_is_gone(bed: Bed) {
     bed.connect(&user, "phone", 3).await;
 }
 
-async fn the_device_unused_for_longest_is_forgotten(bed: Bed) {
+async fn hazard_24_the_device_unused_for_longest_is_forgotten(bed: Bed) {
     let bed = bed.with(|config| config.devices_max = 3).await;
     let user = bed.user("alice");
     for (n, device) in (1..).zip(["a", "b", "c"]) {

@@ -328,7 +328,7 @@ fn check(fates: Vec<Fate>) {
 }
 
 #[test]
-fn an_overtaken_batch_is_found_by_its_gap() {
+fn hazard_01_an_overtaken_batch_is_found_by_its_gap() {
     // The first calls are lost on their way, as by NOSCRIPT, and the store falls back meanwhile.
     check(vec![Fate::Executed, Fate::Executed, Fate::Lost, Fate::Forgets(0), Fate::Executed]);
 }

@@ -1,0 +1,196 @@
+//! Two purgers, a connect beside an accept, and a Redis that forgets.
+
+use barid_core::{Position, Seq};
+use barid_mailbox::{
+    AcceptOutcome, AckOutcome, ConfirmOutcome, GroupOutcome, LogPosition, UserKey,
+};
+use barid_wire::envelope;
+
+use crate::support::{Bed, at, confirmation, connected, contract, hello, message, open};
+
+contract!(
+    two_purgers_accept_the_same_record_once,
+    two_purgers_at_once_keep_one_order,
+    a_message_beside_a_connect_is_pushed_or_read,
+    a_redis_that_lost_everything_says_so_and_takes_all_again,
+    hazard_03_a_redis_that_went_back_by_ten_writes_and_moved_on_shows_what_took_their_place,
+    hazard_14_what_a_replaced_session_still_sends_changes_nothing_of_the_newer_one,
+);
+
+fn accepted(outcome: &GroupOutcome) -> usize {
+    let GroupOutcome::Done(outcomes) = outcome else { panic!("{outcome:?}") };
+    outcomes.iter().filter(|outcome| matches!(outcome, AcceptOutcome::Accepted { .. })).count()
+}
+
+async fn two_purgers_accept_the_same_record_once(bed: Bed) {
+    let user = bed.user("alice");
+    let records = |offsets: std::ops::RangeInclusive<i64>| {
+        offsets.map(|offset| message(&user, offset, &format!("m{offset}"))).collect::<Vec<_>>()
+    };
+    assert_eq!(accepted(&bed.accept_group(records(1..=3), None).await), 3);
+    // The partition moved; the second begins at the commit, the first does not know yet.
+    assert_eq!(accepted(&bed.accept_group(records(2..=5), None).await), 2);
+    assert_eq!(accepted(&bed.accept_group(records(4..=6), Some(at(3))).await), 1);
+    assert_eq!(accepted(&bed.accept_group(records(6..=7), Some(at(5))).await), 1);
+    assert_eq!(ids(&bed, &user).await, ["m1", "m2", "m3", "m4", "m5", "m6", "m7"]);
+}
+
+async fn two_purgers_at_once_keep_one_order(bed: Bed) {
+    let user = bed.user("alice");
+    let other = open(&bed.config).await;
+    let mut prev = None;
+    for offset in 1..=20 {
+        let group = [bed.group(vec![message(&user, offset, &format!("m{offset}"))], prev)];
+        let (one, two) =
+            futures::future::join(bed.mailbox.accept(&group), other.accept(&group)).await;
+        let once = accepted(one[0].as_ref().unwrap()) + accepted(two[0].as_ref().unwrap());
+        assert_eq!(once, 1);
+        prev = Some(at(offset));
+    }
+    let expected: Vec<_> = (1..=20).map(|offset| format!("m{offset}")).collect();
+    assert_eq!(ids(&bed, &user).await, expected);
+}
+
+async fn a_message_beside_a_connect_is_pushed_or_read(bed: Bed) {
+    let other = open(&bed.config).await;
+    // One before the other, the other before the one, and at once.
+    for round in 0..30_u64 {
+        let user = bed.user(&format!("user{round}"));
+        let group = [bed.group(vec![message(&user, round as i64, "m")], None)];
+        let accept = other.accept(&group);
+        let connect = bed.mailbox.connect(hello(&user, "phone", 1));
+        let (outcomes, connect) = match round % 3 {
+            0 => {
+                let outcomes = accept.await;
+                (outcomes, connect.await)
+            }
+            1 => {
+                let connect = connect.await;
+                (accept.await, connect)
+            }
+            _ => futures::future::join(accept, connect).await,
+        };
+        let connected = connected(connect.unwrap());
+        let GroupOutcome::Done(done) = outcomes[0].as_ref().unwrap() else { panic!("a gap") };
+        let AcceptOutcome::Accepted { online, .. } = done[0] else { panic!("{done:?}") };
+        assert_eq!(online, connected.newest == Seq(0), "round {round}: {connected:?}");
+        match round % 3 {
+            0 => assert!(!online),
+            1 => assert!(online),
+            _ => (),
+        }
+        assert!(bed.timer(&user).await.is_some(), "armed by whichever came second");
+    }
+}
+
+async fn a_redis_that_lost_everything_says_so_and_takes_all_again(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=5).await;
+    bed.ack(&user, "phone", 1, 3).await;
+    let place = bed.position(&user, 5).await;
+    forget(&bed, &user).await;
+    // The purger's next batch finds out, and it begins again from what Kafka holds.
+    let next = vec![message(&user, 6, "m6")];
+    assert_eq!(bed.accept_group(next, Some(at(5))).await, GroupOutcome::Gap(None));
+    bed.fill(&user, 1..=6).await;
+    // The session that lives on is told that its mailbox is another, and is reset by its next ack.
+    let ConfirmOutcome::Confirmed { restored, epoch, .. } =
+        bed.confirm(confirmation(&user, "phone", 1, place)).await
+    else {
+        panic!()
+    };
+    assert!(restored && epoch != place.epoch);
+    let AckOutcome::Reset { cursor } = bed.ack_at(&user, "phone", 1, place).await else { panic!() };
+    assert_eq!((cursor.seq, cursor.epoch), (Seq(0), epoch));
+    assert_eq!(ids(&bed, &user).await, ["m1", "m2", "m3", "m4", "m5", "m6"]);
+    assert!(bed.timer(&user).await.is_some());
+}
+
+async fn hazard_03_a_redis_that_went_back_by_ten_writes_and_moved_on_shows_what_took_their_place(
+    bed: Bed,
+) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.connect(&user, "tablet", 2).await;
+    bed.fill(&user, 1..=5).await;
+    bed.ack(&user, "phone", 1, 5).await;
+    keep(&bed, &user).await;
+    bed.fill(&user, 6..=10).await;
+    for seq in 6..=10 {
+        bed.ack(&user, "phone", 1, seq).await;
+    }
+    let before: Position = bed.position(&user, 10).await;
+    go_back(&bed, &user, at(5)).await;
+    let next = vec![message(&user, 11, "m11")];
+    let gap = bed.accept_group(next, Some(at(10))).await;
+    assert_eq!(gap, GroupOutcome::Gap(Some(at(5))));
+    // Another partition is faster than the one that has to be read again.
+    for n in 0..5 {
+        let mut other = bed.group(vec![message(&user, n, &format!("other{n}"))], None);
+        other.source.partition += 1;
+        assert_eq!(accepted(bed.mailbox.accept(&[other]).await[0].as_ref().unwrap()), 1);
+    }
+    bed.fill(&user, 6..=11).await;
+    // What the phone acknowledged is no place in this history: nothing is trimmed for it.
+    let AckOutcome::Reset { cursor } = bed.ack_at(&user, "phone", 1, before).await else {
+        panic!()
+    };
+    assert_eq!(cursor.seq, Seq(0), "the oldest that the tablet needs");
+    let connected = bed.resume(&user, "phone", 3, before).await;
+    assert!(connected.reset && connected.cursor.seq == Seq(0), "{connected:?}");
+    let all = ids(&bed, &user).await;
+    assert_eq!(all.len(), 16);
+    assert_eq!(all[5..7], ["other0", "other1"]);
+    assert_eq!(all[10..12], ["m6", "m7"]);
+}
+
+async fn hazard_14_what_a_replaced_session_still_sends_changes_nothing_of_the_newer_one(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=2).await;
+    bed.connect(&user, "phone", 2).await;
+    let armed = bed.timer(&user).await;
+    bed.disconnect(&user, "phone", 1).await;
+    assert_eq!(bed.mailbox.read_routes(&user).await.unwrap()[0].session.connection.0, 2);
+    assert_eq!(bed.timer(&user).await, armed);
+    let place = bed.position(&user, 0).await;
+    let late = bed.confirm(confirmation(&user, "phone", 1, place)).await;
+    assert_eq!(late, ConfirmOutcome::Superseded);
+}
+
+async fn ids(bed: &Bed, user: &UserKey) -> Vec<String> {
+    let page = bed.page(user, 0).await;
+    page.entries.into_iter().map(|entry| envelope::decode(entry).unwrap().1.id).collect()
+}
+
+/// Everything of a user and of the test's partition is gone. Shards are shared between tests.
+async fn forget(bed: &Bed, user: &UserKey) {
+    let keys = ["h", "q", "r"].map(|kind| bed.key(kind, user));
+    let () = bed.query(&["DEL", &keys[0], &keys[1], &keys[2]]).await;
+    let () = bed.query(&["ZREM", &bed.key("t", user), &format!("demo\0{}", user.user)]).await;
+    let field = format!("{}:3", bed.source().topic_id);
+    let gone: i64 = bed.query(&["HDEL", &bed.key("o", user), &field]).await;
+    assert_eq!(gone, 1);
+}
+
+/// Copies what Redis has of a user now; [`go_back`] brings it back.
+async fn keep(bed: &Bed, user: &UserKey) {
+    for kind in ["h", "q", "r"] {
+        let key = bed.key(kind, user);
+        let copied: i64 = bed.query(&["COPY", &key, &format!("{key}:before")]).await;
+        assert_eq!(copied, 1);
+    }
+}
+
+async fn go_back(bed: &Bed, user: &UserKey, position: LogPosition) {
+    forget(bed, user).await;
+    for kind in ["h", "q", "r"] {
+        let key = bed.key(kind, user);
+        let () = bed.query(&["RENAME", &format!("{key}:before"), &key]).await;
+    }
+    let LogPosition { leader_epoch, offset, index } = position;
+    let (field, text) =
+        (format!("{}:3", bed.source().topic_id), format!("{leader_epoch} {offset} {index}"));
+    let () = bed.query(&["HSET", &bed.key("o", user), &field, &text]).await;
+}
