@@ -340,6 +340,27 @@ async fn a_killed_purger_loses_nothing_and_repeats_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hazard_25_what_is_redelivered_after_a_crash_is_told_accepted_not_duplicate() {
+    let mut world = World::new(false).await;
+    world.config.commit_interval_ms = 1_000_000;
+    let asked = |id: &str| record(id, "alice", r#","receipts":["accepted","duplicate"]"#);
+    let first = world.start().await;
+    world.produce("alice", asked("once")).await;
+    assert_eq!(world.receipts(1).await[0].kind(), ReceiptKind::Accepted);
+    first.kill(); // behind the receipt, before the commit
+    let second = world.start().await;
+    world.produce("alice", asked("later")).await;
+    world.produce("alice", asked("once")).await; // the business sends it again
+    let receipts = world.receipts(4).await;
+    let told: Vec<_> = receipts.iter().map(|r| (r.id.as_str(), r.kind())).collect();
+    let accepted = |id| (id, ReceiptKind::Accepted);
+    let again = ("once", ReceiptKind::Duplicate);
+    assert_eq!(told, [accepted("later"), accepted("once"), accepted("once"), again]);
+    assert_eq!(second.stop().await, Stopped::Clean);
+    assert_eq!(world.ids("alice").await, ["once", "later"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn redis_away_loses_nothing_and_is_told() {
     let mut world = World::new(false).await;
     let purger = world.start().await;

@@ -10,8 +10,8 @@ use barid_core::{
     AppId, Attempt, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
-    AcceptGroup, AcceptMessage, DueUser, Inspection, LogPosition, Mailbox, RedisConfig, Source,
-    UserKey,
+    AcceptGroup, AcceptMessage, AckRequest, DueUser, Inspection, LogPosition, Mailbox, RedisConfig,
+    Source, UserKey,
 };
 use barid_runtime::SecretUrl;
 use barid_testkit::Redis;
@@ -59,6 +59,8 @@ pub struct World<'a> {
     sessions: Vec<Session>,
     clients: [Client; CLIENTS],
     claims: Vec<DueUser>,
+    /// Every acknowledgement so far, with the index of its client.
+    acks: Vec<(usize, AckRequest)>,
     /// Ids whose mailbox expired.
     expired: HashSet<String>,
     connections: u64,
@@ -150,6 +152,7 @@ impl<'a> World<'a> {
             sessions: Vec::new(),
             clients: Default::default(),
             claims: Vec::new(),
+            acks: Vec::new(),
             expired: HashSet::new(),
             connections: 0,
             seen: Vec::new(),

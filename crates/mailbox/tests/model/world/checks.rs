@@ -53,9 +53,10 @@ impl World<'_> {
     }
 
     /// After an ack of a session: what left was shown to every device that Redis knows.
-    pub(super) async fn look_after_ack(&mut self, user: usize, session: usize) -> Checked {
+    pub(super) async fn look_after_ack(&mut self, client: usize, number: u64) -> Checked {
+        let user = user_of(client);
         let seen = self.store.mailbox.inspect(&user_key(user)).await.map_err(text)?;
-        self.progress_starts_over(session, &self.seen[user], &seen)?;
+        progress_starts_over(client, number, &self.seen[user], &seen)?;
         let mailbox = &mut self.now.boxes[user];
         check!(seen.oldest.0 >= mailbox.oldest, "the oldest entry went back");
         let gone = mailbox.leave(seen.oldest.0);
@@ -69,26 +70,6 @@ impl World<'_> {
             }
         }
         self.look().await
-    }
-
-    /// A device that gets on is not counted against: its retries begin again.
-    fn progress_starts_over(
-        &self,
-        session: usize,
-        before: &Inspection,
-        after: &Inspection,
-    ) -> Checked {
-        let session = &self.sessions[session];
-        let device = device_of(session.client);
-        let here = session_ref(session.number);
-        let routed = after.routes.iter().any(|r| r.device == device && r.session == here);
-        let state = |seen: &Inspection| seen.devices.iter().find(|d| d.device == device).cloned();
-        let (Some(before), Some(now)) = (state(before), state(after)) else { return Ok(()) };
-        let progress =
-            before.cursor.generation == now.cursor.generation && before.cursor.seq < now.cursor.seq;
-        let fresh = now.attempt == 0 && (now.due_ms == 0 || now.due_ms > after.now_ms);
-        check!(!routed || !progress || fresh, "progress, and the retries go on: {now:?}");
-        Ok(())
     }
 
     /// Ids that devices need not be shown any more.
@@ -160,5 +141,27 @@ fn timers_are_right(seen: &Inspection) -> Checked {
         let known = seen.devices.iter().any(|state| state.device == route.device);
         check!(known || seen.newest.0 == 0, "a route of an unknown device: {seen:?}");
     }
+    Ok(())
+}
+
+/// A cursor never goes back, and a device that gets on is not counted against: its retries begin
+/// again.
+fn progress_starts_over(
+    client: usize,
+    number: u64,
+    before: &Inspection,
+    after: &Inspection,
+) -> Checked {
+    let (device, here) = (device_of(client), session_ref(number));
+    let routed = after.routes.iter().any(|r| r.device == device && r.session == here);
+    let state = |seen: &Inspection| seen.devices.iter().find(|d| d.device == device).cloned();
+    let (Some(before), Some(now)) = (state(before), state(after)) else { return Ok(()) };
+    let (old, new) = (before.cursor, now.cursor);
+    if (old.epoch, old.generation) != (new.epoch, new.generation) {
+        return Ok(());
+    }
+    check!(new.seq >= old.seq, "an ack moved a cursor back: {before:?} {now:?}");
+    let fresh = now.attempt == 0 && (now.due_ms == 0 || now.due_ms > after.now_ms);
+    check!(!routed || new.seq == old.seq || fresh, "progress, and the retries go on: {now:?}");
     Ok(())
 }

@@ -22,6 +22,10 @@ impl World<'_> {
     pub async fn step(&mut self, step: &Step) -> Checked {
         match *step {
             Step::Produce { source, user, repeat } => self.produce(source, user, repeat),
+            Step::Send { source, user } => {
+                self.produce(source, user, false);
+                self.pump(source, 0, 3).await?;
+            }
             Step::Accept { source, purger, count } => self.pump(source, purger, count).await?,
             Step::Rebalance { source } => self.rebalance(source).await?,
             Step::Redeliver { source } => self.redeliver(source).await?,
@@ -54,6 +58,7 @@ impl World<'_> {
             }
             Step::Fire { user } => self.fire(user).await?,
             Step::Defer => self.defer().await?,
+            Step::AckLate { nth } => self.ack_late(nth).await?,
             Step::Expire { user } => self.expire(user).await,
             Step::Replicate => {
                 self.store.replicate().await;
@@ -287,11 +292,23 @@ impl World<'_> {
             seq: Seq(owed.seq),
             chain: owed.chain,
         };
+        let (client, number) = (session.client, session.number);
+        self.acks.push((client, request.clone()));
         let outcome = self.store.mailbox.ack(request).await.map_err(text)?;
-        self.look_after_ack(user, index).await?;
+        self.look_after_ack(client, number).await?;
         let mut out = Vec::new();
         self.sessions[index].acked(outcome, &mut out);
         Ok(out)
+    }
+
+    /// Nobody waits for the answer any more.
+    async fn ack_late(&mut self, nth: usize) -> Checked {
+        let Some((client, request)) = self.acks.iter().rev().nth(nth).cloned() else {
+            return Ok(());
+        };
+        let number = request.session.connection.0;
+        self.store.mailbox.ack(request).await.map_err(text)?;
+        self.look_after_ack(client, number).await
     }
 
     async fn read(&mut self, index: usize) -> Checked {
@@ -418,7 +435,13 @@ impl World<'_> {
             devices: claim.devices.into_iter().map(|due| due.device).collect(),
             delay_ms: 1_000,
         };
-        self.store.mailbox.defer(&[request]).await.map_err(text)
+        let before = self.store.mailbox.inspect(&request.user).await.map_err(text)?;
+        let ours = before.timer_due_ms == Some(request.claimed_score);
+        self.store.mailbox.defer(std::slice::from_ref(&request)).await.map_err(text)?;
+        let after = self.store.mailbox.inspect(&request.user).await.map_err(text)?;
+        let same = format!("{:?}", before.devices) == format!("{:?}", after.devices);
+        check!(ours || same, "a defer changed what it had not claimed: {before:?} {after:?}");
+        Ok(())
     }
 
     async fn expire(&mut self, user: usize) {
