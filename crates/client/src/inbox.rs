@@ -137,14 +137,38 @@ impl Inbox {
             }
             return;
         }
-        self.acked = now.seq;
         if now.seq > standing.received {
             // Further than anything that came here: another program holds this device's place.
             self.pending.clear();
+            self.acked = now.seq;
             self.standing = Some(Standing::at(now));
+        } else if now.seq > before.seq {
+            self.acked = now.seq;
+            self.ack_due = false;
         } else {
-            self.ack_due = now.seq < before.seq;
+            self.go_on(before, now);
         }
+    }
+
+    /// The same history as far as it was handled. Of what came behind that, Redis may have forgotten
+    /// some and given its positions to other messages: it all comes again, and ids tell what the
+    /// application has.
+    fn go_on(&mut self, before: Position, now: Position) {
+        self.life += 1;
+        for entry in self.pending.drain(..) {
+            match entry.state {
+                State::Out | State::Ghost => self.ghosts.insert(entry.id),
+                State::Done => entry.id != 0 && self.seen.insert(entry.id),
+                State::Waiting(_) | State::Refused => false,
+            };
+        }
+        if self.seen.len() > RECENT_MAX {
+            let recent: HashSet<u64> = self.recent.iter().copied().collect();
+            self.seen.retain(|id| recent.contains(id));
+        }
+        self.standing = Some(Standing::at(before));
+        self.acked = now.seq;
+        self.ack_due = now.seq < before.seq;
     }
 
     fn reset(&mut self, now: Position) {

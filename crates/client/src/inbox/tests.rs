@@ -99,6 +99,24 @@ fn an_ack_never_passes_a_message_that_is_not_handled() {
 }
 
 #[test]
+fn hazard_03_what_took_anothers_place_while_the_device_was_away_is_shown() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "x");
+    device.deliver(G, 2, "y");
+    let x = device.take(); // it is being handled, and "y" waits
+    // The connection breaks, Redis forgets both, "z" becomes 1 and they are accepted again.
+    device.welcome(at(7, 1, 0));
+    device.deliver(G, 1, "z");
+    device.inbox.finished(x, true);
+    assert_eq!(device.acked(), None, "what was handled is not what now stands there");
+    assert_eq!(device.handle_all(), ["z"]);
+    device.deliver(G, 2, "x");
+    device.deliver(G, 3, "y");
+    assert_eq!(device.handle_all(), ["y"], "x was handled");
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
 fn what_came_before_is_not_shown_again_but_acknowledged_again() {
     let mut device = Device::welcomed();
     device.deliver(G, 1, "a");
