@@ -11,14 +11,14 @@
 //! `BARID_MODEL_SECONDS` (20) is how long it runs, `BARID_MODEL_STEPS` (60) how long a run may get.
 //!
 //! Faults that were planted in the scripts, one at a time, and found within 25 s, most within 1 s:
-//! accept without the look at `prev`, at the position, at the ring, without arming, evicting one
-//! too many, and not advancing the position over a duplicate; connect without comparing chains,
-//! without arming, letting an older attempt in, and starting a new device at the newest entry; ack
-//! without comparing chains, trimming to the highest cursor, without starting the retries over,
-//! without disarming; confirm without arming; fire for who is not behind; disconnect of another's
-//! route; a reset without a new generation; a new epoch with the old one's number. Not found within
-//! 25 s: ack under an older generation, and confirm without comparing chains, where the chains that
-//! ack and read compare mend what they spoil; contract tests hold both.
+//! accept without the look at `prev`, at the position, at the ring, without arming, evicting one too
+//! many, and not advancing the position over a duplicate; connect without arming, letting an older
+//! attempt in, and starting a new device at the newest entry; ack without comparing chains, trimming
+//! to the highest cursor, without starting the retries over, without disarming; confirm without
+//! arming; fire for who is not behind; disconnect of another's route; a reset without a new
+//! generation; a new epoch with the old one's number.
+//! Not found within 25 s: an ack that goes back or is of an older generation, connect and confirm
+//! without comparing chains.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 
 mod client;
