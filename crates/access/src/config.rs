@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use barid_bus::KafkaConfig;
 use barid_core::{NodeId, Secret};
 use barid_mailbox::RedisConfig;
-use barid_runtime::{AdminConfig, Common, HasCommon, LogConfig};
+use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::auth::Verifier;
@@ -237,16 +237,7 @@ impl Default for Config {
     }
 }
 
-impl HasCommon for Config {
-    fn common(&self) -> Common {
-        Common {
-            admin: self.admin.clone(),
-            log: self.log.clone(),
-            drain_seconds: self.drain_seconds,
-            ready_file: self.ready_file.clone(),
-        }
-    }
-}
+barid_runtime::has_common!(Config);
 
 impl Config {
     /// What must hold before a port binds.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use barid_mailbox::RedisConfig;
 use barid_mesh::MeshConfig;
-use barid_runtime::{AdminConfig, Common, HasCommon, LogConfig};
+use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
 /// The delayer's configuration; an empty file is valid.
@@ -59,16 +59,7 @@ impl Default for Config {
     }
 }
 
-impl HasCommon for Config {
-    fn common(&self) -> Common {
-        Common {
-            admin: self.admin.clone(),
-            log: self.log.clone(),
-            drain_seconds: self.drain_seconds,
-            ready_file: self.ready_file.clone(),
-        }
-    }
-}
+barid_runtime::has_common!(Config);
 
 impl Config {
     /// # Errors

@@ -7,7 +7,7 @@ use barid_bus::KafkaConfig;
 use barid_core::Backoff;
 use barid_mailbox::RedisConfig;
 use barid_mesh::MeshConfig;
-use barid_runtime::{AdminConfig, Common, HasCommon, LogConfig};
+use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::record::RecordLimits;
 use serde::{Deserialize, Serialize};
 
@@ -161,16 +161,7 @@ impl Default for WindowConfig {
     }
 }
 
-impl HasCommon for Config {
-    fn common(&self) -> Common {
-        Common {
-            admin: self.admin.clone(),
-            log: self.log.clone(),
-            drain_seconds: self.drain_seconds,
-            ready_file: self.ready_file.clone(),
-        }
-    }
-}
+barid_runtime::has_common!(Config);
 
 impl Config {
     /// Relations that types do not check.

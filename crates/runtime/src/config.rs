@@ -27,6 +27,24 @@ pub trait HasCommon {
     fn common(&self) -> Common;
 }
 
+/// Implements [`HasCommon`] for a configuration that has the common keys as fields of these names:
+/// they stand at its top level, and serde's `flatten` would let unknown keys pass.
+#[macro_export]
+macro_rules! has_common {
+    ($config:ty) => {
+        impl $crate::HasCommon for $config {
+            fn common(&self) -> $crate::Common {
+                $crate::Common {
+                    admin: self.admin.clone(),
+                    log: self.log.clone(),
+                    drain_seconds: self.drain_seconds,
+                    ready_file: self.ready_file.clone(),
+                }
+            }
+        }
+    };
+}
+
 /// Keys under `admin`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
