@@ -5,6 +5,7 @@
 
 mod binaries;
 mod delivery;
+mod hops;
 mod listener;
 mod outages;
 mod python;

@@ -12,6 +12,7 @@ use barid_core::CloseCode;
 use barid_mailbox::{
     AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, DisconnectRequest, Page, ReadRequest,
 };
+use barid_runtime::Hop;
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::{
     ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server,
@@ -335,16 +336,16 @@ impl Connection {
             self.end(Some(close));
             return true;
         }
-        let now_ms = self.node.mailbox_now_ms(self.handle.user());
+        let now_us = self.node.mailbox_now_us(self.handle.user());
         for push in pushes {
-            self.push(&push, now_ms);
+            self.push(&push, now_us);
         }
         if missed {
             self.session.missed();
         }
         if resend {
             let flushed = self.is_flushed();
-            if self.session.resend(flushed, now_ms, &mut self.effects) {
+            if self.session.resend(flushed, now_us, &mut self.effects) {
                 self.node.metrics.resends.inc();
             }
             self.apply();
@@ -366,16 +367,18 @@ impl Connection {
         true
     }
 
-    fn push(&mut self, push: &crate::handle::Push, now_ms: u64) {
-        let pushed = self.session.push(&push.header, &push.envelope, now_ms, &mut self.effects);
+    fn push(&mut self, push: &crate::handle::Push, now_us: u64) {
+        let pushed = self.session.push(&push.header, &push.envelope, now_us, &mut self.effects);
         match pushed {
             Pushed::Write => {
                 let generation = self.session.generation().0;
                 match push.frame(self.codec.encoding, generation, self.codec.zstd) {
                     Ok(frame) => {
                         self.node.metrics.delivered_fast.inc();
-                        let waited_ms = now_ms.saturating_sub(push.header.accepted_at_ms);
-                        self.node.metrics.accepted_to_written.observe(waited_ms as f64 / 1000.0);
+                        let hops = &self.node.metrics.hops;
+                        hops.observe(Hop::DispatchedWritten, push.dispatched_us, now_us);
+                        let produced_us = push.envelope.produced_at_ms * 1000;
+                        hops.observe(Hop::ProducedWritten, produced_us, now_us);
                         self.frame(frame);
                     }
                     Err(error) => {
@@ -429,8 +432,8 @@ impl Connection {
             busy = true;
             match answer {
                 Answer::Page(page) => {
-                    let now_ms = self.node.mailbox_now_ms(self.handle.user());
-                    self.session.page(page, now_ms, &mut self.effects);
+                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    self.session.page(page, now_us, &mut self.effects);
                 }
                 Answer::Acked(outcome) => self.session.acked(outcome, &mut self.effects),
                 Answer::Confirmed(outcome) => {
@@ -547,10 +550,12 @@ impl Connection {
     fn frame_in(&mut self, frame: ClientFrame) {
         match frame {
             ClientFrame::Ack(ack) => {
-                let now_ms = self.node.mailbox_now_ms(self.handle.user());
-                for under_way_ms in self.session.ack(&ack, now_ms, &mut self.effects) {
-                    self.node.metrics.written_to_acked.observe(under_way_ms as f64 / 1000.0);
-                }
+                let now_us = self.node.mailbox_now_us(self.handle.user());
+                let hops = &self.node.metrics.hops;
+                self.session.ack(&ack, now_us, &mut self.effects, |pushed| {
+                    hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
+                    hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
+                });
                 self.apply();
             }
             ClientFrame::Refresh(refresh) => {

@@ -96,11 +96,11 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
 }
 
 fn deliver_push(node: &Node, mine: bool, push: NodePush, gone: &mut Vec<Gone>) {
-    let NodePush { app, user, envelope, connections } = push;
+    let NodePush { app, user, envelope, connections, dispatched_after_us } = push;
     let key = if mine { user_key(&app, &user) } else { None };
     let mut here = Vec::new();
     if let Some(key) = &key {
-        match Push::new(envelope) {
+        match Push::new(envelope, dispatched_after_us) {
             Ok(push) => here = hand_out(node, key, &Arc::new(push)),
             // The mailbox holds it, and the session finds it there.
             Err(error) => {

@@ -23,19 +23,23 @@ pub struct Push {
     pub header: Header,
     /// The entry.
     pub envelope: Envelope,
+    /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
+    pub dispatched_us: u64,
     bytes: usize,
     frames: [OnceLock<Result<Bytes, EnvelopeError>>; 3],
 }
 
 impl Push {
-    /// Decodes an entry.
+    /// Decodes an entry. `dispatched_after_us`: when its dispatcher queued it, from its acceptance.
     ///
     /// # Errors
     /// It is none.
-    pub fn new(entry: Bytes) -> Result<Self, EnvelopeError> {
+    pub fn new(entry: Bytes, dispatched_after_us: Option<u32>) -> Result<Self, EnvelopeError> {
         let bytes = entry.len();
         let (header, envelope) = barid_wire::envelope::decode(entry)?;
-        Ok(Self { header, envelope, bytes, frames: Default::default() })
+        let dispatched_us =
+            dispatched_after_us.map_or(0, |after| header.accepted_at_us + u64::from(after));
+        Ok(Self { header, envelope, dispatched_us, bytes, frames: Default::default() })
     }
 
     /// The frame of this entry alone.
@@ -252,10 +256,10 @@ pub(crate) mod tests {
             seq: Seq(seq),
             prev_chain: Chain(0),
             chain: Chain(1),
-            accepted_at_ms: 0,
+            accepted_at_us: 0,
         };
         let body = encode_body(Envelope { id: "a".into(), ..Default::default() });
-        Arc::new(Push::new([&header.encode()[..], &body].concat().into()).unwrap())
+        Arc::new(Push::new([&header.encode()[..], &body].concat().into(), None).unwrap())
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! Every metric of an access node, as a closed set.
 
 use barid_core::CloseCode;
+use barid_runtime::{Hop, Hops};
 use barid_wire::envelope::SkipReason;
-use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    exponential_buckets,
-};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
+
+/// The hops that end here.
+const HOPS: [Hop; 4] =
+    [Hop::DispatchedWritten, Hop::WrittenAcked, Hop::ProducedWritten, Hop::ProducedAcked];
 
 /// The node's metrics. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -38,10 +40,8 @@ pub struct Metrics {
     confirms: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
-    /// From acceptance (Redis's clock) to the socket (this node's).
-    pub accepted_to_written: Histogram,
-    /// From the socket to the device's acknowledgement.
-    pub written_to_acked: Histogram,
+    /// Where a message's time goes.
+    pub hops: Hops,
 }
 
 impl Metrics {
@@ -74,10 +74,7 @@ impl Metrics {
             redis_retries: make.counters("redis_retries_total", "Failed calls, by call", "call")?,
             confirms: make.counters("confirms_total", "Confirmations, by outcome", "outcome")?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
-            accepted_to_written: make
-                .histogram("accepted_to_written_seconds", "From acceptance to the socket")?,
-            written_to_acked: make
-                .histogram("written_to_acked_seconds", "From the socket to its acknowledgement")?,
+            hops: Hops::new(registry, &HOPS)?,
         })
     }
 
@@ -167,14 +164,5 @@ impl Maker<'_> {
         let gauge = IntGauge::new(format!("barid_access_{name}"), help)?;
         self.0.register(Box::new(gauge.clone()))?;
         Ok(gauge)
-    }
-
-    /// 0.1 ms to 100 s.
-    fn histogram(&self, name: &str, help: &str) -> Result<Histogram, prometheus::Error> {
-        let options = HistogramOpts::new(format!("barid_access_{name}"), help)
-            .buckets(exponential_buckets(0.000_1, 2.0, 20)?);
-        let histogram = Histogram::with_opts(options)?;
-        self.0.register(Box::new(histogram.clone()))?;
-        Ok(histogram)
     }
 }

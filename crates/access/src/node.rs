@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use barid_bus::Receipts;
 use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, SystemClock};
@@ -125,10 +125,16 @@ impl Node {
         SystemClock.now_ms()
     }
 
-    /// Milliseconds since the Unix epoch by the clock that stamped a user's messages.
+    /// Milliseconds since the Unix epoch by the clock that stamps a user's messages, or a little less.
     pub fn mailbox_now_ms(&self, user: &UserKey) -> u64 {
         let shard = self.mailbox.shard_of(user);
         self.mailbox.redis_now_ms(shard).unwrap_or_else(|| self.now_ms())
+    }
+
+    /// The same in microseconds, neither early nor late by intent.
+    pub fn mailbox_now_us(&self, user: &UserKey) -> u64 {
+        let time = self.mailbox.redis_time(self.mailbox.shard_of(user));
+        time.map_or_else(|| self.now_ms() * 1000, |time| time.us(Instant::now()))
     }
 
     /// The coarse clock: seconds since the node started.

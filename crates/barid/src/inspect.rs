@@ -150,7 +150,7 @@ fn entry(stored: &bytes::Bytes) -> Option<Entry> {
         stored_bytes,
         raw_bytes: raw,
         device: (!envelope.device.is_empty()).then_some(envelope.device),
-        accepted_at_ms: header.accepted_at_ms,
+        accepted_at_ms: header.accepted_at_us / 1000,
         ttl_ms: (envelope.ttl_ms > 0).then_some(envelope.ttl_ms),
         id: envelope.id,
     })

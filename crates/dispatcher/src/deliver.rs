@@ -1,10 +1,11 @@
 //! A batch's way: look up its users, all at once; then queue for their nodes, in order.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use barid_core::{AppId, Clock, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
+use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
 use barid_mailbox::{Route, UserKey};
+use barid_runtime::Hop;
 use barid_wire::envelope::Header;
 use barid_wire::internal::{DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend};
 
@@ -25,8 +26,6 @@ pub struct Delivery<R> {
     pub void_after: Duration,
     /// Counters.
     pub metrics: Metrics,
-    /// For the hop's latency.
-    pub clock: Arc<dyn Clock>,
 }
 
 /// A batch whose users are known.
@@ -71,10 +70,10 @@ impl<R: Routes> Delivery<R> {
 
     /// Queues a batch for its nodes, in order; never waits.
     pub fn hand_on(&self, resolved: Resolved) -> DispatchReply {
-        let now_ms = self.clock.now_ms();
+        let now = Instant::now();
         for (push, user) in resolved.pushes {
             match user {
-                Some((user, Ok(routes))) => self.push(push, &user, &routes, now_ms),
+                Some((user, Ok(routes))) => self.push(push, &user, &routes, now),
                 Some((_, Err(Away))) => self.count_push("away"),
                 None => self.count_push("invalid"),
             }
@@ -100,14 +99,11 @@ impl<R: Routes> Delivery<R> {
         DispatchReply { batch: resolved.batch, unreachable }
     }
 
-    fn push(&self, push: Push, user: &UserKey, routes: &[Route], now_ms: u64) {
-        if let Ok(header) = Header::parse(&push.envelope) {
-            let ms = now_ms.saturating_sub(header.accepted_at_ms);
-            self.metrics.accepted_to_dispatched.observe(ms as f64 / 1000.0);
-        }
+    fn push(&self, push: Push, user: &UserKey, routes: &[Route], now: Instant) {
         if routes.is_empty() {
             return self.count_push("no_route");
         }
+        let dispatched_after_us = self.dispatched(&push, user, now);
         for (at, route) in routes.iter().enumerate() {
             let session = &route.session;
             let same_life = |other: &Route| {
@@ -124,6 +120,7 @@ impl<R: Routes> Delivery<R> {
                 user: push.user.clone(),
                 envelope: push.envelope.clone(),
                 connections,
+                dispatched_after_us,
             });
             match self.nodes.send(session, item) {
                 Ok(()) => self.count_push("handed"),
@@ -137,6 +134,14 @@ impl<R: Routes> Delivery<R> {
                 }
             }
         }
+    }
+
+    /// The hop that ends here; told to the node, where the next one begins.
+    fn dispatched(&self, push: &Push, user: &UserKey, now: Instant) -> Option<u32> {
+        let accepted_us = Header::parse(&push.envelope).ok()?.accepted_at_us;
+        let now_us = self.resolver.redis_time(user)?.us(now);
+        self.metrics.hops.observe(Hop::AcceptedDispatched, accepted_us, now_us);
+        Some(u32::try_from(now_us.saturating_sub(accepted_us)).unwrap_or(u32::MAX))
     }
 
     /// False if some device's node could not be reached.

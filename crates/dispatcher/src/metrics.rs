@@ -1,10 +1,8 @@
 //! Everything that a dispatcher counts.
 
 use barid_mesh::LinkMetrics;
-use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    exponential_buckets,
-};
+use barid_runtime::{Hop, Hops};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 const PUSHES: [&str; 7] = ["handed", "no_route", "void", "full", "down", "away", "invalid"];
 const RESENDS: [&str; 7] = ["handed", "superseded", "void", "full", "down", "away", "invalid"];
@@ -43,8 +41,8 @@ pub struct Metrics {
     pub load_failures: IntCounter,
     /// Void routes by outcome: `removed`, `failed`, `unknown`, `dropped` (too many at once).
     pub reaped: IntCounterVec,
-    /// From acceptance (Redis's clock) to the queue of the node (this machine's), seconds.
-    pub accepted_to_dispatched: Histogram,
+    /// Where a message's time goes.
+    pub hops: Hops,
 }
 
 impl Metrics {
@@ -69,14 +67,6 @@ impl Metrics {
             registry.register(Box::new(counter.clone()))?;
             Ok::<_, prometheus::Error>(counter)
         };
-        let hop = Histogram::with_opts(
-            HistogramOpts::new(
-                "barid_dispatcher_accepted_to_dispatched_seconds",
-                "From acceptance to the node's queue.",
-            )
-            .buckets(exponential_buckets(0.000_5, 2.0, 16)?),
-        )?;
-        registry.register(Box::new(hop.clone()))?;
         Ok(Self {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
             pushes: outcomes("pushes_total", "Pushes by what became of them.", &PUSHES)?,
@@ -92,7 +82,7 @@ impl Metrics {
             tracking: gauge("tracking", "1 while Redis reports changes of routes.")?,
             load_failures: counter("load_failures_total", "Loads of routes that failed.")?,
             reaped: outcomes("reaped_total", "Void routes by what became of them.", &REAPED)?,
-            accepted_to_dispatched: hop,
+            hops: Hops::new(registry, &[Hop::AcceptedDispatched])?,
         })
     }
 }

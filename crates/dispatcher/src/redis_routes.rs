@@ -1,6 +1,6 @@
 //! Routes in the real Redis: a tracked connection for L1, the mailbox for everything else.
 
-use barid_mailbox::{DisconnectRequest, Error, Mailbox, Route, TrackedRoutes, UserKey};
+use barid_mailbox::{DisconnectRequest, Error, Mailbox, RedisTime, Route, TrackedRoutes, UserKey};
 
 use crate::resolve::Routes;
 
@@ -31,5 +31,9 @@ impl Routes for RedisRoutes {
 
     fn lanes(&self) -> usize {
         self.mailbox.lanes()
+    }
+
+    fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
+        self.mailbox.redis_time(self.mailbox.shard_of(user))
     }
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use barid_mailbox::{DisconnectRequest, Error, Route, UserKey};
+use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use moka::sync::Cache;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -32,6 +32,8 @@ pub trait Routes: Send + Sync + 'static {
     fn lane_of(&self, user: &UserKey) -> usize;
     /// How many masters there are.
     fn lanes(&self) -> usize;
+    /// The clock of the master that a user lives on; `None`: it has not answered yet.
+    fn redis_time(&self, user: &UserKey) -> Option<RedisTime>;
 }
 
 /// Bounds of L1 and of loads.
@@ -160,6 +162,11 @@ impl<R: Routes> Resolver<R> {
     /// L2, for what is not a lookup.
     pub fn routes(&self) -> Arc<R> {
         Arc::clone(&self.inner.routes)
+    }
+
+    /// The clock of the master that a user lives on.
+    pub fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
+        self.inner.routes.redis_time(user)
     }
 
     /// Where a user is, from L1 or by a load that begins now. Call within a runtime.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{Backoff, Incarnation, NodeId, SystemClock};
+use barid_core::{Backoff, Incarnation, NodeId};
 use barid_mailbox::{
     Invalidation, Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable, TrackedRoutes,
 };
@@ -158,7 +158,6 @@ fn assemble(
         reaper,
         void_after: Duration::from_secs(config.void_after_seconds),
         metrics,
-        clock: Arc::new(SystemClock),
     };
     (delivery, table)
 }

@@ -8,16 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use barid_core::{
-    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, SystemClock, UserId,
-};
+use barid_core::{AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
 use barid_dispatcher::deliver::{Delivery, void_of};
 use barid_dispatcher::grpc::Door;
 use barid_dispatcher::metrics::Metrics;
 use barid_dispatcher::nodes::{AccessNode, Nodes, VoidSince};
 use barid_dispatcher::reap::Reaper;
 use barid_dispatcher::resolve::{Limits, Resolver, Routes};
-use barid_mailbox::{DisconnectRequest, Error, Route, UserKey};
+use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use barid_mesh::LinkConfig;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice};
@@ -54,6 +52,9 @@ impl Routes for InMemory {
     }
     fn lanes(&self) -> usize {
         1
+    }
+    fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
+        None
     }
 }
 
@@ -105,7 +106,6 @@ impl Cluster {
             reaper,
             void_after: Duration::from_secs(600),
             metrics: metrics.clone(),
-            clock: Arc::new(SystemClock),
         });
         let door = Door::new(delivery, 4);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

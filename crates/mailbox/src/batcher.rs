@@ -158,13 +158,14 @@ async fn send<O: Operation>(topology: &Topology, batch: &[Pending<O>]) -> Result
         let item = Item { request, shard: *shard, deadline: *deadline, clock: link.clock() };
         O::item(&item, &mut call);
     }
+    let sent = Instant::now();
     let value = topology.run(shard, O::script(), &call).await?;
-    timed_reply(value, link.clock())
+    timed_reply(value, link.clock(), sent)
 }
 
-/// A reply whose first element is Redis's time.
-pub(crate) fn timed_reply(value: Value, clock: &RedisClock) -> Result<Reply, Error> {
+/// A reply whose first element is Redis's time; the call was sent at `sent` or later.
+pub(crate) fn timed_reply(value: Value, clock: &RedisClock, sent: Instant) -> Result<Reply, Error> {
     let mut reply = Reply::new(value)?;
-    clock.observe(reply.number()?, Instant::now());
+    clock.observe(reply.number()?, sent, Instant::now());
     Ok(reply)
 }

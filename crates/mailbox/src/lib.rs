@@ -32,5 +32,6 @@ pub use error::Error;
 pub use lease::{Lease, LeaseEvent, NodeRecord, NodeRole};
 pub use mailbox::Mailbox;
 pub use nodes::NodeTable;
+pub use redis_clock::RedisTime;
 pub use routes::{Invalidation, TrackedRoutes};
 pub use types::*;

@@ -12,7 +12,7 @@ use crate::scripts::{Call, Script};
 use crate::{Error, RedisConfig, keys};
 
 /// The layout of the keys. Another one refuses to start.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 /// After a failed attempt to connect, calls fail at once for so long.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
@@ -139,9 +139,10 @@ impl Link {
             self.client.get_multiplexed_async_connection_with_config(&config).await?;
         check_node(&mut connection).await?;
         check_meta(&mut connection, self.shards).await?;
+        let sent = Instant::now();
         let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(&mut connection).await?;
         self.clock.reset();
-        self.clock.observe(seconds * 1000 + micros / 1000, Instant::now());
+        self.clock.observe(seconds * 1_000_000 + micros, sent, Instant::now());
         Ok(connection)
     }
 }

@@ -9,6 +9,7 @@ use tokio::sync::broadcast;
 
 use crate::metrics::Metrics;
 use crate::operations;
+use crate::redis_clock::RedisTime;
 use crate::topology::Topology;
 use crate::{
     AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
@@ -164,6 +165,11 @@ impl Mailbox {
     /// has answered anything. Machines' clocks differ; this one is shared by all.
     pub fn redis_now_ms(&self, shard: Shard) -> Option<u64> {
         self.topology.link(shard).clock().at(Instant::now())
+    }
+
+    /// The same clock for moments of messages: neither early nor late by intent, and finer.
+    pub fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
+        self.topology.redis_time(shard)
     }
 
     /// Tells of every connection to Redis that is made from now on.

@@ -1,25 +1,57 @@
-//! What time it is in Redis, never later than it is.
+//! What time it is in Redis.
 
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 const WINDOW: Duration = Duration::from_secs(10);
-const ALMOST_A_MS: Duration = Duration::from_nanos(999_999);
+const ALMOST_A_US: Duration = Duration::from_nanos(999);
 
-/// Estimates a master's time from its replies. A reply's time was read before the reply came, so
-/// `its time - arrival` is never above the true offset; the greatest of recent ones is the best.
-/// So a deadline computed from it is never later than was meant, whatever this machine's clock says.
+/// Estimates a master's time from its replies. A reply's time was read between the moments at which
+/// the call was sent and the reply came, so the true offset lies between `its time - arrival` and
+/// `its time - sending`; the closest of recent bounds are kept.
 pub(crate) struct RedisClock {
     origin: Instant,
     samples: Mutex<Samples>,
 }
 
-/// Greatest offsets (ms, from `origin`) of this window and of the one before.
+/// Bounds (µs, from `origin`) of this window and of the one before.
 struct Samples {
     window_ends: Instant,
-    current: Option<i64>,
-    before: Option<i64>,
+    current: Option<Bounds>,
+    before: Option<Bounds>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    low: i64,
+    high: i64,
+}
+
+impl Bounds {
+    /// Both of them, as far as they agree: where they do not, a clock was set, and the newer is right.
+    fn and(self, newer: Self) -> Self {
+        let both = Self { low: self.low.max(newer.low), high: self.high.min(newer.high) };
+        if both.low <= both.high { both } else { newer }
+    }
+}
+
+/// A master's time, for any moment near the one at which it was asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct RedisTime {
+    origin: Instant,
+    offset_us: i64,
+}
+
+impl RedisTime {
+    /// The time at `at`, µs since the Unix epoch, to within half of the fastest recent round trip.
+    pub fn us(&self, at: Instant) -> u64 {
+        let us = match at.checked_duration_since(self.origin) {
+            Some(after) => after.as_micros() as i64,
+            None => -(self.origin.duration_since(at).as_micros() as i64),
+        };
+        u64::try_from(self.offset_us + us).unwrap_or(0)
+    }
 }
 
 impl RedisClock {
@@ -35,27 +67,44 @@ impl RedisClock {
         (samples.current, samples.before) = (None, None);
     }
 
-    /// A reply that carries Redis's time arrived at `arrived`.
-    pub fn observe(&self, redis_ms: u64, arrived: Instant) {
-        // Rounded up: a part of a millisecond must not make the estimate late.
-        let offset = redis_ms as i64 - self.elapsed_ms(arrived + ALMOST_A_MS);
+    /// A call was sent at `sent` or later, and its reply, which carries Redis's time, arrived at
+    /// `arrived`.
+    pub fn observe(&self, redis_us: u64, sent: Instant, arrived: Instant) {
+        // Outwards: parts of a microsecond must make no bound too close.
+        let low = redis_us as i64 - self.elapsed_us(arrived + ALMOST_A_US);
+        let high = redis_us as i64 + 1 - self.elapsed_us(sent);
+        let new = Bounds { low, high };
         let mut samples = self.samples.lock();
         if arrived >= samples.window_ends {
             samples.before = samples.current.take();
             samples.window_ends = arrived + WINDOW;
         }
-        samples.current = Some(samples.current.map_or(offset, |best| best.max(offset)));
+        samples.current = Some(samples.current.map_or(new, |known| known.and(new)));
     }
 
-    /// Redis's time at `at`, ms since the Unix epoch, or a little less; `None` before any reply.
+    /// Redis's time at `at`, ms since the Unix epoch, or a little less; `None` before any reply. So
+    /// a deadline computed from it is never later than was meant, whatever this machine's clock says.
     pub fn at(&self, at: Instant) -> Option<u64> {
-        let samples = self.samples.lock();
-        let offset = samples.current.max(samples.before)?;
-        u64::try_from(offset + self.elapsed_ms(at)).ok()
+        let us = self.bounds()?.low + self.elapsed_us(at);
+        u64::try_from(us / 1000).ok()
     }
 
-    fn elapsed_ms(&self, at: Instant) -> i64 {
-        i64::try_from(at.saturating_duration_since(self.origin).as_millis()).unwrap_or(i64::MAX)
+    /// The best estimate, neither early nor late by intent; `None` before any reply.
+    pub fn time(&self) -> Option<RedisTime> {
+        let Bounds { low, high } = self.bounds()?;
+        Some(RedisTime { origin: self.origin, offset_us: low + (high - low) / 2 })
+    }
+
+    fn bounds(&self) -> Option<Bounds> {
+        let samples = self.samples.lock();
+        match (samples.before, samples.current) {
+            (Some(before), Some(current)) => Some(before.and(current)),
+            (before, current) => current.or(before),
+        }
+    }
+
+    fn elapsed_us(&self, at: Instant) -> i64 {
+        i64::try_from(at.saturating_duration_since(self.origin).as_micros()).unwrap_or(i64::MAX)
     }
 }
 
@@ -63,18 +112,31 @@ impl RedisClock {
 mod tests {
     use super::*;
 
+    const S: u64 = 1_000_000;
+
     #[test]
     fn slow_replies_do_not_make_it_late_and_it_follows_a_clock_that_went_back() {
         let clock = RedisClock::new();
         let start = clock.origin;
         assert_eq!(clock.at(start), None);
         let at = |s: u64| start + Duration::from_secs(s);
-        clock.observe(1_000_000, at(0));
-        clock.observe(1_000_500, at(1)); // this reply took half a second to come
+        clock.observe(1000 * S, at(0), at(0));
+        clock.observe(1000 * S + S / 2, at(0), at(1)); // this reply took half a second to come
         assert_eq!(clock.at(at(2)), Some(1_002_000));
-        for s in 11..33 {
-            clock.observe(500_000 + s * 1000, at(s)); // stepped back
-        }
-        assert_eq!(clock.at(at(40)), Some(540_000));
+        clock.observe(500 * S, at(3), at(3)); // stepped back
+        assert_eq!(clock.at(at(4)), Some(501_000));
+    }
+
+    #[test]
+    fn the_estimate_lies_within_the_fastest_round_trip() {
+        let clock = RedisClock::new();
+        let start = clock.origin;
+        let at = |us: u64| start + Duration::from_micros(us);
+        clock.observe(1000 * S, at(0), at(40_000)); // read somewhere in these 40 ms
+        clock.observe(1000 * S + 100_000, at(99_900), at(100_300));
+        let time = clock.time().unwrap();
+        // 100 µs after it was sent by the fast call; its bounds are 400 µs apart.
+        assert!(time.us(at(100_000)).abs_diff(1000 * S + 100_000) <= 200);
+        assert!(time.us(start).abs_diff(1000 * S) <= 200);
     }
 }

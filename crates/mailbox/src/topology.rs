@@ -14,6 +14,7 @@ use crate::cluster::{self, Master, slot_of};
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
+use crate::redis_clock::RedisTime;
 use crate::scripts::{Call, Script};
 use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
 
@@ -139,6 +140,12 @@ impl Topology {
 
     pub fn link(&self, shard: Shard) -> Arc<Link> {
         self.lane(shard).link.clone()
+    }
+
+    /// The clock of a shard's master; cheap enough for every message.
+    pub fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
+        let map = self.map.read();
+        map.lanes[map.of_shard[usize::from(shard.get())]].link.clock().time()
     }
 
     /// Runs a script where `shard` is.

@@ -135,6 +135,11 @@ impl Flight {
         Self { reading, record, push, taken, traceparent, bytes, left: AtomicUsize::new(parts) }
     }
 
+    /// When the business produced it, ms since the Unix epoch; 0: not told.
+    pub fn produced_at_ms(&self) -> u64 {
+        self.record.timestamp_ms.and_then(|ms| ms.try_into().ok()).unwrap_or(0)
+    }
+
     /// One of its messages is done. True: it was the last.
     pub fn part_done(&self) -> bool {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1

@@ -148,7 +148,7 @@ mod tests {
             seq: barid_core::Seq(1),
             prev_chain: barid_core::Chain::START,
             chain: barid_core::Chain::START,
-            accepted_at_ms: 1,
+            accepted_at_us: 1,
         };
         envelope::decode([&header.encode()[..], body].concat().into()).unwrap().1
     }

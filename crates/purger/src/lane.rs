@@ -270,7 +270,8 @@ impl<M: Mailboxes> Lane<M> {
             }
         }
         self.queue.done(done.len());
-        self.outbox.settle(done, &self.events).await;
+        let clock = done.first().and_then(|(parcel, _)| self.mailboxes.redis_time(parcel.shard));
+        self.outbox.settle(done, clock, &self.events).await;
     }
 
     async fn gap(&mut self, group: Group, back_to: Option<LogPosition>) {

@@ -1,5 +1,6 @@
 //! The closed set of the purger's metrics.
 
+use barid_runtime::{Hop, Hops};
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -47,10 +48,8 @@ pub struct Metrics {
     pub commits: IntCounterVec,
     /// Receipts that could not be produced.
     pub receipts_dropped: IntCounter,
-    /// From the business's timestamp to the purger's hand.
-    pub hop_taken: Histogram,
-    /// From the purger's hand to the mailbox.
-    pub hop_accepted: Histogram,
+    /// Where a message's time goes.
+    pub hops: Hops,
     /// Whether some dispatcher takes work.
     pub dispatchers: IntGauge,
 }
@@ -88,8 +87,7 @@ impl Metrics {
             recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
             commits: make.counters("commits_total", "Commits.", "outcome")?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
-            hop_taken: make.histogram("hop_taken_seconds", "Produced to taken.", &LATENCY)?,
-            hop_accepted: make.histogram("hop_accepted_seconds", "Taken to accepted.", &LATENCY)?,
+            hops: Hops::new(registry, &[Hop::ProducedTaken, Hop::TakenAccepted])?,
             dispatchers: make.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
         })
     }

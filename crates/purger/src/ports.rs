@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use barid_core::{Shard, ShardCount};
-use barid_mailbox::{AcceptGroup, Error, GroupOutcome, Mailbox};
+use barid_mailbox::{AcceptGroup, Error, GroupOutcome, Mailbox, RedisTime};
 use barid_mesh::DispatchPool;
 use barid_wire::internal::Push;
 use tokio::time::Instant;
@@ -16,6 +16,8 @@ pub trait Mailboxes: Clone + Send + Sync + 'static {
     fn lanes(&self) -> usize;
     /// Which of them a shard belongs to now.
     fn lane_of(&self, shard: Shard) -> usize;
+    /// The clock of a shard's master; `None`: it has not answered yet.
+    fn redis_time(&self, shard: Shard) -> Option<RedisTime>;
     /// Accepts groups of one lane; one result a group.
     fn accept(
         &self,
@@ -34,6 +36,9 @@ impl Mailboxes for Mailbox {
     }
     fn lane_of(&self, shard: Shard) -> usize {
         Self::lane_of(self, shard)
+    }
+    fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
+        Self::redis_time(self, shard)
     }
     async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
         Self::accept(self, groups).await

@@ -492,9 +492,6 @@ impl Flow {
         }
         let now_ms = self.outbox.clock.now_ms();
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
-        if let Some(produced) = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok()) {
-            self.metrics.hop_taken.observe(now_ms.saturating_sub(produced) as f64 / 1000.0);
-        }
         match self.intake.take(&open.reading, record, now_ms) {
             Taken::Refused(flight, refusal) => {
                 self.count(&flight);

@@ -22,8 +22,8 @@ pub struct Header {
     pub prev_chain: Chain,
     /// The chain after it.
     pub chain: Chain,
-    /// Redis's time of acceptance, ms since the Unix epoch.
-    pub accepted_at_ms: u64,
+    /// Redis's time of acceptance, µs since the Unix epoch.
+    pub accepted_at_us: u64,
 }
 
 /// Bytes that are no envelope.
@@ -59,7 +59,7 @@ impl Header {
             seq: Seq(u64_at(10)),
             prev_chain: Chain(u32_at(19)),
             chain: Chain(u32_at(24)),
-            accepted_at_ms: u64_at(29),
+            accepted_at_us: u64_at(29),
         })
     }
 
@@ -74,7 +74,7 @@ impl Header {
         put(9, 0x11, &self.seq.0.to_le_bytes());
         put(18, 0x1d, &self.prev_chain.0.to_le_bytes());
         put(23, 0x25, &self.chain.0.to_le_bytes());
-        put(28, 0x29, &self.accepted_at_ms.to_le_bytes());
+        put(28, 0x29, &self.accepted_at_us.to_le_bytes());
         out
     }
 }
@@ -95,7 +95,7 @@ pub fn encode_body(mut envelope: Envelope) -> Bytes {
     envelope.seq = 0;
     envelope.prev_chain = 0;
     envelope.chain = 0;
-    envelope.accepted_at_ms = 0;
+    envelope.accepted_at_us = 0;
     envelope.encode_to_vec().into()
 }
 
@@ -133,7 +133,8 @@ pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
 
 /// Whether the entry's time to live is over at `now_ms`.
 pub fn expired(envelope: &Envelope, now_ms: u64) -> bool {
-    envelope.ttl_ms != 0 && envelope.accepted_at_ms.saturating_add(envelope.ttl_ms) <= now_ms
+    let accepted_ms = envelope.accepted_at_us / 1000;
+    envelope.ttl_ms != 0 && accepted_ms.saturating_add(envelope.ttl_ms) <= now_ms
 }
 
 #[cfg(test)]
@@ -147,7 +148,7 @@ mod tests {
             seq: Seq(5),
             prev_chain: Chain(1),
             chain: Chain(2),
-            accepted_at_ms: 9,
+            accepted_at_us: 9,
         };
         let mut envelope = Envelope { id: "order-7".into(), ..Default::default() };
         set_payload(&mut envelope, vec![b'a'; 4096].into(), 128, 3);

@@ -11,7 +11,7 @@ use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
 use barid_wire::envelope::{self, Envelope, Header, SkipReason};
 use barid_wire::v1::{self, ReceiptKind};
 
-use super::window::{Sent, Wanted, Window};
+use super::window::{PushedAt, Sent, Wanted, Window};
 use super::{AckPoint, Close, Closing, Effect, Identity, Mark, ReadFrom, Settings, SyncCause};
 use crate::auth::Claims;
 
@@ -136,7 +136,7 @@ impl Connected {
         &mut self,
         header: &Header,
         entry: &Envelope,
-        now_ms: u64,
+        now_us: u64,
         out: &mut Vec<Effect>,
     ) -> Pushed {
         if header.epoch != self.epoch {
@@ -168,7 +168,8 @@ impl Connected {
             self.wanted = Some(SyncCause::Window);
             return Pushed::Dropped(Dropped::Window);
         }
-        match self.take(header, entry, now_ms, out) {
+        let pushed = PushedAt { written_us: now_us, produced_ms: entry.produced_at_ms };
+        match self.take(header, entry, Some(pushed), now_us, out) {
             None => Pushed::Write,
             Some(why) => {
                 out.push(Effect::Skip { to: self.at, why });
@@ -183,7 +184,7 @@ impl Connected {
     }
 
     /// A page came back.
-    pub fn page(&mut self, page: Page, now_ms: u64, out: &mut Vec<Effect>) {
+    pub fn page(&mut self, page: Page, now_us: u64, out: &mut Vec<Effect>) {
         self.reading = false;
         if std::mem::take(&mut self.stale_page) {
             return;
@@ -197,7 +198,7 @@ impl Connected {
             self.skip_to(to);
             out.push(Effect::Skip { to, why: SkipReason::Evicted });
         }
-        if !self.write_page(page.entries, now_ms, out) {
+        if !self.write_page(page.entries, now_us, out) {
             return self.contradicted(out);
         }
         self.trust = Trust::Sure;
@@ -225,7 +226,7 @@ impl Connected {
     fn write_page(
         &mut self,
         entries: Vec<bytes::Bytes>,
-        now_ms: u64,
+        now_us: u64,
         out: &mut Vec<Effect>,
     ) -> bool {
         let mut batch = Batch::default();
@@ -245,7 +246,7 @@ impl Connected {
                 break;
             }
             match envelope::decode(bytes) {
-                Ok((_, entry)) => match self.take(&header, &entry, now_ms, out) {
+                Ok((_, entry)) => match self.take(&header, &entry, None, now_us, out) {
                     None => batch.deliver(entry, out),
                     Some(why) => batch.skip(self.at, why, out),
                 },
@@ -264,35 +265,36 @@ impl Connected {
         &mut self,
         header: &Header,
         entry: &Envelope,
-        now_ms: u64,
+        pushed: Option<PushedAt>,
+        now_us: u64,
         out: &mut Vec<Effect>,
     ) -> Option<SkipReason> {
         let mark = mark_at(header);
-        if let Some(why) = self.skips(entry, now_ms) {
+        if let Some(why) = self.skips(entry, now_us) {
             self.skip_to(mark);
             if why == SkipReason::Expired {
                 let wanted = wanted(entry);
-                self.receipt(ReceiptSet::EXPIRED, wanted.as_deref(), mark.seq, now_ms, out);
+                self.receipt(ReceiptSet::EXPIRED, wanted.as_deref(), mark.seq, now_us, out);
             }
             return Some(why);
         }
         self.at = mark;
         if mark.seq > self.window.high().seq {
             let wanted = wanted(entry);
-            self.receipt(ReceiptSet::SENT, wanted.as_deref(), mark.seq, now_ms, out);
-            self.window.sent(Sent { mark, to: mark, written_ms: now_ms, receipt: wanted });
+            self.receipt(ReceiptSet::SENT, wanted.as_deref(), mark.seq, now_us, out);
+            self.window.sent(Sent { mark, to: mark, pushed, receipt: wanted });
         }
         None
     }
 
-    fn skips(&self, entry: &Envelope, now_ms: u64) -> Option<SkipReason> {
+    fn skips(&self, entry: &Envelope, now_us: u64) -> Option<SkipReason> {
         if entry.voided() != SkipReason::Unspecified {
             return Some(entry.voided());
         }
         if !entry.device.is_empty() && entry.device != self.identity.device.as_str() {
             return Some(SkipReason::OtherDevice);
         }
-        envelope::expired(entry, now_ms).then_some(SkipReason::Expired)
+        envelope::expired(entry, now_us / 1000).then_some(SkipReason::Expired)
     }
 
     /// Moves over positions that the device is not shown. Messages among them that were written
@@ -317,22 +319,27 @@ impl Connected {
         Effect::Skip { to: Mark { seq, chain }, why: SkipReason::Unspecified }
     }
 
-    /// The device acknowledged. Returns how long each message was under way, ms.
-    pub fn ack(&mut self, ack: &v1::Ack, now_ms: u64, out: &mut Vec<Effect>) -> Vec<u64> {
+    /// The device acknowledged. `done` is told of each message that was first written from a push.
+    pub fn ack(
+        &mut self,
+        ack: &v1::Ack,
+        now_us: u64,
+        out: &mut Vec<Effect>,
+        mut done: impl FnMut(PushedAt),
+    ) {
         let current = ack.generation.is_none_or(|generation| generation == self.generation.0);
-        let mut times = Vec::new();
         if !current || !ack.mailbox.is_empty() {
-            return times;
+            return;
         }
         let mut receipts = Vec::new();
         let moved = self.window.ack(Seq(ack.seq), |sent| {
-            times.push(now_ms.saturating_sub(sent.written_ms));
+            sent.pushed.into_iter().for_each(&mut done);
             if let Some(wanted) = sent.receipt {
                 receipts.push((wanted, sent.mark.seq));
             }
         });
         for (wanted, seq) in receipts {
-            self.receipt(ReceiptSet::ACKED, Some(&wanted), seq, now_ms, out);
+            self.receipt(ReceiptSet::ACKED, Some(&wanted), seq, now_us, out);
         }
         if moved {
             self.ack_wanted = true;
@@ -341,7 +348,6 @@ impl Connected {
                 self.at = self.window.acked();
             }
         }
-        times
     }
 
     /// The mailbox answered an acknowledgement.
@@ -380,7 +386,7 @@ impl Connected {
 
     /// The retry timer was due. `flushed`: the socket took everything so far. Returns whether it is
     /// a re-send of something.
-    pub fn resend(&mut self, flushed: bool, now_ms: u64, out: &mut Vec<Effect>) -> bool {
+    pub fn resend(&mut self, flushed: bool, now_us: u64, out: &mut Vec<Effect>) -> bool {
         let blocked = self.wanted == Some(SyncCause::Window);
         if self.reading || !flushed || self.trust == Trust::Asking {
             return false; // it is being written to
@@ -395,7 +401,7 @@ impl Connected {
             return false;
         }
         if self.resends >= RESENDS_MAX {
-            self.exhaust(now_ms, out);
+            self.exhaust(now_us, out);
             return false;
         }
         self.resends += 1;
@@ -404,10 +410,10 @@ impl Connected {
         true
     }
 
-    fn exhaust(&mut self, now_ms: u64, out: &mut Vec<Effect>) {
+    fn exhaust(&mut self, now_us: u64, out: &mut Vec<Effect>) {
         for sent in self.window.iter() {
             let wanted = sent.receipt.as_deref();
-            self.receipt(ReceiptSet::EXHAUSTED, wanted, sent.mark.seq, now_ms, out);
+            self.receipt(ReceiptSet::EXHAUSTED, wanted, sent.mark.seq, now_us, out);
         }
         let text = "five re-sends were not acknowledged";
         out.push(Effect::Close(Close::new(CloseCode::AckTimeout, text)));
@@ -512,7 +518,7 @@ impl Connected {
         kind: ReceiptSet,
         wanted: Option<&Wanted>,
         seq: Seq,
-        now_ms: u64,
+        now_us: u64,
         out: &mut Vec<Effect>,
     ) {
         let Some(wanted) = wanted.filter(|wanted| ReceiptSet(wanted.receipts).wants(kind)) else {
@@ -524,7 +530,7 @@ impl Connected {
             user: self.identity.user.user.to_string(),
             device: self.identity.device.to_string(),
             seq: seq.0,
-            at_ms: now_ms,
+            at_ms: now_us / 1000,
             traceparent: wanted.traceparent.clone(),
             ..Default::default()
         };

@@ -7,10 +7,12 @@ use barid_wire::envelope::{BodyKind, Header, encode_body};
 use barid_wire::frames::ClientFrame;
 use bytes::Bytes;
 
+use super::window::PushedAt;
 use super::*;
 use crate::auth::Claims;
 
-const NOW: u64 = 1_000_000;
+/// µs since the Unix epoch.
+const NOW: u64 = 1_000_000_000;
 const SETTINGS: Settings =
     Settings { unacked_max: 4, page_entries_max: 3, page_bytes_max: 1 << 20 };
 
@@ -52,13 +54,13 @@ impl History {
             seq,
             prev_chain,
             chain: prev_chain.next(id),
-            accepted_at_ms: NOW,
+            accepted_at_us: NOW,
         };
         let mut envelope =
             Envelope { id: id.into(), payload: Bytes::from_static(b"hi"), ..Default::default() };
         envelope.set_kind(BodyKind::Text);
         envelope.seq = seq.0;
-        envelope.accepted_at_ms = NOW;
+        envelope.accepted_at_us = NOW;
         change(&mut envelope);
         self.entries.push(Entry { header, envelope });
     }
@@ -130,12 +132,14 @@ fn connected_at(cursor: Position, history: &History) -> Connected {
 struct Walk {
     session: Connected,
     effects: Vec<Effect>,
+    /// The hops that ended with an acknowledgement.
+    hops: Vec<PushedAt>,
 }
 
 impl Walk {
     fn new(history: &History, cursor: u64) -> Self {
         let session = connected_at(history.cursor(cursor), history);
-        Self { session, effects: Vec::new() }
+        Self { session, effects: Vec::new(), hops: Vec::new() }
     }
 
     fn push(&mut self, entry: &Entry) -> Pushed {
@@ -161,7 +165,7 @@ impl Walk {
 
     fn ack(&mut self, seq: u64) {
         let ack = v1::Ack { seq, ..Default::default() };
-        self.session.ack(&ack, NOW, &mut self.effects);
+        self.session.ack(&ack, NOW, &mut self.effects, |at| self.hops.push(at));
     }
 
     /// The acknowledgement that the session wants, answered as advanced.
@@ -327,9 +331,9 @@ fn skips_say_why_and_carry_the_acknowledgement() {
     history.add_with("mine", |e| e.device = "phone".into());
     history.add_with("old", |e| {
         e.ttl_ms = 1;
-        e.accepted_at_ms = NOW - 5;
+        e.accepted_at_us = NOW - 5_000;
     });
-    history.entries[2].header.accepted_at_ms = NOW - 5;
+    history.entries[2].header.accepted_at_us = NOW - 5_000;
     history.add_with("void", |e| e.set_voided(SkipReason::Collapsed));
     let mut walk = Walk::new(&history, 1);
     walk.session = connected_at(Position { seq: Seq(0), ..history.cursor(1) }, &history);
@@ -438,15 +442,29 @@ fn no_resend_is_counted_while_the_socket_is_stuck() {
 }
 
 #[test]
+fn what_came_from_the_mailbox_is_on_no_hop() {
+    let mut history = History::new();
+    history.add_with("m1", |e| e.produced_at_ms = 7);
+    let mut walk = Walk::new(&history, 0);
+    walk.sync(&history);
+    walk.ack(1);
+    assert_eq!(walk.hops, []);
+    history.add_with("m2", |e| e.produced_at_ms = 8);
+    walk.push_all(&history, 2..=2);
+    walk.ack(2);
+    assert_eq!(walk.hops, [PushedAt { written_us: NOW, produced_ms: 8 }]);
+}
+
+#[test]
 fn what_expired_meanwhile_is_not_sent_again() {
     let mut history = History::new();
     history.add_with("m1", |e| e.ttl_ms = 50);
     history.add("m2");
     let mut walk = Walk::new(&History::new(), 0);
     walk.push_all(&history, 1..=2);
-    assert!(walk.session.resend(true, NOW + 60, &mut walk.effects));
+    assert!(walk.session.resend(true, NOW + 60_000, &mut walk.effects));
     let (read, _) = walk.session.next_read(true).unwrap();
-    walk.session.page(history.page(read), NOW + 60, &mut walk.effects);
+    walk.session.page(history.page(read), NOW + 60_000, &mut walk.effects);
     assert_eq!(walk.seen(), ["skip to 1 Expired", "m2"]);
     assert_eq!(walk.acked(), Some(1));
 }
@@ -485,7 +503,7 @@ fn hazard_03_a_fork_at_the_acknowledged_position_starts_over() {
     assert_eq!(walk.session.generation(), Generation(1));
     // An acknowledgement of the old generation says nothing about the new positions.
     let stale = v1::Ack { seq: 7, generation: Some(0), ..Default::default() };
-    walk.session.ack(&stale, NOW, &mut walk.effects);
+    walk.session.ack(&stale, NOW, &mut walk.effects, |_| panic!("stale"));
     assert_eq!(walk.acked(), None);
     walk.ack(4);
     walk.sync(&new);
@@ -615,9 +633,9 @@ fn receipts_tell_what_was_asked_for() {
     history.add_with("late", |e| {
         e.receipts = ReceiptSet::EXPIRED.0;
         e.ttl_ms = 1;
-        e.accepted_at_ms = NOW - 5;
+        e.accepted_at_us = NOW - 5_000;
     });
-    history.entries[2].header.accepted_at_ms = NOW - 5;
+    history.entries[2].header.accepted_at_us = NOW - 5_000;
     let mut walk = Walk::new(&History::new(), 0);
     for seq in 1..=3 {
         walk.push(history.entry(seq));

@@ -14,10 +14,19 @@ pub struct Sent {
     pub mark: Mark,
     /// The last skip right behind it, or itself: what an ack of it covers.
     pub to: Mark,
-    /// When it was first written, ms since the Unix epoch.
-    pub written_ms: u64,
+    /// Its times, if it was first written from a push.
+    pub pushed: Option<PushedAt>,
     /// Kept only where the business asked for receipts.
     pub receipt: Option<Box<Wanted>>,
+}
+
+/// Where the hops of a message that end with its acknowledgement begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PushedAt {
+    /// When it was written, µs since the Unix epoch.
+    pub written_us: u64,
+    /// When it was produced, ms likewise; 0: not known.
+    pub produced_ms: u64,
 }
 
 /// What receipts of a message need.
@@ -136,7 +145,7 @@ mod tests {
     }
 
     fn sent(seq: u64) -> Sent {
-        Sent { mark: mark(seq), to: mark(seq), written_ms: 0, receipt: None }
+        Sent { mark: mark(seq), to: mark(seq), pushed: None, receipt: None }
     }
 
     #[test]

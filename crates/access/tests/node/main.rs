@@ -166,6 +166,7 @@ async fn whoever_is_not_here_is_gone_and_loses_the_route() -> Result<()> {
         user: "alice".into(),
         envelope: entry.clone(),
         connections: vec![connection],
+        dispatched_after_us: None,
     };
     let here = route.session.connection.0;
     let incarnation = route.session.incarnation.0;

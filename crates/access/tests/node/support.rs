@@ -241,6 +241,7 @@ impl Dispatcher {
             user: user.into(),
             envelope,
             connections: routes.iter().map(|route| route.session.connection.0).collect(),
+            dispatched_after_us: None,
         };
         self.send(incarnation, vec![push], vec![]).await
     }

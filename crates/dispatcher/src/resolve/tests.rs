@@ -42,6 +42,9 @@ impl Routes for Held {
     fn lanes(&self) -> usize {
         2
     }
+    fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
+        None
+    }
 }
 
 fn user(name: &str) -> UserKey {

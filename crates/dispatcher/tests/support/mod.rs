@@ -157,7 +157,7 @@ pub fn push(user: &str, seq: u64) -> Push {
         seq: Seq(seq),
         prev_chain: Chain::START,
         chain: Chain::START,
-        accepted_at_ms: 1,
+        accepted_at_us: 1,
     };
     let envelope = Bytes::copy_from_slice(&header.encode());
     Push { app: "demo".into(), user: user.into(), envelope }

@@ -1,5 +1,7 @@
 //! accept: groups of messages, in one call a slot.
 
+use std::time::Instant;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
 use redis::Value;
 
@@ -86,8 +88,9 @@ async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<Reply, Err
     for group in groups {
         encode_group(group, &mut call);
     }
+    let sent = Instant::now();
     let value = topology.run(shard, &scripts::ACCEPT, &call).await?;
-    timed_reply(value, topology.link(shard).clock())
+    timed_reply(value, topology.link(shard).clock(), sent)
 }
 
 fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {

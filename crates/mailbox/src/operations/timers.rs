@@ -1,5 +1,7 @@
 //! fire and defer: retry timers.
 
+use std::time::Instant;
+
 use barid_core::{Backoff, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard};
 
 use super::{head, routes};
@@ -149,9 +151,10 @@ async fn run(
     call: &Call,
     items: usize,
 ) -> Result<Reply, Error> {
+    let sent = Instant::now();
     let timer = topology.metrics().timer(script.name, items).start_timer();
     let value = topology.run(shard, script, call).await;
     timer.observe_duration();
     let value = value.inspect_err(|error| topology.metrics().failed(script.name, error))?;
-    timed_reply(value, topology.link(shard).clock())
+    timed_reply(value, topology.link(shard).clock(), sent)
 }

@@ -63,7 +63,7 @@ local function evict(h, queue, check_at)
     local next_check
     while seq + 1 < h.n do
       local entry = call('LINDEX', queue, int(seq + 1 - h.b))
-      local expires = struct.unpack('<I8', entry, 30) + TTL
+      local expires = floor(struct.unpack('<I8', entry, 30) / 1000) + TTL
       if expires > NOW then
         next_check = expires
         break
@@ -111,7 +111,7 @@ local function accept(k, a, timers)
 
   local chain = chain_step(h.nc, tonumber(ARGV[a + 6]))
   local header = struct.pack('<BI8BI8BI4BI4BI8',
-    0x09, h.e, 0x11, h.n + 1, 0x1d, h.nc, 0x25, chain, 0x29, NOW)
+    0x09, h.e, 0x11, h.n + 1, 0x1d, h.nc, 0x25, chain, 0x29, NOW_US)
   local length = call('RPUSH', queue, header .. body)
   h.n, h.nc = h.n + 1, chain
   call('HSET', head, 'n', int(h.n), 'nc', int(chain),
@@ -181,7 +181,7 @@ local function group(k, a, count)
   return reply
 end
 
-local replies, k, a = { NOW }, 1, 6
+local replies, k, a = { NOW_US }, 1, 6
 for g = 1, tonumber(ARGV[5]) do
   local count = tonumber(ARGV[a + 5])
   local ok, reply = pcall(group, k, a, count)

@@ -6,7 +6,7 @@
 --       clock was ahead when it was written.
 
 local left, LONGEST = tonumber(ARGV[1]), tonumber(ARGV[2])
-local replies = { NOW }
+local replies = { NOW_US }
 for i, timers in ipairs(KEYS) do
   local ok, members = pcall(function()
     local due = call('ZRANGEBYSCORE', timers, '-inf', int(NOW), 'LIMIT', 0, left)

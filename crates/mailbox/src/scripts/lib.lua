@@ -14,11 +14,13 @@
 -- routes {s}:r:<app>:<user>    hash: device -> "node incarnation connection attempt platform"
 -- timers {s}:t                 zset: app NUL user -> the earliest due time of its devices
 --
--- Numbers stay below 2^53. The time is Redis's own, frozen while a script runs.
+-- Numbers stay below 2^53. The time is Redis's own, frozen while a script runs; replies begin with
+-- it in microseconds.
 
 local call, floor, match = redis.call, math.floor, string.match
 local TIME = call('TIME')
-local NOW = TIME[1] * 1000 + floor(TIME[2] / 1000)
+local NOW_US = TIME[1] * 1000000 + TIME[2]
+local NOW = floor(NOW_US / 1000)
 
 local function int(number)
   return string.format('%.0f', number)
@@ -220,7 +222,7 @@ end
 
 -- Runs `step` for each item; an item's error is that item's alone.
 local function each(count, step, keys, args, first)
-  local replies = { NOW }
+  local replies = { NOW_US }
   for i = 0, count - 1 do
     local ok, reply = pcall(step, i * keys + 1, i * args + first)
     if not ok then

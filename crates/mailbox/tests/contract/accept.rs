@@ -48,7 +48,8 @@ async fn entries_are_contiguous_and_stored_as_they_were_returned(bed: Bed) {
     assert_eq!((page.oldest, page.newest), (Seq(1), Seq(5)));
     let (header, decoded) = envelope::decode(page.entries[4].clone()).unwrap();
     assert_eq!((header.epoch, decoded.id.as_str()), (page.epoch, "id-5"));
-    let (before, after) = (header.accepted_at_ms, bed.mailbox.inspect(&user).await.unwrap().now_ms);
+    let (before, after) =
+        (header.accepted_at_us / 1000, bed.mailbox.inspect(&user).await.unwrap().now_ms);
     assert!(before <= after && after - before < 10_000);
     assert_eq!(bed.page(&user, 3).await.entries, envelopes[3..]);
 }

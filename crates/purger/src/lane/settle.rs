@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use barid_bus::{DeadLetter, DeadLetters, Receipts};
 use barid_core::{Clock, Shard};
-use barid_mailbox::AcceptOutcome;
+use barid_mailbox::{AcceptOutcome, RedisTime};
+use barid_runtime::Hop;
+use barid_wire::envelope::Header;
 use barid_wire::internal::Push;
 use barid_wire::record::ReceiptKind;
 use barid_wire::v1::Receipt;
@@ -49,7 +51,13 @@ struct Owed {
 impl Outbox {
     /// Settles the outcomes of a call: hands on first, for speed; a record is told finished once its
     /// receipts and dead letters are delivered.
-    pub async fn settle(&self, done: Vec<(Parcel, AcceptOutcome)>, events: &mpsc::Sender<Event>) {
+    /// `clock`: of the master that was called.
+    pub async fn settle(
+        &self,
+        done: Vec<(Parcel, AcceptOutcome)>,
+        clock: Option<RedisTime>,
+        events: &mpsc::Sender<Event>,
+    ) {
         let now_ms = self.clock.now_ms();
         let mut settled = Vec::with_capacity(done.len());
         let (mut owed, mut pushes) = (Vec::new(), Vec::new());
@@ -60,7 +68,9 @@ impl Outbox {
             let mut dead = None;
             let receipt = match outcome {
                 AcceptOutcome::Accepted { seq, envelope, online, evicted } => {
-                    self.metrics.hop_accepted.observe(flight.taken.elapsed().as_secs_f64());
+                    if let Some(clock) = clock {
+                        self.hops(&flight, &envelope, clock);
+                    }
                     self.metrics.evicted.inc_by(u64::from(evicted));
                     if online {
                         let (app, user) = (message.app.to_string(), user.to_owned());
@@ -94,6 +104,15 @@ impl Outbox {
             // Bounded: what is owed counts in the window of records under way.
             tokio::spawn(async move { this.deliver(owed, &events).await });
         }
+    }
+
+    /// The hops that end with acceptance.
+    fn hops(&self, flight: &Flight, envelope: &[u8], clock: RedisTime) {
+        let Ok(header) = Header::parse(envelope) else { return };
+        let taken_us = clock.us(flight.taken.into_std());
+        let produced_us = flight.produced_at_ms() * 1000;
+        self.metrics.hops.observe(Hop::ProducedTaken, produced_us, taken_us);
+        self.metrics.hops.observe(Hop::TakenAccepted, taken_us, header.accepted_at_us);
     }
 
     async fn deliver(&self, owed: Vec<Owed>, events: &mpsc::Sender<Event>) {

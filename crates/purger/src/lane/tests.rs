@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_bus::consumer::{Assigned, Partition, Record};
 use barid_bus::{DeadLetters, KafkaConfig, Producer, Receipts};
 use barid_core::{Seq, ShardCount, SystemClock};
-use barid_mailbox::{AcceptOutcome, Source};
+use barid_mailbox::{AcceptOutcome, RedisTime, Source};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
@@ -97,6 +97,9 @@ impl Mailboxes for Store {
     }
     fn lane_of(&self, shard: Shard) -> usize {
         usize::from(shard.get()) % 2
+    }
+    fn redis_time(&self, _: Shard) -> Option<RedisTime> {
+        None
     }
     async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
         let fate = {

@@ -248,7 +248,7 @@ proptest! {
         let mut envelope = Envelope { id: "order".into(), ..Default::default() };
         set_payload(&mut envelope, text.clone().into(), 0, 3);
         let header = Header {
-            epoch: Epoch(1), seq: Seq(seq), prev_chain: Chain(2), chain: Chain(3), accepted_at_ms: 4,
+            epoch: Epoch(1), seq: Seq(seq), prev_chain: Chain(2), chain: Chain(3), accepted_at_us: 4,
         };
         let bytes = [&header.encode()[..], &encode_body(envelope)].concat();
         let (_, entry) = crate::envelope::decode(bytes.into()).unwrap();

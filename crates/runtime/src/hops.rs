@@ -1,0 +1,132 @@
+//! How long each hop of a message takes: one family of histograms, with the same names, clocks and
+//! bounds in every role.
+//!
+//! Two clocks are subtracted at most: the producer's (the Kafka timestamp, whole milliseconds
+//! rounded down, so that hops from there are up to 1 ms too long) and that of the Redis master that
+//! holds the mailbox. Every role tells its moments in that master's time, which it estimates from
+//! the master's answers to within half a round trip, so it does not matter how far the clocks of
+//! Barid's machines differ. Where a hop comes out below zero all the same, it counts as zero, and
+//! in `barid_hop_negative_total`.
+//!
+//! Only the fast path counts: what a device is sent from its mailbox instead (it was away, or a
+//! push was lost) waited for reasons that are no hop's.
+
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+
+use crate::latency::{Latency, register_latencies};
+
+/// A part of a message's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hop {
+    /// From the record's Kafka timestamp until the purger takes it. Producer's clock, Redis's.
+    ProducedTaken,
+    /// Until the script that accepts it begins. Redis's clock.
+    TakenAccepted,
+    /// Until it is queued for its access node: it includes that script's run. Redis's clock.
+    AcceptedDispatched,
+    /// Until the node writes it to the device's connection. Redis's clock.
+    DispatchedWritten,
+    /// Until the node has the device's acknowledgement. Redis's clock.
+    WrittenAcked,
+    /// From the Kafka timestamp until it is written. Producer's clock, Redis's.
+    ProducedWritten,
+    /// From the Kafka timestamp until it is acknowledged. Producer's clock, Redis's.
+    ProducedAcked,
+}
+
+impl Hop {
+    /// All of them, in a message's order; then those over several.
+    pub const ALL: [Self; 7] = [
+        Self::ProducedTaken,
+        Self::TakenAccepted,
+        Self::AcceptedDispatched,
+        Self::DispatchedWritten,
+        Self::WrittenAcked,
+        Self::ProducedWritten,
+        Self::ProducedAcked,
+    ];
+
+    /// The label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ProducedTaken => "produced_taken",
+            Self::TakenAccepted => "taken_accepted",
+            Self::AcceptedDispatched => "accepted_dispatched",
+            Self::DispatchedWritten => "dispatched_written",
+            Self::WrittenAcked => "written_acked",
+            Self::ProducedWritten => "produced_written",
+            Self::ProducedAcked => "produced_acked",
+        }
+    }
+}
+
+/// `barid_hop_seconds` of one role. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Hops {
+    /// By [`Hop`]'s number; `None`: another role's.
+    of: [Option<(Latency, IntCounter)>; Hop::ALL.len()],
+}
+
+impl Hops {
+    /// Registers the hops that a role sees the end of.
+    ///
+    /// # Errors
+    /// They are registered already.
+    pub fn new(registry: &Registry, hops: &[Hop]) -> Result<Self, prometheus::Error> {
+        let names: Vec<_> = hops.iter().map(|hop| hop.as_str()).collect();
+        let help = "Times of the hops of messages that went the fast path.";
+        let latencies = register_latencies(registry, "barid_hop_seconds", help, "hop", &names)?;
+        let help = "Hops that came out below zero, and count as zero: clocks that differ.";
+        let negative = IntCounterVec::new(Opts::new("barid_hop_negative_total", help), &["hop"])?;
+        registry.register(Box::new(negative.clone()))?;
+        let mut of = [const { None }; Hop::ALL.len()];
+        for (hop, latency) in hops.iter().zip(latencies) {
+            of[*hop as usize] = Some((latency, negative.with_label_values(&[hop.as_str()])));
+        }
+        Ok(Self { of })
+    }
+
+    /// Counts a hop from one moment to another, µs since the Unix epoch. A moment of 0 is unknown,
+    /// and nothing is counted.
+    pub fn observe(&self, hop: Hop, from_us: u64, to_us: u64) {
+        if from_us == 0 || to_us == 0 {
+            return;
+        }
+        let Some((latency, negative)) = &self.of[hop as usize] else { return };
+        if to_us < from_us {
+            negative.inc();
+        }
+        latency.observe_us(to_us.saturating_sub(from_us));
+    }
+
+    /// How often a hop was counted.
+    pub fn count(&self, hop: Hop) -> u64 {
+        self.of[hop as usize].as_ref().map_or(0, |(latency, _)| latency.count())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_that_contradict_each_other_count_as_zero_and_are_told() {
+        let registry = Registry::new();
+        let hops = Hops::new(&registry, &[Hop::WrittenAcked, Hop::ProducedAcked]).unwrap();
+        hops.observe(Hop::WrittenAcked, 1_000_300, 1_000_000);
+        hops.observe(Hop::WrittenAcked, 1_000_000, 1_000_300);
+        hops.observe(Hop::ProducedAcked, 0, 1_000_000);
+        hops.observe(Hop::TakenAccepted, 1, 2); // another role's
+        assert_eq!((hops.count(Hop::WrittenAcked), hops.count(Hop::ProducedAcked)), (2, 0));
+        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for line in [
+            "barid_hop_negative_total{hop=\"written_acked\"} 1",
+            "barid_hop_negative_total{hop=\"produced_acked\"} 0",
+            "barid_hop_seconds_bucket{hop=\"written_acked\",le=\"0.00005\"} 1",
+            "barid_hop_seconds_sum{hop=\"written_acked\"} 0.0003",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("taken_accepted"));
+    }
+}
