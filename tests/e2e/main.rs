@@ -6,9 +6,13 @@
 mod binaries;
 mod delivery;
 mod hops;
+mod kills;
 mod listener;
 mod outages;
+mod planted;
 mod python;
 mod resends;
 mod restarts;
 mod sessions;
+mod storm;
+mod trial;

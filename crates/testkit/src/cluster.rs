@@ -13,8 +13,11 @@ use rdkafka::{ClientConfig, Message as _};
 use serde_json::{Value as Json, json};
 use toml::{Table, Value};
 
+use crate::checker::Place;
 use crate::kafka::unique;
+use crate::ports::free_port;
 use crate::process::Process;
+use crate::redis::RedisOptions;
 use crate::spawner::Scratch;
 use crate::{Device, Kafka, Redis, http, paths, token};
 
@@ -73,6 +76,7 @@ pub struct Builder {
     settings: Vec<(Option<Role>, String, Value)>,
     partitions: i32,
     own_kafka: bool,
+    redis: RedisOptions,
 }
 
 impl Builder {
@@ -111,12 +115,21 @@ impl Builder {
         self
     }
 
+    /// A Redis that has written to disk what it answers, so that it may be killed
+    /// (appendfsync always).
+    #[must_use]
+    pub fn durable_redis(mut self) -> Self {
+        let settings = vec![("appendfsync".into(), "always".into())];
+        self.redis = RedisOptions { append_only: true, settings };
+        self
+    }
+
     /// Starts everything and waits until every role says that it is ready.
     ///
     /// # Errors
     /// Something does not come up; shows the end of its output.
     pub async fn start(self) -> Result<Cluster> {
-        let redis = Redis::start().await?;
+        let redis = Redis::start_with(self.redis.clone()).await?;
         let own_kafka = if self.own_kafka { Some(Kafka::start().await?) } else { None };
         let kafka = match &own_kafka {
             Some(kafka) => kafka,
@@ -298,7 +311,13 @@ pub struct Cluster {
 impl Cluster {
     /// One node of each role, fast re-sends, four partitions, the shared Kafka, a Redis of its own.
     pub fn builder() -> Builder {
-        Builder { counts: BTreeMap::new(), settings: Vec::new(), partitions: 4, own_kafka: false }
+        Builder {
+            counts: BTreeMap::new(),
+            settings: Vec::new(),
+            partitions: 4,
+            own_kafka: false,
+            redis: RedisOptions::default(),
+        }
     }
 
     /// [`Cluster::builder`] as it comes.
@@ -334,6 +353,11 @@ impl Cluster {
     pub fn node(&mut self, role: Role, number: usize) -> &mut Node {
         let node = self.nodes.iter_mut().find(|n| n.role == role && n.number == number);
         node.expect("the test names a node that the cluster has")
+    }
+
+    /// How many nodes of `role` there are, running or not.
+    pub fn count(&self, role: Role) -> usize {
+        self.nodes.iter().filter(|node| node.role == role).count()
     }
 
     /// Waits until every running role says that it is ready.
@@ -399,9 +423,16 @@ impl Cluster {
     /// # Errors
     /// It does not come up.
     pub async fn launch(&mut self, role: Role, number: usize) -> Result<()> {
-        let node = self.node(role, number);
-        node.launch()?;
-        node.ready().await
+        self.spawn(role, number)?;
+        self.node(role, number).ready().await
+    }
+
+    /// Starts a node that was drained or killed; it may not be up yet.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(&mut self, role: Role, number: usize) -> Result<()> {
+        self.node(role, number).launch()
     }
 
     /// `kill -9`.
@@ -491,12 +522,17 @@ impl Cluster {
         }
         if matches!(role, Role::Dispatcher | Role::Access) {
             set("node", format!("{}-{number}", role.name()).into())?;
+        }
+        if role == Role::Dispatcher {
             set("listen", "127.0.0.1:0".into())?;
         }
         if role != Role::Access {
             set("nodes_refresh_ms", NODES_REFRESH_MS.into())?;
         }
         if role == Role::Access {
+            // Devices have one address for the cluster; here it is the node's, which comes back on
+            // the same port after a kill.
+            set("listen", format!("127.0.0.1:{}", free_port()).into())?;
             set("grpc_listen", "127.0.0.1:0".into())?;
             set("auth.keys", Value::Array(vec![token::key().into()]))?;
         }
@@ -560,7 +596,7 @@ impl Business {
     ///
     /// # Errors
     /// Kafka does not take it within 30 s.
-    pub async fn say(&self, user: &str, id: &str, text: &str) -> Result<()> {
+    pub async fn say(&self, user: &str, id: &str, text: &str) -> Result<Place> {
         self.push(&json!({ "id": id, "app": APP, "to": { "user": user }, "text": text })).await
     }
 
@@ -568,7 +604,7 @@ impl Business {
     ///
     /// # Errors
     /// Kafka does not take it within 30 s.
-    pub async fn push(&self, record: &Json) -> Result<()> {
+    pub async fn push(&self, record: &Json) -> Result<Place> {
         let key = record["to"]["user"].as_str().unwrap_or_default();
         self.produce(&self.topics.push, key, record.to_string().as_bytes()).await
     }
@@ -577,10 +613,12 @@ impl Business {
     ///
     /// # Errors
     /// Kafka does not take it within 30 s.
-    pub async fn produce(&self, topic: &str, key: &str, payload: &[u8]) -> Result<()> {
+    pub async fn produce(&self, topic: &str, key: &str, payload: &[u8]) -> Result<Place> {
         let record = FutureRecord::to(topic).key(key).payload(payload);
-        let sent = self.producer.send(record, Duration::from_secs(30)).await;
-        sent.map(drop).map_err(|(error, _)| error.into())
+        match self.producer.send(record, Duration::from_secs(30)).await {
+            Ok(taken) => Ok(Place { partition: taken.partition, offset: taken.offset }),
+            Err((error, _)) => Err(error.into()),
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! What tests need and users never run: Apache Kafka and Redis on private ports, Barid's binaries
-//! as processes with verbs (term, kill, stop, cont), and a whole cluster of them.
+//! as processes with verbs (term, kill, stop, cont), a whole cluster of them, and a checker of what
+//! its users were shown.
 //!
 //! Everything started here dies with the test process, however that ends, and leaves no files.
 
+pub mod checker;
 pub mod cluster;
 pub mod device;
 pub mod http;

@@ -1,0 +1,198 @@
+//! A clean run is found clean, and every kind of fault that is planted into it is found.
+
+use super::*;
+
+const IN_A: [&str; 4] = ["a0", "a1", "a2", "a3"];
+
+fn place(partition: i32, offset: i64) -> Place {
+    Place { partition, offset }
+}
+
+fn payload(id: &str) -> String {
+    format!("the payload of {id}")
+}
+
+/// Records for two users, entered in another order than Kafka's: reports of deliveries race.
+fn books() -> (Books, Application, Application) {
+    let mut books = Books::default();
+    let (a, b) = (books.application("a", "phone"), books.application("b", "phone"));
+    for (offset, id) in IN_A.iter().enumerate().rev() {
+        books.produced("a", place(0, 10 + offset as i64), id, &payload(id));
+    }
+    books.produced("b", place(1, 0), "b0", &payload("b0"));
+    books.connected(a, "one");
+    books.connected(b, "two");
+    books.shown(b, "b0", &payload("b0"));
+    (books, a, b)
+}
+
+/// The run in which the first application is shown `ids`.
+fn shown(ids: &[&str]) -> Vec<(Kind, String)> {
+    let (mut books, a, _) = books();
+    for id in ids {
+        books.shown(a, id, &payload(id));
+    }
+    found(&books)
+}
+
+fn found(books: &Books) -> Vec<(Kind, String)> {
+    books.faults().into_iter().map(|fault| (fault.kind, fault.what)).collect()
+}
+
+fn one(kind: Kind, what: &str) -> Vec<(Kind, String)> {
+    vec![(kind, what.into())]
+}
+
+#[test]
+fn a_clean_run_has_no_faults() {
+    assert_eq!(shown(&IN_A), []);
+}
+
+#[test]
+fn what_is_owed_is_counted_down() {
+    let (mut books, a, _) = books();
+    assert_eq!(books.owed(), 4);
+    for id in IN_A {
+        books.shown(a, id, &payload(id));
+    }
+    assert_eq!((books.owed(), books.shown_count(), books.shown_to(a)), (0, 5, IN_A.to_vec()));
+}
+
+#[test]
+fn a_loss_is_found_wherever_it_is() {
+    assert_eq!(shown(&["a1", "a2", "a3"]), one(Kind::Lost, "a0"));
+    assert_eq!(shown(&["a0", "a2", "a3"]), one(Kind::Lost, "a1"));
+    assert_eq!(shown(&["a0", "a1", "a2"]), one(Kind::Lost, "a3"));
+    assert_eq!(shown(&[]), IN_A.map(|id| (Kind::Lost, id.to_owned())));
+}
+
+#[test]
+fn every_device_of_a_user_is_owed_everything() {
+    let (mut books, a, _) = books();
+    let tablet = books.application("a", "tablet");
+    for id in IN_A {
+        books.shown(a, id, &payload(id));
+    }
+    for id in &IN_A[..3] {
+        books.shown(tablet, id, &payload(id));
+    }
+    let faults = books.faults();
+    assert_eq!(found(&books), one(Kind::Lost, "a3"));
+    assert_eq!((faults[0].user.as_str(), faults[0].device.as_str()), ("a", "tablet"));
+}
+
+#[test]
+fn disorder_is_found_and_those_that_kept_their_order_are_not_blamed() {
+    assert_eq!(shown(&["a0", "a2", "a1", "a3"]), one(Kind::OutOfOrder, "a1"));
+    assert_eq!(shown(&["a1", "a2", "a3", "a0"]), one(Kind::OutOfOrder, "a0"));
+    let last_first = [(Kind::OutOfOrder, "a0".into()), (Kind::OutOfOrder, "a1".into())];
+    assert_eq!(shown(&["a2", "a0", "a1", "a3"]), last_first);
+}
+
+#[test]
+fn no_order_is_asked_across_partitions() {
+    let (mut books, a, _) = books();
+    books.produced("a", place(3, 1), "other", "");
+    for id in ["a0", "a1", "a2", "a3"] {
+        books.shown(a, id, &payload(id));
+    }
+    books.shown(a, "other", "");
+    assert_eq!(found(&books), []);
+}
+
+#[test]
+fn a_repeat_is_found_at_once_or_later_and_is_no_disorder() {
+    assert_eq!(shown(&["a0", "a0", "a1", "a2", "a3"]), one(Kind::Repeated, "a0"));
+    assert_eq!(shown(&["a0", "a1", "a2", "a3", "a0"]), one(Kind::Repeated, "a0"));
+    let twice = [(Kind::Repeated, "a3".into()), (Kind::Repeated, "a3".into())];
+    assert_eq!(shown(&["a0", "a1", "a2", "a3", "a3", "a3"]), twice);
+}
+
+#[test]
+fn what_is_another_users_or_nobodys_is_found() {
+    assert_eq!(shown(&["a0", "b0", "a1", "a2", "a3"]), one(Kind::WrongUser, "b0"));
+    assert_eq!(shown(&["a0", "zz", "a1", "a2", "a3"]), one(Kind::Foreign, "zz"));
+}
+
+#[test]
+fn an_altered_payload_is_found() {
+    let (mut books, a, _) = books();
+    for id in IN_A {
+        books.shown(a, id, &if id == "a2" { "something else".into() } else { payload(id) });
+    }
+    assert_eq!(found(&books), one(Kind::Altered, "a2"));
+}
+
+/// What is blamed when the first application's session sees `events` and then everything is shown.
+fn session(events: impl FnOnce(&mut Books, Application)) -> Vec<(Kind, String)> {
+    let (mut books, a, _) = books();
+    events(&mut books, a);
+    for id in IN_A {
+        books.shown(a, id, &payload(id));
+    }
+    found(&books)
+}
+
+#[test]
+fn a_session_may_end_only_with_its_node() {
+    let closed = one(Kind::Closed, "one");
+    // Nobody harmed anything; another node was harmed; the node was harmed afterwards.
+    assert_eq!(session(|books, a| books.disconnected(a, "1006", false)), closed);
+    let other = |books: &mut Books, a| {
+        books.harm("two");
+        books.disconnected(a, "1006", false);
+    };
+    assert_eq!(session(other), closed);
+    let afterwards = |books: &mut Books, a| {
+        books.disconnected(a, "1006", false);
+        books.harm("one");
+    };
+    assert_eq!(session(afterwards), closed);
+    // Its own: while it is down, or noticed only once it is back.
+    let harmed = |books: &mut Books, a| {
+        books.harm("one");
+        books.disconnected(a, "1006", false);
+    };
+    assert_eq!(session(harmed), []);
+    let noticed_late = |books: &mut Books, a| {
+        books.harm("one");
+        books.heal("one");
+        books.disconnected(a, "1006", false);
+    };
+    assert_eq!(session(noticed_late), []);
+}
+
+#[test]
+fn a_session_that_began_on_a_healed_node_must_hold() {
+    let again = |books: &mut Books, a| {
+        books.harm("one");
+        books.disconnected(a, "1006", false);
+        books.disconnected(a, "nobody listens", false);
+        books.heal("one");
+        books.connected(a, "one");
+        books.disconnected(a, "4001", false);
+    };
+    assert_eq!(session(again), one(Kind::Closed, "one"));
+}
+
+#[test]
+fn nobody_is_shut_out_for_good() {
+    let refused = |books: &mut Books, a| {
+        books.harm("one");
+        books.disconnected(a, "4502", true);
+    };
+    assert_eq!(session(refused), one(Kind::Closed, "one"));
+    let at_the_door = |books: &mut Books, a| {
+        books.harm("one");
+        books.disconnected(a, "1006", false);
+        books.disconnected(a, "401", true);
+    };
+    assert_eq!(session(at_the_door), one(Kind::Closed, "(no session)"));
+}
+
+#[test]
+#[should_panic(expected = "a second time")]
+fn ids_that_are_used_twice_cannot_be_checked() {
+    let (mut books, ..) = books();
+    books.produced("a", place(0, 99), "a0", "");
+}

@@ -1,0 +1,147 @@
+//! Every process that Barid consists of or rests on, killed or stopped while messages flow: nothing
+//! lost, repeated, altered or out of order, and no session closed but those of a killed node.
+//!
+//! Moments and victims are random; a failing run tells its seed, and `BARID_SEED` sets it.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use barid_testkit::Role;
+use toml::{Table, Value};
+
+use crate::trial::{Trial, pairs};
+
+const MESSAGES: usize = 2_000;
+const TIME: Duration = Duration::from_secs(6);
+
+/// Either node of a role, at random moments, for as long as messages flow.
+async fn killed_while_messages_flow(role: Role) -> Result<()> {
+    let mut trial = Trial::start(pairs()).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    let mut kills = 0;
+    while flow.runs() || kills < 3 {
+        trial.pause(1_000).await;
+        let number = trial.pick(2);
+        trial.kill(role, number)?;
+        kills += 1;
+        trial.pause(500).await;
+        trial.launch(role, number).await?;
+    }
+    trial.finish(flow).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_purgers() -> Result<()> {
+    killed_while_messages_flow(Role::Purger).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_dispatchers() -> Result<()> {
+    killed_while_messages_flow(Role::Dispatcher).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_delayers() -> Result<()> {
+    killed_while_messages_flow(Role::Delayer).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_access_nodes() -> Result<()> {
+    killed_while_messages_flow(Role::Access).await
+}
+
+/// A third purger joins two and leaves again, and each time one of them dies while partitions move.
+async fn killed_in_a_rebalance(protocol: &str) -> Result<()> {
+    let mut settings = pairs().set_of(Role::Purger, "kafka.group_protocol", protocol);
+    if protocol == "classic" {
+        // With KIP-848 these are the broker's.
+        let properties = [("session.timeout.ms", "3000"), ("heartbeat.interval.ms", "300")];
+        let properties = properties.map(|(key, value)| (key.to_owned(), value.into()));
+        let properties = Value::Table(Table::from_iter(properties));
+        settings = settings.set_of(Role::Purger, "kafka.properties", properties);
+    }
+    let mut trial = Trial::start(settings).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    trial.pause(500).await;
+    trial.cluster.add(Role::Purger, 2)?;
+    for round in 0..3 {
+        if round > 0 {
+            trial.restart(Role::Purger, 2).await?;
+        }
+        trial.pause(400).await;
+        let victim = trial.pick(3);
+        trial.kill(Role::Purger, victim)?;
+        trial.pause(500).await;
+        trial.launch(Role::Purger, victim).await?;
+    }
+    trial.finish(flow).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purger_killed_in_a_rebalance() -> Result<()> {
+    killed_in_a_rebalance("consumer").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purger_killed_in_a_classic_rebalance() -> Result<()> {
+    killed_in_a_rebalance("classic").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_redis() -> Result<()> {
+    let mut trial = Trial::start(pairs().durable_redis()).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    for _ in 0..3 {
+        trial.pause(1_500).await;
+        trial.tell("kill Redis");
+        trial.cluster.redis.kill()?;
+        trial.pause(1_500).await;
+        trial.cluster.redis.restart().await?;
+        trial.tell("Redis is back");
+    }
+    trial.finish(flow).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_kafka() -> Result<()> {
+    let mut trial = Trial::start(pairs().own_kafka()).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    for _ in 0..2 {
+        trial.pause(1_500).await;
+        trial.tell("kill Kafka");
+        trial.cluster.kafka()?.kill()?;
+        trial.pause(500).await;
+        trial.cluster.kafka()?.restart().await?;
+        trial.tell("Kafka is back");
+    }
+    trial.finish(flow).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_13_access_nodes_stopped_past_their_lease() -> Result<()> {
+    let mut trial = Trial::start(pairs().set_of(Role::Access, "lease_ttl_ms", 1_000)).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    for _ in 0..2 {
+        trial.pause(500).await;
+        let number = trial.pick(2);
+        trial.freeze(Role::Access, number, Duration::from_millis(2_500)).await?;
+    }
+    trial.finish(flow).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dispatchers_away_for_longer_than_the_resends_take() -> Result<()> {
+    // Five re-sends take 3.1 s and the close comes after 6.3 s, were they a device's failure.
+    let quick = pairs().set("redis.retry_base_ms", 100).set("redis.retry_max_ms", 60_000);
+    let mut trial = Trial::start(quick).await?;
+    let flow = trial.flow(MESSAGES, TIME);
+    trial.pause(1_000).await;
+    for number in 0..2 {
+        trial.kill(Role::Dispatcher, number)?;
+    }
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    for number in 0..2 {
+        trial.launch(Role::Dispatcher, number).await?;
+    }
+    trial.finish(flow).await
+}
