@@ -199,6 +199,9 @@ pub struct SyncConfig {
     pub confirm_interval_seconds: u64,
     /// After a lapsed lease or a new connection to Redis: so many sessions a second.
     pub confirms_per_second: u32,
+    /// A session writes acknowledgements to Redis at once, but not sooner than so many ms after its
+    /// last one: they are cumulative. Devices are advised to keep to it as well. 0: every one.
+    pub ack_interval_ms: u32,
 }
 
 impl Default for SyncConfig {
@@ -208,6 +211,7 @@ impl Default for SyncConfig {
             page_bytes_max: 256 << 10,
             confirm_interval_seconds: 600,
             confirms_per_second: 2_000,
+            ack_interval_ms: 100,
         }
     }
 }

@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -32,7 +32,8 @@ use crate::handle::{Handle, Inbox};
 use crate::handshake::{self, Accepted, Socket, WRITE_BUFFER_BYTES};
 use crate::node::Node;
 use crate::session::{
-    Beat, Close, Closing, Connected, Connecting, Effect, Heartbeat, Pushed, Unidentified,
+    AckPoint, AckUrgency, Beat, Close, Closing, Connected, Connecting, Effect, Heartbeat, Pushed,
+    Unidentified,
 };
 
 /// Turns of the loop before other tasks have theirs.
@@ -224,6 +225,8 @@ enum Out {
 
 enum Answer {
     Page(Page),
+    /// The time until the next acknowledgement is over.
+    AckDue,
     Acked(AckOutcome),
     Confirmed(ConfirmOutcome),
 }
@@ -250,6 +253,9 @@ struct Connection {
     told_bytes: usize,
     /// Redis: at most one read, one acknowledgement and one confirmation.
     calls: Vec<Call>,
+    /// Acknowledgements are cumulative: the next one waits until then, unless it is urgent.
+    next_ack: Instant,
+    ack_waits: bool,
     confirming: Confirming,
     refreshing: Option<Refreshing>,
     effects: Vec<Effect>,
@@ -290,6 +296,8 @@ impl Connection {
             fed: 0,
             told_bytes: 0,
             calls: Vec::new(),
+            next_ack: Instant::now(),
+            ack_waits: false,
             confirming: Confirming::No,
             refreshing: None,
             effects: Vec::new(),
@@ -435,6 +443,7 @@ impl Connection {
                     let now_us = self.node.mailbox_now_us(self.handle.user());
                     self.session.page(page, now_us, &mut self.effects);
                 }
+                Answer::AckDue => self.ack_waits = false,
                 Answer::Acked(outcome) => self.session.acked(outcome, &mut self.effects),
                 Answer::Confirmed(outcome) => {
                     self.node.metrics.confirm(match outcome {
@@ -472,7 +481,7 @@ impl Connection {
 
     fn start_calls(&mut self) -> bool {
         let before = self.calls.len();
-        if let Some(point) = self.session.next_ack() {
+        if let Some(point) = self.next_ack() {
             let request = ack_request(&self.node, &self.handle, point);
             let node = Arc::clone(&self.node);
             self.calls.push(Box::pin(async move {
@@ -495,6 +504,24 @@ impl Connection {
             }));
         }
         self.calls.len() > before
+    }
+
+    /// What to acknowledge now; sees to it that what has to wait is looked at again.
+    fn next_ack(&mut self) -> Option<AckPoint> {
+        let urgency = self.session.ack_urgency()?;
+        let now = Instant::now();
+        if urgency == AckUrgency::Paced && now < self.next_ack {
+            if !std::mem::replace(&mut self.ack_waits, true) {
+                let wait = tokio::time::sleep_until(self.next_ack);
+                self.calls.push(Box::pin(async move {
+                    wait.await;
+                    Answer::AckDue
+                }));
+            }
+            return None;
+        }
+        self.next_ack = now + Duration::from_millis(self.node.settings.ack_interval_ms.into());
+        self.session.next_ack()
     }
 
     /// One at a time. One that is under way may have begun under another incarnation.
@@ -618,6 +645,7 @@ impl Connection {
                 chain: position.chain.map(|chain| chain.0),
             }],
             server_time_ms: self.node.now_ms(),
+            ack_interval_ms: self.node.settings.ack_interval_ms,
         }));
     }
 
@@ -739,7 +767,7 @@ impl Connection {
     }
 }
 
-fn ack_request(node: &Node, handle: &Handle, point: crate::session::AckPoint) -> AckRequest {
+fn ack_request(node: &Node, handle: &Handle, point: AckPoint) -> AckRequest {
     AckRequest {
         user: handle.user().clone(),
         device: handle.device().clone(),

@@ -131,6 +131,7 @@ async fn build(
         unacked_max: config.limits.unacked_max,
         page_entries_max: config.sync.page_entries_max,
         page_bytes_max: config.sync.page_bytes_max,
+        ack_interval_ms: config.sync.ack_interval_ms,
     };
     let node = Node::new(Parts {
         id,

@@ -17,7 +17,7 @@ use barid_wire::envelope::{Envelope, SkipReason};
 use barid_wire::v1;
 
 pub use closing::Closing;
-pub use connected::{Connected, Dropped, Pushed};
+pub use connected::{AckUrgency, Connected, Dropped, Pushed};
 pub use heartbeat::{Beat, Heartbeat, Seconds};
 pub use unidentified::{Connecting, Unidentified};
 
@@ -52,6 +52,8 @@ pub struct Settings {
     pub page_entries_max: u32,
     /// Bytes read from a mailbox at once.
     pub page_bytes_max: u32,
+    /// How long the next acknowledgement waits for others after the last one, ms.
+    pub ack_interval_ms: u32,
 }
 
 /// What the session wants done, in order.

@@ -20,6 +20,8 @@ use crate::reconnect::{Reconnect, next_attempt};
 const HELD: Duration = Duration::from_secs(5);
 /// Acknowledgements are sent without delay when so many positions wait, whatever the server allows.
 const UNACKED_MAX: u64 = 64;
+/// A server that asks for more time between acks is not taken at its word.
+const ACK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Between attempts to fetch a fresh token while the old one still serves.
 const TOKEN_RETRY: Duration = Duration::from_secs(5);
 /// Added to two ping intervals before a silent connection is given up.
@@ -60,6 +62,9 @@ struct Session {
     connection: Connection,
     silence: Duration,
     unacked_max: u64,
+    /// How long the server asks to let pass between acks.
+    ack_interval: Duration,
+    acked_at: Option<Instant>,
     heard_at: Instant,
     ack_at: Option<Instant>,
     leave_at: Option<Instant>,
@@ -309,6 +314,8 @@ impl Work {
         if !interval.is_zero() {
             session.silence = interval.min(PING_INTERVAL_MAX) * 2 + SILENCE_SLACK;
         }
+        let interval = Duration::from_millis(welcome.ack_interval_ms.into());
+        session.ack_interval = interval.min(ACK_INTERVAL_MAX);
         session.unacked_max = u64::from(welcome.max_unacked / 2).clamp(1, UNACKED_MAX);
         let mut events = Vec::new();
         self.inbox.welcome(position, &mut events);
@@ -376,21 +383,28 @@ impl Work {
         }
     }
 
-    /// Sends an ack that is due, or lets it wait a little while more of them are in sight.
+    /// Sends an ack that is due, or lets it wait: for the time that the server asks to let pass
+    /// between acks, and a little while more of them are in sight.
     async fn flush_ack(&mut self, session: &mut Session, attempt: u64) -> Result<(), Disconnect> {
         if !self.inbox.ack_due() {
             return Ok(());
         }
-        if self.out == 0 || self.inbox.unacked() >= session.unacked_max {
+        let now = Instant::now();
+        let paced = session.acked_at.map_or(now, |at| at + session.ack_interval);
+        let at =
+            if self.out == 0 { paced } else { paced.max(now + self.settings.timing.ack_delay) };
+        if at <= now || self.inbox.unacked() >= session.unacked_max {
             return self.send_ack(session, attempt).await;
         }
-        session.ack_at.get_or_insert(Instant::now() + self.settings.timing.ack_delay);
+        // When the last message in sight is finished, what waits for more of them waits no longer.
+        session.ack_at = Some(session.ack_at.map_or(at, |earlier| earlier.min(at)));
         Ok(())
     }
 
     async fn send_ack(&mut self, session: &mut Session, attempt: u64) -> Result<(), Disconnect> {
         session.ack_at = None;
         let Some(ack) = self.inbox.take_ack() else { return Ok(()) };
+        session.acked_at = Some(Instant::now());
         self.save(attempt).await;
         let ack =
             v1::Ack { mailbox: String::new(), generation: Some(ack.generation.0), seq: ack.seq.0 };
@@ -418,6 +432,8 @@ impl Session {
             connection,
             silence: PING_INTERVAL_MAX,
             unacked_max: UNACKED_MAX,
+            ack_interval: Duration::ZERO,
+            acked_at: None,
             heard_at: Instant::now(),
             ack_at: None,
             leave_at: None,

@@ -44,6 +44,15 @@ pub enum Dropped {
     Fork,
 }
 
+/// How soon the mailbox is to hear of an acknowledgement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AckUrgency {
+    /// Together with what follows within the interval between acknowledgements.
+    Paced,
+    /// Now: the session stands still until it is answered.
+    Urgent,
+}
+
 /// How sure the session is that the mailbox's history is the one that it wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
@@ -471,6 +480,14 @@ impl Connected {
             bytes_max: self.settings.page_bytes_max,
         };
         Some((read, cause))
+    }
+
+    /// Whether there is something to acknowledge to the mailbox, and how soon.
+    pub fn ack_urgency(&self) -> Option<AckUrgency> {
+        let possible = self.ack_wanted && self.acking.is_none();
+        // Nothing is written until the mailbox has compared.
+        let urgent = self.trust == Trust::Asking;
+        possible.then_some(if urgent { AckUrgency::Urgent } else { AckUrgency::Paced })
     }
 
     /// What to acknowledge now.

@@ -14,7 +14,7 @@ use crate::auth::Claims;
 /// µs since the Unix epoch.
 const NOW: u64 = 1_000_000_000;
 const SETTINGS: Settings =
-    Settings { unacked_max: 4, page_entries_max: 3, page_bytes_max: 1 << 20 };
+    Settings { unacked_max: 4, page_entries_max: 3, page_bytes_max: 1 << 20, ack_interval_ms: 100 };
 
 /// What Redis holds.
 #[derive(Clone)]
@@ -257,10 +257,11 @@ fn one_acknowledgement_is_under_way_and_the_latest_follows() {
     let mut walk = Walk::new(&History::new(), 0);
     walk.push_all(&history, 1..=3);
     walk.ack(1);
+    assert_eq!(walk.session.ack_urgency(), Some(AckUrgency::Paced));
     let first = walk.session.next_ack().unwrap();
     walk.ack(2);
     walk.ack(3);
-    assert_eq!(walk.session.next_ack(), None);
+    assert_eq!((walk.session.ack_urgency(), walk.session.next_ack()), (None, None));
     let advanced = AckOutcome::Advanced { cursor: first.mark.seq };
     walk.session.acked(advanced, &mut walk.effects);
     assert_eq!(walk.acked(), Some(3));
@@ -520,6 +521,7 @@ fn the_same_position_with_another_message_is_a_fork_even_if_nothing_follows() {
     walk.ack(2);
     assert_eq!(walk.acked(), Some(2));
     assert_eq!(walk.push(new.entry(2)), Pushed::Dropped(Dropped::Fork));
+    assert_eq!(walk.session.ack_urgency(), Some(AckUrgency::Urgent));
     assert!(walk.session.next_ack().is_some());
 }
 

@@ -34,6 +34,26 @@ async fn a_push_to_an_online_device_is_written_and_its_ack_moves_the_cursor() ->
 }
 
 #[tokio::test]
+async fn a_burst_of_acks_reaches_redis_as_few() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let begun = std::time::Instant::now();
+    for n in 1..=40 {
+        let (entry, _) = world.accept("alice", &format!("m{n}")).await?;
+        dispatcher.push(&world, "alice", entry).await?;
+        phone.take(1).await?;
+    }
+    world.cursor_becomes("alice", "phone", 40).await?;
+    // One at once, and then one in 100 ms.
+    let most = 2.0 + begun.elapsed().as_secs_f64() * 10.0;
+    let acks = node.metric("barid_mailbox_batch_items", "ack");
+    assert!(acks <= most, "{acks} acks for 40 messages in {:?}", begun.elapsed());
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_came_while_it_was_away_is_delivered_first_and_in_order() -> Result<()> {
     let world = World::new().await?;
     let node = world.node().await?;

@@ -190,7 +190,8 @@ impl Node {
         done.context("does not stop")??.map_err(|error| anyhow::anyhow!("{error}"))
     }
 
-    /// The value of a metric; 0 where it was never touched.
+    /// The value of a counter or gauge, or the sum of a histogram, of the given label or over all; 0
+    /// where it was never touched.
     pub fn metric(&self, name: &str, label: &str) -> f64 {
         let family = self.context.metrics.gather();
         let family = family.iter().find(|family| family.name() == name);
@@ -198,7 +199,12 @@ impl Node {
         let fits = metrics.iter().filter(|metric| {
             label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label)
         });
-        fits.map(|m| m.get_counter().get_value() + m.get_gauge().get_value()).sum()
+        let value = |m: &prometheus::proto::Metric| {
+            m.get_counter().get_value()
+                + m.get_gauge().get_value()
+                + m.get_histogram().get_sample_sum()
+        };
+        fits.map(value).sum()
     }
 
     pub async fn dispatcher(&self) -> Result<Dispatcher> {

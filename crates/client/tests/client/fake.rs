@@ -135,12 +135,18 @@ impl Peer {
     }
 
     pub async fn send_welcome(&mut self, epoch: u64, generation: u32, seq: u64) {
+        self.send_paced_welcome(epoch, generation, seq, 0).await;
+    }
+
+    /// As [`Self::send_welcome`], with an interval between acks.
+    pub async fn send_paced_welcome(&mut self, epoch: u64, generation: u32, seq: u64, ms: u32) {
         let position =
             v1::Position { epoch, generation, seq, chain: Some(0), ..Default::default() };
         let welcome = v1::Welcome {
             session: "n/1/1".into(),
             ping_interval_ms: 25_000,
             max_unacked: 256,
+            ack_interval_ms: ms,
             positions: vec![position],
             ..Default::default()
         };

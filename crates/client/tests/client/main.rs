@@ -124,6 +124,23 @@ async fn by_hand_an_ack_waits_for_every_earlier_one() {
 }
 
 #[tokio::test]
+async fn acks_keep_the_interval_that_the_server_asks_for() {
+    let server = Server::start().await;
+    let (_client, _shown) = start(server.client());
+    let mut peer = server.accept().await;
+    peer.hello().await;
+    peer.send_paced_welcome(7, 1, 0, 800).await;
+    peer.deliver(1, 1..=1).await;
+    let first = Instant::now();
+    assert_eq!(peer.ack().await, (1, 1)); // at once: nothing came before it
+    for seq in 2..=4 {
+        peer.deliver(1, seq..=seq).await;
+    }
+    assert_eq!(peer.ack().await, (1, 4));
+    assert!(first.elapsed() >= Duration::from_millis(800), "{:?}", first.elapsed());
+}
+
+#[tokio::test]
 async fn shutdown_flushes_the_last_ack() {
     let server = Server::start().await;
     let (started, mut began) = mpsc::channel(1);

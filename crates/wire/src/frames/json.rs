@@ -263,6 +263,8 @@ struct Welcome {
     max_frame_bytes: u32,
     #[serde(alias = "max_unacked", deserialize_with = "number")]
     max_unacked: u32,
+    #[serde(alias = "ack_interval_ms", deserialize_with = "number")]
+    ack_interval_ms: u32,
     positions: Vec<Position>,
     #[serde(alias = "server_time_ms", deserialize_with = "number")]
     server_time_ms: u64,
@@ -378,6 +380,7 @@ impl From<Welcome> for v1::Welcome {
             ping_interval_ms: welcome.ping_interval_ms,
             max_frame_bytes: welcome.max_frame_bytes,
             max_unacked: welcome.max_unacked,
+            ack_interval_ms: welcome.ack_interval_ms,
             positions: welcome.positions.into_iter().map(Into::into).collect(),
             server_time_ms: welcome.server_time_ms,
         }
@@ -391,6 +394,7 @@ impl From<v1::Welcome> for Welcome {
             ping_interval_ms: welcome.ping_interval_ms,
             max_frame_bytes: welcome.max_frame_bytes,
             max_unacked: welcome.max_unacked,
+            ack_interval_ms: welcome.ack_interval_ms,
             positions: welcome.positions.into_iter().map(Into::into).collect(),
             server_time_ms: welcome.server_time_ms,
         }

@@ -200,8 +200,13 @@ fn server_frame() -> impl Strategy<Value = ServerFrame> {
                 ServerFrame::Deliver(Deliver { mailbox, generation, messages })
             }
         ),
-        (name(), any::<(u32, u32, u32)>(), positions, wire_number()).prop_map(
-            |(session, (ping_interval_ms, max_frame_bytes, max_unacked), positions, now)| {
+        (name(), any::<(u32, u32, u32, u32)>(), positions, wire_number()).prop_map(
+            |(
+                session,
+                (ping_interval_ms, max_frame_bytes, max_unacked, ack_ms),
+                positions,
+                now,
+            )| {
                 ServerFrame::Welcome(Welcome {
                     session,
                     ping_interval_ms,
@@ -209,6 +214,7 @@ fn server_frame() -> impl Strategy<Value = ServerFrame> {
                     max_unacked,
                     positions,
                     server_time_ms: now,
+                    ack_interval_ms: ack_ms,
                 })
             }
         ),
