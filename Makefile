@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test lint fmt setup
+.PHONY: help run test latency throughput lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -12,6 +12,12 @@ run: ## Install what is missing, build, start the whole cluster and show a push 
 
 test: ## Install what is missing and run every test
 	@scripts/test.sh $(ARGS)
+
+latency: ## Measure how long a message takes, produce to device, by hop (ARGS=--help: options)
+	@scripts/bench.sh latency $(ARGS)
+
+throughput: ## Measure messages delivered and acknowledged a second, and CPU time by process
+	@scripts/bench.sh throughput $(ARGS)
 
 lint: ## Check format and lints
 	@scripts/lint.sh

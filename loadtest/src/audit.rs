@@ -1,19 +1,19 @@
 //! What was produced against what was shown: latency, order, loss, repeats.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Counts for one user.
-#[derive(Debug, Clone, Default)]
-struct User {
-    /// Records of this user shown so far; the next one expected is `shown * users + number`.
-    shown: u64,
-}
+use parking_lot::Mutex;
 
-/// The state of the check.
+/// Audits of this process.
+static RUNS: AtomicU64 = AtomicU64::new(0);
+
+/// What one user's device was shown. Locked by that device alone while a run lasts.
 #[derive(Debug, Default)]
-struct Books {
-    users: Vec<User>,
+struct Book {
+    /// The turn that is expected next: record `turn * users + user`.
+    next: u64,
     /// Microseconds from when a record was due to when it was shown.
     latencies_us: Vec<u32>,
     /// Shown ones that were older than one shown before.
@@ -24,14 +24,16 @@ struct Books {
     foreign: u64,
 }
 
-/// Shared by all devices. One lock: a few hundred thousand entries a second at most.
+/// Shared by all devices.
 #[derive(Debug)]
 pub struct Audit {
-    books: Mutex<Books>,
-    started: OnceLock<Instant>,
-    total: u64,
-    users: u64,
-    rate: u64,
+    books: Vec<Mutex<Book>>,
+    started: OnceLock<(Instant, u64)>,
+    /// Records shown in their turn or passed over.
+    settled: AtomicU64,
+    run: String,
+    total: AtomicU64,
+    rate: Option<u32>,
 }
 
 /// What the books say.
@@ -52,81 +54,158 @@ pub struct Totals {
 }
 
 impl Audit {
-    /// For `total` records, `rate` a second, dealt to `users` users in turn.
-    pub fn new(users: u32, rate: u32, total: u64) -> Self {
-        let books = Books { users: vec![User::default(); users as usize], ..Books::default() };
+    /// For records that are dealt to `users` users in turn, `rate` a second; without a rate they
+    /// have no time at which they are due, and no latency.
+    pub fn new(users: u32, rate: Option<u32>) -> Self {
         Self {
-            books: Mutex::new(books),
+            books: (0..users).map(|_| Mutex::default()).collect(),
             started: OnceLock::new(),
-            total,
-            users: u64::from(users),
-            rate: u64::from(rate),
+            settled: AtomicU64::new(0),
+            run: format!("{}.{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)),
+            total: AtomicU64::new(0),
+            rate,
         }
     }
 
-    /// The schedule begins.
+    /// How many users there are.
+    pub fn users(&self) -> u64 {
+        self.books.len() as u64
+    }
+
+    /// The schedule begins, at a whole millisecond of the clock: Kafka's timestamps have no others.
     pub fn start(&self) {
-        self.started.get_or_init(Instant::now);
+        self.started.get_or_init(|| {
+            loop {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                if now.subsec_micros() % 1000 < 20 {
+                    return (Instant::now(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+                }
+                std::hint::spin_loop();
+            }
+        });
+    }
+
+    /// The timestamp of record `number`, ms since the Unix epoch: when it was due.
+    pub fn timestamp_ms(&self, number: u64) -> Option<u64> {
+        let due = u64::try_from(self.due(number)?.as_millis()).ok()?;
+        self.started.get().map(|(_, started_ms)| started_ms + due)
     }
 
     /// Time since [`Self::start`].
     pub fn elapsed(&self) -> Duration {
-        self.started.get().map_or(Duration::ZERO, Instant::elapsed)
+        self.started.get().map_or(Duration::ZERO, |(at, _)| at.elapsed())
     }
 
-    /// A device was shown the message `id` (`run-n`).
+    /// The id of record `number`. It names the run, so that a second one against the same mailboxes
+    /// meets no duplicates.
+    pub fn id(&self, number: u64) -> String {
+        format!("{}-{number}", self.run)
+    }
+
+    /// When record `number` is due, from [`Self::start`] on.
+    pub fn due(&self, number: u64) -> Option<Duration> {
+        let rate = u64::from(self.rate?);
+        Some(Duration::from_nanos(number.saturating_mul(1_000_000_000) / rate))
+    }
+
+    /// `total` records were, or will be, produced.
+    pub fn expect(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// A device was shown the message `id`.
     pub fn shown(&self, user: u32, id: &str) {
-        let elapsed = self.elapsed();
-        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(book) = self.books.get(user as usize) else { return };
+        let mut book = book.lock();
         let number = id
             .split_once('-')
-            .filter(|(run, _)| *run == std::process::id().to_string())
+            .filter(|(run, _)| *run == self.run)
             .and_then(|(_, number)| number.parse::<u64>().ok());
         let Some(number) = number else {
-            books.foreign += 1;
+            book.foreign += 1;
             return;
         };
-        let turn = number / self.users;
-        let Some(state) = books.users.get_mut(user as usize) else { return };
-        if turn < state.shown {
-            books.repeats += 1;
+        let turn = number / self.users();
+        if number % self.users() != u64::from(user) {
+            book.foreign += 1;
             return;
         }
-        let passed_over = turn - state.shown;
-        state.shown = turn + 1;
-        books.passed_over += passed_over;
-        let due_us = number.saturating_mul(1_000_000) / self.rate;
-        let late = elapsed.as_micros().saturating_sub(u128::from(due_us));
-        books.latencies_us.push(u32::try_from(late).unwrap_or(u32::MAX));
+        if turn < book.next {
+            book.repeats += 1;
+            return;
+        }
+        let passed_over = turn - book.next;
+        book.next = turn + 1;
+        book.passed_over += passed_over;
+        self.settled.fetch_add(1 + passed_over, Ordering::Relaxed);
+        let late = self.due(number).map_or(0, |due| {
+            u32::try_from(self.elapsed().saturating_sub(due).as_micros()).unwrap_or(u32::MAX)
+        });
+        book.latencies_us.push(late);
+    }
+
+    /// Records shown in their turn or passed over, up to now.
+    pub fn settled(&self) -> u64 {
+        self.settled.load(Ordering::Relaxed)
     }
 
     /// Waits until everything was shown or passed over, at most for `timeout`.
-    pub async fn settled(&self, timeout: Duration) {
+    pub async fn all_settled(&self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         while Instant::now() < deadline {
-            let totals = self.totals();
-            if totals.shown + totals.passed_over >= self.total {
+            if self.settled() >= self.total.load(Ordering::Relaxed) {
                 // A repeat would follow closely.
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
     /// What the books say now.
     pub fn totals(&self) -> Totals {
-        let books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut latencies_us = books.latencies_us.clone();
-        latencies_us.sort_unstable();
-        Totals {
-            total: self.total,
-            shown: latencies_us.len() as u64,
-            repeats: books.repeats,
-            passed_over: books.passed_over,
-            foreign: books.foreign,
-            latencies_us,
+        let mut totals = Totals {
+            total: self.total.load(Ordering::Relaxed),
+            shown: 0,
+            repeats: 0,
+            passed_over: 0,
+            foreign: 0,
+            latencies_us: Vec::new(),
+        };
+        for book in &self.books {
+            let book = book.lock();
+            totals.shown += book.latencies_us.len() as u64;
+            totals.repeats += book.repeats;
+            totals.passed_over += book.passed_over;
+            totals.foreign += book.foreign;
+            totals.latencies_us.extend_from_slice(&book.latencies_us);
         }
+        totals.latencies_us.sort_unstable();
+        totals
+    }
+}
+
+impl Totals {
+    /// Records never shown.
+    pub fn lost(&self) -> u64 {
+        self.total.saturating_sub(self.shown)
+    }
+
+    /// Whether everything was shown once and in order.
+    pub fn is_clean(&self) -> bool {
+        self.lost() == 0 && self.passed_over == 0 && self.repeats == 0
+    }
+
+    /// The mean latency, in milliseconds; 0 where there is none.
+    pub fn latency_mean_ms(&self) -> f64 {
+        let sum: u64 = self.latencies_us.iter().map(|us| u64::from(*us)).sum();
+        sum as f64 / self.latencies_us.len().max(1) as f64 / 1000.0
+    }
+
+    /// Nearest-rank percentile of the latencies, in milliseconds; 0 where there are none.
+    pub fn latency_ms(&self, share: f64) -> f64 {
+        let rank = (share * self.latencies_us.len() as f64).ceil() as usize;
+        self.latencies_us.get(rank.saturating_sub(1)).map_or(0.0, |us| f64::from(*us) / 1000.0)
     }
 }
 
@@ -134,24 +213,24 @@ impl Audit {
 mod tests {
     use super::*;
 
-    fn shown(audit: &Audit, user: u32, number: u64) {
-        audit.shown(user, &format!("{}-{number}", std::process::id()));
-    }
-
     #[test]
     fn every_kind_of_fault_is_counted() {
-        let audit = Audit::new(2, 1000, 8);
+        let audit = Audit::new(2, Some(1000));
+        audit.expect(8);
         audit.start();
+        let shown = |user, number| audit.shown(user, &audit.id(number));
         for (user, number) in [(0, 0), (1, 1), (0, 2), (1, 3)] {
-            shown(&audit, user, number);
+            shown(user, number);
         }
         assert_eq!((audit.totals().shown, audit.totals().passed_over), (4, 0));
-        shown(&audit, 0, 2); // a repeat
-        shown(&audit, 0, 6); // 4 was passed over
-        shown(&audit, 0, 4); // and comes late
+        shown(0, 2); // a repeat
+        shown(0, 6); // 4 was passed over
+        shown(0, 4); // and comes late
+        shown(1, 4); // another user's
         audit.shown(1, "other-5"); // of another run
         let totals = audit.totals();
-        assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 1));
-        assert_eq!(totals.shown, 5);
+        assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
+        assert_eq!((totals.shown, totals.lost(), audit.settled()), (5, 3, 6));
+        assert!(!totals.is_clean());
     }
 }

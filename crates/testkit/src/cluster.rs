@@ -14,7 +14,7 @@ use serde_json::{Value as Json, json};
 use toml::{Table, Value};
 
 use crate::checker::Place;
-use crate::kafka::unique;
+use crate::kafka::{KafkaOptions, unique};
 use crate::ports::free_port;
 use crate::process::Process;
 use crate::redis::RedisOptions;
@@ -75,8 +75,9 @@ pub struct Builder {
     counts: BTreeMap<Role, usize>,
     settings: Vec<(Option<Role>, String, Value)>,
     partitions: i32,
-    own_kafka: bool,
+    own_kafka: Option<KafkaOptions>,
     redis: RedisOptions,
+    quiet: bool,
 }
 
 impl Builder {
@@ -110,8 +111,21 @@ impl Builder {
 
     /// A Kafka that no other test uses, so that it may be killed.
     #[must_use]
-    pub fn own_kafka(mut self) -> Self {
-        self.own_kafka = true;
+    pub fn own_kafka(self) -> Self {
+        self.own_kafka_with(KafkaOptions::default())
+    }
+
+    /// As [`Builder::own_kafka`], with options.
+    #[must_use]
+    pub fn own_kafka_with(mut self, options: KafkaOptions) -> Self {
+        self.own_kafka = Some(options);
+        self
+    }
+
+    /// Does not print the end of the roles' output when it is dropped.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
         self
     }
 
@@ -130,7 +144,10 @@ impl Builder {
     /// Something does not come up; shows the end of its output.
     pub async fn start(self) -> Result<Cluster> {
         let redis = Redis::start_with(self.redis.clone()).await?;
-        let own_kafka = if self.own_kafka { Some(Kafka::start().await?) } else { None };
+        let own_kafka = match self.own_kafka.clone() {
+            Some(options) => Some(Kafka::start_with(options).await?),
+            None => None,
+        };
         let kafka = match &own_kafka {
             Some(kafka) => kafka,
             None => Kafka::shared().await,
@@ -315,8 +332,9 @@ impl Cluster {
             counts: BTreeMap::new(),
             settings: Vec::new(),
             partitions: 4,
-            own_kafka: false,
+            own_kafka: None,
             redis: RedisOptions::default(),
+            quiet: false,
         }
     }
 
@@ -548,7 +566,9 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         // The test harness shows what a test wrote only if it failed.
-        self.nodes.iter().for_each(show_tail);
+        if !self.builder.quiet {
+            self.nodes.iter().for_each(show_tail);
+        }
     }
 }
 

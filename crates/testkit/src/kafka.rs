@@ -30,11 +30,20 @@ pub struct KafkaOptions {
     pub session_timeout_ms: u32,
     /// Further lines of server.properties; they come last and win.
     pub properties: Vec<(String, String)>,
+    /// Options of the Java virtual machine. By default those that start soonest and stay small;
+    /// measurements want the optimizing compiler.
+    pub jvm: Vec<String>,
 }
 
 impl Default for KafkaOptions {
     fn default() -> Self {
-        Self { auto_create_topics: false, session_timeout_ms: 3_000, properties: Vec::new() }
+        let jvm = ["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"];
+        Self {
+            auto_create_topics: false,
+            session_timeout_ms: 3_000,
+            properties: Vec::new(),
+            jvm: jvm.map(str::to_owned).to_vec(),
+        }
     }
 }
 
@@ -44,6 +53,7 @@ pub struct Kafka {
     // First: the process ends before its directory goes.
     process: Option<Process>,
     port: u16,
+    jvm: Vec<String>,
     dir: Scratch,
 }
 
@@ -79,7 +89,7 @@ impl Kafka {
         let (port, controller) = (free_port(), free_port());
         let properties = server_properties(&options, port, controller, &dir);
         std::fs::write(dir.path().join("server.properties"), properties)?;
-        let mut kafka = Self { process: None, port, dir };
+        let mut kafka = Self { process: None, port, jvm: options.jvm, dir };
         kafka.format().await?;
         kafka.restart().await?;
         Ok(kafka)
@@ -88,6 +98,11 @@ impl Kafka {
     /// `host:port` for clients.
     pub fn brokers(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Its process id, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
     }
 
     /// Settings of a client of this broker, quiet on standard error.
@@ -172,9 +187,7 @@ impl Kafka {
         let properties = self.dir.path().join("server.properties");
         let log = self.dir.path().join("kafka.log");
         let process = Process::spawn("kafka", "java", &log, |java| {
-            java.args(["-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"])
-                .args(["-cp", &class_path, "kafka.Kafka"])
-                .arg(properties);
+            java.args(&self.jvm).args(["-cp", &class_path, "kafka.Kafka"]).arg(properties);
         })?;
         self.process = Some(process);
         self.answering().await

@@ -65,6 +65,11 @@ impl Redis {
         self.port
     }
 
+    /// Its process id, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
     /// Runs a command, on a connection of its own: `redis.query(&["SCRIPT", "FLUSH"])`.
     ///
     /// # Errors

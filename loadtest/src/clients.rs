@@ -1,4 +1,4 @@
-//! The devices: one SDK client a user.
+//! Devices as applications have them: one SDK client a user, which comes back after any outage.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,8 +8,9 @@ use barid_client::{Client, Event, Message, Token};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use tokio::sync::mpsc;
 
-use crate::Arguments;
 use crate::audit::Audit;
+use crate::producer::user;
+use crate::run::Options;
 
 /// Handshakes under way at once while the fleet connects.
 const CONNECTING_MAX: u32 = 64;
@@ -17,21 +18,16 @@ const CONNECTING_MAX: u32 = 64;
 /// How long one group of handshakes may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The name of a user by number.
-pub fn user(number: u64) -> String {
-    format!("user-{number}")
-}
-
 /// Connects every user's device and waits until all of them were welcomed.
-pub async fn connect(arguments: &Arguments, audit: &Arc<Audit>) -> anyhow::Result<Vec<Client>> {
-    let secret = std::fs::read(&arguments.secret_file)
-        .with_context(|| format!("reading {}", arguments.secret_file.display()))?;
+pub async fn connect(options: &Options, audit: &Arc<Audit>) -> anyhow::Result<Vec<Client>> {
+    let secret = std::fs::read(&options.secret_file)
+        .with_context(|| format!("reading {}", options.secret_file.display()))?;
     let key = EncodingKey::from_secret(secret.trim_ascii_end());
-    let (welcomed, mut welcomes) = mpsc::channel(arguments.users as usize);
+    let (welcomed, mut welcomes) = mpsc::channel(options.users as usize);
     let mut clients = Vec::new();
-    for number in 0..arguments.users {
-        let token = sign(arguments, &key, &user(number.into()))?;
-        let url = &arguments.url[number as usize % arguments.url.len()];
+    for number in 0..options.users {
+        let token = sign(options, &key, &user(number.into()))?;
+        let url = &options.url[number as usize % options.url.len()];
         let (audit, welcomed) = (Arc::clone(audit), welcomed.clone());
         let client = Client::builder(url)
             .device("load")
@@ -51,7 +47,7 @@ pub async fn connect(arguments: &Arguments, audit: &Arc<Audit>) -> anyhow::Resul
                 async { Ok(()) }
             })?;
         clients.push(client);
-        if (number + 1) % CONNECTING_MAX == 0 || number + 1 == arguments.users {
+        if (number + 1) % CONNECTING_MAX == 0 || number + 1 == options.users {
             let group = clients.len() - (number / CONNECTING_MAX * CONNECTING_MAX) as usize;
             for _ in 0..group {
                 if tokio::time::timeout(CONNECT_TIMEOUT, welcomes.recv()).await.is_err() {
@@ -63,10 +59,10 @@ pub async fn connect(arguments: &Arguments, audit: &Arc<Audit>) -> anyhow::Resul
     Ok(clients)
 }
 
-fn sign(arguments: &Arguments, key: &EncodingKey, user: &str) -> anyhow::Result<String> {
+fn sign(options: &Options, key: &EncodingKey, user: &str) -> anyhow::Result<String> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let life = arguments.seconds + arguments.settle_seconds + 3600;
-    let claims = serde_json::json!({ "app": arguments.app, "sub": user, "exp": now + life });
-    let header = Header { kid: arguments.key_id.clone(), ..Header::new(Algorithm::HS256) };
+    let life = options.seconds + options.settle_seconds + 3600;
+    let claims = serde_json::json!({ "app": options.app, "sub": user, "exp": now + life });
+    let header = Header { kid: options.key_id.clone(), ..Header::new(Algorithm::HS256) };
     Ok(jsonwebtoken::encode(&header, &claims, key)?)
 }

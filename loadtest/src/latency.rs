@@ -1,0 +1,146 @@
+//! How long a message takes from produce to device at a fixed rate, and where the time goes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::audit::Audit;
+use crate::fleet::Fleet;
+use crate::hops::{self, Hop};
+use crate::producer::{self, Pace};
+use crate::sandbox::Sandbox;
+
+/// How it is measured.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Users, one device each.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=15_000))]
+    users: u32,
+    /// Records a second.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=200_000))]
+    rate: u32,
+    /// How long is measured, seconds.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// How long the cluster works before that, seconds.
+    #[arg(long, default_value_t = 10)]
+    warmup_seconds: u64,
+    /// Bytes of each payload.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    payload_bytes: u32,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Field names are stable.
+#[derive(Debug, Serialize)]
+struct Report {
+    users: u32,
+    rate_per_s: u32,
+    payload_bytes: u32,
+    shown: u64,
+    lost: u64,
+    passed_over: u64,
+    repeats: u64,
+    mean_ms: f64,
+    p50_ms: f64,
+    p90_ms: f64,
+    p99_ms: f64,
+    p999_ms: f64,
+    max_ms: f64,
+    hops: Vec<Hop>,
+    /// What is left: from the node's write until the application has it.
+    written_shown_mean_ms: f64,
+}
+
+/// Measures and prints; `false` if something was not delivered once and in order.
+pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let mut sandbox = Sandbox::start().await?;
+    let plan = sandbox.plan(options.payload_bytes, 0);
+    let address = [sandbox.address().await?];
+
+    let fleet_of = async |seconds: u64| {
+        let total = u64::from(options.rate) * seconds;
+        let audit = Arc::new(Audit::new(options.users, Some(options.rate)));
+        audit.expect(total);
+        let fleet = Fleet::connect(&address, Sandbox::token, Duration::ZERO, &audit).await?;
+        Ok::<_, anyhow::Error>((audit, fleet, total))
+    };
+    if options.warmup_seconds > 0 {
+        let (audit, _fleet, total) = fleet_of(options.warmup_seconds).await?;
+        audit.start();
+        producer::produce(&plan, Pace::Scheduled(total), &audit).await?;
+        audit.all_settled(Duration::from_secs(30)).await;
+    }
+    let (audit, mut fleet, total) = fleet_of(options.seconds).await?;
+    let before = sandbox.metrics().await?;
+    audit.start();
+    producer::produce(&plan, Pace::Scheduled(total), &audit).await?;
+    audit.all_settled(Duration::from_secs(30)).await;
+    fleet.check()?;
+    let totals = audit.totals();
+    let mean_ms = totals.latency_mean_ms();
+    let hops = hops::between(&before, &sandbox.metrics().await?, mean_ms);
+    let report = Report {
+        users: options.users,
+        rate_per_s: options.rate,
+        payload_bytes: options.payload_bytes,
+        shown: totals.shown,
+        lost: totals.lost(),
+        passed_over: totals.passed_over,
+        repeats: totals.repeats,
+        mean_ms,
+        p50_ms: totals.latency_ms(0.5),
+        p90_ms: totals.latency_ms(0.9),
+        p99_ms: totals.latency_ms(0.99),
+        p999_ms: totals.latency_ms(0.999),
+        max_ms: totals.latency_ms(1.0),
+        written_shown_mean_ms: mean_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>(),
+        hops,
+    };
+    print(&report, options.json)?;
+    Ok(totals.is_clean())
+}
+
+fn print(report: &Report, json: bool) -> std::io::Result<()> {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    if json {
+        return writeln!(out, "{}", serde_json::to_string(report)?);
+    }
+    writeln!(
+        out,
+        "{} messages of {} bytes, {} a second to {} devices: lost {}, out of order {}, repeated {}",
+        report.shown,
+        report.payload_bytes,
+        report.rate_per_s,
+        report.users,
+        report.lost,
+        report.passed_over,
+        report.repeats
+    )?;
+    writeln!(
+        out,
+        "produce to device: p50 {:.2} ms   p90 {:.2} ms   p99 {:.2} ms   p99.9 {:.2} ms   max {:.1} ms\n",
+        report.p50_ms, report.p90_ms, report.p99_ms, report.p999_ms, report.max_ms
+    )?;
+    writeln!(out, "{:<24}{:>10}{:>10}{:>10}{:>8}", "hop", "mean ms", "p50 ms", "p99 ms", "share")?;
+    for hop in &report.hops {
+        writeln!(
+            out,
+            "{:<24}{:>10.3}{:>10.2}{:>10.2}{:>7.0}%",
+            hop.name,
+            hop.mean_ms,
+            hop.p50_ms,
+            hop.p99_ms,
+            hop.share * 100.0
+        )?;
+    }
+    let (name, rest) = ("written_shown", report.written_shown_mean_ms);
+    let share = rest / report.mean_ms * 100.0;
+    writeln!(out, "{name:<24}{rest:>10.3}{:>10}{:>10}{share:>7.0}%", "", "")?;
+    writeln!(out, "{:<24}{:>10.3}", "produced_shown", report.mean_ms)
+}

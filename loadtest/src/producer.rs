@@ -1,0 +1,168 @@
+//! The business: records for users in turn, at a fixed rate or as fast as they are shown.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use barid_wire::v1::{Audience, PushRecord, push_record::Body};
+use prost::Message as _;
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
+
+use crate::audit::Audit;
+use crate::cpu;
+
+/// How long the last records may take to be with Kafka.
+const FLUSH_LIMIT: Duration = Duration::from_secs(30);
+
+/// What is produced.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// `host:port` of Kafka's brokers.
+    pub brokers: String,
+    /// Where to.
+    pub topic: String,
+    /// Tenant of the users.
+    pub app: String,
+    /// Bytes of each payload.
+    pub payload_bytes: u32,
+    /// How long records wait for others of their batch, milliseconds; more makes larger batches.
+    pub linger_ms: u32,
+}
+
+/// When records are produced.
+#[derive(Debug, Clone, Copy)]
+pub enum Pace {
+    /// So many, each when it is due.
+    Scheduled(u64),
+    /// As long as `time` lasts, never more than `window` beyond what was shown.
+    Window { window: u64, time: Duration },
+}
+
+/// The name of a user by number.
+pub fn user(number: u64) -> String {
+    format!("user-{number}")
+}
+
+/// What was produced.
+#[derive(Debug, Clone, Copy)]
+pub struct Produced {
+    /// Records.
+    pub records: u64,
+    /// CPU seconds of the producing threads, Kafka's client library included.
+    pub cpu_s: f64,
+}
+
+/// Produces on a thread of its own until everything is with Kafka.
+pub async fn produce(plan: &Plan, pace: Pace, audit: &Arc<Audit>) -> anyhow::Result<Produced> {
+    let (plan, audit) = (plan.clone(), Arc::clone(audit));
+    let (done, outcome) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("producer".into()).spawn(move || {
+        let _ = done.send(Producer::new(&plan).and_then(|producer| producer.run(pace, &audit)));
+    })?;
+    outcome.await.context("the producing thread is gone")?
+}
+
+/// Counts what Kafka did not take.
+#[derive(Debug, Default)]
+struct Failures(AtomicU64);
+
+impl ClientContext for Failures {}
+
+impl ProducerContext for Failures {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        if result.is_err() {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the producer has a thread of its own")]
+fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+struct Producer {
+    kafka: ThreadedProducer<Failures>,
+    plan: Plan,
+    text: String,
+}
+
+impl Producer {
+    fn new(plan: &Plan) -> anyhow::Result<Self> {
+        let kafka = ClientConfig::new()
+            .set("bootstrap.servers", &plan.brokers)
+            .set("enable.idempotence", "true")
+            .set("linger.ms", plan.linger_ms.to_string())
+            .set("queue.buffering.max.messages", "500000")
+            .create_with_context(Failures::default())?;
+        // Text of a kind that compresses like text, for who measures compression as well.
+        let words =
+            "your parcel 4711 has left the depot and will be with you between two and four ";
+        let text = words.chars().cycle().take(plan.payload_bytes as usize).collect();
+        Ok(Self { kafka, plan: plan.clone(), text })
+    }
+
+    fn run(self, pace: Pace, audit: &Audit) -> anyhow::Result<Produced> {
+        let mut number = 0;
+        while self.awaited(pace, audit, number) {
+            self.send(audit, number)?;
+            number += 1;
+        }
+        self.kafka.flush(FLUSH_LIMIT).context("Kafka did not take everything")?;
+        let failed = self.kafka.context().0.load(Ordering::Relaxed);
+        ensure!(failed == 0, "Kafka refused {failed} of {number} records");
+        // Read while the threads still live.
+        Ok(Produced { records: number, cpu_s: cpu::of_threads(cpu::is_producer)? })
+    }
+
+    /// Waits until record `number` is due; `false`: it is one too many.
+    fn awaited(&self, pace: Pace, audit: &Audit, number: u64) -> bool {
+        match pace {
+            Pace::Scheduled(total) => {
+                let due = audit.due(number).unwrap_or_default();
+                let early = due.saturating_sub(audit.elapsed());
+                if number < total && !early.is_zero() {
+                    pause(early);
+                }
+                number < total
+            }
+            Pace::Window { window, time } => {
+                while audit.elapsed() < time {
+                    if number < audit.settled() + window {
+                        return true;
+                    }
+                    pause(Duration::from_micros(500));
+                }
+                false
+            }
+        }
+    }
+
+    fn send(&self, audit: &Audit, number: u64) -> anyhow::Result<()> {
+        let user = user(number % audit.users());
+        let record = PushRecord {
+            id: audit.id(number),
+            app: self.plan.app.clone(),
+            to: Some(Audience { user: user.clone(), ..Audience::default() }),
+            body: Some(Body::Text(self.text.clone())),
+            ..PushRecord::default()
+        };
+        let value = record.encode_to_vec();
+        let mut record = BaseRecord::to(&self.plan.topic).key(&user).payload(&value);
+        record.timestamp = audit.timestamp_ms(number).and_then(|ms| i64::try_from(ms).ok());
+        while let Err((error, again)) = self.kafka.send(record) {
+            let full = KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull);
+            ensure!(error == full, "producing: {error}");
+            pause(Duration::from_millis(1));
+            record = again;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,124 @@
+//! A whole cluster for the time of a measurement: Apache Kafka, redis-server and Barid's binaries as
+//! processes on free ports, with the CPU time that each of them takes.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use barid_testkit::kafka::KafkaOptions;
+use barid_testkit::{Cluster, Role, http, token};
+
+use crate::cpu;
+use crate::producer::Plan;
+
+/// How long the tokens of a run are good.
+const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Sandbox {
+    cluster: Cluster,
+    pids: BTreeMap<String, u32>,
+}
+
+/// CPU seconds since its start, by process; `devices` is the load tool's own but for what produces.
+pub type CpuTimes = BTreeMap<String, f64>;
+
+impl Sandbox {
+    /// One node of each role, with the configuration that they come with.
+    ///
+    /// # Errors
+    /// Something does not come up.
+    pub async fn start() -> anyhow::Result<Self> {
+        // Bounded, but with the compiler that a broker in production has.
+        let jvm = ["-Xms512m", "-Xmx512m", "-XX:+UseSerialGC", "-Xshare:auto"];
+        let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
+        let mut cluster = Cluster::builder()
+            .quiet()
+            .own_kafka_with(kafka)
+            .set("redis.retry_base_ms", 2_000)
+            .set("redis.retry_max_ms", 60_000)
+            .start()
+            .await?;
+        let mut pids = BTreeMap::new();
+        pids.insert("kafka".into(), cluster.kafka()?.pid().context("Kafka is gone")?);
+        pids.insert("redis".into(), cluster.redis.pid().context("Redis is gone")?);
+        for role in Role::ALL {
+            pids.insert(role.name().into(), cluster.node(role, 0).process()?.pid());
+        }
+        Ok(Self { cluster, pids })
+    }
+
+    /// What to produce to it.
+    pub fn plan(&self, payload_bytes: u32, linger_ms: u32) -> Plan {
+        Plan {
+            brokers: self.cluster.brokers(),
+            topic: self.cluster.topics().push.clone(),
+            app: barid_testkit::cluster::APP.into(),
+            payload_bytes,
+            linger_ms,
+        }
+    }
+
+    /// Where devices connect.
+    ///
+    /// # Errors
+    /// The access node is gone.
+    pub async fn address(&mut self) -> anyhow::Result<SocketAddr> {
+        self.cluster.node(Role::Access, 0).address("ws").await
+    }
+
+    /// A user's token.
+    pub fn token(user: &str) -> String {
+        token::token(barid_testkit::cluster::APP, user, TOKEN_LIFE)
+    }
+
+    /// Waits until every device has acknowledged everything, which ends the retry timers.
+    ///
+    /// # Errors
+    /// Some are left after `limit`.
+    pub async fn all_acknowledged(&self, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let timers: Vec<String> = self.cluster.redis.query(&["KEYS", "*}:t"]).await?;
+            if timers.is_empty() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "not everything is acknowledged after {limit:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// What all roles' metrics say, as text.
+    ///
+    /// # Errors
+    /// A role does not answer.
+    pub async fn metrics(&mut self) -> anyhow::Result<String> {
+        let mut all = String::new();
+        for role in Role::ALL {
+            let admin = self.cluster.node(role, 0).address("admin").await?;
+            all.push_str(&http::get(admin, "/metrics").await?.1);
+        }
+        Ok(all)
+    }
+
+    /// The processes by name, for who wants to profile one.
+    pub fn pids(&self) -> &BTreeMap<String, u32> {
+        &self.pids
+    }
+
+    /// CPU time of each process until now.
+    ///
+    /// # Errors
+    /// A process is gone.
+    pub fn cpu_times(&self) -> anyhow::Result<CpuTimes> {
+        let mut times = CpuTimes::new();
+        for (name, pid) in &self.pids {
+            let time = cpu::of_process(*pid).with_context(|| format!("{name} is gone"))?;
+            times.insert(name.clone(), time);
+        }
+        times.insert("devices".into(), cpu::of_threads(|name| !cpu::is_producer(name))?);
+        Ok(times)
+    }
+}
