@@ -175,4 +175,20 @@ mod tests {
             Envelope { raw_bytes: 10, payload: Bytes::from_static(b"junk"), ..Default::default() };
         assert!(payload(&bomb).is_err());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(
+            body in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+            headed in proptest::prelude::any::<bool>(),
+        ) {
+            let header = Header {
+                epoch: Epoch(1), seq: Seq(1), prev_chain: Chain(1), chain: Chain(1), accepted_at_us: 1,
+            };
+            let entry = if headed { [&header.encode()[..], &body].concat() } else { body };
+            if let Ok((_, envelope)) = decode(entry.into()) {
+                let _ = payload(&envelope);
+            }
+        }
+    }
 }

@@ -16,3 +16,9 @@ pub mod v1 {
 pub mod internal {
     tonic::include_proto!("barid.internal.v1");
 }
+
+/// At most `max` bytes of a text, cut between characters.
+fn cut(text: &str, max: usize) -> String {
+    let fits = |(at, c): &(usize, char)| at + c.len_utf8() <= max;
+    text.char_indices().take_while(fits).map(|(_, c)| c).collect()
+}

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 pub use self::receipt::{ReceiptError, decode_receipt, encode_receipt};
+use crate::cut;
 pub use crate::v1::{BodyKind, ReceiptKind};
 use crate::v1::{PushRecord, push_record::Body};
 
@@ -242,10 +243,8 @@ pub fn decode_push(
 ) -> Result<Push, Refusal> {
     // Whatever was read before the flaw names the record in its receipt.
     let mut record = PushRecord::default();
-    let result = read(value, content_type, limits, &mut record).and_then(|()| {
-        let checked = check(&record, limits)?;
-        Ok(checked)
-    });
+    let result =
+        read(value, content_type, limits, &mut record).and_then(|()| check(&record, limits));
     result.map_err(|(code, reason)| Refusal {
         code,
         reason: cut(&reason, 512),
@@ -267,24 +266,27 @@ fn read(
     if value.is_empty() {
         return flaw(RefusalCode::EmptyRecord, "the record has no value");
     }
-    let format = content_type.and_then(Format::of_content_type).unwrap_or_else(|| guess(value));
-    match format {
-        Format::Json => json::read_push(value, limits, record),
-        Format::Protobuf => match PushRecord::decode(value.clone()) {
-            Ok(decoded) => {
-                *record = decoded;
-                Ok(())
-            }
-            Err(e) => flaw(RefusalCode::BadProtobuf, format!("not a protobuf PushRecord: {e}")),
-        },
+    let named = content_type.and_then(Format::of_content_type);
+    match named.unwrap_or_else(|| guess(value)) {
+        Format::Json => json::read_push(without_mark(value), limits, record),
+        // What stands before a flaw stays in the record.
+        Format::Protobuf => record.merge(value.clone()).map_err(|e| {
+            let guessed = if named.is_some() { "" } else { "; JSON would begin with {" };
+            (RefusalCode::BadProtobuf, format!("not a protobuf PushRecord: {e}{guessed}"))
+        }),
     }
+}
+
+/// RFC 8259, 8.1: a byte order mark before JSON may be ignored. It begins no protobuf.
+fn without_mark(value: &[u8]) -> &[u8] {
+    value.strip_prefix(b"\xef\xbb\xbf").unwrap_or(value)
 }
 
 /// JSON begins with `{`, which begins no protobuf of ours (field 15 as a group). Of the characters
 /// that may precede it, a line feed is also the tag of `id`, and `{` then the length of an id of
 /// 123 bytes: protobuf is what decodes as such.
 fn guess(value: &Bytes) -> Format {
-    let text = value.trim_ascii_start();
+    let text = without_mark(value).trim_ascii_start();
     if text.first() != Some(&b'{') {
         return Format::Protobuf;
     }
@@ -432,12 +434,6 @@ fn receipts(asked: &[i32]) -> Result<ReceiptSet, Flaw> {
             kind => Ok(set.with(ReceiptSet(1 << kind as u32))),
         }
     })
-}
-
-/// At most `max` bytes of a text, cut between characters.
-fn cut(text: &str, max: usize) -> String {
-    let fits = |(at, c): &(usize, char)| at + c.len_utf8() <= max;
-    text.char_indices().take_while(fits).map(|(_, c)| c).collect()
 }
 
 #[cfg(test)]

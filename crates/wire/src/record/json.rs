@@ -7,31 +7,29 @@ use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::Deserializer as _;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::{Flaw, RecordLimits, RefusalCode, flaw, receipt, too_many_users};
 use crate::v1::{Audience, PushRecord, push_record::Body};
 
-/// Reads a record's fields into `record`; those before a flaw are there.
+/// Reads a record's fields into `record`. Whatever is wrong elsewhere, the names that can be read are
+/// there: a refusal's receipt carries them.
 pub(super) fn read_push(
     value: &[u8],
     limits: &RecordLimits,
     record: &mut PushRecord,
 ) -> Result<(), Flaw> {
-    let fields = Fields::parse(value, RefusalCode::BadJson, "the record")?;
+    let (fields, mut sound) = Fields::parse(value, "");
+    let (names, others): (Vec<_>, Vec<_>) =
+        fields.into_iter().partition(|(name, _)| matches!(name.as_str(), "id" | "app" | "to"));
     let mut bodies = 0;
-    // The names first: a receipt about any other field's flaw carries them.
-    for naming in [true, false] {
-        for (name, raw) in &fields.0 {
-            let names_it = matches!(name.as_str(), "id" | "app" | "to");
-            if names_it == naming && raw.get() != "null" {
-                read_field(name, raw, limits, record, &mut bodies)?;
-            }
-        }
+    for (name, raw) in &names {
+        sound = sound.and(read_field(name, raw, limits, record, &mut bodies));
     }
-    Ok(())
+    sound?;
+    others.iter().try_for_each(|(name, raw)| read_field(name, raw, limits, record, &mut bodies))
 }
 
 fn read_field(
@@ -61,65 +59,77 @@ fn read_field(
 }
 
 fn read_audience(raw: &RawValue, limits: &RecordLimits, to: &mut Audience) -> Result<(), Flaw> {
-    let fields = Fields::parse(raw.get().as_bytes(), RefusalCode::BadValue, "`to`")?;
-    for (name, raw) in &fields.0 {
-        if raw.get() == "null" {
-            continue;
-        }
-        match name.as_str() {
-            "user" => to.user = string("to.user", raw, RefusalCode::BadUser)?,
-            "device" => to.device = string("to.device", raw, RefusalCode::BadDevice)?,
-            "users" => to.users = users(raw, limits)?,
-            other => return unknown(&format!("to.{other}")),
-        }
+    let (fields, mut sound) = Fields::parse(raw.get().as_bytes(), "to");
+    for (name, raw) in &fields {
+        sound = sound.and(match name.as_str() {
+            "user" => string("to.user", raw, RefusalCode::BadUser).map(|user| to.user = user),
+            "device" => string("to.device", raw, RefusalCode::BadDevice).map(|d| to.device = d),
+            "users" => users(raw, limits).map(|users| to.users = users),
+            other => unknown(&format!("to.{other}")),
+        });
     }
-    Ok(())
+    sound
 }
 
 fn unknown(name: &str) -> Result<(), Flaw> {
     flaw(RefusalCode::UnknownField, format!("there is no field `{name}`"))
 }
 
-/// An object's fields with their values unread, names in lowerCamelCase.
-struct Fields<'a>(Vec<(String, &'a RawValue)>);
-
-impl<'a> Fields<'a> {
-    fn parse(text: &'a [u8], code: RefusalCode, what: &str) -> Result<Self, Flaw> {
-        let fields: Self = serde_json::from_slice(text)
-            .map_err(|e| (code, format!("{what} is not a JSON object: {e}")))?;
-        for (i, (name, _)) in fields.0.iter().enumerate() {
-            if fields.0[..i].iter().any(|(earlier, _)| earlier == name) {
-                return flaw(RefusalCode::RepeatedField, format!("`{name}` stands twice"));
-            }
-        }
-        Ok(fields)
-    }
-}
-
 /// More fields than any object of ours has; a bound on what a hostile record allocates.
 const FIELDS_MAX: usize = 32;
 
-impl<'de> Deserialize<'de> for Fields<'de> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Reader;
-        impl<'de> Visitor<'de> for Reader {
-            type Value = Fields<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
+/// An object's fields with their values unread, names in lowerCamelCase, each name once; a field that
+/// is `null` is absent.
+#[derive(Default)]
+struct Fields<'a> {
+    seen: Vec<(String, &'a RawValue)>,
+    repeated: Option<String>,
+}
+
+impl<'a> Fields<'a> {
+    /// The fields of the record (`place` is empty) or of one of its fields, and whether that is all
+    /// there is to it: what stands before a flaw is given all the same.
+    fn parse(text: &'a [u8], place: &str) -> (Vec<(String, &'a RawValue)>, Result<(), Flaw>) {
+        let mut fields = Self::default();
+        let mut json = serde_json::Deserializer::from_slice(text);
+        let read = json.deserialize_map(&mut fields).and_then(|()| json.end());
+        let (what, code, prefix) = match place {
+            "" => ("the record".to_owned(), RefusalCode::BadJson, String::new()),
+            name => (format!("`{name}`"), RefusalCode::BadValue, format!("{name}.")),
+        };
+        let sound = match (read, fields.repeated) {
+            (Err(e), _) => flaw(code, format!("{what} is not a JSON object: {e}")),
+            (Ok(()), Some(name)) => {
+                flaw(RefusalCode::RepeatedField, format!("`{prefix}{name}` stands twice"))
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
-                let mut fields: Vec<(String, &'de RawValue)> = Vec::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    let name = camel_case(name);
-                    if fields.len() == FIELDS_MAX {
-                        return Err(serde::de::Error::custom("too many fields"));
-                    }
-                    fields.push((name, map.next_value()?));
-                }
-                Ok(Fields(fields))
+            (Ok(()), None) => Ok(()),
+        };
+        let mut seen = fields.seen;
+        seen.retain(|(_, raw)| raw.get() != "null");
+        (seen, sound)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Fields<'de> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(name) = map.next_key::<String>()? {
+            let name = camel_case(name);
+            let value = map.next_value()?;
+            if self.seen.iter().any(|(earlier, _)| *earlier == name) {
+                self.repeated.get_or_insert(name);
+            } else if self.seen.len() == FIELDS_MAX {
+                return Err(serde::de::Error::custom("too many fields"));
+            } else {
+                self.seen.push((name, value));
             }
         }
-        deserializer.deserialize_map(Reader)
+        Ok(())
     }
 }
 
@@ -138,8 +148,12 @@ fn camel_case(name: String) -> String {
 }
 
 fn string(name: &str, raw: &RawValue, code: RefusalCode) -> Result<String, Flaw> {
-    serde_json::from_str(raw.get())
-        .map_err(|_| (code, format!("`{name}` must be a string, is {}", kind_of(raw))))
+    let read = serde_json::from_str(raw.get());
+    read.map_err(|e| match raw.get().starts_with('"') {
+        // Syntax was checked before: what is left are escapes of halves of characters.
+        true => (code, format!("`{name}` is not a string of Unicode: {e}")),
+        false => (code, format!("`{name}` must be a string, is {}", kind_of(raw))),
+    })
 }
 
 fn kind_of(raw: &RawValue) -> &'static str {
@@ -193,7 +207,7 @@ fn users(raw: &RawValue, limits: &RecordLimits) -> Result<Vec<String>, Flaw> {
         }
     }
     let mut reader = serde_json::Deserializer::from_str(raw.get());
-    let read = serde::Deserializer::deserialize_seq(&mut reader, Reader { max: limits.users_max });
+    let read = reader.deserialize_seq(Reader { max: limits.users_max });
     match read {
         Ok(Some(users)) => Ok(users),
         Ok(None) => too_many_users(limits.users_max + 1, limits).map(|()| Vec::new()),

@@ -173,6 +173,48 @@ fn a_refusal_names_the_record_as_far_as_it_can_be_read() {
 }
 
 #[test]
+fn whatever_is_wrong_the_names_that_can_be_read_are_told() {
+    use RefusalCode as C;
+    let named = r#""id":"order-7","app":"demo","to":{"user":"alice"}"#;
+    for (json, code) in [
+        (r#"{"to":"alice","id":"order-7","app":"demo"}"#.to_owned(), C::BadValue),
+        (
+            r#"{"to":{"nobody":1,"user":"alice"},"app":7,"id":"order-7"}"#.to_owned(),
+            C::UnknownField,
+        ),
+        (format!("{{{named},\"text\":\"x\",\"text\":\"y\"}}"), C::RepeatedField),
+        (r#"{"id":"order-7","id":"order-8","app":"demo"}"#.to_owned(), C::RepeatedField),
+        (format!("{{{named},\"text\":\"hel"), C::BadJson),
+        (format!("{{{named},\"text\":\"hello\"}} and more"), C::BadJson),
+        (format!("{{{named},\"text\":NaN}}"), C::BadJson),
+        (r#"{"id":"order-7","app":"demo","to":{"user":"al"#.to_owned(), C::BadJson),
+    ] {
+        let refusal = decode(&json).expect_err(&json);
+        assert_eq!((refusal.code, refusal.id.as_str()), (code, "order-7"), "{json}");
+    }
+    let mut bytes = least().encode_to_vec();
+    bytes.truncate(bytes.len() - 3);
+    let refusal = decode_push(&bytes.into(), None, &limits()).unwrap_err();
+    let told = (refusal.code, &*refusal.id, &*refusal.app, &*refusal.user);
+    assert_eq!(told, (C::BadProtobuf, "order-7", "demo", "alice"));
+}
+
+#[test]
+fn reasons_say_what_to_mend() {
+    let json = |text: &str| decode(text).unwrap_err().reason;
+    assert_eq!(json(r#"{"id":7}"#), "`id` must be a string, is a number");
+    assert!(json(r#"{"id":"\ud800"}"#).starts_with("`id` is not a string of Unicode: "));
+    assert_eq!(json(r#"{"to":{"user":"a","user":"b"}}"#), "`to.user` stands twice");
+    let guessed = decode(r#"[{"id":"1"}]"#).unwrap_err();
+    assert_eq!(guessed.code, RefusalCode::BadProtobuf);
+    assert!(guessed.reason.ends_with("; JSON would begin with {"), "{}", guessed.reason);
+    let marked = format!("\u{feff}{}", with(r#""to":{"user":"alice"},"text":"hello""#));
+    assert_eq!(decode(&marked).unwrap(), protobuf(&least()).unwrap(), "a byte order mark");
+    let long = json(&format!(r#"{{"{}":1}}"#, "é".repeat(5000)));
+    assert!(long.len() <= 512, "{}", long.len());
+}
+
+#[test]
 fn words_are_unique() {
     let words: HashSet<&str> = RefusalCode::ALL.iter().map(|code| code.as_str()).collect();
     assert_eq!(words.len(), RefusalCode::ALL.len());
@@ -238,6 +280,23 @@ proptest! {
     #[test]
     fn no_json_panics(value in json_like()) {
         let _ = decode(&value);
+    }
+
+    /// Closer to what is valid than any bytes: what passes the first checks meets the later ones.
+    #[test]
+    fn no_damaged_record_panics_and_refusals_are_small(
+        at in any::<prop::sample::Index>(), cut in any::<prop::sample::Index>(), byte in any::<u8>(),
+        json in any::<bool>(),
+    ) {
+        let text = with(r#""to":{"users":["alice","bob"],"device":""},"json":[1,{"a":"b"}],"ttlSeconds":"60","receipts":["acked"]"#);
+        let mut bytes = if json { text.into_bytes() } else { least().encode_to_vec() };
+        let at = at.index(bytes.len());
+        bytes[at] = byte;
+        bytes.truncate(1 + cut.index(bytes.len()));
+        if let Err(refusal) = decode_push(&bytes.into(), None, &limits()) {
+            prop_assert!(!refusal.reason.is_empty() && refusal.reason.len() <= 512);
+            prop_assert!(refusal.id.len() <= 128 && refusal.app.len() <= 64 && refusal.user.len() <= 128);
+        }
     }
 
     #[test]
