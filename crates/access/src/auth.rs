@@ -10,6 +10,7 @@ use barid_core::{AppId, DeviceId, UserId};
 use barid_mailbox::UserKey;
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::config::AuthConfig;
 use jwks::Jwks;
@@ -73,13 +74,32 @@ pub struct Verifier {
     nbf_leeway_s: u64,
 }
 
-#[derive(Deserialize)]
+/// Of any type, so that a claim of a wrong one can be named.
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct RawClaims {
-    app: String,
-    sub: String,
-    exp: f64,
-    nbf: Option<f64>,
-    device: Option<String>,
+    app: Value,
+    sub: Value,
+    exp: Value,
+    nbf: Value,
+    device: Value,
+}
+
+impl AuthError {
+    /// A stable word for metrics.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Malformed(_) => "malformed",
+            Self::UnknownKey => "unknown_key",
+            Self::Signature => "signature",
+            Self::Expired => "expired",
+            Self::TooEarly => "too_early",
+            Self::Audience => "audience",
+            Self::Issuer => "issuer",
+            Self::OtherApp => "other_app",
+        }
+    }
 }
 
 impl Verifier {
@@ -127,7 +147,10 @@ impl Verifier {
     }
 
     fn check(&self, token: &str, now_s: u64) -> Result<Claims, AuthError> {
-        let header = decode_header(token).map_err(|error| malformed(&error))?;
+        if token.split('.').count() != 3 {
+            return Err(AuthError::Malformed("a signed JWT has three parts".into()));
+        }
+        let header = decode_header(token).map_err(|error| malformed("header", &error))?;
         if header.crit.is_some() {
             return Err(AuthError::Malformed("crit is not supported".into()));
         }
@@ -148,7 +171,7 @@ impl Verifier {
         let mut validation = Validation::new(key.algorithm);
         // exp and nbf are checked here, to the second, with the caller's clock.
         validation.validate_exp = false;
-        validation.required_spec_claims = ["exp", "sub"].map(String::from).into();
+        validation.required_spec_claims.clear();
         validation.validate_aud = !self.audience.is_empty();
         if !self.audience.is_empty() {
             validation.set_audience(&self.audience);
@@ -163,35 +186,62 @@ impl Verifier {
             ErrorKind::InvalidSignature => AuthError::Signature,
             ErrorKind::InvalidAudience => AuthError::Audience,
             ErrorKind::InvalidIssuer => AuthError::Issuer,
-            _ => malformed(&error),
+            _ => malformed("claims", &error),
         })
     }
 
     fn check_claims(&self, key: &Key, raw: RawClaims, now_s: u64) -> Result<Claims, AuthError> {
         let invalid = |error: barid_core::InvalidName| AuthError::Malformed(error.to_string());
-        let app = AppId::new(&raw.app).map_err(invalid)?;
-        let user = UserId::new(&raw.sub).map_err(invalid)?;
-        let device = raw.device.as_deref().map(DeviceId::new).transpose().map_err(invalid)?;
+        let missing = |claim| AuthError::Malformed(format!("claim {claim} is missing"));
+        let app = text("app", &raw.app)?.ok_or_else(|| missing("app"))?;
+        let app = AppId::new(app).map_err(invalid)?;
+        let user = text("sub", &raw.sub)?.ok_or_else(|| missing("sub"))?;
+        let user = UserId::new(user).map_err(invalid)?;
+        let device =
+            text("device", &raw.device)?.map(DeviceId::new).transpose().map_err(invalid)?;
+        let expires_s = seconds("exp", &raw.exp)?.ok_or_else(|| missing("exp"))?;
+        let starts_s = seconds("nbf", &raw.nbf)?.unwrap_or(0);
         if !key.speaks_for(&app) {
             return Err(AuthError::OtherApp);
         }
-        // Fractions and overlong times round down and saturate; NaN cannot be written in JSON.
-        let expires_s = raw.exp as u64;
         if expires_s <= now_s {
             return Err(AuthError::Expired);
         }
-        if raw.nbf.is_some_and(|nbf| nbf as u64 > now_s + self.nbf_leeway_s) {
+        if starts_s > now_s.saturating_add(self.nbf_leeway_s) {
             return Err(AuthError::TooEarly);
         }
         Ok(Claims { user: UserKey { app, user }, device, expires_s })
     }
 }
 
-/// The library's reasons name claims and formats, never values.
-fn malformed(error: &jsonwebtoken::errors::Error) -> AuthError {
+/// A claim that is text; `None` where it is absent.
+fn text<'a>(claim: &str, value: &'a Value) -> Result<Option<&'a str>, AuthError> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) => Ok(Some(text)),
+        _ => Err(AuthError::Malformed(format!("claim {claim} is not a string"))),
+    }
+}
+
+/// A claim that is a time. Fractions round down, what is below zero or too large saturates.
+fn seconds(claim: &str, value: &Value) -> Result<Option<u64>, AuthError> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Number(number) => Ok(number.as_f64().map(|seconds| seconds as u64)),
+        _ => Err(AuthError::Malformed(format!("claim {claim} is not a number"))),
+    }
+}
+
+/// Names the part and what it should be, never what stands there.
+fn malformed(part: &str, error: &jsonwebtoken::errors::Error) -> AuthError {
     AuthError::Malformed(match error.kind() {
-        ErrorKind::Json(_) => "a part of it is not the JSON that is expected".into(),
-        ErrorKind::Base64(_) | ErrorKind::Utf8(_) => "a part of it is not base64url".into(),
+        ErrorKind::Json(_) if part == "header" => {
+            "its header is not JSON with an alg of HS256, RS256, ES256 or EdDSA".into()
+        }
+        ErrorKind::Json(_) => format!("its {part} are not a JSON object, each name once"),
+        ErrorKind::Base64(_) | ErrorKind::Utf8(_) => {
+            format!("its {part} or its signature is not base64url")
+        }
         ErrorKind::MissingRequiredClaim(claim) => format!("claim {claim} is missing"),
         ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
             "its algorithm is none of HS256, RS256, ES256, EdDSA".into()

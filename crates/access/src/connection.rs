@@ -20,11 +20,13 @@ use barid_wire::frames::{
 use barid_wire::v1;
 use bytes::Bytes;
 use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use crate::auth::Claims;
@@ -72,9 +74,7 @@ async fn open(
         Err(close) => close,
     };
     node.metrics.close(close.as_ref().map(|close| close.code));
-    if close.is_some() {
-        hang_up(&node, accepted.socket, accepted.encoding, close).await;
-    }
+    hang_up(&node, accepted.socket, accepted.encoding, close).await;
     node.metrics.connections.dec();
     None
 }
@@ -208,11 +208,20 @@ fn decode(
 
 /// What a broken socket is closed with; `None`: there is nobody to tell.
 fn refusal(error: &WsError) -> Option<Close> {
-    match error {
-        WsError::Capacity(error) => Some(Close::new(CloseCode::BadFrame, error.to_string())),
-        WsError::Utf8(_) => Some(Close::new(CloseCode::BadFrame, "a text message is not UTF-8")),
-        _ => None,
-    }
+    let text = match error {
+        WsError::Capacity(CapacityError::MessageTooLong { size, max_size }) => {
+            format!("a frame of {size} bytes, the limit is {max_size}")
+        }
+        WsError::Utf8(_) => "a text message is not UTF-8".to_owned(),
+        WsError::Protocol(
+            ProtocolError::ResetWithoutClosingHandshake
+            | ProtocolError::SendAfterClosing
+            | ProtocolError::ReceivedAfterClosing,
+        ) => return None,
+        WsError::Protocol(error) => format!("not WebSocket (RFC 6455): {error}"),
+        _ => return None,
+    };
+    Some(Close::new(CloseCode::BadFrame, text))
 }
 
 /// What waits for the socket.
@@ -467,14 +476,20 @@ impl Connection {
         let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
         self.refreshing = None;
         let checked = result
-            .map_err(|error| Close::new(CloseCode::BadToken, error.to_string()))
-            .and_then(|claims| self.session.refresh(&claims).map(|()| claims));
+            .map_err(|e| (e.as_str(), Close::new(CloseCode::BadToken, e.to_string())))
+            .and_then(|claims| match self.session.refresh(&claims) {
+                Ok(()) => Ok(claims),
+                Err(close) => Err(("somebody_else", close)),
+            });
         match checked {
             Ok(claims) => {
                 self.beat.expires(self.node.seconds_at(claims.expires_s));
                 self.node.set_due(&self.handle, self.beat.due());
             }
-            Err(close) => self.end(Some(close)),
+            Err((why, close)) => {
+                self.node.metrics.token_refused(why);
+                self.end(Some(close));
+            }
         }
         true
     }
@@ -807,7 +822,17 @@ async fn hang_up(node: &Node, mut socket: Socket, encoding: Encoding, close: End
         }
         // Until the device has answered: a socket closed with unread bytes becomes a reset, and the
         // device never learns why.
-        while socket.next().await.is_some_and(|message| message.is_ok()) {}
+        let mut answered = false;
+        while let Some(Ok(message)) = socket.next().await {
+            answered |= message.is_close();
+        }
+        if !answered {
+            // What does not speak WebSocket is not read as such.
+            let stream = socket.get_mut();
+            stream.shutdown().await?;
+            let mut rest = [0; 512];
+            while stream.read(&mut rest).await? > 0 {}
+        }
         Ok::<_, WsError>(())
     })
     .await;

@@ -7,11 +7,20 @@ use std::time::Duration;
 use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Error as WsError;
+use tokio_tungstenite::tungstenite::error::CapacityError;
+use tokio_tungstenite::tungstenite::error::ProtocolError::{
+    MissingConnectionUpgradeHeader, MissingSecWebSocketVersionHeader,
+    MissingUpgradeWebSocketHeader, WrongHttpMethod, WrongHttpVersion,
+};
 use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
 use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response, write_response};
 use tokio_tungstenite::tungstenite::http::HeaderValue;
-use tokio_tungstenite::tungstenite::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL};
+use tokio_tungstenite::tungstenite::http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING,
+};
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use crate::auth::{AuthError, Claims};
@@ -20,6 +29,10 @@ use crate::node::Node;
 const PATH: &str = "/v1/connect";
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
+const BAD_REQUEST: &str = "400 Bad Request";
+const TOO_LARGE: &str = "431 Request Header Fields Too Large";
+const UNAVAILABLE: &str = "503 Service Unavailable";
+const VERSION: &str = "505 HTTP Version Not Supported";
 /// Small on purpose: it is there for every connection. Larger frames make it grow.
 const READ_BUFFER_BYTES: usize = 512;
 /// What is written goes out in one flush of about this size.
@@ -56,20 +69,17 @@ impl Refusal {
 
 /// Reads and answers a handshake; `None` if it was refused or the device went away. Counts itself.
 pub async fn accept(node: &Node, mut stream: TcpStream) -> Option<Accepted> {
-    let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
-    let judged = tokio::time::timeout(limit, judge(node, &mut stream)).await;
-    let refusal = match judged {
-        Err(_) => return count(node, "timeout"),
-        Ok(Err(Failure::Gone)) => return count(node, "gone"),
-        Ok(Err(Failure::Refused(refusal))) => refusal,
-        Ok(Ok(judged)) => {
+    let refusal = match judge(node, &mut stream).await {
+        Ok(judged) => {
             node.metrics.handshake("accepted");
             return Some(upgrade(node, stream, judged).await);
         }
+        Err(Failure::Gone) => return count(node, "gone"),
+        Err(Failure::Refused(refusal)) => refusal,
     };
     tracing::debug!(status = refusal.status, reason = refusal.text, "handshake refused");
-    let _ = tokio::time::timeout(limit, refuse(stream, &refusal)).await;
-    count(node, refusal.label)
+    turn_away(node, stream, &refusal).await;
+    None
 }
 
 fn count<T>(node: &Node, label: &'static str) -> Option<T> {
@@ -78,11 +88,15 @@ fn count<T>(node: &Node, label: &'static str) -> Option<T> {
 }
 
 /// Answers a connection for which there is no room, without reading its request.
-pub async fn turn_away(node: &Node, stream: TcpStream) {
-    let refusal = Refusal::new("503 Service Unavailable", "overloaded", "no room: come back later");
-    let limit = Duration::from_millis(node.limits.close_timeout_ms);
-    let _ = tokio::time::timeout(limit, refuse(stream, &refusal)).await;
+async fn no_room(node: &Node, stream: TcpStream) {
+    let refusal = Refusal::new(UNAVAILABLE, "overloaded", "no room: come back later");
+    turn_away(node, stream, &refusal).await;
+}
+
+async fn turn_away(node: &Node, stream: TcpStream, refusal: &Refusal) {
     node.metrics.handshake(refusal.label);
+    let limit = Duration::from_millis(node.limits.close_timeout_ms);
+    let _ = timeout(limit, refuse(stream, refusal)).await;
 }
 
 enum Failure {
@@ -103,33 +117,39 @@ struct Judged {
 }
 
 async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
-    let (request, rest) = read_request(stream).await?;
+    let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
+    let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
+    let (request, rest) = timeout(limit, read_request(stream)).await.map_err(|_| late())??;
     if request.uri().path() != PATH {
         return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
     }
     if node.is_draining() {
-        return Err(refused("503 Service Unavailable", "draining", "this node is being drained"));
+        return Err(refused(UNAVAILABLE, "draining", "this node is being drained"));
     }
+    check_headers(&request)?;
+    let mut response = create_response(&request).map_err(unreadable)?;
     let offered = protocols(&request);
     let Some(encoding) = offered.iter().find_map(|name| Encoding::from_subprotocol(name)) else {
         let text = "offer subprotocol barid.v1.json or barid.v1.proto";
-        return Err(refused("400 Bad Request", "subprotocol", text));
+        return Err(refused(BAD_REQUEST, "subprotocol", text));
     };
-    let mut response = create_response(&request)
-        .map_err(|error| refused("400 Bad Request", "bad_request", error.to_string()))?;
-    let claims = match token(&request, &offered) {
-        Some(token) => node.verifier.verify(&token, node.now_ms() / 1000).await,
-        None => Err(AuthError::Missing),
-    };
-    let claims =
-        claims.map_err(|error| refused("401 Unauthorized", "unauthorized", error.to_string()))?;
+    let verified = timeout(limit, verify(node, &request, &offered)).await;
+    let late = || refused(UNAVAILABLE, "timeout", "the token could not be checked in time");
+    let claims = verified.map_err(|_| late())?.map_err(|error| {
+        node.metrics.token_refused(error.as_str());
+        refused("401 Unauthorized", "unauthorized", error.to_string())
+    })?;
     let protocol = HeaderValue::from_static(encoding.subprotocol());
     response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, protocol);
     let mut bytes = Vec::with_capacity(256);
-    write_response(&mut bytes, &response)
-        .map_err(|error| refused("400 Bad Request", "bad_request", error.to_string()))?;
+    write_response(&mut bytes, &response).map_err(unreadable)?;
     stream.write_all(&bytes).await?;
     Ok(Judged { rest, encoding, claims })
+}
+
+async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, AuthError> {
+    let token = token(request, offered).ok_or(AuthError::Missing)?;
+    node.verifier.verify(&token, node.now_ms() / 1000).await
 }
 
 fn refused(status: &'static str, label: &'static str, text: impl Into<String>) -> Failure {
@@ -144,17 +164,70 @@ async fn read_request(stream: &mut TcpStream) -> Result<(Request, Vec<u8>), Fail
         if stream.read_buf(&mut bytes).await? == 0 {
             return Err(Failure::Gone);
         }
+        check_first_byte(bytes[0])?;
         if bytes.len() > REQUEST_BYTES_MAX {
             let text = format!("the request has more than {REQUEST_BYTES_MAX} bytes");
-            return Err(refused("431 Request Header Fields Too Large", "bad_request", text));
+            return Err(refused(TOO_LARGE, "headers", text));
         }
         if bytes[seen..].windows(4).any(|end| end == b"\r\n\r\n") {
-            return match Request::try_parse(&bytes) {
-                Ok(Some((length, request))) => Ok((request, bytes.split_off(length))),
-                Ok(None) => Err(refused("400 Bad Request", "bad_request", "not a request")),
-                Err(error) => Err(refused("400 Bad Request", "bad_request", error.to_string())),
+            if bytes.starts_with(b"PRI * HTTP/2.0") {
+                return Err(refused(VERSION, "version", "this port speaks HTTP/1.1, not HTTP/2"));
+            }
+            return match Request::try_parse(&bytes).map_err(unreadable)? {
+                Some((length, request)) => Ok((request, bytes.split_off(length))),
+                None => Err(refused(BAD_REQUEST, "bad_request", "not a request")),
             };
         }
+    }
+}
+
+/// Who does not speak HTTP learns it at once instead of waiting for an answer: methods are written in
+/// capitals, and line ends may stand before them.
+fn check_first_byte(first: u8) -> Result<(), Failure> {
+    const TLS_HANDSHAKE: u8 = 0x16;
+    match first {
+        b'A'..=b'Z' | b'\r' | b'\n' => Ok(()),
+        TLS_HANDSHAKE => {
+            let text = "this port speaks plain HTTP; TLS ends before it";
+            Err(refused(BAD_REQUEST, "bad_request", text))
+        }
+        _ => Err(refused(BAD_REQUEST, "bad_request", "not an HTTP request")),
+    }
+}
+
+/// A header that stands twice is read differently by whoever stands between, and so is a body that
+/// a handshake cannot have: both are how requests are smuggled.
+fn check_headers(request: &Request) -> Result<(), Failure> {
+    let headers = request.headers();
+    let single = ["authorization", "host", "sec-websocket-key", "sec-websocket-version"];
+    if let Some(name) = single.iter().find(|name| headers.get_all(**name).iter().count() > 1) {
+        return Err(refused(BAD_REQUEST, "bad_request", format!("header {name} stands twice")));
+    }
+    let no_length = headers.get(CONTENT_LENGTH).is_none_or(|length| length == "0");
+    if headers.contains_key(TRANSFER_ENCODING) || !no_length {
+        return Err(refused(BAD_REQUEST, "bad_request", "a handshake has no body"));
+    }
+    Ok(())
+}
+
+/// What tungstenite could not read, or found not to be a handshake.
+fn unreadable(error: WsError) -> Failure {
+    match error {
+        WsError::Protocol(WrongHttpMethod) => {
+            refused("405 Method Not Allowed", "method", "devices connect with GET")
+        }
+        WsError::Protocol(WrongHttpVersion) => {
+            refused(VERSION, "version", "this port speaks HTTP/1.1")
+        }
+        WsError::Capacity(CapacityError::TooManyHeaders) => {
+            refused(TOO_LARGE, "headers", "the request has too many headers")
+        }
+        WsError::Protocol(
+            error @ (MissingConnectionUpgradeHeader
+            | MissingUpgradeWebSocketHeader
+            | MissingSecWebSocketVersionHeader),
+        ) => refused("426 Upgrade Required", "upgrade", error.to_string()),
+        error => refused(BAD_REQUEST, "bad_request", error.to_string()),
     }
 }
 
@@ -199,9 +272,16 @@ async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
 
 async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()> {
     let Refusal { status, text, .. } = refusal;
-    let retry = if status.starts_with("503") { "Retry-After: 2\r\n" } else { "" };
+    // What RFC 9110 and RFC 6455 want beside a status.
+    let beside = match &status[..3] {
+        "401" => "WWW-Authenticate: Bearer\r\n",
+        "405" => "Allow: GET\r\n",
+        "426" => "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+        "503" => "Retry-After: 2\r\n",
+        _ => "",
+    };
     let response = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n{retry}Connection: close\r\n\r\n{text}\n",
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n{beside}Connection: close\r\n\r\n{text}\n",
         text.len() + 1
     );
     stream.write_all(response.as_bytes()).await?;
@@ -243,7 +323,7 @@ pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener) {
         let (Ok(connection), Ok(handshake)) = (connection, handshake) else {
             tokio::spawn({
                 let node = Arc::clone(&node);
-                async move { turn_away(&node, stream).await }
+                async move { no_room(&node, stream).await }
             });
             continue;
         };

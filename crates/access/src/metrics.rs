@@ -19,6 +19,7 @@ pub struct Metrics {
     /// Sessions whose device said Hello and was welcomed.
     pub sessions: IntGauge,
     handshakes: IntCounterVec,
+    tokens_refused: IntCounterVec,
     closes: IntCounterVec,
     /// Messages written from a dispatcher's push.
     pub delivered_fast: IntCounter,
@@ -56,6 +57,11 @@ impl Metrics {
             connections: make.gauge("connections", "Open sockets")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
             handshakes: make.counters("handshakes_total", "Handshakes, by result", "result")?,
+            tokens_refused: make.counters(
+                "tokens_refused_total",
+                "Tokens refused in handshakes and refreshes, by reason",
+                "why",
+            )?,
             closes: make.counters("closes_total", "Closed connections, by code", "code")?,
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
@@ -81,6 +87,11 @@ impl Metrics {
     /// A handshake ended.
     pub fn handshake(&self, result: &'static str) {
         self.handshakes.with_label_values(&[result]).inc();
+    }
+
+    /// A token was refused, in a handshake or in a Refresh.
+    pub fn token_refused(&self, why: &'static str) {
+        self.tokens_refused.with_label_values(&[why]).inc();
     }
 
     /// A connection was closed; `None`: by the device.

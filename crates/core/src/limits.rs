@@ -16,6 +16,11 @@ pub const COLLAPSE_KEY_BYTES_MAX: usize = 64;
 pub const PLATFORM_BYTES_MAX: usize = 32;
 /// SDK names in Hello, bytes.
 pub const SDK_BYTES_MAX: usize = 64;
+/// Positions of one Hello: mailboxes that a device can follow.
+pub const POSITIONS_MAX: usize = 256;
+/// The highest generation that a device may claim to have heard of: far above any that resets reach,
+/// and one reset more still fits into 32 bits.
+pub const GENERATION_MAX: u32 = (1 << 31) - 1;
 /// Numbers on the wire stay below 2^53, so that JSON and Lua keep them exactly.
 pub const WIRE_NUMBER_MAX: u64 = (1 << 53) - 1;
 /// Re-sends of a message to an online device before its session is closed.

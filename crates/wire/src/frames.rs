@@ -6,7 +6,9 @@
 mod json;
 mod proto;
 
-use barid_core::limits::WIRE_NUMBER_MAX;
+use std::collections::HashSet;
+
+use barid_core::limits::{GENERATION_MAX, POSITIONS_MAX, WIRE_NUMBER_MAX};
 use bytes::Bytes;
 
 use crate::envelope::{self, Envelope, EnvelopeError};
@@ -93,6 +95,18 @@ pub enum FrameError {
     /// No kind that this version knows.
     #[error("the frame is of no known kind; hello, ack, refresh and pong are")]
     Kind,
+    /// A kind by name that this version does not know.
+    #[error("there is no kind {0:?}; hello, ack, refresh and pong are")]
+    UnknownKind(String),
+    /// Hello stands in more mailboxes than a device may follow.
+    #[error("hello.positions has {0} entries, the limit is {POSITIONS_MAX}")]
+    Positions(usize),
+    /// Hello has heard of more resets than there can be.
+    #[error("hello.positions.generation is above {GENERATION_MAX}")]
+    Generation,
+    /// Hello has two positions in one mailbox.
+    #[error("hello.positions names a mailbox twice")]
+    PositionTwice,
     /// A number that JSON readers would round.
     #[error("{0} is not below 2^53")]
     Number(&'static str),
@@ -113,25 +127,35 @@ pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<ClientFrame, Fr
         Encoding::Proto => proto::decode_client(bytes)?,
         Encoding::Json => json::decode_client(bytes)?,
     };
-    check_numbers(&frame)?;
+    check(&frame)?;
     Ok(frame)
 }
 
-fn check_numbers(frame: &ClientFrame) -> Result<(), FrameError> {
-    let check = |name, number| match number {
+fn check(frame: &ClientFrame) -> Result<(), FrameError> {
+    let number = |name, number| match number {
         0..=WIRE_NUMBER_MAX => Ok(()),
         _ => Err(FrameError::Number(name)),
     };
     match frame {
         ClientFrame::Hello(hello) => {
-            check("hello.attempt", hello.attempt)?;
+            number("hello.attempt", hello.attempt)?;
+            if hello.positions.len() > POSITIONS_MAX {
+                return Err(FrameError::Positions(hello.positions.len()));
+            }
+            let mut mailboxes = HashSet::new();
             for position in &hello.positions {
-                check("hello.positions.epoch", position.epoch)?;
-                check("hello.positions.seq", position.seq)?;
+                number("hello.positions.epoch", position.epoch)?;
+                number("hello.positions.seq", position.seq)?;
+                if position.generation > GENERATION_MAX {
+                    return Err(FrameError::Generation);
+                }
+                if !mailboxes.insert(position.mailbox.as_str()) {
+                    return Err(FrameError::PositionTwice);
+                }
             }
             Ok(())
         }
-        ClientFrame::Ack(ack) => check("ack.seq", ack.seq),
+        ClientFrame::Ack(ack) => number("ack.seq", ack.seq),
         ClientFrame::Refresh(_) | ClientFrame::Pong(_) => Ok(()),
     }
 }

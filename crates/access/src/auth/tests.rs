@@ -9,7 +9,9 @@ use aws_lc_rs::signature::{
 use barid_core::Secret;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use futures::FutureExt as _;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
@@ -302,4 +304,38 @@ fn keys_that_cannot_work_are_refused_at_start() {
     assert!(error(wrong).contains("not a RS256 public key"));
     let app = KeyConfig { apps: vec!["a:b".into()], ..hmac_key("a", SECRET) };
     assert!(error(app).contains("app contains ':'"));
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(token in "\\PC{0,60}", parts in prop::collection::vec("[A-Za-z0-9_-]{0,30}", 3)) {
+        let verifier = verifier(vec![hmac_key("a", SECRET)]);
+        for token in [token, parts.join(".")] {
+            prop_assert!(verifier.verify(&token, NOW).now_or_never().unwrap().is_err());
+        }
+    }
+
+    #[test]
+    fn a_token_with_one_character_changed_is_refused(
+        at in any::<prop::sample::Index>(), character in "[A-Za-z0-9_.=-]",
+    ) {
+        let verifier = verifier(vec![hmac_key("a", SECRET)]);
+        let token = sign(Some("a"), &claims(), SECRET);
+        let at = at.index(token.len());
+        let changed = format!("{}{character}{}", &token[..at], &token[at + 1..]);
+        let verified = verifier.verify(&changed, NOW).now_or_never().unwrap();
+        prop_assert_eq!(verified.is_ok(), changed == token);
+    }
+
+    #[test]
+    fn claims_of_any_numbers_are_judged(exp in any::<f64>(), nbf in any::<f64>(), leeway in any::<u64>()) {
+        let auth = AuthConfig {
+            keys: vec![hmac_key("a", SECRET)],
+            nbf_leeway_seconds: leeway,
+            ..Default::default()
+        };
+        let token = sign(Some("a"), &with(json!({ "exp": exp, "nbf": nbf })), SECRET);
+        let verified = Verifier::new(&auth).unwrap().verify(&token, NOW).now_or_never().unwrap();
+        prop_assert!(verified.is_err() || exp >= (NOW + 1) as f64);
+    }
 }

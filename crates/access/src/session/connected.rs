@@ -336,8 +336,12 @@ impl Connected {
         out: &mut Vec<Effect>,
         mut done: impl FnMut(PushedAt),
     ) {
-        let current = ack.generation.is_none_or(|generation| generation == self.generation.0);
-        if !current || !ack.mailbox.is_empty() {
+        if !ack.mailbox.is_empty() {
+            let text = "ack names a mailbox that this session does not follow";
+            out.push(Effect::Close(Close::new(CloseCode::BadFrame, text)));
+            return;
+        }
+        if ack.generation.is_some_and(|generation| generation != self.generation.0) {
             return;
         }
         let mut receipts = Vec::new();

@@ -1,5 +1,10 @@
 //! A whole access node on a real Redis: devices on one side, a dispatcher's stream on the other.
 
+mod bad_frames;
+mod bad_handshakes;
+mod bad_tokens;
+mod isolation;
+mod raw;
 mod support;
 
 use std::time::Duration;
@@ -11,7 +16,6 @@ use barid_testkit::{Device, token};
 use barid_wire::envelope::set_payload;
 use serde_json::json;
 use support::*;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 #[tokio::test]
@@ -247,127 +251,6 @@ async fn a_device_that_does_not_read_is_closed_with_4002_and_harms_nobody() -> R
     dispatcher.push(&world, "bob", entry).await?;
     assert_eq!(other.take(1).await?, ["m1"]);
     drop(slow);
-    Ok(())
-}
-
-#[tokio::test]
-async fn frames_that_make_no_sense_are_told_and_closed_with_4501() -> Result<()> {
-    let world = World::new().await?;
-    let node = world.node_with(|config| config.limits.frame_bytes_max = 1000).await?;
-    let long = "x".repeat(2000);
-    for (frame, text) in [
-        (json!({ "helo": {} }), "unknown variant `helo`"),
-        (json!({ "hello": { "device": "phone" } }), "hello came twice"),
-        (json!({ "ack": { "seq": -1 } }), "whole number"),
-        (json!({ "refresh": { "token": long } }), ""),
-    ] {
-        let mut phone = node.device("alice", "phone").await?;
-        phone.send(&frame).await?;
-        let mut told = String::new();
-        let code = loop {
-            match phone.next(PATIENCE).await? {
-                Heard::Other(kind, error) if kind == "error" => told = error["text"].to_string(),
-                Heard::Closed(code, _) => break code,
-                other => panic!("unexpected {other:?}"),
-            }
-        };
-        assert_eq!(code, 4501, "{frame}");
-        assert!(told.contains(text), "{told}");
-    }
-    let mut early = Device::open(&node.url(), &token_of("alice")).await?;
-    early.ack(1).await?;
-    assert_eq!(early.closed(PATIENCE).await?, 4501, "hello comes first");
-    Ok(())
-}
-
-async fn http(address: std::net::SocketAddr, request: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(request.as_bytes()).await?;
-    let mut bytes = vec![0; 4096];
-    let mut length = 0;
-    while let Ok(read) =
-        tokio::time::timeout(Duration::from_secs(5), stream.read(&mut bytes[length..])).await?
-    {
-        length += read;
-        let text = String::from_utf8_lossy(&bytes[..length]);
-        if read == 0 || text.contains("101 Switching") {
-            break;
-        }
-    }
-    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
-}
-
-#[tokio::test]
-async fn handshakes_are_answered_with_a_status_and_a_reason() -> Result<()> {
-    let world = World::new().await?;
-    let node = world.node().await?;
-    let address = node.addresses["ws"];
-    let request = |path: &str, headers: &str| {
-        format!(
-            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
-        )
-    };
-    let json = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
-    let good = token_of("alice");
-    let expired = token::token(APP, "alice", Duration::ZERO);
-    let forged = token::sign(&json!({"app": APP, "sub": "alice", "exp": 4_000_000_000_u64}), "x");
-    for (request, status, text) in [
-        (request("/", json), "404", "/v1/connect"),
-        (request("/v1/connect", ""), "400", "barid.v1.json"),
-        (request("/v1/connect", json), "401", "no token"),
-        (request(&format!("/v1/connect?token={expired}"), json), "401", "expired"),
-        (request(&format!("/v1/connect?token={forged}"), json), "401", "signature"),
-        (request("/v1/connect?token=junk", json), "401", "not a valid token"),
-        ("POST /v1/connect HTTP/1.1\r\n\r\n".into(), "400", ""),
-        ("nonsense\r\n\r\n".into(), "400", ""),
-        (request("/v1/connect", &format!("X: {}\r\n", "x".repeat(20_000))), "431", "bytes"),
-        (request(&format!("/v1/connect?token={good}"), json), "101", "barid.v1.json"),
-        (
-            request(
-                "/v1/connect",
-                &format!(
-                    "Authorization: bearer {good}\r\nSec-WebSocket-Protocol: x, barid.v1.proto\r\n"
-                ),
-            ),
-            "101",
-            "barid.v1.proto",
-        ),
-        (
-            request(
-                "/v1/connect",
-                &format!("Sec-WebSocket-Protocol: barid.v1.json, bearer.{good}\r\n"),
-            ),
-            "101",
-            "barid.v1.json",
-        ),
-    ] {
-        let answer = http(address, &request).await?;
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
-        assert!(answer.to_lowercase().contains(&text.to_lowercase()), "{answer}");
-        assert!(!answer.contains(&good), "a token is never sent back");
-    }
-    Ok(())
-}
-
-#[tokio::test]
-async fn silence_in_a_handshake_or_before_hello_ends() -> Result<()> {
-    let world = World::new().await?;
-    let node = world
-        .node_with(|config| {
-            config.limits.handshake_timeout_ms = 300;
-            config.limits.hello_timeout_ms = 300;
-            config.limits.handshakes_max = 1;
-        })
-        .await?;
-    let mut silent = TcpStream::connect(node.addresses["ws"]).await?;
-    silent.write_all(b"GET /v1").await?;
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let answer = http(node.addresses["ws"], "GET / HTTP/1.1\r\n\r\n").await?;
-    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-    assert_eq!(silent.read(&mut [0; 16]).await?, 0);
-    let mut mute = Device::open(&node.url(), &token_of("alice")).await?;
-    assert_eq!(mute.closed(PATIENCE).await?, 4003);
     Ok(())
 }
 

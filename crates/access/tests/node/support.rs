@@ -65,10 +65,19 @@ impl World {
         id: &str,
         change: impl FnOnce(&mut Envelope),
     ) -> Result<(Bytes, bool)> {
+        self.accept_for(&user_key(user), id, change).await
+    }
+
+    /// As [`Self::accept_with`], for a user of any app.
+    pub async fn accept_for(
+        &self,
+        user: &UserKey,
+        id: &str,
+        change: impl FnOnce(&mut Envelope),
+    ) -> Result<(Bytes, bool)> {
         let mut envelope = Envelope { id: id.into(), ..Default::default() };
         set_payload(&mut envelope, format!("text of {id}").into(), 128, 3);
         change(&mut envelope);
-        let user = user_key(user);
         let offset = self.offset.fetch_add(1, Ordering::SeqCst);
         let message = AcceptMessage {
             position: LogPosition { leader_epoch: 0, offset, index: 0 },
@@ -79,7 +88,7 @@ impl World {
             body: encode_body(envelope),
         };
         let group = AcceptGroup {
-            shard: self.mailbox.shard_of(&user),
+            shard: self.mailbox.shard_of(user),
             source: Source { topic_id: Arc::from("test"), partition: 0 },
             prev: None,
             messages: vec![message],
@@ -117,7 +126,11 @@ impl World {
 }
 
 pub fn user_key(user: &str) -> UserKey {
-    UserKey { app: AppId::new(APP).unwrap(), user: UserId::new(user).unwrap() }
+    user_of(APP, user)
+}
+
+pub fn user_of(app: &str, user: &str) -> UserKey {
+    UserKey { app: AppId::new(app).unwrap(), user: UserId::new(user).unwrap() }
 }
 
 /// Waits for what must become true; what fails meanwhile is tried again.
@@ -240,11 +253,21 @@ impl Dispatcher {
 
     /// Pushes an entry to where a user's routes say.
     pub async fn push(&mut self, world: &World, user: &str, envelope: Bytes) -> Result<NodeReply> {
-        let routes = world.inspect(user).await?.routes;
+        self.push_to(world, &user_key(user), envelope).await
+    }
+
+    /// As [`Self::push`], to a user of any app.
+    pub async fn push_to(
+        &mut self,
+        world: &World,
+        user: &UserKey,
+        envelope: Bytes,
+    ) -> Result<NodeReply> {
+        let routes = world.mailbox.inspect(user).await?.routes;
         let incarnation = routes.first().map_or(0, |route| route.session.incarnation.0);
         let push = NodePush {
-            app: APP.into(),
-            user: user.into(),
+            app: user.app.to_string(),
+            user: user.user.to_string(),
             envelope,
             connections: routes.iter().map(|route| route.session.connection.0).collect(),
             dispatched_after_us: None,

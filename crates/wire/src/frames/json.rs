@@ -2,7 +2,6 @@
 //! quoted, keys in camelCase or snake_case, null for absent, base64 of either alphabet.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -11,25 +10,42 @@ use base64::alphabet;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
 use base64::engine::{DecodePaddingMode, general_purpose};
 use bytes::Bytes;
-use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
+use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::{Body, ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
+use crate::cut;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::{self, BodyKind, SkipReason, message};
 
 pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
-    let frame: Client = parse(bytes)?;
-    Ok(match frame {
-        Client::Hello(hello) => ClientFrame::Hello(hello.into()),
-        Client::Ack(ack) => ClientFrame::Ack(v1::Ack {
-            mailbox: ack.mailbox.unwrap_or_default(),
-            generation: ack.generation,
-            seq: ack.seq,
-        }),
-        Client::Refresh(refresh) => ClientFrame::Refresh(v1::Refresh { token: refresh.token }),
-        Client::Pong(_) => ClientFrame::Pong(v1::Pong {}),
+    let OneKey { kind, value } = parse(bytes)?;
+    // serde would take a list of fields without their names.
+    if !value.get().starts_with('{') {
+        return Err(FrameError::Json(format!("{}: not an object of its fields", cut(&kind, 32))));
+    }
+    let value = value.get().as_bytes();
+    let within = |error: FrameError| match error {
+        FrameError::Json(why) => FrameError::Json(format!("{kind}: {why}")),
+        other => other,
+    };
+    Ok(match &*kind {
+        "hello" => ClientFrame::Hello(parse::<Hello>(value).map_err(within)?.into()),
+        "ack" => {
+            let Ack { mailbox, generation, seq } = parse(value).map_err(within)?;
+            let mailbox = mailbox.unwrap_or_default();
+            ClientFrame::Ack(v1::Ack { mailbox, generation, seq })
+        }
+        "refresh" => {
+            let Refresh { token } = parse(value).map_err(within)?;
+            ClientFrame::Refresh(v1::Refresh { token })
+        }
+        "pong" => {
+            let Empty {} = parse(value).map_err(within)?;
+            ClientFrame::Pong(v1::Pong {})
+        }
+        other => return Err(FrameError::UnknownKind(cut(other, 32))),
     })
 }
 
@@ -48,11 +64,7 @@ pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
 
 /// Unlike a device's frames, a node's may have kinds and fields of a newer version.
 pub(super) fn decode_server(bytes: &[u8]) -> Result<ServerFrame, FrameError> {
-    let kinds: BTreeMap<Cow<'_, str>, &RawValue> = parse(bytes)?;
-    let mut kinds = kinds.into_iter();
-    let (Some((kind, value)), None) = (kinds.next(), kinds.next()) else {
-        return Err(FrameError::Json("an object with one key, the kind, is expected".into()));
-    };
+    let OneKey { kind, value } = parse(bytes)?;
     let value = value.get().as_bytes();
     Ok(match &*kind {
         "deliver" => ServerFrame::Deliver(parse::<DeliverIn>(value)?.try_into()?),
@@ -166,7 +178,7 @@ fn close_deliver(mut out: Vec<u8>, mailbox: &str, generation: u32) -> Bytes {
 }
 
 fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, FrameError> {
-    serde_json::from_slice(bytes).map_err(|error| FrameError::Json(error.to_string()))
+    serde_json::from_slice(bytes).map_err(|error| FrameError::Json(cut(&error.to_string(), 256)))
 }
 
 fn to_bytes<T: Serialize>(frame: &T) -> Bytes {
@@ -177,7 +189,36 @@ fn some(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-#[derive(Serialize, Deserialize)]
+/// A frame whose kind is read and whose fields are not.
+struct OneKey<'a> {
+    kind: Cow<'a, str>,
+    value: &'a RawValue,
+}
+
+impl<'de> Deserialize<'de> for OneKey<'de> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = OneKey<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object with one key, the kind")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<OneKey<'de>, A::Error> {
+                let wrong = |keys| de::Error::invalid_length(keys, &self);
+                let (kind, value) = map.next_entry()?.ok_or_else(|| wrong(0))?;
+                match map.next_key::<IgnoredAny>()? {
+                    None => Ok(OneKey { kind, value }),
+                    Some(_) => Err(wrong(2)),
+                }
+            }
+        }
+        from.deserialize_map(Reader)
+    }
+}
+
+#[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 enum Client {
     Hello(Hello),

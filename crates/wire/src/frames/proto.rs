@@ -1,8 +1,8 @@
 //! Frames as protobuf.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use prost::Message as _;
-use prost::encoding::{encode_varint, encoded_len_varint};
+use prost::encoding::{DecodeContext, decode_key, encode_varint, encoded_len_varint, skip_field};
+use prost::{DecodeError, Message as _};
 
 use super::{ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
 use crate::envelope::{Envelope, EnvelopeError};
@@ -10,8 +10,22 @@ use crate::v1::server_frame::Control;
 use crate::v1::{self, BodyKind};
 
 pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
-    let frame = v1::ClientFrame::decode(bytes).map_err(|e| FrameError::Proto(e.to_string()))?;
-    frame.kind.ok_or(FrameError::Kind)
+    let broken = |e: DecodeError| FrameError::Proto(e.to_string());
+    if kinds(bytes).map_err(broken)? > 1 {
+        return Err(FrameError::Proto("it is of more than one kind".into()));
+    }
+    v1::ClientFrame::decode(bytes).map_err(broken)?.kind.ok_or(FrameError::Kind)
+}
+
+/// Protobuf takes the last of several kinds, and the others would be lost without a word.
+fn kinds(mut bytes: &[u8]) -> Result<usize, DecodeError> {
+    let mut kinds = 0;
+    while !bytes.is_empty() {
+        let (field, wire_type) = decode_key(&mut bytes)?;
+        kinds += usize::from((1..=9).contains(&field));
+        skip_field(wire_type, field, &mut bytes, DecodeContext::default())?;
+    }
+    Ok(kinds)
 }
 
 pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {

@@ -39,15 +39,68 @@ fn what_a_stranger_types_is_understood() {
 
 #[test]
 fn errors_say_what_is_wrong() {
-    let error = |text| json_client(text).unwrap_err();
+    let error = |text: &str| json_client(text).unwrap_err();
     assert!(error("{").contains("EOF"));
-    assert!(error(r#"{"helo":{}}"#).contains("unknown variant `helo`, expected one of `hello`"));
+    assert!(error("").contains("EOF"));
+    let one_key = "an object with one key, the kind";
+    for text in
+        ["{}", r#"{"pong":{},"ack":{"seq":1}}"#, r#"{"pong":{},"pong":{}}"#, r#""pong""#, "[]"]
+    {
+        assert!(error(text).contains(one_key), "{text}: {}", error(text));
+    }
+    let unknown = "there is no kind \"helo\"; hello, ack, refresh and pong are";
+    assert_eq!(error(r#"{"helo":{}}"#), unknown);
+    assert!(error(&format!(r#"{{"{}":{{}}}}"#, "x".repeat(9999))).len() < 100);
+    assert!(error(&format!(r#"{{"ack":{{"{}":1}}}}"#, "x".repeat(9999))).len() < 300);
+    assert!(error(r#"{"ack":5}"#).ends_with("ack: not an object of its fields"));
     assert!(error(r#"{"ack":{"seqq":1}}"#).contains("unknown field `seqq`"));
     assert!(error(r#"{"ack":{}}"#).contains("missing field `seq`"));
     assert!(error(r#"{"ack":{"seq":-1}}"#).contains("whole number"));
     assert!(error(r#"{"ack":{"seq":1,"generation":4294967296}}"#).contains("4294967296"));
     assert_eq!(error(r#"{"ack":{"seq":9007199254740992}}"#), "ack.seq is not below 2^53");
     assert_eq!(decode_client(Encoding::Proto, b"").unwrap_err(), FrameError::Kind);
+}
+
+#[test]
+fn a_protobuf_frame_is_of_one_kind() {
+    let [pong, ack] = [
+        ClientFrame::Pong(v1::Pong {}),
+        ClientFrame::Ack(v1::Ack { seq: 5, ..Default::default() }),
+    ]
+    .map(|frame| encode_client(Encoding::Proto, &frame));
+    let error = |bytes: &[u8]| decode_client(Encoding::Proto, bytes).unwrap_err().to_string();
+    assert_eq!(
+        error(&[&pong[..], &ack].concat()),
+        "not a protobuf frame: it is of more than one kind"
+    );
+    assert_eq!(
+        error(&[&ack[..], &ack].concat()),
+        "not a protobuf frame: it is of more than one kind"
+    );
+    assert_eq!(error(&[0x2a, 0]), FrameError::Kind.to_string(), "a kind of a later version");
+    // A field of a later version beside a kind is passed over.
+    let later = [&ack[..], &[0xa2, 0x06, 1, 7]].concat();
+    assert_eq!(decode_client(Encoding::Proto, &later), decode_client(Encoding::Proto, &ack));
+}
+
+#[test]
+fn hello_stands_in_a_mailbox_once_and_in_so_many() {
+    let hello = |mailboxes: &[String]| {
+        let position = |name: &String| v1::Position { mailbox: name.clone(), ..Default::default() };
+        let positions = mailboxes.iter().map(position).collect();
+        let frame = ClientFrame::Hello(v1::Hello { positions, ..Default::default() });
+        BOTH.map(|encoding| decode_client(encoding, &encode_client(encoding, &frame)).map(|_| ()))
+    };
+    let names: Vec<String> = (0..=POSITIONS_MAX).map(|n| n.to_string()).collect();
+    assert_eq!(hello(&names[1..]), [Ok(()), Ok(())]);
+    let too_many = || Err(FrameError::Positions(POSITIONS_MAX + 1));
+    assert_eq!(hello(&names), [too_many(), too_many()]);
+    let far = v1::Position { generation: GENERATION_MAX + 1, ..Default::default() };
+    let far = ClientFrame::Hello(v1::Hello { positions: vec![far], ..Default::default() });
+    let far = encode_client(Encoding::Proto, &far);
+    assert_eq!(decode_client(Encoding::Proto, &far), Err(FrameError::Generation));
+    let twice = || Err(FrameError::PositionTwice);
+    assert_eq!(hello(&[String::new(), String::new()]), [twice(), twice()]);
 }
 
 #[test]
@@ -147,7 +200,7 @@ fn wire_number() -> impl Strategy<Value = u64> {
 }
 
 fn position() -> impl Strategy<Value = v1::Position> {
-    (name(), wire_number(), any::<u32>(), wire_number(), any::<Option<u32>>()).prop_map(
+    (name(), wire_number(), 0..=GENERATION_MAX, wire_number(), any::<Option<u32>>()).prop_map(
         |(mailbox, epoch, generation, seq, chain)| v1::Position {
             mailbox,
             epoch,
@@ -160,6 +213,10 @@ fn position() -> impl Strategy<Value = v1::Position> {
 
 fn client_frame() -> impl Strategy<Value = ClientFrame> {
     let positions = proptest::collection::vec(position(), 0..3);
+    let positions = positions.prop_filter("each mailbox once", |positions| {
+        let mailboxes: HashSet<&str> = positions.iter().map(|p| p.mailbox.as_str()).collect();
+        mailboxes.len() == positions.len()
+    });
     prop_oneof![
         (name(), name(), wire_number(), positions, any::<(bool, bool)>()).prop_map(
             |(device, platform, attempt, positions, (accepts_zstd, visible_pings))| {
