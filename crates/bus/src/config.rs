@@ -35,6 +35,9 @@ pub struct KafkaConfig {
     pub producer_queue_records_max: u32,
     /// Their size, at most, KiB.
     pub producer_queue_kbytes_max: u32,
+    /// Bytes of a dead letter where its topic is created (`max.message.bytes`): above what the push
+    /// topics take, else what is refused there is cut.
+    pub dead_bytes_max: u32,
     /// How long a producer tries to deliver a record before it says so.
     pub delivery_timeout_ms: u32,
     /// Bytes prefetched a partition, at most, KiB.
@@ -89,6 +92,7 @@ impl Default for KafkaConfig {
             receipts_format: Format::Json,
             producer_queue_records_max: 100_000,
             producer_queue_kbytes_max: 65_536,
+            dead_bytes_max: 16 << 20,
             delivery_timeout_ms: 30_000,
             prefetch_kbytes_max: 4_096,
             fetch_wait_max_ms: 100,
@@ -145,8 +149,15 @@ impl KafkaConfig {
         if self.partitions == 0 {
             return Err("kafka.partitions must be above zero".into());
         }
-        if self.producer_queue_records_max == 0 || self.producer_queue_kbytes_max == 0 {
-            return Err("kafka.producer_queue_*_max must be above zero".into());
+        if self.producer_queue_records_max == 0 {
+            return Err("kafka.producer_queue_records_max must be above zero".into());
+        }
+        // A dead letter is cut to less than that at most.
+        if self.producer_queue_kbytes_max < 1024 {
+            return Err("kafka.producer_queue_kbytes_max must be at least 1024".into());
+        }
+        if self.dead_bytes_max < 1 << 20 || self.dead_bytes_max > 100_000_000 {
+            return Err("kafka.dead_bytes_max must be within 1048576 and 100000000".into());
         }
         let names = &self.topics;
         let mut all = vec![&names.push_high, &names.push, &names.push_bulk];

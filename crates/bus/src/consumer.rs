@@ -63,6 +63,13 @@ impl Record {
         let found = self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
         found.map(|(_, value)| &**value)
     }
+
+    /// Bytes that it takes in memory, about: headers are a sender's, too, and there may be thousands.
+    pub fn bytes(&self) -> usize {
+        let header = |(name, value): &(String, Bytes)| 64 + name.len() + value.len();
+        let headers: usize = self.headers.iter().map(header).sum();
+        headers + self.key.as_ref().map_or(0, Bytes::len) + self.value.len()
+    }
 }
 
 /// Something that the group or the broker said.

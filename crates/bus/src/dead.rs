@@ -24,6 +24,8 @@ pub struct DeadLetter<'a> {
 pub struct DeadLetters {
     producer: Producer,
     topic: Arc<str>,
+    /// What the producer's queue can hold, bytes: more would wait for room for ever.
+    queue_bytes: usize,
 }
 
 /// What is left of a letter that its topic does not take, step by step: first below Kafka's default
@@ -33,14 +35,15 @@ const CUTS: [usize; 3] = [900_000, 64 * 1024, 0];
 impl DeadLetters {
     /// Dead letters through `producer`.
     pub fn new(producer: Producer, config: &KafkaConfig) -> Self {
-        Self { producer, topic: Arc::from(config.topics.dead.as_str()) }
+        let queue_bytes = config.producer_queue_kbytes_max as usize * 1024;
+        Self { producer, topic: Arc::from(config.topics.dead.as_str()), queue_bytes }
     }
 
     /// Produces a letter and waits until all replicas have it, for as long as that takes: original
     /// key, bytes and headers, plus `barid-code`, `barid-reason` and where it came from. One that
     /// the topic does not take is cut, and `barid-truncated` says from how many bytes.
     pub async fn write(&self, letter: &DeadLetter<'_>) {
-        if self.send(letter, None).await.is_ok() {
+        if letter.record.bytes() < self.queue_bytes && self.send(letter, None).await.is_ok() {
             return;
         }
         for cut in CUTS {
@@ -74,10 +77,10 @@ impl DeadLetters {
             ("barid-offset", numbers[1].as_bytes()),
             ("barid-timestamp", numbers[2].as_bytes()),
         ];
-        let (mut key, mut value) = (record.key.clone().unwrap_or_default(), record.value.clone());
+        let (mut key, mut value) = (record.key.clone(), record.value.clone());
         if let Some(max) = cut {
             headers.push(("barid-truncated", numbers[3].as_bytes()));
-            (key, value) = (truncate(&key, max), truncate(&value, max));
+            (key, value) = (key.map(|key| truncate(&key, max)), truncate(&value, max));
         }
         // A letter is cut to nothing because its headers are too large, or with them.
         if cut != Some(0) {
@@ -85,7 +88,8 @@ impl DeadLetters {
             headers
                 .extend(original.map(|(name, value): &(String, Bytes)| (name.as_str(), &**value)));
         }
-        let send = || self.producer.send(&self.topic, &key, value.clone(), &headers);
+        let send =
+            || self.producer.send_as_it_came(&self.topic, key.as_deref(), value.clone(), &headers);
         until_delivered(send).await
     }
 }

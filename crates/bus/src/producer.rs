@@ -53,6 +53,17 @@ impl Producer {
         payload: Bytes,
         headers: &[(&str, &[u8])],
     ) -> Result<(), Error> {
+        self.send_as_it_came(topic, Some(key), payload, headers).await
+    }
+
+    /// As [`Self::send`], of a record that may have had no key.
+    pub(crate) async fn send_as_it_came(
+        &self,
+        topic: &str,
+        key: Option<&[u8]>,
+        payload: Bytes,
+        headers: &[(&str, &[u8])],
+    ) -> Result<(), Error> {
         let deadline =
             Instant::now() + Duration::from_millis(u64::from(self.config.delivery_timeout_ms));
         loop {
@@ -77,7 +88,7 @@ impl Producer {
     pub(crate) fn try_send(
         &self,
         topic: &str,
-        key: &[u8],
+        key: Option<&[u8]>,
         payload: &[u8],
         headers: &[(&str, &[u8])],
     ) -> Result<DeliveryFuture, KafkaError> {
@@ -86,7 +97,8 @@ impl Producer {
             .fold(OwnedHeaders::new_with_capacity(headers.len()), |owned, (key, value)| {
                 owned.insert(Header { key, value: Some(*value) })
             });
-        let record: Out<'_> = FutureRecord::to(topic).key(key).payload(payload).headers(owned);
+        let mut record: Out<'_> = FutureRecord::to(topic).payload(payload).headers(owned);
+        record.key = key;
         self.inner.read().send_result(record).map_err(|(error, _)| error)
     }
 

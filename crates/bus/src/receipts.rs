@@ -33,7 +33,7 @@ impl Receipts {
         let payload = encode_receipt(receipt, self.format);
         if self
             .producer
-            .try_send(&self.topic, receipt.id.as_bytes(), &payload, &self.headers())
+            .try_send(&self.topic, Some(receipt.id.as_bytes()), &payload, &self.headers())
             .is_err()
         {
             self.dropped.inc();

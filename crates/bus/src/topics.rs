@@ -23,6 +23,7 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
     };
     let topics = &config.topics;
     let spread = i32::from(config.partitions);
+    let dead_bytes_max = config.dead_bytes_max.to_string();
     let wanted: Vec<NewTopic<'_>> = [
         (topics.push_high.as_str(), spread),
         (&topics.push, spread),
@@ -31,7 +32,10 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
         (&topics.dead, 1),
     ]
     .into_iter()
-    .map(|(name, partitions)| NewTopic::new(name, partitions, TopicReplication::Fixed(replication)))
+    .map(|(name, partitions)| {
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replication));
+        if name == topics.dead { topic.set("max.message.bytes", &dead_bytes_max) } else { topic }
+    })
     .collect();
     let options =
         AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout));

@@ -33,7 +33,11 @@ fn config() -> KafkaConfig {
 }
 
 async fn apache() -> KafkaConfig {
-    let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..config() };
+    apache_with(config()).await
+}
+
+async fn apache_with(config: KafkaConfig) -> KafkaConfig {
+    let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..config };
     ensure_topics(&config, LIMIT).await.unwrap();
     ensure_topics(&config, LIMIT).await.expect("topics that exist stay");
     config
@@ -215,7 +219,7 @@ async fn a_topic_created_again_is_read_from_its_start() {
 
 #[tokio::test]
 async fn hazard_23_a_dead_letter_that_its_topic_does_not_take_is_cut_and_says_so() {
-    let config = apache().await;
+    let config = apache_with(KafkaConfig { dead_bytes_max: 1 << 20, ..config() }).await;
     let dead = DeadLetters::new(Producer::new(&config).unwrap(), &config);
     let record = |bytes: usize| Record {
         topic: "source".into(),

@@ -131,7 +131,7 @@ impl Flight {
         parts: usize,
     ) -> Self {
         let payload = push.as_ref().map_or(0, |push| push.payload.len());
-        let bytes = 512 + record.value.len() + payload + 256 * parts;
+        let bytes = 512 + record.bytes() + payload + 256 * parts;
         Self { reading, record, push, taken, traceparent, bytes, left: AtomicUsize::new(parts) }
     }
 

@@ -97,12 +97,17 @@ impl Intake {
     }
 }
 
-/// The W3C header, if it is one: 55 bytes, ASCII.
+/// The W3C header, if it is one: version, trace id, parent id and flags in lowercase hex
+/// (https://www.w3.org/TR/trace-context/#traceparent-header). Whatever else stands there is not
+/// handed on to readers of receipts.
 fn traceparent(record: &Record) -> String {
     let value = record.header("traceparent").unwrap_or_default();
-    match std::str::from_utf8(value) {
-        Ok(text) if text.len() <= 64 && text.is_ascii() => text.to_owned(),
-        _ => String::new(),
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    let is_hex = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'));
+    if is_hex && text.split('-').map(str::len).eq([2, 32, 16, 2]) {
+        text.to_owned()
+    } else {
+        String::new()
     }
 }
 
@@ -113,6 +118,8 @@ mod tests {
     use barid_bus::consumer::Partition;
     use barid_mailbox::Source;
     use barid_wire::envelope;
+
+    const TRACE: &[u8] = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
     fn reading() -> Arc<Reading> {
         let topic: Arc<str> = "barid.push".into();
@@ -133,7 +140,7 @@ mod tests {
             timestamp_ms: Some(1000),
             key: None,
             value: Bytes::copy_from_slice(value.as_bytes()),
-            headers: vec![("traceparent".into(), Bytes::from_static(b"00-ab-cd-01"))],
+            headers: vec![("traceparent".into(), Bytes::from_static(TRACE))],
         }
     }
 
@@ -169,9 +176,26 @@ mod tests {
         assert_eq!(places, [(51, 40, 0), (59, 40, 1)]);
         let envelope = decoded(&parcels[0].message.body);
         assert_eq!((envelope.produced_at_ms, envelope.taken_at_ms), (1000, 1007));
-        assert_eq!((envelope.raw_bytes, &*envelope.traceparent), (5000, "00-ab-cd-01"));
+        assert_eq!(
+            (envelope.raw_bytes, &*envelope.traceparent),
+            (5000, std::str::from_utf8(TRACE).unwrap())
+        );
         assert_eq!(envelope::payload(&envelope).unwrap().len(), 5000);
         assert!(!parcels[0].flight.part_done() && parcels[1].flight.part_done());
+    }
+
+    #[test]
+    fn a_trace_that_is_none_is_not_handed_on() {
+        let trace = |value: &[u8]| {
+            let headers = vec![("Traceparent".into(), Bytes::copy_from_slice(value))];
+            traceparent(&Record { headers, ..record("{}") })
+        };
+        assert_eq!(trace(TRACE).as_bytes(), TRACE);
+        let upper = TRACE.to_ascii_uppercase();
+        let long = [TRACE, b"-01"].concat();
+        for bad in [&b""[..], b"00-x\r\nSet-Cookie: a=b", &TRACE[1..], &upper, &long, &[0xff; 55]] {
+            assert_eq!(trace(bad), "");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The purger over real Redis, and over both brokers: Apache Kafka and librdkafka's in-process one.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
+mod bad_input;
 mod support;
 
 use std::time::{Duration, Instant};
@@ -12,7 +13,6 @@ use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::{Kafka, RedisCluster};
 use barid_wire::envelope;
 use barid_wire::record::ReceiptKind;
-use bytes::Bytes;
 
 use support::*;
 
@@ -39,39 +39,6 @@ async fn accepts_in_order_and_commits_embedded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn accepts_in_order_and_commits_apache() {
     accepts_in_order_and_commits(World::new(false).await).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn bad_input_becomes_a_dead_letter_and_a_receipt_and_harms_nobody_else() {
-    let world = World::new(false).await;
-    let purger = world.start().await;
-    let asks = r#","receipts":["accepted","duplicate"]"#;
-    world.produce("k", record("1", "alice", asks)).await;
-    world.produce("k", record("1", "alice", asks)).await;
-    world.produce("bad", record("2", "alice", r#","nonsense":1"#)).await;
-    world.produce("k", Bytes::from_static(b"\xff\xff")).await;
-    world.produce("k", record("3", "alice", asks)).await;
-    world.has("alice", 2).await;
-    let receipts = world.receipts(5).await;
-    let told: Vec<(&str, ReceiptKind, u64, &str)> =
-        receipts.iter().map(|r| (r.id.as_str(), r.kind(), r.seq, r.code.as_str())).collect();
-    assert_eq!(
-        told,
-        [
-            ("", ReceiptKind::Refused, 0, "bad_protobuf"),
-            ("1", ReceiptKind::Accepted, 1, ""),
-            ("1", ReceiptKind::Duplicate, 0, ""),
-            ("2", ReceiptKind::Refused, 0, "unknown_field"),
-            ("3", ReceiptKind::Accepted, 2, ""),
-        ]
-    );
-    let dead = world.read(&world.config.kafka.topics.dead, 2).await;
-    let bad = dead.iter().find(|(key, ..)| key == "bad").unwrap();
-    assert!(bad.1.ends_with(b"\"nonsense\":1}"));
-    let header = |name: &str| bad.2.iter().find(|(n, _)| n == name).unwrap().1.clone();
-    assert_eq!(header("barid-code"), "unknown_field");
-    assert_eq!(header("barid-topic"), world.config.kafka.topics.push);
-    assert_eq!(purger.stop().await, Stopped::Clean);
 }
 
 #[tokio::test(flavor = "multi_thread")]

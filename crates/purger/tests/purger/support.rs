@@ -16,8 +16,11 @@ use barid_wire::internal::Push;
 use barid_wire::record::decode_receipt;
 use barid_wire::v1::Receipt;
 use bytes::Bytes;
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
@@ -52,6 +55,14 @@ pub struct World {
 pub struct Running {
     pub context: Context,
     pub task: JoinHandle<Result<Stopped, barid_purger::Error>>,
+}
+
+/// A record as a reader gets it.
+#[derive(Debug)]
+pub struct Letter {
+    pub key: Option<Bytes>,
+    pub value: Bytes,
+    pub headers: Vec<(String, Bytes)>,
 }
 
 impl World {
@@ -141,40 +152,77 @@ impl World {
         }
     }
 
-    /// Reads a topic from its start: keys, values, and headers as text.
-    pub async fn read(
+    /// Lets the topics of records and dead letters take records of so many bytes.
+    pub async fn raise_limit(&self, bytes: u32) {
+        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
+        let topics = &self.config.kafka.topics;
+        let value = bytes.to_string();
+        let limit = |topic| {
+            AlterConfig::new(ResourceSpecifier::Topic(topic)).set("max.message.bytes", &value)
+        };
+        let limits = [limit(&topics.push), limit(&topics.dead)];
+        for outcome in admin.alter_configs(&limits, &AdminOptions::new()).await.unwrap() {
+            outcome.unwrap();
+        }
+    }
+
+    /// For records as no client of Barid's makes them.
+    pub fn raw_producer(&self) -> FutureProducer {
+        self.client().set("message.max.bytes", "20000000").create().unwrap()
+    }
+
+    /// Produces to the first partition, whatever the key; gives the offset.
+    pub async fn produce_raw(
         &self,
-        topic: &str,
-        count: usize,
-    ) -> Vec<(String, Bytes, Vec<(String, String)>)> {
+        producer: &FutureProducer,
+        key: Option<&str>,
+        value: Option<&[u8]>,
+        headers: &[(String, Vec<u8>)],
+    ) -> i64 {
+        let headers = headers.iter().fold(OwnedHeaders::new(), |owned, (name, value)| {
+            owned.insert(Header { key: name, value: Some(value) })
+        });
+        let mut record = FutureRecord::to(&self.config.kafka.topics.push).partition(0);
+        record.key = key.map(str::as_bytes);
+        record.payload = value;
+        producer.send(record.headers(headers), LIMIT).await.unwrap().offset
+    }
+
+    fn client(&self) -> rdkafka::ClientConfig {
         let mut config = rdkafka::ClientConfig::new();
+        config.set("bootstrap.servers", self.config.kafka.brokers.join(","));
         config
-            .set("bootstrap.servers", self.config.kafka.brokers.join(","))
-            .set("group.id", unique("reader"))
-            .set("auto.offset.reset", "earliest");
+    }
+
+    /// Reads the first `count` records of a topic; fewer if no more come.
+    async fn read(&self, topic: &str, count: usize) -> Vec<Letter> {
+        let mut config = self.client();
+        config.set("group.id", unique("reader")).set("auto.offset.reset", "earliest");
         let topic = topic.to_owned();
         let read = move || {
             let reader: BaseConsumer = config.create().unwrap();
             reader.subscribe(&[&topic]).unwrap();
-            let (mut records, end) = (Vec::new(), Instant::now() + LIMIT);
-            while records.len() < count && Instant::now() < end {
+            let (mut records, mut heard) = (Vec::new(), Instant::now());
+            while records.len() < count && heard.elapsed() < LIMIT {
                 let Some(message) = reader.poll(Duration::from_millis(200)) else { continue };
                 let Ok(message) = message else { continue };
-                let text = |bytes: Option<&[u8]>| {
-                    String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
-                };
+                heard = Instant::now();
+                let bytes =
+                    |bytes: Option<&[u8]>| Bytes::copy_from_slice(bytes.unwrap_or_default());
                 let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
-                records.push((
-                    text(message.key()),
-                    Bytes::copy_from_slice(message.payload().unwrap_or_default()),
-                    headers.map(|h| (h.key.to_owned(), text(h.value))).collect(),
-                ));
+                records.push(Letter {
+                    key: message.key().map(Bytes::copy_from_slice),
+                    value: bytes(message.payload()),
+                    headers: headers.map(|h| (h.key.to_owned(), bytes(h.value))).collect(),
+                });
             }
             records
         };
-        let records = tokio::task::spawn_blocking(read).await.unwrap();
-        assert_eq!(records.len(), count, "{records:?}");
-        records
+        tokio::task::spawn_blocking(read).await.unwrap()
+    }
+
+    pub async fn letters(&self, count: usize) -> Vec<Letter> {
+        self.read(&self.config.kafka.topics.dead, count).await
     }
 
     pub async fn receipts(&self, count: usize) -> Vec<Receipt> {
@@ -182,12 +230,13 @@ impl World {
             .read(&self.config.kafka.topics.receipts, count)
             .await
             .into_iter()
-            .map(|(key, value, _)| {
-                let receipt = decode_receipt(&value).unwrap();
-                assert_eq!(key, receipt.id);
+            .map(|letter| {
+                let receipt = decode_receipt(&letter.value).unwrap();
+                assert_eq!(letter.key.as_deref(), Some(receipt.id.as_bytes()));
                 receipt
             })
             .collect();
+        assert_eq!(receipts.len(), count, "{receipts:?}");
         receipts.sort_by(|a, b| (&a.id, a.kind).cmp(&(&b.id, b.kind)));
         receipts
     }
@@ -202,6 +251,15 @@ impl Running {
     /// As `kill -9`, as far as one process can: nothing is finished, nothing committed.
     pub fn kill(self) {
         self.task.abort();
+    }
+
+    /// The value of a counter for one label.
+    pub fn metric_of(&self, name: &str, label: &str) -> f64 {
+        let families = self.context.metrics.gather();
+        let family = families.iter().find(|f| f.name() == format!("barid_purger_{name}"));
+        let metrics = family.map(|f| f.get_metric()).unwrap_or_default();
+        let of_label = |m: &&prometheus::proto::Metric| m.get_label()[0].value() == label;
+        metrics.iter().filter(of_label).map(|m| m.get_counter().get_value()).sum()
     }
 
     pub fn metric(&self, name: &str) -> f64 {
