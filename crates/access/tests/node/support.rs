@@ -38,8 +38,14 @@ pub struct World {
 
 impl World {
     pub async fn new() -> Result<Self> {
+        Self::with_shards(RedisConfig::default().shards).await
+    }
+
+    /// With so many shards; its nodes have to be told.
+    pub async fn with_shards(shards: u32) -> Result<Self> {
         let redis = Redis::start().await?;
-        let mailbox = Mailbox::open(&redis_config(&redis), &prometheus::Registry::new()).await?;
+        let config = RedisConfig { shards, ..redis_config(&redis) };
+        let mailbox = Mailbox::open(&config, &prometheus::Registry::new()).await?;
         Ok(Self { redis, mailbox, offset: AtomicI64::new(0) })
     }
 
