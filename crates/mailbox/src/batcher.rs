@@ -132,7 +132,7 @@ async fn call<O: Operation>(topology: &Topology, batch: Vec<Pending<O>>) {
         Err(error) => return fail(script, metrics, batch, &error),
     };
     for pending in batch {
-        let outcome = replies.array().and_then(O::outcome);
+        let outcome = replies.item().and_then(O::outcome);
         if let Err(error) = &outcome {
             metrics.failed(script.name, error);
         }

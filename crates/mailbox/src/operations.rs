@@ -13,6 +13,7 @@ pub(crate) use sessions::{Confirm, Connect, Disconnect};
 pub(crate) use timers::{defer, fire};
 
 use barid_core::{Epoch, NodeId, SessionRef, Shard};
+use bytes::Bytes;
 
 use crate::reply::Reply;
 use crate::scripts::Call;
@@ -41,6 +42,11 @@ fn session(call: &mut Call, session: &SessionRef) {
 
 fn ttl_ms(config: &RedisConfig) -> u64 {
     config.ttl_seconds.saturating_mul(1000)
+}
+
+/// An entry as devices are sent it; Redis holds its two parts apart.
+fn entry(header: &[u8], body: &[u8]) -> Bytes {
+    [header, body].concat().into()
 }
 
 /// Three elements: node, incarnation, connection.

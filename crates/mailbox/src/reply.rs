@@ -30,6 +30,22 @@ impl Reply {
         Self::new(self.value()?)
     }
 
+    /// The next element, an item's answer: an array, or what stands alone as one of a single element.
+    pub fn item(&mut self) -> Result<Self, Error> {
+        match self.value()? {
+            Value::Array(values) => Ok(Self(values.into_iter())),
+            alone => Ok(Self(vec![alone].into_iter())),
+        }
+    }
+
+    /// The only element, where it is a number.
+    pub fn lone_number(&self) -> Option<u64> {
+        match self.0.as_slice() {
+            [Value::Int(number)] => u64::try_from(*number).ok(),
+            _ => None,
+        }
+    }
+
     /// The next element, any bytes.
     pub fn bytes(&mut self) -> Result<Bytes, Error> {
         bytes(self.value()?)

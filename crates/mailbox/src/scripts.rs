@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use barid_core::Shard;
 use redis::Cmd;
 
 /// A script and the name under which Redis remembers it.
@@ -49,9 +50,12 @@ impl Script {
     /// `EVALSHA` with these keys and arguments.
     pub fn command(&self, call: &Call) -> Cmd {
         let mut cmd = redis::cmd("EVALSHA");
-        cmd.arg(self.sha.as_str()).arg(call.keys.len());
-        for part in call.keys.iter().map(String::as_bytes).chain(call.args.iter().map(Arg::bytes)) {
-            cmd.arg(part);
+        cmd.arg(self.sha.as_str()).arg(call.keys.len() + call.shared_keys.len());
+        for key in call.keys.iter().chain(call.shared_keys.iter().map(|(_, key)| key)) {
+            cmd.arg(key);
+        }
+        for arg in &call.args {
+            cmd.arg(arg.bytes());
         }
         cmd
     }
@@ -68,6 +72,7 @@ impl Script {
 #[derive(Default)]
 pub(crate) struct Call {
     keys: Vec<String>,
+    shared_keys: Vec<(Shard, String)>,
     args: Vec<Arg>,
 }
 
@@ -89,6 +94,17 @@ impl Call {
     pub fn key(&mut self, key: String) -> &mut Self {
         self.keys.push(key);
         self
+    }
+
+    /// A key that the items of a shard have in common; one kind of key a call. They stand behind the
+    /// items' own; returns which of them it is, from 1.
+    pub fn shared_key(&mut self, shard: Shard, key: fn(Shard) -> String) -> u16 {
+        let known = self.shared_keys.iter().position(|(of, _)| *of == shard);
+        let index = known.unwrap_or_else(|| {
+            self.shared_keys.push((shard, key(shard)));
+            self.shared_keys.len() - 1
+        });
+        u16::try_from(index + 1).unwrap_or(u16::MAX)
     }
 
     /// An argument: text or a number.

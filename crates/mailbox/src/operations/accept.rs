@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{BufMut as _, BytesMut};
 use redis::Value;
 
-use super::{epoch_candidate, ttl_ms};
+use super::{entry, epoch_candidate, ttl_ms};
 use crate::batcher::timed_reply;
 use crate::reply::{Reply, bytes, unknown_tag};
 use crate::scripts::{self, Call};
@@ -14,6 +14,9 @@ use crate::{
     AcceptGroup, AcceptMessage, AcceptOutcome, Error, GroupOutcome, LogPosition, RedisConfig, keys,
 };
 use barid_wire::envelope::HEADER_BYTES;
+
+/// Fixed part of a message's packed arguments.
+const PACKED_BYTES: usize = 30;
 
 /// Accepts groups, one result each, in order. Groups of one shard share a call, so that they keep
 /// their order; in a Redis Cluster each shard has its own.
@@ -95,7 +98,7 @@ async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<Reply, Err
 
 fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
     call.arg(config.entries_max).arg(ttl_ms(config)).arg(config.retry_base_ms);
-    call.arg(config.retry_jitter).arg(groups);
+    call.arg(config.retry_jitter).arg(epoch_candidate()).arg(groups);
 }
 
 fn encode_group(group: &AcceptGroup, call: &mut Call) {
@@ -103,7 +106,8 @@ fn encode_group(group: &AcceptGroup, call: &mut Call) {
     call.arg(format!("{}:{}", group.source.topic_id, group.source.partition));
     call.arg(u8::from(group.prev.is_some()));
     let none = LogPosition { leader_epoch: -1, offset: 0, index: 0 };
-    position_args(group.prev.unwrap_or(none), call);
+    let prev = group.prev.unwrap_or(none);
+    call.arg(prev.leader_epoch).arg(prev.offset).arg(prev.index);
     call.arg(group.messages.len());
     for message in &group.messages {
         encode_message(group, message, call);
@@ -115,14 +119,19 @@ fn encode_message(group: &AcceptGroup, message: &AcceptMessage, call: &mut Call)
     call.key(keys::head(group.shard, app, user));
     call.key(keys::queue(group.shard, app, user));
     call.key(keys::routes(group.shard, app, user));
-    position_args(message.position, call);
-    call.arg(keys::member(app, user)).arg(message.collapse_key.as_deref().unwrap_or_default());
-    call.bytes(Bytes::copy_from_slice(&message.id.ring.to_le_bytes()));
-    call.arg(message.id.crc32).arg(epoch_candidate()).bytes(message.body.clone());
-}
-
-fn position_args(position: LogPosition, call: &mut Call) {
-    call.arg(position.leader_epoch).arg(position.offset).arg(position.index);
+    let member = keys::member(app, user);
+    let collapse_key = message.collapse_key.as_deref().unwrap_or_default();
+    let LogPosition { leader_epoch, offset, index } = message.position;
+    let mut packed = BytesMut::with_capacity(PACKED_BYTES + member.len() + collapse_key.len());
+    packed.put_i32_le(leader_epoch);
+    packed.put_f64_le(offset as f64);
+    packed.put_u32_le(index);
+    packed.put_u64_le(message.id.ring);
+    packed.put_u32_le(message.id.crc32);
+    packed.put_u16_le(u16::try_from(member.len()).unwrap_or(u16::MAX)); // names are bounded
+    packed.put_slice(member.as_bytes());
+    packed.put_slice(collapse_key.as_bytes());
+    call.bytes(message.body.clone()).bytes(packed.freeze());
 }
 
 fn read_group(group: &AcceptGroup, mut reply: Reply) -> Result<GroupOutcome, Error> {
@@ -156,7 +165,7 @@ fn read_position(text: &[u8]) -> Result<LogPosition, Error> {
 
 fn read_outcome(message: &AcceptMessage, reply: &[u8]) -> Result<AcceptOutcome, Error> {
     match reply {
-        [b'A', rest @ ..] => read_accepted(message, rest)
+        [tag @ (b'A' | b'O'), rest @ ..] => read_accepted(message, rest, *tag == b'O')
             .ok_or_else(|| Error::Unexpected("an accepted message without its header".into())),
         b"B" => Ok(AcceptOutcome::AcceptedBefore),
         b"D" => Ok(AcceptOutcome::Duplicate),
@@ -166,18 +175,13 @@ fn read_outcome(message: &AcceptMessage, reply: &[u8]) -> Result<AcceptOutcome, 
 }
 
 /// The script answers the header alone; the body is ours.
-fn read_accepted(message: &AcceptMessage, rest: &[u8]) -> Option<AcceptOutcome> {
+fn read_accepted(message: &AcceptMessage, rest: &[u8], online: bool) -> Option<AcceptOutcome> {
     let (header, rest) = rest.split_first_chunk::<HEADER_BYTES>()?;
-    let (online, rest) = rest.split_first()?;
-    let evicted = u32::from_le_bytes(*rest.first_chunk()?);
-    let mut envelope = BytesMut::with_capacity(HEADER_BYTES + message.body.len());
-    envelope.put_slice(header);
-    envelope.put_slice(&message.body);
-    let parsed = barid_wire::envelope::Header::parse(header).ok()?;
+    let evicted = if rest.is_empty() { 0 } else { u32::from_le_bytes(*rest.first_chunk()?) };
     Some(AcceptOutcome::Accepted {
-        seq: parsed.seq,
-        envelope: envelope.freeze(),
-        online: *online == 1,
+        seq: barid_wire::envelope::Header::parse(header).ok()?.seq,
+        envelope: entry(header, &message.body),
+        online,
         evicted,
     })
 }

@@ -1,9 +1,10 @@
 //! read, ack.
 
-use barid_core::{Chain, Seq};
+use barid_core::{Chain, Seq, SessionRef};
+use bytes::{BufMut as _, BytesMut};
 
-use super::sessions::{read_position, retry_args, user_keys};
-use super::{epoch_candidate, head, queue, session};
+use super::sessions::{read_position, retry_args};
+use super::{entry, epoch_candidate, head, queue, routes};
 use crate::batcher::{Item, Operation};
 use crate::reply::{Reply, unexpected, unknown_tag};
 use crate::scripts::{self, Call, Script};
@@ -44,7 +45,7 @@ impl Operation for Read {
         let mut values = reply.array()?;
         let mut entries = Vec::new();
         while !values.is_empty() {
-            entries.push(values.bytes()?);
+            entries.push(entry(&values.bytes()?, &values.bytes()?));
         }
         Ok(Page { epoch, oldest, chain_before_oldest, newest, entries })
     }
@@ -62,21 +63,32 @@ impl Operation for Ack {
 
     fn shared(config: &RedisConfig, call: &mut Call) {
         retry_args(config, call);
-        call.arg(config.devices_max);
+        call.arg(config.devices_max).arg(epoch_candidate());
     }
 
     fn item(item: &Item<'_, AckRequest>, call: &mut Call) {
-        let request = item.request;
-        user_keys(item.shard, &request.user, call);
-        call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
-        session(call, &request.session);
-        call.arg(epoch_candidate());
-        call.arg(request.epoch).arg(request.generation).arg(request.seq).arg(request.chain);
+        let AckRequest { user, device, session, epoch, generation, seq, chain } = item.request;
+        head(call, item.shard, user);
+        queue(call, item.shard, user);
+        routes(call, item.shard, user);
+        let timers = call.shared_key(item.shard, keys::timers);
+        let mut packed = BytesMut::with_capacity(64);
+        packed.put_u16_le(timers);
+        packed.put_f64_le(epoch.0 as f64);
+        packed.put_f64_le(seq.0 as f64);
+        packed.put_u32_le(generation.0);
+        packed.put_u32_le(chain.0);
+        let SessionRef { node, incarnation, connection } = session;
+        packed.put_slice(format!("{node} {incarnation} {connection} ").as_bytes());
+        call.arg(keys::member(&user.app, &user.user)).arg(format!("d:{device}"));
+        call.bytes(packed.freeze());
     }
 
     fn outcome(mut reply: Reply) -> Result<AckOutcome, Error> {
+        if let Some(cursor) = reply.lone_number() {
+            return Ok(AckOutcome::Advanced { cursor: Seq(cursor) });
+        }
         match reply.tag()? {
-            b'A' => Ok(AckOutcome::Advanced { cursor: Seq(reply.number()?) }),
             b'R' => Ok(AckOutcome::Reset { cursor: read_position(&mut reply)? }),
             b'S' => Ok(AckOutcome::Stale),
             tag => Err(unknown_tag(tag)),

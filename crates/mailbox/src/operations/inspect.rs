@@ -5,8 +5,8 @@ use barid_core::{
     Attempt, Chain, ConnectionId, DeviceId, Epoch, Generation, Incarnation, NodeId, Position, Seq,
     SessionRef,
 };
-use bytes::Bytes;
 
+use super::entry;
 use crate::topology::Topology;
 use crate::{DeviceState, Error, Inspection, Route, UserKey, keys};
 
@@ -46,8 +46,8 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
     cmd.arg(keys::head(shard, app, name));
     let fields: Vec<(Vec<u8>, Vec<u8>)> = topology.query(shard, &cmd).await?;
     let mut cmd = redis::cmd("LRANGE");
-    cmd.arg(keys::queue(shard, app, name)).arg(-ENTRIES_MAX).arg(-1);
-    let entries: Vec<Vec<u8>> = topology.query(shard, &cmd).await?;
+    cmd.arg(keys::queue(shard, app, name)).arg(-2 * ENTRIES_MAX).arg(-1);
+    let parts: Vec<Vec<u8>> = topology.query(shard, &cmd).await?;
     let mut cmd = redis::cmd("MEMORY");
     cmd.arg("USAGE").arg(keys::queue(shard, app, name));
     let bytes: Option<u64> = topology.query(shard, &cmd).await?;
@@ -56,18 +56,16 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
     let timer: Option<f64> = topology.query(shard, &cmd).await?;
     let (seconds, micros): (u64, u64) = topology.query(shard, &redis::cmd("TIME")).await?;
 
-    let number = |field: &str| {
-        let value = fields.iter().find(|(name, _)| name == field.as_bytes())?;
-        std::str::from_utf8(&value.1).ok()?.parse::<u64>().ok()
-    };
-    let epoch = Epoch(number("e").unwrap_or(0));
+    let state = fields.iter().find(|(name, _)| name == b"s").map(|(_, state)| unpack(state));
+    let number = |index: usize| state.as_ref().and_then(|state| state.get(index).copied());
+    let epoch = Epoch(number(0).unwrap_or(0));
     Ok(Inspection {
         shard,
         epoch,
-        oldest: Seq(number("b").unwrap_or(1)),
-        newest: Seq(number("n").unwrap_or(0)),
+        oldest: Seq(number(1).unwrap_or(1)),
+        newest: Seq(number(3).unwrap_or(0)),
         bytes: bytes.unwrap_or(0),
-        entries: entries.into_iter().map(Bytes::from).collect(),
+        entries: parts.chunks_exact(2).map(|parts| entry(&parts[0], &parts[1])).collect(),
         devices: fields.iter().filter_map(|(name, text)| device(epoch, name, text)).collect(),
         routes: routes(topology, user).await?,
         timer_due_ms: timer.map(|due| due as u64),
@@ -75,23 +73,28 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
     })
 }
 
-/// `d:<device>` -> "seq chain generation due attempt used fence".
-fn device(epoch: Epoch, name: &[u8], text: &[u8]) -> Option<DeviceState> {
+/// `d:<device>` -> its state: seq, chain, generation, due, attempt, used, fence.
+fn device(epoch: Epoch, name: &[u8], state: &[u8]) -> Option<DeviceState> {
     let name = std::str::from_utf8(name).ok()?.strip_prefix("d:")?;
-    let text = std::str::from_utf8(text).ok()?;
-    let mut numbers = text.split(' ').map(|number| number.parse::<u64>().ok());
-    let mut next = || numbers.next().flatten();
-    let (seq, chain, generation) = (Seq(next()?), next()?, next()?);
+    let &[seq, chain, generation, due_ms, attempt, used_ms, _] = unpack(state).as_slice() else {
+        return None;
+    };
     Some(DeviceState {
         device: DeviceId::new(name).ok()?,
         cursor: Position {
             epoch,
             generation: Generation(u32::try_from(generation).ok()?),
-            seq,
+            seq: Seq(seq),
             chain: Some(Chain(u32::try_from(chain).ok()?)),
         },
-        due_ms: next()?,
-        attempt: u32::try_from(next()?).ok()?,
-        used_ms: next()?,
+        due_ms,
+        attempt: u32::try_from(attempt).ok()?,
+        used_ms,
     })
+}
+
+/// What the scripts pack: whole numbers, each a little-endian double.
+fn unpack(state: &[u8]) -> Vec<u64> {
+    let (numbers, _) = state.as_chunks::<8>();
+    numbers.iter().map(|number| f64::from_le_bytes(*number) as u64).collect()
 }

@@ -1,46 +1,47 @@
 -- ack: a device has everything up to a position. Allowed when Redis is full: it is what frees it.
 --
--- KEYS  an item: head, queue, routes, timers.
--- ARGV  ttl ms, retry base ms, retry jitter, devices_max; then an item: member (app NUL user),
---       device, node, incarnation, connection, epoch candidate, and what it acknowledges: epoch,
---       generation, seq, chain.
--- Reply now, then an item: {'A', cursor} · {'R', epoch, generation, seq, chain} the history forked
+-- KEYS  an item: head, queue, routes; behind the items the timers of their shards.
+-- ARGV  ttl ms, retry base ms, retry jitter, devices_max, epoch candidate; then an item:
+--       member (app NUL user), d:<device>, and, packed (ITEM), which of the timers is its shard's (from
+--       1) and what it acknowledges: epoch, seq, generation, chain; behind that the session: "node
+--       incarnation connection ".
+-- Reply now, then an item: the cursor · {'R', epoch, generation, seq, chain} the history forked
 --       or the epoch is another: start over from there · {'S'} sent under an older generation ·
 --       {'E', text}
 
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local DEVICES_MAX = tonumber(ARGV[4])
+local DEVICES_MAX, CANDIDATE = tonumber(ARGV[4]), ARGV[5]
+local ITEM, COUNT = '<I2ddI4I4', (#ARGV - 5) / 3
 
 -- Whether the route is still that of the session that heard the ack.
-local function is_routed(routes, name, a)
+local function is_routed(routes, name, session)
   local text = call('HGET', routes, name)
-  if not text then return false end
-  local route = parse_route(text)
-  return route.node == ARGV[a] and route.incarnation == ARGV[a + 1]
-    and route.connection == ARGV[a + 2]
+  return text and string.sub(text, 1, #session) == session
 end
 
 -- The mailbox keeps what its slowest known device needs.
-local function trim_to_lowest(h, queue, devices)
-  local lowest = devices[1]
-  for _, d in ipairs(devices) do
-    if d.seq < lowest.seq then lowest = d end
+local function trim_to_lowest(h, queue, d, others)
+  local lowest = d
+  for _, other in ipairs(others) do
+    if other.seq < lowest.seq then lowest = other end
   end
-  if lowest then trim(h, queue, lowest.seq, lowest.chain) end
+  trim(h, queue, lowest.seq, lowest.chain)
 end
 
-local function ack(k, a)
-  local head, queue, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3]
-  local member, name = ARGV[a], ARGV[a + 1]
-  local epoch, generation = tonumber(ARGV[a + 6]), tonumber(ARGV[a + 7])
-  local seq, chain = tonumber(ARGV[a + 8]), tonumber(ARGV[a + 9])
-  local h = open_head(head, queue, ARGV[a + 5], TTL)
-  local d, others = find_device(h, name), other_devices(h, name)
+-- An ack of whatever kind; `v` is the head's state and the device.
+local function decide(k, a, v)
+  local head, queue, routes = KEYS[k], KEYS[k + 1], KEYS[k + 2]
+  local field = ARGV[a + 1]
+  local name = string.sub(field, 3)
+  local timers, epoch, seq, generation, chain, session_at = parse(ITEM, ARGV[a + 2])
+  local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
+  if h.x - NOW < TTL then renew(h, queue, TTL) end
+  local d = v[1] and v[2] and parse_device(name, v[2])
+  local others = other_devices(h, d and name)
   if d and d.generation > generation then return { 'S' } end
   if not d then
-    d = { name = name, seq = h.b - 1, chain = h.bc, generation = generation, due = 0, attempt = 0,
-      used = NOW, fence = 0 }
-    if not add_device(h, routes, d, others, DEVICES_MAX) then return { 'A', seq } end
+    d = new_device(h, name, generation)
+    if not add_device(h, routes, d, others, DEVICES_MAX) then return seq end
   end
 
   local ours = chain_at(h, queue, seq)
@@ -58,15 +59,50 @@ local function ack(k, a)
   local due = d.due
   if d.seq >= h.n then
     d.due, d.attempt = 0, 0
-  elseif (progress or reset) and is_routed(routes, name, a + 2) then
+  elseif progress and due > 0 -- it is behind and has a route
+    or reset and is_routed(routes, name, string.sub(ARGV[a + 2], session_at)) then
     d.due, d.attempt = NOW + spread(BASE, JITTER), 0
   end
-  save_device(h, d)
-  others[#others + 1] = d
-  if d.due ~= due then set_timer(timers, member, others) end
-  if progress then trim_to_lowest(h, queue, others) end
+  if progress then trim_to_lowest(h, queue, d, others) end
+  call('HSET', head, 's', head_state(h), field, device_state(d))
+  if d.due ~= due then
+    others[#others + 1] = d
+    set_timer(KEYS[COUNT * 3 + timers], ARGV[a], others)
+  end
   if reset then return { 'R', h.e, d.generation, d.seq, d.chain } end
-  return { 'A', d.seq }
+  return d.seq
 end
 
-return each(#KEYS / 4, ack, 4, 10, 5)
+-- The usual ack, without a table: a user's only device, which has what it was sent, acknowledges some
+-- more. Does what `decide` would; everything else is left to it.
+local function ack(k, a)
+  local head, queue, field = KEYS[k], KEYS[k + 1], ARGV[a + 1]
+  local timers, epoch, seq, generation, chain = parse(ITEM, ARGV[a + 2])
+  local v = call('HMGET', head, 's', field)
+  if not (v[1] and v[2]) then return decide(k, a, v) end
+  local e, b, bc, n, nc, x, ct, kl, dc = parse(STATE, v[1])
+  local before, _, sent_under, due, attempt, _, fence = parse(DEVICE, v[2])
+  if dc ~= 1 or kl ~= 0 or e ~= epoch or sent_under ~= generation or seq <= before or seq < b
+    or seq > n or x - NOW < TTL then
+    return decide(k, a, v)
+  end
+  if seq == n then
+    if chain ~= nc then return decide(k, a, v) end
+    call('DEL', queue)
+    if due > 0 then call('ZREM', KEYS[COUNT * 3 + timers], ARGV[a]) end
+    due, attempt = 0, 0
+  else
+    local last = (seq - b) * 2
+    if chain ~= header_chain(call('LINDEX', queue, int(last))) then return decide(k, a, v) end
+    call('LTRIM', queue, int(last + 2), '-1')
+    if due > 0 then
+      due, attempt = NOW + spread(BASE, JITTER), 0
+      call('ZADD', KEYS[COUNT * 3 + timers], int(due), ARGV[a])
+    end
+  end
+  call('HSET', head, 's', pack(STATE, e, seq + 1, chain, n, nc, x, ct, kl, dc),
+    field, pack(DEVICE, seq, chain, generation, due, attempt, NOW, fence))
+  return seq
+end
+
+return each(COUNT, ack, 3, 3, 6)

@@ -15,8 +15,7 @@ local DEVICES_MAX = tonumber(ARGV[4])
 
 -- The device as the session knows it, where the head has forgotten it.
 local function remember(h, queue, name, a)
-  local d = { name = name, seq = h.b - 1, chain = h.bc, generation = tonumber(ARGV[a + 1]),
-    due = 0, attempt = 0, used = NOW, fence = 0 }
+  local d = new_device(h, name, tonumber(ARGV[a + 1]))
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   local ours = tonumber(ARGV[a]) == h.e and chain_at(h, queue, seq)
   if ours and (not chain or chain == ours) then
@@ -39,7 +38,7 @@ local function confirm(k, a)
   local d = find_device(h, name)
   if d and not text and d.fence > attempt then return { 'S' } end
 
-  local others, room = other_devices(h, name), true
+  local others, room = other_devices(h, d and name), true
   if not d then
     d = remember(h, queue, name, a + 8)
     room = add_device(h, routes, d, others, DEVICES_MAX)
@@ -51,7 +50,7 @@ local function confirm(k, a)
     elseif d.due == 0 then
       d.due, d.attempt = NOW + spread(BASE, JITTER), 0
     end
-    save_device(h, d)
+    save(h, d)
     others[#others + 1] = d
   end
   local route = table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5],

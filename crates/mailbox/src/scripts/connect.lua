@@ -23,8 +23,9 @@ local function start(h, queue, name, others)
   for i, other in ipairs(others) do
     if i == 1 or other.seq > seq then seq = math.max(other.seq, h.b - 1) end
   end
-  return { name = name, seq = seq, chain = chain_at(h, queue, seq) or h.bc, generation = 0,
-    due = 0, attempt = 0, used = NOW, fence = 0 }
+  local d = new_device(h, name, 0)
+  d.seq, d.chain = seq, chain_at(h, queue, seq) or h.bc
+  return d
 end
 
 -- Moves `d` to where the device says it stands. Returns the seq and chain from which it reads (below
@@ -64,7 +65,7 @@ local function connect(k, a)
   local d = find_device(h, name)
   if d and not old and d.fence > attempt and NOW - d.used < FENCE then return { 'S' } end
 
-  local others, known = other_devices(h, name), d ~= nil and d ~= false
+  local others, known = other_devices(h, d and name), d ~= nil and d ~= false
   if not known then
     d = start(h, queue, name, others)
     if not add_device(h, routes, d, others, DEVICES_MAX) then return { 'M' } end
@@ -82,7 +83,7 @@ local function connect(k, a)
 
   d.used, d.fence, d.attempt = NOW, attempt, 0
   d.due = d.seq < h.n and NOW + spread(BASE, JITTER) or 0
-  save_device(h, d)
+  save(h, d)
   call('HSET', routes, name, table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4],
     ARGV[a + 5], ARGV[a + 6] }, ' '))
   others[#others + 1] = d

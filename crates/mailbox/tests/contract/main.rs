@@ -3,7 +3,6 @@
 
 mod accept;
 mod acks;
-mod cost;
 mod faults;
 mod forgetting;
 mod leases;

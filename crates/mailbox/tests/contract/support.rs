@@ -300,18 +300,26 @@ impl Bed {
 
     /// Turns the clock, as it were: whoever waits to be due is.
     pub async fn make_due(&self, user: &UserKey) {
-        let head = self.key("h", user);
         for state in self.mailbox.inspect(user).await.expect("inspect comes through").devices {
-            let field = format!("d:{}", state.device);
-            let text: String = self.query(&["HGET", &head, &field]).await;
-            let mut numbers: Vec<&str> = text.split(' ').collect();
             if state.due_ms > 0 {
-                numbers[3] = "1";
+                self.set_device(user, state.device.as_str(), 3, 1).await;
             }
-            let () = self.query(&["HSET", &head, &field, &numbers.join(" ")]).await;
         }
         let member = format!("{}\0{}", user.app, user.user);
         let () = self.query(&["ZADD", &self.key("t", user), "XX", "1", &member]).await;
+    }
+
+    /// Writes one number of what the head knows of a device: 3 its due time, 4 its attempt, 5 when it
+    /// was used.
+    pub async fn set_device(&self, user: &UserKey, device: &str, index: usize, value: u64) {
+        let script = "local state = redis.call('HGET', KEYS[1], ARGV[1])
+            local at = ARGV[2] * 8
+            redis.call('HSET', KEYS[1], ARGV[1], string.sub(state, 1, at)
+              .. struct.pack('<d', ARGV[3]) .. string.sub(state, at + 9))
+            return 'OK'";
+        let (head, field) = (self.key("h", user), format!("d:{device}"));
+        let (index, value) = (index.to_string(), value.to_string());
+        let () = self.query(&["EVAL", script, "1", &head, &field, &index, &value]).await;
     }
 
     /// Claims what is due; only this user's.

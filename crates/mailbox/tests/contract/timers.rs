@@ -195,8 +195,9 @@ async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
     let far = bed.timer(&user).await.unwrap() + 3_600_000;
     let member = format!("demo\0{}", user.user);
     let () = bed.query(&["ZADD", &bed.key("t", &user), &far.to_string(), &member]).await;
-    let state = format!("0 0 0 {far} 2 {far} 1");
-    let () = bed.query(&["HSET", &bed.key("h", &user), "d:phone", &state]).await;
+    for (index, value) in [(3, far), (4, 2), (5, far)] {
+        bed.set_device(&user, "phone", index, value).await;
+    }
     let due = bed.fire(&user).await.expect("due now");
     assert_eq!(due.devices[0].attempt, 3);
     assert!(due.claimed_score < far - 3_000_000);

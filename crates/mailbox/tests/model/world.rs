@@ -116,9 +116,10 @@ impl Store {
     async fn make_due(&mut self, user: &UserKey) {
         let script = "local fields = redis.call('HGETALL', ARGV[1])
             for i = 1, #fields, 2 do
-              local before, due, after = string.match(fields[i + 1], '^(%d+ %d+ %d+) (%d+)( .*)$')
-              if string.sub(fields[i], 1, 2) == 'd:' and due ~= '0' then
-                redis.call('HSET', ARGV[1], fields[i], before .. ' 1' .. after)
+              local state = fields[i + 1]
+              if string.sub(fields[i], 1, 2) == 'd:' and struct.unpack('<d', state, 25) > 0 then
+                redis.call('HSET', ARGV[1], fields[i],
+                  string.sub(state, 1, 24) .. struct.pack('<d', 1) .. string.sub(state, 33))
               end
             end
             redis.call('ZADD', '{0}:t', 'XX', '1', ARGV[2])";
