@@ -1,0 +1,62 @@
+-- The floor of accept: leaves in Redis what accept leaves there, and asks nothing. It does not look at
+-- the log position, at what came before, at duplicates, expiry, age or collapse keys; a user has one
+-- device at most; an error of one message is that of the batch. It reads what it must to write: the
+-- state, the ids, the route and the device.
+--
+-- KEYS  positions, timers; then a message: head, queue, routes.
+-- ARGV  entries_max, expiry ms, due after ms, epoch, source, position; then a message: member,
+--       8-byte id hash, CRC-32 of the id, body.
+-- Reply a message: header and '1' if the user is online.
+
+local call, pack, parse = redis.call, struct.pack, struct.unpack
+local TIME = call('TIME')
+local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+local MAX, TTL, BASE, EPOCH = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local replies, k, a = {}, 3, 7
+for m = 1, (#KEYS - 2) / 3 do
+  local head, queue = KEYS[k], KEYS[k + 1]
+  local device = call('HKEYS', KEYS[k + 2])[1]
+  local v = device and call('HMGET', head, 's', 'i', 'd:' .. device) or call('HMGET', head, 's', 'i')
+  local e, b, bc, n, nc, x, ct, kl, dc = EPOCH, 1, 0, 0, 0, NOW + TTL, NOW + TTL, 0, 0
+  if v[1] then e, b, bc, n, nc, x, ct, kl, dc = parse('<ddddddddd', v[1]) end
+  n = n + 1
+  local chain = (bit.rol(bit.bxor(nc, ARGV[a + 2]), 13) * 5 + 0xe6546b64) % 4294967296
+  local header = pack('<BI8BI8BI4BI4BI8', 9, e, 17, n, 29, nc, 37, chain, 41, NOW)
+  local length = call('RPUSH', queue, header, ARGV[a + 3])
+  if length == 2 then
+    ct = NOW + TTL
+    call('PEXPIREAT', queue, string.format('%d', x))
+  end
+  if length > 2 * MAX then
+    bc = parse('<I4', call('LINDEX', queue, '0'), 25)
+    call('LTRIM', queue, '2', '-1')
+    b = b + 1
+  end
+  local ids = (v[2] or '') .. ARGV[a + 1]
+  if #ids == 128 then
+    local old = call('HMGET', head, 'j', 'f')
+    call('HSET', head, 'j', string.sub((old[1] or '') .. ids, -512),
+      'f', string.sub((old[2] or '') .. string.gsub(ids, '(..)......', '%1'), -128))
+    ids = ''
+  end
+  local state = pack('<ddddddddd', e, b, bc, n, chain, x, ct, kl, dc)
+  if device then
+    local seq, before, generation, due, attempt, used, fence = parse('<ddddddd', v[3])
+    if due == 0 then
+      due = NOW + BASE
+      call('HSET', head, 's', state, 'i', ids,
+        'd:' .. device, pack('<ddddddd', seq, before, generation, due, attempt, used, fence))
+      call('ZADD', KEYS[2], string.format('%d', due), ARGV[a])
+    else
+      call('HSET', head, 's', state, 'i', ids)
+    end
+    replies[m] = header .. '1'
+  else
+    call('HSET', head, 's', state, 'i', ids)
+    if n == 1 then call('PEXPIREAT', head, string.format('%d', x)) end
+    replies[m] = header
+  end
+  k, a = k + 3, a + 4
+end
+call('HSET', KEYS[1], ARGV[5], ARGV[6])
+return replies

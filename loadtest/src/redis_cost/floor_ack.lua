@@ -1,0 +1,33 @@
+-- The floor of ack: leaves in Redis what ack leaves there for a user's only device, and asks nothing.
+-- It does not look at epoch, generation, chain, other devices, expiry or the session; an error of one
+-- is that of the batch.
+--
+-- KEYS  timers; then an item: head, queue.
+-- ARGV  due after ms; then an item: member, the device's field, seq, chain.
+-- Reply an item: its seq.
+
+local call, pack, parse = redis.call, struct.pack, struct.unpack
+local TIME = call('TIME')
+local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+local replies, k, a = {}, 2, 2
+for m = 1, (#KEYS - 1) / 2 do
+  local head, queue, field = KEYS[k], KEYS[k + 1], ARGV[a + 1]
+  local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
+  local v = call('HMGET', head, 's', field)
+  local e, b, _, n, nc, x, ct, kl, dc = parse('<ddddddddd', v[1])
+  local _, _, generation, _, _, _, fence = parse('<ddddddd', v[2])
+  local due = 0
+  if seq == n then
+    call('DEL', queue)
+    call('ZREM', KEYS[1], ARGV[a])
+  else
+    call('LTRIM', queue, string.format('%d', (seq - b + 1) * 2), '-1')
+    due = NOW + ARGV[1]
+    call('ZADD', KEYS[1], string.format('%d', due), ARGV[a])
+  end
+  call('HSET', head, 's', pack('<ddddddddd', e, seq + 1, chain, n, nc, x, ct, kl, dc),
+    field, pack('<ddddddd', seq, chain, generation, due, 0, NOW, fence))
+  replies[m] = seq
+  k, a = k + 2, a + 4
+end
+return replies

@@ -1,0 +1,52 @@
+//! What accepted and acknowledged messages cost a Redis, against the barest scripts that leave the
+//! same behind. Starts two private redis-servers: one runs Barid's mailbox, the other the floor
+//! (`floor_accept.lua`, `floor_ack.lua`: what they leave out is said on top of them). Both are asked
+//! the same in turn, round by round, so that what else the machine does strikes both; a ratio is of
+//! two neighbouring rounds.
+
+mod barid;
+mod floor;
+mod report;
+mod rounds;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use report::Report;
+
+/// Cost in Redis of accept and ack, as a ratio to the barest scripts.
+#[derive(Debug, Parser)]
+#[command(name = "barid-redis-cost", version)]
+struct Arguments {
+    /// Users, one device each.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(64..=100_000))]
+    users: u32,
+    /// Bytes of each payload.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    payload_bytes: u32,
+    /// Messages in one call.
+    #[arg(long, default_values_t = [1, 4, 16, 64], value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
+    batches: Vec<u32>,
+    /// Measured rounds of each side, per batch and case.
+    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(4..=10_000))]
+    rounds: u32,
+    /// Both servers write an append-only file.
+    #[arg(long)]
+    append_only: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let mut report = Report::new(&arguments);
+    for batch in &arguments.batches {
+        rounds::run(&arguments, *batch as usize, &mut report).await?;
+    }
+    report.print(arguments.json)?;
+    Ok(if report.is_met() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
