@@ -2,10 +2,10 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test latency throughput lint fmt setup
+.PHONY: help run test latency throughput redis-cost l1 lint fmt setup
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 run: ## Install what is missing, build, start the whole cluster and show a push (ARGS=--once: and stop)
 	@scripts/run.sh $(ARGS)
@@ -18,6 +18,12 @@ latency: ## Measure how long a message takes, produce to device, by hop (ARGS=--
 
 throughput: ## Measure messages delivered and acknowledged a second, and CPU time by process
 	@scripts/bench.sh throughput $(ARGS)
+
+redis-cost: ## Measure what accept and ack cost Redis, against the barest scripts that leave the same
+	cargo run --locked --release -p barid-loadtest --bin barid-redis-cost -- $(ARGS)
+
+l1: ## Measure how long the dispatcher's cache is stale in a storm of reconnects (BARID_L1_SECONDS=30)
+	BARID_L1_SECONDS=$${BARID_L1_SECONDS:-30} cargo test --locked --release -p barid-dispatcher --test staleness -- --nocapture
 
 lint: ## Check format and lints
 	@scripts/lint.sh

@@ -15,7 +15,7 @@ mod service;
 
 pub use config::{Config, L1Config, ReapConfig};
 pub use error::Error;
-pub use redis_routes::RedisRoutes;
+pub use redis_routes::{RedisRoutes, follow_tracking};
 pub use service::Service;
 
 use barid_runtime::{Context, Role, RunError, Stopped};

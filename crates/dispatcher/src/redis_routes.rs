@@ -1,8 +1,10 @@
 //! Routes in the real Redis: a tracked connection for L1, the mailbox for everything else.
 
-use barid_mailbox::{DisconnectRequest, Error, Mailbox, RedisTime, Route, TrackedRoutes, UserKey};
+use barid_mailbox::{
+    DisconnectRequest, Error, Invalidation, Mailbox, RedisTime, Route, TrackedRoutes, UserKey,
+};
 
-use crate::resolve::Routes;
+use crate::resolve::{Resolver, Routes};
 
 /// Both ways to the routes.
 pub struct RedisRoutes {
@@ -35,5 +37,32 @@ impl Routes for RedisRoutes {
 
     fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
         self.mailbox.redis_time(self.mailbox.shard_of(user))
+    }
+}
+
+/// Keeps L1 only as long as Redis reports changes; `told` hears whether it does. Ends with the last
+/// other hold of `tracked`.
+pub async fn follow_tracking(
+    tracked: TrackedRoutes,
+    resolver: Resolver<RedisRoutes>,
+    mut told: impl FnMut(bool),
+) {
+    // The resolver reads through `tracked`: holding it here would keep both for ever.
+    let listener = resolver.downgrade();
+    tracked.on_invalidate(move |invalidation| {
+        let Some(listener) = listener.upgrade() else { return };
+        match invalidation {
+            Invalidation::User(user) => listener.invalidate(&user),
+            Invalidation::All => listener.invalidate_all(),
+        }
+    });
+    let mut tracking = tracked.tracking();
+    loop {
+        let now = *tracking.borrow_and_update();
+        resolver.set_tracking(now);
+        told(now);
+        if tracking.changed().await.is_err() {
+            return;
+        }
     }
 }

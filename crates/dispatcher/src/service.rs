@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{Backoff, Incarnation, NodeId};
-use barid_mailbox::{
-    Invalidation, Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable, TrackedRoutes,
-};
+use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable, TrackedRoutes};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
@@ -24,8 +22,9 @@ use crate::metrics::Metrics;
 use crate::nodes::{AccessNode, Nodes, OnGone};
 use crate::reap::Reaper;
 use crate::resolve::Resolver;
-use crate::{Config, Error, RedisRoutes};
+use crate::{Config, Error, RedisRoutes, follow_tracking};
 
+const UNTRACKED: &str = "changes of routes are not reported; nothing is cached";
 /// How often readiness is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
 /// The largest batch that is taken, bytes: what callers may send, and one more item.
@@ -60,7 +59,17 @@ impl Service {
         let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
         let mut tasks = JoinSet::new();
-        tasks.spawn(follow_tracking(tracked, resolver.clone(), tracking, metrics.clone()));
+        let told = {
+            let metrics = metrics.clone();
+            move |now: bool| {
+                metrics.tracking.set(now.into());
+                match now {
+                    true => tracking.ready(),
+                    false => tracking.failing(UNTRACKED),
+                }
+            }
+        };
+        tasks.spawn(follow_tracking(tracked, resolver.clone(), told));
         tasks.spawn(watch_redis(mailbox.clone(), redis.clone(), resolver.clone(), metrics.clone()));
         let (delivery, table) = assemble(&config, &mailbox, resolver, metrics);
         let nodes = Arc::clone(&delivery.nodes);
@@ -242,37 +251,6 @@ async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
             .collect();
         nodes.follow(&living);
         table.changed().await;
-    }
-}
-
-/// Keeps L1 only as long as Redis reports changes.
-async fn follow_tracking(
-    tracked: TrackedRoutes,
-    resolver: Resolver<RedisRoutes>,
-    condition: Condition,
-    metrics: Metrics,
-) {
-    // The resolver reads through `tracked`: holding it here would keep both for ever.
-    let listener = resolver.downgrade();
-    tracked.on_invalidate(move |invalidation| {
-        let Some(listener) = listener.upgrade() else { return };
-        match invalidation {
-            Invalidation::User(user) => listener.invalidate(&user),
-            Invalidation::All => listener.invalidate_all(),
-        }
-    });
-    let mut tracking = tracked.tracking();
-    loop {
-        let now = *tracking.borrow_and_update();
-        resolver.set_tracking(now);
-        metrics.tracking.set(now.into());
-        match now {
-            true => condition.ready(),
-            false => condition.failing("changes of routes are not reported; nothing is cached"),
-        }
-        if tracking.changed().await.is_err() {
-            return;
-        }
     }
 }
 

@@ -1,7 +1,7 @@
 -- The floor of accept: leaves in Redis what accept leaves there, and asks nothing. It does not look at
 -- the log position, at what came before, at duplicates, expiry, age or collapse keys; a user has one
 -- device at most; an error of one message is that of the batch. It reads what it must to write: the
--- state, the ids, the route and the device.
+-- state, the newest ids, the route and its device.
 --
 -- KEYS  positions, timers; then a message: head, queue, routes.
 -- ARGV  entries_max, expiry ms, due after ms, epoch, source, position; then a message: member,
@@ -10,18 +10,22 @@
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
 local TIME = call('TIME')
-local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
-local MAX, TTL, BASE, EPOCH = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local NOW_US = TIME[1] * 1000000 + TIME[2]
+local NOW = math.floor(NOW_US / 1000)
+local MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2])
+local BASE, EPOCH = tonumber(ARGV[3]), tonumber(ARGV[4])
 local replies, k, a = {}, 3, 7
 for m = 1, (#KEYS - 2) / 3 do
   local head, queue = KEYS[k], KEYS[k + 1]
   local device = call('HKEYS', KEYS[k + 2])[1]
-  local v = device and call('HMGET', head, 's', 'i', 'd:' .. device) or call('HMGET', head, 's', 'i')
-  local e, b, bc, n, nc, x, ct, kl, dc = EPOCH, 1, 0, 0, 0, NOW + TTL, NOW + TTL, 0, 0
+  local v = device and call('HMGET', head, 's', 'i', 'd:' .. device)
+    or call('HMGET', head, 's', 'i')
+  local e, b, bc, n, nc, kl, dc = EPOCH, 1, 0, 0, 0, 0, 0
+  local x, ct = NOW + TTL, NOW + TTL
   if v[1] then e, b, bc, n, nc, x, ct, kl, dc = parse('<ddddddddd', v[1]) end
   n = n + 1
   local chain = (bit.rol(bit.bxor(nc, ARGV[a + 2]), 13) * 5 + 0xe6546b64) % 4294967296
-  local header = pack('<BI8BI8BI4BI4BI8', 9, e, 17, n, 29, nc, 37, chain, 41, NOW)
+  local header = pack('<BI8BI8BI4BI4BI8', 9, e, 17, n, 29, nc, 37, chain, 41, NOW_US)
   local length = call('RPUSH', queue, header, ARGV[a + 3])
   if length == 2 then
     ct = NOW + TTL
