@@ -1,9 +1,14 @@
 //! A private redis-server and what it has used.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use barid_testkit::Redis;
 use barid_testkit::redis::RedisOptions;
+use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A redis-server with one connection that asks what it has used.
 pub struct Server {
@@ -27,7 +32,9 @@ impl Server {
         let options = RedisOptions { append_only, ..Default::default() };
         let redis = Redis::start_with(options).await?;
         let client = redis::Client::open(redis.url())?;
-        let connection = client.get_multiplexed_async_connection().await?;
+        // A busy machine may keep an answer waiting; that is no reason to lose a run.
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
         Ok(Self { redis, connection })
     }
 

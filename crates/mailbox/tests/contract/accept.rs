@@ -250,11 +250,15 @@ async fn eviction_by_age_is_counted_and_told(bed: Bed) {
     bed.fill(&user, 3..=3).await;
     sleep_ms(1_000).await;
     let outcome = bed.accept(&user, 4, "m4").await;
-    assert!(matches!(outcome, AcceptOutcome::Accepted { evicted: 2, .. }), "{outcome:?}");
-    assert_eq!(bed.page(&user, 0).await.oldest, Seq(3));
+    // A busy machine may sleep for longer, and then one more is too old.
+    let AcceptOutcome::Accepted { evicted: first @ 2..=3, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(bed.page(&user, 0).await.oldest, Seq(u64::from(first) + 1));
     sleep_ms(1_400).await;
     let outcome = bed.accept(&user, 5, "m5").await;
-    assert!(matches!(outcome, AcceptOutcome::Accepted { evicted: 1, .. }), "{outcome:?}");
+    let AcceptOutcome::Accepted { evicted, .. } = outcome else { panic!("{outcome:?}") };
+    assert!((3..=4).contains(&(first + evicted)), "{first}, {outcome:?}");
 }
 
 async fn hazard_18_head_and_queue_expire_together_into_a_new_epoch(bed: Bed) {
