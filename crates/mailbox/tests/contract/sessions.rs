@@ -24,6 +24,7 @@ contract!(
     only_the_routes_own_session_removes_it,
     a_message_after_connect_finds_the_device_online,
     hazard_12_confirm_restores_a_forgotten_route,
+    hazard_03_a_confirmed_position_of_another_history_is_not_believed,
     confirm_under_a_new_incarnation_takes_over_its_own_route,
     confirm_of_a_replaced_session_is_superseded,
     hazard_18_confirm_tells_of_a_new_epoch,
@@ -247,6 +248,22 @@ async fn hazard_12_confirm_restores_a_forgotten_route(bed: Bed) {
     assert_eq!(bed.mailbox.read_routes(&user).await.unwrap()[0].session, session(1));
     assert_eq!(bed.state(&user, "phone").await.unwrap().cursor.seq, Seq(2));
     assert!(bed.timer(&user).await.is_some(), "it is behind: the timer is armed again");
+}
+
+async fn hazard_03_a_confirmed_position_of_another_history_is_not_believed(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "tablet", 1).await; // it acknowledges nothing: all entries are kept
+    bed.connect(&user, "phone", 2).await;
+    bed.fill(&user, 1..=3).await;
+    for (chain, cursor) in [(Some(Chain(99)), Seq(0)), (bed.position(&user, 2).await.chain, Seq(2))]
+    {
+        // A failover forgets the device.
+        let () = bed.query(&["HDEL", &bed.key("r", &user), "phone"]).await;
+        let () = bed.query(&["HDEL", &bed.key("h", &user), "d:phone"]).await;
+        let position = Position { chain, ..bed.position(&user, 2).await };
+        bed.confirm(confirmation(&user, "phone", 2, position)).await;
+        assert_eq!(bed.state(&user, "phone").await.unwrap().cursor.seq, cursor);
+    }
 }
 
 async fn confirm_under_a_new_incarnation_takes_over_its_own_route(bed: Bed) {
