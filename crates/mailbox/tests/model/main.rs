@@ -18,7 +18,7 @@
 //! arming; fire for who is not behind; disconnect of another's route; a reset without a new
 //! generation; a new epoch with the old one's number.
 //! Not found within 25 s: an ack that goes back or is of an older generation, connect and confirm
-//! without comparing chains.
+//! without comparing chains. (The contract tests find all of them.)
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 
 mod client;
