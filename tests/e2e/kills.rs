@@ -35,6 +35,28 @@ async fn killed_purgers() -> Result<()> {
     killed_while_messages_flow(Role::Purger).await
 }
 
+/// Redis is away for a while, so that what a purger has taken piles up unaccepted over many commits;
+/// then it dies.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_purgers_with_their_hands_full() -> Result<()> {
+    let eager = pairs().durable_redis().set_of(Role::Purger, "commit_interval_ms", 50);
+    let mut trial = Trial::start(eager).await?;
+    let flow = trial.flow(MESSAGES, Duration::from_secs(8));
+    for number in 0..2 {
+        // Both hold partitions: the group has given up the one that was killed before.
+        tokio::time::sleep(Duration::from_millis(if number == 0 { 500 } else { 3_500 })).await;
+        trial.pause(500).await;
+        trial.tell("kill Redis");
+        trial.cluster.redis.kill()?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        trial.kill(Role::Purger, number)?;
+        trial.cluster.redis.restart().await?;
+        trial.tell("Redis is back");
+        trial.launch(Role::Purger, number).await?;
+    }
+    trial.finish(flow).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_dispatchers() -> Result<()> {
     killed_while_messages_flow(Role::Dispatcher).await

@@ -84,7 +84,7 @@ impl Storm {
         if self.down.iter().any(|one| one.victim == victim) {
             return Ok(());
         }
-        let stopped = matches!(victim, Victim::Node(..)) && trial.pick(4) == 0;
+        let stopped = victim != Victim::Kafka && trial.pick(4) == 0;
         match victim {
             Victim::Node(role, number) if stopped => {
                 trial.tell(&format!("stop {}", name(role, number)));
@@ -93,6 +93,10 @@ impl Storm {
             Victim::Node(role, number) => {
                 trial.kill(role, number)?;
                 self.rising.retain(|one| *one != (role, number));
+            }
+            Victim::Redis if stopped => {
+                trial.tell("stop Redis");
+                trial.cluster.redis.stop()?;
             }
             Victim::Redis => {
                 trial.tell("kill Redis");
@@ -121,6 +125,10 @@ impl Storm {
                 Victim::Node(role, number) => {
                     trial.spawn(role, number)?;
                     self.rising.push((role, number));
+                }
+                Victim::Redis if stopped => {
+                    trial.tell("continue Redis");
+                    trial.cluster.redis.cont()?;
                 }
                 Victim::Redis => {
                     trial.cluster.redis.restart().await?;
