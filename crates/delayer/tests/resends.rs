@@ -15,9 +15,9 @@ use barid_mailbox::{
 };
 use barid_runtime::{Context, Role as _, SecretUrl, Stopped};
 use barid_testkit::Redis;
+use barid_testkit::grpc::{FakeDispatcher, Server};
 use barid_wire::envelope::{Header, encode_body};
-use barid_wire::internal::dispatcher_server::{Dispatcher, DispatcherServer};
-use barid_wire::internal::{DispatchBatch, DispatchReply, Resend};
+use barid_wire::internal::{DispatchReply, Resend};
 use barid_wire::v1::Envelope;
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -25,9 +25,6 @@ use prometheus::Registry;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -40,41 +37,29 @@ enum Nodes {
     Silent,
 }
 
-#[derive(Clone)]
 struct Fake {
-    seen: mpsc::Sender<(Instant, Resend)>,
     nodes: Arc<Mutex<Nodes>>,
+    _server: Server,
 }
 
-#[tonic::async_trait]
-impl Dispatcher for Fake {
-    type DispatchStream = ReceiverStream<Result<DispatchReply, Status>>;
-
-    async fn dispatch(
-        &self,
-        request: Request<Streaming<DispatchBatch>>,
-    ) -> Result<Response<Self::DispatchStream>, Status> {
-        let (replies, outbound) = mpsc::channel(64);
-        let fake = self.clone();
-        let mut batches = request.into_inner();
-        tokio::spawn(async move {
-            while let Ok(Some(batch)) = batches.message().await {
-                let nodes = *fake.nodes.lock();
-                let unreachable = match nodes {
-                    Nodes::Reached | Nodes::Silent => vec![],
-                    Nodes::Unreachable => (0..batch.resends.len() as u32).collect(),
-                };
-                for resend in batch.resends {
-                    fake.seen.send((Instant::now(), resend)).await.unwrap();
-                }
-                let reply = DispatchReply { batch: batch.batch, unreachable };
-                if nodes == Nodes::Silent {
-                    continue;
-                }
-                drop(replies.send(Ok(reply)).await);
+impl Fake {
+    async fn start(nodes: Nodes, seen: mpsc::Sender<(Instant, Resend)>) -> (Self, String) {
+        let nodes = Arc::new(Mutex::new(nodes));
+        let told = Arc::clone(&nodes);
+        let server = FakeDispatcher::start(move |batch| {
+            let nodes = *told.lock();
+            let unreachable = match nodes {
+                Nodes::Reached | Nodes::Silent => vec![],
+                Nodes::Unreachable => (0..batch.resends.len() as u32).collect(),
+            };
+            for resend in batch.resends {
+                seen.try_send((Instant::now(), resend)).unwrap();
             }
+            (nodes != Nodes::Silent).then_some(DispatchReply { batch: batch.batch, unreachable })
         });
-        Ok(Response::new(ReceiverStream::new(outbound)))
+        let server = server.await.unwrap();
+        let address = server.address.clone();
+        (Self { nodes, _server: server }, address)
     }
 }
 
@@ -116,22 +101,16 @@ impl Cluster {
 
     async fn dispatcher(&self, nodes: Nodes) -> (mpsc::Receiver<(Instant, Resend)>, Fake, Lease) {
         let (seen, resends) = mpsc::channel(4096);
-        let fake = Fake { seen, nodes: Arc::new(Mutex::new(nodes)) };
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (fake, address) = Fake::start(nodes, seen).await;
         let record = NodeRecord {
             id: NodeId::new("d1").unwrap(),
             role: NodeRole::Dispatcher,
-            address: listener.local_addr().unwrap().to_string(),
+            address,
             incarnation: Incarnation(1),
             load: 0,
             draining: false,
             zone: String::new(),
         };
-        let service = DispatcherServer::new(fake.clone());
-        tokio::spawn(async move {
-            let incoming = TcpListenerStream::new(listener);
-            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (resends, fake, lease)
     }

@@ -7,102 +7,66 @@ use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId, Shard, ShardCount};
 use barid_mesh::{DispatchPool, LinkConfig, MeshConfig, MeshMetrics, Peer, Unavailable};
-use barid_wire::internal::dispatcher_server::{Dispatcher, DispatcherServer};
+use barid_testkit::grpc::{FakeDispatcher, Server};
 use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, ResendDevice};
 use prometheus::Registry;
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
 
 const SOON: Duration = Duration::from_secs(5);
 
 /// A dispatcher that notes what it gets.
 #[derive(Clone)]
 struct Fake {
-    seen: mpsc::Sender<(NodeId, DispatchBatch)>,
-    id: NodeId,
     answers: Arc<AtomicBool>,
     unanswered: Arc<AtomicUsize>,
     unanswered_max: Arc<AtomicUsize>,
 }
 
-#[tonic::async_trait]
-impl Dispatcher for Fake {
-    type DispatchStream = ReceiverStream<Result<DispatchReply, Status>>;
-
-    async fn dispatch(
-        &self,
-        request: Request<Streaming<DispatchBatch>>,
-    ) -> Result<Response<Self::DispatchStream>, Status> {
-        let (replies, outbound) = mpsc::channel(64);
-        let fake = self.clone();
-        let mut batches = request.into_inner();
-        tokio::spawn(async move {
-            while let Ok(Some(batch)) = batches.message().await {
-                let reply = DispatchReply {
-                    batch: batch.batch,
-                    unreachable: (0u32..)
-                        .zip(&batch.resends)
-                        .filter(|(_, resend)| resend.devices[0].device == "lost")
-                        .map(|(index, _)| index)
-                        .collect(),
-                };
-                let now = fake.unanswered.fetch_add(1, Ordering::SeqCst) + 1;
-                fake.unanswered_max.fetch_max(now, Ordering::SeqCst);
-                fake.seen.send((fake.id.clone(), batch)).await.unwrap();
-                if fake.answers.load(Ordering::SeqCst) {
-                    fake.unanswered.fetch_sub(1, Ordering::SeqCst);
-                    drop(replies.send(Ok(reply)).await);
-                }
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(outbound)))
+impl Fake {
+    fn answer(&self, batch: &DispatchBatch) -> Option<DispatchReply> {
+        let now = self.unanswered.fetch_add(1, Ordering::SeqCst) + 1;
+        self.unanswered_max.fetch_max(now, Ordering::SeqCst);
+        if !self.answers.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.unanswered.fetch_sub(1, Ordering::SeqCst);
+        let lost =
+            |(index, resend): (u32, &Resend)| (resend.devices[0].device == "lost").then_some(index);
+        let unreachable = (0u32..).zip(&batch.resends).filter_map(lost).collect();
+        Some(DispatchReply { batch: batch.batch, unreachable })
     }
 }
 
 struct Running {
     peer: Peer,
     fake: Fake,
-    // Its own runtime, so that a kill takes every connection along.
-    runtime: Option<Runtime>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.kill();
-    }
+    server: Server,
 }
 
 impl Running {
     async fn start(name: &str, seen: &mpsc::Sender<(NodeId, DispatchBatch)>) -> Self {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let binding = runtime.spawn(tokio::net::TcpListener::bind("127.0.0.1:0"));
-        let listener = binding.await.unwrap().unwrap();
-        let address = listener.local_addr().unwrap().to_string();
         let id = NodeId::new(name).unwrap();
         let fake = Fake {
-            seen: seen.clone(),
-            id: id.clone(),
             answers: Arc::new(AtomicBool::new(true)),
             unanswered: Arc::default(),
             unanswered_max: Arc::default(),
         };
-        let service = DispatcherServer::new(fake.clone());
-        runtime.spawn(async move {
-            let incoming = TcpListenerStream::new(listener);
-            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+        let answering = (fake.clone(), id.clone(), seen.clone());
+        let server = FakeDispatcher::start(move |batch| {
+            let (fake, id, seen) = &answering;
+            let reply = fake.answer(&batch);
+            seen.try_send((id.clone(), batch)).unwrap();
+            reply
         });
+        let server = server.await.unwrap();
+        let address = server.address.clone();
         let peer = Peer { id, incarnation: Incarnation(1), address, draining: false };
-        Self { peer, fake, runtime: Some(runtime) }
+        Self { peer, fake, server }
     }
 
     fn kill(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        self.server.kill();
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod checker;
 pub mod cluster;
 pub mod device;
+pub mod grpc;
 pub mod http;
 pub mod kafka;
 pub mod paths;

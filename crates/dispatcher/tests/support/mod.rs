@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use barid_core::{Chain, Epoch, Seq};
+use barid_testkit::grpc::{Replies, Server, answer_each};
 use barid_wire::envelope::Header;
 use barid_wire::internal::access_server::{Access, AccessServer};
 use barid_wire::internal::dispatcher_client::DispatcherClient;
@@ -13,11 +14,9 @@ use barid_wire::internal::{
 };
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::transport::Server;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Long enough for anything on a busy machine.
@@ -27,8 +26,7 @@ pub const SOON: Duration = Duration::from_secs(10);
 pub struct FakeNode {
     pub address: String,
     pub fake: Fake,
-    // Its own runtime, so that a kill takes every connection along.
-    runtime: Option<Runtime>,
+    _server: Server,
 }
 
 /// What the node is told to do, and what it got.
@@ -43,17 +41,16 @@ pub struct Fake {
 
 #[tonic::async_trait]
 impl Access for Fake {
-    type DeliverStream = ReceiverStream<Result<NodeReply, Status>>;
+    type DeliverStream = Replies<NodeReply>;
 
     async fn deliver(
         &self,
         request: Request<Streaming<NodeBatch>>,
     ) -> Result<Response<Self::DeliverStream>, Status> {
-        let (replies, outbound) = mpsc::channel(64);
         let fake = self.clone();
-        let mut batches = request.into_inner();
-        tokio::spawn(async move {
-            while let Ok(Some(batch)) = batches.message().await {
+        Ok(answer_each(request.into_inner(), move |batch: NodeBatch| {
+            let fake = fake.clone();
+            async move {
                 while !fake.reads.load(Ordering::SeqCst) {
                     sleep(Duration::from_millis(1)).await;
                 }
@@ -62,39 +59,22 @@ impl Access for Fake {
                     pushes.extend(batch.pushes);
                     resends.extend(batch.resends);
                 });
-                drop(replies.send(Ok(NodeReply { batch: batch.batch, gone })).await);
+                Some(NodeReply { batch: batch.batch, gone })
             }
-        });
-        Ok(Response::new(ReceiverStream::new(outbound)))
-    }
-}
-
-impl Drop for FakeNode {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
+        }))
     }
 }
 
 impl FakeNode {
     /// Starts one on a port of its own.
     pub async fn start() -> Self {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let binding = runtime.spawn(tokio::net::TcpListener::bind("127.0.0.1:0"));
-        let listener = binding.await.unwrap().unwrap();
-        let address = listener.local_addr().unwrap().to_string();
         let fake = Fake {
             seen: watch::Sender::default(),
             reads: Arc::new(AtomicBool::new(true)),
             gone: Arc::default(),
         };
-        let service = AccessServer::new(fake.clone());
-        runtime.spawn(async move {
-            let incoming = TcpListenerStream::new(listener);
-            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
-        Self { address, fake, runtime: Some(runtime) }
+        let server = Server::start(AccessServer::new(fake.clone())).await.unwrap();
+        Self { address: server.address.clone(), fake, _server: server }
     }
 
     /// Waits until it got so many pushes, and returns them.
