@@ -1,10 +1,14 @@
 //! The roles' command lines.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
-use barid_testkit::Role;
+use anyhow::{Context as _, Result, ensure};
+use barid_testkit::device::PATIENCE;
+use barid_testkit::process::Process;
+use barid_testkit::{Role, http, ports};
 
 fn run(role: Role, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
     let mut command = Command::new(role.binary()?);
@@ -106,6 +110,37 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
             told(&run(role, &["--config", &path, "--check-config"], &[])?);
         assert_eq!(code, Some(0), "{role:?}: {complaint}");
         assert_eq!(said, "configuration is valid\n");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_waits_for_redis_leaves_cleanly_when_it_is_told_to() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let nobody = ports::free_port();
+    for role in Role::ALL {
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free_port()));
+        let mut text = format!("drain_seconds = 60\n{}", least(role));
+        text +=
+            &format!("[admin]\nlisten = '{admin}'\n[redis]\nurl = 'redis://127.0.0.1:{nobody}'\n");
+        let path = config(dir.path(), &text);
+        let log = dir.path().join(role.name());
+        let mut process = Process::spawn(role.name(), role.binary()?, &log, |command| {
+            command.args(["--config", &path]);
+        })?;
+        // It says what it waits for, and then is told to go.
+        let begun = Instant::now();
+        loop {
+            process.must_run()?;
+            match http::get(admin, "/readyz").await {
+                Ok((503, body)) if body.contains("redis: redis is away") => break,
+                other => ensure!(begun.elapsed() < PATIENCE, "{role:?} does not wait: {other:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        process.term()?;
+        let status = process.wait(Duration::from_secs(20)).await?;
+        assert_eq!(status.code(), Some(0), "{role:?}: {}", process.tail(20));
     }
     Ok(())
 }

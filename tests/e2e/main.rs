@@ -16,3 +16,4 @@ mod restarts;
 mod sessions;
 mod storm;
 mod trial;
+mod wedges;

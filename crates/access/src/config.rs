@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barid_bus::KafkaConfig;
-use barid_core::{NodeId, Secret};
-use barid_mailbox::RedisConfig;
+use barid_core::Secret;
+use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +24,7 @@ pub struct Config {
     pub drain_seconds: u64,
     /// Where the bound addresses are written as JSON.
     pub ready_file: Option<PathBuf>,
-    /// The node's name, unique in the cluster; empty: made from its gRPC address.
+    /// The node's name, unique in the cluster; empty: made from the address in its lease.
     pub node: String,
     /// Where the node stands, for people and placement; may be empty.
     pub zone: String,
@@ -220,7 +221,7 @@ impl Default for Config {
     fn default() -> Self {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
         Self {
-            admin: AdminConfig { listen: local(7082) },
+            admin: AdminConfig::local(7082),
             log: LogConfig::default(),
             drain_seconds: 30,
             ready_file: None,
@@ -249,9 +250,8 @@ impl Config {
     /// # Errors
     /// The first key that does not fit.
     pub fn check(&self) -> Result<(), String> {
-        if !self.node.is_empty() {
-            NodeId::new(&self.node).map_err(|error| error.to_string())?;
-        }
+        self.admin.check()?;
+        self.lease().check("grpc_listen", self.grpc_listen)?;
         if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
             return Err(
                 "auth: no device can connect without an entry in auth.keys or auth.jwks".into()
@@ -262,7 +262,6 @@ impl Config {
         self.kafka.check()?;
         let positive = [
             ("drain_seconds", self.drain_seconds),
-            ("lease_ttl_ms", self.lease_ttl_ms),
             ("limits.connections_max", self.limits.connections_max as u64),
             ("limits.handshakes_max", self.limits.handshakes_max as u64),
             ("limits.handshake_timeout_ms", self.limits.handshake_timeout_ms),
@@ -282,6 +281,14 @@ impl Config {
         match positive.iter().find(|(_, value)| *value == 0) {
             Some((key, _)) => Err(format!("{key} must be above 0")),
             None => Ok(()),
+        }
+    }
+    pub(crate) fn lease(&self) -> LeaseConfig {
+        LeaseConfig {
+            node: self.node.clone(),
+            advertise: self.advertise.clone(),
+            zone: self.zone.clone(),
+            ttl: Duration::from_millis(self.lease_ttl_ms),
         }
     }
 }

@@ -594,10 +594,13 @@ impl Connection {
             ClientFrame::Ack(ack) => {
                 let now_us = self.node.mailbox_now_us(self.handle.user());
                 let hops = &self.node.metrics.hops;
+                let before = self.session.unacked();
                 self.session.ack(&ack, now_us, &mut self.effects, |pushed| {
                     hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
                     hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
                 });
+                let acked = before.saturating_sub(self.session.unacked());
+                self.node.metrics.acked.inc_by(acked as u64);
                 self.apply();
             }
             ClientFrame::Refresh(refresh) => {

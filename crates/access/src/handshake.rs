@@ -2,8 +2,9 @@
 //! that a refusal is a plain HTTP answer with a reason, and a connection that is refused costs little.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use barid_runtime::Condition;
 use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -26,6 +27,8 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use crate::auth::{AuthError, Claims};
 use crate::node::Node;
 
+/// How often the listener shows that it accepts.
+const TURN: Duration = Duration::from_secs(1);
 const PATH: &str = "/v1/connect";
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
@@ -298,14 +301,22 @@ async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()>
     Ok(())
 }
 
-/// Accepts sockets until the node drains.
-pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener) {
+/// Accepts sockets until the node drains; keeps `listening` true while it can.
+pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listening: Condition) {
+    let mut turn = tokio::time::interval(TURN);
+    let mut failed_at: Option<Instant> = None;
     let limits = &node.limits;
     let connections = Arc::new(tokio::sync::Semaphore::new(limits.connections_max));
     let handshakes = Arc::new(tokio::sync::Semaphore::new(limits.handshakes_max));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = turn.tick() => {
+                if failed_at.is_none_or(|at| at.elapsed() >= TURN) {
+                    listening.ready();
+                }
+                continue;
+            }
             () = node.draining() => return,
         };
         let stream = match accepted {
@@ -313,6 +324,8 @@ pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener) {
             Err(error) => {
                 // Out of file descriptors, mostly: wait for some to come back.
                 tracing::warn!(%error, "cannot accept");
+                listening.failing(format!("cannot accept: {error}"));
+                failed_at = Some(Instant::now());
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }

@@ -41,6 +41,8 @@ pub struct Metrics {
     confirms: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
+    /// Messages that devices acknowledged.
+    pub acked: IntCounter,
     /// Where a message's time goes.
     pub hops: Hops,
 }
@@ -80,6 +82,7 @@ impl Metrics {
             redis_retries: make.counters("redis_retries_total", "Failed calls, by call", "call")?,
             confirms: make.counters("confirms_total", "Confirmations, by outcome", "outcome")?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
+            acked: make.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
         })
     }

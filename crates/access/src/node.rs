@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use barid_bus::Receipts;
 use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, SystemClock};
 use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
-use barid_runtime::Shutdown;
+use barid_runtime::{Condition, Shutdown};
 
 use crate::auth::Verifier;
 use crate::config::{HeartbeatConfig, LimitsConfig};
@@ -18,18 +18,27 @@ use crate::registry::Registry;
 use crate::session::{Seconds, Settings};
 use crate::wheel::Wheel;
 
-/// The node.
+/// The node: what it is made of, its sessions, and what changes while it lives.
 pub struct Node {
+    parts: Parts,
+    /// Its sessions.
+    pub registry: Registry,
+    /// Their clocks.
+    pub wheel: Wheel,
+    incarnation: AtomicU64,
+    connections: AtomicU64,
+    seconds: AtomicU32,
+    retry: Backoff,
+}
+
+/// What a node is made of.
+pub struct Parts {
     /// Its name.
     pub id: NodeId,
     /// Redis.
     pub mailbox: Mailbox,
     /// Who may connect.
     pub verifier: Verifier,
-    /// Its sessions.
-    pub registry: Registry,
-    /// Their clocks.
-    pub wheel: Wheel,
     /// What it counts.
     pub metrics: Metrics,
     /// To the business; `None`: switched off.
@@ -44,55 +53,24 @@ pub struct Node {
     pub shutdown: Shutdown,
     /// Other access nodes, to close sessions that were replaced.
     pub peers: crate::peers::Peers,
-    incarnation: AtomicU64,
-    connections: AtomicU64,
-    seconds: AtomicU32,
-    retry: Backoff,
 }
 
-/// What a node is made of.
-pub struct Parts {
-    /// Its name.
-    pub id: NodeId,
-    /// Its first life.
-    pub incarnation: Incarnation,
-    /// Redis.
-    pub mailbox: Mailbox,
-    /// Who may connect.
-    pub verifier: Verifier,
-    /// What it counts.
-    pub metrics: Metrics,
-    /// To the business.
-    pub receipts: Option<Receipts>,
-    /// Bounds.
-    pub limits: LimitsConfig,
-    /// Pings.
-    pub heartbeat: HeartbeatConfig,
-    /// Bounds of sessions.
-    pub settings: Settings,
-    /// Draining.
-    pub shutdown: Shutdown,
-    /// Other access nodes.
-    pub peers: crate::peers::Peers,
+impl std::ops::Deref for Node {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
 }
 
 impl Node {
-    /// Puts it together.
-    pub fn new(parts: Parts) -> Self {
+    /// Puts it together; its first life is `incarnation`.
+    pub fn new(parts: Parts, incarnation: Incarnation) -> Self {
         Self {
-            id: parts.id,
-            mailbox: parts.mailbox,
-            verifier: parts.verifier,
+            parts,
             registry: Registry::new(),
             wheel: Wheel::new(),
-            metrics: parts.metrics,
-            receipts: parts.receipts,
-            limits: parts.limits,
-            heartbeat: parts.heartbeat,
-            settings: parts.settings,
-            shutdown: parts.shutdown,
-            peers: parts.peers,
-            incarnation: AtomicU64::new(parts.incarnation.0),
+            incarnation: AtomicU64::new(incarnation.0),
             connections: AtomicU64::new(0),
             seconds: AtomicU32::new(0),
             retry: Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.5)
@@ -149,10 +127,11 @@ impl Node {
         self.seconds().saturating_add(left)
     }
 
-    /// Turns the wheel, once a second for as long as the node lives.
-    pub async fn tick(&self) {
+    /// Turns the wheel, once a second for as long as the node lives; keeps `turning` true.
+    pub async fn tick(&self, turning: &Condition) {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let started = second.tick().await;
+        turning.ready();
         loop {
             let now = second.tick().await;
             let now = Seconds::try_from((now - started).as_secs()).unwrap_or(Seconds::MAX);
@@ -161,6 +140,7 @@ impl Node {
                 self.seconds.store(now, Ordering::Relaxed);
                 self.wheel.turn(now);
             }
+            turning.ready();
         }
     }
 

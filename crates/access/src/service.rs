@@ -6,14 +6,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_bus::{Producer, Receipts};
-use barid_core::{Clock as _, CloseCode, Incarnation, NodeId, SystemClock};
-use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable};
+use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
+use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, interval, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::auth::Verifier;
@@ -30,8 +30,6 @@ use crate::session::{Close, Settings};
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
-/// Between two tries to reach Redis at start.
-const START_PAUSE: Duration = Duration::from_millis(500);
 /// A batch from a dispatcher, at most.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 /// Of the drain period, the share over which devices are told to go; the rest is for those told last.
@@ -48,9 +46,11 @@ const RECONNECT_SPREAD_MS: u32 = 1_000;
 /// # Errors
 /// It cannot start.
 pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
-    let redis = context.health.condition("redis");
-    let leased = context.health.condition("lease");
-    let listening = context.health.condition("listener");
+    let redis = context.progress("redis", "answer");
+    let listening = context.progress("listener", "turn of the listener");
+    let wheel = context.progress("wheel", "turn of the heartbeat wheel");
+    let confirming = context.progress("confirming", "look at the sessions to confirm");
+    let whole = context.health.condition("tasks").vital();
 
     let devices = bind("listen", config.listen).await?;
     let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
@@ -58,21 +58,21 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
         return Ok(Stopped::Clean);
     };
     redis.ready();
-    leased.ready();
+    lease.report_to(&context.health, config.lease().ttl);
 
     let mut tasks = JoinSet::new();
-    tasks.spawn(tick(Arc::clone(&node)));
+    tasks.spawn(tick(Arc::clone(&node), wheel));
     tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
     tasks.spawn(watch_redis(Arc::clone(&node), redis));
     serve_dispatchers(&mut tasks, &node, dispatchers);
     context.announce("ws", local(&devices));
     context.announce_done();
-    let listener = tokio::spawn(handshake::listen(Arc::clone(&node), devices));
-    listening.ready();
+    let listener = tokio::spawn(handshake::listen(Arc::clone(&node), devices, listening));
 
     tokio::select! {
         () = context.shutdown.draining() => (),
-        () = keep_lease(&node, &mut lease, &leased, &config) => (),
+        () = keep_lease(&node, &mut lease, &confirming, &config) => (),
+        () = tell_ends(&mut tasks, &whole) => (),
     }
     lease.set_draining();
     let cut = drain(&node, &context).await;
@@ -105,70 +105,38 @@ async fn build(
     let verifier = Verifier::new(&config.auth)?;
     let receipts = receipts(config, &metrics)?;
     let open = || Mailbox::open(&config.redis, &context.metrics);
-    let Some(mailbox) = until_there(context, redis, open).await? else { return Ok(None) };
+    let is_away = barid_mailbox::Error::is_away;
+    let Some(mailbox) = context.until_there(redis, is_away, open).await? else { return Ok(None) };
     let grpc = local(dispatchers);
     context.announce("grpc", grpc);
-    let id = node_id(config, grpc)?;
-    let incarnation = new_incarnation(Incarnation(0));
-    let ttl = Duration::from_millis(config.lease_ttl_ms);
-    let record = NodeRecord {
-        id: id.clone(),
-        role: NodeRole::Access,
-        address: if config.advertise.is_empty() {
-            grpc.to_string()
-        } else {
-            config.advertise.clone()
+    let lease = config.lease();
+    let admin = context.announcements().get("admin");
+    let record = lease.record(NodeRole::Access, grpc, admin, new_incarnation(Incarnation(0)))?;
+    let acquire = || Lease::acquire(&mailbox, record.clone(), lease.ttl);
+    let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
+    let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));
+    let node = Node::new(
+        Parts {
+            id: record.id,
+            mailbox,
+            verifier,
+            metrics,
+            receipts,
+            limits: config.limits.clone(),
+            heartbeat: config.heartbeat.clone(),
+            settings: Settings {
+                unacked_max: config.limits.unacked_max,
+                page_entries_max: config.sync.page_entries_max,
+                page_bytes_max: config.sync.page_bytes_max,
+                ack_interval_ms: config.sync.ack_interval_ms,
+            },
+            shutdown: context.shutdown.clone(),
+            peers,
         },
-        incarnation,
-        load: 0,
-        draining: false,
-        zone: config.zone.clone(),
-    };
-    let acquire = || Lease::acquire(&mailbox, record.clone(), ttl);
-    let Some(lease) = until_there(context, redis, acquire).await? else { return Ok(None) };
-    let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, ttl / 4));
-    let settings = Settings {
-        unacked_max: config.limits.unacked_max,
-        page_entries_max: config.sync.page_entries_max,
-        page_bytes_max: config.sync.page_bytes_max,
-        ack_interval_ms: config.sync.ack_interval_ms,
-    };
-    let node = Node::new(Parts {
-        id,
-        incarnation,
-        mailbox,
-        verifier,
-        metrics,
-        receipts,
-        limits: config.limits.clone(),
-        heartbeat: config.heartbeat.clone(),
-        settings,
-        shutdown: context.shutdown.clone(),
-        peers,
-    });
+        record.incarnation,
+    );
     node.verifier.refresh().await;
-    Ok(Some((Arc::new(node), lease)))
-}
-
-/// Tries until Redis is there; `None`: the node was told to drain first.
-async fn until_there<T, F>(
-    context: &Context,
-    redis: &Condition,
-    mut call: impl FnMut() -> F,
-) -> Result<Option<T>, Error>
-where
-    F: Future<Output = Result<T, barid_mailbox::Error>>,
-{
-    loop {
-        match call().await {
-            Err(error @ barid_mailbox::Error::Away(_)) => redis.failing(error.to_string()),
-            done => return Ok(Some(done?)),
-        }
-        tokio::select! {
-            () = sleep(START_PAUSE) => (),
-            () = context.shutdown.draining() => return Ok(None),
-        }
-    }
+    Ok(Some((Arc::new(node), held)))
 }
 
 fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Error> {
@@ -179,23 +147,26 @@ fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Erro
     Ok(Some(Receipts::new(producer, &config.kafka, metrics.receipts_dropped.clone())))
 }
 
-/// Names and addresses may not hold the same characters.
-fn node_id(config: &Config, grpc: SocketAddr) -> Result<NodeId, Error> {
-    let made = || format!("access-{}", grpc.to_string().replace([':', '[', ']'], "-"));
-    let name = if config.node.is_empty() { made() } else { config.node.clone() };
-    Ok(NodeId::new(&name)?)
-}
-
 /// Ordered, so that others can tell an earlier life from a later one.
 fn new_incarnation(last: Incarnation) -> Incarnation {
     Incarnation(SystemClock.now_ms().max(last.0 + 1))
 }
 
-async fn tick(node: Arc<Node>) {
-    node.tick().await;
+async fn tick(node: Arc<Node>, wheel: Condition) -> &'static str {
+    node.tick(&wheel).await;
+    "the heartbeat wheel"
 }
 
-async fn keep_keys_fresh(node: Arc<Node>) {
+/// Nothing that the node consists of may end while it runs. Never returns.
+async fn tell_ends(tasks: &mut JoinSet<&'static str>, whole: &Condition) {
+    while let Some(ended) = tasks.join_next().await {
+        tracing::error!(?ended, "a task ended early");
+        whole.failing(format!("{} ended", ended.unwrap_or("one that panicked")));
+    }
+    std::future::pending().await
+}
+
+async fn keep_keys_fresh(node: Arc<Node>) -> &'static str {
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
@@ -203,7 +174,7 @@ async fn keep_keys_fresh(node: Arc<Node>) {
     }
 }
 
-async fn watch_redis(node: Arc<Node>, condition: Condition) {
+async fn watch_redis(node: Arc<Node>, condition: Condition) -> &'static str {
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
@@ -214,7 +185,7 @@ async fn watch_redis(node: Arc<Node>, condition: Condition) {
     }
 }
 
-fn serve_dispatchers(tasks: &mut JoinSet<()>, node: &Arc<Node>, listener: TcpListener) {
+fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listener: TcpListener) {
     let service = AccessService::new(Arc::clone(node));
     let deliver = AccessServer::new(service.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
     let server = tonic::transport::Server::builder()
@@ -227,6 +198,7 @@ fn serve_dispatchers(tasks: &mut JoinSet<()>, node: &Arc<Node>, listener: TcpLis
         if let Err(error) = server.await {
             tracing::error!(%error, "the gRPC server ended");
         }
+        "the gRPC server"
     });
 }
 
@@ -240,7 +212,6 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
         tokio::select! {
             event = lease.next_event() => match event {
                 LeaseEvent::Lapsed => {
-                    condition.failing("the lease lapsed");
                     next = new_incarnation(next);
                     tracing::warn!(incarnation = next.0, "lease lapsed: a new life begins");
                     lease.renew_as(next);
@@ -248,7 +219,6 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
                 LeaseEvent::Renewed => {
                     // Routes of the new life are written only after its lease.
                     node.set_incarnation(next);
-                    condition.ready();
                     confirming.all(node);
                 }
                 LeaseEvent::Reconnected => {
@@ -258,6 +228,7 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
             },
             _ = pace.tick() => confirming.go_on(node),
             _ = look.tick() => {
+                condition.ready();
                 lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
             }
         }

@@ -19,6 +19,13 @@ pub enum Error {
     Refused(String),
 }
 
+impl Error {
+    /// Whether it is worth waiting: a broker may come, or come back.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+}
+
 impl From<KafkaError> for Error {
     fn from(error: KafkaError) -> Self {
         use RDKafkaErrorCode as Code;

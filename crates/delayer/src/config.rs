@@ -1,6 +1,5 @@
 //! What an operator may set.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -51,7 +50,7 @@ impl Default for Config {
             nodes_refresh_ms: 500,
             redis: RedisConfig::default(),
             mesh: MeshConfig::default(),
-            admin: AdminConfig { listen: SocketAddr::from(([127, 0, 0, 1], 7112)) },
+            admin: AdminConfig::local(7112),
             log: LogConfig::default(),
             drain_seconds: 20,
             ready_file: None,
@@ -78,6 +77,7 @@ impl Config {
         if self.poll_idle_ms < self.poll_ms {
             return Err("poll_idle_ms must not be below poll_ms".into());
         }
+        self.admin.check()?;
         self.redis.check()?;
         self.mesh.check().map_err(|e| format!("mesh.{e}"))
     }

@@ -12,7 +12,4 @@ pub enum Error {
     /// Metrics are registered already: two delayers in one registry.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// It was told to drain before Redis could be reached.
-    #[error("told to stop before it had started")]
-    Stopped,
 }

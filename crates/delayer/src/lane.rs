@@ -46,6 +46,8 @@ pub struct Pulse {
     pub polled: Instant,
     /// Why its master did not answer.
     pub away: Option<String>,
+    /// How late the users that it claimed last were, at most.
+    pub late: Duration,
 }
 
 /// Polls until draining, then waits for what it claimed. `pulse` is kept up to date.
@@ -82,6 +84,7 @@ impl Lanes {
         match fired {
             Ok(due) => {
                 pulse.away = None;
+                pulse.late = self.lateness(&due);
                 let polled = match due.len() {
                     0 => return Polled::None,
                     users if users >= self.page_users_max as usize => Polled::Full,
@@ -100,6 +103,14 @@ impl Lanes {
                 Polled::Away
             }
         }
+    }
+
+    fn lateness(&self, due: &[DueUser]) -> Duration {
+        let late_ms = due.iter().map(|due| {
+            let now_ms = self.mailbox.redis_now_ms(self.mailbox.shard_of(&due.user));
+            now_ms.unwrap_or_default().saturating_sub(due.claimed_score)
+        });
+        Duration::from_millis(late_ms.max().unwrap_or_default())
     }
 
     /// From a random one on, so that several delayers do not all begin with the same.

@@ -3,7 +3,7 @@
 use barid_core::limits::RESENDS_MAX;
 use barid_mesh::MeshMetrics;
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     exponential_buckets,
 };
 
@@ -31,6 +31,8 @@ pub struct Metrics {
     pub claims: IntGauge,
     /// Seconds since the master that was polled longest ago was polled.
     pub poll_age_seconds: IntGauge,
+    /// How late the users that each master's last poll claimed were, at most, seconds.
+    pub late_seconds: Gauge,
 }
 
 impl Metrics {
@@ -65,6 +67,7 @@ impl Metrics {
                 name("poll_age_seconds"),
                 "Seconds since the master that was polled longest ago was polled.",
             )?,
+            late_seconds: Gauge::new(name("late_seconds"), "How late the last claims were.")?,
         };
         // All of them are there from the start, as zeros.
         (1..=RESENDS_MAX + 1).for_each(|attempt| drop(metrics.resends_of(attempt)));
@@ -79,6 +82,7 @@ impl Metrics {
         registry.register(Box::new(metrics.claim_to_answer.clone()))?;
         registry.register(Box::new(metrics.claims.clone()))?;
         registry.register(Box::new(metrics.poll_age_seconds.clone()))?;
+        registry.register(Box::new(metrics.late_seconds.clone()))?;
         Ok(metrics)
     }
 

@@ -17,8 +17,6 @@ use crate::{Config, Error, Metrics};
 
 /// How often readiness is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
-/// A lane that has not polled for so long hangs.
-const HANGS_AFTER: Duration = Duration::from_secs(15);
 
 /// A running delayer.
 pub struct Service {
@@ -35,18 +33,22 @@ struct Conditions {
 }
 
 impl Service {
-    /// Connects; waits for Redis as long as it is away.
+    /// Connects; waits for Redis as long as it is away. `None`: it was told to drain meanwhile.
     ///
     /// # Errors
     /// [`Error`]: Redis may not be used, or the configuration makes no sense.
-    pub async fn start(config: Config, context: Context) -> Result<Self, Error> {
+    pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let metrics = Metrics::new(&context.metrics)?;
         let conditions = Conditions {
             redis: context.health.condition("redis"),
             dispatchers: context.health.condition("dispatchers"),
-            polling: context.health.condition("polling"),
+            polling: context.progress("polling", "look at the lanes"),
         };
-        let mailbox = open(&config, &context, &conditions.redis).await?;
+        let open = || Mailbox::open(&config.redis, &context.metrics);
+        let is_away = barid_mailbox::Error::is_away;
+        let Some(mailbox) = context.until_there(&conditions.redis, is_away, open).await? else {
+            return Ok(None);
+        };
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let table = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
         let pool = DispatchPool::new(table, config.mesh.clone(), metrics.mesh.clone())
@@ -62,7 +64,7 @@ impl Service {
             metrics,
         };
         context.announce_done();
-        Ok(Self { config, context, lanes, conditions })
+        Ok(Some(Self { config, context, lanes, conditions }))
     }
 
     /// Works until it is told to drain; then finishes what it claimed.
@@ -72,7 +74,11 @@ impl Service {
         loop {
             // A cluster may grow masters.
             for lane in pulses.len()..self.lanes.mailbox.lanes() {
-                let pulse = Arc::new(Mutex::new(Pulse { polled: Instant::now(), away: None }));
+                let pulse = Arc::new(Mutex::new(Pulse {
+                    polled: Instant::now(),
+                    away: None,
+                    late: Duration::ZERO,
+                }));
                 pulses.push(Arc::clone(&pulse));
                 tasks.spawn(lane::run(self.lanes.clone(), lane, self.schedule(), pulse));
             }
@@ -110,31 +116,14 @@ impl Service {
         }
         let oldest = pulses.iter().map(|pulse| pulse.polled.elapsed()).max().unwrap_or_default();
         self.lanes.metrics.poll_age_seconds.set(oldest.as_secs() as i64);
-        if oldest < HANGS_AFTER {
+        let late = pulses.iter().map(|pulse| pulse.late).max().unwrap_or_default();
+        self.lanes.metrics.late_seconds.set(late.as_secs_f64());
+        if oldest < self.context.stalled_after {
             self.conditions.polling.ready();
         } else {
             self.conditions.polling.failing(format!("no poll for {} s", oldest.as_secs()));
         }
     }
-}
-
-/// Waits for a Redis that is away; gives up on one that may not be used.
-async fn open(config: &Config, context: &Context, redis: &Condition) -> Result<Mailbox, Error> {
-    let backoff = reconnecting();
-    for failures in 0.. {
-        match Mailbox::open(&config.redis, &context.metrics).await {
-            Err(barid_mailbox::Error::Away(why)) => {
-                tracing::warn!(why, "redis is away");
-                redis.failing(why);
-            }
-            opened => return Ok(opened?),
-        }
-        tokio::select! {
-            () = sleep(backoff.delay(failures)) => {}
-            () = context.shutdown.draining() => return Err(Error::Stopped),
-        }
-    }
-    Err(Error::Stopped)
 }
 
 /// The waits for a master that is away.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use barid_mailbox::RedisConfig;
+use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_mesh::LinkConfig;
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use crate::resolve::Limits;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// This dispatcher's name among all nodes; empty: one is made up at each start.
+    /// This dispatcher's name among all nodes; empty: made from the address in its lease.
     pub node: String,
     /// Where it listens for purgers and delayers (gRPC, plain text: a private network).
     pub listen: SocketAddr,
@@ -104,7 +104,7 @@ impl Default for Config {
             l1: L1Config::default(),
             reap: ReapConfig::default(),
             links: LinkConfig::default(),
-            admin: AdminConfig { listen: SocketAddr::from(([127, 0, 0, 1], 7092)) },
+            admin: AdminConfig::local(7092),
             log: LogConfig::default(),
             drain_seconds: 20,
             ready_file: None,
@@ -119,7 +119,6 @@ impl Config {
     /// What is wrong, naming the key.
     pub fn check(&self) -> Result<(), String> {
         let positive = [
-            ("lease_ttl_ms", self.lease_ttl_ms),
             ("nodes_refresh_ms", self.nodes_refresh_ms),
             ("window_batches", self.window_batches as u64),
             ("l1.ttl_seconds", self.l1.ttl_seconds),
@@ -130,17 +129,22 @@ impl Config {
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("{name} must be above zero"));
         }
-        if !self.node.is_empty() {
-            barid_core::NodeId::new(&self.node).map_err(|e| format!("node: {e}"))?;
-        }
-        if self.listen.ip().is_unspecified() && self.advertise.is_empty() {
-            return Err("advertise must be set where listen names no address".into());
-        }
+        self.admin.check()?;
+        self.lease().check("listen", self.listen)?;
         if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
             return Err("drain_settle_ms must be below drain_seconds".into());
         }
         self.redis.check()?;
         self.links.check().map_err(|e| format!("links: {e}"))
+    }
+
+    pub(crate) fn lease(&self) -> LeaseConfig {
+        LeaseConfig {
+            node: self.node.clone(),
+            advertise: self.advertise.clone(),
+            zone: self.zone.clone(),
+            ttl: Duration::from_millis(self.lease_ttl_ms),
+        }
     }
 
     pub(crate) fn limits(&self) -> Limits {

@@ -6,6 +6,9 @@ pub enum Error {
     /// Redis refused, or is not one that may be used.
     #[error(transparent)]
     Redis(#[from] barid_mailbox::Error),
+    /// The node's name is none.
+    #[error(transparent)]
+    Name(#[from] barid_core::InvalidName),
     /// A setting makes no sense.
     #[error("configuration: {0}")]
     Config(String),
@@ -20,7 +23,4 @@ pub enum Error {
         /// Why not.
         error: std::io::Error,
     },
-    /// It was told to drain before Redis could be reached.
-    #[error("told to stop before it had started")]
-    Stopped,
 }

@@ -24,6 +24,7 @@ pub struct Door<R> {
     stop: CancellationToken,
     streams: TaskTracker,
     unanswered: Arc<AtomicU64>,
+    answered: Arc<AtomicU64>,
 }
 
 impl<R> Clone for Door<R> {
@@ -34,6 +35,7 @@ impl<R> Clone for Door<R> {
             stop: self.stop.clone(),
             streams: self.streams.clone(),
             unanswered: Arc::clone(&self.unanswered),
+            answered: Arc::clone(&self.answered),
         }
     }
 }
@@ -48,6 +50,7 @@ impl<R: Routes> Door<R> {
             stop: CancellationToken::new(),
             streams: TaskTracker::new(),
             unanswered: Arc::default(),
+            answered: Arc::default(),
         }
     }
 
@@ -61,6 +64,11 @@ impl<R: Routes> Door<R> {
     /// Batches that were read and not yet answered.
     pub fn unanswered(&self) -> u64 {
         self.unanswered.load(Ordering::SeqCst)
+    }
+
+    /// Batches that were answered.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::SeqCst)
     }
 
     async fn serve(self, batches: Batches, replies: mpsc::Sender<Result<DispatchReply, Status>>) {
@@ -80,6 +88,7 @@ impl<R: Routes> Door<R> {
             if replies.send(Ok(reply)).await.is_err() {
                 return;
             }
+            self.answered.fetch_add(1, Ordering::SeqCst);
             drop(unanswered);
         }
     }

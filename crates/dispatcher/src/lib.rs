@@ -32,7 +32,9 @@ impl Role for Dispatcher {
     }
 
     async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
-        let service = Service::start(config, context).await?;
-        Ok(service.run().await)
+        match Service::start(config, context).await? {
+            Some(service) => Ok(service.run().await),
+            None => Ok(Stopped::Clean),
+        }
     }
 }

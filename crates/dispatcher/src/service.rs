@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{Backoff, Incarnation, NodeId};
-use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRecord, NodeRole, NodeTable, TrackedRoutes};
+use barid_core::{Incarnation, NodeId};
+use barid_mailbox::{
+    Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
+};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
@@ -34,31 +36,38 @@ const MESSAGE_BYTES_MAX: usize = 16 << 20;
 pub struct Service {
     config: Config,
     context: Context,
-    leased: Condition,
+    /// Nothing that it consists of has ended.
+    whole: Condition,
     lease: Lease,
     door: Door<RedisRoutes>,
     nodes: Arc<Nodes>,
     // Ends the listener and what runs beside it.
     stop: CancellationToken,
-    tasks: JoinSet<()>,
+    /// Each returns what it was.
+    tasks: JoinSet<&'static str>,
 }
 
 impl Service {
-    /// Connects, listens, takes its lease. Waits for Redis as long as it is away.
+    /// Connects, listens, takes its lease. Waits for Redis as long as it is away; `None`: it was told
+    /// to drain meanwhile.
     ///
     /// # Errors
     /// [`Error`]: Redis may not be used, the address is taken, or the configuration makes no sense.
-    pub async fn start(config: Config, context: Context) -> Result<Self, Error> {
+    pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let metrics = Metrics::new(&context.metrics)?;
-        let redis = context.health.condition("redis");
-        let tracking = context.health.condition("tracking");
-        let leased = context.health.condition("lease");
-        let mailbox = retry(&context, &redis, || Mailbox::open(&config.redis, &context.metrics));
-        let mailbox = mailbox.await?;
-        let tracked = retry(&context, &redis, || TrackedRoutes::open(&config.redis)).await?;
+        let redis = context.progress("redis", "answer");
+        let tracking = context.progress("tracking", "answer on the tracked connection");
+        let batches = context.progress("batches", "answer to a batch that waits");
+        let whole = context.health.condition("tasks").vital();
+        let open = || Mailbox::open(&config.redis, &context.metrics);
+        let Some(mailbox) = context.until_there(&redis, RedisError::is_away, open).await? else {
+            return Ok(None);
+        };
+        let tracked = TrackedRoutes::open(&config.redis).await?;
         let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
         let mut tasks = JoinSet::new();
+        tracked.report_to(tracking.clone());
         let told = {
             let metrics = metrics.clone();
             move |now: bool| {
@@ -69,7 +78,11 @@ impl Service {
                 }
             }
         };
-        tasks.spawn(follow_tracking(tracked, resolver.clone(), told));
+        let following = follow_tracking(tracked, resolver.clone(), told);
+        tasks.spawn(async move {
+            following.await;
+            "the tracking of routes"
+        });
         tasks.spawn(watch_redis(mailbox.clone(), redis.clone(), resolver.clone(), metrics.clone()));
         let (delivery, table) = assemble(&config, &mailbox, resolver, metrics);
         let nodes = Arc::clone(&delivery.nodes);
@@ -77,14 +90,18 @@ impl Service {
         let door = Door::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
         let address = listen(&config, &context, &door, &stop, &mut tasks).await?;
-        let record = record(&config, address)?;
-        let ttl = Duration::from_millis(config.lease_ttl_ms);
+        let (lease, ttl) = (config.lease(), config.lease().ttl);
+        let admin = context.announcements().get("admin");
+        let record = lease.record(NodeRole::Dispatcher, address, admin, new_incarnation())?;
         let take = || Lease::acquire(&mailbox, record.clone(), ttl);
-        let lease = retry(&context, &redis, take).await?;
+        let Some(lease) = context.until_there(&redis, RedisError::is_away, take).await? else {
+            return Ok(None);
+        };
         tracing::info!(node = %record.id, address = record.address, "took a lease");
-        leased.ready();
+        lease.report_to(&context.health, ttl);
+        tasks.spawn(watch_batches(door.clone(), batches));
         context.announce_done();
-        Ok(Self { config, context, leased, lease, door, nodes, stop, tasks })
+        Ok(Some(Self { config, context, whole, lease, door, nodes, stop, tasks }))
     }
 }
 
@@ -97,6 +114,7 @@ impl Service {
                 event = self.lease.next_event() => self.keep_lease(event),
                 Some(ended) = self.tasks.join_next() => {
                     tracing::error!(?ended, "a task ended early");
+                    self.whole.failing(format!("{} ended", ended.unwrap_or("one that panicked")));
                 }
             }
         }
@@ -106,13 +124,8 @@ impl Service {
     /// A dispatcher's life means nothing to anybody: a lapsed lease is simply taken again.
     fn keep_lease(&self, event: LeaseEvent) {
         match event {
-            LeaseEvent::Lapsed => {
-                self.leased.failing("the lease lapsed");
-                tracing::warn!("the lease lapsed; taking it again");
-                self.lease.renew_as(new_incarnation());
-            }
-            LeaseEvent::Renewed => self.leased.ready(),
-            LeaseEvent::Reconnected => {}
+            LeaseEvent::Lapsed => self.lease.renew_as(new_incarnation()),
+            LeaseEvent::Renewed | LeaseEvent::Reconnected => {}
         }
     }
 
@@ -187,7 +200,7 @@ async fn listen(
     context: &Context,
     door: &Door<RedisRoutes>,
     stop: &CancellationToken,
-    tasks: &mut JoinSet<()>,
+    tasks: &mut JoinSet<&'static str>,
 ) -> Result<std::net::SocketAddr, Error> {
     let failed = |error| Error::Listen { address: config.listen, error };
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
@@ -208,29 +221,9 @@ async fn listen(
         if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop).await {
             tracing::error!(%error, "the grpc server failed");
         }
+        "the gRPC server"
     });
     Ok(address)
-}
-
-/// What the lease says of this dispatcher.
-fn record(config: &Config, address: std::net::SocketAddr) -> Result<NodeRecord, Error> {
-    let id = match config.node.as_str() {
-        "" => format!("dispatcher-{:012x}", new_incarnation().0 & 0xffff_ffff_ffff),
-        name => name.to_owned(),
-    };
-    let advertise = match config.advertise.as_str() {
-        "" => address.to_string(),
-        advertised => advertised.to_owned(),
-    };
-    Ok(NodeRecord {
-        id: NodeId::new(&id).map_err(|e| Error::Config(e.to_string()))?,
-        role: NodeRole::Dispatcher,
-        address: advertise,
-        incarnation: new_incarnation(),
-        load: 0,
-        draining: false,
-        zone: config.zone.clone(),
-    })
 }
 
 /// Below 2^53, as every number in Redis.
@@ -238,7 +231,7 @@ fn new_incarnation() -> Incarnation {
     Incarnation(rand::rng().random_range(1..=barid_core::limits::WIRE_NUMBER_MAX))
 }
 
-async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
+async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) -> &'static str {
     loop {
         let living: Vec<AccessNode> = table
             .snapshot()
@@ -259,7 +252,7 @@ async fn watch_redis(
     condition: Condition,
     resolver: Resolver<RedisRoutes>,
     metrics: Metrics,
-) {
+) -> &'static str {
     loop {
         match mailbox.ping().await {
             Ok(()) => condition.ready(),
@@ -270,29 +263,15 @@ async fn watch_redis(
     }
 }
 
-/// Waits for a Redis that is away; gives up on one that may not be used.
-async fn retry<T, F>(
-    context: &Context,
-    redis: &Condition,
-    mut attempt: impl FnMut() -> F,
-) -> Result<T, Error>
-where
-    F: Future<Output = Result<T, barid_mailbox::Error>>,
-{
-    let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
-        .expect("constants that make sense");
-    for failures in 0.. {
-        match attempt().await {
-            Err(barid_mailbox::Error::Away(why)) => {
-                tracing::warn!(why, "redis is away");
-                redis.failing(why);
-            }
-            done => return Ok(done?),
+/// Batches that wait are answered, one after the other.
+async fn watch_batches(door: Door<RedisRoutes>, condition: Condition) -> &'static str {
+    let mut answered = door.answered();
+    loop {
+        let now = door.answered();
+        if now != answered || door.unanswered() == 0 {
+            condition.ready();
         }
-        tokio::select! {
-            () = sleep(backoff.delay(failures)) => {}
-            () = context.shutdown.draining() => return Err(Error::Stopped),
-        }
+        answered = now;
+        sleep(WATCH_EVERY).await;
     }
-    Err(Error::Stopped)
 }

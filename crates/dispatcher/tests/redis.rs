@@ -87,6 +87,7 @@ impl Cluster {
             load: 0,
             draining: false,
             zone: String::new(),
+            admin: String::new(),
         };
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (node, lease)

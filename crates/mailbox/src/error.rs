@@ -30,6 +30,11 @@ impl Error {
         }
     }
 
+    /// Whether it is worth waiting: Redis may come, or come back.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Away(_))
+    }
+
     /// What an item's error inside a script means.
     pub(crate) fn of_item(text: &[u8]) -> Self {
         let text = String::from_utf8_lossy(text).into_owned();

@@ -1,8 +1,11 @@
 //! A node's lease: what makes its routes valid.
 
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use barid_core::{Incarnation, NodeId};
+use barid_core::{Incarnation, InvalidName, NodeId};
+use barid_runtime::{Condition, Health};
 use redis::Value;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -54,6 +57,70 @@ pub struct NodeRecord {
     pub draining: bool,
     /// Where it stands, free text; empty: not told.
     pub zone: String,
+    /// The `host:port` of its admin endpoint; empty: not told.
+    pub admin: String,
+}
+
+/// What an operator says of a node's lease, under the keys of these names.
+#[derive(Debug, Clone)]
+pub struct LeaseConfig {
+    /// `node`: its name; empty: made from its role and address.
+    pub node: String,
+    /// `advertise`: the `host:port` at which others reach it; empty: where it listens.
+    pub advertise: String,
+    /// `zone`: where it stands; may be empty.
+    pub zone: String,
+    /// `lease_ttl_ms`: how long the lease lives without renewal.
+    pub ttl: Duration,
+}
+
+impl LeaseConfig {
+    /// What must hold before a port binds; `key` holds where the node listens for others.
+    ///
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
+        if self.ttl.is_zero() {
+            return Err("lease_ttl_ms must be above zero".into());
+        }
+        if !self.node.is_empty() {
+            NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
+        }
+        if listen.ip().is_unspecified() && self.advertise.is_empty() {
+            return Err(format!("advertise must be set where {key} names no address"));
+        }
+        Ok(())
+    }
+
+    /// What a node that listens on `bound`, and with its admin endpoint on `admin`, says of itself.
+    ///
+    /// # Errors
+    /// Its address makes no name: it is too long. `node` has to be set.
+    pub fn record(
+        &self,
+        role: NodeRole,
+        bound: SocketAddr,
+        admin: Option<SocketAddr>,
+        incarnation: Incarnation,
+    ) -> Result<NodeRecord, InvalidName> {
+        let address = match self.advertise.as_str() {
+            "" => bound.to_string(),
+            advertised => advertised.to_owned(),
+        };
+        let id = match self.node.as_str() {
+            // Names hold no ':' and no brackets.
+            "" => format!("{}-{}", role.as_str(), address.replace([':', '[', ']'], "-")),
+            name => name.to_owned(),
+        };
+        let id = NodeId::new(&id)?;
+        let admin = admin.map_or_else(String::new, |admin| match address.rsplit_once(':') {
+            // Bound everywhere: reached where the node is.
+            Some((host, _)) if admin.ip().is_unspecified() => format!("{host}:{}", admin.port()),
+            _ => admin.to_string(),
+        });
+        let zone = self.zone.clone();
+        Ok(NodeRecord { id, role, address, incarnation, load: 0, draining: false, zone, admin })
+    }
 }
 
 /// What became of a lease.
@@ -74,9 +141,13 @@ pub struct Lease {
     orders: mpsc::Sender<Order>,
     wanted: watch::Sender<NodeRecord>,
     counts: watch::Receiver<Counts>,
+    reported: Reported,
     seen: Counts,
     task: JoinHandle<()>,
 }
+
+/// What is told whether the lease stands.
+type Reported = Arc<OnceLock<Condition>>;
 
 enum Order {
     Take,
@@ -107,16 +178,26 @@ impl Lease {
         let (orders, inbox) = mpsc::channel(16);
         let (wanted, _) = watch::channel(record);
         let (counts_out, counts) = watch::channel(Counts::default());
+        let reported = Reported::default();
         let keeper = Keeper {
             mailbox: mailbox.clone(),
             ttl,
             wanted: wanted.subscribe(),
             counts: counts_out,
+            reported: Arc::clone(&reported),
             held_at: Instant::now(),
             state: State::Held,
         };
         let task = tokio::spawn(keeper.run(inbox, reconnections));
-        Ok(Self { orders, wanted, counts, seen: Counts::default(), task })
+        Ok(Self { orders, wanted, counts, reported, seen: Counts::default(), task })
+    }
+
+    /// Adds the condition `lease` to `health`: it holds while this lease is renewed in time.
+    pub fn report_to(&self, health: &Health, ttl: Duration) {
+        let condition = health.lapsing("lease", "renewal", ttl);
+        condition.ready();
+        // A second call would change nothing.
+        let _first = self.reported.set(condition);
     }
 
     /// The record as it is (to be) published.
@@ -188,6 +269,7 @@ struct Keeper {
     ttl: Duration,
     wanted: watch::Receiver<NodeRecord>,
     counts: watch::Sender<Counts>,
+    reported: Reported,
     held_at: Instant,
     state: State,
 }
@@ -239,6 +321,9 @@ impl Keeper {
         match call(&self.mailbox, verb, &record, self.ttl).await {
             Ok(true) => {
                 self.held_at = Instant::now();
+                if let Some(condition) = self.reported.get() {
+                    condition.ready();
+                }
                 if self.state == State::Taking {
                     self.counts.send_modify(|counts| counts.renewed += 1);
                 }
@@ -260,6 +345,9 @@ impl Keeper {
 
     fn lapse(&mut self, why: &str) {
         tracing::warn!(why, "the lease lapsed");
+        if let Some(condition) = self.reported.get() {
+            condition.failing(format!("lapsed: {why}"));
+        }
         self.state = State::Lapsed;
         self.counts.send_modify(|counts| counts.lapsed += 1);
     }
@@ -284,7 +372,7 @@ async fn call(
     let state = if record.draining { "draining" } else { "serving" };
     lease.key(key.clone()).arg(verb).arg(ttl.as_millis()).arg(record.incarnation);
     lease.arg(record.role.as_str()).arg(&record.address).arg(record.load).arg(state);
-    lease.arg(&record.zone);
+    lease.arg(&record.zone).arg(&record.admin);
     let topology = mailbox.topology();
     let done = topology.run_on(&key, &scripts::LEASE, &lease).await?;
     if done != Value::Int(1) {
@@ -306,5 +394,49 @@ async fn announce(topology: &Topology, role: NodeRole) {
     publish.arg(keys::NODES_CHANGED).arg(role.as_str());
     if let Err(error) = topology.query_on::<i64>(keys::NODES, &publish).await {
         tracing::debug!(%error, "a change of the nodes was not announced");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(node: &str, advertise: &str) -> LeaseConfig {
+        LeaseConfig {
+            node: node.into(),
+            advertise: advertise.into(),
+            zone: "z".into(),
+            ttl: Duration::from_secs(1),
+        }
+    }
+
+    #[test]
+    fn a_node_without_a_name_is_called_after_the_address_that_others_use() {
+        let bound = SocketAddr::from(([0, 0, 0, 0], 7081));
+        let told = |config: LeaseConfig| {
+            let admin = Some(SocketAddr::from(([0, 0, 0, 0], 7082)));
+            let record = config.record(NodeRole::Access, bound, admin, Incarnation(1)).unwrap();
+            (record.id.to_string(), record.address, record.admin)
+        };
+        let expect = |id: &str, address: &str, admin: &str| {
+            (id.to_owned(), address.to_owned(), admin.to_owned())
+        };
+        // Two nodes that listen on the same port everywhere are two nodes.
+        assert_eq!(told(config("", "h1:7081")), expect("access-h1-7081", "h1:7081", "h1:7082"));
+        assert_eq!(
+            told(config("", "[::1]:7081")),
+            expect("access----1--7081", "[::1]:7081", "[::1]:7082")
+        );
+        assert_eq!(told(config("n", "")), expect("n", "0.0.0.0:7081", "0.0.0.0:7082"));
+    }
+
+    #[test]
+    fn an_address_that_nobody_can_reach_is_refused() {
+        let everywhere = SocketAddr::from(([0, 0, 0, 0], 7081));
+        let error = config("", "").check("grpc_listen", everywhere).unwrap_err();
+        assert_eq!(error, "advertise must be set where grpc_listen names no address");
+        assert_eq!(config("", "h1:1").check("grpc_listen", everywhere), Ok(()));
+        let error = config("a:b", "").check("listen", ([127, 0, 0, 1], 1).into()).unwrap_err();
+        assert!(error.starts_with("node: node contains ':'"), "{error}");
     }
 }

@@ -29,7 +29,7 @@ mod types;
 
 pub use config::{Limits, RedisConfig};
 pub use error::Error;
-pub use lease::{Lease, LeaseEvent, NodeRecord, NodeRole};
+pub use lease::{Lease, LeaseConfig, LeaseEvent, NodeRecord, NodeRole};
 pub use mailbox::Mailbox;
 pub use nodes::NodeTable;
 pub use redis_clock::RedisTime;

@@ -193,7 +193,7 @@ impl Reading {
 async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: Duration) {
     let mut announcements = Announcements::hear(mailbox.topology().config());
     loop {
-        let read = read(&mailbox, role).await;
+        let read = read(&mailbox, Some(role)).await;
         let Some(inner) = inner.upgrade() else { return };
         match read {
             Ok(reading) => {
@@ -216,7 +216,20 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
     }
 }
 
-async fn read(mailbox: &Mailbox, role: NodeRole) -> Result<Reading, Error> {
+impl Mailbox {
+    /// The nodes of all roles that have a lease now, by id.
+    ///
+    /// # Errors
+    /// [`Error::Away`].
+    pub async fn nodes(&self) -> Result<Vec<NodeRecord>, Error> {
+        let mut records = read(self, None).await?.records;
+        records.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(records)
+    }
+}
+
+/// The leases of a role, or of all.
+async fn read(mailbox: &Mailbox, role: Option<NodeRole>) -> Result<Reading, Error> {
     let topology = mailbox.topology();
     let mut list = redis::cmd("ZRANGE");
     list.arg(keys::NODES).arg(0).arg(-1).arg("WITHSCORES");
@@ -231,7 +244,7 @@ async fn read(mailbox: &Mailbox, role: NodeRole) -> Result<Reading, Error> {
     let records = futures::future::try_join_all(records).await?.into_iter().flatten();
     let expected = index.iter().filter(|(_, ends)| *ends > 0.0);
     Ok(Reading {
-        records: records.filter(|record| record.role == role).collect(),
+        records: records.filter(|record| role.is_none_or(|role| record.role == role)).collect(),
         expected: expected.filter_map(|(id, _)| NodeId::new(id).ok()).collect(),
         blank: index.is_empty(),
     })
@@ -247,6 +260,8 @@ fn parse(id: &str, fields: &HashMap<String, String>) -> Option<NodeRecord> {
         load: field("load")?.parse().ok()?,
         draining: field("state")? == "draining",
         zone: field("zone").unwrap_or_default().to_owned(),
+        // Absent in leases of earlier versions.
+        admin: field("admin").unwrap_or_default().to_owned(),
     })
 }
 
@@ -263,6 +278,7 @@ mod tests {
             load: 0,
             draining: false,
             zone: String::new(),
+            admin: String::new(),
         }
     }
 

@@ -1,8 +1,9 @@
 //! Routes, read on connections on which Redis reports every change of what was read.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+use barid_runtime::Condition;
 use parking_lot::RwLock;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ProtocolVersion, PushInfo, PushKind, Value};
@@ -43,6 +44,8 @@ struct Inner {
     session: RwLock<Option<Arc<Session>>>,
     listeners: Listeners,
     tracking: watch::Sender<bool>,
+    /// Told at each sign that changes are reported.
+    alive: OnceLock<Condition>,
 }
 
 type Listener = Box<dyn Fn(Invalidation) + Send + Sync>;
@@ -67,12 +70,19 @@ impl TrackedRoutes {
             session: RwLock::default(),
             listeners: Listeners::default(),
             tracking: watch::Sender::new(false),
+            alive: OnceLock::new(),
         });
         if let Err(error) = inner.connect().await {
             tracing::warn!(%error, "route changes cannot be followed yet");
         }
         tokio::spawn(keep(Arc::downgrade(&inner)));
         Ok(Self { inner })
+    }
+
+    /// Keeps `condition` true as long as the tracked connections answer.
+    pub fn report_to(&self, condition: Condition) {
+        // A second call would change nothing.
+        let _first = self.inner.alive.set(condition);
     }
 
     /// Calls `listener` for each change, on the task that reads the connection: it must be short.
@@ -175,11 +185,15 @@ async fn keep(inner: Weak<Inner>) {
             }
             continue;
         };
+        let condition = strong.alive.get().cloned();
         drop(strong);
         tokio::select! {
             () = session.broken.notified() => {}
             alive = tokio::time::timeout(PING_EVERY, ping(&session)) => {
                 if matches!(alive, Ok(Ok(()))) {
+                    if let Some(condition) = condition {
+                        condition.ready();
+                    }
                     tokio::select! {
                         () = session.broken.notified() => {}
                         () = tokio::time::sleep(PING_EVERY) => continue,

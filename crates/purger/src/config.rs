@@ -105,7 +105,7 @@ pub struct WindowConfig {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            admin: AdminConfig { listen: ([127, 0, 0, 1], 7102).into() },
+            admin: AdminConfig::local(7102),
             log: LogConfig::default(),
             drain_seconds: 20,
             ready_file: None,
@@ -207,6 +207,7 @@ impl Config {
                 return Err(format!("{key} must be above zero"));
             }
         }
+        self.admin.check()?;
         self.retry().map(|_| ())
     }
 

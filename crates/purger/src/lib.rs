@@ -63,24 +63,12 @@ async fn prepare(
     kafka: &Condition,
     redis: &Condition,
 ) -> Result<Option<Mailbox>, Error> {
-    let mut topics = config.kafka.create_topics;
-    loop {
-        if topics {
-            match ensure_topics(&config.kafka, Duration::from_secs(10)).await {
-                Ok(()) => topics = false,
-                Err(error @ barid_bus::Error::Away(_)) => kafka.failing(error.to_string()),
-                Err(error) => return Err(error.into()),
-            }
-        } else {
-            match Mailbox::open(&config.redis, &context.metrics).await {
-                Ok(mailbox) => return Ok(Some(mailbox)),
-                Err(error @ barid_mailbox::Error::Away(_)) => redis.failing(error.to_string()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
-            () = context.shutdown.draining() => return Ok(None),
+    if config.kafka.create_topics {
+        let create = || ensure_topics(&config.kafka, Duration::from_secs(10));
+        if context.until_there(kafka, barid_bus::Error::is_away, create).await?.is_none() {
+            return Ok(None);
         }
     }
+    let open = || Mailbox::open(&config.redis, &context.metrics);
+    Ok(context.until_there(redis, barid_mailbox::Error::is_away, open).await?)
 }

@@ -28,6 +28,8 @@ use crate::ports::{Handoff, Mailboxes};
 const TURN: usize = 16;
 /// How long the loop sleeps when nothing rings.
 const TICK: Duration = Duration::from_millis(50);
+/// How often readiness is looked at.
+const LOOK: Duration = Duration::from_millis(250);
 /// How long a commit may take when a partition is given back, or the process ends.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Events of lanes that wait for the loop.
@@ -49,6 +51,12 @@ pub struct Service<M, H> {
 struct Conditions {
     kafka: Condition,
     redis: Condition,
+    /// The loop turns.
+    consumer: Condition,
+    /// What was taken gets finished.
+    records: Condition,
+    /// What was finished gets committed.
+    commits: Condition,
 }
 
 /// What is to be done by time.
@@ -56,6 +64,7 @@ struct Timers {
     commit: Instant,
     refresh: Instant,
     ping: Instant,
+    look: Instant,
     ids: Option<JoinHandle<Result<HashMap<String, String>, KafkaError>>>,
     pong: Option<JoinHandle<Option<String>>>,
     assign: Option<(Vec<Partition>, Instant)>,
@@ -86,6 +95,10 @@ struct Flow {
     away: Arc<Away>,
     topics: Vec<Arc<str>>,
     metrics: Metrics,
+    /// Records were finished since readiness was looked at.
+    finished: bool,
+    /// A commit was asked for and not yet answered.
+    committing: bool,
 }
 
 impl<M: Mailboxes, H: Handoff> Service<M, H> {
@@ -111,10 +124,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let mut workers = JoinSet::new();
         workers.spawn(hand_on(handoff.clone(), handoff_out));
         let flow = Flow::new(&config, &mailboxes, outbox, lane_events, metrics, &mut workers)?;
-        let conditions = Conditions {
-            kafka: context.health.condition("kafka"),
-            redis: context.health.condition("redis"),
-        };
+        let conditions = Conditions::new(&config, context);
         let timers = Timers::new(Instant::now());
         Ok(Self { config, mailboxes, handoff, producer, flow, events, workers, conditions, timers })
     }
@@ -178,9 +188,14 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             Event::Committed(result) => {
                 let outcome = if result.is_ok() { "done" } else { "failed" };
                 self.flow.metrics.commits.with_label_values(&[outcome]).inc();
-                if let Err(error) = result {
-                    tracing::warn!(%error, "commit failed, trying again");
-                    self.flow.partitions.uncommit();
+                self.flow.committing = false;
+                match result {
+                    Ok(()) => self.conditions.commits.ready(),
+                    Err(error) => {
+                        tracing::warn!(%error, "commit failed, trying again");
+                        self.conditions.commits.failing(error.to_string());
+                        self.flow.partitions.uncommit();
+                    }
                 }
             }
             Event::Trouble(error) => {
@@ -199,6 +214,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                     self.flow.partitions.finish(flight);
                 }
                 self.flow.uncount(&flights);
+                self.flow.finished = true;
             }
             Some(LaneEvent::Gap { reading, shard, back_to }) => {
                 let dropped = self.flow.partitions.gap(&reading, shard, back_to);
@@ -280,14 +296,19 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         if self.timers.commit <= now {
             self.timers.commit = now + Duration::from_millis(self.config.commit_interval_ms);
             let commits = self.flow.partitions.take_commits();
-            if !commits.is_empty()
-                && let Err(error) = consumer.commit(&commits)
-            {
+            if commits.is_empty() {
+                if !self.flow.committing {
+                    self.conditions.commits.ready();
+                }
+            } else if let Err(error) = consumer.commit(&commits) {
                 tracing::warn!(%error, "cannot commit");
                 self.flow.partitions.uncommit();
+            } else {
+                self.flow.committing = true;
             }
             self.flow.show(consumer);
         }
+        self.look(now);
         self.refresh(consumer, now);
         self.watch_redis(now).await;
     }
@@ -315,6 +336,18 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             Some(Ok(Err(error))) => self.conditions.kafka.failing(error.to_string()),
             _ => {}
+        }
+    }
+
+    /// Says that the loop turns, and whether what was taken moves on.
+    fn look(&mut self, now: Instant) {
+        if self.timers.look > now {
+            return;
+        }
+        self.timers.look = now + LOOK;
+        self.conditions.consumer.ready();
+        if std::mem::take(&mut self.flow.finished) || self.flow.partitions.unfinished() == 0 {
+            self.conditions.records.ready();
         }
     }
 
@@ -403,9 +436,31 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     }
 }
 
+impl Conditions {
+    fn new(config: &Config, context: &Context) -> Self {
+        let refresh = Duration::from_millis(config.topic_refresh_ms);
+        let kafka = context.stalled_after + refresh;
+        Self {
+            kafka: context.health.lapsing("kafka", "answer of a broker", kafka),
+            redis: context.progress("redis", "answer"),
+            consumer: context.progress("consumer", "poll"),
+            records: context.progress("records", "record finished of those in flight"),
+            commits: context.progress("commits", "commit"),
+        }
+    }
+}
+
 impl Timers {
     fn new(now: Instant) -> Self {
-        Self { commit: now, refresh: now, ping: now, ids: None, pong: None, assign: None }
+        Self {
+            commit: now,
+            refresh: now,
+            ping: now,
+            look: now,
+            ids: None,
+            pong: None,
+            assign: None,
+        }
     }
 }
 
@@ -460,6 +515,8 @@ impl Flow {
             away,
             topics: config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect(),
             metrics,
+            finished: false,
+            committing: false,
         })
     }
 

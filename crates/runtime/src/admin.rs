@@ -1,55 +1,95 @@
-//! `/metrics`, `/healthz` and `/readyz` of a role.
+//! `/metrics`, `/healthz` and `/readyz` of a role, on a thread of their own: they answer, and say so,
+//! when nothing else in the process does.
+
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use prometheus::{Encoder as _, TextEncoder};
+use tokio::runtime::Builder;
+use tokio::time::{MissedTickBehavior, interval};
 
-use crate::{AdminConfig, Context};
+use crate::{AdminConfig, Condition, Context};
 
-/// Binds and serves in a task of its own, until the process ends: metrics are wanted to the last.
+/// How often the role's runtime shows that it runs tasks, and the conditions are looked at for the log.
+const BEAT: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Binds, and serves on a thread of its own until the process ends: metrics are wanted to the last.
+/// To be called on the runtime that the role runs on, which it watches.
 ///
 /// # Errors
-/// The address cannot be bound.
-pub(crate) async fn serve(
-    config: &AdminConfig,
-    role: &'static str,
-    context: &Context,
-) -> std::io::Result<()> {
-    let listener = tokio::net::TcpListener::bind(config.listen).await?;
+/// The address cannot be bound, or no thread can be started.
+pub fn serve(config: &AdminConfig, role: &'static str, context: &Context) -> std::io::Result<()> {
+    let listener = std::net::TcpListener::bind(config.listen)?;
+    listener.set_nonblocking(true)?;
     context.announce("admin", listener.local_addr()?);
-    register_process(context, role);
-    let app = router(context.clone());
+    register(context, role);
+    let blocked_after = Duration::from_secs(config.blocked_after_seconds);
+    let runtime = context.health.lapsing("runtime", "heartbeat of the runtime", blocked_after);
+    tokio::spawn(beat(runtime.vital()));
+    let context = context.clone();
+    let own = Builder::new_current_thread().enable_all().build()?;
+    let thread = std::thread::Builder::new().name("admin".into());
+    thread.spawn(move || own.block_on(run(listener, context)))?;
+    Ok(())
+}
+
+async fn run(listener: std::net::TcpListener, context: Context) {
+    let health = context.health.clone();
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, app).await {
-            tracing::error!(%error, "admin endpoint stopped");
+        let mut look = interval(LOOK);
+        loop {
+            look.tick().await;
+            // It logs what has changed.
+            health.not_ready();
         }
     });
-    Ok(())
+    let served = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => axum::serve(listener, router(context)).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = served {
+        tracing::error!(%error, "admin endpoint stopped");
+    }
+}
+
+async fn beat(runtime: Condition) {
+    let mut beat = interval(BEAT);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        beat.tick().await;
+        runtime.ready();
+    }
 }
 
 fn router(context: Context) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(context)
 }
 
-/// CPU, memory, open files and start time of the process, and which build it is.
-fn register_process(context: &Context, role: &'static str) {
+/// CPU, memory, open files and start time of the process, which build it is, and its conditions.
+fn register(context: &Context, role: &'static str) {
     let process = prometheus::process_collector::ProcessCollector::for_self();
     let build = prometheus::IntGauge::with_opts(
         prometheus::Opts::new("barid_build_info", "1, with the role and version as labels")
             .const_label("role", role)
             .const_label("version", env!("CARGO_PKG_VERSION")),
     );
-    let registered = context.metrics.register(Box::new(process)).and_then(|()| {
-        let build = build?;
-        build.set(1);
-        context.metrics.register(Box::new(build))
-    });
+    let registered = context
+        .metrics
+        .register(Box::new(process))
+        .and_then(|()| context.metrics.register(Box::new(context.health.clone())))
+        .and_then(|()| {
+            let build = build?;
+            build.set(1);
+            context.metrics.register(Box::new(build))
+        });
     if let Err(error) = registered {
         tracing::warn!(%error, "process metrics are missing");
     }
@@ -63,15 +103,78 @@ async fn metrics(State(context): State<Context>) -> Result<Vec<u8>, (StatusCode,
     Ok(text)
 }
 
+/// 200 unless only a restart helps; else 503, a line a reason.
+async fn healthz(State(context): State<Context>) -> (StatusCode, String) {
+    answer(&context.health.dying(), "ok")
+}
+
 /// 200 when every condition holds and the role is not draining; else 503, a line a reason.
 async fn readyz(State(context): State<Context>) -> (StatusCode, String) {
     let mut reasons = context.health.not_ready();
     if context.shutdown.is_draining() {
         reasons.push(("draining", "told to stop".into()));
     }
+    answer(&reasons, "ready")
+}
+
+fn answer(reasons: &[(&str, String)], good: &str) -> (StatusCode, String) {
     if reasons.is_empty() {
-        return (StatusCode::OK, "ready\n".into());
+        return (StatusCode::OK, format!("{good}\n"));
     }
     let lines = reasons.iter().map(|(name, reason)| format!("{name}: {reason}\n")).collect();
     (StatusCode::SERVICE_UNAVAILABLE, lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+    use std::time::Instant;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    async fn ask(admin: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    async fn until(admin: SocketAddr, path: &str, part: &str) {
+        let begun = Instant::now();
+        loop {
+            let answer = ask(admin, path).await;
+            if answer.contains(part) {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "{path}: {answer}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_blocked_runtime_fails_liveness_until_it_runs_again() {
+        let role = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let context = Context::new();
+        let config = AdminConfig { blocked_after_seconds: 1, ..Default::default() };
+        {
+            let _on_it = role.enter();
+            serve(&config, "test", &context).unwrap();
+        }
+        context.announce_done();
+        let admin = context.announcements().wait().await["admin"];
+        until(admin, "/healthz", "200 OK").await;
+        let (unblock, blocked) = std::sync::mpsc::sync_channel::<()>(1);
+        role.spawn(async move { blocked.recv() });
+        until(admin, "/healthz", "503 Service Unavailable").await;
+        let reason = "runtime: no heartbeat of the runtime for";
+        assert!(ask(admin, "/healthz").await.contains(reason));
+        assert!(ask(admin, "/readyz").await.contains(reason));
+        assert!(ask(admin, "/metrics").await.contains("barid_ready{condition=\"runtime\"} 0"));
+        unblock.send(()).unwrap();
+        until(admin, "/healthz", "200 OK").await;
+        until(admin, "/readyz", "200 OK").await;
+        role.shutdown_background();
+    }
 }

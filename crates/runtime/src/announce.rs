@@ -37,6 +37,11 @@ impl Announcements {
         Ok(())
     }
 
+    /// Where a listener is bound, if it is yet.
+    pub fn get(&self, listener: &str) -> Option<SocketAddr> {
+        self.addresses.lock().get(listener).copied()
+    }
+
     /// Waits until everything is bound, and tells where.
     pub async fn wait(&self) -> BTreeMap<&'static str, SocketAddr> {
         // The sender lives in self, so waiting cannot fail.

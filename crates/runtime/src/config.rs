@@ -52,11 +52,33 @@ pub struct AdminConfig {
     /// Where `/metrics`, `/healthz` and `/readyz` are served. They carry no secrets and ask for
     /// none: do not expose them beyond your own network.
     pub listen: SocketAddr,
+    /// `/readyz` fails when a loop of the role has shown no progress for so long.
+    pub stalled_after_seconds: u64,
+    /// `/healthz` fails when the process has run none of its tasks for so long.
+    pub blocked_after_seconds: u64,
+}
+
+impl AdminConfig {
+    /// On this port of this machine.
+    pub fn local(port: u16) -> Self {
+        let listen = SocketAddr::from(([127, 0, 0, 1], port));
+        Self { listen, stalled_after_seconds: 15, blocked_after_seconds: 30 }
+    }
+
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        match (self.stalled_after_seconds, self.blocked_after_seconds) {
+            (0, _) => Err("admin.stalled_after_seconds must be above zero".into()),
+            (_, 0) => Err("admin.blocked_after_seconds must be above zero".into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Default for AdminConfig {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 0)) }
+        Self::local(0)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What every role needs and no role is about: configuration, logs, metrics, health, admin
 //! endpoints, signals and draining. No domain.
 
-mod admin;
+pub mod admin;
 mod announce;
 pub mod config;
 mod health;
@@ -11,6 +11,7 @@ mod main_role;
 mod secret_url;
 mod shutdown;
 pub mod telemetry;
+mod until_there;
 
 pub use announce::Announcements;
 pub use config::{AdminConfig, Common, HasCommon, LogConfig, LogFormat};
@@ -23,6 +24,7 @@ pub use shutdown::Shutdown;
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,22 +78,30 @@ pub struct Context {
     pub metrics: prometheus::Registry,
     /// Its conditions of readiness.
     pub health: Health,
+    /// For how long a loop of the role may show no progress until its condition fails.
+    pub stalled_after: Duration,
     announcements: Announcements,
 }
 
 impl Context {
     /// A context of its own, as each role of `barid dev` and of tests has.
     pub fn new() -> Self {
-        Self::with_ready_file(None)
+        Self::of(&AdminConfig::default(), None)
     }
 
-    fn with_ready_file(ready_file: Option<std::path::PathBuf>) -> Self {
+    fn of(admin: &AdminConfig, ready_file: Option<std::path::PathBuf>) -> Self {
         Self {
             shutdown: Shutdown::new(),
             metrics: prometheus::Registry::new(),
             health: Health::new(),
+            stalled_after: Duration::from_secs(admin.stalled_after_seconds),
             announcements: Announcements::new(ready_file),
         }
+    }
+
+    /// A condition of readiness that `deed` has to keep true: see [`Health::lapsing`].
+    pub fn progress(&self, name: &'static str, deed: &'static str) -> Condition {
+        self.health.lapsing(name, deed, self.stalled_after)
     }
 
     /// Tells where a listener was bound (`grpc`, `ws`, …).

@@ -47,12 +47,12 @@ pub fn main<R: Role>() -> ExitCode {
 
 async fn serve<R: Role>(config: R::Config) -> ExitCode {
     let common = config.common().to_owned();
-    let context = Context::with_ready_file(common.ready_file.clone());
+    let context = Context::of(&common.admin, common.ready_file.clone());
     let signals = match Signals::new() {
         Ok(signals) => signals,
         Err(error) => return fail(EXIT_FAILED, &format!("cannot listen for signals: {error}")),
     };
-    if let Err(error) = admin::serve(&common.admin, R::NAME, &context).await {
+    if let Err(error) = admin::serve(&common.admin, R::NAME, &context) {
         let listen = common.admin.listen;
         return fail(EXIT_FAILED, &format!("cannot listen on admin.listen {listen}: {error}"));
     }

@@ -328,6 +328,11 @@ impl Connected {
         Effect::Skip { to: Mark { seq, chain }, why: SkipReason::Unspecified }
     }
 
+    /// Messages that were written and not acknowledged.
+    pub fn unacked(&self) -> usize {
+        self.window.len()
+    }
+
     /// The device acknowledged. `done` is told of each message that was first written from a push.
     pub fn ack(
         &mut self,

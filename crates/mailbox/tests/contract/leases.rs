@@ -24,6 +24,7 @@ fn record(id: &str, role: NodeRole) -> NodeRecord {
         load: 0,
         draining: false,
         zone: "riyadh".into(),
+        admin: "127.0.0.1:7082".into(),
     }
 }
 

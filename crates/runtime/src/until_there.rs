@@ -1,0 +1,80 @@
+//! Waiting at start for what a role needs.
+
+use std::time::Duration;
+
+use barid_core::Backoff;
+use tokio::time::sleep;
+
+use crate::{Condition, Context};
+
+impl Context {
+    /// Tries until what a role needs is there; `condition` says meanwhile what is missing. Only
+    /// errors that `is_away` knows are waited for. `None`: the role was told to drain first, and has
+    /// nothing to finish. An attempt that is under way is never cancelled.
+    ///
+    /// # Errors
+    /// The first error that waiting does not help against.
+    pub async fn until_there<T, E, F>(
+        &self,
+        condition: &Condition,
+        is_away: impl Fn(&E) -> bool,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<Option<T>, E>
+    where
+        E: std::fmt::Display,
+        F: Future<Output = Result<T, E>>,
+    {
+        let mut failures = 0;
+        while !self.shutdown.is_draining() {
+            match attempt().await {
+                Err(error) if is_away(&error) => {
+                    tracing::warn!(%error, "waiting for {}", condition.name());
+                    condition.failing(error.to_string());
+                }
+                done => return done.map(Some),
+            }
+            tokio::select! {
+                () = sleep(pauses().delay(failures)) => failures = failures.saturating_add(1),
+                () = self.shutdown.draining() => {}
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Between two attempts.
+fn pauses() -> Backoff {
+    Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
+        .expect("constants in range")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_away(error: &&str) -> bool {
+        *error == "away"
+    }
+
+    #[tokio::test]
+    async fn waits_for_what_is_away_and_for_nothing_else() {
+        let context = Context::new();
+        let redis = context.health.condition("redis");
+        let mut answers = vec![Ok(7), Err("away"), Err("away")];
+        let there =
+            context.until_there(&redis, is_away, || std::future::ready(answers.pop().unwrap()));
+        assert_eq!(there.await, Ok(Some(7)));
+        assert_eq!(context.health.not_ready(), [("redis", "away".to_owned())]);
+        let refused = context.until_there(&redis, is_away, || async { Err::<u8, _>("refused") });
+        assert_eq!(refused.await, Err("refused"));
+    }
+
+    #[tokio::test]
+    async fn draining_ends_the_wait() {
+        let context = Context::new();
+        let redis = context.health.condition("redis");
+        let waiting = context.until_there(&redis, is_away, || async { Err::<u8, _>("away") });
+        let draining = async { context.shutdown.begin(Duration::from_secs(1)) };
+        assert_eq!(tokio::join!(waiting, draining).0, Ok(None));
+    }
+}
