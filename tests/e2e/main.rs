@@ -15,5 +15,6 @@ mod resends;
 mod restarts;
 mod sessions;
 mod storm;
+mod top;
 mod trial;
 mod wedges;

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{dev, inspect, listen, send, token};
+use crate::{dev, inspect, listen, send, token, top};
 
 /// Barid, a push cluster: from Kafka to devices, in order, once, or kept until they return.
 #[derive(Debug, Parser)]
@@ -10,7 +10,7 @@ use crate::{dev, inspect, listen, send, token};
     version,
     disable_help_subcommand = true,
     after_help = "While `barid dev` runs, the other commands find it by themselves.\n\
-                  Otherwise they take BARID_BROKERS, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
+                  Otherwise they take BARID_BROKERS, BARID_ADMIN, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
                   or the options of the same names."
 )]
 pub struct Cli {
@@ -32,6 +32,8 @@ pub enum Command {
     Listen(listen::Args),
     /// Make a token for a device
     Token(token::Args),
+    /// Show live how a cluster fares: rates, hops, lags, nodes, problems
+    Top(top::Args),
     /// Show what the cluster holds
     #[command(subcommand)]
     Inspect(Inspect),

@@ -70,6 +70,7 @@ struct Ready<'a> {
     url: &'a str,
     brokers: &'a str,
     redis: &'a str,
+    admin: &'a [String],
     elapsed_ms: u64,
 }
 
@@ -128,6 +129,7 @@ async fn work(
         brokers: ground.kafka.brokers.join(","),
         redis: ground.redis.url.expose().to_owned(),
         url: format!("ws://{access}"),
+        admin: cluster.admins().iter().map(ToString::to_string).collect(),
         key_id: KEY_ID.into(),
         secret: key.secret.expose().to_owned(),
     };
@@ -138,12 +140,18 @@ async fn work(
         url: &state.url,
         brokers: &state.brokers,
         redis: &ground.redis.url.to_string(),
+        admin: &state.admin,
         elapsed_ms,
     };
     out.either(&ready, || {
         let note = format!("all four roles ready after {elapsed_ms} ms");
         fact(out, "access", &state.url, &note)
     })?;
+    if !out.is_json() {
+        let ports: Vec<String> = cluster.admins().iter().map(|a| a.port().to_string()).collect();
+        let value = format!("http://127.0.0.1:{{{}}}", ports.join(","));
+        out.line(fact(out, "admin", &value, "/metrics, /healthz, /readyz"))?;
+    }
     demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await?;
     if args.once {
         return Ok(());
@@ -242,6 +250,7 @@ fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
     out.line(format_args!("\n{}", out.paint(Tone::Strong, "Your turn, in two other terminals")))?;
     out.line(format_args!("  {barid} listen --user alice"))?;
     out.line(format_args!("  {barid} send --user alice \"hello\" --wait accepted,acked"))?;
+    out.line(format_args!("  {barid} top"))?;
     out.line(format_args!("{}", faint("Or with any Kafka client:")))?;
     let record = r#"{"id":"k-1","app":"demo","to":{"user":"alice"},"text":"hello from kcat"}"#;
     out.line(format_args!("  echo '{record}' | kcat -P -b {} -t barid.push", state.brokers))?;

@@ -9,6 +9,7 @@ mod receipts;
 mod send;
 mod state;
 mod token;
+mod top;
 mod values;
 
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
         Command::Token(args) => token::run(&args, out),
+        Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
     }
 }

@@ -30,6 +30,12 @@ impl Output {
         Self { json, colour: !json && !plain && io::stdout().is_terminal() }
     }
 
+    /// For people, without colour.
+    #[cfg(test)]
+    pub fn plain() -> Self {
+        Self { json: false, colour: false }
+    }
+
     /// Whether programs read it.
     pub fn is_json(self) -> bool {
         self.json

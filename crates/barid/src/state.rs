@@ -19,6 +19,9 @@ pub struct DevState {
     pub redis: String,
     /// The access node.
     pub url: String,
+    /// The admin endpoints of its roles.
+    #[serde(default)]
+    pub admin: Vec<String>,
     /// The name of the key.
     pub key_id: String,
     /// The key.

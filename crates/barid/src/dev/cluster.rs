@@ -4,14 +4,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context as _, anyhow, bail};
 use barid_access::Access;
 use barid_bus::KafkaConfig;
 use barid_delayer::Delayer;
 use barid_dispatcher::Dispatcher;
 use barid_mailbox::RedisConfig;
 use barid_purger::Purger;
-use barid_runtime::{Context, Role, RunError, Stopped};
+use barid_runtime::{AdminConfig, Context, HasCommon as _, Role, RunError, Stopped, admin};
 use futures::future::select_all;
 use serde::Serialize;
 use tokio::task::JoinHandle;
@@ -134,6 +134,12 @@ impl Cluster {
         }
     }
 
+    /// Where the roles' admin endpoints are.
+    pub fn admins(&self) -> Vec<SocketAddr> {
+        let admin = |role: &Running| role.context.announcements().get("admin");
+        self.roles.iter().filter_map(admin).collect()
+    }
+
     /// Waits until a role ends, which none should by itself.
     pub async fn failed(&mut self) -> anyhow::Result<()> {
         let tasks: Vec<_> = self.roles.iter_mut().map(|role| &mut role.task).collect();
@@ -174,8 +180,17 @@ impl Cluster {
 fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
     R::check(&config).map_err(|problem| anyhow!("{}: {problem}", R::NAME))?;
     let context = Context::new();
+    serve_admin(config.common().admin, R::NAME, &context)
+        .with_context(|| format!("{}: no admin endpoint", R::NAME))?;
     let task = tokio::spawn(R::run(config, context.clone()));
     Ok(Running { name: R::NAME, context, task })
+}
+
+/// On the role's usual port, or on any where somebody else has it.
+fn serve_admin(usual: AdminConfig, role: &'static str, context: &Context) -> std::io::Result<()> {
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    admin::serve(&usual, role, context)
+        .or_else(|_| admin::serve(&AdminConfig { listen: any, ..usual }, role, context))
 }
 
 /// Whether the streams to other roles are open, where a role has such.

@@ -1,0 +1,215 @@
+//! `barid top`: how a running cluster fares, live.
+
+mod sample;
+mod scrape;
+mod show;
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use barid_mailbox::{Mailbox, NodeRecord, RedisConfig};
+use barid_runtime::SecretUrl;
+use futures::future::join_all;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use crate::output::{Output, span};
+use crate::state::DevState;
+use crate::values;
+use sample::{Memory, Sample};
+
+/// Where the roles listen if nothing else is configured: purger, dispatcher, delayer, access.
+const USUAL: [&str; 4] = ["127.0.0.1:7102", "127.0.0.1:7092", "127.0.0.1:7112", "127.0.0.1:7082"];
+/// For reading the leases.
+const LEASES_LIMIT: Duration = Duration::from_secs(2);
+/// Where neither the terminal nor anybody else says how large it is.
+const SIZE: (usize, usize) = (80, 1_000);
+
+/// Options of `barid top`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Admin endpoints of roles (several, or with commas between) [default: those of the running
+    /// `barid dev`, else the usual ports of this machine]
+    #[arg(long, value_name = "HOST:PORT", env = "BARID_ADMIN", value_delimiter = ',')]
+    pub admin: Vec<String>,
+    /// Redis, whose leases tell of access nodes and dispatchers: redis://HOST:PORT
+    #[arg(long, env = "BARID_REDIS", value_name = "URL", hide_env_values = true)]
+    pub redis: Option<String>,
+    /// It is a Redis Cluster
+    #[arg(long)]
+    pub redis_cluster: bool,
+    /// How many shards the cluster was created with
+    #[arg(long, default_value_t = 64)]
+    pub shards: u32,
+    /// How often to look
+    #[arg(long, default_value = "1s", value_parser = values::duration)]
+    pub interval: Duration,
+    /// Look twice, show how things stand, and exit: 0, or 1 if no endpoint answered
+    #[arg(long)]
+    pub once: bool,
+}
+
+/// Where to look.
+struct Places {
+    /// Endpoints that were named; those that do not answer are a problem.
+    named: Vec<String>,
+    /// Endpoints that may be there.
+    usual: &'static [&'static str],
+    redis: Option<RedisConfig>,
+    mailbox: Option<Mailbox>,
+}
+
+/// Shows until Ctrl-C, or once.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let mut places = Places::of(&args)?;
+    let mut memory = Memory::default();
+    let mut looks = interval(args.interval.max(Duration::from_millis(100)));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let every = span(args.interval.as_millis() as u64);
+    if args.once {
+        looks.tick().await;
+        places.look(&mut memory).await;
+        looks.tick().await;
+        let sample = places.look(&mut memory).await;
+        print(&sample, &every, out)?;
+        return Ok(if sample.roles.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+    }
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let screen = (!out.is_json() && io::stdout().is_terminal()).then(Screen::open).transpose()?;
+    let showing = async {
+        loop {
+            looks.tick().await;
+            let sample = places.look(&mut memory).await;
+            match &screen {
+                Some(screen) => screen.draw(&sample, &every, out)?,
+                None => print(&sample, &every, out)?,
+            }
+        }
+    };
+    tokio::select! {
+        ended = showing => ended,
+        _ = interrupt.recv() => Ok(ExitCode::SUCCESS),
+        _ = terminate.recv() => Ok(ExitCode::SUCCESS),
+    }
+}
+
+impl Places {
+    fn of(args: &Args) -> anyhow::Result<Self> {
+        let dev = DevState::running()?;
+        let of_dev = dev.as_ref().map(|dev| dev.admin.clone()).unwrap_or_default();
+        let named = if args.admin.is_empty() { of_dev } else { args.admin.clone() };
+        let url = args.redis.clone().or(dev.map(|dev| dev.redis));
+        let redis = url.map(|url| RedisConfig {
+            url: SecretUrl::new(url),
+            cluster: args.redis_cluster,
+            shards: args.shards,
+            ..Default::default()
+        });
+        let usual: &[&str] = if named.is_empty() { &USUAL } else { &[] };
+        Ok(Self { named, usual, redis, mailbox: None })
+    }
+
+    /// Looks at every endpoint that is named, told by a lease, or there as usual.
+    async fn look(&mut self, memory: &mut Memory) -> Sample {
+        let nodes = self.nodes().await;
+        let mut addresses = self.named.clone();
+        for node in nodes.iter().flatten().filter(|node| !node.admin.is_empty()) {
+            if !addresses.contains(&node.admin) {
+                addresses.push(node.admin.clone());
+            }
+        }
+        let maybe = self.usual.iter().map(|usual| (*usual).to_owned());
+        let maybe: Vec<String> = maybe.filter(|usual| !addresses.contains(usual)).collect();
+        let required = addresses.len();
+        addresses.extend(maybe);
+        let looks = addresses.into_iter().enumerate().map(|(index, address)| async move {
+            let look = scrape::scrape(&address).await;
+            (index < required || look.is_ok()).then_some((address, look))
+        });
+        let mut looks: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
+        if looks.is_empty() {
+            let hint = "nobody answers: name admin endpoints with --admin HOST:PORT";
+            looks.push((self.usual.join(", "), Err(anyhow::anyhow!(hint))));
+        }
+        memory.take(looks, nodes)
+    }
+
+    /// The leases; empty where no Redis is known.
+    async fn nodes(&mut self) -> Result<Vec<NodeRecord>, String> {
+        let Some(config) = &self.redis else { return Ok(Vec::new()) };
+        let reading = async {
+            let mailbox = match &self.mailbox {
+                Some(mailbox) => mailbox.clone(),
+                None => Mailbox::open(config, &barid_runtime::Context::new().metrics).await?,
+            };
+            let nodes = mailbox.nodes().await?;
+            Ok::<_, barid_mailbox::Error>((mailbox, nodes))
+        };
+        match timeout(LEASES_LIMIT, reading).await {
+            Ok(Ok((mailbox, nodes))) => {
+                self.mailbox = Some(mailbox);
+                Ok(nodes)
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("redis does not answer within {} s", LEASES_LIMIT.as_secs())),
+        }
+    }
+}
+
+/// One sample below the other.
+fn print(sample: &Sample, every: &str, out: Output) -> io::Result<()> {
+    if out.is_json() {
+        return out.object(sample);
+    }
+    let (columns, _) = size().unwrap_or(SIZE);
+    for line in show::lines(sample, columns, SIZE.1, every, out) {
+        out.line(line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// Columns and rows of the terminal, if it is one.
+fn size() -> Option<(usize, usize)> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    let (columns, rows) = (usize::from(size.ws_col), usize::from(size.ws_row));
+    (columns > 0 && rows > 0).then_some((columns, rows))
+}
+
+/// The terminal's second screen; the first one is as it was when this is dropped.
+struct Screen;
+
+impl Screen {
+    fn open() -> io::Result<Self> {
+        write("\x1b[?1049h\x1b[?25l")?;
+        Ok(Self)
+    }
+
+    fn draw(&self, sample: &Sample, every: &str, out: Output) -> io::Result<()> {
+        let (columns, rows) = size().unwrap_or((SIZE.0, 24));
+        // Overwritten in place, so that nothing flickers; the rest of each line and of the screen goes.
+        let mut frame = String::from("\x1b[H");
+        let lines = show::lines(sample, columns, rows, every, out);
+        let count = lines.len();
+        for (index, line) in lines.into_iter().enumerate() {
+            frame += &line;
+            frame += if index + 1 < count { "\x1b[K\r\n" } else { "\x1b[K" };
+        }
+        frame += "\x1b[J";
+        write(&frame)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        // A terminal that is gone needs nothing.
+        let _ = write("\x1b[?25h\x1b[?1049l");
+    }
+}
+
+fn write(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}

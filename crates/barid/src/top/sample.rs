@@ -1,0 +1,339 @@
+//! What several looks at all endpoints say together.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use barid_mailbox::{NodeRecord, NodeRole};
+use serde::Serialize;
+
+use super::scrape::{Histogram, Metrics, Scrape};
+use crate::values;
+
+/// Looks that are remembered of each endpoint; hops are those between the first and the last.
+const LOOKS: usize = 11;
+
+/// The hops in the order of a message's way; those that nobody knows here come last.
+const HOPS: [&str; 7] = [
+    "produced_taken",
+    "taken_accepted",
+    "accepted_dispatched",
+    "dispatched_written",
+    "written_acked",
+    "produced_written",
+    "produced_acked",
+];
+
+/// What `barid top` shows.
+#[derive(Debug, Serialize)]
+pub struct Sample {
+    pub event: &'static str,
+    pub at_ms: u64,
+    pub rates: Rates,
+    pub hops: Vec<Hop>,
+    pub lags: Lags,
+    pub roles: Vec<RoleState>,
+    pub nodes: Vec<NodeState>,
+    pub problems: Vec<Problem>,
+}
+
+/// Messages a second since the look before.
+#[derive(Debug, Default, Serialize)]
+pub struct Rates {
+    pub taken_per_s: f64,
+    pub accepted_per_s: f64,
+    pub written_per_s: f64,
+    pub acked_per_s: f64,
+    pub resent_per_s: f64,
+    pub refused_per_s: f64,
+}
+
+/// One hop of the last seconds.
+#[derive(Debug, Serialize)]
+pub struct Hop {
+    pub hop: String,
+    pub count: u64,
+    pub p50_ms: Option<f64>,
+    pub p99_ms: Option<f64>,
+    /// None passed in the last seconds: these are all since the roles started.
+    pub since_start: bool,
+}
+
+/// What waits.
+#[derive(Debug, Default, Serialize)]
+pub struct Lags {
+    pub kafka_records: u64,
+    pub in_flight_records: u64,
+    /// How late the timers were that were claimed last.
+    pub timers_late_ms: u64,
+    pub timers_claimed: u64,
+    pub queued_bytes: u64,
+    pub shards_away: u64,
+}
+
+/// One process.
+#[derive(Debug, Serialize)]
+pub struct RoleState {
+    pub role: String,
+    pub admin: String,
+    pub ready: bool,
+    /// Of one core.
+    pub cpu_percent: f64,
+    pub memory_bytes: u64,
+}
+
+/// One lease.
+#[derive(Debug, Serialize)]
+pub struct NodeState {
+    pub node: String,
+    pub role: &'static str,
+    pub state: &'static str,
+    pub sessions: u64,
+    pub address: String,
+    pub zone: String,
+}
+
+/// Something that is wrong.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// Who says it.
+    pub of: String,
+    pub problem: String,
+}
+
+/// Remembers the last looks.
+#[derive(Default)]
+pub struct Memory {
+    looks: BTreeMap<String, VecDeque<Scrape>>,
+}
+
+/// The last two looks at an endpoint.
+struct Pair<'a> {
+    now: &'a Scrape,
+    before: Option<&'a Scrape>,
+}
+
+impl Pair<'_> {
+    /// How much faster than not at all `of` grows.
+    fn rate(&self, of: impl Fn(&Metrics) -> f64) -> f64 {
+        let Some(before) = self.before else { return 0.0 };
+        let (now, then) = (of(&self.now.metrics), of(&before.metrics));
+        let seconds = (self.now.at - before.at).as_secs_f64();
+        // A process that started anew begins at zero.
+        let grown = if now >= then { now - then } else { now };
+        if seconds > 0.0 { grown / seconds } else { 0.0 }
+    }
+}
+
+impl Memory {
+    /// Takes in a look at every endpoint and the leases; tells how things stand.
+    pub fn take(
+        &mut self,
+        looks: Vec<(String, anyhow::Result<Scrape>)>,
+        nodes: Result<Vec<NodeRecord>, String>,
+    ) -> Sample {
+        let mut problems = Vec::new();
+        self.looks.retain(|known, _| looks.iter().any(|(address, _)| address == known));
+        for (address, look) in looks {
+            match look {
+                Ok(scrape) => {
+                    let kept = self.looks.entry(address).or_default();
+                    kept.truncate(LOOKS - 1);
+                    kept.push_front(scrape);
+                }
+                Err(error) => {
+                    self.looks.remove(&address);
+                    problems.push(Problem { of: address, problem: format!("{error:#}") });
+                }
+            }
+        }
+        let (nodes, unread) = match nodes {
+            Ok(nodes) => (nodes, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        problems.extend(unread.map(|problem| Problem { of: "leases".into(), problem }));
+        let lags = self.lags();
+        problems.extend(self.not_ready());
+        if lags.shards_away > 0 {
+            let problem = format!("{} shards are away", lags.shards_away);
+            problems.push(Problem { of: "purger".into(), problem });
+        }
+        Sample {
+            event: "sample",
+            at_ms: values::now_ms(),
+            rates: self.rates(),
+            hops: self.hops(),
+            lags,
+            roles: self.roles(),
+            nodes: nodes.iter().map(node).collect(),
+            problems,
+        }
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = (&String, Pair<'_>)> {
+        self.looks.iter().filter_map(|(address, looks)| {
+            Some((address, Pair { now: looks.front()?, before: looks.get(1) }))
+        })
+    }
+
+    fn rates(&self) -> Rates {
+        let rate = |of: &dyn Fn(&Metrics) -> f64| self.pairs().map(|(_, pair)| pair.rate(of)).sum();
+        let sum = |name: &'static str| rate(&move |metrics| metrics.sum(name));
+        Rates {
+            taken_per_s: sum("barid_purger_records_taken_total"),
+            accepted_per_s: rate(&|m| {
+                m.sum_of("barid_purger_messages_total", "outcome", "accepted")
+            }),
+            written_per_s: sum("barid_access_delivered_total"),
+            acked_per_s: sum("barid_access_acked_total"),
+            resent_per_s: sum("barid_access_resends_total"),
+            refused_per_s: sum("barid_purger_records_refused_total"),
+        }
+    }
+
+    fn hops(&self) -> Vec<Hop> {
+        let mut recent: BTreeMap<String, Histogram> = BTreeMap::new();
+        let mut all = recent.clone();
+        for looks in self.looks.values() {
+            let (Some(now), Some(then)) = (looks.front(), looks.back()) else { continue };
+            let mut before = then.metrics.histograms("barid_hop_seconds", "hop");
+            for (hop, histogram) in now.metrics.histograms("barid_hop_seconds", "hop") {
+                let since = histogram.since(&before.remove(&hop).unwrap_or_default());
+                recent.entry(hop.clone()).or_default().add(&since);
+                all.entry(hop).or_default().add(&histogram);
+            }
+        }
+        let hops = recent.into_iter().map(|(name, recent)| {
+            let since_start = recent.count() == 0.0;
+            let of = if since_start { all.remove(&name).unwrap_or_default() } else { recent };
+            let ms = |share| of.quantile(share).map(|seconds| round(seconds * 1e3, 1e3));
+            let (p50_ms, p99_ms) = (ms(0.5), ms(0.99));
+            Hop { hop: name, count: of.count() as u64, p50_ms, p99_ms, since_start }
+        });
+        let mut hops: Vec<Hop> = hops.collect();
+        let place = |hop: &Hop| HOPS.iter().position(|known| *known == hop.hop);
+        hops.sort_by_key(|hop| place(hop).unwrap_or(HOPS.len()));
+        hops
+    }
+
+    fn lags(&self) -> Lags {
+        let sum = |name| self.pairs().map(|(_, pair)| pair.now.metrics.sum(name)).sum::<f64>();
+        let max = |name| {
+            let each = self.pairs().map(|(_, pair)| pair.now.metrics.sum(name));
+            each.fold(0.0, f64::max)
+        };
+        Lags {
+            kafka_records: sum("barid_purger_lag_records") as u64,
+            in_flight_records: sum("barid_purger_in_flight_records") as u64,
+            timers_late_ms: (max("barid_delayer_late_seconds") * 1e3) as u64,
+            timers_claimed: sum("barid_delayer_claims") as u64,
+            queued_bytes: sum("barid_access_queued_bytes") as u64,
+            shards_away: max("barid_purger_shards_away") as u64,
+        }
+    }
+
+    fn roles(&self) -> Vec<RoleState> {
+        let mut roles: Vec<RoleState> = self
+            .pairs()
+            .map(|(address, pair)| RoleState {
+                role: pair.now.metrics.role().unwrap_or_default().to_owned(),
+                admin: address.clone(),
+                ready: pair.now.not_ready.is_empty(),
+                cpu_percent: round(100.0 * self.cpu(address), 10.0),
+                memory_bytes: pair.now.metrics.sum("process_resident_memory_bytes") as u64,
+            })
+            .collect();
+        let place = |role: &RoleState| {
+            ["purger", "dispatcher", "delayer", "access"].iter().position(|name| *name == role.role)
+        };
+        roles.sort_by_key(place);
+        roles
+    }
+
+    /// Cores in use, over all looks that are remembered: the counter knows whole seconds only.
+    fn cpu(&self, address: &str) -> f64 {
+        let looks = self.looks.get(address);
+        let Some((now, before)) = looks.and_then(|l| Some((l.front()?, l.back()))) else {
+            return 0.0;
+        };
+        Pair { now, before }.rate(|metrics| metrics.sum("process_cpu_seconds_total"))
+    }
+
+    fn not_ready(&self) -> Vec<Problem> {
+        let said = self.pairs().flat_map(|(address, pair)| {
+            let of = format!("{} {address}", pair.now.metrics.role().unwrap_or_default());
+            let problem = move |line: &String| Problem { of: of.clone(), problem: line.clone() };
+            pair.now.not_ready.iter().map(problem).collect::<Vec<_>>()
+        });
+        said.collect()
+    }
+}
+
+fn node(record: &NodeRecord) -> NodeState {
+    NodeState {
+        node: record.id.to_string(),
+        role: match record.role {
+            NodeRole::Access => "access",
+            NodeRole::Dispatcher => "dispatcher",
+        },
+        state: if record.draining { "draining" } else { "serving" },
+        sessions: record.load,
+        address: record.address.clone(),
+        zone: record.zone.clone(),
+    }
+}
+
+fn round(value: f64, steps: f64) -> f64 {
+    (value * steps).round() / steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn look(at: Instant, text: &str) -> anyhow::Result<Scrape> {
+        let metrics = Metrics::parse(&format!("barid_build_info{{role=\"purger\"}} 1\n{text}"));
+        Ok(Scrape { at, metrics, not_ready: vec!["kafka: away".into()] })
+    }
+
+    fn taken(count: u32, hop: u32) -> String {
+        format!(
+            "barid_purger_records_taken_total{{topic=\"a\"}} {count}\n\
+             barid_hop_seconds_bucket{{hop=\"taken_accepted\",le=\"0.001\"}} {hop}\n\
+             barid_hop_seconds_bucket{{hop=\"taken_accepted\",le=\"+Inf\"}} {hop}"
+        )
+    }
+
+    #[test]
+    fn rates_are_those_between_two_looks_and_survive_a_restart() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
+        let mut rate = |seconds: u64, count, hop| {
+            let at = t + Duration::from_secs(seconds);
+            let looks = vec![("a:1".to_owned(), look(at, &taken(count, hop)))];
+            let sample = memory.take(looks, Ok(vec![]));
+            let hop = &sample.hops[0];
+            (sample.rates.taken_per_s, hop.count, hop.since_start)
+        };
+        assert_eq!(rate(0, 100, 10), (0.0, 10, true));
+        assert_eq!(rate(2, 300, 15), (100.0, 5, false));
+        assert_eq!(rate(3, 50, 2), (50.0, 2, false), "it started anew");
+    }
+
+    #[test]
+    fn what_does_not_answer_or_is_not_ready_is_a_problem() {
+        let mut memory = Memory::default();
+        let looks = vec![
+            ("a:1".to_owned(), look(Instant::now(), "barid_purger_shards_away 3")),
+            ("b:1".to_owned(), Err(anyhow::anyhow!("refused"))),
+        ];
+        let sample = memory.take(looks, Err("redis is away".into()));
+        let told: Vec<_> = sample.problems.iter().map(|p| (&*p.of, &*p.problem)).collect();
+        let wanted = [
+            ("b:1", "refused"),
+            ("leases", "redis is away"),
+            ("purger a:1", "kafka: away"),
+            ("purger", "3 shards are away"),
+        ];
+        assert_eq!(told, wanted);
+        assert_eq!(sample.roles.len(), 1);
+    }
+}
