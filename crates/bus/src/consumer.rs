@@ -363,13 +363,21 @@ impl<State> Consumer<State> {
         Ok(())
     }
 
-    /// Asks to commit; [`Event::Committed`] is the answer.
+    /// Asks to commit; [`Event::Committed`] is the answer. One at a time: each holds a thread until
+    /// it is answered, because librdkafka tells of an asynchronous commit only to those who have set
+    /// a callback for it, and the binding sets none.
     ///
     /// # Errors
     /// It could not be asked.
     pub fn commit(&self, commits: &[Commit]) -> Result<(), Error> {
         let list = commit_list(commits)?;
-        self.core.member.inner.commit(&list, CommitMode::Async).map_err(Error::from)
+        let inner = Arc::clone(&self.core.member.inner);
+        let (callbacks, bell) = (self.core.member.callbacks.clone(), self.bell());
+        std::mem::drop(spawn_blocking(move || {
+            callbacks.committed(inner.commit(&list, CommitMode::Sync));
+            bell.notify_one();
+        }));
+        Ok(())
     }
 
     /// Commits and waits for the answer, for at most `timeout`.

@@ -63,6 +63,11 @@ impl Callbacks {
         self.told.lock().pop_front()
     }
 
+    /// A commit was answered.
+    pub(crate) fn committed(&self, result: KafkaResult<()>) {
+        self.told.lock().push_back(Told::Committed(result));
+    }
+
     /// From now on nobody answers: rebalances are answered in the callback.
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
@@ -112,11 +117,6 @@ impl ConsumerContext for Callbacks {
         } else {
             Told::Revoke { partitions, lost }
         });
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let each = || offsets.elements().iter().try_for_each(|element| element.error());
-        self.told.lock().push_back(Told::Committed(result.and_then(|()| each())));
     }
 }
 

@@ -295,16 +295,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let now = Instant::now();
         if self.timers.commit <= now {
             self.timers.commit = now + Duration::from_millis(self.config.commit_interval_ms);
-            let commits = self.flow.partitions.take_commits();
-            if commits.is_empty() {
-                if !self.flow.committing {
-                    self.conditions.commits.ready();
-                }
-            } else if let Err(error) = consumer.commit(&commits) {
-                tracing::warn!(%error, "cannot commit");
-                self.flow.partitions.uncommit();
-            } else {
-                self.flow.committing = true;
+            if !self.flow.committing {
+                self.commit(consumer);
             }
             self.flow.show(consumer);
         }
@@ -336,6 +328,18 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             Some(Ok(Err(error))) => self.conditions.kafka.failing(error.to_string()),
             _ => {}
+        }
+    }
+
+    fn commit<S>(&mut self, consumer: &Consumer<S>) {
+        let commits = self.flow.partitions.take_commits();
+        if commits.is_empty() {
+            self.conditions.commits.ready();
+        } else if let Err(error) = consumer.commit(&commits) {
+            tracing::warn!(%error, "cannot commit");
+            self.flow.partitions.uncommit();
+        } else {
+            self.flow.committing = true;
         }
     }
 
