@@ -23,7 +23,7 @@ use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
@@ -263,7 +263,7 @@ struct Connection {
     /// Redis: at most one read, one acknowledgement and one confirmation.
     calls: Vec<Call>,
     /// Acknowledgements are cumulative: the next one waits until then, unless it is urgent.
-    next_ack: Instant,
+    next_ack_ms: u32,
     ack_waits: bool,
     confirming: Confirming,
     refreshing: Option<Refreshing>,
@@ -305,7 +305,7 @@ impl Connection {
             fed: 0,
             told_bytes: 0,
             calls: Vec::new(),
-            next_ack: Instant::now(),
+            next_ack_ms: node.uptime_ms(),
             ack_waits: false,
             confirming: Confirming::No,
             refreshing: None,
@@ -524,18 +524,19 @@ impl Connection {
     /// What to acknowledge now; sees to it that what has to wait is looked at again.
     fn next_ack(&mut self) -> Option<AckPoint> {
         let urgency = self.session.ack_urgency()?;
-        let now = Instant::now();
-        if urgency == AckUrgency::Paced && now < self.next_ack {
+        let (now_ms, interval_ms) = (self.node.uptime_ms(), self.node.settings.ack_interval_ms);
+        // The clock wraps: a time that has passed lies further ahead than any interval.
+        let early_ms = self.next_ack_ms.wrapping_sub(now_ms);
+        if urgency == AckUrgency::Paced && (1..=interval_ms).contains(&early_ms) {
             if !std::mem::replace(&mut self.ack_waits, true) {
-                let wait = tokio::time::sleep_until(self.next_ack);
                 self.calls.push(Box::pin(async move {
-                    wait.await;
+                    sleep(Duration::from_millis(early_ms.into())).await;
                     Answer::AckDue
                 }));
             }
             return None;
         }
-        self.next_ack = now + Duration::from_millis(self.node.settings.ack_interval_ms.into());
+        self.next_ack_ms = now_ms.wrapping_add(interval_ms);
         self.session.next_ack()
     }
 

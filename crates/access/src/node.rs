@@ -28,6 +28,7 @@ pub struct Node {
     incarnation: AtomicU64,
     connections: AtomicU64,
     seconds: AtomicU32,
+    began: Instant,
     retry: Backoff,
 }
 
@@ -73,6 +74,7 @@ impl Node {
             incarnation: AtomicU64::new(incarnation.0),
             connections: AtomicU64::new(0),
             seconds: AtomicU32::new(0),
+            began: Instant::now(),
             retry: Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.5)
                 .expect("constants in range"),
         }
@@ -118,6 +120,11 @@ impl Node {
     /// The coarse clock: seconds since the node started.
     pub fn seconds(&self) -> Seconds {
         self.seconds.load(Ordering::Relaxed)
+    }
+
+    /// Milliseconds since the node began, modulo 2^32.
+    pub fn uptime_ms(&self) -> u32 {
+        self.began.elapsed().as_millis() as u32
     }
 
     /// The coarse clock's value when `expires_s` (Unix epoch) has come.
