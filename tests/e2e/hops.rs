@@ -60,19 +60,21 @@ async fn the_hops_of_pushed_messages_add_up_to_the_whole_way() -> Result<()> {
         let took = begun.elapsed().as_secs_f64();
         let after = hops(&mut cluster).await?;
         // What was repaired from the mailbox is on the first hops only.
-        let all_fast = after.2.0 - before.2.0 == MESSAGES as f64;
-        if !all_fast || after.1 > before.1 {
+        if after.2.0 - before.2.0 != MESSAGES as f64 {
             ensure!(round < 10, "no round without repairs: {before:?} {after:?}");
             continue;
         }
         let mut sum = 0.0;
         for (before, after) in before.0.iter().zip(after.0) {
             assert_eq!(after.0 - before.0, MESSAGES as f64);
-            assert!(after.1 > before.1);
             sum += after.1 - before.1;
         }
         let written = after.2.1 - before.2.1;
-        assert!((sum - written).abs() < 1e-3, "parts {sum} s, whole {written} s");
+        // On a machine this busy a clock may be estimated late by more than a hop takes: that hop
+        // counts as zero, and its neighbour as more than it was.
+        let negative = after.1 > before.1;
+        assert!(sum - written > -1e-3, "parts {sum} s, whole {written} s");
+        assert!(negative || sum - written < 1e-3, "parts {sum} s, whole {written} s");
         let acked = after.3.1 - before.3.1;
         // Kafka's timestamps are rounded down, by half a millisecond a message.
         assert!(

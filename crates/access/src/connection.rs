@@ -12,7 +12,7 @@ use barid_core::CloseCode;
 use barid_mailbox::{
     AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, DisconnectRequest, Page, ReadRequest,
 };
-use barid_runtime::Hop;
+use barid_runtime::{Hop, Sighting};
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::{
     ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server,
@@ -397,6 +397,7 @@ impl Connection {
                         let produced_us = push.envelope.produced_at_ms * 1000;
                         hops.observe(Hop::ProducedWritten, produced_us, now_us);
                         self.frame(frame);
+                        wrote(&self.node, &self.handle, &push.envelope, "fast", now_us);
                     }
                     Err(error) => {
                         tracing::warn!(seq = push.header.seq.0, %error, "entry cannot be delivered");
@@ -596,9 +597,20 @@ impl Connection {
                 let now_us = self.node.mailbox_now_us(self.handle.user());
                 let hops = &self.node.metrics.hops;
                 let before = self.session.unacked();
-                self.session.ack(&ack, now_us, &mut self.effects, |pushed| {
-                    hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
-                    hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
+                let (tracer, handle) = (&self.node.tracer, &self.handle);
+                self.session.ack(&ack, now_us, &mut self.effects, |sent| {
+                    if let Some(pushed) = sent.pushed {
+                        hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
+                        hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
+                    }
+                    if let Some(wanted) = &sent.receipt
+                        && !wanted.traceparent.is_empty()
+                    {
+                        let (id, traceparent) = (&*wanted.id, &*wanted.traceparent);
+                        let produced_ms = wanted.produced_ms;
+                        let seen = Sighting { id, traceparent, produced_ms, ..Default::default() };
+                        tracer.saw(Sighting { hop: "acked", at_us: now_us, ..of(handle, seen) });
+                    }
                 });
                 let acked = before.saturating_sub(self.session.unacked());
                 self.node.metrics.acked.inc_by(acked as u64);
@@ -624,6 +636,11 @@ impl Connection {
             match effect {
                 Effect::Deliver(entries) => {
                     self.node.metrics.delivered_sync.inc_by(entries.len() as u64);
+                    let sampled = entries.iter().filter(|entry| !entry.traceparent.is_empty());
+                    for entry in sampled {
+                        let now_us = self.node.mailbox_now_us(self.handle.user());
+                        wrote(&self.node, &self.handle, entry, "sync", now_us);
+                    }
                     self.out.push_back(Out::Entries(entries));
                 }
                 Effect::Skip { to, why } => {
@@ -786,6 +803,23 @@ impl Connection {
     }
 }
 
+/// Logs that a sampled message was written.
+fn wrote(node: &Node, handle: &Handle, entry: &Envelope, how: &'static str, at_us: u64) {
+    if !entry.traceparent.is_empty() {
+        let (id, traceparent) = (&*entry.id, &*entry.traceparent);
+        let produced_ms = entry.produced_at_ms;
+        let seen = Sighting { id, traceparent, produced_ms, ..Default::default() };
+        node.tracer.saw(Sighting { hop: "written", how, at_us, ..of(handle, seen) });
+    }
+}
+
+/// Whose it is.
+fn of<'a>(handle: &'a Handle, seen: Sighting<'a>) -> Sighting<'a> {
+    let user = handle.user();
+    let (app, device) = (user.app.as_str(), handle.device().as_str());
+    Sighting { app, user: user.user.as_str(), device, ..seen }
+}
+
 fn ack_request(node: &Node, handle: &Handle, point: AckPoint) -> AckRequest {
     AckRequest {
         user: handle.user().clone(),
@@ -813,7 +847,7 @@ async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
 /// Ends a socket politely, within a bound.
 async fn hang_up(node: &Node, mut socket: Socket, encoding: Encoding, close: End) {
     let limit = Duration::from_millis(node.limits.close_timeout_ms);
-    let _ = timeout(limit, async {
+    let hung_up = timeout(limit, async {
         if let Some(close) = close {
             if let Some(frame) = error_frame(encoding, &close) {
                 socket.feed(message(encoding, frame)).await?;
@@ -840,6 +874,9 @@ async fn hang_up(node: &Node, mut socket: Socket, encoding: Encoding, close: End
         Ok::<_, WsError>(())
     })
     .await;
+    if hung_up.is_err() {
+        node.metrics.limit("close_timeout");
+    }
 }
 
 /// Draining is told by GoAway, and is no error.

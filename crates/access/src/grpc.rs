@@ -148,7 +148,9 @@ fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Go
 /// Removes routes that name this node's life and connections that are not there.
 fn forget(node: &Arc<Node>, forgetting: &Arc<Semaphore>, gone: Vec<Gone>) {
     // Too many at once: the next push to them finds out again.
-    let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else { return };
+    let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else {
+        return node.metrics.limit("forgets");
+    };
     let node = Arc::clone(node);
     tokio::spawn(async move {
         let _permit = permit;

@@ -333,6 +333,11 @@ pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listenin
         let _ = stream.set_nodelay(true);
         let connection = Arc::clone(&connections).try_acquire_owned();
         let handshake = Arc::clone(&handshakes).try_acquire_owned();
+        if connection.is_err() {
+            node.metrics.limit("connections");
+        } else if handshake.is_err() {
+            node.metrics.limit("handshakes");
+        }
         let (Ok(connection), Ok(handshake)) = (connection, handshake) else {
             tokio::spawn({
                 let node = Arc::clone(&node);

@@ -7,6 +7,41 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
 
+const HANDSHAKES: [&str; 13] = [
+    "accepted",
+    "gone",
+    "timeout",
+    "overloaded",
+    "not_found",
+    "draining",
+    "subprotocol",
+    "bad_request",
+    "unauthorized",
+    "headers",
+    "version",
+    "method",
+    "upgrade",
+];
+const TOKENS: [&str; 10] = [
+    "missing",
+    "malformed",
+    "unknown_key",
+    "signature",
+    "expired",
+    "too_early",
+    "audience",
+    "issuer",
+    "other_app",
+    "somebody_else",
+];
+const SKIPS: [&str; 6] =
+    ["unspecified", "expired", "evicted", "other_device", "collapsed", "recalled"];
+const FRAMES: [&str; 4] = ["hello", "ack", "refresh", "pong"];
+const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
+const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
+const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
+const LIMITS: [&str; 4] = ["connections", "handshakes", "forgets", "close_timeout"];
+
 /// The hops that end here.
 const HOPS: [Hop; 4] =
     [Hop::DispatchedWritten, Hop::WrittenAcked, Hop::ProducedWritten, Hop::ProducedAcked];
@@ -39,6 +74,7 @@ pub struct Metrics {
     pub queued_bytes: IntGauge,
     redis_retries: IntCounterVec,
     confirms: IntCounterVec,
+    limits: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
     /// Messages that devices acknowledged.
@@ -54,37 +90,79 @@ impl Metrics {
     /// One of them is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let make = Maker(registry);
-        let delivered = make.counters("delivered_total", "Messages written, by path", "path")?;
+        let closes = CloseCode::ALL.iter().map(|code| code.as_str());
+        let closes: Vec<_> = closes.chain(["device"]).collect();
+        let syncs = SyncCause::ALL.map(SyncCause::as_str);
+        let delivered = make.counters(
+            "delivered_total",
+            "Messages written, by path",
+            "path",
+            &["fast", "sync"],
+        )?;
         Ok(Self {
             connections: make.gauge("connections", "Open sockets")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
-            handshakes: make.counters("handshakes_total", "Handshakes, by result", "result")?,
+            handshakes: make.counters(
+                "handshakes_total",
+                "Handshakes, by result",
+                "result",
+                &HANDSHAKES,
+            )?,
             tokens_refused: make.counters(
                 "tokens_refused_total",
                 "Tokens refused in handshakes and refreshes, by reason",
                 "why",
+                &TOKENS,
             )?,
-            closes: make.counters("closes_total", "Closed connections, by code", "code")?,
+            closes: make.counters(
+                "closes_total",
+                "Closed connections, by code",
+                "code",
+                &closes,
+            )?,
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
-            skips: make.counters("skips_total", "Skips told, by reason", "why")?,
-            frames_in: make.counters("frames_in_total", "Frames of devices, by kind", "kind")?,
+            skips: make.counters("skips_total", "Skips told, by reason", "why", &SKIPS)?,
+            frames_in: make.counters(
+                "frames_in_total",
+                "Frames of devices, by kind",
+                "kind",
+                &FRAMES,
+            )?,
             bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
-            syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause")?,
+            syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
             dropped: make.counters(
                 "pushes_dropped_total",
                 "Pushes not written, by reason",
                 "why",
+                &DROPS,
             )?,
             resends: make.counter("resends_total", "Re-sends written")?,
             gone: make.counter("gone_total", "Connections asked for that are not here")?,
             queued_bytes: make.gauge("queued_bytes", "Bytes that wait for devices")?,
-            redis_retries: make.counters("redis_retries_total", "Failed calls, by call", "call")?,
-            confirms: make.counters("confirms_total", "Confirmations, by outcome", "outcome")?,
+            redis_retries: make.counters(
+                "redis_retries_total",
+                "Failed calls, by call",
+                "call",
+                &CALLS,
+            )?,
+            confirms: make.counters(
+                "confirms_total",
+                "Confirmations, by outcome",
+                "outcome",
+                &CONFIRMS,
+            )?,
+            limits: make.counters("limits_total", "Limits reached, by limit", "limit", &LIMITS)?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
             acked: make.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
         })
+    }
+
+    /// A limit was reached: `connections`, `handshakes` (at once), `forgets` (at once), or
+    /// `close_timeout`.
+    pub fn limit(&self, limit: &'static str) {
+        self.limits.with_label_values(&[limit]).inc();
     }
 
     /// A handshake ended.
@@ -167,9 +245,12 @@ impl Maker<'_> {
         name: &str,
         help: &str,
         label: &str,
+        values: &[&str],
     ) -> Result<IntCounterVec, prometheus::Error> {
         let options = Opts::new(format!("barid_access_{name}"), help);
         let counters = IntCounterVec::new(options, &[label])?;
+        // All of them are there from the start, as zeros.
+        values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
         self.0.register(Box::new(counters.clone()))?;
         Ok(counters)
     }

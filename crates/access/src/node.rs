@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use barid_bus::Receipts;
 use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, SystemClock};
 use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
-use barid_runtime::{Condition, Shutdown};
+use barid_runtime::{Condition, Shutdown, Tracer};
 
 use crate::auth::Verifier;
 use crate::config::{HeartbeatConfig, LimitsConfig};
@@ -42,6 +42,8 @@ pub struct Parts {
     pub verifier: Verifier,
     /// What it counts.
     pub metrics: Metrics,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
     /// To the business; `None`: switched off.
     pub receipts: Option<Receipts>,
     /// Bounds.

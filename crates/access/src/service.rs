@@ -121,6 +121,7 @@ async fn build(
             mailbox,
             verifier,
             metrics,
+            tracer: context.tracer.clone(),
             receipts,
             limits: config.limits.clone(),
             heartbeat: config.heartbeat.clone(),

@@ -20,6 +20,7 @@ pub use closing::Closing;
 pub use connected::{AckUrgency, Connected, Dropped, Pushed};
 pub use heartbeat::{Beat, Heartbeat, Seconds};
 pub use unidentified::{Connecting, Unidentified};
+pub use window::Sent;
 
 /// Who is connected.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use anyhow::{Context as _, bail};
 use barid_bus::{EmbeddedKafka, KafkaConfig, ensure_topics};
 use barid_core::Secret;
 use barid_mailbox::RedisConfig;
-use barid_runtime::{LogConfig, LogFormat, SecretUrl, telemetry};
+use barid_runtime::{LogConfig, SecretUrl, telemetry};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -84,7 +84,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         );
     }
     let level = args.log.as_deref().unwrap_or(LOG).to_owned();
-    telemetry::init(&LogConfig { level, format: LogFormat::Text });
+    telemetry::init(&LogConfig { level, ..Default::default() });
     let mut signals = Signals::new()?;
     let began = Instant::now();
     heading(out)?;

@@ -10,6 +10,7 @@ pub mod limits;
 mod receipts;
 mod secret;
 mod shard;
+mod trace;
 
 pub use backoff::{Backoff, InvalidBackoff};
 pub use clock::{Clock, ManualClock, SystemClock};
@@ -22,3 +23,4 @@ pub use ids::{
 pub use receipts::{ReceiptSet, UnknownReceipt};
 pub use secret::Secret;
 pub use shard::{InvalidShardCount, Shard, ShardCount};
+pub use trace::TraceParent;

@@ -4,10 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{Backoff, DeviceId, Shard};
-use barid_mailbox::{DeferRequest, DueUser, Mailbox};
+use barid_core::{Backoff, Clock as _, DeviceId, Shard, SystemClock};
+use barid_mailbox::{DeferRequest, DueDevice, DueUser, Mailbox, UserKey};
 use barid_mesh::DispatchPool;
-use barid_runtime::Shutdown;
+use barid_runtime::{Shutdown, Sighting, Tracer};
+use barid_wire::envelope;
 use barid_wire::internal::{Resend, ResendDevice};
 use futures::future::join_all;
 use parking_lot::Mutex;
@@ -27,6 +28,8 @@ pub struct Lanes {
     pub pool: DispatchPool,
     /// Counters.
     pub metrics: Metrics,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
     /// The times between re-sends.
     pub retry: Backoff,
     /// Users claimed in one poll.
@@ -84,13 +87,17 @@ impl Lanes {
         match fired {
             Ok(due) => {
                 pulse.away = None;
-                pulse.late = self.lateness(&due);
+                let late_ms = due.iter().map(|user| user.late_ms).max().unwrap_or_default();
+                pulse.late = Duration::from_millis(late_ms);
                 let polled = match due.len() {
                     0 => return Polled::None,
                     users if users >= self.page_users_max as usize => Polled::Full,
                     _ => Polled::Some,
                 };
                 self.metrics.fired.inc_by(due.len() as u64);
+                for user in &due {
+                    self.metrics.due_lag.observe(user.late_ms as f64 / 1000.0);
+                }
                 pages.spawn(self.clone().hand_on(due));
                 polled
             }
@@ -103,14 +110,6 @@ impl Lanes {
                 Polled::Away
             }
         }
-    }
-
-    fn lateness(&self, due: &[DueUser]) -> Duration {
-        let late_ms = due.iter().map(|due| {
-            let now_ms = self.mailbox.redis_now_ms(self.mailbox.shard_of(&due.user));
-            now_ms.unwrap_or_default().saturating_sub(due.claimed_score)
-        });
-        Duration::from_millis(late_ms.max().unwrap_or_default())
     }
 
     /// From a random one on, so that several delayers do not all begin with the same.
@@ -141,6 +140,25 @@ impl Lanes {
         self.metrics.claims.sub(count as i64);
     }
 
+    /// Logs a re-send if what it is for is sampled.
+    fn trace(&self, user: &UserKey, device: &DueDevice) {
+        if device.sampled.is_empty() {
+            return;
+        }
+        let Ok((_, entry)) = envelope::decode(device.sampled.clone()) else { return };
+        self.tracer.saw(Sighting {
+            hop: "resent",
+            traceparent: &entry.traceparent,
+            id: &entry.id,
+            app: user.app.as_str(),
+            user: user.user.as_str(),
+            device: device.device.as_str(),
+            how: &device.attempt.to_string(),
+            produced_ms: entry.produced_at_ms,
+            at_us: SystemClock.now_ms() * 1000,
+        });
+    }
+
     /// Hands one user's devices to a dispatcher; returns what is to be given back.
     async fn resend(&self, due: DueUser) -> Option<DeferRequest> {
         let shard = self.mailbox.shard_of(&due.user);
@@ -163,6 +181,7 @@ impl Lanes {
         for (index, device) in due.devices.iter().enumerate() {
             if !back.contains(&index) {
                 self.metrics.resends_of(device.attempt).inc();
+                self.trace(&due.user, device);
             }
         }
         self.metrics.deferred.with_label_values(&[why]).inc_by(back.len() as u64);

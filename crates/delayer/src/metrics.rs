@@ -23,6 +23,8 @@ pub struct Metrics {
     pub defer_failures: IntCounter,
     /// Polls that a master did not answer.
     pub poll_failures: IntCounter,
+    /// How long claimed timers had been due, seconds.
+    pub due_lag: Histogram,
     /// What a poll takes, seconds.
     pub poll_seconds: Histogram,
     /// From the claim to the dispatcher's answer, seconds.
@@ -60,6 +62,13 @@ impl Metrics {
                 "Devices whose claim could not be given back.",
             )?,
             poll_failures: IntCounter::new(name("poll_failures_total"), "Polls without answer.")?,
+            due_lag: Histogram::with_opts(
+                HistogramOpts::new(
+                    name("due_lag_seconds"),
+                    "How long claimed timers had been due.",
+                )
+                .buckets(exponential_buckets(0.01, 2.0, 14)?),
+            )?,
             poll_seconds: seconds("poll_seconds", "What a poll takes.")?,
             claim_to_answer: seconds("claim_to_answer_seconds", "From claim to answer.")?,
             claims: IntGauge::new(name("claims"), "Users whose claim is being handed on.")?,
@@ -78,6 +87,7 @@ impl Metrics {
         registry.register(Box::new(metrics.deferred.clone()))?;
         registry.register(Box::new(metrics.defer_failures.clone()))?;
         registry.register(Box::new(metrics.poll_failures.clone()))?;
+        registry.register(Box::new(metrics.due_lag.clone()))?;
         registry.register(Box::new(metrics.poll_seconds.clone()))?;
         registry.register(Box::new(metrics.claim_to_answer.clone()))?;
         registry.register(Box::new(metrics.claims.clone()))?;

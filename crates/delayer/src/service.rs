@@ -62,6 +62,7 @@ impl Service {
             mailbox,
             pool,
             metrics,
+            tracer: context.tracer.clone(),
         };
         context.announce_done();
         Ok(Some(Self { config, context, lanes, conditions }))

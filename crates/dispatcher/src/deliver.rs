@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
 use barid_mailbox::{Route, UserKey};
-use barid_runtime::Hop;
-use barid_wire::envelope::Header;
+use barid_runtime::{Hop, Sighting, Tracer};
+use barid_wire::envelope::{self, Header};
 use barid_wire::internal::{DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend};
 
 use crate::metrics::Metrics;
@@ -26,6 +26,8 @@ pub struct Delivery<R> {
     pub void_after: Duration,
     /// Counters.
     pub metrics: Metrics,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
 }
 
 /// A batch whose users are known.
@@ -140,8 +142,25 @@ impl<R: Routes> Delivery<R> {
     fn dispatched(&self, push: &Push, user: &UserKey, now: Instant) -> Option<u32> {
         let accepted_us = Header::parse(&push.envelope).ok()?.accepted_at_us;
         let now_us = self.resolver.redis_time(user)?.us(now);
+        if push.sampled {
+            self.trace(push, now_us);
+        }
         self.metrics.hops.observe(Hop::AcceptedDispatched, accepted_us, now_us);
         Some(u32::try_from(now_us.saturating_sub(accepted_us)).unwrap_or(u32::MAX))
+    }
+
+    fn trace(&self, push: &Push, at_us: u64) {
+        let Ok((_, entry)) = envelope::decode(push.envelope.clone()) else { return };
+        self.tracer.saw(Sighting {
+            hop: "dispatched",
+            traceparent: &entry.traceparent,
+            id: &entry.id,
+            app: &push.app,
+            user: &push.user,
+            produced_ms: entry.produced_at_ms,
+            at_us,
+            ..Default::default()
+        });
     }
 
     /// False if some device's node could not be reached.

@@ -7,7 +7,7 @@ use barid_core::{Incarnation, NodeId};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
-use barid_runtime::{Condition, Context, Stopped};
+use barid_runtime::{Condition, Context, Stopped, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use rand::RngExt as _;
@@ -84,7 +84,8 @@ impl Service {
             "the tracking of routes"
         });
         tasks.spawn(watch_redis(mailbox.clone(), redis.clone(), resolver.clone(), metrics.clone()));
-        let (delivery, table) = assemble(&config, &mailbox, resolver, metrics);
+        let (delivery, table) =
+            assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
         let nodes = Arc::clone(&delivery.nodes);
         tasks.spawn(follow_nodes(table, Arc::clone(&nodes)));
         let door = Door::new(Arc::new(delivery), config.window_batches);
@@ -157,6 +158,7 @@ fn assemble(
     mailbox: &Mailbox,
     resolver: Resolver<RedisRoutes>,
     metrics: Metrics,
+    tracer: Tracer,
 ) -> (Delivery<RedisRoutes>, NodeTable) {
     let reap = &config.reap;
     let reaper =
@@ -180,6 +182,7 @@ fn assemble(
         reaper,
         void_after: Duration::from_secs(config.void_after_seconds),
         metrics,
+        tracer,
     };
     (delivery, table)
 }

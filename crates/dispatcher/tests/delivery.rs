@@ -17,6 +17,7 @@ use barid_dispatcher::reap::Reaper;
 use barid_dispatcher::resolve::{Limits, Resolver, Routes};
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use barid_mesh::LinkConfig;
+use barid_runtime::Tracer;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice};
 use parking_lot::Mutex;
@@ -106,6 +107,7 @@ impl Cluster {
             reaper,
             void_after: Duration::from_secs(600),
             metrics: metrics.clone(),
+            tracer: Tracer::new(&Registry::new(), 1).unwrap(),
         });
         let door = Door::new(delivery, 4);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -20,6 +20,9 @@ pub enum Error {
 }
 
 impl Error {
+    /// What [`Self::kind`] may be.
+    pub(crate) const KINDS: [&str; 4] = ["away", "full", "unexpected", "unusable"];
+
     /// A stable word for metrics.
     pub fn kind(&self) -> &'static str {
         match self {

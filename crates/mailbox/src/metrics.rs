@@ -8,6 +8,9 @@ use prometheus::{
 
 use crate::Error;
 
+const SCRIPTS: [&str; 9] =
+    ["accept", "connect", "confirm", "read", "ack", "disconnect", "due", "fire", "defer"];
+
 /// Every metric of this crate.
 #[derive(Clone)]
 pub(crate) struct Metrics {
@@ -59,6 +62,11 @@ impl Metrics {
             &["script", "kind"],
         )?;
         let counter = |name: &str, help: &str| IntCounter::new(name, help);
+        // All of them are there from the start, as zeros.
+        for script in SCRIPTS {
+            drop((seconds.with_label_values(&[script]), batch_items.with_label_values(&[script])));
+            Error::KINDS.iter().for_each(|kind| drop(errors.with_label_values(&[script, kind])));
+        }
         Ok(Self {
             seconds,
             batch_items,

@@ -174,8 +174,7 @@ impl Topology {
     /// Answers when every master does.
     pub async fn ping(&self) -> Result<(), Error> {
         let lanes = self.map.read().lanes.clone();
-        let ping = redis::cmd("PING");
-        let answers = lanes.iter().map(|lane| lane.link.send(&ping));
+        let answers = lanes.iter().map(|lane| lane.link.ping());
         futures::future::try_join_all(answers).await?;
         Ok(())
     }

@@ -256,6 +256,8 @@ pub struct DueUser {
     pub user: UserKey,
     /// The score that the claim wrote (the next due time): what `defer` compares.
     pub claimed_score: u64,
+    /// How long it had been due, ms.
+    pub late_ms: u64,
     /// The devices that are behind and due.
     pub devices: Vec<DueDevice>,
 }
@@ -269,6 +271,8 @@ pub struct DueDevice {
     pub session: SessionRef,
     /// Which re-send this is, from 1. Above five: the node closes the session.
     pub attempt: u32,
+    /// The oldest entry that it has not acknowledged, if its trace is sampled; else empty.
+    pub sampled: Bytes,
 }
 
 /// A claim to give back: nobody could be reached.

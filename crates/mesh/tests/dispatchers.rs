@@ -72,7 +72,7 @@ impl Running {
 
 fn push(user: &str, number: u32) -> Push {
     let envelope = number.to_be_bytes().to_vec().into();
-    Push { app: "demo".into(), user: user.into(), envelope }
+    Push { app: "demo".into(), user: user.into(), envelope, sampled: false }
 }
 
 fn number(push: &Push) -> u32 {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use barid_bus::consumer::{Partition, Record};
-use barid_core::{ReceiptSet, Shard};
+use barid_core::{ReceiptSet, Shard, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition, Source};
+use barid_runtime::Sighting;
 use barid_wire::record::{Push, ReceiptKind};
 use barid_wire::v1::Receipt;
 use tokio::time::Instant;
@@ -112,7 +113,7 @@ pub struct Flight {
     pub push: Option<Push>,
     /// When it was taken.
     pub taken: Instant,
-    /// The business's trace, if it sent one.
+    /// The business's `traceparent`, if it sent a valid one; else empty: none is made up.
     pub traceparent: String,
     /// Bytes that it takes in memory, about.
     pub bytes: usize,
@@ -138,6 +139,18 @@ impl Flight {
     /// When the business produced it, ms since the Unix epoch; 0: not told.
     pub fn produced_at_ms(&self) -> u64 {
         self.record.timestamp_ms.and_then(|ms| ms.try_into().ok()).unwrap_or(0)
+    }
+
+    /// What was seen of it, for the log; `user` may be empty.
+    pub fn sighting<'a>(&'a self, hop: &'static str, user: &'a str, at_us: u64) -> Sighting<'a> {
+        let (id, app) = self.push.as_ref().map_or(("", ""), |p| (p.id.as_str(), p.app.as_str()));
+        let (traceparent, produced_ms) = (&*self.traceparent, self.produced_at_ms());
+        Sighting { hop, traceparent, id, app, user, produced_ms, at_us, ..Default::default() }
+    }
+
+    /// Whether its trace is sampled.
+    pub fn is_sampled(&self) -> bool {
+        TraceParent::parse(self.traceparent.as_bytes()).is_some_and(TraceParent::is_sampled)
     }
 
     /// One of its messages is done. True: it was the last.

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use barid_bus::consumer::Record;
-use barid_core::{IdHash, ShardCount};
+use barid_core::{IdHash, ShardCount, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition};
 use barid_wire::envelope::{Envelope, encode_body, set_payload};
 use barid_wire::record::{CONTENT_TYPE, Push, RecordLimits, Refusal, decode_push};
 use bytes::Bytes;
+use prometheus::IntCounter;
 use tokio::time::Instant;
 
 use crate::config::{CompressionConfig, Config};
@@ -19,6 +20,8 @@ pub struct Intake {
     limits: RecordLimits,
     compression: CompressionConfig,
     shards: ShardCount,
+    /// Counts malformed `traceparent` headers.
+    traces_ignored: IntCounter,
 }
 
 /// A record, ready for the mailboxes or refused.
@@ -32,15 +35,16 @@ pub enum Taken {
 
 impl Intake {
     /// An intake for a cluster of `shards`.
-    pub fn new(config: &Config, shards: ShardCount) -> Self {
-        Self { limits: config.record_limits(), compression: config.compression.clone(), shards }
+    pub fn new(config: &Config, shards: ShardCount, traces_ignored: IntCounter) -> Self {
+        let (limits, compression) = (config.record_limits(), config.compression.clone());
+        Self { limits, compression, shards, traces_ignored }
     }
 
     /// Prepares a record that was just taken.
     pub fn take(&self, reading: &Arc<Reading>, record: Record, now_ms: u64) -> Taken {
         let reading = Arc::clone(reading);
         let taken = Instant::now();
-        let traceparent = traceparent(&record);
+        let traceparent = self.traceparent(&record);
         match decode_push(&record.value, record.header(CONTENT_TYPE), &self.limits) {
             Err(refusal) => {
                 let flight = Flight::new(reading, record, None, taken, traceparent, 1);
@@ -95,19 +99,17 @@ impl Intake {
         set_payload(&mut envelope, push.payload.clone(), min_bytes, level);
         encode_body(envelope)
     }
-}
 
-/// The W3C header, if it is one: version, trace id, parent id and flags in lowercase hex
-/// (https://www.w3.org/TR/trace-context/#traceparent-header). Whatever else stands there is not
-/// handed on to readers of receipts.
-fn traceparent(record: &Record) -> String {
-    let value = record.header("traceparent").unwrap_or_default();
-    let text = std::str::from_utf8(value).unwrap_or_default();
-    let is_hex = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'));
-    if is_hex && text.split('-').map(str::len).eq([2, 32, 16, 2]) {
-        text.to_owned()
-    } else {
-        String::new()
+    /// The W3C header, if it is one; else empty: a malformed one is ignored, and none is made up.
+    fn traceparent(&self, record: &Record) -> String {
+        let Some(value) = record.header("traceparent") else { return String::new() };
+        match TraceParent::parse(value) {
+            Some(trace) => trace.as_str().to_owned(),
+            None => {
+                self.traces_ignored.inc();
+                String::new()
+            }
+        }
     }
 }
 
@@ -119,7 +121,7 @@ mod tests {
     use barid_mailbox::Source;
     use barid_wire::envelope;
 
-    const TRACE: &[u8] = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
     fn reading() -> Arc<Reading> {
         let topic: Arc<str> = "barid.push".into();
@@ -140,12 +142,13 @@ mod tests {
             timestamp_ms: Some(1000),
             key: None,
             value: Bytes::copy_from_slice(value.as_bytes()),
-            headers: vec![("traceparent".into(), Bytes::from_static(TRACE))],
+            headers: vec![("traceparent".into(), Bytes::from_static(TRACE.as_bytes()))],
         }
     }
 
     fn intake() -> Intake {
-        Intake::new(&Config::default(), ShardCount::new(64).unwrap())
+        let ignored = IntCounter::new("i", "i").unwrap();
+        Intake::new(&Config::default(), ShardCount::new(64).unwrap(), ignored)
     }
 
     /// The body behind a header, as accept would store it.
@@ -176,26 +179,18 @@ mod tests {
         assert_eq!(places, [(51, 40, 0), (59, 40, 1)]);
         let envelope = decoded(&parcels[0].message.body);
         assert_eq!((envelope.produced_at_ms, envelope.taken_at_ms), (1000, 1007));
-        assert_eq!(
-            (envelope.raw_bytes, &*envelope.traceparent),
-            (5000, std::str::from_utf8(TRACE).unwrap())
-        );
+        assert_eq!((envelope.raw_bytes, &*envelope.traceparent), (5000, TRACE));
         assert_eq!(envelope::payload(&envelope).unwrap().len(), 5000);
         assert!(!parcels[0].flight.part_done() && parcels[1].flight.part_done());
     }
 
     #[test]
-    fn a_trace_that_is_none_is_not_handed_on() {
-        let trace = |value: &[u8]| {
-            let headers = vec![("Traceparent".into(), Bytes::copy_from_slice(value))];
-            traceparent(&Record { headers, ..record("{}") })
-        };
-        assert_eq!(trace(TRACE).as_bytes(), TRACE);
-        let upper = TRACE.to_ascii_uppercase();
-        let long = [TRACE, b"-01"].concat();
-        for bad in [&b""[..], b"00-x\r\nSet-Cookie: a=b", &TRACE[1..], &upper, &long, &[0xff; 55]] {
-            assert_eq!(trace(bad), "");
-        }
+    fn a_malformed_trace_is_ignored_and_counted() {
+        let intake = intake();
+        let mut record = record("{}");
+        record.headers[0].1 = Bytes::from_static(b"00-ab-cd-01");
+        let Taken::Refused(flight, _) = intake.take(&reading(), record, 0) else { panic!("taken") };
+        assert_eq!((&*flight.traceparent, intake.traces_ignored.get()), ("", 1));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The closed set of the purger's metrics.
 
 use barid_runtime::{Hop, Hops};
+use barid_wire::record::RefusalCode;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -32,6 +33,9 @@ pub struct Metrics {
     pub in_flight: IntGaugeVec,
     /// Their bytes, by topic.
     pub in_flight_bytes: IntGaugeVec,
+    /// How often taking stopped, by the bound that was reached: records, bytes (of a priority), or
+    /// a lane's messages.
+    pub stalls: IntCounterVec,
     /// Partitions assigned.
     pub partitions: IntGauge,
     /// Partitions whose next record waits for room.
@@ -48,12 +52,22 @@ pub struct Metrics {
     pub commits: IntCounterVec,
     /// Receipts that could not be produced.
     pub receipts_dropped: IntCounter,
+    /// Malformed `traceparent` headers.
+    pub traces_ignored: IntCounter,
     /// Where a message's time goes.
     pub hops: Hops,
     /// Whether some dispatcher takes work.
     pub dispatchers: IntGauge,
 }
 
+/// The code of a message that Redis cannot take.
+pub const ACCEPT_FAILED: &str = "accept_failed";
+
+const OUTCOMES: [&str; 4] = ["accepted", "before", "duplicate", "failed"];
+const CALLS: [&str; 5] = ["done", "gap", "away", "full", "unexpected"];
+const REVOKED: [&str; 3] = ["drained", "cut", "lost"];
+const COMMITS: [&str; 2] = ["done", "failed"];
+const LIMITS: [&str; 3] = ["records", "bytes", "lane"];
 const LATENCY: [f64; 15] =
     [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 4.0, 15.0, 60.0];
 const SIZES: [f64; 9] = [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
@@ -65,28 +79,53 @@ impl Metrics {
     /// One is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let make = Maker(registry);
+        let codes = RefusalCode::ALL.iter().map(|code| code.as_str());
+        let codes: Vec<_> = codes.chain([ACCEPT_FAILED]).collect();
         Ok(Self {
-            taken: make.counters("records_taken_total", "Records taken from Kafka.", "topic")?,
-            messages: make.counters("messages_total", "Messages, one a user.", "outcome")?,
-            refused: make.counters("records_refused_total", "Records refused.", "code")?,
+            taken: make.counters(
+                "records_taken_total",
+                "Records taken from Kafka.",
+                "topic",
+                &[],
+            )?,
+            messages: make.counters(
+                "messages_total",
+                "Messages, one a user.",
+                "outcome",
+                &OUTCOMES,
+            )?,
+            refused: make.counters("records_refused_total", "Records refused.", "code", &codes)?,
             handed: make.counter("handed_total", "Messages handed to dispatchers.")?,
             handoff_dropped: make
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
             evicted: make.counter("evicted_total", "Entries that left a full mailbox.")?,
             gaps: make.counter("gaps_total", "Batches that Redis had forgotten.")?,
-            calls: make.counters("accept_calls_total", "Groups of accept calls.", "outcome")?,
+            calls: make.counters(
+                "accept_calls_total",
+                "Groups of accept calls.",
+                "outcome",
+                &CALLS,
+            )?,
             call_messages: make.histogram("accept_messages", "Messages of a call.", &SIZES)?,
             call_seconds: make.histogram("accept_seconds", "Time of accept calls.", &LATENCY)?,
             in_flight: make.gauges("in_flight_records", "Records not finished.", "topic")?,
             in_flight_bytes: make.gauges("in_flight_bytes", "Their bytes.", "topic")?,
+            stalls: make.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
             partitions: make.gauge("partitions", "Partitions assigned.")?,
             paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
             shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
             lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
-            revoked: make.counters("partitions_revoked_total", "Partitions taken away.", "how")?,
+            revoked: make.counters(
+                "partitions_revoked_total",
+                "Partitions taken away.",
+                "how",
+                &REVOKED,
+            )?,
             recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
-            commits: make.counters("commits_total", "Commits.", "outcome")?,
+            commits: make.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
+            traces_ignored: make
+                .counter("traceparents_ignored_total", "Malformed traceparent headers.")?,
             hops: Hops::new(registry, &[Hop::ProducedTaken, Hop::TakenAccepted])?,
             dispatchers: make.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
         })
@@ -114,8 +153,12 @@ impl Maker<'_> {
         name: &str,
         help: &str,
         label: &str,
+        values: &[&str],
     ) -> Result<IntCounterVec, prometheus::Error> {
-        self.register(IntCounterVec::new(Opts::new(full(name), help), &[label]))
+        let counters = self.register(IntCounterVec::new(Opts::new(full(name), help), &[label]))?;
+        // All of them are there from the start, as zeros.
+        values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
+        Ok(counters)
     }
 
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {

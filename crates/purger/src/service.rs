@@ -7,7 +7,7 @@ use std::time::Duration;
 use barid_bus::consumer::{Consumer, Consuming, Done, Draining, Event, Partition};
 use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Producer, Receipts};
 use barid_core::SystemClock;
-use barid_runtime::{Condition, Context, Stopped};
+use barid_runtime::{Condition, Context, Sighting, Stopped};
 use barid_wire::record::{ReceiptKind, Refusal};
 use barid_wire::v1::Receipt;
 use futures::FutureExt as _;
@@ -89,6 +89,8 @@ struct Flow {
     bytes: [usize; 3],
     records_max: usize,
     bytes_max: usize,
+    /// Whether each priority has reached its bound of bytes, and of records.
+    at_bounds: [[bool; 2]; 3],
     weights: [usize; 3],
     outbox: Outbox,
     lane_events: mpsc::Sender<LaneEvent>,
@@ -120,6 +122,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             handoff_wait: Duration::from_millis(config.window.handoff_wait_ms),
             clock: Arc::new(SystemClock),
             metrics: metrics.clone(),
+            tracer: context.tracer.clone(),
         };
         let mut workers = JoinSet::new();
         workers.spawn(hand_on(handoff.clone(), handoff_out));
@@ -502,8 +505,12 @@ impl Flow {
             (mailboxes.lane_of(shard) * window.calls_per_lane + within) % count
         };
         let by_shard = mailboxes.shards().all().map(place).collect();
+        let topics: Vec<Arc<str>> =
+            config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect();
+        // They are there from the start, as zeros.
+        topics.iter().for_each(|topic| drop(metrics.taken.with_label_values(&[topic])));
         Ok(Self {
-            intake: Intake::new(config, mailboxes.shards()),
+            intake: Intake::new(config, mailboxes.shards(), metrics.traces_ignored.clone()),
             partitions: Partitions::default(),
             revocations: Vec::new(),
             queues,
@@ -513,11 +520,12 @@ impl Flow {
             bytes: [0; 3],
             records_max: window.records_max,
             bytes_max: window.bytes_max,
+            at_bounds: [[false; 2]; 3],
             weights: window.weights,
             outbox,
             lane_events,
             away,
-            topics: config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect(),
+            topics,
             metrics,
             finished: false,
             committing: false,
@@ -529,10 +537,13 @@ impl Flow {
         self.admit_stalled();
         let mut taken = 0;
         for priority in 0..self.weights.len() {
-            if self.bytes[priority] >= self.bytes_max {
+            let full = self.bytes[priority] >= self.bytes_max;
+            self.stalled(priority, 0, "bytes", full);
+            if full {
                 continue;
             }
             let room = self.records_max.saturating_sub(self.records[priority]);
+            self.stalled(priority, 1, "records", room == 0);
             let max = room.min(self.weights[priority] * TURN);
             let mut records = Vec::new();
             let wants = |p: &Partition| self.partitions.get(p).is_some_and(|open| open.wants());
@@ -542,6 +553,14 @@ impl Flow {
             records.into_iter().for_each(|record| self.taken(record));
         }
         taken
+    }
+
+    /// Counts a bound of a priority when it is reached, not for as long as it is.
+    fn stalled(&mut self, priority: usize, bound: usize, limit: &str, now: bool) {
+        let before = std::mem::replace(&mut self.at_bounds[priority][bound], now);
+        if now && !before {
+            self.metrics.stalls.with_label_values(&[limit]).inc();
+        }
     }
 
     fn taken(&mut self, record: barid_bus::consumer::Record) {
@@ -555,12 +574,19 @@ impl Flow {
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
         match self.intake.take(&open.reading, record, now_ms) {
             Taken::Refused(flight, refusal) => {
+                self.outbox.tracer.saw(Sighting {
+                    id: &refusal.id,
+                    app: &refusal.app,
+                    how: refusal.code.as_str(),
+                    ..flight.sighting("refused", &refusal.user, now_ms * 1000)
+                });
                 self.count(&flight);
                 self.refuse(flight, refusal, now_ms);
             }
             Taken::Parcels(parcels) => {
                 if let Some(parcel) = parcels.first() {
                     let flight = Arc::clone(&parcel.flight);
+                    self.outbox.tracer.saw(flight.sighting("taken", "", now_ms * 1000));
                     self.count(&flight);
                 }
                 self.admit(&partition, parcels);
@@ -574,6 +600,9 @@ impl Flow {
         if !open.stalled.is_empty()
             || !has_room(&self.queues, &self.by_shard, self.lane_messages_max, &parcels)
         {
+            if open.stalled.is_empty() {
+                self.metrics.stalls.with_label_values(&["lane"]).inc();
+            }
             open.stalled.push_back(parcels);
             return;
         }

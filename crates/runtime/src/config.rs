@@ -90,11 +90,13 @@ pub struct LogConfig {
     pub level: String,
     /// `text` for people, `json` for machines.
     pub format: LogFormat,
+    /// Events of sampled messages (target `barid::trace`) that are logged in a second, at most.
+    pub traces_per_second: u32,
 }
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { level: "info".into(), format: LogFormat::Text }
+        Self { level: "info".into(), format: LogFormat::Text, traces_per_second: 100 }
     }
 }
 

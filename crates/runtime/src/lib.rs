@@ -11,6 +11,7 @@ mod main_role;
 mod secret_url;
 mod shutdown;
 pub mod telemetry;
+mod trace;
 mod until_there;
 
 pub use announce::Announcements;
@@ -21,6 +22,7 @@ pub use latency::{BOUNDS_US, Latency, register_latencies};
 pub use main_role::main;
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;
+pub use trace::{Sighting, Tracer};
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -80,19 +82,23 @@ pub struct Context {
     pub health: Health,
     /// For how long a loop of the role may show no progress until its condition fails.
     pub stalled_after: Duration,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
     announcements: Announcements,
 }
 
 impl Context {
     /// A context of its own, as each role of `barid dev` and of tests has.
     pub fn new() -> Self {
-        Self::of(&AdminConfig::default(), None)
+        Self::of(&AdminConfig::default(), &LogConfig::default(), None)
     }
 
-    fn of(admin: &AdminConfig, ready_file: Option<std::path::PathBuf>) -> Self {
+    fn of(admin: &AdminConfig, log: &LogConfig, ready_file: Option<std::path::PathBuf>) -> Self {
+        let metrics = prometheus::Registry::new();
         Self {
             shutdown: Shutdown::new(),
-            metrics: prometheus::Registry::new(),
+            tracer: Tracer::new(&metrics, log.traces_per_second).expect("the registry is empty"),
+            metrics,
             health: Health::new(),
             stalled_after: Duration::from_secs(admin.stalled_after_seconds),
             announcements: Announcements::new(ready_file),

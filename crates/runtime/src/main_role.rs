@@ -47,7 +47,7 @@ pub fn main<R: Role>() -> ExitCode {
 
 async fn serve<R: Role>(config: R::Config) -> ExitCode {
     let common = config.common().to_owned();
-    let context = Context::of(&common.admin, common.ready_file.clone());
+    let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
         Ok(signals) => signals,
         Err(error) => return fail(EXIT_FAILED, &format!("cannot listen for signals: {error}")),

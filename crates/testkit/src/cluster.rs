@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
+use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{ClientConfig, Message as _};
 use serde_json::{Value as Json, json};
@@ -294,13 +295,29 @@ impl Node {
         }
     }
 
+    /// What it wrote so far.
+    ///
+    /// # Errors
+    /// It has not been started.
+    pub fn output(&self) -> Result<String> {
+        std::fs::read_to_string(&self.log).with_context(|| format!("output of {}", self.name()))
+    }
+
+    /// All of its metrics, as Prometheus reads them.
+    ///
+    /// # Errors
+    /// The admin endpoint does not answer.
+    pub async fn metrics(&mut self) -> Result<String> {
+        let admin = self.address("admin").await?;
+        Ok(http::get(admin, "/metrics").await?.1)
+    }
+
     /// The value of a metric (summed over its labels); 0 if it is not there.
     ///
     /// # Errors
     /// The admin endpoint does not answer.
     pub async fn metric(&mut self, name: &str) -> Result<f64> {
-        let admin = self.address("admin").await?;
-        let (_, text) = http::get(admin, "/metrics").await?;
+        let text = self.metrics().await?;
         let values = text.lines().filter_map(|line| {
             let rest = line.strip_prefix(name)?;
             let labelled = rest.starts_with('{') || rest.starts_with(' ');
@@ -634,7 +651,25 @@ impl Business {
     /// # Errors
     /// Kafka does not take it within 30 s.
     pub async fn produce(&self, topic: &str, key: &str, payload: &[u8]) -> Result<Place> {
-        let record = FutureRecord::to(topic).key(key).payload(payload);
+        self.produce_with(topic, key, payload, &[]).await
+    }
+
+    /// Likewise, with headers.
+    ///
+    /// # Errors
+    /// Kafka does not take it within 30 s.
+    pub async fn produce_with(
+        &self,
+        topic: &str,
+        key: &str,
+        payload: &[u8],
+        headers: &[(&str, &str)],
+    ) -> Result<Place> {
+        let header = |all: OwnedHeaders, (key, value): &(&str, &str)| {
+            all.insert(Header { key, value: Some(*value) })
+        };
+        let headers = headers.iter().fold(OwnedHeaders::new(), header);
+        let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
         match self.producer.send(record, Duration::from_secs(30)).await {
             Ok(taken) => Ok(Place { partition: taken.partition, offset: taken.offset }),
             Err((error, _)) => Err(error.into()),

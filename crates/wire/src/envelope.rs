@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use barid_core::{Chain, Epoch, Seq};
+use barid_core::{Chain, Epoch, Seq, TraceParent};
 use bytes::Bytes;
 use prost::Message as _;
 
@@ -129,6 +129,12 @@ pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
         return Err(EnvelopeError::Payload(format!("{} bytes instead of {raw_bytes}", raw.len())));
     }
     Ok(Cow::Owned(raw))
+}
+
+/// Whether the entry's business records its trace.
+pub fn is_sampled(envelope: &Envelope) -> bool {
+    let trace = TraceParent::parse(envelope.traceparent.as_bytes());
+    trace.is_some_and(TraceParent::is_sampled)
 }
 
 /// Whether the entry's time to live is over at `now_ms`.

@@ -333,13 +333,13 @@ impl Connected {
         self.window.len()
     }
 
-    /// The device acknowledged. `done` is told of each message that was first written from a push.
+    /// The device acknowledged. `done` is told of each message.
     pub fn ack(
         &mut self,
         ack: &v1::Ack,
         now_us: u64,
         out: &mut Vec<Effect>,
-        mut done: impl FnMut(PushedAt),
+        mut done: impl FnMut(&Sent),
     ) {
         if !ack.mailbox.is_empty() {
             let text = "ack names a mailbox that this session does not follow";
@@ -351,7 +351,7 @@ impl Connected {
         }
         let mut receipts = Vec::new();
         let moved = self.window.ack(Seq(ack.seq), |sent| {
-            sent.pushed.into_iter().for_each(&mut done);
+            done(&sent);
             if let Some(wanted) = sent.receipt {
                 receipts.push((wanted, sent.mark.seq));
             }
@@ -625,11 +625,12 @@ fn mark_at(header: &Header) -> Mark {
 fn wanted(entry: &Envelope) -> Option<Box<Wanted>> {
     let any =
         ReceiptSet::SENT.0 | ReceiptSet::ACKED.0 | ReceiptSet::EXPIRED.0 | ReceiptSet::EXHAUSTED.0;
-    (entry.receipts & any != 0).then(|| {
+    (entry.receipts & any != 0 || envelope::is_sampled(entry)).then(|| {
         Box::new(Wanted {
             id: entry.id.clone(),
             receipts: entry.receipts,
             traceparent: entry.traceparent.clone(),
+            produced_ms: entry.produced_at_ms,
         })
     })
 }

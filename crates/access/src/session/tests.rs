@@ -165,7 +165,7 @@ impl Walk {
 
     fn ack(&mut self, seq: u64) {
         let ack = v1::Ack { seq, ..Default::default() };
-        self.session.ack(&ack, NOW, &mut self.effects, |at| self.hops.push(at));
+        self.session.ack(&ack, NOW, &mut self.effects, |sent| self.hops.extend(sent.pushed));
     }
 
     /// The acknowledgement that the session wants, answered as advanced.

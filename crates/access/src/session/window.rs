@@ -16,7 +16,7 @@ pub struct Sent {
     pub to: Mark,
     /// Its times, if it was first written from a push.
     pub pushed: Option<PushedAt>,
-    /// Kept only where the business asked for receipts.
+    /// Kept only where the business asked for receipts or samples its trace.
     pub receipt: Option<Box<Wanted>>,
 }
 
@@ -29,7 +29,7 @@ pub struct PushedAt {
     pub produced_ms: u64,
 }
 
-/// What receipts of a message need.
+/// What receipts and the log of a message need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// The message.
@@ -38,6 +38,8 @@ pub struct Wanted {
     pub receipts: u32,
     /// To be returned.
     pub traceparent: String,
+    /// When it was produced, ms since the Unix epoch; 0: not known.
+    pub produced_ms: u64,
 }
 
 /// `acked ≤ entries… ≤ high`, in order.

@@ -140,7 +140,7 @@ pub fn push(user: &str, seq: u64) -> Push {
         accepted_at_us: 1,
     };
     let envelope = Bytes::copy_from_slice(&header.encode());
-    Push { app: "demo".into(), user: user.into(), envelope }
+    Push { app: "demo".into(), user: user.into(), envelope, sampled: false }
 }
 
 /// The seq in an envelope.

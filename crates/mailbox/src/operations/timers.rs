@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use barid_core::{Backoff, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard};
 
-use super::{head, routes};
+use super::{head, queue, routes};
 use crate::batcher::timed_reply;
 use crate::reply::{Reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
@@ -51,6 +51,7 @@ async fn fire_call(
         head(&mut call, *shard, user);
         routes(&mut call, *shard, user);
         call.key(keys::timers(*shard)).arg(keys::member(&user.app, &user.user));
+        queue(&mut call, *shard, user);
     }
     let mut replies = run(topology, *shards[0], &scripts::FIRE, &call, candidates.len()).await?;
     let mut due = Vec::new();
@@ -100,6 +101,7 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
         tag => return Err(unknown_tag(tag)),
     }
     let claimed_score = reply.number()?;
+    let late_ms = reply.number()?;
     let mut devices = Vec::new();
     while !reply.is_empty() {
         let name = |e: barid_core::InvalidName| Error::Unexpected(e.to_string());
@@ -111,9 +113,10 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
                 connection: ConnectionId(reply.number()?),
             },
             attempt: reply.number_u32()?,
+            sampled: reply.bytes()?,
         });
     }
-    Ok(Some(DueUser { user, claimed_score, devices }))
+    Ok(Some(DueUser { user, claimed_score, late_ms, devices }))
 }
 
 /// Gives claims back. Those whose timer has moved since are left alone.

@@ -1,10 +1,11 @@
 -- fire: claims due timers. Allowed when Redis is full.
 --
--- KEYS  an item: head, routes, timers.
+-- KEYS  an item: head, routes, timers, queue.
 -- ARGV  retry base ms, retry max ms, retry jitter; then an item: member (app NUL user).
 -- Reply now, then an item: {'N'} not due, or nobody of it is ·
---       {'C', claimed score, then of each due device: device, node, incarnation, connection,
---             attempt} · {'E', text}
+--       {'C', claimed score, ms since it was due, then of each due device: device, node,
+--             incarnation, connection, attempt, its oldest unacknowledged entry if that is
+--             sampled, else ''} · {'E', text}
 --
 -- A device that is not behind or has no route is dropped from the timer; one that is due gets its
 -- next due time, which is the claim.
@@ -32,8 +33,18 @@ local function decide(h, d, routed)
   return true
 end
 
+-- The entry that a device is to acknowledge next, if its business records its trace: its last field
+-- is then Envelope.traceparent, 55 bytes that end in the flags.
+local function sampled_entry(h, queue, d)
+  local seq = math.max(d.seq + 1, h.b)
+  local body = call('LINDEX', queue, int((seq - h.b) * 2 + 1))
+  if not body or not match(body, 'z7%x%x%-%x+%-%x+%-%x[13579bdf]$') then return '' end
+  return header_at(h, queue, seq) .. body
+end
+
 local function fire(k, a)
   local head, routes, timers, member = KEYS[k], KEYS[k + 1], KEYS[k + 2], ARGV[a]
+  local queue = KEYS[k + 3]
   local score = tonumber(call('ZSCORE', timers, member))
   if not score or not is_due(score) then return { 'N' } end
   local h = find_head(head)
@@ -41,21 +52,22 @@ local function fire(k, a)
     call('ZREM', timers, member)
     return { 'N' }
   end
-  local reply, devices = { 'C', '0' }, other_devices(h)
+  local late = score <= NOW and NOW - score or 0
+  local reply, devices = { 'C', '0', int(late) }, other_devices(h)
   for _, d in ipairs(devices) do
     local text = call('HGET', routes, d.name)
     local due, attempt = d.due, d.attempt
     if decide(h, d, text) then
       local route = parse_route(text)
       for _, part in ipairs({ d.name, route.node, route.incarnation, route.connection,
-        int(d.attempt) }) do
+        int(d.attempt), sampled_entry(h, queue, d) }) do
         reply[#reply + 1] = part
       end
     end
     if d.due ~= due or d.attempt ~= attempt then save_device(h, d) end
   end
   reply[2] = int(set_timer(timers, member, devices))
-  return #reply > 2 and reply or { 'N' }
+  return #reply > 3 and reply or { 'N' }
 end
 
-return each(#KEYS / 3, fire, 3, 1, 4)
+return each(#KEYS / 4, fire, 4, 1, 4)

@@ -1,8 +1,9 @@
 //! Retry timers: accept and connect arm, ack and disconnect disarm, fire claims, defer gives back.
 
-use barid_mailbox::DeferRequest;
+use barid_mailbox::{AcceptMessage, DeferRequest};
+use barid_wire::envelope::{self, Envelope};
 
-use crate::support::{Bed, contract, session};
+use crate::support::{Bed, contract, message, session};
 
 contract!(
     a_message_for_an_offline_user_arms_nothing,
@@ -15,6 +16,7 @@ contract!(
     a_defer_takes_the_attempt_back,
     a_defer_of_another_claim_is_ignored,
     hazard_17_fire_drops_who_is_not_behind,
+    fire_shows_the_oldest_unacknowledged_entry_if_it_is_sampled,
     fire_drops_who_has_no_route,
     fire_drops_the_timer_of_a_forgotten_mailbox,
     hazard_19_a_time_far_ahead_is_due,
@@ -165,6 +167,29 @@ async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
     let () = bed.query(&["ZADD", &bed.key("t", &user), "1", &member]).await;
     assert_eq!(bed.fire(&user).await, None);
     assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn fire_shows_the_oldest_unacknowledged_entry_if_it_is_sampled(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    let trace =
+        |flags: &str| format!("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{flags}");
+    for (offset, traceparent) in [(1, String::new()), (2, trace("01")), (3, trace("00"))] {
+        let id = format!("m{offset}");
+        let body = Envelope { id: id.clone(), taken_at_ms: 7, traceparent, ..Default::default() };
+        let message =
+            AcceptMessage { body: envelope::encode_body(body), ..message(&user, offset, &id) };
+        bed.accept_message(message).await;
+    }
+    for (acknowledged, shown) in [(0, None), (1, Some("m2")), (2, None)] {
+        bed.ack(&user, "phone", 1, acknowledged).await;
+        bed.make_due(&user).await;
+        let due = bed.fire(&user).await.unwrap();
+        assert!(due.late_ms > 60_000, "it was due in 1970");
+        let entry = due.devices[0].sampled.clone();
+        let entry = (!entry.is_empty()).then(|| envelope::decode(entry).unwrap().1);
+        assert_eq!(entry.as_ref().map(|entry| entry.id.as_str()), shown);
+    }
 }
 
 async fn fire_drops_who_has_no_route(bed: Bed) {

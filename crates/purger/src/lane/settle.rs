@@ -7,7 +7,7 @@ use std::time::Duration;
 use barid_bus::{DeadLetter, DeadLetters, Receipts};
 use barid_core::{Clock, Shard};
 use barid_mailbox::{AcceptOutcome, RedisTime};
-use barid_runtime::Hop;
+use barid_runtime::{Hop, Tracer};
 use barid_wire::envelope::Header;
 use barid_wire::internal::Push;
 use barid_wire::record::ReceiptKind;
@@ -18,10 +18,7 @@ use tokio::time::timeout;
 
 use super::{Event, last_parts};
 use crate::flight::{Flight, Parcel};
-use crate::metrics::Metrics;
-
-/// The code of a message that Redis cannot take.
-const ACCEPT_FAILED: &str = "accept_failed";
+use crate::metrics::{ACCEPT_FAILED, Metrics};
 
 /// Where outcomes go. Cheap to clone.
 #[derive(Clone)]
@@ -38,6 +35,8 @@ pub struct Outbox {
     pub clock: Arc<dyn Clock>,
     /// Counted here.
     pub metrics: Metrics,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
 }
 
 /// What has to be delivered before a message is done.
@@ -69,12 +68,13 @@ impl Outbox {
             let receipt = match outcome {
                 AcceptOutcome::Accepted { seq, envelope, online, evicted } => {
                     if let Some(clock) = clock {
-                        self.hops(&flight, &envelope, clock);
+                        self.hops(&flight, user, &envelope, clock);
                     }
                     self.metrics.evicted.inc_by(u64::from(evicted));
                     if online {
                         let (app, user) = (message.app.to_string(), user.to_owned());
-                        pushes.push((shard, Push { app, user, envelope }));
+                        let sampled = flight.is_sampled();
+                        pushes.push((shard, Push { app, user, envelope, sampled }));
                     }
                     flight.receipt(ReceiptKind::Accepted, user, seq.0, now_ms)
                 }
@@ -107,10 +107,13 @@ impl Outbox {
     }
 
     /// The hops that end with acceptance.
-    fn hops(&self, flight: &Flight, envelope: &[u8], clock: RedisTime) {
+    fn hops(&self, flight: &Flight, user: &str, envelope: &[u8], clock: RedisTime) {
         let Ok(header) = Header::parse(envelope) else { return };
         let taken_us = clock.us(flight.taken.into_std());
         let produced_us = flight.produced_at_ms() * 1000;
+        if flight.is_sampled() {
+            self.tracer.saw(flight.sighting("accepted", user, header.accepted_at_us));
+        }
         self.metrics.hops.observe(Hop::ProducedTaken, produced_us, taken_us);
         self.metrics.hops.observe(Hop::TakenAccepted, taken_us, header.accepted_at_us);
     }

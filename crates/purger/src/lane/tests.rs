@@ -9,6 +9,7 @@ use barid_bus::consumer::{Assigned, Partition, Record};
 use barid_bus::{DeadLetters, KafkaConfig, Producer, Receipts};
 use barid_core::{Seq, ShardCount, SystemClock};
 use barid_mailbox::{AcceptOutcome, RedisTime, Source};
+use barid_runtime::Tracer;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
@@ -148,6 +149,7 @@ fn outbox(metrics: &Metrics) -> Outbox {
         handoff_wait: Duration::ZERO,
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
+        tracer: Tracer::new(&prometheus::Registry::new(), 1).unwrap(),
     }
 }
 
@@ -193,7 +195,7 @@ impl World {
             let assigned = Assigned { partition: partition(number), topic_id: "id".into() };
             partitions.assign(assigned, 1);
         }
-        let intake = Intake::new(&config, store.shards());
+        let intake = Intake::new(&config, store.shards(), metrics.traces_ignored.clone());
         Self { config, store, partitions, queues, events, intake, next: [0; 2], length }
     }
 
