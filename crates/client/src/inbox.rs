@@ -4,7 +4,8 @@
 //! Two marks stand in the mailbox's history: everything up to `received` has come, everything up
 //! to `handled` is done. Between them lie the pending positions. The server is told `handled`, in
 //! acks and when the device comes back; what then comes a second time is dropped by its position.
-//! When the positions start anew (a Welcome with another epoch or generation), ids tell instead.
+//! When the positions start anew (a Welcome with another epoch or generation), ids tell instead; and
+//! behind what was evicted, which hides whether the history before it is still the one that came.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -32,6 +33,8 @@ pub(crate) struct Inbox {
     seen: HashSet<u64>,
     /// With the application since before the last reset.
     ghosts: HashSet<u64>,
+    /// Pending and not handled when something was evicted: each comes once more at most.
+    twins: HashSet<u64>,
     acked: Seq,
     ack_due: bool,
 }
@@ -62,6 +65,8 @@ enum State {
     Ghost,
     /// The application did not handle it: it waits to be sent again.
     Refused,
+    /// It is pending at an earlier position too, which is done first.
+    Twin,
     Done,
 }
 
@@ -140,6 +145,7 @@ impl Inbox {
         if now.seq > standing.received {
             // Further than anything that came here: another program holds this device's place.
             self.pending.clear();
+            self.twins.clear();
             self.acked = now.seq;
             self.standing = Some(Standing::at(now));
         } else if now.seq > before.seq {
@@ -155,24 +161,30 @@ impl Inbox {
     /// application has.
     fn go_on(&mut self, before: Position, now: Position) {
         self.life += 1;
+        self.twins.clear();
         for entry in self.pending.drain(..) {
             match entry.state {
                 State::Out | State::Ghost => self.ghosts.insert(entry.id),
                 State::Done => entry.id != 0 && self.seen.insert(entry.id),
-                State::Waiting(_) | State::Refused => false,
+                State::Waiting(_) | State::Refused | State::Twin => false,
             };
         }
-        if self.seen.len() > RECENT_MAX {
-            let recent: HashSet<u64> = self.recent.iter().copied().collect();
-            self.seen.retain(|id| recent.contains(id));
-        }
+        self.bound_seen();
         self.standing = Some(Standing::at(before));
         self.acked = now.seq;
         self.ack_due = now.seq < before.seq;
     }
 
+    fn bound_seen(&mut self) {
+        if self.seen.len() > RECENT_MAX {
+            let recent: HashSet<u64> = self.recent.iter().copied().collect();
+            self.seen.retain(|id| recent.contains(id));
+        }
+    }
+
     fn reset(&mut self, now: Position) {
         self.life += 1;
+        self.twins.clear();
         for entry in self.pending.drain(..) {
             if matches!(entry.state, State::Out | State::Ghost) {
                 self.ghosts.insert(entry.id);
@@ -209,7 +221,9 @@ impl Inbox {
         standing.received_chain = standing.received_chain.map(|chain| chain.next(&message.id));
         let (seq, chain) = (message.seq, standing.received_chain);
         let id = IdHash::of(&message.id).ring;
-        let state = if self.ghosts.contains(&id) {
+        let state = if self.twins.remove(&id) {
+            State::Twin
+        } else if self.ghosts.contains(&id) {
             State::Ghost
         } else if self.seen.remove(&id) {
             State::Done
@@ -254,9 +268,22 @@ impl Inbox {
         events.push(Event::Skipped { first: standing.received.next(), last: to, why });
         standing.received = to;
         standing.received_chain = Some(chain);
+        if why == SkipReason::Evicted {
+            self.tell_by_id();
+        }
         self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
         self.settle();
         Ok(())
+    }
+
+    /// What Redis evicted cannot be compared: after a failover other messages may have stood there,
+    /// and what came before may come again behind them.
+    fn tell_by_id(&mut self) {
+        self.bound_seen();
+        self.seen.extend(&self.recent);
+        let unhandled =
+            |entry: &&Pending| matches!(entry.state, State::Waiting(_) | State::Out | State::Ghost);
+        self.twins = self.pending.iter().filter(unhandled).map(|entry| entry.id).collect();
     }
 
     /// A message that the application refused cannot come again.
@@ -348,7 +375,9 @@ impl Inbox {
     /// Moves `handled` over what is done.
     fn settle(&mut self) {
         let Some(standing) = self.standing.as_mut() else { return };
-        while let Some(Pending { seq, chain, state: State::Done, .. }) = self.pending.front() {
+        while let Some(Pending { seq, chain, state: State::Done | State::Twin, .. }) =
+            self.pending.front()
+        {
             standing.handled.seq = *seq;
             standing.handled.chain = *chain;
             self.ack_due = true;

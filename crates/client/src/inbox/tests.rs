@@ -46,6 +46,12 @@ impl Device {
         self.inbox.skip(G, Seq(to), Chain(chain), why, &mut self.events).unwrap();
     }
 
+    /// What Redis evicted: nothing shows whose history the place before was in.
+    fn evicted(&mut self, to: u64) {
+        let why = SkipReason::Evicted;
+        self.inbox.skip(G, Seq(to), Chain(0), why, &mut self.events).unwrap();
+    }
+
     fn take(&mut self) -> Ticket {
         self.inbox.next().expect("a message waits").0
     }
@@ -113,6 +119,45 @@ fn hazard_03_what_took_anothers_place_while_the_device_was_away_is_shown() {
     device.deliver(G, 2, "x");
     device.deliver(G, 3, "y");
     assert_eq!(device.handle_all(), ["y"], "x was handled");
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
+fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
+    let mut device = Device::welcomed();
+    for (seq, id) in [(1, "x"), (2, "y"), (3, "z")] {
+        device.deliver(G, seq, id);
+    }
+    let x = device.take();
+    device.inbox.finished(x, true);
+    let y = device.take(); // it is being handled, and "z" waits
+    // Redis forgets all three, others take their places and are evicted, and they are accepted again.
+    device.evicted(6);
+    for (seq, id) in [(7, "x"), (8, "y"), (9, "z"), (10, "new")] {
+        device.deliver(G, seq, id);
+    }
+    device.inbox.finished(y, true);
+    assert_eq!(device.handle_all(), ["z", "new"]);
+    assert_eq!(device.acked(), Some(10));
+}
+
+#[test]
+fn hazard_03_what_waited_for_the_application_is_shown_when_the_connection_breaks_too() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "x");
+    device.deliver(G, 2, "refused");
+    device.deliver(G, 3, "z");
+    let x = device.take();
+    let refused = device.take();
+    device.inbox.finished(refused, false);
+    device.evicted(6);
+    // Redis goes back to before the eviction, while "x" is being handled.
+    device.welcome(at(7, 1, 0));
+    for (seq, id) in [(1, "x"), (2, "refused"), (3, "z")] {
+        device.deliver(G, seq, id);
+    }
+    device.inbox.finished(x, true);
+    assert_eq!(device.handle_all(), ["refused", "z"]);
     assert_eq!(device.acked(), Some(3));
 }
 

@@ -24,7 +24,7 @@ pub struct Client {
     received: u64,
     received_chain: Chain,
     pending: VecDeque<(Mark, Option<String>)>,
-    /// Shown before the positions started anew: each is dropped once.
+    /// Shown before the positions started anew, or before an eviction: each is dropped once.
     seen: HashSet<String>,
     /// The furthest record of each partition that was shown.
     furthest: HashMap<String, usize>,
@@ -85,9 +85,12 @@ impl Client {
         Ok(())
     }
 
+    /// Something was evicted.
     pub fn skip(&mut self, generation: Generation, to: Mark) -> Checked {
         let standing = self.standing.ok_or("a skip before the welcome")?;
         if generation == standing.generation && to.seq > self.received {
+            // Nothing shows whether what came before is still in the mailbox's history.
+            self.seen.clone_from(&self.shown);
             self.received = to.seq;
             self.received_chain = to.chain;
             self.pending.push_back((to, None));

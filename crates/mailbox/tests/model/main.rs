@@ -177,3 +177,23 @@ fn whatever_happens_the_mailbox_keeps_its_promises() {
     }
     println!("{cases} cases in {:?}", began.elapsed());
 }
+
+/// A message that Redis had forgotten was pushed and handled. What took its place is evicted before
+/// Redis is asked, so that nothing is left to compare with; the message itself comes again behind it.
+#[tokio::test]
+async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
+    let steps = [
+        Step::Connect { client: 0 },
+        Step::Replicate,
+        Step::Produce { source: 0, user: 0, repeat: false },
+        Step::Produce { source: 0, user: 0, repeat: false },
+        Step::Send { source: 1, user: 0 },
+        Step::Send { source: 0, user: 0 },
+        Step::FailOver,
+        Step::Push { user: 0, nth: 0 },
+        Step::Send { source: 0, user: 0 },
+        Step::Send { source: 0, user: 0 },
+    ];
+    let mut store = Store::start().await;
+    run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
+}
