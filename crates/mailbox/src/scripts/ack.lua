@@ -13,10 +13,11 @@ local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]
 local DEVICES_MAX, CANDIDATE = tonumber(ARGV[4]), ARGV[5]
 local ITEM, COUNT = '<I2ddI4I4', (#ARGV - 5) / 3
 
--- Whether the route is still that of the session that heard the ack.
-local function is_routed(routes, name, session)
+-- Whether a reset begins the retries: the device has a route, and they are not another session's that
+-- are under way.
+local function may_begin(routes, name, session, due)
   local text = call('HGET', routes, name)
-  return text and string.sub(text, 1, #session) == session
+  return text and (due == 0 or string.sub(text, 1, #session) == session)
 end
 
 -- The mailbox keeps what its slowest known device needs.
@@ -60,7 +61,7 @@ local function decide(k, a, v)
   if d.seq >= h.n then
     d.due, d.attempt = 0, 0
   elseif progress and due > 0 -- it is behind and has a route
-    or reset and is_routed(routes, name, string.sub(ARGV[a + 2], session_at)) then
+    or reset and may_begin(routes, name, string.sub(ARGV[a + 2], session_at), due) then
     d.due, d.attempt = NOW + spread(BASE, JITTER), 0
   end
   if progress then trim_to_lowest(h, queue, d, others) end

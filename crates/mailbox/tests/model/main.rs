@@ -197,3 +197,27 @@ async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
     let mut store = Store::start().await;
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
+
+/// A failover brings an older session's route back; an acknowledgement of the newer one, which has no
+/// route now, catches up with what is left, and the next one resets the device behind it.
+#[tokio::test]
+async fn a_device_that_a_session_without_a_route_resets_is_sent_to_again() {
+    let steps = [
+        Step::Send { source: 0, user: 0 },
+        Step::Send { source: 0, user: 1 },
+        Step::Connect { client: 1 },
+        Step::Connect { client: 0 },
+        Step::Replicate,
+        Step::Connect { client: 1 },
+        Step::Serve { user: 0 },
+        Step::Connect { client: 2 },
+        Step::Send { source: 0, user: 0 },
+        Step::Confirm { client: 0, ghost: false },
+        Step::Serve { user: 1 },
+        Step::FailOver,
+        Step::AckLate { nth: 1 },
+        Step::Serve { user: 0 },
+    ];
+    let mut store = Store::start().await;
+    run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
+}
