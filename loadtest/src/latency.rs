@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::audit::Audit;
 use crate::fleet::Fleet;
 use crate::hops::{self, Hop};
-use crate::producer::{self, Pace};
+use crate::producer::{Business, Pace};
 use crate::sandbox::Sandbox;
 
 /// How it is measured.
@@ -59,7 +59,7 @@ struct Report {
 /// Measures and prints; `false` if something was not delivered once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let mut sandbox = Sandbox::start().await?;
-    let plan = sandbox.plan(options.payload_bytes, 0);
+    let business = Business::open(&sandbox.plan(options.payload_bytes, 0)).await?;
     let address = [sandbox.address().await?];
 
     let fleet_of = async |seconds: u64| {
@@ -72,13 +72,13 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     if options.warmup_seconds > 0 {
         let (audit, _fleet, total) = fleet_of(options.warmup_seconds).await?;
         audit.start();
-        producer::produce(&plan, Pace::Scheduled(total), &audit).await?;
+        business.produce(Pace::Scheduled(total), &audit).await?;
         audit.all_settled(Duration::from_secs(30)).await;
     }
     let (audit, mut fleet, total) = fleet_of(options.seconds).await?;
     let before = sandbox.metrics().await?;
     audit.start();
-    producer::produce(&plan, Pace::Scheduled(total), &audit).await?;
+    business.produce(Pace::Scheduled(total), &audit).await?;
     audit.all_settled(Duration::from_secs(30)).await;
     fleet.check()?;
     let totals = audit.totals();

@@ -19,6 +19,9 @@ use crate::cpu;
 /// How long the last records may take to be with Kafka.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
+/// An idempotent producer is given its id by Kafka in the background, and tells nobody when.
+const PRODUCER_ID_TIME: Duration = Duration::from_secs(1);
+
 /// What is produced.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -57,16 +60,6 @@ pub struct Produced {
     pub cpu_s: f64,
 }
 
-/// Produces on a thread of its own until everything is with Kafka.
-pub async fn produce(plan: &Plan, pace: Pace, audit: &Arc<Audit>) -> anyhow::Result<Produced> {
-    let (plan, audit) = (plan.clone(), Arc::clone(audit));
-    let (done, outcome) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("producer".into()).spawn(move || {
-        let _ = done.send(Producer::new(&plan).and_then(|producer| producer.run(pace, &audit)));
-    })?;
-    outcome.await.context("the producing thread is gone")?
-}
-
 /// Counts what Kafka did not take.
 #[derive(Debug, Default)]
 struct Failures(AtomicU64);
@@ -88,15 +81,20 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-struct Producer {
+/// What a business service has: a producer that is kept.
+pub struct Business {
     kafka: ThreadedProducer<Failures>,
     plan: Plan,
     text: String,
 }
 
-impl Producer {
-    fn new(plan: &Plan) -> anyhow::Result<Self> {
-        let kafka = ClientConfig::new()
+impl Business {
+    /// Connects, and waits until the first record would leave at once.
+    ///
+    /// # Errors
+    /// The topic is not there.
+    pub async fn open(plan: &Plan) -> anyhow::Result<Arc<Self>> {
+        let kafka: ThreadedProducer<_> = ClientConfig::new()
             .set("bootstrap.servers", &plan.brokers)
             .set("enable.idempotence", "true")
             .set("linger.ms", plan.linger_ms.to_string())
@@ -106,20 +104,45 @@ impl Producer {
         let words =
             "your parcel 4711 has left the depot and will be with you between two and four ";
         let text = words.chars().cycle().take(plan.payload_bytes as usize).collect();
-        Ok(Self { kafka, plan: plan.clone(), text })
+        let business = Arc::new(Self { kafka, plan: plan.clone(), text });
+        let asking = Arc::clone(&business);
+        let ask = move || {
+            asking.kafka.client().fetch_metadata(Some(&asking.plan.topic), FLUSH_LIMIT).map(drop)
+        };
+        tokio::task::spawn_blocking(ask).await?.context("Kafka does not answer")?;
+        tokio::time::sleep(PRODUCER_ID_TIME).await;
+        Ok(business)
     }
 
-    fn run(self, pace: Pace, audit: &Audit) -> anyhow::Result<Produced> {
+    /// Produces on a thread of its own until everything is with Kafka.
+    ///
+    /// # Errors
+    /// Kafka did not take everything.
+    pub async fn produce(
+        self: &Arc<Self>,
+        pace: Pace,
+        audit: &Arc<Audit>,
+    ) -> anyhow::Result<Produced> {
+        let (business, audit) = (Arc::clone(self), Arc::clone(audit));
+        let (done, outcome) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new().name("producer".into()).spawn(move || {
+            let _ = done.send(business.run(pace, &audit));
+        })?;
+        outcome.await.context("the producing thread is gone")?
+    }
+
+    fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<Produced> {
+        let cpu_s = cpu::of_threads(cpu::is_producer)?;
         let mut number = 0;
         while self.awaited(pace, audit, number) {
             self.send(audit, number)?;
             number += 1;
         }
         self.kafka.flush(FLUSH_LIMIT).context("Kafka did not take everything")?;
-        let failed = self.kafka.context().0.load(Ordering::Relaxed);
+        let failed = self.kafka.context().0.swap(0, Ordering::Relaxed);
         ensure!(failed == 0, "Kafka refused {failed} of {number} records");
-        // Read while the threads still live.
-        Ok(Produced { records: number, cpu_s: cpu::of_threads(cpu::is_producer)? })
+        // Read while this thread still lives.
+        Ok(Produced { records: number, cpu_s: cpu::of_threads(cpu::is_producer)? - cpu_s })
     }
 
     /// Waits until record `number` is due; `false`: it is one too many.

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::audit::Audit;
 use crate::clients;
-use crate::producer::{self, Pace, Plan};
+use crate::producer::{Business, Pace, Plan};
 
 /// What is driven, and how.
 #[derive(Debug, Args)]
@@ -85,10 +85,11 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         payload_bytes: options.payload_bytes,
         linger_ms: 0,
     };
+    let business = Business::open(&plan).await?;
 
     let started = Instant::now();
     audit.start();
-    producer::produce(&plan, Pace::Scheduled(total), &audit).await?;
+    business.produce(Pace::Scheduled(total), &audit).await?;
     let produced_in = started.elapsed();
     audit.all_settled(Duration::from_secs(options.settle_seconds)).await;
     let totals = audit.totals();

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::audit::Audit;
 use crate::fleet::Fleet;
-use crate::producer::{self, Pace};
+use crate::producer::{Business, Pace};
 use crate::sandbox::Sandbox;
 
 /// How long the last acknowledgements may take.
@@ -68,6 +68,7 @@ struct Report {
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let mut sandbox = Sandbox::start().await?;
     let plan = sandbox.plan(options.payload_bytes, options.linger_ms);
+    let business = Business::open(&plan).await?;
     let address = [sandbox.address().await?];
     let ack_delay = Duration::from_millis(options.ack_delay_ms);
     if options.warmup_seconds > 0 {
@@ -76,7 +77,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         audit.start();
         let time = Duration::from_secs(options.warmup_seconds);
         let pace = Pace::Window { window: options.window, time };
-        audit.expect(producer::produce(&plan, pace, &audit).await?.records);
+        audit.expect(business.produce(pace, &audit).await?.records);
         audit.all_settled(Duration::from_secs(30)).await;
         sandbox.all_acknowledged(ACKED_LIMIT).await?;
     }
@@ -89,8 +90,8 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     audit.start();
     let time = Duration::from_secs(options.seconds);
     let pace = Pace::Window { window: options.window, time };
-    let business = producer::produce(&plan, pace, &audit).await?;
-    let produced = business.records;
+    let made = business.produce(pace, &audit).await?;
+    let produced = made.records;
     audit.expect(produced);
     audit.all_settled(Duration::from_secs(30)).await;
     sandbox.all_acknowledged(ACKED_LIMIT).await?;
@@ -105,7 +106,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
             let spent = after - before.get(name).copied().unwrap_or_default();
             (name.clone(), spent)
         })
-        .chain([("business".to_owned(), business.cpu_s)])
+        .chain([("business".to_owned(), made.cpu_s)])
         .map(|(name, spent)| (name, spent * 1e6 / produced.max(1) as f64))
         .collect();
     cpu_us.sort_by(|a, b| b.1.total_cmp(&a.1));
