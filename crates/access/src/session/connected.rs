@@ -373,7 +373,8 @@ impl Connected {
         self.acking = None;
         match outcome {
             AckOutcome::Advanced { .. } => {
-                if self.trust == Trust::Asking {
+                // One that was on its way already may have been compared before the history changed.
+                if self.trust == Trust::Asking && !self.ack_wanted {
                     self.trust = Trust::Checked;
                     self.at = self.window.acked();
                     self.want(SyncCause::Fork);

@@ -526,6 +526,28 @@ fn the_same_position_with_another_message_is_a_fork_even_if_nothing_follows() {
 }
 
 #[test]
+fn hazard_03_an_ack_that_was_on_its_way_does_not_answer_for_a_fork_that_came_after_it() {
+    let (mut old, mut new) = (History::of(1), History::of(1));
+    old.add("x");
+    new.add("y");
+    new.add("z");
+    let mut walk = Walk::new(&History::of(1), 1);
+    walk.push_all(&old, 2..=2);
+    walk.ack(2);
+    let on_its_way = walk.session.next_ack().unwrap();
+    assert_eq!(walk.push(new.entry(3)), Pushed::Dropped(Dropped::Fork));
+    let advanced = AckOutcome::Advanced { cursor: on_its_way.mark.seq };
+    walk.session.acked(advanced, &mut walk.effects);
+    assert_eq!(walk.session.next_read(true), None, "nobody has compared yet");
+    assert_eq!(walk.session.ack_urgency(), Some(AckUrgency::Urgent));
+    walk.session.next_ack().unwrap();
+    let cursor = Position { generation: Generation(1), ..new.cursor(0) };
+    walk.session.acked(AckOutcome::Reset { cursor }, &mut walk.effects);
+    walk.sync(&new);
+    assert_eq!(walk.seen(), ["welcome", "m1", "y", "z"]);
+}
+
+#[test]
 fn a_fork_behind_the_acknowledged_position_sends_the_device_to_say_hello_again() {
     let (mut old, mut new) = (History::of(1), History::of(1));
     old.add("x");
