@@ -25,10 +25,22 @@ impl Place {
         self.dir.path().join("dev.json")
     }
 
+    /// Whether a redis-server runs that was started from here: it works in a directory of its own
+    /// below this one. Its port would not tell, another test's server may have it by now.
+    pub fn redis_runs(&self) -> bool {
+        let is_ours = |process: std::path::PathBuf| {
+            let name = std::fs::read(process.join("comm")).unwrap_or_default();
+            let cwd = std::fs::read_link(process.join("cwd")).unwrap_or_default();
+            name.starts_with(b"redis-server") && cwd.starts_with(self.dir.path())
+        };
+        std::fs::read_dir("/proc").unwrap().flatten().any(|process| is_ours(process.path()))
+    }
+
     /// `barid --json <line>`, not started.
     pub fn barid(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_barid"));
         command.arg("--json").args(line.split_whitespace()).env("BARID_DEV_STATE", self.state());
+        command.env("TMPDIR", self.dir.path());
         for variable in ["BROKERS", "REDIS", "URL", "TOKEN", "SECRET_FILE", "KEY_ID", "APP"] {
             command.env_remove(format!("BARID_{variable}"));
         }
