@@ -62,7 +62,29 @@ struct Report {
     acked_per_s: f64,
     /// Microseconds of CPU time for each message, by process, dearest first.
     cpu_us: Vec<(String, f64)>,
+    /// Messages of one batch, by hop: what is shared shares its cost.
+    batches: Vec<(&'static str, f64)>,
 }
+
+/// Hops on which messages travel together: what counts the messages, and what the batches.
+const BATCHES: [(&str, &str, &str); 4] = [
+    ("accept call", "barid_purger_accept_messages_sum", "barid_purger_accept_messages_count"),
+    (
+        "purger to dispatcher",
+        "barid_purger_mesh_links_items_total",
+        "barid_purger_mesh_links_batches_total",
+    ),
+    (
+        "dispatcher to node",
+        "barid_dispatcher_node_links_items_total",
+        "barid_dispatcher_node_links_batches_total",
+    ),
+    (
+        "ack call",
+        "barid_mailbox_batch_items_sum{script=\"ack\"}",
+        "barid_mailbox_batch_items_count{script=\"ack\"}",
+    ),
+];
 
 /// Measures and prints; `false` if something was not delivered once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
@@ -85,6 +107,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
 
     let audit = Arc::new(Audit::new(options.users, None));
     let mut fleet = Fleet::connect(&address, Sandbox::token, ack_delay, &audit).await?;
+    let metrics_before = sandbox.metrics().await?;
     let before = sandbox.cpu_times()?;
     let started = Instant::now();
     audit.start();
@@ -98,6 +121,12 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let seconds = started.elapsed().as_secs_f64();
     let after = sandbox.cpu_times()?;
     fleet.check()?;
+    let metrics = sandbox.metrics().await?;
+    let grown = |name| sum(&metrics, name) - sum(&metrics_before, name);
+    let batches = BATCHES
+        .iter()
+        .map(|(hop, items, batches)| (*hop, grown(items) / grown(batches).max(1.0)))
+        .collect();
 
     let totals = audit.totals();
     let mut cpu_us: Vec<_> = after
@@ -121,9 +150,16 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         seconds,
         acked_per_s: produced as f64 / seconds,
         cpu_us,
+        batches,
     };
     print(&report, options.json)?;
     Ok(totals.is_clean())
+}
+
+/// All samples of a series, added up.
+fn sum(metrics: &str, series: &str) -> f64 {
+    let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.parse::<f64>().ok();
+    metrics.lines().filter_map(value).sum()
 }
 
 /// Names the processes and waits.
@@ -159,5 +195,7 @@ fn print(report: &Report, json: bool) -> std::io::Result<()> {
         writeln!(out, "{name:<14}{us:>16.2}")?;
     }
     let total: f64 = report.cpu_us.iter().map(|(_, us)| us).sum();
-    writeln!(out, "{:<14}{total:>16.2}", "all")
+    writeln!(out, "{:<14}{total:>16.2}\n", "all")?;
+    writeln!(out, "{:<22}{:>8}", "batch", "messages")?;
+    report.batches.iter().try_for_each(|(hop, size)| writeln!(out, "{hop:<22}{size:>8.1}"))
 }

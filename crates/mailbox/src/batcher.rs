@@ -160,12 +160,18 @@ async fn send<O: Operation>(topology: &Topology, batch: &[Pending<O>]) -> Result
     }
     let sent = Instant::now();
     let value = topology.run(shard, O::script(), &call).await?;
-    timed_reply(value, link.clock(), sent)
+    timed_reply(value, link.clock(), sent).map(|(reply, _)| reply)
 }
 
-/// A reply whose first element is Redis's time; the call was sent at `sent` or later.
-pub(crate) fn timed_reply(value: Value, clock: &RedisClock, sent: Instant) -> Result<Reply, Error> {
+/// What follows the first element of a reply, and that: Redis's time, µs since the Unix epoch. The
+/// call was sent at `sent` or later.
+pub(crate) fn timed_reply(
+    value: Value,
+    clock: &RedisClock,
+    sent: Instant,
+) -> Result<(Reply, u64), Error> {
     let mut reply = Reply::new(value)?;
-    clock.observe(reply.number()?, sent, Instant::now());
-    Ok(reply)
+    let now_us = reply.number()?;
+    clock.observe(now_us, sent, Instant::now());
+    Ok((reply, now_us))
 }

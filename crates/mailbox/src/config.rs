@@ -28,7 +28,7 @@ pub struct RedisConfig {
     pub ttl_seconds: u64,
     /// Devices that a mailbox knows; the one that is offline and unused for longest is forgotten.
     pub devices_max: u32,
-    /// Messages in one accept call.
+    /// Messages of one Kafka partition for one shard in one accept call.
     pub accept_batch_max: usize,
     /// First wait for an acknowledgement before a re-send, ms; doubles with each.
     pub retry_base_ms: u64,
@@ -57,7 +57,7 @@ impl Default for RedisConfig {
             entries_max: 500,
             ttl_seconds: 7 * 24 * 3600,
             devices_max: 16,
-            accept_batch_max: 64,
+            accept_batch_max: 512,
             retry_base_ms: 2_000,
             retry_max_ms: 60_000,
             retry_jitter: 0.2,
@@ -77,7 +77,7 @@ pub struct Limits {
     pub ttl: Duration,
     /// Devices it knows; the one unused for longest is forgotten first.
     pub devices_max: u32,
-    /// Messages in one accept call.
+    /// Messages of one Kafka partition for one shard in one accept call.
     pub accept_batch_max: usize,
 }
 

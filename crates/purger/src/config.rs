@@ -150,7 +150,7 @@ impl Default for WindowConfig {
             lane_messages_max: 15_000,
             weights: [8, 4, 1],
             calls_per_lane: 1,
-            call_messages_max: 512,
+            call_messages_max: 2048,
             call_bytes_max: 2 * 1024 * 1024,
             handoff_max: 8192,
             handoff_wait_ms: 100,

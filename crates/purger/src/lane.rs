@@ -174,7 +174,8 @@ impl<M: Mailboxes> Lane<M> {
                 }
             }
         }
-        for parcel in self.queue.take(&self.window.weights, batch.room(), batch.room_bytes()) {
+        let (room, room_bytes) = (batch.room(), batch.room_bytes());
+        for parcel in self.queue.take(&self.window.weights, room, room_bytes, self.group_max) {
             if parcel.flight.reading.ended() {
                 ended.push(parcel);
             } else if self.held.get(&parcel.shard).is_some_and(|held| held.blocks(now)) {

@@ -1,8 +1,11 @@
 //! accept: groups of messages, in one call a slot.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
-use bytes::{BufMut as _, BytesMut};
+use barid_core::{Chain, Epoch, Seq};
+use barid_wire::envelope::Header;
+use bytes::{Buf as _, BufMut as _, BytesMut};
 use redis::Value;
 
 use super::{entry, epoch_candidate, ttl_ms};
@@ -13,10 +16,11 @@ use crate::topology::Topology;
 use crate::{
     AcceptGroup, AcceptMessage, AcceptOutcome, Error, GroupOutcome, LogPosition, RedisConfig, keys,
 };
-use barid_wire::envelope::HEADER_BYTES;
 
-/// Fixed part of a message's packed arguments.
-const PACKED_BYTES: usize = 30;
+/// What is packed of a group, of a message, and of a mailbox in the answer.
+const GROUP_BYTES: usize = 29;
+const MESSAGE_BYTES: usize = 33;
+const MAILBOX_BYTES: usize = 24;
 
 /// Accepts groups, one result each, in order. Groups of one shard share a call, so that they keep
 /// their order; in a Redis Cluster each shard has its own.
@@ -51,9 +55,9 @@ async fn accept_call(
     let reply = send(topology, groups).await;
     timer.observe_duration();
     let results: Vec<_> = match reply {
-        Ok(mut reply) => groups
+        Ok((mut reply, at_us)) => groups
             .iter()
-            .map(|group| reply.array().and_then(|reply| read_group(group, reply)))
+            .map(|group| reply.array().and_then(|reply| read_group(group, reply, at_us)))
             .collect(),
         Err(error) => groups.iter().map(|_| Err(error.clone())).collect(),
     };
@@ -84,7 +88,8 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
     }
 }
 
-async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<Reply, Error> {
+/// The answer, and Redis's time in it, µs.
+async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<(Reply, u64), Error> {
     let shard = groups[0].shard;
     let mut call = Call::default();
     shared(topology.config(), groups.len(), &mut call);
@@ -103,50 +108,144 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
 
 fn encode_group(group: &AcceptGroup, call: &mut Call) {
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
-    call.arg(format!("{}:{}", group.source.topic_id, group.source.partition));
-    call.arg(u8::from(group.prev.is_some()));
+    let users = Users::of(&group.messages);
+    for message in &users.first {
+        call.key(keys::head(group.shard, &message.app, &message.user));
+        call.key(keys::queue(group.shard, &message.app, &message.user));
+        call.key(keys::routes(group.shard, &message.app, &message.user));
+    }
+    let collapse_keys = group.messages.iter().filter(|m| m.collapse_key.is_some()).count();
+    let arguments = 3 + users.first.len() + group.messages.len() + collapse_keys;
+    let size = |count: usize| u32::try_from(count).unwrap_or(u32::MAX); // far below
     let none = LogPosition { leader_epoch: -1, offset: 0, index: 0 };
-    let prev = group.prev.unwrap_or(none);
-    call.arg(prev.leader_epoch).arg(prev.offset).arg(prev.index);
-    call.arg(group.messages.len());
+    let mut packed = BytesMut::with_capacity(GROUP_BYTES);
+    packed.put_u8(group.prev.is_some().into());
+    put_position(&mut packed, group.prev.unwrap_or(none));
+    packed.put_u32_le(size(group.messages.len()));
+    packed.put_u32_le(size(users.first.len()));
+    packed.put_u32_le(size(arguments));
+    let mut metas = BytesMut::with_capacity(MESSAGE_BYTES * group.messages.len());
+    for (message, user) in group.messages.iter().zip(&users.of_message) {
+        put_position(&mut metas, message.position);
+        metas.put_u32_le(size(*user));
+        metas.put_u64_le(message.id.ring);
+        metas.put_u32_le(message.id.crc32);
+        metas.put_u8(message.collapse_key.is_some().into());
+    }
+    call.arg(format!("{}:{}", group.source.topic_id, group.source.partition));
+    call.bytes(packed.freeze()).bytes(metas.freeze());
+    for message in &users.first {
+        call.arg(keys::member(&message.app, &message.user));
+    }
     for message in &group.messages {
-        encode_message(group, message, call);
+        call.bytes(message.body.clone());
+        if let Some(key) = &message.collapse_key {
+            call.arg(key);
+        }
     }
 }
 
-fn encode_message(group: &AcceptGroup, message: &AcceptMessage, call: &mut Call) {
-    let AcceptMessage { app, user, .. } = message;
-    call.key(keys::head(group.shard, app, user));
-    call.key(keys::queue(group.shard, app, user));
-    call.key(keys::routes(group.shard, app, user));
-    let member = keys::member(app, user);
-    let collapse_key = message.collapse_key.as_deref().unwrap_or_default();
-    let LogPosition { leader_epoch, offset, index } = message.position;
-    let mut packed = BytesMut::with_capacity(PACKED_BYTES + member.len() + collapse_key.len());
-    packed.put_i32_le(leader_epoch);
-    packed.put_f64_le(offset as f64);
-    packed.put_u32_le(index);
-    packed.put_u64_le(message.id.ring);
-    packed.put_u32_le(message.id.crc32);
-    packed.put_u16_le(u16::try_from(member.len()).unwrap_or(u16::MAX)); // names are bounded
-    packed.put_slice(member.as_bytes());
-    packed.put_slice(collapse_key.as_bytes());
-    call.bytes(message.body.clone()).bytes(packed.freeze());
+fn put_position(packed: &mut BytesMut, position: LogPosition) {
+    packed.put_i32_le(position.leader_epoch);
+    packed.put_f64_le(position.offset as f64);
+    packed.put_u32_le(position.index);
 }
 
-fn read_group(group: &AcceptGroup, mut reply: Reply) -> Result<GroupOutcome, Error> {
+/// The users of a group, in the order in which they come up.
+struct Users<'a> {
+    /// A message of each.
+    first: Vec<&'a AcceptMessage>,
+    /// Which of them each message is for.
+    of_message: Vec<usize>,
+}
+
+impl<'a> Users<'a> {
+    fn of(messages: &'a [AcceptMessage]) -> Self {
+        let (mut numbers, mut first) = (HashMap::with_capacity(messages.len()), Vec::new());
+        let of_message = messages
+            .iter()
+            .map(|message| {
+                *numbers.entry((&message.app, &message.user)).or_insert_with(|| {
+                    first.push(message);
+                    first.len() - 1
+                })
+            })
+            .collect();
+        Self { first, of_message }
+    }
+}
+
+fn read_group(group: &AcceptGroup, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
     match reply.tag()? {
         b'G' => match reply.value()? {
             Value::Nil => Ok(GroupOutcome::Gap(None)),
             value => read_position(&bytes(value)?).map(|at| GroupOutcome::Gap(Some(at))),
         },
-        b'D' => group
-            .messages
-            .iter()
-            .map(|message| read_outcome(message, &reply.bytes()?))
-            .collect::<Result<_, _>>()
-            .map(GroupOutcome::Done),
+        b'D' => read_outcomes(group, reply, at_us).map(GroupOutcome::Done),
         tag => Err(unknown_tag(tag)),
+    }
+}
+
+/// The script tells of each mailbox where the new entries begin: the headers follow from that.
+fn read_outcomes(
+    group: &AcceptGroup,
+    mut reply: Reply,
+    at_us: u64,
+) -> Result<Vec<AcceptOutcome>, Error> {
+    let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
+    let users = Users::of(&group.messages);
+    let mut mailboxes: Vec<_> = mailboxes.chunks(MAILBOX_BYTES).map(Mailbox::read).collect();
+    if letters.len() != group.messages.len() || mailboxes.len() != users.first.len() {
+        return Err(Error::Unexpected("accept answered of others than it was asked".into()));
+    }
+    let messages = group.messages.iter().zip(users.of_message).zip(letters);
+    let outcome = |((message, user), letter): ((&AcceptMessage, usize), u8)| match letter {
+        b'A' | b'O' => Ok(mailboxes[user].append(message, letter == b'O', at_us)),
+        b'B' => Ok(AcceptOutcome::AcceptedBefore),
+        b'D' => Ok(AcceptOutcome::Duplicate),
+        b'F' => {
+            Ok(AcceptOutcome::Failed(String::from_utf8_lossy(&reply.bytes()?).into_owned()))
+        }
+        letter => Err(unknown_tag(letter)),
+    };
+    messages.map(outcome).collect()
+}
+
+/// A mailbox while the entries that were appended to it are counted off.
+struct Mailbox {
+    epoch: Epoch,
+    newest: Seq,
+    chain: Chain,
+    evicted: u32,
+}
+
+impl Mailbox {
+    /// As the script packs it.
+    fn read(mut packed: &[u8]) -> Self {
+        Self {
+            epoch: Epoch(packed.try_get_f64_le().unwrap_or_default() as u64),
+            newest: Seq(packed.try_get_f64_le().unwrap_or_default() as u64),
+            chain: Chain(packed.try_get_u32_le().unwrap_or_default()),
+            evicted: packed.try_get_u32_le().unwrap_or_default(),
+        }
+    }
+
+    /// The next entry. What was evicted is told with the first.
+    fn append(&mut self, message: &AcceptMessage, online: bool, at_us: u64) -> AcceptOutcome {
+        let header = Header {
+            epoch: self.epoch,
+            seq: self.newest.next(),
+            prev_chain: self.chain,
+            chain: self.chain.step(message.id.crc32),
+            accepted_at_us: at_us,
+        };
+        (self.newest, self.chain) = (header.seq, header.chain);
+        AcceptOutcome::Accepted {
+            seq: header.seq,
+            envelope: entry(&header.encode(), &message.body),
+            online,
+            evicted: std::mem::take(&mut self.evicted),
+        }
     }
 }
 
@@ -161,27 +260,4 @@ fn read_position(text: &[u8]) -> Result<LogPosition, Error> {
         })
     };
     parse().ok_or_else(|| Error::Unexpected("a position that is none".into()))
-}
-
-fn read_outcome(message: &AcceptMessage, reply: &[u8]) -> Result<AcceptOutcome, Error> {
-    match reply {
-        [tag @ (b'A' | b'O'), rest @ ..] => read_accepted(message, rest, *tag == b'O')
-            .ok_or_else(|| Error::Unexpected("an accepted message without its header".into())),
-        b"B" => Ok(AcceptOutcome::AcceptedBefore),
-        b"D" => Ok(AcceptOutcome::Duplicate),
-        [b'F', why @ ..] => Ok(AcceptOutcome::Failed(String::from_utf8_lossy(why).into_owned())),
-        _ => Err(Error::Unexpected("an outcome of no known kind".into())),
-    }
-}
-
-/// The script answers the header alone; the body is ours.
-fn read_accepted(message: &AcceptMessage, rest: &[u8], online: bool) -> Option<AcceptOutcome> {
-    let (header, rest) = rest.split_first_chunk::<HEADER_BYTES>()?;
-    let evicted = if rest.is_empty() { 0 } else { u32::from_le_bytes(*rest.first_chunk()?) };
-    Some(AcceptOutcome::Accepted {
-        seq: barid_wire::envelope::Header::parse(header).ok()?.seq,
-        envelope: entry(header, &message.body),
-        online,
-        evicted,
-    })
 }

@@ -159,5 +159,5 @@ async fn run(
     let value = topology.run(shard, script, call).await;
     timer.observe_duration();
     let value = value.inspect_err(|error| topology.metrics().failed(script.name, error))?;
-    timed_reply(value, topology.link(shard).clock(), sent)
+    timed_reply(value, topology.link(shard).clock(), sent).map(|(reply, _)| reply)
 }

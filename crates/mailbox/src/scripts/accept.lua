@@ -1,29 +1,36 @@
 -- accept: appends messages to mailboxes, in the order of the log. Not allowed when Redis is full.
 --
--- KEYS  a group: positions {s}:o, timers {s}:t; then each of its messages: head, queue, routes.
+-- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
 -- ARGV  entries_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
---       a group: source, 1 if there is a prev else 0, its leader epoch, offset, index, messages;
---       a message: its body, and, packed (MESSAGE), leader epoch, offset, index, 8-byte id hash,
---       CRC-32 of the id, length of the member; behind that the member (app NUL user) and the
---       collapse key, if there is one.
+--       a group: source; packed (GROUP), 1 if there is a prev else 0, its leader epoch, offset and
+--       index, messages, users, all arguments of the group; packed one behind the other (MESSAGE), of
+--       each message: leader epoch, offset, index, user (from 0), 8-byte id hash, CRC-32 of the id, 1
+--       if there is a collapse key else 0; then the members (app NUL user) of its users; then of each
+--       message: its body, and its collapse key, if there is one.
 -- Reply now, then a group: {'G', position or false} a batch in between was never executed, nothing
---       was written; {'E', text} the shard's positions cannot be read; or {'D', a message each}:
---       'A' header [evicted(4 bytes LE)]   accepted; 'O': and the user is online
---       'B'                                this position was passed before
---       'D'                                another record with this id was accepted
---       'F' text                           it failed, nothing was written for it
+--       was written; {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
+--       user each (MAILBOX): epoch, seq and chain before the first that is accepted now, evicted
+--       entries; then the text of each 'F'}. The letters:
+--       'A' accepted; 'O' accepted, and the user is online
+--       'B' this position was passed before
+--       'D' another record with this id was accepted
+--       'F' it failed, nothing was written for it
 --
 -- The position "leader offset index" of a source moves with the appends: nothing but this script
--- runs between them and the end of the group, and no error passes over it. What failed is noted in
--- the field "<source>!" (the last 32): redelivered, it is told to have failed, not to be accepted.
+-- runs between them and the end of the group, and no error passes over it. A user's messages are
+-- appended at once, so they fail together. What failed is noted in the field "<source>!" (the last
+-- 32): redelivered, it is told to have failed, not to be accepted.
 -- An error after the append (timers, trim) must not undo it: those run in a pcall of their own.
 
 local ENTRIES_MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2])
 local BASE, JITTER, CANDIDATE = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local NEW_IDS_BYTES, OLD_IDS_BYTES, MARKS_BYTES, FAILED_BYTES_MAX = 16 * 8, 64 * 8, 64 * 2, 2048
 local VOIDED_COLLAPSED = '\128\1\4' -- Envelope.voided = SKIP_REASON_COLLAPSED
-local MESSAGE, HEADER = '<i4dI4c8I4I2', '<BI8BI8BI4BI4BI8'
-local find, sub = string.find, string.sub
+local GROUP, MESSAGE, MESSAGE_BYTES = '<Bi4dI4I4I4I4', '<i4dI4I4c8I4B', 33
+local HEADER, MAILBOX = '<BI8BI8BI4BI4BI8', '<ddI4I4'
+local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
+local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
+local find, sub, unpack = string.find, string.sub, unpack
 
 -- Whether one of these ids is at a multiple of eight.
 local function has_id(ids, hash)
@@ -41,9 +48,8 @@ local function is_duplicate(head, ids, marks, hash)
     and has_id(call('HGET', head, 'j'), hash))
 end
 
--- The newest ids, with one more. When they are too many they join the old ones.
-local function add_id(head, ids, marks, hash)
-  ids = ids .. hash
+-- The newest ids as they are kept: when they are too many they join the old ones.
+local function keep_ids(head, ids, marks)
   if #ids < NEW_IDS_BYTES then return ids end
   local more = string.gsub(ids, '(..)......', '%1')
   call('HSET', head, 'j', sub((call('HGET', head, 'j') or '') .. ids, -OLD_IDS_BYTES),
@@ -51,14 +57,14 @@ local function add_id(head, ids, marks, hash)
   return ''
 end
 
--- The older entry of the collapse key keeps its place and loses its content.
-local function collapse(h, queue, key)
+-- The entry at `seq` has a collapse key: the older one keeps its place and loses its content.
+local function collapse(h, queue, seq, key)
   local old = tonumber(call('HGET', h.key, 'k:' .. key))
-  if old and old >= h.b and old < h.n then
+  if old and old >= h.b and old < seq then
     call('LSET', queue, int((old - h.b) * 2 + 1), VOIDED_COLLAPSED)
   end
-  call('HSET', h.key, 'k:' .. key, int(h.n))
-  if h.kl == 0 then h.kl = h.n end
+  call('HSET', h.key, 'k:' .. key, int(seq))
+  if h.kl == 0 then h.kl = seq end
 end
 
 -- Evicts what is too much or too old, never the newest. Returns how many.
@@ -85,17 +91,18 @@ local function evict(h, queue)
   return evicted
 end
 
--- The mailbox as the new entry leaves it. Returns how many were evicted.
-local function tidy(h, queue, kept, key)
+-- The mailbox as `pushed` new entries leave it. `keyed`: the seq and the collapse key of each that has
+-- one. Returns how many were evicted.
+local function tidy(h, queue, kept, pushed, keyed)
   if kept ~= h.n - h.b + 1 then -- entries were lost from the front: the list is right
     local epoch, _, seq, _, before = parse('<I8BI8BI4', call('LINDEX', queue, '0'), 2)
     h.b, h.bc = seq, before
   end
-  if h.b == h.n then
+  if kept == pushed then
     call('PEXPIREAT', queue, int(h.x))
     h.ct = NOW + TTL
   end
-  if key ~= '' then collapse(h, queue, key) end
+  for at = 1, keyed and #keyed or 0, 2 do collapse(h, queue, keyed[at], keyed[at + 1]) end
   return evict(h, queue)
 end
 
@@ -137,31 +144,58 @@ local function fetch(head, names)
   return call('HMGET', head, 's', 'i', 'f', unpack(fields))
 end
 
-local function accept(k, a, timers, hash, crc, member_bytes, member_at)
+-- Appends entries, header and body in turn. Returns how many entries the list has.
+local function append(queue, parts)
+  local length
+  for first = 1, #parts, PUSH_MAX do
+    length = call('RPUSH', queue, unpack(parts, first, math.min(first + PUSH_MAX - 1, #parts)))
+  end
+  return length / 2
+end
+
+-- Accepts a user's messages: in `list` the number of each, its id hash, the id's CRC-32, where its body
+-- is, and 1 if a collapse key stands behind that. Sets the letters; returns the user's part of the reply.
+local function accept(k, member, list, letters, timers)
   local head, queue = KEYS[k], KEYS[k + 1]
   local names = call('HKEYS', KEYS[k + 2])
   local online = #names > 0
+  local accepted = online and 'O' or 'A'
   local v = fetch(head, names)
   local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
   if h.x - NOW < TTL then renew(h, queue, TTL) end
   local ids, marks = v[2] or '', v[3]
-  if is_duplicate(head, ids, marks, hash) then return 'D' end
+  local e, n, chain, parts, keyed = h.e, h.n, h.nc, {}, nil
+  local first, before = n, chain
+  for at = 1, #list, 5 do
+    local hash = list[at + 1]
+    if is_duplicate(head, ids, marks, hash) then
+      letters[list[at]] = 'D'
+    else
+      local body, from = list[at + 3], chain
+      n, chain, ids = n + 1, chain_step(chain, list[at + 2]), ids .. hash
+      local i = (n - first) * 2
+      parts[i - 1] = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
+      parts[i] = ARGV[body]
+      letters[list[at]] = accepted
+      if list[at + 4] == 1 then
+        keyed = keyed or {}
+        keyed[#keyed + 1], keyed[#keyed + 2] = n, ARGV[body + 1]
+      end
+    end
+  end
+  local pushed, evicted = n - first, 0
+  if pushed == 0 then return NOT_ACCEPTED end
+  local kept = append(queue, parts)
+  h.n, h.nc = n, chain
 
-  local chain = chain_step(h.nc, crc)
-  local header = pack(HEADER, 0x09, h.e, 0x11, h.n + 1, 0x1d, h.nc, 0x25, chain, 0x29, NOW_US)
-  local kept = call('RPUSH', queue, header, ARGV[a]) / 2
-  h.n, h.nc = h.n + 1, chain
-
-  local meta, evicted = ARGV[a + 1], 0
-  local key_at = member_at + member_bytes
-  if kept ~= h.n - h.b + 1 or kept == 1 or kept > ENTRIES_MAX or NOW >= h.ct or #meta >= key_at then
-    local ok, result = pcall(tidy, h, queue, kept, sub(meta, key_at))
+  if keyed or kept ~= n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
+    local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
     if ok then evicted = result else log_problem(result) end
   end
-  ids = add_id(head, ids, marks, hash)
+  ids = keep_ids(head, ids, marks)
   local ok, field, state = online
   if ok then
-    ok, field, state = pcall(arm, h, timers, sub(meta, member_at, key_at - 1), names, v)
+    ok, field, state = pcall(arm, h, timers, member, names, v)
     if not ok then log_problem(field) end
   end
   if ok and field then
@@ -169,8 +203,7 @@ local function accept(k, a, timers, hash, crc, member_bytes, member_at)
   else
     call('HSET', head, 's', head_state(h), 'i', ids)
   end
-  local reply = (online and 'O' or 'A') .. header
-  return evicted > 0 and reply .. pack('<I4', evicted) or reply
+  return pack(MAILBOX, e, first, before, evicted)
 end
 
 local function note_failure(positions, source, position)
@@ -189,50 +222,82 @@ local function position_text(l, o, i)
   return string.format('%d %d %d', l, o, i)
 end
 
-local function group(k, a, count)
+-- Sorts a group's messages by user. Returns a list for each user that has any, the letters of those
+-- that are passed over, and the position behind all; nil where nothing is new.
+local function sort(source, positions, metas, count, body, l, o, i)
+  local lists, letters, at, failed, moved = {}, {}, 1, nil, false
+  for m = 1, count do
+    local ml, mo, mi, user, hash, crc, keyed
+    ml, mo, mi, user, hash, crc, keyed, at = parse(MESSAGE, metas, at)
+    if after(ml, mo, mi, l, o, i) then
+      l, o, i, moved = ml, mo, mi, true
+      local list = lists[user]
+      if list then
+        local n = #list
+        list[n + 1], list[n + 2], list[n + 3], list[n + 4], list[n + 5] = m, hash, crc, body, keyed
+      else
+        lists[user] = { m, hash, crc, body, keyed }
+      end
+    else
+      failed = failed or call('HGET', positions, source .. '!') or ''
+      local before = find(failed, '\n' .. position_text(ml, mo, mi) .. '\n', 1, true)
+      letters[m] = before and 'F' or 'B'
+    end
+    body = body + 1 + keyed
+  end
+  return lists, letters, moved and position_text(l, o, i)
+end
+
+local function group(k, a)
   local positions, timers, source = KEYS[k], KEYS[k + 1], ARGV[a]
+  local has_prev, pl, po, pi, count, users = parse(GROUP, ARGV[a + 1])
   local stored = call('HGET', positions, source)
   local l, o, i = match(stored or '-2 -1 0', '^(-?%d+) (-?%d+) (%d+)$')
   if not l then error('corrupt position') end
   l, o, i = tonumber(l), tonumber(o), tonumber(i)
-  if ARGV[a + 1] == '1'
-    and after(tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3]), tonumber(ARGV[a + 4]), l, o, i) then
-    return { 'G', stored }
-  end
-  local reply, failed, m, begun = { 'D' }, nil, 0, -1
+  if has_prev == 1 and after(pl, po, pi, l, o, i) then return { 'G', stored } end
+  local metas = ARGV[a + 2]
+  local lists, letters, position =
+    sort(source, positions, metas, count, a + 3 + users, l, o, i)
+  local mailboxes, problems = {}, {}
+  local user = 0
   local function rest() -- until one fails: a pcall for each would cost more
-    while m < count do
-      local mk, ma = k + 2 + m * 3, a + 6 + m * 2
-      local ml, mo, mi, hash, crc, member_bytes, member_at = parse(MESSAGE, ARGV[ma + 1])
-      if after(ml, mo, mi, l, o, i) then
-        l, o, i, begun = ml, mo, mi, m
-        reply[m + 2] = accept(mk, ma, timers, hash, crc, member_bytes, member_at)
-      else
-        failed = failed or call('HGET', positions, source .. '!') or ''
-        local before = find(failed, '\n' .. position_text(ml, mo, mi) .. '\n', 1, true)
-        reply[m + 2] = before and 'Ffailed when it was accepted first' or 'B'
-      end
-      m = m + 1
+    while user < users do
+      local list = lists[user]
+      mailboxes[user + 1] = list
+        and accept(k + 2 + user * 3, ARGV[a + 3 + user], list, letters, timers) or NOT_ACCEPTED
+      user = user + 1
     end
   end
-  while m < count do
+  while user < users do
     local ok, problem = pcall(rest)
     if not ok then
-      reply[m + 2] = 'F' .. problem_text(problem)
-      if begun == m then note_failure(positions, source, position_text(l, o, i)) end
-      m = m + 1
+      mailboxes[user + 1] = NOT_ACCEPTED
+      for at = 1, #lists[user], 5 do
+        local m = lists[user][at]
+        letters[m], problems[m] = 'F', problem_text(problem)
+        local ml, mo, mi = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
+        note_failure(positions, source, position_text(ml, mo, mi))
+      end
+      user = user + 1
     end
   end
-  if begun >= 0 then call('HSET', positions, source, position_text(l, o, i)) end
+  if position then call('HSET', positions, source, position) end
+  local reply = { 'D', table.concat(letters), table.concat(mailboxes) }
+  for m = 1, count do
+    if letters[m] == 'F' then
+      reply[#reply + 1] = problems[m] or 'failed when it was accepted first'
+    end
+  end
   return reply
 end
 
 local replies, k, a = { NOW_US }, 1, 7
 for g = 1, tonumber(ARGV[6]) do
-  local count = tonumber(ARGV[a + 5])
-  local ok, reply = pcall(group, k, a, count)
+  local _, _, _, _, _, users, arguments = parse(GROUP, ARGV[a + 1])
+  local ok, reply = pcall(group, k, a)
   if not ok then reply = { 'E', problem_text(reply) } end
   replies[g + 1] = reply
-  k, a = k + 2 + count * 3, a + 6 + count * 2
+  k, a = k + 2 + users * 3, a + arguments
 end
 return replies

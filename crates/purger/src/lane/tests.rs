@@ -281,6 +281,21 @@ fn record(number: i32, offset: i64) -> Record {
     }
 }
 
+/// A parcel for a shard, from a partition of its own.
+pub(super) fn parcel(shard: u16, offset: i64) -> Parcel {
+    let mut partitions = Partitions::default();
+    partitions.assign(Assigned { partition: partition(0), topic_id: "id".into() }, 1);
+    let ignored = IntCounter::new("i", "i").unwrap();
+    let shards = ShardCount::new(64).unwrap();
+    let intake = Intake::new(&Config::default(), shards, ignored);
+    let reading = &partitions.get(&partition(0)).unwrap().reading;
+    let Taken::Parcels(mut parcels) = intake.take(reading, record(0, offset), 0) else {
+        panic!("refused")
+    };
+    let shard = shards.all().nth(shard.into()).unwrap();
+    Parcel { shard, ..parcels.remove(0) }
+}
+
 /// What each shard must hold of each partition.
 fn expected(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
     let mut expected: BTreeMap<(u16, i32), Vec<LogPosition>> = BTreeMap::new();
