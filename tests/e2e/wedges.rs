@@ -112,12 +112,22 @@ struct Alone {
 
 impl Alone {
     async fn start(role: Role, redis: SocketAddr, more: &str) -> Result<Self> {
+        Self::start_with(role, redis, more, "").await
+    }
+
+    /// `redis_more`: further keys under `redis`.
+    async fn start_with(
+        role: Role,
+        redis: SocketAddr,
+        more: &str,
+        redis_more: &str,
+    ) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free_port()));
         let text = format!(
             "{more}\nlease_ttl_ms = 2000\nlisten = '127.0.0.1:0'\n\
              [admin]\nlisten = '{admin}'\nstalled_after_seconds = {STALLED_SECONDS}\n\
-             [redis]\nurl = 'redis://{redis}'\n"
+             [redis]\nurl = 'redis://{redis}'\n{redis_more}\n"
         );
         let path = dir.path().join("config.toml");
         std::fs::write(&path, text)?;
@@ -154,6 +164,32 @@ async fn a_dispatcher_that_is_told_no_changes_of_routes_is_not_ready() -> Result
     fails(dispatcher.admin, &["tracking: ", "lease: "]).await?;
     relay.release();
     recovers(dispatcher.admin).await
+}
+
+/// Redis is silent to the dispatcher alone, and it may wait for longer than anything may stand still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dispatcher_that_answers_no_batch_is_not_ready() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let relay = Relay::to(address(&cluster.redis)).await?;
+    let patient = "l1 = { load_timeout_ms = 60000 }";
+    let dispatcher = Alone::start_with(
+        Role::Dispatcher,
+        relay.address(),
+        patient,
+        "response_timeout_ms = 60000",
+    )
+    .await?;
+    let business = cluster.business()?;
+    let mut phone = cluster.device("alice", "phone").await?;
+    // It is the only one left.
+    cluster.drain(Role::Dispatcher, 0).await?;
+    relay.hold();
+    business.say("alice", "m", "its route is asked for in vain").await?;
+    fails(dispatcher.admin, &["batches: no answer to a batch that waits for "]).await?;
+    relay.release();
+    recovers(dispatcher.admin).await?;
+    ensure!(phone.take(1).await? == ["m"]);
+    Ok(())
 }
 
 /// What an access node cannot do without.

@@ -351,3 +351,6 @@ async fn flush_receipts(node: &Node, context: &Context) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod support;
+mod wedge;
 
 use std::time::{Duration, Instant};
 
