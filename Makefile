@@ -20,9 +20,11 @@ throughput: ## Measure messages delivered and acknowledged a second, and CPU tim
 	@scripts/bench.sh throughput $(ARGS)
 
 redis-cost: ## Measure what accept and ack cost Redis, against the barest scripts that leave the same
+	@scripts/setup.sh run
 	cargo run --locked --release -p barid-loadtest --bin barid-redis-cost -- $(ARGS)
 
 l1: ## Measure how long the dispatcher's cache is stale in a storm of reconnects (BARID_L1_SECONDS=30)
+	@scripts/setup.sh run
 	BARID_L1_SECONDS=$${BARID_L1_SECONDS:-30} cargo test --locked --release -p barid-dispatcher --test staleness -- --nocapture
 
 lint: ## Check format and lints
