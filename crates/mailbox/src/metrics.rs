@@ -6,10 +6,7 @@ use prometheus::{
     exponential_buckets,
 };
 
-use crate::Error;
-
-const SCRIPTS: [&str; 9] =
-    ["accept", "connect", "confirm", "read", "ack", "disconnect", "due", "fire", "defer"];
+use crate::{Error, scripts};
 
 /// Every metric of this crate.
 #[derive(Clone)]
@@ -63,7 +60,7 @@ impl Metrics {
         )?;
         let counter = |name: &str, help: &str| IntCounter::new(name, help);
         // All of them are there from the start, as zeros.
-        for script in SCRIPTS {
+        for script in scripts::TIMED.map(|script| script.name) {
             drop((seconds.with_label_values(&[script]), batch_items.with_label_values(&[script])));
             Error::KINDS.iter().for_each(|kind| drop(errors.with_label_values(&[script, kind])));
         }

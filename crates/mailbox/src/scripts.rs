@@ -46,6 +46,10 @@ script!(DEFER, "defer", " flags=allow-oom");
 script!(LEASE, "lease", " flags=allow-oom");
 script!(INDEX, "index", " flags=allow-oom");
 
+/// The scripts that calls are timed and counted of; leases and the index are not on a message's way.
+pub(crate) static TIMED: [&Script; 9] =
+    [&ACCEPT, &CONNECT, &CONFIRM, &READ, &ACK, &DISCONNECT, &DUE, &FIRE, &DEFER];
+
 impl Script {
     /// `EVALSHA` with these keys and arguments.
     pub fn command(&self, call: &Call) -> Cmd {
