@@ -1,10 +1,15 @@
 //! What was produced against what was shown: latency, order, loss, repeats.
 
+use std::fmt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use serde::Serialize;
+
+/// How long the last deliveries of a measurement may take.
+pub const SETTLE: Duration = Duration::from_secs(30);
 
 /// Audits of this process.
 static RUNS: AtomicU64 = AtomicU64::new(0);
@@ -185,10 +190,36 @@ impl Audit {
     }
 }
 
+/// What became of a run's records, in every report. Field names are stable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// Records shown in their turn.
+    pub shown: u64,
+    /// Records never shown.
+    pub lost: u64,
+    /// Records passed over: shown later (out of order) or never.
+    pub passed_over: u64,
+    /// Shown ones that were older than one shown before.
+    pub repeats: u64,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { shown, lost, passed_over, repeats } = self;
+        write!(f, "shown {shown}: lost {lost}, passed over {passed_over}, repeated {repeats}")
+    }
+}
+
 impl Totals {
     /// Records never shown.
     pub fn lost(&self) -> u64 {
         self.total.saturating_sub(self.shown)
+    }
+
+    /// In short.
+    pub fn outcome(&self) -> Outcome {
+        let Self { shown, passed_over, repeats, .. } = *self;
+        Outcome { shown, lost: self.lost(), passed_over, repeats }
     }
 
     /// Whether everything was shown once and in order.

@@ -1,15 +1,12 @@
 //! Where the time of a message goes: the roles' histograms of hops, over the time between two scrapes.
 
-use std::collections::HashMap;
-
+use barid_runtime::exposition::{Histogram, Metrics};
+use barid_runtime::{Hop, Hops};
 use serde::Serialize;
 
-/// The family that all roles share.
-const FAMILY: &str = "barid_hop_seconds";
-
-/// One hop.
+/// One hop over some time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Hop {
+pub struct Passed {
     /// From which moment to which.
     pub name: String,
     /// Messages that were seen.
@@ -24,87 +21,34 @@ pub struct Hop {
     pub share: f64,
 }
 
-#[derive(Debug, Clone, Default)]
-struct Histogram {
-    sum: f64,
-    count: f64,
-    /// Cumulative counts by upper bound, in order of appearance.
-    buckets: Vec<(f64, f64)>,
-}
-
 /// The hops of the fast path, in a message's order. What is left of the whole way lies between the
 /// node's write and the application.
-const WAY: [&str; 4] =
-    ["produced_taken", "taken_accepted", "accepted_dispatched", "dispatched_written"];
+const WAY: [Hop; 4] =
+    [Hop::ProducedTaken, Hop::TakenAccepted, Hop::AcceptedDispatched, Hop::DispatchedWritten];
 
 /// What was observed between two scrapes of all roles, in a message's order. `whole_ms`: what the
 /// whole way took on average, as the devices saw it.
-pub fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Hop> {
-    let (before, after) = (histograms(before), histograms(after));
-    let none = Histogram::default();
-    let hop = |name: &str| hop(name, before.get(name).unwrap_or(&none), after.get(name)?);
-    let mut hops: Vec<Hop> = WAY.iter().filter_map(|name| hop(name)).collect();
-    for hop in &mut hops {
-        hop.share = hop.mean_ms / whole_ms;
-    }
-    hops
+pub fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
+    let hops = |text| Metrics::parse(text).histograms(Hops::FAMILY, "hop");
+    let (mut before, after) = (hops(before), hops(after));
+    let passed = |hop: &Hop| {
+        let earlier = before.remove(hop.as_str()).unwrap_or_default();
+        passed(*hop, &after.get(hop.as_str())?.since(&earlier), whole_ms)
+    };
+    WAY.iter().filter_map(passed).collect()
 }
 
-fn hop(name: &str, before: &Histogram, after: &Histogram) -> Option<Hop> {
-    let count = after.count - before.count;
-    let buckets: Vec<_> = after
-        .buckets
-        .iter()
-        .enumerate()
-        .map(|(i, (le, n))| (*le, n - before.buckets.get(i).map_or(0.0, |(_, n)| *n)))
-        .collect();
-    (count > 0.0).then(|| Hop {
-        name: name.to_owned(),
-        count: count as u64,
-        mean_ms: (after.sum - before.sum) / count * 1000.0,
-        p50_ms: quantile(&buckets, count * 0.5) * 1000.0,
-        p99_ms: quantile(&buckets, count * 0.99) * 1000.0,
-        share: 0.0,
+fn passed(hop: Hop, times: &Histogram, whole_ms: f64) -> Option<Passed> {
+    let ms = |share| times.quantile(share).map(|seconds| seconds * 1000.0);
+    let mean_ms = times.mean()? * 1000.0;
+    Some(Passed {
+        name: hop.as_str().to_owned(),
+        count: times.count() as u64,
+        mean_ms,
+        p50_ms: ms(0.5)?,
+        p99_ms: ms(0.99)?,
+        share: mean_ms / whole_ms,
     })
-}
-
-/// Where the `rank`th of the observations lies, by interpolation within its bucket.
-fn quantile(buckets: &[(f64, f64)], rank: f64) -> f64 {
-    let (mut low, mut below) = (0.0, 0.0);
-    for (le, n) in buckets {
-        if *n >= rank {
-            let le = if le.is_finite() { *le } else { low };
-            let share = if *n > below { (rank - below) / (n - below) } else { 1.0 };
-            return low + (le - low) * share;
-        }
-        (low, below) = (*le, *n);
-    }
-    low
-}
-
-fn histograms(text: &str) -> HashMap<String, Histogram> {
-    let mut all = HashMap::<String, Histogram>::new();
-    for line in text.lines() {
-        let Some((kind, rest)) = line.strip_prefix(FAMILY).and_then(|rest| rest.split_once('{'))
-        else {
-            continue;
-        };
-        let Some((labels, value)) = rest.rsplit_once("} ") else { continue };
-        let label = |name: &str| {
-            labels
-                .split(',')
-                .find_map(|l| l.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
-        };
-        let (Some(name), Ok(value)) = (label("hop"), value.parse::<f64>()) else { continue };
-        let histogram = all.entry(name.to_owned()).or_default();
-        match (kind, label("le").map(|le| le.parse().unwrap_or(f64::INFINITY))) {
-            ("_sum", _) => histogram.sum += value,
-            ("_count", _) => histogram.count += value,
-            ("_bucket", Some(le)) => histogram.buckets.push((le, value)),
-            _ => (),
-        }
-    }
-    all
 }
 
 #[cfg(test)]

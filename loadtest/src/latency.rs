@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
-use crate::audit::Audit;
+use crate::audit::{Audit, Outcome, SETTLE};
 use crate::fleet::Fleet;
-use crate::hops::{self, Hop};
+use crate::hops::{self, Passed};
 use crate::producer::{Business, Pace};
 use crate::sandbox::Sandbox;
 
@@ -41,17 +41,15 @@ struct Report {
     users: u32,
     rate_per_s: u32,
     payload_bytes: u32,
-    shown: u64,
-    lost: u64,
-    passed_over: u64,
-    repeats: u64,
+    #[serde(flatten)]
+    outcome: Outcome,
     mean_ms: f64,
     p50_ms: f64,
     p90_ms: f64,
     p99_ms: f64,
     p999_ms: f64,
     max_ms: f64,
-    hops: Vec<Hop>,
+    hops: Vec<Passed>,
     /// What is left: from the node's write until the application has it.
     written_shown_mean_ms: f64,
 }
@@ -73,13 +71,13 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         let (audit, _fleet, total) = fleet_of(options.warmup_seconds).await?;
         audit.start();
         business.produce(Pace::Scheduled(total), &audit).await?;
-        audit.all_settled(Duration::from_secs(30)).await;
+        audit.all_settled(SETTLE).await;
     }
     let (audit, mut fleet, total) = fleet_of(options.seconds).await?;
     let before = sandbox.metrics().await?;
     audit.start();
     business.produce(Pace::Scheduled(total), &audit).await?;
-    audit.all_settled(Duration::from_secs(30)).await;
+    audit.all_settled(SETTLE).await;
     fleet.check()?;
     let totals = audit.totals();
     let mean_ms = totals.latency_mean_ms();
@@ -88,10 +86,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         users: options.users,
         rate_per_s: options.rate,
         payload_bytes: options.payload_bytes,
-        shown: totals.shown,
-        lost: totals.lost(),
-        passed_over: totals.passed_over,
-        repeats: totals.repeats,
+        outcome: totals.outcome(),
         mean_ms,
         p50_ms: totals.latency_ms(0.5),
         p90_ms: totals.latency_ms(0.9),
@@ -111,16 +106,10 @@ fn print(report: &Report, json: bool) -> std::io::Result<()> {
     if json {
         return writeln!(out, "{}", serde_json::to_string(report)?);
     }
+    let Report { users, rate_per_s, payload_bytes, outcome, .. } = report;
     writeln!(
         out,
-        "{} messages of {} bytes, {} a second to {} devices: lost {}, out of order {}, repeated {}",
-        report.shown,
-        report.payload_bytes,
-        report.rate_per_s,
-        report.users,
-        report.lost,
-        report.passed_over,
-        report.repeats
+        "{rate_per_s} messages of {payload_bytes} bytes a second to {users} devices; {outcome}"
     )?;
     writeln!(
         out,

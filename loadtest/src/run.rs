@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use crate::audit::Audit;
+use crate::audit::{Audit, Outcome};
 use crate::clients;
 use crate::producer::{Business, Pace, Plan};
 
@@ -61,10 +61,8 @@ struct Report {
     payload_bytes: u32,
     produced: u64,
     produced_in_s: f64,
-    shown: u64,
-    lost: u64,
-    passed_over: u64,
-    repeats: u64,
+    #[serde(flatten)]
+    outcome: Outcome,
     foreign: u64,
     latency_p50_ms: f64,
     latency_p90_ms: f64,
@@ -99,10 +97,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         payload_bytes: options.payload_bytes,
         produced: totals.total,
         produced_in_s: produced_in.as_secs_f64(),
-        shown: totals.shown,
-        lost: totals.lost(),
-        passed_over: totals.passed_over,
-        repeats: totals.repeats,
+        outcome: totals.outcome(),
         foreign: totals.foreign,
         latency_p50_ms: totals.latency_ms(0.5),
         latency_p90_ms: totals.latency_ms(0.9),
@@ -125,17 +120,13 @@ impl Report {
         }
         writeln!(
             out,
-            "produced  {:>10} records of {} bytes in {:.1} s to {} users",
+            "produced {} records of {} bytes in {:.1} s to {} users",
             self.produced, self.payload_bytes, self.produced_in_s, self.users
         )?;
+        writeln!(out, "{}; of other runs {}", self.outcome, self.foreign)?;
         writeln!(
             out,
-            "shown     {:>10}   lost {}   passed over {}   repeated {}   of other runs {}",
-            self.shown, self.lost, self.passed_over, self.repeats, self.foreign
-        )?;
-        writeln!(
-            out,
-            "latency   p50 {:.2} ms   p90 {:.2} ms   p99 {:.2} ms   max {:.2} ms",
+            "latency p50 {:.2} ms   p90 {:.2} ms   p99 {:.2} ms   max {:.2} ms",
             self.latency_p50_ms, self.latency_p90_ms, self.latency_p99_ms, self.latency_max_ms
         )
     }

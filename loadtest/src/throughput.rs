@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use barid_runtime::exposition::Metrics;
 use clap::Args;
 use serde::Serialize;
 
-use crate::audit::Audit;
+use crate::audit::{Audit, Outcome, SETTLE, Totals};
 use crate::fleet::Fleet;
-use crate::producer::{Business, Pace};
-use crate::sandbox::Sandbox;
+use crate::producer::{Business, Pace, Produced};
+use crate::sandbox::{CpuTimes, Sandbox};
 
 /// How long the last acknowledgements may take.
 const ACKED_LIMIT: Duration = Duration::from_secs(10);
@@ -54,10 +55,8 @@ struct Report {
     users: u32,
     payload_bytes: u32,
     produced: u64,
-    shown: u64,
-    lost: u64,
-    passed_over: u64,
-    repeats: u64,
+    #[serde(flatten)]
+    outcome: Outcome,
     seconds: f64,
     acked_per_s: f64,
     /// Microseconds of CPU time for each message, by process, dearest first.
@@ -66,23 +65,26 @@ struct Report {
     batches: Vec<(&'static str, f64)>,
 }
 
-/// Hops on which messages travel together: what counts the messages, and what the batches.
-const BATCHES: [(&str, &str, &str); 4] = [
-    ("accept call", "barid_purger_accept_messages_sum", "barid_purger_accept_messages_count"),
+/// Hops on which messages travel together: what counts the messages, what the batches, of which script.
+const BATCHES: [(&str, &str, &str, Option<&str>); 4] = [
+    ("accept call", "barid_purger_accept_messages_sum", "barid_purger_accept_messages_count", None),
     (
         "purger to dispatcher",
         "barid_purger_mesh_links_items_total",
         "barid_purger_mesh_links_batches_total",
+        None,
     ),
     (
         "dispatcher to node",
         "barid_dispatcher_node_links_items_total",
         "barid_dispatcher_node_links_batches_total",
+        None,
     ),
     (
         "ack call",
-        "barid_mailbox_batch_items_sum{script=\"ack\"}",
-        "barid_mailbox_batch_items_count{script=\"ack\"}",
+        "barid_mailbox_batch_items_sum",
+        "barid_mailbox_batch_items_count",
+        Some("ack"),
     ),
 ];
 
@@ -91,62 +93,25 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let mut sandbox = Sandbox::start().await?;
     let plan = sandbox.plan(options.payload_bytes, options.linger_ms);
     let business = Business::open(&plan).await?;
-    let address = [sandbox.address().await?];
-    let ack_delay = Duration::from_millis(options.ack_delay_ms);
     if options.warmup_seconds > 0 {
-        let audit = Arc::new(Audit::new(options.users, None));
-        let _fleet = Fleet::connect(&address, Sandbox::token, ack_delay, &audit).await?;
-        audit.start();
         let time = Duration::from_secs(options.warmup_seconds);
-        let pace = Pace::Window { window: options.window, time };
-        audit.expect(business.produce(pace, &audit).await?.records);
-        audit.all_settled(Duration::from_secs(30)).await;
-        sandbox.all_acknowledged(ACKED_LIMIT).await?;
+        drive(options, &mut sandbox, &business, time).await?;
     }
     attach(&sandbox, options).await?;
-
-    let audit = Arc::new(Audit::new(options.users, None));
-    let mut fleet = Fleet::connect(&address, Sandbox::token, ack_delay, &audit).await?;
-    let metrics_before = sandbox.metrics().await?;
-    let before = sandbox.cpu_times()?;
-    let started = Instant::now();
-    audit.start();
     let time = Duration::from_secs(options.seconds);
-    let pace = Pace::Window { window: options.window, time };
-    let made = business.produce(pace, &audit).await?;
-    let produced = made.records;
-    audit.expect(produced);
-    audit.all_settled(Duration::from_secs(30)).await;
-    sandbox.all_acknowledged(ACKED_LIMIT).await?;
-    let seconds = started.elapsed().as_secs_f64();
-    let after = sandbox.cpu_times()?;
-    fleet.check()?;
-    let metrics = sandbox.metrics().await?;
-    let grown = |name| sum(&metrics, name) - sum(&metrics_before, name);
-    let batches = BATCHES
-        .iter()
-        .map(|(hop, items, batches)| (*hop, grown(items) / grown(batches).max(1.0)))
-        .collect();
+    let Driven { made, totals, seconds, cpu_s, batches } =
+        drive(options, &mut sandbox, &business, time).await?;
 
-    let totals = audit.totals();
-    let mut cpu_us: Vec<_> = after
-        .iter()
-        .map(|(name, after)| {
-            let spent = after - before.get(name).copied().unwrap_or_default();
-            (name.clone(), spent)
-        })
-        .chain([("business".to_owned(), made.cpu_s)])
-        .map(|(name, spent)| (name, spent * 1e6 / produced.max(1) as f64))
-        .collect();
+    let produced = made.records;
+    let each = cpu_s.into_iter().chain([("business".to_owned(), made.cpu_s)]);
+    let mut cpu_us: Vec<_> =
+        each.map(|(name, spent)| (name, spent * 1e6 / produced.max(1) as f64)).collect();
     cpu_us.sort_by(|a, b| b.1.total_cmp(&a.1));
     let report = Report {
         users: options.users,
         payload_bytes: options.payload_bytes,
         produced,
-        shown: totals.shown,
-        lost: totals.lost(),
-        passed_over: totals.passed_over,
-        repeats: totals.repeats,
+        outcome: totals.outcome(),
         seconds,
         acked_per_s: produced as f64 / seconds,
         cpu_us,
@@ -156,10 +121,54 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(totals.is_clean())
 }
 
-/// All samples of a series, added up.
-fn sum(metrics: &str, series: &str) -> f64 {
-    let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.parse::<f64>().ok();
-    metrics.lines().filter_map(value).sum()
+/// What came of [`drive`].
+struct Driven {
+    made: Produced,
+    totals: Totals,
+    /// From the first record until everything was acknowledged.
+    seconds: f64,
+    /// CPU seconds meanwhile.
+    cpu_s: CpuTimes,
+    /// See [`Report`].
+    batches: Vec<(&'static str, f64)>,
+}
+
+/// Connects the devices, produces for `time`, and waits until everything is acknowledged.
+async fn drive(
+    options: &Options,
+    sandbox: &mut Sandbox,
+    business: &Arc<Business>,
+    time: Duration,
+) -> anyhow::Result<Driven> {
+    let audit = Arc::new(Audit::new(options.users, None));
+    let ack_delay = Duration::from_millis(options.ack_delay_ms);
+    let address = [sandbox.address().await?];
+    let mut fleet = Fleet::connect(&address, Sandbox::token, ack_delay, &audit).await?;
+    let metrics_before = Metrics::parse(&sandbox.metrics().await?);
+    let before = sandbox.cpu_times()?;
+    let started = Instant::now();
+    audit.start();
+    let made = business.produce(Pace::Window { window: options.window, time }, &audit).await?;
+    audit.expect(made.records);
+    audit.all_settled(SETTLE).await;
+    sandbox.all_acknowledged(ACKED_LIMIT).await?;
+    let seconds = started.elapsed().as_secs_f64();
+    let mut cpu_s = sandbox.cpu_times()?;
+    for (name, spent) in &mut cpu_s {
+        *spent -= before.get(name).copied().unwrap_or_default();
+    }
+    fleet.check()?;
+    let metrics = Metrics::parse(&sandbox.metrics().await?);
+    let batches = BATCHES.iter().map(|(hop, items, batches, script)| {
+        let sum = |metrics: &Metrics, name| match script {
+            Some(script) => metrics.sum_of(name, "script", script),
+            None => metrics.sum(name),
+        };
+        let grown = |name| sum(&metrics, name) - sum(&metrics_before, name);
+        (*hop, grown(items) / grown(batches).max(1.0))
+    });
+    let batches = batches.collect();
+    Ok(Driven { made, totals: audit.totals(), seconds, cpu_s, batches })
 }
 
 /// Names the processes and waits.
@@ -178,16 +187,10 @@ fn print(report: &Report, json: bool) -> std::io::Result<()> {
     if json {
         return writeln!(out, "{}", serde_json::to_string(report)?);
     }
+    let Report { users, payload_bytes, outcome, seconds, .. } = report;
     writeln!(
         out,
-        "{} messages of {} bytes to {} devices in {:.1} s: lost {}, out of order {}, repeated {}",
-        report.shown,
-        report.payload_bytes,
-        report.users,
-        report.seconds,
-        report.lost,
-        report.passed_over,
-        report.repeats
+        "messages of {payload_bytes} bytes to {users} devices in {seconds:.1} s; {outcome}"
     )?;
     writeln!(out, "produced, delivered and acknowledged: {:.0} a second\n", report.acked_per_s)?;
     writeln!(out, "{:<14}{:>16}", "process", "CPU us a message")?;

@@ -5,12 +5,11 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use barid_core::{AppId, Seq, UserId};
 use barid_mailbox::{DeviceState, Inspection, Mailbox, RedisConfig, Route, UserKey};
-use barid_runtime::SecretUrl;
 use barid_wire::envelope::{self, BodyKind, SkipReason};
 use serde::Serialize;
 
 use crate::output::{Output, Tone, bytes, clean, span};
-use crate::values;
+use crate::values::RedisArgs;
 
 /// Options of `barid inspect user`.
 #[derive(Debug, clap::Args)]
@@ -20,15 +19,8 @@ pub struct Args {
     /// The app
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
-    /// Redis: redis://HOST:PORT
-    #[arg(long, env = "BARID_REDIS", value_name = "URL", hide_env_values = true)]
-    pub redis: Option<String>,
-    /// It is a Redis Cluster
-    #[arg(long)]
-    pub redis_cluster: bool,
-    /// How many shards the cluster was created with
-    #[arg(long, default_value_t = 64)]
-    pub shards: u32,
+    #[command(flatten)]
+    pub redis: RedisArgs,
 }
 
 #[derive(Serialize)]
@@ -75,10 +67,8 @@ struct Entry {
 
 /// Shows one user.
 pub async fn user(args: Args, out: Output) -> anyhow::Result<ExitCode> {
-    let url = SecretUrl::new(values::redis(args.redis)?);
-    let shown = url.to_string();
-    let config =
-        RedisConfig { url, cluster: args.redis_cluster, shards: args.shards, ..Default::default() };
+    let config = args.redis.needed()?;
+    let shown = config.url.to_string();
     let key = UserKey { app: args.app, user: args.user };
     let found =
         read(&config, &key).await.with_context(|| format!("cannot read Redis at {shown}"))?;

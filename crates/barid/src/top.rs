@@ -9,14 +9,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use barid_mailbox::{Mailbox, NodeRecord, RedisConfig};
-use barid_runtime::SecretUrl;
 use futures::future::join_all;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::output::{Output, span};
 use crate::state::DevState;
-use crate::values;
+use crate::values::{self, RedisArgs};
 use sample::{Memory, Sample};
 
 /// Where the roles listen if nothing else is configured: purger, dispatcher, delayer, access.
@@ -33,15 +32,8 @@ pub struct Args {
     /// `barid dev`, else the usual ports of this machine]
     #[arg(long, value_name = "HOST:PORT", env = "BARID_ADMIN", value_delimiter = ',')]
     pub admin: Vec<String>,
-    /// Redis, whose leases tell of access nodes and dispatchers: redis://HOST:PORT
-    #[arg(long, env = "BARID_REDIS", value_name = "URL", hide_env_values = true)]
-    pub redis: Option<String>,
-    /// It is a Redis Cluster
-    #[arg(long)]
-    pub redis_cluster: bool,
-    /// How many shards the cluster was created with
-    #[arg(long, default_value_t = 64)]
-    pub shards: u32,
+    #[command(flatten)]
+    pub redis: RedisArgs,
     /// How often to look
     #[arg(long, default_value = "1s", value_parser = values::duration)]
     pub interval: Duration,
@@ -98,15 +90,9 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 impl Places {
     fn of(args: &Args) -> anyhow::Result<Self> {
         let dev = DevState::running()?;
-        let of_dev = dev.as_ref().map(|dev| dev.admin.clone()).unwrap_or_default();
+        let of_dev = dev.map(|dev| dev.admin).unwrap_or_default();
         let named = if args.admin.is_empty() { of_dev } else { args.admin.clone() };
-        let url = args.redis.clone().or(dev.map(|dev| dev.redis));
-        let redis = url.map(|url| RedisConfig {
-            url: SecretUrl::new(url),
-            cluster: args.redis_cluster,
-            shards: args.shards,
-            ..Default::default()
-        });
+        let redis = args.redis.known()?;
         let usual: &[&str] = if named.is_empty() { &USUAL } else { &[] };
         Ok(Self { named, usual, redis, mailbox: None })
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use barid_core::Secret;
+use barid_mailbox::RedisConfig;
+use barid_runtime::SecretUrl;
 
 use crate::state::DevState;
 
@@ -56,13 +58,46 @@ pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
     Ok(brokers)
 }
 
-/// Redis's address: as given, else that of the running `barid dev`.
-pub fn redis(given: Option<String>) -> anyhow::Result<String> {
-    match given {
-        Some(url) => Ok(url),
-        None => DevState::running()?
-            .map(|dev| dev.redis)
-            .ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS")),
+/// Redis, as commands that read it are told.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RedisArgs {
+    /// Redis, which holds mailboxes, routes and leases: redis://HOST:PORT [default: that of the
+    /// running `barid dev`]
+    #[arg(id = "redis", long = "redis", env = "BARID_REDIS", value_name = "URL")]
+    #[arg(hide_env_values = true)]
+    pub url: Option<String>,
+    /// It is a Redis Cluster
+    #[arg(id = "redis_cluster", long = "redis-cluster")]
+    pub cluster: bool,
+    /// How many shards the cluster was created with
+    #[arg(long, default_value_t = 64)]
+    pub shards: u32,
+}
+
+impl RedisArgs {
+    /// As given, else that of the running `barid dev`; `None`: there is none.
+    ///
+    /// # Errors
+    /// The state of `barid dev` cannot be read.
+    pub fn known(&self) -> anyhow::Result<Option<RedisConfig>> {
+        let url = match &self.url {
+            Some(url) => Some(url.clone()),
+            None => DevState::running()?.map(|dev| dev.redis),
+        };
+        Ok(url.map(|url| RedisConfig {
+            url: SecretUrl::new(url),
+            cluster: self.cluster,
+            shards: self.shards,
+            ..Default::default()
+        }))
+    }
+
+    /// As [`Self::known`], for who cannot do without.
+    ///
+    /// # Errors
+    /// There is none, or the state of `barid dev` cannot be read.
+    pub fn needed(&self) -> anyhow::Result<RedisConfig> {
+        self.known()?.ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS"))
     }
 }
 

@@ -68,6 +68,9 @@ pub struct Hops {
 }
 
 impl Hops {
+    /// The metric's name; its label is `hop`.
+    pub const FAMILY: &str = "barid_hop_seconds";
+
     /// Registers the hops that a role sees the end of.
     ///
     /// # Errors
@@ -75,7 +78,7 @@ impl Hops {
     pub fn new(registry: &Registry, hops: &[Hop]) -> Result<Self, prometheus::Error> {
         let names: Vec<_> = hops.iter().map(|hop| hop.as_str()).collect();
         let help = "Times of the hops of messages that went the fast path.";
-        let latencies = register_latencies(registry, "barid_hop_seconds", help, "hop", &names)?;
+        let latencies = register_latencies(registry, Self::FAMILY, help, "hop", &names)?;
         let help = "Hops that came out below zero, and count as zero: clocks that differ.";
         let negative = IntCounterVec::new(Opts::new("barid_hop_negative_total", help), &["hop"])?;
         registry.register(Box::new(negative.clone()))?;

@@ -4,6 +4,7 @@
 pub mod admin;
 mod announce;
 pub mod config;
+pub mod exposition;
 mod health;
 mod hops;
 mod latency;

@@ -3,24 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use barid_mailbox::{NodeRecord, NodeRole};
+use barid_runtime as runtime;
+use barid_runtime::exposition::{Histogram, Metrics};
 use serde::Serialize;
 
-use super::scrape::{Histogram, Metrics, Scrape};
+use super::scrape::Scrape;
 use crate::values;
 
 /// Looks that are remembered of each endpoint; hops are those between the first and the last.
 const LOOKS: usize = 11;
-
-/// The hops in the order of a message's way; those that nobody knows here come last.
-const HOPS: [&str; 7] = [
-    "produced_taken",
-    "taken_accepted",
-    "accepted_dispatched",
-    "dispatched_written",
-    "written_acked",
-    "produced_written",
-    "produced_acked",
-];
 
 /// What `barid top` shows.
 #[derive(Debug, Serialize)]
@@ -194,8 +185,8 @@ impl Memory {
         let mut all = recent.clone();
         for looks in self.looks.values() {
             let (Some(now), Some(then)) = (looks.front(), looks.back()) else { continue };
-            let mut before = then.metrics.histograms("barid_hop_seconds", "hop");
-            for (hop, histogram) in now.metrics.histograms("barid_hop_seconds", "hop") {
+            let mut before = then.metrics.histograms(runtime::Hops::FAMILY, "hop");
+            for (hop, histogram) in now.metrics.histograms(runtime::Hops::FAMILY, "hop") {
                 let since = histogram.since(&before.remove(&hop).unwrap_or_default());
                 recent.entry(hop.clone()).or_default().add(&since);
                 all.entry(hop).or_default().add(&histogram);
@@ -209,8 +200,10 @@ impl Memory {
             Hop { hop: name, count: of.count() as u64, p50_ms, p99_ms, since_start }
         });
         let mut hops: Vec<Hop> = hops.collect();
-        let place = |hop: &Hop| HOPS.iter().position(|known| *known == hop.hop);
-        hops.sort_by_key(|hop| place(hop).unwrap_or(HOPS.len()));
+        // Those that nobody knows here come last.
+        let all = runtime::Hop::ALL;
+        let place = |hop: &Hop| all.iter().position(|known| known.as_str() == hop.hop);
+        hops.sort_by_key(|hop| place(hop).unwrap_or(all.len()));
         hops
     }
 
