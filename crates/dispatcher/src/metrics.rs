@@ -33,6 +33,8 @@ pub struct Metrics {
     pub l1_invalidations: IntCounter,
     /// Loads that an invalidation overtook: their values were not kept.
     pub l1_discarded: IntCounter,
+    /// Users that left L1, or found no room, because of its bound of bytes.
+    pub l1_evicted: IntCounter,
     /// Users in L1.
     pub l1_entries: IntGauge,
     /// 1 while Redis reports changes.
@@ -78,6 +80,7 @@ impl Metrics {
             l1_misses: counter("l1_misses_total", "Lookups that went to Redis.")?,
             l1_invalidations: counter("l1_invalidations_total", "Invalidations handled.")?,
             l1_discarded: counter("l1_discarded_total", "Loads that were overtaken.")?,
+            l1_evicted: counter("l1_evicted_total", "Users for whom L1 has no room.")?,
             l1_entries: gauge("l1_entries", "Users in L1.")?,
             tracking: gauge("tracking", "1 while Redis reports changes of routes.")?,
             load_failures: counter("load_failures_total", "Loads of routes that failed.")?,

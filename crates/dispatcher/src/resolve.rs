@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
+use moka::notification::RemovalCause;
 use moka::sync::Cache;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -138,9 +139,15 @@ impl Lookup {
 impl<R: Routes> Resolver<R> {
     /// An empty L1 that keeps nothing until [`Self::set_tracking`].
     pub fn new(routes: Arc<R>, limits: Limits, metrics: Metrics) -> Self {
+        let evicted = metrics.l1_evicted.clone();
         let l1 = Cache::builder()
             .max_capacity(limits.bytes_max)
             .weigher(weight)
+            .eviction_listener(move |_, _, cause| {
+                if cause == RemovalCause::Size {
+                    evicted.inc();
+                }
+            })
             .time_to_live(limits.ttl)
             .build();
         let away_until_ms = (0..routes.lanes()).map(|_| AtomicU64::new(0)).collect();

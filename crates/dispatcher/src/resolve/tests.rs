@@ -62,9 +62,13 @@ fn routes(connection: u64) -> Vec<Route> {
 }
 
 fn setup() -> (Resolver<Held>, mpsc::Receiver<Read>) {
+    setup_of(1 << 20)
+}
+
+fn setup_of(bytes_max: u64) -> (Resolver<Held>, mpsc::Receiver<Read>) {
     let (reads, held) = mpsc::channel(16);
     let limits = Limits {
-        bytes_max: 1 << 20,
+        bytes_max,
         ttl: Duration::from_secs(600),
         load_timeout: Duration::from_millis(200),
         away: Duration::from_millis(100),
@@ -177,4 +181,19 @@ async fn hazard_20_a_resend_reads_again_and_writes_back() {
     answer(&mut held, 2).await;
     assert_eq!(connection(again.routes().await), 2);
     assert_eq!(connection(resolver.look(&user("alice")).routes().await), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_what_has_no_room_counts_as_evicted() {
+    // An entry weighs some 370 bytes: two fit.
+    let (resolver, mut held) = setup_of(800);
+    for count in 1..=6_u64 {
+        let look = resolver.look(&user(&format!("user-{count}")));
+        answer(&mut held, count).await;
+        look.routes().await.unwrap();
+    }
+    assert_eq!(resolver.entries(), 2);
+    assert_eq!(resolver.inner.metrics.l1_evicted.get(), 4);
+    resolver.invalidate_all();
+    assert_eq!((resolver.entries(), resolver.inner.metrics.l1_evicted.get()), (0, 4));
 }
