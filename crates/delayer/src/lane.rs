@@ -8,8 +8,8 @@ use barid_core::{Backoff, Clock as _, DeviceId, Shard, SystemClock};
 use barid_mailbox::{DeferRequest, DueDevice, DueUser, Mailbox, UserKey};
 use barid_mesh::DispatchPool;
 use barid_runtime::{Shutdown, Sighting, Tracer};
-use barid_wire::envelope;
-use barid_wire::internal::{Resend, ResendDevice};
+use barid_wire::envelope::{self, Envelope};
+use barid_wire::internal::{Resend, ResendDevice, Sampled};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use rand::RngExt as _;
@@ -141,20 +141,17 @@ impl Lanes {
     }
 
     /// Logs a re-send if what it is for is sampled.
-    fn trace(&self, user: &UserKey, device: &DueDevice) {
-        if device.sampled.is_empty() {
-            return;
-        }
-        let Ok((_, entry)) = envelope::decode(device.sampled.clone()) else { return };
+    fn trace(&self, user: &UserKey, device: &DueDevice, sampled: Option<&Sampled>) {
+        let Some(Sampled { id, traceparent, produced_at_ms }) = sampled else { return };
         self.tracer.saw(Sighting {
             hop: "resent",
-            traceparent: &entry.traceparent,
-            id: &entry.id,
+            traceparent,
+            id,
             app: user.app.as_str(),
             user: user.user.as_str(),
             device: device.device.as_str(),
             how: &device.attempt.to_string(),
-            produced_ms: entry.produced_at_ms,
+            produced_ms: *produced_at_ms,
             at_us: SystemClock.now_ms() * 1000,
         });
     }
@@ -162,12 +159,14 @@ impl Lanes {
     /// Hands one user's devices to a dispatcher; returns what is to be given back.
     async fn resend(&self, due: DueUser) -> Option<DeferRequest> {
         let shard = self.mailbox.shard_of(&due.user);
-        let devices = due.devices.iter().map(|device| ResendDevice {
+        let samples: Vec<_> = due.devices.iter().map(sampled).collect();
+        let devices = due.devices.iter().zip(&samples).map(|(device, sampled)| ResendDevice {
             device: device.device.as_str().to_owned(),
             node: device.session.node.as_str().to_owned(),
             incarnation: device.session.incarnation.0,
             connection: device.session.connection.0,
             attempt: device.attempt,
+            sampled: sampled.clone(),
         });
         let resend = Resend {
             app: due.user.app.as_str().to_owned(),
@@ -178,10 +177,10 @@ impl Lanes {
             Ok(unreachable) => (unreachable, "unreachable"),
             Err(_) => ((0..due.devices.len()).collect(), "unavailable"),
         };
-        for (index, device) in due.devices.iter().enumerate() {
+        for (index, (device, sampled)) in due.devices.iter().zip(&samples).enumerate() {
             if !back.contains(&index) {
                 self.metrics.resends_of(device.attempt).inc();
-                self.trace(&due.user, device);
+                self.trace(&due.user, device, sampled.as_ref());
             }
         }
         self.metrics.deferred.with_label_values(&[why]).inc_by(back.len() as u64);
@@ -201,4 +200,14 @@ impl Lanes {
             delay_ms: u32::try_from(delay.as_millis()).unwrap_or(u32::MAX),
         })
     }
+}
+
+/// What a re-send is for, if that is sampled.
+fn sampled(device: &DueDevice) -> Option<Sampled> {
+    if device.sampled.is_empty() {
+        return None;
+    }
+    let (_, entry) = envelope::decode(device.sampled.clone()).ok()?;
+    let Envelope { id, traceparent, produced_at_ms, .. } = entry;
+    Some(Sampled { id, traceparent, produced_at_ms })
 }

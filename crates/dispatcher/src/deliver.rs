@@ -7,7 +7,9 @@ use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef,
 use barid_mailbox::{Route, UserKey};
 use barid_runtime::{Hop, Sighting, Tracer};
 use barid_wire::envelope::{self, Header};
-use barid_wire::internal::{DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend};
+use barid_wire::internal::{
+    DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend, ResendDevice, Sampled,
+};
 
 use crate::metrics::Metrics;
 use crate::nodes::{NodeItem, Nodes, Unsent};
@@ -163,6 +165,22 @@ impl<R: Routes> Delivery<R> {
         });
     }
 
+    fn trace_resend(&self, resend: &Resend, user: &UserKey, device: &ResendDevice) {
+        let Some(Sampled { id, traceparent, produced_at_ms }) = &device.sampled else { return };
+        let Some(time) = self.resolver.redis_time(user) else { return };
+        self.tracer.saw(Sighting {
+            hop: "dispatched",
+            traceparent,
+            id,
+            app: &resend.app,
+            user: &resend.user,
+            device: &device.device,
+            how: "resend",
+            produced_ms: *produced_at_ms,
+            at_us: time.us(Instant::now()),
+        });
+    }
+
     /// False if some device's node could not be reached.
     fn resend(&self, resend: &Resend, user: &UserKey, routes: &[Route]) -> bool {
         let mut reached = true;
@@ -187,7 +205,10 @@ impl<R: Routes> Delivery<R> {
                 attempt: device.attempt,
             });
             match self.nodes.send(&route.session, item) {
-                Ok(()) => self.count_resend("handed"),
+                Ok(()) => {
+                    self.count_resend("handed");
+                    self.trace_resend(resend, user, device);
+                }
                 Err(unsent) => {
                     self.count_resend(unsent.label());
                     if unsent == Unsent::Void {

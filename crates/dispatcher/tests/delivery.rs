@@ -173,6 +173,7 @@ fn resend(name: &str, device: &str, at: &str, incarnation: u64, connection: u64)
         incarnation,
         connection,
         attempt: 2,
+        sampled: None,
     };
     Resend { app: "demo".into(), user: name.into(), devices: vec![device] }
 }

@@ -203,6 +203,7 @@ async fn resends_read_redis_and_tell_what_cannot_be_reached() {
             incarnation: 7,
             connection,
             attempt: 3,
+            sampled: None,
         }],
     };
     let resends =
