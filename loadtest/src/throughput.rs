@@ -80,12 +80,7 @@ const BATCHES: [(&str, &str, &str, Option<&str>); 4] = [
         "barid_dispatcher_node_links_batches_total",
         None,
     ),
-    (
-        "ack call",
-        "barid_mailbox_batch_items_sum",
-        "barid_mailbox_batch_items_count",
-        Some("ack"),
-    ),
+    ("ack call", "barid_mailbox_batch_items_sum", "barid_mailbox_batch_items_count", Some("ack")),
 ];
 
 /// Measures and prints; `false` if something was not delivered once and in order.
