@@ -16,6 +16,7 @@ use barid_runtime::{Hop, Sighting};
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::{
     ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server,
+    join_delivers,
 };
 use barid_wire::v1;
 use bytes::Bytes;
@@ -40,6 +41,9 @@ use crate::session::{
 
 /// Turns of the loop before other tasks have theirs.
 const TURNS_MAX: usize = 64;
+
+/// Bytes of pushed messages that share a frame; one alone may be larger.
+const JOINED_BYTES_MAX: usize = 16 << 10;
 
 /// How long a device that was told to go may still acknowledge, seconds.
 const LEAVE_SECONDS: u32 = 2;
@@ -227,6 +231,11 @@ fn refusal(error: &WsError) -> Option<Close> {
 /// What waits for the socket.
 enum Out {
     Frame(Bytes),
+    /// Pushed messages, in a frame for each that its other receivers share.
+    Pushed {
+        frame: Bytes,
+        generation: u32,
+    },
     /// Entries of a page, encoded when their turn comes.
     Entries(Vec<Envelope>),
     Ping,
@@ -396,7 +405,8 @@ impl Connection {
                         hops.observe(Hop::DispatchedWritten, push.dispatched_us, now_us);
                         let produced_us = push.envelope.produced_at_ms * 1000;
                         hops.observe(Hop::ProducedWritten, produced_us, now_us);
-                        self.frame(frame);
+                        self.out_bytes += frame.len();
+                        self.out.push_back(Out::Pushed { frame, generation });
                         wrote(&self.node, &self.handle, &push.envelope, "fast", now_us);
                     }
                     Err(error) => {
@@ -736,6 +746,14 @@ impl Connection {
                 self.out_bytes -= frame.len();
                 frame
             }
+            Out::Pushed { frame, generation } => {
+                let frames = self.pushed_with(frame, generation);
+                self.out_bytes -= frames.iter().map(Bytes::len).sum::<usize>();
+                match frames.as_slice() {
+                    [alone] => alone.clone(),
+                    several => join_delivers(self.codec.encoding, generation, several),
+                }
+            }
             Out::Entries(entries) => match self.encode(entries) {
                 Some(frame) => frame,
                 None => return Ok(()),
@@ -745,6 +763,22 @@ impl Connection {
         self.node.metrics.bytes_out.inc_by(frame.len() as u64);
         let message = message(self.codec.encoding, frame);
         Pin::new(&mut self.socket).start_send(message)
+    }
+
+    /// The frames of pushes that wait behind this one and go with it: what arrives together costs the
+    /// device one frame.
+    fn pushed_with(&mut self, first: Bytes, generation: u32) -> Vec<Bytes> {
+        let mut bytes = first.len();
+        let mut frames = vec![first];
+        while let Some(Out::Pushed { frame, generation: of }) = self.out.front()
+            && *of == generation
+            && bytes + frame.len() <= JOINED_BYTES_MAX
+        {
+            bytes += frame.len();
+            frames.push(frame.clone());
+            self.out.pop_front();
+        }
+        frames
     }
 
     /// One frame for all of them; entry by entry if one of them is broken.

@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::handle::{Push, Queued};
+use crate::handle::{Handle, Push};
 use crate::node::Node;
 use crate::session::Close;
 
@@ -81,10 +81,12 @@ impl AccessPeer for AccessService {
 
 fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
     let mine = batch.incarnation == node.incarnation().0;
-    let mut gone = Vec::new();
+    let (mut gone, mut waiting) = (Vec::new(), Vec::new());
     for push in batch.pushes {
-        deliver_push(node, mine, push, &mut gone);
+        deliver_push(node, mine, push, &mut gone, &mut waiting);
     }
+    // Not before: a session takes all that the batch has for it, and writes it at once.
+    waiting.iter().for_each(|handle| handle.wake());
     for resend in batch.resends {
         deliver_resend(node, mine, resend, &mut gone);
     }
@@ -95,13 +97,20 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
     NodeReply { batch: batch.batch, gone }
 }
 
-fn deliver_push(node: &Node, mine: bool, push: NodePush, gone: &mut Vec<Gone>) {
+/// `waiting`: who has to be woken.
+fn deliver_push(
+    node: &Node,
+    mine: bool,
+    push: NodePush,
+    gone: &mut Vec<Gone>,
+    waiting: &mut Vec<Arc<Handle>>,
+) {
     let NodePush { app, user, envelope, connections, dispatched_after_us } = push;
     let key = if mine { user_key(&app, &user) } else { None };
     let mut here = Vec::new();
     if let Some(key) = &key {
         match Push::new(envelope, dispatched_after_us) {
-            Ok(push) => here = hand_out(node, key, &Arc::new(push)),
+            Ok(push) => here = hand_out(node, key, &Arc::new(push), waiting),
             // The mailbox holds it, and the session finds it there.
             Err(error) => {
                 tracing::warn!(%error, "a dispatcher sent no envelope");
@@ -122,13 +131,22 @@ fn deliver_push(node: &Node, mine: bool, push: NodePush, gone: &mut Vec<Gone>) {
 }
 
 /// Gives an entry to every session of its user; returns which there are.
-fn hand_out(node: &Node, user: &UserKey, push: &Arc<Push>) -> Vec<u64> {
+fn hand_out(
+    node: &Node,
+    user: &UserKey,
+    push: &Arc<Push>,
+    waiting: &mut Vec<Arc<Handle>>,
+) -> Vec<u64> {
     let mut here = Vec::new();
     let (count_max, bytes_max) = (node.limits.unacked_max, node.limits.queued_bytes_max);
     node.registry.each(user, |handle| {
         here.push(handle.connection.0);
-        if handle.push(push, count_max, bytes_max) == Queued::Overflow {
+        let queued = handle.push(push, count_max, bytes_max);
+        if queued.overflow {
             node.metrics.overflow();
+        }
+        if queued.first {
+            waiting.push(Arc::clone(handle));
         }
     });
     here

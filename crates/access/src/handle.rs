@@ -120,11 +120,11 @@ pub struct Handle {
 
 /// What became of a push to a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Queued {
-    /// It waits.
-    Waiting,
+pub struct Queued {
     /// There was no room; the session will read its mailbox.
-    Overflow,
+    pub overflow: bool,
+    /// Nothing waited before: the session has to be woken.
+    pub first: bool,
 }
 
 impl Handle {
@@ -156,10 +156,12 @@ impl Handle {
         &self.device
     }
 
-    /// Hands an entry over. More than `count_max` of them, or `bytes_max` bytes, do not wait.
+    /// Hands an entry over. More than `count_max` of them, or `bytes_max` bytes, do not wait. Who hands
+    /// over the first calls [`Self::wake`] once it has no more.
     pub fn push(&self, push: &Arc<Push>, count_max: usize, bytes_max: usize) -> Queued {
         let mut state = self.state.lock();
         let inbox = &mut state.inbox;
+        let first = inbox.is_empty();
         let room = inbox.pushes.len() < count_max && inbox.bytes + push.bytes <= bytes_max;
         if room && !inbox.missed {
             inbox.bytes += push.bytes;
@@ -167,16 +169,19 @@ impl Handle {
         } else {
             inbox.missed = true;
         }
-        let queued = if inbox.missed { Queued::Overflow } else { Queued::Waiting };
-        Self::wake(state);
-        queued
+        Queued { overflow: inbox.missed, first }
+    }
+
+    /// Has the session look at what waits.
+    pub fn wake(&self) {
+        Self::wake_locked(self.state.lock());
     }
 
     /// Changes what waits, and wakes the session.
     pub fn tell(&self, change: impl FnOnce(&mut Inbox)) {
         let mut state = self.state.lock();
         change(&mut state.inbox);
-        Self::wake(state);
+        Self::wake_locked(state);
     }
 
     /// Ends the session.
@@ -228,7 +233,7 @@ impl Handle {
         self.slotted.store(at, Ordering::Relaxed);
     }
 
-    fn wake(mut state: parking_lot::MutexGuard<'_, State>) {
+    fn wake_locked(mut state: parking_lot::MutexGuard<'_, State>) {
         let waker = state.waker.take();
         drop(state);
         if let Some(waker) = waker {
@@ -265,10 +270,11 @@ pub(crate) mod tests {
     #[test]
     fn beyond_its_bounds_it_keeps_what_it_has_and_tells() {
         let handle = handle(1);
-        assert_eq!(handle.push(&push(1), 1, 1000), Queued::Waiting);
-        assert_eq!(handle.push(&push(2), 1, 1000), Queued::Overflow);
+        let queued = |overflow, first| Queued { overflow, first };
+        assert_eq!(handle.push(&push(1), 1, 1000), queued(false, true));
+        assert_eq!(handle.push(&push(2), 1, 1000), queued(true, false));
         // Once one is missing, a later one would only be a gap.
-        assert_eq!(handle.push(&push(3), 9, 1000), Queued::Overflow);
+        assert_eq!(handle.push(&push(3), 9, 1000), queued(true, false));
         let cx = Context::from_waker(Waker::noop());
         let Poll::Ready(inbox) = handle.poll_take(&cx) else { panic!("nothing waits") };
         assert_eq!((inbox.pushes.len(), inbox.missed), (1, true));

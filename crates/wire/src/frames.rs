@@ -207,6 +207,15 @@ pub fn encode_deliver<'a>(
     }
 }
 
+/// Makes one frame of several that [`encode_deliver`] wrote in this encoding and for this generation,
+/// with their messages in the frames' order.
+pub fn join_delivers(encoding: Encoding, generation: u32, frames: &[Bytes]) -> Bytes {
+    match encoding {
+        Encoding::Proto => proto::join_delivers(frames),
+        Encoding::Json => json::join_delivers(generation, frames),
+    }
+}
+
 /// A message's body, unpacked.
 ///
 /// # Errors

@@ -94,11 +94,13 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Result<Bytes, FrameError> {
     })
 }
 
+const DELIVER_OPENS: &[u8] = b"{\"deliver\":{\"messages\":[";
+
 pub(super) fn encode_deliver<'a>(
     generation: u32,
     entries: impl IntoIterator<Item = &'a Envelope>,
 ) -> Result<Bytes, (usize, EnvelopeError)> {
-    let mut out = b"{\"deliver\":{\"messages\":[".to_vec();
+    let mut out = DELIVER_OPENS.to_vec();
     for (index, entry) in entries.into_iter().enumerate() {
         if index > 0 {
             out.push(b',');
@@ -110,8 +112,22 @@ pub(super) fn encode_deliver<'a>(
     Ok(close_deliver(out, "", generation))
 }
 
+pub(super) fn join_delivers(generation: u32, frames: &[Bytes]) -> Bytes {
+    let around = DELIVER_OPENS.len() + close_deliver(Vec::new(), "", generation).len();
+    let mut out = Vec::with_capacity(frames.iter().map(Bytes::len).sum());
+    out.extend_from_slice(DELIVER_OPENS);
+    for (index, frame) in frames.iter().enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        let messages = frame.len().saturating_sub(around);
+        out.extend_from_slice(&frame[DELIVER_OPENS.len()..][..messages]);
+    }
+    close_deliver(out, "", generation)
+}
+
 fn encode_messages(deliver: Deliver) -> Result<Bytes, FrameError> {
-    let mut out = b"{\"deliver\":{\"messages\":[".to_vec();
+    let mut out = DELIVER_OPENS.to_vec();
     for (index, message) in deliver.messages.into_iter().enumerate() {
         if index > 0 {
             out.push(b',');

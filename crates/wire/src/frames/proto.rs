@@ -92,6 +92,11 @@ pub(super) fn encode_deliver<'a>(
     Ok(out.freeze())
 }
 
+/// Messages that stand behind one another are one message (protobuf's encoding, "last one wins").
+pub(super) fn join_delivers(frames: &[Bytes]) -> Bytes {
+    frames.concat().into()
+}
+
 fn put_message(
     out: &mut BytesMut,
     entry: &Envelope,

@@ -168,6 +168,24 @@ fn a_broken_payload_is_told_by_index_and_breaks_no_frame() {
 }
 
 #[test]
+fn joined_frames_are_the_frame_of_all_their_entries() {
+    let entries: Vec<_> =
+        [&b"]}}"[..], b"", b"x"].map(|body| entry(7, BodyKind::Text, body.to_vec(), 100)).into();
+    for (encoding, generation) in [(BOTH[0], 0), (BOTH[0], 300), (BOTH[1], 0), (BOTH[1], 300)] {
+        let of = |entries: &[Envelope]| {
+            decode_server(encoding, encode_deliver(encoding, generation, entries, true).unwrap())
+        };
+        for count in 1..=entries.len() {
+            let single = entries[..count].chunks(1);
+            let frames: Vec<_> =
+                single.map(|one| encode_deliver(encoding, generation, one, true).unwrap()).collect();
+            let joined = join_delivers(encoding, generation, &frames);
+            assert_eq!(decode_server(encoding, joined), of(&entries[..count]));
+        }
+    }
+}
+
+#[test]
 fn null_is_a_json_body() {
     let entry = entry(1, BodyKind::Json, b"null".to_vec(), 128);
     let frame = encode_deliver(Encoding::Json, 0, [&entry], false).unwrap();
