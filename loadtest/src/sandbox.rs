@@ -31,11 +31,9 @@ impl Sandbox {
     /// # Errors
     /// Something does not come up.
     pub async fn start() -> anyhow::Result<Self> {
-        // Bounded, but with the compiler that a broker in production has.
-        let extra = std::env::var("BARID_JVM").unwrap_or_default();
-        let mut jvm = vec!["-Xms512m", "-Xmx512m", "-XX:+UseSerialGC", "-Xshare:auto"];
-        jvm.extend(extra.split_whitespace());
-        let kafka = KafkaOptions { jvm: jvm.into_iter().map(str::to_owned).collect(), ..Default::default() };
+        // C1 alone: in so short a time the other compiler takes more of two cores than it gives back.
+        let jvm = ["-Xms512m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"];
+        let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
         let mut cluster = Cluster::builder()
             .quiet()
             .own_kafka_with(kafka)
