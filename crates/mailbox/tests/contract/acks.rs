@@ -148,7 +148,7 @@ async fn an_ack_without_a_mailbox_resets_into_a_new_epoch(bed: Bed) {
 }
 
 async fn progress_starts_the_retries_over(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=3).await;
     bed.make_due(&user).await;
@@ -160,7 +160,7 @@ async fn progress_starts_the_retries_over(bed: Bed) {
 }
 
 async fn no_progress_leaves_the_retries_alone(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=3).await;
     bed.ack(&user, "phone", 1, 1).await;

@@ -159,6 +159,15 @@ impl Bed {
         UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(&name).unwrap() }
     }
 
+    /// The same, in a shard where no test beside this one fires timers: [`Bed::fire`] claims all of a
+    /// shard, also what another test has just made due.
+    pub fn timed_user(&self, name: &str) -> UserKey {
+        let own = self.number % u64::from(self.config.shards);
+        let mut users = (0..).map(|n| self.user(&format!("{name}-{n}")));
+        let user = users.find(|user| u64::from(self.shard(user).get()) == own);
+        user.expect("some name is there")
+    }
+
     pub fn shard(&self, user: &UserKey) -> Shard {
         self.mailbox.shard_of(user)
     }
@@ -322,7 +331,7 @@ impl Bed {
         let () = self.query(&["EVAL", script, "1", &head, &field, &index, &value]).await;
     }
 
-    /// Claims what is due; only this user's.
+    /// Claims what is due; only this user's is told. The user is a [`Bed::timed_user`].
     pub async fn fire(&self, user: &UserKey) -> Option<DueUser> {
         let retry = self.config.retry().unwrap();
         let due = self.mailbox.fire(&[self.shard(user)], 1_000, &retry).await;

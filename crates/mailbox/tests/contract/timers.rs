@@ -24,13 +24,13 @@ contract!(
 );
 
 async fn a_message_for_an_offline_user_arms_nothing(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.fill(&user, 1..=2).await;
     assert_eq!(bed.timer(&user).await, None);
 }
 
 async fn a_device_that_connects_behind_is_armed(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.fill(&user, 1..=2).await;
     bed.connect(&user, "phone", 1).await;
     let state = bed.state(&user, "phone").await.unwrap();
@@ -41,7 +41,7 @@ async fn a_device_that_connects_behind_is_armed(bed: Bed) {
 }
 
 async fn fire_claims_once_and_backs_off(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     assert_eq!(bed.fire(&user).await, None, "not due yet");
@@ -59,7 +59,7 @@ async fn fire_claims_once_and_backs_off(bed: Bed) {
 }
 
 async fn only_one_of_many_delayers_claims(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
@@ -68,7 +68,7 @@ async fn only_one_of_many_delayers_claims(bed: Bed) {
 }
 
 async fn hazard_15_a_claim_keeps_the_timer(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
@@ -78,7 +78,7 @@ async fn hazard_15_a_claim_keeps_the_timer(bed: Bed) {
 }
 
 async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "tablet", 1).await;
     bed.connect(&user, "phone", 2).await;
     bed.fill(&user, 1..=1).await;
@@ -117,7 +117,7 @@ fn give_back(due: &barid_mailbox::DueUser, delay_ms: u32) -> DeferRequest {
 }
 
 async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
@@ -129,7 +129,7 @@ async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
 }
 
 async fn a_defer_takes_the_attempt_back(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
@@ -145,7 +145,7 @@ async fn a_defer_takes_the_attempt_back(bed: Bed) {
 }
 
 async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
@@ -158,7 +158,7 @@ async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
 }
 
 async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.ack(&user, "phone", 1, 1).await;
@@ -170,7 +170,7 @@ async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
 }
 
 async fn fire_shows_the_oldest_unacknowledged_entry_if_it_is_sampled(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     let trace =
         |flags: &str| format!("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{flags}");
@@ -193,7 +193,7 @@ async fn fire_shows_the_oldest_unacknowledged_entry_if_it_is_sampled(bed: Bed) {
 }
 
 async fn fire_drops_who_has_no_route(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     let () = bed.query(&["DEL", &bed.key("r", &user)]).await;
@@ -203,7 +203,7 @@ async fn fire_drops_who_has_no_route(bed: Bed) {
 }
 
 async fn fire_drops_the_timer_of_a_forgotten_mailbox(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     let () = bed.query(&["DEL", &bed.key("h", &user), &bed.key("q", &user)]).await;
@@ -213,7 +213,7 @@ async fn fire_drops_the_timer_of_a_forgotten_mailbox(bed: Bed) {
 }
 
 async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     // The master before this one had a clock an hour ahead.
@@ -230,7 +230,7 @@ async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
 }
 
 async fn a_disconnect_leaves_the_other_devices_timer(bed: Bed) {
-    let user = bed.user("alice");
+    let user = bed.timed_user("alice");
     bed.connect(&user, "tablet", 1).await;
     bed.connect(&user, "phone", 2).await;
     bed.fill(&user, 1..=1).await;
