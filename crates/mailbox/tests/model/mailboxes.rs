@@ -1,51 +1,117 @@
-//! A shard in memory: what scripts that keep every promise would hold.
+//! A shard in memory: what scripts that keep every promise hold and answer. Plain on purpose: whole
+//! histories, no packing, no shortcuts.
 
-use std::collections::VecDeque;
+mod devices;
+
+use std::collections::{BTreeMap, VecDeque};
 
 use barid_core::{Chain, Epoch};
 
+pub use devices::{Acked, Connected, Device, Hello, Place, Route};
+
+use crate::purger::Record;
+use crate::world::USERS;
+
 /// Entries that a mailbox keeps.
 pub const ENTRIES_MAX: usize = 4;
-/// Ids that a mailbox remembers.
+/// How long it keeps them, in units of the model's clock.
+pub const TTL: u64 = 4;
+/// Devices that it knows.
+pub const DEVICES_MAX: usize = 3;
+/// First and longest wait for an acknowledgement, ms.
+pub const RETRY_BASE: u64 = 100_000;
+pub const RETRY_MAX: u64 = 400_000;
+/// Ids that a mailbox remembers, at least.
 const RING: usize = 64;
 
-/// Two mailboxes and how far two partitions were executed. A clone of it is what a replica has.
+/// The mailboxes and how far two partitions were executed. A clone of it is what a replica has.
 #[derive(Debug, Clone, Default)]
 pub struct Shard {
     pub positions: [Option<i64>; 2],
-    pub boxes: [Mailbox; 2],
-    /// The number of the session that each client's route names.
-    pub routes: [Option<u64>; 4],
+    pub boxes: [Mailbox; USERS],
 }
 
 #[derive(Debug, Clone)]
 pub struct Mailbox {
-    /// `None`: there is none, or nobody has looked at it since it was made.
-    pub epoch: Option<Epoch>,
+    pub life: Life,
     /// All of this epoch, from seq 1: also those that are gone.
     pub entries: Vec<Entry>,
     /// The oldest that is kept.
     pub oldest: u64,
+    /// When it was last renewed, in units.
+    renewed: u64,
     ring: VecDeque<String>,
+    /// The newest seq of each collapse key that is kept.
+    pub keys: BTreeMap<String, u64>,
+    /// In the order in which they became known.
+    pub devices: Vec<Device>,
+    /// Not part of the head: they stay when it expires. So does the timer.
+    pub routes: BTreeMap<&'static str, Route>,
+    pub timer: Timer,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    None,
+    /// Nobody has looked at it since it was made.
+    New,
+    Known(Epoch),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub id: String,
     pub chain: Chain,
+    /// A newer one of its collapse key came.
+    pub voided: bool,
+    /// When it was accepted, in units.
+    at: u64,
+}
+
+/// When a device is sent to again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    Never,
+    /// ms since the Unix epoch.
+    At(u64),
+    /// So many ms after the call that was just made.
+    In(u64),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timer {
+    None,
+    At(u64),
+    /// The earliest of the devices.
+    Earliest,
 }
 
 /// What must become of a message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Expected {
-    Accepted { seq: u64, evicted: Vec<String> },
+    /// Its seq, the ids that are gone, and the id that was voided.
+    Accepted {
+        seq: u64,
+        evicted: Vec<String>,
+        voided: Option<String>,
+    },
     Before,
     Duplicate,
 }
 
 impl Default for Mailbox {
     fn default() -> Self {
-        Self { epoch: None, entries: Vec::new(), oldest: 1, ring: VecDeque::new() }
+        Self {
+            life: Life::None,
+            entries: Vec::new(),
+            oldest: 1,
+            renewed: 0,
+            ring: VecDeque::new(),
+            keys: BTreeMap::new(),
+            devices: Vec::new(),
+            routes: BTreeMap::new(),
+            timer: Timer::None,
+        }
     }
 }
 
@@ -55,43 +121,86 @@ impl Shard {
         &mut self,
         source: usize,
         prev: Option<i64>,
-        messages: &[(i64, usize, String)],
+        messages: &[(i64, Record)],
+        now: u64,
     ) -> Result<Vec<Expected>, Option<i64>> {
         if prev > self.positions[source] {
             return Err(self.positions[source]);
         }
-        let accept = |(offset, user, id): &(i64, usize, String)| {
+        let accept = |(offset, record): &(i64, Record)| {
             if Some(*offset) <= self.positions[source] {
                 return Expected::Before;
             }
             self.positions[source] = Some(*offset);
-            self.boxes[*user].accept(id)
+            self.boxes[record.user].accept(record, now)
         };
-        Ok(messages.iter().map(accept).collect())
+        let expected: Vec<_> = messages.iter().map(accept).collect();
+        // A user's messages of a call are one change: who is behind then is armed once.
+        for ((_, record), expected) in messages.iter().zip(&expected) {
+            if matches!(expected, Expected::Accepted { .. }) {
+                self.boxes[record.user].arm();
+            }
+        }
+        Ok(expected)
     }
 }
 
 impl Mailbox {
-    fn accept(&mut self, id: &str) -> Expected {
-        if self.ring.iter().any(|other| other == id) {
+    fn accept(&mut self, record: &Record, now: u64) -> Expected {
+        self.open(now);
+        if self.ring.contains(&record.id) {
             return Expected::Duplicate;
         }
-        let chain = self.chain().next(id);
-        self.entries.push(Entry { id: id.to_owned(), chain });
-        self.ring.push_back(id.to_owned());
+        let id = record.id.clone();
+        let chain = self.chain().next(&id);
+        self.entries.push(Entry { id: id.clone(), chain, voided: false, at: now });
+        self.ring.push_back(id);
         if self.ring.len() > RING {
             self.ring.pop_front();
         }
-        let seq = self.newest();
-        let oldest = self.oldest.max((seq + 1).saturating_sub(ENTRIES_MAX as u64));
-        Expected::Accepted { seq, evicted: self.leave(oldest) }
+        let voided = record.key.as_ref().and_then(|key| self.collapse(key));
+        let mut oldest = self.oldest.max((self.newest() + 1).saturating_sub(ENTRIES_MAX as u64));
+        while oldest < self.newest() && self.entries[oldest as usize - 1].at + TTL <= now {
+            oldest += 1;
+        }
+        let evicted = self.leave(oldest);
+        Expected::Accepted { seq: self.newest(), evicted, voided }
+    }
+
+    /// The older entry of the key keeps its place and loses its content.
+    fn collapse(&mut self, key: &str) -> Option<String> {
+        let old = self.keys.insert(key.to_owned(), self.newest())?;
+        let entry = &mut self.entries[old as usize - 1];
+        entry.voided = true;
+        Some(entry.id.clone())
     }
 
     /// Another oldest entry; the ids of those before it, that are no longer kept.
     pub fn leave(&mut self, oldest: u64) -> Vec<String> {
         let gone = self.between(self.oldest, oldest);
         self.oldest = oldest;
+        self.keys.retain(|_, seq| *seq >= oldest);
         gone
+    }
+
+    /// Head and queue are gone: the ids that were in it.
+    pub fn expire(&mut self) -> Vec<String> {
+        let routes = std::mem::take(&mut self.routes);
+        let old = std::mem::replace(self, Self { routes, timer: self.timer, ..Self::default() });
+        old.entries.into_iter().map(|entry| entry.id).collect()
+    }
+
+    /// Whether it was used too long ago. A sixteenth is added, so that it is not renewed each time.
+    pub fn is_forgotten(&self, now: u64) -> bool {
+        self.life != Life::None && (now - self.renewed) * 16 >= TTL * 17
+    }
+
+    /// There is a mailbox, and it lives on.
+    fn open(&mut self, now: u64) {
+        if self.life == Life::None {
+            self.life = Life::New;
+        }
+        self.renewed = now;
     }
 
     /// The ids from a position to before another.
@@ -102,8 +211,27 @@ impl Mailbox {
             .collect()
     }
 
+    /// What is read there: nothing of what was voided.
+    pub fn contents(&self, from: u64, to: u64) -> Vec<String> {
+        let entries = (from..to).filter_map(|seq| self.entries.get(seq as usize - 1));
+        entries.map(|e| if e.voided { String::new() } else { e.id.clone() }).collect()
+    }
+
     pub fn newest(&self) -> u64 {
         self.entries.len() as u64
+    }
+
+    /// The chain after a position that was once there.
+    pub fn chain_at(&self, seq: u64) -> Option<Chain> {
+        match seq.checked_sub(1) {
+            None => Some(Chain::START),
+            Some(index) => self.entries.get(index as usize).map(|entry| entry.chain),
+        }
+    }
+
+    /// The same, as far as it is kept.
+    fn kept_chain_at(&self, seq: u64) -> Option<Chain> {
+        self.chain_at(seq).filter(|_| seq + 1 >= self.oldest)
     }
 
     fn chain(&self) -> Chain {

@@ -1,10 +1,19 @@
 //! Two Kafka partitions, and two purgers that may read each of them.
 
+/// What a business wrote.
+#[derive(Debug, Clone)]
+pub struct Record {
+    pub user: usize,
+    pub id: String,
+    /// The collapse key.
+    pub key: Option<String>,
+}
+
 /// A partition of the log.
 #[derive(Debug, Default)]
 pub struct Partition {
-    /// Each record's user and id, by offset.
-    pub records: Vec<(usize, String)>,
+    /// By offset.
+    pub records: Vec<Record>,
     pub committed: usize,
     pub purgers: [Purger; 2],
     /// The last group that was executed: it may arrive once more.
@@ -24,8 +33,8 @@ pub struct Purger {
 #[derive(Debug, Clone)]
 pub struct Group {
     pub prev: Option<i64>,
-    /// Offset, user, id.
-    pub messages: Vec<(i64, usize, String)>,
+    /// Each with its offset.
+    pub messages: Vec<(i64, Record)>,
 }
 
 impl Partition {
@@ -33,7 +42,7 @@ impl Partition {
     pub fn group(&self, purger: usize, count: usize) -> Group {
         let Purger { next, confirmed } = self.purgers[purger];
         let records = self.records.iter().enumerate().skip(next).take(count);
-        let messages = records.map(|(offset, (user, id))| (offset as i64, *user, id.clone()));
+        let messages = records.map(|(offset, record)| (offset as i64, record.clone()));
         Group { prev: confirmed, messages: messages.collect() }
     }
 

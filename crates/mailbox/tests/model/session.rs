@@ -7,6 +7,8 @@ use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
 use barid_wire::envelope::{self, Header};
 use bytes::Bytes;
 
+use crate::mailboxes::Route;
+
 /// A position and the chain there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
@@ -33,8 +35,7 @@ enum Trust {
 #[derive(Debug)]
 pub struct Session {
     pub client: usize,
-    pub number: u64,
-    pub attempt: u64,
+    pub route: Route,
     pub epoch: Epoch,
     pub generation: Generation,
     pub at: Mark,
@@ -58,12 +59,11 @@ pub enum Next {
 }
 
 impl Session {
-    pub fn new(client: usize, number: u64, attempt: u64, cursor: Position, newest: Seq) -> Self {
+    pub fn new(client: usize, route: Route, cursor: Position, newest: Seq) -> Self {
         let at = mark(cursor);
         Self {
             client,
-            number,
-            attempt,
+            route,
             epoch: cursor.epoch,
             generation: cursor.generation,
             at,
@@ -129,7 +129,13 @@ impl Session {
             {
                 return self.contradicted(out);
             }
-            self.write(&header, id, out);
+            if id.is_empty() {
+                let to = Mark { seq: header.seq.0, chain: header.chain };
+                self.skip(to); // it was voided
+                out.push(Out::Skip { generation: self.generation, to });
+            } else {
+                self.write(&header, id, out);
+            }
         }
         self.trust = Trust::Sure;
         self.newest = self.newest.min(page.newest.0).max(self.at.seq);
@@ -201,7 +207,7 @@ impl Session {
             AckOutcome::Reset { cursor } => {
                 let page = self.page.take(); // it belongs to a history that is void
                 drop(page);
-                *self = Self::new(self.client, self.number, self.attempt, cursor, cursor.seq);
+                *self = Self::new(self.client, self.route, cursor, cursor.seq);
                 self.wants_read = true;
                 out.push(Out::Welcome(cursor));
             }

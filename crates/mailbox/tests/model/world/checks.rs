@@ -1,67 +1,34 @@
 //! What must hold whatever happened.
 
-use barid_mailbox::Inspection;
+use barid_core::Epoch;
 
-use super::{
-    CLIENTS, Checked, USERS, World, check, device_of, session_ref, text, user_key, user_of,
-};
+use super::{CLIENTS, Checked, USERS, World, check, device_of, user_of};
+use crate::mailboxes::{Due, Life, Mailbox, Timer};
 use crate::session::parse;
+use crate::store::Held;
 
 impl World<'_> {
     /// Looks at everything and compares.
     pub(super) async fn look(&mut self) -> Checked {
-        for user in 0..USERS {
-            let seen = self.store.mailbox.inspect(&user_key(user)).await.map_err(text)?;
-            self.entries_are_as_accepted(user, &seen)?;
-            timers_are_right(&seen)?;
-            self.routes_are_as_written(user, &seen)?;
-            self.seen[user] = seen;
+        let all = self.store.look().await;
+        for (user, held) in all.into_iter().enumerate() {
+            let since = self.held[user].now;
+            let mailbox = &mut self.now.boxes[user];
+            same_head(mailbox, &held)?;
+            same_entries(mailbox, &held)?;
+            same_routes(mailbox, &held)?;
+            same_devices(mailbox, &held, since)?;
+            same_timer(mailbox, &held)?;
+            timers_are_right(mailbox)?;
+            self.held[user] = held;
         }
         Ok(())
     }
 
-    fn entries_are_as_accepted(&mut self, user: usize, seen: &Inspection) -> Checked {
-        let mailbox = &mut self.now.boxes[user];
-        if seen.epoch.0 == 0 {
-            check!(mailbox.epoch.is_none(), "the mailbox is gone: {mailbox:?}");
-            return Ok(());
-        }
-        let epoch = *mailbox.epoch.get_or_insert(seen.epoch);
-        check!(epoch == seen.epoch, "another epoch: {mailbox:?} {seen:?}");
-        check!(seen.newest.0 == mailbox.newest(), "another newest: {mailbox:?} {seen:?}");
-        check!(seen.oldest.0 == mailbox.oldest, "another oldest: {mailbox:?} {seen:?}");
-        let ids: Vec<_> = seen.entries.iter().map(|entry| parse(entry).1).collect();
-        let expected = mailbox.between(mailbox.oldest, mailbox.newest() + 1);
-        check!(ids == expected, "other entries: {ids:?}, not {expected:?}");
-        for (entry, seq) in seen.entries.iter().zip(mailbox.oldest..) {
-            let header = parse(entry).0;
-            let chain = mailbox.entries[seq as usize - 1].chain;
-            let right = (header.epoch, header.seq.0, header.chain) == (epoch, seq, chain);
-            check!(right, "the entry at {seq} has the header {header:?}");
-        }
-        Ok(())
-    }
-
-    fn routes_are_as_written(&self, user: usize, seen: &Inspection) -> Checked {
+    /// After an ack: what left was shown to every device that Redis knows.
+    pub(super) fn left_behind(&mut self, user: usize, gone: &[String]) -> Checked {
         for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
-            let route = seen.routes.iter().find(|route| route.device == device_of(client));
-            let route = route.map(|route| route.session.connection.0);
-            let expected = self.now.routes[client];
-            check!(route == expected, "client {client} has route {route:?}, not {expected:?}");
-        }
-        Ok(())
-    }
-
-    /// After an ack of a session: what left was shown to every device that Redis knows.
-    pub(super) async fn look_after_ack(&mut self, client: usize, number: u64) -> Checked {
-        let user = user_of(client);
-        let seen = self.store.mailbox.inspect(&user_key(user)).await.map_err(text)?;
-        progress_starts_over(client, number, &self.seen[user], &seen)?;
-        let mailbox = &mut self.now.boxes[user];
-        check!(seen.oldest.0 >= mailbox.oldest, "the oldest entry went back");
-        let gone = mailbox.leave(seen.oldest.0);
-        for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
-            let known = seen.devices.iter().any(|state| state.device == device_of(client));
+            let known = self.now.boxes[user].device(device_of(client)).is_some();
             let state = &mut self.clients[client];
             for id in gone.iter().filter(|id| !state.shown.contains(*id)) {
                 let lost = known && !state.missed.contains(id);
@@ -69,7 +36,7 @@ impl World<'_> {
                 state.missed.insert(id.clone());
             }
         }
-        self.look().await
+        Ok(())
     }
 
     /// Ids that devices need not be shown any more.
@@ -82,17 +49,9 @@ impl World<'_> {
     }
 
     /// What was there before a device is not owed to it: it starts where the others are.
-    pub(super) fn begins(&mut self, client: usize, cursor: u64) -> Checked {
-        let mailbox = &self.now.boxes[user_of(client)];
-        let seen = &self.seen[user_of(client)];
-        if !seen.devices.iter().any(|state| state.device == device_of(client)) {
-            let furthest = seen.devices.iter().map(|state| state.cursor.seq.0).max();
-            let start = furthest.unwrap_or(0).max(mailbox.oldest - 1);
-            check!(cursor == start, "a new device starts at {cursor}, not at {start}");
-        }
-        let before = mailbox.between(1, cursor + 1);
+    pub(super) fn begins(&mut self, client: usize, cursor: u64) {
+        let before = self.now.boxes[user_of(client)].between(1, cursor + 1);
         self.clients[client].missed.extend(before);
-        Ok(())
     }
 
     /// Whether client may be told that there is nothing from one position to before another.
@@ -107,12 +66,11 @@ impl World<'_> {
 
     /// Once everything has settled.
     pub(super) fn all_was_shown(&self) -> Checked {
-        for partition in &self.log {
-            for (user, id) in &partition.records {
-                let kept = self.now.boxes[*user].entries.iter().any(|entry| entry.id == *id);
-                let gone = self.expired.contains(id);
-                check!(kept || gone, "{id} was committed and is in no mailbox");
-            }
+        for record in self.log.iter().flat_map(|partition| &partition.records) {
+            let id = &record.id;
+            let kept = self.now.boxes[record.user].entries.iter().any(|entry| entry.id == *id);
+            let gone = self.expired.contains(id);
+            check!(kept || gone, "{id} was committed and is in no mailbox");
         }
         for (index, client) in self.clients.iter().enumerate() {
             for entry in &self.now.boxes[user_of(index)].entries {
@@ -123,45 +81,135 @@ impl World<'_> {
         }
         Ok(())
     }
+
+    pub(super) fn is_settled(&self) -> bool {
+        let online = self.clients.iter().all(|client| client.current.is_some());
+        let kafka = (0..2).all(|source| {
+            let executed = self.now.positions[source].map_or(0, |offset| offset as usize + 1);
+            executed == self.log[source].records.len()
+        });
+        let caught_up = (0..USERS).all(|user| {
+            let mailbox = &self.now.boxes[user];
+            let behind = |client: usize| {
+                let device = mailbox.device(device_of(client));
+                device.is_none_or(|device| device.seq < mailbox.newest())
+            };
+            let ours = (0..CLIENTS).filter(|client| user_of(*client) == user);
+            mailbox.timer == Timer::None && !ours.into_iter().any(behind)
+        });
+        online && kafka && caught_up
+    }
 }
 
-/// Who has a route and is behind is re-sent to; nobody else is.
-fn timers_are_right(seen: &Inspection) -> Checked {
-    if seen.epoch.0 == 0 {
+fn same_head(mailbox: &mut Mailbox, held: &Held) -> Checked {
+    let Some(state) = &held.state else {
+        check!(mailbox.life == Life::None, "the mailbox is gone: {mailbox:?}");
+        check!(held.expires == [None, None], "something of it is left: {held:?}");
         return Ok(());
+    };
+    let [epoch, oldest, before, newest, last, expires, _, lowest_key, known] = state[..] else {
+        return Err(format!("the head's state is {state:?}"));
+    };
+    let epoch = Epoch(epoch);
+    match mailbox.life {
+        Life::None => return Err(format!("a mailbox where there is none: {held:?}")),
+        Life::New => mailbox.life = Life::Known(epoch),
+        Life::Known(ours) => check!(ours == epoch, "another epoch: {mailbox:?} {held:?}"),
     }
-    for state in &seen.devices {
-        let routed = seen.routes.iter().any(|route| route.device == state.device);
-        let behind = state.cursor.seq < seen.newest;
-        check!((state.due_ms > 0) == (routed && behind), "due, or not, without cause: {seen:?}");
-        let in_time = state.due_ms == 0 || seen.timer_due_ms.is_some_and(|due| due <= state.due_ms);
-        check!(in_time, "the user's timer is later than a device's: {seen:?}");
-    }
-    for route in &seen.routes {
-        let known = seen.devices.iter().any(|state| state.device == route.device);
-        check!(known || seen.newest.0 == 0, "a route of an unknown device: {seen:?}");
+    let chain = |seq| mailbox.chain_at(seq).map(|chain| u64::from(chain.0));
+    check!(newest == mailbox.newest(), "another newest: {mailbox:?} {held:?}");
+    check!(oldest == mailbox.oldest, "another oldest: {mailbox:?} {held:?}");
+    let chains = [chain(oldest - 1), chain(newest)];
+    check!(chains == [Some(before), Some(last)], "other chains: {mailbox:?} {held:?}");
+    check!(known as usize == held.devices.len(), "not so many devices: {held:?}");
+    check!(held.keys == mailbox.keys, "other collapse keys: {mailbox:?} {held:?}");
+    let bound = held.keys.values().all(|seq| lowest_key != 0 && lowest_key <= *seq);
+    check!(bound, "a collapse key below the lowest: {held:?}");
+    let together = [Some(expires), held.expires[1].map(|_| expires)];
+    check!(held.expires == together, "head and queue expire apart: {held:?}");
+    Ok(())
+}
+
+fn same_entries(mailbox: &Mailbox, held: &Held) -> Checked {
+    let ids: Vec<_> = held.entries.iter().map(|entry| parse(entry).1).collect();
+    let expected = mailbox.contents(mailbox.oldest, mailbox.newest() + 1);
+    check!(ids == expected, "other entries: {ids:?}, not {expected:?}");
+    for (entry, seq) in held.entries.iter().zip(mailbox.oldest..) {
+        let header = parse(entry).0;
+        let right = Life::Known(header.epoch) == mailbox.life
+            && header.seq.0 == seq
+            && Some(header.prev_chain) == mailbox.chain_at(seq - 1)
+            && Some(header.chain) == mailbox.chain_at(seq);
+        check!(right, "the entry at {seq} has the header {header:?}");
     }
     Ok(())
 }
 
-/// A cursor never goes back, and a device that gets on is not counted against: its retries begin
-/// again.
-fn progress_starts_over(
-    client: usize,
-    number: u64,
-    before: &Inspection,
-    after: &Inspection,
-) -> Checked {
-    let (device, here) = (device_of(client), session_ref(number));
-    let routed = after.routes.iter().any(|r| r.device == device && r.session == here);
-    let state = |seen: &Inspection| seen.devices.iter().find(|d| d.device == device).cloned();
-    let (Some(before), Some(now)) = (state(before), state(after)) else { return Ok(()) };
-    let (old, new) = (before.cursor, now.cursor);
-    if (old.epoch, old.generation) != (new.epoch, new.generation) {
-        return Ok(());
+fn same_routes(mailbox: &Mailbox, held: &Held) -> Checked {
+    let text = |(name, route): (&&str, &crate::mailboxes::Route)| {
+        let (number, attempt) = (route.number, route.attempt);
+        (name.to_string(), format!("node-1 {} {number} {attempt} model", route.incarnation))
+    };
+    let expected: Vec<_> = mailbox.routes.iter().map(text).collect();
+    let routes: Vec<_> = held.routes.clone().into_iter().collect();
+    check!(routes == expected, "other routes: {routes:?}, not {expected:?}");
+    Ok(())
+}
+
+/// What the last call set is between the time before it and now. From here on it is known exactly.
+fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
+    let place = |name: &str| held.devices.iter().position(|device| device.name == name);
+    mailbox.devices.sort_by_key(|device| place(device.name));
+    let names = |held: &Held| held.devices.iter().map(|d| d.name.clone()).collect::<Vec<_>>();
+    let ours: Vec<_> = mailbox.devices.iter().map(|device| device.name.to_owned()).collect();
+    check!(ours == names(held), "other devices: {held:?}, not {ours:?}");
+    for index in 0..mailbox.devices.len() {
+        let (device, seen) = (&mailbox.devices[index], &held.devices[index]);
+        let chain = mailbox.chain_at(device.seq).map(|chain| u64::from(chain.0));
+        let same = seen.seq == device.seq
+            && Some(seen.chain) == chain
+            && seen.generation == u64::from(device.generation)
+            && seen.attempt == u64::from(device.attempt)
+            && seen.fence == device.fence;
+        let due = match device.due {
+            Due::Never => seen.due == 0,
+            Due::At(time) => seen.due == time,
+            Due::In(wait) => (since + wait..=held.now + wait).contains(&seen.due),
+        };
+        let used = match device.used {
+            Some(time) => seen.used == time,
+            None => (since..=held.now).contains(&seen.used),
+        };
+        check!(same && due && used, "another device: {seen:?}, not {device:?}, since {since}");
+        let device = &mut mailbox.devices[index];
+        device.due = if seen.due == 0 { Due::Never } else { Due::At(seen.due) };
+        device.used = Some(seen.used);
     }
-    check!(new.seq >= old.seq, "an ack moved a cursor back: {before:?} {now:?}");
-    let fresh = now.attempt == 0 && (now.due_ms == 0 || now.due_ms > after.now_ms);
-    check!(!routed || new.seq == old.seq || fresh, "progress, and the retries go on: {now:?}");
+    Ok(())
+}
+
+fn same_timer(mailbox: &mut Mailbox, held: &Held) -> Checked {
+    let earliest = held.devices.iter().map(|device| device.due).filter(|due| *due > 0).min();
+    let expected = match mailbox.timer {
+        Timer::None => None,
+        Timer::At(time) => Some(time),
+        Timer::Earliest => earliest,
+    };
+    check!(held.timer == expected, "another timer, not {expected:?}: {held:?}");
+    mailbox.timer = held.timer.map_or(Timer::None, Timer::At);
+    Ok(())
+}
+
+/// Who has a route and is behind is re-sent to; nobody else is. The model has to obey that as well.
+fn timers_are_right(mailbox: &Mailbox) -> Checked {
+    for device in &mailbox.devices {
+        let waits = mailbox.routes.contains_key(device.name) && device.seq < mailbox.newest();
+        check!((device.due != Due::Never) == waits, "due, or not, without cause: {mailbox:?}");
+        let in_time = match (device.due, mailbox.timer) {
+            (Due::At(due), Timer::At(timer)) => timer <= due,
+            (due, _) => due == Due::Never,
+        };
+        check!(in_time, "the user's timer is later than a device's: {mailbox:?}");
+    }
     Ok(())
 }

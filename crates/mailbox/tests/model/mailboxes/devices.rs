@@ -1,0 +1,334 @@
+//! A mailbox's devices: cursors, routes, retries. One function a script.
+
+use barid_core::Chain;
+
+use super::{DEVICES_MAX, Due, Life, Mailbox, RETRY_BASE, RETRY_MAX, Timer};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    pub name: &'static str,
+    /// Its cursor.
+    pub seq: u64,
+    pub generation: u32,
+    pub due: Due,
+    /// Re-sends so far.
+    pub attempt: u32,
+    /// When it was last seen, ms; `None`: by the last call.
+    pub used: Option<u64>,
+    /// Its last connection attempt.
+    pub fence: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    pub number: u64,
+    /// Of its node.
+    pub incarnation: u64,
+    pub attempt: u64,
+}
+
+/// A position that somebody names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub epoch: u64,
+    pub generation: u32,
+    pub seq: u64,
+    pub chain: Option<Chain>,
+}
+
+/// Who connects or confirms.
+#[derive(Debug, Clone, Copy)]
+pub struct Hello {
+    pub device: &'static str,
+    pub route: Route,
+    pub at: Option<Place>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connected {
+    Superseded,
+    TooMany,
+    /// Where it reads from, and the number of the session that it replaced.
+    At {
+        seq: u64,
+        chain: Chain,
+        generation: u32,
+        reset: bool,
+        replaced: Option<u64>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acked {
+    Stale,
+    Advanced(u64),
+    Reset { generation: u32, seq: u64, chain: Chain },
+}
+
+impl Mailbox {
+    pub fn device(&self, name: &str) -> Option<&Device> {
+        self.devices.iter().find(|device| device.name == name)
+    }
+
+    /// Everybody who is connected waits from now on, but for those who wait already.
+    pub(super) fn arm(&mut self) {
+        for name in self.routes.keys().copied().collect::<Vec<_>>() {
+            if self.device(name).is_none() {
+                self.devices.push(self.unknown(name, 0)); // forgotten under a living route
+            }
+            let device = self.devices.iter_mut().find(|device| device.name == name);
+            let device = device.expect("it was added");
+            if device.due == Due::Never {
+                (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+            }
+            self.timer = Timer::Earliest;
+        }
+    }
+
+    pub fn connect(&mut self, hello: &Hello, now: u64) -> Connected {
+        let name = hello.device;
+        let old = self.routes.get(name).copied();
+        if old.is_some_and(|old| old.attempt > hello.route.attempt) {
+            return Connected::Superseded;
+        }
+        self.open(now);
+        let known = self.device(name).cloned();
+        if old.is_none() && known.as_ref().is_some_and(|d| d.fence > hello.route.attempt) {
+            return Connected::Superseded;
+        }
+        let mut device = known.clone().unwrap_or_else(|| {
+            let furthest = self.devices.iter().map(|other| other.seq).max().unwrap_or(0);
+            Device { seq: furthest.max(self.oldest - 1), ..self.unknown(name, 0) }
+        });
+        if known.is_none() && !self.make_room() {
+            return Connected::TooMany;
+        }
+        let (read_from, chain, reset) = match hello.at {
+            Some(at) => self.resume(&mut device, known.is_some(), at),
+            None => (device.seq, None, false),
+        };
+        device.due = if device.seq < self.newest() { Due::In(RETRY_BASE) } else { Due::Never };
+        (device.attempt, device.used, device.fence) = (0, None, hello.route.attempt);
+        let chain = chain.or(self.chain_at(read_from)).expect("a place in the history");
+        let generation = device.generation;
+        self.save(device);
+        self.routes.insert(name, hello.route);
+        self.timer = Timer::Earliest;
+        let same = |old: &Route| {
+            (old.number, old.incarnation) == (hello.route.number, hello.route.incarnation)
+        };
+        let replaced = old.filter(|old| !same(old)).map(|old| old.number);
+        Connected::At { seq: read_from, chain, generation, reset, replaced }
+    }
+
+    /// Moves the device to where it says it stands, if that is in this history. Returns where it reads
+    /// from, the chain there if it is another than ours, and whether it has to start over.
+    fn resume(&self, device: &mut Device, known: bool, at: Place) -> (u64, Option<Chain>, bool) {
+        let forked = match (self.kept_chain_at(at.seq), at.chain) {
+            (Some(ours), Some(theirs)) => ours != theirs,
+            _ => false,
+        };
+        if self.life != Life::Known(barid_core::Epoch(at.epoch)) || at.seq > self.newest() || forked
+        {
+            self.reset(device, at.generation);
+            return (device.seq, None, true);
+        }
+        if at.seq + 1 < self.oldest {
+            device.seq = self.oldest - 1;
+            device.generation = device.generation.max(at.generation);
+            return (at.seq, Some(at.chain.unwrap_or(Chain::START)), false);
+        }
+        if at.chain.is_none() && known && at.generation < device.generation {
+            return (device.seq, None, true); // it has not heard of its reset
+        }
+        device.seq = at.seq;
+        device.generation = device.generation.max(at.generation);
+        (at.seq, None, false)
+    }
+
+    /// `None`: superseded. Else whether the route had been forgotten.
+    pub fn confirm(&mut self, hello: &Hello, now: u64) -> Option<bool> {
+        let name = hello.device;
+        let old = self.routes.get(name).copied();
+        if let Some(old) = old {
+            let mine = (old.number, old.attempt) == (hello.route.number, hello.route.attempt);
+            if !mine && old.attempt >= hello.route.attempt {
+                return None;
+            }
+        }
+        self.open(now);
+        let known = self.device(name).cloned();
+        if old.is_none() && known.as_ref().is_some_and(|d| d.fence > hello.route.attempt) {
+            return None;
+        }
+        let at = hello.at.expect("a session stands somewhere");
+        if known.is_some() || self.make_room() {
+            let mut device = known.unwrap_or_else(|| self.remember(name, at));
+            (device.used, device.fence) = (None, hello.route.attempt);
+            if device.seq >= self.newest() {
+                (device.due, device.attempt) = (Due::Never, 0);
+            } else if device.due == Due::Never {
+                (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+            }
+            self.save(device);
+        }
+        self.routes.insert(name, hello.route);
+        self.timer = Timer::Earliest;
+        Some(old.is_none())
+    }
+
+    /// A device that was forgotten, as its session knows it, if that is in this history.
+    fn remember(&self, name: &'static str, at: Place) -> Device {
+        let device = self.unknown(name, at.generation);
+        let ours = self.kept_chain_at(at.seq);
+        let here = self.life == Life::Known(barid_core::Epoch(at.epoch))
+            && ours.is_some_and(|ours| at.chain.is_none_or(|theirs| theirs == ours));
+        if here { Device { seq: at.seq, ..device } } else { device }
+    }
+
+    pub fn ack(&mut self, name: &'static str, route: (u64, u64), at: Place, now: u64) -> Acked {
+        self.open(now);
+        let known = self.device(name).cloned();
+        if known.as_ref().is_some_and(|device| device.generation > at.generation) {
+            return Acked::Stale;
+        }
+        if known.is_none() && !self.make_room() {
+            return Acked::Advanced(at.seq);
+        }
+        let mut device = known.unwrap_or_else(|| self.unknown(name, at.generation));
+        let ours = self.kept_chain_at(at.seq);
+        let forked = ours.is_some() && ours != at.chain;
+        let epoch = Life::Known(barid_core::Epoch(at.epoch));
+        let reset = self.life != epoch || at.seq > self.newest() || forked;
+        let progress = !reset && ours.is_some() && at.seq > device.seq;
+        if reset {
+            self.reset(&mut device, at.generation);
+        } else {
+            device.generation = at.generation;
+        }
+        if progress {
+            device.seq = at.seq;
+        }
+        device.used = None;
+        // A reset begins the retries, unless they are those of another session.
+        let begins = self.routes.get(name).is_some_and(|here| {
+            device.due == Due::Never || (here.number, here.incarnation) == route
+        });
+        let before = device.due;
+        if device.seq >= self.newest() {
+            (device.due, device.attempt) = (Due::Never, 0);
+        } else if progress && device.due != Due::Never || reset && begins {
+            (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+        }
+        if device.due != before {
+            self.timer = Timer::Earliest;
+        }
+        let cursor = device.seq;
+        let generation = device.generation;
+        self.save(device);
+        if progress {
+            let lowest = self.devices.iter().map(|device| device.seq).min().unwrap_or(0);
+            self.leave(self.oldest.max(lowest + 1));
+        }
+        if reset {
+            let chain = self.chain_at(cursor).expect("a place in the history");
+            return Acked::Reset { generation, seq: cursor, chain };
+        }
+        Acked::Advanced(cursor)
+    }
+
+    pub fn disconnect(&mut self, name: &'static str, route: (u64, u64)) {
+        let Some(here) = self.routes.get(name) else { return };
+        if (here.number, here.incarnation) != route {
+            return;
+        }
+        self.routes.remove(name);
+        if let Some(device) = self.devices.iter_mut().find(|device| device.name == name) {
+            (device.used, device.due, device.attempt) = (None, Due::Never, 0);
+            self.timer = Timer::Earliest;
+        }
+    }
+
+    /// The waits of these devices are over (`None`: all), as if that time had come.
+    pub fn make_due(&mut self, who: Option<&str>) {
+        for device in &mut self.devices {
+            if device.due != Due::Never && who.is_none_or(|who| device.name == who) {
+                device.due = Due::At(1);
+            }
+        }
+        if self.timer != Timer::None {
+            self.timer = Timer::At(1);
+        }
+    }
+
+    /// Who is sent to again: device, session, attempt.
+    pub fn fire(&mut self) -> Vec<(&'static str, u64, u32)> {
+        if self.timer != Timer::At(1) {
+            return Vec::new();
+        }
+        self.timer = if self.life == Life::None { Timer::None } else { Timer::Earliest };
+        let mut due = Vec::new();
+        let newest = self.newest();
+        for device in &mut self.devices {
+            let route = self.routes.get(device.name);
+            match (route, device.due) {
+                (Some(route), Due::At(1)) if device.seq < newest => {
+                    device.attempt += 1;
+                    device.due = Due::In((RETRY_BASE << device.attempt).min(RETRY_MAX));
+                    due.push((device.name, route.number, device.attempt));
+                }
+                (Some(_), Due::Never) if device.seq < newest => {
+                    (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+                }
+                (Some(_), _) if device.seq < newest => (),
+                _ => (device.due, device.attempt) = (Due::Never, 0),
+            }
+        }
+        due
+    }
+
+    /// A claim is given back, if nobody has moved the timer since.
+    pub fn defer(&mut self, score: u64, names: &[String], delay: u64) {
+        if self.timer != Timer::At(score) || self.life == Life::None {
+            return;
+        }
+        for device in &mut self.devices {
+            let given = names.iter().any(|name| name == device.name);
+            if given && device.due != Due::Never && device.attempt > 0 {
+                device.attempt -= 1;
+                device.due = Due::In(delay);
+            }
+        }
+        self.timer = Timer::Earliest;
+    }
+
+    /// Nothing is known of it: everything that is kept is before it.
+    fn unknown(&self, name: &'static str, generation: u32) -> Device {
+        let seq = self.oldest - 1;
+        Device { name, seq, generation, due: Due::Never, attempt: 0, used: None, fence: 0 }
+    }
+
+    /// To before the oldest that is kept; what was sent before is void.
+    fn reset(&self, device: &mut Device, generation: u32) {
+        device.generation = device.generation.max(generation) + 1;
+        device.seq = self.oldest - 1;
+    }
+
+    /// Forgets those who were away for longest, until one more may be known; `false`: all are here.
+    fn make_room(&mut self) -> bool {
+        while self.devices.len() >= DEVICES_MAX {
+            let away = self.devices.iter().filter(|d| !self.routes.contains_key(d.name));
+            // `min_by_key` takes the first of several, as the script does.
+            let Some(gone) = away.min_by_key(|device| device.used).map(|device| device.name) else {
+                return false;
+            };
+            self.devices.retain(|device| device.name != gone);
+        }
+        true
+    }
+
+    fn save(&mut self, device: Device) {
+        self.devices.retain(|other| other.name != device.name);
+        self.devices.push(device);
+    }
+}
