@@ -9,8 +9,9 @@ use serde::Serialize;
 use crate::audit::{Audit, Outcome, SETTLE};
 use crate::fleet::Fleet;
 use crate::hops::{self, Passed};
+use crate::kafka_hop;
 use crate::producer::{Business, Pace};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{PARTITIONS, Sandbox};
 
 /// How it is measured.
 #[derive(Debug, Args)]
@@ -27,6 +28,9 @@ pub struct Options {
     /// How long the cluster works before that, seconds.
     #[arg(long, default_value_t = 10)]
     warmup_seconds: u64,
+    /// How long the floor of Kafka's hop is measured, seconds.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    floor_seconds: u64,
     /// Bytes of each payload.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     payload_bytes: u32,
@@ -52,12 +56,16 @@ struct Report {
     hops: Vec<Passed>,
     /// What is left: from the node's write until the application has it.
     written_shown_mean_ms: f64,
+    /// The floor of the first hop: Kafka with nothing behind it, right after.
+    kafka_p50_ms: f64,
+    kafka_p99_ms: f64,
 }
 
 /// Measures and prints; `false` if something was not delivered once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let mut sandbox = Sandbox::start().await?;
-    let business = Business::open(&sandbox.plan(options.payload_bytes, 0)).await?;
+    let plan = sandbox.plan(options.payload_bytes, 0);
+    let business = Business::open(&plan).await?;
     let address = [sandbox.address().await?];
 
     let fleet_of = async |seconds: u64| {
@@ -82,6 +90,9 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let totals = audit.totals();
     let mean_ms = totals.latency_mean_ms();
     let hops = hops::between(&before, &sandbox.metrics().await?, mean_ms);
+    let unconsumed = sandbox.unconsumed(&plan).await?;
+    let Options { users, rate, floor_seconds, .. } = *options;
+    let floor = kafka_hop::measure(&unconsumed, PARTITIONS, users, rate, floor_seconds).await?;
     let report = Report {
         users: options.users,
         rate_per_s: options.rate,
@@ -95,6 +106,8 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         max_ms: totals.latency_ms(1.0),
         written_shown_mean_ms: mean_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>(),
         hops,
+        kafka_p50_ms: floor.latency_ms(0.5),
+        kafka_p99_ms: floor.latency_ms(0.99),
     };
     print(&report, options.json)?;
     Ok(totals.is_clean())
@@ -131,5 +144,10 @@ fn print(report: &Report, json: bool) -> std::io::Result<()> {
     let (name, rest) = ("written_shown", report.written_shown_mean_ms);
     let share = rest / report.mean_ms * 100.0;
     writeln!(out, "{name:<24}{rest:>10.3}{:>10}{:>10}{share:>7.0}%", "", "")?;
-    writeln!(out, "{:<24}{:>10.3}", "produced_shown", report.mean_ms)
+    writeln!(out, "{:<24}{:>10.3}\n", "produced_shown", report.mean_ms)?;
+    writeln!(
+        out,
+        "floor, Kafka with nothing behind it: p50 {:.2} ms   p99 {:.2} ms",
+        report.kafka_p50_ms, report.kafka_p99_ms
+    )
 }

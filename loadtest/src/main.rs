@@ -5,6 +5,7 @@ mod clients;
 mod cpu;
 mod fleet;
 mod hops;
+mod kafka_hop;
 mod latency;
 mod producer;
 mod run;

@@ -15,6 +15,9 @@ use crate::producer::Plan;
 /// How long the tokens of a run are good.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 
+/// Partitions of a topic.
+pub const PARTITIONS: i32 = 4;
+
 /// A running cluster.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -36,6 +39,7 @@ impl Sandbox {
         let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
         let mut cluster = Cluster::builder()
             .quiet()
+            .partitions(PARTITIONS)
             .own_kafka_with(kafka)
             .set("redis.retry_base_ms", 2_000)
             .set("redis.retry_max_ms", 60_000)
@@ -59,6 +63,16 @@ impl Sandbox {
             payload_bytes,
             linger_ms,
         }
+    }
+
+    /// The same, to a topic that nobody consumes, with as many partitions.
+    ///
+    /// # Errors
+    /// Kafka does not create it.
+    pub async fn unconsumed(&mut self, plan: &Plan) -> anyhow::Result<Plan> {
+        let topic = "unconsumed";
+        self.cluster.kafka()?.create_topics(&[topic], PARTITIONS).await?;
+        Ok(Plan { topic: topic.into(), ..plan.clone() })
     }
 
     /// Where devices connect.

@@ -15,8 +15,7 @@ use barid_mailbox::{
 use barid_runtime::{Hop, Sighting};
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::{
-    ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server,
-    join_delivers,
+    ClientFrame, Encoding, ServerFrame, decode_client, encode_deliver, encode_server, join_delivers,
 };
 use barid_wire::v1;
 use bytes::Bytes;

@@ -18,8 +18,8 @@ use crate::{
 };
 
 /// What is packed of a group, of a message, and of a mailbox in the answer.
-const GROUP_BYTES: usize = 29;
-const MESSAGE_BYTES: usize = 33;
+const GROUP_BYTES: usize = 57;
+const MESSAGE_BYTES: usize = 29;
 const MAILBOX_BYTES: usize = 24;
 
 /// Accepts groups, one result each, in order. Groups of one shard share a call, so that they keep
@@ -90,6 +90,11 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
 
 /// The answer, and Redis's time in it, µs.
 async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<(Reply, u64), Error> {
+    let in_order =
+        |group: &&AcceptGroup| group.messages.is_sorted_by(|a, b| a.position < b.position);
+    if !groups.iter().all(in_order) {
+        return Err(Error::Unexpected("a group is not in the log's order".into()));
+    }
     let shard = groups[0].shard;
     let mut call = Call::default();
     shared(topology.config(), groups.len(), &mut call);
@@ -108,36 +113,39 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
 
 fn encode_group(group: &AcceptGroup, call: &mut Call) {
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
-    let users = Users::of(&group.messages);
-    for message in &users.first {
-        call.key(keys::head(group.shard, &message.app, &message.user));
-        call.key(keys::queue(group.shard, &message.app, &message.user));
-        call.key(keys::routes(group.shard, &message.app, &message.user));
-    }
-    let collapse_keys = group.messages.iter().filter(|m| m.collapse_key.is_some()).count();
-    let arguments = 3 + users.first.len() + group.messages.len() + collapse_keys;
-    let size = |count: usize| u32::try_from(count).unwrap_or(u32::MAX); // far below
+    let users = by_user(&group.messages);
+    let messages = || users.iter().flatten().map(|index| &group.messages[*index]);
+    let collapse_keys = messages().filter(|m| m.collapse_key.is_some()).count();
+    let arguments = 4 + users.len() + group.messages.len() + collapse_keys;
     let none = LogPosition { leader_epoch: -1, offset: 0, index: 0 };
+    let position = |message: Option<&AcceptMessage>| message.map_or(none, |m| m.position);
     let mut packed = BytesMut::with_capacity(GROUP_BYTES);
     packed.put_u8(group.prev.is_some().into());
     put_position(&mut packed, group.prev.unwrap_or(none));
-    packed.put_u32_le(size(group.messages.len()));
-    packed.put_u32_le(size(users.first.len()));
-    packed.put_u32_le(size(arguments));
+    put_position(&mut packed, position(group.messages.first()));
+    put_position(&mut packed, position(group.messages.last()));
+    put_count(&mut packed, users.len());
+    put_count(&mut packed, arguments);
+    let mut counts = BytesMut::with_capacity(4 * users.len());
     let mut metas = BytesMut::with_capacity(MESSAGE_BYTES * group.messages.len());
-    for (message, user) in group.messages.iter().zip(&users.of_message) {
-        put_position(&mut metas, message.position);
-        metas.put_u32_le(size(*user));
+    for indices in &users {
+        put_count(&mut counts, indices.len());
+    }
+    for message in messages() {
         metas.put_u64_le(message.id.ring);
         metas.put_u32_le(message.id.crc32);
         metas.put_u8(message.collapse_key.is_some().into());
+        put_position(&mut metas, message.position);
     }
     call.arg(format!("{}:{}", group.source.topic_id, group.source.partition));
-    call.bytes(packed.freeze()).bytes(metas.freeze());
-    for message in &users.first {
-        call.arg(keys::member(&message.app, &message.user));
+    call.bytes(packed.freeze()).bytes(counts.freeze()).bytes(metas.freeze());
+    for AcceptMessage { app, user, .. } in users.iter().map(|of| &group.messages[of[0]]) {
+        call.key(keys::head(group.shard, app, user));
+        call.key(keys::queue(group.shard, app, user));
+        call.key(keys::routes(group.shard, app, user));
+        call.arg(keys::member(app, user));
     }
-    for message in &group.messages {
+    for message in messages() {
         call.bytes(message.body.clone());
         if let Some(key) = &message.collapse_key {
             call.arg(key);
@@ -151,28 +159,22 @@ fn put_position(packed: &mut BytesMut, position: LogPosition) {
     packed.put_u32_le(position.index);
 }
 
-/// The users of a group, in the order in which they come up.
-struct Users<'a> {
-    /// A message of each.
-    first: Vec<&'a AcceptMessage>,
-    /// Which of them each message is for.
-    of_message: Vec<usize>,
+fn put_count(packed: &mut BytesMut, count: usize) {
+    packed.put_u32_le(u32::try_from(count).unwrap_or(u32::MAX)); // batches are far below
 }
 
-impl<'a> Users<'a> {
-    fn of(messages: &'a [AcceptMessage]) -> Self {
-        let (mut numbers, mut first) = (HashMap::with_capacity(messages.len()), Vec::new());
-        let of_message = messages
-            .iter()
-            .map(|message| {
-                *numbers.entry((&message.app, &message.user)).or_insert_with(|| {
-                    first.push(message);
-                    first.len() - 1
-                })
-            })
-            .collect();
-        Self { first, of_message }
+/// Which messages each user has, in the log's order; the users as they come up.
+fn by_user(messages: &[AcceptMessage]) -> Vec<Vec<usize>> {
+    let mut numbers = HashMap::with_capacity(messages.len());
+    let mut users: Vec<Vec<usize>> = Vec::new();
+    for (index, message) in messages.iter().enumerate() {
+        let number = *numbers.entry((&message.app, &message.user)).or_insert(users.len());
+        match users.get_mut(number) {
+            Some(indices) => indices.push(index),
+            None => users.push(vec![index]),
+        }
     }
+    users
 }
 
 fn read_group(group: &AcceptGroup, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
@@ -193,22 +195,26 @@ fn read_outcomes(
     at_us: u64,
 ) -> Result<Vec<AcceptOutcome>, Error> {
     let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
-    let users = Users::of(&group.messages);
-    let mut mailboxes: Vec<_> = mailboxes.chunks(MAILBOX_BYTES).map(Mailbox::read).collect();
-    if letters.len() != group.messages.len() || mailboxes.len() != users.first.len() {
+    let users = by_user(&group.messages);
+    if letters.len() != group.messages.len() || mailboxes.len() != users.len() * MAILBOX_BYTES {
         return Err(Error::Unexpected("accept answered of others than it was asked".into()));
     }
-    let messages = group.messages.iter().zip(users.of_message).zip(letters);
-    let outcome = |((message, user), letter): ((&AcceptMessage, usize), u8)| match letter {
-        b'A' | b'O' => Ok(mailboxes[user].append(message, letter == b'O', at_us)),
-        b'B' => Ok(AcceptOutcome::AcceptedBefore),
-        b'D' => Ok(AcceptOutcome::Duplicate),
-        b'F' => {
-            Ok(AcceptOutcome::Failed(String::from_utf8_lossy(&reply.bytes()?).into_owned()))
+    let mut letters = letters.into_iter();
+    let mut outcomes = vec![AcceptOutcome::Duplicate; group.messages.len()]; // each is set below
+    for (indices, mailbox) in users.into_iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {
+        let mut mailbox = Mailbox::read(mailbox);
+        for (index, letter) in indices.into_iter().zip(letters.by_ref()) {
+            let message = &group.messages[index];
+            outcomes[index] = match letter {
+                b'A' | b'O' => mailbox.append(message, letter == b'O', at_us),
+                b'B' => AcceptOutcome::AcceptedBefore,
+                b'D' => AcceptOutcome::Duplicate,
+                b'F' => AcceptOutcome::Failed(String::from_utf8_lossy(&reply.bytes()?).into()),
+                letter => return Err(unknown_tag(letter)),
+            };
         }
-        letter => Err(unknown_tag(letter)),
-    };
-    messages.map(outcome).collect()
+    }
+    Ok(outcomes)
 }
 
 /// A mailbox while the entries that were appended to it are counted off.

@@ -2,11 +2,13 @@
 --
 -- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
 -- ARGV  entries_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
---       a group: source; packed (GROUP), 1 if there is a prev else 0, its leader epoch, offset and
---       index, messages, users, all arguments of the group; packed one behind the other (MESSAGE), of
---       each message: leader epoch, offset, index, user (from 0), 8-byte id hash, CRC-32 of the id, 1
---       if there is a collapse key else 0; then the members (app NUL user) of its users; then of each
---       message: its body, and its collapse key, if there is one.
+--       a group: source; packed (GROUP), 1 if there is a prev else 0, and that, its first and its last
+--         position, how many users and how many arguments it has; packed, how many messages are for
+--         each user (I4); packed, of each message (MESSAGE): 8-byte id hash, CRC-32 of the id, 1 if
+--         there is a collapse key else 0, position; then the members (app NUL user) of its users; then
+--         of each message: its body, and its collapse key, if there is one. A user's messages stand
+--         together, in the order of the log.
+--       A position: leader epoch, offset, index.
 -- Reply now, then a group: {'G', position or false} a batch in between was never executed, nothing
 --       was written; {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
 --       user each (MAILBOX): epoch, seq and chain before the first that is accepted now, evicted
@@ -26,11 +28,17 @@ local ENTRIES_MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2])
 local BASE, JITTER, CANDIDATE = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local NEW_IDS_BYTES, OLD_IDS_BYTES, MARKS_BYTES, FAILED_BYTES_MAX = 16 * 8, 64 * 8, 64 * 2, 2048
 local VOIDED_COLLAPSED = '\128\1\4' -- Envelope.voided = SKIP_REASON_COLLAPSED
-local GROUP, MESSAGE, MESSAGE_BYTES = '<Bi4dI4I4I4I4', '<i4dI4I4c8I4B', 33
+local GROUP, COUNT, COUNT_BYTES = '<Bi4dI4i4dI4i4dI4I4I4', '<I4', 4
+local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8I4B', 29, '<i4dI4', 14
 local HEADER, MAILBOX = '<BI8BI8BI4BI4BI8', '<ddI4I4'
 local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
 local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
 local find, sub, unpack = string.find, string.sub, unpack
+
+-- The group under way: its keys, its messages and the letters of those, and the position before it;
+-- whether all of it lies behind that.
+local positions, timers, source, metas, letters
+local l0, o0, i0, all_new
 
 -- Whether one of these ids is at a multiple of eight.
 local function has_id(ids, hash)
@@ -108,7 +116,7 @@ end
 
 -- Arms every routed device that is not armed: it was not behind before this entry. The last of them
 -- is saved by the caller: returns its field and its state.
-local function arm(h, timers, member, names, v)
+local function arm(h, member, names, v)
   local earliest, field, state
   for i, name in ipairs(names) do
     local seq, chain, generation, due, attempt, used, fence = h.b - 1, h.bc, 0, 0, 0, NOW, 0
@@ -153,65 +161,6 @@ local function append(queue, parts)
   return length / 2
 end
 
--- Accepts a user's messages: in `list` the number of each, its id hash, the id's CRC-32, where its body
--- is, and 1 if a collapse key stands behind that. Sets the letters; returns the user's part of the reply.
-local function accept(k, member, list, letters, timers)
-  local head, queue = KEYS[k], KEYS[k + 1]
-  local names = call('HKEYS', KEYS[k + 2])
-  local online = #names > 0
-  local accepted = online and 'O' or 'A'
-  local v = fetch(head, names)
-  local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
-  if h.x - NOW < TTL then renew(h, queue, TTL) end
-  local ids, marks = v[2] or '', v[3]
-  local e, n, chain, parts, keyed = h.e, h.n, h.nc, {}, nil
-  local first, before = n, chain
-  for at = 1, #list, 5 do
-    local hash = list[at + 1]
-    if is_duplicate(head, ids, marks, hash) then
-      letters[list[at]] = 'D'
-    else
-      local body, from = list[at + 3], chain
-      n, chain, ids = n + 1, chain_step(chain, list[at + 2]), ids .. hash
-      local i = (n - first) * 2
-      parts[i - 1] = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
-      parts[i] = ARGV[body]
-      letters[list[at]] = accepted
-      if list[at + 4] == 1 then
-        keyed = keyed or {}
-        keyed[#keyed + 1], keyed[#keyed + 2] = n, ARGV[body + 1]
-      end
-    end
-  end
-  local pushed, evicted = n - first, 0
-  if pushed == 0 then return NOT_ACCEPTED end
-  local kept = append(queue, parts)
-  h.n, h.nc = n, chain
-
-  if keyed or kept ~= n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
-    local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
-    if ok then evicted = result else log_problem(result) end
-  end
-  ids = keep_ids(head, ids, marks)
-  local ok, field, state = online
-  if ok then
-    ok, field, state = pcall(arm, h, timers, member, names, v)
-    if not ok then log_problem(field) end
-  end
-  if ok and field then
-    call('HSET', head, 's', head_state(h), 'i', ids, field, state)
-  else
-    call('HSET', head, 's', head_state(h), 'i', ids)
-  end
-  return pack(MAILBOX, e, first, before, evicted)
-end
-
-local function note_failure(positions, source, position)
-  local field = source .. '!'
-  local failed = (call('HGET', positions, field) or '\n') .. position .. '\n'
-  call('HSET', positions, field, sub(failed, -FAILED_BYTES_MAX))
-end
-
 local function after(l1, o1, i1, l2, o2, i2)
   if l1 ~= l2 then return l1 > l2 end
   if o1 ~= o2 then return o1 > o2 end
@@ -222,69 +171,157 @@ local function position_text(l, o, i)
   return string.format('%d %d %d', l, o, i)
 end
 
--- Sorts a group's messages by user. Returns a list for each user that has any, the letters of those
--- that are passed over, and the position behind all; nil where nothing is new.
-local function sort(source, positions, metas, count, body, l, o, i)
-  local lists, letters, at, failed, moved = {}, {}, 1, nil, false
-  for m = 1, count do
-    local ml, mo, mi, user, hash, crc, keyed
-    ml, mo, mi, user, hash, crc, keyed, at = parse(MESSAGE, metas, at)
-    if after(ml, mo, mi, l, o, i) then
-      l, o, i, moved = ml, mo, mi, true
-      local list = lists[user]
-      if list then
-        local n = #list
-        list[n + 1], list[n + 2], list[n + 3], list[n + 4], list[n + 5] = m, hash, crc, body, keyed
-      else
-        lists[user] = { m, hash, crc, body, keyed }
-      end
+local function position_of(m)
+  return parse(POSITION, metas, (m - 1) * MESSAGE_BYTES + POSITION_AT)
+end
+
+local function is_new(m)
+  if all_new then return true end
+  local l, o, i = position_of(m)
+  return after(l, o, i, l0, o0, i0)
+end
+
+-- The letter of a message that was passed before.
+local function passed_letter(m)
+  local l, o, i = position_of(m)
+  local failed = call('HGET', positions, source .. '!') or ''
+  return find(failed, '\n' .. position_text(l, o, i) .. '\n', 1, true) and 'F' or 'B'
+end
+
+local function note_failure(m)
+  local l, o, i = position_of(m)
+  local field = source .. '!'
+  local failed = (call('HGET', positions, field) or '\n') .. position_text(l, o, i) .. '\n'
+  call('HSET', positions, field, sub(failed, -FAILED_BYTES_MAX))
+end
+
+-- Accepts the messages `m` to `last` of a user, whose arguments begin at `body`. Returns the user's part of
+-- the reply.
+local function accept(k, member, m, last, body)
+  local head, queue = KEYS[k], KEYS[k + 1]
+  local names = call('HKEYS', KEYS[k + 2])
+  local online = #names > 0
+  local accepted = online and 'O' or 'A'
+  local v = fetch(head, names)
+  local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
+  if h.x - NOW < TTL then renew(h, queue, TTL) end
+  local ids, marks = v[2] or '', v[3]
+  local e, n, chain = h.e, h.n, h.nc
+  local first, before, header, entry, parts, keyed = n, chain
+  for m = m, last do
+    local hash, crc, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
+    if not is_new(m) then
+      letters[m] = passed_letter(m)
+    elseif is_duplicate(head, ids, marks, hash) then
+      letters[m] = 'D'
     else
-      failed = failed or call('HGET', positions, source .. '!') or ''
-      local before = find(failed, '\n' .. position_text(ml, mo, mi) .. '\n', 1, true)
-      letters[m] = before and 'F' or 'B'
+      local from = chain
+      n, chain, ids = n + 1, chain_step(chain, crc), ids .. hash
+      if header then -- another before it
+        parts = parts or { header, entry }
+        parts[#parts + 1] = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
+        parts[#parts + 1] = ARGV[body]
+      else
+        header = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
+        entry = ARGV[body]
+      end
+      letters[m] = accepted
+      if has_key == 1 then
+        keyed = keyed or {}
+        keyed[#keyed + 1], keyed[#keyed + 2] = n, ARGV[body + 1]
+      end
     end
-    body = body + 1 + keyed
+    body = body + 1 + has_key
   end
-  return lists, letters, moved and position_text(l, o, i)
+  local pushed, evicted = n - first, 0
+  if pushed == 0 then return NOT_ACCEPTED end
+  local kept = parts and append(queue, parts) or call('RPUSH', queue, header, entry) / 2
+  h.n, h.nc = n, chain
+
+  if keyed or kept ~= n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
+    local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
+    if ok then evicted = result else log_problem(result) end
+  end
+  ids = keep_ids(head, ids, marks)
+  local ok, field, state = online
+  if ok then
+    ok, field, state = pcall(arm, h, member, names, v)
+    if not ok then log_problem(field) end
+  end
+  if ok and field then
+    call('HSET', head, 's', head_state(h), 'i', ids, field, state)
+  else
+    call('HSET', head, 's', head_state(h), 'i', ids)
+  end
+  return pack(MAILBOX, e, first, before, evicted)
+end
+
+-- As `accept`; a user who has nothing new is not looked at.
+local function accept_new(k, member, m, last, body)
+  if not all_new then
+    local any = false
+    for m = m, last do any = any or is_new(m) end
+    if not any then
+      for m = m, last do letters[m] = passed_letter(m) end
+      return NOT_ACCEPTED
+    end
+  end
+  return accept(k, member, m, last, body)
+end
+
+-- How many arguments the messages `m` to `last` have.
+local function arguments_of(m, last)
+  local count = 0
+  for m = m, last do
+    local _, _, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
+    count = count + 1 + has_key
+  end
+  return count
 end
 
 local function group(k, a)
-  local positions, timers, source = KEYS[k], KEYS[k + 1], ARGV[a]
-  local has_prev, pl, po, pi, count, users = parse(GROUP, ARGV[a + 1])
+  positions, timers, source = KEYS[k], KEYS[k + 1], ARGV[a]
+  local has_prev, pl, po, pi, fl, fo, fi, ll, lo, li, users = parse(GROUP, ARGV[a + 1])
   local stored = call('HGET', positions, source)
   local l, o, i = match(stored or '-2 -1 0', '^(-?%d+) (-?%d+) (%d+)$')
   if not l then error('corrupt position') end
-  l, o, i = tonumber(l), tonumber(o), tonumber(i)
-  if has_prev == 1 and after(pl, po, pi, l, o, i) then return { 'G', stored } end
-  local metas = ARGV[a + 2]
-  local lists, letters, position =
-    sort(source, positions, metas, count, a + 3 + users, l, o, i)
-  local mailboxes, problems = {}, {}
-  local user = 0
+  l0, o0, i0 = tonumber(l), tonumber(o), tonumber(i)
+  if has_prev == 1 and after(pl, po, pi, l0, o0, i0) then return { 'G', stored } end
+  local counts = ARGV[a + 2]
+  metas, letters = ARGV[a + 3], {}
+  all_new = after(fl, fo, fi, l0, o0, i0)
+  local mailboxes, problems, member, body = {}, {}, a + 4, a + 4 + users
+  local user, m = 0, 1
   local function rest() -- until one fails: a pcall for each would cost more
     while user < users do
-      local list = lists[user]
-      mailboxes[user + 1] = list
-        and accept(k + 2 + user * 3, ARGV[a + 3 + user], list, letters, timers) or NOT_ACCEPTED
-      user = user + 1
+      local last = m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
+      mailboxes[user + 1] = accept_new(k + 2 + user * 3, ARGV[member + user], m, last, body)
+      body = body + arguments_of(m, last)
+      user, m = user + 1, last + 1
     end
   end
   while user < users do
     local ok, problem = pcall(rest)
     if not ok then
+      local last = m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
       mailboxes[user + 1] = NOT_ACCEPTED
-      for at = 1, #lists[user], 5 do
-        local m = lists[user][at]
-        letters[m], problems[m] = 'F', problem_text(problem)
-        local ml, mo, mi = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
-        note_failure(positions, source, position_text(ml, mo, mi))
+      for m = m, last do
+        if is_new(m) then
+          letters[m], problems[m] = 'F', problem_text(problem)
+          note_failure(m)
+        else
+          letters[m] = passed_letter(m)
+        end
       end
-      user = user + 1
+      body = body + arguments_of(m, last)
+      user, m = user + 1, last + 1
     end
   end
-  if position then call('HSET', positions, source, position) end
+  if users > 0 and after(ll, lo, li, l0, o0, i0) then
+    call('HSET', positions, source, position_text(ll, lo, li))
+  end
   local reply = { 'D', table.concat(letters), table.concat(mailboxes) }
-  for m = 1, count do
+  for m = 1, #letters do
     if letters[m] == 'F' then
       reply[#reply + 1] = problems[m] or 'failed when it was accepted first'
     end
@@ -294,7 +331,7 @@ end
 
 local replies, k, a = { NOW_US }, 1, 7
 for g = 1, tonumber(ARGV[6]) do
-  local _, _, _, _, _, users, arguments = parse(GROUP, ARGV[a + 1])
+  local _, _, _, _, _, _, _, _, _, _, users, arguments = parse(GROUP, ARGV[a + 1])
   local ok, reply = pcall(group, k, a)
   if not ok then reply = { 'E', problem_text(reply) } end
   replies[g + 1] = reply

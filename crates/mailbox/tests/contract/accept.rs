@@ -130,10 +130,18 @@ async fn parts_of_one_record_are_ordered_by_index(bed: Bed) {
         part.position = LogPosition { leader_epoch: -1, offset: 7, index };
         part
     };
-    let outcome = bed.accept_group(vec![part(0), part(1), part(1), part(0)], None).await;
+    let outcome = bed.accept_group(vec![part(0), part(1)], None).await;
     let GroupOutcome::Done(outcomes) = outcome else { panic!("{outcome:?}") };
     assert!(matches!(outcomes[1], AcceptOutcome::Accepted { seq: Seq(2), .. }));
-    assert_eq!(outcomes[2..], [AcceptOutcome::AcceptedBefore, AcceptOutcome::AcceptedBefore]);
+    let outcome = bed.accept_group(vec![part(0), part(1), part(2)], None).await;
+    let GroupOutcome::Done(outcomes) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(outcomes[..2], [AcceptOutcome::AcceptedBefore, AcceptOutcome::AcceptedBefore]);
+    assert!(matches!(outcomes[2], AcceptOutcome::Accepted { seq: Seq(3), .. }));
+    for wrong in [[part(4), part(3)], [part(3), part(3)]] {
+        let group = bed.group(wrong.into(), None);
+        let refused = bed.mailbox.accept(&[group]).await.remove(0);
+        assert!(matches!(refused, Err(barid_mailbox::Error::Unexpected(_))), "{refused:?}");
+    }
 }
 
 async fn an_empty_group_probes_the_position(bed: Bed) {

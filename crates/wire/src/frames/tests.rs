@@ -177,8 +177,9 @@ fn joined_frames_are_the_frame_of_all_their_entries() {
         };
         for count in 1..=entries.len() {
             let single = entries[..count].chunks(1);
-            let frames: Vec<_> =
-                single.map(|one| encode_deliver(encoding, generation, one, true).unwrap()).collect();
+            let frames: Vec<_> = single
+                .map(|one| encode_deliver(encoding, generation, one, true).unwrap())
+                .collect();
             let joined = join_delivers(encoding, generation, &frames);
             assert_eq!(decode_server(encoding, joined), of(&entries[..count]));
         }
