@@ -86,7 +86,7 @@ pub struct WindowConfig {
     pub weights: [usize; 3],
     /// Accept calls under way to one master at once; each has its own shards.
     pub calls_per_lane: usize,
-    /// Messages of one accept call.
+    /// Messages of one accept call: what waits beyond them goes in the next, other shards first.
     pub call_messages_max: usize,
     /// Bytes of one accept call.
     pub call_bytes_max: usize,
