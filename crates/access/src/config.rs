@@ -10,7 +10,11 @@ use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::admission::Origins;
 use crate::auth::Verifier;
+
+/// A burst of minutes is no limit.
+const BURST_SECONDS_MAX: u64 = 600;
 
 /// The whole configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -66,6 +70,9 @@ pub struct AuthConfig {
     pub issuer: Vec<String>,
     /// How far ahead `nbf` may lie for clocks that differ, seconds. `exp` is taken at its word.
     pub nbf_leeway_seconds: u64,
+    /// The web pages that may connect, as browsers name them in `Origin`: `https://app.example.com`,
+    /// `https://*.example.com`, `null`. Empty: all. Clients that are no browsers send none.
+    pub origins: Vec<String>,
 }
 
 /// One key under `auth.keys`.
@@ -138,14 +145,38 @@ impl Default for JwksConfig {
 pub struct LimitsConfig {
     /// Connections at once.
     pub connections_max: usize,
-    /// Handshakes at once; further ones get 503.
+    /// Handshakes at once; further ones get 503. As many may be told so at once; those beyond are hung
+    /// up on.
     pub handshakes_max: usize,
+    /// Handshakes a second; further ones get 503. 0: no limit, as for all limits below where it is allowed.
+    pub handshakes_per_second: u32,
+    /// Handshakes that may come at once, of the node and of an address: as many as in so many seconds.
+    pub handshakes_burst_seconds: u64,
+    /// Connections of one client address (IPv6: of a /64) at once; further ones get 429. May be 0.
+    pub address_connections_max: u32,
+    /// Handshakes of one client address at once; further ones get 429. May be 0.
+    pub address_handshakes_max: u32,
+    /// Handshakes of one client address a second; further ones get 429. May be 0.
+    pub address_handshakes_per_second: u32,
+    /// Client addresses that are remembered for these limits; those beyond are not limited.
+    pub addresses_max: usize,
+    /// Devices of one user connected to this node at once; a further one is closed with 4504. May be 0.
+    pub user_connections_max: u32,
+    /// Connections of one app to this node at once; further ones get 429. May be 0.
+    pub app_connections_max: u32,
     /// How long a handshake may take, ms.
     pub handshake_timeout_ms: u64,
     /// How long a device may take to say Hello, and the mailbox to answer it, ms each.
     pub hello_timeout_ms: u64,
     /// Bytes of a frame from a device.
     pub frame_bytes_max: usize,
+    /// Frames of one device a second, pings and pongs included; one that sends more is closed with
+    /// 4504. May be 0.
+    pub upstream_frames_per_second: u32,
+    /// Bytes of frames of one device a second; one that sends more is closed with 4504. May be 0.
+    pub upstream_bytes_per_second: u32,
+    /// What one device may send at once: as much as in so many seconds.
+    pub upstream_burst_seconds: u64,
     /// Bytes of pushes that may wait for one device; beyond them it is closed with 4002.
     pub queued_bytes_max: usize,
     /// Messages in flight to one device without an acknowledgement.
@@ -161,13 +192,45 @@ impl Default for LimitsConfig {
         Self {
             connections_max: 100_000,
             handshakes_max: 1_024,
+            handshakes_per_second: 10_000,
+            handshakes_burst_seconds: 2,
+            address_connections_max: 0,
+            address_handshakes_max: 512,
+            address_handshakes_per_second: 0,
+            addresses_max: 100_000,
+            user_connections_max: 32,
+            app_connections_max: 0,
             handshake_timeout_ms: 5_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,
+            upstream_frames_per_second: 1_000,
+            upstream_bytes_per_second: 256 << 10,
+            upstream_burst_seconds: 10,
             queued_bytes_max: 1 << 20,
             unacked_max: 256,
             close_timeout_ms: 2_000,
             batches_max: 64,
+        }
+    }
+}
+
+impl LimitsConfig {
+    fn check(&self) -> Result<(), String> {
+        let burst =
+            u64::from(self.upstream_bytes_per_second).saturating_mul(self.upstream_burst_seconds);
+        if burst != 0 && burst < self.frame_bytes_max as u64 {
+            return Err(format!(
+                "limits.frame_bytes_max must be at most upstream_bytes_per_second times \
+                 upstream_burst_seconds, {burst}"
+            ));
+        }
+        let at_most = [
+            ("limits.handshakes_burst_seconds", self.handshakes_burst_seconds),
+            ("limits.upstream_burst_seconds", self.upstream_burst_seconds),
+        ];
+        match at_most.iter().find(|(_, seconds)| *seconds > BURST_SECONDS_MAX) {
+            Some((key, _)) => Err(format!("{key} must be at most {BURST_SECONDS_MAX}")),
+            None => Ok(()),
         }
     }
 }
@@ -177,9 +240,9 @@ impl Default for LimitsConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct HeartbeatConfig {
     /// A connection with a silent direction is pinged after so many seconds.
-    pub interval_seconds: u32,
+    pub interval_seconds: u16,
     /// And closed with 4003 if nothing came so many seconds after the ping.
-    pub timeout_seconds: u32,
+    pub timeout_seconds: u16,
 }
 
 impl Default for HeartbeatConfig {
@@ -258,12 +321,17 @@ impl Config {
             );
         }
         Verifier::new(&self.auth).map_err(|error| error.to_string())?;
+        Origins::new(&self.auth.origins)?;
+        self.limits.check()?;
         self.redis.check()?;
         self.kafka.check()?;
         let positive = [
             ("drain_seconds", self.drain_seconds),
             ("limits.connections_max", self.limits.connections_max as u64),
             ("limits.handshakes_max", self.limits.handshakes_max as u64),
+            ("limits.handshakes_burst_seconds", self.limits.handshakes_burst_seconds),
+            ("limits.addresses_max", self.limits.addresses_max as u64),
+            ("limits.upstream_burst_seconds", self.limits.upstream_burst_seconds),
             ("limits.handshake_timeout_ms", self.limits.handshake_timeout_ms),
             ("limits.hello_timeout_ms", self.limits.hello_timeout_ms),
             ("limits.frame_bytes_max", self.limits.frame_bytes_max as u64),

@@ -21,22 +21,22 @@ use barid_wire::v1;
 use bytes::Bytes;
 use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
+use crate::admission::Admitted;
 use crate::auth::Claims;
 use crate::handle::{Handle, Inbox};
-use crate::handshake::{self, Accepted, Socket, WRITE_BUFFER_BYTES};
+use crate::handshake::{self, Accepted, Arrival, Socket, WRITE_BUFFER_BYTES};
 use crate::node::Node;
 use crate::session::{
     AckPoint, AckUrgency, Beat, Close, Closing, Connected, Connecting, Effect, Heartbeat, Pushed,
     Unidentified,
 };
+use crate::upstream::Spent;
 
 /// Turns of the loop before other tasks have theirs.
 const TURNS_MAX: usize = 64;
@@ -49,30 +49,21 @@ const LEAVE_SECONDS: u32 = 2;
 
 /// Serves one socket to its end. What comes before a session, and after it, lives in boxes of its
 /// own: the task of an idle session holds no more than the session.
-pub async fn serve(
-    node: Arc<Node>,
-    stream: TcpStream,
-    _connection: OwnedSemaphorePermit,
-    handshake: OwnedSemaphorePermit,
-) {
-    if let Some(mut connection) = Box::pin(open(node, stream, handshake)).await {
+pub async fn serve(arrival: Box<Arrival>) {
+    if let Some((mut connection, _admitted)) = Box::pin(open(arrival)).await {
         let close = poll_fn(|cx| connection.poll(cx)).await;
         Box::pin(connection.finish(close)).await;
     }
 }
 
 /// Handshake, Hello, Welcome; `None` if it came to nothing.
-async fn open(
-    node: Arc<Node>,
-    stream: TcpStream,
-    handshake: OwnedSemaphorePermit,
-) -> Option<Box<Connection>> {
-    let mut accepted = handshake::accept(&node, stream).await?;
-    drop(handshake);
+async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
+    let node = Arc::clone(&arrival.node);
+    let (mut accepted, admitted) = handshake::accept(*arrival).await?;
     node.metrics.connections.inc();
     let close = match identify(&node, &mut accepted).await {
         Ok((session, handle, codec)) => {
-            return Some(Connection::begin(&node, accepted, session, handle, codec));
+            return Some((Connection::begin(&node, accepted, session, handle, codec), admitted));
         }
         Err(close) => close,
     };
@@ -113,7 +104,11 @@ async fn identify(
         identity.device.clone(),
     ));
     // Before the route is written: a push must find the session that its route names.
-    node.registry.insert(Arc::clone(&handle));
+    if !node.registry.insert(Arc::clone(&handle), node.limits.user_connections_max) {
+        node.metrics.limit("user_connections");
+        let text = "this user has as many devices connected here as it may have";
+        return Err(Some(Close::new(CloseCode::Limit, text)));
+    }
     match connect(node, connecting, &handle).await {
         Ok(session) => Ok((session, handle, codec)),
         Err(close) => {
@@ -130,7 +125,7 @@ async fn first_frame(node: &Node, accepted: &mut Accepted) -> Result<Connecting,
     loop {
         let message = match accepted.socket.next().await {
             Some(Ok(message)) => message,
-            Some(Err(error)) => return Err(refusal(&error)),
+            Some(Err(error)) => return Err(refusal(node, &error)),
             None => return Err(None),
         };
         if let Some(frame) = decode(node, accepted.encoding, &message).map_err(Some)? {
@@ -210,9 +205,10 @@ fn decode(
 }
 
 /// What a broken socket is closed with; `None`: there is nobody to tell.
-fn refusal(error: &WsError) -> Option<Close> {
+fn refusal(node: &Node, error: &WsError) -> Option<Close> {
     let text = match error {
         WsError::Capacity(CapacityError::MessageTooLong { size, max_size }) => {
+            node.metrics.limit("frame_bytes");
             format!("a frame of {size} bytes, the limit is {max_size}")
         }
         WsError::Utf8(_) => "a text message is not UTF-8".to_owned(),
@@ -261,6 +257,7 @@ struct Connection {
     session: Connected,
     codec: Codec,
     beat: Heartbeat,
+    spent: Spent,
     out: VecDeque<Out>,
     /// Bytes of frames in `out`.
     out_bytes: usize,
@@ -308,6 +305,7 @@ impl Connection {
             session,
             codec,
             beat,
+            spent: Spent::default(),
             out: VecDeque::new(),
             out_bytes: 0,
             fed: 0,
@@ -581,7 +579,8 @@ impl Connection {
             Poll::Pending => return false,
             Poll::Ready(Some(Ok(message))) => message,
             Poll::Ready(Some(Err(error))) => {
-                self.end(refusal(&error));
+                let close = refusal(&self.node, &error);
+                self.end(close);
                 return true;
             }
             Poll::Ready(None) => {
@@ -589,6 +588,12 @@ impl Connection {
                 return true;
             }
         };
+        let now_us = || self.node.uptime_us();
+        if let Err(over) = self.node.upstream.frame(&mut self.spent, message.len(), now_us) {
+            self.node.metrics.limit(over.limit);
+            self.end(Some(Close::new(CloseCode::Limit, over.text)));
+            return true;
+        }
         self.beat.heard(self.node.seconds());
         self.handle.set_due(self.beat.due());
         match decode(&self.node, self.codec.encoding, &message) {
@@ -679,7 +684,7 @@ impl Connection {
         let limit = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         self.control(&ServerFrame::Welcome(v1::Welcome {
             session: self.node.session(self.handle.connection).to_string(),
-            ping_interval_ms: self.node.heartbeat.interval_seconds.saturating_mul(1000),
+            ping_interval_ms: u32::from(self.node.heartbeat.interval_seconds) * 1000,
             max_frame_bytes: limit(self.node.limits.frame_bytes_max),
             max_unacked: limit(self.node.limits.unacked_max),
             positions: vec![v1::Position {
@@ -713,7 +718,8 @@ impl Connection {
                 && let Some(out) = self.out.pop_front()
             {
                 if let Err(error) = self.feed(out) {
-                    self.end(refusal(&error));
+                    let close = refusal(&self.node, &error);
+                    self.end(close);
                     return true;
                 }
             }
@@ -936,7 +942,7 @@ fn message(encoding: Encoding, frame: Bytes) -> Message {
 mod tests {
     use super::*;
 
-    fn future_bytes<A, B, C, D, F>(_: fn(A, B, C, D) -> F) -> usize {
+    fn future_bytes<A, F>(_: fn(A) -> F) -> usize {
         size_of::<F>()
     }
 

@@ -11,6 +11,9 @@ pub enum Error {
     /// Redis refused, or was away at start.
     #[error(transparent)]
     Mailbox(#[from] barid_mailbox::Error),
+    /// A key does not fit.
+    #[error("{0}")]
+    Config(String),
     /// Kafka's client cannot be made.
     #[error(transparent)]
     Bus(#[from] barid_bus::Error),

@@ -1,6 +1,7 @@
 //! From a socket to an authenticated WebSocket: the request is read, judged and answered here, so
 //! that a refusal is a plain HTTP answer with a reason, and a connection that is refused costs little.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,21 +21,25 @@ use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
 use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response, write_response};
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::{
-    AUTHORIZATION, CONTENT_LENGTH, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING,
+    AUTHORIZATION, CONTENT_LENGTH, ORIGIN, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING,
 };
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
+use crate::admission::{Admitted, Refused};
 use crate::auth::{AuthError, Claims};
 use crate::node::Node;
 
 /// How often the listener shows that it accepts.
 const TURN: Duration = Duration::from_secs(1);
 const PATH: &str = "/v1/connect";
+/// When to come back where nobody knows when there is room.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
 const BAD_REQUEST: &str = "400 Bad Request";
 const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const UNAVAILABLE: &str = "503 Service Unavailable";
+const TOO_MANY: &str = "429 Too Many Requests";
 const VERSION: &str = "505 HTTP Version Not Supported";
 /// Small on purpose: it is there for every connection. Larger frames make it grow.
 const READ_BUFFER_BYTES: usize = 512;
@@ -62,26 +67,58 @@ struct Refusal {
     status: &'static str,
     label: &'static str,
     text: String,
+    /// When to come back, where the status says so.
+    after: Duration,
 }
 
 impl Refusal {
     fn new(status: &'static str, label: &'static str, text: impl Into<String>) -> Self {
-        Self { status, label, text: text.into() }
+        Self { status, label, text: text.into(), after: RETRY_AFTER }
+    }
+
+    fn limit(node: &Node, refused: Refused) -> Self {
+        node.metrics.limit(refused.limit);
+        let after = refused.after.unwrap_or(RETRY_AFTER);
+        let (status, label) =
+            if refused.own { (TOO_MANY, "limited") } else { (UNAVAILABLE, "overloaded") };
+        Self { after, ..Self::new(status, label, refused.text) }
     }
 }
 
+/// A socket that was accepted and for which there is room.
+pub struct Arrival {
+    /// Where.
+    pub node: Arc<Node>,
+    /// The socket.
+    pub stream: TcpStream,
+    /// The other end.
+    pub address: IpAddr,
+    /// Its places.
+    pub admitted: Admitted,
+}
+
 /// Reads and answers a handshake; `None` if it was refused or the device went away. Counts itself.
-pub async fn accept(node: &Node, mut stream: TcpStream) -> Option<Accepted> {
-    let refusal = match judge(node, &mut stream).await {
+pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
+    let Arrival { node, mut stream, address, mut admitted } = arrival;
+    let node = &*node;
+    let refusal = match judge(node, &mut stream, address, &mut admitted).await {
         Ok(judged) => {
             node.metrics.handshake("accepted");
-            return Some(upgrade(node, stream, judged).await);
+            admitted.handshaken();
+            return Some((upgrade(node, stream, judged).await, admitted));
         }
         Err(Failure::Gone) => return count(node, "gone"),
         Err(Failure::Refused(refusal)) => refusal,
     };
-    tracing::debug!(status = refusal.status, reason = refusal.text, "handshake refused");
-    turn_away(node, stream, &refusal).await;
+    tracing::debug!(
+        %address,
+        status = refusal.status,
+        reason = refusal.text,
+        "handshake refused"
+    );
+    // Others have its places while it is told.
+    drop(admitted);
+    turn_away(node, stream, refusal).await;
     None
 }
 
@@ -91,15 +128,20 @@ fn count<T>(node: &Node, label: &'static str) -> Option<T> {
 }
 
 /// Answers a connection for which there is no room, without reading its request.
-async fn no_room(node: &Node, stream: TcpStream) {
-    let refusal = Refusal::new(UNAVAILABLE, "overloaded", "no room: come back later");
-    turn_away(node, stream, &refusal).await;
+fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
+    let refusal = Refusal::limit(node, refused);
+    let node = Arc::clone(node);
+    tokio::spawn(async move { turn_away(&node, stream, refusal).await });
 }
 
-async fn turn_away(node: &Node, stream: TcpStream, refusal: &Refusal) {
+/// Says why, if there is still room to say so.
+async fn turn_away(node: &Node, stream: TcpStream, refusal: Refusal) {
     node.metrics.handshake(refusal.label);
+    let Some(_place) = node.admission.turn_away() else {
+        return node.metrics.limit("turned_away");
+    };
     let limit = Duration::from_millis(node.limits.close_timeout_ms);
-    let _ = timeout(limit, refuse(stream, refusal)).await;
+    let _ = timeout(limit, refuse(stream, &refusal)).await;
 }
 
 enum Failure {
@@ -119,7 +161,16 @@ struct Judged {
     claims: Claims,
 }
 
-async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
+async fn judge(
+    node: &Node,
+    stream: &mut TcpStream,
+    address: IpAddr,
+    admitted: &mut Admitted,
+) -> Result<Judged, Failure> {
+    let over = |refused| Failure::Refused(Refusal::limit(node, refused));
+    if admitted.coming_from(address).map_err(over)? {
+        node.metrics.limit("addresses");
+    }
     let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
     let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
     let (request, rest) = timeout(limit, read_request(stream)).await.map_err(|_| late())??;
@@ -130,6 +181,7 @@ async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
         return Err(refused(UNAVAILABLE, "draining", "this node is being drained"));
     }
     check_headers(&request)?;
+    check_origin(node, &request)?;
     let mut response = create_response(&request).map_err(unreadable)?;
     let offered = protocols(&request);
     let Some(encoding) = offered.iter().find_map(|name| Encoding::from_subprotocol(name)) else {
@@ -142,6 +194,7 @@ async fn judge(node: &Node, stream: &mut TcpStream) -> Result<Judged, Failure> {
         node.metrics.token_refused(error.as_str());
         refused("401 Unauthorized", "unauthorized", error.to_string())
     })?;
+    admitted.for_app(&claims.user.app).map_err(over)?;
     let protocol = HeaderValue::from_static(encoding.subprotocol());
     response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, protocol);
     let mut bytes = Vec::with_capacity(256);
@@ -202,7 +255,7 @@ fn check_first_byte(first: u8) -> Result<(), Failure> {
 /// a handshake cannot have: both are how requests are smuggled.
 fn check_headers(request: &Request) -> Result<(), Failure> {
     let headers = request.headers();
-    let single = ["authorization", "host", "sec-websocket-key", "sec-websocket-version"];
+    let single = ["authorization", "host", "origin", "sec-websocket-key", "sec-websocket-version"];
     if let Some(name) = single.iter().find(|name| headers.get_all(**name).iter().count() > 1) {
         return Err(refused(BAD_REQUEST, "bad_request", format!("header {name} stands twice")));
     }
@@ -211,6 +264,17 @@ fn check_headers(request: &Request) -> Result<(), Failure> {
         return Err(refused(BAD_REQUEST, "bad_request", "a handshake has no body"));
     }
     Ok(())
+}
+
+/// Before the token: a page that may not connect learns nothing of whether its token is good.
+fn check_origin(node: &Node, request: &Request) -> Result<(), Failure> {
+    let origin = request.headers().get(ORIGIN);
+    // What is not text is no page that was allowed.
+    let allowed = node.origins.allow(origin.map(|origin| origin.to_str().unwrap_or_default()));
+    if allowed {
+        return Ok(());
+    }
+    Err(refused("403 Forbidden", "forbidden", "pages of this origin may not connect"))
 }
 
 /// What tungstenite could not read, or found not to be a handshake.
@@ -274,13 +338,17 @@ async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
 }
 
 async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()> {
-    let Refusal { status, text, .. } = refusal;
+    let Refusal { status, text, after, .. } = refusal;
+    // Those that are told so together do not come back together.
+    let after_s = after.as_secs_f64().ceil() as u64;
+    let retry_after =
+        format!("Retry-After: {}\r\n", rand::random_range(after_s.max(1)..=2 * after_s.max(1)));
     // What RFC 9110 and RFC 6455 want beside a status.
     let beside = match &status[..3] {
         "401" => "WWW-Authenticate: Bearer\r\n",
         "405" => "Allow: GET\r\n",
         "426" => "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
-        "503" => "Retry-After: 2\r\n",
+        "429" | "503" => &retry_after,
         _ => "",
     };
     let response = format!(
@@ -305,9 +373,6 @@ async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()>
 pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listening: Condition) {
     let mut turn = tokio::time::interval(TURN);
     let mut failed_at: Option<Instant> = None;
-    let limits = &node.limits;
-    let connections = Arc::new(tokio::sync::Semaphore::new(limits.connections_max));
-    let handshakes = Arc::new(tokio::sync::Semaphore::new(limits.handshakes_max));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -319,8 +384,8 @@ pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listenin
             }
             () = node.draining() => return,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, mostly: wait for some to come back.
                 tracing::warn!(%error, "cannot accept");
@@ -331,20 +396,13 @@ pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listenin
             }
         };
         let _ = stream.set_nodelay(true);
-        let connection = Arc::clone(&connections).try_acquire_owned();
-        let handshake = Arc::clone(&handshakes).try_acquire_owned();
-        if connection.is_err() {
-            node.metrics.limit("connections");
-        } else if handshake.is_err() {
-            node.metrics.limit("handshakes");
+        match node.admission.admit() {
+            Ok(admitted) => {
+                let (node, address) = (Arc::clone(&node), peer.ip().to_canonical());
+                let arrival = Arrival { node, stream, address, admitted };
+                tokio::spawn(crate::connection::serve(Box::new(arrival)));
+            }
+            Err(refused) => no_room(&node, stream, refused),
         }
-        let (Ok(connection), Ok(handshake)) = (connection, handshake) else {
-            tokio::spawn({
-                let node = Arc::clone(&node);
-                async move { no_room(&node, stream).await }
-            });
-            continue;
-        };
-        tokio::spawn(crate::connection::serve(Arc::clone(&node), stream, connection, handshake));
     }
 }

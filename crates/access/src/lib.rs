@@ -8,6 +8,7 @@
 //! wheel ───────────┘                         socket, mailbox
 //! ```
 
+mod admission;
 pub mod auth;
 pub mod config;
 mod connection;
@@ -21,6 +22,7 @@ mod peers;
 mod registry;
 mod service;
 pub mod session;
+mod upstream;
 mod wheel;
 
 pub use config::Config;

@@ -7,11 +7,13 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
 
-const HANDSHAKES: [&str; 13] = [
+const HANDSHAKES: [&str; 15] = [
     "accepted",
     "gone",
     "timeout",
     "overloaded",
+    "limited",
+    "forbidden",
     "not_found",
     "draining",
     "subprotocol",
@@ -40,7 +42,23 @@ const FRAMES: [&str; 4] = ["hello", "ack", "refresh", "pong"];
 const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
 const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
 const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 4] = ["connections", "handshakes", "forgets", "close_timeout"];
+const LIMITS: [&str; 15] = [
+    "connections",
+    "handshakes",
+    "handshake_rate",
+    "turned_away",
+    "address_connections",
+    "address_handshakes",
+    "address_rate",
+    "addresses",
+    "user_connections",
+    "app_connections",
+    "frame_bytes",
+    "upstream_frames",
+    "upstream_bytes",
+    "forgets",
+    "close_timeout",
+];
 
 /// The hops that end here.
 const HOPS: [Hop; 4] =
@@ -51,6 +69,8 @@ const HOPS: [Hop; 4] =
 pub struct Metrics {
     /// Sockets that are open.
     pub connections: IntGauge,
+    /// Client addresses that are remembered for their limits.
+    pub addresses: IntGauge,
     /// Sessions whose device said Hello and was welcomed.
     pub sessions: IntGauge,
     handshakes: IntCounterVec,
@@ -101,6 +121,7 @@ impl Metrics {
         )?;
         Ok(Self {
             connections: make.gauge("connections", "Open sockets")?,
+            addresses: make.gauge("addresses", "Client addresses remembered for their limits")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
             handshakes: make.counters(
                 "handshakes_total",
@@ -159,8 +180,7 @@ impl Metrics {
         })
     }
 
-    /// A limit was reached: `connections`, `handshakes` (at once), `forgets` (at once), or
-    /// `close_timeout`.
+    /// A limit was reached, one of those in docs/limits.md.
     pub fn limit(&self, limit: &'static str) {
         self.limits.with_label_values(&[limit]).inc();
     }

@@ -10,13 +10,18 @@ use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, Session
 use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
 use barid_runtime::{Condition, Shutdown, Tracer};
 
+use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::{HeartbeatConfig, LimitsConfig};
 use crate::handle::Handle;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::session::{Seconds, Settings};
+use crate::upstream::Upstream;
 use crate::wheel::Wheel;
+
+/// How often what is remembered for limits is looked through.
+const SWEEP_SECONDS: Seconds = 10;
 
 /// The node: what it is made of, its sessions, and what changes while it lives.
 pub struct Node {
@@ -48,6 +53,12 @@ pub struct Parts {
     pub receipts: Option<Receipts>,
     /// Bounds.
     pub limits: LimitsConfig,
+    /// Whom it lets in.
+    pub admission: Arc<Admission>,
+    /// Which web pages may connect.
+    pub origins: Origins,
+    /// What a device may send.
+    pub upstream: Upstream,
     /// Pings.
     pub heartbeat: HeartbeatConfig,
     /// Bounds of sessions.
@@ -129,6 +140,11 @@ impl Node {
         self.began.elapsed().as_millis() as u32
     }
 
+    /// Microseconds since the node began.
+    pub fn uptime_us(&self) -> u64 {
+        self.began.elapsed().as_micros() as u64
+    }
+
     /// The coarse clock's value when `expires_s` (Unix epoch) has come.
     pub fn seconds_at(&self, expires_s: u64) -> Seconds {
         let left_ms = expires_s.saturating_mul(1000).saturating_sub(self.now_ms());
@@ -148,7 +164,11 @@ impl Node {
             for now in self.seconds() + 1..=now {
                 self.seconds.store(now, Ordering::Relaxed);
                 self.wheel.turn(now);
+                if now.is_multiple_of(SWEEP_SECONDS) {
+                    self.admission.sweep();
+                }
             }
+            self.metrics.addresses.set(self.admission.addresses() as i64);
             turning.ready();
         }
     }

@@ -31,10 +31,18 @@ impl Registry {
         Self { parts, hasher: std::hash::RandomState::new() }
     }
 
-    /// Adds a session.
-    pub fn insert(&self, handle: Arc<Handle>) {
+    /// Adds a session unless its user has sessions of `others_max` other devices here; whether it did.
+    /// 0: as many as it likes. A session that the new one will replace does not count.
+    #[must_use]
+    pub fn insert(&self, handle: Arc<Handle>, others_max: u32) -> bool {
         let mut part = self.part(handle.user()).lock();
-        part.entry(handle.user().clone()).or_default().push(handle);
+        let sessions = part.entry(handle.user().clone()).or_default();
+        let others = sessions.iter().filter(|other| other.device() != handle.device());
+        let room = others_max == 0 || others.count() < others_max as usize;
+        if room {
+            sessions.push(handle);
+        }
+        room
     }
 
     /// Removes a session, by user and connection in one step.
@@ -88,8 +96,8 @@ mod tests {
     fn old_session_does_not_remove_newer_one() {
         let registry = Registry::new();
         let (old, new) = (handle(1), handle(2));
-        registry.insert(old.clone());
-        registry.insert(new.clone());
+        assert!(registry.insert(old.clone(), 1));
+        assert!(registry.insert(new.clone(), 1), "a device's own older session does not count");
         registry.remove(old.user(), old.connection);
         registry.remove(old.user(), old.connection);
         assert!(registry.get(new.user(), new.connection).is_some());

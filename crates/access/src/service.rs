@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 
+use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::Config;
 use crate::error::Error;
@@ -26,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::node::{Node, Parts};
 use crate::peers::Peers;
 use crate::session::{Close, Settings};
+use crate::upstream::Upstream;
 
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
@@ -124,6 +126,9 @@ async fn build(
             tracer: context.tracer.clone(),
             receipts,
             limits: config.limits.clone(),
+            admission: Arc::new(Admission::new(&config.limits)),
+            origins: Origins::new(&config.auth.origins).map_err(Error::Config)?,
+            upstream: Upstream::new(&config.limits),
             heartbeat: config.heartbeat.clone(),
             settings: Settings {
                 unacked_max: config.limits.unacked_max,

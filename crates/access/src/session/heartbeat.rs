@@ -19,28 +19,33 @@ pub enum Beat {
     Leave,
 }
 
-/// The times of one connection.
+/// Not at any time that will come.
+const NEVER: Seconds = Seconds::MAX;
+
+/// The times of one connection. Packed: every session has them.
 #[derive(Debug, Clone)]
 pub struct Heartbeat {
-    interval: Seconds,
-    patience: Seconds,
+    interval: u16,
+    patience: u16,
     heard: Seconds,
     written: Seconds,
-    pinged: Option<Seconds>,
+    /// When the device was pinged and nothing was heard since; else [`NEVER`].
+    pinged: Seconds,
     expires: Seconds,
-    leaves: Option<Seconds>,
+    /// When it ends at the latest, having been told to go.
+    leaves: Seconds,
 }
 
 impl Heartbeat {
     /// Pings where a direction was silent for `interval`; gives up `patience` after a ping.
-    pub fn new(interval: Seconds, patience: Seconds, now: Seconds, expires: Seconds) -> Self {
-        Self { interval, patience, heard: now, written: now, pinged: None, expires, leaves: None }
+    pub fn new(interval: u16, patience: u16, now: Seconds, expires: Seconds) -> Self {
+        Self { interval, patience, heard: now, written: now, pinged: NEVER, expires, leaves: NEVER }
     }
 
     /// Something came from the device.
     pub fn heard(&mut self, now: Seconds) {
         self.heard = now;
-        self.pinged = None;
+        self.pinged = NEVER;
     }
 
     /// Something was written to the device.
@@ -55,44 +60,44 @@ impl Heartbeat {
 
     /// The connection ends at `at` at the latest.
     pub fn leave(&mut self, at: Seconds) {
-        self.leaves = Some(self.leaves.map_or(at, |earlier| earlier.min(at)));
+        self.leaves = self.leaves.min(at);
     }
 
     /// Whether it was told to go.
     pub fn is_leaving(&self) -> bool {
-        self.leaves.is_some()
+        self.leaves != NEVER
     }
 
     /// What is due now. A ping is taken as sent.
     pub fn tick(&mut self, now: Seconds) -> Beat {
-        if self.leaves.is_some_and(|at| now >= at) {
+        if now >= self.leaves {
             return Beat::Leave;
         }
         if now >= self.expires {
             return Beat::Expired;
         }
-        match self.pinged {
-            Some(at) if now >= at + self.patience => Beat::Dead,
-            None if now >= self.quiet_since() + self.interval => {
-                self.pinged = Some(now);
-                self.written = now;
-                Beat::Ping
-            }
-            _ => Beat::Nothing,
+        if now < self.beats_at() {
+            return Beat::Nothing;
         }
+        if self.pinged != NEVER {
+            return Beat::Dead;
+        }
+        self.pinged = now;
+        self.written = now;
+        Beat::Ping
     }
 
     /// When to tick next.
     pub fn due(&self) -> Seconds {
-        let beat = match self.pinged {
-            Some(at) => at + self.patience,
-            None => self.quiet_since() + self.interval,
-        };
-        beat.min(self.expires).min(self.leaves.unwrap_or(Seconds::MAX))
+        self.beats_at().min(self.expires).min(self.leaves)
     }
 
-    fn quiet_since(&self) -> Seconds {
-        self.heard.min(self.written)
+    /// When to ping, or to give up.
+    fn beats_at(&self) -> Seconds {
+        match self.pinged {
+            NEVER => self.heard.min(self.written) + Seconds::from(self.interval),
+            at => at + Seconds::from(self.patience),
+        }
     }
 }
 

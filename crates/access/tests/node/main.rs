@@ -4,6 +4,7 @@ mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
 mod isolation;
+mod limits;
 mod raw;
 mod support;
 

@@ -27,7 +27,7 @@ pub async fn http(address: SocketAddr, request: &[u8]) -> Result<String> {
     read_head(&mut stream).await
 }
 
-async fn read_head(stream: &mut TcpStream) -> Result<String> {
+pub async fn read_head(stream: &mut TcpStream) -> Result<String> {
     let mut answer = Vec::new();
     let mut byte = [0];
     let reading = async {

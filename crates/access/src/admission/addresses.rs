@@ -1,0 +1,230 @@
+//! Connections and handshakes by client address, in a table of bounded size.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::rate::Rate;
+
+/// A client address as far as limits go: an IPv4 address, or the /64 of an IPv6 address, which is what
+/// one customer has. IPv4 lies in `::/32`, where no IPv6 client is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AddressKey(NonZeroU64);
+
+impl AddressKey {
+    /// `None`: the address is nobody's (0.0.0.0).
+    pub fn of(address: IpAddr) -> Option<Self> {
+        let key = match address.to_canonical() {
+            IpAddr::V4(v4) => u64::from(v4.to_bits()),
+            IpAddr::V6(v6) => (v6.to_bits() >> 64) as u64,
+        };
+        NonZeroU64::new(key).map(Self)
+    }
+}
+
+/// What one address may have; 0: as much as it likes.
+#[derive(Debug, Clone, Copy)]
+pub struct AddressLimits {
+    /// Connections at once, handshakes included.
+    pub connections_max: u32,
+    /// Handshakes at once.
+    pub handshakes_max: u32,
+    /// Handshakes a second.
+    pub rate: Rate,
+    /// Addresses that are remembered.
+    pub addresses_max: usize,
+}
+
+/// Why an address has to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressRefused {
+    /// It has as many connections as it may have.
+    Connections,
+    /// It has as many handshakes under way as it may have.
+    Handshakes,
+    /// Its rate: not before so long.
+    Rate(Duration),
+}
+
+/// Whether an address is in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entered {
+    /// It is: [`Addresses::handshaken`] and [`Addresses::leave`] have to follow.
+    Counted,
+    /// There was no room for it: it is not limited.
+    NoRoom,
+    /// Addresses are not limited at all.
+    Unlimited,
+}
+
+/// The table. An address is forgotten once it has no connection and its bucket is full.
+#[derive(Debug)]
+pub struct Addresses {
+    limits: AddressLimits,
+    table: Mutex<HashMap<AddressKey, Address>>,
+}
+
+#[derive(Debug, Default)]
+struct Address {
+    connections: u32,
+    handshakes: u32,
+    full_at_us: u64,
+}
+
+impl Address {
+    fn is_needed(&self, now_us: u64) -> bool {
+        self.connections > 0 || self.full_at_us > now_us
+    }
+}
+
+impl Addresses {
+    /// Empty.
+    pub fn new(limits: AddressLimits) -> Self {
+        Self { limits, table: Mutex::default() }
+    }
+
+    /// A handshake from this address begins.
+    ///
+    /// # Errors
+    /// It may not; nothing is counted.
+    pub fn enter(&self, key: AddressKey, now_us: u64) -> Result<Entered, AddressRefused> {
+        let limits = &self.limits;
+        let limited = |max: u32| max > 0;
+        if !limited(limits.connections_max)
+            && !limited(limits.handshakes_max)
+            && !limits.rate.is_limited()
+        {
+            return Ok(Entered::Unlimited);
+        }
+        let mut table = self.table.lock();
+        let full = table.len() >= limits.addresses_max;
+        let address = match table.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(_) if full => return Ok(Entered::NoRoom),
+            Entry::Vacant(entry) => entry.insert(Address::default()),
+        };
+        if limited(limits.connections_max) && address.connections >= limits.connections_max {
+            return Err(AddressRefused::Connections);
+        }
+        if limited(limits.handshakes_max) && address.handshakes >= limits.handshakes_max {
+            return Err(AddressRefused::Handshakes);
+        }
+        limits.rate.take(&mut address.full_at_us, now_us, 1).map_err(AddressRefused::Rate)?;
+        address.connections += 1;
+        address.handshakes += 1;
+        Ok(Entered::Counted)
+    }
+
+    /// A counted handshake is over; its connection may go on.
+    pub fn handshaken(&self, key: AddressKey) {
+        if let Some(address) = self.table.lock().get_mut(&key) {
+            address.handshakes = address.handshakes.saturating_sub(1);
+        }
+    }
+
+    /// A counted connection is over.
+    pub fn leave(&self, key: AddressKey, now_us: u64) {
+        if let Entry::Occupied(mut entry) = self.table.lock().entry(key) {
+            let address = entry.get_mut();
+            address.connections = address.connections.saturating_sub(1);
+            if !address.is_needed(now_us) {
+                entry.remove();
+            }
+        }
+    }
+
+    /// Forgets who need not be remembered. To be called now and then.
+    pub fn sweep(&self, now_us: u64) {
+        let mut table = self.table.lock();
+        table.retain(|_, address| address.is_needed(now_us));
+        if table.capacity() > 4 * table.len().max(64) {
+            table.shrink_to_fit();
+        }
+    }
+
+    /// How many are remembered.
+    pub fn len(&self) -> usize {
+        self.table.lock().len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND_US: u64 = 1_000_000;
+
+    fn key(text: &str) -> AddressKey {
+        AddressKey::of(text.parse().unwrap()).unwrap()
+    }
+
+    fn addresses(connections_max: u32, handshakes_max: u32, per_second: u64) -> Addresses {
+        let rate = Rate::new(per_second, Duration::from_secs(1));
+        Addresses::new(AddressLimits { connections_max, handshakes_max, rate, addresses_max: 3 })
+    }
+
+    #[test]
+    fn an_ipv6_customer_is_one_and_an_ipv4_address_is_the_same_in_both_notations() {
+        assert_eq!(key("2001:db8:1:2::3"), key("2001:db8:1:2:ffff::"));
+        assert_ne!(key("2001:db8:1:2::3"), key("2001:db8:1:3::3"));
+        assert_eq!(key("192.0.2.1"), key("::ffff:192.0.2.1"));
+        assert_ne!(key("192.0.2.1"), key("192.0.2.2"));
+        assert_eq!(AddressKey::of("0.0.0.0".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn each_limit_bites_and_gives_way() {
+        let (a, b) = (key("192.0.2.1"), key("192.0.2.2"));
+        let table = addresses(2, 1, 0);
+        assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
+        assert_eq!(table.enter(a, 0), Err(AddressRefused::Handshakes));
+        table.handshaken(a);
+        assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
+        table.handshaken(a);
+        assert_eq!(table.enter(a, 0), Err(AddressRefused::Connections));
+        assert_eq!(table.enter(b, 0), Ok(Entered::Counted), "another address");
+        table.leave(a, 0);
+        assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
+    }
+
+    #[test]
+    fn who_waits_for_its_rate_is_remembered_and_forgotten_when_it_need_not() {
+        let a = key("192.0.2.1");
+        let table = addresses(0, 0, 2);
+        for _ in 0..2 {
+            assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
+            table.handshaken(a);
+            table.leave(a, 0);
+        }
+        let wait = Duration::from_millis(500);
+        assert_eq!(table.enter(a, 0), Err(AddressRefused::Rate(wait)), "although none is open");
+        table.sweep(SECOND_US / 2);
+        assert_eq!(table.len(), 1);
+        table.sweep(SECOND_US);
+        assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn a_full_table_limits_whom_it_knows_and_grows_no_more() {
+        let table = addresses(1, 0, 0);
+        for n in 1..=3 {
+            assert_eq!(table.enter(key(&format!("192.0.2.{n}")), 0), Ok(Entered::Counted));
+        }
+        assert_eq!(table.enter(key("192.0.2.4"), 0), Ok(Entered::NoRoom));
+        assert_eq!(table.enter(key("192.0.2.1"), 0), Err(AddressRefused::Connections));
+        assert_eq!(table.len(), 3);
+        table.leave(key("192.0.2.2"), 0);
+        assert_eq!(table.enter(key("192.0.2.4"), 0), Ok(Entered::Counted));
+    }
+
+    #[test]
+    fn without_limits_nothing_is_kept() {
+        let table = addresses(0, 0, 0);
+        assert_eq!(table.enter(key("192.0.2.1"), 0), Ok(Entered::Unlimited));
+        assert_eq!(table.len(), 0);
+    }
+}

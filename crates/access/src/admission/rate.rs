@@ -1,0 +1,103 @@
+//! Token buckets, each as one number: the time at which it is full again (the generic cell rate
+//! algorithm of ITU-T I.371).
+
+use std::time::Duration;
+
+const SECOND_US: u64 = 1_000_000;
+
+/// So many tokens a second, and as many at once as flow in during the burst.
+#[derive(Debug, Clone, Copy)]
+pub struct Rate {
+    per_second: u64,
+    burst_us: u64,
+}
+
+impl Rate {
+    /// `per_second` 0: no limit.
+    pub fn new(per_second: u64, burst: Duration) -> Self {
+        let burst_us = u64::try_from(burst.as_micros()).unwrap_or(u64::MAX);
+        let one_us = SECOND_US.checked_div(per_second).unwrap_or(0);
+        Self { per_second, burst_us: burst_us.max(one_us) }
+    }
+
+    /// Whether there is a limit.
+    pub fn is_limited(&self) -> bool {
+        self.per_second > 0
+    }
+
+    /// Takes tokens out of the bucket that is full at `full_at_us`.
+    ///
+    /// # Errors
+    /// There are not enough: how long until there are. Nothing is taken.
+    pub fn take(&self, full_at_us: &mut u64, now_us: u64, tokens: u64) -> Result<(), Duration> {
+        if !self.is_limited() {
+            return Ok(());
+        }
+        let cost_us = (tokens * SECOND_US).div_ceil(self.per_second);
+        let full_at = (*full_at_us).max(now_us) + cost_us;
+        let latest = now_us + self.burst_us;
+        if full_at > latest {
+            return Err(Duration::from_micros(full_at - latest));
+        }
+        *full_at_us = full_at;
+        Ok(())
+    }
+
+    /// As [`Self::take`] for a bucket of which only the lower 32 bits are kept (µs: 71 minutes). After
+    /// a longer pause it may, rarely, seem less full than it is.
+    pub fn take_packed(&self, full_at_us: &mut u32, now_us: u64, tokens: u64) -> bool {
+        let left_us = u64::from(full_at_us.wrapping_sub(now_us as u32));
+        // A bucket is never further from full than this: it was full long ago.
+        let left_us = if left_us > self.burst_us { 0 } else { left_us };
+        let mut full_at = now_us + left_us;
+        let taken = self.take(&mut full_at, now_us, tokens).is_ok();
+        *full_at_us = full_at as u32;
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BURST: Duration = Duration::from_secs(2);
+
+    #[test]
+    fn a_burst_and_then_the_rate() {
+        let rate = Rate::new(10, BURST);
+        let mut bucket = 0;
+        let now = 5 * SECOND_US;
+        let taken = (0..100).filter(|_| rate.take(&mut bucket, now, 1).is_ok()).count();
+        assert_eq!(taken, 20);
+        assert_eq!(rate.take(&mut bucket, now, 1), Err(Duration::from_millis(100)));
+        assert_eq!(rate.take(&mut bucket, now + 100_000, 1), Ok(()));
+        assert!(rate.take(&mut bucket, now + 100_000, 1).is_err());
+        // Never more than a burst, however long the pause.
+        let now = now + 3600 * SECOND_US;
+        let taken = (0..100).filter(|_| rate.take(&mut bucket, now, 1).is_ok()).count();
+        assert_eq!(taken, 20);
+    }
+
+    #[test]
+    fn one_token_always_fits_and_no_limit_is_none() {
+        let rate = Rate::new(1, Duration::ZERO);
+        assert_eq!(rate.take(&mut 0, 7, 1), Ok(()));
+        let none = Rate::new(0, BURST);
+        assert_eq!(none.take(&mut 0, 7, u64::MAX), Ok(()));
+        assert!(!none.is_limited());
+    }
+
+    #[test]
+    fn the_packed_bucket_does_the_same_at_any_time() {
+        let rate = Rate::new(10, BURST);
+        for now in [0, 7 * SECOND_US, u64::from(u32::MAX) - 500_000, u64::from(u32::MAX) * 9 + 1] {
+            let mut bucket = 0;
+            // What it was left at long ago does not count.
+            let _ = rate.take_packed(&mut bucket, now + u64::from(u32::MAX) / 2, 20);
+            let taken = (0..100).filter(|_| rate.take_packed(&mut bucket, now, 1)).count();
+            assert_eq!(taken, 20, "{now}");
+            assert!(rate.take_packed(&mut bucket, now + 100_000, 1), "{now}");
+            assert!(!rate.take_packed(&mut bucket, now + 100_000, 1), "{now}");
+        }
+    }
+}

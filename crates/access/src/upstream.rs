@@ -1,0 +1,93 @@
+//! What a device may send: frames and bytes a second, in eight bytes a session.
+
+use std::time::Duration;
+
+use crate::admission::Rate;
+use crate::config::LimitsConfig;
+
+/// The limits.
+#[derive(Debug)]
+pub struct Upstream {
+    frames: Rate,
+    bytes: Rate,
+}
+
+/// What a session has left of them.
+#[derive(Debug, Default)]
+pub struct Spent {
+    frames_full_at_us: u32,
+    bytes_full_at_us: u32,
+}
+
+/// A frame too many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exceeded {
+    /// The label of the metric of limits.
+    pub limit: &'static str,
+    /// For people.
+    pub text: &'static str,
+}
+
+impl Upstream {
+    /// As configured.
+    pub fn new(limits: &LimitsConfig) -> Self {
+        let burst = Duration::from_secs(limits.upstream_burst_seconds);
+        Self {
+            frames: Rate::new(limits.upstream_frames_per_second.into(), burst),
+            bytes: Rate::new(limits.upstream_bytes_per_second.into(), burst),
+        }
+    }
+
+    /// A frame of so many bytes came. `now_us` is asked only where there is a limit.
+    ///
+    /// # Errors
+    /// It is one too many.
+    pub fn frame(
+        &self,
+        spent: &mut Spent,
+        bytes: usize,
+        now_us: impl FnOnce() -> u64,
+    ) -> Result<(), Exceeded> {
+        if !self.frames.is_limited() && !self.bytes.is_limited() {
+            return Ok(());
+        }
+        let now_us = now_us();
+        if !self.frames.take_packed(&mut spent.frames_full_at_us, now_us, 1) {
+            let text = "the device sends more frames a second than it may";
+            return Err(Exceeded { limit: "upstream_frames", text });
+        }
+        if !self.bytes.take_packed(&mut spent.bytes_full_at_us, now_us, bytes as u64) {
+            let text = "the device sends more bytes a second than it may";
+            return Err(Exceeded { limit: "upstream_bytes", text });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn upstream(frames: u32, bytes: u32) -> Upstream {
+        Upstream::new(&LimitsConfig {
+            upstream_frames_per_second: frames,
+            upstream_bytes_per_second: bytes,
+            upstream_burst_seconds: 2,
+            ..Default::default()
+        })
+    }
+
+    #[test]
+    fn frames_and_bytes_each_have_a_limit() {
+        let mut spent = Spent::default();
+        let both = upstream(5, 1000);
+        let sent = |spent: &mut Spent, bytes, at| both.frame(spent, bytes, || at);
+        assert_eq!((0..50).filter(|_| sent(&mut spent, 1, 9).is_ok()).count(), 10);
+        assert_eq!(sent(&mut spent, 1, 9).unwrap_err().limit, "upstream_frames");
+        let later = 60_000_000;
+        assert_eq!(sent(&mut spent, 1500, later), Ok(()));
+        assert_eq!(sent(&mut spent, 501, later).unwrap_err().limit, "upstream_bytes");
+        let none = upstream(0, 0);
+        assert_eq!(none.frame(&mut spent, usize::MAX, || panic!("no clock is asked")), Ok(()));
+    }
+}
