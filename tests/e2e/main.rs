@@ -6,6 +6,7 @@
 mod binaries;
 mod delivery;
 mod hops;
+mod kick;
 mod kills;
 mod listener;
 mod metrics;

@@ -9,7 +9,7 @@ mod rate;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use barid_core::AppId;
@@ -54,6 +54,7 @@ pub struct Admission {
     turned_away: Places,
     rate: Rate,
     full_at_us: Mutex<u64>,
+    memory_short: AtomicBool,
     addresses: Addresses,
     app_connections_max: u32,
     apps: Mutex<HashMap<AppId, u32>>,
@@ -70,6 +71,7 @@ impl Admission {
             turned_away: Places::new(limits.handshakes_max),
             rate: Rate::new(limits.handshakes_per_second.into(), burst),
             full_at_us: Mutex::default(),
+            memory_short: AtomicBool::new(false),
             addresses: Addresses::new(AddressLimits {
                 connections_max: limits.address_connections_max,
                 handshakes_max: limits.address_handshakes_max,
@@ -86,6 +88,9 @@ impl Admission {
     /// # Errors
     /// The node has no room for it now.
     pub fn admit(self: &Arc<Self>) -> Result<Admitted, Refused> {
+        if self.memory_short.load(Ordering::Relaxed) {
+            return Err(Refused::node("memory", "short of memory: come back later"));
+        }
         if !self.connections.take() {
             return Err(Refused::node("connections", "no room: come back later"));
         }
@@ -110,6 +115,11 @@ impl Admission {
     /// A place among those that are told why they are not let in; `None`: no room even for that.
     pub fn turn_away(&self) -> Option<TurnedAway<'_>> {
         self.turned_away.take().then(|| TurnedAway(&self.turned_away))
+    }
+
+    /// While memory is short nobody is let in.
+    pub fn set_memory_short(&self, short: bool) {
+        self.memory_short.store(short, Ordering::Relaxed);
     }
 
     /// Forgets addresses that need not be remembered. To be called now and then.
@@ -316,6 +326,7 @@ mod tests {
         let admission = admission(|limits| limits.handshakes_max = 1);
         let one = admission.turn_away();
         assert!(one.is_some() && admission.turn_away().is_none());
+        assert!(admission.turn_away().is_none(), "who got no place gives none back");
         drop(one);
         assert!(admission.turn_away().is_some());
     }

@@ -179,12 +179,20 @@ pub struct LimitsConfig {
     pub upstream_burst_seconds: u64,
     /// Bytes of pushes that may wait for one device; beyond them it is closed with 4002.
     pub queued_bytes_max: usize,
+    /// Bytes of pushes that may wait for all devices together; beyond them new handshakes get 503, and
+    /// the largest queues are closed with 4002.
+    pub node_queued_bytes_max: u64,
+    /// Resident memory of the process, bytes; beyond it the same happens. 0: 80 % of what its cgroup may
+    /// have, if that is limited.
+    pub memory_bytes_max: u64,
     /// Messages in flight to one device without an acknowledgement.
     pub unacked_max: usize,
     /// How long a closing connection may take to take its last frames, ms.
     pub close_timeout_ms: u64,
     /// Batches of one dispatcher that may be unanswered.
     pub batches_max: usize,
+    /// Sessions that are kicked a second, unless the order says otherwise.
+    pub kicks_per_second: u32,
 }
 
 impl Default for LimitsConfig {
@@ -207,15 +215,18 @@ impl Default for LimitsConfig {
             upstream_bytes_per_second: 256 << 10,
             upstream_burst_seconds: 10,
             queued_bytes_max: 1 << 20,
+            node_queued_bytes_max: 512 << 20,
+            memory_bytes_max: 0,
             unacked_max: 256,
             close_timeout_ms: 2_000,
             batches_max: 64,
+            kicks_per_second: 1_000,
         }
     }
 }
 
 impl LimitsConfig {
-    fn check(&self) -> Result<(), String> {
+    fn check(&self, page_bytes_max: u32) -> Result<(), String> {
         let burst =
             u64::from(self.upstream_bytes_per_second).saturating_mul(self.upstream_burst_seconds);
         if burst != 0 && burst < self.frame_bytes_max as u64 {
@@ -223,6 +234,12 @@ impl LimitsConfig {
                 "limits.frame_bytes_max must be at most upstream_bytes_per_second times \
                  upstream_burst_seconds, {burst}"
             ));
+        }
+        if self.queued_bytes_max < page_bytes_max as usize {
+            return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
+        }
+        if self.node_queued_bytes_max < self.queued_bytes_max as u64 {
+            return Err("limits.node_queued_bytes_max must be at least queued_bytes_max".into());
         }
         let at_most = [
             ("limits.handshakes_burst_seconds", self.handshakes_burst_seconds),
@@ -322,7 +339,7 @@ impl Config {
         }
         Verifier::new(&self.auth).map_err(|error| error.to_string())?;
         Origins::new(&self.auth.origins)?;
-        self.limits.check()?;
+        self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;
         self.kafka.check()?;
         let positive = [
@@ -339,6 +356,7 @@ impl Config {
             ("limits.unacked_max", self.limits.unacked_max as u64),
             ("limits.close_timeout_ms", self.limits.close_timeout_ms),
             ("limits.batches_max", self.limits.batches_max as u64),
+            ("limits.kicks_per_second", self.limits.kicks_per_second.into()),
             ("heartbeat.interval_seconds", self.heartbeat.interval_seconds.into()),
             ("heartbeat.timeout_seconds", self.heartbeat.timeout_seconds.into()),
             ("sync.page_entries_max", self.sync.page_entries_max.into()),

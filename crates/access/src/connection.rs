@@ -259,12 +259,10 @@ struct Connection {
     beat: Heartbeat,
     spent: Spent,
     out: VecDeque<Out>,
-    /// Bytes of frames in `out`.
+    /// Bytes in `out`: of frames, and of the payloads of entries.
     out_bytes: usize,
     /// Bytes given to the socket since it was last flushed.
     fed: usize,
-    /// What the gauge of queued bytes was told.
-    told_bytes: usize,
     /// Redis: at most one read, one acknowledgement and one confirmation.
     calls: Vec<Call>,
     /// Acknowledgements are cumulative: the next one waits until then, unless it is urgent.
@@ -309,7 +307,6 @@ impl Connection {
             out: VecDeque::new(),
             out_bytes: 0,
             fed: 0,
-            told_bytes: 0,
             calls: Vec::new(),
             next_ack_ms: node.uptime_ms(),
             ack_waits: false,
@@ -655,7 +652,7 @@ impl Connection {
                         let now_us = self.node.mailbox_now_us(self.handle.user());
                         wrote(&self.node, &self.handle, entry, "sync", now_us);
                     }
-                    self.out.push_back(Out::Entries(entries));
+                    self.entries(entries);
                 }
                 Effect::Skip { to, why } => {
                     self.node.metrics.skip(why);
@@ -711,6 +708,11 @@ impl Connection {
         self.out.push_back(Out::Frame(frame));
     }
 
+    fn entries(&mut self, entries: Vec<Envelope>) {
+        self.out_bytes += payload_bytes(&entries);
+        self.out.push_back(Out::Entries(entries));
+    }
+
     fn poll_write(&mut self, cx: &mut Context<'_>) -> bool {
         let mut busy = false;
         loop {
@@ -759,10 +761,13 @@ impl Connection {
                     several => join_delivers(self.codec.encoding, generation, several),
                 }
             }
-            Out::Entries(entries) => match self.encode(entries) {
-                Some(frame) => frame,
-                None => return Ok(()),
-            },
+            Out::Entries(entries) => {
+                self.out_bytes -= payload_bytes(&entries);
+                match self.encode(entries) {
+                    Some(frame) => frame,
+                    None => return Ok(()),
+                }
+            }
         };
         self.fed += frame.len();
         self.node.metrics.bytes_out.inc_by(frame.len() as u64);
@@ -799,13 +804,13 @@ impl Connection {
         tracing::warn!(seq = seq.0, %error, "entry cannot be delivered");
         let waiting = std::mem::take(&mut self.out);
         if !entries.is_empty() {
-            self.out.push_back(Out::Entries(entries));
+            self.entries(entries);
         }
         let skip = self.session.undeliverable(seq);
         self.effects.push(skip);
         self.apply();
         if !rest.is_empty() {
-            self.out.push_back(Out::Entries(rest));
+            self.entries(rest);
         }
         self.out.extend(waiting);
         None
@@ -813,16 +818,15 @@ impl Connection {
 
     fn tell_queued(&mut self) {
         let queued = self.out_bytes + self.fed;
-        if queued != self.told_bytes {
-            self.node.metrics.queued_bytes.add(queued as i64 - self.told_bytes as i64);
-            self.told_bytes = queued;
+        if queued != self.handle.queued_bytes() {
+            self.node.metrics.queued_bytes.add(self.handle.set_queued_bytes(queued));
         }
     }
 
     /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
     async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, told_bytes, out, .. } = *self;
-        node.metrics.queued_bytes.sub(told_bytes as i64);
+        let Self { node, socket, handle, session, codec, out, .. } = *self;
+        node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
         node.metrics.close(close.as_ref().map(|close| close.code));
         node.registry.remove(handle.user(), handle.connection);
         handle.finish();
@@ -840,6 +844,10 @@ impl Connection {
         tokio::join!(settled, hang_up(&node, socket, codec.encoding, closing.close.clone()));
         node.metrics.connections.dec();
     }
+}
+
+fn payload_bytes(entries: &[Envelope]) -> usize {
+    entries.iter().map(|entry| entry.payload.len()).sum()
 }
 
 /// Logs that a sampled message was written.

@@ -116,6 +116,7 @@ pub struct Handle {
     state: Mutex<State>,
     due: AtomicU32,
     slotted: AtomicU32,
+    queued_bytes: AtomicU32,
 }
 
 /// What became of a push to a session.
@@ -143,6 +144,7 @@ impl Handle {
             state: Mutex::default(),
             due: AtomicU32::new(Seconds::MAX),
             slotted: AtomicU32::new(Seconds::MAX),
+            queued_bytes: AtomicU32::new(0),
         }
     }
 
@@ -212,6 +214,18 @@ impl Handle {
     /// Whether the session is over.
     pub fn is_over(&self) -> bool {
         self.state.lock().over
+    }
+
+    /// Bytes that wait for the device, as the session said last.
+    pub fn queued_bytes(&self) -> usize {
+        self.queued_bytes.load(Ordering::Relaxed) as usize
+    }
+
+    /// Says how many bytes wait for the device; returns by how many they are more than before.
+    pub fn set_queued_bytes(&self, bytes: usize) -> i64 {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let before = self.queued_bytes.swap(bytes, Ordering::Relaxed);
+        i64::from(bytes) - i64::from(before)
     }
 
     /// When the session wants to look at the clock.

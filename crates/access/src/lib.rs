@@ -16,6 +16,8 @@ mod error;
 mod grpc;
 mod handle;
 mod handshake;
+mod kick;
+mod memory;
 mod metrics;
 mod node;
 mod peers;

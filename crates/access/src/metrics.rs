@@ -42,7 +42,7 @@ const FRAMES: [&str; 4] = ["hello", "ack", "refresh", "pong"];
 const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
 const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
 const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 15] = [
+const LIMITS: [&str; 17] = [
     "connections",
     "handshakes",
     "handshake_rate",
@@ -56,6 +56,8 @@ const LIMITS: [&str; 15] = [
     "frame_bytes",
     "upstream_frames",
     "upstream_bytes",
+    "memory",
+    "memory_closed",
     "forgets",
     "close_timeout",
 ];

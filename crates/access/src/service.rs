@@ -9,6 +9,7 @@ use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
+use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
 use tokio::net::TcpListener;
@@ -23,6 +24,8 @@ use crate::error::Error;
 use crate::grpc::AccessService;
 use crate::handle::Handle;
 use crate::handshake;
+use crate::kick::AdminService;
+use crate::memory::{self, Marks};
 use crate::metrics::Metrics;
 use crate::node::{Node, Parts};
 use crate::peers::Peers;
@@ -65,6 +68,7 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(tick(Arc::clone(&node), wheel));
     tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
+    tasks.spawn(memory::guard(Arc::clone(&node), Marks::new(&config.limits)));
     tasks.spawn(watch_redis(Arc::clone(&node), redis));
     serve_dispatchers(&mut tasks, &node, dispatchers);
     context.announce("ws", local(&devices));
@@ -199,6 +203,7 @@ fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listen
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .add_service(deliver)
         .add_service(AccessPeerServer::new(service))
+        .add_service(AccessAdminServer::new(AdminService::new(Arc::clone(node))))
         .serve_with_incoming(TcpListenerStream::new(listener));
     tasks.spawn(async move {
         if let Err(error) = server.await {

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{dev, inspect, listen, send, token, top};
+use crate::{dev, inspect, kick, listen, send, token, top};
 
 /// Barid, a push cluster: from Kafka to devices, in order, once, or kept until they return.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ pub enum Command {
     Token(token::Args),
     /// Show live how a cluster fares: rates, hops, lags, nodes, problems
     Top(top::Args),
+    /// Close the sessions of a device, a user, an app, or everyone
+    Kick(kick::Args),
     /// Show what the cluster holds
     #[command(subcommand)]
     Inspect(Inspect),
@@ -72,6 +74,25 @@ mod tests {
         assert!(parse("send --user a --users b,c hello").is_err());
         assert!(parse("send --users b,c --device d hello").is_err());
         assert!(parse("send --user a hello --file x").is_err());
+    }
+
+    #[test]
+    fn a_kick_says_whom_and_means_it() {
+        assert!(parse("kick --user alice").is_ok());
+        assert!(parse("kick --user alice --device phone --app shop --reason fraud").is_ok());
+        assert!(parse("kick --whole-app shop --rate 50").is_ok());
+        assert!(parse("kick --everyone").is_ok());
+        for bad in [
+            "kick",
+            "kick --app shop",
+            "kick --device phone",
+            "kick --everyone --user alice",
+            "kick --everyone --app shop",
+            "kick --whole-app shop --device phone",
+            "kick --everyone --rate 0",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

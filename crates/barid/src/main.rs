@@ -3,6 +3,7 @@
 mod cli;
 mod dev;
 mod inspect;
+mod kick;
 mod listen;
 mod output;
 mod receipts;
@@ -37,6 +38,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
         Command::Token(args) => token::run(&args, out),
+        Command::Kick(args) => kick::run(args, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
     }

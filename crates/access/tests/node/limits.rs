@@ -354,6 +354,8 @@ fn limits_that_make_no_sense_refuse_to_start() {
     };
     let text = error(|config| config.limits.upstream_bytes_per_second = 1000);
     assert!(text.starts_with("limits.frame_bytes_max must be at most"), "{text}");
+    let text = error(|config| config.limits.node_queued_bytes_max = 1000);
+    assert_eq!(text, "limits.node_queued_bytes_max must be at least queued_bytes_max");
     let text = error(|config| config.limits.handshakes_burst_seconds = 601);
     assert_eq!(text, "limits.handshakes_burst_seconds must be at most 600");
     let text = error(|config| config.auth.origins = vec!["example.com".into()]);

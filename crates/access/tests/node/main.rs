@@ -4,8 +4,10 @@ mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
 mod isolation;
+mod kick;
 mod limits;
 mod raw;
+mod slow;
 mod support;
 
 use std::time::Duration;

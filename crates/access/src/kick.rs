@@ -1,0 +1,236 @@
+//! Kicking: an operator has sessions closed (4503), at a bounded rate, and is told how many were.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use barid_core::{AppId, CloseCode, DeviceId, UserId};
+use barid_mailbox::UserKey;
+use barid_wire::internal::access_admin_server::AccessAdmin;
+use barid_wire::internal::{KickProgress, KickRequest};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, sleep_until};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::handle::Handle;
+use crate::node::Node;
+use crate::session::Close;
+
+/// Orders at once.
+const ORDERS_MAX: usize = 8;
+/// Bytes of a reason.
+const REASON_BYTES_MAX: usize = 256;
+/// How often the caller hears, and how often sessions are looked after that are about to end.
+const TELL: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(20);
+/// A session that was told to end has ended after so long, unless its task does not run.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// What operators ask. Asks for no credentials, as nothing on this port does.
+pub struct AdminService {
+    node: Arc<Node>,
+    orders: Arc<Semaphore>,
+}
+
+impl AdminService {
+    /// Serves a node.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, orders: Arc::new(Semaphore::new(ORDERS_MAX)) }
+    }
+}
+
+#[tonic::async_trait]
+impl AccessAdmin for AdminService {
+    type KickStream = ReceiverStream<Result<KickProgress, Status>>;
+
+    async fn kick(
+        &self,
+        request: Request<KickRequest>,
+    ) -> Result<Response<Self::KickStream>, Status> {
+        let order = request.into_inner();
+        let audience = audience(&order)?;
+        if order.reason.len() > REASON_BYTES_MAX {
+            let text = format!("a reason has at most {REASON_BYTES_MAX} bytes");
+            return Err(Status::invalid_argument(text));
+        }
+        let busy = |_| Status::resource_exhausted("too many kicks are under way");
+        let permit = Arc::clone(&self.orders).try_acquire_owned().map_err(busy)?;
+        let kicking = Kicking {
+            handles: audience.select(&self.node),
+            per_second: match order.per_second {
+                0 => self.node.limits.kicks_per_second,
+                given => given,
+            },
+            reason: match order.reason.as_str() {
+                "" => "closed by an operator".into(),
+                given => given.to_owned(),
+            },
+            progress: KickProgress::default(),
+            told: Instant::now(),
+            _permit: permit,
+        };
+        tracing::info!(
+            ?audience,
+            matched = kicking.handles.len(),
+            per_second = kicking.per_second,
+            reason = kicking.reason,
+            "kicking"
+        );
+        let (replies, stream) = mpsc::channel(4);
+        tokio::spawn(kicking.run(replies));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Whose sessions.
+#[derive(Debug, PartialEq, Eq)]
+enum Audience {
+    Device(UserKey, DeviceId),
+    User(UserKey),
+    App(AppId),
+    Everyone,
+}
+
+fn audience(order: &KickRequest) -> Result<Audience, Status> {
+    let KickRequest { app, user, device, everyone, .. } = order;
+    let invalid = |error: barid_core::InvalidName| Status::invalid_argument(error.to_string());
+    match (everyone, app.as_str(), user.as_str(), device.as_str()) {
+        (true, "", "", "") => Ok(Audience::Everyone),
+        (true, ..) => Err(Status::invalid_argument("everyone has no name")),
+        (false, app, "", "") => Ok(Audience::App(AppId::new(app).map_err(invalid)?)),
+        (false, _, "", _) => Err(Status::invalid_argument("whose device?")),
+        (false, app, user, device) => {
+            let app = AppId::new(app).map_err(invalid)?;
+            let user = UserKey { app, user: UserId::new(user).map_err(invalid)? };
+            Ok(match device {
+                "" => Audience::User(user),
+                device => Audience::Device(user, DeviceId::new(device).map_err(invalid)?),
+            })
+        }
+    }
+}
+
+impl Audience {
+    /// Its sessions of this moment.
+    fn select(&self, node: &Node) -> Vec<Weak<Handle>> {
+        let mut selected = Vec::new();
+        match self {
+            Self::Device(user, device) => node.registry.each(user, |handle| {
+                if handle.device() == device {
+                    selected.push(Arc::downgrade(handle));
+                }
+            }),
+            Self::User(user) => {
+                node.registry.each(user, |handle| selected.push(Arc::downgrade(handle)));
+            }
+            Self::App(app) => {
+                let all = node.registry.all();
+                let theirs = all.iter().filter(|handle| handle.user().app == *app);
+                selected.extend(theirs.map(Arc::downgrade));
+            }
+            Self::Everyone => selected.extend(node.registry.all().iter().map(Arc::downgrade)),
+        }
+        selected
+    }
+}
+
+/// An order under way.
+struct Kicking {
+    handles: Vec<Weak<Handle>>,
+    per_second: u32,
+    reason: String,
+    progress: KickProgress,
+    told: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+type Replies = mpsc::Sender<Result<KickProgress, Status>>;
+
+impl Kicking {
+    async fn run(mut self, replies: Replies) {
+        let begun = Instant::now();
+        let handles = std::mem::take(&mut self.handles);
+        self.progress.matched = handles.len() as u64;
+        // Those that were told to end and have not ended.
+        let mut ending: Vec<Arc<Handle>> = Vec::new();
+        for (index, handle) in handles.into_iter().enumerate() {
+            let at = begun + Duration::from_secs_f64(index as f64 / f64::from(self.per_second));
+            while at > Instant::now() {
+                sleep_until(at.min(Instant::now() + TELL)).await;
+                if !self.tell(&mut ending, &replies).await {
+                    return;
+                }
+            }
+            // One that has gone meanwhile was not closed by this.
+            if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
+                handle.close(Close::new(CloseCode::Kicked, self.reason.clone()));
+                ending.push(handle);
+            }
+        }
+        let limit = Instant::now() + END_LIMIT;
+        while !ending.is_empty() && Instant::now() < limit {
+            sleep_until(Instant::now() + LOOK).await;
+            if !self.tell(&mut ending, &replies).await {
+                return;
+            }
+        }
+        tracing::info!(
+            matched = self.progress.matched,
+            closed = self.progress.closed,
+            unfinished = ending.len(),
+            "kicked"
+        );
+        // The caller may have gone at the very end.
+        let _ = replies.send(Ok(KickProgress { done: true, ..self.progress })).await;
+    }
+
+    /// Counts who has ended, and says so when it is time. Whether the caller is still there.
+    async fn tell(&mut self, ending: &mut Vec<Arc<Handle>>, replies: &Replies) -> bool {
+        if replies.is_closed() {
+            tracing::info!(closed = self.progress.closed, "kicking ends: the caller went away");
+            return false;
+        }
+        let before = ending.len();
+        ending.retain(|handle| !handle.is_over());
+        self.progress.closed += (before - ending.len()) as u64;
+        if self.told.elapsed() >= TELL {
+            self.told = Instant::now();
+            return replies.send(Ok(self.progress)).await.is_ok();
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(app: &str, user: &str, device: &str, everyone: bool) -> KickRequest {
+        let (app, user, device) = (app.into(), user.into(), device.into());
+        KickRequest { app, user, device, everyone, ..Default::default() }
+    }
+
+    #[test]
+    fn an_order_names_whom_it_means() {
+        let user = || UserKey { app: AppId::new("a").unwrap(), user: UserId::new("u").unwrap() };
+        let device = DeviceId::new("d").unwrap();
+        assert_eq!(audience(&order("", "", "", true)).unwrap(), Audience::Everyone);
+        assert_eq!(audience(&order("a", "", "", false)).unwrap(), Audience::App(user().app));
+        assert_eq!(audience(&order("a", "u", "", false)).unwrap(), Audience::User(user()));
+        assert_eq!(
+            audience(&order("a", "u", "d", false)).unwrap(),
+            Audience::Device(user(), device)
+        );
+        // Nothing that is left out means everyone.
+        for bad in [
+            order("", "", "", false),
+            order("", "u", "", false),
+            order("a", "", "d", false),
+            order("a", "", "", true),
+            order("a:b", "u", "", false),
+        ] {
+            let status = audience(&bad).unwrap_err();
+            assert_eq!(status.code(), tonic::Code::InvalidArgument, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! The bound on a node's memory: above a high-water mark of queued bytes, or of the process's resident
+//! memory, new handshakes are refused and the largest queues are closed, until both are below.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::CloseCode;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::config::LimitsConfig;
+use crate::handle::Handle;
+use crate::node::Node;
+use crate::session::Close;
+
+/// How often queued bytes are looked at, and after how many looks resident memory: it follows slowly,
+/// and what was freed a moment ago is still in it.
+const LOOK: Duration = Duration::from_millis(100);
+const LOOKS_PER_RESIDENT: u32 = 10;
+/// It is over when memory is below this share of the mark.
+const LOW_WATER: f64 = 0.9;
+/// Of a cgroup's limit, the share that the process may have unless told otherwise.
+const CGROUP_SHARE: f64 = 0.8;
+/// Closing a smaller queue would help nobody.
+const QUEUE_BYTES_MIN: usize = 16 << 10;
+
+/// The marks, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marks {
+    /// Queued for all sessions together.
+    pub queued: u64,
+    /// Resident; `None`: not bounded.
+    pub resident: Option<u64>,
+}
+
+/// What is in use, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct InUse {
+    queued: u64,
+    resident: u64,
+}
+
+impl Marks {
+    /// As configured; resident memory by the cgroup's limit where nothing is configured.
+    pub fn new(limits: &LimitsConfig) -> Self {
+        let resident = match limits.memory_bytes_max {
+            0 => cgroup_limit(Path::new("/")).map(|limit| (limit as f64 * CGROUP_SHARE) as u64),
+            configured => Some(configured),
+        };
+        Self { queued: limits.node_queued_bytes_max, resident }
+    }
+
+    /// Whether memory is short, given whether it was.
+    fn is_short(&self, in_use: InUse, was_short: bool) -> bool {
+        let mark = |high: u64| if was_short { low(high) } else { high };
+        in_use.queued > mark(self.queued)
+            || self.resident.is_some_and(|high| in_use.resident > mark(high))
+    }
+
+    /// How much has to go, queued bytes.
+    fn excess(&self, in_use: InUse) -> u64 {
+        let queued = in_use.queued.saturating_sub(low(self.queued));
+        let resident = self.resident.map_or(0, |high| in_use.resident.saturating_sub(low(high)));
+        queued.max(resident)
+    }
+}
+
+fn low(high: u64) -> u64 {
+    (high as f64 * LOW_WATER) as u64
+}
+
+/// Looks after the node's memory for as long as it lives.
+pub async fn guard(node: Arc<Node>, marks: Marks) -> &'static str {
+    tracing::info!(queued = marks.queued, resident = marks.resident, "bounds of memory, bytes");
+    let mut look = interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut looks, mut resident, mut was_short) = (0_u32, 0, false);
+    loop {
+        look.tick().await;
+        let read_resident = looks.is_multiple_of(LOOKS_PER_RESIDENT) && marks.resident.is_some();
+        looks = looks.wrapping_add(1);
+        if read_resident {
+            resident = resident_bytes().unwrap_or(0);
+        }
+        let queued = u64::try_from(node.metrics.queued_bytes.get()).unwrap_or(0);
+        let in_use = InUse { queued, resident };
+        let short = marks.is_short(in_use, was_short);
+        node.admission.set_memory_short(short);
+        if short != was_short {
+            tracing::warn!(short, queued, resident, "memory: the high-water mark was crossed");
+            was_short = short;
+        }
+        // On old news of resident memory too much would be closed.
+        let current = InUse { resident: if read_resident { resident } else { 0 }, ..in_use };
+        let excess = marks.excess(current);
+        if short && excess > 0 {
+            close_largest(&node, excess);
+        }
+    }
+}
+
+/// Closes the largest queues, `excess` bytes of them.
+fn close_largest(node: &Node, excess: u64) {
+    for handle in largest(node.registry.all(), excess) {
+        node.metrics.limit("memory_closed");
+        let text = "the node is short of memory, and much waits for this device";
+        handle.close(Close::new(CloseCode::SlowConsumer, text));
+    }
+}
+
+/// The sessions with the largest queues, until they hold so many bytes.
+fn largest(handles: Vec<Arc<Handle>>, bytes: u64) -> impl Iterator<Item = Arc<Handle>> {
+    let mut queues: Vec<_> = handles
+        .into_iter()
+        .map(|handle| (handle.queued_bytes(), handle))
+        .filter(|(queued, _)| *queued >= QUEUE_BYTES_MIN)
+        .collect();
+    queues.sort_unstable_by_key(|(queued, _)| std::cmp::Reverse(*queued));
+    let mut left = bytes;
+    queues.into_iter().map_while(move |(queued, handle)| {
+        let wanted = left > 0;
+        left = left.saturating_sub(queued as u64);
+        wanted.then_some(handle)
+    })
+}
+
+/// Resident memory of this process; `None` where /proc does not tell.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// What the process's cgroup may have, of version 2 or 1, below `root`; `None`: as much as there is.
+fn cgroup_limit(root: &Path) -> Option<u64> {
+    let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+    let mut limits = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+        let (base, file) = match controllers {
+            "" => ("sys/fs/cgroup", "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => return None,
+        };
+        // Inside a container its own group is mounted at the root.
+        let own = [root.join(base).join(path).join(file), root.join(base).join(file)];
+        own.iter().find_map(|file| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok())
+    });
+    // Version 1 says "no limit" with a number of about 2^63.
+    limits.by_ref().filter(|limit| *limit < 1 << 60).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handle::tests::handle;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn memory_is_short_above_the_mark_until_it_is_well_below() {
+        let marks = Marks { queued: 100, resident: Some(1000) };
+        let in_use = |queued, resident| InUse { queued, resident };
+        assert!(!marks.is_short(in_use(100, 1000), false));
+        assert!(marks.is_short(in_use(101, 0), false));
+        assert!(marks.is_short(in_use(95, 0), true));
+        assert!(!marks.is_short(in_use(90, 900), true));
+        assert!(marks.is_short(in_use(0, 1001), false));
+        assert_eq!(marks.excess(in_use(130, 0)), 40);
+        assert_eq!(marks.excess(in_use(130, 1200)), 300);
+        assert!(!Marks { resident: None, ..marks }.is_short(in_use(0, u64::MAX), false));
+    }
+
+    #[test]
+    fn the_largest_queues_go_first_and_no_more_than_needed() {
+        let sizes = [1, 5, 3, 4].map(|mib| mib * MIB as usize);
+        let handles: Vec<_> = (0..5).map(handle).collect();
+        for (handle, size) in handles.iter().zip(sizes.into_iter().chain([QUEUE_BYTES_MIN - 1])) {
+            handle.set_queued_bytes(size);
+        }
+        let closed = |bytes| -> Vec<u64> {
+            largest(handles.clone(), bytes).map(|handle| handle.connection.0).collect()
+        };
+        assert_eq!(closed(0), [0_u64; 0]);
+        assert_eq!(closed(1), [1]);
+        assert_eq!(closed(5 * MIB + 1), [1, 3]);
+        assert_eq!(closed(100 * MIB), [1, 3, 2, 0], "a tiny queue stays");
+    }
+
+    #[test]
+    fn the_limit_of_the_cgroup_is_found_in_both_versions() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        assert_eq!(cgroup_limit(root.path()), None);
+        write("proc/self/cgroup", "0::/a/b\n");
+        write("sys/fs/cgroup/a/b/memory.max", "max\n");
+        assert_eq!(cgroup_limit(root.path()), None);
+        write("sys/fs/cgroup/a/b/memory.max", "1048576\n");
+        assert_eq!(cgroup_limit(root.path()), Some(MIB));
+        write("proc/self/cgroup", "9:cpu:/x\n4:hugetlb,memory:/docker/1\n0::/\n");
+        write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(cgroup_limit(root.path()), None);
+        write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2097152\n");
+        assert_eq!(cgroup_limit(root.path()), Some(2 * MIB));
+        assert!(resident_bytes().is_some_and(|bytes| bytes > MIB));
+    }
+}

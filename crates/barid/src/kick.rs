@@ -1,0 +1,203 @@
+//! `barid kick`: closes sessions on every access node that has a lease.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use barid_core::{AppId, DeviceId, UserId};
+use barid_mailbox::{Mailbox, NodeRecord, NodeRole};
+use barid_wire::internal::access_admin_client::AccessAdminClient;
+use barid_wire::internal::{KickProgress, KickRequest};
+use futures::StreamExt as _;
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tonic::transport::Endpoint;
+
+use crate::output::{Output, Tone, clean, span};
+use crate::values::RedisArgs;
+
+/// For a node's first answer.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// A node tells every second how far it is.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Options of `barid kick`.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("whom").required(true).multiple(false))]
+pub struct Args {
+    /// All devices of this user (or one: --device)
+    #[arg(long, group = "whom")]
+    pub user: Option<UserId>,
+    /// All devices of all users of this app
+    #[arg(long, value_name = "APP", group = "whom")]
+    pub whole_app: Option<AppId>,
+    /// All devices of all users of all apps
+    #[arg(long, group = "whom")]
+    pub everyone: bool,
+    /// Only this device of the user
+    #[arg(long, requires = "user")]
+    pub device: Option<DeviceId>,
+    /// The user's app
+    #[arg(long, requires = "user", default_value = "demo", env = "BARID_APP")]
+    pub app: AppId,
+    /// How many sessions to close a second, over the whole cluster
+    #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rate: u32,
+    /// What the devices are told
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub reason: String,
+    #[command(flatten)]
+    pub redis: RedisArgs,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Outcome {
+    matched: u64,
+    closed: u64,
+    nodes: BTreeMap<String, NodeOutcome>,
+}
+
+#[derive(Debug, Default, Clone, Serialize)]
+struct NodeOutcome {
+    matched: u64,
+    closed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// Asks all nodes at once; fails if one of them could not be asked or did not finish.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let nodes = nodes(&args).await?;
+    if nodes.is_empty() {
+        anyhow::bail!("no access node has a lease in this Redis");
+    }
+    let request = KickRequest {
+        app: match (&args.user, &args.whole_app) {
+            (Some(_), _) => args.app.to_string(),
+            (None, Some(app)) => app.to_string(),
+            (None, None) => String::new(),
+        },
+        user: args.user.as_ref().map(UserId::to_string).unwrap_or_default(),
+        device: args.device.as_ref().map(DeviceId::to_string).unwrap_or_default(),
+        everyone: args.everyone,
+        per_second: 0,
+        reason: args.reason,
+    };
+    let begun = std::time::Instant::now();
+    let (told, mut news) = mpsc::channel(64);
+    let mut outcome = Outcome::default();
+    for (node, per_second) in split(args.rate, &nodes) {
+        let id = node.id.to_string();
+        outcome.nodes.insert(id.clone(), NodeOutcome::default());
+        let request = KickRequest { per_second, ..request.clone() };
+        let (address, told) = (node.address.clone(), told.clone());
+        tokio::spawn(async move {
+            let failed = kick(&address, request, &id, &told).await.err();
+            if let Some(error) = failed {
+                // Nobody listens once the program ends.
+                let _ = told.send((id, Err(format!("{error:#}")))).await;
+            }
+        });
+    }
+    drop(told);
+    while let Some((id, news)) = news.recv().await {
+        let node = outcome.nodes.entry(id).or_default();
+        match news {
+            Ok(progress) => (node.matched, node.closed) = (progress.matched, progress.closed),
+            Err(error) => node.error = Some(error),
+        }
+    }
+    outcome.matched = outcome.nodes.values().map(|node| node.matched).sum();
+    outcome.closed = outcome.nodes.values().map(|node| node.closed).sum();
+    let took = span(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+    show(&outcome, &took, out)?;
+    let whole = outcome.nodes.values().all(|node| node.error.is_none());
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn nodes(args: &Args) -> anyhow::Result<Vec<NodeRecord>> {
+    let config = args.redis.needed()?;
+    let read = async {
+        let mailbox = Mailbox::open(&config, &barid_runtime::Context::new().metrics).await?;
+        mailbox.nodes().await
+    };
+    let mut nodes = read.await.with_context(|| format!("cannot read Redis at {}", config.url))?;
+    nodes.retain(|node| node.role == NodeRole::Access);
+    Ok(nodes)
+}
+
+/// Each node's share of the rate, by the sessions that it says it has; at least one a second each.
+fn split(rate: u32, nodes: &[NodeRecord]) -> Vec<(&NodeRecord, u32)> {
+    // One more each, so that a node without sessions a moment ago has a share of its own.
+    let all: u64 = nodes.iter().map(|node| node.load + 1).sum();
+    let share = |node: &NodeRecord| u64::from(rate) * (node.load + 1) / all.max(1);
+    nodes.iter().map(|node| (node, u32::try_from(share(node).max(1)).unwrap_or(rate))).collect()
+}
+
+type News = (String, Result<KickProgress, String>);
+
+async fn kick(
+    address: &str,
+    request: KickRequest,
+    id: &str,
+    told: &mpsc::Sender<News>,
+) -> anyhow::Result<()> {
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(CONNECT_LIMIT);
+    let channel = endpoint.connect().await.context("cannot be reached")?;
+    let mut client = AccessAdminClient::new(channel);
+    let asked = tokio::time::timeout(CONNECT_LIMIT, client.kick(request)).await;
+    let refused =
+        |status: tonic::Status| anyhow::anyhow!("{}: {}", status.code(), status.message());
+    let mut stream = asked.context("no answer")?.map_err(refused)?.into_inner();
+    loop {
+        let next = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await;
+        let progress = next.context("went silent")?.context("ended early")?.map_err(refused)?;
+        let done = progress.done;
+        told.send((id.to_owned(), Ok(progress))).await?;
+        if done {
+            return Ok(());
+        }
+    }
+}
+
+fn show(outcome: &Outcome, took: &str, out: Output) -> anyhow::Result<()> {
+    if out.is_json() {
+        return Ok(out.object(outcome)?);
+    }
+    for (id, node) in &outcome.nodes {
+        let counts = format!("{:>8} of {} closed", node.closed, node.matched);
+        let error = node.error.as_ref().map(|error| out.paint(Tone::Bad, clean(error)));
+        out.line(format_args!("{:<24} {counts}  {}", clean(id), error.unwrap_or_default()))?;
+    }
+    let sum = format!("{} of {} sessions closed in {took}", outcome.closed, outcome.matched);
+    Ok(out.line(out.paint(Tone::Strong, sum))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use barid_core::{Incarnation, NodeId};
+
+    fn node(id: &str, load: u64) -> NodeRecord {
+        NodeRecord {
+            id: NodeId::new(id).unwrap(),
+            role: NodeRole::Access,
+            address: String::new(),
+            incarnation: Incarnation(1),
+            load,
+            draining: false,
+            zone: String::new(),
+            admin: String::new(),
+        }
+    }
+
+    #[test]
+    fn nodes_share_the_rate_by_their_sessions() {
+        let nodes = [node("a", 2_999), node("b", 999), node("c", 0)];
+        let shares = |rate| split(rate, &nodes).into_iter().map(|(_, n)| n).collect::<Vec<_>>();
+        assert_eq!(shares(4_001), [3_000, 1_000, 1]);
+        assert_eq!(shares(1), [1, 1, 1], "each goes on");
+    }
+}
