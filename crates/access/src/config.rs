@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admission::Origins;
 use crate::auth::Verifier;
+use crate::proxy::Proxies;
 
 /// A burst of minutes is no limit.
 const BURST_SECONDS_MAX: u64 = 600;
@@ -44,6 +45,8 @@ pub struct Config {
     pub redis: RedisConfig,
     /// Who may connect.
     pub auth: AuthConfig,
+    /// Balancers between the devices and this node.
+    pub proxy: ProxyConfig,
     /// Bounds.
     pub limits: LimitsConfig,
     /// Pings.
@@ -137,6 +140,18 @@ impl Default for JwksConfig {
             timeout_ms: 5_000,
         }
     }
+}
+
+/// Keys under `proxy`: how clients' addresses are learnt where balancers stand before the node.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProxyConfig {
+    /// Their networks, `10.0.0.0/8`, or addresses. Nobody else is believed.
+    pub trusted: Vec<String>,
+    /// Every connection of theirs begins with a header of the PROXY protocol (version 1 or 2).
+    pub protocol: bool,
+    /// Their requests say in `X-Forwarded-For` who the client is.
+    pub forwarded_for: bool,
 }
 
 /// Keys under `limits`.
@@ -260,11 +275,43 @@ pub struct HeartbeatConfig {
     pub interval_seconds: u16,
     /// And closed with 4003 if nothing came so many seconds after the ping.
     pub timeout_seconds: u16,
+    /// A device may ask for another interval in its Hello, from this one
+    pub interval_min_seconds: u16,
+    /// to this one.
+    pub interval_max_seconds: u16,
+    /// A session whose device sent nothing but pongs for so many seconds is closed with 4003. 0: never.
+    pub idle_seconds: u32,
+}
+
+impl HeartbeatConfig {
+    fn check(&self) -> Result<(), String> {
+        if self.interval_min_seconds > self.interval_max_seconds {
+            return Err(
+                "heartbeat.interval_min_seconds must be at most interval_max_seconds".into()
+            );
+        }
+        Ok(())
+    }
+
+    /// What a device gets that asked for this, seconds; 0: it did not ask.
+    pub(crate) fn interval(&self, wanted_ms: u32) -> u16 {
+        if wanted_ms == 0 {
+            return self.interval_seconds;
+        }
+        let wanted = u16::try_from(wanted_ms.div_ceil(1000)).unwrap_or(u16::MAX);
+        wanted.clamp(self.interval_min_seconds, self.interval_max_seconds)
+    }
 }
 
 impl Default for HeartbeatConfig {
     fn default() -> Self {
-        Self { interval_seconds: 25, timeout_seconds: 10 }
+        Self {
+            interval_seconds: 25,
+            timeout_seconds: 10,
+            interval_min_seconds: 5,
+            interval_max_seconds: 600,
+            idle_seconds: 0,
+        }
     }
 }
 
@@ -313,6 +360,7 @@ impl Default for Config {
             lease_ttl_ms: 10_000,
             redis: RedisConfig::default(),
             auth: AuthConfig::default(),
+            proxy: ProxyConfig::default(),
             limits: LimitsConfig::default(),
             heartbeat: HeartbeatConfig::default(),
             sync: SyncConfig::default(),
@@ -339,6 +387,8 @@ impl Config {
         }
         Verifier::new(&self.auth).map_err(|error| error.to_string())?;
         Origins::new(&self.auth.origins)?;
+        Proxies::new(&self.proxy)?;
+        self.heartbeat.check()?;
         self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;
         self.kafka.check()?;
@@ -358,6 +408,7 @@ impl Config {
             ("limits.batches_max", self.limits.batches_max as u64),
             ("limits.kicks_per_second", self.limits.kicks_per_second.into()),
             ("heartbeat.interval_seconds", self.heartbeat.interval_seconds.into()),
+            ("heartbeat.interval_min_seconds", self.heartbeat.interval_min_seconds.into()),
             ("heartbeat.timeout_seconds", self.heartbeat.timeout_seconds.into()),
             ("sync.page_entries_max", self.sync.page_entries_max.into()),
             ("sync.page_bytes_max", self.sync.page_bytes_max.into()),

@@ -79,6 +79,8 @@ struct Codec {
     encoding: Encoding,
     zstd: bool,
     visible_pings: bool,
+    /// Seconds.
+    ping_interval: u16,
 }
 
 /// From the first frame to a welcomed session. The error is what to close with; `None`: it left.
@@ -94,6 +96,7 @@ async fn identify(
         encoding: accepted.encoding,
         zstd: connecting.accepts_zstd,
         visible_pings: connecting.visible_pings,
+        ping_interval: node.heartbeat.interval(connecting.ping_interval_ms),
     };
     let identity = &connecting.identity;
     let connection = node.next_connection();
@@ -290,12 +293,13 @@ impl Connection {
         handle: Arc<Handle>,
         codec: Codec,
     ) -> Box<Self> {
-        let beat = Heartbeat::new(
-            node.heartbeat.interval_seconds,
+        let mut beat = Heartbeat::new(
+            codec.ping_interval,
             node.heartbeat.timeout_seconds,
             node.seconds(),
             node.seconds_at(accepted.claims.expires_s),
         );
+        beat.used(node.seconds(), node.heartbeat.idle_seconds);
         let mut connection = Box::new(Self {
             node: Arc::clone(node),
             socket: accepted.socket,
@@ -429,6 +433,11 @@ impl Connection {
             Beat::Ping => self.out.push_back(Out::Ping),
             Beat::Dead => {
                 let text = "nothing was heard from the device";
+                self.end(Some(Close::new(CloseCode::Heartbeat, text)));
+            }
+            Beat::Idle => {
+                self.node.metrics.limit("idle");
+                let text = "the device sent nothing but pongs for too long";
                 self.end(Some(Close::new(CloseCode::Heartbeat, text)));
             }
             Beat::Expired => {
@@ -603,6 +612,9 @@ impl Connection {
     }
 
     fn frame_in(&mut self, frame: ClientFrame) {
+        if !matches!(frame, ClientFrame::Pong(_)) {
+            self.beat.used(self.node.seconds(), self.node.heartbeat.idle_seconds);
+        }
         match frame {
             ClientFrame::Ack(ack) => {
                 let now_us = self.node.mailbox_now_us(self.handle.user());
@@ -681,7 +693,7 @@ impl Connection {
         let limit = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         self.control(&ServerFrame::Welcome(v1::Welcome {
             session: self.node.session(self.handle.connection).to_string(),
-            ping_interval_ms: u32::from(self.node.heartbeat.interval_seconds) * 1000,
+            ping_interval_ms: u32::from(self.codec.ping_interval) * 1000,
             max_frame_bytes: limit(self.node.limits.frame_bytes_max),
             max_unacked: limit(self.node.limits.unacked_max),
             positions: vec![v1::Position {

@@ -28,6 +28,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use crate::admission::{Admitted, Refused};
 use crate::auth::{AuthError, Claims};
 use crate::node::Node;
+use crate::proxy;
 
 /// How often the listener shows that it accepts.
 const TURN: Duration = Duration::from_secs(1);
@@ -36,6 +37,7 @@ const PATH: &str = "/v1/connect";
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
+const FORWARDED_FOR: &str = "x-forwarded-for";
 const BAD_REQUEST: &str = "400 Bad Request";
 const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const UNAVAILABLE: &str = "503 Service Unavailable";
@@ -99,15 +101,20 @@ pub struct Arrival {
 
 /// Reads and answers a handshake; `None` if it was refused or the device went away. Counts itself.
 pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
-    let Arrival { node, mut stream, address, mut admitted } = arrival;
+    let Arrival { node, mut stream, mut address, mut admitted } = arrival;
     let node = &*node;
-    let refusal = match judge(node, &mut stream, address, &mut admitted).await {
+    let refusal = match judge(node, &mut stream, &mut address, &mut admitted).await {
         Ok(judged) => {
             node.metrics.handshake("accepted");
             admitted.handshaken();
+            tracing::debug!(%address, user = %judged.claims.user.user, "handshake accepted");
             return Some((upgrade(node, stream, judged).await, admitted));
         }
         Err(Failure::Gone) => return count(node, "gone"),
+        Err(Failure::BadProxy) => {
+            tracing::warn!(balancer = %address, "no good header of the PROXY protocol");
+            return count(node, "proxy");
+        }
         Err(Failure::Refused(refusal)) => refusal,
     };
     tracing::debug!(
@@ -146,6 +153,8 @@ async fn turn_away(node: &Node, stream: TcpStream, refusal: Refusal) {
 
 enum Failure {
     Gone,
+    /// A balancer that speaks another protocol than it should: there is nobody to answer.
+    BadProxy,
     Refused(Refusal),
 }
 
@@ -164,16 +173,14 @@ struct Judged {
 async fn judge(
     node: &Node,
     stream: &mut TcpStream,
-    address: IpAddr,
+    address: &mut IpAddr,
     admitted: &mut Admitted,
 ) -> Result<Judged, Failure> {
     let over = |refused| Failure::Refused(Refusal::limit(node, refused));
-    if admitted.coming_from(address).map_err(over)? {
-        node.metrics.limit("addresses");
-    }
     let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
     let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
-    let (request, rest) = timeout(limit, read_request(stream)).await.map_err(|_| late())??;
+    let request = introduce(node, stream, address, admitted);
+    let (request, rest) = timeout(limit, request).await.map_err(|_| late())??;
     if request.uri().path() != PATH {
         return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
     }
@@ -203,6 +210,60 @@ async fn judge(
     Ok(Judged { rest, encoding, claims })
 }
 
+/// Reads the request, and before or by it learns whose it is: `address` is the peer's at first.
+async fn introduce(
+    node: &Node,
+    stream: &mut TcpStream,
+    address: &mut IpAddr,
+    admitted: &mut Admitted,
+) -> Result<(Request, Vec<u8>), Failure> {
+    let mut bytes = Vec::with_capacity(1024);
+    if node.proxies.speaks_first(*address) {
+        *address = read_proxy_header(stream, &mut bytes).await?.unwrap_or(*address);
+    }
+    let forwarded = node.proxies.forwards(*address);
+    if !forwarded {
+        limit_address(node, *address, admitted)?;
+    }
+    let (request, rest) = read_request(stream, bytes).await?;
+    if forwarded {
+        let values = request.headers().get_all(FORWARDED_FOR).iter();
+        let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
+        *address = node.proxies.client(*address, values.into_iter());
+        limit_address(node, *address, admitted)?;
+    }
+    Ok((request, rest))
+}
+
+fn limit_address(node: &Node, address: IpAddr, admitted: &mut Admitted) -> Result<(), Failure> {
+    let over = |refused| Failure::Refused(Refusal::limit(node, refused));
+    if admitted.coming_from(address).map_err(over)? {
+        node.metrics.limit("addresses");
+    }
+    Ok(())
+}
+
+/// Takes the header of the PROXY protocol off; what follows it stays in `bytes`.
+async fn read_proxy_header(
+    stream: &mut TcpStream,
+    bytes: &mut Vec<u8>,
+) -> Result<Option<IpAddr>, Failure> {
+    loop {
+        match proxy::header(bytes) {
+            proxy::Header::Whole { length, source } => {
+                bytes.drain(..length);
+                return Ok(source);
+            }
+            proxy::Header::Malformed => return Err(Failure::BadProxy),
+            proxy::Header::Partial => {
+                if stream.read_buf(bytes).await? == 0 {
+                    return Err(Failure::Gone);
+                }
+            }
+        }
+    }
+}
+
 async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, AuthError> {
     let token = token(request, offered).ok_or(AuthError::Missing)?;
     node.verifier.verify(&token, node.now_ms() / 1000).await
@@ -212,15 +273,17 @@ fn refused(status: &'static str, label: &'static str, text: impl Into<String>) -
     Failure::Refused(Refusal::new(status, label, text))
 }
 
-async fn read_request(stream: &mut TcpStream) -> Result<(Request, Vec<u8>), Failure> {
-    let mut bytes = Vec::with_capacity(1024);
+/// `bytes` came already.
+async fn read_request(
+    stream: &mut TcpStream,
+    mut bytes: Vec<u8>,
+) -> Result<(Request, Vec<u8>), Failure> {
+    // Looked through and parsed once, however slowly it trickles in.
+    let mut seen = 0;
     loop {
-        // Looked through and parsed once, however slowly it trickles in.
-        let seen = bytes.len().saturating_sub(3);
-        if stream.read_buf(&mut bytes).await? == 0 {
-            return Err(Failure::Gone);
+        if let Some(first) = bytes.first() {
+            check_first_byte(*first)?;
         }
-        check_first_byte(bytes[0])?;
         if bytes.len() > REQUEST_BYTES_MAX {
             let text = format!("the request has more than {REQUEST_BYTES_MAX} bytes");
             return Err(refused(TOO_LARGE, "headers", text));
@@ -233,6 +296,10 @@ async fn read_request(stream: &mut TcpStream) -> Result<(Request, Vec<u8>), Fail
                 Some((length, request)) => Ok((request, bytes.split_off(length))),
                 None => Err(refused(BAD_REQUEST, "bad_request", "not a request")),
             };
+        }
+        seen = bytes.len().saturating_sub(3);
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(Failure::Gone);
         }
     }
 }

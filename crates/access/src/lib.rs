@@ -21,6 +21,7 @@ mod memory;
 mod metrics;
 mod node;
 mod peers;
+mod proxy;
 mod registry;
 mod service;
 pub mod session;

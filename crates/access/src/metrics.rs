@@ -7,13 +7,14 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
 
-const HANDSHAKES: [&str; 15] = [
+const HANDSHAKES: [&str; 16] = [
     "accepted",
     "gone",
     "timeout",
     "overloaded",
     "limited",
     "forbidden",
+    "proxy",
     "not_found",
     "draining",
     "subprotocol",
@@ -42,7 +43,7 @@ const FRAMES: [&str; 4] = ["hello", "ack", "refresh", "pong"];
 const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
 const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
 const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 17] = [
+const LIMITS: [&str; 18] = [
     "connections",
     "handshakes",
     "handshake_rate",
@@ -56,6 +57,7 @@ const LIMITS: [&str; 17] = [
     "frame_bytes",
     "upstream_frames",
     "upstream_bytes",
+    "idle",
     "memory",
     "memory_closed",
     "forgets",

@@ -15,6 +15,7 @@ use crate::auth::Verifier;
 use crate::config::{HeartbeatConfig, LimitsConfig};
 use crate::handle::Handle;
 use crate::metrics::Metrics;
+use crate::proxy::Proxies;
 use crate::registry::Registry;
 use crate::session::{Seconds, Settings};
 use crate::upstream::Upstream;
@@ -55,6 +56,8 @@ pub struct Parts {
     pub limits: LimitsConfig,
     /// Whom it lets in.
     pub admission: Arc<Admission>,
+    /// Whom to believe about clients' addresses.
+    pub proxies: Proxies,
     /// Which web pages may connect.
     pub origins: Origins,
     /// What a device may send.

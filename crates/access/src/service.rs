@@ -29,6 +29,7 @@ use crate::memory::{self, Marks};
 use crate::metrics::Metrics;
 use crate::node::{Node, Parts};
 use crate::peers::Peers;
+use crate::proxy::Proxies;
 use crate::session::{Close, Settings};
 use crate::upstream::Upstream;
 
@@ -131,6 +132,7 @@ async fn build(
             receipts,
             limits: config.limits.clone(),
             admission: Arc::new(Admission::new(&config.limits)),
+            proxies: Proxies::new(&config.proxy).map_err(Error::Config)?,
             origins: Origins::new(&config.auth.origins).map_err(Error::Config)?,
             upstream: Upstream::new(&config.limits),
             heartbeat: config.heartbeat.clone(),

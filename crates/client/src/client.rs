@@ -38,6 +38,7 @@ pub struct Builder {
     on_event: Arc<dyn Fn(Event) + Send + Sync>,
     timing: Timing,
     body_bytes_max: usize,
+    ping_interval: Option<Duration>,
 }
 
 /// The durations that a client keeps to.
@@ -60,6 +61,7 @@ pub(crate) struct Settings {
     pub(crate) on_event: Arc<dyn Fn(Event) + Send + Sync>,
     pub(crate) timing: Timing,
     pub(crate) body_bytes_max: usize,
+    pub(crate) ping_interval_ms: u32,
 }
 
 /// A client that cannot be started.
@@ -104,6 +106,7 @@ impl Client {
                 shutdown: Duration::from_secs(5),
             },
             body_bytes_max: 16 << 20,
+            ping_interval: None,
         }
     }
 
@@ -202,6 +205,15 @@ impl Builder {
         self
     }
 
+    /// How often to be pinged where nothing else is sent, as far as the server's bounds allow; as the
+    /// server likes if not given. Longer saves battery where the network keeps idle connections; shorter
+    /// notices sooner that it does not.
+    #[must_use]
+    pub fn ping_interval(mut self, interval: Duration) -> Self {
+        self.ping_interval = Some(interval);
+        self
+    }
+
     /// To how many bytes a compressed body may grow; 16 MiB if not given.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
@@ -280,6 +292,10 @@ impl Builder {
             on_event: self.on_event,
             timing: self.timing,
             body_bytes_max: self.body_bytes_max,
+            // 0 would be the server's choice.
+            ping_interval_ms: self.ping_interval.map_or(0, |interval| {
+                u32::try_from(interval.as_millis()).unwrap_or(u32::MAX).max(1)
+            }),
         })
     }
 }

@@ -232,6 +232,7 @@ impl Driver {
             positions: position.into_iter().collect(),
             accepts_zstd: true,
             visible_pings: false,
+            ping_interval_ms: self.settings.ping_interval_ms,
         }
     }
 }

@@ -13,6 +13,8 @@ pub enum Beat {
     Ping,
     /// Nothing was heard from it for too long.
     Dead,
+    /// It answers pings, and has sent nothing else for too long.
+    Idle,
     /// Its token's time is over.
     Expired,
     /// It was told to go, and time is up.
@@ -34,18 +36,27 @@ pub struct Heartbeat {
     expires: Seconds,
     /// When it ends at the latest, having been told to go.
     leaves: Seconds,
+    /// When it ends unless the device sends something of use.
+    idles: Seconds,
 }
 
 impl Heartbeat {
     /// Pings where a direction was silent for `interval`; gives up `patience` after a ping.
     pub fn new(interval: u16, patience: u16, now: Seconds, expires: Seconds) -> Self {
-        Self { interval, patience, heard: now, written: now, pinged: NEVER, expires, leaves: NEVER }
+        let (heard, written) = (now, now);
+        let (pinged, leaves, idles) = (NEVER, NEVER, NEVER);
+        Self { interval, patience, heard, written, pinged, expires, leaves, idles }
     }
 
     /// Something came from the device.
     pub fn heard(&mut self, now: Seconds) {
         self.heard = now;
         self.pinged = NEVER;
+    }
+
+    /// The device sent something else than a pong: it may do without for another `idle`; 0: for ever.
+    pub fn used(&mut self, now: Seconds, idle: Seconds) {
+        self.idles = if idle == 0 { NEVER } else { now.saturating_add(idle) };
     }
 
     /// Something was written to the device.
@@ -76,6 +87,9 @@ impl Heartbeat {
         if now >= self.expires {
             return Beat::Expired;
         }
+        if now >= self.idles {
+            return Beat::Idle;
+        }
         if now < self.beats_at() {
             return Beat::Nothing;
         }
@@ -89,7 +103,7 @@ impl Heartbeat {
 
     /// When to tick next.
     pub fn due(&self) -> Seconds {
-        self.beats_at().min(self.expires).min(self.leaves)
+        self.beats_at().min(self.expires).min(self.leaves).min(self.idles)
     }
 
     /// When to ping, or to give up.
@@ -141,6 +155,25 @@ mod tests {
         beat.heard(99);
         beat.written(99);
         assert_eq!(beat.tick(100), Beat::Expired);
+    }
+
+    #[test]
+    fn who_only_answers_pings_is_idle_and_who_sends_anything_else_is_not() {
+        let mut beat = Heartbeat::new(25, 10, 0, 1000);
+        beat.used(0, 60);
+        for now in (20..60).step_by(20) {
+            beat.heard(now);
+            beat.written(now);
+        }
+        assert_eq!((beat.tick(59), beat.due(), beat.tick(60)), (Beat::Nothing, 60, Beat::Idle));
+        beat.used(59, 60);
+        beat.heard(60);
+        beat.written(60);
+        assert_eq!((beat.tick(60), beat.due()), (Beat::Nothing, 85));
+        beat.used(70, 0);
+        beat.heard(900);
+        beat.written(900);
+        assert_eq!(beat.tick(900), Beat::Nothing, "no limit");
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct Connecting {
     pub accepts_zstd: bool,
     /// It wants Ping frames.
     pub visible_pings: bool,
+    /// It wants to be pinged so often, ms; 0: as the node likes.
+    pub ping_interval_ms: u32,
     position: Option<Position>,
     /// The device did not count its attempts: the node's clock at the handshake serves.
     attempt_implied: bool,
@@ -62,6 +64,7 @@ impl Unidentified {
             },
             accepts_zstd: hello.accepts_zstd,
             visible_pings: hello.visible_pings,
+            ping_interval_ms: hello.ping_interval_ms,
             position: position.map(position_of),
             attempt_implied: hello.attempt == 0,
         })

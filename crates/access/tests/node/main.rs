@@ -3,9 +3,11 @@
 mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
+mod heartbeats;
 mod isolation;
 mod kick;
 mod limits;
+mod proxies;
 mod raw;
 mod slow;
 mod support;

@@ -275,6 +275,9 @@ struct Hello {
     accepts_zstd: Option<bool>,
     #[serde(alias = "visible_pings", skip_serializing_if = "Option::is_none")]
     visible_pings: Option<bool>,
+    #[serde(alias = "ping_interval_ms")]
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    ping_interval_ms: u32,
 }
 
 /// Also of Welcome, so unknown fields are passed over.
@@ -387,6 +390,7 @@ impl From<Hello> for v1::Hello {
             positions: hello.positions.into_iter().flatten().map(Into::into).collect(),
             accepts_zstd: hello.accepts_zstd.unwrap_or_default(),
             visible_pings: hello.visible_pings.unwrap_or_default(),
+            ping_interval_ms: hello.ping_interval_ms,
         }
     }
 }
@@ -402,6 +406,7 @@ impl From<v1::Hello> for Hello {
             positions: (!positions.is_empty()).then_some(positions),
             accepts_zstd: hello.accepts_zstd.then_some(true),
             visible_pings: hello.visible_pings.then_some(true),
+            ping_interval_ms: hello.ping_interval_ms,
         }
     }
 }

@@ -237,8 +237,8 @@ fn client_frame() -> impl Strategy<Value = ClientFrame> {
         mailboxes.len() == positions.len()
     });
     prop_oneof![
-        (name(), name(), wire_number(), positions, any::<(bool, bool)>()).prop_map(
-            |(device, platform, attempt, positions, (accepts_zstd, visible_pings))| {
+        (name(), name(), wire_number(), positions, any::<(bool, bool, u32)>()).prop_map(
+            |(device, platform, attempt, positions, (accepts_zstd, visible_pings, interval))| {
                 ClientFrame::Hello(v1::Hello {
                     device,
                     sdk: platform.clone(),
@@ -247,6 +247,7 @@ fn client_frame() -> impl Strategy<Value = ClientFrame> {
                     positions,
                     accepts_zstd,
                     visible_pings,
+                    ping_interval_ms: interval,
                 })
             }
         ),

@@ -1,0 +1,338 @@
+//! Who is really at the other end where a balancer stands between: the PROXY protocol, versions 1 and 2
+//! (haproxy.org/download/3.0/doc/proxy-protocol.txt), and `X-Forwarded-For`. Both are believed only of
+//! peers in networks that the operator trusts. Pure: bytes in, addresses out.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::config::ProxyConfig;
+
+/// Of a header of version 1, as its specification has it; of version 2, what balancers send and more.
+const V1_BYTES_MAX: usize = 107;
+const V2_BODY_BYTES_MAX: usize = 4 << 10;
+const V1_START: &[u8] = b"PROXY ";
+const V2_START: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+const V2_HEAD_BYTES: usize = 16;
+
+/// Whom to believe, and what.
+#[derive(Debug, Clone, Default)]
+pub struct Proxies {
+    trusted: Vec<Network>,
+    protocol: bool,
+    forwarded_for: bool,
+}
+
+impl Proxies {
+    /// As configured.
+    ///
+    /// # Errors
+    /// A network that is none, or nobody to believe.
+    pub fn new(config: &ProxyConfig) -> Result<Self, String> {
+        let trusted: Vec<_> =
+            config.trusted.iter().map(|text| Network::parse(text)).collect::<Result<_, _>>()?;
+        let ProxyConfig { protocol, forwarded_for, .. } = *config;
+        if trusted.is_empty() && (protocol || forwarded_for) {
+            return Err("proxy.trusted must name the networks of your balancers".into());
+        }
+        Ok(Self { trusted, protocol, forwarded_for })
+    }
+
+    /// Whether a connection of this peer begins with a header of the PROXY protocol.
+    pub fn speaks_first(&self, peer: IpAddr) -> bool {
+        self.protocol && self.trusts(peer)
+    }
+
+    /// Whether the request of this address says who it is for.
+    pub fn forwards(&self, address: IpAddr) -> bool {
+        self.forwarded_for && self.trusts(address)
+    }
+
+    /// The client, given who sent the request and its headers `X-Forwarded-For` in order: the last
+    /// address that is not a balancer's. Each balancer appends whom it heard from, so what stands before
+    /// that is the client's own invention.
+    pub fn client<'a>(
+        &self,
+        sender: IpAddr,
+        forwarded_for: impl DoubleEndedIterator<Item = &'a str>,
+    ) -> IpAddr {
+        let mut client = sender;
+        for text in forwarded_for.rev().flat_map(|value| value.rsplit(',')) {
+            let Some(address) = address(text.trim()) else { break };
+            client = address;
+            if !self.trusts(address) {
+                break;
+            }
+        }
+        client
+    }
+
+    fn trusts(&self, address: IpAddr) -> bool {
+        self.trusted.iter().any(|network| network.holds(address))
+    }
+}
+
+/// An address as it stands in `X-Forwarded-For`: some balancers add the port.
+fn address(text: &str) -> Option<IpAddr> {
+    let plain = || text.parse::<IpAddr>().ok();
+    let with_port = || text.parse::<std::net::SocketAddr>().ok().map(|address| address.ip());
+    let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<IpAddr>().ok();
+    plain().or_else(with_port).or_else(bracketed).map(|address| address.to_canonical())
+}
+
+/// `10.0.0.0/8`, `2001:db8::/32`, or one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Network {
+    /// IPv4 as `::ffff:a.b.c.d`.
+    bits: u128,
+    mask: u128,
+}
+
+impl Network {
+    fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || format!("proxy.trusted: {text:?} is no network (10.0.0.0/8) or address");
+        let (address, length) = match text.split_once('/') {
+            Some((address, length)) => (address, Some(length)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let length: u32 = length.map_or(Ok(bits), str::parse).map_err(|_| wrong())?;
+        let host = bits.checked_sub(length).ok_or_else(wrong)?;
+        let mask = u128::MAX.checked_shl(host).unwrap_or(0);
+        let bits = as_bits(address);
+        if bits & !mask != 0 {
+            return Err(format!("proxy.trusted: {text:?} has bits beyond its length"));
+        }
+        Ok(Self { bits, mask })
+    }
+
+    fn holds(&self, address: IpAddr) -> bool {
+        as_bits(address) & self.mask == self.bits
+    }
+}
+
+fn as_bits(address: IpAddr) -> u128 {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+/// What a connection's first bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Header {
+    /// The beginning of a header.
+    Partial,
+    /// A header of so many bytes, and for whom; `None`: for the balancer itself (a health check), or it
+    /// does not know.
+    Whole {
+        /// Its bytes; the request follows.
+        length: usize,
+        /// The client.
+        source: Option<IpAddr>,
+    },
+    /// No header, or not one of this protocol.
+    Malformed,
+}
+
+/// Reads a header.
+pub fn header(bytes: &[u8]) -> Header {
+    let begins = |start: &[u8]| bytes.iter().zip(start).all(|(byte, expected)| byte == expected);
+    if begins(V1_START) {
+        v1(bytes)
+    } else if begins(V2_START) {
+        v2(bytes)
+    } else {
+        Header::Malformed
+    }
+}
+
+fn v1(bytes: &[u8]) -> Header {
+    let line = &bytes[..bytes.len().min(V1_BYTES_MAX)];
+    let Some(end) = line.windows(2).position(|pair| pair == b"\r\n") else {
+        return if bytes.len() < V1_BYTES_MAX { Header::Partial } else { Header::Malformed };
+    };
+    let source = std::str::from_utf8(&line[V1_START.len().min(end)..end]).ok().and_then(v1_source);
+    match source {
+        Some(source) => Header::Whole { length: end + 2, source },
+        None => Header::Malformed,
+    }
+}
+
+/// `TCP4 192.0.2.1 198.51.100.1 4711 443`.
+fn v1_source(text: &str) -> Option<Option<IpAddr>> {
+    let mut words = text.split(' ');
+    let (protocol, rest) = (words.next()?, words.collect::<Vec<_>>());
+    if protocol == "UNKNOWN" {
+        return Some(None);
+    }
+    let [source, destination, source_port, destination_port] = rest[..] else { return None };
+    let parse = |text: &str| match protocol {
+        "TCP4" => text.parse().map(IpAddr::V4).ok(),
+        "TCP6" => text.parse().map(IpAddr::V6).ok(),
+        _ => None,
+    };
+    parse(destination)?;
+    source_port.parse::<u16>().ok()?;
+    destination_port.parse::<u16>().ok()?;
+    parse(source).map(|source| Some(source.to_canonical()))
+}
+
+fn v2(bytes: &[u8]) -> Header {
+    let Some(head) = bytes.first_chunk::<V2_HEAD_BYTES>() else { return Header::Partial };
+    let body_bytes = usize::from(u16::from_be_bytes([head[14], head[15]]));
+    let (version, command) = (head[12] >> 4, head[12] & 0x0f);
+    if version != 2 || command > 1 || body_bytes > V2_BODY_BYTES_MAX {
+        return Header::Malformed;
+    }
+    let length = V2_HEAD_BYTES + body_bytes;
+    let Some(body) = bytes.get(V2_HEAD_BYTES..length) else { return Header::Partial };
+    const LOCAL: u8 = 0;
+    let source = match (command, head[13]) {
+        (LOCAL, _) => Some(None),
+        // TCP over IPv4, over IPv6.
+        (_, 0x11) if body_bytes >= 12 => {
+            body.first_chunk::<4>().map(|octets| Some(Ipv4Addr::from(*octets).into()))
+        }
+        (_, 0x21) if body_bytes >= 36 => {
+            body.first_chunk::<16>().map(|octets| Some(Ipv6Addr::from(*octets).into()))
+        }
+        // Not told, or a Unix socket.
+        (_, 0x00 | 0x31) => Some(None),
+        _ => None,
+    };
+    match source {
+        Some(source) => {
+            Header::Whole { length, source: source.map(|source: IpAddr| source.to_canonical()) }
+        }
+        None => Header::Malformed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn proxies(trusted: &[&str]) -> Result<Proxies, String> {
+        let trusted = trusted.iter().map(|text| (*text).to_owned()).collect();
+        Proxies::new(&ProxyConfig { trusted, protocol: true, forwarded_for: true })
+    }
+
+    fn v2_of(command: u8, family: u8, body: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+        [V2_START, &[0x20 | command, family], &length, body].concat()
+    }
+
+    fn v2_tcp4() -> Vec<u8> {
+        v2_of(1, 0x11, &[192, 0, 2, 1, 198, 51, 100, 1, 0x12, 0x34, 1, 0xbb])
+    }
+
+    #[test]
+    fn headers_of_both_versions_name_the_client() {
+        let v6 = "2001:db8::7".parse::<Ipv6Addr>().unwrap().octets();
+        let v6_body = [&v6[..], &[0; 16], &[1, 2, 3, 4], &[3, 0, 1, 9]].concat();
+        for (bytes, source) in [
+            (b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 443\r\n".to_vec(), Some("192.0.2.1")),
+            (b"PROXY TCP6 2001:db8::7 ::1 1 65535\r\n".to_vec(), Some("2001:db8::7")),
+            (b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\n".to_vec(), Some("192.0.2.1")),
+            (b"PROXY UNKNOWN\r\n".to_vec(), None),
+            (b"PROXY UNKNOWN ::1 ::1 1 2\r\n".to_vec(), None),
+            (v2_tcp4(), Some("192.0.2.1")),
+            (v2_of(1, 0x21, &v6_body), Some("2001:db8::7")),
+            (v2_of(0, 0x11, &[]), None),
+            (v2_of(1, 0, &[1, 2, 3]), None),
+            (v2_of(1, 0x31, &[0; 216]), None),
+        ] {
+            let whole = Header::Whole { length: bytes.len(), source: source.map(ip) };
+            assert_eq!(header(&bytes), whole, "{bytes:?}");
+            let with_more = [&bytes[..], b"GET / HTTP/1.1\r\n\r\n"].concat();
+            assert_eq!(header(&with_more), whole);
+            for cut in 0..bytes.len() {
+                assert_eq!(header(&bytes[..cut]), Header::Partial, "{cut} of {bytes:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_header_is_malformed_and_no_header_is_long() {
+        let long = [b"PROXY TCP4 ".to_vec(), vec![b'1'; 97]].concat();
+        for bytes in [
+            b"GET /v1/connect HTTP/1.1\r\n".to_vec(),
+            b"PROXY TCP4 192.0.2.1 198.51.100.1 4711\r\n".to_vec(),
+            b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 443 1\r\n".to_vec(),
+            b"PROXY TCP4  192.0.2.1 198.51.100.1 4711 443\r\n".to_vec(),
+            b"PROXY TCP4 2001:db8::7 ::1 1 2\r\n".to_vec(),
+            b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 65536\r\n".to_vec(),
+            b"PROXY TCP5 192.0.2.1 198.51.100.1 1 2\r\n".to_vec(),
+            b"PROXY \r\n".to_vec(),
+            b"PROXY \xff\xff\r\n".to_vec(),
+            b"proxy UNKNOWN\r\n".to_vec(),
+            long[..V1_BYTES_MAX].to_vec(),
+            v2_of(2, 0x11, &[0; 12]),
+            v2_of(1, 0x11, &[0; 11]),
+            v2_of(1, 0x21, &[0; 12]),
+            v2_of(1, 0x12, &[0; 12]),
+            v2_of(1, 0x11, &[0; V2_BODY_BYTES_MAX + 1]),
+            [V2_START, &[0x11, 0x11, 0, 0]].concat(),
+        ] {
+            assert_eq!(header(&bytes), Header::Malformed, "{}", bytes.escape_ascii());
+        }
+        assert_eq!(header(&long[..V1_BYTES_MAX - 1]), Header::Partial);
+    }
+
+    #[test]
+    fn only_balancers_are_believed_and_only_what_they_saw() {
+        let proxies = proxies(&["10.0.0.0/8", "2001:db8:ff::/48"]).unwrap();
+        let client = |sender: &str, forwarded: &[&str]| -> IpAddr {
+            proxies.client(ip(sender), forwarded.iter().copied())
+        };
+        assert!(proxies.forwards(ip("10.1.2.3")) && proxies.speaks_first(ip("::ffff:10.1.2.3")));
+        assert!(!proxies.forwards(ip("192.0.2.1")) && !proxies.speaks_first(ip("11.0.0.1")));
+        assert_eq!(client("10.0.0.1", &["192.0.2.7"]), ip("192.0.2.7"));
+        assert_eq!(client("10.0.0.1", &["1.1.1.1, 192.0.2.7, 10.0.0.2"]), ip("192.0.2.7"));
+        assert_eq!(
+            client("10.0.0.1", &["1.1.1.1", "192.0.2.7", "2001:db8:ff::1"]),
+            ip("192.0.2.7")
+        );
+        assert_eq!(client("10.0.0.1", &["junk, 192.0.2.7:4711"]), ip("192.0.2.7"));
+        assert_eq!(client("10.0.0.1", &["[2001:db8::7]:1"]), ip("2001:db8::7"));
+        // Nothing, or nothing that can be read: the balancer itself is the client.
+        for none in [&[][..], &[""], &["junk"], &["192.0.2.7, junk"], &["192.0.2.7,"]] {
+            assert_eq!(client("10.0.0.1", none), ip("10.0.0.1"), "{none:?}");
+        }
+        assert_eq!(client("10.0.0.1", &["junk, 10.0.0.9"]), ip("10.0.0.9"));
+    }
+
+    #[test]
+    fn networks_are_networks() {
+        for bad in ["", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.0/", "example.com", "10.0.0.0/-1"] {
+            let error = proxies(&[bad]).unwrap_err();
+            assert!(error.starts_with("proxy.trusted: "), "{error}");
+        }
+        let error = proxies(&[]).unwrap_err();
+        assert_eq!(error, "proxy.trusted must name the networks of your balancers");
+        let all = proxies(&["0.0.0.0/0"]).unwrap();
+        assert!(all.forwards(ip("1.2.3.4")) && !all.forwards(ip("2001:db8::1")));
+        assert!(proxies(&["::/0"]).unwrap().forwards(ip("1.2.3.4")));
+        assert!(proxies(&["192.0.2.1"]).unwrap().forwards(ip("192.0.2.1")));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_judged_within_the_bounds(
+            start in prop::sample::select(vec![&b""[..], V1_START, V2_START]),
+            rest in prop::collection::vec(any::<u8>(), 0..6000),
+        ) {
+            let bytes = [start, &rest].concat();
+            match header(&bytes) {
+                Header::Whole { length, .. } => prop_assert!(length <= bytes.len()),
+                Header::Partial => prop_assert!(bytes.len() < V2_HEAD_BYTES + V2_BODY_BYTES_MAX),
+                Header::Malformed => (),
+            }
+        }
+    }
+}
