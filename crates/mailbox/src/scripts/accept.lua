@@ -36,9 +36,9 @@ local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thous
 local find, sub, unpack = string.find, string.sub, unpack
 
 -- The group under way: its keys, its messages and the letters of those, and the position before it;
--- whether all of it lies behind that.
+-- whether all of it lies behind that, and whether any of it has a collapse key.
 local positions, timers, source, metas, letters
-local l0, o0, i0, all_new
+local l0, o0, i0, all_new, has_keys
 
 -- Whether one of these ids is at a multiple of eight.
 local function has_id(ids, hash)
@@ -271,17 +271,17 @@ end
 
 -- How many arguments the messages `m` to `last` have.
 local function arguments_of(m, last)
-  local count = 0
-  for m = m, last do
+  local count = last - m + 1
+  for m = m, has_keys and last or 0 do
     local _, _, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
-    count = count + 1 + has_key
+    count = count + has_key
   end
   return count
 end
 
 local function group(k, a)
   positions, timers, source = KEYS[k], KEYS[k + 1], ARGV[a]
-  local has_prev, pl, po, pi, fl, fo, fi, ll, lo, li, users = parse(GROUP, ARGV[a + 1])
+  local has_prev, pl, po, pi, fl, fo, fi, ll, lo, li, users, arguments = parse(GROUP, ARGV[a + 1])
   local stored = call('HGET', positions, source)
   local l, o, i = match(stored or '-2 -1 0', '^(-?%d+) (-?%d+) (%d+)$')
   if not l then error('corrupt position') end
@@ -290,6 +290,7 @@ local function group(k, a)
   local counts = ARGV[a + 2]
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
+  has_keys = arguments > 4 + users + #metas / MESSAGE_BYTES
   local mailboxes, problems, member, body = {}, {}, a + 4, a + 4 + users
   local user, m = 0, 1
   local function rest() -- until one fails: a pcall for each would cost more
