@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test latency throughput redis-cost l1 lint fmt setup
+.PHONY: help run test bench latency throughput redis-cost l1 lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -12,6 +12,9 @@ run: ## Install what is missing, build, start the whole cluster and show a push 
 
 test: ## Install what is missing and run every test
 	@scripts/test.sh $(ARGS)
+
+bench: ## Measure all of it beside a floor and the goals, in 15 minutes (ONLY=idle,handshake: those)
+	@scripts/bench.sh bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 latency: ## Measure how long a message takes, produce to device, by hop (ARGS=--help: options)
 	@scripts/bench.sh latency $(ARGS)

@@ -72,6 +72,21 @@ impl Audit {
         }
     }
 
+    /// For the part of a run that another process sees: its name, and all of its users.
+    pub fn of_run(run: String, users: u32) -> Self {
+        Self { run, ..Self::new(users, None) }
+    }
+
+    /// What names the run in its messages' ids.
+    pub fn run(&self) -> &str {
+        &self.run
+    }
+
+    /// So many records were shown or passed over in other processes.
+    pub fn settled_elsewhere(&self, records: u64) {
+        self.settled.store(records, Ordering::Relaxed);
+    }
+
     /// How many users there are.
     pub fn users(&self) -> u64 {
         self.books.len() as u64
@@ -203,6 +218,13 @@ pub struct Outcome {
     pub repeats: u64,
 }
 
+impl Outcome {
+    /// Whether everything was shown once and in order.
+    pub fn is_clean(&self) -> bool {
+        self.lost == 0 && self.passed_over == 0 && self.repeats == 0
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { shown, lost, passed_over, repeats } = self;
@@ -220,11 +242,6 @@ impl Totals {
     pub fn outcome(&self) -> Outcome {
         let Self { shown, passed_over, repeats, .. } = *self;
         Outcome { shown, lost: self.lost(), passed_over, repeats }
-    }
-
-    /// Whether everything was shown once and in order.
-    pub fn is_clean(&self) -> bool {
-        self.lost() == 0 && self.passed_over == 0 && self.repeats == 0
     }
 
     /// The mean latency, in milliseconds; 0 where there is none.
@@ -262,6 +279,6 @@ mod tests {
         let totals = audit.totals();
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
         assert_eq!((totals.shown, totals.lost(), audit.settled()), (5, 3, 6));
-        assert!(!totals.is_clean());
+        assert!(!totals.outcome().is_clean());
     }
 }

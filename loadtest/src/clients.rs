@@ -23,10 +23,12 @@ pub async fn connect(options: &Options, audit: &Arc<Audit>) -> anyhow::Result<Ve
     let secret = std::fs::read(&options.secret_file)
         .with_context(|| format!("reading {}", options.secret_file.display()))?;
     let key = EncodingKey::from_secret(secret.trim_ascii_end());
+    let life = Duration::from_secs(options.seconds + options.settle_seconds + 3600);
     let (welcomed, mut welcomes) = mpsc::channel(options.users as usize);
     let mut clients = Vec::new();
     for number in 0..options.users {
-        let token = sign(options, &key, &user(number.into()))?;
+        let (key_id, user) = (options.key_id.clone(), user(number.into()));
+        let token = sign(&key, key_id, &options.app, &user, life)?;
         let url = &options.url[number as usize % options.url.len()];
         let (audit, welcomed) = (Arc::clone(audit), welcomed.clone());
         let client = Client::builder(url)
@@ -59,10 +61,19 @@ pub async fn connect(options: &Options, audit: &Arc<Audit>) -> anyhow::Result<Ve
     Ok(clients)
 }
 
-fn sign(options: &Options, key: &EncodingKey, user: &str) -> anyhow::Result<String> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let life = options.seconds + options.settle_seconds + 3600;
-    let claims = serde_json::json!({ "app": options.app, "sub": user, "exp": now + life });
-    let header = Header { kid: options.key_id.clone(), ..Header::new(Algorithm::HS256) };
+/// A user's token.
+///
+/// # Errors
+/// The key cannot sign.
+pub fn sign(
+    key: &EncodingKey,
+    key_id: Option<String>,
+    app: &str,
+    user: &str,
+    life: Duration,
+) -> anyhow::Result<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let claims = serde_json::json!({ "app": app, "sub": user, "exp": (now + life).as_secs() });
+    let header = Header { kid: key_id, ..Header::new(Algorithm::HS256) };
     Ok(jsonwebtoken::encode(&header, &claims, key)?)
 }

@@ -1,4 +1,4 @@
-//! CPU time of processes and of this process's threads, from `/proc`.
+//! CPU time and memory of processes, and CPU time of this process's threads, from `/proc`.
 
 use std::fs;
 
@@ -13,6 +13,17 @@ const TICKS_PER_S: f64 = 100.0;
 /// It is gone.
 pub fn of_process(pid: u32) -> anyhow::Result<f64> {
     seconds(&fs::read_to_string(format!("/proc/{pid}/stat"))?)
+}
+
+/// Bytes of a process in RAM.
+///
+/// # Errors
+/// It is gone.
+pub fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("no VmRSS in a status")? * 1024)
 }
 
 /// User and system seconds of those living threads of this process whose names are `wanted`.
@@ -68,5 +79,13 @@ mod tests {
         while std::time::Instant::now() < until {}
         assert!(of_threads(|_| true).unwrap() > begun);
         assert!(of_process(std::process::id()).unwrap() > begun);
+    }
+
+    #[test]
+    fn memory_that_is_written_is_resident() {
+        let pid = std::process::id();
+        let before = resident_bytes(pid).unwrap();
+        let written = vec![1_u8; 64 << 20];
+        assert!(resident_bytes(pid).unwrap() > before + (60 << 20), "{}", written.len());
     }
 }

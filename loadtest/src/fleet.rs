@@ -2,14 +2,16 @@
 //! one socket each, protobuf frames, acknowledgements as the protocol advises. They do not come
 //! back after a close; for that there are [`crate::clients`].
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
 use barid_wire::v1::{Ack, Hello, client_frame::Kind};
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _, stream};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_tungstenite::tungstenite::Message as Frame;
@@ -39,7 +41,7 @@ impl Fleet {
     /// # Errors
     /// A device is not welcomed.
     pub async fn connect(
-        addresses: &[std::net::SocketAddr],
+        addresses: &[SocketAddr],
         token: impl Fn(&str) -> String,
         ack_delay: Duration,
         audit: &Arc<Audit>,
@@ -50,7 +52,7 @@ impl Fleet {
                 let address = addresses[number as usize % addresses.len()];
                 let token = token(&user(number.into()));
                 async move {
-                    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(address, &token));
+                    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(address, None, &token));
                     let socket = opened.await.context("a device was not welcomed in time")??;
                     Ok::<_, anyhow::Error>((number, socket))
                 }
@@ -60,7 +62,7 @@ impl Fleet {
             .await?;
         let mut devices = JoinSet::new();
         for (number, socket) in welcomed {
-            let device = Device { socket, number, ack_delay, audit: Arc::clone(audit) };
+            let device = Device::new(socket, number, ack_delay, Arc::clone(audit));
             devices.spawn(device.serve());
         }
         Ok(Self { devices })
@@ -78,17 +80,62 @@ impl Fleet {
     }
 }
 
-type Socket = WebSocketStream<TcpStream>;
+/// A client's end.
+pub type Socket = WebSocketStream<TcpStream>;
 
-async fn open(address: std::net::SocketAddr, token: &str) -> anyhow::Result<Socket> {
-    let stream = TcpStream::connect(address).await?;
+/// From an address of this machine, if one is given.
+async fn stream(node: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<TcpStream> {
+    let socket = if node.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(source) = source {
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    let stream = socket.connect(node).await?;
     stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn config() -> WebSocketConfig {
+    WebSocketConfig::default().read_buffer_size(4 << 10).write_buffer_size(0)
+}
+
+/// Opens a connection to the floor.
+///
+/// # Errors
+/// It is refused.
+pub async fn open_plain(node: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<Socket> {
+    let stream = stream(node, source).await?;
+    let url = format!("ws://{node}/");
+    Ok(client_async_with_config(url, stream, Some(config())).await?.0)
+}
+
+/// Counts the floor's frames until the connection ends.
+///
+/// # Errors
+/// Why it ended.
+pub async fn read_plain(mut socket: Socket, frames: &AtomicU64) -> anyhow::Result<()> {
+    while let Some(frame) = socket.next().await {
+        if let Frame::Binary(_) = frame? {
+            frames.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    bail!("end of stream")
+}
+
+/// Opens a session of the token's user.
+///
+/// # Errors
+/// It is refused, or closed before it is welcomed.
+pub async fn open(
+    address: SocketAddr,
+    source: Option<IpAddr>,
+    token: &str,
+) -> anyhow::Result<Socket> {
+    let stream = stream(address, source).await?;
     let mut request = format!("ws://{address}/v1/connect").into_client_request()?;
     let headers = request.headers_mut();
     headers.insert("authorization", format!("Bearer {token}").parse()?);
     headers.insert("sec-websocket-protocol", Encoding::Proto.subprotocol().parse()?);
-    let config = WebSocketConfig::default().read_buffer_size(4 << 10).write_buffer_size(0);
-    let (mut socket, _) = client_async_with_config(request, stream, Some(config)).await?;
+    let (mut socket, _) = client_async_with_config(request, stream, Some(config())).await?;
     let hello = Hello { device: "load".into(), platform: "loadtest".into(), ..Hello::default() };
     socket.send(Frame::Binary(encode_client(Encoding::Proto, &Kind::Hello(hello)))).await?;
     loop {
@@ -103,15 +150,37 @@ async fn open(address: std::net::SocketAddr, token: &str) -> anyhow::Result<Sock
     }
 }
 
-struct Device {
+/// Is told what devices are shown.
+pub trait Seen: Send + Sync + 'static {
+    /// A user's device was shown the message `id`.
+    fn shown(&self, number: u32, id: &str);
+}
+
+impl Seen for Arc<Audit> {
+    fn shown(&self, number: u32, id: &str) {
+        Audit::shown(self, number, id);
+    }
+}
+
+/// A session that acknowledges what it is shown.
+pub struct Device<S> {
     socket: Socket,
     number: u32,
     ack_delay: Duration,
-    audit: Arc<Audit>,
+    seen: S,
 }
 
-impl Device {
-    async fn serve(mut self) -> anyhow::Result<()> {
+impl<S: Seen> Device<S> {
+    /// The device of user `number`. `ack_delay`: as for [`Fleet::connect`].
+    pub fn new(socket: Socket, number: u32, ack_delay: Duration, seen: S) -> Self {
+        Self { socket, number, ack_delay, seen }
+    }
+
+    /// Reads and acknowledges until the connection ends.
+    ///
+    /// # Errors
+    /// Why it ended, or that a position came again or was left out.
+    pub async fn serve(mut self) -> anyhow::Result<()> {
         let (mut received, mut acked) = (0, 0);
         let mut next_ack = Instant::now();
         loop {
@@ -144,9 +213,11 @@ impl Device {
             Frame::Binary(bytes) => match decode_server(Encoding::Proto, bytes)? {
                 ServerFrame::Deliver(deliver) => {
                     for message in deliver.messages {
-                        ensure!(message.seq > *received, "seq {} came again", message.seq);
-                        *received = message.seq;
-                        self.audit.shown(self.number, &message.id);
+                        // Where a session begins, the node knows; from then on without a hole.
+                        let (seq, before) = (message.seq, *received);
+                        ensure!(before == 0 || seq == before + 1, "seq {seq} after {before}");
+                        *received = seq;
+                        self.seen.shown(self.number, &message.id);
                     }
                 }
                 ServerFrame::Skip(skip) => *received = (*received).max(skip.to),
@@ -156,5 +227,47 @@ impl Device {
             _ => (),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use barid_wire::v1::{Message, ServerFrame as Wire};
+    use prost::Message as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    struct Nobody;
+
+    impl Seen for Nobody {
+        fn shown(&self, _: u32, _: &str) {}
+    }
+
+    /// What a device says of a node that sends these positions and ends.
+    async fn told(seqs: &'static [u64]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let node = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut socket = tokio_tungstenite::accept_async(stream).await.unwrap();
+            for seq in seqs {
+                let message = Message { seq: *seq, id: format!("m{seq}"), ..Message::default() };
+                let frame = Wire { deliver: vec![message], ..Wire::default() };
+                socket.send(Frame::Binary(frame.encode_to_vec().into())).await.unwrap();
+            }
+        });
+        let socket = open_plain(node, Some("127.0.0.9".parse().unwrap())).await.unwrap();
+        let ended = Device::new(socket, 0, Duration::from_secs(9), Nobody).serve().await;
+        serving.await.unwrap();
+        ended.unwrap_err().to_string()
+    }
+
+    #[tokio::test]
+    async fn a_device_finds_holes_and_repeats() {
+        assert_eq!(told(&[4, 5, 7]).await, "seq 7 after 5");
+        assert_eq!(told(&[1, 2, 2]).await, "seq 2 after 2");
+        let fine = told(&[4, 5, 6]).await;
+        assert!(!fine.contains("after"), "{fine}");
     }
 }

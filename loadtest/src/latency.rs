@@ -41,28 +41,38 @@ pub struct Options {
 
 /// Field names are stable.
 #[derive(Debug, Serialize)]
-struct Report {
+pub struct Report {
     users: u32,
     rate_per_s: u32,
     payload_bytes: u32,
     #[serde(flatten)]
-    outcome: Outcome,
+    pub outcome: Outcome,
     mean_ms: f64,
-    p50_ms: f64,
+    pub p50_ms: f64,
     p90_ms: f64,
-    p99_ms: f64,
+    pub p99_ms: f64,
     p999_ms: f64,
     max_ms: f64,
     hops: Vec<Passed>,
     /// What is left: from the node's write until the application has it.
     written_shown_mean_ms: f64,
     /// The floor of the first hop: Kafka with nothing behind it, right after.
-    kafka_p50_ms: f64,
-    kafka_p99_ms: f64,
+    pub kafka_p50_ms: f64,
+    pub kafka_p99_ms: f64,
 }
 
 /// Measures and prints; `false` if something was not delivered once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let report = measure(options).await?;
+    print(&report, options.json)?;
+    Ok(report.outcome.is_clean())
+}
+
+/// Measures.
+///
+/// # Errors
+/// The cluster does not come up, or a device was closed.
+pub async fn measure(options: &Options) -> anyhow::Result<Report> {
     let mut sandbox = Sandbox::start().await?;
     let plan = sandbox.plan(options.payload_bytes, 0);
     let business = Business::open(&plan).await?;
@@ -93,7 +103,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let unconsumed = sandbox.unconsumed(&plan).await?;
     let Options { users, rate, floor_seconds, .. } = *options;
     let floor = kafka_hop::measure(&unconsumed, PARTITIONS, users, rate, floor_seconds).await?;
-    let report = Report {
+    Ok(Report {
         users: options.users,
         rate_per_s: options.rate,
         payload_bytes: options.payload_bytes,
@@ -108,9 +118,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         hops,
         kafka_p50_ms: floor.latency_ms(0.5),
         kafka_p99_ms: floor.latency_ms(0.99),
-    };
-    print(&report, options.json)?;
-    Ok(totals.is_clean())
+    })
 }
 
 fn print(report: &Report, json: bool) -> std::io::Result<()> {

@@ -1,9 +1,14 @@
 //! Measures Barid and checks what its devices are shown while it does.
 
+mod agent;
 mod audit;
+mod bench;
 mod clients;
+mod controller;
 mod cpu;
 mod fleet;
+mod floor;
+mod histogram;
 mod hops;
 mod kafka_hop;
 mod latency;
@@ -11,6 +16,12 @@ mod producer;
 mod run;
 mod sandbox;
 mod throughput;
+
+/// Generated from `proto/loadtest.proto`.
+#[allow(missing_docs, clippy::all)]
+mod rpc {
+    tonic::include_proto!("barid.loadtest.v1");
+}
 
 use std::process::ExitCode;
 
@@ -29,6 +40,12 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Scenario {
+    /// Measure density, handshakes, storms, throughput and latency, each beside a floor.
+    Bench(bench::Options),
+    /// Hold connections for a controller, which `bench --agents` names.
+    Agent(agent::Options),
+    /// Be the barest server, for comparison.
+    Floor(floor::Options),
     /// Drive a running cluster at a fixed rate, through the Rust SDK, over outages if need be.
     Run(run::Options),
     /// Start a cluster and measure how long messages take at a fixed rate, by hop.
@@ -40,6 +57,9 @@ enum Scenario {
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     let is_clean = match Arguments::parse().scenario {
+        Scenario::Bench(options) => bench::run(&options).await?,
+        Scenario::Agent(options) => agent::run(&options).await?,
+        Scenario::Floor(options) => floor::run(&options).await?,
         Scenario::Run(options) => run::run(&options).await?,
         Scenario::Latency(options) => latency::run(&options).await?,
         Scenario::Throughput(options) => throughput::run(&options).await?,

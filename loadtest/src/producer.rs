@@ -44,6 +44,8 @@ pub enum Pace {
     Scheduled(u64),
     /// As long as `time` lasts, never more than `window` beyond what was shown.
     Window { window: u64, time: Duration },
+    /// So many, never more than `window` beyond what was shown, and none after `limit`.
+    Counted { window: u64, total: u64, limit: Duration },
 }
 
 /// The name of a user by number.
@@ -164,6 +166,13 @@ impl Business {
                     pause(Duration::from_micros(500));
                 }
                 false
+            }
+            Pace::Counted { window, total, limit } => {
+                let in_time = || audit.elapsed() < limit;
+                while number < total && number >= audit.settled() + window && in_time() {
+                    pause(Duration::from_micros(500));
+                }
+                number < total && in_time()
             }
         }
     }

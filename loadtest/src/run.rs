@@ -108,7 +108,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
 
     let mut closing: JoinSet<_> = clients.into_iter().map(barid_client::Client::shutdown).collect();
     while closing.join_next().await.is_some() {}
-    Ok(totals.is_clean())
+    Ok(totals.outcome().is_clean())
 }
 
 impl Report {

@@ -51,14 +51,14 @@ pub struct Options {
 
 /// Field names are stable.
 #[derive(Debug, Serialize)]
-struct Report {
+pub struct Report {
     users: u32,
     payload_bytes: u32,
     produced: u64,
     #[serde(flatten)]
-    outcome: Outcome,
+    pub outcome: Outcome,
     seconds: f64,
-    acked_per_s: f64,
+    pub acked_per_s: f64,
     /// Microseconds of CPU time for each message, by process, dearest first.
     cpu_us: Vec<(String, f64)>,
     /// Messages of one batch, by hop: what is shared shares its cost.
@@ -85,6 +85,16 @@ const BATCHES: [(&str, &str, &str, Option<&str>); 4] = [
 
 /// Measures and prints; `false` if something was not delivered once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let report = measure(options).await?;
+    print(&report, options.json)?;
+    Ok(report.outcome.is_clean())
+}
+
+/// Measures.
+///
+/// # Errors
+/// The cluster does not come up, or a device was closed.
+pub async fn measure(options: &Options) -> anyhow::Result<Report> {
     let mut sandbox = Sandbox::start().await?;
     let plan = sandbox.plan(options.payload_bytes, options.linger_ms);
     let business = Business::open(&plan).await?;
@@ -102,7 +112,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let mut cpu_us: Vec<_> =
         each.map(|(name, spent)| (name, spent * 1e6 / produced.max(1) as f64)).collect();
     cpu_us.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let report = Report {
+    Ok(Report {
         users: options.users,
         payload_bytes: options.payload_bytes,
         produced,
@@ -111,9 +121,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         acked_per_s: produced as f64 / seconds,
         cpu_us,
         batches,
-    };
-    print(&report, options.json)?;
-    Ok(totals.is_clean())
+    })
 }
 
 /// What came of [`drive`].

@@ -1,0 +1,355 @@
+//! An agent: a process that holds connections for a controller. It connects when it is told, reads,
+//! acknowledges, checks every delivery, and counts.
+
+use std::collections::VecDeque;
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use hdrhistogram::Histogram;
+use jsonwebtoken::EncodingKey;
+use parking_lot::{Mutex, RwLock};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use crate::audit::Audit;
+use crate::clients::sign;
+use crate::fleet::{self, Device, Seen, Socket};
+use crate::histogram;
+use crate::producer::user;
+use crate::rpc::agent_server::{Agent, AgentServer};
+use crate::rpc::{AgentReport, ChurnRequest, ConnectReply, ConnectRequest, ExpectRequest, Nothing};
+
+/// How long the tokens of a run are good.
+const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// How long a handshake may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection that is refused is tried again.
+const RETRY_LIMIT: Duration = Duration::from_secs(120);
+
+/// Where it listens.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// For the controller. It asks for no secret: keep it within the test's network.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+}
+
+/// Serves controllers until it is killed.
+pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let listener = TcpListener::bind(options.listen).await?;
+    announce(&[listener.local_addr()?])?;
+    let service = AgentServer::new(Service::default());
+    let incoming = TcpListenerStream::new(listener);
+    tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await?;
+    Ok(true)
+}
+
+/// The first line of output: where a process listens.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn announce(addresses: &[SocketAddr]) -> std::io::Result<()> {
+    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "listening {}", addresses.join(" "))?;
+    out.flush()
+}
+
+#[derive(Default)]
+struct Service(Arc<State>);
+
+/// What the agent holds, and what it has seen.
+#[derive(Default)]
+struct State {
+    /// The oldest first.
+    sessions: Mutex<VecDeque<(u32, AbortHandle)>>,
+    connected: AtomicU32,
+    closed: AtomicU64,
+    why_closed: Mutex<String>,
+    frames: AtomicU64,
+    audit: RwLock<Option<Arc<Audit>>>,
+}
+
+/// How to connect, from a request.
+struct Way {
+    nodes: Vec<SocketAddr>,
+    sources: Vec<IpAddr>,
+    floor: bool,
+    ack_delay: Duration,
+    retry_max: Duration,
+    first: u32,
+    /// By user, from the first.
+    tokens: Vec<String>,
+}
+
+impl Way {
+    fn of(request: &ConnectRequest) -> anyhow::Result<Self> {
+        let nodes: Vec<_> =
+            request.nodes.iter().map(|node| node.parse()).collect::<Result<_, _>>()?;
+        anyhow::ensure!(!nodes.is_empty(), "no node is named");
+        let sources = request.sources.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
+        let key = EncodingKey::from_secret(request.secret.as_bytes());
+        let users = request.first..request.first + request.count;
+        let token = |number: u32| {
+            let key_id = Some(request.key_id.clone()).filter(|id| !id.is_empty());
+            sign(&key, key_id, &request.app, &user(number.into()), TOKEN_LIFE)
+        };
+        // Signed before the clock runs.
+        let tokens =
+            if request.floor { Vec::new() } else { users.map(token).collect::<Result<_, _>>()? };
+        Ok(Self {
+            nodes,
+            sources,
+            floor: request.floor,
+            ack_delay: Duration::from_millis(request.ack_delay_ms.into()),
+            retry_max: Duration::from_millis(request.retry_max_ms.into()),
+            first: request.first,
+            tokens,
+        })
+    }
+
+    /// Opens the connection of a user; a refused one again, if that is wanted.
+    async fn open(&self, number: u32, retried: &AtomicU64) -> anyhow::Result<Socket> {
+        let begun = Instant::now();
+        loop {
+            let opened = tokio::time::timeout(CONNECT_TIMEOUT, self.open_once(number)).await;
+            let error = match opened.context("not welcomed in time") {
+                Ok(Ok(socket)) => return Ok(socket),
+                Ok(Err(error)) | Err(error) => error,
+            };
+            if self.retry_max.is_zero() || begun.elapsed() > RETRY_LIMIT {
+                return Err(error);
+            }
+            retried.fetch_add(1, Ordering::Relaxed);
+            sleep(self.retry_max.mul_f64(rand::random())).await;
+        }
+    }
+
+    async fn open_once(&self, number: u32) -> anyhow::Result<Socket> {
+        let node = self.nodes[number as usize % self.nodes.len()];
+        let source = self.sources.get(number as usize % self.sources.len().max(1)).copied();
+        if self.floor {
+            return fleet::open_plain(node, source).await;
+        }
+        fleet::open(node, source, &self.tokens[(number - self.first) as usize]).await
+    }
+}
+
+impl State {
+    /// Opens what is asked for and keeps it.
+    async fn connect(self: &Arc<Self>, request: ConnectRequest) -> anyhow::Result<ConnectReply> {
+        let way = Arc::new(Way::of(&request)?);
+        let permits = Arc::new(Semaphore::new(request.at_once_max.max(1) as usize));
+        let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
+        let mut opening = JoinSet::new();
+        for index in 0..request.count {
+            let mut due = None;
+            if request.rate > 0 {
+                let at = started + Duration::from_secs(1) * index / request.rate;
+                sleep_until(at).await;
+                due = Some(at);
+            }
+            let permit = Arc::clone(&permits).acquire_owned().await?;
+            let due = due.unwrap_or_else(Instant::now);
+            let (state, way, retried) = (Arc::clone(self), Arc::clone(&way), Arc::clone(&retried));
+            opening.spawn(async move {
+                let opened = way.open(request.first + index, &retried).await;
+                let took = due.elapsed();
+                drop(permit);
+                opened.map(|socket| {
+                    state.keep(&way, request.first + index, socket);
+                    took
+                })
+            });
+        }
+        let mut tally = Tally::new(started);
+        while let Some(opened) = opening.join_next().await {
+            tally.count(opened?);
+        }
+        Ok(tally.reply(retried.load(Ordering::Relaxed)))
+    }
+
+    /// Closes one connection after the other and opens it again.
+    async fn churn(self: &Arc<Self>, request: ChurnRequest) -> anyhow::Result<ConnectReply> {
+        let connect = request.connect.context("nothing to connect to")?;
+        let way = Arc::new(Way::of(&connect)?);
+        let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
+        let total = request.rate * request.seconds;
+        let mut opening = JoinSet::new();
+        let mut tally = Tally::new(started);
+        for index in 0..total {
+            let due = started + Duration::from_secs(1) * index / request.rate;
+            sleep_until(due).await;
+            // The oldest goes.
+            let oldest = self.sessions.lock().pop_front();
+            let (number, oldest) = oldest.context("nobody is connected")?;
+            oldest.abort();
+            let (state, way, retried) = (Arc::clone(self), Arc::clone(&way), Arc::clone(&retried));
+            opening.spawn(async move {
+                let opened = way.open(number, &retried).await;
+                opened.map(|socket| {
+                    state.keep(&way, number, socket);
+                    due.elapsed()
+                })
+            });
+            while let Some(opened) = opening.try_join_next() {
+                tally.count(opened?);
+            }
+        }
+        while let Some(opened) = opening.join_next().await {
+            tally.count(opened?);
+        }
+        Ok(tally.reply(retried.load(Ordering::Relaxed)))
+    }
+
+    /// Serves a connection on a task of its own.
+    fn keep(self: &Arc<Self>, way: &Arc<Way>, number: u32, socket: Socket) {
+        let (state, here) = (Arc::clone(self), Here::new(self));
+        let (floor, ack_delay) = (way.floor, way.ack_delay);
+        let task = tokio::spawn(async move {
+            let ended = if floor {
+                fleet::read_plain(socket, &state.frames).await
+            } else {
+                Device::new(socket, number, ack_delay, Arc::clone(&state)).serve().await
+            };
+            drop(here);
+            state.closed.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = ended {
+                *state.why_closed.lock() = format!("{error:#}");
+            }
+        });
+        self.sessions.lock().push_back((number, task.abort_handle()));
+    }
+
+    fn report(&self) -> AgentReport {
+        let audit = self.audit.read().clone();
+        let totals = audit.map(|audit| audit.totals());
+        let of = |count: fn(&crate::audit::Totals) -> u64| totals.as_ref().map_or(0, count);
+        AgentReport {
+            connected: self.connected.load(Ordering::Relaxed),
+            closed: self.closed.load(Ordering::Relaxed),
+            why_closed: self.why_closed.lock().clone(),
+            shown: of(|totals| totals.shown),
+            passed_over: of(|totals| totals.passed_over),
+            repeats: of(|totals| totals.repeats),
+            foreign: of(|totals| totals.foreign),
+            frames: self.frames.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Seen for Arc<State> {
+    fn shown(&self, number: u32, id: &str) {
+        if let Some(audit) = &*self.audit.read() {
+            audit.shown(number, id);
+        }
+    }
+}
+
+/// Counts a connection, however it ends.
+struct Here(Arc<State>);
+
+impl Here {
+    fn new(state: &Arc<State>) -> Self {
+        state.connected.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(state))
+    }
+}
+
+impl Drop for Here {
+    fn drop(&mut self) {
+        self.0.connected.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What came of attempts to connect.
+struct Tally {
+    started: Instant,
+    last: Instant,
+    took_us: Histogram<u64>,
+    failed: u32,
+    why: String,
+}
+
+impl Tally {
+    fn new(started: Instant) -> Self {
+        let (took_us, why) = (histogram::new(), String::new());
+        Self { started, last: started, took_us, failed: 0, why }
+    }
+
+    fn count(&mut self, opened: anyhow::Result<Duration>) {
+        match opened {
+            Ok(took) => {
+                self.last = Instant::now();
+                self.took_us.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+            }
+            Err(error) => {
+                self.failed += 1;
+                self.why = format!("{error:#}");
+            }
+        }
+    }
+
+    fn reply(self, retried: u64) -> ConnectReply {
+        ConnectReply {
+            connected: u32::try_from(self.took_us.len()).unwrap_or(u32::MAX),
+            failed: self.failed,
+            retried,
+            took_us: Some(histogram::to_wire(&self.took_us)),
+            elapsed_us: u64::try_from((self.last - self.started).as_micros()).unwrap_or(u64::MAX),
+            why: self.why,
+        }
+    }
+}
+
+fn failed(error: anyhow::Error) -> Status {
+    Status::internal(format!("{error:#}"))
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    async fn open(
+        &self,
+        request: Request<ConnectRequest>,
+    ) -> Result<Response<ConnectReply>, Status> {
+        self.0.connect(request.into_inner()).await.map(Response::new).map_err(failed)
+    }
+
+    async fn expect(&self, request: Request<ExpectRequest>) -> Result<Response<Nothing>, Status> {
+        let ExpectRequest { run, users } = request.into_inner();
+        *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users)));
+        self.0.closed.store(0, Ordering::Relaxed);
+        self.0.frames.store(0, Ordering::Relaxed);
+        Ok(Response::new(Nothing {}))
+    }
+
+    async fn report(&self, _: Request<Nothing>) -> Result<Response<AgentReport>, Status> {
+        Ok(Response::new(self.0.report()))
+    }
+
+    async fn close(&self, _: Request<Nothing>) -> Result<Response<Nothing>, Status> {
+        for (_, session) in self.0.sessions.lock().drain(..) {
+            session.abort();
+        }
+        while self.0.connected.load(Ordering::Relaxed) > 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+        Ok(Response::new(Nothing {}))
+    }
+
+    async fn churn(
+        &self,
+        request: Request<ChurnRequest>,
+    ) -> Result<Response<ConnectReply>, Status> {
+        self.0.churn(request.into_inner()).await.map(Response::new).map_err(failed)
+    }
+}

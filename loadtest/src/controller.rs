@@ -1,0 +1,281 @@
+//! Steers agents as if they were one: splits what is asked among them, and merges what they saw.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use barid_testkit::process::Process;
+use futures::future::try_join_all;
+use hdrhistogram::Histogram;
+use tonic::transport::Channel;
+
+use crate::audit::{Audit, Outcome};
+use crate::histogram;
+use crate::rpc::agent_client::AgentClient;
+use crate::rpc::floor_client::FloorClient;
+use crate::rpc::{
+    BroadcastRequest, ChurnRequest, ConnectReply, ConnectRequest, ExpectRequest, Nothing,
+};
+
+/// How long a process of ours may take to start.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// Source addresses of each local agent: a pair of addresses has some 28,000 ports.
+const SOURCES: u8 = 4;
+
+/// Agents, and the processes of those that were started here.
+pub struct Agents {
+    clients: Vec<AgentClient<Channel>>,
+    local: Vec<Process>,
+    _dir: tempfile::TempDir,
+}
+
+/// What came of connecting.
+#[derive(Debug, Clone)]
+pub struct Connected {
+    /// Sessions that were welcomed.
+    pub connected: u32,
+    /// Attempts that were refused and made again.
+    pub retried: u64,
+    /// From when each was due until it was welcomed.
+    pub took_us: Histogram<u64>,
+    /// From the first until the last.
+    pub elapsed: Duration,
+}
+
+/// What all agents have seen of a run.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Connections that stand.
+    pub connected: u32,
+    /// Connections that the other side ended, and why one of them was.
+    pub closed: u64,
+    pub why_closed: String,
+    /// Deliveries.
+    pub shown: u64,
+    pub passed_over: u64,
+    pub repeats: u64,
+    /// The floor's frames.
+    pub frames: u64,
+}
+
+impl Seen {
+    /// What became of `total` records.
+    pub fn outcome(&self, total: u64) -> Outcome {
+        let Self { shown, passed_over, repeats, .. } = *self;
+        Outcome { shown, lost: total.saturating_sub(shown), passed_over, repeats }
+    }
+}
+
+impl Agents {
+    /// Those that are named; if none are, `local` processes of this machine.
+    ///
+    /// # Errors
+    /// One does not start or cannot be reached.
+    pub async fn start(named: &[String], local: usize) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let mut addresses = named.to_vec();
+        let mut processes = Vec::new();
+        if named.is_empty() {
+            for number in 0..local {
+                let (process, addresses_of) =
+                    spawn(&dir, &format!("agent-{number}"), "agent").await?;
+                addresses.push(addresses_of[0].to_string());
+                processes.push(process);
+            }
+        }
+        let clients = addresses.iter().map(|address| async move {
+            let client = AgentClient::connect(format!("http://{address}")).await;
+            client.with_context(|| format!("agent {address}"))
+        });
+        let clients = try_join_all(clients).await?;
+        ensure!(!clients.is_empty(), "no agents");
+        Ok(Self { clients, local: processes, _dir: dir })
+    }
+
+    /// Each agent's part of `request`, and the agent.
+    fn parts(
+        &mut self,
+        request: &ConnectRequest,
+    ) -> Vec<(&mut AgentClient<Channel>, ConnectRequest)> {
+        let agents = u32::try_from(self.clients.len()).unwrap_or(u32::MAX);
+        let (is_local, mut first) = (!self.local.is_empty(), request.first);
+        let part = |(index, client)| {
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            let share = |of: u32| of / agents + u32::from(index < of % agents);
+            let mut part = ConnectRequest {
+                first,
+                count: share(request.count),
+                rate: share(request.rate),
+                at_once_max: share(request.at_once_max).max(1),
+                ..request.clone()
+            };
+            if is_local {
+                part.sources =
+                    (1..=SOURCES).map(|host| format!("127.0.{}.{host}", index + 1)).collect();
+            }
+            first += part.count;
+            (client, part)
+        };
+        self.clients.iter_mut().enumerate().map(part).collect()
+    }
+
+    /// Connects users over all agents.
+    ///
+    /// # Errors
+    /// Any of them failed.
+    pub async fn connect(&mut self, request: &ConnectRequest) -> anyhow::Result<Connected> {
+        let parts = self.parts(request).into_iter();
+        let replies = try_join_all(parts.map(|(client, part)| client.open(part))).await?;
+        merge(replies.into_iter().map(tonic::Response::into_inner))
+    }
+
+    /// Closes and opens connections at `rate` a second over all agents.
+    ///
+    /// # Errors
+    /// One was not welcomed again.
+    pub async fn churn(
+        &mut self,
+        request: &ConnectRequest,
+        rate: u32,
+        seconds: u32,
+    ) -> anyhow::Result<Connected> {
+        let whole = ConnectRequest { rate, ..request.clone() };
+        let parts = self.parts(&whole).into_iter().map(|(client, part)| {
+            client.churn(ChurnRequest { rate: part.rate, seconds, connect: Some(part) })
+        });
+        let replies = try_join_all(parts).await?;
+        merge(replies.into_iter().map(tonic::Response::into_inner))
+    }
+
+    /// From now on deliveries are checked against this run.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn expect(&mut self, audit: &Audit) -> anyhow::Result<()> {
+        let users = u32::try_from(audit.users())?;
+        let each = self
+            .clients
+            .iter_mut()
+            .map(|client| client.expect(ExpectRequest { run: audit.run().to_owned(), users }));
+        try_join_all(each).await?;
+        Ok(())
+    }
+
+    /// What they have seen.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn report(&mut self) -> anyhow::Result<Seen> {
+        let each = self.clients.iter_mut().map(|client| client.report(Nothing {}));
+        let reports = try_join_all(each).await?.into_iter().map(tonic::Response::into_inner);
+        let mut seen = Seen {
+            connected: 0,
+            closed: 0,
+            why_closed: String::new(),
+            shown: 0,
+            passed_over: 0,
+            repeats: 0,
+            frames: 0,
+        };
+        for report in reports {
+            seen.connected += report.connected;
+            seen.closed += report.closed;
+            seen.shown += report.shown;
+            seen.passed_over += report.passed_over;
+            seen.repeats += report.repeats;
+            seen.frames += report.frames;
+            if !report.why_closed.is_empty() {
+                seen.why_closed = report.why_closed;
+            }
+        }
+        Ok(seen)
+    }
+
+    /// Closes every connection at once.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn drop_all(&mut self) -> anyhow::Result<()> {
+        try_join_all(self.clients.iter_mut().map(|client| client.close(Nothing {}))).await?;
+        Ok(())
+    }
+}
+
+fn merge(replies: impl Iterator<Item = ConnectReply>) -> anyhow::Result<Connected> {
+    let mut sum =
+        Connected { connected: 0, retried: 0, took_us: histogram::new(), elapsed: Duration::ZERO };
+    for reply in replies {
+        let ConnectReply { connected, failed, retried, took_us, elapsed_us, why } = reply;
+        ensure!(failed == 0, "{failed} connections failed: {why}");
+        sum.connected += connected;
+        sum.retried += retried;
+        histogram::add(&mut sum.took_us, &took_us.unwrap_or_default());
+        sum.elapsed = sum.elapsed.max(Duration::from_micros(elapsed_us));
+    }
+    Ok(sum)
+}
+
+/// A running floor.
+pub struct Floor {
+    client: FloorClient<Channel>,
+    process: Process,
+    address: SocketAddr,
+    _dir: tempfile::TempDir,
+}
+
+impl Floor {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn start() -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (process, addresses) = spawn(&dir, "floor", "floor").await?;
+        let [steering, address] = addresses[..] else { anyhow::bail!("two listeners") };
+        let client = FloorClient::connect(format!("http://{steering}")).await?;
+        Ok(Self { client, process, address, _dir: dir })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// How to connect to it; nothing is said about users.
+    pub fn way(&self) -> ConnectRequest {
+        ConnectRequest { nodes: vec![self.address.to_string()], floor: true, ..Default::default() }
+    }
+
+    /// To every connection.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub async fn broadcast(&mut self, count: u32, payload_bytes: u32) -> anyhow::Result<()> {
+        self.client.broadcast(BroadcastRequest { count, payload_bytes }).await?;
+        Ok(())
+    }
+}
+
+/// Starts this program once more, as `scenario`; tells where it listens.
+async fn spawn(
+    dir: &tempfile::TempDir,
+    name: &str,
+    scenario: &str,
+) -> anyhow::Result<(Process, Vec<SocketAddr>)> {
+    let log = dir.path().join(name);
+    let mut process = Process::spawn(name, std::env::current_exe()?, &log, |command| {
+        command.arg(scenario);
+    })?;
+    let begun = Instant::now();
+    loop {
+        let output = process.output();
+        let line = output.lines().find_map(|line| line.strip_prefix("listening "));
+        if let Some(line) = line.filter(|_| output.ends_with('\n')) {
+            let addresses = line.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+            return Ok((process, addresses));
+        }
+        process.must_run()?;
+        ensure!(begun.elapsed() < START_LIMIT, "{name} does not start: {output}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
