@@ -15,6 +15,7 @@ contract!(
     hazard_17_a_defer_after_the_ack_restores_nothing,
     a_defer_takes_the_attempt_back,
     a_defer_of_another_claim_is_ignored,
+    a_defer_leaves_a_device_whose_retries_began_again,
     hazard_17_fire_drops_who_is_not_behind,
     fire_shows_the_oldest_unacknowledged_entry_if_it_is_sampled,
     fire_drops_who_has_no_route,
@@ -155,6 +156,25 @@ async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
     bed.mailbox.defer(&[give_back(&first, 10)]).await.unwrap();
     assert_eq!(bed.timer(&user).await, Some(second.claimed_score));
     assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 2);
+}
+
+async fn a_defer_leaves_a_device_whose_retries_began_again(bed: Bed) {
+    let user = bed.timed_user("alice");
+    bed.connect(&user, "tablet", 1).await;
+    bed.connect(&user, "phone", 2).await;
+    bed.fill(&user, 1..=1).await;
+    bed.make_due(&user).await;
+    // Due before a phone that begins anew, but not now: its time is the score of the claim.
+    let soon = bed.mailbox.inspect(&user).await.unwrap().now_ms + 500;
+    bed.set_device(&user, "tablet", 3, soon).await;
+    let due = bed.fire(&user).await.unwrap();
+    assert_eq!((due.devices.len(), due.claimed_score), (1, soon));
+    bed.connect(&user, "phone", 3).await;
+    let began = bed.state(&user, "phone").await.unwrap();
+    assert_eq!((began.attempt, bed.timer(&user).await), (0, Some(soon)));
+    bed.mailbox.defer(&[give_back(&due, 60_000)]).await.unwrap();
+    let state = bed.state(&user, "phone").await.unwrap();
+    assert_eq!((state.attempt, state.due_ms), (0, began.due_ms));
 }
 
 async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
