@@ -76,6 +76,7 @@ struct State {
     closed: AtomicU64,
     why_closed: Mutex<String>,
     frames: AtomicU64,
+    resent: AtomicU64,
     audit: RwLock<Option<Arc<Audit>>>,
 }
 
@@ -243,6 +244,7 @@ impl State {
             repeats: of(|totals| totals.repeats),
             foreign: of(|totals| totals.foreign),
             frames: self.frames.load(Ordering::Relaxed),
+            resent: self.resent.load(Ordering::Relaxed),
         }
     }
 }
@@ -252,6 +254,10 @@ impl Seen for Arc<State> {
         if let Some(audit) = &*self.audit.read() {
             audit.shown(number, id);
         }
+    }
+
+    fn resent(&self) {
+        self.resent.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -329,6 +335,7 @@ impl Agent for Service {
         *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users)));
         self.0.closed.store(0, Ordering::Relaxed);
         self.0.frames.store(0, Ordering::Relaxed);
+        self.0.resent.store(0, Ordering::Relaxed);
         Ok(Response::new(Nothing {}))
     }
 

@@ -56,6 +56,8 @@ pub struct Seen {
     pub repeats: u64,
     /// The floor's frames.
     pub frames: u64,
+    /// Messages that came again and were not shown again.
+    pub resent: u64,
 }
 
 impl Seen {
@@ -176,6 +178,7 @@ impl Agents {
             passed_over: 0,
             repeats: 0,
             frames: 0,
+            resent: 0,
         };
         for report in reports {
             seen.connected += report.connected;
@@ -184,6 +187,7 @@ impl Agents {
             seen.passed_over += report.passed_over;
             seen.repeats += report.repeats;
             seen.frames += report.frames;
+            seen.resent += report.resent;
             if !report.why_closed.is_empty() {
                 seen.why_closed = report.why_closed;
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use tokio::time::{Instant, sleep};
 
-use super::{Goal, Measure, Options, access_pid, settle, way};
+use super::{Goal, Measure, Options, access_pid, say, settle, way};
 use crate::audit::Audit;
 use crate::controller::{Agents, Floor};
 use crate::cpu::resident_bytes;
@@ -22,7 +22,10 @@ const AT_ONCE_MAX: u32 = 256;
 /// Messages between Kafka and the devices at once.
 const WINDOW: u64 = 20_000;
 /// How long a broadcast may take.
-const BROADCAST_LIMIT: Duration = Duration::from_secs(400);
+const BROADCAST_LIMIT: Duration = Duration::from_secs(900);
+/// How often the terminal is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+const MIB: f64 = 1024.0 * 1024.0;
 
 /// What a server weighs.
 struct Weight {
@@ -83,6 +86,7 @@ async fn broadcast(
     let pace = Pace::Counted { window: WINDOW, total, limit: BROADCAST_LIMIT };
     let producing = business.produce(pace, &audit);
     let watching = async {
+        let mut told = Instant::now();
         loop {
             let seen = agents.report().await?;
             let settled = seen.shown + seen.passed_over;
@@ -92,12 +96,17 @@ async fn broadcast(
                 return Ok(seen);
             }
             ensure!(audit.elapsed() < BROADCAST_LIMIT, "{} of {total}", seen.outcome(total));
+            if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                say(&format!("{settled} of {total} delivered"))?;
+            }
             sleep(Duration::from_millis(50)).await;
         }
     };
     let (_, seen) = tokio::try_join!(producing, watching)?;
     let outcome = seen.outcome(total);
     ensure!(outcome.is_clean(), "{outcome}");
+    say(&format!("{outcome}; re-sent though shown: {}", seen.resent))?;
     sandbox.all_acknowledged(Duration::from_secs(60)).await
 }
 
@@ -110,17 +119,22 @@ async fn weigh(
 ) -> anyhow::Result<Weight> {
     settle(options.settle_seconds).await;
     let empty = resident_bytes(pid)? as f64;
+    say(&format!("empty: {:.1} MiB", empty / MIB))?;
     let (count, rate, at_once_max) = (options.sessions, options.rate, AT_ONCE_MAX);
     agents.expect(&Audit::new(count, None)).await?;
     agents.connect(&ConnectRequest { count, rate, at_once_max, ..way }).await?;
     settle(options.settle_seconds).await;
     let each = |now: u64| (now as f64 - empty) / f64::from(count);
     let idle_bytes = each(resident_bytes(pid)?);
+    say(&format!("{count} sessions: {idle_bytes:.0} bytes each"))?;
+    let begun = Instant::now();
     broadcast(agents).await?;
+    say(&format!("broadcast in {:.0} s", begun.elapsed().as_secs_f64()))?;
     settle(options.idle_seconds).await;
     let seen = agents.report().await?;
     ensure!(seen.connected == count, "{} of {count} left: {}", seen.connected, seen.why_closed);
     let after_broadcast_bytes = each(resident_bytes(pid)?);
+    say(&format!("after the broadcast: {after_broadcast_bytes:.0} bytes each"))?;
     agents.drop_all().await?;
     settle(options.idle_seconds / 2).await;
     let after_close_ratio = resident_bytes(pid)? as f64 / empty;
