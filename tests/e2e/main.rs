@@ -3,6 +3,7 @@
 //!
 //! `make test` builds the binaries first; by hand: `cargo build --workspace --bins`.
 
+mod balance;
 mod binaries;
 mod delivery;
 mod hops;

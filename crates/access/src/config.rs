@@ -39,6 +39,9 @@ pub struct Config {
     pub grpc_listen: SocketAddr,
     /// `host:port` at which dispatchers reach `grpc_listen`; empty: the bound address.
     pub advertise: String,
+    /// The URL at which devices reach `listen`, `wss://HOST/v1/connect`, told by `GET /v1/nodes`; empty:
+    /// `ws://` and the bound address, or nothing if that names none.
+    pub advertise_url: String,
     /// How long the node's lease holds without renewal, ms.
     pub lease_ttl_ms: u64,
     /// Redis.
@@ -51,6 +54,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Pings.
     pub heartbeat: HeartbeatConfig,
+    /// Letting devices go to other nodes.
+    pub balance: BalanceConfig,
     /// Reading and confirming.
     pub sync: SyncConfig,
     /// Whether receipts are produced for messages that ask for them.
@@ -315,6 +320,35 @@ impl Default for HeartbeatConfig {
     }
 }
 
+/// Keys under `balance`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalanceConfig {
+    /// A node with more sessions than so many times the mean of its zone's nodes lets devices go until it
+    /// is at the mean. Above 1; 0: never. For clients that ask `GET /v1/nodes`, or whose balancer spreads
+    /// them: others come back to where they were.
+    pub shed_above: f64,
+    /// And with so many more than that.
+    pub shed_slack: u64,
+    /// So many a second.
+    pub sheds_per_second: u32,
+}
+
+impl Default for BalanceConfig {
+    fn default() -> Self {
+        Self { shed_above: 0.0, shed_slack: 1_000, sheds_per_second: 50 }
+    }
+}
+
+impl BalanceConfig {
+    fn check(&self) -> Result<(), String> {
+        if self.shed_above == 0.0 || (self.shed_above > 1.0 && self.shed_above.is_finite()) {
+            return Ok(());
+        }
+        Err("balance.shed_above must be above 1, or 0".into())
+    }
+}
+
 /// Keys under `sync`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -357,12 +391,14 @@ impl Default for Config {
             listen: local(7080),
             grpc_listen: local(7081),
             advertise: String::new(),
+            advertise_url: String::new(),
             lease_ttl_ms: 10_000,
             redis: RedisConfig::default(),
             auth: AuthConfig::default(),
             proxy: ProxyConfig::default(),
             limits: LimitsConfig::default(),
             heartbeat: HeartbeatConfig::default(),
+            balance: BalanceConfig::default(),
             sync: SyncConfig::default(),
             receipts: true,
             kafka: KafkaConfig::default(),
@@ -389,6 +425,11 @@ impl Config {
         Origins::new(&self.auth.origins)?;
         Proxies::new(&self.proxy)?;
         self.heartbeat.check()?;
+        self.balance.check()?;
+        let url = &self.advertise_url;
+        if !(url.is_empty() || url.starts_with("ws://") || url.starts_with("wss://")) {
+            return Err("advertise_url must begin with wss:// or ws://".into());
+        }
         self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;
         self.kafka.check()?;
@@ -410,6 +451,7 @@ impl Config {
             ("heartbeat.interval_seconds", self.heartbeat.interval_seconds.into()),
             ("heartbeat.interval_min_seconds", self.heartbeat.interval_min_seconds.into()),
             ("heartbeat.timeout_seconds", self.heartbeat.timeout_seconds.into()),
+            ("balance.sheds_per_second", self.balance.sheds_per_second.into()),
             ("sync.page_entries_max", self.sync.page_entries_max.into()),
             ("sync.page_bytes_max", self.sync.page_bytes_max.into()),
             ("sync.confirm_interval_seconds", self.sync.confirm_interval_seconds),
@@ -420,6 +462,15 @@ impl Config {
             None => Ok(()),
         }
     }
+    /// The URL at which devices connect, given where the node listens for them; may be empty.
+    pub(crate) fn devices_url(&self, bound: SocketAddr) -> String {
+        match self.advertise_url.as_str() {
+            "" if bound.ip().is_unspecified() => String::new(),
+            "" => format!("ws://{bound}/v1/connect"),
+            url => url.to_owned(),
+        }
+    }
+
     pub(crate) fn lease(&self) -> LeaseConfig {
         LeaseConfig {
             node: self.node.clone(),

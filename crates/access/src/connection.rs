@@ -380,7 +380,8 @@ impl Connection {
         if let Some(reconnect_after_ms) = go_away
             && !self.beat.is_leaving()
         {
-            let why = CloseCode::Draining.as_str().to_owned();
+            let draining = self.node.is_draining();
+            let why = if draining { "draining" } else { "balance" }.to_owned();
             self.control(&ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }));
             self.beat.leave(self.node.seconds() + LEAVE_SECONDS);
             self.node.set_due(&self.handle, self.beat.due());
@@ -445,7 +446,7 @@ impl Connection {
                 self.end(Some(Close::new(CloseCode::TokenExpired, text)));
             }
             Beat::Leave => {
-                self.end(Some(Close::new(CloseCode::Draining, "this node is being drained")));
+                self.end(Some(Close::new(CloseCode::Draining, "this node asked the device to go")));
             }
         }
         self.node.set_due(&self.handle, self.beat.due());

@@ -27,6 +27,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use crate::admission::{Admitted, Refused};
 use crate::auth::{AuthError, Claims};
+use crate::balance;
 use crate::node::Node;
 use crate::proxy;
 
@@ -35,6 +36,7 @@ const TURN: Duration = Duration::from_secs(1);
 const PATH: &str = "/v1/connect";
 /// When to come back where nobody knows when there is room.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+const NODES_PATH: &str = "/v1/nodes";
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
 const FORWARDED_FOR: &str = "x-forwarded-for";
@@ -64,18 +66,20 @@ pub struct Accepted {
     pub at_ms: u64,
 }
 
-/// A handshake that is answered with something else than 101.
+/// What is answered with something else than 101, and is over with that.
 struct Refusal {
     status: &'static str,
     label: &'static str,
     text: String,
     /// When to come back, where the status says so.
     after: Duration,
+    /// The text is JSON; these headers stand beside it.
+    json: Option<String>,
 }
 
 impl Refusal {
     fn new(status: &'static str, label: &'static str, text: impl Into<String>) -> Self {
-        Self { status, label, text: text.into(), after: RETRY_AFTER }
+        Self { status, label, text: text.into(), after: RETRY_AFTER, json: None }
     }
 
     fn limit(node: &Node, refused: Refused) -> Self {
@@ -181,8 +185,12 @@ async fn judge(
     let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
     let request = introduce(node, stream, address, admitted);
     let (request, rest) = timeout(limit, request).await.map_err(|_| late())??;
-    if request.uri().path() != PATH {
-        return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
+    match request.uri().path() {
+        PATH => (),
+        NODES_PATH => return Err(nodes(node, &request, limit).await?),
+        _ => {
+            return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
+        }
     }
     if node.is_draining() {
         return Err(refused(UNAVAILABLE, "draining", "this node is being drained"));
@@ -195,12 +203,7 @@ async fn judge(
         let text = "offer subprotocol barid.v1.json or barid.v1.proto";
         return Err(refused(BAD_REQUEST, "subprotocol", text));
     };
-    let verified = timeout(limit, verify(node, &request, &offered)).await;
-    let late = || refused(UNAVAILABLE, "timeout", "the token could not be checked in time");
-    let claims = verified.map_err(|_| late())?.map_err(|error| {
-        node.metrics.token_refused(error.as_str());
-        refused("401 Unauthorized", "unauthorized", error.to_string())
-    })?;
+    let claims = verify(node, &request, &offered, limit).await?;
     admitted.for_app(&claims.user.app).map_err(over)?;
     let protocol = HeaderValue::from_static(encoding.subprotocol());
     response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, protocol);
@@ -264,9 +267,61 @@ async fn read_proxy_header(
     }
 }
 
-async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, AuthError> {
-    let token = token(request, offered).ok_or(AuthError::Missing)?;
-    node.verifier.verify(&token, node.now_ms() / 1000).await
+/// Answers which nodes a device should go to: whoever has a token may ask.
+async fn nodes(node: &Node, request: &Request, limit: Duration) -> Result<Failure, Failure> {
+    check_headers(request)?;
+    check_origin(node, request)?;
+    verify(node, request, &protocols(request), limit).await?;
+    let zone = query(request, "zone").map_or_else(|| node.zone.clone(), percent_decoded);
+    let nodes = node.peers.snapshot();
+    let text = serde_json::to_string(&balance::offer(&nodes, &zone)).unwrap_or_default();
+    // A page may read what it may connect by.
+    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
+    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
+    let beside =
+        format!("Cache-Control: no-store\r\nVary: Origin\r\n{}", allow.unwrap_or_default());
+    Ok(Failure::Refused(Refusal { json: Some(beside), ..Refusal::new("200 OK", "nodes", text) }))
+}
+
+fn query<'a>(request: &'a Request, name: &str) -> Option<&'a str> {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, others)) = rest.split_first() {
+        let hex = |digit: u8| char::from(digit).to_digit(16);
+        if *first == b'%'
+            && let [high, low, after @ ..] = others
+            && let (Some(high), Some(low)) = (hex(*high), hex(*low))
+        {
+            bytes.push((high * 16 + low) as u8);
+            rest = after;
+        } else {
+            bytes.push(*first);
+            rest = others;
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+async fn verify(
+    node: &Node,
+    request: &Request,
+    offered: &[String],
+    limit: Duration,
+) -> Result<Claims, Failure> {
+    let verifying = async {
+        let token = token(request, offered).ok_or(AuthError::Missing)?;
+        node.verifier.verify(&token, node.now_ms() / 1000).await
+    };
+    let late = |_| refused(UNAVAILABLE, "timeout", "the token could not be checked in time");
+    timeout(limit, verifying).await.map_err(late)?.map_err(|error| {
+        node.metrics.token_refused(error.as_str());
+        refused("401 Unauthorized", "unauthorized", error.to_string())
+    })
 }
 
 fn refused(status: &'static str, label: &'static str, text: impl Into<String>) -> Failure {
@@ -383,9 +438,8 @@ fn token(request: &Request, offered: &[String]) -> Option<String> {
     {
         return Some(token.trim().to_owned());
     }
-    let query = request.uri().query().unwrap_or_default();
     // A JWT needs no percent-encoding: base64url and dots.
-    let in_query = query.split('&').find_map(|pair| pair.strip_prefix("token="));
+    let in_query = query(request, "token");
     let in_protocol = || offered.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL));
     in_query.or_else(in_protocol).map(str::to_owned)
 }
@@ -405,7 +459,8 @@ async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
 }
 
 async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()> {
-    let Refusal { status, text, after, .. } = refusal;
+    let Refusal { status, text, after, json, .. } = refusal;
+    let kind = if json.is_some() { "application/json" } else { "text/plain; charset=utf-8" };
     // Those that are told so together do not come back together.
     let after_s = after.as_secs_f64().ceil() as u64;
     let retry_after =
@@ -416,10 +471,10 @@ async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()>
         "405" => "Allow: GET\r\n",
         "426" => "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
         "429" | "503" => &retry_after,
-        _ => "",
+        _ => json.as_deref().unwrap_or_default(),
     };
     let response = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n{beside}Connection: close\r\n\r\n{text}\n",
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{beside}Connection: close\r\n\r\n{text}\n",
         text.len() + 1
     );
     stream.write_all(response.as_bytes()).await?;

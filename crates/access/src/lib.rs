@@ -10,6 +10,7 @@
 
 mod admission;
 pub mod auth;
+mod balance;
 pub mod config;
 mod connection;
 mod error;

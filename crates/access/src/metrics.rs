@@ -7,7 +7,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
 
-const HANDSHAKES: [&str; 16] = [
+const HANDSHAKES: [&str; 17] = [
     "accepted",
     "gone",
     "timeout",
@@ -15,6 +15,7 @@ const HANDSHAKES: [&str; 16] = [
     "limited",
     "forbidden",
     "proxy",
+    "nodes",
     "not_found",
     "draining",
     "subprotocol",
@@ -101,6 +102,8 @@ pub struct Metrics {
     limits: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
+    /// Devices that were told to go because there are fewer elsewhere.
+    pub shed: IntCounter,
     /// Messages that devices acknowledged.
     pub acked: IntCounter,
     /// Where a message's time goes.
@@ -179,6 +182,7 @@ impl Metrics {
             )?,
             limits: make.counters("limits_total", "Limits reached, by limit", "limit", &LIMITS)?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
+            shed: make.counter("shed_total", "Devices told to go where there are fewer")?,
             acked: make.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
         })

@@ -46,6 +46,8 @@ pub struct Parts {
     pub mailbox: Mailbox,
     /// Who may connect.
     pub verifier: Verifier,
+    /// Where it stands; may be empty.
+    pub zone: String,
     /// What it counts.
     pub metrics: Metrics,
     /// Logs sampled messages.

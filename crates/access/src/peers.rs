@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{DeviceId, SessionRef};
-use barid_mailbox::{NodeTable, UserKey};
+use barid_mailbox::{NodeRecord, NodeTable, UserKey};
 use barid_wire::internal::CloseRequest;
 use barid_wire::internal::access_peer_client::AccessPeerClient;
 use tokio::sync::Semaphore;
@@ -30,6 +30,11 @@ impl Peers {
     /// Finds nodes by their leases.
     pub fn new(nodes: NodeTable) -> Self {
         Self { nodes, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    }
+
+    /// The access nodes that have a lease, this one among them.
+    pub fn snapshot(&self) -> Arc<Vec<NodeRecord>> {
+        self.nodes.snapshot()
     }
 
     /// Asks the node that holds `session` to close it, a few times if need be: a node that started

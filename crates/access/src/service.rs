@@ -19,6 +19,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
+use crate::balance::Shedding;
 use crate::config::Config;
 use crate::error::Error;
 use crate::grpc::AccessService;
@@ -60,7 +61,8 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
 
     let devices = bind("listen", config.listen).await?;
     let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
-    let Some((node, mut lease)) = build(&config, &context, &dispatchers, &redis).await? else {
+    let built = build(&config, &context, &dispatchers, &devices, &redis).await?;
+    let Some((node, mut lease)) = built else {
         return Ok(Stopped::Clean);
     };
     redis.ready();
@@ -106,6 +108,7 @@ async fn build(
     config: &Config,
     context: &Context,
     dispatchers: &TcpListener,
+    devices: &TcpListener,
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
@@ -118,13 +121,16 @@ async fn build(
     context.announce("grpc", grpc);
     let lease = config.lease();
     let admin = context.announcements().get("admin");
-    let record = lease.record(NodeRole::Access, grpc, admin, new_incarnation(Incarnation(0)))?;
+    let mut record =
+        lease.record(NodeRole::Access, grpc, admin, new_incarnation(Incarnation(0)))?;
+    record.devices = config.devices_url(local(devices));
     let acquire = || Lease::acquire(&mailbox, record.clone(), lease.ttl);
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
     let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));
     let node = Node::new(
         Parts {
             id: record.id,
+            zone: config.zone.clone(),
             mailbox,
             verifier,
             metrics,
@@ -218,6 +224,7 @@ fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listen
 /// Keeps the node's life and its sessions' routes true. Never returns.
 async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
     let mut confirming = Confirming::new(config);
+    let mut shedding = Shedding::new(config.balance.clone(), config.zone.clone());
     let mut next = node.incarnation();
     let mut pace = interval(PACE);
     let mut look = interval(LOOK);
@@ -243,6 +250,7 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
             _ = look.tick() => {
                 condition.ready();
                 lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
+                shedding.go_on(node);
             }
         }
     }

@@ -190,6 +190,7 @@ mod tests {
             draining: false,
             zone: String::new(),
             admin: String::new(),
+            devices: String::new(),
         }
     }
 

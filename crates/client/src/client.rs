@@ -39,6 +39,7 @@ pub struct Builder {
     timing: Timing,
     body_bytes_max: usize,
     ping_interval: Option<Duration>,
+    zone: Option<String>,
 }
 
 /// The durations that a client keeps to.
@@ -62,6 +63,8 @@ pub(crate) struct Settings {
     pub(crate) timing: Timing,
     pub(crate) body_bytes_max: usize,
     pub(crate) ping_interval_ms: u32,
+    /// Ask which nodes of it to go to.
+    pub(crate) zone: Option<String>,
 }
 
 /// A client that cannot be started.
@@ -107,6 +110,7 @@ impl Client {
             },
             body_bytes_max: 16 << 20,
             ping_interval: None,
+            zone: None,
         }
     }
 
@@ -214,6 +218,15 @@ impl Builder {
         self
     }
 
+    /// Asks the server before each connection which nodes of a zone hold the fewest devices, and connects
+    /// to one of them; to the client's URL where that is not answered. An empty zone is the server's own.
+    /// For clusters whose nodes devices can reach one by one.
+    #[must_use]
+    pub fn least_loaded(mut self, zone: impl Into<String>) -> Self {
+        self.zone = Some(zone.into());
+        self
+    }
+
     /// To how many bytes a compressed body may grow; 16 MiB if not given.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
@@ -292,6 +305,7 @@ impl Builder {
             on_event: self.on_event,
             timing: self.timing,
             body_bytes_max: self.body_bytes_max,
+            zone: self.zone,
             // 0 would be the server's choice.
             ping_interval_ms: self.ping_interval.map_or(0, |interval| {
                 u32::try_from(interval.as_millis()).unwrap_or(u32::MAX).max(1)
@@ -301,7 +315,7 @@ impl Builder {
 }
 
 /// Checks a URL, and completes its path.
-fn address(url: &str) -> Result<Uri, InvalidBuilder> {
+pub(crate) fn address(url: &str) -> Result<Uri, InvalidBuilder> {
     let invalid = |problem: String| InvalidBuilder::Url { url: url.into(), problem };
     let uri: Uri = url.parse().map_err(|e| invalid(format!("{e}")))?;
     if !matches!(uri.scheme_str(), Some("ws" | "wss")) {

@@ -7,6 +7,7 @@ use barid_core::{Chain, Clock as _, CloseCode, Epoch, Generation, Position, Seq,
 use barid_wire::v1::{self, ServerFrame, client_frame, server_frame};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{AckHandle, Delivery, Settings};
@@ -42,6 +43,10 @@ pub(crate) struct Driver {
     attempt: u64,
     reconnect: Reconnect,
     stop: CancellationToken,
+    /// Where the last connection went.
+    last: Option<Uri>,
+    /// It failed: another node is taken if there is one.
+    avoid: bool,
 }
 
 /// The inbox and its ways to the application.
@@ -97,12 +102,14 @@ impl Driver {
             out: 0,
             stopping: false,
         };
-        Self { settings, work, attempt, reconnect, stop }
+        Self { settings, work, attempt, reconnect, stop, last: None, avoid: false }
     }
 
     pub(crate) async fn run(mut self) -> Closed {
         let closed = loop {
-            let (why, wait) = match self.connection().await {
+            let ended = self.connection().await;
+            self.avoid = matches!(ended, Ended::Lost(_));
+            let (why, wait) = match ended {
                 Ended::Stopped => break Closed::Shutdown,
                 Ended::Lost(why) if is_final(&why) => {
                     self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
@@ -133,14 +140,20 @@ impl Driver {
         self.attempt = next_attempt(self.attempt, SystemClock.now_ms());
         self.work.tell(Event::Connecting { attempt: self.attempt });
         let settings = self.settings.clone();
-        let opening = timeout(settings.timing.connect, open(&settings));
+        let avoid = self.last.clone().filter(|_| self.avoid);
+        let opening = timeout(settings.timing.connect, open(&settings, avoid));
         let opened = tokio::select! {
             () = self.work.until_stopped(&self.stop) => return Ended::Stopped,
             opened = opening => opened,
         };
         let (connection, refresh_in) = match opened {
-            Ok(Ok(opened)) => opened,
-            Ok(Err(why)) => return Ended::Lost(why),
+            Ok((uri, opened)) => {
+                self.last = Some(uri);
+                match opened {
+                    Ok(opened) => opened,
+                    Err(why) => return Ended::Lost(why),
+                }
+            }
             Err(_) => return Ended::Lost(Disconnect::Timeout("connection")),
         };
         let began = Instant::now();
@@ -465,10 +478,22 @@ fn told_to_wait(why: &Disconnect) -> Duration {
     }
 }
 
-async fn open(settings: &Settings) -> Result<(Connection, Option<Duration>), Disconnect> {
-    let token = (settings.token)().await.map_err(|e| Disconnect::Token(e.to_string()))?;
+/// An open connection, and when its token wants to be refreshed.
+type Opened = Result<(Connection, Option<Duration>), Disconnect>;
+
+/// Opens a connection; also says where to.
+async fn open(settings: &Settings, avoid: Option<Uri>) -> (Uri, Opened) {
+    let mut uri = settings.uri.clone();
+    let token = match (settings.token)().await {
+        Ok(token) => token,
+        Err(error) => return (uri, Err(Disconnect::Token(error.to_string()))),
+    };
     let refresh_in = token.refresh_in(SystemClock.now_ms());
-    Ok((Connection::open(&settings.uri, &token).await?, refresh_in))
+    if let Some(zone) = &settings.zone {
+        uri = crate::nodes::choose(&settings.uri, zone, &token, avoid.as_ref()).await;
+    }
+    let opened = Connection::open(&uri, &token).await;
+    (uri, opened.map(|connection| (connection, refresh_in)))
 }
 
 /// Fetches a fresh token when it is time; never returns where tokens do not expire.

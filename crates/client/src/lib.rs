@@ -26,6 +26,7 @@ mod driver;
 mod event;
 mod inbox;
 mod message;
+mod nodes;
 mod reconnect;
 mod store;
 mod token;

@@ -88,6 +88,7 @@ impl Cluster {
             draining: false,
             zone: String::new(),
             admin: String::new(),
+            devices: String::new(),
         };
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (node, lease)

@@ -59,6 +59,8 @@ pub struct NodeRecord {
     pub zone: String,
     /// The `host:port` of its admin endpoint; empty: not told.
     pub admin: String,
+    /// The URL at which devices connect; empty: not told, or they do not.
+    pub devices: String,
 }
 
 /// What an operator says of a node's lease, under the keys of these names.
@@ -118,8 +120,17 @@ impl LeaseConfig {
             Some((host, _)) if admin.ip().is_unspecified() => format!("{host}:{}", admin.port()),
             _ => admin.to_string(),
         });
-        let zone = self.zone.clone();
-        Ok(NodeRecord { id, role, address, incarnation, load: 0, draining: false, zone, admin })
+        Ok(NodeRecord {
+            id,
+            role,
+            address,
+            incarnation,
+            load: 0,
+            draining: false,
+            zone: self.zone.clone(),
+            admin,
+            devices: String::new(),
+        })
     }
 }
 
@@ -372,7 +383,7 @@ async fn call(
     let state = if record.draining { "draining" } else { "serving" };
     lease.key(key.clone()).arg(verb).arg(ttl.as_millis()).arg(record.incarnation);
     lease.arg(record.role.as_str()).arg(&record.address).arg(record.load).arg(state);
-    lease.arg(&record.zone).arg(&record.admin);
+    lease.arg(&record.zone).arg(&record.admin).arg(&record.devices);
     let topology = mailbox.topology();
     let done = topology.run_on(&key, &scripts::LEASE, &lease).await?;
     if done != Value::Int(1) {

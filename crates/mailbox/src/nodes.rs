@@ -262,6 +262,7 @@ fn parse(id: &str, fields: &HashMap<String, String>) -> Option<NodeRecord> {
         zone: field("zone").unwrap_or_default().to_owned(),
         // Absent in leases of earlier versions.
         admin: field("admin").unwrap_or_default().to_owned(),
+        devices: field("devices").unwrap_or_default().to_owned(),
     })
 }
 
@@ -279,6 +280,7 @@ mod tests {
             draining: false,
             zone: String::new(),
             admin: String::new(),
+            devices: String::new(),
         }
     }
 

@@ -53,7 +53,8 @@ async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
     let devices = bind("listen", config.listen).await.unwrap();
     let dispatchers = bind("grpc_listen", config.grpc_listen).await.unwrap();
     let there = context.progress("redis", "answer");
-    let (node, mut lease) = build(&config, &context, &dispatchers, &there).await.unwrap().unwrap();
+    let (node, mut lease) =
+        build(&config, &context, &dispatchers, &devices, &there).await.unwrap().unwrap();
     let address = local(&devices);
     let mut tasks = JoinSet::new();
     tasks.spawn(tick(Arc::clone(&node), wheel));

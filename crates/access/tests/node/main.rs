@@ -3,6 +3,7 @@
 mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
+mod balance;
 mod heartbeats;
 mod isolation;
 mod kick;

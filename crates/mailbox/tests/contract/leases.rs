@@ -25,6 +25,7 @@ fn record(id: &str, role: NodeRole) -> NodeRecord {
         draining: false,
         zone: "riyadh".into(),
         admin: "127.0.0.1:7082".into(),
+        devices: String::new(),
     }
 }
 

@@ -1,0 +1,227 @@
+//! Balance: which nodes a device should go to, and letting devices go where there are far more of them
+//! than elsewhere.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+
+use barid_core::NodeId;
+use barid_mailbox::NodeRecord;
+use rand::seq::SliceRandom as _;
+use serde::Serialize;
+
+use crate::config::BalanceConfig;
+use crate::handle::Handle;
+use crate::node::Node;
+
+/// Nodes of one answer.
+const OFFERED_MAX: usize = 5;
+/// Between two episodes, seconds: longer than leases and tables take to tell of loads.
+const REST_SECONDS: u32 = 15;
+/// Devices that are let go come back within this, at random, ms.
+const RECONNECT_SPREAD_MS: u32 = 1_000;
+
+/// What `GET /v1/nodes` answers.
+#[derive(Debug, Serialize)]
+pub struct Offer<'a> {
+    zone: &'a str,
+    nodes: Vec<Offered<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Offered<'a> {
+    node: &'a str,
+    url: &'a str,
+    zone: &'a str,
+    load: u64,
+}
+
+/// The nodes that devices of a zone should go to: those of the zone first, and of those the least loaded.
+/// Draining ones are not among them, nor those that do not say where devices connect.
+pub fn offer<'a>(nodes: &'a [NodeRecord], zone: &'a str) -> Offer<'a> {
+    let mut serving: Vec<_> =
+        nodes.iter().filter(|node| !node.draining && !node.devices.is_empty()).collect();
+    serving.sort_by_key(|node| (node.zone != zone, node.load));
+    let offered = serving.into_iter().take(OFFERED_MAX).map(|node| Offered {
+        node: node.id.as_str(),
+        url: &node.devices,
+        zone: &node.zone,
+        load: node.load,
+    });
+    Offer { zone, nodes: offered.collect() }
+}
+
+/// How many sessions each node of the zone would have; `None`: there is no other.
+fn mean(own: &NodeId, sessions: u64, nodes: &[NodeRecord], zone: &str) -> Option<u64> {
+    let others: Vec<u64> = nodes
+        .iter()
+        .filter(|node| !node.draining && node.zone == zone && node.id != *own)
+        .map(|node| node.load)
+        .collect();
+    let all = sessions + others.iter().sum::<u64>();
+    (!others.is_empty()).then(|| all.div_ceil(others.len() as u64 + 1))
+}
+
+/// Lets devices go, some each second, from far above the mean down to it.
+pub struct Shedding {
+    zone: String,
+    episodes: Episodes,
+    /// Whom to ask next, in no order.
+    waiting: VecDeque<Weak<Handle>>,
+    /// Who was told and has not gone.
+    leaving: Vec<Arc<Handle>>,
+}
+
+impl Shedding {
+    /// Of a node in this zone.
+    pub fn new(config: BalanceConfig, zone: String) -> Self {
+        let episodes = Episodes { config, target: None, rest: 0 };
+        Self { zone, episodes, waiting: VecDeque::new(), leaving: Vec::new() }
+    }
+
+    /// To be called once a second.
+    pub fn go_on(&mut self, node: &Node) {
+        if self.episodes.config.shed_above == 0.0 || node.is_draining() {
+            return;
+        }
+        self.leaving.retain(|handle| !handle.is_over());
+        let sessions = u64::try_from(node.metrics.sessions.get()).unwrap_or(0);
+        let staying = sessions.saturating_sub(self.leaving.len() as u64);
+        let mean = || mean(&node.id, staying, &node.peers.snapshot(), &self.zone);
+        let before = self.episodes.target;
+        let count = self.episodes.next(staying, mean);
+        if before != self.episodes.target {
+            let target = self.episodes.target;
+            tracing::info!(sessions, target, "balance: letting devices go (to no target: enough)");
+            self.waiting.clear();
+        }
+        self.let_go(node, count);
+    }
+
+    fn let_go(&mut self, node: &Node, count: u64) {
+        if count > 0 && self.waiting.is_empty() {
+            let mut all = node.registry.all();
+            all.shuffle(&mut rand::rng());
+            self.waiting = all.iter().map(Arc::downgrade).collect();
+        }
+        let mut left = count;
+        while left > 0
+            && let Some(handle) = self.waiting.pop_front()
+        {
+            if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
+                let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
+                handle.tell(|inbox| inbox.go_away = Some(reconnect_after_ms));
+                node.metrics.shed.inc();
+                self.leaving.push(handle);
+                left -= 1;
+            }
+        }
+    }
+}
+
+/// When to let go, and how many. What is known of other nodes is some seconds old: an episode goes to
+/// the mean of its beginning, and the next one waits until those that went are counted where they are.
+#[derive(Debug)]
+struct Episodes {
+    config: BalanceConfig,
+    target: Option<u64>,
+    /// Seconds.
+    rest: u32,
+}
+
+impl Episodes {
+    /// How many of `staying` to let go in this second.
+    fn next(&mut self, staying: u64, mean: impl FnOnce() -> Option<u64>) -> u64 {
+        if self.target.is_none() {
+            if self.rest > 0 {
+                self.rest -= 1;
+                return 0;
+            }
+            let Some(mean) = mean() else { return 0 };
+            let high = (mean as f64 * self.config.shed_above) as u64 + self.config.shed_slack;
+            self.target = (staying > high).then_some(mean);
+        }
+        let Some(target) = self.target else { return 0 };
+        if staying <= target {
+            self.target = None;
+            self.rest = REST_SECONDS;
+            return 0;
+        }
+        (staying - target).min(self.config.sheds_per_second.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use barid_core::Incarnation;
+    use barid_mailbox::NodeRole;
+
+    fn node(id: &str, zone: &str, load: u64) -> NodeRecord {
+        NodeRecord {
+            id: NodeId::new(id).unwrap(),
+            role: NodeRole::Access,
+            address: "h:1".into(),
+            incarnation: Incarnation(1),
+            load,
+            draining: false,
+            zone: zone.into(),
+            admin: String::new(),
+            devices: format!("ws://{id}/v1/connect"),
+        }
+    }
+
+    #[test]
+    fn the_least_loaded_of_the_zone_come_first() {
+        let mut nodes = vec![
+            node("a", "x", 9),
+            node("b", "x", 3),
+            node("c", "y", 0),
+            node("d", "x", 5),
+            node("e", "x", 1),
+            node("f", "x", 2),
+        ];
+        nodes[4].draining = true;
+        nodes[5].devices = String::new();
+        let ids = |zone| -> Vec<String> {
+            offer(&nodes, zone).nodes.iter().map(|node| node.node.to_owned()).collect()
+        };
+        assert_eq!(ids("x"), ["b", "d", "a", "c"]);
+        assert_eq!(ids("y"), ["c", "b", "d", "a"]);
+        assert_eq!(ids("elsewhere"), ["c", "b", "d", "a"]);
+        let json = serde_json::to_value(offer(&nodes[..1], "x")).unwrap();
+        let url = "ws://a/v1/connect";
+        let expected = serde_json::json!({
+            "zone": "x", "nodes": [{ "node": "a", "url": url, "zone": "x", "load": 9 }]
+        });
+        assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn a_node_far_above_the_mean_sheds_down_to_it_and_not_further() {
+        let config = BalanceConfig { shed_above: 1.2, shed_slack: 10, sheds_per_second: 50 };
+        let own = NodeId::new("a").unwrap();
+        let mean = |sessions, others: &[u64]| {
+            let others: Vec<_> = others.iter().map(|load| node("b", "x", *load)).collect();
+            super::mean(&own, sessions, &others, "x")
+        };
+        assert_eq!(mean(1000, &[0]), Some(500));
+        assert_eq!(mean(1000, &[]), None);
+        // Itself, another zone, and who is leaving do not count.
+        let mut others = vec![node("a", "x", 999), node("b", "y", 0), node("c", "x", 0)];
+        others[2].draining = true;
+        assert_eq!(super::mean(&own, 1000, &others, "x"), None);
+
+        let mut episodes = Episodes { config, target: None, rest: 0 };
+        assert_eq!(episodes.next(610, || Some(500)), 0, "not far enough");
+        assert_eq!(episodes.next(1000, || None), 0, "nowhere to go");
+        assert_eq!(episodes.next(611, || Some(500)), 50);
+        // What others hold is heard of late: it does not move the target.
+        assert_eq!(episodes.next(561, || Some(100)), 50);
+        assert_eq!(episodes.next(511, || Some(100)), 11);
+        assert_eq!(episodes.next(500, || Some(100)), 0);
+        for _ in 0..REST_SECONDS {
+            assert_eq!(episodes.next(500, || Some(100)), 0);
+        }
+        assert_eq!(episodes.next(500, || Some(100)), 50);
+    }
+}
