@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::admission::Origins;
 use crate::auth::Verifier;
 use crate::proxy::Proxies;
+use crate::tls::Tls;
 
 /// A burst of minutes is no limit.
 const BURST_SECONDS_MAX: u64 = 600;
@@ -48,6 +49,8 @@ pub struct Config {
     pub redis: RedisConfig,
     /// Who may connect.
     pub auth: AuthConfig,
+    /// TLS on `listen`.
+    pub tls: TlsConfig,
     /// Balancers between the devices and this node.
     pub proxy: ProxyConfig,
     /// Bounds.
@@ -145,6 +148,16 @@ impl Default for JwksConfig {
             timeout_ms: 5_000,
         }
     }
+}
+
+/// Keys under `tls`. Without files the port is plain, and TLS ends before it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// The certificate and those that it was issued by, PEM. Read again when it changes, and at SIGHUP.
+    pub certificate_file: Option<PathBuf>,
+    /// Its private key, PEM.
+    pub key_file: Option<PathBuf>,
 }
 
 /// Keys under `proxy`: how clients' addresses are learnt where balancers stand before the node.
@@ -395,6 +408,7 @@ impl Default for Config {
             lease_ttl_ms: 10_000,
             redis: RedisConfig::default(),
             auth: AuthConfig::default(),
+            tls: TlsConfig::default(),
             proxy: ProxyConfig::default(),
             limits: LimitsConfig::default(),
             heartbeat: HeartbeatConfig::default(),
@@ -424,6 +438,7 @@ impl Config {
         Verifier::new(&self.auth).map_err(|error| error.to_string())?;
         Origins::new(&self.auth.origins)?;
         Proxies::new(&self.proxy)?;
+        Tls::new(&self.tls)?;
         self.heartbeat.check()?;
         self.balance.check()?;
         let url = &self.advertise_url;
@@ -466,6 +481,7 @@ impl Config {
     pub(crate) fn devices_url(&self, bound: SocketAddr) -> String {
         match self.advertise_url.as_str() {
             "" if bound.ip().is_unspecified() => String::new(),
+            "" if self.tls.certificate_file.is_some() => format!("wss://{bound}/v1/connect"),
             "" => format!("ws://{bound}/v1/connect"),
             url => url.to_owned(),
         }

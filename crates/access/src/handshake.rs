@@ -9,7 +9,7 @@ use barid_runtime::Condition;
 use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::error::CapacityError;
@@ -30,6 +30,7 @@ use crate::auth::{AuthError, Claims};
 use crate::balance;
 use crate::node::Node;
 use crate::proxy;
+use crate::stream::Stream;
 
 /// How often the listener shows that it accepts.
 const TURN: Duration = Duration::from_secs(1);
@@ -51,7 +52,7 @@ const READ_BUFFER_BYTES: usize = 512;
 pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
 
 /// A device's WebSocket.
-pub type Socket = WebSocketStream<TcpStream>;
+pub type Socket = WebSocketStream<Stream>;
 
 /// A handshake that succeeded.
 pub struct Accepted {
@@ -105,9 +106,24 @@ pub struct Arrival {
 
 /// Reads and answers a handshake; `None` if it was refused or the device went away. Counts itself.
 pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
-    let Arrival { node, mut stream, mut address, mut admitted } = arrival;
+    let Arrival { node, stream, mut address, mut admitted } = arrival;
     let node = &*node;
-    let refusal = match judge(node, &mut stream, &mut address, &mut admitted).await {
+    let deadline = Instant::now() + Duration::from_millis(node.limits.handshake_timeout_ms);
+    let opening = introduce(node, stream, &mut address, &mut admitted);
+    let opened = timeout_at(deadline.into(), opening).await;
+    let mut stream = match opened.unwrap_or(Err(Unopened { label: "timeout", told: None })) {
+        Ok(stream) => stream,
+        Err(Unopened { label, told: None }) => {
+            tracing::debug!(%address, label, "no connection was opened");
+            return count(node, label);
+        }
+        Err(Unopened { told: Some((stream, refusal)), .. }) => {
+            drop(admitted);
+            turn_away(node, stream, refusal).await;
+            return None;
+        }
+    };
+    let refusal = match judge(node, &mut stream, &mut address, &mut admitted, deadline).await {
         Ok(judged) => {
             node.metrics.handshake("accepted");
             admitted.handshaken();
@@ -115,10 +131,6 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             return Some((upgrade(node, stream, judged).await, admitted));
         }
         Err(Failure::Gone) => return count(node, "gone"),
-        Err(Failure::BadProxy) => {
-            tracing::warn!(balancer = %address, "no good header of the PROXY protocol");
-            return count(node, "proxy");
-        }
         Err(Failure::Refused(refusal)) => refusal,
     };
     tracing::debug!(
@@ -138,15 +150,19 @@ fn count<T>(node: &Node, label: &'static str) -> Option<T> {
     None
 }
 
-/// Answers a connection for which there is no room, without reading its request.
+/// Answers a connection for which there is no room, without reading its request; with TLS it is hung up
+/// on, for a handshake costs more than is left.
 fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
     let refusal = Refusal::limit(node, refused);
+    if node.tls.is_some() {
+        return node.metrics.handshake(refusal.label);
+    }
     let node = Arc::clone(node);
-    tokio::spawn(async move { turn_away(&node, stream, refusal).await });
+    tokio::spawn(async move { turn_away(&node, Stream::Plain(stream), refusal).await });
 }
 
 /// Says why, if there is still room to say so.
-async fn turn_away(node: &Node, stream: TcpStream, refusal: Refusal) {
+async fn turn_away(node: &Node, stream: Stream, refusal: Refusal) {
     node.metrics.handshake(refusal.label);
     let Some(_place) = node.admission.turn_away() else {
         return node.metrics.limit("turned_away");
@@ -157,8 +173,6 @@ async fn turn_away(node: &Node, stream: TcpStream, refusal: Refusal) {
 
 enum Failure {
     Gone,
-    /// A balancer that speaks another protocol than it should: there is nobody to answer.
-    BadProxy,
     Refused(Refusal),
 }
 
@@ -176,20 +190,31 @@ struct Judged {
 
 async fn judge(
     node: &Node,
-    stream: &mut TcpStream,
+    stream: &mut Stream,
     address: &mut IpAddr,
     admitted: &mut Admitted,
+    deadline: Instant,
 ) -> Result<Judged, Failure> {
     let over = |refused| Failure::Refused(Refusal::limit(node, refused));
-    let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
     let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
-    let request = introduce(node, stream, address, admitted);
-    let (request, rest) = timeout(limit, request).await.map_err(|_| late())??;
+    let read = timeout_at(deadline.into(), read_request(stream)).await;
+    let (request, rest) = read.map_err(|_| late())??;
+    if node.proxies.forwards(*address) {
+        let values = request.headers().get_all(FORWARDED_FOR).iter();
+        let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
+        *address = node.proxies.client(*address, values.into_iter());
+        limit_address(node, *address, admitted).map_err(Failure::Refused)?;
+    }
+    let limit = Duration::from_millis(node.limits.handshake_timeout_ms);
     match request.uri().path() {
         PATH => (),
         NODES_PATH => return Err(nodes(node, &request, limit).await?),
         _ => {
-            return Err(refused("404 Not Found", "not_found", format!("devices connect to {PATH}")));
+            return Err(refused(
+                "404 Not Found",
+                "not_found",
+                format!("devices connect to {PATH}"),
+            ));
         }
     }
     if node.is_draining() {
@@ -213,55 +238,65 @@ async fn judge(
     Ok(Judged { rest, encoding, claims })
 }
 
-/// Reads the request, and before or by it learns whose it is: `address` is the peer's at first.
-async fn introduce(
-    node: &Node,
-    stream: &mut TcpStream,
-    address: &mut IpAddr,
-    admitted: &mut Admitted,
-) -> Result<(Request, Vec<u8>), Failure> {
-    let mut bytes = Vec::with_capacity(1024);
-    if node.proxies.speaks_first(*address) {
-        *address = read_proxy_header(stream, &mut bytes).await?.unwrap_or(*address);
-    }
-    let forwarded = node.proxies.forwards(*address);
-    if !forwarded {
-        limit_address(node, *address, admitted)?;
-    }
-    let (request, rest) = read_request(stream, bytes).await?;
-    if forwarded {
-        let values = request.headers().get_all(FORWARDED_FOR).iter();
-        let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
-        *address = node.proxies.client(*address, values.into_iter());
-        limit_address(node, *address, admitted)?;
-    }
-    Ok((request, rest))
+/// A socket on which no request was read: how it is counted, or to whom it is said why.
+struct Unopened {
+    label: &'static str,
+    told: Option<(Stream, Refusal)>,
 }
 
-fn limit_address(node: &Node, address: IpAddr, admitted: &mut Admitted) -> Result<(), Failure> {
-    let over = |refused| Failure::Refused(Refusal::limit(node, refused));
-    if admitted.coming_from(address).map_err(over)? {
+impl From<std::io::Error> for Unopened {
+    fn from(_: std::io::Error) -> Self {
+        Self { label: "gone", told: None }
+    }
+}
+
+/// What comes before the request: the balancer's header, the limits of the address (`address` is the
+/// peer's at first), and TLS.
+async fn introduce(
+    node: &Node,
+    mut stream: TcpStream,
+    address: &mut IpAddr,
+    admitted: &mut Admitted,
+) -> Result<Stream, Unopened> {
+    if node.proxies.speaks_first(*address) {
+        *address = read_proxy_header(&mut stream).await?.unwrap_or(*address);
+    }
+    if !node.proxies.forwards(*address)
+        && let Err(refusal) = limit_address(node, *address, admitted)
+    {
+        return Err(match node.tls {
+            Some(_) => Unopened { label: refusal.label, told: None },
+            None => Unopened { label: refusal.label, told: Some((Stream::Plain(stream), refusal)) },
+        });
+    }
+    let Some(tls) = &node.tls else { return Ok(Stream::Plain(stream)) };
+    match tls.accept(stream).await {
+        Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
+        Err(error) => {
+            tracing::debug!(%address, %error, "no TLS");
+            Err(Unopened { label: "tls", told: None })
+        }
+    }
+}
+
+fn limit_address(node: &Node, address: IpAddr, admitted: &mut Admitted) -> Result<(), Refusal> {
+    if admitted.coming_from(address).map_err(|refused| Refusal::limit(node, refused))? {
         node.metrics.limit("addresses");
     }
     Ok(())
 }
 
-/// Takes the header of the PROXY protocol off; what follows it stays in `bytes`.
-async fn read_proxy_header(
-    stream: &mut TcpStream,
-    bytes: &mut Vec<u8>,
-) -> Result<Option<IpAddr>, Failure> {
+/// Reads the header of the PROXY protocol, and not a byte of what follows it.
+async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Unopened> {
+    let mut bytes = Vec::with_capacity(64);
     loop {
-        match proxy::header(bytes) {
-            proxy::Header::Whole { length, source } => {
-                bytes.drain(..length);
-                return Ok(source);
-            }
-            proxy::Header::Malformed => return Err(Failure::BadProxy),
-            proxy::Header::Partial => {
-                if stream.read_buf(bytes).await? == 0 {
-                    return Err(Failure::Gone);
-                }
+        match proxy::header(&bytes) {
+            proxy::Header::Whole { source, .. } => return Ok(source),
+            proxy::Header::Malformed => return Err(Unopened { label: "proxy", told: None }),
+            proxy::Header::Partial(more) => {
+                let seen = bytes.len();
+                bytes.resize(seen + more, 0);
+                stream.read_exact(&mut bytes[seen..]).await?;
             }
         }
     }
@@ -328,11 +363,8 @@ fn refused(status: &'static str, label: &'static str, text: impl Into<String>) -
     Failure::Refused(Refusal::new(status, label, text))
 }
 
-/// `bytes` came already.
-async fn read_request(
-    stream: &mut TcpStream,
-    mut bytes: Vec<u8>,
-) -> Result<(Request, Vec<u8>), Failure> {
+async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), Failure> {
+    let mut bytes = Vec::with_capacity(1024);
     // Looked through and parsed once, however slowly it trickles in.
     let mut seen = 0;
     loop {
@@ -444,7 +476,7 @@ fn token(request: &Request, offered: &[String]) -> Option<String> {
     in_query.or_else(in_protocol).map(str::to_owned)
 }
 
-async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
+async fn upgrade(node: &Node, stream: Stream, judged: Judged) -> Accepted {
     let frame_bytes_max = Some(node.limits.frame_bytes_max);
     let mut config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
@@ -458,7 +490,7 @@ async fn upgrade(node: &Node, stream: TcpStream, judged: Judged) -> Accepted {
     Accepted { socket, encoding, claims, at_ms }
 }
 
-async fn refuse(mut stream: TcpStream, refusal: &Refusal) -> std::io::Result<()> {
+async fn refuse(mut stream: Stream, refusal: &Refusal) -> std::io::Result<()> {
     let Refusal { status, text, after, json, .. } = refusal;
     let kind = if json.is_some() { "application/json" } else { "text/plain; charset=utf-8" };
     // Those that are told so together do not come back together.

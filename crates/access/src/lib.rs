@@ -26,6 +26,8 @@ mod proxy;
 mod registry;
 mod service;
 pub mod session;
+mod stream;
+mod tls;
 mod upstream;
 mod wheel;
 

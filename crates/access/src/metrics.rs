@@ -7,7 +7,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::session::{Dropped, SyncCause};
 
-const HANDSHAKES: [&str; 17] = [
+const HANDSHAKES: [&str; 18] = [
     "accepted",
     "gone",
     "timeout",
@@ -15,6 +15,7 @@ const HANDSHAKES: [&str; 17] = [
     "limited",
     "forbidden",
     "proxy",
+    "tls",
     "nodes",
     "not_found",
     "draining",
@@ -100,6 +101,7 @@ pub struct Metrics {
     redis_retries: IntCounterVec,
     confirms: IntCounterVec,
     limits: IntCounterVec,
+    certificates: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
     /// Devices that were told to go because there are fewer elsewhere.
@@ -181,6 +183,12 @@ impl Metrics {
                 &CONFIRMS,
             )?,
             limits: make.counters("limits_total", "Limits reached, by limit", "limit", &LIMITS)?,
+            certificates: make.counters(
+                "certificate_reads_total",
+                "Times the certificate was read again, by outcome",
+                "outcome",
+                &["read", "failed"],
+            )?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
             shed: make.counter("shed_total", "Devices told to go where there are fewer")?,
             acked: make.counter("acked_total", "Messages acknowledged")?,
@@ -191,6 +199,11 @@ impl Metrics {
     /// A limit was reached, one of those in docs/limits.md.
     pub fn limit(&self, limit: &'static str) {
         self.limits.with_label_values(&[limit]).inc();
+    }
+
+    /// The certificate's files were read again.
+    pub fn certificate_read(&self, outcome: &'static str) {
+        self.certificates.with_label_values(&[outcome]).inc();
     }
 
     /// A handshake ended.

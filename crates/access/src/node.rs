@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::proxy::Proxies;
 use crate::registry::Registry;
 use crate::session::{Seconds, Settings};
+use crate::tls::Tls;
 use crate::upstream::Upstream;
 use crate::wheel::Wheel;
 
@@ -58,6 +59,8 @@ pub struct Parts {
     pub limits: LimitsConfig,
     /// Whom it lets in.
     pub admission: Arc<Admission>,
+    /// TLS on the devices' port; `None`: plain.
+    pub tls: Option<Tls>,
     /// Whom to believe about clients' addresses.
     pub proxies: Proxies,
     /// Which web pages may connect.

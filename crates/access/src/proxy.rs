@@ -8,6 +8,8 @@ use crate::config::ProxyConfig;
 
 /// Of a header of version 1, as its specification has it; of version 2, what balancers send and more.
 const V1_BYTES_MAX: usize = 107;
+/// `PROXY UNKNOWN` and its end.
+const V1_BYTES_MIN: usize = 15;
 const V2_BODY_BYTES_MAX: usize = 4 << 10;
 const V1_START: &[u8] = b"PROXY ";
 const V2_START: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
@@ -120,8 +122,9 @@ fn as_bits(address: IpAddr) -> u128 {
 /// What a connection's first bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Header {
-    /// The beginning of a header.
-    Partial,
+    /// The beginning of a header, and how many bytes more are sure to belong to it: what follows it is
+    /// not the balancer's.
+    Partial(usize),
     /// A header of so many bytes, and for whom; `None`: for the balancer itself (a health check), or it
     /// does not know.
     Whole {
@@ -149,7 +152,10 @@ pub fn header(bytes: &[u8]) -> Header {
 fn v1(bytes: &[u8]) -> Header {
     let line = &bytes[..bytes.len().min(V1_BYTES_MAX)];
     let Some(end) = line.windows(2).position(|pair| pair == b"\r\n") else {
-        return if bytes.len() < V1_BYTES_MAX { Header::Partial } else { Header::Malformed };
+        return match bytes.len() {
+            V1_BYTES_MAX.. => Header::Malformed,
+            length => Header::Partial(V1_BYTES_MIN.saturating_sub(length).max(1)),
+        };
     };
     let source = std::str::from_utf8(&line[V1_START.len().min(end)..end]).ok().and_then(v1_source);
     match source {
@@ -178,14 +184,18 @@ fn v1_source(text: &str) -> Option<Option<IpAddr>> {
 }
 
 fn v2(bytes: &[u8]) -> Header {
-    let Some(head) = bytes.first_chunk::<V2_HEAD_BYTES>() else { return Header::Partial };
+    let Some(head) = bytes.first_chunk::<V2_HEAD_BYTES>() else {
+        return Header::Partial(V2_HEAD_BYTES - bytes.len());
+    };
     let body_bytes = usize::from(u16::from_be_bytes([head[14], head[15]]));
     let (version, command) = (head[12] >> 4, head[12] & 0x0f);
     if version != 2 || command > 1 || body_bytes > V2_BODY_BYTES_MAX {
         return Header::Malformed;
     }
     let length = V2_HEAD_BYTES + body_bytes;
-    let Some(body) = bytes.get(V2_HEAD_BYTES..length) else { return Header::Partial };
+    let Some(body) = bytes.get(V2_HEAD_BYTES..length) else {
+        return Header::Partial(length - bytes.len());
+    };
     const LOCAL: u8 = 0;
     let source = match (command, head[13]) {
         (LOCAL, _) => Some(None),
@@ -252,7 +262,10 @@ mod tests {
             let with_more = [&bytes[..], b"GET / HTTP/1.1\r\n\r\n"].concat();
             assert_eq!(header(&with_more), whole);
             for cut in 0..bytes.len() {
-                assert_eq!(header(&bytes[..cut]), Header::Partial, "{cut} of {bytes:?}");
+                let Header::Partial(more) = header(&bytes[..cut]) else {
+                    panic!("{cut} of {bytes:?}");
+                };
+                assert!(more > 0 && cut + more <= bytes.len(), "{more} after {cut} of {bytes:?}");
             }
         }
     }
@@ -281,7 +294,7 @@ mod tests {
         ] {
             assert_eq!(header(&bytes), Header::Malformed, "{}", bytes.escape_ascii());
         }
-        assert_eq!(header(&long[..V1_BYTES_MAX - 1]), Header::Partial);
+        assert_eq!(header(&long[..V1_BYTES_MAX - 1]), Header::Partial(1));
     }
 
     #[test]
@@ -330,7 +343,7 @@ mod tests {
             let bytes = [start, &rest].concat();
             match header(&bytes) {
                 Header::Whole { length, .. } => prop_assert!(length <= bytes.len()),
-                Header::Partial => prop_assert!(bytes.len() < V2_HEAD_BYTES + V2_BODY_BYTES_MAX),
+                Header::Partial(_) => prop_assert!(bytes.len() < V2_HEAD_BYTES + V2_BODY_BYTES_MAX),
                 Header::Malformed => (),
             }
         }

@@ -32,6 +32,7 @@ use crate::node::{Node, Parts};
 use crate::peers::Peers;
 use crate::proxy::Proxies;
 use crate::session::{Close, Settings};
+use crate::tls::Tls;
 use crate::upstream::Upstream;
 
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
@@ -71,6 +72,9 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(tick(Arc::clone(&node), wheel));
     tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
+    if let Some(tls) = &node.tls {
+        tasks.spawn(tls.clone().keep_fresh(node.metrics.clone()));
+    }
     tasks.spawn(memory::guard(Arc::clone(&node), Marks::new(&config.limits)));
     tasks.spawn(watch_redis(Arc::clone(&node), redis));
     serve_dispatchers(&mut tasks, &node, dispatchers);
@@ -138,6 +142,7 @@ async fn build(
             receipts,
             limits: config.limits.clone(),
             admission: Arc::new(Admission::new(&config.limits)),
+            tls: Tls::new(&config.tls).map_err(Error::Config)?,
             proxies: Proxies::new(&config.proxy).map_err(Error::Config)?,
             origins: Origins::new(&config.auth.origins).map_err(Error::Config)?,
             upstream: Upstream::new(&config.limits),

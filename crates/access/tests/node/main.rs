@@ -12,6 +12,7 @@ mod proxies;
 mod raw;
 mod slow;
 mod support;
+mod tls;
 
 use std::time::Duration;
 

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Result;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::raw::*;
@@ -122,13 +122,9 @@ async fn a_header_that_is_none_ends_the_connection_and_is_counted() -> Result<()
         assert_eq!(answer, "", "{}", bytes.escape_ascii());
         assert_eq!(node.metric(HANDSHAKES, "proxy"), (n + 1) as f64);
     }
-    // Nor does half a header hold a place for long.
-    let mut slow = TcpStream::connect(node.addresses["ws"]).await?;
-    slow.write_all(b"PROXY TCP4 192.0").await?;
-    let mut answer = String::new();
-    tokio::time::timeout(barid_testkit::device::PATIENCE, slow.read_to_string(&mut answer))
-        .await??;
-    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    // Nor does half a header hold a place for long; there is nobody to answer.
+    let answer = http(node.addresses["ws"], b"PROXY TCP4 192.0").await?;
+    assert_eq!(answer, "");
     assert_eq!(node.metric(HANDSHAKES, "timeout"), 1.0);
     Ok(())
 }

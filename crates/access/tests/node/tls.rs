@@ -1,0 +1,195 @@
+//! TLS on the devices' port, and a certificate that changes while devices are connected.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::raw::*;
+use crate::support::*;
+
+const HANDSHAKES: &str = "barid_access_handshakes_total";
+const READS: &str = "barid_access_certificate_reads_total";
+
+/// A certificate of these tests, and its key.
+fn files(name: &str) -> [String; 2] {
+    let place = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/node/certificates");
+    [format!("{place}/{name}.pem"), format!("{place}/{name}.key")]
+}
+
+/// Puts one where the node looks.
+fn install(name: &str, directory: &Path) -> Result<()> {
+    for (from, to) in files(name).iter().zip(["tls.pem", "tls.key"]) {
+        std::fs::copy(from, directory.join(to))?;
+    }
+    Ok(())
+}
+
+async fn node(world: &World, directory: &Path) -> Result<Node> {
+    world
+        .node_with(|config| {
+            config.tls.certificate_file = Some(directory.join("tls.pem"));
+            config.tls.key_file = Some(directory.join("tls.key"));
+        })
+        .await
+}
+
+/// Who trusts this certificate and no other.
+async fn connect(node: &Node, name: &str) -> Result<TlsStream<TcpStream>> {
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(&files(name)[0])? {
+        roots.add(certificate?)?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = TcpStream::connect(node.addresses["ws"]).await?;
+    let server = ServerName::try_from(format!("{name}.test"))?;
+    Ok(TlsConnector::from(Arc::new(config)).connect(server, stream).await?)
+}
+
+/// Sends a handshake of a user, reads its answer, says Hello and reads the first byte of Welcome.
+async fn session(stream: &mut TlsStream<TcpStream>, user: &str) -> Result<()> {
+    let path = format!("/v1/connect?token={}", token_of(user));
+    let protocol = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
+    stream.write_all(request(&path, protocol).as_bytes()).await?;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    anyhow::ensure!(head.starts_with(b"HTTP/1.1 101"), "{}", head.escape_ascii());
+    stream.write_all(&frame(TEXT, r#"{"hello":{"device":"phone"}}"#)).await?;
+    expect(stream, "welcome").await
+}
+
+/// A frame that holds this text.
+async fn expect(stream: &mut TlsStream<TcpStream>, text: &str) -> Result<()> {
+    let mut bytes = Vec::new();
+    let reading = async {
+        while !String::from_utf8_lossy(&bytes).contains(text) {
+            let mut some = [0; 1024];
+            let read = stream.read(&mut some).await?;
+            anyhow::ensure!(read > 0, "the end instead of {text}");
+            bytes.extend_from_slice(&some[..read]);
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(barid_testkit::device::PATIENCE, reading).await.context("nothing")?
+}
+
+#[tokio::test]
+async fn a_certificate_is_replaced_without_a_restart_and_sessions_go_on() -> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let node = node(&world, directory.path()).await?;
+    let mut before = connect(&node, "one").await?;
+    session(&mut before, "alice").await?;
+    assert!(connect(&node, "two").await.is_err(), "it is the other one's");
+
+    // Half of a change, or nonsense: the last good one stays.
+    std::fs::write(directory.path().join("tls.pem"), "nonsense")?;
+    eventually("it was looked at", async || Ok(node.metric(READS, "failed") >= 1.0)).await?;
+    session(&mut connect(&node, "one").await?, "bob").await?;
+    install("two", directory.path())?;
+    eventually("the new one is served", async || Ok(connect(&node, "two").await.is_ok())).await?;
+    assert!(node.metric(READS, "read") >= 1.0);
+    assert!(connect(&node, "one").await.is_err());
+    session(&mut connect(&node, "two").await?, "carol").await?;
+
+    // Whoever was connected is still there, and is delivered to.
+    let (entry, _) = world.accept("alice", "m1").await?;
+    node.dispatcher().await?.push(&world, "alice", entry).await?;
+    expect(&mut before, "text of m1").await
+}
+
+#[tokio::test]
+async fn who_speaks_no_tls_there_is_counted_and_harms_nobody() -> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let node = node(&world, directory.path()).await?;
+    let answer = http(node.addresses["ws"], request("/v1/connect", "").as_bytes()).await?;
+    assert!(!answer.starts_with("HTTP"), "{answer}");
+    assert_eq!(node.metric(HANDSHAKES, "tls"), 1.0);
+    let mut stream = connect(&node, "one").await?;
+    session(&mut stream, "alice").await?;
+    // Refusals are readable.
+    let mut other = connect(&node, "one").await?;
+    other.write_all(request("/elsewhere", "").as_bytes()).await?;
+    let mut answer = String::new();
+    let _ = other.read_to_string(&mut answer).await;
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_balancer_names_the_client_before_tls_begins() -> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let node = world
+        .node_with(|config| {
+            config.tls.certificate_file = Some(directory.path().join("tls.pem"));
+            config.tls.key_file = Some(directory.path().join("tls.key"));
+            config.proxy.trusted = vec!["127.0.0.1".into()];
+            config.proxy.protocol = true;
+            config.limits.address_connections_max = 1;
+        })
+        .await?;
+    let open = async |client: &str| {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(&files("one")[0])?)?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
+        let header = format!("PROXY TCP4 {client} 198.51.100.1 4711 443\r\n");
+        stream.write_all(header.as_bytes()).await?;
+        let server = ServerName::try_from("one.test")?;
+        anyhow::Ok(TlsConnector::from(Arc::new(config)).connect(server, stream).await?)
+    };
+    let mut first = open("192.0.2.1").await?;
+    session(&mut first, "alice").await?;
+    assert!(open("192.0.2.1").await.is_err(), "hung up on");
+    assert_eq!(node.metric("barid_access_limits_total", "address_connections"), 1.0);
+    session(&mut open("192.0.2.2").await?, "bob").await
+}
+
+#[test]
+fn files_that_do_not_serve_refuse_to_start() {
+    use barid_access::Access;
+    use barid_runtime::Role as _;
+    let mut config = barid_access::Config::default();
+    config.auth.keys = vec![barid_access::config::KeyConfig {
+        secret: barid_core::Secret::new(barid_testkit::token::SECRET),
+        ..Default::default()
+    }];
+    let ([one, one_key], [_, two_key]) = (files("one"), files("two"));
+    config.tls.certificate_file = Some(one.clone().into());
+    let error = Access::check(&config).unwrap_err();
+    assert_eq!(error, "tls.certificate_file and tls.key_file belong together");
+    for (certificate, key, expected) in [
+        ("/nowhere.pem", &*one_key, "tls.certificate_file /nowhere.pem"),
+        (&*one_key, &*one_key, "tls.certificate_file"),
+        (&*one, "/nowhere.key", "tls.key_file /nowhere.key"),
+        (&*one, &*two_key, "tls.key_file"),
+    ] {
+        config.tls.certificate_file = Some(certificate.into());
+        config.tls.key_file = Some(key.into());
+        let error = Access::check(&config).unwrap_err();
+        assert!(error.starts_with(expected), "{error}");
+    }
+    config.tls.key_file = Some(one_key.into());
+    assert_eq!(Access::check(&config), Ok(()));
+}
