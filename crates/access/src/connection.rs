@@ -19,23 +19,19 @@ use barid_wire::frames::{
 };
 use barid_wire::v1;
 use bytes::Bytes;
-use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
-use tokio_tungstenite::tungstenite::Error as WsError;
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
-use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::error::CapacityError;
 
 use crate::admission::Admitted;
 use crate::auth::Claims;
 use crate::handle::{Handle, Inbox};
-use crate::handshake::{self, Accepted, Arrival, Socket, WRITE_BUFFER_BYTES};
+use crate::handshake::{self, Accepted, Arrival};
 use crate::node::Node;
 use crate::session::{
     AckPoint, AckUrgency, Beat, Close, Closing, Connected, Connecting, Effect, Heartbeat, Pushed,
     Unidentified,
 };
+use crate::socket::{self, Message, Socket, WRITE_BUFFER_BYTES};
 use crate::upstream::Spent;
 
 /// Turns of the loop before other tasks have theirs.
@@ -208,22 +204,11 @@ fn decode(
 }
 
 /// What a broken socket is closed with; `None`: there is nobody to tell.
-fn refusal(node: &Node, error: &WsError) -> Option<Close> {
-    let text = match error {
-        WsError::Capacity(CapacityError::MessageTooLong { size, max_size }) => {
-            node.metrics.limit("frame_bytes");
-            format!("a frame of {size} bytes, the limit is {max_size}")
-        }
-        WsError::Utf8(_) => "a text message is not UTF-8".to_owned(),
-        WsError::Protocol(
-            ProtocolError::ResetWithoutClosingHandshake
-            | ProtocolError::SendAfterClosing
-            | ProtocolError::ReceivedAfterClosing,
-        ) => return None,
-        WsError::Protocol(error) => format!("not WebSocket (RFC 6455): {error}"),
-        _ => return None,
-    };
-    Some(Close::new(CloseCode::BadFrame, text))
+fn refusal(node: &Node, error: &socket::Error) -> Option<Close> {
+    if let socket::Error::Capacity(CapacityError::MessageTooLong { .. }) = error {
+        node.metrics.limit("frame_bytes");
+    }
+    socket::refusal(error)
 }
 
 /// What waits for the socket.
@@ -264,8 +249,6 @@ struct Connection {
     out: VecDeque<Out>,
     /// Bytes in `out`: of frames, and of the payloads of entries.
     out_bytes: usize,
-    /// Bytes given to the socket since it was last flushed.
-    fed: usize,
     /// Redis: at most one read, one acknowledgement and one confirmation.
     calls: Vec<Call>,
     /// Acknowledgements are cumulative: the next one waits until then, unless it is urgent.
@@ -310,7 +293,6 @@ impl Connection {
             spent: Spent::default(),
             out: VecDeque::new(),
             out_bytes: 0,
-            fed: 0,
             calls: Vec::new(),
             next_ack_ms: node.uptime_ms(),
             ack_waits: false,
@@ -346,7 +328,7 @@ impl Connection {
 
     /// Whether everything written so far has left.
     fn is_flushed(&self) -> bool {
-        self.fed == 0 && self.out.is_empty()
+        self.socket.fed() == 0 && self.out.is_empty()
     }
 
     fn end(&mut self, close: End) {
@@ -420,7 +402,7 @@ impl Connection {
         }
         self.apply();
         let queued_max = self.node.limits.queued_bytes_max;
-        if self.out_bytes + self.fed > queued_max.max(WRITE_BUFFER_BYTES) {
+        if self.out_bytes + self.socket.fed() > queued_max.max(WRITE_BUFFER_BYTES) {
             let text = "more waits for the device than may wait";
             self.end(Some(Close::new(CloseCode::SlowConsumer, text)));
         }
@@ -582,7 +564,7 @@ impl Connection {
         if self.refreshing.is_some() {
             return false; // its outcome decides on what follows
         }
-        let message = match Pin::new(&mut self.socket).poll_next(cx) {
+        let message = match self.socket.poll_next(cx) {
             Poll::Pending => return false,
             Poll::Ready(Some(Ok(message))) => message,
             Poll::Ready(Some(Err(error))) => {
@@ -729,7 +711,7 @@ impl Connection {
     fn poll_write(&mut self, cx: &mut Context<'_>) -> bool {
         let mut busy = false;
         loop {
-            while self.fed < WRITE_BUFFER_BYTES
+            while self.socket.has_room()
                 && let Some(out) = self.out.pop_front()
             {
                 if let Err(error) = self.feed(out) {
@@ -738,13 +720,12 @@ impl Connection {
                     return true;
                 }
             }
-            if self.fed == 0 {
+            if self.socket.fed() == 0 {
                 return busy;
             }
-            match Pin::new(&mut self.socket).poll_flush(cx) {
+            match self.socket.poll_flush(cx) {
                 Poll::Pending => return busy,
                 Poll::Ready(Ok(())) => {
-                    self.fed = 0;
                     self.beat.written(self.node.seconds());
                     busy = true;
                 }
@@ -756,12 +737,9 @@ impl Connection {
         }
     }
 
-    fn feed(&mut self, out: Out) -> Result<(), WsError> {
+    fn feed(&mut self, out: Out) -> Result<(), socket::Error> {
         let frame = match out {
-            Out::Ping => {
-                self.fed += 2;
-                return Pin::new(&mut self.socket).start_send(Message::Ping(Bytes::new()));
-            }
+            Out::Ping => return self.socket.feed(Message::Ping(Bytes::new())),
             Out::Frame(frame) => {
                 self.out_bytes -= frame.len();
                 frame
@@ -782,10 +760,8 @@ impl Connection {
                 }
             }
         };
-        self.fed += frame.len();
         self.node.metrics.bytes_out.inc_by(frame.len() as u64);
-        let message = message(self.codec.encoding, frame);
-        Pin::new(&mut self.socket).start_send(message)
+        self.socket.feed(message(self.codec.encoding, frame))
     }
 
     /// The frames of pushes that wait behind this one and go with it: what arrives together costs the
@@ -830,7 +806,7 @@ impl Connection {
     }
 
     fn tell_queued(&mut self) {
-        let queued = self.out_bytes + self.fed;
+        let queued = self.out_bytes + self.socket.fed();
         if queued != self.handle.queued_bytes() {
             self.node.metrics.queued_bytes.add(self.handle.set_queued_bytes(queued));
         }
@@ -905,36 +881,11 @@ async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
 }
 
 /// Ends a socket politely, within a bound.
-async fn hang_up(node: &Node, mut socket: Socket, encoding: Encoding, close: End) {
+async fn hang_up(node: &Node, socket: Socket, encoding: Encoding, close: End) {
     let limit = Duration::from_millis(node.limits.close_timeout_ms);
-    let hung_up = timeout(limit, async {
-        if let Some(close) = close {
-            if let Some(frame) = error_frame(encoding, &close) {
-                socket.feed(message(encoding, frame)).await?;
-            }
-            let code = close.code.code().into();
-            let reason = close.code.as_str().into();
-            socket.close(Some(CloseFrame { code, reason })).await?;
-        } else {
-            socket.flush().await?;
-        }
-        // Until the device has answered: a socket closed with unread bytes becomes a reset, and the
-        // device never learns why.
-        let mut answered = false;
-        while let Some(Ok(message)) = socket.next().await {
-            answered |= message.is_close();
-        }
-        if !answered {
-            // What does not speak WebSocket is not read as such.
-            let stream = socket.get_mut();
-            stream.shutdown().await?;
-            let mut rest = [0; 512];
-            while stream.read(&mut rest).await? > 0 {}
-        }
-        Ok::<_, WsError>(())
-    })
-    .await;
-    if hung_up.is_err() {
+    let error = close.as_ref().and_then(|close| error_frame(encoding, close));
+    let error = error.map(|frame| message(encoding, frame));
+    if !socket.hang_up(error, close.as_ref(), limit).await {
         node.metrics.limit("close_timeout");
     }
 }

@@ -10,7 +10,6 @@ use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
-use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::error::CapacityError;
 use tokio_tungstenite::tungstenite::error::ProtocolError::{
@@ -18,18 +17,21 @@ use tokio_tungstenite::tungstenite::error::ProtocolError::{
     MissingUpgradeWebSocketHeader, WrongHttpMethod, WrongHttpVersion,
 };
 use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
-use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response, write_response};
+use tokio_tungstenite::tungstenite::handshake::server::{
+    Request, Response, create_response, write_response,
+};
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::{
     AUTHORIZATION, CONTENT_LENGTH, ORIGIN, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING,
 };
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use crate::admission::{Admitted, Refused};
 use crate::auth::{AuthError, Claims};
 use crate::balance;
+use crate::config::LimitsConfig;
 use crate::node::Node;
 use crate::proxy;
+use crate::socket::Socket;
 use crate::stream::Stream;
 
 /// How often the listener shows that it accepts.
@@ -46,13 +48,6 @@ const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const UNAVAILABLE: &str = "503 Service Unavailable";
 const TOO_MANY: &str = "429 Too Many Requests";
 const VERSION: &str = "505 HTTP Version Not Supported";
-/// Small on purpose: it is there for every connection. Larger frames make it grow.
-const READ_BUFFER_BYTES: usize = 512;
-/// What is written goes out in one flush of about this size.
-pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
-
-/// A device's WebSocket.
-pub type Socket = WebSocketStream<Stream>;
 
 /// A handshake that succeeded.
 pub struct Accepted {
@@ -196,9 +191,8 @@ async fn judge(
     deadline: Instant,
 ) -> Result<Judged, Failure> {
     let over = |refused| Failure::Refused(Refusal::limit(node, refused));
-    let late = || refused("408 Request Timeout", "timeout", "no whole request came in time");
     let read = timeout_at(deadline.into(), read_request(stream)).await;
-    let (request, rest) = read.map_err(|_| late())??;
+    let (request, rest) = read.map_err(|_| no_request())??;
     if node.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
         let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
@@ -232,10 +226,19 @@ async fn judge(
     admitted.for_app(&claims.user.app).map_err(over)?;
     let protocol = HeaderValue::from_static(encoding.subprotocol());
     response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, protocol);
-    let mut bytes = Vec::with_capacity(256);
-    write_response(&mut bytes, &response).map_err(unreadable)?;
-    stream.write_all(&bytes).await?;
+    respond(stream, &response).await?;
     Ok(Judged { rest, encoding, claims })
+}
+
+fn no_request() -> Failure {
+    refused("408 Request Timeout", "timeout", "no whole request came in time")
+}
+
+async fn respond(stream: &mut Stream, response: &Response) -> Result<(), Failure> {
+    let mut bytes = Vec::with_capacity(256);
+    write_response(&mut bytes, response).map_err(unreadable)?;
+    stream.write_all(&bytes).await?;
+    Ok(())
 }
 
 /// A socket on which no request was read: how it is counted, or to whom it is said why.
@@ -477,17 +480,33 @@ fn token(request: &Request, offered: &[String]) -> Option<String> {
 }
 
 async fn upgrade(node: &Node, stream: Stream, judged: Judged) -> Accepted {
-    let frame_bytes_max = Some(node.limits.frame_bytes_max);
-    let mut config = WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(WRITE_BUFFER_BYTES);
-    config.max_message_size = frame_bytes_max;
-    config.max_frame_size = frame_bytes_max;
     let Judged { rest, encoding, claims } = judged;
     let at_ms = node.mailbox_now_ms(&claims.user);
-    let socket =
-        WebSocketStream::from_partially_read(stream, rest, Role::Server, Some(config)).await;
+    let socket = Socket::open(stream, rest, node.limits.frame_bytes_max).await;
     Accepted { socket, encoding, claims, at_ms }
+}
+
+/// A handshake that asks for no token and no subprotocol: all that is left of it is HTTP and
+/// WebSocket. `None` if it was refused or the other end went away. Of `limits`, those of a handshake,
+/// a frame and a close count.
+pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<Socket> {
+    let mut stream = Stream::Plain(stream);
+    let limit = Duration::from_millis(limits.handshake_timeout_ms);
+    let answered = async {
+        let (request, rest) = read_request(&mut stream).await?;
+        check_headers(&request)?;
+        respond(&mut stream, &create_response(&request).map_err(unreadable)?).await?;
+        Ok(rest)
+    };
+    match timeout(limit, answered).await.unwrap_or_else(|_| Err(no_request())) {
+        Ok(rest) => Some(Socket::open(stream, rest, limits.frame_bytes_max).await),
+        Err(Failure::Refused(refusal)) => {
+            let limit = Duration::from_millis(limits.close_timeout_ms);
+            let _ = timeout(limit, refuse(stream, &refusal)).await;
+            None
+        }
+        Err(Failure::Gone) => None,
+    }
 }
 
 async fn refuse(mut stream: Stream, refusal: &Refusal) -> std::io::Result<()> {

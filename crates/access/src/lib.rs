@@ -26,6 +26,7 @@ mod proxy;
 mod registry;
 mod service;
 pub mod session;
+pub mod socket;
 mod stream;
 mod tls;
 mod upstream;
