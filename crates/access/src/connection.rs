@@ -890,9 +890,9 @@ async fn hang_up(node: &Node, socket: Socket, encoding: Encoding, close: End) {
     }
 }
 
-/// Draining is told by GoAway, and is no error.
+/// Draining is told by GoAway, and is no error. What breaks WebSocket is answered with a close alone.
 fn error_frame(encoding: Encoding, close: &Close) -> Option<Bytes> {
-    if close.code == CloseCode::Draining {
+    if close.code == CloseCode::Draining || close.code.is_websockets() {
         return None;
     }
     let error = v1::Error { code: close.code.code().into(), text: close.text.to_string() };

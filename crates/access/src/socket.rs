@@ -26,6 +26,8 @@ pub use tokio_tungstenite::tungstenite::{Error, Message};
 const READ_BUFFER_BYTES: usize = 512;
 /// What is written goes out in one flush of about this size.
 pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
+/// What RFC 6455 leaves for a close's reason: a control frame has 125 bytes, its code takes two.
+const REASON_BYTES_MAX: usize = 123;
 
 /// An open WebSocket.
 pub struct Socket {
@@ -117,8 +119,7 @@ impl Socket {
         match close {
             Some(close) => {
                 let code = close.code.code().into();
-                let reason = close.code.as_str().into();
-                socket.close(Some(CloseFrame { code, reason })).await?;
+                socket.close(Some(CloseFrame { code, reason: reason(close).into() })).await?;
             }
             None => socket.flush().await?,
         }
@@ -139,13 +140,25 @@ impl Socket {
     }
 }
 
+/// Barid's codes are explained in an Error frame before. Where WebSocket itself was broken, no frame may
+/// follow but the close: it carries the text.
+fn reason(close: &Close) -> &str {
+    if !close.code.is_websockets() {
+        return close.code.as_str();
+    }
+    &close.text[..close.text.floor_char_boundary(REASON_BYTES_MAX)]
+}
+
 /// What a broken socket is closed with; `None`: there is nobody to tell.
 pub fn refusal(error: &Error) -> Option<Close> {
     let text = match error {
         Error::Capacity(CapacityError::MessageTooLong { size, max_size }) => {
-            format!("a frame of {size} bytes, the limit is {max_size}")
+            let text = format!("a frame of {size} bytes, the limit is {max_size}");
+            return Some(Close::new(CloseCode::BadFrame, text));
         }
-        Error::Utf8(_) => "a text message is not UTF-8".to_owned(),
+        Error::Utf8(_) => {
+            return Some(Close::new(CloseCode::InvalidPayload, "a text message is not UTF-8"));
+        }
         Error::Protocol(
             ProtocolError::ResetWithoutClosingHandshake
             | ProtocolError::SendAfterClosing
@@ -154,5 +167,5 @@ pub fn refusal(error: &Error) -> Option<Close> {
         Error::Protocol(error) => format!("not WebSocket (RFC 6455): {error}"),
         _ => return None,
     };
-    Some(Close::new(CloseCode::BadFrame, text))
+    Some(Close::new(CloseCode::ProtocolError, text))
 }

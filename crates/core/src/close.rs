@@ -1,10 +1,14 @@
 //! Why a connection is closed, and whether the device should come back.
 
 /// WebSocket close codes. The range says what a client does (as in Centrifuge's `disconnect.go`):
-/// 4000–4499 reconnect, 4500–4999 do not.
+/// 4000–4499 reconnect, 4500–4999 do not. Below are those of RFC 6455 (section 7.4.1) that a node sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum CloseCode {
+    /// What came is not WebSocket.
+    ProtocolError = 1002,
+    /// A text message that is not UTF-8.
+    InvalidPayload = 1007,
     /// The node is being drained.
     Draining = 4000,
     /// Five re-sends brought no acknowledgement.
@@ -31,7 +35,9 @@ pub enum CloseCode {
 
 impl CloseCode {
     /// All of them, by number.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
+        Self::ProtocolError,
+        Self::InvalidPayload,
         Self::Draining,
         Self::AckTimeout,
         Self::SlowConsumer,
@@ -50,7 +56,12 @@ impl CloseCode {
         self as u16
     }
 
-    /// The number's meaning; `None` for codes that are not Barid's.
+    /// Whether it is RFC 6455's, and tells of what lies below frames of Barid's.
+    pub fn is_websockets(self) -> bool {
+        matches!(self, Self::ProtocolError | Self::InvalidPayload)
+    }
+
+    /// The number's meaning; `None` for codes that no node sends.
     pub fn from_code(code: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|c| c.code() == code)
     }
@@ -64,6 +75,8 @@ impl CloseCode {
     /// A stable word for metrics, logs and the close frame's reason.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::ProtocolError => "protocol_error",
+            Self::InvalidPayload => "invalid_payload",
             Self::Draining => "draining",
             Self::AckTimeout => "ack_timeout",
             Self::SlowConsumer => "slow_consumer",
@@ -91,5 +104,8 @@ mod tests {
         assert!(CloseCode::reconnects(CloseCode::TokenExpired.code()));
         assert!(!CloseCode::reconnects(CloseCode::BadToken.code()));
         assert!(CloseCode::reconnects(1006));
+        for code in CloseCode::ALL {
+            assert_eq!(code.is_websockets(), code.code() < 4000);
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! Frames that are none, or out of place: each ends its own connection with a code and a reason.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
+use barid_core::CloseCode;
 use barid_testkit::Device;
 use barid_wire::frames::{ClientFrame, Encoding, encode_client};
 use barid_wire::v1;
@@ -18,6 +21,7 @@ struct Bad {
     /// Whether the session is welcomed before.
     welcomed: bool,
     bytes: Vec<u8>,
+    code: CloseCode,
     text: &'static str,
 }
 
@@ -51,9 +55,20 @@ fn fragments() -> Vec<u8> {
 }
 
 fn table() -> Vec<Bad> {
-    let bad = |encoding, welcomed, what, bytes, text| Bad { what, encoding, welcomed, bytes, text };
+    let bad = |encoding, welcomed, what, bytes, text| {
+        let code = CloseCode::BadFrame;
+        Bad { what, encoding, welcomed, bytes, code, text }
+    };
     let session = |what, bytes, text| bad(Encoding::Json, true, what, bytes, text);
     let first = |what, bytes, text| bad(Encoding::Json, false, what, bytes, text);
+    let broken = |what, bytes, text| {
+        let code = CloseCode::ProtocolError;
+        Bad { code, ..session(what, bytes, text) }
+    };
+    let garbled = |what, bytes| {
+        let code = CloseCode::InvalidPayload;
+        Bad { code, ..session(what, bytes, "UTF-8") }
+    };
     let packed =
         |what, bytes: Vec<u8>, text| bad(Encoding::Proto, true, what, frame(BINARY, bytes), text);
     let deep = format!("{}{}", "[".repeat(5000), "]".repeat(5000));
@@ -96,25 +111,25 @@ fn table() -> Vec<Bad> {
         session("a token of another type", text(r#"{"refresh":{"token":7}}"#), "a string"),
         session("half a character", text("{\"refresh\":{\"token\":\"\\ud800\"}}"), "hex escape"),
         // What is not even WebSocket.
-        session("no UTF-8", frame(TEXT, b"{\"ack\xff"), "not UTF-8"),
+        garbled("no UTF-8", frame(TEXT, b"{\"ack\xff")),
         session("a long frame", frame(TEXT, vec![b' '; FRAME_BYTES_MAX + 1]), "the limit is 16384"),
         session("an absurdly long frame", announced(TEXT, 1 << 62), "the limit is 16384"),
         session("too many fragments", fragments(), "the limit is 16384"),
-        session("the end of nothing", frame(CONTINUATION, "x"), "nothing to continue"),
-        session(
+        broken("the end of nothing", frame(CONTINUATION, "x"), "nothing to continue"),
+        broken(
             "a frame in a frame",
             [frame(TEXT - LAST, "{"), text("{}")].concat(),
             "waiting for more fragments",
         ),
-        session("half a ping", frame(PING - LAST, ""), "Fragmented control frame"),
-        session("a long ping", frame(PING, [b'x'; 126]), "125 bytes or less"),
-        session("an unmasked frame", unmasked, "unmasked frame"),
-        session("a compressed frame", frame(TEXT | COMPRESSED, "{}"), "Reserved bits"),
-        session("an unknown opcode", frame(0x83, "x"), "invalid opcode"),
-        session("an unknown control frame", frame(0x8b, ""), "invalid opcode"),
-        session("half a close code", frame(CLOSE, [3]), "close sequence"),
-        session("a close without reason", frame(CLOSE, b"\x03\xe8\xff\xff"), "UTF-8"),
-        session("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec(), "not WebSocket"),
+        broken("half a ping", frame(PING - LAST, ""), "Fragmented control frame"),
+        broken("a long ping", frame(PING, [b'x'; 126]), "125 bytes or less"),
+        broken("an unmasked frame", unmasked, "unmasked frame"),
+        broken("a compressed frame", frame(TEXT | COMPRESSED, "{}"), "Reserved bits"),
+        broken("an unknown opcode", frame(0x83, "x"), "invalid opcode"),
+        broken("an unknown control frame", frame(0x8b, ""), "invalid opcode"),
+        broken("half a close code", frame(CLOSE, [3]), "close sequence"),
+        garbled("a close without reason", frame(CLOSE, b"\x03\xe8\xff\xff")),
+        broken("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec(), "not WebSocket"),
         // Protobuf.
         bad(Encoding::Proto, true, "a text message", text("{}"), "proto frames binary"),
         packed("nothing in protobuf", Vec::new(), "no known kind"),
@@ -165,17 +180,18 @@ fn table() -> Vec<Bad> {
             text(&format!(r#"{{"hello":{{"positions":{deep}}}}}"#)),
             "hello: invalid type: sequence",
         ),
-        first("an early close", frame(CLOSE, [3]), "close sequence"),
+        Bad { welcomed: false, ..broken("an early close", frame(CLOSE, [3]), "close sequence") },
     ]
 }
 
 #[tokio::test]
-async fn bad_frames_end_their_own_connection_with_4501_and_a_reason() -> Result<()> {
+async fn bad_frames_end_their_own_connection_with_a_code_and_a_reason() -> Result<()> {
     let world = World::new().await?;
     let node = world.node_with(|config| config.limits.frame_bytes_max = FRAME_BYTES_MAX).await?;
     let mut dispatcher = node.dispatcher().await?;
     let mut healthy = node.device("bob", "phone").await?;
-    for (count, bad) in (1..).zip(table()) {
+    let mut counts = HashMap::new();
+    for (number, bad) in (1..).zip(table()) {
         let mut raw = Raw::open(node.addresses["ws"], bad.encoding, &token_of("alice")).await?;
         if bad.welcomed {
             let hello = v1::Hello { device: "phone".into(), ..Default::default() };
@@ -186,14 +202,16 @@ async fn bad_frames_end_their_own_connection_with_4501_and_a_reason() -> Result<
         }
         raw.send(&bad.bytes).await;
         let ended = raw.ended().await?;
-        assert_eq!(ended.code, 4501, "{}: {ended:?}", bad.what);
+        assert_eq!(ended.code, bad.code.code(), "{}: {ended:?}", bad.what);
         assert!(ended.text.contains(bad.text), "{}: {ended:?}", bad.what);
         assert!(ended.text.len() < 400, "{}: {ended:?}", bad.what);
+        let count = counts.entry(bad.code).or_insert(0);
+        *count += 1;
         eventually(bad.what, async || {
-            Ok(node.metric("barid_access_closes_total", "bad_frame") == f64::from(count))
+            Ok(node.metric("barid_access_closes_total", bad.code.as_str()) == f64::from(*count))
         })
         .await?;
-        let id = format!("m{count}");
+        let id = format!("m{number}");
         let (entry, _) = world.accept("bob", &id).await?;
         dispatcher.push(&world, "bob", entry).await?;
         assert_eq!(healthy.take(1).await?, [id], "after {}", bad.what);

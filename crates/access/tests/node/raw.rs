@@ -84,7 +84,7 @@ pub fn announced(first: u8, length: u64) -> Vec<u8> {
 pub struct Ended {
     /// The close code; 1006 where none came.
     pub code: u16,
-    /// The text of the Error frame before it.
+    /// The text of the Error frame before it; where there was none, its reason.
     pub text: String,
 }
 
@@ -142,6 +142,10 @@ impl Raw {
             while let Ok((opcode, payload)) = self.next().await {
                 if opcode == CLOSE {
                     ended.code = payload.first_chunk().map_or(1005, |c| u16::from_be_bytes(*c));
+                    if ended.text.is_empty() {
+                        ended.text =
+                            String::from_utf8_lossy(payload.get(2..).unwrap_or_default()).into();
+                    }
                     self.send(&frame(CLOSE, &payload)).await;
                 } else if opcode & 0x0f < 8
                     && let ServerFrame::Error(error) = decode_server(self.encoding, payload)?
