@@ -23,7 +23,15 @@ use crate::output::Output;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let out = Output::new(cli.json);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let workers = match barid_runtime::Workers::find() {
+        Ok(workers) => workers,
+        Err(problem) => return out.fail(&anyhow::Error::msg(problem)),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers.count)
+        .enable_all()
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return out.fail(&error.into()),
     };

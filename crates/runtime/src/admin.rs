@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use prometheus::{Encoder as _, TextEncoder};
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Handle};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{AdminConfig, Condition, Context};
@@ -73,13 +73,18 @@ fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// CPU, memory, open files and start time of the process, which build it is, and its conditions.
+/// CPU, memory, open files and start time of the process, which build it is, the threads of its
+/// runtime, and its conditions.
 fn register(context: &Context, role: &'static str) {
     let process = prometheus::process_collector::ProcessCollector::for_self();
     let build = prometheus::IntGauge::with_opts(
         prometheus::Opts::new("barid_build_info", "1, with the role and version as labels")
             .const_label("role", role)
             .const_label("version", env!("CARGO_PKG_VERSION")),
+    );
+    let workers = prometheus::IntGauge::new(
+        "barid_worker_threads",
+        "Threads that run tasks: one a core of the CPU quota, unless TOKIO_WORKER_THREADS says otherwise",
     );
     let registered = context
         .metrics
@@ -89,6 +94,11 @@ fn register(context: &Context, role: &'static str) {
             let build = build?;
             build.set(1);
             context.metrics.register(Box::new(build))
+        })
+        .and_then(|()| {
+            let workers = workers?;
+            workers.set(Handle::current().metrics().num_workers() as i64);
+            context.metrics.register(Box::new(workers))
         });
     if let Err(error) = registered {
         tracing::warn!(%error, "process metrics are missing");

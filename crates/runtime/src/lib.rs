@@ -14,6 +14,7 @@ mod shutdown;
 pub mod telemetry;
 mod trace;
 mod until_there;
+mod workers;
 
 pub use announce::Announcements;
 pub use config::{AdminConfig, Common, HasCommon, LogConfig, LogFormat};
@@ -24,6 +25,7 @@ pub use main_role::main;
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;
 pub use trace::{Sighting, Tracer};
+pub use workers::Workers;
 
 use std::future::Future;
 use std::net::SocketAddr;

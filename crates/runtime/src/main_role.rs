@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, Command};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{Context, HasCommon as _, Role, RunError, Stopped, admin, config, telemetry};
+use crate::{Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, config, telemetry};
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_CONFIG: u8 = 2;
@@ -31,21 +32,25 @@ pub fn main<R: Role>() -> ExitCode {
     if let Err(problem) = R::check(&config) {
         return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME));
     }
+    let workers = match Workers::find() {
+        Ok(workers) => workers,
+        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+    };
     if arguments.check_config {
         return say("configuration is valid\n");
     }
     telemetry::init(&config.common().log);
-    // One worker a core of the cgroup's CPU quota, which std reads: the container's, not the host's.
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
-    };
-    let exit = runtime.block_on(serve::<R>(config));
+    let runtime =
+        match Builder::new_multi_thread().worker_threads(workers.count).enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
+        };
+    let exit = runtime.block_on(serve::<R>(config, workers));
     runtime.shutdown_timeout(Duration::from_secs(1));
     exit
 }
 
-async fn serve<R: Role>(config: R::Config) -> ExitCode {
+async fn serve<R: Role>(config: R::Config, workers: Workers) -> ExitCode {
     let common = config.common().to_owned();
     let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
@@ -56,7 +61,13 @@ async fn serve<R: Role>(config: R::Config) -> ExitCode {
         let listen = common.admin.listen;
         return fail(EXIT_FAILED, &format!("cannot listen on admin.listen {listen}: {error}"));
     }
-    tracing::info!(role = R::NAME, version = env!("CARGO_PKG_VERSION"), "starting");
+    tracing::info!(
+        role = R::NAME,
+        version = env!("CARGO_PKG_VERSION"),
+        workers = workers.count,
+        workers_from = workers.from,
+        "starting"
+    );
     let drain = Duration::from_secs(common.drain_seconds);
     let outcome = tokio::select! {
         outcome = R::run(config, context.clone()) => outcome,
@@ -126,7 +137,9 @@ impl Arguments {
             .version(env!("CARGO_PKG_VERSION"))
             .about(format!("Barid's {name}"))
             .after_help(format!(
-                "Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.",
+                "Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.\n\
+                 TOKIO_WORKER_THREADS overrides how many threads run tasks: by default one a core of the\n\
+                 cgroup's CPU quota.",
                 name.to_uppercase()
             ))
             .arg(
