@@ -36,11 +36,13 @@ pub struct Args {
     #[arg(long, group = "whom")]
     pub everyone: bool,
     /// Only this device of the user
-    #[arg(long, requires = "user")]
+    // Both: a requirement that conflicts with what is given is none to clap.
+    #[arg(long, requires = "user", conflicts_with_all = ["whole_app", "everyone"])]
     pub device: Option<DeviceId>,
-    /// The user's app
-    #[arg(long, requires = "user", default_value = "demo", env = "BARID_APP")]
-    pub app: AppId,
+    /// The user's app [default: demo] [env: BARID_APP]
+    // Not clap's default and variable: the variable alone would be a conflict with --everyone.
+    #[arg(long, requires = "user", conflicts_with_all = ["whole_app", "everyone"])]
+    pub app: Option<AppId>,
     /// How many sessions to close a second, over the whole cluster
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..))]
     pub rate: u32,
@@ -74,7 +76,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
     let request = KickRequest {
         app: match (&args.user, &args.whole_app) {
-            (Some(_), _) => args.app.to_string(),
+            (Some(_), _) => user_app(args.app.as_ref())?.to_string(),
             (None, Some(app)) => app.to_string(),
             (None, None) => String::new(),
         },
@@ -114,6 +116,15 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     show(&outcome, &took, out)?;
     let whole = outcome.nodes.values().all(|node| node.error.is_none());
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The app of the user: as given, else the environment's, else `demo`.
+fn user_app(given: Option<&AppId>) -> anyhow::Result<AppId> {
+    if let Some(app) = given {
+        return Ok(app.clone());
+    }
+    let name = std::env::var("BARID_APP").unwrap_or_else(|_| "demo".into());
+    AppId::new(&name).context("BARID_APP")
 }
 
 async fn nodes(args: &Args) -> anyhow::Result<Vec<NodeRecord>> {
