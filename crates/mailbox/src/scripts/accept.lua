@@ -195,14 +195,33 @@ local function note_failure(m)
   call('HSET', positions, field, sub(failed, -FAILED_BYTES_MAX))
 end
 
--- Accepts the messages `m` to `last` of a user, whose arguments begin at `body`. Returns the user's part of
--- the reply.
-local function accept(k, member, m, last, body)
+-- What follows an append of `pushed` entries: the mailbox's bounds, the ids, the timers, the head. Returns how
+-- many entries were evicted.
+local function settle(h, queue, member, names, v, kept, pushed, ids, keyed)
+  local evicted = 0
+  if keyed or kept ~= h.n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
+    local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
+    if ok then evicted = result else log_problem(result) end
+  end
+  ids = keep_ids(h.key, ids, v[3])
+  local ok, field, state = #names > 0
+  if ok then
+    ok, field, state = pcall(arm, h, member, names, v)
+    if not ok then log_problem(field) end
+  end
+  if ok and field then
+    call('HSET', h.key, 's', head_state(h), 'i', ids, field, state)
+  else
+    call('HSET', h.key, 's', head_state(h), 'i', ids)
+  end
+  return evicted
+end
+
+-- Accepts the messages `m` to `last` of a user, whose arguments begin at `body`; `names` are the devices
+-- with a route, `v` what `fetch` says. Returns the user's part of the reply.
+local function accept(k, member, m, last, body, names, v)
   local head, queue = KEYS[k], KEYS[k + 1]
-  local names = call('HKEYS', KEYS[k + 2])
-  local online = #names > 0
-  local accepted = online and 'O' or 'A'
-  local v = fetch(head, names)
+  local accepted = #names > 0 and 'O' or 'A'
   local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
   if h.x - NOW < TTL then renew(h, queue, TTL) end
   local ids, marks = v[2] or '', v[3]
@@ -233,27 +252,64 @@ local function accept(k, member, m, last, body)
     end
     body = body + 1 + has_key
   end
-  local pushed, evicted = n - first, 0
-  if pushed == 0 then return NOT_ACCEPTED end
+  if n == first then return NOT_ACCEPTED end
   local kept = parts and append(queue, parts) or call('RPUSH', queue, header, entry) / 2
   h.n, h.nc = n, chain
+  local evicted = settle(h, queue, member, names, v, kept, n - first, ids, keyed)
+  return pack(MAILBOX, e, first, before, evicted)
+end
 
-  if keyed or kept ~= n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
-    local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
-    if ok then evicted = result else log_problem(result) end
+-- The usual message, without a table: a user's only new one, no collapse key, a mailbox that is there and
+-- has none, one known device at most. Does what `accept` would; everything else is left to it.
+local function accept_one(k, member, m, body, names, v)
+  local state, name, device = v[1], names[1], v[4]
+  local hash, crc, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
+  if has_key == 1 or names[2] or not state or #state ~= STATE_BYTES
+    or name and not (device and #device == DEVICE_BYTES) then
+    return accept(k, member, m, m, body, names, v)
+  end
+  local head, queue = KEYS[k], KEYS[k + 1]
+  local e, b, bc, n, nc, x, ct, kl, dc = parse(STATE, state)
+  if x - NOW < TTL or kl ~= 0 then return accept(k, member, m, m, body, names, v) end
+  local ids, marks = v[2] or '', v[3]
+  if is_duplicate(head, ids, marks, hash) then
+    letters[m] = 'D'
+    return NOT_ACCEPTED
+  end
+  local chain = chain_step(nc, crc)
+  local header = pack(HEADER, 0x09, e, 0x11, n + 1, 0x1d, nc, 0x25, chain, 0x29, NOW_US)
+  local kept = call('RPUSH', queue, header, ARGV[body]) / 2
+  letters[m], ids = name and 'O' or 'A', ids .. hash
+  local evicted = 0
+  if kept ~= n - b + 2 or kept > ENTRIES_MAX + 1 or NOW >= ct and kept > 1 then
+    local h = parse_head(head, state)
+    h.n, h.nc = n + 1, chain
+    return pack(MAILBOX, e, n, nc, settle(h, queue, member, names, v, kept, 1, ids))
+  elseif kept == 1 then
+    call('PEXPIREAT', queue, int(x))
+    ct = NOW + TTL
+  elseif kept > ENTRIES_MAX then
+    b, bc, evicted = b + 1, header_chain(call('LINDEX', queue, '0')), 1
+    call('LTRIM', queue, '2', '-1')
   end
   ids = keep_ids(head, ids, marks)
-  local ok, field, state = online
-  if ok then
-    ok, field, state = pcall(arm, h, member, names, v)
-    if not ok then log_problem(field) end
+  state = pack(STATE, e, b, bc, n + 1, chain, x, ct, kl, dc)
+  if name then
+    local seq, at, generation, due, attempt, used, fence = parse(DEVICE, device)
+    if due == 0 then
+      due = NOW + spread(BASE, JITTER)
+      local armed = redis.pcall('ZADD', timers, int(due), member)
+      if type(armed) == 'table' and armed.err then
+        log_problem(armed)
+      else
+        call('HSET', head, 's', state, 'i', ids, 'd:' .. name,
+          pack(DEVICE, seq, at, generation, due, 0, used, fence))
+        return pack(MAILBOX, e, n, nc, evicted)
+      end
+    end
   end
-  if ok and field then
-    call('HSET', head, 's', head_state(h), 'i', ids, field, state)
-  else
-    call('HSET', head, 's', head_state(h), 'i', ids)
-  end
-  return pack(MAILBOX, e, first, before, evicted)
+  call('HSET', head, 's', state, 'i', ids)
+  return pack(MAILBOX, e, n, nc, evicted)
 end
 
 -- As `accept`; a user who has nothing new is not looked at.
@@ -266,7 +322,10 @@ local function accept_new(k, member, m, last, body)
       return NOT_ACCEPTED
     end
   end
-  return accept(k, member, m, last, body)
+  local names = call('HKEYS', KEYS[k + 2])
+  local v = fetch(KEYS[k], names)
+  if m == last then return accept_one(k, member, m, body, names, v) end
+  return accept(k, member, m, last, body, names, v)
 end
 
 -- How many arguments the messages `m` to `last` have.
