@@ -45,14 +45,22 @@ pub(crate) async fn accept(
     results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
 }
 
+/// A group, and which of its messages each user has.
+struct ByUser<'a> {
+    group: &'a AcceptGroup,
+    users: Vec<Vec<usize>>,
+}
+
 async fn accept_call(
     topology: &Topology,
     groups: &[&AcceptGroup],
 ) -> Vec<Result<GroupOutcome, Error>> {
     let (script, metrics) = (&scripts::ACCEPT, topology.metrics());
     let items = groups.iter().map(|group| group.messages.len()).sum();
+    let groups: Vec<ByUser<'_>> =
+        groups.iter().map(|&group| ByUser { group, users: by_user(&group.messages) }).collect();
     let timer = metrics.timer(script.name, items).start_timer();
-    let reply = send(topology, groups).await;
+    let reply = send(topology, &groups).await;
     timer.observe_duration();
     let results: Vec<_> = match reply {
         Ok((mut reply, at_us)) => groups
@@ -89,13 +97,12 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
 }
 
 /// The answer, and Redis's time in it, µs.
-async fn send(topology: &Topology, groups: &[&AcceptGroup]) -> Result<(Reply, u64), Error> {
-    let in_order =
-        |group: &&AcceptGroup| group.messages.is_sorted_by(|a, b| a.position < b.position);
+async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64), Error> {
+    let in_order = |of: &ByUser<'_>| of.group.messages.is_sorted_by(|a, b| a.position < b.position);
     if !groups.iter().all(in_order) {
         return Err(Error::Unexpected("a group is not in the log's order".into()));
     }
-    let shard = groups[0].shard;
+    let shard = groups[0].group.shard;
     let mut call = Call::default();
     shared(topology.config(), groups.len(), &mut call);
     for group in groups {
@@ -111,9 +118,8 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
     call.arg(config.retry_jitter).arg(epoch_candidate()).arg(groups);
 }
 
-fn encode_group(group: &AcceptGroup, call: &mut Call) {
+fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
-    let users = by_user(&group.messages);
     let messages = || users.iter().flatten().map(|index| &group.messages[*index]);
     let collapse_keys = messages().filter(|m| m.collapse_key.is_some()).count();
     let arguments = 4 + users.len() + group.messages.len() + collapse_keys;
@@ -128,7 +134,7 @@ fn encode_group(group: &AcceptGroup, call: &mut Call) {
     put_count(&mut packed, arguments);
     let mut counts = BytesMut::with_capacity(4 * users.len());
     let mut metas = BytesMut::with_capacity(MESSAGE_BYTES * group.messages.len());
-    for indices in &users {
+    for indices in users {
         put_count(&mut counts, indices.len());
     }
     for message in messages() {
@@ -177,7 +183,7 @@ fn by_user(messages: &[AcceptMessage]) -> Vec<Vec<usize>> {
     users
 }
 
-fn read_group(group: &AcceptGroup, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
+fn read_group(group: &ByUser<'_>, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
     match reply.tag()? {
         b'G' => match reply.value()? {
             Value::Nil => Ok(GroupOutcome::Gap(None)),
@@ -190,22 +196,21 @@ fn read_group(group: &AcceptGroup, mut reply: Reply, at_us: u64) -> Result<Group
 
 /// The script tells of each mailbox where the new entries begin: the headers follow from that.
 fn read_outcomes(
-    group: &AcceptGroup,
+    ByUser { group, users }: &ByUser<'_>,
     mut reply: Reply,
     at_us: u64,
 ) -> Result<Vec<AcceptOutcome>, Error> {
     let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
-    let users = by_user(&group.messages);
     if letters.len() != group.messages.len() || mailboxes.len() != users.len() * MAILBOX_BYTES {
         return Err(Error::Unexpected("accept answered of others than it was asked".into()));
     }
     let mut letters = letters.into_iter();
     let mut outcomes = vec![AcceptOutcome::Duplicate; group.messages.len()]; // each is set below
-    for (indices, mailbox) in users.into_iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {
+    for (indices, mailbox) in users.iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {
         let mut mailbox = Mailbox::read(mailbox);
-        for (index, letter) in indices.into_iter().zip(letters.by_ref()) {
-            let message = &group.messages[index];
-            outcomes[index] = match letter {
+        for (index, letter) in indices.iter().zip(letters.by_ref()) {
+            let message = &group.messages[*index];
+            outcomes[*index] = match letter {
                 b'A' | b'O' => mailbox.append(message, letter == b'O', at_us),
                 b'B' => AcceptOutcome::AcceptedBefore,
                 b'D' => AcceptOutcome::Duplicate,
