@@ -9,4 +9,5 @@ export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 # The end-to-end tests start the roles' binaries, which Cargo builds for a package's own tests only.
 # --tests beside --bins: both are then built with the same features, once.
 cargo build --locked --workspace --bins --tests
-cargo test --locked --workspace --no-fail-fast "$@"
+# A test that hangs is an error that names it (as running for over 60 seconds), not a job without end.
+timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@"

@@ -6,6 +6,7 @@ use barid_core::Secret;
 use barid_runtime::{AdminConfig, SecretUrl, admin};
 use barid_testkit::device::PATIENCE;
 use barid_testkit::{Device, Redis, http, token};
+use tokio::runtime::Builder;
 
 use super::*;
 use crate::config::KeyConfig;
@@ -25,14 +26,17 @@ fn config(redis: &Redis) -> Config {
     config
 }
 
-/// Waits until `/readyz` fails for exactly these conditions.
+/// Waits until `/readyz` names these conditions: no others where none is named, else these at least.
+/// A worker that blocks may leave nobody to wait for the sockets of its runtime
+/// (<https://github.com/tokio-rs/tokio/issues/4730>), and then more of the node stands still.
 async fn fails(admin: SocketAddr, conditions: &[&str]) {
     let begun = Instant::now();
     loop {
         let (_, body) = http::get(admin, "/readyz").await.unwrap();
         let named: Vec<_> =
             body.lines().filter_map(|line| Some(line.split_once(": ")?.0)).collect();
-        if named == conditions {
+        let there = conditions.iter().all(|condition| named.contains(condition));
+        if there && named.is_empty() == conditions.is_empty() {
             return;
         }
         assert!(begun.elapsed() < PATIENCE, "{conditions:?} wanted: {body}");
@@ -40,14 +44,9 @@ async fn fails(admin: SocketAddr, conditions: &[&str]) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 6)]
-async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
-    let redis = Redis::start().await.unwrap();
-    let config = config(&redis);
-    let mut context = Context::new();
-    context.stalled_after = STALLED;
+/// The node as it runs alone, but for its dispatchers; and where devices find it.
+async fn start(config: Config, context: Context) -> (Arc<Node>, SocketAddr) {
     admin::serve(&AdminConfig::local(0), "access", &context).unwrap();
-    let admin = context.announcements().get("admin").unwrap();
     let wheel = context.progress("wheel", "turn of the heartbeat wheel");
     let confirming = context.progress("confirming", "look at the sessions to confirm");
     let devices = bind("listen", config.listen).await.unwrap();
@@ -56,24 +55,24 @@ async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
     let (node, mut lease) =
         build(&config, &context, &dispatchers, &devices, &there).await.unwrap().unwrap();
     let address = local(&devices);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(tick(Arc::clone(&node), wheel));
-    tasks.spawn(watch_redis(Arc::clone(&node), there));
+    tokio::spawn(tick(Arc::clone(&node), wheel));
+    tokio::spawn(watch_redis(Arc::clone(&node), there));
     let listening = context.progress("listener", "turn of the listener");
-    tasks.spawn({
-        let node = Arc::clone(&node);
-        async move {
-            handshake::listen(node, devices, listening).await;
-            "the listener"
-        }
-    });
-    tasks.spawn({
-        let node = Arc::clone(&node);
-        async move {
-            keep_lease(&node, &mut lease, &confirming, &config).await;
-            "the lease"
-        }
-    });
+    tokio::spawn(handshake::listen(Arc::clone(&node), devices, listening));
+    let kept = Arc::clone(&node);
+    tokio::spawn(async move { keep_lease(&kept, &mut lease, &confirming, &config).await });
+    (node, address)
+}
+
+#[tokio::test]
+async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
+    let redis = Redis::start().await.unwrap();
+    let mut context = Context::new();
+    context.stalled_after = STALLED;
+    // Who asks is not on the runtime that is wedged.
+    let own = Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    let (node, address) = own.spawn(start(config(&redis), context.clone())).await.unwrap();
+    let admin = context.announcements().get("admin").unwrap();
     let token = token::token("demo", "alice", Duration::from_secs(600));
     let url = format!("ws://{address}/v1/connect");
     let _phone = Device::connect(&url, &token, "phone").await.unwrap();
@@ -90,4 +89,5 @@ async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
     drop(release);
     holder.join().unwrap();
     fails(admin, &[]).await;
+    own.shutdown_background();
 }
