@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test bench latency throughput redis-cost l1 autobahn lint fmt setup
+.PHONY: help run test bench bench-200k latency throughput redis-cost l1 autobahn lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -15,6 +15,10 @@ test: ## Install what is missing and run every test
 
 bench: ## Measure all of it beside a floor and the goals, in 15 minutes (ONLY=idle,handshake: those)
 	@scripts/bench.sh bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+bench-200k: ## 200,000 connections on eleven nodes and 10,000 messages a second (ARGS='--sessions 50000': others)
+	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --rate 10000 \
+		--out target/bench/bench-200k.json $(ARGS)
 
 latency: ## Measure how long a message takes, produce to device, by hop (ARGS=--help: options)
 	@scripts/bench.sh latency $(ARGS)

@@ -245,6 +245,7 @@ impl State {
             foreign: of(|totals| totals.foreign),
             frames: self.frames.load(Ordering::Relaxed),
             resent: self.resent.load(Ordering::Relaxed),
+            latency_us: totals.as_ref().map(|totals| histogram::to_wire(&totals.latency_us)),
         }
     }
 }
@@ -331,8 +332,9 @@ impl Agent for Service {
     }
 
     async fn expect(&self, request: Request<ExpectRequest>) -> Result<Response<Nothing>, Status> {
-        let ExpectRequest { run, users } = request.into_inner();
-        *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users)));
+        let ExpectRequest { run, users, rate, starts_at_us } = request.into_inner();
+        let schedule = (rate > 0).then_some((rate, starts_at_us));
+        *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users, schedule)));
         self.0.closed.store(0, Ordering::Relaxed);
         self.0.frames.store(0, Ordering::Relaxed);
         self.0.resent.store(0, Ordering::Relaxed);

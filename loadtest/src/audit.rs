@@ -5,8 +5,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 use serde::Serialize;
+
+use crate::histogram;
 
 /// How long the last deliveries of a measurement may take.
 pub const SETTLE: Duration = Duration::from_secs(30);
@@ -19,8 +22,8 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 struct Book {
     /// The turn that is expected next: record `turn * users + user`.
     next: u64,
-    /// Microseconds from when a record was due to when it was shown.
-    latencies_us: Vec<u32>,
+    /// Shown in their turn.
+    shown: u64,
     /// Shown ones that were older than one shown before.
     repeats: u64,
     /// Records passed over: shown later (out of order) or never.
@@ -33,6 +36,9 @@ struct Book {
 #[derive(Debug)]
 pub struct Audit {
     books: Vec<Mutex<Book>>,
+    /// Microseconds from when a record was due to when it was shown.
+    latency_us: Mutex<Histogram<u64>>,
+    /// The moment at which the first record is due, and the same in ms since the Unix epoch.
     started: OnceLock<(Instant, u64)>,
     /// Records shown in their turn or passed over.
     settled: AtomicU64,
@@ -54,8 +60,8 @@ pub struct Totals {
     pub passed_over: u64,
     /// Of other runs.
     pub foreign: u64,
-    /// Sorted.
-    pub latencies_us: Vec<u32>,
+    /// Microseconds from when a record was due to when it was shown; empty where none was due.
+    pub latency_us: Histogram<u64>,
 }
 
 impl Audit {
@@ -64,6 +70,7 @@ impl Audit {
     pub fn new(users: u32, rate: Option<u32>) -> Self {
         Self {
             books: (0..users).map(|_| Mutex::default()).collect(),
+            latency_us: Mutex::new(histogram::new()),
             started: OnceLock::new(),
             settled: AtomicU64::new(0),
             run: format!("{}.{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)),
@@ -72,9 +79,25 @@ impl Audit {
         }
     }
 
-    /// For the part of a run that another process sees: its name, and all of its users.
-    pub fn of_run(run: String, users: u32) -> Self {
-        Self { run, ..Self::new(users, None) }
+    /// For the part of a run that another process sees: its name, all of its users, and its schedule:
+    /// records a second, the first of them at `starts_at_us` since the Unix epoch.
+    pub fn of_run(run: String, users: u32, schedule: Option<(u32, u64)>) -> Self {
+        let audit = Self { run, ..Self::new(users, schedule.map(|(rate, _)| rate)) };
+        if let Some((_, starts_at_us)) = schedule {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let starts_at = Duration::from_micros(starts_at_us);
+            let (early, late) = (starts_at.saturating_sub(now), now.saturating_sub(starts_at));
+            let at = Instant::now() + early;
+            let _ = audit.started.set((at.checked_sub(late).unwrap_or(at), starts_at_us / 1000));
+        }
+        audit
+    }
+
+    /// The schedule, for other processes: records a second, and when the first is due, µs since the Unix
+    /// epoch. None: there is none, or it has not begun.
+    pub fn schedule(&self) -> Option<(u32, u64)> {
+        let (_, started_ms) = self.started.get()?;
+        Some((self.rate?, started_ms * 1000))
     }
 
     /// What names the run in its messages' ids.
@@ -103,6 +126,20 @@ impl Audit {
                 std::hint::spin_loop();
             }
         });
+    }
+
+    /// The schedule will begin in `wait`: so long others have to be told.
+    pub fn start_in(&self, wait: Duration) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let starts_at_ms = u64::try_from((now + wait).as_millis()).unwrap_or(u64::MAX);
+        let rest = Duration::from_millis(starts_at_ms).saturating_sub(now);
+        let _ = self.started.set((Instant::now() + rest, starts_at_ms));
+    }
+
+    /// How long until the schedule begins.
+    pub fn early(&self) -> Duration {
+        let starts = self.started.get().map(|(at, _)| at.saturating_duration_since(Instant::now()));
+        starts.unwrap_or_default()
     }
 
     /// The timestamp of record `number`, ms since the Unix epoch: when it was due.
@@ -157,11 +194,13 @@ impl Audit {
         let passed_over = turn - book.next;
         book.next = turn + 1;
         book.passed_over += passed_over;
+        book.shown += 1;
+        drop(book);
         self.settled.fetch_add(1 + passed_over, Ordering::Relaxed);
-        let late = self.due(number).map_or(0, |due| {
-            u32::try_from(self.elapsed().saturating_sub(due).as_micros()).unwrap_or(u32::MAX)
-        });
-        book.latencies_us.push(late);
+        if let Some(due) = self.due(number) {
+            let late = self.elapsed().saturating_sub(due).as_micros();
+            self.latency_us.lock().saturating_record(u64::try_from(late).unwrap_or(u64::MAX));
+        }
     }
 
     /// Records shown in their turn or passed over, up to now.
@@ -190,17 +229,15 @@ impl Audit {
             repeats: 0,
             passed_over: 0,
             foreign: 0,
-            latencies_us: Vec::new(),
+            latency_us: self.latency_us.lock().clone(),
         };
         for book in &self.books {
             let book = book.lock();
-            totals.shown += book.latencies_us.len() as u64;
+            totals.shown += book.shown;
             totals.repeats += book.repeats;
             totals.passed_over += book.passed_over;
             totals.foreign += book.foreign;
-            totals.latencies_us.extend_from_slice(&book.latencies_us);
         }
-        totals.latencies_us.sort_unstable();
         totals
     }
 }
@@ -246,14 +283,12 @@ impl Totals {
 
     /// The mean latency, in milliseconds; 0 where there is none.
     pub fn latency_mean_ms(&self) -> f64 {
-        let sum: u64 = self.latencies_us.iter().map(|us| u64::from(*us)).sum();
-        sum as f64 / self.latencies_us.len().max(1) as f64 / 1000.0
+        self.latency_us.mean() / 1000.0
     }
 
-    /// Nearest-rank percentile of the latencies, in milliseconds; 0 where there are none.
+    /// A percentile of the latencies, in milliseconds and to three digits; 0 where there are none.
     pub fn latency_ms(&self, share: f64) -> f64 {
-        let rank = (share * self.latencies_us.len() as f64).ceil() as usize;
-        self.latencies_us.get(rank.saturating_sub(1)).map_or(0.0, |us| f64::from(*us) / 1000.0)
+        histogram::quantile_ms(&self.latency_us, share)
     }
 }
 
@@ -280,5 +315,24 @@ mod tests {
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
         assert_eq!((totals.shown, totals.lost(), audit.settled()), (5, 3, 6));
         assert!(!totals.outcome().is_clean());
+    }
+
+    #[tokio::test]
+    async fn another_process_measures_from_the_same_schedule() {
+        let audit = Audit::new(1, Some(10));
+        assert_eq!(audit.schedule(), None);
+        audit.start_in(Duration::from_millis(30));
+        assert!(audit.early() > Duration::from_millis(1));
+        let elsewhere = Audit::of_run(audit.run().to_owned(), 1, audit.schedule());
+        tokio::time::sleep(audit.early() + Duration::from_millis(250)).await;
+        for audit in [&audit, &elsewhere] {
+            // Due 100 ms after the first, and shown 250 ms after it.
+            audit.shown(0, &elsewhere.id(0));
+            audit.shown(0, &elsewhere.id(1));
+            let totals = audit.totals();
+            assert_eq!((totals.shown, totals.latency_us.len()), (2, 2));
+            assert!((140.0..240.0).contains(&totals.latency_ms(0.0)), "{}", totals.latency_ms(0.0));
+            assert!(totals.latency_ms(1.0) >= 240.0, "{}", totals.latency_ms(1.0));
+        }
     }
 }

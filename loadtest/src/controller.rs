@@ -58,6 +58,8 @@ pub struct Seen {
     pub frames: u64,
     /// Messages that came again and were not shown again.
     pub resent: u64,
+    /// From when a record was due until it was shown.
+    pub latency_us: Histogram<u64>,
 }
 
 impl Seen {
@@ -92,6 +94,16 @@ impl Agents {
         let clients = try_join_all(clients).await?;
         ensure!(!clients.is_empty(), "no agents");
         Ok(Self { clients, local: processes, _dir: dir })
+    }
+
+    /// The same agents, to be asked while these are busy.
+    pub fn watch(&self) -> Watch {
+        Watch { clients: self.clients.clone() }
+    }
+
+    /// The processes of those that were started here.
+    pub fn pids(&self) -> Vec<u32> {
+        self.local.iter().map(Process::pid).collect()
     }
 
     /// Each agent's part of `request`, and the agent.
@@ -154,15 +166,38 @@ impl Agents {
     /// # Errors
     /// An agent is gone.
     pub async fn expect(&mut self, audit: &Audit) -> anyhow::Result<()> {
+        let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
         let users = u32::try_from(audit.users())?;
-        let each = self
-            .clients
-            .iter_mut()
-            .map(|client| client.expect(ExpectRequest { run: audit.run().to_owned(), users }));
+        let request = ExpectRequest { run: audit.run().to_owned(), users, rate, starts_at_us };
+        let each = self.clients.iter_mut().map(|client| client.expect(request.clone()));
         try_join_all(each).await?;
         Ok(())
     }
 
+    /// What they have seen.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn report(&mut self) -> anyhow::Result<Seen> {
+        self.watch().report().await
+    }
+
+    /// Closes every connection at once.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn drop_all(&mut self) -> anyhow::Result<()> {
+        try_join_all(self.clients.iter_mut().map(|client| client.close(Nothing {}))).await?;
+        Ok(())
+    }
+}
+
+/// Asks agents.
+pub struct Watch {
+    clients: Vec<AgentClient<Channel>>,
+}
+
+impl Watch {
     /// What they have seen.
     ///
     /// # Errors
@@ -179,6 +214,7 @@ impl Agents {
             repeats: 0,
             frames: 0,
             resent: 0,
+            latency_us: histogram::new(),
         };
         for report in reports {
             seen.connected += report.connected;
@@ -188,20 +224,12 @@ impl Agents {
             seen.repeats += report.repeats;
             seen.frames += report.frames;
             seen.resent += report.resent;
+            histogram::add(&mut seen.latency_us, &report.latency_us.unwrap_or_default());
             if !report.why_closed.is_empty() {
                 seen.why_closed = report.why_closed;
             }
         }
         Ok(seen)
-    }
-
-    /// Closes every connection at once.
-    ///
-    /// # Errors
-    /// An agent is gone.
-    pub async fn drop_all(&mut self) -> anyhow::Result<()> {
-        try_join_all(self.clients.iter_mut().map(|client| client.close(Nothing {}))).await?;
-        Ok(())
     }
 }
 

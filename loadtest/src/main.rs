@@ -15,6 +15,7 @@ mod latency;
 mod producer;
 mod run;
 mod sandbox;
+mod scale;
 mod throughput;
 
 /// Generated from `proto/loadtest.proto`.
@@ -48,6 +49,8 @@ enum Scenario {
     Floor(floor::Options),
     /// Drive a running cluster at a fixed rate, through the Rust SDK, over outages if need be.
     Run(run::Options),
+    /// Start a cluster and measure what many connections over several nodes take, messages flowing.
+    Scale(scale::Options),
     /// Start a cluster and measure how long messages take at a fixed rate, by hop.
     Latency(latency::Options),
     /// Start a cluster and measure how many messages a second are delivered and acknowledged.
@@ -61,6 +64,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         Scenario::Agent(options) => agent::run(&options).await?,
         Scenario::Floor(options) => floor::run(&options).await?,
         Scenario::Run(options) => run::run(&options).await?,
+        Scenario::Scale(options) => scale::run(&options).await?,
         Scenario::Latency(options) => latency::run(&options).await?,
         Scenario::Throughput(options) => throughput::run(&options).await?,
     };

@@ -135,6 +135,7 @@ impl Business {
 
     fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<Produced> {
         let cpu_s = cpu::of_threads(cpu::is_producer)?;
+        pause(audit.early());
         let mut number = 0;
         while self.awaited(pace, audit, number) {
             self.send(audit, number)?;

@@ -34,12 +34,21 @@ impl Sandbox {
     /// # Errors
     /// Something does not come up.
     pub async fn start() -> anyhow::Result<Self> {
+        Self::with_nodes(1).await
+    }
+
+    /// The same, with so many access nodes.
+    ///
+    /// # Errors
+    /// Something does not come up.
+    pub async fn with_nodes(access_nodes: usize) -> anyhow::Result<Self> {
         // C1 alone: in so short a time the other compiler takes more of two cores than it gives back.
         let jvm = ["-Xms512m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"];
         let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
         let mut cluster = Cluster::builder()
             .quiet()
             .partitions(PARTITIONS)
+            .nodes(Role::Access, access_nodes)
             .own_kafka_with(kafka)
             .set("redis.retry_base_ms", 2_000)
             .set("redis.retry_max_ms", 60_000)
@@ -49,7 +58,13 @@ impl Sandbox {
         pids.insert("kafka".into(), cluster.kafka()?.pid().context("Kafka is gone")?);
         pids.insert("redis".into(), cluster.redis.pid().context("Redis is gone")?);
         for role in Role::ALL {
-            pids.insert(role.name().into(), cluster.node(role, 0).process()?.pid());
+            for number in 0..cluster.count(role) {
+                let name = match number {
+                    0 => role.name().to_owned(),
+                    _ => format!("{}-{number}", role.name()),
+                };
+                pids.insert(name, cluster.node(role, number).process()?.pid());
+            }
         }
         Ok(Self { cluster, pids })
     }
@@ -83,6 +98,18 @@ impl Sandbox {
         self.cluster.node(Role::Access, 0).address("ws").await
     }
 
+    /// Where devices connect, of every access node.
+    ///
+    /// # Errors
+    /// One is gone.
+    pub async fn addresses(&mut self) -> anyhow::Result<Vec<SocketAddr>> {
+        let mut addresses = Vec::new();
+        for number in 0..self.cluster.count(Role::Access) {
+            addresses.push(self.cluster.node(Role::Access, number).address("ws").await?);
+        }
+        Ok(addresses)
+    }
+
     /// A user's token.
     pub fn token(user: &str) -> String {
         token::token(barid_testkit::cluster::APP, user, TOKEN_LIFE)
@@ -111,18 +138,21 @@ impl Sandbox {
     pub async fn metrics(&mut self) -> anyhow::Result<String> {
         let mut all = String::new();
         for role in Role::ALL {
-            let admin = self.cluster.node(role, 0).address("admin").await?;
-            all.push_str(&http::get(admin, "/metrics").await?.1);
+            for number in 0..self.cluster.count(role) {
+                let admin = self.cluster.node(role, number).address("admin").await?;
+                all.push_str(&http::get(admin, "/metrics").await?.1);
+            }
         }
         Ok(all)
     }
 
-    /// The processes by name, for who wants to profile one.
+    /// The processes by name (the second and later nodes of a role are numbered), for who wants to profile
+    /// one.
     pub fn pids(&self) -> &BTreeMap<String, u32> {
         &self.pids
     }
 
-    /// CPU time of each process until now.
+    /// CPU time of each role until now.
     ///
     /// # Errors
     /// A process is gone.
@@ -130,9 +160,14 @@ impl Sandbox {
         let mut times = CpuTimes::new();
         for (name, pid) in &self.pids {
             let time = cpu::of_process(*pid).with_context(|| format!("{name} is gone"))?;
-            times.insert(name.clone(), time);
+            *times.entry(role(name).to_owned()).or_default() += time;
         }
         times.insert("devices".into(), cpu::of_threads(|name| !cpu::is_producer(name))?);
         Ok(times)
     }
+}
+
+/// The role of a process by its name.
+pub fn role(name: &str) -> &str {
+    name.split_once('-').map_or(name, |(role, _)| role)
 }

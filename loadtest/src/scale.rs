@@ -1,0 +1,365 @@
+//! Many connections on several access nodes, and business messages for them at a fixed rate: what
+//! latency, memory and CPU time that takes, by process.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use barid_testkit::token;
+use clap::Args;
+use serde::Serialize;
+use tokio::time::{Instant, sleep};
+
+use crate::audit::{Audit, Outcome};
+use crate::controller::{Agents, Connected, Seen};
+use crate::cpu;
+use crate::histogram::quantile_ms;
+use crate::hops::{self, Passed};
+use crate::producer::{Business, Pace};
+use crate::rpc::ConnectRequest;
+use crate::sandbox::{CpuTimes, Sandbox, role};
+
+/// Handshakes under way at once.
+const AT_ONCE_MAX: u32 = 256;
+/// How long agents may take to hear of a run.
+const TOLD_IN: Duration = Duration::from_secs(2);
+/// How often the terminal is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+/// How often agents are asked.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a connection that is refused is tried again, ms at most between two attempts.
+const RETRY_MAX_MS: u32 = 2_000;
+
+/// How it is measured.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Access nodes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+    nodes: u16,
+    /// Agents that run already, host:port; without any, some are started here.
+    #[arg(long, value_delimiter = ',')]
+    agents: Vec<String>,
+    /// How many are started here.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    local_agents: u8,
+    /// Sessions over all nodes, one user each. A process holds some 19,000 where it may have 20,000 open
+    /// files: so many nodes and agents are needed.
+    #[arg(long, default_value_t = 30_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    sessions: u32,
+    /// Sessions begun a second.
+    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    connect_rate: u32,
+    /// Records a second, for all users in turn.
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=200_000))]
+    rate: u32,
+    /// How long is measured, seconds.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// How long the cluster works at that rate before, seconds.
+    #[arg(long, default_value_t = 20)]
+    warmup_seconds: u64,
+    /// Bytes of each payload.
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    payload_bytes: u32,
+    /// Prints the process ids, and waits so many seconds with all connections before it measures, for who wants
+    /// to attach a profiler.
+    #[arg(long, default_value_t = 0)]
+    attach_seconds: u64,
+    /// Where the result goes.
+    #[arg(long, default_value = "target/bench/scale.json")]
+    out: PathBuf,
+}
+
+/// Field names are stable.
+#[derive(Debug, Serialize)]
+struct Report {
+    nodes: u16,
+    agents: usize,
+    sessions: u32,
+    rate_per_s: u32,
+    payload_bytes: u32,
+    seconds: u64,
+    /// All sessions, from the first begun to the last welcomed.
+    connected_in_s: f64,
+    connect_p99_ms: f64,
+    /// Attempts that were refused and made again.
+    connects_retried: u64,
+    #[serde(flatten)]
+    outcome: Outcome,
+    /// Messages that came again and were not shown again.
+    resent: u64,
+    /// Sessions that a node closed.
+    closed: u64,
+    latency_mean_ms: f64,
+    latency_p50_ms: f64,
+    latency_p90_ms: f64,
+    latency_p99_ms: f64,
+    latency_p999_ms: f64,
+    latency_max_ms: f64,
+    hops: Vec<Passed>,
+    /// Resident memory of each role with all connections idle, and at the end.
+    idle_mib: BTreeMap<String, f64>,
+    end_mib: BTreeMap<String, f64>,
+    /// CPU time by role with all connections idle, cores.
+    idle_cores: BTreeMap<String, f64>,
+    /// CPU time by role while messages flow, cores.
+    cores: BTreeMap<String, f64>,
+}
+
+/// Measures and prints; `false` if something was not delivered once and in order.
+pub async fn run(options: &Options) -> anyhow::Result<bool> {
+    let report = measure(options).await?;
+    if let Some(directory) = options.out.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let json = serde_json::to_string_pretty(&report)?;
+    std::fs::write(&options.out, json + "\n")
+        .with_context(|| format!("writing {}", options.out.display()))?;
+    use std::io::Write as _;
+    std::io::stdout().lock().write_all(shown(&report).as_bytes())?;
+    Ok(report.outcome.is_clean() && report.closed == 0)
+}
+
+async fn measure(options: &Options) -> anyhow::Result<Report> {
+    let mut agents = Agents::start(&options.agents, options.local_agents.into()).await?;
+    let mut sandbox = Sandbox::with_nodes(options.nodes.into()).await?;
+    let connected = connect(options, &mut sandbox, &mut agents).await?;
+    say(&format!("{:?}", sandbox.pids()))?;
+    sleep(Duration::from_secs(options.attach_seconds)).await;
+
+    let mut meter = Meter::start(&sandbox, &agents)?;
+    let quiet = options.warmup_seconds.max(10);
+    sleep(Duration::from_secs(quiet)).await;
+    let idle_cores = meter.cores(&sandbox, &agents)?;
+    let idle_mib = resident_mib(&sandbox, &agents)?;
+    say(&format!("idle: {}", listed(&idle_cores, "cores")))?;
+
+    let business = Business::open(&sandbox.plan(options.payload_bytes, 0)).await?;
+    if options.warmup_seconds > 0 {
+        drive(options, options.warmup_seconds, &business, &mut agents).await?;
+    }
+    let before = sandbox.metrics().await?;
+    let mut meter = Meter::start(&sandbox, &agents)?;
+    let (seen, outcome) = drive(options, options.seconds, &business, &mut agents).await?;
+    let cores = meter.cores(&sandbox, &agents)?;
+    let latency_mean_ms = seen.latency_us.mean() / 1000.0;
+    let latency = |share| quantile_ms(&seen.latency_us, share);
+    Ok(Report {
+        nodes: options.nodes,
+        agents: if options.agents.is_empty() {
+            options.local_agents.into()
+        } else {
+            options.agents.len()
+        },
+        sessions: seen.connected,
+        rate_per_s: options.rate,
+        payload_bytes: options.payload_bytes,
+        seconds: options.seconds,
+        connected_in_s: connected.elapsed.as_secs_f64(),
+        connect_p99_ms: quantile_ms(&connected.took_us, 0.99),
+        connects_retried: connected.retried,
+        outcome,
+        resent: seen.resent,
+        closed: seen.closed,
+        latency_mean_ms,
+        latency_p50_ms: latency(0.5),
+        latency_p90_ms: latency(0.9),
+        latency_p99_ms: latency(0.99),
+        latency_p999_ms: latency(0.999),
+        latency_max_ms: latency(1.0),
+        hops: hops::between(&before, &sandbox.metrics().await?, latency_mean_ms),
+        idle_mib,
+        end_mib: resident_mib(&sandbox, &agents)?,
+        idle_cores,
+        cores,
+    })
+}
+
+/// Connects everybody, and tells how far it is.
+async fn connect(
+    options: &Options,
+    sandbox: &mut Sandbox,
+    agents: &mut Agents,
+) -> anyhow::Result<Connected> {
+    let nodes = sandbox.addresses().await?;
+    let request = ConnectRequest {
+        nodes: nodes.iter().map(ToString::to_string).collect(),
+        count: options.sessions,
+        rate: options.connect_rate,
+        at_once_max: AT_ONCE_MAX,
+        app: barid_testkit::cluster::APP.into(),
+        secret: token::SECRET.into(),
+        key_id: token::KEY_ID.into(),
+        ack_delay_ms: 100,
+        retry_max_ms: RETRY_MAX_MS,
+        ..ConnectRequest::default()
+    };
+    let mut watching = agents.watch();
+    let begun = Instant::now();
+    let telling = async {
+        loop {
+            sleep(TELL_EVERY).await;
+            let connected = watching.report().await?.connected;
+            say(&format!("{:4} s: {connected} sessions", begun.elapsed().as_secs()))?;
+        }
+    };
+    let connected = tokio::select! {
+        connected = agents.connect(&request) => connected?,
+        failed = telling => return failed,
+    };
+    say(&format!(
+        "{} sessions in {:.0} s, {} attempts refused and made again",
+        connected.connected,
+        connected.elapsed.as_secs_f64(),
+        connected.retried
+    ))?;
+    Ok(connected)
+}
+
+/// Produces for so many seconds, and waits until everything has settled.
+async fn drive(
+    options: &Options,
+    seconds: u64,
+    business: &Arc<Business>,
+    agents: &mut Agents,
+) -> anyhow::Result<(Seen, Outcome)> {
+    let total = u64::from(options.rate) * seconds;
+    let audit = Arc::new(Audit::new(options.sessions, Some(options.rate)));
+    audit.expect(total);
+    audit.start_in(TOLD_IN);
+    agents.expect(&audit).await?;
+    ensure!(!audit.early().is_zero(), "the agents were not told of the run in {TOLD_IN:?}");
+    let producing = business.produce(Pace::Scheduled(total), &audit);
+    let limit = Duration::from_secs(seconds) + crate::audit::SETTLE;
+    let watching = async {
+        let mut told = Instant::now();
+        loop {
+            sleep(LOOK).await;
+            let seen = agents.report().await?;
+            let settled = seen.shown + seen.passed_over;
+            if settled >= total || audit.elapsed() > limit {
+                return Ok(seen);
+            }
+            if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                say(&format!(
+                    "{:4} s: {settled} of {total} delivered, p50 {:.1} ms, p99 {:.1} ms",
+                    audit.elapsed().as_secs(),
+                    quantile_ms(&seen.latency_us, 0.5),
+                    quantile_ms(&seen.latency_us, 0.99)
+                ))?;
+            }
+        }
+    };
+    let (_, seen): (_, Seen) = tokio::try_join!(producing, watching)?;
+    let outcome = seen.outcome(total);
+    let why =
+        if seen.closed > 0 { format!("; closed: {}", seen.why_closed) } else { String::new() };
+    say(&format!("{outcome}{why}"))?;
+    Ok((seen, outcome))
+}
+
+/// CPU time between two moments.
+struct Meter {
+    since: Instant,
+    before: CpuTimes,
+}
+
+impl Meter {
+    fn start(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<Self> {
+        Ok(Self { since: Instant::now(), before: cpu_times(sandbox, agents)? })
+    }
+
+    fn cores(&mut self, sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<CpuTimes> {
+        let (elapsed, mut spent) = (self.since.elapsed(), cpu_times(sandbox, agents)?);
+        for (name, seconds) in &mut spent {
+            *seconds -= self.before.get(name).copied().unwrap_or_default();
+            *seconds /= elapsed.as_secs_f64();
+        }
+        Ok(spent)
+    }
+}
+
+/// By role; `agents` for all of those of this machine, `business` for this process.
+fn cpu_times(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<CpuTimes> {
+    let mut times = sandbox.cpu_times()?;
+    times.remove("devices");
+    let each = agents.pids().into_iter().map(cpu::of_process);
+    times.insert("agents".into(), each.sum::<anyhow::Result<f64>>()?);
+    times.insert("business".into(), cpu::of_process(std::process::id())?);
+    Ok(times)
+}
+
+fn resident_mib(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<BTreeMap<String, f64>> {
+    let mut sums = BTreeMap::<String, f64>::new();
+    let processes = sandbox.pids().iter().map(|(name, pid)| (role(name), *pid));
+    let ours = [("business", std::process::id())].into_iter();
+    let agents = agents.pids().into_iter().map(|pid| ("agents", pid));
+    for (name, pid) in processes.chain(agents).chain(ours) {
+        *sums.entry(name.to_owned()).or_default() +=
+            cpu::resident_bytes(pid)? as f64 / (1024.0 * 1024.0);
+    }
+    Ok(sums)
+}
+
+fn listed(values: &BTreeMap<String, f64>, unit: &str) -> String {
+    let each: Vec<_> = values.iter().map(|(name, value)| format!("{name} {value:.2}")).collect();
+    format!("{} {unit}", each.join(", "))
+}
+
+fn shown(report: &Report) -> String {
+    let mut text = String::new();
+    let Report { nodes, agents, sessions, rate_per_s, payload_bytes, outcome, .. } = report;
+    let _ = write!(
+        text,
+        "{sessions} sessions on {nodes} nodes, held by {agents} agents; {rate_per_s} messages of \
+         {payload_bytes} bytes a second for {} s\n\
+         connected in {:.0} s, p99 {:.0} ms, {} refused and tried again\n\
+         {outcome}; sent again though shown: {}; sessions closed: {}\n\
+         produce to device: p50 {:.1} ms   p90 {:.1} ms   p99 {:.1} ms   p99.9 {:.1} ms   max {:.0} ms\n\n\
+         {:<24}{:>10}{:>10}{:>10}{:>8}\n",
+        report.seconds,
+        report.connected_in_s,
+        report.connect_p99_ms,
+        report.connects_retried,
+        report.resent,
+        report.closed,
+        report.latency_p50_ms,
+        report.latency_p90_ms,
+        report.latency_p99_ms,
+        report.latency_p999_ms,
+        report.latency_max_ms,
+        "hop",
+        "mean ms",
+        "p50 ms",
+        "p99 ms",
+        "share",
+    );
+    for hop in &report.hops {
+        let Passed { name, mean_ms, p50_ms, p99_ms, share, .. } = hop;
+        let share = share * 100.0;
+        let _ =
+            writeln!(text, "{name:<24}{mean_ms:>10.2}{p50_ms:>10.2}{p99_ms:>10.1}{share:>7.0}%");
+    }
+    let _ = writeln!(
+        text,
+        "\n{:<14}{:>12}{:>12}{:>12}{:>12}",
+        "process", "idle MiB", "end MiB", "idle cores", "cores"
+    );
+    for (name, cores) in &report.cores {
+        let of = |values: &BTreeMap<String, f64>| values.get(name).copied().unwrap_or_default();
+        let (idle, end, idle_cores) =
+            (of(&report.idle_mib), of(&report.end_mib), of(&report.idle_cores));
+        let _ = writeln!(text, "{name:<14}{idle:>12.0}{end:>12.0}{idle_cores:>12.3}{cores:>12.3}");
+    }
+    text
+}
+
+/// Progress, apart from the result.
+fn say(line: &str) -> std::io::Result<()> {
+    use std::io::Write as _;
+    writeln!(std::io::stderr().lock(), "{line}")
+}
