@@ -1,7 +1,7 @@
 //! An agent: a process that holds connections for a controller. It connects when it is told, reads,
 //! acknowledges, checks every delivery, and counts.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use clap::Args;
 use hdrhistogram::Histogram;
 use jsonwebtoken::EncodingKey;
 use parking_lot::{Mutex, RwLock};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, lookup_host};
 use tokio::sync::Semaphore;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
@@ -25,6 +25,7 @@ use crate::clients::sign;
 use crate::fleet::{self, Device, Seen, Socket};
 use crate::histogram;
 use crate::producer::user;
+use crate::rpc;
 use crate::rpc::agent_server::{Agent, AgentServer};
 use crate::rpc::{AgentReport, ChurnRequest, ConnectReply, ConnectRequest, ExpectRequest, Nothing};
 
@@ -71,8 +72,11 @@ struct Service(Arc<State>);
 #[derive(Default)]
 struct State {
     /// The oldest first.
-    sessions: Mutex<VecDeque<(u32, AbortHandle)>>,
+    sessions: Mutex<VecDeque<(u32, JoinHandle<()>)>>,
+    /// By user, the newest position that the application was shown: what survives a reconnect.
+    positions: Mutex<HashMap<u32, Arc<AtomicU64>>>,
     connected: AtomicU32,
+    opened: AtomicU64,
     closed: AtomicU64,
     why_closed: Mutex<String>,
     frames: AtomicU64,
@@ -93,12 +97,15 @@ struct Way {
 }
 
 impl Way {
-    fn of(request: &ConnectRequest) -> anyhow::Result<Self> {
-        let nodes: Vec<_> =
-            request.nodes.iter().map(|node| node.parse()).collect::<Result<_, _>>()?;
+    async fn of(request: &ConnectRequest) -> anyhow::Result<Self> {
+        let mut nodes = Vec::new();
+        for node in &request.nodes {
+            let found = lookup_host(node).await.with_context(|| format!("node {node}"))?.next();
+            nodes.push(found.with_context(|| format!("node {node} has no address"))?);
+        }
         anyhow::ensure!(!nodes.is_empty(), "no node is named");
         let sources = request.sources.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
-        let key = EncodingKey::from_secret(request.secret.as_bytes());
+        let key = EncodingKey::from_secret(&request.secret);
         let users = request.first..request.first + request.count;
         let token = |number: u32| {
             let key_id = Some(request.key_id.clone()).filter(|id| !id.is_empty());
@@ -148,7 +155,7 @@ impl Way {
 impl State {
     /// Opens what is asked for and keeps it.
     async fn connect(self: &Arc<Self>, request: ConnectRequest) -> anyhow::Result<ConnectReply> {
-        let way = Arc::new(Way::of(&request)?);
+        let way = Arc::new(Way::of(&request).await?);
         let permits = Arc::new(Semaphore::new(request.at_once_max.max(1) as usize));
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
         let mut opening = JoinSet::new();
@@ -182,7 +189,7 @@ impl State {
     /// Closes one connection after the other and opens it again.
     async fn churn(self: &Arc<Self>, request: ChurnRequest) -> anyhow::Result<ConnectReply> {
         let connect = request.connect.context("nothing to connect to")?;
-        let way = Arc::new(Way::of(&connect)?);
+        let way = Arc::new(Way::of(&connect).await?);
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
         let total = request.rate * request.seconds;
         let mut opening = JoinSet::new();
@@ -196,6 +203,8 @@ impl State {
             oldest.abort();
             let (state, way, retried) = (Arc::clone(self), Arc::clone(&way), Arc::clone(&retried));
             opening.spawn(async move {
+                // It may be in the middle of a delivery.
+                let _ = oldest.await;
                 let opened = way.open(number, &retried).await;
                 opened.map(|socket| {
                     state.keep(&way, number, socket);
@@ -215,12 +224,15 @@ impl State {
     /// Serves a connection on a task of its own.
     fn keep(self: &Arc<Self>, way: &Arc<Way>, number: u32, socket: Socket) {
         let (state, here) = (Arc::clone(self), Here::new(self));
+        self.opened.fetch_add(1, Ordering::Relaxed);
         let (floor, ack_delay) = (way.floor, way.ack_delay);
+        let position = Arc::clone(self.positions.lock().entry(number).or_default());
         let task = tokio::spawn(async move {
             let ended = if floor {
                 fleet::read_plain(socket, &state.frames).await
             } else {
-                Device::new(socket, number, ack_delay, Arc::clone(&state)).serve().await
+                let device = Device::new(socket, number, ack_delay, Arc::clone(&state));
+                device.behind(position).serve().await
             };
             drop(here);
             state.closed.fetch_add(1, Ordering::Relaxed);
@@ -228,7 +240,7 @@ impl State {
                 *state.why_closed.lock() = format!("{error:#}");
             }
         });
-        self.sessions.lock().push_back((number, task.abort_handle()));
+        self.sessions.lock().push_back((number, task));
     }
 
     fn report(&self) -> AgentReport {
@@ -245,7 +257,7 @@ impl State {
             foreign: of(|totals| totals.foreign),
             frames: self.frames.load(Ordering::Relaxed),
             resent: self.resent.load(Ordering::Relaxed),
-            latency_us: totals.as_ref().map(|totals| histogram::to_wire(&totals.latency_us)),
+            opened: self.opened.load(Ordering::Relaxed),
         }
     }
 }
@@ -333,7 +345,7 @@ impl Agent for Service {
 
     async fn expect(&self, request: Request<ExpectRequest>) -> Result<Response<Nothing>, Status> {
         let ExpectRequest { run, users, rate, starts_at_us } = request.into_inner();
-        let schedule = (rate > 0).then_some((rate, starts_at_us));
+        let schedule = Some((rate, starts_at_us)).filter(|(rate, _)| *rate > 0);
         *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users, schedule)));
         self.0.closed.store(0, Ordering::Relaxed);
         self.0.frames.store(0, Ordering::Relaxed);
@@ -345,10 +357,17 @@ impl Agent for Service {
         Ok(Response::new(self.0.report()))
     }
 
+    async fn latencies(&self, _: Request<Nothing>) -> Result<Response<rpc::Histogram>, Status> {
+        let audit = self.0.audit.read().clone();
+        let latencies = audit.map_or_else(histogram::new, |audit| audit.latencies_us());
+        Ok(Response::new(histogram::to_wire(&latencies)))
+    }
+
     async fn close(&self, _: Request<Nothing>) -> Result<Response<Nothing>, Status> {
         for (_, session) in self.0.sessions.lock().drain(..) {
             session.abort();
         }
+        self.0.positions.lock().clear();
         while self.0.connected.load(Ordering::Relaxed) > 0 {
             sleep(Duration::from_millis(1)).await;
         }

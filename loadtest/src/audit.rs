@@ -17,51 +17,39 @@ pub const SETTLE: Duration = Duration::from_secs(30);
 /// Audits of this process.
 static RUNS: AtomicU64 = AtomicU64::new(0);
 
-/// What one user's device was shown. Locked by that device alone while a run lasts.
-#[derive(Debug, Default)]
-struct Book {
-    /// The turn that is expected next: record `turn * users + user`.
-    next: u64,
-    /// Shown in their turn.
-    shown: u64,
-    /// Shown ones that were older than one shown before.
-    repeats: u64,
-    /// Records passed over: shown later (out of order) or never.
-    passed_over: u64,
-    /// Shown, but of another run: left in the mailbox from before.
-    foreign: u64,
-}
-
 /// Shared by all devices.
 #[derive(Debug)]
 pub struct Audit {
-    books: Vec<Mutex<Book>>,
-    /// Microseconds from when a record was due to when it was shown.
-    latency_us: Mutex<Histogram<u64>>,
-    /// The moment at which the first record is due, and the same in ms since the Unix epoch.
+    /// By user, the turn that is expected next: record `turn * users + user`. Locked by that user's
+    /// device alone while a run lasts.
+    turns: Vec<Mutex<u64>>,
     started: OnceLock<(Instant, u64)>,
-    /// Records shown in their turn or passed over.
-    settled: AtomicU64,
     run: String,
     total: AtomicU64,
     rate: Option<u32>,
+    shown: AtomicU64,
+    repeats: AtomicU64,
+    passed_over: AtomicU64,
+    foreign: AtomicU64,
+    /// Of records shown in other processes, or passed over there.
+    elsewhere: AtomicU64,
+    /// From when a record was due to when it was shown; empty without a rate.
+    latencies_us: Mutex<Histogram<u64>>,
 }
 
 /// What the books say.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Totals {
     /// Records to be shown.
     pub total: u64,
     /// Records shown in their turn.
     pub shown: u64,
-    /// Repeats.
+    /// Shown ones that were older than one shown before.
     pub repeats: u64,
-    /// Out of order or lost in mid-stream.
+    /// Records passed over: shown later (out of order) or never.
     pub passed_over: u64,
-    /// Of other runs.
+    /// Shown, but of another run: left in the mailbox from before.
     pub foreign: u64,
-    /// Microseconds from when a record was due to when it was shown; empty where none was due.
-    pub latency_us: Histogram<u64>,
 }
 
 impl Audit {
@@ -69,13 +57,17 @@ impl Audit {
     /// have no time at which they are due, and no latency.
     pub fn new(users: u32, rate: Option<u32>) -> Self {
         Self {
-            books: (0..users).map(|_| Mutex::default()).collect(),
-            latency_us: Mutex::new(histogram::new()),
+            turns: (0..users).map(|_| Mutex::default()).collect(),
             started: OnceLock::new(),
-            settled: AtomicU64::new(0),
             run: format!("{}.{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)),
             total: AtomicU64::new(0),
             rate,
+            shown: AtomicU64::new(0),
+            repeats: AtomicU64::new(0),
+            passed_over: AtomicU64::new(0),
+            foreign: AtomicU64::new(0),
+            elsewhere: AtomicU64::new(0),
+            latencies_us: Mutex::new(histogram::new()),
         }
     }
 
@@ -84,8 +76,7 @@ impl Audit {
     pub fn of_run(run: String, users: u32, schedule: Option<(u32, u64)>) -> Self {
         let audit = Self { run, ..Self::new(users, schedule.map(|(rate, _)| rate)) };
         if let Some((_, starts_at_us)) = schedule {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let starts_at = Duration::from_micros(starts_at_us);
+            let (now, starts_at) = (unix_time(), Duration::from_micros(starts_at_us));
             let (early, late) = (starts_at.saturating_sub(now), now.saturating_sub(starts_at));
             let at = Instant::now() + early;
             let _ = audit.started.set((at.checked_sub(late).unwrap_or(at), starts_at_us / 1000));
@@ -94,7 +85,7 @@ impl Audit {
     }
 
     /// The schedule, for other processes: records a second, and when the first is due, µs since the Unix
-    /// epoch. None: there is none, or it has not begun.
+    /// epoch. None: there is none, or nobody knows yet when it begins.
     pub fn schedule(&self) -> Option<(u32, u64)> {
         let (_, started_ms) = self.started.get()?;
         Some((self.rate?, started_ms * 1000))
@@ -107,19 +98,19 @@ impl Audit {
 
     /// So many records were shown or passed over in other processes.
     pub fn settled_elsewhere(&self, records: u64) {
-        self.settled.store(records, Ordering::Relaxed);
+        self.elsewhere.store(records, Ordering::Relaxed);
     }
 
     /// How many users there are.
     pub fn users(&self) -> u64 {
-        self.books.len() as u64
+        self.turns.len() as u64
     }
 
     /// The schedule begins, at a whole millisecond of the clock: Kafka's timestamps have no others.
     pub fn start(&self) {
         self.started.get_or_init(|| {
             loop {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let now = unix_time();
                 if now.subsec_micros() % 1000 < 20 {
                     return (Instant::now(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
                 }
@@ -128,9 +119,9 @@ impl Audit {
         });
     }
 
-    /// The schedule will begin in `wait`: so long others have to be told.
+    /// The schedule will begin in `wait`, at a whole millisecond: so long others have to be told.
     pub fn start_in(&self, wait: Duration) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = unix_time();
         let starts_at_ms = u64::try_from((now + wait).as_millis()).unwrap_or(u64::MAX);
         let rest = Duration::from_millis(starts_at_ms).saturating_sub(now);
         let _ = self.started.set((Instant::now() + rest, starts_at_ms));
@@ -172,40 +163,37 @@ impl Audit {
 
     /// A device was shown the message `id`.
     pub fn shown(&self, user: u32, id: &str) {
-        let Some(book) = self.books.get(user as usize) else { return };
-        let mut book = book.lock();
+        let Some(expected) = self.turns.get(user as usize) else { return };
         let number = id
             .split_once('-')
             .filter(|(run, _)| *run == self.run)
-            .and_then(|(_, number)| number.parse::<u64>().ok());
+            .and_then(|(_, number)| number.parse::<u64>().ok())
+            .filter(|number| number % self.users() == u64::from(user));
         let Some(number) = number else {
-            book.foreign += 1;
+            self.foreign.fetch_add(1, Ordering::Relaxed);
             return;
         };
         let turn = number / self.users();
-        if number % self.users() != u64::from(user) {
-            book.foreign += 1;
+        let mut expected = expected.lock();
+        if turn < *expected {
+            self.repeats.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        if turn < book.next {
-            book.repeats += 1;
-            return;
-        }
-        let passed_over = turn - book.next;
-        book.next = turn + 1;
-        book.passed_over += passed_over;
-        book.shown += 1;
-        drop(book);
-        self.settled.fetch_add(1 + passed_over, Ordering::Relaxed);
+        self.passed_over.fetch_add(turn - *expected, Ordering::Relaxed);
+        *expected = turn + 1;
+        drop(expected);
         if let Some(due) = self.due(number) {
             let late = self.elapsed().saturating_sub(due).as_micros();
-            self.latency_us.lock().saturating_record(u64::try_from(late).unwrap_or(u64::MAX));
+            let late = u64::try_from(late).unwrap_or(u64::MAX).max(1);
+            self.latencies_us.lock().saturating_record(late);
         }
+        self.shown.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Records shown in their turn or passed over, up to now.
     pub fn settled(&self) -> u64 {
-        self.settled.load(Ordering::Relaxed)
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        of(&self.shown) + of(&self.passed_over) + of(&self.elsewhere)
     }
 
     /// Waits until everything was shown or passed over, at most for `timeout`.
@@ -223,23 +211,24 @@ impl Audit {
 
     /// What the books say now.
     pub fn totals(&self) -> Totals {
-        let mut totals = Totals {
-            total: self.total.load(Ordering::Relaxed),
-            shown: 0,
-            repeats: 0,
-            passed_over: 0,
-            foreign: 0,
-            latency_us: self.latency_us.lock().clone(),
-        };
-        for book in &self.books {
-            let book = book.lock();
-            totals.shown += book.shown;
-            totals.repeats += book.repeats;
-            totals.passed_over += book.passed_over;
-            totals.foreign += book.foreign;
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Totals {
+            total: of(&self.total),
+            shown: of(&self.shown),
+            repeats: of(&self.repeats),
+            passed_over: of(&self.passed_over),
+            foreign: of(&self.foreign),
         }
-        totals
     }
+
+    /// From when records were due to when they were shown, microseconds; empty without a rate.
+    pub fn latencies_us(&self) -> Histogram<u64> {
+        self.latencies_us.lock().clone()
+    }
+}
+
+fn unix_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// What became of a run's records, in every report. Field names are stable.
@@ -280,21 +269,12 @@ impl Totals {
         let Self { shown, passed_over, repeats, .. } = *self;
         Outcome { shown, lost: self.lost(), passed_over, repeats }
     }
-
-    /// The mean latency, in milliseconds; 0 where there is none.
-    pub fn latency_mean_ms(&self) -> f64 {
-        self.latency_us.mean() / 1000.0
-    }
-
-    /// A percentile of the latencies, in milliseconds and to three digits; 0 where there are none.
-    pub fn latency_ms(&self, share: f64) -> f64 {
-        histogram::quantile_ms(&self.latency_us, share)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::histogram::quantile_ms;
 
     #[test]
     fn every_kind_of_fault_is_counted() {
@@ -329,10 +309,10 @@ mod tests {
             // Due 100 ms after the first, and shown 250 ms after it.
             audit.shown(0, &elsewhere.id(0));
             audit.shown(0, &elsewhere.id(1));
-            let totals = audit.totals();
-            assert_eq!((totals.shown, totals.latency_us.len()), (2, 2));
-            assert!((140.0..240.0).contains(&totals.latency_ms(0.0)), "{}", totals.latency_ms(0.0));
-            assert!(totals.latency_ms(1.0) >= 240.0, "{}", totals.latency_ms(1.0));
+            let latencies = audit.latencies_us();
+            assert_eq!((audit.totals().shown, latencies.len(), audit.settled()), (2, 2, 2));
+            let (least, most) = (quantile_ms(&latencies, 0.0), quantile_ms(&latencies, 1.0));
+            assert!((140.0..240.0).contains(&least) && most >= 240.0, "{least} {most}");
         }
     }
 }

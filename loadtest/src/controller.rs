@@ -1,6 +1,6 @@
 //! Steers agents as if they were one: splits what is asked among them, and merges what they saw.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -43,7 +43,7 @@ pub struct Connected {
 }
 
 /// What all agents have seen of a run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Seen {
     /// Connections that stand.
     pub connected: u32,
@@ -58,8 +58,8 @@ pub struct Seen {
     pub frames: u64,
     /// Messages that came again and were not shown again.
     pub resent: u64,
-    /// From when a record was due until it was shown.
-    pub latency_us: Histogram<u64>,
+    /// Connections that were welcomed since the agents were started.
+    pub opened: u64,
 }
 
 impl Seen {
@@ -82,7 +82,7 @@ impl Agents {
         if named.is_empty() {
             for number in 0..local {
                 let (process, addresses_of) =
-                    spawn(&dir, &format!("agent-{number}"), "agent").await?;
+                    spawn(&dir, &format!("agent-{number}"), &["agent"]).await?;
                 addresses.push(addresses_of[0].to_string());
                 processes.push(process);
             }
@@ -94,16 +94,6 @@ impl Agents {
         let clients = try_join_all(clients).await?;
         ensure!(!clients.is_empty(), "no agents");
         Ok(Self { clients, local: processes, _dir: dir })
-    }
-
-    /// The same agents, to be asked while these are busy.
-    pub fn watch(&self) -> Watch {
-        Watch { clients: self.clients.clone() }
-    }
-
-    /// The processes of those that were started here.
-    pub fn pids(&self) -> Vec<u32> {
-        self.local.iter().map(Process::pid).collect()
     }
 
     /// Each agent's part of `request`, and the agent.
@@ -166,12 +156,35 @@ impl Agents {
     /// # Errors
     /// An agent is gone.
     pub async fn expect(&mut self, audit: &Audit) -> anyhow::Result<()> {
-        let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
         let users = u32::try_from(audit.users())?;
-        let request = ExpectRequest { run: audit.run().to_owned(), users, rate, starts_at_us };
-        let each = self.clients.iter_mut().map(|client| client.expect(request.clone()));
-        try_join_all(each).await?;
+        let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
+        let run = audit.run().to_owned();
+        let request = ExpectRequest { run, users, rate, starts_at_us };
+        try_join_all(self.clients.iter_mut().map(|client| client.expect(request.clone()))).await?;
         Ok(())
+    }
+
+    /// The same agents, to be asked while these are busy.
+    pub fn watch(&self) -> Watch {
+        Watch(self.clients.clone())
+    }
+
+    /// The processes of those that were started here.
+    pub fn pids(&self) -> Vec<u32> {
+        self.local.iter().map(Process::pid).collect()
+    }
+
+    /// From when the run's messages were due until they were shown, microseconds, over all agents.
+    ///
+    /// # Errors
+    /// An agent is gone.
+    pub async fn latencies_us(&mut self) -> anyhow::Result<Histogram<u64>> {
+        let each = self.clients.iter_mut().map(|client| client.latencies(Nothing {}));
+        let mut sum = histogram::new();
+        for latencies in try_join_all(each).await? {
+            histogram::add(&mut sum, &latencies.into_inner());
+        }
+        Ok(sum)
     }
 
     /// What they have seen.
@@ -179,7 +192,7 @@ impl Agents {
     /// # Errors
     /// An agent is gone.
     pub async fn report(&mut self) -> anyhow::Result<Seen> {
-        self.watch().report().await
+        report(&mut self.clients).await
     }
 
     /// Closes every connection at once.
@@ -192,10 +205,8 @@ impl Agents {
     }
 }
 
-/// Asks agents.
-pub struct Watch {
-    clients: Vec<AgentClient<Channel>>,
-}
+/// Asks agents what they have seen, and nothing else.
+pub struct Watch(Vec<AgentClient<Channel>>);
 
 impl Watch {
     /// What they have seen.
@@ -203,34 +214,28 @@ impl Watch {
     /// # Errors
     /// An agent is gone.
     pub async fn report(&mut self) -> anyhow::Result<Seen> {
-        let each = self.clients.iter_mut().map(|client| client.report(Nothing {}));
-        let reports = try_join_all(each).await?.into_iter().map(tonic::Response::into_inner);
-        let mut seen = Seen {
-            connected: 0,
-            closed: 0,
-            why_closed: String::new(),
-            shown: 0,
-            passed_over: 0,
-            repeats: 0,
-            frames: 0,
-            resent: 0,
-            latency_us: histogram::new(),
-        };
-        for report in reports {
-            seen.connected += report.connected;
-            seen.closed += report.closed;
-            seen.shown += report.shown;
-            seen.passed_over += report.passed_over;
-            seen.repeats += report.repeats;
-            seen.frames += report.frames;
-            seen.resent += report.resent;
-            histogram::add(&mut seen.latency_us, &report.latency_us.unwrap_or_default());
-            if !report.why_closed.is_empty() {
-                seen.why_closed = report.why_closed;
-            }
-        }
-        Ok(seen)
+        report(&mut self.0).await
     }
+}
+
+async fn report(clients: &mut [AgentClient<Channel>]) -> anyhow::Result<Seen> {
+    let each = clients.iter_mut().map(|client| client.report(Nothing {}));
+    let mut seen = Seen::default();
+    for report in try_join_all(each).await? {
+        let report = report.into_inner();
+        seen.connected += report.connected;
+        seen.closed += report.closed;
+        seen.shown += report.shown;
+        seen.passed_over += report.passed_over;
+        seen.repeats += report.repeats;
+        seen.frames += report.frames;
+        seen.resent += report.resent;
+        seen.opened += report.opened;
+        if !report.why_closed.is_empty() {
+            seen.why_closed = report.why_closed;
+        }
+    }
+    Ok(seen)
 }
 
 fn merge(replies: impl Iterator<Item = ConnectReply>) -> anyhow::Result<Connected> {
@@ -256,13 +261,14 @@ pub struct Floor {
 }
 
 impl Floor {
-    /// Starts one.
+    /// Starts one that listens at this address of the machine.
     ///
     /// # Errors
     /// It does not start.
-    pub async fn start() -> anyhow::Result<Self> {
+    pub async fn start(host: IpAddr) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let (process, addresses) = spawn(&dir, "floor", "floor").await?;
+        let listen = SocketAddr::new(host, 0).to_string();
+        let (process, addresses) = spawn(&dir, "floor", &["floor", "--listen", &listen]).await?;
         let [steering, address] = addresses[..] else { anyhow::bail!("two listeners") };
         let client = FloorClient::connect(format!("http://{steering}")).await?;
         Ok(Self { client, process, address, _dir: dir })
@@ -288,15 +294,15 @@ impl Floor {
     }
 }
 
-/// Starts this program once more, as `scenario`; tells where it listens.
+/// Starts this program once more with these arguments; tells where it listens.
 async fn spawn(
     dir: &tempfile::TempDir,
     name: &str,
-    scenario: &str,
+    arguments: &[&str],
 ) -> anyhow::Result<(Process, Vec<SocketAddr>)> {
     let log = dir.path().join(name);
     let mut process = Process::spawn(name, std::env::current_exe()?, &log, |command| {
-        command.arg(scenario);
+        command.args(arguments);
     })?;
     let begun = Instant::now();
     loop {

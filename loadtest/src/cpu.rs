@@ -1,4 +1,4 @@
-//! CPU time and memory of processes, and CPU time of this process's threads, from `/proc`.
+//! CPU time, memory and files of processes, and CPU time of this process's threads, from `/proc`.
 
 use std::fs;
 
@@ -24,6 +24,14 @@ pub fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     Ok(kib.context("no VmRSS in a status")? * 1024)
+}
+
+/// Files that a process has open, sockets included.
+///
+/// # Errors
+/// It is gone, or another user's.
+pub fn open_files(pid: u32) -> anyhow::Result<u64> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64)
 }
 
 /// User and system seconds of those living threads of this process whose names are `wanted`.

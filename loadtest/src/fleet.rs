@@ -171,12 +171,23 @@ pub struct Device<S> {
     number: u32,
     ack_delay: Duration,
     seen: S,
+    /// The newest position that the application was shown; 0: none yet.
+    position: Arc<AtomicU64>,
+    acked: u64,
 }
 
 impl<S: Seen> Device<S> {
     /// The device of user `number`. `ack_delay`: as for [`Fleet::connect`].
     pub fn new(socket: Socket, number: u32, ack_delay: Duration, seen: S) -> Self {
-        Self { socket, number, ack_delay, seen }
+        Self { socket, number, ack_delay, seen, position: Arc::default(), acked: 0 }
+    }
+
+    /// It was here before, and its application was shown everything up to this position.
+    #[must_use]
+    pub fn behind(self, position: Arc<AtomicU64>) -> Self {
+        // Whether all of it was acknowledged is not known: what was not comes again.
+        let acked = position.load(Ordering::Relaxed);
+        Self { position, acked, ..self }
     }
 
     /// Reads and acknowledges until the connection ends.
@@ -184,52 +195,58 @@ impl<S: Seen> Device<S> {
     /// # Errors
     /// Why it ended, or that a position was left out.
     pub async fn serve(mut self) -> anyhow::Result<()> {
-        let (mut received, mut acked) = (0, 0);
         let mut next_ack = Instant::now();
         loop {
-            if received > acked && next_ack <= Instant::now() {
-                let ack = Ack { seq: received, ..Ack::default() };
+            if self.received() > self.acked && next_ack <= Instant::now() {
+                let ack = Ack { seq: self.received(), ..Ack::default() };
+                self.acked = ack.seq;
                 let frame = encode_client(Encoding::Proto, &Kind::Ack(ack));
                 self.socket.send(Frame::Binary(frame)).await?;
-                acked = received;
                 next_ack = Instant::now() + self.ack_delay;
             }
             let frame = tokio::select! {
                 biased;
                 frame = self.socket.next() => frame,
-                () = sleep_until(next_ack), if received > acked => continue,
+                () = sleep_until(next_ack), if self.received() > self.acked => continue,
             };
-            self.read(frame, &mut received)?;
+            self.read(frame)?;
             // What lies in the buffer is acknowledged in one go.
             while let Some(frame) = self.socket.next().now_or_never() {
-                self.read(frame, &mut received)?;
+                self.read(frame)?;
             }
         }
     }
 
+    fn received(&self) -> u64 {
+        self.position.load(Ordering::Relaxed)
+    }
+
     fn read(
-        &self,
+        &mut self,
         frame: Option<Result<Frame, tokio_tungstenite::tungstenite::Error>>,
-        received: &mut u64,
     ) -> anyhow::Result<()> {
         match frame.context("end of stream")?? {
             Frame::Binary(bytes) => match decode_server(Encoding::Proto, bytes)? {
                 ServerFrame::Deliver(deliver) => {
                     for message in deliver.messages {
-                        // Where a session begins, the node knows; from then on without a hole.
-                        let (seq, before) = (message.seq, *received);
+                        // Where a mailbox begins, the node knows; from then on without a hole.
+                        let (seq, before) = (message.seq, self.received());
                         ensure!(before == 0 || seq <= before + 1, "seq {seq} after {before}");
                         if seq <= before {
-                            // A re-send that crossed the acknowledgement: the application is not
-                            // shown it, as in every SDK.
+                            // A re-send that crossed the acknowledgement, or what was not yet
+                            // acknowledged when the device left: the application is not shown it, as
+                            // in every SDK, and it is acknowledged again.
+                            self.acked = self.acked.min(seq.saturating_sub(1));
                             self.seen.resent();
                             continue;
                         }
-                        *received = seq;
+                        self.position.store(seq, Ordering::Relaxed);
                         self.seen.shown(self.number, &message.id);
                     }
                 }
-                ServerFrame::Skip(skip) => *received = (*received).max(skip.to),
+                ServerFrame::Skip(skip) => {
+                    self.position.fetch_max(skip.to, Ordering::Relaxed);
+                }
                 _ => (),
             },
             Frame::Close(close) => bail!("{close:?}"),

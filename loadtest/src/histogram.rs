@@ -31,6 +31,11 @@ pub fn quantile_ms(histogram: &Histogram<u64>, share: f64) -> f64 {
     histogram.value_at_quantile(share) as f64 / 1000.0
 }
 
+/// The mean in milliseconds; 0 where nothing was recorded.
+pub fn mean_ms(histogram: &Histogram<u64>) -> f64 {
+    histogram.mean() / 1000.0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

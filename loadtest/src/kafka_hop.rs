@@ -7,20 +7,22 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use barid_wire::v1::PushRecord;
+use hdrhistogram::Histogram;
 use prost::Message as _;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::audit::{Audit, SETTLE, Totals};
+use crate::audit::{Audit, SETTLE};
 use crate::producer::{Business, Pace, Plan};
 
 /// How long the consumer looks for its end while nothing comes.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Produces `rate` records a second for `seconds` to the plan's topic, which has `partitions` and no
-/// other consumer, and tells how long each took to arrive.
+/// other consumer, and tells how long each took to arrive,
+/// microseconds.
 ///
 /// # Errors
 /// Kafka does not take or give them.
@@ -30,7 +32,7 @@ pub async fn measure(
     users: u32,
     rate: u32,
     seconds: u64,
-) -> anyhow::Result<Totals> {
+) -> anyhow::Result<Histogram<u64>> {
     let audit = Arc::new(Audit::new(users, Some(rate)));
     let total = u64::from(rate) * seconds;
     audit.expect(total);
@@ -46,7 +48,7 @@ pub async fn measure(
     audit.all_settled(SETTLE).await;
     over.store(true, Ordering::Relaxed);
     taking.await??;
-    Ok(audit.totals())
+    Ok(audit.latencies_us())
 }
 
 fn consumer(plan: &Plan, partitions: i32) -> anyhow::Result<BaseConsumer> {

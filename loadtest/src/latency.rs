@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::audit::{Audit, Outcome, SETTLE};
 use crate::fleet::Fleet;
+use crate::histogram::{self, quantile_ms};
 use crate::hops::{self, Passed};
 use crate::kafka_hop;
 use crate::producer::{Business, Pace};
@@ -97,8 +98,8 @@ pub async fn measure(options: &Options) -> anyhow::Result<Report> {
     business.produce(Pace::Scheduled(total), &audit).await?;
     audit.all_settled(SETTLE).await;
     fleet.check()?;
-    let totals = audit.totals();
-    let mean_ms = totals.latency_mean_ms();
+    let latencies = audit.latencies_us();
+    let mean_ms = histogram::mean_ms(&latencies);
     let hops = hops::between(&before, &sandbox.metrics().await?, mean_ms);
     let unconsumed = sandbox.unconsumed(&plan).await?;
     let Options { users, rate, floor_seconds, .. } = *options;
@@ -107,17 +108,17 @@ pub async fn measure(options: &Options) -> anyhow::Result<Report> {
         users: options.users,
         rate_per_s: options.rate,
         payload_bytes: options.payload_bytes,
-        outcome: totals.outcome(),
+        outcome: audit.totals().outcome(),
         mean_ms,
-        p50_ms: totals.latency_ms(0.5),
-        p90_ms: totals.latency_ms(0.9),
-        p99_ms: totals.latency_ms(0.99),
-        p999_ms: totals.latency_ms(0.999),
-        max_ms: totals.latency_ms(1.0),
+        p50_ms: quantile_ms(&latencies, 0.5),
+        p90_ms: quantile_ms(&latencies, 0.9),
+        p99_ms: quantile_ms(&latencies, 0.99),
+        p999_ms: quantile_ms(&latencies, 0.999),
+        max_ms: quantile_ms(&latencies, 1.0),
         written_shown_mean_ms: mean_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>(),
         hops,
-        kafka_p50_ms: floor.latency_ms(0.5),
-        kafka_p99_ms: floor.latency_ms(0.99),
+        kafka_p50_ms: quantile_ms(&floor, 0.5),
+        kafka_p99_ms: quantile_ms(&floor, 0.99),
     })
 }
 

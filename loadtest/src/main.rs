@@ -6,17 +6,22 @@ mod bench;
 mod clients;
 mod controller;
 mod cpu;
+mod drive;
 mod fleet;
 mod floor;
 mod histogram;
 mod hops;
 mod kafka_hop;
 mod latency;
+mod live;
+mod measure;
 mod producer;
 mod run;
 mod sandbox;
 mod scale;
+mod target;
 mod throughput;
+mod usage;
 
 /// Generated from `proto/loadtest.proto`.
 #[allow(missing_docs, clippy::all)]

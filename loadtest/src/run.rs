@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::audit::{Audit, Outcome};
 use crate::clients;
+use crate::histogram::quantile_ms;
 use crate::producer::{Business, Pace, Plan};
 
 /// What is driven, and how.
@@ -90,7 +91,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     business.produce(Pace::Scheduled(total), &audit).await?;
     let produced_in = started.elapsed();
     audit.all_settled(Duration::from_secs(options.settle_seconds)).await;
-    let totals = audit.totals();
+    let (totals, latencies) = (audit.totals(), audit.latencies_us());
     let report = Report {
         users: options.users,
         rate_per_s: options.rate,
@@ -99,10 +100,10 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
         produced_in_s: produced_in.as_secs_f64(),
         outcome: totals.outcome(),
         foreign: totals.foreign,
-        latency_p50_ms: totals.latency_ms(0.5),
-        latency_p90_ms: totals.latency_ms(0.9),
-        latency_p99_ms: totals.latency_ms(0.99),
-        latency_max_ms: totals.latency_ms(1.0),
+        latency_p50_ms: quantile_ms(&latencies, 0.5),
+        latency_p90_ms: quantile_ms(&latencies, 0.9),
+        latency_p99_ms: quantile_ms(&latencies, 0.99),
+        latency_max_ms: quantile_ms(&latencies, 1.0),
     };
     report.print(options.json)?;
 

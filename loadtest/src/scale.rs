@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use barid_testkit::token;
+use barid_testkit::{Role, token};
 use clap::Args;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
@@ -16,18 +16,18 @@ use tokio::time::{Instant, sleep};
 use crate::audit::{Audit, Outcome};
 use crate::controller::{Agents, Connected, Seen};
 use crate::cpu;
-use crate::histogram::quantile_ms;
+use crate::histogram::{mean_ms, quantile_ms};
 use crate::hops::{self, Passed};
+use crate::live::{Live, say};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 use crate::sandbox::{CpuTimes, Sandbox, role};
+use crate::usage::Usage;
 
 /// Handshakes under way at once.
 const AT_ONCE_MAX: u32 = 256;
 /// How long agents may take to hear of a run.
 const TOLD_IN: Duration = Duration::from_secs(2);
-/// How often the terminal is told how far it is.
-const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often agents are asked.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long a connection that is refused is tried again, ms at most between two attempts.
@@ -126,11 +126,15 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
 async fn measure(options: &Options) -> anyhow::Result<Report> {
     let mut agents = Agents::start(&options.agents, options.local_agents.into()).await?;
     let mut sandbox = Sandbox::with_nodes(options.nodes.into()).await?;
-    let connected = connect(options, &mut sandbox, &mut agents).await?;
+    let access = sandbox.pids().iter().filter(|(name, _)| role(name) == Role::Access.name());
+    let live = Live::start("scale", agents.watch());
+    live.server("barid", Usage::Processes(access.map(|(_, pid)| *pid).collect()));
+    let connected = connect(options, &mut sandbox, &mut agents, &live).await?;
     say(&format!("{:?}", sandbox.pids()))?;
     sleep(Duration::from_secs(options.attach_seconds)).await;
 
     let mut meter = Meter::start(&sandbox, &agents)?;
+    live.phase("idling");
     let quiet = options.warmup_seconds.max(10);
     sleep(Duration::from_secs(quiet)).await;
     let idle_cores = meter.cores(&sandbox, &agents)?;
@@ -139,14 +143,17 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
 
     let business = Business::open(&sandbox.plan(options.payload_bytes, 0)).await?;
     if options.warmup_seconds > 0 {
+        live.phase("warming up");
         drive(options, options.warmup_seconds, &business, &mut agents).await?;
     }
     let before = sandbox.metrics().await?;
     let mut meter = Meter::start(&sandbox, &agents)?;
+    live.phase("pushing");
     let (seen, outcome) = drive(options, options.seconds, &business, &mut agents).await?;
     let cores = meter.cores(&sandbox, &agents)?;
-    let latency_mean_ms = seen.latency_us.mean() / 1000.0;
-    let latency = |share| quantile_ms(&seen.latency_us, share);
+    let latencies_us = agents.latencies_us().await?;
+    let latency_mean_ms = mean_ms(&latencies_us);
+    let latency = |share| quantile_ms(&latencies_us, share);
     Ok(Report {
         nodes: options.nodes,
         agents: if options.agents.is_empty() {
@@ -178,11 +185,12 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
     })
 }
 
-/// Connects everybody, and tells how far it is.
+/// Connects everybody.
 async fn connect(
     options: &Options,
     sandbox: &mut Sandbox,
     agents: &mut Agents,
+    live: &Live,
 ) -> anyhow::Result<Connected> {
     let nodes = sandbox.addresses().await?;
     let request = ConnectRequest {
@@ -197,19 +205,8 @@ async fn connect(
         retry_max_ms: RETRY_MAX_MS,
         ..ConnectRequest::default()
     };
-    let mut watching = agents.watch();
-    let begun = Instant::now();
-    let telling = async {
-        loop {
-            sleep(TELL_EVERY).await;
-            let connected = watching.report().await?.connected;
-            say(&format!("{:4} s: {connected} sessions", begun.elapsed().as_secs()))?;
-        }
-    };
-    let connected = tokio::select! {
-        connected = agents.connect(&request) => connected?,
-        failed = telling => return failed,
-    };
+    live.phase("connecting");
+    let connected = agents.connect(&request).await?;
     say(&format!(
         "{} sessions in {:.0} s, {} attempts refused and made again",
         connected.connected,
@@ -235,22 +232,12 @@ async fn drive(
     let producing = business.produce(Pace::Scheduled(total), &audit);
     let limit = Duration::from_secs(seconds) + crate::audit::SETTLE;
     let watching = async {
-        let mut told = Instant::now();
         loop {
             sleep(LOOK).await;
             let seen = agents.report().await?;
             let settled = seen.shown + seen.passed_over;
             if settled >= total || audit.elapsed() > limit {
                 return Ok(seen);
-            }
-            if told.elapsed() >= TELL_EVERY {
-                told = Instant::now();
-                say(&format!(
-                    "{:4} s: {settled} of {total} delivered, p50 {:.1} ms, p99 {:.1} ms",
-                    audit.elapsed().as_secs(),
-                    quantile_ms(&seen.latency_us, 0.5),
-                    quantile_ms(&seen.latency_us, 0.99)
-                ))?;
             }
         }
     };
@@ -356,10 +343,4 @@ fn shown(report: &Report) -> String {
         let _ = writeln!(text, "{name:<14}{idle:>12.0}{end:>12.0}{idle_cores:>12.3}{cores:>12.3}");
     }
     text
-}
-
-/// Progress, apart from the result.
-fn say(line: &str) -> std::io::Result<()> {
-    use std::io::Write as _;
-    writeln!(std::io::stderr().lock(), "{line}")
 }

@@ -2,13 +2,11 @@
 
 use anyhow::ensure;
 
-use super::{Goal, Measure, access_pid, settle, way};
+use super::{Both, Goal, Measure, Server, Trial};
 use crate::audit::Audit;
-use crate::controller::{Agents, Connected, Floor};
-use crate::cpu::resident_bytes;
+use crate::controller::Connected;
 use crate::histogram::quantile_ms;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::Sandbox;
 
 /// Sessions at any time.
 const COUNT: u32 = 5_000;
@@ -19,37 +17,35 @@ const WARM_UP_SECONDS: u32 = 15;
 const SECONDS: u32 = 60;
 
 struct Churn {
-    memory_ratio: f64,
+    /// Where memory is known.
+    memory_ratio: Option<f64>,
     returned: Connected,
 }
 
-pub async fn measure(agents: &mut Agents) -> anyhow::Result<Vec<Measure>> {
-    let floor = Floor::start().await?;
-    let bare = churn(agents, floor.pid(), floor.way()).await?;
-    drop(floor);
-    let mut sandbox = Sandbox::start().await?;
-    let way = way(&mut sandbox).await?;
-    let barid = churn(agents, access_pid(&sandbox)?, way).await?;
-    let row =
-        |name, unit, of: fn(&Churn) -> f64| Measure::new(name, unit, Some(of(&bare)), of(&barid));
-    Ok(vec![
-        row("churn_memory_ratio", "", |c| c.memory_ratio).against(Goal::AtMost(1.1)),
-        row("churn_return_p99_ms", "ms", |c| quantile_ms(&c.returned.took_us, 0.99)),
-    ])
+pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
+    let both: Both<Churn> = trial.both(churn).await?;
+    let memory = both.row_if("churn_memory_ratio", "", |c| c.memory_ratio);
+    let p99 = both.row("churn_return_p99_ms", "ms", |c| quantile_ms(&c.returned.took_us, 0.99));
+    Ok(memory.map(|row| row.against(Goal::AtMost(1.1))).into_iter().chain([p99]).collect())
 }
 
-async fn churn(agents: &mut Agents, pid: u32, way: ConnectRequest) -> anyhow::Result<Churn> {
-    let connect = ConnectRequest { count: COUNT, at_once_max: 64, ..way };
-    agents.expect(&Audit::new(COUNT, None)).await?;
-    agents.connect(&connect).await?;
-    agents.churn(&connect, RATE, WARM_UP_SECONDS).await?;
-    settle(5).await;
-    let before = resident_bytes(pid)? as f64;
-    let returned = agents.churn(&connect, RATE, SECONDS).await?;
-    settle(5).await;
-    let memory_ratio = resident_bytes(pid)? as f64 / before;
-    let seen = agents.report().await?;
+async fn churn(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Churn> {
+    let connect = ConnectRequest { count: COUNT, at_once_max: 64, ..server.way().await? };
+    trial.agents.expect(&Audit::new(COUNT, None)).await?;
+    trial.live.phase("connecting");
+    trial.agents.connect(&connect).await?;
+    trial.live.phase("warming up");
+    trial.agents.churn(&connect, RATE, WARM_UP_SECONDS).await?;
+    trial.settle(5).await;
+    let before = server.taken().await?;
+    trial.live.phase("churning");
+    let returned = trial.agents.churn(&connect, RATE, SECONDS).await?;
+    trial.live.latencies("return", &returned.took_us);
+    trial.settle(5).await;
+    let both = before.zip(server.taken().await?);
+    let memory_ratio = both.map(|(b, a)| a.resident_bytes as f64 / b.resident_bytes as f64);
+    let seen = trial.agents.report().await?;
     ensure!(seen.connected == COUNT, "{} of {COUNT}: {}", seen.connected, seen.why_closed);
-    agents.drop_all().await?;
+    trial.agents.drop_all().await?;
     Ok(Churn { memory_ratio, returned })
 }

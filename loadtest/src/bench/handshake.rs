@@ -1,11 +1,9 @@
 //! What a handshake costs the access node: WebSocket, JWT, route, mailbox, welcome.
 
-use super::{Goal, Measure, access_pid, settle, way};
-use crate::controller::{Agents, Connected, Floor};
-use crate::cpu;
+use super::{Both, Goal, Measure, Server, Trial};
+use crate::controller::Connected;
 use crate::histogram::quantile_ms;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::Sandbox;
 
 /// Handshakes that are counted, and before those some that warm up.
 const COUNT: u32 = 10_000;
@@ -14,8 +12,8 @@ const WARM_UP: u32 = 2_000;
 const AT_ONCE_MAX: u32 = 64;
 
 struct Cost {
-    /// By the CPU time of the server's process.
-    per_s_per_core: f64,
+    /// By the CPU time of the server's process, where that is known.
+    per_s_per_core: Option<f64>,
     connected: Connected,
 }
 
@@ -25,33 +23,29 @@ impl Cost {
     }
 }
 
-pub async fn measure(agents: &mut Agents) -> anyhow::Result<Vec<Measure>> {
-    let floor = Floor::start().await?;
-    let bare = cost(agents, floor.pid(), floor.way()).await?;
-    drop(floor);
-    let mut sandbox = Sandbox::start().await?;
-    let way = way(&mut sandbox).await?;
-    let barid = cost(agents, access_pid(&sandbox)?, way).await?;
-    let row =
-        |name, unit, of: fn(&Cost) -> f64| Measure::new(name, unit, Some(of(&bare)), of(&barid));
+pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
+    let both: Both<Cost> = trial.both(cost).await?;
+    let per_core = both.row_if("handshakes_per_s_per_core", "1/s", |cost| cost.per_s_per_core);
     let p99 = |cost: &Cost| quantile_ms(&cost.connected.took_us, 0.99);
-    Ok(vec![
-        row("handshakes_per_s_per_core", "1/s", |c| c.per_s_per_core)
-            .against(Goal::AtLeast(5_000.0)),
-        row("handshakes_per_s", "1/s", Cost::per_s),
-        row("handshake_p99_ms", "ms", p99),
-    ])
+    let rows =
+        [both.row("handshakes_per_s", "1/s", Cost::per_s), both.row("handshake_p99_ms", "ms", p99)];
+    Ok(per_core.map(|row| row.against(Goal::AtLeast(5_000.0))).into_iter().chain(rows).collect())
 }
 
-async fn cost(agents: &mut Agents, pid: u32, way: ConnectRequest) -> anyhow::Result<Cost> {
+async fn cost(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Cost> {
+    let way = server.way().await?;
     let connect = |count| ConnectRequest { count, at_once_max: AT_ONCE_MAX, ..way.clone() };
-    agents.connect(&connect(WARM_UP)).await?;
-    agents.drop_all().await?;
-    settle(3).await;
-    let before = cpu::of_process(pid)?;
-    let connected = agents.connect(&connect(COUNT)).await?;
-    settle(1).await;
-    let spent = cpu::of_process(pid)? - before;
-    agents.drop_all().await?;
-    Ok(Cost { per_s_per_core: f64::from(COUNT) / spent.max(0.01), connected })
+    trial.live.phase("warming up");
+    trial.agents.connect(&connect(WARM_UP)).await?;
+    trial.agents.drop_all().await?;
+    trial.settle(3).await;
+    let before = server.taken().await?;
+    trial.live.phase("connecting");
+    let connected = trial.agents.connect(&connect(COUNT)).await?;
+    trial.live.latencies("handshake", &connected.took_us);
+    trial.settle(1).await;
+    let after = server.taken().await?;
+    trial.agents.drop_all().await?;
+    let spent = before.zip(after).map(|(before, after)| (after.cpu_s - before.cpu_s).max(0.01));
+    Ok(Cost { per_s_per_core: spent.map(|spent| f64::from(COUNT) / spent), connected })
 }

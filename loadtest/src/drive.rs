@@ -1,0 +1,73 @@
+//! Records through Kafka to the devices of agents, checked there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::ensure;
+use tokio::time::{Instant, sleep};
+
+use crate::audit::Audit;
+use crate::controller::{Agents, Seen};
+use crate::producer::{Business, Pace, Produced};
+
+/// How often the agents are asked: what is on its way is bounded by what they have shown.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long before the first record is due the agents are told when that is.
+const LEAD: Duration = Duration::from_millis(500);
+/// A repeat would follow closely.
+const REPEAT_TIME: Duration = Duration::from_millis(200);
+
+/// Produces, and waits until the agents' devices were shown everything, at most for `settle` after the
+/// last record; what is missing then is lost. Agents expect `audit` from here on.
+///
+/// # Errors
+/// Kafka does not take the records, an agent is gone, or a device was closed.
+pub async fn drive(
+    agents: &mut Agents,
+    business: &Arc<Business>,
+    pace: Pace,
+    audit: &Arc<Audit>,
+    settle: Duration,
+) -> anyhow::Result<(Produced, Seen)> {
+    audit.start_in(LEAD);
+    agents.expect(audit).await?;
+    ensure!(!audit.early().is_zero(), "the agents were not told of the run in {LEAD:?}");
+    sleep(audit.early()).await;
+    let over = AtomicBool::new(false);
+    let producing = async {
+        let made = business.produce(pace, audit).await?;
+        audit.expect(made.records);
+        over.store(true, Ordering::Relaxed);
+        Ok(made)
+    };
+    let watching = async {
+        let mut last = Instant::now();
+        loop {
+            let is_over = over.load(Ordering::Relaxed);
+            let seen = agents.report().await?;
+            let settled = seen.shown + seen.passed_over;
+            audit.settled_elsewhere(settled);
+            ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
+            if !is_over {
+                last = Instant::now();
+            } else if settled >= audit.totals().total || last.elapsed() > settle {
+                return Ok(seen);
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    };
+    tokio::try_join!(producing, watching)
+}
+
+/// What became of a run's records, after it was [driven](drive).
+///
+/// # Errors
+/// An agent is gone, or something was not shown once and in order.
+pub async fn must_be_clean(agents: &mut Agents, audit: &Audit) -> anyhow::Result<Seen> {
+    sleep(REPEAT_TIME).await;
+    let seen = agents.report().await?;
+    let outcome = seen.outcome(audit.totals().total);
+    ensure!(outcome.is_clean(), "{outcome}");
+    Ok(seen)
+}
