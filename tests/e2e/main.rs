@@ -18,6 +18,7 @@ mod resends;
 mod restarts;
 mod sessions;
 mod storm;
+mod tls;
 mod top;
 mod traces;
 mod trial;

@@ -16,6 +16,7 @@ use crate::inbox::{Inbox, Ticket};
 use crate::message::Message;
 use crate::store::PositionStore;
 use crate::token::{Token, TokenError, TokenSource};
+use crate::trust::Trust;
 
 /// Why a handler did not handle a message.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
@@ -40,6 +41,7 @@ pub struct Builder {
     body_bytes_max: usize,
     ping_interval: Option<Duration>,
     zone: Option<String>,
+    roots: Option<Vec<u8>>,
 }
 
 /// The durations that a client keeps to.
@@ -65,6 +67,8 @@ pub(crate) struct Settings {
     pub(crate) ping_interval_ms: u32,
     /// Ask which nodes of it to go to.
     pub(crate) zone: Option<String>,
+    /// Instead of the public roots.
+    pub(crate) trust: Option<Trust>,
 }
 
 /// A client that cannot be started.
@@ -82,6 +86,9 @@ pub enum InvalidBuilder {
     /// The device's name is not allowed.
     #[error(transparent)]
     Name(#[from] InvalidName),
+    /// What is to be trusted is no certificate.
+    #[error("the certificates to trust cannot be used: {0}")]
+    Certificates(String),
     /// No token callback was given.
     #[error("no token: call Builder::token")]
     NoToken,
@@ -111,6 +118,7 @@ impl Client {
             body_bytes_max: 16 << 20,
             ping_interval: None,
             zone: None,
+            roots: None,
         }
     }
 
@@ -227,6 +235,14 @@ impl Builder {
         self
     }
 
+    /// Trusts servers with these certificates, or with one that these signed (PEM, one or several), and no
+    /// others, where the URL begins with `wss:`; Mozilla's public ones if not given.
+    #[must_use]
+    pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.roots = Some(pem.into());
+        self
+    }
+
     /// To how many bytes a compressed body may grow; 16 MiB if not given.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
@@ -296,6 +312,7 @@ impl Builder {
             Some(device) => DeviceId::new(&device)?.to_string(),
             None => String::new(),
         };
+        let trust = self.roots.map(|pem| Trust::new(&pem)).transpose();
         Ok(Settings {
             uri,
             device,
@@ -306,6 +323,7 @@ impl Builder {
             timing: self.timing,
             body_bytes_max: self.body_bytes_max,
             zone: self.zone,
+            trust: trust.map_err(InvalidBuilder::Certificates)?,
             // 0 would be the server's choice.
             ping_interval_ms: self.ping_interval.map_or(0, |interval| {
                 u32::try_from(interval.as_millis()).unwrap_or(u32::MAX).max(1)

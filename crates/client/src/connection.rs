@@ -14,10 +14,11 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message};
 use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_tls_with_config};
 
 use crate::event::Disconnect;
 use crate::token::Token;
+use crate::trust::Trust;
 
 const SUBPROTOCOL: &str = "barid.v1.proto";
 /// Frames from the server: far above what a node sends at once.
@@ -35,8 +36,12 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects and authenticates.
-    pub(crate) async fn open(uri: &Uri, token: &Token) -> Result<Self, Disconnect> {
+    /// Connects and authenticates. `trust`: instead of the public certificates.
+    pub(crate) async fn open(
+        uri: &Uri,
+        token: &Token,
+        trust: Option<&Trust>,
+    ) -> Result<Self, Disconnect> {
         install_tls_provider();
         let network = |error: &dyn std::fmt::Display| Disconnect::Network(error.to_string());
         let mut request = uri.clone().into_client_request().map_err(|e| network(&e))?;
@@ -51,7 +56,8 @@ impl Connection {
             .write_buffer_size(0)
             .max_message_size(Some(FRAME_BYTES_MAX))
             .max_frame_size(Some(FRAME_BYTES_MAX));
-        match connect_async_with_config(request, Some(config), true).await {
+        let connector = trust.map(Trust::connector);
+        match connect_async_tls_with_config(request, Some(config), true, connector).await {
             Ok((socket, _)) => Ok(Self { socket }),
             Err(tungstenite::Error::Http(response)) => Err(http_error(&response)),
             Err(tungstenite::Error::Io(error)) => Err(network(&error)),

@@ -490,9 +490,9 @@ async fn open(settings: &Settings, avoid: Option<Uri>) -> (Uri, Opened) {
     };
     let refresh_in = token.refresh_in(SystemClock.now_ms());
     if let Some(zone) = &settings.zone {
-        uri = crate::nodes::choose(&settings.uri, zone, &token, avoid.as_ref()).await;
+        uri = crate::nodes::choose(settings, zone, &token, avoid.as_ref()).await;
     }
-    let opened = Connection::open(&uri, &token).await;
+    let opened = Connection::open(&uri, &token, settings.trust.as_ref()).await;
     (uri, opened.map(|connection| (connection, refresh_in)))
 }
 

@@ -30,6 +30,7 @@ mod nodes;
 mod reconnect;
 mod store;
 mod token;
+mod trust;
 
 pub use client::{AckHandle, Builder, Client, Deliveries, Delivery, HandlerError, InvalidBuilder};
 pub use event::{Closed, Disconnect, Event, SkipReason};

@@ -7,8 +7,11 @@ use std::time::Duration;
 use rand::seq::IndexedRandom as _;
 use serde::Deserialize;
 use tokio_tungstenite::tungstenite::http::Uri;
+use ureq::tls::RootCerts;
 
+use crate::client::Settings;
 use crate::token::Token;
+use crate::trust::Trust;
 
 /// Of an answer.
 const BYTES_MAX: u64 = 64 << 10;
@@ -28,12 +31,19 @@ struct Offered {
     load: u64,
 }
 
-/// One of the least loaded nodes of `zone`, as the server at `seed` says; `seed` where it does not say.
-/// `avoid` could not be reached a moment ago.
-pub(crate) async fn choose(seed: &Uri, zone: &str, token: &Token, avoid: Option<&Uri>) -> Uri {
+/// One of the least loaded nodes of `zone`, as the server that is configured says; that one where it does
+/// not say. `avoid` could not be reached a moment ago.
+pub(crate) async fn choose(
+    settings: &Settings,
+    zone: &str,
+    token: &Token,
+    avoid: Option<&Uri>,
+) -> Uri {
+    let seed = &settings.uri;
     let Some(url) = nodes_url(seed, zone) else { return seed.clone() };
     let bearer = format!("Bearer {}", token.expose());
-    let asked = tokio::task::spawn_blocking(move || ask(&url, &bearer)).await;
+    let roots = settings.trust.as_ref().map_or(RootCerts::WebPki, Trust::roots);
+    let asked = tokio::task::spawn_blocking(move || ask(&url, &bearer, roots)).await;
     let offer = match asked.map_err(|error| error.to_string()).and_then(|asked| asked) {
         Ok(offer) => offer,
         Err(error) => {
@@ -77,9 +87,10 @@ fn nodes_url(seed: &Uri, zone: &str) -> Option<String> {
     Some(url)
 }
 
-fn ask(url: &str, bearer: &str) -> Result<Offer, String> {
+fn ask(url: &str, bearer: &str, roots: RootCerts) -> Result<Offer, String> {
     let tls = ureq::tls::TlsConfig::builder()
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .root_certs(roots)
         .build();
     let agent = ureq::Agent::new_with_config(
         ureq::Agent::config_builder().tls_config(tls).timeout_global(Some(LIMIT)).build(),

@@ -82,6 +82,14 @@ impl Process {
         self.signal(Signal::SIGTERM)
     }
 
+    /// SIGHUP: read again what may have changed.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn hang_up(&mut self) -> Result<()> {
+        self.signal(Signal::SIGHUP)
+    }
+
     /// SIGKILL, and waits until it is gone.
     ///
     /// # Errors

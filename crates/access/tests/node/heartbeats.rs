@@ -86,9 +86,8 @@ async fn a_session_without_anything_but_heartbeats_is_closed_if_that_is_configur
         }
         anyhow::Ok(())
     };
-    let (ended, worked) = tokio::join!(answering, working);
-    worked?;
-    let (code, after) = ended?;
+    let both = async { tokio::try_join!(answering, working) };
+    let ((code, after), ()) = tokio::time::timeout(PATIENCE, both).await??;
     assert_eq!(code, 4003);
     assert!(after > Duration::from_secs(2), "{after:?}");
     assert_eq!(node.metric("barid_access_limits_total", "idle"), 1.0);
