@@ -123,7 +123,7 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             node.metrics.handshake("accepted");
             admitted.handshaken();
             tracing::debug!(%address, user = %judged.claims.user.user, "handshake accepted");
-            return Some((upgrade(node, stream, judged).await, admitted));
+            return Some((upgrade(node, stream, judged), admitted));
         }
         Err(Failure::Gone) => return count(node, "gone"),
         Err(Failure::Refused(refusal)) => refusal,
@@ -479,10 +479,10 @@ fn token(request: &Request, offered: &[String]) -> Option<String> {
     in_query.or_else(in_protocol).map(str::to_owned)
 }
 
-async fn upgrade(node: &Node, stream: Stream, judged: Judged) -> Accepted {
+fn upgrade(node: &Node, stream: Stream, judged: Judged) -> Accepted {
     let Judged { rest, encoding, claims } = judged;
     let at_ms = node.mailbox_now_ms(&claims.user);
-    let socket = Socket::open(stream, rest, node.limits.frame_bytes_max).await;
+    let socket = Socket::new(stream, rest, node.limits.frame_bytes_max);
     Accepted { socket, encoding, claims, at_ms }
 }
 
@@ -499,7 +499,7 @@ pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<
         Ok(rest)
     };
     match timeout(limit, answered).await.unwrap_or_else(|_| Err(no_request())) {
-        Ok(rest) => Some(Socket::open(stream, rest, limits.frame_bytes_max).await),
+        Ok(rest) => Some(Socket::new(stream, rest, limits.frame_bytes_max)),
         Err(Failure::Refused(refusal)) => {
             let limit = Duration::from_millis(limits.close_timeout_ms);
             let _ = timeout(limit, refuse(stream, &refusal)).await;

@@ -4,26 +4,28 @@
 //! Public for one purpose: that conformance suites can be run against exactly the code that serves
 //! devices. `examples/echo.rs` is what they talk to.
 
+use std::future::poll_fn;
+use std::io::ErrorKind;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use barid_core::CloseCode;
-use futures::{Sink as _, SinkExt as _, Stream as _, StreamExt as _};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
 use tokio::time::timeout;
-use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
+use crate::frames::{Decoder, close_answer, encode};
 use crate::stream::Stream;
 
 pub use crate::handshake::accept_anybody;
 pub use crate::session::Close;
 pub use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// Small on purpose: it is there for every connection. Larger frames make it grow.
-const READ_BUFFER_BYTES: usize = 512;
+/// Read at once, into the stack: no connection has a buffer of its own.
+const READ_BYTES: usize = 4 << 10;
 /// What is written goes out in one flush of about this size.
 pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
 /// What RFC 6455 leaves for a close's reason: a control frame has 125 bytes, its code takes two.
@@ -31,23 +33,24 @@ const REASON_BYTES_MAX: usize = 123;
 
 /// An open WebSocket.
 pub struct Socket {
-    inner: WebSocketStream<Stream>,
-    /// Bytes given to it since it was last flushed.
-    fed: usize,
+    stream: Stream,
+    decoder: Decoder,
+    /// Frames that have not left; without any, no memory.
+    unsent: Vec<u8>,
+    /// Something was written since it was last flushed.
+    is_dirty: bool,
+    /// Until the other end's close has come, or what cannot be read.
+    reads: bool,
+    /// Until a close was sent.
+    writes: bool,
 }
 
 impl Socket {
     /// The WebSocket of a handshake that was answered; `rest` is what came behind the request.
     /// Frames, and messages of several, have up to `frame_bytes_max` bytes.
-    pub(crate) async fn open(stream: Stream, rest: Vec<u8>, frame_bytes_max: usize) -> Self {
-        let mut config = WebSocketConfig::default()
-            .read_buffer_size(READ_BUFFER_BYTES)
-            .write_buffer_size(WRITE_BUFFER_BYTES);
-        config.max_message_size = Some(frame_bytes_max);
-        config.max_frame_size = Some(frame_bytes_max);
-        let opened =
-            WebSocketStream::from_partially_read(stream, rest, Role::Server, Some(config)).await;
-        Self { inner: opened, fed: 0 }
+    pub(crate) fn new(stream: Stream, rest: Vec<u8>, frame_bytes_max: usize) -> Self {
+        let decoder = Decoder::new(rest, frame_bytes_max);
+        Self { stream, decoder, unsent: Vec::new(), is_dirty: false, reads: true, writes: true }
     }
 
     /// The next message; `None`: the other end is gone. Pings and closes are answered here, and
@@ -56,7 +59,47 @@ impl Socket {
     /// # Errors
     /// What [`refusal`] tells apart. The socket is good for nothing but [`Self::hang_up`] then.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, Error>>> {
-        Pin::new(&mut self.inner).poll_next(cx)
+        // An answer does not wait for something to be fed.
+        if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
+            self.reads = false;
+            return Poll::Ready(Some(Err(error)));
+        }
+        if !self.reads {
+            return Poll::Ready(None);
+        }
+        let next = ready!(self.poll_read(cx));
+        match &next {
+            // Who does not read gets no more answers: they would wait without a bound.
+            Ok(Message::Ping(bytes)) if self.writes && self.has_room() => {
+                self.queue(&Message::Pong(bytes.clone()));
+            }
+            Ok(Message::Close(close)) => {
+                if self.writes {
+                    self.queue(&Message::Close(close_answer(close.clone())));
+                }
+                self.reads = false;
+            }
+            Ok(_) => (),
+            Err(_) => self.reads = false,
+        }
+        Poll::Ready(Some(next))
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Message, Error>> {
+        if let Some(message) = self.decoder.next(&[])? {
+            return Poll::Ready(Ok(message));
+        }
+        loop {
+            let mut space = [MaybeUninit::uninit(); READ_BYTES];
+            let mut bytes = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut bytes))?;
+            if bytes.filled().is_empty() {
+                return Poll::Ready(Err(ProtocolError::ResetWithoutClosingHandshake.into()));
+            }
+            if let Some(message) = self.decoder.next(bytes.filled())? {
+                return Poll::Ready(Ok(message));
+            }
+        }
     }
 
     /// [`Self::poll_next`], awaited.
@@ -64,27 +107,35 @@ impl Socket {
     /// # Errors
     /// Its errors.
     pub(crate) async fn next(&mut self) -> Option<Result<Message, Error>> {
-        self.inner.next().await
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Bytes that were fed and have not left.
+    /// Bytes that were fed, or are answers, and have not left.
     pub fn fed(&self) -> usize {
-        self.fed
+        self.unsent.len().max(self.is_dirty.into())
     }
 
     /// Whether more should be fed before the next flush.
     pub fn has_room(&self) -> bool {
-        self.fed < WRITE_BUFFER_BYTES
+        self.fed() < WRITE_BUFFER_BYTES
     }
 
     /// Takes a message to write; [`Self::poll_flush`] sends it.
     ///
     /// # Errors
-    /// As [`Self::poll_next`].
+    /// The socket is closing.
     pub fn feed(&mut self, message: Message) -> Result<(), Error> {
-        // Two are a frame's least head, so that no message goes without a flush.
-        self.fed += message.len().max(2);
-        Pin::new(&mut self.inner).start_send(message)
+        if !self.writes {
+            return Err(ProtocolError::SendAfterClosing.into());
+        }
+        self.queue(&message);
+        Ok(())
+    }
+
+    fn queue(&mut self, message: &Message) {
+        encode(message, &mut self.unsent);
+        self.is_dirty = true;
+        self.writes &= !message.is_close();
     }
 
     /// Writes what was fed; ready at once if that is nothing.
@@ -92,10 +143,18 @@ impl Socket {
     /// # Errors
     /// The other end is gone.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        if self.fed > 0 {
-            ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
-            self.fed = 0;
+        if !self.is_dirty {
+            return Poll::Ready(Ok(()));
         }
+        while !self.unsent.is_empty() {
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, &self.unsent))? {
+                0 => return Poll::Ready(Err(Error::Io(ErrorKind::WriteZero.into()))),
+                sent if sent == self.unsent.len() => self.unsent = Vec::new(),
+                sent => drop(self.unsent.drain(..sent)),
+            }
+        }
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.is_dirty = false;
         Poll::Ready(Ok(()))
     }
 
@@ -111,30 +170,26 @@ impl Socket {
         timeout(limit, self.close(last, close)).await.is_ok()
     }
 
-    async fn close(self, last: Option<Message>, close: Option<&Close>) -> Result<(), Error> {
-        let mut socket = self.inner;
-        if let Some(message) = last {
-            socket.feed(message).await?;
+    async fn close(mut self, last: Option<Message>, close: Option<&Close>) -> Result<(), Error> {
+        if let Some(message) = last.filter(|_| self.writes) {
+            self.feed(message)?;
         }
-        match close {
-            Some(close) => {
-                let code = close.code.code().into();
-                socket.close(Some(CloseFrame { code, reason: reason(close).into() })).await?;
-            }
-            None => socket.flush().await?,
+        if let Some(close) = close.filter(|_| self.writes) {
+            let code = close.code.code().into();
+            self.feed(Message::Close(Some(CloseFrame { code, reason: reason(close).into() })))?;
         }
+        poll_fn(|cx| self.poll_flush(cx)).await?;
         // Until it has answered: a socket closed with unread bytes becomes a reset, and the other end
         // never learns why.
         let mut answered = false;
-        while let Some(Ok(message)) = socket.next().await {
+        while let Some(Ok(message)) = self.next().await {
             answered |= message.is_close();
         }
         if !answered {
             // What does not speak WebSocket is not read as such.
-            let stream = socket.get_mut();
-            stream.shutdown().await?;
+            self.stream.shutdown().await?;
             let mut rest = [0; 512];
-            while stream.read(&mut rest).await? > 0 {}
+            while self.stream.read(&mut rest).await? > 0 {}
         }
         Ok(())
     }
