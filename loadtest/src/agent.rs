@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status};
 
 use crate::audit::Audit;
 use crate::clients::sign;
-use crate::fleet::{self, Device, Seen, Socket};
+use crate::fleet::{self, Device, Path, Seen, Socket};
 use crate::histogram;
 use crate::producer::user;
 use crate::rpc;
@@ -89,6 +89,8 @@ struct Way {
     nodes: Vec<SocketAddr>,
     sources: Vec<IpAddr>,
     floor: bool,
+    slow: bool,
+    tls: Option<Arc<rustls::ClientConfig>>,
     ack_delay: Duration,
     retry_max: Duration,
     first: u32,
@@ -105,6 +107,8 @@ impl Way {
         }
         anyhow::ensure!(!nodes.is_empty(), "no node is named");
         let sources = request.sources.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
+        let tls =
+            (!request.roots.is_empty()).then(|| fleet::trusting(&request.roots)).transpose()?;
         let key = EncodingKey::from_secret(&request.secret);
         let users = request.first..request.first + request.count;
         let token = |number: u32| {
@@ -118,6 +122,8 @@ impl Way {
             nodes,
             sources,
             floor: request.floor,
+            slow: request.slow,
+            tls,
             ack_delay: Duration::from_millis(request.ack_delay_ms.into()),
             retry_max: Duration::from_millis(request.retry_max_ms.into()),
             first: request.first,
@@ -145,10 +151,11 @@ impl Way {
     async fn open_once(&self, number: u32) -> anyhow::Result<Socket> {
         let node = self.nodes[number as usize % self.nodes.len()];
         let source = self.sources.get(number as usize % self.sources.len().max(1)).copied();
+        let path = Path { node, source, narrow: self.slow, tls: self.tls.clone() };
         if self.floor {
-            return fleet::open_plain(node, source).await;
+            return fleet::open_plain(&path).await;
         }
-        fleet::open(node, source, &self.tokens[(number - self.first) as usize]).await
+        fleet::open(&path, &self.tokens[(number - self.first) as usize]).await
     }
 }
 
@@ -225,11 +232,13 @@ impl State {
     fn keep(self: &Arc<Self>, way: &Arc<Way>, number: u32, socket: Socket) {
         let (state, here) = (Arc::clone(self), Here::new(self));
         self.opened.fetch_add(1, Ordering::Relaxed);
-        let (floor, ack_delay) = (way.floor, way.ack_delay);
+        let (floor, slow, ack_delay) = (way.floor, way.slow, way.ack_delay);
         let position = Arc::clone(self.positions.lock().entry(number).or_default());
         let task = tokio::spawn(async move {
             let ended = if floor {
                 fleet::read_plain(socket, &state.frames).await
+            } else if slow {
+                fleet::read_slowly(socket).await
             } else {
                 let device = Device::new(socket, number, ack_delay, Arc::clone(&state));
                 device.behind(position).serve().await

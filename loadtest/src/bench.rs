@@ -4,7 +4,9 @@ mod churn;
 mod handshake;
 mod idle;
 mod latency;
+mod slow;
 mod storm;
+mod tls;
 mod trial;
 mod unicast;
 
@@ -24,7 +26,7 @@ use trial::{Both, Server, Trial};
 /// What is measured, and with what.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Only these, with commas between.
+    /// Only these, with commas between; without, all but `slow` and `tls`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Scenario>,
     /// Agents that run already, host:port; without any, some are started here.
@@ -76,12 +78,19 @@ enum Scenario {
     Unicast,
     /// Kafka to device at a fixed rate.
     Latency,
+    /// The same beside ten thousand devices that hardly read.
+    Slow,
+    /// Memory and handshakes of sessions over TLS.
+    Tls,
 }
 
 /// Measures everything, prints the table, writes the file; `false`: something could not be measured.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let all = Scenario::value_variants();
-    let only = |scenario: &&Scenario| options.only.is_empty() || options.only.contains(scenario);
+    let only = |scenario: &&Scenario| match options.only.is_empty() {
+        true => scenario.is_usual(),
+        false => options.only.contains(scenario),
+    };
     let (mut measures, mut complete) = (Vec::new(), true);
     for scenario in all.iter().filter(only) {
         say(&format!("{} ...", scenario.name()))?;
@@ -117,6 +126,11 @@ impl Scenario {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
+    /// Whether it is measured where none is named: all of those take a quarter of an hour.
+    fn is_usual(self) -> bool {
+        !matches!(self, Self::Slow | Self::Tls)
+    }
+
     async fn measure(self, options: &Options) -> anyhow::Result<(Vec<Measure>, Recorded)> {
         let mut trial = Trial::start(options, &self.name()).await?;
         let limit = Duration::from_secs(options.limit_seconds);
@@ -133,6 +147,8 @@ impl Scenario {
             Self::Churn => churn::measure(trial).await,
             Self::Unicast => unicast::measure(trial).await,
             Self::Latency => latency::measure(trial).await,
+            Self::Slow => slow::measure(trial).await,
+            Self::Tls => tls::measure(trial).await,
         }
     }
 }

@@ -11,19 +11,25 @@ use anyhow::{Context as _, bail, ensure};
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
 use barid_wire::v1::{Ack, Hello, client_frame::Kind};
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _, stream};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message as Frame;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
-use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config};
 
 use crate::audit::Audit;
 use crate::producer::user;
 
 /// Handshakes under way at once.
 const CONNECTING_MAX: usize = 32;
+
+/// What a slow device's socket holds, bytes.
+const NARROW_BYTES: u32 = 4 << 10;
 
 /// How long one may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,9 +56,9 @@ impl Fleet {
         let welcomed: Vec<_> = stream::iter(users)
             .map(|number| {
                 let address = addresses[number as usize % addresses.len()];
-                let token = token(&user(number.into()));
+                let (path, token) = (Path::to(address), token(&user(number.into())));
                 async move {
-                    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(address, None, &token));
+                    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(&path, &token));
                     let socket = opened.await.context("a device was not welcomed in time")??;
                     Ok::<_, anyhow::Error>((number, socket))
                 }
@@ -81,15 +87,65 @@ impl Fleet {
 }
 
 /// A client's end.
-pub type Socket = WebSocketStream<TcpStream>;
+pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// From an address of this machine, if one is given.
-async fn stream(node: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<TcpStream> {
+/// How a device comes to its node.
+#[derive(Debug, Clone)]
+pub struct Path {
+    /// Where to.
+    pub node: SocketAddr,
+    /// From an address of this machine, if one is given.
+    pub source: Option<IpAddr>,
+    /// Through a socket that holds little.
+    pub narrow: bool,
+    /// Over TLS, trusting this.
+    pub tls: Option<Arc<rustls::ClientConfig>>,
+}
+
+impl Path {
+    /// To a node, as devices come.
+    pub fn to(node: SocketAddr) -> Self {
+        Self { node, source: None, narrow: false, tls: None }
+    }
+
+    fn url(&self, path: &str) -> String {
+        let scheme = if self.tls.is_some() { "wss" } else { "ws" };
+        format!("{scheme}://{}{path}", self.node)
+    }
+
+    fn connector(&self) -> Connector {
+        self.tls.clone().map_or(Connector::Plain, Connector::Rustls)
+    }
+}
+
+/// What trusts these certificates (PEM) and no others.
+///
+/// # Errors
+/// There is none, or a broken one.
+pub fn trusting(pem: &str) -> anyhow::Result<Arc<rustls::ClientConfig>> {
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+        roots.add(certificate?)?;
+    }
+    ensure!(!roots.is_empty(), "no certificate to trust");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+async fn stream(path: &Path) -> anyhow::Result<TcpStream> {
+    let Path { node, source, narrow, .. } = path;
     let socket = if node.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if let Some(source) = source {
-        socket.bind(SocketAddr::new(source, 0))?;
+        socket.bind(SocketAddr::new(*source, 0))?;
     }
-    let stream = socket.connect(node).await?;
+    if *narrow {
+        socket.set_recv_buffer_size(NARROW_BYTES)?;
+    }
+    let stream = socket.connect(*node).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -102,10 +158,20 @@ fn config() -> WebSocketConfig {
 ///
 /// # Errors
 /// It is refused.
-pub async fn open_plain(node: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<Socket> {
-    let stream = stream(node, source).await?;
-    let url = format!("ws://{node}/");
-    Ok(client_async_with_config(url, stream, Some(config())).await?.0)
+pub async fn open_plain(path: &Path) -> anyhow::Result<Socket> {
+    let (stream, url, connector) = (stream(path).await?, path.url("/"), path.connector());
+    Ok(client_async_tls_with_config(url, stream, Some(config()), Some(connector)).await?.0)
+}
+
+/// Reads a byte a second until the connection ends.
+///
+/// # Errors
+/// Why it ended.
+pub async fn read_slowly(mut socket: Socket) -> anyhow::Result<()> {
+    loop {
+        socket.get_mut().read_u8().await?;
+        sleep(Duration::from_secs(1)).await;
+    }
 }
 
 /// Counts the floor's frames until the connection ends.
@@ -125,17 +191,14 @@ pub async fn read_plain(mut socket: Socket, frames: &AtomicU64) -> anyhow::Resul
 ///
 /// # Errors
 /// It is refused, or closed before it is welcomed.
-pub async fn open(
-    address: SocketAddr,
-    source: Option<IpAddr>,
-    token: &str,
-) -> anyhow::Result<Socket> {
-    let stream = stream(address, source).await?;
-    let mut request = format!("ws://{address}/v1/connect").into_client_request()?;
+pub async fn open(path: &Path, token: &str) -> anyhow::Result<Socket> {
+    let (stream, connector) = (stream(path).await?, path.connector());
+    let mut request = path.url("/v1/connect").into_client_request()?;
     let headers = request.headers_mut();
     headers.insert("authorization", format!("Bearer {token}").parse()?);
     headers.insert("sec-websocket-protocol", Encoding::Proto.subprotocol().parse()?);
-    let (mut socket, _) = client_async_with_config(request, stream, Some(config())).await?;
+    let opened = client_async_tls_with_config(request, stream, Some(config()), Some(connector));
+    let (mut socket, _) = opened.await?;
     let hello = Hello { device: "load".into(), platform: "loadtest".into(), ..Hello::default() };
     socket.send(Frame::Binary(encode_client(Encoding::Proto, &Kind::Hello(hello)))).await?;
     loop {
@@ -292,7 +355,8 @@ mod tests {
                 socket.send(Frame::Binary(frame.encode_to_vec().into())).await.unwrap();
             }
         });
-        let socket = open_plain(node, Some("127.0.0.9".parse().unwrap())).await.unwrap();
+        let source = Some("127.0.0.9".parse().unwrap());
+        let socket = open_plain(&Path { source, ..Path::to(node) }).await.unwrap();
         let application = Application::default();
         let ended =
             Device::new(socket, 0, Duration::from_secs(9), application.clone()).serve().await;

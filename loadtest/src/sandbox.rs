@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use barid_testkit::kafka::KafkaOptions;
-use barid_testkit::{Cluster, Role, http, token};
+use barid_testkit::{Cluster, Role, certificates, http, token};
 
 use crate::cpu;
 use crate::producer::Plan;
@@ -23,6 +23,17 @@ pub const PARTITIONS: i32 = 4;
 pub struct Sandbox {
     cluster: Cluster,
     pids: BTreeMap<String, u32>,
+    /// Holds the certificate of who serves TLS.
+    _certificate: tempfile::TempDir,
+}
+
+/// What [`Sandbox`] has beside one node of each other role.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Access nodes.
+    pub access_nodes: usize,
+    /// They are spoken to over TLS, with [`certificates::ONE`].
+    pub tls: bool,
 }
 
 /// CPU seconds since its start, by process; `devices` is the load tool's own but for what produces.
@@ -34,21 +45,33 @@ impl Sandbox {
     /// # Errors
     /// Something does not come up.
     pub async fn start() -> anyhow::Result<Self> {
-        Self::with_nodes(1).await
+        Self::of(Shape { access_nodes: 1, tls: false }).await
     }
 
-    /// The same, with so many access nodes.
+    /// The same, of this shape.
     ///
     /// # Errors
     /// Something does not come up.
-    pub async fn with_nodes(access_nodes: usize) -> anyhow::Result<Self> {
+    pub async fn of(shape: Shape) -> anyhow::Result<Self> {
         // C1 alone: in so short a time the other compiler takes more of two cores than it gives back.
         let jvm = ["-Xms512m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"];
         let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
-        let mut cluster = Cluster::builder()
+        let certificate = tempfile::tempdir()?;
+        let mut cluster = Cluster::builder();
+        if shape.tls {
+            for (key, name, text) in [
+                ("tls.certificate_file", "tls.pem", certificates::ONE.pem),
+                ("tls.key_file", "tls.key", certificates::ONE.key),
+            ] {
+                let file = certificate.path().join(name);
+                std::fs::write(&file, text)?;
+                cluster = cluster.set_of(Role::Access, key, file.display().to_string());
+            }
+        }
+        let mut cluster = cluster
             .quiet()
             .partitions(PARTITIONS)
-            .nodes(Role::Access, access_nodes)
+            .nodes(Role::Access, shape.access_nodes)
             .own_kafka_with(kafka)
             .set("redis.retry_base_ms", 2_000)
             .set("redis.retry_max_ms", 60_000)
@@ -66,7 +89,7 @@ impl Sandbox {
                 pids.insert(name, cluster.node(role, number).process()?.pid());
             }
         }
-        Ok(Self { cluster, pids })
+        Ok(Self { cluster, pids, _certificate: certificate })
     }
 
     /// What to produce to it.

@@ -21,7 +21,7 @@ use crate::hops::{self, Passed};
 use crate::live::{Live, say};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
-use crate::sandbox::{CpuTimes, Sandbox, role};
+use crate::sandbox::{CpuTimes, Sandbox, Shape, role};
 use crate::usage::Usage;
 
 /// Handshakes under way at once.
@@ -125,7 +125,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
 
 async fn measure(options: &Options) -> anyhow::Result<Report> {
     let mut agents = Agents::start(&options.agents, options.local_agents.into()).await?;
-    let mut sandbox = Sandbox::with_nodes(options.nodes.into()).await?;
+    let mut sandbox = Sandbox::of(Shape { access_nodes: options.nodes.into(), tls: false }).await?;
     let access = sandbox.pids().iter().filter(|(name, _)| role(name) == Role::Access.name());
     let live = Live::start("scale", agents.watch());
     live.server("barid", Usage::Processes(access.map(|(_, pid)| *pid).collect()));

@@ -8,22 +8,22 @@ use std::time::Duration;
 
 use anyhow::Result;
 use barid_client::{Client, Event, Token};
+use barid_testkit::certificates::{Certificate, ONE, TWO};
 use barid_testkit::device::PATIENCE;
 use barid_testkit::token::token;
 use barid_testkit::{Cluster, Role};
 use tokio::time::Instant;
 
-const CERTIFICATES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/e2e/certificates");
 const READS: &str = "barid_access_certificate_reads_total";
 const ASKED: &str = "barid_access_handshakes_total{result=\"nodes\"}";
 
 /// Puts a certificate and its key where the node looks, with the times of those that were there: nothing but
 /// SIGHUP says that they are others.
-fn install(name: &str, directory: &Path) -> Result<()> {
-    for kind in ["pem", "key"] {
+fn install(certificate: Certificate, directory: &Path) -> Result<()> {
+    for (kind, text) in [("pem", certificate.pem), ("key", certificate.key)] {
         let at = directory.join("tls").with_extension(kind);
         let before = at.metadata().and_then(|metadata| metadata.modified());
-        std::fs::write(&at, std::fs::read(format!("{CERTIFICATES}/{name}.{kind}"))?)?;
+        std::fs::write(&at, text)?;
         if let Ok(before) = before {
             let file = File::options().write(true).open(&at)?;
             file.set_times(FileTimes::new().set_modified(before))?;
@@ -40,7 +40,7 @@ fn lines(told: &Told) -> Vec<String> {
 }
 
 /// An application of `user` that trusts this certificate and no other.
-fn device(at: SocketAddr, user: &'static str, trusted: &str) -> Result<(Client, Told)> {
+fn device(at: SocketAddr, user: &'static str, trusted: Certificate) -> Result<(Client, Told)> {
     let told = Told::default();
     let add = |told: &Told| {
         let told = Arc::clone(told);
@@ -49,7 +49,7 @@ fn device(at: SocketAddr, user: &'static str, trusted: &str) -> Result<(Client, 
     let (event, shown) = (add(&told), add(&told));
     let client = Client::builder(format!("wss://{at}"))
         .device("phone")
-        .root_certificates(std::fs::read(format!("{CERTIFICATES}/{trusted}.pem"))?)
+        .root_certificates(trusted.pem)
         .least_loaded("")
         .token(move || async move { Ok(Token::new(token("demo", user, PATIENCE * 10))) })
         .reconnect_between(Duration::from_millis(50), Duration::from_millis(500))
@@ -77,7 +77,7 @@ async fn until(what: &str, told: &Told, wanted: impl Fn(&[String]) -> bool) -> R
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_is_changed_by_a_signal_and_nobody_is_disconnected() -> Result<()> {
     let directory = tempfile::tempdir()?;
-    install("one", directory.path())?;
+    install(ONE, directory.path())?;
     let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
     let mut cluster = Cluster::builder()
         .set_of(Role::Access, "tls.certificate_file", file("tls.pem"))
@@ -86,12 +86,12 @@ async fn a_certificate_is_changed_by_a_signal_and_nobody_is_disconnected() -> Re
         .await?;
     let at = cluster.node(Role::Access, 0).address("ws").await?;
     let business = cluster.business()?;
-    let (_alice, alice) = device(at, "alice", "one")?;
+    let (_alice, alice) = device(at, "alice", ONE)?;
     until("alice is welcomed", &alice, |lines| lines == ["connected"]).await?;
     business.say("alice", "m1", "over TLS").await?;
     until("alice has m1", &alice, |lines| lines == ["connected", "m1"]).await?;
 
-    install("two", directory.path())?;
+    install(TWO, directory.path())?;
     // Longer than the node takes to look at the files' times.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let access = cluster.node(Role::Access, 0);
@@ -104,9 +104,9 @@ async fn a_certificate_is_changed_by_a_signal_and_nobody_is_disconnected() -> Re
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 
-    let (_bob, bob) = device(at, "bob", "two")?;
+    let (_bob, bob) = device(at, "bob", TWO)?;
     until("bob is welcomed", &bob, |lines| lines == ["connected"]).await?;
-    let (_carol, carol) = device(at, "carol", "one")?;
+    let (_carol, carol) = device(at, "carol", ONE)?;
     let refused = |lines: &[String]| lines.iter().any(|line| line.contains("certificate"));
     until("carol trusts the old one only", &carol, refused).await?;
     assert!(!lines(&carol).contains(&"connected".to_owned()), "{:?}", lines(&carol));

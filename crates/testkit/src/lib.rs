@@ -4,6 +4,7 @@
 //!
 //! Everything started here dies with the test process, however that ends, and leaves no files.
 
+pub mod certificates;
 pub mod checker;
 pub mod cluster;
 pub mod device;

@@ -29,6 +29,8 @@ const MIB: f64 = 1024.0 * 1024.0;
 struct Weight {
     idle_bytes: f64,
     after_broadcast_bytes: f64,
+    /// CPU time of a session that is pinged and answers, in a minute, µs.
+    heartbeat_us: f64,
     /// After all sessions have gone, over the process before there were any.
     after_close_ratio: f64,
 }
@@ -42,6 +44,8 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         row("idle_bytes_per_session", "B", |w| w.idle_bytes, 2.5 * 1024.0),
         row("after_broadcast_bytes_per_session", "B", |w| w.after_broadcast_bytes, 3.0 * 1024.0),
         row("after_close_ratio", "", |w| w.after_close_ratio, 1.2),
+        // The floor sends no heartbeats.
+        Measure::new("heartbeat_cpu_us_per_minute", "us", None, both.barid.heartbeat_us),
     ])
 }
 
@@ -63,7 +67,12 @@ async fn weigh(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Wei
     trial.live.phase("broadcasting");
     broadcast(count, &mut trial.agents, server).await?;
     say(&format!("broadcast in {:.0} s", begun.elapsed().as_secs_f64()))?;
+    let calm = server.must_know().await?.cpu_s;
+    let begun = Instant::now();
     trial.settle(options.idle_seconds).await;
+    let minutes = begun.elapsed().as_secs_f64() / 60.0;
+    let idled_us = (server.must_know().await?.cpu_s - calm) * 1e6;
+    let heartbeat_us = idled_us / minutes / f64::from(count);
     let seen = trial.agents.report().await?;
     ensure!(seen.connected == count, "{} of {count} left: {}", seen.connected, seen.why_closed);
     let after_broadcast_bytes = each(server.must_know().await?.resident_bytes);
@@ -72,7 +81,7 @@ async fn weigh(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Wei
     trial.agents.drop_all().await?;
     trial.settle(options.idle_seconds / 2).await;
     let after_close_ratio = server.must_know().await?.resident_bytes as f64 / empty;
-    Ok(Weight { idle_bytes, after_broadcast_bytes, after_close_ratio })
+    Ok(Weight { idle_bytes, after_broadcast_bytes, heartbeat_us, after_close_ratio })
 }
 
 /// To every session: the floor by itself, Barid through Kafka and all roles, acknowledged.

@@ -9,6 +9,7 @@ use crate::controller::{Agents, Floor};
 use crate::live::Live;
 use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
+use crate::sandbox::{Sandbox, Shape};
 use crate::target::Target;
 use crate::usage::{Taken, Usage};
 
@@ -140,6 +141,21 @@ impl<'a> Trial<'a> {
     /// It does not come up.
     pub async fn barid(&self) -> anyhow::Result<Server> {
         let server = Server::Barid(Target::start(&self.options.target).await?);
+        self.live.server("barid", server.usage()?);
+        Ok(server)
+    }
+
+    /// Starts a cluster whose access node is spoken to over TLS; it is measured from now on.
+    ///
+    /// # Errors
+    /// It does not come up, or another cluster was named.
+    pub async fn barid_over_tls(&self) -> anyhow::Result<Server> {
+        anyhow::ensure!(
+            !self.options.target.is_given(),
+            "it is measured with a cluster of its own"
+        );
+        let sandbox = Sandbox::of(Shape { access_nodes: 1, tls: true }).await?;
+        let server = Server::Barid(Target::Sandbox(Box::new(sandbox)));
         self.live.server("barid", server.usage()?);
         Ok(server)
     }
