@@ -212,6 +212,10 @@ pub struct LimitsConfig {
     pub upstream_burst_seconds: u64,
     /// Bytes of pushes that may wait for one device; beyond them it is closed with 4002.
     pub queued_bytes_max: usize,
+    /// Bytes that the kernel may hold for one device that does not take them, beside `queued_bytes_max`: its
+    /// send buffer, which would else grow to what `net.ipv4.tcp_wmem` allows (the kernel takes twice as much
+    /// for its own bookkeeping). 0: as the system has it.
+    pub send_buffer_bytes: u32,
     /// Bytes of pushes that may wait for all devices together; beyond them new handshakes get 503, and
     /// the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
@@ -248,6 +252,7 @@ impl Default for LimitsConfig {
             upstream_bytes_per_second: 256 << 10,
             upstream_burst_seconds: 10,
             queued_bytes_max: 1 << 20,
+            send_buffer_bytes: 64 << 10,
             node_queued_bytes_max: 512 << 20,
             memory_bytes_max: 0,
             unacked_max: 256,

@@ -12,7 +12,7 @@ use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -38,6 +38,8 @@ use crate::upstream::Upstream;
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
+/// Connections that the kernel holds until they are accepted; `net.core.somaxconn` bounds them as well.
+const BACKLOG: u32 = 4_096;
 /// A batch from a dispatcher, at most.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 /// Of the drain period, the share over which devices are told to go; the rest is for those told last.
@@ -60,7 +62,7 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     let confirming = context.progress("confirming", "look at the sessions to confirm");
     let whole = context.health.condition("tasks").vital();
 
-    let devices = bind("listen", config.listen).await?;
+    let devices = bind_devices(&config)?;
     let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
     let built = build(&config, &context, &dispatchers, &devices, &redis).await?;
     let Some((node, mut lease)) = built else {
@@ -97,6 +99,21 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
         0 => Stopped::Clean,
         count => Stopped::Cut { what: "sessions".into(), count },
     })
+}
+
+/// Sockets inherit the size of their send buffer from the one that accepts them.
+fn bind_devices(config: &Config) -> Result<TcpListener, Error> {
+    let address = config.listen;
+    let bound = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        if config.limits.send_buffer_bytes > 0 {
+            socket.set_send_buffer_size(config.limits.send_buffer_bytes)?;
+        }
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    bound().map_err(|error| Error::Listen { key: "listen", address, error })
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {

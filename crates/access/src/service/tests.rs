@@ -49,7 +49,7 @@ async fn start(config: Config, context: Context) -> (Arc<Node>, SocketAddr) {
     admin::serve(&AdminConfig::local(0), "access", &context).unwrap();
     let wheel = context.progress("wheel", "turn of the heartbeat wheel");
     let confirming = context.progress("confirming", "look at the sessions to confirm");
-    let devices = bind("listen", config.listen).await.unwrap();
+    let devices = bind_devices(&config).unwrap();
     let dispatchers = bind("grpc_listen", config.grpc_listen).await.unwrap();
     let there = context.progress("redis", "answer");
     let (node, mut lease) =

@@ -76,6 +76,37 @@ async fn what_a_slow_device_was_closed_for_is_there_when_it_comes_back() -> Resu
 }
 
 #[tokio::test]
+async fn what_a_device_does_not_take_is_in_the_queue_that_is_counted_and_not_in_the_kernel()
+-> Result<()> {
+    const MESSAGES: u32 = 25;
+    let world = World::new().await?;
+    let noise = noise(20_000);
+    let mut queued = Vec::new();
+    // 0: as the system has it, which is megabytes.
+    for send_buffer_bytes in [16 << 10, 0] {
+        let node =
+            world.node_with(|config| config.limits.send_buffer_bytes = send_buffer_bytes).await?;
+        let mut dispatcher = node.dispatcher().await?;
+        let user = format!("user-{send_buffer_bytes}");
+        let slow = reluctant(&node, &user, "phone").await?;
+        for n in 0..MESSAGES {
+            let entry = accept_noise(&world, &user, &format!("m{n}"), &noise).await?;
+            dispatcher.push(&world, &user, entry).await?;
+        }
+        // Until everything has been written that can be.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        queued.push(node.metric(QUEUED, ""));
+        drop(slow);
+        world.routes_become(&user, 0).await?;
+    }
+    // base64 in JSON
+    let all = f64::from(MESSAGES) * noise.len() as f64 * 4.0 / 3.0;
+    assert!((0.8 * all..1.1 * all).contains(&queued[0]), "{queued:?} of {all}");
+    assert!(queued[1] < 0.5 * all, "{queued:?} of {all}: the system's buffers are small here");
+    Ok(())
+}
+
+#[tokio::test]
 async fn above_the_high_water_mark_the_largest_queue_goes_and_the_others_stay() -> Result<()> {
     let world = World::new().await?;
     let node = world
