@@ -96,11 +96,13 @@ impl Agents {
         Ok(Self { clients, local: processes, _dir: dir })
     }
 
+    /// Handles, of which any number may ask at once.
+    fn clients(&self) -> impl Iterator<Item = AgentClient<Channel>> {
+        self.clients.iter().cloned()
+    }
+
     /// Each agent's part of `request`, and the agent.
-    fn parts(
-        &mut self,
-        request: &ConnectRequest,
-    ) -> Vec<(&mut AgentClient<Channel>, ConnectRequest)> {
+    fn parts(&self, request: &ConnectRequest) -> Vec<(AgentClient<Channel>, ConnectRequest)> {
         let agents = u32::try_from(self.clients.len()).unwrap_or(u32::MAX);
         let (is_local, mut first) = (!self.local.is_empty(), request.first);
         let part = |(index, client)| {
@@ -120,16 +122,17 @@ impl Agents {
             first += part.count;
             (client, part)
         };
-        self.clients.iter_mut().enumerate().map(part).collect()
+        self.clients().enumerate().map(part).collect()
     }
 
     /// Connects users over all agents.
     ///
     /// # Errors
     /// Any of them failed.
-    pub async fn connect(&mut self, request: &ConnectRequest) -> anyhow::Result<Connected> {
+    pub async fn connect(&self, request: &ConnectRequest) -> anyhow::Result<Connected> {
         let parts = self.parts(request).into_iter();
-        let replies = try_join_all(parts.map(|(client, part)| client.open(part))).await?;
+        let open = async |(mut client, part): (AgentClient<Channel>, _)| client.open(part).await;
+        let replies = try_join_all(parts.map(open)).await?;
         merge(replies.into_iter().map(tonic::Response::into_inner))
     }
 
@@ -138,16 +141,16 @@ impl Agents {
     /// # Errors
     /// One was not welcomed again.
     pub async fn churn(
-        &mut self,
+        &self,
         request: &ConnectRequest,
         rate: u32,
         seconds: u32,
     ) -> anyhow::Result<Connected> {
         let whole = ConnectRequest { rate, ..request.clone() };
-        let parts = self.parts(&whole).into_iter().map(|(client, part)| {
-            client.churn(ChurnRequest { rate: part.rate, seconds, connect: Some(part) })
-        });
-        let replies = try_join_all(parts).await?;
+        let churn = async |(mut client, part): (AgentClient<Channel>, ConnectRequest)| {
+            client.churn(ChurnRequest { rate: part.rate, seconds, connect: Some(part) }).await
+        };
+        let replies = try_join_all(self.parts(&whole).into_iter().map(churn)).await?;
         merge(replies.into_iter().map(tonic::Response::into_inner))
     }
 
@@ -155,12 +158,16 @@ impl Agents {
     ///
     /// # Errors
     /// An agent is gone.
-    pub async fn expect(&mut self, audit: &Audit) -> anyhow::Result<()> {
+    pub async fn expect(&self, audit: &Audit) -> anyhow::Result<()> {
         let users = u32::try_from(audit.users())?;
         let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
         let run = audit.run().to_owned();
         let request = ExpectRequest { run, users, rate, starts_at_us };
-        try_join_all(self.clients.iter_mut().map(|client| client.expect(request.clone()))).await?;
+        let expect = |mut client: AgentClient<Channel>| {
+            let request = request.clone();
+            async move { client.expect(request).await }
+        };
+        try_join_all(self.clients().map(expect)).await?;
         Ok(())
     }
 
@@ -178,8 +185,9 @@ impl Agents {
     ///
     /// # Errors
     /// An agent is gone.
-    pub async fn latencies_us(&mut self) -> anyhow::Result<Histogram<u64>> {
-        let each = self.clients.iter_mut().map(|client| client.latencies(Nothing {}));
+    pub async fn latencies_us(&self) -> anyhow::Result<Histogram<u64>> {
+        let ask = async |mut client: AgentClient<Channel>| client.latencies(Nothing {}).await;
+        let each = self.clients().map(ask);
         let mut sum = histogram::new();
         for latencies in try_join_all(each).await? {
             histogram::add(&mut sum, &latencies.into_inner());
@@ -191,16 +199,17 @@ impl Agents {
     ///
     /// # Errors
     /// An agent is gone.
-    pub async fn report(&mut self) -> anyhow::Result<Seen> {
-        report(&mut self.clients).await
+    pub async fn report(&self) -> anyhow::Result<Seen> {
+        self.watch().report().await
     }
 
     /// Closes every connection at once.
     ///
     /// # Errors
     /// An agent is gone.
-    pub async fn drop_all(&mut self) -> anyhow::Result<()> {
-        try_join_all(self.clients.iter_mut().map(|client| client.close(Nothing {}))).await?;
+    pub async fn drop_all(&self) -> anyhow::Result<()> {
+        let close = async |mut client: AgentClient<Channel>| client.close(Nothing {}).await;
+        try_join_all(self.clients().map(close)).await?;
         Ok(())
     }
 }
@@ -214,28 +223,24 @@ impl Watch {
     /// # Errors
     /// An agent is gone.
     pub async fn report(&mut self) -> anyhow::Result<Seen> {
-        report(&mut self.0).await
-    }
-}
-
-async fn report(clients: &mut [AgentClient<Channel>]) -> anyhow::Result<Seen> {
-    let each = clients.iter_mut().map(|client| client.report(Nothing {}));
-    let mut seen = Seen::default();
-    for report in try_join_all(each).await? {
-        let report = report.into_inner();
-        seen.connected += report.connected;
-        seen.closed += report.closed;
-        seen.shown += report.shown;
-        seen.passed_over += report.passed_over;
-        seen.repeats += report.repeats;
-        seen.frames += report.frames;
-        seen.resent += report.resent;
-        seen.opened += report.opened;
-        if !report.why_closed.is_empty() {
-            seen.why_closed = report.why_closed;
+        let each = self.0.iter_mut().map(|client| client.report(Nothing {}));
+        let mut seen = Seen::default();
+        for report in try_join_all(each).await? {
+            let report = report.into_inner();
+            seen.connected += report.connected;
+            seen.closed += report.closed;
+            seen.shown += report.shown;
+            seen.passed_over += report.passed_over;
+            seen.repeats += report.repeats;
+            seen.frames += report.frames;
+            seen.resent += report.resent;
+            seen.opened += report.opened;
+            if !report.why_closed.is_empty() {
+                seen.why_closed = report.why_closed;
+            }
         }
+        Ok(seen)
     }
-    Ok(seen)
 }
 
 fn merge(replies: impl Iterator<Item = ConnectReply>) -> anyhow::Result<Connected> {

@@ -11,8 +11,10 @@ use crate::audit::Audit;
 use crate::controller::{Agents, Seen};
 use crate::producer::{Business, Pace, Produced};
 
-/// How often the agents are asked: what is on its way is bounded by what they have shown.
+/// How often the agents are asked where what is on its way is bounded by what they have shown, and where
+/// it is not.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+const LOOK_SELDOM: Duration = Duration::from_millis(250);
 /// How long before the first record is due the agents are told when that is.
 const LEAD: Duration = Duration::from_millis(500);
 /// A repeat would follow closely.
@@ -24,7 +26,7 @@ const REPEAT_TIME: Duration = Duration::from_millis(200);
 /// # Errors
 /// Kafka does not take the records, an agent is gone, or a device was closed.
 pub async fn drive(
-    agents: &mut Agents,
+    agents: &Agents,
     business: &Arc<Business>,
     pace: Pace,
     audit: &Arc<Audit>,
@@ -34,6 +36,7 @@ pub async fn drive(
     agents.expect(audit).await?;
     ensure!(!audit.early().is_zero(), "the agents were not told of the run in {LEAD:?}");
     sleep(audit.early()).await;
+    let look = if let Pace::Scheduled(_) = pace { LOOK_SELDOM } else { LOOK_EVERY };
     let over = AtomicBool::new(false);
     let producing = async {
         let made = business.produce(pace, audit).await?;
@@ -54,7 +57,7 @@ pub async fn drive(
             } else if settled >= audit.totals().total || last.elapsed() > settle {
                 return Ok(seen);
             }
-            sleep(LOOK_EVERY).await;
+            sleep(look).await;
         }
     };
     tokio::try_join!(producing, watching)
@@ -64,7 +67,7 @@ pub async fn drive(
 ///
 /// # Errors
 /// An agent is gone, or something was not shown once and in order.
-pub async fn must_be_clean(agents: &mut Agents, audit: &Audit) -> anyhow::Result<Seen> {
+pub async fn must_be_clean(agents: &Agents, audit: &Audit) -> anyhow::Result<Seen> {
     sleep(REPEAT_TIME).await;
     let seen = agents.report().await?;
     let outcome = seen.outcome(audit.totals().total);

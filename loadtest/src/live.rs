@@ -18,6 +18,8 @@ use crate::usage::{Taken, Usage};
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 /// How often who reads no terminal is told, in samples.
 const TELL_EVERY: u64 = 10;
+/// Over how many samples CPU time is shown.
+const CPU_SAMPLES: usize = 10;
 const MIB: f64 = 1024.0 * 1024.0;
 
 /// The line at the bottom of the terminal; empty: there is none.
@@ -96,6 +98,8 @@ pub struct Sample {
     pub cpu_s: Option<f64>,
     /// Files that the server has open.
     pub open_files: Option<u64>,
+    /// Tasks of the server that have not ended; absent: not known.
+    pub tasks: Option<u64>,
 }
 
 /// How long something took.
@@ -196,6 +200,11 @@ impl Live {
         self.shared.state.lock().recorded.latencies.push(latencies);
     }
 
+    /// What was seen of the server that is measured, until now.
+    pub fn series(&self) -> Series {
+        self.shared.state.lock().recorded.series.last().cloned().unwrap_or_default()
+    }
+
     /// What was seen until now.
     pub fn recorded(&self) -> Recorded {
         self.shared.state.lock().recorded.clone()
@@ -253,6 +262,7 @@ impl State {
             resident_bytes: taken.map(|taken| taken.resident_bytes),
             cpu_s: taken.map(|taken| taken.cpu_s),
             open_files: taken.map(|taken| taken.open_files),
+            tasks: taken.and_then(|taken| taken.tasks),
         };
         series.samples.push(sample);
         let over_s = (at_s - before.at_s).max(0.001);
@@ -268,7 +278,10 @@ impl State {
             thousands(rate(delivered_more) as u64),
         );
         if let Some(taken) = taken {
-            let cores = before.cpu_s.map_or(0.0, |cpu_s| (taken.cpu_s - cpu_s).max(0.0) / over_s);
+            // Over some samples: `/metrics` has whole seconds.
+            let since = series.samples[series.samples.len().saturating_sub(CPU_SAMPLES)];
+            let spent = since.cpu_s.map_or(0.0, |cpu_s| taken.cpu_s - cpu_s);
+            let cores = spent.max(0.0) / (at_s - since.at_s).max(0.001);
             let mib = taken.resident_bytes as f64 / MIB;
             line.push_str(&format!("  {mib:.1} MiB  CPU {:.0} %", cores * 100.0));
         }

@@ -4,6 +4,7 @@ mod agent;
 mod audit;
 mod bench;
 mod clients;
+mod compare;
 mod controller;
 mod cpu;
 mod drive;
@@ -16,6 +17,7 @@ mod latency;
 mod live;
 mod measure;
 mod producer;
+mod report;
 mod run;
 mod sandbox;
 mod scale;
@@ -48,6 +50,12 @@ struct Arguments {
 enum Scenario {
     /// Measure density, handshakes, storms, throughput and latency, each beside a floor.
     Bench(bench::Options),
+    /// Steady sessions, messages and churn for as long as is wanted: nothing is lost, and nothing grows.
+    Soak(bench::SoakCommand),
+    /// Say what changed between runs of the bench, and whether it is more than noise.
+    Compare(compare::Options),
+    /// Make the page of a report.json again.
+    Report(report::Options),
     /// Hold connections for a controller, which `bench --agents` names.
     Agent(agent::Options),
     /// Be the barest server, for comparison.
@@ -66,6 +74,9 @@ enum Scenario {
 async fn main() -> anyhow::Result<ExitCode> {
     let is_clean = match Arguments::parse().scenario {
         Scenario::Bench(options) => bench::run(&options).await?,
+        Scenario::Soak(options) => bench::soak(options).await?,
+        Scenario::Compare(options) => compare::run(&options)?,
+        Scenario::Report(options) => report::run(&options)?,
         Scenario::Agent(options) => agent::run(&options).await?,
         Scenario::Floor(options) => floor::run(&options).await?,
         Scenario::Run(options) => run::run(&options).await?,

@@ -48,6 +48,27 @@ impl Measure {
         };
         Self { goal: Some(value), met: Some(met), ..self }
     }
+
+    /// Whether more is better: what comes a second. All else is cost.
+    pub fn more_is_better(&self) -> bool {
+        self.unit == "1/s"
+    }
+
+    /// By what factor, less one, two runs of the same binaries differ on a machine that does nothing
+    /// else, 99 times in 100: what is known without repeating. Counts of bytes and CPU time bear a busy
+    /// machine; times do not, and the tail of a distribution least.
+    pub fn noise(&self) -> f64 {
+        let is_tail = ["_p99_", "_p999_", "_max_"].iter().any(|tail| self.measure.contains(tail));
+        match self.unit.as_str() {
+            "B" => 0.05,
+            "us" => 0.12,
+            "1/s" if self.measure.ends_with("_per_core") => 0.12,
+            "1/s" => 0.25,
+            "ms" | "s" if is_tail => 0.70,
+            "ms" | "s" => 0.30,
+            _ => 0.12,
+        }
+    }
 }
 
 /// The rows as people read them.

@@ -121,6 +121,14 @@ impl Sandbox {
         self.cluster.node(Role::Access, 0).address("ws").await
     }
 
+    /// Where the access node answers operators.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub async fn admin(&mut self) -> anyhow::Result<SocketAddr> {
+        self.cluster.node(Role::Access, 0).address("admin").await
+    }
+
     /// Where devices connect, of every access node.
     ///
     /// # Errors

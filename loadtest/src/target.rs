@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use barid_testkit::token;
+use barid_runtime::exposition::Metrics;
+use barid_testkit::{Role, http, token};
 use clap::Args;
 use tokio::net::lookup_host;
 
@@ -30,6 +31,10 @@ pub struct ClusterOptions {
     /// Topic to produce to.
     #[arg(long, default_value = "barid.push")]
     topic: String,
+    /// A file with the certificates (PEM) that its access nodes' certificates go back to; without, they are
+    /// spoken to without TLS.
+    #[arg(long, value_name = "FILE")]
+    roots: Option<PathBuf>,
     /// App of the users.
     #[arg(long, default_value = "loadtest", env = "BARID_APP")]
     app: String,
@@ -114,6 +119,17 @@ impl Target {
         }
     }
 
+    /// The same, from its admin endpoints, where they are known.
+    ///
+    /// # Errors
+    /// The access node is gone.
+    pub async fn scraped(&mut self) -> anyhow::Result<Usage> {
+        match self {
+            Self::Sandbox(sandbox) => Ok(Usage::Scraped(vec![sandbox.admin().await?])),
+            Self::Running(running) => Ok(running.usage.clone()),
+        }
+    }
+
     /// What to produce to it.
     ///
     /// # Errors
@@ -166,11 +182,23 @@ impl Running {
         let secret = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
         let secret = secret.trim_ascii_end();
         ensure!(!secret.is_empty(), "{} is empty; it must hold the secret", file.display());
+        let roots = options.roots.as_ref().map(|file| {
+            std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))
+        });
         let mut admin: Vec<SocketAddr> = Vec::new();
         for name in &options.admin {
             let found = lookup_host(name).await.with_context(|| name.clone())?.next();
-            admin.push(found.with_context(|| format!("{name} has no address"))?);
+            let address = found.with_context(|| format!("{name} has no address"))?;
+            let (_, text) = http::get(address, "/metrics").await?;
+            // Other roles are named to `barid top` as well.
+            if Metrics::parse(&text).role() == Some(Role::Access.name()) {
+                admin.push(address);
+            }
         }
+        ensure!(
+            options.admin.is_empty() || !admin.is_empty(),
+            "no admin address is an access node's"
+        );
         let usage = match options.pid {
             Some(pid) => Usage::Processes(vec![pid]),
             None if admin.is_empty() => Usage::Unknown,
@@ -184,6 +212,7 @@ impl Running {
             secret: secret.to_vec(),
             key_id: options.key_id.clone().unwrap_or_default(),
             ack_delay_ms: ACK_DELAY_MS,
+            roots: roots.transpose()?.unwrap_or_default(),
             ..Default::default()
         };
         let (brokers, topic) = (options.brokers.clone(), options.topic.clone());

@@ -29,6 +29,8 @@ pub struct Taken {
     pub cpu_s: f64,
     /// Files that are open, sockets included.
     pub open_files: u64,
+    /// Tasks that have not ended; `None`: only `/metrics` knows.
+    pub tasks: Option<u64>,
 }
 
 impl Usage {
@@ -58,6 +60,7 @@ impl std::iter::Sum for Taken {
             resident_bytes: sum.resident_bytes + taken.resident_bytes,
             cpu_s: sum.cpu_s + taken.cpu_s,
             open_files: sum.open_files + taken.open_files,
+            tasks: taken.tasks.map(|tasks| tasks + sum.tasks.unwrap_or_default()).or(sum.tasks),
         })
     }
 }
@@ -67,6 +70,7 @@ fn of_process(pid: u32) -> anyhow::Result<Taken> {
         resident_bytes: cpu::resident_bytes(pid)?,
         cpu_s: cpu::of_process(pid)?,
         open_files: cpu::open_files(pid)?,
+        tasks: None,
     })
 }
 
@@ -76,6 +80,7 @@ fn of_metrics(text: &str) -> Taken {
         resident_bytes: metrics.sum("process_resident_memory_bytes") as u64,
         cpu_s: metrics.sum("process_cpu_seconds_total"),
         open_files: metrics.sum("process_open_fds") as u64,
+        tasks: Some(metrics.sum("barid_tasks") as u64).filter(|tasks| *tasks > 0),
     }
 }
 
@@ -85,9 +90,12 @@ mod tests {
 
     #[test]
     fn nodes_add_up() {
-        let node = "process_resident_memory_bytes 1000\nprocess_cpu_seconds_total 1.5\nprocess_open_fds 7\n";
+        let node = "process_resident_memory_bytes 1000\nprocess_cpu_seconds_total 1.5\nprocess_open_fds 7\nbarid_tasks 9\n";
         let taken = [node, node].into_iter().map(of_metrics).sum::<Taken>();
-        assert_eq!(taken, Taken { resident_bytes: 2000, cpu_s: 3.0, open_files: 14 });
+        assert_eq!(
+            taken,
+            Taken { resident_bytes: 2000, cpu_s: 3.0, open_files: 14, tasks: Some(18) }
+        );
     }
 
     #[tokio::test]

@@ -1,11 +1,14 @@
-//! The bench on a small scale: agents that were started by themselves, the real binaries, the result.
+//! The bench on a small scale: agents that were started by themselves, the real binaries, the result; and
+//! a soak of a cluster that runs already.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use barid_testkit::cluster::APP;
 use barid_testkit::process::Process;
+use barid_testkit::{Cluster, Role, token};
 use serde_json::Value;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_barid-loadtest");
@@ -40,14 +43,86 @@ async fn sessions_on_two_agents_are_weighed_beside_the_floor() {
     assert!(output.status.success(), "{told}");
     let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
     let names: Vec<_> = rows.iter().map(|row| row["measure"].as_str().unwrap()).collect();
-    let wanted =
-        ["idle_bytes_per_session", "after_broadcast_bytes_per_session", "after_close_ratio"];
+    let wanted = [
+        "idle_bytes_per_session",
+        "after_broadcast_bytes_per_session",
+        "after_close_ratio",
+        "heartbeat_cpu_us_per_minute",
+    ];
     assert_eq!(names, wanted, "{told}");
-    for row in &rows {
+    for row in &rows[..3] {
         let value = |field: &str| row[field].as_f64().unwrap();
         assert!(value("floor") > 0.0 && value("barid") > 0.0, "{row}");
         assert!((value("ratio") - value("barid") / value("floor")).abs() < 1e-9, "{row}");
         assert_eq!(row["met"].as_bool().unwrap(), value("barid") <= value("goal"), "{row}");
         assert!(row["unit"].is_string(), "{row}");
     }
+    let beside = |name: &str| std::fs::read_to_string(out.with_file_name(name)).unwrap();
+    let report: Value = serde_json::from_str(&beside("report.json")).unwrap();
+    assert_eq!(report["measures"][0]["values"][0], rows[0]["barid"]);
+    let series = report["scenarios"][0]["series"].as_array().unwrap();
+    let servers: Vec<_> = series.iter().map(|series| series["server"].as_str().unwrap()).collect();
+    assert_eq!(servers, ["floor", "barid"]);
+    for series in series {
+        let samples = series["samples"].as_array().unwrap();
+        let most = |field: &str| samples.iter().filter_map(|s| s[field].as_u64()).max().unwrap();
+        assert_eq!((most("sessions"), most("delivered")), (201, 20_100), "{series}");
+        assert!(most("resident_bytes") > 1 << 20, "{series}");
+    }
+    let page = beside("report.html");
+    assert!(page.contains("idle_<wbr>bytes_<wbr>per_<wbr>session") && page.contains("<svg"));
+    let compared = Command::new(TOOL).arg("compare").args([&out, &out]).output().unwrap();
+    let told = String::from_utf8_lossy(&compared.stdout).into_owned();
+    assert!(compared.status.success() && told.contains("0 better, 0 worse, 0 gone"), "{told}");
+}
+
+/// A soak of a cluster that the tool did not start; what it wrote, its exit code, and what it said.
+async fn soak(
+    cluster: &mut Cluster,
+    dir: &Path,
+    harm: impl AsyncFnOnce(&mut Cluster),
+) -> (bool, String) {
+    let secret = dir.join("secret");
+    std::fs::write(&secret, format!("{}\n", token::SECRET)).unwrap();
+    let access = cluster.node(Role::Access, 0);
+    let (node, admin) =
+        (access.address("ws").await.unwrap(), access.address("admin").await.unwrap());
+    let mut command = tokio::process::Command::new(TOOL);
+    command.args(["soak", "--minutes", "0.4", "--soak-sessions", "60", "--soak-rate", "100"]);
+    command.args(["--soak-churn", "10", "--growth-max", "0.5", "--app", APP]);
+    command.args(["--topic", &cluster.topics().push]).arg("--out").arg(dir.join("soak.json"));
+    let settings = [
+        ("BARID_NODES", node.to_string()),
+        ("BARID_ADMIN", admin.to_string()),
+        ("BARID_BROKERS", cluster.brokers()),
+        ("BARID_SECRET_FILE", secret.display().to_string()),
+        ("BARID_KEY_ID", token::KEY_ID.to_owned()),
+    ];
+    command.envs(settings).kill_on_drop(true).stdin(Stdio::null());
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    harm(cluster).await;
+    let output = child.wait_with_output().await.unwrap();
+    let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), told.into_owned())
+}
+
+#[tokio::test]
+async fn a_running_cluster_is_soaked_and_what_it_loses_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start().await.unwrap();
+    let (is_clean, told) = soak(&mut cluster, dir.path(), async |_| ()).await;
+    assert!(is_clean && told.contains("nothing grew"), "{told}");
+    let rows: Vec<Value> =
+        serde_json::from_slice(&std::fs::read(dir.path().join("soak.json")).unwrap()).unwrap();
+    for name in ["soak_memory_ratio", "soak_files_ratio", "soak_tasks_ratio"] {
+        let row = rows.iter().find(|row| row["measure"] == name).unwrap();
+        assert_eq!(row["met"], true, "{told}");
+    }
+    // Mailboxes vanish while messages flow.
+    let harm = async |cluster: &mut Cluster| {
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        let _: String = cluster.redis.query(&["FLUSHALL"]).await.unwrap();
+    };
+    let (is_clean, told) = soak(&mut cluster, dir.path(), harm).await;
+    assert!(!is_clean && told.contains("found wanting"), "{told}");
 }

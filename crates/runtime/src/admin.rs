@@ -7,7 +7,9 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use prometheus::{Encoder as _, TextEncoder};
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{Encoder as _, IntGauge, TextEncoder};
 use tokio::runtime::{Builder, Handle};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -77,12 +79,12 @@ fn router(context: Context) -> Router {
 /// runtime, and its conditions.
 fn register(context: &Context, role: &'static str) {
     let process = prometheus::process_collector::ProcessCollector::for_self();
-    let build = prometheus::IntGauge::with_opts(
+    let build = IntGauge::with_opts(
         prometheus::Opts::new("barid_build_info", "1, with the role and version as labels")
             .const_label("role", role)
             .const_label("version", env!("CARGO_PKG_VERSION")),
     );
-    let workers = prometheus::IntGauge::new(
+    let workers = IntGauge::new(
         "barid_worker_threads",
         "Threads that run tasks: one a core of the CPU quota, unless TOKIO_WORKER_THREADS says otherwise",
     );
@@ -99,9 +101,35 @@ fn register(context: &Context, role: &'static str) {
             let workers = workers?;
             workers.set(Handle::current().metrics().num_workers() as i64);
             context.metrics.register(Box::new(workers))
-        });
+        })
+        .and_then(|()| context.metrics.register(Box::new(Tasks::of(Handle::current())?)));
     if let Err(error) = registered {
         tracing::warn!(%error, "process metrics are missing");
+    }
+}
+
+/// Tasks of a runtime that have not ended, counted when somebody asks.
+struct Tasks {
+    runtime: Handle,
+    gauge: IntGauge,
+}
+
+impl Tasks {
+    fn of(runtime: Handle) -> prometheus::Result<Self> {
+        let gauge = IntGauge::new("barid_tasks", "Tasks of the runtime that have not ended")?;
+        Ok(Self { runtime, gauge })
+    }
+}
+
+impl Collector for Tasks {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let alive = self.runtime.metrics().num_alive_tasks();
+        self.gauge.set(i64::try_from(alive).unwrap_or(i64::MAX));
+        self.gauge.collect()
     }
 }
 

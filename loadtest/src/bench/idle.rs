@@ -65,7 +65,7 @@ async fn weigh(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Wei
     say(&format!("{count} sessions: {idle_bytes:.0} bytes each"))?;
     let begun = Instant::now();
     trial.live.phase("broadcasting");
-    broadcast(count, &mut trial.agents, server).await?;
+    broadcast(count, &trial.agents, server).await?;
     say(&format!("broadcast in {:.0} s", begun.elapsed().as_secs_f64()))?;
     let calm = server.must_know().await?.cpu_s;
     let begun = Instant::now();
@@ -85,7 +85,7 @@ async fn weigh(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Wei
 }
 
 /// To every session: the floor by itself, Barid through Kafka and all roles, acknowledged.
-async fn broadcast(count: u32, agents: &mut Agents, server: &mut Server) -> anyhow::Result<()> {
+async fn broadcast(count: u32, agents: &Agents, server: &mut Server) -> anyhow::Result<()> {
     let total = u64::from(count) * u64::from(BROADCAST);
     match server {
         Server::Floor(floor) => {

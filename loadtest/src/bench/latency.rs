@@ -33,8 +33,8 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         trial.live.phase(phase);
         let audit = Arc::new(Audit::new(USERS, Some(RATE)));
         let pace = Pace::Scheduled(u64::from(RATE) * seconds);
-        drive(&mut trial.agents, &business, pace, &audit, SETTLE).await?;
-        must_be_clean(&mut trial.agents, &audit).await?;
+        drive(&trial.agents, &business, pace, &audit, SETTLE).await?;
+        must_be_clean(&trial.agents, &audit).await?;
     }
     let times_us = trial.agents.latencies_us().await?;
     trial.live.latencies("push", &times_us);

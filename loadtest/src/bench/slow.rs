@@ -57,7 +57,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
 async fn beside(trial: &mut Trial<'_>, server: &mut Server, slow: bool) -> anyhow::Result<Noticed> {
     let way = ConnectRequest { at_once_max: 64, ..server.way().await? };
     // They are closed for being slow, which fails nobody else's run.
-    let mut crowd = Agents::start(&[], trial.options.local_agents.into()).await?;
+    let crowd = Agents::start(&[], trial.options.local_agents.into()).await?;
     trial.live.phase("connecting");
     let app = CROWD_APP.to_owned();
     crowd.connect(&ConnectRequest { count: CROWD, app, slow, ..way.clone() }).await?;
@@ -78,9 +78,9 @@ async fn beside(trial: &mut Trial<'_>, server: &mut Server, slow: bool) -> anyho
     let pace = Pace::Scheduled(u64::from(RATE) * SECONDS);
     trial.live.phase("pushing");
     let making = noise.produce(noisy, &of_crowd);
-    let driving = drive(&mut trial.agents, &business, pace, &audit, SETTLE);
+    let driving = drive(&trial.agents, &business, pace, &audit, SETTLE);
     let _ = tokio::try_join!(making, driving)?;
-    must_be_clean(&mut trial.agents, &audit).await?;
+    must_be_clean(&trial.agents, &audit).await?;
     let times_us = trial.agents.latencies_us().await?;
     trial.live.latencies(if slow { "push, others slow" } else { "push" }, &times_us);
     let resident_mib = server.must_know().await?.resident_bytes as f64 / f64::from(1 << 20);

@@ -101,7 +101,7 @@ impl<'a> Trial<'a> {
     /// # Errors
     /// One does not start or cannot be reached.
     pub async fn start(options: &'a Options, scenario: &str) -> anyhow::Result<Self> {
-        let mut agents = Agents::start(&options.agents, options.local_agents.into()).await?;
+        let agents = Agents::start(&options.agents, options.local_agents.into()).await?;
         // Agents that run already may hold what an earlier scenario left.
         agents.drop_all().await?;
         let live = Live::start(scenario, agents.watch());
@@ -158,6 +158,17 @@ impl<'a> Trial<'a> {
         let server = Server::Barid(Target::Sandbox(Box::new(sandbox)));
         self.live.server("barid", server.usage()?);
         Ok(server)
+    }
+
+    /// The same, watched through its admin endpoints, which count tasks as well.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub async fn barid_with_tasks(&self) -> anyhow::Result<Server> {
+        let mut target = Target::start(&self.options.target).await?;
+        let usage = target.scraped().await?;
+        self.live.server("barid", usage);
+        Ok(Server::Barid(target))
     }
 
     /// Waits, and says what for.

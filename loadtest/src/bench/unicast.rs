@@ -33,10 +33,10 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         trial.live.phase(phase);
         let audit = Arc::new(Audit::new(USERS, None));
         let pace = Pace::Window { window: WINDOW, time };
-        let (made, _) = drive(&mut trial.agents, &business, pace, &audit, SETTLE).await?;
+        let (made, _) = drive(&trial.agents, &business, pace, &audit, SETTLE).await?;
         target.all_acknowledged(ACKED_LIMIT).await?;
         let seconds = audit.elapsed().as_secs_f64();
-        must_be_clean(&mut trial.agents, &audit).await?;
+        must_be_clean(&trial.agents, &audit).await?;
         acked_per_s = made.records as f64 / seconds;
     }
     trial.agents.drop_all().await?;

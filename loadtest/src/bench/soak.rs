@@ -1,0 +1,170 @@
+//! Steady sessions, messages at a fixed rate, and some devices that come and go, for as long as is wanted:
+//! every delivery is checked, and memory, files and tasks may not grow.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::ensure;
+use clap::Args;
+
+use super::{Goal, Measure, Server, Trial};
+use crate::audit::{Audit, SETTLE};
+use crate::drive::{drive, must_be_clean};
+use crate::histogram::quantile_ms;
+use crate::live::{Sample, say};
+use crate::producer::{Business, Pace};
+use crate::rpc::ConnectRequest;
+
+const PAYLOAD_BYTES: u32 = 200;
+/// Handshakes under way at once while all connect.
+const AT_ONCE_MAX: u32 = 64;
+/// Fewer samples than this say nothing about growth.
+const SAMPLES_MIN: usize = 10;
+
+/// How it is soaked.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Soak")]
+pub struct SoakOptions {
+    /// How long messages flow: 0.1 to 100,000.
+    #[arg(long, default_value_t = 10.0, value_parser = minutes)]
+    minutes: f64,
+    /// Sessions at any time, one user each.
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    soak_sessions: u32,
+    /// Messages a second, for all users in turn.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=200_000))]
+    soak_rate: u32,
+    /// Sessions a second that drop and return; what comes meanwhile waits for them.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    soak_churn: u32,
+    /// By how much memory, files and tasks may grow over the last half, as a share.
+    #[arg(long, default_value_t = 0.05)]
+    growth_max: f64,
+}
+
+impl SoakOptions {
+    /// How long all of it may take: starting, connecting and the last deliveries included.
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(u64::from(self.seconds()) + 600)
+    }
+
+    fn seconds(&self) -> u32 {
+        (self.minutes * 60.0) as u32
+    }
+}
+
+fn minutes(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "must be a number")?;
+    if (0.1..=100_000.0).contains(&value) {
+        return Ok(value);
+    }
+    Err("must be 0.1 to 100,000".into())
+}
+
+pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
+    let options = trial.options.soak.clone();
+    let (users, seconds) = (options.soak_sessions, options.seconds());
+    let mut server = trial.barid_with_tasks().await?;
+    let connect = ConnectRequest { count: users, at_once_max: AT_ONCE_MAX, ..server.way().await? };
+    let Server::Barid(target) = &server else { anyhow::bail!("no cluster") };
+    let business = Business::open(&target.plan(PAYLOAD_BYTES, 0)?).await?;
+    trial.live.phase("connecting");
+    trial.agents.connect(&connect).await?;
+
+    trial.live.phase("soaking");
+    let audit = Arc::new(Audit::new(users, Some(options.soak_rate)));
+    let pace = Pace::Scheduled(u64::from(options.soak_rate) * u64::from(seconds));
+    let pushing = drive(&trial.agents, &business, pace, &audit, SETTLE);
+    let churning = trial.agents.churn(&connect, options.soak_churn, seconds);
+    let (_, returned) = tokio::try_join!(pushing, churning)?;
+    let samples = last_half(&trial.live.series().samples, f64::from(seconds));
+    let seen = must_be_clean(&trial.agents, &audit).await?;
+    ensure!(seen.connected == users, "{} of {users}: {}", seen.connected, seen.why_closed);
+    say(&format!("{}; re-sent though shown: {}", seen.outcome(audit.totals().total), seen.resent))?;
+    target.all_acknowledged(Duration::from_secs(60)).await?;
+
+    let times_us = trial.agents.latencies_us().await?;
+    trial.live.latencies("push", &times_us);
+    trial.live.latencies("return", &returned.took_us);
+    trial.agents.drop_all().await?;
+    let mut rows = vec![
+        Measure::new("soak_delivered_per_s", "1/s", None, seen.shown as f64 / f64::from(seconds)),
+        Measure::new("soak_push_p50_ms", "ms", None, quantile_ms(&times_us, 0.5)),
+        Measure::new("soak_push_p99_ms", "ms", None, quantile_ms(&times_us, 0.99)),
+        Measure::new("soak_push_max_ms", "ms", None, quantile_ms(&times_us, 1.0)),
+    ];
+    type Of = fn(&Sample) -> Option<u64>;
+    let memory: Of = |sample| sample.resident_bytes;
+    let (files, tasks): (Of, Of) = (|sample| sample.open_files, |sample| sample.tasks);
+    let known =
+        [("soak_memory_ratio", memory), ("soak_files_ratio", files), ("soak_tasks_ratio", tasks)];
+    for (name, of) in known {
+        let points: Vec<_> = samples.iter().filter_map(|s| Some((s.at_s, of(s)? as f64))).collect();
+        match growth(&points) {
+            Some(growth) => {
+                let row = Measure::new(name, "", None, 1.0 + growth);
+                rows.push(row.against(Goal::AtMost(1.0 + options.growth_max)));
+            }
+            None => say(&format!("{name}: not known"))?,
+        }
+    }
+    Ok(rows)
+}
+
+/// What was seen in the last `seconds / 2`.
+fn last_half(samples: &[Sample], seconds: f64) -> Vec<Sample> {
+    let end = samples.last().map_or(0.0, |sample| sample.at_s);
+    samples.iter().filter(|sample| sample.at_s > end - seconds / 2.0).copied().collect()
+}
+
+/// By what share a value grew from the first moment to the last, after Theil and Sen: the slope is the
+/// median of those between points half of the time apart, so that a peak is no growth. `None`: too few
+/// points, or nothing to grow from.
+fn growth(points: &[(f64, f64)]) -> Option<f64> {
+    if points.len() < SAMPLES_MIN {
+        return None;
+    }
+    let middle = points.len() / 2;
+    let pairs = points.iter().zip(&points[middle..]);
+    let slope = median(pairs.map(|(a, b)| (b.1 - a.1) / (b.0 - a.0).max(0.001)).collect());
+    let level = median(points.iter().map(|(_, value)| *value).collect());
+    let span = points[points.len() - 1].0 - points[0].0;
+    (level > 0.0).then(|| slope * span / level)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 300 seconds of a value.
+    fn points(of: impl Fn(f64) -> f64) -> Vec<(f64, f64)> {
+        (0..300).map(|second| (f64::from(second), of(f64::from(second)))).collect()
+    }
+
+    #[test]
+    fn a_leak_is_found_and_a_wave_or_a_peak_is_none() {
+        let grown = |of: fn(f64) -> f64| growth(&points(of)).unwrap();
+        assert_eq!(grown(|_| 7.0), 0.0);
+        // A tenth more over the time.
+        assert!((grown(|s| 100.0 + s / 30.0) - 0.095).abs() < 0.005);
+        assert!(grown(|s| 100.0 + 5.0 * (s / 7.0).sin()).abs() < 0.02);
+        assert!(grown(|s| if (140.0..150.0).contains(&s) { 300.0 } else { 100.0 }).abs() < 0.01);
+        assert!(grown(|s| 100.0 - s / 30.0) < -0.05);
+        assert_eq!(growth(&points(|_| 7.0)[..5]), None);
+        assert_eq!(growth(&points(|_| 0.0)), None);
+    }
+
+    #[test]
+    fn only_the_last_half_counts() {
+        let samples: Vec<_> = (0..100)
+            .map(|second| Sample { at_s: f64::from(second), ..Sample::default() })
+            .collect();
+        let half = last_half(&samples, 40.0);
+        assert_eq!((half[0].at_s, half.len()), (80.0, 20));
+    }
+}
