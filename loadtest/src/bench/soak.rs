@@ -20,6 +20,8 @@ const PAYLOAD_BYTES: u32 = 200;
 const AT_ONCE_MAX: u32 = 64;
 /// Fewer samples than this say nothing about growth.
 const SAMPLES_MIN: usize = 10;
+/// So many points, and all pairs of them, are looked at.
+const POINTS_MAX: usize = 200;
 
 /// How it is soaked.
 #[derive(Debug, Clone, Args)]
@@ -118,14 +120,22 @@ fn last_half(samples: &[Sample], seconds: f64) -> Vec<Sample> {
 }
 
 /// By what share a value grew from the first moment to the last, after Theil and Sen: the slope is the
-/// median of those between points half of the time apart, so that a peak is no growth. `None`: too few
-/// points, or nothing to grow from.
+/// median of those between any two points, so that a peak is no growth. `None`: too few points, or nothing
+/// to grow from.
 fn growth(points: &[(f64, f64)]) -> Option<f64> {
     if points.len() < SAMPLES_MIN {
         return None;
     }
-    let middle = points.len() / 2;
-    let pairs = points.iter().zip(&points[middle..]);
+    // Of a long time not every point, but what points close together are on average.
+    let stretches = points.chunks(points.len().div_ceil(POINTS_MAX));
+    let mean = |stretch: &[(f64, f64)], of: fn(&(f64, f64)) -> f64| {
+        stretch.iter().map(of).sum::<f64>() / stretch.len() as f64
+    };
+    let points: Vec<_> = stretches.map(|s| (mean(s, |p| p.0), mean(s, |p| p.1))).collect();
+    let pairs = points
+        .iter()
+        .enumerate()
+        .flat_map(|(index, first)| points[index + 1..].iter().map(move |later| (first, later)));
     let slope = median(pairs.map(|(a, b)| (b.1 - a.1) / (b.0 - a.0).max(0.001)).collect());
     let level = median(points.iter().map(|(_, value)| *value).collect());
     let span = points[points.len() - 1].0 - points[0].0;
