@@ -281,6 +281,10 @@ impl Seen for Arc<State> {
     fn resent(&self) {
         self.resent.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn for_everyone(&self, messages: usize) {
+        self.frames.fetch_add(messages as u64, Ordering::Relaxed);
+    }
 }
 
 /// Counts a connection, however it ends.

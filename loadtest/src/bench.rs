@@ -1,6 +1,7 @@
 //! What Barid is measured by, beside the floor and the goal: one table, one list, one report.
 
 mod churn;
+mod fanout;
 mod handshake;
 mod idle;
 mod latency;
@@ -113,6 +114,8 @@ enum Scenario {
     Storm,
     /// Some come and go all the time.
     Churn,
+    /// One message to every session of a node, in bursts and at a steady rate.
+    Fanout,
     /// Kafka to device and back, as many as go.
     Unicast,
     /// Kafka to device at a fixed rate.
@@ -215,6 +218,7 @@ impl Scenario {
             Self::Handshake => handshake::measure(trial).await,
             Self::Storm => storm::measure(trial).await,
             Self::Churn => churn::measure(trial).await,
+            Self::Fanout => fanout::measure(trial).await,
             Self::Unicast => unicast::measure(trial).await,
             Self::Latency => latency::measure(trial).await,
             Self::Slow => slow::measure(trial).await,

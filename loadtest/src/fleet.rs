@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use barid_core::limits::EVERYONE;
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
-use barid_wire::v1::{Ack, Hello, client_frame::Kind};
+use barid_wire::v1::{Ack, Hello, Message, client_frame::Kind};
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _, stream};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -220,6 +221,9 @@ pub trait Seen: Send + Sync + 'static {
 
     /// A message came again that was shown before.
     fn resent(&self) {}
+
+    /// So many messages came that were for everyone.
+    fn for_everyone(&self, _messages: usize) {}
 }
 
 impl Seen for Arc<Audit> {
@@ -237,12 +241,14 @@ pub struct Device<S> {
     /// The newest position that the application was shown; 0: none yet.
     position: Arc<AtomicU64>,
     acked: u64,
+    /// The last message for everyone.
+    everyone: u64,
 }
 
 impl<S: Seen> Device<S> {
     /// The device of user `number`. `ack_delay`: as for [`Fleet::connect`].
     pub fn new(socket: Socket, number: u32, ack_delay: Duration, seen: S) -> Self {
-        Self { socket, number, ack_delay, seen, position: Arc::default(), acked: 0 }
+        Self { socket, number, ack_delay, seen, position: Arc::default(), acked: 0, everyone: 0 }
     }
 
     /// It was here before, and its application was shown everything up to this position.
@@ -290,6 +296,9 @@ impl<S: Seen> Device<S> {
     ) -> anyhow::Result<()> {
         match frame.context("end of stream")?? {
             Frame::Binary(bytes) => match decode_server(Encoding::Proto, bytes)? {
+                ServerFrame::Deliver(deliver) if deliver.mailbox == EVERYONE => {
+                    self.for_everyone(&deliver.messages)?;
+                }
                 ServerFrame::Deliver(deliver) => {
                     for message in deliver.messages {
                         // Where a mailbox begins, the node knows; from then on without a hole.
@@ -315,6 +324,19 @@ impl<S: Seen> Device<S> {
             Frame::Close(close) => bail!("{close:?}"),
             _ => (),
         }
+        Ok(())
+    }
+}
+
+impl<S: Seen> Device<S> {
+    /// Each once and in order, from the first one on.
+    fn for_everyone(&mut self, messages: &[Message]) -> anyhow::Result<()> {
+        for Message { seq, .. } in messages {
+            let before = self.everyone;
+            ensure!(*seq == before + 1, "seq {seq} for everyone after {before}");
+            self.everyone = *seq;
+        }
+        self.seen.for_everyone(messages.len());
         Ok(())
     }
 }

@@ -141,6 +141,14 @@ impl Sandbox {
         Ok(addresses)
     }
 
+    /// Where dispatchers reach the access node.
+    ///
+    /// # Errors
+    /// The access node is gone.
+    pub async fn dispatchers_address(&mut self) -> anyhow::Result<SocketAddr> {
+        self.cluster.node(Role::Access, 0).address("grpc").await
+    }
+
     /// A user's token.
     pub fn token(user: &str) -> String {
         token::token(barid_testkit::cluster::APP, user, TOKEN_LIFE)

@@ -6,7 +6,8 @@
 mod jwks;
 mod keys;
 
-use barid_core::{AppId, DeviceId, UserId};
+use barid_core::limits::GROUPS_MAX;
+use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
@@ -25,6 +26,8 @@ pub struct Claims {
     pub device: Option<DeviceId>,
     /// When it is over, seconds since the Unix epoch.
     pub expires_s: u64,
+    /// The groups that may be subscribed to.
+    pub groups: Vec<GroupId>,
 }
 
 /// Why a token was refused, in words for who made it.
@@ -83,6 +86,7 @@ struct RawClaims {
     exp: Value,
     nbf: Value,
     device: Value,
+    groups: Value,
 }
 
 impl AuthError {
@@ -210,7 +214,10 @@ impl Verifier {
         if starts_s > now_s.saturating_add(self.nbf_leeway_s) {
             return Err(AuthError::TooEarly);
         }
-        Ok(Claims { user: UserKey { app, user }, device, expires_s })
+        let groups = names("groups", &raw.groups)?;
+        let groups = groups.into_iter().map(GroupId::new).collect::<Result<_, _>>();
+        let groups = groups.map_err(invalid)?;
+        Ok(Claims { user: UserKey { app, user }, device, expires_s, groups })
     }
 }
 
@@ -221,6 +228,22 @@ fn text<'a>(claim: &str, value: &'a Value) -> Result<Option<&'a str>, AuthError>
         Value::String(text) => Ok(Some(text)),
         _ => Err(AuthError::Malformed(format!("claim {claim} is not a string"))),
     }
+}
+
+/// A claim that is a list of text; empty where it is absent.
+fn names<'a>(claim: &str, value: &'a Value) -> Result<Vec<&'a str>, AuthError> {
+    let wrong = || AuthError::Malformed(format!("claim {claim} is not a list of strings"));
+    let list = match value {
+        Value::Null => return Ok(Vec::new()),
+        Value::Array(list) => list,
+        _ => return Err(wrong()),
+    };
+    if list.len() > GROUPS_MAX {
+        let count = list.len();
+        let text = format!("claim {claim} has {count} entries, the limit is {GROUPS_MAX}");
+        return Err(AuthError::Malformed(text));
+    }
+    list.iter().map(|name| name.as_str().ok_or_else(wrong)).collect()
 }
 
 /// A claim that is a time. Fractions round down, what is below zero or too large saturates.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use barid_bus::KafkaConfig;
 use barid_core::Secret;
+use barid_core::limits::GROUPS_MAX;
 use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
@@ -219,6 +220,15 @@ pub struct LimitsConfig {
     /// Bytes of pushes that may wait for all devices together; beyond them new handshakes get 503, and
     /// the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
+    /// Groups that one session may be subscribed to; a further one is refused with 4504. At most 254.
+    pub subscriptions_max: usize,
+    /// Bytes of messages that are held for the members of an audience (everyone of an app, or a group) who
+    /// have not read them yet; beyond them the oldest is dropped.
+    pub fanout_bytes_max: usize,
+    /// The same for all audiences together; beyond them new messages are dropped.
+    pub node_fanout_bytes_max: u64,
+    /// How long they are held, seconds.
+    pub fanout_seconds: u32,
     /// Resident memory of the process, bytes; beyond it the same happens. 0: 80 % of what its cgroup may
     /// have, if that is limited.
     pub memory_bytes_max: u64,
@@ -254,6 +264,10 @@ impl Default for LimitsConfig {
             queued_bytes_max: 1 << 20,
             send_buffer_bytes: 64 << 10,
             node_queued_bytes_max: 512 << 20,
+            subscriptions_max: 64,
+            fanout_bytes_max: 1 << 20,
+            node_fanout_bytes_max: 64 << 20,
+            fanout_seconds: 5,
             memory_bytes_max: 0,
             unacked_max: 256,
             close_timeout_ms: 2_000,
@@ -275,6 +289,9 @@ impl LimitsConfig {
         }
         if self.queued_bytes_max < page_bytes_max as usize {
             return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
+        }
+        if self.subscriptions_max > GROUPS_MAX {
+            return Err(format!("limits.subscriptions_max must be at most {GROUPS_MAX}"));
         }
         if self.node_queued_bytes_max < self.queued_bytes_max as u64 {
             return Err("limits.node_queued_bytes_max must be at least queued_bytes_max".into());
@@ -464,6 +481,9 @@ impl Config {
             ("limits.hello_timeout_ms", self.limits.hello_timeout_ms),
             ("limits.frame_bytes_max", self.limits.frame_bytes_max as u64),
             ("limits.queued_bytes_max", self.limits.queued_bytes_max as u64),
+            ("limits.fanout_bytes_max", self.limits.fanout_bytes_max as u64),
+            ("limits.node_fanout_bytes_max", self.limits.node_fanout_bytes_max),
+            ("limits.fanout_seconds", self.limits.fanout_seconds.into()),
             ("limits.unacked_max", self.limits.unacked_max as u64),
             ("limits.close_timeout_ms", self.limits.close_timeout_ms),
             ("limits.batches_max", self.limits.batches_max as u64),

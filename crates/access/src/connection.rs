@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_core::CloseCode;
+use barid_core::{CloseCode, GroupId};
 use barid_mailbox::{
     AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, DisconnectRequest, Page, ReadRequest,
 };
@@ -24,6 +24,7 @@ use tokio_tungstenite::tungstenite::error::CapacityError;
 
 use crate::admission::Admitted;
 use crate::auth::Claims;
+use crate::fanout::{Kind, Listener, Read, Refused};
 use crate::handle::{Handle, Inbox};
 use crate::handshake::{self, Accepted, Arrival};
 use crate::node::Node;
@@ -199,6 +200,8 @@ fn decode(
         ClientFrame::Ack(_) => "ack",
         ClientFrame::Refresh(_) => "refresh",
         ClientFrame::Pong(_) => "pong",
+        ClientFrame::Subscribe(_) => "subscribe",
+        ClientFrame::Unsubscribe(_) => "unsubscribe",
     });
     Ok(Some(frame))
 }
@@ -244,6 +247,10 @@ struct Connection {
     handle: Arc<Handle>,
     session: Connected,
     codec: Codec,
+    /// What it hears beside its user's messages.
+    listener: Listener,
+    /// There may be something to read for it.
+    fanned_out: bool,
     beat: Heartbeat,
     spent: Spent,
     out: VecDeque<Out>,
@@ -286,6 +293,8 @@ impl Connection {
         let mut connection = Box::new(Self {
             node: Arc::clone(node),
             socket: accepted.socket,
+            listener: Listener::new(&node.fanout, &handle, accepted.claims.groups),
+            fanned_out: false,
             handle,
             session,
             codec,
@@ -314,6 +323,7 @@ impl Connection {
             busy |= self.poll_read(cx);
             busy |= self.start_calls();
             busy |= self.poll_write(cx);
+            self.poll_fanout(cx);
             self.tell_queued();
             if let Some(end) = self.end.take() {
                 return Poll::Ready(end);
@@ -348,7 +358,8 @@ impl Connection {
 
     fn poll_inbox(&mut self, cx: &Context<'_>) -> bool {
         let Poll::Ready(inbox) = self.handle.poll_take(cx) else { return false };
-        let Inbox { pushes, missed, tick, resend, confirm, go_away, close, .. } = inbox;
+        let Inbox { pushes, missed, tick, resend, fanout, confirm, go_away, close, .. } = inbox;
+        self.fanned_out |= fanout;
         if let Some(close) = close {
             self.end(Some(close));
             return true;
@@ -493,6 +504,10 @@ impl Connection {
             Ok(claims) => {
                 self.beat.expires(self.node.seconds_at(claims.expires_s));
                 self.node.set_due(&self.handle, self.beat.due());
+                let app = &self.handle.user().app;
+                for group in self.listener.allow(&self.node.fanout, app, claims.groups) {
+                    self.refused(&group, Refused::NotListed);
+                }
             }
             Err((why, close)) => {
                 self.node.metrics.token_refused(why);
@@ -640,10 +655,53 @@ impl Connection {
                 }));
             }
             ClientFrame::Pong(_) => (),
+            ClientFrame::Subscribe(subscribe) => self.subscribe(&subscribe.group),
+            ClientFrame::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe.group),
             ClientFrame::Hello(_) => {
                 self.end(Some(Close::new(CloseCode::BadFrame, "hello came twice")));
             }
         }
+    }
+
+    fn subscribe(&mut self, group: &str) {
+        let Some(group) = self.group("subscribe", group) else { return };
+        let groups_max = self.node.limits.subscriptions_max;
+        match self.listener.subscribe(&self.node.fanout, &self.handle, &group, groups_max) {
+            Ok(()) => {
+                let group = group.to_string();
+                self.control(&ServerFrame::Subscribed(v1::Subscribed { group }));
+            }
+            Err(why) => {
+                self.node.metrics.subscription_refused(why);
+                self.refused(&group, why);
+            }
+        }
+    }
+
+    fn unsubscribe(&mut self, group: &str) {
+        let Some(group) = self.group("unsubscribe", group) else { return };
+        self.listener.unsubscribe(&self.node.fanout, &self.handle.user().app, &group);
+        let unsubscribed = v1::Unsubscribed { group: group.to_string(), ..Default::default() };
+        self.control(&ServerFrame::Unsubscribed(unsubscribed));
+    }
+
+    fn group(&mut self, frame: &str, group: &str) -> Option<GroupId> {
+        match GroupId::new(group) {
+            Ok(group) => Some(group),
+            Err(error) => {
+                self.end(Some(Close::new(CloseCode::BadFrame, format!("{frame}: {error}"))));
+                None
+            }
+        }
+    }
+
+    fn refused(&mut self, group: &GroupId, why: Refused) {
+        let (code, text) = why.told();
+        self.control(&ServerFrame::Unsubscribed(v1::Unsubscribed {
+            group: group.to_string(),
+            code: code.code().into(),
+            text: text.into(),
+        }));
     }
 
     /// Does what the session wants.
@@ -746,6 +804,36 @@ impl Connection {
         }
     }
 
+    /// Writes what is for an audience, once everything else has left: what the socket does not take stays
+    /// in the audience's log.
+    fn poll_fanout(&mut self, cx: &mut Context<'_>) {
+        while self.fanned_out && self.end.is_none() && self.is_flushed() {
+            if !self.write_fanout(cx) {
+                self.end(None);
+            }
+        }
+    }
+
+    /// One run of messages; false if the device is gone.
+    fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
+        let kind = Kind::new(self.codec.encoding, self.codec.zstd);
+        let Read { missed, run } = self.listener.read(kind);
+        if missed > 0 {
+            self.node.metrics.fanout_missed.inc_by(missed.into());
+        }
+        let Some(run) = run else {
+            self.fanned_out = false;
+            return true;
+        };
+        if run.messages == 0 {
+            return true;
+        }
+        self.node.metrics.delivered_fanout.inc_by(run.messages.into());
+        self.node.metrics.bytes_out.inc_by(run.frame.len() as u64);
+        self.beat.written(self.node.seconds());
+        self.socket.write_shared(cx, &run.frame).is_ok()
+    }
+
     fn feed(&mut self, out: Out) -> Result<(), socket::Error> {
         let frame = match out {
             Out::Ping => return self.socket.feed(Message::Ping(Bytes::new())),
@@ -758,7 +846,7 @@ impl Connection {
                 self.out_bytes -= frames.iter().map(Bytes::len).sum::<usize>();
                 match frames.as_slice() {
                     [alone] => alone.clone(),
-                    several => join_delivers(self.codec.encoding, generation, several),
+                    several => join_delivers(self.codec.encoding, "", generation, several),
                 }
             }
             Out::Entries(entries) => {
@@ -823,10 +911,11 @@ impl Connection {
 
     /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
     async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, out, .. } = *self;
+        let Self { node, socket, handle, session, codec, out, listener, .. } = *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
         node.metrics.close(close.as_ref().map(|close| close.code));
         node.registry.remove(handle.user(), handle.connection);
+        listener.leave(&node.fanout, &handle.user().app);
         handle.finish();
         drop(out);
         let closing = session.close(close);
@@ -931,7 +1020,7 @@ mod tests {
     fn an_idle_session_is_small() {
         // Beside these: tokio's task and registration, the names; the WebSocket has no buffer.
         assert!(future_bytes(serve) <= 120, "the task: {}", future_bytes(serve));
-        assert!(size_of::<Connection>() <= 552, "the connection: {}", size_of::<Connection>());
+        assert!(size_of::<Connection>() <= 584, "the connection: {}", size_of::<Connection>());
         assert!(size_of::<Socket>() <= 120, "of it the socket: {}", size_of::<Socket>());
         assert!(size_of::<Handle>() <= 192, "its handle: {}", size_of::<Handle>());
     }

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use barid_core::{AppId, CloseCode, ConnectionId, DeviceId, UserId};
+use barid_core::{AppId, CloseCode, ConnectionId, DeviceId, GroupId, UserId};
 use barid_mailbox::{DisconnectRequest, UserKey};
 use barid_wire::internal::access_peer_server::AccessPeer;
 use barid_wire::internal::access_server::Access;
 use barid_wire::internal::{
-    CloseReply, CloseRequest, Gone, NodeBatch, NodePush, NodeReply, NodeResend,
+    CloseReply, CloseRequest, Gone, NodeBatch, NodeFanout, NodePush, NodeReply, NodeResend,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -82,6 +82,7 @@ impl AccessPeer for AccessService {
 fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
     let mine = batch.incarnation == node.incarnation().0;
     let (mut gone, mut waiting) = (Vec::new(), Vec::new());
+    fan_out(node, batch.fanouts);
     for push in batch.pushes {
         deliver_push(node, mine, push, &mut gone, &mut waiting);
     }
@@ -95,6 +96,29 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
         forget(node, forgetting, gone.clone());
     }
     NodeReply { batch: batch.batch, gone }
+}
+
+/// All of them before anybody is told: who is told once reads all.
+fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
+    if fanouts.is_empty() {
+        return;
+    }
+    let now = (node.now_ms(), node.seconds());
+    for NodeFanout { app, group, envelope } in fanouts {
+        let audience = AppId::new(&app).ok().zip(match group.as_str() {
+            "" => Some(None),
+            group => GroupId::new(group).ok().map(Some),
+        });
+        let Some((app, group)) = audience else {
+            tracing::warn!(app, group, "a dispatcher named no audience");
+            continue;
+        };
+        // Its mailbox holds it.
+        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, now) {
+            tracing::warn!(%error, "a dispatcher sent no envelope");
+        }
+    }
+    node.fanout.go();
 }
 
 /// `waiting`: who has to be woken.

@@ -80,6 +80,8 @@ pub struct Inbox {
     pub tick: bool,
     /// The retry timer was due.
     pub resend: bool,
+    /// There is something to read for an audience of the session.
+    pub fanout: bool,
     /// Say that you live.
     pub confirm: bool,
     /// Tell the device to go, and to come back after so many ms.
@@ -91,7 +93,7 @@ pub struct Inbox {
 impl Inbox {
     fn is_empty(&self) -> bool {
         self.pushes.is_empty()
-            && !(self.missed || self.tick || self.resend || self.confirm)
+            && !(self.missed || self.tick || self.resend || self.fanout || self.confirm)
             && self.go_away.is_none()
             && self.close.is_none()
     }
@@ -177,6 +179,14 @@ impl Handle {
     /// Has the session look at what waits.
     pub fn wake(&self) {
         Self::wake_locked(self.state.lock());
+    }
+
+    /// There is something to read for an audience of the session. Wakes it, unless it was told before.
+    pub fn tell_fanout(&self) {
+        let mut state = self.state.lock();
+        if !std::mem::replace(&mut state.inbox.fanout, true) {
+            Self::wake_locked(state);
+        }
     }
 
     /// Changes what waits, and wakes the session.

@@ -14,6 +14,7 @@ mod balance;
 pub mod config;
 mod connection;
 mod error;
+mod fanout;
 mod frames;
 mod grpc;
 mod handle;

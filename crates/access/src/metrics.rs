@@ -1,10 +1,13 @@
 //! Every metric of an access node, as a closed set.
 
+use std::time::Duration;
+
 use barid_core::CloseCode;
 use barid_runtime::{Hop, Hops};
 use barid_wire::envelope::SkipReason;
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
+use crate::fanout::{Refused, Taken};
 use crate::session::{Dropped, SyncCause};
 
 const HANDSHAKES: [&str; 18] = [
@@ -41,11 +44,11 @@ const TOKENS: [&str; 10] = [
 ];
 const SKIPS: [&str; 6] =
     ["unspecified", "expired", "evicted", "other_device", "collapsed", "recalled"];
-const FRAMES: [&str; 4] = ["hello", "ack", "refresh", "pong"];
+const FRAMES: [&str; 6] = ["hello", "ack", "refresh", "pong", "subscribe", "unsubscribe"];
 const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
 const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
 const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 18] = [
+const LIMITS: [&str; 19] = [
     "connections",
     "handshakes",
     "handshake_rate",
@@ -60,6 +63,7 @@ const LIMITS: [&str; 18] = [
     "upstream_frames",
     "upstream_bytes",
     "idle",
+    "subscriptions",
     "memory",
     "memory_closed",
     "forgets",
@@ -86,6 +90,17 @@ pub struct Metrics {
     pub delivered_fast: IntCounter,
     /// Messages written from a mailbox's page.
     pub delivered_sync: IntCounter,
+    /// Messages written that were for a whole audience.
+    pub delivered_fanout: IntCounter,
+    fanouts: IntCounterVec,
+    /// Groups that sessions are subscribed to.
+    pub subscriptions: IntGauge,
+    subscriptions_refused: IntCounter,
+    /// Messages for an audience that a session did not keep up with.
+    pub fanout_missed: IntCounter,
+    /// Bytes of messages for audiences that are held for their members.
+    pub fanout_held_bytes: IntGauge,
+    fanout_seconds: Histogram,
     skips: IntCounterVec,
     frames_in: IntCounterVec,
     /// Bytes of frames written to devices, without WebSocket headers.
@@ -126,7 +141,7 @@ impl Metrics {
             "delivered_total",
             "Messages written, by path",
             "path",
-            &["fast", "sync"],
+            &["fast", "sync", "fanout"],
         )?;
         Ok(Self {
             connections: make.gauge("connections", "Open sockets")?,
@@ -152,6 +167,25 @@ impl Metrics {
             )?,
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
+            delivered_fanout: delivered.with_label_values(&["fanout"]),
+            fanouts: make.counters(
+                "fanouts_total",
+                "Messages for an audience, by result",
+                "result",
+                &Taken::ALL.map(Taken::as_str),
+            )?,
+            subscriptions: make.gauge("subscriptions", "Groups that sessions are subscribed to")?,
+            subscriptions_refused: make.counter(
+                "subscriptions_refused_total",
+                "Subscriptions to groups that the token does not list",
+            )?,
+            fanout_missed: make.counter("fanout_missed_total", "Messages that members missed")?,
+            fanout_held_bytes: make.gauge("fanout_held_bytes", "Bytes held for audiences")?,
+            fanout_seconds: make.histogram(
+                "fanout_seconds",
+                "From a message's arrival until all members were told",
+                prometheus::exponential_buckets(0.0001, 2.0, 16)?,
+            )?,
             skips: make.counters("skips_total", "Skips told, by reason", "why", &SKIPS)?,
             frames_in: make.counters(
                 "frames_in_total",
@@ -219,6 +253,24 @@ impl Metrics {
     /// A connection was closed; `None`: by the device.
     pub fn close(&self, code: Option<CloseCode>) {
         self.closes.with_label_values(&[code.map_or("device", CloseCode::as_str)]).inc();
+    }
+
+    /// A message for an audience came.
+    pub fn fanout(&self, taken: Taken) {
+        self.fanouts.with_label_values(&[taken.as_str()]).inc();
+    }
+
+    /// All members of an audience were told, so long after its message came.
+    pub fn fanout_told(&self, took: Duration) {
+        self.fanout_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A session may not subscribe to a group.
+    pub fn subscription_refused(&self, why: Refused) {
+        match why {
+            Refused::NotListed => self.subscriptions_refused.inc(),
+            Refused::TooMany => self.limit("subscriptions"),
+        }
     }
 
     /// A skip was told.
@@ -294,6 +346,18 @@ impl Maker<'_> {
         values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
         self.0.register(Box::new(counters.clone()))?;
         Ok(counters)
+    }
+
+    fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: Vec<f64>,
+    ) -> Result<Histogram, prometheus::Error> {
+        let options = HistogramOpts::new(format!("barid_access_{name}"), help).buckets(buckets);
+        let histogram = Histogram::with_opts(options)?;
+        self.0.register(Box::new(histogram.clone()))?;
+        Ok(histogram)
     }
 
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {

@@ -13,6 +13,7 @@ use barid_runtime::{Condition, Shutdown, Tracer};
 use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::{HeartbeatConfig, LimitsConfig};
+use crate::fanout::Fanout;
 use crate::handle::Handle;
 use crate::metrics::Metrics;
 use crate::proxy::Proxies;
@@ -30,6 +31,8 @@ pub struct Node {
     parts: Parts,
     /// Its sessions.
     pub registry: Registry,
+    /// What is for many of them.
+    pub fanout: Fanout,
     /// Their clocks.
     pub wheel: Wheel,
     incarnation: AtomicU64,
@@ -89,6 +92,7 @@ impl Node {
     /// Puts it together; its first life is `incarnation`.
     pub fn new(parts: Parts, incarnation: Incarnation) -> Self {
         Self {
+            fanout: Fanout::new(&parts.limits, &parts.metrics),
             parts,
             registry: Registry::new(),
             wheel: Wheel::new(),
@@ -172,6 +176,7 @@ impl Node {
             for now in self.seconds() + 1..=now {
                 self.seconds.store(now, Ordering::Relaxed);
                 self.wheel.turn(now);
+                self.fanout.sweep(now);
                 if now.is_multiple_of(SWEEP_SECONDS) {
                     self.admission.sweep();
                 }

@@ -74,6 +74,7 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(tick(Arc::clone(&node), wheel));
     tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
+    tasks.spawn(fan_out(Arc::clone(&node)));
     if let Some(tls) = &node.tls {
         tasks.spawn(tls.clone().keep_fresh(node.metrics.clone()));
     }
@@ -212,6 +213,11 @@ async fn keep_keys_fresh(node: Arc<Node>) -> &'static str {
         look.tick().await;
         node.verifier.refresh().await;
     }
+}
+
+async fn fan_out(node: Arc<Node>) -> &'static str {
+    node.fanout.tell().await;
+    "the fan-out"
 }
 
 async fn watch_redis(node: Arc<Node>, condition: Condition) -> &'static str {

@@ -12,6 +12,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use barid_core::CloseCode;
+use barid_wire::frames::Encoding;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
@@ -158,6 +160,32 @@ impl Socket {
         Poll::Ready(Ok(()))
     }
 
+    /// Writes a whole frame ([`framed`]) that others share, without a copy of it; only where nothing is fed.
+    /// What the other end does not take at once is fed then.
+    ///
+    /// # Errors
+    /// The other end is gone, or the socket is closing.
+    pub fn write_shared(&mut self, cx: &mut Context<'_>, frame: &Bytes) -> Result<(), Error> {
+        if !self.writes {
+            return Err(ProtocolError::SendAfterClosing.into());
+        }
+        let mut sent = 0;
+        while sent < frame.len() {
+            match Pin::new(&mut self.stream).poll_write(cx, &frame[sent..])? {
+                Poll::Ready(0) => return Err(Error::Io(ErrorKind::WriteZero.into())),
+                Poll::Ready(bytes) => sent += bytes,
+                Poll::Pending => break,
+            }
+        }
+        self.unsent.extend_from_slice(&frame[sent..]);
+        // TLS may hold back what it took.
+        self.is_dirty = true;
+        match self.poll_flush(cx) {
+            Poll::Ready(flushed) => flushed,
+            Poll::Pending => Ok(()),
+        }
+    }
+
     /// Ends the connection politely: the last message, a close (none if the other end closed or is
     /// gone), and then its end is waited for. False if all that took longer than `limit`.
     pub async fn hang_up(
@@ -193,6 +221,30 @@ impl Socket {
         }
         Ok(())
     }
+}
+
+/// A message in one frame with its header (RFC 6455, 5.2), as a server sends it to everybody: unmasked.
+pub fn framed(encoding: Encoding, payload: &[u8]) -> Bytes {
+    const FINAL: u8 = 0x80;
+    let opcode = match encoding {
+        Encoding::Json => 1,
+        Encoding::Proto => 2,
+    };
+    let mut frame = BytesMut::with_capacity(payload.len() + 10);
+    frame.put_u8(FINAL | opcode);
+    match payload.len() {
+        length @ 0..=125 => frame.put_u8(length as u8),
+        length @ 126..=0xffff => {
+            frame.put_u8(126);
+            frame.put_u16(length as u16);
+        }
+        length => {
+            frame.put_u8(127);
+            frame.put_u64(length as u64);
+        }
+    }
+    frame.put_slice(payload);
+    frame.freeze()
 }
 
 /// Barid's codes are explained in an Error frame before. Where WebSocket itself was broken, no frame may

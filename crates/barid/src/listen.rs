@@ -8,7 +8,7 @@ use anyhow::bail;
 use barid_client::{
     AckHandle, Body, Client, Closed, Deliveries, Delivery, Event, FileStore, Message,
 };
-use barid_core::{AppId, DeviceId, UserId};
+use barid_core::{AppId, DeviceId, GroupId, UserId};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
@@ -40,6 +40,9 @@ pub struct Args {
     /// Where devices connect: ws://HOST:PORT
     #[arg(long, env = "BARID_URL")]
     pub url: Option<String>,
+    /// Listen to this group as well; may be given several times
+    #[arg(long = "group", value_name = "GROUP")]
+    pub groups: Vec<GroupId>,
     /// A token from elsewhere; otherwise one is made with the secret
     #[arg(long, env = "BARID_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
@@ -62,6 +65,8 @@ pub struct Args {
 #[derive(Serialize)]
 struct Received<'a> {
     event: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<&'a str>,
     seq: u64,
     id: &'a str,
     kind: &'static str,
@@ -97,6 +102,7 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
     let builder = Client::builder(values::url(args.url.clone())?)
         .device(args.device.as_str())
         .platform("terminal");
+    let builder = args.groups.iter().fold(builder, |builder, group| builder.group(group.as_str()));
     let builder = match &args.position_file {
         Some(file) => builder.positions(FileStore::new(file)),
         None => builder,
@@ -105,7 +111,7 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
         return Ok(builder.token(move || std::future::ready(Ok(token.as_str().into()))));
     }
     let Some(user) = args.user.clone() else { bail!("give --user or --token") };
-    let holder = Holder { app: args.app.clone(), user, device: None };
+    let holder = Holder { app: args.app.clone(), user, device: None, groups: args.groups.clone() };
     let key = Arc::new(args.key.key()?);
     Ok(builder.token(move || {
         let token = sign(&key, &holder, TOKEN_TTL);
@@ -151,6 +157,7 @@ fn show_message(message: &Message, out: Output) -> anyhow::Result<()> {
     let received_at_ms = now_ms();
     let mut received = Received {
         event: "message",
+        group: message.group.as_deref(),
         seq: message.seq.0,
         id: &message.id,
         kind: "text",
@@ -178,7 +185,9 @@ fn show_message(message: &Message, out: Output) -> anyhow::Result<()> {
         let time = out.paint(Tone::Faint, clock(received_at_ms));
         let seq = out.paint(Tone::Strong, format_args!("#{:<5}", message.seq));
         let id = format!("{:<16}", clean(&message.id));
-        format!("{time}  {seq} {id}  {}", body(&message.body, out))
+        let group = message.group.as_deref();
+        let group = group.map_or_else(String::new, |group| format!("[{}] ", clean(group)));
+        format!("{time}  {seq} {group}{id}  {}", body(&message.body, out))
     })?;
     Ok(())
 }
@@ -219,6 +228,13 @@ fn object(event: &Event) -> serde_json::Value {
             json!({"event": "reset", "before_seq": before.seq.0, "seq": now.seq.0})
         }
         Event::Duplicate { seq, id } => json!({"event": "duplicate", "seq": seq.0, "id": id}),
+        Event::Subscribed { group } => json!({"event": "subscribed", "group": group}),
+        Event::Unsubscribed { group, code, text } => {
+            json!({"event": "unsubscribed", "group": group, "code": code, "why": text})
+        }
+        Event::Missed { group, count } => {
+            json!({"event": "missed", "group": group.as_ref(), "count": count})
+        }
         Event::TokenRefreshed => json!({"event": "token_refreshed"}),
         Event::TokenFailed { reason } => json!({"event": "token_failed", "why": reason}),
         Event::ServerError { code, text } => {
@@ -262,6 +278,13 @@ fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
         ),
         Event::Duplicate { seq, id } => {
             (Tone::Faint, format!("#{seq} {} was sent again", clean(id)))
+        }
+        Event::Subscribed { group } => (Tone::Good, format!("subscribed to {}", clean(group))),
+        Event::Unsubscribed { group, code, text } => {
+            (Tone::Warn, format!("not subscribed to {}: {code} {}", clean(group), clean(text)))
+        }
+        Event::Missed { group, count } => {
+            (Tone::Warn, format!("{count} messages of {} did not come", clean(group)))
         }
         Event::ServerError { code, text } => (Tone::Bad, format!("{code} {}", clean(text))),
         Event::TokenFailed { reason } => (Tone::Bad, format!("no fresh token: {reason}")),

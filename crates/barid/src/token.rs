@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use barid_core::{AppId, DeviceId, UserId};
+use barid_core::{AppId, DeviceId, GroupId, UserId};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 
@@ -23,6 +23,9 @@ pub struct Args {
     /// The only device that may use it
     #[arg(long)]
     pub device: Option<DeviceId>,
+    /// A group that it may subscribe to; may be given several times
+    #[arg(long = "group", value_name = "GROUP")]
+    pub groups: Vec<GroupId>,
     /// How long it is good for: 30s, 15m, 1h, 7d
     #[arg(long, default_value = "1h", value_parser = values::duration)]
     pub ttl: Duration,
@@ -36,6 +39,7 @@ pub struct Holder {
     pub app: AppId,
     pub user: UserId,
     pub device: Option<DeviceId>,
+    pub groups: Vec<GroupId>,
 }
 
 #[derive(Serialize)]
@@ -46,6 +50,8 @@ struct Claims<'a> {
     exp: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    groups: Vec<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -58,8 +64,12 @@ struct Made<'a> {
 
 /// Prints a token.
 pub fn run(args: &Args, out: Output) -> anyhow::Result<ExitCode> {
-    let holder =
-        Holder { app: args.app.clone(), user: args.user.clone(), device: args.device.clone() };
+    let holder = Holder {
+        app: args.app.clone(),
+        user: args.user.clone(),
+        device: args.device.clone(),
+        groups: args.groups.clone(),
+    };
     let (token, expires_at_ms) = sign(&args.key.key()?, &holder, args.ttl)?;
     let made =
         Made { token: &token, app: args.app.as_str(), user: args.user.as_str(), expires_at_ms };
@@ -76,6 +86,7 @@ pub fn sign(key: &Key, holder: &Holder, ttl: Duration) -> anyhow::Result<(String
         iat: now_s,
         exp: now_s + ttl.as_secs(),
         device: holder.device.as_ref().map(DeviceId::as_str),
+        groups: holder.groups.iter().map(GroupId::as_str).collect(),
     };
     let mut header = Header::new(Algorithm::HS256);
     header.kid.clone_from(&key.id);
@@ -98,6 +109,7 @@ mod tests {
             app: AppId::new("demo").unwrap(),
             user: UserId::new("alice").unwrap(),
             device: Some(DeviceId::new("phone").unwrap()),
+            groups: vec![GroupId::new("eng").unwrap()],
         };
         let (token, expires_at_ms) = sign(&key, &holder, Duration::from_secs(60)).unwrap();
         assert_eq!(jsonwebtoken::decode_header(&token).unwrap().kid.as_deref(), Some("k1"));
@@ -110,6 +122,7 @@ mod tests {
         let claims = decoded.unwrap().claims;
         assert_eq!((claims["app"].as_str(), claims["sub"].as_str()), (Some("demo"), Some("alice")));
         assert_eq!(claims["device"], "phone");
+        assert_eq!(claims["groups"], serde_json::json!(["eng"]));
         assert_eq!(claims["exp"].as_u64(), Some(expires_at_ms / 1000));
     }
 }

@@ -1,11 +1,12 @@
 //! The application's side: building a client, taking its messages, shutting it down.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{DeviceId, InvalidName, limits};
+use barid_core::{DeviceId, GroupId, InvalidName, limits};
 use tokio::sync::{mpsc, watch};
 use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,7 @@ pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
 pub struct Client {
     stop: CancellationToken,
     closed: watch::Receiver<Option<Closed>>,
+    groups: watch::Sender<BTreeSet<GroupId>>,
 }
 
 /// What a client is to be. Made by [`Client::builder`].
@@ -42,6 +44,7 @@ pub struct Builder {
     ping_interval: Option<Duration>,
     zone: Option<String>,
     roots: Option<Vec<u8>>,
+    groups: BTreeSet<String>,
 }
 
 /// The durations that a client keeps to.
@@ -119,7 +122,29 @@ impl Client {
             ping_interval: None,
             zone: None,
             roots: None,
+            groups: BTreeSet::new(),
         }
+    }
+
+    /// From now on also shows the messages of a group, which the token has to list; after reconnects as
+    /// well. The answer is an event. To subscribe twice does nothing.
+    ///
+    /// # Errors
+    /// No group can have this name.
+    pub fn subscribe(&self, group: &str) -> Result<(), InvalidName> {
+        let group = GroupId::new(group)?;
+        self.groups.send_if_modified(|groups| groups.insert(group));
+        Ok(())
+    }
+
+    /// And no longer.
+    ///
+    /// # Errors
+    /// No group can have this name.
+    pub fn unsubscribe(&self, group: &str) -> Result<(), InvalidName> {
+        let group = GroupId::new(group)?;
+        self.groups.send_if_modified(|groups| groups.remove(&group));
+        Ok(())
     }
 
     /// Waits until the client is over: shut down, or refused for good.
@@ -243,6 +268,13 @@ impl Builder {
         self
     }
 
+    /// Shows the messages of a group as well, from the start: [`Client::subscribe`].
+    #[must_use]
+    pub fn group(mut self, group: impl Into<String>) -> Self {
+        self.groups.insert(group.into());
+        self
+    }
+
     /// To how many bytes a compressed body may grow; 16 MiB if not given.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
@@ -279,7 +311,11 @@ impl Builder {
     ///
     /// # Errors
     /// As [`Builder::start`].
-    pub fn open(self, at_once: usize) -> Result<(Client, Deliveries), InvalidBuilder> {
+    pub fn open(mut self, at_once: usize) -> Result<(Client, Deliveries), InvalidBuilder> {
+        let groups = std::mem::take(&mut self.groups);
+        let groups: BTreeSet<_> =
+            groups.iter().map(|group| GroupId::new(group)).collect::<Result<_, _>>()?;
+        let (groups, wanted) = watch::channel(groups);
         let settings = Arc::new(self.settings()?);
         let checkpoint = match &settings.store {
             Some(store) => store.load().map_err(InvalidBuilder::Store)?.unwrap_or_default(),
@@ -297,13 +333,14 @@ impl Builder {
             stop.clone(),
             deliver,
             (finish, finished),
+            wanted,
         );
         tokio::spawn(async move {
             let why = driver.run().await;
             closed_tx.send_replace(Some(why));
         });
         let deliveries = Deliveries { messages, stop: stop.clone() };
-        Ok((Client { stop, closed }, deliveries))
+        Ok((Client { stop, closed, groups }, deliveries))
     }
 
     fn settings(self) -> Result<Settings, InvalidBuilder> {
@@ -368,11 +405,12 @@ pub struct Delivery {
     pub ack: AckHandle,
 }
 
-/// Acknowledges one message. Acknowledgements on the wire are cumulative: one is sent when every
+/// Acknowledges one message (of a group: does nothing). Acknowledgements on the wire are cumulative: one is sent when every
 /// earlier message is acknowledged too. Dropped unused, the message comes again.
 #[derive(Debug)]
 pub struct AckHandle {
-    ticket: Ticket,
+    /// `None`: of a group's message, which is not acknowledged.
+    ticket: Option<Ticket>,
     finished: mpsc::Sender<Finished>,
     handled: bool,
 }
@@ -393,7 +431,7 @@ impl Deliveries {
 }
 
 impl AckHandle {
-    pub(crate) fn new(ticket: Ticket, finished: mpsc::Sender<Finished>) -> Self {
+    pub(crate) fn new(ticket: Option<Ticket>, finished: mpsc::Sender<Finished>) -> Self {
         Self { ticket, finished, handled: false }
     }
 

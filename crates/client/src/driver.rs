@@ -1,11 +1,14 @@
 //! The task behind a client: connects, carries frames between socket and inbox, comes back.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{Chain, Clock as _, CloseCode, Epoch, Generation, Position, Seq, SystemClock};
+use barid_core::{
+    Chain, Clock as _, CloseCode, Epoch, Generation, GroupId, Position, Seq, SystemClock,
+};
 use barid_wire::v1::{self, ServerFrame, client_frame, server_frame};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
@@ -14,7 +17,8 @@ use crate::client::{AckHandle, Delivery, Settings};
 use crate::connection::Connection;
 use crate::event::{Closed, Disconnect, Event, SkipReason};
 use crate::inbox::{Inbox, Ticket};
-use crate::message::unpack;
+use crate::live::Live;
+use crate::message::{Message, unpack};
 use crate::reconnect::{Reconnect, next_attempt};
 
 /// A connection that lived for so long was a good one: the next wait is a short one again.
@@ -33,7 +37,8 @@ const PING_INTERVAL_MAX: Duration = Duration::from_secs(600);
 /// The application is done with a message, one way or the other.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    pub(crate) ticket: Ticket,
+    /// `None`: of a group's message.
+    pub(crate) ticket: Option<Ticket>,
     pub(crate) handled: bool,
 }
 
@@ -47,12 +52,17 @@ pub(crate) struct Driver {
     last: Option<Uri>,
     /// It failed: another node is taken if there is one.
     avoid: bool,
+    /// The groups that the application wants to hear.
+    groups: watch::Receiver<BTreeSet<GroupId>>,
 }
 
 /// The inbox and its ways to the application.
 struct Work {
     settings: Arc<Settings>,
     inbox: Inbox,
+    live: Live,
+    /// A group's message is next, if there is one.
+    live_next: bool,
     deliver: mpsc::Sender<Delivery>,
     finish: mpsc::Sender<Finished>,
     finished: mpsc::Receiver<Finished>,
@@ -73,6 +83,8 @@ struct Session {
     heard_at: Instant,
     ack_at: Option<Instant>,
     leave_at: Option<Instant>,
+    /// The groups that it was asked for.
+    groups: BTreeSet<GroupId>,
 }
 
 /// How one connection ended.
@@ -90,19 +102,22 @@ impl Driver {
         stop: CancellationToken,
         deliver: mpsc::Sender<Delivery>,
         (finish, finished): (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
+        groups: watch::Receiver<BTreeSet<GroupId>>,
     ) -> Self {
         let timing = &settings.timing;
         let reconnect = Reconnect::new(timing.reconnect_min, timing.reconnect_max);
         let work = Work {
             settings: settings.clone(),
             inbox,
+            live: Live::default(),
+            live_next: false,
             deliver,
             finish,
             finished,
             out: 0,
             stopping: false,
         };
-        Self { settings, work, attempt, reconnect, stop, last: None, avoid: false }
+        Self { settings, work, attempt, reconnect, stop, last: None, avoid: false, groups }
     }
 
     pub(crate) async fn run(mut self) -> Closed {
@@ -191,6 +206,7 @@ impl Driver {
         let mut stop_at = None;
         loop {
             self.work.flush_ack(session, self.attempt).await?;
+            self.subscribe(session).await?;
             if self.work.stopping && self.work.out == 0 {
                 self.work.send_ack(session, self.attempt).await?;
                 return Ok(Ended::Stopped);
@@ -212,6 +228,8 @@ impl Driver {
                     self.work.tell(Event::TokenRefreshed);
                     refresh.set(self::refresh(self.settings.clone(), next));
                 }
+                // A client that was dropped stops.
+                Ok(()) = self.groups.changed() => {}
                 () = sleep_until(session.heard_at + session.silence) => {
                     return Err(Disconnect::Timeout("sign of life"));
                 }
@@ -227,6 +245,23 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Asks for what the application wants and this connection was not asked for, and the other way round.
+    async fn subscribe(&mut self, session: &mut Session) -> Result<(), Disconnect> {
+        let wanted = self.groups.borrow_and_update().clone();
+        for group in wanted.difference(&session.groups) {
+            let group = group.to_string();
+            session.connection.send(client_frame::Kind::Subscribe(v1::Subscribe { group })).await?;
+        }
+        for group in session.groups.difference(&wanted) {
+            self.work.live.forget(group.as_str());
+            let group = group.to_string();
+            let frame = client_frame::Kind::Unsubscribe(v1::Unsubscribe { group });
+            session.connection.send(frame).await?;
+        }
+        session.groups = wanted;
+        Ok(())
     }
 
     fn hello(&self) -> v1::Hello {
@@ -275,7 +310,9 @@ impl Work {
 
     async fn frame(&mut self, session: &mut Session, frame: ServerFrame) -> Result<(), Disconnect> {
         if !frame.mailbox.is_empty() {
-            return Ok(()); // a group's: this SDK subscribes to none
+            self.live_messages(&frame.mailbox, frame.deliver)?;
+            self.hand_out();
+            return Ok(());
         }
         self.messages(Generation(frame.generation), frame.deliver)?;
         match frame.control {
@@ -291,6 +328,13 @@ impl Work {
             }
             Some(server_frame::Control::Ping(_)) => {
                 session.connection.send(client_frame::Kind::Pong(v1::Pong {})).await?;
+            }
+            Some(server_frame::Control::Subscribed(subscribed)) => {
+                self.tell(Event::Subscribed { group: subscribed.group });
+            }
+            Some(server_frame::Control::Unsubscribed(unsubscribed)) => {
+                let v1::Unsubscribed { group, code, text } = unsubscribed;
+                self.tell(Event::Unsubscribed { group, code, text });
             }
             None => {}
         }
@@ -311,6 +355,18 @@ impl Work {
             self.inbox
                 .deliver(generation, message, &mut events)
                 .map_err(|violation| Disconnect::Violation(violation.to_string()))?;
+        }
+        self.tell_all(events);
+        Ok(())
+    }
+
+    fn live_messages(&mut self, group: &str, messages: Vec<v1::Message>) -> Result<(), Disconnect> {
+        let mut events = Vec::new();
+        for message in messages {
+            let seq = message.seq;
+            let message = unpack(message, self.settings.body_bytes_max)
+                .map_err(|bad| Disconnect::Violation(format!("body of message {seq}: {bad}")))?;
+            self.live.deliver(group, message, &mut events);
         }
         self.tell_all(events);
         Ok(())
@@ -355,7 +411,7 @@ impl Work {
     /// Gives the application what it has room for.
     fn hand_out(&mut self) {
         while !self.stopping && self.out < self.deliver.max_capacity() {
-            let Some((ticket, message)) = self.inbox.next() else { return };
+            let Some((ticket, message)) = self.next_message() else { return };
             let ack = AckHandle::new(ticket, self.finish.clone());
             self.out += 1;
             // There is room; where the application has gone, the handle's drop gives it back.
@@ -363,12 +419,25 @@ impl Work {
         }
     }
 
+    /// The user's own and the groups' in turn, while there are both.
+    fn next_message(&mut self) -> Option<(Option<Ticket>, Message)> {
+        let first = if self.live_next { self.live.next() } else { None };
+        let own = if first.is_none() { self.inbox.next() } else { None };
+        self.live_next = own.is_some();
+        if let Some((ticket, message)) = own {
+            return Some((Some(ticket), message));
+        }
+        first.or_else(|| self.live.next()).map(|message| (None, message))
+    }
+
     /// Waits until the application is done with one more message. Cancel-safe.
     async fn finished(&mut self) {
         // `self.finish` keeps the channel open.
         if let Some(Finished { ticket, handled }) = self.finished.recv().await {
             self.out = self.out.saturating_sub(1);
-            self.inbox.finished(ticket, handled);
+            if let Some(ticket) = ticket {
+                self.inbox.finished(ticket, handled);
+            }
             self.hand_out();
         }
     }
@@ -451,6 +520,7 @@ impl Session {
             heard_at: Instant::now(),
             ack_at: None,
             leave_at: None,
+            groups: BTreeSet::new(),
         }
     }
 

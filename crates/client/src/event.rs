@@ -1,6 +1,7 @@
 //! What the connection tells the application beside messages.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{Position, Seq};
@@ -58,6 +59,27 @@ pub enum Event {
         seq: Seq,
         /// Its id.
         id: String,
+    },
+    /// A group's messages will come.
+    Subscribed {
+        /// The group.
+        group: String,
+    },
+    /// None of a group's messages will come until the client connects again or asks again.
+    Unsubscribed {
+        /// The group.
+        group: String,
+        /// 0: as asked; 4500: the token does not list the group; 4504: too many subscriptions.
+        code: u32,
+        /// The server's words.
+        text: String,
+    },
+    /// Messages of a group did not come, or found no room here: the application is not shown them.
+    Missed {
+        /// The group, or `everyone`.
+        group: Arc<str>,
+        /// How many.
+        count: u64,
     },
     /// A fresh token was handed to the server.
     TokenRefreshed,

@@ -25,6 +25,7 @@ mod connection;
 mod driver;
 mod event;
 mod inbox;
+mod live;
 mod message;
 mod nodes;
 mod reconnect;
@@ -38,4 +39,4 @@ pub use message::{Body, Message};
 pub use store::{Checkpoint, FileStore, MemoryStore, PositionStore};
 pub use token::{Token, TokenError};
 
-pub use barid_core::{Chain, Epoch, Generation, Position, Seq};
+pub use barid_core::{Chain, Epoch, Generation, GroupId, InvalidName, Position, Seq};

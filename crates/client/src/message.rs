@@ -1,14 +1,18 @@
 //! A message as the application sees it.
 
 use std::io::Read as _;
+use std::sync::Arc;
 
 use barid_core::Seq;
 use barid_wire::v1;
 use bytes::Bytes;
 
-/// One message of the device's mailbox.
+/// One message of the device's mailbox, or of a group's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
+    /// The group that it is for, `everyone` for all of the app; `None`: the user. A group's messages are
+    /// live: they are not acknowledged and do not come again.
+    pub group: Option<Arc<str>>,
     /// Its position in the mailbox.
     pub seq: Seq,
     /// The business's name of it.
@@ -61,7 +65,7 @@ pub(crate) fn unpack(wire: v1::Message, body_bytes_max: usize) -> Result<Message
         Some(Wire::ZstdData(packed)) => Body::Data(inflate(&packed, body_bytes_max)?.into()),
         None => Body::Data(Bytes::new()),
     };
-    Ok(Message { seq: Seq(wire.seq), id: wire.id, body })
+    Ok(Message { group: None, seq: Seq(wire.seq), id: wire.id, body })
 }
 
 fn inflate(packed: &[u8], max: usize) -> Result<Vec<u8>, BadBody> {

@@ -34,7 +34,8 @@ fn check(
 }
 
 macro_rules! name {
-    ($(#[$doc:meta])* $type:ident, $kind:literal, $max:expr, $allowed:expr, $what:literal) => {
+    ($(#[$doc:meta])* $type:ident, $kind:literal, $max:expr, $allowed:expr, $what:literal
+        $(, but $reserved:expr)?) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $type(Arc<str>);
@@ -43,8 +44,12 @@ macro_rules! name {
             /// Checks and wraps a name.
             ///
             /// # Errors
-            /// The name is empty, too long, or has a character that is not allowed.
+            /// The name is empty, too long, reserved, or has a character that is not allowed.
             pub fn new(name: &str) -> Result<Self, InvalidName> {
+                $(if name == $reserved {
+                    let problem = format!("{name:?} is a reserved name");
+                    return Err(InvalidName { kind: $kind, problem });
+                })?
                 check($kind, name, $max, $allowed, $what).map(Self)
             }
 
@@ -95,6 +100,11 @@ name!(
 name!(
     /// A device of a user. 1 to 64 bytes, any printable text.
     DeviceId, "device", crate::limits::DEVICE_BYTES_MAX, printable, "characters that are not control characters"
+);
+name!(
+    /// A group of an app's sessions. 1 to 64 bytes, any printable text but `everyone`.
+    GroupId, "group", crate::limits::GROUP_BYTES_MAX, printable, "characters that are not control characters",
+    but crate::limits::EVERYONE
 );
 name!(
     /// The business's name of a message. 1 to 128 bytes, any printable text.
@@ -164,6 +174,10 @@ mod tests {
         assert_eq!(UserId::new("").unwrap_err().to_string(), "user is empty");
         assert_eq!(UserId::new("b:c و").unwrap().as_str(), "b:c و");
         assert!(UserId::new("a\0b").is_err());
+        assert_eq!(GroupId::new("eng: ö").unwrap().as_str(), "eng: ö");
+        let reserved = GroupId::new("everyone").unwrap_err().to_string();
+        assert_eq!(reserved, "group \"everyone\" is a reserved name");
+        assert!(GroupId::new(&"g".repeat(65)).is_err());
         assert_eq!(
             DeviceId::new(&"d".repeat(65)).unwrap_err().to_string(),
             "device has 65 bytes, the limit is 64"

@@ -17,7 +17,7 @@ pub use clock::{Clock, ManualClock, SystemClock};
 pub use close::CloseCode;
 pub use history::{Chain, Epoch, Generation, IdHash, Position, Seq};
 pub use ids::{
-    AppId, Attempt, ConnectionId, DeviceId, Incarnation, InvalidName, MessageId, NodeId,
+    AppId, Attempt, ConnectionId, DeviceId, GroupId, Incarnation, InvalidName, MessageId, NodeId,
     SessionRef, UserId,
 };
 pub use receipts::{ReceiptSet, UnknownReceipt};

@@ -6,6 +6,12 @@ pub const APP_BYTES_MAX: usize = 64;
 pub const USER_BYTES_MAX: usize = 128;
 /// Device names, bytes.
 pub const DEVICE_BYTES_MAX: usize = 64;
+/// Group names, bytes.
+pub const GROUP_BYTES_MAX: usize = 64;
+/// What frames call the mailbox of everyone in an app: no group can have this name.
+pub const EVERYONE: &str = "everyone";
+/// Groups that a token may list, and subscriptions that a session may be allowed.
+pub const GROUPS_MAX: usize = POSITIONS_MAX - 2;
 /// Message ids, bytes.
 pub const MESSAGE_ID_BYTES_MAX: usize = 128;
 /// Node names, bytes.

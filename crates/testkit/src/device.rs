@@ -34,6 +34,8 @@ pub enum Heard {
 /// A message as the device got it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delivered {
+    /// The group that it is for, `everyone`, or empty: the user.
+    pub mailbox: String,
     /// Position in the mailbox.
     pub seq: u64,
     /// The business's id.
@@ -224,8 +226,9 @@ impl Device {
             "skip" => self.waiting.push_back(Heard::Skip(fields.clone())),
             "deliver" => {
                 let messages = fields["messages"].as_array();
+                let mailbox = fields["mailbox"].as_str().unwrap_or_default();
                 for message in messages.with_context(|| format!("no messages: {text}"))? {
-                    self.waiting.push_back(Heard::Message(delivered(message)?));
+                    self.waiting.push_back(Heard::Message(delivered(mailbox, message)?));
                 }
             }
             other => self.waiting.push_back(Heard::Other(other.into(), fields.clone())),
@@ -234,12 +237,13 @@ impl Device {
     }
 }
 
-fn delivered(message: &Value) -> Result<Delivered> {
+fn delivered(mailbox: &str, message: &Value) -> Result<Delivered> {
     let mut fields =
         message.as_object().with_context(|| format!("not a message: {message}"))?.clone();
     let seq = fields.remove("seq").and_then(|v| v.as_u64());
     let id = fields.remove("id").and_then(|v| v.as_str().map(str::to_owned));
     Ok(Delivered {
+        mailbox: mailbox.to_owned(),
         seq: seq.with_context(|| format!("no seq: {message}"))?,
         id: id.with_context(|| format!("no id: {message}"))?,
         body: Value::Object(fields),

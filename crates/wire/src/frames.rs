@@ -13,10 +13,15 @@ use bytes::Bytes;
 
 use crate::envelope::{self, Envelope, EnvelopeError};
 pub use crate::v1::client_frame::Kind as ClientFrame;
-use crate::v1::{BodyKind, Error, GoAway, Message, Ping, Skip, Welcome, message};
+use crate::v1::{
+    BodyKind, Error, GoAway, Message, Ping, Skip, Subscribed, Unsubscribed, Welcome, message,
+};
 
 /// A body longer than this is taken for a broken one rather than unpacked.
 pub const BODY_BYTES_MAX: u32 = 16 << 20;
+
+/// Of a device's frames, for people.
+const KINDS: &str = "hello, ack, refresh, pong, subscribe and unsubscribe";
 
 /// How frames are encoded: agreed on by WebSocket subprotocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,6 +62,10 @@ pub enum ServerFrame {
     Error(Error),
     /// Answer with Pong.
     Ping(Ping),
+    /// A group's messages will come.
+    Subscribed(Subscribed),
+    /// None of a group's messages will come.
+    Unsubscribed(Unsubscribed),
     /// A kind that only a newer version knows: ignore it.
     Unknown,
 }
@@ -64,7 +73,7 @@ pub enum ServerFrame {
 /// Messages of one mailbox.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Deliver {
-    /// Whose; empty: the user's own.
+    /// Whose: a group's name or `everyone`; empty: the user's own.
     pub mailbox: String,
     /// How often the device's cursor was reset.
     pub generation: u32,
@@ -93,10 +102,10 @@ pub enum FrameError {
     #[error("not a JSON frame: {0}")]
     Json(String),
     /// No kind that this version knows.
-    #[error("the frame is of no known kind; hello, ack, refresh and pong are")]
+    #[error("the frame is of no known kind; {KINDS} are")]
     Kind,
     /// A kind by name that this version does not know.
-    #[error("there is no kind {0:?}; hello, ack, refresh and pong are")]
+    #[error("there is no kind {0:?}; {KINDS} are")]
     UnknownKind(String),
     /// Hello stands in more mailboxes than a device may follow.
     #[error("hello.positions has {0} entries, the limit is {POSITIONS_MAX}")]
@@ -156,6 +165,7 @@ fn check(frame: &ClientFrame) -> Result<(), FrameError> {
             Ok(())
         }
         ClientFrame::Ack(ack) => number("ack.seq", ack.seq),
+        ClientFrame::Subscribe(_) | ClientFrame::Unsubscribe(_) => Ok(()),
         ClientFrame::Refresh(_) | ClientFrame::Pong(_) => Ok(()),
     }
 }
@@ -208,11 +218,16 @@ pub fn encode_deliver<'a>(
 }
 
 /// Makes one frame of several that [`encode_deliver`] wrote in this encoding and for this generation,
-/// with their messages in the frames' order.
-pub fn join_delivers(encoding: Encoding, generation: u32, frames: &[Bytes]) -> Bytes {
+/// with their messages in the frames' order, as those of `mailbox` (empty: the user's own).
+pub fn join_delivers(
+    encoding: Encoding,
+    mailbox: &str,
+    generation: u32,
+    frames: &[Bytes],
+) -> Bytes {
     match encoding {
-        Encoding::Proto => proto::join_delivers(frames),
-        Encoding::Json => json::join_delivers(generation, frames),
+        Encoding::Proto => proto::join_delivers(mailbox, frames),
+        Encoding::Json => json::join_delivers(mailbox, generation, frames),
     }
 }
 

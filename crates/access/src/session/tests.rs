@@ -111,7 +111,7 @@ fn bytes_of(entry: &Entry) -> Bytes {
 
 fn claims() -> Claims {
     let user = UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
-    Claims { user, device: None, expires_s: u64::MAX }
+    Claims { user, device: None, expires_s: u64::MAX, groups: Vec::new() }
 }
 
 fn hello(device: &str) -> ClientFrame {

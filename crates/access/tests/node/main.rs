@@ -4,6 +4,7 @@ mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
 mod balance;
+mod fanout;
 mod heartbeats;
 mod isolation;
 mod kick;

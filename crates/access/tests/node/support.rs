@@ -20,7 +20,7 @@ use barid_testkit::redis::Redis;
 use barid_testkit::{Device, token};
 use barid_wire::envelope::{Envelope, encode_body, set_payload};
 use barid_wire::internal::access_client::AccessClient;
-use barid_wire::internal::{NodeBatch, NodePush, NodeReply, NodeResend};
+use barid_wire::internal::{NodeBatch, NodeFanout, NodePush, NodeReply, NodeResend};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -249,8 +249,22 @@ impl Dispatcher {
         pushes: Vec<NodePush>,
         resends: Vec<NodeResend>,
     ) -> Result<NodeReply> {
+        let batch = NodeBatch { incarnation, pushes, resends, ..Default::default() };
+        self.send_batch(batch).await
+    }
+
+    /// To every session of an audience; `group` is empty for everyone.
+    pub async fn fan_out(&mut self, app: &str, group: &str, entries: Vec<Bytes>) -> Result<()> {
+        let fanout = |envelope| NodeFanout { app: app.into(), group: group.into(), envelope };
+        let fanouts = entries.into_iter().map(fanout).collect();
+        let reply = self.send_batch(NodeBatch { fanouts, ..Default::default() }).await?;
+        anyhow::ensure!(reply.gone.is_empty(), "nobody in particular was meant");
+        Ok(())
+    }
+
+    async fn send_batch(&mut self, batch: NodeBatch) -> Result<NodeReply> {
         self.batch += 1;
-        let batch = NodeBatch { batch: self.batch, incarnation, pushes, resends };
+        let batch = NodeBatch { batch: self.batch, ..batch };
         self.batches.send(batch).await?;
         let reply = self.replies.message().await?.context("stream ended")?;
         anyhow::ensure!(reply.batch == self.batch, "answered {} for {}", reply.batch, self.batch);

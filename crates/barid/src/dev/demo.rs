@@ -121,7 +121,12 @@ impl Demo<'_> {
     }
 
     async fn connect(&self) -> anyhow::Result<(Phone, Position)> {
-        let holder = Holder { app: AppId::new(APP)?, user: UserId::new(USER)?, device: None };
+        let holder = Holder {
+            app: AppId::new(APP)?,
+            user: UserId::new(USER)?,
+            device: None,
+            groups: Vec::new(),
+        };
         let (token, _) = sign(self.key, &holder, Duration::from_secs(3600))?;
         let (events, mut told) = mpsc::channel(64);
         let (client, deliveries) = Client::builder(self.url)

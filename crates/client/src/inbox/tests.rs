@@ -16,7 +16,7 @@ fn at(epoch: u64, generation: u32, seq: u64) -> Position {
 }
 
 fn message(seq: u64, id: &str) -> Message {
-    Message { seq: Seq(seq), id: id.into(), body: Body::Text(id.into()) }
+    Message { group: None, seq: Seq(seq), id: id.into(), body: Body::Text(id.into()) }
 }
 
 /// An inbox behind a recorder of its events.

@@ -154,13 +154,12 @@ impl Peer {
     }
 
     pub async fn deliver(&mut self, generation: u32, seqs: std::ops::RangeInclusive<u64>) {
-        let message = |seq| v1::Message {
-            seq,
-            id: format!("m{seq}"),
-            body: Some(v1::message::Body::Text(format!("text {seq}"))),
-        };
-        let deliver = seqs.map(message).collect();
-        self.send(ServerFrame { deliver, generation, ..Default::default() }).await;
+        self.send(ServerFrame { generation, ..deliver(seqs) }).await;
+    }
+
+    /// To a group, or everyone.
+    pub async fn deliver_to(&mut self, mailbox: &str, seqs: std::ops::RangeInclusive<u64>) {
+        self.send(ServerFrame { mailbox: mailbox.into(), ..deliver(seqs) }).await;
     }
 
     pub async fn close(mut self, code: u16, reason: &'static str) {
@@ -168,4 +167,13 @@ impl Peer {
         self.socket.close(Some(frame)).await.unwrap();
         while let Some(Ok(_)) = self.socket.next().await {}
     }
+}
+
+fn deliver(seqs: std::ops::RangeInclusive<u64>) -> ServerFrame {
+    let message = |seq| v1::Message {
+        seq,
+        id: format!("m{seq}"),
+        body: Some(v1::message::Body::Text(format!("text {seq}"))),
+    };
+    ServerFrame { deliver: seqs.map(message).collect(), ..Default::default() }
 }

@@ -295,3 +295,68 @@ async fn skips_are_told_and_acknowledged() {
         }
     }
 }
+
+/// What the client asks of its groups, in the order of the names.
+async fn asked(peer: &mut fake::Peer, count: usize) -> Vec<(bool, String)> {
+    let mut asked = Vec::new();
+    for _ in 0..count {
+        asked.push(match peer.receive().await {
+            client_frame::Kind::Subscribe(v1::Subscribe { group }) => (true, group),
+            client_frame::Kind::Unsubscribe(v1::Unsubscribe { group }) => (false, group),
+            other => panic!("unexpected {other:?}"),
+        });
+    }
+    asked
+}
+
+#[tokio::test]
+async fn groups_are_subscribed_again_after_a_reconnect_and_their_messages_say_so() {
+    let server = Server::start().await;
+    let (events, mut told) = mpsc::channel(16);
+    let builder = server.client().group("eng").on_event(move |event| {
+        if let Event::Missed { .. } | Event::Subscribed { .. } | Event::Unsubscribed { .. } = event
+        {
+            events.try_send(event).unwrap();
+        }
+    });
+    let (client, mut shown) = start(builder);
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    assert_eq!(asked(&mut peer, 1).await, [(true, "eng".into())]);
+    client.subscribe("ops").unwrap();
+    client.subscribe("ops").unwrap();
+    assert_eq!(asked(&mut peer, 1).await, [(true, "ops".into())]);
+    assert!(client.subscribe("everyone").is_err());
+    let control = server_frame::Control::Subscribed(v1::Subscribed { group: "eng".into() });
+    peer.control(control).await;
+    let control = v1::Unsubscribed { group: "ops".into(), code: 4500, text: "no".into() };
+    peer.control(server_frame::Control::Unsubscribed(control)).await;
+    peer.deliver_to("eng", 5..=6).await;
+    peer.deliver_to("everyone", 1..=1).await;
+    // A group's messages are not acknowledged: the first ack is of the user's own.
+    peer.deliver(1, 1..=1).await;
+    assert_eq!(peer.ack().await, (1, 1));
+    let mut heard = Vec::new();
+    for _ in 0..4 {
+        let message = timeout(PATIENCE, shown.0.recv()).await.unwrap().unwrap();
+        heard.push((message.group.as_deref().unwrap_or("").to_owned(), message.seq.0));
+    }
+    heard.sort();
+    let wanted = [("", 1), ("eng", 5), ("eng", 6), ("everyone", 1)];
+    assert_eq!(heard, wanted.map(|(group, seq)| (group.to_owned(), seq)));
+    drop(peer);
+
+    let (mut peer, _) = server.welcome(7, 1, 1).await;
+    assert_eq!(asked(&mut peer, 2).await, [(true, "eng".into()), (true, "ops".into())]);
+    peer.deliver_to("eng", 9..=9).await;
+    assert_eq!(shown.next().await, "m9");
+    client.unsubscribe("eng").unwrap();
+    assert_eq!(asked(&mut peer, 1).await, [(false, "eng".into())]);
+    let told: Vec<_> = std::iter::from_fn(|| told.try_recv().ok()).collect();
+    let text = "no".to_owned();
+    let wanted = [
+        Event::Subscribed { group: "eng".into() },
+        Event::Unsubscribed { group: "ops".into(), code: 4500, text },
+        Event::Missed { group: "eng".into(), count: 2 },
+    ];
+    assert_eq!(told, wanted);
+}

@@ -45,6 +45,14 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
             let Empty {} = parse(value).map_err(within)?;
             ClientFrame::Pong(v1::Pong {})
         }
+        "subscribe" => {
+            let Group { group } = parse(value).map_err(within)?;
+            ClientFrame::Subscribe(v1::Subscribe { group })
+        }
+        "unsubscribe" => {
+            let Group { group } = parse(value).map_err(within)?;
+            ClientFrame::Unsubscribe(v1::Unsubscribe { group })
+        }
         other => return Err(FrameError::UnknownKind(cut(other, 32))),
     })
 }
@@ -59,6 +67,8 @@ pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
         }),
         ClientFrame::Refresh(refresh) => Client::Refresh(Refresh { token: refresh.token }),
         ClientFrame::Pong(_) => Client::Pong(Empty {}),
+        ClientFrame::Subscribe(v1::Subscribe { group }) => Client::Subscribe(Group { group }),
+        ClientFrame::Unsubscribe(v1::Unsubscribe { group }) => Client::Unsubscribe(Group { group }),
     })
 }
 
@@ -73,6 +83,8 @@ pub(super) fn decode_server(bytes: &[u8]) -> Result<ServerFrame, FrameError> {
         "goAway" | "go_away" => ServerFrame::GoAway(parse::<GoAway>(value)?.into()),
         "error" => ServerFrame::Error(parse::<ErrorText>(value)?.into()),
         "ping" => ServerFrame::Ping(v1::Ping {}),
+        "subscribed" => ServerFrame::Subscribed(parse::<Subscribed>(value)?.into()),
+        "unsubscribed" => ServerFrame::Unsubscribed(parse::<Unsubscribed>(value)?.into()),
         _ => ServerFrame::Unknown,
     })
 }
@@ -90,6 +102,12 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Result<Bytes, FrameError> {
             to_bytes(&Server::Error(ErrorText { code: error.code, text: error.text }))
         }
         ServerFrame::Ping(_) => to_bytes(&Server::Ping(Empty {})),
+        ServerFrame::Subscribed(v1::Subscribed { group }) => {
+            to_bytes(&Server::Subscribed(Subscribed { group }))
+        }
+        ServerFrame::Unsubscribed(v1::Unsubscribed { group, code, text }) => {
+            to_bytes(&Server::Unsubscribed(Unsubscribed { group, code, text }))
+        }
         ServerFrame::Unknown => Bytes::from_static(b"{}"),
     })
 }
@@ -112,7 +130,7 @@ pub(super) fn encode_deliver<'a>(
     Ok(close_deliver(out, "", generation))
 }
 
-pub(super) fn join_delivers(generation: u32, frames: &[Bytes]) -> Bytes {
+pub(super) fn join_delivers(mailbox: &str, generation: u32, frames: &[Bytes]) -> Bytes {
     let around = DELIVER_OPENS.len() + close_deliver(Vec::new(), "", generation).len();
     let mut out = Vec::with_capacity(frames.iter().map(Bytes::len).sum());
     out.extend_from_slice(DELIVER_OPENS);
@@ -123,7 +141,7 @@ pub(super) fn join_delivers(generation: u32, frames: &[Bytes]) -> Bytes {
         let messages = frame.len().saturating_sub(around);
         out.extend_from_slice(&frame[DELIVER_OPENS.len()..][..messages]);
     }
-    close_deliver(out, "", generation)
+    close_deliver(out, mailbox, generation)
 }
 
 fn encode_messages(deliver: Deliver) -> Result<Bytes, FrameError> {
@@ -241,6 +259,8 @@ enum Client {
     Ack(Ack),
     Refresh(Refresh),
     Pong(Empty),
+    Subscribe(Group),
+    Unsubscribe(Group),
 }
 
 #[derive(Serialize)]
@@ -251,6 +271,8 @@ enum Server {
     GoAway(GoAway),
     Error(ErrorText),
     Ping(Empty),
+    Subscribed(Subscribed),
+    Unsubscribed(Unsubscribed),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -305,6 +327,30 @@ struct Ack {
     generation: Option<u32>,
     #[serde(deserialize_with = "number")]
     seq: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Group {
+    group: String,
+}
+
+/// Of a node, so unknown fields are passed over.
+#[derive(Serialize, Deserialize, Default)]
+#[serde(default)]
+struct Subscribed {
+    group: String,
+}
+
+/// As [`Subscribed`].
+#[derive(Serialize, Deserialize, Default)]
+#[serde(default)]
+struct Unsubscribed {
+    group: String,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    code: u32,
+    #[serde(skip_serializing_if = "is_default")]
+    text: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -490,6 +536,18 @@ impl From<v1::Skip> for Skip {
 impl From<GoAway> for v1::GoAway {
     fn from(go_away: GoAway) -> Self {
         Self { why: go_away.why, reconnect_after_ms: go_away.reconnect_after_ms }
+    }
+}
+
+impl From<Subscribed> for v1::Subscribed {
+    fn from(Subscribed { group }: Subscribed) -> Self {
+        Self { group }
+    }
+}
+
+impl From<Unsubscribed> for v1::Unsubscribed {
+    fn from(Unsubscribed { group, code, text }: Unsubscribed) -> Self {
+        Self { group, code, text }
     }
 }
 

@@ -49,6 +49,8 @@ pub(super) fn decode_server(bytes: Bytes) -> Result<ServerFrame, FrameError> {
         Some(Control::GoAway(go_away)) => ServerFrame::GoAway(go_away),
         Some(Control::Error(error)) => ServerFrame::Error(error),
         Some(Control::Ping(ping)) => ServerFrame::Ping(ping),
+        Some(Control::Subscribed(subscribed)) => ServerFrame::Subscribed(subscribed),
+        Some(Control::Unsubscribed(unsubscribed)) => ServerFrame::Unsubscribed(unsubscribed),
         None => ServerFrame::Unknown,
     })
 }
@@ -64,6 +66,8 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Bytes {
         ServerFrame::GoAway(go_away) => control(Control::GoAway(go_away)),
         ServerFrame::Error(error) => control(Control::Error(error)),
         ServerFrame::Ping(ping) => control(Control::Ping(ping)),
+        ServerFrame::Subscribed(subscribed) => control(Control::Subscribed(subscribed)),
+        ServerFrame::Unsubscribed(unsubscribed) => control(Control::Unsubscribed(unsubscribed)),
         ServerFrame::Unknown => v1::ServerFrame::default(),
     };
     frame.encode_to_vec().into()
@@ -71,6 +75,7 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Bytes {
 
 // Tags (field number << 3 | wire type) of what is written by hand.
 const FRAME_DELIVER: u8 = 1 << 3 | 2;
+const FRAME_MAILBOX: u8 = 2 << 3 | 2;
 const FRAME_GENERATION: u8 = 3 << 3;
 const MESSAGE_SEQ: u8 = 1 << 3;
 const MESSAGE_ID: u8 = 2 << 3 | 2;
@@ -93,8 +98,16 @@ pub(super) fn encode_deliver<'a>(
 }
 
 /// Messages that stand behind one another are one message (protobuf's encoding, "last one wins").
-pub(super) fn join_delivers(frames: &[Bytes]) -> Bytes {
-    frames.concat().into()
+pub(super) fn join_delivers(mailbox: &str, frames: &[Bytes]) -> Bytes {
+    let messages: usize = frames.iter().map(Bytes::len).sum();
+    let mut out = BytesMut::with_capacity(messages + mailbox.len() + 2);
+    frames.iter().for_each(|frame| out.put_slice(frame));
+    if !mailbox.is_empty() {
+        out.put_u8(FRAME_MAILBOX);
+        encode_varint(mailbox.len() as u64, &mut out);
+        out.put_slice(mailbox.as_bytes());
+    }
+    out.freeze()
 }
 
 fn put_message(

@@ -48,9 +48,10 @@ fn errors_say_what_is_wrong() {
     {
         assert!(error(text).contains(one_key), "{text}: {}", error(text));
     }
-    let unknown = "there is no kind \"helo\"; hello, ack, refresh and pong are";
+    let unknown =
+        "there is no kind \"helo\"; hello, ack, refresh, pong, subscribe and unsubscribe are";
     assert_eq!(error(r#"{"helo":{}}"#), unknown);
-    assert!(error(&format!(r#"{{"{}":{{}}}}"#, "x".repeat(9999))).len() < 100);
+    assert!(error(&format!(r#"{{"{}":{{}}}}"#, "x".repeat(9999))).len() < 130);
     assert!(error(&format!(r#"{{"ack":{{"{}":1}}}}"#, "x".repeat(9999))).len() < 300);
     assert!(error(r#"{"ack":5}"#).ends_with("ack: not an object of its fields"));
     assert!(error(r#"{"ack":{"seqq":1}}"#).contains("unknown field `seqq`"));
@@ -77,7 +78,7 @@ fn a_protobuf_frame_is_of_one_kind() {
         error(&[&ack[..], &ack].concat()),
         "not a protobuf frame: it is of more than one kind"
     );
-    assert_eq!(error(&[0x2a, 0]), FrameError::Kind.to_string(), "a kind of a later version");
+    assert_eq!(error(&[0x3a, 0]), FrameError::Kind.to_string(), "a kind of a later version");
     // A field of a later version beside a kind is passed over.
     let later = [&ack[..], &[0xa2, 0x06, 1, 7]].concat();
     assert_eq!(decode_client(Encoding::Proto, &later), decode_client(Encoding::Proto, &ack));
@@ -180,8 +181,14 @@ fn joined_frames_are_the_frame_of_all_their_entries() {
             let frames: Vec<_> = single
                 .map(|one| encode_deliver(encoding, generation, one, true).unwrap())
                 .collect();
-            let joined = join_delivers(encoding, generation, &frames);
+            let joined = join_delivers(encoding, "", generation, &frames);
             assert_eq!(decode_server(encoding, joined), of(&entries[..count]));
+            let joined = join_delivers(encoding, "a \"group\"", generation, &frames);
+            let Ok(ServerFrame::Deliver(own)) = of(&entries[..count]) else {
+                panic!("no delivery")
+            };
+            let of_group = Deliver { mailbox: "a \"group\"".into(), ..own };
+            assert_eq!(decode_server(encoding, joined), Ok(ServerFrame::Deliver(of_group)));
         }
     }
 }
@@ -255,6 +262,8 @@ fn client_frame() -> impl Strategy<Value = ClientFrame> {
             ClientFrame::Ack(v1::Ack { mailbox, generation, seq })
         }),
         name().prop_map(|token| ClientFrame::Refresh(v1::Refresh { token })),
+        name().prop_map(|group| ClientFrame::Subscribe(v1::Subscribe { group })),
+        name().prop_map(|group| ClientFrame::Unsubscribe(v1::Unsubscribe { group })),
         Just(ClientFrame::Pong(v1::Pong {})),
     ]
 }
@@ -304,6 +313,10 @@ fn server_frame() -> impl Strategy<Value = ServerFrame> {
         })),
         (any::<u32>(), name()).prop_map(|(code, text)| ServerFrame::Error(Error { code, text })),
         Just(ServerFrame::Ping(Ping {})),
+        name().prop_map(|group| ServerFrame::Subscribed(Subscribed { group })),
+        (name(), any::<u32>(), name()).prop_map(|(group, code, text)| {
+            ServerFrame::Unsubscribed(Unsubscribed { group, code, text })
+        }),
     ]
 }
 

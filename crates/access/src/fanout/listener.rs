@@ -1,0 +1,133 @@
+//! What one session listens to: everyone of its app, and the groups that it subscribed to.
+
+use std::sync::Arc;
+
+use barid_core::{AppId, CloseCode, GroupId};
+
+use super::{Fanout, Kind, Member, Read};
+use crate::handle::Handle;
+
+/// A session's places in its audiences.
+#[derive(Debug)]
+pub struct Listener {
+    everyone: Member,
+    /// Of a token that lists groups.
+    groups: Option<Box<Groups>>,
+}
+
+#[derive(Debug, Default)]
+struct Groups {
+    allowed: Vec<GroupId>,
+    subscribed: Vec<(GroupId, Member)>,
+    /// The audience to look at first, from 0: everyone.
+    turn: usize,
+}
+
+/// Why a session may not subscribe to a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The token does not list it.
+    NotListed,
+    /// The session has as many as it may have.
+    TooMany,
+}
+
+impl Refused {
+    /// What a device is told: a close code, and a text for people.
+    pub fn told(self) -> (CloseCode, &'static str) {
+        match self {
+            Self::NotListed => (CloseCode::BadToken, "the token does not list this group"),
+            Self::TooMany => (CloseCode::Limit, "the session has too many subscriptions"),
+        }
+    }
+}
+
+impl Listener {
+    /// Of a session that begins, whose token lists these groups.
+    pub fn new(fanout: &Fanout, handle: &Arc<Handle>, allowed: Vec<GroupId>) -> Self {
+        let mut listener = Self { everyone: fanout.join(handle), groups: None };
+        listener.set_allowed(allowed);
+        listener
+    }
+
+    fn set_allowed(&mut self, allowed: Vec<GroupId>) {
+        if self.groups.is_some() || !allowed.is_empty() {
+            self.groups.get_or_insert_default().allowed = allowed;
+        }
+    }
+
+    /// From now on the group's messages as well; at most `groups_max` groups. Once more does nothing.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn subscribe(
+        &mut self,
+        fanout: &Fanout,
+        handle: &Arc<Handle>,
+        group: &GroupId,
+        groups_max: usize,
+    ) -> Result<(), Refused> {
+        let groups = self.groups.as_mut().ok_or(Refused::NotListed)?;
+        if !groups.allowed.contains(group) {
+            return Err(Refused::NotListed);
+        }
+        if groups.subscribed.iter().any(|(name, _)| name == group) {
+            return Ok(());
+        }
+        if groups.subscribed.len() >= groups_max {
+            return Err(Refused::TooMany);
+        }
+        groups.subscribed.push((group.clone(), fanout.subscribe(handle, group)));
+        Ok(())
+    }
+
+    /// No further messages of the group; whether there would have been.
+    pub fn unsubscribe(&mut self, fanout: &Fanout, app: &AppId, group: &GroupId) -> bool {
+        let Some(groups) = &mut self.groups else { return false };
+        let at = groups.subscribed.iter().position(|(name, _)| name == group);
+        let Some(at) = at else { return false };
+        let (_, member) = groups.subscribed.swap_remove(at);
+        fanout.unsubscribe(app, group, &member);
+        true
+    }
+
+    /// The token lists these groups now. Returns those whose subscription that ended.
+    pub fn allow(&mut self, fanout: &Fanout, app: &AppId, allowed: Vec<GroupId>) -> Vec<GroupId> {
+        self.set_allowed(allowed);
+        let Some(groups) = &mut self.groups else { return Vec::new() };
+        let names = groups.subscribed.iter().map(|(name, _)| name);
+        let ended: Vec<_> = names.filter(|name| !groups.allowed.contains(name)).cloned().collect();
+        for group in &ended {
+            self.unsubscribe(fanout, app, group);
+        }
+        ended
+    }
+
+    /// What is to be written next, of each audience in turn.
+    pub fn read(&mut self, kind: Kind) -> Read {
+        let Some(groups) = &mut self.groups else { return self.everyone.read(kind) };
+        let mut missed = 0;
+        let audiences = 1 + groups.subscribed.len();
+        for _ in 0..audiences {
+            let turn = groups.turn % audiences;
+            groups.turn = turn + 1;
+            let read = match turn {
+                0 => self.everyone.read(kind),
+                _ => groups.subscribed[turn - 1].1.read(kind),
+            };
+            missed += read.missed;
+            if read.run.is_some() {
+                return Read { missed, ..read };
+            }
+        }
+        Read { missed, run: None }
+    }
+
+    /// The session is over.
+    pub fn leave(self, fanout: &Fanout, app: &AppId) {
+        for (group, member) in self.groups.into_iter().flat_map(|groups| groups.subscribed) {
+            fanout.unsubscribe(app, &group, &member);
+        }
+        fanout.leave(app, &self.everyone);
+    }
+}

@@ -1,0 +1,254 @@
+use std::task::{Context, Waker};
+
+use barid_core::{Chain, Epoch, Seq};
+use barid_wire::envelope::{Envelope, Header, encode_body, set_payload};
+use barid_wire::frames::{Encoding, ServerFrame, decode_server};
+use barid_wire::v1::BodyKind;
+use proptest::prelude::*;
+
+use super::*;
+use crate::handle::tests::handle;
+
+const NOW: (u64, Seconds) = (0, 0);
+
+fn fanout(fanout_bytes_max: usize) -> (Fanout, Metrics) {
+    let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
+    let limits = LimitsConfig { fanout_bytes_max, ..Default::default() };
+    (Fanout::new(&limits, &metrics), metrics)
+}
+
+fn demo() -> AppId {
+    AppId::new("demo").unwrap()
+}
+
+fn eng() -> GroupId {
+    GroupId::new("eng").unwrap()
+}
+
+fn entry(seq: u64, bytes: usize) -> Bytes {
+    let (seq, chain) = (Seq(seq), Chain(0));
+    let header = Header { epoch: Epoch(1), seq, prev_chain: chain, chain, accepted_at_us: 0 };
+    let mut envelope = Envelope { id: format!("m{seq}"), ..Default::default() };
+    set_payload(&mut envelope, vec![b'x'; bytes].into(), 1000, 3);
+    [&header.encode()[..], &encode_body(envelope)].concat().into()
+}
+
+/// What a session would write, and how much it missed.
+fn read_all(listener: &mut Listener, kind: Kind) -> (Vec<Bytes>, u32) {
+    let (mut frames, mut missed) = (Vec::new(), 0);
+    loop {
+        let read = listener.read(kind);
+        missed += read.missed;
+        match read.run {
+            Some(run) => frames.push(run.frame),
+            None => return (frames, missed),
+        }
+    }
+}
+
+fn seqs(frame: &Bytes) -> Vec<u64> {
+    let head = match frame[1] {
+        126 => 4,
+        127 => 10,
+        _ => 2,
+    };
+    match decode_server(Encoding::Proto, frame.slice(head..)).unwrap() {
+        ServerFrame::Deliver(deliver) => deliver.messages.iter().map(|m| m.seq).collect(),
+        other => panic!("no delivery: {other:?}"),
+    }
+}
+
+#[test]
+fn a_burst_is_joined_once_an_encoding_for_all_members() {
+    let (fanout, _) = fanout(1 << 20);
+    let handles: Vec<_> = (0..3).map(handle).collect();
+    let mut listeners: Vec<_> =
+        handles.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
+    for seq in 1..=100 {
+        let taken = fanout.take(&demo(), None, entry(seq, 100), NOW).unwrap();
+        assert_eq!(taken, Taken::Told);
+    }
+    let mut frames = Vec::new();
+    for listener in &mut listeners[..2] {
+        let (read, missed) = read_all(listener, Kind::Proto);
+        assert_eq!((read.len(), missed), (1, 0), "one frame for all of them");
+        frames.extend(read);
+    }
+    assert_eq!(frames[0].as_ptr(), frames[1].as_ptr());
+    assert_eq!(seqs(&frames[0]), (1..=100).collect::<Vec<_>>());
+    let (json, _) = read_all(&mut listeners[2], Kind::Json);
+    assert_eq!(json[0][0], 0x81, "text");
+    assert!(json[0].ends_with(b",\"mailbox\":\"everyone\"}}"));
+    fanout.sweep(100);
+    assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_body_that_is_no_json_is_left_out_of_json_and_of_nothing_else() {
+    let (fanout, _) = fanout(1 << 20);
+    let (one, other) = (handle(1), handle(2));
+    let mut proto = Listener::new(&fanout, &one, vec![]);
+    let mut json = Listener::new(&fanout, &other, vec![]);
+    let header = Header::parse(&entry(1, 1)).unwrap();
+    let mut envelope = Envelope { id: "m1".into(), ..Default::default() };
+    envelope.set_kind(BodyKind::Json);
+    envelope.payload = Bytes::from_static(b"{");
+    let broken = [&header.encode()[..], &encode_body(envelope)].concat().into();
+    fanout.take(&demo(), None, broken, NOW).unwrap();
+    assert_eq!(read_all(&mut proto, Kind::Proto).0.len(), 1);
+    let read = json.read(Kind::Json);
+    assert_eq!(read.run.map(|run| run.messages), Some(0), "it goes on behind it");
+    fanout.take(&demo(), None, entry(2, 1), NOW).unwrap();
+    assert_eq!(read_all(&mut json, Kind::Json).0.len(), 1);
+}
+
+#[test]
+fn audiences_are_there_while_they_have_members() {
+    let (fanout, metrics) = fanout(1 << 20);
+    let (one, other) = (handle(1), handle(2));
+    let mut first = Listener::new(&fanout, &one, vec![eng()]);
+    let second = Listener::new(&fanout, &other, vec![]);
+    first.subscribe(&fanout, &one, &eng(), 1).unwrap();
+    assert_eq!(metrics.subscriptions.get(), 1);
+    let to_eng = || fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    assert_eq!(to_eng(), Taken::Told);
+    first.leave(&fanout, &demo());
+    assert_eq!((to_eng(), metrics.subscriptions.get()), (Taken::Nobody, 0));
+    assert_eq!(fanout.apps.lock().len(), 1);
+    second.leave(&fanout, &demo());
+    assert!(fanout.apps.lock().is_empty());
+    assert_eq!(fanout.take(&demo(), None, entry(2, 1), NOW).unwrap(), Taken::Nobody);
+    fanout.sweep(100);
+    assert!(fanout.holding.lock().is_empty());
+    assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_busy_audience_does_not_silence_a_sessions_others() {
+    let (fanout, _) = fanout(1 << 20);
+    let one = handle(1);
+    let mut listener = Listener::new(&fanout, &one, vec![eng()]);
+    listener.subscribe(&fanout, &one, &eng(), 1).unwrap();
+    fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    let mut turns = 0;
+    for seq in 1..10 {
+        fanout.take(&demo(), None, entry(seq, 1), NOW).unwrap();
+        let run = listener.read(Kind::Json).run.unwrap();
+        turns += 1;
+        if run.frame.ends_with(b"\"eng\"}}") {
+            break;
+        }
+    }
+    assert!(turns <= 2, "after {turns} runs");
+}
+
+/// How many of these were told, and not before.
+fn told(handles: &[Arc<Handle>]) -> usize {
+    let cx = Context::from_waker(Waker::noop());
+    handles.iter().filter(|handle| handle.poll_take(&cx).is_ready()).count()
+}
+
+#[tokio::test]
+async fn other_tasks_have_their_turn_while_many_are_told() {
+    let (fanout, _) = fanout(1 << 20);
+    let many: Vec<_> = (0..1000).map(handle).collect();
+    let few: Vec<_> = (0..3).map(handle).collect();
+    let mut listeners: Vec<_> =
+        many.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
+    for handle in &few {
+        let mut listener = Listener::new(&fanout, handle, vec![eng()]);
+        listener.subscribe(&fanout, handle, &eng(), 1).unwrap();
+        listeners.push(listener);
+    }
+    let fanout = Arc::new(fanout);
+    let telling = tokio::spawn({
+        let fanout = Arc::clone(&fanout);
+        async move { fanout.tell().await }
+    });
+    fanout.take(&demo(), None, entry(1, 1), NOW).unwrap();
+    fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    fanout.go();
+    let (mut turns, mut all, mut few_after) = (0, 0, None);
+    while all < many.len() {
+        yield_now().await;
+        turns += 1;
+        assert!(turns < 1000, "{all} are told");
+        let now = told(&many);
+        assert!(now <= TOLD_AT_ONCE, "{now} at once");
+        all += now;
+        if few_after.is_none() && told(&few) > 0 {
+            few_after = Some(all);
+        }
+    }
+    let before = few_after.expect("the group's members are told");
+    assert!(before <= 2 * TOLD_AT_ONCE, "after {before} of the others");
+    // Something that comes while they are being told is told as well.
+    for seq in 2..4 {
+        fanout.take(&demo(), None, entry(seq, 1), NOW).unwrap();
+        fanout.go();
+        yield_now().await;
+        yield_now().await;
+    }
+    let mut again = 0;
+    for _ in 0..100 {
+        yield_now().await;
+        again += told(&many);
+    }
+    assert!(again >= many.len(), "{again}");
+    for listener in &mut listeners[..many.len()] {
+        let (frames, missed) = read_all(listener, Kind::Proto);
+        assert_eq!((frames.iter().flat_map(seqs).collect(), missed), (vec![1, 2, 3], 0));
+    }
+    telling.abort();
+}
+
+proptest! {
+    /// Whatever comes and is read when: each member is shown what came since it joined, once and in
+    /// order, or it is counted as missed; and what is held is what the logs hold.
+    #[test]
+    fn members_read_everything_in_order_or_miss_it(
+        steps in proptest::collection::vec((0..6_usize, 1..40_usize), 1..120),
+    ) {
+        let (fanout, _) = fanout(6_000);
+        let handles: Vec<_> = (0..3).map(handle).collect();
+        let mut listeners: Vec<Option<(Listener, u64, u64)>> = vec![None, None, None];
+        let (mut seq, mut now) = (0, 0);
+        // So that the audience stays.
+        let _stays = Listener::new(&fanout, &handle(9), vec![]);
+        for (step, size) in steps {
+            match step {
+                0..=2 => match &mut listeners[step] {
+                    empty @ None => {
+                        *empty = Some((Listener::new(&fanout, &handles[step], vec![]), seq, 0));
+                    }
+                    Some((listener, last, missed_all)) => {
+                        let (frames, missed) = read_all(listener, Kind::Proto);
+                        *missed_all += u64::from(missed);
+                        let shown: Vec<_> = frames.iter().flat_map(seqs).collect();
+                        let first = *last + 1 + u64::from(missed);
+                        prop_assert_eq!(&shown, &(first..=seq).collect::<Vec<_>>());
+                        *last = seq;
+                    }
+                },
+                3 => {
+                    now += 1;
+                    fanout.sweep(now);
+                }
+                _ => {
+                    for _ in 0..size {
+                        seq += 1;
+                        fanout.take(&demo(), None, entry(seq, size * 10), (0, now)).unwrap();
+                    }
+                }
+            }
+            let held: u64 = {
+                let apps = fanout.apps.lock();
+                apps.values().map(|app| app.everyone.held() as u64).sum()
+            };
+            prop_assert_eq!(fanout.room.held.load(Ordering::Relaxed), held);
+            prop_assert!(held < 6_000 + 9 * (16 << 10) + 2_000, "{} bytes", held);
+        }
+        fanout.sweep(now + 100);
+        prop_assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+    }
+}

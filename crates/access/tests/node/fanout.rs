@@ -1,0 +1,395 @@
+//! What is for everyone of an app, and for its groups.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use barid_core::{Chain, Epoch, Seq};
+use barid_runtime::Stopped;
+use barid_testkit::device::{Delivered, Heard, PATIENCE};
+use barid_testkit::{Device, token};
+use barid_wire::envelope::{Header, encode_body, set_payload};
+use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
+use barid_wire::v1::{self, BodyKind, Envelope, client_frame, message};
+use bytes::Bytes;
+use futures::{SinkExt as _, StreamExt as _};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+
+use crate::support::*;
+
+const MISSED: &str = "barid_access_fanout_missed_total";
+const HELD: &str = "barid_access_fanout_held_bytes";
+const SUBSCRIPTIONS: &str = "barid_access_subscriptions";
+const QUIET: Duration = Duration::from_millis(300);
+
+fn entry_with(seq: u64, id: &str, change: impl FnOnce(&mut Envelope)) -> Bytes {
+    let (epoch, chain) = (Epoch(7), Chain(0));
+    let accepted_at_us = 1_000_000;
+    let header = Header { epoch, seq: Seq(seq), prev_chain: chain, chain, accepted_at_us };
+    let mut envelope = Envelope { id: id.into(), ..Default::default() };
+    set_payload(&mut envelope, format!("text of {id}").into(), 128, 3);
+    change(&mut envelope);
+    [&header.encode()[..], &encode_body(envelope)].concat().into()
+}
+
+fn entry(seq: u64) -> Bytes {
+    entry_with(seq, &format!("m{seq}"), |_| ())
+}
+
+/// 60,000 bytes.
+fn large(seq: u64) -> Bytes {
+    entry_with(seq, &format!("m{seq}"), |envelope| {
+        set_payload(envelope, "x".repeat(60_000).into(), usize::MAX, 3);
+    })
+}
+
+fn token_for(app: &str, user: &str, groups: &Value) -> String {
+    let claims = json!({ "app": app, "sub": user, "exp": 4_000_000_000_u64, "groups": groups });
+    token::sign(&claims, token::SECRET)
+}
+
+/// Of a user whose token lists these groups.
+async fn member(node: &Node, user: &str, groups: &[&str]) -> Result<Device> {
+    Device::connect(&node.url(), &token_for(APP, user, &json!(groups)), "phone").await
+}
+
+/// What is answered to Subscribe or Unsubscribe.
+async fn asked(device: &mut Device, kind: &str, group: &str) -> Result<(String, Value)> {
+    device.send(&json!({ kind: { "group": group } })).await?;
+    match device.next(PATIENCE).await? {
+        Heard::Other(kind, fields) => Ok((kind, fields)),
+        other => anyhow::bail!("no answer to {kind}, but {other:?}"),
+    }
+}
+
+async fn subscribe(device: &mut Device, group: &str) -> Result<()> {
+    let answer = asked(device, "subscribe", group).await?;
+    ensure!(answer == ("subscribed".into(), json!({ "group": group })), "{answer:?}");
+    Ok(())
+}
+
+async fn hears(device: &mut Device, mailbox: &str, seqs: &[u64]) -> Result<()> {
+    for seq in seqs {
+        let Delivered { mailbox: of, seq: at, id, body, .. } = device.message().await?;
+        ensure!((&*of, at, id) == (mailbox, *seq, format!("m{seq}")), "{of} {at} {seq}");
+        ensure!(body == json!({ "text": format!("text of m{seq}") }), "{body}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn everyone_of_an_app_and_nobody_else_hears_what_is_for_everyone() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut devices = Vec::new();
+    for (user, device) in [("alice", "phone"), ("alice", "tablet"), ("bob", "phone")] {
+        devices.push(node.device(user, device).await?);
+    }
+    let other = token_for("other", "alice", &Value::Null);
+    let mut stranger = Device::connect(&node.url(), &other, "phone").await?;
+    dispatcher.fan_out(APP, "", (1..=3).map(entry).collect()).await?;
+    dispatcher.fan_out(APP, "", vec![entry(4)]).await?;
+    for device in &mut devices {
+        hears(device, "everyone", &[1, 2, 3, 4]).await?;
+        device.silent(QUIET).await?;
+    }
+    stranger.silent(QUIET).await?;
+    dispatcher.fan_out("other", "", vec![entry(9)]).await?;
+    hears(&mut stranger, "everyone", &[9]).await?;
+    devices[0].silent(QUIET).await?;
+    // Who comes later hears what comes later; whoever has gone is no member.
+    devices.remove(0).close().await?;
+    let mut late = node.device("carol", "phone").await?;
+    dispatcher.fan_out(APP, "", vec![entry(5)]).await?;
+    for device in devices.iter_mut().chain([&mut late]) {
+        hears(device, "everyone", &[5]).await?;
+    }
+    dispatcher.fan_out("nobody", "", vec![entry(1)]).await?;
+    assert_eq!(node.metric("barid_access_fanouts_total", "nobody"), 1.0);
+    assert_eq!(node.metric("barid_access_fanouts_total", "told"), 6.0);
+    let delivered = node.metric("barid_access_delivered_total", "fanout");
+    assert_eq!((delivered, node.metric(MISSED, "")), (3.0 * 4.0 + 1.0 + 3.0, 0.0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_users_own_messages_and_everyones_go_their_own_ways() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    for n in 1..=50 {
+        let (own, _) = world.accept("alice", &format!("own{n}")).await?;
+        dispatcher.push(&world, "alice", own).await?;
+        dispatcher.fan_out(APP, "", vec![entry(n)]).await?;
+    }
+    let (mut own, mut everyones) = (Vec::new(), Vec::new());
+    for _ in 0..100 {
+        let message = phone.message().await?;
+        match &*message.mailbox {
+            "" => own.push(message.seq),
+            _ => everyones.push(message.seq),
+        }
+    }
+    let all: Vec<_> = (1..=50).collect();
+    assert_eq!((&own, &everyones), (&all, &all));
+    phone.ack(50).await?;
+    world.cursor_becomes("alice", "phone", 50).await
+}
+
+#[tokio::test]
+async fn protobuf_devices_get_the_same_compressed_if_they_accept_it() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut sockets = Vec::new();
+    for (device, accepts_zstd) in [("old", false), ("new", true)] {
+        let mut request = node.url().into_client_request()?;
+        let headers = request.headers_mut();
+        headers.insert("sec-websocket-protocol", Encoding::Proto.subprotocol().parse()?);
+        headers.insert("authorization", format!("Bearer {}", token_of("alice")).parse()?);
+        let (mut socket, _) = tokio_tungstenite::connect_async(request).await?;
+        let hello = v1::Hello { device: device.into(), accepts_zstd, ..Default::default() };
+        let hello = encode_client(Encoding::Proto, &client_frame::Kind::Hello(hello));
+        socket.send(Message::Binary(hello)).await?;
+        socket.next().await.context("a welcome")??;
+        sockets.push(socket);
+    }
+    let long = "the same again, ".repeat(200);
+    let packed = entry_with(1, "m1", |e| set_payload(e, long.clone().into(), 128, 3));
+    dispatcher.fan_out(APP, "", vec![packed, entry(2)]).await?;
+    for (socket, accepts_zstd) in sockets.iter_mut().zip([false, true]) {
+        let bytes = socket.next().await.context("a delivery")??.into_data();
+        let ServerFrame::Deliver(deliver) = decode_server(Encoding::Proto, bytes)? else {
+            panic!("no delivery")
+        };
+        assert_eq!((&*deliver.mailbox, deliver.messages.len()), ("everyone", 2), "in one frame");
+        let zstd = matches!(deliver.messages[0].body, Some(message::Body::ZstdText(_)));
+        assert_eq!(zstd, accepts_zstd);
+        let text = message::Body::Text("text of m2".into());
+        assert_eq!(deliver.messages[1].body, Some(text));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_no_message_reaches_nobody_and_harms_nobody() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    let no_json = entry_with(2, "m2", |envelope| {
+        envelope.set_kind(BodyKind::Json);
+        envelope.payload = Bytes::from_static(b"{");
+    });
+    let no_text = entry_with(3, "m3", |envelope| envelope.payload = Bytes::from_static(b"\xff"));
+    let late = entry_with(4, "m4", |envelope| envelope.ttl_ms = 1);
+    let junk = Bytes::from_static(b"junk");
+    let bad = vec![entry(1), no_json, no_text, late, junk, entry(5)];
+    dispatcher.fan_out(APP, "", bad).await?;
+    dispatcher.fan_out("no:app", "", vec![entry(6)]).await?;
+    dispatcher.fan_out(APP, "everyone", vec![entry(6)]).await?;
+    hears(&mut phone, "everyone", &[1, 5]).await?;
+    phone.silent(QUIET).await?;
+    assert_eq!(node.metric("barid_access_fanouts_total", "expired"), 1.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_device_that_does_not_read_misses_and_the_others_do_not() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.fanout_seconds = 2).await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut slow = node.device("alice", "phone").await?;
+    let mut other = node.device("bob", "phone").await?;
+    // More than the kernel's buffers and the log together.
+    for n in 1..=300 {
+        dispatcher.fan_out(APP, "", vec![large(n)]).await?;
+        assert_eq!(other.message().await?.seq, n);
+        assert!(node.metric(HELD, "") < 3e6, "{} bytes are held", node.metric(HELD, ""));
+    }
+    assert!(node.metric("barid_access_queued_bytes", "") < 100_000.0, "a run, and no more");
+    eventually("nothing is held", async || Ok(node.metric(HELD, "") == 0.0)).await?;
+    // It stays, and what it reads is whole: what it missed lies between what it was sent in part and
+    // what comes now, and its own messages are not among it.
+    let (own, _) = world.accept("alice", "own").await?;
+    dispatcher.push(&world, "alice", own).await?;
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|(mailbox, _)| mailbox == "everyone") {
+        let message = slow.message().await?;
+        heard.push((message.mailbox, message.seq));
+    }
+    assert_eq!(heard.pop(), Some((String::new(), 1)));
+    let seqs: Vec<u64> = heard.into_iter().map(|(_, seq)| seq).collect();
+    let first = seqs.len() as u64;
+    assert!(first < 300, "it missed nothing");
+    assert_eq!(seqs, (1..=first).collect::<Vec<_>>());
+    dispatcher.fan_out(APP, "", vec![large(301)]).await?;
+    assert_eq!(slow.message().await?.seq, 301);
+    assert_eq!(node.metric(MISSED, ""), (300 - first) as f64);
+    assert_eq!(node.metric("barid_access_closes_total", ""), 0.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_node_whose_logs_are_full_takes_nothing_more() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.node_fanout_bytes_max = 150_000;
+            config.limits.fanout_seconds = 1;
+        })
+        .await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut phone = node.device("alice", "phone").await?;
+    dispatcher.fan_out(APP, "", (1..=9).map(large).collect()).await?;
+    assert_eq!(phone.message().await?.seq, 1);
+    let refused = node.metric("barid_access_fanouts_total", "no_room");
+    assert!(refused > 5.0, "{refused} refused");
+    assert_eq!(node.metric(MISSED, ""), refused);
+    eventually("there is room again", async || Ok(node.metric(HELD, "") == 0.0)).await?;
+    dispatcher.fan_out(APP, "", vec![large(10)]).await?;
+    eventually("it comes", async || Ok(true)).await?;
+    while phone.message().await?.seq != 10 {}
+    Ok(())
+}
+
+#[tokio::test]
+async fn who_has_subscribed_to_a_group_hears_it_until_it_unsubscribes() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["eng", "ops"]).await?;
+    let mut bob = member(&node, "bob", &["eng", "ops"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    subscribe(&mut alice, "ops").await?;
+    subscribe(&mut bob, "ops").await?;
+    subscribe(&mut bob, "ops").await?;
+    assert_eq!(node.metric(SUBSCRIPTIONS, ""), 3.0);
+    dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
+    hears(&mut alice, "eng", &[1]).await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(1), entry(2)]).await?;
+    hears(&mut alice, "ops", &[1, 2]).await?;
+    hears(&mut bob, "ops", &[1, 2]).await?;
+    let gone = ("unsubscribed".to_owned(), json!({ "group": "ops" }));
+    assert_eq!(asked(&mut alice, "unsubscribe", "ops").await?, gone);
+    assert_eq!(asked(&mut alice, "unsubscribe", "ops").await?, gone, "and again");
+    dispatcher.fan_out(APP, "ops", vec![entry(3)]).await?;
+    dispatcher.fan_out(APP, "", vec![entry(4)]).await?;
+    hears(&mut alice, "everyone", &[4]).await?;
+    hears(&mut bob, "ops", &[3]).await?;
+    hears(&mut bob, "everyone", &[4]).await?;
+    alice.silent(QUIET).await?;
+    // The end of a session ends its subscriptions; they are its own to renew.
+    bob.vanish();
+    eventually("bob's are gone", async || Ok(node.metric(SUBSCRIPTIONS, "") == 1.0)).await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(5)]).await?;
+    assert_eq!(node.metric("barid_access_fanouts_total", "nobody"), 1.0);
+    let mut bob = member(&node, "bob", &["ops"]).await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(6)]).await?;
+    bob.silent(QUIET).await?;
+    subscribe(&mut bob, "ops").await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(7)]).await?;
+    hears(&mut bob, "ops", &[7]).await?;
+    drop((alice, bob));
+    assert_eq!(node.stop(Duration::from_secs(5)).await?, Stopped::Clean);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_group_that_the_token_does_not_list_is_refused_and_the_connection_stays() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["eng", "*"]).await?;
+    let mut bob = node.device("bob", "phone").await?;
+    for (name, group) in [("alice", "ops"), ("alice", "Eng"), ("bob", "eng")] {
+        let device = if name == "alice" { &mut alice } else { &mut bob };
+        let (kind, fields) = asked(device, "subscribe", group).await?;
+        assert_eq!((kind.as_str(), &fields["group"]), ("unsubscribed", &json!(group)));
+        assert_eq!(fields["code"], 4500);
+        assert!(fields["text"].as_str().is_some_and(|text| text.contains("does not list")));
+        dispatcher.fan_out(APP, group, vec![entry(1)]).await?;
+        device.silent(QUIET).await?;
+    }
+    assert_eq!(node.metric("barid_access_subscriptions_refused_total", ""), 3.0);
+    subscribe(&mut alice, "eng").await?;
+    for (user, group) in [("carol", "everyone"), ("dave", ""), ("erin", "a\nb")] {
+        let mut device = member(&node, user, &["eng"]).await?;
+        device.send(&json!({ "subscribe": { "group": group } })).await?;
+        assert_eq!(device.closed(PATIENCE).await?, 4501, "{group:?}");
+    }
+    let groups = json!(["everyone"]);
+    let refused = Device::open(&node.url(), &token_for(APP, "alice", &groups)).await.unwrap_err();
+    assert!(format!("{refused:?}").contains("401"), "{refused:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_subscription_too_many_is_refused_with_4504_and_the_others_stay() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.subscriptions_max = 2).await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["a", "b", "c"]).await?;
+    subscribe(&mut alice, "a").await?;
+    subscribe(&mut alice, "b").await?;
+    subscribe(&mut alice, "a").await?;
+    let (kind, fields) = asked(&mut alice, "subscribe", "c").await?;
+    assert_eq!((kind.as_str(), &fields["code"]), ("unsubscribed", &json!(4504)));
+    assert_eq!(node.metric("barid_access_limits_total", "subscriptions"), 1.0);
+    for group in ["c", "b", "a"] {
+        dispatcher.fan_out(APP, group, vec![entry(1)]).await?;
+    }
+    let mut heard = [alice.message().await?.mailbox, alice.message().await?.mailbox];
+    heard.sort();
+    assert_eq!(heard, ["a", "b"]);
+    alice.silent(QUIET).await?;
+    asked(&mut alice, "unsubscribe", "a").await?;
+    subscribe(&mut alice, "c").await
+}
+
+#[tokio::test]
+async fn a_new_token_ends_the_subscriptions_that_it_does_not_list() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["eng", "ops"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    subscribe(&mut alice, "ops").await?;
+    let token = token_for(APP, "alice", &json!(["ops", "new"]));
+    alice.send(&json!({ "refresh": { "token": token } })).await?;
+    let Heard::Other(kind, fields) = alice.next(PATIENCE).await? else { panic!("not told") };
+    let told = (kind.as_str(), &fields["group"], &fields["code"]);
+    assert_eq!(told, ("unsubscribed", &json!("eng"), &json!(4500)));
+    dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(2)]).await?;
+    hears(&mut alice, "ops", &[2]).await?;
+    alice.silent(QUIET).await?;
+    subscribe(&mut alice, "new").await
+}
+
+#[tokio::test]
+async fn hazard_09_a_user_a_group_and_an_app_of_one_name_are_three() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut user = node.device("eng", "phone").await?;
+    let mut of_group = member(&node, "alice", &["eng"]).await?;
+    let token = token_for("other", "bob", &json!(["eng"]));
+    let mut of_other = Device::connect(&node.url(), &token, "phone").await?;
+    subscribe(&mut of_group, "eng").await?;
+    subscribe(&mut of_other, "eng").await?;
+    dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
+    let (own, _) = world.accept("eng", "m1").await?;
+    dispatcher.push(&world, "eng", own).await?;
+    dispatcher.fan_out("other", "eng", vec![entry(2)]).await?;
+    hears(&mut user, "", &[1]).await?;
+    hears(&mut of_group, "eng", &[1]).await?;
+    hears(&mut of_other, "eng", &[2]).await?;
+    for device in [&mut user, &mut of_group, &mut of_other] {
+        device.silent(QUIET).await?;
+    }
+    Ok(())
+}
