@@ -31,7 +31,12 @@ pub fn resident_bytes(pid: u32) -> anyhow::Result<u64> {
 /// # Errors
 /// It is gone, or another user's.
 pub fn open_files(pid: u32) -> anyhow::Result<u64> {
-    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64)
+    let directory = format!("/proc/{pid}/fd");
+    // Linux tells their number since 6.2; to list twenty thousand once a second costs a tenth of a core.
+    match fs::metadata(&directory)?.len() {
+        0 => Ok(fs::read_dir(directory)?.count() as u64),
+        count => Ok(count),
+    }
 }
 
 /// User and system seconds of those living threads of this process whose names are `wanted`.

@@ -64,6 +64,10 @@ pub struct Options {
     /// Bytes of each payload.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     payload_bytes: u32,
+    /// How long records wait in the business's producer for others of their batch, ms; it counts into the
+    /// latency.
+    #[arg(long, default_value_t = 5)]
+    linger_ms: u32,
     /// Prints the process ids, and waits so many seconds with all connections before it measures, for who wants
     /// to attach a profiler.
     #[arg(long, default_value_t = 0)]
@@ -141,7 +145,7 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
     let idle_mib = resident_mib(&sandbox, &agents)?;
     say(&format!("idle: {}", listed(&idle_cores, "cores")))?;
 
-    let business = Business::open(&sandbox.plan(options.payload_bytes, 0)).await?;
+    let business = Business::open(&sandbox.plan(options.payload_bytes, options.linger_ms)).await?;
     if options.warmup_seconds > 0 {
         live.phase("warming up");
         drive(options, options.warmup_seconds, &business, &mut agents).await?;
