@@ -19,8 +19,8 @@ use crate::rpc::ConnectRequest;
 /// Devices in the way, of an app of their own, and what each is sent: more than sockets hold.
 const CROWD: u32 = 10_000;
 const CROWD_APP: &str = "crowd";
-const CROWD_RATE: u32 = 2_000;
-const CROWD_PAYLOAD_BYTES: u32 = 16 << 10;
+const CROWD_RATE: u32 = 1_000;
+const CROWD_PAYLOAD_BYTES: u32 = 32 << 10;
 /// Others, which are measured.
 const USERS: u32 = 500;
 const RATE: u32 = 500;
