@@ -357,9 +357,10 @@ impl Agent for Service {
     }
 
     async fn expect(&self, request: Request<ExpectRequest>) -> Result<Response<Nothing>, Status> {
-        let ExpectRequest { run, users, rate, starts_at_us } = request.into_inner();
+        let ExpectRequest { run, users, rate, starts_at_us, burst } = request.into_inner();
         let schedule = Some((rate, starts_at_us)).filter(|(rate, _)| *rate > 0);
-        *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users, schedule)));
+        *self.0.audit.write() =
+            Some(Arc::new(Audit::of_run(run, users, schedule).in_bursts_of(burst)));
         self.0.closed.store(0, Ordering::Relaxed);
         self.0.frames.store(0, Ordering::Relaxed);
         self.0.resent.store(0, Ordering::Relaxed);

@@ -20,9 +20,10 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 /// Shared by all devices.
 #[derive(Debug)]
 pub struct Audit {
-    /// By user, the turn that is expected next: record `turn * users + user`. Locked by that user's
-    /// device alone while a run lasts.
+    /// By user, the turn that is expected next. Locked by that user's device alone while a run lasts.
     turns: Vec<Mutex<u64>>,
+    /// Records of one user in a row.
+    burst: u64,
     started: OnceLock<(Instant, u64)>,
     run: String,
     total: AtomicU64,
@@ -58,6 +59,7 @@ impl Audit {
     pub fn new(users: u32, rate: Option<u32>) -> Self {
         Self {
             turns: (0..users).map(|_| Mutex::default()).collect(),
+            burst: 1,
             started: OnceLock::new(),
             run: format!("{}.{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)),
             total: AtomicU64::new(0),
@@ -69,6 +71,27 @@ impl Audit {
             elsewhere: AtomicU64::new(0),
             latencies_us: Mutex::new(histogram::new()),
         }
+    }
+
+    /// Users get so many records in a row, at least one, before it is the next one's turn.
+    #[must_use]
+    pub fn in_bursts_of(self, burst: u32) -> Self {
+        Self { burst: u64::from(burst.max(1)), ..self }
+    }
+
+    /// Records of one user in a row.
+    pub fn burst(&self) -> u64 {
+        self.burst
+    }
+
+    /// Whose record `number` is.
+    pub fn user_of(&self, number: u64) -> u64 {
+        number / self.burst % self.users()
+    }
+
+    /// How many records that user was dealt before.
+    fn turn_of(&self, number: u64) -> u64 {
+        number / (self.burst * self.users()) * self.burst + number % self.burst
     }
 
     /// For the part of a run that another process sees: its name, all of its users, and its schedule:
@@ -168,12 +191,12 @@ impl Audit {
             .split_once('-')
             .filter(|(run, _)| *run == self.run)
             .and_then(|(_, number)| number.parse::<u64>().ok())
-            .filter(|number| number % self.users() == u64::from(user));
+            .filter(|number| self.user_of(*number) == u64::from(user));
         let Some(number) = number else {
             self.foreign.fetch_add(1, Ordering::Relaxed);
             return;
         };
-        let turn = number / self.users();
+        let turn = self.turn_of(number);
         let mut expected = expected.lock();
         if turn < *expected {
             self.repeats.fetch_add(1, Ordering::Relaxed);
@@ -295,6 +318,21 @@ mod tests {
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
         assert_eq!((totals.shown, totals.lost(), audit.settled()), (5, 3, 6));
         assert!(!totals.outcome().is_clean());
+    }
+
+    #[test]
+    fn bursts_are_dealt_in_turn_as_well() {
+        let audit = Audit::new(3, None).in_bursts_of(2);
+        let dealt: Vec<_> =
+            (0..12).map(|number| (audit.user_of(number), audit.turn_of(number))).collect();
+        let first = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)];
+        let second = first.map(|(user, turn)| (user, turn + 2));
+        assert_eq!(dealt, [first, second].concat());
+        (0..12).for_each(|number| audit.shown(audit.user_of(number) as u32, &audit.id(number)));
+        audit.expect(12);
+        assert!(audit.totals().outcome().is_clean());
+        audit.shown(0, &audit.id(2));
+        assert_eq!(audit.totals().foreign, 1);
     }
 
     #[tokio::test]

@@ -162,7 +162,8 @@ impl Agents {
         let users = u32::try_from(audit.users())?;
         let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
         let run = audit.run().to_owned();
-        let request = ExpectRequest { run, users, rate, starts_at_us };
+        let burst = u32::try_from(audit.burst())?;
+        let request = ExpectRequest { run, users, rate, starts_at_us, burst };
         let expect = |mut client: AgentClient<Channel>| {
             let request = request.clone();
             async move { client.expect(request).await }

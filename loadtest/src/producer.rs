@@ -179,7 +179,7 @@ impl Business {
     }
 
     fn send(&self, audit: &Audit, number: u64) -> anyhow::Result<()> {
-        let user = user(number % audit.users());
+        let user = user(audit.user_of(number));
         let record = PushRecord {
             id: audit.id(number),
             app: self.plan.app.clone(),

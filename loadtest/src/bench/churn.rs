@@ -14,7 +14,7 @@ const COUNT: u32 = 5_000;
 const RATE: u32 = 400;
 /// What comes first finds memory that was never used: it is not counted. Seconds.
 const WARM_UP_SECONDS: u32 = 15;
-const SECONDS: u32 = 60;
+const SECONDS: u32 = 45;
 
 struct Churn {
     /// Where memory is known.

@@ -17,6 +17,8 @@ use crate::rpc::ConnectRequest;
 /// Messages to each session, and bytes of each.
 const BROADCAST: u32 = 100;
 const PAYLOAD_BYTES: u32 = 100;
+/// Of Barid's: so many in a row to each session, which are accepted and delivered together.
+const BURST: u32 = 10;
 /// Handshakes under way at once.
 const AT_ONCE_MAX: u32 = 256;
 /// Messages between Kafka and the devices at once.
@@ -98,7 +100,7 @@ async fn broadcast(count: u32, agents: &Agents, server: &mut Server) -> anyhow::
             Ok(())
         }
         Server::Barid(target) => {
-            let audit = Arc::new(Audit::new(count, None));
+            let audit = Arc::new(Audit::new(count, None).in_bursts_of(BURST));
             let business = Business::open(&target.plan(PAYLOAD_BYTES, 5)?).await?;
             let pace = Pace::Counted { window: WINDOW, total, limit: BROADCAST_LIMIT };
             let settle = Duration::from_secs(60);

@@ -73,10 +73,13 @@ fn head(page: &mut String, report: &Report) {
     if failed > 0 {
         let _ = write!(page, "<li class=\"bad\"><b>{failed}</b> not measured</li>");
     }
-    let scenarios = report.scenarios.len();
+    let scenarios = match report.scenarios.len() {
+        1 => "<b>1</b> scenario".to_owned(),
+        more => format!("<b>{more}</b> scenarios"),
+    };
     let _ = write!(
         page,
-        "<li><b>{}</b> minutes</li><li><b>{scenarios}</b> scenarios</li></ul></header>",
+        "<li><b>{}</b> minutes</li><li>{scenarios}</li></ul></header>",
         clock(report.seconds)
     );
 }
@@ -130,10 +133,10 @@ fn spread(values: &[f64]) -> Option<String> {
         .then(|| format!("{} to {}, {} runs", number(least), number(largest), values.len()))
 }
 
-/// Barid's value as a bar, with marks for the floor and the goal.
+/// Barid's value as a bar, with marks for the floor and the goal; nothing where there is neither.
 fn bar(barid: f64, floor: Option<f64>, goal: Option<f64>, met: Option<bool>) -> String {
     let largest = [Some(barid), floor, goal].into_iter().flatten().fold(0.0, f64::max);
-    if largest <= 0.0 {
+    if largest <= 0.0 || floor.or(goal).is_none() {
         return String::new();
     }
     let at = |value: f64| (value / largest * 100.0).clamp(0.0, 100.0);
@@ -293,6 +296,7 @@ fn series_figures(scenario: &Scenario) -> Vec<String> {
     if is_long {
         figures.push(over_time("Memory of the server", "MiB", &memory_over_time));
     }
+    figures.push(over_time("Tasks of the server", "tasks", &tasks_over_time));
     let is_spread = |series: &Series| {
         let mut seen: Vec<u32> = series.samples.iter().map(|sample| sample.sessions).collect();
         seen.sort_unstable();
@@ -341,6 +345,12 @@ fn memory_over_time(series: &Series) -> Vec<(f64, f64)> {
     let begun = begun(series);
     let known = series.samples.iter().filter_map(|s| Some((s.at_s - begun, s.resident_bytes?)));
     known.map(|(at, bytes)| (at, bytes as f64 / MIB)).collect()
+}
+
+fn tasks_over_time(series: &Series) -> Vec<(f64, f64)> {
+    let begun = begun(series);
+    let known = series.samples.iter().filter_map(|s| Some((s.at_s - begun, s.tasks?)));
+    known.map(|(at, tasks)| (at, tasks as f64)).collect()
 }
 
 fn memory_over_sessions(series: &Series) -> Vec<(f64, f64)> {
