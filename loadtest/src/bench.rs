@@ -48,7 +48,7 @@ pub struct Options {
     /// Measure no floor.
     #[arg(long)]
     no_floor: bool,
-    /// Sessions of `idle`.
+    /// Sessions of `idle` and `fanout`.
     #[arg(long, default_value_t = 19_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     sessions: u32,
     /// Sessions begun a second in `idle`.
