@@ -6,6 +6,7 @@
 mod balance;
 mod binaries;
 mod delivery;
+mod density;
 mod hops;
 mod kick;
 mod kills;

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-/// Many small, long-lived allocations: it keeps them denser than the system's.
+/// Many small, long-lived allocations that come and go in waves: it keeps them dense, and gives back what
+/// a wave leaves (`.cargo/config.toml` says how soon).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     barid_runtime::main::<barid_access::Access>()

@@ -65,6 +65,23 @@ impl Marks {
     }
 }
 
+/// What sessions weigh.
+#[derive(Debug, Default)]
+struct Density {
+    /// Resident when there was no session last.
+    empty: u64,
+}
+
+impl Density {
+    /// Bytes by session, of all that is resident; 0 without any.
+    fn session_bytes(&mut self, resident: u64, sessions: u64) -> u64 {
+        if sessions == 0 {
+            self.empty = resident;
+        }
+        resident.saturating_sub(self.empty).checked_div(sessions).unwrap_or(0)
+    }
+}
+
 fn low(high: u64) -> u64 {
     (high as f64 * LOW_WATER) as u64
 }
@@ -75,12 +92,16 @@ pub async fn guard(node: Arc<Node>, marks: Marks) -> &'static str {
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut looks, mut resident, mut was_short) = (0_u32, 0, false);
+    let mut density = Density::default();
     loop {
         look.tick().await;
-        let read_resident = looks.is_multiple_of(LOOKS_PER_RESIDENT) && marks.resident.is_some();
+        let read_resident = looks.is_multiple_of(LOOKS_PER_RESIDENT);
         looks = looks.wrapping_add(1);
         if read_resident {
             resident = resident_bytes().unwrap_or(0);
+            let sessions = u64::try_from(node.metrics.sessions.get()).unwrap_or(0);
+            let each = density.session_bytes(resident, sessions);
+            node.metrics.session_bytes.set(i64::try_from(each).unwrap_or(i64::MAX));
         }
         let queued = u64::try_from(node.metrics.queued_bytes.get()).unwrap_or(0);
         let in_use = InUse { queued, resident };
@@ -172,6 +193,16 @@ mod tests {
         assert_eq!(marks.excess(in_use(130, 0)), 40);
         assert_eq!(marks.excess(in_use(130, 1200)), 300);
         assert!(!Marks { resident: None, ..marks }.is_short(in_use(0, u64::MAX), false));
+    }
+
+    #[test]
+    fn a_session_weighs_what_the_node_grew_by_since_it_had_none() {
+        let mut density = Density::default();
+        assert_eq!(density.session_bytes(20 * MIB, 0), 0);
+        assert_eq!(density.session_bytes(22 * MIB, 1024), 2048);
+        assert_eq!(density.session_bytes(19 * MIB, 1024), 0, "it shrank");
+        assert_eq!(density.session_bytes(21 * MIB, 0), 0);
+        assert_eq!(density.session_bytes(22 * MIB, 1024), 1024);
     }
 
     #[test]

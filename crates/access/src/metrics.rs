@@ -83,6 +83,8 @@ pub struct Metrics {
     pub addresses: IntGauge,
     /// Sessions whose device said Hello and was welcomed.
     pub sessions: IntGauge,
+    /// Bytes in RAM that each of them takes, all that the node took since it had none included.
+    pub session_bytes: IntGauge,
     handshakes: IntCounterVec,
     tokens_refused: IntCounterVec,
     closes: IntCounterVec,
@@ -147,6 +149,10 @@ impl Metrics {
             connections: make.gauge("connections", "Open sockets")?,
             addresses: make.gauge("addresses", "Client addresses remembered for their limits")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
+            session_bytes: make.gauge(
+                "session_bytes",
+                "Resident memory beyond that of the node without sessions, by session",
+            )?,
             handshakes: make.counters(
                 "handshakes_total",
                 "Handshakes, by result",

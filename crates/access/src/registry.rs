@@ -14,6 +14,8 @@ use crate::handle::Handle;
 
 /// A power of two; each part has a lock of its own.
 const PARTS: usize = 64;
+/// Users of a part for whom there may always be room.
+const TABLE_MIN: usize = 16;
 
 type Part = HashMap<UserKey, Vec<Arc<Handle>>>;
 
@@ -36,7 +38,8 @@ impl Registry {
     #[must_use]
     pub fn insert(&self, handle: Arc<Handle>, others_max: u32) -> bool {
         let mut part = self.part(handle.user()).lock();
-        let sessions = part.entry(handle.user().clone()).or_default();
+        // Most users have one session here: room for one.
+        let sessions = part.entry(handle.user().clone()).or_insert_with(|| Vec::with_capacity(1));
         let others = sessions.iter().filter(|other| other.device() != handle.device());
         let room = others_max == 0 || others.count() < others_max as usize;
         if room {
@@ -52,6 +55,11 @@ impl Registry {
         handles.retain(|handle| handle.connection != connection);
         if handles.is_empty() {
             part.remove(user);
+            // What a wave of sessions needed is given back; a table that is half full is left alone.
+            if part.capacity() > 4 * part.len().max(TABLE_MIN) {
+                let room = 2 * part.len();
+                part.shrink_to(room);
+            }
         }
     }
 
@@ -91,6 +99,7 @@ impl Default for Registry {
 mod tests {
     use super::*;
     use crate::handle::tests::handle;
+    use barid_core::{AppId, Attempt, DeviceId, UserId};
 
     #[test]
     fn old_session_does_not_remove_newer_one() {
@@ -104,5 +113,30 @@ mod tests {
         assert_eq!(registry.all().len(), 1);
         registry.remove(new.user(), new.connection);
         assert!(registry.all().is_empty());
+    }
+
+    #[test]
+    fn what_many_sessions_needed_is_given_back() {
+        let room = |registry: &Registry| -> usize {
+            registry.parts.iter().map(|part| part.lock().capacity()).sum()
+        };
+        let registry = Registry::new();
+        let handles: Vec<_> = (0..4_000).map(handle_of).collect();
+        for handle in &handles {
+            assert!(registry.insert(handle.clone(), 1));
+        }
+        assert!(room(&registry) >= 4_000);
+        for handle in &handles[10..] {
+            registry.remove(handle.user(), handle.connection);
+        }
+        assert!(room(&registry) <= 4 * PARTS * TABLE_MIN, "{}", room(&registry));
+        assert_eq!(registry.all().len(), 10);
+    }
+
+    fn handle_of(number: u64) -> Arc<Handle> {
+        let app = AppId::new("demo").unwrap();
+        let user = UserKey { app, user: UserId::new(&format!("u{number}")).unwrap() };
+        let device = DeviceId::new("phone").unwrap();
+        Arc::new(Handle::new(ConnectionId(number), Attempt(number), user, device))
     }
 }

@@ -1,0 +1,84 @@
+//! What a session takes of an access node's memory.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use barid_testkit::{Cluster, Role};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Sessions that the process grows by itself with, and those that are weighed.
+const BEFORE: usize = 400;
+const WEIGHED: usize = 1_600;
+/// Handshakes at once.
+const AT_ONCE: usize = 50;
+/// Bytes: 1.7 KiB are measured in a release build (docs/benchmarks.md). A forgotten buffer of a kibibyte
+/// is found, what pages and other tests do is not.
+const SESSION_BYTES_MAX: f64 = 3_072.0;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_session_takes_no_more_than_its_kibibytes() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let address = cluster.node(Role::Access, 0).address("ws").await?;
+    let mut devices = Vec::new();
+    connect(&cluster, address, BEFORE, &mut devices).await?;
+    let before = settled(&mut cluster).await?;
+    connect(&cluster, address, WEIGHED, &mut devices).await?;
+    let after = settled(&mut cluster).await?;
+    let each = (after - before) / WEIGHED as f64;
+    ensure!(each <= SESSION_BYTES_MAX, "{each:.0} bytes a session ({before} to {after})");
+    // The node's own figure counts from the empty process on.
+    let told = cluster.node(Role::Access, 0).metric("barid_access_session_bytes").await?;
+    ensure!(told >= each / 2.0 && told < 20_000.0, "it tells of {told}, and it is {each:.0}");
+    Ok(())
+}
+
+/// Resident bytes of the node, once what handshakes left is given back.
+async fn settled(cluster: &mut Cluster) -> Result<f64> {
+    sleep(Duration::from_secs(4)).await;
+    cluster.node(Role::Access, 0).metric("process_resident_memory_bytes").await
+}
+
+async fn connect(
+    cluster: &Cluster,
+    address: SocketAddr,
+    count: usize,
+    devices: &mut Vec<TcpStream>,
+) -> Result<()> {
+    let (mut opening, end) = (JoinSet::new(), devices.len() + count);
+    for number in devices.len()..end {
+        let token = cluster.token(&format!("user-{number}"));
+        opening.spawn(timeout(Duration::from_secs(60), device(address, token)));
+        if opening.len() >= AT_ONCE {
+            devices.push(opening.join_next().await.context("none")????);
+        }
+    }
+    while let Some(opened) = opening.join_next().await {
+        devices.push(opened???);
+    }
+    Ok(())
+}
+
+/// A device that is welcomed and says no more; of its side, a socket.
+async fn device(address: SocketAddr, token: String) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!(
+        "GET /v1/connect HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+         Sec-WebSocket-Protocol: barid.v1.json\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await?;
+    // One frame of text, masked with zeros.
+    let hello = br#"{"hello":{"device":"phone"}}"#;
+    let head = [0x81, 0x80 | hello.len() as u8, 0, 0, 0, 0];
+    stream.write_all(&[&head[..], hello].concat()).await?;
+    let mut answer = Vec::new();
+    while !String::from_utf8_lossy(&answer).contains("welcome") {
+        let read = stream.read_buf(&mut answer).await?;
+        ensure!(read > 0, "{}", String::from_utf8_lossy(&answer));
+    }
+    Ok(stream)
+}
