@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use barid_testkit::certificates;
 use clap::Args;
 use hdrhistogram::Histogram;
 use jsonwebtoken::EncodingKey;
@@ -107,8 +108,9 @@ impl Way {
         }
         anyhow::ensure!(!nodes.is_empty(), "no node is named");
         let sources = request.sources.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
-        let tls =
-            (!request.roots.is_empty()).then(|| fleet::trusting(&request.roots)).transpose()?;
+        let tls = (!request.roots.is_empty())
+            .then(|| certificates::trusting(&request.roots))
+            .transpose()?;
         let key = EncodingKey::from_secret(&request.secret);
         let users = request.first..request.first + request.count;
         let token = |number: u32| {

@@ -15,8 +15,10 @@ use crate::producer::{Business, Pace, Produced};
 /// it is not.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOOK_SELDOM: Duration = Duration::from_millis(250);
-/// How long before the first record is due the agents are told when that is.
+/// How long before the first record is due the agents are told when that is; each of them makes a place for
+/// every user.
 const LEAD: Duration = Duration::from_millis(500);
+const LEAD_OF_USER: Duration = Duration::from_micros(10);
 /// A repeat would follow closely.
 const REPEAT_TIME: Duration = Duration::from_millis(200);
 
@@ -32,9 +34,39 @@ pub async fn drive(
     audit: &Arc<Audit>,
     settle: Duration,
 ) -> anyhow::Result<(Produced, Seen)> {
-    audit.start_in(LEAD);
+    watched(agents, business, pace, audit, settle, |seen| {
+        ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
+        Ok(())
+    })
+    .await
+}
+
+/// [`drive`], to the end even if devices are closed.
+///
+/// # Errors
+/// Kafka does not take the records, or an agent is gone.
+pub async fn drive_on(
+    agents: &Agents,
+    business: &Arc<Business>,
+    pace: Pace,
+    audit: &Arc<Audit>,
+    settle: Duration,
+) -> anyhow::Result<(Produced, Seen)> {
+    watched(agents, business, pace, audit, settle, |_| Ok(())).await
+}
+
+async fn watched(
+    agents: &Agents,
+    business: &Arc<Business>,
+    pace: Pace,
+    audit: &Arc<Audit>,
+    settle: Duration,
+    is_fine: impl Fn(&Seen) -> anyhow::Result<()>,
+) -> anyhow::Result<(Produced, Seen)> {
+    let lead = LEAD + LEAD_OF_USER * u32::try_from(audit.users())?;
+    audit.start_in(lead);
     agents.expect(audit).await?;
-    ensure!(!audit.early().is_zero(), "the agents were not told of the run in {LEAD:?}");
+    ensure!(!audit.early().is_zero(), "the agents were not told of the run in {lead:?}");
     sleep(audit.early()).await;
     let look = if let Pace::Scheduled(_) = pace { LOOK_SELDOM } else { LOOK_EVERY };
     let over = AtomicBool::new(false);
@@ -51,7 +83,7 @@ pub async fn drive(
             let seen = agents.report().await?;
             let settled = seen.shown + seen.passed_over;
             audit.settled_elsewhere(settled);
-            ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
+            is_fine(&seen)?;
             if !is_over {
                 last = Instant::now();
             } else if settled >= audit.totals().total || last.elapsed() > settle {

@@ -12,8 +12,6 @@ use barid_core::limits::EVERYONE;
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
 use barid_wire::v1::{Ack, Hello, Message, client_frame::Kind};
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _, stream};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
@@ -117,24 +115,6 @@ impl Path {
     fn connector(&self) -> Connector {
         self.tls.clone().map_or(Connector::Plain, Connector::Rustls)
     }
-}
-
-/// What trusts these certificates (PEM) and no others.
-///
-/// # Errors
-/// There is none, or a broken one.
-pub fn trusting(pem: &str) -> anyhow::Result<Arc<rustls::ClientConfig>> {
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-        roots.add(certificate?)?;
-    }
-    ensure!(!roots.is_empty(), "no certificate to trust");
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(Arc::new(config))
 }
 
 async fn stream(path: &Path) -> anyhow::Result<TcpStream> {

@@ -11,9 +11,13 @@ use barid_testkit::{Cluster, Role, certificates, http, token};
 
 use crate::cpu;
 use crate::producer::Plan;
+use crate::rpc::ConnectRequest;
 
 /// How long the tokens of a run are good.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a device may hold an acknowledgement back, ms.
+pub const ACK_DELAY_MS: u32 = 100;
 
 /// Partitions of a topic.
 pub const PARTITIONS: i32 = 4;
@@ -129,16 +133,24 @@ impl Sandbox {
         self.cluster.node(Role::Access, 0).address("admin").await
     }
 
-    /// Where devices connect, of every access node.
+    /// How agents connect, to all access nodes; nothing is said about users.
     ///
     /// # Errors
-    /// One is gone.
-    pub async fn addresses(&mut self) -> anyhow::Result<Vec<SocketAddr>> {
-        let mut addresses = Vec::new();
+    /// An access node is gone.
+    pub async fn way(&mut self) -> anyhow::Result<ConnectRequest> {
+        let mut nodes = Vec::new();
         for number in 0..self.cluster.count(Role::Access) {
-            addresses.push(self.cluster.node(Role::Access, number).address("ws").await?);
+            let address = self.cluster.node(Role::Access, number).address("ws").await?;
+            nodes.push(address.to_string());
         }
-        Ok(addresses)
+        Ok(ConnectRequest {
+            nodes,
+            app: barid_testkit::cluster::APP.into(),
+            secret: token::SECRET.into(),
+            key_id: token::KEY_ID.into(),
+            ack_delay_ms: ACK_DELAY_MS,
+            ..ConnectRequest::default()
+        })
     }
 
     /// Where dispatchers reach the access node.

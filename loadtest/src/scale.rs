@@ -7,15 +7,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use barid_testkit::{Role, token};
+use anyhow::Context as _;
+use barid_testkit::Role;
 use clap::Args;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use crate::audit::{Audit, Outcome};
+use crate::audit::{Audit, Outcome, SETTLE};
 use crate::controller::{Agents, Connected, Seen};
 use crate::cpu;
+use crate::drive::drive_on;
 use crate::histogram::{mean_ms, quantile_ms};
 use crate::hops::{self, Passed};
 use crate::live::{Live, say};
@@ -26,10 +27,6 @@ use crate::usage::Usage;
 
 /// Handshakes under way at once.
 const AT_ONCE_MAX: u32 = 256;
-/// How long agents may take to hear of a run.
-const TOLD_IN: Duration = Duration::from_secs(2);
-/// How often agents are asked.
-const LOOK: Duration = Duration::from_millis(500);
 /// How long a connection that is refused is tried again, ms at most between two attempts.
 const RETRY_MAX_MS: u32 = 2_000;
 
@@ -148,12 +145,12 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
     let business = Business::open(&sandbox.plan(options.payload_bytes, options.linger_ms)).await?;
     if options.warmup_seconds > 0 {
         live.phase("warming up");
-        drive(options, options.warmup_seconds, &business, &mut agents).await?;
+        push(options, options.warmup_seconds, &business, &mut agents).await?;
     }
     let before = sandbox.metrics().await?;
     let mut meter = Meter::start(&sandbox, &agents)?;
     live.phase("pushing");
-    let (seen, outcome) = drive(options, options.seconds, &business, &mut agents).await?;
+    let (seen, outcome) = push(options, options.seconds, &business, &mut agents).await?;
     let cores = meter.cores(&sandbox, &agents)?;
     let latencies_us = agents.latencies_us().await?;
     let latency_mean_ms = mean_ms(&latencies_us);
@@ -196,18 +193,12 @@ async fn connect(
     agents: &mut Agents,
     live: &Live,
 ) -> anyhow::Result<Connected> {
-    let nodes = sandbox.addresses().await?;
     let request = ConnectRequest {
-        nodes: nodes.iter().map(ToString::to_string).collect(),
         count: options.sessions,
         rate: options.connect_rate,
         at_once_max: AT_ONCE_MAX,
-        app: barid_testkit::cluster::APP.into(),
-        secret: token::SECRET.into(),
-        key_id: token::KEY_ID.into(),
-        ack_delay_ms: 100,
         retry_max_ms: RETRY_MAX_MS,
-        ..ConnectRequest::default()
+        ..sandbox.way().await?
     };
     live.phase("connecting");
     let connected = agents.connect(&request).await?;
@@ -221,7 +212,7 @@ async fn connect(
 }
 
 /// Produces for so many seconds, and waits until everything has settled.
-async fn drive(
+async fn push(
     options: &Options,
     seconds: u64,
     business: &Arc<Business>,
@@ -229,23 +220,7 @@ async fn drive(
 ) -> anyhow::Result<(Seen, Outcome)> {
     let total = u64::from(options.rate) * seconds;
     let audit = Arc::new(Audit::new(options.sessions, Some(options.rate)));
-    audit.expect(total);
-    audit.start_in(TOLD_IN);
-    agents.expect(&audit).await?;
-    ensure!(!audit.early().is_zero(), "the agents were not told of the run in {TOLD_IN:?}");
-    let producing = business.produce(Pace::Scheduled(total), &audit);
-    let limit = Duration::from_secs(seconds) + crate::audit::SETTLE;
-    let watching = async {
-        loop {
-            sleep(LOOK).await;
-            let seen = agents.report().await?;
-            let settled = seen.shown + seen.passed_over;
-            if settled >= total || audit.elapsed() > limit {
-                return Ok(seen);
-            }
-        }
-    };
-    let (_, seen): (_, Seen) = tokio::try_join!(producing, watching)?;
+    let (_, seen) = drive_on(agents, business, Pace::Scheduled(total), &audit, SETTLE).await?;
     let outcome = seen.outcome(total);
     let why =
         if seen.closed > 0 { format!("; closed: {}", seen.why_closed) } else { String::new() };

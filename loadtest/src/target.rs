@@ -6,17 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use barid_runtime::exposition::Metrics;
-use barid_testkit::{Role, http, token};
+use barid_testkit::{Role, http};
 use clap::Args;
 use tokio::net::lookup_host;
 
 use crate::producer::Plan;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::{PARTITIONS, Sandbox};
+use crate::sandbox::{ACK_DELAY_MS, PARTITIONS, Sandbox};
 use crate::usage::Usage;
-
-/// How long a device may hold an acknowledgement back, ms.
-const ACK_DELAY_MS: u32 = 100;
 
 /// A cluster that runs already; without nodes, one is started for each scenario.
 #[derive(Debug, Args)]
@@ -93,14 +90,7 @@ impl Target {
     /// The access node is gone.
     pub async fn way(&mut self) -> anyhow::Result<ConnectRequest> {
         match self {
-            Self::Sandbox(sandbox) => Ok(ConnectRequest {
-                nodes: vec![sandbox.address().await?.to_string()],
-                app: barid_testkit::cluster::APP.into(),
-                secret: token::SECRET.into(),
-                key_id: token::KEY_ID.into(),
-                ack_delay_ms: ACK_DELAY_MS,
-                ..Default::default()
-            }),
+            Self::Sandbox(sandbox) => sandbox.way().await,
             Self::Running(running) => Ok(running.way.clone()),
         }
     }

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::OnceLock;
 
+use crate::fanout::Kind;
 use crate::session::{Close, Seconds};
 
 /// An entry on its way to all sessions of a user here; encoded once an encoding.
@@ -58,12 +59,7 @@ impl Push {
         if generation != 0 {
             return encode();
         }
-        let kind = match (encoding, zstd) {
-            (Encoding::Proto, true) => 0,
-            (Encoding::Proto, false) => 1,
-            (Encoding::Json, _) => 2,
-        };
-        self.frames[kind].get_or_init(encode).clone()
+        self.frames[Kind::new(encoding, zstd) as usize].get_or_init(encode).clone()
     }
 }
 

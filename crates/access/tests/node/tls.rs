@@ -1,11 +1,10 @@
 //! TLS on the devices' port, and a certificate that changes while devices are connected.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
+use barid_testkit::certificates::trusting;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -42,18 +41,14 @@ async fn node(world: &World, directory: &Path) -> Result<Node> {
 
 /// Who trusts this certificate and no other.
 async fn connect(node: &Node, name: &str) -> Result<TlsStream<TcpStream>> {
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(&files(name)[0])? {
-        roots.add(certificate?)?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
     let stream = TcpStream::connect(node.addresses["ws"]).await?;
+    secured(stream, name).await
+}
+
+async fn secured(stream: TcpStream, name: &str) -> Result<TlsStream<TcpStream>> {
+    let config = trusting(&std::fs::read_to_string(&files(name)[0])?)?;
     let server = ServerName::try_from(format!("{name}.test"))?;
-    Ok(TlsConnector::from(Arc::new(config)).connect(server, stream).await?)
+    Ok(TlsConnector::from(config).connect(server, stream).await?)
 }
 
 /// Sends a handshake of a user, reads its answer, says Hello and reads the first byte of Welcome.
@@ -146,18 +141,10 @@ async fn a_balancer_names_the_client_before_tls_begins() -> Result<()> {
         })
         .await?;
     let open = async |client: &str| {
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(&files("one")[0])?)?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
         let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
         let header = format!("PROXY TCP4 {client} 198.51.100.1 4711 443\r\n");
         stream.write_all(header.as_bytes()).await?;
-        let server = ServerName::try_from("one.test")?;
-        anyhow::Ok(TlsConnector::from(Arc::new(config)).connect(server, stream).await?)
+        secured(stream, "one").await
     };
     let mut first = open("192.0.2.1").await?;
     session(&mut first, "alice").await?;
