@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use barid_testkit::device::PATIENCE;
 use barid_testkit::process::Process;
-use barid_testkit::{Role, http, ports};
+use barid_testkit::{Role, certificates, http, ports, token};
 
 fn run(role: Role, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
     let mut command = Command::new(role.binary()?);
@@ -110,6 +110,63 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
             told(&run(role, &["--config", &path, "--check-config"], &[])?);
         assert_eq!(code, Some(0), "{role:?}: {complaint}");
         assert_eq!(said, "configuration is valid\n");
+    }
+    Ok(())
+}
+
+/// A sample of deploy/config with the settings in it that are commented out.
+fn uncommented(sample: &str) -> String {
+    let is_name = |key: &str| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+    let is_setting = |line: &str| {
+        line.starts_with('[') || line.split_once(" = ").is_some_and(|(key, _)| is_name(key))
+    };
+    let line = |line| match str::strip_prefix(line, "# ") {
+        Some(setting) if is_setting(setting) => setting,
+        _ => line,
+    };
+    sample.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> Result<()> {
+    // RFC 8410's example of a key.
+    const ED25519: &str = "-----BEGIN PUBLIC KEY-----\n\
+        MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n\
+        -----END PUBLIC KEY-----\n";
+    let dir = tempfile::tempdir()?;
+    for (name, text) in [
+        ("token-secret", token::SECRET),
+        ("shop.pem", ED25519),
+        ("tls.pem", certificates::ONE.pem),
+        ("tls.key", certificates::ONE.key),
+    ] {
+        std::fs::write(dir.path().join(name), text)?;
+    }
+    let printed = |role, text: &str| -> Result<toml::Table> {
+        let path = config(dir.path(), text);
+        for flag in ["--check-config", "--print-config"] {
+            let (code, said, complaint) = told(&run(role, &["--config", &path, flag], &[])?);
+            assert_eq!(code, Some(0), "{role:?}: {complaint}");
+            if flag == "--print-config" {
+                return Ok(said.parse()?);
+            }
+        }
+        unreachable!("both flags were tried")
+    };
+    for role in Role::ALL {
+        let samples = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/config");
+        let sample = std::fs::read_to_string(format!("{samples}/{}.toml", role.name()))?;
+        let sample = sample.replace("/etc/barid", &dir.path().display().to_string());
+        printed(role, &sample)?;
+        let (all, default) = (printed(role, &uncommented(&sample))?, printed(role, &least(role))?);
+        for section in ["limits", "heartbeat", "sync", "window"] {
+            let Some(defaults) = default.get(section).and_then(toml::Value::as_table) else {
+                continue;
+            };
+            for (key, value) in defaults.iter().filter(|(_, v)| v.as_integer() != Some(0)) {
+                assert_eq!(all[section].get(key), Some(value), "{role:?}: {section}.{key}");
+            }
+        }
     }
     Ok(())
 }
