@@ -91,6 +91,7 @@ struct Way {
     sources: Vec<IpAddr>,
     floor: bool,
     slow: bool,
+    ping_interval_ms: u32,
     tls: Option<Arc<rustls::ClientConfig>>,
     ack_delay: Duration,
     retry_max: Duration,
@@ -125,6 +126,7 @@ impl Way {
             sources,
             floor: request.floor,
             slow: request.slow,
+            ping_interval_ms: request.ping_interval_ms,
             tls,
             ack_delay: Duration::from_millis(request.ack_delay_ms.into()),
             retry_max: Duration::from_millis(request.retry_max_ms.into()),
@@ -153,7 +155,13 @@ impl Way {
     async fn open_once(&self, number: u32) -> anyhow::Result<Socket> {
         let node = self.nodes[number as usize % self.nodes.len()];
         let source = self.sources.get(number as usize % self.sources.len().max(1)).copied();
-        let path = Path { node, source, narrow: self.slow, tls: self.tls.clone() };
+        let path = Path {
+            node,
+            source,
+            narrow: self.slow,
+            ping_interval_ms: self.ping_interval_ms,
+            tls: self.tls.clone(),
+        };
         if self.floor {
             return fleet::open_plain(&path).await;
         }

@@ -97,6 +97,8 @@ pub struct Path {
     pub source: Option<IpAddr>,
     /// Through a socket that holds little.
     pub narrow: bool,
+    /// How often it asks to be pinged, ms; 0: it does not ask.
+    pub ping_interval_ms: u32,
     /// Over TLS, trusting this.
     pub tls: Option<Arc<rustls::ClientConfig>>,
 }
@@ -104,7 +106,7 @@ pub struct Path {
 impl Path {
     /// To a node, as devices come.
     pub fn to(node: SocketAddr) -> Self {
-        Self { node, source: None, narrow: false, tls: None }
+        Self { node, source: None, narrow: false, ping_interval_ms: 0, tls: None }
     }
 
     fn url(&self, path: &str) -> String {
@@ -180,7 +182,12 @@ pub async fn open(path: &Path, token: &str) -> anyhow::Result<Socket> {
     headers.insert("sec-websocket-protocol", Encoding::Proto.subprotocol().parse()?);
     let opened = client_async_tls_with_config(request, stream, Some(config()), Some(connector));
     let (mut socket, _) = opened.await?;
-    let hello = Hello { device: "load".into(), platform: "loadtest".into(), ..Hello::default() };
+    let hello = Hello {
+        device: "load".into(),
+        platform: "loadtest".into(),
+        ping_interval_ms: path.ping_interval_ms,
+        ..Hello::default()
+    };
     socket.send(Frame::Binary(encode_client(Encoding::Proto, &Kind::Hello(hello)))).await?;
     loop {
         match socket.next().await.context("closed before it was welcomed")?? {

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use barid_testkit::{Cluster, Role};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+
+use crate::raw;
 
 /// Sessions that the process grows by itself with, and those that are weighed.
 const BEFORE: usize = 400;
@@ -51,7 +52,9 @@ async fn connect(
     let (mut opening, end) = (JoinSet::new(), devices.len() + count);
     for number in devices.len()..end {
         let token = cluster.token(&format!("user-{number}"));
-        opening.spawn(timeout(Duration::from_secs(60), device(address, token)));
+        opening.spawn(timeout(Duration::from_secs(60), async move {
+            raw::device(TcpStream::connect(address).await?, &token).await
+        }));
         if opening.len() >= AT_ONCE {
             devices.push(opening.join_next().await.context("none")????);
         }
@@ -60,25 +63,4 @@ async fn connect(
         devices.push(opened???);
     }
     Ok(())
-}
-
-/// A device that is welcomed and says no more; of its side, a socket.
-async fn device(address: SocketAddr, token: String) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!(
-        "GET /v1/connect HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
-         Sec-WebSocket-Protocol: barid.v1.json\r\nAuthorization: Bearer {token}\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await?;
-    // One frame of text, masked with zeros.
-    let hello = br#"{"hello":{"device":"phone"}}"#;
-    let head = [0x81, 0x80 | hello.len() as u8, 0, 0, 0, 0];
-    stream.write_all(&[&head[..], hello].concat()).await?;
-    let mut answer = Vec::new();
-    while !String::from_utf8_lossy(&answer).contains("welcome") {
-        let read = stream.read_buf(&mut answer).await?;
-        ensure!(read > 0, "{}", String::from_utf8_lossy(&answer));
-    }
-    Ok(stream)
 }

@@ -76,6 +76,45 @@ async fn what_a_slow_device_was_closed_for_is_there_when_it_comes_back() -> Resu
 }
 
 #[tokio::test]
+async fn who_reads_too_slowly_to_answer_a_ping_is_closed_with_4003_and_loses_nothing() -> Result<()>
+{
+    const MESSAGES: usize = 10;
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.heartbeat.interval_seconds = 1;
+            config.heartbeat.interval_min_seconds = 1;
+            config.heartbeat.timeout_seconds = 2;
+            config.limits.send_buffer_bytes = 16 << 10;
+        })
+        .await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut slow = reluctant(&node, "alice", "phone").await?;
+    let noise = noise(20_000);
+    let mut sent = Vec::new();
+    for n in 0..MESSAGES {
+        let entry = accept_noise(&world, "alice", &format!("m{n}"), &noise).await?;
+        dispatcher.push(&world, "alice", entry).await?;
+        sent.push(format!("m{n}"));
+    }
+    // It reads all the time, and its socket takes more now and then: that is no sign of life.
+    let reading = tokio::spawn(async move {
+        let mut some = [0; 256];
+        while slow.read(&mut some).await.is_ok_and(|bytes| bytes > 0) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    world.routes_become("alice", 0).await?;
+    assert!(!reading.is_finished(), "what the kernel held is read long after");
+    assert_eq!(node.metric(CLOSES, "heartbeat"), 1.0);
+    assert_eq!(node.metric(CLOSES, "slow_consumer"), 0.0);
+    reading.abort();
+    let mut back = node.device("alice", "phone").await?;
+    assert_eq!(back.take(sent.len()).await?, sent);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_a_device_does_not_take_is_in_the_queue_that_is_counted_and_not_in_the_kernel()
 -> Result<()> {
     const MESSAGES: u32 = 25;
