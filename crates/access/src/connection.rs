@@ -917,6 +917,7 @@ impl Connection {
         node.registry.remove(handle.user(), handle.connection);
         listener.leave(&node.fanout, &handle.user().app);
         handle.finish();
+        node.wheel.remove(&handle);
         drop(out);
         let closing = session.close(close);
         tracing::debug!(

@@ -114,6 +114,7 @@ pub struct Handle {
     state: Mutex<State>,
     due: AtomicU32,
     slotted: AtomicU32,
+    place: AtomicU32,
     queued_bytes: AtomicU32,
 }
 
@@ -142,6 +143,7 @@ impl Handle {
             state: Mutex::default(),
             due: AtomicU32::new(Seconds::MAX),
             slotted: AtomicU32::new(Seconds::MAX),
+            place: AtomicU32::new(0),
             queued_bytes: AtomicU32::new(0),
         }
     }
@@ -245,12 +247,22 @@ impl Handle {
         due < self.slotted.load(Ordering::Relaxed)
     }
 
+    /// When the wheel looks at it; [`Seconds::MAX`]: it is not on the wheel.
     pub(crate) fn slotted(&self) -> Seconds {
         self.slotted.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_slotted(&self, at: Seconds) {
         self.slotted.store(at, Ordering::Relaxed);
+    }
+
+    /// Where it is among those of its slot.
+    pub(crate) fn place(&self) -> usize {
+        self.place.load(Ordering::Relaxed) as usize
+    }
+
+    pub(crate) fn set_place(&self, place: usize) {
+        self.place.store(u32::try_from(place).unwrap_or(u32::MAX), Ordering::Relaxed);
     }
 
     fn wake_locked(mut state: parking_lot::MutexGuard<'_, State>) {

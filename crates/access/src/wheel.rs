@@ -27,7 +27,25 @@ impl Wheel {
     /// Sets when a session wants to look at the clock.
     pub fn set_due(&self, handle: &Arc<Handle>, due: Seconds, now: Seconds) {
         if handle.set_due(due) {
+            self.remove(handle);
             self.put(Arc::clone(handle), due, now);
+        }
+    }
+
+    /// Forgets a session that is over, so that it takes no memory until its time comes. One that
+    /// [`Self::turn`] holds at that moment stays until then.
+    pub fn remove(&self, handle: &Arc<Handle>) {
+        let at = handle.slotted();
+        let mut slot = self.slots[at as usize % SLOTS].lock();
+        let place = handle.place();
+        if !slot.get(place).is_some_and(|other| Arc::ptr_eq(other, handle)) {
+            return;
+        }
+        slot.swap_remove(place);
+        match slot.get(place) {
+            Some(moved) if moved.slotted() == at => moved.set_place(place),
+            _ if slot.is_empty() => *slot = Vec::new(),
+            _ => (),
         }
     }
 
@@ -50,8 +68,10 @@ impl Wheel {
 
     fn put(&self, handle: Arc<Handle>, due: Seconds, now: Seconds) {
         let at = due.clamp(now + 1, now + SLOTS as Seconds - 1);
+        let mut slot = self.slots[at as usize % SLOTS].lock();
         handle.set_slotted(at);
-        self.slots[at as usize % SLOTS].lock().push(handle);
+        handle.set_place(slot.len());
+        slot.push(handle);
     }
 }
 
@@ -117,6 +137,27 @@ mod tests {
         assert!(!ticked(&handle));
         wheel.turn(2000);
         assert!(ticked(&handle));
+    }
+
+    #[test]
+    fn who_is_removed_is_forgotten_at_once_and_the_others_are_woken() {
+        let (wheel, handles) = (Wheel::new(), [1, 2, 3, 4].map(handle));
+        handles.iter().for_each(|handle| wheel.set_due(handle, 3, 0));
+        // One that moves to another slot, in place of which the last one moves.
+        wheel.set_due(&handles[0], 2, 0);
+        wheel.remove(&handles[3]);
+        wheel.remove(&handles[1]);
+        wheel.remove(&handles[1]);
+        assert_eq!(handles.each_ref().map(Arc::strong_count), [2, 1, 2, 1]);
+        let mut woken = Vec::new();
+        for now in 1..=3 {
+            wheel.turn(now);
+            woken.extend((0..4).filter(|i| ticked(&handles[*i])).map(|i| (now, i)));
+        }
+        assert_eq!(woken, [(2, 0), (3, 0), (3, 2)], "0 stays due");
+        wheel.remove(&handles[0]);
+        wheel.remove(&handles[2]);
+        assert!(wheel.slots.iter().all(|slot| slot.lock().capacity() == 0));
     }
 
     #[test]
