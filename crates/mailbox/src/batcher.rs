@@ -1,5 +1,5 @@
 //! Turns single calls into batches: what waits is sent as soon as the call before is on its way.
-//! Nobody lingers, so batches grow only under load.
+//! Only what nobody waits for lingers; the batches of all else grow under load alone.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -23,6 +23,11 @@ pub(crate) trait Operation: Send + Sync + 'static {
     type Outcome: Send + 'static;
     /// Items in one call, at most, whatever the configuration says.
     const ITEMS_MAX: usize = usize::MAX;
+
+    /// How long the first item of a call waits for others.
+    fn linger(_config: &RedisConfig) -> Duration {
+        Duration::ZERO
+    }
 
     fn script() -> &'static Script;
     /// Arguments in front of the items'.
@@ -60,7 +65,7 @@ impl<O: Operation> Batcher<O> {
     pub fn start(topology: Weak<Topology>, config: &RedisConfig) -> Self {
         let (queue, receiver) = mpsc::channel(config.queue_max);
         let items_max = config.batch_max.min(O::ITEMS_MAX);
-        tokio::spawn(work::<O>(receiver, topology, config.window, items_max));
+        tokio::spawn(work::<O>(receiver, topology, config.window, items_max, O::linger(config)));
         Self { queue, patience: config.response_timeout() }
     }
 
@@ -86,9 +91,14 @@ async fn work<O: Operation>(
     topology: Weak<Topology>,
     window: usize,
     items_max: usize,
+    linger: Duration,
 ) {
     let window = Arc::new(Semaphore::new(window));
     while let Some(first) = queue.recv().await {
+        // A batch that is full already waits for nobody.
+        if !linger.is_zero() && queue.len() + 1 < items_max {
+            tokio::time::sleep(linger).await;
+        }
         let Ok(permit) = window.clone().acquire_owned().await else { return };
         let mut batch = vec![first];
         while batch.len() < items_max {

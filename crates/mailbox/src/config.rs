@@ -6,6 +6,9 @@ use barid_core::{Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
 use barid_runtime::SecretUrl;
 use serde::{Deserialize, Serialize};
 
+/// Above it, a node that dies would take more acknowledgements with it than pacing does.
+const ACK_LINGER_MAX_MS: u64 = 100;
+
 /// Keys under `redis`. All roles of a cluster must agree on everything but the time-outs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -38,6 +41,9 @@ pub struct RedisConfig {
     pub retry_jitter: f64,
     /// Single calls (connect, ack, …) that one script call may carry.
     pub batch_max: usize,
+    /// How long an acknowledgement waits for others of its node that share its script call, ms; 0: not
+    /// at all; at most 100. Nobody waits for its answer.
+    pub ack_linger_ms: u64,
     /// Script calls of one kind in flight to one master.
     pub window: usize,
     /// Single calls that wait for one master, per kind; more of them wait outside, up to the
@@ -62,6 +68,7 @@ impl Default for RedisConfig {
             retry_max_ms: 60_000,
             retry_jitter: 0.2,
             batch_max: 128,
+            ack_linger_ms: 20,
             window: 3,
             queue_max: 8_192,
         }
@@ -100,10 +107,13 @@ impl RedisConfig {
             ("window", self.window as u64),
             ("queue_max", self.queue_max as u64),
         ];
-        match positive.iter().find(|(_, value)| *value == 0) {
-            Some((key, _)) => Err(format!("redis.{key} must be above 0")),
-            None => Ok(()),
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(format!("redis.{key} must be above 0"));
         }
+        if self.ack_linger_ms > ACK_LINGER_MAX_MS {
+            return Err(format!("redis.ack_linger_ms must be at most {ACK_LINGER_MAX_MS}"));
+        }
+        Ok(())
     }
 
     /// The number of shards.

@@ -1,5 +1,7 @@
 //! read, ack.
 
+use std::time::Duration;
+
 use barid_core::{Chain, Seq, SessionRef};
 use bytes::{BufMut as _, BytesMut};
 
@@ -56,6 +58,10 @@ pub(crate) struct Ack;
 impl Operation for Ack {
     type Request = AckRequest;
     type Outcome = AckOutcome;
+
+    fn linger(config: &RedisConfig) -> Duration {
+        Duration::from_millis(config.ack_linger_ms)
+    }
 
     fn script() -> &'static Script {
         &scripts::ACK

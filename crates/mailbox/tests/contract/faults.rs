@@ -8,7 +8,7 @@ use barid_runtime::SecretUrl;
 use barid_testkit::Redis;
 use barid_testkit::redis::RedisOptions;
 
-use crate::support::{Bed, at, config, hello, message, open, sleep_ms, until};
+use crate::support::{Bed, ack, at, config, hello, message, open, sleep_ms, until};
 
 #[tokio::test]
 async fn scripts_are_loaded_again_after_a_flush_in_mid_stream() {
@@ -196,23 +196,67 @@ async fn single_calls_are_batched_under_load_and_fail_alone() {
     for (index, outcome) in outcomes.iter().enumerate() {
         assert_eq!(outcome.is_err(), index == 7, "{index} {outcome:?}");
     }
-    let families = registry.gather();
-    let family = |name: &str| families.iter().find(|family| family.name() == name).unwrap();
-    let of = |name: &str, labels: &[&str]| {
-        let mut metrics = family(name).get_metric().iter();
-        let shown = metrics.find(|metric| {
-            labels
-                .iter()
-                .all(|value| metric.get_label().iter().any(|label| label.value() == *value))
-        });
-        shown.unwrap().clone()
-    };
-    let items = of("barid_mailbox_batch_items", &["connect"]);
-    let items = items.get_histogram();
-    assert_eq!(items.get_sample_sum(), 400.0);
-    assert!(items.get_sample_count() < 40, "{} calls", items.get_sample_count());
-    let errors = of("barid_mailbox_errors_total", &["connect", "unexpected"]);
+    let (calls, items) = batches(&registry, "connect");
+    assert_eq!(items, 400.0);
+    assert!(calls < 40, "{calls} calls");
+    let errors = metric(&registry, "barid_mailbox_errors_total", &["connect", "unexpected"]);
     assert_eq!(errors.get_counter().get_value(), 1.0);
+}
+
+#[tokio::test]
+async fn acknowledgements_of_a_trickle_share_calls_and_a_full_batch_waits_for_nobody() {
+    let bed = Bed::alone().await;
+    let mut requests = Vec::new();
+    for offset in 1..=20 {
+        let user = bed.user(&format!("u{offset}"));
+        bed.fill(&user, offset..=offset).await;
+        bed.connect(&user, "phone", 1).await;
+        requests.push(ack(&user, "phone", 1, bed.position(&user, 1).await));
+    }
+    let acknowledge = async |mailbox: &Mailbox, index: usize| {
+        sleep_ms(2 * index as u64).await;
+        mailbox.ack(requests[index].clone()).await.unwrap()
+    };
+    let mut calls = Vec::new();
+    for (ack_linger_ms, batch_max) in [(0, 128), (100, 128), (100, 2)] {
+        let registry = prometheus::Registry::new();
+        let config = RedisConfig { ack_linger_ms, batch_max, ..bed.config.clone() };
+        let mailbox = Mailbox::open(&config, &registry).await.unwrap();
+        let all = (0..requests.len()).map(|index| acknowledge(&mailbox, index));
+        let begun = Instant::now();
+        futures::future::join_all(all).await;
+        let (made, items) = batches(&registry, "ack");
+        assert_eq!(items, 20.0);
+        calls.push(made);
+        if batch_max == 2 {
+            assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
+        }
+    }
+    assert!(calls[0] > 2 * calls[1] && calls[1] <= 3 && calls[2] >= 10, "{calls:?}");
+    let wrong = RedisConfig { ack_linger_ms: 101, ..bed.config.clone() };
+    assert!(refusal(&wrong).await.to_string().contains("redis.ack_linger_ms"));
+}
+
+/// Calls of a script, and items in all of them.
+fn batches(registry: &prometheus::Registry, script: &str) -> (u64, f64) {
+    let metric = metric(registry, "barid_mailbox_batch_items", &[script]);
+    let items = metric.get_histogram();
+    (items.get_sample_count(), items.get_sample_sum())
+}
+
+fn metric(
+    registry: &prometheus::Registry,
+    name: &str,
+    labels: &[&str],
+) -> prometheus::proto::Metric {
+    let families = registry.gather();
+    let family = families.iter().find(|family| family.name() == name).unwrap();
+    let mut metrics = family.get_metric().iter();
+    let has = |metric: &prometheus::proto::Metric, value: &str| {
+        metric.get_label().iter().any(|label| label.value() == value)
+    };
+    let found = metrics.find(|metric| labels.iter().all(|value| has(metric, value)));
+    found.unwrap().clone()
 }
 
 #[tokio::test]

@@ -63,7 +63,21 @@ pub fn config(url: &str) -> RedisConfig {
         retry_base_ms: 10_000,
         retry_max_ms: 60_000,
         retry_jitter: 0.0,
+        ack_linger_ms: 0,
         ..Default::default()
+    }
+}
+
+/// Session `n` acknowledges a position.
+pub fn ack(user: &UserKey, device: &str, n: u64, at: Position) -> AckRequest {
+    AckRequest {
+        user: user.clone(),
+        device: DeviceId::new(device).unwrap(),
+        session: session(n),
+        epoch: at.epoch,
+        generation: at.generation,
+        seq: at.seq,
+        chain: at.chain.expect("acks carry the chain"),
     }
 }
 
@@ -281,16 +295,7 @@ impl Bed {
 
     /// Session `n` acknowledges a position.
     pub async fn ack_at(&self, user: &UserKey, device: &str, n: u64, at: Position) -> AckOutcome {
-        let request = AckRequest {
-            user: user.clone(),
-            device: DeviceId::new(device).unwrap(),
-            session: session(n),
-            epoch: at.epoch,
-            generation: at.generation,
-            seq: at.seq,
-            chain: at.chain.expect("acks carry the chain"),
-        };
-        self.mailbox.ack(request).await.expect("ack comes through")
+        self.mailbox.ack(ack(user, device, n, at)).await.expect("ack comes through")
     }
 
     /// Session `n` acknowledges `seq` as the mailbox has it.

@@ -72,6 +72,8 @@ impl Store {
             retry_base_ms: RETRY_BASE,
             retry_max_ms: RETRY_MAX,
             retry_jitter: 0.0,
+            // One call at a time, as the model makes them.
+            ack_linger_ms: 0,
             // The machine may be busy with something else.
             connect_timeout_ms: TIMEOUT_MS,
             response_timeout_ms: TIMEOUT_MS,
