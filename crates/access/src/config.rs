@@ -11,6 +11,7 @@ use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::acceptors::ACCEPTORS_MAX;
 use crate::admission::Origins;
 use crate::auth::Verifier;
 use crate::proxy::Proxies;
@@ -37,6 +38,9 @@ pub struct Config {
     pub zone: String,
     /// Where devices connect (`/v1/connect`).
     pub listen: SocketAddr,
+    /// Accept loops on `listen`, 1 to 64. With more than one each has a listener of its own (SO_REUSEPORT),
+    /// and the kernel spreads connections over them by a hash of the addresses.
+    pub acceptors: u32,
     /// Where dispatchers connect. Not for devices: it asks for no credentials.
     pub grpc_listen: SocketAddr,
     /// `host:port` at which dispatchers reach `grpc_listen`; empty: the bound address.
@@ -424,6 +428,7 @@ impl Default for Config {
             node: String::new(),
             zone: String::new(),
             listen: local(7080),
+            acceptors: 1,
             grpc_listen: local(7081),
             advertise: String::new(),
             advertise_url: String::new(),
@@ -466,6 +471,9 @@ impl Config {
         let url = &self.advertise_url;
         if !(url.is_empty() || url.starts_with("ws://") || url.starts_with("wss://")) {
             return Err("advertise_url must begin with wss:// or ws://".into());
+        }
+        if !(1..=ACCEPTORS_MAX).contains(&self.acceptors) {
+            return Err(format!("acceptors must be 1 to {ACCEPTORS_MAX}"));
         }
         self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use barid_runtime::Condition;
 use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -34,8 +33,6 @@ use crate::proxy;
 use crate::socket::Socket;
 use crate::stream::Stream;
 
-/// How often the listener shows that it accepts.
-const TURN: Duration = Duration::from_secs(1);
 const PATH: &str = "/v1/connect";
 /// When to come back where nobody knows when there is room.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -147,7 +144,7 @@ fn count<T>(node: &Node, label: &'static str) -> Option<T> {
 
 /// Answers a connection for which there is no room, without reading its request; with TLS it is hung up
 /// on, for a handshake costs more than is left.
-fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
+pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
     let refusal = Refusal::limit(node, refused);
     if node.tls.is_some() {
         return node.metrics.handshake(refusal.label);
@@ -540,42 +537,4 @@ async fn refuse(mut stream: Stream, refusal: &Refusal) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Accepts sockets until the node drains; keeps `listening` true while it can.
-pub async fn listen(node: Arc<Node>, listener: tokio::net::TcpListener, listening: Condition) {
-    let mut turn = tokio::time::interval(TURN);
-    let mut failed_at: Option<Instant> = None;
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            _ = turn.tick() => {
-                if failed_at.is_none_or(|at| at.elapsed() >= TURN) {
-                    listening.ready();
-                }
-                continue;
-            }
-            () = node.draining() => return,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of file descriptors, mostly: wait for some to come back.
-                tracing::warn!(%error, "cannot accept");
-                listening.failing(format!("cannot accept: {error}"));
-                failed_at = Some(Instant::now());
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let _ = stream.set_nodelay(true);
-        match node.admission.admit() {
-            Ok(admitted) => {
-                let (node, address) = (Arc::clone(&node), peer.ip().to_canonical());
-                let arrival = Arrival { node, stream, address, admitted };
-                tokio::spawn(crate::connection::serve(Box::new(arrival)));
-            }
-            Err(refused) => no_room(&node, stream, refused),
-        }
-    }
 }

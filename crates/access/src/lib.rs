@@ -8,6 +8,7 @@
 //! wheel ───────────┘                         socket, mailbox
 //! ```
 
+mod acceptors;
 mod admission;
 pub mod auth;
 mod balance;

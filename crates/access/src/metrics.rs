@@ -79,6 +79,7 @@ const HOPS: [Hop; 4] =
 pub struct Metrics {
     /// Sockets that are open.
     pub connections: IntGauge,
+    accepted: IntCounterVec,
     /// Client addresses that are remembered for their limits.
     pub addresses: IntGauge,
     /// Sessions whose device said Hello and was welcomed.
@@ -147,6 +148,12 @@ impl Metrics {
         )?;
         Ok(Self {
             connections: make.gauge("connections", "Open sockets")?,
+            accepted: make.counters(
+                "accepted_total",
+                "Sockets accepted, by accept loop",
+                "acceptor",
+                &[],
+            )?,
             addresses: make.gauge("addresses", "Client addresses remembered for their limits")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
             session_bytes: make.gauge(
@@ -234,6 +241,11 @@ impl Metrics {
             acked: make.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
         })
+    }
+
+    /// Sockets that an accept loop took. A node has at most 64 of them.
+    pub fn acceptor(&self, number: usize) -> IntCounter {
+        self.accepted.with_label_values(&[&number.to_string()])
     }
 
     /// A limit was reached, one of those in docs/limits.md.

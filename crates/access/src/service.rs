@@ -12,11 +12,12 @@ use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 
+use crate::acceptors::Acceptors;
 use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::balance::Shedding;
@@ -24,7 +25,6 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::grpc::AccessService;
 use crate::handle::Handle;
-use crate::handshake;
 use crate::kick::AdminService;
 use crate::memory::{self, Marks};
 use crate::metrics::Metrics;
@@ -38,8 +38,6 @@ use crate::upstream::Upstream;
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_secs(1);
-/// Connections that the kernel holds until they are accepted; `net.core.somaxconn` bounds them as well.
-const BACKLOG: u32 = 4_096;
 /// A batch from a dispatcher, at most.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 /// Of the drain period, the share over which devices are told to go; the rest is for those told last.
@@ -57,14 +55,14 @@ const RECONNECT_SPREAD_MS: u32 = 1_000;
 /// It cannot start.
 pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     let redis = context.progress("redis", "answer");
-    let listening = context.progress("listener", "turn of the listener");
+    let listening = context.progress("listener", "turn of the listeners");
     let wheel = context.progress("wheel", "turn of the heartbeat wheel");
     let confirming = context.progress("confirming", "look at the sessions to confirm");
     let whole = context.health.condition("tasks").vital();
 
-    let devices = bind_devices(&config)?;
+    let devices = Acceptors::bind(&config)?;
     let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
-    let built = build(&config, &context, &dispatchers, &devices, &redis).await?;
+    let built = build(&config, &context, &dispatchers, devices.address(), &redis).await?;
     let Some((node, mut lease)) = built else {
         return Ok(Stopped::Clean);
     };
@@ -81,9 +79,9 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     tasks.spawn(memory::guard(Arc::clone(&node), Marks::new(&config.limits)));
     tasks.spawn(watch_redis(Arc::clone(&node), redis));
     serve_dispatchers(&mut tasks, &node, dispatchers);
-    context.announce("ws", local(&devices));
+    context.announce("ws", devices.address());
+    let mut accepting = devices.serve(&node, listening);
     context.announce_done();
-    let listener = tokio::spawn(handshake::listen(Arc::clone(&node), devices, listening));
 
     tokio::select! {
         () = context.shutdown.draining() => (),
@@ -92,7 +90,7 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     }
     lease.set_draining();
     let cut = drain(&node, &context).await;
-    listener.abort();
+    accepting.shutdown().await;
     lease.release().await;
     flush_receipts(&node, &context).await;
     tasks.shutdown().await;
@@ -100,21 +98,6 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
         0 => Stopped::Clean,
         count => Stopped::Cut { what: "sessions".into(), count },
     })
-}
-
-/// Sockets inherit the size of their send buffer from the one that accepts them.
-fn bind_devices(config: &Config) -> Result<TcpListener, Error> {
-    let address = config.listen;
-    let bound = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        if config.limits.send_buffer_bytes > 0 {
-            socket.set_send_buffer_size(config.limits.send_buffer_bytes)?;
-        }
-        socket.bind(address)?;
-        socket.listen(BACKLOG)
-    };
-    bound().map_err(|error| Error::Listen { key: "listen", address, error })
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
@@ -130,7 +113,7 @@ async fn build(
     config: &Config,
     context: &Context,
     dispatchers: &TcpListener,
-    devices: &TcpListener,
+    devices: SocketAddr,
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
@@ -145,7 +128,7 @@ async fn build(
     let admin = context.announcements().get("admin");
     let mut record =
         lease.record(NodeRole::Access, grpc, admin, new_incarnation(Incarnation(0)))?;
-    record.devices = config.devices_url(local(devices));
+    record.devices = config.devices_url(devices);
     let acquire = || Lease::acquire(&mailbox, record.clone(), lease.ttl);
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
     let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));

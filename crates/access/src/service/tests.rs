@@ -49,16 +49,16 @@ async fn start(config: Config, context: Context) -> (Arc<Node>, SocketAddr) {
     admin::serve(&AdminConfig::local(0), "access", &context).unwrap();
     let wheel = context.progress("wheel", "turn of the heartbeat wheel");
     let confirming = context.progress("confirming", "look at the sessions to confirm");
-    let devices = bind_devices(&config).unwrap();
+    let devices = Acceptors::bind(&config).unwrap();
     let dispatchers = bind("grpc_listen", config.grpc_listen).await.unwrap();
     let there = context.progress("redis", "answer");
+    let address = devices.address();
     let (node, mut lease) =
-        build(&config, &context, &dispatchers, &devices, &there).await.unwrap().unwrap();
-    let address = local(&devices);
+        build(&config, &context, &dispatchers, address, &there).await.unwrap().unwrap();
     tokio::spawn(tick(Arc::clone(&node), wheel));
     tokio::spawn(watch_redis(Arc::clone(&node), there));
-    let listening = context.progress("listener", "turn of the listener");
-    tokio::spawn(handshake::listen(Arc::clone(&node), devices, listening));
+    let listening = context.progress("listener", "turn of the listeners");
+    devices.serve(&node, listening).detach_all();
     let kept = Arc::clone(&node);
     tokio::spawn(async move { keep_lease(&kept, &mut lease, &confirming, &config).await });
     (node, address)

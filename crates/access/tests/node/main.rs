@@ -1,5 +1,6 @@
 //! A whole access node on a real Redis: devices on one side, a dispatcher's stream on the other.
 
+mod acceptors;
 mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;

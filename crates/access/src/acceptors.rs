@@ -1,0 +1,203 @@
+//! Where devices come in: one listener, or several on one port, each with an accept loop of its own.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use barid_runtime::Condition;
+use prometheus::IntCounter;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::handshake::{self, Arrival};
+use crate::node::Node;
+
+/// Accept loops, at most: [`Turns`] has a bit for each.
+pub const ACCEPTORS_MAX: u32 = u64::BITS;
+/// Connections that the kernel holds for a listener until they are accepted; `net.core.somaxconn` bounds
+/// them as well.
+const BACKLOG: u32 = 4_096;
+/// How often a loop shows that it accepts.
+const TURN: Duration = Duration::from_secs(1);
+/// Out of file descriptors, mostly: so long some are given to come back.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The bound listeners; at least one.
+pub struct Acceptors {
+    listeners: Vec<TcpListener>,
+    address: SocketAddr,
+}
+
+impl Acceptors {
+    /// Binds `listen` as often as `acceptors` says; port 0 is picked once.
+    ///
+    /// # Errors
+    /// Somebody has the port.
+    pub fn bind(config: &Config) -> Result<Self, Error> {
+        let bound = || {
+            let several = config.acceptors > 1;
+            if several {
+                // Else a second node of the same system user would get a share of this one's devices, where a
+                // plain listener refuses to start.
+                socket(config)?.bind(config.listen)?;
+            }
+            let first = listen(config, config.listen, several)?;
+            let address = first.local_addr()?;
+            let others = (1..config.acceptors).map(|_| listen(config, address, several));
+            let listeners = std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?;
+            Ok(Self { listeners, address })
+        };
+        bound().map_err(|error| Error::Listen { key: "listen", address: config.listen, error })
+    }
+
+    /// Where devices connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts until the node drains; keeps `listening` true while all loops do.
+    pub fn serve(self, node: &Arc<Node>, listening: Condition) -> JoinSet<()> {
+        let turns = Arc::new(Turns::new(listening, self.listeners.len()));
+        let acceptors = self.listeners.into_iter().enumerate().map(|(number, listener)| {
+            let (node, turns) = (Arc::clone(node), Arc::clone(&turns));
+            let accepted = node.metrics.acceptor(number);
+            accept(node, listener, accepted, turns, number)
+        });
+        acceptors.collect()
+    }
+}
+
+/// Connections inherit the size of their send buffer from the listener.
+fn socket(config: &Config) -> std::io::Result<TcpSocket> {
+    let is_v4 = config.listen.is_ipv4();
+    let socket = if is_v4 { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    if config.limits.send_buffer_bytes > 0 {
+        socket.set_send_buffer_size(config.limits.send_buffer_bytes)?;
+    }
+    Ok(socket)
+}
+
+fn listen(config: &Config, address: SocketAddr, several: bool) -> std::io::Result<TcpListener> {
+    let socket = socket(config)?;
+    socket.set_reuseport(several)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// One accept loop.
+async fn accept(
+    node: Arc<Node>,
+    listener: TcpListener,
+    accepted: IntCounter,
+    turns: Arc<Turns>,
+    number: usize,
+) {
+    let mut turn = tokio::time::interval(TURN);
+    let mut failed_at: Option<Instant> = None;
+    loop {
+        let arrived = tokio::select! {
+            arrived = listener.accept() => arrived,
+            _ = turn.tick() => {
+                if failed_at.is_none_or(|at| at.elapsed() >= TURN) {
+                    turns.had(number);
+                }
+                continue;
+            }
+            () = node.draining() => return,
+        };
+        match arrived {
+            Ok((stream, peer)) => {
+                accepted.inc();
+                let _ = stream.set_nodelay(true);
+                let_in(&node, stream, peer);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept");
+                turns.failed(number, &error);
+                failed_at = Some(Instant::now());
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+fn let_in(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
+    match node.admission.admit() {
+        Ok(admitted) => {
+            let (node, address) = (Arc::clone(node), peer.ip().to_canonical());
+            let arrival = Arrival { node, stream, address, admitted };
+            tokio::spawn(crate::connection::serve(Box::new(arrival)));
+        }
+        Err(refused) => handshake::no_room(node, stream, refused),
+    }
+}
+
+/// Which loops have had their turn. The condition is kept true once all of them have: the kernel hands a
+/// loop that hangs its share of connections all the same.
+struct Turns {
+    condition: Condition,
+    had: AtomicU64,
+    all: u64,
+}
+
+impl Turns {
+    fn new(condition: Condition, loops: usize) -> Self {
+        let all = (0..loops).fold(0, |all, number| all | bit(number));
+        Self { condition, had: AtomicU64::new(0), all }
+    }
+
+    fn had(&self, number: usize) {
+        let had = self.had.fetch_or(bit(number), Ordering::Relaxed) | bit(number);
+        if had == self.all {
+            self.had.store(0, Ordering::Relaxed);
+            self.condition.ready();
+        }
+    }
+
+    fn failed(&self, number: usize, error: &std::io::Error) {
+        self.had.fetch_and(!bit(number), Ordering::Relaxed);
+        self.condition.failing(format!("cannot accept: {error}"));
+    }
+}
+
+fn bit(number: usize) -> u64 {
+    1 << number
+}
+
+#[cfg(test)]
+mod tests {
+    use barid_runtime::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_loop_that_hangs_or_fails_is_not_covered_by_the_others() {
+        let listening = Context::new().progress("listener", "turn of the listeners");
+        let turns = Turns::new(listening.clone(), 3);
+        for number in [0, 1, 0, 1] {
+            turns.had(number);
+            assert!(!listening.is_ready(), "the third has not accepted yet");
+        }
+        turns.had(2);
+        assert!(listening.is_ready());
+        turns.had(1);
+        turns.failed(1, &std::io::Error::other("no files"));
+        turns.had(0);
+        turns.had(2);
+        assert_eq!(listening.reason().as_deref(), Some("cannot accept: no files"));
+        turns.had(1);
+        assert!(listening.is_ready());
+    }
+
+    #[test]
+    fn every_loop_has_a_bit() {
+        let listening = Context::new().progress("listener", "turn of the listeners");
+        let turns = Turns::new(listening.clone(), ACCEPTORS_MAX as usize);
+        (0..ACCEPTORS_MAX as usize).for_each(|number| turns.had(number));
+        assert!(listening.is_ready());
+    }
+}
