@@ -20,11 +20,11 @@ bench-200k: ## 200,000 connections on eleven nodes and 10,000 messages a second 
 	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --rate 10000 \
 		--out target/bench/bench-200k.json $(ARGS)
 
-latency: ## Measure how long a message takes, produce to device, by hop (ARGS=--help: options)
-	@scripts/bench.sh latency $(ARGS)
+latency: ## Measure how long a message takes, produce to device, by hop (ARGS='--push-rate 5000': options)
+	@scripts/bench.sh bench --only latency --out target/bench/latency.json --report latency-report $(ARGS)
 
 throughput: ## Measure messages delivered and acknowledged a second, and CPU time by process
-	@scripts/bench.sh throughput $(ARGS)
+	@scripts/bench.sh bench --only unicast --out target/bench/throughput.json --report throughput-report $(ARGS)
 
 redis-cost: ## Measure what accept and ack cost Redis, against the barest scripts that leave the same
 	@scripts/setup.sh run

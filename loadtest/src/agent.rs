@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status};
 
 use crate::audit::Audit;
 use crate::clients::sign;
-use crate::fleet::{self, Device, Path, Seen, Socket};
+use crate::device::{self, Device, Path, Seen, Socket};
 use crate::histogram;
 use crate::producer::user;
 use crate::rpc;
@@ -163,9 +163,9 @@ impl Way {
             tls: self.tls.clone(),
         };
         if self.floor {
-            return fleet::open_plain(&path).await;
+            return device::open_plain(&path).await;
         }
-        fleet::open(&path, &self.tokens[(number - self.first) as usize]).await
+        device::open(&path, &self.tokens[(number - self.first) as usize]).await
     }
 }
 
@@ -246,9 +246,9 @@ impl State {
         let position = Arc::clone(self.positions.lock().entry(number).or_default());
         let task = tokio::spawn(async move {
             let ended = if floor {
-                fleet::read_plain(socket, &state.frames).await
+                device::read_plain(socket, &state.frames).await
             } else if slow {
-                fleet::read_slowly(socket).await
+                device::read_slowly(socket).await
             } else {
                 let device = Device::new(socket, number, ack_delay, Arc::clone(&state));
                 device.behind(position).serve().await

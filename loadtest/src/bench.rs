@@ -5,6 +5,7 @@ mod fanout;
 mod handshake;
 mod idle;
 mod latency;
+mod push;
 mod slow;
 mod soak;
 mod storm;
@@ -24,6 +25,7 @@ use crate::live::{Recorded, say};
 use crate::measure::{Goal, Measure, table};
 use crate::report::{self, Repeated, Report};
 use crate::target::ClusterOptions;
+use push::PushOptions;
 use soak::SoakOptions;
 use trial::{Both, Server, Trial};
 
@@ -72,6 +74,8 @@ pub struct Options {
     /// What the report is called that is written beside it: NAME.json, and NAME.html for people.
     #[arg(long, default_value = REPORT, value_name = "NAME")]
     report: String,
+    #[command(flatten)]
+    push: PushOptions,
     #[command(flatten)]
     soak: SoakOptions,
     #[command(flatten)]
@@ -169,7 +173,13 @@ async fn bench(options: &Options) -> anyhow::Result<Report> {
         write(options, &report)?;
     }
     let measures: Vec<_> = report.measures.iter().map(|row| row.measure.clone()).collect();
-    writeln!(std::io::stdout().lock(), "{}", table(&measures))?;
+    let mut out = std::io::stdout().lock();
+    for scenario in &report.scenarios {
+        for table in &scenario.recorded.tables {
+            writeln!(out, "{}: {table}\n", scenario.scenario)?;
+        }
+    }
+    writeln!(out, "{}", table(&measures))?;
     Ok(report)
 }
 

@@ -19,8 +19,9 @@ use crate::rpc::{
 
 /// How long a process of ours may take to start.
 const START_LIMIT: Duration = Duration::from_secs(10);
-/// Source addresses of each local agent: a pair of addresses has some 28,000 ports.
-const SOURCES: u8 = 4;
+/// Source addresses of each local agent. A pair of addresses has some 28,000 ports; and devices come from many
+/// addresses: all of a storm at once stay below a node's limit for one (`limits.address_handshakes_max`, 512).
+const SOURCES: u8 = 32;
 
 /// Agents, and the processes of those that were started here.
 pub struct Agents {

@@ -1,4 +1,4 @@
-//! CPU time, memory and files of processes, and CPU time of this process's threads, from `/proc`.
+//! CPU time, memory and files of processes, from `/proc`.
 
 use std::fs;
 
@@ -39,38 +39,12 @@ pub fn open_files(pid: u32) -> anyhow::Result<u64> {
     }
 }
 
-/// User and system seconds of those living threads of this process whose names are `wanted`.
-///
-/// # Errors
-/// `/proc` is not what it should be.
-pub fn of_threads(wanted: impl Fn(&str) -> bool) -> anyhow::Result<f64> {
-    let mut sum = 0.0;
-    for task in fs::read_dir("/proc/self/task")? {
-        // A thread may have ended in between.
-        let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
-        if wanted(name(&stat)) {
-            sum += seconds(&stat)?;
-        }
-    }
-    Ok(sum)
-}
-
-/// Whether a thread of this name produces records: ours and librdkafka's.
-pub fn is_producer(name: &str) -> bool {
-    name.starts_with("producer") || name.starts_with("rdk:")
-}
-
 fn seconds(stat: &str) -> anyhow::Result<f64> {
     let (_, rest) = stat.rsplit_once(") ").context("no name in a stat line")?;
     let mut fields = rest.split(' ').skip(11);
     let mut ticks = || fields.next().and_then(|field| field.parse::<f64>().ok());
     let (user, system) = ticks().zip(ticks()).context("no times in a stat line")?;
     Ok((user + system) / TICKS_PER_S)
-}
-
-fn name(stat: &str) -> &str {
-    let end = stat.rfind(") ").unwrap_or(stat.len());
-    stat[..end].split_once('(').map_or("", |(_, name)| name)
 }
 
 #[cfg(test)]
@@ -81,16 +55,13 @@ mod tests {
     fn times_are_read_behind_any_name() {
         let stat = "12 (rdk:broker (1) x) S 1 2 3 4 5 6 7 8 9 10 250 50 0 0 20";
         assert_eq!(seconds(stat).unwrap(), 3.0);
-        assert_eq!(name(stat), "rdk:broker (1) x");
-        assert!(is_producer(name(stat)) && !is_producer("tokio-rt-worker"));
     }
 
     #[test]
     fn this_process_takes_time() {
-        let begun = of_threads(|_| true).unwrap();
+        let begun = of_process(std::process::id()).unwrap();
         let until = std::time::Instant::now() + std::time::Duration::from_millis(100);
         while std::time::Instant::now() < until {}
-        assert!(of_threads(|_| true).unwrap() > begun);
         assert!(of_process(std::process::id()).unwrap() > begun);
     }
 

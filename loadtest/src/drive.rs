@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::audit::Audit;
 use crate::controller::{Agents, Seen};
-use crate::producer::{Business, Pace, Produced};
+use crate::producer::{Business, Pace};
 
 /// How often the agents are asked where what is on its way is bounded by what they have shown, and where
 /// it is not.
@@ -23,7 +23,7 @@ const LEAD_OF_USER: Duration = Duration::from_micros(10);
 const REPEAT_TIME: Duration = Duration::from_millis(200);
 
 /// Produces, and waits until the agents' devices were shown everything, at most for `settle` after the
-/// last record; what is missing then is lost. Agents expect `audit` from here on.
+/// last record; what is missing then is lost. Tells how many records there were. Agents expect `audit` from here on.
 ///
 /// # Errors
 /// Kafka does not take the records, an agent is gone, or a device was closed.
@@ -33,7 +33,7 @@ pub async fn drive(
     pace: Pace,
     audit: &Arc<Audit>,
     settle: Duration,
-) -> anyhow::Result<(Produced, Seen)> {
+) -> anyhow::Result<(u64, Seen)> {
     watched(agents, business, pace, audit, settle, |seen| {
         ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
         Ok(())
@@ -51,7 +51,7 @@ pub async fn drive_on(
     pace: Pace,
     audit: &Arc<Audit>,
     settle: Duration,
-) -> anyhow::Result<(Produced, Seen)> {
+) -> anyhow::Result<(u64, Seen)> {
     watched(agents, business, pace, audit, settle, |_| Ok(())).await
 }
 
@@ -62,7 +62,7 @@ async fn watched(
     audit: &Arc<Audit>,
     settle: Duration,
     is_fine: impl Fn(&Seen) -> anyhow::Result<()>,
-) -> anyhow::Result<(Produced, Seen)> {
+) -> anyhow::Result<(u64, Seen)> {
     let lead = LEAD + LEAD_OF_USER * u32::try_from(audit.users())?;
     audit.start_in(lead);
     agents.expect(audit).await?;
@@ -71,10 +71,10 @@ async fn watched(
     let look = if let Pace::Scheduled(_) = pace { LOOK_SELDOM } else { LOOK_EVERY };
     let over = AtomicBool::new(false);
     let producing = async {
-        let made = business.produce(pace, audit).await?;
-        audit.expect(made.records);
+        let records = business.produce(pace, audit).await?;
+        audit.expect(records);
         over.store(true, Ordering::Relaxed);
-        Ok(made)
+        Ok(records)
     };
     let watching = async {
         let mut last = Instant::now();

@@ -4,6 +4,8 @@ use barid_runtime::exposition::{Histogram, Metrics};
 use barid_runtime::{Hop, Hops};
 use serde::Serialize;
 
+use crate::table::Table;
+
 /// One hop over some time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Passed {
@@ -36,6 +38,19 @@ pub fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
         passed(*hop, &after.get(hop.as_str())?.since(&earlier), whole_ms)
     };
     WAY.iter().filter_map(passed).collect()
+}
+
+/// The same as people read it, with what is left between the node's write and the application.
+pub fn table(before: &str, after: &str, whole_ms: f64) -> Table {
+    let mut table = Table::new("hop", &["mean_ms", "p50_ms", "p99_ms", "share"]);
+    let hops = between(before, after, whole_ms);
+    for Passed { name, mean_ms, p50_ms, p99_ms, share, .. } in &hops {
+        table.row(name, [mean_ms, p50_ms, p99_ms, share].map(|value| Some(*value)));
+    }
+    let rest_ms = whole_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>();
+    table.row("written_shown", [Some(rest_ms), None, None, Some(rest_ms / whole_ms)]);
+    table.row("produced_shown", [Some(whole_ms), None, None, Some(1.0)]);
+    table
 }
 
 fn passed(hop: Hop, times: &Histogram, whole_ms: f64) -> Option<Passed> {

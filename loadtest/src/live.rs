@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::controller::{Seen, Watch};
+use crate::table::Table;
 use crate::usage::{Taken, Usage};
 
 /// How often is looked.
@@ -59,6 +60,9 @@ pub struct Recorded {
     pub series: Vec<Series>,
     /// Distributions of times.
     pub latencies: Vec<Latencies>,
+    /// What else was seen, of Barid.
+    #[serde(default)]
+    pub tables: Vec<Table>,
 }
 
 /// One server over time.
@@ -198,6 +202,11 @@ impl Live {
     pub fn floor_latencies(&self, what: &str, times_us: &Histogram<u64>) {
         let latencies = Latencies::of(what, "floor", times_us);
         self.shared.state.lock().recorded.latencies.push(latencies);
+    }
+
+    /// Keeps what is shown beside the measures.
+    pub fn table(&self, table: Table) {
+        self.shared.state.lock().recorded.tables.push(table);
     }
 
     /// What was seen of the server that is measured, until now.

@@ -7,13 +7,12 @@ mod clients;
 mod compare;
 mod controller;
 mod cpu;
+mod device;
 mod drive;
-mod fleet;
 mod floor;
 mod histogram;
 mod hops;
 mod kafka_hop;
-mod latency;
 mod live;
 mod measure;
 mod producer;
@@ -21,8 +20,8 @@ mod report;
 mod run;
 mod sandbox;
 mod scale;
+mod table;
 mod target;
-mod throughput;
 mod usage;
 
 /// Generated from `proto/loadtest.proto`.
@@ -64,10 +63,6 @@ enum Scenario {
     Run(run::Options),
     /// Start a cluster and measure what many connections over several nodes take, messages flowing.
     Scale(scale::Options),
-    /// Start a cluster and measure how long messages take at a fixed rate, by hop.
-    Latency(latency::Options),
-    /// Start a cluster and measure how many messages a second are delivered and acknowledged.
-    Throughput(throughput::Options),
 }
 
 #[tokio::main]
@@ -81,8 +76,6 @@ async fn main() -> anyhow::Result<ExitCode> {
         Scenario::Floor(options) => floor::run(&options).await?,
         Scenario::Run(options) => run::run(&options).await?,
         Scenario::Scale(options) => scale::run(&options).await?,
-        Scenario::Latency(options) => latency::run(&options).await?,
-        Scenario::Throughput(options) => throughput::run(&options).await?,
     };
     Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

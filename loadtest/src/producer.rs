@@ -14,7 +14,6 @@ use rdkafka::message::DeliveryResult;
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
 use crate::audit::Audit;
-use crate::cpu;
 
 /// How long the last records may take to be with Kafka.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
@@ -51,15 +50,6 @@ pub enum Pace {
 /// The name of a user by number.
 pub fn user(number: u64) -> String {
     format!("user-{number}")
-}
-
-/// What was produced.
-#[derive(Debug, Clone, Copy)]
-pub struct Produced {
-    /// Records.
-    pub records: u64,
-    /// CPU seconds of the producing threads, Kafka's client library included.
-    pub cpu_s: f64,
 }
 
 /// Counts what Kafka did not take.
@@ -116,15 +106,11 @@ impl Business {
         Ok(business)
     }
 
-    /// Produces on a thread of its own until everything is with Kafka.
+    /// Produces on a thread of its own until everything is with Kafka; tells how many records.
     ///
     /// # Errors
     /// Kafka did not take everything.
-    pub async fn produce(
-        self: &Arc<Self>,
-        pace: Pace,
-        audit: &Arc<Audit>,
-    ) -> anyhow::Result<Produced> {
+    pub async fn produce(self: &Arc<Self>, pace: Pace, audit: &Arc<Audit>) -> anyhow::Result<u64> {
         let (business, audit) = (Arc::clone(self), Arc::clone(audit));
         let (done, outcome) = tokio::sync::oneshot::channel();
         std::thread::Builder::new().name("producer".into()).spawn(move || {
@@ -133,8 +119,7 @@ impl Business {
         outcome.await.context("the producing thread is gone")?
     }
 
-    fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<Produced> {
-        let cpu_s = cpu::of_threads(cpu::is_producer)?;
+    fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<u64> {
         pause(audit.early());
         let mut number = 0;
         while self.awaited(pace, audit, number) {
@@ -144,8 +129,7 @@ impl Business {
         self.kafka.flush(FLUSH_LIMIT).context("Kafka did not take everything")?;
         let failed = self.kafka.context().0.swap(0, Ordering::Relaxed);
         ensure!(failed == 0, "Kafka refused {failed} of {number} records");
-        // Read while this thread still lives.
-        Ok(Produced { records: number, cpu_s: cpu::of_threads(cpu::is_producer)? - cpu_s })
+        Ok(number)
     }
 
     /// Waits until record `number` is due; `false`: it is one too many.

@@ -9,12 +9,10 @@ use anyhow::{Context as _, ensure};
 use barid_testkit::kafka::KafkaOptions;
 use barid_testkit::{Cluster, Role, certificates, http, token};
 
+use crate::controller::Agents;
 use crate::cpu;
 use crate::producer::Plan;
 use crate::rpc::ConnectRequest;
-
-/// How long the tokens of a run are good.
-const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// How long a device may hold an acknowledgement back, ms.
 pub const ACK_DELAY_MS: u32 = 100;
@@ -40,7 +38,7 @@ pub struct Shape {
     pub tls: bool,
 }
 
-/// CPU seconds since its start, by process; `devices` is the load tool's own but for what produces.
+/// CPU seconds since its start, by role; `agents` are those of this machine, `business` is this process.
 pub type CpuTimes = BTreeMap<String, f64>;
 
 impl Sandbox {
@@ -126,14 +124,6 @@ impl Sandbox {
         Ok(Plan { topic: topic.into(), ..plan.clone() })
     }
 
-    /// Where devices connect.
-    ///
-    /// # Errors
-    /// The access node is gone.
-    pub async fn address(&mut self) -> anyhow::Result<SocketAddr> {
-        self.cluster.node(Role::Access, 0).address("ws").await
-    }
-
     /// Where the access node answers operators.
     ///
     /// # Errors
@@ -168,11 +158,6 @@ impl Sandbox {
     /// The access node is gone.
     pub async fn dispatchers_address(&mut self) -> anyhow::Result<SocketAddr> {
         self.cluster.node(Role::Access, 0).address("grpc").await
-    }
-
-    /// A user's token.
-    pub fn token(user: &str) -> String {
-        token::token(barid_testkit::cluster::APP, user, TOKEN_LIFE)
     }
 
     /// Waits until every device has acknowledged everything, which ends the retry timers.
@@ -212,17 +197,19 @@ impl Sandbox {
         &self.pids
     }
 
-    /// CPU time of each role until now.
+    /// CPU time of each role, and of the load tool, until now.
     ///
     /// # Errors
     /// A process is gone.
-    pub fn cpu_times(&self) -> anyhow::Result<CpuTimes> {
+    pub fn cpu_times(&self, agents: &Agents) -> anyhow::Result<CpuTimes> {
         let mut times = CpuTimes::new();
         for (name, pid) in &self.pids {
             let time = cpu::of_process(*pid).with_context(|| format!("{name} is gone"))?;
             *times.entry(role(name).to_owned()).or_default() += time;
         }
-        times.insert("devices".into(), cpu::of_threads(|name| !cpu::is_producer(name))?);
+        let agents = agents.pids().into_iter().map(cpu::of_process);
+        times.insert("agents".into(), agents.sum::<anyhow::Result<f64>>()?);
+        times.insert("business".into(), cpu::of_process(std::process::id())?);
         Ok(times)
     }
 }

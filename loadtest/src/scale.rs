@@ -236,27 +236,17 @@ struct Meter {
 
 impl Meter {
     fn start(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<Self> {
-        Ok(Self { since: Instant::now(), before: cpu_times(sandbox, agents)? })
+        Ok(Self { since: Instant::now(), before: sandbox.cpu_times(agents)? })
     }
 
     fn cores(&mut self, sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<CpuTimes> {
-        let (elapsed, mut spent) = (self.since.elapsed(), cpu_times(sandbox, agents)?);
+        let (elapsed, mut spent) = (self.since.elapsed(), sandbox.cpu_times(agents)?);
         for (name, seconds) in &mut spent {
             *seconds -= self.before.get(name).copied().unwrap_or_default();
             *seconds /= elapsed.as_secs_f64();
         }
         Ok(spent)
     }
-}
-
-/// By role; `agents` for all of those of this machine, `business` for this process.
-fn cpu_times(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<CpuTimes> {
-    let mut times = sandbox.cpu_times()?;
-    times.remove("devices");
-    let each = agents.pids().into_iter().map(cpu::of_process);
-    times.insert("agents".into(), each.sum::<anyhow::Result<f64>>()?);
-    times.insert("business".into(), cpu::of_process(std::process::id())?);
-    Ok(times)
 }
 
 fn resident_mib(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<BTreeMap<String, f64>> {

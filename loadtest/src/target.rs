@@ -10,9 +10,10 @@ use barid_testkit::{Role, http};
 use clap::Args;
 use tokio::net::lookup_host;
 
+use crate::controller::Agents;
 use crate::producer::Plan;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::{ACK_DELAY_MS, PARTITIONS, Sandbox};
+use crate::sandbox::{ACK_DELAY_MS, CpuTimes, PARTITIONS, Sandbox};
 use crate::usage::Usage;
 
 /// A cluster that runs already; without nodes, one is started for each scenario.
@@ -145,6 +146,28 @@ impl Target {
     pub async fn unconsumed(&mut self, plan: &Plan) -> anyhow::Result<Option<(Plan, i32)>> {
         match self {
             Self::Sandbox(sandbox) => Ok(Some((sandbox.unconsumed(plan).await?, PARTITIONS))),
+            Self::Running(_) => Ok(None),
+        }
+    }
+
+    /// What all roles' metrics say, as text; `None`: of somebody else's cluster not all are known.
+    ///
+    /// # Errors
+    /// A role does not answer.
+    pub async fn metrics(&mut self) -> anyhow::Result<Option<String>> {
+        match self {
+            Self::Sandbox(sandbox) => sandbox.metrics().await.map(Some),
+            Self::Running(_) => Ok(None),
+        }
+    }
+
+    /// CPU time until now, as [`Sandbox::cpu_times`] has it; `None`: it is somebody else's cluster.
+    ///
+    /// # Errors
+    /// A process is gone.
+    pub fn cpu_times(&self, agents: &Agents) -> anyhow::Result<Option<CpuTimes>> {
+        match self {
+            Self::Sandbox(sandbox) => sandbox.cpu_times(agents).map(Some),
             Self::Running(_) => Ok(None),
         }
     }

@@ -76,6 +76,66 @@ async fn sessions_on_two_agents_are_weighed_beside_the_floor() {
     assert!(compared.status.success() && told.contains("0 better, 0 worse, 0 gone"), "{told}");
 }
 
+/// The rows of a table of a report's scenario: their names, and the first figure of each.
+fn rows(report: &Value, scenario: usize, what: &str) -> Vec<(String, f64)> {
+    let tables = report["scenarios"][scenario]["tables"].as_array().unwrap();
+    let table = tables.iter().find(|table| table["what"] == what).unwrap();
+    let row = |row: &Value| {
+        let name = row["name"].as_str().unwrap().to_owned();
+        (name, row["values"][0].as_f64().unwrap())
+    };
+    table["rows"].as_array().unwrap().iter().map(row).collect()
+}
+
+#[tokio::test]
+async fn latency_and_unicast_tell_hops_processes_and_batches() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(TOOL);
+    command.args([
+        "bench",
+        "--only",
+        "unicast,latency",
+        "--push-users",
+        "50",
+        "--push-rate",
+        "200",
+    ]);
+    command.args(["--push-seconds", "3", "--push-warmup-seconds", "1", "--push-window", "100"]);
+    let output = command.arg("--out").arg(dir.path().join("bench.json")).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    let json = std::fs::read(dir.path().join("report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&json).unwrap();
+    let names = |rows: &[(String, f64)]| rows.iter().map(|(n, _)| n.clone()).collect::<Vec<_>>();
+
+    let mut processes = rows(&report, 0, "process");
+    let (_, all) = processes.pop().unwrap();
+    assert!((processes.iter().map(|(_, us)| us).sum::<f64>() / all - 1.0).abs() < 1e-6);
+    assert!(processes.windows(2).all(|pair| pair[0].1 >= pair[1].1), "{processes:?}");
+    let mut found = names(&processes);
+    found.sort();
+    let roles =
+        ["access", "agents", "business", "delayer", "dispatcher", "kafka", "purger", "redis"];
+    assert_eq!(found, roles);
+    let batches = rows(&report, 0, "batch");
+    assert!(batches.len() == 4 && batches.iter().all(|(_, size)| *size >= 1.0), "{batches:?}");
+
+    let hops = rows(&report, 1, "hop");
+    let way = ["produced_taken", "taken_accepted", "accepted_dispatched", "dispatched_written"];
+    assert_eq!(names(&hops)[..4], way);
+    assert_eq!(names(&hops)[4..], ["written_shown", "produced_shown"]);
+    let whole = hops[5].1;
+    assert!((hops[..5].iter().map(|(_, ms)| ms).sum::<f64>() / whole - 1.0).abs() < 1e-6);
+    let both = rows(&report, 1, "produce to device");
+    assert_eq!(names(&both), ["barid", "floor: Kafka alone"]);
+    assert!((both[0].1 / whole - 1.0).abs() < 1e-6);
+    let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    for text in [page, shown] {
+        assert!(text.contains("us_a_message") && text.contains("taken_accepted"), "{text}");
+    }
+}
+
 /// A soak of a cluster that the tool did not start; what it wrote, its exit code, and what it said.
 async fn soak(
     cluster: &mut Cluster,

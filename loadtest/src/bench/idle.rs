@@ -104,8 +104,8 @@ async fn broadcast(count: u32, agents: &Agents, server: &mut Server) -> anyhow::
             let business = Business::open(&target.plan(PAYLOAD_BYTES, 5)?).await?;
             let pace = Pace::Counted { window: WINDOW, total, limit: BROADCAST_LIMIT };
             let settle = Duration::from_secs(60);
-            let (made, _) = drive(agents, &business, pace, &audit, settle).await?;
-            ensure!(made.records == total, "{} of {total} within the limit", made.records);
+            let (records, _) = drive(agents, &business, pace, &audit, settle).await?;
+            ensure!(records == total, "{records} of {total} within the limit");
             let seen = must_be_clean(agents, &audit).await?;
             say(&format!("{}; re-sent though shown: {}", seen.outcome(total), seen.resent))?;
             target.all_acknowledged(Duration::from_secs(60)).await

@@ -198,6 +198,9 @@ fn section(page: &mut String, scenario: &Scenario) {
             write!(page, "<p class=\"key\"><span><i class=\"barid\"></i>Barid</span>{floor}</p>");
         let _ = write!(page, "<div class=\"plots\">{}</div>", figures.concat());
     }
+    for table in &scenario.recorded.tables {
+        let _ = write!(page, "<pre>{}</pre>", escaped(&table.to_string()));
+    }
     page.push_str("</section>");
 }
 
@@ -383,6 +386,7 @@ mod tests {
     use super::*;
     use crate::live::{Quantile, Recorded, Sample};
     use crate::measure::{Goal, Measure};
+    use crate::table::Table;
 
     #[test]
     fn a_page_shows_what_was_measured_and_no_text_becomes_markup() {
@@ -406,7 +410,9 @@ mod tests {
             Measure::new(bad, bad, Some(1.0), 2.0).against(Goal::AtMost(1.5)),
             Measure::new("left", "1/s", None, 0.0),
         ]);
-        let recorded = Recorded { series, latencies };
+        let mut table = Table::new(bad, &[bad]);
+        table.row(bad, [Some(0.5)]);
+        let recorded = Recorded { series, latencies, tables: vec![table] };
         let scenario = Scenario {
             scenario: bad.into(),
             repetition: 2,

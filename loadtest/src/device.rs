@@ -11,79 +11,17 @@ use anyhow::{Context as _, bail, ensure};
 use barid_core::limits::EVERYONE;
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
 use barid_wire::v1::{Ack, Hello, Message, client_frame::Kind};
-use futures::{FutureExt as _, SinkExt as _, StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, SinkExt as _, StreamExt as _};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message as Frame;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config};
 
-use crate::audit::Audit;
-use crate::producer::user;
-
-/// Handshakes under way at once.
-const CONNECTING_MAX: usize = 32;
-
 /// What a slow device's socket holds, bytes.
 const NARROW_BYTES: u32 = 4 << 10;
-
-/// How long one may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Connected devices. Dropped, they vanish.
-#[derive(Debug)]
-pub struct Fleet {
-    devices: JoinSet<anyhow::Result<()>>,
-}
-
-impl Fleet {
-    /// Connects one device of each user of `audit` to the nodes at `addresses` in turn.
-    /// `ack_delay`: a device acknowledges at once, but not sooner than that after its last time.
-    ///
-    /// # Errors
-    /// A device is not welcomed.
-    pub async fn connect(
-        addresses: &[SocketAddr],
-        token: impl Fn(&str) -> String,
-        ack_delay: Duration,
-        audit: &Arc<Audit>,
-    ) -> anyhow::Result<Self> {
-        let users = 0..u32::try_from(audit.users())?;
-        let welcomed: Vec<_> = stream::iter(users)
-            .map(|number| {
-                let address = addresses[number as usize % addresses.len()];
-                let (path, token) = (Path::to(address), token(&user(number.into())));
-                async move {
-                    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(&path, &token));
-                    let socket = opened.await.context("a device was not welcomed in time")??;
-                    Ok::<_, anyhow::Error>((number, socket))
-                }
-            })
-            .buffer_unordered(CONNECTING_MAX)
-            .try_collect()
-            .await?;
-        let mut devices = JoinSet::new();
-        for (number, socket) in welcomed {
-            let device = Device::new(socket, number, ack_delay, Arc::clone(audit));
-            devices.spawn(device.serve());
-        }
-        Ok(Self { devices })
-    }
-
-    /// Fails if a device was closed.
-    ///
-    /// # Errors
-    /// Says why the first of them was.
-    pub fn check(&mut self) -> anyhow::Result<()> {
-        match self.devices.try_join_next() {
-            None => Ok(()),
-            Some(ended) => ended?.context("a device was closed"),
-        }
-    }
-}
 
 /// A client's end.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
@@ -104,11 +42,6 @@ pub struct Path {
 }
 
 impl Path {
-    /// To a node, as devices come.
-    pub fn to(node: SocketAddr) -> Self {
-        Self { node, source: None, narrow: false, ping_interval_ms: 0, tls: None }
-    }
-
     fn url(&self, path: &str) -> String {
         let scheme = if self.tls.is_some() { "wss" } else { "ws" };
         format!("{scheme}://{}{path}", self.node)
@@ -213,12 +146,6 @@ pub trait Seen: Send + Sync + 'static {
     fn for_everyone(&self, _messages: usize) {}
 }
 
-impl Seen for Arc<Audit> {
-    fn shown(&self, number: u32, id: &str) {
-        Audit::shown(self, number, id);
-    }
-}
-
 /// A session that acknowledges what it is shown.
 pub struct Device<S> {
     socket: Socket,
@@ -233,7 +160,8 @@ pub struct Device<S> {
 }
 
 impl<S: Seen> Device<S> {
-    /// The device of user `number`. `ack_delay`: as for [`Fleet::connect`].
+    /// The device of user `number`. `ack_delay`: it acknowledges at once, but not sooner than that after its
+    /// last time.
     pub fn new(socket: Socket, number: u32, ack_delay: Duration, seen: S) -> Self {
         Self { socket, number, ack_delay, seen, position: Arc::default(), acked: 0, everyone: 0 }
     }
@@ -365,7 +293,8 @@ mod tests {
             }
         });
         let source = Some("127.0.0.9".parse().unwrap());
-        let socket = open_plain(&Path { source, ..Path::to(node) }).await.unwrap();
+        let path = Path { node, source, narrow: false, ping_interval_ms: 0, tls: None };
+        let socket = open_plain(&path).await.unwrap();
         let application = Application::default();
         let ended =
             Device::new(socket, 0, Duration::from_secs(9), application.clone()).serve().await;
