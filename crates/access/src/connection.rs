@@ -472,7 +472,10 @@ impl Connection {
                     self.session.page(page, now_us, &mut self.effects);
                 }
                 Answer::AckDue => self.ack_waits = false,
-                Answer::Acked(outcome) => self.session.acked(outcome, &mut self.effects),
+                Answer::Acked(outcome) => {
+                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    self.session.acked(outcome, now_us, &mut self.effects);
+                }
                 Answer::Confirmed(outcome) => {
                     self.node.metrics.confirm(match outcome {
                         ConfirmOutcome::Confirmed { restored: false, .. } => "stood",

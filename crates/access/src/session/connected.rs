@@ -18,6 +18,10 @@ use crate::auth::Claims;
 /// Payload bytes (unpacked) after which a page's messages go into another frame.
 const FRAME_BYTES: usize = 64 << 10;
 
+/// From the claim of a retry timer until its re-send is here, ms: what a busy machine takes, and less than
+/// lies between two re-sends.
+const CROSSING_MS: u32 = 1_000;
+
 /// What became of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
@@ -80,9 +84,11 @@ pub struct Connected {
     reading: bool,
     /// The page under way belongs to a history that is void.
     stale_page: bool,
-    /// The acknowledgement under way.
-    acking: Option<Mark>,
+    /// An acknowledgement is under way.
+    acking: bool,
     ack_wanted: bool,
+    /// When the mailbox last answered one, ms, modulo 2^32.
+    ack_answered_ms: u32,
     trust: Trust,
     /// Re-sends since the last acknowledgement.
     resends: u32,
@@ -107,8 +113,9 @@ impl Connected {
             wanted: (newest > at.seq).then_some(SyncCause::Connect),
             reading: false,
             stale_page: false,
-            acking: None,
+            acking: false,
             ack_wanted: false,
+            ack_answered_ms: 0,
             trust: Trust::Sure,
             resends: 0,
         }
@@ -137,7 +144,7 @@ impl Connected {
 
     /// Whether nothing is unacknowledged and nothing is being read.
     pub fn is_settled(&self) -> bool {
-        self.window.is_empty() && !self.reading && self.acking.is_none() && !self.ack_wanted
+        self.window.is_empty() && !self.reading && !self.acking && !self.ack_wanted
     }
 
     /// An entry came from a dispatcher.
@@ -369,8 +376,9 @@ impl Connected {
     }
 
     /// The mailbox answered an acknowledgement.
-    pub fn acked(&mut self, outcome: AckOutcome, out: &mut Vec<Effect>) {
-        self.acking = None;
+    pub fn acked(&mut self, outcome: AckOutcome, now_us: u64, out: &mut Vec<Effect>) {
+        self.acking = false;
+        self.ack_answered_ms = (now_us / 1000) as u32;
         match outcome {
             AckOutcome::Advanced { .. } => {
                 // One that was on its way already may have been compared before the history changed.
@@ -410,6 +418,9 @@ impl Connected {
         if self.reading || !flushed || self.trust == Trust::Asking {
             return false; // it is being written to
         }
+        if self.ack_crosses(now_us) {
+            return false;
+        }
         if self.window.is_empty() {
             // The mailbox thinks that it is behind: a push was lost, or an acknowledgement.
             self.ack_wanted = true;
@@ -427,6 +438,14 @@ impl Connected {
         self.at = self.window.acked();
         self.wanted = Some(SyncCause::Resend);
         true
+    }
+
+    /// Whether the timer was claimed before the mailbox had an acknowledgement that is on its way, or was
+    /// answered a moment ago. With it the mailbox has decided anew, or will: it removes the timer, or the
+    /// timer stands and comes again. So nothing is left to luck by waiting for that.
+    fn ack_crosses(&self, now_us: u64) -> bool {
+        let since_ms = ((now_us / 1000) as u32).wrapping_sub(self.ack_answered_ms);
+        self.ack_wanted || self.acking || since_ms < CROSSING_MS
     }
 
     fn exhaust(&mut self, now_us: u64, out: &mut Vec<Effect>) {
@@ -494,7 +513,7 @@ impl Connected {
 
     /// Whether there is something to acknowledge to the mailbox, and how soon.
     pub fn ack_urgency(&self) -> Option<AckUrgency> {
-        let possible = self.ack_wanted && self.acking.is_none();
+        let possible = self.ack_wanted && !self.acking;
         // Nothing is written until the mailbox has compared.
         let urgent = self.trust == Trust::Asking;
         possible.then_some(if urgent { AckUrgency::Urgent } else { AckUrgency::Paced })
@@ -502,19 +521,19 @@ impl Connected {
 
     /// What to acknowledge now.
     pub fn next_ack(&mut self) -> Option<AckPoint> {
-        if self.acking.is_some() || !self.ack_wanted {
+        if self.acking || !self.ack_wanted {
             return None;
         }
         self.ack_wanted = false;
         let mark = self.window.acked();
-        self.acking = Some(mark);
+        self.acking = true;
         Some(AckPoint { epoch: self.epoch, generation: self.generation, mark })
     }
 
     /// Ends the session.
     pub fn close(self, close: Option<Close>) -> Closing {
         let mark = self.window.acked();
-        let owed = self.ack_wanted || self.acking.is_some();
+        let owed = self.ack_wanted || self.acking;
         let ack = owed.then_some(AckPoint { epoch: self.epoch, generation: self.generation, mark });
         Closing { identity: self.identity, ack, close }
     }

@@ -13,6 +13,8 @@ use crate::auth::Claims;
 
 /// µs since the Unix epoch.
 const NOW: u64 = 1_000_000_000;
+/// When a retry timer is due that was set then.
+const LATER: u64 = NOW + 2_000_000;
 const SETTINGS: Settings =
     Settings { unacked_max: 4, page_entries_max: 3, page_bytes_max: 1 << 20, ack_interval_ms: 100 };
 
@@ -172,12 +174,12 @@ impl Walk {
     fn acked(&mut self) -> Option<u64> {
         let point = self.session.next_ack()?;
         let cursor = point.mark.seq;
-        self.session.acked(AckOutcome::Advanced { cursor }, &mut self.effects);
+        self.session.acked(AckOutcome::Advanced { cursor }, NOW, &mut self.effects);
         Some(cursor.0)
     }
 
     fn resend(&mut self) -> bool {
-        self.session.resend(true, NOW, &mut self.effects)
+        self.session.resend(true, LATER, &mut self.effects)
     }
 
     fn seen(&mut self) -> Vec<String> {
@@ -263,7 +265,7 @@ fn one_acknowledgement_is_under_way_and_the_latest_follows() {
     walk.ack(3);
     assert_eq!((walk.session.ack_urgency(), walk.session.next_ack()), (None, None));
     let advanced = AckOutcome::Advanced { cursor: first.mark.seq };
-    walk.session.acked(advanced, &mut walk.effects);
+    walk.session.acked(advanced, NOW, &mut walk.effects);
     assert_eq!(walk.acked(), Some(3));
 }
 
@@ -401,6 +403,7 @@ fn an_acknowledgement_gives_a_message_its_five_resends_back() {
         walk.sync(&history);
     }
     walk.ack(1);
+    assert_eq!(walk.acked(), Some(1));
     walk.seen();
     assert!(walk.resend());
     walk.sync(&history);
@@ -420,6 +423,40 @@ fn hazard_17_a_resend_with_nothing_unacknowledged_counts_nothing_and_tells_the_m
         assert_eq!(walk.acked(), Some(1));
     }
     assert!(walk.seen().is_empty());
+}
+
+#[test]
+fn a_resend_that_crosses_an_acknowledgement_is_left_to_the_next_one() {
+    let mut history = History::of(2);
+    let mut walk = Walk::new(&History::new(), 0);
+    walk.push_all(&history, 1..=2);
+    walk.ack(1);
+    assert!(!walk.resend());
+    assert_eq!(walk.sync(&history), [], "the acknowledgement waits for its turn");
+    let point = walk.session.next_ack().unwrap();
+    assert!(!walk.resend());
+    assert_eq!(walk.sync(&history), [], "it is on its way");
+    let advanced = AckOutcome::Advanced { cursor: point.mark.seq };
+    walk.session.acked(advanced, NOW, &mut walk.effects);
+    assert!(!walk.session.resend(true, NOW + 1_000, &mut walk.effects));
+    assert_eq!(walk.sync(&history), [], "it was answered after the timer was claimed");
+    assert!(walk.resend());
+    assert_eq!(walk.sync(&history), [SyncCause::Resend]);
+    assert_eq!(walk.seen(), ["m2"]);
+    walk.ack(2);
+    assert_eq!(walk.acked(), Some(2));
+    // A push that was lost comes with the first one that crosses nothing.
+    history.add("m3");
+    assert!(!walk.session.resend(true, NOW + 1_000, &mut walk.effects));
+    assert_eq!(walk.sync(&history), []);
+    assert!(!walk.resend());
+    assert_eq!(walk.sync(&history), [SyncCause::Resend]);
+    assert_eq!((walk.seen(), walk.acked()), (vec!["m3".to_owned()], Some(2)));
+    // And where the clock went back, nothing is taken for a moment ago.
+    history.add("m4");
+    assert!(walk.session.resend(true, NOW - 5_000_000, &mut walk.effects));
+    assert_eq!(walk.sync(&history), [SyncCause::Resend]);
+    assert_eq!(walk.seen(), ["m3", "m4"]);
 }
 
 #[test]
@@ -498,7 +535,7 @@ fn hazard_03_a_fork_at_the_acknowledged_position_starts_over() {
     let point = walk.session.next_ack().unwrap();
     assert_eq!((point.mark.seq, point.mark.chain), (Seq(7), old.chain_at(7)));
     let cursor = Position { generation: Generation(1), ..new.cursor(0) };
-    walk.session.acked(AckOutcome::Reset { cursor }, &mut walk.effects);
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
     walk.sync(&new);
     assert_eq!(walk.seen(), ["welcome", "m1", "m2", "m3", "m4"]);
     assert_eq!(walk.session.generation(), Generation(1));
@@ -537,12 +574,12 @@ fn hazard_03_an_ack_that_was_on_its_way_does_not_answer_for_a_fork_that_came_aft
     let on_its_way = walk.session.next_ack().unwrap();
     assert_eq!(walk.push(new.entry(3)), Pushed::Dropped(Dropped::Fork));
     let advanced = AckOutcome::Advanced { cursor: on_its_way.mark.seq };
-    walk.session.acked(advanced, &mut walk.effects);
+    walk.session.acked(advanced, NOW, &mut walk.effects);
     assert_eq!(walk.session.next_read(true), None, "nobody has compared yet");
     assert_eq!(walk.session.ack_urgency(), Some(AckUrgency::Urgent));
     walk.session.next_ack().unwrap();
     let cursor = Position { generation: Generation(1), ..new.cursor(0) };
-    walk.session.acked(AckOutcome::Reset { cursor }, &mut walk.effects);
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
     walk.sync(&new);
     assert_eq!(walk.seen(), ["welcome", "m1", "y", "z"]);
 }
@@ -584,7 +621,7 @@ fn hazard_18_another_epoch_voids_positions() {
     let point = walk.session.next_ack().unwrap();
     assert_eq!(point.epoch, Epoch(7));
     let cursor = Position { generation: Generation(1), ..fresh.cursor(0) };
-    walk.session.acked(AckOutcome::Reset { cursor }, &mut walk.effects);
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
     walk.sync(&fresh);
     assert_eq!(walk.seen(), ["welcome", "first"]);
 }
@@ -601,7 +638,7 @@ fn a_page_of_a_history_that_became_void_is_dropped() {
     walk.session.next_ack().unwrap();
     let fresh = History { epoch: Epoch(8), ..History::of(1) };
     let cursor = Position { generation: Generation(1), ..fresh.cursor(0) };
-    walk.session.acked(AckOutcome::Reset { cursor }, &mut walk.effects);
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
     walk.session.page(history.page(read), NOW, &mut walk.effects);
     assert_eq!(walk.seen(), ["welcome"]);
 }
@@ -623,7 +660,7 @@ fn confirmations_find_what_was_missed_and_who_was_replaced() {
 #[test]
 fn a_lost_answer_to_a_reset_ends_in_a_new_hello() {
     let mut walk = Walk::new(&History::of(1), 1);
-    walk.session.acked(AckOutcome::Stale, &mut walk.effects);
+    walk.session.acked(AckOutcome::Stale, NOW, &mut walk.effects);
     assert_eq!(walk.seen(), ["close 4005"]);
 }
 

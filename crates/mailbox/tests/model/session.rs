@@ -231,7 +231,8 @@ impl Session {
 
     /// The retry timer was due.
     pub fn resend(&mut self) {
-        if self.page.is_some() || self.trust == Trust::Asking {
+        // An acknowledgement on its way decides anew about the timer.
+        if self.page.is_some() || self.trust == Trust::Asking || self.wants_ack {
             return;
         }
         if self.sent.is_empty() {
