@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use barid_testkit::cluster::APP;
 use barid_testkit::device::PATIENCE;
+use barid_testkit::grpc::{NodeStream, audience_entry};
 use barid_testkit::{Cluster, Role};
+use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -118,5 +121,33 @@ async fn what_is_not_sampled_is_not_logged_and_what_is_malformed_is_ignored() ->
     }
     let purger = cluster.node(Role::Purger, 0);
     assert_eq!(purger.metric("barid_purger_traceparents_ignored_total").await?, 1.0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_sampled_message_for_everyone_each_node_tells_once_that_it_is_written() -> Result<()> {
+    let mut cluster = Cluster::builder().set("log.format", "json").start().await?;
+    let node = cluster.node(Role::Access, 0).address("grpc").await?;
+    let mut devices = Vec::new();
+    for user in ["alice", "bob", "carol"] {
+        devices.push(cluster.device(user, "phone").await?);
+    }
+    let mut dispatcher = NodeStream::connect(node).await?;
+    let entry = |seq, traceparent: &'static str| {
+        audience_entry(seq, "m", Bytes::from_static(b"hi"), |entry| {
+            entry.traceparent = traceparent.into();
+        })
+    };
+    dispatcher.fan_out(APP, "", vec![entry(1, NOT_SAMPLED), entry(2, SAMPLED)]).await?;
+    dispatcher.fan_out(APP, "", vec![entry(3, "")]).await?;
+    for device in &mut devices {
+        for seq in 1..=3 {
+            assert_eq!(device.message().await?.seq, seq);
+        }
+    }
+    until(&mut cluster, Role::Access, "written fanout").await?;
+    assert_eq!(hops(&mut cluster, Role::Access, TRACE_ID)?, ["written fanout"]);
+    let logged = cluster.node(Role::Access, 0).metric("barid_trace_events_total").await?;
+    assert_eq!(logged, 1.0, "the other one is not sampled");
     Ok(())
 }

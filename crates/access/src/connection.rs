@@ -820,7 +820,7 @@ impl Connection {
     /// One run of messages; false if the device is gone.
     fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
         let kind = Kind::new(self.codec.encoding, self.codec.zstd);
-        let Read { missed, run } = self.listener.read(kind);
+        let Read { missed, run, sight } = self.listener.read(kind);
         if missed > 0 {
             self.node.metrics.fanout_missed.inc_by(missed.into());
         }
@@ -834,7 +834,13 @@ impl Connection {
         self.node.metrics.delivered_fanout.inc_by(run.messages.into());
         self.node.metrics.bytes_out.inc_by(run.frame.len() as u64);
         self.beat.written(self.node.seconds());
-        self.socket.write_shared(cx, &run.frame).is_ok()
+        if self.socket.write_shared(cx, &run.frame).is_err() {
+            return false;
+        }
+        if let Some(sight) = sight {
+            sight.written(&self.node, &self.handle);
+        }
+        true
     }
 
     fn feed(&mut self, out: Out) -> Result<(), socket::Error> {
@@ -942,7 +948,7 @@ fn payload_bytes(entries: &[Envelope]) -> usize {
 }
 
 /// Logs that a sampled message was written.
-fn wrote(node: &Node, handle: &Handle, entry: &Envelope, how: &'static str, at_us: u64) {
+pub(crate) fn wrote(node: &Node, handle: &Handle, entry: &Envelope, how: &'static str, at_us: u64) {
     if !entry.traceparent.is_empty() {
         let (id, traceparent) = (&*entry.id, &*entry.traceparent);
         let produced_ms = entry.produced_at_ms;

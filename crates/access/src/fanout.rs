@@ -8,6 +8,7 @@
 
 mod audience;
 mod listener;
+mod sight;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use audience::{Audience, Entry};
 
 pub use audience::{Kind, Read};
 pub use listener::{Listener, Refused};
+pub use sight::Sight;
 
 use audience::Member;
 
@@ -102,6 +104,17 @@ impl Taken {
             Self::Expired => "expired",
         }
     }
+}
+
+/// When a message for an audience came.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Came {
+    /// Milliseconds since the Unix epoch.
+    pub now_ms: u64,
+    /// By the coarse clock.
+    pub now: Seconds,
+    /// From its acceptance until its dispatcher queued it for this node, µs; `None`: not known.
+    pub dispatched_after_us: Option<u32>,
 }
 
 impl Fanout {
@@ -179,9 +192,9 @@ impl Fanout {
         app: &AppId,
         group: Option<&GroupId>,
         entry: Bytes,
-        (now_ms, now): (u64, Seconds),
+        came: Came,
     ) -> Result<Taken, EnvelopeError> {
-        let taken = self.put(app, group, entry, (now_ms, now))?;
+        let taken = self.put(app, group, entry, came)?;
         self.metrics.fanout(taken);
         Ok(taken)
     }
@@ -191,14 +204,16 @@ impl Fanout {
         app: &AppId,
         group: Option<&GroupId>,
         entry: Bytes,
-        (now_ms, now): (u64, Seconds),
+        came: Came,
     ) -> Result<Taken, EnvelopeError> {
         let Some(audience) = self.audience(app, group) else { return Ok(Taken::Nobody) };
-        let (_, envelope) = envelope::decode(entry)?;
-        if envelope::expired(&envelope, now_ms) {
+        let (header, envelope) = envelope::decode(entry)?;
+        if envelope::expired(&envelope, came.now_ms) {
             return Ok(Taken::Expired);
         }
-        let entry = Entry::new(envelope, now)?;
+        let dispatched_us =
+            came.dispatched_after_us.map(|us| header.accepted_at_us + u64::from(us));
+        let entry = Entry::new(envelope, came.now, dispatched_us.unwrap_or(0))?;
         if self.room.is_full() {
             self.metrics.fanout_missed.inc_by(audience.len() as u64);
             return Ok(Taken::NoRoom);

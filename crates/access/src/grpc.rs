@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::fanout::Came;
 use crate::handle::{Handle, Push};
 use crate::node::Node;
 use crate::session::Close;
@@ -103,8 +104,8 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
     if fanouts.is_empty() {
         return;
     }
-    let now = (node.now_ms(), node.seconds());
-    for NodeFanout { app, group, envelope } in fanouts {
+    let (now_ms, now) = (node.now_ms(), node.seconds());
+    for NodeFanout { app, group, envelope, dispatched_after_us } in fanouts {
         let audience = AppId::new(&app).ok().zip(match group.as_str() {
             "" => Some(None),
             group => GroupId::new(group).ok().map(Some),
@@ -113,8 +114,9 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
             tracing::warn!(app, group, "a dispatcher named no audience");
             continue;
         };
+        let came = Came { now_ms, now, dispatched_after_us };
         // Its mailbox holds it.
-        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, now) {
+        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, came) {
             tracing::warn!(%error, "a dispatcher sent no envelope");
         }
     }

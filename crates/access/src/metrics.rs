@@ -71,8 +71,14 @@ const LIMITS: [&str; 19] = [
 ];
 
 /// The hops that end here.
-const HOPS: [Hop; 4] =
-    [Hop::DispatchedWritten, Hop::WrittenAcked, Hop::ProducedWritten, Hop::ProducedAcked];
+const HOPS: [Hop; 6] = [
+    Hop::DispatchedWritten,
+    Hop::WrittenAcked,
+    Hop::ProducedWritten,
+    Hop::ProducedAcked,
+    Hop::FanoutDispatchedWritten,
+    Hop::FanoutProducedWritten,
+];
 
 /// The node's metrics. Cheap to clone.
 #[derive(Debug, Clone)]

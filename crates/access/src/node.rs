@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use barid_bus::Receipts;
-use barid_core::{Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, SystemClock};
+use barid_core::{
+    AppId, Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, Shard, SystemClock,
+};
 use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
 use barid_runtime::{Condition, Shutdown, Tracer};
 
@@ -138,7 +140,16 @@ impl Node {
 
     /// The same in microseconds, neither early nor late by intent.
     pub fn mailbox_now_us(&self, user: &UserKey) -> u64 {
-        let time = self.mailbox.redis_time(self.mailbox.shard_of(user));
+        self.shard_now_us(self.mailbox.shard_of(user))
+    }
+
+    /// The same by the clock that stamps the messages of an app's group, or of everyone.
+    pub fn audience_now_us(&self, app: &AppId, mailbox: &str) -> u64 {
+        self.shard_now_us(self.mailbox.shard_of_group(app, mailbox))
+    }
+
+    fn shard_now_us(&self, shard: Shard) -> u64 {
+        let time = self.mailbox.redis_time(shard);
         time.map_or_else(|| self.now_ms() * 1000, |time| time.us(Instant::now()))
     }
 

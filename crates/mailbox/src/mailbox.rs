@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use barid_core::{Backoff, Shard, ShardCount};
+use barid_core::{AppId, Backoff, Shard, ShardCount};
 use prometheus::Registry;
 use tokio::sync::broadcast;
 
@@ -48,6 +48,11 @@ impl Mailbox {
     /// Where a user lives.
     pub fn shard_of(&self, user: &UserKey) -> Shard {
         self.topology.shard_of(user)
+    }
+
+    /// Where the mailbox of an app's group lives, or of everyone, by the name that frames call it.
+    pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
+        self.topology.shard_of_group(app, group)
     }
 
     /// The bounds of mailboxes.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use barid_core::{Shard, ShardCount};
+use barid_core::{AppId, Shard, ShardCount};
 use parking_lot::RwLock;
 use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, Value};
 use tokio::sync::broadcast;
@@ -110,6 +110,11 @@ impl Topology {
     /// Where a user lives.
     pub fn shard_of(&self, user: &UserKey) -> Shard {
         self.shards.shard_of(user.app.as_str(), user.user.as_str())
+    }
+
+    /// Where a group lives.
+    pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
+        self.shards.shard_of(app.as_str(), group)
     }
 
     /// Splits items into what one call may carry, keeping their order: all of them, or in a Redis

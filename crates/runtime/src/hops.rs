@@ -32,11 +32,16 @@ pub enum Hop {
     ProducedWritten,
     /// From the Kafka timestamp until it is acknowledged. Producer's clock, Redis's.
     ProducedAcked,
+    /// Of a message for an audience: from when it is queued for an access node until the node writes it to a
+    /// member's connection. Redis's clock.
+    FanoutDispatchedWritten,
+    /// Likewise from the Kafka timestamp. Producer's clock, Redis's.
+    FanoutProducedWritten,
 }
 
 impl Hop {
-    /// All of them, in a message's order; then those over several.
-    pub const ALL: [Self; 7] = [
+    /// All of them, in a message's order; then those over several; then those of messages for audiences.
+    pub const ALL: [Self; 9] = [
         Self::ProducedTaken,
         Self::TakenAccepted,
         Self::AcceptedDispatched,
@@ -44,6 +49,8 @@ impl Hop {
         Self::WrittenAcked,
         Self::ProducedWritten,
         Self::ProducedAcked,
+        Self::FanoutDispatchedWritten,
+        Self::FanoutProducedWritten,
     ];
 
     /// The label.
@@ -56,6 +63,8 @@ impl Hop {
             Self::WrittenAcked => "written_acked",
             Self::ProducedWritten => "produced_written",
             Self::ProducedAcked => "produced_acked",
+            Self::FanoutDispatchedWritten => "fanout_dispatched_written",
+            Self::FanoutProducedWritten => "fanout_produced_written",
         }
     }
 }

@@ -1,11 +1,17 @@
-//! Real gRPC servers that misbehave as told.
+//! Real gRPC: servers that misbehave as told, and a dispatcher's stream to a real node.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
+use barid_core::{Chain, Epoch, Seq};
+use barid_wire::envelope::{Header, encode_body, set_payload};
+use barid_wire::internal::access_client::AccessClient;
 use barid_wire::internal::dispatcher_server::{Dispatcher, DispatcherServer};
-use barid_wire::internal::{DispatchBatch, DispatchReply};
+use barid_wire::internal::{DispatchBatch, DispatchReply, NodeBatch, NodeFanout, NodeReply};
+use barid_wire::v1::{BodyKind, Envelope};
+use bytes::Bytes;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
@@ -120,4 +126,70 @@ impl Dispatcher for FakeDispatcher {
         let answer = Arc::clone(&self.answer);
         Ok(answer_each(request.into_inner(), move |batch| std::future::ready(answer(batch))))
     }
+}
+
+/// A dispatcher's stream to one access node; each batch is answered before the next.
+#[derive(Debug)]
+pub struct NodeStream {
+    batches: mpsc::Sender<NodeBatch>,
+    replies: Streaming<NodeReply>,
+    batch: u64,
+}
+
+impl NodeStream {
+    /// To the node that listens there for dispatchers.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn connect(node: SocketAddr) -> Result<Self> {
+        let mut client = AccessClient::connect(format!("http://{node}")).await?;
+        let (batches, sent) = mpsc::channel(1);
+        let replies = client.deliver(ReceiverStream::new(sent)).await?.into_inner();
+        Ok(Self { batches, replies, batch: 0 })
+    }
+
+    /// Hands a batch over; its number is given here.
+    ///
+    /// # Errors
+    /// The node ends the stream, or answers another batch.
+    pub async fn send(&mut self, batch: NodeBatch) -> Result<NodeReply> {
+        self.batch += 1;
+        self.batches.send(NodeBatch { batch: self.batch, ..batch }).await?;
+        let reply = self.replies.message().await?.context("the node ended the stream")?;
+        ensure!(reply.batch == self.batch, "batch {} was answered", reply.batch);
+        Ok(reply)
+    }
+
+    /// Hands entries over, all at once, that are for a group of an app; `group` empty: for everyone.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn fan_out(&mut self, app: &str, group: &str, entries: Vec<Bytes>) -> Result<()> {
+        let fanout = |envelope| NodeFanout {
+            app: app.into(),
+            group: group.into(),
+            envelope,
+            ..NodeFanout::default()
+        };
+        let fanouts = entries.into_iter().map(fanout).collect();
+        let reply = self.send(NodeBatch { fanouts, ..NodeBatch::default() }).await?;
+        ensure!(reply.gone.is_empty(), "nobody in particular was meant");
+        Ok(())
+    }
+}
+
+/// An entry of an audience's mailbox, whose body is `payload` as it is; `change` says what else is in it.
+pub fn audience_entry(
+    seq: u64,
+    id: &str,
+    payload: Bytes,
+    change: impl FnOnce(&mut Envelope),
+) -> Bytes {
+    let (epoch, seq, chain) = (Epoch(1), Seq(seq), Chain(0));
+    let header = Header { epoch, seq, prev_chain: chain, chain, accepted_at_us: 0 };
+    let mut envelope = Envelope { id: id.into(), ..Envelope::default() };
+    envelope.set_kind(BodyKind::Data);
+    set_payload(&mut envelope, payload, usize::MAX, 0);
+    change(&mut envelope);
+    [&header.encode()[..], &encode_body(envelope)].concat().into()
 }

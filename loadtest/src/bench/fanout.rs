@@ -3,17 +3,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
-use barid_core::{Chain, Epoch, Seq};
-use barid_wire::envelope::{Header, encode_body, set_payload};
-use barid_wire::internal::access_client::AccessClient;
-use barid_wire::internal::{NodeBatch, NodeFanout, NodeReply};
-use barid_wire::v1::{BodyKind, Envelope};
+use anyhow::{bail, ensure};
+use barid_testkit::grpc::{NodeStream, audience_entry};
 use bytes::Bytes;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 use super::{Both, Goal, Measure, Server, Trial};
 use crate::audit::Audit;
@@ -140,45 +133,24 @@ async fn delivered(agents: &mut Agents, total: u64) -> anyhow::Result<()> {
 
 /// A dispatcher of one node.
 struct Dispatcher {
-    batches: mpsc::Sender<NodeBatch>,
-    replies: Streaming<NodeReply>,
-    batch: u64,
+    stream: NodeStream,
     seq: u64,
 }
 
 impl Dispatcher {
     async fn connect(node: SocketAddr) -> anyhow::Result<Self> {
-        let mut client = AccessClient::connect(format!("http://{node}")).await?;
-        let (batches, sent) = mpsc::channel(1);
-        let replies = client.deliver(ReceiverStream::new(sent)).await?.into_inner();
-        Ok(Self { batches, replies, batch: 0, seq: 0 })
+        Ok(Self { stream: NodeStream::connect(node).await?, seq: 0 })
     }
 
     /// In one batch, to everyone.
     async fn broadcast(&mut self, count: u32, payload_bytes: u32) -> anyhow::Result<()> {
-        let fanouts = (0..count).map(|_| self.next(payload_bytes)).collect();
-        self.batch += 1;
-        let batch = NodeBatch { batch: self.batch, fanouts, ..NodeBatch::default() };
-        self.batches.send(batch).await?;
-        let reply = self.replies.message().await?.context("the node ended the stream")?;
-        ensure!(reply.batch == self.batch, "batch {} was answered", reply.batch);
-        Ok(())
+        let entries = (0..count).map(|_| self.next(payload_bytes)).collect();
+        self.stream.fan_out(barid_testkit::cluster::APP, "", entries).await
     }
 
-    fn next(&mut self, payload_bytes: u32) -> NodeFanout {
+    fn next(&mut self, payload_bytes: u32) -> Bytes {
         self.seq += 1;
-        let header = Header {
-            epoch: Epoch(1),
-            seq: Seq(self.seq),
-            prev_chain: Chain(0),
-            chain: Chain(0),
-            accepted_at_us: 0,
-        };
-        let mut envelope = Envelope { id: format!("fanout-{}", self.seq), ..Envelope::default() };
-        envelope.set_kind(BodyKind::Data);
         let payload = Bytes::from(vec![b'x'; payload_bytes as usize]);
-        set_payload(&mut envelope, payload, usize::MAX, 0);
-        let envelope = [&header.encode()[..], &encode_body(envelope)].concat().into();
-        NodeFanout { app: barid_testkit::cluster::APP.into(), group: String::new(), envelope }
+        audience_entry(self.seq, &format!("fanout-{}", self.seq), payload, |_| ())
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barid_wire::envelope::{Envelope, EnvelopeError};
+use barid_wire::envelope::{self, Envelope, EnvelopeError};
 use barid_wire::frames::{Encoding, encode_deliver, join_delivers};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::Room;
+use super::{Room, Sight};
 use crate::handle::Handle;
 use crate::session::Seconds;
 use crate::socket::framed;
@@ -19,6 +19,8 @@ use crate::socket::framed;
 const RUN_BYTES_MAX: usize = 16 << 10;
 /// Runs that are kept for the next readers of the same messages.
 const RUNS_MAX: usize = 8;
+/// Of so many deliveries one is on the hops: to look at the clock for each would cost more than to find it.
+const COUNTED_ONE_IN: u32 = 16;
 
 /// How a session's frames are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,23 +61,32 @@ impl Kind {
 pub(super) struct Entry {
     envelope: Envelope,
     at: Seconds,
+    /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
+    dispatched_us: u64,
+    /// Its trace is recorded, and nobody was written it yet.
+    untraced: bool,
     /// By [`Kind`]: not asked for yet, or what came of it.
     frames: [Option<Option<Bytes>>; 3],
 }
 
 impl Entry {
-    /// Taken at `at`.
+    /// Taken at `at`; queued for this node at `dispatched_us`.
     ///
     /// # Errors
     /// Its payload is broken.
-    pub(super) fn new(envelope: Envelope, at: Seconds) -> Result<Self, EnvelopeError> {
+    pub(super) fn new(
+        envelope: Envelope,
+        at: Seconds,
+        dispatched_us: u64,
+    ) -> Result<Self, EnvelopeError> {
         let frame = Kind::Proto.encode(&envelope)?;
         let mut frames = [const { None }; 3];
         if envelope.raw_bytes == 0 {
             frames[Kind::ProtoZstd as usize] = Some(Some(frame.clone()));
         }
         frames[Kind::Proto as usize] = Some(Some(frame));
-        Ok(Self { envelope, at, frames })
+        let untraced = envelope::is_sampled(&envelope);
+        Ok(Self { envelope, at, dispatched_us, untraced, frames })
     }
 
     fn bytes(&self) -> usize {
@@ -111,6 +122,8 @@ pub struct Read {
     pub missed: u32,
     /// What to write; `None`: nothing.
     pub run: Option<Run>,
+    /// What is to be told of it once it is written; mostly nothing.
+    pub sight: Option<Box<Sight>>,
 }
 
 /// Messages by number; numbers wrap.
@@ -121,6 +134,8 @@ struct Log {
     first: u32,
     runs: VecDeque<Run>,
     bytes: usize,
+    /// So many of them are [`Entry::untraced`].
+    untraced: usize,
     /// It is among those that hold something.
     listed: bool,
 }
@@ -132,6 +147,7 @@ impl Log {
 
     fn push(&mut self, entry: Entry, bytes_max: usize) {
         self.bytes += entry.bytes();
+        self.untraced += usize::from(entry.untraced);
         self.entries.push_back(entry);
         while self.bytes > bytes_max && self.entries.len() > 1 {
             self.pop();
@@ -141,6 +157,7 @@ impl Log {
     fn pop(&mut self) {
         if let Some(entry) = self.entries.pop_front() {
             self.bytes -= entry.bytes();
+            self.untraced -= usize::from(entry.untraced);
             self.first = self.first.wrapping_add(1);
         }
         // They may hold more than is left.
@@ -153,19 +170,41 @@ impl Log {
         self.runs.clear();
     }
 
-    fn read(&mut self, mailbox: &str, kind: Kind, next: &mut u32) -> Read {
+    fn read(&mut self, mailbox: &Arc<str>, kind: Kind, slot: u32, next: &mut u32) -> Read {
         let behind = self.end().wrapping_sub(*next);
         let missed = behind.saturating_sub(self.entries.len() as u32);
         *next = next.wrapping_add(missed);
         if *next == self.end() {
-            return Read { missed, run: None };
+            return Read { missed, ..Read::default() };
         }
         let run = match self.known(kind, *next) {
             Some(run) => run.clone(),
             None => self.join(mailbox, kind, *next),
         };
         *next = run.next;
-        Read { missed, run: Some(run) }
+        let sight = self.sight(mailbox, &run, slot);
+        Read { missed, run: Some(run), sight }
+    }
+
+    /// Each member's turn comes with every message, so that those who are told late count as well as others.
+    fn sight(&mut self, mailbox: &Arc<str>, run: &Run, slot: u32) -> Option<Box<Sight>> {
+        let counts = slot.wrapping_add(run.first).is_multiple_of(COUNTED_ONE_IN);
+        if !counts && self.untraced == 0 {
+            return None;
+        }
+        let first = run.first.wrapping_sub(self.first) as usize;
+        let count = run.next.wrapping_sub(run.first) as usize;
+        let mut entries = self.entries.iter_mut().skip(first).take(count).peekable();
+        let oldest = entries.peek()?;
+        let hop = counts.then_some((oldest.dispatched_us, oldest.envelope.produced_at_ms));
+        let untraced = if self.untraced == 0 { 0 } else { count };
+        let traced: Vec<_> = entries
+            .take(untraced)
+            .filter_map(|entry| std::mem::take(&mut entry.untraced).then(|| entry.envelope.clone()))
+            .collect();
+        self.untraced -= traced.len();
+        let is_seen = hop.is_some() || !traced.is_empty();
+        is_seen.then(|| Box::new(Sight { mailbox: Arc::clone(mailbox), hop, traced }))
     }
 
     fn known(&self, kind: Kind, first: u32) -> Option<&Run> {
@@ -228,7 +267,7 @@ struct Walk {
 #[derive(Debug)]
 pub(super) struct Audience {
     /// What frames call it.
-    mailbox: Box<str>,
+    mailbox: Arc<str>,
     log: Mutex<Log>,
     /// The log's end.
     end: AtomicU32,
@@ -365,7 +404,7 @@ impl Member {
         }
         let mut log = audience.log.lock();
         let before = log.bytes;
-        let read = log.read(&audience.mailbox, kind, &mut self.next);
+        let read = log.read(&audience.mailbox, kind, self.slot, &mut self.next);
         if log.bytes != before {
             audience.room.changed(before, log.bytes);
         }

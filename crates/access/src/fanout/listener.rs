@@ -120,7 +120,7 @@ impl Listener {
                 return Read { missed, ..read };
             }
         }
-        Read { missed, run: None }
+        Read { missed, ..Read::default() }
     }
 
     /// The session is over.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::handle::tests::handle;
 
-const NOW: (u64, Seconds) = (0, 0);
+const NOW: Came = Came { now_ms: 0, now: 0, dispatched_after_us: None };
 
 fn fanout(fanout_bytes_max: usize) -> (Fanout, Metrics) {
     let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
@@ -56,6 +56,55 @@ fn seqs(frame: &Bytes) -> Vec<u64> {
         ServerFrame::Deliver(deliver) => deliver.messages.iter().map(|m| m.seq).collect(),
         other => panic!("no delivery: {other:?}"),
     }
+}
+
+#[test]
+fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_once() {
+    let (fanout, _) = fanout(1 << 20);
+    let mut listeners: Vec<_> =
+        (0..3).map(|n| Listener::new(&fanout, &handle(n), vec![])).collect();
+    let mut counted = Vec::new();
+    let mut traced = Vec::new();
+    for seq in 0..64 {
+        let header = Header {
+            epoch: Epoch(1),
+            seq: Seq(seq + 1),
+            prev_chain: Chain(0),
+            chain: Chain(0),
+            accepted_at_us: 1_000_000 * seq,
+        };
+        let mut envelope = Envelope { produced_at_ms: 7 + seq, ..Default::default() };
+        if seq % 32 == 5 {
+            envelope.id = format!("m{seq}");
+            envelope.traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into();
+        }
+        let entry = [&header.encode()[..], &encode_body(envelope)].concat().into();
+        let came = Came { dispatched_after_us: Some(5), ..NOW };
+        fanout.take(&demo(), None, entry, came).unwrap();
+        for (member, listener) in listeners.iter_mut().enumerate() {
+            let read = listener.read(Kind::Proto);
+            let Some(sight) = read.sight else { continue };
+            assert_eq!(&*sight.mailbox, "everyone");
+            if let Some(hop) = sight.hop {
+                assert_eq!(hop, (1_000_000 * seq + 5, 7 + seq));
+                counted.push((member, seq));
+            }
+            traced.extend(sight.traced.into_iter().map(|entry| (member, entry.id)));
+        }
+    }
+    let of = |member| counted.iter().filter(|(of, _)| *of == member).count();
+    assert_eq!([of(0), of(1), of(2)], [4, 4, 4], "{counted:?}");
+    assert!(counted.windows(2).all(|two| two[0].1 != two[1].1), "not all at once: {counted:?}");
+    assert_eq!(traced, [(0, "m5".to_owned()), (0, "m37".to_owned())]);
+    // Of a burst that is read at once, the oldest counts.
+    for seq in 0..16 {
+        fanout.take(&demo(), None, self::entry(seq, 1), NOW).unwrap();
+    }
+    let sights = listeners.iter_mut().filter_map(|listener| listener.read(Kind::Proto).sight);
+    assert_eq!(sights.filter_map(|sight| sight.hop).collect::<Vec<_>>(), [(0, 0)]);
+    // What has left the log is not waited for.
+    fanout.sweep(Seconds::MAX);
+    assert_eq!(fanout.audience(&demo(), None).unwrap().held(), 0);
 }
 
 #[test]
@@ -239,7 +288,7 @@ proptest! {
                 _ => {
                     for _ in 0..size {
                         seq += 1;
-                        fanout.take(&demo(), None, entry(seq, size * 10), (0, now)).unwrap();
+                        fanout.take(&demo(), None, entry(seq, size * 10), Came { now, ..NOW }).unwrap();
                     }
                 }
             }

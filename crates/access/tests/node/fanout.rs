@@ -1,6 +1,6 @@
 //! What is for everyone of an app, and for its groups.
 
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use barid_core::{Chain, Epoch, Seq};
@@ -9,6 +9,7 @@ use barid_testkit::device::{Delivered, Heard, PATIENCE};
 use barid_testkit::{Device, token};
 use barid_wire::envelope::{Header, encode_body, set_payload};
 use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
+use barid_wire::internal::{NodeBatch, NodeFanout};
 use barid_wire::v1::{self, BodyKind, Envelope, client_frame, message};
 use bytes::Bytes;
 use futures::{SinkExt as _, StreamExt as _};
@@ -24,8 +25,11 @@ const SUBSCRIPTIONS: &str = "barid_access_subscriptions";
 const QUIET: Duration = Duration::from_millis(300);
 
 fn entry_with(seq: u64, id: &str, change: impl FnOnce(&mut Envelope)) -> Bytes {
+    entry_at(1_000_000, seq, id, change)
+}
+
+fn entry_at(accepted_at_us: u64, seq: u64, id: &str, change: impl FnOnce(&mut Envelope)) -> Bytes {
     let (epoch, chain) = (Epoch(7), Chain(0));
-    let accepted_at_us = 1_000_000;
     let header = Header { epoch, seq: Seq(seq), prev_chain: chain, chain, accepted_at_us };
     let mut envelope = Envelope { id: id.into(), ..Default::default() };
     set_payload(&mut envelope, format!("text of {id}").into(), 128, 3);
@@ -137,6 +141,39 @@ async fn a_users_own_messages_and_everyones_go_their_own_ways() -> Result<()> {
     assert_eq!((&own, &everyones), (&all, &all));
     phone.ack(50).await?;
     world.cursor_becomes("alice", "phone", 50).await
+}
+
+#[tokio::test]
+async fn one_delivery_in_sixteen_is_on_the_hops_from_its_dispatcher_and_its_producer() -> Result<()>
+{
+    const SECOND: u64 = 1_000_000;
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut devices = [node.device("alice", "phone").await?, node.device("bob", "phone").await?];
+    let begun = Instant::now();
+    for seq in 1..=32 {
+        // Of a dispatcher that does not say when, half of them.
+        let dispatched_after_us = (seq <= 16).then_some(SECOND as u32 / 2);
+        let now_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64;
+        let envelope = entry_at(now_us - SECOND * 3 / 2, seq, &format!("m{seq}"), |envelope| {
+            envelope.produced_at_ms = now_us / 1000 - 2_000;
+        });
+        let fanout =
+            NodeFanout { app: APP.into(), envelope, dispatched_after_us, ..Default::default() };
+        dispatcher.batch(NodeBatch { fanouts: vec![fanout], ..Default::default() }).await?;
+        for device in &mut devices {
+            hears(device, "everyone", &[seq]).await?;
+        }
+    }
+    // A second for two deliveries, two seconds for four; and what it really took, which is little.
+    let took = begun.elapsed().as_secs_f64();
+    for (hop, least) in [("fanout_dispatched_written", 2.0), ("fanout_produced_written", 8.0)] {
+        let sum = node.metric("barid_hop_seconds", hop);
+        assert!((least - 0.1..least + 0.1 + took).contains(&sum), "{hop}: {sum} s");
+    }
+    assert_eq!(node.metric("barid_hop_seconds", "dispatched_written"), 0.0);
+    Ok(())
 }
 
 #[tokio::test]

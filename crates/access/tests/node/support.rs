@@ -16,16 +16,13 @@ use barid_mailbox::{
     RedisConfig, Source, UserKey,
 };
 use barid_runtime::{Context, Role as _, RunError, SecretUrl, Stopped};
+use barid_testkit::grpc::NodeStream;
 use barid_testkit::redis::Redis;
 use barid_testkit::{Device, token};
 use barid_wire::envelope::{Envelope, encode_body, set_payload};
-use barid_wire::internal::access_client::AccessClient;
-use barid_wire::internal::{NodeBatch, NodeFanout, NodePush, NodeReply, NodeResend};
+use barid_wire::internal::{NodeBatch, NodePush, NodeReply, NodeResend};
 use bytes::Bytes;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 pub const APP: &str = "demo";
 
@@ -227,20 +224,12 @@ impl Node {
     }
 
     pub async fn dispatcher(&self) -> Result<Dispatcher> {
-        let mut client =
-            AccessClient::connect(format!("http://{}", self.addresses["grpc"])).await?;
-        let (batches, stream) = mpsc::channel(16);
-        let replies = client.deliver(ReceiverStream::new(stream)).await?.into_inner();
-        Ok(Dispatcher { batches, replies, batch: 0 })
+        Ok(Dispatcher(NodeStream::connect(self.addresses["grpc"]).await?))
     }
 }
 
 /// A dispatcher's stream to one node.
-pub struct Dispatcher {
-    batches: mpsc::Sender<NodeBatch>,
-    replies: Streaming<NodeReply>,
-    batch: u64,
-}
+pub struct Dispatcher(NodeStream);
 
 impl Dispatcher {
     pub async fn send(
@@ -250,25 +239,17 @@ impl Dispatcher {
         resends: Vec<NodeResend>,
     ) -> Result<NodeReply> {
         let batch = NodeBatch { incarnation, pushes, resends, ..Default::default() };
-        self.send_batch(batch).await
+        self.0.send(batch).await
     }
 
     /// To every session of an audience; `group` is empty for everyone.
     pub async fn fan_out(&mut self, app: &str, group: &str, entries: Vec<Bytes>) -> Result<()> {
-        let fanout = |envelope| NodeFanout { app: app.into(), group: group.into(), envelope };
-        let fanouts = entries.into_iter().map(fanout).collect();
-        let reply = self.send_batch(NodeBatch { fanouts, ..Default::default() }).await?;
-        anyhow::ensure!(reply.gone.is_empty(), "nobody in particular was meant");
-        Ok(())
+        self.0.fan_out(app, group, entries).await
     }
 
-    async fn send_batch(&mut self, batch: NodeBatch) -> Result<NodeReply> {
-        self.batch += 1;
-        let batch = NodeBatch { batch: self.batch, ..batch };
-        self.batches.send(batch).await?;
-        let reply = self.replies.message().await?.context("stream ended")?;
-        anyhow::ensure!(reply.batch == self.batch, "answered {} for {}", reply.batch, self.batch);
-        Ok(reply)
+    /// Whatever a dispatcher may send.
+    pub async fn batch(&mut self, batch: NodeBatch) -> Result<NodeReply> {
+        self.0.send(batch).await
     }
 
     /// Pushes an entry to where a user's routes say.
