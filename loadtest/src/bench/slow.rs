@@ -28,7 +28,7 @@ use crate::target::Target;
 const CROWD: u32 = 10_000;
 const CROWD_APP: &str = "crowd";
 const CROWD_RATE: u32 = 500;
-const CROWD_PAYLOAD_BYTES: u32 = 32 << 10;
+const CROWD_PAYLOAD_BYTES: u32 = 24 << 10;
 /// The longest that a node grants (`heartbeat.interval_max_seconds`).
 const CROWD_PING_INTERVAL_MS: u32 = 600_000;
 /// Others, which are measured.
@@ -76,7 +76,8 @@ impl Crowd {
     /// By the node, with any code but these.
     fn closed_but(&self, codes: &[CloseCode]) -> f64 {
         let others = |name: &str| codes.iter().all(|code| code.as_str() != name);
-        self.closed.iter().filter(|(name, _)| others(name)).map(|(_, count)| count).sum()
+        // Of nothing, floats sum up to -0.
+        self.closed.iter().filter(|(name, _)| others(name)).fold(0.0, |sum, (_, count)| sum + count)
     }
 
     fn closed_with(&self, code: CloseCode) -> f64 {
