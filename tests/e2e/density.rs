@@ -1,21 +1,17 @@
 //! What a session takes of an access node's memory.
 
-use std::net::SocketAddr;
+use std::ops::Range;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use barid_testkit::{Cluster, Role};
-use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use crate::raw;
 
 /// Sessions that the process grows by itself with, and those that are weighed.
 const BEFORE: usize = 400;
 const WEIGHED: usize = 1_600;
-/// Handshakes at once.
-const AT_ONCE: usize = 50;
 /// Bytes: 1.7 KiB are measured in a release build (docs/benchmarks.md). A forgotten buffer of a kibibyte
 /// is found, what pages and other tests do is not.
 const SESSION_BYTES_MAX: f64 = 3_072.0;
@@ -24,10 +20,12 @@ const SESSION_BYTES_MAX: f64 = 3_072.0;
 async fn an_idle_session_takes_no_more_than_its_kibibytes() -> Result<()> {
     let mut cluster = Cluster::start().await?;
     let address = cluster.node(Role::Access, 0).address("ws").await?;
-    let mut devices = Vec::new();
-    connect(&cluster, address, BEFORE, &mut devices).await?;
+    let tokens = |users: Range<usize>| users.map(|user| cluster.token(&format!("user-{user}")));
+    let (first, rest) = (tokens(0..BEFORE), tokens(BEFORE..BEFORE + WEIGHED));
+    let (first, rest): (Vec<_>, Vec<_>) = (first.collect(), rest.collect());
+    let _before = raw::devices(address, first).await?;
     let before = settled(&mut cluster).await?;
-    connect(&cluster, address, WEIGHED, &mut devices).await?;
+    let _weighed = raw::devices(address, rest).await?;
     let after = settled(&mut cluster).await?;
     let each = (after - before) / WEIGHED as f64;
     ensure!(each <= SESSION_BYTES_MAX, "{each:.0} bytes a session ({before} to {after})");
@@ -41,26 +39,4 @@ async fn an_idle_session_takes_no_more_than_its_kibibytes() -> Result<()> {
 async fn settled(cluster: &mut Cluster) -> Result<f64> {
     sleep(Duration::from_secs(4)).await;
     cluster.node(Role::Access, 0).metric("process_resident_memory_bytes").await
-}
-
-async fn connect(
-    cluster: &Cluster,
-    address: SocketAddr,
-    count: usize,
-    devices: &mut Vec<TcpStream>,
-) -> Result<()> {
-    let (mut opening, end) = (JoinSet::new(), devices.len() + count);
-    for number in devices.len()..end {
-        let token = cluster.token(&format!("user-{number}"));
-        opening.spawn(timeout(Duration::from_secs(60), async move {
-            raw::device(TcpStream::connect(address).await?, &token).await
-        }));
-        if opening.len() >= AT_ONCE {
-            devices.push(opening.join_next().await.context("none")????);
-        }
-    }
-    while let Some(opened) = opening.join_next().await {
-        devices.push(opened???);
-    }
-    Ok(())
 }

@@ -5,6 +5,7 @@
 
 mod balance;
 mod binaries;
+mod bursts;
 mod delivery;
 mod density;
 mod hops;

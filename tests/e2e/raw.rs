@@ -1,8 +1,36 @@
 //! Devices that are no more than a socket.
 
-use anyhow::{Result, ensure};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+/// Handshakes at once.
+const AT_ONCE: usize = 50;
+
+/// One for each token, in any order.
+pub async fn devices(
+    address: SocketAddr,
+    tokens: impl IntoIterator<Item = String>,
+) -> Result<Vec<TcpStream>> {
+    let (mut opening, mut devices) = (JoinSet::new(), Vec::new());
+    for token in tokens {
+        opening.spawn(timeout(Duration::from_secs(60), async move {
+            device(TcpStream::connect(address).await?, &token).await
+        }));
+        if opening.len() >= AT_ONCE {
+            devices.push(opening.join_next().await.context("none")????);
+        }
+    }
+    while let Some(opened) = opening.join_next().await {
+        devices.push(opened???);
+    }
+    Ok(devices)
+}
 
 /// A device that is welcomed and says no more; of its side, a socket.
 pub async fn device(mut stream: TcpStream, token: &str) -> Result<TcpStream> {

@@ -78,6 +78,7 @@ pub struct Builder {
     partitions: i32,
     own_kafka: Option<KafkaOptions>,
     redis: RedisOptions,
+    variables: Vec<(Role, String, String)>,
     quiet: bool,
 }
 
@@ -101,6 +102,18 @@ impl Builder {
     pub fn set_of(mut self, role: Role, key: &str, value: impl Into<Value>) -> Self {
         self.settings.push((Some(role), key.into(), value.into()));
         self
+    }
+
+    /// Sets a variable in the environment of one role's processes.
+    #[must_use]
+    pub fn variable_of(mut self, role: Role, name: &str, value: &str) -> Self {
+        self.variables.push((role, name.into(), value.into()));
+        self
+    }
+
+    fn variables_of(&self, role: Role) -> Vec<(String, String)> {
+        let of = self.variables.iter().filter(|(of, ..)| *of == role);
+        of.map(|(_, name, value)| (name.clone(), value.clone())).collect()
     }
 
     /// Partitions of the push topics (4, unless told).
@@ -221,6 +234,7 @@ pub struct Node {
     /// Which of its role, from 0.
     pub number: usize,
     process: Option<Process>,
+    variables: Vec<(String, String)>,
     config: PathBuf,
     ready_file: PathBuf,
     log: PathBuf,
@@ -236,6 +250,7 @@ impl Node {
         let (name, binary) = (self.name(), self.role.binary()?);
         let process = Process::spawn(&name, binary, &self.log, |command| {
             command.arg("--config").arg(&self.config).env("RUST_BACKTRACE", "1");
+            command.envs(self.variables.iter().cloned());
         })?;
         self.process = Some(process);
         Ok(())
@@ -351,6 +366,7 @@ impl Cluster {
             partitions: 4,
             own_kafka: None,
             redis: RedisOptions::default(),
+            variables: Vec::new(),
             quiet: false,
         }
     }
@@ -416,6 +432,7 @@ impl Cluster {
             role,
             number,
             process: None,
+            variables: self.builder.variables_of(role),
             config: file("toml"),
             ready_file: file("ready"),
             log: file("log"),
