@@ -48,6 +48,9 @@ const DRAIN_RESERVE: Duration = Duration::from_millis(500);
 const LAST_CALL: Duration = Duration::from_secs(1);
 /// Devices that were told to go come back within this, at random.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
+/// What a busy machine takes from the claim of a retry timer to its re-send, ms; half the first wait is
+/// taken where that is less.
+const CROSSING_MAX_MS: u64 = 1_000;
 
 /// Runs a node until it is drained.
 ///
@@ -153,6 +156,7 @@ async fn build(
                 page_entries_max: config.sync.page_entries_max,
                 page_bytes_max: config.sync.page_bytes_max,
                 ack_interval_ms: config.sync.ack_interval_ms,
+                crossing_ms: (config.redis.retry_base_ms / 2).min(CROSSING_MAX_MS) as u32,
             },
             shutdown: context.shutdown.clone(),
             peers,

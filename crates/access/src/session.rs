@@ -55,6 +55,9 @@ pub struct Settings {
     pub page_bytes_max: u32,
     /// How long the next acknowledgement waits for others after the last one, ms.
     pub ack_interval_ms: u32,
+    /// From the claim of a retry timer until its re-send is here, ms at most: what a busy machine takes, and
+    /// less than lies between two re-sends.
+    pub crossing_ms: u32,
 }
 
 /// What the session wants done, in order.

@@ -18,10 +18,6 @@ use crate::auth::Claims;
 /// Payload bytes (unpacked) after which a page's messages go into another frame.
 const FRAME_BYTES: usize = 64 << 10;
 
-/// From the claim of a retry timer until its re-send is here, ms: what a busy machine takes, and less than
-/// lies between two re-sends.
-const CROSSING_MS: u32 = 1_000;
-
 /// What became of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
@@ -445,7 +441,7 @@ impl Connected {
     /// timer stands and comes again. So nothing is left to luck by waiting for that.
     fn ack_crosses(&self, now_us: u64) -> bool {
         let since_ms = ((now_us / 1000) as u32).wrapping_sub(self.ack_answered_ms);
-        self.ack_wanted || self.acking || since_ms < CROSSING_MS
+        self.ack_wanted || self.acking || since_ms < self.settings.crossing_ms
     }
 
     fn exhaust(&mut self, now_us: u64, out: &mut Vec<Effect>) {

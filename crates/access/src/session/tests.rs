@@ -15,8 +15,13 @@ use crate::auth::Claims;
 const NOW: u64 = 1_000_000_000;
 /// When a retry timer is due that was set then.
 const LATER: u64 = NOW + 2_000_000;
-const SETTINGS: Settings =
-    Settings { unacked_max: 4, page_entries_max: 3, page_bytes_max: 1 << 20, ack_interval_ms: 100 };
+const SETTINGS: Settings = Settings {
+    unacked_max: 4,
+    page_entries_max: 3,
+    page_bytes_max: 1 << 20,
+    ack_interval_ms: 100,
+    crossing_ms: 1_000,
+};
 
 /// What Redis holds.
 #[derive(Clone)]
