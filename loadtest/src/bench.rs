@@ -176,7 +176,7 @@ async fn bench(options: &Options) -> anyhow::Result<Report> {
     let mut out = std::io::stdout().lock();
     for scenario in &report.scenarios {
         for table in &scenario.recorded.tables {
-            writeln!(out, "{}: {table}\n", scenario.scenario)?;
+            writeln!(out, "{}\n{table}\n", scenario.scenario)?;
         }
     }
     writeln!(out, "{}", table(&measures))?;
