@@ -17,7 +17,7 @@ bench: ## Measure all of it beside a floor and the goals, in 15 minutes (ONLY=id
 	@scripts/bench.sh bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 bench-200k: ## 200,000 connections on eleven nodes and 10,000 messages a second (ARGS='--sessions 50000': others)
-	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --rate 10000 \
+	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --connect-rate 2500 --rate 10000 --linger-ms 20 \
 		--out target/bench/bench-200k.json $(ARGS)
 
 latency: ## Measure how long a message takes, produce to device, by hop (ARGS='--push-rate 5000': options)

@@ -2,25 +2,24 @@
 
 use barid_runtime::exposition::{Histogram, Metrics};
 use barid_runtime::{Hop, Hops};
-use serde::Serialize;
 
 use crate::table::Table;
 
 /// One hop over some time.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Passed {
+#[derive(Debug)]
+struct Passed {
     /// From which moment to which.
-    pub name: String,
+    name: String,
     /// Messages that were seen.
-    pub count: u64,
+    count: u64,
     /// Milliseconds.
-    pub mean_ms: f64,
+    mean_ms: f64,
     /// Milliseconds, to a bucket's width.
-    pub p50_ms: f64,
+    p50_ms: f64,
     /// Milliseconds, to a bucket's width.
-    pub p99_ms: f64,
+    p99_ms: f64,
     /// Of the whole way's mean.
-    pub share: f64,
+    share: f64,
 }
 
 /// The hops of the fast path, in a message's order. What is left of the whole way lies between the
@@ -28,9 +27,8 @@ pub struct Passed {
 const WAY: [Hop; 4] =
     [Hop::ProducedTaken, Hop::TakenAccepted, Hop::AcceptedDispatched, Hop::DispatchedWritten];
 
-/// What was observed between two scrapes of all roles, in a message's order. `whole_ms`: what the
-/// whole way took on average, as the devices saw it.
-pub fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
+/// What was observed, in a message's order.
+fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
     let hops = |text| Metrics::parse(text).histograms(Hops::FAMILY, "hop");
     let (mut before, after) = (hops(before), hops(after));
     let passed = |hop: &Hop| {
@@ -40,16 +38,18 @@ pub fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
     WAY.iter().filter_map(passed).collect()
 }
 
-/// The same as people read it, with what is left between the node's write and the application.
+/// What was observed between two scrapes of all roles, with what is left between the node's write and the
+/// application. `whole_ms`: what the whole way took on average, as the devices saw it.
 pub fn table(before: &str, after: &str, whole_ms: f64) -> Table {
-    let mut table = Table::new("hop", &["mean_ms", "p50_ms", "p99_ms", "share"]);
+    let mut table = Table::new("hop", &["mean_ms", "p50_ms", "p99_ms", "share", "messages"]);
     let hops = between(before, after, whole_ms);
-    for Passed { name, mean_ms, p50_ms, p99_ms, share, .. } in &hops {
-        table.row(name, [mean_ms, p50_ms, p99_ms, share].map(|value| Some(*value)));
+    for Passed { name, count, mean_ms, p50_ms, p99_ms, share } in &hops {
+        let figures = [*mean_ms, *p50_ms, *p99_ms, *share, *count as f64];
+        table.row(name, figures.map(Some));
     }
     let rest_ms = whole_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>();
-    table.row("written_shown", [Some(rest_ms), None, None, Some(rest_ms / whole_ms)]);
-    table.row("produced_shown", [Some(whole_ms), None, None, Some(1.0)]);
+    table.row("written_shown", [Some(rest_ms), None, None, Some(rest_ms / whole_ms), None]);
+    table.row("produced_shown", [Some(whole_ms), None, None, Some(1.0), None]);
     table
 }
 

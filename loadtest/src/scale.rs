@@ -2,7 +2,7 @@
 //! latency, memory and CPU time that takes, by process.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,11 +18,12 @@ use crate::controller::{Agents, Connected, Seen};
 use crate::cpu;
 use crate::drive::drive_on;
 use crate::histogram::{mean_ms, quantile_ms};
-use crate::hops::{self, Passed};
+use crate::hops;
 use crate::live::{Live, say};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 use crate::sandbox::{CpuTimes, Sandbox, Shape, role};
+use crate::table::Table;
 use crate::usage::Usage;
 
 /// Handshakes under way at once.
@@ -100,14 +101,10 @@ struct Report {
     latency_p99_ms: f64,
     latency_p999_ms: f64,
     latency_max_ms: f64,
-    hops: Vec<Passed>,
-    /// Resident memory of each role with all connections idle, and at the end.
-    idle_mib: BTreeMap<String, f64>,
-    end_mib: BTreeMap<String, f64>,
-    /// CPU time by role with all connections idle, cores.
-    idle_cores: BTreeMap<String, f64>,
-    /// CPU time by role while messages flow, cores.
-    cores: BTreeMap<String, f64>,
+    hops: Table,
+    /// By role: resident memory and CPU time with all connections idle, memory at the end, CPU time while
+    /// messages flow.
+    processes: Table,
 }
 
 /// Measures and prints; `false` if something was not delivered once and in order.
@@ -120,7 +117,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     std::fs::write(&options.out, json + "\n")
         .with_context(|| format!("writing {}", options.out.display()))?;
     use std::io::Write as _;
-    std::io::stdout().lock().write_all(shown(&report).as_bytes())?;
+    std::io::stdout().lock().write_all(report.to_string().as_bytes())?;
     Ok(report.outcome.is_clean() && report.closed == 0)
 }
 
@@ -152,6 +149,13 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
     live.phase("pushing");
     let (seen, outcome) = push(options, options.seconds, &business, &mut agents).await?;
     let cores = meter.cores(&sandbox, &agents)?;
+    let end_mib = resident_mib(&sandbox, &agents)?;
+    let mut processes =
+        Table::new("process", &["idle_mib", "end_mib", "idle_cores", "pushing_cores"]);
+    for name in cores.keys() {
+        let figures = [&idle_mib, &end_mib, &idle_cores, &cores];
+        processes.row(name, figures.map(|figure| figure.get(name).copied()));
+    }
     let latencies_us = agents.latencies_us().await?;
     let latency_mean_ms = mean_ms(&latencies_us);
     let latency = |share| quantile_ms(&latencies_us, share);
@@ -178,11 +182,8 @@ async fn measure(options: &Options) -> anyhow::Result<Report> {
         latency_p99_ms: latency(0.99),
         latency_p999_ms: latency(0.999),
         latency_max_ms: latency(1.0),
-        hops: hops::between(&before, &sandbox.metrics().await?, latency_mean_ms),
-        idle_mib,
-        end_mib: resident_mib(&sandbox, &agents)?,
-        idle_cores,
-        cores,
+        hops: hops::table(&before, &sandbox.metrics().await?, latency_mean_ms),
+        processes,
     })
 }
 
@@ -266,50 +267,31 @@ fn listed(values: &BTreeMap<String, f64>, unit: &str) -> String {
     format!("{} {unit}", each.join(", "))
 }
 
-fn shown(report: &Report) -> String {
-    let mut text = String::new();
-    let Report { nodes, agents, sessions, rate_per_s, payload_bytes, outcome, .. } = report;
-    let _ = write!(
-        text,
-        "{sessions} sessions on {nodes} nodes, held by {agents} agents; {rate_per_s} messages of \
-         {payload_bytes} bytes a second for {} s\n\
-         connected in {:.0} s, p99 {:.0} ms, {} refused and tried again\n\
-         {outcome}; sent again though shown: {}; sessions closed: {}\n\
-         produce to device: p50 {:.1} ms   p90 {:.1} ms   p99 {:.1} ms   p99.9 {:.1} ms   max {:.0} ms\n\n\
-         {:<24}{:>10}{:>10}{:>10}{:>8}\n",
-        report.seconds,
-        report.connected_in_s,
-        report.connect_p99_ms,
-        report.connects_retried,
-        report.resent,
-        report.closed,
-        report.latency_p50_ms,
-        report.latency_p90_ms,
-        report.latency_p99_ms,
-        report.latency_p999_ms,
-        report.latency_max_ms,
-        "hop",
-        "mean ms",
-        "p50 ms",
-        "p99 ms",
-        "share",
-    );
-    for hop in &report.hops {
-        let Passed { name, mean_ms, p50_ms, p99_ms, share, .. } = hop;
-        let share = share * 100.0;
-        let _ =
-            writeln!(text, "{name:<24}{mean_ms:>10.2}{p50_ms:>10.2}{p99_ms:>10.1}{share:>7.0}%");
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { nodes, agents, sessions, rate_per_s, payload_bytes, seconds, outcome, .. } =
+            self;
+        writeln!(
+            f,
+            "{sessions} sessions on {nodes} nodes, held by {agents} agents; {rate_per_s} messages of \
+             {payload_bytes} bytes a second for {seconds} s"
+        )?;
+        let Self { connected_in_s, connect_p99_ms, connects_retried, resent, closed, .. } = self;
+        writeln!(
+            f,
+            "connected in {connected_in_s:.0} s, p99 {connect_p99_ms:.0} ms, {connects_retried} refused and \
+             tried again\n\
+             {outcome}; sent again though shown: {resent}; sessions closed: {closed}"
+        )?;
+        writeln!(
+            f,
+            "produce to device: p50 {:.1} ms   p90 {:.1} ms   p99 {:.1} ms   p99.9 {:.1} ms   max {:.0} ms",
+            self.latency_p50_ms,
+            self.latency_p90_ms,
+            self.latency_p99_ms,
+            self.latency_p999_ms,
+            self.latency_max_ms,
+        )?;
+        writeln!(f, "\n{}\n\n{}", self.hops, self.processes)
     }
-    let _ = writeln!(
-        text,
-        "\n{:<14}{:>12}{:>12}{:>12}{:>12}",
-        "process", "idle MiB", "end MiB", "idle cores", "cores"
-    );
-    for (name, cores) in &report.cores {
-        let of = |values: &BTreeMap<String, f64>| values.get(name).copied().unwrap_or_default();
-        let (idle, end, idle_cores) =
-            (of(&report.idle_mib), of(&report.end_mib), of(&report.idle_cores));
-        let _ = writeln!(text, "{name:<14}{idle:>12.0}{end:>12.0}{idle_cores:>12.3}{cores:>12.3}");
-    }
-    text
 }

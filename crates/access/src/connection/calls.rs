@@ -1,0 +1,185 @@
+//! What a session asks of its mailbox and of the token's verifier. Nobody waits: each answer is taken when
+//! it is there.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Context;
+use std::task::Poll;
+use std::time::Duration;
+
+use barid_core::CloseCode;
+use barid_mailbox::{AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, Page, ReadRequest};
+use tokio::time::sleep;
+
+use super::Connection;
+use crate::auth::{AuthError, Claims};
+use crate::fanout::Refused;
+use crate::handle::Handle;
+use crate::node::Node;
+use crate::session::{AckPoint, AckUrgency, Close};
+
+pub(super) enum Answer {
+    Page(Page),
+    /// The time until the next acknowledgement is over.
+    AckDue,
+    Acked(AckOutcome),
+    Confirmed(ConfirmOutcome),
+}
+
+pub(super) type Call = Pin<Box<dyn Future<Output = Answer> + Send>>;
+pub(super) type Refreshing = Pin<Box<dyn Future<Output = Result<Claims, AuthError>> + Send>>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Confirming {
+    #[default]
+    No,
+    Once,
+    Again,
+}
+
+impl Connection {
+    pub(super) fn poll_calls(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut busy = self.poll_refresh(cx);
+        let mut index = 0;
+        while let Some(call) = self.calls.get_mut(index) {
+            let Poll::Ready(answer) = call.as_mut().poll(cx) else {
+                index += 1;
+                continue;
+            };
+            drop(self.calls.swap_remove(index));
+            busy = true;
+            match answer {
+                Answer::Page(page) => {
+                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    self.session.page(page, now_us, &mut self.effects);
+                }
+                Answer::AckDue => self.ack_waits = false,
+                Answer::Acked(outcome) => {
+                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    self.session.acked(outcome, now_us, &mut self.effects);
+                }
+                Answer::Confirmed(outcome) => {
+                    self.node.metrics.confirm(match outcome {
+                        ConfirmOutcome::Confirmed { restored: false, .. } => "stood",
+                        ConfirmOutcome::Confirmed { restored: true, .. } => "restored",
+                        ConfirmOutcome::Superseded => "superseded",
+                    });
+                    self.session.confirmed(outcome, &mut self.effects);
+                    if std::mem::take(&mut self.confirming) == Confirming::Again {
+                        self.confirm();
+                    }
+                }
+            }
+            self.apply();
+        }
+        busy
+    }
+
+    fn poll_refresh(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(refreshing) = &mut self.refreshing else { return false };
+        let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
+        self.refreshing = None;
+        let checked = result
+            .map_err(|e| (e.as_str(), Close::new(CloseCode::BadToken, e.to_string())))
+            .and_then(|claims| match self.session.refresh(&claims) {
+                Ok(()) => Ok(claims),
+                Err(close) => Err(("somebody_else", close)),
+            });
+        match checked {
+            Ok(claims) => {
+                self.beat.expires(self.node.seconds_at(claims.expires_s));
+                self.node.set_due(&self.handle, self.beat.due());
+                let app = &self.handle.user().app;
+                for group in self.listener.allow(&self.node.fanout, app, claims.groups) {
+                    self.refused(&group, Refused::NotListed);
+                }
+            }
+            Err((why, close)) => {
+                self.node.metrics.token_refused(why);
+                self.end(Some(close));
+            }
+        }
+        true
+    }
+
+    pub(super) fn start_calls(&mut self) -> bool {
+        let before = self.calls.len();
+        if let Some(point) = self.next_ack() {
+            let request = ack_request(&self.node, &self.handle, point);
+            let node = Arc::clone(&self.node);
+            self.calls.push(Box::pin(async move {
+                let call = || node.mailbox.ack(request.clone());
+                Answer::Acked(node.until_answered("ack", call).await)
+            }));
+        }
+        if let Some((read, cause)) = self.session.next_read(self.is_flushed()) {
+            self.node.metrics.sync(cause);
+            let request = ReadRequest {
+                user: self.handle.user().clone(),
+                after: read.after,
+                entries_max: read.entries_max,
+                bytes_max: read.bytes_max,
+            };
+            let node = Arc::clone(&self.node);
+            self.calls.push(Box::pin(async move {
+                let call = || node.mailbox.read(request.clone());
+                Answer::Page(node.until_answered("read", call).await)
+            }));
+        }
+        self.calls.len() > before
+    }
+
+    /// What to acknowledge now; sees to it that what has to wait is looked at again.
+    fn next_ack(&mut self) -> Option<AckPoint> {
+        let urgency = self.session.ack_urgency()?;
+        let (now_ms, interval_ms) = (self.node.uptime_ms(), self.node.settings.ack_interval_ms);
+        // The clock wraps: a time that has passed lies further ahead than any interval.
+        let early_ms = self.next_ack_ms.wrapping_sub(now_ms);
+        if urgency == AckUrgency::Paced && (1..=interval_ms).contains(&early_ms) {
+            if !std::mem::replace(&mut self.ack_waits, true) {
+                self.calls.push(Box::pin(async move {
+                    sleep(Duration::from_millis(early_ms.into())).await;
+                    Answer::AckDue
+                }));
+            }
+            return None;
+        }
+        self.next_ack_ms = now_ms.wrapping_add(interval_ms);
+        self.session.next_ack()
+    }
+
+    /// One at a time. One that is under way may have begun under another incarnation.
+    pub(super) fn confirm(&mut self) {
+        if self.confirming != Confirming::No {
+            self.confirming = Confirming::Again;
+            return;
+        }
+        self.confirming = Confirming::Once;
+        let identity = self.session.identity();
+        let request = ConfirmRequest {
+            user: identity.user.clone(),
+            device: identity.device.clone(),
+            session: self.node.session(self.handle.connection),
+            attempt: identity.attempt,
+            platform: identity.platform.clone(),
+            position: self.session.position(),
+        };
+        let node = Arc::clone(&self.node);
+        self.calls.push(Box::pin(async move {
+            let call = || node.mailbox.confirm(request.clone());
+            Answer::Confirmed(node.until_answered("confirm", call).await)
+        }));
+    }
+}
+
+pub(super) fn ack_request(node: &Node, handle: &Handle, point: AckPoint) -> AckRequest {
+    AckRequest {
+        user: handle.user().clone(),
+        device: handle.device().clone(),
+        session: node.session(handle.connection),
+        epoch: point.epoch,
+        generation: point.generation,
+        seq: point.mark.seq,
+        chain: point.mark.chain,
+    }
+}

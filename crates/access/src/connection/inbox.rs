@@ -1,0 +1,119 @@
+//! What the node has for a session: pushes, turns of the clock, orders to go.
+
+use std::task::{Context, Poll};
+
+use barid_core::CloseCode;
+use barid_runtime::Hop;
+use barid_wire::frames::ServerFrame;
+use barid_wire::v1;
+
+use super::outgoing::Out;
+use super::{Connection, wrote};
+use crate::handle::{Inbox, Push};
+use crate::session::{Beat, Close, Pushed};
+use crate::socket::WRITE_BUFFER_BYTES;
+
+/// How long a device that was told to go may still acknowledge, seconds.
+const LEAVE_SECONDS: u32 = 2;
+
+impl Connection {
+    pub(super) fn poll_inbox(&mut self, cx: &Context<'_>) -> bool {
+        let Poll::Ready(inbox) = self.handle.poll_take(cx) else { return false };
+        let Inbox { pushes, missed, tick, resend, fanout, confirm, go_away, close, .. } = inbox;
+        self.fanned_out |= fanout;
+        if let Some(close) = close {
+            self.end(Some(close));
+            return true;
+        }
+        let now_us = self.node.mailbox_now_us(self.handle.user());
+        for push in pushes {
+            self.push(&push, now_us);
+        }
+        if missed {
+            self.session.missed();
+        }
+        if resend {
+            let flushed = self.is_flushed();
+            if self.session.resend(flushed, now_us, &mut self.effects) {
+                self.node.metrics.resends.inc();
+            }
+            self.apply();
+        }
+        if confirm {
+            self.confirm();
+        }
+        if let Some(reconnect_after_ms) = go_away
+            && !self.beat.is_leaving()
+        {
+            let draining = self.node.is_draining();
+            let why = if draining { "draining" } else { "balance" }.to_owned();
+            self.control(&ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }));
+            self.beat.leave(self.node.seconds() + LEAVE_SECONDS);
+            self.node.set_due(&self.handle, self.beat.due());
+        }
+        if tick {
+            self.tick();
+        }
+        true
+    }
+
+    fn push(&mut self, push: &Push, now_us: u64) {
+        let pushed = self.session.push(&push.header, &push.envelope, now_us, &mut self.effects);
+        match pushed {
+            Pushed::Write => {
+                let generation = self.session.generation().0;
+                match push.frame(self.codec.encoding, generation, self.codec.zstd) {
+                    Ok(frame) => {
+                        self.node.metrics.delivered_fast.inc();
+                        let hops = &self.node.metrics.hops;
+                        hops.observe(Hop::DispatchedWritten, push.dispatched_us, now_us);
+                        let produced_us = push.envelope.produced_at_ms * 1000;
+                        hops.observe(Hop::ProducedWritten, produced_us, now_us);
+                        self.out_bytes += frame.len();
+                        self.out.push_back(Out::Pushed { frame, generation });
+                        wrote(&self.node, &self.handle, &push.envelope, "fast", now_us);
+                    }
+                    Err(error) => {
+                        tracing::warn!(seq = push.header.seq.0, %error, "entry cannot be delivered");
+                        let effect = self.session.undeliverable(push.header.seq);
+                        self.effects.push(effect);
+                    }
+                }
+            }
+            Pushed::Skipped => (),
+            Pushed::Dropped(why) => self.node.metrics.dropped(why),
+        }
+        self.apply();
+        let queued_max = self.node.limits.queued_bytes_max;
+        if self.out_bytes + self.socket.fed() > queued_max.max(WRITE_BUFFER_BYTES) {
+            let text = "more waits for the device than may wait";
+            self.end(Some(Close::new(CloseCode::SlowConsumer, text)));
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.node.seconds();
+        match self.beat.tick(now) {
+            Beat::Nothing => (),
+            Beat::Ping if self.codec.visible_pings => self.control(&ServerFrame::Ping(v1::Ping {})),
+            Beat::Ping => self.out.push_back(Out::Ping),
+            Beat::Dead => {
+                let text = "nothing was heard from the device";
+                self.end(Some(Close::new(CloseCode::Heartbeat, text)));
+            }
+            Beat::Idle => {
+                self.node.metrics.limit("idle");
+                let text = "the device sent nothing but pongs for too long";
+                self.end(Some(Close::new(CloseCode::Heartbeat, text)));
+            }
+            Beat::Expired => {
+                let text = "the token has expired";
+                self.end(Some(Close::new(CloseCode::TokenExpired, text)));
+            }
+            Beat::Leave => {
+                self.end(Some(Close::new(CloseCode::Draining, "this node asked the device to go")));
+            }
+        }
+        self.node.set_due(&self.handle, self.beat.due());
+    }
+}

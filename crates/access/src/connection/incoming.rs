@@ -1,0 +1,133 @@
+//! What a device sends.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use barid_core::{CloseCode, GroupId};
+use barid_runtime::{Hop, Sighting};
+use barid_wire::frames::{ClientFrame, ServerFrame};
+use barid_wire::v1;
+
+use super::{Connection, decode, of, refusal};
+use crate::fanout::Refused;
+use crate::session::Close;
+
+impl Connection {
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.refreshing.is_some() {
+            return false; // its outcome decides on what follows
+        }
+        let message = match self.socket.poll_next(cx) {
+            Poll::Pending => return false,
+            Poll::Ready(Some(Ok(message))) => message,
+            Poll::Ready(Some(Err(error))) => {
+                let close = refusal(&self.node, &error);
+                self.end(close);
+                return true;
+            }
+            Poll::Ready(None) => {
+                self.end(None);
+                return true;
+            }
+        };
+        let now_us = || self.node.uptime_us();
+        if let Err(over) = self.node.upstream.frame(&mut self.spent, message.len(), now_us) {
+            self.node.metrics.limit(over.limit);
+            self.end(Some(Close::new(CloseCode::Limit, over.text)));
+            return true;
+        }
+        self.beat.heard(self.node.seconds());
+        self.handle.set_due(self.beat.due());
+        match decode(&self.node, self.codec.encoding, &message) {
+            Ok(Some(frame)) => self.frame_in(frame),
+            Ok(None) if message.is_close() => self.end(None),
+            Ok(None) => (),
+            Err(close) => self.end(Some(close)),
+        }
+        true
+    }
+
+    fn frame_in(&mut self, frame: ClientFrame) {
+        if !matches!(frame, ClientFrame::Pong(_)) {
+            self.beat.used(self.node.seconds(), self.node.heartbeat.idle_seconds);
+        }
+        match frame {
+            ClientFrame::Ack(ack) => {
+                let now_us = self.node.mailbox_now_us(self.handle.user());
+                let hops = &self.node.metrics.hops;
+                let before = self.session.unacked();
+                let (tracer, handle) = (&self.node.tracer, &self.handle);
+                self.session.ack(&ack, now_us, &mut self.effects, |sent| {
+                    if let Some(pushed) = sent.pushed {
+                        hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
+                        hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
+                    }
+                    if let Some(wanted) = &sent.receipt
+                        && !wanted.traceparent.is_empty()
+                    {
+                        let (id, traceparent) = (&*wanted.id, &*wanted.traceparent);
+                        let produced_ms = wanted.produced_ms;
+                        let seen = Sighting { id, traceparent, produced_ms, ..Default::default() };
+                        tracer.saw(Sighting { hop: "acked", at_us: now_us, ..of(handle, seen) });
+                    }
+                });
+                let acked = before.saturating_sub(self.session.unacked());
+                self.node.metrics.acked.inc_by(acked as u64);
+                self.apply();
+            }
+            ClientFrame::Refresh(refresh) => {
+                let node = Arc::clone(&self.node);
+                self.refreshing = Some(Box::pin(async move {
+                    node.verifier.verify(&refresh.token, node.now_ms() / 1000).await
+                }));
+            }
+            ClientFrame::Pong(_) => (),
+            ClientFrame::Subscribe(subscribe) => self.subscribe(&subscribe.group),
+            ClientFrame::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe.group),
+            ClientFrame::Hello(_) => {
+                self.end(Some(Close::new(CloseCode::BadFrame, "hello came twice")));
+            }
+        }
+    }
+
+    fn subscribe(&mut self, group: &str) {
+        let Some(group) = self.group("subscribe", group) else { return };
+        let groups_max = self.node.limits.subscriptions_max;
+        match self.listener.subscribe(&self.node.fanout, &self.handle, &group, groups_max) {
+            Ok(()) => {
+                let group = group.to_string();
+                self.control(&ServerFrame::Subscribed(v1::Subscribed { group }));
+            }
+            Err(why) => {
+                self.node.metrics.subscription_refused(why);
+                self.refused(&group, why);
+            }
+        }
+    }
+
+    fn unsubscribe(&mut self, group: &str) {
+        let Some(group) = self.group("unsubscribe", group) else { return };
+        self.listener.unsubscribe(&self.node.fanout, &self.handle.user().app, &group);
+        let unsubscribed = v1::Unsubscribed { group: group.to_string(), ..Default::default() };
+        self.control(&ServerFrame::Unsubscribed(unsubscribed));
+    }
+
+    fn group(&mut self, frame: &str, group: &str) -> Option<GroupId> {
+        match GroupId::new(group) {
+            Ok(group) => Some(group),
+            Err(error) => {
+                self.end(Some(Close::new(CloseCode::BadFrame, format!("{frame}: {error}"))));
+                None
+            }
+        }
+    }
+
+    pub(super) fn refused(&mut self, group: &GroupId, why: Refused) {
+        let (code, text) = why.told();
+        self.control(&ServerFrame::Unsubscribed(v1::Unsubscribed {
+            group: group.to_string(),
+            code: code.code().into(),
+            text: text.into(),
+        }));
+    }
+}

@@ -1,0 +1,102 @@
+//! From the first frame to a welcomed session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_core::CloseCode;
+use tokio::time::timeout;
+
+use super::{Codec, decode, forget, refusal};
+use crate::handle::Handle;
+use crate::handshake::Accepted;
+use crate::node::Node;
+use crate::session::{Close, Connected, Connecting, Unidentified};
+
+/// From the first frame to a welcomed session. The error is what to close with; `None`: it left.
+pub(super) async fn identify(
+    node: &Arc<Node>,
+    accepted: &mut Accepted,
+) -> Result<(Connected, Arc<Handle>, Codec), Option<Close>> {
+    let limit = Duration::from_millis(node.limits.hello_timeout_ms);
+    let hello = timeout(limit, first_frame(node, accepted)).await;
+    let late = || Close::new(CloseCode::Heartbeat, "no hello came in time");
+    let connecting = hello.unwrap_or_else(|_| Err(Some(late())))?;
+    let codec = Codec {
+        encoding: accepted.encoding,
+        zstd: connecting.accepts_zstd,
+        visible_pings: connecting.visible_pings,
+        ping_interval: node.heartbeat.interval(connecting.ping_interval_ms),
+    };
+    let identity = &connecting.identity;
+    let connection = node.next_connection();
+    let handle = Arc::new(Handle::new(
+        connection,
+        identity.attempt,
+        identity.user.clone(),
+        identity.device.clone(),
+    ));
+    // Before the route is written: a push must find the session that its route names.
+    if !node.registry.insert(Arc::clone(&handle), node.limits.user_connections_max) {
+        node.metrics.limit("user_connections");
+        let text = "this user has as many devices connected here as it may have";
+        return Err(Some(Close::new(CloseCode::Limit, text)));
+    }
+    match connect(node, connecting, &handle).await {
+        Ok(session) => Ok((session, handle, codec)),
+        Err(close) => {
+            node.registry.remove(handle.user(), connection);
+            handle.finish();
+            forget(node, &handle).await;
+            Err(Some(close))
+        }
+    }
+}
+
+async fn first_frame(node: &Node, accepted: &mut Accepted) -> Result<Connecting, Option<Close>> {
+    let unidentified = Unidentified::new(accepted.claims.clone(), accepted.at_ms);
+    loop {
+        let message = match accepted.socket.next().await {
+            Some(Ok(message)) => message,
+            Some(Err(error)) => return Err(refusal(node, &error)),
+            None => return Err(None),
+        };
+        if let Some(frame) = decode(node, accepted.encoding, &message).map_err(Some)? {
+            return unidentified.frame(frame).map_err(Some);
+        }
+        if message.is_close() {
+            return Err(None);
+        }
+    }
+}
+
+async fn connect(
+    node: &Arc<Node>,
+    connecting: Connecting,
+    handle: &Arc<Handle>,
+) -> Result<Connected, Close> {
+    let request = connecting.request(node.session(handle.connection));
+    let limit = Duration::from_millis(node.limits.hello_timeout_ms);
+    let call = node.until_answered("connect", || node.mailbox.connect(request.clone()));
+    let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");
+    let outcome = timeout(limit, call).await.map_err(away)?;
+    let (session, replaced) = connecting.answered(outcome, node.settings)?;
+    let text = "a newer connection of this device took over";
+    node.registry.each(handle.user(), |other| {
+        if other.device() == handle.device() && other.attempt < handle.attempt {
+            other.close(Close::new(CloseCode::Replaced, text));
+        }
+    });
+    if let Some(replaced) = replaced {
+        if replaced.node == node.id {
+            if let Some(other) = node.registry.get(handle.user(), replaced.connection)
+                && other.device() == handle.device()
+                && other.connection != handle.connection
+            {
+                other.close(Close::new(CloseCode::Replaced, text));
+            }
+        } else {
+            node.peers.close(handle.user(), handle.device(), replaced);
+        }
+    }
+    Ok(session)
+}

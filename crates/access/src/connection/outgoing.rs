@@ -1,0 +1,211 @@
+//! What waits for the socket, and how it is written: what waits together goes out together.
+
+use std::task::{Context, Poll};
+
+use barid_wire::envelope::Envelope;
+use barid_wire::frames::{ServerFrame, encode_deliver, encode_server, join_delivers};
+use barid_wire::v1;
+use bytes::Bytes;
+
+use super::{Codec, Connection, message, refusal};
+use crate::fanout::{Kind, Read};
+use crate::socket::{self, Message};
+
+/// Bytes of pushed messages that share a frame; one alone may be larger.
+const JOINED_BYTES_MAX: usize = 16 << 10;
+
+/// What waits for the socket.
+pub(super) enum Out {
+    Frame(Bytes),
+    /// Pushed messages, in a frame for each that its other receivers share.
+    Pushed {
+        frame: Bytes,
+        generation: u32,
+    },
+    /// Entries of a page, encoded when their turn comes.
+    Entries(Vec<Envelope>),
+    Ping,
+}
+
+impl Connection {
+    pub(super) fn welcome(&mut self) {
+        let position = self.session.position();
+        let limit = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        self.control(&ServerFrame::Welcome(v1::Welcome {
+            session: self.node.session(self.handle.connection).to_string(),
+            ping_interval_ms: u32::from(self.codec.ping_interval) * 1000,
+            max_frame_bytes: limit(self.node.limits.frame_bytes_max),
+            max_unacked: limit(self.node.limits.unacked_max),
+            positions: vec![v1::Position {
+                mailbox: String::new(),
+                epoch: position.epoch.0,
+                generation: position.generation.0,
+                seq: position.seq.0,
+                chain: position.chain.map(|chain| chain.0),
+            }],
+            server_time_ms: self.node.now_ms(),
+            ack_interval_ms: self.node.settings.ack_interval_ms,
+        }));
+    }
+
+    pub(super) fn control(&mut self, frame: &ServerFrame) {
+        // Only bodies can fail to encode, and these frames have none.
+        if let Ok(frame) = encode_server(self.codec.encoding, frame) {
+            self.frame(frame);
+        }
+    }
+
+    fn frame(&mut self, frame: Bytes) {
+        self.out_bytes += frame.len();
+        self.out.push_back(Out::Frame(frame));
+    }
+
+    pub(super) fn entries(&mut self, entries: Vec<Envelope>) {
+        self.out_bytes += payload_bytes(&entries);
+        self.out.push_back(Out::Entries(entries));
+    }
+
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut busy = false;
+        loop {
+            while self.socket.has_room()
+                && let Some(out) = self.out.pop_front()
+            {
+                if let Err(error) = self.feed(out) {
+                    let close = refusal(&self.node, &error);
+                    self.end(close);
+                    return true;
+                }
+            }
+            if self.socket.fed() == 0 {
+                return busy;
+            }
+            match self.socket.poll_flush(cx) {
+                Poll::Pending => return busy,
+                Poll::Ready(Ok(())) => {
+                    self.beat.written(self.node.seconds());
+                    busy = true;
+                }
+                Poll::Ready(Err(_)) => {
+                    self.end(None);
+                    return true;
+                }
+            }
+        }
+    }
+
+    /// Writes what is for an audience, once everything else has left: what the socket does not take stays
+    /// in the audience's log.
+    pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) {
+        while self.fanned_out && self.end.is_none() && self.is_flushed() {
+            if !self.write_fanout(cx) {
+                self.end(None);
+            }
+        }
+    }
+
+    /// One run of messages; false if the device is gone.
+    fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
+        let kind = Kind::new(self.codec.encoding, self.codec.zstd);
+        let Read { missed, run, sight } = self.listener.read(kind);
+        if missed > 0 {
+            self.node.metrics.fanout_missed.inc_by(missed.into());
+        }
+        let Some(run) = run else {
+            self.fanned_out = false;
+            return true;
+        };
+        if run.messages == 0 {
+            return true;
+        }
+        self.node.metrics.delivered_fanout.inc_by(run.messages.into());
+        self.node.metrics.bytes_out.inc_by(run.frame.len() as u64);
+        self.beat.written(self.node.seconds());
+        if self.socket.write_shared(cx, &run.frame).is_err() {
+            return false;
+        }
+        if let Some(sight) = sight {
+            sight.written(&self.node, &self.handle);
+        }
+        true
+    }
+
+    fn feed(&mut self, out: Out) -> Result<(), socket::Error> {
+        let frame = match out {
+            Out::Ping => return self.socket.feed(Message::Ping(Bytes::new())),
+            Out::Frame(frame) => {
+                self.out_bytes -= frame.len();
+                frame
+            }
+            Out::Pushed { frame, generation } => {
+                let frames = self.pushed_with(frame, generation);
+                self.out_bytes -= frames.iter().map(Bytes::len).sum::<usize>();
+                match frames.as_slice() {
+                    [alone] => alone.clone(),
+                    several => join_delivers(self.codec.encoding, "", generation, several),
+                }
+            }
+            Out::Entries(entries) => {
+                self.out_bytes -= payload_bytes(&entries);
+                match self.encode(entries) {
+                    Some(frame) => frame,
+                    None => return Ok(()),
+                }
+            }
+        };
+        self.node.metrics.bytes_out.inc_by(frame.len() as u64);
+        self.socket.feed(message(self.codec.encoding, frame))
+    }
+
+    /// The frames of pushes that wait behind this one and go with it: what arrives together costs the
+    /// device one frame.
+    fn pushed_with(&mut self, first: Bytes, generation: u32) -> Vec<Bytes> {
+        let mut bytes = first.len();
+        let mut frames = vec![first];
+        while let Some(Out::Pushed { frame, generation: of }) = self.out.front()
+            && *of == generation
+            && bytes + frame.len() <= JOINED_BYTES_MAX
+        {
+            bytes += frame.len();
+            frames.push(frame.clone());
+            self.out.pop_front();
+        }
+        frames
+    }
+
+    /// One frame for all of them; entry by entry if one of them is broken.
+    fn encode(&mut self, mut entries: Vec<Envelope>) -> Option<Bytes> {
+        let generation = self.session.generation().0;
+        let Codec { encoding, zstd, .. } = self.codec;
+        let (broken, error) = match encode_deliver(encoding, generation, &entries, zstd) {
+            Ok(frame) => return Some(frame),
+            Err(broken) => broken,
+        };
+        let rest = entries.split_off(broken + 1);
+        let seq = barid_core::Seq(entries.pop().map_or(0, |entry| entry.seq));
+        tracing::warn!(seq = seq.0, %error, "entry cannot be delivered");
+        let waiting = std::mem::take(&mut self.out);
+        if !entries.is_empty() {
+            self.entries(entries);
+        }
+        let skip = self.session.undeliverable(seq);
+        self.effects.push(skip);
+        self.apply();
+        if !rest.is_empty() {
+            self.entries(rest);
+        }
+        self.out.extend(waiting);
+        None
+    }
+
+    pub(super) fn tell_queued(&mut self) {
+        let queued = self.out_bytes + self.socket.fed();
+        if queued != self.handle.queued_bytes() {
+            self.node.metrics.queued_bytes.add(self.handle.set_queued_bytes(queued));
+        }
+    }
+}
+
+fn payload_bytes(entries: &[Envelope]) -> usize {
+    entries.iter().map(|entry| entry.payload.len()).sum()
+}
