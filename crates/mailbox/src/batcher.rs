@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use barid_core::Shard;
 use redis::Value;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use crate::metrics::Metrics;
 use crate::redis_clock::RedisClock;
@@ -24,7 +24,7 @@ pub(crate) trait Operation: Send + Sync + 'static {
     /// Items in one call, at most, whatever the configuration says.
     const ITEMS_MAX: usize = usize::MAX;
 
-    /// How long the first item of a call waits for others.
+    /// How long the first item of a call waits for others, where none of them is in a hurry.
     fn linger(_config: &RedisConfig) -> Duration {
         Duration::ZERO
     }
@@ -50,6 +50,7 @@ pub(crate) struct Item<'a, Request> {
 /// The queue in front of one script on one master. Cheap to clone.
 pub(crate) struct Batcher<O: Operation> {
     queue: mpsc::Sender<Pending<O>>,
+    hurry: Arc<Notify>,
     patience: Duration,
 }
 
@@ -65,18 +66,35 @@ impl<O: Operation> Batcher<O> {
     pub fn start(topology: Weak<Topology>, config: &RedisConfig) -> Self {
         let (queue, receiver) = mpsc::channel(config.queue_max);
         let items_max = config.batch_max.min(O::ITEMS_MAX);
-        tokio::spawn(work::<O>(receiver, topology, config.window, items_max, O::linger(config)));
-        Self { queue, patience: config.response_timeout() }
+        let hurry = Arc::new(Notify::new());
+        let linger = Linger { time: O::linger(config), hurry: Arc::clone(&hurry) };
+        tokio::spawn(work::<O>(receiver, topology, config.window, items_max, linger));
+        Self { queue, hurry, patience: config.response_timeout() }
     }
 
-    /// Waits for the item's answer, for the response time-out at most.
+    /// Waits for the item's answer, for the response time-out at most. Those that linger go with it.
     pub async fn call(&self, request: O::Request, shard: Shard) -> Result<O::Outcome, Error> {
+        self.queued(request, shard, || self.hurry.notify_one()).await
+    }
+
+    /// The same, for an item that may linger ([`Operation::linger`]).
+    pub async fn call_soon(&self, request: O::Request, shard: Shard) -> Result<O::Outcome, Error> {
+        self.queued(request, shard, || ()).await
+    }
+
+    async fn queued(
+        &self,
+        request: O::Request,
+        shard: Shard,
+        then: impl FnOnce(),
+    ) -> Result<O::Outcome, Error> {
         let (answer, answered) = oneshot::channel();
         let deadline = Instant::now() + self.patience;
         let pending = Pending { request, shard, deadline, answer };
         let away = |why: &str| Error::Away(why.into());
         let wait = async {
             self.queue.send(pending).await.map_err(|_| away("the mailbox is closed"))?;
+            then();
             answered.await.map_err(|_| away("the call was abandoned"))?
         };
         match tokio::time::timeout_at(deadline.into(), wait).await {
@@ -86,18 +104,33 @@ impl<O: Operation> Batcher<O> {
     }
 }
 
+/// How long the first item of a call waits for others, unless one of them is in a hurry.
+struct Linger {
+    time: Duration,
+    hurry: Arc<Notify>,
+}
+
+impl Linger {
+    async fn wait(&self) {
+        if !self.time.is_zero() {
+            // Passed or told: the call leaves now.
+            let _ = tokio::time::timeout(self.time, self.hurry.notified()).await;
+        }
+    }
+}
+
 async fn work<O: Operation>(
     mut queue: mpsc::Receiver<Pending<O>>,
     topology: Weak<Topology>,
     window: usize,
     items_max: usize,
-    linger: Duration,
+    linger: Linger,
 ) {
     let window = Arc::new(Semaphore::new(window));
     while let Some(first) = queue.recv().await {
         // A batch that is full already waits for nobody.
-        if !linger.is_zero() && queue.len() + 1 < items_max {
-            tokio::time::sleep(linger).await;
+        if queue.len() + 1 < items_max {
+            linger.wait().await;
         }
         let Ok(permit) = window.clone().acquire_owned().await else { return };
         let mut batch = vec![first];

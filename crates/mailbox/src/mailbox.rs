@@ -119,6 +119,15 @@ impl Mailbox {
         self.topology.lane(shard).ack.call(request, shard).await
     }
 
+    /// The same, for which nobody waits: for `redis.ack_linger_ms` others may join its script call.
+    ///
+    /// # Errors
+    /// [`Error::Away`], [`Error::Unexpected`].
+    pub async fn ack_soon(&self, request: AckRequest) -> Result<AckOutcome, Error> {
+        let shard = self.shard_of(&request.user);
+        self.topology.lane(shard).ack.call_soon(request, shard).await
+    }
+
     /// A session is over: its route goes, if it is still its own.
     ///
     /// # Errors

@@ -104,11 +104,14 @@ impl Connection {
 
     pub(super) fn start_calls(&mut self) -> bool {
         let before = self.calls.len();
-        if let Some(point) = self.next_ack() {
+        if let Some((point, urgency)) = self.next_ack() {
             let request = ack_request(&self.node, &self.handle, point);
             let node = Arc::clone(&self.node);
             self.calls.push(Box::pin(async move {
-                let call = || node.mailbox.ack(request.clone());
+                let call = async || match urgency {
+                    AckUrgency::Urgent => node.mailbox.ack(request.clone()).await,
+                    AckUrgency::Paced => node.mailbox.ack_soon(request.clone()).await,
+                };
                 Answer::Acked(node.until_answered("ack", call).await)
             }));
         }
@@ -130,7 +133,7 @@ impl Connection {
     }
 
     /// What to acknowledge now; sees to it that what has to wait is looked at again.
-    fn next_ack(&mut self) -> Option<AckPoint> {
+    fn next_ack(&mut self) -> Option<(AckPoint, AckUrgency)> {
         let urgency = self.session.ack_urgency()?;
         let (now_ms, interval_ms) = (self.node.uptime_ms(), self.node.settings.ack_interval_ms);
         // The clock wraps: a time that has passed lies further ahead than any interval.
@@ -145,7 +148,7 @@ impl Connection {
             return None;
         }
         self.next_ack_ms = now_ms.wrapping_add(interval_ms);
-        self.session.next_ack()
+        self.session.next_ack().map(|point| (point, urgency))
     }
 
     /// One at a time. One that is under way may have begun under another incarnation.

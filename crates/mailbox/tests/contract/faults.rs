@@ -215,7 +215,7 @@ async fn acknowledgements_of_a_trickle_share_calls_and_a_full_batch_waits_for_no
     }
     let acknowledge = async |mailbox: &Mailbox, index: usize| {
         sleep_ms(2 * index as u64).await;
-        mailbox.ack(requests[index].clone()).await.unwrap()
+        mailbox.ack_soon(requests[index].clone()).await.unwrap()
     };
     let mut calls = Vec::new();
     for (ack_linger_ms, batch_max) in [(0, 128), (100, 128), (100, 2)] {
@@ -232,6 +232,18 @@ async fn acknowledgements_of_a_trickle_share_calls_and_a_full_batch_waits_for_no
             assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
         }
     }
+    let mailbox = open(&RedisConfig { ack_linger_ms: 100, ..bed.config.clone() }).await;
+    let begun = Instant::now();
+    let hurried = async {
+        sleep_ms(5).await;
+        mailbox.ack(requests[1].clone()).await.unwrap();
+    };
+    let _ = futures::future::join(mailbox.ack_soon(requests[0].clone()), hurried).await;
+    assert!(
+        begun.elapsed() < Duration::from_millis(80),
+        "{:?}: one was in a hurry",
+        begun.elapsed()
+    );
     assert!(calls[0] > 2 * calls[1] && calls[1] <= 3 && calls[2] >= 10, "{calls:?}");
     let wrong = RedisConfig { ack_linger_ms: 101, ..bed.config.clone() };
     assert!(refusal(&wrong).await.to_string().contains("redis.ack_linger_ms"));
