@@ -24,38 +24,11 @@ const REPEAT_TIME: Duration = Duration::from_millis(200);
 
 /// Produces, and waits until the agents' devices were shown everything, at most for `settle` after the
 /// last record; what is missing then is lost. Tells how many records there were. Agents expect `audit` from here on.
+/// `is_fine` looks at every report: [`all_open`], unless devices may be closed.
 ///
 /// # Errors
-/// Kafka does not take the records, an agent is gone, or a device was closed.
+/// Kafka does not take the records, an agent is gone, or something is not fine.
 pub async fn drive(
-    agents: &Agents,
-    business: &Arc<Business>,
-    pace: Pace,
-    audit: &Arc<Audit>,
-    settle: Duration,
-) -> anyhow::Result<(u64, Seen)> {
-    watched(agents, business, pace, audit, settle, |seen| {
-        ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
-        Ok(())
-    })
-    .await
-}
-
-/// [`drive`], to the end even if devices are closed.
-///
-/// # Errors
-/// Kafka does not take the records, or an agent is gone.
-pub async fn drive_on(
-    agents: &Agents,
-    business: &Arc<Business>,
-    pace: Pace,
-    audit: &Arc<Audit>,
-    settle: Duration,
-) -> anyhow::Result<(u64, Seen)> {
-    watched(agents, business, pace, audit, settle, |_| Ok(())).await
-}
-
-async fn watched(
     agents: &Agents,
     business: &Arc<Business>,
     pace: Pace,
@@ -93,6 +66,15 @@ async fn watched(
         }
     };
     tokio::try_join!(producing, watching)
+}
+
+/// No device was closed.
+///
+/// # Errors
+/// Some were.
+pub fn all_open(seen: &Seen) -> anyhow::Result<()> {
+    ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
+    Ok(())
 }
 
 /// What became of a run's records, after it was [driven](drive).

@@ -202,15 +202,28 @@ impl Sandbox {
     /// # Errors
     /// A process is gone.
     pub fn cpu_times(&self, agents: &Agents) -> anyhow::Result<CpuTimes> {
-        let mut times = CpuTimes::new();
-        for (name, pid) in &self.pids {
-            let time = cpu::of_process(*pid).with_context(|| format!("{name} is gone"))?;
-            *times.entry(role(name).to_owned()).or_default() += time;
+        self.by_role(agents, cpu::of_process)
+    }
+
+    /// What is measured of each process, summed by role: `agents` are those of this machine, `business` is
+    /// this process.
+    ///
+    /// # Errors
+    /// A process is gone.
+    pub fn by_role(
+        &self,
+        agents: &Agents,
+        measured: impl Fn(u32) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<BTreeMap<String, f64>> {
+        let roles = self.pids.iter().map(|(name, pid)| (name.as_str(), *pid));
+        let agents = agents.pids().into_iter().map(|pid| ("agents", pid));
+        let business = [("business", std::process::id())];
+        let mut sums = BTreeMap::<String, f64>::new();
+        for (name, pid) in roles.chain(agents).chain(business) {
+            *sums.entry(role(name).to_owned()).or_default() +=
+                measured(pid).with_context(|| format!("{name} is gone"))?;
         }
-        let agents = agents.pids().into_iter().map(cpu::of_process);
-        times.insert("agents".into(), agents.sum::<anyhow::Result<f64>>()?);
-        times.insert("business".into(), cpu::of_process(std::process::id())?);
-        Ok(times)
+        Ok(sums)
     }
 }
 

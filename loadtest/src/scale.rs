@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 use crate::audit::{Audit, Outcome, SETTLE};
 use crate::controller::{Agents, Connected, Seen};
 use crate::cpu;
-use crate::drive::drive_on;
+use crate::drive::drive;
 use crate::histogram::{mean_ms, quantile_ms};
 use crate::hops;
 use crate::live::{Live, say};
@@ -221,7 +221,8 @@ async fn push(
 ) -> anyhow::Result<(Seen, Outcome)> {
     let total = u64::from(options.rate) * seconds;
     let audit = Arc::new(Audit::new(options.sessions, Some(options.rate)));
-    let (_, seen) = drive_on(agents, business, Pace::Scheduled(total), &audit, SETTLE).await?;
+    let (_, seen) =
+        drive(agents, business, Pace::Scheduled(total), &audit, SETTLE, |_| Ok(())).await?;
     let outcome = seen.outcome(total);
     let why =
         if seen.closed > 0 { format!("; closed: {}", seen.why_closed) } else { String::new() };
@@ -251,15 +252,7 @@ impl Meter {
 }
 
 fn resident_mib(sandbox: &Sandbox, agents: &Agents) -> anyhow::Result<BTreeMap<String, f64>> {
-    let mut sums = BTreeMap::<String, f64>::new();
-    let processes = sandbox.pids().iter().map(|(name, pid)| (role(name), *pid));
-    let ours = [("business", std::process::id())].into_iter();
-    let agents = agents.pids().into_iter().map(|pid| ("agents", pid));
-    for (name, pid) in processes.chain(agents).chain(ours) {
-        *sums.entry(name.to_owned()).or_default() +=
-            cpu::resident_bytes(pid)? as f64 / (1024.0 * 1024.0);
-    }
-    Ok(sums)
+    sandbox.by_role(agents, |pid| Ok(cpu::resident_bytes(pid)? as f64 / (1024.0 * 1024.0)))
 }
 
 fn listed(values: &BTreeMap<String, f64>, unit: &str) -> String {

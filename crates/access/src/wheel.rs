@@ -32,7 +32,7 @@ impl Wheel {
         }
     }
 
-    /// Forgets a session that is over, so that it takes no memory until its time comes. One that
+    /// Takes a session off, so that one that is over takes no memory until its time comes. One that
     /// [`Self::turn`] holds at that moment stays until then.
     pub fn remove(&self, handle: &Arc<Handle>) {
         let at = handle.slotted();

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 use super::{Both, Goal, Measure, Server, Trial};
 use crate::audit::Audit;
 use crate::controller::Agents;
-use crate::drive::{drive, must_be_clean};
+use crate::drive::{all_open, drive, must_be_clean};
 use crate::live::say;
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
@@ -104,7 +104,7 @@ async fn broadcast(count: u32, agents: &Agents, server: &mut Server) -> anyhow::
             let business = Business::open(&target.plan(PAYLOAD_BYTES, 5)?).await?;
             let pace = Pace::Counted { window: WINDOW, total, limit: BROADCAST_LIMIT };
             let settle = Duration::from_secs(60);
-            let (records, _) = drive(agents, &business, pace, &audit, settle).await?;
+            let (records, _) = drive(agents, &business, pace, &audit, settle, all_open).await?;
             ensure!(records == total, "{records} of {total} within the limit");
             let seen = must_be_clean(agents, &audit).await?;
             say(&format!("{}; re-sent though shown: {}", seen.outcome(total), seen.resent))?;

@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 use super::push::attach;
 use super::{Goal, Measure, Server, Trial};
 use crate::audit::{Audit, SETTLE};
-use crate::drive::{drive, must_be_clean};
+use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::{mean_ms, quantile_ms};
 use crate::hops;
 use crate::kafka_hop;
@@ -39,7 +39,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         trial.live.phase(phase);
         let audit = Arc::new(Audit::new(users, Some(rate)));
         let pace = Pace::Scheduled(u64::from(rate) * seconds);
-        drive(&trial.agents, &business, pace, &audit, SETTLE).await?;
+        drive(&trial.agents, &business, pace, &audit, SETTLE, all_open).await?;
         must_be_clean(&trial.agents, &audit).await?;
     }
     let times_us = trial.agents.latencies_us().await?;

@@ -16,7 +16,7 @@ use hdrhistogram::Histogram;
 use super::{Both, Goal, Measure, Server, Trial};
 use crate::audit::{Audit, SETTLE};
 use crate::controller::Agents;
-use crate::drive::{drive, must_be_clean};
+use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::quantile_ms;
 use crate::live::say;
 use crate::producer::{Business, Pace, Plan};
@@ -147,7 +147,7 @@ async fn beside(trial: &mut Trial<'_>, server: &mut Server, slow: bool) -> anyho
     let pace = Pace::Scheduled(u64::from(RATE) * SECONDS);
     trial.live.phase("pushing");
     let making = noise.produce(noisy, &audit_of_crowd);
-    let driving = drive(&trial.agents, &business, pace, &audit, SETTLE);
+    let driving = drive(&trial.agents, &business, pace, &audit, SETTLE, all_open);
     let _ = tokio::try_join!(making, driving)?;
     must_be_clean(&trial.agents, &audit).await?;
     let times_us = trial.agents.latencies_us().await?;

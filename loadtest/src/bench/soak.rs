@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::{Goal, Measure, Server, Trial};
 use crate::audit::{Audit, SETTLE};
-use crate::drive::{drive, must_be_clean};
+use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::quantile_ms;
 use crate::live::{Sample, say};
 use crate::producer::{Business, Pace};
@@ -76,7 +76,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     trial.live.phase("soaking");
     let audit = Arc::new(Audit::new(users, Some(options.soak_rate)));
     let pace = Pace::Scheduled(u64::from(options.soak_rate) * u64::from(seconds));
-    let pushing = drive(&trial.agents, &business, pace, &audit, SETTLE);
+    let pushing = drive(&trial.agents, &business, pace, &audit, SETTLE, all_open);
     let churning = trial.agents.churn(&connect, options.soak_churn, seconds);
     let (_, returned) = tokio::try_join!(pushing, churning)?;
     let samples = last_half(&trial.live.series().samples, f64::from(seconds));

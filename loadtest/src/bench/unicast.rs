@@ -8,7 +8,7 @@ use barid_runtime::exposition::Metrics;
 use super::push::attach;
 use super::{Goal, Measure, Server, Trial};
 use crate::audit::{Audit, SETTLE};
-use crate::drive::{drive, must_be_clean};
+use crate::drive::{all_open, drive, must_be_clean};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 use crate::sandbox::CpuTimes;
@@ -55,7 +55,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         trial.live.phase(phase);
         let audit = Arc::new(Audit::new(users, None));
         let pace = Pace::Window { window, time: Duration::from_secs(seconds) };
-        let (records, _) = drive(&trial.agents, &business, pace, &audit, SETTLE).await?;
+        let (records, _) = drive(&trial.agents, &business, pace, &audit, SETTLE, all_open).await?;
         target.all_acknowledged(ACKED_LIMIT).await?;
         let seconds = audit.elapsed().as_secs_f64();
         let spent = spent.zip(target.cpu_times(&trial.agents)?);
