@@ -40,7 +40,8 @@ impl Token {
 
     /// How long to wait before a fresh one is fetched; `None`: it does not expire.
     pub(crate) fn refresh_in(&self, now_ms: u64) -> Option<Duration> {
-        let left = Duration::from_millis((self.expires_at_s? * 1000).saturating_sub(now_ms));
+        let left =
+            Duration::from_millis(self.expires_at_s?.saturating_mul(1000).saturating_sub(now_ms));
         Some(left.saturating_sub(REFRESH_AHEAD).max(left / 2))
     }
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -13,7 +15,7 @@ use prometheus::{Encoder as _, IntGauge, TextEncoder};
 use tokio::runtime::{Builder, Handle};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::{AdminConfig, Condition, Context};
+use crate::{AdminConfig, Condition, Context, telemetry};
 
 /// How often the role's runtime shows that it runs tasks, and the conditions are looked at for the log.
 const BEAT: Duration = Duration::from_millis(250);
@@ -72,6 +74,8 @@ fn router(context: Context) -> Router {
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
+        .fallback(async || (StatusCode::NOT_FOUND, "/metrics, /healthz and /readyz are here\n"))
+        .method_not_allowed_fallback(async || (StatusCode::METHOD_NOT_ALLOWED, "GET and HEAD\n"))
         .with_state(context)
 }
 
@@ -102,7 +106,8 @@ fn register(context: &Context, role: &'static str) {
             workers.set(Handle::current().metrics().num_workers() as i64);
             context.metrics.register(Box::new(workers))
         })
-        .and_then(|()| context.metrics.register(Box::new(Tasks::of(Handle::current())?)));
+        .and_then(|()| context.metrics.register(Box::new(Tasks::of(Handle::current())?)))
+        .and_then(|()| telemetry::register(&context.metrics));
     if let Err(error) = registered {
         tracing::warn!(%error, "process metrics are missing");
     }
@@ -133,12 +138,15 @@ impl Collector for Tasks {
     }
 }
 
-async fn metrics(State(context): State<Context>) -> Result<Vec<u8>, (StatusCode, String)> {
+/// The text format, named as such: Prometheus 3 scrapes nothing whose type it does not know.
+const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+async fn metrics(State(context): State<Context>) -> Response {
     let mut text = Vec::new();
-    TextEncoder::new()
-        .encode(&context.metrics.gather(), &mut text)
-        .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-    Ok(text)
+    match TextEncoder::new().encode(&context.metrics.gather(), &mut text) {
+        Ok(()) => ([(CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 /// 200 unless only a restart helps; else 503, a line a reason.
@@ -189,6 +197,44 @@ mod tests {
             assert!(begun.elapsed() < Duration::from_secs(20), "{path}: {answer}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Method, path, status and type.
+    async fn head(admin: SocketAddr, method: &str, path: &str) -> (String, String) {
+        let mut stream = TcpStream::connect(admin).await.unwrap();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, _) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().to_owned();
+        let kinds = head.lines().filter_map(|line| line.strip_prefix("content-type: "));
+        (status, kinds.collect::<Vec<_>>().join(" and "))
+    }
+
+    #[tokio::test]
+    async fn hazard_52_every_answer_names_its_type() {
+        let context = Context::new();
+        serve(&AdminConfig::default(), "test", &context).unwrap();
+        context.announce_done();
+        let admin = context.announcements().wait().await["admin"];
+        until(admin, "/healthz", "200 OK").await;
+        let metrics = "text/plain; version=0.0.4; charset=utf-8";
+        let text = "text/plain; charset=utf-8";
+        for (method, path, status, kind) in [
+            ("GET", "/metrics", "200", metrics),
+            ("HEAD", "/metrics", "200", metrics),
+            ("GET", "/metrics?name[]=up", "200", metrics),
+            ("GET", "/healthz", "200", text),
+            ("GET", "/readyz", "200", text),
+            ("GET", "/", "404", text),
+            ("POST", "/metrics", "405", text),
+        ] {
+            let expected = (status.to_owned(), kind.to_owned());
+            assert_eq!(head(admin, method, path).await, expected, "{method} {path}");
+        }
+        context.shutdown.begin(Duration::ZERO);
+        assert_eq!(head(admin, "GET", "/readyz").await, ("503".into(), text.into()));
     }
 
     #[tokio::test]

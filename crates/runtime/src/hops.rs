@@ -6,7 +6,9 @@
 //! holds the mailbox. Every role tells its moments in that master's time, which it estimates from
 //! the master's answers to within half a round trip, so it does not matter how far the clocks of
 //! Barid's machines differ. Where a hop comes out below zero all the same, it counts as zero, and
-//! in `barid_hop_negative_total`.
+//! in `barid_hop_negative_total`. One above an hour counts as an hour, and in
+//! `barid_hop_capped_total`: a producer may write any timestamp, and one of 1970 would be the sum of
+//! all others.
 //!
 //! Only the fast path counts: what a device is sent from its mailbox instead (it was away, or a
 //! push was lost) waited for reasons that are no hop's.
@@ -69,11 +71,21 @@ impl Hop {
     }
 }
 
+/// The longest hop that is believed, µs. What waited longer in Kafka is seen in the lag.
+const HOP_US_MAX: u64 = 3_600_000_000;
+
 /// `barid_hop_seconds` of one role. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Hops {
     /// By [`Hop`]'s number; `None`: another role's.
-    of: [Option<(Latency, IntCounter)>; Hop::ALL.len()],
+    of: [Option<Counted>; Hop::ALL.len()],
+}
+
+#[derive(Debug, Clone)]
+struct Counted {
+    latency: Latency,
+    negative: IntCounter,
+    capped: IntCounter,
 }
 
 impl Hops {
@@ -91,9 +103,15 @@ impl Hops {
         let help = "Hops that came out below zero, and count as zero: clocks that differ.";
         let negative = IntCounterVec::new(Opts::new("barid_hop_negative_total", help), &["hop"])?;
         registry.register(Box::new(negative.clone()))?;
+        let help = "Hops that came out above an hour, and count as an hour: clocks that differ.";
+        let capped = IntCounterVec::new(Opts::new("barid_hop_capped_total", help), &["hop"])?;
+        registry.register(Box::new(capped.clone()))?;
         let mut of = [const { None }; Hop::ALL.len()];
         for (hop, latency) in hops.iter().zip(latencies) {
-            of[*hop as usize] = Some((latency, negative.with_label_values(&[hop.as_str()])));
+            let label = &[hop.as_str()];
+            let (negative, capped) =
+                (negative.with_label_values(label), capped.with_label_values(label));
+            of[*hop as usize] = Some(Counted { latency, negative, capped });
         }
         Ok(Self { of })
     }
@@ -104,16 +122,19 @@ impl Hops {
         if from_us == 0 || to_us == 0 {
             return;
         }
-        let Some((latency, negative)) = &self.of[hop as usize] else { return };
+        let Some(Counted { latency, negative, capped }) = &self.of[hop as usize] else { return };
+        let us = to_us.saturating_sub(from_us);
         if to_us < from_us {
             negative.inc();
+        } else if us > HOP_US_MAX {
+            capped.inc();
         }
-        latency.observe_us(to_us.saturating_sub(from_us));
+        latency.observe_us(us.min(HOP_US_MAX));
     }
 
     /// How often a hop was counted.
     pub fn count(&self, hop: Hop) -> u64 {
-        self.of[hop as usize].as_ref().map_or(0, |(latency, _)| latency.count())
+        self.of[hop as usize].as_ref().map_or(0, |of| of.latency.count())
     }
 }
 
@@ -140,5 +161,24 @@ mod tests {
             assert!(text.lines().any(|shown| shown == line), "{line}\n{text}");
         }
         assert!(!text.contains("taken_accepted"));
+    }
+
+    #[test]
+    fn hazard_52_a_timestamp_of_1970_does_not_spoil_the_sum() {
+        let registry = Registry::new();
+        let hops = Hops::new(&registry, &[Hop::ProducedTaken]).unwrap();
+        for from_us in [1, 1_000, u64::MAX] {
+            hops.observe(Hop::ProducedTaken, from_us, 1_790_000_000_000_000);
+        }
+        hops.observe(Hop::ProducedTaken, 1, u64::MAX);
+        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for line in [
+            "barid_hop_seconds_count{hop=\"produced_taken\"} 4",
+            "barid_hop_seconds_sum{hop=\"produced_taken\"} 10800",
+            "barid_hop_capped_total{hop=\"produced_taken\"} 3",
+            "barid_hop_negative_total{hop=\"produced_taken\"} 1",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line}\n{text}");
+        }
     }
 }

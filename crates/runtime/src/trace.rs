@@ -72,8 +72,11 @@ impl Tracer {
         }
         self.0.logged.inc();
         let Sighting { hop, id, app, user, device, how, produced_ms, at_us, .. } = seen;
-        let since_produced_us =
-            if produced_ms == 0 { 0 } else { at_us as i64 - produced_ms as i64 * 1000 };
+        let since_produced_us = if produced_ms == 0 {
+            0
+        } else {
+            (at_us as i64).saturating_sub((produced_ms as i64).saturating_mul(1000))
+        };
         tracing::info!(
             target: "barid::trace",
             hop,

@@ -67,7 +67,7 @@ impl Connection {
                         self.node.metrics.delivered_fast.inc();
                         let hops = &self.node.metrics.hops;
                         hops.observe(Hop::DispatchedWritten, push.dispatched_us, now_us);
-                        let produced_us = push.envelope.produced_at_ms * 1000;
+                        let produced_us = push.envelope.produced_at_ms.saturating_mul(1000);
                         hops.observe(Hop::ProducedWritten, produced_us, now_us);
                         self.out_bytes += frame.len();
                         self.out.push_back(Out::Pushed { frame, generation });

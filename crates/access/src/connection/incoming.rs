@@ -60,7 +60,8 @@ impl Connection {
                 self.session.ack(&ack, now_us, &mut self.effects, |sent| {
                     if let Some(pushed) = sent.pushed {
                         hops.observe(Hop::WrittenAcked, pushed.written_us, now_us);
-                        hops.observe(Hop::ProducedAcked, pushed.produced_ms * 1000, now_us);
+                        let produced_us = pushed.produced_ms.saturating_mul(1000);
+                        hops.observe(Hop::ProducedAcked, produced_us, now_us);
                     }
                     if let Some(wanted) = &sent.receipt
                         && !wanted.traceparent.is_empty()

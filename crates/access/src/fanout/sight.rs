@@ -28,7 +28,7 @@ impl Sight {
         if let Some((dispatched_us, produced_ms)) = self.hop {
             let hops = &node.metrics.hops;
             hops.observe(Hop::FanoutDispatchedWritten, dispatched_us, now_us);
-            hops.observe(Hop::FanoutProducedWritten, produced_ms * 1000, now_us);
+            hops.observe(Hop::FanoutProducedWritten, produced_ms.saturating_mul(1000), now_us);
         }
         for entry in &self.traced {
             wrote(node, handle, entry, "fanout", now_us);

@@ -110,7 +110,7 @@ impl Outbox {
     fn hops(&self, flight: &Flight, user: &str, envelope: &[u8], clock: RedisTime) {
         let Ok(header) = Header::parse(envelope) else { return };
         let taken_us = clock.us(flight.taken.into_std());
-        let produced_us = flight.produced_at_ms() * 1000;
+        let produced_us = flight.produced_at_ms().saturating_mul(1000);
         if flight.is_sampled() {
             self.tracer.saw(flight.sighting("accepted", user, header.accepted_at_us));
         }
