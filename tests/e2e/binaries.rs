@@ -171,33 +171,163 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_waits_for_redis_leaves_cleanly_when_it_is_told_to() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let nobody = ports::free_port();
-    for role in Role::ALL {
-        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::free_port()));
-        let mut text = format!("drain_seconds = 60\n{}", least(role));
+/// A role that waits for a Redis that is nowhere, started by `shell` (which gets it as "$0" "$@").
+struct Waiting {
+    role: Role,
+    process: Process,
+    admin: SocketAddr,
+    config: String,
+    dir: tempfile::TempDir,
+}
+
+impl Waiting {
+    async fn start(role: Role, shell: &str) -> Result<Self> {
+        Self::start_with(role, shell, "").await
+    }
+
+    async fn start_with(role: Role, shell: &str, settings: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let (admin, nobody) = (ports::free_port(), ports::free_port());
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, admin));
+        let ports = match role {
+            Role::Access => "listen = '127.0.0.1:0'\ngrpc_listen = '127.0.0.1:0'\n",
+            Role::Dispatcher => "listen = '127.0.0.1:0'\n",
+            Role::Purger | Role::Delayer => "",
+        };
+        let mut text = format!("drain_seconds = 60\n{ports}{}", least(role));
         text +=
             &format!("[admin]\nlisten = '{admin}'\n[redis]\nurl = 'redis://127.0.0.1:{nobody}'\n");
-        let path = config(dir.path(), &text);
-        let log = dir.path().join(role.name());
-        let mut process = Process::spawn(role.name(), role.binary()?, &log, |command| {
-            command.args(["--config", &path]);
+        let path = config(dir.path(), &format!("{text}{settings}"));
+        let binary = role.binary()?;
+        let log = dir.path().join("log");
+        let process = Process::spawn(role.name(), "bash", &log, |command| {
+            command.args(["-c", shell]).arg(binary).args(["--config", &path]);
         })?;
-        // It says what it waits for, and then is told to go.
+        let mut waiting = Self { role, process, admin, config: text, dir };
+        waiting.until("/readyz", |body| body.contains("redis: redis is away")).await?;
+        Ok(waiting)
+    }
+
+    async fn until(&mut self, path: &str, good: impl Fn(&str) -> bool) -> Result<()> {
         let begun = Instant::now();
         loop {
-            process.must_run()?;
-            match http::get(admin, "/readyz").await {
-                Ok((503, body)) if body.contains("redis: redis is away") => break,
-                other => ensure!(begun.elapsed() < PATIENCE, "{role:?} does not wait: {other:?}"),
+            self.process.must_run()?;
+            match http::get(self.admin, path).await {
+                Ok((_, body)) if good(&body) => return Ok(()),
+                other => ensure!(begun.elapsed() < PATIENCE * 2, "{:?}: {other:?}", self.role),
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        process.term()?;
-        let status = process.wait(Duration::from_secs(20)).await?;
-        assert_eq!(status.code(), Some(0), "{role:?}: {}", process.tail(20));
+    }
+
+    async fn until_logged(&mut self, part: &str) -> Result<()> {
+        let begun = Instant::now();
+        while !self.process.output().contains(part) {
+            self.process.must_run()?;
+            ensure!(begun.elapsed() < PATIENCE * 2, "{:?}: no {part:?}", self.role);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    async fn leaves_cleanly(mut self) -> Result<()> {
+        self.process.term()?;
+        let status = self.process.wait(Duration::from_secs(20)).await?;
+        ensure!(status.code() == Some(0), "{:?}: {}", self.role, self.process.tail(20));
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_52_every_endpoint_of_every_role_names_its_type() -> Result<()> {
+    for role in Role::ALL {
+        let waiting = Waiting::start(role, "exec \"$0\" \"$@\"").await?;
+        for (path, kind) in [
+            ("/metrics", "text/plain; version=0.0.4; charset=utf-8"),
+            ("/healthz", "text/plain; charset=utf-8"),
+            ("/readyz", "text/plain; charset=utf-8"),
+            ("/", "text/plain; charset=utf-8"),
+        ] {
+            let (_, head, _) = http::get_whole(waiting.admin, path).await?;
+            let line = format!("content-type: {kind}");
+            ensure!(head.lines().any(|given| given == line), "{role:?} {path}: {head}");
+        }
+        waiting.leaves_cleanly().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_53_a_role_outlives_the_reader_of_its_log_and_a_full_disk() -> Result<()> {
+    for role in Role::ALL {
+        for shell in ["exec \"$0\" \"$@\" 2> >(read -r line)", "exec \"$0\" \"$@\" 2>/dev/full"] {
+            let mut waiting = Waiting::start(role, shell).await?;
+            let dropped = |body: &str| {
+                let lines = body.lines();
+                let failed = |line: &&str| {
+                    line.starts_with("barid_log_lines_dropped_total{why=\"failed\"}")
+                        && !line.ends_with(" 0")
+                };
+                lines.into_iter().any(|line| failed(&line))
+            };
+            waiting.until("/metrics", dropped).await?;
+            waiting.leaves_cleanly().await?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn hazard_54_a_service_named_like_a_role_harms_none() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for role in Role::ALL {
+        let path = config(dir.path(), &least(role));
+        let prefix = format!("BARID_{}_", role.name().to_uppercase());
+        let named = |name: &str| format!("{prefix}{name}");
+        let service = [
+            (named("SERVICE_HOST"), "10.96.0.7"),
+            (named("SERVICE_PORT"), "7080"),
+            (named("SERVICE_PORT_WS"), "7080"),
+            (named("PORT"), "tcp://10.96.0.7:7080"),
+            (named("PORT_7080_TCP"), "tcp://10.96.0.7:7080"),
+            (named("PORT_7080_TCP_PROTO"), "tcp"),
+            (named("PORT_7080_TCP_PORT"), "7080"),
+            (named("PORT_7080_TCP_ADDR"), "10.96.0.7"),
+        ];
+        let variables: Vec<_> = service.iter().map(|(name, value)| (&**name, *value)).collect();
+        let flags = ["--config", &path, "--check-config"];
+        let (code, _, complaint) = told(&run(role, &flags, &variables)?);
+        assert_eq!(code, Some(0), "{role:?}: {complaint}");
+        let typo = named("PORT");
+        let (code, _, complaint) = told(&run(role, &flags, &[(&typo, "7080")])?);
+        assert_eq!(code, Some(2), "{role:?}: {complaint}");
+        assert!(complaint.contains(&typo), "{role:?}: {complaint}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result<()> {
+    for role in Role::ALL {
+        let level = "[log]\nlevel = 'warn'\n";
+        let mut waiting = Waiting::start_with(role, "exec \"$0\" \"$@\"", level).await?;
+        config(waiting.dir.path(), &format!("nonsense = 1\n{}", waiting.config));
+        waiting.process.hang_up()?;
+        waiting.until_logged("the configuration in force stays").await?;
+        ensure!(!waiting.process.output().contains("INFO"), "{role:?} logs more than it should");
+        config(waiting.dir.path(), &format!("{}[log]\nlevel = 'info'\n", waiting.config));
+        waiting.process.hang_up()?;
+        // Which is of level info itself.
+        waiting.until_logged("log.level was read again").await?;
+        waiting.leaves_cleanly().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_waits_for_redis_leaves_cleanly_when_it_is_told_to() -> Result<()> {
+    for role in Role::ALL {
+        Waiting::start(role, "exec \"$0\" \"$@\"").await?.leaves_cleanly().await?;
     }
     Ok(())
 }

@@ -76,6 +76,8 @@ struct Ready<'a> {
 
 /// Runs until a signal, or with `--once` until the demonstration is over.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    // The cluster is what is wanted; a terminal that was closed is no reason to leave devices without it.
+    let out = out.lenient();
     if let Some(other) = DevState::running()? {
         bail!(
             "`barid dev` runs already (process {}, {}); stop it, or set BARID_DEV_STATE to a file of its own",
@@ -111,6 +113,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         () = signals.next() => bail!("stopped at the second signal, before everything was finished"),
     };
     result?;
+    telemetry::flush();
     stopped
 }
 
@@ -277,22 +280,41 @@ fn own_name() -> String {
     }
 }
 
-/// SIGINT and SIGTERM.
+/// SIGINT, SIGTERM, and the SIGHUP of a terminal that is closed, unless `nohup` asked to outlive it.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Option<Signal>,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
         let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+        let terminate = signal(SignalKind::terminate())?;
+        // To listen for it would end the ignoring.
+        let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup())).transpose()?;
+        Ok(Self { interrupt, terminate, hangup })
     }
 
     async fn next(&mut self) {
+        let hung_up = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = hung_up => {}
         }
     }
+}
+
+/// Whether this process was started with SIGHUP ignored, as `nohup` does: bit 0 of the mask.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 != 0)
 }

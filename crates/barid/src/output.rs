@@ -11,6 +11,8 @@ use serde::Serialize;
 pub struct Output {
     json: bool,
     colour: bool,
+    /// What cannot be printed is no error.
+    lenient: bool,
 }
 
 /// What a piece of text means to the reader.
@@ -27,13 +29,13 @@ impl Output {
     pub fn new(json: bool) -> Self {
         let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
             || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        Self { json, colour: !json && !plain && io::stdout().is_terminal() }
+        Self { json, colour: !json && !plain && io::stdout().is_terminal(), lenient: false }
     }
 
     /// For people, without colour.
     #[cfg(test)]
     pub fn plain() -> Self {
-        Self { json: false, colour: false }
+        Self { json: false, colour: false, lenient: false }
     }
 
     /// Whether programs read it.
@@ -41,20 +43,28 @@ impl Output {
         self.json
     }
 
+    /// For a program that has more to do than to print: a reader that went away, or a full disk, does not
+    /// end it.
+    pub fn lenient(self) -> Self {
+        Self { lenient: true, ..self }
+    }
+
     /// One line for people.
     pub fn line(self, text: impl Display) -> io::Result<()> {
+        self.print(format!("{text}\n").as_bytes())
+    }
+
+    fn print(self, bytes: &[u8]) -> io::Result<()> {
         let mut out = io::stdout().lock();
-        writeln!(out, "{text}")?;
-        out.flush()
+        let printed = out.write_all(bytes).and_then(|()| out.flush());
+        if self.lenient { Ok(()) } else { printed }
     }
 
     /// One object for programs.
     pub fn object(self, object: &impl Serialize) -> io::Result<()> {
         let mut line = serde_json::to_vec(object)?;
         line.push(b'\n');
-        let mut out = io::stdout().lock();
-        out.write_all(&line)?;
-        out.flush()
+        self.print(&line)
     }
 
     /// An object for programs, or a line for people.
@@ -162,6 +172,6 @@ mod tests {
 
     #[test]
     fn json_has_no_colour() {
-        assert_eq!(Output { json: true, colour: false }.paint(Tone::Bad, "x"), "x");
+        assert_eq!(Output { json: true, colour: false, lenient: false }.paint(Tone::Bad, "x"), "x");
     }
 }

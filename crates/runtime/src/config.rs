@@ -1,7 +1,9 @@
 //! Configuration: a TOML file, overridden by environment variables, checked before anything starts.
 //! A key that nobody knows refuses to start and is named.
 
-use std::net::SocketAddr;
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -92,11 +94,37 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// Events of sampled messages (target `barid::trace`) that are logged in a second, at most.
     pub traces_per_second: u32,
+    /// Lines that wait to be written to stderr, bytes; beyond them lines are dropped and counted.
+    pub buffer_bytes_max: usize,
+}
+
+/// What [`LogConfig::buffer_bytes_max`] is by default, and what it may be.
+pub(crate) const LOG_BUFFER_BYTES: usize = 1 << 20;
+const LOG_BUFFER_BYTES_RANGE: RangeInclusive<usize> = 16 << 10..=256 << 20;
+
+impl LogConfig {
+    /// Checks what the types cannot.
+    ///
+    /// # Errors
+    /// What is wrong, naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        if LOG_BUFFER_BYTES_RANGE.contains(&self.buffer_bytes_max) {
+            return Ok(());
+        }
+        let (least, most) = (LOG_BUFFER_BYTES_RANGE.start(), LOG_BUFFER_BYTES_RANGE.end());
+        let given = self.buffer_bytes_max;
+        Err(format!("log.buffer_bytes_max is {given}; it must be from {least} to {most}"))
+    }
 }
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { level: "info".into(), format: LogFormat::Text, traces_per_second: 100 }
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+            traces_per_second: 100,
+            buffer_bytes_max: LOG_BUFFER_BYTES,
+        }
     }
 }
 
@@ -139,6 +167,9 @@ pub enum ConfigError {
         /// The environment variable that it came from, if one.
         origin: String,
     },
+    /// An environment variable is not text.
+    #[error("{0}: its value is not UTF-8")]
+    NotText(String),
     /// An environment variable's path crosses a value.
     #[error("{variable}: {key} is not a table")]
     NotATable {
@@ -149,22 +180,32 @@ pub enum ConfigError {
     },
 }
 
-/// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`.
+/// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`. What Kubernetes
+/// sets for a Service whose name begins like the role's is passed over.
 ///
 /// # Errors
 /// [`ConfigError`]; the first problem found.
 pub fn load<C: DeserializeOwned + Serialize + Default>(
     file: Option<&Path>,
     prefix: &str,
-    variables: impl Iterator<Item = (String, String)>,
+    variables: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<C, ConfigError> {
     let mut table = file.map(read).transpose()?.unwrap_or_default();
     let defaults = Table::try_from(C::default()).unwrap_or_default();
     let mut origins = Vec::new();
     for (variable, value) in variables {
-        let Some(path) = variable.strip_prefix(prefix) else { continue };
-        let path: Vec<String> = path.split("__").map(str::to_lowercase).collect();
-        let value = environment_value(&value, lookup(&defaults, &path));
+        // Names of others need not be text.
+        let Some(name) = variable.to_str().and_then(|name| name.strip_prefix(prefix)) else {
+            continue;
+        };
+        let variable = format!("{prefix}{name}");
+        let Some(value) = value.to_str() else { return Err(ConfigError::NotText(variable)) };
+        let path: Vec<String> = name.split("__").map(str::to_lowercase).collect();
+        let default = lookup(&defaults, &path);
+        if default.is_none() && is_of_a_service(name, value) {
+            continue;
+        }
+        let value = environment_value(value, default);
         set(&mut table, &path, value, &variable)?;
         origins.push((path.join("."), variable));
     }
@@ -184,6 +225,51 @@ fn read(path: &Path) -> Result<Table, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::Read { path: path.into(), error })?;
     text.parse().map_err(|error| ConfigError::Toml { path: path.into(), error: Box::new(error) })
+}
+
+/// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value is
+/// what it writes there. A key of ours that is mistyped has another value.
+fn is_of_a_service(name: &str, value: &str) -> bool {
+    let is_port = |text: &str| text.parse::<u16>().is_ok_and(|port| port != 0);
+    let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
+    let is_protocol = |text: &str| matches!(text, "tcp" | "udp" | "sctp");
+    let is_url = |text: &str| {
+        let parts =
+            text.split_once("://").and_then(|(scheme, at)| Some((scheme, at.rsplit_once(':')?)));
+        parts.is_some_and(|(scheme, (host, port))| {
+            let host =
+                host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+            is_protocol(scheme) && is_address(host) && is_port(port)
+        })
+    };
+    // The name of the Service, behind the role's, may stand before these.
+    let ends = |end: &str| name == end || name.ends_with(&format!("_{end}"));
+    if ends("SERVICE_HOST") {
+        return is_address(value);
+    }
+    if ends("SERVICE_PORT") || name.starts_with("SERVICE_PORT_") || name.contains("_SERVICE_PORT_")
+    {
+        return is_port(value);
+    }
+    if ends("PORT") {
+        // Also the end of PORT_<number>_<protocol>_PORT.
+        return is_url(value) || is_numbered(name, "_PORT") && is_port(value);
+    }
+    is_numbered(name, "") && is_url(value)
+        || is_numbered(name, "_PROTO") && is_protocol(value)
+        || is_numbered(name, "_ADDR") && is_address(value)
+}
+
+/// Whether a name ends with `PORT_<number>_<protocol>` and `end`.
+fn is_numbered(name: &str, end: &str) -> bool {
+    let Some((rest, protocol)) = name.strip_suffix(end).and_then(|name| name.rsplit_once('_'))
+    else {
+        return false;
+    };
+    let Some((rest, number)) = rest.rsplit_once('_') else { return false };
+    matches!(protocol, "TCP" | "UDP" | "SCTP")
+        && number.parse::<u16>().is_ok()
+        && (rest == "PORT" || rest.ends_with("_PORT"))
 }
 
 fn lookup<'a>(table: &'a Table, path: &[String]) -> Option<&'a Value> {
@@ -246,7 +332,7 @@ mod tests {
     fn with(file: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
         let mut path = tempfile::NamedTempFile::new().unwrap();
         path.write_all(file.as_bytes()).unwrap();
-        let variables = variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let variables = variables.iter().map(|(k, v)| ((*k).into(), (*v).into()));
         load(Some(path.path()), "BARID_X_", variables).map_err(|e| e.to_string())
     }
 
@@ -266,6 +352,70 @@ mod tests {
         assert_eq!((config.limit, config.name.as_str()), (7, "12"));
         assert_eq!(config.brokers, ["a:1", "b:2"]);
         assert_eq!(config.admin.listen.port(), 9);
+    }
+
+    #[test]
+    fn hazard_54_what_kubernetes_sets_for_a_service_is_passed_over() {
+        // Services named barid-x, barid-x-grpc and barid-x--odd, with a named port and IPv6.
+        let variables = [
+            ("BARID_X_SERVICE_HOST", "10.96.0.7"),
+            ("BARID_X_SERVICE_PORT", "7080"),
+            ("BARID_X_SERVICE_PORT_WS", "7080"),
+            ("BARID_X_PORT", "tcp://10.96.0.7:7080"),
+            ("BARID_X_PORT_7080_TCP", "tcp://10.96.0.7:7080"),
+            ("BARID_X_PORT_7080_TCP_PROTO", "tcp"),
+            ("BARID_X_PORT_7080_TCP_PORT", "7080"),
+            ("BARID_X_PORT_7080_TCP_ADDR", "10.96.0.7"),
+            ("BARID_X_GRPC_SERVICE_HOST", "fd00::7"),
+            ("BARID_X_GRPC_SERVICE_PORT", "7081"),
+            ("BARID_X_GRPC_SERVICE_PORT_HTTP_2", "7081"),
+            ("BARID_X_GRPC_PORT", "tcp://[fd00::7]:7081"),
+            ("BARID_X_GRPC_PORT_7081_UDP", "udp://[fd00::7]:7081"),
+            ("BARID_X_GRPC_PORT_7081_SCTP_PROTO", "sctp"),
+            ("BARID_X_GRPC_PORT_7081_TCP_PORT", "7081"),
+            ("BARID_X_GRPC_PORT_7081_TCP_ADDR", "fd00::7"),
+            ("BARID_X__ODD_SERVICE_HOST", "10.96.0.7"),
+            ("BARID_X__ODD_PORT", "tcp://10.96.0.7:7080"),
+        ];
+        assert_eq!(with("", &variables).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn hazard_54_what_is_surely_a_typo_is_an_error_still() {
+        for (variable, value) in [
+            ("BARID_X_PORT", "7080"),
+            ("BARID_X_PORT", "0.0.0.0:7080"),
+            ("BARID_X_PORT", "http://10.96.0.7:7080"),
+            ("BARID_X_ADMIN_PORT", "7102"),
+            ("BARID_X_SERVICE_HOST", "here"),
+            ("BARID_X_SERVICE_PORT", "many"),
+            ("BARID_X_SERVICE", "10.96.0.7"),
+            ("BARID_X_PORT_7080_TCP", "7080"),
+            ("BARID_X_PORT_TCP", "tcp://10.96.0.7:7080"),
+            ("BARID_X_ADMIN__PORT", "7102"),
+        ] {
+            let error = with("", &[(variable, value)]).unwrap_err();
+            assert!(
+                error.ends_with(&format!("(set by {variable})")),
+                "{variable}={value}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn hazard_54_variables_that_are_no_text_end_nothing_unless_they_are_ours() {
+        use std::os::unix::ffi::OsStringExt as _;
+        let bytes = || OsString::from_vec(vec![0xff]);
+        let load = |name: OsString| {
+            load::<Config>(None, "BARID_X_", [(name, bytes())].into_iter())
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(load(bytes()).unwrap(), Config::default());
+        assert_eq!(load("BARID_Y_NAME".into()).unwrap(), Config::default());
+        assert_eq!(
+            load("BARID_X_NAME".into()).unwrap_err(),
+            "BARID_X_NAME: its value is not UTF-8"
+        );
     }
 
     #[test]

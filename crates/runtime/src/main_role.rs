@@ -29,7 +29,7 @@ pub fn main<R: Role>() -> ExitCode {
     if arguments.print_config {
         return print_config(&config);
     }
-    if let Err(problem) = R::check(&config) {
+    if let Err(problem) = check::<R>(&config) {
         return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME));
     }
     let workers = match Workers::find() {
@@ -45,12 +45,13 @@ pub fn main<R: Role>() -> ExitCode {
             Ok(runtime) => runtime,
             Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
         };
-    let exit = runtime.block_on(serve::<R>(config, workers));
+    let exit = runtime.block_on(serve::<R>(config, workers, &arguments));
     runtime.shutdown_timeout(Duration::from_secs(1));
+    telemetry::flush();
     exit
 }
 
-async fn serve<R: Role>(config: R::Config, workers: Workers) -> ExitCode {
+async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Arguments) -> ExitCode {
     let common = config.common().to_owned();
     let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
@@ -71,7 +72,7 @@ async fn serve<R: Role>(config: R::Config, workers: Workers) -> ExitCode {
     let drain = Duration::from_secs(common.drain_seconds);
     let outcome = tokio::select! {
         outcome = R::run(config, context.clone()) => outcome,
-        () = signals.drain_then_abort(&context, drain) => Ok(Stopped::Cut { what: "role".into(), count: 1 }),
+        () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => Ok(Stopped::Cut { what: "role".into(), count: 1 }),
     };
     exit_code(R::NAME, outcome)
 }
@@ -96,11 +97,16 @@ fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
 struct Signals {
     term: Signal,
     int: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
     async fn next(&mut self) {
@@ -110,15 +116,34 @@ impl Signals {
         }
     }
 
-    /// The first signal drains; returns at a second one, or when the role ignores the deadline.
-    async fn drain_then_abort(mut self, context: &Context, drain: Duration) {
-        self.next().await;
+    /// The first signal drains; returns at a second one, or when the role ignores the deadline. SIGHUP ends
+    /// nothing: a terminal that was closed, and `systemctl reload`, are told by it.
+    async fn drain_then_abort(mut self, context: &Context, drain: Duration, reload: impl Fn()) {
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => break,
+                _ = self.int.recv() => break,
+                Some(()) = self.hangup.recv() => reload(),
+            }
+        }
         tracing::info!(drain_seconds = drain.as_secs(), "draining");
         context.shutdown.begin(drain);
         tokio::select! {
             () = self.next() => tracing::warn!("second signal: not waiting any longer"),
             () = tokio::time::sleep(drain + OVERTIME) => tracing::error!("drain deadline passed"),
         }
+    }
+}
+
+/// Takes over what can change while the role runs. A configuration that is not valid changes nothing.
+fn reload<R: Role>(arguments: &Arguments) {
+    let read = load::<R>(arguments).and_then(|config| check::<R>(&config).map(|()| config));
+    let level = read.map(|config| config.common().log.level);
+    match level.and_then(|level| telemetry::set_level(&level).map(|()| level)) {
+        Ok(level) => {
+            tracing::info!(level, "SIGHUP: log.level was read again, and certificates are")
+        }
+        Err(error) => tracing::error!(error, "SIGHUP: the configuration in force stays"),
     }
 }
 
@@ -172,8 +197,13 @@ impl Arguments {
 
 fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
     let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
-    config::load(arguments.config.as_deref(), &prefix, std::env::vars())
+    config::load(arguments.config.as_deref(), &prefix, std::env::vars_os())
         .map_err(|error| error.to_string())
+}
+
+fn check<R: Role>(config: &R::Config) -> Result<(), String> {
+    config.common().log.check()?;
+    R::check(config)
 }
 
 fn print_config<C: serde::Serialize>(config: &C) -> ExitCode {
@@ -191,7 +221,7 @@ fn say(text: &str) -> ExitCode {
 }
 
 fn fail(code: u8, problem: &str) -> ExitCode {
-    // Nothing is left to tell of a failure to tell.
-    let _ = writeln!(std::io::stderr(), "{problem}");
+    telemetry::say(problem);
+    telemetry::flush();
     ExitCode::from(code)
 }

@@ -1,21 +1,378 @@
-//! Logs: structured, on stderr.
+//! Logs: structured, on stderr, and never in anybody's way. Lines go into a bounded buffer that a thread
+//! of its own writes out, so a reader that stopped, a full disk or a closed pipe costs lines, which are
+//! counted, and neither blocks a task nor ends the process.
 
-use std::io::IsTerminal as _;
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Write};
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex};
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{IntCounterVec, Opts, Registry};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{LogConfig, LogFormat};
+use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
 
-/// Installs the process's subscriber; a second call changes nothing.
+/// How long the end of a process waits for its last lines to be taken.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Between attempts to write to a stderr that somebody else made non-blocking.
+const RETRY: Duration = Duration::from_millis(20);
+
+type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
+static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
+
+/// Installs the process's subscriber, and a panic hook that logs; a second call changes nothing.
 pub fn init(config: &LogConfig) {
+    let lines = stderr();
+    lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
     let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(move || Writer(lines))
+        .with_ansi(io::stderr().is_terminal());
     // An error means that a subscriber is there already (several roles in one process).
-    let _ = match config.format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
+    let (set_filter, installed): (SetFilter, _) = match config.format {
+        LogFormat::Text => {
+            let builder = builder.with_filter_reloading();
+            let handle = builder.reload_handle();
+            let set = move |filter| handle.reload(filter).map_err(|error| error.to_string());
+            (Box::new(set), builder.try_init())
+        }
+        LogFormat::Json => {
+            let builder = builder.json().with_filter_reloading();
+            let handle = builder.reload_handle();
+            let set = move |filter| handle.reload(filter).map_err(|error| error.to_string());
+            (Box::new(set), builder.try_init())
+        }
     };
+    if installed.is_ok() {
+        let _ = SET_FILTER.set(set_filter);
+        std::panic::set_hook(Box::new(log_panic));
+    }
+}
+
+/// Changes what is logged from now on.
+///
+/// # Errors
+/// `level` is not a filter, or this process's subscriber is not ours.
+pub fn set_level(level: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(level).map_err(|error| format!("log.level: {error}"))?;
+    SET_FILTER.get().ok_or("logs are not set up")?(filter)
+}
+
+/// Writes a line that is no event, behind those that were logged.
+pub fn say(line: &str) {
+    stderr().push(format!("{line}\n").as_bytes());
+}
+
+/// Waits until everything logged so far is written, at most for a second: before the process ends.
+pub fn flush() {
+    if let Some(lines) = STDERR.get() {
+        lines.flush(LAST_WORDS);
+    }
+}
+
+/// Shows `barid_log_lines_dropped_total`.
+///
+/// # Errors
+/// It is registered already.
+pub fn register(registry: &Registry) -> prometheus::Result<()> {
+    let name = "barid_log_lines_dropped_total";
+    let help = "Log lines that were lost: full, the reader of stderr is too slow or stands still; \
+                failed, stderr cannot be written";
+    let counter = IntCounterVec::new(Opts::new(name, help), &["why"])?;
+    registry.register(Box::new(Dropped { lines: stderr(), counter }))
+}
+
+/// The default hook writes to stderr itself, and waits for whoever does not read it.
+fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("unnamed");
+    let message = panic.payload_as_str().unwrap_or("not text");
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        tracing::error!(thread = name, location, message, %backtrace, "panicked");
+    } else {
+        tracing::error!(thread = name, location, message, "panicked");
+    }
+    // On any other thread the process goes on.
+    if name == "main" {
+        flush();
+    }
+}
+
+static STDERR: OnceLock<Arc<Lines>> = OnceLock::new();
+
+/// The process's stderr, and the thread behind it.
+fn stderr() -> &'static Arc<Lines> {
+    STDERR.get_or_init(|| match io::stderr().as_fd().try_clone_to_owned() {
+        Ok(stderr) => Lines::to(File::from(stderr)),
+        Err(_) => Lines::to(io::sink()),
+    })
+}
+
+/// Lines on their way out.
+#[derive(Debug)]
+struct Lines {
+    pending: Mutex<Pending>,
+    changed: Condvar,
+    bytes_max: AtomicUsize,
+    full: AtomicU64,
+    failed: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    text: Vec<u8>,
+    /// Bytes that are being written.
+    writing: usize,
+}
+
+impl Lines {
+    fn to(sink: impl Write + Send + 'static) -> Arc<Self> {
+        let lines = Arc::new(Self {
+            pending: Mutex::default(),
+            changed: Condvar::new(),
+            bytes_max: AtomicUsize::new(LOG_BUFFER_BYTES),
+            full: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        });
+        let own = Arc::clone(&lines);
+        // Without a thread, the buffer fills and everything else is counted.
+        let _ = std::thread::Builder::new().name("log".into()).spawn(move || own.write_to(sink));
+        lines
+    }
+
+    fn push(&self, line: &[u8]) {
+        let mut pending = self.pending.lock();
+        let bytes = pending.text.len() + pending.writing + line.len();
+        if bytes > self.bytes_max.load(Ordering::Relaxed) {
+            drop(pending);
+            self.full.fetch_add(count(line), Ordering::Relaxed);
+            return;
+        }
+        pending.text.extend_from_slice(line);
+        drop(pending);
+        self.changed.notify_all();
+    }
+
+    fn dropped(&self) -> u64 {
+        self.full.load(Ordering::Relaxed) + self.failed.load(Ordering::Relaxed)
+    }
+
+    fn write_to(&self, mut sink: impl Write) {
+        let mut told = 0;
+        loop {
+            let mut pending = self.pending.lock();
+            while pending.text.is_empty() {
+                self.changed.wait(&mut pending);
+            }
+            let text = std::mem::take(&mut pending.text);
+            pending.writing = text.len();
+            drop(pending);
+            let written = write_what_is_taken(&mut sink, &text);
+            self.failed.fetch_add(count(&text[written..]), Ordering::Relaxed);
+            self.pending.lock().writing = 0;
+            self.changed.notify_all();
+            let dropped = self.dropped();
+            if written == text.len() && dropped > told {
+                tracing::warn!(lines = dropped - told, "log lines were dropped");
+                told = dropped;
+            }
+        }
+    }
+
+    fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut pending = self.pending.lock();
+        while pending.writing > 0 || !pending.text.is_empty() {
+            if self.changed.wait_until(&mut pending, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+}
+
+/// How many bytes went out until an error.
+#[allow(clippy::disallowed_methods, reason = "its thread runs no tasks")]
+fn write_what_is_taken(sink: &mut impl Write, text: &[u8]) -> usize {
+    let mut written = 0;
+    while written < text.len() {
+        match sink.write(&text[written..]) {
+            Ok(0) => break,
+            Ok(bytes) => written += bytes,
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::WouldBlock => std::thread::sleep(RETRY),
+                _ => break,
+            },
+        }
+    }
+    written
+}
+
+fn count(text: &[u8]) -> u64 {
+    text.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// What the subscriber writes its lines to, each in one call.
+struct Writer(&'static Arc<Lines>);
+
+impl Write for Writer {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Dropped {
+    lines: &'static Arc<Lines>,
+    counter: IntCounterVec,
+}
+
+impl Collector for Dropped {
+    fn desc(&self) -> Vec<&Desc> {
+        self.counter.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        for (why, now) in [("full", &self.lines.full), ("failed", &self.lines.failed)] {
+            let shown = self.counter.with_label_values(&[why]);
+            let now = now.load(Ordering::Relaxed);
+            shown.inc_by(now.saturating_sub(shown.get()));
+        }
+        self.counter.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    /// As much as fills any pipe.
+    const LINES: usize = 20_000;
+
+    /// What the other tests start as a process of its own; by itself it does nothing.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn logs() {
+        let Some(told) = std::env::var_os("LOGS") else { return };
+        if std::env::var_os("CLOSED").is_some() {
+            // Whoever read stderr is gone when the line from stdin comes.
+            io::stdin().read_line(&mut String::new()).unwrap();
+        }
+        let buffer_bytes_max = 64 << 10;
+        init(&LogConfig { buffer_bytes_max, ..Default::default() });
+        let loops = (0..4).map(|_| {
+            tokio::spawn(async {
+                for line in 0..LINES / 4 {
+                    tracing::info!(line, "as many as fill any pipe");
+                    if line % 64 == 0 {
+                        tokio::task::yield_now().await;
+                    }
+                }
+            })
+        });
+        for each in loops.collect::<Vec<_>>() {
+            each.await.unwrap();
+        }
+        let panicked = tokio::spawn(async { panic!("a task of the role") }).await;
+        assert!(panicked.unwrap_err().is_panic());
+        flush();
+        let text = format!(
+            "{} {}",
+            stderr().full.load(Ordering::Relaxed),
+            stderr().failed.load(Ordering::Relaxed)
+        );
+        std::fs::write(told, text).unwrap();
+    }
+
+    fn logging(told: &std::path::Path) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "--nocapture", "telemetry::tests::logs"]).env("LOGS", told);
+        command.stdout(Stdio::null()).stdin(Stdio::null());
+        command
+    }
+
+    /// Lines dropped because the buffer was full, and because writing failed.
+    #[allow(clippy::disallowed_methods, reason = "a test thread may block")]
+    fn told_by(mut child: Child, told: &std::path::Path) -> (u64, u64) {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let status = loop {
+            match child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() > deadline => {
+                    let _ = child.kill();
+                    panic!("logging blocks the process");
+                }
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        assert!(status.success(), "{status}");
+        let text = std::fs::read_to_string(told).unwrap();
+        let (full, failed) = text.split_once(' ').unwrap();
+        (full.parse().unwrap(), failed.parse().unwrap())
+    }
+
+    #[test]
+    fn hazard_53_a_reader_of_stderr_that_went_away_costs_lines_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = dir.path().join("told");
+        let mut command = logging(&told);
+        command.env("CLOSED", "1").stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        drop(child.stderr.take());
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        let (full, failed) = told_by(child, &told);
+        assert!(full + failed >= LINES as u64, "{full} {failed}");
+    }
+
+    #[test]
+    fn hazard_53_a_full_disk_behind_stderr_costs_lines_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = dir.path().join("told");
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (full, failed) = told_by(logging(&told).stderr(full).spawn().unwrap(), &told);
+        assert!(full + failed >= LINES as u64, "{full} {failed}");
+    }
+
+    #[test]
+    fn hazard_53_a_reader_of_stderr_that_stands_still_blocks_no_loop() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = dir.path().join("told");
+        let mut child = logging(&told).stderr(Stdio::piped()).spawn().unwrap();
+        let _unread = child.stderr.take();
+        let (full, failed) = told_by(child, &told);
+        assert!(full > 0 && failed == 0, "{full} {failed}");
+    }
+
+    #[test]
+    fn hazard_53_dropped_lines_are_told_when_stderr_is_read_again() {
+        let (reader, writer) = io::pipe().unwrap();
+        let lines = Lines::to(writer);
+        lines.bytes_max.store(256 << 10, Ordering::Relaxed);
+        let line = [b'x'; 999].into_iter().chain([b'\n']).collect::<Vec<_>>();
+        for _ in 0..1000 {
+            lines.push(&line);
+        }
+        assert!(lines.full.load(Ordering::Relaxed) > 0);
+        let read = std::thread::spawn(move || {
+            let mut reader = reader;
+            io::copy(&mut reader, &mut io::sink())
+        });
+        lines.flush(Duration::from_secs(60));
+        assert_eq!(lines.pending.lock().text.len(), 0);
+        assert_eq!(lines.failed.load(Ordering::Relaxed), 0);
+        drop(read);
+    }
 }

@@ -127,6 +127,76 @@ fn a_killed_cluster_takes_its_redis_with_it() {
 }
 
 #[test]
+fn hazard_58_a_closed_terminal_drains_the_cluster() {
+    let place = Place::new();
+    let mut dev = place.start("dev --port 0");
+    dev.event("ready");
+    dev.signal("HUP");
+    let order: Vec<String> =
+        (0..4).map(|_| dev.event("drained")["role"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(order, ["purger", "dispatcher", "delayer", "access"]);
+    assert!(dev.end().success());
+    assert!(!place.redis_runs() && !place.state().exists());
+}
+
+#[test]
+fn hazard_58_nohup_outlives_its_terminal() {
+    let place = Place::new();
+    let mut command = std::process::Command::new("nohup");
+    let barid = place.barid("dev --port 0");
+    command.arg(barid.get_program()).args(barid.get_args());
+    for (name, value) in barid.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let mut dev = place::Running::of(command);
+    dev.event("ready");
+    dev.signal("HUP");
+    let (_, status) = place.run("send --user alice --wait accepted hello");
+    assert!(status.success());
+    dev.signal("TERM");
+    assert!(dev.end().success());
+}
+
+#[test]
+fn hazard_53_a_cluster_outlives_the_reader_of_what_it_prints() {
+    let place = Place::new();
+    let mut command = place.barid("dev --port 0 --log debug");
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut child = command.stdout(std::process::Stdio::piped()).stderr(full).spawn().unwrap();
+    drop(child.stdout.take());
+    let mut dev = place::Running::unheard(child);
+    let deadline = Instant::now() + PATIENCE;
+    while !place.state().exists() {
+        assert!(Instant::now() < deadline && dev.child.try_wait().unwrap().is_none());
+        pause();
+    }
+    let (_, status) = place.run("send --user alice --wait accepted hello");
+    assert!(status.success());
+    dev.signal("TERM");
+    assert!(dev.end().success());
+}
+
+#[test]
+fn hazard_53_a_reader_that_has_seen_enough_ends_listen_without_an_error() {
+    let place = Place::new();
+    let mut dev = place.start("dev --port 0");
+    dev.event("ready");
+    while !place.state().exists() {
+        pause();
+    }
+    let mut command = place.barid("listen --user alice --device phone");
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let mut listener = place::Running::unheard(child);
+    assert!(listener.end().success());
+    dev.signal("TERM");
+    assert!(dev.end().success());
+}
+
+#[test]
 fn a_missing_redis_server_is_named_with_its_remedy() {
     let place = Place::new();
     let nothing = place.dir.path().join("bin");

@@ -56,9 +56,7 @@ impl Place {
 
     /// Starts; its lines can be awaited.
     pub fn start(&self, line: &str) -> Running {
-        let mut child = self.barid(line).stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = child.stdout.take().unwrap();
-        Running { child, lines: lines(stdout) }
+        Running::of(self.barid(line))
     }
 }
 
@@ -80,6 +78,18 @@ fn lines(stdout: ChildStdout) -> mpsc::Receiver<Value> {
 }
 
 impl Running {
+    /// Starts; its lines can be awaited.
+    pub fn of(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        Self { child, lines: lines(stdout) }
+    }
+
+    /// Nobody reads what it prints.
+    pub fn unheard(child: Child) -> Self {
+        Self { child, lines: mpsc::sync_channel(1).1 }
+    }
+
     /// The next line whose `event` is this.
     pub fn event(&self, event: &str) -> Value {
         let deadline = Instant::now() + PATIENCE;
