@@ -8,6 +8,12 @@ use serde::{Deserialize, Serialize};
 
 /// Above it, a node that dies would take more acknowledgements with it than pacing does.
 const ACK_LINGER_MAX_MS: u64 = 100;
+/// Ten years: what the scripts add to a time stays far below what they pack it in.
+pub(crate) const TTL_SECONDS_MAX: u64 = 10 * 366 * 24 * 3600;
+/// More would not fit beside a mailbox's other fields.
+const DEVICES_MAX: u32 = 64;
+/// Bytes of a mailbox: the largest body has room, and sums of 32 bits do not wrap.
+const MAILBOX_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 30;
 
 /// Keys under `redis`. All roles of a cluster must agree on everything but the time-outs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +33,8 @@ pub struct RedisConfig {
     pub response_timeout_ms: u64,
     /// Entries that a mailbox keeps.
     pub entries_max: u32,
+    /// Bytes that they have in all, headers and bodies as stored; the oldest are evicted, never the newest.
+    pub mailbox_bytes_max: u64,
     /// How long it keeps them, seconds.
     pub ttl_seconds: u64,
     /// Devices that a mailbox knows; the one that is offline and unused for longest is forgotten.
@@ -61,6 +69,7 @@ impl Default for RedisConfig {
             connect_timeout_ms: 2_000,
             response_timeout_ms: 3_000,
             entries_max: 500,
+            mailbox_bytes_max: 4 << 20,
             ttl_seconds: 7 * 24 * 3600,
             devices_max: 16,
             accept_batch_max: 512,
@@ -109,6 +118,16 @@ impl RedisConfig {
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(format!("redis.{key} must be above 0"));
+        }
+        if self.ttl_seconds > TTL_SECONDS_MAX {
+            return Err(format!("redis.ttl_seconds must be at most {TTL_SECONDS_MAX}, ten years"));
+        }
+        if self.devices_max > DEVICES_MAX {
+            return Err(format!("redis.devices_max must be at most {DEVICES_MAX}"));
+        }
+        if !MAILBOX_BYTES.contains(&self.mailbox_bytes_max) {
+            let (least, most) = MAILBOX_BYTES.into_inner();
+            return Err(format!("redis.mailbox_bytes_max must be between {least} and {most}"));
         }
         if self.ack_linger_ms > ACK_LINGER_MAX_MS {
             return Err(format!("redis.ack_linger_ms must be at most {ACK_LINGER_MAX_MS}"));

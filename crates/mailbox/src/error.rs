@@ -14,6 +14,10 @@ pub enum Error {
     /// Redis answered what it should not: a bug, or somebody else writes there.
     #[error("redis answered unexpectedly: {0}")]
     Unexpected(String),
+    /// A newer version has marked what it keeps of this user so that this version must not touch it:
+    /// nothing was written. Wait, and ask again: this process is about to be upgraded.
+    #[error("{0}")]
+    Newer(String),
     /// Start-up refused this Redis (it evicts, or it belongs to a cluster with another shard count).
     #[error("this redis cannot be used: {0}")]
     Unusable(String),
@@ -21,13 +25,14 @@ pub enum Error {
 
 impl Error {
     /// What [`Self::kind`] may be.
-    pub(crate) const KINDS: [&str; 4] = ["away", "full", "unexpected", "unusable"];
+    pub(crate) const KINDS: [&str; 5] = ["away", "full", "newer", "unexpected", "unusable"];
 
     /// A stable word for metrics.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Away(_) => "away",
             Self::Full(_) => "full",
+            Self::Newer(_) => "newer",
             Self::Unexpected(_) => "unexpected",
             Self::Unusable(_) => "unusable",
         }
@@ -36,6 +41,13 @@ impl Error {
     /// Whether it is worth waiting: Redis may come, or come back.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Away(_))
+    }
+
+    /// What the answer 'U' of a script means.
+    pub(crate) fn newer() -> Self {
+        Self::Newer(
+            "a newer version keeps what this one does not know: upgrade this process".into(),
+        )
     }
 
     /// What an item's error inside a script means.

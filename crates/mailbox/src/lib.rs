@@ -14,6 +14,7 @@ mod cluster;
 mod config;
 mod error;
 mod keys;
+mod layout;
 mod lease;
 mod link;
 mod mailbox;

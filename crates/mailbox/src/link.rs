@@ -1,18 +1,18 @@
 //! One connection to one Redis node, made again whenever it breaks.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
 
+use crate::layout::LAYOUT;
 use crate::redis_clock::RedisClock;
 use crate::scripts::{Call, Script};
 use crate::{Error, RedisConfig, keys};
 
-/// The layout of the keys. Another one refuses to start.
-const SCHEMA: u32 = 2;
 /// A new connection asks for the time so often: the fastest answer tells it best.
 const FIRST_TIMES: usize = 8;
 /// After a failed attempt to connect, calls fail at once for so long.
@@ -28,6 +28,9 @@ pub(crate) struct Link {
     /// One attempt at a time; when the last one failed, and how.
     attempt: tokio::sync::Mutex<Option<(Instant, Error)>>,
     clock: RedisClock,
+    /// Whether a connection records shard count and layout where nobody has: not before it is known
+    /// that no process of another layout is at work.
+    founds: AtomicBool,
     on_connect: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -38,10 +41,12 @@ struct Live {
 }
 
 impl Link {
-    /// A link to `client`'s node; nothing is connected yet. `on_connect` hears of each connection.
+    /// A link to `client`'s node; nothing is connected yet. `founds`: as after [`Self::found`].
+    /// `on_connect` hears of each connection.
     pub fn new(
         client: Client,
         config: &RedisConfig,
+        founds: bool,
         on_connect: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -52,6 +57,7 @@ impl Link {
             live: RwLock::new(None),
             attempt: tokio::sync::Mutex::new(None),
             clock: RedisClock::new(),
+            founds: AtomicBool::new(founds),
             on_connect: Box::new(on_connect),
         })
     }
@@ -106,6 +112,17 @@ impl Link {
         &self.clock
     }
 
+    /// From now on its connections record shard count and layout where nobody has; this one does at
+    /// once, if there is one.
+    pub async fn found(&self) -> Result<(), Error> {
+        self.founds.store(true, Ordering::Relaxed);
+        let live = self.live.read().clone();
+        match live {
+            Some(mut live) => check_meta(&mut live.connection, self.shards, true).await,
+            None => Ok(()),
+        }
+    }
+
     /// Connects if there is no connection.
     pub async fn ready(&self) -> Result<(), Error> {
         self.live().await.map(drop).map_err(Error::from)
@@ -155,7 +172,8 @@ impl Link {
         let mut connection =
             self.client.get_multiplexed_async_connection_with_config(&config).await?;
         check_node(&mut connection).await?;
-        check_meta(&mut connection, self.shards).await?;
+        let founds = self.founds.load(Ordering::Relaxed);
+        check_meta(&mut connection, self.shards, founds).await?;
         self.clock.reset();
         for _ in 0..FIRST_TIMES {
             let sent = Instant::now();
@@ -199,15 +217,21 @@ async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error>
     Ok(())
 }
 
-/// Shard count and schema are what the cluster was created with; recorded by whoever comes first.
-async fn check_meta(connection: &mut MultiplexedConnection, shards: u32) -> Result<(), Error> {
-    match meta(connection, shards).await {
-        Ok((recorded, SCHEMA)) if recorded == shards => Ok(()),
-        Ok((recorded, SCHEMA)) => Err(Error::Unusable(format!(
+/// Shard count and layout are what the cluster was created with; recorded by whoever comes first and
+/// `founds`.
+async fn check_meta(
+    connection: &mut MultiplexedConnection,
+    shards: u32,
+    founds: bool,
+) -> Result<(), Error> {
+    match meta(connection, shards, founds).await {
+        Ok(None) => Ok(()),
+        Ok(Some((recorded, LAYOUT))) if recorded == shards => Ok(()),
+        Ok(Some((recorded, LAYOUT))) => Err(Error::Unusable(format!(
             "it was set up with {recorded} shards, the configuration says {shards}"
         ))),
-        Ok((_, schema)) => Err(Error::Unusable(format!(
-            "its keys have layout {schema}, this program knows layout {SCHEMA}"
+        Ok(Some((_, layout))) => Err(Error::Unusable(format!(
+            "its keys have layout {layout}, this program knows layout {LAYOUT}"
         ))),
         // In a Redis Cluster another master holds it, and its link checks it.
         Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::Moved) => Ok(()),
@@ -215,19 +239,24 @@ async fn check_meta(connection: &mut MultiplexedConnection, shards: u32) -> Resu
     }
 }
 
+/// Shard count and layout; `None`: nobody has recorded them.
 async fn meta(
     connection: &mut MultiplexedConnection,
     shards: u32,
-) -> Result<(u32, u32), RedisError> {
+    founds: bool,
+) -> Result<Option<(u32, u32)>, RedisError> {
     let mut read = redis::cmd("HMGET");
     read.arg(keys::META).arg("shards").arg("schema");
-    if let (Some(shards), Some(schema)) = read.query_async(connection).await? {
-        return Ok((shards, schema));
+    if let (Some(shards), Some(layout)) = read.query_async(connection).await? {
+        return Ok(Some((shards, layout)));
     }
-    for (field, value) in [("shards", shards), ("schema", SCHEMA)] {
+    if !founds {
+        return Ok(None);
+    }
+    for (field, value) in [("shards", shards), ("schema", LAYOUT)] {
         let mut write = redis::cmd("HSETNX");
         write.arg(keys::META).arg(field).arg(value);
         let () = write.query_async(connection).await?;
     }
-    read.query_async(connection).await
+    read.query_async(connection).await.map(Some)
 }

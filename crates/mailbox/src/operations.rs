@@ -13,8 +13,10 @@ pub(crate) use sessions::{Confirm, Connect, Disconnect};
 pub(crate) use timers::{defer, fire};
 
 use barid_core::{Epoch, NodeId, SessionRef, Shard};
+use barid_wire::envelope;
 use bytes::Bytes;
 
+use crate::config::TTL_SECONDS_MAX;
 use crate::reply::Reply;
 use crate::scripts::Call;
 use crate::{Error, RedisConfig, UserKey, keys};
@@ -41,12 +43,18 @@ fn session(call: &mut Call, session: &SessionRef) {
 }
 
 fn ttl_ms(config: &RedisConfig) -> u64 {
-    config.ttl_seconds.saturating_mul(1000)
+    config.ttl_seconds.min(TTL_SECONDS_MAX) * 1000
 }
 
-/// An entry as devices are sent it; Redis holds its two parts apart.
+/// An entry as devices are sent it; Redis holds its two parts apart, and more behind the header.
 fn entry(header: &[u8], body: &[u8]) -> Bytes {
+    let header = header.get(..envelope::HEADER_BYTES).unwrap_or(header);
     [header, body].concat().into()
+}
+
+/// A number as the scripts take it: they hold whole numbers to 2^53.
+fn number(value: u64) -> u64 {
+    value.min(1 << 53)
 }
 
 /// Three elements: node, incarnation, connection.

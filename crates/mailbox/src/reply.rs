@@ -76,10 +76,12 @@ impl Reply {
         u32::try_from(self.number()?).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
-    /// The next element's one-letter tag; `E` is turned into the error that follows it.
+    /// The next element's one-letter tag; `E` is turned into the error that follows it, `U` into
+    /// [`Error::Newer`].
     pub fn tag(&mut self) -> Result<u8, Error> {
         match self.bytes()?.as_ref() {
             b"E" => Err(Error::of_item(&self.bytes()?)),
+            b"U" => Err(Error::newer()),
             [tag] => Ok(*tag),
             other => Err(Error::Unexpected(format!("a script answered tag {other:?}"))),
         }

@@ -1,6 +1,7 @@
 //! Which master holds which shard: one lane a master, with a queue for each script.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use tokio::sync::broadcast;
 
 use crate::batcher::Batcher;
 use crate::cluster::{self, Master, slot_of};
+use crate::layout::LAYOUT;
 use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
@@ -35,7 +37,12 @@ pub(crate) struct Topology {
     /// When the masters were looked up last; held during a look-up.
     refreshed: tokio::sync::Mutex<Instant>,
     reconnected: broadcast::Sender<Reconnected>,
+    /// See [`Link::found`].
+    founds: AtomicBool,
 }
+
+/// Role, address and layout of a node.
+type Lease = (Option<String>, Option<String>, Option<String>);
 
 #[derive(Default)]
 struct Map {
@@ -73,6 +80,7 @@ impl Topology {
             map: RwLock::default(),
             refreshed: tokio::sync::Mutex::new(Instant::now()),
             reconnected: broadcast::Sender::new(EVENTS),
+            founds: AtomicBool::new(false),
         });
         topology.install(masters);
         let lanes = topology.map.read().lanes.clone();
@@ -80,9 +88,50 @@ impl Topology {
         let failures: Vec<Error> = ready.into_iter().filter_map(Result::err).collect();
         let refused = failures.iter().find(|e| matches!(e, Error::Unusable(_)));
         match refused.or(failures.first()) {
-            Some(error) if refused.is_some() || failures.len() == lanes.len() => Err(error.clone()),
-            _ => Ok(topology),
+            Some(error) if refused.is_some() || failures.len() == lanes.len() => {
+                return Err(error.clone());
+            }
+            _ => {}
         }
+        topology.refuse_other_layouts().await?;
+        for lane in lanes {
+            match lane.link.found().await {
+                Err(error @ Error::Unusable(_)) => return Err(error),
+                Err(error) => tracing::warn!(%error, "a master went away at once"),
+                Ok(()) => {}
+            }
+        }
+        topology.founds.store(true, Ordering::Relaxed);
+        Ok(topology)
+    }
+
+    /// A process of another layout would take what this one writes for corrupt, and delete it. Only
+    /// those with a lease are seen; and only where their lease can be read.
+    async fn refuse_other_layouts(&self) -> Result<(), Error> {
+        let mut list = redis::cmd("ZRANGE");
+        list.arg(keys::NODES).arg(0).arg(-1);
+        let Ok(ids) = self.query_on::<Vec<String>>(keys::NODES, &list).await else { return Ok(()) };
+        for id in ids {
+            let key = keys::node(&id);
+            let mut get = redis::cmd("HMGET");
+            get.arg(&key).arg("role").arg("address").arg("layout");
+            let lease: Lease = match self.query_on(&key, &get).await {
+                Ok(lease) => lease,
+                Err(error) => {
+                    tracing::warn!(%error, node = id, "a lease cannot be read");
+                    continue;
+                }
+            };
+            let (Some(role), Some(address), layout) = lease else { continue };
+            let layout = layout.unwrap_or_else(|| "2".into()); // did not say so yet
+            if layout != LAYOUT.to_string() {
+                return Err(Error::Unusable(format!(
+                    "{role} {id} at {address} is alive and keeps keys of layout {layout}, this program \
+                     of layout {LAYOUT}: stop all processes of its version first, and empty this redis"
+                )));
+            }
+        }
+        Ok(())
     }
 
     pub fn config(&self) -> &RedisConfig {
@@ -263,7 +312,8 @@ impl Topology {
 
     fn start_lane(&self, master: &Master) -> Arc<Lane> {
         let (this, name) = (self.this.clone(), master.name.clone());
-        let link = Link::new(master.client.clone(), &self.config, move || {
+        let founds = self.founds.load(Ordering::Relaxed);
+        let link = Link::new(master.client.clone(), &self.config, founds, move || {
             if let Some(topology) = this.upgrade() {
                 topology.connected(&name);
             }

@@ -337,6 +337,8 @@ pub struct DeviceState {
     pub due_ms: u64,
     /// Re-sends so far.
     pub attempt: u32,
+    /// How often in a row a re-send was given back because it did not reach its node.
+    pub defers: u32,
     /// When it was last seen, ms.
     pub used_ms: u64,
 }

@@ -301,6 +301,9 @@ impl<M: Mailboxes> Lane<M> {
         *self.away.reason.lock() = error.to_string();
         let retry = self.retry;
         let held = self.hold(group.shard, Instant::now());
+        if matches!(error, Error::Newer(_)) && held.failures == 0 {
+            tracing::warn!(%error, shard = %group.shard, "this shard waits");
+        }
         held.until = Instant::now() + retry.delay(held.failures);
         held.failures = held.failures.saturating_add(1);
         for parcel in group.parcels.into_iter().rev() {
@@ -383,6 +386,7 @@ fn word(answer: &Result<GroupOutcome, Error>) -> &'static str {
         Ok(GroupOutcome::Done(_)) => "done",
         Ok(GroupOutcome::Gap(_)) => "gap",
         Err(Error::Full(_)) => "full",
+        Err(Error::Newer(_)) => "newer",
         Err(Error::Unexpected(_)) => "unexpected",
         Err(_) => "away",
     }

@@ -64,7 +64,7 @@ pub struct Metrics {
 pub const ACCEPT_FAILED: &str = "accept_failed";
 
 const OUTCOMES: [&str; 4] = ["accepted", "before", "duplicate", "failed"];
-const CALLS: [&str; 5] = ["done", "gap", "away", "full", "unexpected"];
+const CALLS: [&str; 6] = ["done", "gap", "away", "full", "newer", "unexpected"];
 const REVOKED: [&str; 3] = ["drained", "cut", "lost"];
 const COMMITS: [&str; 2] = ["done", "failed"];
 const LIMITS: [&str; 3] = ["records", "bytes", "lane"];

@@ -9,6 +9,7 @@
 -- Reply a message: header and '1' if the user is online.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
+local STATE, DEVICE = '<I2I7I6I4I6I4I6I6I6BI4I4', '<I2I6I4I4I6BI6I7B'
 local TIME = call('TIME')
 local NOW_US = TIME[1] * 1000000 + TIME[2]
 local NOW = math.floor(NOW_US / 1000)
@@ -20,36 +21,40 @@ for m = 1, (#KEYS - 2) / 3 do
   local device = call('HKEYS', KEYS[k + 2])[1]
   local v = device and call('HMGET', head, 's', 'i', 'd:' .. device)
     or call('HMGET', head, 's', 'i')
-  local e, b, bc, n, nc, kl, dc = EPOCH, 1, 0, 0, 0, 0, 0
+  local mark, e, b, bc, n, nc, kl, dc, bt, nt = 3, EPOCH, 1, 0, 0, 0, 0, 0, 0, 0
   local x, ct = NOW + TTL, NOW + TTL
-  if v[1] then e, b, bc, n, nc, x, ct, kl, dc = parse('<ddddddddd', v[1]) end
+  if v[1] then mark, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, v[1]) end
   n = n + 1
   local chain = (bit.rol(bit.bxor(nc, ARGV[a + 2]), 13) * 5 + 0xe6546b64) % 4294967296
-  local header = pack('<BI8BI8BI4BI4BI8', 9, e, 17, n, 29, nc, 37, chain, 41, NOW_US)
+  nt = (nt + 37 + #ARGV[a + 3]) % 4294967296
+  local header = pack('<BI8BI8BI4BI4BI8I4', 9, e, 17, n, 29, nc, 37, chain, 41, NOW_US, nt)
   local length = call('RPUSH', queue, header, ARGV[a + 3])
   if length == 2 then
     ct = NOW + TTL
     call('PEXPIREAT', queue, string.format('%d', x))
   end
   if length > 2 * MAX then
-    bc = parse('<I4', call('LINDEX', queue, '0'), 25)
+    local oldest = call('LINDEX', queue, '0')
+    bc, bt = parse('<I4', oldest, 25), parse('<I4', oldest, 38)
     call('LTRIM', queue, '2', '-1')
     b = b + 1
   end
   local ids = (v[2] or '') .. ARGV[a + 1]
-  if #ids == 128 then
-    local old = call('HMGET', head, 'j', 'f')
-    call('HSET', head, 'j', string.sub((old[1] or '') .. ids, -512),
-      'f', string.sub((old[2] or '') .. string.gsub(ids, '(..)......', '%1'), -128))
+  if #ids == 64 then
+    local marks = call('HGET', head, 'f') or '\0'
+    local next = string.byte(marks)
+    call('HSET', head, 'j' .. next, ids, 'f', string.char((next + 1) % 7)
+      .. string.sub(marks, 2, next * 8 + 1) .. string.gsub(ids, '(.).......', '%1')
+      .. string.sub(marks, next * 8 + 10))
     ids = ''
   end
-  local state = pack('<ddddddddd', e, b, bc, n, chain, x, ct, kl, dc)
+  local state = pack(STATE, mark, e, b, bc, n, chain, x, ct, kl, dc, bt, nt)
   if device then
-    local seq, before, generation, due, attempt, used, fence = parse('<ddddddd', v[3])
+    local known, seq, before, generation, due, attempt, used, fence, defers = parse(DEVICE, v[3])
     if due == 0 then
       due = NOW + BASE
       call('HSET', head, 's', state, 'i', ids,
-        'd:' .. device, pack('<ddddddd', seq, before, generation, due, attempt, used, fence))
+        'd:' .. device, pack(DEVICE, known, seq, before, generation, due, attempt, used, fence, defers))
       call('ZADD', KEYS[2], string.format('%d', due), ARGV[a])
     else
       call('HSET', head, 's', state, 'i', ids)

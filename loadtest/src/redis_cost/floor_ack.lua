@@ -7,6 +7,7 @@
 -- Reply an item: its seq.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
+local STATE, DEVICE = '<I2I7I6I4I6I4I6I6I6BI4I4', '<I2I6I4I4I6BI6I7B'
 local TIME = call('TIME')
 local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
 local replies, k, a = {}, 2, 2
@@ -14,8 +15,8 @@ for m = 1, (#KEYS - 1) / 2 do
   local head, queue, field = KEYS[k], KEYS[k + 1], ARGV[a + 1]
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   local v = call('HMGET', head, 's', field)
-  local e, b, _, n, nc, x, ct, kl, dc = parse('<ddddddddd', v[1])
-  local _, _, generation, _, _, _, fence = parse('<ddddddd', v[2])
+  local mark, e, b, _, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, v[1])
+  local _, _, _, generation, _, _, _, fence = parse(DEVICE, v[2])
   local due = 0
   if seq == n then
     call('DEL', queue)
@@ -25,8 +26,8 @@ for m = 1, (#KEYS - 1) / 2 do
     due = NOW + ARGV[1]
     call('ZADD', KEYS[1], string.format('%d', due), ARGV[a])
   end
-  call('HSET', head, 's', pack('<ddddddddd', e, seq + 1, chain, n, nc, x, ct, kl, dc),
-    field, pack('<ddddddd', seq, chain, generation, due, 0, NOW, fence))
+  call('HSET', head, 's', pack(STATE, mark, e, seq + 1, chain, n, nc, x, ct, kl, dc, bt, nt),
+    field, pack(DEVICE, mark, seq, chain, generation, due, 0, NOW, fence, 0))
   replies[m] = seq
   k, a = k + 2, a + 4
 end

@@ -221,21 +221,22 @@ async fn left(server: &Server, case: Case, user: usize) -> Result<Vec<(String, V
         redis::cmd("HGETALL").arg(&head).query_async(&mut connection).await?;
     let mut left: Vec<_> = fields.into_iter().collect();
     for (field, value) in &mut left {
-        let times: &[usize] = match field.as_str() {
-            "s" => &[0, 5, 6],
-            "d:phone" => &[3, 5],
+        // Epoch, times, and the bytes before the oldest entry, which the floor of ack does not look up.
+        let other: &[std::ops::Range<usize>] = match field.as_str() {
+            "s" => &[2..9, 29..41, 48..52],
+            "d:phone" => &[16..22, 23..29],
             _ => &[],
         };
-        for time in times {
-            value[time * 8..][..8].fill(0);
+        for range in other {
+            value[range.clone()].fill(0);
         }
     }
     let entries: Vec<Vec<u8>> =
         redis::cmd("LRANGE").arg(&queue).arg(0).arg(-1).query_async(&mut connection).await?;
     for mut entry in entries {
-        if entry.len() == envelope::HEADER_BYTES {
+        if entry.len() == envelope::HEADER_BYTES + 4 {
             entry[1..9].fill(0);
-            entry[29..].fill(0);
+            entry[29..37].fill(0);
         }
         left.push(("q".into(), entry));
     }

@@ -114,7 +114,8 @@ async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64)
 }
 
 fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
-    call.arg(config.entries_max).arg(ttl_ms(config)).arg(config.retry_base_ms);
+    call.arg(config.entries_max).arg(config.mailbox_bytes_max).arg(ttl_ms(config));
+    call.arg(config.retry_base_ms);
     call.arg(config.retry_jitter).arg(epoch_candidate()).arg(groups);
 }
 
@@ -190,6 +191,7 @@ fn read_group(group: &ByUser<'_>, mut reply: Reply, at_us: u64) -> Result<GroupO
             value => read_position(&bytes(value)?).map(|at| GroupOutcome::Gap(Some(at))),
         },
         b'D' => read_outcomes(group, reply, at_us).map(GroupOutcome::Done),
+        b'U' => Err(Error::newer()),
         tag => Err(unknown_tag(tag)),
     }
 }

@@ -6,7 +6,7 @@ use barid_core::{Chain, Seq, SessionRef};
 use bytes::{BufMut as _, BytesMut};
 
 use super::sessions::{read_position, retry_args};
-use super::{entry, epoch_candidate, head, queue, routes};
+use super::{entry, epoch_candidate, head, number, queue, routes};
 use crate::batcher::{Item, Operation};
 use crate::reply::{Reply, unexpected, unknown_tag};
 use crate::scripts::{self, Call, Script};
@@ -39,6 +39,7 @@ impl Operation for Read {
             redis::Value::BulkString(tag) if tag == b"E" => {
                 return Err(Error::of_item(&reply.bytes()?));
             }
+            redis::Value::BulkString(tag) if tag == b"U" => return Err(Error::newer()),
             other => return Err(unexpected("an epoch", &other)),
         };
         let oldest = Seq(reply.number()?);
@@ -80,8 +81,8 @@ impl Operation for Ack {
         let timers = call.shared_key(item.shard, keys::timers);
         let mut packed = BytesMut::with_capacity(64);
         packed.put_u16_le(timers);
-        packed.put_f64_le(epoch.0 as f64);
-        packed.put_f64_le(seq.0 as f64);
+        packed.put_f64_le(number(epoch.0) as f64);
+        packed.put_f64_le(number(seq.0) as f64);
         packed.put_u32_le(generation.0);
         packed.put_u32_le(chain.0);
         let SessionRef { node, incarnation, connection } = session;

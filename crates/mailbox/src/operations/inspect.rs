@@ -7,6 +7,7 @@ use barid_core::{
 };
 
 use super::entry;
+use crate::layout;
 use crate::topology::Topology;
 use crate::{DeviceState, Error, Inspection, Route, UserKey, keys};
 
@@ -22,9 +23,10 @@ pub(crate) async fn routes(topology: &Topology, user: &UserKey) -> Result<Vec<Ro
     Ok(fields.iter().filter_map(|(device, route)| parse_route(device, route)).collect())
 }
 
-/// A route as the scripts write it; `None`: somebody else did.
+/// A route as the scripts write it, but for what a newer version writes behind the platform; `None`:
+/// somebody else did.
 pub(crate) fn parse_route(device: &str, route: &str) -> Option<Route> {
-    let mut parts = route.splitn(5, ' ');
+    let mut parts = route.split(' ');
     let number = |text: Option<&str>| text?.parse::<u64>().ok();
     let node = NodeId::new(parts.next()?).ok()?;
     let incarnation = Incarnation(number(parts.next())?);
@@ -56,14 +58,14 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
     let timer: Option<f64> = topology.query(shard, &cmd).await?;
     let (seconds, micros): (u64, u64) = topology.query(shard, &redis::cmd("TIME")).await?;
 
-    let state = fields.iter().find(|(name, _)| name == b"s").map(|(_, state)| unpack(state));
-    let number = |index: usize| state.as_ref().and_then(|state| state.get(index).copied());
-    let epoch = Epoch(number(0).unwrap_or(0));
+    let state = fields.iter().find(|(name, _)| name == b"s");
+    let state = state.and_then(|(_, state)| layout::State::parse(state)).unwrap_or_default();
+    let epoch = Epoch(state.epoch);
     Ok(Inspection {
         shard,
         epoch,
-        oldest: Seq(number(1).unwrap_or(1)),
-        newest: Seq(number(3).unwrap_or(0)),
+        oldest: Seq(state.oldest),
+        newest: Seq(state.newest),
         bytes: bytes.unwrap_or(0),
         entries: parts.chunks_exact(2).map(|parts| entry(&parts[0], &parts[1])).collect(),
         devices: fields.iter().filter_map(|(name, text)| device(epoch, name, text)).collect(),
@@ -73,28 +75,21 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
     })
 }
 
-/// `d:<device>` -> its state: seq, chain, generation, due, attempt, used, fence.
 fn device(epoch: Epoch, name: &[u8], state: &[u8]) -> Option<DeviceState> {
     let name = std::str::from_utf8(name).ok()?.strip_prefix("d:")?;
-    let &[seq, chain, generation, due_ms, attempt, used_ms, _] = unpack(state).as_slice() else {
-        return None;
-    };
+    let layout::Device { seq, chain, generation, due_ms, attempt, used_ms, defers } =
+        layout::Device::parse(state)?;
     Some(DeviceState {
         device: DeviceId::new(name).ok()?,
         cursor: Position {
             epoch,
-            generation: Generation(u32::try_from(generation).ok()?),
+            generation: Generation(generation),
             seq: Seq(seq),
-            chain: Some(Chain(u32::try_from(chain).ok()?)),
+            chain: Some(Chain(chain)),
         },
         due_ms,
-        attempt: u32::try_from(attempt).ok()?,
+        attempt: attempt.into(),
+        defers: defers.into(),
         used_ms,
     })
-}
-
-/// What the scripts pack: whole numbers, each a little-endian double.
-fn unpack(state: &[u8]) -> Vec<u64> {
-    let (numbers, _) = state.as_chunks::<8>();
-    numbers.iter().map(|number| f64::from_le_bytes(*number) as u64).collect()
 }

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use barid_core::{Chain, Generation, Position, Seq};
 
-use super::{epoch_candidate, head, queue, read_epoch, read_session, routes, session, ttl_ms};
+use super::{
+    epoch_candidate, head, number, queue, read_epoch, read_session, routes, session, ttl_ms,
+};
 use crate::batcher::{Item, Operation};
 use crate::reply::{Reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
@@ -37,7 +39,7 @@ impl Operation for Connect {
         user_keys(item.shard, &request.user, call);
         call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
         session(call, &request.session);
-        call.arg(request.attempt).arg(&request.platform).arg(deadline(item));
+        call.arg(number(request.attempt.0)).arg(platform(&request.platform)).arg(deadline(item));
         call.arg(epoch_candidate());
         // An epoch of 0 is no place: a client that has never received anything.
         let position = request.position.filter(|position| position.epoch.0 != 0);
@@ -90,7 +92,7 @@ impl Operation for Confirm {
         user_keys(item.shard, &request.user, call);
         call.arg(keys::member(&request.user.app, &request.user.user)).arg(&request.device);
         session(call, &request.session);
-        call.arg(request.attempt).arg(&request.platform).arg(epoch_candidate());
+        call.arg(number(request.attempt.0)).arg(platform(&request.platform)).arg(epoch_candidate());
         position_args(request.position, call);
     }
 
@@ -149,8 +151,13 @@ pub(super) fn user_keys(shard: barid_core::Shard, user: &crate::UserKey, call: &
     call.key(keys::timers(shard));
 }
 
+/// A route's fields have blanks between them.
+fn platform(text: &str) -> String {
+    text.replace(char::is_whitespace, "-")
+}
+
 fn position_args(position: Position, call: &mut Call) {
-    call.arg(position.epoch).arg(position.generation).arg(position.seq);
+    call.arg(number(position.epoch.0)).arg(position.generation).arg(number(position.seq.0));
     call.arg(position.chain.map_or_else(String::new, |chain| chain.to_string()));
 }
 

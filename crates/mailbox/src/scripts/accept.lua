@@ -1,7 +1,7 @@
 -- accept: appends messages to mailboxes, in the order of the log. Not allowed when Redis is full.
 --
 -- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
--- ARGV  entries_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
+-- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
 --       a group: source; packed (GROUP), 1 if there is a prev else 0, and that, its first and its last
 --         position, how many users and how many arguments it has; packed, how many messages are for
 --         each user (I4); packed, of each message (MESSAGE): 8-byte id hash, CRC-32 of the id, 1 if
@@ -10,7 +10,8 @@
 --         together, in the order of the log.
 --       A position: leader epoch, offset, index.
 -- Reply now, then a group: {'G', position or false} a batch in between was never executed, nothing
---       was written; {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
+--       was written; {'U'} a mailbox in it must not be touched by this version, nothing was written;
+--       {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
 --       user each (MAILBOX): epoch, seq and chain before the first that is accepted now, evicted
 --       entries; then the text of each 'F'}. The letters:
 --       'A' accepted; 'O' accepted, and the user is online
@@ -24,16 +25,17 @@
 -- 32): redelivered, it is told to have failed, not to be accepted.
 -- An error after the append (timers, trim) must not undo it: those run in a pcall of their own.
 
-local ENTRIES_MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2])
-local BASE, JITTER, CANDIDATE = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local NEW_IDS_BYTES, OLD_IDS_BYTES, MARKS_BYTES, FAILED_BYTES_MAX = 16 * 8, 64 * 8, 64 * 2, 2048
+local ENTRIES_MAX, BYTES_MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local BASE, JITTER, CANDIDATE = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local ID_BYTES, CHUNK_IDS, CHUNKS, FAILED_BYTES_MAX = 8, 8, 7, 2048
+local CHUNK_BYTES = ID_BYTES * CHUNK_IDS
 local VOIDED_COLLAPSED = '\128\1\4' -- Envelope.voided = SKIP_REASON_COLLAPSED
 local GROUP, COUNT, COUNT_BYTES = '<Bi4dI4i4dI4i4dI4I4I4', '<I4', 4
 local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8I4B', 29, '<i4dI4', 14
-local HEADER, MAILBOX = '<BI8BI8BI4BI4BI8', '<ddI4I4'
+local HEADER, MAILBOX = '<BI8BI8BI4BI4BI8I4', '<ddI4I4'
 local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
 local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
-local find, sub, unpack = string.find, string.sub, unpack
+local find, sub, char, unpack = string.find, string.sub, string.char, unpack
 
 -- The group under way: its keys, its messages and the letters of those, and the position before it;
 -- whether all of it lies behind that, and whether any of it has a collapse key.
@@ -44,25 +46,45 @@ local l0, o0, i0, all_new, has_keys
 local function has_id(ids, hash)
   local at = find(ids, hash, 1, true)
   while at do
-    if (at - 1) % 8 == 0 then return true end
+    if (at - 1) % ID_BYTES == 0 then return true end
     at = find(ids, hash, at + 1, true)
+  end
+  return false
+end
+
+-- Whether one of the older ids is this one; `marks` has their first bytes, behind that of the chunk.
+local function is_old(head, marks, hash)
+  local mark = sub(hash, 1, 1)
+  local at = find(marks, mark, 2, true)
+  while at do
+    local from = (at - 2) % CHUNK_IDS * ID_BYTES
+    local chunk = call('HGET', head, 'j' .. floor((at - 2) / CHUNK_IDS))
+    if chunk and sub(chunk, from + 1, from + ID_BYTES) == hash then return true end
+    at = find(marks, mark, at + 1, true)
   end
   return false
 end
 
 -- Whether a message with this id is among the last that were accepted.
 local function is_duplicate(head, ids, marks, hash)
-  return has_id(ids, hash) or (marks and find(marks, sub(hash, 1, 2), 1, true)
-    and has_id(call('HGET', head, 'j'), hash))
+  return has_id(ids, hash) or marks and is_old(head, marks, hash)
 end
 
--- The newest ids as they are kept: when they are too many they join the old ones.
+-- The newest ids as they are kept: eight of them are a chunk, which takes the place of the oldest.
 local function keep_ids(head, ids, marks)
-  if #ids < NEW_IDS_BYTES then return ids end
-  local more = string.gsub(ids, '(..)......', '%1')
-  call('HSET', head, 'j', sub((call('HGET', head, 'j') or '') .. ids, -OLD_IDS_BYTES),
-    'f', sub((marks or '') .. more, -MARKS_BYTES))
-  return ''
+  if #ids < CHUNK_BYTES then return ids end
+  local full = floor(#ids / CHUNK_BYTES)
+  local next, old, fields = marks and byte(marks) or 0, marks and sub(marks, 2) or '', {}
+  for chunk = math.max(full - CHUNKS, 0), full - 1 do
+    local text = sub(ids, chunk * CHUNK_BYTES + 1, (chunk + 1) * CHUNK_BYTES)
+    fields[#fields + 1], fields[#fields + 2] = 'j' .. next, text
+    old = sub(old, 1, next * CHUNK_IDS) .. string.gsub(text, '(.).......', '%1')
+      .. sub(old, (next + 1) * CHUNK_IDS + 1)
+    next = (next + 1) % CHUNKS
+  end
+  fields[#fields + 1], fields[#fields + 2] = 'f', char(next) .. old
+  call('HSET', head, unpack(fields))
+  return sub(ids, full * CHUNK_BYTES + 1)
 end
 
 -- The entry at `seq` has a collapse key: the older one keeps its place and loses its content.
@@ -77,10 +99,10 @@ end
 
 -- Evicts what is too much or too old, never the newest. Returns how many.
 local function evict(h, queue)
-  local seq, chain = h.b - 1, h.bc
-  while h.n - seq > ENTRIES_MAX do
+  local seq, chain, bytes = h.b - 1, h.bc, h.bt
+  while seq + 1 < h.n and (h.n - seq > ENTRIES_MAX or (h.nt - bytes) % WRAP > BYTES_MAX) do
     seq = seq + 1
-    chain = header_chain(header_at(h, queue, seq))
+    chain, bytes = header_place(header_at(h, queue, seq))
   end
   if NOW >= h.ct then
     h.ct = NOW + TTL
@@ -91,11 +113,12 @@ local function evict(h, queue)
         h.ct = expires
         break
       end
-      seq, chain = seq + 1, header_chain(header)
+      seq = seq + 1
+      chain, bytes = header_place(header)
     end
   end
   local evicted = seq - h.b + 1
-  trim(h, queue, seq, chain)
+  trim(h, queue, seq, chain, bytes)
   return evicted
 end
 
@@ -103,8 +126,11 @@ end
 -- one. Returns how many were evicted.
 local function tidy(h, queue, kept, pushed, keyed)
   if kept ~= h.n - h.b + 1 then -- entries were lost from the front: the list is right
-    local epoch, _, seq, _, before = parse('<I8BI8BI4', call('LINDEX', queue, '0'), 2)
+    local header = call('LINDEX', queue, '0')
+    local epoch, _, seq, _, before = parse('<I8BI8BI4', header, 2)
+    local _, bytes = header_place(header)
     h.b, h.bc = seq, before
+    h.bt = (bytes - HEADER_BYTES - #call('LINDEX', queue, '1')) % WRAP
   end
   if kept == pushed then
     call('PEXPIREAT', queue, int(h.x))
@@ -119,21 +145,20 @@ end
 local function arm(h, member, names, v)
   local earliest, field, state
   for i, name in ipairs(names) do
-    local seq, chain, generation, due, attempt, used, fence = h.b - 1, h.bc, 0, 0, 0, NOW, 0
     local text = v[i + 3]
-    if text then
-      seq, chain, generation, due, attempt, used, fence = parse(DEVICE, text)
-    else -- the head was forgotten or expired under a living route
-      local known = call('HGET', h.key, 'ds')
-      call('HSET', h.key, 'ds', known and known ~= '' and known .. '\0' .. name or name)
+    local d = text and parse_device(name, text) or new_device(h, name, 0)
+    if not text then -- the head was forgotten or expired under a living route
+      if h.dc >= BYTE_MAX then error('too many devices') end
+      d.seq, d.chain = h.b - 1, h.bc
+      call('HSET', h.key, 'n' .. h.dc, name)
       h.dc = h.dc + 1
     end
-    if due == 0 then
+    if d.due == 0 then
       if field then call('HSET', h.key, field, state) end
-      due = NOW + spread(BASE, JITTER)
-      field, state = 'd:' .. name, pack(DEVICE, seq, chain, generation, due, 0, used, fence)
+      d.due, d.attempt = NOW + spread(BASE, JITTER), 0
+      field, state = 'd:' .. name, device_state(d)
     end
-    if not earliest or due < earliest then earliest = due end
+    if not earliest or d.due < earliest then earliest = d.due end
   end
   if field then call('ZADD', timers, int(earliest), member) end
   return field, state
@@ -199,7 +224,8 @@ end
 -- many entries were evicted.
 local function settle(h, queue, member, names, v, kept, pushed, ids, keyed)
   local evicted = 0
-  if keyed or kept ~= h.n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct then
+  if keyed or kept ~= h.n - h.b + 1 or kept == pushed or kept > ENTRIES_MAX or NOW >= h.ct
+    or (h.nt - h.bt) % WRAP > BYTES_MAX then
     local ok, result = pcall(tidy, h, queue, kept, pushed, keyed)
     if ok then evicted = result else log_problem(result) end
   end
@@ -222,10 +248,10 @@ end
 local function accept(k, member, m, last, body, names, v)
   local head, queue = KEYS[k], KEYS[k + 1]
   local accepted = #names > 0 and 'O' or 'A'
-  local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
-  if h.x - NOW < TTL then renew(h, queue, TTL) end
+  local h = v[1] and parse_head(head, v[1]) or new_head(head, CANDIDATE)
+  open(h, queue, TTL)
   local ids, marks = v[2] or '', v[3]
-  local e, n, chain = h.e, h.n, h.nc
+  local e, n, chain, bytes = h.e, h.n, h.nc, h.nt
   local first, before, header, entry, parts, keyed = n, chain
   for m = m, last do
     local hash, crc, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
@@ -235,13 +261,16 @@ local function accept(k, member, m, last, body, names, v)
       letters[m] = 'D'
     else
       local from = chain
+      if n >= SEQ_MAX then error('no seq is left') end
       n, chain, ids = n + 1, chain_step(chain, crc), ids .. hash
+      bytes = (bytes + HEADER_BYTES + #ARGV[body]) % WRAP
       if header then -- another before it
         parts = parts or { header, entry }
-        parts[#parts + 1] = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
+        parts[#parts + 1] = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US,
+          bytes)
         parts[#parts + 1] = ARGV[body]
       else
-        header = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US)
+        header = pack(HEADER, 0x09, e, 0x11, n, 0x1d, from, 0x25, chain, 0x29, NOW_US, bytes)
         entry = ARGV[body]
       end
       letters[m] = accepted
@@ -254,7 +283,7 @@ local function accept(k, member, m, last, body, names, v)
   end
   if n == first then return NOT_ACCEPTED end
   local kept = parts and append(queue, parts) or call('RPUSH', queue, header, entry) / 2
-  h.n, h.nc = n, chain
+  h.n, h.nc, h.nt = n, chain, bytes
   local evicted = settle(h, queue, member, names, v, kept, n - first, ids, keyed)
   return pack(MAILBOX, e, first, before, evicted)
 end
@@ -269,33 +298,38 @@ local function accept_one(k, member, m, body, names, v)
     return accept(k, member, m, m, body, names, v)
   end
   local head, queue = KEYS[k], KEYS[k + 1]
-  local e, b, bc, n, nc, x, ct, kl, dc = parse(STATE, state)
-  if x - NOW < TTL or kl ~= 0 then return accept(k, member, m, m, body, names, v) end
+  local plain, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, state)
+  if plain ~= VERSION or x - NOW < TTL or kl ~= 0 or n >= SEQ_MAX then
+    return accept(k, member, m, m, body, names, v)
+  end
   local ids, marks = v[2] or '', v[3]
   if is_duplicate(head, ids, marks, hash) then
     letters[m] = 'D'
     return NOT_ACCEPTED
   end
   local chain = chain_step(nc, crc)
-  local header = pack(HEADER, 0x09, e, 0x11, n + 1, 0x1d, nc, 0x25, chain, 0x29, NOW_US)
+  local bytes = (nt + HEADER_BYTES + #ARGV[body]) % WRAP
+  local header = pack(HEADER, 0x09, e, 0x11, n + 1, 0x1d, nc, 0x25, chain, 0x29, NOW_US, bytes)
   local kept = call('RPUSH', queue, header, ARGV[body]) / 2
   letters[m], ids = name and 'O' or 'A', ids .. hash
   local evicted = 0
-  if kept ~= n - b + 2 or kept > ENTRIES_MAX + 1 or NOW >= ct and kept > 1 then
+  if kept ~= n - b + 2 or kept > ENTRIES_MAX + 1
+    or kept > 1 and (NOW >= ct or (bytes - bt) % WRAP > BYTES_MAX) then
     local h = parse_head(head, state)
-    h.n, h.nc = n + 1, chain
+    h.n, h.nc, h.nt = n + 1, chain, bytes
     return pack(MAILBOX, e, n, nc, settle(h, queue, member, names, v, kept, 1, ids))
   elseif kept == 1 then
     call('PEXPIREAT', queue, int(x))
     ct = NOW + TTL
   elseif kept > ENTRIES_MAX then
-    b, bc, evicted = b + 1, header_chain(call('LINDEX', queue, '0')), 1
+    b, evicted = b + 1, 1
+    bc, bt = header_place(call('LINDEX', queue, '0'))
     call('LTRIM', queue, '2', '-1')
   end
   ids = keep_ids(head, ids, marks)
-  state = pack(STATE, e, b, bc, n + 1, chain, x, ct, kl, dc)
+  state = pack(STATE, VERSION, e, b, bc, n + 1, chain, x, ct, kl, dc, bt, bytes)
   if name then
-    local seq, at, generation, due, attempt, used, fence = parse(DEVICE, device)
+    local mark, seq, at, generation, due, attempt, used, fence, defers = parse(DEVICE, device)
     if due == 0 then
       due = NOW + spread(BASE, JITTER)
       local armed = redis.pcall('ZADD', timers, int(due), member)
@@ -303,7 +337,7 @@ local function accept_one(k, member, m, body, names, v)
         log_problem(armed)
       else
         call('HSET', head, 's', state, 'i', ids, 'd:' .. name,
-          pack(DEVICE, seq, at, generation, due, 0, used, fence))
+          pack(DEVICE, mark, seq, at, generation, due, 0, used, fence, defers))
         return pack(MAILBOX, e, n, nc, evicted)
       end
     end
@@ -312,20 +346,55 @@ local function accept_one(k, member, m, body, names, v)
   return pack(MAILBOX, e, n, nc, evicted)
 end
 
--- As `accept`; a user who has nothing new is not looked at.
-local function accept_new(k, member, m, last, body)
+-- What there is of a user who has something new: the devices with a route, and what `fetch` says;
+-- nothing is written before all of the group have been looked at.
+local function look_at(k, m, last)
   if not all_new then
     local any = false
     for m = m, last do any = any or is_new(m) end
-    if not any then
-      for m = m, last do letters[m] = passed_letter(m) end
-      return NOT_ACCEPTED
-    end
+    if not any then return nil end
   end
   local names = call('HKEYS', KEYS[k + 2])
   local v = fetch(KEYS[k], names)
-  if m == last then return accept_one(k, member, m, body, names, v) end
-  return accept(k, member, m, last, body, names, v)
+  if v[1] then check_known(v[1]) end
+  for i = 4, #names + 3 do
+    if v[i] then check_known(v[i]) end
+  end
+  return names, v
+end
+
+-- Looks at all users of the group, so that nothing is written of it where one of them must not be
+-- touched: returns nil then. Else the devices with a route and what `fetch` says, by user; false and
+-- why, where a user cannot be read; nothing of one who has nothing new.
+local function look_at_all(k, counts, users)
+  local routed, held, user, m = {}, {}, 0, 1
+  local function rest() -- until one fails: a pcall for each would cost more
+    while user < users do
+      local first = m
+      m = m + parse(COUNT, counts, user * COUNT_BYTES + 1)
+      user = user + 1
+      routed[user], held[user] = look_at(k + user * 3 - 3, first, m - 1)
+    end
+  end
+  while user < users do
+    local ok, problem = pcall(rest)
+    if not ok then
+      if is_unknown(problem) then return nil end
+      routed[user], held[user] = false, problem
+    end
+  end
+  return routed, held
+end
+
+-- As `accept`; a user who has nothing new was not looked at.
+local function accept_new(k, member, m, last, body, names, v)
+  if names then
+    if m == last then return accept_one(k, member, m, body, names, v) end
+    return accept(k, member, m, last, body, names, v)
+  end
+  if names == false then error(v, 0) end
+  for m = m, last do letters[m] = passed_letter(m) end
+  return NOT_ACCEPTED
 end
 
 -- How many arguments the messages `m` to `last` have.
@@ -350,12 +419,15 @@ local function group(k, a)
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
   has_keys = arguments > 4 + users + #metas / MESSAGE_BYTES
+  local routed, held = look_at_all(k + 2, counts, users)
+  if not routed then return { 'U' } end
   local mailboxes, problems, member, body = {}, {}, a + 4, a + 4 + users
   local user, m = 0, 1
   local function rest() -- until one fails: a pcall for each would cost more
     while user < users do
       local last = m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
-      mailboxes[user + 1] = accept_new(k + 2 + user * 3, ARGV[member + user], m, last, body)
+      mailboxes[user + 1] = accept_new(k + 2 + user * 3, ARGV[member + user], m, last, body,
+        routed[user + 1], held[user + 1])
       body = body + arguments_of(m, last)
       user, m = user + 1, last + 1
     end
@@ -389,8 +461,8 @@ local function group(k, a)
   return reply
 end
 
-local replies, k, a = { NOW_US }, 1, 7
-for g = 1, tonumber(ARGV[6]) do
+local replies, k, a = { NOW_US }, 1, 8
+for g = 1, tonumber(ARGV[7]) do
   local _, _, _, _, _, _, _, _, _, _, users, arguments = parse(GROUP, ARGV[a + 1])
   local ok, reply = pcall(group, k, a)
   if not ok then reply = { 'E', problem_text(reply) } end

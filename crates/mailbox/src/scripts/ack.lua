@@ -7,7 +7,7 @@
 --       incarnation connection ".
 -- Reply now, then an item: the cursor · {'R', epoch, generation, seq, chain} the history forked
 --       or the epoch is another: start over from there · {'S'} sent under an older generation ·
---       {'E', text}
+--       {'U'} · {'E', text}
 
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX, CANDIDATE = tonumber(ARGV[4]), ARGV[5]
@@ -26,7 +26,11 @@ local function trim_to_lowest(h, queue, d, others)
   for _, other in ipairs(others) do
     if other.seq < lowest.seq then lowest = other end
   end
-  trim(h, queue, lowest.seq, lowest.chain)
+  if lowest.seq < h.b then return end
+  local header = lowest.seq < h.n and header_at(h, queue, lowest.seq)
+  local _, bytes = 0, h.nt
+  if header then _, bytes = header_place(header) end
+  trim(h, queue, lowest.seq, lowest.chain, bytes)
 end
 
 -- An ack of whatever kind; `v` is the head's state and the device.
@@ -35,10 +39,10 @@ local function decide(k, a, v)
   local field = ARGV[a + 1]
   local name = string.sub(field, 3)
   local timers, epoch, seq, generation, chain, session_at = parse(ITEM, ARGV[a + 2])
-  local h = v[1] and parse_head(head, v[1]) or new_head(head, queue, CANDIDATE)
-  if h.x - NOW < TTL then renew(h, queue, TTL) end
+  local h = v[1] and parse_head(head, v[1]) or new_head(head, CANDIDATE)
   local d = v[1] and v[2] and parse_device(name, v[2])
   local others = other_devices(h, d and name)
+  open(h, queue, TTL)
   if d and d.generation > generation then return { 'S' } end
   if not d then
     d = new_device(h, name, generation)
@@ -51,7 +55,7 @@ local function decide(k, a, v)
   if reset then
     reset_device(h, d, generation)
   else
-    d.generation = generation
+    d.generation = claimed(d, generation)
     if ours and seq > d.seq then
       d.seq, d.chain, progress = seq, ours, true
     end
@@ -80,29 +84,35 @@ local function ack(k, a)
   local head, queue, field = KEYS[k], KEYS[k + 1], ARGV[a + 1]
   local timers, epoch, seq, generation, chain = parse(ITEM, ARGV[a + 2])
   local v = call('HMGET', head, 's', field)
-  if not (v[1] and v[2]) then return decide(k, a, v) end
-  local e, b, bc, n, nc, x, ct, kl, dc = parse(STATE, v[1])
-  local before, _, sent_under, due, attempt, _, fence = parse(DEVICE, v[2])
-  if dc ~= 1 or kl ~= 0 or e ~= epoch or sent_under ~= generation or seq <= before or seq < b
-    or seq > n or x - NOW < TTL then
+  local state, device = v[1], v[2]
+  if not (state and device and #state == STATE_BYTES and #device == DEVICE_BYTES) then
+    return decide(k, a, v)
+  end
+  local plain, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, state)
+  local mark, before, _, sent_under, due, attempt, _, fence = parse(DEVICE, device)
+  if plain ~= VERSION or mark ~= VERSION or dc ~= 1 or kl ~= 0 or e ~= epoch
+    or sent_under ~= generation or seq <= before or seq < b or seq > n or x - NOW < TTL then
     return decide(k, a, v)
   end
   if seq == n then
     if chain ~= nc then return decide(k, a, v) end
     call('DEL', queue)
+    bt = nt
     if due > 0 then call('ZREM', KEYS[COUNT * 3 + timers], ARGV[a]) end
     due, attempt = 0, 0
   else
     local last = (seq - b) * 2
-    if chain ~= header_chain(call('LINDEX', queue, int(last))) then return decide(k, a, v) end
+    local ours, bytes = header_place(call('LINDEX', queue, int(last)))
+    if chain ~= ours then return decide(k, a, v) end
+    bt = bytes
     call('LTRIM', queue, int(last + 2), '-1')
     if due > 0 then
       due, attempt = NOW + spread(BASE, JITTER), 0
       call('ZADD', KEYS[COUNT * 3 + timers], int(due), ARGV[a])
     end
   end
-  call('HSET', head, 's', pack(STATE, e, seq + 1, chain, n, nc, x, ct, kl, dc),
-    field, pack(DEVICE, seq, chain, generation, due, attempt, NOW, fence))
+  call('HSET', head, 's', pack(STATE, VERSION, e, seq + 1, chain, n, nc, x, ct, kl, dc, bt, nt),
+    field, pack(DEVICE, VERSION, seq, chain, generation, due, attempt, NOW, fence, 0))
   return seq
 end
 

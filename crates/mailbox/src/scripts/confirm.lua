@@ -6,7 +6,7 @@
 --       device, node, incarnation, connection, attempt, platform, epoch candidate, and the last
 --       position that it acknowledged: epoch, generation, seq, chain or ''.
 -- Reply now, then an item: {'C', 1 if the route was absent, epoch, newest} ·
---       {'S'} a newer session of the device is there, or came and went · {'E', text}
+--       {'S'} a newer session of the device is there, or came and went · {'U'} · {'E', text}
 --
 -- A route of the same node and connection under an older incarnation is mine: my lease had lapsed.
 
@@ -27,18 +27,19 @@ end
 local function confirm(k, a)
   local head, queue, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3]
   local member, name, attempt = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 5])
-  local text = call('HGET', routes, name)
+  local text, tail = call('HGET', routes, name), ''
   if text then
     local route = parse_route(text)
     local mine = route.node == ARGV[a + 2] and route.connection == ARGV[a + 4]
       and route.attempt == attempt
     if not mine and route.attempt >= attempt then return { 'S' } end
+    if mine then tail = route.tail end
   end
-  local h = open_head(head, queue, ARGV[a + 7], TTL)
+  local h = find_head(head) or new_head(head, ARGV[a + 7])
   local d = find_device(h, name)
-  if d and not text and d.fence > attempt then return { 'S' } end
-
   local others, room = other_devices(h, d and name), true
+  open(h, queue, TTL)
+  if d and not text and d.fence > attempt then return { 'S' } end
   if not d then
     d = remember(h, queue, name, a + 8)
     room = add_device(h, routes, d, others, DEVICES_MAX)
@@ -54,7 +55,7 @@ local function confirm(k, a)
     others[#others + 1] = d
   end
   local route = table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5],
-    ARGV[a + 6] }, ' ')
+    ARGV[a + 6] }, ' ') .. tail
   if text ~= route then call('HSET', routes, name, route) end
   set_timer(timers, member, others)
   return { 'C', text and 0 or 1, h.e, h.n }

@@ -9,7 +9,7 @@
 --       {'C', epoch, generation, seq, chain, newest, 1 if it was reset, and of the session that it
 --             replaced: node or '', incarnation, connection}
 --       {'S'} a newer attempt is or was there · {'M'} too many devices, all online
---       {'L'} past its deadline · {'E', text}
+--       {'L'} past its deadline · {'U'} · {'E', text}
 --
 -- The fence holds while the route stands and for `fence ms` after: a call cannot arrive later than
 -- that (its deadline), and a device whose clock went back must not be locked out for ever.
@@ -31,7 +31,7 @@ end
 -- Moves `d` to where the device says it stands. Returns the seq and chain from which it reads (below
 -- the oldest entry: what lies between was evicted, and it is told), and whether it was reset.
 local function resume(h, queue, d, known, a)
-  local epoch, generation = tonumber(ARGV[a]), tonumber(ARGV[a + 1])
+  local epoch, generation = tonumber(ARGV[a]), claimed(d, tonumber(ARGV[a + 1]))
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   if epoch ~= h.e or seq > h.n then
     reset_device(h, d, generation)
@@ -61,11 +61,12 @@ local function connect(k, a)
   local text = call('HGET', routes, name)
   local old = text and parse_route(text)
   if old and old.attempt > attempt then return { 'S' } end
-  local h = open_head(head, queue, ARGV[a + 8], TTL)
+  local h = find_head(head) or new_head(head, ARGV[a + 8])
   local d = find_device(h, name)
+  local others, known = other_devices(h, d and name), d ~= nil and d ~= false
+  open(h, queue, TTL)
   if d and not old and d.fence > attempt and NOW - d.used < FENCE then return { 'S' } end
 
-  local others, known = other_devices(h, d and name), d ~= nil and d ~= false
   if not known then
     d = start(h, queue, name, others)
     if not add_device(h, routes, d, others, DEVICES_MAX) then return { 'M' } end
@@ -81,7 +82,7 @@ local function connect(k, a)
     seq, chain = d.seq, d.chain
   end
 
-  d.used, d.fence, d.attempt = NOW, attempt, 0
+  d.used, d.fence, d.attempt, d.defers = NOW, attempt, 0, 0
   d.due = d.seq < h.n and NOW + spread(BASE, JITTER) or 0
   save(h, d)
   call('HSET', routes, name, table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4],

@@ -3,7 +3,7 @@
 --
 -- KEYS  an item: head, timers.
 -- ARGV  an item: member (app NUL user), claimed score, due again after ms, the devices (NUL between).
--- Reply now, then an item: {'D'} given back · {'K'} somebody else moved it, kept · {'E', text}
+-- Reply now, then an item: {'D'} given back · {'K'} somebody else moved it, kept · {'U'} · {'E', text}
 
 local function defer(k, a)
   local head, timers, member = KEYS[k], KEYS[k + 1], ARGV[a]

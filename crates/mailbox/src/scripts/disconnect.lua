@@ -3,7 +3,7 @@
 --
 -- KEYS  an item: head, routes, timers.
 -- ARGV  an item: member (app NUL user), device, node, incarnation, connection.
--- Reply now, then an item: {'R'} removed · {'K'} another session's or none, kept · {'E', text}
+-- Reply now, then an item: {'R'} removed · {'K'} another session's or none, kept · {'U'} · {'E', text}
 
 local function disconnect(k, a)
   local head, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2]
@@ -15,13 +15,14 @@ local function disconnect(k, a)
     or route.connection ~= ARGV[a + 4] then
     return { 'K' }
   end
-  call('HDEL', routes, name)
   local h = find_head(head)
   local d = h and find_device(h, name)
+  local others = d and other_devices(h, name)
+  call('HDEL', routes, name)
   if d then
-    d.used, d.due, d.attempt = NOW, 0, 0
+    d.used, d.due, d.attempt, d.defers = NOW, 0, 0, 0
     save_device(h, d)
-    set_timer(timers, member, other_devices(h, name))
+    set_timer(timers, member, others)
   end
   return { 'R' }
 end

@@ -5,7 +5,7 @@
 -- Reply now, then an item: {'N'} not due, or nobody of it is ·
 --       {'C', claimed score, ms since it was due, then of each due device: device, node,
 --             incarnation, connection, attempt, its oldest unacknowledged entry if that is
---             sampled, else ''} · {'E', text}
+--             sampled, else ''} · {'U'}: looked at again when the longest backoff has passed · {'E', text}
 --
 -- A device that is not behind or has no route is dropped from the timer; one that is due gets its
 -- next due time, which is the claim.
@@ -28,7 +28,7 @@ local function decide(h, d, routed)
     return false
   end
   if not is_due(d.due) then return false end
-  d.attempt = d.attempt + 1
+  d.attempt = math.min(d.attempt + 1, BYTE_MAX)
   d.due = NOW + spread(math.min(BASE * 2 ^ math.min(d.attempt, 30), MAX), JITTER)
   return true
 end
@@ -39,7 +39,7 @@ local function sampled_entry(h, queue, d)
   local seq = math.max(d.seq + 1, h.b)
   local body = call('LINDEX', queue, int((seq - h.b) * 2 + 1))
   if not body or not match(body, 'z7%x%x%-%x+%-%x+%-%x[13579bdf]$') then return '' end
-  return header_at(h, queue, seq) .. body
+  return string.sub(header_at(h, queue, seq), 1, HEADER_BYTES) .. body
 end
 
 local function fire(k, a)
@@ -70,4 +70,9 @@ local function fire(k, a)
   return #reply > 3 and reply or { 'N' }
 end
 
-return each(#KEYS / 4, fire, 4, 1, 4)
+-- What this version must not touch would be due at each poll, in the way of the others.
+local function unknown(k, a)
+  call('ZADD', KEYS[k + 2], int(NOW + spread(MAX, JITTER)), ARGV[a])
+end
+
+return each(#KEYS / 4, fire, 4, 1, 4, unknown)

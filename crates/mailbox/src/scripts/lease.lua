@@ -10,6 +10,6 @@ if verb ~= 'take' and call('HGET', key, 'incarnation') ~= incarnation then retur
 if verb == 'release' then return call('DEL', key) end
 call('HSET', key, 'incarnation', incarnation, 'role', ARGV[4], 'address', ARGV[5],
   'load', ARGV[6], 'state', ARGV[7], 'zone', ARGV[8], 'admin', ARGV[9],
-  'devices', ARGV[10])
+  'devices', ARGV[10], 'layout', int(VERSION))
 call('PEXPIRE', key, ARGV[2])
 return 1

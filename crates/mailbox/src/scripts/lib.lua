@@ -1,7 +1,8 @@
 -- Stands in front of every script: the head of a mailbox, its devices, routes and timers.
 --
--- head   {s}:h:u:<app>:<user>  hash
+-- head   {s}:h:u:<app>:<user>  hash; no value is longer than 64 bytes, or Redis would unpack the hash
 --   s  the state, packed (STATE), because parsing numbers costs more than anything else here:
+--      the mark (see VERSION)
 --      e  epoch
 --      b  seq of the oldest kept entry, n + 1 where nothing is kept;  bc  the chain before it
 --      n  seq of the newest entry, 0 at first;                        nc  the chain after it
@@ -9,26 +10,46 @@
 --      ct no entry is older than the mailbox keeps before this time, ms
 --      kl no collapse key points below this seq; 0: there are none
 --      dc how many devices are known
---   i  8-byte hashes of the newest accepted ids, newest last, fewer than 16;  j  of the 64 before;
---      f  the first two bytes of each in j, so that it need not be read: strings cost by the byte
+--      bt, nt  the bytes of all entries up to before b, and up to n, modulo 2^32
+--   i  8-byte hashes of the newest accepted ids, newest last, fewer than 8
+--   j0 to j6  eight older ones each, the oldest of the seven is overwritten
+--   f  which of the seven is next, then the first byte of each id in them, so that they need not be
+--      read: strings cost by the byte
 --   k:<key>  the newest seq of a collapse key
---   ds names of the known devices, separated by NUL
---   d:<device>  a device, packed (DEVICE): its cursor seq, chain, generation; when it is re-sent to,
---      ms (0: not); re-sends so far; when it was last seen, ms; its last connection attempt
--- queue  {s}:q:u:<app>:<user>  list: entries b..n, each a 37-byte header and behind it its body
--- routes {s}:r:<app>:<user>    hash: device -> "node incarnation connection attempt platform"
+--   n0 to n<dc - 1>  names of the known devices
+--   d:<device>  a device, packed (DEVICE): the mark; its cursor seq, chain, generation;
+--      when it is re-sent to, ms (0: not); re-sends so far; when it was last seen, ms; its last
+--      connection attempt; how often in a row a re-send did not reach its node
+-- queue  {s}:q:u:<app>:<user>  list: entries b..n, each a 37-byte header, then nt after it (I4), and
+--        behind it its body
+-- routes {s}:r:<app>:<user>    hash: device -> "node incarnation connection attempt platform", and what
+--        a newer version writes behind the platform, which has no blank
 -- timers {s}:t                 zset: app NUL user -> the earliest due time of its devices
 --
--- Numbers stay below 2^53. The time is Redis's own, frozen while a script runs; replies begin with
--- it in microseconds.
+-- Newer beside older: a newer version that has more to keep adds fields to the head, or bytes behind
+-- STATE and DEVICE; both are left as they are here (the tail). The high four flags are critical: who
+-- does not know one that is set must not touch the mailbox, so the script writes nothing of it and
+-- answers 'U' (connect, confirm, read, ack, disconnect, fire and defer the item, accept the group).
+--
+-- Numbers stay below 2^53. Packed integers wrap without a word, so what enters is clamped: attempts
+-- and seqs before they come here, generations here; a seq that has no successor is an error. The time
+-- is Redis's own, frozen while a script runs; replies begin with it in microseconds.
 
 local call, floor, match = redis.call, math.floor, string.match
 local pack, parse = struct.pack, struct.unpack
 local TIME = call('TIME')
 local NOW_US = TIME[1] * 1000000 + TIME[2]
 local NOW = floor(NOW_US / 1000)
-local STATE, STATE_BYTES = '<ddddddddd', 72
-local DEVICE, DEVICE_BYTES = '<ddddddd', 56
+local byte = string.byte
+-- A state and a device begin with their mark: the version, and flags in the second byte, of which the
+-- low four may be ignored, but are kept, and the high four are critical. The short paths take only what
+-- has no flag (its mark is the version) and no tail.
+local VERSION, CRITICAL = 3, 16
+local STATE, STATE_BYTES = '<I2I7I6I4I6I4I6I6I6BI4I4', 56
+local DEVICE, DEVICE_BYTES = '<I2I6I4I4I6BI6I7B', 37
+local HEADER_BYTES, HEADER_KEPT_BYTES = 37, 41
+local SEQ_MAX, BYTE_MAX, WRAP = 281474976710655, 255, 4294967296
+local GENERATION_MAX, CLAIMED_GENERATION_MAX = 4294967295, 2147483647
 
 -- A whole number as an argument: Redis's own conversion takes several times as long.
 local function int(number)
@@ -57,14 +78,39 @@ local function header_chain(header)
   return (parse('<I4', header, 25))
 end
 
+-- The chain after an entry, and the bytes up to there (0 where an entry lacks them).
+local function header_place(header)
+  return parse('<I4', header, 25), #header >= HEADER_KEPT_BYTES and parse('<I4', header, 38) or 0
+end
+
+-- What a pcall caught: Redis hands on texts and tables.
+local function problem_text(problem)
+  return type(problem) == 'table' and problem.err or tostring(problem)
+end
+
+-- Thrown where a newer version has marked what it wrote as critical; see above.
+local UNKNOWN = 'written by a newer version'
+local function is_unknown(problem)
+  return problem_text(problem) == UNKNOWN
+end
+
+-- Looks at the version and the flags of a state or a device.
+local function check_known(text)
+  local version, flags = byte(text, 1, 2)
+  if flags and (version > VERSION or flags >= CRITICAL) then error(UNKNOWN, 0) end
+end
+
 local function parse_head(key, state)
-  if #state ~= STATE_BYTES then error('corrupt head') end
-  local e, b, bc, n, nc, x, ct, kl, dc = parse(STATE, state)
-  return { key = key, e = e, b = b, bc = bc, n = n, nc = nc, x = x, ct = ct, kl = kl, dc = dc }
+  check_known(state)
+  if #state < STATE_BYTES or byte(state) ~= VERSION then error('corrupt head') end
+  local mark, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, state)
+  return { key = key, mark = mark, e = e, b = b, bc = bc, n = n, nc = nc, x = x, ct = ct, kl = kl,
+    dc = dc, bt = bt, nt = nt, tail = string.sub(state, STATE_BYTES + 1) }
 end
 
 local function head_state(h)
-  return pack(STATE, h.e, h.b, h.bc, h.n, h.nc, h.x, h.ct, h.kl, h.dc)
+  return pack(STATE, h.mark, h.e, h.b, h.bc, h.n, h.nc, h.x, h.ct, h.kl, h.dc, h.bt, h.nt)
+    .. h.tail
 end
 
 local function save_head(h)
@@ -77,27 +123,21 @@ local function find_head(key)
   return state and parse_head(key, state)
 end
 
--- A new life of a mailbox.
-local function new_head(key, queue, candidate)
-  call('DEL', key, queue)
-  return { key = key, e = tonumber(candidate), b = 1, bc = 0, n = 0, nc = 0, x = 0, ct = 0, kl = 0,
-    dc = 0 }
+-- A new life of a mailbox. Whoever writes to it deletes what is left of an old one first.
+local function new_head(key, candidate)
+  return { key = key, mark = VERSION, e = tonumber(candidate), b = 1, bc = 0, n = 0, nc = 0, x = 0, ct = 0,
+    kl = 0, dc = 0, bt = 0, nt = 0, tail = '', is_new = true }
 end
 
--- Head and queue expire together: at the same moment, renewed when a sixteenth has passed, so that
--- both live for `ttl` at least.
-local function renew(h, queue, ttl)
+-- Before the first write to a mailbox. Head and queue expire together: at the same moment, renewed
+-- when a sixteenth has passed, so that both live for `ttl` at least.
+local function open(h, queue, ttl)
+  if h.is_new then call('DEL', h.key, queue) end
+  if h.x - NOW >= ttl then return end
   h.x = NOW + ttl + floor(ttl / 16)
   save_head(h)
   call('PEXPIREAT', h.key, int(h.x))
   call('PEXPIREAT', queue, int(h.x))
-end
-
--- The mailbox's head, or a new life of it.
-local function open_head(key, queue, candidate, ttl)
-  local h = find_head(key) or new_head(key, queue, candidate)
-  if h.x - NOW < ttl then renew(h, queue, ttl) end
-  return h
 end
 
 -- The chain after a position; nil where the entry is not kept.
@@ -109,25 +149,28 @@ local function chain_at(h, queue, seq)
 end
 
 local function parse_device(name, text)
-  if #text ~= DEVICE_BYTES then error('corrupt device') end
-  local seq, chain, generation, due, attempt, used, fence = parse(DEVICE, text)
-  return { name = name, seq = seq, chain = chain, generation = generation, due = due,
-    attempt = attempt, used = used, fence = fence }
+  check_known(text)
+  if #text < DEVICE_BYTES or byte(text) ~= VERSION then error('corrupt device') end
+  local mark, seq, chain, generation, due, attempt, used, fence, defers = parse(DEVICE, text)
+  return { name = name, mark = mark, seq = seq, chain = chain, generation = generation, due = due,
+    attempt = attempt, used = used, fence = fence, defers = defers,
+    tail = string.sub(text, DEVICE_BYTES + 1) }
 end
 
 -- A device that nothing is known of: everything that is kept is before it.
 local function new_device(h, name, generation)
-  return { name = name, seq = h.b - 1, chain = h.bc, generation = generation, due = 0,
-    attempt = 0, used = NOW, fence = 0 }
+  return { name = name, mark = VERSION, seq = h.b - 1, chain = h.bc, due = 0, attempt = 0, used = NOW,
+    generation = math.min(generation, CLAIMED_GENERATION_MAX), fence = 0, defers = 0, tail = '' }
 end
 
 local function find_device(h, name)
-  local text = call('HGET', h.key, 'd:' .. name)
+  local text = not h.is_new and call('HGET', h.key, 'd:' .. name)
   return text and parse_device(name, text)
 end
 
 local function device_state(d)
-  return pack(DEVICE, d.seq, d.chain, d.generation, d.due, d.attempt, d.used, d.fence)
+  return pack(DEVICE, d.mark, d.seq, d.chain, d.generation, d.due, d.attempt, d.used, d.fence,
+    d.defers) .. d.tail
 end
 
 local function save_device(h, d)
@@ -140,10 +183,12 @@ end
 
 -- All known devices, but for `except`, which is known.
 local function other_devices(h, except)
-  local names, fields, devices = {}, {}, {}
+  local devices = {}
   if h.dc == (except and 1 or 0) then return devices end
-  for name in string.gmatch(call('HGET', h.key, 'ds') or '', '[^%z]+') do
-    if name ~= except then
+  local slots, names, fields = {}, {}, {}
+  for i = 1, h.dc do slots[i] = 'n' .. i - 1 end
+  for _, name in ipairs(call('HMGET', h.key, unpack(slots))) do
+    if name and name ~= except then
       names[#names + 1] = name
       fields[#fields + 1] = 'd:' .. name
     end
@@ -156,11 +201,15 @@ local function other_devices(h, except)
   return devices
 end
 
+-- Writes the names of the known devices; the caller saves the head.
 local function save_names(h, devices)
-  local names = {}
-  for i, d in ipairs(devices) do names[i] = d.name end
-  h.dc = #names
-  call('HSET', h.key, 'ds', table.concat(names, '\0'))
+  local fields = {}
+  for i, d in ipairs(devices) do
+    fields[#fields + 1], fields[#fields + 2] = 'n' .. i - 1, d.name
+  end
+  call('HSET', h.key, unpack(fields))
+  for i = #devices, h.dc - 1 do call('HDEL', h.key, 'n' .. i) end
+  h.dc = #devices
 end
 
 -- Makes `d` a known device; the caller saves both. Where there are `max` others, the one without a route that was unused
@@ -185,12 +234,12 @@ local function add_device(h, routes, d, others, max)
 end
 
 local function parse_route(text)
-  local node, incarnation, connection, attempt, platform =
-    match(text, '^(%S+) (%d+) (%d+) (%d+) ?(.*)$')
+  local node, incarnation, connection, attempt, platform, tail =
+    match(text, '^(%S+) (%d+) (%d+) (%d+) ?(%S*)(.*)$')
   if not node then error('corrupt route') end
   return {
     node = node, incarnation = incarnation, connection = connection,
-    attempt = tonumber(attempt), platform = platform,
+    attempt = tonumber(attempt), platform = platform, tail = tail,
   }
 end
 
@@ -225,30 +274,33 @@ local function sweep_keys(h)
   h.kl = lowest
 end
 
--- Drops the entries up to `seq`; `chain` is the one after it. The caller saves the head.
-local function trim(h, queue, seq, chain)
+-- Drops the entries up to `seq`; `chain` and `bytes` are those after it. The caller saves the head.
+local function trim(h, queue, seq, chain, bytes)
   if seq < h.b then return end
   if seq == h.n then
     call('DEL', queue)
   else
     call('LTRIM', queue, int((seq - h.b + 1) * 2), '-1')
   end
-  h.b, h.bc = seq + 1, chain
+  h.b, h.bc, h.bt = seq + 1, chain, bytes
   sweep_keys(h)
+end
+
+-- A generation that a device names: what resets add to it must fit.
+local function claimed(d, generation)
+  return math.min(generation, math.max(d.generation, CLAIMED_GENERATION_MAX))
 end
 
 -- Puts a device's cursor before the oldest kept entry, with a new generation.
 local function reset_device(h, d, generation)
-  d.generation = math.max(d.generation, generation) + 1
+  d.generation =
+    math.min(math.max(d.generation, claimed(d, generation)) + 1, GENERATION_MAX)
   d.seq, d.chain = h.b - 1, h.bc
 end
 
-local function problem_text(problem)
-  return type(problem) == 'table' and problem.err or tostring(problem)
-end
-
--- Runs `step` for each item; an item's error is that item's alone.
-local function each(count, step, keys, args, first)
+-- Runs `step` for each item; an item's error is that item's alone. `unknown` is told of an item that a
+-- newer version has marked; nothing was written of it.
+local function each(count, step, keys, args, first, unknown)
   local replies, i = { NOW_US }, 0
   local function rest() -- until one fails: a pcall for each would cost more
     while i < count do
@@ -259,7 +311,8 @@ local function each(count, step, keys, args, first)
   while i < count do
     local ok, problem = pcall(rest)
     if not ok then
-      replies[i + 2] = { 'E', problem_text(problem) }
+      replies[i + 2] = is_unknown(problem) and { 'U' } or { 'E', problem_text(problem) }
+      if unknown and is_unknown(problem) then unknown(i * keys + 1, i * args + first) end
       i = i + 1
     end
   end

@@ -3,8 +3,8 @@
 -- KEYS  an item: head, queue.
 -- ARGV  an item: after (seq), entries_max, bytes_max.
 -- Reply now, then an item: {epoch (0: no mailbox), oldest, the chain before it, newest, entries
---       from max(after + 1, oldest), each its header and its body}; or {'E', text}. At least one
---       entry comes if there is one.
+--       from max(after + 1, oldest), each its header (as it is kept: the first 37 bytes are the
+--       header) and its body}; or {'U'}; or {'E', text}. At least one entry comes if there is one.
 
 local CHUNK = 16 -- entries fetched at once, so that a byte bound does not cost the whole list
 
@@ -19,7 +19,7 @@ local function read(k, a)
     local chunk =
       call('LRANGE', KEYS[k + 1], int((next - h.b) * 2), int((to - h.b) * 2 + 1))
     for i = 1, #chunk, 2 do
-      bytes = bytes + #chunk[i] + #chunk[i + 1]
+      bytes = bytes + HEADER_BYTES + #chunk[i + 1]
       if #entries > 0 and bytes > tonumber(ARGV[a + 2]) then
         return { h.e, h.b, h.bc, h.n, entries }
       end

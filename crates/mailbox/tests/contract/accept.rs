@@ -12,7 +12,7 @@ contract!(
     entries_are_contiguous_and_stored_as_they_were_returned,
     lua_and_rust_compute_the_same_chain,
     hazard_25_a_redelivered_position_is_accepted_before_and_another_record_a_duplicate,
-    the_last_64_ids_are_remembered_and_few_more,
+    the_last_56_ids_are_remembered_and_few_more,
     hazard_01_an_overtaken_batch_is_a_gap_and_writes_nothing,
     hazard_06_a_later_leader_epoch_passes_earlier_offsets,
     parts_of_one_record_are_ordered_by_index,
@@ -78,7 +78,7 @@ async fn hazard_25_a_redelivered_position_is_accepted_before_and_another_record_
     assert_eq!(bed.page(&user, 0).await.newest, Seq(3));
 }
 
-async fn the_last_64_ids_are_remembered_and_few_more(bed: Bed) {
+async fn the_last_56_ids_are_remembered_and_few_more(bed: Bed) {
     let user = bed.user("alice");
     let mut offset = 0;
     let mut accept = async |id: i64| {
@@ -88,10 +88,10 @@ async fn the_last_64_ids_are_remembered_and_few_more(bed: Bed) {
     for newest in 1..=100 {
         let outcome = accept(newest).await;
         assert!(matches!(outcome, AcceptOutcome::Accepted { .. }), "{newest}: {outcome:?}");
-        let oldest = (newest - 63).max(1);
+        let oldest = (newest - 55).max(1);
         assert_eq!(accept(oldest).await, AcceptOutcome::Duplicate, "{oldest} after {newest}");
     }
-    let outcome = accept(100 - 80).await;
+    let outcome = accept(100 - 64).await;
     assert!(matches!(outcome, AcceptOutcome::Accepted { .. }), "{outcome:?}");
 }
 

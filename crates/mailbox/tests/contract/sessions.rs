@@ -156,7 +156,7 @@ async fn a_newer_session_is_told_what_it_replaced(bed: Bed) {
     assert_eq!(again.replaced, None);
     let routes = bed.mailbox.read_routes(&user).await.unwrap();
     assert_eq!(routes.len(), 1);
-    assert_eq!((&routes[0].session, &*routes[0].platform), (&session(2), "test platform"));
+    assert_eq!((&routes[0].session, &*routes[0].platform), (&session(2), "test-platform"));
 }
 
 async fn hazard_14_a_late_connect_of_an_older_attempt_is_superseded(bed: Bed) {
@@ -241,7 +241,7 @@ async fn hazard_12_confirm_restores_a_forgotten_route(bed: Bed) {
     assert_eq!((restored, epoch, newest), (false, place.epoch, Seq(3)));
     // A failover forgets the connect.
     let () = bed.query(&["DEL", &bed.key("r", &user)]).await;
-    let () = bed.query(&["HDEL", &bed.key("h", &user), "d:phone", "ds"]).await;
+    let () = bed.query(&["HDEL", &bed.key("h", &user), "d:phone", "n0"]).await;
     let () = bed.query(&["ZREM", &bed.key("t", &user), &format!("demo\0{}", user.user)]).await;
     let outcome = bed.confirm(confirmation).await;
     assert!(matches!(outcome, ConfirmOutcome::Confirmed { restored: true, .. }), "{outcome:?}");

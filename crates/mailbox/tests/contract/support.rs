@@ -316,24 +316,27 @@ impl Bed {
     pub async fn make_due(&self, user: &UserKey) {
         for state in self.mailbox.inspect(user).await.expect("inspect comes through").devices {
             if state.due_ms > 0 {
-                self.set_device(user, state.device.as_str(), 3, 1).await;
+                self.set_device(user, state.device.as_str(), Number::Due, 1).await;
             }
         }
         let member = format!("{}\0{}", user.app, user.user);
         let () = self.query(&["ZADD", &self.key("t", user), "XX", "1", &member]).await;
     }
 
-    /// Writes one number of what the head knows of a device: 3 its due time, 4 its attempt, 5 when it
-    /// was used.
-    pub async fn set_device(&self, user: &UserKey, device: &str, index: usize, value: u64) {
+    /// Writes one number of what the head knows of a device.
+    pub async fn set_device(&self, user: &UserKey, device: &str, number: Number, value: u64) {
         let script = "local state = redis.call('HGET', KEYS[1], ARGV[1])
-            local at = ARGV[2] * 8
+            local at, bytes = tonumber(ARGV[2]), tonumber(ARGV[3])
             redis.call('HSET', KEYS[1], ARGV[1], string.sub(state, 1, at)
-              .. struct.pack('<d', ARGV[3]) .. string.sub(state, at + 9))
+              .. struct.pack('<I' .. bytes, ARGV[4]) .. string.sub(state, at + bytes + 1))
             return 'OK'";
-        let (head, field) = (self.key("h", user), format!("d:{device}"));
-        let (index, value) = (index.to_string(), value.to_string());
-        let () = self.query(&["EVAL", script, "1", &head, &field, &index, &value]).await;
+        let (at, bytes) = match number {
+            Number::Due => ("16", "6"),
+            Number::Attempt => ("22", "1"),
+            Number::Used => ("23", "6"),
+        };
+        let (head, field, value) = (self.key("h", user), format!("d:{device}"), value.to_string());
+        let () = self.query(&["EVAL", script, "1", &head, &field, at, bytes, &value]).await;
     }
 
     /// Claims what is due; only this user's is told. The user is a [`Bed::timed_user`].
@@ -342,6 +345,14 @@ impl Bed {
         let due = self.mailbox.fire(&[self.shard(user)], 1_000, &retry).await;
         due.expect("fire comes through").into_iter().find(|due| due.user == *user)
     }
+}
+
+/// What [`Bed::set_device`] writes.
+#[derive(Debug, Clone, Copy)]
+pub enum Number {
+    Due,
+    Attempt,
+    Used,
 }
 
 fn cluster_config(cluster: &RedisCluster) -> RedisConfig {

@@ -3,7 +3,7 @@
 use barid_mailbox::{AcceptMessage, DeferRequest};
 use barid_wire::envelope::{self, Envelope};
 
-use crate::support::{Bed, contract, message, session};
+use crate::support::{Bed, Number, contract, message, session};
 
 contract!(
     a_message_for_an_offline_user_arms_nothing,
@@ -166,7 +166,7 @@ async fn a_defer_leaves_a_device_whose_retries_began_again(bed: Bed) {
     bed.make_due(&user).await;
     // Due before a phone that begins anew, but not now: its time is the score of the claim.
     let soon = bed.mailbox.inspect(&user).await.unwrap().now_ms + 500;
-    bed.set_device(&user, "tablet", 3, soon).await;
+    bed.set_device(&user, "tablet", Number::Due, soon).await;
     let due = bed.fire(&user).await.unwrap();
     assert_eq!((due.devices.len(), due.claimed_score), (1, soon));
     bed.connect(&user, "phone", 3).await;
@@ -240,8 +240,8 @@ async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
     let far = bed.timer(&user).await.unwrap() + 3_600_000;
     let member = format!("demo\0{}", user.user);
     let () = bed.query(&["ZADD", &bed.key("t", &user), &far.to_string(), &member]).await;
-    for (index, value) in [(3, far), (4, 2), (5, far)] {
-        bed.set_device(&user, "phone", index, value).await;
+    for (number, value) in [(Number::Due, far), (Number::Attempt, 2), (Number::Used, far)] {
+        bed.set_device(&user, "phone", number, value).await;
     }
     let due = bed.fire(&user).await.expect("due now");
     assert_eq!(due.devices[0].attempt, 3);

@@ -22,7 +22,7 @@ pub const DEVICES_MAX: usize = 3;
 pub const RETRY_BASE: u64 = 100_000;
 pub const RETRY_MAX: u64 = 400_000;
 /// Ids that a mailbox remembers, at least.
-const RING: usize = 64;
+const RING: usize = 56;
 
 /// The mailboxes and how far two partitions were executed. A clone of it is what a replica has.
 #[derive(Debug, Clone, Default)]

@@ -29,11 +29,13 @@ pub struct Store {
 pub struct Held {
     /// Epoch, oldest, the chain before it, newest, its chain, when it expires, …: as the head's state.
     pub state: Option<Vec<u64>>,
-    /// In the order of the head's list of them.
+    /// In the order of their names.
     pub devices: Vec<HeldDevice>,
     /// Collapse key and seq.
     pub keys: BTreeMap<String, u64>,
     pub entries: Vec<Bytes>,
+    /// After each of them: those of all entries so far.
+    pub bytes: Vec<u64>,
     /// Device and text.
     pub routes: BTreeMap<String, String>,
     pub timer: Option<u64>,
@@ -140,10 +142,10 @@ impl Store {
         let script = "local fields = redis.call('HGETALL', ARGV[1])
             for i = 1, #fields, 2 do
               local state = fields[i + 1]
-              if string.sub(fields[i], 1, 2) == 'd:' and struct.unpack('<d', state, 25) > 0
+              if string.sub(fields[i], 1, 2) == 'd:' and struct.unpack('<I6', state, 17) > 0
                 and (not ARGV[3] or fields[i] == 'd:' .. ARGV[3]) then
                 redis.call('HSET', ARGV[1], fields[i],
-                  string.sub(state, 1, 24) .. struct.pack('<d', 1) .. string.sub(state, 33))
+                  string.sub(state, 1, 16) .. struct.pack('<I6', 1) .. string.sub(state, 23))
               end
             end
             redis.call('ZADD', '{0}:t', 'XX', '1', ARGV[2])";
@@ -170,9 +172,9 @@ impl Store {
             for _, k in ipairs(redis.call('KEYS', '*{0}:h:*')) do
               local state = redis.call('HGET', k, 's')
               local expires = redis.call('PEXPIRETIME', k)
-              local v = { struct.unpack('<ddddddddd', state) }
-              redis.call('HSET', k, 's',
-                struct.pack('<ddddddddd', v[1], v[2], v[3], v[4], v[5], v[6] - ms, v[7] - ms, v[8], v[9]))
+              local x, ct = struct.unpack('<I6I6', state, 30)
+              redis.call('HSET', k, 's', string.sub(state, 1, 29)
+                .. struct.pack('<I6I6', x - ms, ct - ms) .. string.sub(state, 42))
               if expires > 0 then age(k, expires) end
             end
             for _, k in ipairs(redis.call('KEYS', '*{0}:q:*')) do
@@ -180,7 +182,7 @@ impl Store {
               for i = 0, n - 1, 2 do
                 local header = redis.call('LINDEX', k, i)
                 local at = struct.unpack('<I8', header, 30) - ms * 1000
-                redis.call('LSET', k, i, string.sub(header, 1, 29) .. struct.pack('<I8', at))
+                redis.call('LSET', k, i, string.sub(header, 1, 29) .. struct.pack('<I8', at) .. string.sub(header, 38))
               end
               if expires > 0 then age(k, expires) end
             end";
@@ -198,21 +200,29 @@ fn held((head, queue, routes, timer, head_at, queue_at): Raw, now: u64) -> Held 
     let key = |(field, seq): &(Vec<u8>, Vec<u8>)| {
         Some((text(field.strip_prefix(b"k:")?), text(seq).parse().expect("a seq")))
     };
-    let names = field(b"ds").map(|names| text(names)).unwrap_or_default();
-    let device = |name: &str| {
-        let state = numbers(field(format!("d:{name}").as_bytes())?);
-        let [seq, chain, generation, due, attempt, used, fence] = state[..] else {
+    let state = field(b"s").map(|state| numbers(state, &STATE));
+    let known = state.as_ref().map_or(0, |state| state[8]);
+    let name = |slot: u64| field(format!("n{slot}").as_bytes()).map(|name| text(name));
+    let device = |name: String| {
+        let state = numbers(field(format!("d:{name}").as_bytes())?, &DEVICE);
+        let [seq, chain, generation, due, attempt, used, fence, _defers] = state[..] else {
             panic!("the state of a device: {state:?}");
         };
-        let name = name.to_owned();
         Some(HeldDevice { name, seq, chain, generation, due, attempt, used, fence })
     };
+    assert_eq!(name(known), None, "a device is named that is not known");
+    let packed = head.iter().all(|(field, value)| field.len() <= 64 && value.len() <= 64);
+    assert!(packed, "a field of the head is too long to be packed: {head:?}");
     let time = |at: i64| u64::try_from(at).ok();
     Held {
-        state: field(b"s").map(|state| numbers(state)),
-        devices: names.split('\0').filter_map(device).collect(),
+        state,
+        devices: (0..known).filter_map(name).filter_map(device).collect(),
         keys: head.iter().filter_map(key).collect(),
-        entries: queue.chunks_exact(2).map(|parts| parts.concat().into()).collect(),
+        bytes: queue.chunks_exact(2).map(|parts| number(&parts[0][37..41])).collect(),
+        entries: queue
+            .chunks_exact(2)
+            .map(|parts| [&parts[0][..37], &parts[1]].concat().into())
+            .collect(),
         routes: routes.iter().map(|(device, route)| (text(device), text(route))).collect(),
         timer: timer.map(|score| score.parse::<f64>().expect("a score") as u64),
         expires: [time(head_at), time(queue_at)],
@@ -220,8 +230,23 @@ fn held((head, queue, routes, timer, head_at, queue_at): Raw, now: u64) -> Held 
     }
 }
 
-/// What the scripts pack: whole numbers, each a little-endian double.
-fn numbers(state: &[u8]) -> Vec<u64> {
-    let (numbers, _) = state.as_chunks::<8>();
-    numbers.iter().map(|number| f64::from_le_bytes(*number) as u64).collect()
+/// Bytes of each number behind the mark.
+const STATE: [usize; 11] = [7, 6, 4, 6, 4, 6, 6, 6, 1, 4, 4];
+const DEVICE: [usize; 8] = [6, 4, 4, 6, 1, 6, 7, 1];
+
+/// What the scripts pack: the version, no flags, and whole numbers.
+fn numbers(state: &[u8], sizes: &[usize]) -> Vec<u64> {
+    let mut rest = state.strip_prefix(&[3, 0]).expect("layout 3");
+    let mut numbers = Vec::new();
+    for size in sizes {
+        let (bytes, left) = rest.split_at(*size);
+        numbers.push(number(bytes));
+        rest = left;
+    }
+    assert!(rest.is_empty(), "a tail: {rest:?}");
+    numbers
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }

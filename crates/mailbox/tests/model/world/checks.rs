@@ -107,7 +107,7 @@ fn same_head(mailbox: &mut Mailbox, held: &Held) -> Checked {
         check!(held.expires == [None, None], "something of it is left: {held:?}");
         return Ok(());
     };
-    let [epoch, oldest, before, newest, last, expires, _, lowest_key, known] = state[..] else {
+    let [epoch, oldest, before, newest, last, expires, _, lowest_key, known, ..] = state[..] else {
         return Err(format!("the head's state is {state:?}"));
     };
     let epoch = Epoch(epoch);
@@ -142,6 +142,15 @@ fn same_entries(mailbox: &Mailbox, held: &Held) -> Checked {
             && Some(header.chain) == mailbox.chain_at(seq);
         check!(right, "the entry at {seq} has the header {header:?}");
     }
+    let Some([.., bytes_before, bytes_after]) = held.state.as_deref() else { return Ok(()) };
+    let mut bytes = *bytes_before;
+    for (index, (entry, after)) in held.entries.iter().zip(&held.bytes).enumerate() {
+        let voided = ids[index].is_empty();
+        let right = bytes + entry.len() as u64 == *after || voided && bytes < *after;
+        check!(right, "bytes of entry {index}: {:?}", held.bytes);
+        bytes = *after;
+    }
+    check!(bytes == *bytes_after, "bytes of all entries: {:?}", held.state);
     Ok(())
 }
 

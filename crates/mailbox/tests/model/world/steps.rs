@@ -5,7 +5,7 @@ use crate::Step;
 use crate::purger::Record;
 
 /// Records of a user, so that the ring of ids holds all of them.
-const RECORDS_MAX: usize = 60;
+const RECORDS_MAX: usize = 56;
 /// Rounds of repairs in which everything has to settle.
 const ROUNDS: usize = 12;
 const NAMES: [&str; 4] = ["phone", "tablet", "watch", "browser"];

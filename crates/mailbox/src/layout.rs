@@ -1,0 +1,68 @@
+//! What the scripts pack into a mailbox's head (scripts/lib.lua), for those who only read it.
+
+use bytes::Buf as _;
+
+/// The layout of the keys, and the version that a state and a device begin with.
+pub(crate) const LAYOUT: u32 = 3;
+
+/// A mailbox's state, as far as people are shown it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct State {
+    pub epoch: u64,
+    pub oldest: u64,
+    pub newest: u64,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub seq: u64,
+    pub chain: u32,
+    pub generation: u32,
+    pub due_ms: u64,
+    pub attempt: u8,
+    pub used_ms: u64,
+    /// How often in a row a re-send did not reach its node.
+    pub defers: u8,
+}
+
+/// A mailbox that is not there.
+impl Default for State {
+    fn default() -> Self {
+        Self { epoch: 0, oldest: 1, newest: 0 }
+    }
+}
+
+impl State {
+    /// `None`: another layout, or a newer version's.
+    pub fn parse(state: &[u8]) -> Option<Self> {
+        let mut state = known(state)?;
+        let epoch = state.try_get_uint_le(7).ok()?;
+        let oldest = state.try_get_uint_le(6).ok()?;
+        let _chain_before_oldest = state.try_get_u32_le().ok()?;
+        let newest = state.try_get_uint_le(6).ok()?;
+        Some(Self { epoch, oldest, newest })
+    }
+}
+
+impl Device {
+    /// `None`: another layout, or a newer version's.
+    pub fn parse(state: &[u8]) -> Option<Self> {
+        let mut state = known(state)?;
+        let seq = state.try_get_uint_le(6).ok()?;
+        let chain = state.try_get_u32_le().ok()?;
+        let generation = state.try_get_u32_le().ok()?;
+        let due_ms = state.try_get_uint_le(6).ok()?;
+        let attempt = state.try_get_u8().ok()?;
+        let used_ms = state.try_get_uint_le(6).ok()?;
+        let _fence = state.try_get_uint_le(7).ok()?;
+        let defers = state.try_get_u8().ok()?;
+        Some(Self { seq, chain, generation, due_ms, attempt, used_ms, defers })
+    }
+}
+
+/// Behind the version and the flags. What a flag says, or a tail, does not change what is read here.
+fn known(state: &[u8]) -> Option<&[u8]> {
+    let (mark, state) = state.split_first_chunk::<2>()?;
+    (u32::from(mark[0]) == LAYOUT).then_some(state)
+}
