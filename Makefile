@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test bench bench-200k latency throughput redis-cost l1 autobahn lint fmt setup
+.PHONY: help run test bench bench-200k latency throughput redis-cost l1 stranger autobahn lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,9 @@ redis-cost: ## Measure what accept and ack cost Redis, against the barest script
 l1: ## Measure how long the dispatcher's cache is stale in a storm of reconnects (BARID_L1_SECONDS=30)
 	@scripts/setup.sh run
 	BARID_L1_SECONDS=$${BARID_L1_SECONDS:-30} cargo test --locked --release -p barid-dispatcher --test staleness -- --nocapture
+
+stranger: ## Drive a cluster through every fault of the stranger's suite (ARGS='--only NAME --seed N', --list, --short)
+	@scripts/stranger.sh $(ARGS)
 
 autobahn: ## Run Autobahn's WebSocket test suite against the socket code of access (ARGS='6.* 7.*': some cases)
 	@scripts/autobahn.sh $(ARGS)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Puts the Python packages of docs/examples/python/requirements.txt into target/python, a virtual
-# environment; does nothing if those of this list are there.
+# Puts Python packages into a virtual environment; does nothing if those of this list are there.
+#   python.sh [LIST DIRECTORY]     default: docs/examples/python/requirements.txt, target/python
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-list=docs/examples/python/requirements.txt
-env="${CARGO_TARGET_DIR:-target}/python"
+list="${1:-docs/examples/python/requirements.txt}"
+env="${2:-${CARGO_TARGET_DIR:-target}/python}"
 wanted="$(cksum <"$list")"
 
 if [[ -f "$env/.complete" && "$(cat "$env/.complete")" == "$wanted" ]]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing and runs every test: unit, property, contract, end-to-end.
-# Arguments are handed on to `cargo test`.
+# With arguments, which are handed on to `cargo test`, it runs those tests only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,4 +10,10 @@ export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 # --tests beside --bins: both are then built with the same features, once.
 cargo build --locked --workspace --bins --tests
 # A test that hangs is an error that names it (as running for over 60 seconds), not a job without end.
-timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@"
+status=0
+timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@" || status=$?
+if (($# == 0)); then
+  # The stranger's suite, in its short form: also when a test before it failed.
+  scripts/stranger.sh --built --short --quiet || status=$?
+fi
+exit "$status"
