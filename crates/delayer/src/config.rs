@@ -20,8 +20,11 @@ pub struct Config {
     pub page_users_max: u32,
     /// Pages of one master that are being handed on at the same time.
     pub pages_max: usize,
-    /// A claim that could not be handed on is due again after about so long.
+    /// A claim that could not be handed on is due again after about so long; doubles with each time in
+    /// a row, up to `redis.retry_max_ms`.
     pub defer_ms: u32,
+    /// The same where the device's node takes no more.
+    pub defer_full_ms: u32,
     /// How often it reads the table of dispatchers.
     pub nodes_refresh_ms: u64,
     /// Redis, and the times between re-sends.
@@ -47,6 +50,7 @@ impl Default for Config {
             page_users_max: 256,
             pages_max: 4,
             defer_ms: 500,
+            defer_full_ms: 2_000,
             nodes_refresh_ms: 500,
             redis: RedisConfig::default(),
             mesh: MeshConfig::default(),
@@ -69,6 +73,7 @@ impl Config {
             ("page_users_max", u64::from(self.page_users_max)),
             ("pages_max", self.pages_max as u64),
             ("defer_ms", u64::from(self.defer_ms)),
+            ("defer_full_ms", u64::from(self.defer_full_ms)),
             ("nodes_refresh_ms", self.nodes_refresh_ms),
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
@@ -76,6 +81,12 @@ impl Config {
         }
         if self.poll_idle_ms < self.poll_ms {
             return Err("poll_idle_ms must not be below poll_ms".into());
+        }
+        let longest = self.redis.retry_max_ms;
+        for (name, value) in [("defer_ms", self.defer_ms), ("defer_full_ms", self.defer_full_ms)] {
+            if u64::from(value) > longest {
+                return Err(format!("{name} must not be above redis.retry_max_ms ({longest})"));
+            }
         }
         self.admin.check()?;
         self.redis.check()?;
@@ -100,6 +111,8 @@ mod tests {
         assert_eq!(Config::default().check(), Ok(()));
         let config = Config { poll_idle_ms: 1, ..Default::default() };
         assert_eq!(config.check().unwrap_err(), "poll_idle_ms must not be below poll_ms");
+        let config = Config { defer_full_ms: 60_001, ..Default::default() };
+        assert!(config.check().unwrap_err().starts_with("defer_full_ms"));
         let config = Config { page_users_max: 0, ..Default::default() };
         assert_eq!(config.check().unwrap_err(), "page_users_max must be above zero");
     }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{Backoff, Clock as _, DeviceId, Shard, SystemClock};
-use barid_mailbox::{DeferRequest, DueDevice, DueUser, Mailbox, UserKey};
+use barid_mailbox::{DeferRequest, DeferWaits, DueDevice, DueUser, Mailbox, Unreached, UserKey};
 use barid_mesh::DispatchPool;
 use barid_runtime::{Shutdown, Sighting, Tracer};
 use barid_wire::envelope::{self, Envelope};
-use barid_wire::internal::{Resend, ResendDevice, Sampled};
+use barid_wire::internal::{Resend, ResendDevice, Sampled, Unreachable};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use rand::RngExt as _;
@@ -36,8 +36,8 @@ pub struct Lanes {
     pub page_users_max: u32,
     /// Pages of one lane handed on at the same time.
     pub pages_max: usize,
-    /// When a claim that is given back is due again, about.
-    pub defer: Duration,
+    /// When a claim that is given back is due again.
+    pub defer: DeferWaits,
     /// When to stop.
     pub shutdown: Shutdown,
 }
@@ -131,7 +131,7 @@ impl Lanes {
         self.metrics.claim_to_answer.observe(claimed.elapsed().as_secs_f64());
         let back: Vec<DeferRequest> = back.into_iter().flatten().collect();
         if !back.is_empty()
-            && let Err(error) = self.mailbox.defer(&back).await
+            && let Err(error) = self.mailbox.defer(&back, self.defer, &self.retry).await
         {
             let devices: usize = back.iter().map(|request| request.devices.len()).sum();
             self.metrics.defer_failures.inc_by(devices as u64);
@@ -173,32 +173,34 @@ impl Lanes {
             user: due.user.user.as_str().to_owned(),
             devices: devices.collect(),
         };
-        let (back, why) = match self.pool.resend(shard, resend).await {
-            Ok(unreachable) => (unreachable, "unreachable"),
-            Err(_) => ((0..due.devices.len()).collect(), "unavailable"),
+        let back = match self.pool.resend(shard, resend).await {
+            Ok(unreachable) => unreachable.into_iter().map(|(at, why)| (at, reason(why))).collect(),
+            Err(_) => (0..due.devices.len()).map(|at| (at, Unreached::Away)).collect::<Vec<_>>(),
         };
         for (index, (device, sampled)) in due.devices.iter().zip(&samples).enumerate() {
-            if !back.contains(&index) {
+            if !back.iter().any(|(at, _)| *at == index) {
                 self.metrics.resends_of(device.attempt).inc();
                 self.trace(&due.user, device, sampled.as_ref());
             }
         }
-        self.metrics.deferred.with_label_values(&[why]).inc_by(back.len() as u64);
-        let devices: Vec<DeviceId> = back
+        let devices: Vec<(DeviceId, Unreached)> = back
             .into_iter()
-            .filter_map(|index| due.devices.get(index))
-            .map(|device| device.device.clone())
+            .filter_map(|(index, why)| Some((due.devices.get(index)?.device.clone(), why)))
+            .inspect(|(_, why)| self.metrics.deferred_for(*why).inc())
             .collect();
         if devices.is_empty() {
             return None;
         }
-        let delay = self.defer.mul_f64(rand::rng().random_range(0.75..=1.25));
-        Some(DeferRequest {
-            user: due.user,
-            claimed_score: due.claimed_score,
-            devices,
-            delay_ms: u32::try_from(delay.as_millis()).unwrap_or(u32::MAX),
-        })
+        Some(DeferRequest { user: due.user, claimed_score: due.claimed_score, devices })
+    }
+}
+
+fn reason(why: Unreachable) -> Unreached {
+    match why {
+        Unreachable::Down => Unreached::Down,
+        Unreachable::Full => Unreached::Full,
+        Unreachable::Void => Unreached::Void,
+        Unreachable::Away => Unreached::Away,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Everything that a delayer counts.
 
 use barid_core::limits::RESENDS_MAX;
+use barid_mailbox::Unreached;
 use barid_mesh::MeshMetrics;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
@@ -16,8 +17,8 @@ pub struct Metrics {
     pub fired: IntCounter,
     /// Devices handed to a dispatcher, by which re-send it is: `1` to `5`, `last` above.
     pub resends: IntCounterVec,
-    /// Devices whose claim was given back, by why: `unreachable` (their node), `unavailable` (no
-    /// dispatcher answered).
+    /// Devices whose claim was given back, by why: their node is `down`, `full` or `void` (gone), or
+    /// nobody could be asked (`away`).
     pub deferred: IntCounterVec,
     /// Devices whose claim could not even be given back: they are due again a backoff later.
     pub defer_failures: IntCounter,
@@ -80,8 +81,8 @@ impl Metrics {
         };
         // All of them are there from the start, as zeros.
         (1..=RESENDS_MAX + 1).for_each(|attempt| drop(metrics.resends_of(attempt)));
-        let whys = ["unreachable", "unavailable"];
-        whys.iter().for_each(|why| drop(metrics.deferred.with_label_values(&[why])));
+        let whys = [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
+        whys.iter().for_each(|why| drop(metrics.deferred_for(*why)));
         registry.register(Box::new(metrics.fired.clone()))?;
         registry.register(Box::new(metrics.resends.clone()))?;
         registry.register(Box::new(metrics.deferred.clone()))?;
@@ -94,6 +95,17 @@ impl Metrics {
         registry.register(Box::new(metrics.poll_age_seconds.clone()))?;
         registry.register(Box::new(metrics.late_seconds.clone()))?;
         Ok(metrics)
+    }
+
+    /// The counter of claims given back for this reason.
+    pub(crate) fn deferred_for(&self, why: Unreached) -> IntCounter {
+        let label = match why {
+            Unreached::Down => "down",
+            Unreached::Full => "full",
+            Unreached::Void => "void",
+            Unreached::Away => "away",
+        };
+        self.deferred.with_label_values(&[label])
     }
 
     /// The counter of a re-send.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::Backoff;
-use barid_mailbox::{Mailbox, NodeRole, NodeTable};
+use barid_mailbox::{DeferWaits, Mailbox, NodeRole, NodeTable};
 use barid_mesh::DispatchPool;
 use barid_runtime::{Condition, Context, Stopped};
 use parking_lot::Mutex;
@@ -57,7 +57,7 @@ impl Service {
             retry: config.redis.retry().map_err(|e| Error::Config(e.to_string()))?,
             page_users_max: config.page_users_max,
             pages_max: config.pages_max,
-            defer: Duration::from_millis(config.defer_ms.into()),
+            defer: DeferWaits { base_ms: config.defer_ms, full_ms: config.defer_full_ms },
             shutdown: context.shutdown.clone(),
             mailbox,
             pool,

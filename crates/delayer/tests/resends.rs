@@ -10,16 +10,18 @@ use barid_core::{
 };
 use barid_delayer::{Config, Delayer};
 use barid_mailbox::{
-    AcceptGroup, AcceptMessage, AcceptOutcome, AckRequest, ConnectOutcome, ConnectRequest,
-    GroupOutcome, Lease, LogPosition, Mailbox, NodeRecord, NodeRole, RedisConfig, Source, UserKey,
+    AcceptGroup, AcceptMessage, AcceptOutcome, AckRequest, ConfirmRequest, ConnectOutcome,
+    ConnectRequest, DeviceState, GroupOutcome, Lease, LogPosition, Mailbox, NodeRecord, NodeRole,
+    RedisConfig, Source, UserKey,
 };
 use barid_runtime::{Context, Role as _, SecretUrl, Stopped};
 use barid_testkit::Redis;
 use barid_testkit::grpc::{FakeDispatcher, Server};
 use barid_wire::envelope::{Header, encode_body};
-use barid_wire::internal::{DispatchReply, Resend};
+use barid_wire::internal::{DispatchReply, Resend, Unreachable};
 use barid_wire::v1::Envelope;
 use bytes::Bytes;
+use futures::future::join_all;
 use parking_lot::Mutex;
 use prometheus::Registry;
 use tokio::sync::mpsc;
@@ -33,6 +35,8 @@ const SOON: Duration = Duration::from_secs(15);
 enum Nodes {
     Reached,
     Unreachable,
+    /// That life of them is over.
+    Void,
     /// The dispatcher itself does not answer.
     Silent,
 }
@@ -48,14 +52,21 @@ impl Fake {
         let told = Arc::clone(&nodes);
         let server = FakeDispatcher::start(move |batch| {
             let nodes = *told.lock();
-            let unreachable = match nodes {
-                Nodes::Reached | Nodes::Silent => vec![],
-                Nodes::Unreachable => (0..batch.resends.len() as u32).collect(),
+            let why = match nodes {
+                Nodes::Reached | Nodes::Silent => None,
+                Nodes::Unreachable => Some(Unreachable::Down),
+                Nodes::Void => Some(Unreachable::Void),
             };
+            let count = if why.is_some() { batch.resends.len() } else { 0 };
             for resend in batch.resends {
                 seen.try_send((Instant::now(), resend)).unwrap();
             }
-            (nodes != Nodes::Silent).then_some(DispatchReply { batch: batch.batch, unreachable })
+            let reply = DispatchReply {
+                batch: batch.batch,
+                unreachable: (0..count as u32).collect(),
+                why: vec![why.unwrap_or_default().into(); count],
+            };
+            (nodes != Nodes::Silent).then_some(reply)
         });
         let server = server.await.unwrap();
         let address = server.address.clone();
@@ -72,8 +83,12 @@ struct Cluster {
 
 impl Cluster {
     async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    async fn start_with(change: impl FnOnce(&mut RedisConfig)) -> Self {
         let redis = Redis::start().await.unwrap();
-        let config = RedisConfig {
+        let mut config = RedisConfig {
             url: SecretUrl::new(redis.url()),
             shards: 8,
             retry_base_ms: 300,
@@ -81,12 +96,17 @@ impl Cluster {
             retry_jitter: 0.0,
             ..Default::default()
         };
+        change(&mut config);
         let mailbox = Mailbox::open(&config, &Registry::new()).await.unwrap();
         Self { redis, mailbox, config, offset: 0 }
     }
 
     fn delayer(&self) -> (JoinHandle<Stopped>, Context) {
-        let config = Config {
+        self.delayer_with(|_| {})
+    }
+
+    fn delayer_with(&self, change: impl FnOnce(&mut Config)) -> (JoinHandle<Stopped>, Context) {
+        let mut config = Config {
             poll_ms: 10,
             poll_idle_ms: 20,
             defer_ms: 50,
@@ -94,6 +114,7 @@ impl Cluster {
             redis: self.config.clone(),
             ..Default::default()
         };
+        change(&mut config);
         let context = Context::new();
         let running = Delayer::run(config, context.clone());
         (tokio::spawn(async move { running.await.unwrap() }), context)
@@ -117,8 +138,8 @@ impl Cluster {
         (resends, fake, lease)
     }
 
-    /// An online device with one message that it does not acknowledge.
-    async fn behind(&mut self, name: &str) -> (Position, Bytes) {
+    /// A device connects.
+    async fn connect(&self, name: &str) -> Position {
         let request = ConnectRequest {
             user: user(name),
             device: DeviceId::new("phone").unwrap(),
@@ -129,7 +150,26 @@ impl Cluster {
         };
         let outcome = self.mailbox.connect(request).await.unwrap();
         let ConnectOutcome::Connected { cursor, .. } = outcome else { panic!("{outcome:?}") };
-        (cursor, self.accept(name).await)
+        cursor
+    }
+
+    async fn phone(&self, name: &str) -> DeviceState {
+        self.mailbox.inspect(&user(name)).await.unwrap().devices.remove(0)
+    }
+
+    /// CPU time that Redis has used, seconds.
+    async fn cpu_seconds(&self) -> f64 {
+        let info: String = self.redis.query(&["INFO", "cpu"]).await.unwrap();
+        let of = |name: &str| -> f64 {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap().trim().parse().unwrap()
+        };
+        of("used_cpu_user") + of("used_cpu_sys")
+    }
+
+    /// An online device with one message that it does not acknowledge.
+    async fn behind(&mut self, name: &str) -> (Position, Bytes) {
+        (self.connect(name).await, self.accept(name).await)
     }
 
     async fn accept(&mut self, name: &str) -> Bytes {
@@ -311,4 +351,79 @@ async fn a_deadline_that_cuts_claims_off_is_told_with_their_number() {
     context.shutdown.begin(Duration::from_millis(200));
     let stopped = timeout(SOON, delayer).await.unwrap().unwrap();
     assert_eq!(stopped, Stopped::Cut { what: "claims".into(), count: 1 });
+}
+
+/// A node was killed. All of its devices are behind, and none of them comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_29_the_sessions_of_a_killed_node_cost_redis_next_to_nothing() {
+    const SESSIONS: usize = 5_000;
+    let mut cluster = Cluster::start_with(|config| {
+        config.retry_max_ms = 60_000;
+        config.retry_jitter = 1.0; // as spread as they are after some minutes
+    })
+    .await;
+    let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Void).await;
+    let _drain = tokio::spawn(async move { while resends.recv().await.is_some() {} });
+    let (_delayer, context) = cluster.delayer_with(|config| {
+        *config = Config { redis: config.redis.clone(), ..Default::default() };
+    });
+    let names: Vec<String> = (0..SESSIONS).map(|n| format!("user-{n}")).collect();
+    join_all(names.iter().map(|name| cluster.connect(name))).await;
+    let window = Duration::from_secs(8);
+    let quiet = cluster.cpu_seconds().await;
+    sleep(window).await;
+    let quiet = cluster.cpu_seconds().await - quiet;
+    for name in &names {
+        cluster.accept(name).await;
+    }
+    // The first round finds out.
+    let begun = Instant::now();
+    while fired(&context) < SESSIONS as u64 {
+        assert!(begun.elapsed() < 4 * SOON, "{}", fired(&context));
+        sleep(Duration::from_millis(20)).await;
+    }
+    let (before, rounds) = (cluster.cpu_seconds().await, fired(&context));
+    sleep(window).await;
+    let (used, rounds) = (cluster.cpu_seconds().await - before, fired(&context) - rounds);
+    println!(
+        "redis: quiet {quiet:.3} s, with void sessions {used:.3} s; {rounds} rounds in {window:?}"
+    );
+    // Twice a second each they would be 80,000.
+    assert!(rounds < SESSIONS as u64 / 4, "{rounds} rounds");
+    let most = 2.0 * quiet + 0.05 * window.as_secs_f64();
+    assert!(used < most, "{used} s of redis, {quiet} s while all was quiet");
+}
+
+/// A node is out of reach for minutes, as it were, and back.
+#[tokio::test]
+async fn hazard_29_a_node_that_was_cut_off_is_sent_to_soon_after_it_confirms() {
+    let mut cluster = Cluster::start_with(|config| config.retry_max_ms = 600_000).await;
+    let (mut resends, fake, _lease) = cluster.dispatcher(Nodes::Unreachable).await;
+    let (_delayer, _context) = cluster.delayer_with(|config| config.defer_ms = 100);
+    let (cursor, _) = cluster.behind("alice").await;
+    let mut deferred = 0;
+    while deferred < 6 {
+        next(&mut resends).await;
+        let begun = Instant::now();
+        while deferred == cluster.phone("alice").await.defers {
+            assert!(begun.elapsed() < SOON, "it is given back");
+            sleep(Duration::from_millis(5)).await;
+        }
+        deferred = cluster.phone("alice").await.defers;
+    }
+    let waits = cluster.mailbox.inspect(&user("alice")).await.unwrap();
+    assert!(waits.timer_due_ms.unwrap() > waits.now_ms + 2_000, "{waits:?}");
+    *fake.nodes.lock() = Nodes::Reached;
+    let request = ConfirmRequest {
+        user: user("alice"),
+        device: DeviceId::new("phone").unwrap(),
+        session: session(),
+        attempt: Attempt(1),
+        platform: "ios".into(),
+        position: cursor,
+    };
+    cluster.mailbox.confirm(request).await.unwrap();
+    let waits = cluster.mailbox.inspect(&user("alice")).await.unwrap();
+    assert!(waits.timer_due_ms.unwrap() <= waits.now_ms + 300, "{waits:?}");
+    assert_eq!(next(&mut resends).await.1.devices[0].attempt, 1);
 }

@@ -9,6 +9,7 @@ use barid_runtime::{Hop, Sighting, Tracer};
 use barid_wire::envelope::{self, Header};
 use barid_wire::internal::{
     DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend, ResendDevice, Sampled,
+    Unreachable,
 };
 
 use crate::metrics::Metrics;
@@ -31,6 +32,9 @@ pub struct Delivery<R> {
     /// Logs sampled messages.
     pub tracer: Tracer,
 }
+
+/// A node that has been gone for so long is not one that just came.
+const SURELY_VOID: Duration = Duration::from_secs(2);
 
 /// A batch whose users are known.
 pub struct Resolved {
@@ -82,25 +86,26 @@ impl<R: Routes> Delivery<R> {
                 None => self.count_push("invalid"),
             }
         }
-        let mut unreachable = Vec::new();
+        let mut reply = DispatchReply { batch: resolved.batch, ..Default::default() };
         for (index, (resend, user)) in resolved.resends.into_iter().enumerate() {
             let reached = match user {
                 Some((user, Ok(routes))) => self.resend(&resend, &user, &routes),
                 Some((_, Err(Away))) => {
                     self.count_resend("away");
-                    false
+                    Err(Unreachable::Away)
                 }
                 None => {
                     self.count_resend("invalid");
-                    true
+                    Ok(())
                 }
             };
-            if !reached {
-                unreachable.push(u32::try_from(index).unwrap_or(u32::MAX));
+            if let Err(why) = reached {
+                reply.unreachable.push(u32::try_from(index).unwrap_or(u32::MAX));
+                reply.why.push(why.into());
             }
         }
         self.metrics.batches.inc();
-        DispatchReply { batch: resolved.batch, unreachable }
+        reply
     }
 
     fn push(&self, push: Push, user: &UserKey, routes: &[Route], now: Instant) {
@@ -181,9 +186,9 @@ impl<R: Routes> Delivery<R> {
         });
     }
 
-    /// False if some device's node could not be reached.
-    fn resend(&self, resend: &Resend, user: &UserKey, routes: &[Route]) -> bool {
-        let mut reached = true;
+    /// Why the node of one of its devices could not be reached, if that is so.
+    fn resend(&self, resend: &Resend, user: &UserKey, routes: &[Route]) -> Result<(), Unreachable> {
+        let mut reached = Ok(());
         for device in &resend.devices {
             let route = routes.iter().find(|route| route.device.as_str() == device.device);
             let same = route.filter(|route| {
@@ -214,11 +219,23 @@ impl<R: Routes> Delivery<R> {
                     if unsent == Unsent::Void {
                         self.reap_if_void(user, route);
                     }
-                    reached = false;
+                    reached = Err(self.unreachable(unsent, route));
                 }
             }
         }
         reached
+    }
+
+    /// A life that is unknown for a moment may be younger than what was read of the leases.
+    fn unreachable(&self, unsent: Unsent, route: &Route) -> Unreachable {
+        match unsent {
+            Unsent::Full => Unreachable::Full,
+            Unsent::Down => Unreachable::Down,
+            Unsent::Void => match self.nodes.void_since(&route.session) {
+                Some(since) if since >= SURELY_VOID => Unreachable::Void,
+                _ => Unreachable::Down,
+            },
+        }
     }
 
     fn reap_if_void(&self, user: &UserKey, route: &Route) {

@@ -19,7 +19,7 @@ use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use barid_mesh::LinkConfig;
 use barid_runtime::Tracer;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
-use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice};
+use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice, Unreachable};
 use parking_lot::Mutex;
 use prometheus::Registry;
 use support::{Caller, FakeNode, SOON, push, seq};
@@ -253,6 +253,7 @@ async fn one_stopped_node_delays_no_other() {
         vec![resend("alice", "phone", "stopped", 1, 1), resend("bob", "phone", "well", 1, 1)];
     let reply = caller.dispatch(DispatchBatch { resends, ..Default::default() }).await;
     assert_eq!(reply.unreachable, [0]);
+    assert_eq!(reply.why, [i32::from(Unreachable::Full)]);
     assert_eq!(well.resends(1).await[0].attempt, 2);
 }
 

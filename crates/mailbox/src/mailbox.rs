@@ -13,8 +13,8 @@ use crate::redis_clock::RedisTime;
 use crate::topology::Topology;
 use crate::{
     AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
-    ConnectRequest, DeferRequest, DisconnectRequest, DueUser, Error, GroupOutcome, Inspection,
-    Limits, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
+    ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest, DueUser, Error, GroupOutcome,
+    Inspection, Limits, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
 /// The door to Redis, cheap to clone. Single calls are coalesced into batches inside: what is
@@ -151,12 +151,17 @@ impl Mailbox {
         operations::fire(&self.topology, shards, max, retry).await
     }
 
-    /// Gives claims back, where nobody has moved the timer since.
+    /// Gives claims back, where nobody has moved the timer since. `retry` bounds the waits.
     ///
     /// # Errors
     /// [`Error::Away`]: the claims stand, and are due again at their claimed score.
-    pub async fn defer(&self, requests: &[DeferRequest]) -> Result<(), Error> {
-        operations::defer(&self.topology, requests).await
+    pub async fn defer(
+        &self,
+        requests: &[DeferRequest],
+        waits: DeferWaits,
+        retry: &Backoff,
+    ) -> Result<(), Error> {
+        operations::defer(&self.topology, requests, waits, retry).await
     }
 
     /// A user's routes as they are in Redis, for a re-send.

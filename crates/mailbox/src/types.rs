@@ -282,10 +282,30 @@ pub struct DeferRequest {
     pub user: UserKey,
     /// What `fire` returned.
     pub claimed_score: u64,
-    /// Whose attempts are taken back.
-    pub devices: Vec<DeviceId>,
-    /// Due again after so many milliseconds.
-    pub delay_ms: u32,
+    /// Whose attempts are taken back, and why.
+    pub devices: Vec<(DeviceId, Unreached)>,
+}
+
+/// Why a re-send did not reach a device's node: how long the next one waits follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unreached {
+    /// The node cannot be reached: doubles from the first wait.
+    Down,
+    /// It takes no more now: doubles from a longer one.
+    Full,
+    /// That life of it is over: the longest backoff at once.
+    Void,
+    /// Nobody could be asked: the first wait, each time.
+    Away,
+}
+
+/// The waits of claims that are given back.
+#[derive(Debug, Clone, Copy)]
+pub struct DeferWaits {
+    /// The first, ms.
+    pub base_ms: u32,
+    /// The first for a node that is full, ms.
+    pub full_ms: u32,
 }
 
 /// One entry of a user's routes.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId, Shard};
 use barid_mailbox::{NodeRecord, NodeTable};
 use barid_wire::internal::dispatcher_client::DispatcherClient;
-use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend};
+use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, Unreachable};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -125,11 +125,15 @@ impl DispatchPool {
     }
 
     /// Hands a re-send on and waits for the answer: the indices of the devices (in
-    /// `resend.devices`) whose node could not be reached.
+    /// `resend.devices`) whose node could not be reached, and why.
     ///
     /// # Errors
     /// No dispatcher took it within `push_wait_ms`, or its stream broke before it answered.
-    pub async fn resend(&self, shard: Shard, resend: Resend) -> Result<Vec<usize>, Unavailable> {
+    pub async fn resend(
+        &self,
+        shard: Shard,
+        resend: Resend,
+    ) -> Result<Vec<(usize, Unreachable)>, Unavailable> {
         let (answer, answered) = oneshot::channel();
         let item = Item::Resend { parts: split(resend), answer };
         let result = match self.inner.hand(shard, item).await {
@@ -294,7 +298,7 @@ fn split(resend: Resend) -> Vec<Resend> {
 
 enum Item {
     Push { shard: Shard, push: Push, moved: bool },
-    Resend { parts: Vec<Resend>, answer: oneshot::Sender<Vec<usize>> },
+    Resend { parts: Vec<Resend>, answer: oneshot::Sender<Vec<(usize, Unreachable)>> },
 }
 
 /// The batches of `barid.internal.v1.Dispatcher`.
@@ -305,7 +309,7 @@ struct Dispatching {
 /// What is kept of a batch: its pushes to hand on again, and who waits for which of its re-sends.
 struct SealedDispatch {
     pushes: Vec<Item>,
-    answers: Vec<(Range<usize>, oneshot::Sender<Vec<usize>>)>,
+    answers: Vec<(Range<usize>, oneshot::Sender<Vec<(usize, Unreachable)>>)>,
 }
 
 impl Protocol for Dispatching {
@@ -360,10 +364,13 @@ impl Protocol for Dispatching {
             answered.inc_by(sealed.pushes.len() as u64);
         }
         for (range, answer) in sealed.answers {
-            let unreachable = reply.unreachable.iter().map(|index| *index as usize);
-            let mine = unreachable.filter(|index| range.contains(index));
+            let unreachable = reply.unreachable.iter().enumerate();
+            let unreachable = unreachable.map(|(n, index)| (*index as usize, n));
+            let mine = unreachable.filter(|(index, _)| range.contains(index));
+            let why = |n: usize| reply.why.get(n).and_then(|why| Unreachable::try_from(*why).ok());
+            let mine = mine.map(|(index, n)| (index - range.start, why(n).unwrap_or_default()));
             // The caller may have gone: then nobody wants to know.
-            drop(answer.send(mine.map(|index| index - range.start).collect()));
+            drop(answer.send(mine.collect()));
         }
     }
 

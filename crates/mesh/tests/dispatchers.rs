@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId, Shard, ShardCount};
 use barid_mesh::{DispatchPool, LinkConfig, MeshConfig, MeshMetrics, Peer, Unavailable};
 use barid_testkit::grpc::{FakeDispatcher, Server};
-use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, ResendDevice};
+use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, ResendDevice, Unreachable};
 use prometheus::Registry;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -33,8 +33,9 @@ impl Fake {
         self.unanswered.fetch_sub(1, Ordering::SeqCst);
         let lost =
             |(index, resend): (u32, &Resend)| (resend.devices[0].device == "lost").then_some(index);
-        let unreachable = (0u32..).zip(&batch.resends).filter_map(lost).collect();
-        Some(DispatchReply { batch: batch.batch, unreachable })
+        let unreachable: Vec<u32> = (0u32..).zip(&batch.resends).filter_map(lost).collect();
+        let why = vec![Unreachable::Full.into(); unreachable.len()];
+        Some(DispatchReply { batch: batch.batch, unreachable, why })
     }
 }
 
@@ -199,7 +200,8 @@ async fn a_resend_tells_which_devices_could_not_be_reached() {
         pool.resend(shard(), resend(&["phone", "lost", "tablet", "lost"])),
         pool.resend(shard(), resend(&["lost", "phone"])),
     );
-    assert_eq!(both, (Ok(vec![1, 3]), Ok(vec![0])));
+    let full = |index| (index, Unreachable::Full);
+    assert_eq!(both, (Ok(vec![full(1), full(3)]), Ok(vec![full(0)])));
 }
 
 #[tokio::test]

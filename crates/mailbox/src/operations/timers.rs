@@ -9,7 +9,7 @@ use crate::batcher::timed_reply;
 use crate::reply::{Reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
 use crate::topology::Topology;
-use crate::{DeferRequest, DueDevice, DueUser, Error, UserKey, keys};
+use crate::{DeferRequest, DeferWaits, DueDevice, DueUser, Error, Unreached, UserKey, keys};
 
 /// Claims up to `max` due users of these shards. One shard's failure is logged and leaves the
 /// others' claims; all failing is an error.
@@ -120,20 +120,31 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
 }
 
 /// Gives claims back. Those whose timer has moved since are left alone.
-pub(crate) async fn defer(topology: &Topology, requests: &[DeferRequest]) -> Result<(), Error> {
+pub(crate) async fn defer(
+    topology: &Topology,
+    requests: &[DeferRequest],
+    waits: DeferWaits,
+    retry: &Backoff,
+) -> Result<(), Error> {
     let calls = topology.calls(requests, |request| topology.shard_of(&request.user));
-    let sent = calls.iter().map(|requests| defer_call(topology, requests));
+    let sent = calls.iter().map(|requests| defer_call(topology, requests, waits, retry));
     futures::future::join_all(sent).await.into_iter().collect()
 }
 
-async fn defer_call(topology: &Topology, requests: &[&DeferRequest]) -> Result<(), Error> {
+async fn defer_call(
+    topology: &Topology,
+    requests: &[&DeferRequest],
+    waits: DeferWaits,
+    retry: &Backoff,
+) -> Result<(), Error> {
     let mut call = Call::default();
+    call.arg(waits.base_ms).arg(waits.full_ms).arg(retry.max().as_millis()).arg(retry.jitter());
     for request in requests {
         let shard = topology.shard_of(&request.user);
         head(&mut call, shard, &request.user);
         call.key(keys::timers(shard)).arg(keys::member(&request.user.app, &request.user.user));
-        let devices: Vec<&str> = request.devices.iter().map(DeviceId::as_str).collect();
-        call.arg(request.claimed_score).arg(request.delay_ms).arg(devices.join("\0"));
+        let devices: Vec<String> = request.devices.iter().map(given_back).collect();
+        call.arg(request.claimed_score).arg(devices.join("\0"));
     }
     let shard = topology.shard_of(&requests[0].user);
     let mut replies = run(topology, shard, &scripts::DEFER, &call, requests.len()).await?;
@@ -160,4 +171,15 @@ async fn run(
     timer.observe_duration();
     let value = value.inspect_err(|error| topology.metrics().failed(script.name, error))?;
     timed_reply(value, topology.link(shard).clock(), sent).map(|(reply, _)| reply)
+}
+
+/// A device behind the letter that says why.
+fn given_back((device, why): &(DeviceId, Unreached)) -> String {
+    let letter = match why {
+        Unreached::Down => 'D',
+        Unreached::Full => 'F',
+        Unreached::Void => 'V',
+        Unreached::Away => 'A',
+    };
+    format!("{letter}{device}")
 }

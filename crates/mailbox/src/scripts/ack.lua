@@ -63,10 +63,10 @@ local function decide(k, a, v)
   d.used = NOW
   local due = d.due
   if d.seq >= h.n then
-    d.due, d.attempt = 0, 0
+    d.due, d.attempt, d.defers = 0, 0, 0
   elseif progress and due > 0 -- it is behind and has a route
     or reset and may_begin(routes, name, string.sub(ARGV[a + 2], session_at), due) then
-    d.due, d.attempt = NOW + spread(BASE, JITTER), 0
+    d.due, d.attempt, d.defers = NOW + spread(BASE, JITTER), 0, 0
   end
   if progress then trim_to_lowest(h, queue, d, others) end
   call('HSET', head, 's', head_state(h), field, device_state(d))

@@ -45,12 +45,14 @@ local function confirm(k, a)
     room = add_device(h, routes, d, others, DEVICES_MAX)
   end
   if room then
-    d.used, d.fence = NOW, attempt
     if d.seq >= h.n then
       d.due, d.attempt = 0, 0
     elseif d.due == 0 then
       d.due, d.attempt = NOW + spread(BASE, JITTER), 0
+    elseif d.defers > 0 then -- its node was out of reach
+      d.due = math.min(d.due, NOW + spread(BASE, JITTER))
     end
+    d.used, d.fence, d.defers = NOW, attempt, 0
     save(h, d)
     others[#others + 1] = d
   end

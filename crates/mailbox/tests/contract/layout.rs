@@ -3,9 +3,10 @@
 
 use barid_core::{AppId, Attempt, Chain, Epoch, Generation, Incarnation, Position, Seq, UserId};
 use barid_mailbox::{
-    AcceptOutcome, AckOutcome, ConfirmOutcome, ConnectOutcome, ConnectRequest, DeferRequest,
-    DisconnectRequest, Error, GroupOutcome, Mailbox, ReadRequest, UserKey,
+    AcceptOutcome, AckOutcome, ConfirmOutcome, ConnectOutcome, ConnectRequest, DisconnectRequest,
+    DueDevice, DueUser, Error, GroupOutcome, Mailbox, ReadRequest, Unreached, UserKey,
 };
+use bytes::Bytes;
 
 use crate::support::{
     Bed, ack, config, confirmation, connected, contract, hello, message, session,
@@ -86,13 +87,7 @@ async fn every_script(bed: &Bed, user: &UserKey, before: i64, look: impl AsyncFn
     bed.make_due(user).await;
     let due = bed.fire(user).await.expect("it is behind");
     look("fire").await;
-    let back = DeferRequest {
-        user: user.clone(),
-        claimed_score: due.claimed_score,
-        devices: vec![due.devices[0].device.clone()],
-        delay_ms: 5_000,
-    };
-    bed.mailbox.defer(&[back]).await.unwrap();
+    bed.defer(&due, Unreached::Down).await;
     look("defer").await;
     assert!(matches!(bed.ack(user, "phone", 1, 2).await, AckOutcome::Advanced { .. }));
     look("ack of all").await;
@@ -167,13 +162,15 @@ async fn hazard_36_a_mailbox_that_a_newer_version_marked_as_critical_is_left_alo
             let later = bed.timer(&user).await.expect("its time is remembered");
             let now = bed.mailbox.redis_now_ms(bed.shard(&user)).unwrap();
             assert!(later > now + 30_000, "it must not stand in the way of those who are due");
-            let back = DeferRequest {
+            let device =
+                DueDevice { device, session: session(1), attempt: 1, sampled: Bytes::new() };
+            let due = DueUser {
                 user: user.clone(),
                 claimed_score: later,
+                late_ms: 0,
                 devices: vec![device],
-                delay_ms: 1,
             };
-            bed.mailbox.defer(&[back]).await.unwrap();
+            bed.defer(&due, Unreached::Down).await;
             assert_eq!(bed.timer(&user).await, Some(later), "defer");
             assert_eq!(bed.all_of(&user).await, held, "{field} {mark:?}");
         }

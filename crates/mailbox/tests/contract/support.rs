@@ -8,8 +8,9 @@ use barid_core::{
 };
 use barid_mailbox::{
     AcceptGroup, AcceptMessage, AcceptOutcome, AckOutcome, AckRequest, ConfirmOutcome,
-    ConfirmRequest, ConnectOutcome, ConnectRequest, DeviceState, DisconnectRequest, DueUser,
-    GroupOutcome, LogPosition, Mailbox, Page, ReadRequest, RedisConfig, Source, UserKey,
+    ConfirmRequest, ConnectOutcome, ConnectRequest, DeferRequest, DeferWaits, DeviceState,
+    DisconnectRequest, DueUser, GroupOutcome, LogPosition, Mailbox, Page, ReadRequest, RedisConfig,
+    Source, Unreached, UserKey,
 };
 use barid_runtime::SecretUrl;
 use barid_testkit::redis::RedisOptions;
@@ -337,6 +338,18 @@ impl Bed {
         };
         let (head, field, value) = (self.key("h", user), format!("d:{device}"), value.to_string());
         let () = self.query(&["EVAL", script, "1", &head, &field, at, bytes, &value]).await;
+    }
+
+    /// Gives a claim back.
+    pub async fn defer(&self, due: &DueUser, why: Unreached) {
+        let request = DeferRequest {
+            user: due.user.clone(),
+            claimed_score: due.claimed_score,
+            devices: due.devices.iter().map(|due| (due.device.clone(), why)).collect(),
+        };
+        let (waits, retry) = (DeferWaits { base_ms: 500, full_ms: 2_000 }, self.config.retry());
+        let given = self.mailbox.defer(&[request], waits, &retry.unwrap()).await;
+        given.expect("defer comes through");
     }
 
     /// Claims what is due; only this user's is told. The user is a [`Bed::timed_user`].

@@ -1,9 +1,10 @@
 //! Retry timers: accept and connect arm, ack and disconnect disarm, fire claims, defer gives back.
 
-use barid_mailbox::{AcceptMessage, DeferRequest};
+use barid_core::Seq;
+use barid_mailbox::{AcceptMessage, AckOutcome, Unreached};
 use barid_wire::envelope::{self, Envelope};
 
-use crate::support::{Bed, Number, contract, message, session};
+use crate::support::{Bed, Number, confirmation, contract, message, session};
 
 contract!(
     a_message_for_an_offline_user_arms_nothing,
@@ -22,6 +23,8 @@ contract!(
     fire_drops_the_timer_of_a_forgotten_mailbox,
     hazard_19_a_time_far_ahead_is_due,
     a_disconnect_leaves_the_other_devices_timer,
+    hazard_29_a_claim_given_back_again_and_again_waits_longer_and_longer,
+    hazard_29_a_node_that_is_back_is_sent_to_at_once,
 );
 
 async fn a_message_for_an_offline_user_arms_nothing(bed: Bed) {
@@ -108,15 +111,6 @@ async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
     assert_eq!(phone.attempt, 1);
 }
 
-fn give_back(due: &barid_mailbox::DueUser, delay_ms: u32) -> DeferRequest {
-    DeferRequest {
-        user: due.user.clone(),
-        claimed_score: due.claimed_score,
-        devices: due.devices.iter().map(|due| due.device.clone()).collect(),
-        delay_ms,
-    }
-}
-
 async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
     let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
@@ -124,7 +118,7 @@ async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
     bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
     bed.ack(&user, "phone", 1, 1).await;
-    bed.mailbox.defer(&[give_back(&due, 10)]).await.unwrap();
+    bed.defer(&due, Unreached::Down).await;
     assert_eq!(bed.timer(&user).await, None);
     assert_eq!(bed.state(&user, "phone").await.unwrap().due_ms, 0);
 }
@@ -137,7 +131,7 @@ async fn a_defer_takes_the_attempt_back(bed: Bed) {
     for _ in 0..6 {
         let due = bed.fire(&user).await.unwrap();
         assert_eq!(due.devices[0].attempt, 1, "an outage inside is not the device's failure");
-        bed.mailbox.defer(&[give_back(&due, 5_000)]).await.unwrap();
+        bed.defer(&due, Unreached::Away).await;
         let timer = bed.timer(&user).await.unwrap();
         assert!(timer < due.claimed_score, "due again before the claim would have been");
         assert_eq!(bed.fire(&user).await, None);
@@ -153,7 +147,7 @@ async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
     let first = bed.fire(&user).await.unwrap();
     bed.make_due(&user).await;
     let second = bed.fire(&user).await.unwrap();
-    bed.mailbox.defer(&[give_back(&first, 10)]).await.unwrap();
+    bed.defer(&first, Unreached::Down).await;
     assert_eq!(bed.timer(&user).await, Some(second.claimed_score));
     assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 2);
 }
@@ -172,7 +166,7 @@ async fn a_defer_leaves_a_device_whose_retries_began_again(bed: Bed) {
     bed.connect(&user, "phone", 3).await;
     let began = bed.state(&user, "phone").await.unwrap();
     assert_eq!((began.attempt, bed.timer(&user).await), (0, Some(soon)));
-    bed.mailbox.defer(&[give_back(&due, 60_000)]).await.unwrap();
+    bed.defer(&due, Unreached::Void).await;
     let state = bed.state(&user, "phone").await.unwrap();
     assert_eq!((state.attempt, state.due_ms), (0, began.due_ms));
 }
@@ -259,4 +253,66 @@ async fn a_disconnect_leaves_the_other_devices_timer(bed: Bed) {
     assert_eq!(bed.timer(&user).await, Some(state.due_ms));
     bed.disconnect(&user, "tablet", 1).await;
     assert_eq!(bed.timer(&user).await, None);
+}
+
+async fn hazard_29_a_claim_given_back_again_and_again_waits_longer_and_longer(bed: Bed) {
+    let waits: [(Unreached, &[u64]); 4] = [
+        (Unreached::Down, &[500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000]),
+        (Unreached::Full, &[2_000, 4_000, 8_000, 16_000, 32_000, 60_000]),
+        (Unreached::Void, &[60_000, 60_000]),
+        (Unreached::Away, &[500, 500, 500]),
+    ];
+    for (n, (why, waits)) in waits.into_iter().enumerate() {
+        let user = bed.timed_user(&format!("alice-{n}"));
+        bed.connect(&user, "phone", 1).await;
+        bed.fill(&user, n as i64 + 1..=n as i64 + 1).await;
+        for wait in waits {
+            bed.make_due(&user).await;
+            let due = bed.fire(&user).await.unwrap();
+            assert_eq!(due.devices[0].attempt, 1);
+            let before = bed.mailbox.inspect(&user).await.unwrap().now_ms;
+            bed.defer(&due, why).await;
+            let inspection = bed.mailbox.inspect(&user).await.unwrap();
+            let timer = inspection.timer_due_ms.unwrap();
+            let due = before + wait..=inspection.now_ms + wait;
+            assert!(due.contains(&timer), "{why:?}: {timer} is not in {due:?}");
+        }
+    }
+}
+
+async fn hazard_29_a_node_that_is_back_is_sent_to_at_once(bed: Bed) {
+    let base = bed.config.retry_base_ms;
+    for (n, what) in ["confirm", "connect", "ack of some", "ack of all"].into_iter().enumerate() {
+        let user = bed.timed_user(&format!("alice-{n}"));
+        bed.connect(&user, "phone", 1).await;
+        bed.fill(&user, 10 * n as i64 + 1..=10 * n as i64 + 2).await;
+        for _ in 0..8 {
+            bed.make_due(&user).await;
+            let due = bed.fire(&user).await.unwrap();
+            bed.defer(&due, Unreached::Down).await;
+        }
+        let before = bed.mailbox.inspect(&user).await.unwrap();
+        assert!(before.timer_due_ms.unwrap() > before.now_ms + 2 * base);
+        match what {
+            "confirm" => {
+                let position = bed.position(&user, 0).await;
+                bed.confirm(confirmation(&user, "phone", 1, position)).await;
+            }
+            "connect" => drop(bed.connect(&user, "phone", 2).await),
+            "ack of some" => {
+                assert_eq!(
+                    bed.ack(&user, "phone", 1, 1).await,
+                    AckOutcome::Advanced { cursor: Seq(1) }
+                );
+            }
+            _ => drop(bed.ack(&user, "phone", 1, 2).await),
+        }
+        let after = bed.mailbox.inspect(&user).await.unwrap();
+        match after.timer_due_ms {
+            None => assert_eq!(what, "ack of all"),
+            Some(due) => assert!(due <= after.now_ms + base, "{what}"),
+        }
+        let state = bed.state(&user, "phone").await.unwrap();
+        assert_eq!((state.defers, state.attempt), (0, 0), "{what}: it begins anew");
+    }
 }

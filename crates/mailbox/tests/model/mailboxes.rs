@@ -21,6 +21,9 @@ pub const DEVICES_MAX: usize = 3;
 /// First and longest wait for an acknowledgement, ms.
 pub const RETRY_BASE: u64 = 100_000;
 pub const RETRY_MAX: u64 = 400_000;
+/// First waits of a claim that is given back, ms.
+pub const DEFER_BASE: u64 = 50_000;
+pub const DEFER_FULL: u64 = 150_000;
 /// Ids that a mailbox remembers, at least.
 const RING: usize = 56;
 
@@ -76,6 +79,18 @@ pub enum Due {
     At(u64),
     /// So many ms after the call that was just made.
     In(u64),
+    /// At that time or so many ms after the call that was just made, whichever is sooner.
+    Sooner(u64, u64),
+}
+
+impl Due {
+    /// Not later than so many ms after the call that is being made.
+    fn or_sooner(self, wait: u64) -> Self {
+        match self {
+            Self::At(time) => Self::Sooner(time, wait),
+            other => other, // nobody has looked since a call that set it
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

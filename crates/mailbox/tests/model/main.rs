@@ -71,10 +71,10 @@ pub(crate) enum Step {
     /// The node's lease lapses: it goes on under another incarnation.
     Lapse,
     /// The retry time of a user comes, for all of its devices or for one; `away`: no node hears of it,
-    /// and the claim is given back at once.
-    Fire { user: usize, only: Option<usize>, away: bool },
+    /// for one of the reasons, and the claim is given back at once.
+    Fire { user: usize, only: Option<usize>, away: Option<usize> },
     /// A claim is given back.
-    Defer { nth: usize },
+    Defer { nth: usize, why: usize },
     /// An acknowledgement that was sent some while ago arrives (again).
     AckLate { nth: usize },
     /// A mailbox expires.
@@ -168,9 +168,9 @@ impl ReferenceStateMachine for Anything {
             10 => (0..STRANGERS, calls(), claims())
                 .prop_map(|(who, call, claim)| Step::Stranger { who, call, claim }),
             1 => Just(Step::Lapse),
-            7 => (user.clone(), prop::option::weighted(0.4, 0..4_usize), prop::bool::weighted(0.3))
+            7 => (user.clone(), prop::option::weighted(0.4, 0..4_usize), prop::option::weighted(0.3, 0..4_usize))
                 .prop_map(|(user, only, away)| Step::Fire { user, only, away }),
-            3 => (0..3_usize).prop_map(|nth| Step::Defer { nth }),
+            3 => (0..3_usize, 0..4_usize).prop_map(|(nth, why)| Step::Defer { nth, why }),
             4 => (0..6_usize).prop_map(|nth| Step::AckLate { nth }),
             1 => user.clone().prop_map(|user| Step::Expire { user }),
             4 => (1..5_u64).prop_map(|quarters| Step::GrowOld { quarters }),

@@ -55,6 +55,7 @@ pub struct HeldDevice {
     pub attempt: u64,
     pub used: u64,
     pub fence: u64,
+    pub defers: u64,
 }
 
 type Fields = Vec<(Vec<u8>, Vec<u8>)>;
@@ -205,10 +206,10 @@ fn held((head, queue, routes, timer, head_at, queue_at): Raw, now: u64) -> Held 
     let name = |slot: u64| field(format!("n{slot}").as_bytes()).map(|name| text(name));
     let device = |name: String| {
         let state = numbers(field(format!("d:{name}").as_bytes())?, &DEVICE);
-        let [seq, chain, generation, due, attempt, used, fence, _defers] = state[..] else {
+        let [seq, chain, generation, due, attempt, used, fence, defers] = state[..] else {
             panic!("the state of a device: {state:?}");
         };
-        Some(HeldDevice { name, seq, chain, generation, due, attempt, used, fence })
+        Some(HeldDevice { name, seq, chain, generation, due, attempt, used, fence, defers })
     };
     assert_eq!(name(known), None, "a device is named that is not known");
     let packed = head.iter().all(|(field, value)| field.len() <= 64 && value.len() <= 64);

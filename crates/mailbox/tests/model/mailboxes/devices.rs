@@ -1,8 +1,11 @@
 //! A mailbox's devices: cursors, routes, retries. One function a script.
 
 use barid_core::Chain;
+use barid_mailbox::Unreached;
 
-use super::{DEVICES_MAX, Due, Life, Mailbox, RETRY_BASE, RETRY_MAX, Timer};
+use super::{
+    DEFER_BASE, DEFER_FULL, DEVICES_MAX, Due, Life, Mailbox, RETRY_BASE, RETRY_MAX, Timer,
+};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
@@ -17,6 +20,8 @@ pub struct Device {
     pub used: Option<u64>,
     /// Its last connection attempt.
     pub fence: u64,
+    /// How often in a row a re-send did not reach its node.
+    pub defers: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +114,7 @@ impl Mailbox {
         };
         device.due = if device.seq < self.newest() { Due::In(RETRY_BASE) } else { Due::Never };
         (device.attempt, device.used, device.fence) = (0, None, hello.route.attempt);
+        device.defers = 0;
         let chain = chain.or(self.chain_at(read_from)).expect("a place in the history");
         let generation = device.generation;
         self.save(device);
@@ -169,7 +175,10 @@ impl Mailbox {
                 (device.due, device.attempt) = (Due::Never, 0);
             } else if device.due == Due::Never {
                 (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+            } else if device.defers > 0 {
+                device.due = device.due.or_sooner(RETRY_BASE);
             }
+            device.defers = 0;
             self.save(device);
         }
         self.routes.insert(name, hello.route);
@@ -216,9 +225,9 @@ impl Mailbox {
         });
         let before = device.due;
         if device.seq >= self.newest() {
-            (device.due, device.attempt) = (Due::Never, 0);
+            (device.due, device.attempt, device.defers) = (Due::Never, 0, 0);
         } else if progress && device.due != Due::Never || reset && begins {
-            (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+            (device.due, device.attempt, device.defers) = (Due::In(RETRY_BASE), 0, 0);
         }
         if device.due != before {
             self.timer = Timer::Earliest;
@@ -245,6 +254,7 @@ impl Mailbox {
         self.routes.remove(name);
         if let Some(device) = self.devices.iter_mut().find(|device| device.name == name) {
             (device.used, device.due, device.attempt) = (None, Due::Never, 0);
+            device.defers = 0;
             self.timer = Timer::Earliest;
         }
     }
@@ -288,15 +298,22 @@ impl Mailbox {
     }
 
     /// A claim is given back, if nobody has moved the timer since.
-    pub fn defer(&mut self, score: u64, names: &[String], delay: u64) {
+    pub fn defer(&mut self, score: u64, names: &[String], why: Unreached) {
         if self.timer != Timer::At(score) || self.life == Life::None {
             return;
         }
         for device in &mut self.devices {
             let given = names.iter().any(|name| name == device.name);
             if given && device.due != Due::Never && device.attempt > 0 {
+                let (first, times) = match why {
+                    Unreached::Away => (DEFER_BASE, 0),
+                    Unreached::Down => (DEFER_BASE, device.defers),
+                    Unreached::Full => (DEFER_FULL, device.defers),
+                    Unreached::Void => (RETRY_MAX, 0),
+                };
                 device.attempt -= 1;
-                device.due = Due::In(delay);
+                device.due = Due::In((first << times.min(10)).min(RETRY_MAX));
+                device.defers += u32::from(why != Unreached::Away);
             }
         }
         self.timer = Timer::Earliest;
@@ -305,7 +322,16 @@ impl Mailbox {
     /// Nothing is known of it: everything that is kept is before it.
     fn unknown(&self, name: &'static str, generation: u32) -> Device {
         let seq = self.oldest - 1;
-        Device { name, seq, generation, due: Due::Never, attempt: 0, used: None, fence: 0 }
+        Device {
+            name,
+            seq,
+            generation,
+            due: Due::Never,
+            attempt: 0,
+            used: None,
+            fence: 0,
+            defers: 0,
+        }
     }
 
     /// To before the oldest that is kept; what was sent before is void.

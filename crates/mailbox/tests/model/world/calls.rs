@@ -3,20 +3,18 @@
 use barid_core::{Position, Seq};
 use barid_mailbox::{
     AcceptOutcome, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
-    ConnectRequest, DeferRequest, DisconnectRequest, DueUser, GroupOutcome, Page, ReadRequest,
-    UserKey,
+    ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest, DueUser, GroupOutcome, Page,
+    ReadRequest, Unreached, UserKey,
 };
 
 use super::{
     Checked, USERS, World, accept_group, attempt, check, device_id, session_ref, text, user_key,
 };
-use crate::mailboxes::{Acked, Connected, Expected, Hello, Life, Place};
+use crate::mailboxes::{Acked, Connected, DEFER_BASE, DEFER_FULL, Expected, Hello, Life, Place};
 use crate::purger::Group;
 
 /// Entries of a page.
 const PAGE: u64 = 3;
-/// When a claim that was given back is due, ms from then.
-const DEFER_MS: u32 = 1_000;
 
 impl World<'_> {
     /// Returns what the shard knows, if there was a gap.
@@ -242,18 +240,19 @@ impl World<'_> {
         Ok(due)
     }
 
-    pub(super) async fn call_defer(&mut self, claim: DueUser) -> Checked {
+    pub(super) async fn call_defer(&mut self, claim: DueUser, why: Unreached) -> Checked {
         let names: Vec<String> =
             claim.devices.iter().map(|due| due.device.as_str().to_owned()).collect();
         let mailbox = &mut self.now.boxes[index(&claim.user)?];
-        mailbox.defer(claim.claimed_score, &names, u64::from(DEFER_MS));
+        mailbox.defer(claim.claimed_score, &names, why);
         let request = DeferRequest {
             user: claim.user,
             claimed_score: claim.claimed_score,
-            devices: claim.devices.into_iter().map(|due| due.device).collect(),
-            delay_ms: DEFER_MS,
+            devices: claim.devices.into_iter().map(|due| (due.device, why)).collect(),
         };
-        self.store.mailbox.defer(std::slice::from_ref(&request)).await.map_err(text)?;
+        let waits = DeferWaits { base_ms: DEFER_BASE as u32, full_ms: DEFER_FULL as u32 };
+        let retry = self.store.config.retry().map_err(|error| error.to_string())?;
+        self.store.mailbox.defer(&[request], waits, &retry).await.map_err(text)?;
         self.look().await
     }
 

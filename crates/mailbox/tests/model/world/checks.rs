@@ -179,11 +179,15 @@ fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
             && Some(seen.chain) == chain
             && seen.generation == u64::from(device.generation)
             && seen.attempt == u64::from(device.attempt)
-            && seen.fence == device.fence;
+            && seen.fence == device.fence
+            && seen.defers == u64::from(device.defers);
         let due = match device.due {
             Due::Never => seen.due == 0,
             Due::At(time) => seen.due == time,
             Due::In(wait) => (since + wait..=held.now + wait).contains(&seen.due),
+            Due::Sooner(time, wait) => {
+                (time.min(since + wait)..=time.min(held.now + wait)).contains(&seen.due)
+            }
         };
         let used = match device.used {
             Some(time) => seen.used == time,

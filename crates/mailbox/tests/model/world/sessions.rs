@@ -1,12 +1,16 @@
 //! Devices and the node: connects, pushes, reads, acknowledgements, re-sends.
 
 use barid_core::Seq;
-use barid_mailbox::{AckRequest, ConnectOutcome, DisconnectRequest, DueDevice};
+use barid_mailbox::{AckRequest, ConnectOutcome, DisconnectRequest, DueDevice, Unreached};
 
 use super::calls::place;
 use super::{CLIENTS, Checked, World, check, device_id, device_of, session_ref, user_key, user_of};
 use crate::mailboxes::{Hello, Route};
 use crate::session::{Mark, Next, Out, Session};
+
+/// Why a claim is given back.
+const UNREACHED: [Unreached; 4] =
+    [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
 
 impl World<'_> {
     /// A push reaches the node: every session of the user, also those of a device that has left.
@@ -209,11 +213,16 @@ impl World<'_> {
     }
 
     /// The delayer claims, and the node hears of it.
-    pub(super) async fn fire(&mut self, user: usize, only: Option<&str>, away: bool) -> Checked {
+    pub(super) async fn fire(
+        &mut self,
+        user: usize,
+        only: Option<&str>,
+        away: Option<usize>,
+    ) -> Checked {
         let due = self.call_fire(user, only).await?;
-        if away {
+        if let Some(why) = away {
             for claim in &due {
-                self.call_defer(claim.clone()).await?;
+                self.call_defer(claim.clone(), UNREACHED[why]).await?;
             }
             return Ok(());
         }
@@ -237,9 +246,9 @@ impl World<'_> {
     }
 
     /// A claim is given back, however late, and perhaps once more.
-    pub(super) async fn defer(&mut self, nth: usize) -> Checked {
+    pub(super) async fn defer(&mut self, nth: usize, why: usize) -> Checked {
         match self.claims.iter().rev().nth(nth).cloned() {
-            Some(claim) => self.call_defer(claim).await,
+            Some(claim) => self.call_defer(claim, UNREACHED[why]).await,
             None => Ok(()),
         }
     }

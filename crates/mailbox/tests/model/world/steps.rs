@@ -62,7 +62,7 @@ impl World<'_> {
             Step::Fire { user, only, away } => {
                 self.fire(user, only.map(|device| NAMES[device]), away).await?;
             }
-            Step::Defer { nth } => self.defer(nth).await?,
+            Step::Defer { nth, why } => self.defer(nth, why).await?,
             Step::DisconnectLate { nth } => self.disconnect_late(nth).await?,
             Step::Stranger { who, call, ref claim } => self.stranger(who, call, claim).await?,
             Step::Lapse => self.incarnation += 1,
@@ -202,7 +202,7 @@ impl World<'_> {
         self.pushes.iter_mut().for_each(|pushes| pushes.clear());
         self.look().await?;
         for user in 0..USERS {
-            self.fire(user, None, false).await?;
+            self.fire(user, None, None).await?;
         }
         for client in 0..CLIENTS {
             self.exhaust(client).await?;
