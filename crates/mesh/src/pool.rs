@@ -298,7 +298,7 @@ fn split(resend: Resend) -> Vec<Resend> {
 
 enum Item {
     Push { shard: Shard, push: Push, moved: bool },
-    Resend { parts: Vec<Resend>, answer: oneshot::Sender<Vec<(usize, Unreachable)>> },
+    Resend { parts: Vec<Resend>, answer: Answer },
 }
 
 /// The batches of `barid.internal.v1.Dispatcher`.
@@ -306,10 +306,13 @@ struct Dispatching {
     pool: Weak<Inner>,
 }
 
+/// Where it is told which devices of a re-send were not reached, and why.
+type Answer = oneshot::Sender<Vec<(usize, Unreachable)>>;
+
 /// What is kept of a batch: its pushes to hand on again, and who waits for which of its re-sends.
 struct SealedDispatch {
     pushes: Vec<Item>,
-    answers: Vec<(Range<usize>, oneshot::Sender<Vec<(usize, Unreachable)>>)>,
+    answers: Vec<(Range<usize>, Answer)>,
 }
 
 impl Protocol for Dispatching {
