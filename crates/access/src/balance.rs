@@ -167,6 +167,7 @@ mod tests {
             zone: zone.into(),
             admin: String::new(),
             devices: format!("ws://{id}/v1/connect"),
+            confirmed: true,
         }
     }
 

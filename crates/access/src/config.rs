@@ -50,6 +50,9 @@ pub struct Config {
     pub advertise_url: String,
     /// How long the node's lease holds without renewal, ms.
     pub lease_ttl_ms: u64,
+    /// How long dispatchers keep the routes of a node whose lease ended, as their `void_after_seconds`
+    /// says. A node that could not renew its lease for longer than half of it begins another life.
+    pub void_after_seconds: u64,
     /// Redis.
     pub redis: RedisConfig,
     /// Who may connect.
@@ -433,6 +436,7 @@ impl Default for Config {
             advertise: String::new(),
             advertise_url: String::new(),
             lease_ttl_ms: 10_000,
+            void_after_seconds: 600,
             redis: RedisConfig::default(),
             auth: AuthConfig::default(),
             tls: TlsConfig::default(),
@@ -526,6 +530,7 @@ impl Config {
             advertise: self.advertise.clone(),
             zone: self.zone.clone(),
             ttl: Duration::from_millis(self.lease_ttl_ms),
+            void_after: Duration::from_secs(self.void_after_seconds),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use barid_core::{AppId, CloseCode, ConnectionId, DeviceId, GroupId, UserId};
+use barid_core::{
+    AppId, CloseCode, ConnectionId, DeviceId, GroupId, Incarnation, SessionRef, UserId,
+};
 use barid_mailbox::{DisconnectRequest, UserKey};
 use barid_wire::internal::access_peer_server::AccessPeer;
 use barid_wire::internal::access_server::Access;
@@ -67,7 +69,7 @@ impl AccessPeer for AccessService {
         let invalid = || Status::invalid_argument("not a user");
         let key = user_key(&app, &user).ok_or_else(invalid)?;
         let handle = self.node.registry.get(&key, ConnectionId(connection));
-        let closed = incarnation == self.node.incarnation().0
+        let closed = self.node.lived_as(Incarnation(incarnation))
             && handle.is_some_and(|handle| {
                 let same = handle.device().as_str() == device;
                 if same {
@@ -81,7 +83,8 @@ impl AccessPeer for AccessService {
 }
 
 fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
-    let mine = batch.incarnation == node.incarnation().0;
+    let incarnation = Incarnation(batch.incarnation);
+    let mine = node.lived_as(incarnation);
     let (mut gone, mut waiting) = (Vec::new(), Vec::new());
     fan_out(node, batch.fanouts);
     for push in batch.pushes {
@@ -94,7 +97,7 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
     }
     node.metrics.gone.inc_by(gone.len() as u64);
     if mine && !gone.is_empty() {
-        forget(node, forgetting, gone.clone());
+        forget(node, forgetting, incarnation, gone.clone());
     }
     NodeReply { batch: batch.batch, gone }
 }
@@ -189,8 +192,13 @@ fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Go
     }
 }
 
-/// Removes routes that name this node's life and connections that are not there.
-fn forget(node: &Arc<Node>, forgetting: &Arc<Semaphore>, gone: Vec<Gone>) {
+/// Removes routes that name a life of this process and connections that are not there.
+fn forget(
+    node: &Arc<Node>,
+    forgetting: &Arc<Semaphore>,
+    incarnation: Incarnation,
+    gone: Vec<Gone>,
+) {
     // Too many at once: the next push to them finds out again.
     let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else {
         return node.metrics.limit("forgets");
@@ -199,15 +207,15 @@ fn forget(node: &Arc<Node>, forgetting: &Arc<Semaphore>, gone: Vec<Gone>) {
     tokio::spawn(async move {
         let _permit = permit;
         for gone in gone {
-            forget_one(&node, gone).await;
+            forget_one(&node, incarnation, gone).await;
         }
     });
 }
 
-async fn forget_one(node: &Node, gone: Gone) {
+async fn forget_one(node: &Node, incarnation: Incarnation, gone: Gone) {
     let Some(user) = user_key(&gone.app, &gone.user) else { return };
     let connection = ConnectionId(gone.connection);
-    let session = node.session(connection);
+    let session = SessionRef { node: node.id.clone(), incarnation, connection };
     let device = match DeviceId::new(&gone.device) {
         Ok(device) => Some(device),
         Err(_) => match node.mailbox.read_routes(&user).await {

@@ -3,7 +3,7 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use barid_core::{Attempt, ConnectionId, DeviceId};
@@ -116,6 +116,7 @@ pub struct Handle {
     slotted: AtomicU32,
     place: AtomicU32,
     queued_bytes: AtomicU32,
+    confirmed_life: AtomicU64,
 }
 
 /// What became of a push to a session.
@@ -145,7 +146,18 @@ impl Handle {
             slotted: AtomicU32::new(Seconds::MAX),
             place: AtomicU32::new(0),
             queued_bytes: AtomicU32::new(0),
+            confirmed_life: AtomicU64::new(0),
         }
+    }
+
+    /// The last life of the node that a confirmation of this session named; 0: none.
+    pub fn confirmed_life(&self) -> u64 {
+        self.confirmed_life.load(Ordering::Relaxed)
+    }
+
+    /// A confirmation that named this life was answered.
+    pub fn set_confirmed_life(&self, incarnation: u64) {
+        self.confirmed_life.fetch_max(incarnation, Ordering::Relaxed);
     }
 
     /// Whose it is.

@@ -37,6 +37,7 @@ pub struct Node {
     pub fanout: Fanout,
     /// Their clocks.
     pub wheel: Wheel,
+    first_incarnation: Incarnation,
     incarnation: AtomicU64,
     connections: AtomicU64,
     seconds: AtomicU32,
@@ -98,6 +99,7 @@ impl Node {
             parts,
             registry: Registry::new(),
             wheel: Wheel::new(),
+            first_incarnation: incarnation,
             incarnation: AtomicU64::new(incarnation.0),
             connections: AtomicU64::new(0),
             seconds: AtomicU32::new(0),
@@ -110,6 +112,13 @@ impl Node {
     /// The life that routes name now.
     pub fn incarnation(&self) -> Incarnation {
         Incarnation(self.incarnation.load(Ordering::Acquire))
+    }
+
+    /// Whether a route of this life may be of a session that is here. Connections are numbered over all
+    /// lives of the process, and a session that lives on into another life is found by its number
+    /// before its route names that.
+    pub fn lived_as(&self, incarnation: Incarnation) -> bool {
+        (self.first_incarnation..=self.incarnation()).contains(&incarnation)
     }
 
     /// Begins another life.

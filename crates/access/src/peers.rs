@@ -70,9 +70,8 @@ async fn try_close(
     request: &CloseRequest,
 ) -> Result<(), String> {
     let address = match nodes.snapshot().iter().find(|node| node.id == session.node) {
-        // Another life of the node: the session ended with the one before.
-        Some(node) if node.incarnation > session.incarnation => return Ok(()),
-        Some(node) if node.incarnation == session.incarnation => node.address.clone(),
+        // In another life of the process the session may live on; the node knows.
+        Some(node) if node.incarnation >= session.incarnation => node.address.clone(),
         _ => return Err("the node is not in the table".into()),
     };
     call(&address, request.clone()).await

@@ -1,8 +1,7 @@
 //! Puts a node together, keeps its lease and its sessions confirmed, and drains it.
 
-use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use barid_bus::{Producer, Receipts};
@@ -22,9 +21,9 @@ use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::balance::Shedding;
 use crate::config::Config;
+use crate::confirming::Confirming;
 use crate::error::Error;
 use crate::grpc::AccessService;
-use crate::handle::Handle;
 use crate::kick::AdminService;
 use crate::memory::{self, Marks};
 use crate::metrics::Metrics;
@@ -129,11 +128,12 @@ async fn build(
     context.announce("grpc", grpc);
     let lease = config.lease();
     let admin = context.announcements().get("admin");
-    let mut record =
-        lease.record(NodeRole::Access, grpc, admin, new_incarnation(Incarnation(0)))?;
+    let incarnation = Incarnation(SystemClock.now_ms());
+    let mut record = lease.record(NodeRole::Access, grpc, admin, incarnation)?;
     record.devices = config.devices_url(devices);
-    let acquire = || Lease::acquire(&mailbox, record.clone(), lease.ttl);
+    let acquire = || lease.acquire(&mailbox, record.clone());
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
+    let incarnation = held.record().incarnation;
     let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));
     let node = Node::new(
         Parts {
@@ -161,7 +161,7 @@ async fn build(
             shutdown: context.shutdown.clone(),
             peers,
         },
-        record.incarnation,
+        incarnation,
     );
     node.verifier.refresh().await;
     Ok(Some((Arc::new(node), held)))
@@ -173,11 +173,6 @@ fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Erro
     }
     let producer = Producer::new(&config.kafka)?;
     Ok(Some(Receipts::new(producer, &config.kafka, metrics.receipts_dropped.clone())))
-}
-
-/// Ordered, so that others can tell an earlier life from a later one.
-fn new_incarnation(last: Incarnation) -> Incarnation {
-    Incarnation(SystemClock.now_ms().max(last.0 + 1))
 }
 
 async fn tick(node: Arc<Node>, wheel: Condition) -> &'static str {
@@ -238,94 +233,38 @@ fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listen
 
 /// Keeps the node's life and its sessions' routes true. Never returns.
 async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
-    let mut confirming = Confirming::new(config);
+    let mut confirming = Confirming::new(&config.sync, PACE);
     let mut shedding = Shedding::new(config.balance.clone(), config.zone.clone());
-    let mut next = node.incarnation();
     let mut pace = interval(PACE);
     let mut look = interval(LOOK);
     loop {
         tokio::select! {
             event = lease.next_event() => match event {
-                LeaseEvent::Lapsed => {
-                    next = new_incarnation(next);
-                    tracing::warn!(incarnation = next.0, "lease lapsed: a new life begins");
-                    lease.renew_as(next);
-                }
-                LeaseEvent::Renewed => {
+                LeaseEvent::Lapsed => {}
+                LeaseEvent::NewLife(incarnation) => {
                     // Routes of the new life are written only after its lease.
-                    node.set_incarnation(next);
-                    confirming.all(node);
+                    node.set_incarnation(incarnation);
+                    confirming.begin_life(node, incarnation);
                 }
-                LeaseEvent::Reconnected => {
-                    tracing::info!("new connection to redis: confirming sessions");
-                    confirming.all(node);
+                LeaseEvent::WasGone => confirming.all(node),
+                LeaseEvent::Forgot(shards) => {
+                    tracing::info!(shards = shards.len(), "confirming the sessions of shards");
+                    confirming.of(node, shards);
                 }
             },
-            _ = pace.tick() => confirming.go_on(node),
+            _ = pace.tick() => {
+                confirming.go_on(node);
+                if let Some(incarnation) = confirming.finished_life() {
+                    tracing::info!(incarnation = incarnation.0, "every session is confirmed");
+                    lease.set_confirmed(incarnation);
+                }
+            }
             _ = look.tick() => {
                 condition.ready();
                 lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
                 shedding.go_on(node);
             }
         }
-    }
-}
-
-/// Confirms sessions at a bounded rate.
-struct Confirming {
-    waiting: VecDeque<Weak<Handle>>,
-    again: bool,
-    per_pace: usize,
-    urgent_per_pace: usize,
-    every: Duration,
-    next: Instant,
-}
-
-impl Confirming {
-    fn new(config: &Config) -> Self {
-        let every = Duration::from_secs(config.sync.confirm_interval_seconds);
-        let urgent = f64::from(config.sync.confirms_per_second) * PACE.as_secs_f64();
-        Self {
-            waiting: VecDeque::new(),
-            again: false,
-            per_pace: 0,
-            urgent_per_pace: (urgent.ceil() as usize).max(1),
-            every,
-            next: Instant::now() + every,
-        }
-    }
-
-    /// All of them, as fast as is allowed. A round that is under way is finished first: nobody
-    /// starves where this is asked for again and again.
-    fn all(&mut self, node: &Node) {
-        self.again = !self.waiting.is_empty();
-        if !self.again {
-            self.fill(node);
-        }
-        self.per_pace = self.urgent_per_pace;
-    }
-
-    fn go_on(&mut self, node: &Node) {
-        if self.waiting.is_empty() && std::mem::take(&mut self.again) {
-            self.fill(node);
-        } else if self.waiting.is_empty() && Instant::now() >= self.next {
-            self.fill(node);
-            // Spread over half the interval.
-            let paces = (self.every.as_secs_f64() / 2.0 / PACE.as_secs_f64()).max(1.0);
-            let calm = (self.waiting.len() as f64 / paces).ceil() as usize;
-            self.per_pace = calm.clamp(1, self.urgent_per_pace);
-        }
-        for _ in 0..self.per_pace {
-            let Some(handle) = self.waiting.pop_front() else { return };
-            if let Some(handle) = handle.upgrade() {
-                handle.tell(|inbox| inbox.confirm = true);
-            }
-        }
-    }
-
-    fn fill(&mut self, node: &Node) {
-        self.waiting = node.registry.all().iter().map(Arc::downgrade).collect();
-        self.next = Instant::now() + self.every;
     }
 }
 

@@ -202,6 +202,7 @@ mod tests {
             zone: String::new(),
             admin: String::new(),
             devices: String::new(),
+            confirmed: true,
         }
     }
 

@@ -133,6 +133,7 @@ impl Cluster {
             zone: String::new(),
             admin: String::new(),
             devices: String::new(),
+            confirmed: true,
         };
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (resends, fake, lease)

@@ -144,6 +144,7 @@ impl Config {
             advertise: self.advertise.clone(),
             zone: self.zone.clone(),
             ttl: Duration::from_millis(self.lease_ttl_ms),
+            void_after: Duration::from_secs(self.void_after_seconds),
         }
     }
 

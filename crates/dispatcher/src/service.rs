@@ -3,14 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{Incarnation, NodeId};
+use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
 use barid_runtime::{Condition, Context, Stopped, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
-use rand::RngExt as _;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -91,18 +90,19 @@ impl Service {
         let door = Door::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
         let address = listen(&config, &context, &door, &stop, &mut tasks).await?;
-        let (lease, ttl) = (config.lease(), config.lease().ttl);
+        let lease = config.lease();
         let admin = context.announcements().get("admin");
-        let record = lease.record(NodeRole::Dispatcher, address, admin, new_incarnation())?;
-        let take = || Lease::acquire(&mailbox, record.clone(), ttl);
-        let Some(lease) = context.until_there(&redis, RedisError::is_away, take).await? else {
+        let incarnation = Incarnation(SystemClock.now_ms());
+        let record = lease.record(NodeRole::Dispatcher, address, admin, incarnation)?;
+        let take = || lease.acquire(&mailbox, record.clone());
+        let Some(held) = context.until_there(&redis, RedisError::is_away, take).await? else {
             return Ok(None);
         };
         tracing::info!(node = %record.id, address = record.address, "took a lease");
-        lease.report_to(&context.health, ttl);
+        held.report_to(&context.health, lease.ttl);
         tasks.spawn(watch_batches(door.clone(), batches));
         context.announce_done();
-        Ok(Some(Self { config, context, whole, lease, door, nodes, stop, tasks }))
+        Ok(Some(Self { config, context, whole, lease: held, door, nodes, stop, tasks }))
     }
 }
 
@@ -122,11 +122,11 @@ impl Service {
         self.drain().await
     }
 
-    /// A dispatcher's life means nothing to anybody: a lapsed lease is simply taken again.
+    /// No route names a dispatcher: another life has nothing to confirm.
     fn keep_lease(&self, event: LeaseEvent) {
         match event {
-            LeaseEvent::Lapsed => self.lease.renew_as(new_incarnation()),
-            LeaseEvent::Renewed | LeaseEvent::Reconnected => {}
+            LeaseEvent::NewLife(incarnation) => self.lease.set_confirmed(incarnation),
+            LeaseEvent::Lapsed | LeaseEvent::WasGone | LeaseEvent::Forgot(_) => {}
         }
     }
 
@@ -227,11 +227,6 @@ async fn listen(
         "the gRPC server"
     });
     Ok(address)
-}
-
-/// Below 2^53, as every number in Redis.
-fn new_incarnation() -> Incarnation {
-    Incarnation(rand::rng().random_range(1..=barid_core::limits::WIRE_NUMBER_MAX))
 }
 
 async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) -> &'static str {

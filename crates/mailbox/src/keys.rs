@@ -7,12 +7,17 @@ use crate::UserKey;
 /// Shard count and schema version.
 pub(crate) const META: &str = "barid:meta";
 
-/// Ids of nodes, scored by when their leases end.
-pub(crate) const NODES: &str = "barid:nodes";
+/// Ids of nodes, where processes of layout 2 have them.
+pub(crate) const NODES_OF_LAYOUT_2: &str = "barid:nodes";
 
 /// A node's lease.
 pub(crate) fn node(id: &str) -> String {
     format!("barid:node:{id}")
+}
+
+/// Copies of all leases beside a shard: whichever masters answer, some of these do.
+pub(crate) fn copies(shard: Shard) -> String {
+    format!("{{{shard}}}:n")
 }
 
 pub(crate) fn head(shard: Shard, app: &AppId, user: &UserId) -> String {

@@ -1,22 +1,29 @@
 //! A node's lease: what makes its routes valid.
 
+pub(crate) mod life;
+pub(crate) mod places;
+pub(crate) mod record;
+
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use barid_core::{Incarnation, InvalidName, NodeId};
+use barid_core::{Clock as _, Incarnation, InvalidName, NodeId, Shard, SystemClock};
 use barid_runtime::{Condition, Health};
-use redis::Value;
-use tokio::sync::{broadcast, mpsc, watch};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::scripts::{self, Call};
-use crate::topology::Topology;
-use crate::{Error, Mailbox, keys};
+use self::life::{Life, News, Place};
+use self::places::{State, Writing};
+use crate::{Error, Mailbox};
 
-/// How long an id stays in the index after its lease ended.
-const INDEX_KEPT: Duration = Duration::from_secs(3600);
+/// How long the routes of a node that is gone are kept, unless told otherwise.
+const VOID_AFTER: Duration = Duration::from_secs(600);
+/// A day: routes of a node that will not come back cost a re-send each until then.
+const VOID_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// What kind of node it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,7 +56,8 @@ pub struct NodeRecord {
     pub role: NodeRole,
     /// Its gRPC `host:port`.
     pub address: String,
-    /// Its life: a restart or a lapsed lease makes a new one.
+    /// Its life: a restart makes a new one, and a lapse for longer than half of the time for which
+    /// others keep the routes of a node that is gone. A later one is greater.
     pub incarnation: Incarnation,
     /// Sessions it holds.
     pub load: u64,
@@ -61,6 +69,9 @@ pub struct NodeRecord {
     pub admin: String,
     /// The URL at which devices connect; empty: not told, or they do not.
     pub devices: String,
+    /// No route of an earlier life of this node is good: each session that lived on into this life has
+    /// written its route anew. A process that has just started has none.
+    pub confirmed: bool,
 }
 
 /// What an operator says of a node's lease, under the keys of these names.
@@ -74,6 +85,8 @@ pub struct LeaseConfig {
     pub zone: String,
     /// `lease_ttl_ms`: how long the lease lives without renewal.
     pub ttl: Duration,
+    /// `void_after_seconds`: how long dispatchers keep the routes of a node whose lease ended.
+    pub void_after: Duration,
 }
 
 impl LeaseConfig {
@@ -85,6 +98,15 @@ impl LeaseConfig {
         if self.ttl.is_zero() {
             return Err("lease_ttl_ms must be above zero".into());
         }
+        if self.void_after > VOID_AFTER_MAX {
+            return Err(format!("void_after_seconds must be at most {}", VOID_AFTER_MAX.as_secs()));
+        }
+        if self.ttl > self.void_after / 2 {
+            return Err(format!(
+                "lease_ttl_ms must be at most half of void_after_seconds, {}",
+                self.void_after.as_millis() / 2
+            ));
+        }
         if !self.node.is_empty() {
             NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
         }
@@ -92,6 +114,15 @@ impl LeaseConfig {
             return Err(format!("advertise must be set where {key} names no address"));
         }
         Ok(())
+    }
+
+    /// Takes the lease and renews it every third of `ttl`. The incarnation that it stands under may be
+    /// higher than `record` says: another life of this name was ahead ([`Lease::record`]).
+    ///
+    /// # Errors
+    /// [`Error::Away`]: nothing is taken.
+    pub async fn acquire(&self, mailbox: &Mailbox, record: NodeRecord) -> Result<Lease, Error> {
+        Lease::take(mailbox, record, self.ttl, self.void_after).await
     }
 
     /// What a node that listens on `bound`, and with its admin endpoint on `admin`, says of itself.
@@ -130,30 +161,32 @@ impl LeaseConfig {
             zone: self.zone.clone(),
             admin,
             devices: String::new(),
+            confirmed: true,
         })
     }
 }
 
 /// What became of a lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseEvent {
-    /// It is gone, or could not be renewed for longer than it lasts: others hold this incarnation
-    /// for dead. Answer with [`Lease::renew_as`] and a new one.
+    /// This life is over; another one is being taken.
     Lapsed,
-    /// It stands again, under the incarnation of the last `renew_as`.
-    Renewed,
-    /// A connection to Redis was made anew: sessions have to be confirmed
-    /// ([`Mailbox::reconnections`] tells of which shards).
-    Reconnected,
+    /// Another life stands, under this incarnation. Its record says that it is not confirmed, until
+    /// [`Lease::set_confirmed`].
+    NewLife(Incarnation),
+    /// The lease had gone, and stands again in the same life: sessions have to be confirmed.
+    WasGone,
+    /// These shards lost what was written there, or may have: a connection was made anew. Their
+    /// sessions have to be confirmed.
+    Forgot(Vec<Shard>),
 }
 
 /// A lease that renews itself until it is released or dropped (then it ends by itself).
 pub struct Lease {
     orders: mpsc::Sender<Order>,
     wanted: watch::Sender<NodeRecord>,
-    counts: watch::Receiver<Counts>,
+    happened: Arc<Happened>,
     reported: Reported,
-    seen: Counts,
     task: JoinHandle<()>,
 }
 
@@ -161,21 +194,49 @@ pub struct Lease {
 type Reported = Arc<OnceLock<Condition>>;
 
 enum Order {
-    Take,
     Publish,
     Release,
 }
 
-/// How often each event has happened: a slow owner misses repetitions, never a kind.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counts {
-    lapsed: u64,
-    renewed: u64,
-    reconnected: u64,
+/// What the owner was not told yet: a slow owner misses repetitions, never a kind or a shard.
+#[derive(Default)]
+struct Happened {
+    pending: Mutex<Pending>,
+    more: Notify,
+}
+
+#[derive(Default)]
+struct Pending {
+    lapsed: bool,
+    life: Option<Incarnation>,
+    was_gone: bool,
+    forgot: BTreeSet<Shard>,
+}
+
+impl Happened {
+    fn add(&self, change: impl FnOnce(&mut Pending)) {
+        change(&mut self.pending.lock());
+        self.more.notify_one();
+    }
+
+    fn next(&self) -> Option<LeaseEvent> {
+        let mut pending = self.pending.lock();
+        if std::mem::take(&mut pending.lapsed) {
+            return Some(LeaseEvent::Lapsed);
+        }
+        if let Some(incarnation) = pending.life.take() {
+            return Some(LeaseEvent::NewLife(incarnation));
+        }
+        if std::mem::take(&mut pending.was_gone) {
+            return Some(LeaseEvent::WasGone);
+        }
+        let forgot = std::mem::take(&mut pending.forgot);
+        (!forgot.is_empty()).then(|| LeaseEvent::Forgot(forgot.into_iter().collect()))
+    }
 }
 
 impl Lease {
-    /// Takes the lease and renews it every third of `ttl`.
+    /// As [`LeaseConfig::acquire`], with this `ttl` and routes that are kept for ten minutes.
     ///
     /// # Errors
     /// [`Error::Away`]: nothing is taken.
@@ -184,23 +245,33 @@ impl Lease {
         record: NodeRecord,
         ttl: Duration,
     ) -> Result<Self, Error> {
+        Self::take(mailbox, record, ttl, VOID_AFTER).await
+    }
+
+    async fn take(
+        mailbox: &Mailbox,
+        record: NodeRecord,
+        ttl: Duration,
+        void_after: Duration,
+    ) -> Result<Self, Error> {
         let reconnections = mailbox.reconnections();
-        call(mailbox, "take", &record, ttl).await?;
+        let life = Life::new(record.incarnation, void_after, Instant::now());
         let (orders, inbox) = mpsc::channel(16);
         let (wanted, _) = watch::channel(record);
-        let (counts_out, counts) = watch::channel(Counts::default());
-        let reported = Reported::default();
-        let keeper = Keeper {
+        let (happened, reported) = (Arc::<Happened>::default(), Reported::default());
+        let mut keeper = Keeper {
             mailbox: mailbox.clone(),
             ttl,
-            wanted: wanted.subscribe(),
-            counts: counts_out,
+            life,
+            wanted: wanted.clone(),
+            happened: Arc::clone(&happened),
             reported: Arc::clone(&reported),
-            held_at: Instant::now(),
-            state: State::Held,
         };
+        keeper.take().await?;
+        // What happened so far is what was asked for.
+        *happened.pending.lock() = Pending::default();
         let task = tokio::spawn(keeper.run(inbox, reconnections));
-        Ok(Self { orders, wanted, counts, reported, seen: Counts::default(), task })
+        Ok(Self { orders, wanted, happened, reported, task })
     }
 
     /// Adds the condition `lease` to `health`: it holds while this lease is renewed in time.
@@ -227,31 +298,25 @@ impl Lease {
         self.order(Order::Publish);
     }
 
-    /// Takes the lease again under another incarnation, until it succeeds ([`LeaseEvent::Renewed`]).
-    pub fn renew_as(&self, incarnation: Incarnation) {
-        self.wanted.send_modify(|record| record.incarnation = incarnation);
-        self.order(Order::Take);
+    /// Publishes at once that no route of a life before this one is good any longer.
+    pub fn set_confirmed(&self, incarnation: Incarnation) {
+        let current = self.wanted.send_if_modified(|record| {
+            let current = record.incarnation == incarnation && !record.confirmed;
+            record.confirmed |= current;
+            current
+        });
+        if current {
+            self.order(Order::Publish);
+        }
     }
 
     /// The next thing that happened. Cancel-safe.
     pub async fn next_event(&mut self) -> LeaseEvent {
         loop {
-            let now = *self.counts.borrow_and_update();
-            if now.lapsed > self.seen.lapsed {
-                self.seen.lapsed = now.lapsed;
-                return LeaseEvent::Lapsed;
+            if let Some(event) = self.happened.next() {
+                return event;
             }
-            if now.renewed > self.seen.renewed {
-                self.seen.renewed = now.renewed;
-                return LeaseEvent::Renewed;
-            }
-            if now.reconnected > self.seen.reconnected {
-                self.seen.reconnected = now.reconnected;
-                return LeaseEvent::Reconnected;
-            }
-            if self.counts.changed().await.is_err() {
-                std::future::pending::<()>().await; // the task ended with its runtime
-            }
+            self.happened.more.notified().await;
         }
     }
 
@@ -278,23 +343,26 @@ impl Drop for Lease {
 struct Keeper {
     mailbox: Mailbox,
     ttl: Duration,
-    wanted: watch::Receiver<NodeRecord>,
-    counts: watch::Sender<Counts>,
+    life: Life,
+    wanted: watch::Sender<NodeRecord>,
+    happened: Arc<Happened>,
     reported: Reported,
-    held_at: Instant,
-    state: State,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    Held,
-    /// The owner was told and has not named a new incarnation.
-    Lapsed,
-    /// It has.
-    Taking,
 }
 
 impl Keeper {
+    /// Until it is held. Another life that is ahead is outbid; nothing else is tried again.
+    async fn take(&mut self) -> Result<(), Error> {
+        loop {
+            let before = self.life.incarnation();
+            let error = self.write(State::Held { announce: true }).await;
+            match error {
+                _ if self.life.is_held() => return Ok(()),
+                Some(error) if self.life.incarnation() == before => return Err(error),
+                _ => {}
+            }
+        }
+    }
+
     async fn run(
         mut self,
         mut inbox: mpsc::Receiver<Order>,
@@ -302,109 +370,133 @@ impl Keeper {
     ) {
         let mut due = Instant::now() + self.ttl / 3;
         loop {
+            let mut announce = false;
             tokio::select! {
                 order = inbox.recv() => match order {
-                    Some(Order::Take) => self.state = State::Taking,
-                    Some(Order::Publish) => {}
+                    Some(Order::Publish) => announce = true,
                     Some(Order::Release) | None => return self.give_up().await,
                 },
-                reconnected = reconnections.recv() => {
-                    if matches!(reconnected, Err(broadcast::error::RecvError::Closed)) {
-                        return;
+                reconnected = reconnections.recv() => match reconnected {
+                    Ok(reconnected) => {
+                        self.happened.add(|pending| pending.forgot.extend(&*reconnected.shards));
                     }
-                    self.counts.send_modify(|counts| counts.reconnected += 1);
-                }
+                    // Which ones is not known any longer.
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        let all = self.mailbox.shards().all();
+                        self.happened.add(|pending| pending.forgot.extend(all));
+                    }
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
                 () = tokio::time::sleep_until(due) => {}
             }
-            let done = self.renew().await;
-            due = Instant::now() + if done { self.ttl / 3 } else { self.ttl / 10 };
+            let began = Instant::now();
+            let announce = announce || self.wanted.borrow().draining || !self.life.is_held();
+            self.write(State::Held { announce }).await;
+            let renewed = self.life.is_held() && self.life.held_at() >= began;
+            due = began + if renewed { self.ttl / 3 } else { self.ttl / 10 };
         }
     }
 
-    /// One attempt; whether there is nothing more to do for now.
-    async fn renew(&mut self) -> bool {
+    /// Writes the lease once everywhere. The error is one of those that came, if any did.
+    async fn write(&mut self, state: State) -> Option<Error> {
+        let began = Instant::now();
+        let (stamp, news) = self.life.attempt(began, SystemClock.now_ms());
+        self.heed(news);
         let record = self.wanted.borrow().clone();
-        let verb = match self.state {
-            State::Held => "renew",
-            State::Taking => "take",
-            State::Lapsed => return true,
-        };
-        match call(&self.mailbox, verb, &record, self.ttl).await {
-            Ok(true) => {
-                self.held_at = Instant::now();
+        let sweep = !self.life.is_held();
+        let writing = Writing { record: &record, stamp, ttl: self.ttl, state, sweep };
+        // A master that does not answer must not keep the others from the next writing.
+        let mut answers = writing.start(self.mailbox.topology(), self.ttl / 3);
+        let (mut failed, mut forgot) = (None, false);
+        while let Some((place, answer)) = answers.recv().await {
+            match answer {
+                Ok(wrote) => {
+                    let now_ms = SystemClock.now_ms();
+                    let news = self.life.answered(place, stamp, wrote, began, now_ms);
+                    forgot |= matches!(news, Some(News::Forgot(_)));
+                    self.heed(news);
+                    self.report(began);
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = &failed {
+            tracing::debug!(%error, "the lease was not written everywhere");
+        }
+        if forgot {
+            self.look_at_meta().await;
+        }
+        failed
+    }
+
+    fn report(&self, began: Instant) {
+        if self.life.is_held()
+            && self.life.held_at() >= began
+            && let Some(condition) = self.reported.get()
+        {
+            condition.ready();
+        }
+    }
+
+    fn heed(&mut self, news: Option<News>) {
+        let incarnation = self.life.incarnation();
+        self.wanted.send_if_modified(|record| {
+            let other = record.incarnation != incarnation;
+            record.incarnation = incarnation;
+            // A life that another one of this process goes before has sessions of that.
+            record.confirmed &= !matches!(news, Some(News::Lapsed(_)));
+            other
+        });
+        let Some(news) = news else { return };
+        let events = &self.mailbox.topology().metrics().lease_events;
+        match news {
+            News::Lapsed(why) => {
+                tracing::warn!(
+                    why,
+                    incarnation = incarnation.0,
+                    "the lease lapsed: a new life begins"
+                );
+                events.with_label_values(&["lapsed"]).inc();
                 if let Some(condition) = self.reported.get() {
-                    condition.ready();
+                    condition.failing(format!("lapsed: {why}"));
                 }
-                if self.state == State::Taking {
-                    self.counts.send_modify(|counts| counts.renewed += 1);
-                }
-                self.state = State::Held;
-                true
+                self.happened.add(|pending| (pending.lapsed, pending.life) = (true, None));
             }
-            Ok(false) => {
-                self.lapse("it is gone");
-                true
+            News::Taken(incarnation) => {
+                events.with_label_values(&["taken"]).inc();
+                self.happened.add(|pending| pending.life = Some(incarnation));
             }
-            Err(error) => {
-                if self.state == State::Held && self.held_at.elapsed() > self.ttl {
-                    self.lapse(&error.to_string());
-                }
-                false
+            News::Forgot(Place::Own) => {
+                tracing::warn!("the lease was gone: it stands again");
+                events.with_label_values(&["was_gone"]).inc();
+                self.happened.add(|pending| pending.was_gone = true);
+            }
+            News::Forgot(Place::Copy(shard)) => {
+                tracing::warn!(%shard, "a shard forgot what was written there");
+                events.with_label_values(&["forgot"]).inc();
+                self.happened.add(|pending| {
+                    pending.forgot.insert(shard);
+                });
             }
         }
     }
 
-    fn lapse(&mut self, why: &str) {
-        tracing::warn!(why, "the lease lapsed");
-        if let Some(condition) = self.reported.get() {
-            condition.failing(format!("lapsed: {why}"));
-        }
-        self.state = State::Lapsed;
-        self.counts.send_modify(|counts| counts.lapsed += 1);
-    }
-
-    async fn give_up(self) {
-        let record = self.wanted.borrow().clone();
-        if let Err(error) = call(&self.mailbox, "release", &record, self.ttl).await {
-            tracing::warn!(%error, "the lease could not be given up: it ends by itself");
+    /// A Redis that was emptied has lost what it was set up with: written again, or found to be another.
+    async fn look_at_meta(&self) {
+        let looked = self.mailbox.topology().check_meta();
+        match tokio::time::timeout(self.ttl / 3, looked).await {
+            Ok(Err(error @ Error::Unusable(_))) => {
+                tracing::error!(%error, "redis was emptied and set up otherwise");
+            }
+            Ok(Err(error)) => tracing::debug!(%error, "barid:meta cannot be looked at"),
+            Ok(Ok(())) | Err(_) => {}
         }
     }
-}
 
-/// Runs the lease script, then puts the node into the index. False: the lease is not ours.
-async fn call(
-    mailbox: &Mailbox,
-    verb: &str,
-    record: &NodeRecord,
-    ttl: Duration,
-) -> Result<bool, Error> {
-    let key = keys::node(record.id.as_str());
-    let mut lease = Call::default();
-    let state = if record.draining { "draining" } else { "serving" };
-    lease.key(key.clone()).arg(verb).arg(ttl.as_millis()).arg(record.incarnation);
-    lease.arg(record.role.as_str()).arg(&record.address).arg(record.load).arg(state);
-    lease.arg(&record.zone).arg(&record.admin).arg(&record.devices);
-    let topology = mailbox.topology();
-    let done = topology.run_on(&key, &scripts::LEASE, &lease).await?;
-    if done != Value::Int(1) {
-        return Ok(false);
-    }
-    let left = if verb == "release" { Duration::ZERO } else { ttl };
-    let mut index = Call::default();
-    index.key(keys::NODES.into()).arg(&record.id).arg(left.as_millis()).arg(INDEX_KEPT.as_millis());
-    topology.run_on(keys::NODES, &scripts::INDEX, &index).await?;
-    if verb != "renew" || record.draining {
-        announce(topology, record.role).await;
-    }
-    Ok(true)
-}
-
-/// Spares the others the wait for their next reading; they read all the same if nobody hears it.
-async fn announce(topology: &Topology, role: NodeRole) {
-    let mut publish = redis::cmd("PUBLISH");
-    publish.arg(keys::NODES_CHANGED).arg(role.as_str());
-    if let Err(error) = topology.query_on::<i64>(keys::NODES, &publish).await {
-        tracing::debug!(%error, "a change of the nodes was not announced");
+    async fn give_up(mut self) {
+        if let Some(error) = self.write(State::GivenUp).await {
+            tracing::warn!(%error, "the lease could not be given up everywhere: it ends by itself");
+        }
     }
 }
 
@@ -418,6 +510,7 @@ mod tests {
             advertise: advertise.into(),
             zone: "z".into(),
             ttl: Duration::from_secs(1),
+            void_after: Duration::from_secs(600),
         }
     }
 

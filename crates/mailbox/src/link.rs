@@ -123,6 +123,12 @@ impl Link {
         }
     }
 
+    /// As at each new connection: shard count and layout are what the cluster was set up with.
+    pub async fn check_meta(&self) -> Result<(), Error> {
+        let mut live = self.live().await?;
+        check_meta(&mut live.connection, self.shards, true).await
+    }
+
     /// Connects if there is no connection.
     pub async fn ready(&self) -> Result<(), Error> {
         self.live().await.map(drop).map_err(Error::from)

@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     pub connections: IntCounter,
     pub evicted: IntCounter,
     pub gaps: IntCounter,
+    pub lease_events: IntCounterVec,
 }
 
 impl Metrics {
@@ -31,13 +32,14 @@ impl Metrics {
     /// # Errors
     /// The registry has metrics of these names already.
     pub fn register(&self, registry: &Registry) -> Result<(), Error> {
-        let all: [Box<dyn Collector>; 6] = [
+        let all: [Box<dyn Collector>; 7] = [
             Box::new(self.seconds.clone()),
             Box::new(self.batch_items.clone()),
             Box::new(self.errors.clone()),
             Box::new(self.connections.clone()),
             Box::new(self.evicted.clone()),
             Box::new(self.gaps.clone()),
+            Box::new(self.lease_events.clone()),
         ];
         let mut registered = all.into_iter().map(|metric| registry.register(metric));
         registered.try_for_each(|one| one.map_err(|e| Error::Unusable(e.to_string())))
@@ -58,6 +60,13 @@ impl Metrics {
             Opts::new("barid_mailbox_errors_total", "Failed items, by script and kind."),
             &["script", "kind"],
         )?;
+        let lease_events = IntCounterVec::new(
+            Opts::new("barid_mailbox_lease_events_total", "What happened to this node's lease."),
+            &["event"],
+        )?;
+        for event in ["taken", "lapsed", "was_gone", "forgot"] {
+            drop(lease_events.with_label_values(&[event]));
+        }
         let counter = |name: &str, help: &str| IntCounter::new(name, help);
         // All of them are there from the start, as zeros.
         for script in scripts::TIMED.map(|script| script.name) {
@@ -77,6 +86,7 @@ impl Metrics {
                 "barid_mailbox_gaps_total",
                 "Accept groups that Redis refused because it lacks what came before.",
             )?,
+            lease_events,
         })
     }
 

@@ -1,26 +1,29 @@
 //! Which nodes live, as their leases say; sceptical of sudden mass death.
 
-use std::collections::{HashMap, HashSet};
+mod memory;
+
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use barid_core::{Incarnation, NodeId};
+use barid_core::{Incarnation, NodeId, Shard};
+use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
+use self::memory::{Memory, Own, Reading, Sight};
 use crate::announcements::Announcements;
+use crate::lease::record::{self, Copy};
+use crate::reply::Reply;
+use crate::scripts::{self, Call};
+use crate::topology::Topology;
 use crate::{Error, Mailbox, NodeRecord, NodeRole, keys};
 
-/// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
-/// the leases' master or a stepped clock takes them all, and most live.
-const DISBELIEF: Duration = Duration::from_secs(30);
 /// Between an announcement and the reading that follows it: a fleet that restarts is read once.
 const ANNOUNCED_PAUSE: Duration = Duration::from_millis(20);
-/// Former lives remembered of each node.
-const LIVES_MAX: usize = 16;
-/// Unknown lives whose first sight is remembered.
-const STRANGERS_MAX: usize = 4096;
+/// A master that takes longer to answer tells nothing to this reading.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The living nodes of a role, refreshed in the background. Cheap to clone; the refreshing ends with
 /// the last clone.
@@ -33,25 +36,8 @@ pub struct NodeTable {
 struct Inner {
     view: watch::Sender<Arc<Vec<NodeRecord>>>,
     memory: Mutex<Memory>,
-    /// A view older than this says nothing of who is gone.
+    /// What was read longer ago says nothing of who is gone.
     stale_after: Duration,
-}
-
-/// What is known of nodes beyond the view.
-#[derive(Default)]
-struct Memory {
-    known: HashMap<NodeId, Known>,
-    /// When lives that no lease was ever seen for were first asked about.
-    strangers: HashMap<(NodeId, Incarnation), Instant>,
-    read_at: Option<Instant>,
-    /// Since when more than half were missing.
-    vanished_at: Option<Instant>,
-}
-
-struct Known {
-    record: NodeRecord,
-    gone_since: Option<Instant>,
-    former: Vec<Incarnation>,
 }
 
 impl NodeTable {
@@ -59,7 +45,7 @@ impl NodeTable {
     /// announces a change. Empty until the first reading.
     pub fn watch(mailbox: &Mailbox, role: NodeRole, refresh: Duration) -> Self {
         let (view, receiver) = watch::channel(Arc::default());
-        let stale_after = refresh * 4;
+        let stale_after = (refresh + PATIENCE) * 4;
         let inner = Arc::new(Inner { view, memory: Mutex::default(), stale_after });
         tokio::spawn(follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh));
         Self { inner, view: receiver }
@@ -77,137 +63,34 @@ impl NodeTable {
         }
     }
 
-    /// How long an incarnation of a node has been gone; `None`: it lives, or nobody can tell now. A
-    /// life after which another one was seen is gone for `Duration::MAX`. One that was never seen
-    /// counts from the first question about it.
+    /// How long an incarnation of a node has been gone; `None`: it lives, or nobody can tell now. One
+    /// that a later life follows is gone for `Duration::MAX` once that is confirmed, and not before. One
+    /// that was never seen counts from the first question about it.
     pub fn void_since(&self, node: &NodeId, incarnation: Incarnation) -> Option<Duration> {
         let mut memory = self.inner.memory.lock();
         memory.void_since(node, incarnation, self.inner.stale_after, Instant::now())
     }
 }
 
-impl Memory {
-    fn void_since(
-        &mut self,
-        node: &NodeId,
-        incarnation: Incarnation,
-        stale_after: Duration,
-        now: Instant,
-    ) -> Option<Duration> {
-        if let Some(known) = self.known.get(node) {
-            if known.former.contains(&incarnation) {
-                return Some(Duration::MAX);
-            }
-            if known.record.incarnation == incarnation {
-                return known.gone_since.map(|at| now - at);
-            }
-        }
-        if self.read_at.is_none_or(|at| now - at > stale_after) {
-            return None;
-        }
-        if self.strangers.len() >= STRANGERS_MAX {
-            self.strangers.clear();
-        }
-        let first = self.strangers.entry((node.clone(), incarnation)).or_insert(now);
-        Some(now - *first)
-    }
-
-    /// Takes over a reading; returns the view that follows from it.
-    fn update(&mut self, reading: Reading, now: Instant) -> Vec<NodeRecord> {
-        self.read_at = Some(now);
-        let living = self.known.values().filter(|known| known.gone_since.is_none());
-        let (all, missing) = living.fold((0, 0), |(all, missing), known| {
-            (all + 1, missing + usize::from(reading.misses(&known.record.id)))
-        });
-        let suspicious = missing * 2 > all;
-        let believe = match (suspicious, self.vanished_at) {
-            (false, _) => true,
-            (true, Some(at)) => now.duration_since(at) >= DISBELIEF,
-            (true, None) => {
-                tracing::warn!(missing, all, "most leases vanished at once: keeping the last view");
-                self.vanished_at = Some(now);
-                false
-            }
-        };
-        if believe {
-            self.vanished_at = None;
-        }
-        for known in self.known.values_mut() {
-            let id = &known.record.id;
-            if !reading.holds(id) && (believe || !reading.misses(id)) {
-                known.gone_since.get_or_insert(now);
-            }
-        }
-        for record in reading.records {
-            self.see(record);
-        }
-        let living = self.known.values().filter(|known| known.gone_since.is_none());
-        let mut view: Vec<NodeRecord> = living.map(|known| known.record.clone()).collect();
-        view.sort_by(|a, b| a.id.cmp(&b.id));
-        view
-    }
-
-    fn see(&mut self, record: NodeRecord) {
-        self.strangers.remove(&(record.id.clone(), record.incarnation));
-        match self.known.get_mut(&record.id) {
-            Some(known) => {
-                known.gone_since = None;
-                if known.record.incarnation != record.incarnation {
-                    if known.former.len() == LIVES_MAX {
-                        known.former.remove(0);
-                    }
-                    known.former.retain(|life| *life != record.incarnation);
-                    known.former.push(known.record.incarnation);
-                }
-                known.record = record;
-            }
-            None => {
-                let known = Known { record, gone_since: None, former: Vec::new() };
-                self.known.insert(known.record.id.clone(), known);
-            }
-        }
-    }
-}
-
-/// What Redis says at a moment.
-struct Reading {
-    /// Those that have a lease.
-    records: Vec<NodeRecord>,
-    /// Those that should have one: it was taken and not given up.
-    expected: HashSet<NodeId>,
-    /// The index itself is gone: nothing can be said of anybody.
-    blank: bool,
-}
-
-impl Reading {
-    fn holds(&self, id: &NodeId) -> bool {
-        self.records.iter().any(|record| record.id == *id)
-    }
-
-    /// Whether its lease is absent without having been given up.
-    fn misses(&self, id: &NodeId) -> bool {
-        !self.holds(id) && (self.blank || self.expected.contains(id))
-    }
-}
-
 async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: Duration) {
     let mut announcements = Announcements::hear(mailbox.topology().config());
-    loop {
-        let read = read(&mailbox, Some(role)).await;
+    let mut masters = None;
+    for turn in 0.. {
+        let known = match inner.upgrade() {
+            Some(inner) => inner.memory.lock().known().cloned().collect(),
+            None => return,
+        };
+        let reading = read(mailbox.topology(), Some(role), known, turn).await;
         let Some(inner) = inner.upgrade() else { return };
-        match read {
-            Ok(reading) => {
-                let view = inner.memory.lock().update(reading, Instant::now());
-                inner.view.send_if_modified(|old| {
-                    let changed = **old != view;
-                    if changed {
-                        *old = Arc::new(view);
-                    }
-                    changed
-                });
+        told(&mut masters, &reading);
+        let view = inner.memory.lock().update(reading, Instant::now());
+        inner.view.send_if_modified(|old| {
+            let changed = **old != view;
+            if changed {
+                *old = Arc::new(view);
             }
-            Err(error) => tracing::warn!(%error, "leases cannot be read: keeping the last view"),
-        }
+            changed
+        });
         drop(inner);
         tokio::select! {
             () = tokio::time::sleep(refresh) => {}
@@ -216,133 +99,114 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
     }
 }
 
+/// Logs when masters do not answer, and when they do again.
+fn told(before: &mut Option<(bool, bool)>, reading: &Reading) {
+    let now = (reading.any, reading.complete);
+    if before.replace(now) != Some(now) {
+        match now {
+            (true, true) => tracing::debug!("leases can be read everywhere"),
+            (true, false) => tracing::warn!("leases cannot be read everywhere: copies are used"),
+            (false, _) => tracing::warn!("leases cannot be read: keeping the last view"),
+        }
+    }
+}
+
 impl Mailbox {
-    /// The nodes of all roles that have a lease now, by id.
+    /// The nodes of all roles that have a lease now, by id, as far as masters answer.
     ///
     /// # Errors
-    /// [`Error::Away`].
+    /// [`Error::Away`]: none does.
     pub async fn nodes(&self) -> Result<Vec<NodeRecord>, Error> {
-        let mut records = read(self, None).await?.records;
+        let reading = read(self.topology(), None, Vec::new(), 0).await;
+        if !reading.any {
+            return Err(Error::Away("no master tells of leases".into()));
+        }
+        let mut records: Vec<NodeRecord> = reading.living().cloned().collect();
         records.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(records)
     }
 }
 
-/// The leases of a role, or of all.
-async fn read(mailbox: &Mailbox, role: Option<NodeRole>) -> Result<Reading, Error> {
-    let topology = mailbox.topology();
-    let mut list = redis::cmd("ZRANGE");
-    list.arg(keys::NODES).arg(0).arg(-1).arg("WITHSCORES");
-    let index: Vec<(String, f64)> = topology.query_on(keys::NODES, &list).await?;
-    let records = index.iter().map(|(id, _)| async move {
-        let key = keys::node(id);
-        let mut get = redis::cmd("HGETALL");
-        get.arg(&key);
-        let fields: HashMap<String, String> = topology.query_on(&key, &get).await?;
-        Ok::<_, Error>(parse(id, &fields))
+/// The leases of a role, or of all: the copies beside one shard of each master, another one each turn;
+/// and the own keys of those whose copies leave open whether they live.
+async fn read(
+    topology: &Topology,
+    role: Option<NodeRole>,
+    known: Vec<NodeId>,
+    turn: usize,
+) -> Reading {
+    let lanes = topology.shards_by_lane();
+    let asked = lanes.iter().map(|shards| {
+        let shard = shards[turn % shards.len()];
+        async move { timeout(PATIENCE, copies(topology, shard)).await }
     });
-    let records = futures::future::try_join_all(records).await?.into_iter().flatten();
-    let expected = index.iter().filter(|(_, ends)| *ends > 0.0);
-    Ok(Reading {
-        records: records.filter(|record| role.is_none_or(|role| record.role == role)).collect(),
-        expected: expected.filter_map(|(id, _)| NodeId::new(id).ok()).collect(),
-        blank: index.is_empty(),
-    })
-}
-
-fn parse(id: &str, fields: &HashMap<String, String>) -> Option<NodeRecord> {
-    let field = |name: &str| fields.get(name).map(String::as_str);
-    Some(NodeRecord {
-        id: NodeId::new(id).ok()?,
-        role: NodeRole::parse(field("role")?)?,
-        address: field("address")?.to_owned(),
-        incarnation: Incarnation(field("incarnation")?.parse().ok()?),
-        load: field("load")?.parse().ok()?,
-        draining: field("state")? == "draining",
-        zone: field("zone").unwrap_or_default().to_owned(),
-        // Absent in leases of earlier versions.
-        admin: field("admin").unwrap_or_default().to_owned(),
-        devices: field("devices").unwrap_or_default().to_owned(),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(id: &str, incarnation: u64) -> NodeRecord {
-        NodeRecord {
-            id: NodeId::new(id).unwrap(),
-            role: NodeRole::Access,
-            address: "127.0.0.1:1".into(),
-            incarnation: Incarnation(incarnation),
-            load: 0,
-            draining: false,
-            zone: String::new(),
-            admin: String::new(),
-            devices: String::new(),
+    let mut reading = Reading { complete: true, ..Reading::default() };
+    reading.nodes.extend(known.into_iter().map(|id| (id, Sight::default())));
+    for answer in join_all(asked).await {
+        let Ok(Ok((now, copies))) = answer else {
+            reading.complete = false;
+            continue;
+        };
+        reading.any = true;
+        for (id, copy) in copies {
+            let other = copy.record.as_ref().is_none_or(|it| role.is_some_and(|r| r != it.role));
+            if !other {
+                reading.nodes.entry(id).or_default().add(copy, now);
+            }
         }
     }
-
-    fn ids(view: &[NodeRecord]) -> Vec<&str> {
-        view.iter().map(|record| record.id.as_str()).collect()
+    let open = reading.nodes.iter().filter(|(_, sight)| sight.is_open()).map(|(id, _)| id.clone());
+    let asked = open.map(|id| async move {
+        let own = timeout(PATIENCE, own(topology, &id)).await;
+        (id, own.unwrap_or(Own::Unreadable))
+    });
+    for (id, own) in join_all(asked).await {
+        let own = match own {
+            Own::Held(_, record) if role.is_some_and(|role| role != record.role) => Own::Absent,
+            own => own,
+        };
+        reading.any |= own != Own::Unreadable;
+        reading.complete &= own != Own::Unreadable;
+        if let Some(sight) = reading.nodes.get_mut(&id) {
+            sight.own = own;
+        }
     }
+    reading
+}
 
-    /// `lapsed`: ids that should have a lease and have none.
-    fn read(living: &[(&str, u64)], lapsed: &str) -> Reading {
-        let records: Vec<_> = living.iter().map(|(id, life)| record(id, *life)).collect();
-        let lapsed = lapsed.split_whitespace().map(|id| NodeId::new(id).unwrap());
-        let expected: HashSet<_> = records.iter().map(|r| r.id.clone()).chain(lapsed).collect();
-        Reading { records, blank: expected.is_empty(), expected }
+/// The copies beside a shard, and its master's time, ms.
+pub(crate) async fn copies(
+    topology: &Topology,
+    shard: Shard,
+) -> Result<(u64, Vec<(NodeId, Copy)>), Error> {
+    let mut call = Call::default();
+    call.key(keys::copies(shard));
+    let mut reply = Reply::new(topology.run(shard, &scripts::COPIES, &call).await?)?;
+    let now = reply.number()? / 1000;
+    let mut copies = Vec::new();
+    while !reply.is_empty() {
+        let (id, text) = (reply.text()?, reply.text()?);
+        // Others than nodes have copies as well.
+        let copy =
+            NodeId::new(&id).ok().and_then(|id| Some((id.clone(), Copy::parse(&id, &text)?)));
+        copies.extend(copy);
     }
+    Ok((now, copies))
+}
 
-    const STALE: Duration = Duration::from_secs(4);
-
-    #[test]
-    fn hazard_13_mass_death_is_believed_only_after_a_while() {
-        let (mut memory, t) = (Memory::default(), Instant::now());
-        let b = NodeId::new("b").unwrap();
-        memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
-        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a", "b", "c"]);
-        assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), None);
-        let t = t + DISBELIEF;
-        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
-        assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), Some(Duration::ZERO));
-    }
-
-    #[test]
-    fn leases_that_were_given_up_are_gone_at_once() {
-        let (mut memory, t) = (Memory::default(), Instant::now());
-        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
-        assert!(memory.update(read(&[], "x"), t).is_empty());
-        // But not when the index was lost with them.
-        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
-        assert_eq!(ids(&memory.update(read(&[], ""), t)), ["a", "b"]);
-    }
-
-    #[test]
-    fn one_death_is_believed_at_once_and_its_time_counts() {
-        let (mut memory, t) = (Memory::default(), Instant::now());
-        memory.update(read(&[("a", 1), ("b", 1)], ""), t);
-        assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
-        let later = Duration::from_secs(9);
-        let gone = memory.void_since(&NodeId::new("b").unwrap(), Incarnation(1), STALE, t + later);
-        assert_eq!(gone, Some(later));
-    }
-
-    #[test]
-    fn a_former_life_is_void_at_once_and_an_unseen_one_from_the_first_question() {
-        let (mut memory, t) = (Memory::default(), Instant::now());
-        let a = NodeId::new("a").unwrap();
-        memory.update(read(&[("a", 9)], ""), t);
-        memory.update(read(&[("a", 4)], ""), t);
-        assert_eq!(memory.void_since(&a, Incarnation(9), STALE, t), Some(Duration::MAX));
-        assert_eq!(memory.void_since(&a, Incarnation(4), STALE, t), None);
-        // Newer than the view, perhaps: nothing is removed for it soon.
-        assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), Some(Duration::ZERO));
-        memory.update(read(&[("a", 7)], ""), t);
-        assert_eq!(memory.void_since(&a, Incarnation(7), STALE, t), None);
-        // Redis away: nobody can tell.
-        assert_eq!(memory.void_since(&a, Incarnation(8), STALE, t + STALE * 2), None);
+/// A node's own key.
+async fn own(topology: &Topology, id: &NodeId) -> Own {
+    let key = keys::node(id.as_str());
+    let mut get = redis::cmd("HGETALL");
+    get.arg(&key);
+    match topology.query_on::<HashMap<String, String>>(&key, &get).await {
+        Ok(fields) => match record::own(id, &fields) {
+            Some((stamp, record)) => Own::Held(stamp, record),
+            None => Own::Absent,
+        },
+        Err(error) => {
+            tracing::debug!(node = %id, %error, "a lease cannot be read");
+            Own::Unreadable
+        }
     }
 }

@@ -44,9 +44,10 @@ script!(DUE, "due", " flags=no-writes");
 script!(FIRE, "fire", " flags=allow-oom");
 script!(DEFER, "defer", " flags=allow-oom");
 script!(LEASE, "lease", " flags=allow-oom");
-script!(INDEX, "index", " flags=allow-oom");
+script!(COPY, "copy", " flags=allow-oom");
+script!(COPIES, "copies", " flags=no-writes");
 
-/// The scripts that calls are timed and counted of; leases and the index are not on a message's way.
+/// The scripts that calls are timed and counted of; leases and their copies are not on a message's way.
 pub(crate) static TIMED: [&Script; 9] =
     [&ACCEPT, &CONNECT, &CONFIRM, &READ, &ACK, &DISCONNECT, &DUE, &FIRE, &DEFER];
 

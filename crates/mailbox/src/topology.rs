@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
 use crate::redis_clock::RedisTime;
 use crate::scripts::{Call, Script};
-use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
+use crate::{Error, Reconnected, RedisConfig, UserKey, keys, nodes};
 
 /// The masters are looked up again at most this often.
 const REFRESH_SPACING: Duration = Duration::from_millis(300);
@@ -108,10 +108,20 @@ impl Topology {
     /// A process of another layout would take what this one writes for corrupt, and delete it. Only
     /// those with a lease are seen; and only where their lease can be read.
     async fn refuse_other_layouts(&self) -> Result<(), Error> {
+        for shards in self.shards_by_lane() {
+            let Ok((now, copies)) = nodes::copies(self, shards[0]).await else { continue };
+            let living = copies.into_iter().filter(|(_, copy)| !copy.given_up && copy.ends > now);
+            for (id, copy) in living {
+                let layout = copy.layout.unwrap_or(LAYOUT);
+                if layout != LAYOUT {
+                    return Err(other_layout(&id, layout));
+                }
+            }
+        }
         let mut list = redis::cmd("ZRANGE");
-        list.arg(keys::NODES).arg(0).arg(-1);
-        let Ok(ids) = self.query_on::<Vec<String>>(keys::NODES, &list).await else { return Ok(()) };
-        for id in ids {
+        list.arg(keys::NODES_OF_LAYOUT_2).arg(0).arg(-1);
+        let ids = self.query_on::<Vec<String>>(keys::NODES_OF_LAYOUT_2, &list).await;
+        for id in ids.unwrap_or_default() {
             let key = keys::node(&id);
             let mut get = redis::cmd("HMGET");
             get.arg(&key).arg("role").arg("address").arg("layout");
@@ -122,13 +132,9 @@ impl Topology {
                     continue;
                 }
             };
-            let (Some(role), Some(address), layout) = lease else { continue };
-            let layout = layout.unwrap_or_else(|| "2".into()); // did not say so yet
-            if layout != LAYOUT.to_string() {
-                return Err(Error::Unusable(format!(
-                    "{role} {id} at {address} is alive and keeps keys of layout {layout}, this program \
-                     of layout {LAYOUT}: stop all processes of its version first, and empty this redis"
-                )));
+            if let (Some(role), Some(address), None) = lease {
+                let node = format_args!("{role} {id} at {address}");
+                return Err(other_layout(&node, 2));
             }
         }
         Ok(())
@@ -179,6 +185,17 @@ impl Topology {
         calls.into_values().collect()
     }
 
+    /// The shards of each master that has some.
+    pub fn shards_by_lane(&self) -> Vec<Vec<Shard>> {
+        let map = self.map.read().clone();
+        let mut lanes = vec![Vec::new(); map.lanes.len()];
+        for (shard, lane) in self.shards.all().zip(&map.of_shard) {
+            lanes[*lane].push(shard);
+        }
+        lanes.retain(|shards| !shards.is_empty());
+        lanes
+    }
+
     pub fn lanes(&self) -> usize {
         self.map.read().lanes.len()
     }
@@ -223,6 +240,12 @@ impl Topology {
     pub async fn query_on<T: FromRedisValue>(&self, key: &str, cmd: &Cmd) -> Result<T, Error> {
         let value = self.follow(|| self.link_of_key(key), &Command::Plain(cmd)).await?;
         redis::from_redis_value(value).map_err(|e| Error::Unexpected(e.to_string()))
+    }
+
+    /// Looks again whether this Redis is the one that the configuration describes, and records it where
+    /// it was forgotten.
+    pub async fn check_meta(&self) -> Result<(), Error> {
+        self.link_of_key(keys::META).check_meta().await
     }
 
     /// Answers when every master does.
@@ -340,6 +363,13 @@ impl Topology {
         let lane = map.slots.iter().position(serves).unwrap_or(0);
         map.lanes[lane].link.clone()
     }
+}
+
+fn other_layout(node: &impl std::fmt::Display, layout: u32) -> Error {
+    Error::Unusable(format!(
+        "{node} is alive and keeps keys of layout {layout}, this program of layout {LAYOUT}: stop all \
+         processes of its version first, and empty this redis"
+    ))
 }
 
 /// What can be sent again somewhere else.

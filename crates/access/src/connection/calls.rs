@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_core::CloseCode;
+use barid_core::{CloseCode, Incarnation};
 use barid_mailbox::{AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, Page, ReadRequest};
 use tokio::time::sleep;
 
@@ -22,7 +22,7 @@ pub(super) enum Answer {
     /// The time until the next acknowledgement is over.
     AckDue,
     Acked(AckOutcome),
-    Confirmed(ConfirmOutcome),
+    Confirmed(ConfirmOutcome, Incarnation),
 }
 
 pub(super) type Call = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -57,7 +57,8 @@ impl Connection {
                     let now_us = self.node.mailbox_now_us(self.handle.user());
                     self.session.acked(outcome, now_us, &mut self.effects);
                 }
-                Answer::Confirmed(outcome) => {
+                Answer::Confirmed(outcome, incarnation) => {
+                    self.handle.set_confirmed_life(incarnation.0);
                     self.node.metrics.confirm(match outcome {
                         ConfirmOutcome::Confirmed { restored: false, .. } => "stood",
                         ConfirmOutcome::Confirmed { restored: true, .. } => "restored",
@@ -169,7 +170,8 @@ impl Connection {
         let node = Arc::clone(&self.node);
         self.calls.push(Box::pin(async move {
             let call = || node.mailbox.confirm(request.clone());
-            Answer::Confirmed(node.until_answered("confirm", call).await)
+            let outcome = node.until_answered("confirm", call).await;
+            Answer::Confirmed(outcome, request.session.incarnation)
         }));
     }
 }

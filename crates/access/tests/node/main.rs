@@ -9,6 +9,7 @@ mod fanout;
 mod heartbeats;
 mod isolation;
 mod kick;
+mod leases;
 mod limits;
 mod proxies;
 mod raw;
@@ -485,25 +486,6 @@ async fn hazard_12_a_forgotten_route_is_restored_when_the_connection_to_redis_is
     world.routes_become("alice", 1).await?;
     assert_eq!(phone.take(1).await?, ["missed"], "and what came meanwhile is read");
     Ok(())
-}
-
-#[tokio::test]
-async fn hazard_13_a_lapsed_lease_begins_a_new_life_and_sessions_live_on() -> Result<()> {
-    let world = World::new().await?;
-    let node = world.node_with(|config| config.lease_ttl_ms = 1500).await?;
-    let mut phone = node.device("alice", "phone").await?;
-    let before = world.inspect("alice").await?.routes.remove(0).session.incarnation;
-    let leases: Vec<String> = world.redis.query(&["KEYS", "barid:node:*"]).await?;
-    let _: i64 = world.redis.query(&["DEL", &leases[0]]).await?;
-    eventually("another incarnation in the route", async || {
-        let routes = world.inspect("alice").await?.routes;
-        Ok(routes.len() == 1 && routes[0].session.incarnation != before)
-    })
-    .await?;
-    let (entry, _) = world.accept("alice", "m1").await?;
-    assert!(node.dispatcher().await?.push(&world, "alice", entry).await?.gone.is_empty());
-    assert_eq!(phone.take(1).await?, ["m1"]);
-    world.cursor_becomes("alice", "phone", 1).await
 }
 
 #[tokio::test]

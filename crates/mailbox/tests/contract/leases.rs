@@ -10,7 +10,8 @@ use crate::support::{Bed, contract, until};
 contract!(
     a_node_is_seen_changes_and_leaves,
     a_change_is_heard_of_before_the_next_reading,
-    hazard_13_a_lapsed_lease_is_taken_as_another_life
+    hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life,
+    a_name_that_another_process_took_is_fought_for_in_another_life
 );
 
 const REFRESH: Duration = Duration::from_millis(50);
@@ -26,6 +27,7 @@ fn record(id: &str, role: NodeRole) -> NodeRecord {
         zone: "riyadh".into(),
         admin: "127.0.0.1:7082".into(),
         devices: String::new(),
+        confirmed: true,
     }
 }
 
@@ -71,29 +73,33 @@ async fn a_change_is_heard_of_before_the_next_reading(bed: Bed) {
     let ttl = Duration::from_secs(30);
     let second = record(&name(&bed, "five"), NodeRole::Access);
     // The subscription may come after the first announcement: another one is made until it is heard.
-    let mut leases = vec![Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap()];
+    let mut lease = Some(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+    let mut announce = async || {
+        drop(lease.take());
+        lease = Some(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+    };
     until("the subscription stands", async || {
-        leases.push(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+        announce().await;
         table.snapshot().iter().any(|node| node.id == second.id)
     })
     .await;
     let mine = record(&name(&bed, "six"), NodeRole::Access);
     let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
-    let lease = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
+    let six = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
     until("it is seen", async || see().is_some()).await;
-    lease.set_draining();
+    six.set_draining();
     until("it is draining", async || see().is_some_and(|node| node.draining)).await;
     // The subscriber heals itself.
     let () = bed.query(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
-    lease.release().await;
+    six.release().await;
     until("it is gone", async || {
-        leases.push(Lease::acquire(&bed.mailbox, second.clone(), ttl).await.unwrap());
+        announce().await;
         see().is_none()
     })
     .await;
 }
 
-async fn hazard_13_a_lapsed_lease_is_taken_as_another_life(bed: Bed) {
+async fn hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life(bed: Bed) {
     let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
     let mine = record(&name(&bed, "three"), NodeRole::Access);
     let ttl = Duration::from_millis(1_500);
@@ -101,19 +107,39 @@ async fn hazard_13_a_lapsed_lease_is_taken_as_another_life(bed: Bed) {
     let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
     until("it is seen", async || see().is_some()).await;
     // The lease's master failed over, or the process was stopped for too long.
-    let () = bed.query(&["DEL", &format!("barid:node:{}", mine.id)]).await;
+    let key = format!("barid:node:{}", mine.id);
+    let () = bed.query(&["DEL", &key]).await;
+    assert_eq!(next(&mut lease).await, LeaseEvent::WasGone);
+    assert_eq!(see(), Some(mine.clone()));
+    assert_eq!(table.void_since(&mine.id, mine.incarnation), None);
+    // A failover brings the life before back.
+    let () = bed.query(&["HSET", &key, "incarnation", "9", "number", "400"]).await;
+    assert_eq!(next(&mut lease).await, LeaseEvent::WasGone);
+    let incarnation: String = bed.query(&["HGET", &key, "incarnation"]).await;
+    assert_eq!(incarnation, "11");
+}
+
+async fn a_name_that_another_process_took_is_fought_for_in_another_life(bed: Bed) {
+    let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
+    let mine = record(&name(&bed, "four"), NodeRole::Access);
+    let ttl = Duration::from_millis(1_500);
+    let mut lease = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
+    // Its clock is behind: it outbids what it finds.
+    let usurper = NodeRecord { incarnation: Incarnation(7), ..mine.clone() };
+    let usurper = Lease::acquire(&bed.mailbox, usurper, ttl).await.unwrap();
+    assert!(usurper.record().incarnation > Incarnation(11));
     assert_eq!(next(&mut lease).await, LeaseEvent::Lapsed);
-    lease.renew_as(Incarnation(12));
-    assert_eq!(next(&mut lease).await, LeaseEvent::Renewed);
-    until("the new life is seen", async || {
-        see().is_some_and(|node| node.incarnation == Incarnation(12))
+    drop(usurper);
+    let LeaseEvent::NewLife(life) = next(&mut lease).await else { panic!("no new life") };
+    let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
+    until("the new life is seen", async || see().is_some_and(|node| node.incarnation == life))
+        .await;
+    assert_eq!(table.void_since(&mine.id, Incarnation(11)), None, "its sessions live on");
+    lease.set_confirmed(life);
+    until("the former life is void", async || {
+        table.void_since(&mine.id, Incarnation(11)) == Some(Duration::MAX)
     })
     .await;
-    assert_eq!(table.void_since(&mine.id, Incarnation(11)), Some(Duration::MAX));
-    // Another process took the name: this one has to yield.
-    let usurper = NodeRecord { incarnation: Incarnation(13), ..mine.clone() };
-    let _usurper = Lease::acquire(&bed.mailbox, usurper, ttl).await.unwrap();
-    assert_eq!(next(&mut lease).await, LeaseEvent::Lapsed);
 }
 
 #[tokio::test]
@@ -125,7 +151,121 @@ async fn hazard_12_a_new_connection_is_an_event_and_a_full_redis_renews() {
     let () = bed.query(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
     tokio::time::sleep(ttl).await;
     let () = bed.query(&["CLIENT", "KILL", "TYPE", "normal"]).await;
-    assert_eq!(next(&mut lease).await, LeaseEvent::Reconnected);
+    let all = LeaseEvent::Forgot(bed.mailbox.shards().all().collect());
+    assert_eq!(next(&mut lease).await, all);
+    // Away for longer than the lease lasts: nobody was told that it is void.
     bed.redis().kill().unwrap();
-    assert_eq!(next(&mut lease).await, LeaseEvent::Lapsed, "away for longer than it lasts");
+    tokio::time::sleep(ttl * 2).await;
+    bed.redis().restart().await.unwrap();
+    let mut events = vec![next(&mut lease).await];
+    while events.len() < 2 {
+        events.push(next(&mut lease).await);
+    }
+    assert!(events.contains(&LeaseEvent::WasGone), "{events:?}");
+    assert!(events.contains(&all), "{events:?}");
+    assert_eq!(lease.record().incarnation, Incarnation(11));
+}
+
+/// Each master holds still for longer than the leases last: those whose own keys it has are on the others,
+/// and so is what each process has to know.
+#[tokio::test]
+async fn hazard_27_no_single_master_ends_a_life() {
+    let mut bed = Bed::own_cluster(|config| config.response_timeout_ms = 500).await;
+    let ttl = Duration::from_millis(2_000);
+    let mut leases = Vec::new();
+    for n in 0..12 {
+        let node = record(&format!("n{n}"), NodeRole::Access);
+        leases.push(Lease::acquire(&bed.mailbox, node, ttl).await.unwrap());
+    }
+    let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
+    until("all are seen", async || table.snapshot().len() == 12).await;
+    for master in 0..3 {
+        bed.masters().node(master).stop().unwrap();
+        let began = std::time::Instant::now();
+        while began.elapsed() < ttl * 3 {
+            tokio::time::sleep(REFRESH).await;
+            assert_eq!(table.snapshot().len(), 12, "master {master} away");
+        }
+        bed.masters().node(master).cont().unwrap();
+        until("it answers", async || bed.mailbox.ping().await.is_ok()).await;
+    }
+    for lease in &mut leases {
+        assert_eq!(lease.record().incarnation, Incarnation(11));
+        while let Ok(event) =
+            tokio::time::timeout(Duration::from_millis(1), lease.next_event()).await
+        {
+            assert!(!matches!(event, LeaseEvent::Lapsed | LeaseEvent::NewLife(_)), "{event:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn hazard_28_a_process_that_starts_while_a_master_is_away_sees_every_node() {
+    let mut bed = Bed::own_cluster(|config| config.response_timeout_ms = 500).await;
+    let mut leases = Vec::new();
+    for n in 0..12 {
+        let node = record(&format!("n{n}"), NodeRole::Access);
+        let lease = Lease::acquire(&bed.mailbox, node, Duration::from_secs(6)).await.unwrap();
+        leases.push(lease);
+    }
+    for master in 0..3 {
+        bed.masters().node(master).stop().unwrap();
+        let mut config = bed.config.clone();
+        config.connect_timeout_ms = 500;
+        let fresh = crate::support::open(&config).await;
+        let table = NodeTable::watch(&fresh, NodeRole::Access, REFRESH);
+        until("all are seen", async || table.snapshot().len() == 12).await;
+        assert_eq!(fresh.nodes().await.unwrap().len(), 12);
+        // Nobody can tell of a node that no readable master knows.
+        let stranger = NodeId::new("stranger").unwrap();
+        assert_eq!(table.void_since(&stranger, Incarnation(1)), None);
+        bed.masters().node(master).cont().unwrap();
+        until("it answers", async || bed.mailbox.ping().await.is_ok()).await;
+    }
+}
+
+#[tokio::test]
+async fn hazard_35_the_shards_of_a_master_that_was_emptied_are_told_within_a_renewal() {
+    let bed = Bed::own_cluster(|_| {}).await;
+    let ttl = Duration::from_secs(3);
+    let mine = record("n", NodeRole::Access);
+    let mut lease = Lease::acquire(&bed.mailbox, mine.clone(), ttl).await.unwrap();
+    let mut all: Vec<_> = bed.mailbox.shards().all().collect();
+    for node in bed.nodes() {
+        let () = node.query(&["FLUSHALL"]).await.unwrap();
+        let mut told = Vec::new();
+        let served = async |shard: &barid_core::Shard| {
+            let key = format!("{{{shard}}}:n");
+            node.query::<redis::Value>(&["HLEN", key.as_str()]).await.is_ok()
+        };
+        let mut expected = Vec::new();
+        for shard in &all {
+            if served(shard).await {
+                expected.push(*shard);
+            }
+        }
+        assert!((10..=32).contains(&expected.len()), "{}", expected.len());
+        while told.len() < expected.len() {
+            match next(&mut lease).await {
+                LeaseEvent::Forgot(shards) => told.extend(shards),
+                LeaseEvent::WasGone => {}
+                event => panic!("{event:?}"),
+            }
+        }
+        told.sort();
+        assert_eq!(told, expected);
+        all.retain(|shard| !expected.contains(shard));
+    }
+    assert!(all.is_empty());
+    until("it is written again what Redis was set up with", async || {
+        for node in bed.nodes() {
+            let meta = node.query::<Vec<String>>(&["HVALS", "barid:meta"]).await;
+            if meta.is_ok_and(|meta| meta.len() == 2 && meta[0] == "64") {
+                return true;
+            }
+        }
+        false
+    })
+    .await;
+    assert_eq!(lease.record().incarnation, mine.incarnation);
 }

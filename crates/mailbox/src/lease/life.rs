@@ -1,0 +1,275 @@
+//! What a lease knows and decides. It names no Redis and takes its time as an argument.
+//!
+//! A lease is written in several places: its own key, and a copy beside each shard. It is held while any
+//! of them takes the writing, so that no single master ends it. Each place tells what stood there: what
+//! is older than the last confirmed writing shows that the place forgot.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use barid_core::{Incarnation, Shard};
+use tokio::time::Instant;
+
+/// Which writing of a lease; a later one is greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub(crate) struct Stamp {
+    pub incarnation: Incarnation,
+    /// Counts the writings of a process.
+    pub number: u64,
+}
+
+/// Where a lease is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Place {
+    /// `barid:node:<id>`
+    Own,
+    /// Beside a shard.
+    Copy(Shard),
+}
+
+/// What a place answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wrote {
+    /// False: a later writing stands there.
+    pub done: bool,
+    /// What stood there before.
+    pub stood: Option<Stamp>,
+}
+
+/// What an answer means for the owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum News {
+    /// This life is over: another process has the name, or nothing was written for too long.
+    Lapsed(&'static str),
+    /// This life stands.
+    Taken(Incarnation),
+    /// A place had lost what was confirmed there.
+    Forgot(Place),
+}
+
+/// A life of a node, from its first writing to the next life.
+#[derive(Debug)]
+pub(crate) struct Life {
+    stamp: Stamp,
+    held: bool,
+    /// When the last writing that was confirmed began.
+    held_at: Instant,
+    /// A lease that nothing renewed for so long begins another life: others may soon hold its routes
+    /// for void, and what removes those must not meet routes that are good again.
+    lapse_max: Duration,
+    /// The last number that each place confirmed in this life.
+    confirmed: HashMap<Place, u64>,
+}
+
+impl Life {
+    /// A life that has not been written yet. `void_after`: how long others keep the routes of a node
+    /// that is gone.
+    pub fn new(incarnation: Incarnation, void_after: Duration, now: Instant) -> Self {
+        Self {
+            stamp: Stamp { incarnation, number: 0 },
+            held: false,
+            held_at: now,
+            lapse_max: void_after / 2,
+            confirmed: HashMap::new(),
+        }
+    }
+
+    pub fn incarnation(&self) -> Incarnation {
+        self.stamp.incarnation
+    }
+
+    /// Whether this life was written somewhere.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// When the last writing that was confirmed began.
+    pub fn held_at(&self) -> Instant {
+        self.held_at
+    }
+
+    /// The stamp of the next writing, to be sent to every place. `wall_ms` is what another life would be
+    /// called after.
+    pub fn attempt(&mut self, now: Instant, wall_ms: u64) -> (Stamp, Option<News>) {
+        let mut news = None;
+        if self.held && now.saturating_duration_since(self.held_at) > self.lapse_max {
+            self.begin(self.stamp.incarnation, wall_ms);
+            news = Some(News::Lapsed("it was not renewed for too long"));
+        }
+        self.stamp.number += 1;
+        (self.stamp, news)
+    }
+
+    /// A place answered the writing `stamp`, which began at `sent`.
+    pub fn answered(
+        &mut self,
+        place: Place,
+        stamp: Stamp,
+        wrote: Wrote,
+        sent: Instant,
+        wall_ms: u64,
+    ) -> Option<News> {
+        if stamp.incarnation != self.stamp.incarnation {
+            return None; // of a former life
+        }
+        if !wrote.done {
+            let stood = wrote.stood.unwrap_or_default();
+            let known = self.confirmed.contains_key(&place);
+            // The same life with a higher number: a writing of ours that overtook this one, unless
+            // another process began in the same millisecond.
+            let ours = stood.incarnation == stamp.incarnation && (self.held || known);
+            return if ours { None } else { self.outbid(stood, wall_ms) };
+        }
+        self.held_at = self.held_at.max(sent);
+        let before = self.confirmed.insert(place, stamp.number);
+        if !self.held {
+            self.held = true;
+            return Some(News::Taken(stamp.incarnation));
+        }
+        let stands = |number| {
+            wrote.stood.is_some_and(|stood| {
+                stood.incarnation == stamp.incarnation && stood.number >= number
+            })
+        };
+        match before {
+            Some(number) if !stands(number) => Some(News::Forgot(place)),
+            _ => None,
+        }
+    }
+
+    fn outbid(&mut self, by: Stamp, wall_ms: u64) -> Option<News> {
+        let held = self.held;
+        self.begin(by.incarnation, wall_ms);
+        held.then_some(News::Lapsed("another process has this node's name"))
+    }
+
+    /// Begins a life after `last`: lives of a name are ordered, whatever the machines' clocks say.
+    fn begin(&mut self, last: Incarnation, wall_ms: u64) {
+        self.stamp.incarnation = Incarnation(wall_ms.max(last.0 + 1));
+        self.held = false;
+        self.confirmed.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VOID_AFTER: Duration = Duration::from_secs(600);
+    const OWN: Place = Place::Own;
+
+    fn copy(shard: usize) -> Place {
+        let mut all = barid_core::ShardCount::new(8).unwrap().all();
+        Place::Copy(all.nth(shard).unwrap())
+    }
+
+    fn stood(incarnation: u64, number: u64) -> Option<Stamp> {
+        Some(Stamp { incarnation: Incarnation(incarnation), number })
+    }
+
+    fn done(stood: Option<Stamp>) -> Wrote {
+        Wrote { done: true, stood }
+    }
+
+    struct Walk {
+        life: Life,
+        now: Instant,
+        stamp: Stamp,
+    }
+
+    impl Walk {
+        /// Held at its own key and beside shard 0, both at number 1.
+        fn new() -> Self {
+            let now = Instant::now();
+            let life = Life::new(Incarnation(100), VOID_AFTER, now);
+            let mut walk = Self { life, now, stamp: Stamp::default() };
+            assert_eq!(walk.attempt(0), None);
+            assert_eq!(walk.answer(OWN, done(None)), Some(News::Taken(Incarnation(100))));
+            assert_eq!(walk.answer(copy(0), done(stood(90, 7))), None, "a former life");
+            walk
+        }
+
+        fn attempt(&mut self, after_s: u64) -> Option<News> {
+            self.now += Duration::from_secs(after_s);
+            let (stamp, news) = self.life.attempt(self.now, 500);
+            self.stamp = stamp;
+            news
+        }
+
+        fn answer(&mut self, place: Place, wrote: Wrote) -> Option<News> {
+            self.life.answered(place, self.stamp, wrote, self.now, 500)
+        }
+    }
+
+    #[test]
+    fn hazard_27_any_place_holds_the_lease_and_a_gone_key_is_written_again_in_the_same_life() {
+        let mut walk = Walk::new();
+        // Its own key's master is away for an hour; a copy is written.
+        for _ in 0..60 {
+            assert_eq!(walk.attempt(60), None);
+            let before = walk.stamp.number - 1;
+            assert_eq!(walk.answer(copy(0), done(stood(100, before))), None);
+        }
+        assert_eq!(walk.attempt(60), None);
+        assert_eq!(walk.answer(OWN, done(None)), Some(News::Forgot(OWN)));
+        assert_eq!(walk.life.incarnation(), Incarnation(100));
+    }
+
+    #[test]
+    fn a_lapse_of_half_the_time_for_which_routes_are_kept_begins_another_life() {
+        let mut walk = Walk::new();
+        assert_eq!(walk.attempt(300), None, "not yet");
+        assert!(matches!(walk.attempt(1), Some(News::Lapsed(_))));
+        assert_eq!(walk.stamp.incarnation, Incarnation(500));
+        assert!(!walk.life.is_held());
+        assert_eq!(walk.answer(copy(0), done(None)), Some(News::Taken(Incarnation(500))));
+        assert_eq!(walk.answer(OWN, done(stood(100, 1))), None, "the life before was there");
+    }
+
+    #[test]
+    fn hazard_35_a_place_that_went_back_or_lost_everything_is_told() {
+        let mut walk = Walk::new();
+        walk.attempt(3);
+        assert_eq!(walk.answer(copy(0), done(stood(100, 1))), None);
+        // An attempt whose answer was lost may have been executed, or not.
+        for executed in [2, 3] {
+            walk.attempt(3);
+            walk.attempt(3);
+            let known = walk.stamp.number - 2;
+            assert_eq!(walk.answer(copy(0), done(stood(100, known + executed - 2))), None);
+        }
+        for forgotten in [None, stood(100, 2), stood(90, 99)] {
+            walk.attempt(3);
+            assert_eq!(walk.answer(copy(0), done(forgotten)), Some(News::Forgot(copy(0))));
+        }
+        // Beside this shard nothing was confirmed before.
+        assert_eq!(walk.answer(copy(1), done(None)), None);
+    }
+
+    #[test]
+    fn only_a_newer_life_is_a_conflict() {
+        let mut walk = Walk::new();
+        walk.attempt(3);
+        let late = Wrote { done: false, stood: stood(100, 9) };
+        assert_eq!(walk.answer(OWN, late), None, "a later writing of its own overtook this one");
+        let usurped = Wrote { done: false, stood: stood(700, 1) };
+        assert!(matches!(walk.answer(OWN, usurped), Some(News::Lapsed(_))));
+        assert_eq!(walk.answer(copy(0), usurped), None, "an answer to the life before");
+        walk.attempt(0);
+        assert_eq!(walk.stamp.incarnation, Incarnation(701), "above it, whatever the clock says");
+    }
+
+    #[test]
+    fn a_process_that_begins_outbids_what_it_finds() {
+        let now = Instant::now();
+        let mut life = Life::new(Incarnation(100), VOID_AFTER, now);
+        let (stamp, _) = life.attempt(now, 100);
+        // The clock of the process before was ahead; or it began in the same millisecond.
+        for found in [900, 901] {
+            let wrote = Wrote { done: false, stood: stood(found, 1) };
+            let stamp = Stamp { incarnation: life.incarnation(), ..stamp };
+            assert_eq!(life.answered(OWN, stamp, wrote, now, 100), None);
+            assert_eq!(life.incarnation(), Incarnation(found + 1));
+        }
+    }
+}

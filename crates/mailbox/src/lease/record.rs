@@ -1,0 +1,122 @@
+//! How a node's record is written: names and values, so that a reader passes over what it does not know.
+
+use std::collections::HashMap;
+
+use barid_core::{Incarnation, NodeId};
+
+use super::life::Stamp;
+use super::{NodeRecord, NodeRole};
+use crate::layout::LAYOUT;
+
+/// Names and values, but for the incarnation, which is part of the stamp.
+pub(super) fn fields(record: &NodeRecord) -> Vec<(&'static str, String)> {
+    let state = if record.draining { "draining" } else { "serving" };
+    vec![
+        ("role", record.role.as_str().to_owned()),
+        ("address", record.address.clone()),
+        ("load", record.load.to_string()),
+        ("state", state.to_owned()),
+        ("zone", record.zone.clone()),
+        ("admin", record.admin.clone()),
+        ("devices", record.devices.clone()),
+        ("confirmed", u8::from(record.confirmed).to_string()),
+        ("layout", LAYOUT.to_string()),
+    ]
+}
+
+/// The record in a copy.
+pub(super) fn text(fields: &[(&str, String)]) -> String {
+    let pairs: Vec<String> =
+        fields.iter().map(|(name, value)| format!("{name}\0{value}")).collect();
+    pairs.join("\0")
+}
+
+/// One copy of a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Copy {
+    pub stamp: Stamp,
+    /// When the lease ends, ms in the time of the master that holds the copy.
+    pub ends: u64,
+    /// It was given up.
+    pub given_up: bool,
+    /// The layout of the keys that its process writes.
+    pub layout: Option<u32>,
+    /// `None`: of no node, but of what only looks whether shards forget.
+    pub record: Option<NodeRecord>,
+}
+
+impl Copy {
+    /// The copy of `id`; `None`: it is not one.
+    pub fn parse(id: &NodeId, text: &str) -> Option<Self> {
+        let mut words = text.splitn(5, ' ');
+        let mut number = || words.next()?.parse::<u64>().ok();
+        let stamp = Stamp { incarnation: Incarnation(number()?), number: number()? };
+        let ends = number()?;
+        let given_up = words.next()? == "G";
+        let mut parts = words.next().unwrap_or_default().split('\0');
+        let mut fields = HashMap::new();
+        while let (Some(name), Some(value)) = (parts.next(), parts.next()) {
+            fields.insert(name, value);
+        }
+        let record = record(id, stamp, |name| fields.get(name).copied());
+        let layout = fields.get("layout").and_then(|layout| layout.parse().ok());
+        Some(Self { stamp, ends, given_up, layout, record })
+    }
+}
+
+/// A lease as its own key has it.
+pub(crate) fn own(id: &NodeId, fields: &HashMap<String, String>) -> Option<(Stamp, NodeRecord)> {
+    let field = |name: &str| fields.get(name).map(String::as_str);
+    let number = field("number").unwrap_or("0").parse().ok()?;
+    let stamp = Stamp { incarnation: Incarnation(field("incarnation")?.parse().ok()?), number };
+    Some((stamp, record(id, stamp, field)?))
+}
+
+fn record<'a>(
+    id: &NodeId,
+    stamp: Stamp,
+    field: impl Fn(&str) -> Option<&'a str>,
+) -> Option<NodeRecord> {
+    Some(NodeRecord {
+        id: id.clone(),
+        role: NodeRole::parse(field("role")?)?,
+        address: field("address")?.to_owned(),
+        incarnation: stamp.incarnation,
+        load: field("load")?.parse().ok()?,
+        draining: field("state")? == "draining",
+        zone: field("zone").unwrap_or_default().to_owned(),
+        admin: field("admin").unwrap_or_default().to_owned(),
+        devices: field("devices").unwrap_or_default().to_owned(),
+        confirmed: field("confirmed") == Some("1"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_its_copy_and_unknown_fields_are_passed_over() {
+        let id = NodeId::new("n").unwrap();
+        let record = NodeRecord {
+            id: id.clone(),
+            role: NodeRole::Access,
+            address: "[::1]:7081".into(),
+            incarnation: Incarnation(7),
+            load: 3,
+            draining: true,
+            zone: "a zone, with = and spaces".into(),
+            admin: String::new(),
+            devices: "wss://h/".into(),
+            confirmed: true,
+        };
+        let text = text(&fields(&record));
+        let copy = Copy::parse(&id, &format!("7 12 1000 H {text}\0city\0riyadh")).unwrap();
+        let stamp = Stamp { incarnation: Incarnation(7), number: 12 };
+        assert_eq!((copy.stamp, copy.ends, copy.given_up), (stamp, 1000, false));
+        assert_eq!(copy.record, Some(record));
+        let canary = Copy::parse(&id, "7 12 1000 G role\0purger").unwrap();
+        assert_eq!((canary.given_up, canary.record), (true, None));
+        assert_eq!(Copy::parse(&id, "7 x"), None);
+    }
+}

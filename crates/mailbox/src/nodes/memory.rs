@@ -1,0 +1,273 @@
+//! What a reader of leases remembers, and whom it takes for gone. It names no Redis and takes its time as
+//! an argument.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use barid_core::{Incarnation, NodeId};
+use tokio::time::Instant;
+
+use crate::NodeRecord;
+use crate::lease::life::Stamp;
+use crate::lease::record::Copy;
+
+/// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
+/// the leases' master or a stepped clock takes them all, and most live.
+pub(super) const DISBELIEF: Duration = Duration::from_secs(30);
+/// Unknown lives whose first sight is remembered.
+const STRANGERS_MAX: usize = 4096;
+
+/// What a node's own key says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// It was not asked: a copy told enough.
+    #[default]
+    Unasked,
+    /// Its master does not answer.
+    Unreadable,
+    /// There is none.
+    Absent,
+    /// It stands.
+    Held(Stamp, NodeRecord),
+}
+
+/// What a reading saw of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Sight {
+    /// The newest copy whose lease had not ended.
+    copy: Option<(Stamp, NodeRecord)>,
+    /// The newest copy that says that the lease was given up.
+    given_up: Option<Stamp>,
+    pub own: Own,
+}
+
+impl Sight {
+    /// Takes a copy into account; `now` is the time of the master that holds it, ms.
+    pub fn add(&mut self, copy: Copy, now: u64) {
+        if copy.given_up {
+            self.given_up = self.given_up.max(Some(copy.stamp));
+        } else if let Some(record) = copy.record
+            && copy.ends > now
+            && self.copy.as_ref().is_none_or(|(stamp, _)| *stamp < copy.stamp)
+        {
+            self.copy = Some((copy.stamp, record));
+        }
+    }
+
+    /// Whether the copies leave open if it lives: then its own key decides.
+    pub fn is_open(&self) -> bool {
+        !matches!(self.verdict(), Verdict::Lives(..))
+    }
+
+    fn verdict(&self) -> Verdict<'_> {
+        let own = match &self.own {
+            Own::Held(stamp, record) => Some((*stamp, record)),
+            _ => None,
+        };
+        let copy = self.copy.as_ref().map(|(stamp, record)| (*stamp, record));
+        let newest = own.into_iter().chain(copy).max_by_key(|(stamp, _)| *stamp);
+        match (newest, self.given_up) {
+            (Some((stamp, record)), given_up)
+                if given_up.is_none_or(|given_up| given_up < stamp) =>
+            {
+                Verdict::Lives(stamp, record)
+            }
+            (_, Some(stamp)) => Verdict::GaveUp(stamp),
+            (..) if self.own == Own::Absent => Verdict::Gone,
+            _ => Verdict::Unknown,
+        }
+    }
+}
+
+enum Verdict<'a> {
+    Lives(Stamp, &'a NodeRecord),
+    /// It gave its lease up after all else that was read.
+    GaveUp(Stamp),
+    /// Its own key was read and is absent, and no copy stands.
+    Gone,
+    /// Nobody can tell.
+    Unknown,
+}
+
+/// What Redis says at a moment.
+#[derive(Debug, Default)]
+pub(crate) struct Reading {
+    /// Those that are known, or of which there is a copy.
+    pub nodes: HashMap<NodeId, Sight>,
+    /// Whether every master answered.
+    pub complete: bool,
+    /// Whether any did.
+    pub any: bool,
+}
+
+impl Reading {
+    /// The records of those that live.
+    pub fn living(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.nodes.values().filter_map(|sight| match sight.verdict() {
+            Verdict::Lives(_, record) => Some(record),
+            _ => None,
+        })
+    }
+}
+
+/// What is known of nodes beyond the view.
+#[derive(Default)]
+pub(crate) struct Memory {
+    known: HashMap<NodeId, Known>,
+    /// When lives that no lease was ever seen for were first asked about.
+    strangers: HashMap<(NodeId, Incarnation), Instant>,
+    /// When a master answered last, and when all did.
+    heard_at: Option<Instant>,
+    complete_at: Option<Instant>,
+    /// Since when more than half were missing.
+    vanished_at: Option<Instant>,
+}
+
+struct Known {
+    stamp: Stamp,
+    record: NodeRecord,
+    gone_since: Option<Instant>,
+    gave_up: bool,
+}
+
+impl Memory {
+    /// Whom to look for, whether a copy tells of them or not.
+    pub fn known(&self) -> impl Iterator<Item = &NodeId> {
+        self.known.keys()
+    }
+
+    /// How long a life of a node has been over; `None`: it is not, or nobody can tell now.
+    /// `Duration::MAX`: nothing of it is left. What was heard longer than `stale_after` ago tells nothing.
+    pub fn void_since(
+        &mut self,
+        node: &NodeId,
+        incarnation: Incarnation,
+        stale_after: Duration,
+        now: Instant,
+    ) -> Option<Duration> {
+        let stale = |at: Option<Instant>| at.is_none_or(|at| now - at > stale_after);
+        if stale(self.heard_at) {
+            return None;
+        }
+        if let Some(known) = self.known.get(node)
+            && incarnation <= known.stamp.incarnation
+        {
+            let former = incarnation < known.stamp.incarnation;
+            return match known.gone_since {
+                // Its sessions live on in the later life, until that says that all of them are confirmed.
+                _ if former && known.record.confirmed => Some(Duration::MAX),
+                since => since.map(|at| now - at),
+            };
+        }
+        if stale(self.complete_at) {
+            return None;
+        }
+        if self.strangers.len() >= STRANGERS_MAX {
+            self.strangers.clear();
+        }
+        let first = self.strangers.entry((node.clone(), incarnation)).or_insert(now);
+        Some(now - *first)
+    }
+
+    /// Takes over a reading; returns the view that follows from it, by id.
+    pub fn update(&mut self, reading: Reading, now: Instant) -> Vec<NodeRecord> {
+        if reading.any {
+            self.heard_at = Some(now);
+        }
+        if reading.complete {
+            self.complete_at = Some(now);
+        } else {
+            // What no master shows may be on the one that does not answer.
+            self.strangers.clear();
+        }
+        let believe = self.believes(&reading, now);
+        for (id, sight) in reading.nodes {
+            match sight.verdict() {
+                Verdict::Lives(stamp, record) => self.see(id, stamp, record, believe, now),
+                Verdict::GaveUp(stamp) => {
+                    if let Some(known) = self.known.get_mut(&id).filter(|k| k.stamp <= stamp) {
+                        known.stamp = stamp;
+                        known.gave_up = true;
+                        known.gone_since.get_or_insert(now);
+                    }
+                }
+                Verdict::Gone => {
+                    if let Some(known) = self.known.get_mut(&id).filter(|_| believe) {
+                        known.gone_since.get_or_insert(now);
+                    }
+                }
+                Verdict::Unknown => {
+                    // Nobody can tell since when, either: it counts anew.
+                    if let Some(since) =
+                        self.known.get_mut(&id).and_then(|known| known.gone_since.as_mut())
+                    {
+                        *since = now;
+                    }
+                }
+            }
+        }
+        self.view()
+    }
+
+    fn view(&self) -> Vec<NodeRecord> {
+        let living = self.known.values().filter(|known| known.gone_since.is_none());
+        let mut view: Vec<NodeRecord> = living.map(|known| known.record.clone()).collect();
+        view.sort_by(|a, b| a.id.cmp(&b.id));
+        view
+    }
+
+    /// Whether those who are missing are taken for gone. Who cannot be read is not missing.
+    fn believes(&mut self, reading: &Reading, now: Instant) -> bool {
+        let (mut all, mut missing) = (0, 0);
+        for (id, known) in self.known.iter().filter(|(_, known)| known.gone_since.is_none()) {
+            match reading.nodes.get(id).map(Sight::verdict) {
+                None | Some(Verdict::Unknown) => continue,
+                Some(Verdict::Gone) => missing += 1,
+                // An older life than the one that is known: that one is missing.
+                Some(Verdict::Lives(stamp, _)) if stamp.incarnation < known.stamp.incarnation => {
+                    missing += 1;
+                }
+                Some(_) => {}
+            }
+            all += 1;
+        }
+        if missing * 2 <= all {
+            self.vanished_at = None;
+            return true;
+        }
+        let since = *self.vanished_at.get_or_insert_with(|| {
+            tracing::warn!(missing, all, "most leases vanished at once: keeping the last view");
+            now
+        });
+        let believe = now - since >= DISBELIEF;
+        if believe {
+            self.vanished_at = None;
+        }
+        believe
+    }
+
+    fn see(&mut self, id: NodeId, stamp: Stamp, record: &NodeRecord, believe: bool, now: Instant) {
+        self.strangers.remove(&(id.clone(), stamp.incarnation));
+        let Some(known) = self.known.get_mut(&id) else {
+            let record = record.clone();
+            self.known.insert(id, Known { stamp, record, gone_since: None, gave_up: false });
+            return;
+        };
+        let former = stamp.incarnation < known.stamp.incarnation;
+        if former && known.gone_since.is_none() {
+            // A Redis that went back shows it, or that forgot the later one: that one is missing.
+            if believe {
+                known.gone_since = Some(now);
+            }
+        } else if stamp >= known.stamp || former {
+            // A former life after the later one was found gone: a process whose clock is behind, and
+            // nothing told it of the later one.
+            *known = Known { stamp, record: record.clone(), gone_since: None, gave_up: false };
+        } else if !known.gave_up {
+            known.gone_since = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,169 @@
+use super::*;
+use crate::NodeRole;
+
+const STALE: Duration = Duration::from_secs(4);
+const SECOND: Duration = Duration::from_secs(1);
+
+fn id(id: &str) -> NodeId {
+    NodeId::new(id).unwrap()
+}
+
+fn record(name: &str, incarnation: u64) -> NodeRecord {
+    NodeRecord {
+        id: id(name),
+        role: NodeRole::Access,
+        address: "127.0.0.1:1".into(),
+        incarnation: Incarnation(incarnation),
+        load: 0,
+        draining: false,
+        zone: String::new(),
+        admin: String::new(),
+        devices: String::new(),
+        confirmed: true,
+    }
+}
+
+fn stamp(incarnation: u64, number: u64) -> Stamp {
+    Stamp { incarnation: Incarnation(incarnation), number }
+}
+
+fn ids(view: &[NodeRecord]) -> Vec<&str> {
+    view.iter().map(|record| record.id.as_str()).collect()
+}
+
+/// A copy at a master whose time is 1000.
+fn copy(name: &str, incarnation: u64, number: u64, ends: u64) -> Copy {
+    let record = Some(record(name, incarnation));
+    Copy { stamp: stamp(incarnation, number), ends, given_up: false, layout: Some(3), record }
+}
+
+fn seen(copies: impl IntoIterator<Item = Copy>, own: Own) -> Sight {
+    let mut sight = Sight { own, ..Sight::default() };
+    copies.into_iter().for_each(|copy| sight.add(copy, 1000));
+    sight
+}
+
+fn all(nodes: impl IntoIterator<Item = (&'static str, Sight)>) -> Reading {
+    let nodes = nodes.into_iter().map(|(name, sight)| (id(name), sight)).collect();
+    Reading { nodes, complete: true, any: true }
+}
+
+/// Those that live, in these lives; those that should and do not.
+fn read(living: &[(&'static str, u64)], lapsed: &'static str) -> Reading {
+    let living = living.iter().map(|(name, life)| {
+        let held = Own::Held(stamp(*life, 1), record(name, *life));
+        (*name, seen([], held))
+    });
+    let lapsed = lapsed.split_whitespace().map(|name| (name, seen([], Own::Absent)));
+    all(living.chain(lapsed))
+}
+
+fn gave_up(name: &str, incarnation: u64, number: u64) -> Copy {
+    Copy { given_up: true, ..copy(name, incarnation, number, 1000) }
+}
+
+#[test]
+fn hazard_13_mass_death_is_believed_only_after_a_while() {
+    let (mut memory, t) = (Memory::default(), Instant::now());
+    let b = id("b");
+    memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
+    assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a", "b", "c"]);
+    assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), None);
+    let t = t + DISBELIEF;
+    assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
+    assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), Some(Duration::ZERO));
+}
+
+#[test]
+fn leases_that_were_given_up_are_gone_at_once() {
+    let (mut memory, t) = (Memory::default(), Instant::now());
+    memory.update(read(&[("a", 1), ("b", 1)], ""), t);
+    let given_up = || seen([gave_up("a", 1, 9), copy("a", 1, 8, 2000)], Own::Absent);
+    let both = all([("a", given_up()), ("b", seen([gave_up("b", 1, 9)], Own::Unreadable))]);
+    assert!(memory.update(both, t).is_empty());
+    // A failover brings an older copy back, without the news that it was given up.
+    let back = all([("a", seen([copy("a", 1, 8, 2000)], Own::Absent))]);
+    assert!(memory.update(back, t).is_empty());
+    // But not when the index was lost with them.
+    memory.update(read(&[("a", 2), ("b", 2)], ""), t);
+    assert_eq!(ids(&memory.update(read(&[], "a b"), t)), ["a", "b"]);
+}
+
+#[test]
+fn one_death_is_believed_at_once_and_its_time_counts() {
+    let (mut memory, t) = (Memory::default(), Instant::now());
+    memory.update(read(&[("a", 1), ("b", 1)], ""), t);
+    assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
+    let later = Duration::from_secs(9);
+    memory.update(read(&[("a", 1)], "b c"), t + later);
+    assert_eq!(memory.void_since(&id("b"), Incarnation(1), STALE, t + later), Some(later));
+}
+
+#[test]
+fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing() {
+    let (mut memory, t) = (Memory::default(), Instant::now());
+    memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
+    let hidden = |name| (name, seen([], Own::Unreadable));
+    let half = || {
+        let mut half = all([hidden("a"), hidden("b"), ("c", seen([], Own::Absent))]);
+        half.complete = false;
+        half
+    };
+    // Of those that can be read, most are missing.
+    assert_eq!(ids(&memory.update(half(), t)), ["a", "b", "c"]);
+    let later = t + DISBELIEF;
+    assert_eq!(ids(&memory.update(half(), later)), ["a", "b"]);
+    assert_eq!(memory.void_since(&id("a"), Incarnation(1), STALE, later), None);
+    // Unknown lives may be on the master that does not answer.
+    assert_eq!(memory.void_since(&id("d"), Incarnation(1), STALE, later), None);
+    // Once c cannot be read either, nobody can tell since when it is gone.
+    let last = later + SECOND * 60;
+    memory.update(all([hidden("a"), hidden("b"), hidden("c")]), last);
+    assert_eq!(memory.void_since(&id("c"), Incarnation(1), STALE, last), Some(Duration::ZERO));
+    // Nobody answers at all.
+    let silence = last + STALE + SECOND;
+    memory.update(Reading::default(), silence);
+    assert_eq!(memory.void_since(&id("c"), Incarnation(1), STALE, silence), None);
+}
+
+#[test]
+fn hazard_28_a_fresh_reader_sees_whoever_has_one_readable_copy() {
+    let t = Instant::now();
+    let cases: [(&str, Sight); 5] = [
+        ("a", seen([copy("a", 1, 3, 2000)], Own::Unreadable)),
+        ("b", seen([copy("b", 1, 3, 900), copy("b", 1, 4, 1001)], Own::Absent)),
+        ("c", seen([copy("c", 1, 3, 1000)], Own::Unreadable)),
+        ("d", seen([gave_up("d", 1, 3), copy("d", 1, 4, 2000)], Own::Absent)),
+        ("e", seen([gave_up("e", 1, 5), copy("e", 1, 4, 2000)], Own::Unreadable)),
+    ];
+    assert_eq!(ids(&Memory::default().update(all(cases), t)), ["a", "b", "d"]);
+}
+
+#[test]
+fn hazard_27_a_former_life_is_void_once_the_later_one_is_confirmed() {
+    let (mut memory, t) = (Memory::default(), Instant::now());
+    let a = id("a");
+    memory.update(read(&[("a", 4)], ""), t);
+    let life = |confirmed, number| {
+        let record = NodeRecord { confirmed, ..record("a", 9) };
+        all([("a", seen([], Own::Held(stamp(9, number), record)))])
+    };
+    memory.update(life(false, 1), t);
+    for after in [0, 3_600, 86_400] {
+        let now = t + SECOND * after;
+        memory.update(life(false, 1), now);
+        assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), None, "it lives on");
+    }
+    let now = t + SECOND * 86_401;
+    memory.update(life(true, 2), now);
+    assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), Some(Duration::MAX));
+    assert_eq!(memory.void_since(&a, Incarnation(9), STALE, now), None);
+    // A failover brings the record of the former life back.
+    memory.update(read(&[("a", 4)], ""), now);
+    assert_eq!(memory.void_since(&a, Incarnation(9), STALE, now), None);
+    assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), Some(Duration::MAX));
+    // Newer than the view, perhaps: nothing is removed for it soon.
+    assert_eq!(memory.void_since(&a, Incarnation(10), STALE, now), Some(Duration::ZERO));
+    // Redis away: nobody can tell.
+    assert_eq!(memory.void_since(&a, Incarnation(11), STALE, now + STALE * 2), None);
+}
