@@ -1,5 +1,6 @@
 //! A node's lease: what makes its routes valid.
 
+mod canary;
 pub(crate) mod life;
 pub(crate) mod places;
 pub(crate) mod record;
@@ -16,6 +17,7 @@ use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+pub use self::canary::{Canary, Looked};
 use self::life::{Life, News, Place};
 use self::places::{State, Writing};
 use crate::{Error, Mailbox};

@@ -5,6 +5,7 @@
 //! Mailbox ── Topology: shard -> Lane (one a master) ── Batcher a script ── Link: one connection
 //!    ├─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
 //!    └─ Lease, NodeTable: who is alive      announcements: hears of changes at once
+//!       Canary: whether shards forgot
 //! TrackedRoutes: routes read on a connection on which Redis reports their changes
 //! ```
 
@@ -30,7 +31,7 @@ mod types;
 
 pub use config::{Limits, RedisConfig};
 pub use error::Error;
-pub use lease::{Lease, LeaseConfig, LeaseEvent, NodeRecord, NodeRole};
+pub use lease::{Canary, Lease, LeaseConfig, LeaseEvent, Looked, NodeRecord, NodeRole};
 pub use mailbox::Mailbox;
 pub use nodes::NodeTable;
 pub use redis_clock::RedisTime;

@@ -18,7 +18,7 @@ use crate::topology::Topology;
 use crate::{Error, keys};
 
 /// How long a copy stays after its lease ended.
-const KEPT: Duration = Duration::from_secs(3600);
+pub(super) const KEPT: Duration = Duration::from_secs(3600);
 
 /// What a writing makes of the lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
