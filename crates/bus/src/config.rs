@@ -118,6 +118,12 @@ impl Topics {
     pub fn pushes(&self) -> [&str; 3] {
         [&self.push_high, &self.push, &self.push_bulk]
     }
+
+    /// All five.
+    pub fn all(&self) -> Vec<String> {
+        let others = [self.receipts.as_str(), &self.dead];
+        self.pushes().into_iter().chain(others).map(str::to_owned).collect()
+    }
 }
 
 /// What the promises rest on; nobody may set these.

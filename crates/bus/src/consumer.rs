@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rdkafka::TopicPartitionList;
@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 
 use crate::context::{Callbacks, Told};
+use crate::stuck::{Next, Stuck};
 use crate::{Error, GroupProtocol, KafkaConfig, ffi};
 
 /// A partition of a topic of the group.
@@ -131,6 +132,9 @@ pub struct Assigned {
 /// Topics' ids by name, on their way; does not borrow the consumer.
 pub type TopicIds = Pin<Box<dyn Future<Output = Result<HashMap<String, String>, Error>> + Send>>;
 
+/// Names of topics that do not exist, on their way.
+pub type MissingTopics = Pin<Box<dyn Future<Output = Result<Vec<String>, Error>> + Send>>;
+
 /// A member of the group.
 pub struct Consumer<State = Consuming> {
     core: Core,
@@ -145,16 +149,55 @@ struct Core {
     /// The order in which partitions of a topic are asked; rotates.
     order: Vec<VecDeque<Partition>>,
     bell: Arc<Notify>,
-    classic: bool,
+    protocol: Protocol,
     was_assigned: bool,
+    /// Partitions that cannot be fetched.
+    stuck: HashMap<Partition, Stuck>,
     /// The broker has told topics' ids.
     gives_ids: Arc<AtomicBool>,
+}
+
+/// How the group balances, from what is asked for first to what every broker has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    /// KIP-848, each topic's partitions shared out evenly. The broker's own choice (`uniform`) balances
+    /// the sum over all topics: one of two members may get every partition of the one with traffic.
+    Range,
+    /// KIP-848 with whatever assignor the broker prefers.
+    Any,
+    /// Before KIP-848; range as well.
+    Classic,
 }
 
 /// librdkafka's consumer. Its drop leaves the group, and waits until that is done.
 struct Member {
     inner: Arc<BaseConsumer<Callbacks>>,
     callbacks: Callbacks,
+}
+
+impl Member {
+    /// Drops what is prefetched of a partition and what librdkafka remembers of its last failure.
+    fn fetch_afresh(&self, partition: &Partition) {
+        let mut list = TopicPartitionList::new();
+        list.add_partition(&partition.topic, partition.number);
+        let afresh = self.inner.pause(&list).and_then(|()| self.inner.resume(&list));
+        if let Err(error) = afresh {
+            tracing::debug!(%error, topic = &*partition.topic, "cannot fetch afresh");
+        }
+    }
+
+    /// Where the next record of a partition would be; `None`: not known.
+    fn position(&self, partition: &Partition) -> Option<i64> {
+        let of = |list: Result<TopicPartitionList, KafkaError>| {
+            let list = list.ok()?;
+            match list.find_partition(&partition.topic, partition.number)?.offset() {
+                Offset::Offset(offset) => Some(offset),
+                Offset::Beginning => Some(0),
+                _ => None,
+            }
+        };
+        of(self.inner.position()).or_else(|| of(self.inner.assignment()))
+    }
 }
 
 impl Drop for Member {
@@ -178,9 +221,12 @@ impl Consumer<Consuming> {
     /// # Errors
     /// [`Error::Config`].
     pub fn start(config: &KafkaConfig, topics: &[&str]) -> Result<Self, Error> {
-        let classic = config.group_protocol == GroupProtocol::Classic;
+        let protocol = match config.group_protocol {
+            GroupProtocol::Classic => Protocol::Classic,
+            GroupProtocol::Auto | GroupProtocol::Consumer => Protocol::Range,
+        };
         let bell = Arc::new(Notify::new());
-        let member = create(config, topics, classic, &bell)?;
+        let member = create(config, topics, protocol, &bell)?;
         let core = Core {
             config: config.clone(),
             topics: topics.iter().map(|topic| Arc::from(*topic)).collect(),
@@ -188,8 +234,9 @@ impl Consumer<Consuming> {
             member,
             order: vec![VecDeque::new(); topics.len()],
             bell,
-            classic,
+            protocol,
             was_assigned: false,
+            stuck: HashMap::new(),
             gives_ids: Arc::default(),
         };
         Ok(Self { core, state: PhantomData })
@@ -204,16 +251,21 @@ impl Consumer<Consuming> {
         mut wanted: impl FnMut(&Partition) -> bool,
         out: &mut Vec<Record>,
     ) -> usize {
-        let before = out.len();
+        let (before, mut failed) = (out.len(), Vec::new());
         let Some(order) = self.core.order.get_mut(topic) else { return 0 };
         for _ in 0..order.len() {
             let Some(partition) = order.pop_front() else { break };
             if let Some(queue) = self.core.queues.get(&partition).filter(|_| wanted(&partition)) {
                 while out.len() - before < max {
                     match queue.poll(Duration::ZERO) {
-                        Some(Ok(message)) => out.push(copy(&partition.topic, &message)),
+                        Some(Ok(message)) => {
+                            out.push(copy(&partition.topic, &message));
+                            if !self.core.stuck.is_empty() {
+                                self.core.stuck.remove(&partition);
+                            }
+                        }
                         Some(Err(error)) => {
-                            tracing::warn!(%error, topic = &*partition.topic, partition = partition.number, "cannot fetch");
+                            failed.push((partition.clone(), error));
                             break;
                         }
                         None => break,
@@ -225,6 +277,9 @@ impl Consumer<Consuming> {
                 break;
             }
         }
+        failed
+            .into_iter()
+            .for_each(|(partition, error)| self.core.cannot_fetch(&partition, &error));
         out.len() - before
     }
 
@@ -348,6 +403,7 @@ impl<State> Consumer<State> {
     pub fn release(&mut self, partitions: &[Partition]) -> Result<(), Error> {
         for partition in partitions {
             self.core.queues.remove(partition);
+            self.core.stuck.remove(partition);
         }
         for order in &mut self.core.order {
             order.retain(|partition| !partitions.contains(partition));
@@ -426,7 +482,45 @@ impl<State> Consumer<State> {
 
     /// Whether the group balances by the classic protocol.
     pub fn is_classic(&self) -> bool {
-        self.core.classic
+        self.core.protocol == Protocol::Classic
+    }
+
+    /// Whether each topic's partitions are shared out evenly; else the broker balances the sum.
+    pub fn is_range(&self) -> bool {
+        self.core.protocol != Protocol::Any
+    }
+
+    /// The partitions whose next records cannot be fetched, and why. One whose cause is not told any
+    /// more is fetched afresh, and is over if that goes well; call it every second or so.
+    pub fn stuck(&mut self) -> &HashMap<Partition, Stuck> {
+        let now = Instant::now();
+        let member = &self.core.member;
+        self.core.stuck.retain(|partition, stuck| match stuck.next(now) {
+            Next::Wait => true,
+            Next::Ask => {
+                member.fetch_afresh(partition);
+                true
+            }
+            Next::Over => false,
+        });
+        &self.core.stuck
+    }
+
+    /// Which of these topics do not exist. Does not borrow the consumer.
+    pub fn missing_topics(&self, topics: Vec<String>) -> MissingTopics {
+        let inner = Arc::clone(&self.core.member.inner);
+        let gives_ids = Arc::clone(&self.core.gives_ids);
+        let ask = move || {
+            let (client, timeout) = (inner.client(), Duration::from_secs(5));
+            // Who gives ids describes topics; librdkafka's in-process broker does not.
+            if gives_ids.load(Ordering::Relaxed) {
+                return ffi::missing_topics(client, &topics, timeout);
+            }
+            let metadata = client.fetch_metadata(None, timeout)?;
+            let known = |name: &String| metadata.topics().iter().any(|topic| topic.name() == name);
+            Ok(topics.into_iter().filter(|name| !known(name)).collect())
+        };
+        Box::pin(async move { blocking(ask).await? })
     }
 
     /// How far each partition has been written, for the lag; -1 where it is not known yet.
@@ -490,27 +584,58 @@ impl Core {
         known.map_or_else(|| Arc::from(name), Arc::clone)
     }
 
-    /// A broker without KIP-848 says so once, fatally: start over with the classic protocol.
+    /// A record, or a batch of them, cannot be had. Said once for each cause.
+    fn cannot_fetch(&mut self, partition: &Partition, error: &KafkaError) {
+        let cause = error
+            .rdkafka_error_code()
+            .map_or_else(|| error.to_string(), |code| format!("{code:?} ({code})"));
+        let now = Instant::now();
+        if let Some(stuck) = self.stuck.get_mut(partition)
+            && stuck.cause == cause
+        {
+            return stuck.again(now);
+        }
+        let offset = self.member.position(partition);
+        let (topic, number) = (&*partition.topic, partition.number);
+        tracing::error!(topic, partition = number, offset, cause, "a partition cannot be fetched");
+        self.stuck.insert(partition.clone(), Stuck::new(offset, cause, now));
+    }
+
+    /// A broker that does not offer what is asked for says so once, fatally: start over with less.
     fn trouble(&mut self, error: KafkaError) -> Option<Event> {
         let fatal = self.member.inner.client().fatal_error();
         let Some((code, reason)) = fatal else {
             return Some(Event::Trouble(error.into()));
         };
-        let unsupported = matches!(
-            code,
-            RDKafkaErrorCode::UnsupportedFeature | RDKafkaErrorCode::UnsupportedVersion
-        );
-        let auto = self.config.group_protocol == GroupProtocol::Auto;
-        let can_fall_back = auto && !self.classic && !self.was_assigned;
-        if !unsupported || !can_fall_back {
+        use RDKafkaErrorCode as Code;
+        let less = match (code, self.protocol) {
+            (Code::UnsupportedAssignor, Protocol::Range) => Some(Protocol::Any),
+            (Code::UnsupportedFeature | Code::UnsupportedVersion, protocol)
+                if self.config.group_protocol == GroupProtocol::Auto
+                    && protocol != Protocol::Classic =>
+            {
+                Some(Protocol::Classic)
+            }
+            _ => None,
+        };
+        let Some(less) = less.filter(|_| !self.was_assigned) else {
             return Some(Event::Fatal(format!("{code}: {reason}")));
+        };
+        match less {
+            Protocol::Classic => {
+                tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
+            }
+            _ => tracing::warn!(
+                reason,
+                "the broker offers no range assignor: one purger may get all partitions of a topic; \
+                 add org.apache.kafka.coordinator.group.assignor.RangeAssignor to group.consumer.assignors"
+            ),
         }
-        tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
         let topics: Vec<&str> = self.topics.iter().map(|topic| &**topic).collect();
-        match create(&self.config, &topics, true, &self.bell) {
+        match create(&self.config, &topics, less, &self.bell) {
             Ok(member) => {
                 let old = std::mem::replace(&mut self.member, member);
-                self.classic = true;
+                self.protocol = less;
                 std::mem::drop(spawn_blocking(move || drop(old)));
                 None
             }
@@ -544,7 +669,7 @@ impl Core {
 fn create(
     config: &KafkaConfig,
     topics: &[&str],
-    classic: bool,
+    protocol: Protocol,
     bell: &Arc<Notify>,
 ) -> Result<Member, Error> {
     let mut client = config.client();
@@ -559,16 +684,19 @@ fn create(
         .set("fetch.queue.backoff.ms", "5")
         .set("fetch.error.backoff.ms", "100")
         .set("queued.max.messages.kbytes", config.prefetch_kbytes_max.to_string())
-        .set("topic.metadata.refresh.interval.ms", "30000");
-    if classic {
-        client
+        // A topic that is created later is seen as soon.
+        .set("topic.metadata.refresh.interval.ms", "5000");
+    match protocol {
+        Protocol::Classic => client
             .set("group.protocol", "classic")
             .set("partition.assignment.strategy", "range")
             .set("session.timeout.ms", "10000")
-            .set("heartbeat.interval.ms", "1000");
-    } else {
-        client.set("group.protocol", "consumer");
-    }
+            .set("heartbeat.interval.ms", "1000"),
+        Protocol::Range => {
+            client.set("group.protocol", "consumer").set("group.remote.assignor", "range")
+        }
+        Protocol::Any => client.set("group.protocol", "consumer"),
+    };
     if !config.group_instance_id.is_empty() {
         client.set("group.instance.id", &config.group_instance_id);
     }

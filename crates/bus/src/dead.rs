@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use prometheus::IntCounter;
 
 use crate::consumer::Record;
-use crate::receipts::{truncate, until_delivered};
 use crate::{Error, KafkaConfig, Producer};
 
 /// A refused record.
@@ -26,33 +26,56 @@ pub struct DeadLetters {
     topic: Arc<str>,
     /// What the producer's queue can hold, bytes: more would wait for room for ever.
     queue_bytes: usize,
+    dropped: IntCounter,
 }
 
 /// What is left of a letter that its topic does not take, step by step: first below Kafka's default
 /// limit of a megabyte, at last only the headers that say what it was.
 const CUTS: [usize; 3] = [900_000, 64 * 1024, 0];
 
+/// How much of a record goes into its letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// All of it.
+    Whole,
+    /// Of key and value so many bytes; of none, the original headers go as well.
+    To(usize),
+    /// The key, and the headers that say what it was.
+    Headers,
+}
+
 impl DeadLetters {
-    /// Dead letters through `producer`.
-    pub fn new(producer: Producer, config: &KafkaConfig) -> Self {
+    /// Dead letters through `producer`; `dropped` counts those that their topic never takes.
+    pub fn new(producer: Producer, config: &KafkaConfig, dropped: IntCounter) -> Self {
         let queue_bytes = config.producer_queue_kbytes_max as usize * 1024;
-        Self { producer, topic: Arc::from(config.topics.dead.as_str()), queue_bytes }
+        let topic = Arc::from(config.topics.dead.as_str());
+        Self { producer, topic, queue_bytes, dropped }
     }
 
     /// Produces a letter and waits until all replicas have it, for as long as that takes: original
     /// key, bytes and headers, plus `barid-code`, `barid-reason` and where it came from. One that
-    /// the topic does not take is cut, and `barid-truncated` says from how many bytes.
+    /// is too large for the topic is cut, and `barid-truncated` says from how many bytes; one that the
+    /// topic refuses for another reason (a schema, a policy, no key where one is asked for) is cut to
+    /// its headers. What is refused even so is logged and counted, and its partition goes on (P6).
     pub async fn write(&self, letter: &DeadLetter<'_>) {
-        if letter.record.bytes() < self.queue_bytes && self.send(letter, None).await.is_ok() {
-            return;
+        let mut refused = match letter.record.bytes() < self.queue_bytes {
+            true => self.send(letter, Cut::Whole).await,
+            false => Err(Error::TooLarge),
+        };
+        for bytes in CUTS {
+            let cut = match refused {
+                Ok(()) => return,
+                // Less of it will not please a topic that takes no such record; the key might be why.
+                Err(Error::Rejected(_)) if bytes > 0 => continue,
+                Err(Error::Rejected(_)) => Cut::Headers,
+                Err(_) => Cut::To(bytes),
+            };
+            refused = self.send(letter, cut).await;
         }
-        for cut in CUTS {
-            if self.send(letter, Some(cut)).await.is_ok() {
-                return;
-            }
-        }
-        // The partition goes on (P6); what it was stands in the log.
+        let Err(error) = refused else { return };
+        self.dropped.inc();
         tracing::error!(
+            %error,
             topic = &*letter.record.topic,
             partition = letter.record.partition,
             offset = letter.record.offset,
@@ -61,7 +84,7 @@ impl DeadLetters {
         );
     }
 
-    async fn send(&self, letter: &DeadLetter<'_>, cut: Option<usize>) -> Result<(), Error> {
+    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut) -> Result<(), Error> {
         let record = letter.record;
         let numbers = [
             record.partition.to_string(),
@@ -78,18 +101,28 @@ impl DeadLetters {
             ("barid-timestamp", numbers[2].as_bytes()),
         ];
         let (mut key, mut value) = (record.key.clone(), record.value.clone());
-        if let Some(max) = cut {
+        if cut != Cut::Whole {
             headers.push(("barid-truncated", numbers[3].as_bytes()));
-            (key, value) = (key.map(|key| truncate(&key, max)), truncate(&value, max));
+        }
+        match cut {
+            Cut::Whole => {}
+            Cut::To(max) => {
+                (key, value) = (key.map(|key| truncate(&key, max)), truncate(&value, max));
+            }
+            Cut::Headers => value = Bytes::new(),
         }
         // A letter is cut to nothing because its headers are too large, or with them.
-        if cut != Some(0) {
+        if !matches!(cut, Cut::To(0) | Cut::Headers) {
             let original = record.headers.iter();
             headers
                 .extend(original.map(|(name, value): &(String, Bytes)| (name.as_str(), &**value)));
         }
-        let send =
-            || self.producer.send_as_it_came(&self.topic, key.as_deref(), value.clone(), &headers);
-        until_delivered(send).await
+        let key = key.as_deref();
+        self.producer.send_until_delivered(&self.topic, key, value, &headers).await
     }
+}
+
+/// A payload cut to `max` bytes.
+fn truncate(payload: &Bytes, max: usize) -> Bytes {
+    payload.slice(..payload.len().min(max))
 }

@@ -14,9 +14,12 @@ pub enum Error {
     /// The record is larger than its topic, or this client, takes.
     #[error("the record is larger than its topic takes")]
     TooLarge,
-    /// The broker refused.
+    /// The broker refused, and an operator can mend it: a right is missing, or a topic.
     #[error("kafka refused: {0}")]
     Refused(String),
+    /// The topic does not take such a record, and never will.
+    #[error("the topic does not take the record: {0}")]
+    Rejected(String),
 }
 
 impl Error {
@@ -33,7 +36,20 @@ impl From<KafkaError> for Error {
             (KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_), _) => {
                 Self::Config(error.to_string())
             }
-            (_, Some(Code::MessageSizeTooLarge | Code::InvalidMessageSize)) => Self::TooLarge,
+            (
+                _,
+                Some(
+                    Code::MessageSizeTooLarge
+                    | Code::InvalidMessageSize
+                    | Code::MessageBatchTooLarge,
+                ),
+            ) => Self::TooLarge,
+            (
+                _,
+                Some(
+                    Code::InvalidRecord | Code::PolicyViolation | Code::UnsupportedForMessageFormat,
+                ),
+            ) => Self::Rejected(error.to_string()),
             (
                 _,
                 Some(
@@ -44,9 +60,7 @@ impl From<KafkaError> for Error {
                     | Code::GroupAuthorizationFailed
                     | Code::ClusterAuthorizationFailed
                     | Code::Authentication
-                    | Code::InvalidTopic
-                    | Code::InvalidRecord
-                    | Code::PolicyViolation,
+                    | Code::InvalidTopic,
                 ),
             ) => Self::Refused(error.to_string()),
             _ => Self::Away(error.to_string()),

@@ -48,6 +48,31 @@ pub(crate) fn topic_ids<C: ClientContext>(
     topics: &[String],
     timeout: Duration,
 ) -> Result<HashMap<String, String>, Error> {
+    // SAFETY: the event that it is given lives while it runs.
+    describe(client, topics, timeout, |event| unsafe { read_topic_ids(event) })
+}
+
+/// Those of `topics` that do not exist, or that cannot be seen (then the name has the reason behind it).
+/// Blocks for up to `timeout`.
+///
+/// # Errors
+/// As of [`topic_ids`].
+pub(crate) fn missing_topics<C: ClientContext>(
+    client: &Client<C>,
+    topics: &[String],
+    timeout: Duration,
+) -> Result<Vec<String>, Error> {
+    // SAFETY: the event that it is given lives while it runs.
+    describe(client, topics, timeout, |event| unsafe { read_missing(event) })
+}
+
+/// Asks for the descriptions of topics and reads the answer.
+fn describe<C: ClientContext, T>(
+    client: &Client<C>,
+    topics: &[String],
+    timeout: Duration,
+    read: impl FnOnce(*mut sys::rd_kafka_event_t) -> Result<T, Error>,
+) -> Result<T, Error> {
     let timeout_ms = c_int::try_from(timeout.as_millis()).unwrap_or(c_int::MAX);
     let names: Vec<CString> = topics.iter().filter_map(|t| CString::new(t.as_str()).ok()).collect();
     let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
@@ -82,7 +107,7 @@ pub(crate) fn topic_ids<C: ClientContext>(
             return Err(Error::Away("no broker described the topics in time".into()));
         }
         let event = Guard(event, sys::rd_kafka_event_destroy);
-        read_topic_ids(event.0)
+        read(event.0)
     }
 }
 
@@ -93,20 +118,8 @@ unsafe fn read_topic_ids(
 ) -> Result<HashMap<String, String>, Error> {
     // SAFETY: all of these read the event, which lives while this runs; the strings are copied.
     unsafe {
-        if sys::rd_kafka_event_error(event) != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
-        {
-            let text = CStr::from_ptr(sys::rd_kafka_event_error_string(event)).to_string_lossy();
-            return Err(Error::Away(text.into_owned()));
-        }
-        let result = sys::rd_kafka_event_DescribeTopics_result(event);
-        if result.is_null() {
-            return Err(Error::Away("another answer than topics".into()));
-        }
-        let mut count = 0;
-        let described = sys::rd_kafka_DescribeTopics_result_topics(result, &mut count);
         let mut ids = HashMap::new();
-        for i in 0..count {
-            let topic = *described.add(i);
+        for &topic in described(event)? {
             let error = sys::rd_kafka_TopicDescription_error(topic);
             let failed = !error.is_null()
                 && sys::rd_kafka_error_code(error)
@@ -126,6 +139,61 @@ unsafe fn read_topic_ids(
             );
         }
         Ok(ids)
+    }
+}
+
+/// # Safety
+/// `event` is a live event of librdkafka.
+unsafe fn read_missing(event: *mut sys::rd_kafka_event_t) -> Result<Vec<String>, Error> {
+    // SAFETY: all of these read the event, which lives while this runs; the strings are copied.
+    unsafe {
+        let topics = described(event)?;
+        let missing = topics.iter().filter_map(|topic| {
+            let error = sys::rd_kafka_TopicDescription_error(*topic);
+            if error.is_null() {
+                return None;
+            }
+            let name = CStr::from_ptr(sys::rd_kafka_TopicDescription_name(*topic));
+            let name = name.to_string_lossy();
+            match sys::rd_kafka_error_code(error) {
+                sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => None,
+                sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART => {
+                    Some(name.into_owned())
+                }
+                _ => {
+                    let why = CStr::from_ptr(sys::rd_kafka_error_string(error));
+                    Some(format!("{name} ({})", why.to_string_lossy()))
+                }
+            }
+        });
+        Ok(missing.collect())
+    }
+}
+
+/// The topics that an answer describes.
+///
+/// # Safety
+/// `event` is a live event of librdkafka, and outlives what is returned.
+unsafe fn described<'a>(
+    event: *mut sys::rd_kafka_event_t,
+) -> Result<&'a [*const sys::rd_kafka_TopicDescription_t], Error> {
+    // SAFETY: all of these read the event, which lives; the array belongs to it.
+    unsafe {
+        if sys::rd_kafka_event_error(event) != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
+        {
+            let text = CStr::from_ptr(sys::rd_kafka_event_error_string(event)).to_string_lossy();
+            return Err(Error::Away(text.into_owned()));
+        }
+        let result = sys::rd_kafka_event_DescribeTopics_result(event);
+        if result.is_null() {
+            return Err(Error::Away("another answer than topics".into()));
+        }
+        let mut count = 0;
+        let topics = sys::rd_kafka_DescribeTopics_result_topics(result, &mut count);
+        if topics.is_null() {
+            return Ok(&[]);
+        }
+        Ok(std::slice::from_raw_parts(topics.cast_const().cast(), count))
     }
 }
 

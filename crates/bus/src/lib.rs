@@ -12,6 +12,7 @@ mod ffi;
 pub mod ledger;
 mod producer;
 mod receipts;
+mod stuck;
 mod topics;
 
 pub use config::{GroupProtocol, KafkaConfig, Properties, Topics};
@@ -19,6 +20,7 @@ pub use dead::{DeadLetter, DeadLetters};
 pub use embedded::EmbeddedKafka;
 pub use error::Error;
 pub use ledger::Ledger;
-pub use producer::Producer;
+pub use producer::{Held, Producer};
 pub use receipts::Receipts;
+pub use stuck::Stuck;
 pub use topics::ensure_topics;

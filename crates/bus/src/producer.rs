@@ -1,10 +1,13 @@
 //! Records out: idempotent, acknowledged by all replicas, sent at once.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use barid_core::Backoff;
 use bytes::Bytes;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
@@ -19,6 +22,29 @@ use crate::{Error, KafkaConfig};
 pub struct Producer {
     config: Arc<KafkaConfig>,
     inner: Arc<RwLock<FutureProducer<Logged>>>,
+    held: Arc<Mutex<BTreeMap<(Instant, u64), Refusal>>>,
+    /// Held for writing by whoever wants no other record of a delivery's in its batch.
+    alone: Arc<tokio::sync::RwLock<()>>,
+}
+
+/// Why a record that has to be delivered is not yet.
+#[derive(Debug)]
+struct Refusal {
+    topic: String,
+    reason: String,
+}
+
+/// Records that have to be delivered and that Kafka has not taken so far.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// How many.
+    pub records: usize,
+    /// Where the oldest goes.
+    pub topic: String,
+    /// Why not.
+    pub reason: String,
+    /// For how long.
+    pub age: Duration,
 }
 
 impl std::fmt::Debug for Producer {
@@ -37,15 +63,16 @@ impl Producer {
     /// [`Error::Config`].
     pub fn new(config: &KafkaConfig) -> Result<Self, Error> {
         let inner = Arc::new(RwLock::new(create(config)?));
-        Ok(Self { config: Arc::new(config.clone()), inner })
+        let config = Arc::new(config.clone());
+        Ok(Self { config, inner, held: Arc::default(), alone: Arc::default() })
     }
 
     /// Sends a record and waits until all replicas have it. Waits while the queue is full, for as
     /// long as a delivery may take.
     ///
     /// # Errors
-    /// It was not delivered: [`Error::Away`] after the delivery timeout, [`Error::TooLarge`] and
-    /// [`Error::Refused`] at once.
+    /// It was not delivered: [`Error::Away`] after the delivery timeout, [`Error::TooLarge`],
+    /// [`Error::Refused`] and [`Error::Rejected`] at once.
     pub async fn send(
         &self,
         topic: &str,
@@ -54,6 +81,52 @@ impl Producer {
         headers: &[(&str, &[u8])],
     ) -> Result<(), Error> {
         self.send_as_it_came(topic, Some(key), payload, headers).await
+    }
+
+    /// As [`Self::send`], for as long as that takes: while Kafka is away, the topic is missing or the
+    /// right to write there, it waits, and [`Self::held`] says so. Kafka refuses a batch for one of its
+    /// records, and all of them are told so: one that is rejected goes once more by itself.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::Rejected`], [`Error::Config`]: no time will help.
+    pub(crate) async fn send_until_delivered(
+        &self,
+        topic: &str,
+        key: Option<&[u8]>,
+        payload: Bytes,
+        headers: &[(&str, &[u8])],
+    ) -> Result<(), Error> {
+        let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.2)
+            .expect("constants in range");
+        let (mut failures, mut holding, mut alone) = (0, None, false);
+        loop {
+            let sent = self.send_as_it_came(topic, key, payload.clone(), headers);
+            let sent = if alone {
+                let _nobody_else = self.alone.write().await;
+                sent.await
+            } else {
+                let _others = self.alone.read().await;
+                sent.await
+            };
+            match sent {
+                Err(Error::Rejected(_)) if !alone => alone = true,
+                Err(error @ (Error::Away(_) | Error::Refused(_))) => {
+                    let holding = holding.get_or_insert_with(|| Holding::new(self));
+                    holding.refused(topic, &error);
+                    sleep(backoff.delay(failures)).await;
+                    failures += 1;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// What has to be delivered and is not, if anything.
+    pub fn held(&self) -> Option<Held> {
+        let held = self.held.lock();
+        let ((since, _), Refusal { topic, reason }) = held.first_key_value()?;
+        let (topic, reason) = (topic.clone(), reason.clone());
+        Some(Held { records: held.len(), topic, reason, age: since.elapsed() })
     }
 
     /// As [`Self::send`], of a record that may have had no key.
@@ -126,6 +199,35 @@ impl Producer {
             }
         }
         error.into()
+    }
+}
+
+/// A record that waits, as long as this lives.
+struct Holding<'a> {
+    producer: &'a Producer,
+    key: (Instant, u64),
+}
+
+impl<'a> Holding<'a> {
+    fn new(producer: &'a Producer) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { producer, key: (Instant::now(), NEXT.fetch_add(1, Ordering::Relaxed)) }
+    }
+
+    /// Logs the first of those that wait for a topic, and no more: all of them wait for the same.
+    fn refused(&self, topic: &str, error: &Error) {
+        let mut held = self.producer.held.lock();
+        if !held.values().any(|refusal| refusal.topic == topic) {
+            tracing::warn!(%error, topic, "record not delivered, trying again");
+        }
+        let refusal = Refusal { topic: topic.to_owned(), reason: error.to_string() };
+        held.insert(self.key, refusal);
+    }
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        self.producer.held.lock().remove(&self.key);
     }
 }
 

@@ -1,16 +1,13 @@
 //! Receipts for the business.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use barid_core::Backoff;
 use barid_wire::record::{CONTENT_TYPE, Format, encode_receipt};
 use barid_wire::v1::Receipt;
-use bytes::Bytes;
 use prometheus::IntCounter;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
-use crate::{Error, KafkaConfig, Producer};
+use crate::{KafkaConfig, Producer};
 
 /// Produces receipts, keyed by message id. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -45,9 +42,9 @@ impl Receipts {
     pub async fn tell(&self, receipt: &Receipt) {
         let payload = encode_receipt(receipt, self.format);
         let headers = self.headers();
-        let key = receipt.id.as_bytes();
-        let send = || self.producer.send(&self.topic, key, payload.clone(), &headers);
-        if let Err(error) = until_delivered(send).await {
+        let key = Some(receipt.id.as_bytes());
+        let sent = self.producer.send_until_delivered(&self.topic, key, payload, &headers);
+        if let Err(error) = sent.await {
             tracing::error!(%error, id = receipt.id, "receipt cannot be produced");
             self.dropped.inc();
         }
@@ -61,33 +58,4 @@ impl Receipts {
     fn headers(&self) -> [(&'static str, &'static [u8]); 1] {
         [(CONTENT_TYPE, self.format.content_type().as_bytes())]
     }
-}
-
-/// Tries for as long as Kafka is away, or its topic does not exist yet.
-///
-/// # Errors
-/// [`Error::TooLarge`] and [`Error::Config`]: no time will help.
-pub(crate) async fn until_delivered<F>(mut send: impl FnMut() -> F) -> Result<(), Error>
-where
-    F: Future<Output = Result<(), Error>>,
-{
-    let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.2)
-        .expect("constants in range");
-    let mut failures = 0;
-    loop {
-        match send().await {
-            Ok(()) => return Ok(()),
-            Err(error @ (Error::Away(_) | Error::Refused(_))) => {
-                tracing::warn!(%error, failures, "record not delivered, trying again");
-                sleep(backoff.delay(failures)).await;
-                failures += 1;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// A payload cut to `max` bytes.
-pub(crate) fn truncate(payload: &Bytes, max: usize) -> Bytes {
-    payload.slice(..payload.len().min(max))
 }

@@ -10,11 +10,16 @@ use barid_bus::{DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConf
 use barid_testkit::Kafka;
 use barid_testkit::kafka::{KafkaOptions, unique};
 use bytes::Bytes;
+use prometheus::IntCounter;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Headers as _, Message as _};
 use tokio::time::{Instant, timeout};
 
 const LIMIT: Duration = Duration::from_secs(30);
+
+fn dropped() -> IntCounter {
+    IntCounter::new("dropped", "dropped").unwrap()
+}
 
 /// Topics and a group of its own.
 fn config() -> KafkaConfig {
@@ -220,7 +225,7 @@ async fn a_topic_created_again_is_read_from_its_start() {
 #[tokio::test]
 async fn hazard_23_a_dead_letter_that_its_topic_does_not_take_is_cut_and_says_so() {
     let config = apache_with(KafkaConfig { dead_bytes_max: 1 << 20, ..config() }).await;
-    let dead = DeadLetters::new(Producer::new(&config).unwrap(), &config);
+    let dead = DeadLetters::new(Producer::new(&config).unwrap(), &config, dropped());
     let record = |bytes: usize| Record {
         topic: "source".into(),
         partition: 1,

@@ -11,6 +11,7 @@ mod flight;
 mod intake;
 mod lane;
 mod metrics;
+mod oldest;
 mod partitions;
 mod ports;
 mod service;

@@ -36,8 +36,18 @@ pub struct Metrics {
     /// How often taking stopped, by the bound that was reached: records, bytes (of a priority), or
     /// a lane's messages.
     pub stalls: IntCounterVec,
-    /// Partitions assigned.
-    pub partitions: IntGauge,
+    /// Partitions assigned, by topic: with those of other purgers, how the work is shared out.
+    pub partitions: IntGaugeVec,
+    /// Partitions that cannot be fetched.
+    pub partitions_stuck: IntGauge,
+    /// 1: the broker offers no assignor that shares out each topic evenly.
+    pub assignor_missing: IntGauge,
+    /// Topics that do not exist.
+    pub topics_missing: IntGauge,
+    /// Receipts and dead letters that Kafka has not taken so far.
+    pub produce_held: IntGauge,
+    /// How long the oldest record that was taken has not been finished, seconds.
+    pub oldest_seconds: IntGauge,
     /// Partitions whose next record waits for room.
     pub paused: IntGauge,
     /// Shards whose master did not take the last call.
@@ -52,6 +62,8 @@ pub struct Metrics {
     pub commits: IntCounterVec,
     /// Receipts that could not be produced.
     pub receipts_dropped: IntCounter,
+    /// Dead letters that their topic never takes.
+    pub dead_letters_dropped: IntCounter,
     /// Malformed `traceparent` headers.
     pub traces_ignored: IntCounter,
     /// Where a message's time goes.
@@ -111,7 +123,14 @@ impl Metrics {
             in_flight: make.gauges("in_flight_records", "Records not finished.", "topic")?,
             in_flight_bytes: make.gauges("in_flight_bytes", "Their bytes.", "topic")?,
             stalls: make.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
-            partitions: make.gauge("partitions", "Partitions assigned.")?,
+            partitions: make.gauges("partitions", "Partitions assigned.", "topic")?,
+            partitions_stuck: make
+                .gauge("partitions_stuck", "Partitions that cannot be fetched.")?,
+            assignor_missing: make
+                .gauge("assignor_missing", "Partitions are not shared by topic.")?,
+            topics_missing: make.gauge("topics_missing", "Topics that do not exist.")?,
+            produce_held: make.gauge("produce_held", "Receipts and dead letters that wait.")?,
+            oldest_seconds: make.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
             paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
             shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
             lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
@@ -124,6 +143,8 @@ impl Metrics {
             recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
             commits: make.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
+            dead_letters_dropped: make
+                .counter("dead_letters_dropped_total", "Dead letters not produced.")?,
             traces_ignored: make
                 .counter("traceparents_ignored_total", "Malformed traceparent headers.")?,
             hops: Hops::new(registry, &[Hop::ProducedTaken, Hop::TakenAccepted])?,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_bus::consumer::{Consumer, Consuming, Done, Draining, Event, Partition};
-use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Producer, Receipts};
+use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Held, Producer, Receipts, Stuck};
 use barid_core::SystemClock;
 use barid_runtime::{Condition, Context, Sighting, Stopped};
 use barid_wire::record::{ReceiptKind, Refusal};
@@ -21,6 +21,7 @@ use crate::flight::{Flight, Parcel};
 use crate::intake::{Intake, Taken};
 use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Queue};
 use crate::metrics::Metrics;
+use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
 use crate::ports::{Handoff, Mailboxes};
 
@@ -30,6 +31,10 @@ const TURN: usize = 16;
 const TICK: Duration = Duration::from_millis(50);
 /// How often readiness is looked at.
 const LOOK: Duration = Duration::from_millis(250);
+/// How often missing topics are looked for.
+const MISSING_REFRESH: Duration = Duration::from_secs(1);
+/// Receipts and dead letters that wait for longer are told.
+const HELD_AFTER: Duration = Duration::from_secs(10);
 /// How long a commit may take when a partition is given back, or the process ends.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Events of lanes that wait for the loop.
@@ -55,8 +60,18 @@ struct Conditions {
     consumer: Condition,
     /// What was taken gets finished.
     records: Condition,
+    /// Every topic exists.
+    topics: Condition,
+    /// Every partition held can be read.
+    fetching: Condition,
+    /// Receipts and dead letters are taken.
+    producing: Condition,
     /// What was finished gets committed.
     commits: Condition,
+    /// For how long a record may be under way.
+    stalled_after: Duration,
+    /// One was for longer.
+    too_old: bool,
 }
 
 /// What is to be done by time.
@@ -66,6 +81,7 @@ struct Timers {
     ping: Instant,
     look: Instant,
     ids: Option<JoinHandle<Result<HashMap<String, String>, KafkaError>>>,
+    missing: Option<JoinHandle<Result<Vec<String>, KafkaError>>>,
     pong: Option<JoinHandle<Option<String>>>,
     assign: Option<(Vec<Partition>, Instant)>,
 }
@@ -97,6 +113,7 @@ struct Flow {
     away: Arc<Away>,
     topics: Vec<Arc<str>>,
     metrics: Metrics,
+    oldest: OldestWatch,
     /// Records were finished since readiness was looked at.
     finished: bool,
     /// A commit was asked for and not yet answered.
@@ -115,9 +132,10 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let (lane_events, events) = mpsc::channel(EVENTS_MAX);
         let (handoff_in, handoff_out) = mpsc::channel(config.window.handoff_max);
         let dropped = metrics.receipts_dropped.clone();
+        let dead_dropped = metrics.dead_letters_dropped.clone();
         let outbox = Outbox {
             receipts: Receipts::new(producer.clone(), &config.kafka, dropped),
-            dead: DeadLetters::new(producer.clone(), &config.kafka),
+            dead: DeadLetters::new(producer.clone(), &config.kafka, dead_dropped),
             handoff: handoff_in,
             handoff_wait: Duration::from_millis(config.window.handoff_wait_ms),
             clock: Arc::new(SystemClock),
@@ -294,7 +312,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     }
 
     /// Commits, compares topic ids, pings Redis, shows the state.
-    async fn due<S>(&mut self, consumer: &Consumer<S>) {
+    async fn due<S>(&mut self, consumer: &mut Consumer<S>) {
         let now = Instant::now();
         if self.timers.commit <= now {
             self.timers.commit = now + Duration::from_millis(self.config.commit_interval_ms);
@@ -303,8 +321,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             self.flow.show(consumer);
         }
-        self.look(now);
+        self.look(consumer, now);
         self.refresh(consumer, now);
+        self.look_for_topics();
         self.watch_redis(now).await;
     }
 
@@ -314,6 +333,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         if timers.ids.is_none() && (timers.refresh <= now || suspect) {
             timers.refresh = now + Duration::from_millis(self.config.topic_refresh_ms);
             timers.ids = Some(tokio::spawn(consumer.topic_ids()));
+            timers.missing.get_or_insert_with(|| {
+                tokio::spawn(consumer.missing_topics(self.config.kafka.topics.all()))
+            });
         }
         let Some(ids) = timers.ids.take_if(|ids| ids.is_finished()) else { return };
         match ids.now_or_never() {
@@ -346,15 +368,73 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Says that the loop turns, and whether what was taken moves on.
-    fn look(&mut self, now: Instant) {
+    /// Topics that do not exist are named: no error would, and nothing would flow.
+    fn look_for_topics(&mut self) {
+        let Some(missing) = self.timers.missing.take_if(|missing| missing.is_finished()) else {
+            return;
+        };
+        // Whether a broker answers at all, the ids tell.
+        let Some(Ok(Ok(missing))) = missing.now_or_never() else { return };
+        self.flow.metrics.topics_missing.set(missing.len() as i64);
+        if missing.is_empty() {
+            self.conditions.topics.ready();
+        } else {
+            // Whoever has created them waits for nothing else.
+            self.timers.refresh = self.timers.refresh.min(Instant::now() + MISSING_REFRESH);
+            let topics = missing.join(", ");
+            self.conditions.topics.failing(format!("kafka has no topic {topics}: create it"));
+        }
+    }
+
+    /// Says that the loop turns, whether what was taken moves on, and what cannot be read or written.
+    fn look<S>(&mut self, consumer: &mut Consumer<S>, now: Instant) {
         if self.timers.look > now {
             return;
         }
         self.timers.look = now + LOOK;
         self.conditions.consumer.ready();
-        if std::mem::take(&mut self.flow.finished) || self.flow.partitions.unfinished() == 0 {
-            self.conditions.records.ready();
+        let finished = std::mem::take(&mut self.flow.finished);
+        let oldest = self.flow.oldest.look(&self.flow.partitions, now);
+        self.flow.metrics.oldest_seconds.set(oldest.as_ref().map_or(0, |o| o.age.as_secs() as i64));
+        match oldest {
+            Some(oldest) if oldest.age > self.conditions.stalled_after => {
+                self.conditions.records.failing(oldest.to_string());
+                self.conditions.too_old = true;
+            }
+            oldest => {
+                let moved = std::mem::take(&mut self.conditions.too_old);
+                if finished || moved || oldest.is_none() {
+                    self.conditions.records.ready();
+                }
+            }
+        }
+        let stuck = consumer.stuck();
+        self.flow.metrics.partitions_stuck.set(stuck.len() as i64);
+        match stuck.iter().min_by_key(|(partition, _)| *partition) {
+            None => self.conditions.fetching.ready(),
+            Some((Partition { topic, number }, Stuck { offset, cause, .. })) => {
+                let offset =
+                    offset.map_or_else(|| "an unknown offset".into(), |o| format!("offset {o}"));
+                let others = match stuck.len() - 1 {
+                    0 => String::new(),
+                    more => format!("; and {more} more"),
+                };
+                let reason =
+                    format!("{topic}/{number} cannot be fetched at {offset}: {cause}{others}");
+                self.conditions.fetching.failing(reason);
+            }
+        }
+        let held = self.producer.held();
+        self.flow.metrics.produce_held.set(held.as_ref().map_or(0, |held| held.records as i64));
+        match held {
+            Some(Held { records, topic, reason, age }) if age > HELD_AFTER => {
+                let age = age.as_secs();
+                let reason =
+                    format!("{records} records wait for {topic}, the oldest for {age} s: {reason}");
+                self.conditions.producing.failing(reason);
+            }
+            Some(_) => {}
+            None => self.conditions.producing.ready(),
         }
     }
 
@@ -452,7 +532,12 @@ impl Conditions {
             redis: context.progress("redis", "answer"),
             consumer: context.progress("consumer", "poll"),
             records: context.progress("records", "record finished of those in flight"),
+            topics: context.health.condition("topics"),
+            fetching: context.health.condition("fetching"),
+            producing: context.health.condition("producing"),
             commits: context.progress("commits", "commit"),
+            stalled_after: context.stalled_after,
+            too_old: false,
         }
     }
 }
@@ -465,6 +550,7 @@ impl Timers {
             ping: now,
             look: now,
             ids: None,
+            missing: None,
             pong: None,
             assign: None,
         }
@@ -527,6 +613,7 @@ impl Flow {
             away,
             topics,
             metrics,
+            oldest: OldestWatch::default(),
             finished: false,
             committing: false,
         })
@@ -704,16 +791,19 @@ impl Flow {
             metrics.in_flight.with_label_values(&[topic]).set(self.records[priority] as i64);
             metrics.in_flight_bytes.with_label_values(&[topic]).set(self.bytes[priority] as i64);
         }
-        let (mut held, mut paused, mut lag) = (0, 0, 0);
+        let (mut held, mut paused, mut lag) = ([0; 3], 0, 0);
         for open in self.partitions.iter() {
-            held += 1;
+            held[open.assignment.priority] += 1;
             let full = self.records[open.assignment.priority] >= self.records_max;
             paused += i64::from(!open.wants() || full);
             if let Some(committed) = open.committed() {
                 lag += (consumer.high_watermark(&open.assignment.partition) - committed).max(0);
             }
         }
-        self.metrics.partitions.set(held);
+        for (topic, held) in self.topics.iter().zip(held) {
+            self.metrics.partitions.with_label_values(&[topic]).set(held);
+        }
+        self.metrics.assignor_missing.set(i64::from(!consumer.is_range()));
         self.metrics.paused.set(paused);
         self.metrics.lag.set(lag);
     }

@@ -1,7 +1,10 @@
 //! Apache Kafka itself: one KRaft node in one small JVM, on private ports, in a directory of its own.
 
+mod acls;
+
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, TcpStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -44,6 +47,19 @@ impl Default for KafkaOptions {
             properties: Vec::new(),
             jvm: jvm.map(str::to_owned).to_vec(),
         }
+    }
+}
+
+impl KafkaOptions {
+    /// A broker that keeps access control lists; what none is about is allowed to everybody.
+    pub fn with_authorizer() -> Self {
+        let properties = [
+            ("authorizer.class.name", "org.apache.kafka.metadata.authorizer.StandardAuthorizer"),
+            ("allow.everyone.if.no.acl.found", "true"),
+            ("early.start.listeners", "CONTROLLER"),
+        ];
+        let properties = properties.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        Self { properties: properties.to_vec(), ..Self::default() }
     }
 }
 
@@ -130,6 +146,17 @@ impl Kafka {
         Ok(())
     }
 
+    /// Whether anybody may write to a topic. The broker needs an authorizer:
+    /// [`KafkaOptions::with_authorizer`].
+    ///
+    /// # Errors
+    /// The broker refuses, or does not answer.
+    pub async fn allow_writes(&self, topic: &str, allowed: bool) -> Result<()> {
+        let port = self.port;
+        let topic = topic.to_owned();
+        tokio::task::spawn_blocking(move || acls::allow_writes(port, &topic, allowed)).await?
+    }
+
     /// Deletes topics.
     ///
     /// # Errors
@@ -139,6 +166,11 @@ impl Kafka {
             outcome.map_err(|(name, error)| anyhow::anyhow!("deleting topic {name}: {error}"))?;
         }
         Ok(())
+    }
+
+    /// Where its logs lie: a directory a partition.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
     }
 
     /// `kill -9`. The port and the data stay for [`Kafka::restart`].

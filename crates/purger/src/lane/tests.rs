@@ -144,7 +144,7 @@ fn outbox(metrics: &Metrics) -> Outbox {
     let (handoff, _) = mpsc::channel(1);
     Outbox {
         receipts: Receipts::new(producer.clone(), &config, IntCounter::new("d", "d").unwrap()),
-        dead: DeadLetters::new(producer, &config),
+        dead: DeadLetters::new(producer, &config, IntCounter::new("l", "l").unwrap()),
         handoff,
         handoff_wait: Duration::ZERO,
         clock: Arc::new(SystemClock),

@@ -67,6 +67,20 @@ pub struct Letter {
 
 impl World {
     pub async fn new(embedded: bool) -> Self {
+        if embedded { Self::made(None, true).await } else { Self::on(Kafka::shared().await).await }
+    }
+
+    /// On a broker of one's own, with its topics.
+    pub async fn on(kafka: &Kafka) -> Self {
+        Self::made(Some(kafka), true).await
+    }
+
+    /// Without any topic.
+    pub async fn bare(kafka: &Kafka) -> Self {
+        Self::made(Some(kafka), false).await
+    }
+
+    async fn made(kafka: Option<&Kafka>, topics: bool) -> Self {
         let redis = Redis::start().await.unwrap();
         let mut config =
             Config { commit_interval_ms: 100, topic_refresh_ms: 300, ..Default::default() };
@@ -76,23 +90,26 @@ impl World {
             ..Default::default()
         };
         config.kafka = KafkaConfig { partitions: 4, group: unique("group"), ..Default::default() };
-        let topics = &mut config.kafka.topics;
+        let names = &mut config.kafka.topics;
         for name in [
-            &mut topics.push_high,
-            &mut topics.push,
-            &mut topics.push_bulk,
-            &mut topics.receipts,
-            &mut topics.dead,
+            &mut names.push_high,
+            &mut names.push,
+            &mut names.push_bulk,
+            &mut names.receipts,
+            &mut names.dead,
         ] {
             *name = unique(name);
         }
-        let embedded = if embedded {
-            Some(EmbeddedKafka::start(&mut config.kafka).unwrap())
-        } else {
-            config.kafka.brokers = vec![Kafka::shared().await.brokers()];
-            ensure_topics(&config.kafka, LIMIT).await.unwrap();
-            None
+        let embedded = match kafka {
+            None => Some(EmbeddedKafka::start(&mut config.kafka).unwrap()),
+            Some(kafka) => {
+                config.kafka.brokers = vec![kafka.brokers()];
+                None
+            }
         };
+        if kafka.is_some() && topics {
+            ensure_topics(&config.kafka, LIMIT).await.unwrap();
+        }
         let mailbox = Mailbox::open(&config.redis, &Context::new().metrics).await.unwrap();
         let producer = Producer::new(&config.kafka).unwrap();
         Self { redis, config, mailbox, producer, handed: Kept::default(), embedded }
@@ -149,6 +166,15 @@ impl World {
             }
             assert!(Instant::now() < end, "{user} has {ids:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Sets an option of a topic.
+    pub async fn configure(&self, topic: &str, option: &str, value: &str) {
+        let admin: AdminClient<DefaultClientContext> = self.client().create().unwrap();
+        let set = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(option, value);
+        for outcome in admin.alter_configs([&set], &AdminOptions::new()).await.unwrap() {
+            outcome.unwrap();
         }
     }
 
@@ -262,6 +288,15 @@ impl Running {
         metrics.iter().filter(of_label).map(|m| m.get_counter().get_value()).sum()
     }
 
+    /// The value of a gauge for one label.
+    pub fn gauge_of(&self, name: &str, label: &str) -> f64 {
+        let families = self.context.metrics.gather();
+        let family = families.iter().find(|f| f.name() == format!("barid_purger_{name}"));
+        let metrics = family.map(|f| f.get_metric()).unwrap_or_default();
+        let of_label = |m: &&prometheus::proto::Metric| m.get_label()[0].value() == label;
+        metrics.iter().filter(of_label).map(|m| m.get_gauge().get_value()).sum()
+    }
+
     pub fn metric(&self, name: &str) -> f64 {
         let families = self.context.metrics.gather();
         let family = families.iter().find(|f| f.name() == format!("barid_purger_{name}"));
@@ -275,6 +310,17 @@ impl Running {
             assert!(Instant::now() < end, "{what}: {:?}", self.context.health.not_ready());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Waits until a condition fails with a reason in which all of these words are; the reason.
+    pub async fn fails(&self, condition: &str, words: &[&str]) -> String {
+        let reason = |this: &Self| {
+            let failing = this.context.health.not_ready();
+            let found = failing.into_iter().find(|(name, _)| *name == condition);
+            found.map(|(_, reason)| reason).filter(|r| words.iter().all(|word| r.contains(word)))
+        };
+        self.until(condition, |this| reason(this).is_some()).await;
+        reason(self).unwrap_or_default()
     }
 
     pub async fn ready(&self) {

@@ -1,0 +1,57 @@
+//! For how long each partition's first unfinished record has been that. A partition commits nothing
+//! behind it, however much else is finished.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::time::Duration;
+
+use barid_bus::consumer::Partition;
+use tokio::time::Instant;
+
+use crate::partitions::Partitions;
+
+/// Looked at now and then: an age is exact to the time between two looks.
+#[derive(Debug, Default)]
+pub struct OldestWatch {
+    first: HashMap<Partition, (i64, Instant)>,
+}
+
+/// The record that has been unfinished for longest.
+#[derive(Debug)]
+pub struct Oldest {
+    /// Where it lies.
+    pub partition: Partition,
+    /// Its offset.
+    pub offset: i64,
+    /// For how long it has been the first.
+    pub age: Duration,
+}
+
+impl OldestWatch {
+    /// Looks at all partitions; `None`: nothing is under way.
+    pub fn look(&mut self, partitions: &Partitions, now: Instant) -> Option<Oldest> {
+        self.first.retain(|partition, _| partitions.get(partition).is_some());
+        for open in partitions.iter() {
+            let partition = &open.assignment.partition;
+            let first = open.ledger.committable().filter(|_| open.ledger.open() > 0);
+            match (first, self.first.get_mut(partition)) {
+                (None, _) => drop(self.first.remove(partition)),
+                (Some(offset), Some((known, _))) if *known == offset => {}
+                (Some(offset), _) => {
+                    self.first.insert(partition.clone(), (offset, now));
+                }
+            }
+        }
+        let (partition, (offset, since)) =
+            self.first.iter().min_by_key(|(_, (_, since))| *since)?;
+        let age = now.saturating_duration_since(*since);
+        Some(Oldest { partition: partition.clone(), offset: *offset, age })
+    }
+}
+
+impl fmt::Display for Oldest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { partition: Partition { topic, number }, offset, age } = self;
+        write!(f, "{topic}/{number} offset {offset} has not been finished for {} s", age.as_secs())
+    }
+}
