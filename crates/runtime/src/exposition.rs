@@ -46,6 +46,17 @@ impl Metrics {
         self.values(name).iter().filter(of).map(|value| value.value).sum()
     }
 
+    /// A count for each value of `label`.
+    pub fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, u64> {
+        let mut found = BTreeMap::new();
+        for value in self.values(name) {
+            if let Some(of) = value.label(label) {
+                *found.entry(of.to_owned()).or_default() += value.value as u64;
+            }
+        }
+        found
+    }
+
     /// The role whose endpoint it is; `None`: it is none of Barid's.
     pub fn role(&self) -> Option<&str> {
         self.values("barid_build_info").first()?.label("role")

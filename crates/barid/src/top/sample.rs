@@ -69,6 +69,8 @@ pub struct RoleState {
     /// Of one core.
     pub cpu_percent: f64,
     pub memory_bytes: u64,
+    /// Of a purger: how many partitions of each topic it has.
+    pub partitions: BTreeMap<String, u64>,
 }
 
 /// One lease.
@@ -232,6 +234,7 @@ impl Memory {
                 ready: pair.now.not_ready.is_empty(),
                 cpu_percent: round(100.0 * self.cpu(address), 10.0),
                 memory_bytes: pair.now.metrics.sum("process_resident_memory_bytes") as u64,
+                partitions: pair.now.metrics.by_label("barid_purger_partitions", "topic"),
             })
             .collect();
         let place = |role: &RoleState| {
@@ -328,5 +331,16 @@ mod tests {
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);
+    }
+
+    #[test]
+    fn hazard_44_each_purger_shows_its_share_of_each_topic() {
+        let mut memory = Memory::default();
+        let shares =
+            "barid_purger_partitions{topic=\"a\"} 4\nbarid_purger_partitions{topic=\"b\"} 0";
+        let looks = vec![("a:1".to_owned(), look(Instant::now(), shares))];
+        let sample = memory.take(looks, Ok(vec![]));
+        let wanted = BTreeMap::from([("a".to_owned(), 4), ("b".to_owned(), 0)]);
+        assert_eq!(sample.roles[0].partitions, wanted);
     }
 }

@@ -193,6 +193,16 @@ fn role(role: &RoleState) -> Line {
     Line::plain(format!("  {:<12}{cpu:>8}{:>11}  ", clean(&role.role), bytes(role.memory_bytes)))
         .and(Some(tone), format!("{state:<10}"))
         .and(Some(Tone::Faint), clean(&role.admin))
+        .and(Some(Tone::Faint), share(role))
+}
+
+/// A purger's partitions of each topic, by the topics' names: who has none of one does none of its work.
+fn share(role: &RoleState) -> String {
+    if role.partitions.is_empty() {
+        return String::new();
+    }
+    let counts: Vec<String> = role.partitions.values().map(u64::to_string).collect();
+    format!("  {} partitions", counts.join("+"))
 }
 
 /// As many as there is room for, those with most sessions first.
@@ -295,6 +305,10 @@ mod tests {
             ready: true,
             cpu_percent: 99.9,
             memory_bytes: 123_000_000,
+            partitions: match name {
+                "purger" => ["high", "push", "bulk"].map(|topic| (topic.to_owned(), 4)).into(),
+                _ => Default::default(),
+            },
         };
         Sample {
             event: "sample",
@@ -338,6 +352,7 @@ mod tests {
                 "38,000 sessions",
                 "dispatcher",
                 "01:02:03 UTC",
+                "4+4+4 partitions",
             ] {
                 assert!(text.contains(part), "{columns}: no {part} in\n{text}");
             }
