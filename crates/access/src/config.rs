@@ -8,7 +8,11 @@ use barid_bus::KafkaConfig;
 use barid_core::Secret;
 use barid_core::limits::GROUPS_MAX;
 use barid_mailbox::{LeaseConfig, RedisConfig};
+use barid_runtime::bounds::{
+    self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within,
+};
 use barid_runtime::{AdminConfig, LogConfig};
+use barid_wire::frames::BODY_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 
 use crate::acceptors::ACCEPTORS_MAX;
@@ -19,6 +23,125 @@ use crate::tls::Tls;
 
 /// A burst of minutes is no limit.
 const BURST_SECONDS_MAX: u64 = 600;
+/// Connections, of a node or a part of it: a node's sockets and their memory end before.
+const CONNECTIONS_MAX: u64 = 10_000_000;
+/// Waits for a device, ms.
+const WAIT_MS_MAX: u64 = HOUR_MS / 6;
+/// A queue of messages in memory.
+const QUEUE_BYTES_MAX: u64 = 4 << 30;
+
+impl Bounded for JwksConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("refresh_seconds", 1..=7 * DAY_SECONDS, "s"),
+            whole("refresh_min_seconds", 0..=DAY_SECONDS, "s"),
+            whole("timeout_ms", 1..=60_000, "ms"),
+        ]
+    }
+}
+
+impl Bounded for AuthConfig {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s")];
+        [own, within::<JwksConfig>("jwks")].concat()
+    }
+}
+
+impl Bounded for LimitsConfig {
+    fn bounds() -> Vec<Bound> {
+        let connections = |key| whole(key, 1..=CONNECTIONS_MAX, "");
+        let a_second = |key| whole(key, 1..=CONNECTIONS_MAX, "a second");
+        vec![
+            connections("connections_max"),
+            whole("handshakes_max", 1..=1_000_000, ""),
+            a_second("handshakes_per_second").or_zero("no limit"),
+            whole("handshakes_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
+            connections("address_connections_max").or_zero("no limit"),
+            whole("address_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
+            a_second("address_handshakes_per_second").or_zero("no limit"),
+            connections("addresses_max"),
+            whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
+            connections("app_connections_max").or_zero("no limit"),
+            whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            // Room for a Hello, or a token.
+            whole("frame_bytes_max", 1024..=BODY_BYTES_MAX.into(), "bytes"),
+            whole("upstream_frames_per_second", 1..=1_000_000, "a second").or_zero("no limit"),
+            whole("upstream_bytes_per_second", 1..=1 << 30, "bytes a second").or_zero("no limit"),
+            whole("upstream_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
+            whole("queued_bytes_max", 1..=QUEUE_BYTES_MAX, "bytes"),
+            // The kernel takes half an i32, and doubles it.
+            whole("send_buffer_bytes", 1..=1 << 30, "bytes").or_zero("as the system has it"),
+            whole("node_queued_bytes_max", 1..=TEBIBYTE, "bytes"),
+            whole("subscriptions_max", 0..=GROUPS_MAX as u64, ""),
+            whole("fanout_bytes_max", 1..=QUEUE_BYTES_MAX, "bytes"),
+            whole("node_fanout_bytes_max", 1..=TEBIBYTE, "bytes"),
+            whole("fanout_seconds", 1..=DAY_SECONDS, "s"),
+            whole("memory_bytes_max", 1..=TEBIBYTE, "bytes").or_zero("80 % of the cgroup's limit"),
+            whole("unacked_max", 1..=1_000_000, ""),
+            whole("close_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("batches_max", 1..=100_000, ""),
+            whole("kicks_per_second", 1..=CONNECTIONS_MAX, "a second"),
+        ]
+    }
+}
+
+impl Bounded for HeartbeatConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("interval_seconds", 1..=3_600, "s"),
+            whole("timeout_seconds", 1..=3_600, "s"),
+            whole("interval_min_seconds", 1..=3_600, "s"),
+            whole("interval_max_seconds", 1..=3_600, "s"),
+            whole("idle_seconds", 1..=30 * DAY_SECONDS, "s").or_zero("never"),
+        ]
+    }
+}
+
+impl Bounded for BalanceConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            real("shed_above", 1.01..=1_000.0, "").or_zero("never"),
+            whole("shed_slack", 0..=CONNECTIONS_MAX, ""),
+            whole("sheds_per_second", 1..=CONNECTIONS_MAX, "a second"),
+        ]
+    }
+}
+
+impl Bounded for SyncConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("page_entries_max", 1..=10_000, ""),
+            whole("page_bytes_max", 1..=64 << 20, "bytes"),
+            whole("confirm_interval_seconds", 1..=DAY_SECONDS, "s"),
+            whole("confirms_per_second", 1..=CONNECTIONS_MAX, "a second"),
+            whole("ack_interval_ms", 0..=60_000, "ms"),
+        ]
+    }
+}
+
+impl Bounded for Config {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![
+            whole("drain_seconds", 1..=DAY_SECONDS, "s"),
+            whole("acceptors", 1..=ACCEPTORS_MAX.into(), ""),
+        ];
+        [
+            own,
+            LeaseConfig::bounds(),
+            within::<AdminConfig>("admin"),
+            within::<LogConfig>("log"),
+            within::<RedisConfig>("redis"),
+            within::<AuthConfig>("auth"),
+            within::<LimitsConfig>("limits"),
+            within::<HeartbeatConfig>("heartbeat"),
+            within::<BalanceConfig>("balance"),
+            within::<SyncConfig>("sync"),
+            within::<KafkaConfig>("kafka"),
+        ]
+        .concat()
+    }
+}
 
 /// The whole configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -297,20 +420,10 @@ impl LimitsConfig {
         if self.queued_bytes_max < page_bytes_max as usize {
             return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
         }
-        if self.subscriptions_max > GROUPS_MAX {
-            return Err(format!("limits.subscriptions_max must be at most {GROUPS_MAX}"));
-        }
         if self.node_queued_bytes_max < self.queued_bytes_max as u64 {
             return Err("limits.node_queued_bytes_max must be at least queued_bytes_max".into());
         }
-        let at_most = [
-            ("limits.handshakes_burst_seconds", self.handshakes_burst_seconds),
-            ("limits.upstream_burst_seconds", self.upstream_burst_seconds),
-        ];
-        match at_most.iter().find(|(_, seconds)| *seconds > BURST_SECONDS_MAX) {
-            Some((key, _)) => Err(format!("{key} must be at most {BURST_SECONDS_MAX}")),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -382,15 +495,6 @@ impl Default for BalanceConfig {
     }
 }
 
-impl BalanceConfig {
-    fn check(&self) -> Result<(), String> {
-        if self.shed_above == 0.0 || (self.shed_above > 1.0 && self.shed_above.is_finite()) {
-            return Ok(());
-        }
-        Err("balance.shed_above must be above 1, or 0".into())
-    }
-}
-
 /// Keys under `sync`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -459,7 +563,7 @@ impl Config {
     /// # Errors
     /// The first key that does not fit.
     pub fn check(&self) -> Result<(), String> {
-        self.admin.check()?;
+        bounds::check(self)?;
         self.lease().check("grpc_listen", self.grpc_listen)?;
         if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
             return Err(
@@ -471,49 +575,15 @@ impl Config {
         Proxies::new(&self.proxy)?;
         Tls::new(&self.tls)?;
         self.heartbeat.check()?;
-        self.balance.check()?;
         let url = &self.advertise_url;
         if !(url.is_empty() || url.starts_with("ws://") || url.starts_with("wss://")) {
             return Err("advertise_url must begin with wss:// or ws://".into());
         }
-        if !(1..=ACCEPTORS_MAX).contains(&self.acceptors) {
-            return Err(format!("acceptors must be 1 to {ACCEPTORS_MAX}"));
-        }
         self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;
-        self.kafka.check()?;
-        let positive = [
-            ("drain_seconds", self.drain_seconds),
-            ("limits.connections_max", self.limits.connections_max as u64),
-            ("limits.handshakes_max", self.limits.handshakes_max as u64),
-            ("limits.handshakes_burst_seconds", self.limits.handshakes_burst_seconds),
-            ("limits.addresses_max", self.limits.addresses_max as u64),
-            ("limits.upstream_burst_seconds", self.limits.upstream_burst_seconds),
-            ("limits.handshake_timeout_ms", self.limits.handshake_timeout_ms),
-            ("limits.hello_timeout_ms", self.limits.hello_timeout_ms),
-            ("limits.frame_bytes_max", self.limits.frame_bytes_max as u64),
-            ("limits.queued_bytes_max", self.limits.queued_bytes_max as u64),
-            ("limits.fanout_bytes_max", self.limits.fanout_bytes_max as u64),
-            ("limits.node_fanout_bytes_max", self.limits.node_fanout_bytes_max),
-            ("limits.fanout_seconds", self.limits.fanout_seconds.into()),
-            ("limits.unacked_max", self.limits.unacked_max as u64),
-            ("limits.close_timeout_ms", self.limits.close_timeout_ms),
-            ("limits.batches_max", self.limits.batches_max as u64),
-            ("limits.kicks_per_second", self.limits.kicks_per_second.into()),
-            ("heartbeat.interval_seconds", self.heartbeat.interval_seconds.into()),
-            ("heartbeat.interval_min_seconds", self.heartbeat.interval_min_seconds.into()),
-            ("heartbeat.timeout_seconds", self.heartbeat.timeout_seconds.into()),
-            ("balance.sheds_per_second", self.balance.sheds_per_second.into()),
-            ("sync.page_entries_max", self.sync.page_entries_max.into()),
-            ("sync.page_bytes_max", self.sync.page_bytes_max.into()),
-            ("sync.confirm_interval_seconds", self.sync.confirm_interval_seconds),
-            ("sync.confirms_per_second", self.sync.confirms_per_second.into()),
-        ];
-        match positive.iter().find(|(_, value)| *value == 0) {
-            Some((key, _)) => Err(format!("{key} must be above 0")),
-            None => Ok(()),
-        }
+        self.kafka.check()
     }
+
     /// The URL at which devices connect, given where the node listens for them; may be empty.
     pub(crate) fn devices_url(&self, bound: SocketAddr) -> String {
         match self.advertise_url.as_str() {
@@ -532,5 +602,42 @@ impl Config {
             ttl: Duration::from_millis(self.lease_ttl_ms),
             void_after: Duration::from_secs(self.void_after_seconds),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admission::Admission;
+    use crate::upstream::{Spent, Upstream};
+    use std::time::Instant;
+
+    #[test]
+    fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {
+        let keys = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(keys.path(), r#"{"keys": []}"#).unwrap();
+        let base = format!("[[auth.jwks]]\nfile = '{}'", keys.path().display());
+        bounds::walk(&base, Config::check, |config| {
+            let limits = &config.limits;
+            drop(Admission::new(limits));
+            let (upstream, mut spent) = (Upstream::new(limits), Spent::default());
+            for now_us in [0, 1 << 32, 1 << 53] {
+                let _ = upstream.frame(&mut spent, limits.frame_bytes_max, || now_us);
+            }
+            for wanted_ms in [0, 1, 999, 1 << 16, u32::MAX] {
+                let interval = config.heartbeat.interval(wanted_ms);
+                assert!(interval > 0 && u32::from(interval).checked_mul(1000).is_some());
+            }
+            let ms = [
+                limits.handshake_timeout_ms,
+                limits.hello_timeout_ms,
+                limits.close_timeout_ms,
+                config.sync.confirm_interval_seconds * 1000,
+                config.drain_seconds * 1000,
+                config.lease_ttl_ms,
+            ];
+            let _ = ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+            drop(tokio::sync::mpsc::channel::<u8>(limits.batches_max));
+        });
     }
 }

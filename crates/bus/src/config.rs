@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use barid_runtime::bounds::{self, Bound, Bounded, HOUR_MS, whole};
 use barid_wire::record::Format;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
@@ -126,6 +127,24 @@ impl Topics {
     }
 }
 
+impl Bounded for KafkaConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("partitions", 1..=10_000, ""),
+            whole("replication", 1..=100, "").or_zero("the broker's default"),
+            whole("producer_queue_records_max", 1..=10_000_000, ""),
+            // A dead letter is cut to less than that at most; 64 GiB.
+            whole("producer_queue_kbytes_max", 1024..=64 << 20, "KiB"),
+            whole("dead_bytes_max", 1 << 20..=100_000_000, "bytes"),
+            whole("delivery_timeout_ms", 100..=HOUR_MS, "ms"),
+            // librdkafka's own bounds.
+            whole("prefetch_kbytes_max", 1..=2_097_151, "KiB"),
+            // Its socket.timeout.ms is a minute, and covers the wait.
+            whole("fetch_wait_max_ms", 1..=30_000, "ms"),
+        ]
+    }
+}
+
 /// What the promises rest on; nobody may set these.
 const RESERVED: [&str; 10] = [
     "acks",
@@ -146,24 +165,12 @@ impl KafkaConfig {
     /// # Errors
     /// What is wrong, naming the key.
     pub fn check(&self) -> Result<(), String> {
+        bounds::check_under("kafka.", self)?;
         if self.brokers.is_empty() || self.brokers.iter().any(String::is_empty) {
             return Err("kafka.brokers names no broker".into());
         }
         if self.group.is_empty() {
             return Err("kafka.group is empty".into());
-        }
-        if self.partitions == 0 {
-            return Err("kafka.partitions must be above zero".into());
-        }
-        if self.producer_queue_records_max == 0 {
-            return Err("kafka.producer_queue_records_max must be above zero".into());
-        }
-        // A dead letter is cut to less than that at most.
-        if self.producer_queue_kbytes_max < 1024 {
-            return Err("kafka.producer_queue_kbytes_max must be at least 1024".into());
-        }
-        if self.dead_bytes_max < 1 << 20 || self.dead_bytes_max > 100_000_000 {
-            return Err("kafka.dead_bytes_max must be within 1048576 and 100000000".into());
         }
         let names = &self.topics;
         let mut all = vec![&names.push_high, &names.push, &names.push_bulk];

@@ -29,5 +29,10 @@ pub const POSITIONS_MAX: usize = 256;
 pub const GENERATION_MAX: u32 = (1 << 31) - 1;
 /// Numbers on the wire stay below 2^53, so that JSON and Lua keep them exactly.
 pub const WIRE_NUMBER_MAX: u64 = (1 << 53) - 1;
+/// The longest time to live: ten years. In microseconds, and added to any time of this century, it stays
+/// below 2^53.
+pub const TTL_SECONDS_MAX: u64 = 10 * 366 * 24 * 3600;
+/// The largest payload, before compression: with its envelope it fits into one gRPC message between roles.
+pub const PAYLOAD_BYTES_MAX: usize = 2 << 20;
 /// Re-sends of a message to an online device before its session is closed.
 pub const RESENDS_MAX: u32 = 5;

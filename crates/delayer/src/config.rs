@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use barid_mailbox::RedisConfig;
 use barid_mesh::MeshConfig;
+use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
@@ -64,21 +65,34 @@ impl Default for Config {
 
 barid_runtime::has_common!(Config);
 
+impl Bounded for Config {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![
+            whole("poll_ms", 1..=60_000, "ms"),
+            whole("poll_idle_ms", 1..=60_000, "ms"),
+            whole("page_users_max", 1..=10_000, ""),
+            whole("pages_max", 1..=1_000, ""),
+            whole("defer_ms", 1..=600_000, "ms"),
+            whole("defer_full_ms", 1..=600_000, "ms"),
+            whole("nodes_refresh_ms", 1..=60_000, "ms"),
+            whole("drain_seconds", 1..=DAY_SECONDS, "s"),
+        ];
+        [
+            own,
+            within::<RedisConfig>("redis"),
+            within::<MeshConfig>("mesh"),
+            within::<AdminConfig>("admin"),
+            within::<LogConfig>("log"),
+        ]
+        .concat()
+    }
+}
+
 impl Config {
     /// # Errors
     /// What is wrong, naming the key.
     pub fn check(&self) -> Result<(), String> {
-        let positive = [
-            ("poll_ms", self.poll_ms),
-            ("page_users_max", u64::from(self.page_users_max)),
-            ("pages_max", self.pages_max as u64),
-            ("defer_ms", u64::from(self.defer_ms)),
-            ("defer_full_ms", u64::from(self.defer_full_ms)),
-            ("nodes_refresh_ms", self.nodes_refresh_ms),
-        ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("{name} must be above zero"));
-        }
+        bounds::check(self)?;
         if self.poll_idle_ms < self.poll_ms {
             return Err("poll_idle_ms must not be below poll_ms".into());
         }
@@ -88,7 +102,6 @@ impl Config {
                 return Err(format!("{name} must not be above redis.retry_max_ms ({longest})"));
             }
         }
-        self.admin.check()?;
         self.redis.check()?;
         self.mesh.check().map_err(|e| format!("mesh.{e}"))
     }
@@ -105,6 +118,20 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::Instant;
+
+    #[test]
+    fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {
+        bounds::walk("", Config::check, |config| {
+            let defer = Duration::from_millis(config.defer_ms.into());
+            let retry = config.redis.retry().unwrap();
+            let delays = [0, 31, 32, u32::MAX].map(|failures| retry.delay(failures));
+            let times = [config.poll(), config.poll_idle(), defer, config.redis.limits().ttl];
+            for time in times.into_iter().chain(delays) {
+                let _ = Instant::now() + time;
+            }
+        });
+    }
 
     #[test]
     fn settings_that_contradict_each_other_are_named() {
@@ -114,6 +141,9 @@ mod tests {
         let config = Config { defer_full_ms: 60_001, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("defer_full_ms"));
         let config = Config { page_users_max: 0, ..Default::default() };
-        assert_eq!(config.check().unwrap_err(), "page_users_max must be above zero");
+        assert_eq!(
+            config.check().unwrap_err(),
+            "page_users_max: 0 is out of range; write 1 to 10000"
+        );
     }
 }

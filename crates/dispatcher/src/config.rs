@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_mesh::LinkConfig;
+use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
@@ -114,28 +115,56 @@ impl Default for Config {
 
 barid_runtime::has_common!(Config);
 
+impl Bounded for L1Config {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("bytes_max", 0..=TEBIBYTE, "bytes"),
+            whole("ttl_seconds", 1..=7 * DAY_SECONDS, "s"),
+            whole("load_timeout_ms", 1..=600_000, "ms"),
+            whole("away_ms", 0..=600_000, "ms"),
+        ]
+    }
+}
+
+impl Bounded for ReapConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![whole("queue_max", 1..=10_000_000, ""), whole("concurrency", 1..=10_000, "")]
+    }
+}
+
+impl Bounded for Config {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![
+            whole("nodes_refresh_ms", 1..=60_000, "ms"),
+            whole("window_batches", 1..=10_000, ""),
+            whole("drain_settle_ms", 0..=HOUR_MS, "ms"),
+            whole("drain_seconds", 1..=DAY_SECONDS, "s"),
+        ];
+        [
+            own,
+            LeaseConfig::bounds(),
+            within::<RedisConfig>("redis"),
+            within::<L1Config>("l1"),
+            within::<ReapConfig>("reap"),
+            within::<LinkConfig>("links"),
+            within::<AdminConfig>("admin"),
+            within::<LogConfig>("log"),
+        ]
+        .concat()
+    }
+}
+
 impl Config {
     /// # Errors
     /// What is wrong, naming the key.
     pub fn check(&self) -> Result<(), String> {
-        let positive = [
-            ("nodes_refresh_ms", self.nodes_refresh_ms),
-            ("window_batches", self.window_batches as u64),
-            ("l1.ttl_seconds", self.l1.ttl_seconds),
-            ("l1.load_timeout_ms", self.l1.load_timeout_ms),
-            ("reap.queue_max", self.reap.queue_max as u64),
-            ("reap.concurrency", self.reap.concurrency as u64),
-        ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("{name} must be above zero"));
-        }
-        self.admin.check()?;
+        bounds::check(self)?;
         self.lease().check("listen", self.listen)?;
         if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
             return Err("drain_settle_ms must be below drain_seconds".into());
         }
         self.redis.check()?;
-        self.links.check().map_err(|e| format!("links: {e}"))
+        self.links.check().map_err(|e| format!("links.{e}"))
     }
 
     pub(crate) fn lease(&self) -> LeaseConfig {
@@ -161,6 +190,28 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::Instant;
+
+    #[test]
+    fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {
+        bounds::walk("", Config::check, |config| {
+            let (void, drain) = (config.void_after_seconds, config.drain_seconds);
+            let Limits { ttl, load_timeout, away, bytes_max } = config.limits();
+            for time in [Duration::from_secs(void), Duration::from_secs(drain), load_timeout, away]
+            {
+                let _ = Instant::now() + time + config.lease().ttl;
+            }
+            drop(
+                moka::sync::Cache::<u64, u64>::builder()
+                    .max_capacity(bytes_max)
+                    .time_to_live(ttl)
+                    .build(),
+            );
+            drop(tokio::sync::mpsc::channel::<u8>(config.links.queue_items_max));
+            drop(std::collections::VecDeque::<u64>::with_capacity(config.links.window_batches));
+            drop(tokio::sync::Semaphore::new(config.reap.concurrency));
+        });
+    }
 
     #[test]
     fn settings_that_contradict_each_other_are_named() {

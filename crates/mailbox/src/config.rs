@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use barid_core::limits::TTL_SECONDS_MAX;
 use barid_core::{Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
 use barid_runtime::SecretUrl;
+use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, whole};
 use serde::{Deserialize, Serialize};
 
 /// Above it, a node that dies would take more acknowledgements with it than pacing does.
 const ACK_LINGER_MAX_MS: u64 = 100;
-/// Ten years: what the scripts add to a time stays far below what they pack it in.
-pub(crate) const TTL_SECONDS_MAX: u64 = 10 * 366 * 24 * 3600;
 /// More would not fit beside a mailbox's other fields.
-const DEVICES_MAX: u32 = 64;
+const DEVICES_MAX: u64 = 64;
 /// Bytes of a mailbox: the largest body has room, and sums of 32 bits do not wrap.
 const MAILBOX_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 30;
 
@@ -84,6 +84,31 @@ impl Default for RedisConfig {
     }
 }
 
+/// Waits for Redis, ms.
+const WAIT_MS_MAX: u64 = HOUR_MS / 6;
+
+impl Bounded for RedisConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("shards", 1..=16_384, ""),
+            whole("connect_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("response_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("entries_max", 1..=100_000, ""),
+            whole("mailbox_bytes_max", MAILBOX_BYTES, "bytes"),
+            whole("ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
+            whole("devices_max", 1..=DEVICES_MAX, ""),
+            whole("accept_batch_max", 1..=10_000, ""),
+            whole("retry_base_ms", 1..=HOUR_MS, "ms"),
+            whole("retry_max_ms", 1..=DAY_SECONDS * 1000, "ms"),
+            real("retry_jitter", 0.0..=1.0, ""),
+            whole("batch_max", 1..=10_000, ""),
+            whole("ack_linger_ms", 0..=ACK_LINGER_MAX_MS, "ms"),
+            whole("window", 1..=1_000, ""),
+            whole("queue_max", 1..=10_000_000, ""),
+        ]
+    }
+}
+
 /// Bounds of a mailbox and of the scripts' batches.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -103,36 +128,8 @@ impl RedisConfig {
     /// # Errors
     /// A key out of its range; names it.
     pub fn check(&self) -> Result<(), String> {
-        self.shard_count().map_err(|e| format!("redis.shards: {e}"))?;
-        self.retry().map_err(|e| format!("redis.retry_*: {e}"))?;
-        let positive = [
-            ("connect_timeout_ms", self.connect_timeout_ms),
-            ("response_timeout_ms", self.response_timeout_ms),
-            ("entries_max", u64::from(self.entries_max)),
-            ("ttl_seconds", self.ttl_seconds),
-            ("devices_max", u64::from(self.devices_max)),
-            ("accept_batch_max", self.accept_batch_max as u64),
-            ("batch_max", self.batch_max as u64),
-            ("window", self.window as u64),
-            ("queue_max", self.queue_max as u64),
-        ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("redis.{key} must be above 0"));
-        }
-        if self.ttl_seconds > TTL_SECONDS_MAX {
-            return Err(format!("redis.ttl_seconds must be at most {TTL_SECONDS_MAX}, ten years"));
-        }
-        if self.devices_max > DEVICES_MAX {
-            return Err(format!("redis.devices_max must be at most {DEVICES_MAX}"));
-        }
-        if !MAILBOX_BYTES.contains(&self.mailbox_bytes_max) {
-            let (least, most) = MAILBOX_BYTES.into_inner();
-            return Err(format!("redis.mailbox_bytes_max must be between {least} and {most}"));
-        }
-        if self.ack_linger_ms > ACK_LINGER_MAX_MS {
-            return Err(format!("redis.ack_linger_ms must be at most {ACK_LINGER_MAX_MS}"));
-        }
-        Ok(())
+        bounds::check_under("redis.", self)?;
+        self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
     }
 
     /// The number of shards.

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use barid_core::{Clock as _, Incarnation, InvalidName, NodeId, Shard, SystemClock};
+use barid_runtime::bounds::{Bound, DAY_SECONDS, whole};
 use barid_runtime::{Condition, Health};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
@@ -24,8 +25,6 @@ use crate::{Error, Mailbox};
 
 /// How long the routes of a node that is gone are kept, unless told otherwise.
 const VOID_AFTER: Duration = Duration::from_secs(600);
-/// A day: routes of a node that will not come back cost a re-send each until then.
-const VOID_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// What kind of node it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,17 +91,20 @@ pub struct LeaseConfig {
 }
 
 impl LeaseConfig {
+    /// What the numbers under these names may be.
+    pub fn bounds() -> Vec<Bound> {
+        vec![
+            whole("lease_ttl_ms", 100..=600_000, "ms"),
+            // A day: routes of a node that will not come back cost a re-send each until then.
+            whole("void_after_seconds", 1..=DAY_SECONDS, "s"),
+        ]
+    }
+
     /// What must hold before a port binds; `key` holds where the node listens for others.
     ///
     /// # Errors
     /// What is wrong, naming the key.
     pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
-        if self.ttl.is_zero() {
-            return Err("lease_ttl_ms must be above zero".into());
-        }
-        if self.void_after > VOID_AFTER_MAX {
-            return Err(format!("void_after_seconds must be at most {}", VOID_AFTER_MAX.as_secs()));
-        }
         if self.ttl > self.void_after / 2 {
             return Err(format!(
                 "lease_ttl_ms must be at most half of void_after_seconds, {}",

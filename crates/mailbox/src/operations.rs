@@ -16,10 +16,10 @@ use barid_core::{Epoch, NodeId, SessionRef, Shard};
 use barid_wire::envelope;
 use bytes::Bytes;
 
-use crate::config::TTL_SECONDS_MAX;
 use crate::reply::Reply;
 use crate::scripts::Call;
 use crate::{Error, RedisConfig, UserKey, keys};
+use barid_core::limits::TTL_SECONDS_MAX;
 
 /// A random epoch for a mailbox that has no head: below 2^53, not 0.
 fn epoch_candidate() -> u64 {

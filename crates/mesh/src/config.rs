@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use barid_core::Backoff;
+use barid_core::limits::PAYLOAD_BYTES_MAX;
+use barid_runtime::bounds::{self, Bound, Bounded, HOUR_MS, whole};
 use serde::{Deserialize, Serialize};
 
 /// One stream to one peer.
@@ -52,31 +54,42 @@ impl Default for LinkConfig {
 }
 
 /// The largest message that a peer takes by default (gRPC's 4 MiB), less room for one more item.
-const BATCH_BYTES_LIMIT: usize = 3 << 20;
+const BATCH_BYTES_LIMIT: u64 = 3 << 20;
+/// Waits for a peer, ms: whoever waits for longer has lost it.
+const WAIT_MS_MAX: u64 = HOUR_MS / 6;
+
+impl Bounded for LinkConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("window_batches", 1..=10_000, ""),
+            whole("batch_items_max", 1..=100_000, ""),
+            whole("batch_bytes_max", 1..=BATCH_BYTES_LIMIT, "bytes"),
+            whole("queue_items_max", 1..=10_000_000, ""),
+            whole("queue_bytes_max", PAYLOAD_BYTES_MAX as u64..=u32::MAX.into(), "bytes"),
+            whole("reply_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("connect_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("keepalive_interval_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("keepalive_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("reconnect_base_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("reconnect_max_ms", 1..=WAIT_MS_MAX, "ms"),
+        ]
+    }
+}
+
+impl Bounded for MeshConfig {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![whole("push_wait_ms", 0..=WAIT_MS_MAX, "ms")];
+        [own, bounds::within::<LinkConfig>("link")].concat()
+    }
+}
 
 impl LinkConfig {
     /// # Errors
     /// Says in words which bound makes no sense.
     pub fn check(&self) -> Result<(), String> {
-        let positive = [
-            ("window_batches", self.window_batches as u64),
-            ("batch_items_max", self.batch_items_max as u64),
-            ("batch_bytes_max", self.batch_bytes_max as u64),
-            ("queue_items_max", self.queue_items_max as u64),
-            ("queue_bytes_max", self.queue_bytes_max as u64),
-            ("reply_timeout_ms", self.reply_timeout_ms),
-            ("connect_timeout_ms", self.connect_timeout_ms),
-            ("keepalive_interval_ms", self.keepalive_interval_ms),
-            ("keepalive_timeout_ms", self.keepalive_timeout_ms),
-        ];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("{name} must be above zero"));
-        }
-        if self.batch_bytes_max > BATCH_BYTES_LIMIT {
-            return Err(format!("batch_bytes_max must not be above {BATCH_BYTES_LIMIT}"));
-        }
-        if u32::try_from(self.queue_bytes_max).is_err() {
-            return Err(format!("queue_bytes_max must not be above {}", u32::MAX));
+        bounds::check(self)?;
+        if self.batch_bytes_max > self.queue_bytes_max {
+            return Err("batch_bytes_max must be at most queue_bytes_max".into());
         }
         self.reconnect().map(drop)
     }
@@ -88,7 +101,7 @@ impl LinkConfig {
     pub fn reconnect(&self) -> Result<Backoff, String> {
         let base = Duration::from_millis(self.reconnect_base_ms);
         Backoff::new(base, Duration::from_millis(self.reconnect_max_ms), 0.5)
-            .map_err(|e| format!("reconnect: {e}"))
+            .map_err(|e| format!("reconnect_base_ms and reconnect_max_ms: {e}"))
     }
 
     pub(crate) fn reply_timeout(&self) -> Duration {
@@ -121,7 +134,8 @@ impl MeshConfig {
     /// # Errors
     /// Says in words which bound makes no sense.
     pub fn check(&self) -> Result<(), String> {
-        self.link.check().map_err(|e| format!("link: {e}"))
+        bounds::check(self)?;
+        self.link.check().map_err(|e| format!("link.{e}"))
     }
 
     pub(crate) fn push_wait(&self) -> Duration {
@@ -137,8 +151,14 @@ mod tests {
     fn bounds_that_make_no_sense_are_named() {
         assert_eq!(MeshConfig::default().check(), Ok(()));
         let config = LinkConfig { window_batches: 0, ..Default::default() };
-        assert_eq!(config.check().unwrap_err(), "window_batches must be above zero");
+        assert_eq!(
+            config.check().unwrap_err(),
+            "window_batches: 0 is out of range; write 1 to 10000"
+        );
         let config = LinkConfig { reconnect_max_ms: 1, ..Default::default() };
-        assert_eq!(config.check().unwrap_err(), "reconnect: max must not be below base");
+        assert_eq!(
+            config.check().unwrap_err(),
+            "reconnect_base_ms and reconnect_max_ms: max must not be below base"
+        );
     }
 }

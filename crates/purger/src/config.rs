@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use barid_bus::KafkaConfig;
 use barid_core::Backoff;
+use barid_core::limits::{PAYLOAD_BYTES_MAX, TTL_SECONDS_MAX};
 use barid_mailbox::RedisConfig;
 use barid_mesh::MeshConfig;
+use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::record::RecordLimits;
 use serde::{Deserialize, Serialize};
@@ -163,51 +165,80 @@ impl Default for WindowConfig {
 
 barid_runtime::has_common!(Config);
 
+impl Bounded for LimitsConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("payload_bytes_max", 1..=PAYLOAD_BYTES_MAX as u64, "bytes"),
+            whole("users_max", 1..=100_000, ""),
+            whole("fanout_bytes_max", 1..=1 << 30, "bytes"),
+            // Depth is counted, not recursed into.
+            whole("json_depth_max", 1..=10_000, ""),
+            whole("ttl_seconds_max", 1..=TTL_SECONDS_MAX, "s"),
+        ]
+    }
+}
+
+impl Bounded for CompressionConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![whole("min_bytes", 0..=16 << 20, "bytes"), whole("level", 1..=19, "")]
+    }
+}
+
+impl Bounded for WindowConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("records_max", 1..=10_000_000, ""),
+            whole("bytes_max", 1..=TEBIBYTE, "bytes"),
+            whole("lane_messages_max", 1..=10_000_000, ""),
+            // No priority may starve.
+            whole("weights", 1..=1_000, ""),
+            whole("calls_per_lane", 1..=1_000, ""),
+            whole("call_messages_max", 1..=10_000, ""),
+            // Far below what Redis takes as one query (client-query-buffer-limit, 1 GiB).
+            whole("call_bytes_max", 1..=256 << 20, "bytes"),
+            whole("handoff_max", 1..=10_000_000, ""),
+            whole("handoff_wait_ms", 0..=60_000, "ms"),
+            whole("probe_interval_ms", 1..=HOUR_MS, "ms"),
+            whole("retry_base_ms", 1..=60_000, "ms"),
+            whole("retry_max_ms", 1..=600_000, "ms"),
+        ]
+    }
+}
+
+impl Bounded for Config {
+    fn bounds() -> Vec<Bound> {
+        let own = vec![
+            whole("drain_seconds", 1..=DAY_SECONDS, "s"),
+            whole("commit_interval_ms", 1..=HOUR_MS, "ms"),
+            whole("revoke_drain_ms", 0..=240_000, "ms"),
+            whole("topic_refresh_ms", 1..=HOUR_MS, "ms"),
+            whole("nodes_refresh_ms", 1..=60_000, "ms"),
+        ];
+        [
+            own,
+            within::<AdminConfig>("admin"),
+            within::<LogConfig>("log"),
+            within::<KafkaConfig>("kafka"),
+            within::<RedisConfig>("redis"),
+            within::<MeshConfig>("mesh"),
+            within::<LimitsConfig>("limits"),
+            within::<CompressionConfig>("compression"),
+            within::<WindowConfig>("window"),
+        ]
+        .concat()
+    }
+}
+
 impl Config {
     /// Relations that types do not check.
     ///
     /// # Errors
     /// What is wrong, naming the keys.
     pub fn check(&self) -> Result<(), String> {
+        bounds::check(self)?;
         self.kafka.check()?;
-        self.redis.check().map_err(|e| format!("redis: {e}"))?;
-        self.mesh.check().map_err(|e| format!("mesh: {e}"))?;
-        let (limits, window) = (&self.limits, &self.window);
-        let above_zero = [
-            ("limits.payload_bytes_max", limits.payload_bytes_max),
-            ("limits.users_max", limits.users_max),
-            ("limits.json_depth_max", limits.json_depth_max),
-            ("window.records_max", window.records_max),
-            ("window.bytes_max", window.bytes_max),
-            ("window.lane_messages_max", window.lane_messages_max),
-            ("window.calls_per_lane", window.calls_per_lane),
-            ("window.call_messages_max", window.call_messages_max),
-            ("window.call_bytes_max", window.call_bytes_max),
-            ("window.handoff_max", window.handoff_max),
-        ];
-        if let Some((key, _)) = above_zero.iter().find(|(_, value)| *value == 0) {
-            return Err(format!("{key} must be above zero"));
-        }
-        if window.weights.contains(&0) {
-            return Err("window.weights must be above zero: no priority may starve".into());
-        }
-        if !(1..=19).contains(&self.compression.level) {
-            return Err("compression.level must be within 1 and 19".into());
-        }
-        if limits.ttl_seconds_max >= 1 << 43 {
-            return Err("limits.ttl_seconds_max must be below 2^43".into());
-        }
-        for (key, value) in [
-            ("commit_interval_ms", self.commit_interval_ms),
-            ("topic_refresh_ms", self.topic_refresh_ms),
-            ("nodes_refresh_ms", self.nodes_refresh_ms),
-            ("window.probe_interval_ms", window.probe_interval_ms),
-        ] {
-            if value == 0 {
-                return Err(format!("{key} must be above zero"));
-            }
-        }
-        self.admin.check()?;
+        self.redis.check()?;
+        self.mesh.check().map_err(|e| format!("mesh.{e}"))?;
         self.retry().map(|_| ())
     }
 
@@ -218,7 +249,8 @@ impl Config {
     pub fn retry(&self) -> Result<Backoff, String> {
         let base = Duration::from_millis(self.window.retry_base_ms);
         let max = Duration::from_millis(self.window.retry_max_ms);
-        Backoff::new(base, max, 0.2).map_err(|e| format!("window.retry_*_ms: {e}"))
+        Backoff::new(base, max, 0.2)
+            .map_err(|e| format!("window.retry_base_ms and retry_max_ms: {e}"))
     }
 
     /// The limits as the decoder takes them.
@@ -237,6 +269,30 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {
+        bounds::walk("", Config::check, |config| {
+            let (window, limits) = (&config.window, config.record_limits());
+            let retry = config.retry().unwrap();
+            let delays = [0, 31, 32, u32::MAX].map(|failures| retry.delay(failures));
+            let ms = [
+                config.commit_interval_ms,
+                config.revoke_drain_ms,
+                config.topic_refresh_ms,
+                config.drain_seconds * 1000,
+                window.handoff_wait_ms,
+                window.probe_interval_ms,
+                limits.ttl_seconds_max * 1000,
+            ];
+            for time in ms.map(Duration::from_millis).into_iter().chain(delays) {
+                let _ = Instant::now() + time;
+            }
+            drop(tokio::sync::mpsc::channel::<u8>(window.handoff_max));
+            assert!(window.weights.iter().sum::<usize>() > 0);
+        });
+    }
 
     #[test]
     fn an_empty_file_is_a_valid_configuration() {

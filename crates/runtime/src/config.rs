@@ -10,6 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::bounds::{self, Bound, Bounded, DAY_SECONDS, whole};
+
 /// What every role's configuration has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Common {
@@ -66,15 +68,23 @@ impl AdminConfig {
         let listen = SocketAddr::from(([127, 0, 0, 1], port));
         Self { listen, stalled_after_seconds: 15, blocked_after_seconds: 30 }
     }
+}
 
-    /// # Errors
-    /// What is wrong, naming the key.
-    pub fn check(&self) -> Result<(), String> {
-        match (self.stalled_after_seconds, self.blocked_after_seconds) {
-            (0, _) => Err("admin.stalled_after_seconds must be above zero".into()),
-            (_, 0) => Err("admin.blocked_after_seconds must be above zero".into()),
-            _ => Ok(()),
-        }
+impl Bounded for AdminConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("stalled_after_seconds", 1..=DAY_SECONDS, "s"),
+            whole("blocked_after_seconds", 1..=DAY_SECONDS, "s"),
+        ]
+    }
+}
+
+impl Bounded for LogConfig {
+    fn bounds() -> Vec<Bound> {
+        vec![
+            whole("traces_per_second", 1..=1_000_000, "a second").or_zero("none"),
+            whole("buffer_bytes_max", LOG_BUFFER_BYTES_RANGE, "bytes"),
+        ]
     }
 }
 
@@ -100,22 +110,7 @@ pub struct LogConfig {
 
 /// What [`LogConfig::buffer_bytes_max`] is by default, and what it may be.
 pub(crate) const LOG_BUFFER_BYTES: usize = 1 << 20;
-const LOG_BUFFER_BYTES_RANGE: RangeInclusive<usize> = 16 << 10..=256 << 20;
-
-impl LogConfig {
-    /// Checks what the types cannot.
-    ///
-    /// # Errors
-    /// What is wrong, naming the key.
-    pub fn check(&self) -> Result<(), String> {
-        if LOG_BUFFER_BYTES_RANGE.contains(&self.buffer_bytes_max) {
-            return Ok(());
-        }
-        let (least, most) = (LOG_BUFFER_BYTES_RANGE.start(), LOG_BUFFER_BYTES_RANGE.end());
-        let given = self.buffer_bytes_max;
-        Err(format!("log.buffer_bytes_max is {given}; it must be from {least} to {most}"))
-    }
-}
+const LOG_BUFFER_BYTES_RANGE: RangeInclusive<u64> = 16 << 10..=256 << 20;
 
 impl Default for LogConfig {
     fn default() -> Self {
@@ -185,7 +180,7 @@ pub enum ConfigError {
 ///
 /// # Errors
 /// [`ConfigError`]; the first problem found.
-pub fn load<C: DeserializeOwned + Serialize + Default>(
+pub fn load<C: DeserializeOwned + Serialize + Default + Bounded>(
     file: Option<&Path>,
     prefix: &str,
     variables: impl Iterator<Item = (OsString, OsString)>,
@@ -209,16 +204,28 @@ pub fn load<C: DeserializeOwned + Serialize + Default>(
         set(&mut table, &path, value, &variable)?;
         origins.push((path.join("."), variable));
     }
-    serde_path_to_error::deserialize(Value::Table(table)).map_err(|error| {
-        let key = error.path().to_string();
-        let problem = error.inner().message().to_owned();
+    accept(table, &origins)
+}
+
+/// Numbers are compared with their bounds before they are made to fit types, so that the error names the
+/// range. `origins`: keys and the variables that set them.
+pub(crate) fn accept<C: DeserializeOwned + Bounded>(
+    table: Table,
+    origins: &[(String, String)],
+) -> Result<C, ConfigError> {
+    let refused = |key: String, problem: String| {
         let origin = origins
             .iter()
             .find(|(path, _)| path.starts_with(key.trim_end_matches(".?")))
             .map(|(_, variable)| format!(" (set by {variable})"))
             .unwrap_or_default();
         ConfigError::Key { key, problem, origin }
-    })
+    };
+    if let Ok(written) = serde_json::to_value(&table) {
+        bounds::check_value(&C::bounds(), &written).map_err(|e| refused(e.key, e.problem))?;
+    }
+    serde_path_to_error::deserialize(Value::Table(table))
+        .map_err(|error| refused(error.path().to_string(), error.inner().message().to_owned()))
 }
 
 fn read(path: &Path) -> Result<Table, ConfigError> {
@@ -329,6 +336,12 @@ mod tests {
         limit: u32,
     }
 
+    impl Bounded for Config {
+        fn bounds() -> Vec<Bound> {
+            [vec![whole("limit", 0..=9, "")], bounds::within::<AdminConfig>("admin")].concat()
+        }
+    }
+
     fn with(file: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
         let mut path = tempfile::NamedTempFile::new().unwrap();
         path.write_all(file.as_bytes()).unwrap();
@@ -428,8 +441,15 @@ mod tests {
 
     #[test]
     fn values_that_do_not_fit_name_their_key() {
+        let error = with("name = 1", &[]).unwrap_err();
+        assert!(error.starts_with("name: invalid type"), "{error}");
         let error = with("limit = 'many'", &[]).unwrap_err();
-        assert!(error.starts_with("limit: invalid type"), "{error}");
+        assert_eq!(error, "limit: not a number; write 0 to 9");
+        let error = with("", &[("BARID_X_LIMIT", "18446744073709551616")]).unwrap_err();
+        assert_eq!(
+            error,
+            "limit: 18446744073709551616 is out of range; write 0 to 9 (set by BARID_X_LIMIT)"
+        );
         let error = with("limit = 1", &[("BARID_X_LIMIT__DEEP", "1")]).unwrap_err();
         assert_eq!(error, "BARID_X_LIMIT__DEEP: limit is not a table");
     }

@@ -3,6 +3,7 @@
 
 pub mod admin;
 mod announce;
+pub mod bounds;
 pub mod config;
 pub mod exposition;
 mod health;
@@ -31,6 +32,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::bounds::Bounded;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -42,7 +44,7 @@ pub trait Role: Sized + 'static {
     /// As in `barid-<name>` and `BARID_<NAME>_…`.
     const NAME: &'static str;
     /// Its configuration; an empty file means `Config::default()`.
-    type Config: DeserializeOwned + Serialize + Default + HasCommon + Send + 'static;
+    type Config: DeserializeOwned + Serialize + Default + HasCommon + Bounded + Send + 'static;
 
     /// Checks relations between settings that types cannot; run before a port binds.
     ///

@@ -9,7 +9,7 @@ use clap::{Arg, ArgAction, Command};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, config, telemetry};
+use crate::{Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, bounds, config, telemetry};
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_CONFIG: u8 = 2;
@@ -202,7 +202,7 @@ fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
 }
 
 fn check<R: Role>(config: &R::Config) -> Result<(), String> {
-    config.common().log.check()?;
+    bounds::check(config)?;
     R::check(config)
 }
 
