@@ -67,6 +67,9 @@ pub enum AuthError {
 #[error("{0}")]
 pub struct KeyError(String);
 
+/// The last second of the year 9999. A time in milliseconds, taken for seconds, lies far beyond.
+const EXPIRES_SECONDS_MAX: u64 = 253_402_300_799;
+
 /// Checks tokens.
 #[derive(Debug)]
 pub struct Verifier {
@@ -204,6 +207,10 @@ impl Verifier {
         let device =
             text("device", &raw.device)?.map(DeviceId::new).transpose().map_err(invalid)?;
         let expires_s = seconds("exp", &raw.exp)?.ok_or_else(|| missing("exp"))?;
+        if expires_s > EXPIRES_SECONDS_MAX {
+            let text = "claim exp is later than the year 9999; it counts seconds, not milliseconds";
+            return Err(AuthError::Malformed(text.into()));
+        }
         let starts_s = seconds("nbf", &raw.nbf)?.unwrap_or(0);
         if !key.speaks_for(&app) {
             return Err(AuthError::OtherApp);

@@ -257,6 +257,10 @@ pub struct JwksConfig {
     pub file: Option<PathBuf>,
     /// Or a URL.
     pub url: String,
+    /// `https`: the only authorities that are trusted, PEM, one or several; Mozilla's public ones if not
+    /// given. Read when the node starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
     /// The apps that its keys speak for; empty: all.
     pub apps: Vec<String>,
     /// Read again after so many seconds.
@@ -273,6 +277,7 @@ impl Default for JwksConfig {
         Self {
             file: None,
             url: String::new(),
+            ca_file: None,
             apps: Vec::new(),
             refresh_seconds: 300,
             refresh_min_seconds: 10,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use barid_client::{
     AckHandle, Body, Client, Closed, Deliveries, Delivery, Event, FileStore, Message,
 };
@@ -40,6 +40,9 @@ pub struct Args {
     /// Where devices connect: ws://HOST:PORT
     #[arg(long, env = "BARID_URL")]
     pub url: Option<String>,
+    /// Trust servers with these certificates, or with one that these signed (PEM), and no others
+    #[arg(long, env = "BARID_CA_FILE", value_name = "FILE")]
+    pub ca_file: Option<std::path::PathBuf>,
     /// Listen to this group as well; may be given several times
     #[arg(long = "group", value_name = "GROUP")]
     pub groups: Vec<GroupId>,
@@ -103,6 +106,14 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
         .device(args.device.as_str())
         .platform("terminal");
     let builder = args.groups.iter().fold(builder, |builder, group| builder.group(group.as_str()));
+    let builder = match &args.ca_file {
+        Some(file) => {
+            let pem = std::fs::read(file)
+                .with_context(|| format!("cannot read the certificates in {}", file.display()))?;
+            builder.root_certificates(pem)
+        }
+        None => builder,
+    };
     let builder = match &args.position_file {
         Some(file) => builder.positions(FileStore::new(file)),
         None => builder,

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use barid_core::Secret;
+use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
 use barid_runtime::SecretUrl;
 
@@ -23,8 +24,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         _ => return Err("a duration is a number and a unit: 500ms, 30s, 15m, 1h, 7d".into()),
     };
     let number: u64 = number.parse().map_err(|_| "a duration is 500ms, 30s, 15m, 1h, 7d")?;
-    let millis = number.checked_mul(millis_each).filter(|ms| *ms < 1 << 53);
-    millis.map(Duration::from_millis).ok_or_else(|| "that is longer than anything lasts".into())
+    let millis = number.checked_mul(millis_each).filter(|ms| *ms <= TTL_SECONDS_MAX * 1000);
+    millis
+        .map(Duration::from_millis)
+        .ok_or_else(|| "a duration is ten years (3660d) at most".into())
 }
 
 /// Milliseconds since the Unix epoch.
@@ -66,11 +69,22 @@ pub struct RedisArgs {
     #[arg(id = "redis", long = "redis", env = "BARID_REDIS", value_name = "URL")]
     #[arg(hide_env_values = true)]
     pub url: Option<String>,
+    /// Trust a rediss:// server with these certificates, or with one that these signed (PEM), and no others
+    #[arg(long = "redis-ca-file", env = "BARID_REDIS_CA_FILE", value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+    /// The certificate to show to a rediss:// server (PEM)
+    #[arg(long = "redis-certificate-file", value_name = "FILE", requires = "key_file")]
+    #[arg(env = "BARID_REDIS_CERTIFICATE_FILE")]
+    pub certificate_file: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(id = "key_file", long = "redis-key-file", value_name = "FILE")]
+    #[arg(env = "BARID_REDIS_KEY_FILE")]
+    pub key_file: Option<PathBuf>,
     /// It is a Redis Cluster
     #[arg(id = "redis_cluster", long = "redis-cluster")]
     pub cluster: bool,
     /// How many shards the cluster was created with
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub shards: u32,
 }
 
@@ -87,6 +101,9 @@ impl RedisArgs {
         Ok(url.map(|url| RedisConfig {
             url: SecretUrl::new(url),
             cluster: self.cluster,
+            ca_file: self.ca_file.clone(),
+            certificate_file: self.certificate_file.clone(),
+            key_file: self.key_file.clone(),
             shards: self.shards,
             ..Default::default()
         }))

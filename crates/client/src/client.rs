@@ -47,6 +47,13 @@ pub struct Builder {
     groups: BTreeSet<String>,
 }
 
+/// No wait is longer.
+const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Messages that are out at a time.
+const AT_ONCE_MAX: usize = 100_000;
+/// Bytes of a body, unpacked.
+const BODY_BYTES_LIMIT: usize = 1 << 30;
+
 /// The durations that a client keeps to.
 #[derive(Debug, Clone)]
 pub(crate) struct Timing {
@@ -86,6 +93,14 @@ pub enum InvalidBuilder {
         /// What is wrong with it.
         problem: String,
     },
+    /// A number is out of its bounds.
+    #[error("{what} is out of range: {allowed}")]
+    OutOfRange {
+        /// The builder's method.
+        what: &'static str,
+        /// What it takes.
+        allowed: &'static str,
+    },
     /// The device's name is not allowed.
     #[error(transparent)]
     Name(#[from] InvalidName),
@@ -98,6 +113,28 @@ pub enum InvalidBuilder {
     /// The stored position cannot be read.
     #[error("the stored position cannot be read: {0}")]
     Store(#[source] io::Error),
+}
+
+impl Timing {
+    fn check(&self) -> Result<(), InvalidBuilder> {
+        let (what, allowed) = ("reconnect_between", "1 ms to a day, the lower one first");
+        if self.reconnect_min > self.reconnect_max {
+            return Err(InvalidBuilder::OutOfRange { what, allowed });
+        }
+        let (least, none) = (Duration::from_millis(1), Duration::ZERO);
+        let day = "up to a day";
+        let bounds = [
+            (self.reconnect_min, least, what, allowed),
+            (self.reconnect_max, least, what, allowed),
+            (self.connect, least, "connect_timeout", "1 ms to a day"),
+            (self.ack_delay, none, "ack_delay", day),
+            (self.shutdown, none, "shutdown_timeout", day),
+        ];
+        match bounds.into_iter().find(|(time, min, ..)| time < min || *time > TIME_MAX) {
+            Some((_, _, what, allowed)) => Err(InvalidBuilder::OutOfRange { what, allowed }),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Client {
@@ -213,7 +250,7 @@ impl Builder {
         self
     }
 
-    /// The bounds of the wait before a reconnect; 500 ms to 20 s if not given.
+    /// The bounds of the wait before a reconnect, 1 ms to a day; 500 ms to 20 s if not given.
     #[must_use]
     pub fn reconnect_between(mut self, min: Duration, max: Duration) -> Self {
         (self.timing.reconnect_min, self.timing.reconnect_max) = (min, max);
@@ -275,7 +312,7 @@ impl Builder {
         self
     }
 
-    /// To how many bytes a compressed body may grow; 16 MiB if not given.
+    /// To how many bytes a compressed body may grow, up to 1 GiB; 16 MiB if not given.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
         self.body_bytes_max = max;
@@ -307,7 +344,7 @@ impl Builder {
     }
 
     /// Starts a client whose messages are taken and acknowledged by hand. At most `at_once`
-    /// (at least 1) are out at a time.
+    /// (1 to 100,000) are out at a time.
     ///
     /// # Errors
     /// As [`Builder::start`].
@@ -323,7 +360,7 @@ impl Builder {
         };
         let stop = CancellationToken::new();
         let (closed_tx, closed) = watch::channel(None);
-        let at_once = at_once.max(1);
+        let at_once = at_once.clamp(1, AT_ONCE_MAX);
         let (deliver, messages) = mpsc::channel(at_once);
         let (finish, finished) = mpsc::channel(at_once);
         let driver = Driver::new(
@@ -344,6 +381,11 @@ impl Builder {
     }
 
     fn settings(self) -> Result<Settings, InvalidBuilder> {
+        self.timing.check()?;
+        if !(1..=BODY_BYTES_LIMIT).contains(&self.body_bytes_max) {
+            let (what, allowed) = ("body_bytes_max", "1 byte to 1 GiB");
+            return Err(InvalidBuilder::OutOfRange { what, allowed });
+        }
         let uri = address(&self.url)?;
         let device = match self.device {
             Some(device) => DeviceId::new(&device)?.to_string(),
@@ -461,6 +503,39 @@ mod tests {
         let refused = complete("http://h").unwrap_err().to_string();
         assert!(refused.contains("neither ws nor wss"), "{refused}");
         assert!(complete("nonsense").is_err() && complete("").is_err());
+    }
+
+    #[tokio::test]
+    async fn hazard_61_every_number_of_a_client_is_bounded() {
+        let builder = || Client::builder("ws://127.0.0.1:1").token(|| async { Ok("t".into()) });
+        let told = |builder: Builder| match builder.open(usize::MAX) {
+            Ok(_) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let (ms, day) = (Duration::from_millis(1), TIME_MAX);
+        let beyond = [Duration::ZERO, day + ms, Duration::from_secs(1 << 53), Duration::MAX];
+        for time in beyond {
+            let reconnect = told(builder().reconnect_between(time, Duration::MAX));
+            assert!(
+                reconnect.starts_with("reconnect_between is out of range: 1 ms"),
+                "{reconnect}"
+            );
+            assert!(told(builder().reconnect_between(ms, time)).starts_with("reconnect_between"));
+            assert!(told(builder().connect_timeout(time)).starts_with("connect_timeout"));
+            let zero = time.is_zero();
+            assert_eq!(told(builder().ack_delay(time)).is_empty(), zero, "{time:?}");
+            assert_eq!(told(builder().shutdown_timeout(time)).is_empty(), zero, "{time:?}");
+        }
+        for bytes in [0, BODY_BYTES_LIMIT + 1, 1 << 53, usize::MAX] {
+            assert!(told(builder().body_bytes_max(bytes)).starts_with("body_bytes_max"));
+        }
+        for interval in [Duration::ZERO, ms, Duration::from_secs(1 << 53), Duration::MAX] {
+            assert_eq!(told(builder().ping_interval(interval)), "");
+        }
+        for (least, most) in [(ms, ms), (ms, day), (day, day)] {
+            let all = builder().reconnect_between(least, most).connect_timeout(most);
+            assert_eq!(told(all.ack_delay(day).shutdown_timeout(day).body_bytes_max(1)), "");
+        }
     }
 
     #[test]

@@ -34,5 +34,7 @@ pub const WIRE_NUMBER_MAX: u64 = (1 << 53) - 1;
 pub const TTL_SECONDS_MAX: u64 = 10 * 366 * 24 * 3600;
 /// The largest payload, before compression: with its envelope it fits into one gRPC message between roles.
 pub const PAYLOAD_BYTES_MAX: usize = 2 << 20;
+/// Times in milliseconds stay below 2^53 microseconds: until the year 2255.
+pub const TIME_MS_MAX: u64 = WIRE_NUMBER_MAX / 1000;
 /// Re-sends of a message to an online device before its session is closed.
 pub const RESENDS_MAX: u32 = 5;

@@ -86,6 +86,10 @@ fn client_config(config: &RedisConfig) -> Result<Config, fred::error::Error> {
             }
         }
     }
+    // The same trust as all other connections have, whatever the system's is.
+    client.tls = crate::tls::connector(config)
+        .map_err(|why| fred::error::Error::new(fred::error::ErrorKind::Tls, why))?
+        .map(Into::into);
     // Redis may come later than this process.
     client.fail_fast = false;
     Ok(client)

@@ -39,7 +39,7 @@ pub(crate) async fn masters(
 ) -> Result<Vec<Master>, Error> {
     let seeds = std::iter::once(&config.url)
         .chain(&config.urls)
-        .map(|url| Client::open(url.expose()))
+        .map(|url| crate::tls::client(config, url.expose()))
         .collect::<Result<Vec<_>, _>>()?;
     let Some(first) = seeds.first().cloned() else {
         return Err(Error::Unusable("redis.url is missing".into()));

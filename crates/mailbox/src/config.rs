@@ -1,5 +1,6 @@
 //! Where Redis is, and the bounds of what is kept there.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use barid_core::limits::TTL_SECONDS_MAX;
@@ -25,6 +26,16 @@ pub struct RedisConfig {
     pub urls: Vec<SecretUrl>,
     /// Whether it is a Redis Cluster.
     pub cluster: bool,
+    /// `rediss://`: the only authorities that are trusted, PEM, one or several; Mozilla's public ones if not
+    /// given. Read when a process starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// `rediss://`: the certificate that a process shows to Redis, with those that it was issued by, PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate_file: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<PathBuf>,
     /// How many shards; fixed when a cluster is created, recorded in Redis, 1 to 16384.
     pub shards: u32,
     /// How long to wait for a connection, ms.
@@ -65,6 +76,9 @@ impl Default for RedisConfig {
             url: SecretUrl::new("redis://127.0.0.1:6379"),
             urls: Vec::new(),
             cluster: false,
+            ca_file: None,
+            certificate_file: None,
+            key_file: None,
             shards: 64,
             connect_timeout_ms: 2_000,
             response_timeout_ms: 3_000,
@@ -129,6 +143,7 @@ impl RedisConfig {
     /// A key out of its range; names it.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("redis.", self)?;
+        crate::tls::check(self)?;
         self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
     }
 

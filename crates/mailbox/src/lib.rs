@@ -26,6 +26,7 @@ mod redis_clock;
 mod reply;
 mod routes;
 mod scripts;
+mod tls;
 mod topology;
 mod types;
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use barid_bus::consumer::{Partition, Record};
+use barid_core::limits::TIME_MS_MAX;
 use barid_core::{ReceiptSet, Shard, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition, Source};
 use barid_runtime::Sighting;
@@ -121,6 +122,12 @@ pub struct Flight {
     left: AtomicUsize,
 }
 
+/// A record's timestamp, ms since the Unix epoch; 0: not told, or beyond what any clock shows.
+pub fn produced_at_ms(record: &Record) -> u64 {
+    let told = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok());
+    told.filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0)
+}
+
 impl Flight {
     /// A flight of `parts` messages.
     pub fn new(
@@ -138,7 +145,7 @@ impl Flight {
 
     /// When the business produced it, ms since the Unix epoch; 0: not told.
     pub fn produced_at_ms(&self) -> u64 {
-        self.record.timestamp_ms.and_then(|ms| ms.try_into().ok()).unwrap_or(0)
+        produced_at_ms(&self.record)
     }
 
     /// What was seen of it, for the log; `user` may be empty.

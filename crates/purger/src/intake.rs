@@ -12,7 +12,7 @@ use prometheus::IntCounter;
 use tokio::time::Instant;
 
 use crate::config::{CompressionConfig, Config};
-use crate::flight::{Flight, Parcel, Reading};
+use crate::flight::{Flight, Parcel, Reading, produced_at_ms};
 
 /// Decodes records.
 #[derive(Debug, Clone)]
@@ -90,7 +90,7 @@ impl Intake {
             ttl_ms: push.ttl_ms,
             device: push.audience.device().map_or_else(String::new, ToString::to_string),
             receipts: push.receipts.0,
-            produced_at_ms: record.timestamp_ms.and_then(|ms| ms.try_into().ok()).unwrap_or(0),
+            produced_at_ms: produced_at_ms(record),
             taken_at_ms: now_ms,
             traceparent: traceparent.to_owned(),
             ..Default::default()
@@ -118,6 +118,7 @@ mod tests {
     use super::*;
     use crate::flight::Assignment;
     use barid_bus::consumer::Partition;
+    use barid_core::limits::TIME_MS_MAX;
     use barid_mailbox::Source;
     use barid_wire::envelope;
 
@@ -182,6 +183,21 @@ mod tests {
         assert_eq!((envelope.raw_bytes, &*envelope.traceparent), (5000, TRACE));
         assert_eq!(envelope::payload(&envelope).unwrap().len(), 5000);
         assert!(!parcels[0].flight.part_done() && parcels[1].flight.part_done());
+    }
+
+    #[test]
+    fn hazard_61_a_timestamp_beyond_what_clocks_show_is_not_known() {
+        let ends = [0, 1, TIME_MS_MAX, TIME_MS_MAX + 1, 1 << 53, i64::MAX as u64];
+        for told in ends.map(|ms| ms as i64).into_iter().chain([-1, i64::MIN]) {
+            let value = r#"{"id":"1","app":"demo","to":{"user":"alice"},"text":"t"}"#;
+            let record = Record { timestamp_ms: Some(told), ..record(value) };
+            let Taken::Parcels(parcels) = intake().take(&reading(), record, 0) else {
+                panic!("refused")
+            };
+            let known = u64::try_from(told).ok().filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0);
+            assert_eq!(decoded(&parcels[0].message.body).produced_at_ms, known, "{told}");
+            assert_eq!(parcels[0].flight.produced_at_ms(), known, "{told}");
+        }
     }
 
     #[test]

@@ -9,7 +9,9 @@ use clap::{Arg, ArgAction, Command};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, bounds, config, telemetry};
+use crate::{
+    Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, bounds, config, telemetry,
+};
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_CONFIG: u8 = 2;

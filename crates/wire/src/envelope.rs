@@ -2,11 +2,15 @@
 
 use std::borrow::Cow;
 
+use barid_core::limits::{TIME_MS_MAX, TTL_SECONDS_MAX, WIRE_NUMBER_MAX};
 use barid_core::{Chain, Epoch, Seq, TraceParent};
 use bytes::Bytes;
 use prost::Message as _;
 
 pub use crate::v1::{BodyKind, Envelope, SkipReason};
+
+/// A body longer than this is taken for a broken one rather than unpacked.
+pub const BODY_BYTES_MAX: u32 = 16 << 20;
 
 /// Bytes of the header: epoch, seq, previous chain, chain, time, each a fixed-width field with its tag.
 pub const HEADER_BYTES: usize = 37;
@@ -32,6 +36,9 @@ pub enum EnvelopeError {
     /// Shorter than a header, or other tags than a header's.
     #[error("not an envelope: {0} bytes without the header of one")]
     Header(usize),
+    /// A number of the header that no script writes.
+    #[error("not an envelope: its {0} is not below 2^53")]
+    Number(&'static str),
     /// The body does not decode.
     #[error("not an envelope: {0}")]
     Body(String),
@@ -44,7 +51,7 @@ impl Header {
     /// Reads the header of an entry.
     ///
     /// # Errors
-    /// [`EnvelopeError::Header`].
+    /// [`EnvelopeError::Header`], [`EnvelopeError::Number`].
     pub fn parse(entry: &[u8]) -> Result<Self, EnvelopeError> {
         let short = || EnvelopeError::Header(entry.len());
         let header: &[u8; HEADER_BYTES] = entry.first_chunk().ok_or_else(short)?;
@@ -54,12 +61,16 @@ impl Header {
         }
         let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
         let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let number = |name, at| match u64_at(at) {
+            number @ 0..=WIRE_NUMBER_MAX => Ok(number),
+            _ => Err(EnvelopeError::Number(name)),
+        };
         Ok(Self {
-            epoch: Epoch(u64_at(1)),
-            seq: Seq(u64_at(10)),
+            epoch: Epoch(number("epoch", 1)?),
+            seq: Seq(number("seq", 10)?),
             prev_chain: Chain(u32_at(19)),
             chain: Chain(u32_at(24)),
-            accepted_at_us: u64_at(29),
+            accepted_at_us: number("accepted_at_us", 29)?,
         })
     }
 
@@ -85,7 +96,18 @@ impl Header {
 /// It has no header, or the body is not protobuf.
 pub fn decode(entry: Bytes) -> Result<(Header, Envelope), EnvelopeError> {
     let header = Header::parse(&entry)?;
-    let envelope = Envelope::decode(entry).map_err(|e| EnvelopeError::Body(e.to_string()))?;
+    let mut envelope = Envelope::decode(entry).map_err(|e| EnvelopeError::Body(e.to_string()))?;
+    // Protobuf takes the last of several: a body may not overrule its header.
+    envelope.epoch = header.epoch.0;
+    envelope.seq = header.seq.0;
+    envelope.prev_chain = header.prev_chain.0;
+    envelope.chain = header.chain.0;
+    envelope.accepted_at_us = header.accepted_at_us;
+    // Of a purger's clock, and of a business's: what no clock shows is not known.
+    for time_ms in [&mut envelope.produced_at_ms, &mut envelope.taken_at_ms] {
+        *time_ms = if *time_ms > TIME_MS_MAX { 0 } else { *time_ms };
+    }
+    envelope.ttl_ms = envelope.ttl_ms.min(TTL_SECONDS_MAX * 1000);
     Ok((header, envelope))
 }
 
@@ -117,10 +139,14 @@ pub fn set_payload(envelope: &mut Envelope, payload: Bytes, min_bytes: usize, le
 /// The payload as the business gave it.
 ///
 /// # Errors
-/// [`EnvelopeError::Payload`]: it is compressed and broken. Never allocates more than `raw_bytes`.
+/// [`EnvelopeError::Payload`]: it is compressed and broken, or says that it grows above [`BODY_BYTES_MAX`].
 pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
     if envelope.raw_bytes == 0 {
         return Ok(Cow::Borrowed(&envelope.payload));
+    }
+    if envelope.raw_bytes > BODY_BYTES_MAX {
+        let why = format!("{} bytes are more than {BODY_BYTES_MAX}", envelope.raw_bytes);
+        return Err(EnvelopeError::Payload(why));
     }
     let raw_bytes = envelope.raw_bytes as usize;
     let raw = zstd::bulk::decompress(&envelope.payload, raw_bytes)
@@ -180,6 +206,50 @@ mod tests {
         let bomb =
             Envelope { raw_bytes: 10, payload: Bytes::from_static(b"junk"), ..Default::default() };
         assert!(payload(&bomb).is_err());
+    }
+
+    #[test]
+    fn hazard_61_numbers_of_an_envelope_are_bounded() {
+        let header = |number| Header {
+            epoch: Epoch(number),
+            seq: Seq(1),
+            prev_chain: Chain(u32::MAX),
+            chain: Chain(0),
+            accepted_at_us: 1,
+        };
+        let largest = header(WIRE_NUMBER_MAX);
+        assert_eq!(Header::parse(&largest.encode()), Ok(largest));
+        for number in [1 << 53, 1 << 63, u64::MAX] {
+            let seq = Header { seq: Seq(number), ..header(1) };
+            let at = Header { accepted_at_us: number, ..header(1) };
+            for (name, header) in [("epoch", header(number)), ("seq", seq), ("accepted_at_us", at)]
+            {
+                assert_eq!(Header::parse(&header.encode()), Err(EnvelopeError::Number(name)));
+            }
+        }
+        for number in [0, 1, TIME_MS_MAX, TIME_MS_MAX + 1, 1 << 53, 1 << 63, u64::MAX] {
+            let body = encode_body(Envelope {
+                ttl_ms: number,
+                produced_at_ms: number,
+                taken_at_ms: number,
+                raw_bytes: number.try_into().unwrap_or(u32::MAX),
+                receipts: number as u32,
+                kind: number as i32,
+                voided: number as i32,
+                ..Default::default()
+            });
+            // A second header behind the first.
+            let other = header(number).encode();
+            let entry = [&largest.encode()[..], &body, &other].concat();
+            let (parsed, envelope) = decode(entry.into()).unwrap();
+            assert_eq!((parsed, envelope.epoch, envelope.seq), (largest, WIRE_NUMBER_MAX, 1));
+            assert!(envelope.produced_at_ms <= TIME_MS_MAX && envelope.taken_at_ms <= TIME_MS_MAX);
+            assert!(envelope.ttl_ms <= TTL_SECONDS_MAX * 1000);
+            let _ = (payload(&envelope), envelope.kind(), envelope.voided());
+            for now_ms in [0, 1 << 53, u64::MAX] {
+                let _ = expired(&envelope, now_ms);
+            }
+        }
     }
 
     proptest::proptest! {

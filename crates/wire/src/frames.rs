@@ -17,8 +17,7 @@ use crate::v1::{
     BodyKind, Error, GoAway, Message, Ping, Skip, Subscribed, Unsubscribed, Welcome, message,
 };
 
-/// A body longer than this is taken for a broken one rather than unpacked.
-pub const BODY_BYTES_MAX: u32 = 16 << 20;
+pub use crate::envelope::BODY_BYTES_MAX;
 
 /// Of a device's frames, for people.
 const KINDS: &str = "hello, ack, refresh, pong, subscribe and unsubscribe";
@@ -110,9 +109,9 @@ pub enum FrameError {
     /// Hello stands in more mailboxes than a device may follow.
     #[error("hello.positions has {0} entries, the limit is {POSITIONS_MAX}")]
     Positions(usize),
-    /// Hello has heard of more resets than there can be.
-    #[error("hello.positions.generation is above {GENERATION_MAX}")]
-    Generation,
+    /// A device has heard of more resets than there can be.
+    #[error("{0} is above {GENERATION_MAX}")]
+    Generation(&'static str),
     /// Hello has two positions in one mailbox.
     #[error("hello.positions names a mailbox twice")]
     PositionTwice,
@@ -141,10 +140,6 @@ pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<ClientFrame, Fr
 }
 
 fn check(frame: &ClientFrame) -> Result<(), FrameError> {
-    let number = |name, number| match number {
-        0..=WIRE_NUMBER_MAX => Ok(()),
-        _ => Err(FrameError::Number(name)),
-    };
     match frame {
         ClientFrame::Hello(hello) => {
             number("hello.attempt", hello.attempt)?;
@@ -156,7 +151,7 @@ fn check(frame: &ClientFrame) -> Result<(), FrameError> {
                 number("hello.positions.epoch", position.epoch)?;
                 number("hello.positions.seq", position.seq)?;
                 if position.generation > GENERATION_MAX {
-                    return Err(FrameError::Generation);
+                    return Err(FrameError::Generation("hello.positions.generation"));
                 }
                 if !mailboxes.insert(position.mailbox.as_str()) {
                     return Err(FrameError::PositionTwice);
@@ -164,7 +159,12 @@ fn check(frame: &ClientFrame) -> Result<(), FrameError> {
             }
             Ok(())
         }
-        ClientFrame::Ack(ack) => number("ack.seq", ack.seq),
+        ClientFrame::Ack(ack) => {
+            if ack.generation.is_some_and(|generation| generation > GENERATION_MAX) {
+                return Err(FrameError::Generation("ack.generation"));
+            }
+            number("ack.seq", ack.seq)
+        }
         ClientFrame::Subscribe(_) | ClientFrame::Unsubscribe(_) => Ok(()),
         ClientFrame::Refresh(_) | ClientFrame::Pong(_) => Ok(()),
     }
@@ -183,9 +183,38 @@ pub fn encode_client(encoding: Encoding, frame: &ClientFrame) -> Bytes {
 /// # Errors
 /// [`FrameError`].
 pub fn decode_server(encoding: Encoding, bytes: Bytes) -> Result<ServerFrame, FrameError> {
-    match encoding {
-        Encoding::Proto => proto::decode_server(bytes),
-        Encoding::Json => json::decode_server(&bytes),
+    let frame = match encoding {
+        Encoding::Proto => proto::decode_server(bytes)?,
+        Encoding::Json => json::decode_server(&bytes)?,
+    };
+    check_server(&frame)?;
+    Ok(frame)
+}
+
+/// Whoever counts on from a number of a node's frame must not overflow.
+fn check_server(frame: &ServerFrame) -> Result<(), FrameError> {
+    match frame {
+        ServerFrame::Deliver(deliver) => {
+            deliver.messages.iter().try_for_each(|m| number("deliver.messages.seq", m.seq))
+        }
+        ServerFrame::Welcome(welcome) => {
+            number("welcome.server_time_ms", welcome.server_time_ms)?;
+            welcome.positions.iter().try_for_each(|position| {
+                number("welcome.positions.epoch", position.epoch)?;
+                number("welcome.positions.seq", position.seq)
+            })
+        }
+        ServerFrame::Skip(skip) => number("skip.to", skip.to),
+        ServerFrame::GoAway(_) | ServerFrame::Error(_) | ServerFrame::Ping(_) => Ok(()),
+        ServerFrame::Subscribed(_) | ServerFrame::Unsubscribed(_) => Ok(()),
+        ServerFrame::Unknown => Ok(()),
+    }
+}
+
+fn number(name: &'static str, number: u64) -> Result<(), FrameError> {
+    match number {
+        0..=WIRE_NUMBER_MAX => Ok(()),
+        _ => Err(FrameError::Number(name)),
     }
 }
 
@@ -257,13 +286,9 @@ pub fn body(message: Message, bytes_max: usize) -> Result<Body, FrameError> {
 
 /// An entry's payload as it goes into a frame, known to be what its kind promises.
 fn checked_payload(entry: &Envelope) -> Result<std::borrow::Cow<'_, [u8]>, EnvelopeError> {
-    let broken = |why: String| EnvelopeError::Payload(why);
-    if entry.raw_bytes > BODY_BYTES_MAX {
-        return Err(broken(format!("{} bytes are more than {BODY_BYTES_MAX}", entry.raw_bytes)));
-    }
     let payload = envelope::payload(entry)?;
     if entry.kind() != BodyKind::Data {
-        std::str::from_utf8(&payload).map_err(|error| broken(error.to_string()))?;
+        std::str::from_utf8(&payload).map_err(|error| EnvelopeError::Payload(error.to_string()))?;
     }
     Ok(payload)
 }

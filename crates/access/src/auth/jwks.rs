@@ -8,7 +8,10 @@ use std::time::Duration;
 use barid_core::AppId;
 use jsonwebtoken::jwk::JwkSet;
 use parking_lot::{Mutex, RwLock};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use tokio::time::Instant;
+use ureq::tls::{Certificate, RootCerts};
 
 use super::KeyError;
 use super::keys::{Key, apps};
@@ -31,7 +34,7 @@ pub(super) struct Jwks {
 #[derive(Debug, Clone)]
 enum Source {
     File(PathBuf),
-    Url(String, Duration),
+    Url { url: String, timeout: Duration, roots: RootCerts },
 }
 
 impl Jwks {
@@ -40,7 +43,9 @@ impl Jwks {
         let source = match (&config.file, config.url.as_str()) {
             (Some(path), "") => Source::File(path.clone()),
             (None, url) if url.starts_with("https://") || url.starts_with("http://") => {
-                Source::Url(url.to_owned(), Duration::from_millis(config.timeout_ms))
+                let timeout = Duration::from_millis(config.timeout_ms);
+                let roots = roots(config).map_err(|problem| fail(&problem))?;
+                Source::Url { url: url.to_owned(), timeout, roots }
             }
             _ => return Err(fail("needs either file or an http(s) url")),
         };
@@ -112,7 +117,7 @@ impl Source {
     fn read(&self) -> Result<JwkSet, String> {
         let bytes = match self {
             Self::File(path) => std::fs::read(path).map_err(|error| error.to_string())?,
-            Self::Url(url, timeout) => fetch(url, *timeout)?,
+            Self::Url { url, timeout, roots } => fetch(url, *timeout, roots)?,
         };
         serde_json::from_slice(&bytes).map_err(|error| format!("not a key set: {error}"))
     }
@@ -123,14 +128,37 @@ impl std::fmt::Display for Source {
         match self {
             Self::File(path) => path.display().fmt(f),
             // Without a query, which may hold a secret.
-            Self::Url(url, _) => f.write_str(url.split('?').next().unwrap_or_default()),
+            Self::Url { url, .. } => f.write_str(url.split('?').next().unwrap_or_default()),
         }
     }
 }
 
-fn fetch(url: &str, timeout: Duration) -> Result<Vec<u8>, String> {
+/// Whom a fetch trusts.
+fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
+    let Some(path) = &config.ca_file else { return Ok(RootCerts::WebPki) };
+    if !config.url.starts_with("https://") {
+        return Err("ca_file is for an https url".into());
+    }
+    let named = |problem: &dyn std::fmt::Display| format!("ca_file {}: {problem}", path.display());
+    let pem = std::fs::read(path).map_err(|error| named(&error))?;
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let certificates = read.map_err(|error| named(&error))?;
+    // What the library leaves out without a word is an error here.
+    let mut store = rustls::RootCertStore::empty();
+    for certificate in &certificates {
+        store.add(certificate.clone()).map_err(|error| named(&error))?;
+    }
+    if certificates.is_empty() {
+        return Err(named(&"it holds no certificate"));
+    }
+    let owned = certificates.iter().map(|der| Certificate::from_der(der).to_owned());
+    Ok(RootCerts::Specific(Arc::new(owned.collect())))
+}
+
+fn fetch(url: &str, timeout: Duration, roots: &RootCerts) -> Result<Vec<u8>, String> {
     let tls = ureq::tls::TlsConfig::builder()
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .root_certs(roots.clone())
         .build();
     let agent = ureq::Agent::new_with_config(
         ureq::Agent::config_builder().tls_config(tls).timeout_global(Some(timeout)).build(),

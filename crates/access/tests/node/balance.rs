@@ -121,7 +121,8 @@ fn a_share_of_the_mean_refuses_to_start() {
         ..Default::default()
     }];
     config.balance.shed_above = 0.5;
-    assert_eq!(Access::check(&config), Err("balance.shed_above must be above 1, or 0".into()));
+    let told = "balance.shed_above: 0.5 is out of range; write 1.01 to 1000, or 0 (never)";
+    assert_eq!(Access::check(&config), Err(told.into()));
     config.balance.shed_above = 1.5;
     config.advertise_url = "http://x".into();
     let error = Access::check(&config).unwrap_err();

@@ -239,20 +239,22 @@ async fn longest(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_hundred_readers_of_one_byte_a_second_delay_nobody() -> Result<()> {
     const SLOW: usize = 300;
+    const EACH: usize = 50;
     let world = World::new().await?;
     let node = world
         .node_with(|config| {
-            config.redis.devices_max = SLOW as u32;
+            config.redis.devices_max = EACH as u32;
             config.limits.user_connections_max = 0;
             config.limits.queued_bytes_max = 256 << 10;
         })
         .await?;
     let mut healthy = node.device("carol", "phone").await?;
     let calm = longest(&world, &node, &mut healthy, "carol", "calm").await?;
-    // All of one user: one push is for all of them.
+    // Of few users: one push is for many of them.
+    let crowds: Vec<_> = (0..SLOW / EACH).map(|n| format!("crowd{n}")).collect();
     let mut readers = tokio::task::JoinSet::new();
     for n in 0..SLOW {
-        let mut stream = reluctant(&node, "crowd", &format!("d{n}")).await?;
+        let mut stream = reluctant(&node, &crowds[n / EACH], &format!("d{n}")).await?;
         readers.spawn(async move {
             let mut bytes = 0;
             while stream.read_u8().await.is_ok() {
@@ -264,13 +266,15 @@ async fn three_hundred_readers_of_one_byte_a_second_delay_nobody() -> Result<()>
     }
     let noise = noise(20_000);
     let mut dispatcher = node.dispatcher().await?;
-    let incarnation = incarnation(&world, "crowd").await?;
+    let incarnation = incarnation(&world, &crowds[0]).await?;
     let fill = async {
         let mut pushed = Vec::new();
         while node.metric(CLOSES, "slow_consumer") < SLOW as f64 / 2.0 && pushed.len() < 200 {
             let id = format!("m{}", pushed.len());
-            let entry = accept_noise(&world, "crowd", &id, &noise).await?;
-            dispatcher.send(incarnation, vec![push_of("crowd", entry)], vec![]).await?;
+            for crowd in &crowds {
+                let entry = accept_noise(&world, crowd, &id, &noise).await?;
+                dispatcher.send(incarnation, vec![push_of(crowd, entry)], vec![]).await?;
+            }
             pushed.push(id);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -290,7 +294,7 @@ async fn three_hundred_readers_of_one_byte_a_second_delay_nobody() -> Result<()>
     }
     readers.shutdown().await;
     // One of them comes back and reads: nothing is missing.
-    let mut back = node.device("crowd", "d0").await?;
+    let mut back = node.device(&crowds[0], "d0").await?;
     assert_eq!(back.take(filled.len()).await?, filled);
     Ok(())
 }

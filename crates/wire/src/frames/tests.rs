@@ -99,7 +99,10 @@ fn hello_stands_in_a_mailbox_once_and_in_so_many() {
     let far = v1::Position { generation: GENERATION_MAX + 1, ..Default::default() };
     let far = ClientFrame::Hello(v1::Hello { positions: vec![far], ..Default::default() });
     let far = encode_client(Encoding::Proto, &far);
-    assert_eq!(decode_client(Encoding::Proto, &far), Err(FrameError::Generation));
+    assert_eq!(
+        decode_client(Encoding::Proto, &far),
+        Err(FrameError::Generation("hello.positions.generation"))
+    );
     let twice = || Err(FrameError::PositionTwice);
     assert_eq!(hello(&[String::new(), String::new()]), [twice(), twice()]);
 }
@@ -258,9 +261,9 @@ fn client_frame() -> impl Strategy<Value = ClientFrame> {
                 })
             }
         ),
-        (name(), any::<Option<u32>>(), wire_number()).prop_map(|(mailbox, generation, seq)| {
-            ClientFrame::Ack(v1::Ack { mailbox, generation, seq })
-        }),
+        (name(), prop::option::of(0..=GENERATION_MAX), wire_number()).prop_map(
+            |(mailbox, generation, seq)| { ClientFrame::Ack(v1::Ack { mailbox, generation, seq }) }
+        ),
         name().prop_map(|token| ClientFrame::Refresh(v1::Refresh { token })),
         name().prop_map(|group| ClientFrame::Subscribe(v1::Subscribe { group })),
         name().prop_map(|group| ClientFrame::Unsubscribe(v1::Unsubscribe { group })),
@@ -366,6 +369,129 @@ proptest! {
             let _ = decode_server(encoding, bytes.clone().into());
             let _ = decode_client(encoding, text.as_bytes());
             let _ = decode_server(encoding, text.clone().into());
+        }
+    }
+}
+
+/// What a number can be on the wire: the ends of every width, and one beyond.
+const NUMBERS: [u64; 13] = [
+    0,
+    1,
+    GENERATION_MAX as u64,
+    GENERATION_MAX as u64 + 1,
+    u32::MAX as u64,
+    u32::MAX as u64 + 1,
+    WIRE_NUMBER_MAX - 1,
+    WIRE_NUMBER_MAX,
+    WIRE_NUMBER_MAX + 1,
+    WIRE_NUMBER_MAX + 2,
+    1 << 63,
+    (1 << 63) + 1,
+    u64::MAX,
+];
+
+#[test]
+fn hazard_61_every_number_of_a_frame_ends_at_its_maximum_in_json() {
+    let generation = u64::from(GENERATION_MAX);
+    let bits = u64::from(u32::MAX);
+    let client = [
+        (r#"{"hello":{"attempt":N}}"#, WIRE_NUMBER_MAX),
+        (r#"{"hello":{"pingIntervalMs":N}}"#, bits),
+        (r#"{"hello":{"positions":[{"epoch":N,"seq":1}]}}"#, WIRE_NUMBER_MAX),
+        (r#"{"hello":{"positions":[{"epoch":1,"seq":N}]}}"#, WIRE_NUMBER_MAX),
+        (r#"{"hello":{"positions":[{"epoch":1,"seq":1,"generation":N}]}}"#, generation),
+        (r#"{"hello":{"positions":[{"epoch":1,"seq":1,"chain":N}]}}"#, bits),
+        (r#"{"ack":{"seq":N}}"#, WIRE_NUMBER_MAX),
+        (r#"{"ack":{"seq":1,"generation":N}}"#, generation),
+    ];
+    let server = [
+        (r#"{"deliver":{"messages":[{"seq":N,"id":"a","text":""}]}}"#, WIRE_NUMBER_MAX),
+        (r#"{"deliver":{"messages":[],"generation":N}}"#, bits),
+        (r#"{"welcome":{"serverTimeMs":N}}"#, WIRE_NUMBER_MAX),
+        (r#"{"welcome":{"pingIntervalMs":N}}"#, bits),
+        (r#"{"welcome":{"maxFrameBytes":N}}"#, bits),
+        (r#"{"welcome":{"maxUnacked":N}}"#, bits),
+        (r#"{"welcome":{"ackIntervalMs":N}}"#, bits),
+        (r#"{"welcome":{"positions":[{"epoch":N,"seq":1}]}}"#, WIRE_NUMBER_MAX),
+        (r#"{"welcome":{"positions":[{"epoch":1,"seq":N}]}}"#, WIRE_NUMBER_MAX),
+        (r#"{"skip":{"to":N}}"#, WIRE_NUMBER_MAX),
+        (r#"{"skip":{"to":1,"chain":N}}"#, bits),
+        (r#"{"skip":{"to":1,"generation":N}}"#, bits),
+        (r#"{"goAway":{"reconnectAfterMs":N}}"#, bits),
+        (r#"{"error":{"code":N}}"#, bits),
+        (r#"{"unsubscribed":{"group":"a","code":N}}"#, bits),
+    ];
+    let taken = |is_client: bool, text: String| match is_client {
+        true => decode_client(Encoding::Json, text.as_bytes()).map(drop),
+        false => decode_server(Encoding::Json, text.into_bytes().into()).map(drop),
+    };
+    let frames = client.map(|f| (true, f)).into_iter().chain(server.map(|f| (false, f)));
+    for (is_client, (template, max)) in frames {
+        let of = |number: &str| taken(is_client, template.replace('N', number));
+        for number in NUMBERS {
+            let fits = number <= max;
+            for text in [number.to_string(), format!("\"{number}\""), format!("{number}.0")] {
+                // A float above 2^53 is not exact, and below it is what it says.
+                let told = of(&text);
+                assert_eq!(told.is_ok(), fits, "{text} in {template}: {told:?}");
+            }
+        }
+        for text in ["-1", "-9223372036854775808", "1.5", "1e308", "-1e308", "1e999", "NaN"] {
+            assert!(of(text).is_err(), "{text} in {template}");
+        }
+        for text in ["18446744073709551616", "\"18446744073709551616\"", "\"-1\"", "\"1e3\""] {
+            assert!(of(text).is_err(), "{text} in {template}");
+        }
+        assert!(of("-0.0").is_ok() && of("1e3").is_ok(), "{template}");
+    }
+}
+
+#[test]
+fn hazard_61_every_number_of_a_frame_ends_at_its_maximum_in_protobuf() {
+    for number in NUMBERS {
+        let fits = number <= WIRE_NUMBER_MAX;
+        let (bits, generation) = (number as u32, number as u32);
+        let position = v1::Position { epoch: 1, seq: 1, ..Default::default() };
+        let hello = |position| v1::Hello { positions: vec![position], ..Default::default() };
+        let epoch = hello(v1::Position { epoch: number, ..position.clone() });
+        let seq = hello(v1::Position { seq: number, ..position.clone() });
+        let attempt = v1::Hello { attempt: number, ..Default::default() };
+        let reset = hello(v1::Position { generation, ..position.clone() });
+        let ping = v1::Hello {
+            ping_interval_ms: bits,
+            ..hello(v1::Position { chain: Some(bits), ..position })
+        };
+        let ack = v1::Ack { seq: number, ..Default::default() };
+        let old = v1::Ack { generation: Some(generation), ..Default::default() };
+        for (fits, frame) in [
+            (fits, ClientFrame::Hello(epoch)),
+            (fits, ClientFrame::Hello(seq)),
+            (fits, ClientFrame::Hello(attempt)),
+            (fits, ClientFrame::Ack(ack)),
+            (generation <= GENERATION_MAX, ClientFrame::Hello(reset)),
+            (generation <= GENERATION_MAX, ClientFrame::Ack(old)),
+            (true, ClientFrame::Hello(ping)),
+        ] {
+            let decoded = decode_client(Encoding::Proto, &encode_client(Encoding::Proto, &frame));
+            assert_eq!(decoded.as_ref().ok(), fits.then_some(&frame), "{decoded:?}");
+        }
+        let position = v1::Position { epoch: number, seq: number, ..Default::default() };
+        let time = v1::Welcome { server_time_ms: number, ..Default::default() };
+        let stands = v1::Welcome { positions: vec![position], ..Default::default() };
+        let message = v1::Message {
+            seq: number,
+            body: Some(message::Body::Text(String::new())),
+            ..Default::default()
+        };
+        for frame in [
+            ServerFrame::Welcome(time),
+            ServerFrame::Welcome(stands),
+            ServerFrame::Skip(v1::Skip { to: number, why: bits as i32, ..Default::default() }),
+            ServerFrame::Deliver(Deliver { messages: vec![message], ..Default::default() }),
+        ] {
+            let bytes = encode_server(Encoding::Proto, &frame).unwrap();
+            let decoded = decode_server(Encoding::Proto, bytes);
+            assert_eq!(decoded.as_ref().ok(), fits.then_some(&frame), "{decoded:?}");
         }
     }
 }

@@ -315,3 +315,62 @@ proptest! {
         prop_assert_eq!(push.ttl_ms, ttl as u64 * 1000);
     }
 }
+
+#[test]
+fn hazard_61_every_number_of_a_record_ends_at_its_maximum() {
+    // JSON: plain, quoted, with a point, with an exponent.
+    let json = |ttl: &str| {
+        let text =
+            format!(r#"{{"id":"1","app":"a","to":{{"user":"u"}},"text":"t","ttlSeconds":{ttl}}}"#);
+        decode_push(&Bytes::from(text), None, &RecordLimits::default()).map(|push| push.ttl_ms)
+    };
+    let max = RecordLimits::default().ttl_seconds_max;
+    let whole = [0, 1, max, max + 1, 1 << 43, 1 << 53, (1 << 53) + 1, i64::MAX as u64, 1 << 63];
+    for number in whole.into_iter().chain([u64::MAX]) {
+        for text in [number.to_string(), format!("\"{number}\""), format!("{number}.0")] {
+            match json(&text) {
+                Ok(ttl_ms) => assert_eq!(ttl_ms, number * 1000),
+                Err(refusal) => {
+                    assert!(number > max, "{text}: {refusal}");
+                    assert_eq!(refusal.code, RefusalCode::TtlTooLong, "{text}");
+                }
+            }
+        }
+    }
+    for text in ["-1", "-9223372036854775808", "-1e308", "\"-9223372036854775809\""] {
+        assert_eq!(json(text).unwrap_err().code, RefusalCode::NegativeTtl, "{text}");
+    }
+    for text in ["1e308", "18446744073709551616", "340282366920938463463374607431768211456"] {
+        assert_eq!(json(text).unwrap_err().code, RefusalCode::TtlTooLong, "{text}");
+    }
+    for text in ["1.5", "\"NaN\"", "\"Infinity\"", "\"\"", "true", "[]", "1e-300"] {
+        assert_eq!(json(text).unwrap_err().code, RefusalCode::BadValue, "{text}");
+    }
+    assert_eq!(json("-0.0"), Ok(0));
+    // Protobuf, and kinds of receipts in both.
+    let ends = [0, 1, 7, 8, 31, 32, 1 << 16, i64::from(i32::MAX), 1 << 53, i64::MAX, i64::MIN, -1];
+    for number in ends {
+        let record = PushRecord {
+            id: "1".into(),
+            app: "a".into(),
+            to: Some(crate::v1::Audience { user: "u".into(), ..Default::default() }),
+            body: Some(Body::Text("t".into())),
+            ttl_seconds: number,
+            ..Default::default()
+        };
+        let decode = |record: &PushRecord| {
+            decode_push(&record.encode_to_vec().into(), None, &RecordLimits::default())
+        };
+        let decoded = decode(&record).map(|push| push.ttl_ms);
+        let fits = u64::try_from(number).is_ok_and(|number| number <= max);
+        assert_eq!(decoded.ok(), fits.then(|| number as u64 * 1000), "{number}");
+        let kind = number as i32;
+        let asked = PushRecord { ttl_seconds: 0, receipts: vec![kind], ..record };
+        assert_eq!(decode(&asked).is_ok(), (1..=6).contains(&kind), "{kind}");
+        let text = format!(
+            r#"{{"id":"1","app":"a","to":{{"user":"u"}},"text":"t","receipts":[{number}]}}"#
+        );
+        let decoded = decode_push(&Bytes::from(text), None, &RecordLimits::default());
+        assert_eq!(decoded.is_ok(), (1..=6).contains(&number), "{number}");
+    }
+}

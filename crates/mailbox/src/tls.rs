@@ -1,0 +1,117 @@
+//! Whom a `rediss://` connection trusts, and who it says it is.
+
+use std::path::Path;
+
+use fred::types::config::TlsConnector;
+use redis::{Client, ClientTlsConfig, RedisError, TlsCertificates};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
+
+use crate::RedisConfig;
+
+/// What `redis.ca_file`, `redis.certificate_file` and `redis.key_file` hold, PEM.
+#[derive(Default)]
+struct Files {
+    ca: Option<Vec<u8>>,
+    /// Certificate and key.
+    client: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Files {
+    fn read(config: &RedisConfig) -> Result<Self, String> {
+        let read = |key: &str, path: &Path| {
+            std::fs::read(path).map_err(|error| format!("redis.{key} {}: {error}", path.display()))
+        };
+        let ca = config.ca_file.as_deref().map(|path| read("ca_file", path)).transpose()?;
+        let client = match (&config.certificate_file, &config.key_file) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => {
+                Some((read("certificate_file", certificate)?, read("key_file", key)?))
+            }
+            _ => return Err("redis.certificate_file and redis.key_file belong together".into()),
+        };
+        Ok(Self { ca, client })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.ca.is_none() && self.client.is_none()
+    }
+
+    /// Mozilla's roots where no file names others.
+    fn rustls(&self) -> Result<ClientConfig, String> {
+        let certificates = |key: &str, pem: &[u8]| {
+            let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+            let read = read.map_err(|error| format!("redis.{key}: {error}"))?;
+            if read.is_empty() {
+                Err(format!("redis.{key} holds no certificate"))
+            } else {
+                Ok(read)
+            }
+        };
+        let mut roots = RootCertStore::empty();
+        match &self.ca {
+            None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
+            Some(pem) => {
+                for root in certificates("ca_file", pem)? {
+                    roots.add(root).map_err(|error| format!("redis.ca_file: {error}"))?;
+                }
+            }
+        }
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let config = ClientConfig::builder_with_provider(provider.into())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| format!("redis: {error}"))?
+            .with_root_certificates(roots);
+        let Some((certificate, key)) = &self.client else {
+            return Ok(config.with_no_client_auth());
+        };
+        let key = PrivateKeyDer::from_pem_slice(key)
+            .map_err(|error| format!("redis.key_file holds no private key: {error}"))?;
+        config
+            .with_client_auth_cert(certificates("certificate_file", certificate)?, key)
+            .map_err(|error| format!("redis.certificate_file and redis.key_file: {error}"))
+    }
+}
+
+/// Everything that is wrong with the files is found here, before a connection is.
+///
+/// # Errors
+/// What, naming the key.
+pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
+    let files = Files::read(config)?;
+    let urls = std::iter::once(&config.url).chain(&config.urls);
+    if !files.is_empty()
+        && let Some(plain) = urls.into_iter().find(|url| !is_tls(url.expose()))
+    {
+        return Err(format!(
+            "redis.url {plain} is not encrypted: redis.ca_file, redis.certificate_file and \
+             redis.key_file are for rediss://"
+        ));
+    }
+    files.rustls().map(drop)
+}
+
+fn is_tls(url: &str) -> bool {
+    url.starts_with("rediss://") || url.starts_with("valkeys://")
+}
+
+/// A client of one of the configured nodes.
+pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisError> {
+    let invalid = |why| RedisError::from((redis::ErrorKind::InvalidClientConfig, "TLS", why));
+    let Files { ca, client } = Files::read(config).map_err(invalid)?;
+    if !is_tls(url) || (ca.is_none() && client.is_none()) {
+        return Client::open(url);
+    }
+    let client_tls =
+        client.map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
+    Client::build_with_tls(url, TlsCertificates { client_tls, root_cert: ca })
+}
+
+/// The same for the subscriber.
+pub(crate) fn connector(config: &RedisConfig) -> Result<Option<TlsConnector>, String> {
+    if !is_tls(config.url.expose()) {
+        return Ok(None);
+    }
+    Ok(Some(Files::read(config)?.rustls()?.into()))
+}
