@@ -1,5 +1,6 @@
 //! Routes in the real Redis: a tracked connection for L1, the mailbox for everything else.
 
+use barid_core::{Shard, ShardCount};
 use barid_mailbox::{
     DisconnectRequest, Error, Invalidation, Mailbox, RedisTime, Route, TrackedRoutes, UserKey,
 };
@@ -27,12 +28,12 @@ impl Routes for RedisRoutes {
         self.mailbox.disconnect(request).await
     }
 
-    fn lane_of(&self, user: &UserKey) -> usize {
-        self.mailbox.lane_of(self.mailbox.shard_of(user))
+    fn shard_of(&self, user: &UserKey) -> Shard {
+        self.mailbox.shard_of(user)
     }
 
-    fn lanes(&self) -> usize {
-        self.mailbox.lanes()
+    fn shards(&self) -> ShardCount {
+        self.mailbox.shards()
     }
 
     fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
@@ -40,7 +41,7 @@ impl Routes for RedisRoutes {
     }
 }
 
-/// Keeps L1 only as long as Redis reports changes; `told` hears whether it does. Ends with the last
+/// Hands on to L1 what Redis reports; `told` hears whether it does so for every shard. Ends with the last
 /// other hold of `tracked`.
 pub async fn follow_tracking(
     tracked: TrackedRoutes,
@@ -49,17 +50,17 @@ pub async fn follow_tracking(
 ) {
     // The resolver reads through `tracked`: holding it here would keep both for ever.
     let listener = resolver.downgrade();
+    drop(resolver);
     tracked.on_invalidate(move |invalidation| {
         let Some(listener) = listener.upgrade() else { return };
         match invalidation {
             Invalidation::User(user) => listener.invalidate(&user),
-            Invalidation::All => listener.invalidate_all(),
+            Invalidation::Shards(shards) => listener.invalidate_shards(&shards),
         }
     });
     let mut tracking = tracked.tracking();
     loop {
         let now = *tracking.borrow_and_update();
-        resolver.set_tracking(now);
         told(now);
         if tracking.changed().await.is_err() {
             return;

@@ -4,14 +4,16 @@
 //! connection has read. A value is inserted only if its load is still the one that the table of
 //! loads names: an invalidation takes the load out of the table, so that a value which was read
 //! before the change and arrives after it is used by those who asked before, and kept by nobody.
-//! While tracking is not proven alive, nothing is kept at all.
+//! What was not read on a tracking connection is kept by nobody, and what was read on one that broke,
+//! or of a shard that moved to another master, is forgotten, with all else of those shards.
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use barid_core::{Shard, ShardCount};
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use moka::notification::RemovalCause;
 use moka::sync::Cache;
@@ -29,10 +31,10 @@ pub trait Routes: Send + Sync + 'static {
     fn untracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
     /// Removes a route if it is still this session's.
     fn remove(&self, request: DisconnectRequest) -> impl Future<Output = Result<(), Error>> + Send;
-    /// The master that a user lives on.
-    fn lane_of(&self, user: &UserKey) -> usize;
-    /// How many masters there are.
-    fn lanes(&self) -> usize;
+    /// Where a user lives.
+    fn shard_of(&self, user: &UserKey) -> Shard;
+    /// How many shards there are.
+    fn shards(&self) -> ShardCount;
     /// The clock of the master that a user lives on; `None`: it has not answered yet.
     fn redis_time(&self, user: &UserKey) -> Option<RedisTime>;
 }
@@ -46,11 +48,12 @@ pub struct Limits {
     pub ttl: Duration,
     /// A load may take so long.
     pub load_timeout: Duration,
-    /// After a load failed, those of the same master fail at once for so long.
+    /// After a load failed, those of the same shard fail at once for so long: its master is away, or
+    /// the shard is on its way to another one.
     pub away: Duration,
 }
 
-/// The master of a user cannot be asked now.
+/// The shard of a user cannot be asked now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("routes cannot be read")]
 pub struct Away;
@@ -86,13 +89,17 @@ struct Inner<R> {
     l1: Cache<UserKey, Cached>,
     // Held across every insert and invalidation, so that they are in one order.
     loads: Mutex<HashMap<UserKey, Load>>,
-    // Entries of an older era are misses: moka forgets all of them lazily, this at once.
-    era: AtomicU64,
+    shards: Vec<OfShard>,
     tickets: AtomicU64,
-    tracking: AtomicBool,
-    // Per lane: until when loads fail at once, in ms since `started`.
-    away_until_ms: Vec<AtomicU64>,
     started: Instant,
+}
+
+#[derive(Default)]
+struct OfShard {
+    // Entries of an older era are misses: moka forgets many of them lazily, this at once.
+    era: AtomicU64,
+    // Until when loads fail at once, in ms since `started`.
+    away_until_ms: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -137,7 +144,7 @@ impl Lookup {
 }
 
 impl<R: Routes> Resolver<R> {
-    /// An empty L1 that keeps nothing until [`Self::set_tracking`].
+    /// An empty L1.
     pub fn new(routes: Arc<R>, limits: Limits, metrics: Metrics) -> Self {
         let evicted = metrics.l1_evicted.clone();
         let l1 = Cache::builder()
@@ -150,17 +157,15 @@ impl<R: Routes> Resolver<R> {
             })
             .time_to_live(limits.ttl)
             .build();
-        let away_until_ms = (0..routes.lanes()).map(|_| AtomicU64::new(0)).collect();
+        let shards = routes.shards().all().map(|_| OfShard::default()).collect();
         let inner = Inner {
             routes,
             limits,
             metrics,
             l1,
             loads: Mutex::default(),
-            era: AtomicU64::new(0),
+            shards,
             tickets: AtomicU64::new(0),
-            tracking: AtomicBool::new(false),
-            away_until_ms,
             started: Instant::now(),
         };
         Self { inner: Arc::new(inner) }
@@ -178,7 +183,7 @@ impl<R: Routes> Resolver<R> {
 
     /// Where a user is, from L1 or by a load that begins now. Call within a runtime.
     pub fn look(&self, user: &UserKey) -> Lookup {
-        let era = self.inner.era.load(Ordering::SeqCst);
+        let era = self.inner.of_shard(user).era.load(Ordering::SeqCst);
         if let Some(cached) = self.inner.l1.get(user).filter(|cached| cached.era == era) {
             self.inner.metrics.l1_hits.inc();
             return Lookup::Hit(cached.routes);
@@ -206,19 +211,20 @@ impl<R: Routes> Resolver<R> {
         WeakResolver(Arc::downgrade(&self.inner))
     }
 
-    /// Anything may have changed.
-    pub fn invalidate_all(&self) {
+    /// Anything of these shards may have changed.
+    pub fn invalidate_shards(&self, shards: &[Shard]) {
         let mut loads = self.inner.loads.lock();
-        self.inner.forget(&mut loads);
+        loads.retain(|user, _| !shards.contains(&self.inner.routes.shard_of(user)));
+        for shard in shards {
+            if let Some(of) = self.inner.shards.get(usize::from(shard.get())) {
+                of.era.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        if shards.len() == self.inner.shards.len() {
+            self.inner.l1.invalidate_all();
+        }
         drop(loads);
         self.inner.metrics.l1_invalidations.inc();
-    }
-
-    /// Whether Redis tells of changes. Whatever it was before: everything is forgotten.
-    pub fn set_tracking(&self, tracking: bool) {
-        let mut loads = self.inner.loads.lock();
-        self.inner.tracking.store(tracking, Ordering::SeqCst);
-        self.inner.forget(&mut loads);
     }
 
     /// Entries in L1; also lets moka do its housekeeping.
@@ -238,11 +244,10 @@ impl<R: Routes> Resolver<R> {
         let ticket = self.inner.tickets.fetch_add(1, Ordering::SeqCst);
         let (done, answer) = watch::channel(None);
         loads.insert(user.clone(), Load { ticket, answer: answer.clone() });
-        let tracked = self.inner.tracking.load(Ordering::SeqCst);
         drop(loads);
         let (inner, user) = (Arc::clone(&self.inner), user.clone());
         tokio::spawn(async move {
-            let loaded = inner.read(&user, tracked).await;
+            let loaded = inner.read(&user).await;
             inner.finish(user, ticket, &loaded);
             done.send_replace(Some(loaded.map(|(routes, _)| routes)));
         });
@@ -252,9 +257,9 @@ impl<R: Routes> Resolver<R> {
 
 impl<R: Routes> Inner<R> {
     /// Reads L2; tells also whether Redis will report changes of what was read.
-    async fn read(&self, user: &UserKey, tracked: bool) -> Result<(Arc<[Route]>, bool), Away> {
+    async fn read(&self, user: &UserKey) -> Result<(Arc<[Route]>, bool), Away> {
         let read = async {
-            if tracked && let Ok(routes) = self.routes.tracked(user).await {
+            if let Ok(routes) = self.routes.tracked(user).await {
                 return Ok((routes, true));
             }
             self.routes.untracked(user).await.map(|routes| (routes, false))
@@ -265,17 +270,14 @@ impl<R: Routes> Inner<R> {
             Err(_) => "no answer in time".into(),
         };
         let until = (self.started.elapsed() + self.limits.away).as_millis() as u64;
-        if let Some(lane) = self.away_until_ms.get(self.routes.lane_of(user)) {
-            lane.store(until, Ordering::Relaxed);
-        }
+        self.of_shard(user).away_until_ms.store(until, Ordering::Relaxed);
         tracing::debug!(why, "routes cannot be read");
         self.metrics.load_failures.inc();
         Err(Away)
     }
 
     fn is_away(&self, user: &UserKey) -> bool {
-        let lane = self.away_until_ms.get(self.routes.lane_of(user));
-        let until = lane.map_or(0, |until| until.load(Ordering::Relaxed));
+        let until = self.of_shard(user).away_until_ms.load(Ordering::Relaxed);
         until != 0 && (self.started.elapsed().as_millis() as u64) < until
     }
 
@@ -286,18 +288,15 @@ impl<R: Routes> Inner<R> {
             return;
         }
         loads.remove(&user);
-        if let Ok((routes, true)) = loaded
-            && self.tracking.load(Ordering::SeqCst)
-        {
-            let era = self.era.load(Ordering::SeqCst);
+        if let Ok((routes, true)) = loaded {
+            let era = self.of_shard(&user).era.load(Ordering::SeqCst);
             self.l1.insert(user, Cached { era, routes: Arc::clone(routes) });
         }
     }
 
-    fn forget(&self, loads: &mut HashMap<UserKey, Load>) {
-        loads.clear();
-        self.era.fetch_add(1, Ordering::SeqCst);
-        self.l1.invalidate_all();
+    fn of_shard(&self, user: &UserKey) -> &OfShard {
+        // There is one for each that `shard_of` names.
+        &self.shards[usize::from(self.routes.shard_of(user).get())]
     }
 }
 

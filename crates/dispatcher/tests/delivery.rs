@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use barid_core::{AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
+use barid_core::{
+    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard, ShardCount,
+    UserId,
+};
 use barid_dispatcher::deliver::{Delivery, void_of};
 use barid_dispatcher::grpc::Door;
 use barid_dispatcher::metrics::Metrics;
@@ -48,11 +51,11 @@ impl Routes for InMemory {
         self.removed.lock().push(request);
         Ok(())
     }
-    fn lane_of(&self, _: &UserKey) -> usize {
-        0
+    fn shard_of(&self, user: &UserKey) -> Shard {
+        self.shards().shard_of(user.app.as_str(), user.user.as_str())
     }
-    fn lanes(&self) -> usize {
-        1
+    fn shards(&self) -> ShardCount {
+        ShardCount::new(8).unwrap()
     }
     fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
         None
@@ -87,7 +90,6 @@ impl Cluster {
             away: Duration::from_millis(100),
         };
         let resolver = Resolver::new(Arc::clone(&routes), limits, metrics.clone());
-        resolver.set_tracking(true);
         let reaper = Reaper::start(Arc::clone(&routes), 64, 4, metrics.clone());
         let on_gone = {
             let (resolver, reaper) = (resolver.clone(), reaper.clone());

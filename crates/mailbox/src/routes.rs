@@ -1,21 +1,27 @@
 //! Routes, read on connections on which Redis reports every change of what was read.
+//!
+//! Each master has a connection of its own that is kept for itself: one that breaks, a slot that moves,
+//! a master that comes or goes is a matter of its own shards.
 
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+use barid_core::{Shard, ShardCount};
 use barid_runtime::Condition;
 use parking_lot::RwLock;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, ProtocolVersion, PushInfo, PushKind, Value};
+use redis::{AsyncConnectionConfig, Client, ErrorKind, ProtocolVersion, PushInfo, PushKind, Value};
 use tokio::sync::{Notify, watch};
+use tokio::time::{sleep, timeout};
 
 use crate::cluster::{self, Master, slot_of};
 use crate::operations::parse_route;
 use crate::{Error, RedisConfig, Route, UserKey, keys};
 
-/// How often each connection is asked whether it lives, and how long it may take to answer.
+/// How often each connection is asked whether it lives, and how long it may take to answer; how often a
+/// Redis Cluster is asked who serves which slots.
 const PING_EVERY: Duration = Duration::from_secs(1);
-/// Between attempts to connect.
+/// Between attempts to connect, and between a redirection and the look at the slots that it asks for.
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
 /// What must be forgotten.
@@ -23,14 +29,15 @@ const RETRY_AFTER: Duration = Duration::from_millis(300);
 pub enum Invalidation {
     /// This user's routes changed.
     User(UserKey),
-    /// Everything: Redis was emptied, or a connection was lost and with it an unknown number of
-    /// reports.
-    All,
+    /// Whatever was read of these shards: their master was emptied or is another one now, or its
+    /// connection was lost and with it an unknown number of reports.
+    Shards(Arc<[Shard]>),
 }
 
 /// Reads routes with server-assisted client-side caching (CLIENT TRACKING). A report of a change
 /// arrives on the connection on which the value was read, in order with the replies: a value that
-/// [`TrackedRoutes::get`] returned is reported when it changes, and before any later reply.
+/// [`TrackedRoutes::get`] returned is reported when it changes, and before any later reply. A slot that
+/// moves to another master is noticed within about a second.
 ///
 /// Cheap to clone; ends with the last clone.
 #[derive(Clone)]
@@ -40,21 +47,42 @@ pub struct TrackedRoutes {
 
 struct Inner {
     config: RedisConfig,
-    shards: barid_core::ShardCount,
-    session: RwLock<Option<Arc<Session>>>,
-    listeners: Listeners,
+    shards: ShardCount,
+    map: RwLock<Arc<Map>>,
+    listeners: RwLock<Vec<Listener>>,
     tracking: watch::Sender<bool>,
     /// Told at each sign that changes are reported.
     alive: OnceLock<Condition>,
+    /// Somebody was redirected.
+    redirected: Arc<Notify>,
 }
 
 type Listener = Box<dyn Fn(Invalidation) + Send + Sync>;
-type Listeners = Arc<RwLock<Vec<Listener>>>;
 
-/// One connection a master, all of them tracking. One that fails ends the whole session.
-struct Session {
-    masters: Vec<(Master, MultiplexedConnection)>,
-    broken: Arc<Notify>,
+#[derive(Default)]
+struct Map {
+    masters: Vec<Arc<Tracked>>,
+    /// The master of each shard; `None`: nobody serves its slot.
+    of_shard: Vec<Option<usize>>,
+}
+
+impl Map {
+    fn of(&self, shard: Shard) -> Option<&Arc<Tracked>> {
+        let index = (*self.of_shard.get(usize::from(shard.get()))?)?;
+        self.masters.get(index)
+    }
+
+    fn has(&self, master: &Arc<Tracked>) -> bool {
+        self.masters.iter().any(|other| Arc::ptr_eq(other, master))
+    }
+}
+
+/// One master, and its connection while it is tracking.
+struct Tracked {
+    name: String,
+    client: Client,
+    live: RwLock<Option<MultiplexedConnection>>,
+    broken: Notify,
 }
 
 impl TrackedRoutes {
@@ -67,15 +95,16 @@ impl TrackedRoutes {
         let inner = Arc::new(Inner {
             config: config.clone(),
             shards: config.shard_count().map_err(|e| Error::Unusable(e.to_string()))?,
-            session: RwLock::default(),
-            listeners: Listeners::default(),
+            map: RwLock::default(),
+            listeners: RwLock::default(),
             tracking: watch::Sender::new(false),
             alive: OnceLock::new(),
+            redirected: Arc::default(),
         });
-        if let Err(error) = inner.connect().await {
+        if let Err(error) = inner.look().await {
             tracing::warn!(%error, "route changes cannot be followed yet");
         }
-        tokio::spawn(keep(Arc::downgrade(&inner)));
+        tokio::spawn(follow(Arc::downgrade(&inner)));
         Ok(Self { inner })
     }
 
@@ -90,8 +119,7 @@ impl TrackedRoutes {
         self.inner.listeners.write().push(Box::new(listener));
     }
 
-    /// Whether changes are reported now. When it turns false (after a report of everything), cache
-    /// nothing until it is true again.
+    /// Whether changes are reported now of every shard. Where they are not, [`Self::get`] fails.
     pub fn tracking(&self) -> watch::Receiver<bool> {
         self.inner.tracking.subscribe()
     }
@@ -99,62 +127,108 @@ impl TrackedRoutes {
     /// A user's routes. From now on their next change is reported.
     ///
     /// # Errors
-    /// [`Error::Away`]: also while changes are not tracked.
+    /// [`Error::Away`]: also while changes of this user's shard are not tracked.
     pub async fn get(&self, user: &UserKey) -> Result<Vec<Route>, Error> {
         let away = || Error::Away("route changes are not followed now".into());
-        let session = self.inner.session.read().clone().ok_or_else(away)?;
         let shard = self.inner.shards.shard_of(user.app.as_str(), user.user.as_str());
-        let key = keys::routes(shard, &user.app, &user.user);
-        let slot = slot_of(&key);
-        let mut serving = session.masters.iter().filter(|(master, _)| master.serves(slot));
-        let mut connection = serving.next().map(|(_, c)| c.clone()).ok_or_else(away)?;
+        let master = self.inner.map.read().of(shard).cloned().ok_or_else(away)?;
+        let mut connection = master.live.read().clone().ok_or_else(away)?;
         let mut get = redis::cmd("HGETALL");
-        get.arg(&key);
+        get.arg(keys::routes(shard, &user.app, &user.user));
         let fields: Result<Vec<(String, String)>, _> = get.query_async(&mut connection).await;
-        let fields = fields.inspect_err(|error| {
-            tracing::warn!(%error, "routes cannot be read on the tracked connection");
-            session.broken.notify_one();
+        let fields = fields.inspect_err(|error| match error.kind() {
+            // It answers: the slot is on its way, or has arrived elsewhere.
+            ErrorKind::Server(_) => {
+                tracing::debug!(%error, %shard, "routes cannot be read where they were");
+                self.inner.redirected.notify_one();
+            }
+            _ => {
+                tracing::warn!(%error, "routes cannot be read on the tracked connection");
+                master.broken.notify_one();
+            }
         })?;
         Ok(fields.iter().filter_map(|(device, route)| parse_route(device, route)).collect())
     }
 }
 
 impl Inner {
-    /// Connects to every master and turns tracking on.
-    async fn connect(&self) -> Result<(), Error> {
-        let broken = Arc::new(Notify::new());
-        let masters = cluster::masters(&self.config, Vec::new()).await?;
-        let connected = masters.into_iter().map(|master| async {
-            let connection = self.track(&master.client, &broken).await?;
-            Ok::<_, Error>((master, connection))
-        });
-        let masters = futures::future::try_join_all(connected).await?;
-        // What was cached before was read on connections that are gone.
-        report(&self.listeners, &Invalidation::All);
-        *self.session.write() = Some(Arc::new(Session { masters, broken }));
-        self.tracking.send_replace(true);
+    /// Asks who serves what, and follows those.
+    async fn look(self: &Arc<Self>) -> Result<(), Error> {
+        let known = self.map.read().masters.iter().map(|master| master.client.clone()).collect();
+        let masters = cluster::masters(&self.config, known).await?;
+        self.install(masters);
         Ok(())
     }
 
+    /// Takes over a set of masters; the connections of those that stay go on. What was read of a shard
+    /// that has another master now is forgotten: nobody reports its changes any longer, not even of
+    /// routes that were not there.
+    fn install(self: &Arc<Self>, masters: Vec<Master>) {
+        let old = self.map.read().clone();
+        let mut map = Map::default();
+        for shard in self.shards.all() {
+            let slot = slot_of(&keys::timers(shard));
+            map.of_shard.push(masters.iter().position(|master| master.serves(slot)));
+        }
+        let mut new = Vec::new();
+        for Master { name, client, .. } in masters {
+            let same = old.masters.iter().find(|master| master.name == name).cloned();
+            map.masters.push(same.unwrap_or_else(|| {
+                let (live, broken) = (RwLock::default(), Notify::new());
+                new.push(Arc::new(Tracked { name, client, live, broken }));
+                Arc::clone(&new[new.len() - 1])
+            }));
+        }
+        let same = |shard: &Shard| match (old.of(*shard), map.of(*shard)) {
+            (Some(old), Some(new)) => Arc::ptr_eq(old, new),
+            (old, new) => old.is_none() && new.is_none(),
+        };
+        let moved: Arc<[Shard]> = self.shards.all().filter(|shard| !same(shard)).collect();
+        let gone = old.masters.iter().filter(|master| !map.has(master));
+        gone.for_each(|master| master.broken.notify_one());
+        // First the map: what is read from now on is read where its changes are reported.
+        *self.map.write() = Arc::new(map);
+        if !moved.is_empty() {
+            self.report(&Invalidation::Shards(moved));
+        }
+        for master in new {
+            tokio::spawn(keep(Arc::downgrade(self), master));
+        }
+        self.tell();
+    }
+
+    fn shards_of(&self, master: &Arc<Tracked>) -> Arc<[Shard]> {
+        let map = self.map.read().clone();
+        let own = |shard: &Shard| map.of(*shard).is_some_and(|other| Arc::ptr_eq(other, master));
+        self.shards.all().filter(own).collect()
+    }
+
+    fn is_tracking(&self) -> bool {
+        let map = self.map.read().clone();
+        !map.masters.is_empty() && map.masters.iter().all(|master| master.live.read().is_some())
+    }
+
+    fn tell(&self) {
+        let now = self.is_tracking();
+        self.tracking.send_if_modified(|before| std::mem::replace(before, now) != now);
+    }
+
+    /// A connection on which Redis reports changes.
     async fn track(
-        &self,
-        client: &Client,
-        broken: &Arc<Notify>,
+        self: &Arc<Self>,
+        master: &Arc<Tracked>,
     ) -> Result<MultiplexedConnection, Error> {
-        let (listeners, broken) = (Arc::downgrade(&self.listeners), broken.clone());
-        let tracking = self.tracking.clone();
+        let (inner, of) = (Arc::downgrade(self), Arc::downgrade(master));
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.config.connect_timeout()))
             .set_response_timeout(Some(self.config.response_timeout()))
             .set_push_sender(move |push: PushInfo| {
-                if push.kind == PushKind::Disconnection {
-                    tracking.send_replace(false);
-                    broken.notify_one();
+                if let (Some(inner), Some(master)) = (inner.upgrade(), of.upgrade()) {
+                    inner.heard(&master, &push);
                 }
-                heard(&listeners, &push);
                 Ok::<(), redis::aio::SendError>(())
             });
-        let info = client.get_connection_info().clone();
+        let info = master.client.get_connection_info().clone();
         let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let client = Client::open(info.set_redis_settings(settings))?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
@@ -164,78 +238,108 @@ impl Inner {
         Ok(connection)
     }
 
-    /// Forgets the session and tells everybody to forget what came from it.
-    fn lose(&self) {
-        self.tracking.send_replace(false);
-        *self.session.write() = None;
-        report(&self.listeners, &Invalidation::All);
+    /// One push of Redis: `invalidate` with a list of keys, or nil for all of them.
+    fn heard(&self, master: &Arc<Tracked>, push: &PushInfo) {
+        match (&push.kind, push.data.first()) {
+            (PushKind::Disconnection, _) => {
+                master.broken.notify_one();
+                self.report(&Invalidation::Shards(self.shards_of(master)));
+            }
+            (PushKind::Invalidate, Some(Value::Nil) | None) => {
+                self.report(&Invalidation::Shards(self.shards_of(master)));
+            }
+            (PushKind::Invalidate, Some(Value::Array(names))) => {
+                for name in names {
+                    if let Value::BulkString(name) = name
+                        && let Some(user) = keys::parse_routes(name)
+                    {
+                        self.report(&Invalidation::User(user));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn report(&self, invalidation: &Invalidation) {
+        for listener in self.listeners.read().iter() {
+            listener(invalidation.clone());
+        }
     }
 }
 
-/// Keeps a session alive, or makes a new one, for as long as anybody wants it.
-async fn keep(inner: Weak<Inner>) {
+/// Keeps the masters those that there are, for as long as anybody wants them.
+async fn follow(inner: Weak<Inner>) {
     loop {
         let Some(strong) = inner.upgrade() else { return };
-        let session = strong.session.read().clone();
-        let Some(session) = session else {
-            if let Err(error) = strong.connect().await {
-                tracing::warn!(%error, "route changes cannot be followed");
-                drop(strong);
-                tokio::time::sleep(RETRY_AFTER).await;
-            }
-            continue;
-        };
-        let condition = strong.alive.get().cloned();
+        let known = !strong.map.read().masters.is_empty();
+        if known && !strong.config.cluster {
+            return; // it is the only one for ever
+        }
+        let (redirected, wait) =
+            (Arc::clone(&strong.redirected), if known { PING_EVERY } else { RETRY_AFTER });
         drop(strong);
-        tokio::select! {
-            () = session.broken.notified() => {}
-            alive = tokio::time::timeout(PING_EVERY, ping(&session)) => {
-                if matches!(alive, Ok(Ok(()))) {
-                    if let Some(condition) = condition {
-                        condition.ready();
-                    }
-                    tokio::select! {
-                        () = session.broken.notified() => {}
-                        () = tokio::time::sleep(PING_EVERY) => continue,
-                    }
-                }
-            }
+        if timeout(wait, redirected.notified()).await.is_ok() {
+            sleep(RETRY_AFTER / 3).await;
         }
         let Some(strong) = inner.upgrade() else { return };
-        strong.lose();
-    }
-}
-
-async fn ping(session: &Session) -> Result<(), redis::RedisError> {
-    let ping = redis::cmd("PING");
-    for (_, connection) in &session.masters {
-        let () = ping.query_async::<Value>(&mut connection.clone()).await.map(drop)?;
-    }
-    Ok(())
-}
-
-/// One push of Redis: `invalidate` with a list of keys, or nil for all of them.
-fn heard(listeners: &std::sync::Weak<RwLock<Vec<Listener>>>, push: &PushInfo) {
-    let Some(listeners) = listeners.upgrade() else { return };
-    match (&push.kind, push.data.first()) {
-        (PushKind::Disconnection, _) | (PushKind::Invalidate, Some(Value::Nil) | None) => {
-            report(&listeners, &Invalidation::All);
+        if let Err(error) = strong.look().await {
+            tracing::warn!(%error, "the masters of routes cannot be looked up");
         }
-        (PushKind::Invalidate, Some(Value::Array(names))) => {
-            for name in names {
-                if let Value::BulkString(name) = name
-                    && let Some(user) = keys::parse_routes(name)
-                {
-                    report(&listeners, &Invalidation::User(user));
-                }
+    }
+}
+
+/// Keeps a master's connection, or makes a new one, for as long as it is a master and anybody wants it.
+async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
+    loop {
+        let Some(strong) = inner.upgrade().filter(|inner| inner.map.read().has(&master)) else {
+            return;
+        };
+        match strong.track(&master).await {
+            Ok(connection) => {
+                // What was read of it before was read on connections that are gone.
+                *master.live.write() = Some(connection.clone());
+                strong.tell();
+                drop(strong);
+                while answers(&inner, &master, connection.clone()).await {}
+                *master.live.write() = None;
+                let Some(strong) = inner.upgrade() else { return };
+                strong.report(&Invalidation::Shards(strong.shards_of(&master)));
+                strong.tell();
+            }
+            Err(error) => {
+                tracing::warn!(master = master.name, %error, "route changes cannot be followed");
+                drop(strong);
+                sleep(RETRY_AFTER).await;
             }
         }
-        _ => {}
     }
 }
 
-fn report(listeners: &RwLock<Vec<Listener>>, invalidation: &Invalidation) {
-    for listener in listeners.read().iter() {
-        listener(invalidation.clone());
+/// Whether the connection still answers after a while.
+async fn answers(
+    inner: &Weak<Inner>,
+    master: &Arc<Tracked>,
+    mut connection: MultiplexedConnection,
+) -> bool {
+    let ping = redis::cmd("PING");
+    tokio::select! {
+        () = master.broken.notified() => return false,
+        answer = timeout(PING_EVERY, ping.query_async::<Value>(&mut connection)) => {
+            if !matches!(answer, Ok(Ok(_))) {
+                return false;
+            }
+        }
+    }
+    let Some(strong) = inner.upgrade() else { return false };
+    if let Some(condition) = strong.alive.get()
+        && strong.is_tracking()
+    {
+        condition.ready();
+    }
+    drop(strong);
+    tokio::select! {
+        () = master.broken.notified() => false,
+        () = sleep(PING_EVERY) => true,
     }
 }

@@ -36,15 +36,24 @@ impl Routes for Held {
     async fn remove(&self, _: DisconnectRequest) -> Result<(), Error> {
         Ok(())
     }
-    fn lane_of(&self, user: &UserKey) -> usize {
-        user.user.as_str().len() % 2
+    fn shard_of(&self, user: &UserKey) -> Shard {
+        shard(user.user.as_str().len() % 2)
     }
-    fn lanes(&self) -> usize {
-        2
+    fn shards(&self) -> ShardCount {
+        ShardCount::new(2).unwrap()
     }
     fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
         None
     }
+}
+
+fn shard(number: usize) -> Shard {
+    ShardCount::new(2).unwrap().all().nth(number).unwrap()
+}
+
+/// As when the connections of both masters are lost.
+fn lose(resolver: &Resolver<Held>) {
+    resolver.invalidate_shards(&[shard(0), shard(1)]);
 }
 
 fn user(name: &str) -> UserKey {
@@ -76,7 +85,6 @@ fn setup_of(bytes_max: u64) -> (Resolver<Held>, mpsc::Receiver<Read>) {
     let metrics = Metrics::new(&Registry::new()).unwrap();
     let resolver =
         Resolver::new(Arc::new(Held { reads, count: AtomicUsize::new(0) }), limits, metrics);
-    resolver.set_tracking(true);
     (resolver, held)
 }
 
@@ -133,26 +141,37 @@ async fn nothing_is_kept_while_tracking_is_lost_nor_over_its_return() {
     let (resolver, mut held) = setup();
     let before = resolver.look(&user("alice"));
     let read = held.recv().await.unwrap();
-    resolver.set_tracking(false);
-    resolver.set_tracking(true); // the tracked read's connection is another one now
+    lose(&resolver); // the tracked read's connection is another one now
     read.answer.send(Ok(routes(1))).unwrap();
     before.routes().await.unwrap();
-    resolver.set_tracking(false);
     for _ in 0..2 {
         let look = resolver.look(&user("alice"));
+        let tracked = held.recv().await.unwrap();
+        tracked.answer.send(Err(Error::Away("not tracked".into()))).unwrap();
         assert!(!answer(&mut held, 2).await, "reads on the ordinary connection");
         assert_eq!(connection(look.routes().await), 2);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn invalidating_everything_makes_every_entry_a_miss_at_once() {
+async fn hazard_46_what_a_shard_forgets_is_a_miss_at_once_and_others_keep_theirs() {
     let (resolver, mut held) = setup();
-    let look = resolver.look(&user("alice"));
-    answer(&mut held, 1).await;
-    look.routes().await.unwrap();
-    resolver.invalidate_all();
-    assert!(matches!(resolver.look(&user("alice")), Lookup::Loading(_)));
+    let (even, odd) = (user("even"), user("odd"));
+    for name in [&even, &odd] {
+        let look = resolver.look(name);
+        answer(&mut held, 1).await;
+        look.routes().await.unwrap();
+    }
+    resolver.invalidate_shards(&[shard(0)]);
+    assert!(matches!(resolver.look(&odd), Lookup::Hit(_)));
+    let look = resolver.look(&even);
+    assert!(matches!(look, Lookup::Loading(_)));
+    answer(&mut held, 2).await;
+    assert_eq!(connection(look.routes().await), 2);
+    lose(&resolver);
+    for name in [&even, &odd] {
+        assert!(matches!(resolver.look(name), Lookup::Loading(_)));
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,6 +213,6 @@ async fn only_what_has_no_room_counts_as_evicted() {
     }
     assert_eq!(resolver.entries(), 2);
     assert_eq!(resolver.inner.metrics.l1_evicted.get(), 4);
-    resolver.invalidate_all();
+    lose(&resolver);
     assert_eq!((resolver.entries(), resolver.inner.metrics.l1_evicted.get()), (0, 4));
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_mailbox::{Invalidation, TrackedRoutes, UserKey};
+use barid_testkit::Redis;
 use tokio::sync::mpsc;
 
-use crate::support::{Bed, contract, session};
+use crate::support::{Bed, contract, session, until};
 
 contract!(
     a_read_route_is_reported_when_it_changes,
@@ -24,7 +25,7 @@ async fn open(bed: &Bed) -> (TrackedRoutes, mpsc::Receiver<Invalidation>) {
     (tracked, heard)
 }
 
-/// The next report about `user` or everybody.
+/// The next report about `user` or its shard.
 async fn report(heard: &mut mpsc::Receiver<Invalidation>, user: &UserKey) -> Invalidation {
     let next = async {
         loop {
@@ -64,6 +65,10 @@ async fn hazard_20_a_change_is_reported_before_any_later_reply(bed: Bed) {
     }
 }
 
+fn everything(bed: &Bed) -> Invalidation {
+    Invalidation::Shards(bed.mailbox.shards().all().collect())
+}
+
 #[tokio::test]
 async fn losing_the_connection_or_all_data_reports_everything() {
     let mut bed = Bed::own(|_| {}).await;
@@ -71,11 +76,11 @@ async fn losing_the_connection_or_all_data_reports_everything() {
     let user = bed.user("alice");
     tracked.get(&user).await.unwrap();
     let () = bed.query(&["FLUSHALL"]).await;
-    assert_eq!(report(&mut heard, &user).await, Invalidation::All);
+    assert_eq!(report(&mut heard, &user).await, everything(&bed));
 
     let states = Arc::new(tracked.tracking());
     let () = bed.query(&["CLIENT", "KILL", "TYPE", "normal"]).await;
-    assert_eq!(report(&mut heard, &user).await, Invalidation::All);
+    assert_eq!(report(&mut heard, &user).await, everything(&bed));
     let mut state = (*states).clone();
     state.wait_for(|on| *on).await.unwrap();
     let gone = async || {
@@ -89,4 +94,84 @@ async fn losing_the_connection_or_all_data_reports_everything() {
     bed.redis().cont().unwrap();
     state.wait_for(|on| *on).await.unwrap();
     tracked.get(&user).await.unwrap();
+}
+
+/// While a slot moves, and once it has moved, only what was read of it is forgotten.
+#[tokio::test]
+async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
+    let mut bed = Bed::own_cluster(|_| {}).await;
+    let (tracked, mut heard) = open(&bed).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    let shard = bed.shard(&user);
+    assert_eq!(tracked.get(&user).await.unwrap().len(), 1);
+    // Nothing is there of this one: also that is known by no report but this.
+    let mut others = (0..).map(|n| bed.user(&format!("none{n}")));
+    let absent = others.find(|other| bed.shard(other) == shard).unwrap();
+    assert!(tracked.get(&absent).await.unwrap().is_empty());
+    let other = others.find(|other| bed.shard(other) != shard).unwrap();
+    bed.connect(&other, "phone", 1).await;
+    tracked.get(&other).await.unwrap();
+
+    let key = bed.key("t", &user);
+    let nodes = bed.nodes();
+    let slot: u16 = nodes[0].query(&["CLUSTER", "KEYSLOT", &key]).await.unwrap();
+    let slot = slot.to_string();
+    let mut source = 0;
+    for (index, node) in nodes.iter().enumerate() {
+        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
+            source = index;
+        }
+    }
+    let (source, target) = (&nodes[source], &nodes[(source + 1) % 3]);
+    let id = async |node: &Redis| node.query::<String>(&["CLUSTER", "MYID"]).await.unwrap();
+    let (from, to) = (id(source).await, id(target).await);
+    let set = async |node: &Redis, verb: &str, id: &str| {
+        let _: redis::Value = node.query(&["CLUSTER", "SETSLOT", &slot, verb, id]).await.unwrap();
+    };
+    while heard.try_recv().is_ok() {}
+    set(target, "IMPORTING", &from).await;
+    set(source, "MIGRATING", &to).await;
+    let keys: Vec<String> =
+        source.query(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]).await.unwrap();
+    let port = target.port().to_string();
+    for key in &keys {
+        let _: redis::Value =
+            source.query(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).await.unwrap();
+    }
+    assert_eq!(report(&mut heard, &user).await, Invalidation::User(user.clone()));
+    // ASK: the key is there, the slot is still here.
+    for _ in 0..20 {
+        assert!(tracked.get(&user).await.is_err());
+    }
+    assert!(*tracked.tracking().borrow());
+    tracked.get(&other).await.unwrap();
+    for node in [target, source] {
+        set(node, "NODE", &to).await;
+    }
+    // MOVED, until the slots were looked at: noticed also where nobody reads.
+    assert_eq!(report(&mut heard, &absent).await, Invalidation::Shards([shard].into()));
+    bed.connect(&absent, "phone", 1).await;
+    until("it is read where it is", async || {
+        tracked.get(&absent).await.is_ok_and(|routes| routes.len() == 1)
+    })
+    .await;
+    bed.disconnect(&absent, "phone", 1).await;
+    assert_eq!(report(&mut heard, &absent).await, Invalidation::User(absent.clone()));
+    // A master that goes away takes its own shards with it.
+    let nodes = bed.nodes();
+    let key = bed.key("t", &other);
+    let mut with_other = 0;
+    for (index, node) in nodes.iter().enumerate() {
+        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
+            with_other = index;
+        }
+    }
+    bed.masters().node((with_other + 1) % 3).kill().unwrap();
+    let Invalidation::Shards(lost) = report(&mut heard, &absent).await else { panic!("no shards") };
+    assert!((10..=32).contains(&lost.len()) && !lost.contains(&bed.shard(&other)), "{lost:?}");
+    bed.disconnect(&other, "phone", 1).await;
+    let next = report(&mut heard, &other).await;
+    assert!(next == Invalidation::User(other.clone()) || matches!(next, Invalidation::Shards(_)));
+    assert!(tracked.get(&other).await.unwrap().is_empty());
 }
