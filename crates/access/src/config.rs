@@ -586,7 +586,16 @@ impl Config {
         }
         self.limits.check(self.sync.page_bytes_max)?;
         self.redis.check()?;
-        self.kafka.check()
+        self.kafka.check()?;
+        // Routes expire as mailboxes do; a session whose route is gone is dark until it is confirmed.
+        let (ttl, confirm) = (self.redis.ttl_seconds, self.sync.confirm_interval_seconds);
+        if confirm > ttl / 4 {
+            return Err(format!(
+                "sync.confirm_interval_seconds ({confirm}) must be at most a quarter of \
+                 redis.ttl_seconds ({ttl})"
+            ));
+        }
+        Ok(())
     }
 
     /// The URL at which devices connect, given where the node listens for them; may be empty.
@@ -644,5 +653,17 @@ mod tests {
             let _ = ms.map(|ms| Instant::now() + Duration::from_millis(ms));
             drop(tokio::sync::mpsc::channel::<u8>(limits.batches_max));
         });
+    }
+
+    #[test]
+    fn hazard_30_sessions_are_confirmed_well_before_their_routes_expire() {
+        let secret = Secret::new("0123456789abcdef0123456789abcdef");
+        let mut config = Config::default();
+        config.auth.keys = vec![KeyConfig { secret, ..Default::default() }];
+        config.redis.ttl_seconds = 4 * config.sync.confirm_interval_seconds - 1;
+        let why = config.check().unwrap_err();
+        assert!(why.contains("sync.confirm_interval_seconds") && why.contains("ttl"), "{why}");
+        config.redis.ttl_seconds += 1;
+        assert_eq!(config.check(), Ok(()));
     }
 }

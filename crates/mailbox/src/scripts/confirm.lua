@@ -58,7 +58,7 @@ local function confirm(k, a)
   end
   local route = table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5],
     ARGV[a + 6] }, ' ') .. tail
-  if text ~= route then call('HSET', routes, name, route) end
+  set_route(routes, name, text ~= route and route, TTL)
   set_timer(timers, member, others)
   return { 'C', text and 0 or 1, h.e, h.n }
 end

@@ -85,8 +85,8 @@ local function connect(k, a)
   d.used, d.fence, d.attempt, d.defers = NOW, attempt, 0, 0
   d.due = d.seq < h.n and NOW + spread(BASE, JITTER) or 0
   save(h, d)
-  call('HSET', routes, name, table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4],
-    ARGV[a + 5], ARGV[a + 6] }, ' '))
+  set_route(routes, name, table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4],
+    ARGV[a + 5], ARGV[a + 6] }, ' '), TTL)
   others[#others + 1] = d
   set_timer(timers, member, others)
   local replaced = old and not (old.node == ARGV[a + 2] and old.incarnation == ARGV[a + 3]

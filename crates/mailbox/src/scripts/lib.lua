@@ -23,7 +23,7 @@
 -- queue  {s}:q:u:<app>:<user>  list: entries b..n, each a 37-byte header, then nt after it (I4), and
 --        behind it its body
 -- routes {s}:r:<app>:<user>    hash: device -> "node incarnation connection attempt platform", and what
---        a newer version writes behind the platform, which has no blank
+--        a newer version writes behind the platform, which has no blank; expires (set_route)
 -- timers {s}:t                 zset: app NUL user -> the earliest due time of its devices
 --
 -- Newer beside older: a newer version that has more to keep adds fields to the head, or bytes behind
@@ -243,6 +243,17 @@ local function parse_route(text)
   }
 end
 
+-- Writes a route. All of a user's expire together, when none of them has been connected or confirmed for
+-- `ttl` at least: a node that died confirms nothing, and nobody may ever write to its users again. Once
+-- in a sixteenth, because it tells every dispatcher that has cached them. (HSET keeps a time to live; a
+-- hash that was empty in between has none.)
+local function set_route(routes, name, text, ttl)
+  if text then call('HSET', routes, name, text) end
+  if call('PTTL', routes) < ttl then
+    call('PEXPIREAT', routes, int(NOW + ttl + floor(ttl / 16)))
+  end
+end
+
 -- Sets the user's timer to the earliest due time of these devices, or removes it.
 local function set_timer(timers, member, devices)
   local due = 0
@@ -257,9 +268,11 @@ local function set_timer(timers, member, devices)
   return due
 end
 
--- Drops collapse keys that point below the oldest entry. The caller saves the head.
+-- Drops collapse keys that point below the oldest entry; the caller saves the head. It costs as much as
+-- the head is large, so while entries are kept it is done once in so many positions.
+local SWEEP_EVERY = 64
 local function sweep_keys(h)
-  if h.kl == 0 or h.kl >= h.b then return end
+  if h.kl == 0 or h.kl >= h.b or h.b <= h.n and h.b - h.kl < SWEEP_EVERY then return end
   local fields, lowest = call('HGETALL', h.key), 0
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, 2) == 'k:' then

@@ -5,6 +5,7 @@ mod accept;
 mod acks;
 mod faults;
 mod forgetting;
+mod growth;
 mod layout;
 mod leases;
 mod sessions;

@@ -340,6 +340,35 @@ impl Bed {
         let () = self.query(&["EVAL", script, "1", &head, &field, at, bytes, &value]).await;
     }
 
+    /// So much of Redis's time passes for all that expires, and for timers. On a server of its own.
+    pub async fn grow_old(&self, ms: u64) {
+        let script = "local ms = tonumber(ARGV[1])
+            for _, k in ipairs(redis.call('KEYS', '*')) do
+              local at = redis.call('PEXPIRETIME', k)
+              if string.find(k, ':h:', 1, true) then
+                local s = redis.call('HGET', k, 's')
+                local x, ct = struct.unpack('<I6I6', s, 30)
+                redis.call('HSET', k, 's', string.sub(s, 1, 29)
+                  .. struct.pack('<I6I6', x - ms, ct - ms) .. string.sub(s, 42))
+              elseif string.find(k, ':t', 1, true) then
+                local members = redis.call('ZRANGE', k, 0, -1)
+                for _, member in ipairs(members) do redis.call('ZINCRBY', k, -ms, member) end
+              end
+              if at > 0 then redis.call('PEXPIREAT', k, string.format('%d', at - ms)) end
+            end
+            return 'OK'";
+        let () = self.query(&["EVAL", script, "0", &ms.to_string()]).await;
+    }
+
+    /// Names of keys of one kind: `h`, `q`, `r`, `t`.
+    pub async fn keys(&self, kind: &str) -> Vec<String> {
+        let mut keys: Vec<String> = Vec::new();
+        for pattern in [format!("*}}:{kind}:*"), format!("*}}:{kind}")] {
+            keys.extend(self.query::<Vec<String>>(&["KEYS", &pattern]).await);
+        }
+        keys
+    }
+
     /// Gives a claim back.
     pub async fn defer(&self, due: &DueUser, why: Unreached) {
         let request = DeferRequest {

@@ -3,7 +3,7 @@
 
 mod devices;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use barid_core::{Chain, Epoch};
 
@@ -50,6 +50,10 @@ pub struct Mailbox {
     pub devices: Vec<Device>,
     /// Not part of the head: they stay when it expires. So does the timer.
     pub routes: BTreeMap<&'static str, Route>,
+    /// When one of them was connected or confirmed last, in units.
+    pub(crate) routed: u64,
+    /// Devices whose route expired and that may still be due.
+    pub unrouted: BTreeSet<&'static str>,
     pub timer: Timer,
 }
 
@@ -125,6 +129,8 @@ impl Default for Mailbox {
             keys: BTreeMap::new(),
             devices: Vec::new(),
             routes: BTreeMap::new(),
+            routed: 0,
+            unrouted: BTreeSet::new(),
             timer: Timer::None,
         }
     }
@@ -201,8 +207,16 @@ impl Mailbox {
     /// Head and queue are gone: the ids that were in it.
     pub fn expire(&mut self) -> Vec<String> {
         let routes = std::mem::take(&mut self.routes);
-        let old = std::mem::replace(self, Self { routes, timer: self.timer, ..Self::default() });
+        let (timer, routed) = (self.timer, self.routed);
+        let old = std::mem::replace(self, Self { routes, timer, routed, ..Self::default() });
         old.entries.into_iter().map(|entry| entry.id).collect()
+    }
+
+    /// Routes that nobody connected or confirmed for as long are gone, all of them at once.
+    pub fn forget_routes(&mut self, now: u64) {
+        if (now - self.routed) * 16 >= TTL * 17 {
+            self.unrouted.extend(std::mem::take(&mut self.routes).into_keys());
+        }
     }
 
     /// Whether it was used too long ago. A sixteenth is added, so that it is not renewed each time.

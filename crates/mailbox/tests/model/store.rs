@@ -41,6 +41,7 @@ pub struct Held {
     pub timer: Option<u64>,
     /// When head and queue expire, where they are there.
     pub expires: [Option<u64>; 2],
+    pub routes_expire: Option<u64>,
     /// Redis's time.
     pub now: u64,
 }
@@ -59,8 +60,8 @@ pub struct HeldDevice {
 }
 
 type Fields = Vec<(Vec<u8>, Vec<u8>)>;
-/// Head, queue, routes, timer, when head and queue expire.
-type Raw = (Fields, Vec<Vec<u8>>, Fields, Option<String>, i64, i64);
+/// Head, queue, routes, timer, when head, queue and routes expire.
+type Raw = (Fields, Vec<Vec<u8>>, Fields, Option<String>, i64, i64, i64);
 
 impl Store {
     pub async fn start() -> Self {
@@ -113,7 +114,8 @@ impl Store {
               all[i] = { redis.call('HGETALL', head), redis.call('LRANGE', queue, 0, -1),
                 redis.call('HGETALL', '{0}:r:' .. string.sub(name, 3)),
                 redis.call('ZSCORE', '{0}:t', user),
-                redis.call('PEXPIRETIME', head), redis.call('PEXPIRETIME', queue) }
+                redis.call('PEXPIRETIME', head), redis.call('PEXPIRETIME', queue),
+                redis.call('PEXPIRETIME', '{0}:r:' .. string.sub(name, 3)) }
             end
             return { redis.call('TIME'), all }";
         let members: Vec<String> = (0..USERS).map(|user| member(&user_key(user))).collect();
@@ -178,6 +180,9 @@ impl Store {
                 .. struct.pack('<I6I6', x - ms, ct - ms) .. string.sub(state, 42))
               if expires > 0 then age(k, expires) end
             end
+            for _, k in ipairs(redis.call('KEYS', '*{0}:r:*')) do
+              age(k, redis.call('PEXPIRETIME', k))
+            end
             for _, k in ipairs(redis.call('KEYS', '*{0}:q:*')) do
               local expires, n = redis.call('PEXPIRETIME', k), redis.call('LLEN', k)
               for i = 0, n - 1, 2 do
@@ -195,7 +200,7 @@ fn member(user: &UserKey) -> String {
     format!("{}\0{}", user.app, user.user)
 }
 
-fn held((head, queue, routes, timer, head_at, queue_at): Raw, now: u64) -> Held {
+fn held((head, queue, routes, timer, head_at, queue_at, routes_at): Raw, now: u64) -> Held {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");
     let field = |name: &[u8]| head.iter().find(|(field, _)| field == name).map(|(_, value)| value);
     let key = |(field, seq): &(Vec<u8>, Vec<u8>)| {
@@ -227,6 +232,7 @@ fn held((head, queue, routes, timer, head_at, queue_at): Raw, now: u64) -> Held 
         routes: routes.iter().map(|(device, route)| (text(device), text(route))).collect(),
         timer: timer.map(|score| score.parse::<f64>().expect("a score") as u64),
         expires: [time(head_at), time(queue_at)],
+        routes_expire: time(routes_at),
         now,
     }
 }

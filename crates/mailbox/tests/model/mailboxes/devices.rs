@@ -118,7 +118,7 @@ impl Mailbox {
         let chain = chain.or(self.chain_at(read_from)).expect("a place in the history");
         let generation = device.generation;
         self.save(device);
-        self.routes.insert(name, hello.route);
+        self.route(name, hello.route, now);
         self.timer = Timer::Earliest;
         let same = |old: &Route| {
             (old.number, old.incarnation) == (hello.route.number, hello.route.incarnation)
@@ -181,7 +181,7 @@ impl Mailbox {
             device.defers = 0;
             self.save(device);
         }
-        self.routes.insert(name, hello.route);
+        self.route(name, hello.route, now);
         self.timer = Timer::Earliest;
         Some(old.is_none())
     }
@@ -317,6 +317,12 @@ impl Mailbox {
             }
         }
         self.timer = Timer::Earliest;
+    }
+
+    fn route(&mut self, name: &'static str, route: Route, now: u64) {
+        self.routes.insert(name, route);
+        self.unrouted.remove(name);
+        self.routed = now;
     }
 
     /// Nothing is known of it: everything that is kept is before it.

@@ -136,6 +136,8 @@ impl World<'_> {
         self.store.grow_old(quarters).await;
         self.clock += quarters;
         for user in 0..USERS {
+            self.now.boxes[user].forget_routes(self.clock);
+            self.replica.boxes[user].forget_routes(self.clock);
             if self.now.boxes[user].is_forgotten(self.clock) {
                 self.forget(user);
             }
