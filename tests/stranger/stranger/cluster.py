@@ -24,6 +24,12 @@ def _die_with_parent() -> None:
     _libc.prctl(1, signal.SIGKILL)
 
 
+def step_clock(file: Path, seconds: int) -> None:
+    """In place: the file is mapped by who reads it."""
+    with file.open("r+b") as f:
+        f.write(struct.pack("<q", seconds))
+
+
 class Process:
     """A process that can be ended, stopped and started again; `died` unless somebody here ended it."""
 
@@ -370,8 +376,7 @@ class Role(Process):
         self.config.write_text(self._toml())
 
     def set_clock(self, seconds: int) -> None:
-        with self.clock.open("r+b") as file:
-            file.write(struct.pack("<q", seconds))
+        step_clock(self.clock, seconds)
 
     async def ready(self) -> tuple[bool, str]:
         status, body = await http_get(self.admin, "/readyz")

@@ -69,6 +69,8 @@ class Device:
         self.session = ""
         self.failures = 0
         self.ended_4001 = 0
+        # Of a plain device: how long its application takes over a frame, and whether it then ends.
+        self.handle_s, self.dies_after_ack = 0.01, False
         self._wanted = False
         self._wake = asyncio.Event()
         self._socket = None
@@ -204,6 +206,8 @@ class Device:
             await socket.send(json.dumps({"hello": hello}))
             self.trace.write("hello", dev=self.key, position=hello.get("positions", [None])[0])
             async for text in socket:
+                if self._dropped:  # what was received and not read dies with the application
+                    break
                 ((kind, frame),) = json.loads(text).items()
                 if kind == "deliver":
                     await self._deliver(socket, frame)
@@ -287,8 +291,12 @@ class Device:
                 self.memory.popitem(last=False)
             self._remember_position()
         if self.kind == "plain":
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(self.handle_s)
             await self._ack(socket)
+            if self.dies_after_ack:
+                self.dies_after_ack = False
+                await asyncio.sleep(0.2)
+                self.drop()
         elif self.kind == "careful":
             self.ack_wanted.set()
 

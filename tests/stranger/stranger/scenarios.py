@@ -2,11 +2,11 @@
 
 import asyncio
 import dataclasses
-import struct
 import time
 from collections.abc import Awaitable, Callable
 
 from .checker import Expected
+from .cluster import step_clock
 from .world import World
 
 
@@ -255,16 +255,55 @@ async def flush_master_flow(w: World):
         await w.sleep(5)
 
 
-@scenario("flush-long", "FLUSHALL behind 600 messages a user, twice what a device remembers", Expected(forgets=True, shown=3000),
+@scenario("flush-long", "FLUSHALL behind 500 messages a user, more than a device remembers", Expected(forgets=True, shown=2500),
           users=6, patience=60)
 async def flush_long(w: World):
-    async with w.flow(400, plain=True):
-        await w.sleep(10)
-    await w.sleep(3)
+    with w.fault("load", "3000 messages"):
+        for n in range(3000):
+            w.business.produce_any(plain=True)
+            w.business.producer.poll(0)
+            if n % 10 == 9:
+                await w.sleep(0.02)
+        await w.business.flush()
+        await w.until(w.all_there, 40, "all is there")
     with w.fault("flushall", "redis"):
         await w.redis.masters[0].call("FLUSHALL")
     async with w.flow(50, plain=True):
         await w.sleep(4)
+
+
+@scenario("flush-away", "FLUSHALL while one of a user's two devices is away; the other goes on", Expected(forgets=True))
+async def flush_away(w: World):
+    away = [d for d in w.devices.values() if d.name == "d1"]
+    async with w.flow():
+        await w.sleep(2)
+        for device in away:
+            await device.leave()
+        await w.sleep(2)
+        with w.fault("flushall", "redis"):
+            await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(5)
+
+
+@scenario("flush-expired", "FLUSHALL when messages of 2 s have been over for 20 s, a device of theirs being away",
+          Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "expired")), users=10)
+async def flush_expired(w: World):
+    away = w.devices["u00/d0"]
+    await away.leave()
+    for user in w.business.users:
+        for _ in range(10):
+            w.business.produce("push", [user], {"text": "soon", "ttlSeconds": 2})
+            w.business.produce("push", [user], {"text": "long"})
+    await w.business.flush()
+    # Who is away does not get what is over, nor does who comes late.
+    await w.sleep(20)
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(1)
+    away.come()
+    for user in w.business.users:
+        w.business.produce("push", [user], {"text": "after"})
+    await w.business.flush()
 
 
 async def _go_back(w: World, between: Callable[[World], Awaitable[None]] | None = None, seconds: float = 4):
@@ -349,6 +388,34 @@ async def back_flow(w: World):
             with w.fault("back", "redis by 2 s"):
                 await w.redis.masters[0].back_to(held)
         await w.sleep(4)
+
+
+@scenario("late-ack", "an application handles a message while Redis goes back, then acknowledges without a generation and dies",
+          Expected(forgets=True, shown=100), users=10, retry_base_ms=2000)
+async def late_ack(w: World):
+    device = w.devices["u05/d0"]
+
+    async def shown(kind: str, body: str):
+        name = w.business.produce(kind, ["u05"], {"text": body})
+        await w.business.flush()
+        await w.until(lambda: name in device.seen, 20, f"{body} is shown")
+        await w.sleep(0.3)
+
+    async with w.flow(users=[u for u in w.business.users if u != "u05"], plain=True):
+        await shown("push", "A0")
+        held = await w.redis.masters[0].snapshot()
+        await shown("push", "A1")
+        await shown("push", "A2")
+        device.handle_s, device.dies_after_ack = 14, True
+        await shown("push", "A3")
+        with w.fault("back", "redis to A0"):
+            await w.redis.masters[0].back_to(held)
+            await w.sleep(0.5)
+            # Of another topic: nothing before it is missing, so it is accepted at once.
+            w.business.produce("high", ["u05"], {"text": "B1"})
+            await w.business.flush()
+            await w.sleep(14)
+        device.handle_s = 0.01
 
 
 # Redis is full, or rude.
@@ -551,7 +618,7 @@ async def clock_redis(w: World):
         for step in (60, -3600):
             await w.sleep(3)
             with w.fault("clock", f"redis {step} s"):
-                w.redis_clock.write_bytes(struct.pack("<q", step))
+                step_clock(w.redis_clock, step)
                 await w.sleep(6)
         await w.sleep(3)
 
@@ -581,6 +648,94 @@ async def clock_records(w: World):
         await w.sleep(2)
 
 
+# Anything.
+
+def _faults(w: World, forgets: bool):
+    """Kinds of faults, each a coroutine function of its length."""
+    def roles():
+        return w.chance.choice([r.name for r in w.cluster.named("roles")])
+
+    async def kill(seconds):
+        name = roles()
+        with w.fault("kill", name):
+            w.kill(name)
+            await w.sleep(seconds)
+            w.launch(name)
+
+    async def freeze(seconds):
+        name = roles()
+        with w.fault("stop", name):
+            w.freeze(name)
+            await w.sleep(2 * seconds)
+            w.thaw(name)
+
+    async def drain(seconds):
+        name = roles()
+        with w.fault("roll", name):
+            role = w.cluster.roles[name]
+            if role.alive():
+                await w.drain(role)
+            w.launch(name)
+
+    async def hold(seconds):
+        role = w.cluster.roles[roles()]
+        link = w.chance.choice([role.grpc, role.redis, role.devices])
+        directions = w.chance.choice([("up",), ("down",), ("up", "down")])
+        with w.fault("half-open", f"{role.name} {' '.join(directions)}"):
+            link.set_hold(*directions)
+            await w.sleep(2 * seconds)
+            link.set_hold()
+
+    async def cut(_):
+        role = w.cluster.roles[roles()]
+        with w.fault("cut", role.name):
+            for link in (role.grpc, role.redis, role.devices):
+                link.cut()
+
+    async def rude(_):
+        with w.fault("client kill", "redis"):
+            await w.everywhere("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await w.everywhere("SCRIPT", "FLUSH")
+
+    async def full(seconds):
+        with w.fault("maxmemory", "redis"):
+            await w.everywhere("CONFIG", "SET", "maxmemory", "1mb")
+            await w.sleep(seconds)
+            await w.everywhere("CONFIG", "SET", "maxmemory", "0")
+
+    async def back(seconds):
+        held = await w.redis.masters[0].snapshot()
+        await w.sleep(seconds)
+        with w.fault("back", f"redis by {seconds:.1f} s"):
+            await w.redis.masters[0].back_to(held)
+
+    async def flush(_):
+        with w.fault("flushall", "redis"):
+            await w.everywhere("FLUSHALL")
+
+    return [kill, kill, freeze, drain, hold, hold, cut, rude, full] + ([back, back, flush] if forgets else [])
+
+
+def _chaos(forgets: bool):
+    async def run(w: World):
+        faults = _faults(w, forgets)
+        async with w.flow():
+            end = time.monotonic() + 40
+            while time.monotonic() < end:
+                await w.sleep(w.chance.uniform(0.5, 2.5))
+                await w.chance.choice(faults)(w.chance.uniform(0.5, 3.0))
+            for role in w.cluster.roles.values():
+                w.launch(role.name)
+            await w.sleep(4)
+
+    return run
+
+
+scenario("chaos", "40 s of faults by chance, one after the other; Redis forgets nothing", Expected(faults=8), patience=60)(_chaos(False))
+scenario("chaos-forget", "40 s of faults by chance; Redis goes back and is flushed, too", Expected(faults=8, forgets=True), patience=60)(
+    _chaos(True))
+
+
 # Devices that misbehave.
 
 
@@ -601,7 +756,7 @@ async def never_acking(w: World):
         await w.until(lambda: all(d.ended_4001 for d in mutes), 40, "the mute devices are closed with 4001")
 
 
-@scenario("absent", "more messages than a mailbox holds, for a user who is away", Expected(faults=1, skips=("evicted",)),
+@scenario("absent", "more messages than a mailbox holds, for a user who is away", Expected(faults=1, skips=("evicted",), shown=150),
           users=10, redis_options={"entries_max": 60})
 async def absent(w: World):
     user = "u00"

@@ -181,9 +181,15 @@ def _empty(events):
     events[:] = [e for e in events if e["ev"] in ("fault", "mark", "device", "commit")]
 
 
+def _more_than_told(events):
+    _lost(events)
+    _add("skip", dev="u1/a", sess="s", ep=7, frm=15, to=17, why="evicted")(events)
+
+
 MUTANTS = [
     ("lost", "a device never shows one", _lost),
     ("lost", "what waited for a user's first device never comes", _lost_before_registering),
+    ("lost", "another device than was told to skip", _more_than_told),
     ("stuck", "one arrives only when the device connects again", _stuck),
     ("stuck", "one offset is not committed", _uncommitted),
     ("repeated", "one is shown again, not acknowledged", lambda e: _again(e, False)),
@@ -202,6 +208,7 @@ MUTANTS = [
     ("resends", "a re-send too soon", _too_soon),
     ("resends", "no close behind the last", _set("close", {"code": 4000}, dev="u2/m")),
     ("closed", "replaced by nobody", _set("close", {"code": 4502}, dev="u0/a")),
+    ("closed", "a node blames WebSocket", _set("close", {"code": 1002}, dev="u0/a")),
     ("closed", "one that acknowledges is closed for not doing so", _set("close", {"code": 4001}, dev="u0/a")),
     ("refused", "a good record in the dead letters", _add("dead", id="m4", code="bad_json", reason="", off="2")),
     ("untold", "a bad record without a dead letter", lambda e: _drop(e, _find(e, "dead"))),
