@@ -14,6 +14,6 @@ status=0
 timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@" || status=$?
 if (($# == 0)); then
   # The stranger's suite, in its short form: also when a test before it failed.
-  scripts/stranger.sh --built --short --quiet || status=$?
+  scripts/stranger.sh --built --short --jobs 2 --quiet || status=$?
 fi
 exit "$status"

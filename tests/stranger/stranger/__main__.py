@@ -1,9 +1,9 @@
 """Drives a real Barid cluster through faults and says which promises it kept.
 
-    python -m stranger                 everything (half an hour)
-    python -m stranger --short         a chosen part, at most four minutes
-    python -m stranger --only NAME     one scenario, or several with commas between
-    python -m stranger check DIR       reads the traces of a run again
+python -m stranger                 everything (half an hour)
+python -m stranger --short         a chosen part, at most four minutes
+python -m stranger --only NAME     one scenario, or several with commas between
+python -m stranger check DIR       reads the traces of a run again
 """
 
 import argparse
@@ -27,8 +27,17 @@ from .world import World
 HERE = Path(__file__).resolve().parents[1]
 OUT = TARGET / "stranger"
 # Of the table: heading and width.
-COLUMNS = (("scenario", 18), ("sent", 5), ("shown", 6), ("lost", 5), ("rep.", 5), ("reord.", 6), ("stuck", 5),
-           ("closes", 6), ("s", 4))
+COLUMNS = (
+    ("scenario", 18),
+    ("sent", 5),
+    ("shown", 6),
+    ("lost", 5),
+    ("rep.", 5),
+    ("reord.", 6),
+    ("stuck", 5),
+    ("closes", 6),
+    ("s", 4),
+)
 
 
 def say(name: str, text: str) -> None:
@@ -43,7 +52,7 @@ def options():
     parser.add_argument("--only", metavar="NAMES", help="scenarios, with commas between")
     parser.add_argument("--short", action="store_true", help="the scenarios marked * in --list")
     parser.add_argument("--seed", type=int, default=1, help="of the load and the faults (default 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="scenarios at once (default 1; those that stop Kafka run alone)")
+    parser.add_argument("--jobs", type=int, default=1, help="scenarios at once; those that stop Kafka run alone")
     parser.add_argument("--quiet", action="store_true", help="one line a scenario")
     return parser.parse_args()
 
@@ -61,7 +70,8 @@ def chosen(o) -> list[Scenario]:
 async def run_one(scenario: Scenario, seed: int, kafka: Kafka, quiet: bool) -> dict:
     directory = OUT / scenario.name
     start = time.monotonic()
-    world = World(scenario, seed, kafka, directory, (lambda text: None) if quiet else functools.partial(say, scenario.name))
+    tell = (lambda text: None) if quiet else functools.partial(say, scenario.name)
+    world = World(scenario, seed, kafka, directory, tell)
     broken = ""
     try:
         async with asyncio.timeout(400):
@@ -83,9 +93,17 @@ async def run_one(scenario: Scenario, seed: int, kafka: Kafka, quiet: bool) -> d
     if broken:
         verdict.found.setdefault("vacuous", []).append(broken)
     row = {
-        "scenario": scenario.name, "about": scenario.about, "seed": seed, "messages": verdict.messages,
-        "shown": verdict.shown, "sent_again": verdict.again, "closes": verdict.closes,
-        **{rule: verdict.count(rule) for rule in RULES}, "seconds": round(time.monotonic() - start),
+        "scenario": scenario.name,
+        "about": scenario.about,
+        "seed": seed,
+        "messages": verdict.messages,
+        "shown": verdict.shown,
+        "sent_again": verdict.again,
+        "closes": verdict.closes,
+        **{rule: verdict.count(rule) for rule in RULES},
+        "median_s": round(verdict.median_s, 3),
+        "slowest_s": round(verdict.slowest_s, 1),
+        "seconds": round(time.monotonic() - start),
         "verdict": "kept" if verdict.kept else "broken: " + ", ".join(sorted(verdict.found)),
     }
     # What was shown again behind an ack is a repeat to whoever counts them.
@@ -96,10 +114,22 @@ async def run_one(scenario: Scenario, seed: int, kafka: Kafka, quiet: bool) -> d
 
 
 def print_row(row: dict, verdict) -> None:
-    values = (row["scenario"], row["messages"], row["shown"], row["lost"], row["repeated"], row["reordered"],
-              row["stuck"], row["closes"], row["seconds"])
-    print(" ".join(str(v).ljust(w) if i == 0 else str(v).rjust(w) for i, (v, (_, w)) in enumerate(zip(values, COLUMNS)))
-          + ("  ok" if verdict.kept else "  FAILED"), flush=True)
+    values = (
+        row["scenario"],
+        row["messages"],
+        row["shown"],
+        row["lost"],
+        row["repeated"],
+        row["reordered"],
+        row["stuck"],
+        row["closes"],
+        row["seconds"],
+    )
+    print(
+        " ".join(str(v).ljust(w) if i == 0 else str(v).rjust(w) for i, (v, (_, w)) in enumerate(zip(values, COLUMNS)))
+        + ("  ok" if verdict.kept else "  FAILED"),
+        flush=True,
+    )
     for rule, found in sorted(verdict.found.items()):
         print(f"  {rule}: {RULES[rule]}", flush=True)
         for line in found[:3]:
@@ -110,11 +140,36 @@ def print_row(row: dict, verdict) -> None:
 
 def write_tables(rows: list[dict]) -> None:
     (OUT / "outcomes.json").write_text(json.dumps(rows, indent=1) + "\n")
-    head = ("scenario", "what is done", "seed", "messages", "shown", "lost", "repeated", "reordered", "stuck", "closes", "s", "verdict")
+    head = (
+        "scenario",
+        "what is done",
+        "seed",
+        "messages",
+        "shown",
+        "lost",
+        "repeated",
+        "reordered",
+        "stuck",
+        "closes",
+        "s",
+        "verdict",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 9 + "---|"]
     for r in rows:
-        cells = (f"`{r['scenario']}`", r["about"], r["seed"], r["messages"], r["shown"], r["lost"], r["repeated"],
-                 r["reordered"], r["stuck"], r["closes"], r["seconds"], r["verdict"])
+        cells = (
+            f"`{r['scenario']}`",
+            r["about"],
+            r["seed"],
+            r["messages"],
+            r["shown"],
+            r["lost"],
+            r["repeated"],
+            r["reordered"],
+            r["stuck"],
+            r["closes"],
+            r["seconds"],
+            r["verdict"],
+        )
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
     (OUT / "outcomes.md").write_text("\n".join(lines) + "\n")
 

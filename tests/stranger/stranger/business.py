@@ -31,8 +31,11 @@ class Topics:
         self.prefix, self.partitions = prefix, partitions
         self.admin = AdminClient({"bootstrap.servers": brokers, "log_level": 0})
         self.names = {
-            "high": f"{prefix}.push.high", "push": f"{prefix}.push", "bulk": f"{prefix}.push.bulk",
-            "receipts": f"{prefix}.receipts", "dead": f"{prefix}.dead",
+            "high": f"{prefix}.push.high",
+            "push": f"{prefix}.push",
+            "bulk": f"{prefix}.push.bulk",
+            "receipts": f"{prefix}.receipts",
+            "dead": f"{prefix}.dead",
         }
         # Which life of a topic an offset belongs to.
         self.life = dict.fromkeys(self.names.values(), 0)
@@ -83,11 +86,18 @@ class Business:
 
     def codec(self, name: str) -> None:
         """Another producer from here on, with this compression."""
-        self.producer = confluent_kafka.Producer({
-            "bootstrap.servers": self.brokers, "enable.idempotence": True, "linger.ms": 5, "compression.type": name,
-            "message.timeout.ms": 90_000, "reconnect.backoff.max.ms": 1_000, "log_level": 0,
-            "topic.metadata.refresh.interval.ms": 2_000,
-        })
+        self.producer = confluent_kafka.Producer(
+            {
+                "bootstrap.servers": self.brokers,
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "compression.type": name,
+                "message.timeout.ms": 90_000,
+                "reconnect.backoff.max.ms": 1_000,
+                "log_level": 0,
+                "topic.metadata.refresh.interval.ms": 2_000,
+            }
+        )
 
     async def produce_for(self, seconds: float, per_second: float, **how) -> None:
         end = time.monotonic() + seconds
@@ -138,8 +148,16 @@ class Business:
             self.replaced |= {older} if older else set()
             self.newest[users[0], push["collapseKey"]] = name
         self.trace.write(
-            "send", id=name, topic=topic, life=life, users=users, device=device, h=body_hash(push),
-            collapse=push.get("collapseKey"), ttl=push.get("ttlSeconds", 0), receipts=push.get("receipts", []),
+            "send",
+            id=name,
+            topic=topic,
+            life=life,
+            users=users,
+            device=device,
+            h=body_hash(push),
+            collapse=push.get("collapseKey"),
+            ttl=push.get("ttlSeconds", 0),
+            receipts=push.get("receipts", []),
             bad=None,
         )
 
@@ -152,7 +170,9 @@ class Business:
             self.owed[name] = owed
 
         value = json.dumps(push).encode()
-        self.producer.produce(topic, key=users[0], value=value, on_delivery=taken, timestamp=self.timestamp_ms)
+        # One in a hundred is produced twice, as by a business that does not know whether it was.
+        for _ in range(2 if self.rng.random() < 0.01 else 1):
+            self.producer.produce(topic, key=users[0], value=value, on_delivery=taken, timestamp=self.timestamp_ms)
         return name
 
     def produce_bad(self, code: str | None = None) -> str:
@@ -161,8 +181,19 @@ class Business:
         name = f"{self.topics.prefix}-{self.count}"
         topic = self.topics.names["push"]
         life = self.topics.life[topic]
-        self.trace.write("send", id=name, topic=topic, life=life, users=[], device=None, h="", collapse=None, ttl=0,
-                         receipts=[], bad=code)
+        self.trace.write(
+            "send",
+            id=name,
+            topic=topic,
+            life=life,
+            users=[],
+            device=None,
+            h="",
+            collapse=None,
+            ttl=0,
+            receipts=[],
+            bad=code,
+        )
 
         def taken(error, message):
             if error is None:
@@ -176,8 +207,9 @@ class Business:
     def _taken(self, name, life, message):
         place = (message.topic(), message.partition())
         self.ends[place] = max(self.ends.get(place, 0), message.offset() + 1)
-        self.trace.write("prod", id=name, st="ok", topic=message.topic(), life=life, part=message.partition(),
-                         off=message.offset())
+        self.trace.write(
+            "prod", id=name, st="ok", topic=message.topic(), life=life, part=message.partition(), off=message.offset()
+        )
 
     def _body(self) -> dict:
         draw = self.rng.random()
@@ -185,7 +217,8 @@ class Business:
         if draw < 0.6:
             return {"text": "سلام 👋 " + "".join(self.rng.choices("abcdefghij \n", k=size))}
         if draw < 0.85:
-            return {"json": {"n": self.rng.randrange(2**53), "list": [1.5, None, True, "x" * size], "naïve": {"a": "\u2028"}}}
+            value = {"n": self.rng.randrange(2**53), "list": [1.5, None, True, "x" * size], "naïve": {"a": "\u2028"}}
+            return {"json": value}
         return {"data": base64.b64encode(self.rng.randbytes(size)).decode()}
 
 
@@ -207,13 +240,24 @@ class Watch:
             thread.join(10)
 
     def _read(self):
-        consumer = confluent_kafka.Consumer({
-            "bootstrap.servers": self.brokers, "group.id": f"{self.group}-stranger", "enable.auto.commit": False,
-            "auto.offset.reset": "earliest", "log_level": 0, "reconnect.backoff.max.ms": 1_000,
-        })
+        consumer = confluent_kafka.Consumer(
+            {
+                "bootstrap.servers": self.brokers,
+                "group.id": f"{self.group}-stranger",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "earliest",
+                "log_level": 0,
+                "reconnect.backoff.max.ms": 1_000,
+            }
+        )
         names = self.topics.names
-        consumer.assign([confluent_kafka.TopicPartition(names[k], p, confluent_kafka.OFFSET_BEGINNING)
-                         for k in ("receipts", "dead") for p in range(self.topics.partitions)])
+        consumer.assign(
+            [
+                confluent_kafka.TopicPartition(names[k], p, confluent_kafka.OFFSET_BEGINNING)
+                for k in ("receipts", "dead")
+                for p in range(self.topics.partitions)
+            ]
+        )
         while not self._end.is_set():
             message = consumer.poll(0.2)
             if message is None or message.error():
@@ -225,8 +269,13 @@ class Watch:
                 headers = {k: (v or b"").decode() for k, v in message.headers() or []}
                 name = headers.get("stranger") or self._id(message.value())
                 self.dead.add(name)
-                self.trace.write("dead", id=name, code=headers.get("barid-code"), reason=headers.get("barid-reason"),
-                                 off=headers.get("barid-offset"))
+                self.trace.write(
+                    "dead",
+                    id=name,
+                    code=headers.get("barid-code"),
+                    reason=headers.get("barid-reason"),
+                    off=headers.get("barid-offset"),
+                )
         consumer.close()
 
     @staticmethod
@@ -238,14 +287,22 @@ class Watch:
 
     def _poll(self):
         # Not the admin client: librdkafka 2.16 aborts the process if the broker dies under its question.
-        consumer = confluent_kafka.Consumer({
-            "bootstrap.servers": self.brokers, "group.id": self.group, "enable.auto.commit": False, "log_level": 0,
-            "reconnect.backoff.max.ms": 1_000,
-        })
+        consumer = confluent_kafka.Consumer(
+            {
+                "bootstrap.servers": self.brokers,
+                "group.id": self.group,
+                "enable.auto.commit": False,
+                "log_level": 0,
+                "reconnect.backoff.max.ms": 1_000,
+            }
+        )
         last: dict = {}
         while not self._end.wait(0.3):
-            wanted = [confluent_kafka.TopicPartition(self.topics.names[k], p)
-                      for k in PUSH for p in range(self.topics.partitions)]
+            wanted = [
+                confluent_kafka.TopicPartition(self.topics.names[k], p)
+                for k in PUSH
+                for p in range(self.topics.partitions)
+            ]
             try:
                 answer = consumer.committed(wanted, timeout=3)
             except confluent_kafka.KafkaException:  # the broker is away, as it may be
@@ -254,7 +311,8 @@ class Watch:
                 place = (tp.topic, tp.partition)
                 if tp.error is None and tp.offset >= 0 and last.get(place) != tp.offset:
                     last[place] = tp.offset
-                    self.trace.write("commit", topic=tp.topic, life=self.topics.life[tp.topic], part=tp.partition,
-                                     off=tp.offset)
+                    self.trace.write(
+                        "commit", topic=tp.topic, life=self.topics.life[tp.topic], part=tp.partition, off=tp.offset
+                    )
                     self.committed[place] = tp.offset
         consumer.close()

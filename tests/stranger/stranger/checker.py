@@ -54,6 +54,9 @@ class Verdict:
     closes: int
     found: dict[str, list[str]]
     again: int
+    # From produce to the application, of devices that were connected throughout, seconds.
+    median_s: float
+    slowest_s: float
 
     @property
     def kept(self) -> bool:
@@ -76,7 +79,11 @@ class _Check:
             by[event["ev"]].append(event)
         self.by = by
         self.sent = {e["id"]: e for e in by["send"]}
-        self.taken = {e["id"]: e for e in by["prod"] if e["st"] == "ok"}
+        # The first record of an id; a second one of the same id is a duplicate, and is stored once.
+        self.taken: dict[str, dict] = {}
+        for e in by["prod"]:
+            if e["st"] == "ok" and e["off"] <= self.taken.get(e["id"], e)["off"]:
+                self.taken[e["id"]] = e
         self.device = {e["dev"]: e for e in by["device"]}
         self.of_user = collections.defaultdict(set)
         for e in by["device"]:
@@ -97,14 +104,40 @@ class _Check:
             self.found[rule].append(text)
 
     def run(self) -> Verdict:
-        for rule in (self.arrival, self.repeats, self.order, self.gaps, self.contents, self.histories, self.skips,
-                     self.resends, self.closes, self.answers, self.expiry, self.size, self.processes, self.vacuity):
+        for rule in (
+            self.arrival,
+            self.repeats,
+            self.order,
+            self.gaps,
+            self.contents,
+            self.histories,
+            self.skips,
+            self.resends,
+            self.closes,
+            self.answers,
+            self.expiry,
+            self.size,
+            self.processes,
+            self.vacuity,
+        ):
             rule()
         shown = len(self.by["show"])
         again = len(self.by["recv"]) - shown
         closes = sum(e["by"] in ("node", "accident") for e in self.by["close"])
         good = sum(1 for i in self.taken if not self.sent[i]["bad"])
-        return Verdict(good, shown, closes, dict(self.found), again)
+        return Verdict(good, shown, closes, dict(self.found), again, *self.delays())
+
+    def delays(self) -> tuple[float, float]:
+        over = min((e["t"] for e in self.by["over"]), default=1 << 63)
+        away = {e["dev"] for e in self.by["close"] if e["by"] in ("device", "scenario") and e["t"] < over}
+        begun = min((e["t"] for e in self.by["begin"]), default=0)
+        steady = {d for d in self.device if d not in away and self.first_welcome.get(d, over) <= begun}
+        took = sorted(
+            (e["t"] - self.sent[e["id"]]["t"]) / 1e9
+            for e in self.by["show"]
+            if e["dev"] in steady and e["id"] in self.sent
+        )
+        return (took[len(took) // 2], took[-1]) if took else (0.0, 0.0)
 
     def owed(self, send: dict) -> set[str]:
         """Devices that must show it: those that had registered, or, where the user had none, all that came."""
@@ -126,12 +159,12 @@ class _Check:
         for e in self.by["skip"]:
             if e["why"] in set(self.expected.skips) & {"evicted", "expired"}:
                 told[e["dev"]] += e["to"] - e["frm"]
+        for at in self.by["prod"]:
+            if at["st"] == "ok" and not self._committed(at) and (at["topic"], at["life"]) == self._latest(at["topic"]):
+                self.say("stuck", f"{at['id']}: {at['topic']}/{at['part']}@{at['off']} not committed")
         for i, at in self.taken.items():
             send = self.sent[i]
-            end = self.committed.get((at["topic"], at["life"], at["part"]), 0)
-            committed = at["off"] < end
-            if not committed and (at["topic"], at["life"]) == self._latest(at["topic"]):
-                self.say("stuck", f"{i}: {at['topic']}/{at['part']}@{at['off']} not committed (at {end})")
+            committed = self._committed(at)
             if send["bad"] or i in self.dead:
                 continue
             # A newer one of the same key stands for it; in another partition it cannot be told which is newer.
@@ -152,6 +185,9 @@ class _Check:
                     self.say("lost", f"{i} ({at['topic']}/{at['part']}@{at['off']}) never shown to {dev}")
                 elif self.late and show["t"] > self.late:
                     self.say("stuck", f"{i} shown to {dev} only on a new connection")
+
+    def _committed(self, at):
+        return at["off"] < self.committed.get((at["topic"], at["life"], at["part"]), 0)
 
     def _latest(self, topic):
         return topic, max(e["life"] for e in self.taken.values() if e["topic"] == topic)
@@ -184,8 +220,11 @@ class _Check:
             shown.add((e["dev"], e["id"]))
             key = (e["dev"], at["topic"], at["life"], at["part"])
             if key in highest and at["off"] < highest[key][0]:
-                self.say("reordered", f"{e['id']} (offset {at['off']}) shown to {e['dev']} behind {highest[key][1]} "
-                         f"(offset {highest[key][0]})")
+                self.say(
+                    "reordered",
+                    f"{e['id']} (offset {at['off']}) shown to {e['dev']} behind {highest[key][1]} "
+                    f"(offset {highest[key][0]})",
+                )
             else:
                 highest[key] = (at["off"], e["id"])
 
@@ -266,7 +305,7 @@ class _Check:
                 self.say("refused", f"{i} is in the dead letters: {codes.get(i)}")
         for i, at in self.taken.items():
             send = self.sent[i]
-            if at["off"] >= self.committed.get((at["topic"], at["life"], at["part"]), 0):
+            if not self._committed(at):
                 continue
             if send["bad"] and codes.get(i) != send["bad"]:
                 self.say("untold", f"{i} is {send['bad']}, and the dead letters have it as {codes.get(i)}")
@@ -281,8 +320,10 @@ class _Check:
         for e in self.by["show"]:
             send = self.sent.get(e["id"])
             # Life begins with acceptance, some seconds after `send` at most in such a run.
-            if send and send["ttl"] and (e["t"] - send["t"]) / 1e9 > send["ttl"] + 15:
-                self.say("expired", f"{e['id']} of {send['ttl']} s shown to {e['dev']} after {(e['t'] - send['t']) / 1e9:.0f} s")
+            if send and send["ttl"]:
+                after = (e["t"] - send["t"]) / 1e9
+                if after > send["ttl"] + 15:
+                    self.say("expired", f"{e['id']} of {send['ttl']} s shown to {e['dev']} after {after:.0f} s")
 
     def size(self):
         sizes = {e["when"]: e for e in self.by["size"]}

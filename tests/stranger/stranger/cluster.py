@@ -44,8 +44,14 @@ class Process:
         self.expected_end = False
         with (self.directory / f"{self.name}.log").open("ab") as log:
             self.child = subprocess.Popen(
-                self.words, cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_die_with_parent,
+                self.words,
+                cwd=self.directory,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
 
     def alive(self) -> bool:
@@ -99,27 +105,48 @@ class Kafka:
         self.directory.mkdir(parents=True)
         await self.proxy.start()
         lines = {
-            "process.roles": "broker,controller", "node.id": 1,
+            "process.roles": "broker,controller",
+            "node.id": 1,
             "controller.quorum.bootstrap.servers": f"127.0.0.1:{self.controller}",
             "listeners": f"PLAIN://127.0.0.1:{self.port},ROLES://127.0.0.1:{self.inner},"
-                         f"CONTROLLER://127.0.0.1:{self.controller}",
+            f"CONTROLLER://127.0.0.1:{self.controller}",
             "advertised.listeners": f"PLAIN://127.0.0.1:{self.port},ROLES://127.0.0.1:{self.proxy.port}",
             "listener.security.protocol.map": "PLAIN:PLAINTEXT,ROLES:PLAINTEXT,CONTROLLER:PLAINTEXT",
-            "inter.broker.listener.name": "PLAIN", "controller.listener.names": "CONTROLLER",
-            "log.dirs": self.directory / "data", "auto.create.topics.enable": "false",
-            "offsets.topic.replication.factor": 1, "offsets.topic.num.partitions": 4,
-            "transaction.state.log.replication.factor": 1, "transaction.state.log.min.isr": 1,
+            "inter.broker.listener.name": "PLAIN",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": self.directory / "data",
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 4,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
             "group.initial.rebalance.delay.ms": 0,
             # As deploy/README.md advises, so that a killed purger's partitions move soon.
-            "group.consumer.min.session.timeout.ms": 5000, "group.consumer.session.timeout.ms": 6000,
-            "group.consumer.min.heartbeat.interval.ms": 500, "group.consumer.heartbeat.interval.ms": 1000,
-            "num.io.threads": 2, "num.network.threads": 2, "log.cleaner.dedupe.buffer.size": 2097152,
+            "group.consumer.min.session.timeout.ms": 5000,
+            "group.consumer.session.timeout.ms": 6000,
+            "group.consumer.min.heartbeat.interval.ms": 500,
+            "group.consumer.heartbeat.interval.ms": 1000,
+            "num.io.threads": 2,
+            "num.network.threads": 2,
+            "log.cleaner.dedupe.buffer.size": 2097152,
         }
         properties = self.directory / "server.properties"
         properties.write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
         java = ["java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-cp", f"{libs}/*"]
-        format_ = Process("format", [*java, "kafka.tools.StorageTool", "format", "--standalone", "-t",
-                                     "c3RyYW5nZXItc3VpdGUtMDE", "-c", properties], self.directory)
+        format_ = Process(
+            "format",
+            [
+                *java,
+                "kafka.tools.StorageTool",
+                "format",
+                "--standalone",
+                "-t",
+                "c3RyYW5nZXItc3VpdGUtMDE",
+                "-c",
+                properties,
+            ],
+            self.directory,
+        )
         format_.start()
         while format_.alive():
             await asyncio.sleep(0.05)
@@ -153,8 +180,12 @@ class Kafka:
 
 
 # Replicas copy as this user: to take it away cuts the link and nothing else.
-COPIES = {"masteruser": "copy", "masterauth": "copy", "user": "copy on >copy +psync +replconf +ping",
-          "repl_ping_replica_period": 1}
+COPIES = {
+    "masteruser": "copy",
+    "masterauth": "copy",
+    "user": "copy on >copy +psync +replconf +ping",
+    "repl_ping_replica_period": 1,
+}
 
 
 class RedisServer(Process):
@@ -166,8 +197,14 @@ class RedisServer(Process):
         self.data = directory / name
         self.data.mkdir(parents=True, exist_ok=True)
         options = {
-            "port": self.port, "bind": "127.0.0.1", "dir": self.data, "save": '""', "appendonly": "no",
-            "maxmemory-policy": "noeviction", "tracking-table-max-keys": 1_000_000, "daemonize": "no",
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self.data,
+            "save": '""',
+            "appendonly": "no",
+            "maxmemory-policy": "noeviction",
+            "tracking-table-max-keys": 1_000_000,
+            "daemonize": "no",
             **{k.replace("_", "-"): v for k, v in options.items()},
         }
         conf = self.data / "redis.conf"
@@ -297,8 +334,12 @@ class RedisCluster(RedisSingle):
 
     def __init__(self, directory: Path, env: dict | None = None, replicas: bool = False):
         self.replicas = replicas
-        options = {"cluster_enabled": "yes", "cluster_node_timeout": 1500, "cluster_replica_validity_factor": 0,
-                   "cluster_require_full_coverage": "no"}
+        options = {
+            "cluster_enabled": "yes",
+            "cluster_node_timeout": 1500,
+            "cluster_replica_validity_factor": 0,
+            "cluster_require_full_coverage": "no",
+        }
         if replicas:
             options |= COPIES
         names = [f"redis-{n}" for n in range(1, 7 if replicas else 4)]
@@ -393,10 +434,10 @@ class Role(Process):
             "purger": "drain_seconds = 15\n",
             "delayer": "drain_seconds = 10\n",
             "dispatcher": f'node = "{self.name}"\nlisten = "127.0.0.1:{self.grpc.target}"\n'
-                          f'advertise = "127.0.0.1:{self.grpc.port}"\nlease_ttl_ms = {c.lease_ms}\ndrain_seconds = 10\n',
+            f'advertise = "127.0.0.1:{self.grpc.port}"\nlease_ttl_ms = {c.lease_ms}\ndrain_seconds = 10\n',
             "access": f'node = "{self.name}"\nlisten = "127.0.0.1:{self.listen}"\n'
-                      f'grpc_listen = "127.0.0.1:{self.grpc.target}"\nadvertise = "127.0.0.1:{self.grpc.port}"\n'
-                      f"lease_ttl_ms = {c.lease_ms}\ndrain_seconds = 5\n",
+            f'grpc_listen = "127.0.0.1:{self.grpc.target}"\nadvertise = "127.0.0.1:{self.grpc.port}"\n'
+            f"lease_ttl_ms = {c.lease_ms}\ndrain_seconds = 5\n",
         }[self.role]
         text = head + f'\n[admin]\nlisten = "127.0.0.1:{self.admin}"\n\n[redis]\n{c.redis.config(self.redis.port)}'
         text += f"retry_base_ms = {c.retry_base_ms}\n" + "".join(f"{k} = {v}\n" for k, v in c.redis_options.items())
@@ -406,8 +447,14 @@ class Role(Process):
             text += f'\n[kafka]\nbrokers = ["127.0.0.1:{c.kafka.proxy.port}"]\ngroup = "{c.group}"\n\n[kafka.topics]\n'
             names = c.topics
             text += "".join(
-                f'{key} = "{names[kind]}"\n' for key, kind in
-                (("push_high", "high"), ("push", "push"), ("push_bulk", "bulk"), ("receipts", "receipts"), ("dead", "dead"))
+                f'{key} = "{names[kind]}"\n'
+                for key, kind in (
+                    ("push_high", "high"),
+                    ("push", "push"),
+                    ("push_bulk", "bulk"),
+                    ("receipts", "receipts"),
+                    ("dead", "dead"),
+                )
             )
         return text + self.extra
 
@@ -415,8 +462,18 @@ class Role(Process):
 class Cluster:
     """Two of each role over one Redis (of whatever shape) and a Kafka."""
 
-    def __init__(self, directory: Path, kafka: Kafka, topics: dict[str, str], group: str, redis_shape,
-                 lease_ms=3000, retry_base_ms=500, redis_options=None, shim: Path | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        kafka: Kafka,
+        topics: dict[str, str],
+        group: str,
+        redis_shape,
+        lease_ms=3000,
+        retry_base_ms=500,
+        redis_options=None,
+        shim: Path | None = None,
+    ):
         self.directory, self.kafka, self.topics, self.group = directory, kafka, topics, group
         self.redis, self.lease_ms, self.retry_base_ms = redis_shape, lease_ms, retry_base_ms
         self.redis_options = redis_options or {}

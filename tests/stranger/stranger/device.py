@@ -250,8 +250,14 @@ class Device:
         self.ack_interval = frame.get("ackIntervalMs", 0) / 1000
         self.acked = self.last
         self.trace.write(
-            "welcome", dev=self.key, sess=self.session, ep=self.epoch, gen=self.generation, seq=self.last,
-            chain=self.chain, again=self.welcomed,
+            "welcome",
+            dev=self.key,
+            sess=self.session,
+            ep=self.epoch,
+            gen=self.generation,
+            seq=self.last,
+            chain=self.chain,
+            again=self.welcomed,
         )
         self.welcomed = self.registered = self.connected = True
         self.failures = 0
@@ -261,8 +267,9 @@ class Device:
         if frame.get("mailbox"):
             return
         to = frame.get("to", 0)
-        self.trace.write("skip", dev=self.key, sess=self.session, ep=self.epoch, frm=self.last, to=to,
-                         why=frame.get("why", ""))
+        self.trace.write(
+            "skip", dev=self.key, sess=self.session, ep=self.epoch, frm=self.last, to=to, why=frame.get("why", "")
+        )
         if to > self.last:
             self.last, self.chain = to, frame.get("chain", 0)
             self._remember_position()
@@ -272,11 +279,20 @@ class Device:
         if mailbox:
             return
         if frame.get("generation", 0) != self.generation:
-            self.trace.write("strange", dev=self.key, what="generation", is_=frame.get("generation", 0), was=self.generation)
+            self.trace.write(
+                "strange", dev=self.key, what="generation", of=frame.get("generation", 0), was=self.generation
+            )
         for message in frame["messages"]:
             seq, name = message.get("seq", 0), message["id"]
             sign = body_hash(message)
-            about = {"dev": self.key, "sess": self.session, "ep": self.epoch, "gen": self.generation, "seq": seq, "id": name}
+            about = {
+                "dev": self.key,
+                "sess": self.session,
+                "ep": self.epoch,
+                "gen": self.generation,
+                "seq": seq,
+                "id": name,
+            }
             self.trace.write("recv", **about, last=self.last)
             if seq <= self.last:
                 continue

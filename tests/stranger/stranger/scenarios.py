@@ -87,7 +87,9 @@ def _kill(names: tuple[str, ...], away: float):
 
 
 for _role in ("purger", "dispatcher", "access", "delayer"):
-    scenario(f"kill-{_role}", f"both of role {_role} killed for 3 s, then each alone", Expected(faults=3))(_kill((_role,), 3))
+    scenario(f"kill-{_role}", f"both of role {_role} killed for 3 s, then each alone", Expected(faults=3))(
+        _kill((_role,), 3)
+    )
 
 
 @scenario("kill-redis", "Redis killed, back after 3 s with all that it had", Expected())
@@ -120,8 +122,13 @@ async def kill_kafka(w: World):
         await w.sleep(5)
 
 
-@scenario("kill-all", "all eight processes, Redis and Kafka killed at once; Redis is back with all that it had",
-          Expected(), alone=True, short=True)
+@scenario(
+    "kill-all",
+    "all eight processes, Redis and Kafka killed at once; Redis is back with all that it had",
+    Expected(),
+    alone=True,
+    short=True,
+)
 async def kill_all(w: World):
     async with w.flow():
         await w.sleep(3)
@@ -155,12 +162,15 @@ def _freeze(names: tuple[str, ...], seconds: float):
     return run
 
 
-scenario("stop-access", "an access node stopped for 8 s, its lease is 3 s; then the other", Expected(faults=2), short=True)(
-    _freeze(("access-1", "access-2"), 8))
+scenario(
+    "stop-access", "an access node stopped for 8 s, its lease is 3 s; then the other", Expected(faults=2), short=True
+)(_freeze(("access-1", "access-2"), 8))
 scenario("stop-dispatcher", "a dispatcher stopped for 8 s, its lease is 3 s; then the other", Expected(faults=2))(
-    _freeze(("dispatcher-1", "dispatcher-2"), 8))
+    _freeze(("dispatcher-1", "dispatcher-2"), 8)
+)
 scenario("stop-purger", "a purger stopped for 10 s, past its session of 6 s; then the other", Expected(faults=2))(
-    _freeze(("purger-1", "purger-2"), 10))
+    _freeze(("purger-1", "purger-2"), 10)
+)
 scenario("stop-delayer", "both delayers stopped for 6 s", Expected(faults=1))(_freeze(("delayer",), 6))
 scenario("stop-roles", "all eight processes stopped for 8 s at once", Expected(faults=1))(_freeze(("roles",), 8))
 
@@ -187,7 +197,9 @@ async def stop_kafka(w: World):
         await w.sleep(4)
 
 
-@scenario("roll", "each of the eight processes drained and started, one after the other", Expected(faults=1), short=True)
+@scenario(
+    "roll", "each of the eight processes drained and started, one after the other", Expected(faults=1), short=True
+)
 async def roll(w: World):
     async with w.flow(60):
         await w.sleep(2)
@@ -218,8 +230,12 @@ async def flush_all(w: World):
         await w.sleep(5)
 
 
-@scenario("flush-quiet", "FLUSHALL when nothing flows, and a message to each user 5 s later",
-          Expected(forgets=True), patience=40)
+@scenario(
+    "flush-quiet",
+    "FLUSHALL when nothing flows, and a message to each user 5 s later",
+    Expected(forgets=True),
+    patience=40,
+)
 async def flush_quiet(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -232,8 +248,14 @@ async def flush_quiet(w: World):
     await w.business.flush()
 
 
-@scenario("flush-master", "FLUSHALL of one of three masters, connections standing, nothing flows; a message to each user 8 s later",
-          Expected(forgets=True), redis="cluster", patience=40)
+@scenario(
+    "flush-master",
+    "FLUSHALL of one of three masters, connections standing, nothing flows; a message to each user 8 s later",
+    Expected(forgets=True),
+    short=True,
+    redis="cluster",
+    patience=40,
+)
 async def flush_master(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -246,7 +268,9 @@ async def flush_master(w: World):
     await w.business.flush()
 
 
-@scenario("flush-master-flow", "FLUSHALL of one of three masters while messages flow", Expected(forgets=True), redis="cluster")
+@scenario(
+    "flush-master-flow", "FLUSHALL of one of three masters while messages flow", Expected(forgets=True), redis="cluster"
+)
 async def flush_master_flow(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -255,8 +279,13 @@ async def flush_master_flow(w: World):
         await w.sleep(5)
 
 
-@scenario("flush-long", "FLUSHALL behind 500 messages a user, more than a device remembers", Expected(forgets=True, shown=2500),
-          users=6, patience=60)
+@scenario(
+    "flush-long",
+    "FLUSHALL behind 500 messages a user, more than a device remembers",
+    Expected(forgets=True, shown=2500),
+    users=6,
+    patience=60,
+)
 async def flush_long(w: World):
     with w.fault("load", "3000 messages"):
         for n in range(3000):
@@ -285,8 +314,12 @@ async def flush_away(w: World):
         await w.sleep(5)
 
 
-@scenario("flush-expired", "FLUSHALL when messages of 2 s have been over for 20 s, a device of theirs being away",
-          Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "expired")), users=10)
+@scenario(
+    "flush-expired",
+    "FLUSHALL when messages of 2 s have been over for 20 s, a device of theirs being away",
+    Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "expired")),
+    users=10,
+)
 async def flush_expired(w: World):
     away = w.devices["u00/d0"]
     await away.leave()
@@ -332,7 +365,9 @@ async def back_alive(w: World):
     await _go_back(w)
 
 
-@scenario("back-killed", "Redis back by 4 s behind the commit, both purgers killed before", Expected(forgets=True), short=True)
+@scenario(
+    "back-killed", "Redis back by 4 s behind the commit, both purgers killed before", Expected(forgets=True), short=True
+)
 async def back_killed(w: World):
     async def killed(w):
         w.kill("purger")
@@ -348,7 +383,11 @@ async def back_rolled(w: World):
     await _go_back(w, rolled)
 
 
-@scenario("back-quiet", "Redis back by 4 s behind the commit, purgers killed, and nothing produced after", Expected(forgets=True))
+@scenario(
+    "back-quiet",
+    "Redis back by 4 s behind the commit, purgers killed, and nothing produced after",
+    Expected(forgets=True),
+)
 async def back_quiet(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -361,8 +400,12 @@ async def back_quiet(w: World):
         w.launch("purger")
 
 
-@scenario("back-master", "one of three masters back by 4 s behind the commit, purgers killed before", Expected(forgets=True),
-          redis="cluster")
+@scenario(
+    "back-master",
+    "one of three masters back by 4 s behind the commit, purgers killed before",
+    Expected(forgets=True),
+    redis="cluster",
+)
 async def back_master(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -390,8 +433,14 @@ async def back_flow(w: World):
         await w.sleep(4)
 
 
-@scenario("late-ack", "an application handles a message while Redis goes back, then acknowledges without a generation and dies",
-          Expected(forgets=True, shown=100), users=10, retry_base_ms=2000)
+@scenario(
+    "late-ack",
+    "an application handles a message while Redis goes back, then acknowledges without a generation and dies",
+    Expected(forgets=True, shown=100),
+    short=True,
+    users=10,
+    retry_base_ms=2000,
+)
 async def late_ack(w: World):
     device = w.devices["u05/d0"]
 
@@ -458,7 +507,12 @@ async def client_kill(w: World):
         await w.sleep(3)
 
 
-@scenario("master-away", "one of three masters stopped for 10 s, leases are 3 s; then the next", Expected(faults=3), redis="cluster")
+@scenario(
+    "master-away",
+    "one of three masters stopped for 10 s, leases are 3 s; then the next",
+    Expected(faults=3),
+    redis="cluster",
+)
 async def master_away(w: World):
     async with w.flow():
         await w.sleep(3)
@@ -485,19 +539,34 @@ async def _fail_over(w: World, pick: int):
         await w.sleep(4)
 
 
-@scenario("failover-pair", "a master killed whose replica was cut off 3 s before, under Sentinel", Expected(forgets=True), redis="pair")
+@scenario(
+    "failover-pair",
+    "a master killed whose replica was cut off 3 s before, under Sentinel",
+    Expected(forgets=True),
+    short=True,
+    redis="pair",
+)
 async def failover_pair(w: World):
     await _fail_over(w, 0)
 
 
-@scenario("failover-cluster", "one of three masters killed whose replica was cut off 3 s before", Expected(forgets=True),
-          redis="cluster", replicas=True)
+@scenario(
+    "failover-cluster",
+    "one of three masters killed whose replica was cut off 3 s before",
+    Expected(forgets=True),
+    redis="cluster",
+    replicas=True,
+)
 async def failover_cluster(w: World):
     await _fail_over(w, 1)
 
 
-@scenario("failover-purger", "a master killed whose replica was cut off, under Sentinel, and the purgers with it",
-          Expected(forgets=True), redis="pair")
+@scenario(
+    "failover-purger",
+    "a master killed whose replica was cut off, under Sentinel, and the purgers with it",
+    Expected(forgets=True),
+    redis="pair",
+)
 async def failover_purger(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -542,7 +611,9 @@ async def recreated(w: World):
         await w.sleep(6)
 
 
-@scenario("rebalance", "purgers join, leave and are killed every second or two, for 20 s", Expected(faults=6), short=True)
+@scenario(
+    "rebalance", "purgers join, leave and are killed every second or two, for 20 s", Expected(faults=6), short=True
+)
 async def rebalance(w: World):
     async with w.flow():
         await w.sleep(2)
@@ -581,25 +652,38 @@ def _hold(pick: Callable[[World], list], *directions: str, seconds: float):
     return run
 
 
-scenario("half-open-devices", "the links between an access node and its devices hold all bytes for 15 s", Expected(), short=True)(
-    _hold(lambda w: [w.cluster.roles["access-1"].devices], "up", "down", seconds=15))
+scenario(
+    "half-open-devices",
+    "the links between an access node and its devices hold all bytes for 15 s",
+    Expected(),
+    short=True,
+)(_hold(lambda w: [w.cluster.roles["access-1"].devices], "up", "down", seconds=15))
 scenario("half-open-acks", "what devices send to an access node is held for 12 s, what they get is not", Expected())(
-    _hold(lambda w: [w.cluster.roles["access-1"].devices], "up", seconds=12))
+    _hold(lambda w: [w.cluster.roles["access-1"].devices], "up", seconds=12)
+)
 scenario("half-open-mesh", "the links to a dispatcher and to an access node hold all bytes for 12 s", Expected())(
-    _hold(lambda w: [w.cluster.roles["access-1"].grpc, w.cluster.roles["dispatcher-1"].grpc], "up", "down", seconds=12))
+    _hold(lambda w: [w.cluster.roles["access-1"].grpc, w.cluster.roles["dispatcher-1"].grpc], "up", "down", seconds=12)
+)
 scenario("half-open-redis", "the links of one process of each role to Redis hold all bytes for 12 s", Expected())(
-    _hold(lambda w: [r.redis for r in w.cluster.roles.values() if r.number == 1], "up", "down", seconds=12))
+    _hold(lambda w: [r.redis for r in w.cluster.roles.values() if r.number == 1], "up", "down", seconds=12)
+)
 scenario("half-open-answers", "Redis's answers to all processes are held for 8 s; what they ask is done", Expected())(
-    _hold(lambda w: [r.redis for r in w.cluster.roles.values()], "down", seconds=8))
+    _hold(lambda w: [r.redis for r in w.cluster.roles.values()], "down", seconds=8)
+)
 scenario("half-open-kafka", "the links of all processes to Kafka hold all bytes for 12 s", Expected(), alone=True)(
-    _hold(lambda w: [w.kafka.proxy], "up", "down", seconds=12))
+    _hold(lambda w: [w.kafka.proxy], "up", "down", seconds=12)
+)
 
 
 # Clocks.
 
 
-@scenario("clock-roles", "the wall clocks of one process of each role step an hour ahead, then two back", Expected(faults=2),
-          clocks=("roles",))
+@scenario(
+    "clock-roles",
+    "the wall clocks of one process of each role step an hour ahead, then two back",
+    Expected(faults=2),
+    clocks=("roles",),
+)
 async def clock_roles(w: World):
     async with w.flow():
         for step in (3600, -3600):
@@ -619,6 +703,8 @@ async def clock_redis(w: World):
             await w.sleep(3)
             with w.fault("clock", f"redis {step} s"):
                 step_clock(w.redis_clock, step)
+                told = int((await w.redis.masters[0].call("TIME"))[0])
+                assert abs(told - time.time() - step) < 5, "Redis's clock does not step"
                 await w.sleep(6)
         await w.sleep(3)
 
@@ -650,8 +736,10 @@ async def clock_records(w: World):
 
 # Anything.
 
+
 def _faults(w: World, forgets: bool):
     """Kinds of faults, each a coroutine function of its length."""
+
     def roles():
         return w.chance.choice([r.name for r in w.cluster.named("roles")])
 
@@ -731,15 +819,27 @@ def _chaos(forgets: bool):
     return run
 
 
-scenario("chaos", "40 s of faults by chance, one after the other; Redis forgets nothing", Expected(faults=8), patience=60)(_chaos(False))
-scenario("chaos-forget", "40 s of faults by chance; Redis goes back and is flushed, too", Expected(faults=8, forgets=True), patience=60)(
-    _chaos(True))
+scenario(
+    "chaos", "40 s of faults by chance, one after the other; Redis forgets nothing", Expected(faults=8), patience=60
+)(_chaos(False))
+scenario(
+    "chaos-forget",
+    "40 s of faults by chance; Redis goes back and is flushed, too",
+    Expected(faults=8, forgets=True),
+    patience=60,
+)(_chaos(True))
 
 
 # Devices that misbehave.
 
 
-@scenario("never-acking", "devices that never acknowledge, beside those that do", Expected(faults=1), short=True, retry_base_ms=250)
+@scenario(
+    "never-acking",
+    "devices that never acknowledge, beside those that do",
+    Expected(faults=1),
+    short=True,
+    retry_base_ms=250,
+)
 async def never_acking(w: World):
     mutes = [w.add_device(f"m{n}", "d0", "mute") for n in range(4)]
     for device in mutes:
@@ -756,8 +856,13 @@ async def never_acking(w: World):
         await w.until(lambda: all(d.ended_4001 for d in mutes), 40, "the mute devices are closed with 4001")
 
 
-@scenario("absent", "more messages than a mailbox holds, for a user who is away", Expected(faults=1, skips=("evicted",), shown=150),
-          users=10, redis_options={"entries_max": 60})
+@scenario(
+    "absent",
+    "more messages than a mailbox holds, for a user who is away",
+    Expected(faults=1, skips=("evicted",), shown=150),
+    users=10,
+    redis_options={"entries_max": 60},
+)
 async def absent(w: World):
     user = "u00"
     device = w.devices["u00/d0"]

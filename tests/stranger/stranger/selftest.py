@@ -26,8 +26,19 @@ def good_trace() -> tuple[list[dict], Expected]:
         user = ("u0", "u1")[n % 2]
         part, off = n % 2, n // 2
         name = f"m{n}"
-        at("send", id=name, topic="t", life=0, users=[user], device=None, h=f"h{n}", collapse=None, ttl=0,
-           receipts=["accepted", "acked"], bad=None)
+        at(
+            "send",
+            id=name,
+            topic="t",
+            life=0,
+            users=[user],
+            device=None,
+            h=f"h{n}",
+            collapse=None,
+            ttl=0,
+            receipts=["accepted", "acked"],
+            bad=None,
+        )
         at("prod", id=name, st="ok", topic="t", life=0, part=part, off=off)
         at("rcpt", kind="accepted", id=name, user=user, device=None, seq=None, code=None)
         seqs[user] += 1
@@ -38,10 +49,34 @@ def good_trace() -> tuple[list[dict], Expected]:
                 at("show", **about, h=f"h{n}")
                 at("ack", dev=dev, sess=f"s-{dev}", ep=7, gen=0, seq=seqs[user])
                 at("rcpt", kind="acked", id=name, user=user, device=dev[-1], seq=seqs[user], code=None)
-    at("send", id="bad", topic="t", life=0, users=[], device=None, h="", collapse=None, ttl=0, receipts=[], bad="bad_json")
+    at(
+        "send",
+        id="bad",
+        topic="t",
+        life=0,
+        users=[],
+        device=None,
+        h="",
+        collapse=None,
+        ttl=0,
+        receipts=[],
+        bad="bad_json",
+    )
     at("prod", id="bad", st="ok", topic="t", life=0, part=0, off=15)
     at("dead", id="bad", code="bad_json", reason="", off="15")
-    at("send", id="mute", topic="t", life=0, users=["u2"], device=None, h="hm", collapse=None, ttl=0, receipts=[], bad=None)
+    at(
+        "send",
+        id="mute",
+        topic="t",
+        life=0,
+        users=["u2"],
+        device=None,
+        h="hm",
+        collapse=None,
+        ttl=0,
+        receipts=[],
+        bad=None,
+    )
     at("prod", id="mute", st="ok", topic="t", life=0, part=1, off=15)
     for n, wait in enumerate((0, 0.5, 1, 2, 4, 8)):
         about = {"dev": "u2/m", "sess": "s-u2/m", "ep": 7, "gen": 0, "seq": 1, "id": "mute"}
@@ -113,8 +148,21 @@ def _again(events, acked):
     show["seq"] = recv["seq"] = 16
     recv["t"], show["t"] = last["t"] + 1, last["t"] + 2
     recv["ep"] = 8
-    events += [{"t": last["t"], "ev": "welcome", "dev": "u0/a", "sess": "s2", "ep": 8, "gen": 0, "seq": 15,
-                "chain": 1, "again": True}, recv, show]
+    events += [
+        {
+            "t": last["t"],
+            "ev": "welcome",
+            "dev": "u0/a",
+            "sess": "s2",
+            "ep": 8,
+            "gen": 0,
+            "seq": 15,
+            "chain": 1,
+            "again": True,
+        },
+        recv,
+        show,
+    ]
     events.sort(key=lambda e: e["t"])
 
 
@@ -214,9 +262,20 @@ MUTANTS = [
     ("untold", "a bad record without a dead letter", lambda e: _drop(e, _find(e, "dead"))),
     ("untold", "a dead letter with another code", _set("dead", {"code": "no_body"}, id="bad")),
     ("untold", "no accepted receipt", lambda e: _drop(e, _find(e, "rcpt", id="m4", kind="accepted"))),
-    ("untrue", "an acked receipt of nobody", _add("rcpt", kind="acked", id="m4", user="u1", device="a", seq=3, code=None)),
-    ("expired", "shown behind its time", lambda e: (_set("send", {"ttl": 1}, id="mute")(e), _move(e, _find(e, "send", id="mute"), 0),
-                                                    _move(e, _find(e, "show", id="mute"), 40 * SECOND))),
+    (
+        "untrue",
+        "an acked receipt of nobody",
+        _add("rcpt", kind="acked", id="m4", user="u1", device="a", seq=3, code=None),
+    ),
+    (
+        "expired",
+        "shown behind its time",
+        lambda e: (
+            _set("send", {"ttl": 1}, id="mute")(e),
+            _move(e, _find(e, "send", id="mute"), 0),
+            _move(e, _find(e, "show", id="mute"), 40 * SECOND),
+        ),
+    ),
     ("growth", "keys without end", _set("size", {"keys": 5000})),
     ("growth", "memory without end", _set("size", {"rss": {"purger-1": 900.0}})),
     ("died", "a process of its own accord", _add("died", proc="access-1")),

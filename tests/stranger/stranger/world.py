@@ -37,8 +37,15 @@ class World:
                 env = {"LD_PRELOAD": str(shim), "STRANGER_CLOCK": str(self.redis_clock)}
         shape = SHAPES[scenario.redis](directory, env, **({"replicas": True} if scenario.replicas else {}))
         self.cluster = Cluster(
-            directory, kafka, self.topics.names, f"{self.prefix}-purger", shape, scenario.lease_ms,
-            scenario.retry_base_ms, scenario.redis_options, shim if "roles" in scenario.clocks else None,
+            directory,
+            kafka,
+            self.topics.names,
+            f"{self.prefix}-purger",
+            shape,
+            scenario.lease_ms,
+            scenario.retry_base_ms,
+            scenario.redis_options,
+            shim if "roles" in scenario.clocks else None,
         )
         self.redis = shape
         self.devices: dict[str, Device] = {}
@@ -48,7 +55,9 @@ class World:
         audience: dict[str, list[str]] = {}
         for key, device in self.devices.items():
             audience.setdefault(device.user, []).append(key)
-        self.business = Business(kafka.brokers, self.topics, self.traces["producer"], random.Random(f"{seed}/load"), audience)
+        self.business = Business(
+            kafka.brokers, self.topics, self.traces["producer"], random.Random(f"{seed}/load"), audience
+        )
         self.watch: Watch | None = None
         self._background: list[asyncio.Task] = []
 
@@ -84,8 +93,9 @@ class World:
         for device in self.devices.values():
             if device not in self.latecomers:
                 device.come()
-        await self.until(lambda: all(d.registered for d in self.devices.values() if d not in self.latecomers), 60,
-                         "devices connect")
+        await self.until(
+            lambda: all(d.registered for d in self.devices.values() if d not in self.latecomers), 60, "devices connect"
+        )
         self.faults.write("begin", scenario=self.scenario.name, seed=self.seed)
         await self.sizes("begin")
 
@@ -190,8 +200,13 @@ class World:
     def missing(self) -> list[tuple[str, str]]:
         """(device, id) that are still owed; what a newer message with its collapse key replaced is not."""
         excused = self.watch.dead | self.business.replaced
-        return [(key, name) for name, owed in self.business.owed.items() if name not in excused
-                for key in owed if name not in self.devices[key].seen]
+        return [
+            (key, name)
+            for name, owed in self.business.owed.items()
+            if name not in excused
+            for key in owed
+            if name not in self.devices[key].seen
+        ]
 
     def uncommitted(self) -> list[tuple[str, int]]:
         return [place for place, end in self.business.ends.items() if self.watch.committed.get(place, 0) < end]
@@ -235,6 +250,7 @@ class World:
             task.cancel()
         for device in self.devices.values():
             self.faults.write("device", dev=device.key, user=device.user, kind=device.kind)
+        self.faults.write("over")
         await asyncio.gather(*(d.end() for d in self.devices.values()), return_exceptions=True)
         if self.watch:
             await asyncio.sleep(0.3)
