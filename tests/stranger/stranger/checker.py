@@ -12,6 +12,7 @@ RULES = {
     "lost": "committed, neither refused nor replaced, and a device of its audience never showed it",
     "stuck": "arrived only on a new connection long after the last fault, or its offset was never committed",
     "repeated": "an application that remembers 300 ids was shown one twice",
+    "starved": "too little of what was produced in a fault's time arrived within it",
     "acked": "shown again after this device had acknowledged it",
     "reordered": "shown behind a message that was produced after it to the same partition",
     "gap": "a seq was passed over without a skip",
@@ -40,6 +41,8 @@ class Expected:
     shown: int = 200
     forgets: bool = False
     skips: tuple[str, ...] = ("otherDevice", "collapsed")
+    # The share of messages that must arrive while a fault lasts: of those whom it does not concern.
+    flows: float = 0.0
     retry_base_ms: int = 500
     keys_a_user: float = 12
     rss_mb: float = 200
@@ -117,6 +120,7 @@ class _Check:
             self.answers,
             self.expiry,
             self.size,
+            self.flow,
             self.processes,
             self.vacuity,
         ):
@@ -336,6 +340,25 @@ class _Check:
         for name, mb in end["rss"].items():
             if mb > self.expected.rss_mb:
                 self.say("growth", f"{name} holds {mb} MB (at most {self.expected.rss_mb:.0f})")
+
+    def flow(self):
+        if not self.expected.flows:
+            return
+        begun = None
+        first = {}
+        for shows in self.shows.values():
+            for i, e in shows.items():
+                first[i] = min(e["t"], first.get(i, e["t"]))
+        for e in self.by["fault"]:
+            if e["on"]:
+                begun = e
+                continue
+            # What it takes until everybody has noticed, and what is on its way at the end, does not count.
+            low, high = begun["t"] + 3_000_000_000, e["t"] - 1_000_000_000
+            sent = [i for i, s in self.sent.items() if low < s["t"] < high and i in self.taken and not s["bad"]]
+            came = [i for i in sent if first.get(i, e["t"]) < e["t"]]
+            if len(came) < self.expected.flows * len(sent):
+                self.say("starved", f"{e['kind']} {e['target']}: {len(came)} of {len(sent)}")
 
     def processes(self):
         for e in self.by["died"]:

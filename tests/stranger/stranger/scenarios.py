@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import signal
 import time
 from collections.abc import Awaitable, Callable
 
@@ -180,9 +181,9 @@ async def stop_redis(w: World):
     async with w.flow():
         await w.sleep(3)
         with w.fault("stop", "redis"):
-            w.redis.masters[0].signal(19)
+            w.redis.masters[0].signal(signal.SIGSTOP)
             await w.sleep(8)
-            w.redis.masters[0].signal(18)
+            w.redis.masters[0].signal(signal.SIGCONT)
         await w.sleep(4)
 
 
@@ -191,9 +192,9 @@ async def stop_kafka(w: World):
     async with w.flow():
         await w.sleep(3)
         with w.fault("stop", "kafka"):
-            w.kafka.process.signal(19)
+            w.kafka.process.signal(signal.SIGSTOP)
             await w.sleep(8)
-            w.kafka.process.signal(18)
+            w.kafka.process.signal(signal.SIGCONT)
         await w.sleep(4)
 
 
@@ -510,7 +511,7 @@ async def client_kill(w: World):
 @scenario(
     "master-away",
     "one of three masters stopped for 10 s, leases are 3 s; then the next",
-    Expected(faults=3),
+    Expected(faults=3, flows=0.3),
     redis="cluster",
 )
 async def master_away(w: World):
@@ -518,9 +519,31 @@ async def master_away(w: World):
         await w.sleep(3)
         for n, server in enumerate(w.redis.masters):
             with w.fault("stop", f"master {n + 1} of 3"):
-                server.signal(19)
+                server.signal(signal.SIGSTOP)
                 await w.sleep(10)
-                server.signal(18)
+                server.signal(signal.SIGCONT)
+            await w.sleep(3)
+
+
+@scenario(
+    "master-blind",
+    "one of three masters stopped for 10 s, and one process of each role killed and started in that time",
+    Expected(faults=2),
+    redis="cluster",
+)
+async def master_blind(w: World):
+    async with w.flow():
+        await w.sleep(3)
+        for server in w.redis.masters[:2]:
+            with w.fault("stop", f"{server.name}, and start processes"):
+                server.signal(signal.SIGSTOP)
+                await w.sleep(2)
+                for role in w.cluster.roles.values():
+                    if role.number == 1:
+                        role.kill()
+                        role.start()
+                await w.sleep(8)
+                server.signal(signal.SIGCONT)
             await w.sleep(3)
 
 

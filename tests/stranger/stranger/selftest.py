@@ -94,7 +94,7 @@ def good_trace() -> tuple[list[dict], Expected]:
     at("size", when="quiet", keys=20, users=3, rss={"purger-1": 30.0})
     for dev, kind in devices.items():
         at("device", dev=dev, user=dev[:2], kind=kind)
-    return events, Expected(faults=1, shown=30)
+    return events, Expected(faults=1, shown=30, flows=0.9)
 
 
 def _find(events, ev, **fields):
@@ -229,6 +229,17 @@ def _empty(events):
     events[:] = [e for e in events if e["ev"] in ("fault", "mark", "device", "commit")]
 
 
+def _starved(events):
+    """The fault lasts longer, and nothing comes before it is over."""
+    on, off = _find(events, "fault", on=True), _find(events, "fault", on=False)
+    on["t"] -= 5 * SECOND
+    off["t"] = _find(events, "send", id="m12")["t"] + 2 * SECOND
+    for e in events:
+        if e["ev"] not in ("fault", "send", "prod", "welcome") and e["t"] < off["t"] + SECOND:
+            e["t"] += 3 * SECOND
+    events.sort(key=lambda e: e["t"])
+
+
 def _more_than_told(events):
     _lost(events)
     _add("skip", dev="u1/a", sess="s", ep=7, frm=15, to=17, why="evicted")(events)
@@ -240,6 +251,7 @@ MUTANTS = [
     ("lost", "another device than was told to skip", _more_than_told),
     ("stuck", "one arrives only when the device connects again", _stuck),
     ("stuck", "one offset is not committed", _uncommitted),
+    ("starved", "nothing arrives while a fault lasts", _starved),
     ("repeated", "one is shown again, not acknowledged", lambda e: _again(e, False)),
     ("acked", "one is shown again, acknowledged", lambda e: _again(e, True)),
     ("reordered", "two change places", _reordered),
