@@ -98,6 +98,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     match closed {
         Closed::Shutdown => Ok(ExitCode::SUCCESS),
         Closed::Refused(why) => bail!("the server will not have this device: {why}"),
+        Closed::Failed(why) => bail!("the client failed: {why}"),
     }
 }
 
@@ -140,6 +141,7 @@ async fn show(
 ) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let mut over = std::pin::pin!(tokio::time::sleep(args.period.unwrap_or(Duration::MAX)));
     let mut left = args.count.unwrap_or(u64::MAX);
     let mut held: Vec<AckHandle> = Vec::new();
@@ -154,6 +156,7 @@ async fn show(
             }
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
+            _ = hangup.recv() => break,
             () = &mut over => break,
             _ = client.closed() => break,
         }

@@ -1,12 +1,15 @@
 //! The application's side: building a client, taking its messages, shutting it down.
 
+use std::any::Any;
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use barid_core::{DeviceId, GroupId, InvalidName, limits};
+use futures::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +32,8 @@ pub struct Client {
     stop: CancellationToken,
     closed: watch::Receiver<Option<Closed>>,
     groups: watch::Sender<BTreeSet<GroupId>>,
+    /// What became of the handler, if it panicked.
+    failed: Arc<OnceLock<String>>,
 }
 
 /// What a client is to be. Made by [`Client::builder`].
@@ -184,11 +189,11 @@ impl Client {
         Ok(())
     }
 
-    /// Waits until the client is over: shut down, or refused for good.
+    /// Waits until the client is over: shut down, refused for good, or failed.
     pub async fn closed(&self) -> Closed {
         let mut closed = self.closed.clone();
         let ended = closed.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
-        ended.unwrap_or(Closed::Shutdown)
+        ended.unwrap_or_else(|| Closed::Failed("its task was ended".into()))
     }
 
     /// Takes no further messages, lets the application finish those that it has (for
@@ -331,12 +336,18 @@ impl Builder {
         Fut: Future<Output = Result<(), HandlerError>> + Send,
     {
         let (client, mut deliveries) = self.open(1)?;
+        let failed = Arc::clone(&client.failed);
         tokio::spawn(async move {
             while let Some(Delivery { message, ack }) = deliveries.next().await {
                 let (seq, id) = (message.seq, message.id.clone());
-                match handler(message).await {
-                    Ok(()) => ack.ack(),
-                    Err(error) => tracing::warn!(%seq, id, %error, "message not handled"),
+                match AssertUnwindSafe(async { handler(message).await }).catch_unwind().await {
+                    Ok(Ok(())) => ack.ack(),
+                    Ok(Err(error)) => tracing::warn!(%seq, id, %error, "message not handled"),
+                    Err(panic) => {
+                        let why = format!("the handler of message {seq}: {}", panic_text(&*panic));
+                        let _ = failed.set(why);
+                        break;
+                    }
                 }
             }
         });
@@ -372,12 +383,20 @@ impl Builder {
             (finish, finished),
             wanted,
         );
+        let failed = Arc::new(OnceLock::<String>::new());
+        let handler = Arc::clone(&failed);
+        let ended = stop.clone();
         tokio::spawn(async move {
-            let why = driver.run().await;
-            closed_tx.send_replace(Some(why));
+            let why = AssertUnwindSafe(driver.run()).catch_unwind().await;
+            ended.cancel();
+            closed_tx.send_replace(Some(match (why, handler.get()) {
+                (Ok(Closed::Shutdown), Some(handler)) => Closed::Failed(handler.clone()),
+                (Ok(why), _) => why,
+                (Err(panic), _) => Closed::Failed(panic_text(&*panic)),
+            }));
         });
         let deliveries = Deliveries { messages, stop: stop.clone() };
-        Ok((Client { stop, closed, groups }, deliveries))
+        Ok((Client { stop, closed, groups, failed }, deliveries))
     }
 
     fn settings(self) -> Result<Settings, InvalidBuilder> {
@@ -409,6 +428,13 @@ impl Builder {
             }),
         })
     }
+}
+
+/// What a panic says, for people.
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("without a text"))
 }
 
 /// Checks a URL, and completes its path.

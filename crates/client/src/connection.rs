@@ -3,6 +3,7 @@
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use barid_core::limits::{GENERATION_MAX, WIRE_NUMBER_MAX};
 use barid_wire::v1::{ClientFrame, ServerFrame, client_frame};
 use futures::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
@@ -69,9 +70,12 @@ impl Connection {
     /// `Ok(None)`: something came that is no frame, a ping.
     pub(crate) async fn receive(&mut self) -> Result<Option<ServerFrame>, Disconnect> {
         match self.socket.next().await {
-            Some(Ok(Message::Binary(bytes))) => ServerFrame::decode(bytes)
-                .map(Some)
-                .map_err(|error| Disconnect::Violation(error.to_string())),
+            Some(Ok(Message::Binary(bytes))) => {
+                let frame = ServerFrame::decode(bytes)
+                    .map_err(|error| Disconnect::Violation(error.to_string()))?;
+                check_numbers(&frame)?;
+                Ok(Some(frame))
+            }
             Some(Ok(Message::Text(_))) => {
                 Err(Disconnect::Violation("a text frame on a binary protocol".into()))
             }
@@ -100,6 +104,33 @@ impl Connection {
             }
         };
         let _ = timeout(CLOSE_TIMEOUT, goodbye).await;
+    }
+}
+
+/// Numbers that no node sends would overflow what is counted from them, or be refused when they are sent
+/// back.
+fn check_numbers(frame: &ServerFrame) -> Result<(), Disconnect> {
+    use barid_wire::v1::server_frame::Control;
+    let number = |what: &str, number: u64, max: u64| match number <= max {
+        true => Ok(()),
+        false => Err(Disconnect::Violation(format!("{what} {number} is above {max}"))),
+    };
+    let generation = |value: u32| number("generation", value.into(), GENERATION_MAX.into());
+    generation(frame.generation)?;
+    for message in &frame.deliver {
+        number("seq", message.seq, WIRE_NUMBER_MAX)?;
+    }
+    match &frame.control {
+        Some(Control::Welcome(welcome)) => welcome.positions.iter().try_for_each(|position| {
+            number("epoch", position.epoch, WIRE_NUMBER_MAX)?;
+            number("seq", position.seq, WIRE_NUMBER_MAX)?;
+            generation(position.generation)
+        }),
+        Some(Control::Skip(skip)) => {
+            number("skip.to", skip.to, WIRE_NUMBER_MAX)?;
+            generation(skip.generation)
+        }
+        _ => Ok(()),
     }
 }
 

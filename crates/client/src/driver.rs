@@ -29,8 +29,8 @@ const UNACKED_MAX: u64 = 64;
 const ACK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Between attempts to fetch a fresh token while the old one still serves.
 const TOKEN_RETRY: Duration = Duration::from_secs(5);
-/// Added to two ping intervals before a silent connection is given up.
-const SILENCE_SLACK: Duration = Duration::from_secs(5);
+/// Added to a ping interval before a silent connection is given up: nodes send something in each.
+const SILENCE_SLACK: Duration = Duration::from_secs(15);
 /// Ping intervals beyond this are believed to be mistakes.
 const PING_INTERVAL_MAX: Duration = Duration::from_secs(600);
 
@@ -52,6 +52,8 @@ pub(crate) struct Driver {
     last: Option<Uri>,
     /// It failed: another node is taken if there is one.
     avoid: bool,
+    /// Connections in a row that were refused because a higher attempt was known.
+    overtaken: u32,
     /// The groups that the application wants to hear.
     groups: watch::Receiver<BTreeSet<GroupId>>,
 }
@@ -85,6 +87,8 @@ struct Session {
     leave_at: Option<Instant>,
     /// The groups that it was asked for.
     groups: BTreeSet<GroupId>,
+    /// A higher attempt of this device that the server knows, or 0.
+    known_attempt: u64,
 }
 
 /// How one connection ended.
@@ -117,7 +121,17 @@ impl Driver {
             out: 0,
             stopping: false,
         };
-        Self { settings, work, attempt, reconnect, stop, last: None, avoid: false, groups }
+        Self {
+            settings,
+            work,
+            attempt,
+            reconnect,
+            stop,
+            last: None,
+            avoid: false,
+            overtaken: 0,
+            groups,
+        }
     }
 
     pub(crate) async fn run(mut self) -> Closed {
@@ -130,6 +144,8 @@ impl Driver {
                     self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
                     break Closed::Refused(why);
                 }
+                // It is told which attempt is known, and the next one is above: nothing has to be waited for.
+                Ended::Lost(why) if self.overtaken == 1 => (why, Duration::ZERO),
                 Ended::Lost(why) => {
                     let wait = self.reconnect.next_wait();
                     (why.clone(), wait + told_to_wait(&why))
@@ -178,6 +194,8 @@ impl Driver {
             Err(why) => Ended::Lost(why),
             Ok(ended) => ended,
         };
+        self.attempt = self.attempt.max(session.known_attempt);
+        self.overtaken = if session.known_attempt > 0 { self.overtaken + 1 } else { 0 };
         if began.elapsed() >= HELD || matches!(ended, Ended::Leaving { .. }) {
             self.reconnect.held();
         }
@@ -324,6 +342,7 @@ impl Work {
                 self.tell(Event::GoingAway { why: go_away.why, reconnect_after });
             }
             Some(server_frame::Control::Error(error)) => {
+                session.known_attempt = error.attempt;
                 self.tell(Event::ServerError { code: error.code, text: error.text });
             }
             Some(server_frame::Control::Ping(_)) => {
@@ -382,7 +401,7 @@ impl Work {
         });
         let interval = Duration::from_millis(welcome.ping_interval_ms.into());
         if !interval.is_zero() {
-            session.silence = interval.min(PING_INTERVAL_MAX) * 2 + SILENCE_SLACK;
+            session.silence = interval.min(PING_INTERVAL_MAX) + SILENCE_SLACK;
         }
         let interval = Duration::from_millis(welcome.ack_interval_ms.into());
         session.ack_interval = interval.min(ACK_INTERVAL_MAX);
@@ -521,6 +540,7 @@ impl Session {
             ack_at: None,
             leave_at: None,
             groups: BTreeSet::new(),
+            known_attempt: 0,
         }
     }
 

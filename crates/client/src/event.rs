@@ -116,6 +116,8 @@ pub enum SkipReason {
     Collapsed,
     /// The business took it back.
     Recalled,
+    /// This device acknowledged it in an earlier connection.
+    Acknowledged,
     /// A reason that this SDK does not know.
     Other,
 }
@@ -129,6 +131,7 @@ impl SkipReason {
             Self::OtherDevice => "other_device",
             Self::Collapsed => "collapsed",
             Self::Recalled => "recalled",
+            Self::Acknowledged => "acknowledged",
             Self::Other => "other",
         }
     }
@@ -141,6 +144,7 @@ impl SkipReason {
             Ok(Wire::OtherDevice) => Self::OtherDevice,
             Ok(Wire::Collapsed) => Self::Collapsed,
             Ok(Wire::Recalled) => Self::Recalled,
+            Ok(Wire::Acknowledged) => Self::Acknowledged,
             Ok(Wire::Unspecified) | Err(_) => Self::Other,
         }
     }
@@ -192,6 +196,8 @@ pub enum Closed {
     Shutdown,
     /// The server will not have this device back: a bad token, replaced, kicked, a limit.
     Refused(Disconnect),
+    /// A part of the client ended that should not have: a handler panicked, or the SDK did.
+    Failed(String),
 }
 
 impl fmt::Display for Closed {
@@ -199,6 +205,7 @@ impl fmt::Display for Closed {
         match self {
             Self::Shutdown => f.write_str("shut down"),
             Self::Refused(why) => why.fmt(f),
+            Self::Failed(why) => write!(f, "failed: {why}"),
         }
     }
 }

@@ -265,10 +265,14 @@ impl Inbox {
             self.give_up_refused(to, why, events);
             return Ok(());
         }
-        events.push(Event::Skipped { first: standing.received.next(), last: to, why });
+        let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
-        if why == SkipReason::Evicted {
+        // What this device acknowledged itself is no loss.
+        if why != SkipReason::Acknowledged {
+            events.push(Event::Skipped { first, last: to, why });
+        }
+        if matches!(why, SkipReason::Evicted | SkipReason::Acknowledged) {
             self.tell_by_id();
         }
         self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
@@ -276,7 +280,7 @@ impl Inbox {
         Ok(())
     }
 
-    /// What Redis evicted cannot be compared: after a failover other messages may have stood there,
+    /// What Redis does not keep cannot be compared: after a failover other messages may have stood there,
     /// and what came before may come again behind them.
     fn tell_by_id(&mut self) {
         self.bound_seen();

@@ -25,7 +25,7 @@ impl Live {
     pub(crate) fn deliver(&mut self, group: &str, message: Message, events: &mut Vec<Event>) {
         let known = self.last.get_key_value(group).map(|(group, last)| (Arc::clone(group), *last));
         let (group, last) = known.unwrap_or_else(|| (group.into(), Seq(0)));
-        let missed = message.seq.0.saturating_sub(last.0 + 1);
+        let missed = message.seq.0.saturating_sub(last.0.saturating_add(1));
         if last != Seq(0) && missed > 0 {
             events.push(Event::Missed { group: Arc::clone(&group), count: missed });
         }
@@ -77,6 +77,15 @@ mod tests {
         live.forget("a");
         live.deliver("a", message(100), &mut events);
         assert_eq!(events.len(), 1);
+    }
+
+    #[test]
+    fn hazard_43_the_last_number_of_all_is_followed_by_nothing() {
+        let (mut live, mut events) = (Live::default(), Vec::new());
+        [u64::MAX, 5, u64::MAX]
+            .iter()
+            .for_each(|seq| live.deliver("a", message(*seq), &mut events));
+        assert_eq!(events, [missed("a", u64::MAX - 6)]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use barid_core::limits::WIRE_NUMBER_MAX;
 use rand::RngExt as _;
 
 /// Full jitter over a doubling range: the first wait lies within `min` and twice of it, later ones
@@ -36,9 +37,10 @@ impl Reconnect {
     }
 }
 
-/// The number of the next connection attempt: the wall clock, but never again a number used before.
+/// The number of the next connection attempt: the wall clock, but never again a number used before. One
+/// beyond what the wire takes would be refused for good.
 pub(crate) fn next_attempt(last: u64, now_ms: u64) -> u64 {
-    now_ms.max(last + 1)
+    now_ms.max(last.saturating_add(1)).min(WIRE_NUMBER_MAX)
 }
 
 #[cfg(test)]
@@ -63,5 +65,9 @@ mod tests {
         assert_eq!(next_attempt(0, 1000), 1000);
         assert_eq!(next_attempt(1000, 1000), 1001);
         assert_eq!(next_attempt(1001, 5), 1002);
+        // hazard 43
+        for last in [WIRE_NUMBER_MAX - 1, WIRE_NUMBER_MAX, 1 << 53, 1 << 63, u64::MAX] {
+            assert_eq!(next_attempt(last, 5), WIRE_NUMBER_MAX);
+        }
     }
 }

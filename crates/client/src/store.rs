@@ -1,6 +1,7 @@
 //! Where a device stands, kept over restarts of the program.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -56,7 +57,8 @@ impl PositionStore for MemoryStore {
     }
 }
 
-/// Keeps the checkpoint in a small JSON file, replaced as a whole.
+/// Keeps the checkpoint in a small JSON file, replaced as a whole and synced: it outlives a power cut. A file
+/// that cannot be read all the same is put aside (`.broken`), and the server's memory of the device is used.
 #[derive(Debug, Clone)]
 pub struct FileStore {
     path: PathBuf,
@@ -76,18 +78,45 @@ impl FileStore {
 
 impl PositionStore for FileStore {
     fn load(&self) -> io::Result<Option<Checkpoint>> {
-        match std::fs::read(&self.path) {
-            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+        let bytes = match std::fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match serde_json::from_slice(&bytes) {
+            Ok(checkpoint) => Ok(Some(checkpoint)),
+            // Of a disk that lost what it had promised to keep. The server knows where the device stands.
+            Err(error) => {
+                let broken = self.beside(".broken");
+                tracing::warn!(path = %self.path.display(), %error, "stored position is not readable");
+                let _ = std::fs::rename(&self.path, broken);
+                Ok(None)
+            }
         }
     }
 
     fn save(&self, checkpoint: &Checkpoint) -> io::Result<()> {
-        let mut new = self.path.clone().into_os_string();
-        new.push(".new");
-        std::fs::write(&new, serde_json::to_vec(checkpoint)?)?;
-        std::fs::rename(&new, &self.path)
+        let new = self.beside(".new");
+        let mut file = File::create(&new)?;
+        file.write_all(&serde_json::to_vec(checkpoint)?)?;
+        // Else a power cut may leave the new name and none of what it names.
+        file.sync_all()?;
+        drop(file);
+        std::fs::rename(&new, &self.path)?;
+        let directory = self.path.parent().filter(|directory| !directory.as_os_str().is_empty());
+        // Where directories cannot be opened or synced, the file system sees to it.
+        if let Ok(directory) = File::open(directory.unwrap_or(Path::new("."))) {
+            let _ = directory.sync_all();
+        }
+        Ok(())
+    }
+}
+
+impl FileStore {
+    fn beside(&self, suffix: &str) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(suffix);
+        path.into()
     }
 }
 
@@ -155,10 +184,27 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_file_is_an_error_and_not_a_fresh_start() {
+    fn hazard_42_an_empty_or_torn_file_does_not_stop_the_client() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("phone.json");
-        std::fs::write(&path, "{").unwrap();
-        assert!(FileStore::new(path).load().is_err());
+        let store = FileStore::new(&path);
+        let checkpoint = Checkpoint { attempt: 5, recent: vec![1, 2], ..Default::default() };
+        store.save(&checkpoint).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for torn in 0..whole.len() {
+            std::fs::write(&path, &whole[..torn]).unwrap();
+            assert_eq!(store.load().unwrap(), None, "{torn} bytes of it");
+            assert!(!path.exists() && dir.path().join("phone.json.broken").exists());
+        }
+        std::fs::write(&path, [0; 64]).unwrap();
+        assert_eq!(store.load().unwrap(), None);
+        store.save(&checkpoint).unwrap();
+        assert_eq!(store.load().unwrap(), Some(checkpoint));
+    }
+
+    #[test]
+    fn what_cannot_be_read_at_all_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(FileStore::new(dir.path()).load().is_err());
     }
 }

@@ -74,7 +74,7 @@ impl Default for RecordLimits {
             payload_bytes_max: 64 * 1024,
             users_max: 1000,
             fanout_bytes_max: 8 * 1024 * 1024,
-            json_depth_max: 64,
+            json_depth_max: 60,
             ttl_seconds_max: 366 * 24 * 3600,
         }
     }

@@ -93,6 +93,7 @@ fn a_record_costs_a_bounded_multiple_of_itself() {
     let hostile = [
         ("brackets", json(format!(r#""to":{{"user":"a"}},"json":{}1"#, fill("[")))),
         ("brackets for an audience", json(format!(r#""to":{}"#, fill("[")))),
+        ("names", json(format!(r#""to":{{"user":"a"}},"json":{{{}"":1,"":1}}"#, fill(r#""":1,"#)))),
         ("objects for receipts", json(format!(r#""receipts":[{}"#, fill(r#"{"a":"#)))),
         ("fields", json(fill(r#""a":1,"#))),
         ("a field's name", json(format!(r#""{}":1"#, fill("n")))),

@@ -360,3 +360,79 @@ async fn groups_are_subscribed_again_after_a_reconnect_and_their_messages_say_so
     ];
     assert_eq!(told, wanted);
 }
+
+#[tokio::test]
+async fn hazard_37_a_client_whose_attempt_is_too_low_counts_on_from_the_known_one_at_once() {
+    let server = Server::start().await;
+    let hour = Duration::from_secs(3600);
+    // The wait before a reconnect would be an hour.
+    let (_client, _shown) = start(server.client().reconnect_between(hour, hour));
+    let mut peer = server.accept().await;
+    let first = peer.hello().await.attempt;
+    let known = first + 86_400_000;
+    let error = v1::Error { code: 4005, text: "known".into(), attempt: known };
+    peer.control(server_frame::Control::Error(error)).await;
+    peer.close(4005, "overloaded").await;
+    let (_peer, hello) = server.welcome(7, 1, 0).await;
+    assert_eq!(hello.attempt, known + 1);
+}
+
+#[tokio::test]
+async fn hazard_43_numbers_that_no_node_sends_are_a_violation_and_no_panic() {
+    let server = Server::start().await;
+    let (events, mut told) = mpsc::channel(64);
+    let on_event = move |event| drop(events.try_send(event));
+    let (_client, _shown) = start(server.client().on_event(on_event));
+    for seq in [1 << 53, 1 << 63, u64::MAX] {
+        for group in ["", "news"] {
+            let (mut peer, _) = server.welcome(7, 1, 0).await;
+            peer.deliver_to(group, seq..=seq).await;
+            loop {
+                match timeout(PATIENCE, told.recv()).await.expect("an event in time").unwrap() {
+                    Event::Disconnected { why: Disconnect::Violation(why), .. } => {
+                        assert!(why.contains("above"), "{why}");
+                        break;
+                    }
+                    Event::Disconnected { why, .. } => panic!("{why}"),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn hazard_43_a_handler_that_panics_is_a_failure_and_no_shutdown() {
+    let server = Server::start().await;
+    let handler = |_| async { panic!("of the application") };
+    let client = server.client().start(handler).unwrap();
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    peer.deliver(1, 1..=1).await;
+    let closed = timeout(PATIENCE, client.closed()).await.expect("an end in time");
+    let Closed::Failed(why) = closed else { panic!("{closed:?}") };
+    assert!(why.contains("of the application"), "{why}");
+}
+
+#[tokio::test]
+async fn hazard_56_what_the_device_acknowledged_itself_is_no_loss() {
+    let server = Server::start().await;
+    let (events, mut told) = mpsc::channel(64);
+    let on_event = move |event| drop(events.try_send(event));
+    let (_client, mut shown) = start(server.client().on_event(on_event));
+    let (mut peer, _) = server.welcome(7, 1, 0).await;
+    let skip = |to, why: v1::SkipReason| {
+        let (why, generation) = (why.into(), 1);
+        server_frame::Control::Skip(v1::Skip { to, why, generation, ..Default::default() })
+    };
+    peer.control(skip(3, v1::SkipReason::Acknowledged)).await;
+    peer.control(skip(4, v1::SkipReason::Evicted)).await;
+    peer.deliver(1, 5..=5).await;
+    assert_eq!(shown.next().await, "m5");
+    let mut skipped = Vec::new();
+    while let Ok(event) = told.try_recv() {
+        if let Event::Skipped { first, last, .. } = event {
+            skipped.push((first.0, last.0));
+        }
+    }
+    assert_eq!(skipped, [(4, 4)]);
+}

@@ -2,7 +2,9 @@
 //! stand as it is, receipts by their short names).
 
 use std::fmt;
+use std::ops::Range;
 
+use barid_core::IdHash;
 use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
@@ -12,6 +14,7 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::{Flaw, RecordLimits, RefusalCode, flaw, receipt, too_many_users};
+use crate::cut;
 use crate::v1::{Audience, PushRecord, push_record::Body};
 
 /// Reads a record's fields into `record`. Whatever is wrong elsewhere, the names that can be read are
@@ -276,7 +279,9 @@ fn receipts(raw: &RawValue) -> Result<Vec<i32>, Flaw> {
         .collect()
 }
 
-/// One JSON value, not deeper than `depth_max`.
+/// One JSON value, not deeper than `depth_max`, that every parser takes: it goes into a frame as it is, and
+/// would spoil all of it. So it is I-JSON (RFC 7493) as far as parsers differ: no halves of characters, no
+/// name twice in an object, no number beyond a double.
 pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     if depth(text) > depth_max {
         let reason = format!("the JSON body nests deeper than {depth_max}");
@@ -284,8 +289,104 @@ pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     }
     // Reading a raw value takes no recursion.
     match serde_json::from_slice::<&RawValue>(text) {
-        Ok(_) => Ok(()),
+        Ok(value) => Scan::default()
+            .value(value.get())
+            .or_else(|problem| flaw(RefusalCode::BadJsonBody, format!("`json` {problem}"))),
         Err(e) => flaw(RefusalCode::BadJsonBody, format!("`json` is not a JSON value: {e}")),
+    }
+}
+
+/// What syntax does not tell of a value whose syntax was checked.
+#[derive(Default)]
+struct Scan {
+    /// Where the names of each open object begin; `None`: an array.
+    open: Vec<Option<usize>>,
+    /// Hashes of the names of the open objects, and where each stands.
+    names: Vec<(u64, Range<u32>)>,
+}
+
+impl Scan {
+    fn value(mut self, text: &str) -> Result<(), String> {
+        let bytes = text.as_bytes();
+        let (mut at, mut is_name) = (0, false);
+        while let Some(byte) = bytes.get(at) {
+            let mut end = at + 1;
+            match byte {
+                b'{' => {
+                    self.open.push(Some(self.names.len()));
+                    is_name = true;
+                }
+                b'[' => {
+                    self.open.push(None);
+                    is_name = false;
+                }
+                b'}' | b']' => {
+                    self.close(text)?;
+                    is_name = false;
+                }
+                b',' => is_name = matches!(self.open.last(), Some(Some(_))),
+                b':' => is_name = false,
+                b'"' => {
+                    end = string_end(bytes, at);
+                    let hash = string_hash(&text[at..end])?;
+                    if is_name {
+                        // A body has at most as many bytes as the limit of a record, far below 4 GiB.
+                        self.names.push((hash, at as u32..end as u32));
+                    }
+                }
+                b'-' | b'0'..=b'9' => {
+                    let rest = &bytes[at..];
+                    let of_number =
+                        |b: &u8| matches!(b, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-');
+                    end = at + rest.iter().take_while(|b| of_number(b)).count();
+                    let number = &text[at..end];
+                    if !number.parse::<f64>().is_ok_and(f64::is_finite) {
+                        return Err(format!("has a number beyond a double: {}", cut(number, 32)));
+                    }
+                }
+                _ => {}
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, text: &str) -> Result<(), String> {
+        let Some(Some(first)) = self.open.pop() else { return Ok(()) };
+        let names = &mut self.names[first..];
+        names.sort_unstable_by_key(|(hash, _)| *hash);
+        let twice = names.windows(2).find(|pair| pair[0].0 == pair[1].0);
+        if let Some([(_, name), _]) = twice {
+            let name = &text[name.start as usize..name.end as usize];
+            return Err(format!("has the name {} twice in an object", cut(name, 64)));
+        }
+        self.names.truncate(first);
+        Ok(())
+    }
+}
+
+/// Behind the closing quote of the string that begins at `start`.
+fn string_end(bytes: &[u8], start: usize) -> usize {
+    let mut at = start + 1;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
+/// Of what it says, however it is escaped.
+fn string_hash(quoted: &str) -> Result<u64, String> {
+    if !quoted.contains('\\') {
+        return Ok(IdHash::of(&quoted[1..quoted.len() - 1]).ring);
+    }
+    match serde_json::from_str::<String>(quoted) {
+        Ok(text) => Ok(IdHash::of(&text).ring),
+        // Syntax was checked: what is left are halves of characters.
+        Err(_) => Err(format!("has a string that is not Unicode: {}", cut(quoted, 64))),
     }
 }
 
