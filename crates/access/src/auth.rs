@@ -16,6 +16,7 @@ use serde_json::Value;
 use crate::config::AuthConfig;
 use jwks::Jwks;
 use keys::Key;
+use prometheus::IntCounter;
 
 /// What a valid token says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +79,8 @@ pub struct Verifier {
     audience: Vec<String>,
     issuer: Vec<String>,
     nbf_leeway_s: u64,
+    /// Keys of key sets that could not be read, each time a set was.
+    pub keys_skipped: IntCounter,
 }
 
 /// Of any type, so that a claim of a wrong one can be named.
@@ -115,12 +118,17 @@ impl Verifier {
     /// # Errors
     /// A key cannot be read or used.
     pub fn new(config: &AuthConfig) -> Result<Self, KeyError> {
+        let name = "barid_access_keys_skipped_total";
+        let keys_skipped = IntCounter::new(name, "Keys of key sets that could not be read")
+            .map_err(|error| KeyError(error.to_string()))?;
+        let jwks = config.jwks.iter().map(|jwks| Jwks::new(jwks, keys_skipped.clone()));
         Ok(Self {
             keys: config.keys.iter().map(Key::from_config).collect::<Result<_, _>>()?,
-            jwks: config.jwks.iter().map(Jwks::new).collect::<Result<_, _>>()?,
+            jwks: jwks.collect::<Result<_, _>>()?,
             audience: config.audience.clone(),
             issuer: config.issuer.clone(),
             nbf_leeway_s: config.nbf_leeway_seconds,
+            keys_skipped,
         })
     }
 

@@ -64,6 +64,7 @@ impl Bounded for LimitsConfig {
             connections("app_connections_max").or_zero("no limit"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
             // Room for a Hello, or a token.
             whole("frame_bytes_max", 1024..=BODY_BYTES_MAX.into(), "bytes"),
             whole("upstream_frames_per_second", 1..=1_000_000, "a second").or_zero("no limit"),
@@ -331,6 +332,9 @@ pub struct LimitsConfig {
     pub addresses_max: usize,
     /// Devices of one user connected to this node at once; a further one is closed with 4504. May be 0.
     pub user_connections_max: u32,
+    /// A Hello's attempt is believed up to so many milliseconds ahead of the clock of the user's mailbox;
+    /// the moment of the handshake takes the place of one beyond.
+    pub attempt_ahead_ms: u64,
     /// Connections of one app to this node at once; further ones get 429. May be 0.
     pub app_connections_max: u32,
     /// How long a handshake may take, ms.
@@ -389,6 +393,7 @@ impl Default for LimitsConfig {
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
             user_connections_max: 32,
+            attempt_ahead_ms: 10_000,
             app_connections_max: 0,
             handshake_timeout_ms: 5_000,
             hello_timeout_ms: 10_000,

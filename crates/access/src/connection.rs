@@ -24,7 +24,7 @@ use barid_core::CloseCode;
 use barid_mailbox::DisconnectRequest;
 use barid_runtime::Sighting;
 use barid_wire::envelope::Envelope;
-use barid_wire::frames::{ClientFrame, Encoding, ServerFrame, decode_client, encode_server};
+use barid_wire::frames::{ClientFrame, Encoding, Heard, ServerFrame, decode_client, encode_server};
 use barid_wire::v1;
 use bytes::Bytes;
 use tokio::time::timeout;
@@ -41,6 +41,9 @@ use crate::node::Node;
 use crate::session::{Close, Closing, Connected, Effect, Heartbeat};
 use crate::socket::{self, Message, Socket};
 use crate::upstream::Spent;
+
+/// Over how long those return whose history changed.
+const RETURN_SPREAD_MS: u32 = 10_000;
 
 /// Turns of the loop before other tasks have theirs.
 const TURNS_MAX: usize = 64;
@@ -59,14 +62,16 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let node = Arc::clone(&arrival.node);
     let (mut accepted, admitted) = handshake::accept(*arrival).await?;
     node.metrics.connections.inc();
-    let close = match identify(&node, &mut accepted).await {
+    let refusal = match identify(&node, &mut accepted).await {
         Ok((session, handle, codec)) => {
             return Some((Connection::begin(&node, accepted, session, handle, codec), admitted));
         }
-        Err(close) => close,
+        Err(refusal) => refusal,
     };
-    node.metrics.close(close.as_ref().map(|close| close.code));
-    hang_up(&node, accepted.socket, accepted.encoding, close).await;
+    node.metrics.close(refusal.as_ref().map(|refusal| refusal.close.code));
+    let attempt = refusal.as_ref().map_or(0, |refusal| refusal.attempt.0);
+    let close = refusal.map(|refusal| refusal.close);
+    hang_up(&node, accepted.socket, accepted.encoding, close, attempt).await;
     node.metrics.connections.dec();
     None
 }
@@ -108,6 +113,8 @@ struct Connection {
     refreshing: Option<Refreshing>,
     effects: Vec<Effect>,
     end: Option<End>,
+    /// It was told that something it says is not known here.
+    told_ignored: bool,
 }
 
 impl Connection {
@@ -144,6 +151,7 @@ impl Connection {
             refreshing: None,
             effects: Vec::new(),
             end: None,
+            told_ignored: false,
         });
         node.metrics.sessions.inc();
         connection.welcome();
@@ -245,7 +253,7 @@ impl Connection {
             settle(&node, &handle, &closing).await;
             node.metrics.sessions.dec();
         };
-        tokio::join!(settled, hang_up(&node, socket, codec.encoding, closing.close.clone()));
+        tokio::join!(settled, hang_up(&node, socket, codec.encoding, closing.close.clone(), 0));
         node.metrics.connections.dec();
     }
 }
@@ -263,11 +271,12 @@ async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
 }
 
 /// Ends a socket politely, within a bound.
-async fn hang_up(node: &Node, socket: Socket, encoding: Encoding, close: End) {
+async fn hang_up(node: &Node, socket: Socket, encoding: Encoding, close: End, attempt: u64) {
     let limit = Duration::from_millis(node.limits.close_timeout_ms);
-    let error = close.as_ref().and_then(|close| error_frame(encoding, close));
-    let error = error.map(|frame| message(encoding, frame));
-    if !socket.hang_up(error, close.as_ref(), limit).await {
+    let last = close.as_ref().map_or_else(Vec::new, |close| last_frames(close, attempt));
+    let last = last.iter().filter_map(|frame| encode_server(encoding, frame).ok());
+    let last: Vec<_> = last.map(|frame| message(encoding, frame)).collect();
+    if !socket.hang_up(last, close.as_ref(), limit).await {
         node.metrics.limit("close_timeout");
     }
 }
@@ -282,11 +291,7 @@ async fn forget(node: &Node, handle: &Handle) {
 }
 
 /// A device's frame; `None` for control frames.
-fn decode(
-    node: &Node,
-    encoding: Encoding,
-    message: &Message,
-) -> Result<Option<ClientFrame>, Close> {
+fn decode(node: &Node, encoding: Encoding, message: &Message) -> Result<Option<Heard>, Close> {
     let bytes: &[u8] = match (message, encoding) {
         (Message::Text(text), Encoding::Json) => text.as_bytes(),
         (Message::Binary(bytes), Encoding::Proto) => bytes,
@@ -296,9 +301,10 @@ fn decode(
         }
         _ => return Ok(None),
     };
-    let frame = decode_client(encoding, bytes)
+    let heard = decode_client(encoding, bytes)
         .map_err(|error| Close::new(CloseCode::BadFrame, error.to_string()))?;
-    node.metrics.frame_in(match &frame {
+    let Some(frame) = &heard.frame else { return Ok(Some(heard)) };
+    node.metrics.frame_in(match frame {
         ClientFrame::Hello(_) => "hello",
         ClientFrame::Ack(_) => "ack",
         ClientFrame::Refresh(_) => "refresh",
@@ -306,7 +312,7 @@ fn decode(
         ClientFrame::Subscribe(_) => "subscribe",
         ClientFrame::Unsubscribe(_) => "unsubscribe",
     });
-    Ok(Some(frame))
+    Ok(Some(heard))
 }
 
 /// What a broken socket is closed with; `None`: there is nobody to tell.
@@ -335,12 +341,19 @@ fn of<'a>(handle: &'a Handle, seen: Sighting<'a>) -> Sighting<'a> {
 }
 
 /// Draining is told by GoAway, and is no error. What breaks WebSocket is answered with a close alone.
-fn error_frame(encoding: Encoding, close: &Close) -> Option<Bytes> {
+fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     if close.code == CloseCode::Draining || close.code.is_websockets() {
-        return None;
+        return Vec::new();
     }
-    let error = v1::Error { code: close.code.code().into(), text: close.text.to_string() };
-    encode_server(encoding, &ServerFrame::Error(error)).ok()
+    let (code, text) = (close.code.code().into(), close.text.to_string());
+    let error = ServerFrame::Error(v1::Error { code, text, attempt });
+    if close.code != CloseCode::HistoryChanged {
+        return vec![error];
+    }
+    // One failover closes thousands at once, and simple clients would all be back at once.
+    let why = close.code.as_str().to_owned();
+    let reconnect_after_ms = rand::random_range(0..=RETURN_SPREAD_MS);
+    vec![ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }), error]
 }
 
 fn message(encoding: Encoding, frame: Bytes) -> Message {

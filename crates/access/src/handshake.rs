@@ -21,7 +21,8 @@ use tokio_tungstenite::tungstenite::handshake::server::{
 };
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::{
-    AUTHORIZATION, CONTENT_LENGTH, ORIGIN, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, ORIGIN, SEC_WEBSOCKET_EXTENSIONS,
+    SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING, UPGRADE,
 };
 
 use crate::admission::{Admitted, Refused};
@@ -189,7 +190,8 @@ async fn judge(
 ) -> Result<Judged, Failure> {
     let over = |refused| Failure::Refused(Refusal::limit(node, refused));
     let read = timeout_at(deadline.into(), read_request(stream)).await;
-    let (request, rest) = read.map_err(|_| no_request())??;
+    let (mut request, rest) = read.map_err(|_| no_request())??;
+    join_lists(&mut request);
     if node.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
         let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
@@ -405,6 +407,20 @@ fn check_first_byte(first: u8) -> Result<(), Failure> {
     }
 }
 
+/// Fields whose values are lists may stand on several lines, which mean the same as one (RFC 9110, 5.3);
+/// who reads them looks at the first one.
+fn join_lists(request: &mut Request) {
+    let headers = request.headers_mut();
+    for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_EXTENSIONS] {
+        let lines: Vec<_> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
+        if lines.len() > 1
+            && let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b", "[..]))
+        {
+            headers.insert(name, joined);
+        }
+    }
+}
+
 /// A header that stands twice is read differently by whoever stands between, and so is a body that
 /// a handshake cannot have: both are how requests are smuggled.
 fn check_headers(request: &Request) -> Result<(), Failure> {
@@ -413,7 +429,11 @@ fn check_headers(request: &Request) -> Result<(), Failure> {
     if let Some(name) = single.iter().find(|name| headers.get_all(**name).iter().count() > 1) {
         return Err(refused(BAD_REQUEST, "bad_request", format!("header {name} stands twice")));
     }
-    let no_length = headers.get(CONTENT_LENGTH).is_none_or(|length| length == "0");
+    let no_length = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
+    let tokens = request.uri().query().unwrap_or_default().split('&');
+    if tokens.filter(|pair| pair.starts_with("token=")).count() > 1 {
+        return Err(refused(BAD_REQUEST, "bad_request", "parameter token stands twice"));
+    }
     if headers.contains_key(TRANSFER_ENCODING) || !no_length {
         return Err(refused(BAD_REQUEST, "bad_request", "a handshake has no body"));
     }
@@ -490,7 +510,8 @@ pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<
     let mut stream = Stream::Plain(stream);
     let limit = Duration::from_millis(limits.handshake_timeout_ms);
     let answered = async {
-        let (request, rest) = read_request(&mut stream).await?;
+        let (mut request, rest) = read_request(&mut stream).await?;
+        join_lists(&mut request);
         check_headers(&request)?;
         respond(&mut stream, &create_response(&request).map_err(unreadable)?).await?;
         Ok(rest)

@@ -42,13 +42,15 @@ const TOKENS: [&str; 10] = [
     "other_app",
     "somebody_else",
 ];
-const SKIPS: [&str; 6] =
-    ["unspecified", "expired", "evicted", "other_device", "collapsed", "recalled"];
+const SKIPS: [&str; 7] =
+    ["unspecified", "expired", "evicted", "other_device", "collapsed", "recalled", "acknowledged"];
+const IGNORED: [&str; 3] = ["kind", "field", "mailbox"];
 const FRAMES: [&str; 6] = ["hello", "ack", "refresh", "pong", "subscribe", "unsubscribe"];
 const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
 const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
 const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 19] = [
+const LIMITS: [&str; 20] = [
+    "attempt_ahead",
     "connections",
     "handshakes",
     "handshake_rate",
@@ -125,6 +127,7 @@ pub struct Metrics {
     redis_retries: IntCounterVec,
     confirms: IntCounterVec,
     limits: IntCounterVec,
+    ignored: IntCounterVec,
     certificates: IntCounterVec,
     /// Receipts that found no room on their way to Kafka.
     pub receipts_dropped: IntCounter,
@@ -211,6 +214,12 @@ impl Metrics {
                 "Frames of devices, by kind",
                 "kind",
                 &FRAMES,
+            )?,
+            ignored: make.counters(
+                "ignored_total",
+                "What devices said and this version does not know",
+                "what",
+                &IGNORED,
             )?,
             bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
             syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
@@ -306,6 +315,7 @@ impl Metrics {
             SkipReason::OtherDevice => "other_device",
             SkipReason::Collapsed => "collapsed",
             SkipReason::Recalled => "recalled",
+            SkipReason::Acknowledged => "acknowledged",
         };
         self.skips.with_label_values(&[why]).inc();
     }
@@ -313,6 +323,11 @@ impl Metrics {
     /// A device sent a frame.
     pub fn frame_in(&self, kind: &'static str) {
         self.frames_in.with_label_values(&[kind]).inc();
+    }
+
+    /// A device said what this version does not know.
+    pub fn ignored(&self, what: &'static str) {
+        self.ignored.with_label_values(&[what]).inc();
     }
 
     /// A mailbox is read.

@@ -120,6 +120,7 @@ async fn build(
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
     let verifier = Verifier::new(&config.auth)?;
+    context.metrics.register(Box::new(verifier.keys_skipped.clone()))?;
     let receipts = receipts(config, &metrics)?;
     let open = || Mailbox::open(&config.redis, &context.metrics);
     let is_away = barid_mailbox::Error::is_away;

@@ -96,6 +96,21 @@ impl Close {
     }
 }
 
+/// Why a device may not connect now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What to close with.
+    pub close: Close,
+    /// The attempt that is known of this device, where its own is lower; else 0.
+    pub attempt: Attempt,
+}
+
+impl From<Close> for Refusal {
+    fn from(close: Close) -> Self {
+        Self { close, attempt: Attempt(0) }
+    }
+}
+
 /// A page that the session wants to read: what comes after `after`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadFrom {

@@ -186,11 +186,11 @@ impl Socket {
         }
     }
 
-    /// Ends the connection politely: the last message, a close (none if the other end closed or is
+    /// Ends the connection politely: the last messages, a close (none if the other end closed or is
     /// gone), and then its end is waited for. False if all that took longer than `limit`.
     pub async fn hang_up(
         self,
-        last: Option<Message>,
+        last: impl IntoIterator<Item = Message>,
         close: Option<&Close>,
         limit: Duration,
     ) -> bool {
@@ -198,9 +198,13 @@ impl Socket {
         timeout(limit, self.close(last, close)).await.is_ok()
     }
 
-    async fn close(mut self, last: Option<Message>, close: Option<&Close>) -> Result<(), Error> {
-        if let Some(message) = last.filter(|_| self.writes) {
-            self.feed(message)?;
+    async fn close(
+        mut self,
+        last: impl IntoIterator<Item = Message>,
+        close: Option<&Close>,
+    ) -> Result<(), Error> {
+        if self.writes {
+            last.into_iter().try_for_each(|message| self.feed(message))?;
         }
         if let Some(close) = close.filter(|_| self.writes) {
             let code = close.code.code().into();

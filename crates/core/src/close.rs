@@ -21,6 +21,8 @@ pub enum CloseCode {
     TokenExpired = 4004,
     /// The node has no room.
     Overloaded = 4005,
+    /// The mailbox's history is not the one that was written to the device.
+    HistoryChanged = 4006,
     /// The token is not valid.
     BadToken = 4500,
     /// A frame that cannot be understood.
@@ -35,7 +37,7 @@ pub enum CloseCode {
 
 impl CloseCode {
     /// All of them, by number.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::ProtocolError,
         Self::InvalidPayload,
         Self::Draining,
@@ -44,6 +46,7 @@ impl CloseCode {
         Self::Heartbeat,
         Self::TokenExpired,
         Self::Overloaded,
+        Self::HistoryChanged,
         Self::BadToken,
         Self::BadFrame,
         Self::Replaced,
@@ -83,6 +86,7 @@ impl CloseCode {
             Self::Heartbeat => "heartbeat",
             Self::TokenExpired => "token_expired",
             Self::Overloaded => "overloaded",
+            Self::HistoryChanged => "history_changed",
             Self::BadToken => "bad_token",
             Self::BadFrame => "bad_frame",
             Self::Replaced => "replaced",

@@ -133,7 +133,10 @@ pub enum ConnectOutcome {
         reset: bool,
     },
     /// A newer attempt of this device is connected, or came and went.
-    Superseded,
+    Superseded {
+        /// That attempt: a higher one connects.
+        by: Attempt,
+    },
     /// The user has as many devices as it may have, all of them online.
     TooManyDevices,
     /// The call reached Redis after its deadline.
@@ -184,6 +187,8 @@ pub struct ReadRequest {
     pub entries_max: u32,
     /// Stop after so many bytes (at least one entry comes).
     pub bytes_max: u32,
+    /// Whose cursor is told where entries behind `after` are gone.
+    pub device: Option<DeviceId>,
 }
 
 /// A part of a mailbox.
@@ -199,6 +204,9 @@ pub struct Page {
     pub newest: Seq,
     /// Encoded envelopes, in order, from `max(after + 1, oldest)`.
     pub entries: Vec<Bytes>,
+    /// The device's cursor, where `oldest` is above `after + 1` and the device is known: up to there it
+    /// acknowledged by itself what is gone, perhaps in an earlier session a moment ago.
+    pub cursor: Option<Position>,
 }
 
 /// Everything up to a position is done.

@@ -36,6 +36,8 @@ pub enum Heard {
 pub struct Delivered {
     /// The group that it is for, `everyone`, or empty: the user.
     pub mailbox: String,
+    /// How often the device's cursor was reset before it was sent.
+    pub generation: u64,
     /// Position in the mailbox.
     pub seq: u64,
     /// The business's id.
@@ -51,6 +53,8 @@ pub struct Delivered {
 pub struct Device {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     waiting: std::collections::VecDeque<Heard>,
+    /// Of the last frame that the test saw.
+    generation: u64,
 }
 
 impl Device {
@@ -65,7 +69,7 @@ impl Device {
         headers.insert("authorization", format!("Bearer {token}").parse()?);
         let opened = tokio::time::timeout(PATIENCE, connect_async(request)).await;
         let (socket, _) = opened.context("handshake takes too long")??;
-        Ok(Self { socket, waiting: Default::default() })
+        Ok(Self { socket, waiting: Default::default(), generation: 0 })
     }
 
     /// Opens, says Hello as `device` and waits for Welcome.
@@ -97,12 +101,12 @@ impl Device {
         Ok(self.socket.send(Frame::text(frame.to_string())).await?)
     }
 
-    /// Acknowledges everything up to `seq`.
+    /// Acknowledges everything up to `seq`, in the generation of the last frame that was read.
     ///
     /// # Errors
     /// The connection is broken.
     pub async fn ack(&mut self, seq: u64) -> Result<()> {
-        self.send(&json!({ "ack": { "seq": seq } })).await
+        self.send(&json!({ "ack": { "seq": seq, "generation": self.generation } })).await
     }
 
     /// What comes next.
@@ -195,6 +199,15 @@ impl Device {
     async fn next_before(&mut self, deadline: Instant) -> Result<Option<Heard>> {
         loop {
             if let Some(heard) = self.waiting.pop_front() {
+                let of = |fields: &Value| fields["generation"].as_u64().unwrap_or_default();
+                match &heard {
+                    Heard::Welcome(welcome) => self.generation = of(&welcome["positions"][0]),
+                    Heard::Skip(skip) => self.generation = of(skip),
+                    Heard::Message(message) if message.mailbox.is_empty() => {
+                        self.generation = message.generation;
+                    }
+                    _ => (),
+                }
                 return Ok(Some(heard));
             }
             let Ok(frame) = timeout_at(deadline, self.socket.next()).await else { return Ok(None) };
@@ -227,8 +240,10 @@ impl Device {
             "deliver" => {
                 let messages = fields["messages"].as_array();
                 let mailbox = fields["mailbox"].as_str().unwrap_or_default();
+                let generation = fields["generation"].as_u64().unwrap_or_default();
                 for message in messages.with_context(|| format!("no messages: {text}"))? {
-                    self.waiting.push_back(Heard::Message(delivered(mailbox, message)?));
+                    let message = delivered(mailbox, generation, message)?;
+                    self.waiting.push_back(Heard::Message(message));
                 }
             }
             other => self.waiting.push_back(Heard::Other(other.into(), fields.clone())),
@@ -237,13 +252,14 @@ impl Device {
     }
 }
 
-fn delivered(mailbox: &str, message: &Value) -> Result<Delivered> {
+fn delivered(mailbox: &str, generation: u64, message: &Value) -> Result<Delivered> {
     let mut fields =
         message.as_object().with_context(|| format!("not a message: {message}"))?.clone();
     let seq = fields.remove("seq").and_then(|v| v.as_u64());
     let id = fields.remove("id").and_then(|v| v.as_str().map(str::to_owned));
     Ok(Delivered {
         mailbox: mailbox.to_owned(),
+        generation,
         seq: seq.with_context(|| format!("no seq: {message}"))?,
         id: id.with_context(|| format!("no id: {message}"))?,
         body: Value::Object(fields),

@@ -91,6 +91,24 @@ pub enum Body {
     Data(Bytes),
 }
 
+/// What a device's frame says to this version: something, nothing, or less than it says to a newer one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Heard {
+    /// The frame; `None`: its kind is a newer version's.
+    pub frame: Option<ClientFrame>,
+    /// What of it was passed over. (Fields that only a newer version knows leave no trace in protobuf.)
+    pub ignored: Option<Ignored>,
+}
+
+/// What only a newer version knows. The client may be ahead of its node while a cluster is upgraded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ignored {
+    /// A kind of frame, by its name or number.
+    Kind(String),
+    /// A field, behind its frame's kind.
+    Field(String),
+}
+
 /// Bytes that are no frame, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
@@ -101,11 +119,8 @@ pub enum FrameError {
     #[error("not a JSON frame: {0}")]
     Json(String),
     /// No kind that this version knows.
-    #[error("the frame is of no known kind; {KINDS} are")]
+    #[error("the frame is of no kind; {KINDS} are")]
     Kind,
-    /// A kind by name that this version does not know.
-    #[error("there is no kind {0:?}; {KINDS} are")]
-    UnknownKind(String),
     /// Hello stands in more mailboxes than a device may follow.
     #[error("hello.positions has {0} entries, the limit is {POSITIONS_MAX}")]
     Positions(usize),
@@ -126,17 +141,18 @@ pub enum FrameError {
     Unpack(u64, String),
 }
 
-/// Reads a device's frame. Both encodings take whatever a client may reasonably leave out.
+/// Reads a device's frame. Both encodings take whatever a client may reasonably leave out, and pass over
+/// what a newer client may add.
 ///
 /// # Errors
 /// [`FrameError`], in words that help who wrote the client.
-pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<ClientFrame, FrameError> {
-    let frame = match encoding {
+pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<Heard, FrameError> {
+    let heard = match encoding {
         Encoding::Proto => proto::decode_client(bytes)?,
         Encoding::Json => json::decode_client(bytes)?,
     };
-    check(&frame)?;
-    Ok(frame)
+    heard.frame.as_ref().map_or(Ok(()), check)?;
+    Ok(heard)
 }
 
 fn check(frame: &ClientFrame) -> Result<(), FrameError> {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::AppId;
-use jsonwebtoken::jwk::JwkSet;
+use jsonwebtoken::jwk::Jwk;
 use parking_lot::{Mutex, RwLock};
+use prometheus::IntCounter;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use tokio::time::Instant;
@@ -29,6 +30,13 @@ pub(super) struct Jwks {
     keys: RwLock<Arc<Vec<Key>>>,
     tried: Mutex<Option<Instant>>,
     running: tokio::sync::Mutex<()>,
+    skipped: IntCounter,
+}
+
+/// Keys as they stand, so that one that cannot be read is one alone.
+#[derive(serde::Deserialize)]
+struct KeySet {
+    keys: Vec<serde_json::Value>,
 }
 
 #[derive(Debug, Clone)]
@@ -38,7 +46,8 @@ enum Source {
 }
 
 impl Jwks {
-    pub(super) fn new(config: &JwksConfig) -> Result<Self, KeyError> {
+    /// `skipped` counts keys that cannot be read.
+    pub(super) fn new(config: &JwksConfig, skipped: IntCounter) -> Result<Self, KeyError> {
         let fail = |problem: &str| KeyError(format!("auth.jwks: {problem}"));
         let source = match (&config.file, config.url.as_str()) {
             (Some(path), "") => Source::File(path.clone()),
@@ -57,6 +66,7 @@ impl Jwks {
             keys: RwLock::default(),
             tried: Mutex::default(),
             running: tokio::sync::Mutex::default(),
+            skipped,
         })
     }
 
@@ -101,9 +111,16 @@ impl Jwks {
         }
     }
 
-    fn take(&self, set: &JwkSet) {
-        let keys: Vec<Key> =
-            set.keys.iter().filter_map(|jwk| Key::from_jwk(jwk, &self.apps)).collect();
+    fn take(&self, set: &KeySet) {
+        let keys = set.keys.iter().filter_map(|jwk| {
+            // What is not a key spoils itself alone; of another kind or use, it is none of ours.
+            let jwk = serde_json::from_value::<Jwk>(jwk.clone()).inspect_err(|error| {
+                self.skipped.inc();
+                tracing::warn!(source = %self.source, %error, "a key of the set cannot be read; the others serve");
+            });
+            Key::from_jwk(&jwk.ok()?, &self.apps)
+        });
+        let keys: Vec<Key> = keys.collect();
         if keys.is_empty() {
             tracing::warn!(source = %self.source, "key set holds no usable key; the last good one stays");
             return;
@@ -114,7 +131,7 @@ impl Jwks {
 }
 
 impl Source {
-    fn read(&self) -> Result<JwkSet, String> {
+    fn read(&self) -> Result<KeySet, String> {
         let bytes = match self {
             Self::File(path) => std::fs::read(path).map_err(|error| error.to_string())?,
             Self::Url { url, timeout, roots } => fetch(url, *timeout, roots)?,

@@ -257,6 +257,19 @@ async fn key_sets_are_read_again_for_an_unknown_key_and_the_last_good_one_stays(
 }
 
 #[tokio::test]
+async fn hazard_52_a_key_that_cannot_be_read_spoils_itself_alone() {
+    let pair = Pair::ec();
+    let numeric = json!({ "kty": "EC", "kid": 7, "crv": "P-256", "x": "AA", "y": "AA" });
+    let keys = [numeric, json!("no object"), json!(null), pair.jwk("good")];
+    let path = file(&json!({ "keys": keys }).to_string());
+    let jwks = JwksConfig { file: Some(path.path().into()), ..Default::default() };
+    let verifier = Verifier::new(&AuthConfig { jwks: vec![jwks], ..Default::default() }).unwrap();
+    verifier.refresh().await;
+    assert!(verifier.verify(&pair.token("good", &claims()), NOW).await.is_ok());
+    assert_eq!(verifier.keys_skipped.get(), 3);
+}
+
+#[tokio::test]
 async fn key_sets_come_over_http_at_a_bounded_rate() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let pair = Pair::ed();

@@ -122,6 +122,7 @@ impl Connection {
                 after: read.after,
                 entries_max: read.entries_max,
                 bytes_max: read.bytes_max,
+                device: Some(self.handle.device().clone()),
             };
             let node = Arc::clone(&self.node);
             self.calls.push(Box::pin(async move {

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 
 use barid_core::{CloseCode, GroupId};
 use barid_runtime::{Hop, Sighting};
-use barid_wire::frames::{ClientFrame, ServerFrame};
+use barid_wire::frames::{ClientFrame, Heard, Ignored, ServerFrame};
 use barid_wire::v1;
 
 use super::{Connection, decode, of, refusal};
@@ -39,7 +39,16 @@ impl Connection {
         self.beat.heard(self.node.seconds());
         self.handle.set_due(self.beat.due());
         match decode(&self.node, self.codec.encoding, &message) {
-            Ok(Some(frame)) => self.frame_in(frame),
+            Ok(Some(Heard { frame, ignored })) => {
+                if let Some(frame) = frame {
+                    self.frame_in(frame);
+                }
+                match ignored {
+                    Some(Ignored::Kind(kind)) => self.ignored("kind", &kind),
+                    Some(Ignored::Field(field)) => self.ignored("field", &field),
+                    None => (),
+                }
+            }
             Ok(None) if message.is_close() => self.end(None),
             Ok(None) => (),
             Err(close) => self.end(Some(close)),
@@ -47,11 +56,24 @@ impl Connection {
         true
     }
 
+    /// Counts what a newer client may say, and tells the first of it: who writes a client wants to know.
+    fn ignored(&mut self, what: &'static str, name: &str) {
+        self.node.metrics.ignored(what);
+        if !std::mem::replace(&mut self.told_ignored, true) {
+            let text = format!("{what} {name:?} is not known here and was ignored");
+            self.control(&ServerFrame::Error(v1::Error { text, ..Default::default() }));
+        }
+    }
+
     fn frame_in(&mut self, frame: ClientFrame) {
         if !matches!(frame, ClientFrame::Pong(_)) {
             self.beat.used(self.node.seconds(), self.node.heartbeat.idle_seconds);
         }
         match frame {
+            ClientFrame::Ack(ack) if !ack.mailbox.is_empty() => {
+                // Nothing of this version is acknowledged there.
+                self.ignored("mailbox", &ack.mailbox);
+            }
             ClientFrame::Ack(ack) => {
                 let now_us = self.node.mailbox_now_us(self.handle.user());
                 let hops = &self.node.metrics.hops;

@@ -4,23 +4,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
+use barid_wire::frames::Ignored;
 use tokio::time::timeout;
 
 use super::{Codec, decode, forget, refusal};
 use crate::handle::Handle;
 use crate::handshake::Accepted;
 use crate::node::Node;
-use crate::session::{Close, Connected, Connecting, Unidentified};
+use crate::session::{Close, Connected, Connecting, Refusal, Unidentified};
 
-/// From the first frame to a welcomed session. The error is what to close with; `None`: it left.
+/// From the first frame to a welcomed session. The error is why not; `None`: it left.
 pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,
-) -> Result<(Connected, Arc<Handle>, Codec), Option<Close>> {
+) -> Result<(Connected, Arc<Handle>, Codec), Option<Refusal>> {
     let limit = Duration::from_millis(node.limits.hello_timeout_ms);
     let hello = timeout(limit, first_frame(node, accepted)).await;
     let late = || Close::new(CloseCode::Heartbeat, "no hello came in time");
-    let connecting = hello.unwrap_or_else(|_| Err(Some(late())))?;
+    let connecting =
+        hello.unwrap_or_else(|_| Err(Some(late()))).map_err(|close| close.map(Refusal::from))?;
+    if connecting.attempt_ahead {
+        node.metrics.limit("attempt_ahead");
+    }
     let codec = Codec {
         encoding: accepted.encoding,
         zstd: connecting.accepts_zstd,
@@ -39,15 +44,15 @@ pub(super) async fn identify(
     if !node.registry.insert(Arc::clone(&handle), node.limits.user_connections_max) {
         node.metrics.limit("user_connections");
         let text = "this user has as many devices connected here as it may have";
-        return Err(Some(Close::new(CloseCode::Limit, text)));
+        return Err(Some(Close::new(CloseCode::Limit, text).into()));
     }
     match connect(node, connecting, &handle).await {
         Ok(session) => Ok((session, handle, codec)),
-        Err(close) => {
+        Err(refusal) => {
             node.registry.remove(handle.user(), connection);
             handle.finish();
             forget(node, &handle).await;
-            Err(Some(close))
+            Err(Some(refusal))
         }
     }
 }
@@ -60,8 +65,14 @@ async fn first_frame(node: &Node, accepted: &mut Accepted) -> Result<Connecting,
             Some(Err(error)) => return Err(refusal(node, &error)),
             None => return Err(None),
         };
-        if let Some(frame) = decode(node, accepted.encoding, &message).map_err(Some)? {
-            return unidentified.frame(frame).map_err(Some);
+        if let Some(heard) = decode(node, accepted.encoding, &message).map_err(Some)? {
+            let ahead_ms = node.limits.attempt_ahead_ms;
+            let unknown = || Close::new(CloseCode::BadFrame, "the first frame is hello");
+            if matches!(heard.ignored, Some(Ignored::Field(_))) {
+                node.metrics.ignored("field");
+            }
+            let frame = heard.frame.ok_or_else(|| Some(unknown()))?;
+            return unidentified.frame(frame, ahead_ms).map_err(Some);
         }
         if message.is_close() {
             return Err(None);
@@ -73,7 +84,7 @@ async fn connect(
     node: &Arc<Node>,
     connecting: Connecting,
     handle: &Arc<Handle>,
-) -> Result<Connected, Close> {
+) -> Result<Connected, Refusal> {
     let request = connecting.request(node.session(handle.connection));
     let limit = Duration::from_millis(node.limits.hello_timeout_ms);
     let call = node.until_answered("connect", || node.mailbox.connect(request.clone()));

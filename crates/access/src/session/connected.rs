@@ -88,6 +88,10 @@ pub struct Connected {
     trust: Trust,
     /// Re-sends since the last acknowledgement.
     resends: u32,
+    /// The device acknowledges without naming a generation: it means whatever it read last.
+    unnamed_acks: bool,
+    /// Positions started anew since it connected.
+    started_over: bool,
 }
 
 impl Connected {
@@ -114,6 +118,8 @@ impl Connected {
             ack_answered_ms: 0,
             trust: Trust::Sure,
             resends: 0,
+            unnamed_acks: false,
+            started_over: false,
         }
     }
 
@@ -207,8 +213,7 @@ impl Connected {
         let before = self.at;
         if page.oldest > self.at.seq.next() {
             let to = Mark { seq: Seq(page.oldest.0 - 1), chain: page.chain_before_oldest };
-            self.skip_to(to);
-            out.push(Effect::Skip { to, why: SkipReason::Evicted });
+            self.skip_what_is_gone(to, page.cursor, out);
         }
         if !self.write_page(page.entries, now_us, out) {
             return self.contradicted(out);
@@ -231,6 +236,21 @@ impl Connected {
         self.newest = self.newest.max(newest);
         if self.at.seq < self.newest {
             self.want(if full { SyncCause::Window } else { SyncCause::Gap });
+        }
+    }
+
+    /// What lies before `to` is not kept. Up to its own cursor the device acknowledged it, in an earlier
+    /// session whose last word came late: only what lies behind that was evicted.
+    fn skip_what_is_gone(&mut self, to: Mark, cursor: Option<Position>, out: &mut Vec<Effect>) {
+        let own = cursor.filter(|cursor| cursor.generation == self.generation).map(mark_of);
+        let own = own.map(|own| if own.seq >= to.seq { to } else { own });
+        if let Some(own) = own.filter(|own| own.seq > self.at.seq) {
+            self.skip_to(own);
+            out.push(Effect::Skip { to: own, why: SkipReason::Acknowledged });
+        }
+        if to.seq > self.at.seq {
+            self.skip_to(to);
+            out.push(Effect::Skip { to, why: SkipReason::Evicted });
         }
     }
 
@@ -344,13 +364,13 @@ impl Connected {
         out: &mut Vec<Effect>,
         mut done: impl FnMut(&Sent),
     ) {
-        if !ack.mailbox.is_empty() {
-            let text = "ack names a mailbox that this session does not follow";
-            out.push(Effect::Close(Close::new(CloseCode::BadFrame, text)));
-            return;
-        }
-        if ack.generation.is_some_and(|generation| generation != self.generation.0) {
-            return;
+        match ack.generation {
+            // Written before the device read that positions start anew, or after: nobody can tell, and it may
+            // name what it has never seen.
+            None if self.started_over => return self.history_changed(out),
+            None => self.unnamed_acks = true,
+            Some(generation) if generation != self.generation.0 => return,
+            Some(_) => (),
         }
         let mut receipts = Vec::new();
         let moved = self.window.ack(Seq(ack.seq), |sent| {
@@ -387,24 +407,33 @@ impl Connected {
             AckOutcome::Reset { cursor } => self.start_over(cursor, out),
             // This session's generation is the only one that it ever acknowledges under, so the
             // mailbox reset the device and the answer was lost. A new Hello learns where it stands.
-            AckOutcome::Stale => {
-                out.push(Effect::Close(Close::new(CloseCode::Overloaded, "positions start anew")));
-            }
+            AckOutcome::Stale => self.history_changed(out),
         }
     }
 
     fn start_over(&mut self, cursor: Position, out: &mut Vec<Effect>) {
+        self.ack_wanted = false;
+        if self.unnamed_acks {
+            // Its next ack may be under way, and would be taken for one of the new history.
+            return self.history_changed(out);
+        }
+        self.started_over = true;
         self.epoch = cursor.epoch;
         self.generation = cursor.generation;
         self.at = mark_of(cursor);
         self.window = Window::new(self.at);
         self.newest = self.at.seq;
         self.stale_page = self.reading;
-        self.ack_wanted = false;
         self.trust = Trust::Sure;
         self.resends = 0;
         out.push(Effect::Welcome);
         self.want(SyncCause::Fork);
+    }
+
+    /// A new Hello learns where the device stands.
+    fn history_changed(&self, out: &mut Vec<Effect>) {
+        let text = "the mailbox's history changed: positions start anew";
+        out.push(Effect::Close(Close::new(CloseCode::HistoryChanged, text)));
     }
 
     /// The retry timer was due. `flushed`: the socket took everything so far. Returns whether it is
@@ -549,8 +578,7 @@ impl Connected {
             // What the device acknowledged is true, what it was sent since is not. It has to say
             // itself what it has: its next Hello names position and chain.
             Trust::Checked => {
-                let text = "the mailbox's history changed behind what was sent";
-                out.push(Effect::Close(Close::new(CloseCode::Overloaded, text)));
+                self.history_changed(out);
             }
         }
     }

@@ -15,6 +15,8 @@ use crate::auth::Claims;
 const NOW: u64 = 1_000_000_000;
 /// When a retry timer is due that was set then.
 const LATER: u64 = NOW + 2_000_000;
+/// How far ahead an attempt is believed, ms.
+const AHEAD: u64 = 10_000;
 const SETTINGS: Settings = Settings {
     unacked_max: 4,
     page_entries_max: 3,
@@ -99,6 +101,7 @@ impl History {
             chain_before_oldest: self.before_oldest,
             newest: self.newest(),
             entries: fits.take(read.entries_max as usize).map(bytes_of).collect(),
+            cursor: None,
         }
     }
 
@@ -126,7 +129,7 @@ fn hello(device: &str) -> ClientFrame {
 }
 
 fn connecting() -> Connecting {
-    Unidentified::new(claims(), 77).frame(hello("phone")).unwrap()
+    Unidentified::new(claims(), 77).frame(hello("phone"), AHEAD).unwrap()
 }
 
 fn connected_at(cursor: Position, history: &History) -> Connected {
@@ -171,7 +174,16 @@ impl Walk {
     }
 
     fn ack(&mut self, seq: u64) {
-        let ack = v1::Ack { seq, ..Default::default() };
+        self.ack_of(seq, Some(self.session.generation().0));
+    }
+
+    /// As simple clients do.
+    fn ack_unnamed(&mut self, seq: u64) {
+        self.ack_of(seq, None);
+    }
+
+    fn ack_of(&mut self, seq: u64, generation: Option<u32>) {
+        let ack = v1::Ack { seq, generation, ..Default::default() };
         self.session.ack(&ack, NOW, &mut self.effects, |sent| self.hops.extend(sent.pushed));
     }
 
@@ -206,27 +218,58 @@ impl Walk {
 
 #[test]
 fn the_first_frame_is_a_hello_for_this_token() {
-    let refused = |claims: Claims, frame| Unidentified::new(claims, 1).frame(frame).unwrap_err();
+    let refused =
+        |claims: Claims, frame| Unidentified::new(claims, 1).frame(frame, AHEAD).unwrap_err();
     let tablet = Claims { device: Some(DeviceId::new("tablet").unwrap()), ..claims() };
     assert_eq!(refused(claims(), ClientFrame::Pong(v1::Pong {})).text, "the first frame is hello");
     assert_eq!(refused(claims(), hello("")).code, CloseCode::BadFrame);
     assert_eq!(refused(claims(), hello(&"x".repeat(65))).code, CloseCode::BadFrame);
     assert!(refused(tablet.clone(), hello("phone")).text.contains("another device"));
-    let connecting = Unidentified::new(tablet, 77).frame(hello("")).unwrap();
+    let connecting = Unidentified::new(tablet, 77).frame(hello(""), AHEAD).unwrap();
     assert_eq!(connecting.identity.device.as_str(), "tablet");
     // No attempt: the moment of the handshake.
     assert_eq!(connecting.identity.attempt, Attempt(77));
 }
 
+/// A Hello that counts its attempts.
+fn counted(attempt: u64, handshake_ms: u64) -> Connecting {
+    let hello = v1::Hello { device: "phone".into(), attempt, ..Default::default() };
+    Unidentified::new(claims(), handshake_ms).frame(ClientFrame::Hello(hello), AHEAD).unwrap()
+}
+
+#[test]
+fn hazard_37_a_lower_attempt_is_told_the_known_one_and_may_come_back() {
+    for connecting in [counted(5, 77), connecting()] {
+        let by = Attempt(1_790_000_000_000);
+        let superseded = ConnectOutcome::Superseded { by };
+        let refusal = connecting.answered(superseded, SETTINGS).unwrap_err();
+        assert_eq!((refusal.close.code, refusal.attempt), (CloseCode::Overloaded, by));
+        assert!(CloseCode::reconnects(refusal.close.code.code()));
+    }
+}
+
+#[test]
+fn hazard_37_attempts_far_ahead_of_the_mailboxs_clock_are_not_believed() {
+    const NOW_MS: u64 = 1_790_000_000_000;
+    let far = NOW_MS + AHEAD;
+    for (attempt, taken, ahead) in [
+        (5, 5, false),
+        (NOW_MS - 1, NOW_MS - 1, false),
+        (far, far, false),
+        (far + 1, NOW_MS, true),
+        ((1 << 53) - 1, NOW_MS, true),
+        (u64::MAX, NOW_MS, true),
+        (0, NOW_MS, false),
+    ] {
+        let connecting = counted(attempt, NOW_MS);
+        let seen = (connecting.identity.attempt, connecting.attempt_ahead);
+        assert_eq!(seen, (Attempt(taken), ahead), "{attempt}");
+    }
+}
+
 #[test]
 fn refusals_of_the_mailbox_become_close_codes() {
-    let code = |outcome| connecting().answered(outcome, SETTINGS).unwrap_err().code;
-    // Its own count says so; the clocks of nodes may only seem to.
-    let counted = v1::Hello { device: "phone".into(), attempt: 5, ..Default::default() };
-    let counted = Unidentified::new(claims(), 77).frame(ClientFrame::Hello(counted)).unwrap();
-    let close = counted.answered(ConnectOutcome::Superseded, SETTINGS).unwrap_err();
-    assert_eq!(close.code, CloseCode::Replaced);
-    assert_eq!(code(ConnectOutcome::Superseded), CloseCode::Overloaded);
+    let code = |outcome| connecting().answered(outcome, SETTINGS).unwrap_err().close.code;
     assert_eq!(code(ConnectOutcome::TooManyDevices), CloseCode::Limit);
     assert_eq!(code(ConnectOutcome::TooLate), CloseCode::Overloaded);
     let replaced = SessionRef {
@@ -553,6 +596,78 @@ fn hazard_03_a_fork_at_the_acknowledged_position_starts_over() {
     assert_eq!(walk.seen(), ["m5", "m6", "y", "z"]);
 }
 
+/// A0 is acknowledged; a snapshot; A1 and A2 are acknowledged, A3 is being handled; Redis goes back, B1
+/// becomes 2, and A1, A2, A3 come behind it.
+fn gone_back() -> (History, History) {
+    let (mut old, mut new) = (History::new(), History::new());
+    ["a0", "a1", "a2", "a3"].iter().for_each(|id| old.add(id));
+    ["a0", "b1", "a1", "a2", "a3"].iter().for_each(|id| new.add(id));
+    (old, new)
+}
+
+#[test]
+fn hazard_34_whose_acks_name_no_generation_is_closed_when_positions_start_anew() {
+    let (old, new) = gone_back();
+    let mut walk = Walk::new(&History::new(), 0);
+    walk.push_all(&old, 1..=4);
+    walk.ack_unnamed(3);
+    assert_eq!(walk.acked(), Some(3));
+    assert_eq!(walk.push(new.entry(5)), Pushed::Dropped(Dropped::Fork));
+    walk.session.next_ack().unwrap();
+    let cursor = Position { generation: Generation(1), ..new.cursor(0) };
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
+    // It was under way: of a3 in the old history, b1 to a3 in the new one.
+    walk.ack_unnamed(4);
+    assert_eq!(walk.seen(), ["close 4006"], "no welcome that it might not have read");
+    let owed = walk.session.close(None).ack;
+    assert!(owed.is_none_or(|ack| ack.generation == Generation(0)), "{owed:?}");
+}
+
+#[test]
+fn hazard_34_the_first_ack_without_a_generation_after_a_reset_closes() {
+    let (old, new) = gone_back();
+    let mut walk = Walk::new(&old, 3);
+    walk.sync(&old);
+    assert_eq!(walk.seen(), ["a3"]);
+    assert_eq!(walk.push(new.entry(5)), Pushed::Dropped(Dropped::Fork));
+    walk.session.next_ack().unwrap();
+    let cursor = Position { generation: Generation(1), ..new.cursor(0) };
+    walk.session.acked(AckOutcome::Reset { cursor }, NOW, &mut walk.effects);
+    walk.sync(&new);
+    assert_eq!(walk.seen(), ["welcome", "a0", "b1", "a1", "a2"]);
+    walk.ack_unnamed(4);
+    assert_eq!((walk.seen(), walk.acked()), (vec!["close 4006".into()], None));
+}
+
+#[test]
+fn hazard_56_what_the_device_acknowledged_in_an_earlier_session_is_not_evicted() {
+    // A late ack of 1 to 3 is executed between this session's Hello and its read.
+    let mut history = History::of(5);
+    let page = |history: &History, read, cursor| Page {
+        cursor: Some(history.cursor(cursor)),
+        ..history.page(read)
+    };
+    let mut walk = Walk::new(&history, 0);
+    let (read, _) = walk.session.next_read(true).unwrap();
+    let kept = history.clone();
+    history.evict(3);
+    walk.session.page(page(&history, read, 3), NOW, &mut walk.effects);
+    assert_eq!(walk.seen(), ["skip to 3 Acknowledged", "m4", "m5"]);
+    // Two of them were evicted, after it had acknowledged one.
+    let mut walk = Walk::new(&kept, 0);
+    let (read, _) = walk.session.next_read(true).unwrap();
+    let one = Some(kept.cursor(1));
+    let partly = Page { cursor: one, ..history.page(read) };
+    walk.session.page(partly, NOW, &mut walk.effects);
+    assert_eq!(walk.seen(), ["skip to 1 Acknowledged", "skip to 3 Evicted", "m4", "m5"]);
+    // A cursor of another generation says nothing.
+    let mut walk = Walk::new(&kept, 0);
+    let (read, _) = walk.session.next_read(true).unwrap();
+    let other = Some(Position { generation: Generation(1), ..history.cursor(3) });
+    walk.session.page(Page { cursor: other, ..history.page(read) }, NOW, &mut walk.effects);
+    assert_eq!(walk.seen(), ["skip to 3 Evicted", "m4", "m5"]);
+}
+
 #[test]
 fn the_same_position_with_another_message_is_a_fork_even_if_nothing_follows() {
     let (mut old, mut new) = (History::of(1), History::of(1));
@@ -599,7 +714,7 @@ fn a_fork_behind_the_acknowledged_position_sends_the_device_to_say_hello_again()
     assert_eq!(walk.push(new.entry(2)), Pushed::Dropped(Dropped::Fork));
     assert_eq!(walk.acked(), Some(1), "the acknowledged part is the same");
     walk.sync(&new);
-    assert_eq!(walk.seen(), ["close 4005"], "y is never shown in x's place");
+    assert_eq!(walk.seen(), ["close 4006"], "y is never shown in x's place");
 }
 
 #[test]
@@ -666,7 +781,7 @@ fn confirmations_find_what_was_missed_and_who_was_replaced() {
 fn a_lost_answer_to_a_reset_ends_in_a_new_hello() {
     let mut walk = Walk::new(&History::of(1), 1);
     walk.session.acked(AckOutcome::Stale, NOW, &mut walk.effects);
-    assert_eq!(walk.seen(), ["close 4005"]);
+    assert_eq!(walk.seen(), ["close 4006"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use barid_mailbox::{ConnectOutcome, ConnectRequest};
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;
 
-use super::{Close, Connected, Identity, Settings};
+use super::{Close, Connected, Identity, Refusal, Settings};
 use crate::auth::Claims;
 
 /// A connection whose token is valid and whose first frame is awaited.
@@ -31,9 +31,9 @@ pub struct Connecting {
     pub visible_pings: bool,
     /// It wants to be pinged so often, ms; 0: as the node likes.
     pub ping_interval_ms: u32,
+    /// The attempt that it names lies further ahead than is believed: the handshake's moment serves.
+    pub attempt_ahead: bool,
     position: Option<Position>,
-    /// The device did not count its attempts: the node's clock at the handshake serves.
-    attempt_implied: bool,
 }
 
 impl Unidentified {
@@ -42,18 +42,22 @@ impl Unidentified {
         Self { claims, handshake_ms }
     }
 
-    /// Takes the first frame.
+    /// Takes the first frame. An attempt up to `ahead_ms` beyond the handshake is believed: one of a
+    /// device whose clock is ahead would otherwise shut it out once its clock is right, and one of a
+    /// stranger for good.
     ///
     /// # Errors
     /// It is not a Hello, or not one for this token.
-    pub fn frame(self, frame: ClientFrame) -> Result<Connecting, Close> {
+    pub fn frame(self, frame: ClientFrame, ahead_ms: u64) -> Result<Connecting, Close> {
         let ClientFrame::Hello(hello) = frame else {
             return Err(bad("the first frame is hello"));
         };
         let device = self.device(&hello)?;
         check_length("platform", &hello.platform, PLATFORM_BYTES_MAX)?;
         check_length("sdk", &hello.sdk, SDK_BYTES_MAX)?;
-        let attempt = if hello.attempt == 0 { self.handshake_ms } else { hello.attempt };
+        let attempt_ahead = hello.attempt > self.handshake_ms.saturating_add(ahead_ms);
+        let counted = hello.attempt != 0 && !attempt_ahead;
+        let attempt = if counted { hello.attempt } else { self.handshake_ms };
         let position = hello.positions.iter().find(|position| position.mailbox.is_empty());
         Ok(Connecting {
             identity: Identity {
@@ -65,8 +69,8 @@ impl Unidentified {
             accepts_zstd: hello.accepts_zstd,
             visible_pings: hello.visible_pings,
             ping_interval_ms: hello.ping_interval_ms,
+            attempt_ahead,
             position: position.map(position_of),
-            attempt_implied: hello.attempt == 0,
         })
     }
 
@@ -104,24 +108,24 @@ impl Connecting {
         self,
         outcome: ConnectOutcome,
         settings: Settings,
-    ) -> Result<(Connected, Option<SessionRef>), Close> {
+    ) -> Result<(Connected, Option<SessionRef>), Refusal> {
+        let refused = |code, text: &'static str| Err(Close::new(code, text).into());
         match outcome {
             ConnectOutcome::Connected { cursor, newest, replaced, reset: _ } => {
                 Ok((Connected::new(self.identity, cursor, newest, settings), replaced))
             }
-            // Two nodes' clocks differ by a little, and a device may come back within that: told that
-            // it was replaced it would never connect again.
-            ConnectOutcome::Superseded if self.attempt_implied => {
-                Err(Close::new(CloseCode::Overloaded, "another connection of this device overtook"))
-            }
-            ConnectOutcome::Superseded => {
-                Err(Close::new(CloseCode::Replaced, "a newer connection of this device is known"))
+            // Clocks of devices go back, and those of two nodes differ by a little: whoever is told that it
+            // was replaced never connects again. With the attempt it can count on from there.
+            ConnectOutcome::Superseded { by } => {
+                let text =
+                    "a connection of this device with a higher attempt is known; name a higher one";
+                Err(Refusal { close: Close::new(CloseCode::Overloaded, text), attempt: by })
             }
             ConnectOutcome::TooManyDevices => {
-                Err(Close::new(CloseCode::Limit, "this user has as many devices as it may have"))
+                refused(CloseCode::Limit, "this user has as many devices as it may have")
             }
             ConnectOutcome::TooLate => {
-                Err(Close::new(CloseCode::Overloaded, "the mailbox answered too late"))
+                refused(CloseCode::Overloaded, "the mailbox answered too late")
             }
         }
     }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use anyhow::Result;
 use barid_core::CloseCode;
 use barid_testkit::Device;
+use barid_testkit::device::{Heard, PATIENCE};
 use barid_wire::frames::{ClientFrame, Encoding, encode_client};
 use barid_wire::v1;
 use serde_json::{Value, json};
@@ -85,8 +86,6 @@ fn table() -> Vec<Bad> {
         session("no kind", text("{}"), "one key, the kind"),
         session("an array", text("[]"), "one key, the kind"),
         session("a number", text("7"), "one key, the kind"),
-        session("an unknown kind", text(r#"{"helo":{}}"#), "no kind \"helo\"; hello, ack"),
-        session("a kind of nodes", text(r#"{"welcome":{}}"#), "no kind \"welcome\""),
         session("an unknown field", text(r#"{"ack":{"sequence":1}}"#), "ack: unknown field"),
         session("no seq", text(r#"{"ack":{}}"#), "ack: missing field `seq`"),
         session("a negative seq", text(r#"{"ack":{"seq":-1}}"#), "a whole number"),
@@ -102,11 +101,6 @@ fn table() -> Vec<Bad> {
             "4294967296",
         ),
         session("depth", text(&format!(r#"{{"ack":{{"seq":{deep}}}}}"#)), "a whole number"),
-        session(
-            "another mailbox",
-            text(r#"{"ack":{"seq":1,"mailbox":"u:bob"}}"#),
-            "a mailbox that",
-        ),
         session("a second hello", hello(json!({})), "hello came twice"),
         session("a token of another type", text(r#"{"refresh":{"token":7}}"#), "a string"),
         session("half a character", text("{\"refresh\":{\"token\":\"\\ud800\"}}"), "hex escape"),
@@ -132,9 +126,8 @@ fn table() -> Vec<Bad> {
         broken("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec(), "not WebSocket"),
         // Protobuf.
         bad(Encoding::Proto, true, "a text message", text("{}"), "proto frames binary"),
-        packed("nothing in protobuf", Vec::new(), "no known kind"),
+        packed("nothing in protobuf", Vec::new(), "of no kind; hello, ack"),
         packed("half a protobuf frame", ack()[..3].to_vec(), "not a protobuf frame"),
-        packed("an unknown kind in protobuf", vec![0x4a, 0], "no known kind"),
         packed("two kinds in protobuf", [ack(), ack()].concat(), "more than one kind"),
         packed("another wire type", vec![0x10, 1], "not a protobuf frame"),
         packed("groups in groups", vec![0x0b; 1000], "not a protobuf frame"),
@@ -147,6 +140,7 @@ fn table() -> Vec<Bad> {
             text(r#"{"refresh":{"token":"x"}}"#),
             "first frame is hello",
         ),
+        first("a kind of later for a hello", text(r#"{"helo":{}}"#), "the first frame is hello"),
         first("words for a hello", text(r#"{"hello":"phone"}"#), "hello: not an object"),
         first("a list for a hello", text(r#"{"hello":["phone"]}"#), "hello: not an object"),
         first("no device", hello(json!({ "device": "" })), "hello names no device"),
@@ -217,6 +211,49 @@ async fn bad_frames_end_their_own_connection_with_a_code_and_a_reason() -> Resul
         assert_eq!(healthy.take(1).await?, [id], "after {}", bad.what);
     }
     world.routes_become("alice", 0).await
+}
+
+#[tokio::test]
+async fn hazard_41_what_only_a_newer_client_says_is_ignored_and_counted() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let hello = json!({ "device": "phone", "city": "thr" });
+    let (mut phone, _) = Device::connect_with(&node.url(), &token_of("alice"), hello).await?;
+    for later in [
+        json!({ "probe": { "bytes": 7 } }),
+        json!({ "ack": { "seq": 9, "mailbox": "news" } }),
+        json!({ "ack": { "seq": 0, "generation": 0, "at": 1 } }),
+        json!({ "welcome": {} }),
+    ] {
+        phone.send(&later).await?;
+    }
+    // Who writes a client is told once what it was.
+    let told = Heard::Other(
+        "error".into(),
+        json!({ "code": 0, "text": "kind \"probe\" is not known here and was ignored" }),
+    );
+    assert_eq!(phone.next(PATIENCE).await?, told);
+    let (entry, _) = world.accept("alice", "m1").await?;
+    dispatcher.push(&world, "alice", entry).await?;
+    assert_eq!(phone.take(1).await?, ["m1"]);
+    world.cursor_becomes("alice", "phone", 1).await?;
+    let ignored = |what| node.metric("barid_access_ignored_total", what);
+    assert_eq!((ignored("kind"), ignored("field"), ignored("mailbox")), (2.0, 2.0, 1.0));
+
+    let mut raw = Raw::open(node.addresses["ws"], Encoding::Proto, &token_of("bob")).await?;
+    let hello = v1::Hello { device: "phone".into(), ..Default::default() };
+    let hello = [proto(ClientFrame::Hello(hello)), vec![0xa2, 0x06, 1, 7]].concat();
+    raw.send(&frame(BINARY, hello)).await;
+    raw.welcomed().await?;
+    let ack = v1::Ack { mailbox: "news".into(), seq: 7, generation: Some(1) };
+    for later in [vec![0x4a, 0], vec![0xa2, 0x06, 1, 7], proto(ClientFrame::Ack(ack))] {
+        raw.send(&frame(BINARY, later)).await;
+    }
+    eventually("counted", async || Ok((ignored("kind"), ignored("mailbox")) == (4.0, 2.0))).await?;
+    raw.send(&frame(CLOSE, 1000_u16.to_be_bytes())).await;
+    assert_eq!(raw.ended().await?.code, 1000);
+    Ok(())
 }
 
 #[tokio::test]

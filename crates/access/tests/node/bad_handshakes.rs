@@ -63,6 +63,15 @@ fn table(token: &str) -> Vec<Bad> {
             "bad_request",
         ),
         (with("Content-Length: 5\r\n"), 400, "no body", "bad_request"),
+        (with("Content-Length: 0\r\nContent-Length: 5\r\n"), 400, "no body", "bad_request"),
+        (
+            request(&format!("{path}&token=x"), JSON).into(),
+            400,
+            "token stands twice",
+            "bad_request",
+        ),
+        (with("Sec-WebSocket-Version: 13\r\n"), 400, "version stands twice", "bad_request"),
+        (with("Origin: a\r\nOrigin: b\r\n"), 400, "origin stands twice", "bad_request"),
         (with("Transfer-Encoding: chunked\r\n"), 400, "no body", "bad_request"),
         (with("X\0Y: z\r\n"), 400, "header name", "bad_request"),
         (with("X: a\0b\r\n"), 400, "header value", "bad_request"),
@@ -97,6 +106,9 @@ async fn bad_handshakes_get_a_status_and_a_reason_and_harm_no_session() -> Resul
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
         assert!(!body.trim().is_empty() && body.contains(text), "{shown}\n{answer}");
         assert!(!answer.contains(&token), "a token is never sent back");
+        // hazard 52
+        let kind = "\r\nContent-Type: text/plain; charset=utf-8\r\n";
+        assert_eq!(head.matches(kind).count(), 1, "{shown}\n{answer}");
         for (of, beside) in [
             (401, "WWW-Authenticate: Bearer"),
             (405, "Allow: GET"),
@@ -142,6 +154,29 @@ async fn handshakes_with_a_token_in_any_of_three_places_are_welcome() -> Result<
         assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
         assert!(answer.to_lowercase().contains(&format!("protocol: {protocol}\r\n")), "{answer}");
         assert!(!answer.contains(&token), "a token is never sent back");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_57_fields_that_may_be_repeated_are_joined_before_they_are_read() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let bearer = format!("Authorization: Bearer {}\r\n", token_of("alice"));
+    let good = request("/v1/connect", &format!("{JSON}{bearer}"));
+    let instead = |old: &str, new: &str| good.replacen(old, new, 1);
+    for request in [
+        instead("Connection: Upgrade\r\n", "Connection: keep-alive\r\nConnection: Upgrade\r\n"),
+        instead("Connection: Upgrade\r\n", "connection: keep-alive\r\nCONNECTION: x, upgrade\r\n"),
+        instead("Upgrade: websocket\r\n", "Upgrade: websocket\r\nConnection: close\r\n"),
+        instead(JSON, &format!("Sec-WebSocket-Protocol: other\r\n{JSON}")),
+        format!(
+            "{}Sec-WebSocket-Extensions: a\r\nSec-WebSocket-Extensions: b\r\n\r\n",
+            &good[..good.len() - 2]
+        ),
+    ] {
+        let answer = http(node.addresses["ws"], request.as_bytes()).await?;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{request}{answer}");
     }
     Ok(())
 }

@@ -140,7 +140,7 @@ async fn a_newer_connection_of_a_device_replaces_the_older() -> Result<()> {
     // A late Hello of an older attempt is refused, and does no harm.
     let mut late = Device::open(&node.url(), &token).await?;
     late.send(&json!({ "hello": hello(2) })).await?;
-    assert_eq!(late.closed(PATIENCE).await?, 4502);
+    assert_eq!(late.closed(PATIENCE).await?, 4005);
     let (entry, _) = world.accept("alice", "m1").await?;
     other.dispatcher().await?.push(&world, "alice", entry).await?;
     assert_eq!(third.take(1).await?, ["m1"]);
@@ -443,6 +443,125 @@ async fn hazard_03_a_message_that_took_anothers_place_in_a_failover_is_shown() -
 }
 
 #[tokio::test]
+async fn hazard_34_an_ack_without_a_generation_trims_nothing_that_came_after_a_reset() -> Result<()>
+{
+    for acked_before in [true, false] {
+        let world = World::new().await?;
+        let node = world.node().await?;
+        let mut dispatcher = node.dispatcher().await?;
+        let mut phone = node.device("alice", "phone").await?;
+        let (a0, _) = world.accept("alice", "a0").await?;
+        dispatcher.push(&world, "alice", a0).await?;
+        assert_eq!(phone.message().await?.id, "a0");
+        let unnamed = |seq: u64| json!({ "ack": { "seq": seq } });
+        if acked_before {
+            phone.send(&unnamed(1)).await?;
+            world.cursor_becomes("alice", "phone", 1).await?;
+        }
+        copy_mailbox(&world, "alice", "", ":before").await?;
+        for id in ["a1", "a2", "a3"] {
+            let (entry, _) = world.accept("alice", id).await?;
+            dispatcher.push(&world, "alice", entry).await?;
+            assert_eq!(phone.message().await?.id, id);
+        }
+        if acked_before {
+            phone.send(&unnamed(3)).await?;
+            world.cursor_becomes("alice", "phone", 3).await?;
+        }
+        // Redis goes back; b1 takes the place of a1, and the others come behind it.
+        copy_mailbox(&world, "alice", ":before", "").await?;
+        for id in ["b1", "a1", "a2", "a3"] {
+            let (entry, _) = world.accept("alice", id).await?;
+            dispatcher.push(&world, "alice", entry).await?;
+        }
+        // The application has handled a3, has read nothing since, and dies.
+        let _ = phone.send(&unnamed(4)).await;
+        let mut asked_to_wait = false;
+        let code = loop {
+            match phone.next(PATIENCE).await? {
+                Heard::Other(kind, fields) if kind == "goAway" => {
+                    assert_eq!(fields["why"], "history_changed");
+                    asked_to_wait = true;
+                }
+                Heard::Closed(code, _) => break code,
+                _ => {}
+            }
+        };
+        assert!(code == 4006 && asked_to_wait, "{code} {asked_to_wait}");
+        let mut phone = node.device("alice", "phone").await?;
+        let mut ids = Vec::new();
+        while ids.last().map(String::as_str) != Some("a3") {
+            ids.extend(phone.take(1).await?);
+        }
+        assert!(ids.contains(&"b1".into()), "{acked_before}: {ids:?}");
+    }
+    Ok(())
+}
+
+/// A Hello with an attempt; what came of it: the code, and the attempt that was told, or a session.
+async fn hello_with(
+    node: &Node,
+    attempt: u64,
+) -> Result<std::result::Result<Device, (u16, serde_json::Value)>> {
+    let mut device = Device::open(&node.url(), &token_of("alice")).await?;
+    device.send(&json!({ "hello": { "device": "phone", "attempt": attempt } })).await?;
+    let mut told = json!(null);
+    loop {
+        match device.next(PATIENCE).await? {
+            Heard::Welcome(_) => return Ok(Ok(device)),
+            Heard::Other(kind, fields) if kind == "error" => told = fields["attempt"].clone(),
+            Heard::Closed(code, _) => return Ok(Err((code, told))),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn hazard_37_a_device_whose_clock_went_back_may_come_back_with_a_higher_attempt() -> Result<()>
+{
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let now = world.inspect("alice").await?.now_ms;
+    // It stands there still, half open.
+    let mut old = hello_with(&node, now).await?.expect("a session");
+    let refused = hello_with(&node, 5).await?.expect_err("a lower attempt");
+    assert_eq!(refused, (4005, json!(now)), "it is told which one is known, and to come back");
+    let next = hello_with(&node, now + 1).await?.expect("a session");
+    assert_eq!(old.closed(PATIENCE).await?, 4502, "which is for who was replaced");
+    // The same after it left in good order.
+    next.close().await?;
+    world.routes_become("alice", 0).await?;
+    assert_eq!(hello_with(&node, 5).await?.expect_err("fenced"), (4005, json!(now + 1)));
+    hello_with(&node, now + 2).await?.expect("a session");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_37_an_attempt_far_ahead_shuts_nobody_out() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let now = world.inspect("alice").await?.now_ms;
+    for ahead in [now + 3_600_000, (1 << 53) - 1] {
+        // A clean close, and back at once with the right clock.
+        hello_with(&node, ahead).await?.expect("a session").close().await?;
+        world.routes_become("alice", 0).await?;
+        let now = world.inspect("alice").await?.now_ms;
+        let mut right = hello_with(&node, now + 1).await?.expect("a session");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        // A stranger with the user's token takes its place, and cannot keep it.
+        let mut stranger = hello_with(&node, ahead).await?.expect("a session");
+        assert_eq!(right.closed(PATIENCE).await?, 4502);
+        let now = world.inspect("alice").await?.now_ms;
+        hello_with(&node, now + 1000).await?.expect("a session").close().await?;
+        assert_eq!(stranger.closed(PATIENCE).await?, 4502);
+        world.routes_become("alice", 0).await?;
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
+    assert_eq!(node.metric("barid_access_limits_total", "attempt_ahead"), 4.0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()> {
     let world = World::new().await?;
     let node = world.node().await?;
@@ -462,7 +581,7 @@ async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()>
     copy_mailbox(&world, "alice", ":before", "").await?;
     let (y, _) = world.accept("alice", "y").await?;
     dispatcher.push(&world, "alice", y).await?;
-    assert_eq!(phone.closed(PATIENCE).await?, 4005);
+    assert_eq!(phone.closed(PATIENCE).await?, 4006);
     let mut position = welcome["positions"][0].clone();
     position["seq"] = 2.into();
     position["chain"] = barid_core::Chain::START.next("m1").next("x").0.into();

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use barid_core::{Chain, Seq, SessionRef};
+use barid_core::{Chain, DeviceId, Generation, Position, Seq, SessionRef};
 use bytes::{BufMut as _, BytesMut};
+use redis::Value;
 
 use super::sessions::{read_position, retry_args};
 use super::{entry, epoch_candidate, head, number, queue, routes};
@@ -31,12 +32,13 @@ impl Operation for Read {
         head(call, item.shard, &request.user);
         queue(call, item.shard, &request.user);
         call.arg(request.after).arg(request.entries_max).arg(request.bytes_max);
+        call.arg(request.device.as_ref().map_or("", DeviceId::as_str));
     }
 
     fn outcome(mut reply: Reply) -> Result<Page, Error> {
         let epoch = match reply.value()? {
-            redis::Value::Int(epoch) => barid_core::Epoch(epoch as u64),
-            redis::Value::BulkString(tag) if tag == b"E" => {
+            Value::Int(epoch) => barid_core::Epoch(epoch as u64),
+            Value::BulkString(tag) if tag == b"E" => {
                 return Err(Error::of_item(&reply.bytes()?));
             }
             redis::Value::BulkString(tag) if tag == b"U" => return Err(Error::newer()),
@@ -50,7 +52,18 @@ impl Operation for Read {
         while !values.is_empty() {
             entries.push(entry(&values.bytes()?, &values.bytes()?));
         }
-        Ok(Page { epoch, oldest, chain_before_oldest, newest, entries })
+        let cursor = match (reply.value(), reply.value(), reply.value()) {
+            (Ok(Value::Int(seq)), Ok(Value::Int(chain)), Ok(Value::Int(generation))) => {
+                Some(Position {
+                    epoch,
+                    generation: Generation(generation as u32),
+                    seq: Seq(seq as u64),
+                    chain: Some(Chain(chain as u32)),
+                })
+            }
+            _ => None,
+        };
+        Ok(Page { epoch, oldest, chain_before_oldest, newest, entries, cursor })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use barid_core::{Chain, Generation, Position, Seq};
+use barid_core::{Attempt, Chain, Generation, Position, Seq};
 
 use super::{
     epoch_candidate, head, number, queue, read_epoch, read_session, routes, session, ttl_ms,
@@ -58,7 +58,7 @@ impl Operation for Connect {
                     replaced: read_session(&mut reply)?,
                 })
             }
-            b'S' => Ok(ConnectOutcome::Superseded),
+            b'S' => Ok(ConnectOutcome::Superseded { by: Attempt(reply.number()?) }),
             b'M' => Ok(ConnectOutcome::TooManyDevices),
             b'L' => Ok(ConnectOutcome::TooLate),
             tag => Err(unknown_tag(tag)),

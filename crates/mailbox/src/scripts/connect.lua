@@ -8,7 +8,7 @@
 -- Reply now, then an item:
 --       {'C', epoch, generation, seq, chain, newest, 1 if it was reset, and of the session that it
 --             replaced: node or '', incarnation, connection}
---       {'S'} a newer attempt is or was there · {'M'} too many devices, all online
+--       {'S', attempt} this newer attempt is or was there · {'M'} too many devices, all online
 --       {'L'} past its deadline · {'U'} · {'E', text}
 --
 -- The fence holds while the route stands and for `fence ms` after: a call cannot arrive later than
@@ -60,12 +60,12 @@ local function connect(k, a)
   if deadline > 0 and NOW > deadline then return { 'L' } end
   local text = call('HGET', routes, name)
   local old = text and parse_route(text)
-  if old and old.attempt > attempt then return { 'S' } end
+  if old and old.attempt > attempt then return { 'S', old.attempt } end
   local h = find_head(head) or new_head(head, ARGV[a + 8])
   local d = find_device(h, name)
   local others, known = other_devices(h, d and name), d ~= nil and d ~= false
   open(h, queue, TTL)
-  if d and not old and d.fence > attempt and NOW - d.used < FENCE then return { 'S' } end
+  if d and not old and d.fence > attempt and NOW - d.used < FENCE then return { 'S', d.fence } end
 
   if not known then
     d = start(h, queue, name, others)

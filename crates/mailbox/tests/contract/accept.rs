@@ -341,7 +341,13 @@ async fn reading_is_bounded_by_entries_and_bytes(bed: Bed) {
     bed.fill(&user, 1..=50).await;
     let bytes = bed.page(&user, 0).await.entries[0].len() as u32;
     let read = async |after: u64, entries_max: u32, bytes_max: u32| {
-        let request = ReadRequest { user: user.clone(), after: Seq(after), entries_max, bytes_max };
+        let request = ReadRequest {
+            user: user.clone(),
+            after: Seq(after),
+            entries_max,
+            bytes_max,
+            device: None,
+        };
         bed.mailbox.read(request).await.unwrap().entries.len()
     };
     assert_eq!(read(0, 40, 1 << 20).await, 40);

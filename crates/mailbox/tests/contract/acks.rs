@@ -1,7 +1,7 @@
 //! ack.
 
-use barid_core::{Chain, Epoch, Generation, Position, Seq};
-use barid_mailbox::{AcceptOutcome, AckOutcome};
+use barid_core::{Chain, DeviceId, Epoch, Generation, Position, Seq};
+use barid_mailbox::{AcceptOutcome, AckOutcome, ReadRequest};
 
 use crate::support::{Bed, contract};
 
@@ -9,6 +9,7 @@ contract!(
     an_ack_trims_and_removes_the_timer,
     the_slowest_known_device_keeps_its_entries,
     an_ack_never_goes_back,
+    hazard_56_a_read_tells_what_the_device_acknowledged_itself,
     hazard_03_an_ack_of_another_history_resets_its_device_only,
     hazard_08_an_absurd_ack_resets_its_own_device_only,
     an_ack_of_another_epoch_resets,
@@ -59,6 +60,28 @@ async fn an_ack_never_goes_back(bed: Bed) {
     bed.fill(&user, 1..=5).await;
     bed.ack(&user, "phone", 1, 4).await;
     assert_eq!(bed.ack(&user, "phone", 1, 2).await, AckOutcome::Advanced { cursor: Seq(4) });
+}
+
+async fn hazard_56_a_read_tells_what_the_device_acknowledged_itself(bed: Bed) {
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=5).await;
+    let third = bed.position(&user, 3).await;
+    // The next session was told a cursor of 0 before this one's last word came.
+    bed.ack(&user, "phone", 1, 3).await;
+    let read = async |after, device: Option<&str>| {
+        let device = device.map(|device| DeviceId::new(device).unwrap());
+        let (entries_max, bytes_max, after) = (10, 1 << 20, Seq(after));
+        let request = ReadRequest { user: user.clone(), after, entries_max, bytes_max, device };
+        bed.mailbox.read(request).await.unwrap()
+    };
+    let page = read(0, Some("phone")).await;
+    assert_eq!((page.oldest, page.entries.len()), (Seq(4), 2));
+    assert_eq!(page.cursor, Some(third));
+    // It is told where something is gone, of a device that is known.
+    for (after, device) in [(3, Some("phone")), (0, Some("tablet")), (0, None)] {
+        assert_eq!(read(after, device).await.cursor, None, "{after} {device:?}");
+    }
 }
 
 async fn hazard_03_an_ack_of_another_history_resets_its_device_only(bed: Bed) {

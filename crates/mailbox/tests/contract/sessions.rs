@@ -162,7 +162,9 @@ async fn a_newer_session_is_told_what_it_replaced(bed: Bed) {
 async fn hazard_14_a_late_connect_of_an_older_attempt_is_superseded(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 2).await;
-    assert_eq!(bed.hello(hello(&user, "phone", 1)).await, ConnectOutcome::Superseded);
+    // hazard 37: told which attempt that is, so that a device whose clock went back can count on.
+    let superseded = ConnectOutcome::Superseded { by: Attempt(2) };
+    assert_eq!(bed.hello(hello(&user, "phone", 1)).await, superseded);
     assert_eq!(bed.mailbox.read_routes(&user).await.unwrap()[0].session, session(2));
 }
 
@@ -170,7 +172,8 @@ async fn the_fence_stays_when_the_newer_session_is_gone(bed: Bed) {
     let user = bed.user("alice");
     bed.connect(&user, "phone", 2).await;
     bed.disconnect(&user, "phone", 2).await;
-    assert_eq!(bed.hello(hello(&user, "phone", 1)).await, ConnectOutcome::Superseded);
+    let superseded = ConnectOutcome::Superseded { by: Attempt(2) };
+    assert_eq!(bed.hello(hello(&user, "phone", 1)).await, superseded);
     let late = confirmation(&user, "phone", 1, bed.position(&user, 0).await);
     assert_eq!(bed.confirm(late).await, ConfirmOutcome::Superseded);
     bed.connect(&user, "phone", 3).await;

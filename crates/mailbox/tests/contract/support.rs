@@ -274,6 +274,7 @@ impl Bed {
             after: Seq(after),
             entries_max: bounds.0,
             bytes_max: bounds.1,
+            device: None,
         };
         self.mailbox.read(request).await.expect("read comes through")
     }

@@ -14,23 +14,107 @@ use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Vis
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::{Body, ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
+use super::{Body, ClientFrame, Deliver, FrameError, Heard, Ignored, ServerFrame, checked_payload};
 use crate::cut;
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::{self, BodyKind, SkipReason, message};
 
-pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
+pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     let OneKey { kind, value } = parse(bytes)?;
+    let Some(fields) = fields_of(&kind) else {
+        return Ok(Heard { frame: None, ignored: Some(Ignored::Kind(cut(&kind, 32))) });
+    };
     // serde would take a list of fields without their names.
     if !value.get().starts_with('{') {
         return Err(FrameError::Json(format!("{}: not an object of its fields", cut(&kind, 32))));
     }
-    let value = value.get().as_bytes();
+    let strict = decode_kind(&kind, value.get().as_bytes());
+    // Where a field is missing too, an unknown one is rather a mistake, and named.
+    if let Err(FrameError::Json(_)) = strict
+        && let Some((known, ignored)) = without_unknown(value, fields)
+        && let Ok(frame) = decode_kind(&kind, &known)
+    {
+        let ignored = Some(Ignored::Field(cut(&format!("{kind}.{ignored}"), 64)));
+        return Ok(Heard { frame: Some(frame), ignored });
+    }
+    Ok(Heard { frame: Some(strict?), ignored: None })
+}
+
+/// The fields of a kind in all their spellings; `None`: no kind of this version.
+fn fields_of(kind: &str) -> Option<&'static [&'static str]> {
+    const HELLO: [&str; 11] = [
+        "device",
+        "platform",
+        "sdk",
+        "attempt",
+        "positions",
+        "acceptsZstd",
+        "accepts_zstd",
+        "visiblePings",
+        "visible_pings",
+        "pingIntervalMs",
+        "ping_interval_ms",
+    ];
+    Some(match kind {
+        "hello" => &HELLO,
+        "ack" => &["mailbox", "generation", "seq"],
+        "refresh" => &["token"],
+        "pong" => &[],
+        "subscribe" | "unsubscribe" => &["group"],
+        _ => return None,
+    })
+}
+
+/// An object without the fields that only a newer version knows, and the first of those; `None`: it has none.
+fn without_unknown(value: &RawValue, known: &[&str]) -> Option<(Vec<u8>, String)> {
+    let Fields(fields) = serde_json::from_str(value.get()).ok()?;
+    let (known, unknown): (Vec<_>, Vec<_>) =
+        fields.into_iter().partition(|(name, _)| known.contains(&&**name));
+    let (first, _) = unknown.into_iter().next()?;
+    let mut out = vec![b'{'];
+    for (name, value) in known {
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        put_text(&mut out, &name);
+        out.push(b':');
+        out.extend_from_slice(value.get().as_bytes());
+    }
+    out.push(b'}');
+    Some((out, first.into_owned()))
+}
+
+/// An object's fields as they stand.
+struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        from.deserialize_map(Reader)
+    }
+}
+
+fn decode_kind(kind: &str, value: &[u8]) -> Result<ClientFrame, FrameError> {
     let within = |error: FrameError| match error {
         FrameError::Json(why) => FrameError::Json(format!("{kind}: {why}")),
         other => other,
     };
-    Ok(match &*kind {
+    Ok(match kind {
         "hello" => ClientFrame::Hello(parse::<Hello>(value).map_err(within)?.into()),
         "ack" => {
             let Ack { mailbox, generation, seq } = parse(value).map_err(within)?;
@@ -53,7 +137,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
             let Group { group } = parse(value).map_err(within)?;
             ClientFrame::Unsubscribe(v1::Unsubscribe { group })
         }
-        other => return Err(FrameError::UnknownKind(cut(other, 32))),
+        _ => return Err(FrameError::Kind),
     })
 }
 
@@ -99,7 +183,8 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Result<Bytes, FrameError> {
             reconnect_after_ms: go_away.reconnect_after_ms,
         })),
         ServerFrame::Error(error) => {
-            to_bytes(&Server::Error(ErrorText { code: error.code, text: error.text }))
+            let v1::Error { code, text, attempt } = error;
+            to_bytes(&Server::Error(ErrorText { code, text, attempt }))
         }
         ServerFrame::Ping(_) => to_bytes(&Server::Ping(Empty {})),
         ServerFrame::Subscribed(v1::Subscribed { group }) => {
@@ -404,6 +489,8 @@ struct ErrorText {
     #[serde(deserialize_with = "number")]
     code: u32,
     text: String,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    attempt: u64,
 }
 
 #[derive(Deserialize)]
@@ -553,7 +640,7 @@ impl From<Unsubscribed> for v1::Unsubscribed {
 
 impl From<ErrorText> for v1::Error {
     fn from(error: ErrorText) -> Self {
-        Self { code: error.code, text: error.text }
+        Self { code: error.code, text: error.text, attempt: error.attempt }
     }
 }
 
@@ -590,6 +677,7 @@ fn skip_word(why: SkipReason) -> &'static str {
         SkipReason::OtherDevice => "otherDevice",
         SkipReason::Collapsed => "collapsed",
         SkipReason::Recalled => "recalled",
+        SkipReason::Acknowledged => "acknowledged",
     }
 }
 
@@ -600,6 +688,7 @@ fn skip_reason(word: &str) -> SkipReason {
         "otherDevice" | "other_device" => SkipReason::OtherDevice,
         "collapsed" => SkipReason::Collapsed,
         "recalled" => SkipReason::Recalled,
+        "acknowledged" => SkipReason::Acknowledged,
         _ => SkipReason::Unspecified,
     }
 }

@@ -4,17 +4,25 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use prost::encoding::{DecodeContext, decode_key, encode_varint, encoded_len_varint, skip_field};
 use prost::{DecodeError, Message as _};
 
-use super::{ClientFrame, Deliver, FrameError, ServerFrame, checked_payload};
+use super::{Deliver, FrameError, Heard, Ignored, ServerFrame, checked_payload};
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::server_frame::Control;
 use crate::v1::{self, BodyKind};
 
-pub(super) fn decode_client(bytes: &[u8]) -> Result<ClientFrame, FrameError> {
+pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     let broken = |e: DecodeError| FrameError::Proto(e.to_string());
     if kinds(bytes).map_err(broken)? > 1 {
         return Err(FrameError::Proto("it is of more than one kind".into()));
     }
-    v1::ClientFrame::decode(bytes).map_err(broken)?.kind.ok_or(FrameError::Kind)
+    match v1::ClientFrame::decode(bytes).map_err(broken)?.kind {
+        Some(kind) => Ok(Heard { frame: Some(kind), ignored: None }),
+        None if bytes.is_empty() => Err(FrameError::Kind),
+        // Its fields are of a newer version.
+        None => {
+            let (field, _) = decode_key(&mut &*bytes).map_err(broken)?;
+            Ok(Heard { frame: None, ignored: Some(Ignored::Kind(format!("field {field}"))) })
+        }
+    }
 }
 
 /// Protobuf takes the last of several kinds, and the others would be lost without a word.
@@ -28,7 +36,7 @@ fn kinds(mut bytes: &[u8]) -> Result<usize, DecodeError> {
     Ok(kinds)
 }
 
-pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
+pub(super) fn encode_client(frame: &super::ClientFrame) -> Bytes {
     let mut out = BytesMut::with_capacity(frame.encoded_len());
     frame.encode(&mut out);
     out.freeze()

@@ -96,7 +96,7 @@ impl World<'_> {
         let outcome = self.store.mailbox.connect(request).await.map_err(text)?;
         self.look().await?;
         let answer = match &outcome {
-            ConnectOutcome::Superseded => Connected::Superseded,
+            ConnectOutcome::Superseded { .. } => Connected::Superseded,
             ConnectOutcome::TooManyDevices => Connected::TooMany,
             ConnectOutcome::Connected { cursor, newest, replaced, reset } => {
                 self.is_of(user, cursor)?;
@@ -196,6 +196,7 @@ impl World<'_> {
             after: Seq(after),
             entries_max: PAGE as u32,
             bytes_max: 1 << 20,
+            device: None,
         };
         let page = self.store.mailbox.read(request).await.map_err(text)?;
         let mailbox = &self.now.boxes[user];
