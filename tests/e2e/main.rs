@@ -17,6 +17,7 @@ mod outages;
 mod planted;
 mod python;
 mod raw;
+mod repair;
 mod resends;
 mod restarts;
 mod sessions;

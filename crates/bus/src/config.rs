@@ -46,6 +46,9 @@ pub struct KafkaConfig {
     /// How long a broker holds a fetch open while there is nothing. A record that arrives ends the
     /// wait at once; the price of a low value is empty answers.
     pub fetch_wait_max_ms: u32,
+    /// Bytes of what a commit says of the shards beside its offset. The broker's
+    /// `offset.metadata.max.bytes` (4096) is above it, else it is lowered to what the broker takes.
+    pub metadata_bytes_max: u32,
     /// Further settings of librdkafka, as `security.protocol`, `sasl.password`. They come last and
     /// win, except over what correctness rests on.
     pub properties: Properties,
@@ -97,6 +100,7 @@ impl Default for KafkaConfig {
             delivery_timeout_ms: 30_000,
             prefetch_kbytes_max: 4_096,
             fetch_wait_max_ms: 100,
+            metadata_bytes_max: 3_000,
             properties: Properties::default(),
         }
     }
@@ -141,6 +145,8 @@ impl Bounded for KafkaConfig {
             whole("prefetch_kbytes_max", 1..=2_097_151, "KiB"),
             // Its socket.timeout.ms is a minute, and covers the wait.
             whole("fetch_wait_max_ms", 1..=30_000, "ms"),
+            // What a batch of `__consumer_offsets` has room for beside other commits.
+            whole("metadata_bytes_max", 0..=65_536, "bytes"),
         ]
     }
 }

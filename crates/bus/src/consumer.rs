@@ -10,14 +10,14 @@ use std::collections::{HashMap, VecDeque};
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rdkafka::TopicPartitionList;
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::consumer::base_consumer::PartitionQueue;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, RebalanceProtocol};
+use rdkafka::consumer::{BaseConsumer, Consumer as _, RebalanceProtocol};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::topic_partition_list::Offset;
@@ -26,7 +26,12 @@ use tokio::task::spawn_blocking;
 
 use crate::context::{Callbacks, Told};
 use crate::stuck::{Next, Stuck};
-use crate::{Error, GroupProtocol, KafkaConfig, ffi};
+use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ffi};
+
+/// How long Kafka is waited for before it counts as away.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Metadata of one commit: the broker writes all of its partitions as one batch, of 1 MiB at most.
+const METADATA_BATCH_BYTES_MAX: usize = 256 * 1024;
 
 /// A partition of a topic of the group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -85,8 +90,8 @@ pub enum Event {
         /// Somebody else already has them: there is nothing to drain or commit.
         lost: bool,
     },
-    /// A commit was answered.
-    Committed(Result<(), Error>),
+    /// A commit was answered: how many shards of how many partitions its metadata had no room for.
+    Committed(Result<usize, Error>),
     /// Something is wrong, or was: no broker, an unknown topic, a lost coordinator. librdkafka tries on.
     Trouble(Error),
     /// This member cannot go on (fenced by another with its name, not allowed): end the process.
@@ -116,21 +121,77 @@ pub struct Commit {
     pub partition: Partition,
     /// The next offset to read.
     pub offset: i64,
-    /// The topic's id, kept beside the offset: an offset of another life of the topic is void.
-    pub topic_id: Arc<str>,
+    /// Kept beside the offset: an offset of another life of the topic is void.
+    pub metadata: Metadata,
 }
 
-/// Where a partition stood when it was assigned.
+/// Where a partition is taken up.
 #[derive(Debug, Clone)]
 pub struct Assigned {
     /// The partition.
     pub partition: Partition,
-    /// The topic's id (base64); its name where the broker gives none.
-    pub topic_id: Arc<str>,
+    /// Which life of the topic it is.
+    pub source: TopicSource,
+    /// The topic's id, where it is known.
+    pub id: Option<Arc<str>>,
+    /// The committed offset; `None`: from the log's start.
+    pub start: Option<i64>,
+    /// What the partition's owner before this one kept for it.
+    pub memory: Memory,
 }
 
-/// Topics' ids by name, on their way; does not borrow the consumer.
-pub type TopicIds = Pin<Box<dyn Future<Output = Result<HashMap<String, String>, Error>> + Send>>;
+impl Assigned {
+    /// A partition whose topic's life, committed offset and memory are these. Only another id proves
+    /// another life: an absent one says nothing, and one that appears where the offset was committed
+    /// under the topic's name belongs to that topic, whose positions Redis knows by the name.
+    fn of(partition: &Partition, now: Option<&str>, committed: Option<(i64, Metadata)>) -> Self {
+        let fresh = |memory, start| {
+            let source = match now {
+                Some(id) => TopicSource::Id(id.into()),
+                None => TopicSource::Name(Arc::clone(&partition.topic)),
+            };
+            let (partition, id) = (partition.clone(), now.map(Arc::from));
+            Self { partition, source, id, start, memory }
+        };
+        let Some((offset, Metadata { source, id, memory })) = committed else {
+            return fresh(Memory::default(), None);
+        };
+        if let (Some(before), Some(now)) = (&id, now)
+            && **before != *now
+        {
+            tracing::warn!(
+                topic = &*partition.topic,
+                partition = partition.number,
+                "topic was created anew, starting at its beginning"
+            );
+            return fresh(Memory::default(), None);
+        }
+        match source {
+            Some(source) => {
+                let id = now.map(Arc::from).or(id);
+                Self { partition: partition.clone(), source, id, start: Some(offset), memory }
+            }
+            None => fresh(memory, Some(offset)),
+        }
+    }
+}
+
+/// How far a partition's log reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The first offset that it still holds.
+    pub low: i64,
+    /// One past its last.
+    pub high: i64,
+    /// The first offset that was written at or after the time asked for; `high` where none was.
+    pub since: i64,
+}
+
+/// An answer of Kafka's that takes its time; does not borrow the consumer.
+pub type Pending<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
+
+/// Topics' ids by name, on their way.
+pub type TopicIds = Pending<HashMap<String, String>>;
 
 /// Names of topics that do not exist, on their way.
 pub type MissingTopics = Pin<Box<dyn Future<Output = Result<Vec<String>, Error>> + Send>>;
@@ -155,6 +216,8 @@ struct Core {
     stuck: HashMap<Partition, Stuck>,
     /// The broker has told topics' ids.
     gives_ids: Arc<AtomicBool>,
+    /// Bytes of metadata that the broker is known to take beside an offset.
+    metadata_bytes_max: Arc<AtomicUsize>,
 }
 
 /// How the group balances, from what is asked for first to what every broker has.
@@ -238,6 +301,7 @@ impl Consumer<Consuming> {
             was_assigned: false,
             stuck: HashMap::new(),
             gives_ids: Arc::default(),
+            metadata_bytes_max: Arc::new(AtomicUsize::new(config.metadata_bytes_max as usize)),
         };
         Ok(Self { core, state: PhantomData })
     }
@@ -343,57 +407,115 @@ impl<State> Consumer<State> {
     }
 
     /// Goes back, or on, to an offset: the next record taken is the first at or after it. What was
-    /// prefetched is dropped. Blocks for up to `timeout` (a few ms where the broker answers).
+    /// prefetched is dropped. Takes up to 5 s (a few ms where the broker answers).
     ///
     /// # Errors
     /// The partition is not assigned, or it took too long.
-    pub async fn seek(&self, partition: &Partition, offset: i64) -> Result<(), Error> {
+    pub fn seek(&self, partition: &Partition, offset: i64) -> Pending<()> {
         let inner = Arc::clone(&self.core.member.inner);
         let partition = partition.clone();
         let seek = move || {
             let mut list = TopicPartitionList::new();
             let offset = if offset <= 0 { Offset::Beginning } else { Offset::Offset(offset) };
             list.add_partition_offset(&partition.topic, partition.number, offset)?;
-            let list = inner.seek_partitions(list, Duration::from_secs(5))?;
+            let list = inner.seek_partitions(list, PATIENCE)?;
             list.elements().iter().try_for_each(|element| element.error())
         };
-        blocking(seek).await?.map_err(Error::from)
+        Box::pin(async move { blocking(seek).await?.map_err(Error::from) })
     }
 
-    /// Accepts partitions, each from its committed offset; from the log's start where that belongs to
-    /// another life of the topic, or there is none.
+    /// How far a partition's log reaches, and what of it is not older than `since_ms` (ms since the
+    /// Unix epoch, by the records' timestamps).
+    ///
+    /// # Errors
+    /// The partition's leader did not answer in time.
+    pub fn reach(&self, partition: &Partition, since_ms: i64) -> Pending<Reach> {
+        let inner = Arc::clone(&self.core.member.inner);
+        let partition = partition.clone();
+        let reach = move || {
+            let Partition { topic, number } = &partition;
+            let (low, high) = inner.fetch_watermarks(topic, *number, PATIENCE)?;
+            let at = |time_ms| -> Result<Option<i64>, KafkaError> {
+                let mut times = TopicPartitionList::new();
+                times.add_partition_offset(topic, *number, Offset::Offset(time_ms))?;
+                let found = inner.offsets_for_times(times, PATIENCE)?;
+                let Some(element) = found.elements().first().map(|e| (e.error(), e.offset()))
+                else {
+                    return Ok(None);
+                };
+                element.0?;
+                Ok(if let Offset::Offset(offset) = element.1 { Some(offset) } else { None })
+            };
+            let since = match at(since_ms.max(0))? {
+                Some(offset) => offset,
+                // A log without timestamps, or a broker that does not look at them, tells nothing.
+                None if since_ms > 0 && at(0)?.is_some() => high,
+                None => low,
+            };
+            Ok(Reach { low, high, since: since.clamp(low, high) })
+        };
+        Box::pin(async move { blocking(reach).await?.map_err(|e: KafkaError| Error::from(e)) })
+    }
+
+    /// Where each of these partitions is to be taken up: from its committed offset; from the log's
+    /// start where that belongs to another life of the topic, or there is none. Answers
+    /// [`Event::Assigned`] once [`Self::take_up`] has it.
     ///
     /// # Errors
     /// The coordinator did not tell the committed offsets in time; ask again.
-    pub async fn assign(&mut self, partitions: &[Partition]) -> Result<Vec<Assigned>, Error> {
-        let ids = self.topic_ids().await?;
-        let committed = self.committed(partitions).await?;
-        let mut list = TopicPartitionList::new();
-        let mut assigned = Vec::with_capacity(partitions.len());
-        for partition in partitions {
-            let topic_id = id_of(&ids, &partition.topic);
-            let offset = match committed.get(partition) {
-                Some((_, id)) if !id.is_empty() && **id != *topic_id => {
-                    tracing::warn!(
-                        topic = &*partition.topic,
-                        partition = partition.number,
-                        "topic was created anew, starting at its beginning"
-                    );
-                    Offset::Beginning
-                }
-                Some((offset, _)) => Offset::Offset(*offset),
-                None => Offset::Beginning,
+    pub fn plan(&self, partitions: &[Partition]) -> Pending<Vec<Assigned>> {
+        let (ids, committed) = (self.topic_ids(), self.committed(partitions));
+        let partitions = partitions.to_vec();
+        Box::pin(async move {
+            let (ids, mut committed) = (ids.await?, committed.await?);
+            let planned = |partition: &Partition| {
+                let id = ids.get(&*partition.topic).map(String::as_str);
+                Assigned::of(partition, id, committed.remove(partition))
             };
+            Ok(partitions.iter().map(planned).collect())
+        })
+    }
+
+    /// Accepts partitions as planned.
+    ///
+    /// # Errors
+    /// librdkafka refuses, as where they have been taken away meanwhile.
+    pub fn take_up(&mut self, planned: &[Assigned]) -> Result<(), Error> {
+        let mut list = TopicPartitionList::new();
+        let mut partitions = Vec::with_capacity(planned.len());
+        for Assigned { partition, start, .. } in planned {
+            let offset = start.map_or(Offset::Beginning, Offset::Offset);
             list.add_partition_offset(&partition.topic, partition.number, offset)?;
-            assigned.push(Assigned { partition: partition.clone(), topic_id });
+            partitions.push(partition.clone());
         }
-        self.core.split(partitions);
+        self.core.split(&partitions);
         match self.core.member.inner.rebalance_protocol() {
             RebalanceProtocol::Cooperative => self.core.member.inner.incremental_assign(&list)?,
             _ => self.core.member.inner.assign(&list)?,
         }
         self.core.was_assigned = true;
-        Ok(assigned)
+        Ok(())
+    }
+
+    /// Answers an assignment that is over before it was taken up; [`Self::release`] follows. None of
+    /// the partitions' records is seen.
+    ///
+    /// # Errors
+    /// librdkafka refuses.
+    pub fn decline(&mut self, partitions: &[Partition]) -> Result<(), Error> {
+        let nowhere = |partition: &Partition| Assigned::of(partition, None, None);
+        let planned: Vec<Assigned> = partitions.iter().map(nowhere).collect();
+        self.take_up(&planned)
+    }
+
+    /// Plans, and takes up.
+    ///
+    /// # Errors
+    /// As [`Self::plan`] and [`Self::take_up`].
+    pub async fn assign(&mut self, partitions: &[Partition]) -> Result<Vec<Assigned>, Error> {
+        let planned = self.plan(partitions).await?;
+        self.take_up(&planned)?;
+        Ok(planned)
     }
 
     /// Gives partitions back. Their records and commits are over.
@@ -422,39 +544,37 @@ impl<State> Consumer<State> {
     /// Asks to commit; [`Event::Committed`] is the answer. One at a time: each holds a thread until
     /// it is answered, because librdkafka tells of an asynchronous commit only to those who have set
     /// a callback for it, and the binding sets none.
-    ///
-    /// # Errors
-    /// It could not be asked.
-    pub fn commit(&self, commits: &[Commit]) -> Result<(), Error> {
-        let list = commit_list(commits)?;
-        let inner = Arc::clone(&self.core.member.inner);
+    pub fn commit(&self, commits: Vec<Commit>) {
+        let work = self.committing(commits);
         let (callbacks, bell) = (self.core.member.callbacks.clone(), self.bell());
         std::mem::drop(spawn_blocking(move || {
-            callbacks.committed(inner.commit(&list, CommitMode::Sync));
+            callbacks.committed(work());
             bell.notify_one();
         }));
-        Ok(())
     }
 
-    /// Commits and waits for the answer, for at most `timeout`.
+    /// Commits and waits for the answer, for at most `timeout`; how many shards the metadata had no
+    /// room for.
     ///
     /// # Errors
     /// It was not committed, or it is not known.
-    pub async fn commit_and_wait(
+    pub fn commit_and_wait(&self, commits: Vec<Commit>, timeout: Duration) -> Pending<usize> {
+        let work = self.committing(commits);
+        Box::pin(async move {
+            match tokio::time::timeout(timeout, blocking(work)).await {
+                Ok(committed) => committed?,
+                Err(_) => Err(Error::Away("the commit was not answered in time".into())),
+            }
+        })
+    }
+
+    fn committing(
         &self,
-        commits: &[Commit],
-        timeout: Duration,
-    ) -> Result<(), Error> {
-        if commits.is_empty() {
-            return Ok(());
-        }
-        let list = commit_list(commits)?;
+        commits: Vec<Commit>,
+    ) -> impl FnOnce() -> Result<usize, Error> + Send + 'static {
         let inner = Arc::clone(&self.core.member.inner);
-        let commit = blocking(move || inner.commit(&list, CommitMode::Sync));
-        match tokio::time::timeout(timeout, commit).await {
-            Ok(committed) => committed?.map_err(Error::from),
-            Err(_) => Err(Error::Away("the commit was not answered in time".into())),
-        }
+        let bytes_max = Arc::clone(&self.core.metadata_bytes_max);
+        move || commit(&inner, commits, &bytes_max)
     }
 
     /// The ids of the group's topics; empty where the broker gives none. Shows that a broker answers.
@@ -466,7 +586,7 @@ impl<State> Consumer<State> {
         let topics: Vec<String> = self.core.topics.iter().map(|t| t.to_string()).collect();
         let gives_ids = Arc::clone(&self.core.gives_ids);
         let ask = move || {
-            let (client, timeout) = (inner.client(), Duration::from_secs(5));
+            let (client, timeout) = (inner.client(), PATIENCE);
             if !gives_ids.load(Ordering::Relaxed) {
                 let topic = topics.first().map(String::as_str);
                 if !ffi::has_controller(client, topic, timeout)? {
@@ -529,31 +649,30 @@ impl<State> Consumer<State> {
         ffi::cached_high_watermark(inner.client(), &partition.topic, partition.number)
     }
 
-    /// The committed offsets, each with the topic id that was kept beside it.
-    async fn committed(
-        &self,
-        partitions: &[Partition],
-    ) -> Result<HashMap<Partition, (i64, String)>, Error> {
+    /// The committed offsets, each with what was kept beside it.
+    fn committed(&self, partitions: &[Partition]) -> Pending<HashMap<Partition, (i64, Metadata)>> {
         let inner = Arc::clone(&self.core.member.inner);
+        let topics = self.core.topics.clone();
         let mut list = TopicPartitionList::new();
         for partition in partitions {
             list.add_partition(&partition.topic, partition.number);
         }
-        if partitions.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let list =
-            blocking(move || inner.committed_offsets(list, Duration::from_secs(5))).await??;
-        let mut committed = HashMap::new();
-        for element in list.elements() {
-            element.error()?;
-            let topic = self.core.topic(element.topic());
-            if let Offset::Offset(offset) = element.offset() {
-                let partition = Partition { topic, number: element.partition() };
-                committed.insert(partition, (offset, element.metadata().to_owned()));
+        Box::pin(async move {
+            if list.count() == 0 {
+                return Ok(HashMap::new());
             }
-        }
-        Ok(committed)
+            let list = blocking(move || inner.committed_offsets(list, PATIENCE)).await??;
+            let mut committed = HashMap::new();
+            for (element, metadata) in list.elements().into_iter().zip(ffi::metadata(&list)) {
+                element.error()?;
+                let topic = named(&topics, element.topic());
+                if let Offset::Offset(offset) = element.offset() {
+                    let partition = Partition { topic, number: element.partition() };
+                    committed.insert(partition, (offset, Metadata::decode(&metadata, offset)));
+                }
+            }
+            Ok(committed)
+        })
     }
 }
 
@@ -564,24 +683,16 @@ impl Core {
             Told::Revoke { partitions, lost } => {
                 Event::Revoked { partitions: self.partitions(partitions), lost }
             }
-            Told::Committed(Err(error))
-                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::NoOffset) =>
-            {
-                Event::Committed(Ok(()))
-            }
-            Told::Committed(result) => Event::Committed(result.map_err(Error::from)),
+            Told::Committed(result) => Event::Committed(result),
         }
     }
 
     fn partitions(&self, list: Vec<(String, i32)>) -> Vec<Partition> {
-        let partition =
-            |(topic, number): (String, i32)| Partition { topic: self.topic(&topic), number };
+        let partition = |(topic, number): (String, i32)| Partition {
+            topic: named(&self.topics, &topic),
+            number,
+        };
         list.into_iter().map(partition).collect()
-    }
-
-    fn topic(&self, name: &str) -> Arc<str> {
-        let known = self.topics.iter().find(|topic| ***topic == *name);
-        known.map_or_else(|| Arc::from(name), Arc::clone)
     }
 
     /// A record, or a batch of them, cannot be had. Said once for each cause.
@@ -729,24 +840,120 @@ fn copy(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Record {
     }
 }
 
-/// The topic's id; its name where the broker gives none.
-pub fn id_of(ids: &HashMap<String, String>, topic: &str) -> Arc<str> {
-    Arc::from(ids.get(topic).map_or(topic, String::as_str))
+/// The topic of this name, without a copy of the name where the group has the topic.
+fn named(topics: &[Arc<str>], name: &str) -> Arc<str> {
+    let known = topics.iter().find(|topic| ***topic == *name);
+    known.map_or_else(|| Arc::from(name), Arc::clone)
 }
 
-fn commit_list(commits: &[Commit]) -> Result<TopicPartitionList, Error> {
+/// Commits. A commit never fails for its metadata: where the broker takes less of it, so does every
+/// commit from then on. How many shards were left out.
+fn commit(
+    member: &BaseConsumer<Callbacks>,
+    mut commits: Vec<Commit>,
+    bytes_max: &AtomicUsize,
+) -> Result<usize, Error> {
+    let mut left_out = 0;
+    while !commits.is_empty() {
+        let allowed = bytes_max.load(Ordering::Relaxed);
+        let bytes = allowed.min(METADATA_BATCH_BYTES_MAX / commits.len());
+        let (list, missing) = commit_list(&commits, bytes)?;
+        let failed = match ffi::commit(member.client(), &list) {
+            Ok(failed) => failed,
+            Err(RDKafkaErrorCode::NoOffset) => Vec::new(),
+            Err(code) => return Err(KafkaError::ConsumerCommit(code).into()),
+        };
+        let too_large = |code| {
+            use RDKafkaErrorCode::{InvalidCommitOffsetSize, OffsetMetadataTooLarge};
+            matches!(code, OffsetMetadataTooLarge | InvalidCommitOffsetSize)
+        };
+        if let Some((.., code)) = failed.iter().find(|(.., code)| bytes == 0 || !too_large(*code)) {
+            return Err(KafkaError::ConsumerCommit(*code).into());
+        }
+        let refused = |commit: &Commit| {
+            let Partition { topic, number } = &commit.partition;
+            failed.iter().any(|(name, partition, _)| **name == **topic && partition == number)
+        };
+        let (again, done): (Vec<_>, Vec<_>) =
+            commits.into_iter().zip(missing).partition(|(commit, _)| refused(commit));
+        left_out += done.into_iter().map(|(_, missing)| missing).sum::<usize>();
+        commits = again.into_iter().map(|(commit, _)| commit).collect();
+        if !commits.is_empty() {
+            let less = bytes / 2;
+            tracing::warn!(bytes, less, "the broker takes less metadata beside an offset");
+            bytes_max.fetch_min(less, Ordering::Relaxed);
+        }
+    }
+    Ok(left_out)
+}
+
+/// The commits as librdkafka takes them, each with at most `bytes_max` of metadata, and how many
+/// shards each leaves out.
+fn commit_list(
+    commits: &[Commit],
+    bytes_max: usize,
+) -> Result<(TopicPartitionList, Vec<usize>), Error> {
     let mut list = TopicPartitionList::with_capacity(commits.len());
+    let mut left_out = Vec::with_capacity(commits.len());
     for commit in commits {
         let Partition { topic, number } = &commit.partition;
+        let (metadata, missing) = commit.metadata.encode(commit.offset, bytes_max);
         let mut element = list.add_partition(topic, *number);
         element.set_offset(Offset::Offset(commit.offset))?;
-        element.set_metadata(&*commit.topic_id);
+        if !metadata.is_empty() {
+            element.set_metadata(metadata);
+        }
+        left_out.push(missing);
     }
-    Ok(list)
+    Ok((list, left_out))
 }
 
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     spawn_blocking(work).await.map_err(|e| Error::Away(format!("worker thread: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn committed(text: &str) -> Option<(i64, Metadata)> {
+        Some((7, Metadata::decode(text.as_bytes(), 7)))
+    }
+
+    /// What becomes of a partition whose topic's id is now `id`.
+    fn of(id: Option<&str>, committed: Option<(i64, Metadata)>) -> (String, Option<i64>, bool) {
+        let partition = Partition { topic: "push".into(), number: 0 };
+        let assigned = Assigned::of(&partition, id, committed);
+        let remembers = !assigned.memory.confirmed.is_empty();
+        (assigned.source.name().to_string(), assigned.start, remembers)
+    }
+
+    fn with_memory(source: TopicSource, id: Option<&str>) -> Option<(i64, Metadata)> {
+        let at = barid_core::LogPosition { leader_epoch: 0, offset: 6, index: 0 };
+        let memory = Memory { confirmed: [(3, at)].into(), ..Default::default() };
+        let metadata = Metadata { source: Some(source), id: id.map(Arc::from), memory };
+        let (text, left_out) = metadata.encode(7, 3_000);
+        assert_eq!(left_out, 0);
+        committed(&text)
+    }
+
+    #[test]
+    fn hazard_32_only_another_id_is_another_topic() {
+        let id = || with_memory(TopicSource::Id("a".into()), None);
+        assert_eq!(of(Some("a"), id()), ("a".into(), Some(7), true));
+        assert_eq!(of(None, id()), ("a".into(), Some(7), true), "absent is unknown");
+        assert_eq!(of(Some("b"), id()), ("b".into(), None, false));
+        // Redis knows the positions by the name: the partition keeps it.
+        let name = |seen| with_memory(TopicSource::Name("push".into()), seen);
+        for (seen, now) in [(None, Some("a")), (None, None), (Some("a"), Some("a"))] {
+            assert_eq!(of(now, name(seen)), ("push".into(), Some(7), true));
+        }
+        assert_eq!(of(Some("b"), name(Some("a"))), ("b".into(), None, false));
+        assert_eq!(of(Some("a"), None), ("a".into(), None, false));
+        assert_eq!(of(None, None), ("push".into(), None, false));
+        // An operator's tool has moved the offset: it stands, and nothing is remembered.
+        assert_eq!(of(Some("a"), committed("")), ("a".into(), Some(7), false));
+    }
 }

@@ -9,9 +9,11 @@ use parking_lot::Mutex;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
+
+use crate::Error;
 
 /// A client that only logs.
 #[derive(Debug, Clone, Default)]
@@ -45,7 +47,7 @@ pub(crate) enum Told {
     /// These are to be given back; `lost`: they already belong to somebody else.
     Revoke { partitions: Vec<(String, i32)>, lost: bool },
     /// A commit was answered.
-    Committed(Result<(), KafkaError>),
+    Committed(Result<usize, Error>),
 }
 
 /// A consumer's callbacks. It does not answer a rebalance itself: librdkafka holds the partitions
@@ -64,7 +66,7 @@ impl Callbacks {
     }
 
     /// A commit was answered.
-    pub(crate) fn committed(&self, result: KafkaResult<()>) {
+    pub(crate) fn committed(&self, result: Result<usize, Error>) {
         self.told.lock().push_back(Told::Committed(result));
     }
 

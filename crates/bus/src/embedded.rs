@@ -51,4 +51,9 @@ impl EmbeddedKafka {
         };
         cluster.create_topic(name, i32::from(partitions), 1).map_err(Error::from)
     }
+
+    /// Answers the next `count` requests of a kind, by Kafka's API key, only after `delay`: for tests.
+    pub fn delay_answers(&self, api_key: i16, count: usize, delay: Duration) {
+        ffi::delay_mock_answers(self.client.client(), api_key, count, delay);
+    }
 }

@@ -6,12 +6,14 @@
 )]
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::time::Duration;
 
+use rdkafka::TopicPartitionList;
 use rdkafka::bindings as sys;
 use rdkafka::client::{Client, ClientContext};
 use rdkafka::message::BorrowedMessage;
+use rdkafka::types::RDKafkaErrorCode;
 
 use crate::Error;
 
@@ -227,6 +229,117 @@ pub(crate) fn cached_high_watermark<C: ClientContext>(
         );
     }
     if high < 0 { -1 } else { high }
+}
+
+/// Commits, and waits for the answer, for as long as librdkafka tries: the partitions that were not
+/// committed, each with why. The binding's own call takes a commit that was refused for some of its
+/// partitions for done.
+///
+/// # Errors
+/// None was committed.
+pub(crate) fn commit<C: ClientContext>(
+    client: &Client<C>,
+    list: &TopicPartitionList,
+) -> Result<Vec<(String, i32, RDKafkaErrorCode)>, RDKafkaErrorCode> {
+    let mut failed: Vec<(String, i32, RDKafkaErrorCode)> = Vec::new();
+    // SAFETY: the client and the list live throughout, the call copies the list. Without a queue the
+    // call itself runs the callback, before it returns, so `failed` outlives its use.
+    let error = unsafe {
+        sys::rd_kafka_commit_queue(
+            client.native_ptr(),
+            list.ptr(),
+            std::ptr::null_mut(),
+            Some(committed),
+            (&raw mut failed).cast(),
+        )
+    };
+    match error {
+        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => Ok(failed),
+        // Where every partition was refused, librdkafka gives the last one's reason for all.
+        _ if !failed.is_empty() => Ok(failed),
+        error => Err(error.into()),
+    }
+}
+
+/// # Safety
+/// Called by [`commit`]'s call alone.
+unsafe extern "C" fn committed(
+    _client: *mut sys::rd_kafka_t,
+    _error: sys::rd_kafka_resp_err_t,
+    list: *mut sys::rd_kafka_topic_partition_list_t,
+    failed: *mut c_void,
+) {
+    if list.is_null() {
+        return;
+    }
+    // SAFETY: librdkafka passes its own list, and the pointer that `commit` gave it.
+    unsafe {
+        let failed = &mut *failed.cast::<Vec<(String, i32, RDKafkaErrorCode)>>();
+        for element in elements(list) {
+            if element.err != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
+                let topic = CStr::from_ptr(element.topic).to_string_lossy().into_owned();
+                failed.push((topic, element.partition, element.err.into()));
+            }
+        }
+    }
+}
+
+/// The metadata of a list's elements, in order: the binding panics where it is not UTF-8, and any
+/// tool may have written it.
+pub(crate) fn metadata(list: &TopicPartitionList) -> Vec<Vec<u8>> {
+    // SAFETY: the list lives, and its elements' metadata is as long as they say.
+    unsafe {
+        let bytes = |element: &sys::rd_kafka_topic_partition_t| {
+            if element.metadata.is_null() || element.metadata_size == 0 {
+                return Vec::new();
+            }
+            std::slice::from_raw_parts(element.metadata.cast::<u8>(), element.metadata_size)
+                .to_vec()
+        };
+        elements(list.ptr()).iter().map(bytes).collect()
+    }
+}
+
+/// # Safety
+/// `list` is a live list of librdkafka, which nobody changes while its elements are looked at.
+unsafe fn elements<'a>(
+    list: *const sys::rd_kafka_topic_partition_list_t,
+) -> &'a [sys::rd_kafka_topic_partition_t] {
+    // SAFETY: a list holds `cnt` elements at `elems`.
+    unsafe {
+        let count = usize::try_from((*list).cnt).unwrap_or(0);
+        if count == 0 { &[] } else { std::slice::from_raw_parts((*list).elems, count) }
+    }
+}
+
+/// The in-process broker answers the next `count` requests of a kind (by Kafka's API key) only after
+/// `delay`. False: the client has no mock cluster.
+pub(crate) fn delay_mock_answers<C: ClientContext>(
+    client: &Client<C>,
+    api_key: i16,
+    count: usize,
+    delay: Duration,
+) -> bool {
+    let delay_ms = c_int::try_from(delay.as_millis()).unwrap_or(c_int::MAX);
+    // SAFETY: the client lives, its mock cluster as long as it; each call has as many pairs of an
+    // error and a round trip as it says.
+    unsafe {
+        let cluster = sys::rd_kafka_handle_mock_cluster(client.native_ptr());
+        if cluster.is_null() {
+            return false;
+        }
+        for _ in 0..count {
+            sys::rd_kafka_mock_broker_push_request_error_rtts(
+                cluster,
+                1,
+                api_key,
+                1,
+                sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR as c_int,
+                delay_ms,
+            );
+        }
+    }
+    true
 }
 
 /// The mock cluster of a client waits 3 s for further members of a new group; let it wait less.

@@ -1,7 +1,13 @@
 //! What of a partition may be committed: everything before the first offset that is taken and not
-//! finished. The smallest file of this crate, because P1 rests on it.
+//! finished; and what each shard must therefore know. The smallest file of this crate, because P1
+//! rests on it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+
+use barid_core::LogPosition;
+
+/// The highest position that each shard, by number, has confirmed.
+pub type Confirmed = BTreeMap<u16, LogPosition>;
 
 /// The offsets of one partition in one assignment. Offsets that the log does not have (compacted,
 /// transaction markers) are never taken and hold nothing back.
@@ -9,11 +15,19 @@ use std::collections::BTreeSet;
 pub struct Ledger {
     /// Taken, not finished.
     open: BTreeSet<i64>,
-    /// One past the highest offset taken.
+    /// One past the highest offset taken; before any is, where the reading begins.
     next: Option<i64>,
+    /// Covers every finished position below what may be committed, and never goes down: what a
+    /// reading goes back for must still be known to whoever takes over in its midst.
+    confirmed: Confirmed,
 }
 
 impl Ledger {
+    /// A ledger of a partition that is read from `offset`, whose shards have confirmed so much.
+    pub fn resume(offset: i64, confirmed: Confirmed) -> Self {
+        Self { open: BTreeSet::new(), next: Some(offset), confirmed }
+    }
+
     /// An offset was taken from the log. They come in order; one that does not is refused, because
     /// what may be committed would go back. False: refused.
     pub fn take(&mut self, offset: i64) -> bool {
@@ -25,9 +39,21 @@ impl Ledger {
         true
     }
 
-    /// Everything about an offset is done. False: it is not open.
-    pub fn finish(&mut self, offset: i64) -> bool {
-        self.open.remove(&offset)
+    /// Everything about an offset is done, and these shards have confirmed these positions of it.
+    /// False: it is not open.
+    pub fn finish(
+        &mut self,
+        offset: i64,
+        confirmed: impl IntoIterator<Item = (u16, LogPosition)>,
+    ) -> bool {
+        if !self.open.remove(&offset) {
+            return false;
+        }
+        for (shard, position) in confirmed {
+            let highest = self.confirmed.entry(shard).or_insert(position);
+            *highest = position.max(*highest);
+        }
+        true
     }
 
     /// Forgets what was taken from `offset` on: it will be taken again.
@@ -36,9 +62,15 @@ impl Ledger {
         self.next = self.next.map(|next| next.min(offset));
     }
 
-    /// The offset to commit: the next one to read if the process died now. `None`: nothing was taken.
+    /// The offset to commit: the next one to read if the process died now. `None`: nothing was taken,
+    /// and it is not known where the reading begins.
     pub fn committable(&self) -> Option<i64> {
         self.open.first().copied().or(self.next)
+    }
+
+    /// What each shard must know. To be read in the step that reads [`Self::committable`].
+    pub fn confirmed(&self) -> &Confirmed {
+        &self.confirmed
     }
 
     /// Offsets taken and not finished.
@@ -62,39 +94,49 @@ mod tests {
     fn commits_up_to_the_first_unfinished_offset() {
         let mut ledger = ledger(&[5, 6, 7]);
         assert_eq!(ledger.committable(), Some(5));
-        assert!(ledger.finish(7) && ledger.finish(5));
+        assert!(ledger.finish(7, []) && ledger.finish(5, []));
         assert_eq!(ledger.committable(), Some(6));
-        assert!(ledger.finish(6));
+        assert!(ledger.finish(6, []));
         assert_eq!((ledger.committable(), ledger.open()), (Some(8), 0));
     }
 
     #[test]
     fn holes_in_the_log_hold_nothing_back() {
         let mut ledger = ledger(&[5, 9, 40]);
-        ledger.finish(5);
+        ledger.finish(5, []);
         assert_eq!(ledger.committable(), Some(9));
-        ledger.finish(9);
+        ledger.finish(9, []);
         assert_eq!(ledger.committable(), Some(40));
-        ledger.finish(40);
+        ledger.finish(40, []);
         assert_eq!(ledger.committable(), Some(41));
     }
 
     #[test]
     fn nothing_taken_is_nothing_to_commit() {
         assert_eq!(Ledger::default().committable(), None);
-        assert!(!Ledger::default().finish(3));
+        assert!(!Ledger::default().finish(3, []));
     }
 
     #[test]
     fn offsets_that_go_back_are_refused_until_rewound() {
         let mut ledger = ledger(&[5, 6]);
         assert!(!ledger.take(6) && !ledger.take(2) && !ledger.take(-1));
-        ledger.finish(6);
+        ledger.finish(6, []);
         ledger.rewind(6);
         assert!(ledger.take(6));
         assert_eq!((ledger.committable(), ledger.open()), (Some(5), 2));
         ledger.rewind(3);
         assert_eq!((ledger.committable(), ledger.open()), (Some(3), 0));
+    }
+
+    #[test]
+    fn a_ledger_that_resumes_stands_where_it_begins() {
+        let at = LogPosition { leader_epoch: 3, offset: 20, index: 0 };
+        let mut ledger = Ledger::resume(21, [(7, at)].into());
+        assert_eq!((ledger.committable(), ledger.confirmed()[&7]), (Some(21), at));
+        assert!(!ledger.take(20) && ledger.take(25));
+        ledger.rewind(11);
+        assert_eq!(ledger.committable(), Some(11));
     }
 
     #[derive(Debug, Clone)]
@@ -114,11 +156,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_commits_past_an_unfinished_offset(steps in prop::collection::vec(step(), 0..200)) {
+        fn hazard_26_never_commits_past_an_unfinished_offset_nor_without_what_its_shards_must_know(steps in prop::collection::vec(step(), 0..200)) {
             let mut ledger = Ledger::default();
             // What the ledger must agree with: every offset taken, and whether it is finished.
             let mut taken: Vec<(i64, bool)> = Vec::new();
             let mut next = 0;
+            // What was ever finished, by shard; and what each shard was known to have confirmed.
+            let mut finished: Vec<(u16, LogPosition)> = Vec::new();
+            let mut known = Confirmed::new();
             for step in steps {
                 match step {
                     Step::Take { hole } => {
@@ -128,8 +173,17 @@ mod tests {
                         next = offset + 1;
                     }
                     Step::Finish { which } if which < taken.len() => {
-                        let (offset, finished) = taken[which];
-                        prop_assert_eq!(ledger.finish(offset), !finished);
+                        let (offset, before) = taken[which];
+                        // Records are for two shards, the first of them twice.
+                        let part = |shard: i64, index| {
+                            let at = LogPosition { leader_epoch: 0, offset, index };
+                            ((shard % 5) as u16, at)
+                        };
+                        let parts = [part(offset, 0), part(offset + 1, 1), part(offset, 2)];
+                        prop_assert_eq!(ledger.finish(offset, parts), !before);
+                        if !before {
+                            finished.extend(parts);
+                        }
                         taken[which].1 = true;
                     }
                     Step::Finish { .. } => {}
@@ -139,6 +193,14 @@ mod tests {
                         taken.retain(|(offset, _)| *offset < to);
                         next = to.min(next);
                     }
+                }
+                for (shard, before) in &known {
+                    prop_assert!(ledger.confirmed()[shard] >= *before, "it went down");
+                }
+                known.clone_from(ledger.confirmed());
+                let commit = ledger.committable().unwrap_or(0);
+                for (shard, position) in finished.iter().filter(|(_, at)| at.offset < commit) {
+                    prop_assert!(known[shard] >= *position, "shard {shard}: {position:?}");
                 }
                 let unfinished = taken.iter().filter(|(_, finished)| !finished);
                 let first = unfinished.map(|(offset, _)| *offset).min();

@@ -2,11 +2,17 @@
 //! both have to behave alike.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use barid_bus::consumer::{Commit, Consumer, Consuming, Done, Event, Partition, Record};
-use barid_bus::ensure_topics;
-use barid_bus::{DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Producer};
+use barid_bus::consumer::{
+    Assigned, Commit, Consumer, Consuming, Done, Event, Partition, Reach, Record,
+};
+use barid_bus::{
+    DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Memory, Metadata, Producer,
+    TopicSource, ensure_topics,
+};
+use barid_core::LogPosition;
 use barid_testkit::Kafka;
 use barid_testkit::kafka::{KafkaOptions, unique};
 use bytes::Bytes;
@@ -56,12 +62,20 @@ fn embedded() -> (EmbeddedKafka, KafkaConfig) {
 
 /// Assigns, and takes records until there are `count`.
 async fn take(consumer: &mut Consumer<Consuming>, count: usize) -> Vec<Record> {
+    take_noting(consumer, count, &mut Vec::new()).await
+}
+
+async fn take_noting(
+    consumer: &mut Consumer<Consuming>,
+    count: usize,
+    assigned: &mut Vec<Assigned>,
+) -> Vec<Record> {
     let mut records = Vec::new();
     let taking = async {
         while records.len() < count {
             while let Some(event) = consumer.poll() {
                 if let Event::Assigned(partitions) = event {
-                    consumer.assign(&partitions).await.unwrap();
+                    assigned.extend(consumer.assign(&partitions).await.unwrap());
                 }
             }
             for topic in 0..3 {
@@ -72,6 +86,21 @@ async fn take(consumer: &mut Consumer<Consuming>, count: usize) -> Vec<Record> {
     };
     timeout(LIMIT, taking).await.expect("records come");
     records
+}
+
+/// A commit of a partition whose `shards` shards have confirmed something.
+fn commit(ids: &HashMap<String, String>, partition: Partition, shards: u16) -> Commit {
+    let source = match ids.get(&*partition.topic) {
+        Some(id) => TopicSource::Id(id.as_str().into()),
+        None => TopicSource::Name(partition.topic.clone()),
+    };
+    let at = |shard| LogPosition { leader_epoch: 7, offset: 1_000 - i64::from(shard), index: 2 };
+    let memory = Memory {
+        confirmed: (0..shards).map(|shard| (shard, at(shard))).collect(),
+        epochs: [(6, 3), (7, 900)].into(),
+    };
+    let metadata = Metadata { source: Some(source), id: None, memory };
+    Commit { partition, offset: 1_000, metadata }
 }
 
 fn start(config: &KafkaConfig) -> Consumer<Consuming> {
@@ -99,14 +128,17 @@ async fn takes_commits_and_goes_on_where_it_stopped(config: KafkaConfig, topic_i
     let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
     let ids = consumer.topic_ids().await.unwrap();
     assert_eq!(ids.len(), topic_ids, "the in-process broker gives none");
-    let topic_id = barid_bus::consumer::id_of(&ids, &config.topics.push);
     consumer.seek(&partition, 3).await.unwrap();
     assert_eq!(take(&mut consumer, 2).await[0].offset, 3);
-    let commit = Commit { partition, offset: 4, topic_id };
-    consumer.commit_and_wait(&[commit], LIMIT).await.unwrap();
+    let commit = Commit { offset: 4, ..commit(&ids, partition, 64) };
+    let left_out = consumer.commit_and_wait(vec![commit.clone()], LIMIT).await.unwrap();
+    assert_eq!(left_out, 0);
     assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
     let mut again = start(&config);
-    assert_eq!(take(&mut again, 1).await[0].offset, 4);
+    let mut assigned = Vec::new();
+    assert_eq!(take_noting(&mut again, 1, &mut assigned).await[0].offset, 4);
+    let found = assigned.iter().find(|a| a.partition == commit.partition).unwrap();
+    assert_eq!((found.start, &found.memory), (Some(4), &commit.metadata.memory));
     assert_eq!(again.drain().finish(LIMIT).await, Done::Left);
 }
 
@@ -206,20 +238,97 @@ async fn a_topic_created_again_is_read_from_its_start() {
     let mut consumer = start(&config);
     let records = take(&mut consumer, 5).await;
     let old_ids = consumer.topic_ids().await.unwrap();
-    let topic_id = barid_bus::consumer::id_of(&old_ids, &config.topics.push);
     let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
-    let commit = Commit { partition, offset: 2, topic_id };
+    let commit = Commit { offset: 2, ..commit(&old_ids, partition, 3) };
     Kafka::shared().await.delete_topics(&[&config.topics.push]).await.unwrap();
     ensure_topics(&config, LIMIT).await.unwrap();
     produce(&config, 4).await;
     // The offset of the old life stands in the group, as after a crash between the two.
-    let _ = consumer.commit_and_wait(&[commit], LIMIT).await;
+    let _ = consumer.commit_and_wait(vec![commit], LIMIT).await;
     assert_ne!(consumer.topic_ids().await.unwrap(), old_ids);
     assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
     let mut again = start(&config);
-    let records = take(&mut again, 4).await;
+    let mut assigned = Vec::new();
+    let records = take_noting(&mut again, 4, &mut assigned).await;
     assert_eq!(records[0].offset, 0);
+    assert!(assigned.iter().all(|a| a.memory == Memory::default()), "of the old life");
     assert_eq!(again.drain().finish(LIMIT).await, Done::Left);
+}
+
+/// Commits for every partition of the push topic; what the next member is told of them.
+async fn remembered(config: &KafkaConfig, shards: u16) -> (usize, Vec<Assigned>) {
+    produce(config, 1).await;
+    let mut consumer = start(config);
+    let records = take(&mut consumer, 1).await;
+    let ids = consumer.topic_ids().await.unwrap();
+    let topic = records[0].topic.clone();
+    let commits = (0..i32::from(config.partitions)).map(|number| {
+        let partition = Partition { topic: topic.clone(), number };
+        // The record is to be taken by the next, too.
+        Commit { offset: 0, ..commit(&ids, partition, shards) }
+    });
+    let commits: Vec<Commit> = commits.collect();
+    let left_out = consumer.commit_and_wait(commits, LIMIT).await.unwrap();
+    assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
+    let (mut again, mut assigned) = (start(config), Vec::new());
+    take_noting(&mut again, 1, &mut assigned).await;
+    assert_eq!(again.drain().finish(LIMIT).await, Done::Left);
+    assigned.retain(|a| a.partition.topic == topic);
+    assert_eq!(assigned.len(), usize::from(config.partitions));
+    assert!(assigned.iter().all(|a| a.start == Some(0)), "a partition was not committed");
+    (left_out, assigned)
+}
+
+#[tokio::test]
+async fn hazard_26_a_commit_never_fails_for_what_it_says_of_the_shards() {
+    let property = ("offset.metadata.max.bytes".to_owned(), "64".to_owned());
+    let options = KafkaOptions { properties: vec![property], ..Default::default() };
+    let kafka = Kafka::start_with(options).await.unwrap();
+    let config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    ensure_topics(&config, LIMIT).await.unwrap();
+    let (left_out, assigned) = remembered(&config, 64).await;
+    assert!(left_out > 3 * 32, "{left_out}");
+    // The topic's id, and those with the highest positions, as far as they fit.
+    for Assigned { source, memory, .. } in assigned {
+        assert!(matches!(source, TopicSource::Id(_)));
+        assert!(!memory.confirmed.is_empty() && memory.confirmed.keys().all(|shard| *shard < 32));
+    }
+}
+
+#[tokio::test]
+async fn hazard_26_a_commit_of_many_partitions_fits_into_one_batch() {
+    let many = KafkaConfig { partitions: 600, metadata_bytes_max: 3_000, ..config() };
+    let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..many };
+    Kafka::shared().await.create_topics(&[&config.topics.push], 600).await.unwrap();
+    let few = KafkaConfig { partitions: 1, ..config.clone() };
+    ensure_topics(&few, LIMIT).await.unwrap();
+    let (left_out, assigned) = remembered(&config, 256).await;
+    assert!(left_out > 0 && assigned.iter().all(|a| !a.memory.confirmed.is_empty()));
+}
+
+#[tokio::test]
+async fn a_log_tells_how_far_it_reaches_and_what_is_not_older_than_a_time() {
+    let config = apache().await;
+    produce(&config, 3).await;
+    let mut consumer = start(&config);
+    let records = take(&mut consumer, 3).await;
+    let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
+    let second = records[1].timestamp_ms.unwrap();
+    let reach = async |since_ms| consumer.reach(&partition, since_ms).await.unwrap();
+    assert_eq!(reach(0).await, Reach { low: 0, high: 3, since: 0 });
+    let since = reach(second).await.since;
+    assert!(records[since as usize].timestamp_ms.unwrap() >= second && since <= 1);
+    assert_eq!(reach(second + 3_600_000).await.since, 3, "all of it is older");
+    assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
+    // librdkafka's own broker knows no times: all of its log counts as new enough.
+    let (_kafka, config) = embedded();
+    produce(&config, 3).await;
+    let mut consumer = start(&config);
+    let records = take(&mut consumer, 3).await;
+    let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
+    let reach = consumer.reach(&partition, second + 3_600_000).await.unwrap();
+    assert_eq!(reach, Reach { low: 0, high: 3, since: 0 });
+    assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
 }
 
 #[tokio::test]

@@ -69,6 +69,19 @@ impl IdHash {
     }
 }
 
+/// Where a record stands in Kafka, as far as a shard has executed it. Ordered: a later record, or
+/// a later part of the same record, is greater. The leader epoch comes first, because an unclean
+/// election gives offsets twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LogPosition {
+    /// The partition's leader epoch; -1 where the broker does not tell.
+    pub leader_epoch: i32,
+    /// The record's offset.
+    pub offset: i64,
+    /// Which of the record's mailboxes (a record to several users has several), from 0.
+    pub index: u32,
+}
+
 /// Where a device stands in a mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Position {

@@ -15,7 +15,7 @@ mod trace;
 pub use backoff::{Backoff, InvalidBackoff};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use close::CloseCode;
-pub use history::{Chain, Epoch, Generation, IdHash, Position, Seq};
+pub use history::{Chain, Epoch, Generation, IdHash, LogPosition, Position, Seq};
 pub use ids::{
     AppId, Attempt, ConnectionId, DeviceId, GroupId, Incarnation, InvalidName, MessageId, NodeId,
     SessionRef, UserId,

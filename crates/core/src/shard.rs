@@ -41,6 +41,11 @@ impl ShardCount {
         Shard((hash.digest() % u64::from(self.0)) as u16)
     }
 
+    /// The shard of this number; `None`: the cluster has no such shard.
+    pub fn shard(self, number: u16) -> Option<Shard> {
+        (number < self.0).then_some(Shard(number))
+    }
+
     /// Every shard, in order.
     pub fn all(self) -> impl ExactSizeIterator<Item = Shard> {
         (0..self.0).map(Shard)

@@ -188,6 +188,7 @@ impl Cluster {
             shard: self.mailbox.shard_of(&user(name)),
             source: Source { topic_id: "t".into(), partition: 0 },
             prev: None,
+            raise: None,
             messages: vec![message],
         };
         let outcome = self.mailbox.accept(&[group]).await.remove(0).unwrap();

@@ -8,18 +8,7 @@ use barid_core::{
 };
 use bytes::Bytes;
 
-/// Where a record stands in Kafka, as far as a shard has executed it. Ordered: a later record, or
-/// a later part of the same record, is greater. The leader epoch comes first, because an unclean
-/// election gives offsets twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LogPosition {
-    /// The partition's leader epoch; -1 where the broker does not tell.
-    pub leader_epoch: i32,
-    /// The record's offset.
-    pub offset: i64,
-    /// Which of the record's mailboxes (a record to several users has several), from 0.
-    pub index: u32,
-}
+pub use barid_core::LogPosition;
 
 /// One partition of one life of a topic.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -37,8 +26,11 @@ pub struct AcceptGroup {
     pub shard: Shard,
     /// Where they come from.
     pub source: Source,
-    /// The last position that this assignment sent to this shard before; `None` for its first group.
+    /// The last position that this shard has confirmed, whoever sent it; `None`: none is known.
     pub prev: Option<LogPosition>,
+    /// Moves the shard's position up to here, where nothing is accepted: the log no longer holds
+    /// what lay between.
+    pub raise: Option<LogPosition>,
     /// What to accept; at most [`crate::Limits::accept_batch_max`] per group are sensible.
     pub messages: Vec<AcceptMessage>,
 }

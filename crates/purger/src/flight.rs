@@ -1,8 +1,8 @@
 //! A record from the moment it is taken until everything about it is done.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use barid_bus::consumer::{Partition, Record};
 use barid_core::limits::TIME_MS_MAX;
@@ -11,6 +11,7 @@ use barid_mailbox::{AcceptMessage, LogPosition, Source};
 use barid_runtime::Sighting;
 use barid_wire::record::{Push, ReceiptKind};
 use barid_wire::v1::Receipt;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// A partition as it was assigned to this purger, once.
@@ -24,6 +25,30 @@ pub struct Assignment {
     pub source: Source,
     /// The priority of its topic, 0 the most urgent.
     pub priority: usize,
+    /// What each shard had confirmed when the partition was assigned, as its last owner committed it.
+    pub confirmed: HashMap<Shard, LogPosition>,
+    /// The reading under way.
+    live: Mutex<Weak<Reading>>,
+}
+
+impl Assignment {
+    /// An assignment that is not read yet.
+    pub fn new(
+        id: u64,
+        partition: Partition,
+        topic_id: Arc<str>,
+        priority: usize,
+        confirmed: HashMap<Shard, LogPosition>,
+    ) -> Self {
+        let source = Source { topic_id, partition: partition.number };
+        Self { id, partition, source, priority, confirmed, live: Mutex::default() }
+    }
+
+    /// The reading under way, or the last one while the next is prepared; `None`: the assignment is
+    /// over.
+    pub fn live(&self) -> Option<Arc<Reading>> {
+        self.live.lock().upgrade()
+    }
 }
 
 /// One reading of an assignment's log, from where it was assigned or sought to. Once it has ended,
@@ -35,51 +60,57 @@ pub struct Reading {
     number: u64,
     /// Shards for which this reading went back, and what they said they know.
     repairs: HashMap<Shard, Option<LogPosition>>,
+    /// Every record before this offset was finished once: it is read again for some shards, and the
+    /// others have nothing to do with it.
+    finished_below: i64,
     ended: AtomicBool,
 }
 
 impl Reading {
-    /// The first reading of an assignment.
-    pub fn first(assignment: Arc<Assignment>) -> Arc<Self> {
-        Arc::new(Self {
-            assignment,
-            number: 1,
-            repairs: HashMap::new(),
-            ended: AtomicBool::new(false),
-        })
+    /// The first reading of an assignment, from `start`; `None`: from wherever the log begins.
+    pub fn first(assignment: Arc<Assignment>, start: Option<i64>) -> Arc<Self> {
+        Self::live(assignment, 1, HashMap::new(), start.unwrap_or(0))
     }
 
-    /// The reading after this one, from `start`, which repairs one more shard. Shards that this one
-    /// repairs may not have heard of it yet: those whose repair lies ahead again are carried on. The
-    /// others must not be: what they have confirmed since would not be asked of Redis any more.
+    /// The reading after this one, which went back for these shards. What the others have confirmed
+    /// they must still know.
     pub fn repairing(
         &self,
-        shard: Shard,
-        known: Option<LogPosition>,
-        start: i64,
-        first: i64,
+        repairs: HashMap<Shard, Option<LogPosition>>,
+        finished_below: i64,
     ) -> Arc<Self> {
-        let ahead =
-            |known: &Option<LogPosition>| known.map_or(first, |known| known.offset) >= start;
-        let mut repairs = self.repairs.clone();
-        repairs.retain(|_, known| ahead(known));
-        repairs.insert(shard, known);
-        self.after(repairs)
+        self.after(repairs, self.finished_below.max(finished_below))
     }
 
-    /// The reading after this one, of a log that went back by itself (an unclean election).
-    pub fn next(&self) -> Arc<Self> {
-        self.after(HashMap::new())
+    /// The reading after this one, of a log that went back to `offset` by itself (an unclean
+    /// election).
+    pub fn over_at(&self, offset: i64) -> Arc<Self> {
+        self.after(HashMap::new(), self.finished_below.min(offset))
     }
 
-    fn after(&self, repairs: HashMap<Shard, Option<LogPosition>>) -> Arc<Self> {
-        let assignment = Arc::clone(&self.assignment);
-        Arc::new(Self {
-            assignment,
-            number: self.number + 1,
-            repairs,
-            ended: AtomicBool::new(false),
-        })
+    fn after(
+        &self,
+        repairs: HashMap<Shard, Option<LogPosition>>,
+        finished_below: i64,
+    ) -> Arc<Self> {
+        Self::live(Arc::clone(&self.assignment), self.number + 1, repairs, finished_below)
+    }
+
+    fn live(
+        assignment: Arc<Assignment>,
+        number: u64,
+        repairs: HashMap<Shard, Option<LogPosition>>,
+        finished_below: i64,
+    ) -> Arc<Self> {
+        let ended = AtomicBool::new(false);
+        let reading = Arc::new(Self { assignment, number, repairs, finished_below, ended });
+        *reading.assignment.live.lock() = Arc::downgrade(&reading);
+        reading
+    }
+
+    /// Whether the record at this offset was finished before.
+    pub fn was_finished(&self, offset: i64) -> bool {
+        offset < self.finished_below
     }
 
     /// Counts the readings of an assignment, from 1.
@@ -118,6 +149,8 @@ pub struct Flight {
     pub traceparent: String,
     /// Bytes that it takes in memory, about.
     pub bytes: usize,
+    /// Its shards, each with the index of its last message there.
+    places: Vec<(Shard, u32)>,
     /// Messages, one a user, that are not done.
     left: AtomicUsize,
 }
@@ -129,18 +162,43 @@ pub fn produced_at_ms(record: &Record) -> u64 {
 }
 
 impl Flight {
-    /// A flight of `parts` messages.
+    /// A flight of a message for each of these shards, in order.
     pub fn new(
         reading: Arc<Reading>,
         record: Record,
         push: Option<Push>,
         taken: Instant,
         traceparent: String,
-        parts: usize,
+        shards: &[Shard],
     ) -> Self {
+        let mut places: Vec<(Shard, u32)> = Vec::new();
+        for (index, shard) in (0_u32..).zip(shards) {
+            match places.iter_mut().find(|(known, _)| known == shard) {
+                Some((_, last)) => *last = index,
+                None => places.push((*shard, index)),
+            }
+        }
+        // What is refused is one part, without a shard.
+        let parts = if push.is_some() { shards.len() } else { 1 };
         let payload = push.as_ref().map_or(0, |push| push.payload.len());
         let bytes = 512 + record.bytes() + payload + 256 * parts;
-        Self { reading, record, push, taken, traceparent, bytes, left: AtomicUsize::new(parts) }
+        let left = AtomicUsize::new(parts);
+        Self { reading, record, push, taken, traceparent, bytes, places, left }
+    }
+
+    /// The last position of each of its shards.
+    pub fn positions(&self) -> impl Iterator<Item = (u16, LogPosition)> {
+        let (leader_epoch, offset) = (self.record.leader_epoch, self.record.offset);
+        self.places.iter().map(move |(shard, index)| {
+            (shard.get(), LogPosition { leader_epoch, offset, index: *index })
+        })
+    }
+
+    /// Whether its time to live, counted from when it was produced, is over at `now_ms`.
+    pub fn is_expired(&self, now_ms: u64) -> bool {
+        let ttl_ms = self.push.as_ref().map_or(0, |push| push.ttl_ms);
+        let produced_ms = self.produced_at_ms();
+        ttl_ms != 0 && produced_ms != 0 && produced_ms.saturating_add(ttl_ms) <= now_ms
     }
 
     /// When the business produced it, ms since the Unix epoch; 0: not told.

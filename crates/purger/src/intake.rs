@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use barid_bus::consumer::Record;
-use barid_core::{IdHash, ShardCount, TraceParent};
+use barid_core::{IdHash, Shard, ShardCount, TraceParent, UserId};
 use barid_mailbox::{AcceptMessage, LogPosition};
 use barid_wire::envelope::{Envelope, encode_body, set_payload};
 use barid_wire::record::{CONTENT_TYPE, Push, RecordLimits, Refusal, decode_push};
@@ -47,25 +47,31 @@ impl Intake {
         let traceparent = self.traceparent(&record);
         match decode_push(&record.value, record.header(CONTENT_TYPE), &self.limits) {
             Err(refusal) => {
-                let flight = Flight::new(reading, record, None, taken, traceparent, 1);
+                let flight = Flight::new(reading, record, None, taken, traceparent, &[]);
                 Taken::Refused(Arc::new(flight), refusal)
             }
             Ok(push) => {
                 let body = self.body(&push, &record, &traceparent, now_ms);
-                let parts = push.audience.users().len();
-                let flight = Flight::new(reading, record, Some(push), taken, traceparent, parts);
-                Taken::Parcels(self.parcels(flight, &body))
+                let shards = self.shards_of(&push);
+                let flight = Flight::new(reading, record, Some(push), taken, traceparent, &shards);
+                Taken::Parcels(self.parcels(flight, &shards, &body))
             }
         }
     }
 
-    fn parcels(&self, flight: Flight, body: &Bytes) -> Vec<Parcel> {
+    /// The shard of each user, in order.
+    fn shards_of(&self, push: &Push) -> Vec<Shard> {
+        let shard = |user: &UserId| self.shards.shard_of(push.app.as_str(), user.as_str());
+        push.audience.users().iter().map(shard).collect()
+    }
+
+    fn parcels(&self, flight: Flight, shards: &[Shard], body: &Bytes) -> Vec<Parcel> {
         let flight = Arc::new(flight);
         let Some(push) = &flight.push else { return Vec::new() };
         let id = IdHash::of(push.id.as_str());
-        let parcel = |(index, user): (u32, &barid_core::UserId)| Parcel {
+        let parcel = |(index, (user, shard)): (u32, (&UserId, &Shard))| Parcel {
             flight: Arc::clone(&flight),
-            shard: self.shards.shard_of(push.app.as_str(), user.as_str()),
+            shard: *shard,
             message: AcceptMessage {
                 position: LogPosition {
                     leader_epoch: flight.record.leader_epoch,
@@ -79,7 +85,7 @@ impl Intake {
                 body: body.clone(),
             },
         };
-        (0u32..).zip(push.audience.users()).map(parcel).collect()
+        (0u32..).zip(push.audience.users().iter().zip(shards)).map(parcel).collect()
     }
 
     /// The envelope but for what accept writes; the same for all users of the record.
@@ -119,19 +125,16 @@ mod tests {
     use crate::flight::Assignment;
     use barid_bus::consumer::Partition;
     use barid_core::limits::TIME_MS_MAX;
-    use barid_mailbox::Source;
     use barid_wire::envelope;
+    use std::collections::HashMap;
 
     const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
     fn reading() -> Arc<Reading> {
         let topic: Arc<str> = "barid.push".into();
-        Reading::first(Arc::new(Assignment {
-            id: 1,
-            partition: Partition { topic: topic.clone(), number: 2 },
-            source: Source { topic_id: topic, partition: 2 },
-            priority: 1,
-        }))
+        let partition = Partition { topic: topic.clone(), number: 2 };
+        let assignment = Assignment::new(1, partition, topic, 1, HashMap::new());
+        Reading::first(Arc::new(assignment), None)
     }
 
     fn record(value: &str) -> Record {

@@ -3,6 +3,7 @@
 //! load, and what a shard gets stays in order.
 
 mod history;
+mod questions;
 mod queue;
 mod settle;
 
@@ -19,7 +20,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use self::history::History;
-pub use self::queue::Queue;
+pub use self::questions::Answer;
+pub use self::queue::{Question, Queue};
 pub use self::settle::Outbox;
 use crate::config::WindowConfig;
 use crate::flight::{Flight, Parcel, Reading};
@@ -40,6 +42,8 @@ pub enum Event {
         /// The last position that the shard knows; `None`: none of this partition.
         back_to: Option<LogPosition>,
     },
+    /// What shards know, that were asked or idle.
+    Answered(Answer),
 }
 
 /// Why Redis does not take what it is given, and for how many shards; shared with the service.
@@ -90,6 +94,14 @@ struct Group {
     shard: Shard,
     reading: Arc<Reading>,
     parcels: Vec<Parcel>,
+    /// Of an empty group: raises the shard's position to here.
+    raise: Option<LogPosition>,
+}
+
+impl Group {
+    fn empty(shard: Shard, reading: Arc<Reading>, raise: Option<LogPosition>) -> Self {
+        Self { shard, reading, parcels: Vec::new(), raise }
+    }
 }
 
 impl<M: Mailboxes> Lane<M> {
@@ -130,6 +142,7 @@ impl<M: Mailboxes> Lane<M> {
     /// Works until the queue is closed and empty.
     pub async fn run(mut self) {
         loop {
+            self.answer().await;
             let groups = self.gather().await;
             if !groups.is_empty() {
                 self.call(groups).await;
@@ -152,15 +165,6 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Asks shards that had nothing new for a while whether they still know what they confirmed: a
-    /// failover may have forgotten it, and no batch would come to find out.
-    async fn probe(&mut self) {
-        self.probe_at = Instant::now() + self.probe_every;
-        for groups in self.history.idle(self.window.call_messages_max) {
-            self.call(groups).await;
-        }
-    }
-
     /// The next call's groups: shards that waited long enough first, then what is new.
     async fn gather(&mut self) -> Vec<Group> {
         let mut batch = Batch::new(&self.window, self.group_max);
@@ -175,9 +179,16 @@ impl<M: Mailboxes> Lane<M> {
             }
         }
         let (room, room_bytes) = (batch.room(), batch.room_bytes());
+        let (mut had, mut expired) = (Vec::new(), Vec::new());
+        let now_ms = self.outbox.clock.now_ms();
         for parcel in self.queue.take(&self.window.weights, room, room_bytes, self.group_max) {
+            let again = parcel.flight.reading.was_finished(parcel.flight.record.offset);
             if parcel.flight.reading.ended() {
                 ended.push(parcel);
+            } else if again && self.history.has(&parcel) {
+                had.push(parcel);
+            } else if again && parcel.flight.is_expired(now_ms) {
+                expired.push(parcel);
             } else if self.held.get(&parcel.shard).is_some_and(|held| held.blocks(now)) {
                 self.hold(parcel.shard, now).parcels.push_back(parcel);
             } else if let Some(parcel) = batch.add(parcel) {
@@ -185,6 +196,8 @@ impl<M: Mailboxes> Lane<M> {
             }
         }
         self.drop_ended(ended).await;
+        self.queue.done(had.len() + expired.len());
+        self.outbox.settle_again(had, expired, &self.events).await;
         batch.groups
     }
 
@@ -223,8 +236,18 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// One call a master; nearly always that is one.
     async fn call(&mut self, groups: Vec<Group>) {
+        for answers in self.exchange(groups).await {
+            self.answered(answers).await;
+        }
+        self.show_away();
+    }
+
+    /// One call a master; nearly always that is one. What each answered.
+    async fn exchange(
+        &mut self,
+        groups: Vec<Group>,
+    ) -> Vec<Vec<(Group, Result<GroupOutcome, Error>)>> {
         let mut by_lane: HashMap<usize, Vec<Group>> = HashMap::new();
         for group in groups {
             by_lane.entry(self.mailboxes.lane_of(group.shard)).or_default().push(group);
@@ -240,22 +263,26 @@ impl<M: Mailboxes> Lane<M> {
         let answers =
             join_all(calls.iter().map(|(_, requests)| self.mailboxes.accept(requests))).await;
         self.metrics.call_seconds.observe(begun.elapsed().as_secs_f64());
+        let mut answered = Vec::with_capacity(calls.len());
         for ((groups, _), answers) in calls.into_iter().zip(answers) {
             let parcels: usize = groups.iter().map(|group| group.parcels.len()).sum();
             self.metrics.call_messages.observe(parcels as f64);
             // A store that answers fewer groups than it was asked failed the others.
             let missing = || Err(Error::Unexpected("an answer is missing".into()));
             let answers = answers.into_iter().chain(std::iter::repeat_with(missing));
-            self.answered(groups.into_iter().zip(answers).collect()).await;
+            let answers: Vec<_> = groups.into_iter().zip(answers).collect();
+            for (_, answer) in &answers {
+                self.metrics.calls.with_label_values(&[word(answer)]).inc();
+            }
+            answered.push(answers);
         }
-        self.show_away();
+        answered
     }
 
     async fn answered(&mut self, answers: Vec<(Group, Result<GroupOutcome, Error>)>) {
         let mut done = Vec::new();
         // Back to front, so that what failed is put before what waits in the order that it had.
         for (group, answer) in answers.into_iter().rev() {
-            self.metrics.calls.with_label_values(&[word(&answer)]).inc();
             match answer {
                 Ok(GroupOutcome::Done(outcomes)) if outcomes.len() == group.parcels.len() => {
                     self.held.get_mut(&group.shard).into_iter().for_each(|held| held.failures = 0);
@@ -276,18 +303,23 @@ impl<M: Mailboxes> Lane<M> {
     }
 
     async fn gap(&mut self, group: Group, back_to: Option<LogPosition>) {
-        group.reading.end();
-        self.metrics.gaps.inc();
-        let Group { shard, reading, parcels } = group;
-        tracing::warn!(
-            topic = &*reading.assignment.partition.topic,
-            partition = reading.assignment.partition.number,
-            %shard,
-            ?back_to,
-            "redis has forgotten a batch, reading again"
-        );
+        self.gap_seen(&group, back_to);
+        let Group { shard, reading, parcels, .. } = group;
+        reading.end();
         let _ = self.events.send(Event::Gap { reading, shard, back_to }).await;
         self.drop_ended(parcels).await;
+    }
+
+    fn gap_seen(&self, group: &Group, back_to: Option<LogPosition>) {
+        self.metrics.gaps.inc();
+        let partition = &group.reading.assignment.partition;
+        tracing::warn!(
+            topic = &*partition.topic,
+            partition = partition.number,
+            shard = %group.shard,
+            ?back_to,
+            "redis has forgotten what it accepted, reading again"
+        );
     }
 
     /// Nothing is known of the effect: the same again, in the same order, after a while.
@@ -354,7 +386,7 @@ impl Batch {
         let key = (parcel.shard, reading.assignment.id, reading.number());
         let at = *self.index.entry(key).or_insert_with(|| {
             let reading = Arc::clone(reading);
-            self.groups.push(Group { shard: parcel.shard, reading, parcels: Vec::new() });
+            self.groups.push(Group::empty(parcel.shard, reading, None));
             self.groups.len() - 1
         });
         let group = &mut self.groups[at];

@@ -2,10 +2,11 @@
 //! mailboxes, hands on what is for users who are online, and only then commits. The only role that
 //! consumes Kafka, and the only one that accepts.
 //!
-//! `service` is the loop; `partitions` and the bus's ledger know what may be committed; `lane`
-//! accepts; `intake` decodes.
+//! `service` is the loop; `partitions` and the bus's ledger know what may be committed and what is
+//! read again; `errands` waits for Kafka; `lane` accepts; `intake` decodes.
 
 mod config;
+mod errands;
 mod error;
 mod flight;
 mod intake;

@@ -11,7 +11,8 @@ use prometheus::{
 pub struct Metrics {
     /// Records taken, by topic.
     pub taken: IntCounterVec,
-    /// Messages (one a user), by outcome: accepted, before, duplicate, failed.
+    /// Messages (one a user), by outcome: accepted, before, duplicate, failed; and of those that are
+    /// read again: known, expired.
     pub messages: IntCounterVec,
     /// Records refused, by code.
     pub refused: IntCounterVec,
@@ -21,8 +22,15 @@ pub struct Metrics {
     pub handoff_dropped: IntCounter,
     /// Entries that had to leave a mailbox for a newer one.
     pub evicted: IntCounter,
-    /// Times that Redis had forgotten a batch, and the log was read again.
+    /// Times that a shard had forgotten what it had confirmed.
     pub gaps: IntCounter,
+    /// Times that a partition's log was read again for that.
+    pub repairs: IntCounter,
+    /// Shards, one a partition, for which the log is read again, or which are not yet raised to what
+    /// they must know.
+    pub repairing: IntGauge,
+    /// Shards for whose positions a commit's metadata had no room.
+    pub left_out: IntCounter,
     /// Accept calls, by outcome: done, gap, away, full, unexpected.
     pub calls: IntCounterVec,
     /// Messages of an accept call.
@@ -75,7 +83,7 @@ pub struct Metrics {
 /// The code of a message that Redis cannot take.
 pub const ACCEPT_FAILED: &str = "accept_failed";
 
-const OUTCOMES: [&str; 4] = ["accepted", "before", "duplicate", "failed"];
+const OUTCOMES: [&str; 6] = ["accepted", "before", "duplicate", "failed", "known", "expired"];
 const CALLS: [&str; 6] = ["done", "gap", "away", "full", "newer", "unexpected"];
 const REVOKED: [&str; 3] = ["drained", "cut", "lost"];
 const COMMITS: [&str; 2] = ["done", "failed"];
@@ -111,7 +119,13 @@ impl Metrics {
             handoff_dropped: make
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
             evicted: make.counter("evicted_total", "Entries that left a full mailbox.")?,
-            gaps: make.counter("gaps_total", "Batches that Redis had forgotten.")?,
+            gaps: make.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
+            repairs: make.counter("repairs_total", "Logs read again for that.")?,
+            repairing: make.gauge("shards_repairing", "Shards for which a log is read again.")?,
+            left_out: make.counter(
+                "commit_shards_left_out_total",
+                "Shards for which a commit's metadata had no room.",
+            )?,
             calls: make.counters(
                 "accept_calls_total",
                 "Groups of accept calls.",

@@ -1,21 +1,30 @@
-//! The partitions that this purger holds: what of each is taken, finished, and to be committed. Pure:
-//! no Kafka, no Redis, no time.
+//! The partitions that this purger holds: what of each is taken, finished, and to be committed, and
+//! what is read again because Redis has forgotten it. Pure: no Kafka, no Redis, and time is told.
+//!
+//! **A repair.** Some shard has forgotten what it confirmed ([`Partitions::gap`]). The reading ends, and
+//! every shard is asked what it knows, so that one reading mends all of them ([`Round`]). Then the log
+//! is read again from where the least is known ([`Open::go_back`]), within what it still holds and
+//! mailboxes still keep. Once that is finished, each of these shards is raised to what it must know
+//! ([`Repair`]): what the log no longer holds must not be missed for ever.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use barid_bus::Ledger;
-use barid_bus::consumer::{Assigned, Commit, Partition};
-use barid_core::Shard;
-use barid_mailbox::{LogPosition, Source};
+use barid_bus::consumer::{Assigned, Commit, Partition, Reach};
+use barid_bus::{EPOCHS_MAX, Ledger, Memory, Metadata, TopicSource};
+use barid_core::{Shard, ShardCount};
+use barid_mailbox::LogPosition;
+use tokio::time::Instant;
 
 use crate::flight::{Assignment, Flight, Parcel, Reading};
+use crate::lane::Answer;
 
 /// Every partition held.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Partitions {
     open: HashMap<Partition, Open>,
     assignments: u64,
+    shards: ShardCount,
 }
 
 /// A partition held.
@@ -35,24 +44,79 @@ pub struct Open {
     pub suspect: Option<i64>,
     /// To be given back: nothing more is taken.
     pub revoking: bool,
+    /// Its shards are asked what they know: nothing is taken until they have answered.
+    pub round: Option<Round>,
+    repair: Option<Repair>,
+    rounds: u64,
     committed: Option<i64>,
-    /// The lowest offset of each leader's epoch that was taken.
+    source: TopicSource,
+    /// The topic's id, where it is known.
+    id: Option<Arc<str>>,
+    /// The lowest offset of each of the last leaders' epochs that was taken, also by earlier owners.
     epochs: BTreeMap<i32, i64>,
 }
 
+/// A question to all shards that have confirmed something.
+#[derive(Debug)]
+pub struct Round {
+    /// Counts the questions of an assignment, from 1.
+    pub number: u64,
+    stage: Stage,
+    gaps: BTreeMap<Shard, Option<LogPosition>>,
+    /// The reading before it has ended, so the log is read again whatever is answered.
+    goes_back: bool,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Due,
+    /// So many answers are missing. A lane whose Redis is away does not hold up the others for ever:
+    /// what its shards have forgotten shows in their next batch.
+    Asked {
+        missing: usize,
+        until: Instant,
+    },
+}
+
+/// Shards for which the log is read again.
+#[derive(Debug)]
+struct Repair {
+    /// What each must know in the end.
+    shards: BTreeMap<Shard, LogPosition>,
+    /// Once everything before this offset is finished, there is no more for them.
+    until: i64,
+    /// They are told so: the question, and its missing answers.
+    closing: Option<(u64, usize)>,
+}
+
 impl Open {
-    fn new(assignment: Assignment) -> Self {
-        let assignment = Arc::new(assignment);
+    fn new(
+        id: u64,
+        priority: usize,
+        shards: ShardCount,
+        Assigned { partition, source, id: topic_id, start, memory }: Assigned,
+    ) -> Self {
+        let Memory { confirmed, epochs } = memory;
+        let seeds = confirmed.iter().filter_map(|(shard, at)| Some((shards.shard(*shard)?, *at)));
+        let seeds: HashMap<Shard, LogPosition> = seeds.collect();
+        let round = (!seeds.is_empty()).then(|| Round::new(1, false));
+        let name = Arc::clone(source.name());
+        let assignment = Arc::new(Assignment::new(id, partition, name, priority, seeds));
         Self {
-            reading: Reading::first(Arc::clone(&assignment)),
+            reading: Reading::first(Arc::clone(&assignment), start),
             assignment,
-            ledger: Ledger::default(),
+            ledger: start.map_or_else(Ledger::default, |start| Ledger::resume(start, confirmed)),
             stalled: VecDeque::new(),
             seek_to: None,
             suspect: None,
             revoking: false,
-            committed: None,
-            epochs: BTreeMap::new(),
+            rounds: u64::from(round.is_some()),
+            round,
+            repair: None,
+            committed: start,
+            source,
+            id: topic_id,
+            epochs,
         }
     }
 
@@ -61,6 +125,7 @@ impl Open {
         self.stalled.is_empty()
             && self.seek_to.is_none()
             && self.suspect.is_none()
+            && self.round.is_none()
             && !self.revoking
     }
 
@@ -73,6 +138,9 @@ impl Open {
         }
         let lowest = self.epochs.entry(leader_epoch).or_insert(offset);
         *lowest = (*lowest).min(offset);
+        if self.epochs.len() > EPOCHS_MAX {
+            self.epochs.pop_first();
+        }
         true
     }
 
@@ -89,42 +157,183 @@ impl Open {
         flights
     }
 
-    /// Goes back because a shard knows nothing after `known`: to there, or to what is not finished,
-    /// whichever is earlier. Where to seek is in `seek_to`.
-    fn go_back(&mut self, shard: Shard, known: Option<LogPosition>) {
-        let Some(unfinished) = self.ledger.committable() else { return };
-        // Offsets of a later leader's epoch may lie below that of an earlier one.
-        let after = known.map_or(i32::MIN, |known| known.leader_epoch);
-        let later = self.epochs.range(after..).filter(|(epoch, _)| **epoch > after);
-        let first_later = later.map(|(_, offset)| *offset).min();
-        let targets = [known.map(|known| known.offset), first_later, self.seek_to];
-        let target = targets.into_iter().flatten().fold(unfinished, i64::min);
+    /// Shards have forgotten what came after these positions. Until it is known what the others know,
+    /// nothing more is taken. The stalled flights, to be uncounted.
+    fn forgot(
+        &mut self,
+        gaps: impl IntoIterator<Item = (Shard, Option<LogPosition>)>,
+    ) -> Vec<Arc<Flight>> {
         self.reading.end();
-        let first = self.epochs.values().copied().min().unwrap_or(target);
-        self.reading = self.reading.repairing(shard, known, target, first);
+        let dropped = self.drop_stalled();
+        let rounds = &mut self.rounds;
+        let round = self.round.get_or_insert_with(|| {
+            *rounds += 1;
+            Round::new(*rounds, true)
+        });
+        round.goes_back = true;
+        round.gaps.extend(gaps);
+        dropped
+    }
+
+    /// The shards to ask now, if any are to be asked.
+    pub fn questions(&self, shards: ShardCount) -> Option<Vec<Shard>> {
+        matches!(self.round, Some(Round { stage: Stage::Due, .. })).then(|| {
+            let confirmed = self.ledger.confirmed().keys();
+            confirmed.filter_map(|shard| shards.shard(*shard)).collect()
+        })
+    }
+
+    /// They were asked; so many answers come, or do not until then.
+    pub fn asked(&mut self, answers: usize, until: Instant) {
+        if let Some(round) = &mut self.round {
+            round.stage = Stage::Asked { missing: answers, until };
+        }
+    }
+
+    /// Whether all that is known of its shards is known, and one of them has forgotten something: go
+    /// back. Where none has, it goes on by itself.
+    pub fn goes_back(&mut self, now: Instant) -> bool {
+        let Some(round) = &self.round else { return false };
+        match round.stage {
+            Stage::Asked { missing, until } if missing == 0 || until <= now => {}
+            _ => return false,
+        }
+        if round.goes_back || !round.gaps.is_empty() {
+            return true;
+        }
+        self.round = None;
+        false
+    }
+
+    /// Some shard that has forgotten something.
+    pub fn forgetful(&self) -> Option<Shard> {
+        self.round.as_ref()?.gaps.keys().next().copied()
+    }
+
+    /// Goes back to where the shards that have forgotten something know the least, and never past
+    /// what is not finished. Where to seek is in `seek_to`.
+    ///
+    /// A shard that knows some position is read from there, or from where a later leader's epoch
+    /// begins: its offsets may lie below. One that knows nothing, or a leader of which nothing is
+    /// kept, is read from where the log is as old as mailboxes keep messages.
+    pub fn go_back(&mut self, reach: Reach) {
+        let Some(Round { gaps, .. }) = self.round.take() else { return };
+        let bound = reach.low.max(reach.since);
+        let unfinished = self.ledger.committable().unwrap_or(reach.high);
+        let starts = gaps.values().map(|known| {
+            known.and_then(|known| self.after(known)).map_or(bound, |start| start.max(bound))
+        });
+        let target = starts.chain(self.seek_to).fold(unfinished, i64::min);
+        self.reading.end();
+        self.mend(gaps.keys().copied(), reach);
+        self.reading = self.reading.repairing(gaps.into_iter().collect(), unfinished);
         self.ledger.rewind(target);
         self.seek_to = Some(target);
     }
 
+    /// Where what came after this position begins; `None`: what is kept of the leaders' epochs does
+    /// not tell.
+    fn after(&self, known: LogPosition) -> Option<i64> {
+        let oldest = self.epochs.keys().next()?;
+        let later =
+            self.epochs.range(known.leader_epoch.checked_add(1)?..).map(|(_, first)| *first);
+        (*oldest <= known.leader_epoch).then(|| later.fold(known.offset, i64::min))
+    }
+
+    /// These shards are under repair, too.
+    fn mend(&mut self, shards: impl Iterator<Item = Shard>, reach: Reach) {
+        let confirmed = self.ledger.confirmed();
+        let must = shards.filter_map(|shard| Some((shard, *confirmed.get(&shard.get())?)));
+        let mut mended: BTreeMap<Shard, LogPosition> = must.collect();
+        if let Some(before) = self.repair.take() {
+            for (shard, at) in before.shards {
+                mended.entry(shard).or_insert(at);
+            }
+        }
+        let last = mended.values().map(|at| at.offset.saturating_add(1)).max();
+        self.repair =
+            last.map(|last| Repair { shards: mended, until: last.min(reach.high), closing: None });
+    }
+
+    /// The shards that are to be raised to what they must know: everything that the log still has for
+    /// them is finished.
+    pub fn closing(&self) -> Option<Vec<(Shard, LogPosition)>> {
+        let repair = self.repair.as_ref().filter(|repair| repair.closing.is_none())?;
+        let settled = self.round.is_none() && self.seek_to.is_none() && self.suspect.is_none();
+        let over = self.ledger.committable().is_some_and(|finished| finished >= repair.until);
+        (settled && over).then(|| repair.shards.iter().map(|(shard, at)| (*shard, *at)).collect())
+    }
+
+    /// They are told so; gives the question's number.
+    pub fn close(&mut self, answers: usize) -> u64 {
+        self.rounds += 1;
+        if let Some(repair) = &mut self.repair {
+            repair.closing = Some((self.rounds, answers));
+        }
+        self.rounds
+    }
+
+    /// Shards under repair.
+    pub fn repairing(&self) -> usize {
+        self.repair.as_ref().map_or(0, |repair| repair.shards.len())
+    }
+
+    fn closed(&mut self, answer: &Answer) {
+        let Some(repair) = &mut self.repair else { return };
+        let Some((_, missing)) = repair.closing.take_if(|(round, _)| *round == answer.round) else {
+            return;
+        };
+        for shard in &answer.knowing {
+            repair.shards.remove(shard);
+        }
+        if missing > 1 {
+            repair.closing = Some((answer.round, missing - 1));
+        } else if repair.shards.is_empty() {
+            self.repair = None;
+        }
+    }
+
     /// The log went back by itself, within the same topic: an unclean election. What is under way
-    /// goes on; what comes has a later leader's epoch, hence later positions.
+    /// goes on; what comes has a later leader's epoch, hence later positions. What is not finished
+    /// and lies before it is still in the log, and nobody else will take it.
     fn start_over_at(&mut self, offset: i64) {
-        self.reading = self.reading.next();
-        self.ledger = Ledger::default();
+        let unfinished = self.ledger.committable().unwrap_or(offset);
+        let target = [Some(unfinished), self.seek_to].into_iter().flatten().fold(offset, i64::min);
+        self.reading = self.reading.over_at(offset);
+        self.ledger.rewind(target);
         self.committed = None;
-        self.seek_to = Some(offset);
+        self.seek_to = Some(target);
+    }
+}
+
+impl Round {
+    fn new(number: u64, goes_back: bool) -> Self {
+        Self { number, stage: Stage::Due, gaps: BTreeMap::new(), goes_back }
+    }
+
+    fn answered(&mut self, answer: &Answer) {
+        for shard in &answer.knowing {
+            self.gaps.remove(shard);
+        }
+        self.gaps.extend(answer.gaps.iter().copied());
+        if let Stage::Asked { missing, .. } = &mut self.stage {
+            *missing = missing.saturating_sub(1);
+        }
     }
 }
 
 impl Partitions {
+    /// No partition yet, of a cluster of so many shards.
+    pub fn new(shards: ShardCount) -> Self {
+        Self { open: HashMap::new(), assignments: 0, shards }
+    }
+
     /// Takes up a partition that was assigned.
     pub fn assign(&mut self, assigned: Assigned, priority: usize) {
         self.assignments += 1;
-        let Assigned { partition, topic_id } = assigned;
-        let source = Source { topic_id, partition: partition.number };
-        let id = self.assignments;
-        let assignment = Assignment { id, partition: partition.clone(), source, priority };
-        if let Some(old) = self.open.insert(partition, Open::new(assignment)) {
+        let partition = assigned.partition.clone();
+        let open = Open::new(self.assignments, priority, self.shards, assigned);
+        if let Some(old) = self.open.insert(partition, open) {
             old.reading.end();
         }
     }
@@ -156,12 +365,16 @@ impl Partitions {
         Some(open)
     }
 
-    /// Everything about a record is done.
+    /// Everything about a record is done. Once its reading has ended, that may mean that it was
+    /// dropped: it is taken again.
     pub fn finish(&mut self, flight: &Flight) {
+        if flight.reading.ended() {
+            return;
+        }
         if let Some(open) = self.open.get_mut(&flight.reading.assignment.partition)
             && Arc::ptr_eq(&open.reading, &flight.reading)
         {
-            open.ledger.finish(flight.record.offset);
+            open.ledger.finish(flight.record.offset, flight.positions());
         }
     }
 
@@ -173,40 +386,66 @@ impl Partitions {
         shard: Shard,
         known: Option<LogPosition>,
     ) -> Vec<Arc<Flight>> {
-        let Some(open) = self.open.get_mut(&reading.assignment.partition) else {
-            return Vec::new();
-        };
-        if open.assignment.id != reading.assignment.id {
-            return Vec::new();
+        match self.of(&reading.assignment) {
+            Some(open) => open.forgot([(shard, known)]),
+            None => Vec::new(),
         }
-        let dropped = open.drop_stalled();
-        open.go_back(shard, known);
-        dropped
     }
 
-    /// Compares the topics' ids with those at assignment. A topic created anew is another log: its
-    /// partitions start at 0, with positions of their own. How many; and the stalled flights.
+    /// Shards have said what they know. The stalled flights, to be uncounted.
+    pub fn answered(&mut self, answer: &Answer) -> Vec<Arc<Flight>> {
+        let Some(open) = self.of(&answer.assignment) else { return Vec::new() };
+        if let Some(round) = open.round.as_mut().filter(|round| round.number == answer.round) {
+            round.answered(answer);
+            return Vec::new();
+        }
+        open.closed(answer);
+        if answer.gaps.is_empty() {
+            return Vec::new();
+        }
+        open.forgot(answer.gaps.iter().copied())
+    }
+
+    fn of(&mut self, assignment: &Assignment) -> Option<&mut Open> {
+        let open = self.open.get_mut(&assignment.partition)?;
+        (open.assignment.id == assignment.id).then_some(open)
+    }
+
+    /// Compares the topics' ids with those at assignment. Only another id is another topic: a topic
+    /// created anew is another log, its partitions start at 0, with positions of their own. An id that
+    /// is absent says nothing. How many; and the stalled flights.
     pub fn compare(&mut self, ids: &HashMap<String, String>) -> (usize, Vec<Arc<Flight>>) {
         let (mut recreated, mut dropped) = (0, Vec::new());
         for open in self.open.values_mut() {
-            let Some(id) = ids.get(&*open.assignment.partition.topic) else { continue };
-            if **id != *open.assignment.source.topic_id {
+            let id = ids.get(&*open.assignment.partition.topic);
+            if let (Some(id), Some(known)) = (id, &open.id)
+                && **id != **known
+            {
                 recreated += 1;
                 dropped.extend(open.drop_stalled());
                 open.reading.end();
                 self.assignments += 1;
-                let Assignment { partition, priority, .. } = &*open.assignment;
-                let source = Source { topic_id: id.as_str().into(), partition: partition.number };
-                let mut fresh = Open::new(Assignment {
-                    id: self.assignments,
-                    partition: partition.clone(),
-                    source,
-                    priority: *priority,
-                });
+                let id: Arc<str> = id.as_str().into();
+                let assigned = Assigned {
+                    partition: open.assignment.partition.clone(),
+                    source: TopicSource::Id(Arc::clone(&id)),
+                    id: Some(id),
+                    start: None,
+                    memory: Memory::default(),
+                };
+                let priority = open.assignment.priority;
+                let mut fresh = Open::new(self.assignments, priority, self.shards, assigned);
                 fresh.seek_to = Some(0);
                 fresh.revoking = open.revoking;
                 *open = fresh;
-            } else if let Some(offset) = open.suspect.take() {
+                continue;
+            }
+            if let Some(id) = id {
+                open.id = Some(id.as_str().into());
+            }
+            // Where the broker gives no ids at all, nothing will ever tell more.
+            let known = id.is_some() || open.id.is_none() && ids.is_empty();
+            if let Some(offset) = open.suspect.take_if(|_| known) {
                 dropped.extend(open.drop_stalled());
                 open.start_over_at(offset);
             }
@@ -245,12 +484,12 @@ impl Partitions {
 }
 
 impl Open {
+    /// In one step with what may be committed: what the shards must know covers all of it.
     fn commit(&self, offset: i64) -> Commit {
-        Commit {
-            partition: self.assignment.partition.clone(),
-            offset,
-            topic_id: Arc::clone(&self.assignment.source.topic_id),
-        }
+        let memory =
+            Memory { confirmed: self.ledger.confirmed().clone(), epochs: self.epochs.clone() };
+        let metadata = Metadata { source: Some(self.source.clone()), id: self.id.clone(), memory };
+        Commit { partition: self.assignment.partition.clone(), offset, metadata }
     }
 
     /// Where its commits stand, as far as was asked.
@@ -267,10 +506,44 @@ mod tests {
         Partition { topic: "push".into(), number: 0 }
     }
 
+    fn assigned(start: Option<i64>, memory: Memory) -> Assigned {
+        let (source, id) = (TopicSource::Id("id1".into()), Some("id1".into()));
+        Assigned { partition: partition(), source, id, start, memory }
+    }
+
+    fn shards() -> ShardCount {
+        ShardCount::new(4).unwrap()
+    }
+
     fn held() -> Partitions {
-        let mut partitions = Partitions::default();
-        partitions.assign(Assigned { partition: partition(), topic_id: "id1".into() }, 1);
+        let mut partitions = Partitions::new(shards());
+        partitions.assign(assigned(None, Memory::default()), 1);
         partitions
+    }
+
+    /// As by a purger that committed 100 and knew of a shard and an epoch.
+    fn succeeded(memory: Memory) -> Partitions {
+        let mut partitions = Partitions::new(shards());
+        partitions.assign(assigned(Some(100), memory), 1);
+        partitions
+    }
+
+    /// Every shard has answered, or will not.
+    fn go_back(partitions: &mut Partitions, reach: Reach) {
+        let open = partitions.get_mut(&partition()).unwrap();
+        if open.questions(shards()).is_some() {
+            open.asked(0, Instant::now());
+        }
+        if open.goes_back(Instant::now()) {
+            open.go_back(reach);
+        }
+    }
+
+    const ALL: Reach = Reach { low: 0, high: 1_000, since: 0 };
+
+    fn answer(partitions: &Partitions, round: u64, knowing: &[Shard]) -> Answer {
+        let assignment = Arc::clone(&partitions.get(&partition()).unwrap().assignment);
+        Answer { assignment, round, knowing: knowing.to_vec(), gaps: Vec::new() }
     }
 
     fn take(partitions: &mut Partitions, offsets: std::ops::Range<i64>, epoch: i32) {
@@ -281,7 +554,7 @@ mod tests {
     }
 
     fn shard() -> Shard {
-        barid_core::ShardCount::new(4).unwrap().all().next().unwrap()
+        shards().all().next().unwrap()
     }
 
     fn at(leader_epoch: i32, offset: i64) -> Option<LogPosition> {
@@ -290,7 +563,8 @@ mod tests {
 
     fn finish(partitions: &mut Partitions, offsets: std::ops::Range<i64>) {
         let open = partitions.get_mut(&partition()).unwrap();
-        offsets.for_each(|offset| assert!(open.ledger.finish(offset)));
+        let at = |offset| LogPosition { leader_epoch: 0, offset, index: 0 };
+        offsets.for_each(|offset| assert!(open.ledger.finish(offset, [(0, at(offset))])));
     }
 
     #[test]
@@ -301,24 +575,131 @@ mod tests {
         assert_eq!(partitions.take_commits()[0].offset, 8);
         let reading = partitions.get(&partition()).unwrap().reading.clone();
         partitions.gap(&reading, shard(), at(0, 9));
+        assert!(reading.ended() && !partitions.get(&partition()).unwrap().wants());
+        go_back(&mut partitions, ALL);
         let open = partitions.get(&partition()).unwrap();
         assert_eq!(open.seek_to, Some(8), "8 and 9 are not finished");
-        assert!(reading.ended() && !open.wants());
+        assert!(!open.wants() && !Arc::ptr_eq(&open.reading, &reading));
         // Another shard of the same reading knows less.
         partitions.gap(&reading, shard(), at(0, 3));
+        go_back(&mut partitions, ALL);
         assert_eq!(partitions.get(&partition()).unwrap().seek_to, Some(3));
         assert_eq!(partitions.take_commits()[0].offset, 3, "a crash now must read from there");
     }
 
     #[test]
-    fn a_shard_that_knows_nothing_goes_back_to_where_this_assignment_began() {
-        let mut partitions = held();
-        take(&mut partitions, 40..45, 2);
-        finish(&mut partitions, 40..45);
+    fn hazard_48_a_shard_that_knows_nothing_is_read_no_further_back_than_mailboxes_keep() {
+        for (since, low, target) in [(30, 10, 30), (10, 30, 30), (60, 0, 45)] {
+            let mut partitions = held();
+            take(&mut partitions, 40..50, 2);
+            finish(&mut partitions, 40..45);
+            let reading = partitions.get(&partition()).unwrap().reading.clone();
+            partitions.gap(&reading, shard(), None);
+            go_back(&mut partitions, Reach { low, high: 50, since });
+            let open = partitions.get(&partition()).unwrap();
+            assert_eq!((open.seek_to, open.reading.repairs(shard())), (Some(target), Some(None)));
+            assert!(open.reading.was_finished(44) && !open.reading.was_finished(45));
+        }
+    }
+
+    #[test]
+    fn hazard_26_a_successor_asks_and_goes_back_before_it_has_taken_anything() {
+        let must = LogPosition { leader_epoch: 2, offset: 90, index: 0 };
+        let memory = Memory { confirmed: [(0, must)].into(), epochs: [(1, 0), (2, 60)].into() };
+        let mut partitions = succeeded(memory);
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert_eq!(open.assignment.confirmed, [(shard(), must)].into());
+        assert_eq!((open.wants(), open.questions(shards())), (false, Some(vec![shard()])));
+        open.asked(1, Instant::now() + std::time::Duration::from_secs(9));
+        assert!(open.questions(shards()).is_none() && !open.goes_back(Instant::now()));
+        let mut forgot = answer(&partitions, 1, &[]);
+        forgot.gaps.push((shard(), at(1, 80)));
+        partitions.answered(&forgot);
+        go_back(&mut partitions, ALL);
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert_eq!(
+            open.seek_to.take(),
+            Some(60),
+            "epoch 2 began below what epoch 1 is known to 80"
+        );
+        assert_eq!((open.repairing(), open.closing()), (1, None));
+        // What it must know never goes down, nor is it kept apart from the offset.
+        take(&mut partitions, 60..65, 2);
+        finish(&mut partitions, 60..65);
+        let commit = partitions.take_commits().remove(0);
+        assert_eq!((commit.offset, commit.metadata.memory.confirmed[&0]), (65, must));
+        // It has passed what it must know: the shard is raised, and that must be acknowledged.
+        take(&mut partitions, 65..91, 2);
+        finish(&mut partitions, 65..91);
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert_eq!(open.closing(), Some(vec![(shard(), must)]));
+        let round = open.close(1);
+        assert_eq!(open.closing(), None, "it is under way");
+        partitions.answered(&answer(&partitions, round, &[]));
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert_eq!(open.closing(), Some(vec![(shard(), must)]), "its master was away");
+        let round = open.close(1);
+        partitions.answered(&answer(&partitions, round, &[shard()]));
+        assert_eq!(partitions.get(&partition()).unwrap().repairing(), 0);
+    }
+
+    #[test]
+    fn a_successor_whose_shards_know_everything_goes_on() {
+        let must = LogPosition { leader_epoch: 2, offset: 90, index: 0 };
+        let memory = Memory { confirmed: [(0, must)].into(), ..Default::default() };
+        let mut partitions = succeeded(memory);
+        partitions.get_mut(&partition()).unwrap().asked(1, Instant::now());
+        partitions.answered(&answer(&partitions, 1, &[shard()]));
+        go_back(&mut partitions, ALL);
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert_eq!((open.wants(), open.seek_to, open.repairing()), (true, None, 0));
+        assert!(partitions.take_commits().is_empty(), "there is nothing new to commit");
+    }
+
+    #[test]
+    fn hazard_26_a_leader_of_which_nothing_is_kept_is_read_from_the_bound() {
+        let must = LogPosition { leader_epoch: 4, offset: 99, index: 0 };
+        let memory = Memory { confirmed: [(0, must)].into(), ..Default::default() };
+        let mut partitions = succeeded(memory);
+        take(&mut partitions, 150..151, 4);
         let reading = partitions.get(&partition()).unwrap().reading.clone();
-        partitions.gap(&reading, shard(), None);
+        // Epoch 4 began at 80, which nobody knows.
+        partitions.gap(&reading, shard(), at(3, 100));
+        go_back(&mut partitions, Reach { low: 7, high: 151, since: 20 });
+        assert_eq!(partitions.get(&partition()).unwrap().seek_to, Some(20));
+    }
+
+    #[test]
+    fn hazard_31_what_is_not_finished_below_an_unclean_election_is_taken_again() {
+        let mut partitions = held();
+        take(&mut partitions, 0..10, 3);
+        finish(&mut partitions, 0..4);
+        let open = partitions.get_mut(&partition()).unwrap();
+        assert!(!open.take(7, 4), "the log went back");
+        let ids = HashMap::from([("push".to_owned(), "id1".to_owned())]);
+        partitions.compare(&ids);
         let open = partitions.get(&partition()).unwrap();
-        assert_eq!((open.seek_to, open.reading.repairs(shard())), (Some(40), Some(None)));
+        assert_eq!(open.seek_to, Some(4), "4 to 6 are still in the log");
+        assert_eq!(open.ledger.committable(), Some(4));
+    }
+
+    #[test]
+    fn hazard_32_an_id_that_is_absent_or_appears_is_no_other_topic() {
+        let mut partitions = held();
+        take(&mut partitions, 0..10, 0);
+        assert_eq!(partitions.compare(&HashMap::new()).0, 0);
+        let name = TopicSource::Name("push".into());
+        let assigned =
+            Assigned { source: name.clone(), id: None, ..assigned(Some(5), Memory::default()) };
+        partitions.assign(assigned, 1);
+        let ids = |id: &str| HashMap::from([("push".to_owned(), id.to_owned())]);
+        assert_eq!(partitions.compare(&ids("id1")).0, 0);
+        take(&mut partitions, 5..6, 0);
+        finish(&mut partitions, 5..6);
+        let commit = partitions.take_commits().remove(0);
+        assert_eq!(commit.metadata.source, Some(name), "Redis knows it by its name");
+        assert_eq!(commit.metadata.id.as_deref(), Some("id1"));
+        assert_eq!(partitions.compare(&ids("id2")).0, 1, "that is another one");
     }
 
     #[test]
@@ -336,6 +717,7 @@ mod tests {
         // Redis stands at offset 9 of the old leader: 5 to 8 of the new one are forgotten.
         let reading = partitions.get(&partition()).unwrap().reading.clone();
         partitions.gap(&reading, shard(), at(3, 9));
+        go_back(&mut partitions, ALL);
         assert_eq!(partitions.get(&partition()).unwrap().seek_to, Some(5));
     }
 
@@ -360,7 +742,7 @@ mod tests {
         take(&mut partitions, 0..3, 0);
         let old = partitions.remove(&partition()).unwrap();
         assert!(old.reading.ended());
-        partitions.assign(Assigned { partition: partition(), topic_id: "id1".into() }, 1);
+        partitions.assign(assigned(None, Memory::default()), 1);
         take(&mut partitions, 0..1, 0);
         partitions.gap(&old.reading, shard(), None);
         assert_eq!(partitions.get(&partition()).unwrap().seek_to, None);

@@ -1,12 +1,12 @@
 //! The loop: takes records while there is room, hears what is done, commits, answers the group.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use barid_bus::consumer::{Consumer, Consuming, Done, Draining, Event, Partition};
 use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Held, Producer, Receipts, Stuck};
-use barid_core::SystemClock;
+use barid_core::{LogPosition, SystemClock};
 use barid_runtime::{Condition, Context, Sighting, Stopped};
 use barid_wire::record::{ReceiptKind, Refusal};
 use barid_wire::v1::Receipt;
@@ -16,10 +16,11 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::Config;
+use crate::errands::{Errand, Plan, Reaches, Seeks};
 use crate::error::Error;
-use crate::flight::{Flight, Parcel};
+use crate::flight::{Assignment, Flight, Parcel};
 use crate::intake::{Intake, Taken};
-use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Queue};
+use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Question, Queue};
 use crate::metrics::Metrics;
 use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
@@ -39,6 +40,8 @@ const HELD_AFTER: Duration = Duration::from_secs(10);
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Events of lanes that wait for the loop.
 const EVENTS_MAX: usize = 1024;
+/// How long a partition waits for shards to say what they know.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A purger over some Redis and some dispatchers.
 pub struct Service<M, H> {
@@ -83,13 +86,17 @@ struct Timers {
     ids: Option<JoinHandle<Result<HashMap<String, String>, KafkaError>>>,
     missing: Option<JoinHandle<Result<Vec<String>, KafkaError>>>,
     pong: Option<JoinHandle<Option<String>>>,
-    assign: Option<(Vec<Partition>, Instant)>,
+    plan: Option<Plan>,
+    seeks: Seeks,
+    reaches: Reaches,
 }
 
 /// Partitions that are to be given back.
 struct Revocation {
     partitions: Vec<Partition>,
     deadline: Instant,
+    /// The last commit, and how it came to it.
+    commit: Option<(Errand<usize>, &'static str)>,
 }
 
 /// What is under way, apart from whose consumer it is.
@@ -185,9 +192,11 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         while let Ok(event) = self.events.try_recv() {
             self.lane_event(Some(event));
         }
-        self.assign(consumer).await;
-        self.seek(consumer).await;
-        self.give_back(consumer).await;
+        self.assign(consumer);
+        self.ask_shards();
+        self.go_back(consumer);
+        self.seek(consumer);
+        self.give_back(consumer);
         self.due(consumer).await;
         Ok(())
     }
@@ -195,12 +204,14 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     fn kafka_event<S>(&mut self, consumer: &mut Consumer<S>, event: Event) -> Result<(), Error> {
         match event {
             Event::Assigned(partitions) => {
-                self.timers.assign = Some((partitions, Instant::now()));
+                self.timers.plan = Some(Plan { partitions, due: Instant::now(), errand: None });
             }
             Event::Revoked { partitions, lost: false } => {
+                self.unplan(consumer, &partitions);
                 self.flow.revoke(partitions, Duration::from_millis(self.config.revoke_drain_ms));
             }
             Event::Revoked { partitions, lost: true } => {
+                self.unplan(consumer, &partitions);
                 self.flow.lose(&partitions);
                 if let Err(error) = consumer.release(&partitions) {
                     tracing::warn!(%error, "cannot release lost partitions");
@@ -211,7 +222,10 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 self.flow.metrics.commits.with_label_values(&[outcome]).inc();
                 self.flow.committing = false;
                 match result {
-                    Ok(()) => self.conditions.commits.ready(),
+                    Ok(left_out) => {
+                        self.flow.metrics.left_out.inc_by(left_out as u64);
+                        self.conditions.commits.ready();
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "commit failed, trying again");
                         self.conditions.commits.failing(error.to_string());
@@ -241,22 +255,36 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 let dropped = self.flow.partitions.gap(&reading, shard, back_to);
                 self.flow.uncount(&dropped);
             }
+            Some(LaneEvent::Answered(answer)) => {
+                let dropped = self.flow.partitions.answered(&answer);
+                self.flow.uncount(&dropped);
+            }
             // The loop holds a sender itself.
             None => {}
         }
     }
 
     /// Answers an assignment; the coordinator may need a second attempt.
-    async fn assign<S>(&mut self, consumer: &mut Consumer<S>) {
-        let due = |(_, at): &(Vec<Partition>, Instant)| *at <= Instant::now();
-        let Some((partitions, _)) = self.timers.assign.take_if(|assign| due(assign)) else {
+    fn assign<S>(&mut self, consumer: &mut Consumer<S>) {
+        let Some(plan) = &mut self.timers.plan else { return };
+        let Some(errand) = &mut plan.errand else {
+            if plan.due <= Instant::now() {
+                plan.errand = Some(Errand::new(consumer.plan(&plan.partitions), consumer.bell()));
+            }
             return;
         };
-        match consumer.assign(&partitions).await {
-            Ok(assigned) => {
-                tracing::info!(partitions = assigned.len(), "assigned");
+        let Some(answer) = errand.answer() else { return };
+        plan.errand = None;
+        let taken_up = answer.and_then(|mut planned| {
+            planned.retain(|assigned| plan.partitions.contains(&assigned.partition));
+            consumer.take_up(&planned).map(|()| planned)
+        });
+        match taken_up {
+            Ok(planned) => {
+                self.timers.plan = None;
+                tracing::info!(partitions = planned.len(), "assigned");
                 self.conditions.kafka.ready();
-                for assigned in assigned {
+                for assigned in planned {
                     let topic = &assigned.partition.topic;
                     let priority = self.flow.topics.iter().position(|known| known == topic);
                     self.flow.partitions.assign(assigned, priority.unwrap_or(2));
@@ -264,48 +292,130 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             Err(error) => {
                 self.conditions.kafka.failing(format!("cannot take partitions: {error}"));
-                let later = Instant::now() + Duration::from_millis(500);
-                self.timers.assign = Some((partitions, later));
+                plan.due = Instant::now() + Duration::from_millis(500);
             }
         }
     }
 
-    async fn seek<S>(&mut self, consumer: &Consumer<S>) {
+    /// Partitions that are taken away before they were taken up. librdkafka wants both answers.
+    fn unplan<S>(&mut self, consumer: &mut Consumer<S>, partitions: &[Partition]) {
+        let timers = &mut self.timers;
+        timers.seeks.forget(partitions);
+        timers.reaches.forget(partitions);
+        let Some(plan) = &mut timers.plan else { return };
+        let (gone, left): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut plan.partitions).into_iter().partition(|p| partitions.contains(p));
+        plan.partitions = left;
+        if plan.partitions.is_empty() {
+            timers.plan = None;
+        }
+        if gone.is_empty() {
+            return;
+        }
+        if let Err(error) = consumer.decline(&gone) {
+            tracing::warn!(%error, "cannot decline partitions");
+        }
+    }
+
+    /// Asks what shards know: all of a partition when one has forgotten something or the partition is
+    /// new here; and those whose repair is over, which are raised.
+    fn ask_shards(&mut self) {
+        let (shards, flow) = (self.mailboxes.shards(), &mut self.flow);
+        let (queues, by_shard) = (&flow.queues, &flow.by_shard);
+        for open in flow.partitions.iter_mut() {
+            let assignment = Arc::clone(&open.assignment);
+            if let Some(asked) = open.questions(shards) {
+                let number = open.round.as_ref().map_or(0, |round| round.number);
+                let asked = asked.into_iter().map(|shard| (shard, None));
+                let missing = ask(queues, by_shard, &assignment, number, asked);
+                open.asked(missing, Instant::now() + ANSWER_PATIENCE);
+            }
+        }
+    }
+
+    /// Raises the shards whose repair is over.
+    fn close_repairs(&mut self) {
+        let flow = &mut self.flow;
+        let (queues, by_shard) = (&flow.queues, &flow.by_shard);
+        for open in flow.partitions.iter_mut() {
+            let Some(shards) = open.closing() else { continue };
+            let assignment = Arc::clone(&open.assignment);
+            let lanes: HashSet<usize> =
+                shards.iter().map(|(shard, _)| by_shard[usize::from(shard.get())]).collect();
+            let round = open.close(lanes.len());
+            let shards = shards.into_iter().map(|(shard, at)| (shard, Some(at)));
+            ask(queues, by_shard, &assignment, round, shards);
+        }
+    }
+
+    /// Goes back where shards have forgotten something, as far as the log and the mailboxes reach.
+    fn go_back<S>(&mut self, consumer: &Consumer<S>) {
+        let (now, bell) = (Instant::now(), consumer.bell());
+        let ttl_ms = self.config.redis.ttl_seconds.saturating_mul(1000);
+        for open in self.flow.partitions.iter_mut() {
+            if !open.goes_back(now) {
+                continue;
+            }
+            let redis = open.forgetful().and_then(|shard| self.mailboxes.redis_time(shard));
+            let partition = open.assignment.partition.clone();
+            let reach =
+                self.timers.reaches.answer(&partition, (open.assignment.id, 0), &bell, || {
+                    let now_ms = match redis {
+                        Some(redis) => redis.us(now.into_std()) / 1000,
+                        None => self.flow.outbox.clock.now_ms(),
+                    };
+                    let since_ms = i64::try_from(now_ms.saturating_sub(ttl_ms)).unwrap_or(i64::MAX);
+                    consumer.reach(&partition, since_ms)
+                });
+            if let Some(reach) = reach {
+                open.go_back(reach);
+                self.flow.metrics.repairs.inc();
+                let (topic, to) = (&*partition.topic, open.seek_to);
+                tracing::warn!(topic, partition = partition.number, ?to, ?reach, "reading again");
+            }
+        }
+    }
+
+    fn seek<S>(&mut self, consumer: &Consumer<S>) {
         for open in self.flow.partitions.iter_mut() {
             let Some(offset) = open.seek_to else { continue };
-            match consumer.seek(&open.assignment.partition, offset).await {
-                Ok(()) => open.seek_to = None,
-                // A partition that was only just assigned cannot seek yet.
-                Err(error) => {
-                    tracing::debug!(%error, "cannot seek yet");
-                    sleep(TICK).await;
-                }
+            let partition = &open.assignment.partition;
+            let about = (open.assignment.id, offset);
+            let ask = || consumer.seek(partition, offset);
+            // A partition that was only just assigned cannot seek yet: it is tried again.
+            if self.timers.seeks.answer(partition, about, &consumer.bell(), ask).is_some() {
+                open.seek_to = None;
             }
         }
     }
 
     /// Gives revoked partitions back once they are finished, or their time is over.
-    async fn give_back<S>(&mut self, consumer: &mut Consumer<S>) {
-        let now = Instant::now();
-        let flow = &mut self.flow;
-        while let Some(at) =
-            flow.revocations.iter().position(|r| flow.drained(r) || r.deadline <= now)
-        {
-            let revocation = flow.revocations.swap_remove(at);
-            let how = if flow.drained(&revocation) { "drained" } else { "cut" };
-            let commits = flow.partitions.commits_of(&revocation.partitions);
-            if let Err(error) = consumer.commit_and_wait(&commits, COMMIT_TIMEOUT).await {
+    fn give_back<S>(&mut self, consumer: &mut Consumer<S>) {
+        let (now, flow) = (Instant::now(), &mut self.flow);
+        for at in (0..flow.revocations.len()).rev() {
+            let drained = flow.drained(&flow.revocations[at]);
+            let revocation = &mut flow.revocations[at];
+            let Some((errand, how)) = &mut revocation.commit else {
+                if drained || revocation.deadline <= now {
+                    let how = if drained { "drained" } else { "cut" };
+                    let commits = flow.partitions.commits_of(&revocation.partitions);
+                    let commit = consumer.commit_and_wait(commits, COMMIT_TIMEOUT);
+                    revocation.commit = Some((Errand::new(commit, consumer.bell()), how));
+                }
+                continue;
+            };
+            let how = *how;
+            let Some(committed) = errand.answer() else { continue };
+            if let Err(error) = committed {
                 tracing::warn!(%error, "cannot commit revoked partitions: their next owner repeats them");
             }
-            tracing::info!(partitions = revocation.partitions.len(), how, "gave partitions back");
-            flow.metrics
-                .revoked
-                .with_label_values(&[how])
-                .inc_by(revocation.partitions.len() as u64);
-            for partition in &revocation.partitions {
+            let Revocation { partitions, .. } = flow.revocations.swap_remove(at);
+            tracing::info!(partitions = partitions.len(), how, "gave partitions back");
+            flow.metrics.revoked.with_label_values(&[how]).inc_by(partitions.len() as u64);
+            for partition in &partitions {
                 flow.partitions.remove(partition);
             }
-            if let Err(error) = consumer.release(&revocation.partitions) {
+            if let Err(error) = consumer.release(&partitions) {
                 tracing::warn!(%error, "cannot release partitions");
             }
         }
@@ -319,6 +429,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             if !self.flow.committing {
                 self.commit(consumer);
             }
+            self.close_repairs();
             self.flow.show(consumer);
         }
         self.look(consumer, now);
@@ -360,10 +471,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let commits = self.flow.partitions.take_commits();
         if commits.is_empty() {
             self.conditions.commits.ready();
-        } else if let Err(error) = consumer.commit(&commits) {
-            tracing::warn!(%error, "cannot commit");
-            self.flow.partitions.uncommit();
         } else {
+            consumer.commit(commits);
             self.flow.committing = true;
         }
     }
@@ -487,7 +596,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.flow.partitions.uncommit();
         let commits = self.flow.partitions.take_commits();
         let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
-        if let Err(error) = consumer.commit_and_wait(&commits, patience).await {
+        if let Err(error) = consumer.commit_and_wait(commits, patience).await {
             tracing::warn!(%error, "last commit failed: what it covers is delivered again");
         }
         // What is not finished counts no more, so the lanes drop it and end.
@@ -552,7 +661,9 @@ impl Timers {
             ids: None,
             missing: None,
             pong: None,
-            assign: None,
+            plan: None,
+            seeks: Seeks::default(),
+            reaches: Reaches::default(),
         }
     }
 }
@@ -597,7 +708,7 @@ impl Flow {
         topics.iter().for_each(|topic| drop(metrics.taken.with_label_values(&[topic])));
         Ok(Self {
             intake: Intake::new(config, mailboxes.shards(), metrics.traces_ignored.clone()),
-            partitions: Partitions::default(),
+            partitions: Partitions::new(mailboxes.shards()),
             revocations: Vec::new(),
             queues,
             by_shard,
@@ -659,7 +770,12 @@ impl Flow {
         }
         let now_ms = self.outbox.clock.now_ms();
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
+        let (offset, told) = (record.offset, open.reading.was_finished(record.offset));
         match self.intake.take(&open.reading, record, now_ms) {
+            // Its dead letter and its receipt were written when it was taken first.
+            Taken::Refused(..) if told => {
+                open.ledger.finish(offset, []);
+            }
             Taken::Refused(flight, refusal) => {
                 self.outbox.tracer.saw(Sighting {
                     id: &refusal.id,
@@ -750,7 +866,8 @@ impl Flow {
         for partition in &partitions {
             self.stop(partition);
         }
-        self.revocations.push(Revocation { partitions, deadline: Instant::now() + drain });
+        let deadline = Instant::now() + drain;
+        self.revocations.push(Revocation { partitions, deadline, commit: None });
     }
 
     fn lose(&mut self, partitions: &[Partition]) {
@@ -791,9 +908,10 @@ impl Flow {
             metrics.in_flight.with_label_values(&[topic]).set(self.records[priority] as i64);
             metrics.in_flight_bytes.with_label_values(&[topic]).set(self.bytes[priority] as i64);
         }
-        let (mut held, mut paused, mut lag) = ([0; 3], 0, 0);
+        let (mut held, mut paused, mut lag, mut repairing) = ([0; 3], 0, 0, 0);
         for open in self.partitions.iter() {
             held[open.assignment.priority] += 1;
+            repairing += open.repairing();
             let full = self.records[open.assignment.priority] >= self.records_max;
             paused += i64::from(!open.wants() || full);
             if let Some(committed) = open.committed() {
@@ -806,6 +924,7 @@ impl Flow {
         self.metrics.assignor_missing.set(i64::from(!consumer.is_range()));
         self.metrics.paused.set(paused);
         self.metrics.lag.set(lag);
+        self.metrics.repairing.set(repairing as i64);
     }
 }
 
@@ -817,6 +936,25 @@ fn enqueue(queues: &[Arc<Queue>], by_shard: &[usize], priority: usize, parcels: 
     for parcel in parcels {
         queues[by_shard[usize::from(parcel.shard.get())]].push(priority, parcel);
     }
+}
+
+/// Asks shards of an assignment, each by its lane; how many lanes will answer.
+fn ask(
+    queues: &[Arc<Queue>],
+    by_shard: &[usize],
+    assignment: &Arc<Assignment>,
+    round: u64,
+    shards: impl Iterator<Item = (barid_core::Shard, Option<LogPosition>)>,
+) -> usize {
+    let mut by_lane: HashMap<usize, Vec<_>> = HashMap::new();
+    for (shard, raise) in shards {
+        by_lane.entry(by_shard[usize::from(shard.get())]).or_default().push((shard, raise));
+    }
+    let lanes = by_lane.len();
+    for (lane, shards) in by_lane {
+        queues[lane].ask(Question { assignment: Arc::clone(assignment), round, shards });
+    }
+    lanes
 }
 
 /// Hands on in order; what waits here is bounded by the channel.

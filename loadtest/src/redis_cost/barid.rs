@@ -102,6 +102,7 @@ impl Side for Barid {
             shard: self.mailbox.shard_of(&user_key(case, 0)?),
             source: source(case),
             prev: self.prev,
+            raise: None,
             messages,
         };
         let outcome = self.mailbox.accept(&[group]).await.pop().context("an answer")??;

@@ -94,6 +94,7 @@ impl World {
             shard: self.mailbox.shard_of(user),
             source: Source { topic_id: Arc::from("test"), partition: 0 },
             prev: None,
+            raise: None,
             messages: vec![message],
         };
         let mut outcomes = self.mailbox.accept(&[group]).await;

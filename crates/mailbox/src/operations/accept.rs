@@ -125,9 +125,11 @@ fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {
     let collapse_keys = messages().filter(|m| m.collapse_key.is_some()).count();
     let arguments = 4 + users.len() + group.messages.len() + collapse_keys;
     let none = LogPosition { leader_epoch: -1, offset: 0, index: 0 };
-    let position = |message: Option<&AcceptMessage>| message.map_or(none, |m| m.position);
+    let raise = group.raise.filter(|_| group.messages.is_empty());
+    let position =
+        |message: Option<&AcceptMessage>| message.map_or(raise.unwrap_or(none), |m| m.position);
     let mut packed = BytesMut::with_capacity(GROUP_BYTES);
-    packed.put_u8(group.prev.is_some().into());
+    packed.put_u8(u8::from(group.prev.is_some()) + 2 * u8::from(raise.is_some()));
     put_position(&mut packed, group.prev.unwrap_or(none));
     put_position(&mut packed, position(group.messages.first()));
     put_position(&mut packed, position(group.messages.last()));

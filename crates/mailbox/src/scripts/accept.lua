@@ -2,9 +2,10 @@
 --
 -- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
 -- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
---       a group: source; packed (GROUP), 1 if there is a prev else 0, and that, its first and its last
---         position, how many users and how many arguments it has; packed, how many messages are for
---         each user (I4); packed, of each message (MESSAGE): 8-byte id hash, CRC-32 of the id, 1 if
+--       a group: source; packed (GROUP), 1 if there is a prev else 0, plus 2 if an empty group raises
+--         the stored position to its last one; prev, its first and its last position, how many users
+--         and how many arguments it has; packed, how many messages are for each user (I4); packed,
+--         of each message (MESSAGE): 8-byte id hash, CRC-32 of the id, 1 if
 --         there is a collapse key else 0, position; then the members (app NUL user) of its users; then
 --         of each message: its body, and its collapse key, if there is one. A user's messages stand
 --         together, in the order of the log.
@@ -414,7 +415,7 @@ local function group(k, a)
   local l, o, i = match(stored or '-2 -1 0', '^(-?%d+) (-?%d+) (%d+)$')
   if not l then error('corrupt position') end
   l0, o0, i0 = tonumber(l), tonumber(o), tonumber(i)
-  if has_prev == 1 and after(pl, po, pi, l0, o0, i0) then return { 'G', stored } end
+  if has_prev % 2 == 1 and after(pl, po, pi, l0, o0, i0) then return { 'G', stored } end
   local counts = ARGV[a + 2]
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
@@ -449,7 +450,7 @@ local function group(k, a)
       user, m = user + 1, last + 1
     end
   end
-  if users > 0 and after(ll, lo, li, l0, o0, i0) then
+  if (users > 0 or has_prev > 1) and after(ll, lo, li, l0, o0, i0) then
     call('HSET', positions, source, position_text(ll, lo, li))
   end
   local reply = { 'D', table.concat(letters), table.concat(mailboxes) }

@@ -2,7 +2,7 @@
 
 use barid_core::{Position, Seq};
 use barid_mailbox::{
-    AcceptOutcome, AckOutcome, ConfirmOutcome, GroupOutcome, LogPosition, UserKey,
+    AcceptGroup, AcceptOutcome, AckOutcome, ConfirmOutcome, GroupOutcome, LogPosition, UserKey,
 };
 use barid_wire::envelope;
 
@@ -14,6 +14,7 @@ contract!(
     a_message_beside_a_connect_is_pushed_or_read,
     a_redis_that_lost_everything_says_so_and_takes_all_again,
     hazard_03_a_redis_that_went_back_by_ten_writes_and_moved_on_shows_what_took_their_place,
+    hazard_48_a_shard_is_raised_to_what_it_must_know_and_never_lowered,
     hazard_14_what_a_replaced_session_still_sends_changes_nothing_of_the_newer_one,
 );
 
@@ -33,6 +34,27 @@ async fn two_purgers_accept_the_same_record_once(bed: Bed) {
     assert_eq!(accepted(&bed.accept_group(records(4..=6), Some(at(3))).await), 1);
     assert_eq!(accepted(&bed.accept_group(records(6..=7), Some(at(5))).await), 1);
     assert_eq!(ids(&bed, &user).await, ["m1", "m2", "m3", "m4", "m5", "m6", "m7"]);
+}
+
+async fn hazard_48_a_shard_is_raised_to_what_it_must_know_and_never_lowered(bed: Bed) {
+    let user = bed.user("alice");
+    let ask = async |prev: Option<i64>, raise: Option<i64>| {
+        let (shard, source) = (bed.shard(&user), bed.source());
+        let (prev, raise) = (prev.map(at), raise.map(at));
+        let group = AcceptGroup { shard, source, prev, raise, messages: Vec::new() };
+        bed.mailbox.accept(&[group]).await.pop().unwrap().unwrap()
+    };
+    let (done, forgot) = (GroupOutcome::Done(Vec::new()), |known| GroupOutcome::Gap(known));
+    // The log no longer has 1 to 49, which somebody once confirmed.
+    let newest = || vec![message(&user, 61, "m")];
+    assert_eq!(bed.accept_group(newest(), Some(at(49))).await, forgot(None));
+    assert_eq!(ask(None, Some(49)).await, done);
+    assert_eq!(accepted(&bed.accept_group(newest(), Some(at(49))).await), 1);
+    assert_eq!(ask(Some(49), Some(55)).await, done);
+    assert_eq!(ask(Some(61), None).await, done, "it was not lowered");
+    // A shard that has forgotten more since is not raised over what it has forgotten.
+    assert_eq!(ask(Some(70), Some(80)).await, forgot(Some(at(61))));
+    assert_eq!(ask(Some(62), None).await, forgot(Some(at(61))));
 }
 
 async fn two_purgers_at_once_keep_one_order(bed: Bed) {

@@ -204,7 +204,7 @@ impl Bed {
     pub fn group(&self, messages: Vec<AcceptMessage>, prev: Option<LogPosition>) -> AcceptGroup {
         let first = &messages[0];
         let user = UserKey { app: first.app.clone(), user: first.user.clone() };
-        AcceptGroup { shard: self.shard(&user), source: self.source(), prev, messages }
+        AcceptGroup { shard: self.shard(&user), source: self.source(), prev, raise: None, messages }
     }
 
     /// Accepts messages of one shard.

@@ -143,6 +143,7 @@ fn accept_group(shard: Shard, source: usize, group: &Group) -> AcceptGroup {
         shard,
         source: Source { topic_id: "topic".into(), partition: source as i32 },
         prev: group.prev.map(at),
+        raise: None,
         messages: group.messages.iter().map(message).collect(),
     }
 }

@@ -1,9 +1,9 @@
 //! What each shard has confirmed of each assignment: the `prev` of its next group. With it Redis
 //! tells a batch that was never executed, or that it has forgotten.
 //!
-//! It is the highest confirmed position, even for a group that lies before it because a reading went
-//! back for another shard: whatever this shard has confirmed, it must still know. Only a reading that
-//! repairs this very shard lowers it.
+//! It begins with what the partition's last owner committed. It is the highest confirmed position,
+//! even for a group that lies before it because a reading went back for another shard: whatever this
+//! shard has confirmed, it must still know. Only a reading that repairs this very shard lowers it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -12,7 +12,7 @@ use barid_core::Shard;
 use barid_mailbox::{AcceptGroup, LogPosition};
 
 use super::Group;
-use crate::flight::{Assignment, Reading};
+use crate::flight::{Assignment, Parcel, Reading};
 
 /// Per assignment and shard.
 #[derive(Debug, Default)]
@@ -23,8 +23,7 @@ pub(super) struct History {
 #[derive(Debug)]
 struct Track {
     assignment: Weak<Assignment>,
-    /// The last reading that sent it something, and its number.
-    reading: Weak<Reading>,
+    /// The number of the last reading that it heard of.
     number: u64,
     confirmed: Option<LogPosition>,
     /// Asked since the last probe.
@@ -34,37 +33,44 @@ struct Track {
 impl History {
     /// The group as Redis is asked.
     pub(super) fn request(&mut self, group: &Group) -> AcceptGroup {
-        let track = self.track(group);
+        let track = self.track(group.shard, &group.reading);
         track.asked |= !group.parcels.is_empty();
         AcceptGroup {
             shard: group.shard,
             source: group.reading.assignment.source.clone(),
             prev: track.confirmed,
+            raise: group.raise,
             messages: group.parcels.iter().map(|parcel| parcel.message.clone()).collect(),
         }
     }
 
     /// The group was executed.
     pub(super) fn done(&mut self, group: &Group) {
-        let last = group.parcels.last().map(|parcel| parcel.message.position);
-        let track = self.track(group);
+        let last = group.parcels.last().map(|parcel| parcel.message.position).or(group.raise);
+        let track = self.track(group.shard, &group.reading);
         track.confirmed = track.confirmed.max(last);
+    }
+
+    /// Whether a reading that went back for other shards brings this one what it has confirmed.
+    pub(super) fn has(&mut self, parcel: &Parcel) -> bool {
+        let reading = &parcel.flight.reading;
+        let track = self.track(parcel.shard, reading);
+        track.confirmed >= Some(parcel.message.position)
     }
 
     /// Empty groups for shards that were not asked since the last time, in portions.
     pub(super) fn idle(&mut self, portion: usize) -> Vec<Vec<Group>> {
-        self.tracks.retain(|_, track| track.assignment.strong_count() > 0);
         let mut idle = Vec::new();
-        for ((_, shard), track) in &mut self.tracks {
+        self.tracks.retain(|(_, shard), track| {
+            let Some(reading) = track.assignment.upgrade().and_then(|a| a.live()) else {
+                return false;
+            };
             let asked = std::mem::replace(&mut track.asked, false);
-            let reading = track.reading.upgrade().filter(|reading| !reading.ended());
-            if let Some(reading) = reading
-                && !asked
-                && track.confirmed.is_some()
-            {
-                idle.push(Group { shard: *shard, reading, parcels: Vec::new() });
+            if !asked && track.confirmed.is_some() && !reading.ended() {
+                idle.push(Group::empty(*shard, reading, None));
             }
-        }
+            true
+        });
         let mut portions = Vec::new();
         while !idle.is_empty() {
             portions.push(idle.split_off(idle.len().saturating_sub(portion)));
@@ -72,20 +78,17 @@ impl History {
         portions
     }
 
-    fn track(&mut self, group: &Group) -> &mut Track {
-        let reading = &group.reading;
-        let key = (reading.assignment.id, group.shard);
-        let track = self.tracks.entry(key).or_insert_with(|| Track {
-            assignment: Arc::downgrade(&reading.assignment),
-            reading: Weak::new(),
+    fn track(&mut self, shard: Shard, reading: &Reading) -> &mut Track {
+        let assignment = &reading.assignment;
+        let track = self.tracks.entry((assignment.id, shard)).or_insert_with(|| Track {
+            assignment: Arc::downgrade(assignment),
             number: 0,
-            confirmed: None,
+            confirmed: assignment.confirmed.get(&shard).copied(),
             asked: true,
         });
-        if track.number != reading.number() {
+        if reading.number() > track.number {
             track.number = reading.number();
-            track.reading = Arc::downgrade(reading);
-            if let Some(known) = reading.repairs(group.shard) {
+            if let Some(known) = reading.repairs(shard) {
                 track.confirmed = known;
             }
         }

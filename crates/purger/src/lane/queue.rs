@@ -3,21 +3,34 @@
 //! once for many of them, just when there are many.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use barid_core::Shard;
+use barid_core::{LogPosition, Shard};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::flight::Parcel;
+use crate::flight::{Assignment, Parcel};
 
 /// Three queues. Bounded by whoever fills it, which looks at [`Queue::load`] first.
 #[derive(Debug, Default)]
 pub struct Queue {
     waiting: Mutex<[Waiting; 3]>,
+    questions: Mutex<Vec<Question>>,
     load: AtomicUsize,
     closed: AtomicBool,
     bell: Notify,
+}
+
+/// Asks shards of an assignment whether they still know what they have confirmed.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// The assignment.
+    pub assignment: Arc<Assignment>,
+    /// Which of its questions.
+    pub round: u64,
+    /// The shards; and the position to raise those to whose repair is over.
+    pub shards: Vec<(Shard, Option<LogPosition>)>,
 }
 
 /// Parcels of one priority.
@@ -74,6 +87,17 @@ impl Queue {
         self.bell.notify_one();
     }
 
+    /// Asks, before anything that was added later is accepted.
+    pub fn ask(&self, question: Question) {
+        self.questions.lock().push(question);
+        self.bell.notify_one();
+    }
+
+    /// What was asked since this was called last.
+    pub fn questions(&self) -> Vec<Question> {
+        std::mem::take(&mut *self.questions.lock())
+    }
+
     /// Parcels that are not done: waiting here, waiting for Redis, or in a call.
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
@@ -98,7 +122,9 @@ impl Queue {
     /// Waits until something may be there. False: the queue is closed and empty.
     pub async fn filled(&self) -> bool {
         loop {
-            if self.waiting.lock().iter().any(|waiting| !waiting.turns.is_empty()) {
+            if self.waiting.lock().iter().any(|waiting| !waiting.turns.is_empty())
+                || !self.questions.lock().is_empty()
+            {
                 return true;
             }
             if self.closed() {

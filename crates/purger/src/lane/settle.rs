@@ -95,6 +95,15 @@ impl Outbox {
             }
         }
         self.hand_on(pushes).await;
+        self.finish(settled, owed, events).await;
+    }
+
+    async fn finish(
+        &self,
+        settled: Vec<Arc<Flight>>,
+        owed: Vec<Owed>,
+        events: &mpsc::Sender<Event>,
+    ) {
         let finished = last_parts(settled.into_iter());
         if !finished.is_empty() {
             let _ = events.send(Event::Finished(finished)).await;
@@ -104,6 +113,31 @@ impl Outbox {
             // Bounded: what is owed counts in the window of records under way.
             tokio::spawn(async move { this.deliver(owed, &events).await });
         }
+    }
+
+    /// Settles what a reading that went back brings again, without Redis: what its shard has never
+    /// forgotten was told before; what is over since is told to have expired, and is not shown.
+    pub async fn settle_again(
+        &self,
+        had: Vec<Parcel>,
+        expired: Vec<Parcel>,
+        events: &mpsc::Sender<Event>,
+    ) {
+        let count = |outcome, parcels: usize| {
+            self.metrics.messages.with_label_values(&[outcome]).inc_by(parcels as u64);
+        };
+        count("known", had.len());
+        count("expired", expired.len());
+        let now_ms = self.clock.now_ms();
+        let mut settled: Vec<Arc<Flight>> = had.into_iter().map(|parcel| parcel.flight).collect();
+        let mut owed = Vec::new();
+        for Parcel { flight, message, .. } in expired {
+            match flight.receipt(ReceiptKind::Expired, message.user.as_str(), 0, now_ms) {
+                Some(receipt) => owed.push(Owed { flight, receipt: Some(receipt), dead: None }),
+                None => settled.push(flight),
+            }
+        }
+        self.finish(settled, owed, events).await;
     }
 
     /// The hops that end with acceptance.

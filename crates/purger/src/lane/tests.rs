@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_bus::consumer::{Assigned, Partition, Record};
-use barid_bus::{DeadLetters, KafkaConfig, Producer, Receipts};
+use barid_bus::consumer::{Assigned, Partition, Reach, Record};
+use barid_bus::{DeadLetters, KafkaConfig, Memory, Metadata, Producer, Receipts, TopicSource};
 use barid_core::{Seq, ShardCount, SystemClock};
 use barid_mailbox::{AcceptOutcome, RedisTime, Source};
 use barid_runtime::Tracer;
@@ -70,7 +70,12 @@ impl State {
             let seq = Seq(log.len() as u64);
             AcceptOutcome::Accepted { seq, envelope: Bytes::new(), online: false, evicted: 0 }
         };
-        GroupOutcome::Done(group.messages.iter().map(|message| outcome(self, message)).collect())
+        let outcomes = group.messages.iter().map(|message| outcome(self, message)).collect();
+        if let Some(raise) = group.raise.filter(|raise| Some(*raise) > stored) {
+            assert!(group.messages.is_empty());
+            self.positions.insert(place, raise);
+        }
+        GroupOutcome::Done(outcomes)
     }
 
     /// Every shard falls back to its first `kept` messages.
@@ -163,16 +168,33 @@ struct World {
     intake: Intake,
     next: [i64; 2],
     length: i64,
+    /// As it was committed last: offset and metadata.
+    committed: BTreeMap<i32, (i64, String)>,
+    turns: usize,
+    went_back: usize,
+}
+
+fn assigned(number: i32, committed: Option<&(i64, String)>) -> Assigned {
+    let (start, memory) = match committed {
+        Some((offset, text)) => (Some(*offset), Metadata::decode(text.as_bytes(), *offset).memory),
+        None => (None, Memory::default()),
+    };
+    let (source, id) = (TopicSource::Id("id".into()), Some("id".into()));
+    Assigned { partition: partition(number), source, id, start, memory }
 }
 
 impl World {
     fn new(fates: Vec<Fate>, length: i64) -> Self {
+        let store = Store::default();
+        store.0.lock().fates = fates.into();
+        Self::over(store, length, BTreeMap::new())
+    }
+
+    fn over(store: Store, length: i64, committed: BTreeMap<i32, (i64, String)>) -> Self {
         let mut config = Config::default();
         config.window.call_messages_max = 16;
         config.window.retry_base_ms = 1;
         config.window.retry_max_ms = 10;
-        let store = Store::default();
-        store.0.lock().fates = fates.into();
         let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
         let (sender, events) = mpsc::channel(64);
         let queues: Vec<Arc<Queue>> = vec![Arc::default(), Arc::default()];
@@ -190,31 +212,110 @@ impl World {
             );
             tokio::spawn(lane.run());
         }
-        let mut partitions = Partitions::default();
+        let mut partitions = Partitions::new(store.shards());
+        let mut next = [0; 2];
         for number in 0..2 {
-            let assigned = Assigned { partition: partition(number), topic_id: "id".into() };
-            partitions.assign(assigned, 1);
+            partitions.assign(assigned(number, committed.get(&number)), 1);
+            next[number as usize] = committed.get(&number).map_or(0, |(offset, _)| *offset);
         }
         let intake = Intake::new(&config, store.shards(), metrics.traces_ignored.clone());
-        Self { config, store, partitions, queues, events, intake, next: [0; 2], length }
+        let (turns, went_back) = (0, 0);
+        Self {
+            config,
+            store,
+            partitions,
+            queues,
+            events,
+            intake,
+            next,
+            length,
+            committed,
+            turns,
+            went_back,
+        }
     }
 
-    /// Reads both partitions to their ends, and until everything is finished.
+    /// The process dies, and another one takes over from what was committed.
+    async fn succeed(self) -> Self {
+        self.partitions.iter().for_each(|open| open.reading.end());
+        self.queues.iter().for_each(|queue| queue.close());
+        // Calls under way are executed, or lost.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        Self::over(self.store.clone(), self.length, self.committed.clone())
+    }
+
+    fn commit(&mut self) {
+        for commit in self.partitions.take_commits() {
+            let (text, left_out) = commit.metadata.encode(commit.offset, 3_000);
+            assert_eq!(left_out, 0);
+            self.committed.insert(commit.partition.number, (commit.offset, text));
+        }
+    }
+
+    /// Reads both partitions to their ends, and until everything is finished and mended.
     async fn run(&mut self) {
-        loop {
+        self.run_for(usize::MAX).await;
+    }
+
+    /// Likewise, for so many turns at most.
+    async fn run_for(&mut self, turns: usize) {
+        for _ in 0..turns {
+            self.turns += 1;
+            if self.turns.is_multiple_of(7) {
+                self.commit();
+            }
             let took = self.take(0) | self.take(1);
             if !took {
-                if self.partitions.unfinished() == 0 && self.seek() {
+                if self.partitions.unfinished() == 0 && self.seek() && !self.mending() {
+                    self.commit();
                     return;
                 }
-                let event = self.events.recv().await.expect("lanes live");
-                self.hear(event);
+                let event = timeout(Duration::from_millis(50), self.events.recv()).await;
+                event.into_iter().for_each(|event| self.hear(event.expect("lanes live")));
             }
             while let Ok(event) = self.events.try_recv() {
                 self.hear(event);
             }
             let _ = self.seek();
         }
+    }
+
+    /// Asks, goes back and raises as the service does. Whether there is more of that to come.
+    fn mending(&mut self) -> bool {
+        let (shards, now) = (self.store.shards(), Instant::now());
+        let mut mending = false;
+        for open in self.partitions.iter_mut() {
+            let assignment = Arc::clone(&open.assignment);
+            let ask = |round, asked: Vec<(Shard, Option<LogPosition>)>| {
+                let mut by_lane: BTreeMap<usize, Vec<_>> = BTreeMap::new();
+                for (shard, raise) in asked {
+                    by_lane.entry(usize::from(shard.get()) % 2).or_default().push((shard, raise));
+                }
+                for (lane, shards) in &by_lane {
+                    let (assignment, shards) = (Arc::clone(&assignment), shards.clone());
+                    self.queues[*lane].ask(Question { assignment, round, shards });
+                }
+                by_lane.len()
+            };
+            if let Some(asked) = open.questions(shards) {
+                let round = open.round.as_ref().unwrap().number;
+                let missing = ask(round, asked.into_iter().map(|s| (s, None)).collect());
+                open.asked(missing, now + Duration::from_secs(2));
+            }
+            if open.goes_back(now) {
+                open.go_back(Reach { low: 0, high: self.length, since: 0 });
+                self.went_back += 1;
+            }
+            if let Some(raised) = open.closing() {
+                // The shards of both lanes are asked, or those of one.
+                let lanes: std::collections::BTreeSet<u16> =
+                    raised.iter().map(|(shard, _)| shard.get() % 2).collect();
+                let round = open.close(lanes.len());
+                ask(round, raised.into_iter().map(|(s, at)| (s, Some(at))).collect());
+            }
+            mending |= open.round.is_some() || open.repairing() > 0;
+        }
+        mending
     }
 
     fn take(&mut self, number: i32) -> bool {
@@ -244,11 +345,15 @@ impl World {
             Event::Gap { reading, shard, back_to } => {
                 self.partitions.gap(&reading, shard, back_to);
             }
+            Event::Answered(answer) => {
+                self.partitions.answered(&answer);
+            }
         }
     }
 
     /// True: both partitions are at their ends.
     fn seek(&mut self) -> bool {
+        self.mending();
         for open in self.partitions.iter_mut() {
             if let Some(offset) = open.seek_to.take() {
                 self.next[open.assignment.partition.number as usize] = offset;
@@ -283,10 +388,10 @@ fn record(number: i32, offset: i64) -> Record {
 
 /// A parcel for a shard, from a partition of its own.
 pub(super) fn parcel(shard: u16, offset: i64) -> Parcel {
-    let mut partitions = Partitions::default();
-    partitions.assign(Assigned { partition: partition(0), topic_id: "id".into() }, 1);
-    let ignored = IntCounter::new("i", "i").unwrap();
     let shards = ShardCount::new(64).unwrap();
+    let mut partitions = Partitions::new(shards);
+    partitions.assign(assigned(0, None), 1);
+    let ignored = IntCounter::new("i", "i").unwrap();
     let intake = Intake::new(&Config::default(), shards, ignored);
     let reading = &partitions.get(&partition(0)).unwrap().reading;
     let Taken::Parcels(mut parcels) = intake.take(reading, record(0, offset), 0) else {
@@ -324,26 +429,72 @@ fn held(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
 }
 
 fn check(fates: Vec<Fate>) {
+    paused(async {
+        let mut world = World::new(fates, 120);
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        settle(&mut world).await;
+    });
+}
+
+/// What is forgotten is noticed by the next batch for the shard: sends every shard some more, and looks
+/// whether each holds its part of the log.
+async fn settle(world: &mut World) {
+    world.store.0.lock().fates.clear();
+    world.length = 150;
+    timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+    let (held, expected) = (held(world), expected(world));
+    for (place, expected) in expected {
+        assert_eq!(held[&place], expected, "shard and partition {place:?}");
+    }
+    assert!(world.committed.values().all(|(offset, _)| *offset == 150), "{:?}", world.committed);
+    assert!(world.queues.iter().all(|queue| queue.load() == 0));
+    assert!(world.config.check().is_ok());
+}
+
+fn paused(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
         .build()
         .unwrap();
-    runtime.block_on(async {
+    runtime.block_on(test);
+}
+
+/// Purgers that die after so many turns each, over a store that fails; then everything forgets down to
+/// `kept` messages a shard, and a last one takes over.
+fn check_successors(fates: Vec<Fate>, lives: &[usize], kept: usize) {
+    paused(async {
         let mut world = World::new(fates, 120);
-        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
-        // What is forgotten is noticed by the next batch for the shard: send every shard some more.
-        world.store.0.lock().fates.clear();
-        world.length = 150;
-        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
-        let (held, expected) = (held(&world), expected(&world));
-        for (place, expected) in expected {
-            assert_eq!(held[&place], expected, "shard and partition {place:?}");
+        for turns in lives {
+            let life = world.run_for(*turns);
+            timeout(Duration::from_secs(600), life).await.expect("finishes");
+            world = world.succeed().await;
         }
-        let commits = world.partitions.take_commits();
-        assert!(commits.iter().all(|commit| commit.offset == 150), "{commits:?}");
-        assert!(world.queues.iter().all(|queue| queue.load() == 0));
-        assert!(world.config.check().is_ok());
+        world.store.0.lock().forget(kept);
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        // Without any more messages: the successor has asked.
+        let held: usize = held(&world).values().map(Vec::len).sum();
+        let expected: usize = expected(&world).values().map(Vec::len).sum();
+        assert_eq!(held, expected, "of those below the commits");
+        settle(&mut world).await;
+    });
+}
+
+#[test]
+fn hazard_26_a_successor_knows_what_the_shards_must_know() {
+    check_successors(Vec::new(), &[10_000], 10);
+}
+
+#[test]
+fn hazard_48_shards_that_forgot_together_are_read_again_together() {
+    paused(async {
+        let mut world = World::new(Vec::new(), 120);
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        world.store.0.lock().forget(0);
+        world.length = 121;
+        timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        assert_eq!(world.went_back, 2, "once a partition");
+        settle(&mut world).await;
     });
 }
 
@@ -379,5 +530,14 @@ proptest! {
     #[test]
     fn whatever_happens_every_shard_gets_its_part_in_order(fates in prop::collection::vec(fate(), 0..40)) {
         check(fates);
+    }
+
+    #[test]
+    fn hazard_26_whoever_takes_over_repairs_what_was_forgotten(
+        fates in prop::collection::vec(fate(), 0..40),
+        lives in prop::collection::vec(1_usize..300, 1..4),
+        kept in 0_usize..60,
+    ) {
+        check_successors(fates, &lives, kept);
     }
 }

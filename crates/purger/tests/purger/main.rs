@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod kafka;
+mod repair;
 mod support;
 mod wedge;
 

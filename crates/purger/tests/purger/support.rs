@@ -116,7 +116,10 @@ impl World {
     }
 
     pub async fn start(&self) -> Running {
-        let context = Context::new();
+        self.start_with(Context::new()).await
+    }
+
+    pub async fn start_with(&self, context: Context) -> Running {
         let mailbox = Mailbox::open(&self.config.redis, &context.metrics).await.unwrap();
         let service =
             Service::new(self.config.clone(), mailbox, self.handed.clone(), &context).unwrap();

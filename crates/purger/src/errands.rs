@@ -1,0 +1,114 @@
+//! Answers of Kafka's that may take seconds: the loop looks whether they are there and never waits, so
+//! what one partition waits for stops no other.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use barid_bus::Error;
+use barid_bus::consumer::{Assigned, Partition, Pending, Reach};
+use futures::FutureExt as _;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// After an answer that was an error.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// An answer on its way.
+pub struct Errand<T>(JoinHandle<Result<T, Error>>);
+
+impl<T: Send + 'static> Errand<T> {
+    /// Sends for it; `bell` rings when it is there.
+    pub fn new(answer: Pending<T>, bell: Arc<Notify>) -> Self {
+        Self(tokio::spawn(async move {
+            let answer = answer.await;
+            bell.notify_one();
+            answer
+        }))
+    }
+
+    /// The answer, if it is there. Not to be asked again then.
+    pub fn answer(&mut self) -> Option<Result<T, Error>> {
+        if !self.0.is_finished() {
+            return None;
+        }
+        let gone = || Error::Away("a task ended early".into());
+        (&mut self.0).now_or_never().map(|answer| answer.unwrap_or_else(|_| Err(gone())))
+    }
+}
+
+/// Partitions that are to be taken up.
+pub struct Plan {
+    /// Which: less those that were taken away meanwhile.
+    pub partitions: Vec<Partition>,
+    /// When to ask (again).
+    pub due: Instant,
+    /// Where they stand.
+    pub errand: Option<Errand<Vec<Assigned>>>,
+}
+
+/// What is asked for a partition, and of which of its assignments. Asked again a while after an error.
+pub struct Sent<T> {
+    assignment: u64,
+    about: i64,
+    errand: Errand<T>,
+    /// The last answer was an error: not before then.
+    pause: Option<Instant>,
+}
+
+/// Errands by partition.
+pub struct ByPartition<T>(HashMap<Partition, Sent<T>>);
+
+/// Where partitions are sought to.
+pub type Seeks = ByPartition<()>;
+/// How far their logs reach.
+pub type Reaches = ByPartition<Reach>;
+
+impl<T> Default for ByPartition<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T: Send + 'static> ByPartition<T> {
+    /// The answer about an assignment's partition, if it is there; else it is sent for, unless it is on
+    /// its way. `about`: an answer about something else is not wanted any more.
+    pub fn answer(
+        &mut self,
+        partition: &Partition,
+        (assignment, about): (u64, i64),
+        bell: &Arc<Notify>,
+        ask: impl FnOnce() -> Pending<T>,
+    ) -> Option<T> {
+        if let Some(sent) = self.0.get_mut(partition) {
+            if let Some(pause) = sent.pause {
+                if pause > Instant::now() {
+                    return None;
+                }
+            } else {
+                match sent.errand.answer()? {
+                    Ok(answer) if (sent.assignment, sent.about) == (assignment, about) => {
+                        self.0.remove(partition);
+                        return Some(answer);
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        let (topic, partition) = (&*partition.topic, partition.number);
+                        tracing::debug!(%error, topic, partition, "asked in vain, asking again");
+                        sent.pause = Some(Instant::now() + PAUSE);
+                        return None;
+                    }
+                }
+            }
+        }
+        let errand = Errand::new(ask(), Arc::clone(bell));
+        self.0.insert(partition.clone(), Sent { assignment, about, errand, pause: None });
+        None
+    }
+
+    /// Nobody waits for these any more.
+    pub fn forget(&mut self, partitions: &[Partition]) {
+        self.0.retain(|partition, _| !partitions.contains(partition));
+    }
+}

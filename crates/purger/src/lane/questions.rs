@@ -1,0 +1,118 @@
+//! Shards that are asked, by empty groups, whether they still know what they have confirmed: those
+//! whose partition was just assigned, those of a partition in which one has forgotten something, and
+//! those that had nothing new for a while. A failover may have forgotten it, and no batch may come to
+//! find out.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use barid_core::Shard;
+use barid_mailbox::{GroupOutcome, LogPosition};
+use tokio::time::Instant;
+
+use super::{Event, Group, Lane, Question};
+use crate::flight::Assignment;
+use crate::ports::Mailboxes;
+
+/// What some shards of an assignment say they know.
+#[derive(Debug)]
+pub struct Answer {
+    /// The assignment.
+    pub assignment: Arc<Assignment>,
+    /// Which question; 0: nobody asked, the shards were idle.
+    pub round: u64,
+    /// Shards that know what they have confirmed, and were raised if that was asked.
+    pub knowing: Vec<Shard>,
+    /// Shards that have forgotten what came after a position.
+    pub gaps: Vec<(Shard, Option<LogPosition>)>,
+}
+
+impl<M: Mailboxes> Lane<M> {
+    /// Answers what was asked. A shard whose master is away is in no answer: it is asked again while it
+    /// is idle, and by its next batch.
+    pub(super) async fn answer(&mut self) {
+        let mut questions = self.queue.questions();
+        while !questions.is_empty() {
+            // A shard and assignment has one group under way at once.
+            let mut asked = HashSet::new();
+            let (now, later) =
+                questions.into_iter().partition(|question| asked.insert(question.assignment.id));
+            self.answer_to(now).await;
+            questions = later;
+        }
+    }
+
+    async fn answer_to(&mut self, questions: Vec<Question>) {
+        let mut groups = Vec::new();
+        let mut answers: HashMap<(u64, u64), Answer> = HashMap::new();
+        for question in questions {
+            let Some(reading) = question.assignment.live() else { continue };
+            let key = (question.assignment.id, question.round);
+            for (shard, raise) in question.shards {
+                groups.push((key, Group::empty(shard, Arc::clone(&reading), raise)));
+            }
+            answers.insert(key, Answer::new(question.assignment, question.round));
+        }
+        while !groups.is_empty() {
+            let portion = groups.len().min(self.window.call_messages_max);
+            let (keys, portion): (Vec<_>, Vec<_>) = groups.drain(..portion).unzip();
+            let keys = portion
+                .iter()
+                .zip(keys)
+                .map(|(group, key)| ((group.reading.assignment.id, group.shard), key))
+                .collect();
+            self.ask(portion, &keys, &mut answers).await;
+        }
+        for answer in answers.into_values() {
+            let _ = self.events.send(Event::Answered(answer)).await;
+        }
+    }
+
+    /// Asks shards that had nothing new for a while.
+    pub(super) async fn probe(&mut self) {
+        self.probe_at = Instant::now() + self.probe_every;
+        let mut answers = HashMap::new();
+        for groups in self.history.idle(self.window.call_messages_max) {
+            let mut keys = HashMap::new();
+            for group in &groups {
+                let assignment = &group.reading.assignment;
+                let key = (assignment.id, 0);
+                keys.insert((assignment.id, group.shard), key);
+                answers.entry(key).or_insert_with(|| Answer::new(Arc::clone(assignment), 0));
+            }
+            self.ask(groups, &keys, &mut answers).await;
+        }
+        for answer in answers.into_values().filter(|answer| !answer.gaps.is_empty()) {
+            let _ = self.events.send(Event::Answered(answer)).await;
+        }
+    }
+
+    async fn ask(
+        &mut self,
+        groups: Vec<Group>,
+        keys: &HashMap<(u64, Shard), (u64, u64)>,
+        answers: &mut HashMap<(u64, u64), Answer>,
+    ) {
+        for (group, outcome) in self.exchange(groups).await.into_iter().flatten() {
+            let key = keys.get(&(group.reading.assignment.id, group.shard));
+            let Some(answer) = key.and_then(|key| answers.get_mut(key)) else { continue };
+            match outcome {
+                Ok(GroupOutcome::Done(_)) => {
+                    self.history.done(&group);
+                    answer.knowing.push(group.shard);
+                }
+                Ok(GroupOutcome::Gap(known)) => {
+                    self.gap_seen(&group, known);
+                    answer.gaps.push((group.shard, known));
+                }
+                Err(error) => self.failed(group, error),
+            }
+        }
+    }
+}
+
+impl Answer {
+    fn new(assignment: Arc<Assignment>, round: u64) -> Self {
+        Self { assignment, round, knowing: Vec::new(), gaps: Vec::new() }
+    }
+}
