@@ -209,7 +209,7 @@ mod tests {
             );
             drop(tokio::sync::mpsc::channel::<u8>(config.links.queue_items_max));
             drop(std::collections::VecDeque::<u64>::with_capacity(config.links.window_batches));
-            drop(tokio::sync::Semaphore::new(config.reap.concurrency));
+            let _ = tokio::sync::Semaphore::new(config.reap.concurrency);
         });
     }
 

@@ -158,6 +158,7 @@ async fn hazard_49_a_mailbox_is_bounded_in_bytes_and_what_leaves_is_told() {
             after: Seq(0),
             entries_max: 1_000,
             bytes_max: u32::MAX,
+            device: None,
         });
         let page = page.await.unwrap();
         (page.oldest.0, page.entries.iter().map(Bytes::len).sum::<usize>())

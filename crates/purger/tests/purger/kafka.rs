@@ -123,10 +123,8 @@ async fn topics_that_are_missing(protocol: GroupProtocol) {
     purger.fails("topics", &words).await;
     assert_eq!(purger.metric("topics_missing"), 5.0);
     ensure_topics(&world.config.kafka, LIMIT).await.unwrap();
-    let created = Instant::now();
     world.produce_to_alice(0, 3).await;
     world.has("alice", 3).await;
-    println!("taken {:?} after the topics were created", created.elapsed());
     purger.ready().await;
     assert_eq!(world.ids("alice").await, expected(3));
     assert_eq!(purger.stop().await, Stopped::Clean);
