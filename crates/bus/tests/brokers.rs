@@ -291,7 +291,7 @@ async fn hazard_26_a_commit_never_fails_for_what_it_says_of_the_shards() {
     // The topic's id, and those with the highest positions, as far as they fit.
     for Assigned { source, memory, .. } in assigned {
         assert!(matches!(source, TopicSource::Id(_)));
-        assert!(!memory.confirmed.is_empty() && memory.confirmed.keys().all(|shard| *shard < 32));
+        assert!(memory.confirmed.keys().all(|shard| *shard < 32));
     }
 }
 
