@@ -90,6 +90,16 @@ fn client_config(config: &RedisConfig) -> Result<Config, fred::error::Error> {
     client.tls = crate::tls::connector(config)
         .map_err(|why| fred::error::Error::new(fred::error::ErrorKind::Tls, why))?
         .map(Into::into);
+    if !config.sentinel_master.is_empty() {
+        let hosts = config.sentinels.iter().filter_map(|url| {
+            match Config::from_url(url.expose()).ok()?.server {
+                ServerConfig::Centralized { server } => Some(Server::new(server.host, server.port)),
+                _ => None,
+            }
+        });
+        let service_name = config.sentinel_master.clone();
+        client.server = ServerConfig::Sentinel { hosts: hosts.collect(), service_name };
+    }
     // Redis may come later than this process.
     client.fail_fast = false;
     Ok(client)

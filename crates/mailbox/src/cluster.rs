@@ -44,13 +44,56 @@ pub(crate) async fn masters(
     let Some(first) = seeds.first().cloned() else {
         return Err(Error::Unusable("redis.url is missing".into()));
     };
+    let timeout = config.connect_timeout();
+    if !config.sentinel_master.is_empty() {
+        return master_by_sentinels(config, &first, timeout).await.map(|master| vec![master]);
+    }
     if !config.cluster {
         return Ok(vec![Master::alone(first)]);
     }
-    let timeout = config.connect_timeout();
     let asked = known.into_iter().chain(seeds).map(|client| slots(client, timeout).boxed());
     let (masters, _) = futures::future::select_ok(asked).await?;
     Ok(masters)
+}
+
+/// The master, as the first Sentinel that answers knows it; reached as `url` says, with another host
+/// and port.
+async fn master_by_sentinels(
+    config: &RedisConfig,
+    url: &Client,
+    timeout: Duration,
+) -> Result<Master, Error> {
+    let name = &config.sentinel_master;
+    let mut last = Error::Away("no Sentinel was asked".into());
+    for sentinel in &config.sentinels {
+        let client = crate::tls::client(config, sentinel.expose())?;
+        match address_by(&client, name, timeout).await {
+            Ok((host, port)) => {
+                let seed = url.get_connection_info();
+                let address = readdressed(seed.addr(), Some(host), port);
+                let name = address.to_string();
+                let client = Client::open(seed.clone().set_addr(address))?;
+                return Ok(Master { name, ..Master::alone(client) });
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+async fn address_by(
+    sentinel: &Client,
+    name: &str,
+    timeout: Duration,
+) -> Result<(String, u16), Error> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(timeout))
+        .set_response_timeout(Some(timeout));
+    let mut connection = sentinel.get_multiplexed_async_connection_with_config(&config).await?;
+    let mut cmd = redis::cmd("SENTINEL");
+    cmd.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
+    let address: Option<(String, u16)> = cmd.query_async(&mut connection).await?;
+    address.ok_or_else(|| Error::Unusable(format!("the Sentinels know no master {name:?}")))
 }
 
 async fn slots(client: Client, timeout: Duration) -> Result<Vec<Master>, Error> {

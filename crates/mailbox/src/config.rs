@@ -9,6 +9,8 @@ use barid_runtime::SecretUrl;
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, whole};
 use serde::{Deserialize, Serialize};
 
+/// More replicas of one master are not known to anybody.
+const WAIT_REPLICAS_MAX: u64 = 16;
 /// Above it, a node that dies would take more acknowledgements with it than pacing does.
 const ACK_LINGER_MAX_MS: u64 = 100;
 /// More would not fit beside a mailbox's other fields.
@@ -42,6 +44,16 @@ pub struct RedisConfig {
     pub connect_timeout_ms: u64,
     /// How long to wait for an answer, ms; then the connection is dropped.
     pub response_timeout_ms: u64,
+    /// The name that Sentinels know the master by: `sentinels` say where it is, in place of the host
+    /// and port of `url`. Empty: there are no Sentinels.
+    pub sentinel_master: String,
+    /// Sentinels, asked in turn.
+    pub sentinels: Vec<SecretUrl>,
+    /// Replicas that must have a batch before it is confirmed (WAIT); 0: none. All that may be
+    /// promoted, else a promotion may still forget what is confirmed. Only purgers wait.
+    pub wait_replicas: u32,
+    /// How long a batch waits for them, ms; below `response_timeout_ms`.
+    pub wait_timeout_ms: u64,
     /// Entries that a mailbox keeps.
     pub entries_max: u32,
     /// Bytes that they have in all, headers and bodies as stored; the oldest are evicted, never the newest.
@@ -82,6 +94,10 @@ impl Default for RedisConfig {
             shards: 64,
             connect_timeout_ms: 2_000,
             response_timeout_ms: 3_000,
+            sentinel_master: String::new(),
+            sentinels: Vec::new(),
+            wait_replicas: 0,
+            wait_timeout_ms: 1_000,
             entries_max: 500,
             mailbox_bytes_max: 4 << 20,
             ttl_seconds: 7 * 24 * 3600,
@@ -107,6 +123,8 @@ impl Bounded for RedisConfig {
             whole("shards", 1..=16_384, ""),
             whole("connect_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("response_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("wait_replicas", 0..=WAIT_REPLICAS_MAX, ""),
+            whole("wait_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("entries_max", 1..=100_000, ""),
             whole("mailbox_bytes_max", MAILBOX_BYTES, "bytes"),
             whole("ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
@@ -144,7 +162,34 @@ impl RedisConfig {
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("redis.", self)?;
         crate::tls::check(self)?;
+        self.check_replicas()?;
         self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
+    }
+
+    fn check_replicas(&self) -> Result<(), String> {
+        // Behind the time-out the connection is dropped, and with it what WAIT would have said.
+        if self.wait_replicas > 0 && self.wait_timeout_ms >= self.response_timeout_ms {
+            return Err(format!(
+                "redis.wait_timeout_ms ({}) must be below redis.response_timeout_ms ({})",
+                self.wait_timeout_ms, self.response_timeout_ms
+            ));
+        }
+        match (self.sentinel_master.is_empty(), self.sentinels.is_empty()) {
+            (false, _) if self.cluster => {
+                Err("redis.sentinel_master: a Redis Cluster has no Sentinels; clear one of the two"
+                    .into())
+            }
+            (false, true) => {
+                Err("redis.sentinels must name some, as redis.sentinel_master is set".into())
+            }
+            (true, false) => Err("redis.sentinel_master must be set, as redis.sentinels is".into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether its masters may be others than those that are configured.
+    pub(crate) fn may_move(&self) -> bool {
+        self.cluster || !self.sentinel_master.is_empty()
     }
 
     /// The number of shards.

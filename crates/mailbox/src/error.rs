@@ -11,6 +11,14 @@ pub enum Error {
     /// Redis is full (OOM): only accept is refused so.
     #[error("redis is full: {0}")]
     Full(String),
+    /// The master executed the call, and too few replicas have confirmed it so far: nothing counts.
+    #[error("redis: {have} of {want} replicas have confirmed")]
+    Unreplicated {
+        /// So many have.
+        have: u32,
+        /// So many should.
+        want: u32,
+    },
     /// Redis answered what it should not: a bug, or somebody else writes there.
     #[error("redis answered unexpectedly: {0}")]
     Unexpected(String),
@@ -25,7 +33,8 @@ pub enum Error {
 
 impl Error {
     /// What [`Self::kind`] may be.
-    pub(crate) const KINDS: [&str; 5] = ["away", "full", "newer", "unexpected", "unusable"];
+    pub(crate) const KINDS: [&str; 6] =
+        ["away", "full", "newer", "unreplicated", "unexpected", "unusable"];
 
     /// A stable word for metrics.
     pub fn kind(&self) -> &'static str {
@@ -33,6 +42,7 @@ impl Error {
             Self::Away(_) => "away",
             Self::Full(_) => "full",
             Self::Newer(_) => "newer",
+            Self::Unreplicated { .. } => "unreplicated",
             Self::Unexpected(_) => "unexpected",
             Self::Unusable(_) => "unusable",
         }

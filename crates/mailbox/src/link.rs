@@ -87,6 +87,100 @@ impl Link {
         sent
     }
 
+    /// Runs calls of a script, and behind them WAIT, in one pipeline: what follows on another
+    /// connection would not wait for them, and on one that was made anew it would answer at once. What
+    /// failed or was redirected was not executed, so WAIT says nothing of it; a connection that breaks
+    /// fails all of them.
+    pub async fn run_replicated(
+        &self,
+        script: &Script,
+        calls: &[&Call],
+        replicas: u32,
+        timeout_ms: u64,
+    ) -> Vec<Result<Value, RedisError>> {
+        let mut results = self.round(script, calls, replicas, timeout_ms).await;
+        let unknown = |result: &Result<Value, RedisError>| matches!(result, Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::NoScript));
+        let again: Vec<usize> = (0..calls.len()).filter(|i| unknown(&results[*i])).collect();
+        if !again.is_empty() && self.send(&script.load()).await.is_ok() {
+            let calls: Vec<&Call> = again.iter().map(|index| calls[*index]).collect();
+            let second = self.round(script, &calls, replicas, timeout_ms).await;
+            again.into_iter().zip(second).for_each(|(index, result)| results[index] = result);
+        }
+        results
+    }
+
+    async fn round(
+        &self,
+        script: &Script,
+        calls: &[&Call],
+        replicas: u32,
+        timeout_ms: u64,
+    ) -> Vec<Result<Value, RedisError>> {
+        let mut pipeline = redis::Pipeline::with_capacity(calls.len() + 1);
+        for call in calls {
+            pipeline.add_command(script.command(call));
+        }
+        pipeline.cmd("WAIT").arg(replicas).arg(timeout_ms);
+        let failed = |error: RedisError| calls.iter().map(|_| Err(error.clone())).collect();
+        let mut live = match self.live().await {
+            Ok(live) => live,
+            Err(error) => return failed(error),
+        };
+        let sent = live.connection.send_packed_commands(&pipeline, 0, calls.len() + 1).await;
+        let mut answers = match sent {
+            Ok(answers) if answers.len() == calls.len() + 1 => answers,
+            // Whatever came back, it is not known which call it belongs to.
+            sent => {
+                self.drop_connection(live.number);
+                let other = || RedisError::from((ErrorKind::Io, "WAIT", "another answer".into()));
+                return failed(sent.err().unwrap_or_else(other));
+            }
+        };
+        let have = answers.pop().map(Value::extract_error);
+        let have = match have {
+            Some(Ok(Value::Int(have))) => u32::try_from(have).unwrap_or(0),
+            Some(Err(error)) => return failed(error),
+            _ => return failed(RedisError::from((ErrorKind::Io, "WAIT", "no number".into()))),
+        };
+        let mut results: Vec<_> = answers.into_iter().map(Value::extract_error).collect();
+        for result in &mut results {
+            match result {
+                Ok(_) if have < replicas => *result = Err(unreplicated(have)),
+                Err(error) if breaks_connection(error) => self.drop_connection(live.number),
+                _ => {}
+            }
+        }
+        results
+    }
+
+    /// How many replicas are connected to this node.
+    pub async fn replicas(&self) -> Result<u32, Error> {
+        let role = self.send(&redis::cmd("ROLE")).await?;
+        let (_, _, replicas): (String, u64, Vec<Value>) =
+            redis::from_redis_value(role).map_err(|e| Error::Unexpected(e.to_string()))?;
+        Ok(u32::try_from(replicas.len()).unwrap_or(u32::MAX))
+    }
+
+    /// Warns of a setting that stops more than accepting when a replica is away.
+    pub async fn warn_of_min_replicas(&self) {
+        let mut get = redis::cmd("CONFIG");
+        get.arg("GET").arg("min-replicas-to-write");
+        // Some do not let CONFIG be read.
+        let Ok(value) = self.send(&get).await else { return };
+        let Ok(pairs) = redis::from_redis_value::<std::collections::HashMap<String, String>>(value)
+        else {
+            return;
+        };
+        let min = pairs.get("min-replicas-to-write").map_or("0", String::as_str);
+        if min != "0" {
+            tracing::warn!(
+                min,
+                "min-replicas-to-write is set: with a replica away this redis refuses \
+                 acknowledgements and connects as well; redis.wait_replicas holds up accepting alone"
+            );
+        }
+    }
+
     /// Answers when the node does, with its time: a process that runs no scripts learns it from here.
     pub async fn ping(&self) -> Result<(), Error> {
         let sent = Instant::now();
@@ -197,6 +291,20 @@ fn refused(error: &Error) -> RedisError {
         _ => ErrorKind::Io,
     };
     RedisError::from((kind, "not connected", error.to_string()))
+}
+
+/// What [`Error::Unreplicated`] is told from, on its way through a function that fails with a
+/// [`RedisError`].
+const UNREPLICATED: &str = "too few replicas have confirmed";
+
+fn unreplicated(have: u32) -> RedisError {
+    RedisError::from((ErrorKind::Client, UNREPLICATED, have.to_string()))
+}
+
+/// How many replicas had confirmed, where that was too few.
+pub(crate) fn replicas_of(error: &RedisError) -> Option<u32> {
+    let text = error.to_string();
+    text.contains(UNREPLICATED).then(|| error.detail()?.parse().ok()).flatten()
 }
 
 fn breaks_connection(error: &RedisError) -> bool {

@@ -13,7 +13,7 @@ use tokio::sync::broadcast;
 use crate::batcher::Batcher;
 use crate::cluster::{self, Master, slot_of};
 use crate::layout::LAYOUT;
-use crate::link::Link;
+use crate::link::{Link, replicas_of};
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
 use crate::redis_clock::RedisTime;
@@ -57,6 +57,8 @@ struct Map {
 pub(crate) struct Lane {
     name: String,
     pub link: Arc<Link>,
+    /// A connection for accept and WAIT alone, where replicas are waited for: it blocks behind WAIT.
+    replicated: Option<Arc<Link>>,
     pub connect: Batcher<Connect>,
     pub confirm: Batcher<Confirm>,
     pub read: Batcher<Read>,
@@ -95,6 +97,9 @@ impl Topology {
         }
         topology.refuse_other_layouts().await?;
         for lane in lanes {
+            if let Some(link) = &lane.replicated {
+                let _nothing_connected = link.found().await;
+            }
             match lane.link.found().await {
                 Err(error @ Error::Unusable(_)) => return Err(error),
                 Err(error) => tracing::warn!(%error, "a master went away at once"),
@@ -102,6 +107,7 @@ impl Topology {
             }
         }
         topology.founds.store(true, Ordering::Relaxed);
+        topology.look_at_replicas().await;
         Ok(topology)
     }
 
@@ -251,9 +257,71 @@ impl Topology {
     /// Answers when every master does.
     pub async fn ping(&self) -> Result<(), Error> {
         let lanes = self.map.read().lanes.clone();
-        let answers = lanes.iter().map(|lane| lane.link.ping());
+        let want = self.config.wait_replicas;
+        let answers = lanes.iter().map(|lane| async move {
+            lane.link.ping().await?;
+            // Without messages nobody waits, and nobody would miss a replica.
+            match want > 0 {
+                true => match lane.link.replicas().await? {
+                    have if have < want => Err(Error::Unreplicated { have, want }),
+                    _ => Ok(()),
+                },
+                false => Ok(()),
+            }
+        });
         futures::future::try_join_all(answers).await?;
         Ok(())
+    }
+
+    /// Runs calls of a script, each where its shard is, and has each master's replicas confirm them;
+    /// one result a call. A call that is redirected fails: what WAIT says is not about it.
+    pub async fn run_replicated(
+        &self,
+        script: &Script,
+        calls: &[(Shard, Call)],
+    ) -> Vec<Result<Value, Error>> {
+        let (want, timeout_ms) = (self.config.wait_replicas, self.config.wait_timeout_ms);
+        let map = self.map.read().clone();
+        let mut by_lane: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (index, (shard, _)) in calls.iter().enumerate() {
+            by_lane.entry(map.of_shard[usize::from(shard.get())]).or_default().push(index);
+        }
+        let rounds = by_lane.into_iter().map(|(lane, indices)| {
+            let lane = map.lanes[lane].clone();
+            async move {
+                let link = lane.replicated.as_ref().unwrap_or(&lane.link);
+                let calls: Vec<&Call> = indices.iter().map(|index| &calls[*index].1).collect();
+                let results = link.run_replicated(script, &calls, want, timeout_ms).await;
+                indices.into_iter().zip(results).collect::<Vec<_>>()
+            }
+        });
+        let rounds = futures::future::join_all(rounds).await;
+        let missing = || Err(Error::Unexpected("a call was not answered".into()));
+        let mut results: Vec<_> = calls.iter().map(|_| missing()).collect();
+        let mut moved = false;
+        for (index, result) in rounds.into_iter().flatten() {
+            results[index] = result.map_err(|error| {
+                moved |= error.kind() == ErrorKind::Server(ServerErrorKind::Moved);
+                self.look_again(&error);
+                match replicas_of(&error) {
+                    Some(have) => Error::Unreplicated { have, want },
+                    None => Error::from(error),
+                }
+            });
+        }
+        if moved {
+            self.refresh().await;
+        }
+        results
+    }
+
+    /// Warns, once, of settings that do not go with waiting for replicas.
+    async fn look_at_replicas(&self) {
+        if self.config.wait_replicas > 0 {
+            let lanes = self.map.read().lanes.clone();
+            let looks = lanes.iter().map(|lane| lane.link.warn_of_min_replicas());
+            futures::future::join_all(looks).await;
+        }
     }
 
     /// Sends to `link()`, and goes where it is redirected. A slot on its way to another master (ASK,
@@ -288,7 +356,7 @@ impl Topology {
                 error.kind(),
                 ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::ClusterDown)
             );
-        if self.is_cluster()
+        if self.config.may_move()
             && moved
             && let Some(topology) = self.this.upgrade()
         {
@@ -298,7 +366,7 @@ impl Topology {
 
     /// Looks up the masters. Those who come while somebody does wait for that one.
     async fn refresh(&self) {
-        if !self.is_cluster() {
+        if !self.config.may_move() {
             return;
         }
         let came = Instant::now();
@@ -341,7 +409,9 @@ impl Topology {
                 topology.connected(&name);
             }
         });
-        Arc::new(Lane::start(master.name.clone(), link, &self.this, &self.config))
+        let replicated = (self.config.wait_replicas > 0)
+            .then(|| Link::new(master.client.clone(), &self.config, founds, || {}));
+        Arc::new(Lane::start(master.name.clone(), link, replicated, &self.this, &self.config))
     }
 
     fn connected(&self, name: &str) {
@@ -391,12 +461,14 @@ impl Lane {
     fn start(
         name: String,
         link: Arc<Link>,
+        replicated: Option<Arc<Link>>,
         topology: &Weak<Topology>,
         config: &RedisConfig,
     ) -> Self {
         Self {
             name,
             link,
+            replicated,
             connect: Batcher::start(topology.clone(), config),
             confirm: Batcher::start(topology.clone(), config),
             read: Batcher::start(topology.clone(), config),

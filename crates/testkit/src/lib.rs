@@ -22,5 +22,5 @@ pub mod token;
 pub use cluster::{Cluster, Role};
 pub use device::Device;
 pub use kafka::Kafka;
-pub use redis::{Redis, RedisCluster};
+pub use redis::{Redis, RedisCluster, Sentinel};
 pub use relay::Relay;

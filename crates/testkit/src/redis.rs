@@ -108,6 +108,38 @@ impl Redis {
         self.process.as_mut().context("Redis is not running")?.cont()
     }
 
+    /// Makes it a replica of whatever answers at a port of this machine, and waits until it has what is
+    /// there.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub async fn follow(&self, port: u16) -> Result<()> {
+        let port = port.to_string();
+        let _: Value = self.query(&["REPLICAOF", "127.0.0.1", &port]).await?;
+        self.follows().await
+    }
+
+    /// Waits until it is a replica with a link to its master.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub async fn follows(&self) -> Result<()> {
+        let began = Instant::now();
+        while !self.info("replication").await?.contains("master_link_status:up") {
+            ensure!(began.elapsed() < START_LIMIT, "the replica does not follow");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// A section of INFO.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn info(&self, section: &str) -> Result<String> {
+        self.query(&["INFO", section]).await
+    }
+
     /// Kills it if it runs, starts it again on the same port and waits until it answers.
     ///
     /// # Errors
@@ -153,17 +185,7 @@ impl RedisCluster {
         ensure!(masters > 0, "a cluster has at least one master");
         let mut nodes = Vec::new();
         for _ in 0..masters {
-            let settings = [
-                ("cluster-enabled", "yes"),
-                ("cluster-node-timeout", "1000"),
-                // A master that is away stops its own slots only.
-                ("cluster-require-full-coverage", "no"),
-            ];
-            let settings = settings.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
-            // Their bus ports would be 10,000 above, where other servers' ports may be.
-            let bus = ("cluster-port".to_owned(), free_port().to_string());
-            let settings = [settings, vec![bus]].concat();
-            nodes.push(Redis::start_with(RedisOptions { settings, ..Default::default() }).await?);
+            nodes.push(cluster_node().await?);
         }
         let cluster = Self { nodes };
         cluster.join().await?;
@@ -183,6 +205,34 @@ impl RedisCluster {
     /// The URLs of all masters.
     pub fn urls(&self) -> Vec<String> {
         self.nodes.iter().map(Redis::url).collect()
+    }
+
+    /// A further node, as a replica of a master.
+    ///
+    /// # Errors
+    /// As of [`RedisCluster::start`].
+    pub async fn replicate(&self, master: usize) -> Result<Redis> {
+        self.replicate_of(&self.nodes[master]).await
+    }
+
+    /// A further node, as a replica of a node that is a master by now.
+    ///
+    /// # Errors
+    /// As of [`RedisCluster::start`].
+    pub async fn replicate_of(&self, master: &Redis) -> Result<Redis> {
+        let replica = cluster_node().await?;
+        let id: String = master.query(&["CLUSTER", "MYID"]).await?;
+        let bus: Vec<String> = master.query(&["CONFIG", "GET", "cluster-port"]).await?;
+        let port = master.port().to_string();
+        let _: Value = replica.query(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus[1]]).await?;
+        let began = Instant::now();
+        // It has to have heard of its master.
+        while replica.query::<Value>(&["CLUSTER", "REPLICATE", &id]).await.is_err() {
+            ensure!(began.elapsed() < START_LIMIT, "the replica does not join");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        replica.follows().await?;
+        Ok(replica)
     }
 
     async fn join(&self) -> Result<()> {
@@ -219,6 +269,84 @@ impl RedisCluster {
             }
         }
         Ok(true)
+    }
+}
+
+async fn cluster_node() -> Result<Redis> {
+    let settings = [
+        ("cluster-enabled", "yes"),
+        ("cluster-node-timeout", "1000"),
+        // A master that is away stops its own slots only.
+        ("cluster-require-full-coverage", "no"),
+    ];
+    let settings = settings.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
+    // Their bus ports would be 10,000 above, where other servers' ports may be.
+    let bus = ("cluster-port".to_owned(), free_port().to_string());
+    let settings = [settings, vec![bus]].concat();
+    Redis::start_with(RedisOptions { settings, ..Default::default() }).await
+}
+
+/// A Redis Sentinel that watches one master under the name `main`, and decides alone.
+#[derive(Debug)]
+pub struct Sentinel {
+    // First: the process ends before its directory goes.
+    _process: Process,
+    port: u16,
+    _dir: Scratch,
+}
+
+impl Sentinel {
+    /// Starts it and waits until it answers.
+    ///
+    /// # Errors
+    /// redis-server is not installed, or does not come up (shows the end of its log).
+    pub async fn start(master: &Redis) -> Result<Self> {
+        let dir = Scratch::new("barid-sentinel-").context("directory for a Sentinel")?;
+        let port = free_port();
+        let config = dir.path().join("sentinel.conf");
+        // Replicas that follow through a relay are left alone for the time that a failover may take.
+        let text = format!(
+            "port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {} 1\n\
+             sentinel down-after-milliseconds main 3000\n\
+             sentinel failover-timeout main 600000\n",
+            master.port()
+        );
+        std::fs::write(&config, text)?;
+        let log = dir.path().join("sentinel.log");
+        let mut process = Process::spawn("sentinel", "redis-server", &log, |command| {
+            command.current_dir(dir.path()).arg(config).arg("--sentinel");
+        })?;
+        let began = Instant::now();
+        while !answers(port) {
+            process.must_run()?;
+            if began.elapsed() > START_LIMIT {
+                bail!("the Sentinel does not answer:\n{}", process.tail(20));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(Self { _process: process, port, _dir: dir })
+    }
+
+    /// `redis://127.0.0.1:port`.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Waits until it knows of so many replicas: before, it could promote none.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub async fn knows_replicas(&self, count: usize) -> Result<()> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut cmd = redis::cmd("SENTINEL");
+        cmd.arg("REPLICAS").arg("main");
+        let began = Instant::now();
+        while cmd.query_async::<Vec<Value>>(&mut connection).await?.len() < count {
+            ensure!(began.elapsed() < START_LIMIT, "the Sentinel does not know the replicas");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
     }
 }
 

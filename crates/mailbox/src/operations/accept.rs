@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use barid_core::{Chain, Epoch, Seq};
+use barid_core::{Chain, Epoch, Seq, Shard};
 use barid_wire::envelope::Header;
 use bytes::{Buf as _, BufMut as _, BytesMut};
 use redis::Value;
@@ -30,6 +30,9 @@ pub(crate) async fn accept(
 ) -> Vec<Result<GroupOutcome, Error>> {
     let indices: Vec<usize> = (0..groups.len()).collect();
     let calls = topology.calls(&indices, |index| groups[*index].shard);
+    if topology.config().wait_replicas > 0 {
+        return accept_replicated(topology, groups, &calls).await;
+    }
     let sent = calls.iter().map(|indices| {
         let groups: Vec<&AcceptGroup> = indices.iter().map(|index| &groups[**index]).collect();
         async move { accept_call(topology, &groups).await }
@@ -45,6 +48,60 @@ pub(crate) async fn accept(
     results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
 }
 
+/// As [`accept`], with a round of all calls to a master and one WAIT behind them.
+async fn accept_replicated(
+    topology: &Topology,
+    groups: &[AcceptGroup],
+    calls: &[Vec<&usize>],
+) -> Vec<Result<GroupOutcome, Error>> {
+    let (script, metrics) = (&scripts::ACCEPT, topology.metrics());
+    let mut results: Vec<Result<GroupOutcome, Error>> = Vec::with_capacity(groups.len());
+    results.extend(groups.iter().map(|_| Err(out_of_order())));
+    let mut asked: Vec<(&[&usize], Vec<ByUser<'_>>)> = Vec::with_capacity(calls.len());
+    for indices in calls {
+        let of_call = indices.iter().map(|&&index| &groups[index]);
+        let of_call: Vec<ByUser<'_>> = of_call.map(ByUser::new).collect();
+        if of_call.iter().all(ByUser::is_in_order) {
+            asked.push((indices, of_call));
+        }
+    }
+    let encoded: Vec<(Shard, Call)> = asked
+        .iter()
+        .map(|(_, groups)| (groups[0].group.shard, encode(topology.config(), groups)))
+        .collect();
+    let items = asked.iter().flat_map(|(_, groups)| groups).map(|of| of.group.messages.len()).sum();
+    let sent = Instant::now();
+    let timer = metrics.timer(script.name, items).start_timer();
+    let values = topology.run_replicated(script, &encoded).await;
+    timer.observe_duration();
+    for ((indices, of_call), ((shard, _), value)) in asked.iter().zip(encoded.iter().zip(values)) {
+        let reply = value.and_then(|v| timed_reply(v, topology.link(*shard).clock(), sent));
+        for (index, result) in indices.iter().zip(read(of_call, reply)) {
+            results[**index] = result;
+        }
+    }
+    results.iter().for_each(|result| count(topology, result));
+    results
+}
+
+fn out_of_order() -> Error {
+    Error::Unexpected("a group is not in the log's order".into())
+}
+
+/// What each group of a call was answered.
+fn read(
+    groups: &[ByUser<'_>],
+    reply: Result<(Reply, u64), Error>,
+) -> Vec<Result<GroupOutcome, Error>> {
+    match reply {
+        Ok((mut reply, at_us)) => groups
+            .iter()
+            .map(|group| reply.array().and_then(|reply| read_group(group, reply, at_us)))
+            .collect(),
+        Err(error) => groups.iter().map(|_| Err(error.clone())).collect(),
+    }
+}
+
 /// A group, and which of its messages each user has.
 struct ByUser<'a> {
     group: &'a AcceptGroup,
@@ -57,18 +114,11 @@ async fn accept_call(
 ) -> Vec<Result<GroupOutcome, Error>> {
     let (script, metrics) = (&scripts::ACCEPT, topology.metrics());
     let items = groups.iter().map(|group| group.messages.len()).sum();
-    let groups: Vec<ByUser<'_>> =
-        groups.iter().map(|&group| ByUser { group, users: by_user(&group.messages) }).collect();
+    let groups: Vec<ByUser<'_>> = groups.iter().map(|&group| ByUser::new(group)).collect();
     let timer = metrics.timer(script.name, items).start_timer();
     let reply = send(topology, &groups).await;
     timer.observe_duration();
-    let results: Vec<_> = match reply {
-        Ok((mut reply, at_us)) => groups
-            .iter()
-            .map(|group| reply.array().and_then(|reply| read_group(group, reply, at_us)))
-            .collect(),
-        Err(error) => groups.iter().map(|_| Err(error.clone())).collect(),
-    };
+    let results = read(&groups, reply);
     for result in &results {
         count(topology, result);
     }
@@ -98,19 +148,33 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
 
 /// The answer, and Redis's time in it, µs.
 async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64), Error> {
-    let in_order = |of: &ByUser<'_>| of.group.messages.is_sorted_by(|a, b| a.position < b.position);
-    if !groups.iter().all(in_order) {
-        return Err(Error::Unexpected("a group is not in the log's order".into()));
+    if !groups.iter().all(ByUser::is_in_order) {
+        return Err(out_of_order());
     }
     let shard = groups[0].group.shard;
-    let mut call = Call::default();
-    shared(topology.config(), groups.len(), &mut call);
-    for group in groups {
-        encode_group(group, &mut call);
-    }
+    let call = encode(topology.config(), groups);
     let sent = Instant::now();
     let value = topology.run(shard, &scripts::ACCEPT, &call).await?;
     timed_reply(value, topology.link(shard).clock(), sent)
+}
+
+fn encode(config: &RedisConfig, groups: &[ByUser<'_>]) -> Call {
+    let mut call = Call::default();
+    shared(config, groups.len(), &mut call);
+    for group in groups {
+        encode_group(group, &mut call);
+    }
+    call
+}
+
+impl<'a> ByUser<'a> {
+    fn new(group: &'a AcceptGroup) -> Self {
+        Self { group, users: by_user(&group.messages) }
+    }
+
+    fn is_in_order(&self) -> bool {
+        self.group.messages.is_sorted_by(|a, b| a.position < b.position)
+    }
 }
 
 fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {

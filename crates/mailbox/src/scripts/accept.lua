@@ -450,8 +450,9 @@ local function group(k, a)
       user, m = user + 1, last + 1
     end
   end
-  if (users > 0 or has_prev > 1) and after(ll, lo, li, l0, o0, i0) then
-    call('HSET', positions, source, position_text(ll, lo, li))
+  if users > 0 or has_prev > 1 then -- always something: a WAIT behind it waits for all that was before
+    local passed = after(ll, lo, li, l0, o0, i0) and position_text(ll, lo, li) or stored
+    if passed then call('HSET', positions, source, passed) end
   end
   local reply = { 'D', table.concat(letters), table.concat(mailboxes) }
   for m = 1, #letters do

@@ -8,6 +8,7 @@ mod forgetting;
 mod growth;
 mod layout;
 mod leases;
+mod replicas;
 mod sessions;
 mod support;
 mod timers;
