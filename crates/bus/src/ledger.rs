@@ -73,6 +73,11 @@ impl Ledger {
         &self.confirmed
     }
 
+    /// One past the highest offset taken.
+    pub fn next(&self) -> Option<i64> {
+        self.next
+    }
+
     /// Offsets taken and not finished.
     pub fn open(&self) -> usize {
         self.open.len()

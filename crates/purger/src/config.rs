@@ -84,6 +84,12 @@ pub struct WindowConfig {
     /// Messages that wait for one Redis master: what may pile up while it is away before the other
     /// masters' messages behind them have to wait.
     pub lane_messages_max: usize,
+    /// Messages that wait for a master that is away; further ones are left in the log and read again
+    /// once it is back. Never more than half of `records_max` over all masters.
+    pub away_messages_max: usize,
+    /// Records that may be left in the log for that, over all partitions; then these stand still. Each
+    /// takes some 20 bytes of memory.
+    pub skipped_records_max: usize,
     /// Shares of the three priorities, most urgent first, while all have something to do.
     pub weights: [usize; 3],
     /// Accept calls under way to one master at once; each has its own shards.
@@ -150,6 +156,8 @@ impl Default for WindowConfig {
             records_max: 20_000,
             bytes_max: 128 * 1024 * 1024,
             lane_messages_max: 15_000,
+            away_messages_max: 2_000,
+            skipped_records_max: 2_000_000,
             weights: [8, 4, 1],
             calls_per_lane: 1,
             call_messages_max: 2048,
@@ -190,6 +198,8 @@ impl Bounded for WindowConfig {
             whole("records_max", 1..=10_000_000, ""),
             whole("bytes_max", 1..=TEBIBYTE, "bytes"),
             whole("lane_messages_max", 1..=10_000_000, ""),
+            whole("away_messages_max", 1..=10_000_000, ""),
+            whole("skipped_records_max", 1..=100_000_000, ""),
             // No priority may starve.
             whole("weights", 1..=1_000, ""),
             whole("calls_per_lane", 1..=1_000, ""),

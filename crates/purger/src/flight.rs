@@ -218,6 +218,11 @@ impl Flight {
         TraceParent::parse(self.traceparent.as_bytes()).is_some_and(TraceParent::is_sampled)
     }
 
+    /// Messages that are not done.
+    pub fn left(&self) -> usize {
+        self.left.load(Ordering::Acquire)
+    }
+
     /// One of its messages is done. True: it was the last.
     pub fn part_done(&self) -> bool {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1

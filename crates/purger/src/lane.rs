@@ -7,8 +7,7 @@ mod questions;
 mod queue;
 mod settle;
 
-use std::collections::HashMap;
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -51,8 +50,17 @@ pub enum Event {
 pub struct Away {
     /// Shards that wait.
     pub shards: AtomicUsize,
+    /// Which.
+    failing: parking_lot::Mutex<HashSet<Shard>>,
     /// The last reason.
     pub reason: parking_lot::Mutex<String>,
+}
+
+impl Away {
+    /// Whether a shard's last call failed.
+    pub fn is_failing(&self, shard: Shard) -> bool {
+        self.shards.load(Ordering::Relaxed) > 0 && self.failing.lock().contains(&shard)
+    }
 }
 
 /// A lane's task.
@@ -77,6 +85,8 @@ pub struct Lane<M> {
     pub metrics: Metrics,
     /// Shards whose messages wait: the last call failed, or there were too many for one.
     held: HashMap<Shard, Held>,
+    /// Those of them that were told to fail.
+    failing: HashSet<Shard>,
     history: History,
     probe_at: Instant,
     probe_every: Duration,
@@ -133,6 +143,7 @@ impl<M: Mailboxes> Lane<M> {
             away,
             metrics,
             held: HashMap::new(),
+            failing: HashSet::new(),
             history: History::default(),
             probe_at: Instant::now() + probe_every,
             probe_every,
@@ -343,10 +354,19 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    fn show_away(&self) {
-        let failing = self.held.values().filter(|held| held.failures > 0).count();
-        let before = self.away.shards.swap(failing, Ordering::Relaxed);
-        self.metrics.shards_away.add(failing as i64 - before as i64);
+    fn show_away(&mut self) {
+        let failing = self.held.iter().filter(|(_, held)| held.failures > 0);
+        let failing: HashSet<Shard> = failing.map(|(shard, _)| *shard).collect();
+        if failing == self.failing {
+            return;
+        }
+        let mut all = self.away.failing.lock();
+        all.retain(|shard| !self.failing.contains(shard));
+        all.extend(&failing);
+        self.away.shards.store(all.len(), Ordering::Relaxed);
+        self.metrics.shards_away.set(all.len() as i64);
+        drop(all);
+        self.failing = failing;
     }
 }
 
@@ -417,6 +437,7 @@ fn word(answer: &Result<GroupOutcome, Error>) -> &'static str {
     match answer {
         Ok(GroupOutcome::Done(_)) => "done",
         Ok(GroupOutcome::Gap(_)) => "gap",
+        Err(Error::Unreplicated { .. }) => "unreplicated",
         Err(Error::Full(_)) => "full",
         Err(Error::Newer(_)) => "newer",
         Err(Error::Unexpected(_)) => "unexpected",

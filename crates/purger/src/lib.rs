@@ -16,6 +16,7 @@ mod oldest;
 mod partitions;
 mod ports;
 mod service;
+mod skips;
 
 use std::time::Duration;
 

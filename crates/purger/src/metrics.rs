@@ -58,6 +58,8 @@ pub struct Metrics {
     pub oldest_seconds: IntGauge,
     /// Partitions whose next record waits for room.
     pub paused: IntGauge,
+    /// Records that are left in the log until a master is back.
+    pub skipped: IntGauge,
     /// Shards whose master did not take the last call.
     pub shards_away: IntGauge,
     /// Records between what is committed and the log's end, over all partitions.
@@ -84,10 +86,10 @@ pub struct Metrics {
 pub const ACCEPT_FAILED: &str = "accept_failed";
 
 const OUTCOMES: [&str; 6] = ["accepted", "before", "duplicate", "failed", "known", "expired"];
-const CALLS: [&str; 6] = ["done", "gap", "away", "full", "newer", "unexpected"];
+const CALLS: [&str; 7] = ["done", "gap", "away", "unreplicated", "full", "newer", "unexpected"];
 const REVOKED: [&str; 3] = ["drained", "cut", "lost"];
 const COMMITS: [&str; 2] = ["done", "failed"];
-const LIMITS: [&str; 3] = ["records", "bytes", "lane"];
+const LIMITS: [&str; 4] = ["records", "bytes", "lane", "skipped"];
 const LATENCY: [f64; 15] =
     [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 4.0, 15.0, 60.0];
 const SIZES: [f64; 9] = [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
@@ -146,6 +148,7 @@ impl Metrics {
             produce_held: make.gauge("produce_held", "Receipts and dead letters that wait.")?,
             oldest_seconds: make.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
             paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
+            skipped: make.gauge("skipped_records", "Records left in the log for a master.")?,
             shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
             lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
             revoked: make.counters(

@@ -25,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
 use crate::ports::{Handoff, Mailboxes};
+use crate::skips::Skips;
 
 /// Records taken in one turn for each unit of weight.
 const TURN: usize = 16;
@@ -108,6 +109,12 @@ struct Flow {
     /// Which queue a shard goes to.
     by_shard: Vec<usize>,
     lane_messages_max: usize,
+    /// Messages of a lane that wait for shards that are away.
+    away_messages_max: usize,
+    skipped_records_max: usize,
+    skips: HashMap<Partition, Skips>,
+    /// Whether the bound of records left out is reached.
+    skips_full: bool,
     records: [usize; 3],
     bytes: [usize; 3],
     records_max: usize,
@@ -580,19 +587,19 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         mut consumer: Consumer<Draining>,
         deadline: Instant,
     ) -> Result<Stopped, Error> {
-        tracing::info!(unfinished = self.flow.partitions.unfinished(), "draining");
+        tracing::info!(unfinished = self.flow.unfinished(), "draining");
         self.flow.stop_taking();
         // The last part of the time is for committing and leaving.
         let left = deadline.saturating_duration_since(Instant::now());
         let enough = deadline - (left / 3).min(COMMIT_TIMEOUT);
-        while self.flow.partitions.unfinished() > 0 && Instant::now() < enough {
+        while self.flow.unfinished() > 0 && Instant::now() < enough {
             self.turn(&mut consumer).await?;
             tokio::select! {
                 event = self.events.recv() => self.lane_event(event),
                 () = sleep(TICK) => {}
             }
         }
-        let cut = self.flow.partitions.unfinished();
+        let cut = self.flow.unfinished();
         self.flow.partitions.uncommit();
         let commits = self.flow.partitions.take_commits();
         let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
@@ -713,6 +720,13 @@ impl Flow {
             queues,
             by_shard,
             lane_messages_max: window.lane_messages_max,
+            away_messages_max: window
+                .away_messages_max
+                .min(window.records_max / (2 * count))
+                .max(1),
+            skipped_records_max: window.skipped_records_max,
+            skips: HashMap::new(),
+            skips_full: false,
             records: [0; 3],
             bytes: [0; 3],
             records_max: window.records_max,
@@ -732,6 +746,7 @@ impl Flow {
 
     /// Takes a turn's records of each priority, as far as there is room; how many.
     fn fill(&mut self, consumer: &mut Consumer<Consuming>) -> usize {
+        self.take_skipped();
         self.admit_stalled();
         let mut taken = 0;
         for priority in 0..self.weights.len() {
@@ -744,7 +759,10 @@ impl Flow {
             self.stalled(priority, 1, "records", room == 0);
             let max = room.min(self.weights[priority] * TURN);
             let mut records = Vec::new();
-            let wants = |p: &Partition| self.partitions.get(p).is_some_and(|open| open.wants());
+            let wants = |p: &Partition| {
+                self.partitions.get(p).is_some_and(|open| open.wants())
+                    && self.skips.get(p).is_none_or(|skips| !skips.returning)
+            };
             if max > 0 {
                 taken += consumer.take(priority, max, wants, &mut records);
             }
@@ -799,29 +817,149 @@ impl Flow {
 
     /// Queues a record's parcels if every lane has room; else it waits, and its partition with it.
     fn admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) {
-        let Some(open) = self.partitions.get_mut(partition) else { return };
-        if !open.stalled.is_empty()
-            || !has_room(&self.queues, &self.by_shard, self.lane_messages_max, &parcels)
-        {
-            if open.stalled.is_empty() {
-                self.metrics.stalls.with_label_values(&["lane"]).inc();
-            }
-            open.stalled.push_back(parcels);
+        let parcels = self.without_accepted(partition, parcels);
+        let waits = self.partitions.get(partition).is_none_or(|open| !open.stalled.is_empty());
+        let left = if waits { Some(parcels) } else { self.try_admit(partition, parcels) };
+        let (Some(parcels), Some(open)) = (left, self.partitions.get_mut(partition)) else {
+            return;
+        };
+        if parcels.is_empty() {
             return;
         }
-        enqueue(&self.queues, &self.by_shard, open.assignment.priority, parcels);
+        if open.stalled.is_empty() {
+            self.metrics.stalls.with_label_values(&["lane"]).inc();
+        }
+        open.stalled.push_back(parcels);
     }
 
     fn admit_stalled(&mut self) {
-        for open in self.partitions.iter_mut() {
-            while let Some(parcels) = open.stalled.pop_front() {
-                if !has_room(&self.queues, &self.by_shard, self.lane_messages_max, &parcels) {
-                    open.stalled.push_front(parcels);
+        let stalled = self.partitions.iter().filter(|open| !open.stalled.is_empty());
+        let partitions: Vec<Partition> =
+            stalled.map(|open| open.assignment.partition.clone()).collect();
+        for partition in partitions {
+            while let Some(parcels) =
+                self.partitions.get_mut(&partition).and_then(|open| open.stalled.pop_front())
+            {
+                if let Some(parcels) = self.try_admit(&partition, parcels) {
+                    if let Some(open) = self.partitions.get_mut(&partition) {
+                        open.stalled.push_front(parcels);
+                    }
                     break;
                 }
-                enqueue(&self.queues, &self.by_shard, open.assignment.priority, parcels);
             }
         }
+    }
+
+    /// Queues parcels of a record, but for those that are left in the log for a master that is away.
+    /// They are given back if some lane has no room.
+    fn try_admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Option<Vec<Parcel>> {
+        let (Some(first), Some(open)) = (parcels.first(), self.partitions.get(partition)) else {
+            return None;
+        };
+        let (offset, flight) = (first.flight.record.offset, Arc::clone(&first.flight));
+        let priority = open.assignment.priority;
+        let reading = (open.assignment.id, open.reading.number());
+        let skipped: usize = self.skips.values().map(Skips::records).sum();
+        let full = skipped >= self.skipped_records_max;
+        if full && !self.skips_full {
+            self.metrics.stalls.with_label_values(&["skipped"]).inc();
+        }
+        self.skips_full = full;
+        // Somebody has to be served meanwhile.
+        let some_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed);
+        let some_live = some_away < self.by_shard.len();
+        let much = self.bytes[priority] >= self.bytes_max / 2;
+        let skips = self.skips.entry(partition.clone()).or_default().of(reading);
+        let leaves = |parcel: &Parcel| {
+            let load = self.queues[self.by_shard[usize::from(parcel.shard.get())]].load();
+            skips.blocks(parcel.shard)
+                || (some_live
+                    && (load >= self.away_messages_max || much)
+                    && self.away.is_failing(parcel.shard))
+        };
+        let (left, queued): (Vec<Parcel>, Vec<Parcel>) = parcels.into_iter().partition(leaves);
+        let room = has_room(&self.queues, &self.by_shard, self.lane_messages_max, &queued);
+        if !room || (full && !left.is_empty()) {
+            let mut parcels = [left, queued].concat();
+            parcels.sort_by_key(|parcel| parcel.message.position);
+            return Some(parcels);
+        }
+        if !left.is_empty() {
+            skips.leave(offset, left.iter().map(|parcel| parcel.shard));
+            if !queued.is_empty() {
+                skips.leave_part(Arc::clone(&flight), left.len());
+            }
+            // It is never finished: what is left out of it is taken again as another flight.
+            self.uncount(&[flight]);
+        }
+        enqueue(&self.queues, &self.by_shard, priority, queued);
+        None
+    }
+
+    /// Of a record that is read again for shards that were away, the others' messages are done.
+    fn without_accepted(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Vec<Parcel> {
+        let Some(open) = self.partitions.get(partition) else { return parcels };
+        let reading = (open.assignment.id, open.reading.number());
+        let Some(skips) = self.skips.get_mut(partition) else { return parcels };
+        let skips = skips.of(reading);
+        let (wanted, done): (Vec<Parcel>, Vec<Parcel>) = parcels
+            .into_iter()
+            .partition(|parcel| skips.wants(parcel.message.position.offset, parcel.shard));
+        let finished = done.into_iter().filter(|parcel| parcel.flight.part_done());
+        let finished: Vec<Arc<Flight>> = finished.map(|parcel| parcel.flight).collect();
+        for flight in &finished {
+            self.partitions.finish(flight);
+        }
+        self.uncount(&finished);
+        wanted
+    }
+
+    /// Reads again what was left in the log for masters that are back.
+    fn take_skipped(&mut self) {
+        self.skips.retain(|partition, _| self.partitions.get(partition).is_some());
+        let mut records = 0;
+        for open in self.partitions.iter_mut() {
+            let Some(skips) = self.skips.get_mut(&open.assignment.partition) else { continue };
+            let skips = skips.of((open.assignment.id, open.reading.number()));
+            records += skips.records();
+            let back = skips.records() > 0
+                && !open.revoking
+                && open.seek_to.is_none()
+                && !skips.shards().any(|shard| self.away.is_failing(shard));
+            skips.returning = back;
+            let Some(next) = open.ledger.next().filter(|_| back) else { continue };
+            let dropped = open.drop_stalled();
+            for flight in &dropped {
+                let priority = flight.reading.assignment.priority;
+                self.records[priority] = self.records[priority].saturating_sub(1);
+                self.bytes[priority] = self.bytes[priority].saturating_sub(flight.bytes);
+            }
+            let next = open.ledger.next().unwrap_or(next);
+            let drained = skips.is_settled() && open.ledger.open() == skips.records();
+            let others_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed) > 0;
+            if !drained && !others_away {
+                continue;
+            }
+            let count = skips.records();
+            let Some(mut from) = skips.read_again(next) else { continue };
+            if !drained {
+                // What waits for another master would never be finished: all of it is taken again,
+                // and told to have been accepted before.
+                open.reading.end();
+                open.reading = open.reading.next();
+                from = from.min(open.ledger.committable().unwrap_or(from));
+            }
+            tracing::info!(
+                topic = &*open.assignment.partition.topic,
+                partition = open.assignment.partition.number,
+                from,
+                records = count,
+                "masters are back, reading what was left for them"
+            );
+            open.ledger.rewind(from);
+            open.seek_to = Some(from);
+        }
+        self.metrics.skipped.set(records as i64);
     }
 
     /// A refused record becomes a dead letter and a receipt; the partition goes on (P6).
@@ -883,6 +1021,12 @@ impl Flow {
         self.revocations.retain(|revocation| !revocation.partitions.is_empty());
     }
 
+    /// Records under way. What was left in the log for a master is not.
+    fn unfinished(&self) -> usize {
+        let skipped: usize = self.skips.values().map(Skips::records).sum();
+        self.partitions.unfinished().saturating_sub(skipped)
+    }
+
     fn stop(&mut self, partition: &Partition) {
         let Some(open) = self.partitions.get_mut(partition) else { return };
         open.revoking = true;
@@ -899,7 +1043,9 @@ impl Flow {
     fn drained(&self, revocation: &Revocation) -> bool {
         let open =
             revocation.partitions.iter().filter_map(|partition| self.partitions.get(partition));
-        open.map(|open| open.ledger.open()).sum::<usize>() == 0
+        let skipped = revocation.partitions.iter().filter_map(|p| self.skips.get(p));
+        let skipped = skipped.map(Skips::records).sum::<usize>();
+        open.map(|open| open.ledger.open()).sum::<usize>() <= skipped
     }
 
     fn show<S>(&self, consumer: &Consumer<S>) {

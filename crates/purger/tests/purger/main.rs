@@ -4,6 +4,7 @@
 mod bad_input;
 mod kafka;
 mod repair;
+mod replicas;
 mod support;
 mod wedge;
 
@@ -176,6 +177,82 @@ async fn a_master_that_is_away_stops_its_own_shards_only() {
     for user in &users {
         world.has(user, 40).await;
     }
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+/// A cluster of three masters, and a user of each.
+async fn three_masters(world: &mut World) -> (RedisCluster, Vec<String>) {
+    let cluster = RedisCluster::start(3).await.unwrap();
+    let mut urls = cluster.urls().into_iter().map(SecretUrl::new);
+    world.config.redis.cluster = true;
+    world.config.redis.url = urls.next().unwrap();
+    world.config.redis.urls = urls.collect();
+    world.mailbox = Mailbox::open(&world.config.redis, &Context::new().metrics).await.unwrap();
+    let lane = |user: &str| world.mailbox.lane_of(world.mailbox.shard_of(&key(user)));
+    let user_of =
+        |wanted: usize| (0..).map(|i| format!("u{i}")).find(|u| lane(u) == wanted).unwrap();
+    let users = (0..3).map(user_of).collect();
+    (cluster, users)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_47_users_of_living_masters_are_reached_however_long_one_is_away() {
+    let mut world = World::new(false).await;
+    world.config.redis.entries_max = 10_000;
+    // So small that the messages of one master fill them many times.
+    world.config.window.records_max = 120;
+    world.config.window.lane_messages_max = 100;
+    let (mut cluster, users) = three_masters(&mut world).await;
+    let purger = world.start().await;
+    let send = async |from: usize, to: usize| {
+        for i in from..to {
+            for user in &users {
+                let value = record(&i.to_string(), user, r#","receipts":["accepted"]"#);
+                world.produce(&format!("{i}"), value).await;
+            }
+            // One for all three, in one record.
+            let all = format!(
+                r#"{{"id":"all{i}","app":"demo","to":{{"users":["{}"]}},"text":"x","receipts":["accepted"]}}"#,
+                users.join("\",\"")
+            );
+            world.produce(&format!("{i}"), all).await;
+        }
+    };
+    let newest = async |user: &String| {
+        let inspection = world.mailbox.inspect(&key(user)).await;
+        inspection.map_or(0, |inspection| inspection.newest.0)
+    };
+    send(0, 5).await;
+    cluster.node(0).stop().unwrap();
+    send(5, 405).await;
+    let end = Instant::now() + 3 * LIMIT;
+    loop {
+        let done = futures::future::join_all(users.iter().map(&newest)).await;
+        if done.iter().filter(|newest| **newest == 810).count() == 2 {
+            break;
+        }
+        assert!(Instant::now() < end, "{done:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(purger.metric("skipped_records") > 300.0, "{}", purger.metric("skipped_records"));
+    cluster.node(0).cont().unwrap();
+    // In between, new ones come for all of them.
+    send(405, 425).await;
+    for user in &users {
+        let end = Instant::now() + 3 * LIMIT;
+        while newest(user).await < 850 {
+            assert!(Instant::now() < end, "{user} has {}", newest(user).await);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        assert_eq!(newest(user).await, 850, "once");
+    }
+    purger.until("all is finished", |p| p.metric("in_flight_records") == 0.0).await;
+    assert_eq!(purger.metric("skipped_records"), 0.0);
+    let (accepted, before) = (
+        purger.metric_of("messages_total", "accepted"),
+        purger.metric_of("messages_total", "before"),
+    );
+    assert_eq!(accepted + before, 2550.0, "nothing was accepted again: {before}");
     assert_eq!(purger.stop().await, Stopped::Clean);
 }
 
