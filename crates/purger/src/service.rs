@@ -788,7 +788,11 @@ impl Flow {
         }
         let now_ms = self.outbox.clock.now_ms();
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
-        let (offset, told) = (record.offset, open.reading.was_finished(record.offset));
+        let offset = record.offset;
+        let reading = (open.assignment.id, open.reading.number());
+        let again = |skips: &mut Skips| skips.of(reading).is_again(offset);
+        let told =
+            open.reading.was_finished(offset) || self.skips.get_mut(&partition).is_some_and(again);
         match self.intake.take(&open.reading, record, now_ms) {
             // Its dead letter and its receipt were written when it was taken first.
             Taken::Refused(..) if told => {
@@ -925,6 +929,9 @@ impl Flow {
             let back = skips.records() > 0
                 && !open.revoking
                 && open.seek_to.is_none()
+                && open.suspect.is_none()
+                && open.round.is_none()
+                && !open.reading.ended()
                 && !skips.shards().any(|shard| self.away.is_failing(shard));
             skips.returning = back;
             let Some(next) = open.ledger.next().filter(|_| back) else { continue };
@@ -945,9 +952,9 @@ impl Flow {
             if !drained {
                 // What waits for another master would never be finished: all of it is taken again,
                 // and told to have been accepted before.
-                open.reading.end();
-                open.reading = open.reading.next();
                 from = from.min(open.ledger.committable().unwrap_or(from));
+                open.reading.end();
+                open.reading = open.reading.repairing(HashMap::new(), from);
             }
             tracing::info!(
                 topic = &*open.assignment.partition.topic,

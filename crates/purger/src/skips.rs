@@ -51,6 +51,11 @@ impl Skips {
         self.again.front().is_none_or(|(_, shards)| shards.contains(&shard))
     }
 
+    /// Whether a record is read again: what was told about it is not told once more.
+    pub fn is_again(&self, offset: i64) -> bool {
+        self.again.iter().any(|(until, _)| offset < *until)
+    }
+
     /// A record is left out for these shards.
     pub fn leave(&mut self, offset: i64, shards: impl IntoIterator<Item = Shard>) {
         self.from.get_or_insert(offset);
@@ -110,6 +115,7 @@ mod tests {
         assert!(skips.blocks(away) && !skips.blocks(other));
         assert_eq!((skips.records(), skips.read_again(20)), (2, Some(5)));
         assert!(skips.wants(5, away) && !skips.wants(6, other) && !skips.blocks(away));
+        assert!(skips.is_again(19) && !skips.is_again(20));
         // It is away again in the midst: what lies behind keeps its rule.
         skips.leave(9, [away]);
         assert_eq!(skips.read_again(12), Some(9));
