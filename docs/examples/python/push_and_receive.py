@@ -63,7 +63,9 @@ async def receive(socket, wanted):
                 body = next(message[k] for k in ("text", "json", "data") if k in message)
                 print(f"received {message['seq']} {message['id']} {json.dumps(body)}", flush=True)
                 wanted.discard(message["id"])
-            await socket.send(json.dumps({"ack": {"seq": handled}}))
+            # Which life of the positions is meant: after a reset the same seq may be another message.
+            generation = frame.get("generation", 0)
+            await socket.send(json.dumps({"ack": {"seq": handled, "generation": generation}}))
         elif kind == "skip":
             handled = frame["to"]
         elif kind == "welcome":
