@@ -40,7 +40,7 @@ class Expected:
     faults: int = 1
     shown: int = 200
     forgets: bool = False
-    skips: tuple[str, ...] = ("otherDevice", "collapsed")
+    skips: tuple[str, ...] = ("otherDevice", "collapsed", "acknowledged")
     # The share of messages that must arrive while a fault lasts: of those whom it does not concern.
     flows: float = 0.0
     retry_base_ms: int = 500
