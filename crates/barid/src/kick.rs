@@ -89,18 +89,21 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let begun = std::time::Instant::now();
     let (told, mut news) = mpsc::channel(64);
     let mut outcome = Outcome::default();
+    let mut tasks = Vec::new();
     for (node, per_second) in split(args.rate, &nodes) {
         let id = node.id.to_string();
         outcome.nodes.insert(id.clone(), NodeOutcome::default());
         let request = KickRequest { per_second, ..request.clone() };
         let (address, told) = (node.address.clone(), told.clone());
-        tokio::spawn(async move {
+        let of = id.clone();
+        let task = tokio::spawn(async move {
             let failed = kick(&address, request, &id, &told).await.err();
             if let Some(error) = failed {
                 // Nobody listens once the program ends.
                 let _ = told.send((id, Err(format!("{error:#}")))).await;
             }
         });
+        tasks.push((of, task));
     }
     drop(told);
     while let Some((id, news)) = news.recv().await {
@@ -108,6 +111,12 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         match news {
             Ok(progress) => (node.matched, node.closed) = (progress.matched, progress.closed),
             Err(error) => node.error = Some(error),
+        }
+    }
+    for (id, task) in tasks {
+        // One that panicked has told nothing.
+        if let Err(error) = task.await {
+            outcome.nodes.entry(id).or_default().error = Some(error.to_string());
         }
     }
     outcome.matched = outcome.nodes.values().map(|node| node.matched).sum();
