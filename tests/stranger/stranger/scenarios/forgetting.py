@@ -1,0 +1,254 @@
+"""Redis forgets: everything, one master, or its last seconds."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from ..checker import Expected
+from ..world import World
+from .registry import scenario
+
+
+@scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True), short=True)
+async def flush_all(w: World):
+    async with w.flow():
+        await w.sleep(4)
+        with w.fault("flushall", "redis"):
+            await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(5)
+
+
+@scenario(
+    "flush-quiet",
+    "FLUSHALL when nothing flows, and a message to each user 5 s later",
+    Expected(forgets=True),
+    patience=40,
+)
+async def flush_quiet(w: World):
+    async with w.flow():
+        await w.sleep(4)
+    await w.sleep(3)
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(5)
+    for user in w.business.users:
+        w.business.produce("push", [user], {"text": "after"})
+    await w.business.flush()
+
+
+@scenario(
+    "flush-master",
+    "FLUSHALL of one of three masters, connections standing, nothing flows; a message to each user 8 s later",
+    Expected(forgets=True),
+    short=True,
+    redis="cluster",
+    patience=40,
+)
+async def flush_master(w: World):
+    async with w.flow():
+        await w.sleep(4)
+    await w.sleep(2)
+    with w.fault("flushall", "master 2 of 3"):
+        await w.redis.masters[1].call("FLUSHALL")
+        await w.sleep(8)
+    for user in w.business.users:
+        w.business.produce("push", [user], {"text": "after"})
+    await w.business.flush()
+
+
+@scenario(
+    "flush-master-flow", "FLUSHALL of one of three masters while messages flow", Expected(forgets=True), redis="cluster"
+)
+async def flush_master_flow(w: World):
+    async with w.flow():
+        await w.sleep(4)
+        with w.fault("flushall", "master 2 of 3"):
+            await w.redis.masters[1].call("FLUSHALL")
+        await w.sleep(5)
+
+
+@scenario(
+    "flush-long",
+    "FLUSHALL behind 500 messages a user, more than a device remembers",
+    Expected(forgets=True, shown=2500),
+    users=6,
+    patience=60,
+)
+async def flush_long(w: World):
+    with w.fault("load", "3000 messages"):
+        for n in range(3000):
+            w.business.produce_any(plain=True)
+            w.business.producer.poll(0)
+            if n % 10 == 9:
+                await w.sleep(0.02)
+        await w.business.flush()
+        await w.until(w.all_there, 40, "all is there")
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+    async with w.flow(50, plain=True):
+        await w.sleep(4)
+
+
+@scenario("flush-away", "FLUSHALL while one of a user's two devices is away; the other goes on", Expected(forgets=True))
+async def flush_away(w: World):
+    away = [d for d in w.devices.values() if d.name == "d1"]
+    async with w.flow():
+        await w.sleep(2)
+        for device in away:
+            await device.leave()
+        await w.sleep(2)
+        with w.fault("flushall", "redis"):
+            await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(5)
+
+
+@scenario(
+    "flush-expired",
+    "FLUSHALL when messages of 2 s have been over for 20 s, a device of theirs being away",
+    Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "expired")),
+    users=10,
+)
+async def flush_expired(w: World):
+    away = w.devices["u00/d0"]
+    await away.leave()
+    for user in w.business.users:
+        for _ in range(10):
+            w.business.produce("push", [user], {"text": "soon", "ttlSeconds": 2})
+            w.business.produce("push", [user], {"text": "long"})
+    await w.business.flush()
+    # Who is away does not get what is over, nor does who comes late.
+    await w.sleep(20)
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(1)
+    away.come()
+    for user in w.business.users:
+        w.business.produce("push", [user], {"text": "after"})
+    await w.business.flush()
+
+
+async def _go_back(w: World, between: Callable[[World], Awaitable[None]] | None = None, seconds: float = 4):
+    """Redis goes back to what it held `seconds` ago, in all its masters; `between` runs while it is away."""
+    async with w.flow():
+        await w.sleep(4)
+        held = [await server.snapshot() for server in w.redis.masters]
+        await w.sleep(seconds)
+    # Everything is committed: only what Redis knew is gone.
+    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.sleep(1)
+    with w.fault("back", f"redis by {seconds} s"):
+        if between:
+            await between(w)
+        for server, snapshot in zip(w.redis.masters, held):
+            await server.back_to(snapshot)
+        if between:
+            w.launch("purger")
+            await w.until_ready(30)
+    async with w.flow():
+        await w.sleep(4)
+
+
+@scenario("back-alive", "Redis back by 4 s behind the commit, purgers alive", Expected(forgets=True))
+async def back_alive(w: World):
+    await _go_back(w)
+
+
+@scenario(
+    "back-killed", "Redis back by 4 s behind the commit, both purgers killed before", Expected(forgets=True), short=True
+)
+async def back_killed(w: World):
+    async def killed(w):
+        w.kill("purger")
+
+    await _go_back(w, killed)
+
+
+@scenario("back-rolled", "Redis back by 4 s behind the commit, both purgers drained before", Expected(forgets=True))
+async def back_rolled(w: World):
+    async def rolled(w):
+        await asyncio.gather(*(w.drain(r) for r in w.cluster.named("purger")))
+
+    await _go_back(w, rolled)
+
+
+@scenario(
+    "back-quiet",
+    "Redis back by 4 s behind the commit, purgers killed, and nothing produced after",
+    Expected(forgets=True),
+)
+async def back_quiet(w: World):
+    async with w.flow():
+        await w.sleep(4)
+        held = await w.redis.masters[0].snapshot()
+        await w.sleep(4)
+    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    with w.fault("back", "redis by 4 s"):
+        w.kill("purger")
+        await w.redis.masters[0].back_to(held)
+        w.launch("purger")
+
+
+@scenario(
+    "back-master",
+    "one of three masters back by 4 s behind the commit, purgers killed before",
+    Expected(forgets=True),
+    redis="cluster",
+)
+async def back_master(w: World):
+    async with w.flow():
+        await w.sleep(4)
+        held = await w.redis.masters[0].snapshot()
+        await w.sleep(4)
+    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    with w.fault("back", "master 1 of 3 by 4 s"):
+        w.kill("purger")
+        await w.redis.masters[0].back_to(held)
+        w.launch("purger")
+        await w.until_ready(30)
+    async with w.flow():
+        await w.sleep(4)
+
+
+@scenario("back-flow", "Redis back by 2 s while messages flow, twice", Expected(faults=2, forgets=True))
+async def back_flow(w: World):
+    async with w.flow():
+        for _ in range(2):
+            await w.sleep(3)
+            held = await w.redis.masters[0].snapshot()
+            await w.sleep(2)
+            with w.fault("back", "redis by 2 s"):
+                await w.redis.masters[0].back_to(held)
+        await w.sleep(4)
+
+
+@scenario(
+    "late-ack",
+    "an application handles a message while Redis goes back, then acknowledges without a generation and dies",
+    Expected(forgets=True, shown=100),
+    short=True,
+    users=10,
+    retry_base_ms=2000,
+)
+async def late_ack(w: World):
+    device = w.devices["u05/d0"]
+
+    async def shown(kind: str, body: str):
+        name = w.business.produce(kind, ["u05"], {"text": body})
+        await w.business.flush()
+        await w.until(lambda: name in device.seen, 20, f"{body} is shown")
+        await w.sleep(0.3)
+
+    async with w.flow(users=[u for u in w.business.users if u != "u05"], plain=True):
+        await shown("push", "A0")
+        held = await w.redis.masters[0].snapshot()
+        await shown("push", "A1")
+        await shown("push", "A2")
+        device.handle_s, device.dies_after_ack = 14, True
+        await shown("push", "A3")
+        with w.fault("back", "redis to A0"):
+            await w.redis.masters[0].back_to(held)
+            await w.sleep(0.5)
+            # Of another topic: nothing before it is missing, so it is accepted at once.
+            w.business.produce("high", ["u05"], {"text": "B1"})
+            await w.business.flush()
+            await w.sleep(14)
+        device.handle_s = 0.01
