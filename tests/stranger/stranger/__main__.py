@@ -9,6 +9,7 @@ python -m stranger check DIR       reads the traces of a run again
 import argparse
 import asyncio
 import dataclasses
+import fcntl
 import functools
 import json
 import signal
@@ -185,6 +186,15 @@ async def run(o) -> int:
     if absent:
         raise SystemExit(f"no {', '.join(absent)} in {BINARIES}: run cargo build --workspace --bins")
     OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"{OUT} is in use by another run") from None
+        return await run_all(o, scenarios)
+
+
+async def run_all(o, scenarios: list[Scenario]) -> int:
     build_clock()
     start = time.monotonic()
     kafka = Kafka(OUT / "kafka")

@@ -1,7 +1,6 @@
 """Real processes: Apache Kafka, redis-server in several shapes, and two of each of Barid's roles."""
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
@@ -17,11 +16,9 @@ ROOT = Path(__file__).resolve().parents[3]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
 BINARIES = Path(os.environ.get("STRANGER_BIN") or TARGET / "debug").resolve()
 ROLES = ("purger", "dispatcher", "access", "delayer")
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(1, signal.SIGKILL)
+# Whatever ends this suite ends what it started. (A function between fork and exec would do it, too, and may
+# deadlock in a process with threads.)
+DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 def step_clock(file: Path, seconds: int) -> None:
@@ -44,14 +41,13 @@ class Process:
         self.expected_end = False
         with (self.directory / f"{self.name}.log").open("ab") as log:
             self.child = subprocess.Popen(
-                self.words,
+                [*DIE_WITH_US, *self.words],
                 cwd=self.directory,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def alive(self) -> bool:
