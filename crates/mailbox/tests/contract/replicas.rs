@@ -16,7 +16,7 @@ use crate::support::{config, message, open};
 fn group_of(shard: Shard, user: &UserKey, offset: i64) -> AcceptGroup {
     let source = Source { topic_id: "topic".into(), partition: 0 };
     let messages = vec![message(user, offset, &offset.to_string())];
-    AcceptGroup { shard, source, prev: None, messages }
+    AcceptGroup { shard, source, prev: None, raise: None, messages }
 }
 
 fn user(name: &str) -> UserKey {
