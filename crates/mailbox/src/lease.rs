@@ -356,7 +356,10 @@ struct Keeper {
 impl Keeper {
     /// Until it is held. Another life that is ahead is outbid; nothing else is tried again.
     async fn take(&mut self) -> Result<(), Error> {
+        let confirmed = self.wanted.borrow().confirmed;
         loop {
+            // A process that begins has no session of a former life, however often it is outbid.
+            self.wanted.send_modify(|record| record.confirmed = confirmed);
             let before = self.life.incarnation();
             let error = self.write(State::Held { announce: true }).await;
             match error {

@@ -1,6 +1,6 @@
 //! Which nodes live, as their leases say; sceptical of sudden mass death.
 
-mod memory;
+pub(crate) mod memory;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
