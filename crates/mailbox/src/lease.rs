@@ -2,6 +2,8 @@
 
 mod canary;
 pub(crate) mod life;
+#[cfg(test)]
+mod model;
 pub(crate) mod places;
 pub(crate) mod record;
 
