@@ -397,6 +397,9 @@ impl Partitions {
         let Some(open) = self.of(&answer.assignment) else { return Vec::new() };
         if let Some(round) = open.round.as_mut().filter(|round| round.number == answer.round) {
             round.answered(answer);
+            if !answer.gaps.is_empty() {
+                open.reading.end();
+            }
             return Vec::new();
         }
         open.closed(answer);
