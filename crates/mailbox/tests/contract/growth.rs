@@ -1,14 +1,17 @@
 //! What users, devices and nodes that do not come back leave behind.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use barid_core::{Attempt, NodeId, Seq};
+use barid_core::{Attempt, Generation, NodeId, Seq, Shard};
 use barid_mailbox::{
-    AcceptMessage, AcceptOutcome, ConfirmRequest, ConnectRequest, DisconnectRequest, GroupOutcome,
-    ReadRequest, UserKey,
+    AcceptMessage, AcceptOutcome, AckRequest, ConfirmRequest, ConnectOutcome, ConnectRequest,
+    DisconnectRequest, GroupOutcome, ReadRequest, Unreached, UserKey,
 };
-use barid_wire::envelope::{self, Envelope};
+use barid_wire::envelope::{self, Envelope, Header};
 use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 
 use crate::support::{Bed, confirmation, hello, message, session};
 
@@ -203,4 +206,183 @@ async fn hazard_49_a_mailbox_is_bounded_in_bytes_and_what_leaves_is_told() {
     let outcome = bed.accept_message(large(offset + 1, 200_000)).await;
     assert!(matches!(outcome, AcceptOutcome::Accepted { evicted: 1.., .. }), "{outcome:?}");
     assert_eq!(bed.page(&user, 0).await.entries.len(), 1);
+}
+
+/// Five minutes of Redis's time at a step, an hour in all: users come and go on three nodes, one of which is
+/// killed now and then with whoever is on it. Then nobody comes any more.
+#[tokio::test]
+async fn growth_ten_thousand_users_of_an_hour_leave_nothing_behind() {
+    const USERS: usize = 10_000;
+    const STEPS: usize = 12;
+    const STEP_MS: u64 = 5 * 60_000;
+    let bed = Bed::own(|config| {
+        config.shards = 32;
+        config.ttl_seconds = 15 * 60;
+        config.entries_max = 20;
+        config.retry_base_ms = 2_000;
+    })
+    .await;
+    bed.connect(&bed.user("first"), "phone", 1).await; // all scripts are loaded
+    bed.fill(&bed.user("first"), 1..=1).await;
+    bed.ack(&bed.user("first"), "phone", 1, 1).await;
+    let mut town = Town::new(&bed);
+    let before = memory(&bed).await;
+    let mut most = 0;
+    for step in 0..STEPS {
+        town.come(USERS / STEPS).await;
+        town.send(600).await;
+        town.acknowledge(400).await;
+        town.go(USERS / STEPS / 2).await;
+        if step % 3 == 2 {
+            town.kill(step / 3 % 3);
+        }
+        town.retry().await;
+        bed.grow_old(STEP_MS).await;
+        most = most.max(memory(&bed).await);
+        if step % 5 == 4 {
+            town.heads_are_small().await;
+        }
+    }
+    for _ in 0..7 {
+        bed.grow_old(STEP_MS).await;
+        town.retry().await;
+    }
+    for kind in ["h", "q", "r", "t"] {
+        assert_eq!(bed.keys(kind).await, Vec::<String>::new(), "{kind}");
+    }
+    let after = memory(&bed).await;
+    println!("redis: {before} bytes before, {most} at most, {after} after");
+    assert!(
+        most > before + (4 << 20),
+        "too little happened: {before} bytes before, {most} at most"
+    );
+    assert!(after < before + (1 << 20), "{before} bytes before, {after} after");
+    let keys: Vec<String> = bed.query(&["KEYS", "*"]).await;
+    assert!(keys.iter().all(|key| key.ends_with(":o") || key == "barid:meta"), "{keys:?}");
+}
+
+async fn memory(bed: &Bed) -> u64 {
+    let info: String = bed.query(&["INFO", "memory"]).await;
+    let line = info.lines().find_map(|line| line.strip_prefix("used_memory:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+/// Users of a shard-blind producer, their sessions, and the three nodes on which those are.
+struct Town<'a> {
+    bed: &'a Bed,
+    random: StdRng,
+    born: usize,
+    online: Vec<ConnectRequest>,
+    offset: i64,
+}
+
+impl<'a> Town<'a> {
+    fn new(bed: &'a Bed) -> Self {
+        Self { bed, random: StdRng::seed_from_u64(7), born: 0, online: Vec::new(), offset: 1 }
+    }
+
+    /// New users connect, some of them with a second device, and some who were here before.
+    async fn come(&mut self, count: usize) {
+        let mut requests = Vec::new();
+        for n in 0..count {
+            let who = if n % 5 == 0 { self.random.random_range(0..=self.born) } else { self.born };
+            self.born = self.born.max(who + 1);
+            for device in ["phone", "tablet"].into_iter().take(1 + usize::from(n % 4 == 0)) {
+                let user = self.bed.user(&format!("user-{who}"));
+                let mut request = hello(&user, device, 1_000 + self.offset as u64);
+                self.offset += 1;
+                let node = format!("node-{}", self.random.random_range(0..3));
+                request.session.node = NodeId::new(&node).unwrap();
+                requests.push(request);
+            }
+        }
+        let calls = requests.iter().map(|request| self.bed.mailbox.connect(request.clone()));
+        let outcomes = futures::future::join_all(calls).await;
+        for (request, outcome) in requests.into_iter().zip(outcomes) {
+            // One that came twice at once may be refused.
+            if matches!(outcome.unwrap(), ConnectOutcome::Connected { .. }) {
+                self.online.push(request);
+            }
+        }
+    }
+
+    /// Messages for anybody who was ever here; a third of them replace an older one.
+    async fn send(&mut self, count: usize) {
+        let mut groups: BTreeMap<Shard, Vec<AcceptMessage>> = BTreeMap::new();
+        for _ in 0..count {
+            self.offset += 1;
+            let user = self.bed.user(&format!("user-{}", self.random.random_range(0..self.born)));
+            let mut message = message(&user, self.offset, &format!("m{}", self.offset));
+            if self.offset % 3 == 0 {
+                let key = self.random.random_range(0..1_000);
+                message.collapse_key = Some(format!("key-{key}").into());
+            }
+            groups.entry(self.bed.shard(&user)).or_default().push(message);
+        }
+        for messages in groups.into_values() {
+            let GroupOutcome::Done(done) = self.bed.accept_group(messages, None).await else {
+                panic!("a gap")
+            };
+            assert!(done.iter().all(|one| matches!(one, AcceptOutcome::Accepted { .. })));
+        }
+    }
+
+    /// Some who are online acknowledge all that they have.
+    async fn acknowledge(&mut self, count: usize) {
+        let count = count.min(self.online.len());
+        let from = self.random.random_range(0..=self.online.len() - count);
+        let calls = self.online[from..from + count].iter().map(|request| async {
+            let page = self.bed.page(&request.user, 0).await;
+            let Some(last) = page.entries.last() else { return };
+            let header = Header::parse(last).unwrap();
+            let ack = AckRequest {
+                user: request.user.clone(),
+                device: request.device.clone(),
+                session: request.session.clone(),
+                epoch: header.epoch,
+                generation: Generation(0),
+                seq: header.seq,
+                chain: header.chain,
+            };
+            self.bed.mailbox.ack(ack).await.unwrap();
+        });
+        futures::future::join_all(calls).await;
+    }
+
+    async fn go(&mut self, count: usize) {
+        let mut gone = Vec::new();
+        for _ in 0..count.min(self.online.len()) {
+            let at = self.random.random_range(0..self.online.len());
+            let ConnectRequest { user, device, session, .. } = self.online.swap_remove(at);
+            let request = DisconnectRequest { user, device, session };
+            gone.push(self.bed.mailbox.disconnect(request));
+        }
+        for left in futures::future::join_all(gone).await {
+            left.unwrap();
+        }
+    }
+
+    /// A node is gone, and nobody says so.
+    fn kill(&mut self, node: usize) {
+        let name = format!("node-{node}");
+        self.online.retain(|request| request.session.node.as_str() != name);
+    }
+
+    /// The delayer finds nobody.
+    async fn retry(&mut self) {
+        let retry = self.bed.config.retry().unwrap();
+        let shards: Vec<_> = self.bed.mailbox.shards().all().collect();
+        let due = self.bed.mailbox.fire(&shards, 10_000, &retry).await.unwrap();
+        for due in due {
+            self.bed.defer(&due, Unreached::Void).await;
+        }
+    }
+
+    async fn heads_are_small(&self) {
+        for head in self.bed.keys("h").await.iter().step_by(20) {
+            let fields: u64 = self.bed.query(&["HLEN", head]).await;
+            // State, ids, two devices; collapse keys of what is kept and of 64 more.
+            assert!(fields <= 10 + 4 + 20 + 64, "{fields} fields in {head}");
+        }
+    }
 }

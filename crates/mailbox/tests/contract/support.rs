@@ -344,7 +344,7 @@ impl Bed {
     /// So much of Redis's time passes for all that expires, and for timers. On a server of its own.
     pub async fn grow_old(&self, ms: u64) {
         let script = "local ms = tonumber(ARGV[1])
-            for _, k in ipairs(redis.call('KEYS', '*')) do
+            for _, k in ipairs(redis.call('KEYS', ARGV[2])) do
               local at = redis.call('PEXPIRETIME', k)
               if string.find(k, ':h:', 1, true) then
                 local s = redis.call('HGET', k, 's')
@@ -358,7 +358,11 @@ impl Bed {
               if at > 0 then redis.call('PEXPIREAT', k, string.format('%d', at - ms)) end
             end
             return 'OK'";
-        let () = self.query(&["EVAL", script, "0", &ms.to_string()]).await;
+        let ms = ms.to_string();
+        for shard in 0..self.config.shards {
+            // A shard at a time: a call must be over soon on a busy machine, too.
+            let () = self.query(&["EVAL", script, "0", &ms, &format!("{{{shard}}}:*")]).await;
+        }
     }
 
     /// Names of keys of one kind: `h`, `q`, `r`, `t`.
