@@ -123,6 +123,9 @@ pub enum ConnectOutcome {
         replaced: Option<SessionRef>,
         /// The position that the device named was void (another epoch, or a fork): it was reset.
         reset: bool,
+        /// The device named a position whose next entry is not kept any more: it was evicted, though the
+        /// device's cursor is beyond it now.
+        evicted: bool,
     },
     /// A newer attempt of this device is connected, or came and went.
     Superseded {

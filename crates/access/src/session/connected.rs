@@ -88,6 +88,8 @@ pub struct Connected {
     trust: Trust,
     /// Re-sends since the last acknowledgement.
     resends: u32,
+    /// What follows on the position that the device named was evicted: its cursor says nothing of that.
+    evicted: bool,
     /// The device acknowledges without naming a generation: it means whatever it read last.
     unnamed_acks: bool,
     /// Positions started anew since it connected.
@@ -99,6 +101,7 @@ impl Connected {
         identity: Identity,
         cursor: Position,
         newest: Seq,
+        evicted: bool,
         settings: Settings,
     ) -> Self {
         let at = mark_of(cursor);
@@ -118,6 +121,7 @@ impl Connected {
             ack_answered_ms: 0,
             trust: Trust::Sure,
             resends: 0,
+            evicted,
             unnamed_acks: false,
             started_over: false,
         }
@@ -242,7 +246,9 @@ impl Connected {
     /// What lies before `to` is not kept. Up to its own cursor the device acknowledged it, in an earlier
     /// session whose last word came late: only what lies behind that was evicted.
     fn skip_what_is_gone(&mut self, to: Mark, cursor: Option<Position>, out: &mut Vec<Effect>) {
-        let own = cursor.filter(|cursor| cursor.generation == self.generation).map(mark_of);
+        let evicted = std::mem::take(&mut self.evicted);
+        let own = cursor.filter(|cursor| !evicted && cursor.generation == self.generation);
+        let own = own.map(mark_of);
         let own = own.map(|own| if own.seq >= to.seq { to } else { own });
         if let Some(own) = own.filter(|own| own.seq > self.at.seq) {
             self.skip_to(own);

@@ -134,7 +134,8 @@ fn connecting() -> Connecting {
 
 fn connected_at(cursor: Position, history: &History) -> Connected {
     let newest = history.newest();
-    let outcome = ConnectOutcome::Connected { cursor, newest, replaced: None, reset: false };
+    let outcome =
+        ConnectOutcome::Connected { cursor, newest, replaced: None, reset: false, evicted: false };
     connecting().answered(outcome, SETTINGS).unwrap().0
 }
 
@@ -282,6 +283,7 @@ fn refusals_of_the_mailbox_become_close_codes() {
         newest: Seq(0),
         replaced: Some(replaced.clone()),
         reset: false,
+        evicted: false,
     };
     assert_eq!(connecting().answered(connected, SETTINGS).unwrap().1, Some(replaced));
 }
@@ -660,6 +662,19 @@ fn hazard_56_what_the_device_acknowledged_in_an_earlier_session_is_not_evicted()
     let partly = Page { cursor: one, ..history.page(read) };
     walk.session.page(partly, NOW, &mut walk.effects);
     assert_eq!(walk.seen(), ["skip to 1 Acknowledged", "skip to 3 Evicted", "m4", "m5"]);
+    // The device named a position whose next entry was evicted: its cursor was moved over that.
+    let outcome = ConnectOutcome::Connected {
+        cursor: kept.cursor(0),
+        newest: Seq(5),
+        replaced: None,
+        reset: false,
+        evicted: true,
+    };
+    let session = connecting().answered(outcome, SETTINGS).unwrap().0;
+    let mut walk = Walk { session, effects: Vec::new(), hops: Vec::new() };
+    let (read, _) = walk.session.next_read(true).unwrap();
+    walk.session.page(page(&history, read, 3), NOW, &mut walk.effects);
+    assert_eq!(walk.seen(), ["skip to 3 Evicted", "m4", "m5"]);
     // A cursor of another generation says nothing.
     let mut walk = Walk::new(&kept, 0);
     let (read, _) = walk.session.next_read(true).unwrap();

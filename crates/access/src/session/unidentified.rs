@@ -111,8 +111,8 @@ impl Connecting {
     ) -> Result<(Connected, Option<SessionRef>), Refusal> {
         let refused = |code, text: &'static str| Err(Close::new(code, text).into());
         match outcome {
-            ConnectOutcome::Connected { cursor, newest, replaced, reset: _ } => {
-                Ok((Connected::new(self.identity, cursor, newest, settings), replaced))
+            ConnectOutcome::Connected { cursor, newest, replaced, evicted, reset: _ } => {
+                Ok((Connected::new(self.identity, cursor, newest, evicted, settings), replaced))
             }
             // Clocks of devices go back, and those of two nodes differ by a little: whoever is told that it
             // was replaced never connects again. With the attempt it can count on from there.

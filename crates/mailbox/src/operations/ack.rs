@@ -41,7 +41,7 @@ impl Operation for Read {
             Value::BulkString(tag) if tag == b"E" => {
                 return Err(Error::of_item(&reply.bytes()?));
             }
-            redis::Value::BulkString(tag) if tag == b"U" => return Err(Error::newer()),
+            Value::BulkString(tag) if tag == b"U" => return Err(Error::newer()),
             other => return Err(unexpected("an epoch", &other)),
         };
         let oldest = Seq(reply.number()?);

@@ -56,6 +56,7 @@ impl Operation for Connect {
                     newest: Seq(reply.number()?),
                     reset: reply.number()? == 1,
                     replaced: read_session(&mut reply)?,
+                    evicted: reply.number()? == 1,
                 })
             }
             b'S' => Ok(ConnectOutcome::Superseded { by: Attempt(reply.number()?) }),

@@ -7,7 +7,7 @@
 --       epoch, generation, seq, chain or ''.
 -- Reply now, then an item:
 --       {'C', epoch, generation, seq, chain, newest, 1 if it was reset, and of the session that it
---             replaced: node or '', incarnation, connection}
+--             replaced: node or '', incarnation, connection; 1 if what follows was evicted}
 --       {'S', attempt} this newer attempt is or was there · {'M'} too many devices, all online
 --       {'L'} past its deadline · {'U'} · {'E', text}
 --
@@ -93,7 +93,7 @@ local function connect(k, a)
     and old.connection == ARGV[a + 4]) and old
   return { 'C', h.e, d.generation, seq, chain, h.n, reset and 1 or 0,
     replaced and old.node or '', replaced and old.incarnation or '0',
-    replaced and old.connection or '0' }
+    replaced and old.connection or '0', d.seq > seq and 1 or 0 }
 end
 
 return each(#KEYS / 4, connect, 4, 14, 6)

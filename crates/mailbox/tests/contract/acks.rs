@@ -1,9 +1,9 @@
 //! ack.
 
 use barid_core::{Chain, DeviceId, Epoch, Generation, Position, Seq};
-use barid_mailbox::{AcceptOutcome, AckOutcome, ReadRequest};
+use barid_mailbox::{AcceptOutcome, AckOutcome, ConnectOutcome, ConnectRequest, ReadRequest};
 
-use crate::support::{Bed, contract};
+use crate::support::{Bed, contract, hello};
 
 contract!(
     an_ack_trims_and_removes_the_timer,
@@ -78,6 +78,13 @@ async fn hazard_56_a_read_tells_what_the_device_acknowledged_itself(bed: Bed) {
     let page = read(0, Some("phone")).await;
     assert_eq!((page.oldest, page.entries.len()), (Seq(4), 2));
     assert_eq!(page.cursor, Some(third));
+    // A device that names a position below is told of an eviction, though its cursor was moved over it.
+    let first = Position { seq: Seq(1), chain: None, ..page.cursor.unwrap() };
+    let request = ConnectRequest { position: Some(first), ..hello(&user, "phone", 2) };
+    let outcome = bed.hello(request).await;
+    assert!(matches!(outcome, ConnectOutcome::Connected { evicted: true, .. }), "{outcome:?}");
+    let outcome = bed.hello(hello(&user, "phone", 3)).await;
+    assert!(matches!(outcome, ConnectOutcome::Connected { evicted: false, .. }), "{outcome:?}");
     // It is told where something is gone, of a device that is known.
     for (after, device) in [(3, Some("phone")), (0, Some("tablet")), (0, None)] {
         assert_eq!(read(after, device).await.cursor, None, "{after} {device:?}");

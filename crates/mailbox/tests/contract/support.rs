@@ -421,7 +421,7 @@ pub struct Connected {
 
 pub fn connected(outcome: ConnectOutcome) -> Connected {
     match outcome {
-        ConnectOutcome::Connected { cursor, newest, replaced, reset } => {
+        ConnectOutcome::Connected { cursor, newest, replaced, reset, .. } => {
             Connected { cursor, newest, replaced, reset }
         }
         other => panic!("{other:?}"),

@@ -98,7 +98,7 @@ impl World<'_> {
         let answer = match &outcome {
             ConnectOutcome::Superseded { .. } => Connected::Superseded,
             ConnectOutcome::TooManyDevices => Connected::TooMany,
-            ConnectOutcome::Connected { cursor, newest, replaced, reset } => {
+            ConnectOutcome::Connected { cursor, newest, replaced, reset, .. } => {
                 self.is_of(user, cursor)?;
                 check!(newest.0 == self.now.boxes[user].newest(), "another newest: {outcome:?}");
                 Connected::At {
