@@ -324,12 +324,12 @@ impl<M: Mailboxes> Lane<M> {
     fn gap_seen(&self, group: &Group, back_to: Option<LogPosition>) {
         self.metrics.gaps.inc();
         let partition = &group.reading.assignment.partition;
-        tracing::warn!(
+        tracing::debug!(
             topic = &*partition.topic,
             partition = partition.number,
             shard = %group.shard,
             ?back_to,
-            "redis has forgotten what it accepted, reading again"
+            "a shard has forgotten what it confirmed"
         );
     }
 

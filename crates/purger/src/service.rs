@@ -378,7 +378,15 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 open.go_back(reach);
                 self.flow.metrics.repairs.inc();
                 let (topic, to) = (&*partition.topic, open.seek_to);
-                tracing::warn!(topic, partition = partition.number, ?to, ?reach, "reading again");
+                let shards = open.repairing();
+                tracing::warn!(
+                    topic,
+                    partition = partition.number,
+                    shards,
+                    ?to,
+                    ?reach,
+                    "redis has forgotten what shards confirmed, reading again"
+                );
             }
         }
     }
