@@ -113,7 +113,8 @@ impl Way {
             .then(|| certificates::trusting(&request.roots))
             .transpose()?;
         let key = EncodingKey::from_secret(&request.secret);
-        let users = request.first..request.first + request.count;
+        let end = request.first.checked_add(request.count).context("users beyond 2^32")?;
+        let users = request.first..end;
         let token = |number: u32| {
             let key_id = Some(request.key_id.clone()).filter(|id| !id.is_empty());
             sign(&key, key_id, &request.app, &user(number.into()), TOKEN_LIFE)
@@ -208,7 +209,7 @@ impl State {
         let connect = request.connect.context("nothing to connect to")?;
         let way = Arc::new(Way::of(&connect).await?);
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
-        let total = request.rate * request.seconds;
+        let total = request.rate.checked_mul(request.seconds).context("more than 2^32 connections")?;
         let mut opening = JoinSet::new();
         let mut tally = Tally::new(started);
         for index in 0..total {

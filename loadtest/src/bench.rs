@@ -57,13 +57,13 @@ pub struct Options {
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rate: u32,
     /// How long sessions idle before they are weighed again, seconds.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     idle_seconds: u64,
     /// How long a process that has just started, or changed, is given before it is weighed, seconds.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     settle_seconds: u64,
     /// How long one scenario may take, seconds; then it has failed, and the next one begins.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     limit_seconds: u64,
     /// How often each scenario is run; the middle run counts, and the report has all of them.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]

@@ -79,3 +79,17 @@ async fn main() -> anyhow::Result<ExitCode> {
     };
     Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn hazard_61_every_number_of_the_command_line_is_bounded() {
+        let numbers = barid_runtime::bounds::walk_arguments(&Arguments::command());
+        for number in ["run --rate", "scale --linger-ms", "bench --limit-seconds"] {
+            assert!(numbers.iter().any(|found| found == number), "{number} of {numbers:?}");
+        }
+    }
+}

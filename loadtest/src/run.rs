@@ -47,7 +47,7 @@ pub struct Options {
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     payload_bytes: u32,
     /// How long to wait for the last deliveries.
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub settle_seconds: u64,
     /// Print one JSON object.
     #[arg(long)]

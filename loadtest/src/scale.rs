@@ -57,18 +57,18 @@ pub struct Options {
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// How long the cluster works at that rate before, seconds.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     warmup_seconds: u64,
     /// Bytes of each payload.
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     payload_bytes: u32,
     /// How long records wait in the business's producer for others of their batch, ms; it counts into the
     /// latency.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=60_000))]
     linger_ms: u32,
     /// Prints the process ids, and waits so many seconds with all connections before it measures, for who wants
     /// to attach a profiler.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     attach_seconds: u64,
     /// Where the result goes.
     #[arg(long, default_value = "target/bench/scale.json")]

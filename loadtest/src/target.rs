@@ -46,7 +46,7 @@ pub struct ClusterOptions {
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',', env = "BARID_ADMIN")]
     admin: Vec<String>,
     /// The process of the only access node, if it is on this machine, instead of --admin.
-    #[arg(long, conflicts_with = "admin")]
+    #[arg(long, conflicts_with = "admin", value_parser = clap::value_parser!(u32).range(1..=4_194_304))]
     pid: Option<u32>,
 }
 

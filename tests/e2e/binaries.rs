@@ -70,7 +70,11 @@ fn values_that_make_no_sense_are_named_before_anything_starts() -> Result<()> {
     for role in Role::ALL {
         for (text, key) in [
             ("drain_seconds = 'soon'", "drain_seconds"),
-            ("[redis]\nshards = 0", "redis.shards"),
+            ("[redis]\nshards = 0", "redis.shards: 0 is out of range; write 1 to 16384"),
+            (
+                "[redis]\nttl_seconds = 9223372036854775807",
+                "redis.ttl_seconds: 9223372036854775807 is out of range; write 1 to 316224000 s",
+            ),
             ("[admin]\nlisten = 'here'", "admin.listen"),
         ] {
             let path = config(dir.path(), &format!("{text}\n{}", least(role)));
@@ -138,6 +142,7 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
         ("token-secret", token::SECRET),
         ("shop.pem", ED25519),
         ("tls.pem", certificates::ONE.pem),
+        ("jwks-ca.pem", certificates::ONE.pem),
         ("tls.key", certificates::ONE.key),
     ] {
         std::fs::write(dir.path().join(name), text)?;

@@ -21,6 +21,8 @@ use crate::auth::Verifier;
 use crate::proxy::Proxies;
 use crate::tls::Tls;
 
+/// A mailbox outlives so many confirmations of its sessions.
+const CONFIRMS_A_TTL: u64 = 4;
 /// A burst of minutes is no limit.
 const BURST_SECONDS_MAX: u64 = 600;
 /// Connections, of a node or a part of it: a node's sockets and their memory end before.
@@ -330,7 +332,8 @@ pub struct LimitsConfig {
     pub address_handshakes_per_second: u32,
     /// Client addresses that are remembered for these limits; those beyond are not limited.
     pub addresses_max: usize,
-    /// Devices of one user connected to this node at once; a further one is closed with 4504. May be 0.
+    /// Devices of one user connected to this node at once; a further one is closed with 4504. May be 0, and
+    /// is at most `redis.devices_max`, which bounds those of all nodes.
     pub user_connections_max: u32,
     /// A Hello's attempt is believed up to so many milliseconds ahead of the clock of the user's mailbox;
     /// the moment of the handshake takes the place of one beyond.
@@ -392,7 +395,7 @@ impl Default for LimitsConfig {
             address_handshakes_max: 512,
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
-            user_connections_max: 32,
+            user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
             handshake_timeout_ms: 5_000,
@@ -430,6 +433,9 @@ impl LimitsConfig {
         if self.queued_bytes_max < page_bytes_max as usize {
             return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
         }
+        if self.node_fanout_bytes_max < self.fanout_bytes_max as u64 {
+            return Err("limits.node_fanout_bytes_max must be at least fanout_bytes_max".into());
+        }
         if self.node_queued_bytes_max < self.queued_bytes_max as u64 {
             return Err("limits.node_queued_bytes_max must be at least queued_bytes_max".into());
         }
@@ -459,6 +465,10 @@ impl HeartbeatConfig {
             return Err(
                 "heartbeat.interval_min_seconds must be at most interval_max_seconds".into()
             );
+        }
+        let (idle, interval) = (self.idle_seconds, u32::from(self.interval_seconds));
+        if idle != 0 && idle < interval {
+            return Err("heartbeat.idle_seconds must be at least interval_seconds, or 0".into());
         }
         Ok(())
     }
@@ -590,17 +600,34 @@ impl Config {
             return Err("advertise_url must begin with wss:// or ws://".into());
         }
         self.limits.check(self.sync.page_bytes_max)?;
+        self.check_between_tables()?;
         self.redis.check()?;
-        self.kafka.check()?;
-        // Routes expire as mailboxes do; a session whose route is gone is dark until it is confirmed.
-        let (ttl, confirm) = (self.redis.ttl_seconds, self.sync.confirm_interval_seconds);
-        if confirm > ttl / 4 {
+        self.kafka.check()
+    }
+
+    /// Numbers of one table that a number of another would overrule.
+    fn check_between_tables(&self) -> Result<(), String> {
+        let (devices, devices_max) = (self.limits.user_connections_max, self.redis.devices_max);
+        if devices > devices_max {
             return Err(format!(
-                "sync.confirm_interval_seconds ({confirm}) must be at most a quarter of \
-                 redis.ttl_seconds ({ttl})"
+                "limits.user_connections_max must be at most redis.devices_max, {devices_max}: a \
+                 mailbox refuses further devices"
             ));
         }
-        Ok(())
+        let ttl_min = self.sync.confirm_interval_seconds * CONFIRMS_A_TTL;
+        if self.redis.ttl_seconds < ttl_min {
+            return Err(format!(
+                "redis.ttl_seconds must be at least {CONFIRMS_A_TTL} times \
+                 sync.confirm_interval_seconds, {ttl_min}: a session's route would end with its \
+                 mailbox"
+            ));
+        }
+        match self.auth.jwks.iter().find(|set| set.refresh_min_seconds > set.refresh_seconds) {
+            Some(_) => {
+                Err("auth.jwks.refresh_min_seconds must be at most its refresh_seconds".into())
+            }
+            None => Ok(()),
+        }
     }
 
     /// The URL at which devices connect, given where the node listens for them; may be empty.
@@ -630,6 +657,48 @@ mod tests {
     use crate::admission::Admission;
     use crate::upstream::{Spent, Upstream};
     use std::time::Instant;
+
+    #[test]
+    fn hazard_59_a_limit_that_another_one_would_overrule_is_told_with_it() {
+        let error = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            config.auth.keys = vec![KeyConfig {
+                secret: Secret::new("a secret of 32 bytes, or of more"),
+                ..Default::default()
+            }];
+            assert_eq!(config.check(), Ok(()));
+            change(&mut config);
+            config.check().unwrap_err()
+        };
+        let told = error(|config| config.limits.user_connections_max = 17);
+        assert!(
+            told.starts_with("limits.user_connections_max must be at most redis.devices_max, 16")
+        );
+        let told = error(|config| config.redis.devices_max = 15);
+        assert!(
+            told.starts_with("limits.user_connections_max must be at most redis.devices_max, 15")
+        );
+        let told = error(|config| config.redis.ttl_seconds = 2_399);
+        assert!(
+            told.starts_with("redis.ttl_seconds must be at least 4 times sync.confirm_interval")
+        );
+        let told = error(|config| config.limits.node_fanout_bytes_max = 1);
+        assert_eq!(told, "limits.node_fanout_bytes_max must be at least fanout_bytes_max");
+        let told = error(|config| config.limits.queued_bytes_max = 1);
+        assert_eq!(told, "limits.queued_bytes_max must be at least sync.page_bytes_max");
+        let told = error(|config| config.limits.node_queued_bytes_max = 1);
+        assert_eq!(told, "limits.node_queued_bytes_max must be at least queued_bytes_max");
+        let told = error(|config| config.limits.upstream_bytes_per_second = 1);
+        assert!(
+            told.starts_with("limits.frame_bytes_max must be at most upstream_bytes_per_second")
+        );
+        let told = error(|config| config.heartbeat.idle_seconds = 24);
+        assert_eq!(told, "heartbeat.idle_seconds must be at least interval_seconds, or 0");
+        let told = error(|config| config.heartbeat.interval_min_seconds = 601);
+        assert!(told.starts_with("heartbeat.interval_min_seconds must be at most"));
+        let told = error(|config| config.lease_ttl_ms = 300_001);
+        assert!(told.starts_with("lease_ttl_ms must be at most half of void_after_seconds"));
+    }
 
     #[test]
     fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {

@@ -64,6 +64,15 @@ mod tests {
     }
 
     #[test]
+    fn hazard_61_every_number_of_the_command_line_is_bounded() {
+        let numbers = barid_runtime::bounds::walk_arguments(&Cli::command());
+        for number in ["kick --rate", "listen --count", "listen --for", "send --ttl", "token --ttl"]
+        {
+            assert!(numbers.iter().any(|found| found == number), "{number} of {numbers:?}");
+        }
+    }
+
+    #[test]
     fn a_message_has_one_audience_and_one_body() {
         assert!(parse("send --user alice hello").is_ok());
         assert!(parse("send --users alice,bob --json-body {}").is_ok());

@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long, requires = "user", conflicts_with_all = ["whole_app", "everyone"])]
     pub app: Option<AppId>,
     /// How many sessions to close a second, over the whole cluster
-    #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub rate: u32,
     /// What the devices are told
     #[arg(long, value_name = "TEXT", default_value = "")]

@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long)]
     pub no_ack: bool,
     /// Stop after so many messages
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 53))]
     pub count: Option<u64>,
     /// Stop after this time: 30s, 15m
     #[arg(long = "for", value_name = "TIME", value_parser = values::duration)]

@@ -7,6 +7,7 @@ use barid_runtime::bounds::{self, Bound, Bounded, HOUR_MS, whole};
 use barid_wire::record::Format;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
 use serde::{Deserialize, Serialize};
 
 /// Where Kafka is and how it is used. Roles that only produce leave the group's settings alone.
@@ -188,8 +189,29 @@ impl KafkaConfig {
         }
         match RESERVED.iter().find(|key| self.properties.0.contains_key(**key)) {
             Some(key) => Err(format!("kafka.properties must not set {key:?}")),
-            None => Ok(()),
+            None => self.check_properties(),
         }
+    }
+
+    /// What librdkafka does not know, or this build of it cannot do, and files that are not there. Shows no
+    /// values: they may be secrets.
+    fn check_properties(&self) -> Result<(), String> {
+        for (key, value) in &self.properties.0 {
+            let mut alone = ClientConfig::new();
+            if let Err(error) = alone.set(key, value).create_native_config() {
+                let why = match error {
+                    KafkaError::ClientConfig(_, why, ..) => why,
+                    _ => "it is refused".to_owned(),
+                };
+                return Err(format!("kafka.properties: {key:?}: {}", why.replace(value, "…")));
+            }
+            // A value of no file: OpenSSL's own places.
+            let is_file = key.starts_with("ssl.") && key.ends_with(".location") && value != "probe";
+            if is_file && let Err(error) = std::fs::metadata(value) {
+                return Err(format!("kafka.properties: {key:?}: {value}: {error}"));
+            }
+        }
+        Ok(())
     }
 
     /// What every client of librdkafka is told.
@@ -255,6 +277,31 @@ mod tests {
     fn an_empty_file_is_a_valid_configuration() {
         let config: KafkaConfig = toml::from_str("").unwrap();
         assert_eq!((config.check(), &config), (Ok(()), &KafkaConfig::default()));
+    }
+
+    #[test]
+    fn hazard_60_properties_that_cannot_work_are_refused_by_name_and_show_no_value() {
+        let with = |key: &str, value: &str| {
+            let properties = [(key.to_owned(), value.to_owned())].into();
+            KafkaConfig { properties: Properties(properties), ..Default::default() }.check()
+        };
+        assert_eq!(with("socket.nagle.disable", "true"), Ok(()));
+        let told = with("sasl.pasword", "hunter2").unwrap_err();
+        assert!(told.contains("sasl.pasword") && !told.contains("hunter2"), "{told}");
+        let told = with("socket.timeout.ms", "hunter2").unwrap_err();
+        assert!(told.contains("socket.timeout.ms") && !told.contains("hunter2"), "{told}");
+        // An authority of one's own: its file is looked for, where the build has TLS at all.
+        let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let (there, absent) =
+            (with("ssl.ca.location", authority), with("ssl.ca.location", "/nowhere/ca.pem"));
+        let absent = absent.unwrap_err();
+        if cfg!(feature = "kafka-tls") {
+            assert_eq!(there, Ok(()));
+            assert!(absent.contains("\"ssl.ca.location\": /nowhere/ca.pem: No such"), "{absent}");
+        } else {
+            assert!(there.unwrap_err().contains("not supported in this build"));
+            assert!(absent.contains("not supported in this build"), "{absent}");
+        }
     }
 
     #[test]

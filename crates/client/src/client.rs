@@ -366,7 +366,9 @@ impl Builder {
         let (groups, wanted) = watch::channel(groups);
         let settings = Arc::new(self.settings()?);
         let checkpoint = match &settings.store {
-            Some(store) => store.load().map_err(InvalidBuilder::Store)?.unwrap_or_default(),
+            Some(store) => {
+                store.load().map_err(InvalidBuilder::Store)?.unwrap_or_default().bounded()
+            }
             None => Default::default(),
         };
         let stop = CancellationToken::new();

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use barid_core::limits::{GENERATION_MAX, WIRE_NUMBER_MAX};
 use barid_core::{Chain, Epoch, Generation, Position, Seq};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,19 @@ pub struct Checkpoint {
     /// handled before an earlier one was, or because the positions started anew.
     #[serde(default)]
     pub ahead: Vec<u64>,
+}
+
+impl Checkpoint {
+    /// Without what no server would take: the device would be refused with it for good.
+    pub(crate) fn bounded(mut self) -> Self {
+        self.attempt = if self.attempt < WIRE_NUMBER_MAX { self.attempt } else { 0 };
+        self.position = self.position.filter(|position| {
+            position.epoch.0 <= WIRE_NUMBER_MAX
+                && position.seq.0 <= WIRE_NUMBER_MAX
+                && position.generation.0 <= GENERATION_MAX
+        });
+        self
+    }
 }
 
 /// Keeps one device's checkpoint. Called from a thread that may block.
@@ -163,6 +177,37 @@ mod position {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hazard_61_a_checkpoint_with_numbers_that_no_server_takes_is_forgotten() {
+        for number in [0, 1, WIRE_NUMBER_MAX - 1, WIRE_NUMBER_MAX, 1 << 53, 1 << 63, u64::MAX] {
+            let position = |epoch, seq, generation| Position {
+                epoch: Epoch(epoch),
+                generation: Generation(generation),
+                seq: Seq(seq),
+                chain: None,
+            };
+            let kept = |position| {
+                let checkpoint = Checkpoint { position: Some(position), ..Default::default() };
+                checkpoint.bounded().position.is_some()
+            };
+            let fits = number <= WIRE_NUMBER_MAX;
+            assert_eq!(kept(position(number, 1, 0)), fits);
+            assert_eq!(kept(position(1, number, 0)), fits);
+            let attempt = Checkpoint { attempt: number, ..Default::default() }.bounded().attempt;
+            assert!(attempt < WIRE_NUMBER_MAX && (attempt == number || attempt == 0));
+        }
+        for (generation, fits) in [(GENERATION_MAX, true), (GENERATION_MAX + 1, false)] {
+            let position = Position {
+                epoch: Epoch(1),
+                generation: Generation(generation),
+                seq: Seq(1),
+                chain: None,
+            };
+            let checkpoint = Checkpoint { position: Some(position), ..Default::default() };
+            assert_eq!(checkpoint.bounded().position.is_some(), fits);
+        }
+    }
 
     #[test]
     fn a_file_brings_back_what_was_saved_last() {

@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_contradict_each_other_are_named() {
+    fn hazard_59_settings_that_contradict_each_other_are_named() {
         assert_eq!(Config::default().check(), Ok(()));
         let config = Config { poll_idle_ms: 1, ..Default::default() };
         assert_eq!(config.check().unwrap_err(), "poll_idle_ms must not be below poll_ms");

@@ -160,6 +160,9 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("listen", self.listen)?;
+        if self.nodes_refresh_ms > self.lease_ttl_ms {
+            return Err("nodes_refresh_ms must be at most lease_ttl_ms".into());
+        }
         if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
             return Err("drain_settle_ms must be below drain_seconds".into());
         }
@@ -214,11 +217,13 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_contradict_each_other_are_named() {
+    fn hazard_59_settings_that_contradict_each_other_are_named() {
         assert_eq!(Config::default().check(), Ok(()));
         let listen = "0.0.0.0:0".parse().unwrap();
         let config = Config { listen, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("advertise must be set"));
+        let config = Config { nodes_refresh_ms: 10_001, ..Default::default() };
+        assert_eq!(config.check().unwrap_err(), "nodes_refresh_ms must be at most lease_ttl_ms");
         let config = Config { drain_seconds: 1, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("drain_settle_ms"));
         let config = Config { node: "a:b".into(), ..Default::default() };

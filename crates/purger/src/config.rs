@@ -249,6 +249,16 @@ impl Config {
         self.kafka.check()?;
         self.redis.check()?;
         self.mesh.check().map_err(|e| format!("mesh.{e}"))?;
+        let (payload, mailbox) = (self.limits.payload_bytes_max, self.redis.mailbox_bytes_max);
+        if payload as u64 > mailbox {
+            return Err(format!(
+                "limits.payload_bytes_max must be at most redis.mailbox_bytes_max, {mailbox}: one \
+                 message would push out all others"
+            ));
+        }
+        if payload > self.limits.fanout_bytes_max {
+            return Err("limits.payload_bytes_max must be at most limits.fanout_bytes_max".into());
+        }
         self.retry().map(|_| ())
     }
 
@@ -280,6 +290,24 @@ impl Config {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    #[test]
+    fn hazard_59_a_limit_that_another_one_would_overrule_is_told_with_it() {
+        let error = |text: &str| {
+            let config: Config = toml::from_str(text).unwrap();
+            config.check().unwrap_err()
+        };
+        let told =
+            error("redis = { mailbox_bytes_max = 65536 }\nlimits = { payload_bytes_max = 65537 }");
+        assert!(
+            told.starts_with("limits.payload_bytes_max must be at most redis.mailbox_bytes_max")
+        );
+        let told = error("limits = { fanout_bytes_max = 65535 }");
+        assert_eq!(told, "limits.payload_bytes_max must be at most limits.fanout_bytes_max");
+        let told =
+            error("mesh = { link = { queue_bytes_max = 2097152, batch_bytes_max = 2097153 } }");
+        assert_eq!(told, "mesh.link.batch_bytes_max must be at most queue_bytes_max");
+    }
 
     #[test]
     fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {

@@ -2,8 +2,10 @@
 //! struct that holds it; they are checked where the file is read, by `--check-config`, and again before a role
 //! starts. docs/configuration.md is written from the same tables.
 
+mod arguments;
 mod walk;
 
+pub use arguments::walk_arguments;
 pub use walk::walk;
 
 use std::fmt;

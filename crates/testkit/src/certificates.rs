@@ -1,9 +1,10 @@
-//! Self-signed certificates for 127.0.0.1, good until 2130, and their keys. They prove nothing: the keys are
-//! public.
+//! Self-signed certificates for 127.0.0.1, good until 2130, which prove nothing, their keys being public; and
+//! authorities that are made when they are wanted.
 
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::{ClientConfig, RootCertStore};
@@ -45,4 +46,45 @@ pub fn trusting(pem: &str) -> Result<Arc<ClientConfig>> {
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(Arc::new(config))
+}
+
+/// An authority of its own, whose key nobody keeps.
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate that an [`Authority`] signed, and its key, PEM.
+#[derive(Debug, Clone)]
+pub struct Issued {
+    /// The certificate.
+    pub pem: String,
+    /// Its key.
+    pub key: String,
+}
+
+impl Authority {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// No key can be made.
+    pub fn new() -> Result<Self> {
+        let mut params = CertificateParams::new(Vec::new())?;
+        // Another name than what it signs: OpenSSL takes those of one name for self-signed.
+        params.distinguished_name.push(DnType::CommonName, "an authority");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Ok(Self(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?))
+    }
+
+    /// What has to be trusted, PEM.
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// A certificate for 127.0.0.1, for servers and for clients.
+    ///
+    /// # Errors
+    /// No key can be made.
+    pub fn issue(&self) -> Result<Issued> {
+        let key = KeyPair::generate()?;
+        let params = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?;
+        Ok(Issued { pem: params.signed_by(&key, &self.0)?.pem(), key: key.serialize_pem() })
+    }
 }

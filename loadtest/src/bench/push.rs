@@ -31,11 +31,11 @@ pub struct PushOptions {
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     pub push_window: u64,
     /// How long records of `unicast` wait in the business's producer for others of their batch, ms.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=60_000))]
     pub push_linger_ms: u32,
     /// Says the process ids, and waits so many seconds before it measures, for who wants to attach a
     /// profiler.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     attach_seconds: u64,
 }
 

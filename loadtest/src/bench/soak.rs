@@ -40,7 +40,7 @@ pub struct SoakOptions {
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     soak_churn: u32,
     /// By how much memory, files and tasks may grow over the last half, as a share.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.05, value_parser = share)]
     growth_max: f64,
 }
 
@@ -53,6 +53,12 @@ impl SoakOptions {
     fn seconds(&self) -> u32 {
         (self.minutes * 60.0) as u32
     }
+}
+
+/// A share, up to ten times as much.
+fn share(text: &str) -> Result<f64, String> {
+    let share: f64 = text.parse().map_err(|_| "not a number")?;
+    if (0.0..=10.0).contains(&share) { Ok(share) } else { Err("must be 0 to 10".into()) }
 }
 
 fn minutes(text: &str) -> Result<f64, String> {

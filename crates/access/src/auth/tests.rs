@@ -300,6 +300,76 @@ async fn key_sets_come_over_http_at_a_bounded_rate() {
     assert_eq!(fetches.load(std::sync::atomic::Ordering::SeqCst), 1);
 }
 
+#[tokio::test]
+async fn hazard_60_key_sets_come_over_https_from_whom_an_authority_of_ones_own_vouches_for() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let authority = barid_testkit::certificates::Authority::new().unwrap();
+    let issued = authority.issue().unwrap();
+    let (certificate, key) = (file(&issued.pem), file(&issued.key));
+    let tls = crate::tls::Tls::new(&crate::config::TlsConfig {
+        certificate_file: Some(certificate.path().into()),
+        key_file: Some(key.path().into()),
+    });
+    let tls = tls.unwrap().unwrap();
+    let pair = Pair::ed();
+    let body = json!({ "keys": [pair.jwk("k")] }).to_string();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/keys", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // A client that does not trust it hangs up.
+            let Ok(mut stream) = tls.accept(stream).await else { continue };
+            let _ = stream.read(&mut [0; 1024]).await;
+            let length = body.len();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
+            let _ = stream.write_all((head + &body).as_bytes()).await;
+            let _ = stream.flush().await;
+        }
+    });
+    let with = |ca_file: Option<std::path::PathBuf>, url: &str| {
+        let jwks = JwksConfig { url: url.to_owned(), ca_file, ..Default::default() };
+        Verifier::new(&AuthConfig { jwks: vec![jwks], ..Default::default() })
+    };
+    let (own, other) = (file(&authority.pem()), barid_testkit::certificates::ONE.pem);
+    let other = file(other);
+    let token = pair.token("k", &claims());
+    let trusting = with(Some(own.path().into()), &url).unwrap();
+    assert!(trusting.verify(&token, NOW).await.is_ok());
+    for ca_file in [None, Some(other.path().to_owned())] {
+        let verifier = with(ca_file, &url).unwrap();
+        assert_eq!(refusal(&verifier, &token).await, AuthError::UnknownKey);
+    }
+    let error = |ca_file: &str, url| with(Some(ca_file.into()), url).unwrap_err().to_string();
+    let absent = error("/nowhere/ca.pem", "https://h");
+    assert!(absent.starts_with("auth.jwks: ca_file /nowhere/ca.pem: No such file"), "{absent}");
+    let empty = file("nothing");
+    let empty = error(&empty.path().display().to_string(), "https://h");
+    assert!(empty.ends_with("it holds no certificate"), "{empty}");
+    let plain = error(&own.path().display().to_string(), "http://h");
+    assert_eq!(plain, "auth.jwks: ca_file is for an https url");
+}
+
+#[tokio::test]
+async fn hazard_61_the_end_of_a_token_is_bounded() {
+    let verifier = verifier(vec![hmac_key("a", SECRET)]);
+    let last = 253_402_300_799_u64;
+    for exp in [0, 1, NOW, last, last + 1, NOW * 1000, 1 << 53, 1 << 63, u64::MAX] {
+        for nbf in [0, 1, NOW, NOW + 1, 1 << 53, 1 << 63, u64::MAX] {
+            let claims = with(json!({ "exp": exp, "nbf": nbf, "iat": nbf }));
+            let verified = verifier.verify(&sign(Some("a"), &claims, SECRET), NOW).await;
+            let fits = (NOW + 1..=last).contains(&exp) && nbf <= NOW;
+            assert_eq!(verified.is_ok(), fits, "exp {exp}, nbf {nbf}: {verified:?}");
+            if let Ok(claims) = verified {
+                assert_eq!(claims.expires_s, exp);
+            }
+        }
+    }
+    for exp in [-1.0, -1e308, 1e308, 0.5] {
+        let claims = with(json!({ "exp": exp }));
+        assert!(verifier.verify(&sign(Some("a"), &claims, SECRET), NOW).await.is_err(), "{exp}");
+    }
+}
+
 #[test]
 fn keys_that_cannot_work_are_refused_at_start() {
     let error = |key: KeyConfig| {

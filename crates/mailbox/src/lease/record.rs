@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use barid_core::limits::WIRE_NUMBER_MAX;
 use barid_core::{Incarnation, NodeId};
 
 use super::life::Stamp;
@@ -49,7 +50,7 @@ impl Copy {
     /// The copy of `id`; `None`: it is not one.
     pub fn parse(id: &NodeId, text: &str) -> Option<Self> {
         let mut words = text.splitn(5, ' ');
-        let mut number = || words.next()?.parse::<u64>().ok();
+        let mut number = || self::number(words.next()?);
         let stamp = Stamp { incarnation: Incarnation(number()?), number: number()? };
         let ends = number()?;
         let given_up = words.next()? == "G";
@@ -67,9 +68,14 @@ impl Copy {
 /// A lease as its own key has it.
 pub(crate) fn own(id: &NodeId, fields: &HashMap<String, String>) -> Option<(Stamp, NodeRecord)> {
     let field = |name: &str| fields.get(name).map(String::as_str);
-    let number = field("number").unwrap_or("0").parse().ok()?;
-    let stamp = Stamp { incarnation: Incarnation(field("incarnation")?.parse().ok()?), number };
+    let incarnation = Incarnation(number(field("incarnation")?)?);
+    let stamp = Stamp { incarnation, number: number(field("number").unwrap_or("0"))? };
     Some((stamp, record(id, stamp, field)?))
+}
+
+/// Lives and renewals are counted on, and loads added up.
+fn number(text: &str) -> Option<u64> {
+    text.parse().ok().filter(|number| *number <= WIRE_NUMBER_MAX)
 }
 
 fn record<'a>(
@@ -82,7 +88,7 @@ fn record<'a>(
         role: NodeRole::parse(field("role")?)?,
         address: field("address")?.to_owned(),
         incarnation: stamp.incarnation,
-        load: field("load")?.parse().ok()?,
+        load: number(field("load")?)?,
         draining: field("state")? == "draining",
         zone: field("zone").unwrap_or_default().to_owned(),
         admin: field("admin").unwrap_or_default().to_owned(),
@@ -94,6 +100,32 @@ fn record<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hazard_61_a_lease_with_a_number_beyond_its_bounds_is_none() {
+        let id = NodeId::new("n").unwrap();
+        for n in [0, 1, WIRE_NUMBER_MAX, WIRE_NUMBER_MAX + 1, 1 << 63, u64::MAX] {
+            let fits = n <= WIRE_NUMBER_MAX;
+            let copy = |text: String| Copy::parse(&id, &text);
+            for text in [format!("{n} 1 1 H "), format!("1 {n} 1 H "), format!("1 1 {n} H ")] {
+                assert_eq!(copy(text).is_some(), fits, "{n}");
+            }
+            let fields = format!("role\0access\0address\0h:1\0state\0serving\0load\0{n}");
+            let copy = copy(format!("1 1 1 H {fields}")).unwrap();
+            assert_eq!(copy.record.is_some(), fits, "{n}");
+            let own = |name: &str| {
+                let least = [("role", "access"), ("address", "h:1"), ("state", "serving")];
+                let mut fields: HashMap<String, String> =
+                    least.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+                for other in ["incarnation", "number", "load"] {
+                    let value = if other == name { n } else { 1 };
+                    fields.insert(other.to_owned(), value.to_string());
+                }
+                super::own(&id, &fields).is_some()
+            };
+            assert!(["incarnation", "number", "load"].iter().all(|name| own(name) == fits), "{n}");
+        }
+    }
 
     #[test]
     fn a_record_survives_its_copy_and_unknown_fields_are_passed_over() {

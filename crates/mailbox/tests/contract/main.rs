@@ -12,4 +12,5 @@ mod replicas;
 mod sessions;
 mod support;
 mod timers;
+mod tls;
 mod tracked;
