@@ -38,7 +38,7 @@ class Expected:
     """What a scenario gives cause for, beside what every run must keep."""
 
     faults: int = 1
-    shown: int = 200
+    shown: int = 80
     forgets: bool = False
     skips: tuple[str, ...] = ("otherDevice", "collapsed", "acknowledged")
     # The share of messages that must arrive while a fault lasts: of those whom it does not concern.

@@ -16,6 +16,8 @@ from websockets.asyncio.client import connect
 from .trace import Trace
 
 APP = "stranger"
+# How often a careful device asks to be pinged; it gives a connection up that was silent for so long and 15 s.
+PING_MS, SILENCE_S = 5_000, 15
 SECRET = b"a stranger's secret of thirty-two bytes and some"
 
 
@@ -144,15 +146,15 @@ class Device:
         self._go_away_s: float | None = None
         self._dropped = False
         try:
-            # The page says that a node pings; it does not say how a client notices that nobody does. So this
-            # one pings by itself.
+            # Careful devices watch for the node's pings, as the page asks for; for plain ones the library pings.
+            pings = None if self.kind == "careful" else 6
             async with connect(
                 url,
                 subprotocols=["barid.v1.json"],
                 additional_headers=headers,
                 compression=None,
                 open_timeout=8,
-                ping_interval=6,
+                ping_interval=pings,
                 ping_timeout=6,
                 close_timeout=2,
                 proxy=None,
@@ -193,15 +195,21 @@ class Device:
     async def _talk(self, socket) -> tuple[int, str]:
         self.attempt = max(self.attempt + 1, int(time.time() * 1000) + self.clock_ms)
         hello = {"device": self.name, "platform": "python", "attempt": self.attempt}
+        if self.kind == "careful":
+            hello |= {"visiblePings": True, "pingIntervalMs": PING_MS}
         if self.kind != "plain" and self.position is not None:
             hello["positions"] = [self.position]
         self.last = self.generation = self.epoch = self.chain = 0
         self.welcomed = False
         self.acked = 0
         self.ack_interval = 0.1
+        self.silence_s = PING_MS / 1000 + SILENCE_S
         acks = asyncio.create_task(self._pace_acks(socket))
         self.ack_wanted = asyncio.Event()
         timers = [acks]
+        self.heard = time.monotonic()
+        if self.kind == "careful":
+            timers.append(asyncio.create_task(self._listen_for_silence(socket)))
         try:
             await socket.send(json.dumps({"hello": hello}))
             self.trace.write("hello", dev=self.key, position=hello.get("positions", [None])[0])
@@ -209,6 +217,7 @@ class Device:
                 if self._dropped:  # what was received and not read dies with the application
                     break
                 ((kind, frame),) = json.loads(text).items()
+                self.heard = time.monotonic()
                 if kind == "deliver":
                     await self._deliver(socket, frame)
                 elif kind == "welcome":
@@ -219,7 +228,11 @@ class Device:
                     self._go_away_s = frame.get("reconnectAfterMs", 0) / 1000
                     self.trace.write("goaway", dev=self.key, why=frame.get("why"), ms=self._go_away_s * 1000)
                     timers.append(asyncio.create_task(self._move(socket)))
+                elif kind == "ping":
+                    await socket.send('{"pong":{}}')
                 elif kind == "error":
+                    # A 4005 that refuses a Hello names the attempt that is known.
+                    self.attempt = max(self.attempt, frame.get("attempt", 0))
                     self.trace.write("error", dev=self.key, code=frame.get("code", 0), text=frame.get("text", ""))
                 else:
                     self.trace.write("frame", dev=self.key, kind=kind)
@@ -236,6 +249,13 @@ class Device:
             return 1000, "device"
         return (sent.code if sent else 1006), "accident"
 
+    async def _listen_for_silence(self, socket):
+        while True:
+            await asyncio.sleep(1)
+            if time.monotonic() - self.heard > self.silence_s:
+                self.trace.write("silence", dev=self.key, sess=self.session)
+                socket.transport.abort()
+
     async def _move(self, socket):
         """Leaves for another node when the node asked to."""
         await asyncio.sleep(self._go_away_s)
@@ -248,6 +268,7 @@ class Device:
         self.last, self.epoch = own.get("seq", 0), own.get("epoch", 0)
         self.generation, self.chain = own.get("generation", 0), own.get("chain", 0)
         self.ack_interval = frame.get("ackIntervalMs", 0) / 1000
+        self.silence_s = frame.get("pingIntervalMs", PING_MS) / 1000 + SILENCE_S
         self.acked = self.last
         self.trace.write(
             "welcome",

@@ -69,7 +69,7 @@ async def flush_master_flow(w: World):
 @scenario(
     "flush-long",
     "FLUSHALL behind 500 messages a user, more than a device remembers",
-    Expected(forgets=True, shown=2500),
+    Expected(forgets=True, shown=2000),
     users=6,
     patience=60,
 )
@@ -104,7 +104,7 @@ async def flush_away(w: World):
 @scenario(
     "flush-expired",
     "FLUSHALL when messages of 2 s have been over for 20 s, a device of theirs being away",
-    Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "expired")),
+    Expected(forgets=True, shown=50, skips=("otherDevice", "collapsed", "acknowledged", "expired")),
     users=10,
 )
 async def flush_expired(w: World):

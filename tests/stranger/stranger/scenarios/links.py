@@ -29,6 +29,9 @@ scenario(
     Expected(),
     short=True,
 )(_hold(lambda w: [w.cluster.roles["access-1"].devices], "up", "down", seconds=15))
+scenario(
+    "half-open-long", "the same for 30 s: until the devices have given up and come back to the other node", Expected()
+)(_hold(lambda w: [w.cluster.roles["access-1"].devices], "up", "down", seconds=30))
 scenario("half-open-acks", "what devices send to an access node is held for 12 s, what they get is not", Expected())(
     _hold(lambda w: [w.cluster.roles["access-1"].devices], "up", seconds=12)
 )

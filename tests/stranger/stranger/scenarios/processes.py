@@ -16,7 +16,7 @@ async def calm(w: World):
         await w.sleep(8)
 
 
-@scenario("codecs", "batches compressed with gzip, snappy, lz4 and zstd", Expected(faults=4, shown=300), short=True)
+@scenario("codecs", "batches compressed with gzip, snappy, lz4 and zstd", Expected(faults=4, shown=150), short=True)
 async def codecs(w: World):
     for codec in ("gzip", "snappy", "lz4", "zstd"):
         w.business.codec(codec)
