@@ -172,7 +172,9 @@ class Business:
                 self.trace.write("prod", id=name, st="unknown", why=error.str())
                 return
             self._taken(name, life, message)
-            self.owed[name] = owed
+            # What is over is owed to nobody; whether it came in time is for the checker.
+            if not push.get("ttlSeconds"):
+                self.owed[name] = owed
 
         value = json.dumps(push).encode()
         # One in a hundred is produced twice, as by a business that does not know whether it was.

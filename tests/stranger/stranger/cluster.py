@@ -437,6 +437,8 @@ class Role(Process):
         }[self.role]
         text = head + f'\n[admin]\nlisten = "127.0.0.1:{self.admin}"\n\n[redis]\n{c.redis.config(self.redis.port)}'
         text += f"retry_base_ms = {c.retry_base_ms}\n" + "".join(f"{k} = {v}\n" for k, v in c.redis_options.items())
+        if self.role == "purger" and c.wait_replicas:
+            text += f"wait_replicas = {c.wait_replicas}\n"
         if self.role == "access":
             text += f'\n[[auth.keys]]\nalgorithm = "HS256"\nsecret_file = "{c.secret}"\n'
         if self.role in ("access", "purger"):
@@ -469,11 +471,12 @@ class Cluster:
         retry_base_ms=500,
         redis_options=None,
         shim: Path | None = None,
+        wait_replicas=0,
     ):
         self.directory, self.kafka, self.topics, self.group = directory, kafka, topics, group
         self.redis, self.lease_ms, self.retry_base_ms = redis_shape, lease_ms, retry_base_ms
         self.redis_options = redis_options or {}
-        self.shim = shim
+        self.shim, self.wait_replicas = shim, wait_replicas
         self.secret = directory / "secret"
         self.secret.write_bytes(SECRET)
         self.secret.chmod(0o600)

@@ -46,6 +46,7 @@ class World:
             scenario.retry_base_ms,
             scenario.redis_options,
             shim if "roles" in scenario.clocks else None,
+            scenario.wait_replicas,
         )
         self.redis = shape
         self.devices: dict[str, Device] = {}

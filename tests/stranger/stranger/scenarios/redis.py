@@ -143,3 +143,46 @@ async def failover_purger(w: World):
         w.launch("purger")
     async with w.flow():
         await w.sleep(4)
+
+
+async def _fail_over_waiting(w: World, pick: int):
+    """The replica is cut off and its master killed; the old master comes back as a replica of the new one."""
+    async with w.flow():
+        await w.sleep(4)
+        master = w.redis.masters[pick]
+        with w.fault("failover", f"{master.name}, its replica 3 s behind"):
+            await master.cut_replicas()
+            await w.sleep(3)
+    with w.fault("kill", f"{master.name} and both purgers"):
+        w.kill("purger")
+        master.kill()
+        await w.sleep(6)
+        await master.up()
+        w.launch("purger")
+    async with w.flow():
+        await w.sleep(6)
+
+
+@scenario(
+    "wait-pair",
+    "as failover-purger, with wait_replicas = 1: what the replica lacks was never committed",
+    Expected(faults=2, forgets=True),
+    redis="pair",
+    wait_replicas=1,
+    patience=60,
+)
+async def wait_pair(w: World):
+    await _fail_over_waiting(w, 0)
+
+
+@scenario(
+    "wait-cluster",
+    "the same with one of three masters of a Redis Cluster",
+    Expected(faults=2, forgets=True),
+    redis="cluster",
+    replicas=True,
+    wait_replicas=1,
+    patience=60,
+)
+async def wait_cluster(w: World):
+    await _fail_over_waiting(w, 1)

@@ -22,6 +22,8 @@ class Scenario:
     lease_ms: int = 3000
     retry_base_ms: int = 500
     redis_options: dict = dataclasses.field(default_factory=dict)
+    # Of the purgers: redis.wait_replicas.
+    wait_replicas: int = 0
     # Whose wall clocks can be stepped: roles, redis.
     clocks: tuple[str, ...] = ()
     # How long after the last fault everything has to arrive, seconds.
