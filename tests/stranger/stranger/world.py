@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from .business import Business, Topics, Watch
+from .business import PUSH, Business, Topics, Watch
 from .cluster import TARGET, Cluster, Kafka, RedisCluster, RedisPair, RedisSingle
 from .device import Device
 from .net import RedisError
@@ -97,6 +97,12 @@ class World:
         await self.until(
             lambda: all(d.registered for d in self.devices.values() if d not in self.latecomers), 60, "devices connect"
         )
+        # Everything has begun once a first message of each topic has gone all the way.
+        present = [d.user for d in self.devices.values() if d.registered]
+        for kind in PUSH:
+            self.business.produce(kind, [present[0]], {"text": "first"})
+        await self.business.flush()
+        await self.until(self.all_there, 60, "the first messages arrive")
         self.faults.write("begin", scenario=self.scenario.name, seed=self.seed)
         await self.sizes("begin")
 
