@@ -209,7 +209,8 @@ impl State {
         let connect = request.connect.context("nothing to connect to")?;
         let way = Arc::new(Way::of(&connect).await?);
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
-        let total = request.rate.checked_mul(request.seconds).context("more than 2^32 connections")?;
+        let total =
+            request.rate.checked_mul(request.seconds).context("more than 2^32 connections")?;
         let mut opening = JoinSet::new();
         let mut tally = Tally::new(started);
         for index in 0..total {
