@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import collections
+import contextlib
 import hashlib
 import hmac
 import json
@@ -126,10 +127,10 @@ class Device:
             self._wake.clear()
             wait = self._not_before - time.monotonic()
             if not self._wanted or wait > 0:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), wait if self._wanted else None)
-                except TimeoutError:
-                    pass
+                # Not wait_for: of Python 3.11 it may swallow the cancellation that ends this task.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait if self._wanted else None):
+                        await self._wake.wait()
                 continue
             await self._connection()
 
