@@ -487,7 +487,9 @@ class Cluster:
         for role in ROLES:
             for number in (1, 2):
                 await self.add(role, number)
-        await self.until_ready(60)
+        wrong = await self.until_ready(60)
+        if wrong or self.died():
+            raise RuntimeError(f"the cluster does not start: {wrong or self.died()}")
 
     async def add(self, role: str, number: int) -> Role:
         process = Role(role, number, self)
