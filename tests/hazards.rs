@@ -1,0 +1,39 @@
+//! Holds docs/hazards.md against the tests.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+const HERE: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The hazards that the page lists: the first cell of a table's row.
+fn listed() -> BTreeSet<u32> {
+    let page = fs::read_to_string(format!("{HERE}/../docs/hazards.md")).unwrap();
+    let first_cell = |line: &str| line.strip_prefix("| ")?.split(' ').next()?.parse().ok();
+    page.lines().filter_map(first_cell).collect()
+}
+
+/// The numbers of the tests named `hazard_NN_…` below `dir`.
+fn tested(dir: &Path, numbers: &mut BTreeSet<u32>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            tested(&path, numbers);
+        } else if name.ends_with(".rs") {
+            let text = fs::read_to_string(&path).unwrap();
+            let after = text.split("fn hazard_").skip(1);
+            numbers.extend(after.filter_map(|rest| rest.split('_').next()?.parse::<u32>().ok()));
+        }
+    }
+}
+
+#[test]
+fn each_listed_hazard_has_a_test_and_each_test_a_listed_hazard() {
+    let mut numbers = BTreeSet::new();
+    tested(&Path::new(HERE).join(".."), &mut numbers);
+    let listed = listed();
+    let untested: Vec<_> = listed.difference(&numbers).collect();
+    let unlisted: Vec<_> = numbers.difference(&listed).collect();
+    assert!(untested.is_empty() && unlisted.is_empty(), "untested {untested:?}, unlisted {unlisted:?}");
+}
