@@ -35,5 +35,8 @@ fn each_listed_hazard_has_a_test_and_each_test_a_listed_hazard() {
     let listed = listed();
     let untested: Vec<_> = listed.difference(&numbers).collect();
     let unlisted: Vec<_> = numbers.difference(&listed).collect();
-    assert!(untested.is_empty() && unlisted.is_empty(), "untested {untested:?}, unlisted {unlisted:?}");
+    assert!(
+        untested.is_empty() && unlisted.is_empty(),
+        "untested {untested:?}, unlisted {unlisted:?}"
+    );
 }

@@ -381,6 +381,7 @@ mod tests {
         assert!(future_bytes(serve) <= 120, "the task: {}", future_bytes(serve));
         assert!(size_of::<Connection>() <= 584, "the connection: {}", size_of::<Connection>());
         assert!(size_of::<Socket>() <= 120, "of it the socket: {}", size_of::<Socket>());
-        assert!(size_of::<Handle>() <= 192, "its handle: {}", size_of::<Handle>());
+        // With its two counts it takes jemalloc's size class of 224 bytes.
+        assert!(size_of::<Handle>() <= 208, "its handle: {}", size_of::<Handle>());
     }
 }

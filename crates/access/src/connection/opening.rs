@@ -23,7 +23,7 @@ pub(super) async fn identify(
     let late = || Close::new(CloseCode::Heartbeat, "no hello came in time");
     let connecting =
         hello.unwrap_or_else(|_| Err(Some(late()))).map_err(|close| close.map(Refusal::from))?;
-    if connecting.attempt_ahead {
+    if connecting.attempt_ahead.is_some() {
         node.metrics.limit("attempt_ahead");
     }
     let codec = Codec {
@@ -32,6 +32,23 @@ pub(super) async fn identify(
         visible_pings: connecting.visible_pings,
         ping_interval: node.heartbeat.interval(connecting.ping_interval_ms),
     };
+    let as_named = connecting.clone();
+    let entered = match enter(node, connecting).await {
+        Err(refusal) => match as_named.counted_on(refusal.attempt) {
+            Some(connecting) => enter(node, connecting).await,
+            None => Err(refusal),
+        },
+        entered => entered,
+    };
+    let (session, handle) = entered.map_err(Some)?;
+    Ok((session, handle, codec))
+}
+
+/// Registers a session and asks the mailbox for it.
+async fn enter(
+    node: &Arc<Node>,
+    connecting: Connecting,
+) -> Result<(Connected, Arc<Handle>), Refusal> {
     let identity = &connecting.identity;
     let connection = node.next_connection();
     let handle = Arc::new(Handle::new(
@@ -44,15 +61,15 @@ pub(super) async fn identify(
     if !node.registry.insert(Arc::clone(&handle), node.limits.user_connections_max) {
         node.metrics.limit("user_connections");
         let text = "this user has as many devices connected here as it may have";
-        return Err(Some(Close::new(CloseCode::Limit, text).into()));
+        return Err(Close::new(CloseCode::Limit, text).into());
     }
     match connect(node, connecting, &handle).await {
-        Ok(session) => Ok((session, handle, codec)),
+        Ok(session) => Ok((session, handle)),
         Err(refusal) => {
             node.registry.remove(handle.user(), connection);
             handle.finish();
             forget(node, &handle).await;
-            Err(Some(refusal))
+            Err(refusal)
         }
     }
 }

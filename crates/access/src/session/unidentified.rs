@@ -21,7 +21,7 @@ pub struct Unidentified {
 }
 
 /// A device that said Hello, on its way to its mailbox.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Connecting {
     /// Who it is.
     pub identity: Identity,
@@ -31,8 +31,9 @@ pub struct Connecting {
     pub visible_pings: bool,
     /// It wants to be pinged so often, ms; 0: as the node likes.
     pub ping_interval_ms: u32,
-    /// The attempt that it names lies further ahead than is believed: the handshake's moment serves.
-    pub attempt_ahead: bool,
+    /// The attempt that it names, where that lies further ahead than is believed: the handshake's moment
+    /// serves.
+    pub attempt_ahead: Option<Attempt>,
     position: Option<Position>,
 }
 
@@ -55,8 +56,9 @@ impl Unidentified {
         let device = self.device(&hello)?;
         check_length("platform", &hello.platform, PLATFORM_BYTES_MAX)?;
         check_length("sdk", &hello.sdk, SDK_BYTES_MAX)?;
-        let attempt_ahead = hello.attempt > self.handshake_ms.saturating_add(ahead_ms);
-        let counted = hello.attempt != 0 && !attempt_ahead;
+        let is_ahead = hello.attempt > self.handshake_ms.saturating_add(ahead_ms);
+        let attempt_ahead = is_ahead.then_some(Attempt(hello.attempt));
+        let counted = hello.attempt != 0 && !is_ahead;
         let attempt = if counted { hello.attempt } else { self.handshake_ms };
         let position = hello.positions.iter().find(|position| position.mailbox.is_empty());
         Ok(Connecting {
@@ -88,6 +90,16 @@ impl Unidentified {
 }
 
 impl Connecting {
+    /// The same with the attempt that it names, after the handshake's moment was refused for `known`: one that
+    /// counts on from there is believed however far ahead it lies, or a clock of Redis's that went back
+    /// would shut the device out until it has caught up. `None`: it names another.
+    pub fn counted_on(mut self, known: Attempt) -> Option<Self> {
+        let named =
+            self.attempt_ahead.take().filter(|named| named.0.checked_sub(1) == Some(known.0))?;
+        self.identity.attempt = named;
+        Some(self)
+    }
+
     /// What to ask the mailbox.
     pub fn request(&self, session: SessionRef) -> ConnectRequest {
         ConnectRequest {

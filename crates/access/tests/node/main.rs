@@ -562,6 +562,27 @@ async fn hazard_37_an_attempt_far_ahead_shuts_nobody_out() -> Result<()> {
 }
 
 #[tokio::test]
+async fn hazard_37_a_device_counts_on_although_redis_s_clock_went_back() -> Result<()> {
+    let world = World::new().await?;
+    // What it connected with lies far ahead of the clock now: this node still believed it.
+    let before = world.node_with(|config| config.limits.attempt_ahead_ms = 3_600_000).await?;
+    let node = world.node().await?;
+    let known = world.inspect("alice").await?.now_ms + 1_800_000;
+    let mut old = hello_with(&before, known).await?.expect("a session");
+    for attempt in [known + 2, known + 1_000_000] {
+        let refused = hello_with(&node, attempt).await?.expect_err("not believed");
+        assert_eq!(refused, (4005, json!(known)));
+    }
+    let next = hello_with(&node, known + 1).await?.expect("a session");
+    assert_eq!(old.closed(PATIENCE).await?, 4502);
+    next.close().await?;
+    world.routes_become("alice", 0).await?;
+    assert_eq!(hello_with(&node, 5).await?.expect_err("fenced"), (4005, json!(known + 1)));
+    hello_with(&node, known + 2).await?.expect("a session");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()> {
     let world = World::new().await?;
     let node = world.node().await?;
