@@ -232,6 +232,8 @@ fn the_first_frame_is_a_hello_for_this_token() {
     assert_eq!(connecting.identity.attempt, Attempt(77));
 }
 
+const NOW_MS: u64 = 1_790_000_000_000;
+
 /// A Hello that counts its attempts.
 fn counted(attempt: u64, handshake_ms: u64) -> Connecting {
     let hello = v1::Hello { device: "phone".into(), attempt, ..Default::default() };
@@ -251,7 +253,6 @@ fn hazard_37_a_lower_attempt_is_told_the_known_one_and_may_come_back() {
 
 #[test]
 fn hazard_37_attempts_far_ahead_of_the_mailboxs_clock_are_not_believed() {
-    const NOW_MS: u64 = 1_790_000_000_000;
     let far = NOW_MS + AHEAD;
     for (attempt, taken, ahead) in [
         (5, 5, false),
