@@ -80,7 +80,7 @@ async fn works(tls: &Tls, config: &RedisConfig) {
     mailbox.nodes().await.unwrap();
     let _table = NodeTable::watch(&mailbox, NodeRole::Access, Duration::from_secs(60));
     let routes = TrackedRoutes::open(config).await.unwrap();
-    assert!(*routes.tracking().borrow(), "routes are tracked");
+    eventually("routes are tracked", async || *routes.tracking().borrow()).await;
     eventually("the subscriber is there", async || {
         let channels: Vec<String> = tls.redis.query(&["PUBSUB", "CHANNELS"]).await.unwrap();
         !channels.is_empty()
