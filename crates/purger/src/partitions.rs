@@ -725,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_created_again_starts_at_its_beginning_as_another_source() {
+    fn hazard_07_a_topic_created_again_starts_at_its_beginning_as_another_source() {
         let mut partitions = held();
         take(&mut partitions, 0..10, 0);
         let old = partitions.get(&partition()).unwrap().reading.clone();

@@ -159,7 +159,8 @@ async fn there_are_1_to_64_acceptors() -> Result<()> {
     for (acceptors, good) in [(0, false), (1, true), (64, true), (65, false)] {
         let mut config = config(&world.redis);
         config.acceptors = acceptors;
-        let wanted = if good { Ok(()) } else { Err("acceptors must be 1 to 64".to_owned()) };
+        let wanted = format!("acceptors: {acceptors} is out of range; write 1 to 64");
+        let wanted = if good { Ok(()) } else { Err(wanted) };
         assert_eq!(Access::check(&config), wanted, "{acceptors}");
     }
     Ok(())

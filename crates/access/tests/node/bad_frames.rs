@@ -281,7 +281,7 @@ async fn frames_that_are_odd_but_harmless_are_taken() -> Result<()> {
     let (entry, _) = world.accept("alice", "m2").await?;
     dispatcher.push(&world, "alice", entry).await?;
     assert_eq!(phone.take(1).await?, ["m2"]);
-    assert_eq!(&*world.inspect("alice").await?.routes[0].platform, "a b 1 2\n3");
+    assert_eq!(&*world.inspect("alice").await?.routes[0].platform, "a-b-1-2-3");
     // A close code that nobody may send is answered as RFC 6455 has it.
     let mut raw = Raw::open(node.addresses["ws"], Encoding::Json, &token_of("alice")).await?;
     raw.send(&frame(CLOSE, 999_u16.to_be_bytes())).await;

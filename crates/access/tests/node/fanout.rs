@@ -276,6 +276,7 @@ async fn a_node_whose_logs_are_full_takes_nothing_more() -> Result<()> {
     let node = world
         .node_with(|config| {
             config.limits.node_fanout_bytes_max = 150_000;
+            config.limits.fanout_bytes_max = 150_000;
             config.limits.fanout_seconds = 1;
         })
         .await?;
