@@ -208,7 +208,14 @@ fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
 }
 
 fn same_timer(mailbox: &mut Mailbox, held: &Held) -> Checked {
-    let earliest = held.devices.iter().map(|device| device.due).filter(|due| *due > 0).min();
+    let armed = || held.devices.iter().filter(|device| device.due > 0);
+    let mut earliest = armed().map(|device| device.due).min();
+    // A route that expired leaves its device armed. Accept sets the timer by those with a route.
+    let routed = armed().filter(|device| held.routes.contains_key(&device.name));
+    let of_routed = routed.map(|device| device.due).min();
+    if of_routed.is_some() && held.timer == of_routed {
+        earliest = of_routed;
+    }
     let expected = match mailbox.timer {
         Timer::None => None,
         Timer::At(time) => Some(time),
