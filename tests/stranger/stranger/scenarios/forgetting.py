@@ -8,7 +8,7 @@ from ..world import World
 from .registry import scenario
 
 
-@scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True), short=True)
+@scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True))
 async def flush_all(w: World):
     async with w.flow():
         await w.sleep(4)
