@@ -90,13 +90,12 @@ impl Unidentified {
 }
 
 impl Connecting {
-    /// The same with the attempt that it names, after the handshake's moment was refused for `known`: one that
-    /// counts on from there is believed however far ahead it lies, or a clock of Redis's that went back
-    /// would shut the device out until it has caught up. `None`: it names another.
+    /// The same as the attempt behind `known`, for which the handshake's moment was refused, where it names a higher one
+    /// that lies too far ahead: or a clock of Redis's that went back would shut the device out until it has
+    /// caught up. `None`: it names no higher one.
     pub fn counted_on(mut self, known: Attempt) -> Option<Self> {
-        let named =
-            self.attempt_ahead.take().filter(|named| named.0.checked_sub(1) == Some(known.0))?;
-        self.identity.attempt = named;
+        self.attempt_ahead.take().filter(|named| *named > known)?;
+        self.identity.attempt = Attempt(known.0 + 1);
         Some(self)
     }
 
