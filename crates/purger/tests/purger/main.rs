@@ -134,18 +134,8 @@ async fn redis_away_loses_nothing_and_is_told() {
 /// Hazard 22.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_master_that_is_away_stops_its_own_shards_only() {
-    let mut cluster = RedisCluster::start(3).await.unwrap();
     let mut world = World::new(false).await;
-    let mut urls = cluster.urls().into_iter().map(SecretUrl::new);
-    world.config.redis.cluster = true;
-    world.config.redis.url = urls.next().unwrap();
-    world.config.redis.urls = urls.collect();
-    world.mailbox = Mailbox::open(&world.config.redis, &Context::new().metrics).await.unwrap();
-    // A user of each master.
-    let lane = |user: &str| world.mailbox.lane_of(world.mailbox.shard_of(&key(user)));
-    let user_of =
-        |wanted: usize| (0..).map(|i| format!("u{i}")).find(|u| lane(u) == wanted).unwrap();
-    let users: Vec<String> = (0..3).map(user_of).collect();
+    let (mut cluster, users) = three_masters(&mut world).await;
     let purger = world.start().await;
     let send = async |from: usize, to: usize| {
         for i in from..to {

@@ -8,6 +8,13 @@ from ..world import World
 from .registry import scenario
 
 
+async def _one_each(w: World):
+    """A message to each user."""
+    for user in w.business.users:
+        w.business.produce("push", [user], {"text": "after"})
+    await w.business.flush()
+
+
 @scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True))
 async def flush_all(w: World):
     async with w.flow():
@@ -30,9 +37,7 @@ async def flush_quiet(w: World):
     with w.fault("flushall", "redis"):
         await w.redis.masters[0].call("FLUSHALL")
         await w.sleep(5)
-    for user in w.business.users:
-        w.business.produce("push", [user], {"text": "after"})
-    await w.business.flush()
+    await _one_each(w)
 
 
 @scenario(
@@ -50,9 +55,7 @@ async def flush_master(w: World):
     with w.fault("flushall", "master 2 of 3"):
         await w.redis.masters[1].call("FLUSHALL")
         await w.sleep(8)
-    for user in w.business.users:
-        w.business.produce("push", [user], {"text": "after"})
-    await w.business.flush()
+    await _one_each(w)
 
 
 @scenario(
@@ -125,9 +128,7 @@ async def flush_expired(w: World):
         await w.redis.masters[0].call("FLUSHALL")
         await w.sleep(1)
     away.come()
-    for user in w.business.users:
-        w.business.produce("push", [user], {"text": "after"})
-    await w.business.flush()
+    await _one_each(w)
 
 
 async def _go_back(w: World, between: Callable[[World], Awaitable[None]] | None = None, seconds: float = 4):
