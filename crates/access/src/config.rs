@@ -600,16 +600,7 @@ impl Config {
         self.limits.check(self.sync.page_bytes_max)?;
         self.check_between_tables()?;
         self.redis.check()?;
-        self.kafka.check()?;
-        // Routes expire as mailboxes do; a session whose route is gone is dark until it is confirmed.
-        let (ttl, confirm) = (self.redis.ttl_seconds, self.sync.confirm_interval_seconds);
-        if confirm > ttl / 4 {
-            return Err(format!(
-                "sync.confirm_interval_seconds ({confirm}) must be at most a quarter of \
-                 redis.ttl_seconds ({ttl})"
-            ));
-        }
-        Ok(())
+        self.kafka.check()
     }
 
     /// Numbers of one table that a number of another would overrule.
@@ -619,6 +610,14 @@ impl Config {
             return Err(format!(
                 "limits.user_connections_max must be at most redis.devices_max, {devices_max}: a \
                  mailbox refuses further devices"
+            ));
+        }
+        // Routes expire as mailboxes do; a session whose route is gone is dark until it is confirmed.
+        let (ttl, confirm) = (self.redis.ttl_seconds, self.sync.confirm_interval_seconds);
+        if confirm > ttl / 4 {
+            return Err(format!(
+                "sync.confirm_interval_seconds ({confirm}) must be at most a quarter of \
+                 redis.ttl_seconds ({ttl})"
             ));
         }
         match self.auth.jwks.iter().find(|set| set.refresh_min_seconds > set.refresh_seconds) {

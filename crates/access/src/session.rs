@@ -99,7 +99,7 @@ impl Close {
 /// Why a device may not connect now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// What to close with.
+    /// Close code and text.
     pub close: Close,
     /// The attempt that is known of this device, where its own is lower; else 0.
     pub attempt: Attempt,
