@@ -60,6 +60,11 @@ pub struct RedisConfig {
     pub mailbox_bytes_max: u64,
     /// How long it keeps them, seconds.
     pub ttl_seconds: u64,
+    /// For how long after Redis was found to have forgotten something of a shard a mailbox that has dropped
+    /// nothing yet keeps what is acknowledged, seconds, at most a day; 0: not at all. Other devices of its user
+    /// may be forgotten, too: all that are connected are known again when
+    /// `sync.confirm_interval_seconds` have passed, so longer than that.
+    pub keep_after_loss_seconds: u64,
     /// Devices that a mailbox knows; the one that is offline and unused for longest is forgotten.
     pub devices_max: u32,
     /// Messages of one Kafka partition for one shard in one accept call.
@@ -101,6 +106,7 @@ impl Default for RedisConfig {
             entries_max: 500,
             mailbox_bytes_max: 4 << 20,
             ttl_seconds: 7 * 24 * 3600,
+            keep_after_loss_seconds: 900,
             devices_max: 16,
             accept_batch_max: 512,
             retry_base_ms: 2_000,
@@ -128,6 +134,7 @@ impl Bounded for RedisConfig {
             whole("entries_max", 1..=100_000, ""),
             whole("mailbox_bytes_max", MAILBOX_BYTES, "bytes"),
             whole("ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
+            whole("keep_after_loss_seconds", 0..=DAY_SECONDS, "s"),
             whole("devices_max", 1..=DEVICES_MAX, ""),
             whole("accept_batch_max", 1..=10_000, ""),
             whole("retry_base_ms", 1..=HOUR_MS, "ms"),

@@ -11,7 +11,7 @@ from .trace import read
 RULES = {
     "lost": "committed, neither refused nor replaced, and a device of its audience never showed it",
     "stuck": "arrived only on a new connection long after the last fault, or its offset was never committed",
-    "repeated": "an application that remembers 300 ids was shown one twice",
+    "repeated": "an application that remembers 500 ids was shown one twice",
     "starved": "too little of what was produced in a fault's time arrived within it",
     "acked": "shown again after this device had acknowledged it",
     "reordered": "shown behind a message that was produced after it to the same partition",

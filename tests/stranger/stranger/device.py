@@ -56,7 +56,7 @@ class Device:
     plain    names neither, acknowledges each frame at once, and takes some time to handle it;
     mute     never acknowledges."""
 
-    def __init__(self, user: str, name: str, kind: str, urls, trace: Trace, rng: random.Random, remembers=300):
+    def __init__(self, user: str, name: str, kind: str, urls, trace: Trace, rng: random.Random, remembers=500):
         self.user, self.name, self.kind = user, name, kind
         self.key = f"{user}/{name}"
         self.urls, self.trace, self.rng = urls, trace, rng

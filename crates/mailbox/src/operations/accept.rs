@@ -180,7 +180,8 @@ impl<'a> ByUser<'a> {
 fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
     call.arg(config.entries_max).arg(config.mailbox_bytes_max).arg(ttl_ms(config));
     call.arg(config.retry_base_ms);
-    call.arg(config.retry_jitter).arg(epoch_candidate()).arg(groups);
+    call.arg(config.retry_jitter).arg(epoch_candidate());
+    call.arg(config.keep_after_loss_seconds * 1000).arg(groups);
 }
 
 fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {

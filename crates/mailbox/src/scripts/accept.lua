@@ -1,7 +1,8 @@
 -- accept: appends messages to mailboxes, in the order of the log. Not allowed when Redis is full.
 --
 -- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
--- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, groups; then
+-- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, keep ms (after
+--       a loss), groups; then
 --       a group: source; packed (GROUP), 1 if there is a prev else 0, plus 2 if an empty group raises
 --         the stored position to its last one; prev, its first and its last position, how many users
 --         and how many arguments it has; packed, how many messages are for each user (I4); packed,
@@ -10,9 +11,9 @@
 --         of each message: its body, and its collapse key, if there is one. A user's messages stand
 --         together, in the order of the log.
 --       A position: leader epoch, offset, index.
--- Reply now, then a group: {'G', position or false} a batch in between was never executed, nothing
---       was written; {'U'} a mailbox in it must not be touched by this version, nothing was written;
---       {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
+-- Reply now, then a group: {'G', position or false} a batch in between was never executed, or Redis has
+--       forgotten it: nothing was written but when that was seen; {'U'} a mailbox in it must not be
+--       touched by this version, nothing was written; {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
 --       user each (MAILBOX): epoch, seq and chain before the first that is accepted now, evicted
 --       entries; then the text of each 'F'}. The letters:
 --       'A' accepted; 'O' accepted, and the user is online
@@ -27,7 +28,7 @@
 -- An error after the append (timers, trim) must not undo it: those run in a pcall of their own.
 
 local ENTRIES_MAX, BYTES_MAX, TTL = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local BASE, JITTER, CANDIDATE = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local BASE, JITTER, CANDIDATE, KEEP = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
 local ID_BYTES, CHUNK_IDS, CHUNKS, FAILED_BYTES_MAX = 8, 8, 7, 2048
 local CHUNK_BYTES = ID_BYTES * CHUNK_IDS
 local VOIDED_COLLAPSED = '\128\1\4' -- Envelope.voided = SKIP_REASON_COLLAPSED
@@ -42,6 +43,10 @@ local find, sub, char, unpack = string.find, string.sub, string.char, unpack
 -- whether all of it lies behind that, and whether any of it has a collapse key.
 local positions, timers, source, metas, letters
 local l0, o0, i0, all_new, has_keys
+-- When something of this shard was found missing, ms: a field of the positions. And until when mailboxes that have
+-- dropped nothing yet keep all because of that; 0: they need not.
+local LOST = 'lost'
+local keep_until
 
 -- Whether one of these ids is at a multiple of eight.
 local function has_id(ids, hash)
@@ -283,6 +288,7 @@ local function accept(k, member, m, last, body, names, v)
     body = body + 1 + has_key
   end
   if n == first then return NOT_ACCEPTED end
+  if keep_until > 0 and h.b == 1 then keep_all(h, keep_until) end
   local kept = parts and append(queue, parts) or call('RPUSH', queue, header, entry) / 2
   h.n, h.nc, h.nt = n, chain, bytes
   local evicted = settle(h, queue, member, names, v, kept, n - first, ids, keyed)
@@ -300,7 +306,7 @@ local function accept_one(k, member, m, body, names, v)
   end
   local head, queue = KEYS[k], KEYS[k + 1]
   local plain, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, state)
-  if plain ~= VERSION or x - NOW < TTL or kl ~= 0 or n >= SEQ_MAX then
+  if plain ~= VERSION or x - NOW < TTL or kl ~= 0 or n >= SEQ_MAX or b == 1 and keep_until > 0 then
     return accept(k, member, m, m, body, names, v)
   end
   local ids, marks = v[2] or '', v[3]
@@ -411,11 +417,17 @@ end
 local function group(k, a)
   positions, timers, source = KEYS[k], KEYS[k + 1], ARGV[a]
   local has_prev, pl, po, pi, fl, fo, fi, ll, lo, li, users, arguments = parse(GROUP, ARGV[a + 1])
-  local stored = call('HGET', positions, source)
+  local known = call('HMGET', positions, source, LOST)
+  local stored = known[1]
   local l, o, i = match(stored or '-2 -1 0', '^(-?%d+) (-?%d+) (%d+)$')
   if not l then error('corrupt position') end
   l0, o0, i0 = tonumber(l), tonumber(o), tonumber(i)
-  if has_prev % 2 == 1 and after(pl, po, pi, l0, o0, i0) then return { 'G', stored } end
+  if has_prev % 2 == 1 and after(pl, po, pi, l0, o0, i0) then
+    call('HSET', positions, LOST, int(NOW))
+    return { 'G', stored }
+  end
+  keep_until = known[2] and tonumber(known[2]) + KEEP or 0
+  if keep_until <= NOW or keep_until - NOW > KEEP then keep_until = 0 end
   local counts = ARGV[a + 2]
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
@@ -463,8 +475,8 @@ local function group(k, a)
   return reply
 end
 
-local replies, k, a = { NOW_US }, 1, 8
-for g = 1, tonumber(ARGV[7]) do
+local replies, k, a = { NOW_US }, 1, 9
+for g = 1, tonumber(ARGV[8]) do
   local _, _, _, _, _, _, _, _, _, _, users, arguments = parse(GROUP, ARGV[a + 1])
   local ok, reply = pcall(group, k, a)
   if not ok then reply = { 'E', problem_text(reply) } end

@@ -20,19 +20,6 @@ local function may_begin(routes, name, session, due)
   return text and (due == 0 or string.sub(text, 1, #session) == session)
 end
 
--- The mailbox keeps what its slowest known device needs.
-local function trim_to_lowest(h, queue, d, others)
-  local lowest = d
-  for _, other in ipairs(others) do
-    if other.seq < lowest.seq then lowest = other end
-  end
-  if lowest.seq < h.b then return end
-  local header = lowest.seq < h.n and header_at(h, queue, lowest.seq)
-  local _, bytes = 0, h.nt
-  if header then _, bytes = header_place(header) end
-  trim(h, queue, lowest.seq, lowest.chain, bytes)
-end
-
 -- An ack of whatever kind; `v` is the head's state and the device.
 local function decide(k, a, v)
   local head, queue, routes = KEYS[k], KEYS[k + 1], KEYS[k + 2]
@@ -44,7 +31,8 @@ local function decide(k, a, v)
   local others = other_devices(h, d and name)
   open(h, queue, TTL)
   if d and d.generation > generation then return { 'S' } end
-  if not d then
+  local is_known = d
+  if not is_known then
     d = new_device(h, name, generation)
     if not add_device(h, routes, d, others, DEVICES_MAX) then return seq end
   end
@@ -53,7 +41,7 @@ local function decide(k, a, v)
   local reset = epoch ~= h.e or seq > h.n or (ours and ours ~= chain)
   local progress = false
   if reset then
-    reset_device(h, d, generation)
+    reset_device(h, d, generation, not is_known and epoch ~= h.e)
   else
     d.generation = claimed(d, generation)
     if ours and seq > d.seq then
@@ -68,7 +56,7 @@ local function decide(k, a, v)
     or reset and may_begin(routes, name, string.sub(ARGV[a + 2], session_at), due) then
     d.due, d.attempt, d.defers = NOW + spread(BASE, JITTER), 0, 0
   end
-  if progress then trim_to_lowest(h, queue, d, others) end
+  if progress or keeps_all(h) then trim_to_lowest(h, queue, d, others) end
   call('HSET', head, 's', head_state(h), field, device_state(d))
   if d.due ~= due then
     others[#others + 1] = d

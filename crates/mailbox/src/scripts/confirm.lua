@@ -13,13 +13,20 @@
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX = tonumber(ARGV[4])
 
--- The device as the session knows it, where the head has forgotten it.
+-- The device as the session knows it, where the head has forgotten it: at its place, also where what follows on that
+-- was trimmed, so that it is told; at the beginning, where it comes from another life of the mailbox.
 local function remember(h, queue, name, a)
   local d = new_device(h, name, tonumber(ARGV[a + 1]))
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
-  local ours = tonumber(ARGV[a]) == h.e and chain_at(h, queue, seq)
+  if tonumber(ARGV[a]) ~= h.e then
+    d.seq, d.chain = 0, 0
+    return d
+  end
+  local ours = chain_at(h, queue, seq)
   if ours and (not chain or chain == ours) then
     d.seq, d.chain = seq, ours
+  elseif seq < h.b then
+    d.seq, d.chain = math.min(seq, h.b - 1), seq == h.b - 1 and h.bc or chain or 0
   end
   return d
 end
@@ -53,6 +60,7 @@ local function confirm(k, a)
       d.due = math.min(d.due, NOW + spread(BASE, JITTER))
     end
     d.used, d.fence, d.defers = NOW, attempt, 0
+    if keeps_all(h) then trim_to_lowest(h, queue, d, others) end
     save(h, d)
     others[#others + 1] = d
   end

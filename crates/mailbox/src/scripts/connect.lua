@@ -17,10 +17,11 @@
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX, FENCE = tonumber(ARGV[4]), tonumber(ARGV[5])
 
--- Where a device new to this user starts: the furthest cursor of the others, else the oldest entry.
+-- Where a device new to this user starts: the furthest cursor of the others, else the oldest entry; there as well while
+-- the mailbox keeps all, for it may be one that was forgotten.
 local function start(h, queue, name, others)
   local seq = h.b - 1
-  for i, other in ipairs(others) do
+  for i, other in ipairs(keeps_all(h) and {} or others) do
     if i == 1 or other.seq > seq then seq = math.max(other.seq, h.b - 1) end
   end
   local d = new_device(h, name, 0)
@@ -34,7 +35,7 @@ local function resume(h, queue, d, known, a)
   local epoch, generation = tonumber(ARGV[a]), claimed(d, tonumber(ARGV[a + 1]))
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   if epoch ~= h.e or seq > h.n then
-    reset_device(h, d, generation)
+    reset_device(h, d, generation, not known and epoch ~= h.e)
     return d.seq, d.chain, true
   end
   if seq < h.b - 1 then
@@ -82,6 +83,7 @@ local function connect(k, a)
     seq, chain = d.seq, d.chain
   end
 
+  if keeps_all(h) then trim_to_lowest(h, queue, d, others) end
   d.used, d.fence, d.attempt, d.defers = NOW, attempt, 0, 0
   d.due = d.seq < h.n and NOW + spread(BASE, JITTER) or 0
   save(h, d)

@@ -17,6 +17,7 @@
 --      read: strings cost by the byte
 --   k:<key>  the newest seq of a collapse key
 --   n0 to n<dc - 1>  names of the known devices
+--   y  until when nothing is dropped for being acknowledged (KEEPS_ALL), ms
 --   d:<device>  a device, packed (DEVICE): the mark; its cursor seq, chain, generation;
 --      when it is re-sent to, ms (0: not); re-sends so far; when it was last seen, ms; its last
 --      connection attempt; how often in a row a re-send did not reach its node
@@ -45,6 +46,10 @@ local byte = string.byte
 -- low four may be ignored, but are kept, and the high four are critical. The short paths take only what
 -- has no flag (its mark is the version) and no tail.
 local VERSION, CRITICAL = 3, 16
+-- A plain flag of a state, as the mark has it: devices that Redis has forgotten may be on their way back.
+local KEEPS_ALL = 256
+-- No mailbox keeps all for longer, ms: what is written beyond that is another clock's.
+local KEEP_MAX = 86400000
 local STATE, STATE_BYTES = '<I2I7I6I4I6I4I6I6I6BI4I4', 56
 local DEVICE, DEVICE_BYTES = '<I2I6I4I4I6BI6I7B', 37
 local HEADER_BYTES, HEADER_KEPT_BYTES = 37, 41
@@ -299,16 +304,55 @@ local function trim(h, queue, seq, chain, bytes)
   sweep_keys(h)
 end
 
+-- The mailbox keeps all until then: the caller saves the head.
+local function keep_all(h, till)
+  if h.mark % (KEEPS_ALL * 2) < KEEPS_ALL then h.mark = h.mark + KEEPS_ALL end
+  call('HSET', h.key, 'y', int(till))
+end
+
+local function keeps_all(h)
+  return h.mark % (KEEPS_ALL * 2) >= KEEPS_ALL
+end
+
+-- Whether that is over, which ends it.
+local function may_trim(h)
+  if not keeps_all(h) then return true end
+  local till = tonumber(call('HGET', h.key, 'y') or 0)
+  if till > NOW and till - NOW <= KEEP_MAX then return false end
+  call('HDEL', h.key, 'y')
+  h.mark = h.mark - KEEPS_ALL
+  return true
+end
+
+-- The mailbox keeps what its slowest known device needs; the caller saves the head.
+local function trim_to_lowest(h, queue, d, others)
+  local lowest = d
+  for _, other in ipairs(others) do
+    if other.seq < lowest.seq then lowest = other end
+  end
+  if lowest.seq < h.b or not may_trim(h) then return end
+  local header = lowest.seq < h.n and header_at(h, queue, lowest.seq)
+  local _, bytes = 0, h.nt
+  if header then _, bytes = header_place(header) end
+  trim(h, queue, lowest.seq, lowest.chain, bytes)
+end
+
 -- A generation that a device names: what resets add to it must fit.
 local function claimed(d, generation)
   return math.min(generation, math.max(d.generation, CLAIMED_GENERATION_MAX))
 end
 
--- Puts a device's cursor before the oldest kept entry, with a new generation.
-local function reset_device(h, d, generation)
+-- Puts a device's cursor before the oldest kept entry, with a new generation. It stays before that where something was
+-- evicted in between, and one that comes from another life of the mailbox is put at the beginning: the node tells
+-- it what is gone.
+local function reset_device(h, d, generation, from_another_life)
   d.generation =
     math.min(math.max(d.generation, claimed(d, generation)) + 1, GENERATION_MAX)
-  d.seq, d.chain = h.b - 1, h.bc
+  if from_another_life then
+    d.seq, d.chain = 0, 0
+  elseif d.seq >= h.b then
+    d.seq, d.chain = h.b - 1, h.bc
+  end
 end
 
 -- Runs `step` for each item; an item's error is that item's alone. `unknown` is told of an item that a

@@ -1,6 +1,6 @@
 //! Two purgers, a connect beside an accept, and a Redis that forgets.
 
-use barid_core::{Position, Seq};
+use barid_core::{Generation, Position, Seq};
 use barid_mailbox::{
     AcceptGroup, AcceptOutcome, AckOutcome, ConfirmOutcome, GroupOutcome, LogPosition, UserKey,
 };
@@ -179,6 +179,148 @@ async fn hazard_14_what_a_replaced_session_still_sends_changes_nothing_of_the_ne
     let place = bed.position(&user, 0).await;
     let late = bed.confirm(confirmation(&user, "phone", 1, place)).await;
     assert_eq!(late, ConfirmOutcome::Superseded);
+}
+
+/// A Redis of one's own: what is lost there makes mailboxes of its shards keep all.
+async fn keeping(seconds: u64) -> Bed {
+    Bed::own(|config| {
+        config.shards = 1;
+        config.keep_after_loss_seconds = seconds;
+    })
+    .await
+}
+
+/// Two devices had three messages when Redis lost everything, and a purger took those and a fourth again.
+/// Returns where both stood.
+async fn lost_behind_two_devices(bed: &Bed, user: &UserKey) -> Position {
+    bed.connect(user, "phone", 1).await;
+    bed.connect(user, "tablet", 2).await;
+    bed.fill(user, 1..=3).await;
+    bed.ack(user, "phone", 1, 2).await;
+    bed.ack(user, "tablet", 2, 2).await;
+    let place = bed.position(user, 2).await;
+    forget(bed, user).await;
+    let next = vec![message(user, 4, "m4")];
+    assert_eq!(bed.accept_group(next, Some(at(3))).await, GroupOutcome::Gap(None));
+    bed.fill(user, 1..=4).await;
+    place
+}
+
+/// The phone's session is confirmed and has everything.
+async fn phone_has_all(bed: &Bed, user: &UserKey, place: Position) {
+    bed.confirm(confirmation(user, "phone", 1, place)).await;
+    let AckOutcome::Reset { cursor } = bed.ack_at(user, "phone", 1, place).await else { panic!() };
+    assert_eq!(cursor.seq, Seq(0));
+    let newest = Position { generation: cursor.generation, ..bed.position(user, 4).await };
+    let acked = bed.ack_at(user, "phone", 1, newest).await;
+    assert_eq!(acked, AckOutcome::Advanced { cursor: Seq(4) });
+}
+
+#[tokio::test]
+async fn hazard_62_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_others() {
+    let bed = keeping(600).await;
+    let user = bed.user("alice");
+    let place = lost_behind_two_devices(&bed, &user).await;
+    phone_has_all(&bed, &user, place).await;
+    assert_eq!(ids(&bed, &user).await, ["m1", "m2", "m3", "m4"]);
+    // The tablet is confirmed later, comes back, or names no position at all.
+    bed.confirm(confirmation(&user, "tablet", 2, place)).await;
+    let AckOutcome::Reset { cursor } = bed.ack_at(&user, "tablet", 2, place).await else {
+        panic!()
+    };
+    assert_eq!(cursor.seq, Seq(0));
+    assert_eq!(bed.resume(&user, "watch", 3, place).await.cursor.seq, Seq(0));
+    assert_eq!(bed.connect(&user, "browser", 4).await.cursor.seq, Seq(0));
+    assert_eq!(ids(&bed, &user).await.len(), 4);
+}
+
+#[tokio::test]
+async fn hazard_62_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
+    let bed = keeping(600).await;
+    let user = bed.user("alice");
+    let place = lost_behind_two_devices(&bed, &user).await;
+    phone_has_all(&bed, &user, place).await;
+    bed.grow_old(599_000).await;
+    bed.accept(&user, 5, "m5").await;
+    bed.ack_at(
+        &user,
+        "phone",
+        1,
+        Position { generation: Generation(1), ..bed.position(&user, 5).await },
+    )
+    .await;
+    assert_eq!(ids(&bed, &user).await.len(), 5);
+    // Whoever comes next drops it: an ack, a confirmation, a connect.
+    let over = async |then: &str| {
+        keep(&bed, &user).await;
+        bed.grow_old(2_000).await;
+        match then {
+            "ack" => {
+                bed.accept(&user, 6, "m6").await;
+                let newest = Position { generation: Generation(1), ..bed.position(&user, 6).await };
+                bed.ack_at(&user, "phone", 1, newest).await;
+            }
+            "confirm" => {
+                bed.confirm(confirmation(&user, "phone", 1, bed.position(&user, 5).await)).await;
+            }
+            _ => drop(bed.connect(&user, "phone", 7).await),
+        }
+        assert_eq!(ids(&bed, &user).await, Vec::<String>::new(), "{then}");
+        let fields: Vec<String> = bed.query(&["HKEYS", &bed.key("h", &user)]).await;
+        assert!(!fields.contains(&"y".to_owned()), "{then}: {fields:?}");
+        go_back(&bed, &user, at(5)).await;
+    };
+    over("confirm").await;
+    over("ack").await;
+    over("connect").await;
+    // A mailbox that is new by then is like any other.
+    bed.grow_old(2_000).await;
+    let bob = bed.user("bob");
+    bed.connect(&bob, "phone", 1).await;
+    bed.fill(&bob, 20..=21).await;
+    bed.ack(&bob, "phone", 1, 1).await;
+    assert_eq!(ids(&bed, &bob).await, ["m21"]);
+}
+
+#[tokio::test]
+async fn hazard_62_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
+    let bed = keeping(0).await;
+    let user = bed.user("alice");
+    let place = lost_behind_two_devices(&bed, &user).await;
+    phone_has_all(&bed, &user, place).await;
+    bed.accept(&user, 5, "m5").await;
+    // It comes back, or its session lived on and is confirmed, or acknowledges before that.
+    let back = bed.resume(&user, "tablet", 3, place).await;
+    assert_eq!((back.cursor.seq, back.newest), (Seq(0), Seq(5)));
+    bed.confirm(confirmation(&user, "watch", 4, place)).await;
+    for device in ["watch", "browser"] {
+        let AckOutcome::Reset { cursor } = bed.ack_at(&user, device, 4, place).await else {
+            panic!()
+        };
+        assert_eq!(cursor.seq, Seq(0), "{device}");
+    }
+    for device in ["tablet", "watch", "browser"] {
+        let page = bed.page_of(&user, device, 0).await;
+        assert_eq!(
+            (page.oldest, page.cursor.unwrap().seq),
+            (Seq(5), Seq(0)),
+            "{device}: nothing was acknowledged"
+        );
+    }
+}
+
+#[tokio::test]
+async fn hazard_62_a_session_whose_device_was_forgotten_is_told_what_was_trimmed_since() {
+    let bed = keeping(0).await;
+    let user = bed.user("alice");
+    bed.connect(&user, "phone", 1).await;
+    bed.fill(&user, 1..=3).await;
+    let first = bed.position(&user, 1).await;
+    // The tablet was connected, had the first, and Redis went back to before that.
+    bed.ack(&user, "phone", 1, 3).await;
+    bed.confirm(confirmation(&user, "tablet", 2, first)).await;
+    let page = bed.page_of(&user, "tablet", 1).await;
+    assert_eq!((page.oldest, page.cursor.unwrap().seq), (Seq(4), Seq(1)));
 }
 
 async fn ids(bed: &Bed, user: &UserKey) -> Vec<String> {

@@ -59,7 +59,7 @@ impl Bed {
 
 async fn hazard_36_what_a_newer_version_adds_is_kept_by_every_script(bed: Bed) {
     // A longer tail, a flag that may be ignored, and both; of the state, of a device, and of both.
-    let additions = [(0, "more"), (5, ""), (15, "even more")];
+    let additions = [(0, "more"), (6, ""), (14, "even more")];
     for (n, (flags, tail)) in additions.into_iter().enumerate() {
         for (m, fields) in [&RECORDS[..1], &RECORDS[1..], &RECORDS[..]].into_iter().enumerate() {
             let user = bed.timed_user(&format!("alice-{n}-{m}"));

@@ -65,6 +65,8 @@ pub fn config(url: &str) -> RedisConfig {
         retry_max_ms: 60_000,
         retry_jitter: 0.0,
         ack_linger_ms: 0,
+        // Tests share shards, and some of them lose something there.
+        keep_after_loss_seconds: 0,
         ..Default::default()
     }
 }
@@ -268,13 +270,22 @@ impl Bed {
     }
 
     pub async fn page(&self, user: &UserKey, after: u64) -> Page {
+        self.read(user, None, after).await
+    }
+
+    /// With where the mailbox thinks that the device stands, if something behind `after` is gone.
+    pub async fn page_of(&self, user: &UserKey, device: &str, after: u64) -> Page {
+        self.read(user, Some(DeviceId::new(device).unwrap()), after).await
+    }
+
+    async fn read(&self, user: &UserKey, device: Option<DeviceId>, after: u64) -> Page {
         let bounds = (1_000, 1 << 20);
         let request = ReadRequest {
             user: user.clone(),
             after: Seq(after),
             entries_max: bounds.0,
             bytes_max: bounds.1,
-            device: None,
+            device,
         };
         self.mailbox.read(request).await.expect("read comes through")
     }
@@ -351,6 +362,9 @@ impl Bed {
                 local x, ct = struct.unpack('<I6I6', s, 30)
                 redis.call('HSET', k, 's', string.sub(s, 1, 29)
                   .. struct.pack('<I6I6', x - ms, ct - ms) .. string.sub(s, 42))
+                if redis.call('HEXISTS', k, 'y') == 1 then redis.call('HINCRBY', k, 'y', -ms) end
+              elseif string.find(k, ':o', 1, true) then
+                if redis.call('HEXISTS', k, 'lost') == 1 then redis.call('HINCRBY', k, 'lost', -ms) end
               elseif string.find(k, ':t', 1, true) then
                 local members = redis.call('ZRANGE', k, 0, -1)
                 for _, member in ipairs(members) do redis.call('ZINCRBY', k, -ms, member) end

@@ -30,6 +30,10 @@ const RING: usize = 56;
 /// The mailboxes and how far two partitions were executed. A clone of it is what a replica has.
 #[derive(Debug, Clone, Default)]
 pub struct Shard {
+    /// Whether mailboxes keep all once something was found missing; then for longer than a run.
+    pub keeps: bool,
+    /// Something was found missing.
+    pub lost: bool,
     pub positions: [Option<i64>; 2],
     pub boxes: [Mailbox; USERS],
 }
@@ -41,6 +45,8 @@ pub struct Mailbox {
     pub entries: Vec<Entry>,
     /// The oldest that is kept.
     pub oldest: u64,
+    /// Nothing leaves it for being acknowledged.
+    pub keeps_all: bool,
     /// When it was last renewed, in units.
     renewed: u64,
     ring: VecDeque<String>,
@@ -124,6 +130,7 @@ impl Default for Mailbox {
             life: Life::None,
             entries: Vec::new(),
             oldest: 1,
+            keeps_all: false,
             renewed: 0,
             ring: VecDeque::new(),
             keys: BTreeMap::new(),
@@ -146,14 +153,16 @@ impl Shard {
         now: u64,
     ) -> Result<Vec<Expected>, Option<i64>> {
         if prev > self.positions[source] {
+            self.lost = true;
             return Err(self.positions[source]);
         }
+        let keep = self.lost && self.keeps;
         let accept = |(offset, record): &(i64, Record)| {
             if Some(*offset) <= self.positions[source] {
                 return Expected::Before;
             }
             self.positions[source] = Some(*offset);
-            self.boxes[record.user].accept(record, now)
+            self.boxes[record.user].accept(record, now, keep)
         };
         let expected: Vec<_> = messages.iter().map(accept).collect();
         // A user's messages of a call are one change: who is behind then is armed once.
@@ -167,11 +176,12 @@ impl Shard {
 }
 
 impl Mailbox {
-    fn accept(&mut self, record: &Record, now: u64) -> Expected {
+    fn accept(&mut self, record: &Record, now: u64, keep: bool) -> Expected {
         self.open(now);
         if self.ring.contains(&record.id) {
             return Expected::Duplicate;
         }
+        self.keeps_all |= keep && self.oldest == 1;
         let id = record.id.clone();
         let chain = self.chain().next(&id);
         self.entries.push(Entry { id: id.clone(), chain, voided: false, at: now });
@@ -259,7 +269,7 @@ impl Mailbox {
     }
 
     /// The same, as far as it is kept.
-    fn kept_chain_at(&self, seq: u64) -> Option<Chain> {
+    pub fn kept_chain_at(&self, seq: u64) -> Option<Chain> {
         self.chain_at(seq).filter(|_| seq + 1 >= self.oldest)
     }
 

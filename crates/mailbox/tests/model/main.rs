@@ -224,7 +224,7 @@ fn search(worker: usize, began: Instant, cases: &AtomicUsize, broken: &AtomicUsi
     let seconds = Duration::from_secs(setting("BARID_MODEL_SECONDS", 30));
     let steps = setting("BARID_MODEL_STEPS", 60) as usize;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let store = std::cell::RefCell::new(runtime.block_on(Store::start()));
+    let store = std::cell::RefCell::new(runtime.block_on(Store::start(worker % 2 == 0)));
     let config = Config {
         cases: 1,
         max_shrink_iters: 20_000,
@@ -276,7 +276,7 @@ async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
         Step::Send { source: 0, user: 0 },
         Step::Send { source: 0, user: 0 },
     ];
-    let mut store = Store::start().await;
+    let mut store = Store::start(false).await;
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
 
@@ -300,6 +300,6 @@ async fn a_device_that_a_session_without_a_route_resets_is_sent_to_again() {
         Step::AckLate { nth: 1 },
         Step::Serve { user: 0 },
     ];
-    let mut store = Store::start().await;
+    let mut store = Store::start(false).await;
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }

@@ -16,6 +16,7 @@ use crate::world::{USERS, user_key};
 
 const TIMEOUT_MS: u64 = 30_000;
 const TTL_SECONDS: u64 = 7 * 24 * 3600;
+const KEEP_SECONDS: u64 = 24 * 3600;
 
 pub struct Store {
     pub mailbox: Mailbox,
@@ -29,6 +30,8 @@ pub struct Store {
 pub struct Held {
     /// Epoch, oldest, the chain before it, newest, its chain, when it expires, …: as the head's state.
     pub state: Option<Vec<u64>>,
+    /// Nothing leaves it for being acknowledged.
+    pub keeps_all: bool,
     /// In the order of their names.
     pub devices: Vec<HeldDevice>,
     /// Collapse key and seq.
@@ -64,7 +67,8 @@ type Fields = Vec<(Vec<u8>, Vec<u8>)>;
 type Raw = (Fields, Vec<Vec<u8>>, Fields, Option<String>, i64, i64, i64);
 
 impl Store {
-    pub async fn start() -> Self {
+    /// `keeps`: mailboxes keep all behind a loss, for longer than a run takes.
+    pub async fn start(keeps: bool) -> Self {
         let redis = Redis::start().await.expect("redis-server starts");
         let config = RedisConfig {
             url: SecretUrl::new(redis.url()),
@@ -72,6 +76,7 @@ impl Store {
             entries_max: u32::try_from(ENTRIES_MAX).expect("few"),
             devices_max: u32::try_from(DEVICES_MAX).expect("few"),
             ttl_seconds: TTL_SECONDS,
+            keep_after_loss_seconds: if keeps { KEEP_SECONDS } else { 0 },
             // Nothing is due before `make_due` says so.
             retry_base_ms: RETRY_BASE,
             retry_max_ms: RETRY_MAX,
@@ -91,6 +96,10 @@ impl Store {
         let connection = client.get_multiplexed_async_connection_with_config(&options).await;
         let connection = connection.expect("redis-server answers");
         Self { mailbox, connection, config, _redis: redis }
+    }
+
+    pub fn keeps(&self) -> bool {
+        self.config.keep_after_loss_seconds > 0
     }
 
     async fn eval<T: redis::FromRedisValue>(&mut self, script: &str, arguments: &[&str]) -> T {
@@ -207,6 +216,8 @@ fn held((head, queue, routes, timer, head_at, queue_at, routes_at): Raw, now: u6
         Some((text(field.strip_prefix(b"k:")?), text(seq).parse().expect("a seq")))
     };
     let state = field(b"s").map(|state| numbers(state, &STATE));
+    let keeps_all = field(b"s").is_some_and(|state| state[1] == 1);
+    assert_eq!(keeps_all, field(b"y").is_some(), "until when it keeps all, and the flag");
     let known = state.as_ref().map_or(0, |state| state[8]);
     let name = |slot: u64| field(format!("n{slot}").as_bytes()).map(|name| text(name));
     let device = |name: String| {
@@ -222,6 +233,7 @@ fn held((head, queue, routes, timer, head_at, queue_at, routes_at): Raw, now: u6
     let time = |at: i64| u64::try_from(at).ok();
     Held {
         state,
+        keeps_all,
         devices: (0..known).filter_map(name).filter_map(device).collect(),
         keys: head.iter().filter_map(key).collect(),
         bytes: queue.chunks_exact(2).map(|parts| number(&parts[0][37..41])).collect(),
@@ -243,7 +255,7 @@ const DEVICE: [usize; 8] = [6, 4, 4, 6, 1, 6, 7, 1];
 
 /// What the scripts pack: the version, no flags, and whole numbers.
 fn numbers(state: &[u8], sizes: &[usize]) -> Vec<u64> {
-    let mut rest = state.strip_prefix(&[3, 0]).expect("layout 3");
+    let mut rest = state.strip_prefix(&[3]).and_then(|rest| rest.get(1..)).expect("layout 3");
     let mut numbers = Vec::new();
     for size in sizes {
         let (bytes, left) = rest.split_at(*size);

@@ -77,10 +77,11 @@ impl<'a> World<'a> {
     pub async fn new(store: &'a mut Store) -> Self {
         store.empty().await;
         let held = store.look().await;
+        let empty = mailboxes::Shard { keeps: store.keeps(), ..Default::default() };
         Self {
             store,
-            now: mailboxes::Shard::default(),
-            replica: mailboxes::Shard::default(),
+            now: empty.clone(),
+            replica: empty,
             log: Default::default(),
             pushes: Default::default(),
             sessions: Vec::new(),

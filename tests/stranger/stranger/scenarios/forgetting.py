@@ -15,7 +15,7 @@ async def _one_each(w: World):
     await w.business.flush()
 
 
-@scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True))
+@scenario("flush-all", "FLUSHALL while messages flow", Expected(forgets=True), short=True)
 async def flush_all(w: World):
     async with w.flow():
         await w.sleep(4)
@@ -71,7 +71,7 @@ async def flush_master_flow(w: World):
 
 @scenario(
     "flush-long",
-    "FLUSHALL behind 500 messages a user, more than a device remembers",
+    "FLUSHALL behind 500 messages a user, as many as a device remembers",
     Expected(forgets=True, shown=2000),
     users=6,
     patience=60,

@@ -56,7 +56,8 @@ pub enum Connected {
     /// Where it reads from, and the number of the session that it replaced.
     At {
         seq: u64,
-        chain: Chain,
+        /// `None`: what is behind it is gone, and its chain says nothing.
+        chain: Option<Chain>,
         generation: u32,
         reset: bool,
         replaced: Option<u64>,
@@ -67,7 +68,7 @@ pub enum Connected {
 pub enum Acked {
     Stale,
     Advanced(u64),
-    Reset { generation: u32, seq: u64, chain: Chain },
+    Reset { generation: u32, seq: u64, chain: Option<Chain> },
 }
 
 impl Mailbox {
@@ -102,20 +103,22 @@ impl Mailbox {
             return Connected::Superseded;
         }
         let mut device = known.clone().unwrap_or_else(|| {
-            let furthest = self.devices.iter().map(|other| other.seq).max().unwrap_or(0);
+            // It may be one that was forgotten.
+            let others = self.devices.iter().filter(|_| !self.keeps_all);
+            let furthest = others.map(|other| other.seq).max().unwrap_or(0);
             Device { seq: furthest.max(self.oldest - 1), ..self.unknown(name, 0) }
         });
         if known.is_none() && !self.make_room() {
             return Connected::TooMany;
         }
-        let (read_from, chain, reset) = match hello.at {
+        let (read_from, reset) = match hello.at {
             Some(at) => self.resume(&mut device, known.is_some(), at),
-            None => (device.seq, None, false),
+            None => (device.seq, false),
         };
         device.due = if device.seq < self.newest() { Due::In(RETRY_BASE) } else { Due::Never };
         (device.attempt, device.used, device.fence) = (0, None, hello.route.attempt);
         device.defers = 0;
-        let chain = chain.or(self.chain_at(read_from)).expect("a place in the history");
+        let chain = self.kept_chain_at(read_from);
         let generation = device.generation;
         self.save(device);
         self.route(name, hello.route, now);
@@ -128,28 +131,28 @@ impl Mailbox {
     }
 
     /// Moves the device to where it says it stands, if that is in this history. Returns where it reads
-    /// from, the chain there if it is another than ours, and whether it has to start over.
-    fn resume(&self, device: &mut Device, known: bool, at: Place) -> (u64, Option<Chain>, bool) {
+    /// from, and whether it has to start over.
+    fn resume(&self, device: &mut Device, known: bool, at: Place) -> (u64, bool) {
         let forked = match (self.kept_chain_at(at.seq), at.chain) {
             (Some(ours), Some(theirs)) => ours != theirs,
             _ => false,
         };
-        if self.life != Life::Known(barid_core::Epoch(at.epoch)) || at.seq > self.newest() || forked
-        {
-            self.reset(device, at.generation);
-            return (device.seq, None, true);
+        let another = self.is_another(at.epoch);
+        if another || at.seq > self.newest() || forked {
+            self.reset(device, at.generation, another && !known);
+            return (device.seq, true);
         }
         if at.seq + 1 < self.oldest {
             device.seq = self.oldest - 1;
             device.generation = device.generation.max(at.generation);
-            return (at.seq, Some(at.chain.unwrap_or(Chain::START)), false);
+            return (at.seq, false);
         }
         if at.chain.is_none() && known && at.generation < device.generation {
-            return (device.seq, None, true); // it has not heard of its reset
+            return (device.seq, true); // it has not heard of its reset
         }
         device.seq = at.seq;
         device.generation = device.generation.max(at.generation);
-        (at.seq, None, false)
+        (at.seq, false)
     }
 
     /// `None`: superseded. Else whether the route had been forgotten.
@@ -188,16 +191,24 @@ impl Mailbox {
 
     /// A device that was forgotten, as its session knows it, if that is in this history.
     fn remember(&self, name: &'static str, at: Place) -> Device {
-        let device = self.unknown(name, at.generation);
-        let ours = self.kept_chain_at(at.seq);
-        let here = self.life == Life::Known(barid_core::Epoch(at.epoch))
-            && ours.is_some_and(|ours| at.chain.is_none_or(|theirs| theirs == ours));
-        if here { Device { seq: at.seq, ..device } } else { device }
+        let before = self.oldest - 1;
+        let seq = match self.kept_chain_at(at.seq) {
+            _ if self.is_another(at.epoch) => 0,
+            Some(ours) if at.chain.is_none_or(|theirs| theirs == ours) => at.seq,
+            _ => at.seq.min(before), // also where what is behind its place is gone
+        };
+        Device { seq, ..self.unknown(name, at.generation) }
+    }
+
+    /// Whether a position is of another life of the mailbox.
+    fn is_another(&self, epoch: u64) -> bool {
+        self.life != Life::Known(barid_core::Epoch(epoch))
     }
 
     pub fn ack(&mut self, name: &'static str, route: (u64, u64), at: Place, now: u64) -> Acked {
         self.open(now);
         let known = self.device(name).cloned();
+        let from_another = known.is_none() && self.is_another(at.epoch);
         if known.as_ref().is_some_and(|device| device.generation > at.generation) {
             return Acked::Stale;
         }
@@ -207,11 +218,10 @@ impl Mailbox {
         let mut device = known.unwrap_or_else(|| self.unknown(name, at.generation));
         let ours = self.kept_chain_at(at.seq);
         let forked = ours.is_some() && ours != at.chain;
-        let epoch = Life::Known(barid_core::Epoch(at.epoch));
-        let reset = self.life != epoch || at.seq > self.newest() || forked;
+        let reset = self.is_another(at.epoch) || at.seq > self.newest() || forked;
         let progress = !reset && ours.is_some() && at.seq > device.seq;
         if reset {
-            self.reset(&mut device, at.generation);
+            self.reset(&mut device, at.generation, from_another);
         } else {
             device.generation = at.generation;
         }
@@ -235,12 +245,12 @@ impl Mailbox {
         let cursor = device.seq;
         let generation = device.generation;
         self.save(device);
-        if progress {
+        if progress && !self.keeps_all {
             let lowest = self.devices.iter().map(|device| device.seq).min().unwrap_or(0);
             self.leave(self.oldest.max(lowest + 1));
         }
         if reset {
-            let chain = self.chain_at(cursor).expect("a place in the history");
+            let chain = self.kept_chain_at(cursor);
             return Acked::Reset { generation, seq: cursor, chain };
         }
         Acked::Advanced(cursor)
@@ -340,10 +350,11 @@ impl Mailbox {
         }
     }
 
-    /// To before the oldest that is kept; what was sent before is void.
-    fn reset(&self, device: &mut Device, generation: u32) {
+    /// To before the oldest that is kept, or further where it has not been told that something is gone; what was
+    /// sent before is void.
+    fn reset(&self, device: &mut Device, generation: u32, from_another_life: bool) {
         device.generation = device.generation.max(generation) + 1;
-        device.seq = self.oldest - 1;
+        device.seq = if from_another_life { 0 } else { device.seq.min(self.oldest - 1) };
     }
 
     /// Forgets those who were away for longest, until one more may be known; `false`: all are here.

@@ -101,9 +101,10 @@ impl World<'_> {
             ConnectOutcome::Connected { cursor, newest, replaced, reset, .. } => {
                 self.is_of(user, cursor)?;
                 check!(newest.0 == self.now.boxes[user].newest(), "another newest: {outcome:?}");
+                check!(cursor.chain.is_some(), "a cursor without a chain: {outcome:?}");
                 Connected::At {
                     seq: cursor.seq.0,
-                    chain: cursor.chain.ok_or("a cursor without a chain")?,
+                    chain: self.kept_chain(user, cursor),
                     generation: cursor.generation.0,
                     reset: *reset,
                     replaced: replaced.as_ref().map(|session| session.connection.0),
@@ -168,7 +169,8 @@ impl World<'_> {
             AckOutcome::Advanced { cursor } => Acked::Advanced(cursor.0),
             AckOutcome::Reset { cursor } => {
                 self.is_of(user, &cursor)?;
-                let chain = cursor.chain.ok_or("a cursor without a chain")?;
+                check!(cursor.chain.is_some(), "a cursor without a chain: {outcome:?}");
+                let chain = self.kept_chain(user, &cursor);
                 Acked::Reset { generation: cursor.generation.0, seq: cursor.seq.0, chain }
             }
         };
@@ -255,6 +257,11 @@ impl World<'_> {
         let retry = self.store.config.retry().map_err(|error| error.to_string())?;
         self.store.mailbox.defer(&[request], waits, &retry).await.map_err(text)?;
         self.look().await
+    }
+
+    /// A cursor's chain, where the mailbox still knows it.
+    fn kept_chain(&self, user: usize, cursor: &Position) -> Option<barid_core::Chain> {
+        cursor.chain.filter(|_| cursor.seq.0 + 1 >= self.now.boxes[user].oldest)
     }
 
     fn is_of(&self, user: usize, cursor: &Position) -> Checked {

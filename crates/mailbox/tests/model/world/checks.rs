@@ -119,6 +119,7 @@ fn same_head(mailbox: &mut Mailbox, held: &Held) -> Checked {
     let chain = |seq| mailbox.chain_at(seq).map(|chain| u64::from(chain.0));
     check!(newest == mailbox.newest(), "another newest: {mailbox:?} {held:?}");
     check!(oldest == mailbox.oldest, "another oldest: {mailbox:?} {held:?}");
+    check!(held.keeps_all == mailbox.keeps_all, "keeps all, or not: {mailbox:?} {held:?}");
     let chains = [chain(oldest - 1), chain(newest)];
     check!(chains == [Some(before), Some(last)], "other chains: {mailbox:?} {held:?}");
     check!(known as usize == held.devices.len(), "not so many devices: {held:?}");
@@ -180,9 +181,9 @@ fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
     check!(ours == names(held), "other devices: {held:?}, not {ours:?}");
     for index in 0..mailbox.devices.len() {
         let (device, seen) = (&mailbox.devices[index], &held.devices[index]);
-        let chain = mailbox.chain_at(device.seq).map(|chain| u64::from(chain.0));
+        let chain = mailbox.kept_chain_at(device.seq).map(|chain| u64::from(chain.0));
         let same = seen.seq == device.seq
-            && Some(seen.chain) == chain
+            && chain.is_none_or(|chain| chain == seen.chain)
             && seen.generation == u64::from(device.generation)
             && seen.attempt == u64::from(device.attempt)
             && seen.fence == device.fence
