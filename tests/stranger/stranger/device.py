@@ -62,6 +62,8 @@ class Device:
         self.urls, self.trace, self.rng = urls, trace, rng
         self.remembers = remembers
         self.memory: collections.OrderedDict[str, None] = collections.OrderedDict()
+        # What it remembered when positions started anew.
+        self.aside: set[str] = set()
         self.seen: set[str] = set()
         self.registered = False
         self.connected = False
@@ -265,6 +267,9 @@ class Device:
 
     def _welcome(self, frame):
         own = next((p for p in frame.get("positions", []) if not p.get("mailbox")), {})
+        before = self.position or {}
+        if (own.get("epoch", 0), own.get("generation", 0)) != (before.get("epoch"), before.get("generation")):
+            self.aside = set(self.memory)
         self.session = frame.get("session", "")
         self.last, self.epoch = own.get("seq", 0), own.get("epoch", 0)
         self.generation, self.chain = own.get("generation", 0), own.get("chain", 0)
@@ -320,7 +325,7 @@ class Device:
                 continue
             self.last = seq
             self.chain = chain_after(self.chain, name)
-            if name not in self.memory:
+            if name not in self.memory and name not in self.aside:
                 self.trace.write("show", **about, h=sign)
                 self.seen.add(name)
             self.memory[name] = None

@@ -71,14 +71,14 @@ async def flush_master_flow(w: World):
 
 @scenario(
     "flush-long",
-    "FLUSHALL behind 500 messages a user, as many as a device remembers",
+    "FLUSHALL behind 400 messages a user, not more than a device remembers",
     Expected(forgets=True, shown=2000),
     users=6,
     patience=60,
 )
 async def flush_long(w: World):
-    with w.fault("load", "3000 messages"):
-        for n in range(3000):
+    with w.fault("load", "2400 messages"):
+        for n in range(2400):
             w.business.produce_any(plain=True)
             w.business.producer.poll(0)
             if n % 10 == 9:
