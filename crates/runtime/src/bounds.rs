@@ -1,6 +1,6 @@
-//! The bounds of every number of configuration. A number's key, range and unit stand in one place, beside the
-//! struct that holds it; they are checked where the file is read, by `--check-config`, and again before a role
-//! starts. docs/configuration.md is written from the same tables.
+//! The bounds of every number of configuration. A number's key, range and unit are declared once, beside the
+//! struct that holds it. They are checked when the file is read, by `--check-config`, and again before a role
+//! starts. docs/configuration.md lists the same tables.
 
 mod arguments;
 mod walk;
@@ -21,13 +21,13 @@ pub const DAY_SECONDS: u64 = 86_400;
 /// The most that a size in memory may be: a tebibyte.
 pub const TEBIBYTE: u64 = 1 << 40;
 
-/// What one number of configuration may be.
+/// The allowed values of one number of configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bound {
     /// The dotted key; within a list of tables without an index.
     pub key: String,
     range: Range,
-    /// As it is written behind the number: `ms`, `bytes`, `a second`; empty: a count.
+    /// The unit after the number: `ms`, `bytes`, `a second`; empty for a count.
     pub unit: &'static str,
     /// What 0 means, where it is allowed beside the range.
     zero: Option<&'static str>,
@@ -55,7 +55,7 @@ pub fn within<T: Bounded>(key: &str) -> Vec<Bound> {
     T::bounds().into_iter().map(below).collect()
 }
 
-/// A table of configuration that says what its numbers may be.
+/// A table of configuration that declares the bounds of its numbers.
 pub trait Bounded {
     /// One bound for each number in it and in the tables below it.
     fn bounds() -> Vec<Bound>;
@@ -67,7 +67,7 @@ impl Bound {
         Self { zero: Some(meaning), ..self }
     }
 
-    /// The allowed range with its unit, for people.
+    /// The allowed range and its unit, as errors show it.
     pub fn allowed(&self) -> String {
         let (unit, zero) = (self.unit, self.zero.map(|meaning| format!(", or 0 ({meaning})")));
         let space = if unit.is_empty() { "" } else { " " };
@@ -83,7 +83,7 @@ impl Bound {
     }
 
     /// # Errors
-    /// What is wrong with the value, and what to write instead; without the key.
+    /// The value and the allowed range, without the key.
     fn check(&self, value: &Value) -> Result<(), String> {
         let allowed = || self.allowed();
         let Value::Number(number) = value else {
@@ -92,7 +92,7 @@ impl Bound {
                 Value::String(text) if digits(text) => {
                     format!("{text} is out of range; write {}", allowed())
                 }
-                // NaN and infinity, which JSON does not have.
+                // serde_json turns NaN and infinity into null.
                 Value::Null => format!("not a finite number; write {}", allowed()),
                 _ => format!("not a number; write {}", allowed()),
             });
@@ -134,7 +134,7 @@ pub struct OutOfBounds {
 /// Checks every number of a configuration.
 ///
 /// # Errors
-/// The first one that is out of its bounds: key, value, allowed range.
+/// The first number that is out of its bounds: key, value, allowed range.
 pub fn check<C: Bounded + Serialize>(config: &C) -> Result<(), String> {
     check_under("", config)
 }
@@ -148,7 +148,7 @@ pub fn check_under<C: Bounded + Serialize>(prefix: &str, config: &C) -> Result<(
     check_value(&C::bounds(), &value).map_err(|error| format!("{prefix}{error}"))
 }
 
-/// The same for a file that was read and not yet made a configuration of; keys that are absent pass.
+/// The same for a file that is parsed and not yet deserialized. Absent keys pass.
 pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Result<(), OutOfBounds> {
     bounds.iter().try_for_each(|bound| {
         let path: Vec<&str> = bound.key.split('.').collect();
@@ -157,7 +157,7 @@ pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Result<(), OutOfBo
     })
 }
 
-/// What stands at a path: several values where lists are on the way, or at its end.
+/// The values at a path: several if the path crosses a list, or ends at one.
 fn values<'a>(value: &'a Value, path: &[&str]) -> Vec<&'a Value> {
     match (value, path) {
         (Value::Array(items), _) => items.iter().flat_map(|item| values(item, path)).collect(),

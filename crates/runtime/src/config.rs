@@ -1,5 +1,5 @@
 //! Configuration: a TOML file, overridden by environment variables, checked before anything starts.
-//! A key that nobody knows refuses to start and is named.
+//! An unknown key is a start-up error that names the key.
 
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use toml::{Table, Value};
 
 use crate::bounds::{self, Bound, Bounded, DAY_SECONDS, whole};
 
-/// What every role's configuration has.
+/// The settings that all roles share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Common {
     /// Metrics and health.
@@ -108,7 +108,7 @@ pub struct LogConfig {
     pub buffer_bytes_max: usize,
 }
 
-/// What [`LogConfig::buffer_bytes_max`] is by default, and what it may be.
+/// Default and range of [`LogConfig::buffer_bytes_max`].
 pub(crate) const LOG_BUFFER_BYTES: usize = 1 << 20;
 const LOG_BUFFER_BYTES_RANGE: RangeInclusive<u64> = 16 << 10..=256 << 20;
 
@@ -162,7 +162,7 @@ pub enum ConfigError {
         /// The environment variable that it came from, if one.
         origin: String,
     },
-    /// An environment variable is not text.
+    /// An environment variable is not UTF-8.
     #[error("{0}: its value is not UTF-8")]
     NotText(String),
     /// An environment variable's path crosses a value.
@@ -175,8 +175,8 @@ pub enum ConfigError {
     },
 }
 
-/// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`. What Kubernetes
-/// sets for a Service whose name begins like the role's is passed over.
+/// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`. Variables
+/// that Kubernetes sets for a Service named like the role are ignored.
 ///
 /// # Errors
 /// [`ConfigError`]; the first problem found.
@@ -189,7 +189,7 @@ pub fn load<C: DeserializeOwned + Serialize + Default + Bounded>(
     let defaults = Table::try_from(C::default()).unwrap_or_default();
     let mut origins = Vec::new();
     for (variable, value) in variables {
-        // Names of others need not be text.
+        // Variables of other programs need not be UTF-8.
         let Some(name) = variable.to_str().and_then(|name| name.strip_prefix(prefix)) else {
             continue;
         };
@@ -234,8 +234,8 @@ fn read(path: &Path) -> Result<Table, ConfigError> {
     text.parse().map_err(|error| ConfigError::Toml { path: path.into(), error: Box::new(error) })
 }
 
-/// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value is
-/// what it writes there. A key of ours that is mistyped has another value.
+/// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value the
+/// form that Kubernetes writes there. A mistyped key of Barid's has another value, and stays an error.
 fn is_of_a_service(name: &str, value: &str) -> bool {
     let is_port = |text: &str| text.parse::<u16>().is_ok_and(|port| port != 0);
     let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
@@ -288,7 +288,7 @@ fn lookup<'a>(table: &'a Table, path: &[String]) -> Option<&'a Value> {
     table.get(last)
 }
 
-/// A value is text where the default is text; else it is read as TOML, and as text if it is none.
+/// A value is text where the default is text; else it is read as TOML, and as text if it is not TOML.
 fn environment_value(text: &str, default: Option<&Value>) -> Value {
     if matches!(default, Some(Value::String(_))) {
         return Value::String(text.to_owned());

@@ -20,7 +20,7 @@ impl Value {
 }
 
 impl Metrics {
-    /// Lines that are none are left out.
+    /// Skips lines that are not metrics.
     pub fn parse(text: &str) -> Self {
         let mut metrics = Self::default();
         for line in text.lines().filter(|line| !line.starts_with('#')) {
@@ -35,7 +35,7 @@ impl Metrics {
         self.0.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// The sum over all labels; 0 where there is none.
+    /// The sum over all labels; 0 if the metric is absent.
     pub fn sum(&self, name: &str) -> f64 {
         self.values(name).iter().map(|value| value.value).sum()
     }
@@ -57,7 +57,7 @@ impl Metrics {
         found
     }
 
-    /// The role whose endpoint it is; `None`: it is none of Barid's.
+    /// The role whose endpoint it is; `None` if it is not Barid's.
     pub fn role(&self) -> Option<&str> {
         self.values("barid_build_info").first()?.label("role")
     }

@@ -17,7 +17,7 @@ const EXIT_FAILED: u8 = 1;
 const EXIT_CONFIG: u8 = 2;
 const EXIT_CUT: u8 = 3;
 
-/// What a role may take over the drain time to notice the deadline by itself.
+/// How long after the drain deadline a role may still end by itself.
 const OVERTIME: Duration = Duration::from_secs(2);
 
 /// Runs a role as this process. Exit codes: 0 drained cleanly, 1 failed, 2 the configuration is
@@ -118,8 +118,8 @@ impl Signals {
         }
     }
 
-    /// The first signal drains; returns at a second one, or when the role ignores the deadline. SIGHUP ends
-    /// nothing: a terminal that was closed, and `systemctl reload`, are told by it.
+    /// The first SIGTERM or SIGINT drains; returns at a second one, or when the role overruns the deadline.
+    /// SIGHUP (`systemctl reload`, a terminal that was closed) reloads and never ends the process.
     async fn drain_then_abort(mut self, context: &Context, drain: Duration, reload: impl Fn()) {
         loop {
             tokio::select! {
@@ -137,13 +137,14 @@ impl Signals {
     }
 }
 
-/// Takes over what can change while the role runs. A configuration that is not valid changes nothing.
+/// Applies the settings that can change while the role runs: `log.level`. An invalid configuration
+/// changes nothing.
 fn reload<R: Role>(arguments: &Arguments) {
     let read = load::<R>(arguments).and_then(|config| check::<R>(&config).map(|()| config));
     let level = read.map(|config| config.common().log.level);
     match level.and_then(|level| telemetry::set_level(&level).map(|()| level)) {
         Ok(level) => {
-            tracing::info!(level, "SIGHUP: log.level was read again, and certificates are")
+            tracing::info!(level, "SIGHUP: log.level was read again")
         }
         Err(error) => tracing::error!(error, "SIGHUP: the configuration in force stays"),
     }

@@ -1,6 +1,5 @@
-//! Logs: structured, on stderr, and never in anybody's way. Lines go into a bounded buffer that a thread
-//! of its own writes out, so a reader that stopped, a full disk or a closed pipe costs lines, which are
-//! counted, and neither blocks a task nor ends the process.
+//! Structured logs on stderr. A thread of its own writes lines from a bounded buffer: a stopped reader, a
+//! full disk or a closed pipe drops lines and counts them, and never blocks a task or ends the process.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fs::File;
@@ -18,9 +17,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
 
-/// How long the end of a process waits for its last lines to be taken.
+/// The longest wait for buffered lines when the process exits.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Between attempts to write to a stderr that somebody else made non-blocking.
+/// Between attempts to write to a stderr that another process made non-blocking.
 const RETRY: Duration = Duration::from_millis(20);
 
 type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
@@ -35,7 +34,7 @@ pub fn init(config: &LogConfig) {
         .with_env_filter(filter)
         .with_writer(move || Writer(lines))
         .with_ansi(io::stderr().is_terminal());
-    // An error means that a subscriber is there already (several roles in one process).
+    // `try_init` fails where another role of this process has installed a subscriber.
     let (set_filter, installed): (SetFilter, _) = match config.format {
         LogFormat::Text => {
             let builder = builder.with_filter_reloading();
@@ -59,18 +58,18 @@ pub fn init(config: &LogConfig) {
 /// Changes what is logged from now on.
 ///
 /// # Errors
-/// `level` is not a filter, or this process's subscriber is not ours.
+/// `level` is not a valid filter, or [`init`] has not installed this process's subscriber.
 pub fn set_level(level: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(level).map_err(|error| format!("log.level: {error}"))?;
     SET_FILTER.get().ok_or("logs are not set up")?(filter)
 }
 
-/// Writes a line that is no event, behind those that were logged.
+/// Writes a plain line after the log lines that are buffered.
 pub fn say(line: &str) {
     stderr().push(format!("{line}\n").as_bytes());
 }
 
-/// Waits until everything logged so far is written, at most for a second: before the process ends.
+/// Waits until all buffered lines are written, for at most a second. Call it before the process exits.
 pub fn flush() {
     if let Some(lines) = STDERR.get() {
         lines.flush(LAST_WORDS);
@@ -89,7 +88,7 @@ pub fn register(registry: &Registry) -> prometheus::Result<()> {
     registry.register(Box::new(Dropped { lines: stderr(), counter }))
 }
 
-/// The default hook writes to stderr itself, and waits for whoever does not read it.
+/// Logs a panic. (The default hook writes to stderr itself, and blocks while nobody reads it.)
 fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("unnamed");
@@ -101,7 +100,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     } else {
         tracing::error!(thread = name, location, message, "panicked");
     }
-    // On any other thread the process goes on.
+    // A panic of the main thread ends the process; of another thread, it does not.
     if name == "main" {
         flush();
     }
@@ -109,7 +108,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 
 static STDERR: OnceLock<Arc<Lines>> = OnceLock::new();
 
-/// The process's stderr, and the thread behind it.
+/// The buffer before the process's stderr; the first call starts its thread.
 fn stderr() -> &'static Arc<Lines> {
     STDERR.get_or_init(|| match io::stderr().as_fd().try_clone_to_owned() {
         Ok(stderr) => Lines::to(File::from(stderr)),
@@ -117,7 +116,7 @@ fn stderr() -> &'static Arc<Lines> {
     })
 }
 
-/// Lines on their way out.
+/// Lines that wait to be written, and counts of those that were dropped.
 #[derive(Debug)]
 struct Lines {
     pending: Mutex<Pending>,
@@ -144,7 +143,7 @@ impl Lines {
             failed: AtomicU64::new(0),
         });
         let own = Arc::clone(&lines);
-        // Without a thread, the buffer fills and everything else is counted.
+        // If the thread cannot start, the buffer fills up and all further lines are dropped.
         let _ = std::thread::Builder::new().name("log".into()).spawn(move || own.write_to(sink));
         lines
     }
@@ -199,7 +198,7 @@ impl Lines {
     }
 }
 
-/// How many bytes went out until an error.
+/// Writes until an error; returns how many bytes were written.
 #[allow(clippy::disallowed_methods, reason = "its thread runs no tasks")]
 fn write_what_is_taken(sink: &mut impl Write, text: &[u8]) -> usize {
     let mut written = 0;
@@ -221,7 +220,7 @@ fn count(text: &[u8]) -> u64 {
     text.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// What the subscriber writes its lines to, each in one call.
+/// The subscriber's writer. It is called once a line.
 struct Writer(&'static Arc<Lines>);
 
 impl Write for Writer {

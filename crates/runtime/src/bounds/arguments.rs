@@ -6,11 +6,11 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, Command};
 
-/// Gives each number of `command` and of its subcommands values that no number of ours may have; each must be
-/// refused. Returns the names of the numbers.
+/// Passes values that are out of any range to each numeric option of `command` and of its subcommands; each
+/// must be refused. Returns the names of the options.
 ///
 /// # Panics
-/// One is taken.
+/// An option accepts such a value.
 pub fn walk_arguments(command: &Command) -> Vec<String> {
     let mut command = command.clone();
     command.build();
@@ -38,7 +38,7 @@ fn walk(root: &Command, path: &[&str], at: &Command, found: &mut Vec<String>) {
     }
 }
 
-/// What no number may be; `None`: it is not a number.
+/// Values that an option must refuse; `None` if it is not numeric.
 fn beyond(argument: &Arg) -> Option<Vec<&'static str>> {
     if !matches!(argument.get_action(), ArgAction::Set | ArgAction::Append) {
         return None;

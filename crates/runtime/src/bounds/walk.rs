@@ -10,7 +10,7 @@ use toml::{Table, Value};
 use super::{Bound, Bounded};
 use crate::config::accept;
 
-/// What walks need of a configuration.
+/// A configuration that [`walk`] can check.
 pub trait Walked: Bounded + DeserializeOwned + Serialize + Default {}
 
 impl<C: Bounded + DeserializeOwned + Serialize + Default> Walked for C {}
@@ -21,7 +21,7 @@ impl<C: Bounded + DeserializeOwned + Serialize + Default> Walked for C {}
 /// panic. Also asserts that each number has a bound, and each bound a number.
 ///
 /// # Panics
-/// Where that does not hold.
+/// One of these does not hold.
 pub fn walk<C: Walked>(base: &str, check: impl Fn(&C) -> Result<(), String>, build: impl Fn(C)) {
     let table: Table = base.parse().expect("the base is TOML");
     let config: C = accept(table.clone(), &[]).expect("the base is a configuration");
@@ -73,12 +73,12 @@ fn probes(bound: &Bound) -> Vec<Value> {
             [min, max, min - 0.5, max + 0.5, -0.0, 1.0, 1e-300, 1e308, f64::NAN, f64::INFINITY];
         probes.extend(real.map(Value::Float));
     }
-    // What TOML has no integer for can come by environment.
+    // Too large for an integer of TOML: only the environment can set it.
     probes.push(Value::String(u64::MAX.to_string()));
     probes
 }
 
-/// A list where a list of numbers stands.
+/// `value`, or a list of it where the configuration has a list.
 fn list_like(whole: &Table, path: &[&str], value: &Value) -> Value {
     let mut at = Some(whole);
     for key in &path[..path.len() - 1] {
