@@ -47,8 +47,8 @@ pub struct KafkaConfig {
     /// How long a broker holds a fetch open while there is nothing. A record that arrives ends the
     /// wait at once; the price of a low value is empty answers.
     pub fetch_wait_max_ms: u32,
-    /// Bytes of what a commit says of the shards beside its offset. The broker's
-    /// `offset.metadata.max.bytes` (4096) is above it, else it is lowered to what the broker takes.
+    /// Bytes of metadata beside a committed offset, at most. Keep it below the broker's
+    /// `offset.metadata.max.bytes` (4096); else the purger lowers it to what the broker takes.
     pub metadata_bytes_max: u32,
     /// Further settings of librdkafka, as `security.protocol`, `sasl.password`. They come last and
     /// win, except over what correctness rests on.
@@ -59,19 +59,19 @@ pub struct KafkaConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Topics {
-    /// What must not wait.
+    /// Urgent messages.
     pub push_high: String,
-    /// The ordinary.
+    /// Normal messages.
     pub push: String,
-    /// What may wait.
+    /// Bulk messages.
     pub push_bulk: String,
     /// Receipts for the business.
     pub receipts: String,
-    /// What was refused.
+    /// Dead letters: records that were refused.
     pub dead: String,
 }
 
-/// How the members of a group come to their partitions.
+/// How partitions are assigned to the members of the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupProtocol {
@@ -146,13 +146,13 @@ impl Bounded for KafkaConfig {
             whole("prefetch_kbytes_max", 1..=2_097_151, "KiB"),
             // Its socket.timeout.ms is a minute, and covers the wait.
             whole("fetch_wait_max_ms", 1..=30_000, "ms"),
-            // What a batch of `__consumer_offsets` has room for beside other commits.
+            // Leaves room for other commits in a batch of `__consumer_offsets`.
             whole("metadata_bytes_max", 0..=65_536, "bytes"),
         ]
     }
 }
 
-/// What the promises rest on; nobody may set these.
+/// Settings that the delivery promises depend on; `kafka.properties` must not set them.
 const RESERVED: [&str; 10] = [
     "acks",
     "request.required.acks",
@@ -167,10 +167,10 @@ const RESERVED: [&str; 10] = [
 ];
 
 impl KafkaConfig {
-    /// Relations that types do not check.
+    /// Checks bounds, names, properties and the files that they name.
     ///
     /// # Errors
-    /// What is wrong, naming the key.
+    /// The first key that is wrong, and why.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("kafka.", self)?;
         if self.brokers.is_empty() || self.brokers.iter().any(String::is_empty) {
@@ -193,8 +193,8 @@ impl KafkaConfig {
         }
     }
 
-    /// What librdkafka does not know, or this build of it cannot do, and files that are not there. Shows no
-    /// values: they may be secrets.
+    /// Refuses properties that librdkafka does not know or this build does not support, and files that are
+    /// absent. Errors show no values of properties: they may be secrets.
     fn check_properties(&self) -> Result<(), String> {
         for (key, value) in &self.properties.0 {
             let mut alone = ClientConfig::new();
@@ -205,7 +205,7 @@ impl KafkaConfig {
                 };
                 return Err(format!("kafka.properties: {key:?}: {}", why.replace(value, "…")));
             }
-            // A value of no file: OpenSSL's own places.
+            // `probe` is no path: OpenSSL then searches its default locations.
             let is_file = key.starts_with("ssl.") && key.ends_with(".location") && value != "probe";
             if is_file && let Err(error) = std::fs::metadata(value) {
                 return Err(format!("kafka.properties: {key:?}: {value}: {error}"));
@@ -214,7 +214,7 @@ impl KafkaConfig {
         Ok(())
     }
 
-    /// What every client of librdkafka is told.
+    /// Settings of every librdkafka client.
     pub(crate) fn client(&self) -> ClientConfig {
         let mut client = ClientConfig::new();
         client

@@ -28,7 +28,7 @@ use crate::context::{Callbacks, Told};
 use crate::stuck::{Next, Stuck};
 use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ffi};
 
-/// How long Kafka is waited for before it counts as away.
+/// How long to wait for an answer of Kafka's before it counts as away.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Metadata of one commit: the broker writes all of its partitions as one batch, of 1 MiB at most.
 const METADATA_BATCH_BYTES_MAX: usize = 256 * 1024;
@@ -78,7 +78,7 @@ impl Record {
     }
 }
 
-/// Something that the group or the broker said.
+/// An event of the group or the broker.
 #[derive(Debug)]
 pub enum Event {
     /// These partitions are for this member; answer with [`Consumer::assign`].
@@ -92,7 +92,7 @@ pub enum Event {
     },
     /// A commit was answered: how many shards of how many partitions its metadata had no room for.
     Committed(Result<usize, Error>),
-    /// Something is wrong, or was: no broker, an unknown topic, a lost coordinator. librdkafka tries on.
+    /// An error that librdkafka retries by itself: no broker, an unknown topic, a lost coordinator.
     Trouble(Error),
     /// This member cannot go on (fenced by another with its name, not allowed): end the process.
     Fatal(String),
@@ -125,7 +125,7 @@ pub struct Commit {
     pub metadata: Metadata,
 }
 
-/// Where a partition is taken up.
+/// Where reading of an assigned partition begins.
 #[derive(Debug, Clone)]
 pub struct Assigned {
     /// The partition.
@@ -136,14 +136,14 @@ pub struct Assigned {
     pub id: Option<Arc<str>>,
     /// The committed offset; `None`: from the log's start.
     pub start: Option<i64>,
-    /// What the partition's owner before this one kept for it.
+    /// State that the partition's former owner committed.
     pub memory: Memory,
 }
 
 impl Assigned {
-    /// A partition whose topic's life, committed offset and memory are these. Only another id proves
-    /// another life: an absent one says nothing, and one that appears where the offset was committed
-    /// under the topic's name belongs to that topic, whose positions Redis knows by the name.
+    /// Decides where to begin. Only a different id proves that the topic was created anew: an absent id
+    /// proves nothing, and an id that appears where the offset was committed under the topic's name
+    /// belongs to that same topic, whose positions Redis stores under the name.
     fn of(partition: &Partition, now: Option<&str>, committed: Option<(i64, Metadata)>) -> Self {
         let fresh = |memory, start| {
             let source = match now {
@@ -176,7 +176,7 @@ impl Assigned {
     }
 }
 
-/// How far a partition's log reaches.
+/// The bounds of a partition's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
     /// The first offset that it still holds.
@@ -187,14 +187,14 @@ pub struct Reach {
     pub since: i64,
 }
 
-/// An answer of Kafka's that takes its time; does not borrow the consumer.
+/// An answer of Kafka's that may take seconds. Does not borrow the consumer.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
 
-/// Topics' ids by name, on their way.
+/// Topics' ids by name.
 pub type TopicIds = Pending<HashMap<String, String>>;
 
-/// Names of topics that do not exist, on their way.
-pub type MissingTopics = Pin<Box<dyn Future<Output = Result<Vec<String>, Error>> + Send>>;
+/// Names of topics that do not exist.
+pub type MissingTopics = Pending<Vec<String>>;
 
 /// A member of the group.
 pub struct Consumer<State = Consuming> {
@@ -239,7 +239,7 @@ struct Member {
 }
 
 impl Member {
-    /// Drops what is prefetched of a partition and what librdkafka remembers of its last failure.
+    /// Drops a partition's prefetched records and librdkafka's state of its last failure.
     fn fetch_afresh(&self, partition: &Partition) {
         let mut list = TopicPartitionList::new();
         list.add_partition(&partition.topic, partition.number);
@@ -366,8 +366,8 @@ impl Consumer<Draining> {
 }
 
 impl<State> Consumer<State> {
-    /// What there is to answer, if anything; has to be asked at least every few minutes, or the group
-    /// takes the partitions away. Never waits.
+    /// The next event, if there is one. Call it at least every few minutes, or the group takes the
+    /// partitions away. Never waits.
     pub fn poll(&mut self) -> Option<Event> {
         loop {
             if let Some(told) = self.core.member.callbacks.next() {
@@ -424,8 +424,8 @@ impl<State> Consumer<State> {
         Box::pin(async move { blocking(seek).await?.map_err(Error::from) })
     }
 
-    /// How far a partition's log reaches, and what of it is not older than `since_ms` (ms since the
-    /// Unix epoch, by the records' timestamps).
+    /// The bounds of a partition's log, and the first offset that is not older than `since_ms` (ms since
+    /// the Unix epoch, by the records' timestamps). Takes up to 15 s (three requests).
     ///
     /// # Errors
     /// The partition's leader did not answer in time.
@@ -457,12 +457,12 @@ impl<State> Consumer<State> {
         Box::pin(async move { blocking(reach).await?.map_err(|e: KafkaError| Error::from(e)) })
     }
 
-    /// Where each of these partitions is to be taken up: from its committed offset; from the log's
-    /// start where that belongs to another life of the topic, or there is none. Answers
-    /// [`Event::Assigned`] once [`Self::take_up`] has it.
+    /// Where to begin reading each of these partitions: at its committed offset, or at the log's start if
+    /// there is no commit or the topic was created anew since. Pass the result to [`Self::take_up`] to
+    /// answer [`Event::Assigned`].
     ///
     /// # Errors
-    /// The coordinator did not tell the committed offsets in time; ask again.
+    /// The coordinator did not answer in time; ask again.
     pub fn plan(&self, partitions: &[Partition]) -> Pending<Vec<Assigned>> {
         let (ids, committed) = (self.topic_ids(), self.committed(partitions));
         let partitions = partitions.to_vec();
@@ -497,8 +497,8 @@ impl<State> Consumer<State> {
         Ok(())
     }
 
-    /// Answers an assignment that is over before it was taken up; [`Self::release`] follows. None of
-    /// the partitions' records is seen.
+    /// Answers an assignment that is revoked before it was taken up; call [`Self::release`] afterwards.
+    /// No record of the partitions may be taken in between.
     ///
     /// # Errors
     /// librdkafka refuses.
@@ -610,8 +610,8 @@ impl<State> Consumer<State> {
         self.core.protocol != Protocol::Any
     }
 
-    /// The partitions whose next records cannot be fetched, and why. One whose cause is not told any
-    /// more is fetched afresh, and is over if that goes well; call it every second or so.
+    /// The partitions that cannot be fetched, and why. One whose cause is no longer reported is fetched
+    /// again, and removed if that reports nothing. Call it about once a second.
     pub fn stuck(&mut self) -> &HashMap<Partition, Stuck> {
         let now = Instant::now();
         let member = &self.core.member;
@@ -631,8 +631,8 @@ impl<State> Consumer<State> {
         let inner = Arc::clone(&self.core.member.inner);
         let gives_ids = Arc::clone(&self.core.gives_ids);
         let ask = move || {
-            let (client, timeout) = (inner.client(), Duration::from_secs(5));
-            // Who gives ids describes topics; librdkafka's in-process broker does not.
+            let (client, timeout) = (inner.client(), PATIENCE);
+            // Brokers that give ids can describe topics; librdkafka's in-process broker cannot.
             if gives_ids.load(Ordering::Relaxed) {
                 return ffi::missing_topics(client, &topics, timeout);
             }
@@ -695,7 +695,7 @@ impl Core {
         list.into_iter().map(partition).collect()
     }
 
-    /// A record, or a batch of them, cannot be had. Said once for each cause.
+    /// Notes that a record or a batch cannot be fetched. Logs each cause once.
     fn cannot_fetch(&mut self, partition: &Partition, error: &KafkaError) {
         let cause = error
             .rdkafka_error_code()
@@ -846,8 +846,8 @@ fn named(topics: &[Arc<str>], name: &str) -> Arc<str> {
     known.map_or_else(|| Arc::from(name), Arc::clone)
 }
 
-/// Commits. A commit never fails for its metadata: where the broker takes less of it, so does every
-/// commit from then on. How many shards were left out.
+/// Commits; returns how many shards the metadata had no room for. A commit never fails for its metadata:
+/// if the broker refuses its size, this and all later commits carry less.
 fn commit(
     member: &BaseConsumer<Callbacks>,
     mut commits: Vec<Commit>,

@@ -60,7 +60,7 @@ pub(crate) struct Callbacks {
 }
 
 impl Callbacks {
-    /// The next thing told.
+    /// The next event.
     pub(crate) fn next(&self) -> Option<Told> {
         self.told.lock().pop_front()
     }

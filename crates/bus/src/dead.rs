@@ -24,13 +24,13 @@ pub struct DeadLetter<'a> {
 pub struct DeadLetters {
     producer: Producer,
     topic: Arc<str>,
-    /// What the producer's queue can hold, bytes: more would wait for room for ever.
+    /// Size of the producer's queue, bytes. A larger letter would wait for room for ever.
     queue_bytes: usize,
     dropped: IntCounter,
 }
 
-/// What is left of a letter that its topic does not take, step by step: first below Kafka's default
-/// limit of a megabyte, at last only the headers that say what it was.
+/// Bytes to which a letter that is too large for its topic is cut, step by step: first below Kafka's
+/// default limit of a megabyte, at last to the headers that describe the record.
 const CUTS: [usize; 3] = [900_000, 64 * 1024, 0];
 
 /// How much of a record goes into its letter.
@@ -38,7 +38,7 @@ const CUTS: [usize; 3] = [900_000, 64 * 1024, 0];
 enum Cut {
     /// All of it.
     Whole,
-    /// Of key and value so many bytes; of none, the original headers go as well.
+    /// Key and value, each cut to so many bytes; with 0 bytes, the original headers are dropped, too.
     To(usize),
     /// The key, and the headers that say what it was.
     Headers,
@@ -65,7 +65,7 @@ impl DeadLetters {
         for bytes in CUTS {
             let cut = match refused {
                 Ok(()) => return,
-                // Less of it will not please a topic that takes no such record; the key might be why.
+                // Cutting does not help where the topic refuses the record for another reason than size.
                 Err(Error::Rejected(_)) if bytes > 0 => continue,
                 Err(Error::Rejected(_)) => Cut::Headers,
                 Err(_) => Cut::To(bytes),
@@ -111,7 +111,7 @@ impl DeadLetters {
             }
             Cut::Headers => value = Bytes::new(),
         }
-        // A letter is cut to nothing because its headers are too large, or with them.
+        // The original headers may be what makes the letter too large.
         if !matches!(cut, Cut::To(0) | Cut::Headers) {
             let original = record.headers.iter();
             headers

@@ -14,7 +14,7 @@ pub enum Error {
     /// The record is larger than its topic, or this client, takes.
     #[error("the record is larger than its topic takes")]
     TooLarge,
-    /// The broker refused, and an operator can mend it: a right is missing, or a topic.
+    /// The broker refused, and an operator can fix it: a right or a topic is missing.
     #[error("kafka refused: {0}")]
     Refused(String),
     /// The topic does not take such a record, and never will.

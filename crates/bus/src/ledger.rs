@@ -1,6 +1,5 @@
-//! What of a partition may be committed: everything before the first offset that is taken and not
-//! finished; and what each shard must therefore know. The smallest file of this crate, because P1
-//! rests on it.
+//! What may be committed of a partition: every offset before the first one that is taken and not
+//! finished, and the positions that each shard must then know. P1 rests on this file: keep it small.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,8 +16,8 @@ pub struct Ledger {
     open: BTreeSet<i64>,
     /// One past the highest offset taken; before any is, where the reading begins.
     next: Option<i64>,
-    /// Covers every finished position below what may be committed, and never goes down: what a
-    /// reading goes back for must still be known to whoever takes over in its midst.
+    /// Covers every finished position below what may be committed. Never goes down, not even on a rewind:
+    /// if the partition moves during a repair, its next owner must still know what to repair.
     confirmed: Confirmed,
 }
 
@@ -39,8 +38,7 @@ impl Ledger {
         true
     }
 
-    /// Everything about an offset is done, and these shards have confirmed these positions of it.
-    /// False: it is not open.
+    /// Marks an offset as done; these shards have confirmed these positions of it. False: it is not open.
     pub fn finish(
         &mut self,
         offset: i64,
@@ -68,7 +66,7 @@ impl Ledger {
         self.open.first().copied().or(self.next)
     }
 
-    /// What each shard must know. To be read in the step that reads [`Self::committable`].
+    /// The positions that each shard must know. Read it in the same step as [`Self::committable`].
     pub fn confirmed(&self) -> &Confirmed {
         &self.confirmed
     }

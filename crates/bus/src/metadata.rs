@@ -1,10 +1,10 @@
-//! What a commit says beside its offset: whose offset it is, and what the shards must still know.
+//! The metadata of a commit: which topic the offset belongs to, and the positions that shards must know.
 //!
 //! `source;v1;base64`. The source is `i:` and the topic's id, or `n:` and its name. Packed behind it:
-//! the id of a topic whose source is its name (length, bytes; length 0: none); the leaders' epochs
-//! that occur below, a table; the first offset taken of each of the last epochs; the highest position
-//! that each shard has confirmed. Every number is a varint, signed ones zigzag; offsets are told by
-//! how far below the committed one they lie, shards by their distance.
+//! the topic's id where the source is its name (length, bytes; length 0: none); a table of the leader
+//! epochs that are used below; the first offset taken of each of the last epochs; the highest position
+//! that each shard has confirmed. Numbers are varints, signed ones zigzag. Offsets are stored as the
+//! committed offset minus the offset, shards as the difference to the one before.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -50,7 +50,7 @@ impl TopicSource {
     }
 }
 
-/// What a partition's next owner has to know.
+/// State that a partition's next owner needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Memory {
     /// The highest position that each shard has confirmed.
@@ -62,17 +62,17 @@ pub struct Memory {
 /// A commit's metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {
-    /// Whose offset it is; `None`: whoever committed did not say, or is not a purger.
+    /// The topic that the offset belongs to; `None` if the committer is no purger or left it out.
     pub source: Option<TopicSource>,
-    /// The topic's id, where it is known: what another id is compared with.
+    /// The topic's id, where it is known. Another id at the next assignment means another topic.
     pub id: Option<Arc<str>>,
-    /// What is kept for the next owner.
+    /// State for the next owner.
     pub memory: Memory,
 }
 
 impl Metadata {
-    /// As it is committed beside `offset`, in at most `bytes_max` bytes; and how many shards are left
-    /// out of it for that, those with the lowest positions first.
+    /// Encodes it for a commit of `offset`, in at most `bytes_max` bytes. Also returns how many shards did
+    /// not fit; those with the lowest positions are left out first.
     pub fn encode(&self, offset: i64, bytes_max: usize) -> (String, usize) {
         let all = self.memory.confirmed.len();
         let tagged = self.source.as_ref().map(TopicSource::tagged).unwrap_or_default();
@@ -96,7 +96,7 @@ impl Metadata {
 
     fn pack(&self, offset: i64, shards: &[(u16, LogPosition)]) -> Vec<u8> {
         let mut packed = Vec::new();
-        // Where the source is the id, it is not told twice.
+        // An id that is the source is not stored twice.
         let named = matches!(self.source, Some(TopicSource::Name(_)));
         let id = self.id.as_deref().filter(|id| named && id.len() < 128).unwrap_or_default();
         put(&mut packed, id.len() as u64);
@@ -126,8 +126,8 @@ impl Metadata {
         packed
     }
 
-    /// Reads what was committed beside `offset`. What cannot be read is not there: an offset without
-    /// it is still an offset.
+    /// Decodes the metadata of a commit of `offset`. Unreadable metadata counts as empty: the offset is
+    /// valid without it.
     pub fn decode(text: &[u8], offset: i64) -> Self {
         let text = std::str::from_utf8(text).unwrap_or_default();
         let (source, rest) = text.split_once(';').unwrap_or((text, ""));

@@ -23,7 +23,7 @@ pub struct Producer {
     config: Arc<KafkaConfig>,
     inner: Arc<RwLock<FutureProducer<Logged>>>,
     held: Arc<Mutex<BTreeMap<(Instant, u64), Refusal>>>,
-    /// Held for writing by whoever wants no other record of a delivery's in its batch.
+    /// Write-locked for a record that must be alone in its batch; read-locked for all others.
     alone: Arc<tokio::sync::RwLock<()>>,
 }
 
@@ -34,16 +34,16 @@ struct Refusal {
     reason: String,
 }
 
-/// Records that have to be delivered and that Kafka has not taken so far.
+/// Records that are retried until Kafka takes them.
 #[derive(Debug, Clone)]
 pub struct Held {
     /// How many.
     pub records: usize,
-    /// Where the oldest goes.
+    /// The topic of the oldest.
     pub topic: String,
-    /// Why not.
+    /// Why the oldest was not delivered.
     pub reason: String,
-    /// For how long.
+    /// For how long the oldest has waited.
     pub age: Duration,
 }
 
@@ -83,9 +83,9 @@ impl Producer {
         self.send_as_it_came(topic, Some(key), payload, headers).await
     }
 
-    /// As [`Self::send`], for as long as that takes: while Kafka is away, the topic is missing or the
-    /// right to write there, it waits, and [`Self::held`] says so. Kafka refuses a batch for one of its
-    /// records, and all of them are told so: one that is rejected goes once more by itself.
+    /// As [`Self::send`], but retries for as long as Kafka is away, the topic is missing or the right to
+    /// write there; [`Self::held`] reports it meanwhile. Kafka rejects whole batches for one of their
+    /// records, so a rejected record is sent once more, alone.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::Rejected`], [`Error::Config`]: no time will help.
@@ -121,7 +121,7 @@ impl Producer {
         }
     }
 
-    /// What has to be delivered and is not, if anything.
+    /// The records that are being retried, if there are any.
     pub fn held(&self) -> Option<Held> {
         let held = self.held.lock();
         let ((since, _), Refusal { topic, reason }) = held.first_key_value()?;
@@ -214,7 +214,7 @@ impl<'a> Holding<'a> {
         Self { producer, key: (Instant::now(), NEXT.fetch_add(1, Ordering::Relaxed)) }
     }
 
-    /// Logs the first of those that wait for a topic, and no more: all of them wait for the same.
+    /// Logs only the first record that waits for a topic: all of them wait for the same reason.
     fn refused(&self, topic: &str, error: &Error) {
         let mut held = self.producer.held.lock();
         if !held.values().any(|refusal| refusal.topic == topic) {

@@ -38,7 +38,7 @@ impl Receipts {
     }
 
     /// Produces a receipt and waits until all replicas have it, for as long as that takes: while
-    /// Kafka is away, it waits. A receipt that Kafka refuses for good is logged and counted as dropped.
+    /// Kafka is away, it waits. A receipt that Kafka rejects is logged and counted as dropped.
     pub async fn tell(&self, receipt: &Receipt) {
         let payload = encode_receipt(receipt, self.format);
         let headers = self.headers();

@@ -1,22 +1,22 @@
-//! Partitions whose next records cannot be fetched: a codec that this build does not know, a right
-//! that was taken away, a damaged batch. librdkafka tells of some of them at each attempt, ten times a
-//! second, and of others once and never again, also when they are mended.
+//! Partitions that cannot be fetched: an unknown codec, a missing right, a damaged batch. librdkafka
+//! reports some of these causes at each attempt (ten times a second) and others once only, and never
+//! reports that a cause is gone.
 
 use std::time::{Duration, Instant};
 
-/// A cause that was not told again for so long is asked for once more.
+/// A cause that was not reported for so long is checked by another fetch.
 const SILENT: Duration = Duration::from_secs(3);
 
 /// Why a partition cannot be fetched.
 #[derive(Debug, Clone)]
 pub struct Stuck {
-    /// The offset that is not had; `None`: not known.
+    /// The offset that cannot be fetched; `None` if it is not known.
     pub offset: Option<i64>,
     /// For people.
     pub cause: String,
-    /// When it was told last.
+    /// When librdkafka last reported it.
     told: Instant,
-    /// When it was asked for again since.
+    /// When another fetch was started since then.
     asked: Option<Instant>,
 }
 
@@ -25,9 +25,9 @@ pub struct Stuck {
 pub(crate) enum Next {
     /// Nothing yet.
     Wait,
-    /// Have librdkafka fetch afresh, so that it tells again.
+    /// Fetch again, so that librdkafka reports the cause again.
     Ask,
-    /// It was asked, and said nothing: it can be fetched.
+    /// Another fetch reported nothing: the partition can be fetched.
     Over,
 }
 
@@ -36,12 +36,12 @@ impl Stuck {
         Self { offset, cause, told: now, asked: None }
     }
 
-    /// The same cause was told again.
+    /// The same cause was reported again.
     pub(crate) fn again(&mut self, now: Instant) {
         (self.told, self.asked) = (now, None);
     }
 
-    /// Told at `now`; [`Next::Ask`] counts as done.
+    /// What to do at `now`. [`Next::Ask`] is returned once; the caller must fetch.
     pub(crate) fn next(&mut self, now: Instant) -> Next {
         match self.asked {
             Some(asked) if now.duration_since(asked) > SILENT => Next::Over,
