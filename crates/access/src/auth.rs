@@ -31,10 +31,10 @@ pub struct Claims {
     pub groups: Vec<GroupId>,
 }
 
-/// Why a token was refused, in words for who made it.
+/// Why a token was refused, in words for the developer who issues tokens.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
-    /// There is none.
+    /// The request has no token.
     #[error("no token: send one as Authorization: Bearer, ?token= or subprotocol bearer.<token>")]
     Missing,
     /// It is not a JWT, or lacks a claim, or has one of another type.
@@ -79,7 +79,7 @@ pub struct Verifier {
     audience: Vec<String>,
     issuer: Vec<String>,
     nbf_leeway_s: u64,
-    /// Keys of key sets that could not be read, each time a set was.
+    /// Unreadable keys of key sets, counted each time a set is read.
     pub keys_skipped: IntCounter,
 }
 

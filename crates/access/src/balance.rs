@@ -91,7 +91,8 @@ impl Shedding {
         let count = self.episodes.next(staying, mean);
         if before != self.episodes.target {
             let target = self.episodes.target;
-            tracing::info!(sessions, target, "balance: letting devices go (to no target: enough)");
+            let event = if target.is_some() { "shedding sessions" } else { "shedding finished" };
+            tracing::info!(sessions, target, "{event}");
             self.waiting.clear();
         }
         self.let_go(node, count);

@@ -42,7 +42,7 @@ use crate::session::{Close, Closing, Connected, Effect, Heartbeat};
 use crate::socket::{self, Message, Socket};
 use crate::upstream::Spent;
 
-/// Over how long those return whose history changed.
+/// Devices that are closed with 4006 are told to reconnect within this time, at random, ms.
 const RETURN_SPREAD_MS: u32 = 10_000;
 
 /// Turns of the loop before other tasks have theirs.
@@ -113,7 +113,7 @@ struct Connection {
     refreshing: Option<Refreshing>,
     effects: Vec<Effect>,
     end: Option<End>,
-    /// It was told that something it says is not known here.
+    /// The device has been told once that something it sent was ignored.
     told_ignored: bool,
 }
 
@@ -340,7 +340,8 @@ fn of<'a>(handle: &'a Handle, seen: Sighting<'a>) -> Sighting<'a> {
     Sighting { app, user: user.user.as_str(), device, ..seen }
 }
 
-/// Draining is told by GoAway, and is no error. What breaks WebSocket is answered with a close alone.
+/// The frames before a close frame: an error, and GoAway with 4006. None for draining, which GoAway has
+/// announced, and none for RFC 6455 violations.
 fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     if close.code == CloseCode::Draining || close.code.is_websockets() {
         return Vec::new();
@@ -350,7 +351,7 @@ fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     if close.code != CloseCode::HistoryChanged {
         return vec![error];
     }
-    // One failover closes thousands at once, and simple clients would all be back at once.
+    // One failover closes thousands of sessions; clients without jitter would all reconnect at once.
     let why = close.code.as_str().to_owned();
     let reconnect_after_ms = rand::random_range(0..=RETURN_SPREAD_MS);
     vec![ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }), error]

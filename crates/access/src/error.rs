@@ -30,7 +30,7 @@ pub enum Error {
     /// A metric exists already.
     #[error("cannot register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// The node's name is none.
+    /// The node's name is invalid.
     #[error(transparent)]
     Name(#[from] barid_core::InvalidName),
 }

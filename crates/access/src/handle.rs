@@ -34,7 +34,7 @@ impl Push {
     /// Decodes an entry. `dispatched_after_us`: when its dispatcher queued it, from its acceptance.
     ///
     /// # Errors
-    /// It is none.
+    /// `entry` is not a valid envelope.
     pub fn new(entry: Bytes, dispatched_after_us: Option<u32>) -> Result<Self, EnvelopeError> {
         let bytes = entry.len();
         let (header, envelope) = barid_wire::envelope::decode(entry)?;

@@ -393,8 +393,8 @@ async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), Failure
     }
 }
 
-/// Who does not speak HTTP learns it at once instead of waiting for an answer: methods are written in
-/// capitals, and line ends may stand before them.
+/// Refuses a client that does not speak HTTP at its first byte, instead of waiting for a whole request:
+/// methods are written in capitals, and line ends may stand before them.
 fn check_first_byte(first: u8) -> Result<(), Failure> {
     const TLS_HANDSHAKE: u8 = 0x16;
     match first {
@@ -407,8 +407,8 @@ fn check_first_byte(first: u8) -> Result<(), Failure> {
     }
 }
 
-/// Fields whose values are lists may stand on several lines, which mean the same as one (RFC 9110, 5.3);
-/// who reads them looks at the first one.
+/// Joins list fields that stand on several lines, which mean the same as one line (RFC 9110, 5.3):
+/// tungstenite reads the first line only.
 fn join_lists(request: &mut Request) {
     let headers = request.headers_mut();
     for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_EXTENSIONS] {

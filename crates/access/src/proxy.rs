@@ -27,7 +27,7 @@ impl Proxies {
     /// As configured.
     ///
     /// # Errors
-    /// A network that is none, or nobody to believe.
+    /// A network cannot be parsed, or `proxy.trusted` is empty while headers are to be believed.
     pub fn new(config: &ProxyConfig) -> Result<Self, String> {
         let trusted: Vec<_> =
             config.trusted.iter().map(|text| Network::parse(text)).collect::<Result<_, _>>()?;

@@ -101,7 +101,7 @@ impl Close {
 pub struct Refusal {
     /// Close code and text.
     pub close: Close,
-    /// The attempt that is known of this device, where its own is lower; else 0.
+    /// The known attempt of this device, if its own is lower; else 0.
     pub attempt: Attempt,
 }
 

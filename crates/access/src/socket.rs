@@ -71,7 +71,7 @@ impl Socket {
         }
         let next = ready!(self.poll_read(cx));
         match &next {
-            // Who does not read gets no more answers: they would wait without a bound.
+            // A device that does not read gets no more answers: they would queue without a bound.
             Ok(Message::Ping(bytes)) if self.writes && self.has_room() => {
                 self.queue(&Message::Pong(bytes.clone()));
             }
@@ -194,7 +194,7 @@ impl Socket {
         close: Option<&Close>,
         limit: Duration,
     ) -> bool {
-        // Whoever is gone is not told.
+        // An error of the socket means that the device has gone: only the time-out counts.
         timeout(limit, self.close(last, close)).await.is_ok()
     }
 

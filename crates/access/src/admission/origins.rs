@@ -1,5 +1,5 @@
 //! Which web pages may connect: browsers say in `Origin` (RFC 6454) whose page it is, and a page cannot
-//! change that. Who sends none is no browser.
+//! change that. A client without `Origin` is no browser.
 
 /// The allow-list; empty: every page.
 #[derive(Debug, Clone, Default)]

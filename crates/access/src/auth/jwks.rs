@@ -33,7 +33,7 @@ pub(super) struct Jwks {
     skipped: IntCounter,
 }
 
-/// Keys as they stand, so that one that cannot be read is one alone.
+/// A key set whose keys are not parsed yet: an unreadable key must not fail the others.
 #[derive(serde::Deserialize)]
 struct KeySet {
     keys: Vec<serde_json::Value>,
@@ -113,10 +113,10 @@ impl Jwks {
 
     fn take(&self, set: &KeySet) {
         let keys = set.keys.iter().filter_map(|jwk| {
-            // What is not a key spoils itself alone; of another kind or use, it is none of ours.
+            // A key that cannot be read is skipped by itself; `from_jwk` skips those of other types and uses.
             let jwk = serde_json::from_value::<Jwk>(jwk.clone()).inspect_err(|error| {
                 self.skipped.inc();
-                tracing::warn!(source = %self.source, %error, "a key of the set cannot be read; the others serve");
+                tracing::warn!(source = %self.source, %error, "key set has an unreadable key, which is skipped");
             });
             Key::from_jwk(&jwk.ok()?, &self.apps)
         });
@@ -150,7 +150,7 @@ impl std::fmt::Display for Source {
     }
 }
 
-/// Whom a fetch trusts.
+/// The certificate authorities that a fetch trusts.
 fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     let Some(path) = &config.ca_file else { return Ok(RootCerts::WebPki) };
     if !config.url.starts_with("https://") {
@@ -160,7 +160,7 @@ fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     let pem = std::fs::read(path).map_err(|error| named(&error))?;
     let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let certificates = read.map_err(|error| named(&error))?;
-    // What the library leaves out without a word is an error here.
+    // ureq drops unusable certificates silently: they are an error here.
     let mut store = rustls::RootCertStore::empty();
     for certificate in &certificates {
         store.add(certificate.clone()).map_err(|error| named(&error))?;

@@ -56,7 +56,8 @@ impl Connection {
         true
     }
 
-    /// Counts what a newer client may say, and tells the first of it: who writes a client wants to know.
+    /// Counts something that this version does not know and ignores. The first one of a connection is also
+    /// reported to the client, so that its developer notices a mistake.
     fn ignored(&mut self, what: &'static str, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.told_ignored, true) {
@@ -71,7 +72,7 @@ impl Connection {
         }
         match frame {
             ClientFrame::Ack(ack) if !ack.mailbox.is_empty() => {
-                // Nothing of this version is acknowledged there.
+                // This version takes acknowledgements for the user's own mailbox only.
                 self.ignored("mailbox", &ack.mailbox);
             }
             ClientFrame::Ack(ack) => {

@@ -13,7 +13,7 @@ use crate::handshake::Accepted;
 use crate::node::Node;
 use crate::session::{Close, Connected, Connecting, Refusal, Unidentified};
 
-/// From the first frame to a welcomed session. The error is why not; `None`: it left.
+/// From the first frame to a welcomed session. The error says why it is refused; `None`: the device left.
 pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,

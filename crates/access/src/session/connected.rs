@@ -88,9 +88,10 @@ pub struct Connected {
     trust: Trust,
     /// Re-sends since the last acknowledgement.
     resends: u32,
-    /// What follows on the position that the device named was evicted: its cursor says nothing of that.
+    /// Entries after the position that the device named were evicted, not acknowledged: do not conclude from
+    /// its cursor that it had them.
     evicted: bool,
-    /// The device acknowledges without naming a generation: it means whatever it read last.
+    /// The device acknowledges without a generation, so an ack refers to whatever it read last.
     unnamed_acks: bool,
     /// Positions started anew since it connected.
     started_over: bool,
@@ -243,8 +244,8 @@ impl Connected {
         }
     }
 
-    /// What lies before `to` is not kept. Up to its own cursor the device acknowledged it, in an earlier
-    /// session whose last word came late: only what lies behind that was evicted.
+    /// The mailbox keeps nothing up to `to`. Entries up to the device's own cursor were acknowledged, in an
+    /// earlier session whose last ack arrived late; only those behind the cursor were evicted.
     fn skip_what_is_gone(&mut self, to: Mark, cursor: Option<Position>, out: &mut Vec<Effect>) {
         let evicted = std::mem::take(&mut self.evicted);
         let own = cursor.filter(|cursor| !evicted && cursor.generation == self.generation);
@@ -371,8 +372,8 @@ impl Connected {
         mut done: impl FnMut(&Sent),
     ) {
         match ack.generation {
-            // Written before the device read that positions start anew, or after: nobody can tell, and it may
-            // name what it has never seen.
+            // The device may have sent it before it read the new Welcome: the seq may then mean an entry of the
+            // new history that it has never seen.
             None if self.started_over => return self.history_changed(out),
             None => self.unnamed_acks = true,
             Some(generation) if generation != self.generation.0 => return,

@@ -31,8 +31,8 @@ pub struct Connecting {
     pub visible_pings: bool,
     /// It wants to be pinged so often, ms; 0: as the node likes.
     pub ping_interval_ms: u32,
-    /// The attempt that it names, where that lies further ahead than is believed: the handshake's moment
-    /// serves.
+    /// The attempt that it names, if that is too far ahead of the clock; the time of the handshake is used
+    /// instead.
     pub attempt_ahead: Option<Attempt>,
     position: Option<Position>,
 }
@@ -43,9 +43,9 @@ impl Unidentified {
         Self { claims, handshake_ms }
     }
 
-    /// Takes the first frame. An attempt up to `ahead_ms` beyond the handshake is believed: one of a
-    /// device whose clock is ahead would otherwise shut it out once its clock is right, and one of a
-    /// stranger for good.
+    /// Takes the first frame. An attempt more than `ahead_ms` after the handshake is replaced by the time of
+    /// the handshake: it would shut the device out, for as long as its clock was ahead or, if a stranger sent
+    /// it, for good.
     ///
     /// # Errors
     /// It is not a Hello, or not one for this token.
@@ -90,9 +90,9 @@ impl Unidentified {
 }
 
 impl Connecting {
-    /// The same as the attempt behind `known`, for which the handshake's moment was refused, where it names a higher one
-    /// that lies too far ahead: or a clock of Redis's that went back would shut the device out until it has
-    /// caught up. `None`: it names no higher one.
+    /// For a Hello whose attempt was too far ahead and whose handshake time was refused as below `known`: the
+    /// same Hello with the attempt after `known`. Without it, a Redis clock that went back would shut the
+    /// device out until it has caught up. `None`: the Hello names no attempt above `known`.
     pub fn counted_on(mut self, known: Attempt) -> Option<Self> {
         self.attempt_ahead.take().filter(|named| *named > known)?;
         self.identity.attempt = Attempt(known.0 + 1);
@@ -125,8 +125,8 @@ impl Connecting {
             ConnectOutcome::Connected { cursor, newest, replaced, evicted, reset: _ } => {
                 Ok((Connected::new(self.identity, cursor, newest, evicted, settings), replaced))
             }
-            // Clocks of devices go back, and those of two nodes differ by a little: whoever is told that it
-            // was replaced never connects again. With the attempt it can count on from there.
+            // Not `Replaced`, which tells a client not to reconnect: the clock of the device may have gone back,
+            // or those of two nodes may differ. The known attempt lets it name a higher one.
             ConnectOutcome::Superseded { by } => {
                 let text =
                     "a connection of this device with a higher attempt is known; name a higher one";
