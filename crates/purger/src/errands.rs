@@ -1,5 +1,5 @@
-//! Answers of Kafka's that may take seconds: the loop looks whether they are there and never waits, so
-//! what one partition waits for stops no other.
+//! Requests to Kafka that may take seconds. The loop polls for their answers and never waits, so a slow
+//! answer for one partition stops no other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 pub struct Errand<T>(JoinHandle<Result<T, Error>>);
 
 impl<T: Send + 'static> Errand<T> {
-    /// Sends for it; `bell` rings when it is there.
+    /// Starts a request; `bell` is notified when its answer is there.
     pub fn new(answer: Pending<T>, bell: Arc<Notify>) -> Self {
         Self(tokio::spawn(async move {
             let answer = answer.await;
@@ -28,7 +28,7 @@ impl<T: Send + 'static> Errand<T> {
         }))
     }
 
-    /// The answer, if it is there. Not to be asked again then.
+    /// The answer, if it is there. Do not call it again after it returned one.
     pub fn answer(&mut self) -> Option<Result<T, Error>> {
         if !self.0.is_finished() {
             return None;
@@ -40,7 +40,7 @@ impl<T: Send + 'static> Errand<T> {
 
 /// Partitions that are to be taken up.
 pub struct Plan {
-    /// Which: less those that were taken away meanwhile.
+    /// Which; without those that were revoked meanwhile.
     pub partitions: Vec<Partition>,
     /// When to ask (again).
     pub due: Instant,
@@ -48,7 +48,7 @@ pub struct Plan {
     pub errand: Option<Errand<Vec<Assigned>>>,
 }
 
-/// What is asked for a partition, and of which of its assignments. Asked again a while after an error.
+/// A request for a partition and one of its assignments. It is repeated a while after an error.
 pub struct Sent<T> {
     assignment: u64,
     about: i64,
@@ -60,9 +60,9 @@ pub struct Sent<T> {
 /// Errands by partition.
 pub struct ByPartition<T>(HashMap<Partition, Sent<T>>);
 
-/// Where partitions are sought to.
+/// Seeks under way.
 pub type Seeks = ByPartition<()>;
-/// How far their logs reach.
+/// Requests for the bounds of logs.
 pub type Reaches = ByPartition<Reach>;
 
 impl<T> Default for ByPartition<T> {
@@ -72,8 +72,8 @@ impl<T> Default for ByPartition<T> {
 }
 
 impl<T: Send + 'static> ByPartition<T> {
-    /// The answer about an assignment's partition, if it is there; else it is sent for, unless it is on
-    /// its way. `about`: an answer about something else is not wanted any more.
+    /// The answer for a partition's assignment, if it is there; else starts the request, unless it is under
+    /// way. `about` tells requests apart: the answer to another one is dropped.
     pub fn answer(
         &mut self,
         partition: &Partition,
@@ -107,7 +107,7 @@ impl<T: Send + 'static> ByPartition<T> {
         None
     }
 
-    /// Nobody waits for these any more.
+    /// Drops the requests for these partitions.
     pub fn forget(&mut self, partitions: &[Partition]) {
         self.0.retain(|partition, _| !partitions.contains(partition));
     }

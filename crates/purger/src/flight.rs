@@ -178,7 +178,7 @@ impl Flight {
                 None => places.push((*shard, index)),
             }
         }
-        // What is refused is one part, without a shard.
+        // A refused record counts as one part, without a shard.
         let parts = if push.is_some() { shards.len() } else { 1 };
         let payload = push.as_ref().map_or(0, |push| push.payload.len());
         let bytes = 512 + record.bytes() + payload + 256 * parts;

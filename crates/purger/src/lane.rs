@@ -41,7 +41,7 @@ pub enum Event {
         /// The last position that the shard knows; `None`: none of this partition.
         back_to: Option<LogPosition>,
     },
-    /// What shards know, that were asked or idle.
+    /// Positions of shards that were asked or idle.
     Answered(Answer),
 }
 
@@ -85,7 +85,7 @@ pub struct Lane<M> {
     pub metrics: Metrics,
     /// Shards whose messages wait: the last call failed, or there were too many for one.
     held: HashMap<Shard, Held>,
-    /// Those of them that were told to fail.
+    /// Those of them that are reported as failing.
     failing: HashSet<Shard>,
     history: History,
     probe_at: Instant,
@@ -104,7 +104,7 @@ struct Group {
     shard: Shard,
     reading: Arc<Reading>,
     parcels: Vec<Parcel>,
-    /// Of an empty group: raises the shard's position to here.
+    /// An empty group raises the shard's stored position to here.
     raise: Option<LogPosition>,
 }
 
@@ -224,7 +224,7 @@ impl<M: Mailboxes> Lane<M> {
                 held.parcels = kept.into();
             }
         }
-        // Entries without parcels are there only while these are in a call.
+        // An entry is empty only while its parcels are in a call.
         self.held.retain(|_, held| !held.parcels.is_empty());
         self.show_away();
         ended

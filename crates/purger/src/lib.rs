@@ -58,8 +58,8 @@ impl Role for Purger {
     }
 }
 
-/// Creates topics if it shall, and opens the mailboxes; waits while Kafka or Redis is away. `None`:
-/// it was told to drain meanwhile.
+/// Creates topics if configured, and opens the mailboxes; waits while Kafka or Redis is away. `None`: it was
+/// told to drain meanwhile.
 async fn prepare(
     config: &Config,
     context: &Context,

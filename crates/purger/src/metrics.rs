@@ -31,7 +31,7 @@ pub struct Metrics {
     pub repairing: IntGauge,
     /// Shards for whose positions a commit's metadata had no room.
     pub left_out: IntCounter,
-    /// Accept calls, by outcome: done, gap, away, full, unexpected.
+    /// Groups of accept calls, by outcome (`CALLS`).
     pub calls: IntCounterVec,
     /// Messages of an accept call.
     pub call_messages: Histogram,
@@ -41,8 +41,8 @@ pub struct Metrics {
     pub in_flight: IntGaugeVec,
     /// Their bytes, by topic.
     pub in_flight_bytes: IntGaugeVec,
-    /// How often taking stopped, by the bound that was reached: records, bytes (of a priority), or
-    /// a lane's messages.
+    /// How often a bound stopped the taking of records: records or bytes of a priority, messages of a lane,
+    /// records left in the log.
     pub stalls: IntCounterVec,
     /// Partitions assigned, by topic: with those of other purgers, how the work is shared out.
     pub partitions: IntGaugeVec,
@@ -194,7 +194,7 @@ impl Maker<'_> {
         values: &[&str],
     ) -> Result<IntCounterVec, prometheus::Error> {
         let counters = self.register(IntCounterVec::new(Opts::new(full(name), help), &[label]))?;
-        // All of them are there from the start, as zeros.
+        // Every label is exported from the start, as zero.
         values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
         Ok(counters)
     }

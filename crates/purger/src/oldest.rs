@@ -1,5 +1,5 @@
-//! For how long each partition's first unfinished record has been that. A partition commits nothing
-//! behind it, however much else is finished.
+//! How long each partition's first unfinished record has been unfinished. It holds the partition's commit,
+//! however much behind it is finished.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,7 +19,7 @@ pub struct OldestWatch {
 /// The record that has been unfinished for longest.
 #[derive(Debug)]
 pub struct Oldest {
-    /// Where it lies.
+    /// Its partition.
     pub partition: Partition,
     /// Its offset.
     pub offset: i64,

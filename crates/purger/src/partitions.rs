@@ -1,11 +1,11 @@
 //! The partitions that this purger holds: what of each is taken, finished, and to be committed, and
-//! what is read again because Redis has forgotten it. Pure: no Kafka, no Redis, and time is told.
+//! what is read again because Redis has forgotten it. Pure: no Kafka, no Redis; time is an argument.
 //!
-//! **A repair.** Some shard has forgotten what it confirmed ([`Partitions::gap`]). The reading ends, and
-//! every shard is asked what it knows, so that one reading mends all of them ([`Round`]). Then the log
-//! is read again from where the least is known ([`Open::go_back`]), within what it still holds and
-//! mailboxes still keep. Once that is finished, each of these shards is raised to what it must know
-//! ([`Repair`]): what the log no longer holds must not be missed for ever.
+//! **A repair.** A shard has forgotten what it confirmed ([`Partitions::gap`]). The reading ends, and every
+//! shard is asked for its position, so that one more reading repairs all of them ([`Round`]). Then the log
+//! is read again from the lowest of these positions ([`Open::go_back`]), within what the log still holds
+//! and mailboxes still keep. Once that is finished, the stored position of each repaired shard is raised to
+//! the one that it must know ([`Repair`]): else what the log no longer holds would be a gap for ever.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -42,9 +42,9 @@ pub struct Open {
     pub seek_to: Option<i64>,
     /// The log went back to here by itself: nothing is taken until it is known why.
     pub suspect: Option<i64>,
-    /// To be given back: nothing more is taken.
+    /// Being revoked: nothing more is taken.
     pub revoking: bool,
-    /// Its shards are asked what they know: nothing is taken until they have answered.
+    /// Its shards are asked for their positions: nothing is taken until they have answered.
     pub round: Option<Round>,
     repair: Option<Repair>,
     rounds: u64,
@@ -56,7 +56,7 @@ pub struct Open {
     epochs: BTreeMap<i32, i64>,
 }
 
-/// A question to all shards that have confirmed something.
+/// One question to all shards of a partition that have confirmed something.
 #[derive(Debug)]
 pub struct Round {
     /// Counts the questions of an assignment, from 1.
@@ -70,8 +70,8 @@ pub struct Round {
 #[derive(Debug)]
 enum Stage {
     Due,
-    /// So many answers are missing. A lane whose Redis is away does not hold up the others for ever:
-    /// what its shards have forgotten shows in their next batch.
+    /// Waits for `missing` answers until a deadline, so that a lane whose Redis is away does not hold up
+    /// the others. What its shards have forgotten shows in their next batch.
     Asked {
         missing: usize,
         until: Instant,
@@ -81,11 +81,11 @@ enum Stage {
 /// Shards for which the log is read again.
 #[derive(Debug)]
 struct Repair {
-    /// What each must know in the end.
+    /// The position that each must know in the end.
     shards: BTreeMap<Shard, LogPosition>,
     /// Once everything before this offset is finished, there is no more for them.
     until: i64,
-    /// They are told so: the question, and its missing answers.
+    /// The question that raises them, and how many answers are missing.
     closing: Option<(u64, usize)>,
 }
 
@@ -183,15 +183,15 @@ impl Open {
         })
     }
 
-    /// They were asked; so many answers come, or do not until then.
+    /// They were asked: waits for so many answers, at most until then.
     pub fn asked(&mut self, answers: usize, until: Instant) {
         if let Some(round) = &mut self.round {
             round.stage = Stage::Asked { missing: answers, until };
         }
     }
 
-    /// Whether all that is known of its shards is known, and one of them has forgotten something: go
-    /// back. Where none has, it goes on by itself.
+    /// Whether to call [`Self::go_back`]: the answers are in, or late, and a shard has forgotten something.
+    /// Where none has, the round ends here.
     pub fn goes_back(&mut self, now: Instant) -> bool {
         let Some(round) = &self.round else { return false };
         match round.stage {
@@ -240,7 +240,7 @@ impl Open {
         (*oldest <= known.leader_epoch).then(|| later.fold(known.offset, i64::min))
     }
 
-    /// These shards are under repair, too.
+    /// Adds shards to the repair.
     fn mend(&mut self, shards: impl Iterator<Item = Shard>, reach: Reach) {
         let confirmed = self.ledger.confirmed();
         let must = shards.filter_map(|shard| Some((shard, *confirmed.get(&shard.get())?)));
@@ -264,7 +264,7 @@ impl Open {
         (settled && over).then(|| repair.shards.iter().map(|(shard, at)| (*shard, *at)).collect())
     }
 
-    /// They are told so; gives the question's number.
+    /// Starts the question that raises them; returns its number.
     pub fn close(&mut self, answers: usize) -> u64 {
         self.rounds += 1;
         if let Some(repair) = &mut self.repair {
@@ -446,7 +446,7 @@ impl Partitions {
             if let Some(id) = id {
                 open.id = Some(id.as_str().into());
             }
-            // Where the broker gives no ids at all, nothing will ever tell more.
+            // A broker that gives no ids at all will never tell more.
             let known = id.is_some() || open.id.is_none() && ids.is_empty();
             if let Some(offset) = open.suspect.take_if(|_| known) {
                 dropped.extend(open.drop_stalled());

@@ -35,13 +35,13 @@ const TICK: Duration = Duration::from_millis(50);
 const LOOK: Duration = Duration::from_millis(250);
 /// How often missing topics are looked for.
 const MISSING_REFRESH: Duration = Duration::from_secs(1);
-/// Receipts and dead letters that wait for longer are told.
+/// Receipts and dead letters that wait for longer fail readiness.
 const HELD_AFTER: Duration = Duration::from_secs(10);
 /// How long a commit may take when a partition is given back, or the process ends.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Events of lanes that wait for the loop.
 const EVENTS_MAX: usize = 1024;
-/// How long a partition waits for shards to say what they know.
+/// How long a partition waits for its shards to report their positions.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A purger over some Redis and some dispatchers.
@@ -62,7 +62,7 @@ struct Conditions {
     redis: Condition,
     /// The loop turns.
     consumer: Condition,
-    /// What was taken gets finished.
+    /// Records that were taken get finished.
     records: Condition,
     /// Every topic exists.
     topics: Condition,
@@ -70,7 +70,7 @@ struct Conditions {
     fetching: Condition,
     /// Receipts and dead letters are taken.
     producing: Condition,
-    /// What was finished gets committed.
+    /// Finished records get committed.
     commits: Condition,
     /// For how long a record may be under way.
     stalled_after: Duration,
@@ -78,7 +78,7 @@ struct Conditions {
     too_old: bool,
 }
 
-/// What is to be done by time.
+/// What is due when, and the requests under way.
 struct Timers {
     commit: Instant,
     refresh: Instant,
@@ -96,11 +96,11 @@ struct Timers {
 struct Revocation {
     partitions: Vec<Partition>,
     deadline: Instant,
-    /// The last commit, and how it came to it.
+    /// The last commit, and why it was made: `drained` or `cut`.
     commit: Option<(Errand<usize>, &'static str)>,
 }
 
-/// What is under way, apart from whose consumer it is.
+/// Records and partitions under way; everything of the service but its consumer.
 struct Flow {
     intake: Intake,
     partitions: Partitions,
@@ -191,7 +191,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.drain(consumer.drain(), deadline).await
     }
 
-    /// Everything but taking: what Kafka and the lanes say, and what is due.
+    /// Handles events of Kafka and the lanes, and what is due; takes no records.
     async fn turn<S>(&mut self, consumer: &mut Consumer<S>) -> Result<(), Error> {
         while let Some(event) = consumer.poll() {
             self.kafka_event(consumer, event)?;
@@ -304,7 +304,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Partitions that are taken away before they were taken up. librdkafka wants both answers.
+    /// Drops revoked partitions from a pending assignment. librdkafka waits for an answer to both.
     fn unplan<S>(&mut self, consumer: &mut Consumer<S>, partitions: &[Partition]) {
         let timers = &mut self.timers;
         timers.seeks.forget(partitions);
@@ -324,8 +324,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Asks what shards know: all of a partition when one has forgotten something or the partition is
-    /// new here; and those whose repair is over, which are raised.
+    /// Asks the shards of a partition for their positions, when the partition is new here or one of them has
+    /// forgotten something.
     fn ask_shards(&mut self) {
         let (shards, flow) = (self.mailboxes.shards(), &mut self.flow);
         let (queues, by_shard) = (&flow.queues, &flow.by_shard);
@@ -340,7 +340,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Raises the shards whose repair is over.
+    /// Raises the stored positions of shards whose repair is over.
     fn close_repairs(&mut self) {
         let flow = &mut self.flow;
         let (queues, by_shard) = (&flow.queues, &flow.by_shard);
@@ -355,7 +355,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Goes back where shards have forgotten something, as far as the log and the mailboxes reach.
+    /// Rewinds partitions whose shards have forgotten something, as far as the log and mailboxes reach.
     fn go_back<S>(&mut self, consumer: &Consumer<S>) {
         let (now, bell) = (Instant::now(), consumer.bell());
         let ttl_ms = self.config.redis.ttl_seconds.saturating_mul(1000);
@@ -397,7 +397,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             let partition = &open.assignment.partition;
             let about = (open.assignment.id, offset);
             let ask = || consumer.seek(partition, offset);
-            // A partition that was only just assigned cannot seek yet: it is tried again.
+            // A partition that was assigned a moment ago cannot seek yet; an error is retried.
             if self.timers.seeks.answer(partition, about, &consumer.bell(), ask).is_some() {
                 open.seek_to = None;
             }
@@ -492,25 +492,25 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Topics that do not exist are named: no error would, and nothing would flow.
+    /// Names missing topics in readiness: librdkafka reports no error for them.
     fn look_for_topics(&mut self) {
         let Some(missing) = self.timers.missing.take_if(|missing| missing.is_finished()) else {
             return;
         };
-        // Whether a broker answers at all, the ids tell.
+        // `refresh` reports whether a broker answers at all.
         let Some(Ok(Ok(missing))) = missing.now_or_never() else { return };
         self.flow.metrics.topics_missing.set(missing.len() as i64);
         if missing.is_empty() {
             self.conditions.topics.ready();
         } else {
-            // Whoever has created them waits for nothing else.
+            // Topics that are created now are found within a second.
             self.timers.refresh = self.timers.refresh.min(Instant::now() + MISSING_REFRESH);
             let topics = missing.join(", ");
             self.conditions.topics.failing(format!("kafka has no topic {topics}: create it"));
         }
     }
 
-    /// Says that the loop turns, whether what was taken moves on, and what cannot be read or written.
+    /// Updates readiness: the loop, the oldest record, partitions that cannot be fetched, held records.
     fn look<S>(&mut self, consumer: &mut Consumer<S>, now: Instant) {
         if self.timers.look > now {
             return;
@@ -589,7 +589,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Finishes what is taken, commits, leaves the group.
+    /// Finishes the records that were taken, commits, leaves the group.
     async fn drain(
         mut self,
         mut consumer: Consumer<Draining>,
@@ -614,7 +614,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         if let Err(error) = consumer.commit_and_wait(commits, patience).await {
             tracing::warn!(%error, "last commit failed: what it covers is delivered again");
         }
-        // What is not finished counts no more, so the lanes drop it and end.
+        // Ended readings: the lanes drop what is not finished, and end.
         self.flow.partitions.iter().for_each(|open| open.reading.end());
         let left = deadline.saturating_duration_since(Instant::now());
         let leaving = consumer.finish(left.max(Duration::from_millis(500)));
@@ -719,7 +719,7 @@ impl Flow {
         let by_shard = mailboxes.shards().all().map(place).collect();
         let topics: Vec<Arc<str>> =
             config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect();
-        // They are there from the start, as zeros.
+        // Every label is exported from the start, as zero.
         topics.iter().for_each(|topic| drop(metrics.taken.with_label_values(&[topic])));
         Ok(Self {
             intake: Intake::new(config, mailboxes.shards(), metrics.traces_ignored.clone()),
@@ -790,7 +790,7 @@ impl Flow {
     fn taken(&mut self, record: barid_bus::consumer::Record) {
         let partition = Partition { topic: Arc::clone(&record.topic), number: record.partition };
         let Some(open) = self.partitions.get_mut(&partition) else { return };
-        // Behind one that went back: all of it is taken again.
+        // Records behind one whose offset went back are taken again later.
         if open.suspect.is_some() || !open.take(record.offset, record.leader_epoch) {
             return;
         }
@@ -802,7 +802,7 @@ impl Flow {
         let told =
             open.reading.was_finished(offset) || self.skips.get_mut(&partition).is_some_and(again);
         match self.intake.take(&open.reading, record, now_ms) {
-            // Its dead letter and its receipt were written when it was taken first.
+            // Its dead letter and its receipt were written the first time.
             Taken::Refused(..) if told => {
                 open.ledger.finish(offset, []);
             }
@@ -862,8 +862,8 @@ impl Flow {
         }
     }
 
-    /// Queues parcels of a record, but for those that are left in the log for a master that is away.
-    /// They are given back if some lane has no room.
+    /// Queues parcels of a record, except those that are left in the log for a master that is away. Returns
+    /// all of them if a lane has no room.
     fn try_admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Option<Vec<Parcel>> {
         let (Some(first), Some(open)) = (parcels.first(), self.partitions.get(partition)) else {
             return None;
@@ -877,7 +877,7 @@ impl Flow {
             self.metrics.stalls.with_label_values(&["skipped"]).inc();
         }
         self.skips_full = full;
-        // Somebody has to be served meanwhile.
+        // Only while other shards can be served.
         let some_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed);
         let some_live = some_away < self.by_shard.len();
         let much = self.bytes[priority] >= self.bytes_max / 2;
@@ -901,14 +901,14 @@ impl Flow {
             if !queued.is_empty() {
                 skips.leave_part(Arc::clone(&flight), left.len());
             }
-            // It is never finished: what is left out of it is taken again as another flight.
+            // This flight is never finished: its left-out messages are taken again as another one.
             self.uncount(&[flight]);
         }
         enqueue(&self.queues, &self.by_shard, priority, queued);
         None
     }
 
-    /// Of a record that is read again for shards that were away, the others' messages are done.
+    /// For a record that is read again for shards that were away: finishes the messages of other shards.
     fn without_accepted(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Vec<Parcel> {
         let Some(open) = self.partitions.get(partition) else { return parcels };
         let reading = (open.assignment.id, open.reading.number());
@@ -958,8 +958,8 @@ impl Flow {
             let count = skips.records();
             let Some(mut from) = skips.read_again(next) else { continue };
             if !drained {
-                // What waits for another master would never be finished: all of it is taken again,
-                // and told to have been accepted before.
+                // Messages for another master that is away would never be finished: everything unfinished is
+                // taken again; what was accepted is answered "accepted before".
                 from = from.min(open.ledger.committable().unwrap_or(from));
                 open.reading.end();
                 open.reading = open.reading.repairing(HashMap::new(), from);

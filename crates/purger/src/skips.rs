@@ -1,5 +1,5 @@
-//! What is left in the log while a master is away. Partitions hold messages for every master, so one that
-//! is away would fill the window with its own, and stop all of them. Instead its messages are left out:
+//! Messages that are left in the log while a master is away. Partitions hold messages for every master, so
+//! those of a master that is away would fill the window and stop all others. Instead its messages are left out:
 //! their records stay unfinished in the ledger, which holds the commit before the first of them, and
 //! take no memory beyond that. Once the master is back and everything else is finished, the log is
 //! read again from there, and of what was read before only those messages count. Pure.
@@ -14,7 +14,7 @@ use barid_core::Shard;
 
 use crate::flight::Flight;
 
-/// Of one partition, in one reading of it: another reading takes everything again.
+/// The left-out messages of one partition in one reading. Another reading takes everything again.
 #[derive(Debug, Default)]
 pub struct Skips {
     reading: (u64, u64),

@@ -14,12 +14,12 @@ use super::{Event, Group, Lane, Question};
 use crate::flight::Assignment;
 use crate::ports::Mailboxes;
 
-/// What some shards of an assignment say they know.
+/// The positions of some shards of an assignment.
 #[derive(Debug)]
 pub struct Answer {
     /// The assignment.
     pub assignment: Arc<Assignment>,
-    /// Which question; 0: nobody asked, the shards were idle.
+    /// Which question; 0: a probe of idle shards.
     pub round: u64,
     /// Shards that know what they have confirmed, and were raised if that was asked.
     pub knowing: Vec<Shard>,
