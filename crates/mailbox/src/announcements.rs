@@ -1,5 +1,5 @@
-//! Hears at once that a node came, went or is leaving, instead of at the next reading of the leases.
-//! Nothing rests on it: without it, or while it reconnects, readings every few seconds find the same.
+//! Learns at once that a node joined, ended or is leaving, instead of at the next reading of the leases.
+//! It only saves time: without it, or while it reconnects, readings every few seconds find the same.
 //!
 //! This is fred's place in Barid: a subscriber that heals itself, on a connection of its own.
 

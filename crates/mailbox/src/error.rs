@@ -19,7 +19,7 @@ pub enum Error {
         /// So many should.
         want: u32,
     },
-    /// Redis answered what it should not: a bug, or somebody else writes there.
+    /// Redis answered something that no script answers: a bug, or another program writes there.
     #[error("redis answered unexpectedly: {0}")]
     Unexpected(String),
     /// A newer version has marked what it keeps of this user so that this version must not touch it:

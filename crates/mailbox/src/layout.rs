@@ -1,11 +1,11 @@
-//! What the scripts pack into a mailbox's head (scripts/lib.lua), for those who only read it.
+//! Reads what the scripts pack into a mailbox's head (scripts/lib.lua), for inspection.
 
 use bytes::Buf as _;
 
 /// The layout of the keys, and the version that a state and a device begin with.
 pub(crate) const LAYOUT: u32 = 3;
 
-/// A mailbox's state, as far as people are shown it.
+/// The part of a mailbox's state that `barid inspect` shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct State {
     pub epoch: u64,
@@ -26,7 +26,7 @@ pub(crate) struct Device {
     pub defers: u8,
 }
 
-/// A mailbox that is not there.
+/// The state of a mailbox that does not exist.
 impl Default for State {
     fn default() -> Self {
         Self { epoch: 0, oldest: 1, newest: 0 }
@@ -61,7 +61,7 @@ impl Device {
     }
 }
 
-/// Behind the version and the flags. What a flag says, or a tail, does not change what is read here.
+/// The bytes behind the version and the flags. Flags and a tail do not change what is read here.
 fn known(state: &[u8]) -> Option<&[u8]> {
     let (mark, state) = state.split_first_chunk::<2>()?;
     (u32::from(mark[0]) == LAYOUT).then_some(state)

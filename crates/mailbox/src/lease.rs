@@ -50,7 +50,7 @@ impl NodeRole {
     }
 }
 
-/// What a node says of itself.
+/// A node's record in its lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeRecord {
     /// Its name; one living node has it.
@@ -72,12 +72,12 @@ pub struct NodeRecord {
     pub admin: String,
     /// The URL at which devices connect; empty: not told, or they do not.
     pub devices: String,
-    /// No route of an earlier life of this node is good: each session that lived on into this life has
-    /// written its route anew. A process that has just started has none.
+    /// All routes of earlier lives of this node are void: each session that lived on into this life has
+    /// written its route anew. True from the start in a process that has just started.
     pub confirmed: bool,
 }
 
-/// What an operator says of a node's lease, under the keys of these names.
+/// Configuration of a node's lease, under the keys of these names.
 #[derive(Debug, Clone)]
 pub struct LeaseConfig {
     /// `node`: its name; empty: made from its role and address.
@@ -93,7 +93,7 @@ pub struct LeaseConfig {
 }
 
 impl LeaseConfig {
-    /// What the numbers under these names may be.
+    /// The bounds of these numbers.
     pub fn bounds() -> Vec<Bound> {
         vec![
             whole("lease_ttl_ms", 100..=600_000, "ms"),
@@ -102,10 +102,10 @@ impl LeaseConfig {
         ]
     }
 
-    /// What must hold before a port binds; `key` holds where the node listens for others.
+    /// Checks it before a port binds; `key` is the key of the address `listen`.
     ///
     /// # Errors
-    /// What is wrong, naming the key.
+    /// The first key that is wrong, and why.
     pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
         if self.ttl > self.void_after / 2 {
             return Err(format!(
@@ -131,10 +131,10 @@ impl LeaseConfig {
         Lease::take(mailbox, record, self.ttl, self.void_after).await
     }
 
-    /// What a node that listens on `bound`, and with its admin endpoint on `admin`, says of itself.
+    /// The record of a node that listens on `bound`, with its admin endpoint on `admin`.
     ///
     /// # Errors
-    /// Its address makes no name: it is too long. `node` has to be set.
+    /// The name made from its address is too long: `node` has to be set.
     pub fn record(
         &self,
         role: NodeRole,
@@ -196,7 +196,7 @@ pub struct Lease {
     task: JoinHandle<()>,
 }
 
-/// What is told whether the lease stands.
+/// The readiness condition of the lease.
 type Reported = Arc<OnceLock<Condition>>;
 
 enum Order {
@@ -204,7 +204,7 @@ enum Order {
     Release,
 }
 
-/// What the owner was not told yet: a slow owner misses repetitions, never a kind or a shard.
+/// Events that the owner has not taken yet. Merged: a slow owner misses repetitions, never a kind or a shard.
 #[derive(Default)]
 struct Happened {
     pending: Mutex<Pending>,
@@ -356,7 +356,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    /// Until it is held. Another life that is ahead is outbid; nothing else is tried again.
+    /// Writes until the lease is held. Retries only where another life is ahead, and outbids it.
     async fn take(&mut self) -> Result<(), Error> {
         let confirmed = self.wanted.borrow().confirmed;
         loop {
@@ -490,7 +490,8 @@ impl Keeper {
         }
     }
 
-    /// A Redis that was emptied has lost what it was set up with: written again, or found to be another.
+    /// Checks `barid:meta` after a shard forgot: a Redis that was emptied gets it written again, and one that
+    /// was set up otherwise is reported.
     async fn look_at_meta(&self) {
         let looked = self.mailbox.topology().check_meta();
         match tokio::time::timeout(self.ttl / 3, looked).await {

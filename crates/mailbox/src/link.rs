@@ -293,8 +293,7 @@ fn refused(error: &Error) -> RedisError {
     RedisError::from((kind, "not connected", error.to_string()))
 }
 
-/// What [`Error::Unreplicated`] is told from, on its way through a function that fails with a
-/// [`RedisError`].
+/// Marks an [`Error::Unreplicated`] on its way through a function that fails with a [`RedisError`].
 const UNREPLICATED: &str = "too few replicas have confirmed";
 
 fn unreplicated(have: u32) -> RedisError {

@@ -1,4 +1,4 @@
-//! The door to Redis.
+//! Everything that other crates ask of Redis.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,9 +17,8 @@ use crate::{
     Inspection, Limits, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
-/// The door to Redis, cheap to clone. Single calls are coalesced into batches inside: what is
-/// there is sent as soon as the call before is on its way. Every call ends within the response
-/// time-out.
+/// A client of the mailboxes in Redis, cheap to clone. Single calls are batched inside: those that wait are
+/// sent as soon as the call before is on its way. Every call ends within the response time-out.
 #[derive(Clone)]
 pub struct Mailbox {
     topology: Arc<Topology>,

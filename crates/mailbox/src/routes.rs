@@ -24,13 +24,13 @@ const PING_EVERY: Duration = Duration::from_secs(1);
 /// Between attempts to connect, and between a redirection and the look at the slots that it asks for.
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
-/// What must be forgotten.
+/// Cached routes that are no longer valid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invalidation {
     /// This user's routes changed.
     User(UserKey),
-    /// Whatever was read of these shards: their master was emptied or is another one now, or its
-    /// connection was lost and with it an unknown number of reports.
+    /// All routes of these shards: their master was emptied or replaced, or its connection was lost, and
+    /// with it an unknown number of reports.
     Shards(Arc<[Shard]>),
 }
 
@@ -268,7 +268,7 @@ impl Inner {
     }
 }
 
-/// Keeps the masters those that there are, for as long as anybody wants them.
+/// Follows changes of the masters until the last clone is dropped.
 async fn follow(inner: Weak<Inner>) {
     loop {
         let Some(strong) = inner.upgrade() else { return };

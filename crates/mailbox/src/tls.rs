@@ -1,4 +1,4 @@
-//! Whom a `rediss://` connection trusts, and who it says it is.
+//! TLS of `rediss://` connections: trusted authorities and client certificates.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use rustls::{ClientConfig, RootCertStore};
 
 use crate::RedisConfig;
 
-/// What `redis.ca_file`, `redis.certificate_file` and `redis.key_file` hold, PEM.
+/// The contents of `redis.ca_file`, `redis.certificate_file` and `redis.key_file`, PEM.
 #[derive(Default)]
 struct Files {
     ca: Option<Vec<u8>>,
@@ -38,7 +38,7 @@ impl Files {
         self.ca.is_none() && self.client.is_none()
     }
 
-    /// Mozilla's roots where no file names others.
+    /// Trusts Mozilla's roots if `ca_file` is not set.
     fn rustls(&self) -> Result<ClientConfig, String> {
         let certificates = |key: &str, pem: &[u8]| {
             let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
@@ -74,10 +74,10 @@ impl Files {
     }
 }
 
-/// Everything that is wrong with the files is found here, before a connection is.
+/// Checks the files before a connection is made.
 ///
 /// # Errors
-/// What, naming the key.
+/// The key whose file is wrong, and why.
 pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
     let files = Files::read(config)?;
     let urls = std::iter::once(&config.url).chain(&config.urls);

@@ -182,7 +182,7 @@ pub struct ReadRequest {
     pub entries_max: u32,
     /// Stop after so many bytes (at least one entry comes).
     pub bytes_max: u32,
-    /// Whose cursor is told where entries behind `after` are gone.
+    /// The device whose cursor the page returns where entries behind `after` are gone.
     pub device: Option<DeviceId>,
 }
 
@@ -285,7 +285,7 @@ pub struct DeferRequest {
     pub user: UserKey,
     /// What `fire` returned.
     pub claimed_score: u64,
-    /// Whose attempts are taken back, and why.
+    /// The devices whose attempts are taken back, and why.
     pub devices: Vec<(DeviceId, Unreached)>,
 }
 

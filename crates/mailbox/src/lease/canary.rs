@@ -1,4 +1,4 @@
-//! Notices that shards forgot, for processes that have no lease.
+//! Detects shards that lost writes, for processes that have no lease.
 
 use std::time::Duration;
 
@@ -16,8 +16,7 @@ const TTL: Duration = Duration::from_secs(60);
 /// A number beside every shard, raised by each [`Canary::look`]. A shard that has another one than was
 /// written last has lost that writing, and whatever was written before it since.
 ///
-/// A few microseconds of Redis a shard and look: cheap enough for every few seconds, also where nothing
-/// is on the way that would notice.
+/// Each look costs Redis a few microseconds a shard, so it may run every few seconds.
 pub struct Canary {
     mailbox: Mailbox,
     id: String,

@@ -1,8 +1,8 @@
-//! What a lease knows and decides. It names no Redis and takes its time as an argument.
+//! The state machine of a lease. It names no Redis and takes its time as an argument.
 //!
 //! A lease is written in several places: its own key, and a copy beside each shard. It is held while any
-//! of them takes the writing, so that no single master ends it. Each place tells what stood there: what
-//! is older than the last confirmed writing shows that the place forgot.
+//! of them takes the writing, so that no single master ends it. Each place returns the stamp that it held: one
+//! older than the last confirmed writing shows that the place lost writes.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(crate) struct Wrote {
     pub stood: Option<Stamp>,
 }
 
-/// What an answer means for the owner.
+/// What an answer changed for the owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum News {
     /// This life is over: another process has the name, or nothing was written for too long.

@@ -20,12 +20,12 @@ use crate::{Error, keys};
 /// How long a copy stays after its lease ended.
 pub(super) const KEPT: Duration = Duration::from_secs(3600);
 
-/// What a writing makes of the lease.
+/// The state of the lease that a writing stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     /// It is held; the others are told at once, if `announce`.
     Held { announce: bool },
-    /// It is not, and its absence is no accident.
+    /// It is given up: readers count the node as gone at once.
     GivenUp,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Writing<'a> {
 /// The answer of a place.
 type Answer = (Place, Result<Wrote, Error>);
 
-/// What is still being written; ends with it.
+/// The answers of a writing; dropping it ends the writing.
 pub(super) struct Answers {
     answers: mpsc::Receiver<Answer>,
     _tasks: JoinSet<()>,
@@ -112,7 +112,7 @@ fn late(_: tokio::time::error::Elapsed) -> Error {
     Error::Away("no answer in time".into())
 }
 
-/// What is copied beside shards.
+/// A copy of a lease, as it is written beside shards.
 pub(crate) struct CopyOf {
     pub id: String,
     pub stamp: Stamp,
@@ -168,8 +168,8 @@ fn wrote(mut reply: Reply) -> Result<Wrote, Error> {
     Ok(Wrote { done, stood: (stood != Stamp::default()).then_some(stood) })
 }
 
-/// Spares the others the wait for their next reading; they read all the same if nobody hears it.
-/// Every master is asked to, so that none is missed: in a Redis Cluster each tells all of them.
+/// Tells readers to read at once instead of at their next turn. Published through every master, because
+/// any of them may be away; in a Redis Cluster each message reaches all subscribers.
 async fn announce(topology: &Topology, shard: Shard, role: NodeRole) {
     let mut publish = redis::cmd("PUBLISH");
     publish.arg(keys::NODES_CHANGED).arg(role.as_str());

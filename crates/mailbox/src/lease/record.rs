@@ -9,7 +9,7 @@ use super::life::Stamp;
 use super::{NodeRecord, NodeRole};
 use crate::layout::LAYOUT;
 
-/// Names and values, but for the incarnation, which is part of the stamp.
+/// The record as names and values, without the incarnation, which is part of the stamp.
 pub(super) fn fields(record: &NodeRecord) -> Vec<(&'static str, String)> {
     let state = if record.draining { "draining" } else { "serving" };
     vec![
@@ -42,7 +42,7 @@ pub(crate) struct Copy {
     pub given_up: bool,
     /// The layout of the keys that its process writes.
     pub layout: Option<u32>,
-    /// `None`: of no node, but of what only looks whether shards forget.
+    /// `None`: not a node's, but a [`super::Canary`]'s.
     pub record: Option<NodeRecord>,
 }
 
@@ -73,7 +73,7 @@ pub(crate) fn own(id: &NodeId, fields: &HashMap<String, String>) -> Option<(Stam
     Some((stamp, record(id, stamp, field)?))
 }
 
-/// Lives and renewals are counted on, and loads added up.
+/// Parses a number up to `WIRE_NUMBER_MAX`: lives and renewals are incremented, and loads summed.
 fn number(text: &str) -> Option<u64> {
     text.parse().ok().filter(|number| *number <= WIRE_NUMBER_MAX)
 }

@@ -339,5 +339,5 @@ fn read_position(text: &[u8]) -> Result<LogPosition, Error> {
             index: parts.next()?.parse().ok()?,
         })
     };
-    parse().ok_or_else(|| Error::Unexpected("a position that is none".into()))
+    parse().ok_or_else(|| Error::Unexpected("malformed log position".into()))
 }

@@ -87,7 +87,7 @@ async fn candidates(
             let member = members.text()?;
             match keys::parse_member(&member) {
                 Some(user) => candidates.push((**shard, user)),
-                None => tracing::warn!(?member, "a timer of nobody"),
+                None => tracing::warn!(?member, "retry timer has an invalid member"),
             }
         }
     }
