@@ -30,13 +30,13 @@ pub struct Header {
     pub accepted_at_us: u64,
 }
 
-/// Bytes that are no envelope.
+/// Why bytes are not a valid envelope.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvelopeError {
     /// Shorter than a header, or other tags than a header's.
     #[error("not an envelope: {0} bytes without the header of one")]
     Header(usize),
-    /// A number of the header that no script writes.
+    /// A number of the header is not below 2^53.
     #[error("not an envelope: its {0} is not below 2^53")]
     Number(&'static str),
     /// The body does not decode.
@@ -103,7 +103,7 @@ pub fn decode(entry: Bytes) -> Result<(Header, Envelope), EnvelopeError> {
     envelope.prev_chain = header.prev_chain.0;
     envelope.chain = header.chain.0;
     envelope.accepted_at_us = header.accepted_at_us;
-    // Of a purger's clock, and of a business's: what no clock shows is not known.
+    // From the clocks of a purger and a business: implausible times count as unknown.
     for time_ms in [&mut envelope.produced_at_ms, &mut envelope.taken_at_ms] {
         *time_ms = if *time_ms > TIME_MS_MAX { 0 } else { *time_ms };
     }

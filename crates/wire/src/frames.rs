@@ -91,16 +91,17 @@ pub enum Body {
     Data(Bytes),
 }
 
-/// What a device's frame says to this version: something, nothing, or less than it says to a newer one.
+/// A device's frame, as far as this version understands it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Heard {
-    /// The frame; `None`: its kind is a newer version's.
+    /// The frame; `None` if this version does not know its kind.
     pub frame: Option<ClientFrame>,
-    /// What of it was passed over. (Fields that only a newer version knows leave no trace in protobuf.)
+    /// The part that was ignored. (Unknown protobuf fields are not reported.)
     pub ignored: Option<Ignored>,
 }
 
-/// What only a newer version knows. The client may be ahead of its node while a cluster is upgraded.
+/// A part of a frame that this version does not know: a client may be newer than its node while a cluster is
+/// upgraded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ignored {
     /// A kind of frame, by its name or number.
@@ -109,7 +110,7 @@ pub enum Ignored {
     Field(String),
 }
 
-/// Bytes that are no frame, and why.
+/// Why bytes are not a valid frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// Not protobuf, or not of this message.
@@ -118,19 +119,19 @@ pub enum FrameError {
     /// Not JSON, or not of this shape.
     #[error("not a JSON frame: {0}")]
     Json(String),
-    /// No kind that this version knows.
+    /// The frame is empty, or has no known kind.
     #[error("the frame is of no kind; {KINDS} are")]
     Kind,
     /// Hello stands in more mailboxes than a device may follow.
     #[error("hello.positions has {0} entries, the limit is {POSITIONS_MAX}")]
     Positions(usize),
-    /// A device has heard of more resets than there can be.
+    /// A generation above [`GENERATION_MAX`].
     #[error("{0} is above {GENERATION_MAX}")]
     Generation(&'static str),
     /// Hello has two positions in one mailbox.
     #[error("hello.positions names a mailbox twice")]
     PositionTwice,
-    /// A number that JSON readers would round.
+    /// A number that is not below 2^53: JSON readers would round it.
     #[error("{0} is not below 2^53")]
     Number(&'static str),
     /// A message without a body.
@@ -145,7 +146,7 @@ pub enum FrameError {
 /// what a newer client may add.
 ///
 /// # Errors
-/// [`FrameError`], in words that help who wrote the client.
+/// [`FrameError`], in words for the client's developer.
 pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<Heard, FrameError> {
     let heard = match encoding {
         Encoding::Proto => proto::decode_client(bytes)?,
@@ -207,7 +208,7 @@ pub fn decode_server(encoding: Encoding, bytes: Bytes) -> Result<ServerFrame, Fr
     Ok(frame)
 }
 
-/// Whoever counts on from a number of a node's frame must not overflow.
+/// Numbers of a node's frame must leave room: clients add to them.
 fn check_server(frame: &ServerFrame) -> Result<(), FrameError> {
     match frame {
         ServerFrame::Deliver(deliver) => {
@@ -237,7 +238,7 @@ fn number(name: &'static str, number: u64) -> Result<(), FrameError> {
 /// Writes a node's frame. ([`ServerFrame::Unknown`] is an empty frame.)
 ///
 /// # Errors
-/// A JSON message whose body is none, or is compressed and broken.
+/// A JSON message has no body, or a broken one.
 pub fn encode_server(encoding: Encoding, frame: &ServerFrame) -> Result<Bytes, FrameError> {
     match encoding {
         Encoding::Proto => Ok(proto::encode_server(frame)),

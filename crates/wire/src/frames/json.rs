@@ -29,7 +29,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
         return Err(FrameError::Json(format!("{}: not an object of its fields", cut(&kind, 32))));
     }
     let strict = decode_kind(&kind, value.get().as_bytes());
-    // Where a field is missing too, an unknown one is rather a mistake, and named.
+    // Where a known field is missing as well, the unknown one is probably a typo: the error names it.
     if let Err(FrameError::Json(_)) = strict
         && let Some((known, ignored)) = without_unknown(value, fields)
         && let Ok(frame) = decode_kind(&kind, &known)
@@ -264,7 +264,7 @@ fn put_message(
             put_text(out, text);
         }
         BodyKind::Json => {
-            // A value that is none would break the whole frame, and the session with it.
+            // An invalid value would break the whole frame, and the session with it.
             serde_json::from_slice::<&RawValue>(payload).map_err(|error| error.to_string())?;
             out.extend_from_slice(b",\"json\":");
             out.extend_from_slice(payload);
@@ -713,7 +713,7 @@ fn number<'de, D: Deserializer<'de>, T: TryFrom<u64> + Default>(from: D) -> Resu
     Ok(optional(from)?.unwrap_or_default())
 }
 
-/// A whole number, plain or quoted; null is none.
+/// A whole number, plain or quoted; null counts as absent.
 fn optional<'de, D: Deserializer<'de>, T: TryFrom<u64>>(from: D) -> Result<Option<T>, D::Error> {
     struct Number<T>(PhantomData<T>);
 

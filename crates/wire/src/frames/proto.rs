@@ -17,7 +17,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     match v1::ClientFrame::decode(bytes).map_err(broken)?.kind {
         Some(kind) => Ok(Heard { frame: Some(kind), ignored: None }),
         None if bytes.is_empty() => Err(FrameError::Kind),
-        // Its fields are of a newer version.
+        // It has only fields that this version does not know.
         None => {
             let (field, _) = decode_key(&mut &*bytes).map_err(broken)?;
             Ok(Heard { frame: None, ignored: Some(Ignored::Kind(format!("field {field}"))) })

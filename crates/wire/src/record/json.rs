@@ -279,9 +279,9 @@ fn receipts(raw: &RawValue) -> Result<Vec<i32>, Flaw> {
         .collect()
 }
 
-/// One JSON value, not deeper than `depth_max`, that every parser takes: it goes into a frame as it is, and
-/// would spoil all of it. So it is I-JSON (RFC 7493) as far as parsers differ: no halves of characters, no
-/// name twice in an object, no number beyond a double.
+/// Checks that a body is one JSON value, not deeper than `depth_max`, that every parser accepts: it is copied
+/// into frames, and an invalid one would make the whole frame unreadable. So it must be I-JSON (RFC 7493):
+/// no unpaired surrogates, no repeated names in an object, no number beyond a double.
 pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     if depth(text) > depth_max {
         let reason = format!("the JSON body nests deeper than {depth_max}");
@@ -296,7 +296,7 @@ pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     }
 }
 
-/// What syntax does not tell of a value whose syntax was checked.
+/// Checks what JSON's syntax does not, on a value whose syntax is valid.
 #[derive(Default)]
 struct Scan {
     /// Where the names of each open object begin; `None`: an array.
@@ -378,14 +378,14 @@ fn string_end(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
-/// Of what it says, however it is escaped.
+/// The hash of a string's content, however it is escaped.
 fn string_hash(quoted: &str) -> Result<u64, String> {
     if !quoted.contains('\\') {
         return Ok(IdHash::of(&quoted[1..quoted.len() - 1]).ring);
     }
     match serde_json::from_str::<String>(quoted) {
         Ok(text) => Ok(IdHash::of(&text).ring),
-        // Syntax was checked: what is left are halves of characters.
+        // The syntax is valid, so it has an unpaired surrogate.
         Err(_) => Err(format!("has a string that is not Unicode: {}", cut(quoted, 64))),
     }
 }
