@@ -32,7 +32,7 @@ pub struct Client {
     stop: CancellationToken,
     closed: watch::Receiver<Option<Closed>>,
     groups: watch::Sender<BTreeSet<GroupId>>,
-    /// What became of the handler, if it panicked.
+    /// Why the handler ended, if it panicked.
     failed: Arc<OnceLock<String>>,
 }
 
@@ -103,7 +103,7 @@ pub enum InvalidBuilder {
     OutOfRange {
         /// The builder's method.
         what: &'static str,
-        /// What it takes.
+        /// The allowed range.
         allowed: &'static str,
     },
     /// The device's name is not allowed.
@@ -432,7 +432,7 @@ impl Builder {
     }
 }
 
-/// What a panic says, for people.
+/// The text of a panic.
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));

@@ -107,8 +107,7 @@ impl Connection {
     }
 }
 
-/// Numbers that no node sends would overflow what is counted from them, or be refused when they are sent
-/// back.
+/// Refuses numbers that no node sends: they would overflow when incremented, or be refused when sent back.
 fn check_numbers(frame: &ServerFrame) -> Result<(), Disconnect> {
     use barid_wire::v1::server_frame::Control;
     let number = |what: &str, number: u64, max: u64| match number <= max {

@@ -144,7 +144,7 @@ impl Driver {
                     self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
                     break Closed::Refused(why);
                 }
-                // It is told which attempt is known, and the next one is above: nothing has to be waited for.
+                // The refusal named the known attempt and the next one is higher: reconnect at once.
                 Ended::Lost(why) if self.overtaken == 1 => (why, Duration::ZERO),
                 Ended::Lost(why) => {
                     let wait = self.reconnect.next_wait();

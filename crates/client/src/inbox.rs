@@ -269,7 +269,7 @@ impl Inbox {
         let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
-        // What this device acknowledged itself is no loss.
+        // Messages that this device acknowledged are not lost.
         if why != SkipReason::Acknowledged {
             events.push(Event::Skipped { first, last: to, why });
         }
@@ -281,8 +281,8 @@ impl Inbox {
         Ok(())
     }
 
-    /// What Redis does not keep cannot be compared: after a failover other messages may have stood there,
-    /// and what came before may come again behind them.
+    /// Compares by id from now on: the chain cannot be checked over entries that Redis no longer keeps. After
+    /// a failover other messages may have stood there, and earlier ones may come again behind them.
     fn tell_by_id(&mut self) {
         self.bound_seen();
         self.seen.extend(&self.recent);

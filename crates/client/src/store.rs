@@ -28,7 +28,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Without what no server would take: the device would be refused with it for good.
+    /// Without numbers that every server refuses: with them the device could never connect.
     pub(crate) fn bounded(mut self) -> Self {
         self.attempt = if self.attempt < WIRE_NUMBER_MAX { self.attempt } else { 0 };
         self.position = self.position.filter(|position| {
@@ -99,7 +99,7 @@ impl PositionStore for FileStore {
         };
         match serde_json::from_slice(&bytes) {
             Ok(checkpoint) => Ok(Some(checkpoint)),
-            // Of a disk that lost what it had promised to keep. The server knows where the device stands.
+            // The disk lost synced data. The server knows the device's position.
             Err(error) => {
                 let broken = self.beside(".broken");
                 tracing::warn!(path = %self.path.display(), %error, "stored position is not readable");
@@ -118,7 +118,7 @@ impl PositionStore for FileStore {
         drop(file);
         std::fs::rename(&new, &self.path)?;
         let directory = self.path.parent().filter(|directory| !directory.as_os_str().is_empty());
-        // Where directories cannot be opened or synced, the file system sees to it.
+        // Best effort: some platforms cannot open or sync directories.
         if let Ok(directory) = File::open(directory.unwrap_or(Path::new("."))) {
             let _ = directory.sync_all();
         }
