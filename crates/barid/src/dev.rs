@@ -76,7 +76,7 @@ struct Ready<'a> {
 
 /// Runs until a signal, or with `--once` until the demonstration is over.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
-    // The cluster is what is wanted; a terminal that was closed is no reason to leave devices without it.
+    // Errors of stdout (a closed pipe, a full disk) must not end the cluster.
     let out = out.lenient();
     if let Some(other) = DevState::running()? {
         bail!(
@@ -291,7 +291,7 @@ impl Signals {
     fn new() -> std::io::Result<Self> {
         let interrupt = signal(SignalKind::interrupt())?;
         let terminate = signal(SignalKind::terminate())?;
-        // To listen for it would end the ignoring.
+        // A handler would replace the inherited SIG_IGN.
         let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup())).transpose()?;
         Ok(Self { interrupt, terminate, hangup })
     }

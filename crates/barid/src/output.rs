@@ -11,7 +11,7 @@ use serde::Serialize;
 pub struct Output {
     json: bool,
     colour: bool,
-    /// What cannot be printed is no error.
+    /// Errors of stdout are ignored.
     lenient: bool,
 }
 
@@ -43,8 +43,7 @@ impl Output {
         self.json
     }
 
-    /// For a program that has more to do than to print: a reader that went away, or a full disk, does not
-    /// end it.
+    /// Ignores errors of stdout from now on (a closed pipe, a full disk): for commands that do more than print.
     pub fn lenient(self) -> Self {
         Self { lenient: true, ..self }
     }

@@ -6,7 +6,7 @@ pub enum Error {
     /// Redis refused, or is not one that may be used.
     #[error(transparent)]
     Redis(#[from] barid_mailbox::Error),
-    /// The node's name is none.
+    /// The node's name is invalid.
     #[error(transparent)]
     Name(#[from] barid_core::InvalidName),
     /// A setting makes no sense.

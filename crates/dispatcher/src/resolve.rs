@@ -4,8 +4,8 @@
 //! connection has read. A value is inserted only if its load is still the one that the table of
 //! loads names: an invalidation takes the load out of the table, so that a value which was read
 //! before the change and arrives after it is used by those who asked before, and kept by nobody.
-//! What was not read on a tracking connection is kept by nobody, and what was read on one that broke,
-//! or of a shard that moved to another master, is forgotten, with all else of those shards.
+//! Values that were not read on a tracking connection are not cached. All values of a shard are dropped when
+//! its tracking connection breaks, or when it moves to another master.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -31,7 +31,7 @@ pub trait Routes: Send + Sync + 'static {
     fn untracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
     /// Removes a route if it is still this session's.
     fn remove(&self, request: DisconnectRequest) -> impl Future<Output = Result<(), Error>> + Send;
-    /// Where a user lives.
+    /// A user's shard.
     fn shard_of(&self, user: &UserKey) -> Shard;
     /// How many shards there are.
     fn shards(&self) -> ShardCount;

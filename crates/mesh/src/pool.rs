@@ -306,7 +306,7 @@ struct Dispatching {
     pool: Weak<Inner>,
 }
 
-/// Where it is told which devices of a re-send were not reached, and why.
+/// Receives the devices of a re-send that were not reached, and why.
 type Answer = oneshot::Sender<Vec<(usize, Unreachable)>>;
 
 /// What is kept of a batch: its pushes to hand on again, and who waits for which of its re-sends.

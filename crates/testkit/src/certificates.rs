@@ -73,7 +73,7 @@ impl Authority {
         Ok(Self(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?))
     }
 
-    /// What has to be trusted, PEM.
+    /// Its own certificate, PEM: trust this.
     pub fn pem(&self) -> String {
         self.0.pem()
     }

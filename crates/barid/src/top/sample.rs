@@ -69,7 +69,7 @@ pub struct RoleState {
     /// Of one core.
     pub cpu_percent: f64,
     pub memory_bytes: u64,
-    /// Of a purger: how many partitions of each topic it has.
+    /// A purger's partitions by topic; empty for other roles.
     pub partitions: BTreeMap<String, u64>,
 }
 

@@ -25,7 +25,7 @@ pub struct Scrape {
 /// Asks an endpoint.
 ///
 /// # Errors
-/// It does not answer in time, or is none of Barid's.
+/// It does not answer in time, or is not Barid's.
 pub async fn scrape(address: &str) -> anyhow::Result<Scrape> {
     let asked = async {
         let (status, text) = get(address, "/metrics").await?;

@@ -196,7 +196,7 @@ fn role(role: &RoleState) -> Line {
         .and(Some(Tone::Faint), share(role))
 }
 
-/// A purger's partitions of each topic, by the topics' names: who has none of one does none of its work.
+/// A purger's partitions of each topic, in the order of the topics' names; empty for other roles.
 fn share(role: &RoleState) -> String {
     if role.partitions.is_empty() {
         return String::new();
