@@ -25,7 +25,7 @@ impl Trust {
             .collect::<Result<_, _>>()
             .map_err(|error| error.to_string())?;
         if certificates.is_empty() {
-            return Err("there is none in it".into());
+            return Err("it holds no certificate".into());
         }
         let mut store = rustls::RootCertStore::empty();
         for certificate in &certificates {
@@ -59,7 +59,7 @@ mod tests {
     #[test]
     fn what_holds_no_certificate_is_refused() {
         let refused = |pem: &str| Trust::new(pem.as_bytes()).err().unwrap_or_default();
-        assert_eq!(refused("nothing"), "there is none in it");
+        assert_eq!(refused("nothing"), "it holds no certificate");
         let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         assert!(refused(broken).contains("BadEncoding"), "{}", refused(broken));
         assert!(!refused("-----BEGIN CERTIFICATE-----\n*\n").is_empty());
