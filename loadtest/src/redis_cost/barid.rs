@@ -42,14 +42,47 @@ pub fn config(url: &str, batch: usize, case: Case) -> RedisConfig {
 }
 
 impl Barid {
-    pub async fn open(url: &str, batch: usize, case: Case) -> Result<Self> {
-        let mailbox = open(url, batch, case).await?;
-        Ok(Self { mailbox, prev: None })
+    pub async fn open(config: &RedisConfig) -> Result<Self> {
+        Ok(Self { mailbox: open(config).await?, prev: None })
+    }
+
+    /// A batch as the purger would ask it.
+    pub fn group(&self, case: Case, batch: &[Message]) -> Result<AcceptGroup> {
+        let mut messages = Vec::with_capacity(batch.len());
+        for message in batch {
+            let UserKey { app, user } = user_key(case, message.user)?;
+            messages.push(AcceptMessage {
+                position: LogPosition { leader_epoch: 0, offset: message.offset, index: 0 },
+                app,
+                user,
+                id: IdHash::of(&message.id),
+                collapse_key: None,
+                body: message.body.clone(),
+            });
+        }
+        Ok(AcceptGroup {
+            shard: self.mailbox.shard_of(&user_key(case, 0)?),
+            source: source(case),
+            prev: self.prev,
+            raise: None,
+            messages,
+        })
+    }
+
+    /// An accept round: with `wait_replicas` behind it, its WAIT.
+    pub async fn send(&mut self, group: AcceptGroup) -> Result<Vec<AcceptOutcome>> {
+        let outcome = self.mailbox.accept(std::slice::from_ref(&group)).await;
+        let outcome = outcome.into_iter().next().context("an answer")??;
+        self.prev = group.messages.last().map(|message| message.position);
+        match outcome {
+            GroupOutcome::Done(outcomes) => Ok(outcomes),
+            GroupOutcome::Gap(position) => anyhow::bail!("a gap: {position:?}"),
+        }
     }
 }
 
-pub async fn open(url: &str, batch: usize, case: Case) -> Result<Mailbox> {
-    Ok(Mailbox::open(&config(url, batch, case), &prometheus::Registry::new()).await?)
+pub async fn open(config: &RedisConfig) -> Result<Mailbox> {
+    Ok(Mailbox::open(config, &prometheus::Registry::new()).await?)
 }
 
 pub fn user_key(case: Case, user: usize) -> Result<UserKey> {
@@ -85,30 +118,8 @@ fn session(user: usize) -> Result<SessionRef> {
 
 impl Side for Barid {
     async fn accept(&mut self, case: Case, batch: &[Message]) -> Result<Vec<Header>> {
-        let mut messages = Vec::with_capacity(batch.len());
-        for message in batch {
-            let UserKey { app, user } = user_key(case, message.user)?;
-            messages.push(AcceptMessage {
-                position: LogPosition { leader_epoch: 0, offset: message.offset, index: 0 },
-                app,
-                user,
-                id: IdHash::of(&message.id),
-                collapse_key: None,
-                body: message.body.clone(),
-            });
-        }
-        let last = messages.last().map(|message| message.position);
-        let group = AcceptGroup {
-            shard: self.mailbox.shard_of(&user_key(case, 0)?),
-            source: source(case),
-            prev: self.prev,
-            raise: None,
-            messages,
-        };
-        let outcome = self.mailbox.accept(&[group]).await.pop().context("an answer")??;
-        self.prev = last;
-        let GroupOutcome::Done(outcomes) = outcome else { anyhow::bail!("a gap: {outcome:?}") };
-        outcomes.iter().map(header).collect()
+        let group = self.group(case, batch)?;
+        self.send(group).await?.iter().map(header).collect()
     }
 
     async fn ack(&mut self, case: Case, batch: &[Acked]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The outcome, for people or programs.
 
-use std::io::Write as _;
+use std::io::Write;
 
 use serde::Serialize;
 
@@ -29,10 +29,29 @@ impl Measure {
 
     /// The value at this share of the rounds, in order.
     fn at(&self, share: f64, of: impl Fn(&(Sample, Sample)) -> f64) -> f64 {
-        let mut values: Vec<f64> = self.0.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values.get((share * (values.len() - 1) as f64).round() as usize).copied().unwrap_or(0.0)
+        quantile(self.0.iter().map(of).collect(), share)
     }
+}
+
+/// Accept rounds with one number of replicas, and the turns that they were asked in.
+#[derive(Debug, Default)]
+pub struct Waits {
+    times_ms: Vec<f64>,
+    cpu_us: Vec<f64>,
+}
+
+impl Waits {
+    /// A turn: how long each of its rounds took, and the master's CPU time per message.
+    pub fn push(&mut self, times_ms: Vec<f64>, cpu_us: f64) {
+        self.times_ms.extend(times_ms);
+        self.cpu_us.push(cpu_us);
+    }
+}
+
+/// The value at this share of all, in order.
+fn quantile(mut values: Vec<f64>, share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get((share * (values.len().max(1) - 1) as f64).round() as usize).copied().unwrap_or(0.0)
 }
 
 /// Field names are stable: programs compare runs by them.
@@ -53,6 +72,19 @@ struct Row {
     met: Option<bool>,
 }
 
+/// Accept with `redis.wait_replicas`, and as many replicas. Field names are stable.
+#[derive(Debug, Serialize)]
+struct WaitRow {
+    batch: usize,
+    replicas: u32,
+    /// Of an accept round, as the purger sees it.
+    ms: f64,
+    ms_p25: f64,
+    ms_p75: f64,
+    /// CPU time of the master per message.
+    cpu_us: f64,
+}
+
 /// All rows.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -61,12 +93,13 @@ pub struct Report {
     rounds: u32,
     append_only: bool,
     measures: Vec<Row>,
+    waits: Vec<WaitRow>,
 }
 
 impl Report {
     pub fn new(arguments: &Arguments) -> Self {
         let Arguments { users, payload_bytes, rounds, append_only, .. } = *arguments;
-        Self { users, payload_bytes, rounds, append_only, measures: Vec::new() }
+        Self { users, payload_bytes, rounds, append_only, measures: Vec::new(), waits: Vec::new() }
     }
 
     pub fn add(&mut self, kind: &str, case: Case, batch: usize, measure: &Measure) {
@@ -88,6 +121,13 @@ impl Report {
         });
     }
 
+    pub fn add_waits(&mut self, batch: usize, replicas: u32, waits: &Waits) {
+        let ms = |share| quantile(waits.times_ms.clone(), share);
+        let cpu_us = quantile(waits.cpu_us.clone(), 0.5);
+        let (p25, p75) = (ms(0.25), ms(0.75));
+        self.waits.push(WaitRow { batch, replicas, ms: ms(0.5), ms_p25: p25, ms_p75: p75, cpu_us });
+    }
+
     /// Whether every goal is met.
     pub fn is_met(&self) -> bool {
         self.measures.iter().all(|row| row.met != Some(false))
@@ -99,6 +139,19 @@ impl Report {
             writeln!(out, "{}", serde_json::to_string(self)?)?;
             return Ok(());
         }
+        if !self.measures.is_empty() {
+            self.print_measures(&mut out)?;
+        }
+        if !self.measures.is_empty() && !self.waits.is_empty() {
+            writeln!(out)?;
+        }
+        if !self.waits.is_empty() {
+            self.print_waits(&mut out)?;
+        }
+        Ok(())
+    }
+
+    fn print_measures(&self, out: &mut impl Write) -> std::io::Result<()> {
         writeln!(
             out,
             "CPU time of redis-server per message, protocol included, us: medians of {} rounds of {} \
@@ -129,6 +182,28 @@ impl Report {
                 row.floor_script,
                 row.barid_script,
                 goal
+            )?;
+        }
+        Ok(())
+    }
+
+    fn print_waits(&self, out: &mut impl Write) -> std::io::Result<()> {
+        writeln!(
+            out,
+            "An accept round with redis.wait_replicas at the number of replicas, ms, and CPU time of the \
+             master per message, us: medians of {} turns, {} bytes",
+            self.rounds, self.payload_bytes
+        )?;
+        writeln!(
+            out,
+            "{:<8} {:>5} {:>9} {:>15} {:>10}",
+            "replicas", "batch", "round", "p25-p75", "master"
+        )?;
+        for row in &self.waits {
+            writeln!(
+                out,
+                "{:<8} {:>5} {:>9.3} {:>7.3}-{:<7.3} {:>10.2}",
+                row.replicas, row.batch, row.ms, row.ms_p25, row.ms_p75, row.cpu_us
             )?;
         }
         Ok(())

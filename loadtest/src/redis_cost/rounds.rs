@@ -13,7 +13,7 @@ use crate::report::{Measure, Report, Sample};
 use crate::server::{Server, Usage};
 
 /// Rounds that are not measured: caches warm up, mailboxes fill.
-const WARM_UP: u32 = 9;
+pub const WARM_UP: u32 = 9;
 
 /// In what state the users are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,15 +73,15 @@ pub async fn run(arguments: &Arguments, batch: usize, report: &mut Report) -> Re
         let mut barids = Server::start(arguments.append_only).await?;
         let config = barid::config(&floors.url(), batch, case);
         let mut floor = Floor::open(floors.connection(), config).await?;
-        let mut barid = Barid::open(&barids.url(), batch, case).await?;
+        let mut barid = Barid::open(&barid::config(&barids.url(), batch, case)).await?;
         let users = arguments.users as usize;
         if case.is_online() {
             for server in [&floors, &barids] {
-                let mailbox = barid::open(&server.url(), batch, case).await?;
+                let mailbox = barid::open(&barid::config(&server.url(), batch, case)).await?;
                 barid::connect(&mailbox, case, users).await?;
             }
         }
-        let (mut plan, mut measures) = (Plan::new(arguments, case), HashMap::new());
+        let (mut plan, mut measures) = (Plan::new(arguments, case, users), HashMap::new());
         for round in 0..WARM_UP + arguments.rounds {
             let messages = plan.round(batch);
             let of_floor = play(&mut floors, &mut floor, case, batch, &messages).await?;
@@ -162,7 +162,7 @@ fn sample(before: Usage, after: Usage, messages: usize, batch: usize) -> Result<
 }
 
 /// Deals the messages: every user one in a round, in an order that jumps about.
-struct Plan {
+pub struct Plan {
     case: Case,
     users: usize,
     offset: i64,
@@ -171,13 +171,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(arguments: &Arguments, case: Case) -> Self {
+    pub fn new(arguments: &Arguments, case: Case, users: usize) -> Self {
         let payload = Bytes::from(vec![b'x'; arguments.payload_bytes as usize]);
-        Self { case, users: arguments.users as usize, offset: 0, payload, round: 0 }
+        Self { case, users, offset: 0, payload, round: 0 }
     }
 
     /// Whole batches only, no user twice in one.
-    fn round(&mut self, batch: usize) -> Vec<Message> {
+    pub fn round(&mut self, batch: usize) -> Vec<Message> {
         self.round += 1;
         let count = self.users / batch * batch;
         // Any odd stride that shares no factor with the number of users visits all of them.

@@ -25,17 +25,26 @@ pub struct Usage {
     pub script_us: f64,
     /// EVALSHA calls.
     pub calls: f64,
+    /// WAIT calls.
+    pub waits: f64,
 }
 
 impl Server {
     pub async fn start(append_only: bool) -> Result<Self> {
-        let options = RedisOptions { append_only, ..Default::default() };
+        Self::start_with(RedisOptions { append_only, ..Default::default() }).await
+    }
+
+    pub async fn start_with(options: RedisOptions) -> Result<Self> {
         let redis = Redis::start_with(options).await?;
         let client = redis::Client::open(redis.url())?;
         // A busy machine may keep an answer waiting; that is no reason to lose a run.
         let config = AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
         let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
         Ok(Self { redis, connection })
+    }
+
+    pub fn redis(&self) -> &Redis {
+        &self.redis
     }
 
     pub fn url(&self) -> String {
@@ -48,10 +57,12 @@ impl Server {
 
     pub async fn usage(&mut self) -> Result<Usage> {
         let calls: String = self.info("commandstats").await?;
-        let script = calls.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:"));
-        let of_script = |name: &str| {
-            let mut pairs = script.unwrap_or_default().split(',');
-            pairs.find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+        // A command that was never called has no line.
+        let of = |command: &str, name: &str| {
+            let line = calls.lines().find_map(|line| line.strip_prefix(command)?.strip_prefix(':'));
+            let mut pairs = line.unwrap_or_default().split(',');
+            let value = |pair: &str| pair.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
+            pairs.find_map(value).unwrap_or(0.0)
         };
         let cpu: String = self.info("cpu").await?;
         let seconds = |name: &str| -> Result<f64> {
@@ -60,8 +71,9 @@ impl Server {
         };
         Ok(Usage {
             cpu_us: (seconds("used_cpu_sys:")? + seconds("used_cpu_user:")?) * 1e6,
-            script_us: of_script("usec").unwrap_or(0.0),
-            calls: of_script("calls").unwrap_or(0.0),
+            script_us: of("cmdstat_evalsha", "usec"),
+            calls: of("cmdstat_evalsha", "calls"),
+            waits: of("cmdstat_wait", "calls"),
         })
     }
 
