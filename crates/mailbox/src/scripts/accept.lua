@@ -32,9 +32,9 @@ local BASE, JITTER, CANDIDATE, KEEP = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV
 local ID_BYTES, CHUNK_IDS, CHUNKS, FAILED_BYTES_MAX = 8, 8, 7, 2048
 local CHUNK_BYTES = ID_BYTES * CHUNK_IDS
 local VOIDED_COLLAPSED = '\128\1\4' -- Envelope.voided = SKIP_REASON_COLLAPSED
-local GROUP, COUNT, COUNT_BYTES = '<Bi4dI4i4dI4i4dI4I4I4', '<I4', 4
-local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8I4B', 29, '<i4dI4', 14
-local HEADER, MAILBOX = '<BI8BI8BI4BI4BI8I4', '<ddI4I4'
+local GROUP, COUNT, COUNT_BYTES = '<BidIidIidIII', '<I', 4
+local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8IB', 29, '<idI', 14
+local HEADER, MAILBOX = '<BI8BI8BIBIBI8I', '<ddII'
 local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
 local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
 local find, sub, char, unpack = string.find, string.sub, string.char, unpack

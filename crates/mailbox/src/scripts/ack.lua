@@ -11,7 +11,7 @@
 
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX, CANDIDATE = tonumber(ARGV[4]), ARGV[5]
-local ITEM, COUNT = '<I2ddI4I4', (#ARGV - 5) / 3
+local ITEM, COUNT = '<HddII', (#ARGV - 5) / 3
 
 -- Whether a reset begins the retries: the device has a route, and they are not another session's that
 -- are under way.

@@ -44,14 +44,15 @@ local NOW = floor(NOW_US / 1000)
 local byte = string.byte
 -- A state and a device begin with their mark: the version, and flags in the second byte, of which the
 -- low four may be ignored, but are kept, and the high four are critical. The short paths take only what
--- has no flag (its mark is the version) and no tail.
+-- has no flag (its mark is the version) and no tail. H and I are two and four bytes: each digit of a
+-- format is parsed in each call.
 local VERSION, CRITICAL = 3, 16
 -- A plain flag of a state, as the mark has it: devices that Redis has forgotten may be on their way back.
 local KEEPS_ALL = 256
 -- No mailbox keeps all for longer, ms: what is written beyond that is another clock's.
 local KEEP_MAX = 86400000
-local STATE, STATE_BYTES = '<I2I7I6I4I6I4I6I6I6BI4I4', 56
-local DEVICE, DEVICE_BYTES = '<I2I6I4I4I6BI6I7B', 37
+local STATE, STATE_BYTES = '<HI7I6II6II6I6I6BII', 56
+local DEVICE, DEVICE_BYTES = '<HI6III6BI6I7B', 37
 local HEADER_BYTES, HEADER_KEPT_BYTES = 37, 41
 local SEQ_MAX, BYTE_MAX, WRAP = 281474976710655, 255, 4294967296
 local GENERATION_MAX, CLAIMED_GENERATION_MAX = 4294967295, 2147483647
@@ -80,12 +81,12 @@ end
 
 -- The chain after an entry.
 local function header_chain(header)
-  return (parse('<I4', header, 25))
+  return (parse('<I', header, 25))
 end
 
 -- The chain after an entry, and the bytes up to there (0 where an entry lacks them).
 local function header_place(header)
-  return parse('<I4', header, 25), #header >= HEADER_KEPT_BYTES and parse('<I4', header, 38) or 0
+  return parse('<I', header, 25), #header >= HEADER_KEPT_BYTES and parse('<I', header, 38) or 0
 end
 
 -- What a pcall caught: Redis hands on texts and tables.
