@@ -36,6 +36,8 @@ local GROUP, COUNT, COUNT_BYTES = '<BidIidIidIII', '<I', 4
 local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8IB', 29, '<idI', 14
 local HEADER, MAILBOX = '<BI8BI8BIBIBI8I', '<ddII'
 local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
+-- A device's due time, and what arming writes: due time and attempt, between bytes that stay.
+local DUE_AT, ARMED, ARMED_UNTIL = 17, '<c16I6Bc0', 24
 local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
 local find, sub, char, unpack = string.find, string.sub, string.char, unpack
 
@@ -336,7 +338,7 @@ local function accept_one(k, member, m, body, names, v)
   ids = keep_ids(head, ids, marks)
   state = pack(STATE, VERSION, e, b, bc, n + 1, chain, x, ct, kl, dc, bt, bytes)
   if name then
-    local mark, seq, at, generation, due, attempt, used, fence, defers = parse(DEVICE, device)
+    local due = parse('<I6', device, DUE_AT)
     if due == 0 then
       due = NOW + spread(BASE, JITTER)
       local armed = redis.pcall('ZADD', timers, int(due), member)
@@ -344,7 +346,7 @@ local function accept_one(k, member, m, body, names, v)
         log_problem(armed)
       else
         call('HSET', head, 's', state, 'i', ids, 'd:' .. name,
-          pack(DEVICE, mark, seq, at, generation, due, 0, used, fence, defers))
+          pack(ARMED, device, due, 0, sub(device, ARMED_UNTIL)))
         return pack(MAILBOX, e, n, nc, evicted)
       end
     end
