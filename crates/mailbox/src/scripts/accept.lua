@@ -42,9 +42,9 @@ local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thous
 local find, sub, char, unpack = string.find, string.sub, string.char, unpack
 
 -- The group under way: its keys, its messages and the letters of those, and the position before it;
--- whether all of it lies behind that, and whether any of it has a collapse key.
+-- whether all of it lies behind that, whether any of it has a collapse key, and whether no user has two.
 local positions, timers, source, metas, letters
-local l0, o0, i0, all_new, has_keys
+local l0, o0, i0, all_new, has_keys, all_single
 -- When something of this shard was found missing, ms: a field of the positions. And until when mailboxes that have
 -- dropped nothing yet keep all because of that; 0: they need not.
 local LOST = 'lost'
@@ -380,7 +380,7 @@ local function look_at_all(k, counts, users)
   local function rest() -- until one fails: a pcall for each would cost more
     while user < users do
       local first = m
-      m = m + parse(COUNT, counts, user * COUNT_BYTES + 1)
+      m = m + (all_single and 1 or parse(COUNT, counts, user * COUNT_BYTES + 1))
       user = user + 1
       routed[user], held[user] = look_at(k + user * 3 - 3, first, m - 1)
     end
@@ -433,17 +433,18 @@ local function group(k, a)
   local counts = ARGV[a + 2]
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
-  has_keys = arguments > 4 + users + #metas / MESSAGE_BYTES
+  local messages = #metas / MESSAGE_BYTES
+  has_keys, all_single = arguments > 4 + users + messages, users == messages
   local routed, held = look_at_all(k + 2, counts, users)
   if not routed then return { 'U' } end
   local mailboxes, problems, member, body = {}, {}, a + 4, a + 4 + users
   local user, m = 0, 1
   local function rest() -- until one fails: a pcall for each would cost more
     while user < users do
-      local last = m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
+      local last = all_single and m or m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
       mailboxes[user + 1] = accept_new(k + 2 + user * 3, ARGV[member + user], m, last, body,
         routed[user + 1], held[user + 1])
-      body = body + arguments_of(m, last)
+      body = body + (has_keys and arguments_of(m, last) or last - m + 1)
       user, m = user + 1, last + 1
     end
   end
