@@ -36,6 +36,7 @@
 -- and seqs before they come here, generations here; a seq that has no successor is an error. The time
 -- is Redis's own, frozen while a script runs; replies begin with it in microseconds.
 
+local KEYS, ARGV = KEYS, ARGV -- a local is found faster than a global
 local call, floor, match = redis.call, math.floor, string.match
 local pack, parse = struct.pack, struct.unpack
 local TIME = call('TIME')
