@@ -40,6 +40,7 @@ local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
 local DUE_AT, ARMED, ARMED_UNTIL = 17, '<c16I6Bc0', 24
 local PUSH_MAX = 1000 -- elements of a list in one call: Lua unpacks a few thousand at most
 local find, sub, char, unpack = string.find, string.sub, string.char, unpack
+local PLAIN = char(VERSION, 0) -- the mark of what has no flags
 
 -- The group under way: its keys, its messages and the letters of those, and the position before it;
 -- whether all of it lies behind that, whether any of it has a collapse key, and whether no user has two.
@@ -299,17 +300,17 @@ end
 
 -- The usual message, without a table: a user's only new one, no collapse key, a mailbox that is there and
 -- has none, one known device at most. Does what `accept` would; everything else is left to it.
-local function accept_one(k, member, m, body, names, v)
+local function accept_one(k, member, m, last, body, names, v)
   local state, name, device = v[1], names[1], v[4]
   local hash, crc, has_key = parse(MESSAGE, metas, (m - 1) * MESSAGE_BYTES + 1)
   if has_key == 1 or names[2] or not state or #state ~= STATE_BYTES
     or name and not (device and #device == DEVICE_BYTES) then
-    return accept(k, member, m, m, body, names, v)
+    return accept(k, member, m, last, body, names, v)
   end
   local head, queue = KEYS[k], KEYS[k + 1]
   local plain, e, b, bc, n, nc, x, ct, kl, dc, bt, nt = parse(STATE, state)
   if plain ~= VERSION or x - NOW < TTL or kl ~= 0 or n >= SEQ_MAX or b == 1 and keep_until > 0 then
-    return accept(k, member, m, m, body, names, v)
+    return accept(k, member, m, last, body, names, v)
   end
   local ids, marks = v[2] or '', v[3]
   -- As `is_duplicate`, without calling it: its look at the marks costs most here.
@@ -367,9 +368,9 @@ local function look_at(k, m, last)
   end
   local names = call('HKEYS', KEYS[k + 2])
   local v = fetch(KEYS[k], names)
-  if v[1] then check_known(v[1]) end
+  if v[1] and sub(v[1], 1, 2) ~= PLAIN then check_known(v[1]) end
   for i = 4, #names + 3 do
-    if v[i] then check_known(v[i]) end
+    if v[i] and sub(v[i], 1, 2) ~= PLAIN then check_known(v[i]) end
   end
   return names, v
 end
@@ -397,12 +398,9 @@ local function look_at_all(k, counts, users)
   return routed, held
 end
 
--- As `accept`; a user who has nothing new was not looked at.
+-- As `accept`, also for a user who has nothing new (and was not looked at) or cannot be read.
 local function accept_new(k, member, m, last, body, names, v)
-  if names then
-    if m == last then return accept_one(k, member, m, body, names, v) end
-    return accept(k, member, m, last, body, names, v)
-  end
+  if names then return accept(k, member, m, last, body, names, v) end
   if names == false then error(v, 0) end
   for m = m, last do letters[m] = passed_letter(m) end
   return NOT_ACCEPTED
@@ -444,8 +442,9 @@ local function group(k, a)
   local function rest() -- until one fails: a pcall for each would cost more
     while user < users do
       local last = all_single and m or m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
-      mailboxes[user + 1] = accept_new(k + 2 + user * 3, ARGV[member + user], m, last, body,
-        routed[user + 1], held[user + 1])
+      local names = routed[user + 1]
+      mailboxes[user + 1] = (names and m == last and accept_one or accept_new)(k + 2 + user * 3,
+        ARGV[member + user], m, last, body, names, held[user + 1])
       body = body + (has_keys and arguments_of(m, last) or last - m + 1)
       user, m = user + 1, last + 1
     end
