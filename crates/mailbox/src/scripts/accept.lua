@@ -83,16 +83,23 @@ end
 local function keep_ids(head, ids, marks)
   if #ids < CHUNK_BYTES then return ids end
   local full = floor(#ids / CHUNK_BYTES)
-  local next, old, fields = marks and byte(marks) or 0, marks and sub(marks, 2) or '', {}
+  local fields, text, slot = full > 1 and {}
+  marks = marks or '\0'
   for chunk = math.max(full - CHUNKS, 0), full - 1 do
-    local text = sub(ids, chunk * CHUNK_BYTES + 1, (chunk + 1) * CHUNK_BYTES)
-    fields[#fields + 1], fields[#fields + 2] = 'j' .. next, text
-    old = sub(old, 1, next * CHUNK_IDS) .. string.gsub(text, '(.).......', '%1')
-      .. sub(old, (next + 1) * CHUNK_IDS + 1)
-    next = (next + 1) % CHUNKS
+    local next, at = byte(marks), chunk * CHUNK_BYTES
+    text, slot = sub(ids, at + 1, at + CHUNK_BYTES), 'j' .. next
+    if fields then fields[#fields + 1], fields[#fields + 2] = slot, text end
+    marks = char((next + 1) % CHUNKS) .. sub(marks, 2, next * CHUNK_IDS + 1)
+      .. char(byte(text), byte(text, 9), byte(text, 17), byte(text, 25), byte(text, 33),
+        byte(text, 41), byte(text, 49), byte(text, 57))
+      .. sub(marks, (next + 1) * CHUNK_IDS + 2)
   end
-  fields[#fields + 1], fields[#fields + 2] = 'f', char(next) .. old
-  call('HSET', head, unpack(fields))
+  if fields then
+    fields[#fields + 1], fields[#fields + 2] = 'f', marks
+    call('HSET', head, unpack(fields))
+  else -- the usual case, without a table
+    call('HSET', head, slot, text, 'f', marks)
+  end
   return sub(ids, full * CHUNK_BYTES + 1)
 end
 
