@@ -186,7 +186,6 @@ end
 
 -- The head's state, newest ids and marks of old ones, and the devices with these names.
 local function fetch(head, names)
-  if #names == 0 then return call('HMGET', head, 's', 'i', 'f') end
   if #names == 1 then return call('HMGET', head, 's', 'i', 'f', 'd:' .. names[1]) end
   local fields = {}
   for i, name in ipairs(names) do fields[i] = 'd:' .. name end
@@ -374,7 +373,7 @@ local function look_at(k, m, last)
     if not any then return nil end
   end
   local names = call('HKEYS', KEYS[k + 2])
-  local v = fetch(KEYS[k], names)
+  local v = #names > 0 and fetch(KEYS[k], names) or call('HMGET', KEYS[k], 's', 'i', 'f')
   if v[1] and sub(v[1], 1, 2) ~= PLAIN then check_known(v[1]) end
   for i = 4, #names + 3 do
     if v[i] and sub(v[i], 1, 2) ~= PLAIN then check_known(v[i]) end

@@ -42,7 +42,7 @@ local pack, parse = struct.pack, struct.unpack
 local TIME = call('TIME')
 local NOW_US = TIME[1] * 1000000 + TIME[2]
 local NOW = floor(NOW_US / 1000)
-local byte = string.byte
+local byte, format, rol, bxor = string.byte, string.format, bit.rol, bit.bxor
 -- A state and a device begin with their mark: the version, and flags in the second byte, of which the
 -- low four may be ignored, but are kept, and the high four are critical. The short paths take only what
 -- has no flag (its mark is the version) and no tail. H and I are two and four bytes: each digit of a
@@ -60,7 +60,7 @@ local GENERATION_MAX, CLAIMED_GENERATION_MAX = 4294967295, 2147483647
 
 -- A whole number as an argument: Redis's own conversion takes several times as long.
 local function int(number)
-  return string.format('%d', number)
+  return format('%d', number)
 end
 
 -- A wait of `ms`, spread over ± `jitter`. Redis's math.random repeats itself in every script.
@@ -72,7 +72,7 @@ end
 
 -- One step of the chain (barid_core::Chain::step): MurmurHash3's body over a CRC-32.
 local function chain_step(chain, crc)
-  return (bit.rol(bit.bxor(chain, crc), 13) * 5 + 0xe6546b64) % 4294967296
+  return (rol(bxor(chain, crc), 13) * 5 + 0xe6546b64) % 4294967296
 end
 
 -- The header of the entry at `seq`.
@@ -87,7 +87,9 @@ end
 
 -- The chain after an entry, and the bytes up to there (0 where an entry lacks them).
 local function header_place(header)
-  return parse('<I', header, 25), #header >= HEADER_KEPT_BYTES and parse('<I', header, 38) or 0
+  if #header < HEADER_KEPT_BYTES then return header_chain(header), 0 end
+  local chain, _, _, bytes = parse('<IBI8I', header, 25)
+  return chain, bytes
 end
 
 -- What a pcall caught: Redis hands on texts and tables.
