@@ -9,7 +9,9 @@
 -- Reply a message: header and '1' if the user is online.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
-local STATE, DEVICE = '<I2I7I6I4I6I4I6I6I6BI4I4', '<I2I6I4I4I6BI6I7B'
+local KEYS, ARGV = KEYS, ARGV
+local STATE = '<HI7I6II6II6I6I6BII'
+local byte = string.byte
 local TIME = call('TIME')
 local NOW_US = TIME[1] * 1000000 + TIME[2]
 local NOW = math.floor(NOW_US / 1000)
@@ -27,7 +29,7 @@ for m = 1, (#KEYS - 2) / 3 do
   n = n + 1
   local chain = (bit.rol(bit.bxor(nc, ARGV[a + 2]), 13) * 5 + 0xe6546b64) % 4294967296
   nt = (nt + 37 + #ARGV[a + 3]) % 4294967296
-  local header = pack('<BI8BI8BI4BI4BI8I4', 9, e, 17, n, 29, nc, 37, chain, 41, NOW_US, nt)
+  local header = pack('<BI8BI8BIBIBI8I', 9, e, 17, n, 29, nc, 37, chain, 41, NOW_US, nt)
   local length = call('RPUSH', queue, header, ARGV[a + 3])
   if length == 2 then
     ct = NOW + TTL
@@ -35,26 +37,26 @@ for m = 1, (#KEYS - 2) / 3 do
   end
   if length > 2 * MAX then
     local oldest = call('LINDEX', queue, '0')
-    bc, bt = parse('<I4', oldest, 25), parse('<I4', oldest, 38)
+    bc, bt = parse('<I', oldest, 25), parse('<I', oldest, 38)
     call('LTRIM', queue, '2', '-1')
     b = b + 1
   end
   local ids = (v[2] or '') .. ARGV[a + 1]
   if #ids == 64 then
     local marks = call('HGET', head, 'f') or '\0'
-    local next = string.byte(marks)
+    local next = byte(marks)
     call('HSET', head, 'j' .. next, ids, 'f', string.char((next + 1) % 7)
-      .. string.sub(marks, 2, next * 8 + 1) .. string.gsub(ids, '(.).......', '%1')
+      .. string.sub(marks, 2, next * 8 + 1) .. string.char(byte(ids), byte(ids, 9), byte(ids, 17), byte(ids, 25),
+        byte(ids, 33), byte(ids, 41), byte(ids, 49), byte(ids, 57))
       .. string.sub(marks, next * 8 + 10))
     ids = ''
   end
   local state = pack(STATE, mark, e, b, bc, n, chain, x, ct, kl, dc, bt, nt)
   if device then
-    local known, seq, before, generation, due, attempt, used, fence, defers = parse(DEVICE, v[3])
-    if due == 0 then
-      due = NOW + BASE
+    if parse('<I6', v[3], 17) == 0 then
+      local due = NOW + BASE
       call('HSET', head, 's', state, 'i', ids,
-        'd:' .. device, pack(DEVICE, known, seq, before, generation, due, attempt, used, fence, defers))
+        'd:' .. device, pack('<c16I6c0', v[3], due, string.sub(v[3], 23)))
       call('ZADD', KEYS[2], string.format('%d', due), ARGV[a])
     else
       call('HSET', head, 's', state, 'i', ids)

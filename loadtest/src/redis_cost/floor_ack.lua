@@ -7,7 +7,8 @@
 -- Reply an item: its seq.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
-local STATE, DEVICE = '<I2I7I6I4I6I4I6I6I6BI4I4', '<I2I6I4I4I6BI6I7B'
+local KEYS, ARGV = KEYS, ARGV
+local STATE, DEVICE = '<HI7I6II6II6I6I6BII', '<HI6III6BI6I7B'
 local TIME = call('TIME')
 local NOW = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
 local replies, k, a = {}, 2, 2
