@@ -63,6 +63,8 @@ pub struct World<'a> {
     left: Vec<(&'static str, DisconnectRequest)>,
     /// Ids whose mailbox expired.
     expired: HashSet<String>,
+    /// By user, those whose mailbox expired at the replica, since it last heard of the master.
+    expired_there: Vec<(usize, Vec<String>)>,
     connections: u64,
     /// Of the node's lease.
     incarnation: u64,
@@ -91,6 +93,7 @@ impl<'a> World<'a> {
             acks: Vec::new(),
             left: Vec::new(),
             expired: HashSet::new(),
+            expired_there: Vec::new(),
             connections: 0,
             incarnation: 1,
             clock: 0,

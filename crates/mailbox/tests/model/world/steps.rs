@@ -72,6 +72,7 @@ impl World<'_> {
             Step::Replicate => {
                 self.store.replicate().await;
                 self.replica = self.now.clone();
+                self.expired_there.clear();
             }
             Step::FailOver => self.fail_over().await,
             Step::Fork { source, user } => {
@@ -143,7 +144,8 @@ impl World<'_> {
             }
             if self.replica.boxes[user].is_forgotten(self.clock) {
                 let ids = self.replica.boxes[user].expire();
-                self.expired.extend(ids);
+                self.expired.extend(ids.iter().cloned());
+                self.expired_there.push((user, ids));
             }
         }
     }
@@ -162,6 +164,10 @@ impl World<'_> {
     async fn fail_over(&mut self) {
         self.store.fail_over().await;
         self.now = self.replica.clone();
+        // Devices need not be shown that any more, and may be shown another record of the same id later.
+        for (user, ids) in std::mem::take(&mut self.expired_there) {
+            self.missed(user, &ids);
+        }
         for partition in &mut self.log {
             partition.last = None;
         }
