@@ -8,6 +8,7 @@ mod binaries;
 mod bursts;
 mod delivery;
 mod density;
+mod growth;
 mod hops;
 mod kick;
 mod kills;

@@ -34,6 +34,13 @@ pub async fn devices(
 
 /// A device that is welcomed and says no more; of its side, a socket.
 pub async fn device(mut stream: TcpStream, token: &str) -> Result<TcpStream> {
+    open(&mut stream, token).await?;
+    hear(&mut stream, "welcome").await?;
+    Ok(stream)
+}
+
+/// Asks for a WebSocket and says Hello; waits for no answer.
+pub async fn open(stream: &mut TcpStream, token: &str) -> Result<()> {
     let address = stream.peer_addr()?;
     let request = format!(
         "GET /v1/connect HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -41,14 +48,34 @@ pub async fn device(mut stream: TcpStream, token: &str) -> Result<TcpStream> {
          Sec-WebSocket-Protocol: barid.v1.json\r\nAuthorization: Bearer {token}\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).await?;
-    // One frame of text, masked with zeros.
-    let hello = br#"{"hello":{"device":"phone"}}"#;
-    let head = [0x81, 0x80 | hello.len() as u8, 0, 0, 0, 0];
-    stream.write_all(&[&head[..], hello].concat()).await?;
-    let mut answer = Vec::new();
-    while !String::from_utf8_lossy(&answer).contains("welcome") {
-        let read = stream.read_buf(&mut answer).await?;
-        ensure!(read > 0, "{}", String::from_utf8_lossy(&answer));
+    say(stream, r#"{"hello":{"device":"phone"}}"#).await
+}
+
+/// Sends a frame of text, 125 bytes at most.
+pub async fn say(stream: &mut TcpStream, text: &str) -> Result<()> {
+    write(stream, 0x81, text.as_bytes()).await
+}
+
+/// Reads until `text` has come; what came with it is gone.
+pub async fn hear(stream: &mut TcpStream, text: &str) -> Result<()> {
+    let mut heard = Vec::new();
+    while !String::from_utf8_lossy(&heard).contains(text) {
+        let read = stream.read_buf(&mut heard).await?;
+        ensure!(read > 0, "instead of {text}: {}", String::from_utf8_lossy(&heard));
     }
-    Ok(stream)
+    Ok(())
+}
+
+/// Closes in good order and waits for the node to do so.
+pub async fn close(mut stream: TcpStream) -> Result<()> {
+    write(&mut stream, 0x88, &1000_u16.to_be_bytes()).await?;
+    stream.read_to_end(&mut Vec::new()).await?;
+    Ok(())
+}
+
+/// A frame masked with zeros.
+async fn write(stream: &mut TcpStream, kind: u8, payload: &[u8]) -> Result<()> {
+    ensure!(payload.len() <= 125, "{} bytes", payload.len());
+    let head = [kind, 0x80 | payload.len() as u8, 0, 0, 0, 0];
+    Ok(stream.write_all(&[&head[..], payload].concat()).await?)
 }

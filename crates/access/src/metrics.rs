@@ -92,6 +92,10 @@ pub struct Metrics {
     pub addresses: IntGauge,
     /// Sessions whose device said Hello and was welcomed.
     pub sessions: IntGauge,
+    /// Users in the registry, once a second.
+    pub users: IntGauge,
+    /// Sessions on the heartbeat wheel, once a second.
+    pub wheel_entries: IntGauge,
     /// Bytes in RAM that each of them takes, all that the node took since it had none included.
     pub session_bytes: IntGauge,
     handshakes: IntCounterVec,
@@ -165,6 +169,8 @@ impl Metrics {
             )?,
             addresses: make.gauge("addresses", "Client addresses remembered for their limits")?,
             sessions: make.gauge("sessions", "Welcomed sessions")?,
+            users: make.gauge("users", "Users with a session, welcomed or about to be")?,
+            wheel_entries: make.gauge("wheel_entries", "Sessions on the heartbeat wheel")?,
             session_bytes: make.gauge(
                 "session_bytes",
                 "Resident memory beyond that of the node without sessions, by session",

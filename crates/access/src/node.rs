@@ -202,6 +202,8 @@ impl Node {
                 }
             }
             self.metrics.addresses.set(self.admission.addresses() as i64);
+            self.metrics.users.set(self.registry.users() as i64);
+            self.metrics.wheel_entries.set(self.wheel.entries() as i64);
             turning.ready();
         }
     }

@@ -84,6 +84,11 @@ impl Registry {
         all
     }
 
+    /// How many users have sessions here.
+    pub fn users(&self) -> usize {
+        self.parts.iter().map(|part| part.lock().len()).sum()
+    }
+
     fn part(&self, user: &UserKey) -> &Mutex<Part> {
         &self.parts[self.hasher.hash_one(user) as usize % PARTS]
     }
@@ -110,9 +115,10 @@ mod tests {
         registry.remove(old.user(), old.connection);
         registry.remove(old.user(), old.connection);
         assert!(registry.get(new.user(), new.connection).is_some());
-        assert_eq!(registry.all().len(), 1);
+        assert_eq!((registry.all().len(), registry.users()), (1, 1));
         registry.remove(new.user(), new.connection);
         assert!(registry.all().is_empty());
+        assert_eq!(registry.users(), 0);
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Wheel {
         }
     }
 
+    /// Sessions on it.
+    pub fn entries(&self) -> usize {
+        self.slots.iter().map(|slot| slot.lock().len()).sum()
+    }
+
     fn put(&self, handle: Arc<Handle>, due: Seconds, now: Seconds) {
         let at = due.clamp(now + 1, now + SLOTS as Seconds - 1);
         let mut slot = self.slots[at as usize % SLOTS].lock();
@@ -145,6 +150,7 @@ mod tests {
         handles.iter().for_each(|handle| wheel.set_due(handle, 3, 0));
         // One that moves to another slot, in place of which the last one moves.
         wheel.set_due(&handles[0], 2, 0);
+        assert_eq!(wheel.entries(), 4);
         wheel.remove(&handles[3]);
         wheel.remove(&handles[1]);
         wheel.remove(&handles[1]);
@@ -157,6 +163,7 @@ mod tests {
         assert_eq!(woken, [(2, 0), (3, 0), (3, 2)], "0 stays due");
         wheel.remove(&handles[0]);
         wheel.remove(&handles[2]);
+        assert_eq!(wheel.entries(), 0);
         assert!(wheel.slots.iter().all(|slot| slot.lock().capacity() == 0));
     }
 

@@ -1,6 +1,7 @@
 //! A mailbox on a real Redis, and short names for what tests ask of it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use barid_core::{
     AppId, Attempt, Chain, ConnectionId, DeviceId, Generation, IdHash, Incarnation, NodeId,
@@ -354,28 +355,8 @@ impl Bed {
 
     /// So much of Redis's time passes for all that expires, and for timers. On a server of its own.
     pub async fn grow_old(&self, ms: u64) {
-        let script = "local ms = tonumber(ARGV[1])
-            for _, k in ipairs(redis.call('KEYS', ARGV[2])) do
-              local at = redis.call('PEXPIRETIME', k)
-              if string.find(k, ':h:', 1, true) then
-                local s = redis.call('HGET', k, 's')
-                local x, ct = struct.unpack('<I6I6', s, 30)
-                redis.call('HSET', k, 's', string.sub(s, 1, 29)
-                  .. struct.pack('<I6I6', x - ms, ct - ms) .. string.sub(s, 42))
-                if redis.call('HEXISTS', k, 'y') == 1 then redis.call('HINCRBY', k, 'y', -ms) end
-              elseif string.find(k, ':o', 1, true) then
-                if redis.call('HEXISTS', k, 'lost') == 1 then redis.call('HINCRBY', k, 'lost', -ms) end
-              elseif string.find(k, ':t', 1, true) then
-                local members = redis.call('ZRANGE', k, 0, -1)
-                for _, member in ipairs(members) do redis.call('ZINCRBY', k, -ms, member) end
-              end
-              if at > 0 then redis.call('PEXPIREAT', k, string.format('%d', at - ms)) end
-            end
-            return 'OK'";
-        let ms = ms.to_string();
-        for shard in 0..self.config.shards {
-            // A shard at a time: a call must be over soon on a busy machine, too.
-            let () = self.query(&["EVAL", script, "0", &ms, &format!("{{{shard}}}:*")]).await;
+        for node in self.nodes() {
+            node.grow_old(Duration::from_millis(ms)).await.expect("Redis answers");
         }
     }
 

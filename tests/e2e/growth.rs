@@ -1,0 +1,344 @@
+//! Users come and go by the thousand, with kills in between, while an hour passes for Redis. What the
+//! processes hold of them returns to where it began.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use barid_testkit::cluster::Business;
+use barid_testkit::{Cluster, Role};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::raw;
+use crate::trial::pairs;
+
+const USERS: usize = 10_000;
+const WAVES: usize = 20;
+const WAVE: usize = USERS / WAVES;
+/// What passes for Redis in all.
+const REDIS_TIME: Duration = Duration::from_secs(3_600);
+/// Mailboxes and routes live for so long in Redis, and are confirmed four times in it: those of the first
+/// half are gone within the second.
+const TTL_SECONDS: i64 = 1_200;
+/// A session looks at the clock no sooner: who has left is off the wheel long before.
+const HEARTBEAT_SECONDS: i64 = 300;
+/// Users leave L1 by the invalidation when their route goes, so within half of this; those whom a push looked
+/// for when they had just left, and those of a killed node, when it is over.
+const L1_TTL: Duration = Duration::from_secs(14);
+/// How many of the latter there may be in each dispatcher behind the first wave, of whom nobody was killed;
+/// without invalidations there are more than twice as many.
+const L1_LEFT: f64 = 0.2 * WAVE as f64;
+/// Tasks and files more than before the first wave. None are measured, but for four files of each process
+/// that was started again, which are the test's own.
+const TASKS: f64 = 2.0;
+const FILES: f64 = 8.0;
+/// Resident bytes after the second half above those after the first, of a process that lived through both;
+/// less than 1 MiB is measured.
+const MEMORY: f64 = 4.0 * 1024.0 * 1024.0;
+/// One phase of a wave, on a machine that runs other tests as well.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is zero when nobody is there, but for L1.
+const HELD: [(Role, &[&str]); 4] = [
+    (Role::Purger, &["barid_purger_in_flight_records", "barid_purger_mesh_links_pending_items"]),
+    (Role::Dispatcher, &["barid_dispatcher_node_links_pending_items"]),
+    (Role::Delayer, &["barid_delayer_claims", "barid_delayer_mesh_links_pending_items"]),
+    (
+        Role::Access,
+        &[
+            "barid_access_connections",
+            "barid_access_sessions",
+            "barid_access_users",
+            "barid_access_wheel_entries",
+            "barid_access_queued_bytes",
+        ],
+    ),
+];
+const L1: &str = "barid_dispatcher_l1_entries";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_processes_hold_of_users_who_came_and_went_is_given_back() -> Result<()> {
+    let cluster = pairs()
+        .set("redis.ttl_seconds", TTL_SECONDS)
+        .set_of(Role::Access, "sync.confirm_interval_seconds", TTL_SECONDS / 4)
+        .set_of(Role::Access, "heartbeat.interval_seconds", HEARTBEAT_SECONDS)
+        .set_of(Role::Dispatcher, "l1.ttl_seconds", i64::try_from(L1_TTL.as_secs())?)
+        .start()
+        .await?;
+    let business = cluster.business()?;
+    let mut growth = Growth { cluster, business };
+    let before = growth.levels().await?;
+    let keys = growth.keys().await?;
+    let mut halves = Vec::new();
+    for number in 0..WAVES {
+        growth.wave(number).await?;
+        if number == 0 {
+            growth.left(L1_LEFT, L1_TTL / 2).await?;
+        }
+        growth.cluster.redis.grow_old(REDIS_TIME / WAVES as u32).await?;
+        if number + 1 == WAVES / 2 || number + 1 == WAVES {
+            growth.left(f64::INFINITY, PATIENCE).await?;
+            halves.push(growth.memory().await?);
+        }
+    }
+    growth.returned(&before).await?;
+    for (process, bytes) in &halves[0] {
+        let grown = halves[1][process] - bytes;
+        ensure!(grown < MEMORY, "{process} grew by {grown} bytes: {halves:?}");
+    }
+    growth.forgotten(&keys).await
+}
+
+struct Growth {
+    cluster: Cluster,
+    business: Business,
+}
+
+/// Gauges by process.
+type Levels = BTreeMap<String, f64>;
+
+impl Growth {
+    /// Users come to both nodes, get a message each and leave, one in three without a word; somebody dies
+    /// under some of the waves.
+    async fn wave(&mut self, number: usize) -> Result<()> {
+        let users = number * WAVE..(number + 1) * WAVE;
+        let victim = match number % (WAVES / 2) {
+            2 => Some(Role::Purger),
+            4 => Some(Role::Dispatcher),
+            6 => Some(Role::Delayer),
+            8 => Some(Role::Access),
+            _ => None,
+        };
+        let nodes = [self.address(0).await?, self.address(1).await?];
+        let there = self.come(&nodes, users).await?;
+        if number == 0 {
+            self.come_in(there.len()).await?;
+        }
+        if let Some(role) = victim {
+            self.cluster.kill(role, 1)?;
+            if role != Role::Access {
+                self.cluster.spawn(role, 1)?;
+            }
+        }
+        let mut visits = JoinSet::new();
+        for (user, stream) in there {
+            let here = victim != Some(Role::Access) || at(user) == 0;
+            let (token, business) = (self.token(user), self.business.clone());
+            let visit = Visit { user, stream, token, business };
+            visits.spawn(timeout(PATIENCE, async move {
+                match here {
+                    true => visit.go().await,
+                    // Half of them come back to the other node, half never.
+                    false if (visit.user / 20).is_multiple_of(2) => {
+                        visit.elsewhere(nodes[0]).await?.go().await
+                    }
+                    false => visit.business.say(&name(visit.user), "m", "").await.map(|_| ()),
+                }
+            }));
+        }
+        while let Some(visited) = visits.join_next().await {
+            visited?.context("a visit takes too long")??;
+        }
+        if victim == Some(Role::Access) {
+            self.cluster.spawn(Role::Access, 1)?;
+        }
+        self.cluster.wait_ready().await
+    }
+
+    /// Connects these users; some of them are gone again before they are welcomed.
+    async fn come(
+        &mut self,
+        nodes: &[SocketAddr; 2],
+        users: Range<usize>,
+    ) -> Result<Vec<(usize, TcpStream)>> {
+        const AT_ONCE: usize = 100;
+        let (mut coming, mut there) = (JoinSet::new(), Vec::new());
+        for user in users {
+            let (node, token) = (nodes[at(user)], self.token(user));
+            coming.spawn(timeout(PATIENCE, async move {
+                let mut stream = TcpStream::connect(node).await?;
+                if user % 10 == 9 {
+                    raw::open(&mut stream, &token).await?;
+                    return anyhow::Ok(None);
+                }
+                Ok(Some((user, raw::device(stream, &token).await?)))
+            }));
+            if coming.len() >= AT_ONCE {
+                there.extend(coming.join_next().await.context("none")????);
+            }
+        }
+        while let Some(came) = coming.join_next().await {
+            there.extend(came???);
+        }
+        Ok(there)
+    }
+
+    /// The gauges show those who are there: else nothing would be seen of those who stay.
+    async fn come_in(&mut self, users: usize) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let mut seen = [0.0; 2];
+            for node in 0..2 {
+                for (seen, of) in seen.iter_mut().zip(["users", "wheel_entries"]) {
+                    let access = self.cluster.node(Role::Access, node);
+                    *seen += access.metric(&format!("barid_access_{of}")).await?;
+                }
+            }
+            if seen.iter().all(|seen| *seen >= users as f64) {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "{users} are connected, {seen:?} are seen");
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Waits until nothing is held of anybody, and at most so much in L1.
+    async fn left(&mut self, l1_left: f64, limit: Duration) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let held = self.held(l1_left).await?;
+            if held.is_empty() {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < limit, "nobody is connected, and there are{held}");
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// What is held although nobody is there.
+    async fn held(&mut self, l1_left: f64) -> Result<String> {
+        let mut held = String::new();
+        for (role, gauges) in HELD {
+            for number in 0..2 {
+                let l1 = (role == Role::Dispatcher).then_some((L1, l1_left));
+                for (gauge, most) in gauges.iter().map(|gauge| (*gauge, 0.0)).chain(l1) {
+                    let value = self.cluster.node(role, number).metric(gauge).await?;
+                    if value > most {
+                        write!(held, " {gauge} {value} of {number}")?;
+                    }
+                }
+            }
+        }
+        Ok(held)
+    }
+
+    /// Tasks and files of each process are as before, and the last users have left L1.
+    async fn returned(&mut self, before: &Levels) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let levels = self.levels().await?;
+            let mut more = self.held(0.0).await?;
+            for (level, value) in &levels {
+                let most = if level.ends_with("barid_tasks") { TASKS } else { FILES };
+                if *value > before[level] + most {
+                    write!(more, " {level} {value}, {} before", before[level])?;
+                }
+            }
+            if more.is_empty() {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "everybody left, and there are{more}");
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Everything of mailboxes and sessions is gone when their time is over.
+    async fn forgotten(&mut self, before: &[String]) -> Result<()> {
+        self.cluster.redis.grow_old(Duration::from_secs(2 * TTL_SECONDS.unsigned_abs())).await?;
+        let begun = Instant::now();
+        loop {
+            let mut keys = self.keys().await?;
+            // What a shard keeps of each partition.
+            keys.retain(|key| !before.contains(key) && !key.ends_with("}:o"));
+            if keys.is_empty() {
+                return Ok(());
+            }
+            if begun.elapsed() > PATIENCE {
+                bail!("{} keys are left: {:?}", keys.len(), &keys[..keys.len().min(10)]);
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn keys(&self) -> Result<Vec<String>> {
+        self.cluster.redis.query(&["KEYS", "*"]).await
+    }
+
+    /// Tasks and open files of each process.
+    async fn levels(&mut self) -> Result<Levels> {
+        let mut levels = Levels::new();
+        for (role, number) in all() {
+            for gauge in ["barid_tasks", "process_open_fds"] {
+                let value = self.cluster.node(role, number).metric(gauge).await?;
+                levels.insert(format!("{} {number} {gauge}", role.name()), value);
+            }
+        }
+        Ok(levels)
+    }
+
+    /// Resident bytes of those that nobody killed.
+    async fn memory(&mut self) -> Result<Levels> {
+        let mut bytes = Levels::new();
+        for role in Role::ALL {
+            let value = self.cluster.node(role, 0).metric("process_resident_memory_bytes").await?;
+            bytes.insert(role.name().to_owned(), value);
+        }
+        Ok(bytes)
+    }
+
+    async fn address(&mut self, node: usize) -> Result<SocketAddr> {
+        self.cluster.node(Role::Access, node).address("ws").await
+    }
+
+    fn token(&self, user: usize) -> String {
+        self.cluster.token(&name(user))
+    }
+}
+
+fn all() -> impl Iterator<Item = (Role, usize)> {
+    Role::ALL.into_iter().flat_map(|role| [(role, 0), (role, 1)])
+}
+
+/// The node that a user comes to.
+fn at(user: usize) -> usize {
+    user / 10 % 2
+}
+
+fn name(user: usize) -> String {
+    format!("u{user}")
+}
+
+/// A user who is welcomed.
+struct Visit {
+    user: usize,
+    stream: TcpStream,
+    token: String,
+    business: Business,
+}
+
+impl Visit {
+    async fn go(mut self) -> Result<()> {
+        self.business.say(&name(self.user), "m", "").await?;
+        if self.user % 10 == 8 {
+            return Ok(()); // cut, with the message on its way
+        }
+        raw::hear(&mut self.stream, r#""id":"m""#).await?;
+        raw::say(&mut self.stream, r#"{"ack":{"seq":1}}"#).await?;
+        match self.user % 10 {
+            7 => Ok(()), // cut
+            _ => raw::close(self.stream).await,
+        }
+    }
+
+    /// Its node died: the same user at another one.
+    async fn elsewhere(mut self, node: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect(node).await?;
+        self.stream = raw::device(stream, &self.token).await?;
+        Ok(self)
+    }
+}
