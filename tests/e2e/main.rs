@@ -28,4 +28,5 @@ mod tls;
 mod top;
 mod traces;
 mod trial;
+mod void;
 mod wedges;

@@ -1,11 +1,14 @@
 //! One Redis master's timers: claim what is due, hand it on, give back what nobody could take.
 //! A master that is away slows down its own lane only.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{Backoff, Clock as _, DeviceId, Shard, SystemClock};
-use barid_mailbox::{DeferRequest, DeferWaits, DueDevice, DueUser, Mailbox, Unreached, UserKey};
+use barid_mailbox::{
+    DeferRequest, DeferWaits, DueDevice, DueUser, Mailbox, NodeTable, Unreached, UserKey,
+};
 use barid_mesh::DispatchPool;
 use barid_runtime::{Shutdown, Sighting, Tracer};
 use barid_wire::envelope::{self, Envelope};
@@ -19,6 +22,10 @@ use tokio::time::{Instant, sleep};
 use crate::Metrics;
 use crate::schedule::{Polled, Schedule};
 
+/// For so long after an access node has gone, its devices are put off without asking a dispatcher. Before,
+/// a lease may have lapsed for a moment; after, dispatchers remove such routes when they meet them.
+const SURELY_GONE: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(600);
+
 /// What the lanes share; cheap to clone.
 #[derive(Clone)]
 pub struct Lanes {
@@ -26,6 +33,8 @@ pub struct Lanes {
     pub mailbox: Mailbox,
     /// The dispatchers.
     pub pool: DispatchPool,
+    /// The access nodes.
+    pub nodes: NodeTable,
     /// Counters.
     pub metrics: Metrics,
     /// Logs sampled messages.
@@ -80,24 +89,29 @@ impl Lanes {
             return Polled::None;
         }
         let begun = Instant::now();
-        let fired = self.mailbox.fire(&shards, self.page_users_max, &self.retry).await;
+        let gone = self.nodes.gone_for(SURELY_GONE);
+        let fired = self.mailbox.fire_past(&shards, self.page_users_max, &self.retry, &gone).await;
         self.metrics.poll_seconds.observe(begun.elapsed().as_secs_f64());
         let mut pulse = pulse.lock();
         pulse.polled = Instant::now();
         match fired {
-            Ok(due) => {
+            Ok(mut due) => {
                 pulse.away = None;
                 let late_ms = due.iter().map(|user| user.late_ms).max().unwrap_or_default();
                 pulse.late = Duration::from_millis(late_ms);
-                let polled = match due.len() {
-                    0 => return Polled::None,
-                    users if users >= self.page_users_max as usize => Polled::Full,
-                    _ => Polled::Some,
-                };
-                self.metrics.fired.inc_by(due.len() as u64);
+                let users = due.len();
+                self.metrics.fired.inc_by(users as u64);
                 for user in &due {
                     self.metrics.due_lag.observe(user.late_ms as f64 / 1000.0);
+                    self.metrics.deferred_for(Unreached::Void).inc_by(user.put_off.into());
                 }
+                due.retain(|user| !user.devices.is_empty());
+                let polled = match due.len() {
+                    _ if users >= self.page_users_max as usize => Polled::Full,
+                    // Those of nodes that are gone are no reason to look more often.
+                    0 => return Polled::None,
+                    _ => Polled::Some,
+                };
                 pages.spawn(self.clone().hand_on(due));
                 polled
             }

@@ -53,6 +53,7 @@ impl Service {
         let table = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
         let pool = DispatchPool::new(table, config.mesh.clone(), metrics.mesh.clone())
             .map_err(Error::Config)?;
+        let nodes = NodeTable::watch(&mailbox, NodeRole::Access, refresh);
         let lanes = Lanes {
             retry: config.redis.retry().map_err(|e| Error::Config(e.to_string()))?,
             page_users_max: config.page_users_max,
@@ -61,6 +62,7 @@ impl Service {
             shutdown: context.shutdown.clone(),
             mailbox,
             pool,
+            nodes,
             metrics,
             tracer: context.tracer.clone(),
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use barid_core::{AppId, Backoff, Shard, ShardCount};
+use barid_core::{AppId, Backoff, Incarnation, NodeId, Shard, ShardCount};
 use prometheus::Registry;
 use tokio::sync::broadcast;
 
@@ -147,7 +147,22 @@ impl Mailbox {
         max: u32,
         retry: &Backoff,
     ) -> Result<Vec<DueUser>, Error> {
-        operations::fire(&self.topology, shards, max, retry).await
+        self.fire_past(shards, max, retry, &[]).await
+    }
+
+    /// As [`Self::fire`]; devices whose routes name one of these lives of nodes, which are gone, are put
+    /// off for the longest backoff.
+    ///
+    /// # Errors
+    /// As [`Self::fire`].
+    pub async fn fire_past(
+        &self,
+        shards: &[Shard],
+        max: u32,
+        retry: &Backoff,
+        gone: &[(NodeId, Incarnation)],
+    ) -> Result<Vec<DueUser>, Error> {
+        operations::fire(&self.topology, shards, max, retry, gone).await
     }
 
     /// Gives claims back, where nobody has moved the timer since. `retry` bounds the waits.

@@ -3,6 +3,7 @@
 pub(crate) mod memory;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -69,6 +70,13 @@ impl NodeTable {
     pub fn void_since(&self, node: &NodeId, incarnation: Incarnation) -> Option<Duration> {
         let mut memory = self.inner.memory.lock();
         memory.void_since(node, incarnation, self.inner.stale_after, Instant::now())
+    }
+
+    /// The last lives of nodes that have been gone for so long: no later life has followed. None while
+    /// nobody can tell.
+    pub fn gone_for(&self, times: Range<Duration>) -> Vec<(NodeId, Incarnation)> {
+        let memory = self.inner.memory.lock();
+        memory.gone_for(times, self.inner.stale_after, Instant::now())
     }
 }
 

@@ -261,7 +261,9 @@ pub struct DueUser {
     pub claimed_score: u64,
     /// How long it had been due, ms.
     pub late_ms: u64,
-    /// The devices that are behind and due.
+    /// Devices that were due and were put off, because their node is gone.
+    pub put_off: u32,
+    /// The others that are behind and due.
     pub devices: Vec<DueDevice>,
 }
 

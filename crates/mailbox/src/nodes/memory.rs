@@ -2,6 +2,7 @@
 //! an argument.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId};
@@ -167,6 +168,21 @@ impl Memory {
         }
         let first = self.strangers.entry((node.clone(), incarnation)).or_insert(now);
         Some(now - *first)
+    }
+
+    /// The last lives of nodes that have been gone for so long.
+    pub fn gone_for(
+        &self,
+        times: Range<Duration>,
+        stale_after: Duration,
+        now: Instant,
+    ) -> Vec<(NodeId, Incarnation)> {
+        if self.heard_at.is_none_or(|at| now - at > stale_after) {
+            return Vec::new();
+        }
+        let gone = |known: &Known| known.gone_since.is_some_and(|at| times.contains(&(now - at)));
+        let lives = self.known.iter().filter(|(_, known)| gone(known));
+        lives.map(|(id, known)| (id.clone(), known.stamp.incarnation)).collect()
     }
 
     /// Takes over a reading; returns the view that follows from it, by id.

@@ -18,9 +18,12 @@ pub(crate) async fn fire(
     shards: &[Shard],
     max: u32,
     retry: &Backoff,
+    gone: &[(NodeId, Incarnation)],
 ) -> Result<Vec<DueUser>, Error> {
     let calls = topology.calls(shards, |shard| *shard);
-    let sent = calls.iter().map(|shards| fire_call(topology, shards, max, retry));
+    let gone: Vec<String> = gone.iter().map(|(node, life)| format!("{node} {life}")).collect();
+    let gone = gone.join("\0");
+    let sent = calls.iter().map(|shards| fire_call(topology, shards, max, retry, &gone));
     let mut due = Vec::new();
     let mut failure = None;
     for result in futures::future::join_all(sent).await {
@@ -40,6 +43,7 @@ async fn fire_call(
     shards: &[&Shard],
     max: u32,
     retry: &Backoff,
+    gone: &str,
 ) -> Result<Vec<DueUser>, Error> {
     let candidates = candidates(topology, shards, max, retry).await?;
     if candidates.is_empty() {
@@ -47,6 +51,7 @@ async fn fire_call(
     }
     let mut call = Call::default();
     call.arg(retry.base().as_millis()).arg(retry.max().as_millis()).arg(retry.jitter());
+    call.arg(gone);
     for (shard, user) in &candidates {
         head(&mut call, *shard, user);
         routes(&mut call, *shard, user);
@@ -102,6 +107,7 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
     }
     let claimed_score = reply.number()?;
     let late_ms = reply.number()?;
+    let put_off = reply.number_u32()?;
     let mut devices = Vec::new();
     while !reply.is_empty() {
         let name = |e: barid_core::InvalidName| Error::Unexpected(e.to_string());
@@ -116,7 +122,7 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
             sampled: reply.bytes()?,
         });
     }
-    Ok(Some(DueUser { user, claimed_score, late_ms, devices }))
+    Ok(Some(DueUser { user, claimed_score, late_ms, put_off, devices }))
 }
 
 /// Gives claims back. Those whose timer has moved since are left alone.

@@ -169,6 +169,7 @@ async fn hazard_36_a_mailbox_that_a_newer_version_marked_as_critical_is_left_alo
                 user: user.clone(),
                 claimed_score: later,
                 late_ms: 0,
+                put_off: 0,
                 devices: vec![device],
             };
             bed.defer(&due, Unreached::Down).await;

@@ -1,10 +1,10 @@
 //! Retry timers: accept and connect arm, ack and disconnect disarm, fire claims, defer gives back.
 
-use barid_core::Seq;
+use barid_core::{Incarnation, NodeId, Seq};
 use barid_mailbox::{AcceptMessage, AckOutcome, Unreached};
 use barid_wire::envelope::{self, Envelope};
 
-use crate::support::{Bed, Number, confirmation, contract, message, session};
+use crate::support::{Bed, Number, confirmation, contract, hello, message, session};
 
 contract!(
     a_message_for_an_offline_user_arms_nothing,
@@ -25,6 +25,7 @@ contract!(
     a_disconnect_leaves_the_other_devices_timer,
     hazard_29_a_claim_given_back_again_and_again_waits_longer_and_longer,
     hazard_29_a_node_that_is_back_is_sent_to_at_once,
+    hazard_29_devices_of_a_node_that_is_gone_are_put_off_where_they_are_claimed,
 );
 
 async fn a_message_for_an_offline_user_arms_nothing(bed: Bed) {
@@ -315,4 +316,35 @@ async fn hazard_29_a_node_that_is_back_is_sent_to_at_once(bed: Bed) {
         let state = bed.state(&user, "phone").await.unwrap();
         assert_eq!((state.defers, state.attempt), (0, 0), "{what}: it begins anew");
     }
+}
+
+async fn hazard_29_devices_of_a_node_that_is_gone_are_put_off_where_they_are_claimed(bed: Bed) {
+    let user = bed.timed_user("alice");
+    bed.connect(&user, "phone", 1).await;
+    let mut tablet = hello(&user, "tablet", 2);
+    tablet.session.node = NodeId::new("node-2").unwrap();
+    bed.hello(tablet).await;
+    bed.fill(&user, 1..=1).await;
+    let (node, life) = (session(1).node, session(1).incarnation);
+    let claim = async |gone: &[(NodeId, Incarnation)]| {
+        bed.make_due(&user).await;
+        let (shard, retry) = (bed.mailbox.shard_of(&user), bed.config.retry().unwrap());
+        let due = bed.mailbox.fire_past(&[shard], 1_000, &retry, gone).await.unwrap();
+        due.into_iter().find(|due| due.user == user).expect("it is due")
+    };
+    let due = claim(&[(node.clone(), life), (NodeId::new("node-3").unwrap(), life)]).await;
+    assert_eq!((due.put_off, due.devices.len()), (1, 1));
+    assert_eq!(due.devices[0].device.as_str(), "tablet");
+    let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
+    let phone = bed.state(&user, "phone").await.unwrap();
+    assert_eq!((phone.attempt, phone.defers), (0, 1), "no try of the device");
+    let longest = bed.config.retry_max_ms;
+    assert!((now + longest - 10_000..=now + longest).contains(&phone.due_ms), "{phone:?} at {now}");
+    assert_eq!(bed.timer(&user).await, Some(due.claimed_score), "the tablet's claim");
+    // Nobody is left: it is claimed all the same, and counted.
+    let alone = claim(&[(node.clone(), life), (NodeId::new("node-2").unwrap(), life)]).await;
+    assert_eq!((alone.put_off, alone.devices.len()), (2, 0));
+    // A later life of it is not gone.
+    let due = claim(&[(node, Incarnation(life.0 + 1))]).await;
+    assert_eq!((due.put_off, due.devices.len()), (0, 2));
 }

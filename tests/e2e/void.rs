@@ -1,0 +1,116 @@
+//! What the sessions of a killed node cost Redis, on a whole cluster.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use barid_testkit::{Cluster, Role};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use crate::raw;
+use crate::trial::pairs;
+
+/// Sessions of the node that is killed, each a message behind, and of the one that stays.
+const KILLED: usize = 5_000;
+const STAYING: usize = 500;
+/// The quiet cluster is measured for so long, and the one with a killed node for so long: in that time each
+/// of its users' timers is found once at least. Further windows are measured as `BARID_VOID_WINDOWS` says.
+const QUIET: Duration = Duration::from_secs(8);
+const WINDOW: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::print_stdout, reason = "the figures are of interest")]
+async fn hazard_29_a_killed_nodes_sessions_cost_redis_less_than_the_quiet_cluster_does()
+-> Result<()> {
+    let windows = std::env::var("BARID_VOID_WINDOWS").map_or(Ok(1), |text| text.parse())?;
+    let mut cluster = defaults().start().await?;
+    let business = cluster.business()?;
+    let mut devices = Vec::new();
+    for (node, users) in [(0, KILLED..KILLED + STAYING), (1, 0..KILLED)] {
+        let address = cluster.node(Role::Access, node).address("ws").await?;
+        let tokens: Vec<_> = users.map(|user| cluster.token(&format!("u{user}"))).collect();
+        devices.push(raw::devices(address, tokens).await?);
+    }
+    sleep(Duration::from_secs(1)).await;
+    let quiet = window(&mut cluster, QUIET).await?;
+    println!("quiet {quiet:?}");
+    cluster.kill(Role::Access, 1)?;
+    let mut said = JoinSet::new();
+    for user in 0..KILLED {
+        let business = business.clone();
+        said.spawn(async move { business.say(&format!("u{user}"), "m", "").await });
+    }
+    while let Some(taken) = said.join_next().await {
+        taken??;
+    }
+    let begun = Instant::now();
+    while lives(&cluster).await? || behind(&cluster).await? < KILLED {
+        ensure!(begun.elapsed() < PATIENCE, "{} users are behind", behind(&cluster).await?);
+        sleep(Duration::from_millis(250)).await;
+    }
+    for _ in 0..windows {
+        let used = window(&mut cluster, WINDOW).await?;
+        println!("void {used:?}");
+        ensure!(used.fired > 0.0, "nobody looked at the timers");
+        ensure!(used.cpu < 2.0 * quiet.cpu, "{used:?}, {quiet:?} while all was quiet");
+    }
+    Ok(())
+}
+
+/// Two of each role, with the times of an empty configuration, but that nobody is asked for a pong: these
+/// devices are no more than a socket.
+fn defaults() -> barid_testkit::cluster::Builder {
+    let times = pairs().set("redis.retry_base_ms", 2_000).set("redis.retry_max_ms", 60_000);
+    let times = times.set_of(Role::Access, "heartbeat.interval_seconds", 3_600);
+    let roles = [Role::Purger, Role::Dispatcher, Role::Delayer];
+    roles.into_iter().fold(times, |all, role| all.set_of(role, "nodes_refresh_ms", 500))
+}
+
+/// Whether the killed node has its lease.
+async fn lives(cluster: &Cluster) -> Result<bool> {
+    Ok(cluster.redis.query::<i64>(&["EXISTS", "barid:node:access-1"]).await? == 1)
+}
+
+/// Users with a retry timer.
+async fn behind(cluster: &Cluster) -> Result<usize> {
+    let script = "local users = 0
+        for s = 0, 63 do users = users + redis.call('ZCARD', '{' .. s .. '}:t') end
+        return users";
+    cluster.redis.query(&["EVAL", script, "0"]).await
+}
+
+/// What a second costs.
+#[derive(Debug)]
+struct Used {
+    /// CPU time of Redis, ms.
+    cpu: f64,
+    /// Users whose timer a delayer claimed.
+    fired: f64,
+}
+
+async fn window(cluster: &mut Cluster, time: Duration) -> Result<Used> {
+    let before = (cpu_seconds(cluster).await?, fired(cluster).await?);
+    sleep(time).await;
+    let after = (cpu_seconds(cluster).await?, fired(cluster).await?);
+    let seconds = time.as_secs_f64();
+    Ok(Used { cpu: 1000.0 * (after.0 - before.0) / seconds, fired: (after.1 - before.1) / seconds })
+}
+
+async fn cpu_seconds(cluster: &Cluster) -> Result<f64> {
+    let info = cluster.redis.info("cpu").await?;
+    let of = |name: &str| -> Result<f64> {
+        let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(line.context("used CPU time")?.trim().parse()?)
+    };
+    Ok(of("used_cpu_user")? + of("used_cpu_sys")?)
+}
+
+async fn fired(cluster: &mut Cluster) -> Result<f64> {
+    let mut fired = 0.0;
+    for number in 0..2 {
+        let delayer = cluster.node(Role::Delayer, number);
+        fired += delayer.metric("barid_delayer_fired_total").await?;
+    }
+    Ok(fired)
+}
