@@ -13,7 +13,7 @@ use crate::spawner::Scratch;
 
 /// It takes 30 ms on a quiet machine; machines that run tests are not quiet.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// A command is answered at once, but machines that run tests are busy.
+/// Likewise for an answer; a server that is stopped is not asked for long.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Hash slots of a Redis Cluster.
 const SLOTS: u16 = 16_384;
@@ -51,10 +51,15 @@ impl Redis {
     /// # Errors
     /// As [`Redis::start`].
     pub async fn start_with(options: RedisOptions) -> Result<Self> {
-        let dir = Scratch::new("barid-redis-").context("directory for Redis's data")?;
-        let mut redis = Self { process: None, port: free_port(), options, dir };
+        let mut redis = Self::down(options)?;
         redis.restart().await?;
         Ok(redis)
+    }
+
+    /// One that does not run: every verb but [`Redis::restart`] fails.
+    pub(crate) fn down(options: RedisOptions) -> Result<Self> {
+        let dir = Scratch::new("barid-redis-").context("directory for Redis's data")?;
+        Ok(Self { process: None, port: free_port(), options, dir })
     }
 
     /// `redis://127.0.0.1:port`.
@@ -78,10 +83,10 @@ impl Redis {
     /// It does not answer, or refuses the command.
     pub async fn query<T: FromRedisValue>(&self, command: &[impl AsRef<[u8]>]) -> Result<T> {
         let client = redis::Client::open(self.url())?;
-        let limits = redis::AsyncConnectionConfig::new()
+        let patience = redis::AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_LIMIT))
             .set_response_timeout(Some(ANSWER_LIMIT));
-        let mut connection = client.get_multiplexed_async_connection_with_config(&limits).await?;
+        let mut connection = client.get_multiplexed_async_connection_with_config(&patience).await?;
         let mut cmd = redis::Cmd::new();
         for part in command {
             cmd.arg(part.as_ref());
@@ -251,6 +256,54 @@ impl RedisCluster {
         self.nodes.iter().map(Redis::url).collect()
     }
 
+    /// Which master serves a key.
+    ///
+    /// # Errors
+    /// None of them does, or none answers.
+    pub async fn master_of(&self, key: &str) -> Result<usize> {
+        for (index, node) in self.nodes.iter().enumerate() {
+            if node.query::<i64>(&["EXISTS", key]).await.is_ok() {
+                return Ok(index);
+            }
+        }
+        bail!("no master serves {key}")
+    }
+
+    /// Begins to move the slot of `key` to another master: its keys are there, the slot is still here, and
+    /// whoever asks for one of them here is told ASK. [`RedisCluster::arrive`] ends it.
+    ///
+    /// # Errors
+    /// A master does not answer, or refuses.
+    pub async fn depart(&self, key: &str, to: usize) -> Result<Moving> {
+        let from = self.master_of(key).await?;
+        let (source, target) = (&self.nodes[from], &self.nodes[to]);
+        let slot: u16 = source.query(&["CLUSTER", "KEYSLOT", key]).await?;
+        let moving = Moving { slot: slot.to_string(), from, to };
+        let (here, there) = (source.id().await?, target.id().await?);
+        target.set_slot(&moving.slot, "IMPORTING", &here).await?;
+        source.set_slot(&moving.slot, "MIGRATING", &there).await?;
+        let keys: Vec<String> =
+            source.query(&["CLUSTER", "GETKEYSINSLOT", &moving.slot, "10000"]).await?;
+        let port = target.port().to_string();
+        for key in &keys {
+            let _: Value = source.query(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).await?;
+        }
+        Ok(moving)
+    }
+
+    /// The slot is where its keys are: whoever asks elsewhere is told MOVED.
+    ///
+    /// # Errors
+    /// A master does not answer, or refuses.
+    pub async fn arrive(&self, moving: Moving) -> Result<()> {
+        let there = self.nodes[moving.to].id().await?;
+        // The new one first: otherwise nobody serves it for a moment.
+        for index in [moving.to, moving.from] {
+            self.nodes[index].set_slot(&moving.slot, "NODE", &there).await?;
+        }
+        Ok(())
+    }
+
     /// A further node, as a replica of a master.
     ///
     /// # Errors
@@ -265,7 +318,7 @@ impl RedisCluster {
     /// As of [`RedisCluster::start`].
     pub async fn replicate_of(&self, master: &Redis) -> Result<Redis> {
         let replica = cluster_node().await?;
-        let id: String = master.query(&["CLUSTER", "MYID"]).await?;
+        let id = master.id().await?;
         let bus: Vec<String> = master.query(&["CONFIG", "GET", "cluster-port"]).await?;
         let port = master.port().to_string();
         let _: Value = replica.query(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus[1]]).await?;
@@ -316,12 +369,35 @@ impl RedisCluster {
     }
 }
 
+/// A slot on its way; [`RedisCluster::depart`].
+#[derive(Debug)]
+#[must_use]
+pub struct Moving {
+    slot: String,
+    from: usize,
+    to: usize,
+}
+
+impl Redis {
+    /// Its name in a Redis Cluster.
+    async fn id(&self) -> Result<String> {
+        self.query(&["CLUSTER", "MYID"]).await
+    }
+
+    async fn set_slot(&self, slot: &str, verb: &str, id: &str) -> Result<()> {
+        let _: Value = self.query(&["CLUSTER", "SETSLOT", slot, verb, id]).await?;
+        Ok(())
+    }
+}
+
 async fn cluster_node() -> Result<Redis> {
     let settings = [
         ("cluster-enabled", "yes"),
         ("cluster-node-timeout", "1000"),
         // A master that is away stops its own slots only.
         ("cluster-require-full-coverage", "no"),
+        // Replicas stay with the master that a test gave them.
+        ("cluster-allow-replica-migration", "no"),
     ];
     let settings = settings.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
     // Their bus ports would be 10,000 above, where other servers' ports may be.

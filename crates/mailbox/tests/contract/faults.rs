@@ -278,14 +278,8 @@ async fn hazard_22_a_master_that_is_away_stops_its_own_shards_only() {
     let users: Vec<_> = (0..60).map(|i| bed.user(&format!("u{i}"))).collect();
     let lane = |bed: &Bed, user| bed.mailbox.lane_of(bed.shard(user));
     let stopped = lane(&bed, &users[0]);
-    // Which node that lane is: the one that has the user's timers.
     let key = bed.key("t", &users[0]);
-    let mut index = 0;
-    for (i, node) in bed.nodes().iter().enumerate() {
-        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
-            index = i;
-        }
-    }
+    let index = bed.masters().master_of(&key).await.unwrap();
     bed.masters().node(index).stop().unwrap();
     let began = Instant::now();
     for (user, offset) in users.iter().zip(1..).filter(|(user, _)| lane(&bed, user) != stopped) {
@@ -307,43 +301,18 @@ async fn hazard_22_a_master_that_is_away_stops_its_own_shards_only() {
 
 #[tokio::test]
 async fn a_slot_that_moved_is_followed() {
-    let bed = Bed::own_cluster(|_| {}).await;
+    let mut bed = Bed::own_cluster(|_| {}).await;
     let user = bed.user("alice");
     bed.fill(&user, 1..=1).await;
-    let shard = bed.shard(&user).get().to_string();
     let key = bed.key("t", &user);
-    let nodes = bed.nodes();
-    let slot: u16 = nodes[0].query(&["CLUSTER", "KEYSLOT", &shard]).await.unwrap();
-    let slot = slot.to_string();
-    let mut source = None;
-    for node in nodes {
-        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
-            source = Some(node);
-        }
-    }
-    let source = source.unwrap();
-    let target = nodes.iter().find(|node| node.port() != source.port()).unwrap();
-    let id = async |node: &Redis| node.query::<String>(&["CLUSTER", "MYID"]).await.unwrap();
-    let (from, to) = (id(source).await, id(target).await);
-    let set = async |node: &Redis, verb: &str, id: &str| {
-        let _: redis::Value = node.query(&["CLUSTER", "SETSLOT", &slot, verb, id]).await.unwrap();
-    };
-    set(target, "IMPORTING", &from).await;
-    set(source, "MIGRATING", &to).await;
-    let keys: Vec<String> =
-        source.query(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]).await.unwrap();
-    let port = target.port().to_string();
-    for key in &keys {
-        let _: redis::Value =
-            source.query(&["MIGRATE", "127.0.0.1", &port, key, "0", "1000"]).await.unwrap();
-    }
-    // Half here, half there: nobody can run a script on them.
+    let cluster = bed.masters();
+    let source = cluster.master_of(&key).await.unwrap();
+    let moving = cluster.depart(&key, (source + 1) % 3).await.unwrap();
+    // The keys are there, the slot is here: the shard is away until both are in one place.
     let group = bed.group(vec![message(&user, 2, "m2")], None);
     let away = bed.mailbox.accept(std::slice::from_ref(&group)).await.remove(0);
     assert!(matches!(away, Err(Error::Away(_))), "{away:?}");
-    for node in [target, source] {
-        set(node, "NODE", &to).await;
-    }
+    bed.masters().arrive(moving).await.unwrap();
     bed.fill(&user, 2..=2).await;
     assert_eq!(bed.page(&user, 0).await.newest, Seq(2));
 }

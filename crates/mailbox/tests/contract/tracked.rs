@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_mailbox::{Invalidation, TrackedRoutes, UserKey};
-use barid_testkit::Redis;
 use tokio::sync::mpsc;
 
 use crate::support::{Bed, contract, session, until};
@@ -103,7 +102,7 @@ async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
     let (tracked, mut heard) = open(&bed).await;
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
-    let shard = bed.shard(&user);
+    let (shard, key) = (bed.shard(&user), bed.key("t", &user));
     assert_eq!(tracked.get(&user).await.unwrap().len(), 1);
     // Nothing is there of this one: also that is known by no report but this.
     let mut others = (0..).map(|n| bed.user(&format!("none{n}")));
@@ -113,32 +112,10 @@ async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
     bed.connect(&other, "phone", 1).await;
     tracked.get(&other).await.unwrap();
 
-    let key = bed.key("t", &user);
-    let nodes = bed.nodes();
-    let slot: u16 = nodes[0].query(&["CLUSTER", "KEYSLOT", &key]).await.unwrap();
-    let slot = slot.to_string();
-    let mut source = 0;
-    for (index, node) in nodes.iter().enumerate() {
-        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
-            source = index;
-        }
-    }
-    let (source, target) = (&nodes[source], &nodes[(source + 1) % 3]);
-    let id = async |node: &Redis| node.query::<String>(&["CLUSTER", "MYID"]).await.unwrap();
-    let (from, to) = (id(source).await, id(target).await);
-    let set = async |node: &Redis, verb: &str, id: &str| {
-        let _: redis::Value = node.query(&["CLUSTER", "SETSLOT", &slot, verb, id]).await.unwrap();
-    };
+    let cluster = bed.masters();
+    let source = cluster.master_of(&key).await.unwrap();
     while heard.try_recv().is_ok() {}
-    set(target, "IMPORTING", &from).await;
-    set(source, "MIGRATING", &to).await;
-    let keys: Vec<String> =
-        source.query(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]).await.unwrap();
-    let port = target.port().to_string();
-    for key in &keys {
-        let _: redis::Value =
-            source.query(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"]).await.unwrap();
-    }
+    let moving = cluster.depart(&key, (source + 1) % 3).await.unwrap();
     assert_eq!(report(&mut heard, &user).await, Invalidation::User(user.clone()));
     // ASK: the key is there, the slot is still here.
     for _ in 0..20 {
@@ -146,9 +123,7 @@ async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
     }
     assert!(*tracked.tracking().borrow());
     tracked.get(&other).await.unwrap();
-    for node in [target, source] {
-        set(node, "NODE", &to).await;
-    }
+    bed.masters().arrive(moving).await.unwrap();
     // MOVED, until the slots were looked at: noticed also where nobody reads.
     assert_eq!(report(&mut heard, &absent).await, Invalidation::Shards([shard].into()));
     bed.connect(&absent, "phone", 1).await;
@@ -159,14 +134,8 @@ async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
     bed.disconnect(&absent, "phone", 1).await;
     assert_eq!(report(&mut heard, &absent).await, Invalidation::User(absent.clone()));
     // A master that goes away takes its own shards with it.
-    let nodes = bed.nodes();
     let key = bed.key("t", &other);
-    let mut with_other = 0;
-    for (index, node) in nodes.iter().enumerate() {
-        if node.query::<redis::Value>(&["ZCARD", key.as_str()]).await.is_ok() {
-            with_other = index;
-        }
-    }
+    let with_other = bed.masters().master_of(&key).await.unwrap();
     bed.masters().node((with_other + 1) % 3).kill().unwrap();
     let Invalidation::Shards(lost) = report(&mut heard, &absent).await else { panic!("no shards") };
     assert!((10..=32).contains(&lost.len()) && !lost.contains(&bed.shard(&other)), "{lost:?}");
