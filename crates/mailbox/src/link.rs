@@ -136,17 +136,18 @@ impl Link {
                 return failed(sent.err().unwrap_or_else(other));
             }
         };
-        let have = answers.pop().map(Value::extract_error);
-        let have = match have {
-            Some(Ok(Value::Int(have))) => u32::try_from(have).unwrap_or(0),
-            Some(Err(error)) => return failed(error),
-            _ => return failed(RedisError::from((ErrorKind::Io, "WAIT", "no number".into()))),
+        let have = match answers.pop().map(Value::extract_error) {
+            Some(Ok(Value::Int(have))) => Ok(u32::try_from(have).unwrap_or(0)),
+            Some(Err(error)) => Err(error),
+            _ => Err(RedisError::from((ErrorKind::Io, "WAIT", "no number".into()))),
         };
         let mut results: Vec<_> = answers.into_iter().map(Value::extract_error).collect();
         for result in &mut results {
-            match result {
-                Ok(_) if have < replicas => *result = Err(unreplicated(have)),
-                Err(error) if breaks_connection(error) => self.drop_connection(live.number),
+            match (&result, &have) {
+                (Ok(_), Ok(have)) if *have < replicas => *result = Err(unreplicated(*have)),
+                (Ok(_), Err(error)) => *result = Err(error.clone()),
+                // What was refused tells why, whatever WAIT says: a former master answers both with errors.
+                (Err(error), _) if breaks_connection(error) => self.drop_connection(live.number),
                 _ => {}
             }
         }

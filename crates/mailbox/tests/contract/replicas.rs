@@ -1,15 +1,19 @@
-//! Accept with WAIT behind it, in one pipeline on a connection of its own (hazard 4).
+//! Accept with WAIT behind it, in one pipeline on a connection of its own (hazard 4). WAIT answers for the
+//! connection's last *executed* command: behind one that was refused it tells of something else, so the pair
+//! is judged together.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use barid_core::{AppId, Shard, UserId};
 use barid_mailbox::{
-    AcceptGroup, AcceptOutcome, Error, GroupOutcome, RedisConfig, Source, UserKey,
+    AcceptGroup, AcceptOutcome, Error, GroupOutcome, Mailbox, RedisConfig, Source, UserKey,
 };
 use barid_runtime::SecretUrl;
+use barid_testkit::redis::RedisOptions;
 use barid_testkit::{Redis, RedisCluster, Relay};
 use redis::Value;
+use redis::aio::ConnectionLike as _;
 
 use crate::support::{config, message, open};
 
@@ -25,6 +29,46 @@ fn user(name: &str) -> UserKey {
 
 fn waiting(config: RedisConfig, wait_timeout_ms: u64) -> RedisConfig {
     RedisConfig { wait_replicas: 1, wait_timeout_ms, response_timeout_ms: 10_000, ..config }
+}
+
+/// A Redis Cluster of two masters with a replica each.
+async fn two_pairs(wait_timeout_ms: u64) -> (RedisCluster, [Redis; 2], Mailbox) {
+    let cluster = RedisCluster::start(2).await.unwrap();
+    let replicas = [cluster.replicate(0).await.unwrap(), cluster.replicate(1).await.unwrap()];
+    let mut urls = cluster.urls().into_iter().map(SecretUrl::new);
+    let url = urls.next().unwrap();
+    let config = RedisConfig { cluster: true, urls: urls.collect(), ..config(url.expose()) };
+    let mailbox = open(&waiting(config, wait_timeout_ms)).await;
+    (cluster, replicas, mailbox)
+}
+
+/// Asks until it is accepted.
+async fn accepted_at_last(mailbox: &Mailbox, group: AcceptGroup) -> Vec<AcceptOutcome> {
+    let done = async {
+        loop {
+            match &mailbox.accept(std::slice::from_ref(&group)).await[0] {
+                Ok(GroupOutcome::Done(outcomes)) => return outcomes.clone(),
+                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), done).await.expect("it is accepted")
+}
+
+/// What Redis says to a write and to the WAIT behind it, on a new connection: a number, or an error's code.
+async fn write_and_wait(redis: &Redis, key: &str) -> [String; 2] {
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let mut pair = redis::Pipeline::new();
+    pair.cmd("SET").arg(key).arg("x").cmd("WAIT").arg(1).arg(200);
+    let answers = connection.req_packed_commands(&pair, 0, 2).await.unwrap();
+    let told = |answer: Value| match answer.extract_error() {
+        Ok(Value::Int(replicas)) => replicas.to_string(),
+        Ok(_) => "done".to_owned(),
+        Err(error) => error.code().unwrap_or_default().to_owned(),
+    };
+    let told: Vec<_> = answers.into_iter().map(told).collect();
+    told.try_into().unwrap()
 }
 
 #[tokio::test]
@@ -71,42 +115,124 @@ async fn hazard_04_a_connection_that_breaks_before_wait_answers_confirms_nothing
 
 #[tokio::test]
 async fn hazard_04_what_is_redirected_is_not_confirmed_by_the_wait_behind_it() {
-    let cluster = RedisCluster::start(2).await.unwrap();
-    let replicas = [cluster.replicate(0).await.unwrap(), cluster.replicate(1).await.unwrap()];
-    let mut urls = cluster.urls().into_iter().map(SecretUrl::new);
-    let url = urls.next().unwrap();
-    let config = RedisConfig { cluster: true, urls: urls.collect(), ..config(url.expose()) };
-    let mailbox = open(&waiting(config, 5_000)).await;
+    let (cluster, _replicas, mailbox) = two_pairs(5_000).await;
     let alice = user("alice");
     let shard = mailbox.shard_of(&alice);
     let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
     assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
     // The empty slot of another shard goes to the other master; all replicas follow.
-    let moved = mailbox.shard_of(&user("bob"));
     let bob = user("bob");
+    let moved = mailbox.shard_of(&bob);
     assert_ne!(moved, shard);
     let tag = format!("{{{moved}}}");
-    let slot: i64 = cluster.nodes()[0].query(&["CLUSTER", "KEYSLOT", &tag]).await.unwrap();
-    let owns_it = cluster.nodes()[0].query::<Option<String>>(&["GET", &tag]).await.is_ok();
-    let to = usize::from(owns_it);
-    let id: String = cluster.nodes()[to].query(&["CLUSTER", "MYID"]).await.unwrap();
-    let slot = slot.to_string();
-    for node in [to, 1 - to] {
-        let node = &cluster.nodes()[node];
-        let _: Value = node.query(&["CLUSTER", "SETSLOT", &slot, "NODE", &id]).await.unwrap();
-    }
+    let owner = cluster.master_of(&tag).await.unwrap();
+    let moving = cluster.depart(&tag, 1 - owner).await.unwrap();
+    cluster.arrive(moving).await.unwrap();
     let second = group_of(moved, &bob, 1);
     let redirected = mailbox.accept(std::slice::from_ref(&second)).await;
     assert!(matches!(&redirected[0], Err(Error::Away(_))), "{redirected:?}");
-    let done = async {
-        loop {
-            match &mailbox.accept(std::slice::from_ref(&second)).await[0] {
-                Ok(GroupOutcome::Done(outcomes)) => return outcomes.clone(),
-                _ => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
+    let outcomes = accepted_at_last(&mailbox, second).await;
+    assert!(matches!(outcomes[..], [AcceptOutcome::Accepted { .. }]), "{outcomes:?}");
+}
+
+#[tokio::test]
+async fn hazard_04_what_is_on_its_way_elsewhere_is_not_confirmed_by_the_wait_behind_it() {
+    let (cluster, mut replicas, mailbox) = two_pairs(500).await;
+    let alice = user("alice");
+    let shard = mailbox.shard_of(&alice);
+    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
+    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    // The empty slot of another shard of the same master is leaving: ASK.
+    let here = cluster.master_of(&format!("{{{shard}}}")).await.unwrap();
+    let mut others = (0..).map(|n| user(&format!("bob{n}")));
+    let (bob, leaving) = loop {
+        let bob = others.next().unwrap();
+        let leaving = mailbox.shard_of(&bob);
+        let owner = cluster.master_of(&format!("{{{leaving}}}")).await.unwrap();
+        if leaving != shard && owner == here {
+            break (bob, leaving);
         }
     };
-    let outcomes = tokio::time::timeout(Duration::from_secs(30), done).await.unwrap();
+    let moving = cluster.depart(&format!("{{{leaving}}}"), 1 - here).await.unwrap();
+    for replica in &mut replicas {
+        replica.stop().unwrap();
+    }
+    // Redis itself: the replica has all that this connection executed, which is nothing.
+    let (master, key) = (&cluster.nodes()[here], format!("{{{leaving}}}:x"));
+    assert_eq!(write_and_wait(master, &key).await, ["ASK", "1"]);
+    assert_eq!(write_and_wait(master, &format!("{{{shard}}}:x")).await, ["done", "0"]);
+    let to_bob = group_of(leaving, &bob, 1);
+    let asked = mailbox.accept(std::slice::from_ref(&to_bob)).await;
+    assert!(matches!(&asked[0], Err(Error::Away(why)) if why.contains("Ask")), "{asked:?}");
+    // Beside one that was executed, and that no replica has.
+    let both = mailbox.accept(&[group_of(shard, &alice, 2), to_bob.clone()]).await;
+    assert!(matches!(&both[0], Err(Error::Unreplicated { have: 0, want: 1 })), "{both:?}");
+    assert!(matches!(&both[1], Err(Error::Away(_))), "{both:?}");
+    for replica in &mut replicas {
+        replica.cont().unwrap();
+    }
+    let before = accepted_at_last(&mailbox, group_of(shard, &alice, 2)).await;
+    assert_eq!(before, [AcceptOutcome::AcceptedBefore]);
+    cluster.arrive(moving).await.unwrap();
+    let outcomes = accepted_at_last(&mailbox, to_bob).await;
     assert!(matches!(outcomes[..], [AcceptOutcome::Accepted { .. }]), "{outcomes:?}");
-    drop(replicas);
+}
+
+#[tokio::test]
+async fn hazard_04_a_master_that_loads_its_data_confirms_nothing() {
+    let settings = [("enable-debug-command", "local"), ("rdbcompression", "no")];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
+    let options = RedisOptions { settings, ..Default::default() };
+    let master = Redis::start_with(options).await.unwrap();
+    let replica = Redis::start().await.unwrap();
+    replica.follow(master.port()).await.unwrap();
+    let mailbox = open(&waiting(config(&master.url()), 500)).await;
+    let alice = user("alice");
+    let shard = mailbox.shard_of(&alice);
+    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
+    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    let more = "for i = 1, 60 do redis.call('SET', 'pad' .. i, string.rep(i, 2048)) end";
+    let () = master.query(&["EVAL", more, "0"]).await.unwrap();
+    // Three seconds, in which it answers, and connections stay open.
+    for (setting, value) in
+        [("loading-process-events-interval-bytes", "1024"), ("key-load-delay", "50000")]
+    {
+        let () = master.query(&["CONFIG", "SET", setting, value]).await.unwrap();
+    }
+    let reload = master.query::<Value>(&["DEBUG", "RELOAD"]);
+    let early = tokio::time::timeout(Duration::from_millis(500), reload).await;
+    assert!(early.is_err(), "{early:?}");
+    let second = group_of(shard, &alice, 2);
+    let loading = mailbox.accept(std::slice::from_ref(&second)).await;
+    assert!(matches!(&loading[0], Err(Error::Away(why)) if why.contains("oading")), "{loading:?}");
+    assert_eq!(write_and_wait(&master, "x").await, ["LOADING", "LOADING"]);
+    let outcomes = accepted_at_last(&mailbox, second).await;
+    assert!(matches!(outcomes[..], [AcceptOutcome::Accepted { .. }]), "{outcomes:?}");
+    assert_eq!(mailbox.inspect(&alice).await.unwrap().newest.0, 2);
+}
+
+#[tokio::test]
+async fn hazard_04_a_master_that_became_a_replica_confirms_nothing() {
+    let (master, replica) = (Redis::start().await.unwrap(), Redis::start().await.unwrap());
+    replica.follow(master.port()).await.unwrap();
+    let mailbox = open(&waiting(config(&master.url()), 500)).await;
+    let alice = user("alice");
+    let shard = mailbox.shard_of(&alice);
+    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
+    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    // A failover by hand: connections to the former master stay open, and it has a replica of its own.
+    let () = replica.query(&["REPLICAOF", "NO", "ONE"]).await.unwrap();
+    master.follow(replica.port()).await.unwrap();
+    let next = Redis::start().await.unwrap();
+    next.follow(master.port()).await.unwrap();
+    assert_eq!(write_and_wait(&master, "x").await, ["READONLY", "ERR"]);
+    let second = group_of(shard, &alice, 2);
+    let refused = mailbox.accept(std::slice::from_ref(&second)).await;
+    assert!(matches!(&refused[0], Err(Error::Away(_))), "{refused:?}");
+    // And back.
+    let () = master.query(&["REPLICAOF", "NO", "ONE"]).await.unwrap();
+    replica.follow(master.port()).await.unwrap();
+    let outcomes = accepted_at_last(&mailbox, second).await;
+    assert!(matches!(outcomes[..], [AcceptOutcome::Accepted { .. }]), "{outcomes:?}");
+    assert_eq!(mailbox.inspect(&alice).await.unwrap().newest.0, 2);
 }
