@@ -13,6 +13,7 @@ mod hops;
 mod kick;
 mod kills;
 mod listener;
+mod masters;
 mod metrics;
 mod outages;
 mod planted;

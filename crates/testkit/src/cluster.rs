@@ -20,7 +20,7 @@ use crate::ports::free_port;
 use crate::process::Process;
 use crate::redis::RedisOptions;
 use crate::spawner::Scratch;
-use crate::{Device, Kafka, Redis, http, paths, token};
+use crate::{Device, Kafka, Redis, RedisCluster, http, paths, token};
 
 /// How long a role may take to come up or to leave, on a machine that runs other tests as well.
 const ROLE_LIMIT: Duration = Duration::from_secs(30);
@@ -78,6 +78,7 @@ pub struct Builder {
     partitions: i32,
     own_kafka: Option<KafkaOptions>,
     redis: RedisOptions,
+    masters: Option<u16>,
     variables: Vec<(Role, String, String)>,
     quiet: bool,
 }
@@ -152,12 +153,27 @@ impl Builder {
         self
     }
 
+    /// A Redis Cluster of so many masters, without replicas, in place of the one Redis:
+    /// [`Cluster::masters`].
+    #[must_use]
+    pub fn redis_cluster(mut self, masters: u16) -> Self {
+        self.masters = Some(masters);
+        self
+    }
+
     /// Starts everything and waits until every role says that it is ready.
     ///
     /// # Errors
     /// Something does not come up; shows the end of its output.
     pub async fn start(self) -> Result<Cluster> {
-        let redis = Redis::start_with(self.redis.clone()).await?;
+        let mut redis = Redis::down(self.redis.clone())?;
+        let masters = match self.masters {
+            Some(masters) => Some(RedisCluster::start(masters).await?),
+            None => {
+                redis.restart().await?;
+                None
+            }
+        };
         let own_kafka = match self.own_kafka.clone() {
             Some(options) => Some(Kafka::start_with(options).await?),
             None => None,
@@ -175,6 +191,7 @@ impl Builder {
             builder: self,
             nodes: Vec::new(),
             redis,
+            masters,
             own_kafka,
             client,
             topics,
@@ -348,8 +365,9 @@ impl Node {
 pub struct Cluster {
     // Processes end before what they rest on.
     nodes: Vec<Node>,
-    /// Its Redis.
+    /// Its Redis; it does not run where there is a Redis Cluster.
     pub redis: Redis,
+    masters: Option<RedisCluster>,
     own_kafka: Option<Kafka>,
     client: ClientConfig,
     topics: Topics,
@@ -366,6 +384,7 @@ impl Cluster {
             partitions: 4,
             own_kafka: None,
             redis: RedisOptions::default(),
+            masters: None,
             variables: Vec::new(),
             quiet: false,
         }
@@ -390,6 +409,14 @@ impl Cluster {
     /// It was not built with [`Builder::own_kafka`].
     pub fn kafka(&mut self) -> Result<&mut Kafka> {
         self.own_kafka.as_mut().context("this cluster shares its Kafka")
+    }
+
+    /// Its Redis Cluster.
+    ///
+    /// # Errors
+    /// It was not built with [`Builder::redis_cluster`].
+    pub fn masters(&mut self) -> Result<&mut RedisCluster> {
+        self.masters.as_mut().context("the Redis of this cluster is one alone")
     }
 
     /// `host:port` of its Kafka.
@@ -559,7 +586,15 @@ impl Cluster {
         set("log.level", std::env::var("BARID_TEST_LOG").unwrap_or("info".into()).into())?;
         set("drain_seconds", DRAIN_SECONDS.into())?;
         set("ready_file", node.ready_file.display().to_string().into())?;
-        set("redis.url", self.redis.url().into())?;
+        match &self.masters {
+            None => set("redis.url", self.redis.url().into())?,
+            Some(masters) => {
+                let urls = masters.urls();
+                set("redis.cluster", true.into())?;
+                set("redis.url", urls[0].clone().into())?;
+                set("redis.urls", urls[1..].to_vec().into())?;
+            }
+        }
         set("redis.retry_base_ms", 300.into())?;
         set("redis.retry_max_ms", 2_000.into())?;
         if matches!(role, Role::Purger | Role::Access) {

@@ -1,0 +1,208 @@
+//! A Redis Cluster of three masters of which one is away, or back with other data, under the real binaries:
+//! users of the other two notice nothing, and nobody takes a node for dead whose lease it holds.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use barid_testkit::cluster::{APP, Business};
+use barid_testkit::{Cluster, Device, Role};
+
+/// Enough for each master to have some.
+const USERS: usize = 12;
+const LEASE_MS: i64 = 2_000;
+/// Half of it without a renewal ends a life, and after all of it routes of a node that is gone are removed.
+const VOID_AFTER: Duration = Duration::from_secs(6);
+
+/// A user, where it lives, and its phone.
+struct Phone {
+    user: String,
+    master: usize,
+    device: Device,
+}
+
+impl Phone {
+    /// Waits until it is shown a message, and acknowledges whatever comes.
+    async fn shown(&mut self, id: &str) -> Result<()> {
+        loop {
+            let message = self.device.message().await;
+            let message = message.with_context(|| format!("{} waits for {id}", self.user))?;
+            self.device.ack(message.seq).await?;
+            if message.id == id {
+                return Ok(());
+            }
+        }
+    }
+}
+
+struct Bed {
+    cluster: Cluster,
+    business: Business,
+    phones: Vec<Phone>,
+    said: usize,
+}
+
+impl Bed {
+    async fn start() -> Result<Self> {
+        let mut builder = Cluster::builder()
+            .redis_cluster(3)
+            .set("redis.response_timeout_ms", 500)
+            .set("redis.connect_timeout_ms", 500);
+        for role in [Role::Access, Role::Dispatcher] {
+            let seconds = i64::try_from(VOID_AFTER.as_secs())?;
+            builder = builder.set_of(role, "lease_ttl_ms", LEASE_MS);
+            builder = builder.set_of(role, "void_after_seconds", seconds);
+        }
+        let mut cluster = builder.start().await?;
+        let mut phones = Vec::new();
+        for user in (0..USERS).map(|n| format!("u{n}")) {
+            let device = cluster.device(&user, "phone").await?;
+            let master = lives_on(&mut cluster, &user).await?;
+            phones.push(Phone { user, master, device });
+        }
+        for master in 0..3 {
+            ensure!(phones.iter().any(|phone| phone.master == master), "nobody is on {master}");
+        }
+        Ok(Self { business: cluster.business()?, cluster, phones, said: 0 })
+    }
+
+    /// One message to everybody; its id.
+    async fn say(&mut self) -> Result<String> {
+        let id = self.said.to_string();
+        self.said += 1;
+        for phone in &self.phones {
+            self.business.say(&phone.user, &id, "").await?;
+        }
+        Ok(id)
+    }
+
+    /// One message to everybody. Those whose master is not `away` are shown it.
+    async fn reaches(&mut self, away: Option<usize>) -> Result<()> {
+        let id = self.say().await?;
+        for phone in self.phones.iter_mut().filter(|phone| Some(phone.master) != away) {
+            phone.shown(&id).await?;
+        }
+        Ok(())
+    }
+
+    /// For longer than a lease lasts, and than routes of a node that is gone are kept.
+    async fn reaches_all_the_while(&mut self, away: usize) -> Result<()> {
+        let begun = Instant::now();
+        while begun.elapsed() < VOID_AFTER + Duration::from_millis(LEASE_MS.unsigned_abs()) {
+            self.reaches(Some(away)).await?;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
+    }
+
+    async fn counted(&mut self, role: Role, metric: &str) -> Result<f64> {
+        let text = self.cluster.node(role, 0).metrics().await?;
+        let value = text.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '));
+        let value = value.with_context(|| format!("{role:?} does not count {metric}"))?;
+        Ok(value.parse()?)
+    }
+
+    /// No life ended, no route was removed, and nobody was taken for dead.
+    async fn nobody_died(&mut self) -> Result<()> {
+        for (role, metric) in [
+            (Role::Access, "barid_mailbox_lease_events_total{event=\"lapsed\"}"),
+            (Role::Dispatcher, "barid_mailbox_lease_events_total{event=\"lapsed\"}"),
+            (Role::Dispatcher, "barid_dispatcher_reaped_total{outcome=\"removed\"}"),
+            (Role::Dispatcher, "barid_dispatcher_pushes_total{outcome=\"void\"}"),
+            (Role::Dispatcher, "barid_dispatcher_resends_total{outcome=\"void\"}"),
+        ] {
+            let count = self.counted(role, metric).await?;
+            ensure!(count == 0.0, "{role:?}: {metric} {count}");
+        }
+        Ok(())
+    }
+}
+
+/// The master that has a connected user's routes.
+async fn lives_on(cluster: &mut Cluster, user: &str) -> Result<usize> {
+    let pattern = format!("*:r:{APP}:{user}");
+    for (index, master) in cluster.masters()?.nodes().iter().enumerate() {
+        if !master.query::<Vec<String>>(&["KEYS", &pattern]).await?.is_empty() {
+            return Ok(index);
+        }
+    }
+    anyhow::bail!("{user} has no route")
+}
+
+/// How a master is away.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    Stopped,
+    /// Killed, and back as it was some messages ago.
+    Older,
+    /// Killed, and back with nothing.
+    Emptied,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_27_a_lease_whose_master_is_away_or_back_with_other_data_ends_no_session()
+-> Result<()> {
+    let mut bed = Bed::start().await?;
+    let away = bed.cluster.masters()?.master_of("barid:node:access-0").await?;
+    for fault in [Fault::Stopped, Fault::Older, Fault::Emptied] {
+        bed.reaches(None).await?;
+        let master = bed.cluster.masters()?.node(away);
+        match fault {
+            Fault::Stopped => master.stop()?,
+            Fault::Older => {
+                let _: String = master.query(&["SAVE"]).await?;
+                bed.reaches(None).await?;
+                bed.cluster.masters()?.node(away).kill()?;
+            }
+            Fault::Emptied => {
+                std::fs::remove_file(master.dir().join("dump.rdb"))?;
+                master.kill()?;
+            }
+        }
+        bed.reaches_all_the_while(away).await.with_context(|| format!("{fault:?}"))?;
+        bed.nobody_died().await.with_context(|| format!("{fault:?}"))?;
+        let master = bed.cluster.masters()?.node(away);
+        match fault {
+            Fault::Stopped => master.cont()?,
+            Fault::Older | Fault::Emptied => master.restart().await?,
+        }
+        // Its users are shown what they missed, in the same sessions, and the next message.
+        bed.cluster.wait_ready().await?;
+        bed.reaches(None).await.with_context(|| format!("{fault:?}, back"))?;
+        bed.nobody_died().await.with_context(|| format!("{fault:?}, back"))?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_28_processes_that_start_while_a_master_is_away_see_who_lives() -> Result<()> {
+    let mut bed = Bed::start().await?;
+    for away in 0..3 {
+        bed.reaches(None).await?;
+        ensure!(bed.cluster.drain(Role::Purger, 0).await? == 0);
+        bed.cluster.kill(Role::Delayer, 0)?;
+        bed.cluster.kill(Role::Dispatcher, 0)?;
+        bed.cluster.masters()?.node(away).stop()?;
+        for role in [Role::Dispatcher, Role::Delayer, Role::Purger] {
+            bed.cluster.spawn(role, 0)?;
+        }
+        // A new node, too: whatever the master of its lease, it is seen.
+        bed.cluster.add(Role::Access, away + 1)?;
+        let living = bed.phones.iter().position(|phone| phone.master != away).context("a user")?;
+        let user = bed.phones[living].user.clone();
+        let tablet = format!("tablet{away}");
+        let mut tablet = bed.cluster.device_at(away + 1, &user, &tablet).await?;
+        bed.reaches(Some(away)).await.with_context(|| format!("master {away} away"))?;
+        let first = tablet.message().await.context("on the new node")?;
+        // What it does not acknowledge the new delayer has sent again.
+        let again = tablet.message().await.context("again, on the new node")?;
+        let said = (bed.said - 1).to_string();
+        ensure!(first.id == said && again.id == said, "{said}: {first:?} {again:?}");
+        tablet.ack(again.seq).await?;
+        tablet.close().await?;
+        bed.cluster.masters()?.node(away).cont()?;
+        bed.cluster.wait_ready().await?;
+        bed.reaches(None).await.with_context(|| format!("master {away} back"))?;
+        bed.nobody_died().await?;
+    }
+    Ok(())
+}
