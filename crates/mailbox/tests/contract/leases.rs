@@ -199,6 +199,94 @@ async fn hazard_27_no_single_master_ends_a_life() {
     }
 }
 
+/// What all masters have done so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Usage {
+    scripts: f64,
+    script_us: f64,
+    reads: f64,
+    cpu_s: f64,
+}
+
+impl Usage {
+    async fn of(bed: &Bed) -> Self {
+        let mut usage = Self::default();
+        for node in bed.nodes() {
+            let info: String = node.query(&["INFO", "everything"]).await.unwrap();
+            let line = |name: &str| {
+                let value =
+                    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+                value.unwrap_or("0").to_owned()
+            };
+            let number = |name: &str| line(name).parse::<f64>().unwrap();
+            let scripts = line("cmdstat_evalsha");
+            let of_scripts = |name: &str| {
+                let value = scripts.split(',').find_map(|pair| pair.strip_prefix(name));
+                value.map_or(0.0, |value| value.parse::<f64>().unwrap())
+            };
+            usage.scripts += of_scripts("calls=");
+            usage.script_us += of_scripts("usec=");
+            usage.reads += number("total_reads_processed");
+            usage.cpu_s += number("used_cpu_user") + number("used_cpu_sys");
+        }
+        usage
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            scripts: self.scripts - before.scripts,
+            script_us: self.script_us - before.script_us,
+            reads: self.reads - before.reads,
+            cpu_s: self.cpu_s - before.cpu_s,
+        }
+    }
+}
+
+/// docs/benchmarks.md has the figures of `BARID_LEASES=100`, which are of leases of 10 s over half a minute.
+#[tokio::test]
+async fn a_renewal_is_a_call_a_shard_and_its_calls_reach_a_master_together() {
+    let many = std::env::var("BARID_LEASES").map(|count| count.parse::<usize>().unwrap());
+    let (ttl_ms, seconds) = if many.is_ok() { (10_000, 30) } else { (1_500, 4) };
+    let nodes = many.unwrap_or(4);
+    let bed = Bed::own_cluster(|_| {}).await;
+    let pass = async || tokio::time::sleep(Duration::from_secs(seconds)).await;
+    let before = Usage::of(&bed).await;
+    pass().await;
+    let idle = Usage::of(&bed).await.since(before);
+    let mut leases = Vec::new();
+    for n in 0..nodes {
+        // Each with connections of its own, as another process has them.
+        let mailbox = crate::support::open(&bed.config).await;
+        let node = record(&format!("n{n}"), NodeRole::Access);
+        let ttl = Duration::from_millis(ttl_ms);
+        leases.push(Lease::acquire(&mailbox, node, ttl).await.unwrap());
+    }
+    let renewals = async || {
+        let mut sum = 0.0;
+        for n in 0..nodes {
+            let number: String = bed.query(&["HGET", &format!("barid:node:n{n}"), "number"]).await;
+            sum += number.parse::<f64>().unwrap();
+        }
+        sum
+    };
+    let (counted, before) = (renewals().await, Usage::of(&bed).await);
+    pass().await;
+    let busy = Usage::of(&bed).await.since(before);
+    let renewed = renewals().await - counted;
+    let (calls, reads) = (busy.scripts / renewed, (busy.reads - idle.reads) / renewed);
+    let cpu_us = (busy.cpu_s - idle.cpu_s) * 1e6 / busy.scripts;
+    eprintln!(
+        "{renewed} renewals of {nodes} nodes in {seconds} s: {calls:.1} calls each, read in {reads:.1} pieces; \
+         {:.1} µs a script, {cpu_us:.1} µs of Redis's time a call, {:.2} % of a core in all",
+        busy.script_us / busy.scripts,
+        100.0 * (busy.cpu_s - idle.cpu_s) / seconds as f64
+    );
+    assert!(renewed >= nodes as f64 * 5.0, "{renewed} renewals");
+    // 64 shards and its own key; a renewal may be counted at one end and not at the other.
+    assert!((58.0..72.0).contains(&calls), "{calls} calls a renewal");
+    assert!(reads < 16.0, "{reads} reads a renewal of three masters");
+}
+
 #[tokio::test]
 async fn hazard_28_a_process_that_starts_while_a_master_is_away_sees_every_node() {
     let mut bed = Bed::own_cluster(|config| config.response_timeout_ms = 500).await;
