@@ -172,6 +172,12 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
                 assert_eq!(all[section].get(key), Some(value), "{role:?}: {section}.{key}");
             }
         }
+        // What stands in place of other lines is set in by two more.
+        let under_sentinel = printed(role, &sample.replace("#   sentinel", "sentinel"))?;
+        for key in ["sentinel_master", "sentinels"] {
+            let shown = under_sentinel["redis"].get(key);
+            assert_ne!(shown, default["redis"].get(key), "{role:?}: redis.{key}");
+        }
     }
     Ok(())
 }

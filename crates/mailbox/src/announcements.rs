@@ -91,18 +91,27 @@ fn client_config(config: &RedisConfig) -> Result<Config, fred::error::Error> {
         .map_err(|why| fred::error::Error::new(fred::error::ErrorKind::Tls, why))?
         .map(Into::into);
     if !config.sentinel_master.is_empty() {
-        let hosts = config.sentinels.iter().filter_map(|url| {
-            match Config::from_url(url.expose()).ok()?.server {
-                ServerConfig::Centralized { server } => Some(Server::new(server.host, server.port)),
-                _ => None,
-            }
-        });
-        let service_name = config.sentinel_master.clone();
-        client.server = ServerConfig::Sentinel { hosts: hosts.collect(), service_name };
+        client.server = sentinels(config);
     }
     // Redis may come later than this process.
     client.fail_fast = false;
     Ok(client)
+}
+
+/// Sentinels have one user and password for all: those of the first URL that names some.
+fn sentinels(config: &RedisConfig) -> ServerConfig {
+    let named = config.sentinels.iter().filter_map(|url| Config::from_url(url.expose()).ok());
+    let (mut hosts, mut username, mut password) = (Vec::new(), None, None);
+    for sentinel in named {
+        if let ServerConfig::Centralized { server } = sentinel.server {
+            hosts.push(Server::new(server.host, server.port));
+        }
+        if password.is_none() {
+            (username, password) = (sentinel.username, sentinel.password);
+        }
+    }
+    let service_name = config.sentinel_master.clone();
+    ServerConfig::Sentinel { hosts, service_name, username, password }
 }
 
 /// Keeps the subscription for as long as the task lives.

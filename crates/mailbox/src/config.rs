@@ -47,7 +47,8 @@ pub struct RedisConfig {
     /// The name that Sentinels know the master by: `sentinels` say where it is, in place of the host
     /// and port of `url`. Empty: there are no Sentinels.
     pub sentinel_master: String,
-    /// Sentinels, asked in turn.
+    /// Sentinels, asked in turn. Users and passwords in these URLs are theirs, and the same for all of them;
+    /// those of the master are in `url`.
     pub sentinels: Vec<SecretUrl>,
     /// Replicas that must have a batch before it is confirmed (WAIT); 0: none. All that may be
     /// promoted, else a promotion may still forget what is confirmed. Only purgers wait.

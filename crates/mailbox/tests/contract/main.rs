@@ -9,6 +9,7 @@ mod growth;
 mod layout;
 mod leases;
 mod replicas;
+mod sentinel;
 mod sessions;
 mod support;
 mod timers;
