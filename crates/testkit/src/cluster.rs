@@ -168,7 +168,7 @@ impl Builder {
     pub async fn start(self) -> Result<Cluster> {
         let mut redis = Redis::down(self.redis.clone())?;
         let masters = match self.masters {
-            Some(masters) => Some(RedisCluster::start(masters).await?),
+            Some(masters) => Some(RedisCluster::start_patient(masters).await?),
             None => {
                 redis.restart().await?;
                 None

@@ -15,7 +15,7 @@ use barid_testkit::{Redis, RedisCluster, Relay};
 use redis::Value;
 use redis::aio::ConnectionLike as _;
 
-use crate::support::{config, message, open};
+use crate::support::{config, message, open, until};
 
 fn group_of(shard: Shard, user: &UserKey, offset: i64) -> AcceptGroup {
     let source = Source { topic_id: "topic".into(), partition: 0 };
@@ -118,8 +118,7 @@ async fn hazard_04_what_is_redirected_is_not_confirmed_by_the_wait_behind_it() {
     let (cluster, _replicas, mailbox) = two_pairs(5_000).await;
     let alice = user("alice");
     let shard = mailbox.shard_of(&alice);
-    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
-    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    accepted_at_last(&mailbox, group_of(shard, &alice, 1)).await;
     // The empty slot of another shard goes to the other master; all replicas follow.
     let bob = user("bob");
     let moved = mailbox.shard_of(&bob);
@@ -140,8 +139,7 @@ async fn hazard_04_what_is_on_its_way_elsewhere_is_not_confirmed_by_the_wait_beh
     let (cluster, mut replicas, mailbox) = two_pairs(500).await;
     let alice = user("alice");
     let shard = mailbox.shard_of(&alice);
-    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
-    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    accepted_at_last(&mailbox, group_of(shard, &alice, 1)).await;
     // The empty slot of another shard of the same master is leaving: ASK.
     let here = cluster.master_of(&format!("{{{shard}}}")).await.unwrap();
     let mut others = (0..).map(|n| user(&format!("bob{n}")));
@@ -162,8 +160,12 @@ async fn hazard_04_what_is_on_its_way_elsewhere_is_not_confirmed_by_the_wait_beh
     assert_eq!(write_and_wait(master, &key).await, ["ASK", "1"]);
     assert_eq!(write_and_wait(master, &format!("{{{shard}}}:x")).await, ["done", "0"]);
     let to_bob = group_of(leaving, &bob, 1);
-    let asked = mailbox.accept(std::slice::from_ref(&to_bob)).await;
-    assert!(matches!(&asked[0], Err(Error::Away(why)) if why.contains("Ask")), "{asked:?}");
+    // On a busy machine the cluster counts as down at times; confirmed it must never be.
+    until("ASK", async || match &mailbox.accept(std::slice::from_ref(&to_bob)).await[0] {
+        Err(Error::Away(why)) => why.contains("Ask"),
+        other => panic!("{other:?}"),
+    })
+    .await;
     // Beside one that was executed, and that no replica has.
     let both = mailbox.accept(&[group_of(shard, &alice, 2), to_bob.clone()]).await;
     assert!(matches!(&both[0], Err(Error::Unreplicated { have: 0, want: 1 })), "{both:?}");
