@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
-use barid_core::{Attempt, ConnectionId, DeviceId};
-use barid_mailbox::UserKey;
+use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation};
+use barid_mailbox::{LiveSession, UserKey};
 use barid_wire::envelope::{Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Encoding, encode_deliver};
 use bytes::Bytes;
@@ -128,6 +128,20 @@ pub struct Queued {
     pub first: bool,
 }
 
+impl LiveSession for Handle {
+    fn is_over(&self) -> bool {
+        Handle::is_over(self)
+    }
+
+    fn confirmed_life(&self) -> Incarnation {
+        Incarnation(self.confirmed_life.load(Ordering::Relaxed))
+    }
+
+    fn confirm(&self) {
+        self.tell(|inbox| inbox.confirm = true);
+    }
+}
+
 impl Handle {
     /// Of a session.
     pub fn new(
@@ -150,14 +164,9 @@ impl Handle {
         }
     }
 
-    /// The last life of the node that a confirmation of this session named; 0: none.
-    pub fn confirmed_life(&self) -> u64 {
-        self.confirmed_life.load(Ordering::Relaxed)
-    }
-
     /// A confirmation that named this life was answered.
-    pub fn set_confirmed_life(&self, incarnation: u64) {
-        self.confirmed_life.fetch_max(incarnation, Ordering::Relaxed);
+    pub fn set_confirmed_life(&self, incarnation: Incarnation) {
+        self.confirmed_life.fetch_max(incarnation.0, Ordering::Relaxed);
     }
 
     /// Whose it is.

@@ -13,7 +13,6 @@ mod admission;
 pub mod auth;
 mod balance;
 pub mod config;
-mod confirming;
 mod connection;
 mod error;
 mod fanout;

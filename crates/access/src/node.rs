@@ -9,7 +9,7 @@ use barid_bus::Receipts;
 use barid_core::{
     AppId, Backoff, Clock as _, ConnectionId, Incarnation, NodeId, SessionRef, Shard, SystemClock,
 };
-use barid_mailbox::{DisconnectRequest, Mailbox, UserKey};
+use barid_mailbox::{DisconnectRequest, LiveSessions, Mailbox, UserKey};
 use barid_runtime::{Condition, Shutdown, Tracer};
 
 use crate::admission::{Admission, Origins};
@@ -119,11 +119,6 @@ impl Node {
     /// before its route names that.
     pub fn lived_as(&self, incarnation: Incarnation) -> bool {
         (self.first_incarnation..=self.incarnation()).contains(&incarnation)
-    }
-
-    /// Begins another life.
-    pub fn set_incarnation(&self, incarnation: Incarnation) {
-        self.incarnation.store(incarnation.0, Ordering::Release);
     }
 
     /// A number for a new connection.
@@ -250,5 +245,21 @@ impl Node {
         if tokio::time::timeout(limit, call).await.is_err() {
             tracing::debug!("route not removed: redis is away");
         }
+    }
+}
+
+impl LiveSessions for Node {
+    type Session = Handle;
+
+    fn all(&self) -> Vec<Arc<Handle>> {
+        self.registry.all()
+    }
+
+    fn shard_of(&self, session: &Handle) -> Shard {
+        self.mailbox.shard_of(session.user())
+    }
+
+    fn begin_life(&self, incarnation: Incarnation) {
+        self.incarnation.store(incarnation.0, Ordering::Release);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
-use barid_mailbox::{Lease, LeaseEvent, Mailbox, NodeRole, NodeTable};
+use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
@@ -21,7 +21,6 @@ use crate::admission::{Admission, Origins};
 use crate::auth::Verifier;
 use crate::balance::Shedding;
 use crate::config::Config;
-use crate::confirming::Confirming;
 use crate::error::Error;
 use crate::grpc::AccessService;
 use crate::kick::AdminService;
@@ -234,27 +233,17 @@ fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listen
 
 /// Keeps the node's life and its sessions' routes true. Never returns.
 async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
-    let mut confirming = Confirming::new(&config.sync, PACE);
+    let every = Duration::from_secs(config.sync.confirm_interval_seconds);
+    let per_second = config.sync.confirms_per_second;
+    let mut confirming = Confirming::new(per_second, every, PACE, Instant::now());
     let mut shedding = Shedding::new(config.balance.clone(), config.zone.clone());
     let mut pace = interval(PACE);
     let mut look = interval(LOOK);
     loop {
         tokio::select! {
-            event = lease.next_event() => match event {
-                LeaseEvent::Lapsed => {}
-                LeaseEvent::NewLife(incarnation) => {
-                    // Routes of the new life are written only after its lease.
-                    node.set_incarnation(incarnation);
-                    confirming.begin_life(node, incarnation);
-                }
-                LeaseEvent::WasGone => confirming.all(node),
-                LeaseEvent::Forgot(shards) => {
-                    tracing::info!(shards = shards.len(), "confirming the sessions of shards");
-                    confirming.of(node, shards);
-                }
-            },
+            event = lease.next_event() => confirming.heed(&**node, event),
             _ = pace.tick() => {
-                confirming.go_on(node);
+                confirming.go_on(&**node, Instant::now());
                 if let Some(incarnation) = confirming.finished_life() {
                     tracing::info!(incarnation = incarnation.0, "every session is confirmed");
                     lease.set_confirmed(incarnation);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
-use barid_mailbox::{Route, UserKey};
+use barid_mailbox::{Route, Standing, UserKey};
 use barid_runtime::{Hop, Sighting, Tracer};
 use barid_wire::envelope::{self, Header};
 use barid_wire::internal::{
@@ -32,9 +32,6 @@ pub struct Delivery<R> {
     /// Logs sampled messages.
     pub tracer: Tracer,
 }
-
-/// A node that has been gone for so long is not one that just came.
-const SURELY_VOID: Duration = Duration::from_secs(2);
 
 /// A batch whose users are known.
 pub struct Resolved {
@@ -226,27 +223,27 @@ impl<R: Routes> Delivery<R> {
         reached
     }
 
-    /// A life that is unknown for a moment may be younger than what was read of the leases.
     fn unreachable(&self, unsent: Unsent, route: &Route) -> Unreachable {
         match unsent {
             Unsent::Full => Unreachable::Full,
             Unsent::Down => Unreachable::Down,
-            Unsent::Void => match self.nodes.void_since(&route.session) {
-                Some(since) if since >= SURELY_VOID => Unreachable::Void,
-                _ => Unreachable::Down,
-            },
+            Unsent::Void if self.standing(route) == Standing::Unsure => Unreachable::Down,
+            Unsent::Void => Unreachable::Void,
         }
     }
 
     fn reap_if_void(&self, user: &UserKey, route: &Route) {
-        let void = self.nodes.void_since(&route.session);
-        if void.is_some_and(|since| since >= self.void_after) {
+        if self.standing(route) == Standing::Over {
             self.reaper.offer(Void {
                 user: user.clone(),
                 device: Some(route.device.clone()),
                 session: route.session.clone(),
             });
         }
+    }
+
+    fn standing(&self, route: &Route) -> Standing {
+        Standing::of(self.nodes.void_since(&route.session), self.void_after)
     }
 
     fn count_push(&self, outcome: &str) {

@@ -1,6 +1,7 @@
 //! A node's lease: what makes its routes valid.
 
 mod canary;
+mod confirming;
 pub(crate) mod life;
 #[cfg(test)]
 mod model;
@@ -21,6 +22,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 pub use self::canary::{Canary, Looked};
+pub use self::confirming::{Confirming, LiveSession, LiveSessions};
 use self::life::{Life, News, Place};
 use self::places::{State, Writing};
 use crate::{Error, Mailbox};
@@ -224,19 +226,34 @@ impl Happened {
         change(&mut self.pending.lock());
         self.more.notify_one();
     }
+}
 
-    fn next(&self) -> Option<LeaseEvent> {
-        let mut pending = self.pending.lock();
-        if std::mem::take(&mut pending.lapsed) {
+impl Pending {
+    fn add(&mut self, news: News) {
+        match news {
+            News::Lapsed(_) => (self.lapsed, self.life) = (true, None),
+            News::Taken(incarnation) => self.life = Some(incarnation),
+            News::Forgot(Place::Own) => self.was_gone = true,
+            News::Forgot(Place::Copy(shard)) => self.forget([shard]),
+        }
+    }
+
+    /// What was written beside these shards may be lost.
+    fn forget(&mut self, shards: impl IntoIterator<Item = Shard>) {
+        self.forgot.extend(shards);
+    }
+
+    fn next(&mut self) -> Option<LeaseEvent> {
+        if std::mem::take(&mut self.lapsed) {
             return Some(LeaseEvent::Lapsed);
         }
-        if let Some(incarnation) = pending.life.take() {
+        if let Some(incarnation) = self.life.take() {
             return Some(LeaseEvent::NewLife(incarnation));
         }
-        if std::mem::take(&mut pending.was_gone) {
+        if std::mem::take(&mut self.was_gone) {
             return Some(LeaseEvent::WasGone);
         }
-        let forgot = std::mem::take(&mut pending.forgot);
+        let forgot = std::mem::take(&mut self.forgot);
         (!forgot.is_empty()).then(|| LeaseEvent::Forgot(forgot.into_iter().collect()))
     }
 }
@@ -274,6 +291,7 @@ impl Lease {
             reported: Arc::clone(&reported),
         };
         keeper.take().await?;
+        keeper.life.begin_work();
         // What happened so far is what was asked for.
         *happened.pending.lock() = Pending::default();
         let task = tokio::spawn(keeper.run(inbox, reconnections));
@@ -306,12 +324,7 @@ impl Lease {
 
     /// Publishes at once that no route of a life before this one is good any longer.
     pub fn set_confirmed(&self, incarnation: Incarnation) {
-        let current = self.wanted.send_if_modified(|record| {
-            let current = record.incarnation == incarnation && !record.confirmed;
-            record.confirmed |= current;
-            current
-        });
-        if current {
+        if self.wanted.send_if_modified(|record| set_confirmed(record, incarnation)) {
             self.order(Order::Publish);
         }
     }
@@ -319,7 +332,7 @@ impl Lease {
     /// The next thing that happened. Cancel-safe.
     pub async fn next_event(&mut self) -> LeaseEvent {
         loop {
-            if let Some(event) = self.happened.next() {
+            if let Some(event) = self.happened.pending.lock().next() {
                 return event;
             }
             self.happened.more.notified().await;
@@ -337,6 +350,13 @@ impl Lease {
         // A full queue means that the keeper has the same to do already.
         let _full = self.orders.try_send(order);
     }
+}
+
+/// Whether it is news that the sessions of this life are confirmed.
+fn set_confirmed(record: &mut NodeRecord, incarnation: Incarnation) -> bool {
+    let news = record.incarnation == incarnation && !record.confirmed;
+    record.confirmed |= news;
+    news
 }
 
 impl Drop for Lease {
@@ -358,10 +378,7 @@ struct Keeper {
 impl Keeper {
     /// Writes until the lease is held. Retries only where another life is ahead, and outbids it.
     async fn take(&mut self) -> Result<(), Error> {
-        let confirmed = self.wanted.borrow().confirmed;
         loop {
-            // A process that begins has no session of a former life, however often it is outbid.
-            self.wanted.send_modify(|record| record.confirmed = confirmed);
             let before = self.life.incarnation();
             let error = self.write(State::Held { announce: true }).await;
             match error {
@@ -387,12 +404,12 @@ impl Keeper {
                 },
                 reconnected = reconnections.recv() => match reconnected {
                     Ok(reconnected) => {
-                        self.happened.add(|pending| pending.forgot.extend(&*reconnected.shards));
+                        self.happened.add(|pending| pending.forget(reconnected.shards.iter().copied()));
                     }
                     // Which ones is not known any longer.
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         let all = self.mailbox.shards().all();
-                        self.happened.add(|pending| pending.forgot.extend(all));
+                        self.happened.add(|pending| pending.forget(all));
                     }
                     Err(broadcast::error::RecvError::Closed) => return,
                 },
@@ -448,15 +465,10 @@ impl Keeper {
     }
 
     fn heed(&mut self, news: Option<News>) {
-        let incarnation = self.life.incarnation();
-        self.wanted.send_if_modified(|record| {
-            let other = record.incarnation != incarnation;
-            record.incarnation = incarnation;
-            // A life that another one of this process goes before has sessions of that.
-            record.confirmed &= !matches!(news, Some(News::Lapsed(_)));
-            other
-        });
+        self.wanted.send_if_modified(|record| self.life.enter(record, news));
         let Some(news) = news else { return };
+        self.happened.add(|pending| pending.add(news));
+        let incarnation = self.life.incarnation();
         let events = &self.mailbox.topology().metrics().lease_events;
         match news {
             News::Lapsed(why) => {
@@ -469,23 +481,15 @@ impl Keeper {
                 if let Some(condition) = self.reported.get() {
                     condition.failing(format!("lapsed: {why}"));
                 }
-                self.happened.add(|pending| (pending.lapsed, pending.life) = (true, None));
             }
-            News::Taken(incarnation) => {
-                events.with_label_values(&["taken"]).inc();
-                self.happened.add(|pending| pending.life = Some(incarnation));
-            }
+            News::Taken(_) => events.with_label_values(&["taken"]).inc(),
             News::Forgot(Place::Own) => {
                 tracing::warn!("the lease was gone: it stands again");
                 events.with_label_values(&["was_gone"]).inc();
-                self.happened.add(|pending| pending.was_gone = true);
             }
             News::Forgot(Place::Copy(shard)) => {
                 tracing::warn!(%shard, "a shard forgot what was written there");
                 events.with_label_values(&["forgot"]).inc();
-                self.happened.add(|pending| {
-                    pending.forgot.insert(shard);
-                });
             }
         }
     }

@@ -32,9 +32,12 @@ mod types;
 
 pub use config::{Limits, RedisConfig};
 pub use error::Error;
-pub use lease::{Canary, Lease, LeaseConfig, LeaseEvent, Looked, NodeRecord, NodeRole};
+pub use lease::{
+    Canary, Confirming, Lease, LeaseConfig, LeaseEvent, LiveSession, LiveSessions, Looked,
+    NodeRecord, NodeRole,
+};
 pub use mailbox::Mailbox;
-pub use nodes::NodeTable;
+pub use nodes::{NodeTable, Standing};
 pub use redis_clock::RedisTime;
 pub use routes::{Invalidation, TrackedRoutes};
 pub use types::*;

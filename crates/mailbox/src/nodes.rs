@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use self::memory::{Memory, Own, Reading, Sight};
+use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
 use crate::lease::record::{self, Copy};
 use crate::reply::Reply;
@@ -26,6 +26,32 @@ const ANNOUNCED_PAUSE: Duration = Duration::from_millis(20);
 /// A master that takes longer to answer tells nothing to this reading.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// A life that has been over for so long is not one that just came.
+const SURELY_VOID: Duration = Duration::from_secs(2);
+
+/// What a route is worth whose life is not among the living.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Nobody can tell: it may be younger than what was read of the leases.
+    Unsure,
+    /// Its node is gone.
+    Void,
+    /// Its node has been gone for as long as routes are kept: it may be removed.
+    Over,
+}
+
+impl Standing {
+    /// Of a life that has been over since `void_since` ([`NodeTable::void_since`]), where routes are kept
+    /// for `void_after`.
+    pub fn of(void_since: Option<Duration>, void_after: Duration) -> Self {
+        match void_since {
+            Some(since) if since >= void_after => Self::Over,
+            Some(since) if since >= SURELY_VOID => Self::Void,
+            _ => Self::Unsure,
+        }
+    }
+}
+
 /// The living nodes of a role, refreshed in the background. Cheap to clone; the refreshing ends with
 /// the last clone.
 #[derive(Clone)]
@@ -37,8 +63,6 @@ pub struct NodeTable {
 struct Inner {
     view: watch::Sender<Arc<Vec<NodeRecord>>>,
     memory: Mutex<Memory>,
-    /// What was read longer ago says nothing of who is gone.
-    stale_after: Duration,
 }
 
 impl NodeTable {
@@ -47,7 +71,7 @@ impl NodeTable {
     pub fn watch(mailbox: &Mailbox, role: NodeRole, refresh: Duration) -> Self {
         let (view, receiver) = watch::channel(Arc::default());
         let stale_after = (refresh + PATIENCE) * 4;
-        let inner = Arc::new(Inner { view, memory: Mutex::default(), stale_after });
+        let inner = Arc::new(Inner { view, memory: Mutex::new(Memory::new(stale_after)) });
         tokio::spawn(follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh));
         Self { inner, view: receiver }
     }
@@ -68,8 +92,7 @@ impl NodeTable {
     /// that a later life follows is gone for `Duration::MAX` once that is confirmed, and not before. One
     /// that was never seen counts from the first question about it.
     pub fn void_since(&self, node: &NodeId, incarnation: Incarnation) -> Option<Duration> {
-        let mut memory = self.inner.memory.lock();
-        memory.void_since(node, incarnation, self.inner.stale_after, Instant::now())
+        self.inner.memory.lock().void_since(node, incarnation, Instant::now())
     }
 
     /// The last lives of nodes that have been gone for so long: no later life has followed. None while
@@ -148,36 +171,16 @@ async fn read(
         let shard = shards[turn % shards.len()];
         async move { timeout(PATIENCE, copies(topology, shard)).await }
     });
-    let mut reading = Reading { complete: true, ..Reading::default() };
-    reading.nodes.extend(known.into_iter().map(|id| (id, Sight::default())));
+    let mut reading = Reading::of(known);
     for answer in join_all(asked).await {
-        let Ok(Ok((now, copies))) = answer else {
-            reading.complete = false;
-            continue;
-        };
-        reading.any = true;
-        for (id, copy) in copies {
-            let other = copy.record.as_ref().is_none_or(|it| role.is_some_and(|r| r != it.role));
-            if !other {
-                reading.nodes.entry(id).or_default().add(copy, now);
-            }
-        }
+        reading.heard(role, answer.ok().and_then(Result::ok));
     }
-    let open = reading.nodes.iter().filter(|(_, sight)| sight.is_open()).map(|(id, _)| id.clone());
-    let asked = open.map(|id| async move {
+    let asked = reading.open().into_iter().map(|id| async move {
         let own = timeout(PATIENCE, own(topology, &id)).await;
         (id, own.unwrap_or(Own::Unreadable))
     });
     for (id, own) in join_all(asked).await {
-        let own = match own {
-            Own::Held(_, record) if role.is_some_and(|role| role != record.role) => Own::Absent,
-            own => own,
-        };
-        reading.any |= own != Own::Unreadable;
-        reading.complete &= own != Own::Unreadable;
-        if let Some(sight) = reading.nodes.get_mut(&id) {
-            sight.own = own;
-        }
+        reading.asked(role, &id, own);
     }
     reading
 }

@@ -58,7 +58,7 @@ impl Connection {
                     self.session.acked(outcome, now_us, &mut self.effects);
                 }
                 Answer::Confirmed(outcome, incarnation) => {
-                    self.handle.set_confirmed_life(incarnation.0);
+                    self.handle.set_confirmed_life(incarnation);
                     self.node.metrics.confirm(match outcome {
                         ConfirmOutcome::Confirmed { restored: false, .. } => "stood",
                         ConfirmOutcome::Confirmed { restored: true, .. } => "restored",

@@ -8,9 +8,9 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId};
 use tokio::time::Instant;
 
-use crate::NodeRecord;
 use crate::lease::life::Stamp;
 use crate::lease::record::Copy;
+use crate::{NodeRecord, NodeRole};
 
 /// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
 /// the leases' master or a stepped clock takes them all, and most live.
@@ -56,11 +56,13 @@ impl Sight {
     }
 
     /// Whether the copies leave open if it lives: then its own key decides.
-    pub fn is_open(&self) -> bool {
-        !matches!(self.verdict(), Verdict::Lives(..))
+    fn is_open(&self) -> bool {
+        !matches!(self.verdict(None), Verdict::Lives(..))
     }
 
-    fn verdict(&self) -> Verdict<'_> {
+    /// `known`: the newest writing that was ever read. That an earlier one gave the lease up says nothing
+    /// of it.
+    fn verdict(&self, known: Option<Stamp>) -> Verdict<'_> {
         let own = match &self.own {
             Own::Held(stamp, record) => Some((*stamp, record)),
             _ => None,
@@ -73,7 +75,7 @@ impl Sight {
             {
                 Verdict::Lives(stamp, record)
             }
-            (_, Some(stamp)) => Verdict::GaveUp(stamp),
+            (_, Some(stamp)) if known.is_none_or(|known| known <= stamp) => Verdict::GaveUp(stamp),
             (..) if self.own == Own::Absent => Verdict::Gone,
             _ => Verdict::Unknown,
         }
@@ -102,9 +104,54 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
+    /// Nobody has answered yet. `known`: whom to look for, whether a copy tells of them or not.
+    pub fn of(known: impl IntoIterator<Item = NodeId>) -> Self {
+        let nodes = known.into_iter().map(|id| (id, Sight::default())).collect();
+        Self { nodes, complete: true, any: false }
+    }
+
+    /// A master's answer: its time, ms, and the copies beside one of its shards, of which those of `role`
+    /// count, or all; `None`: it did not answer.
+    pub fn heard(
+        &mut self,
+        role: Option<NodeRole>,
+        answer: Option<(u64, impl IntoIterator<Item = (NodeId, Copy)>)>,
+    ) {
+        let Some((now, copies)) = answer else {
+            self.complete = false;
+            return;
+        };
+        self.any = true;
+        for (id, copy) in copies {
+            let other = copy.record.as_ref().is_none_or(|it| role.is_some_and(|r| r != it.role));
+            if !other {
+                self.nodes.entry(id).or_default().add(copy, now);
+            }
+        }
+    }
+
+    /// Those whose own keys have to be asked: the copies leave open whether they live.
+    pub fn open(&self) -> Vec<NodeId> {
+        let open = self.nodes.iter().filter(|(_, sight)| sight.is_open());
+        open.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// What one of their own keys says.
+    pub fn asked(&mut self, role: Option<NodeRole>, id: &NodeId, own: Own) {
+        let own = match own {
+            Own::Held(_, record) if role.is_some_and(|role| role != record.role) => Own::Absent,
+            own => own,
+        };
+        self.any |= own != Own::Unreadable;
+        self.complete &= own != Own::Unreadable;
+        if let Some(sight) = self.nodes.get_mut(id) {
+            sight.own = own;
+        }
+    }
+
     /// The records of those that live.
     pub fn living(&self) -> impl Iterator<Item = &NodeRecord> {
-        self.nodes.values().filter_map(|sight| match sight.verdict() {
+        self.nodes.values().filter_map(|sight| match sight.verdict(None) {
             Verdict::Lives(_, record) => Some(record),
             _ => None,
         })
@@ -112,8 +159,9 @@ impl Reading {
 }
 
 /// What is known of nodes beyond the view.
-#[derive(Default)]
 pub(crate) struct Memory {
+    /// What was read longer ago says nothing of who is gone.
+    stale_after: Duration,
     known: HashMap<NodeId, Known>,
     /// When lives that no lease was ever seen for were first asked about.
     strangers: HashMap<(NodeId, Incarnation), Instant>,
@@ -132,22 +180,35 @@ struct Known {
 }
 
 impl Memory {
+    pub fn new(stale_after: Duration) -> Self {
+        Self {
+            stale_after,
+            known: HashMap::new(),
+            strangers: HashMap::new(),
+            heard_at: None,
+            complete_at: None,
+            vanished_at: None,
+        }
+    }
+
     /// Whom to look for, whether a copy tells of them or not.
     pub fn known(&self) -> impl Iterator<Item = &NodeId> {
         self.known.keys()
     }
 
+    fn is_stale(&self, at: Option<Instant>, now: Instant) -> bool {
+        at.is_none_or(|at| now - at > self.stale_after)
+    }
+
     /// How long a life of a node has been over; `None`: it is not, or nobody can tell now.
-    /// `Duration::MAX`: nothing of it is left. What was heard longer than `stale_after` ago tells nothing.
+    /// `Duration::MAX`: nothing of it is left.
     pub fn void_since(
         &mut self,
         node: &NodeId,
         incarnation: Incarnation,
-        stale_after: Duration,
         now: Instant,
     ) -> Option<Duration> {
-        let stale = |at: Option<Instant>| at.is_none_or(|at| now - at > stale_after);
-        if stale(self.heard_at) {
+        if self.is_stale(self.heard_at, now) {
             return None;
         }
         if let Some(known) = self.known.get(node)
@@ -160,7 +221,7 @@ impl Memory {
                 since => since.map(|at| now - at),
             };
         }
-        if stale(self.complete_at) {
+        if self.is_stale(self.complete_at, now) {
             return None;
         }
         if self.strangers.len() >= STRANGERS_MAX {
@@ -190,18 +251,22 @@ impl Memory {
         if reading.any {
             self.heard_at = Some(now);
         }
+        // What nobody showed may have been on a master that was not read. Then the time anew begins from
+        // which it counts as gone; a moment may pass without, in which no lease comes and ends.
+        let anew = self.is_stale(self.complete_at, now);
+        if anew {
+            self.strangers.clear();
+        }
         if reading.complete {
             self.complete_at = Some(now);
-        } else {
-            // What no master shows may be on the one that does not answer.
-            self.strangers.clear();
         }
         let believe = self.believes(&reading, now);
         for (id, sight) in reading.nodes {
-            match sight.verdict() {
+            let known = self.known.get(&id).map(|known| known.stamp);
+            match sight.verdict(known) {
                 Verdict::Lives(stamp, record) => self.see(id, stamp, record, believe, now),
                 Verdict::GaveUp(stamp) => {
-                    if let Some(known) = self.known.get_mut(&id).filter(|k| k.stamp <= stamp) {
+                    if let Some(known) = self.known.get_mut(&id) {
                         known.stamp = stamp;
                         known.gave_up = true;
                         known.gone_since.get_or_insert(now);
@@ -209,13 +274,16 @@ impl Memory {
                 }
                 Verdict::Gone => {
                     if let Some(known) = self.known.get_mut(&id).filter(|_| believe) {
-                        known.gone_since.get_or_insert(now);
+                        let since = known.gone_since.get_or_insert(now);
+                        if anew && !known.gave_up {
+                            *since = now;
+                        }
                     }
                 }
                 Verdict::Unknown => {
                     // Nobody can tell since when, either: it counts anew.
-                    if let Some(since) =
-                        self.known.get_mut(&id).and_then(|known| known.gone_since.as_mut())
+                    if let Some(known) = self.known.get_mut(&id).filter(|known| !known.gave_up)
+                        && let Some(since) = &mut known.gone_since
                     {
                         *since = now;
                     }
@@ -236,7 +304,7 @@ impl Memory {
     fn believes(&mut self, reading: &Reading, now: Instant) -> bool {
         let (mut all, mut missing) = (0, 0);
         for (id, known) in self.known.iter().filter(|(_, known)| known.gone_since.is_none()) {
-            match reading.nodes.get(id).map(Sight::verdict) {
+            match reading.nodes.get(id).map(|sight| sight.verdict(Some(known.stamp))) {
                 None | Some(Verdict::Unknown) => continue,
                 Some(Verdict::Gone) => missing += 1,
                 // An older life than the one that is known: that one is missing.

@@ -1,64 +1,126 @@
-//! A process of a node: the shipped [`Life`], and its sessions.
+//! A process of an access node: the shipped [`Life`], [`Pending`] and [`Confirming`], and its sessions.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use barid_core::{Incarnation, NodeId, Shard};
-use tokio::time::Instant;
+use barid_core::{Incarnation, Shard};
 
-use super::world::{MASTERS, Master, Route, TTL, VOID_AFTER, shard, shards_of};
-use crate::lease::life::{Life, News, Place, Stamp, Wrote};
+use super::master::{Answer, Call, Master, Route};
+use super::world::{
+    Checked, LAPSE_MS, MASTERS, PACE_MS, SILENT_MS, TTL_MS, VOID_AFTER, at, id, master_of,
+    own_master, shard, users_of,
+};
+use crate::lease::life::{Life, News, Place, Wrote};
+use crate::lease::{Confirming, LiveSession, LiveSessions, Pending, set_confirmed};
 use crate::{NodeRecord, NodeRole};
 
-/// Sessions confirmed a turn.
-const CONFIRMS: usize = 2;
-/// All sessions are confirmed once in so long.
-const CONFIRM_EVERY: Duration = Duration::from_secs(600);
+/// Of the model's sessions, so many are confirmed a second.
+const CONFIRMS_PER_SECOND: u32 = 1;
+/// So rarely that nothing is healed by it here.
+const CONFIRM_EVERY: Duration = Duration::from_secs(1_000_000);
 
 pub struct Session {
+    user: usize,
     pub connection: u64,
     pub attempt: u64,
     /// The life that its route is known to name.
-    pub confirmed: Incarnation,
+    confirmed: AtomicU64,
+    /// How often its master had lost something when its route was written last.
+    losses: AtomicU64,
+    over: AtomicBool,
+    asked: AtomicBool,
+}
+
+impl LiveSession for Session {
+    fn is_over(&self) -> bool {
+        self.over.load(Relaxed)
+    }
+
+    fn confirmed_life(&self) -> Incarnation {
+        Incarnation(self.confirmed.load(Relaxed))
+    }
+
+    fn confirm(&self) {
+        self.asked.store(true, Relaxed);
+    }
+}
+
+/// What routes name, and the sessions by user.
+pub struct Sessions {
+    first: Incarnation,
+    incarnation: AtomicU64,
+    by_user: BTreeMap<usize, Arc<Session>>,
+}
+
+impl LiveSessions for Sessions {
+    type Session = Session;
+
+    fn all(&self) -> Vec<Arc<Session>> {
+        self.by_user.values().cloned().collect()
+    }
+
+    fn shard_of(&self, session: &Session) -> Shard {
+        shard(session.user)
+    }
+
+    fn begin_life(&self, incarnation: Incarnation) {
+        self.incarnation.store(incarnation.0, Relaxed);
+    }
+}
+
+impl Sessions {
+    fn incarnation(&self) -> Incarnation {
+        Incarnation(self.incarnation.load(Relaxed))
+    }
 }
 
 pub struct Process {
     pub number: usize,
-    pub life: Life,
-    pub record: NodeRecord,
     pub frozen: bool,
-    /// By user.
-    pub sessions: BTreeMap<usize, Session>,
-    /// What routes name now, and what they named first.
-    pub incarnation: Option<Incarnation>,
-    first: Incarnation,
+    /// Masters that it does not reach, and those whose answers do not reach it.
+    pub cut: u8,
+    pub deaf: u8,
+    pub renew_at: u64,
+    pub pace_at: u64,
+    pub record: NodeRecord,
+    /// When it became able to serve routes of its life.
+    pub life_began_ms: u64,
+    life: Life,
+    pending: Pending,
+    confirming: Confirming<Session>,
+    sessions: Sessions,
     connections: u64,
-    to_confirm: BTreeSet<usize>,
-    round: Option<(Incarnation, BTreeSet<usize>)>,
-    calm: Instant,
+    writings: usize,
     /// Which connection it has to each master: another one than the master's own is broken.
     links: [u64; MASTERS],
-    /// When a writing was taken anywhere, by the world's own account.
-    pub written: Option<Instant>,
-    behind: Duration,
-    /// It takes its first life: it may be outbid, and has nothing to confirm.
-    begins: bool,
+    clock_s: i64,
+    /// By the world's account: when a writing was executed and answered last, and executed at all, and
+    /// when the last silence ended in which readers may have lost it.
+    answered_ms: u64,
+    executed_ms: u64,
+    silence_ended_ms: Option<u64>,
+}
+
+fn wall_ms(now_ms: u64, clock_s: i64) -> u64 {
+    (1_000_000_000_i64 + now_ms as i64 + clock_s * 1000) as u64
 }
 
 impl Process {
-    pub fn new(
+    /// A process that begins; `None`: no master lets it.
+    pub fn start(
         number: usize,
-        now: Instant,
-        wall_ms: u64,
-        behind: Duration,
-        masters: &[Master],
-    ) -> Self {
-        let wall_ms = wall_ms - behind.as_millis() as u64;
+        clock_s: i64,
+        cut: u8,
+        masters: &mut [Master],
+        now_ms: u64,
+    ) -> Result<Option<Self>, String> {
         let record = NodeRecord {
-            id: NodeId::new(&format!("n{number}")).unwrap(),
+            id: id(number).clone(),
             role: NodeRole::Access,
             address: String::new(),
-            incarnation: Incarnation(wall_ms),
+            incarnation: Incarnation(wall_ms(now_ms, clock_s)),
             load: 0,
             draining: false,
             zone: String::new(),
@@ -66,156 +128,299 @@ impl Process {
             devices: String::new(),
             confirmed: true,
         };
-        Self {
+        let pace = Duration::from_millis(PACE_MS);
+        let mut process = Self {
             number,
-            life: Life::new(record.incarnation, VOID_AFTER, now),
-            record,
             frozen: false,
-            sessions: BTreeMap::new(),
-            incarnation: None,
-            first: Incarnation(0),
+            cut,
+            deaf: 0,
+            renew_at: 0,
+            pace_at: now_ms + PACE_MS,
+            life: Life::new(record.incarnation, VOID_AFTER, at(now_ms)),
+            record,
+            life_began_ms: now_ms,
+            pending: Pending::default(),
+            confirming: Confirming::new(CONFIRMS_PER_SECOND, CONFIRM_EVERY, pace, at(now_ms)),
+            sessions: Sessions {
+                first: Incarnation(0),
+                incarnation: AtomicU64::new(0),
+                by_user: BTreeMap::new(),
+            },
             connections: 0,
-            to_confirm: BTreeSet::new(),
-            round: None,
-            calm: now + CONFIRM_EVERY,
+            writings: 0,
             links: std::array::from_fn(|master| masters[master].link),
-            written: None,
-            behind,
-            begins: true,
+            clock_s,
+            answered_ms: now_ms,
+            executed_ms: now_ms,
+            silence_ended_ms: None,
+        };
+        while !process.life.is_held() {
+            let before = process.life.incarnation();
+            process.renew(masters, now_ms)?;
+            if !process.life.is_held() && process.life.incarnation() == before {
+                return Ok(None);
+            }
         }
+        process.life.begin_work();
+        process.pending = Pending::default();
+        process.sessions.first = process.record.incarnation;
+        process.sessions.begin_life(process.record.incarnation);
+        Ok(Some(process))
+    }
+
+    fn reaches(&self, master: usize) -> bool {
+        self.cut & (1 << master) == 0
+    }
+
+    /// The life that routes name.
+    pub fn incarnation(&self) -> Incarnation {
+        self.sessions.incarnation()
     }
 
     /// Whether a route with this incarnation and connection leads to a session.
     pub fn has(&self, user: usize, incarnation: Incarnation, connection: u64) -> bool {
-        let lived = self.incarnation.is_some_and(|now| (self.first..=now).contains(&incarnation));
-        lived && self.sessions.get(&user).is_some_and(|session| session.connection == connection)
+        self.lived_as(incarnation)
+            && self.session(user).is_some_and(|session| session.connection == connection)
     }
 
-    pub fn connect(&mut self, user: usize, attempt: u64) -> Option<Route> {
-        let incarnation = self.incarnation?;
-        self.connections += 1;
-        let connection = self.connections;
-        self.sessions.insert(user, Session { connection, attempt, confirmed: incarnation });
-        Some(Route { node: self.number, incarnation, connection, attempt })
+    pub fn lived_as(&self, incarnation: Incarnation) -> bool {
+        (self.sessions.first..=self.incarnation()).contains(&incarnation)
+    }
+
+    pub fn session(&self, user: usize) -> Option<&Session> {
+        self.sessions.by_user.get(&user).map(|session| &**session)
+    }
+
+    /// Whether the device at `attempt` got through.
+    pub fn connect(
+        &mut self,
+        user: usize,
+        attempt: u64,
+        behind: bool,
+        masters: &mut [Master],
+        now_ms: u64,
+    ) -> bool {
+        let master = &mut masters[master_of(user)];
+        let hears = (self.cut | self.deaf) & (1 << master_of(user)) == 0;
+        if self.frozen || !hears || !master.answers() {
+            return false;
+        }
+        let connection = self.connections + 1;
+        let route =
+            Route { node: self.number, incarnation: self.incarnation(), connection, attempt };
+        if !master.connect(user, route, behind, now_ms) {
+            return false;
+        }
+        self.end(user);
+        self.connections = connection;
+        let session = Session {
+            user,
+            connection,
+            attempt,
+            confirmed: AtomicU64::new(0),
+            losses: AtomicU64::new(master.losses),
+            over: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
+        };
+        self.sessions.by_user.insert(user, Arc::new(session));
+        true
+    }
+
+    /// A session is over; returns what its route names.
+    pub fn end(&mut self, user: usize) -> Option<Route> {
+        let session = self.sessions.by_user.remove(&user)?;
+        session.over.store(true, Relaxed);
+        Some(self.route(&session))
+    }
+
+    fn route(&self, session: &Session) -> Route {
+        let Session { connection, attempt, .. } = *session;
+        Route { node: self.number, incarnation: self.incarnation(), connection, attempt }
     }
 
     /// One writing everywhere, and what follows from the answers.
-    pub fn renew(
+    pub fn renew(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
+        let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        self.heed(news, None, now_ms)?;
+        let record = self.record.clone();
+        let given_up = false;
+        self.everywhere(masters, |process, master, place, masters| {
+            let (node, record) = (process.number, record.clone());
+            let call = Call::Write { node, place, stamp, record, given_up };
+            let Some(Answer::Wrote(wrote)) = masters[master].call(call, now_ms) else {
+                return Ok(());
+            };
+            if wrote.done {
+                process.was_executed(now_ms);
+            }
+            if process.deaf & (1 << master) != 0 {
+                return Ok(());
+            }
+            if wrote.done && stamp.incarnation == process.life.incarnation() {
+                process.answered_ms = now_ms;
+            }
+            let wall_ms = wall_ms(now_ms, process.clock_s);
+            let news = process.life.answered(place, stamp, wrote, at(now_ms), wall_ms);
+            process.heed(news, Some(wrote), now_ms)
+        })?;
+        let renewed = self.life.is_held() && self.life.held_at() >= at(now_ms);
+        self.renew_at = now_ms + if renewed { TTL_MS / 3 } else { TTL_MS / 10 };
+        Ok(())
+    }
+
+    pub fn give_up(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
+        let (stamp, _) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        let record = self.record.clone();
+        let given_up = true;
+        self.everywhere(masters, |process, master, place, masters| {
+            let (node, record) = (process.number, record.clone());
+            masters[master].call(Call::Write { node, place, stamp, record, given_up }, now_ms);
+            Ok(())
+        })
+    }
+
+    /// Calls `each` for all places that it reaches; with another one first each time.
+    fn everywhere(
         &mut self,
         masters: &mut [Master],
-        now: Instant,
-        wall_ms: u64,
-    ) -> Result<(), String> {
-        let wall_ms = wall_ms - self.behind.as_millis() as u64;
-        let (stamp, news) = self.life.attempt(now, wall_ms);
-        self.heed(news, now)?;
-        self.record.incarnation = self.life.incarnation();
-        let mut places = vec![(super::world::own_master(self.number), Place::Own)];
-        places.extend(
-            (0..MASTERS).flat_map(|master| {
-                shards_of(master).map(move |shard| (master, Place::Copy(shard)))
-            }),
-        );
-        for (master, place) in places {
-            let Some(wrote) = self.write(&mut masters[master], place, stamp) else { continue };
-            if wrote.done {
-                self.written = Some(now);
+        mut each: impl FnMut(&mut Self, usize, Place, &mut [Master]) -> Checked,
+    ) -> Checked {
+        self.writings += 1;
+        for nth in 0..MASTERS {
+            let master = (nth + self.writings) % MASTERS;
+            self.notice_link(master, masters);
+            if !self.reaches(master) {
+                continue;
             }
-            let news = self.life.answered(place, stamp, wrote, now, wall_ms);
-            self.heed(news, now)?;
-        }
-        self.record.incarnation = self.life.incarnation();
-        self.begins &= !self.life.is_held();
-        Ok(())
-    }
-
-    /// `None`: it does not answer.
-    fn write(&mut self, master: &mut Master, place: Place, stamp: Stamp) -> Option<Wrote> {
-        if master.away {
-            return None;
-        }
-        let link = &mut self.links[master.number];
-        if *link != master.link {
-            *link = master.link;
-            self.doubt(shards_of(master.number));
-        }
-        Some(master.write(place, self.number, stamp, &self.record))
-    }
-
-    fn doubt(&mut self, shards: impl IntoIterator<Item = Shard>) {
-        let shards: Vec<Shard> = shards.into_iter().collect();
-        let of = self.sessions.keys().filter(|user| shards.contains(&shard(**user)));
-        self.to_confirm.extend(of);
-    }
-
-    fn heed(&mut self, news: Option<News>, now: Instant) -> Result<(), String> {
-        match news {
-            Some(News::Lapsed(_)) if self.begins => self.incarnation = None,
-            Some(News::Lapsed(why)) => {
-                let silent = self.written.is_none_or(|at| now - at > VOID_AFTER / 2);
-                if !silent {
-                    return Err(format!("n{} begins another life: {why}", self.number));
-                }
-                self.record.confirmed = false;
+            if master == own_master(self.number) {
+                each(self, master, Place::Own, masters)?;
             }
-            Some(News::Taken(incarnation)) => {
-                if self.incarnation.is_none() {
-                    self.first = incarnation;
-                } else {
-                    self.round = Some((incarnation, self.sessions.keys().copied().collect()));
-                    self.to_confirm.extend(self.sessions.keys());
-                }
-                self.incarnation = Some(incarnation);
+            for user in users_of(master) {
+                each(self, master, Place::Copy(shard(user)), masters)?;
             }
-            Some(News::Forgot(Place::Own)) => self.to_confirm.extend(self.sessions.keys()),
-            Some(News::Forgot(Place::Copy(shard))) => self.doubt([shard]),
-            None => {}
         }
         Ok(())
     }
 
-    /// Confirms as many sessions as a turn allows; `behind`: who waits for a message.
-    pub fn confirm(&mut self, masters: &mut [Master], now: Instant, behind: &[bool]) {
-        if now >= self.calm {
-            self.calm = now + CONFIRM_EVERY;
-            self.to_confirm.extend(self.sessions.keys());
+    fn notice_link(&mut self, master: usize, masters: &[Master]) {
+        let other = self.links[master] != masters[master].link;
+        if other && self.reaches(master) && masters[master].answers() {
+            self.links[master] = masters[master].link;
+            self.pending.forget(users_of(master).map(shard));
         }
-        let Some(incarnation) = self.incarnation else { return };
-        let mut left = CONFIRMS;
-        for user in std::mem::take(&mut self.to_confirm) {
-            let master = &mut masters[super::world::master_of(user)];
-            let Some(session) = self.sessions.get_mut(&user) else { continue };
-            if left == 0 || master.away {
-                self.to_confirm.insert(user); // it is asked again until it answers
-                continue;
-            }
-            left -= 1;
-            let (connection, attempt) = (session.connection, session.attempt);
-            if master.routes.get(&user).is_some_and(|route| route.attempt > attempt) {
-                self.sessions.remove(&user);
-                continue;
-            }
-            session.confirmed = incarnation;
-            master
-                .routes
-                .insert(user, Route { node: self.number, incarnation, connection, attempt });
-            if behind[user] {
-                master.timers.entry(user).or_insert((now, 0));
+    }
+
+    fn was_executed(&mut self, now_ms: u64) {
+        if now_ms - self.executed_ms >= SILENT_MS {
+            self.silence_ended_ms = Some(now_ms);
+        }
+        self.executed_ms = now_ms;
+    }
+
+    /// Whether readers may rightly take it for gone: nothing of it could be read for long, or until a
+    /// moment ago.
+    pub fn was_silent(&self, now_ms: u64, moment_ms: u64) -> bool {
+        now_ms - self.executed_ms >= SILENT_MS
+            || self.silence_ended_ms.is_some_and(|ended| now_ms - ended <= moment_ms)
+    }
+
+    /// Whether its lease stands somewhere.
+    pub fn is_fresh(&self, now_ms: u64) -> bool {
+        now_ms - self.executed_ms < TTL_MS
+    }
+
+    fn heed(&mut self, news: Option<News>, wrote: Option<Wrote>, now_ms: u64) -> Checked {
+        let before = self.record.incarnation;
+        self.life.enter(&mut self.record, news);
+        if self.record.incarnation < before {
+            return Err(format!("n{} begins a life before its last one", self.number));
+        }
+        let Some(news) = news else { return Ok(()) };
+        self.pending.add(news);
+        if let News::Lapsed(why) = news {
+            let silent = now_ms - self.answered_ms > LAPSE_MS;
+            let outbid = wrote.is_some_and(|it| it.stood.is_some_and(|it| it.incarnation > before));
+            if !silent && !outbid {
+                return Err(format!("n{} begins another life: {why}", self.number));
             }
         }
-        if let Some((life, waiting)) = &mut self.round {
-            waiting.retain(|user| {
-                self.sessions.get(user).is_some_and(|session| session.confirmed < *life)
+        Ok(())
+    }
+
+    /// What is kept at a pace: the lease's events, and confirmations.
+    pub fn pace(&mut self, masters: &mut [Master], behind: &[bool], now_ms: u64) -> Checked {
+        self.pace_at = now_ms + PACE_MS;
+        for master in 0..MASTERS {
+            self.notice_link(master, masters);
+        }
+        while let Some(event) = self.pending.next() {
+            let before = self.incarnation();
+            self.confirming.heed(&self.sessions, event);
+            if self.incarnation() < before {
+                return Err(format!("n{} goes on in a life before its last", self.number));
+            }
+            if self.incarnation() > before {
+                self.life_began_ms = now_ms;
+            }
+        }
+        self.confirming.go_on(&self.sessions, at(now_ms));
+        for session in self.sessions.all() {
+            if session.asked.load(Relaxed) && self.reaches(master_of(session.user)) {
+                self.confirm(&session, &mut masters[master_of(session.user)], behind, now_ms);
+            }
+        }
+        match self.confirming.finished_life() {
+            Some(life) if set_confirmed(&mut self.record, life) => {
+                self.check_confirmed(masters)?;
+                self.renew(masters, now_ms)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn confirm(&mut self, session: &Session, master: &mut Master, behind: &[bool], now_ms: u64) {
+        let (user, route) = (session.user, self.route(session));
+        let answer = master.call(Call::Confirm { user, route, behind: behind[user] }, now_ms);
+        let heard = self.deaf & (1 << master_of(user)) == 0;
+        match answer.filter(|_| heard) {
+            Some(Answer::Confirmed) => {
+                session.asked.store(false, Relaxed);
+                session.confirmed.fetch_max(route.incarnation.0, Relaxed);
+                session.losses.store(master.losses, Relaxed);
+            }
+            Some(_) => drop(self.end(user)),
+            None => {} // it is asked again until it answers
+        }
+    }
+
+    /// Every session that it has wrote its route anew in this life, as far as nothing was lost since.
+    fn check_confirmed(&self, masters: &[Master]) -> Checked {
+        for session in self.sessions.by_user.values() {
+            let master = &masters[master_of(session.user)];
+            let kept = master.losses == session.losses.load(Relaxed);
+            let route = master.route(session.user).filter(|route| {
+                kept && route.node == self.number && route.connection == session.connection
             });
-            if waiting.is_empty() {
-                self.record.confirmed |= self.life.incarnation() == *life;
-                self.round = None;
+            if let Some(route) = route.filter(|route| route.incarnation != self.incarnation()) {
+                return Err(format!(
+                    "n{} says that all is confirmed, and u{} has {route:?}",
+                    self.number, session.user
+                ));
             }
         }
+        Ok(())
     }
 
-    /// Whether others must see it: something was written so lately that no copy has ended.
-    pub fn is_fresh(&self, now: Instant) -> bool {
-        self.incarnation.is_some() && self.written.is_some_and(|at| now - at < TTL)
+    /// After it took its name: no place that answered shows another life of it.
+    pub fn check_outbid(&self, masters: &[Master], now_ms: u64) -> Checked {
+        for master in (0..MASTERS).filter(|it| self.reaches(*it) && masters[*it].answers()) {
+            for place in users_of(master).map(|user| Place::Copy(shard(user))) {
+                let stood = masters[master].stands(self.number, place, now_ms);
+                if stood.is_some_and(|stood| stood.incarnation != self.record.incarnation) {
+                    return Err(format!("n{} began in the life of another process", self.number));
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -1,461 +1,469 @@
-//! Three masters, two nodes, two dispatchers, and a delayer.
+//! Three masters, three nodes, two dispatchers and a delayer. Time passes from one thing that is due to
+//! the next.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId, Shard, ShardCount};
 use tokio::time::Instant;
 
 use super::Step;
+use super::master::{Answer, Call, Master, Route};
 use super::process::Process;
-use crate::lease::life::Stamp;
-use crate::lease::life::{Place, Wrote};
-use crate::lease::record::Copy;
-use crate::nodes::memory::{Memory, Own, Reading, Sight};
-use crate::{NodeRecord, keys};
+use super::reader::Reader;
+use crate::nodes::Standing;
 
 pub const MASTERS: usize = 3;
-pub const NODES: usize = 2;
+pub const NODES: usize = 3;
 pub const READERS: usize = 2;
-/// One in each shard, two shards at each master.
+/// One in each shard.
 pub const USERS: usize = 6;
-pub const TTL: Duration = Duration::from_secs(10);
-pub const VOID_AFTER: Duration = Duration::from_secs(600);
-/// Time passes in turns: each process renews and confirms, each reader reads, the delayer fires.
-const TURN: Duration = Duration::from_secs(3);
-const STALE: Duration = Duration::from_secs(12);
-/// Masters' clocks differ by so many ms.
-const CLOCKS: [u64; MASTERS] = [0, 4_000, 9_000];
-const RETRY_MAX: Duration = Duration::from_secs(60);
+pub const SHARDS: usize = USERS;
+/// Times are a fifth of what is usual, but for those that are constants.
+pub const TTL_MS: u64 = 30_000;
+pub const VOID_AFTER: Duration = Duration::from_secs(120);
+pub const LAPSE_MS: u64 = 60_000;
+pub const REFRESH_MS: u64 = 6_000;
+pub const STALE: Duration = Duration::from_secs(28);
+/// A silence after which a reader that looked away for `STALE` may hold a process for void.
+pub const SILENT_MS: u64 = 120_000 - 28_000;
+pub const PACE_MS: u64 = 2_000;
+pub const RETRY_BASE_MS: u64 = 2_000;
+pub const RETRY_MAX_MS: u64 = 30_000;
+const POLL_MS: u64 = 2_000;
+const TRAFFIC_MS: u64 = 10_000;
+/// From when all is well until nothing of what was before is left: copies and keys end, most nodes
+/// vanished at once, routes are kept, readings and retries.
+const HEALED_MS: u64 = TTL_MS + 30_000 + 120_000 + 4 * REFRESH_MS + RETRY_MAX_MS + 20_000;
 
-type Checked = Result<(), String>;
+pub type Checked = Result<(), String>;
+
+static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+static IDS: LazyLock<Vec<NodeId>> =
+    LazyLock::new(|| (0..NODES).map(|node| NodeId::new(&format!("n{node}")).unwrap()).collect());
+static ALL: LazyLock<Vec<Shard>> =
+    LazyLock::new(|| ShardCount::new(SHARDS as u32).unwrap().all().collect());
+
+pub fn at(now_ms: u64) -> Instant {
+    *BEGAN + Duration::from_millis(now_ms)
+}
+
+pub fn id(node: usize) -> &'static NodeId {
+    &IDS[node]
+}
 
 pub fn shard(user: usize) -> Shard {
-    ShardCount::new(USERS as u32).unwrap().all().nth(user).unwrap()
+    ALL[user]
+}
+
+pub fn index(shard: Shard) -> usize {
+    ALL.iter().position(|it| *it == shard).unwrap()
 }
 
 pub fn master_of(user: usize) -> usize {
     user % MASTERS
 }
 
-pub fn shards_of(master: usize) -> impl Iterator<Item = Shard> {
-    (0..USERS).filter(move |user| master_of(*user) == master).map(shard)
+pub fn users_of(master: usize) -> impl Iterator<Item = usize> {
+    (master..USERS).step_by(MASTERS)
 }
 
 pub fn own_master(node: usize) -> usize {
     node % MASTERS
 }
 
-fn id(node: usize) -> NodeId {
-    NodeId::new(&format!("n{node}")).unwrap()
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Route {
-    pub node: usize,
-    pub incarnation: Incarnation,
-    pub connection: u64,
-    pub attempt: u64,
-}
-
-/// What a master holds.
-#[derive(Clone, Default)]
-pub struct Master {
-    pub number: usize,
-    pub away: bool,
-    /// Its connections are others since it was another one.
-    pub link: u64,
-    own: BTreeMap<usize, (Stamp, NodeRecord, u64)>,
-    copies: BTreeMap<(Shard, usize), Copy>,
-    pub routes: BTreeMap<usize, Route>,
-    /// When a user is due, and how often nobody could be reached.
-    pub timers: BTreeMap<usize, (Instant, u32)>,
-    now_ms: u64,
-}
-
-impl Master {
-    /// lease.lua and copy.lua.
-    pub fn write(&mut self, place: Place, node: usize, stamp: Stamp, record: &NodeRecord) -> Wrote {
-        let ends = self.now_ms + TTL.as_millis() as u64;
-        let stood = match place {
-            Place::Own => {
-                self.own.get(&node).filter(|(.., ends)| *ends > self.now_ms).map(|(it, ..)| *it)
-            }
-            Place::Copy(shard) => self.copies.get(&(shard, node)).map(|copy| copy.stamp),
-        };
-        let refused = stood.is_some_and(|stood| stood > stamp);
-        if !refused {
-            let record = record.clone();
-            match place {
-                Place::Own => drop(self.own.insert(node, (stamp, record, ends))),
-                Place::Copy(shard) => {
-                    let (given_up, layout) = (false, None);
-                    let copy = Copy { stamp, ends, given_up, layout, record: Some(record) };
-                    self.copies.insert((shard, node), copy);
-                }
-            }
-        }
-        Wrote { done: !refused, stood }
-    }
-
-    fn give_up(&mut self, node: usize, stamp: Stamp) {
-        self.own.remove(&node);
-        for (_, copy) in self.copies.iter_mut().filter(|((_, of), _)| *of == node) {
-            (copy.stamp, copy.given_up, copy.ends) = (stamp, true, self.now_ms);
-        }
-    }
-
-    /// disconnect.lua
-    fn remove(&mut self, user: usize, route: Route) -> bool {
-        let same = self.routes.get(&user).is_some_and(|there| {
-            let of = |route: &Route| (route.node, route.incarnation, route.connection);
-            of(there) == of(&route)
-        });
-        if same {
-            self.routes.remove(&user);
-        }
-        same
-    }
-}
-
-#[derive(Default)]
-struct Reader {
-    memory: Memory,
-    view: Vec<NodeRecord>,
-}
-
 pub struct World {
-    now: Instant,
-    turns: u64,
+    now_ms: u64,
     masters: Vec<Master>,
-    /// What each master held before, the latest last.
-    before: Vec<VecDeque<Master>>,
     nodes: Vec<Option<Process>>,
     readers: Vec<Reader>,
-    /// What reapers were told.
-    to_reap: VecDeque<(usize, Route)>,
+    poll_at: u64,
+    traffic_at: Option<u64>,
     /// Who has a message that was not handled.
     behind: [bool; USERS],
-    attempts: u64,
+    /// The last life under each name.
+    lives: [Incarnation; NODES],
+    /// The last attempt of each user's device.
+    attempts: [u64; USERS],
+    pushes: usize,
 }
 
 impl World {
     pub fn new() -> Self {
-        let masters: Vec<Master> =
-            (0..MASTERS).map(|number| Master { number, ..Master::default() }).collect();
-        let mut world = Self {
-            now: Instant::now(),
-            turns: 0,
-            before: masters.iter().map(|master| VecDeque::from([master.clone()])).collect(),
+        let mut masters: Vec<Master> = (0..MASTERS).map(|_| Master::default()).collect();
+        for (master, ahead_ms) in masters.iter_mut().zip([0, 4_000, 9_000]) {
+            master.ahead_ms = ahead_ms;
+        }
+        Self {
+            now_ms: 0,
             masters,
             nodes: (0..NODES).map(|_| None).collect(),
-            readers: (0..READERS).map(|_| Reader::default()).collect(),
-            to_reap: VecDeque::new(),
+            readers: [1_300, 3_700].map(|at_ms| Reader::new(at_ms, 0)).into(),
+            poll_at: POLL_MS,
+            traffic_at: None,
             behind: [false; USERS],
-            attempts: 0,
-        };
-        world.set_clocks();
-        world
-    }
-
-    fn wall_ms(&self) -> u64 {
-        1_000_000_000 + self.turns * TURN.as_millis() as u64
-    }
-
-    fn set_clocks(&mut self) {
-        let now = self.wall_ms();
-        self.masters.iter_mut().zip(CLOCKS).for_each(|(master, ahead)| master.now_ms = now + ahead);
+            lives: [Incarnation(0); NODES],
+            attempts: [0; USERS],
+            pushes: 0,
+        }
     }
 
     pub fn step(&mut self, step: &Step) -> Checked {
         match *step {
-            Step::Wait { seconds } => {
-                for _ in 0..seconds.div_ceil(TURN.as_secs()) {
-                    self.turn()?;
-                }
-            }
+            Step::Wait { ms } => return self.wait(ms),
             Step::Away { master } => self.masters[master].away = true,
             Step::Back { master } => self.masters[master].away = false,
-            Step::BackOlder { master, turns } => {
-                let before = &self.before[master];
-                let index = before.len().saturating_sub(turns);
-                let (link, now_ms) = (self.masters[master].link + 1, self.masters[master].now_ms);
-                self.masters[master] =
-                    Master { away: false, link, now_ms, ..before[index].clone() };
+            Step::Stall { master } => self.masters[master].stall(),
+            Step::GoOn { master } => return self.go_on(master),
+            Step::Replicate { master } => self.masters[master].replicate(),
+            Step::FailOver { master } => self.masters[master].fail_over(),
+            Step::Emptied { masters } => {
+                (0..MASTERS).filter(|it| masters & (1 << it) != 0).for_each(|it| {
+                    self.masters[it].forget_all();
+                });
             }
-            Step::Emptied { master } if !self.masters[master].away => {
-                let Master { number, link, now_ms, .. } = self.masters[master];
-                self.masters[master] = Master { number, link, now_ms, ..Master::default() };
-            }
-            Step::Emptied { .. } => {}
+            Step::Ahead { master, seconds } => self.masters[master].ahead_ms += seconds * 1000,
+            Step::Cut { node, masters } => self.process(node, |it| it.cut = masters),
+            Step::Deaf { node, masters } => self.process(node, |it| it.deaf = masters),
+            Step::CutReader { reader, masters } => self.readers[reader].cut = masters,
             Step::Kill { node } => self.nodes[node] = None,
-            Step::Start { node, behind_s } => {
-                if self.nodes[node].is_none() {
-                    // Only where a master answers can it be told of a later life before it.
-                    let all = self.masters.iter().all(|master| !master.away);
-                    let behind = Duration::from_secs(if all { behind_s } else { 0 });
-                    let process =
-                        Process::new(node, self.now, self.wall_ms(), behind, &self.masters);
-                    self.nodes[node] = Some(process);
-                    self.renew(node)?;
-                }
-            }
-            Step::Drain { node } => self.drain(node),
-            Step::Freeze { node } => self.freeze(node, true),
-            Step::Thaw { node } => self.freeze(node, false),
-            Step::Connect { user, node } => self.connect(user, node),
+            Step::Start { node, clock_s, cut } => return self.start(node, clock_s, cut),
+            Step::Drain { node } => return self.drain(node),
+            Step::Freeze { node } => self.process(node, |it| it.frozen = true),
+            Step::Thaw { node } => self.process(node, |it| it.frozen = false),
+            Step::Connect { user, node, told } => self.connect(user, node, told),
             Step::Disconnect { user } => self.disconnect(user),
             Step::Message { user } => self.accept(user),
-            Step::Push { user, reader } => drop(self.push(user, reader)?),
-            Step::Fresh { reader } => self.readers[reader] = Reader::default(),
-            Step::Reap => {
-                if let Some((user, route)) = self.to_reap.pop_front() {
-                    self.reap(user, route)?;
+            Step::Push { user, reader, old } => drop(self.push(user, reader, old)?),
+            Step::Traffic { on } => self.traffic_at = on.then_some(self.now_ms + TRAFFIC_MS),
+            Step::Fresh { reader } => {
+                self.readers[reader] = Reader::new(self.now_ms, self.readers[reader].cut);
+            }
+            Step::FreezeReader { reader } => self.readers[reader].frozen = true,
+            Step::ThawReader { reader } => self.readers[reader].frozen = false,
+            Step::HoldRemovals { reader } => self.readers[reader].holds_removals = true,
+            Step::Remove { reader } => {
+                self.readers[reader].holds_removals = false;
+                return self.remove(reader);
+            }
+        }
+        Ok(())
+    }
+
+    fn process(&mut self, node: usize, change: impl FnOnce(&mut Process)) {
+        self.nodes[node].as_mut().map(change);
+    }
+
+    /// Until then, one thing that is due after the other.
+    fn wait(&mut self, ms: u64) -> Checked {
+        let until = self.now_ms + ms;
+        while let Some((at, due)) = self.next_due().filter(|(at, _)| *at <= until) {
+            self.now_ms = self.now_ms.max(at);
+            self.happen(due)?;
+        }
+        self.now_ms = until;
+        Ok(())
+    }
+
+    fn next_due(&self) -> Option<(u64, Due)> {
+        let processes = self.nodes.iter().flatten().filter(|process| !process.frozen);
+        let processes = processes.flat_map(|it| {
+            [(it.renew_at, Due::Renew(it.number)), (it.pace_at, Due::Pace(it.number))]
+        });
+        let readers = self.readers.iter().enumerate().filter(|(_, reader)| !reader.frozen);
+        let readers = readers.map(|(number, reader)| (reader.read_at, Due::Read(number)));
+        let traffic = self.traffic_at.map(|at| (at, Due::Traffic));
+        let others = [(self.poll_at, Due::Poll)].into_iter().chain(traffic);
+        processes.chain(readers).chain(others).min()
+    }
+
+    fn happen(&mut self, due: Due) -> Checked {
+        match due {
+            Due::Renew(node) => match &mut self.nodes[node] {
+                Some(process) => {
+                    let renewed = process.renew(&mut self.masters, self.now_ms);
+                    self.lives[node] = self.lives[node].max(process.record.incarnation);
+                    renewed
                 }
+                None => Ok(()),
+            },
+            Due::Pace(node) => match &mut self.nodes[node] {
+                Some(process) => process.pace(&mut self.masters, &self.behind, self.now_ms),
+                None => Ok(()),
+            },
+            Due::Read(reader) => self.read(reader),
+            Due::Poll => {
+                self.poll_at = self.now_ms + POLL_MS;
+                self.fire()
+            }
+            Due::Traffic => {
+                self.traffic_at = Some(self.now_ms + TRAFFIC_MS);
+                self.push_all()
             }
         }
-        self.check_fresh_reader()
     }
 
-    fn turn(&mut self) -> Checked {
-        for (before, master) in self.before.iter_mut().zip(&self.masters) {
-            before.push_back(master.clone());
-            if before.len() > 4 {
-                before.pop_front();
-            }
+    fn start(&mut self, node: usize, clock_s: i64, cut: u8) -> Checked {
+        if self.nodes[node].is_some() {
+            return Ok(());
         }
-        self.now += TURN;
-        self.turns += 1;
-        self.set_clocks();
-        for node in 0..NODES {
-            self.renew(node)?;
-            if let Some(process) = self.nodes[node].as_mut().filter(|process| !process.frozen) {
-                process.confirm(&mut self.masters, self.now, &self.behind);
-            }
-        }
-        for reader in 0..READERS {
-            let known = self.readers[reader].memory.known().cloned().collect();
-            let reading = self.reading(known);
-            self.readers[reader].view = self.readers[reader].memory.update(reading, self.now);
-        }
-        self.fire()?;
-        while let Some((user, route)) = self.to_reap.pop_front() {
-            self.reap(user, route)?;
-        }
-        self.check_fresh_reader()
+        let process = Process::start(node, clock_s, cut, &mut self.masters, self.now_ms)?;
+        let Some(process) = process else { return Ok(()) };
+        process.check_outbid(&self.masters, self.now_ms)?;
+        // A clock that is behind the last process's, and no master to tell it so: that is not provided
+        // for. The process dies of it at once.
+        let behind = process.incarnation() <= self.lives[node];
+        self.lives[node] = self.lives[node].max(process.incarnation());
+        self.nodes[node] = Some(process).filter(|_| !behind);
+        Ok(())
     }
 
-    fn renew(&mut self, node: usize) -> Checked {
-        let wall_ms = self.wall_ms();
-        match self.nodes[node].as_mut().filter(|process| !process.frozen) {
-            Some(process) => process.renew(&mut self.masters, self.now, wall_ms),
-            None => Ok(()),
-        }
-    }
-
-    fn freeze(&mut self, node: usize, frozen: bool) {
-        if let Some(process) = &mut self.nodes[node] {
-            process.frozen = frozen;
-        }
-    }
-
-    fn drain(&mut self, node: usize) {
-        let Some(mut process) = self.nodes[node].take_if(|process| !process.frozen) else { return };
-        let (stamp, _) = process.life.attempt(self.now, 0);
-        for master in self.masters.iter_mut().filter(|master| !master.away) {
-            master.give_up(node, stamp);
-            master.routes.retain(|user, route| {
-                route.node != node || !process.has(*user, route.incarnation, route.connection)
-            });
-        }
-    }
-
-    fn connect(&mut self, user: usize, node: usize) {
-        let master = &mut self.masters[master_of(user)];
-        let Some(process) = self.nodes[node].as_mut().filter(|process| !process.frozen) else {
-            return;
+    fn drain(&mut self, node: usize) -> Checked {
+        let Some(mut process) = self.nodes[node].take_if(|process| !process.frozen) else {
+            return Ok(());
         };
-        if master.away {
+        for user in 0..USERS {
+            self.end_session(&mut process, user);
+        }
+        process.give_up(&mut self.masters, self.now_ms)
+    }
+
+    fn end_session(&mut self, process: &mut Process, user: usize) {
+        if let Some(route) = process.end(user)
+            && process.cut & (1 << master_of(user)) == 0
+        {
+            self.masters[master_of(user)].call(Call::Disconnect { user, route }, self.now_ms);
+        }
+    }
+
+    /// `told`: the nodes that had a session of the device close it.
+    fn connect(&mut self, user: usize, node: usize, told: bool) {
+        let (attempt, behind) = (self.attempts[user] + 1, self.behind[user]);
+        let Some(process) = &mut self.nodes[node] else { return };
+        if !process.connect(user, attempt, behind, &mut self.masters, self.now_ms) {
             return;
         }
-        self.attempts += 1;
-        if let Some(route) = process.connect(user, self.attempts) {
-            master.routes.insert(user, route);
-            if self.behind[user] {
-                master.timers.entry(user).or_insert((self.now, 0));
-            }
+        self.attempts[user] = attempt;
+        for other in 0..NODES {
+            let Some(mut process) =
+                self.nodes[other].take_if(|it| told && other != node && !it.frozen)
+            else {
+                continue;
+            };
+            self.end_session(&mut process, user);
+            self.nodes[other] = Some(process);
         }
     }
 
+    /// The device goes; a node that holds still does not notice.
     fn disconnect(&mut self, user: usize) {
-        for process in self.nodes.iter_mut().flatten().filter(|process| !process.frozen) {
-            let (node, incarnation) = (process.number, process.incarnation);
-            let session = process.sessions.remove(&user);
-            let master = &mut self.masters[master_of(user)];
-            if let (Some(session), Some(incarnation), false) = (session, incarnation, master.away) {
-                let connection = session.connection;
-                master.remove(user, Route { node, incarnation, connection, attempt: 0 });
-            }
+        for node in 0..NODES {
+            let newest = |it: &Process| it.session(user).map(|it| it.attempt);
+            let Some(mut process) = self.nodes[node]
+                .take_if(|it| !it.frozen && newest(it) == Some(self.attempts[user]))
+            else {
+                continue;
+            };
+            self.end_session(&mut process, user);
+            self.nodes[node] = Some(process);
         }
     }
 
-    /// A purger has it accepted: the timer is armed where there is a route.
     fn accept(&mut self, user: usize) {
         let master = &mut self.masters[master_of(user)];
-        if !master.away {
+        if master.answers() {
             self.behind[user] = true;
-            if master.routes.contains_key(&user) {
-                master.timers.entry(user).or_insert((self.now, 0));
+            master.accept(user, self.now_ms);
+        }
+    }
+
+    fn read(&mut self, reader: usize) -> Checked {
+        self.readers[reader].read(&self.masters, self.now_ms);
+        let it = &self.readers[reader];
+        for process in self.nodes.iter().flatten() {
+            let seen = it.view.iter().any(|record| record.id == process.record.id);
+            if !seen && it.is_shown(&process.record, &self.masters, self.now_ms) {
+                return Err(format!("d{reader} has read that n{} lives", process.number));
             }
         }
+        if it.holds_removals { Ok(()) } else { self.remove(reader) }
+    }
+
+    fn push_all(&mut self) -> Checked {
+        for user in 0..USERS {
+            for reader in 0..READERS {
+                self.push(user, reader, false)?;
+            }
+        }
+        Ok(())
     }
 
     /// The delayer claims what is due, and gives back what reached nobody.
     fn fire(&mut self) -> Checked {
+        self.pushes += 1;
+        let living = |it: &usize| !self.readers[*it].frozen;
+        let Some(reader) = (0..READERS).map(|it| (it + self.pushes) % READERS).find(living) else {
+            return Ok(());
+        };
         for user in 0..USERS {
-            let master = &self.masters[master_of(user)];
-            let due = master.timers.get(&user).filter(|(due, _)| *due <= self.now).copied();
-            let Some((_, defers)) = due.filter(|_| !master.away) else { continue };
-            let reader = (self.turns as usize + user) % READERS;
-            let routed = master.routes.contains_key(&user) && self.behind[user];
-            let reached = routed && self.push(user, reader)?;
-            let timers = &mut self.masters[master_of(user)].timers;
-            if reached || !routed {
-                timers.remove(&user);
-            } else {
-                let wait = (TURN * 2_u32.pow(defers.min(10))).min(RETRY_MAX);
-                timers.insert(user, (self.now + wait, defers + 1));
+            let master = &mut self.masters[master_of(user)];
+            if !master.answers() {
+                continue;
+            }
+            if !self.behind[user] {
+                master.ack(user);
+            }
+            let Some(route) = master.fire(user, self.now_ms) else { continue };
+            let standing = self.send(user, reader, route)?;
+            let master = &mut self.masters[master_of(user)];
+            if let Some(standing) = standing {
+                master.defer(user, standing != Standing::Unsure, self.now_ms);
             }
         }
         Ok(())
     }
 
-    /// Whether a session got it. A dispatcher sends to the life that it sees, and has routes reaped that
-    /// are void, or of sessions that their node does not have.
-    fn push(&mut self, user: usize, reader: usize) -> Result<bool, String> {
-        let master = &self.masters[master_of(user)];
-        let Some(route) = master.routes.get(&user).copied().filter(|_| !master.away) else {
-            return Ok(false);
-        };
-        let Reader { memory, view } = &mut self.readers[reader];
-        let name = id(route.node);
-        let known =
-            view.iter().any(|record| record.id == name && record.incarnation == route.incarnation);
-        let process = self.nodes[route.node].as_ref();
-        if known {
-            let Some(process) = process.filter(|process| !process.frozen) else { return Ok(false) };
-            if process.has(user, route.incarnation, route.connection) {
-                self.behind[user] = false;
-                return Ok(true);
-            }
-            self.to_reap.push_back((user, route)); // it said that it has none
-            return Ok(false);
-        }
-        let void = memory.void_since(&name, route.incarnation, STALE, self.now);
-        if void.is_some_and(|since| since >= VOID_AFTER) {
-            // A life of which nothing was heard for as long as routes are kept may have a session yet.
-            let renewed = process.is_some_and(|process| {
-                process.has(user, route.incarnation, route.connection)
-                    && process.written.is_some_and(|at| self.now - at < VOID_AFTER)
-            });
-            if renewed {
-                return Err(format!("u{user}'s living route {route:?} is void for {void:?}"));
-            }
-            self.to_reap.push_back((user, route));
-        }
-        Ok(false)
-    }
-
-    fn reap(&mut self, user: usize, route: Route) -> Checked {
-        let master = &mut self.masters[master_of(user)];
-        if master.away || !master.remove(user, route) {
+    /// A push takes the route that the dispatcher read last (`old`), or reads it.
+    fn push(&mut self, user: usize, reader: usize, old: bool) -> Result<(), String> {
+        let (it, master) = (&mut self.readers[reader], &self.masters[master_of(user)]);
+        if it.frozen {
             return Ok(());
         }
+        if !old && master.answers() && it.reaches(master_of(user)) {
+            it.cached[user] = master.route(user);
+        }
+        match it.cached[user] {
+            Some(route) => self.send(user, reader, route).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// A dispatcher sends to the life that it sees, and has routes removed that are over, or of sessions
+    /// that their node does not have. Returns what the route is worth if nobody was sent to.
+    fn send(
+        &mut self,
+        user: usize,
+        reader: usize,
+        route: Route,
+    ) -> Result<Option<Standing>, String> {
+        let it = &mut self.readers[reader];
+        if !it.knows(&route) {
+            let standing = it.standing(&route, self.now_ms);
+            self.check_standing(reader, user, &route, standing)?;
+            if standing == Standing::Over {
+                self.readers[reader].to_remove.push_back((user, route));
+            }
+            return Ok(Some(standing));
+        }
+        let Some(process) = &mut self.nodes[route.node] else { return Ok(Some(Standing::Unsure)) };
+        if process.frozen {
+            return Ok(None); // its socket takes it
+        }
+        if process.has(user, route.incarnation, route.connection) {
+            let master = &mut self.masters[master_of(user)];
+            if process.cut & (1 << master_of(user)) == 0 && master.answers() {
+                self.behind[user] = false;
+                master.ack(user);
+            }
+            return Ok(None);
+        }
+        // It says that it has none. Both have it removed.
+        it.to_remove.push_back((user, route));
+        if process.lived_as(route.incarnation) && process.cut & (1 << master_of(user)) == 0 {
+            let call = Call::Disconnect { user, route };
+            let answer = self.masters[master_of(user)].call(call, self.now_ms);
+            self.check_removed(user, answer)?;
+        }
+        Ok(None)
+    }
+
+    /// What is over has nothing that lives.
+    fn check_standing(
+        &self,
+        reader: usize,
+        user: usize,
+        route: &Route,
+        standing: Standing,
+    ) -> Checked {
+        let Some(process) = self.nodes[route.node]
+            .as_ref()
+            .filter(|it| it.has(user, route.incarnation, route.connection))
+        else {
+            return Ok(());
+        };
+        let current = route.incarnation == process.incarnation();
+        let young = current && self.now_ms - process.life_began_ms < 2_000;
+        // Once all are confirmed, what names a former life is a failover's: it is confirmed again.
+        let valid = current || !process.record.confirmed;
+        let silent = process.was_silent(self.now_ms, STALE.as_millis() as u64);
+        let wrong = match standing {
+            Standing::Over => valid && !silent,
+            Standing::Void => young,
+            Standing::Unsure => false,
+        };
+        if wrong {
+            return Err(format!(
+                "d{reader} holds u{user}'s living route {route:?} for {standing:?}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// A reaper gets to what it was told.
+    fn remove(&mut self, reader: usize) -> Checked {
+        while let Some((user, route)) = self.readers[reader].to_remove.pop_front() {
+            if self.readers[reader].reaches(master_of(user)) {
+                let call = Call::Disconnect { user, route };
+                let answer = self.masters[master_of(user)].call(call, self.now_ms);
+                self.check_removed(user, answer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self, master: usize) -> Checked {
+        for answer in self.masters[master].go_on(self.now_ms) {
+            if let Answer::Removed(Some(route)) = answer {
+                let user = users_of(master).find(|it| {
+                    let of =
+                        |process: &Process| process.has(*it, route.incarnation, route.connection);
+                    self.nodes[route.node].as_ref().is_some_and(of)
+                });
+                if let Some(user) = user {
+                    self.check_removed(user, Some(answer))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_removed(&self, user: usize, answer: Option<Answer>) -> Checked {
+        let Some(Answer::Removed(Some(route))) = answer else { return Ok(()) };
         let current = self.nodes[route.node].as_ref().is_some_and(|process| {
             process.has(user, route.incarnation, route.connection)
-                && process.incarnation == Some(route.incarnation)
-                && process.is_fresh(self.now)
+                && process.incarnation() == route.incarnation
+                && process.is_fresh(self.now_ms)
         });
         if current {
-            return Err(format!("u{user}'s living route {route:?} was reaped"));
+            return Err(format!("u{user}'s living route {route:?} was removed"));
         }
         Ok(())
     }
 
-    /// What a reader sees now: the copies beside one shard of each master, and own keys where they leave
-    /// it open.
-    fn reading(&self, known: Vec<NodeId>) -> Reading {
-        let mut reading = Reading { complete: true, ..Reading::default() };
-        reading.nodes.extend(known.into_iter().map(|id| (id, Sight::default())));
-        for master in &self.masters {
-            if master.away {
-                reading.complete = false;
-                continue;
-            }
-            reading.any = true;
-            let asked = shards_of(master.number).nth(self.turns as usize % 2).unwrap();
-            for ((shard, node), copy) in &master.copies {
-                if *shard == asked {
-                    reading.nodes.entry(id(*node)).or_default().add(copy.clone(), master.now_ms);
-                }
-            }
+    /// All masters are there and reached, and those who held still go on: after a while all is right.
+    pub fn settle(&mut self) -> Checked {
+        for master in 0..MASTERS {
+            self.masters[master].away = false;
+            self.go_on(master)?;
         }
         for node in 0..NODES {
-            let Some(sight) = reading.nodes.get_mut(&id(node)).filter(|sight| sight.is_open())
-            else {
-                continue;
-            };
-            let master = &self.masters[own_master(node)];
-            let own = master.own.get(&node).filter(|(.., ends)| *ends > master.now_ms);
-            sight.own = match own {
-                _ if master.away => Own::Unreadable,
-                Some((stamp, record, _)) => Own::Held(*stamp, record.clone()),
-                None => Own::Absent,
-            };
-            reading.complete &= !master.away;
+            self.process(node, |it| (it.cut, it.deaf, it.frozen) = (0, 0, false));
         }
-        reading
-    }
-
-    /// Whoever wrote to a master that answers, and that has kept it, is seen by who starts now.
-    fn check_fresh_reader(&self) -> Checked {
-        let view = Memory::default().update(self.reading(Vec::new()), self.now);
-        for process in self.nodes.iter().flatten() {
-            let Some(incarnation) = process.incarnation.filter(|_| process.is_fresh(self.now))
-            else {
-                continue;
-            };
-            let copied = self.masters.iter().filter(|master| !master.away).any(|master| {
-                let mut own = shards_of(master.number)
-                    .map(|shard| master.copies.get(&(shard, process.number)));
-                own.all(|copy| {
-                    copy.is_some_and(|copy| {
-                        copy.stamp.incarnation == incarnation && copy.ends > master.now_ms
-                    })
-                })
-            });
-            let seen = view.iter().any(|it| it.id == id(process.number));
-            if copied && !seen {
-                return Err(format!("a fresh reader does not see n{}", process.number));
-            }
+        for reader in &mut self.readers {
+            (reader.cut, reader.frozen, reader.holds_removals) = (0, false, false);
         }
-        Ok(())
-    }
-
-    /// All masters are there, and those who held still go on: after a while everything is right.
-    pub fn settle(&mut self) -> Checked {
-        self.masters.iter_mut().for_each(|master| master.away = false);
-        (0..NODES).for_each(|node| self.freeze(node, false));
-        let turns = |time: Duration| (time.as_secs() / TURN.as_secs()) as usize + 1;
-        for turn in 0..turns(VOID_AFTER * 3) {
-            self.turn()?;
-            // Who gets messages is reaped by them.
-            if turn % 10 == 0 {
-                for user in 0..USERS {
-                    self.push(user, turn / 10 % READERS)?;
-                }
-            }
-        }
+        self.traffic_at = Some(self.now_ms + TRAFFIC_MS);
+        self.wait(HEALED_MS)?;
         for user in 0..USERS {
             self.check_settled(user)?;
         }
@@ -463,11 +471,10 @@ impl World {
             .nodes
             .iter()
             .flatten()
-            .map(|process| (process.record.id.clone(), process.life.incarnation()))
+            .map(|process| (&process.record.id, process.incarnation()))
             .collect();
         for reader in &self.readers {
-            let seen: Vec<_> =
-                reader.view.iter().map(|it| (it.id.clone(), it.incarnation)).collect();
+            let seen: Vec<_> = reader.view.iter().map(|it| (&it.id, it.incarnation)).collect();
             if seen != running {
                 return Err(format!("a reader sees {seen:?}, and {running:?} run"));
             }
@@ -476,31 +483,37 @@ impl World {
     }
 
     fn check_settled(&self, user: usize) -> Checked {
-        let route = self.masters[master_of(user)].routes.get(&user);
-        let sessions: Vec<(&Process, u64)> = self
-            .nodes
-            .iter()
-            .flatten()
-            .filter_map(|process| Some((process, process.sessions.get(&user)?.connection)))
-            .collect();
-        let key = keys::timers(shard(user));
-        match (sessions.as_slice(), route) {
-            ([], None) => Ok(()),
-            ([], Some(route)) => Err(format!("u{user} ({key}) has a dead route, {route:?}")),
-            ([(process, connection)], Some(route))
-                if route.node == process.number
-                    && route.connection == *connection
-                    && Some(route.incarnation) == process.incarnation =>
-            {
-                if self.behind[user] {
-                    return Err(format!("u{user} is connected and waits for a message"));
-                }
-                Ok(())
-            }
-            (sessions, route) => {
-                let sessions: Vec<_> = sessions.iter().map(|(it, c)| (it.number, *c)).collect();
-                Err(format!("u{user} has sessions {sessions:?} and the route {route:?}"))
-            }
+        let route = self.masters[master_of(user)].route(user);
+        let leads = route.is_some_and(|route| {
+            let of = |it: &Process| {
+                it.has(user, route.incarnation, route.connection)
+                    && it.incarnation() == route.incarnation
+            };
+            self.nodes[route.node].as_ref().is_some_and(of)
+        });
+        if route.is_some() && !leads {
+            return Err(format!("u{user} has a dead route, {route:?}"));
         }
+        let newest = self.nodes.iter().flatten().find(|process| {
+            process.session(user).is_some_and(|it| it.attempt == self.attempts[user])
+        });
+        let Some(process) = newest else { return Ok(()) };
+        if route.is_none_or(|route| route.attempt != self.attempts[user]) {
+            return Err(format!("u{user} is connected to n{} and has {route:?}", process.number));
+        }
+        if self.behind[user] {
+            return Err(format!("u{user} is connected and waits for a message"));
+        }
+        Ok(())
     }
+}
+
+/// What is due next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    Renew(usize),
+    Pace(usize),
+    Read(usize),
+    Poll,
+    Traffic,
 }

@@ -64,19 +64,19 @@ fn gave_up(name: &str, incarnation: u64, number: u64) -> Copy {
 
 #[test]
 fn hazard_13_mass_death_is_believed_only_after_a_while() {
-    let (mut memory, t) = (Memory::default(), Instant::now());
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
     let b = id("b");
     memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
     assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a", "b", "c"]);
-    assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), None);
+    assert_eq!(memory.void_since(&b, Incarnation(1), t), None);
     let t = t + DISBELIEF;
     assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
-    assert_eq!(memory.void_since(&b, Incarnation(1), STALE, t), Some(Duration::ZERO));
+    assert_eq!(memory.void_since(&b, Incarnation(1), t), Some(Duration::ZERO));
 }
 
 #[test]
 fn leases_that_were_given_up_are_gone_at_once() {
-    let (mut memory, t) = (Memory::default(), Instant::now());
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 1), ("b", 1)], ""), t);
     let given_up = || seen([gave_up("a", 1, 9), copy("a", 1, 8, 2000)], Own::Absent);
     let both = all([("a", given_up()), ("b", seen([gave_up("b", 1, 9)], Own::Unreadable))]);
@@ -91,17 +91,17 @@ fn leases_that_were_given_up_are_gone_at_once() {
 
 #[test]
 fn one_death_is_believed_at_once_and_its_time_counts() {
-    let (mut memory, t) = (Memory::default(), Instant::now());
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 1), ("b", 1)], ""), t);
     assert_eq!(ids(&memory.update(read(&[("a", 1)], "b c"), t)), ["a"]);
     let later = Duration::from_secs(9);
     memory.update(read(&[("a", 1)], "b c"), t + later);
-    assert_eq!(memory.void_since(&id("b"), Incarnation(1), STALE, t + later), Some(later));
+    assert_eq!(memory.void_since(&id("b"), Incarnation(1), t + later), Some(later));
 }
 
 #[test]
 fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing() {
-    let (mut memory, t) = (Memory::default(), Instant::now());
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
     let hidden = |name| (name, seen([], Own::Unreadable));
     let half = || {
@@ -113,17 +113,17 @@ fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing
     assert_eq!(ids(&memory.update(half(), t)), ["a", "b", "c"]);
     let later = t + DISBELIEF;
     assert_eq!(ids(&memory.update(half(), later)), ["a", "b"]);
-    assert_eq!(memory.void_since(&id("a"), Incarnation(1), STALE, later), None);
+    assert_eq!(memory.void_since(&id("a"), Incarnation(1), later), None);
     // Unknown lives may be on the master that does not answer.
-    assert_eq!(memory.void_since(&id("d"), Incarnation(1), STALE, later), None);
+    assert_eq!(memory.void_since(&id("d"), Incarnation(1), later), None);
     // Once c cannot be read either, nobody can tell since when it is gone.
     let last = later + SECOND * 60;
     memory.update(all([hidden("a"), hidden("b"), hidden("c")]), last);
-    assert_eq!(memory.void_since(&id("c"), Incarnation(1), STALE, last), Some(Duration::ZERO));
+    assert_eq!(memory.void_since(&id("c"), Incarnation(1), last), Some(Duration::ZERO));
     // Nobody answers at all.
     let silence = last + STALE + SECOND;
     memory.update(Reading::default(), silence);
-    assert_eq!(memory.void_since(&id("c"), Incarnation(1), STALE, silence), None);
+    assert_eq!(memory.void_since(&id("c"), Incarnation(1), silence), None);
 }
 
 #[test]
@@ -136,12 +136,12 @@ fn hazard_28_a_fresh_reader_sees_whoever_has_one_readable_copy() {
         ("d", seen([gave_up("d", 1, 3), copy("d", 1, 4, 2000)], Own::Absent)),
         ("e", seen([gave_up("e", 1, 5), copy("e", 1, 4, 2000)], Own::Unreadable)),
     ];
-    assert_eq!(ids(&Memory::default().update(all(cases), t)), ["a", "b", "d"]);
+    assert_eq!(ids(&Memory::new(STALE).update(all(cases), t)), ["a", "b", "d"]);
 }
 
 #[test]
 fn hazard_27_a_former_life_is_void_once_the_later_one_is_confirmed() {
-    let (mut memory, t) = (Memory::default(), Instant::now());
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
     let a = id("a");
     memory.update(read(&[("a", 4)], ""), t);
     let life = |confirmed, number| {
@@ -152,18 +152,18 @@ fn hazard_27_a_former_life_is_void_once_the_later_one_is_confirmed() {
     for after in [0, 3_600, 86_400] {
         let now = t + SECOND * after;
         memory.update(life(false, 1), now);
-        assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), None, "it lives on");
+        assert_eq!(memory.void_since(&a, Incarnation(4), now), None, "it lives on");
     }
     let now = t + SECOND * 86_401;
     memory.update(life(true, 2), now);
-    assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), Some(Duration::MAX));
-    assert_eq!(memory.void_since(&a, Incarnation(9), STALE, now), None);
+    assert_eq!(memory.void_since(&a, Incarnation(4), now), Some(Duration::MAX));
+    assert_eq!(memory.void_since(&a, Incarnation(9), now), None);
     // A failover brings the record of the former life back.
     memory.update(read(&[("a", 4)], ""), now);
-    assert_eq!(memory.void_since(&a, Incarnation(9), STALE, now), None);
-    assert_eq!(memory.void_since(&a, Incarnation(4), STALE, now), Some(Duration::MAX));
+    assert_eq!(memory.void_since(&a, Incarnation(9), now), None);
+    assert_eq!(memory.void_since(&a, Incarnation(4), now), Some(Duration::MAX));
     // Newer than the view, perhaps: nothing is removed for it soon.
-    assert_eq!(memory.void_since(&a, Incarnation(10), STALE, now), Some(Duration::ZERO));
+    assert_eq!(memory.void_since(&a, Incarnation(10), now), Some(Duration::ZERO));
     // Redis away: nobody can tell.
-    assert_eq!(memory.void_since(&a, Incarnation(11), STALE, now + STALE * 2), None);
+    assert_eq!(memory.void_since(&a, Incarnation(11), now + STALE * 2), None);
 }

@@ -1,0 +1,96 @@
+//! A dispatcher, as far as it reads leases and judges routes: the shipped `Reading`, [`Memory`] and
+//! [`Standing`].
+
+use std::collections::VecDeque;
+
+use barid_core::NodeId;
+
+use super::master::{Master, Route};
+use super::world::{MASTERS, REFRESH_MS, STALE, USERS, VOID_AFTER, at, id, own_master, users_of};
+use crate::nodes::Standing;
+use crate::nodes::memory::{Memory, Own, Reading};
+use crate::{NodeRecord, NodeRole};
+
+const ROLE: Option<NodeRole> = Some(NodeRole::Access);
+
+pub struct Reader {
+    pub frozen: bool,
+    /// Masters that it does not reach.
+    pub cut: u8,
+    pub read_at: u64,
+    pub view: Vec<NodeRecord>,
+    /// Routes as it read them last, which may be older than what is there.
+    pub cached: [Option<Route>; USERS],
+    /// Routes to remove; it may stop before it does.
+    pub to_remove: VecDeque<(usize, Route)>,
+    pub holds_removals: bool,
+    memory: Memory,
+    turn: usize,
+}
+
+impl Reader {
+    pub fn new(read_at: u64, cut: u8) -> Self {
+        Self {
+            frozen: false,
+            cut,
+            read_at,
+            view: Vec::new(),
+            cached: [None; USERS],
+            to_remove: VecDeque::new(),
+            holds_removals: false,
+            memory: Memory::new(STALE),
+            turn: 0,
+        }
+    }
+
+    pub fn reaches(&self, master: usize) -> bool {
+        self.cut & (1 << master) == 0
+    }
+
+    fn hears<'a>(&self, master: usize, masters: &'a [Master]) -> Option<&'a Master> {
+        Some(&masters[master]).filter(|it| self.reaches(master) && it.answers())
+    }
+
+    /// The shard beside which it looks now.
+    pub fn asks(&self, master: usize) -> usize {
+        users_of(master).nth(self.turn % (USERS / MASTERS)).unwrap()
+    }
+
+    pub fn read(&mut self, masters: &[Master], now_ms: u64) {
+        self.turn += 1;
+        let mut reading = Reading::of(self.memory.known().cloned());
+        for master in 0..MASTERS {
+            let heard = self.hears(master, masters);
+            reading.heard(ROLE, heard.map(|it| it.copies(self.asks(master), now_ms)));
+        }
+        for open in reading.open() {
+            let node = number(&open);
+            let heard = self.hears(own_master(node), masters);
+            reading.asked(ROLE, &open, heard.map_or(Own::Unreadable, |it| it.own(node, now_ms)));
+        }
+        self.view = self.memory.update(reading, at(now_ms));
+        self.read_at = now_ms + REFRESH_MS;
+    }
+
+    /// Whether a copy that it can read shows that this process lives.
+    pub fn is_shown(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
+        (0..MASTERS).filter_map(|it| Some((it, self.hears(it, masters)?))).any(|(it, master)| {
+            let shown = master.shows(self.asks(it), number(&record.id), now_ms);
+            shown == Some(record.incarnation)
+        })
+    }
+
+    pub fn knows(&self, route: &Route) -> bool {
+        let mut named = self.view.iter().filter(|record| record.id == *id(route.node));
+        named.any(|record| record.incarnation == route.incarnation)
+    }
+
+    pub fn standing(&mut self, route: &Route, now_ms: u64) -> Standing {
+        let (node, life) = (id(route.node), route.incarnation);
+        Standing::of(self.memory.void_since(node, life, at(now_ms)), VOID_AFTER)
+    }
+}
+
+fn number(node: &NodeId) -> usize {
+    (0..super::world::NODES).find(|number| id(*number) == node).unwrap()
+}
