@@ -265,6 +265,17 @@ mod tests {
     }
 
     #[test]
+    fn hazard_63_a_writing_without_an_answer_may_hide_that_a_shard_forgot() {
+        let mut walk = Walk::new();
+        // The shard is emptied. The second writing is executed there, and its answer is lost.
+        walk.attempt(3);
+        walk.attempt(3);
+        assert_eq!(walk.answer(copy(0), done(stood(100, 2))), Some(News::Forgot(copy(0))));
+        // The lease's own key holds nothing else.
+        assert_eq!(walk.answer(OWN, done(stood(100, 2))), None);
+    }
+
+    #[test]
     fn only_a_newer_life_is_a_conflict() {
         let mut walk = Walk::new();
         walk.attempt(3);

@@ -9,7 +9,7 @@
 //!
 //! Held at every moment: no route of a session that lives is removed, or held for over, unless nothing of
 //! its process could be read for long; nobody begins another life while it is heard, or an earlier one;
-//! a reader sees whoever has one readable copy; a process says that all is confirmed when it is. And at
+//! a reader sees whoever has one readable copy, and keeps whoever cannot be read; a process says that all is confirmed when it is. And at
 //! the end, after a bounded time without faults: every session has its route and nothing else has, every
 //! reader sees exactly the processes that run, and nobody who is connected waits for a message.
 //!
@@ -111,6 +111,31 @@ impl Step {
             _ => return None,
         })
     }
+
+    /// Each run has so many nodes, users and dispatchers only, for the same reason.
+    fn be_of(&mut self, (nodes, users, readers): (usize, usize, usize)) {
+        match self {
+            Self::Cut { node, .. }
+            | Self::Deaf { node, .. }
+            | Self::Kill { node }
+            | Self::Start { node, .. }
+            | Self::Drain { node }
+            | Self::Freeze { node }
+            | Self::Thaw { node } => *node %= nodes,
+            Self::Connect { user, node, .. } => (*user, *node) = (*user % users, *node % nodes),
+            Self::Disconnect { user } | Self::Message { user } => *user %= users,
+            Self::Push { user, reader, .. } => {
+                (*user, *reader) = (*user % users, *reader % readers);
+            }
+            Self::CutReader { reader, .. }
+            | Self::Fresh { reader }
+            | Self::FreezeReader { reader }
+            | Self::ThawReader { reader }
+            | Self::HoldRemovals { reader }
+            | Self::Remove { reader } => *reader %= readers,
+            _ => {}
+        }
+    }
 }
 
 fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
@@ -158,8 +183,10 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         1 => (master, 1..100_u64).prop_map(|(master, seconds)| Step::Ahead { master, seconds }),
     ];
     let kinds = prop_oneof![1 => Just(u32::MAX), 4 => any::<u32>()];
-    (kinds, prop::collection::vec(step, 1..=count)).prop_map(|(kinds, mut steps)| {
+    let few = (1..=NODES, prop_oneof![Just(1), Just(2), Just(USERS)], 1..=READERS);
+    (kinds, few, prop::collection::vec(step, 1..=count)).prop_map(|(kinds, few, mut steps)| {
         steps.retain(|step| step.kind().is_none_or(|kind| kinds & (1 << kind) != 0));
+        steps.iter_mut().for_each(|step| step.be_of(few));
         steps
     })
 }

@@ -3,10 +3,12 @@
 
 use std::collections::VecDeque;
 
-use barid_core::NodeId;
+use barid_core::{Incarnation, NodeId};
 
 use super::master::{Master, Route};
-use super::world::{MASTERS, REFRESH_MS, STALE, USERS, VOID_AFTER, at, id, own_master, users_of};
+use super::world::{
+    MASTERS, NODES, REFRESH_MS, STALE, USERS, VOID_AFTER, at, id, own_master, users_of,
+};
 use crate::nodes::Standing;
 use crate::nodes::memory::{Memory, Own, Reading};
 use crate::{NodeRecord, NodeRole};
@@ -25,6 +27,8 @@ pub struct Reader {
     pub to_remove: VecDeque<(usize, Route)>,
     pub holds_removals: bool,
     memory: Memory,
+    /// Nodes that were in its view once.
+    knew: [bool; NODES],
     turn: usize,
 }
 
@@ -39,6 +43,7 @@ impl Reader {
             to_remove: VecDeque::new(),
             holds_removals: false,
             memory: Memory::new(STALE),
+            knew: [false; NODES],
             turn: 0,
         }
     }
@@ -69,15 +74,36 @@ impl Reader {
             reading.asked(ROLE, &open, heard.map_or(Own::Unreadable, |it| it.own(node, now_ms)));
         }
         self.view = self.memory.update(reading, at(now_ms));
+        self.view.iter().for_each(|record| self.knew[number(&record.id)] = true);
         self.read_at = now_ms + REFRESH_MS;
     }
 
-    /// Whether a copy that it can read shows that this process lives.
+    /// Whether what it can read shows that this process lives.
     pub fn is_shown(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
-        (0..MASTERS).filter_map(|it| Some((it, self.hears(it, masters)?))).any(|(it, master)| {
-            let shown = master.shows(self.asks(it), number(&record.id), now_ms);
-            shown == Some(record.incarnation)
-        })
+        let node = number(&record.id);
+        let copied = self.shown(node, masters, now_ms).any(|life| life == record.incarnation);
+        let own = self.hears(own_master(node), masters).map(|it| it.own(node, now_ms));
+        let own =
+            matches!(own, Some(Own::Held(stamp, _)) if stamp.incarnation == record.incarnation);
+        copied || (own && self.knew[node])
+    }
+
+    /// Whether nothing that it can read speaks for or against this life.
+    pub fn is_hidden(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
+        let node = number(&record.id);
+        self.hears(own_master(node), masters).is_none()
+            && self.shown(node, masters, now_ms).next().is_none()
+    }
+
+    /// The lives of a node that copies show it.
+    fn shown<'a>(
+        &'a self,
+        node: usize,
+        masters: &'a [Master],
+        now_ms: u64,
+    ) -> impl Iterator<Item = Incarnation> + 'a {
+        let heard = (0..MASTERS).filter_map(move |it| Some((it, self.hears(it, masters)?)));
+        heard.filter_map(move |(it, master)| master.shows(self.asks(it), node, now_ms))
     }
 
     pub fn knows(&self, route: &Route) -> bool {
@@ -92,5 +118,5 @@ impl Reader {
 }
 
 fn number(node: &NodeId) -> usize {
-    (0..super::world::NODES).find(|number| id(*number) == node).unwrap()
+    (0..NODES).find(|number| id(*number) == node).unwrap()
 }

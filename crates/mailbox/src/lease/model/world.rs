@@ -11,6 +11,7 @@ use super::Step;
 use super::master::{Answer, Call, Master, Route};
 use super::process::Process;
 use super::reader::Reader;
+use crate::NodeRecord;
 use crate::nodes::Standing;
 
 pub const MASTERS: usize = 3;
@@ -278,12 +279,22 @@ impl World {
     }
 
     fn read(&mut self, reader: usize) -> Checked {
+        let before = std::mem::take(&mut self.readers[reader].view);
         self.readers[reader].read(&self.masters, self.now_ms);
         let it = &self.readers[reader];
         for process in self.nodes.iter().flatten() {
-            let seen = it.view.iter().any(|record| record.id == process.record.id);
-            if !seen && it.is_shown(&process.record, &self.masters, self.now_ms) {
-                return Err(format!("d{reader} has read that n{} lives", process.number));
+            let (record, node) = (&process.record, process.number);
+            if it.view.iter().any(|seen| seen.id == record.id) {
+                continue;
+            }
+            if it.is_shown(record, &self.masters, self.now_ms) {
+                return Err(format!("d{reader} has read that n{node} lives"));
+            }
+            let of = |seen: &NodeRecord| {
+                (&seen.id, seen.incarnation) == (&record.id, record.incarnation)
+            };
+            if before.iter().any(of) && it.is_hidden(record, &self.masters, self.now_ms) {
+                return Err(format!("d{reader} cannot read n{node} and holds it for gone"));
             }
         }
         if it.holds_removals { Ok(()) } else { self.remove(reader) }

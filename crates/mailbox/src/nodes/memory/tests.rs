@@ -58,6 +58,10 @@ fn read(living: &[(&'static str, u64)], lapsed: &'static str) -> Reading {
     all(living.chain(lapsed))
 }
 
+fn held(name: &str) -> Sight {
+    seen([], Own::Held(stamp(1, 1), record(name, 1)))
+}
+
 fn gave_up(name: &str, incarnation: u64, number: u64) -> Copy {
     Copy { given_up: true, ..copy(name, incarnation, number, 1000) }
 }
@@ -124,6 +128,49 @@ fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing
     let silence = last + STALE + SECOND;
     memory.update(Reading::default(), silence);
     assert_eq!(memory.void_since(&id("c"), Incarnation(1), silence), None);
+}
+
+#[test]
+fn hazard_62_a_life_is_void_only_by_readings_in_which_every_master_answered() {
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
+    let (a, b) = (id("a"), id("b"));
+    memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
+    // The reader reaches the master of a's own key only, and a reaches the others only.
+    let mut now = t;
+    for _ in 0..600 {
+        now += SECOND;
+        let mut half = read(&[("b", 1), ("c", 1)], "a");
+        half.complete = false;
+        assert_eq!(ids(&memory.update(half, now)), ["b", "c"]);
+    }
+    assert!(memory.void_since(&a, Incarnation(1), now).unwrap() <= SECOND);
+    // A moment without a master is none in which a lease could come and end.
+    let half = |complete| {
+        let mut half = read(&[("c", 1)], "a b");
+        half.complete = complete;
+        half
+    };
+    memory.update(half(true), now);
+    for second in 1..20 {
+        memory.update(half(second % 3 == 0), now + SECOND * second);
+    }
+    let nineteen = now + SECOND * 19;
+    assert_eq!(memory.void_since(&b, Incarnation(1), nineteen), Some(SECOND * 19));
+    // Nor can a reader tell that was stopped itself.
+    let later = now + SECOND * 700;
+    memory.update(half(true), later);
+    assert_eq!(memory.void_since(&b, Incarnation(1), later), Some(Duration::ZERO));
+}
+
+#[test]
+fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
+    // The later one could not be written where the former one was given up.
+    let given_up = |own| all([("a", seen([gave_up("a", 1, 9)], own)), ("b", held("b"))]);
+    let lives = given_up(Own::Held(stamp(2, 1), record("a", 2)));
+    assert_eq!(ids(&memory.update(lives, t)), ["a", "b"]);
+    assert_eq!(ids(&memory.update(given_up(Own::Unreadable), t)), ["a", "b"]);
+    assert_eq!(ids(&memory.update(given_up(Own::Absent), t)), ["b"]);
 }
 
 #[test]
