@@ -388,7 +388,9 @@ impl Process {
                 session.confirmed.fetch_max(route.incarnation.0, Relaxed);
                 session.losses.store(master.losses, Relaxed);
             }
-            Some(_) => drop(self.end(user)),
+            Some(_) => {
+                self.end(user);
+            }
             None => {} // it is asked again until it answers
         }
     }

@@ -135,7 +135,9 @@ impl World {
             Step::Connect { user, node, told } => self.connect(user, node, told),
             Step::Disconnect { user } => self.disconnect(user),
             Step::Message { user } => self.accept(user),
-            Step::Push { user, reader, old } => drop(self.push(user, reader, old)?),
+            Step::Push { user, reader, old } => {
+                return self.push(user, reader, old);
+            }
             Step::Traffic { on } => self.traffic_at = on.then_some(self.now_ms + TRAFFIC_MS),
             Step::Fresh { reader } => {
                 self.readers[reader] = Reader::new(self.now_ms, self.readers[reader].cut);
@@ -152,7 +154,9 @@ impl World {
     }
 
     fn process(&mut self, node: usize, change: impl FnOnce(&mut Process)) {
-        self.nodes[node].as_mut().map(change);
+        if let Some(process) = &mut self.nodes[node] {
+            change(process);
+        }
     }
 
     /// Until then, one thing that is due after the other.
@@ -344,7 +348,7 @@ impl World {
             it.cached[user] = master.route(user);
         }
         match it.cached[user] {
-            Some(route) => self.send(user, reader, route).map(drop),
+            Some(route) => self.send(user, reader, route).map(|_| ()),
             None => Ok(()),
         }
     }
