@@ -91,6 +91,8 @@ enum Step {
     Remove { reader: usize },
 }
 
+const TRAFFIC: u32 = 15;
+
 impl Step {
     /// Each run has some kinds of steps only: what is rare among all is frequent then.
     fn kind(&self) -> Option<u32> {
@@ -110,7 +112,7 @@ impl Step {
             Self::FreezeReader { .. } | Self::ThawReader { .. } => 12,
             Self::HoldRemovals { .. } | Self::Remove { .. } => 13,
             Self::Disconnect { .. } => 14,
-            Self::Traffic { .. } => 15,
+            Self::Traffic { .. } => TRAFFIC,
             _ => return None,
         })
     }
@@ -148,7 +150,7 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     let masters = 0..1_u8 << MASTERS;
     let ms = prop_oneof![
         3 => 500..5_000_u64, 4 => 5_000..20_000_u64, 3 => 20_000..70_000_u64,
-        2 => 70_000..200_000_u64,
+        3 => 70_000..200_000_u64,
     ];
     let clock_s = prop_oneof![3 => Just(0), 1 => -3_000..3_000_i64];
     let cut = prop_oneof![3 => Just(0), 1 => masters.clone()];
@@ -190,6 +192,9 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     (kinds, few, prop::collection::vec(step, 1..=count)).prop_map(|(kinds, few, mut steps)| {
         steps.retain(|step| step.kind().is_none_or(|kind| kinds & (1 << kind) != 0));
         steps.iter_mut().for_each(|step| step.be_of(few));
+        if kinds & (1 << TRAFFIC) != 0 {
+            steps.insert(0, Step::Traffic { on: true });
+        }
         steps
     })
 }
