@@ -217,7 +217,7 @@ async fn phone_has_all(bed: &Bed, user: &UserKey, place: Position) {
 }
 
 #[tokio::test]
-async fn hazard_62_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_others() {
+async fn hazard_65_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_others() {
     let bed = keeping(600).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -235,7 +235,7 @@ async fn hazard_62_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_ot
 }
 
 #[tokio::test]
-async fn hazard_62_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
+async fn hazard_65_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
     let bed = keeping(600).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -283,7 +283,7 @@ async fn hazard_62_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
 }
 
 #[tokio::test]
-async fn hazard_62_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
+async fn hazard_65_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
     let bed = keeping(0).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -310,7 +310,7 @@ async fn hazard_62_who_comes_too_late_behind_a_loss_is_told_that_something_is_go
 }
 
 #[tokio::test]
-async fn hazard_62_a_session_whose_device_was_forgotten_is_told_what_was_trimmed_since() {
+async fn hazard_65_a_session_whose_device_was_forgotten_is_told_what_was_trimmed_since() {
     let bed = keeping(0).await;
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;
