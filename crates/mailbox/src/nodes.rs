@@ -98,8 +98,7 @@ impl NodeTable {
     /// The last lives of nodes that have been gone for so long: no later life has followed. None while
     /// nobody can tell.
     pub fn gone_for(&self, times: Range<Duration>) -> Vec<(NodeId, Incarnation)> {
-        let memory = self.inner.memory.lock();
-        memory.gone_for(times, self.inner.stale_after, Instant::now())
+        self.inner.memory.lock().gone_for(times, Instant::now())
     }
 }
 

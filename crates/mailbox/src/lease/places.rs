@@ -150,7 +150,7 @@ impl CopyOf {
     async fn call(&self, topology: &Topology, shards: &[&Shard]) -> Result<Vec<Wrote>, Error> {
         let mut call = Call::default();
         for shard in shards {
-            call.key(keys::copies(**shard));
+            call.key(keys::copies(**shard)).key(keys::positions(**shard));
         }
         let kept = self.kept.map_or(-1, |kept| kept.as_millis() as i64);
         call.arg(&self.id).arg(self.stamp.incarnation).arg(self.stamp.number);

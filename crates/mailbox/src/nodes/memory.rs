@@ -15,6 +15,9 @@ use crate::{NodeRecord, NodeRole};
 /// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
 /// the leases' master or a stepped clock takes them all, and most live.
 pub(super) const DISBELIEF: Duration = Duration::from_secs(30);
+/// How long a node that is gone is looked for. Its routes are void long before, and one that a device left behind is
+/// then void as a stranger's is.
+const REMEMBERED: Duration = Duration::from_secs(3600);
 /// Unknown lives whose first sight is remembered.
 const STRANGERS_MAX: usize = 4096;
 
@@ -232,13 +235,8 @@ impl Memory {
     }
 
     /// The last lives of nodes that have been gone for so long.
-    pub fn gone_for(
-        &self,
-        times: Range<Duration>,
-        stale_after: Duration,
-        now: Instant,
-    ) -> Vec<(NodeId, Incarnation)> {
-        if self.heard_at.is_none_or(|at| now - at > stale_after) {
+    pub fn gone_for(&self, times: Range<Duration>, now: Instant) -> Vec<(NodeId, Incarnation)> {
+        if self.is_stale(self.heard_at, now) {
             return Vec::new();
         }
         let gone = |known: &Known| known.gone_since.is_some_and(|at| times.contains(&(now - at)));
@@ -261,6 +259,7 @@ impl Memory {
             self.complete_at = Some(now);
         }
         let believe = self.believes(&reading, now);
+        self.known.retain(|_, known| known.gone_since.is_none_or(|at| now - at < REMEMBERED));
         for (id, sight) in reading.nodes {
             let known = self.known.get(&id).map(|known| known.stamp);
             match sight.verdict(known) {

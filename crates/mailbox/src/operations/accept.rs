@@ -186,6 +186,7 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
 
 fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
+    call.key(keys::copies(group.shard));
     let messages = || users.iter().flatten().map(|index| &group.messages[*index]);
     let collapse_keys = messages().filter(|m| m.collapse_key.is_some()).count();
     let arguments = 4 + users.len() + group.messages.len() + collapse_keys;

@@ -1,6 +1,7 @@
 -- accept: appends messages to mailboxes, in the order of the log. Not allowed when Redis is full.
 --
--- KEYS  a group: positions {s}:o, timers {s}:t; then each of its users: head, queue, routes.
+-- KEYS  a group: positions {s}:o, timers {s}:t, leases' copies {s}:n; then each of its users: head, queue,
+--       routes.
 -- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, keep ms (after
 --       a loss), groups; then
 --       a group: source; packed (GROUP), 1 if there is a prev else 0, plus 2 if an empty group raises
@@ -46,9 +47,8 @@ local PLAIN = char(VERSION, 0) -- the mark of what has no flags
 -- whether all of it lies behind that, whether any of it has a collapse key, and whether no user has two.
 local positions, timers, source, metas, letters
 local l0, o0, i0, all_new, has_keys, all_single
--- When something of this shard was found missing, ms: a field of the positions. And until when mailboxes that have
--- dropped nothing yet keep all because of that; 0: they need not.
-local LOST = 'lost'
+-- Until when mailboxes that have dropped nothing yet keep all, because something of the shard was found missing; 0: they
+-- need not.
 local keep_until
 
 -- Whether one of these ids is at a multiple of eight.
@@ -297,7 +297,12 @@ local function accept(k, member, m, last, body, names, v)
     body = body + 1 + has_key
   end
   if n == first then return NOT_ACCEPTED end
-  if keep_until > 0 and h.b == 1 then keep_all(h, keep_until) end
+  if keep_until > 0 and h.b == 1 then
+    keep_all(h, keep_until)
+  elseif keeps_all(h) and is_short() then
+    local devices = other_devices(h)
+    if #devices > 0 then trim_to_lowest(h, queue, table.remove(devices), devices) end
+  end
   local kept = parts and append(queue, parts) or call('RPUSH', queue, header, entry) / 2
   h.n, h.nc, h.nt = n, chain, bytes
   local evicted = settle(h, queue, member, names, v, kept, n - first, ids, keyed)
@@ -434,14 +439,21 @@ local function group(k, a)
     call('HSET', positions, LOST, int(NOW))
     return { 'G', stored }
   end
-  keep_until = known[2] and tonumber(known[2]) + KEEP or 0
-  if keep_until <= NOW or keep_until - NOW > KEEP then keep_until = 0 end
+  local lost = known[2]
+  -- Nodes write copies of their leases before devices come: without any, the shard is new or has lost everything,
+  -- and this source may never have had anything for it that would tell.
+  if not stored and not lost and users > 0 and call('EXISTS', KEYS[k + 2]) == 0 then
+    lost = NOW
+    call('HSET', positions, LOST, int(NOW))
+  end
+  keep_until = lost and tonumber(lost) + KEEP or 0
+  if keep_until <= NOW or keep_until - NOW > KEEP or is_short() then keep_until = 0 end
   local counts = ARGV[a + 2]
   metas, letters = ARGV[a + 3], {}
   all_new = after(fl, fo, fi, l0, o0, i0)
   local messages = #metas / MESSAGE_BYTES
   has_keys, all_single = arguments > 4 + users + messages, users == messages
-  local routed, held = look_at_all(k + 2, counts, users)
+  local routed, held = look_at_all(k + 3, counts, users)
   if not routed then return { 'U' } end
   local mailboxes, problems, member, body = {}, {}, a + 4, a + 4 + users
   local user, m = 0, 1
@@ -449,7 +461,7 @@ local function group(k, a)
     while user < users do
       local last = all_single and m or m + parse(COUNT, counts, user * COUNT_BYTES + 1) - 1
       local names = routed[user + 1]
-      mailboxes[user + 1] = (names and m == last and accept_one or accept_new)(k + 2 + user * 3,
+      mailboxes[user + 1] = (names and m == last and accept_one or accept_new)(k + 3 + user * 3,
         ARGV[member + user], m, last, body, names, held[user + 1])
       body = body + (has_keys and arguments_of(m, last) or last - m + 1)
       user, m = user + 1, last + 1
@@ -492,6 +504,6 @@ for g = 1, tonumber(ARGV[8]) do
   local ok, reply = pcall(group, k, a)
   if not ok then reply = { 'E', problem_text(reply) } end
   replies[g + 1] = reply
-  k, a = k + 2 + users * 3, a + arguments
+  k, a = k + 3 + users * 3, a + arguments
 end
 return replies

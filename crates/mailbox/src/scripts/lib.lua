@@ -52,11 +52,14 @@ local VERSION, CRITICAL = 3, 16
 local KEEPS_ALL = 256
 -- No mailbox keeps all for longer, ms: what is written beyond that is another clock's.
 local KEEP_MAX = 86400000
+-- A field of {s}:o: when something of the shard was found missing, ms.
+local LOST = 'lost'
 local STATE, STATE_BYTES = '<HI7I6II6II6I6I6BII', 56
 local DEVICE, DEVICE_BYTES = '<HI6III6BI6I7B', 37
 local HEADER_BYTES, HEADER_KEPT_BYTES = 37, 41
 local SEQ_MAX, BYTE_MAX, WRAP = 281474976710655, 255, 4294967296
-local GENERATION_MAX, CLAIMED_GENERATION_MAX = 4294967295, 2147483647
+-- Devices name generations of 31 bits. What one claims leaves room for as many resets as it will ever see.
+local GENERATION_MAX, CLAIMED_GENERATION_MAX = 2147483647, 1073741823
 
 -- A whole number as an argument: Redis's own conversion takes several times as long.
 local function int(number)
@@ -318,11 +321,24 @@ local function keeps_all(h)
   return h.mark % (KEEPS_ALL * 2) >= KEEPS_ALL
 end
 
+-- Whether more than half of Redis's memory is taken: what is kept for those who may come back must not stop others.
+-- Asked once a call at most, and only where a mailbox keeps all.
+local short
+local function is_short()
+  if short == nil then
+    local info = redis.pcall('INFO', 'memory')
+    info = type(info) == 'string' and info or ''
+    local used, max = match(info, 'used_memory:(%d+)'), match(info, 'maxmemory:(%d+)')
+    short = used and max and tonumber(max) > 0 and used * 2 > tonumber(max) or false
+  end
+  return short
+end
+
 -- Whether that is over, which ends it.
 local function may_trim(h)
   if not keeps_all(h) then return true end
   local till = tonumber(call('HGET', h.key, 'y') or 0)
-  if till > NOW and till - NOW <= KEEP_MAX then return false end
+  if till > NOW and till - NOW <= KEEP_MAX and not is_short() then return false end
   call('HDEL', h.key, 'y')
   h.mark = h.mark - KEEPS_ALL
   return true

@@ -1,11 +1,15 @@
 //! Two purgers, a connect beside an accept, and a Redis that forgets.
 
+use std::time::Duration;
+
 use barid_core::{Generation, Position, Seq};
 use barid_mailbox::{
-    AcceptGroup, AcceptOutcome, AckOutcome, ConfirmOutcome, GroupOutcome, LogPosition, UserKey,
+    AcceptGroup, AcceptOutcome, AckOutcome, ConfirmOutcome, DeviceState, GroupOutcome, Lease,
+    LeaseEvent, LogPosition, NodeRole, UserKey,
 };
 use barid_wire::envelope;
 
+use crate::leases::{next, record};
 use crate::support::{Bed, at, confirmation, connected, contract, hello, message, open};
 
 contract!(
@@ -190,6 +194,11 @@ async fn keeping(seconds: u64) -> Bed {
     .await
 }
 
+/// A node's lease as its copy stands beside a shard: without any, a shard counts as one that lost everything.
+async fn hold_lease(bed: &Bed, user: &UserKey) {
+    let () = bed.query(&["HSET", &bed.key("n", user), "node-1", "1 1 0 H "]).await;
+}
+
 /// Two devices had three messages when Redis lost everything, and a purger took those and a fourth again.
 /// Returns where both stood.
 async fn lost_behind_two_devices(bed: &Bed, user: &UserKey) -> Position {
@@ -217,7 +226,7 @@ async fn phone_has_all(bed: &Bed, user: &UserKey, place: Position) {
 }
 
 #[tokio::test]
-async fn hazard_65_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_others() {
+async fn hazard_76_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_others() {
     let bed = keeping(600).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -235,7 +244,62 @@ async fn hazard_65_what_one_device_acknowledges_behind_a_loss_is_kept_for_the_ot
 }
 
 #[tokio::test]
-async fn hazard_65_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
+async fn hazard_76_a_source_that_had_nothing_for_a_shard_finds_that_it_is_empty() {
+    let bed = keeping(600).await;
+    let user = bed.user("alice");
+    let drops = async |partition: i32, offset: i64| {
+        let mut group =
+            bed.group(vec![message(&user, offset, &format!("{partition}-{offset}"))], None);
+        group.source.partition = partition;
+        assert_eq!(accepted(bed.mailbox.accept(&[group]).await[0].as_ref().unwrap()), 1);
+        let newest = bed.position(&user, bed.page(&user, 0).await.newest.0).await;
+        let held: Option<DeviceState> = bed.state(&user, "phone").await;
+        let generation = held.map_or(Generation(0), |device| device.cursor.generation);
+        bed.ack_at(&user, "phone", 1, Position { generation, ..newest }).await;
+        ids(&bed, &user).await.is_empty()
+    };
+    hold_lease(&bed, &user).await;
+    bed.connect(&user, "phone", 1).await;
+    assert!(drops(1, 1).await, "a shard that is new to a source is not one that lost something");
+    let () = bed.query(&["FLUSHALL"]).await;
+    bed.connect(&user, "phone", 1).await;
+    assert!(!drops(2, 1).await, "nothing is left of the leases");
+    // A node renews its lease first, and notes the loss with that.
+    let () = bed.query(&["FLUSHALL"]).await;
+    let (node, ttl) = (record("node-2", NodeRole::Access), Duration::from_millis(1_500));
+    let mut lease = Lease::acquire(&bed.mailbox, node, ttl).await.unwrap();
+    bed.connect(&user, "phone", 1).await;
+    assert!(drops(3, 1).await, "a lease that begins tells nothing");
+    let () = bed.query(&["FLUSHALL"]).await;
+    while !matches!(next(&mut lease).await, LeaseEvent::Forgot(_)) {}
+    bed.connect(&user, "phone", 1).await;
+    assert!(!drops(4, 1).await, "the lease was renewed before");
+}
+
+#[tokio::test]
+async fn hazard_76_a_mailbox_that_keeps_all_gives_way_when_memory_is_short() {
+    let bed = keeping(600).await;
+    let user = bed.user("alice");
+    let place = lost_behind_two_devices(&bed, &user).await;
+    phone_has_all(&bed, &user, place).await;
+    assert_eq!(ids(&bed, &user).await.len(), 4);
+    let info: String = bed.query(&["INFO", "memory"]).await;
+    let used = info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap();
+    let limit = used.trim().parse::<u64>().unwrap() * 3 / 2;
+    let () = bed.query(&["CONFIG", "SET", "maxmemory", &limit.to_string()]).await;
+    // Also where everything is acknowledged and nobody says a word: by the next message.
+    bed.accept(&user, 5, "m5").await;
+    assert_eq!(ids(&bed, &user).await, ["m5"]);
+    let newest = Position { generation: Generation(1), ..bed.position(&user, 5).await };
+    bed.ack_at(&user, "phone", 1, newest).await;
+    assert!(ids(&bed, &user).await.is_empty());
+    // Whoever comes now is told.
+    let back = bed.resume(&user, "tablet", 3, place).await;
+    assert_eq!((back.cursor.seq, back.newest), (Seq(0), Seq(5)));
+}
+
+#[tokio::test]
+async fn hazard_76_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
     let bed = keeping(600).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -283,7 +347,7 @@ async fn hazard_65_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
 }
 
 #[tokio::test]
-async fn hazard_65_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
+async fn hazard_76_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
     let bed = keeping(0).await;
     let user = bed.user("alice");
     let place = lost_behind_two_devices(&bed, &user).await;
@@ -310,7 +374,7 @@ async fn hazard_65_who_comes_too_late_behind_a_loss_is_told_that_something_is_go
 }
 
 #[tokio::test]
-async fn hazard_65_a_session_whose_device_was_forgotten_is_told_what_was_trimmed_since() {
+async fn hazard_76_a_session_whose_device_was_forgotten_is_told_what_was_trimmed_since() {
     let bed = keeping(0).await;
     let user = bed.user("alice");
     bed.connect(&user, "phone", 1).await;

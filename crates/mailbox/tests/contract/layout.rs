@@ -287,7 +287,7 @@ async fn hazard_36_numbers_at_their_bounds_do_not_wrap(bed: Bed) {
             let by = Attempt(number.min(1 << 53));
             assert_eq!(late, ConnectOutcome::Superseded { by }, "{lower} after {number}");
         }
-        // A generation that a device names is at most one more after its reset.
+        // A generation that a device names leaves room for resets that it can still acknowledge under.
         let generation = u32::try_from(number).unwrap_or(u32::MAX);
         let mut at = Position {
             generation: Generation(generation),
@@ -300,7 +300,7 @@ async fn hazard_36_numbers_at_their_bounds_do_not_wrap(bed: Bed) {
                 ..ConnectRequest { attempt: Attempt(u64::MAX), ..request.clone() }
             };
             let connected = connected(bed.hello(request).await);
-            let expected = u64::from(generation.min((1 << 31) - 1)) + resets;
+            let expected = u64::from(generation.min((1 << 30) - 1)) + resets;
             assert_eq!(u64::from(connected.cursor.generation.0), expected, "after {number}");
             at.generation = connected.cursor.generation;
         }

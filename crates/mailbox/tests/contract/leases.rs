@@ -16,7 +16,7 @@ contract!(
 
 const REFRESH: Duration = Duration::from_millis(50);
 
-fn record(id: &str, role: NodeRole) -> NodeRecord {
+pub fn record(id: &str, role: NodeRole) -> NodeRecord {
     NodeRecord {
         id: NodeId::new(id).unwrap(),
         role,
@@ -38,7 +38,7 @@ fn name(bed: &Bed, node: &str) -> String {
     format!("{kind}-{}", user.user)
 }
 
-async fn next(lease: &mut Lease) -> LeaseEvent {
+pub async fn next(lease: &mut Lease) -> LeaseEvent {
     let event = tokio::time::timeout(Duration::from_secs(10), lease.next_event()).await;
     event.expect("an event")
 }

@@ -194,7 +194,7 @@ impl Bed {
     pub fn key(&self, kind: &str, user: &UserKey) -> String {
         let (shard, UserKey { app, user: name }) = (self.shard(user), user);
         match kind {
-            "t" | "o" => format!("{{{shard}}}:{kind}"),
+            "t" | "o" | "n" => format!("{{{shard}}}:{kind}"),
             "r" => format!("{{{shard}}}:r:{app}:{name}"),
             _ => format!("{{{shard}}}:{kind}:u:{app}:{name}"),
         }

@@ -110,7 +110,9 @@ impl Store {
     }
 
     pub async fn empty(&mut self) {
-        let script = "for _, k in ipairs(redis.call('KEYS', '*{0}:*')) do redis.call('DEL', k) end";
+        // A node has its lease, else the first accept takes the shard for one that has lost everything.
+        let script = "for _, k in ipairs(redis.call('KEYS', '*{0}:*')) do redis.call('DEL', k) end
+            redis.call('HSET', '{0}:n', 'node-1', '1 1 0 H ')";
         self.eval(script, &[]).await
     }
 
@@ -145,7 +147,8 @@ impl Store {
         let script = "for _, k in ipairs(redis.call('KEYS', '{0}:*')) do redis.call('DEL', k) end
             for _, k in ipairs(redis.call('KEYS', 'copy:*')) do
               redis.call('COPY', k, string.sub(k, 6))
-            end";
+            end
+            redis.call('HSET', '{0}:n', 'node-1', '1 1 0 H ')";
         self.eval(script, &[]).await
     }
 

@@ -174,6 +174,22 @@ fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
 }
 
 #[test]
+fn nodes_that_are_gone_for_good_are_forgotten() {
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
+    memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
+    let after = |seconds| t + SECOND * seconds;
+    for seconds in (2..3_602).step_by(3) {
+        memory.update(read(&[("a", 1), ("b", 1)], "c"), after(seconds));
+        assert_eq!(memory.known().count(), 3, "{seconds}");
+    }
+    let now = after(3_602);
+    memory.update(read(&[("a", 1), ("b", 1)], "c"), now);
+    assert_eq!(memory.known().count(), 2);
+    // A route that it left somewhere counts from when it is found, as one of a stranger.
+    assert_eq!(memory.void_since(&id("c"), Incarnation(1), now), Some(Duration::ZERO));
+}
+
+#[test]
 fn hazard_28_a_fresh_reader_sees_whoever_has_one_readable_copy() {
     let t = Instant::now();
     let cases: [(&str, Sight); 5] = [
