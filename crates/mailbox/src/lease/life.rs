@@ -62,6 +62,8 @@ pub(crate) struct Life {
     /// A lease that nothing renewed for so long begins another life: others may soon hold its routes
     /// for void, and what removes those must not meet routes that are good again.
     lapse_max: Duration,
+    /// The number of the writing by which this life was taken.
+    taken: u64,
     /// The last number that each place confirmed in this life.
     confirmed: HashMap<Place, u64>,
 }
@@ -76,6 +78,7 @@ impl Life {
             works: false,
             held_at: now,
             lapse_max: void_after / 2,
+            taken: 0,
             confirmed: HashMap::new(),
         }
     }
@@ -144,15 +147,19 @@ impl Life {
         let before = self.confirmed.insert(place, stamp.number);
         if !self.held {
             self.held = true;
+            self.taken = stamp.number;
             return Some(News::Taken(stamp.incarnation));
         }
         let stood = wrote.stood.filter(|stood| stood.incarnation == stamp.incarnation);
-        let forgot = before.is_some_and(|number| match place {
+        let forgot = match (place, before) {
             // A writing of ours that was executed and not answered is no gap.
-            Place::Own => stood.is_none_or(|stood| stood.number < number),
+            (Place::Own, Some(number)) => stood.is_none_or(|stood| stood.number < number),
+            (Place::Own, None) => false,
             // It may have been executed where everything was lost before: then it hides that.
-            Place::Copy(_) => stood.is_none_or(|stood| stood.number != number),
-        });
+            (Place::Copy(_), Some(number)) => stood.is_none_or(|stood| stood.number != number),
+            // What was written there since this life began is not known to be there.
+            (Place::Copy(_), None) => stamp.number != self.taken,
+        };
         forgot.then_some(News::Forgot(place))
     }
 
@@ -260,8 +267,6 @@ mod tests {
             walk.attempt(3);
             assert_eq!(walk.answer(copy(0), done(forgotten)), Some(News::Forgot(copy(0))));
         }
-        // Beside this shard nothing was confirmed before.
-        assert_eq!(walk.answer(copy(1), done(None)), None);
     }
 
     #[test]
@@ -273,6 +278,17 @@ mod tests {
         assert_eq!(walk.answer(copy(0), done(stood(100, 2))), Some(News::Forgot(copy(0))));
         // The lease's own key holds nothing else.
         assert_eq!(walk.answer(OWN, done(stood(100, 2))), None);
+    }
+
+    #[test]
+    fn hazard_65_a_shard_that_is_reached_later_than_others_may_have_forgotten() {
+        let mut walk = Walk::new();
+        assert_eq!(walk.answer(copy(1), done(None)), None, "nothing can be there yet");
+        walk.attempt(3);
+        // A session was written there meanwhile, and the shard was emptied.
+        assert_eq!(walk.answer(copy(2), done(None)), Some(News::Forgot(copy(2))));
+        walk.attempt(3);
+        assert_eq!(walk.answer(copy(2), done(stood(100, 2))), None);
     }
 
     #[test]

@@ -269,3 +269,14 @@ fn search(began: Instant, cases: &AtomicUsize, broken: &AtomicBool) -> Checked {
         }
     }
 }
+
+#[test]
+fn hazard_65_sessions_of_a_master_that_is_emptied_before_its_first_renewal_are_confirmed() {
+    let steps = [
+        Step::Start { node: 0, clock_s: 0, cut: 2 },
+        Step::Cut { node: 0, masters: 0 },
+        Step::Connect { user: 1, node: 0, told: true },
+        Step::Emptied { masters: 2 },
+    ];
+    run(&steps).unwrap();
+}
