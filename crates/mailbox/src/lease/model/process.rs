@@ -108,14 +108,14 @@ fn wall_ms(now_ms: u64, clock_s: i64) -> u64 {
 }
 
 impl Process {
-    /// A process that begins; `None`: no master lets it.
+    /// A process that begins; it holds no lease if no master let it.
     pub fn start(
         number: usize,
         clock_s: i64,
         cut: u8,
         masters: &mut [Master],
         now_ms: u64,
-    ) -> Result<Option<Self>, String> {
+    ) -> Result<Self, String> {
         let record = NodeRecord {
             id: id(number).clone(),
             role: NodeRole::Access,
@@ -158,14 +158,18 @@ impl Process {
             let before = process.life.incarnation();
             process.renew(masters, now_ms)?;
             if !process.life.is_held() && process.life.incarnation() == before {
-                return Ok(None);
+                return Ok(process);
             }
         }
         process.life.begin_work();
         process.pending = Pending::default();
         process.sessions.first = process.record.incarnation;
         process.sessions.begin_life(process.record.incarnation);
-        Ok(Some(process))
+        Ok(process)
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.life.is_held()
     }
 
     fn reaches(&self, master: usize) -> bool {

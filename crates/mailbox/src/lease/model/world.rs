@@ -213,13 +213,15 @@ impl World {
             return Ok(());
         }
         let process = Process::start(node, clock_s, cut, &mut self.masters, self.now_ms)?;
-        let Some(process) = process else { return Ok(()) };
-        process.check_outbid(&self.masters, self.now_ms)?;
         // A clock that is behind the last process's, and no master to tell it so: that is not provided
         // for. The process dies of it at once.
-        let behind = process.incarnation() <= self.lives[node];
-        self.lives[node] = self.lives[node].max(process.incarnation());
-        self.nodes[node] = Some(process).filter(|_| !behind);
+        let (life, behind) =
+            (process.record.incarnation, process.record.incarnation <= self.lives[node]);
+        self.lives[node] = self.lives[node].max(life);
+        if process.is_held() {
+            process.check_outbid(&self.masters, self.now_ms)?;
+            self.nodes[node] = Some(process).filter(|_| !behind);
+        }
         Ok(())
     }
 
@@ -456,7 +458,7 @@ impl World {
         let Some(Answer::Removed(Some(route))) = answer else { return Ok(()) };
         let current = self.nodes[route.node].as_ref().is_some_and(|process| {
             process.has(user, route.incarnation, route.connection)
-                && process.incarnation() == route.incarnation
+                && process.record.incarnation == route.incarnation
                 && process.is_fresh(self.now_ms)
         });
         if current {
