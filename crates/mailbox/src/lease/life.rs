@@ -57,7 +57,7 @@ pub(crate) struct Life {
     /// The process works under its lease. Before, another life that it finds is outbid, and nobody is told:
     /// it has no session yet.
     works: bool,
-    /// When the last writing that was confirmed began.
+    /// When the last writing that was confirmed began, or this life.
     held_at: Instant,
     /// A lease that nothing renewed for so long begins another life: others may soon hold its routes
     /// for void, and what removes those must not meet routes that are good again.
@@ -106,7 +106,7 @@ impl Life {
         other
     }
 
-    /// When the last writing that was confirmed began.
+    /// When the last writing that was confirmed began, if it is held.
     pub fn held_at(&self) -> Instant {
         self.held_at
     }
@@ -115,9 +115,10 @@ impl Life {
     /// called after.
     pub fn attempt(&mut self, now: Instant, wall_ms: u64) -> (Stamp, Option<News>) {
         let mut news = None;
-        if self.held && now.saturating_duration_since(self.held_at) > self.lapse_max {
-            self.begin(self.stamp.incarnation, wall_ms);
-            news = Some(News::Lapsed("it was not renewed for too long"));
+        // Also one that nobody confirmed: it may have been written, and be held for gone since.
+        if now.saturating_duration_since(self.held_at) > self.lapse_max {
+            news = self.held.then_some(News::Lapsed("it was not renewed for too long"));
+            self.begin(self.stamp.incarnation, wall_ms, now);
         }
         self.stamp.number += 1;
         (self.stamp, news)
@@ -141,7 +142,7 @@ impl Life {
             // The same life with a higher number: a writing of ours that overtook this one, unless
             // another process began in the same millisecond.
             let ours = stood.incarnation == stamp.incarnation && (self.held || known);
-            return if ours { None } else { self.outbid(stood, wall_ms) };
+            return if ours { None } else { self.outbid(stood, wall_ms, sent) };
         }
         self.held_at = self.held_at.max(sent);
         let before = self.confirmed.insert(place, stamp.number);
@@ -163,16 +164,16 @@ impl Life {
         forgot.then_some(News::Forgot(place))
     }
 
-    fn outbid(&mut self, by: Stamp, wall_ms: u64) -> Option<News> {
+    fn outbid(&mut self, by: Stamp, wall_ms: u64, now: Instant) -> Option<News> {
         let told = self.held && self.works;
-        self.begin(by.incarnation, wall_ms);
+        self.begin(by.incarnation, wall_ms, now);
         told.then_some(News::Lapsed("another process has this node's name"))
     }
 
     /// Begins a life after `last`: lives of a name are ordered, whatever the machines' clocks say.
-    fn begin(&mut self, last: Incarnation, wall_ms: u64) {
+    fn begin(&mut self, last: Incarnation, wall_ms: u64, now: Instant) {
         self.stamp.incarnation = Incarnation(wall_ms.max(last.0 + 1));
-        self.held = false;
+        (self.held, self.held_at) = (false, now);
         self.confirmed.clear();
     }
 }
@@ -289,6 +290,17 @@ mod tests {
         assert_eq!(walk.answer(copy(2), done(None)), Some(News::Forgot(copy(2))));
         walk.attempt(3);
         assert_eq!(walk.answer(copy(2), done(stood(100, 2))), None);
+    }
+
+    #[test]
+    fn hazard_66_a_life_that_nobody_confirmed_ends_as_others_do() {
+        let mut walk = Walk::new();
+        walk.attempt(301);
+        let unheard = walk.stamp.incarnation;
+        walk.attempt(300);
+        assert_eq!(walk.stamp.incarnation, unheard, "not yet");
+        assert_eq!(walk.attempt(1), None, "it was not held");
+        assert!(walk.stamp.incarnation > unheard);
     }
 
     #[test]

@@ -273,7 +273,8 @@ impl Process {
     }
 
     pub fn give_up(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
-        let (stamp, _) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        self.heed(news, None, now_ms)?;
         let record = self.record.clone();
         let given_up = true;
         self.everywhere(masters, |process, master, place, masters| {

@@ -232,7 +232,9 @@ impl World {
         for user in 0..USERS {
             self.end_session(&mut process, user);
         }
-        process.give_up(&mut self.masters, self.now_ms)
+        process.give_up(&mut self.masters, self.now_ms)?;
+        self.lives[node] = self.lives[node].max(process.record.incarnation);
+        Ok(())
     }
 
     fn end_session(&mut self, process: &mut Process, user: usize) {
