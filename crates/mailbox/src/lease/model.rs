@@ -187,9 +187,17 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         3 => masters.prop_map(|masters| Step::Emptied { masters }),
         1 => (master, 1..100_u64).prop_map(|(master, seconds)| Step::Ahead { master, seconds }),
     ];
+    let some = prop_oneof![
+        14 => step.prop_map(|step| vec![step]),
+        1 => (0..NODES, 31_000..45_000_u64, prop::option::of(0..READERS))
+            .prop_map(|(node, ms, fresh)| silence(node, ms, fresh)),
+        1 => (0..NODES, 0..READERS, 0..7_u8, 30_000..200_000_u64, any::<bool>())
+            .prop_map(|(node, reader, masters, ms, stopped)| parted(node, reader, masters, ms, stopped)),
+    ];
     let kinds = prop_oneof![1 => Just(u32::MAX), 4 => any::<u32>()];
     let few = (1..=NODES, prop_oneof![Just(1), Just(2), Just(USERS)], 1..=READERS);
-    (kinds, few, prop::collection::vec(step, 1..=count)).prop_map(|(kinds, few, mut steps)| {
+    (kinds, few, prop::collection::vec(some, 1..=count)).prop_map(|(kinds, few, some)| {
+        let mut steps = some.concat();
         steps.retain(|step| step.kind().is_none_or(|kind| kinds & (1 << kind) != 0));
         steps.iter_mut().for_each(|step| step.be_of(few));
         if kinds & (1 << TRAFFIC) != 0 {
@@ -197,6 +205,35 @@ fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         }
         steps
     })
+}
+
+/// A process is stopped past its lease and not for long enough to begin another life; a dispatcher may
+/// begin meanwhile.
+fn silence(node: usize, ms: u64, fresh: Option<usize>) -> Vec<Step> {
+    let mut steps = vec![Step::Freeze { node }, Step::Wait { ms }];
+    steps.extend(fresh.map(|reader| Step::Fresh { reader }));
+    steps.extend([Step::Wait { ms: 12_000 }, Step::Thaw { node }]);
+    steps
+}
+
+/// A process and a dispatcher are on two sides of a network for some time; the process may be stopped
+/// when that ends.
+fn parted(node: usize, reader: usize, masters: u8, ms: u64, stopped: bool) -> Vec<Step> {
+    let others = !masters & 7;
+    let mut steps = vec![
+        Step::Cut { node, masters },
+        Step::CutReader { reader, masters: others },
+        Step::Wait { ms },
+    ];
+    if stopped {
+        steps.extend([Step::Freeze { node }, Step::Wait { ms: 35_000 }]);
+    }
+    steps.extend([
+        Step::CutReader { reader, masters: 0 },
+        Step::Wait { ms: 12_000 },
+        Step::Thaw { node },
+    ]);
+    steps
 }
 
 fn run(steps: &[Step]) -> Checked {
