@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn hazard_66_a_life_that_nobody_confirmed_ends_as_others_do() {
+    fn hazard_77_a_life_that_nobody_confirmed_ends_as_others_do() {
         let mut walk = Walk::new();
         walk.attempt(301);
         let unheard = walk.stamp.incarnation;
