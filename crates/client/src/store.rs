@@ -247,6 +247,19 @@ mod tests {
         assert_eq!(store.load().unwrap(), Some(checkpoint));
     }
 
+    /// `fsync` of /dev/null is an error: a position that is not on the disk takes no other's place.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn hazard_42_what_cannot_be_synced_does_not_replace_what_was_saved_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::new(dir.path().join("phone.json"));
+        let checkpoint = Checkpoint { attempt: 5, ..Default::default() };
+        store.save(&checkpoint).unwrap();
+        std::os::unix::fs::symlink("/dev/null", dir.path().join("phone.json.new")).unwrap();
+        assert!(store.save(&Checkpoint { attempt: 6, ..Default::default() }).is_err());
+        assert_eq!(store.load().unwrap(), Some(checkpoint));
+    }
+
     #[test]
     fn what_cannot_be_read_at_all_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
