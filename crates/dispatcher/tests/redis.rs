@@ -286,10 +286,17 @@ async fn hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life() {
     let key = format!("barid:node:{}", before.id);
     let _: u64 = cluster.redis.query(&["DEL", &key]).await.unwrap();
     let begun = Instant::now();
-    while cluster.redis.query::<u64>(&["EXISTS", &key]).await.unwrap() == 0 {
+    // Written again, and renewed twice: a new life would have begun by then.
+    let (mut first, mut number) = (None, 0);
+    while first.is_none_or(|first| number < first + 2) {
         assert!(begun.elapsed() < SOON, "it is not written again");
         sleep(Duration::from_millis(5)).await;
+        let written: Option<u64> = cluster.redis.query(&["HGET", &key, "number"]).await.unwrap();
+        number = written.unwrap_or(number);
+        first = first.or(written);
     }
+    let life: u64 = cluster.redis.query(&["HGET", &key, "incarnation"]).await.unwrap();
+    assert_eq!(life, before.incarnation.0);
     assert_eq!(*table.snapshot(), [before]);
     while !dispatcher.context.health.not_ready().is_empty() {
         assert!(begun.elapsed() < SOON, "{:?}", dispatcher.context.health.not_ready());
