@@ -591,7 +591,7 @@ mod tests {
     }
 
     #[test]
-    fn hazard_48_a_shard_that_knows_nothing_is_read_no_further_back_than_mailboxes_keep() {
+    fn hazard_45_a_shard_that_knows_nothing_is_read_no_further_back_than_mailboxes_keep() {
         for (since, low, target) in [(30, 10, 30), (10, 30, 30), (60, 0, 45)] {
             let mut partitions = held();
             take(&mut partitions, 40..50, 2);
