@@ -486,7 +486,7 @@ fn hazard_26_a_successor_knows_what_the_shards_must_know() {
 }
 
 #[test]
-fn hazard_48_shards_that_forgot_together_are_read_again_together() {
+fn hazard_45_shards_that_forgot_together_are_read_again_together() {
     paused(async {
         let mut world = World::new(Vec::new(), 120);
         timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
