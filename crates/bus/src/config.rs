@@ -152,19 +152,54 @@ impl Bounded for KafkaConfig {
     }
 }
 
-/// Settings that the delivery promises depend on; `kafka.properties` must not set them.
-const RESERVED: [&str; 10] = [
-    "acks",
-    "request.required.acks",
+/// Settings that the delivery promises depend on, or that have a key of their own; `kafka.properties` must
+/// not set them, by no name.
+const RESERVED: [&str; 19] = [
+    "auto.commit.enable",
     "auto.offset.reset",
-    "bootstrap.servers",
+    // Only failures would be told, and nothing that succeeds would ever be finished.
+    "delivery.report.only.error",
     "enable.auto.commit",
     "enable.auto.offset.store",
     "enable.idempotence",
+    // The end of a partition would be told as an error, and the partition be taken for stuck.
+    "enable.partition.eof",
+    // Events would take the place of the callbacks.
+    "enabled_events",
     "group.id",
+    "group.instance.id",
     "group.protocol",
+    "group.remote.assignor",
+    "isolation.level",
+    "message.timeout.ms",
+    "metadata.broker.list",
     "partition.assignment.strategy",
+    "request.required.acks",
+    // A broker in this process, which keeps nothing, would take the place of Kafka.
+    "test.mock.num.brokers",
+    // Nothing could be produced outside of a transaction.
+    "transactional.id",
 ];
+
+/// Two names of one setting: librdkafka's CONFIGURATION.md of 2.12.1, first the alias.
+const ALIASES: [(&str, &str); 11] = [
+    ("acks", "request.required.acks"),
+    ("bootstrap.servers", "metadata.broker.list"),
+    ("compression.type", "compression.codec"),
+    ("delivery.timeout.ms", "message.timeout.ms"),
+    ("linger.ms", "queue.buffering.max.ms"),
+    ("max.in.flight", "max.in.flight.requests.per.connection"),
+    ("max.partition.fetch.bytes", "fetch.message.max.bytes"),
+    ("retries", "message.send.max.retries"),
+    ("sasl.mechanism", "sasl.mechanisms"),
+    ("sasl.oauthbearer.client.credentials.client.id", "sasl.oauthbearer.client.id"),
+    ("sasl.oauthbearer.client.credentials.client.secret", "sasl.oauthbearer.client.secret"),
+];
+
+/// A setting's own name, where `key` is its alias.
+fn own_name(key: &str) -> &str {
+    ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, name)| name)
+}
 
 impl KafkaConfig {
     /// Checks bounds, names, properties and the files that they name.
@@ -187,7 +222,8 @@ impl KafkaConfig {
         if all.len() != 5 || all[0].is_empty() {
             return Err("kafka.topics must be five different names".into());
         }
-        match RESERVED.iter().find(|key| self.properties.0.contains_key(**key)) {
+        let reserved = |key: &&String| RESERVED.contains(&own_name(key));
+        match self.properties.0.keys().find(reserved) {
             Some(key) => Err(format!("kafka.properties must not set {key:?}")),
             None => self.check_properties(),
         }
@@ -203,7 +239,9 @@ impl KafkaConfig {
                     KafkaError::ClientConfig(_, why, ..) => why,
                     _ => "it is refused".to_owned(),
                 };
-                return Err(format!("kafka.properties: {key:?}: {}", why.replace(value, "…")));
+                // Every string contains the empty one.
+                let why = if value.is_empty() { why } else { why.replace(value, "…") };
+                return Err(format!("kafka.properties: {key:?}: {why}"));
             }
             // `probe` is no path: OpenSSL then searches its default locations.
             let is_file = key.starts_with("ssl.") && key.ends_with(".location") && value != "probe";
@@ -228,9 +266,13 @@ impl KafkaConfig {
         client
     }
 
-    /// The operator's own settings, over the others.
+    /// The operator's own settings, over the others. librdkafka is told them in any order, so that of two
+    /// names of one setting either could win: only one of them is kept.
     pub(crate) fn overlay(&self, mut client: ClientConfig) -> ClientConfig {
         for (key, value) in &self.properties.0 {
+            for (alias, name) in ALIASES.iter().filter(|(_, name)| *name == own_name(key)) {
+                client.remove(alias).remove(name);
+            }
             client.set(key, value);
         }
         client
@@ -316,6 +358,63 @@ mod tests {
             );
         }
         assert_eq!(config.properties.0["sasl.password"], "hunter2");
+    }
+
+    #[test]
+    fn an_error_about_an_empty_value_stays_readable() {
+        let properties = [("socket.timeout.ms".to_owned(), String::new())].into();
+        let config = KafkaConfig { properties: Properties(properties), ..Default::default() };
+        let told = config.check().unwrap_err();
+        assert!(told.contains("\"socket.timeout.ms\"") && !told.contains('…'), "{told}");
+    }
+
+    #[test]
+    fn hazard_67_what_the_promises_rest_on_cannot_be_set_by_any_name() {
+        let aliases = ALIASES.iter().filter(|(_, name)| RESERVED.contains(name));
+        let names: Vec<&str> =
+            RESERVED.into_iter().chain(aliases.map(|(alias, _)| *alias)).collect();
+        for key in [
+            "isolation.level",
+            "group.remote.assignor",
+            "group.instance.id",
+            "message.timeout.ms",
+            "delivery.timeout.ms",
+            "metadata.broker.list",
+            "bootstrap.servers",
+            "acks",
+        ] {
+            assert!(names.contains(&key), "{key}");
+        }
+        for key in names {
+            let properties = Properties([(key.to_owned(), "1".to_owned())].into());
+            let config = KafkaConfig { properties, ..Default::default() };
+            let told = format!("kafka.properties must not set {key:?}");
+            assert_eq!(config.check(), Err(told));
+        }
+    }
+
+    #[test]
+    fn hazard_67_a_property_wins_by_either_of_its_names() {
+        for (alias, name) in ALIASES {
+            let value = if name == "compression.codec" { "lz4" } else { "7" };
+            let set = |key: &str, value: &str| {
+                let mut client = ClientConfig::new();
+                client.set(key, value);
+                client
+            };
+            // It is an alias. Builds without SASL have none of its settings.
+            if !name.starts_with("sasl.") {
+                let native = set(alias, value).create_native_config().unwrap();
+                assert_eq!(native.get(name).unwrap(), value, "{alias}");
+            }
+            for (ours, theirs) in [(alias, name), (name, alias), (name, name)] {
+                let properties = Properties([(theirs.to_owned(), value.to_owned())].into());
+                let config = KafkaConfig { properties, ..Default::default() };
+                let mut client = config.overlay(set(ours, "ours"));
+                assert_eq!(client.get(theirs), Some(value));
+                assert_eq!(client.remove(theirs).get(ours), None, "{ours} {theirs}");
+            }
+        }
     }
 
     #[test]
