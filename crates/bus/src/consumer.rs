@@ -30,6 +30,8 @@ use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ff
 
 /// How long to wait for an answer of Kafka's before it counts as away.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a commit may take before it counts as failed. It may have been made: the next one repeats it.
+const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
 /// Metadata of one commit: the broker writes all of its partitions as one batch, of 1 MiB at most.
 const METADATA_BATCH_BYTES_MAX: usize = 256 * 1024;
 
@@ -110,7 +112,7 @@ pub struct Draining;
 pub enum Done {
     /// In order.
     Left,
-    /// librdkafka did not finish in time; the group will notice by itself.
+    /// librdkafka did not finish in time, or could not; the group will notice by itself.
     Abandoned,
 }
 
@@ -232,7 +234,8 @@ enum Protocol {
     Classic,
 }
 
-/// librdkafka's consumer. Its drop leaves the group, and waits until that is done.
+/// librdkafka's consumer. Its drop leaves the group and waits until that is done, unless a request under way
+/// still holds it: then [`Member::leave`] does.
 struct Member {
     inner: Arc<BaseConsumer<Callbacks>>,
     callbacks: Callbacks,
@@ -260,6 +263,26 @@ impl Member {
             }
         };
         of(self.inner.position()).or_else(|| of(self.inner.assignment()))
+    }
+
+    /// Leaves the group, and waits until that is done, whoever else holds librdkafka's consumer: a request
+    /// under way does, for as long as its answer takes. False: librdkafka cannot close it.
+    fn leave(self) -> bool {
+        let shared = Arc::clone(&self.inner);
+        drop(self);
+        match Arc::try_unwrap(shared) {
+            // Its drop closes it.
+            Ok(only) => drop(only),
+            Err(shared) => {
+                if shared.close_queue().is_err() {
+                    return shared.closed();
+                }
+                while !shared.closed() {
+                    shared.poll(Duration::from_millis(100));
+                }
+            }
+        }
+        true
     }
 }
 
@@ -358,9 +381,9 @@ impl Consumer<Draining> {
     pub async fn finish(self, timeout: Duration) -> Done {
         let Core { queues, member, .. } = self.core;
         drop(queues);
-        match tokio::time::timeout(timeout, spawn_blocking(move || drop(member))).await {
-            Ok(_) => Done::Left,
-            Err(_) => Done::Abandoned,
+        match tokio::time::timeout(timeout, spawn_blocking(move || member.leave())).await {
+            Ok(Ok(true)) => Done::Left,
+            _ => Done::Abandoned,
         }
     }
 }
@@ -858,7 +881,7 @@ fn commit(
         let allowed = bytes_max.load(Ordering::Relaxed);
         let bytes = allowed.min(METADATA_BATCH_BYTES_MAX / commits.len());
         let (list, missing) = commit_list(&commits, bytes)?;
-        let failed = match ffi::commit(member.client(), &list) {
+        let failed = match ffi::commit(member.client(), &list, COMMIT_PATIENCE) {
             Ok(failed) => failed,
             Err(RDKafkaErrorCode::NoOffset) => Vec::new(),
             Err(code) => return Err(KafkaError::ConsumerCommit(code).into()),

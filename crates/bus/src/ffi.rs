@@ -6,7 +6,7 @@
 )]
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int};
 use std::time::Duration;
 
 use rdkafka::TopicPartitionList;
@@ -231,55 +231,47 @@ pub(crate) fn cached_high_watermark<C: ClientContext>(
     if high < 0 { -1 } else { high }
 }
 
-/// Commits, and waits for the answer, for as long as librdkafka tries: the partitions that were not
-/// committed, each with why. The binding's own call takes a commit that was refused for some of its
-/// partitions for done.
+/// Commits, and waits for the answer, for at most `timeout`: the partitions that were not committed, each
+/// with why. The binding's own call takes a commit that was refused for some of its partitions for done.
+/// A commit whose answer comes too late may have been made.
 ///
 /// # Errors
-/// None was committed.
+/// None was committed, or it is not known.
 pub(crate) fn commit<C: ClientContext>(
     client: &Client<C>,
     list: &TopicPartitionList,
+    timeout: Duration,
 ) -> Result<Vec<(String, i32, RDKafkaErrorCode)>, RDKafkaErrorCode> {
-    let mut failed: Vec<(String, i32, RDKafkaErrorCode)> = Vec::new();
-    // SAFETY: the client and the list live throughout, the call copies the list. Without a queue the
-    // call itself runs the callback, before it returns, so `failed` outlives its use.
-    let error = unsafe {
-        sys::rd_kafka_commit_queue(
-            client.native_ptr(),
-            list.ptr(),
-            std::ptr::null_mut(),
-            Some(committed),
-            (&raw mut failed).cast(),
-        )
-    };
-    match error {
-        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => Ok(failed),
-        // Where every partition was refused, librdkafka gives the last one's reason for all.
-        _ if !failed.is_empty() => Ok(failed),
-        error => Err(error.into()),
-    }
-}
-
-/// # Safety
-/// Called by [`commit`]'s call alone.
-unsafe extern "C" fn committed(
-    _client: *mut sys::rd_kafka_t,
-    _error: sys::rd_kafka_resp_err_t,
-    list: *mut sys::rd_kafka_topic_partition_list_t,
-    failed: *mut c_void,
-) {
-    if list.is_null() {
-        return;
-    }
-    // SAFETY: librdkafka passes its own list, and the pointer that `commit` gave it.
+    let timeout_ms = c_int::try_from(timeout.as_millis()).unwrap_or(c_int::MAX);
+    let no_error = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+    // SAFETY: the client and the list live throughout, the call copies the list. The queue and the event
+    // are destroyed once by their guards, the event before the queue it came from. An answer that comes
+    // later finds the queue disabled and is dropped by librdkafka.
     unsafe {
-        let failed = &mut *failed.cast::<Vec<(String, i32, RDKafkaErrorCode)>>();
-        for element in elements(list) {
-            if element.err != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
-                let topic = CStr::from_ptr(element.topic).to_string_lossy().into_owned();
-                failed.push((topic, element.partition, element.err.into()));
-            }
+        let handle = client.native_ptr();
+        let queue = Guard(sys::rd_kafka_queue_new(handle), sys::rd_kafka_queue_destroy);
+        let nobody = std::ptr::null_mut();
+        let error = sys::rd_kafka_commit_queue(handle, list.ptr(), queue.0, None, nobody);
+        if error != no_error {
+            return Err(error.into());
+        }
+        let event = sys::rd_kafka_queue_poll(queue.0, timeout_ms);
+        if event.is_null() {
+            return Err(RDKafkaErrorCode::OperationTimedOut);
+        }
+        let event = Guard(event, sys::rd_kafka_event_destroy);
+        let list = sys::rd_kafka_event_topic_partition_list(event.0);
+        let refused = if list.is_null() { &[] } else { elements(list) };
+        let refused = refused.iter().filter(|element| element.err != no_error);
+        let failed = refused.map(|element| {
+            let topic = CStr::from_ptr(element.topic).to_string_lossy().into_owned();
+            (topic, element.partition, element.err.into())
+        });
+        let failed: Vec<_> = failed.collect();
+        match sys::rd_kafka_event_error(event.0) {
+            // Where every partition was refused, librdkafka gives the last one's reason for all.
+            error if error != no_error && failed.is_empty() => Err(error.into()),
+            _ => Ok(failed),
         }
     }
 }

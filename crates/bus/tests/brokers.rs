@@ -378,3 +378,25 @@ async fn hazard_23_a_dead_letter_that_its_topic_does_not_take_is_cut_and_says_so
     let (bytes, headers) = next();
     assert!(bytes == 900_000 && has(&headers, "barid-truncated", "2000000"), "{bytes} {headers:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_68_a_request_under_way_keeps_no_member_in_its_group() {
+    let (kafka, config) = embedded();
+    produce(&config, 1).await;
+    let mut consumer = start(&config);
+    let records = take(&mut consumer, 1).await;
+    let partition = Partition { topic: records[0].topic.clone(), number: records[0].partition };
+    // ListOffsets; the request gives up after five seconds.
+    kafka.delay_answers(2, 10, LIMIT);
+    let request = tokio::spawn(consumer.reach(&partition, 0));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
+    let (mut next, mut held) = (start(&config), Vec::new());
+    while held.len() != 9 {
+        assert!(!request.is_finished(), "it was still a member: the next has {held:?}");
+        follow(&mut next, &mut held, Duration::from_millis(20)).await;
+    }
+    assert!(!request.is_finished(), "it was still a member");
+    assert!(request.await.unwrap().is_err());
+    assert_eq!(next.drain().finish(LIMIT).await, Done::Left);
+}
