@@ -6,6 +6,7 @@ use bytes::Bytes;
 use prometheus::IntCounter;
 
 use crate::consumer::Record;
+use crate::producer::Company;
 use crate::{Error, KafkaConfig, Producer};
 
 /// A refused record.
@@ -59,18 +60,19 @@ impl DeadLetters {
     /// its headers. What is refused even so is logged and counted, and its partition goes on (P6).
     pub async fn write(&self, letter: &DeadLetter<'_>) {
         let mut refused = match letter.record.bytes() < self.queue_bytes {
-            true => self.send(letter, Cut::Whole).await,
+            true => self.send(letter, Cut::Whole, Company::Any).await,
             false => Err(Error::TooLarge),
         };
         for bytes in CUTS {
-            let cut = match refused {
+            let (cut, company) = match refused {
                 Ok(()) => return,
                 // Cutting does not help where the topic refuses the record for another reason than size.
                 Err(Error::Rejected(_)) if bytes > 0 => continue,
-                Err(Error::Rejected(_)) => Cut::Headers,
-                Err(_) => Cut::To(bytes),
+                // It was alone already, and would have others rejected with it.
+                Err(Error::Rejected(_)) => (Cut::Headers, Company::Alone),
+                Err(_) => (Cut::To(bytes), Company::Any),
             };
-            refused = self.send(letter, cut).await;
+            refused = self.send(letter, cut, company).await;
         }
         let Err(error) = refused else { return };
         self.dropped.inc();
@@ -84,7 +86,7 @@ impl DeadLetters {
         );
     }
 
-    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut) -> Result<(), Error> {
+    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut, company: Company) -> Result<(), Error> {
         let record = letter.record;
         let numbers = [
             record.partition.to_string(),
@@ -118,7 +120,7 @@ impl DeadLetters {
                 .extend(original.map(|(name, value): &(String, Bytes)| (name.as_str(), &**value)));
         }
         let key = key.as_deref();
-        self.producer.send_until_delivered(&self.topic, key, value, &headers).await
+        self.producer.send_until_delivered(&self.topic, key, value, &headers, company).await
     }
 }
 

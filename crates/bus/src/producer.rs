@@ -21,10 +21,19 @@ use crate::{Error, KafkaConfig};
 #[derive(Clone)]
 pub struct Producer {
     config: Arc<KafkaConfig>,
-    inner: Arc<RwLock<FutureProducer<Logged>>>,
+    together: Arc<RwLock<Option<FutureProducer<Logged>>>>,
+    /// Puts each record into a batch of its own; made when it is first needed.
+    alone: Arc<RwLock<Option<FutureProducer<Logged>>>>,
     held: Arc<Mutex<BTreeMap<(Instant, u64), Refusal>>>,
-    /// Write-locked for a record that must be alone in its batch; read-locked for all others.
-    alone: Arc<tokio::sync::RwLock<()>>,
+}
+
+/// With which others a record shares its batch. Kafka rejects whole batches for one of their records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Company {
+    /// Whichever are sent at the same time.
+    Any,
+    /// None: what was rejected was this record.
+    Alone,
 }
 
 /// Why a record that has to be delivered is not yet.
@@ -62,9 +71,9 @@ impl Producer {
     /// # Errors
     /// [`Error::Config`].
     pub fn new(config: &KafkaConfig) -> Result<Self, Error> {
-        let inner = Arc::new(RwLock::new(create(config)?));
+        let together = Arc::new(RwLock::new(Some(create(config, Company::Any)?)));
         let config = Arc::new(config.clone());
-        Ok(Self { config, inner, held: Arc::default(), alone: Arc::default() })
+        Ok(Self { config, together, alone: Arc::default(), held: Arc::default() })
     }
 
     /// Sends a record and waits until all replicas have it. Waits while the queue is full, for as
@@ -80,12 +89,12 @@ impl Producer {
         payload: Bytes,
         headers: &[(&str, &[u8])],
     ) -> Result<(), Error> {
-        self.send_as_it_came(topic, Some(key), payload, headers).await
+        self.send_as_it_came(topic, Some(key), payload, headers, Company::Any).await
     }
 
     /// As [`Self::send`], but retries for as long as Kafka is away, the topic is missing or the right to
-    /// write there; [`Self::held`] reports it meanwhile. Kafka rejects whole batches for one of their
-    /// records, so a rejected record is sent once more, alone.
+    /// write there; [`Self::held`] reports it meanwhile. A record that is rejected together with others is
+    /// sent once more, alone, which delays no other record.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::Rejected`], [`Error::Config`]: no time will help.
@@ -95,21 +104,14 @@ impl Producer {
         key: Option<&[u8]>,
         payload: Bytes,
         headers: &[(&str, &[u8])],
+        mut company: Company,
     ) -> Result<(), Error> {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.2)
             .expect("constants in range");
-        let (mut failures, mut holding, mut alone) = (0, None, false);
+        let (mut failures, mut holding) = (0, None);
         loop {
-            let sent = self.send_as_it_came(topic, key, payload.clone(), headers);
-            let sent = if alone {
-                let _nobody_else = self.alone.write().await;
-                sent.await
-            } else {
-                let _others = self.alone.read().await;
-                sent.await
-            };
-            match sent {
-                Err(Error::Rejected(_)) if !alone => alone = true,
+            match self.send_as_it_came(topic, key, payload.clone(), headers, company).await {
+                Err(Error::Rejected(_)) if company == Company::Any => company = Company::Alone,
                 Err(error @ (Error::Away(_) | Error::Refused(_))) => {
                     let holding = holding.get_or_insert_with(|| Holding::new(self));
                     holding.refused(topic, &error);
@@ -136,30 +138,49 @@ impl Producer {
         key: Option<&[u8]>,
         payload: Bytes,
         headers: &[(&str, &[u8])],
+        company: Company,
     ) -> Result<(), Error> {
         let deadline =
             Instant::now() + Duration::from_millis(u64::from(self.config.delivery_timeout_ms));
         loop {
-            match self.try_send(topic, key, &payload, headers) {
+            match self.try_send_in(company, topic, key, &payload, headers) {
                 Ok(delivery) => {
                     let canceled = || Error::Away("the producer was closed".into());
                     let delivered = delivery.await.map_err(|_| canceled())?;
                     return match delivered {
                         Ok(_) => Ok(()),
-                        Err((error, _)) => Err(self.failed(error)),
+                        Err((error, _)) => Err(self.failed(company, error)),
                     };
                 }
                 Err(error) if is_queue_full(&error) && Instant::now() < deadline => {
                     sleep(Duration::from_millis(5)).await;
                 }
-                Err(error) => return Err(self.failed(error)),
+                Err(error) => return Err(self.failed(company, error)),
             }
+        }
+    }
+
+    fn of(&self, company: Company) -> &RwLock<Option<FutureProducer<Logged>>> {
+        match company {
+            Company::Any => &self.together,
+            Company::Alone => &self.alone,
         }
     }
 
     /// Queues a record; the future tells when all replicas have it.
     pub(crate) fn try_send(
         &self,
+        topic: &str,
+        key: Option<&[u8]>,
+        payload: &[u8],
+        headers: &[(&str, &[u8])],
+    ) -> Result<DeliveryFuture, KafkaError> {
+        self.try_send_in(Company::Any, topic, key, payload, headers)
+    }
+
+    fn try_send_in(
+        &self,
+        company: Company,
         topic: &str,
         key: Option<&[u8]>,
         payload: &[u8],
@@ -172,14 +193,26 @@ impl Producer {
             });
         let mut record: Out<'_> = FutureRecord::to(topic).payload(payload).headers(owned);
         record.key = key;
-        self.inner.read().send_result(record).map_err(|(error, _)| error)
+        if let Some(producer) = &*self.of(company).read() {
+            return producer.send_result(record).map_err(|(error, _)| error);
+        }
+        let mut unmade = self.of(company).write();
+        let producer = match &mut *unmade {
+            Some(producer) => producer,
+            unmade => unmade.insert(create(&self.config, company)?),
+        };
+        producer.send_result(record).map_err(|(error, _)| error)
     }
 
     /// Waits until every queued record was delivered or given up; how many are still there at the
     /// deadline.
     pub async fn flush(&self, deadline: Instant) -> usize {
         loop {
-            let left = usize::try_from(self.inner.read().in_flight_count()).unwrap_or(0);
+            let left = [Company::Any, Company::Alone].map(|company| {
+                let queued = self.of(company).read().as_ref().map_or(0, |p| p.in_flight_count());
+                usize::try_from(queued).unwrap_or(0)
+            });
+            let left = left.iter().sum();
             if left == 0 || Instant::now() >= deadline {
                 return left;
             }
@@ -189,12 +222,12 @@ impl Producer {
 
     /// An idempotent producer that lost track of its sequence numbers is of no further use: the next
     /// record goes through a new one.
-    fn failed(&self, error: KafkaError) -> Error {
-        let mut inner = self.inner.write();
-        if let Some((code, reason)) = inner.client().fatal_error() {
+    fn failed(&self, company: Company, error: KafkaError) -> Error {
+        let mut used = self.of(company).write();
+        if let Some((code, reason)) = used.as_ref().and_then(|used| used.client().fatal_error()) {
             tracing::warn!(%code, reason, "kafka producer made anew");
-            match create(&self.config) {
-                Ok(fresh) => *inner = fresh,
+            match create(&self.config, company) {
+                Ok(fresh) => *used = Some(fresh),
                 Err(error) => tracing::error!(%error, "kafka producer cannot be made anew"),
             }
         }
@@ -235,7 +268,7 @@ pub(crate) fn is_queue_full(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull)
 }
 
-fn create(config: &KafkaConfig) -> Result<FutureProducer<Logged>, Error> {
+fn create(config: &KafkaConfig, company: Company) -> Result<FutureProducer<Logged>, KafkaError> {
     let mut client = config.client();
     client
         .set("enable.idempotence", "true")
@@ -247,6 +280,9 @@ fn create(config: &KafkaConfig) -> Result<FutureProducer<Logged>, Error> {
         .set("queue.buffering.max.messages", config.producer_queue_records_max.to_string())
         .set("queue.buffering.max.kbytes", config.producer_queue_kbytes_max.to_string())
         .set("delivery.timeout.ms", config.delivery_timeout_ms.to_string());
-    let client = config.overlay(client);
-    FutureProducer::from_config_and_context(&client, Logged).map_err(Error::from)
+    let mut client = config.overlay(client);
+    if company == Company::Alone {
+        client.set("batch.num.messages", "1");
+    }
+    FutureProducer::from_config_and_context(&client, Logged)
 }

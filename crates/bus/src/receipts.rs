@@ -7,6 +7,7 @@ use barid_wire::v1::Receipt;
 use prometheus::IntCounter;
 use tokio::time::Instant;
 
+use crate::producer::Company;
 use crate::{KafkaConfig, Producer};
 
 /// Produces receipts, keyed by message id. Cheap to clone.
@@ -43,7 +44,8 @@ impl Receipts {
         let payload = encode_receipt(receipt, self.format);
         let headers = self.headers();
         let key = Some(receipt.id.as_bytes());
-        let sent = self.producer.send_until_delivered(&self.topic, key, payload, &headers);
+        let (producer, topic) = (&self.producer, &self.topic);
+        let sent = producer.send_until_delivered(topic, key, payload, &headers, Company::Any);
         if let Err(error) = sent.await {
             tracing::error!(%error, id = receipt.id, "receipt cannot be produced");
             self.dropped.inc();

@@ -10,13 +10,16 @@ use barid_bus::consumer::{
 };
 use barid_bus::{
     DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Memory, Metadata, Producer,
-    TopicSource, ensure_topics,
+    Receipts, TopicSource, ensure_topics,
 };
 use barid_core::LogPosition;
 use barid_testkit::Kafka;
 use barid_testkit::kafka::{KafkaOptions, unique};
+use barid_wire::v1::Receipt;
 use bytes::Bytes;
 use prometheus::IntCounter;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Headers as _, Message as _};
 use tokio::time::{Instant, timeout};
@@ -399,4 +402,42 @@ async fn hazard_68_a_request_under_way_keeps_no_member_in_its_group() {
     assert!(!request.is_finished(), "it was still a member");
     assert!(request.await.unwrap().is_err());
     assert_eq!(next.drain().finish(LIMIT).await, Done::Left);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_69_a_record_that_its_topic_rejects_delays_no_other() {
+    let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..config() };
+    // A compacted topic takes no record without a key. The topic of receipts does not exist, so that a
+    // receipt is under way until librdkafka is sure of that, half a minute.
+    let admin: AdminClient<DefaultClientContext> = Kafka::shared().await.client().create().unwrap();
+    let compacted = NewTopic::new(&config.topics.dead, 1, TopicReplication::Fixed(1))
+        .set("cleanup.policy", "compact");
+    admin.create_topics([&compacted], &AdminOptions::new()).await.unwrap()[0].clone().unwrap();
+    let producer = Producer::new(&config).unwrap();
+    let receipts = Receipts::new(producer.clone(), &config, dropped());
+    let receipt = Receipt { id: "1".into(), ..Default::default() };
+    let told = tokio::spawn(async move { receipts.tell(&receipt).await });
+    let count = dropped();
+    let dead = DeadLetters::new(producer.clone(), &config, count.clone());
+    let record = |key: Option<&'static str>| Record {
+        topic: "source".into(),
+        partition: 1,
+        offset: 7,
+        leader_epoch: 0,
+        timestamp_ms: Some(9),
+        key: key.map(Bytes::from),
+        value: Bytes::from_static(b"value"),
+        headers: Vec::new(),
+    };
+    let (keyed, keyless) = (record(Some("key")), record(None));
+    let letter = |record| DeadLetter { record, code: "bad_id", reason: "why" };
+    let (keyed, keyless) = (letter(&keyed), letter(&keyless));
+    let writes = async {
+        tokio::join!(dead.write(&keyless), dead.write(&keyed));
+        dead.write(&keyed).await;
+    };
+    timeout(Duration::from_secs(15), writes).await.expect("they do not wait for the receipt");
+    assert_eq!(count.get(), 1, "the one without a key");
+    assert!(!told.is_finished());
+    told.abort();
 }
