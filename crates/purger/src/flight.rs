@@ -171,13 +171,11 @@ impl Flight {
         traceparent: String,
         shards: &[Shard],
     ) -> Self {
-        let mut places: Vec<(Shard, u32)> = Vec::new();
-        for (index, shard) in (0_u32..).zip(shards) {
-            match places.iter_mut().find(|(known, _)| known == shard) {
-                Some((_, last)) => *last = index,
-                None => places.push((*shard, index)),
-            }
-        }
+        let mut places: Vec<(Shard, u32)> = shards.iter().copied().zip(0..).collect();
+        // Of each shard's the last index comes first, and stays.
+        places.sort_unstable_by(|a, b| b.cmp(a));
+        places.dedup_by_key(|(shard, _)| *shard);
+        places.shrink_to_fit();
         // A refused record counts as one part, without a shard.
         let parts = if push.is_some() { shards.len() } else { 1 };
         let payload = push.as_ref().map_or(0, |push| push.payload.len());
@@ -274,4 +272,40 @@ pub struct Parcel {
     pub shard: Shard,
     /// What accept gets.
     pub message: AcceptMessage,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use barid_core::ShardCount;
+
+    #[test]
+    fn hazard_71_a_record_for_very_many_users_takes_no_time_for_each_pair_of_them() {
+        let count = ShardCount::new(16_384).unwrap();
+        let all: Vec<Shard> = count.all().collect();
+        let there_and_back = all.iter().chain(all.iter().rev());
+        let shards: Vec<Shard> = there_and_back.cycle().take(100_000).copied().collect();
+        let partition = Partition { topic: "push".into(), number: 0 };
+        let assignment = Assignment::new(1, partition, "id".into(), 1, HashMap::new());
+        let reading = Reading::first(Arc::new(assignment), None);
+        let record = Record {
+            topic: "push".into(),
+            partition: 0,
+            offset: 7,
+            leader_epoch: 3,
+            timestamp_ms: None,
+            key: None,
+            value: bytes::Bytes::new(),
+            headers: Vec::new(),
+        };
+        let begun = std::time::Instant::now();
+        let taken = Instant::now();
+        let flight = Flight::new(reading, record, None, taken, String::new(), &shards);
+        let took = begun.elapsed();
+        let last: HashMap<u16, u32> = shards.iter().map(|shard| shard.get()).zip(0..).collect();
+        let positions: HashMap<u16, u32> =
+            flight.positions().map(|(s, at)| (s, at.index)).collect();
+        assert_eq!((positions, flight.positions().count()), (last, 16_384));
+        assert!(took < std::time::Duration::from_secs(1), "{took:?}");
+    }
 }

@@ -16,7 +16,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::Config;
-use crate::errands::{Errand, Plan, Reaches, Seeks};
+use crate::errands::{Errand, Plan, Reaches, Refresh, Seeks};
 use crate::error::Error;
 use crate::flight::{Assignment, Flight, Parcel};
 use crate::intake::{Intake, Taken};
@@ -81,7 +81,7 @@ struct Conditions {
 /// What is due when, and the requests under way.
 struct Timers {
     commit: Instant,
-    refresh: Instant,
+    refresh: Refresh,
     ping: Instant,
     look: Instant,
     ids: Option<JoinHandle<Result<HashMap<String, String>, KafkaError>>>,
@@ -242,7 +242,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             Event::Trouble(error) => {
                 self.conditions.kafka.failing(error.to_string());
-                self.timers.refresh = self.timers.refresh.min(Instant::now() + TICK * 10);
+                self.timers.refresh.within(TICK * 10, Instant::now());
             }
             Event::Fatal(reason) => return Err(Error::Fatal(reason)),
         }
@@ -456,8 +456,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     fn refresh<S>(&mut self, consumer: &Consumer<S>, now: Instant) {
         let suspect = self.flow.partitions.iter().any(|open| open.suspect.is_some());
         let timers = &mut self.timers;
-        if timers.ids.is_none() && (timers.refresh <= now || suspect) {
-            timers.refresh = now + Duration::from_millis(self.config.topic_refresh_ms);
+        let every = Duration::from_millis(self.config.topic_refresh_ms);
+        if timers.ids.is_none() && timers.refresh.is_due(now, every, suspect) {
             timers.ids = Some(tokio::spawn(consumer.topic_ids()));
             timers.missing.get_or_insert_with(|| {
                 tokio::spawn(consumer.missing_topics(self.config.kafka.topics.all()))
@@ -504,7 +504,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             self.conditions.topics.ready();
         } else {
             // Topics that are created now are found within a second.
-            self.timers.refresh = self.timers.refresh.min(Instant::now() + MISSING_REFRESH);
+            self.timers.refresh.within(MISSING_REFRESH, Instant::now());
             let topics = missing.join(", ");
             self.conditions.topics.failing(format!("kafka has no topic {topics}: create it"));
         }
@@ -670,7 +670,7 @@ impl Timers {
     fn new(now: Instant) -> Self {
         Self {
             commit: now,
-            refresh: now,
+            refresh: Refresh::new(now),
             ping: now,
             look: now,
             ids: None,
