@@ -144,7 +144,14 @@ impl Open {
         true
     }
 
-    /// Forgets what waits for room: it will be taken again. The flights, so that they are uncounted.
+    /// Reads again from `offset`. The ledger and the place in the log go back together: the ledger takes
+    /// offsets that it is not shown for ones that the log does not have.
+    pub fn read_from(&mut self, offset: i64) {
+        self.ledger.rewind(offset);
+        self.seek_to = Some(self.seek_to.map_or(offset, |to| to.min(offset)));
+    }
+
+    /// Forgets what waits for room, and goes back there. The flights, so that they are uncounted.
     pub fn drop_stalled(&mut self) -> Vec<Arc<Flight>> {
         let stalled = std::mem::take(&mut self.stalled);
         let flights: Vec<Arc<Flight>> = stalled
@@ -152,7 +159,7 @@ impl Open {
             .filter_map(|parcels| parcels.first().map(|parcel| Arc::clone(&parcel.flight)))
             .collect();
         if let Some(first) = flights.first() {
-            self.ledger.rewind(first.record.offset);
+            self.read_from(first.record.offset);
         }
         flights
     }
@@ -223,12 +230,11 @@ impl Open {
         let starts = gaps.values().map(|known| {
             known.and_then(|known| self.after(known)).map_or(bound, |start| start.max(bound))
         });
-        let target = starts.chain(self.seek_to).fold(unfinished, i64::min);
+        let target = starts.fold(unfinished, i64::min);
         self.reading.end();
         self.mend(gaps.keys().copied(), reach);
         self.reading = self.reading.repairing(gaps.into_iter().collect(), unfinished);
-        self.ledger.rewind(target);
-        self.seek_to = Some(target);
+        self.read_from(target);
     }
 
     /// Where what came after this position begins; `None`: what is kept of the leaders' epochs does
@@ -298,11 +304,9 @@ impl Open {
     /// and lies before it is still in the log, and nobody else will take it.
     fn start_over_at(&mut self, offset: i64) {
         let unfinished = self.ledger.committable().unwrap_or(offset);
-        let target = [Some(unfinished), self.seek_to].into_iter().flatten().fold(offset, i64::min);
         self.reading = self.reading.over_at(offset);
-        self.ledger.rewind(target);
         self.committed = None;
-        self.seek_to = Some(target);
+        self.read_from(unfinished.min(offset));
     }
 }
 

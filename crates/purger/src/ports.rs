@@ -1,12 +1,37 @@
-//! What the pipeline needs of Redis and of the dispatchers, so that its tests can stand in for both.
+//! What the pipeline needs of Kafka, Redis and the dispatchers, so that its tests can stand in for them.
 
 use std::future::Future;
 
+use barid_bus::consumer::{Consumer, Consuming, Partition, Record};
 use barid_core::{Shard, ShardCount};
 use barid_mailbox::{AcceptGroup, Error, GroupOutcome, Mailbox, RedisTime};
 use barid_mesh::DispatchPool;
 use barid_wire::internal::Push;
 use tokio::time::Instant;
+
+/// Where records come from.
+pub trait Log {
+    /// As [`Consumer::take`].
+    fn take(
+        &mut self,
+        topic: usize,
+        max: usize,
+        wanted: impl FnMut(&Partition) -> bool,
+        out: &mut Vec<Record>,
+    ) -> usize;
+}
+
+impl Log for Consumer<Consuming> {
+    fn take(
+        &mut self,
+        topic: usize,
+        max: usize,
+        wanted: impl FnMut(&Partition) -> bool,
+        out: &mut Vec<Record>,
+    ) -> usize {
+        Self::take(self, topic, max, wanted, out)
+    }
+}
 
 /// Where messages are accepted.
 pub trait Mailboxes: Clone + Send + Sync + 'static {

@@ -4,11 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_bus::consumer::{Consumer, Consuming, Done, Draining, Event, Partition};
+use barid_bus::consumer::{Consumer, Done, Draining, Event, Partition};
 use barid_bus::{DeadLetter, DeadLetters, Error as KafkaError, Held, Producer, Receipts, Stuck};
 use barid_core::{LogPosition, SystemClock};
 use barid_runtime::{Condition, Context, Sighting, Stopped};
-use barid_wire::record::{ReceiptKind, Refusal};
+use barid_wire::record::Refusal;
 use barid_wire::v1::Receipt;
 use futures::FutureExt as _;
 use tokio::sync::mpsc;
@@ -24,7 +24,7 @@ use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Question, Queue};
 use crate::metrics::Metrics;
 use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
-use crate::ports::{Handoff, Mailboxes};
+use crate::ports::{Handoff, Log, Mailboxes};
 use crate::skips::Skips;
 
 /// Records taken in one turn for each unit of weight.
@@ -113,6 +113,8 @@ struct Flow {
     away_messages_max: usize,
     skipped_records_max: usize,
     skips: HashMap<Partition, Skips>,
+    /// Records left out, over all partitions.
+    skipped: usize,
     /// Whether the bound of records left out is reached.
     skips_full: bool,
     records: [usize; 3],
@@ -182,7 +184,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             }
             tokio::select! {
                 () = bell.notified() => {}
-                event = self.events.recv() => self.lane_event(event),
+                Some(event) = self.events.recv() => self.flow.lane_event(event),
                 () = sleep(TICK) => {}
                 () = shutdown.draining() => {}
             }
@@ -197,7 +199,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             self.kafka_event(consumer, event)?;
         }
         while let Ok(event) = self.events.try_recv() {
-            self.lane_event(Some(event));
+            self.flow.lane_event(event);
         }
         self.assign(consumer);
         self.ask_shards();
@@ -247,28 +249,6 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             Event::Fatal(reason) => return Err(Error::Fatal(reason)),
         }
         Ok(())
-    }
-
-    fn lane_event(&mut self, event: Option<LaneEvent>) {
-        match event {
-            Some(LaneEvent::Finished(flights)) => {
-                for flight in &flights {
-                    self.flow.partitions.finish(flight);
-                }
-                self.flow.uncount(&flights);
-                self.flow.finished = true;
-            }
-            Some(LaneEvent::Gap { reading, shard, back_to }) => {
-                let dropped = self.flow.partitions.gap(&reading, shard, back_to);
-                self.flow.uncount(&dropped);
-            }
-            Some(LaneEvent::Answered(answer)) => {
-                let dropped = self.flow.partitions.answered(&answer);
-                self.flow.uncount(&dropped);
-            }
-            // The loop holds a sender itself.
-            None => {}
-        }
     }
 
     /// Answers an assignment; the coordinator may need a second attempt.
@@ -393,7 +373,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
 
     fn seek<S>(&mut self, consumer: &Consumer<S>) {
         for open in self.flow.partitions.iter_mut() {
-            let Some(offset) = open.seek_to else { continue };
+            // Nothing more is taken of one that is being revoked.
+            let Some(offset) = open.seek_to.filter(|_| !open.revoking) else { continue };
             let partition = &open.assignment.partition;
             let about = (open.assignment.id, offset);
             let ask = || consumer.seek(partition, offset);
@@ -603,7 +584,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         while self.flow.unfinished() > 0 && Instant::now() < enough {
             self.turn(&mut consumer).await?;
             tokio::select! {
-                event = self.events.recv() => self.lane_event(event),
+                Some(event) = self.events.recv() => self.flow.lane_event(event),
                 () = sleep(TICK) => {}
             }
         }
@@ -734,6 +715,7 @@ impl Flow {
                 .max(1),
             skipped_records_max: window.skipped_records_max,
             skips: HashMap::new(),
+            skipped: 0,
             skips_full: false,
             records: [0; 3],
             bytes: [0; 3],
@@ -752,8 +734,28 @@ impl Flow {
         })
     }
 
+    fn lane_event(&mut self, event: LaneEvent) {
+        match event {
+            LaneEvent::Finished(flights) => {
+                for flight in &flights {
+                    self.partitions.finish(flight);
+                }
+                self.uncount(&flights);
+                self.finished = true;
+            }
+            LaneEvent::Gap { reading, shard, back_to } => {
+                let dropped = self.partitions.gap(&reading, shard, back_to);
+                self.uncount(&dropped);
+            }
+            LaneEvent::Answered(answer) => {
+                let dropped = self.partitions.answered(&answer);
+                self.uncount(&dropped);
+            }
+        }
+    }
+
     /// Takes a turn's records of each priority, as far as there is room; how many.
-    fn fill(&mut self, consumer: &mut Consumer<Consuming>) -> usize {
+    fn fill(&mut self, log: &mut impl Log) -> usize {
         self.take_skipped();
         self.admit_stalled();
         let mut taken = 0;
@@ -772,7 +774,7 @@ impl Flow {
                     && self.skips.get(p).is_none_or(|skips| !skips.returning)
             };
             if max > 0 {
-                taken += consumer.take(priority, max, wants, &mut records);
+                taken += log.take(priority, max, wants, &mut records);
             }
             records.into_iter().for_each(|record| self.taken(record));
         }
@@ -871,8 +873,7 @@ impl Flow {
         let (offset, flight) = (first.flight.record.offset, Arc::clone(&first.flight));
         let priority = open.assignment.priority;
         let reading = (open.assignment.id, open.reading.number());
-        let skipped: usize = self.skips.values().map(Skips::records).sum();
-        let full = skipped >= self.skipped_records_max;
+        let full = self.skipped >= self.skipped_records_max;
         if full && !self.skips_full {
             self.metrics.stalls.with_label_values(&["skipped"]).inc();
         }
@@ -897,6 +898,7 @@ impl Flow {
             return Some(parcels);
         }
         if !left.is_empty() {
+            self.skipped += 1;
             skips.leave(offset, left.iter().map(|parcel| parcel.shard));
             if !queued.is_empty() {
                 skips.leave_part(Arc::clone(&flight), left.len());
@@ -929,34 +931,28 @@ impl Flow {
     /// Reads again what was left in the log for masters that are back.
     fn take_skipped(&mut self) {
         self.skips.retain(|partition, _| self.partitions.get(partition).is_some());
-        let mut records = 0;
+        let others_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed) > 0;
+        let mut dropped = Vec::new();
         for open in self.partitions.iter_mut() {
             let Some(skips) = self.skips.get_mut(&open.assignment.partition) else { continue };
             let skips = skips.of((open.assignment.id, open.reading.number()));
-            records += skips.records();
-            let back = skips.records() > 0
+            skips.returning = skips.records() > 0
                 && !open.revoking
                 && open.seek_to.is_none()
                 && open.suspect.is_none()
                 && open.round.is_none()
                 && !open.reading.ended()
                 && !skips.shards().any(|shard| self.away.is_failing(shard));
-            skips.returning = back;
-            let Some(next) = open.ledger.next().filter(|_| back) else { continue };
-            let dropped = open.drop_stalled();
-            for flight in &dropped {
-                let priority = flight.reading.assignment.priority;
-                self.records[priority] = self.records[priority].saturating_sub(1);
-                self.bytes[priority] = self.bytes[priority].saturating_sub(flight.bytes);
-            }
-            let next = open.ledger.next().unwrap_or(next);
-            let drained = skips.is_settled() && open.ledger.open() == skips.records();
-            let others_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed) > 0;
-            if !drained && !others_away {
+            let waiting = skips.records() + open.stalled.len();
+            let drained = skips.is_settled() && open.ledger.open() == waiting;
+            if !skips.returning || (!drained && !others_away) {
                 continue;
             }
+            // Not before: the master may be away again in the next turn, which would take what lies behind.
+            dropped.extend(open.drop_stalled());
             let count = skips.records();
-            let Some(mut from) = skips.read_again(next) else { continue };
+            let again = open.ledger.next().and_then(|next| skips.read_again(next));
+            let Some(mut from) = again else { continue };
             if !drained {
                 // Messages for another master that is away would never be finished: everything unfinished is
                 // taken again; what was accepted is answered "accepted before".
@@ -971,10 +967,11 @@ impl Flow {
                 records = count,
                 "masters are back, reading what was left for them"
             );
-            open.ledger.rewind(from);
-            open.seek_to = Some(from);
+            open.read_from(from);
         }
-        self.metrics.skipped.set(records as i64);
+        self.uncount(&dropped);
+        self.skipped = self.skips.values().map(Skips::records).sum();
+        self.metrics.skipped.set(self.skipped as i64);
     }
 
     /// A refused record becomes a dead letter and a receipt; the partition goes on (P6).
@@ -986,15 +983,9 @@ impl Flow {
             let (code, reason) = (refusal.code.as_str(), refusal.reason.as_str());
             outbox.dead.write(&DeadLetter { record: &flight.record, code, reason }).await;
             let receipt = Receipt {
-                kind: ReceiptKind::Refused as i32,
                 id: refusal.id.clone(),
                 app: refusal.app.clone(),
-                user: refusal.user.clone(),
-                at_ms: now_ms,
-                code: code.to_owned(),
-                reason: reason.to_owned(),
-                traceparent: flight.traceparent.clone(),
-                ..Default::default()
+                ..flight.refusal(&refusal.user, code, reason, now_ms)
             };
             outbox.receipts.tell(&receipt).await;
             let _ = events.send(LaneEvent::Finished(vec![flight])).await;
@@ -1038,8 +1029,7 @@ impl Flow {
 
     /// Records under way. What was left in the log for a master is not.
     fn unfinished(&self) -> usize {
-        let skipped: usize = self.skips.values().map(Skips::records).sum();
-        self.partitions.unfinished().saturating_sub(skipped)
+        self.partitions.unfinished().saturating_sub(self.skipped)
     }
 
     fn stop(&mut self, partition: &Partition) {
@@ -1127,3 +1117,6 @@ async fn hand_on<H: Handoff>(
         handoff.push(shard, push).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

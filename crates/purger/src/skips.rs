@@ -44,11 +44,9 @@ impl Skips {
     }
 
     /// Whether a message has to be accepted: in what is read again, most were.
-    pub fn wants(&mut self, offset: i64, shard: Shard) -> bool {
-        while self.again.front().is_some_and(|(until, _)| *until <= offset) {
-            self.again.pop_front();
-        }
-        self.again.front().is_none_or(|(_, shards)| shards.contains(&shard))
+    pub fn wants(&self, offset: i64, shard: Shard) -> bool {
+        let again = self.again.iter().find(|(until, _)| offset < *until);
+        again.is_none_or(|(_, shards)| shards.contains(&shard))
     }
 
     /// Whether a record is read again: what was told about it is not told once more.

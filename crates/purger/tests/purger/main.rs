@@ -247,6 +247,63 @@ async fn hazard_47_users_of_living_masters_are_reached_however_long_one_is_away(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hazard_66_a_master_that_comes_and_goes_loses_nothing() {
+    let mut world = World::new(false).await;
+    world.config.redis.entries_max = 10_000;
+    // Small enough that records wait for room beside those that are left out; and quick, so that a master is
+    // asked whenever it is back.
+    let window = &mut world.config.window;
+    (window.lane_messages_max, window.away_messages_max) = (30, 3);
+    (window.skipped_records_max, window.call_messages_max) = (60, 2);
+    (window.retry_base_ms, window.retry_max_ms) = (1, 5);
+    let (cluster, users) = three_masters(&mut world).await;
+    // A record that asks for a receipt is under way for longer.
+    let send = async |user: &String, i: usize| {
+        let value = record(&i.to_string(), user, r#","receipts":["accepted"]"#);
+        world.produce(&i.to_string(), value).await;
+    };
+    for i in 0..500 {
+        futures::future::join_all(users.iter().map(|user| send(user, i))).await;
+    }
+    let purger = world.start().await;
+    let maxmemory = async |bytes: &str| {
+        let set = ["CONFIG", "SET", "maxmemory", bytes];
+        let _: () = cluster.nodes()[0].query(&set).await.unwrap();
+    };
+    let mut left_out: f64 = 0.0;
+    let end = Instant::now() + 3 * LIMIT;
+    // The first master comes and goes until the users of the others have everything.
+    for pause in (1..).map(|i| Duration::from_millis(i % 20)) {
+        maxmemory("1").await;
+        tokio::time::sleep(pause + Duration::from_millis(5)).await;
+        left_out = left_out.max(purger.metric("skipped_records"));
+        maxmemory("0").await;
+        tokio::time::sleep(pause / 2).await;
+        if purger.metric_of("messages_total", "accepted") >= 1000.0 {
+            break;
+        }
+        assert!(Instant::now() < end, "{:?}", purger.context.health.not_ready());
+    }
+    assert!(left_out > 0.0);
+    for user in &users {
+        let end = Instant::now() + 3 * LIMIT;
+        while world.inspect(user).await.newest.0 < 500 {
+            let newest = world.inspect(user).await.newest;
+            assert!(
+                Instant::now() < end,
+                "{user} has {newest}: {:?}",
+                purger.context.health.not_ready()
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    purger.until("all is finished", |p| p.metric("in_flight_records") == 0.0).await;
+    assert_eq!(purger.metric("skipped_records"), 0.0);
+    assert_eq!(purger.metric_of("messages_total", "accepted"), 1500.0);
+    assert_eq!(purger.stop().await, Stopped::Clean);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_redis_forgets_is_read_again_below_the_commit() {
     let world = World::new(false).await;
     let purger = world.start().await;
