@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 target="${CARGO_TARGET_DIR:-target}"
 if [[ "${1:-}" == --built ]]; then
   shift
+elif [[ " $* " == *" --list "* || " $* " == *" --help "* ]]; then
+  scripts/setup.sh test
 else
   scripts/setup.sh test
   export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"

@@ -620,6 +620,13 @@ impl Config {
                  redis.ttl_seconds ({ttl})"
             ));
         }
+        let keep = self.redis.keep_after_loss_seconds;
+        if (1..=confirm).contains(&keep) {
+            return Err(format!(
+                "redis.keep_after_loss_seconds ({keep}) must be above sync.confirm_interval_seconds \
+                 ({confirm}), or 0: by then devices that are connected are known again"
+            ));
+        }
         match self.auth.jwks.iter().find(|set| set.refresh_min_seconds > set.refresh_seconds) {
             Some(_) => {
                 Err("auth.jwks.refresh_min_seconds must be at most its refresh_seconds".into())
@@ -734,6 +741,11 @@ mod tests {
         let why = config.check().unwrap_err();
         assert!(why.contains("sync.confirm_interval_seconds") && why.contains("ttl"), "{why}");
         config.redis.ttl_seconds += 1;
+        assert_eq!(config.check(), Ok(()));
+        config.redis.keep_after_loss_seconds = config.sync.confirm_interval_seconds;
+        let why = config.check().unwrap_err();
+        assert!(why.starts_with("redis.keep_after_loss_seconds (600) must be above"), "{why}");
+        config.redis.keep_after_loss_seconds = 0;
         assert_eq!(config.check(), Ok(()));
     }
 }

@@ -2,6 +2,17 @@
 
 use std::sync::Arc;
 
+/// What is told of a refused record beside its own headers.
+const HEADERS: [&str; 7] = [
+    "barid-code",
+    "barid-reason",
+    "barid-topic",
+    "barid-partition",
+    "barid-offset",
+    "barid-timestamp",
+    "barid-truncated",
+];
+
 use bytes::Bytes;
 use prometheus::IntCounter;
 
@@ -115,9 +126,10 @@ impl DeadLetters {
         }
         // The original headers may be what makes the letter too large.
         if !matches!(cut, Cut::To(0) | Cut::Headers) {
-            let original = record.headers.iter();
-            headers
-                .extend(original.map(|(name, value): &(String, Bytes)| (name.as_str(), &**value)));
+            // A letter that was produced again as it stood has these headers of its former refusal: they go, for readers
+            // take the first or the last of a name.
+            let original = record.headers.iter().filter(|(name, _)| !HEADERS.contains(&&**name));
+            headers.extend(original.map(|(name, value)| (name.as_str(), &**value)));
         }
         let key = key.as_deref();
         self.producer.send_until_delivered(&self.topic, key, value, &headers, company).await

@@ -67,11 +67,11 @@ async def receive(socket, wanted):
             generation = frame.get("generation", 0)
             await socket.send(json.dumps({"ack": {"seq": handled, "generation": generation}}))
         elif kind == "skip":
-            handled = frame["to"]
+            handled = max(handled, frame["to"])  # skips are sent again, too
         elif kind == "welcome":
             # Where this device stands; sent again if positions start anew.
             handled = next((p.get("seq", 0) for p in frame.get("positions", [])), 0)
-        elif kind == "error":
+        elif kind == "error" and frame.get("code", 0):  # 0: advice, and the connection stays
             raise SystemExit(f"error {frame.get('code', 0)}: {frame.get('text', '')}")
         if not wanted:
             return

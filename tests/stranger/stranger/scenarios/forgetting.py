@@ -1,6 +1,8 @@
 """Redis forgets: everything, one master, or its last seconds."""
 
 import asyncio
+import base64
+import os
 from collections.abc import Awaitable, Callable
 
 from ..checker import Expected
@@ -106,6 +108,116 @@ async def flush_away(w: World):
         with w.fault("flushall", "redis"):
             await w.redis.masters[0].call("FLUSHALL")
         await w.sleep(5)
+
+
+@scenario(
+    "flush-first",
+    "FLUSHALL; the first message behind it is a user's first of that topic; one device is back at once, the other later",
+    Expected(forgets=True, shown=20),
+    users=10,
+    lease_ms=10_000,
+    patience=30,
+)
+async def flush_first(w: World):
+    back, away = w.devices["u06/d0"], w.devices["u06/d1"]
+    await w.sleep(1)
+    await away.leave()
+    for n in range(20):
+        for user in w.business.users:
+            w.business.produce("push", [user], {"text": f"before {n}"})
+    await w.business.flush()
+    await w.until(lambda: not w.uncommitted(), 20, "committed")
+    await w.sleep(3)
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+        first = w.business.produce("high", ["u06"], {"text": "first"})
+        await w.business.flush()
+        back.drop()
+        back.hurry()
+        await w.until(lambda: first in back.seen, 20, "it is shown to the device that is back")
+        await w.sleep(1)
+    await w.sleep(20)
+    away.come()
+
+
+@scenario(
+    "flush-twice",
+    "devices are away with unread messages; FLUSHALL, and again 0.05 to 0.9 s later, six times",
+    Expected(faults=6, forgets=True, shown=20),
+    users=60,
+    lease_ms=10_000,
+    patience=30,
+)
+async def flush_twice(w: World):
+    away = [d for d in w.devices.values() if d.name == "d1"]
+    for gap in (0.05, 0.15, 0.3, 0.45, 0.65, 0.9):
+        for device in away:
+            await device.leave()
+        async with w.flow(60, plain=True):
+            await w.sleep(2)
+            with w.fault("flushall", f"redis, again after {gap} s"):
+                await w.redis.masters[0].call("FLUSHALL")
+                await w.sleep(gap)
+                await w.redis.masters[0].call("FLUSHALL")
+            await w.sleep(4)
+        for device in away:
+            device.come()
+        await w.sleep(5)
+
+
+@scenario(
+    "flush-full",
+    "FLUSHALL behind 14 MB that everybody has, with memory for three times what is in use",
+    Expected(forgets=True, shown=500),
+    users=30,
+    patience=30,
+)
+async def flush_full(w: World):
+    for _ in range(40):
+        for user in w.business.users:
+            w.business.produce("push", [user], {"data": base64.b64encode(os.urandom(12_000)).decode()})
+        w.business.producer.poll(0)
+        await w.sleep(0.05)
+    await w.business.flush()
+    await w.until(w.all_there, 60, "all is there")
+    await w.sleep(2)
+    redis = w.redis.masters[0]
+    memory = await redis.call("INFO", "memory")
+    used = next(line for line in memory.splitlines() if line.startswith("used_memory:")).split(":")[1]
+    await redis.call("CONFIG", "SET", "maxmemory", str(int(used) * 3))
+    with w.fault("flushall", "redis"):
+        await redis.call("FLUSHALL")
+        await _one_each(w)
+        await w.until(w.all_there, 60, "all is there")
+
+
+@scenario(
+    "flush-ahead",
+    "FLUSHALL while messages of 600 s wait for a device that is away, the purgers' clocks an hour ahead",
+    Expected(forgets=True, shown=20),
+    users=10,
+    clocks=("roles",),
+    patience=30,
+)
+async def flush_ahead(w: World):
+    away = w.devices["u00/d0"]
+    await away.leave()
+    for role in w.cluster.named("purger"):
+        role.set_clock(3600)
+    names = [
+        w.business.produce("push", [user], {"text": f"{n}", "ttlSeconds": 600})
+        for n in range(10)
+        for user in w.business.users
+    ]
+    await w.business.flush()
+    await w.until(lambda: not w.uncommitted(), 20, "committed")
+    await w.sleep(2)
+    with w.fault("flushall", "redis"):
+        await w.redis.masters[0].call("FLUSHALL")
+        await w.sleep(12)
+    away.come()
+    # The checker does not miss what has a time to live.
+    await w.until(lambda: sum(name in away.seen for name in names) == 10, 20, "the device has its ten")
 
 
 @scenario(
