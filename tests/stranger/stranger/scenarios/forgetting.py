@@ -173,6 +173,8 @@ async def flush_twice(w: World):
     patience=30,
 )
 async def flush_full(w: World):
+    for device in w.devices.values():
+        device.come()
     for _ in range(40):
         for user in w.business.users:
             w.business.produce("push", [user], {"data": base64.b64encode(os.urandom(12_000)).decode()})
