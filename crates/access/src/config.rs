@@ -7,7 +7,7 @@ use std::time::Duration;
 use barid_bus::KafkaConfig;
 use barid_core::Secret;
 use barid_core::limits::GROUPS_MAX;
-use barid_mailbox::{LeaseConfig, RedisConfig};
+use barid_mailbox::{LeaseConfig, RedisConfig, check_text};
 use barid_runtime::bounds::{
     self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within,
 };
@@ -597,6 +597,7 @@ impl Config {
         if !(url.is_empty() || url.starts_with("ws://") || url.starts_with("wss://")) {
             return Err("advertise_url must begin with wss:// or ws://".into());
         }
+        check_text("advertise_url", url)?;
         self.limits.check(self.sync.page_bytes_max)?;
         self.check_between_tables()?;
         self.redis.check()?;
@@ -699,8 +700,75 @@ mod tests {
         assert_eq!(told, "heartbeat.idle_seconds must be at least interval_seconds, or 0");
         let told = error(|config| config.heartbeat.interval_min_seconds = 601);
         assert!(told.starts_with("heartbeat.interval_min_seconds must be at most"));
+        let told = error(|config| config.advertise_url = "wss://h/\0".into());
+        assert!(told.starts_with("advertise_url contains '\\0'"), "{told}");
         let told = error(|config| config.lease_ttl_ms = 300_001);
         assert!(told.starts_with("lease_ttl_ms must be at most half of void_after_seconds"));
+    }
+
+    #[test]
+    fn hazard_74_no_slip_with_a_secret_shows_it() {
+        let load = |file: &str, variables: &[(&str, &str)]| {
+            let path = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(path.path(), file).unwrap();
+            let variables = variables.iter().map(|(k, v)| ((*k).into(), (*v).into()));
+            let config: Result<Config, _> =
+                barid_runtime::config::load(Some(path.path()), "BARID_ACCESS_", variables);
+            match config {
+                Ok(config) => config.check().unwrap_err(),
+                Err(error) => error.to_string(),
+            }
+        };
+        let hides = |told: String| {
+            assert!(!told.contains("12345") && !told.contains("hunter2"), "{told}");
+            told
+        };
+        for file in [
+            "kafka.properties = { \"sasl.password\" = 12345 }",
+            "kafka.properties = { \"sasl.password\" = 12345.5 }",
+            "kafka.properties = { \"sasl.password\" = [\"hunter2\"] }",
+            "[kafka.properties]\nsasl.password = \"hunter2\"",
+            "[kafka.properties]\n\"sasl.password\" = hunter2",
+            "kafka.properties = \"sasl.password=hunter2\"",
+            "kafka.properties = [\"hunter2\"]",
+            "[kafka]\n\"sasl.password\" = \"hunter2\"",
+            "[[auth.keys]]\nsecret = 12345",
+            "[[auth.keys]]\nsecret = 'hunter2",
+            "[[auth.keys]]\nsecret = hunter2",
+            "[[auth.keys]]\nsecret = { value = \"hunter2\" }",
+            "[[auth.keys]]\nsecret = \"hunter2\"",
+            "auth.keys = \"hunter2\"",
+            "auth.keys = [\"hunter2\"]",
+            "auth.keys = 12345",
+            "auth = \"hunter2\"",
+            "auth.secret = \"hunter2\"",
+            "redis = \"redis://:hunter2@h\"",
+            "redis.url = [\"redis://:hunter2@h\"]",
+            "redis.urls = \"redis://:hunter2@h\"",
+            "redis.sentinels = \"redis://:hunter2@h\"",
+            "redis.password = \"hunter2\"",
+        ] {
+            hides(load(file, &[]));
+        }
+        for (variable, value) in [
+            ("KAFKA__PROPERTIES", "{ \"sasl.password\" = 12345 }"),
+            ("KAFKA__PROPERTIES", "sasl.password=hunter2"),
+            ("KAFKA__PROPERTIES__SASL__PASSWORD", "hunter2"),
+            ("KAFKA__PROPERTIES__SASL.PASSWORD", "12345"),
+            ("AUTH__KEYS", "[{ secret = 12345 }]"),
+            ("AUTH__KEYS", "hunter2"),
+            ("AUTH__KEYS__SECRET", "hunter2"),
+            ("AUTH__SECRET", "hunter2"),
+            ("REDIS", "redis://:hunter2@h"),
+            ("REDIS__URLS", "redis://:hunter2@h"),
+            ("REDIS__PASSWORD", "hunter2"),
+        ] {
+            let variable = format!("BARID_ACCESS_{variable}");
+            let told = hides(load("", &[(&variable, value)]));
+            assert!(told.contains(&variable), "{told}");
+        }
+        let told = load("[kafka.properties]\nsasl.password = \"hunter2\"", &[]);
+        assert!(told.contains("name and value in quotes: \"linger.ms\" = \"5\""), "{told}");
     }
 
     #[test]

@@ -52,8 +52,14 @@ pub struct Args {
     pub once: bool,
     /// What the roles log: error, warn, info, debug, or directives as barid_access=debug
     /// [default: warnings]
-    #[arg(long, value_name = "LEVEL")]
+    #[arg(long, value_name = "LEVEL", value_parser = level)]
     pub log: Option<String>,
+}
+
+fn level(text: &str) -> Result<String, String> {
+    // clap names the option.
+    let told = |told: String| told.trim_start_matches("log.level: ").to_owned();
+    telemetry::check_level(text).map(|()| text.to_owned()).map_err(told)
 }
 
 /// What the cluster stands on.
@@ -87,6 +93,13 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
     let level = args.log.as_deref().unwrap_or(LOG).to_owned();
     telemetry::init(&LogConfig { level, ..Default::default() });
+    let exit = run_cluster(args, out).await;
+    // Also before an error is shown: the last lines tell where it comes from.
+    telemetry::flush();
+    exit
+}
+
+async fn run_cluster(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
     let began = Instant::now();
     heading(out)?;
@@ -113,7 +126,6 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         () = signals.next() => bail!("stopped at the second signal, before everything was finished"),
     };
     result?;
-    telemetry::flush();
     stopped
 }
 

@@ -8,6 +8,7 @@ use barid_wire::record::Format;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
+use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// Where Kafka is and how it is used. Roles that only produce leave the group's settings alone.
@@ -281,8 +282,35 @@ impl KafkaConfig {
 
 /// Settings of librdkafka by name. Values of keys that hold secrets are neither printed nor logged.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(transparent)]
+#[serde(from = "BTreeMap<String, Text>")]
 pub struct Properties(pub BTreeMap<String, String>);
+
+impl From<BTreeMap<String, Text>> for Properties {
+    fn from(properties: BTreeMap<String, Text>) -> Self {
+        Self(properties.into_iter().map(|(key, Text(value))| (key, value)).collect())
+    }
+}
+
+/// A property's value; its errors tell how to write one.
+struct Text(String);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl Visitor<'_> for Reader {
+            type Value = Text;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("name and value in quotes: \"linger.ms\" = \"5\"")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {
+                Ok(Text(text.to_owned()))
+            }
+        }
+        from.deserialize_str(Reader)
+    }
+}
 
 impl Properties {
     fn shown(&self) -> BTreeMap<&str, &str> {

@@ -531,16 +531,6 @@ impl<State> Consumer<State> {
         self.take_up(&planned)
     }
 
-    /// Plans, and takes up.
-    ///
-    /// # Errors
-    /// As [`Self::plan`] and [`Self::take_up`].
-    pub async fn assign(&mut self, partitions: &[Partition]) -> Result<Vec<Assigned>, Error> {
-        let planned = self.plan(partitions).await?;
-        self.take_up(&planned)?;
-        Ok(planned)
-    }
-
     /// Gives partitions back. Their records and commits are over.
     ///
     /// # Errors

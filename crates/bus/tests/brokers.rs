@@ -63,6 +63,12 @@ fn embedded() -> (EmbeddedKafka, KafkaConfig) {
     (kafka, config)
 }
 
+async fn assign(consumer: &mut Consumer<Consuming>, partitions: &[Partition]) -> Vec<Assigned> {
+    let planned = consumer.plan(partitions).await.unwrap();
+    consumer.take_up(&planned).unwrap();
+    planned
+}
+
 /// Assigns, and takes records until there are `count`.
 async fn take(consumer: &mut Consumer<Consuming>, count: usize) -> Vec<Record> {
     take_noting(consumer, count, &mut Vec::new()).await
@@ -78,7 +84,7 @@ async fn take_noting(
         while records.len() < count {
             while let Some(event) = consumer.poll() {
                 if let Event::Assigned(partitions) = event {
-                    assigned.extend(consumer.assign(&partitions).await.unwrap());
+                    assigned.extend(assign(consumer, &partitions).await);
                 }
             }
             for topic in 0..3 {
@@ -190,7 +196,7 @@ async fn follow(consumer: &mut Consumer<Consuming>, held: &mut Vec<Partition>, s
         while let Some(event) = consumer.poll() {
             match event {
                 Event::Assigned(partitions) => {
-                    consumer.assign(&partitions).await.unwrap();
+                    assign(consumer, &partitions).await;
                     held.extend(partitions);
                 }
                 Event::Revoked { partitions, lost } => {

@@ -126,7 +126,12 @@ mod tests {
             let defer = Duration::from_millis(config.defer_ms.into());
             let retry = config.redis.retry().unwrap();
             let delays = [0, 31, 32, u32::MAX].map(|failures| retry.delay(failures));
-            let times = [config.poll(), config.poll_idle(), defer, config.redis.limits().ttl];
+            let times = [
+                config.poll(),
+                config.poll_idle(),
+                defer,
+                Duration::from_secs(config.redis.ttl_seconds),
+            ];
             for time in times.into_iter().chain(delays) {
                 let _ = Instant::now() + time;
             }

@@ -13,7 +13,7 @@ use barid_mailbox::{
     UserKey,
 };
 use barid_runtime::{Context, Role as _, SecretUrl, Stopped};
-use barid_testkit::Redis;
+use barid_testkit::{Redis, Sentinel};
 use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice};
 use prometheus::Registry;
 use support::{Caller, FakeNode, SOON, push, seq};
@@ -46,9 +46,11 @@ fn session(node: &str, connection: u64) -> SessionRef {
 
 impl Cluster {
     async fn start() -> Self {
-        let redis = Redis::start().await.unwrap();
-        let config =
-            RedisConfig { url: SecretUrl::new(redis.url()), shards: 8, ..Default::default() };
+        Self::on(Redis::start().await.unwrap(), RedisConfig::default()).await
+    }
+
+    async fn on(redis: Redis, config: RedisConfig) -> Self {
+        let config = RedisConfig { url: SecretUrl::new(redis.url()), shards: 8, ..config };
         let mailbox = Mailbox::open(&config, &Registry::new()).await.unwrap();
         Self { redis, mailbox, config }
     }
@@ -237,6 +239,62 @@ async fn a_lost_tracking_connection_empties_l1_and_comes_back() {
     }
     while gauge(&dispatcher.context, "barid_dispatcher_tracking") == 0 {
         assert!(begun.elapsed() < SOON, "tracking does not come back");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_80_l1_follows_the_master_that_sentinel_promotes() {
+    /// The Sentinel waits 3 s before it acts.
+    const PROMOTED: Duration = Duration::from_secs(60);
+    let master = Redis::start().await.unwrap();
+    let replica = Redis::start().await.unwrap();
+    replica.follow(master.port()).await.unwrap();
+    let sentinel = Sentinel::start(&master).await.unwrap();
+    sentinel.knows_replicas(1).await.unwrap();
+    let sentinels = vec![SecretUrl::new(sentinel.url())];
+    let config = RedisConfig { sentinel_master: "main".into(), sentinels, ..Default::default() };
+    let mut cluster = Cluster::on(master, config).await;
+    let ((a, _la), (b, _lb)) = (cluster.node("a").await, cluster.node("b").await);
+    let dispatcher = cluster.dispatcher(2).await;
+    let mut caller = Caller::connect(&dispatcher.address).await;
+    cluster.connect("alice", "phone", session("a", 1), 1).await;
+    caller.push(vec![push("alice", 1)]).await;
+    a.pushes(1).await;
+
+    cluster.redis.kill().unwrap();
+    let begun = Instant::now();
+    while !replica.info("replication").await.unwrap().contains("role:master") {
+        assert!(begun.elapsed() < PROMOTED, "the replica is not promoted");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let begun = Instant::now();
+    while gauge(&dispatcher.context, "barid_dispatcher_tracking") == 0
+        || !dispatcher.context.health.not_ready().is_empty()
+    {
+        assert!(begun.elapsed() < PROMOTED, "{:?}", dispatcher.context.health.not_ready());
+        sleep(Duration::from_millis(50)).await;
+    }
+    // L1 answers, and a change empties it: changes are reported by the new master.
+    let hits = || counter(&dispatcher.context, "barid_dispatcher_l1_hits_total");
+    cluster.connect("alice", "phone", session("b", 2), 2).await;
+    let begun = Instant::now();
+    while b.pushes(0).await.is_empty() {
+        assert!(begun.elapsed() < SOON, "L1 is stale");
+        caller.push(vec![push("alice", 2)]).await;
+        sleep(Duration::from_millis(20)).await;
+    }
+    let before = hits();
+    for _ in 0..3 {
+        caller.push(vec![push("alice", 3)]).await;
+    }
+    assert!(hits() > before, "L1 is not used");
+    let pushed_to_a = a.pushes(0).await.len();
+    cluster.connect("alice", "phone", session("a", 3), 3).await;
+    let begun = Instant::now();
+    while a.pushes(0).await.len() == pushed_to_a {
+        assert!(begun.elapsed() < SOON, "L1 is stale");
+        caller.push(vec![push("alice", 4)]).await;
         sleep(Duration::from_millis(20)).await;
     }
 }

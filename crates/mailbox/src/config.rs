@@ -149,19 +149,6 @@ impl Bounded for RedisConfig {
     }
 }
 
-/// Bounds of a mailbox and of the scripts' batches.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Entries a mailbox keeps.
-    pub entries_max: u32,
-    /// How long it keeps them.
-    pub ttl: Duration,
-    /// Devices it knows; the one unused for longest is forgotten first.
-    pub devices_max: u32,
-    /// Messages of one Kafka partition for one shard in one accept call.
-    pub accept_batch_max: usize,
-}
-
 impl RedisConfig {
     /// What must hold before anything starts.
     ///
@@ -218,16 +205,6 @@ impl RedisConfig {
             Duration::from_millis(self.retry_max_ms),
             self.retry_jitter,
         )
-    }
-
-    /// The bounds of a mailbox.
-    pub fn limits(&self) -> Limits {
-        Limits {
-            entries_max: self.entries_max,
-            ttl: Duration::from_secs(self.ttl_seconds),
-            devices_max: self.devices_max,
-            accept_batch_max: self.accept_batch_max,
-        }
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {

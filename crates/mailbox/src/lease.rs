@@ -1,6 +1,5 @@
 //! A node's lease: what makes its routes valid.
 
-mod canary;
 mod confirming;
 pub(crate) mod life;
 #[cfg(test)]
@@ -21,7 +20,6 @@ use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-pub use self::canary::{Canary, Looked};
 pub use self::confirming::{Confirming, LiveSession, LiveSessions};
 use self::life::{Life, News, Place};
 use self::places::{State, Writing};
@@ -29,6 +27,9 @@ use crate::{Error, Mailbox};
 
 /// How long the routes of a node that is gone are kept, unless told otherwise.
 const VOID_AFTER: Duration = Duration::from_secs(600);
+
+/// Bytes of a text in a lease's record: a copy of it stands beside every shard.
+const TEXT_BYTES_MAX: usize = 256;
 
 /// What kind of node it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,6 +119,8 @@ impl LeaseConfig {
         if !self.node.is_empty() {
             NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
         }
+        check_text("advertise", &self.advertise)?;
+        check_text("zone", &self.zone)?;
         if listen.ip().is_unspecified() && self.advertise.is_empty() {
             return Err(format!("advertise must be set where {key} names no address"));
         }
@@ -171,6 +174,21 @@ impl LeaseConfig {
             devices: String::new(),
             confirmed: true,
         })
+    }
+}
+
+/// Checks a text of a lease's record. NUL separates the fields of a copy; the others would reach the logs
+/// and terminals of everyone who reads leases.
+///
+/// # Errors
+/// It is too long, or has a control character; names the key.
+pub fn check_text(key: &str, text: &str) -> Result<(), String> {
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(format!("{key} has {} bytes, the limit is {TEXT_BYTES_MAX}", text.len()));
+    }
+    match text.chars().find(|c| c.is_control()) {
+        Some(bad) => Err(format!("{key} contains {bad:?}; write it without control characters")),
+        None => Ok(()),
     }
 }
 
@@ -556,5 +574,25 @@ mod tests {
         assert_eq!(config("", "h1:1").check("grpc_listen", everywhere), Ok(()));
         let error = config("a:b", "").check("listen", ([127, 0, 0, 1], 1).into()).unwrap_err();
         assert!(error.starts_with("node: node contains ':'"), "{error}");
+    }
+
+    #[test]
+    fn hazard_75_texts_that_would_break_a_copy_are_refused_by_key() {
+        let local = SocketAddr::from(([127, 0, 0, 1], 1));
+        let zone = |zone: &str| {
+            let config = LeaseConfig { zone: zone.into(), ..config("n", "") };
+            config.check("listen", local)
+        };
+        assert_eq!(zone("a zone, with = and ümlauts"), Ok(()));
+        assert_eq!(zone(&"z".repeat(256)), Ok(()));
+        let told = zone("a\0confirmed\x001").unwrap_err();
+        assert_eq!(told, "zone contains '\\0'; write it without control characters");
+        for bad in ["a\nb", "\u{1b}[2J", "\u{9b}"] {
+            assert!(zone(bad).unwrap_err().starts_with("zone contains "));
+            let error = config("n", &format!("h{bad}:1")).check("listen", local).unwrap_err();
+            assert!(error.starts_with("advertise contains "), "{error}");
+        }
+        let told = zone(&"z".repeat(257)).unwrap_err();
+        assert_eq!(told, "zone has 257 bytes, the limit is 256");
     }
 }

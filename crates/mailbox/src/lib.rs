@@ -5,7 +5,6 @@
 //! Mailbox ── Topology: shard -> Lane (one a master) ── Batcher a script ── Link: one connection
 //!    ├─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
 //!    └─ Lease, NodeTable: who is alive      announcements: hears of changes at once
-//!       Canary: whether shards forgot
 //! TrackedRoutes: routes read on a connection on which Redis reports their changes
 //! ```
 
@@ -30,11 +29,11 @@ mod tls;
 mod topology;
 mod types;
 
-pub use config::{Limits, RedisConfig};
+pub use config::RedisConfig;
 pub use error::Error;
 pub use lease::{
-    Canary, Confirming, Lease, LeaseConfig, LeaseEvent, LiveSession, LiveSessions, Looked,
-    NodeRecord, NodeRole,
+    Confirming, Lease, LeaseConfig, LeaseEvent, LiveSession, LiveSessions, NodeRecord, NodeRole,
+    check_text,
 };
 pub use mailbox::Mailbox;
 pub use nodes::{NodeTable, Standing};

@@ -14,7 +14,7 @@ use crate::topology::Topology;
 use crate::{
     AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
     ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest, DueUser, Error, GroupOutcome,
-    Inspection, Limits, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
+    Inspection, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
 /// A client of the mailboxes in Redis, cheap to clone. Single calls are batched inside: those that wait are
@@ -52,11 +52,6 @@ impl Mailbox {
     /// Where the mailbox of an app's group lives, or of everyone, by the name that frames call it.
     pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
         self.topology.shard_of_group(app, group)
-    }
-
-    /// The bounds of mailboxes.
-    pub fn limits(&self) -> Limits {
-        self.topology.config().limits()
     }
 
     /// Which lane (master) a shard belongs to. One that is away stops its own shards only.

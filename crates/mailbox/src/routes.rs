@@ -12,16 +12,17 @@ use parking_lot::RwLock;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ErrorKind, ProtocolVersion, PushInfo, PushKind, Value};
 use tokio::sync::{Notify, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{self, Master, slot_of};
 use crate::operations::parse_route;
 use crate::{Error, RedisConfig, Route, UserKey, keys};
 
 /// How often each connection is asked whether it lives, and how long it may take to answer; how often a
-/// Redis Cluster is asked who serves which slots.
+/// Redis Cluster or Sentinel is asked for the masters.
 const PING_EVERY: Duration = Duration::from_secs(1);
-/// Between attempts to connect, and between a redirection and the look at the slots that it asks for.
+/// The pause between attempts to connect, after a connection that broke sooner than `PING_EVERY`, and
+/// between a redirection and the look at the slots that it asks for.
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
 /// Cached routes that are no longer valid.
@@ -37,7 +38,7 @@ pub enum Invalidation {
 /// Reads routes with server-assisted client-side caching (CLIENT TRACKING). A report of a change
 /// arrives on the connection on which the value was read, in order with the replies: a value that
 /// [`TrackedRoutes::get`] returned is reported when it changes, and before any later reply. A slot that
-/// moves to another master is noticed within about a second.
+/// moves to another master, and a master that Sentinel replaces, are noticed within about a second.
 ///
 /// Cheap to clone; ends with the last clone.
 #[derive(Clone)]
@@ -81,8 +82,15 @@ impl Map {
 struct Tracked {
     name: String,
     client: Client,
-    live: RwLock<Option<MultiplexedConnection>>,
-    broken: Notify,
+    live: RwLock<Option<Live>>,
+}
+
+/// A connection on which changes are reported.
+#[derive(Clone)]
+struct Live {
+    connection: MultiplexedConnection,
+    /// Notified when this connection fails; the next one has another.
+    broken: Arc<Notify>,
 }
 
 impl TrackedRoutes {
@@ -132,7 +140,7 @@ impl TrackedRoutes {
         let away = || Error::Away("route changes are not followed now".into());
         let shard = self.inner.shards.shard_of(user.app.as_str(), user.user.as_str());
         let master = self.inner.map.read().of(shard).cloned().ok_or_else(away)?;
-        let mut connection = master.live.read().clone().ok_or_else(away)?;
+        let Live { mut connection, broken } = master.live.read().clone().ok_or_else(away)?;
         let mut get = redis::cmd("HGETALL");
         get.arg(keys::routes(shard, &user.app, &user.user));
         let fields: Result<Vec<(String, String)>, _> = get.query_async(&mut connection).await;
@@ -144,7 +152,7 @@ impl TrackedRoutes {
             }
             _ => {
                 tracing::warn!(%error, "routes cannot be read on the tracked connection");
-                master.broken.notify_one();
+                broken.notify_one();
             }
         })?;
         Ok(fields.iter().filter_map(|(device, route)| parse_route(device, route)).collect())
@@ -174,8 +182,7 @@ impl Inner {
         for Master { name, client, .. } in masters {
             let same = old.masters.iter().find(|master| master.name == name).cloned();
             map.masters.push(same.unwrap_or_else(|| {
-                let (live, broken) = (RwLock::default(), Notify::new());
-                new.push(Arc::new(Tracked { name, client, live, broken }));
+                new.push(Arc::new(Tracked { name, client, live: RwLock::default() }));
                 Arc::clone(&new[new.len() - 1])
             }));
         }
@@ -184,8 +191,6 @@ impl Inner {
             (old, new) => old.is_none() && new.is_none(),
         };
         let moved: Arc<[Shard]> = self.shards.all().filter(|shard| !same(shard)).collect();
-        let gone = old.masters.iter().filter(|master| !map.has(master));
-        gone.for_each(|master| master.broken.notify_one());
         // First the map: what is read from now on is read where its changes are reported.
         *self.map.write() = Arc::new(map);
         if !moved.is_empty() {
@@ -213,16 +218,18 @@ impl Inner {
         self.tracking.send_if_modified(|before| std::mem::replace(before, now) != now);
     }
 
-    /// A connection on which Redis reports changes.
-    async fn track(
-        self: &Arc<Self>,
-        master: &Arc<Tracked>,
-    ) -> Result<MultiplexedConnection, Error> {
+    /// Connects to a master and has Redis report changes.
+    async fn track(self: &Arc<Self>, master: &Arc<Tracked>) -> Result<Live, Error> {
         let (inner, of) = (Arc::downgrade(self), Arc::downgrade(master));
+        let broken = Arc::<Notify>::default();
+        let on_disconnect = Arc::clone(&broken);
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.config.connect_timeout()))
             .set_response_timeout(Some(self.config.response_timeout()))
             .set_push_sender(move |push: PushInfo| {
+                if push.kind == PushKind::Disconnection {
+                    on_disconnect.notify_one();
+                }
                 if let (Some(inner), Some(master)) = (inner.upgrade(), of.upgrade()) {
                     inner.heard(&master, &push);
                 }
@@ -232,20 +239,17 @@ impl Inner {
         let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let client = Client::open(info.set_redis_settings(settings))?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        check_role(&mut connection).await?;
         let mut on = redis::cmd("CLIENT");
         on.arg("TRACKING").arg("ON");
         let () = on.query_async(&mut connection).await?;
-        Ok(connection)
+        Ok(Live { connection, broken })
     }
 
     /// One push of Redis: `invalidate` with a list of keys, or nil for all of them.
     fn heard(&self, master: &Arc<Tracked>, push: &PushInfo) {
         match (&push.kind, push.data.first()) {
-            (PushKind::Disconnection, _) => {
-                master.broken.notify_one();
-                self.report(&Invalidation::Shards(self.shards_of(master)));
-            }
-            (PushKind::Invalidate, Some(Value::Nil) | None) => {
+            (PushKind::Disconnection, _) | (PushKind::Invalidate, Some(Value::Nil) | None) => {
                 self.report(&Invalidation::Shards(self.shards_of(master)));
             }
             (PushKind::Invalidate, Some(Value::Array(names))) => {
@@ -273,7 +277,7 @@ async fn follow(inner: Weak<Inner>) {
     loop {
         let Some(strong) = inner.upgrade() else { return };
         let known = !strong.map.read().masters.is_empty();
-        if known && !strong.config.cluster {
+        if known && !strong.config.may_move() {
             return; // it is the only one for ever
         }
         let (redirected, wait) =
@@ -296,16 +300,21 @@ async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
             return;
         };
         match strong.track(&master).await {
-            Ok(connection) => {
+            Ok(live) => {
+                let began = Instant::now();
                 // What was read of it before was read on connections that are gone.
-                *master.live.write() = Some(connection.clone());
+                *master.live.write() = Some(live.clone());
                 strong.tell();
                 drop(strong);
-                while answers(&inner, &master, connection.clone()).await {}
+                while answers(&inner, &master, live.clone()).await {}
                 *master.live.write() = None;
                 let Some(strong) = inner.upgrade() else { return };
                 strong.report(&Invalidation::Shards(strong.shards_of(&master)));
                 strong.tell();
+                drop(strong);
+                if began.elapsed() < PING_EVERY {
+                    sleep(RETRY_AFTER).await;
+                }
             }
             Err(error) => {
                 tracing::warn!(master = master.name, %error, "route changes cannot be followed");
@@ -316,22 +325,24 @@ async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
     }
 }
 
-/// Whether the connection still answers after a while.
-async fn answers(
-    inner: &Weak<Inner>,
-    master: &Arc<Tracked>,
-    mut connection: MultiplexedConnection,
-) -> bool {
-    let ping = redis::cmd("PING");
+/// Whether a while later the connection is still one to a master that is wanted.
+async fn answers(inner: &Weak<Inner>, master: &Arc<Tracked>, live: Live) -> bool {
+    let Live { mut connection, broken } = live;
     tokio::select! {
-        () = master.broken.notified() => return false,
-        answer = timeout(PING_EVERY, ping.query_async::<Value>(&mut connection)) => {
-            if !matches!(answer, Ok(Ok(_))) {
+        () = broken.notified() => return false,
+        answer = timeout(PING_EVERY, check_role(&mut connection)) => match answer {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(master = master.name, %error, "route changes are no longer followed");
                 return false;
             }
+            Err(_) => return false,
         }
     }
     let Some(strong) = inner.upgrade() else { return false };
+    if !strong.map.read().has(master) {
+        return false;
+    }
     if let Some(condition) = strong.alive.get()
         && strong.is_tracking()
     {
@@ -339,7 +350,19 @@ async fn answers(
     }
     drop(strong);
     tokio::select! {
-        () = master.broken.notified() => false,
+        () = broken.notified() => false,
         () = sleep(PING_EVERY) => true,
+    }
+}
+
+/// A replica reports changes late or not at all. After a failover the old master's address may be one.
+async fn check_role(connection: &mut MultiplexedConnection) -> Result<(), Error> {
+    let mut info = redis::cmd("INFO");
+    info.arg("replication");
+    let info: String = info.query_async(connection).await?;
+    let role = info.lines().find_map(|line| line.strip_prefix("role:")).unwrap_or_default();
+    match role.trim_end() {
+        "master" => Ok(()),
+        role => Err(Error::Away(format!("it is a {role}, not a master"))),
     }
 }

@@ -31,7 +31,7 @@ pub struct AcceptGroup {
     /// Moves the shard's position up to here, where nothing is accepted: the log no longer holds
     /// what lay between.
     pub raise: Option<LogPosition>,
-    /// What to accept; at most [`crate::Limits::accept_batch_max`] per group are sensible.
+    /// What to accept; at most [`crate::RedisConfig::accept_batch_max`] per group are sensible.
     pub messages: Vec<AcceptMessage>,
 }
 

@@ -191,18 +191,13 @@ impl<M: Mailboxes> Lane<M> {
         }
         let (room, room_bytes) = (batch.room(), batch.room_bytes());
         let (mut had, mut expired) = (Vec::new(), Vec::new());
-        // By Redis's time, as devices are told what has expired; by our own while that is not known.
-        let now_ms = |shard| match self.mailboxes.redis_time(shard) {
-            Some(redis) => redis.us(now.into_std()) / 1000,
-            None => self.outbox.clock.now_ms(),
-        };
         for parcel in self.queue.take(&self.window.weights, room, room_bytes, self.group_max) {
             let again = parcel.flight.reading.was_finished(parcel.flight.record.offset);
             if parcel.flight.reading.ended() {
                 ended.push(parcel);
             } else if again && self.history.has(&parcel) {
                 had.push(parcel);
-            } else if again && parcel.flight.is_expired(now_ms(parcel.shard)) {
+            } else if again && parcel.flight.is_expired(self.now_ms(parcel.shard, now)) {
                 expired.push(parcel);
             } else if self.held.get(&parcel.shard).is_some_and(|held| held.blocks(now)) {
                 self.hold(parcel.shard, now).parcels.push_back(parcel);
@@ -214,6 +209,14 @@ impl<M: Mailboxes> Lane<M> {
         self.queue.done(had.len() + expired.len());
         self.outbox.settle_again(had, expired, &self.events).await;
         batch.groups
+    }
+
+    /// Redis's time, by which devices are told what has expired, ms; ours while that is not known.
+    fn now_ms(&self, shard: Shard, now: Instant) -> u64 {
+        match self.mailboxes.redis_time(shard) {
+            Some(redis) => redis.us(now.into_std()) / 1000,
+            None => self.outbox.clock.now_ms(),
+        }
     }
 
     /// What waits for nothing any more, as its partition was given back.

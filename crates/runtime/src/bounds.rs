@@ -82,16 +82,36 @@ impl Bound {
         }
     }
 
+    fn spans(&self, number: f64) -> bool {
+        let (min, max) = self.ends();
+        let above = min.as_f64().is_none_or(|min| number >= min);
+        let zero = self.zero.is_some() && number == 0.0;
+        zero || above && max.as_f64().is_none_or(|max| number <= max)
+    }
+
     /// # Errors
     /// The value and the allowed range, without the key.
     fn check(&self, value: &Value) -> Result<(), String> {
         let allowed = || self.allowed();
         let Value::Number(number) = value else {
-            let digits = |text: &str| text.len() <= 64 && text.parse::<f64>().is_ok();
+            let parsed = |text: &str| {
+                let short = Some(text).filter(|text| text.len() <= 64);
+                short.and_then(|text| text.parse::<f64>().ok())
+            };
             return Err(match value {
-                Value::String(text) if digits(text) => {
-                    format!("{text} is out of range; write {}", allowed())
-                }
+                Value::String(text) => match parsed(text) {
+                    // From the environment: an integer that TOML cannot hold stays text.
+                    Some(number) if !self.spans(number) => {
+                        format!("{text} is out of range; write {}", allowed())
+                    }
+                    Some(_) => {
+                        format!(
+                            "{text:?} is text, not a number; write {} without quotes",
+                            allowed()
+                        )
+                    }
+                    None => format!("not a number; write {}", allowed()),
+                },
                 // serde_json turns NaN and infinity into null.
                 Value::Null => format!("not a finite number; write {}", allowed()),
                 _ => format!("not a number; write {}", allowed()),

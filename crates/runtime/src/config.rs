@@ -144,13 +144,17 @@ pub enum ConfigError {
         /// Why.
         error: std::io::Error,
     },
-    /// The file is not TOML.
-    #[error("{path}: {error}")]
+    /// The file is not TOML. The line itself is not shown: it may hold a secret.
+    #[error("{path}: line {line}, column {column}: {problem}")]
     Toml {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        error: Box<toml::de::Error>,
+        /// Line, from 1.
+        line: usize,
+        /// Character of the line, from 1.
+        column: usize,
+        /// What is wrong there.
+        problem: String,
     },
     /// A key is unknown, or its value does not fit.
     #[error("{key}: {problem}{origin}")]
@@ -214,24 +218,58 @@ pub(crate) fn accept<C: DeserializeOwned + Bounded>(
     origins: &[(String, String)],
 ) -> Result<C, ConfigError> {
     let refused = |key: String, problem: String| {
-        let origin = origins
-            .iter()
-            .find(|(path, _)| path.starts_with(key.trim_end_matches(".?")))
-            .map(|(_, variable)| format!(" (set by {variable})"))
-            .unwrap_or_default();
-        ConfigError::Key { key, problem, origin }
+        let origin = origin(&key, origins).map(|variable| format!(" (set by {variable})"));
+        ConfigError::Key { key, problem, origin: origin.unwrap_or_default() }
     };
     if let Ok(written) = serde_json::to_value(&table) {
         bounds::check_value(&C::bounds(), &written).map_err(|e| refused(e.key, e.problem))?;
     }
     serde_path_to_error::deserialize(Value::Table(table))
-        .map_err(|error| refused(error.path().to_string(), error.inner().message().to_owned()))
+        .map_err(|error| refused(error.path().to_string(), without_value(error.inner().message())))
+}
+
+/// The variable that set `key`, or a key in it, or a table that it is in.
+fn origin<'a>(key: &str, origins: &'a [(String, String)]) -> Option<&'a str> {
+    let key = key.trim_end_matches(".?");
+    let is_below = |key: &str, table: &str| {
+        key.strip_prefix(table).is_some_and(|rest| rest.starts_with(['.', '[']))
+    };
+    let find = |fits: &dyn Fn(&str) -> bool| {
+        origins.iter().find(|(path, _)| fits(path)).map(|(_, variable)| variable.as_str())
+    };
+    find(&|path| path == key)
+        .or_else(|| find(&|path| is_below(path, key)))
+        .or_else(|| find(&|path| is_below(key, path)))
+}
+
+/// serde's message without the value that it repeats, which may be a secret: "invalid type: integer
+/// `12345`, expected a string".
+fn without_value(message: &str) -> String {
+    for problem in ["invalid type: ", "invalid value: "] {
+        let parts = message.strip_prefix(problem).and_then(|rest| rest.rsplit_once(", expected "));
+        if let Some((found, expected)) = parts {
+            let kind = found.split(['`', '"']).next().unwrap_or_default().trim_end();
+            let expected = if expected.starts_with("struct ") { "a table" } else { expected };
+            return format!("{problem}{kind}, expected {expected}");
+        }
+    }
+    message.to_owned()
 }
 
 fn read(path: &Path) -> Result<Table, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::Read { path: path.into(), error })?;
-    text.parse().map_err(|error| ConfigError::Toml { path: path.into(), error: Box::new(error) })
+    text.parse().map_err(|error: toml::de::Error| {
+        let at = error.span().map_or(0, |span| text.floor_char_boundary(span.start));
+        let before = &text[..at];
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        ConfigError::Toml {
+            path: path.into(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+            problem: without_value(error.message()),
+        }
+    })
 }
 
 /// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value the
@@ -440,11 +478,91 @@ mod tests {
     }
 
     #[test]
+    fn hazard_74_no_error_repeats_the_value_of_a_key() {
+        let refused = |file: &str, variables: &[(&str, &str)]| {
+            let error = with(file, variables).unwrap_err();
+            assert!(!error.contains("12345") && !error.contains("hunter2"), "{error}");
+            error
+        };
+        for wrong in ["12345", "-12345", "12345.5", "[12345]", "{ v = 12345 }", "true"] {
+            let told = refused(&format!("name = {wrong}"), &[]);
+            assert!(told.starts_with("name: invalid type: "), "{told}");
+            // As text it would be good.
+            refused("", &[("BARID_X_BROKERS", wrong)]);
+        }
+        // Nested wrongly: a text or a list where a table belongs, a table where a text does.
+        for file in [
+            "admin = \"hunter2\"",
+            "admin = [\"hunter2\"]",
+            "admin = 12345",
+            "brokers = \"hunter2, expected 12345, expected x\"",
+            "brokers = [[\"hunter2\"]]",
+            "brokers = [12345]",
+            "name = { a = \"hunter2\" }",
+            "name.a.b = \"hunter2\"",
+            "admin.listen = \"hunter2\"",
+            "admin.name = \"hunter2\"",
+            "limit = \"hunter2\"",
+            "limit = { a = \"hunter2\" }",
+        ] {
+            refused(file, &[]);
+        }
+        let told = refused("", &[("BARID_X_ADMIN", "hunter2")]);
+        assert_eq!(told, "admin: invalid type: string, expected a table (set by BARID_X_ADMIN)");
+        refused("", &[("BARID_X_NAME__A", "hunter2")]);
+        refused("name = \"hunter2\"", &[("BARID_X_NAME__A", "hunter2")]);
+        refused("", &[("BARID_X_BROKERS", "[\"hunter2\"")]);
+        // Not TOML: the line is not shown.
+        for line in [
+            "name = hunter2",
+            "name = \"hunter2",
+            "name = 'hunter2\"",
+            "name = \"hunter2\" 12345",
+            "name = \"\\hunter2\"",
+            "name = 12345hunter2",
+            "name: hunter2",
+            "name = \"a\"\nname = \"hunter2\"",
+            "name = \"\"\"hunter2",
+            "brokers = [\"hunter2\"",
+            "admin = { a = \"hunter2\"",
+            "name = 123450000000000000000000",
+        ] {
+            let told = refused(&format!("limit = 1\n{line}"), &[]);
+            assert!(told.contains(": line "), "{told}");
+        }
+        let told = refused("limit = 1\n  name = hunter2", &[]);
+        assert!(told.contains(": line 2, column 10: "), "{told}");
+    }
+
+    #[test]
+    fn an_error_is_blamed_on_the_variable_that_set_its_key_and_no_other() {
+        let origins = |keys: &[&str]| -> Vec<(String, String)> {
+            keys.iter().map(|key| ((*key).to_owned(), key.to_uppercase())).collect()
+        };
+        let all = origins(&["nodes_refresh_ms", "auth.keys", "admin.listen", "name.deep"]);
+        assert_eq!(origin("node", &all), None);
+        assert_eq!(origin("auth.key", &all), None);
+        assert_eq!(origin("admin.listen_more", &all), None);
+        assert_eq!(origin("nodes_refresh_ms", &all), Some("NODES_REFRESH_MS"));
+        assert_eq!(origin("auth.keys[0].secret", &all), Some("AUTH.KEYS"));
+        assert_eq!(origin("name", &all), Some("NAME.DEEP"));
+        assert_eq!(origin("name.?", &all), Some("NAME.DEEP"));
+        let exact = origins(&["log.level_x", "log.level", "log"]);
+        assert_eq!(origin("log.level", &exact), Some("LOG.LEVEL"));
+    }
+
+    #[test]
     fn values_that_do_not_fit_name_their_key() {
         let error = with("name = 1", &[]).unwrap_err();
         assert!(error.starts_with("name: invalid type"), "{error}");
         let error = with("limit = 'many'", &[]).unwrap_err();
         assert_eq!(error, "limit: not a number; write 0 to 9");
+        for (file, variable) in [("limit = '7'", "1"), ("", "'7'")] {
+            let variables = [("BARID_X_LIMIT", variable)];
+            let error = with(file, if file.is_empty() { &variables } else { &[] }).unwrap_err();
+            let told = "limit: \"7\" is text, not a number; write 0 to 9 without quotes";
+            assert!(error.starts_with(told), "{error}");
+        }
         let error = with("", &[("BARID_X_LIMIT", "18446744073709551616")]).unwrap_err();
         assert_eq!(
             error,

@@ -206,6 +206,7 @@ fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
 
 fn check<R: Role>(config: &R::Config) -> Result<(), String> {
     bounds::check(config)?;
+    telemetry::check_level(&config.common().log.level)?;
     R::check(config)
 }
 

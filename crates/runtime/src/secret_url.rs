@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-/// A URL whose password is shown as `***` by `Debug`, `Display` and `Serialize`.
+/// A URL whose password is shown as `***` by `Debug`, `Display` and `Serialize`: between the user and the
+/// last `@`, since passwords may hold any character, or in a query (`redis+unix:///path?pass=…`).
 #[derive(Clone, PartialEq, Eq, serde::Deserialize)]
 #[serde(transparent)]
 pub struct SecretUrl(String);
@@ -19,13 +20,23 @@ impl SecretUrl {
     }
 
     fn masked(&self) -> String {
-        let authority = self.0.find("://").map_or(0, |at| at + 3);
-        // The last @ before the path: passwords may hold one.
-        let end = self.0[authority..].find('/').map_or(self.0.len(), |at| authority + at);
-        let Some(at) = self.0[authority..end].rfind('@') else { return self.0.clone() };
-        let credentials = &self.0[authority..authority + at];
+        let (scheme, rest) = self.0.split_at(self.0.find("://").map_or(0, |at| at + 3));
+        // A path alone has no authority.
+        let credentials = rest.rfind('@').filter(|_| !rest.starts_with('/'));
+        let (credentials, rest) = rest.split_at(credentials.unwrap_or(0));
         let user = credentials.split_once(':').map_or("", |(user, _)| user);
-        format!("{}{user}:***{}", &self.0[..authority], &self.0[authority + at..])
+        let mask = if credentials.is_empty() { "" } else { ":***" };
+        let Some((path, query)) = rest.split_once('?') else {
+            return format!("{scheme}{user}{mask}{rest}");
+        };
+        let shown = |pair: &str| match pair.split_once('=') {
+            Some((name, _)) if !matches!(name, "db" | "user" | "protocol") => {
+                format!("{name}=***")
+            }
+            _ => pair.to_owned(),
+        };
+        let query: Vec<String> = query.split('&').map(shown).collect();
+        format!("{scheme}{user}{mask}{path}?{}", query.join("&"))
     }
 }
 
@@ -58,5 +69,19 @@ mod tests {
         assert_eq!(shown("redis://me:p@ss@h:1/0"), "redis://me:***@h:1/0");
         assert_eq!(shown("redis://:pw@h"), "redis://:***@h");
         assert_eq!(shown("redis://tokenonly@h"), "redis://:***@h");
+        assert_eq!(shown("me:pw@h:1"), "me:***@h:1");
+    }
+
+    #[test]
+    fn hazard_74_a_password_with_any_character_is_hidden() {
+        let shown = |url: &str| SecretUrl::new(url).to_string();
+        assert_eq!(shown("redis://me:p/s@h:1/0"), "redis://me:***@h:1/0");
+        assert_eq!(shown("redis://:p?s#s@h"), "redis://:***@h");
+        assert_eq!(shown("redis://:p/?a=b&c@h"), "redis://:***@h");
+        assert_eq!(shown("redis+unix:///a@b"), "redis+unix:///a@b");
+        assert_eq!(
+            shown("redis+unix:///run/r?db=1&user=me&pass=p@s"),
+            "redis+unix:///run/r?db=1&user=me&pass=***"
+        );
     }
 }

@@ -22,6 +22,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Between attempts to write to a stderr that another process made non-blocking.
 const RETRY: Duration = Duration::from_millis(20);
 
+/// Values of `log.level`, and of its directives.
+const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+
 type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
 static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
 
@@ -29,6 +32,7 @@ static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
 pub fn init(config: &LogConfig) {
     let lines = stderr();
     lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
+    // `parse_level` has refused what is not valid before a process gets here.
     let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -55,13 +59,48 @@ pub fn init(config: &LogConfig) {
     }
 }
 
+/// Checks a value of `log.level`. A name alone (`verbose`) is refused: it would be a target, and nothing
+/// else would be logged.
+///
+/// # Errors
+/// The part that is not valid, and what to write instead.
+pub fn check_level(level: &str) -> Result<(), String> {
+    parse_level(level).map(drop)
+}
+
+fn parse_level(level: &str) -> Result<EnvFilter, String> {
+    let is_level = |text: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(text));
+    // `EnvFilter` alone takes any text for a target.
+    let is_target = |text: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "_-:".contains(c);
+        !text.is_empty() && text.chars().all(allowed)
+    };
+    let valid = |part: &str| match part.split_once('=') {
+        Some((target, level)) => is_target(target) && is_level(level),
+        None => is_level(part),
+    };
+    // Commas inside brackets belong to fields of spans.
+    let parts: Vec<&str> = match level.contains('[') {
+        true => vec![],
+        false => level.split(',').map(str::trim).collect(),
+    };
+    let wrong = parts.iter().find(|part| !valid(part));
+    match (wrong, EnvFilter::try_new(level)) {
+        (None, Ok(filter)) => Ok(filter),
+        (wrong, _) => Err(format!(
+            "log.level: {:?} is not valid; write {}, or directives such as info,barid_access=debug",
+            wrong.unwrap_or(&level),
+            LEVELS.join(", ")
+        )),
+    }
+}
+
 /// Changes what is logged from now on.
 ///
 /// # Errors
-/// `level` is not a valid filter, or [`init`] has not installed this process's subscriber.
+/// `level` is not valid, or [`init`] has not installed this process's subscriber.
 pub fn set_level(level: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(level).map_err(|error| format!("log.level: {error}"))?;
-    SET_FILTER.get().ok_or("logs are not set up")?(filter)
+    SET_FILTER.get().ok_or("logs are not set up")?(parse_level(level)?)
 }
 
 /// Writes a plain line after the log lines that are buffered.
@@ -258,6 +297,32 @@ impl Collector for Dropped {
 mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};
+
+    #[test]
+    fn hazard_73_a_level_that_is_not_one_is_refused_with_what_to_write() {
+        let told = |level: &str| check_level(level).map_or_else(|told| told, |()| String::new());
+        let good = ["info", "INFO", "off", "info,barid_access=debug", "warn,barid::trace=off"];
+        for good in good.into_iter().chain(["barid=debug", "info,barid[push]=trace"]) {
+            assert_eq!(told(good), "");
+        }
+        for (level, wrong) in [
+            ("info,barid=verbose", "barid=verbose"),
+            ("verbose", "verbose"),
+            ("warning", "warning"),
+            ("", ""),
+            ("info,", ""),
+            ("info barid=debug", "info barid=debug"),
+            ("info;debug", "info;debug"),
+            ("barid=debug=info", "barid=debug=info"),
+        ] {
+            let told = told(level);
+            assert!(
+                told.starts_with(&format!("log.level: {wrong:?} is not valid; write ")),
+                "{told}"
+            );
+            assert!(told.ends_with("or directives such as info,barid_access=debug"), "{told}");
+        }
+    }
 
     /// As much as fills any pipe.
     const LINES: usize = 20_000;

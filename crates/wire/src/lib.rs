@@ -18,7 +18,7 @@ pub mod internal {
 }
 
 /// At most `max` bytes of a text, cut between characters.
-fn cut(text: &str, max: usize) -> String {
+pub fn cut(text: &str, max: usize) -> String {
     let fits = |(at, c): &(usize, char)| at + c.len_utf8() <= max;
     text.char_indices().take_while(fits).map(|(_, c)| c).collect()
 }

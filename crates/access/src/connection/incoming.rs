@@ -6,11 +6,14 @@ use std::task::{Context, Poll};
 use barid_core::{CloseCode, GroupId};
 use barid_runtime::{Hop, Sighting};
 use barid_wire::frames::{ClientFrame, Heard, Ignored, ServerFrame};
-use barid_wire::v1;
+use barid_wire::{cut, v1};
 
 use super::{Connection, decode, of, refusal};
 use crate::fanout::Refused;
 use crate::session::Close;
+
+/// Bytes of an ignored name that are repeated to the client.
+const IGNORED_BYTES_MAX: usize = 64;
 
 impl Connection {
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> bool {
@@ -57,10 +60,12 @@ impl Connection {
     }
 
     /// Counts something that this version does not know and ignores. The first one of a connection is also
-    /// reported to the client, so that its developer notices a mistake.
+    /// reported to the client, so that its developer notices a mistake. Escaped, `name` takes up to six
+    /// times its bytes, so at most `IGNORED_BYTES_MAX` of it are shown.
     fn ignored(&mut self, what: &'static str, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.told_ignored, true) {
+            let name = cut(name, IGNORED_BYTES_MAX);
             let text = format!("{what} {name:?} is not known here and was ignored");
             self.control(&ServerFrame::Error(v1::Error { text, ..Default::default() }));
         }

@@ -285,6 +285,16 @@ fn hazard_37_an_attempt_beyond_belief_and_the_known_one_comes_behind_that() {
 }
 
 #[test]
+fn hazard_81_a_refusal_that_names_no_attempt_is_final() {
+    for attempt in [NOW_MS + AHEAD + 1, (1 << 53) - 1, u64::MAX] {
+        let connecting = counted(attempt, NOW_MS);
+        assert!(connecting.attempt_ahead.is_some());
+        let refusal = Refusal::from(Close::new(CloseCode::Overloaded, "the mailbox is away"));
+        assert_eq!(connecting.counted_on(refusal.attempt).map(|c| c.identity.attempt), None);
+    }
+}
+
+#[test]
 fn refusals_of_the_mailbox_become_close_codes() {
     let code = |outcome| connecting().answered(outcome, SETTINGS).unwrap_err().close.code;
     assert_eq!(code(ConnectOutcome::TooManyDevices), CloseCode::Limit);

@@ -92,9 +92,10 @@ impl Unidentified {
 impl Connecting {
     /// For a Hello whose attempt was too far ahead and whose handshake time was refused as below `known`: the
     /// same Hello with the attempt after `known`. Without it, a Redis clock that went back would shut the
-    /// device out until it has caught up. `None`: the Hello names no attempt above `known`.
+    /// device out until it has caught up. `None`: the refusal names no known attempt (0), or the Hello none
+    /// above it.
     pub fn counted_on(mut self, known: Attempt) -> Option<Self> {
-        self.attempt_ahead.take().filter(|named| *named > known)?;
+        self.attempt_ahead.take().filter(|named| known.0 > 0 && *named > known)?;
         self.identity.attempt = Attempt(known.0 + 1);
         Some(self)
     }

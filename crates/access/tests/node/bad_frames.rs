@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use barid_core::CloseCode;
 use barid_testkit::Device;
 use barid_testkit::device::{Heard, PATIENCE};
@@ -211,6 +211,26 @@ async fn bad_frames_end_their_own_connection_with_a_code_and_a_reason() -> Resul
         assert_eq!(healthy.take(1).await?, [id], "after {}", bad.what);
     }
     world.routes_become("alice", 0).await
+}
+
+#[tokio::test]
+async fn hazard_72_a_long_name_that_is_ignored_is_repeated_in_part() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let hello = json!({ "device": "phone" });
+    let (mut phone, _) = Device::connect_with(&node.url(), &token_of("alice"), hello).await?;
+    // Escaped, each character of two bytes takes six.
+    let mailbox = "\u{85}".repeat(4000);
+    phone.send(&json!({ "ack": { "seq": 9, "mailbox": mailbox } })).await?;
+    let Heard::Other(kind, error) = phone.next(PATIENCE).await? else { bail!("no other frame") };
+    let text = error["text"].as_str().context("a text")?;
+    assert_eq!(kind, "error");
+    assert!(
+        text.starts_with(r#"mailbox "\u{85}\u{85}"#) && text.len() <= 300,
+        "{} bytes",
+        text.len()
+    );
+    Ok(())
 }
 
 #[tokio::test]

@@ -235,6 +235,20 @@ async fn a_user_has_so_many_devices_here_and_may_always_come_back_with_one() -> 
 }
 
 #[tokio::test]
+async fn hazard_81_a_refused_hello_far_ahead_enters_once() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.user_connections_max = 1).await?;
+    let _phone = node.device("alice", "phone").await?;
+    let mut tablet = Device::open(&node.url(), &token_of("alice")).await?;
+    let hello = json!({ "device": "tablet", "attempt": (1_u64 << 53) - 1 });
+    tablet.send(&json!({ "hello": hello })).await?;
+    assert_eq!(tablet.closed(PATIENCE).await?, 4504);
+    assert_eq!(node.metric(LIMITS, "attempt_ahead"), 1.0);
+    assert_eq!(node.metric(LIMITS, "user_connections"), 1.0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_app_has_so_many_connections_and_others_have_theirs() -> Result<()> {
     let world = World::new().await?;
     let node = world.node_with(|config| config.limits.app_connections_max = 2).await?;

@@ -42,7 +42,7 @@ pub(crate) struct Copy {
     pub given_up: bool,
     /// The layout of the keys that its process writes.
     pub layout: Option<u32>,
-    /// `None`: not a node's, but a [`super::Canary`]'s.
+    /// `None`: it cannot be read, as a newer version may have written it.
     pub record: Option<NodeRecord>,
 }
 
@@ -147,8 +147,8 @@ mod tests {
         let stamp = Stamp { incarnation: Incarnation(7), number: 12 };
         assert_eq!((copy.stamp, copy.ends, copy.given_up), (stamp, 1000, false));
         assert_eq!(copy.record, Some(record));
-        let canary = Copy::parse(&id, "7 12 1000 G role\0purger").unwrap();
-        assert_eq!((canary.given_up, canary.record), (true, None));
+        let newer = Copy::parse(&id, "7 12 1000 G role\0newer").unwrap();
+        assert_eq!((newer.given_up, newer.record), (true, None));
         assert_eq!(Copy::parse(&id, "7 x"), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId};
-use barid_mailbox::{Canary, Lease, LeaseEvent, NodeRecord, NodeRole, NodeTable};
+use barid_mailbox::{Lease, LeaseEvent, NodeRecord, NodeRole, NodeTable};
 
 use crate::support::{Bed, contract, until};
 
@@ -356,30 +356,4 @@ async fn hazard_35_the_shards_of_a_master_that_was_emptied_are_told_within_a_ren
     })
     .await;
     assert_eq!(lease.record().incarnation, mine.incarnation);
-}
-
-#[tokio::test]
-async fn hazard_35_a_canary_tells_which_shards_forgot_and_which_do_not_answer() {
-    let mut bed = Bed::own_cluster(|_| {}).await;
-    let patience = Duration::from_secs(10);
-    let mut canary = Canary::new(&bed.mailbox, "purger-1");
-    let mut other = Canary::new(&bed.mailbox, "purger-2");
-    for _ in 0..3 {
-        for canary in [&mut canary, &mut other] {
-            let looked = canary.look(patience).await;
-            assert!(looked.forgot.is_empty() && looked.failed.is_empty(), "{looked:?}");
-        }
-    }
-    // Shard 7 goes back by two looks.
-    let now: String = bed.query(&["HGET", "{7}:n", "canary:purger-1"]).await;
-    let words: Vec<&str> = now.splitn(3, ' ').collect();
-    let back = format!("{} 1 {}", words[0], words[2]);
-    let _: i64 = bed.query(&["HSET", "{7}:n", "canary:purger-1", &back]).await;
-    let looked = canary.look(patience).await;
-    assert_eq!(looked.forgot.iter().map(|shard| shard.get()).collect::<Vec<_>>(), [7]);
-    assert!(bed.mailbox.nodes().await.unwrap().is_empty(), "it is no node");
-    bed.masters().node(1).kill().unwrap();
-    let looked = canary.look(Duration::from_secs(2)).await;
-    assert!(looked.forgot.is_empty(), "{looked:?}");
-    assert!((10..=32).contains(&looked.failed.len()), "{}", looked.failed.len());
 }

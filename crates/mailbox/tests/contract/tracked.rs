@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_mailbox::{Invalidation, TrackedRoutes, UserKey};
+use barid_testkit::Redis;
 use tokio::sync::mpsc;
 
 use crate::support::{Bed, contract, session, until};
@@ -143,4 +144,53 @@ async fn hazard_46_a_slot_that_moves_costs_the_others_nothing() {
     let next = report(&mut heard, &other).await;
     assert!(next == Invalidation::User(other.clone()) || matches!(next, Invalidation::Shards(_)));
     assert!(tracked.get(&other).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn hazard_80_a_master_that_became_a_replica_is_not_tracked() {
+    let bed = Bed::own(|_| {}).await;
+    let other = Redis::start().await.unwrap();
+    let (tracked, mut heard) = open(&bed).await;
+    let user = bed.user("alice");
+    tracked.get(&user).await.unwrap();
+    // As Sentinel does with an old master that is back; connections stay open.
+    let port = other.port().to_string();
+    let _: redis::Value = bed.query(&["REPLICAOF", "127.0.0.1", &port]).await;
+    let mut tracking = tracked.tracking();
+    let off = async { tracking.wait_for(|on| !*on).await.map(drop) };
+    let off = tokio::time::timeout(Duration::from_secs(10), off).await;
+    assert!(off.is_ok(), "a replica is tracked");
+    assert_eq!(report(&mut heard, &user).await, everything(&bed));
+    assert!(tracked.get(&user).await.is_err());
+    let _: redis::Value = bed.query(&["REPLICAOF", "NO", "ONE"]).await;
+    until("it is a master again", async || tracked.get(&user).await.is_ok()).await;
+}
+
+/// The server counts every connection; one that is killed at once is made again after a pause.
+#[tokio::test]
+async fn a_connection_that_breaks_at_once_is_made_again_after_a_pause() {
+    let bed = Bed::own(|_| {}).await;
+    let (tracked, _heard) = open(&bed).await;
+    let client = redis::Client::open(bed.config.url.expose()).unwrap();
+    let mut own = client.get_multiplexed_async_connection().await.unwrap();
+    let mut info = redis::cmd("INFO");
+    info.arg("stats");
+    let connections = async |own: &mut _| {
+        let info: String = info.query_async(own).await.unwrap();
+        let count = info.lines().find_map(|line| line.strip_prefix("total_connections_received:"));
+        count.unwrap().trim_end().parse::<u64>().unwrap()
+    };
+    let before = connections(&mut own).await;
+    let mut kill = redis::cmd("CLIENT");
+    kill.arg("KILL").arg("TYPE").arg("normal").arg("SKIPME").arg("yes");
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        let _: u64 = kill.query_async(&mut own).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let pauses = began.elapsed().as_millis() as u64 / 300;
+    let made = connections(&mut own).await - before;
+    assert!((2..=pauses + 2).contains(&made), "{made} in {:?}", began.elapsed());
+    let mut tracking = tracked.tracking();
+    tracking.wait_for(|on| *on).await.unwrap();
 }

@@ -224,7 +224,7 @@ fn search(worker: usize, began: Instant, cases: &AtomicUsize, broken: &AtomicUsi
     let seconds = Duration::from_secs(setting("BARID_MODEL_SECONDS", 30));
     let steps = setting("BARID_MODEL_STEPS", 60) as usize;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let store = std::cell::RefCell::new(runtime.block_on(Store::start(worker % 2 == 0)));
+    let store = std::cell::RefCell::new(runtime.block_on(Store::start(worker.is_multiple_of(2))));
     let config = Config {
         cases: 1,
         max_shrink_iters: 20_000,
