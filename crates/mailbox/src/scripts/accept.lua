@@ -13,10 +13,10 @@
 --         together, in the order of the log.
 --       A position: leader epoch, offset, index.
 -- Reply now, then a group: {'G', position or false} a batch in between was never executed, or Redis has
---       forgotten it: nothing was written but when that was seen; {'U'} a mailbox in it must not be
---       touched by this version, nothing was written; {'E', text} the shard's positions cannot be read; or {'D', a letter a message, a
---       user each (MAILBOX): epoch, seq and chain before the first that is accepted now, evicted
---       entries; then the text of each 'F'}. The letters:
+--       forgotten it: only the time of this answer was written (LOST); {'U'} a mailbox in it must not
+--       be touched by this version, nothing was written; {'E', text} the shard's positions cannot be
+--       read; or {'D', a letter a message, a user each (MAILBOX): epoch, seq and chain before the first
+--       that is accepted now, evicted entries; then the text of each 'F'}. The letters:
 --       'A' accepted; 'O' accepted, and the user is online
 --       'B' this position was passed before
 --       'D' another record with this id was accepted
@@ -47,8 +47,8 @@ local PLAIN = char(VERSION, 0) -- the mark of what has no flags
 -- whether all of it lies behind that, whether any of it has a collapse key, and whether no user has two.
 local positions, timers, source, metas, letters
 local l0, o0, i0, all_new, has_keys, all_single
--- Until when mailboxes that have dropped nothing yet keep all, because something of the shard was found missing; 0: they
--- need not.
+-- Until when mailboxes keep what is acknowledged, if nothing was dropped from them yet, because something
+-- of the shard was found missing; 0: they do not.
 local keep_until
 
 -- Whether one of these ids is at a multiple of eight.

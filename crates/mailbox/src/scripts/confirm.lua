@@ -13,8 +13,9 @@
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX = tonumber(ARGV[4])
 
--- The device as the session knows it, where the head has forgotten it: at its place, also where what follows on that
--- was trimmed, so that it is told; at the beginning, where it comes from another life of the mailbox.
+-- The device as the session knows it, where the head has forgotten it. It keeps its position even if the next
+-- entries were trimmed, and a device from another life of the mailbox starts at 0: in both cases the node
+-- tells it that entries are gone.
 local function remember(h, queue, name, a)
   local d = new_device(h, name, tonumber(ARGV[a + 1]))
   local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])

@@ -17,8 +17,8 @@
 local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX, FENCE = tonumber(ARGV[4]), tonumber(ARGV[5])
 
--- Where a device new to this user starts: the furthest cursor of the others, else the oldest entry; there as well while
--- the mailbox keeps all, for it may be one that was forgotten.
+-- Where a device new to this user starts: the furthest cursor of the others, else the oldest entry. While the
+-- mailbox keeps all it starts at the oldest entry, because Redis may have forgotten it.
 local function start(h, queue, name, others)
   local seq = h.b - 1
   for i, other in ipairs(keeps_all(h) and {} or others) do

@@ -1,13 +1,13 @@
 -- copy: writes copies of a node's lease beside shards, and tells what stood there: another one than was
 -- written last means that the shard forgot. Allowed when Redis is full.
 --
--- KEYS  of some shards {s}:n and {s}:o. {s}:n: a hash, id -> "incarnation number ends state record"; `ends` is when the
---       lease ends, ms; the state H: held, G: given up; the record is names and values, NUL between.
+-- KEYS  a shard: {s}:n and {s}:o. {s}:n is a hash, id -> "incarnation number ends state record"; `ends` is
+--       when the lease ends, ms; the state H: held, G: given up; the record is names and values, NUL between.
 -- ARGV  id, incarnation, number, ttl ms, state, how long others are kept after they ended, ms
 --       (-1: do not look), record.
 -- Reply now, then a shard: {1 written, 0 refused; incarnation and number that stood there, 0 and 0:
---       nothing}. Refused as in `lease`. A shard that has nothing of a lease that was renewed before has lost
---       everything, and notes when (LOST).
+--       nothing}. Refused as in `lease`. A shard without a copy of a lease that was renewed before has lost
+--       everything; the time is written to {s}:o (LOST).
 
 local id, life, number = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local kept = tonumber(ARGV[6])

@@ -48,9 +48,10 @@ local byte, format, rol, bxor = string.byte, string.format, bit.rol, bit.bxor
 -- has no flag (its mark is the version) and no tail. H and I are two and four bytes: each digit of a
 -- format is parsed in each call.
 local VERSION, CRITICAL = 3, 16
--- A plain flag of a state, as the mark has it: devices that Redis has forgotten may be on their way back.
+-- A plain flag of a state, as the mark has it: nothing is dropped because it was acknowledged, as Redis may
+-- have forgotten other devices of the user.
 local KEEPS_ALL = 256
--- No mailbox keeps all for longer, ms: what is written beyond that is another clock's.
+-- No mailbox keeps all for longer, ms: a later time was written while Redis's clock was ahead.
 local KEEP_MAX = 86400000
 -- A field of {s}:o: when something of the shard was found missing, ms.
 local LOST = 'lost'
@@ -321,8 +322,8 @@ local function keeps_all(h)
   return h.mark % (KEEPS_ALL * 2) >= KEEPS_ALL
 end
 
--- Whether more than half of Redis's memory is taken: what is kept for those who may come back must not stop others.
--- Asked once a call at most, and only where a mailbox keeps all.
+-- Whether more than half of Redis's memory is used. What is kept for devices that may return must not keep
+-- messages from being accepted. Looked up at most once a call, and only where a mailbox keeps all.
 local short
 local function is_short()
   if short == nil then
@@ -334,7 +335,7 @@ local function is_short()
   return short
 end
 
--- Whether that is over, which ends it.
+-- Whether acknowledged entries may be dropped. Ends the time in which they are kept, if that is over.
 local function may_trim(h)
   if not keeps_all(h) then return true end
   local till = tonumber(call('HGET', h.key, 'y') or 0)
@@ -350,7 +351,7 @@ local function trim_to_lowest(h, queue, d, others)
   for _, other in ipairs(others) do
     if other.seq < lowest.seq then lowest = other end
   end
-  if lowest.seq < h.b or not may_trim(h) then return end
+  if not may_trim(h) or lowest.seq < h.b then return end
   local header = lowest.seq < h.n and header_at(h, queue, lowest.seq)
   local _, bytes = 0, h.nt
   if header then _, bytes = header_place(header) end
@@ -362,9 +363,9 @@ local function claimed(d, generation)
   return math.min(generation, math.max(d.generation, CLAIMED_GENERATION_MAX))
 end
 
--- Puts a device's cursor before the oldest kept entry, with a new generation. It stays before that where something was
--- evicted in between, and one that comes from another life of the mailbox is put at the beginning: the node tells
--- it what is gone.
+-- Puts a device's cursor before the oldest kept entry, with a new generation. A cursor that is further back
+-- stays, and a device from another life of the mailbox starts at 0: then the node tells the device that
+-- the entries in between are gone.
 local function reset_device(h, d, generation, from_another_life)
   d.generation =
     math.min(math.max(d.generation, claimed(d, generation)) + 1, GENERATION_MAX)

@@ -347,6 +347,19 @@ async fn hazard_76_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
 }
 
 #[tokio::test]
+async fn hazard_76_a_device_that_is_behind_does_not_prolong_the_time() {
+    let bed = keeping(600).await;
+    let user = bed.user("alice");
+    let place = lost_behind_two_devices(&bed, &user).await;
+    bed.confirm(confirmation(&user, "tablet", 2, place)).await;
+    bed.grow_old(601_000).await;
+    phone_has_all(&bed, &user, place).await;
+    assert_eq!(ids(&bed, &user).await.len(), 4, "the tablet needs them");
+    let fields: Vec<String> = bed.query(&["HKEYS", &bed.key("h", &user)]).await;
+    assert!(!fields.contains(&"y".to_owned()), "{fields:?}");
+}
+
+#[tokio::test]
 async fn hazard_76_who_comes_too_late_behind_a_loss_is_told_that_something_is_gone() {
     let bed = keeping(0).await;
     let user = bed.user("alice");
