@@ -2,7 +2,14 @@
 
 use std::sync::Arc;
 
-/// What is told of a refused record beside its own headers.
+use bytes::Bytes;
+use prometheus::IntCounter;
+
+use crate::consumer::Record;
+use crate::producer::Company;
+use crate::{Error, KafkaConfig, Producer};
+
+/// Headers that a dead letter adds to those of its record; the last one only where the record was cut.
 const HEADERS: [&str; 7] = [
     "barid-code",
     "barid-reason",
@@ -12,13 +19,6 @@ const HEADERS: [&str; 7] = [
     "barid-timestamp",
     "barid-truncated",
 ];
-
-use bytes::Bytes;
-use prometheus::IntCounter;
-
-use crate::consumer::Record;
-use crate::producer::Company;
-use crate::{Error, KafkaConfig, Producer};
 
 /// A refused record.
 #[derive(Debug, Clone)]
@@ -105,18 +105,18 @@ impl DeadLetters {
             record.timestamp_ms.unwrap_or(-1).to_string(),
             record.value.len().to_string(),
         ];
-        let mut headers: Vec<(&str, &[u8])> = vec![
-            ("barid-code", letter.code.as_bytes()),
-            ("barid-reason", letter.reason.as_bytes()),
-            ("barid-topic", record.topic.as_bytes()),
-            ("barid-partition", numbers[0].as_bytes()),
-            ("barid-offset", numbers[1].as_bytes()),
-            ("barid-timestamp", numbers[2].as_bytes()),
+        let values: [&[u8]; HEADERS.len()] = [
+            letter.code.as_bytes(),
+            letter.reason.as_bytes(),
+            record.topic.as_bytes(),
+            numbers[0].as_bytes(),
+            numbers[1].as_bytes(),
+            numbers[2].as_bytes(),
+            numbers[3].as_bytes(),
         ];
+        let added = if cut == Cut::Whole { HEADERS.len() - 1 } else { HEADERS.len() };
+        let mut headers: Vec<(&str, &[u8])> = HEADERS.into_iter().zip(values).take(added).collect();
         let (mut key, mut value) = (record.key.clone(), record.value.clone());
-        if cut != Cut::Whole {
-            headers.push(("barid-truncated", numbers[3].as_bytes()));
-        }
         match cut {
             Cut::Whole => {}
             Cut::To(max) => {
@@ -126,8 +126,8 @@ impl DeadLetters {
         }
         // The original headers may be what makes the letter too large.
         if !matches!(cut, Cut::To(0) | Cut::Headers) {
-            // A letter that was produced again as it stood has these headers of its former refusal: they go, for readers
-            // take the first or the last of a name.
+            // A dead letter that is produced again still has the headers of its former refusal. They are
+            // dropped: some readers take the first header of a name, some the last.
             let original = record.headers.iter().filter(|(name, _)| !HEADERS.contains(&&**name));
             headers.extend(original.map(|(name, value)| (name.as_str(), &**value)));
         }
