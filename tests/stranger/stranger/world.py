@@ -115,6 +115,10 @@ class World:
                 raise RuntimeError(f"not within {limit:.0f} s: {what}")
             await asyncio.sleep(0.05)
 
+    async def until_committed(self) -> None:
+        """Waits until the purgers have committed everything that was produced."""
+        await self.until(lambda: not self.uncommitted(), 20, "all is committed")
+
     @staticmethod
     async def sleep(seconds: float) -> None:
         await asyncio.sleep(seconds)

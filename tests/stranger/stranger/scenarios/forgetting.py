@@ -126,7 +126,7 @@ async def flush_first(w: World):
         for user in w.business.users:
             w.business.produce("push", [user], {"text": f"before {n}"})
     await w.business.flush()
-    await w.until(lambda: not w.uncommitted(), 20, "committed")
+    await w.until_committed()
     await w.sleep(3)
     with w.fault("flushall", "redis"):
         await w.redis.masters[0].call("FLUSHALL")
@@ -212,7 +212,7 @@ async def flush_ahead(w: World):
         for user in w.business.users
     ]
     await w.business.flush()
-    await w.until(lambda: not w.uncommitted(), 20, "committed")
+    await w.until_committed()
     await w.sleep(2)
     with w.fault("flushall", "redis"):
         await w.redis.masters[0].call("FLUSHALL")
@@ -252,7 +252,7 @@ async def _go_back(w: World, between: Callable[[World], Awaitable[None]] | None 
         held = [await server.snapshot() for server in w.redis.masters]
         await w.sleep(seconds)
     # Everything is committed: only what Redis knew is gone.
-    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.until_committed()
     await w.sleep(1)
     with w.fault("back", f"redis by {seconds} s"):
         if between:
@@ -299,7 +299,7 @@ async def back_quiet(w: World):
         await w.sleep(4)
         held = await w.redis.masters[0].snapshot()
         await w.sleep(4)
-    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.until_committed()
     with w.fault("back", "redis by 4 s"):
         w.kill("purger")
         await w.redis.masters[0].back_to(held)
@@ -317,7 +317,7 @@ async def back_master(w: World):
         await w.sleep(4)
         held = await w.redis.masters[0].snapshot()
         await w.sleep(4)
-    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.until_committed()
     with w.fault("back", "master 1 of 3 by 4 s"):
         w.kill("purger")
         await w.redis.masters[0].back_to(held)

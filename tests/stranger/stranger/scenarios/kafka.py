@@ -18,7 +18,7 @@ async def partitions(w: World):
 async def recreated(w: World):
     async with w.flow():
         await w.sleep(5)
-    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.until_committed()
     with w.fault("recreate", "push topics"):
         await w.topics.recreate("push", "high", "bulk")
         for place in list(w.business.ends):

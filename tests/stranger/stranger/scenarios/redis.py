@@ -135,7 +135,7 @@ async def failover_purger(w: World):
         master = w.redis.masters[0]
         await master.cut_replicas()
         await w.sleep(3)
-    await w.until(lambda: not w.uncommitted(), 20, "all is committed")
+    await w.until_committed()
     with w.fault("failover", f"{master.name} and both purgers"):
         w.kill("purger")
         master.kill()
