@@ -453,4 +453,4 @@ fn word(answer: &Result<GroupOutcome, Error>) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -42,6 +42,16 @@ async fn two_pairs(wait_timeout_ms: u64) -> (RedisCluster, [Redis; 2], Mailbox) 
     (cluster, replicas, mailbox)
 }
 
+/// A mailbox that waits for the master's replica; the first message of a user is accepted.
+async fn first_accepted(master: &Redis, wait_timeout_ms: u64) -> (Mailbox, UserKey, Shard) {
+    let mailbox = open(&waiting(config(&master.url()), wait_timeout_ms)).await;
+    let alice = user("alice");
+    let shard = mailbox.shard_of(&alice);
+    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
+    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    (mailbox, alice, shard)
+}
+
 /// Asks until it is accepted.
 async fn accepted_at_last(mailbox: &Mailbox, group: AcceptGroup) -> Vec<AcceptOutcome> {
     let done = async {
@@ -78,11 +88,7 @@ async fn hazard_04_a_connection_that_breaks_before_wait_answers_confirms_nothing
     let relay = Relay::to(target).await.unwrap();
     let replica = Redis::start().await.unwrap();
     replica.follow(relay.address().port()).await.unwrap();
-    let mailbox = open(&waiting(config(&master.url()), 8_000)).await;
-    let alice = user("alice");
-    let shard = mailbox.shard_of(&alice);
-    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
-    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    let (mailbox, alice, shard) = first_accepted(&master, 8_000).await;
     relay.hold();
     let second = group_of(shard, &alice, 2);
     let call = tokio::spawn({
@@ -188,11 +194,7 @@ async fn hazard_04_a_master_that_loads_its_data_confirms_nothing() {
     let master = Redis::start_with(options).await.unwrap();
     let replica = Redis::start().await.unwrap();
     replica.follow(master.port()).await.unwrap();
-    let mailbox = open(&waiting(config(&master.url()), 500)).await;
-    let alice = user("alice");
-    let shard = mailbox.shard_of(&alice);
-    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
-    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    let (mailbox, alice, shard) = first_accepted(&master, 500).await;
     let more = "for i = 1, 60 do redis.call('SET', 'pad' .. i, string.rep(i, 2048)) end";
     let () = master.query(&["EVAL", more, "0"]).await.unwrap();
     // Three seconds, in which it answers, and connections stay open.
@@ -217,11 +219,7 @@ async fn hazard_04_a_master_that_loads_its_data_confirms_nothing() {
 async fn hazard_04_a_master_that_became_a_replica_confirms_nothing() {
     let (master, replica) = (Redis::start().await.unwrap(), Redis::start().await.unwrap());
     replica.follow(master.port()).await.unwrap();
-    let mailbox = open(&waiting(config(&master.url()), 500)).await;
-    let alice = user("alice");
-    let shard = mailbox.shard_of(&alice);
-    let first = mailbox.accept(&[group_of(shard, &alice, 1)]).await;
-    assert!(matches!(&first[0], Ok(GroupOutcome::Done(_))), "{first:?}");
+    let (mailbox, alice, shard) = first_accepted(&master, 500).await;
     // A failover by hand: connections to the former master stay open, and it has a replica of its own.
     let () = replica.query(&["REPLICAOF", "NO", "ONE"]).await.unwrap();
     master.follow(replica.port()).await.unwrap();

@@ -367,15 +367,19 @@ fn partition(number: i32) -> Partition {
     Partition { topic: "push".into(), number }
 }
 
-/// Each record is for one to three users.
 fn record(number: i32, offset: i64) -> Record {
-    let user = |i: i64| format!("\"u{}\"", (offset * 7 + i64::from(number) * 3 + i * 5) % 11);
+    record_of("push", number, offset, 11)
+}
+
+/// A record for one to three of so many users, without a receipt.
+pub(crate) fn record_of(topic: &str, number: i32, offset: i64, users: i64) -> Record {
+    let user = |i: i64| format!("\"u{}\"", (offset * 7 + i64::from(number) * 3 + i * 5) % users);
     let users: Vec<String> = (0..=offset % 3).map(user).collect();
     let users = users.join(",");
     let value =
         format!(r#"{{"id":"{number}-{offset}","app":"a","to":{{"users":[{users}]}},"text":""}}"#);
     Record {
-        topic: "push".into(),
+        topic: topic.into(),
         partition: number,
         offset,
         leader_epoch: 0,

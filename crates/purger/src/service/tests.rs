@@ -15,6 +15,7 @@ use prometheus::{IntCounter, Registry};
 use proptest::prelude::*;
 
 use super::*;
+use crate::lane::tests::record_of;
 
 const SHARDS: u32 = 12;
 const MASTERS: usize = 3;
@@ -163,22 +164,7 @@ fn users(offset: i64) -> u32 {
 }
 
 fn record(number: i32, offset: i64) -> Record {
-    let user =
-        |i: u32| format!("\"u{}\"", (offset * 7 + i64::from(number) * 3 + i64::from(i) * 5) % 31);
-    let users: Vec<String> = (0..users(offset)).map(user).collect();
-    let users = users.join(",");
-    let value =
-        format!(r#"{{"id":"{number}-{offset}","app":"a","to":{{"users":[{users}]}},"text":""}}"#);
-    Record {
-        topic: partition(number).topic,
-        partition: number,
-        offset,
-        leader_epoch: 0,
-        timestamp_ms: None,
-        key: None,
-        value: value.into(),
-        headers: Vec::new(),
-    }
+    record_of(&partition(number).topic, number, offset, 31)
 }
 
 /// No record asks for a receipt and none is refused, so nothing is produced.
