@@ -1,5 +1,5 @@
-//! What may be committed of a partition: every offset before the first one that is taken and not
-//! finished, and the positions that each shard must then know. P1 rests on this file: keep it small.
+//! Computes what can be committed for a partition: every offset before the first unfinished one, and the
+//! positions that each shard must have at that commit. P1 rests on this file: keep it small.
 
 use std::collections::{BTreeMap, BTreeSet};
 

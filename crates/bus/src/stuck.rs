@@ -41,7 +41,7 @@ impl Stuck {
         (self.told, self.asked) = (now, None);
     }
 
-    /// What to do at `now`. [`Next::Ask`] is returned once; the caller must fetch.
+    /// The next step at `now`. [`Next::Ask`] is returned once: the caller must then fetch.
     pub(crate) fn next(&mut self, now: Instant) -> Next {
         match self.asked {
             Some(asked) if now.duration_since(asked) > SILENT => Next::Over,

@@ -15,8 +15,8 @@ use crate::event::{Event, SkipReason};
 use crate::message::Message;
 use crate::store::Checkpoint;
 
-/// Ids that are remembered for after a reset: some more than a mailbox has entries (500 by default), because a Redis
-/// that lost everything may have all of them sent again.
+/// Ids remembered for after a reset. More than a mailbox has entries (500 by default), because all of them may be
+/// sent again after Redis has lost its data.
 const RECENT_MAX: usize = 512;
 /// Pending positions above which the server is believed broken: it bounds them itself.
 const PENDING_MAX: usize = 65_536;

@@ -177,8 +177,8 @@ impl LeaseConfig {
     }
 }
 
-/// Checks a text of a lease's record. NUL separates the fields of a copy; the others would reach the logs
-/// and terminals of everyone who reads leases.
+/// Checks a text of a lease's record. NUL separates the fields of a copy; other control characters
+/// would reach logs and terminals.
 ///
 /// # Errors
 /// It is too long, or has a control character; names the key.
@@ -256,7 +256,7 @@ impl Pending {
         }
     }
 
-    /// What was written beside these shards may be lost.
+    /// Marks these shards as having possibly lost what was written.
     fn forget(&mut self, shards: impl IntoIterator<Item = Shard>) {
         self.forgot.extend(shards);
     }

@@ -14,7 +14,7 @@ use crate::support::{APP, Node, World, config, eventually, user_key};
 
 /// Users enough for each master to have some.
 const USERS: usize = 30;
-/// What a busy machine may take longer.
+/// Additional time allowed on a busy machine.
 const SLACK: Duration = Duration::from_secs(3);
 
 async fn incarnation(mailbox: &Mailbox, user: &str) -> Result<Incarnation> {

@@ -39,12 +39,12 @@ pub trait LiveSession {
 
 /// Sessions to confirm, at a bounded rate.
 pub struct Confirming<S> {
-    /// Those that must not wait.
+    /// Sessions to confirm before their turn.
     urgent: VecDeque<Weak<S>>,
-    /// What became urgent while others were. They are finished first: nobody starves where this is
-    /// asked for again and again.
+    /// Sessions that were requested while `urgent` was not empty. `urgent` is finished first, so that
+    /// repeated requests starve no session.
     again: Option<Whose>,
-    /// Those whose turn it is.
+    /// Sessions of the regular round.
     calm: VecDeque<Weak<S>>,
     calm_per_pace: usize,
     per_pace: usize,

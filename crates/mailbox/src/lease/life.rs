@@ -38,7 +38,7 @@ pub(crate) struct Wrote {
     pub stood: Option<Stamp>,
 }
 
-/// What an answer changed for the owner.
+/// A change that the owner of the lease must act on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum News {
     /// This life is over: another process has the name, or nothing was written for too long.
@@ -158,7 +158,7 @@ impl Life {
             (Place::Own, None) => false,
             // It may have been executed where everything was lost before: then it hides that.
             (Place::Copy(_), Some(number)) => stood.is_none_or(|stood| stood.number != number),
-            // What was written there since this life began is not known to be there.
+            // Nothing written there since this life began has been confirmed.
             (Place::Copy(_), None) => stamp.number != self.taken,
         };
         forgot.then_some(News::Forgot(place))
