@@ -48,8 +48,10 @@ impl Bed {
             .set("redis.response_timeout_ms", 500)
             .set("redis.connect_timeout_ms", 500);
         for role in [Role::Access, Role::Dispatcher] {
-            let seconds = i64::try_from(VOID_AFTER.as_secs())?;
             builder = builder.set_of(role, "lease_ttl_ms", LEASE_MS);
+        }
+        for role in [Role::Access, Role::Dispatcher, Role::Delayer] {
+            let seconds = i64::try_from(VOID_AFTER.as_secs())?;
             builder = builder.set_of(role, "void_after_seconds", seconds);
         }
         let mut cluster = builder.start().await?;

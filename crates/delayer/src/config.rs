@@ -26,8 +26,11 @@ pub struct Config {
     pub defer_ms: u32,
     /// The same where the device's node takes no more.
     pub defer_full_ms: u32,
-    /// How often it reads the table of dispatchers.
+    /// How often the delayer reads which nodes hold a lease.
     pub nodes_refresh_ms: u64,
+    /// How long dispatchers keep the routes of an access node whose lease ended, as their `void_after_seconds`
+    /// says. For that time the delayer puts its devices off without asking them.
+    pub void_after_seconds: u64,
     /// Redis, and the times between re-sends.
     pub redis: RedisConfig,
     /// The streams to dispatchers.
@@ -53,6 +56,7 @@ impl Default for Config {
             defer_ms: 500,
             defer_full_ms: 2_000,
             nodes_refresh_ms: 500,
+            void_after_seconds: 600,
             redis: RedisConfig::default(),
             mesh: MeshConfig::default(),
             admin: AdminConfig::local(7112),
@@ -75,6 +79,7 @@ impl Bounded for Config {
             whole("defer_ms", 1..=600_000, "ms"),
             whole("defer_full_ms", 1..=600_000, "ms"),
             whole("nodes_refresh_ms", 1..=60_000, "ms"),
+            whole("void_after_seconds", 1..=DAY_SECONDS, "s"),
             whole("drain_seconds", 1..=DAY_SECONDS, "s"),
         ];
         [
@@ -131,6 +136,7 @@ mod tests {
                 config.poll_idle(),
                 defer,
                 Duration::from_secs(config.redis.ttl_seconds),
+                Duration::from_secs(config.void_after_seconds),
             ];
             for time in times.into_iter().chain(delays) {
                 let _ = Instant::now() + time;

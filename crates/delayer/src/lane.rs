@@ -1,7 +1,6 @@
 //! One Redis master's timers: claim what is due, hand it on, give back what nobody could take.
 //! A master that is away slows down its own lane only.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,10 +20,6 @@ use tokio::time::{Instant, sleep};
 
 use crate::Metrics;
 use crate::schedule::{Polled, Schedule};
-
-/// For so long after an access node has gone, its devices are put off without asking a dispatcher. Before,
-/// a lease may have lapsed for a moment; after, dispatchers remove such routes when they meet them.
-const SURELY_GONE: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(600);
 
 /// What the lanes share; cheap to clone.
 #[derive(Clone)]
@@ -47,6 +42,9 @@ pub struct Lanes {
     pub pages_max: usize,
     /// When a claim that is given back is due again.
     pub defer: DeferWaits,
+    /// For so long after an access node's lease ended, its devices are put off without asking a dispatcher.
+    /// Later, a dispatcher that is asked removes their routes.
+    pub void_after: Duration,
     /// When to stop.
     pub shutdown: Shutdown,
 }
@@ -89,7 +87,7 @@ impl Lanes {
             return Polled::None;
         }
         let begun = Instant::now();
-        let gone = self.nodes.gone_for(SURELY_GONE);
+        let gone = self.nodes.gone_for_less_than(self.void_after);
         let fired = self.mailbox.fire_past(&shards, self.page_users_max, &self.retry, &gone).await;
         self.metrics.poll_seconds.observe(begun.elapsed().as_secs_f64());
         let mut pulse = pulse.lock();

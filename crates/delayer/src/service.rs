@@ -59,6 +59,7 @@ impl Service {
             page_users_max: config.page_users_max,
             pages_max: config.pages_max,
             defer: DeferWaits { base_ms: config.defer_ms, full_ms: config.defer_full_ms },
+            void_after: Duration::from_secs(config.void_after_seconds),
             shutdown: context.shutdown.clone(),
             mailbox,
             pool,

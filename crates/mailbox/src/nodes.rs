@@ -3,7 +3,6 @@
 pub(crate) mod memory;
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -95,10 +94,10 @@ impl NodeTable {
         self.inner.memory.lock().void_since(node, incarnation, Instant::now())
     }
 
-    /// The last lives of nodes that have been gone for so long: no later life has followed. None while
-    /// nobody can tell.
-    pub fn gone_for(&self, times: Range<Duration>) -> Vec<(NodeId, Incarnation)> {
-        self.inner.memory.lock().gone_for(times, Instant::now())
+    /// The last incarnations of nodes whose leases ended less than `limit` ago, with no later one. Empty while the
+    /// leases cannot be read.
+    pub fn gone_for_less_than(&self, limit: Duration) -> Vec<(NodeId, Incarnation)> {
+        self.inner.memory.lock().gone_for_less_than(limit, Instant::now())
     }
 }
 

@@ -2,7 +2,6 @@
 //! an argument.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId};
@@ -234,12 +233,12 @@ impl Memory {
         Some(now - *first)
     }
 
-    /// The last lives of nodes that have been gone for so long.
-    pub fn gone_for(&self, times: Range<Duration>, now: Instant) -> Vec<(NodeId, Incarnation)> {
+    /// See [`super::NodeTable::gone_for_less_than`].
+    pub fn gone_for_less_than(&self, limit: Duration, now: Instant) -> Vec<(NodeId, Incarnation)> {
         if self.is_stale(self.heard_at, now) {
             return Vec::new();
         }
-        let gone = |known: &Known| known.gone_since.is_some_and(|at| times.contains(&(now - at)));
+        let gone = |known: &Known| known.gone_since.is_some_and(|at| now - at < limit);
         let lives = self.known.iter().filter(|(_, known)| gone(known));
         lives.map(|(id, known)| (id.clone(), known.stamp.incarnation)).collect()
     }
