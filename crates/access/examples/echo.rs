@@ -9,8 +9,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::Result;
+use barid_access::accept_anybody;
 use barid_access::config::LimitsConfig;
-use barid_access::socket::{Close, Message, Socket, accept_anybody, refusal};
+use barid_access::socket::{Close, Message, Socket, refusal};
 use tokio::net::{TcpListener, TcpStream};
 
 #[tokio::main]

@@ -11,12 +11,11 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
+use crate::connection;
 use crate::error::Error;
 use crate::handshake::{self, Arrival};
 use crate::node::Node;
 
-/// Accept loops, at most: [`Turns`] has a bit for each.
-pub const ACCEPTORS_MAX: u32 = u64::BITS;
 /// Connections that the kernel holds for a listener until they are accepted; `net.core.somaxconn` bounds
 /// them as well.
 const BACKLOG: u32 = 4_096;
@@ -107,7 +106,7 @@ async fn accept(
                 }
                 continue;
             }
-            () = node.draining() => return,
+            () = node.shutdown.draining() => return,
         };
         match arrived {
             Ok((stream, peer)) => {
@@ -126,11 +125,11 @@ async fn accept(
 }
 
 fn let_in(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
-    match node.admission.admit() {
+    match node.policy.admission.admit() {
         Ok(admitted) => {
             let (node, address) = (Arc::clone(node), peer.ip().to_canonical());
             let arrival = Arrival { node, stream, address, admitted };
-            tokio::spawn(crate::connection::serve(Box::new(arrival)));
+            tokio::spawn(connection::serve(Box::new(arrival)));
         }
         Err(refused) => handshake::no_room(node, stream, refused),
     }
@@ -173,6 +172,7 @@ mod tests {
     use barid_runtime::Context;
 
     use super::*;
+    use crate::config::ACCEPTORS_MAX;
 
     #[test]
     fn a_loop_that_hangs_or_fails_is_not_covered_by_the_others() {

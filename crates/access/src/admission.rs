@@ -21,12 +21,13 @@ pub use origins::Origins;
 pub use rate::Rate;
 
 use crate::config::LimitsConfig;
+use crate::labels::Limit;
 
 /// Why somebody is not let in now. All of them pass by themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused {
-    /// The label of the metric of limits, and which limit it is.
-    pub limit: &'static str,
+    /// Which limit.
+    pub limit: Limit,
     /// It is the client's own doing (429), not the node's state (503).
     pub own: bool,
     /// For people.
@@ -36,11 +37,11 @@ pub struct Refused {
 }
 
 impl Refused {
-    const fn node(limit: &'static str, text: &'static str) -> Self {
+    const fn node(limit: Limit, text: &'static str) -> Self {
         Self { limit, own: false, text, after: None }
     }
 
-    const fn own(limit: &'static str, text: &'static str) -> Self {
+    const fn own(limit: Limit, text: &'static str) -> Self {
         Self { limit, own: true, text, after: None }
     }
 }
@@ -89,16 +90,16 @@ impl Admission {
     /// The node has no room for it now.
     pub fn admit(self: &Arc<Self>) -> Result<Admitted, Refused> {
         if self.memory_short.load(Ordering::Relaxed) {
-            return Err(Refused::node("memory", "short of memory: come back later"));
+            return Err(Refused::node(Limit::Memory, "short of memory: come back later"));
         }
         if !self.connections.take() {
-            return Err(Refused::node("connections", "no room: come back later"));
+            return Err(Refused::node(Limit::Connections, "no room: come back later"));
         }
         let mut admitted =
             Admitted { admission: Arc::clone(self), address: None, app: None, handshaking: false };
         if !self.handshakes.take() {
             let text = "too many handshakes are under way: come back later";
-            return Err(Refused::node("handshakes", text));
+            return Err(Refused::node(Limit::Handshakes, text));
         }
         admitted.handshaking = true;
         if self.rate.is_limited() {
@@ -106,7 +107,7 @@ impl Admission {
             let text = "too many handshakes a second: come back later";
             taken.map_err(|after| Refused {
                 after: Some(after),
-                ..Refused::node("handshake_rate", text)
+                ..Refused::node(Limit::HandshakeRate, text)
             })?;
         }
         Ok(admitted)
@@ -160,16 +161,17 @@ impl Admitted {
             }
             Ok(Entered::Unlimited) => Ok(false),
             Ok(Entered::NoRoom) => Ok(true),
-            Err(AddressRefused::Connections) => {
-                Err(Refused::own("address_connections", "your address has too many connections"))
-            }
+            Err(AddressRefused::Connections) => Err(Refused::own(
+                Limit::AddressConnections,
+                "your address has too many connections",
+            )),
             Err(AddressRefused::Handshakes) => Err(Refused::own(
-                "address_handshakes",
+                Limit::AddressHandshakes,
                 "too many handshakes of your address are under way",
             )),
             Err(AddressRefused::Rate(after)) => {
                 let text = "your address connects too often";
-                Err(Refused { after: Some(after), ..Refused::own("address_rate", text) })
+                Err(Refused { after: Some(after), ..Refused::own(Limit::AddressRate, text) })
             }
         }
     }
@@ -186,7 +188,7 @@ impl Admitted {
         let mut apps = self.admission.apps.lock();
         let connections = apps.entry(app.clone()).or_default();
         if *connections >= max {
-            return Err(Refused::own("app_connections", "the app has too many connections"));
+            return Err(Refused::own(Limit::AppConnections, "the app has too many connections"));
         }
         *connections += 1;
         drop(apps);
@@ -268,7 +270,7 @@ mod tests {
     }
 
     fn refused<T>(result: Result<T, Refused>) -> &'static str {
-        result.err().map_or("", |refused| refused.limit)
+        result.err().map_or("", |refused| refused.limit.as_str())
     }
 
     /// Everything that was taken.
@@ -316,7 +318,7 @@ mod tests {
         });
         drop(admission.admit().unwrap());
         let refused = admission.admit().unwrap_err();
-        assert_eq!((refused.limit, refused.own), ("handshake_rate", false));
+        assert_eq!((refused.limit, refused.own), (Limit::HandshakeRate, false));
         assert!(refused.after.is_some_and(|after| after <= Duration::from_secs(1)));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
     }

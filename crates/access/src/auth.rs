@@ -3,12 +3,14 @@
 //! A token is checked only with keys of the algorithm that it names, so that a public key never
 //! serves as an HMAC secret. No token, and no part of one, goes into a log or an error.
 
+mod error;
 mod jwks;
 mod keys;
 
 use barid_core::limits::GROUPS_MAX;
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
+use barid_session::Claims;
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
 use serde_json::Value;
@@ -16,57 +18,9 @@ use serde_json::Value;
 use crate::config::AuthConfig;
 use jwks::Jwks;
 use keys::Key;
+
+pub use error::{AuthError, KeyError};
 use prometheus::IntCounter;
-
-/// What a valid token says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Claims {
-    /// Claims `app` and `sub`.
-    pub user: UserKey,
-    /// The only device that it is for.
-    pub device: Option<DeviceId>,
-    /// When it is over, seconds since the Unix epoch.
-    pub expires_s: u64,
-    /// The groups that may be subscribed to.
-    pub groups: Vec<GroupId>,
-}
-
-/// Why a token was refused, in words for the developer who issues tokens.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AuthError {
-    /// The request has no token.
-    #[error("no token: send one as Authorization: Bearer, ?token= or subprotocol bearer.<token>")]
-    Missing,
-    /// It is not a JWT, or lacks a claim, or has one of another type.
-    #[error("not a valid token: {0}")]
-    Malformed(String),
-    /// No key has its key id and algorithm.
-    #[error("no key for the token's key id and algorithm")]
-    UnknownKey,
-    /// The signature is not that of a key.
-    #[error("the token's signature is not valid")]
-    Signature,
-    /// Its time is over.
-    #[error("the token has expired")]
-    Expired,
-    /// Its time has not come.
-    #[error("the token is not valid yet")]
-    TooEarly,
-    /// `aud` is not the configured one.
-    #[error("the token is for another audience")]
-    Audience,
-    /// `iss` is not the configured one.
-    #[error("the token is by another issuer")]
-    Issuer,
-    /// The key may not speak for this app.
-    #[error("the key is not one of this app")]
-    OtherApp,
-}
-
-/// The configuration of keys does not make sense; names the key, shows no secret.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct KeyError(String);
 
 /// The last second of the year 9999. A time in milliseconds, taken for seconds, lies far beyond.
 const EXPIRES_SECONDS_MAX: u64 = 253_402_300_799;
@@ -93,23 +47,6 @@ struct RawClaims {
     nbf: Value,
     device: Value,
     groups: Value,
-}
-
-impl AuthError {
-    /// A stable word for metrics.
-    pub fn as_str(&self) -> &'static str {
-        match self {
-            Self::Missing => "missing",
-            Self::Malformed(_) => "malformed",
-            Self::UnknownKey => "unknown_key",
-            Self::Signature => "signature",
-            Self::Expired => "expired",
-            Self::TooEarly => "too_early",
-            Self::Audience => "audience",
-            Self::Issuer => "issuer",
-            Self::OtherApp => "other_app",
-        }
-    }
 }
 
 impl Verifier {

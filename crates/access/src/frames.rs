@@ -4,7 +4,8 @@
 
 use std::io::Cursor;
 
-use bytes::Bytes;
+use barid_wire::frames::Encoding;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control, Data, OpCode};
@@ -240,6 +241,30 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
     // Writing into a vector does not fail.
     let _ = header.format(length, out);
     out.extend_from_slice(payload);
+}
+
+/// A message in one frame with its header (RFC 6455, 5.2), as a server sends it to everybody: unmasked.
+pub fn framed(encoding: Encoding, payload: &[u8]) -> Bytes {
+    const FINAL: u8 = 0x80;
+    let opcode = match encoding {
+        Encoding::Json => 1,
+        Encoding::Proto => 2,
+    };
+    let mut frame = BytesMut::with_capacity(payload.len() + 10);
+    frame.put_u8(FINAL | opcode);
+    match payload.len() {
+        length @ 0..=125 => frame.put_u8(length as u8),
+        length @ 126..=0xffff => {
+            frame.put_u8(126);
+            frame.put_u16(length as u16);
+        }
+        length => {
+            frame.put_u8(127);
+            frame.put_u64(length as u64);
+        }
+    }
+    frame.put_slice(payload);
+    frame.freeze()
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! What dispatchers and other nodes ask: deliveries in batches, and closing a replaced session.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use barid_core::{
     AppId, CloseCode, ConnectionId, DeviceId, GroupId, Incarnation, SessionRef, UserId,
 };
 use barid_mailbox::{DisconnectRequest, UserKey};
+use barid_session::Close;
 use barid_wire::internal::access_peer_server::AccessPeer;
 use barid_wire::internal::access_server::Access;
 use barid_wire::internal::{
@@ -15,10 +17,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::fanout::Came;
+use crate::fanout::Received;
 use crate::handle::{Handle, Push};
+use crate::labels::Limit;
 use crate::node::Node;
-use crate::session::Close;
 
 /// Calls at once that remove routes of connections that are not here.
 const FORGETTING_MAX: usize = 256;
@@ -46,7 +48,7 @@ impl Access for AccessService {
         request: Request<Streaming<NodeBatch>>,
     ) -> Result<Response<Self::DeliverStream>, Status> {
         let mut batches = request.into_inner();
-        let (replies, stream) = mpsc::channel(self.node.limits.batches_max);
+        let (replies, stream) = mpsc::channel(self.node.policy.limits.batches_max);
         let node = Arc::clone(&self.node);
         let forgetting = Arc::clone(&self.forgetting);
         tokio::spawn(async move {
@@ -66,10 +68,10 @@ impl Access for AccessService {
 impl AccessPeer for AccessService {
     async fn close(&self, request: Request<CloseRequest>) -> Result<Response<CloseReply>, Status> {
         let CloseRequest { app, user, device, connection, incarnation } = request.into_inner();
-        let invalid = || Status::invalid_argument("not a user");
+        let invalid = || Status::invalid_argument("invalid app or user id");
         let key = user_key(&app, &user).ok_or_else(invalid)?;
-        let handle = self.node.registry.get(&key, ConnectionId(connection));
-        let closed = self.node.lived_as(Incarnation(incarnation))
+        let handle = self.node.sessions.registry.get(&key, ConnectionId(connection));
+        let closed = self.node.sessions.was(Incarnation(incarnation))
             && handle.is_some_and(|handle| {
                 let same = handle.device().as_str() == device;
                 if same {
@@ -84,7 +86,7 @@ impl AccessPeer for AccessService {
 
 fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
     let incarnation = Incarnation(batch.incarnation);
-    let mine = node.lived_as(incarnation);
+    let mine = node.sessions.was(incarnation);
     let (mut gone, mut waiting) = (Vec::new(), Vec::new());
     fan_out(node, batch.fanouts);
     for push in batch.pushes {
@@ -107,7 +109,7 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
     if fanouts.is_empty() {
         return;
     }
-    let (now_ms, now) = (node.now_ms(), node.seconds());
+    let (now_ms, now) = (node.clock.now_ms(), node.clock.seconds());
     for NodeFanout { app, group, envelope, dispatched_after_us } in fanouts {
         let audience = AppId::new(&app).ok().zip(match group.as_str() {
             "" => Some(None),
@@ -117,9 +119,9 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
             tracing::warn!(app, group, "a dispatcher named no audience");
             continue;
         };
-        let came = Came { now_ms, now, dispatched_after_us };
+        let received = Received { now_ms, now, dispatched_after_us };
         // Its mailbox holds it.
-        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, came) {
+        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, received) {
             tracing::warn!(%error, "a dispatcher sent no envelope");
         }
     }
@@ -143,7 +145,7 @@ fn deliver_push(
             // The mailbox holds it, and the session finds it there.
             Err(error) => {
                 tracing::warn!(%error, "a dispatcher sent no envelope");
-                node.registry.each(key, |handle| here.push(handle.connection.0));
+                node.sessions.registry.each(key, |handle| here.push(handle.connection.0));
             }
         }
     }
@@ -167,8 +169,9 @@ fn hand_out(
     waiting: &mut Vec<Arc<Handle>>,
 ) -> Vec<u64> {
     let mut here = Vec::new();
-    let (count_max, bytes_max) = (node.limits.unacked_max, node.limits.queued_bytes_max);
-    node.registry.each(user, |handle| {
+    let (count_max, bytes_max) =
+        (node.policy.limits.unacked_max, node.policy.limits.queued_bytes_max);
+    node.sessions.registry.each(user, |handle| {
         here.push(handle.connection.0);
         let queued = handle.push(push, count_max, bytes_max);
         if queued.overflow {
@@ -184,7 +187,7 @@ fn hand_out(
 fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Gone>) {
     let NodeResend { app, user, connection, device, attempt: _ } = resend;
     let key = if mine { user_key(&app, &user) } else { None };
-    match key.and_then(|key| node.registry.get(&key, ConnectionId(connection))) {
+    match key.and_then(|key| node.sessions.registry.get(&key, ConnectionId(connection))) {
         Some(handle) if handle.device().as_str() == device => {
             handle.tell(|inbox| inbox.resend = true);
         }
@@ -201,7 +204,7 @@ fn forget(
 ) {
     // Too many at once: the next push to them finds out again.
     let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else {
-        return node.metrics.limit("forgets");
+        return node.metrics.limit(Limit::Forgets);
     };
     let node = Arc::clone(node);
     tokio::spawn(async move {
@@ -215,10 +218,10 @@ fn forget(
 async fn forget_one(node: &Node, incarnation: Incarnation, gone: Gone) {
     let Some(user) = user_key(&gone.app, &gone.user) else { return };
     let connection = ConnectionId(gone.connection);
-    let session = SessionRef { node: node.id.clone(), incarnation, connection };
+    let session = SessionRef { node: node.sessions.node.clone(), incarnation, connection };
     let device = match DeviceId::new(&gone.device) {
         Ok(device) => Some(device),
-        Err(_) => match node.mailbox.read_routes(&user).await {
+        Err(_) => match node.mailboxes.store().read_routes(&user).await {
             Ok(routes) => {
                 let named = routes.into_iter().find(|route| route.session == session);
                 named.map(|route| route.device)
@@ -227,8 +230,10 @@ async fn forget_one(node: &Node, incarnation: Incarnation, gone: Gone) {
         },
     };
     let Some(device) = device else { return };
-    if node.registry.get(&user, connection).is_none() {
-        node.forget(DisconnectRequest { user, device, session }).await;
+    if node.sessions.registry.get(&user, connection).is_none() {
+        let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+        let request = DisconnectRequest { user, device, session };
+        node.mailboxes.disconnect(request, limit).await;
     }
 }
 

@@ -8,14 +8,12 @@ use std::task::{Context, Poll, Waker};
 
 use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation};
 use barid_mailbox::{LiveSession, UserKey};
+use barid_session::{Close, Seconds};
 use barid_wire::envelope::{Envelope, EnvelopeError, Header};
-use barid_wire::frames::{Encoding, encode_deliver};
+use barid_wire::frames::{Encoding, Format, encode_deliver};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::OnceLock;
-
-use crate::fanout::Kind;
-use crate::session::{Close, Seconds};
 
 /// An entry on its way to all sessions of a user here; encoded once an encoding.
 #[derive(Debug)]
@@ -27,7 +25,7 @@ pub struct Push {
     /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
     pub dispatched_us: u64,
     bytes: usize,
-    frames: [OnceLock<Result<Bytes, EnvelopeError>>; 3],
+    frames: [OnceLock<Result<Bytes, EnvelopeError>>; Format::COUNT],
 }
 
 impl Push {
@@ -59,7 +57,7 @@ impl Push {
         if generation != 0 {
             return encode();
         }
-        self.frames[Kind::new(encoding, zstd) as usize].get_or_init(encode).clone()
+        self.frames[Format::new(encoding, zstd) as usize].get_or_init(encode).clone()
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use barid_core::{AppId, CloseCode, DeviceId, UserId};
 use barid_mailbox::UserKey;
+use barid_session::Close;
 use barid_wire::internal::access_admin_server::AccessAdmin;
 use barid_wire::internal::{KickProgress, KickRequest};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -14,14 +15,14 @@ use tonic::{Request, Response, Status};
 
 use crate::handle::Handle;
 use crate::node::Node;
-use crate::session::Close;
+use crate::registry::Registry;
 
 /// Orders at once.
 const ORDERS_MAX: usize = 8;
 /// Bytes of a reason.
 const REASON_BYTES_MAX: usize = 256;
 /// How often the caller hears, and how often sessions are looked after that are about to end.
-const TELL: Duration = Duration::from_secs(1);
+const REPORT_EVERY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(20);
 /// A session that was told to end has ended after so long, unless its task does not run.
 const END_LIMIT: Duration = Duration::from_secs(5);
@@ -56,9 +57,9 @@ impl AccessAdmin for AdminService {
         let busy = |_| Status::resource_exhausted("too many kicks are under way");
         let permit = Arc::clone(&self.orders).try_acquire_owned().map_err(busy)?;
         let kicking = Kicking {
-            handles: audience.select(&self.node),
+            handles: audience.select(&self.node.sessions.registry),
             per_second: match order.per_second {
-                0 => self.node.limits.kicks_per_second,
+                0 => self.node.policy.limits.kicks_per_second,
                 given => given,
             },
             reason: match order.reason.as_str() {
@@ -66,7 +67,7 @@ impl AccessAdmin for AdminService {
                 given => given.to_owned(),
             },
             progress: KickProgress::default(),
-            told: Instant::now(),
+            reported: Instant::now(),
             _permit: permit,
         };
         tracing::info!(
@@ -112,23 +113,23 @@ fn audience(order: &KickRequest) -> Result<Audience, Status> {
 
 impl Audience {
     /// Its sessions of this moment.
-    fn select(&self, node: &Node) -> Vec<Weak<Handle>> {
+    fn select(&self, registry: &Registry) -> Vec<Weak<Handle>> {
         let mut selected = Vec::new();
         match self {
-            Self::Device(user, device) => node.registry.each(user, |handle| {
+            Self::Device(user, device) => registry.each(user, |handle| {
                 if handle.device() == device {
                     selected.push(Arc::downgrade(handle));
                 }
             }),
             Self::User(user) => {
-                node.registry.each(user, |handle| selected.push(Arc::downgrade(handle)));
+                registry.each(user, |handle| selected.push(Arc::downgrade(handle)));
             }
             Self::App(app) => {
-                let all = node.registry.all();
+                let all = registry.all();
                 let theirs = all.iter().filter(|handle| handle.user().app == *app);
                 selected.extend(theirs.map(Arc::downgrade));
             }
-            Self::Everyone => selected.extend(node.registry.all().iter().map(Arc::downgrade)),
+            Self::Everyone => selected.extend(registry.all().iter().map(Arc::downgrade)),
         }
         selected
     }
@@ -140,7 +141,7 @@ struct Kicking {
     per_second: u32,
     reason: String,
     progress: KickProgress,
-    told: Instant,
+    reported: Instant,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -156,8 +157,8 @@ impl Kicking {
         for (index, handle) in handles.into_iter().enumerate() {
             let at = begun + Duration::from_secs_f64(index as f64 / f64::from(self.per_second));
             while at > Instant::now() {
-                sleep_until(at.min(Instant::now() + TELL)).await;
-                if !self.tell(&mut ending, &replies).await {
+                sleep_until(at.min(Instant::now() + REPORT_EVERY)).await;
+                if !self.report(&mut ending, &replies).await {
                     return;
                 }
             }
@@ -170,7 +171,7 @@ impl Kicking {
         let limit = Instant::now() + END_LIMIT;
         while !ending.is_empty() && Instant::now() < limit {
             sleep_until(Instant::now() + LOOK).await;
-            if !self.tell(&mut ending, &replies).await {
+            if !self.report(&mut ending, &replies).await {
                 return;
             }
         }
@@ -185,7 +186,7 @@ impl Kicking {
     }
 
     /// Counts who has ended, and says so when it is time. Whether the caller is still there.
-    async fn tell(&mut self, ending: &mut Vec<Arc<Handle>>, replies: &Replies) -> bool {
+    async fn report(&mut self, ending: &mut Vec<Arc<Handle>>, replies: &Replies) -> bool {
         if replies.is_closed() {
             tracing::info!(closed = self.progress.closed, "kicking ends: the caller went away");
             return false;
@@ -193,8 +194,8 @@ impl Kicking {
         let before = ending.len();
         ending.retain(|handle| !handle.is_over());
         self.progress.closed += (before - ending.len()) as u64;
-        if self.told.elapsed() >= TELL {
-            self.told = Instant::now();
+        if self.reported.elapsed() >= REPORT_EVERY {
+            self.reported = Instant::now();
             return replies.send(Ok(self.progress)).await.is_ok();
         }
         true

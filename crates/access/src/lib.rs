@@ -11,7 +11,7 @@
 mod acceptors;
 mod admission;
 pub mod auth;
-mod balance;
+mod clock;
 pub mod config;
 mod connection;
 mod error;
@@ -20,15 +20,21 @@ mod frames;
 mod grpc;
 mod handle;
 mod handshake;
+mod http;
 mod kick;
+mod labels;
+mod mailboxes;
 mod memory;
 mod metrics;
 mod node;
+mod offer;
 mod peers;
+mod policy;
 mod proxy;
 mod registry;
 mod service;
-pub mod session;
+mod sessions;
+mod shedding;
 pub mod socket;
 mod stream;
 mod tls;
@@ -37,6 +43,7 @@ mod wheel;
 
 pub use config::Config;
 pub use error::Error;
+pub use handshake::accept_anybody;
 
 use barid_runtime::{Context, Role, RunError, Stopped};
 
@@ -48,7 +55,8 @@ impl Role for Access {
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()
+        config.check()?;
+        policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
     }
 
     async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {

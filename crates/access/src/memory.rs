@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
+use barid_session::Close;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::LimitsConfig;
 use crate::handle::Handle;
+use crate::labels::Limit;
+use crate::metrics::Metrics;
 use crate::node::Node;
-use crate::session::Close;
+use crate::registry::Registry;
 
 /// How often queued bytes are looked at, and after how many looks resident memory: it follows slowly,
 /// and what was freed a moment ago is still in it.
@@ -106,7 +109,7 @@ pub async fn guard(node: Arc<Node>, marks: Marks) -> &'static str {
         let queued = u64::try_from(node.metrics.queued_bytes.get()).unwrap_or(0);
         let in_use = InUse { queued, resident };
         let short = marks.is_short(in_use, was_short);
-        node.admission.set_memory_short(short);
+        node.policy.admission.set_memory_short(short);
         if short != was_short {
             tracing::warn!(short, queued, resident, "memory: the high-water mark was crossed");
             was_short = short;
@@ -115,15 +118,15 @@ pub async fn guard(node: Arc<Node>, marks: Marks) -> &'static str {
         let current = InUse { resident: if read_resident { resident } else { 0 }, ..in_use };
         let excess = marks.excess(current);
         if short && excess > 0 {
-            close_largest(&node, excess);
+            close_largest(&node.sessions.registry, &node.metrics, excess);
         }
     }
 }
 
 /// Closes the largest queues, `excess` bytes of them.
-fn close_largest(node: &Node, excess: u64) {
-    for handle in largest(node.registry.all(), excess) {
-        node.metrics.limit("memory_closed");
+fn close_largest(registry: &Registry, metrics: &Metrics, excess: u64) {
+    for handle in largest(registry.all(), excess) {
+        metrics.limit(Limit::MemoryClosed);
         let text = "the node is short of memory, and much waits for this device";
         handle.close(Close::new(CloseCode::SlowConsumer, text));
     }

@@ -4,72 +4,23 @@ use std::time::Duration;
 
 use barid_core::CloseCode;
 use barid_runtime::{Hop, Hops};
+use barid_session::{Dropped, SyncCause};
 use barid_wire::envelope::SkipReason;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
-use crate::fanout::{Refused, Taken};
-use crate::session::{Dropped, SyncCause};
+use crate::labels::{
+    Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
+    TokenRefusal, Unknown,
+};
 
-const HANDSHAKES: [&str; 18] = [
-    "accepted",
-    "gone",
-    "timeout",
-    "overloaded",
-    "limited",
-    "forbidden",
-    "proxy",
-    "tls",
-    "nodes",
-    "not_found",
-    "draining",
-    "subprotocol",
-    "bad_request",
-    "unauthorized",
-    "headers",
-    "version",
-    "method",
-    "upgrade",
-];
-const TOKENS: [&str; 10] = [
-    "missing",
-    "malformed",
-    "unknown_key",
-    "signature",
-    "expired",
-    "too_early",
-    "audience",
-    "issuer",
-    "other_app",
-    "somebody_else",
-];
-const SKIPS: [&str; 7] =
-    ["unspecified", "expired", "evicted", "other_device", "collapsed", "recalled", "acknowledged"];
-const IGNORED: [&str; 3] = ["kind", "field", "mailbox"];
-const FRAMES: [&str; 6] = ["hello", "ack", "refresh", "pong", "subscribe", "unsubscribe"];
-const DROPS: [&str; 6] = ["known", "syncing", "window", "gap", "fork", "overflow"];
-const CALLS: [&str; 5] = ["connect", "read", "ack", "confirm", "disconnect"];
-const CONFIRMS: [&str; 3] = ["stood", "restored", "superseded"];
-const LIMITS: [&str; 20] = [
-    "attempt_ahead",
-    "connections",
-    "handshakes",
-    "handshake_rate",
-    "turned_away",
-    "address_connections",
-    "address_handshakes",
-    "address_rate",
-    "addresses",
-    "user_connections",
-    "app_connections",
-    "frame_bytes",
-    "upstream_frames",
-    "upstream_bytes",
-    "idle",
-    "subscriptions",
-    "memory",
-    "memory_closed",
-    "forgets",
-    "close_timeout",
+const SKIPS: [SkipReason; 7] = [
+    SkipReason::Unspecified,
+    SkipReason::Expired,
+    SkipReason::Evicted,
+    SkipReason::OtherDevice,
+    SkipReason::Collapsed,
+    SkipReason::Recalled,
+    SkipReason::Acknowledged,
 ];
 
 /// The hops that end here.
@@ -179,13 +130,13 @@ impl Metrics {
                 "handshakes_total",
                 "Handshakes, by result",
                 "result",
-                &HANDSHAKES,
+                &values(Handshake::ALL, Handshake::as_str),
             )?,
             tokens_refused: make.counters(
                 "tokens_refused_total",
                 "Tokens refused in handshakes and refreshes, by reason",
                 "why",
-                &TOKENS,
+                &values(TokenRefusal::ALL, TokenRefusal::as_str),
             )?,
             closes: make.counters(
                 "closes_total",
@@ -200,7 +151,7 @@ impl Metrics {
                 "fanouts_total",
                 "Messages for an audience, by result",
                 "result",
-                &Taken::ALL.map(Taken::as_str),
+                &values(FanoutResult::ALL, FanoutResult::as_str),
             )?,
             subscriptions: make.gauge("subscriptions", "Groups that sessions are subscribed to")?,
             subscriptions_refused: make.counter(
@@ -214,18 +165,23 @@ impl Metrics {
                 "From a message's arrival until all members were told",
                 prometheus::exponential_buckets(0.0001, 2.0, 16)?,
             )?,
-            skips: make.counters("skips_total", "Skips told, by reason", "why", &SKIPS)?,
+            skips: make.counters(
+                "skips_total",
+                "Skips told, by reason",
+                "why",
+                &values(&SKIPS, skip_label),
+            )?,
             frames_in: make.counters(
                 "frames_in_total",
                 "Frames of devices, by kind",
                 "kind",
-                &FRAMES,
+                &values(Frame::ALL, Frame::as_str),
             )?,
             ignored: make.counters(
                 "ignored_total",
                 "What devices said and this version does not know",
                 "what",
-                &IGNORED,
+                &values(Unknown::ALL, Unknown::as_str),
             )?,
             bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
             syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
@@ -233,7 +189,7 @@ impl Metrics {
                 "pushes_dropped_total",
                 "Pushes not written, by reason",
                 "why",
-                &DROPS,
+                &values(PushDrop::ALL, PushDrop::as_str),
             )?,
             resends: make.counter("resends_total", "Re-sends written")?,
             gone: make.counter("gone_total", "Connections asked for that are not here")?,
@@ -242,20 +198,25 @@ impl Metrics {
                 "redis_retries_total",
                 "Failed calls, by call",
                 "call",
-                &CALLS,
+                &values(Call::ALL, Call::as_str),
             )?,
             confirms: make.counters(
                 "confirms_total",
                 "Confirmations, by outcome",
                 "outcome",
-                &CONFIRMS,
+                &values(Confirmation::ALL, Confirmation::as_str),
             )?,
-            limits: make.counters("limits_total", "Limits reached, by limit", "limit", &LIMITS)?,
+            limits: make.counters(
+                "limits_total",
+                "Limits reached, by limit",
+                "limit",
+                &values(Limit::ALL, Limit::as_str),
+            )?,
             certificates: make.counters(
                 "certificate_reads_total",
                 "Times the certificate was read again, by outcome",
                 "outcome",
-                &["read", "failed"],
+                &values(CertificateRead::ALL, CertificateRead::as_str),
             )?,
             receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
             shed: make.counter("shed_total", "Devices told to go where there are fewer")?,
@@ -269,103 +230,111 @@ impl Metrics {
         self.accepted.with_label_values(&[&number.to_string()])
     }
 
-    /// A limit was reached, one of those in docs/limits.md.
-    pub fn limit(&self, limit: &'static str) {
-        self.limits.with_label_values(&[limit]).inc();
+    /// Counts a limit that was reached.
+    pub fn limit(&self, limit: Limit) {
+        self.limits.with_label_values(&[limit.as_str()]).inc();
     }
 
-    /// The certificate's files were read again.
-    pub fn certificate_read(&self, outcome: &'static str) {
-        self.certificates.with_label_values(&[outcome]).inc();
+    /// Counts a reading of the certificate's files.
+    pub fn certificate_read(&self, outcome: CertificateRead) {
+        self.certificates.with_label_values(&[outcome.as_str()]).inc();
     }
 
-    /// A handshake ended.
-    pub fn handshake(&self, result: &'static str) {
-        self.handshakes.with_label_values(&[result]).inc();
+    /// Counts a finished handshake.
+    pub fn handshake(&self, result: Handshake) {
+        self.handshakes.with_label_values(&[result.as_str()]).inc();
     }
 
-    /// A token was refused, in a handshake or in a Refresh.
-    pub fn token_refused(&self, why: &'static str) {
-        self.tokens_refused.with_label_values(&[why]).inc();
+    /// Counts a token that was refused in a handshake or a Refresh.
+    pub fn token_refused(&self, why: TokenRefusal) {
+        self.tokens_refused.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// A connection was closed; `None`: by the device.
+    /// Counts a closed connection; `None`: the device closed it.
     pub fn close(&self, code: Option<CloseCode>) {
         self.closes.with_label_values(&[code.map_or("device", CloseCode::as_str)]).inc();
     }
 
-    /// A message for an audience came.
-    pub fn fanout(&self, taken: Taken) {
-        self.fanouts.with_label_values(&[taken.as_str()]).inc();
+    /// Counts a message for an audience.
+    pub fn fanout(&self, result: FanoutResult) {
+        self.fanouts.with_label_values(&[result.as_str()]).inc();
     }
 
-    /// All members of an audience were told, so long after its message came.
+    /// Records the time from a message's arrival until all members of its audience were told.
     pub fn fanout_told(&self, took: Duration) {
         self.fanout_seconds.observe(took.as_secs_f64());
     }
 
-    /// A session may not subscribe to a group.
-    pub fn subscription_refused(&self, why: Refused) {
-        match why {
-            Refused::NotListed => self.subscriptions_refused.inc(),
-            Refused::TooMany => self.limit("subscriptions"),
-        }
+    /// Counts a subscription to a group that the token does not list.
+    pub fn subscription_refused(&self) {
+        self.subscriptions_refused.inc();
     }
 
-    /// A skip was told.
+    /// Counts a Skip frame.
     pub fn skip(&self, why: SkipReason) {
-        let why = match why {
-            SkipReason::Unspecified => "unspecified",
-            SkipReason::Expired => "expired",
-            SkipReason::Evicted => "evicted",
-            SkipReason::OtherDevice => "other_device",
-            SkipReason::Collapsed => "collapsed",
-            SkipReason::Recalled => "recalled",
-            SkipReason::Acknowledged => "acknowledged",
-        };
-        self.skips.with_label_values(&[why]).inc();
+        self.skips.with_label_values(&[skip_label(why)]).inc();
     }
 
-    /// A device sent a frame.
-    pub fn frame_in(&self, kind: &'static str) {
-        self.frames_in.with_label_values(&[kind]).inc();
+    /// Counts a device's frame.
+    pub fn frame_in(&self, kind: Frame) {
+        self.frames_in.with_label_values(&[kind.as_str()]).inc();
     }
 
-    /// A device said what this version does not know.
-    pub fn ignored(&self, what: &'static str) {
-        self.ignored.with_label_values(&[what]).inc();
+    /// Counts something that a device sent and this version does not know.
+    pub fn ignored(&self, what: Unknown) {
+        self.ignored.with_label_values(&[what.as_str()]).inc();
     }
 
-    /// A mailbox is read.
+    /// Counts a reading of a mailbox.
     pub fn sync(&self, cause: SyncCause) {
         self.syncs.with_label_values(&[cause.as_str()]).inc();
     }
 
-    /// A push was not written.
+    /// Counts a push that the session did not write.
     pub fn dropped(&self, why: Dropped) {
-        let why = match why {
-            Dropped::Known => "known",
-            Dropped::Syncing => "syncing",
-            Dropped::Window => "window",
-            Dropped::Gap => "gap",
-            Dropped::Fork => "fork",
-        };
-        self.dropped.with_label_values(&[why]).inc();
+        self.push_drop(match why {
+            Dropped::Known => PushDrop::Known,
+            Dropped::Syncing => PushDrop::Syncing,
+            Dropped::Window => PushDrop::Window,
+            Dropped::Gap => PushDrop::Gap,
+            Dropped::Fork => PushDrop::Fork,
+        });
     }
 
-    /// A push found the session's queue full.
+    /// Counts a push for which the session's queue had no room.
     pub fn overflow(&self) {
-        self.dropped.with_label_values(&["overflow"]).inc();
+        self.push_drop(PushDrop::Overflow);
     }
 
-    /// A call to Redis failed and is made again.
-    pub fn redis_retry(&self, call: &'static str) {
-        self.redis_retries.with_label_values(&[call]).inc();
+    fn push_drop(&self, why: PushDrop) {
+        self.dropped.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// A confirmation was answered.
-    pub fn confirm(&self, outcome: &'static str) {
-        self.confirms.with_label_values(&[outcome]).inc();
+    /// Counts a failed call to Redis that is repeated.
+    pub fn redis_retry(&self, call: Call) {
+        self.redis_retries.with_label_values(&[call.as_str()]).inc();
+    }
+
+    /// Counts an answered confirmation.
+    pub fn confirm(&self, outcome: Confirmation) {
+        self.confirms.with_label_values(&[outcome.as_str()]).inc();
+    }
+}
+
+/// The label values of a closed set.
+fn values<T: Copy>(all: &[T], as_str: impl Fn(T) -> &'static str) -> Vec<&'static str> {
+    all.iter().copied().map(as_str).collect()
+}
+
+fn skip_label(why: SkipReason) -> &'static str {
+    match why {
+        SkipReason::Unspecified => "unspecified",
+        SkipReason::Expired => "expired",
+        SkipReason::Evicted => "evicted",
+        SkipReason::OtherDevice => "other_device",
+        SkipReason::Collapsed => "collapsed",
+        SkipReason::Recalled => "recalled",
+        SkipReason::Acknowledged => "acknowledged",
     }
 }
 

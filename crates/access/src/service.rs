@@ -8,6 +8,7 @@ use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
 use barid_runtime::{Condition, Context, Stopped};
+use barid_session::{Close, Seconds};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
@@ -17,21 +18,20 @@ use tokio::time::{Instant, interval, sleep_until, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::acceptors::Acceptors;
-use crate::admission::{Admission, Origins};
-use crate::auth::Verifier;
-use crate::balance::Shedding;
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::Error;
+use crate::fanout::Fanout;
 use crate::grpc::AccessService;
 use crate::kick::AdminService;
+use crate::mailboxes::Mailboxes;
 use crate::memory::{self, Marks};
 use crate::metrics::Metrics;
-use crate::node::{Node, Parts};
+use crate::node::Node;
 use crate::peers::Peers;
-use crate::proxy::Proxies;
-use crate::session::{Close, Settings};
-use crate::tls::Tls;
-use crate::upstream::Upstream;
+use crate::policy::Policy;
+use crate::sessions::Sessions;
+use crate::shedding::Shedding;
 
 /// How often the pace of GoAways and confirmations is kept, and readiness looked at.
 const PACE: Duration = Duration::from_millis(100);
@@ -46,9 +46,8 @@ const DRAIN_RESERVE: Duration = Duration::from_millis(500);
 const LAST_CALL: Duration = Duration::from_secs(1);
 /// Devices that were told to go come back within this, at random.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
-/// What a busy machine takes from the claim of a retry timer to its re-send, ms; half the first wait is
-/// taken where that is less.
-const CROSSING_MAX_MS: u64 = 1_000;
+/// Seconds between two sweeps of what is remembered for limits.
+const SWEEP_SECONDS: Seconds = 10;
 
 /// Runs a node until it is drained.
 ///
@@ -74,7 +73,7 @@ pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
     tasks.spawn(tick(Arc::clone(&node), wheel));
     tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
     tasks.spawn(fan_out(Arc::clone(&node)));
-    if let Some(tls) = &node.tls {
+    if let Some(tls) = &node.policy.tls {
         tasks.spawn(tls.clone().keep_fresh(node.metrics.clone()));
     }
     tasks.spawn(memory::guard(Arc::clone(&node), Marks::new(&config.limits)));
@@ -118,8 +117,8 @@ async fn build(
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
-    let verifier = Verifier::new(&config.auth)?;
-    context.metrics.register(Box::new(verifier.keys_skipped.clone()))?;
+    let policy = Policy::new(config)?;
+    context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
     let receipts = receipts(config, &metrics)?;
     let open = || Mailbox::open(&config.redis, &context.metrics);
     let is_away = barid_mailbox::Error::is_away;
@@ -135,35 +134,21 @@ async fn build(
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
     let incarnation = held.record().incarnation;
     let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));
-    let node = Node::new(
-        Parts {
-            id: record.id,
-            zone: config.zone.clone(),
-            mailbox,
-            verifier,
-            metrics,
-            tracer: context.tracer.clone(),
-            receipts,
-            limits: config.limits.clone(),
-            admission: Arc::new(Admission::new(&config.limits)),
-            tls: Tls::new(&config.tls).map_err(Error::Config)?,
-            proxies: Proxies::new(&config.proxy).map_err(Error::Config)?,
-            origins: Origins::new(&config.auth.origins).map_err(Error::Config)?,
-            upstream: Upstream::new(&config.limits),
-            heartbeat: config.heartbeat.clone(),
-            settings: Settings {
-                unacked_max: config.limits.unacked_max,
-                page_entries_max: config.sync.page_entries_max,
-                page_bytes_max: config.sync.page_bytes_max,
-                ack_interval_ms: config.sync.ack_interval_ms,
-                crossing_ms: (config.redis.retry_base_ms / 2).min(CROSSING_MAX_MS) as u32,
-            },
-            shutdown: context.shutdown.clone(),
-            peers,
-        },
-        incarnation,
-    );
-    node.verifier.refresh().await;
+    let clock = Arc::new(Clock::new(Arc::new(SystemClock)));
+    let node = Node {
+        zone: config.zone.clone(),
+        sessions: Sessions::new(record.id, incarnation, Arc::clone(&clock)),
+        fanout: Fanout::new(&config.limits, &metrics),
+        mailboxes: Mailboxes::new(mailbox, Arc::clone(&clock), metrics.clone()),
+        clock,
+        policy,
+        peers,
+        receipts,
+        metrics,
+        tracer: context.tracer.clone(),
+        shutdown: context.shutdown.clone(),
+    };
+    node.policy.verifier.refresh().await;
     Ok(Some((Arc::new(node), held)))
 }
 
@@ -175,9 +160,28 @@ fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Erro
     Ok(Some(Receipts::new(producer, &config.kafka, metrics.receipts_dropped.clone())))
 }
 
-async fn tick(node: Arc<Node>, wheel: Condition) -> &'static str {
-    node.tick(&wheel).await;
-    "the heartbeat wheel"
+/// Turns the wheel once a second; keeps `turning` true.
+async fn tick(node: Arc<Node>, turning: Condition) -> &'static str {
+    let mut second = interval(Duration::from_secs(1));
+    let started = second.tick().await;
+    turning.ready();
+    loop {
+        let now = second.tick().await;
+        let now = Seconds::try_from((now - started).as_secs()).unwrap_or(Seconds::MAX);
+        // A machine that stood still leaves seconds out: each has its slot.
+        for now in node.clock.seconds() + 1..=now {
+            node.clock.set_seconds(now);
+            node.sessions.wheel.turn(now);
+            node.fanout.sweep(now);
+            if now.is_multiple_of(SWEEP_SECONDS) {
+                node.policy.admission.sweep();
+            }
+        }
+        node.metrics.addresses.set(node.policy.admission.addresses() as i64);
+        node.metrics.users.set(node.sessions.registry.users() as i64);
+        node.metrics.wheel_entries.set(node.sessions.wheel.entries() as i64);
+        turning.ready();
+    }
 }
 
 /// Nothing that the node consists of may end while it runs. Never returns.
@@ -193,7 +197,7 @@ async fn keep_keys_fresh(node: Arc<Node>) -> &'static str {
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
-        node.verifier.refresh().await;
+        node.policy.verifier.refresh().await;
     }
 }
 
@@ -206,7 +210,7 @@ async fn watch_redis(node: Arc<Node>, condition: Condition) -> &'static str {
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
-        match node.mailbox.ping().await {
+        match node.mailboxes.store().ping().await {
             Ok(()) => condition.ready(),
             Err(error) => condition.failing(error.to_string()),
         }
@@ -252,7 +256,7 @@ async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, 
             _ = look.tick() => {
                 condition.ready();
                 lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
-                shedding.go_on(node);
+                shedding.step(&node.sessions, &node.peers, &node.metrics);
             }
         }
     }
@@ -264,7 +268,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     let begun = Instant::now();
     let deadline = context.shutdown.deadline().unwrap_or(begun) - DRAIN_RESERVE;
     let span = deadline.saturating_duration_since(begun).mul_f64(GO_AWAY_SHARE);
-    let handles = node.registry.all();
+    let handles = node.sessions.registry.all();
     tracing::info!(
         sessions = handles.len(),
         spread_ms = span.as_millis() as u64,
@@ -286,7 +290,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
             tokio::select! {
                 _ = look.tick() => (),
                 // Devices whose Hello was under way when draining began; the others know already.
-                _ = late.tick() => for handle in node.registry.all() {
+                _ = late.tick() => for handle in node.sessions.registry.all() {
                     handle.tell(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
                 },
             }
@@ -296,7 +300,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     if timeout_at(deadline - LAST_CALL, &mut all_gone).await.is_ok() {
         return 0;
     }
-    for handle in node.registry.all() {
+    for handle in node.sessions.registry.all() {
         handle.close(Close::new(CloseCode::Draining, "this node is being drained"));
     }
     // What counts is what sessions owe to the mailbox; a socket may go without a last word.

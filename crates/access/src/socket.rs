@@ -12,8 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use barid_core::CloseCode;
-use barid_wire::frames::Encoding;
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::Bytes;
 use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
@@ -22,8 +21,7 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use crate::frames::{Decoder, close_answer, encode};
 use crate::stream::Stream;
 
-pub use crate::handshake::accept_anybody;
-pub use crate::session::Close;
+pub use barid_session::Close;
 pub use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// Read at once, into the stack: no connection has a buffer of its own.
@@ -160,7 +158,7 @@ impl Socket {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes a whole frame ([`framed`]) that others share, without a copy of it; only where nothing is fed.
+    /// Writes a whole frame ([`crate::frames::framed`]) that others share, without a copy of it; only where nothing is fed.
     /// What the other end does not take at once is fed then.
     ///
     /// # Errors
@@ -225,30 +223,6 @@ impl Socket {
         }
         Ok(())
     }
-}
-
-/// A message in one frame with its header (RFC 6455, 5.2), as a server sends it to everybody: unmasked.
-pub fn framed(encoding: Encoding, payload: &[u8]) -> Bytes {
-    const FINAL: u8 = 0x80;
-    let opcode = match encoding {
-        Encoding::Json => 1,
-        Encoding::Proto => 2,
-    };
-    let mut frame = BytesMut::with_capacity(payload.len() + 10);
-    frame.put_u8(FINAL | opcode);
-    match payload.len() {
-        length @ 0..=125 => frame.put_u8(length as u8),
-        length @ 126..=0xffff => {
-            frame.put_u8(126);
-            frame.put_u16(length as u16);
-        }
-        length => {
-            frame.put_u8(127);
-            frame.put_u64(length as u64);
-        }
-    }
-    frame.put_slice(payload);
-    frame.freeze()
 }
 
 /// Barid's codes are explained in an Error frame before. Where WebSocket itself was broken, no frame may

@@ -17,6 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::config::TlsConfig;
+use crate::labels::CertificateRead;
 use crate::metrics::Metrics;
 
 /// How often the files' times are looked at.
@@ -111,11 +112,11 @@ impl Tls {
             match self.current.files.read(&self.current.provider) {
                 Ok(key) => {
                     *self.current.key.write() = Arc::new(key);
-                    metrics.certificate_read("read");
+                    metrics.certificate_read(CertificateRead::Read);
                     tracing::info!("the certificate was read again");
                 }
                 Err(error) => {
-                    metrics.certificate_read("failed");
+                    metrics.certificate_read(CertificateRead::Failed);
                     tracing::error!(
                         error,
                         "the certificate cannot be used; the last good one stays"

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::admission::Rate;
 use crate::config::LimitsConfig;
+use crate::labels::Limit;
 
 /// The limits.
 #[derive(Debug)]
@@ -22,8 +23,8 @@ pub struct Spent {
 /// A frame too many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
-    /// The label of the metric of limits.
-    pub limit: &'static str,
+    /// Which limit.
+    pub limit: Limit,
     /// For people.
     pub text: &'static str,
 }
@@ -54,11 +55,11 @@ impl Upstream {
         let now_us = now_us();
         if !self.frames.take_packed(&mut spent.frames_full_at_us, now_us, 1) {
             let text = "the device sends more frames a second than it may";
-            return Err(Exceeded { limit: "upstream_frames", text });
+            return Err(Exceeded { limit: Limit::UpstreamFrames, text });
         }
         if !self.bytes.take_packed(&mut spent.bytes_full_at_us, now_us, bytes as u64) {
             let text = "the device sends more bytes a second than it may";
-            return Err(Exceeded { limit: "upstream_bytes", text });
+            return Err(Exceeded { limit: Limit::UpstreamBytes, text });
         }
         Ok(())
     }
@@ -83,10 +84,10 @@ mod tests {
         let both = upstream(5, 1000);
         let sent = |spent: &mut Spent, bytes, at| both.frame(spent, bytes, || at);
         assert_eq!((0..50).filter(|_| sent(&mut spent, 1, 9).is_ok()).count(), 10);
-        assert_eq!(sent(&mut spent, 1, 9).unwrap_err().limit, "upstream_frames");
+        assert_eq!(sent(&mut spent, 1, 9).unwrap_err().limit, Limit::UpstreamFrames);
         let later = 60_000_000;
         assert_eq!(sent(&mut spent, 1500, later), Ok(()));
-        assert_eq!(sent(&mut spent, 501, later).unwrap_err().limit, "upstream_bytes");
+        assert_eq!(sent(&mut spent, 501, later).unwrap_err().limit, Limit::UpstreamBytes);
         let none = upstream(0, 0);
         assert_eq!(none.frame(&mut spent, usize::MAX, || panic!("no clock is asked")), Ok(()));
     }

@@ -4,10 +4,10 @@
 
 use std::sync::Arc;
 
+use barid_session::Seconds;
 use parking_lot::Mutex;
 
 use crate::handle::Handle;
-use crate::session::Seconds;
 
 /// Sessions that are due later than this many seconds are looked at in between.
 const SLOTS: usize = 512;

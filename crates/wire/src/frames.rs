@@ -46,6 +46,49 @@ impl Encoding {
     }
 }
 
+/// How a device's deliveries are written: its encoding, and whether compressed bodies stay compressed. Devices of
+/// one format can share frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Protobuf, bodies unpacked.
+    Proto,
+    /// Protobuf, compressed bodies as they are stored.
+    ProtoZstd,
+    /// JSON, bodies unpacked.
+    Json,
+}
+
+impl Format {
+    /// Number of formats.
+    pub const COUNT: usize = 3;
+
+    /// The format of a device that speaks `encoding` and, if `zstd`, unpacks zstd itself.
+    pub fn new(encoding: Encoding, zstd: bool) -> Self {
+        match (encoding, zstd) {
+            (Encoding::Proto, false) => Self::Proto,
+            (Encoding::Proto, true) => Self::ProtoZstd,
+            (Encoding::Json, _) => Self::Json,
+        }
+    }
+
+    /// The encoding of its frames.
+    pub fn encoding(self) -> Encoding {
+        match self {
+            Self::Proto | Self::ProtoZstd => Encoding::Proto,
+            Self::Json => Encoding::Json,
+        }
+    }
+
+    /// Encodes one entry as a Deliver frame of generation 0.
+    ///
+    /// # Errors
+    /// Returns an error if the entry's body is broken.
+    pub fn encode(self, envelope: &Envelope) -> Result<Bytes, EnvelopeError> {
+        let zstd = self == Self::ProtoZstd;
+        encode_deliver(self.encoding(), 0, [envelope], zstd).map_err(|(_, error)| error)
+    }
+}
+
 /// What a node says.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ServerFrame {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::rate::Rate;
+use crate::admission::rate::Rate;
 
 /// A client address as far as limits go: an IPv4 address, or the /64 of an IPv6 address, which is what
 /// one customer has. IPv4 lies in `::/32`, where no IPv6 client is.

@@ -14,8 +14,8 @@ use rustls::pki_types::pem::PemObject as _;
 use tokio::time::Instant;
 use ureq::tls::{Certificate, RootCerts};
 
-use super::KeyError;
-use super::keys::{Key, apps};
+use crate::auth::error::KeyError;
+use crate::auth::keys::{Key, apps};
 use crate::config::JwksConfig;
 
 const BYTES_MAX: u64 = 1 << 20;

@@ -6,7 +6,7 @@ use barid_core::{AppId, Secret};
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 
-use super::KeyError;
+use crate::auth::error::KeyError;
 use crate::config::{KeyAlgorithmName, KeyConfig};
 
 /// RFC 7518 asks for an HMAC secret at least as long as the hash.

@@ -1,40 +1,20 @@
 //! What a session asks of its mailbox and of the token's verifier. Nobody waits: each answer is taken when
 //! it is there.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_core::{CloseCode, Incarnation};
-use barid_mailbox::{AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, Page, ReadRequest};
+use barid_core::CloseCode;
+use barid_mailbox::{AckRequest, ConfirmOutcome, ConfirmRequest, ReadRequest};
+use barid_session::{AckPoint, AckUrgency, Close};
 use tokio::time::sleep;
 
-use super::Connection;
-use crate::auth::{AuthError, Claims};
+use crate::connection::state::{Answer, Confirming, Connection};
 use crate::fanout::Refused;
 use crate::handle::Handle;
+use crate::labels::{Call, Confirmation, TokenRefusal};
 use crate::node::Node;
-use crate::session::{AckPoint, AckUrgency, Close};
-
-pub(super) enum Answer {
-    Page(Page),
-    /// The time until the next acknowledgement is over.
-    AckDue,
-    Acked(AckOutcome),
-    Confirmed(ConfirmOutcome, Incarnation),
-}
-
-pub(super) type Call = Pin<Box<dyn Future<Output = Answer> + Send>>;
-pub(super) type Refreshing = Pin<Box<dyn Future<Output = Result<Claims, AuthError>> + Send>>;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Confirming {
-    #[default]
-    No,
-    Once,
-    Again,
-}
 
 impl Connection {
     pub(super) fn poll_calls(&mut self, cx: &mut Context<'_>) -> bool {
@@ -49,20 +29,20 @@ impl Connection {
             busy = true;
             match answer {
                 Answer::Page(page) => {
-                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    let now_us = self.node.mailboxes.now_us(self.handle.user());
                     self.session.page(page, now_us, &mut self.effects);
                 }
                 Answer::AckDue => self.ack_waits = false,
                 Answer::Acked(outcome) => {
-                    let now_us = self.node.mailbox_now_us(self.handle.user());
+                    let now_us = self.node.mailboxes.now_us(self.handle.user());
                     self.session.acked(outcome, now_us, &mut self.effects);
                 }
                 Answer::Confirmed(outcome, incarnation) => {
                     self.handle.set_confirmed_life(incarnation);
                     self.node.metrics.confirm(match outcome {
-                        ConfirmOutcome::Confirmed { restored: false, .. } => "stood",
-                        ConfirmOutcome::Confirmed { restored: true, .. } => "restored",
-                        ConfirmOutcome::Superseded => "superseded",
+                        ConfirmOutcome::Confirmed { restored: false, .. } => Confirmation::Stood,
+                        ConfirmOutcome::Confirmed { restored: true, .. } => Confirmation::Restored,
+                        ConfirmOutcome::Superseded => Confirmation::Superseded,
                     });
                     self.session.confirmed(outcome, &mut self.effects);
                     if std::mem::take(&mut self.confirming) == Confirming::Again {
@@ -80,15 +60,15 @@ impl Connection {
         let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
         self.refreshing = None;
         let checked = result
-            .map_err(|e| (e.as_str(), Close::new(CloseCode::BadToken, e.to_string())))
+            .map_err(|e| (e.label(), Close::new(CloseCode::BadToken, e.to_string())))
             .and_then(|claims| match self.session.refresh(&claims) {
                 Ok(()) => Ok(claims),
-                Err(close) => Err(("somebody_else", close)),
+                Err(close) => Err((TokenRefusal::SomebodyElse, close)),
             });
         match checked {
             Ok(claims) => {
-                self.beat.expires(self.node.seconds_at(claims.expires_s));
-                self.node.set_due(&self.handle, self.beat.due());
+                self.beat.expires(self.node.clock.seconds_at(claims.expires_s));
+                self.node.sessions.set_due(&self.handle, self.beat.due());
                 let app = &self.handle.user().app;
                 for group in self.listener.allow(&self.node.fanout, app, claims.groups) {
                     self.refused(&group, Refused::NotListed);
@@ -109,10 +89,10 @@ impl Connection {
             let node = Arc::clone(&self.node);
             self.calls.push(Box::pin(async move {
                 let call = async || match urgency {
-                    AckUrgency::Urgent => node.mailbox.ack(request.clone()).await,
-                    AckUrgency::Paced => node.mailbox.ack_soon(request.clone()).await,
+                    AckUrgency::Urgent => node.mailboxes.store().ack(request.clone()).await,
+                    AckUrgency::Paced => node.mailboxes.store().ack_soon(request.clone()).await,
                 };
-                Answer::Acked(node.until_answered("ack", call).await)
+                Answer::Acked(node.mailboxes.until_answered(Call::Ack, call).await)
             }));
         }
         if let Some((read, cause)) = self.session.next_read(self.is_flushed()) {
@@ -126,8 +106,8 @@ impl Connection {
             };
             let node = Arc::clone(&self.node);
             self.calls.push(Box::pin(async move {
-                let call = || node.mailbox.read(request.clone());
-                Answer::Page(node.until_answered("read", call).await)
+                let call = || node.mailboxes.store().read(request.clone());
+                Answer::Page(node.mailboxes.until_answered(Call::Read, call).await)
             }));
         }
         self.calls.len() > before
@@ -136,7 +116,8 @@ impl Connection {
     /// What to acknowledge now; sees to it that what has to wait is looked at again.
     fn next_ack(&mut self) -> Option<(AckPoint, AckUrgency)> {
         let urgency = self.session.ack_urgency()?;
-        let (now_ms, interval_ms) = (self.node.uptime_ms(), self.node.settings.ack_interval_ms);
+        let (now_ms, interval_ms) =
+            (self.node.clock.uptime_ms(), self.node.policy.settings.ack_interval_ms);
         // The clock wraps: a time that has passed lies further ahead than any interval.
         let early_ms = self.next_ack_ms.wrapping_sub(now_ms);
         if urgency == AckUrgency::Paced && (1..=interval_ms).contains(&early_ms) {
@@ -163,15 +144,15 @@ impl Connection {
         let request = ConfirmRequest {
             user: identity.user.clone(),
             device: identity.device.clone(),
-            session: self.node.session(self.handle.connection),
+            session: self.node.sessions.reference(self.handle.connection),
             attempt: identity.attempt,
             platform: identity.platform.clone(),
             position: self.session.position(),
         };
         let node = Arc::clone(&self.node);
         self.calls.push(Box::pin(async move {
-            let call = || node.mailbox.confirm(request.clone());
-            let outcome = node.until_answered("confirm", call).await;
+            let call = || node.mailboxes.store().confirm(request.clone());
+            let outcome = node.mailboxes.until_answered(Call::Confirm, call).await;
             Answer::Confirmed(outcome, request.session.incarnation)
         }));
     }
@@ -181,7 +162,7 @@ pub(super) fn ack_request(node: &Node, handle: &Handle, point: AckPoint) -> AckR
     AckRequest {
         user: handle.user().clone(),
         device: handle.device().clone(),
-        session: node.session(handle.connection),
+        session: node.sessions.reference(handle.connection),
         epoch: point.epoch,
         generation: point.generation,
         seq: point.mark.seq,

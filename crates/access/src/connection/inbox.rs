@@ -4,13 +4,14 @@ use std::task::{Context, Poll};
 
 use barid_core::CloseCode;
 use barid_runtime::Hop;
+use barid_session::{Beat, Close, Pushed};
 use barid_wire::frames::ServerFrame;
 use barid_wire::v1;
 
-use super::outgoing::Out;
-use super::{Connection, wrote};
+use crate::connection::state::{Connection, Out};
+use crate::connection::trace::wrote;
 use crate::handle::{Inbox, Push};
-use crate::session::{Beat, Close, Pushed};
+use crate::labels::Limit;
 use crate::socket::WRITE_BUFFER_BYTES;
 
 /// How long a device that was told to go may still acknowledge, seconds.
@@ -25,7 +26,7 @@ impl Connection {
             self.end(Some(close));
             return true;
         }
-        let now_us = self.node.mailbox_now_us(self.handle.user());
+        let now_us = self.node.mailboxes.now_us(self.handle.user());
         for push in pushes {
             self.push(&push, now_us);
         }
@@ -45,11 +46,11 @@ impl Connection {
         if let Some(reconnect_after_ms) = go_away
             && !self.beat.is_leaving()
         {
-            let draining = self.node.is_draining();
+            let draining = self.node.shutdown.is_draining();
             let why = if draining { "draining" } else { "balance" }.to_owned();
             self.control(&ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }));
-            self.beat.leave(self.node.seconds() + LEAVE_SECONDS);
-            self.node.set_due(&self.handle, self.beat.due());
+            self.beat.leave(self.node.clock.seconds() + LEAVE_SECONDS);
+            self.node.sessions.set_due(&self.handle, self.beat.due());
         }
         if tick {
             self.tick();
@@ -71,7 +72,7 @@ impl Connection {
                         hops.observe(Hop::ProducedWritten, produced_us, now_us);
                         self.out_bytes += frame.len();
                         self.out.push_back(Out::Pushed { frame, generation });
-                        wrote(&self.node, &self.handle, &push.envelope, "fast", now_us);
+                        wrote(&self.node.tracer, &self.handle, &push.envelope, "fast", now_us);
                     }
                     Err(error) => {
                         tracing::warn!(seq = push.header.seq.0, %error, "entry cannot be delivered");
@@ -84,7 +85,7 @@ impl Connection {
             Pushed::Dropped(why) => self.node.metrics.dropped(why),
         }
         self.apply();
-        let queued_max = self.node.limits.queued_bytes_max;
+        let queued_max = self.node.policy.limits.queued_bytes_max;
         if self.out_bytes + self.socket.fed() > queued_max.max(WRITE_BUFFER_BYTES) {
             let text = "more waits for the device than may wait";
             self.end(Some(Close::new(CloseCode::SlowConsumer, text)));
@@ -92,7 +93,7 @@ impl Connection {
     }
 
     fn tick(&mut self) {
-        let now = self.node.seconds();
+        let now = self.node.clock.seconds();
         match self.beat.tick(now) {
             Beat::Nothing => (),
             Beat::Ping if self.codec.visible_pings => self.control(&ServerFrame::Ping(v1::Ping {})),
@@ -102,7 +103,7 @@ impl Connection {
                 self.end(Some(Close::new(CloseCode::Heartbeat, text)));
             }
             Beat::Idle => {
-                self.node.metrics.limit("idle");
+                self.node.metrics.limit(Limit::Idle);
                 let text = "the device sent nothing but pongs for too long";
                 self.end(Some(Close::new(CloseCode::Heartbeat, text)));
             }
@@ -114,6 +115,6 @@ impl Connection {
                 self.end(Some(Close::new(CloseCode::Draining, "this node asked the device to go")));
             }
         }
-        self.node.set_due(&self.handle, self.beat.due());
+        self.node.sessions.set_due(&self.handle, self.beat.due());
     }
 }

@@ -5,12 +5,15 @@ use std::task::{Context, Poll};
 
 use barid_core::{CloseCode, GroupId};
 use barid_runtime::{Hop, Sighting};
+use barid_session::Close;
 use barid_wire::frames::{ClientFrame, Heard, Ignored, ServerFrame};
 use barid_wire::{cut, v1};
 
-use super::{Connection, decode, of, refusal};
+use crate::connection::codec::{decode, refusal};
+use crate::connection::state::Connection;
+use crate::connection::trace::of;
 use crate::fanout::Refused;
-use crate::session::Close;
+use crate::labels::{Limit, Unknown};
 
 /// Bytes of an ignored name that are repeated to the client.
 const IGNORED_BYTES_MAX: usize = 64;
@@ -24,7 +27,7 @@ impl Connection {
             Poll::Pending => return false,
             Poll::Ready(Some(Ok(message))) => message,
             Poll::Ready(Some(Err(error))) => {
-                let close = refusal(&self.node, &error);
+                let close = refusal(&self.node.metrics, &error);
                 self.end(close);
                 return true;
             }
@@ -33,22 +36,22 @@ impl Connection {
                 return true;
             }
         };
-        let now_us = || self.node.uptime_us();
-        if let Err(over) = self.node.upstream.frame(&mut self.spent, message.len(), now_us) {
+        let now_us = || self.node.clock.uptime_us();
+        if let Err(over) = self.node.policy.upstream.frame(&mut self.spent, message.len(), now_us) {
             self.node.metrics.limit(over.limit);
             self.end(Some(Close::new(CloseCode::Limit, over.text)));
             return true;
         }
-        self.beat.heard(self.node.seconds());
+        self.beat.heard(self.node.clock.seconds());
         self.handle.set_due(self.beat.due());
-        match decode(&self.node, self.codec.encoding, &message) {
+        match decode(&self.node.metrics, self.codec.encoding, &message) {
             Ok(Some(Heard { frame, ignored })) => {
                 if let Some(frame) = frame {
                     self.frame_in(frame);
                 }
                 match ignored {
-                    Some(Ignored::Kind(kind)) => self.ignored("kind", &kind),
-                    Some(Ignored::Field(field)) => self.ignored("field", &field),
+                    Some(Ignored::Kind(kind)) => self.ignored(Unknown::Kind, &kind),
+                    Some(Ignored::Field(field)) => self.ignored(Unknown::Field, &field),
                     None => (),
                 }
             }
@@ -62,10 +65,11 @@ impl Connection {
     /// Counts something that this version does not know and ignores. The first one of a connection is also
     /// reported to the client, so that its developer notices a mistake. Escaped, `name` takes up to six
     /// times its bytes, so at most `IGNORED_BYTES_MAX` of it are shown.
-    fn ignored(&mut self, what: &'static str, name: &str) {
+    fn ignored(&mut self, what: Unknown, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.told_ignored, true) {
             let name = cut(name, IGNORED_BYTES_MAX);
+            let what = what.as_str();
             let text = format!("{what} {name:?} is not known here and was ignored");
             self.control(&ServerFrame::Error(v1::Error { text, ..Default::default() }));
         }
@@ -73,15 +77,15 @@ impl Connection {
 
     fn frame_in(&mut self, frame: ClientFrame) {
         if !matches!(frame, ClientFrame::Pong(_)) {
-            self.beat.used(self.node.seconds(), self.node.heartbeat.idle_seconds);
+            self.beat.used(self.node.clock.seconds(), self.node.policy.heartbeat.idle_seconds);
         }
         match frame {
             ClientFrame::Ack(ack) if !ack.mailbox.is_empty() => {
                 // This version takes acknowledgements for the user's own mailbox only.
-                self.ignored("mailbox", &ack.mailbox);
+                self.ignored(Unknown::Mailbox, &ack.mailbox);
             }
             ClientFrame::Ack(ack) => {
-                let now_us = self.node.mailbox_now_us(self.handle.user());
+                let now_us = self.node.mailboxes.now_us(self.handle.user());
                 let hops = &self.node.metrics.hops;
                 let before = self.session.unacked();
                 let (tracer, handle) = (&self.node.tracer, &self.handle);
@@ -107,7 +111,7 @@ impl Connection {
             ClientFrame::Refresh(refresh) => {
                 let node = Arc::clone(&self.node);
                 self.refreshing = Some(Box::pin(async move {
-                    node.verifier.verify(&refresh.token, node.now_ms() / 1000).await
+                    node.policy.verifier.verify(&refresh.token, node.clock.now_ms() / 1000).await
                 }));
             }
             ClientFrame::Pong(_) => (),
@@ -121,14 +125,17 @@ impl Connection {
 
     fn subscribe(&mut self, group: &str) {
         let Some(group) = self.group("subscribe", group) else { return };
-        let groups_max = self.node.limits.subscriptions_max;
+        let groups_max = self.node.policy.limits.subscriptions_max;
         match self.listener.subscribe(&self.node.fanout, &self.handle, &group, groups_max) {
             Ok(()) => {
                 let group = group.to_string();
                 self.control(&ServerFrame::Subscribed(v1::Subscribed { group }));
             }
             Err(why) => {
-                self.node.metrics.subscription_refused(why);
+                match why {
+                    Refused::NotListed => self.node.metrics.subscription_refused(),
+                    Refused::TooMany => self.node.metrics.limit(Limit::Subscriptions),
+                }
                 self.refused(&group, why);
             }
         }

@@ -2,40 +2,30 @@
 
 use std::task::{Context, Poll};
 
+use barid_runtime::Hop;
 use barid_wire::envelope::Envelope;
-use barid_wire::frames::{ServerFrame, encode_deliver, encode_server, join_delivers};
+use barid_wire::frames::{Format, ServerFrame, encode_deliver, encode_server, join_delivers};
 use barid_wire::v1;
 use bytes::Bytes;
 
-use super::{Codec, Connection, message, refusal};
-use crate::fanout::{Kind, Read};
+use crate::connection::codec::{Codec, message, refusal};
+use crate::connection::state::{Connection, Out};
+use crate::connection::trace::wrote;
+use crate::fanout::{Read, Report};
 use crate::socket::{self, Message};
 
 /// Bytes of pushed messages that share a frame; one alone may be larger.
 const JOINED_BYTES_MAX: usize = 16 << 10;
-
-/// What waits for the socket.
-pub(super) enum Out {
-    Frame(Bytes),
-    /// Pushed messages, in a frame for each that its other receivers share.
-    Pushed {
-        frame: Bytes,
-        generation: u32,
-    },
-    /// Entries of a page, encoded when their turn comes.
-    Entries(Vec<Envelope>),
-    Ping,
-}
 
 impl Connection {
     pub(super) fn welcome(&mut self) {
         let position = self.session.position();
         let limit = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         self.control(&ServerFrame::Welcome(v1::Welcome {
-            session: self.node.session(self.handle.connection).to_string(),
+            session: self.node.sessions.reference(self.handle.connection).to_string(),
             ping_interval_ms: u32::from(self.codec.ping_interval) * 1000,
-            max_frame_bytes: limit(self.node.limits.frame_bytes_max),
-            max_unacked: limit(self.node.limits.unacked_max),
+            max_frame_bytes: limit(self.node.policy.limits.frame_bytes_max),
+            max_unacked: limit(self.node.policy.limits.unacked_max),
             positions: vec![v1::Position {
                 mailbox: String::new(),
                 epoch: position.epoch.0,
@@ -43,8 +33,8 @@ impl Connection {
                 seq: position.seq.0,
                 chain: position.chain.map(|chain| chain.0),
             }],
-            server_time_ms: self.node.now_ms(),
-            ack_interval_ms: self.node.settings.ack_interval_ms,
+            server_time_ms: self.node.clock.now_ms(),
+            ack_interval_ms: self.node.policy.settings.ack_interval_ms,
         }));
     }
 
@@ -72,7 +62,7 @@ impl Connection {
                 && let Some(out) = self.out.pop_front()
             {
                 if let Err(error) = self.feed(out) {
-                    let close = refusal(&self.node, &error);
+                    let close = refusal(&self.node.metrics, &error);
                     self.end(close);
                     return true;
                 }
@@ -83,7 +73,7 @@ impl Connection {
             match self.socket.poll_flush(cx) {
                 Poll::Pending => return busy,
                 Poll::Ready(Ok(())) => {
-                    self.beat.written(self.node.seconds());
+                    self.beat.written(self.node.clock.seconds());
                     busy = true;
                 }
                 Poll::Ready(Err(_)) => {
@@ -106,8 +96,8 @@ impl Connection {
 
     /// One run of messages; false if the device is gone.
     fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
-        let kind = Kind::new(self.codec.encoding, self.codec.zstd);
-        let Read { missed, run, sight } = self.listener.read(kind);
+        let format = Format::new(self.codec.encoding, self.codec.zstd);
+        let Read { missed, run, report } = self.listener.read(format);
         if missed > 0 {
             self.node.metrics.fanout_missed.inc_by(missed.into());
         }
@@ -120,14 +110,28 @@ impl Connection {
         }
         self.node.metrics.delivered_fanout.inc_by(run.messages.into());
         self.node.metrics.bytes_out.inc_by(run.frame.len() as u64);
-        self.beat.written(self.node.seconds());
+        self.beat.written(self.node.clock.seconds());
         if self.socket.write_shared(cx, &run.frame).is_err() {
             return false;
         }
-        if let Some(sight) = sight {
-            sight.written(&self.node, &self.handle);
+        if let Some(report) = report {
+            self.report(&report);
         }
         true
+    }
+
+    /// Hops and trace events of messages that were written.
+    fn report(&self, report: &Report) {
+        let app = &self.handle.user().app;
+        let now_us = self.node.mailboxes.audience_now_us(app, &report.mailbox);
+        if let Some((dispatched_us, produced_ms)) = report.hop {
+            let hops = &self.node.metrics.hops;
+            hops.observe(Hop::FanoutDispatchedWritten, dispatched_us, now_us);
+            hops.observe(Hop::FanoutProducedWritten, produced_ms.saturating_mul(1000), now_us);
+        }
+        for entry in &report.traced {
+            wrote(&self.node.tracer, &self.handle, entry, "fanout", now_us);
+        }
     }
 
     fn feed(&mut self, out: Out) -> Result<(), socket::Error> {

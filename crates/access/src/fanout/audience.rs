@@ -5,15 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use barid_session::Seconds;
 use barid_wire::envelope::{self, Envelope, EnvelopeError};
-use barid_wire::frames::{Encoding, encode_deliver, join_delivers};
+use barid_wire::frames::{Format, join_delivers};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Room, Sight};
+use crate::fanout::report::Report;
+use crate::fanout::room::Room;
+use crate::frames::framed;
 use crate::handle::Handle;
-use crate::session::Seconds;
-use crate::socket::framed;
 
 /// Bytes of messages that share a frame; one alone may be larger.
 const RUN_BYTES_MAX: usize = 16 << 10;
@@ -21,40 +22,6 @@ const RUN_BYTES_MAX: usize = 16 << 10;
 const RUNS_MAX: usize = 8;
 /// Of so many deliveries one is on the hops: to look at the clock for each would cost more than to find it.
 const COUNTED_ONE_IN: u32 = 16;
-
-/// How a session's frames are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Protobuf.
-    Proto,
-    /// Protobuf, with compressed bodies as they are.
-    ProtoZstd,
-    /// JSON.
-    Json,
-}
-
-impl Kind {
-    /// Of a session.
-    pub fn new(encoding: Encoding, zstd: bool) -> Self {
-        match (encoding, zstd) {
-            (Encoding::Proto, false) => Self::Proto,
-            (Encoding::Proto, true) => Self::ProtoZstd,
-            (Encoding::Json, _) => Self::Json,
-        }
-    }
-
-    fn encoding(self) -> Encoding {
-        match self {
-            Self::Proto | Self::ProtoZstd => Encoding::Proto,
-            Self::Json => Encoding::Json,
-        }
-    }
-
-    fn encode(self, envelope: &Envelope) -> Result<Bytes, EnvelopeError> {
-        let zstd = self == Self::ProtoZstd;
-        encode_deliver(self.encoding(), 0, [envelope], zstd).map_err(|(_, error)| error)
-    }
-}
 
 /// A message, and its frames without a mailbox.
 #[derive(Debug)]
@@ -65,8 +32,8 @@ pub(super) struct Entry {
     dispatched_us: u64,
     /// Its trace is recorded, and nobody was written it yet.
     untraced: bool,
-    /// By [`Kind`]: not asked for yet, or what came of it.
-    frames: [Option<Option<Bytes>>; 3],
+    /// By [`Format`]: not asked for yet, or what came of it.
+    frames: [Option<Option<Bytes>>; Format::COUNT],
 }
 
 impl Entry {
@@ -79,12 +46,12 @@ impl Entry {
         at: Seconds,
         dispatched_us: u64,
     ) -> Result<Self, EnvelopeError> {
-        let frame = Kind::Proto.encode(&envelope)?;
-        let mut frames = [const { None }; 3];
+        let frame = Format::Proto.encode(&envelope)?;
+        let mut frames = [const { None }; Format::COUNT];
         if envelope.raw_bytes == 0 {
-            frames[Kind::ProtoZstd as usize] = Some(Some(frame.clone()));
+            frames[Format::ProtoZstd as usize] = Some(Some(frame.clone()));
         }
-        frames[Kind::Proto as usize] = Some(Some(frame));
+        frames[Format::Proto as usize] = Some(Some(frame));
         let untraced = envelope::is_sampled(&envelope);
         Ok(Self { envelope, at, dispatched_us, untraced, frames })
     }
@@ -94,10 +61,10 @@ impl Entry {
         size_of::<Self>() + self.envelope.payload.len() + frames
     }
 
-    /// Its frame; `None`: it has none of this kind (a body that is no JSON).
-    fn frame(&mut self, kind: Kind) -> Option<Bytes> {
-        let frame = &mut self.frames[kind as usize];
-        frame.get_or_insert_with(|| kind.encode(&self.envelope).ok()).clone()
+    /// Its frame; `None`: it has none of this format (a body that is no JSON).
+    fn frame(&mut self, format: Format) -> Option<Bytes> {
+        let frame = &mut self.frames[format as usize];
+        frame.get_or_insert_with(|| format.encode(&self.envelope).ok()).clone()
     }
 }
 
@@ -106,7 +73,7 @@ impl Entry {
 pub struct Run {
     first: u32,
     next: u32,
-    kind: Kind,
+    format: Format,
     /// There was no room for more.
     full: bool,
     /// Messages in it; 0: none of them could be written.
@@ -123,7 +90,7 @@ pub struct Read {
     /// What to write; `None`: nothing.
     pub run: Option<Run>,
     /// What is to be told of it once it is written; mostly nothing.
-    pub sight: Option<Box<Sight>>,
+    pub report: Option<Box<Report>>,
 }
 
 /// Messages by number; numbers wrap.
@@ -170,24 +137,24 @@ impl Log {
         self.runs.clear();
     }
 
-    fn read(&mut self, mailbox: &Arc<str>, kind: Kind, slot: u32, next: &mut u32) -> Read {
+    fn read(&mut self, mailbox: &Arc<str>, format: Format, slot: u32, next: &mut u32) -> Read {
         let behind = self.end().wrapping_sub(*next);
         let missed = behind.saturating_sub(self.entries.len() as u32);
         *next = next.wrapping_add(missed);
         if *next == self.end() {
             return Read { missed, ..Read::default() };
         }
-        let run = match self.known(kind, *next) {
+        let run = match self.known(format, *next) {
             Some(run) => run.clone(),
-            None => self.join(mailbox, kind, *next),
+            None => self.join(mailbox, format, *next),
         };
         *next = run.next;
-        let sight = self.sight(mailbox, &run, slot);
-        Read { missed, run: Some(run), sight }
+        let report = self.report(mailbox, &run, slot);
+        Read { missed, run: Some(run), report }
     }
 
     /// Each member's turn comes with every message, so that those who are told late count as well as others.
-    fn sight(&mut self, mailbox: &Arc<str>, run: &Run, slot: u32) -> Option<Box<Sight>> {
+    fn report(&mut self, mailbox: &Arc<str>, run: &Run, slot: u32) -> Option<Box<Report>> {
         let counts = slot.wrapping_add(run.first).is_multiple_of(COUNTED_ONE_IN);
         if !counts && self.untraced == 0 {
             return None;
@@ -204,20 +171,20 @@ impl Log {
             .collect();
         self.untraced -= traced.len();
         let is_seen = hop.is_some() || !traced.is_empty();
-        is_seen.then(|| Box::new(Sight { mailbox: Arc::clone(mailbox), hop, traced }))
+        is_seen.then(|| Box::new(Report { mailbox: Arc::clone(mailbox), hop, traced }))
     }
 
-    fn known(&self, kind: Kind, first: u32) -> Option<&Run> {
+    fn known(&self, format: Format, first: u32) -> Option<&Run> {
         let whole = |run: &&Run| run.full || run.next == self.end();
-        self.runs.iter().find(|run| run.first == first && run.kind == kind && whole(run))
+        self.runs.iter().find(|run| run.first == first && run.format == format && whole(run))
     }
 
-    fn join(&mut self, mailbox: &str, kind: Kind, first: u32) -> Run {
+    fn join(&mut self, mailbox: &str, format: Format, first: u32) -> Run {
         let skipped = first.wrapping_sub(self.first) as usize;
         let (mut frames, mut bytes, mut next, mut full) = (Vec::new(), 0, first, false);
         for entry in self.entries.iter_mut().skip(skipped) {
             let before = entry.bytes();
-            let frame = entry.frame(kind);
+            let frame = entry.frame(format);
             self.bytes += entry.bytes() - before;
             let more = frame.as_ref().map_or(0, Bytes::len);
             full = next != first && bytes + more > RUN_BYTES_MAX;
@@ -231,9 +198,9 @@ impl Log {
         let messages = frames.len() as u32;
         let frame = match messages {
             0 => Bytes::new(),
-            _ => framed(kind.encoding(), &join_delivers(kind.encoding(), mailbox, 0, &frames)),
+            _ => framed(format.encoding(), &join_delivers(format.encoding(), mailbox, 0, &frames)),
         };
-        let run = Run { first, next, kind, full, messages, frame };
+        let run = Run { first, next, format, full, messages, frame };
         if self.runs.len() == RUNS_MAX
             && let Some(oldest) = self.runs.pop_front()
         {
@@ -397,14 +364,14 @@ pub struct Member {
 
 impl Member {
     /// What is to be written next.
-    pub fn read(&mut self, kind: Kind) -> Read {
+    pub fn read(&mut self, format: Format) -> Read {
         let audience = &*self.audience;
         if audience.end.load(Ordering::Acquire) == self.next {
             return Read::default();
         }
         let mut log = audience.log.lock();
         let before = log.bytes;
-        let read = log.read(&audience.mailbox, kind, self.slot, &mut self.next);
+        let read = log.read(&audience.mailbox, format, self.slot, &mut self.next);
         if log.bytes != before {
             audience.room.changed(before, log.bytes);
         }

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use barid_core::{AppId, CloseCode, GroupId};
+use barid_wire::frames::Format;
 
-use super::{Fanout, Kind, Member, Read};
+use crate::fanout::audience::{Member, Read};
+use crate::fanout::hub::Fanout;
 use crate::handle::Handle;
 
 /// A session's places in its audiences.
@@ -104,16 +106,16 @@ impl Listener {
     }
 
     /// What is to be written next, of each audience in turn.
-    pub fn read(&mut self, kind: Kind) -> Read {
-        let Some(groups) = &mut self.groups else { return self.everyone.read(kind) };
+    pub fn read(&mut self, format: Format) -> Read {
+        let Some(groups) = &mut self.groups else { return self.everyone.read(format) };
         let mut missed = 0;
         let audiences = 1 + groups.subscribed.len();
         for _ in 0..audiences {
             let turn = groups.turn % audiences;
             groups.turn = turn + 1;
             let read = match turn {
-                0 => self.everyone.read(kind),
-                _ => groups.subscribed[turn - 1].1.read(kind),
+                0 => self.everyone.read(format),
+                _ => groups.subscribed[turn - 1].1.read(format),
             };
             missed += read.missed;
             if read.run.is_some() {

@@ -1,5 +1,4 @@
-//! Balance: which nodes a device should go to, and letting devices go where there are far more of them
-//! than elsewhere.
+//! Shedding: a node with far more sessions than its peers tells some of its devices to reconnect elsewhere.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
@@ -7,48 +6,17 @@ use std::sync::{Arc, Weak};
 use barid_core::NodeId;
 use barid_mailbox::NodeRecord;
 use rand::seq::SliceRandom as _;
-use serde::Serialize;
 
 use crate::config::BalanceConfig;
 use crate::handle::Handle;
-use crate::node::Node;
+use crate::metrics::Metrics;
+use crate::peers::Peers;
+use crate::sessions::Sessions;
 
-/// Nodes of one answer.
-const OFFERED_MAX: usize = 5;
 /// Between two episodes, seconds: longer than leases and tables take to tell of loads.
 const REST_SECONDS: u32 = 15;
 /// Devices that are let go come back within this, at random, ms.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
-
-/// What `GET /v1/nodes` answers.
-#[derive(Debug, Serialize)]
-pub struct Offer<'a> {
-    zone: &'a str,
-    nodes: Vec<Offered<'a>>,
-}
-
-#[derive(Debug, Serialize)]
-struct Offered<'a> {
-    node: &'a str,
-    url: &'a str,
-    zone: &'a str,
-    load: u64,
-}
-
-/// The nodes that devices of a zone should go to: those of the zone first, and of those the least loaded.
-/// Draining ones are not among them, nor those that do not say where devices connect.
-pub fn offer<'a>(nodes: &'a [NodeRecord], zone: &'a str) -> Offer<'a> {
-    let mut serving: Vec<_> =
-        nodes.iter().filter(|node| !node.draining && !node.devices.is_empty()).collect();
-    serving.sort_by_key(|node| (node.zone != zone, node.load));
-    let offered = serving.into_iter().take(OFFERED_MAX).map(|node| Offered {
-        node: node.id.as_str(),
-        url: &node.devices,
-        zone: &node.zone,
-        load: node.load,
-    });
-    Offer { zone, nodes: offered.collect() }
-}
 
 /// How many sessions each node of the zone would have; `None`: there is no other.
 fn mean(own: &NodeId, sessions: u64, nodes: &[NodeRecord], zone: &str) -> Option<u64> {
@@ -78,29 +46,29 @@ impl Shedding {
         Self { zone, episodes, waiting: VecDeque::new(), leaving: Vec::new() }
     }
 
-    /// To be called once a second.
-    pub fn go_on(&mut self, node: &Node) {
-        if self.episodes.config.shed_above == 0.0 || node.is_draining() {
+    /// Lets the devices of this second go. Call it once a second until the node drains.
+    pub fn step(&mut self, sessions: &Sessions, peers: &Peers, metrics: &Metrics) {
+        if self.episodes.config.shed_above == 0.0 {
             return;
         }
         self.leaving.retain(|handle| !handle.is_over());
-        let sessions = u64::try_from(node.metrics.sessions.get()).unwrap_or(0);
-        let staying = sessions.saturating_sub(self.leaving.len() as u64);
-        let mean = || mean(&node.id, staying, &node.peers.snapshot(), &self.zone);
+        let welcomed = u64::try_from(metrics.sessions.get()).unwrap_or(0);
+        let staying = welcomed.saturating_sub(self.leaving.len() as u64);
+        let mean = || mean(&sessions.node, staying, &peers.snapshot(), &self.zone);
         let before = self.episodes.target;
         let count = self.episodes.next(staying, mean);
         if before != self.episodes.target {
             let target = self.episodes.target;
             let event = if target.is_some() { "shedding sessions" } else { "shedding finished" };
-            tracing::info!(sessions, target, "{event}");
+            tracing::info!(sessions = welcomed, target, "{event}");
             self.waiting.clear();
         }
-        self.let_go(node, count);
+        self.let_go(sessions, metrics, count);
     }
 
-    fn let_go(&mut self, node: &Node, count: u64) {
+    fn let_go(&mut self, sessions: &Sessions, metrics: &Metrics, count: u64) {
         if count > 0 && self.waiting.is_empty() {
-            let mut all = node.registry.all();
+            let mut all = sessions.registry.all();
             all.shuffle(&mut rand::rng());
             self.waiting = all.iter().map(Arc::downgrade).collect();
         }
@@ -111,7 +79,7 @@ impl Shedding {
             if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
                 let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
                 handle.tell(|inbox| inbox.go_away = Some(reconnect_after_ms));
-                node.metrics.shed.inc();
+                metrics.shed.inc();
                 self.leaving.push(handle);
                 left -= 1;
             }
@@ -154,49 +122,7 @@ impl Episodes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use barid_core::Incarnation;
-    use barid_mailbox::NodeRole;
-
-    fn node(id: &str, zone: &str, load: u64) -> NodeRecord {
-        NodeRecord {
-            id: NodeId::new(id).unwrap(),
-            role: NodeRole::Access,
-            address: "h:1".into(),
-            incarnation: Incarnation(1),
-            load,
-            draining: false,
-            zone: zone.into(),
-            admin: String::new(),
-            devices: format!("ws://{id}/v1/connect"),
-            confirmed: true,
-        }
-    }
-
-    #[test]
-    fn the_least_loaded_of_the_zone_come_first() {
-        let mut nodes = vec![
-            node("a", "x", 9),
-            node("b", "x", 3),
-            node("c", "y", 0),
-            node("d", "x", 5),
-            node("e", "x", 1),
-            node("f", "x", 2),
-        ];
-        nodes[4].draining = true;
-        nodes[5].devices = String::new();
-        let ids = |zone| -> Vec<String> {
-            offer(&nodes, zone).nodes.iter().map(|node| node.node.to_owned()).collect()
-        };
-        assert_eq!(ids("x"), ["b", "d", "a", "c"]);
-        assert_eq!(ids("y"), ["c", "b", "d", "a"]);
-        assert_eq!(ids("elsewhere"), ["c", "b", "d", "a"]);
-        let json = serde_json::to_value(offer(&nodes[..1], "x")).unwrap();
-        let url = "ws://a/v1/connect";
-        let expected = serde_json::json!({
-            "zone": "x", "nodes": [{ "node": "a", "url": url, "zone": "x", "load": 9 }]
-        });
-        assert_eq!(json, expected);
-    }
+    use crate::offer::tests::node;
 
     #[test]
     fn a_node_far_above_the_mean_sheds_down_to_it_and_not_further() {

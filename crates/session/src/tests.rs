@@ -1,15 +1,16 @@
 //! Walks through a session's life, each named after what has to hold.
 
-use barid_core::{AppId, Position, ReceiptSet, SessionRef, UserId};
-use barid_core::{ConnectionId, Incarnation, NodeId};
-use barid_mailbox::{AckOutcome, ConfirmOutcome, ConnectOutcome, Page};
-use barid_wire::envelope::{BodyKind, Header, encode_body};
+use barid_core::{
+    AppId, Attempt, Chain, CloseCode, ConnectionId, DeviceId, Epoch, Generation, Incarnation,
+    NodeId, Position, ReceiptSet, Seq, SessionRef, UserId,
+};
+use barid_mailbox::{AckOutcome, ConfirmOutcome, ConnectOutcome, Page, UserKey};
+use barid_wire::envelope::{BodyKind, Envelope, Header, SkipReason, encode_body};
 use barid_wire::frames::ClientFrame;
+use barid_wire::v1;
 use bytes::Bytes;
 
-use super::window::PushedAt;
 use super::*;
-use crate::auth::Claims;
 
 /// µs since the Unix epoch.
 const NOW: u64 = 1_000_000_000;

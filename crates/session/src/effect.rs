@@ -1,39 +1,10 @@
-//! A connection's life as types that consume each other: [`Unidentified`] → [`Connecting`] →
-//! [`Connected`] → [`Closing`]. Pure: inputs and the time go in, effects come out. No socket, no
-//! encoding, no Redis; `connection.rs` does the I/O.
-
-mod closing;
-mod connected;
-mod heartbeat;
-mod unidentified;
-mod window;
+//! What a session asks of the connection that runs it.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
-use barid_core::{Attempt, Chain, CloseCode, DeviceId, Epoch, Generation, Seq};
-use barid_mailbox::UserKey;
+use barid_core::{Attempt, Chain, CloseCode, Epoch, Generation, Seq};
 use barid_wire::envelope::{Envelope, SkipReason};
 use barid_wire::v1;
-
-pub use closing::Closing;
-pub use connected::{AckUrgency, Connected, Dropped, Pushed};
-pub use heartbeat::{Beat, Heartbeat, Seconds};
-pub use unidentified::{Connecting, Unidentified};
-pub use window::Sent;
-
-/// Who is connected.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
-    /// Whose mailbox.
-    pub user: UserKey,
-    /// Which device.
-    pub device: DeviceId,
-    /// Its connection attempt.
-    pub attempt: Attempt,
-    /// What it says it runs on.
-    pub platform: Arc<str>,
-}
 
 /// A place in the history that the session follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,22 +13,6 @@ pub struct Mark {
     pub seq: Seq,
     /// The chain there.
     pub chain: Chain,
-}
-
-/// Bounds of a session.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// Messages that may be on their way to a device without its acknowledgement.
-    pub unacked_max: usize,
-    /// Entries read from a mailbox at once.
-    pub page_entries_max: u32,
-    /// Bytes read from a mailbox at once.
-    pub page_bytes_max: u32,
-    /// How long the next acknowledgement waits for others after the last one, ms.
-    pub ack_interval_ms: u32,
-    /// From the claim of a retry timer until its re-send is here, ms at most: what a busy machine takes, and
-    /// less than lies between two re-sends.
-    pub crossing_ms: u32,
 }
 
 /// What the session wants done, in order.
@@ -177,6 +132,3 @@ impl SyncCause {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -6,10 +6,13 @@ use barid_wire::frames::{Encoding, ServerFrame, decode_server};
 use barid_wire::v1::BodyKind;
 use proptest::prelude::*;
 
+use barid_wire::frames::Format;
+
 use super::*;
+use crate::fanout::Listener;
 use crate::handle::tests::handle;
 
-const NOW: Came = Came { now_ms: 0, now: 0, dispatched_after_us: None };
+const NOW: Received = Received { now_ms: 0, now: 0, dispatched_after_us: None };
 
 fn fanout(fanout_bytes_max: usize) -> (Fanout, Metrics) {
     let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
@@ -34,10 +37,10 @@ fn entry(seq: u64, bytes: usize) -> Bytes {
 }
 
 /// What a session would write, and how much it missed.
-fn read_all(listener: &mut Listener, kind: Kind) -> (Vec<Bytes>, u32) {
+fn read_all(listener: &mut Listener, format: Format) -> (Vec<Bytes>, u32) {
     let (mut frames, mut missed) = (Vec::new(), 0);
     loop {
-        let read = listener.read(kind);
+        let read = listener.read(format);
         missed += read.missed;
         match read.run {
             Some(run) => frames.push(run.frame),
@@ -79,17 +82,17 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
             envelope.traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into();
         }
         let entry = [&header.encode()[..], &encode_body(envelope)].concat().into();
-        let came = Came { dispatched_after_us: Some(5), ..NOW };
+        let came = Received { dispatched_after_us: Some(5), ..NOW };
         fanout.take(&demo(), None, entry, came).unwrap();
         for (member, listener) in listeners.iter_mut().enumerate() {
-            let read = listener.read(Kind::Proto);
-            let Some(sight) = read.sight else { continue };
-            assert_eq!(&*sight.mailbox, "everyone");
-            if let Some(hop) = sight.hop {
+            let read = listener.read(Format::Proto);
+            let Some(report) = read.report else { continue };
+            assert_eq!(&*report.mailbox, "everyone");
+            if let Some(hop) = report.hop {
                 assert_eq!(hop, (1_000_000 * seq + 5, 7 + seq));
                 counted.push((member, seq));
             }
-            traced.extend(sight.traced.into_iter().map(|entry| (member, entry.id)));
+            traced.extend(report.traced.into_iter().map(|entry| (member, entry.id)));
         }
     }
     let of = |member| counted.iter().filter(|(of, _)| *of == member).count();
@@ -100,8 +103,8 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
     for seq in 0..16 {
         fanout.take(&demo(), None, self::entry(seq, 1), NOW).unwrap();
     }
-    let sights = listeners.iter_mut().filter_map(|listener| listener.read(Kind::Proto).sight);
-    assert_eq!(sights.filter_map(|sight| sight.hop).collect::<Vec<_>>(), [(0, 0)]);
+    let reports = listeners.iter_mut().filter_map(|listener| listener.read(Format::Proto).report);
+    assert_eq!(reports.filter_map(|report| report.hop).collect::<Vec<_>>(), [(0, 0)]);
     // What has left the log is not waited for.
     fanout.sweep(Seconds::MAX);
     assert_eq!(fanout.audience(&demo(), None).unwrap().held(), 0);
@@ -115,21 +118,21 @@ fn a_burst_is_joined_once_an_encoding_for_all_members() {
         handles.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
     for seq in 1..=100 {
         let taken = fanout.take(&demo(), None, entry(seq, 100), NOW).unwrap();
-        assert_eq!(taken, Taken::Told);
+        assert_eq!(taken, FanoutResult::Told);
     }
     let mut frames = Vec::new();
     for listener in &mut listeners[..2] {
-        let (read, missed) = read_all(listener, Kind::Proto);
+        let (read, missed) = read_all(listener, Format::Proto);
         assert_eq!((read.len(), missed), (1, 0), "one frame for all of them");
         frames.extend(read);
     }
     assert_eq!(frames[0].as_ptr(), frames[1].as_ptr());
     assert_eq!(seqs(&frames[0]), (1..=100).collect::<Vec<_>>());
-    let (json, _) = read_all(&mut listeners[2], Kind::Json);
+    let (json, _) = read_all(&mut listeners[2], Format::Json);
     assert_eq!(json[0][0], 0x81, "text");
     assert!(json[0].ends_with(b",\"mailbox\":\"everyone\"}}"));
     fanout.sweep(100);
-    assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+    assert_eq!(fanout.room.held(), 0);
 }
 
 #[test]
@@ -144,11 +147,11 @@ fn a_body_that_is_no_json_is_left_out_of_json_and_of_nothing_else() {
     envelope.payload = Bytes::from_static(b"{");
     let broken = [&header.encode()[..], &encode_body(envelope)].concat().into();
     fanout.take(&demo(), None, broken, NOW).unwrap();
-    assert_eq!(read_all(&mut proto, Kind::Proto).0.len(), 1);
-    let read = json.read(Kind::Json);
+    assert_eq!(read_all(&mut proto, Format::Proto).0.len(), 1);
+    let read = json.read(Format::Json);
     assert_eq!(read.run.map(|run| run.messages), Some(0), "it goes on behind it");
     fanout.take(&demo(), None, entry(2, 1), NOW).unwrap();
-    assert_eq!(read_all(&mut json, Kind::Json).0.len(), 1);
+    assert_eq!(read_all(&mut json, Format::Json).0.len(), 1);
 }
 
 #[test]
@@ -160,16 +163,16 @@ fn audiences_are_there_while_they_have_members() {
     first.subscribe(&fanout, &one, &eng(), 1).unwrap();
     assert_eq!(metrics.subscriptions.get(), 1);
     let to_eng = || fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
-    assert_eq!(to_eng(), Taken::Told);
+    assert_eq!(to_eng(), FanoutResult::Told);
     first.leave(&fanout, &demo());
-    assert_eq!((to_eng(), metrics.subscriptions.get()), (Taken::Nobody, 0));
+    assert_eq!((to_eng(), metrics.subscriptions.get()), (FanoutResult::Nobody, 0));
     assert_eq!(fanout.apps.lock().len(), 1);
     second.leave(&fanout, &demo());
     assert!(fanout.apps.lock().is_empty());
-    assert_eq!(fanout.take(&demo(), None, entry(2, 1), NOW).unwrap(), Taken::Nobody);
+    assert_eq!(fanout.take(&demo(), None, entry(2, 1), NOW).unwrap(), FanoutResult::Nobody);
     fanout.sweep(100);
     assert!(fanout.holding.lock().is_empty());
-    assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+    assert_eq!(fanout.room.held(), 0);
 }
 
 #[test]
@@ -182,7 +185,7 @@ fn a_busy_audience_does_not_silence_a_sessions_others() {
     let mut turns = 0;
     for seq in 1..10 {
         fanout.take(&demo(), None, entry(seq, 1), NOW).unwrap();
-        let run = listener.read(Kind::Json).run.unwrap();
+        let run = listener.read(Format::Json).run.unwrap();
         turns += 1;
         if run.frame.ends_with(b"\"eng\"}}") {
             break;
@@ -247,7 +250,7 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     }
     assert!(again >= many.len(), "{again}");
     for listener in &mut listeners[..many.len()] {
-        let (frames, missed) = read_all(listener, Kind::Proto);
+        let (frames, missed) = read_all(listener, Format::Proto);
         assert_eq!((frames.iter().flat_map(seqs).collect(), missed), (vec![1, 2, 3], 0));
     }
     telling.abort();
@@ -273,7 +276,7 @@ proptest! {
                         *empty = Some((Listener::new(&fanout, &handles[step], vec![]), seq, 0));
                     }
                     Some((listener, last, missed_all)) => {
-                        let (frames, missed) = read_all(listener, Kind::Proto);
+                        let (frames, missed) = read_all(listener, Format::Proto);
                         *missed_all += u64::from(missed);
                         let shown: Vec<_> = frames.iter().flat_map(seqs).collect();
                         let first = *last + 1 + u64::from(missed);
@@ -288,7 +291,7 @@ proptest! {
                 _ => {
                     for _ in 0..size {
                         seq += 1;
-                        fanout.take(&demo(), None, entry(seq, size * 10), Came { now, ..NOW }).unwrap();
+                        fanout.take(&demo(), None, entry(seq, size * 10), Received { now, ..NOW }).unwrap();
                     }
                 }
             }
@@ -296,10 +299,10 @@ proptest! {
                 let apps = fanout.apps.lock();
                 apps.values().map(|app| app.everyone.held() as u64).sum()
             };
-            prop_assert_eq!(fanout.room.held.load(Ordering::Relaxed), held);
+            prop_assert_eq!(fanout.room.held(), held);
             prop_assert!(held < 6_000 + 9 * (16 << 10) + 2_000, "{} bytes", held);
         }
         fanout.sweep(now + 100);
-        prop_assert_eq!(fanout.room.held.load(Ordering::Relaxed), 0);
+        prop_assert_eq!(fanout.room.held(), 0);
     }
 }

@@ -1,6 +1,7 @@
 //! After a session: what is still owed to the mailbox.
 
-use super::{AckPoint, Close, Identity};
+use crate::effect::{AckPoint, Close};
+use crate::identity::Identity;
 
 /// A session that is over; its socket may be gone already.
 #[derive(Debug)]

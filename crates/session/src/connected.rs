@@ -11,9 +11,11 @@ use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
 use barid_wire::envelope::{self, Envelope, Header, SkipReason};
 use barid_wire::v1::{self, ReceiptKind};
 
-use super::window::{PushedAt, Sent, Wanted, Window};
-use super::{AckPoint, Close, Closing, Effect, Identity, Mark, ReadFrom, Settings, SyncCause};
-use crate::auth::Claims;
+use crate::closing::Closing;
+use crate::effect::{AckPoint, Close, Effect, Mark, ReadFrom, SyncCause};
+use crate::identity::{Claims, Identity};
+use crate::settings::Settings;
+use crate::window::{PushedAt, Sent, Wanted, Window};
 
 /// Payload bytes (unpacked) after which a page's messages go into another frame.
 const FRAME_BYTES: usize = 64 << 10;
@@ -98,7 +100,7 @@ pub struct Connected {
 }
 
 impl Connected {
-    pub(super) fn new(
+    pub(crate) fn new(
         identity: Identity,
         cursor: Position,
         newest: Seq,

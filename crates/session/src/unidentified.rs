@@ -10,8 +10,10 @@ use barid_mailbox::{ConnectOutcome, ConnectRequest};
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;
 
-use super::{Close, Connected, Identity, Refusal, Settings};
-use crate::auth::Claims;
+use crate::connected::Connected;
+use crate::effect::{Close, Refusal};
+use crate::identity::{Claims, Identity};
+use crate::settings::Settings;
 
 /// A connection whose token is valid and whose first frame is awaited.
 #[derive(Debug)]

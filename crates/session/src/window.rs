@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use barid_core::{Chain, Seq};
 
-use super::Mark;
+use crate::effect::Mark;
 
 /// One delivered message.
 #[derive(Debug, Clone, PartialEq, Eq)]

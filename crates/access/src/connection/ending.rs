@@ -1,0 +1,84 @@
+//! How a connection ends: the session gives back what it holds, and the socket is closed.
+
+use std::time::Duration;
+
+use barid_mailbox::DisconnectRequest;
+use barid_session::Closing;
+use barid_wire::frames::{Encoding, encode_server};
+use tokio::time::timeout;
+
+use crate::connection::calls::ack_request;
+use crate::connection::codec::{last_frames, message};
+use crate::connection::state::{Connection, End};
+use crate::handle::Handle;
+use crate::labels::{Call, Limit};
+use crate::node::Node;
+use crate::socket::Socket;
+
+impl Connection {
+    /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
+    pub(super) async fn finish(self: Box<Self>, close: End) {
+        let Self { node, socket, handle, session, codec, out, listener, .. } = *self;
+        node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
+        node.metrics.close(close.as_ref().map(|close| close.code));
+        node.sessions.registry.remove(handle.user(), handle.connection);
+        listener.leave(&node.fanout, &handle.user().app);
+        handle.finish();
+        node.sessions.wheel.remove(&handle);
+        drop(out);
+        let closing = session.close(close);
+        tracing::debug!(
+            session = %node.sessions.reference(handle.connection),
+            code = closing.close.as_ref().map_or("device", |close| close.code.as_str()),
+            "session closed"
+        );
+        let settled = async {
+            settle(&node, &handle, &closing).await;
+            node.metrics.sessions.dec();
+        };
+        tokio::join!(settled, hang_up(&node, socket, codec.encoding, closing.close.clone(), 0));
+        node.metrics.connections.dec();
+    }
+}
+
+/// Tells the mailbox what it is owed.
+async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
+    if let Some(point) = closing.ack {
+        let request = ack_request(node, handle, point);
+        let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+        let call = node
+            .mailboxes
+            .until_answered(Call::Ack, || node.mailboxes.store().ack(request.clone()));
+        // Not told in time: the device is sent again what it has, and drops it.
+        let _ = timeout(limit, call).await;
+    }
+    forget(node, handle).await;
+}
+
+/// Ends a socket politely, within a bound.
+pub(super) async fn hang_up(
+    node: &Node,
+    socket: Socket,
+    encoding: Encoding,
+    close: End,
+    attempt: u64,
+) {
+    let limit = Duration::from_millis(node.policy.limits.close_timeout_ms);
+    let last = close.as_ref().map_or_else(Vec::new, |close| last_frames(close, attempt));
+    let last = last.iter().filter_map(|frame| encode_server(encoding, frame).ok());
+    let last: Vec<_> = last.map(|frame| message(encoding, frame)).collect();
+    if !socket.hang_up(last, close.as_ref(), limit).await {
+        node.metrics.limit(Limit::CloseTimeout);
+    }
+}
+
+/// Removes the session's route.
+pub(super) async fn forget(node: &Node, handle: &Handle) {
+    let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+    let request = DisconnectRequest {
+        user: handle.user().clone(),
+        device: handle.device().clone(),
+        session: node.sessions.reference(handle.connection),
+    };
+    node.mailboxes.disconnect(request, limit).await;
+}

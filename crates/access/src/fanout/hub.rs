@@ -1,0 +1,201 @@
+//! Takes messages for audiences, and tells their members.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use barid_core::{AppId, GroupId, limits};
+use barid_session::Seconds;
+use barid_wire::envelope::{self, EnvelopeError};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+
+use crate::config::LimitsConfig;
+use crate::fanout::audience::{Audience, Entry, Member};
+use crate::fanout::room::Room;
+use crate::handle::Handle;
+use crate::labels::FanoutResult;
+use crate::metrics::Metrics;
+
+/// Sessions told at once, before other tasks have their turn: about what a worker's own queue takes twice.
+const TOLD_AT_ONCE: usize = 128;
+
+/// Who is to be told what, on this node.
+pub struct Fanout {
+    apps: Mutex<HashMap<AppId, App>>,
+    /// Audiences some of whose members are not told yet, in turn.
+    untold: Mutex<VecDeque<Arc<Audience>>>,
+    more: Notify,
+    /// Audiences whose logs hold something.
+    holding: Mutex<Vec<Arc<Audience>>>,
+    room: Arc<Room>,
+    metrics: Metrics,
+    seconds_max: Seconds,
+}
+
+/// The audiences of an app: there while it has a session here.
+struct App {
+    everyone: Arc<Audience>,
+    groups: HashMap<GroupId, Arc<Audience>>,
+}
+
+/// When a message for an audience received.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Received {
+    /// Milliseconds since the Unix epoch.
+    pub now_ms: u64,
+    /// By the coarse clock.
+    pub now: Seconds,
+    /// From its acceptance until its dispatcher queued it for this node, µs; `None`: not known.
+    pub dispatched_after_us: Option<u32>,
+}
+
+impl Fanout {
+    /// Without audiences.
+    pub fn new(limits: &LimitsConfig, metrics: &Metrics) -> Self {
+        Self {
+            apps: Mutex::default(),
+            untold: Mutex::default(),
+            more: Notify::new(),
+            holding: Mutex::default(),
+            room: Arc::new(Room::new(limits, metrics.fanout_held_bytes.clone())),
+            metrics: metrics.clone(),
+            seconds_max: limits.fanout_seconds,
+        }
+    }
+
+    /// A session begins: it reads what is for everyone of its app from now on.
+    pub(super) fn join(&self, handle: &Arc<Handle>) -> Member {
+        let mut apps = self.apps.lock();
+        Audience::join(&self.app(&mut apps, &handle.user().app).everyone, handle)
+    }
+
+    fn app<'a>(&self, apps: &'a mut HashMap<AppId, App>, app: &AppId) -> &'a mut App {
+        apps.entry(app.clone()).or_insert_with(|| App {
+            everyone: Arc::new(Audience::new(limits::EVERYONE, Arc::clone(&self.room))),
+            groups: HashMap::new(),
+        })
+    }
+
+    /// The session is over.
+    pub(super) fn leave(&self, app: &AppId, everyone: &Member) {
+        let mut apps = self.apps.lock();
+        everyone.leave();
+        if apps.get(app).is_some_and(|app| app.everyone.is_empty()) {
+            apps.remove(app);
+        }
+    }
+
+    /// A session reads what is for a group from now on. It has joined.
+    pub(super) fn subscribe(&self, handle: &Arc<Handle>, group: &GroupId) -> Member {
+        let mut apps = self.apps.lock();
+        let app = self.app(&mut apps, &handle.user().app);
+        let audience = app
+            .groups
+            .entry(group.clone())
+            .or_insert_with(|| Arc::new(Audience::new(group.as_str(), Arc::clone(&self.room))));
+        self.metrics.subscriptions.inc();
+        Audience::join(audience, handle)
+    }
+
+    /// And no longer.
+    pub(super) fn unsubscribe(&self, app: &AppId, group: &GroupId, member: &Member) {
+        let mut apps = self.apps.lock();
+        self.metrics.subscriptions.dec();
+        member.leave();
+        if let Some(app) = apps.get_mut(app)
+            && app.groups.get(group).is_some_and(|audience| audience.is_empty())
+        {
+            app.groups.remove(group);
+        }
+    }
+
+    /// Takes a message (an entry of the audience's mailbox) for everyone of an app, or for a group of it.
+    /// [`Self::go`] has it told.
+    ///
+    /// # Errors
+    /// It is no entry, or its payload is broken.
+    pub fn take(
+        &self,
+        app: &AppId,
+        group: Option<&GroupId>,
+        entry: Bytes,
+        received: Received,
+    ) -> Result<FanoutResult, EnvelopeError> {
+        let taken = self.put(app, group, entry, received)?;
+        self.metrics.fanout(taken);
+        Ok(taken)
+    }
+
+    fn put(
+        &self,
+        app: &AppId,
+        group: Option<&GroupId>,
+        entry: Bytes,
+        received: Received,
+    ) -> Result<FanoutResult, EnvelopeError> {
+        let Some(audience) = self.audience(app, group) else { return Ok(FanoutResult::Nobody) };
+        let (header, envelope) = envelope::decode(entry)?;
+        if envelope::expired(&envelope, received.now_ms) {
+            return Ok(FanoutResult::Expired);
+        }
+        let dispatched_us =
+            received.dispatched_after_us.map(|us| header.accepted_at_us + u64::from(us));
+        let entry = Entry::new(envelope, received.now, dispatched_us.unwrap_or(0))?;
+        if self.room.is_full() {
+            self.metrics.fanout_missed.inc_by(audience.len() as u64);
+            return Ok(FanoutResult::NoRoom);
+        }
+        if audience.append(entry) {
+            self.holding.lock().push(Arc::clone(&audience));
+        }
+        if audience.to_tell() {
+            self.untold.lock().push_back(audience);
+        }
+        Ok(FanoutResult::Told)
+    }
+
+    fn audience(&self, app: &AppId, group: Option<&GroupId>) -> Option<Arc<Audience>> {
+        let apps = self.apps.lock();
+        let app = apps.get(app)?;
+        match group {
+            None => Some(Arc::clone(&app.everyone)),
+            Some(group) => app.groups.get(group).cloned(),
+        }
+    }
+
+    /// Has what was taken told.
+    pub fn go(&self) {
+        self.more.notify_one();
+    }
+
+    /// Tells members, for as long as the node lives.
+    pub async fn tell(&self) {
+        loop {
+            let mut left = TOLD_AT_ONCE;
+            while left > 0 {
+                let Some(audience) = self.untold.lock().pop_front() else { break };
+                let (told, took) = audience.tell(left);
+                left = left.saturating_sub(told.max(1));
+                match took {
+                    Some(took) => self.metrics.fanout_told(took),
+                    None => self.untold.lock().push_back(audience),
+                }
+            }
+            match left {
+                0 => yield_now().await,
+                _ => self.more.notified().await,
+            }
+        }
+    }
+
+    /// Forgets what members had time enough to read. Once a second.
+    pub fn sweep(&self, now: Seconds) {
+        let oldest = now.saturating_sub(self.seconds_max);
+        self.holding.lock().retain(|audience| audience.forget_before(oldest));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,307 @@
+//! HTTP/1.1 as far as a handshake needs it: one bounded request, and one answer.
+
+use std::time::Duration;
+
+use barid_wire::frames::Encoding;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_tungstenite::tungstenite::Error as WsError;
+use tokio_tungstenite::tungstenite::error::CapacityError;
+use tokio_tungstenite::tungstenite::error::ProtocolError::{
+    MissingConnectionUpgradeHeader, MissingSecWebSocketVersionHeader,
+    MissingUpgradeWebSocketHeader, WrongHttpMethod, WrongHttpVersion,
+};
+use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
+use tokio_tungstenite::tungstenite::handshake::server::{create_response, write_response};
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::http::header::{
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL,
+    TRANSFER_ENCODING, UPGRADE,
+};
+
+use crate::labels::Handshake;
+use crate::stream::Stream;
+
+pub use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
+
+const REQUEST_BYTES_MAX: usize = 16 << 10;
+const BEARER_PROTOCOL: &str = "bearer.";
+/// Retry-After where nothing tells when there is room.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+pub const BAD_REQUEST: &str = "400 Bad Request";
+pub const UNAVAILABLE: &str = "503 Service Unavailable";
+pub const TOO_MANY: &str = "429 Too Many Requests";
+const TOO_LARGE: &str = "431 Request Header Fields Too Large";
+const VERSION: &str = "505 HTTP Version Not Supported";
+
+/// A response other than 101. It ends the connection.
+pub struct Answer {
+    /// Code and phrase.
+    pub status: &'static str,
+    /// How the handshake is counted.
+    pub label: Handshake,
+    /// The body.
+    pub text: String,
+    content_type: &'static str,
+    /// Lines with their ends.
+    headers: String,
+    retry_after: Duration,
+}
+
+impl Answer {
+    /// A refusal, with a text for developers.
+    pub fn refusal(status: &'static str, label: Handshake, text: impl Into<String>) -> Self {
+        Self {
+            status,
+            label,
+            text: text.into(),
+            content_type: "text/plain; charset=utf-8",
+            headers: String::new(),
+            retry_after: RETRY_AFTER,
+        }
+    }
+
+    /// 200 with a JSON body. `headers` are lines with their ends.
+    pub fn json(label: Handshake, text: String, headers: String) -> Self {
+        let content_type = "application/json";
+        Self { content_type, headers, ..Self::refusal("200 OK", label, text) }
+    }
+
+    /// The same, with the time after which there may be room.
+    #[must_use]
+    pub fn retry_after(self, after: Option<Duration>) -> Self {
+        Self { retry_after: after.unwrap_or(RETRY_AFTER), ..self }
+    }
+
+    /// Writes the answer and closes the stream.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub async fn write(&self, mut stream: Stream) -> std::io::Result<()> {
+        let Self { status, text, content_type, headers, .. } = self;
+        // Random, so that clients refused together do not return together.
+        let after_s = (self.retry_after.as_secs_f64().ceil() as u64).max(1);
+        let retry_after = format!("Retry-After: {}\r\n", rand::random_range(after_s..=2 * after_s));
+        // Headers that RFC 9110 and RFC 6455 require with a status.
+        let required = match &status[..3] {
+            "401" => "WWW-Authenticate: Bearer\r\n",
+            "405" => "Allow: GET\r\n",
+            "426" => "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+            "429" | "503" => &retry_after,
+            _ => "",
+        };
+        let response = format!(
+            "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
+             {required}{headers}Connection: close\r\n\r\n{text}\n",
+            text.len() + 1
+        );
+        stream.write_all(response.as_bytes()).await?;
+        stream.shutdown().await?;
+        // Read to the end, so that unread bytes do not turn the answer into a reset.
+        let mut rest = [0; 512];
+        let mut bytes = 0;
+        while bytes < REQUEST_BYTES_MAX {
+            match stream.read(&mut rest).await? {
+                0 => break,
+                read => bytes += read,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a handshake ends without an upgrade.
+pub enum Ended {
+    /// The other end is gone.
+    Gone,
+    /// It is told why.
+    Answered(Answer),
+}
+
+impl From<std::io::Error> for Ended {
+    fn from(_: std::io::Error) -> Self {
+        Self::Gone
+    }
+}
+
+/// [`Answer::refusal`], as an error.
+pub fn refused(status: &'static str, label: Handshake, text: impl Into<String>) -> Ended {
+    Ended::Answered(Answer::refusal(status, label, text))
+}
+
+/// No whole request came in time.
+pub fn no_request() -> Ended {
+    refused("408 Request Timeout", Handshake::Timeout, "no whole request came in time")
+}
+
+/// Reads one request of at most 16 KiB; also returns the bytes behind it. List fields that stand on several lines are
+/// joined.
+///
+/// # Errors
+/// The request is malformed or too large, or the other end is gone.
+pub async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), Ended> {
+    let mut bytes = Vec::with_capacity(1024);
+    // Looked through and parsed once, however slowly it trickles in.
+    let mut seen = 0;
+    loop {
+        if let Some(first) = bytes.first() {
+            check_first_byte(*first)?;
+        }
+        if bytes.len() > REQUEST_BYTES_MAX {
+            let text = format!("the request has more than {REQUEST_BYTES_MAX} bytes");
+            return Err(refused(TOO_LARGE, Handshake::Headers, text));
+        }
+        if bytes[seen..].windows(4).any(|end| end == b"\r\n\r\n") {
+            if bytes.starts_with(b"PRI * HTTP/2.0") {
+                return Err(refused(
+                    VERSION,
+                    Handshake::Version,
+                    "this port speaks HTTP/1.1, not HTTP/2",
+                ));
+            }
+            return match Request::try_parse(&bytes).map_err(unreadable)? {
+                Some((length, mut request)) => {
+                    join_lists(&mut request);
+                    Ok((request, bytes.split_off(length)))
+                }
+                None => Err(refused(BAD_REQUEST, Handshake::BadRequest, "not a request")),
+            };
+        }
+        seen = bytes.len().saturating_sub(3);
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(Ended::Gone);
+        }
+    }
+}
+
+/// Refuses a client that does not speak HTTP at its first byte, instead of waiting for a whole request:
+/// methods are written in capitals, and line ends may stand before them.
+fn check_first_byte(first: u8) -> Result<(), Ended> {
+    const TLS_HANDSHAKE: u8 = 0x16;
+    match first {
+        b'A'..=b'Z' | b'\r' | b'\n' => Ok(()),
+        TLS_HANDSHAKE => {
+            let text = "this port speaks plain HTTP; TLS ends before it";
+            Err(refused(BAD_REQUEST, Handshake::BadRequest, text))
+        }
+        _ => Err(refused(BAD_REQUEST, Handshake::BadRequest, "not an HTTP request")),
+    }
+}
+
+/// Joins list fields that stand on several lines, which mean the same as one line (RFC 9110, 5.3):
+/// tungstenite reads the first line only.
+fn join_lists(request: &mut Request) {
+    let headers = request.headers_mut();
+    for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_EXTENSIONS] {
+        let lines: Vec<_> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
+        if lines.len() > 1
+            && let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b", "[..]))
+        {
+            headers.insert(name, joined);
+        }
+    }
+}
+
+/// Refuses the means of request smuggling: a header that stands twice, and a body, which a handshake cannot have. A
+/// proxy may read either differently than this node.
+///
+/// # Errors
+/// 400.
+pub fn check_headers(request: &Request) -> Result<(), Ended> {
+    let headers = request.headers();
+    let single = ["authorization", "host", "origin", "sec-websocket-key", "sec-websocket-version"];
+    if let Some(name) = single.iter().find(|name| headers.get_all(**name).iter().count() > 1) {
+        return Err(refused(
+            BAD_REQUEST,
+            Handshake::BadRequest,
+            format!("header {name} stands twice"),
+        ));
+    }
+    let no_length = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
+    let tokens = request.uri().query().unwrap_or_default().split('&');
+    if tokens.filter(|pair| pair.starts_with("token=")).count() > 1 {
+        return Err(refused(BAD_REQUEST, Handshake::BadRequest, "parameter token stands twice"));
+    }
+    if headers.contains_key(TRANSFER_ENCODING) || !no_length {
+        return Err(refused(BAD_REQUEST, Handshake::BadRequest, "a handshake has no body"));
+    }
+    Ok(())
+}
+
+/// The response that accepts an upgrade.
+///
+/// # Errors
+/// The request is no WebSocket handshake.
+pub fn upgrade(request: &Request) -> Result<Response, Ended> {
+    create_response(request).map_err(unreadable)
+}
+
+/// Names the subprotocol of an accepted upgrade.
+pub fn agree(response: &mut Response, encoding: Encoding) {
+    let protocol = HeaderValue::from_static(encoding.subprotocol());
+    response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, protocol);
+}
+
+/// Writes a response without a body.
+///
+/// # Errors
+/// The other end is gone.
+pub async fn respond(stream: &mut Stream, response: &Response) -> Result<(), Ended> {
+    let mut bytes = Vec::with_capacity(256);
+    write_response(&mut bytes, response).map_err(unreadable)?;
+    stream.write_all(&bytes).await?;
+    Ok(())
+}
+
+/// What tungstenite could not read, or found not to be a handshake.
+fn unreadable(error: WsError) -> Ended {
+    match error {
+        WsError::Protocol(WrongHttpMethod) => {
+            refused("405 Method Not Allowed", Handshake::Method, "devices connect with GET")
+        }
+        WsError::Protocol(WrongHttpVersion) => {
+            refused(VERSION, Handshake::Version, "this port speaks HTTP/1.1")
+        }
+        WsError::Capacity(CapacityError::TooManyHeaders) => {
+            refused(TOO_LARGE, Handshake::Headers, "the request has too many headers")
+        }
+        WsError::Protocol(
+            error @ (MissingConnectionUpgradeHeader
+            | MissingUpgradeWebSocketHeader
+            | MissingSecWebSocketVersionHeader),
+        ) => refused("426 Upgrade Required", Handshake::Upgrade, error.to_string()),
+        error => refused(BAD_REQUEST, Handshake::BadRequest, error.to_string()),
+    }
+}
+
+/// The subprotocols that a request offers, in order.
+pub fn protocols(request: &Request) -> Vec<String> {
+    request
+        .headers()
+        .get_all(SEC_WEBSOCKET_PROTOCOL)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+/// The token of a request: of its Authorization header, its query, or a subprotocol.
+pub fn token(request: &Request, offered: &[String]) -> Option<String> {
+    let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    if let Some((scheme, token)) = header.and_then(|value| value.split_once(' '))
+        && scheme.eq_ignore_ascii_case("bearer")
+    {
+        return Some(token.trim().to_owned());
+    }
+    // A JWT needs no percent-encoding: base64url and dots.
+    let in_query = query(request, "token");
+    let in_protocol = || offered.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL));
+    in_query.or_else(in_protocol).map(str::to_owned)
+}
+
+/// A parameter of the query, as it stands there.
+pub fn query<'a>(request: &'a Request, name: &str) -> Option<&'a str> {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+}

@@ -1,0 +1,139 @@
+//! The label values of this role's metrics, as closed sets: a value that is not listed here does not compile.
+
+/// Defines an enum whose values are those of a metric's label.
+macro_rules! labels {
+    ($($(#[$doc:meta])* $name:ident { $($variant:ident => $text:literal,)+ })+) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($variant,)+ }
+
+        impl $name {
+            /// All of them, in the order of the documentation.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The value as metrics show it.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+        }
+    )+};
+}
+
+labels! {
+    /// Result of a handshake.
+    Handshake {
+        Accepted => "accepted",
+        Gone => "gone",
+        Timeout => "timeout",
+        Overloaded => "overloaded",
+        Limited => "limited",
+        Forbidden => "forbidden",
+        Proxy => "proxy",
+        Tls => "tls",
+        Nodes => "nodes",
+        NotFound => "not_found",
+        Draining => "draining",
+        Subprotocol => "subprotocol",
+        BadRequest => "bad_request",
+        Unauthorized => "unauthorized",
+        Headers => "headers",
+        Version => "version",
+        Method => "method",
+        Upgrade => "upgrade",
+    }
+
+    /// Why a token was refused.
+    TokenRefusal {
+        Missing => "missing",
+        Malformed => "malformed",
+        UnknownKey => "unknown_key",
+        Signature => "signature",
+        Expired => "expired",
+        TooEarly => "too_early",
+        Audience => "audience",
+        Issuer => "issuer",
+        OtherApp => "other_app",
+        SomebodyElse => "somebody_else",
+    }
+
+    /// What a device sent that this version does not know.
+    Unknown {
+        Kind => "kind",
+        Field => "field",
+        Mailbox => "mailbox",
+    }
+
+    /// Kind of a device's frame.
+    Frame {
+        Hello => "hello",
+        Ack => "ack",
+        Refresh => "refresh",
+        Pong => "pong",
+        Subscribe => "subscribe",
+        Unsubscribe => "unsubscribe",
+    }
+
+    /// Why a push was not written.
+    PushDrop {
+        Known => "known",
+        Syncing => "syncing",
+        Window => "window",
+        Gap => "gap",
+        Fork => "fork",
+        Overflow => "overflow",
+    }
+
+    /// A call to Redis.
+    Call {
+        Connect => "connect",
+        Read => "read",
+        Ack => "ack",
+        Confirm => "confirm",
+        Disconnect => "disconnect",
+    }
+
+    /// Outcome of a confirmation.
+    Confirmation {
+        Stood => "stood",
+        Restored => "restored",
+        Superseded => "superseded",
+    }
+
+    /// Outcome of reading the certificate's files.
+    CertificateRead {
+        Read => "read",
+        Failed => "failed",
+    }
+
+    /// What became of a message for an audience.
+    FanoutResult {
+        Told => "told",
+        Nobody => "nobody",
+        NoRoom => "no_room",
+        Expired => "expired",
+    }
+
+    /// A limit of docs/limits.md.
+    Limit {
+        AttemptAhead => "attempt_ahead",
+        Connections => "connections",
+        Handshakes => "handshakes",
+        HandshakeRate => "handshake_rate",
+        TurnedAway => "turned_away",
+        AddressConnections => "address_connections",
+        AddressHandshakes => "address_handshakes",
+        AddressRate => "address_rate",
+        Addresses => "addresses",
+        UserConnections => "user_connections",
+        AppConnections => "app_connections",
+        FrameBytes => "frame_bytes",
+        UpstreamFrames => "upstream_frames",
+        UpstreamBytes => "upstream_bytes",
+        Idle => "idle",
+        Subscriptions => "subscriptions",
+        Memory => "memory",
+        MemoryClosed => "memory_closed",
+        Forgets => "forgets",
+        CloseTimeout => "close_timeout",
+    }
+}

@@ -1,0 +1,171 @@
+//! What a node allows: who may connect, from where, how often, and the bounds of a session. Parsed from the
+//! configuration once.
+
+use std::sync::Arc;
+
+use barid_session::Settings;
+
+use crate::admission::{Admission, Origins};
+use crate::auth::Verifier;
+use crate::config::{Config, HeartbeatConfig, LimitsConfig};
+use crate::error::Error;
+use crate::proxy::Proxies;
+use crate::tls::Tls;
+use crate::upstream::Upstream;
+
+/// Upper bound of the time that a busy machine takes from the claim of a retry timer to its re-send, ms; half the first
+/// wait where that is less.
+const CROSSING_MAX_MS: u64 = 1_000;
+
+/// The parts of the configuration that are more than numbers and texts.
+pub struct Policy {
+    /// Checks tokens.
+    pub verifier: Verifier,
+    /// Admits connections.
+    pub admission: Arc<Admission>,
+    /// Web pages that may connect.
+    pub origins: Origins,
+    /// Balancers whose word about a client's address counts.
+    pub proxies: Proxies,
+    /// TLS on the devices' port; `None`: plain.
+    pub tls: Option<Tls>,
+    /// Frames and bytes that a device may send.
+    pub upstream: Upstream,
+    /// Bounds.
+    pub limits: LimitsConfig,
+    /// Pings.
+    pub heartbeat: HeartbeatConfig,
+    /// Bounds of sessions.
+    pub settings: Settings,
+}
+
+impl Policy {
+    /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.
+    ///
+    /// # Errors
+    /// The first key whose value cannot be used.
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        Ok(Self {
+            verifier: Verifier::new(&config.auth)?,
+            admission: Arc::new(Admission::new(&config.limits)),
+            origins: Origins::new(&config.auth.origins).map_err(Error::Config)?,
+            proxies: Proxies::new(&config.proxy).map_err(Error::Config)?,
+            tls: Tls::new(&config.tls).map_err(Error::Config)?,
+            upstream: Upstream::new(&config.limits),
+            limits: config.limits.clone(),
+            heartbeat: config.heartbeat.clone(),
+            settings: Settings {
+                unacked_max: config.limits.unacked_max,
+                page_entries_max: config.sync.page_entries_max,
+                page_bytes_max: config.sync.page_bytes_max,
+                ack_interval_ms: config.sync.ack_interval_ms,
+                crossing_ms: (config.redis.retry_base_ms / 2).min(CROSSING_MAX_MS) as u32,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::Spent;
+    use barid_runtime::bounds;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn hazard_61_every_number_is_bounded_and_what_is_taken_can_be_built() {
+        let keys = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(keys.path(), r#"{"keys": []}"#).unwrap();
+        let base = format!("[[auth.jwks]]\nfile = '{}'", keys.path().display());
+        bounds::walk(&base, Config::check, |config| {
+            let limits = &config.limits;
+            let Policy { upstream, .. } = Policy::new(&config).unwrap();
+            let mut spent = Spent::default();
+            for now_us in [0, 1 << 32, 1 << 53] {
+                let _ = upstream.frame(&mut spent, limits.frame_bytes_max, || now_us);
+            }
+            for wanted_ms in [0, 1, 999, 1 << 16, u32::MAX] {
+                let interval = config.heartbeat.interval(wanted_ms);
+                assert!(interval > 0 && u32::from(interval).checked_mul(1000).is_some());
+            }
+            let ms = [
+                limits.handshake_timeout_ms,
+                limits.hello_timeout_ms,
+                limits.close_timeout_ms,
+                config.sync.confirm_interval_seconds * 1000,
+                config.drain_seconds * 1000,
+                config.lease_ttl_ms,
+            ];
+            let _ = ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+            drop(tokio::sync::mpsc::channel::<u8>(limits.batches_max));
+        });
+    }
+
+    #[test]
+    fn hazard_74_no_slip_with_a_secret_shows_it() {
+        let load = |file: &str, variables: &[(&str, &str)]| {
+            let path = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(path.path(), file).unwrap();
+            let variables = variables.iter().map(|(k, v)| ((*k).into(), (*v).into()));
+            let config: Result<Config, _> =
+                barid_runtime::config::load(Some(path.path()), "BARID_ACCESS_", variables);
+            match config {
+                Ok(config) => config
+                    .check()
+                    .and_then(|()| Policy::new(&config).map(drop).map_err(|e| e.to_string()))
+                    .unwrap_err(),
+                Err(error) => error.to_string(),
+            }
+        };
+        let hides = |told: String| {
+            assert!(!told.contains("12345") && !told.contains("hunter2"), "{told}");
+            told
+        };
+        for file in [
+            "kafka.properties = { \"sasl.password\" = 12345 }",
+            "kafka.properties = { \"sasl.password\" = 12345.5 }",
+            "kafka.properties = { \"sasl.password\" = [\"hunter2\"] }",
+            "[kafka.properties]\nsasl.password = \"hunter2\"",
+            "[kafka.properties]\n\"sasl.password\" = hunter2",
+            "kafka.properties = \"sasl.password=hunter2\"",
+            "kafka.properties = [\"hunter2\"]",
+            "[kafka]\n\"sasl.password\" = \"hunter2\"",
+            "[[auth.keys]]\nsecret = 12345",
+            "[[auth.keys]]\nsecret = 'hunter2",
+            "[[auth.keys]]\nsecret = hunter2",
+            "[[auth.keys]]\nsecret = { value = \"hunter2\" }",
+            "[[auth.keys]]\nsecret = \"hunter2\"",
+            "auth.keys = \"hunter2\"",
+            "auth.keys = [\"hunter2\"]",
+            "auth.keys = 12345",
+            "auth = \"hunter2\"",
+            "auth.secret = \"hunter2\"",
+            "redis = \"redis://:hunter2@h\"",
+            "redis.url = [\"redis://:hunter2@h\"]",
+            "redis.urls = \"redis://:hunter2@h\"",
+            "redis.sentinels = \"redis://:hunter2@h\"",
+            "redis.password = \"hunter2\"",
+        ] {
+            hides(load(file, &[]));
+        }
+        for (variable, value) in [
+            ("KAFKA__PROPERTIES", "{ \"sasl.password\" = 12345 }"),
+            ("KAFKA__PROPERTIES", "sasl.password=hunter2"),
+            ("KAFKA__PROPERTIES__SASL__PASSWORD", "hunter2"),
+            ("KAFKA__PROPERTIES__SASL.PASSWORD", "12345"),
+            ("AUTH__KEYS", "[{ secret = 12345 }]"),
+            ("AUTH__KEYS", "hunter2"),
+            ("AUTH__KEYS__SECRET", "hunter2"),
+            ("AUTH__SECRET", "hunter2"),
+            ("REDIS", "redis://:hunter2@h"),
+            ("REDIS__URLS", "redis://:hunter2@h"),
+            ("REDIS__PASSWORD", "hunter2"),
+        ] {
+            let variable = format!("BARID_ACCESS_{variable}");
+            let told = hides(load("", &[(&variable, value)]));
+            assert!(told.contains(&variable), "{told}");
+        }
+        let told = load("[kafka.properties]\nsasl.password = \"hunter2\"", &[]);
+        assert!(told.contains("name and value in quotes: \"linger.ms\" = \"5\""), "{told}");
+    }
+}
