@@ -48,7 +48,7 @@ pub use handshake::accept_anybody;
 use barid_runtime::{Context, Role, RunError, Stopped};
 
 /// The role.
-pub struct Access;
+pub struct Access(service::Service);
 
 impl Role for Access {
     const NAME: &'static str = "access";
@@ -59,7 +59,11 @@ impl Role for Access {
         policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
     }
 
-    async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
-        Ok(service::run(config, context).await?)
+    async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
+        Ok(service::Service::start(config, context).await?.map(Self))
+    }
+
+    async fn work(self) -> Result<Stopped, RunError> {
+        Ok(self.0.work().await)
     }
 }

@@ -90,7 +90,7 @@ fn low(high: u64) -> u64 {
 }
 
 /// Looks after the node's memory for as long as it lives.
-pub async fn guard(node: Arc<Node>, marks: Marks) -> &'static str {
+pub async fn guard(node: Arc<Node>, marks: Marks) {
     tracing::info!(queued = marks.queued, resident = marks.resident, "bounds of memory, bytes");
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);

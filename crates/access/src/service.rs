@@ -1,5 +1,6 @@
 //! Puts a node together, keeps its lease and its sessions confirmed, and drains it.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
-use barid_runtime::{Condition, Context, Stopped};
+use barid_runtime::{Condition, Context, Stopped, Tasks};
 use barid_session::{Close, Seconds};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
 use barid_wire::internal::access_peer_server::AccessPeerServer;
@@ -23,6 +24,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::fanout::Fanout;
 use crate::grpc::AccessService;
+use crate::handle::Handle;
 use crate::kick::AdminService;
 use crate::mailboxes::Mailboxes;
 use crate::memory::{self, Marks};
@@ -49,55 +51,80 @@ const RECONNECT_SPREAD_MS: u32 = 1_000;
 /// Seconds between two sweeps of what is remembered for limits.
 const SWEEP_SECONDS: Seconds = 10;
 
-/// Runs a node until it is drained.
-///
-/// # Errors
-/// It cannot start.
-pub async fn run(config: Config, context: Context) -> Result<Stopped, Error> {
-    let redis = context.progress("redis", "answer");
-    let listening = context.progress("listener", "turn of the listeners");
-    let wheel = context.progress("wheel", "turn of the heartbeat wheel");
-    let confirming = context.progress("confirming", "look at the sessions to confirm");
-    let whole = context.health.condition("tasks").vital();
+/// A running node.
+pub struct Service {
+    config: Config,
+    context: Context,
+    node: Arc<Node>,
+    lease: Lease,
+    /// Accept loops of the devices' port.
+    accepting: JoinSet<()>,
+    tasks: Tasks,
+    confirming: Condition,
+    listening: Condition,
+}
 
-    let devices = Acceptors::bind(&config)?;
-    let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
-    let built = build(&config, &context, &dispatchers, devices.address(), &redis).await?;
-    let Some((node, mut lease)) = built else {
-        return Ok(Stopped::Clean);
-    };
-    redis.ready();
-    lease.report_to(&context.health, config.lease().ttl);
+impl Service {
+    /// Binds, connects, and takes the node's lease. `None`: it was told to drain before Redis was there.
+    ///
+    /// # Errors
+    /// A port is taken, Redis or Kafka cannot be used, or a file that the configuration names cannot.
+    pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
+        let redis = context.progress("redis", "answer");
+        let listening = context.progress("listener", "turn of the listeners");
+        let wheel = context.progress("wheel", "turn of the heartbeat wheel");
+        let confirming = context.progress("confirming", "look at the sessions to confirm");
+        let mut tasks = Tasks::new(&context);
 
-    let mut tasks = JoinSet::new();
-    tasks.spawn(tick(Arc::clone(&node), wheel));
-    tasks.spawn(keep_keys_fresh(Arc::clone(&node)));
-    tasks.spawn(fan_out(Arc::clone(&node)));
-    if let Some(tls) = &node.policy.tls {
-        tasks.spawn(tls.clone().keep_fresh(node.metrics.clone()));
+        let devices = Acceptors::bind(&config)?;
+        let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
+        let built = build(&config, &context, &dispatchers, devices.address(), &redis).await?;
+        let Some((node, lease)) = built else { return Ok(None) };
+        redis.ready();
+        lease.report_to(&context.health, config.lease().ttl);
+
+        tasks.spawn("the heartbeat wheel", tick(Arc::clone(&node), wheel));
+        tasks.spawn("the reading of key sets", keep_keys_fresh(Arc::clone(&node)));
+        tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
+        if let Some(tls) = &node.policy.tls {
+            tasks
+                .spawn("the reading of certificates", tls.clone().keep_fresh(node.metrics.clone()));
+        }
+        let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
+        tasks.spawn("the guard of memory", guard);
+        tasks.spawn("the watch of Redis", watch_redis(Arc::clone(&node), redis));
+        tasks.spawn("the gRPC server", serve_dispatchers(&node, dispatchers));
+        context.announce("ws", devices.address());
+        let accepting = devices.serve(&node, listening.clone());
+        context.announce_done();
+        Ok(Some(Self { config, context, node, lease, accepting, tasks, confirming, listening }))
     }
-    tasks.spawn(memory::guard(Arc::clone(&node), Marks::new(&config.limits)));
-    tasks.spawn(watch_redis(Arc::clone(&node), redis));
-    serve_dispatchers(&mut tasks, &node, dispatchers);
-    context.announce("ws", devices.address());
-    let mut accepting = devices.serve(&node, listening);
-    context.announce_done();
 
-    tokio::select! {
-        () = context.shutdown.draining() => (),
-        () = keep_lease(&node, &mut lease, &confirming, &config) => (),
-        () = tell_ends(&mut tasks, &whole) => (),
+    /// Serves devices until the node drains; lets them go, and leaves.
+    pub async fn work(self) -> Stopped {
+        let Self { config, context, node, mut lease, mut accepting, mut tasks, .. } = self;
+        let mut keeping = Keeping::new(&config);
+        tokio::select! {
+            () = context.shutdown.draining() => (),
+            never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
+            never = tasks.supervise() => match never {},
+        }
+        lease.set_draining();
+        self.listening.retire();
+        // Sessions that wait for their turn to go may still lose their routes.
+        let cut = tokio::select! {
+            cut = drain(&node, &context) => cut,
+            never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
+        };
+        accepting.shutdown().await;
+        lease.release().await;
+        flush_receipts(&node, &context).await;
+        tasks.shutdown().await;
+        match cut {
+            0 => Stopped::Clean,
+            count => Stopped::Cut { what: "sessions".into(), count },
+        }
     }
-    lease.set_draining();
-    let cut = drain(&node, &context).await;
-    accepting.shutdown().await;
-    lease.release().await;
-    flush_receipts(&node, &context).await;
-    tasks.shutdown().await;
-    Ok(match cut {
-        0 => Stopped::Clean,
-        count => Stopped::Cut { what: "sessions".into(), count },
-    })
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
@@ -161,7 +188,7 @@ fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Erro
 }
 
 /// Turns the wheel once a second; keeps `turning` true.
-async fn tick(node: Arc<Node>, turning: Condition) -> &'static str {
+async fn tick(node: Arc<Node>, turning: Condition) {
     let mut second = interval(Duration::from_secs(1));
     let started = second.tick().await;
     turning.ready();
@@ -184,16 +211,7 @@ async fn tick(node: Arc<Node>, turning: Condition) -> &'static str {
     }
 }
 
-/// Nothing that the node consists of may end while it runs. Never returns.
-async fn tell_ends(tasks: &mut JoinSet<&'static str>, whole: &Condition) {
-    while let Some(ended) = tasks.join_next().await {
-        tracing::error!(?ended, "a task ended early");
-        whole.failing(format!("{} ended", ended.unwrap_or("one that panicked")));
-    }
-    std::future::pending().await
-}
-
-async fn keep_keys_fresh(node: Arc<Node>) -> &'static str {
+async fn keep_keys_fresh(node: Arc<Node>) {
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
@@ -201,23 +219,15 @@ async fn keep_keys_fresh(node: Arc<Node>) -> &'static str {
     }
 }
 
-async fn fan_out(node: Arc<Node>) -> &'static str {
-    node.fanout.tell().await;
-    "the fan-out"
+async fn fan_out(node: Arc<Node>) {
+    node.fanout.run().await;
 }
 
-async fn watch_redis(node: Arc<Node>, condition: Condition) -> &'static str {
-    let mut look = interval(LOOK);
-    loop {
-        look.tick().await;
-        match node.mailboxes.store().ping().await {
-            Ok(()) => condition.ready(),
-            Err(error) => condition.failing(error.to_string()),
-        }
-    }
+async fn watch_redis(node: Arc<Node>, condition: Condition) {
+    Context::probe(condition, LOOK, || node.mailboxes.store().ping()).await;
 }
 
-fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listener: TcpListener) {
+fn serve_dispatchers(node: &Arc<Node>, listener: TcpListener) -> impl Future<Output = ()> + use<> {
     let service = AccessService::new(Arc::clone(node));
     let deliver = AccessServer::new(service.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
     let server = tonic::transport::Server::builder()
@@ -227,36 +237,51 @@ fn serve_dispatchers(tasks: &mut JoinSet<&'static str>, node: &Arc<Node>, listen
         .add_service(AccessPeerServer::new(service))
         .add_service(AccessAdminServer::new(AdminService::new(Arc::clone(node))))
         .serve_with_incoming(TcpListenerStream::new(listener));
-    tasks.spawn(async move {
+    async {
         if let Err(error) = server.await {
             tracing::error!(%error, "the gRPC server ended");
         }
-        "the gRPC server"
-    });
+    }
 }
 
-/// Keeps the node's life and its sessions' routes true. Never returns.
-async fn keep_lease(node: &Arc<Node>, lease: &mut Lease, condition: &Condition, config: &Config) {
-    let every = Duration::from_secs(config.sync.confirm_interval_seconds);
-    let per_second = config.sync.confirms_per_second;
-    let mut confirming = Confirming::new(per_second, every, PACE, Instant::now());
-    let mut shedding = Shedding::new(config.balance.clone(), config.zone.clone());
-    let mut pace = interval(PACE);
-    let mut look = interval(LOOK);
-    loop {
-        tokio::select! {
-            event = lease.next_event() => confirming.heed(&**node, event),
-            _ = pace.tick() => {
-                confirming.go_on(&**node, Instant::now());
-                if let Some(incarnation) = confirming.finished_life() {
-                    tracing::info!(incarnation = incarnation.0, "every session is confirmed");
-                    lease.set_confirmed(incarnation);
+/// Keeps the node's lease, and its sessions' routes confirmed.
+struct Keeping {
+    confirming: Confirming<Handle>,
+    shedding: Shedding,
+}
+
+impl Keeping {
+    fn new(config: &Config) -> Self {
+        let every = Duration::from_secs(config.sync.confirm_interval_seconds);
+        let per_second = config.sync.confirms_per_second;
+        Self {
+            confirming: Confirming::new(per_second, every, PACE, Instant::now()),
+            shedding: Shedding::new(config.balance.clone(), config.zone.clone()),
+        }
+    }
+
+    /// Never returns.
+    async fn run(&mut self, node: &Node, lease: &mut Lease, condition: &Condition) -> Infallible {
+        let Self { confirming, shedding } = self;
+        let mut pace = interval(PACE);
+        let mut look = interval(LOOK);
+        loop {
+            tokio::select! {
+                event = lease.next_event() => confirming.heed(node, event),
+                _ = pace.tick() => {
+                    confirming.go_on(node, Instant::now());
+                    if let Some(incarnation) = confirming.finished_life() {
+                        tracing::info!(incarnation = incarnation.0, "every session is confirmed");
+                        lease.set_confirmed(incarnation);
+                    }
                 }
-            }
-            _ = look.tick() => {
-                condition.ready();
-                lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
-                shedding.step(&node.sessions, &node.peers, &node.metrics);
+                _ = look.tick() => {
+                    condition.ready();
+                    lease.set_load(u64::try_from(node.metrics.sessions.get()).unwrap_or(0));
+                    if !node.shutdown.is_draining() {
+                        shedding.step(&node.sessions, &node.peers, &node.metrics);
+                    }
+                }
             }
         }
     }

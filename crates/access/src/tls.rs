@@ -88,7 +88,7 @@ impl Tls {
 
     /// Reads the files again whenever one of them changes and at SIGHUP; what cannot be used is counted
     /// and logged, and the last good certificate stays.
-    pub async fn keep_fresh(self, metrics: Metrics) -> &'static str {
+    pub async fn keep_fresh(self, metrics: Metrics) {
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut look = interval(LOOK);
         let mut known = self.current.files.changed_at();

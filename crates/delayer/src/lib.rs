@@ -19,7 +19,7 @@ pub use service::Service;
 use barid_runtime::{Context, Role, RunError, Stopped};
 
 /// The role, for `barid_runtime::main` and for `barid dev`.
-pub struct Delayer;
+pub struct Delayer(Service);
 
 impl Role for Delayer {
     const NAME: &'static str = "delayer";
@@ -29,10 +29,11 @@ impl Role for Delayer {
         config.check()
     }
 
-    async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
-        match Service::start(config, context).await? {
-            Some(service) => Ok(service.run().await),
-            None => Ok(Stopped::Clean),
-        }
+    async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
+        Ok(Service::start(config, context).await?.map(Self))
+    }
+
+    async fn work(self) -> Result<Stopped, RunError> {
+        Ok(self.0.work().await)
     }
 }

@@ -6,10 +6,9 @@ use std::time::Duration;
 use barid_core::Backoff;
 use barid_mailbox::{DeferWaits, Mailbox, NodeRole, NodeTable};
 use barid_mesh::DispatchPool;
-use barid_runtime::{Condition, Context, Stopped};
+use barid_runtime::{Condition, Context, Stopped, Tasks};
 use parking_lot::Mutex;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
 use crate::lane::{self, Lanes, Pulse};
 use crate::schedule::Schedule;
@@ -24,6 +23,7 @@ pub struct Service {
     context: Context,
     lanes: Lanes,
     conditions: Conditions,
+    tasks: Tasks,
 }
 
 struct Conditions {
@@ -39,6 +39,7 @@ impl Service {
     /// [`Error`]: Redis may not be used, or the configuration makes no sense.
     pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let metrics = Metrics::new(&context.metrics)?;
+        let tasks = Tasks::new(&context);
         let conditions = Conditions {
             redis: context.health.condition("redis"),
             dispatchers: context.health.condition("dispatchers"),
@@ -68,12 +69,11 @@ impl Service {
             tracer: context.tracer.clone(),
         };
         context.announce_done();
-        Ok(Some(Self { config, context, lanes, conditions }))
+        Ok(Some(Self { config, context, lanes, conditions, tasks }))
     }
 
     /// Works until it is told to drain; then finishes what it claimed.
-    pub async fn run(self) -> Stopped {
-        let mut tasks = JoinSet::new();
+    pub async fn work(mut self) -> Stopped {
         let mut pulses = Vec::new();
         loop {
             // A cluster may grow masters.
@@ -84,23 +84,18 @@ impl Service {
                     late: Duration::ZERO,
                 }));
                 pulses.push(Arc::clone(&pulse));
-                tasks.spawn(lane::run(self.lanes.clone(), lane, self.schedule(), pulse));
+                let schedule = self.schedule();
+                self.tasks.spawn("a lane", lane::run(self.lanes.clone(), lane, schedule, pulse));
             }
             self.look(&pulses).await;
             tokio::select! {
                 () = sleep(WATCH_EVERY) => {}
                 () = self.context.shutdown.draining() => break,
+                never = self.tasks.supervise() => match never {},
             }
         }
-        let deadline = self.context.shutdown.deadline().unwrap_or_else(Instant::now);
-        let finished = async { while tasks.join_next().await.is_some() {} };
-        tokio::select! {
-            () = finished => Stopped::Clean,
-            () = sleep_until(deadline) => {
-                let count = u64::try_from(self.lanes.metrics.claims.get()).unwrap_or(0);
-                Stopped::Cut { what: "claims".into(), count }
-            }
-        }
+        let claims = || u64::try_from(self.lanes.metrics.claims.get()).unwrap_or(0);
+        self.tasks.drained(&self.context, "claims", claims).await
     }
 
     fn schedule(&self) -> Schedule {

@@ -7,11 +7,10 @@ use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
-use barid_runtime::{Condition, Context, Stopped, Tracer};
+use barid_runtime::{Condition, Context, Stopped, Tasks, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -35,15 +34,12 @@ const MESSAGE_BYTES_MAX: usize = 16 << 20;
 pub struct Service {
     config: Config,
     context: Context,
-    /// Nothing that it consists of has ended.
-    whole: Condition,
     lease: Lease,
     door: Door<RedisRoutes>,
     nodes: Arc<Nodes>,
     // Ends the listener and what runs beside it.
     stop: CancellationToken,
-    /// Each returns what it was.
-    tasks: JoinSet<&'static str>,
+    tasks: Tasks,
 }
 
 impl Service {
@@ -57,7 +53,6 @@ impl Service {
         let redis = context.progress("redis", "answer");
         let tracking = context.progress("tracking", "answer on the tracked connection");
         let batches = context.progress("batches", "answer to a batch that waits");
-        let whole = context.health.condition("tasks").vital();
         let open = || Mailbox::open(&config.redis, &context.metrics);
         let Some(mailbox) = context.until_there(&redis, RedisError::is_away, open).await? else {
             return Ok(None);
@@ -65,7 +60,7 @@ impl Service {
         let tracked = TrackedRoutes::open(&config.redis).await?;
         let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
-        let mut tasks = JoinSet::new();
+        let mut tasks = Tasks::new(&context);
         tracked.report_to(tracking.clone());
         let told = {
             let metrics = metrics.clone();
@@ -78,15 +73,20 @@ impl Service {
             }
         };
         let following = follow_tracking(tracked, resolver.clone(), told);
-        tasks.spawn(async move {
-            following.await;
-            "the tracking of routes"
-        });
-        tasks.spawn(watch_redis(mailbox.clone(), redis.clone(), resolver.clone(), metrics.clone()));
+        tasks.spawn("the tracking of routes", following);
+        let ping = {
+            let mailbox = mailbox.clone();
+            move || {
+                let mailbox = mailbox.clone();
+                async move { mailbox.ping().await }
+            }
+        };
+        tasks.spawn("the watch of Redis", Context::probe(redis.clone(), WATCH_EVERY, ping));
+        tasks.spawn("the count of the cache", count_entries(resolver.clone(), metrics.clone()));
         let (delivery, table) =
             assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
         let nodes = Arc::clone(&delivery.nodes);
-        tasks.spawn(follow_nodes(table, Arc::clone(&nodes)));
+        tasks.spawn("the following of nodes", follow_nodes(table, Arc::clone(&nodes)));
         let door = Door::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
         let address = listen(&config, &context, &door, &stop, &mut tasks).await?;
@@ -100,23 +100,20 @@ impl Service {
         };
         tracing::info!(node = %record.id, address = record.address, "took a lease");
         held.report_to(&context.health, lease.ttl);
-        tasks.spawn(watch_batches(door.clone(), batches));
+        tasks.spawn("the watch of batches", watch_batches(door.clone(), batches));
         context.announce_done();
-        Ok(Some(Self { config, context, whole, lease: held, door, nodes, stop, tasks }))
+        Ok(Some(Self { config, context, lease: held, door, nodes, stop, tasks }))
     }
 }
 
 impl Service {
     /// Works until it is told to drain; then lets callers move on, finishes what is in, and leaves.
-    pub async fn run(mut self) -> Stopped {
+    pub async fn work(mut self) -> Stopped {
         loop {
             tokio::select! {
                 () = self.context.shutdown.draining() => break,
                 event = self.lease.next_event() => self.keep_lease(event),
-                Some(ended) = self.tasks.join_next() => {
-                    tracing::error!(?ended, "a task ended early");
-                    self.whole.failing(format!("{} ended", ended.unwrap_or("one that panicked")));
-                }
+                never = self.tasks.supervise() => match never {},
             }
         }
         self.drain().await
@@ -203,7 +200,7 @@ async fn listen(
     context: &Context,
     door: &Door<RedisRoutes>,
     stop: &CancellationToken,
-    tasks: &mut JoinSet<&'static str>,
+    tasks: &mut Tasks,
 ) -> Result<std::net::SocketAddr, Error> {
     let failed = |error| Error::Listen { address: config.listen, error };
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
@@ -219,17 +216,16 @@ async fn listen(
         .http2_keepalive_timeout(Some(Duration::from_millis(config.links.keepalive_timeout_ms)))
         .add_service(service);
     let stop = stop.clone().cancelled_owned();
-    tasks.spawn(async move {
+    tasks.spawn("the gRPC server", async move {
         let incoming = TcpListenerStream::new(listener);
         if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop).await {
-            tracing::error!(%error, "the grpc server failed");
+            tracing::error!(%error, "the gRPC server failed");
         }
-        "the gRPC server"
     });
     Ok(address)
 }
 
-async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) -> &'static str {
+async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
     loop {
         let living: Vec<AccessNode> = table
             .snapshot()
@@ -245,24 +241,15 @@ async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) -> &'static str {
     }
 }
 
-async fn watch_redis(
-    mailbox: Mailbox,
-    condition: Condition,
-    resolver: Resolver<RedisRoutes>,
-    metrics: Metrics,
-) -> &'static str {
+async fn count_entries(resolver: Resolver<RedisRoutes>, metrics: Metrics) {
     loop {
-        match mailbox.ping().await {
-            Ok(()) => condition.ready(),
-            Err(error) => condition.failing(error.to_string()),
-        }
         metrics.l1_entries.set(i64::try_from(resolver.entries()).unwrap_or(i64::MAX));
         sleep(WATCH_EVERY).await;
     }
 }
 
 /// Batches that wait are answered, one after the other.
-async fn watch_batches(door: Door<RedisRoutes>, condition: Condition) -> &'static str {
+async fn watch_batches(door: Door<RedisRoutes>, condition: Condition) {
     let mut answered = door.answered();
     loop {
         let now = door.answered();

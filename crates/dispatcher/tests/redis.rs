@@ -272,7 +272,8 @@ async fn hazard_80_l1_follows_the_master_that_sentinel_promotes() {
     while gauge(&dispatcher.context, "barid_dispatcher_tracking") == 0
         || !dispatcher.context.health.not_ready().is_empty()
     {
-        assert!(begun.elapsed() < PROMOTED, "{:?}", dispatcher.context.health.not_ready());
+        let failing = dispatcher.context.health.not_ready();
+        assert!(begun.elapsed() < PROMOTED, "{failing:?}, Sentinel: {}", sentinel.log());
         sleep(Duration::from_millis(50)).await;
     }
     // L1 answers, and a change empties it: changes are reported by the new master.

@@ -32,7 +32,10 @@ pub use ports::{Handoff, Mailboxes};
 pub use service::Service;
 
 /// The role.
-pub struct Purger;
+pub struct Purger {
+    service: Service<Mailbox, DispatchPool>,
+    context: Context,
+}
 
 impl Role for Purger {
     const NAME: &'static str = "purger";
@@ -42,11 +45,11 @@ impl Role for Purger {
         config.check()
     }
 
-    async fn run(config: Config, context: Context) -> Result<Stopped, RunError> {
+    async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
         let redis = context.health.condition("redis");
         let kafka = context.health.condition("kafka");
         let Some(mailbox) = prepare(&config, &context, &kafka, &redis).await? else {
-            return Ok(Stopped::Clean);
+            return Ok(None);
         };
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
@@ -54,7 +57,11 @@ impl Role for Purger {
         let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics)?;
         let service = Service::new(config, mailbox, pool, &context)?;
         context.announce_done();
-        Ok(service.run(&context).await?)
+        Ok(Some(Self { service, context }))
+    }
+
+    async fn work(self) -> Result<Stopped, RunError> {
+        Ok(self.service.run(&self.context).await?)
     }
 }
 

@@ -157,6 +157,11 @@ impl Condition {
         self
     }
 
+    /// Removes the condition: whoever kept it true ends as planned.
+    pub fn retire(&self) {
+        self.health.0.conditions.lock().remove(self.name);
+    }
+
     /// It holds; one that lapses, from now on.
     pub fn ready(&self) {
         self.set(None);

@@ -12,6 +12,7 @@ mod latency;
 mod main_role;
 mod secret_url;
 mod shutdown;
+mod tasks;
 pub mod telemetry;
 mod trace;
 mod until_there;
@@ -25,6 +26,7 @@ pub use latency::{BOUNDS_US, Latency, register_latencies};
 pub use main_role::main;
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;
+pub use tasks::Tasks;
 pub use trace::{Sighting, Tracer};
 pub use workers::Workers;
 
@@ -40,7 +42,7 @@ use serde::de::DeserializeOwned;
 pub type RunError = Box<dyn std::error::Error + Send + Sync>;
 
 /// One of the four roles: all that [`main`] has to know of it.
-pub trait Role: Sized + 'static {
+pub trait Role: Sized + Send + 'static {
     /// As in `barid-<name>` and `BARID_<NAME>_…`.
     const NAME: &'static str;
     /// Its configuration; an empty file means `Config::default()`.
@@ -52,14 +54,37 @@ pub trait Role: Sized + 'static {
     /// What is wrong, naming the keys.
     fn check(config: &Self::Config) -> Result<(), String>;
 
-    /// Works until `context.shutdown` drains it.
+    /// Connects, listens, and announces its listeners. Waits while Kafka or Redis is away; `None`: it was told to
+    /// drain meanwhile.
     ///
     /// # Errors
-    /// It could not start, or could not go on.
+    /// The role cannot start.
+    fn start(
+        config: Self::Config,
+        context: Context,
+    ) -> impl Future<Output = Result<Option<Self>, RunError>> + Send;
+
+    /// Works until its context drains it, then finishes what it began.
+    ///
+    /// # Errors
+    /// The role cannot go on.
+    fn work(self) -> impl Future<Output = Result<Stopped, RunError>> + Send;
+
+    /// [`Self::start`], then [`Self::work`].
+    ///
+    /// # Errors
+    /// The role cannot start, or cannot go on.
     fn run(
         config: Self::Config,
         context: Context,
-    ) -> impl Future<Output = Result<Stopped, RunError>> + Send;
+    ) -> impl Future<Output = Result<Stopped, RunError>> + Send {
+        async {
+            match Self::start(config, context).await? {
+                Some(role) => role.work().await,
+                None => Ok(Stopped::Clean),
+            }
+        }
+    }
 }
 
 /// How a role ended after it was told to drain.

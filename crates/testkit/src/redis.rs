@@ -426,7 +426,7 @@ async fn cluster_node(node_timeout: Duration) -> Result<Redis> {
 #[derive(Debug)]
 pub struct Sentinel {
     // First: the process ends before its directory goes.
-    _process: Process,
+    process: Process,
     port: u16,
     _dir: Scratch,
 }
@@ -460,12 +460,17 @@ impl Sentinel {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        Ok(Self { _process: process, port, _dir: dir })
+        Ok(Self { process, port, _dir: dir })
     }
 
     /// `redis://127.0.0.1:port`.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The last lines of its log, for a test that fails.
+    pub fn log(&self) -> String {
+        self.process.tail(20)
     }
 
     /// Waits until it knows of so many replicas: before, it could promote none.

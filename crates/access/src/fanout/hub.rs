@@ -171,7 +171,7 @@ impl Fanout {
     }
 
     /// Tells members, for as long as the node lives.
-    pub async fn tell(&self) {
+    pub async fn run(&self) {
         loop {
             let mut left = TOLD_AT_ONCE;
             while left > 0 {

@@ -60,7 +60,7 @@ async fn start(config: Config, context: Context) -> (Arc<Node>, SocketAddr) {
     let listening = context.progress("listener", "turn of the listeners");
     devices.serve(&node, listening).detach_all();
     let kept = Arc::clone(&node);
-    tokio::spawn(async move { keep_lease(&kept, &mut lease, &confirming, &config).await });
+    tokio::spawn(async move { Keeping::new(&config).run(&kept, &mut lease, &confirming).await });
     (node, address)
 }
 

@@ -42,6 +42,27 @@ async fn hazard_27_a_lease_that_was_gone_leaves_the_life_and_has_sessions_confir
 }
 
 #[tokio::test]
+async fn hazard_82_a_node_that_drains_confirms_sessions_that_redis_forgot() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.lease_ttl_ms = 1500).await?;
+    let mut phones = Vec::new();
+    for n in 0..4 {
+        phones.push(node.device(&format!("u{n}"), "phone").await?);
+    }
+    // Each is told to go 6 s after the one before.
+    node.context.shutdown.begin(Duration::from_secs(40));
+    let _: String = world.redis.query(&["FLUSHALL"]).await?;
+    eventually("those who wait for their turn have routes", async || {
+        let mut routes = 0;
+        for n in 0..4 {
+            routes += world.mailbox.read_routes(&user_key(&format!("u{n}"))).await?.len();
+        }
+        Ok(routes >= 3)
+    })
+    .await
+}
+
+#[tokio::test]
 async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() -> Result<()> {
     let mut world = World::new().await?;
     let slow = |config: &mut Config| {

@@ -215,7 +215,7 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     let fanout = Arc::new(fanout);
     let telling = tokio::spawn({
         let fanout = Arc::clone(&fanout);
-        async move { fanout.tell().await }
+        async move { fanout.run().await }
     });
     fanout.take(&demo(), None, entry(1, 1), NOW).unwrap();
     fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
