@@ -4,7 +4,7 @@
     pip install -r requirements.txt
     python3 push_and_receive.py --user alice --token "$(barid token --user alice)"
 
-It needs nothing of Barid's but docs/protocol.md: the records and frames below are all there is.
+It uses no code of Barid: the records and frames below follow docs/protocol.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--brokers", default="127.0.0.1:9092", help="Kafka, host:port")
     parser.add_argument("--url", default="ws://127.0.0.1:7080/v1/connect", help="an access node")
-    parser.add_argument("--token", required=True, help="what `barid token` prints")
+    parser.add_argument("--token", required=True, help="a token from `barid token`")
     parser.add_argument("--topic", default="barid.push")
     parser.add_argument("--app", default="demo")
     parser.add_argument("--user", default="alice")
@@ -30,7 +30,7 @@ def options():
 
 
 def records(app, user):
-    """Three messages, one for each kind of body."""
+    """Return three messages, one for each kind of body."""
     now = time.time_ns()
     to = {"user": user}
     return [
@@ -41,37 +41,37 @@ def records(app, user):
 
 
 def produce(brokers, topic, user, pushes):
-    """The business's side. The user as the key keeps the order of a user's messages."""
+    """Act as the business. The user as the Kafka key keeps the order of a user's messages."""
     producer = confluent_kafka.Producer({"bootstrap.servers": brokers, "enable.idempotence": True})
     for push in pushes:
         producer.produce(topic, key=user, value=json.dumps(push))
     if producer.flush(20):
-        raise SystemExit("Kafka did not take the records")
+        raise SystemExit("Kafka did not accept the records")
 
 
 async def receive(socket, wanted):
-    """The device's side: handle each message once and in order, then acknowledge it."""
-    handled = 0  # the last seq that was handled
+    """Act as the device: handle each message once and in order, then acknowledge it."""
+    handled = 0  # the last handled seq
     async for text in socket:
         # A frame is an object with one key, its kind.
         ((kind, frame),) = json.loads(text).items()
         if kind == "deliver":
             for message in frame["messages"]:
                 if message["seq"] <= handled:
-                    continue  # sent again: an acknowledgement crossed it
+                    continue  # a re-send that crossed the acknowledgement
                 handled = message["seq"]
                 body = next(message[k] for k in ("text", "json", "data") if k in message)
                 print(f"received {message['seq']} {message['id']} {json.dumps(body)}", flush=True)
                 wanted.discard(message["id"])
-            # Which life of the positions is meant: after a reset the same seq may be another message.
+            # Always name the generation: after a reset the same seq may be another message.
             generation = frame.get("generation", 0)
             await socket.send(json.dumps({"ack": {"seq": handled, "generation": generation}}))
         elif kind == "skip":
-            handled = max(handled, frame["to"])  # skips are sent again, too
+            handled = max(handled, frame["to"])  # skips may be repeated
         elif kind == "welcome":
-            # Where this device stands; sent again if positions start anew.
+            # The position of this device; Welcome is sent again if positions start anew.
             handled = next((p.get("seq", 0) for p in frame.get("positions", [])), 0)
-        elif kind == "error" and frame.get("code", 0):  # 0: advice, and the connection stays
+        elif kind == "error" and frame.get("code", 0):  # 0: a warning, the connection stays open
             raise SystemExit(f"error {frame.get('code', 0)}: {frame.get('text', '')}")
         if not wanted:
             return
@@ -85,7 +85,7 @@ async def main():
         await socket.send(json.dumps({"hello": {"device": o.device}}))
         await asyncio.to_thread(produce, o.brokers, o.topic, o.user, pushes)
         await asyncio.wait_for(receive(socket, {push["id"] for push in pushes}), 30)
-        # The close below goes out behind the last acknowledgement.
+        # Leaving the block closes the connection after the last acknowledgement is sent.
     print("all received and acknowledged")
 
 
