@@ -92,18 +92,18 @@ impl Admission {
         if self.memory_short.load(Ordering::Relaxed) {
             return Err(Refused::node(Limit::Memory, "short of memory: come back later"));
         }
-        if !self.connections.take() {
+        if !self.connections.acquire() {
             return Err(Refused::node(Limit::Connections, "no room: come back later"));
         }
         let mut admitted =
             Admitted { admission: Arc::clone(self), address: None, app: None, handshaking: false };
-        if !self.handshakes.take() {
+        if !self.handshakes.acquire() {
             let text = "too many handshakes are under way: come back later";
             return Err(Refused::node(Limit::Handshakes, text));
         }
         admitted.handshaking = true;
         if self.rate.is_limited() {
-            let taken = self.rate.take(&mut self.full_at_us.lock(), self.now_us(), 1);
+            let taken = self.rate.acquire(&mut self.full_at_us.lock(), self.now_us(), 1);
             let text = "too many handshakes a second: come back later";
             taken.map_err(|after| Refused {
                 after: Some(after),
@@ -115,7 +115,7 @@ impl Admission {
 
     /// A place among those that are told why they are not let in; `None`: no room even for that.
     pub fn turn_away(&self) -> Option<TurnedAway<'_>> {
-        self.turned_away.take().then(|| TurnedAway(&self.turned_away))
+        self.turned_away.acquire().then(|| TurnedAway(&self.turned_away))
     }
 
     /// While memory is short nobody is let in.
@@ -199,7 +199,7 @@ impl Admitted {
     /// The handshake is over.
     pub fn handshaken(&mut self) {
         if std::mem::take(&mut self.handshaking) {
-            self.admission.handshakes.give_back();
+            self.admission.handshakes.release();
             if let Some(address) = self.address {
                 self.admission.addresses.handshaken(address);
             }
@@ -223,7 +223,7 @@ impl Drop for Admitted {
                 }
             }
         }
-        admission.connections.give_back();
+        admission.connections.release();
     }
 }
 
@@ -233,7 +233,7 @@ pub struct TurnedAway<'a>(&'a Places);
 
 impl Drop for TurnedAway<'_> {
     fn drop(&mut self) {
-        self.0.give_back();
+        self.0.release();
     }
 }
 
@@ -249,12 +249,12 @@ impl Places {
         Self { taken: AtomicUsize::new(0), max }
     }
 
-    fn take(&self) -> bool {
+    fn acquire(&self) -> bool {
         let add = |taken| (taken < self.max).then_some(taken + 1);
         self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).is_ok()
     }
 
-    fn give_back(&self) {
+    fn release(&self) {
         self.taken.fetch_sub(1, Ordering::AcqRel);
     }
 }

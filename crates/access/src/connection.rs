@@ -80,7 +80,7 @@ impl Connection {
             busy |= self.start_calls();
             busy |= self.poll_write(cx);
             self.poll_fanout(cx);
-            self.tell_queued();
+            self.report_queued();
             if let Some(end) = self.end.take() {
                 return Poll::Ready(end);
             }

@@ -121,11 +121,11 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
         };
         let received = Received { now_ms, now, dispatched_after_us };
         // Its mailbox holds it.
-        if let Err(error) = node.fanout.take(&app, group.as_ref(), envelope, received) {
+        if let Err(error) = node.fanout.receive(&app, group.as_ref(), envelope, received) {
             tracing::warn!(%error, "a dispatcher sent no envelope");
         }
     }
-    node.fanout.go();
+    node.fanout.wake();
 }
 
 /// `waiting`: who has to be woken.
@@ -189,7 +189,7 @@ fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Go
     let key = if mine { user_key(&app, &user) } else { None };
     match key.and_then(|key| node.sessions.registry.get(&key, ConnectionId(connection))) {
         Some(handle) if handle.device().as_str() == device => {
-            handle.tell(|inbox| inbox.resend = true);
+            handle.notify(|inbox| inbox.resend = true);
         }
         _ => gone.push(Gone { app, user, device, connection }),
     }

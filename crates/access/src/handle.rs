@@ -136,7 +136,7 @@ impl LiveSession for Handle {
     }
 
     fn confirm(&self) {
-        self.tell(|inbox| inbox.confirm = true);
+        self.notify(|inbox| inbox.confirm = true);
     }
 }
 
@@ -199,7 +199,7 @@ impl Handle {
     }
 
     /// There is something to read for an audience of the session. Wakes it, unless it was told before.
-    pub fn tell_fanout(&self) {
+    pub fn notify_fanout(&self) {
         let mut state = self.state.lock();
         if !std::mem::replace(&mut state.inbox.fanout, true) {
             Self::wake_locked(state);
@@ -207,7 +207,7 @@ impl Handle {
     }
 
     /// Changes what waits, and wakes the session.
-    pub fn tell(&self, change: impl FnOnce(&mut Inbox)) {
+    pub fn notify(&self, change: impl FnOnce(&mut Inbox)) {
         let mut state = self.state.lock();
         change(&mut state.inbox);
         Self::wake_locked(state);
@@ -215,7 +215,7 @@ impl Handle {
 
     /// Ends the session.
     pub fn close(&self, close: Close) {
-        self.tell(|inbox| {
+        self.notify(|inbox| {
             inbox.close.get_or_insert(close);
         });
     }

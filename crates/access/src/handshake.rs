@@ -63,15 +63,15 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
     let deadline = Instant::now() + limit;
     let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
     let opened = timeout_at(deadline.into(), opening).await;
-    let unopened = Unopened { label: Handshake::Timeout, told: None };
+    let unopened = Unopened { label: Handshake::Timeout, answer: None };
     let mut stream = match opened.unwrap_or(Err(unopened)) {
         Ok(stream) => stream,
-        Err(Unopened { label, told: None }) => {
+        Err(Unopened { label, answer: None }) => {
             tracing::debug!(%address, label = label.as_str(), "no connection was opened");
             node.metrics.handshake(label);
             return None;
         }
-        Err(Unopened { told: Some((stream, answer)), .. }) => {
+        Err(Unopened { answer: Some((stream, answer)), .. }) => {
             drop(admitted);
             write(&node.policy, &node.metrics, stream, answer).await;
             return None;
@@ -139,12 +139,12 @@ fn over_limit(metrics: &Metrics, refused: Refused) -> Answer {
 /// A socket on which no request was read: how it is counted, and the answer if there is one.
 struct Unopened {
     label: Handshake,
-    told: Option<(Stream, Answer)>,
+    answer: Option<(Stream, Answer)>,
 }
 
 impl From<std::io::Error> for Unopened {
     fn from(_: std::io::Error) -> Self {
-        Self { label: Handshake::Gone, told: None }
+        Self { label: Handshake::Gone, answer: None }
     }
 }
 
@@ -164,15 +164,15 @@ async fn open(
         && let Err(answer) = limit_address(metrics, *address, admitted)
     {
         let label = answer.label;
-        let told = policy.tls.is_none().then(|| (Stream::Plain(stream), answer));
-        return Err(Unopened { label, told });
+        let answer = policy.tls.is_none().then(|| (Stream::Plain(stream), answer));
+        return Err(Unopened { label, answer });
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     match tls.accept(stream).await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
         Err(error) => {
             tracing::debug!(%address, %error, "no TLS");
-            Err(Unopened { label: Handshake::Tls, told: None })
+            Err(Unopened { label: Handshake::Tls, answer: None })
         }
     }
 }
@@ -195,7 +195,7 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
         match proxy::header(&bytes) {
             proxy::Header::Whole { source, .. } => return Ok(source),
             proxy::Header::Malformed => {
-                return Err(Unopened { label: Handshake::Proxy, told: None });
+                return Err(Unopened { label: Handshake::Proxy, answer: None });
             }
             proxy::Header::Partial(more) => {
                 let seen = bytes.len();

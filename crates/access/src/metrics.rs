@@ -261,7 +261,7 @@ impl Metrics {
     }
 
     /// Records the time from a message's arrival until all members of its audience were told.
-    pub fn fanout_told(&self, took: Duration) {
+    pub fn fanout_finished(&self, took: Duration) {
         self.fanout_seconds.observe(took.as_secs_f64());
     }
 

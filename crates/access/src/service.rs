@@ -306,7 +306,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
             sleep_until(at).await;
         }
         let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
-        handle.tell(|inbox| inbox.go_away = Some(reconnect_after_ms));
+        handle.notify(|inbox| inbox.go_away = Some(reconnect_after_ms));
     }
     drop(handles);
     let all_gone = async {
@@ -316,7 +316,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
                 _ = look.tick() => (),
                 // Devices whose Hello was under way when draining began; the others know already.
                 _ = late.tick() => for handle in node.sessions.registry.all() {
-                    handle.tell(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
+                    handle.notify(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
                 },
             }
         }

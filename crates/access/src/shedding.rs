@@ -78,7 +78,7 @@ impl Shedding {
         {
             if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
                 let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
-                handle.tell(|inbox| inbox.go_away = Some(reconnect_after_ms));
+                handle.notify(|inbox| inbox.go_away = Some(reconnect_after_ms));
                 metrics.shed.inc();
                 self.leaving.push(handle);
                 left -= 1;

@@ -53,11 +53,11 @@ impl Upstream {
             return Ok(());
         }
         let now_us = now_us();
-        if !self.frames.take_packed(&mut spent.frames_full_at_us, now_us, 1) {
+        if !self.frames.acquire_packed(&mut spent.frames_full_at_us, now_us, 1) {
             let text = "the device sends more frames a second than it may";
             return Err(Exceeded { limit: Limit::UpstreamFrames, text });
         }
-        if !self.bytes.take_packed(&mut spent.bytes_full_at_us, now_us, bytes as u64) {
+        if !self.bytes.acquire_packed(&mut spent.bytes_full_at_us, now_us, bytes as u64) {
             let text = "the device sends more bytes a second than it may";
             return Err(Exceeded { limit: Limit::UpstreamBytes, text });
         }

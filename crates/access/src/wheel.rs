@@ -60,7 +60,7 @@ impl Wheel {
             handle.set_slotted(Seconds::MAX);
             let due = handle.due();
             if due <= now {
-                handle.tell(|inbox| inbox.tick = true);
+                handle.notify(|inbox| inbox.tick = true);
             }
             self.put(handle, due.max(now + 1), now);
         }

@@ -1,4 +1,4 @@
-//! The door: purgers and delayers stream batches in, and get one reply a batch, in order.
+//! The batches: purgers and delayers stream batches in, and get one reply a batch, in order.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +18,7 @@ use crate::deliver::Delivery;
 use crate::resolve::Routes;
 
 /// The gRPC service; cheap to clone.
-pub struct Door<R> {
+pub struct BatchService<R> {
     delivery: Arc<Delivery<R>>,
     window_batches: usize,
     stop: CancellationToken,
@@ -27,7 +27,7 @@ pub struct Door<R> {
     answered: Arc<AtomicU64>,
 }
 
-impl<R> Clone for Door<R> {
+impl<R> Clone for BatchService<R> {
     fn clone(&self) -> Self {
         Self {
             delivery: Arc::clone(&self.delivery),
@@ -40,7 +40,7 @@ impl<R> Clone for Door<R> {
     }
 }
 
-impl<R: Routes> Door<R> {
+impl<R: Routes> BatchService<R> {
     /// Of each stream, up to `window_batches` batches are looked up at the same time; further ones
     /// wait in the stream, which holds the caller back.
     pub fn new(delivery: Arc<Delivery<R>>, window_batches: usize) -> Self {
@@ -97,7 +97,7 @@ impl<R: Routes> Door<R> {
 type Batches = BoxStream<'static, DispatchBatch>;
 
 #[tonic::async_trait]
-impl<R: Routes> Dispatcher for Door<R> {
+impl<R: Routes> Dispatcher for BatchService<R> {
     type DispatchStream = ReceiverStream<Result<DispatchReply, Status>>;
 
     async fn dispatch(

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::deliver::{Delivery, void_of};
-use crate::grpc::Door;
+use crate::grpc::BatchService;
 use crate::metrics::Metrics;
 use crate::nodes::{AccessNode, Nodes, OnGone};
 use crate::reap::Reaper;
@@ -35,7 +35,7 @@ pub struct Service {
     config: Config,
     context: Context,
     lease: Lease,
-    door: Door<RedisRoutes>,
+    batches: BatchService<RedisRoutes>,
     nodes: Arc<Nodes>,
     // Ends the listener and what runs beside it.
     stop: CancellationToken,
@@ -52,7 +52,7 @@ impl Service {
         let metrics = Metrics::new(&context.metrics)?;
         let redis = context.progress("redis", "answer");
         let tracking = context.progress("tracking", "answer on the tracked connection");
-        let batches = context.progress("batches", "answer to a batch that waits");
+        let answering = context.progress("batches", "answer to a batch that waits");
         let open = || Mailbox::open(&config.redis, &context.metrics);
         let Some(mailbox) = context.until_there(&redis, RedisError::is_away, open).await? else {
             return Ok(None);
@@ -87,9 +87,9 @@ impl Service {
             assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
         let nodes = Arc::clone(&delivery.nodes);
         tasks.spawn("the following of nodes", follow_nodes(table, Arc::clone(&nodes)));
-        let door = Door::new(Arc::new(delivery), config.window_batches);
+        let batches = BatchService::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
-        let address = listen(&config, &context, &door, &stop, &mut tasks).await?;
+        let address = listen(&config, &context, &batches, &stop, &mut tasks).await?;
         let lease = config.lease();
         let admin = context.announcements().get("admin");
         let incarnation = Incarnation(SystemClock.now_ms());
@@ -100,9 +100,9 @@ impl Service {
         };
         tracing::info!(node = %record.id, address = record.address, "took a lease");
         held.report_to(&context.health, lease.ttl);
-        tasks.spawn("the watch of batches", watch_batches(door.clone(), batches));
+        tasks.spawn("the watch of batches", watch_batches(batches.clone(), answering));
         context.announce_done();
-        Ok(Some(Self { config, context, lease: held, door, nodes, stop, tasks }))
+        Ok(Some(Self { config, context, lease: held, batches, nodes, stop, tasks }))
     }
 }
 
@@ -133,7 +133,7 @@ impl Service {
         let settle = Duration::from_millis(self.config.drain_settle_ms);
         sleep(settle.min(deadline.saturating_duration_since(Instant::now()))).await;
         let finished = timeout_at(deadline, async {
-            self.door.finish().await;
+            self.batches.finish().await;
             while self.nodes.pending() > 0 {
                 sleep(Duration::from_millis(2)).await;
             }
@@ -145,7 +145,7 @@ impl Service {
         if in_time {
             return Stopped::Clean;
         }
-        let count = self.door.unanswered() + self.nodes.pending() as u64;
+        let count = self.batches.unanswered() + self.nodes.pending() as u64;
         Stopped::Cut { what: "batches and items".into(), count }
     }
 }
@@ -198,7 +198,7 @@ fn on_gone(resolver: &Resolver<RedisRoutes>, reaper: &Reaper) -> OnGone {
 async fn listen(
     config: &Config,
     context: &Context,
-    door: &Door<RedisRoutes>,
+    batches: &BatchService<RedisRoutes>,
     stop: &CancellationToken,
     tasks: &mut Tasks,
 ) -> Result<std::net::SocketAddr, Error> {
@@ -206,7 +206,8 @@ async fn listen(
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     context.announce("grpc", address);
-    let service = DispatcherServer::new(door.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let service =
+        DispatcherServer::new(batches.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let keepalive = Duration::from_millis(config.links.keepalive_interval_ms);
     let server = Server::builder()
         .tcp_nodelay(true)
@@ -249,11 +250,11 @@ async fn count_entries(resolver: Resolver<RedisRoutes>, metrics: Metrics) {
 }
 
 /// Batches that wait are answered, one after the other.
-async fn watch_batches(door: Door<RedisRoutes>, condition: Condition) {
-    let mut answered = door.answered();
+async fn watch_batches(batches: BatchService<RedisRoutes>, condition: Condition) {
+    let mut answered = batches.answered();
     loop {
-        let now = door.answered();
-        if now != answered || door.unanswered() == 0 {
+        let now = batches.answered();
+        if now != answered || batches.unanswered() == 0 {
             condition.ready();
         }
         answered = now;

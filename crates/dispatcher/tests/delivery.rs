@@ -1,4 +1,4 @@
-//! From the gRPC door to access nodes, with routes in memory.
+//! From the gRPC batches to access nodes, with routes in memory.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 mod support;
@@ -13,7 +13,7 @@ use barid_core::{
     UserId,
 };
 use barid_dispatcher::deliver::{Delivery, void_of};
-use barid_dispatcher::grpc::Door;
+use barid_dispatcher::grpc::BatchService;
 use barid_dispatcher::metrics::Metrics;
 use barid_dispatcher::nodes::{AccessNode, Nodes, VoidSince};
 use barid_dispatcher::reap::Reaper;
@@ -67,7 +67,7 @@ struct Cluster {
     nodes: Arc<Nodes>,
     resolver: Resolver<InMemory>,
     metrics: Metrics,
-    door: Door<InMemory>,
+    batches: BatchService<InMemory>,
     address: String,
 }
 
@@ -111,15 +111,15 @@ impl Cluster {
             metrics: metrics.clone(),
             tracer: Tracer::new(&Registry::new(), 1).unwrap(),
         });
-        let door = Door::new(delivery, 4);
+        let batches = BatchService::new(delivery, 4);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let service = DispatcherServer::new(door.clone());
+        let service = DispatcherServer::new(batches.clone());
         tokio::spawn(async move {
             let incoming = TcpListenerStream::new(listener);
             Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
         });
-        Self { routes, nodes, resolver, metrics, door, address }
+        Self { routes, nodes, resolver, metrics, batches, address }
     }
 
     async fn follow(&self, nodes: &[(&str, u64, &FakeNode)]) {
@@ -346,7 +346,7 @@ async fn finishing_answers_what_was_read_and_ends_the_streams() {
     let mut caller = Caller::connect(&cluster.address).await;
     caller.push(vec![push("alice", 1)]).await;
     assert_eq!(cluster.metrics.callers.get(), 1);
-    timeout(SOON, cluster.door.finish()).await.unwrap();
-    assert_eq!((cluster.metrics.callers.get(), cluster.door.unanswered()), (0, 0));
+    timeout(SOON, cluster.batches.finish()).await.unwrap();
+    assert_eq!((cluster.metrics.callers.get(), cluster.batches.unanswered()), (0, 0));
     a.pushes(1).await;
 }

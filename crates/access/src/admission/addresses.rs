@@ -113,7 +113,7 @@ impl Addresses {
         if limited(limits.handshakes_max) && address.handshakes >= limits.handshakes_max {
             return Err(AddressRefused::Handshakes);
         }
-        limits.rate.take(&mut address.full_at_us, now_us, 1).map_err(AddressRefused::Rate)?;
+        limits.rate.acquire(&mut address.full_at_us, now_us, 1).map_err(AddressRefused::Rate)?;
         address.connections += 1;
         address.handshakes += 1;
         Ok(Entered::Counted)

@@ -29,7 +29,7 @@ impl Rate {
     ///
     /// # Errors
     /// There are not enough: how long until there are. Nothing is taken.
-    pub fn take(&self, full_at_us: &mut u64, now_us: u64, tokens: u64) -> Result<(), Duration> {
+    pub fn acquire(&self, full_at_us: &mut u64, now_us: u64, tokens: u64) -> Result<(), Duration> {
         if !self.is_limited() {
             return Ok(());
         }
@@ -45,12 +45,12 @@ impl Rate {
 
     /// As [`Self::take`] for a bucket of which only the lower 32 bits are kept (µs: 71 minutes). After
     /// a longer pause it may, rarely, seem less full than it is.
-    pub fn take_packed(&self, full_at_us: &mut u32, now_us: u64, tokens: u64) -> bool {
+    pub fn acquire_packed(&self, full_at_us: &mut u32, now_us: u64, tokens: u64) -> bool {
         let left_us = u64::from(full_at_us.wrapping_sub(now_us as u32));
         // A bucket is never further from full than this: it was full long ago.
         let left_us = if left_us > self.burst_us { 0 } else { left_us };
         let mut full_at = now_us + left_us;
-        let taken = self.take(&mut full_at, now_us, tokens).is_ok();
+        let taken = self.acquire(&mut full_at, now_us, tokens).is_ok();
         *full_at_us = full_at as u32;
         taken
     }
@@ -67,23 +67,23 @@ mod tests {
         let rate = Rate::new(10, BURST);
         let mut bucket = 0;
         let now = 5 * SECOND_US;
-        let taken = (0..100).filter(|_| rate.take(&mut bucket, now, 1).is_ok()).count();
+        let taken = (0..100).filter(|_| rate.acquire(&mut bucket, now, 1).is_ok()).count();
         assert_eq!(taken, 20);
-        assert_eq!(rate.take(&mut bucket, now, 1), Err(Duration::from_millis(100)));
-        assert_eq!(rate.take(&mut bucket, now + 100_000, 1), Ok(()));
-        assert!(rate.take(&mut bucket, now + 100_000, 1).is_err());
+        assert_eq!(rate.acquire(&mut bucket, now, 1), Err(Duration::from_millis(100)));
+        assert_eq!(rate.acquire(&mut bucket, now + 100_000, 1), Ok(()));
+        assert!(rate.acquire(&mut bucket, now + 100_000, 1).is_err());
         // Never more than a burst, however long the pause.
         let now = now + 3600 * SECOND_US;
-        let taken = (0..100).filter(|_| rate.take(&mut bucket, now, 1).is_ok()).count();
+        let taken = (0..100).filter(|_| rate.acquire(&mut bucket, now, 1).is_ok()).count();
         assert_eq!(taken, 20);
     }
 
     #[test]
     fn one_token_always_fits_and_no_limit_is_none() {
         let rate = Rate::new(1, Duration::ZERO);
-        assert_eq!(rate.take(&mut 0, 7, 1), Ok(()));
+        assert_eq!(rate.acquire(&mut 0, 7, 1), Ok(()));
         let none = Rate::new(0, BURST);
-        assert_eq!(none.take(&mut 0, 7, u64::MAX), Ok(()));
+        assert_eq!(none.acquire(&mut 0, 7, u64::MAX), Ok(()));
         assert!(!none.is_limited());
     }
 
@@ -93,11 +93,11 @@ mod tests {
         for now in [0, 7 * SECOND_US, u64::from(u32::MAX) - 500_000, u64::from(u32::MAX) * 9 + 1] {
             let mut bucket = 0;
             // What it was left at long ago does not count.
-            let _ = rate.take_packed(&mut bucket, now + u64::from(u32::MAX) / 2, 20);
-            let taken = (0..100).filter(|_| rate.take_packed(&mut bucket, now, 1)).count();
+            let _ = rate.acquire_packed(&mut bucket, now + u64::from(u32::MAX) / 2, 20);
+            let taken = (0..100).filter(|_| rate.acquire_packed(&mut bucket, now, 1)).count();
             assert_eq!(taken, 20, "{now}");
-            assert!(rate.take_packed(&mut bucket, now + 100_000, 1), "{now}");
-            assert!(!rate.take_packed(&mut bucket, now + 100_000, 1), "{now}");
+            assert!(rate.acquire_packed(&mut bucket, now + 100_000, 1), "{now}");
+            assert!(!rate.acquire_packed(&mut bucket, now + 100_000, 1), "{now}");
         }
     }
 }

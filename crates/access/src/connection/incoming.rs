@@ -67,7 +67,7 @@ impl Connection {
     /// times its bytes, so at most `IGNORED_BYTES_MAX` of it are shown.
     fn ignored(&mut self, what: Unknown, name: &str) {
         self.node.metrics.ignored(what);
-        if !std::mem::replace(&mut self.told_ignored, true) {
+        if !std::mem::replace(&mut self.reported_ignored, true) {
             let name = cut(name, IGNORED_BYTES_MAX);
             let what = what.as_str();
             let text = format!("{what} {name:?} is not known here and was ignored");
@@ -159,7 +159,7 @@ impl Connection {
     }
 
     pub(super) fn refused(&mut self, group: &GroupId, why: Refused) {
-        let (code, text) = why.told();
+        let (code, text) = why.reply();
         self.control(&ServerFrame::Unsubscribed(v1::Unsubscribed {
             group: group.to_string(),
             code: code.code().into(),

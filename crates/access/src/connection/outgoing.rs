@@ -202,7 +202,7 @@ impl Connection {
         None
     }
 
-    pub(super) fn tell_queued(&mut self) {
+    pub(super) fn report_queued(&mut self) {
         let queued = self.out_bytes + self.socket.fed();
         if queued != self.handle.queued_bytes() {
             self.node.metrics.queued_bytes.add(self.handle.set_queued_bytes(queued));

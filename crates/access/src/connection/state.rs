@@ -80,7 +80,7 @@ pub(super) struct Connection {
     pub effects: Vec<Effect>,
     pub end: Option<End>,
     /// The device has been told once that something it sent was ignored.
-    pub told_ignored: bool,
+    pub reported_ignored: bool,
 }
 
 impl Connection {
@@ -118,7 +118,7 @@ impl Connection {
             refreshing: None,
             effects: Vec::new(),
             end: None,
-            told_ignored: false,
+            reported_ignored: false,
         })
     }
 

@@ -317,7 +317,7 @@ impl Audience {
     }
 
     /// Something came: its members have to be told. False if somebody is at it.
-    pub(super) fn to_tell(&self) -> bool {
+    pub(super) fn start_round(&self) -> bool {
         let mut walk = self.walk.lock();
         walk.again = true;
         let first = walk.since.is_none();
@@ -326,30 +326,30 @@ impl Audience {
     }
 
     /// Tells up to so many members; how many it were, and once all are told, how long that took.
-    pub(super) fn tell(&self, count_max: usize) -> (usize, Option<Duration>) {
+    pub(super) fn notify(&self, count_max: usize) -> (usize, Option<Duration>) {
         let mut walk = self.walk.lock();
         if walk.at == 0 {
             walk.again = false;
         }
         let members = self.members.lock();
-        let mut told = 0;
-        while told < count_max
+        let mut notified = 0;
+        while notified < count_max
             && let Some(slot) = members.slots.get(walk.at)
         {
             if let Some(handle) = slot {
-                handle.tell_fanout();
-                told += 1;
+                handle.notify_fanout();
+                notified += 1;
             }
             walk.at += 1;
         }
         if walk.at < members.slots.len() {
-            return (told, None);
+            return (notified, None);
         }
         walk.at = 0;
         if walk.again {
-            return (told, None);
+            return (notified, None);
         }
-        (told, walk.since.take().map(|since| since.elapsed()))
+        (notified, walk.since.take().map(|since| since.elapsed()))
     }
 }
 

@@ -19,13 +19,13 @@ use crate::labels::FanoutResult;
 use crate::metrics::Metrics;
 
 /// Sessions told at once, before other tasks have their turn: about what a worker's own queue takes twice.
-const TOLD_AT_ONCE: usize = 128;
+const NOTIFIED_AT_ONCE: usize = 128;
 
 /// Who is to be told what, on this node.
 pub struct Fanout {
     apps: Mutex<HashMap<AppId, App>>,
     /// Audiences some of whose members are not told yet, in turn.
-    untold: Mutex<VecDeque<Arc<Audience>>>,
+    pending: Mutex<VecDeque<Arc<Audience>>>,
     more: Notify,
     /// Audiences whose logs hold something.
     holding: Mutex<Vec<Arc<Audience>>>,
@@ -56,7 +56,7 @@ impl Fanout {
     pub fn new(limits: &LimitsConfig, metrics: &Metrics) -> Self {
         Self {
             apps: Mutex::default(),
-            untold: Mutex::default(),
+            pending: Mutex::default(),
             more: Notify::new(),
             holding: Mutex::default(),
             room: Arc::new(Room::new(limits, metrics.fanout_held_bytes.clone())),
@@ -112,23 +112,23 @@ impl Fanout {
     }
 
     /// Takes a message (an entry of the audience's mailbox) for everyone of an app, or for a group of it.
-    /// [`Self::go`] has it told.
+    /// [`Self::wake`] has it told.
     ///
     /// # Errors
     /// It is no entry, or its payload is broken.
-    pub fn take(
+    pub fn receive(
         &self,
         app: &AppId,
         group: Option<&GroupId>,
         entry: Bytes,
         received: Received,
     ) -> Result<FanoutResult, EnvelopeError> {
-        let taken = self.put(app, group, entry, received)?;
-        self.metrics.fanout(taken);
-        Ok(taken)
+        let result = self.store(app, group, entry, received)?;
+        self.metrics.fanout(result);
+        Ok(result)
     }
 
-    fn put(
+    fn store(
         &self,
         app: &AppId,
         group: Option<&GroupId>,
@@ -150,8 +150,8 @@ impl Fanout {
         if audience.append(entry) {
             self.holding.lock().push(Arc::clone(&audience));
         }
-        if audience.to_tell() {
-            self.untold.lock().push_back(audience);
+        if audience.start_round() {
+            self.pending.lock().push_back(audience);
         }
         Ok(FanoutResult::Told)
     }
@@ -166,21 +166,21 @@ impl Fanout {
     }
 
     /// Has what was taken told.
-    pub fn go(&self) {
+    pub fn wake(&self) {
         self.more.notify_one();
     }
 
     /// Tells members, for as long as the node lives.
     pub async fn run(&self) {
         loop {
-            let mut left = TOLD_AT_ONCE;
+            let mut left = NOTIFIED_AT_ONCE;
             while left > 0 {
-                let Some(audience) = self.untold.lock().pop_front() else { break };
-                let (told, took) = audience.tell(left);
-                left = left.saturating_sub(told.max(1));
+                let Some(audience) = self.pending.lock().pop_front() else { break };
+                let (notified, took) = audience.notify(left);
+                left = left.saturating_sub(notified.max(1));
                 match took {
-                    Some(took) => self.metrics.fanout_told(took),
-                    None => self.untold.lock().push_back(audience),
+                    Some(took) => self.metrics.fanout_finished(took),
+                    None => self.pending.lock().push_back(audience),
                 }
             }
             match left {

@@ -36,7 +36,7 @@ pub enum Refused {
 
 impl Refused {
     /// What a device is told: a close code, and a text for people.
-    pub fn told(self) -> (CloseCode, &'static str) {
+    pub fn reply(self) -> (CloseCode, &'static str) {
         match self {
             Self::NotListed => (CloseCode::BadToken, "the token does not list this group"),
             Self::TooMany => (CloseCode::Limit, "the session has too many subscriptions"),

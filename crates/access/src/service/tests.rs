@@ -81,7 +81,7 @@ async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
     let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
     let handle = node.sessions.registry.all().remove(0);
     let holder = std::thread::spawn(move || {
-        handle.tell(|_| {
+        handle.notify(|_| {
             let _ = held.recv();
         });
     });

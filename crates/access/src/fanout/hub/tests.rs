@@ -83,7 +83,7 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
         }
         let entry = [&header.encode()[..], &encode_body(envelope)].concat().into();
         let came = Received { dispatched_after_us: Some(5), ..NOW };
-        fanout.take(&demo(), None, entry, came).unwrap();
+        fanout.receive(&demo(), None, entry, came).unwrap();
         for (member, listener) in listeners.iter_mut().enumerate() {
             let read = listener.read(Format::Proto);
             let Some(report) = read.report else { continue };
@@ -101,7 +101,7 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
     assert_eq!(traced, [(0, "m5".to_owned()), (0, "m37".to_owned())]);
     // Of a burst that is read at once, the oldest counts.
     for seq in 0..16 {
-        fanout.take(&demo(), None, self::entry(seq, 1), NOW).unwrap();
+        fanout.receive(&demo(), None, self::entry(seq, 1), NOW).unwrap();
     }
     let reports = listeners.iter_mut().filter_map(|listener| listener.read(Format::Proto).report);
     assert_eq!(reports.filter_map(|report| report.hop).collect::<Vec<_>>(), [(0, 0)]);
@@ -117,7 +117,7 @@ fn a_burst_is_joined_once_an_encoding_for_all_members() {
     let mut listeners: Vec<_> =
         handles.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
     for seq in 1..=100 {
-        let taken = fanout.take(&demo(), None, entry(seq, 100), NOW).unwrap();
+        let taken = fanout.receive(&demo(), None, entry(seq, 100), NOW).unwrap();
         assert_eq!(taken, FanoutResult::Told);
     }
     let mut frames = Vec::new();
@@ -146,11 +146,11 @@ fn a_body_that_is_no_json_is_left_out_of_json_and_of_nothing_else() {
     envelope.set_kind(BodyKind::Json);
     envelope.payload = Bytes::from_static(b"{");
     let broken = [&header.encode()[..], &encode_body(envelope)].concat().into();
-    fanout.take(&demo(), None, broken, NOW).unwrap();
+    fanout.receive(&demo(), None, broken, NOW).unwrap();
     assert_eq!(read_all(&mut proto, Format::Proto).0.len(), 1);
     let read = json.read(Format::Json);
     assert_eq!(read.run.map(|run| run.messages), Some(0), "it goes on behind it");
-    fanout.take(&demo(), None, entry(2, 1), NOW).unwrap();
+    fanout.receive(&demo(), None, entry(2, 1), NOW).unwrap();
     assert_eq!(read_all(&mut json, Format::Json).0.len(), 1);
 }
 
@@ -162,14 +162,14 @@ fn audiences_are_there_while_they_have_members() {
     let second = Listener::new(&fanout, &other, vec![]);
     first.subscribe(&fanout, &one, &eng(), 1).unwrap();
     assert_eq!(metrics.subscriptions.get(), 1);
-    let to_eng = || fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    let to_eng = || fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
     assert_eq!(to_eng(), FanoutResult::Told);
     first.leave(&fanout, &demo());
     assert_eq!((to_eng(), metrics.subscriptions.get()), (FanoutResult::Nobody, 0));
     assert_eq!(fanout.apps.lock().len(), 1);
     second.leave(&fanout, &demo());
     assert!(fanout.apps.lock().is_empty());
-    assert_eq!(fanout.take(&demo(), None, entry(2, 1), NOW).unwrap(), FanoutResult::Nobody);
+    assert_eq!(fanout.receive(&demo(), None, entry(2, 1), NOW).unwrap(), FanoutResult::Nobody);
     fanout.sweep(100);
     assert!(fanout.holding.lock().is_empty());
     assert_eq!(fanout.room.held(), 0);
@@ -181,10 +181,10 @@ fn a_busy_audience_does_not_silence_a_sessions_others() {
     let one = handle(1);
     let mut listener = Listener::new(&fanout, &one, vec![eng()]);
     listener.subscribe(&fanout, &one, &eng(), 1).unwrap();
-    fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
     let mut turns = 0;
     for seq in 1..10 {
-        fanout.take(&demo(), None, entry(seq, 1), NOW).unwrap();
+        fanout.receive(&demo(), None, entry(seq, 1), NOW).unwrap();
         let run = listener.read(Format::Json).run.unwrap();
         turns += 1;
         if run.frame.ends_with(b"\"eng\"}}") {
@@ -217,9 +217,9 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
         let fanout = Arc::clone(&fanout);
         async move { fanout.run().await }
     });
-    fanout.take(&demo(), None, entry(1, 1), NOW).unwrap();
-    fanout.take(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
-    fanout.go();
+    fanout.receive(&demo(), None, entry(1, 1), NOW).unwrap();
+    fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    fanout.wake();
     // What a worker's own queue takes, half of it.
     const AT_ONCE_MAX: usize = 128;
     let (mut turns, mut all, mut few_after) = (0, 0, None);
@@ -238,8 +238,8 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     assert!(before <= 2 * AT_ONCE_MAX, "after {before} of the others");
     // Something that comes while they are being told is told as well.
     for seq in 2..4 {
-        fanout.take(&demo(), None, entry(seq, 1), NOW).unwrap();
-        fanout.go();
+        fanout.receive(&demo(), None, entry(seq, 1), NOW).unwrap();
+        fanout.wake();
         yield_now().await;
         yield_now().await;
     }
@@ -291,7 +291,7 @@ proptest! {
                 _ => {
                     for _ in 0..size {
                         seq += 1;
-                        fanout.take(&demo(), None, entry(seq, size * 10), Received { now, ..NOW }).unwrap();
+                        fanout.receive(&demo(), None, entry(seq, size * 10), Received { now, ..NOW }).unwrap();
                     }
                 }
             }
