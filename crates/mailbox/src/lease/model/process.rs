@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use barid_core::{Incarnation, Shard};
 
-use super::master::{Answer, Call, Master, Route};
-use super::world::{
+use super::ground::{
     Checked, LAPSE_MS, MASTERS, PACE_MS, SILENT_MS, TTL_MS, VOID_AFTER, at, id, master_of,
     own_master, shard, users_of,
 };
+use super::master::{Answer, Call, Master, Route};
 use crate::lease::life::{Life, News, Place, Wrote};
 use crate::lease::{Confirming, LiveSession, LiveSessions, Pending, set_confirmed};
 use crate::{NodeRecord, NodeRole};
