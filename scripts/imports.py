@@ -57,7 +57,10 @@ def shipped(text: str) -> str:
 def crate_imports(source: Path) -> dict[str, set[str]]:
     """The files of a crate, each with those that it imports; a module is named by its path."""
     files = {}
+    programs = [main.parent for main in source.glob("*/main.rs")]
     for path in sorted(source.rglob("*.rs")):
+        if any(program in path.parents for program in programs):
+            continue
         parts = list(path.relative_to(source).with_suffix("").parts)
         if parts[-1] in ("tests", "main") or "tests" in parts:
             continue
@@ -171,10 +174,12 @@ def draw(name: str, imports: dict[str, set[str]]) -> None:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
-    sources = [path for path in sorted(ROOT.glob("crates/*/src")) + [ROOT / "loadtest/src"] if path.is_dir()]
+    sources = {path.parent.name: path for path in [*sorted(ROOT.glob("crates/*/src")), ROOT / "loadtest/src"]}
+    # A folder with a main.rs is a program of its own, with paths of its own.
+    programs = [main.parent for source in sources.values() for main in sorted(source.glob("*/main.rs"))]
+    sources |= {path.name: path for path in programs}
     failed = False
-    for source in sources:
-        name = source.parent.name
+    for name, source in sources.items():
         if names and name not in names:
             continue
         imports = crate_imports(source)
