@@ -3,7 +3,7 @@
 
   imports.py                every crate: files, layers, circles
   imports.py access         one crate: its files by layer, each with what it imports
-  imports.py --check        exit 1 if a crate has a circle of more than two files
+  imports.py --check        exit 1 if a crate has a circle of more than two files; of these crates, if any are named
 
 A file imports another if it names it in a path that begins with `crate::`, `super::` or `self::`, outside of
 `#[cfg(test)]`. A parent that declares a module (`mod x;`) does not import it by that.
@@ -178,6 +178,8 @@ def main() -> None:
     # A folder with a main.rs is a program of its own, with paths of its own.
     programs = [main.parent for source in sources.values() for main in sorted(source.glob("*/main.rs"))]
     sources |= {path.name: path for path in programs}
+    if unknown := set(names) - set(sources):
+        sys.exit(f"no such crate: {', '.join(sorted(unknown))}")
     failed = False
     for name, source in sources.items():
         if names and name not in names:
