@@ -3,7 +3,7 @@
 
   imports.py                every crate: files, layers, circles
   imports.py access         one crate: its files by layer, each with what it imports
-  imports.py --check        exit 1 if a crate has a circle of more than two files
+  imports.py --check        exit 1 if a crate has a circle of more than two files; of these crates, if any are named
 
 A file imports another if it names it in a path that begins with `crate::`, `super::` or `self::`, outside of
 `#[cfg(test)]`. A parent that declares a module (`mod x;`) does not import it by that.
@@ -57,7 +57,10 @@ def shipped(text: str) -> str:
 def crate_imports(source: Path) -> dict[str, set[str]]:
     """The files of a crate, each with those that it imports; a module is named by its path."""
     files = {}
+    programs = [main.parent for main in source.glob("*/main.rs")]
     for path in sorted(source.rglob("*.rs")):
+        if any(program in path.parents for program in programs):
+            continue
         parts = list(path.relative_to(source).with_suffix("").parts)
         if parts[-1] in ("tests", "main") or "tests" in parts:
             continue
@@ -171,10 +174,14 @@ def draw(name: str, imports: dict[str, set[str]]) -> None:
 
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
-    sources = [path for path in sorted(ROOT.glob("crates/*/src")) + [ROOT / "loadtest/src"] if path.is_dir()]
+    sources = {path.parent.name: path for path in [*sorted(ROOT.glob("crates/*/src")), ROOT / "loadtest/src"]}
+    # A folder with a main.rs is a program of its own, with paths of its own.
+    programs = [main.parent for source in sources.values() for main in sorted(source.glob("*/main.rs"))]
+    sources |= {path.name: path for path in programs}
+    if unknown := set(names) - set(sources):
+        sys.exit(f"no such crate: {', '.join(sorted(unknown))}")
     failed = False
-    for source in sources:
-        name = source.parent.name
+    for name, source in sources.items():
         if names and name not in names:
             continue
         imports = crate_imports(source)

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/setup.sh run
+scripts/setup.sh lint
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 if command -v rustup >/dev/null; then
   rustup component list --installed | grep -q '^clippy' || rustup component add clippy
@@ -11,6 +11,9 @@ if command -v rustup >/dev/null; then
 fi
 cargo fmt --all --check
 cargo clippy --locked --workspace --all-targets -- -D warnings
+# No circle of imports over more than two files. Not yet free of them, and so not named: client, purger.
+python3 scripts/imports.py --check access barid bus core delayer dispatcher loadtest mailbox mesh redis_cost \
+  runtime session testkit wire
 if command -v shellcheck >/dev/null; then
   shellcheck scripts/*.sh .ci/run
 fi

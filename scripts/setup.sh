@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what this machine lacks, and nothing else.
 #   setup.sh run     what building and running Barid takes
-#   setup.sh test    that, and what the tests take (Java, Maven, Apache Kafka's jars, Python packages)
+#   setup.sh lint    that, and what the lints take (Python)
+#   setup.sh test    what building and running takes, and the tests (Java, Maven, Apache Kafka's jars, Python packages)
 # Debian packages are installed with apt by root, or through sudo where that asks for no password;
 # otherwise they are named, and nothing is touched. Quick when nothing is missing.
 set -euo pipefail
@@ -33,6 +34,7 @@ list_missing() {
   need redis-server redis-server
   [[ -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates)
   rust_is_new_enough || need curl curl
+  if [[ "$purpose" == lint ]]; then need python3 python3; fi
   if [[ "$purpose" == test ]]; then
     need default-jre-headless java
     need maven mvn

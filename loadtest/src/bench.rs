@@ -5,7 +5,7 @@ mod fanout;
 mod handshake;
 mod idle;
 mod latency;
-mod push;
+mod options;
 mod slow;
 mod soak;
 mod storm;
@@ -14,73 +14,19 @@ mod trial;
 mod unicast;
 
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum as _};
 
 use crate::live::{Recorded, say};
-use crate::measure::{Goal, Measure, table};
+use crate::measure::{Measure, table};
 use crate::report::{self, Repeated, Report};
-use crate::target::ClusterOptions;
-use push::PushOptions;
-use soak::SoakOptions;
-use trial::{Both, Server, Trial};
 
-const OUT: &str = "target/bench/bench.json";
-const REPORT: &str = "report";
-
-/// What is measured, and with what.
-#[derive(Debug, Args)]
-pub struct Options {
-    /// Only these, with commas between; without, all but `slow` and `tls`.
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<Scenario>,
-    /// Agents that run already, host:port; without any, some are started here.
-    #[arg(long, value_delimiter = ',')]
-    agents: Vec<String>,
-    /// How many are started here.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    local_agents: u8,
-    /// Where the floor listens: an address of this machine that agents elsewhere reach.
-    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
-    floor_address: IpAddr,
-    /// Measure no floor.
-    #[arg(long)]
-    no_floor: bool,
-    /// Sessions of `idle` and `fanout`.
-    #[arg(long, default_value_t = 19_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    sessions: u32,
-    /// Sessions begun a second in `idle`.
-    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    rate: u32,
-    /// How long sessions idle before they are weighed again, seconds.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    idle_seconds: u64,
-    /// How long a process that has just started, or changed, is given before it is weighed, seconds.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    settle_seconds: u64,
-    /// How long one scenario may take, seconds; then it has failed, and the next one begins.
-    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    limit_seconds: u64,
-    /// How often each scenario is run; the middle run counts, and the report has all of them.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
-    repeat: u32,
-    /// Where the list of measures goes.
-    #[arg(long, default_value = OUT)]
-    out: PathBuf,
-    /// What the report is called that is written beside it: NAME.json, and NAME.html for people.
-    #[arg(long, default_value = REPORT, value_name = "NAME")]
-    report: String,
-    #[command(flatten)]
-    push: PushOptions,
-    #[command(flatten)]
-    soak: SoakOptions,
-    #[command(flatten)]
-    target: ClusterOptions,
-}
+pub use self::options::Options;
+use self::options::{OUT, REPORT, Scenario};
+use self::trial::Trial;
 
 /// The bench with one scenario, which takes long.
 #[derive(Debug, Args)]
@@ -105,31 +51,6 @@ pub async fn soak(SoakCommand { options }: SoakCommand) -> anyhow::Result<bool> 
     };
     writeln!(std::io::stdout().lock(), "\n{verdict}")?;
     Ok(wrong.is_empty())
-}
-
-/// In the order in which they run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Scenario {
-    /// Memory of idle sessions, after a broadcast, and after they have gone.
-    Idle,
-    /// What a handshake costs: JWT, route, mailbox.
-    Handshake,
-    /// Everybody drops and returns at once.
-    Storm,
-    /// Some come and go all the time.
-    Churn,
-    /// One message to every session of a node, in bursts and at a steady rate.
-    Fanout,
-    /// Kafka to device and back, as many as go.
-    Unicast,
-    /// Kafka to device at a fixed rate.
-    Latency,
-    /// The same beside ten thousand devices that hardly read.
-    Slow,
-    /// Memory and handshakes of sessions over TLS.
-    Tls,
-    /// All of it for a long time; only if it is asked for.
-    Soak,
 }
 
 /// Measures everything, prints the table, writes the files; `false`: something could not be measured.
@@ -195,16 +116,6 @@ fn write(options: &Options, report: &Report) -> anyhow::Result<()> {
 }
 
 impl Scenario {
-    /// As on the command line.
-    fn name(self) -> String {
-        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-    }
-
-    /// Whether it is measured where none is named: all of those take a quarter of an hour.
-    fn is_usual(self) -> bool {
-        !matches!(self, Self::Slow | Self::Tls | Self::Soak)
-    }
-
     /// What was measured, and what was seen meanwhile.
     async fn measure(self, options: &Options) -> (anyhow::Result<Vec<Measure>>, Recorded) {
         let mut trial = match Trial::start(options, &self.name()).await {

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use barid_core::CloseCode;
-use barid_runtime::{Hop, Hops};
+use barid_runtime::{Hop, Hops, MetricSet};
 use barid_session::{Dropped, SyncCause};
 use barid_wire::envelope::SkipReason;
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, Registry};
 
 use crate::labels::{
     Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
@@ -100,127 +100,122 @@ impl Metrics {
     /// # Errors
     /// One of them is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let make = Maker(registry);
+        let set = MetricSet::new(registry, "barid_access");
         let closes = CloseCode::ALL.iter().map(|code| code.as_str());
         let closes: Vec<_> = closes.chain(["device"]).collect();
         let syncs = SyncCause::ALL.map(SyncCause::as_str);
-        let delivered = make.counters(
+        let delivered = set.counters(
             "delivered_total",
             "Messages written, by path",
             "path",
             &["fast", "sync", "fanout"],
         )?;
         Ok(Self {
-            connections: make.gauge("connections", "Open sockets")?,
-            accepted: make.counters(
+            connections: set.gauge("connections", "Open sockets")?,
+            accepted: set.counters(
                 "accepted_total",
                 "Sockets accepted, by accept loop",
                 "acceptor",
                 &[],
             )?,
-            addresses: make.gauge("addresses", "Client addresses remembered for their limits")?,
-            sessions: make.gauge("sessions", "Welcomed sessions")?,
-            users: make.gauge("users", "Users with a session, welcomed or about to be")?,
-            wheel_entries: make.gauge("wheel_entries", "Sessions on the heartbeat wheel")?,
-            session_bytes: make.gauge(
+            addresses: set.gauge("addresses", "Client addresses remembered for their limits")?,
+            sessions: set.gauge("sessions", "Welcomed sessions")?,
+            users: set.gauge("users", "Users with a session, welcomed or about to be")?,
+            wheel_entries: set.gauge("wheel_entries", "Sessions on the heartbeat wheel")?,
+            session_bytes: set.gauge(
                 "session_bytes",
                 "Resident memory beyond that of the node without sessions, by session",
             )?,
-            handshakes: make.counters(
+            handshakes: set.counters(
                 "handshakes_total",
                 "Handshakes, by result",
                 "result",
                 &values(Handshake::ALL, Handshake::as_str),
             )?,
-            tokens_refused: make.counters(
+            tokens_refused: set.counters(
                 "tokens_refused_total",
                 "Tokens refused in handshakes and refreshes, by reason",
                 "why",
                 &values(TokenRefusal::ALL, TokenRefusal::as_str),
             )?,
-            closes: make.counters(
-                "closes_total",
-                "Closed connections, by code",
-                "code",
-                &closes,
-            )?,
+            closes: set.counters("closes_total", "Closed connections, by code", "code", &closes)?,
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
             delivered_fanout: delivered.with_label_values(&["fanout"]),
-            fanouts: make.counters(
+            fanouts: set.counters(
                 "fanouts_total",
                 "Messages for an audience, by result",
                 "result",
                 &values(FanoutResult::ALL, FanoutResult::as_str),
             )?,
-            subscriptions: make.gauge("subscriptions", "Groups that sessions are subscribed to")?,
-            subscriptions_refused: make.counter(
+            subscriptions: set.gauge("subscriptions", "Groups that sessions are subscribed to")?,
+            subscriptions_refused: set.counter(
                 "subscriptions_refused_total",
                 "Subscriptions to groups that the token does not list",
             )?,
-            fanout_missed: make.counter("fanout_missed_total", "Messages that members missed")?,
-            fanout_held_bytes: make.gauge("fanout_held_bytes", "Bytes held for audiences")?,
-            fanout_seconds: make.histogram(
+            fanout_missed: set.counter("fanout_missed_total", "Messages that members missed")?,
+            fanout_held_bytes: set.gauge("fanout_held_bytes", "Bytes held for audiences")?,
+            fanout_seconds: set.histogram(
                 "fanout_seconds",
                 "From a message's arrival until all members were told",
                 prometheus::exponential_buckets(0.0001, 2.0, 16)?,
             )?,
-            skips: make.counters(
+            skips: set.counters(
                 "skips_total",
                 "Skips told, by reason",
                 "why",
                 &values(&SKIPS, skip_label),
             )?,
-            frames_in: make.counters(
+            frames_in: set.counters(
                 "frames_in_total",
                 "Frames of devices, by kind",
                 "kind",
                 &values(Frame::ALL, Frame::as_str),
             )?,
-            ignored: make.counters(
+            ignored: set.counters(
                 "ignored_total",
                 "What devices said and this version does not know",
                 "what",
                 &values(Unknown::ALL, Unknown::as_str),
             )?,
-            bytes_out: make.counter("bytes_out_total", "Bytes of frames to devices")?,
-            syncs: make.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
-            dropped: make.counters(
+            bytes_out: set.counter("bytes_out_total", "Bytes of frames to devices")?,
+            syncs: set.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
+            dropped: set.counters(
                 "pushes_dropped_total",
                 "Pushes not written, by reason",
                 "why",
                 &values(PushDrop::ALL, PushDrop::as_str),
             )?,
-            resends: make.counter("resends_total", "Re-sends written")?,
-            gone: make.counter("gone_total", "Connections asked for that are not here")?,
-            queued_bytes: make.gauge("queued_bytes", "Bytes that wait for devices")?,
-            redis_retries: make.counters(
+            resends: set.counter("resends_total", "Re-sends written")?,
+            gone: set.counter("gone_total", "Connections asked for that are not here")?,
+            queued_bytes: set.gauge("queued_bytes", "Bytes that wait for devices")?,
+            redis_retries: set.counters(
                 "redis_retries_total",
                 "Failed calls, by call",
                 "call",
                 &values(Call::ALL, Call::as_str),
             )?,
-            confirms: make.counters(
+            confirms: set.counters(
                 "confirms_total",
                 "Confirmations, by outcome",
                 "outcome",
                 &values(Confirmation::ALL, Confirmation::as_str),
             )?,
-            limits: make.counters(
+            limits: set.counters(
                 "limits_total",
                 "Limits reached, by limit",
                 "limit",
                 &values(Limit::ALL, Limit::as_str),
             )?,
-            certificates: make.counters(
+            certificates: set.counters(
                 "certificate_reads_total",
                 "Times the certificate was read again, by outcome",
                 "outcome",
                 &values(CertificateRead::ALL, CertificateRead::as_str),
             )?,
-            receipts_dropped: make.counter("receipts_dropped_total", "Receipts without room")?,
-            shed: make.counter("shed_total", "Devices told to go where there are fewer")?,
-            acked: make.counter("acked_total", "Messages acknowledged")?,
+            receipts_dropped: set.counter("receipts_dropped_total", "Receipts without room")?,
+            shed: set.counter("shed_total", "Devices told to go where there are fewer")?,
+            acked: set.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
         })
     }
@@ -335,48 +330,5 @@ fn skip_label(why: SkipReason) -> &'static str {
         SkipReason::Collapsed => "collapsed",
         SkipReason::Recalled => "recalled",
         SkipReason::Acknowledged => "acknowledged",
-    }
-}
-
-struct Maker<'a>(&'a Registry);
-
-impl Maker<'_> {
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-        let counter = IntCounter::new(format!("barid_access_{name}"), help)?;
-        self.0.register(Box::new(counter.clone()))?;
-        Ok(counter)
-    }
-
-    fn counters(
-        &self,
-        name: &str,
-        help: &str,
-        label: &str,
-        values: &[&str],
-    ) -> Result<IntCounterVec, prometheus::Error> {
-        let options = Opts::new(format!("barid_access_{name}"), help);
-        let counters = IntCounterVec::new(options, &[label])?;
-        // All of them are there from the start, as zeros.
-        values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
-        self.0.register(Box::new(counters.clone()))?;
-        Ok(counters)
-    }
-
-    fn histogram(
-        &self,
-        name: &str,
-        help: &str,
-        buckets: Vec<f64>,
-    ) -> Result<Histogram, prometheus::Error> {
-        let options = HistogramOpts::new(format!("barid_access_{name}"), help).buckets(buckets);
-        let histogram = Histogram::with_opts(options)?;
-        self.0.register(Box::new(histogram.clone()))?;
-        Ok(histogram)
-    }
-
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-        let gauge = IntGauge::new(format!("barid_access_{name}"), help)?;
-        self.0.register(Box::new(gauge.clone()))?;
-        Ok(gauge)
     }
 }

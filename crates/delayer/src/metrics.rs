@@ -3,9 +3,9 @@
 use barid_core::limits::RESENDS_MAX;
 use barid_mailbox::Unreached;
 use barid_mesh::MeshMetrics;
+use barid_runtime::MetricSet;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    exponential_buckets,
+    Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets,
 };
 
 /// Cheap to clone.
@@ -42,82 +42,76 @@ impl Metrics {
     /// # Errors
     /// One of the names is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let name = |name: &str| format!("barid_delayer_{name}");
-        let seconds = |of: &str, help: &str| {
-            let opts = HistogramOpts::new(name(of), help);
-            Histogram::with_opts(opts.buckets(exponential_buckets(0.000_2, 2.5, 13)?))
-        };
-        let metrics = Self {
+        let set = MetricSet::new(registry, "barid_delayer");
+        let attempts: Vec<_> = (1..=RESENDS_MAX + 1).map(attempt_label).collect();
+        let whys = [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
+        let whys = whys.map(why_label);
+        let seconds = exponential_buckets(0.000_2, 2.5, 13)?;
+        Ok(Self {
             mesh: MeshMetrics::new(registry, "barid_delayer")?,
-            fired: IntCounter::new(name("fired_total"), "Users whose timer was claimed.")?,
-            resends: IntCounterVec::new(
-                Opts::new(name("resends_total"), "Devices handed on, by re-send."),
-                &["attempt"],
+            fired: set.counter("fired_total", "Users whose timer was claimed.")?,
+            resends: set.counters(
+                "resends_total",
+                "Devices handed on, by re-send.",
+                "attempt",
+                &attempts,
             )?,
-            deferred: IntCounterVec::new(
-                Opts::new(name("deferred_total"), "Devices whose claim was given back."),
-                &["why"],
+            deferred: set.counters(
+                "deferred_total",
+                "Devices whose claim was given back.",
+                "why",
+                &whys,
             )?,
-            defer_failures: IntCounter::new(
-                name("defer_failures_total"),
-                "Devices whose claim could not be given back.",
+            defer_failures: set
+                .counter("defer_failures_total", "Devices whose claim could not be given back.")?,
+            poll_failures: set.counter("poll_failures_total", "Polls without answer.")?,
+            due_lag: set.histogram(
+                "due_lag_seconds",
+                "How long claimed timers had been due.",
+                exponential_buckets(0.01, 2.0, 14)?,
             )?,
-            poll_failures: IntCounter::new(name("poll_failures_total"), "Polls without answer.")?,
-            due_lag: Histogram::with_opts(
-                HistogramOpts::new(
-                    name("due_lag_seconds"),
-                    "How long claimed timers had been due.",
-                )
-                .buckets(exponential_buckets(0.01, 2.0, 14)?),
+            poll_seconds: set.histogram("poll_seconds", "What a poll takes.", seconds.clone())?,
+            claim_to_answer: set.histogram(
+                "claim_to_answer_seconds",
+                "From claim to answer.",
+                seconds,
             )?,
-            poll_seconds: seconds("poll_seconds", "What a poll takes.")?,
-            claim_to_answer: seconds("claim_to_answer_seconds", "From claim to answer.")?,
-            claims: IntGauge::new(name("claims"), "Users whose claim is being handed on.")?,
-            poll_age_seconds: IntGauge::new(
-                name("poll_age_seconds"),
+            claims: set.gauge("claims", "Users whose claim is being handed on.")?,
+            poll_age_seconds: set.gauge(
+                "poll_age_seconds",
                 "Seconds since the master that was polled longest ago was polled.",
             )?,
-            late_seconds: Gauge::new(name("late_seconds"), "How late the last claims were.")?,
-        };
-        // All of them are there from the start, as zeros.
-        (1..=RESENDS_MAX + 1).for_each(|attempt| drop(metrics.resends_of(attempt)));
-        let whys = [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
-        whys.iter().for_each(|why| drop(metrics.deferred_for(*why)));
-        registry.register(Box::new(metrics.fired.clone()))?;
-        registry.register(Box::new(metrics.resends.clone()))?;
-        registry.register(Box::new(metrics.deferred.clone()))?;
-        registry.register(Box::new(metrics.defer_failures.clone()))?;
-        registry.register(Box::new(metrics.poll_failures.clone()))?;
-        registry.register(Box::new(metrics.due_lag.clone()))?;
-        registry.register(Box::new(metrics.poll_seconds.clone()))?;
-        registry.register(Box::new(metrics.claim_to_answer.clone()))?;
-        registry.register(Box::new(metrics.claims.clone()))?;
-        registry.register(Box::new(metrics.poll_age_seconds.clone()))?;
-        registry.register(Box::new(metrics.late_seconds.clone()))?;
-        Ok(metrics)
+            late_seconds: set.real_gauge("late_seconds", "How late the last claims were.")?,
+        })
     }
 
     /// The counter of claims given back for this reason.
     pub(crate) fn deferred_for(&self, why: Unreached) -> IntCounter {
-        let label = match why {
-            Unreached::Down => "down",
-            Unreached::Full => "full",
-            Unreached::Void => "void",
-            Unreached::Away => "away",
-        };
-        self.deferred.with_label_values(&[label])
+        self.deferred.with_label_values(&[why_label(why)])
     }
 
     /// The counter of a re-send.
     pub(crate) fn resends_of(&self, attempt: u32) -> IntCounter {
-        let label = match attempt {
-            1 => "1",
-            2 => "2",
-            3 => "3",
-            4 => "4",
-            5 => "5",
-            _ => "last",
-        };
-        self.resends.with_label_values(&[label])
+        self.resends.with_label_values(&[attempt_label(attempt)])
+    }
+}
+
+fn why_label(why: Unreached) -> &'static str {
+    match why {
+        Unreached::Down => "down",
+        Unreached::Full => "full",
+        Unreached::Void => "void",
+        Unreached::Away => "away",
+    }
+}
+
+fn attempt_label(attempt: u32) -> &'static str {
+    match attempt {
+        1 => "1",
+        2 => "2",
+        3 => "3",
+        4 => "4",
+        5 => "5",
+        _ => "last",
     }
 }

@@ -1,8 +1,8 @@
 //! Everything that a dispatcher counts.
 
 use barid_mesh::LinkMetrics;
-use barid_runtime::{Hop, Hops};
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use barid_runtime::{Hop, Hops, MetricSet};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
 
 const PUSHES: [&str; 7] = ["handed", "no_route", "void", "full", "down", "away", "invalid"];
 const RESENDS: [&str; 7] = ["handed", "superseded", "void", "full", "down", "away", "invalid"];
@@ -51,40 +51,38 @@ impl Metrics {
     /// # Errors
     /// One of the names is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(format!("barid_dispatcher_{name}"), help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
-        let gauge = |name: &str, help: &str| {
-            let gauge = IntGauge::new(format!("barid_dispatcher_{name}"), help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok::<_, prometheus::Error>(gauge)
-        };
-        let outcomes = |name: &str, help: &str, outcomes: &[&str]| {
-            let opts = Opts::new(format!("barid_dispatcher_{name}"), help);
-            let counter = IntCounterVec::new(opts, &["outcome"])?;
-            // All of them are there from the start, as zeros.
-            outcomes.iter().for_each(|outcome| drop(counter.with_label_values(&[outcome])));
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
+        let set = MetricSet::new(registry, "barid_dispatcher");
         Ok(Self {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
-            pushes: outcomes("pushes_total", "Pushes by what became of them.", &PUSHES)?,
-            resends: outcomes("resends_total", "Re-sends by what became of them.", &RESENDS)?,
-            lost: counter("lost_items_total", "Items on streams that broke.")?,
-            batches: counter("batches_total", "Batches received.")?,
-            callers: gauge("callers", "Open streams from purgers and delayers.")?,
-            l1_hits: counter("l1_hits_total", "Lookups that L1 answered.")?,
-            l1_misses: counter("l1_misses_total", "Lookups that went to Redis.")?,
-            l1_invalidations: counter("l1_invalidations_total", "Invalidations handled.")?,
-            l1_discarded: counter("l1_discarded_total", "Loads that were overtaken.")?,
-            l1_evicted: counter("l1_evicted_total", "Users for whom L1 has no room.")?,
-            l1_entries: gauge("l1_entries", "Users in L1.")?,
-            tracking: gauge("tracking", "1 while Redis reports changes of routes.")?,
-            load_failures: counter("load_failures_total", "Loads of routes that failed.")?,
-            reaped: outcomes("reaped_total", "Void routes by what became of them.", &REAPED)?,
+            pushes: set.counters(
+                "pushes_total",
+                "Pushes by what became of them.",
+                "outcome",
+                &PUSHES,
+            )?,
+            resends: set.counters(
+                "resends_total",
+                "Re-sends by what became of them.",
+                "outcome",
+                &RESENDS,
+            )?,
+            lost: set.counter("lost_items_total", "Items on streams that broke.")?,
+            batches: set.counter("batches_total", "Batches received.")?,
+            callers: set.gauge("callers", "Open streams from purgers and delayers.")?,
+            l1_hits: set.counter("l1_hits_total", "Lookups that L1 answered.")?,
+            l1_misses: set.counter("l1_misses_total", "Lookups that went to Redis.")?,
+            l1_invalidations: set.counter("l1_invalidations_total", "Invalidations handled.")?,
+            l1_discarded: set.counter("l1_discarded_total", "Loads that were overtaken.")?,
+            l1_evicted: set.counter("l1_evicted_total", "Users for whom L1 has no room.")?,
+            l1_entries: set.gauge("l1_entries", "Users in L1.")?,
+            tracking: set.gauge("tracking", "1 while Redis reports changes of routes.")?,
+            load_failures: set.counter("load_failures_total", "Loads of routes that failed.")?,
+            reaped: set.counters(
+                "reaped_total",
+                "Void routes by what became of them.",
+                "outcome",
+                &REAPED,
+            )?,
             hops: Hops::new(registry, &[Hop::AcceptedDispatched])?,
         })
     }

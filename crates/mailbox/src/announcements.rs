@@ -13,7 +13,8 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
-use crate::{NodeRole, RedisConfig, keys};
+use crate::lease::node::NodeRole;
+use crate::{RedisConfig, keys};
 
 /// Unheard announcements kept; more of them say nothing that one does not.
 const BACKLOG_MAX: usize = 64;

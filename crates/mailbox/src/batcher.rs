@@ -8,11 +8,11 @@ use barid_core::Shard;
 use redis::Value;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
+use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::redis_clock::RedisClock;
-use crate::reply::Reply;
+use crate::reply::{Reply, timed_reply};
 use crate::scripts::{Call, Script};
-use crate::topology::Topology;
 use crate::{Error, RedisConfig};
 
 /// A script that processes a list of independent items.
@@ -36,6 +36,24 @@ pub(crate) trait Operation: Send + Sync + 'static {
     fn item(item: &Item<'_, Self::Request>, call: &mut Call);
     /// An item's answer.
     fn outcome(reply: Reply) -> Result<Self::Outcome, Error>;
+}
+
+/// The masters to which batches go.
+pub(crate) trait Masters: Send + Sync + 'static {
+    fn config(&self) -> &RedisConfig;
+
+    fn metrics(&self) -> &Metrics;
+
+    /// The connection to the master of a shard.
+    fn link(&self, shard: Shard) -> Arc<Link>;
+
+    /// Runs a script where `shard` is, wherever it has moved.
+    fn run(
+        &self,
+        shard: Shard,
+        script: &Script,
+        call: &Call,
+    ) -> impl Future<Output = Result<Value, Error>> + Send;
 }
 
 /// What an item's keys and arguments are made of.
@@ -63,12 +81,12 @@ struct Pending<O: Operation> {
 
 impl<O: Operation> Batcher<O> {
     /// Starts the task that sends the batches; it ends when the batcher is dropped.
-    pub fn start(topology: Weak<Topology>, config: &RedisConfig) -> Self {
+    pub fn start(masters: Weak<impl Masters>, config: &RedisConfig) -> Self {
         let (queue, receiver) = mpsc::channel(config.queue_max);
         let items_max = config.batch_max.min(O::ITEMS_MAX);
         let hurry = Arc::new(Notify::new());
         let linger = Linger { time: O::linger(config), hurry: Arc::clone(&hurry) };
-        tokio::spawn(work::<O>(receiver, topology, config.window, items_max, linger));
+        tokio::spawn(work(receiver, masters, config.window, items_max, linger));
         Self { queue, hurry, patience: config.response_timeout() }
     }
 
@@ -121,7 +139,7 @@ impl Linger {
 
 async fn work<O: Operation>(
     mut queue: mpsc::Receiver<Pending<O>>,
-    topology: Weak<Topology>,
+    masters: Weak<impl Masters>,
     window: usize,
     items_max: usize,
     linger: Linger,
@@ -139,36 +157,36 @@ async fn work<O: Operation>(
             batch.push(next);
         }
         batch.retain(|pending| !pending.answer.is_closed());
-        let Some(topology) = topology.upgrade() else { return };
+        let Some(masters) = masters.upgrade() else { return };
         if batch.is_empty() {
             continue;
         }
         tokio::spawn(async move {
-            execute(&topology, batch).await;
+            execute(&*masters, batch).await;
             drop(permit);
         });
     }
 }
 
 /// Sends a batch: in one call, or in one a shard where shards may lie on different slots.
-async fn execute<O: Operation>(topology: &Topology, mut batch: Vec<Pending<O>>) {
-    if !topology.is_cluster() {
-        return call(topology, batch).await;
+async fn execute<O: Operation>(masters: &impl Masters, mut batch: Vec<Pending<O>>) {
+    if !masters.config().cluster {
+        return call(masters, batch).await;
     }
     batch.sort_by_key(|pending| pending.shard);
     let mut calls = Vec::new();
     while let Some(last) = batch.last() {
         let shard = last.shard;
         let from = batch.partition_point(|pending| pending.shard < shard);
-        calls.push(call(topology, batch.split_off(from)));
+        calls.push(call(masters, batch.split_off(from)));
     }
     futures::future::join_all(calls).await;
 }
 
-async fn call<O: Operation>(topology: &Topology, batch: Vec<Pending<O>>) {
-    let (script, metrics) = (O::script(), topology.metrics());
+async fn call<O: Operation>(masters: &impl Masters, batch: Vec<Pending<O>>) {
+    let (script, metrics) = (O::script(), masters.metrics());
     let timer = metrics.timer(script.name, batch.len()).start_timer();
-    let replies = send::<O>(topology, &batch).await;
+    let replies = send(masters, &batch).await;
     timer.observe_duration();
     let mut replies = match replies {
         Ok(replies) => replies,
@@ -190,31 +208,18 @@ fn fail<O: Operation>(script: &Script, metrics: &Metrics, batch: Vec<Pending<O>>
     }
 }
 
-async fn send<O: Operation>(topology: &Topology, batch: &[Pending<O>]) -> Result<Reply, Error> {
+async fn send<O: Operation>(masters: &impl Masters, batch: &[Pending<O>]) -> Result<Reply, Error> {
     let shard = batch[0].shard;
-    let link = topology.link(shard);
+    let link = masters.link(shard);
     link.ready().await?; // its clock is known from then on
     let mut call = Call::default();
-    O::shared(topology.config(), &mut call);
+    O::shared(masters.config(), &mut call);
     for pending in batch {
         let Pending { request, shard, deadline, .. } = pending;
         let item = Item { request, shard: *shard, deadline: *deadline, clock: link.clock() };
         O::item(&item, &mut call);
     }
     let sent = Instant::now();
-    let value = topology.run(shard, O::script(), &call).await?;
+    let value = masters.run(shard, O::script(), &call).await?;
     timed_reply(value, link.clock(), sent).map(|(reply, _)| reply)
-}
-
-/// What follows the first element of a reply, and that: Redis's time, µs since the Unix epoch. The
-/// call was sent at `sent` or later.
-pub(crate) fn timed_reply(
-    value: Value,
-    clock: &RedisClock,
-    sent: Instant,
-) -> Result<(Reply, u64), Error> {
-    let mut reply = Reply::new(value)?;
-    let now_us = reply.number()?;
-    clock.observe(now_us, sent, Instant::now());
-    Ok((reply, now_us))
 }

@@ -1,6 +1,9 @@
-//! Reads what the scripts pack into a mailbox's head (scripts/lib.lua), for inspection.
+//! Reads what the scripts write: a mailbox's head (scripts/lib.lua), for inspection, and routes.
 
+use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef};
 use bytes::Buf as _;
+
+use crate::Route;
 
 /// The layout of the keys, and the version that a state and a device begin with.
 pub(crate) const LAYOUT: u32 = 3;
@@ -65,4 +68,21 @@ impl Device {
 fn known(state: &[u8]) -> Option<&[u8]> {
     let (mark, state) = state.split_first_chunk::<2>()?;
     (u32::from(mark[0]) == LAYOUT).then_some(state)
+}
+
+/// A route as the scripts write it, but for what a newer version writes behind the platform; `None`:
+/// somebody else did.
+pub(crate) fn parse_route(device: &str, route: &str) -> Option<Route> {
+    let mut parts = route.split(' ');
+    let number = |text: Option<&str>| text?.parse::<u64>().ok();
+    let node = NodeId::new(parts.next()?).ok()?;
+    let incarnation = Incarnation(number(parts.next())?);
+    let connection = ConnectionId(number(parts.next())?);
+    let attempt = Attempt(number(parts.next())?);
+    Some(Route {
+        device: DeviceId::new(device).ok()?,
+        session: SessionRef { node, incarnation, connection },
+        attempt,
+        platform: parts.next().unwrap_or_default().into(),
+    })
 }

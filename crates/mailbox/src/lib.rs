@@ -2,16 +2,23 @@
 //! script on one hash slot; callers never see a key.
 //!
 //! ```text
-//! Mailbox ── Topology: shard -> Lane (one a master) ── Batcher a script ── Link: one connection
-//!    ├─ operations/*: what a script is asked and answers        scripts/*.lua: what it does
-//!    └─ Lease, NodeTable: who is alive      announcements: hears of changes at once
-//! TrackedRoutes: routes read on a connection on which Redis reports their changes
+//! Mailbox · Lease · NodeTable · TrackedRoutes     what other crates use
+//! calls/*                                         many items in one call: accept, fire, defer, inspect
+//! Topology: shard -> Lane                         a master's Link, and a queue for each operation
+//! operations/* · Batcher                          single items: connect, confirm, read, ack, disconnect
+//! Link                                            one connection to one master
+//! encoding · reply · scripts · keys               what goes over it; scripts/*.lua say what Redis does with it
 //! ```
+//!
+//! Each file stands above those that it uses. `TrackedRoutes` has connections of its own, on which Redis reports
+//! changes; `announcements` hears of changed leases at once.
 
 mod announcements;
 mod batcher;
+mod calls;
 mod cluster;
 mod config;
+mod encoding;
 mod error;
 mod keys;
 mod layout;
@@ -21,6 +28,7 @@ mod mailbox;
 mod metrics;
 mod nodes;
 mod operations;
+mod other_layouts;
 mod redis_clock;
 mod reply;
 mod routes;

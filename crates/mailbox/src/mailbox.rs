@@ -7,8 +7,9 @@ use barid_core::{AppId, Backoff, Incarnation, NodeId, Shard, ShardCount};
 use prometheus::Registry;
 use tokio::sync::broadcast;
 
+use crate::calls;
 use crate::metrics::Metrics;
-use crate::operations;
+use crate::other_layouts::refuse_other_layouts;
 use crate::redis_clock::RedisTime;
 use crate::topology::Topology;
 use crate::{
@@ -35,6 +36,8 @@ impl Mailbox {
         let shards = config.shard_count().map_err(|e| Error::Unusable(e.to_string()))?;
         let metrics = Metrics::new()?;
         let topology = Topology::open(config.clone(), shards, metrics.clone()).await?;
+        refuse_other_layouts(&topology).await?;
+        topology.found().await?;
         metrics.register(registry)?;
         Ok(Self { topology })
     }
@@ -67,7 +70,7 @@ impl Mailbox {
     /// Appends messages to mailboxes: one result a group, in order. Groups of one shard keep their
     /// order. An error says nothing of the effect: sent again, the group is told what was passed.
     pub async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
-        operations::accept(&self.topology, groups).await
+        calls::accept(&self.topology, groups).await
     }
 
     /// A device said Hello. Executed before the response time-out, or not at all.
@@ -157,7 +160,7 @@ impl Mailbox {
         retry: &Backoff,
         gone: &[(NodeId, Incarnation)],
     ) -> Result<Vec<DueUser>, Error> {
-        operations::fire(&self.topology, shards, max, retry, gone).await
+        calls::fire(&self.topology, shards, max, retry, gone).await
     }
 
     /// Gives claims back, where nobody has moved the timer since. `retry` bounds the waits.
@@ -170,7 +173,7 @@ impl Mailbox {
         waits: DeferWaits,
         retry: &Backoff,
     ) -> Result<(), Error> {
-        operations::defer(&self.topology, requests, waits, retry).await
+        calls::defer(&self.topology, requests, waits, retry).await
     }
 
     /// A user's routes as they are in Redis, for a re-send.
@@ -178,7 +181,7 @@ impl Mailbox {
     /// # Errors
     /// [`Error::Away`].
     pub async fn read_routes(&self, user: &UserKey) -> Result<Vec<Route>, Error> {
-        operations::read_routes(&self.topology, user).await
+        calls::read_routes(&self.topology, user).await
     }
 
     /// Everything that Redis holds about a user, for people.
@@ -186,7 +189,7 @@ impl Mailbox {
     /// # Errors
     /// [`Error::Away`], [`Error::Unexpected`].
     pub async fn inspect(&self, user: &UserKey) -> Result<Inspection, Error> {
-        operations::inspect(&self.topology, user).await
+        calls::inspect(&self.topology, user).await
     }
 
     /// Redis's time at a shard, ms since the Unix epoch, or a little less; `None` before its master

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use barid_core::{Incarnation, NodeId, Shard};
+use barid_core::{Incarnation, NodeId};
 use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -14,11 +14,11 @@ use tokio::time::{Instant, timeout};
 
 use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
-use crate::lease::record::{self, Copy};
-use crate::reply::Reply;
-use crate::scripts::{self, Call};
+use crate::lease::copies::copies;
+use crate::lease::node::{NodeRecord, NodeRole};
+use crate::lease::record;
 use crate::topology::Topology;
-use crate::{Error, Mailbox, NodeRecord, NodeRole, keys};
+use crate::{Error, Mailbox, keys};
 
 /// Between an announcement and the reading that follows it: a fleet that restarts is read once.
 const ANNOUNCED_PAUSE: Duration = Duration::from_millis(20);
@@ -181,26 +181,6 @@ async fn read(
         reading.asked(role, &id, own);
     }
     reading
-}
-
-/// The copies beside a shard, and its master's time, ms.
-pub(crate) async fn copies(
-    topology: &Topology,
-    shard: Shard,
-) -> Result<(u64, Vec<(NodeId, Copy)>), Error> {
-    let mut call = Call::default();
-    call.key(keys::copies(shard));
-    let mut reply = Reply::new(topology.run(shard, &scripts::COPIES, &call).await?)?;
-    let now = reply.number()? / 1000;
-    let mut copies = Vec::new();
-    while !reply.is_empty() {
-        let (id, text) = (reply.text()?, reply.text()?);
-        // Others than nodes have copies as well.
-        let copy =
-            NodeId::new(&id).ok().and_then(|id| Some((id.clone(), Copy::parse(&id, &text)?)));
-        copies.extend(copy);
-    }
-    Ok((now, copies))
 }
 
 /// A node's own key.

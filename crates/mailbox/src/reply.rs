@@ -1,9 +1,12 @@
 //! Reading what scripts answer.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use redis::Value;
 
 use crate::Error;
+use crate::redis_clock::RedisClock;
 
 /// The elements of an array, taken from the front.
 pub(crate) struct Reply(std::vec::IntoIter<Value>);
@@ -86,6 +89,19 @@ impl Reply {
             other => Err(Error::Unexpected(format!("a script answered tag {other:?}"))),
         }
     }
+}
+
+/// What follows the first element of a reply, and that: Redis's time, µs since the Unix epoch. The
+/// call was sent at `sent` or later.
+pub(crate) fn timed_reply(
+    value: Value,
+    clock: &RedisClock,
+    sent: Instant,
+) -> Result<(Reply, u64), Error> {
+    let mut reply = Reply::new(value)?;
+    let now_us = reply.number()?;
+    clock.observe(now_us, sent, Instant::now());
+    Ok((reply, now_us))
 }
 
 pub(crate) fn bytes(value: Value) -> Result<Bytes, Error> {

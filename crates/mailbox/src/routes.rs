@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{self, Master, slot_of};
-use crate::operations::parse_route;
+use crate::layout::parse_route;
 use crate::{Error, RedisConfig, Route, UserKey, keys};
 
 /// How often each connection is asked whether it lives, and how long it may take to answer; how often a

@@ -10,15 +10,14 @@ use parking_lot::RwLock;
 use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, Value};
 use tokio::sync::broadcast;
 
-use crate::batcher::Batcher;
+use crate::batcher::{Batcher, Masters};
 use crate::cluster::{self, Master, slot_of};
-use crate::layout::LAYOUT;
 use crate::link::{Link, replicas_of};
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
 use crate::redis_clock::RedisTime;
 use crate::scripts::{Call, Script};
-use crate::{Error, Reconnected, RedisConfig, UserKey, keys, nodes};
+use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
 
 /// The masters are looked up again at most this often.
 const REFRESH_SPACING: Duration = Duration::from_millis(300);
@@ -40,9 +39,6 @@ pub(crate) struct Topology {
     /// See [`Link::found`].
     founds: AtomicBool,
 }
-
-/// Role, address and layout of a node.
-type Lease = (Option<String>, Option<String>, Option<String>);
 
 #[derive(Default)]
 struct Map {
@@ -67,7 +63,7 @@ pub(crate) struct Lane {
 }
 
 impl Topology {
-    /// Connects to the masters. Of several, some may be away.
+    /// Connects to the masters, and records nothing there before [`Self::found`]. Of several, some may be away.
     pub async fn open(
         config: RedisConfig,
         shards: ShardCount,
@@ -95,7 +91,15 @@ impl Topology {
             }
             _ => {}
         }
-        topology.refuse_other_layouts().await?;
+        Ok(topology)
+    }
+
+    /// From now on connections record shard count and layout where nobody has; those that stand do at once.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`]: another shard count or layout is recorded.
+    pub async fn found(&self) -> Result<(), Error> {
+        let lanes = self.map.read().lanes.clone();
         for lane in lanes {
             if let Some(link) = &lane.replicated {
                 let _nothing_connected = link.found().await;
@@ -106,43 +110,8 @@ impl Topology {
                 Ok(()) => {}
             }
         }
-        topology.founds.store(true, Ordering::Relaxed);
-        topology.look_at_replicas().await;
-        Ok(topology)
-    }
-
-    /// A process of another layout would take what this one writes for corrupt, and delete it. Only
-    /// those with a lease are seen; and only where their lease can be read.
-    async fn refuse_other_layouts(&self) -> Result<(), Error> {
-        for shards in self.shards_by_lane() {
-            let Ok((now, copies)) = nodes::copies(self, shards[0]).await else { continue };
-            let living = copies.into_iter().filter(|(_, copy)| !copy.given_up && copy.ends > now);
-            for (id, copy) in living {
-                let layout = copy.layout.unwrap_or(LAYOUT);
-                if layout != LAYOUT {
-                    return Err(other_layout(&id, layout));
-                }
-            }
-        }
-        let mut list = redis::cmd("ZRANGE");
-        list.arg(keys::NODES_OF_LAYOUT_2).arg(0).arg(-1);
-        let ids = self.query_on::<Vec<String>>(keys::NODES_OF_LAYOUT_2, &list).await;
-        for id in ids.unwrap_or_default() {
-            let key = keys::node(&id);
-            let mut get = redis::cmd("HMGET");
-            get.arg(&key).arg("role").arg("address").arg("layout");
-            let lease: Lease = match self.query_on(&key, &get).await {
-                Ok(lease) => lease,
-                Err(error) => {
-                    tracing::warn!(%error, node = id, "a lease cannot be read");
-                    continue;
-                }
-            };
-            if let (Some(role), Some(address), None) = lease {
-                let node = format_args!("{role} {id} at {address}");
-                return Err(other_layout(&node, 2));
-            }
-        }
+        self.founds.store(true, Ordering::Relaxed);
+        self.look_at_replicas().await;
         Ok(())
     }
 
@@ -435,11 +404,22 @@ impl Topology {
     }
 }
 
-fn other_layout(node: &impl std::fmt::Display, layout: u32) -> Error {
-    Error::Unusable(format!(
-        "{node} is alive and keeps keys of layout {layout}, this program of layout {LAYOUT}: stop all \
-         processes of its version first, and empty this redis"
-    ))
+impl Masters for Topology {
+    fn config(&self) -> &RedisConfig {
+        &self.config
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    fn link(&self, shard: Shard) -> Arc<Link> {
+        self.lane(shard).link.clone()
+    }
+
+    async fn run(&self, shard: Shard, script: &Script, call: &Call) -> Result<Value, Error> {
+        self.run(shard, script, call).await
+    }
 }
 
 /// What can be sent again somewhere else.

@@ -1,9 +1,7 @@
 //! Everything that links and the pool count.
 
-use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    exponential_buckets,
-};
+use barid_runtime::MetricSet;
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets};
 
 const PUSHES: [&str; 5] = ["answered", "moved", "full", "unavailable", "lost"];
 const RESENDS: [&str; 2] = ["answered", "unavailable"];
@@ -31,27 +29,20 @@ impl LinkMetrics {
     /// # Errors
     /// One of the names is registered already.
     pub fn new(registry: &Registry, prefix: &str) -> Result<Self, prometheus::Error> {
-        let name = |suffix: &str| format!("{prefix}_{suffix}");
+        let set = MetricSet::new(registry, prefix);
         let buckets = exponential_buckets(0.000_1, 2.5, 13)?;
-        let reply = HistogramOpts::new(name("reply_seconds"), "From a batch to its answer.");
-        let metrics = Self {
-            up: IntGauge::new(name("up"), "Streams that are open.")?,
-            pending: IntGauge::new(name("pending_items"), "Items queued or unanswered.")?,
-            batches: IntCounter::new(name("batches_total"), "Batches sent.")?,
-            items: IntCounter::new(name("items_total"), "Items sent.")?,
-            reply_seconds: Histogram::with_opts(reply.buckets(buckets))?,
-            breaks: IntCounter::new(
-                name("breaks_total"),
-                "Streams that broke or could not be opened.",
+        Ok(Self {
+            up: set.gauge("up", "Streams that are open.")?,
+            pending: set.gauge("pending_items", "Items queued or unanswered.")?,
+            batches: set.counter("batches_total", "Batches sent.")?,
+            items: set.counter("items_total", "Items sent.")?,
+            reply_seconds: set.histogram(
+                "reply_seconds",
+                "From a batch to its answer.",
+                buckets,
             )?,
-        };
-        registry.register(Box::new(metrics.up.clone()))?;
-        registry.register(Box::new(metrics.pending.clone()))?;
-        registry.register(Box::new(metrics.batches.clone()))?;
-        registry.register(Box::new(metrics.items.clone()))?;
-        registry.register(Box::new(metrics.reply_seconds.clone()))?;
-        registry.register(Box::new(metrics.breaks.clone()))?;
-        Ok(metrics)
+            breaks: set.counter("breaks_total", "Streams that broke or could not be opened.")?,
+        })
     }
 }
 
@@ -73,20 +64,12 @@ impl MeshMetrics {
     /// # Errors
     /// One of the names is registered already.
     pub fn new(registry: &Registry, prefix: &str) -> Result<Self, prometheus::Error> {
-        let counter = |what: &str, help: &str, outcomes: &[&str]| {
-            let opts = Opts::new(format!("{prefix}_mesh_{what}_total"), help);
-            let counter = IntCounterVec::new(opts, &["outcome"])?;
-            // All of them are there from the start, as zeros.
-            outcomes.iter().for_each(|outcome| drop(counter.with_label_values(&[outcome])));
-            Ok::<_, prometheus::Error>(counter)
-        };
-        let metrics = Self {
+        let set = MetricSet::new(registry, format!("{prefix}_mesh"));
+        let counters = |name, help, outcomes| set.counters(name, help, "outcome", outcomes);
+        Ok(Self {
             link: LinkMetrics::new(registry, &format!("{prefix}_mesh_links"))?,
-            pushes: counter("pushes", "Pushes by what became of them.", &PUSHES)?,
-            resends: counter("resends", "Re-sends by what became of them.", &RESENDS)?,
-        };
-        registry.register(Box::new(metrics.pushes.clone()))?;
-        registry.register(Box::new(metrics.resends.clone()))?;
-        Ok(metrics)
+            pushes: counters("pushes_total", "Pushes by what became of them.", &PUSHES)?,
+            resends: counters("resends_total", "Re-sends by what became of them.", &RESENDS)?,
+        })
     }
 }

@@ -1,10 +1,8 @@
 //! The closed set of the purger's metrics.
 
-use barid_runtime::{Hop, Hops};
+use barid_runtime::{Hop, Hops, MetricSet};
 use barid_wire::record::RefusalCode;
-use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-};
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 /// The purger's metrics.
 #[derive(Debug, Clone)]
@@ -100,129 +98,72 @@ impl Metrics {
     /// # Errors
     /// One is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let make = Maker(registry);
+        let set = MetricSet::new(registry, "barid_purger");
         let codes = RefusalCode::ALL.iter().map(|code| code.as_str());
         let codes: Vec<_> = codes.chain([ACCEPT_FAILED]).collect();
         Ok(Self {
-            taken: make.counters(
+            taken: set.counters(
                 "records_taken_total",
                 "Records taken from Kafka.",
                 "topic",
                 &[],
             )?,
-            messages: make.counters(
+            messages: set.counters(
                 "messages_total",
                 "Messages, one a user.",
                 "outcome",
                 &OUTCOMES,
             )?,
-            refused: make.counters("records_refused_total", "Records refused.", "code", &codes)?,
-            handed: make.counter("handed_total", "Messages handed to dispatchers.")?,
-            handoff_dropped: make
+            refused: set.counters("records_refused_total", "Records refused.", "code", &codes)?,
+            handed: set.counter("handed_total", "Messages handed to dispatchers.")?,
+            handoff_dropped: set
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
-            evicted: make.counter("evicted_total", "Entries that left a full mailbox.")?,
-            gaps: make.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
-            repairs: make.counter("repairs_total", "Logs read again for that.")?,
-            repairing: make.gauge("shards_repairing", "Shards for which a log is read again.")?,
-            left_out: make.counter(
+            evicted: set.counter("evicted_total", "Entries that left a full mailbox.")?,
+            gaps: set.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
+            repairs: set.counter("repairs_total", "Logs read again for that.")?,
+            repairing: set.gauge("shards_repairing", "Shards for which a log is read again.")?,
+            left_out: set.counter(
                 "commit_shards_left_out_total",
                 "Shards for which a commit's metadata had no room.",
             )?,
-            calls: make.counters(
+            calls: set.counters(
                 "accept_calls_total",
                 "Groups of accept calls.",
                 "outcome",
                 &CALLS,
             )?,
-            call_messages: make.histogram("accept_messages", "Messages of a call.", &SIZES)?,
-            call_seconds: make.histogram("accept_seconds", "Time of accept calls.", &LATENCY)?,
-            in_flight: make.gauges("in_flight_records", "Records not finished.", "topic")?,
-            in_flight_bytes: make.gauges("in_flight_bytes", "Their bytes.", "topic")?,
-            stalls: make.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
-            partitions: make.gauges("partitions", "Partitions assigned.", "topic")?,
-            partitions_stuck: make
+            call_messages: set.histogram("accept_messages", "Messages of a call.", SIZES)?,
+            call_seconds: set.histogram("accept_seconds", "Time of accept calls.", LATENCY)?,
+            in_flight: set.gauges("in_flight_records", "Records not finished.", "topic")?,
+            in_flight_bytes: set.gauges("in_flight_bytes", "Their bytes.", "topic")?,
+            stalls: set.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
+            partitions: set.gauges("partitions", "Partitions assigned.", "topic")?,
+            partitions_stuck: set
                 .gauge("partitions_stuck", "Partitions that cannot be fetched.")?,
-            assignor_missing: make
+            assignor_missing: set
                 .gauge("assignor_missing", "Partitions are not shared by topic.")?,
-            topics_missing: make.gauge("topics_missing", "Topics that do not exist.")?,
-            produce_held: make.gauge("produce_held", "Receipts and dead letters that wait.")?,
-            oldest_seconds: make.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
-            paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
-            skipped: make.gauge("skipped_records", "Records left in the log for a master.")?,
-            shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
-            lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
-            revoked: make.counters(
+            topics_missing: set.gauge("topics_missing", "Topics that do not exist.")?,
+            produce_held: set.gauge("produce_held", "Receipts and dead letters that wait.")?,
+            oldest_seconds: set.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
+            paused: set.gauge("partitions_paused", "Partitions that wait for room.")?,
+            skipped: set.gauge("skipped_records", "Records left in the log for a master.")?,
+            shards_away: set.gauge("shards_away", "Shards whose master does not answer.")?,
+            lag: set.gauge("lag_records", "Records between the commits and the logs' ends.")?,
+            revoked: set.counters(
                 "partitions_revoked_total",
                 "Partitions taken away.",
                 "how",
                 &REVOKED,
             )?,
-            recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
-            commits: make.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
-            receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
-            dead_letters_dropped: make
+            recreated: set.counter("topics_recreated_total", "Topics found created anew.")?,
+            commits: set.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
+            receipts_dropped: set.counter("receipts_dropped_total", "Receipts not produced.")?,
+            dead_letters_dropped: set
                 .counter("dead_letters_dropped_total", "Dead letters not produced.")?,
-            traces_ignored: make
+            traces_ignored: set
                 .counter("traceparents_ignored_total", "Malformed traceparent headers.")?,
             hops: Hops::new(registry, &[Hop::ProducedTaken, Hop::TakenAccepted])?,
-            dispatchers: make.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
+            dispatchers: set.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
         })
     }
-}
-
-struct Maker<'a>(&'a Registry);
-
-impl Maker<'_> {
-    fn register<T: prometheus::core::Collector + Clone + 'static>(
-        &self,
-        metric: Result<T, prometheus::Error>,
-    ) -> Result<T, prometheus::Error> {
-        let metric = metric?;
-        self.0.register(Box::new(metric.clone()))?;
-        Ok(metric)
-    }
-
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-        self.register(IntCounter::new(full(name), help))
-    }
-
-    fn counters(
-        &self,
-        name: &str,
-        help: &str,
-        label: &str,
-        values: &[&str],
-    ) -> Result<IntCounterVec, prometheus::Error> {
-        let counters = self.register(IntCounterVec::new(Opts::new(full(name), help), &[label]))?;
-        // Every label is exported from the start, as zero.
-        values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
-        Ok(counters)
-    }
-
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-        self.register(IntGauge::new(full(name), help))
-    }
-
-    fn gauges(
-        &self,
-        name: &str,
-        help: &str,
-        label: &str,
-    ) -> Result<IntGaugeVec, prometheus::Error> {
-        self.register(IntGaugeVec::new(Opts::new(full(name), help), &[label]))
-    }
-
-    fn histogram(
-        &self,
-        name: &str,
-        help: &str,
-        buckets: &[f64],
-    ) -> Result<Histogram, prometheus::Error> {
-        let opts = HistogramOpts::new(full(name), help).buckets(buckets.to_vec());
-        self.register(Histogram::with_opts(opts))
-    }
-}
-
-fn full(name: &str) -> String {
-    format!("barid_purger_{name}")
 }

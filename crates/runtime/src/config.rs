@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::bounds::{self, Bound, Bounded, DAY_SECONDS, whole};
+use crate::bounds::{Bound, Bounded, DAY_SECONDS, check_value, whole};
 
 /// The settings that all roles share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,7 +222,7 @@ pub(crate) fn accept<C: DeserializeOwned + Bounded>(
         ConfigError::Key { key, problem, origin: origin.unwrap_or_default() }
     };
     if let Ok(written) = serde_json::to_value(&table) {
-        bounds::check_value(&C::bounds(), &written).map_err(|e| refused(e.key, e.problem))?;
+        check_value(&C::bounds(), &written).map_err(|e| refused(e.key, e.problem))?;
     }
     serde_path_to_error::deserialize(Value::Table(table))
         .map_err(|error| refused(error.path().to_string(), without_value(error.inner().message())))
@@ -376,7 +376,8 @@ mod tests {
 
     impl Bounded for Config {
         fn bounds() -> Vec<Bound> {
-            [vec![whole("limit", 0..=9, "")], bounds::within::<AdminConfig>("admin")].concat()
+            [vec![whole("limit", 0..=9, "")], crate::bounds::within::<AdminConfig>("admin")]
+                .concat()
         }
     }
 

@@ -13,9 +13,10 @@
 //! Only the fast path counts: what a device is sent from its mailbox instead (it was away, or a
 //! push was lost) waited for reasons that are no hop's.
 
-use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{IntCounter, Registry};
 
 use crate::latency::{Latency, register_latencies};
+use crate::metric_set::MetricSet;
 
 /// A part of a message's way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,15 +98,14 @@ impl Hops {
     /// # Errors
     /// They are registered already.
     pub fn new(registry: &Registry, hops: &[Hop]) -> Result<Self, prometheus::Error> {
+        let metrics = MetricSet::new(registry, "barid");
         let names: Vec<_> = hops.iter().map(|hop| hop.as_str()).collect();
         let help = "Times of the hops of messages that went the fast path.";
         let latencies = register_latencies(registry, Self::FAMILY, help, "hop", &names)?;
         let help = "Hops that came out below zero, and count as zero: clocks that differ.";
-        let negative = IntCounterVec::new(Opts::new("barid_hop_negative_total", help), &["hop"])?;
-        registry.register(Box::new(negative.clone()))?;
+        let negative = metrics.counters("hop_negative_total", help, "hop", &names)?;
         let help = "Hops that came out above an hour, and count as an hour: clocks that differ.";
-        let capped = IntCounterVec::new(Opts::new("barid_hop_capped_total", help), &["hop"])?;
-        registry.register(Box::new(capped.clone()))?;
+        let capped = metrics.counters("hop_capped_total", help, "hop", &names)?;
         let mut of = [const { None }; Hop::ALL.len()];
         for (hop, latency) in hops.iter().zip(latencies) {
             let label = &[hop.as_str()];

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use barid_core::TraceParent;
 use parking_lot::Mutex;
-use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
+use prometheus::{IntCounter, Registry};
+
+use crate::metric_set::MetricSet;
 
 /// What a message met.
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,8 +54,9 @@ impl Tracer {
     /// One is registered already.
     pub fn new(registry: &Registry, per_second: u32) -> Result<Self, prometheus::Error> {
         let help = "Events of sampled messages, by what became of them.";
-        let events = IntCounterVec::new(Opts::new("barid_trace_events_total", help), &["outcome"])?;
-        registry.register(Box::new(events.clone()))?;
+        let metrics = MetricSet::new(registry, "barid");
+        let outcomes = ["logged", "dropped"];
+        let events = metrics.counters("trace_events_total", help, "outcome", &outcomes)?;
         Ok(Self(Arc::new(Inner {
             logged: events.with_label_values(&["logged"]),
             dropped: events.with_label_values(&["dropped"]),

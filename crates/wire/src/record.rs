@@ -2,235 +2,32 @@
 //! JSON on the wire, checked types inside. A record is refused with a word that never changes and a
 //! reason for people; whatever the bytes are, nothing here panics or allocates beyond its limits.
 
+mod format;
 mod json;
+mod limits;
+mod push;
 mod receipt;
+mod refusal;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId, limits};
+use barid_core::limits::{
+    APP_BYTES_MAX, COLLAPSE_KEY_BYTES_MAX, MESSAGE_ID_BYTES_MAX, USER_BYTES_MAX, WIRE_NUMBER_MAX,
+};
+use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
 use bytes::Bytes;
 use prost::Message as _;
 
+pub use self::format::{CONTENT_TYPE, Format};
+pub use self::limits::RecordLimits;
+pub use self::push::{Audience, Push};
 pub use self::receipt::{ReceiptError, decode_receipt, encode_receipt};
+use self::refusal::{Flaw, flaw};
+pub use self::refusal::{Refusal, RefusalCode};
 use crate::cut;
 pub use crate::v1::{BodyKind, ReceiptKind};
 use crate::v1::{PushRecord, push_record::Body};
-
-/// How a record is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// JSON text, in the proto3 JSON mapping.
-    Json,
-    /// Protobuf.
-    Protobuf,
-}
-
-/// The header that names a record's format.
-pub const CONTENT_TYPE: &str = "content-type";
-
-impl Format {
-    /// The value of the `content-type` header.
-    pub fn content_type(self) -> &'static str {
-        match self {
-            Self::Json => "application/json",
-            Self::Protobuf => "application/x-protobuf",
-        }
-    }
-
-    /// What a `content-type` header says; `None` where it names neither format, as `text/plain`.
-    pub fn of_content_type(value: &[u8]) -> Option<Self> {
-        let value = std::str::from_utf8(value).ok()?;
-        let media = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        match media.as_str() {
-            "application/x-protobuf"
-            | "application/protobuf"
-            | "application/vnd.google.protobuf" => Some(Self::Protobuf),
-            "application/json" => Some(Self::Json),
-            other => other.ends_with("+json").then_some(Self::Json),
-        }
-    }
-}
-
-/// Bounds of a record, set by the operator.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RecordLimits {
-    /// Bytes of a payload before compression.
-    pub payload_bytes_max: usize,
-    /// Users of one record, after repeated ones are dropped.
-    pub users_max: usize,
-    /// Users times payload bytes of one record.
-    pub fanout_bytes_max: usize,
-    /// Arrays and objects inside each other in a JSON body.
-    pub json_depth_max: usize,
-    /// The longest time to live in seconds; below 2^43, so that milliseconds stay below 2^53.
-    pub ttl_seconds_max: u64,
-}
-
-impl Default for RecordLimits {
-    fn default() -> Self {
-        Self {
-            payload_bytes_max: 64 * 1024,
-            users_max: 1000,
-            fanout_bytes_max: 8 * 1024 * 1024,
-            json_depth_max: 60,
-            ttl_seconds_max: 366 * 24 * 3600,
-        }
-    }
-}
-
-/// A record that was checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Push {
-    /// The business's name of it.
-    pub id: MessageId,
-    /// The tenant.
-    pub app: AppId,
-    /// Who it is for.
-    pub audience: Audience,
-    /// How applications read the payload.
-    pub kind: BodyKind,
-    /// The payload, not compressed. JSON stands as it was written.
-    pub payload: Bytes,
-    /// Life from acceptance in milliseconds; 0: as long as the mailbox keeps it.
-    pub ttl_ms: u64,
-    /// A newer message with the same key takes its place while it waits.
-    pub collapse_key: Option<Arc<str>>,
-    /// Which receipts the business wants.
-    pub receipts: ReceiptSet,
-}
-
-/// Who a message is for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Audience {
-    /// One user.
-    User {
-        /// The user.
-        user: UserId,
-        /// Only this device of theirs.
-        device: Option<DeviceId>,
-    },
-    /// Several users, each once, in the order in which they were first named; at least one.
-    Users(Vec<UserId>),
-}
-
-impl Audience {
-    /// The users, in order.
-    pub fn users(&self) -> &[UserId] {
-        match self {
-            Self::User { user, .. } => std::slice::from_ref(user),
-            Self::Users(users) => users,
-        }
-    }
-
-    /// The only device that it is for.
-    pub fn device(&self) -> Option<&DeviceId> {
-        match self {
-            Self::User { device, .. } => device.as_ref(),
-            Self::Users(_) => None,
-        }
-    }
-}
-
-macro_rules! codes {
-    ($($(#[$doc:meta])* $code:ident = $word:literal),* $(,)?) => {
-        /// Why a record was refused: the `code` of its receipt and of its dead letter. A word keeps
-        /// its meaning for ever.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum RefusalCode {
-            $($(#[$doc])* $code),*
-        }
-
-        impl RefusalCode {
-            /// Every code.
-            pub const ALL: &'static [Self] = &[$(Self::$code),*];
-
-            /// The stable word.
-            pub fn as_str(self) -> &'static str {
-                match self {
-                    $(Self::$code => $word),*
-                }
-            }
-        }
-    };
-}
-
-codes! {
-    /// No bytes at all (a tombstone).
-    EmptyRecord = "empty_record",
-    /// Not protobuf of a push record.
-    BadProtobuf = "bad_protobuf",
-    /// Not JSON, or not a JSON object.
-    BadJson = "bad_json",
-    /// JSON names a field that does not exist.
-    UnknownField = "unknown_field",
-    /// JSON names a field twice.
-    RepeatedField = "repeated_field",
-    /// A field has a value of another type.
-    BadValue = "bad_value",
-    /// `id` or `app` is not there.
-    MissingField = "missing_field",
-    /// The id is too long or has control characters.
-    BadId = "bad_id",
-    /// The app's name is no name.
-    BadApp = "bad_app",
-    /// A user's name is no name.
-    BadUser = "bad_user",
-    /// The device's name is no name, or stands beside `users`.
-    BadDevice = "bad_device",
-    /// Nobody is named.
-    NoAudience = "no_audience",
-    /// Both `user` and `users`.
-    TwoAudiences = "two_audiences",
-    /// More users than a record may have.
-    TooManyUsers = "too_many_users",
-    /// Users times payload is too much.
-    FanoutTooLarge = "fanout_too_large",
-    /// None of `text`, `json`, `data`.
-    NoBody = "no_body",
-    /// More than one of `text`, `json`, `data`.
-    TwoBodies = "two_bodies",
-    /// `data` is not base64.
-    BadBase64 = "bad_base64",
-    /// `json` is not JSON.
-    BadJsonBody = "bad_json_body",
-    /// The JSON body nests too deep.
-    TooDeep = "too_deep",
-    /// The payload is larger than the operator allows.
-    PayloadTooLarge = "payload_too_large",
-    /// A time to live below zero.
-    NegativeTtl = "negative_ttl",
-    /// A time to live longer than the operator allows.
-    TtlTooLong = "ttl_too_long",
-    /// The collapse key is too long or has control characters.
-    BadCollapseKey = "bad_collapse_key",
-    /// A receipt that cannot be asked for.
-    UnknownReceipt = "unknown_receipt",
-}
-
-/// A record that was refused, and as much of it as could be read, so that its receipt finds home.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}: {reason}", code.as_str())]
-pub struct Refusal {
-    /// The stable word.
-    pub code: RefusalCode,
-    /// For people: which field, and what was wrong with it.
-    pub reason: String,
-    /// The record's id where it could be read, else empty; cut to the longest allowed.
-    pub id: String,
-    /// Its app, likewise.
-    pub app: String,
-    /// Its user, likewise.
-    pub user: String,
-}
-
-/// A code and a reason, before it is known whose.
-type Flaw = (RefusalCode, String);
-
-fn flaw<T>(code: RefusalCode, reason: impl Into<String>) -> Result<T, Flaw> {
-    Err((code, reason.into()))
-}
 
 /// Decodes and checks a record's value. `content_type` is the header of that name, if there is one.
 ///
@@ -248,12 +45,9 @@ pub fn decode_push(
     result.map_err(|(code, reason)| Refusal {
         code,
         reason: cut(&reason, 512),
-        id: cut(&record.id, limits::MESSAGE_ID_BYTES_MAX),
-        app: cut(&record.app, limits::APP_BYTES_MAX),
-        user: record
-            .to
-            .as_ref()
-            .map_or_else(String::new, |to| cut(&to.user, limits::USER_BYTES_MAX)),
+        id: cut(&record.id, MESSAGE_ID_BYTES_MAX),
+        app: cut(&record.app, APP_BYTES_MAX),
+        user: record.to.as_ref().map_or_else(String::new, |to| cut(&to.user, USER_BYTES_MAX)),
     })
 }
 
@@ -354,21 +148,13 @@ fn audience(record: &PushRecord, limits: &RecordLimits) -> Result<Audience, Flaw
             let mut users = Vec::new();
             for (i, name) in to.users.iter().enumerate() {
                 if seen.insert(name.as_str()) {
-                    too_many_users(seen.len(), limits)?;
+                    limits.check_users(seen.len())?;
                     users.push(user(format!("to.users[{i}]"), name)?);
                 }
             }
             Ok(Audience::Users(users))
         }
     }
-}
-
-fn too_many_users(users: usize, limits: &RecordLimits) -> Result<(), Flaw> {
-    if users > limits.users_max {
-        let reason = format!("`to.users` names more than {} users", limits.users_max);
-        return flaw(RefusalCode::TooManyUsers, reason);
-    }
-    Ok(())
 }
 
 fn body(record: &PushRecord, limits: &RecordLimits) -> Result<(BodyKind, Bytes), Flaw> {
@@ -406,12 +192,12 @@ fn ttl_ms(seconds: i64, limits: &RecordLimits) -> Result<u64, Flaw> {
             format!("`ttlSeconds` is {seconds}, the limit is {}", limits.ttl_seconds_max),
         );
     }
-    Ok(positive.saturating_mul(1000).min(limits::WIRE_NUMBER_MAX))
+    Ok(positive.saturating_mul(1000).min(WIRE_NUMBER_MAX))
 }
 
 fn collapse_key(key: &str) -> Result<Option<Arc<str>>, Flaw> {
-    if key.len() > limits::COLLAPSE_KEY_BYTES_MAX {
-        let max = limits::COLLAPSE_KEY_BYTES_MAX;
+    if key.len() > COLLAPSE_KEY_BYTES_MAX {
+        let max = COLLAPSE_KEY_BYTES_MAX;
         let reason = format!("`collapseKey` has {} bytes, the limit is {max}", key.len());
         return flaw(RefusalCode::BadCollapseKey, reason);
     }

@@ -2,10 +2,11 @@
 
 use anyhow::ensure;
 
-use super::{Both, Goal, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::audit::Audit;
 use crate::controller::Connected;
 use crate::histogram::quantile_ms;
+use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 
 /// Sessions at any time.

@@ -8,10 +8,11 @@ use barid_testkit::grpc::{NodeStream, audience_entry};
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::{Both, Goal, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::audit::Audit;
 use crate::controller::Agents;
 use crate::live::say;
+use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 use crate::target::Target;
 

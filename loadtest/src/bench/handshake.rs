@@ -1,8 +1,9 @@
 //! What a handshake costs the access node: WebSocket, JWT, route, mailbox, welcome.
 
-use super::{Both, Goal, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::controller::Connected;
 use crate::histogram::quantile_ms;
+use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 
 /// Handshakes that are counted, and before those some that warm up.

@@ -6,11 +6,12 @@ use std::time::Duration;
 use anyhow::ensure;
 use tokio::time::{Instant, sleep};
 
-use super::{Both, Goal, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::audit::Audit;
 use crate::controller::Agents;
 use crate::drive::{all_open, drive, must_be_clean};
 use crate::live::say;
+use crate::measure::{Goal, Measure};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use hdrhistogram::Histogram;
 
-use super::push::attach;
-use super::{Goal, Measure, Server, Trial};
+use super::trial::{Server, Trial};
 use crate::audit::{Audit, SETTLE};
 use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::{mean_ms, quantile_ms};
 use crate::hops;
 use crate::kafka_hop;
+use crate::measure::{Goal, Measure};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 use crate::table::Table;
@@ -32,7 +32,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let business = Business::open(&plan).await?;
     trial.live.phase("connecting");
     trial.agents.connect(&connect).await?;
-    attach(trial, target).await?;
+    trial.attach(target).await?;
     let mut before = None;
     for (phase, seconds) in options.phases(seconds) {
         before = target.metrics().await?;

@@ -13,12 +13,13 @@ use barid_core::CloseCode;
 use barid_runtime::exposition::Metrics;
 use hdrhistogram::Histogram;
 
-use super::{Both, Goal, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::audit::{Audit, SETTLE};
 use crate::controller::Agents;
 use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::quantile_ms;
 use crate::live::say;
+use crate::measure::{Goal, Measure};
 use crate::producer::{Business, Pace, Plan};
 use crate::rpc::ConnectRequest;
 use crate::target::Target;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::ensure;
-use clap::Args;
 
-use super::{Goal, Measure, Server, Trial};
+use super::trial::{Server, Trial};
 use crate::audit::{Audit, SETTLE};
 use crate::drive::{all_open, drive, must_be_clean};
 use crate::histogram::quantile_ms;
 use crate::live::{Sample, say};
+use crate::measure::{Goal, Measure};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 
@@ -22,52 +22,6 @@ const AT_ONCE_MAX: u32 = 64;
 const SAMPLES_MIN: usize = 10;
 /// So many points, and all pairs of them, are looked at.
 const POINTS_MAX: usize = 200;
-
-/// How it is soaked.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Soak")]
-pub struct SoakOptions {
-    /// How long messages flow: 0.1 to 100,000.
-    #[arg(long, default_value_t = 10.0, value_parser = minutes)]
-    minutes: f64,
-    /// Sessions at any time, one user each.
-    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    soak_sessions: u32,
-    /// Messages a second, for all users in turn.
-    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=200_000))]
-    soak_rate: u32,
-    /// Sessions a second that drop and return; what comes meanwhile waits for them.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100_000))]
-    soak_churn: u32,
-    /// By how much memory, files and tasks may grow over the last half, as a share.
-    #[arg(long, default_value_t = 0.05, value_parser = share)]
-    growth_max: f64,
-}
-
-impl SoakOptions {
-    /// How long all of it may take: starting, connecting and the last deliveries included.
-    pub fn limit(&self) -> Duration {
-        Duration::from_secs(u64::from(self.seconds()) + 600)
-    }
-
-    fn seconds(&self) -> u32 {
-        (self.minutes * 60.0) as u32
-    }
-}
-
-/// A share, up to ten times as much.
-fn share(text: &str) -> Result<f64, String> {
-    let share: f64 = text.parse().map_err(|_| "not a number")?;
-    if (0.0..=10.0).contains(&share) { Ok(share) } else { Err("must be 0 to 10".into()) }
-}
-
-fn minutes(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "must be a number")?;
-    if (0.1..=100_000.0).contains(&value) {
-        return Ok(value);
-    }
-    Err("must be 0.1 to 100,000".into())
-}
 
 pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let options = trial.options.soak.clone();

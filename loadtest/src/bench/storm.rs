@@ -1,8 +1,9 @@
 //! Everybody drops and returns at once, as after a network's failure.
 
-use super::{Both, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
 use crate::controller::Connected;
 use crate::histogram::quantile_ms;
+use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
 
 /// Half of what a process may hold: the old ones are still there when the new ones come.

@@ -2,7 +2,8 @@
 
 use barid_testkit::certificates;
 
-use super::{Both, Measure, Server, Trial};
+use super::trial::{Both, Server, Trial};
+use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
 
 /// Sessions.

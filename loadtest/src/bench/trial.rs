@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::Options;
+use super::options::Options;
 use crate::controller::{Agents, Floor};
-use crate::live::Live;
+use crate::live::{Live, say};
 use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
 use crate::sandbox::{Sandbox, Shape};
@@ -175,5 +175,21 @@ impl<'a> Trial<'a> {
     pub async fn settle(&self, seconds: u64) {
         self.live.phase("settling");
         tokio::time::sleep(Duration::from_secs(seconds)).await;
+    }
+
+    /// Names the processes and waits, if that is wanted.
+    ///
+    /// # Errors
+    /// Standard error is closed.
+    pub async fn attach(&self, target: &Target) -> std::io::Result<()> {
+        let seconds = self.options.push.attach_seconds;
+        if seconds > 0 {
+            self.live.phase("waiting");
+            if let Target::Sandbox(sandbox) = target {
+                say(&format!("{:?}", sandbox.pids()))?;
+            }
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+        }
+        Ok(())
     }
 }

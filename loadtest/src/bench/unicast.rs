@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use barid_runtime::exposition::Metrics;
 
-use super::push::attach;
-use super::{Goal, Measure, Server, Trial};
+use super::trial::{Server, Trial};
 use crate::audit::{Audit, SETTLE};
 use crate::drive::{all_open, drive, must_be_clean};
+use crate::measure::{Goal, Measure};
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 use crate::sandbox::CpuTimes;
@@ -47,7 +47,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let business = Business::open(&plan).await?;
     trial.live.phase("connecting");
     trial.agents.connect(&connect).await?;
-    attach(trial, target).await?;
+    trial.attach(target).await?;
     let (mut acked_per_s, mut tables) = (0.0, Vec::new());
     for (phase, seconds) in options.phases(options.push_seconds.unwrap_or(SECONDS)) {
         let metrics = target.metrics().await?;

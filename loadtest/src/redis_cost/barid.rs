@@ -14,7 +14,7 @@ use barid_wire::envelope::Header;
 use bytes::Bytes;
 use futures::future::join_all;
 
-use crate::rounds::{Acked, Case, Message, Side};
+use crate::case::{Acked, Case, Message, Side};
 
 /// Entries that a mailbox keeps: in [`Case::OfflineFull`] each message evicts one.
 const FULL: u32 = 8;

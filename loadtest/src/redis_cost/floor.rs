@@ -7,7 +7,7 @@ use barid_wire::envelope::Header;
 use redis::aio::MultiplexedConnection;
 
 use crate::barid::{position_text, source, user_key};
-use crate::rounds::{Acked, Case, Message, Side};
+use crate::case::{Acked, Case, Message, Side};
 
 const ACCEPT: &str = include_str!("floor_accept.lua");
 const ACK: &str = include_str!("floor_ack.lua");

@@ -5,6 +5,7 @@
 //! two neighbouring rounds. And what it costs an accept round to wait for replicas (`replicas.rs`).
 
 mod barid;
+mod case;
 mod floor;
 mod replicas;
 mod report;

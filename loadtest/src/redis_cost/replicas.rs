@@ -9,9 +9,10 @@ use barid_testkit::redis::RedisOptions;
 
 use crate::Arguments;
 use crate::barid::{self, Barid};
+use crate::case::Case;
 use crate::floor;
 use crate::report::{Report, Waits};
-use crate::rounds::{Case, Plan, WARM_UP};
+use crate::rounds::{Plan, WARM_UP};
 use crate::server::Server;
 
 /// Values of `redis.wait_replicas`.

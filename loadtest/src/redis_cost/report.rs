@@ -5,7 +5,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use crate::Arguments;
-use crate::rounds::Case;
+use crate::case::Case;
 
 /// With this many messages a call the goal holds.
 const GOAL_BATCH: usize = 64;

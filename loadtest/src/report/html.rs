@@ -2,8 +2,9 @@
 
 use std::fmt::Write as _;
 
+use super::data::{Repeated, Report, Scenario};
+use super::escape::escaped;
 use super::plot::{Line, Plot, Scale};
-use super::{Repeated, Report, Scenario};
 use crate::live::{Latencies, Series, clock, thousands};
 
 const STYLE: &str = include_str!("report.css");
@@ -34,22 +35,6 @@ pub fn page(report: &Report) -> String {
     foot(&mut page, report);
     page.push_str("</body></html>\n");
     page
-}
-
-/// Text that says what it says, wherever it stands.
-pub fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 fn head(page: &mut String, report: &Report) {

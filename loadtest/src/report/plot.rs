@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::html::escaped;
+use super::escape::escaped;
 
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 216.0;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, Shard};
 use tokio::time::Instant;
 
-use super::LeaseEvent;
+use super::events::LeaseEvent;
 
 /// The sessions of a node, as far as their routes are concerned.
 pub trait LiveSessions {

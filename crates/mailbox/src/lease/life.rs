@@ -10,7 +10,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, Shard};
 use tokio::time::Instant;
 
-use super::NodeRecord;
+use super::node::NodeRecord;
 
 /// Which writing of a lease; a later one is greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -10,8 +10,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use super::life::{Place, Stamp, Wrote};
+use super::node::{NodeRecord, NodeRole};
 use super::record::{fields, text};
-use super::{NodeRecord, NodeRole};
 use crate::reply::Reply;
 use crate::scripts::{self, Call};
 use crate::topology::Topology;

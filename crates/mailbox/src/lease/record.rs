@@ -6,7 +6,7 @@ use barid_core::limits::WIRE_NUMBER_MAX;
 use barid_core::{Incarnation, NodeId};
 
 use super::life::Stamp;
-use super::{NodeRecord, NodeRole};
+use super::node::{NodeRecord, NodeRole};
 use crate::layout::LAYOUT;
 
 /// The record as names and values, without the incarnation, which is part of the stamp.

@@ -8,8 +8,8 @@ use barid_core::{Incarnation, NodeId};
 use tokio::time::Instant;
 
 use crate::lease::life::Stamp;
+use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record::Copy;
-use crate::{NodeRecord, NodeRole};
 
 /// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
 /// the leases' master or a stepped clock takes them all, and most live.
@@ -17,7 +17,7 @@ pub(super) const DISBELIEF: Duration = Duration::from_secs(30);
 /// How long a node that is gone is looked for. Its routes are void long before, and one that a device left behind is
 /// then void as a stranger's is.
 const REMEMBERED: Duration = Duration::from_secs(3600);
-/// Unknown lives whose first sight is remembered.
+/// Unknown lives whose first evidence is remembered.
 const STRANGERS_MAX: usize = 4096;
 
 /// What a node's own key says.
@@ -36,7 +36,7 @@ pub(crate) enum Own {
 
 /// What a reading saw of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Sight {
+pub(crate) struct Evidence {
     /// The newest copy whose lease had not ended.
     copy: Option<(Stamp, NodeRecord)>,
     /// The newest copy that says that the lease was given up.
@@ -44,7 +44,7 @@ pub(crate) struct Sight {
     pub own: Own,
 }
 
-impl Sight {
+impl Evidence {
     /// Takes a copy into account; `now` is the time of the master that holds it, ms.
     pub fn add(&mut self, copy: Copy, now: u64) {
         if copy.given_up {
@@ -98,7 +98,7 @@ enum Verdict<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Reading {
     /// Those that are known, or of which there is a copy.
-    pub nodes: HashMap<NodeId, Sight>,
+    pub nodes: HashMap<NodeId, Evidence>,
     /// Whether every master answered.
     pub complete: bool,
     /// Whether any did.
@@ -108,7 +108,7 @@ pub(crate) struct Reading {
 impl Reading {
     /// Nobody has answered yet. `known`: whom to look for, whether a copy tells of them or not.
     pub fn of(known: impl IntoIterator<Item = NodeId>) -> Self {
-        let nodes = known.into_iter().map(|id| (id, Sight::default())).collect();
+        let nodes = known.into_iter().map(|id| (id, Evidence::default())).collect();
         Self { nodes, complete: true, any: false }
     }
 
@@ -134,7 +134,7 @@ impl Reading {
 
     /// Those whose own keys have to be asked: the copies leave open whether they live.
     pub fn open(&self) -> Vec<NodeId> {
-        let open = self.nodes.iter().filter(|(_, sight)| sight.is_open());
+        let open = self.nodes.iter().filter(|(_, evidence)| evidence.is_open());
         open.map(|(id, _)| id.clone()).collect()
     }
 
@@ -146,14 +146,14 @@ impl Reading {
         };
         self.any |= own != Own::Unreadable;
         self.complete &= own != Own::Unreadable;
-        if let Some(sight) = self.nodes.get_mut(id) {
-            sight.own = own;
+        if let Some(evidence) = self.nodes.get_mut(id) {
+            evidence.own = own;
         }
     }
 
     /// The records of those that live.
     pub fn living(&self) -> impl Iterator<Item = &NodeRecord> {
-        self.nodes.values().filter_map(|sight| match sight.verdict(None) {
+        self.nodes.values().filter_map(|evidence| match evidence.verdict(None) {
             Verdict::Lives(_, record) => Some(record),
             _ => None,
         })
@@ -259,9 +259,9 @@ impl Memory {
         }
         let believe = self.believes(&reading, now);
         self.known.retain(|_, known| known.gone_since.is_none_or(|at| now - at < REMEMBERED));
-        for (id, sight) in reading.nodes {
+        for (id, evidence) in reading.nodes {
             let known = self.known.get(&id).map(|known| known.stamp);
-            match sight.verdict(known) {
+            match evidence.verdict(known) {
                 Verdict::Lives(stamp, record) => self.see(id, stamp, record, believe, now),
                 Verdict::GaveUp(stamp) => {
                     if let Some(known) = self.known.get_mut(&id) {
@@ -302,7 +302,7 @@ impl Memory {
     fn believes(&mut self, reading: &Reading, now: Instant) -> bool {
         let (mut all, mut missing) = (0, 0);
         for (id, known) in self.known.iter().filter(|(_, known)| known.gone_since.is_none()) {
-            match reading.nodes.get(id).map(|sight| sight.verdict(Some(known.stamp))) {
+            match reading.nodes.get(id).map(|evidence| evidence.verdict(Some(known.stamp))) {
                 None | Some(Verdict::Unknown) => continue,
                 Some(Verdict::Gone) => missing += 1,
                 // An older life than the one that is known: that one is missing.

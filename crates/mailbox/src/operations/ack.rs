@@ -6,9 +6,10 @@ use barid_core::{Chain, DeviceId, Generation, Position, Seq, SessionRef};
 use bytes::{BufMut as _, BytesMut};
 use redis::Value;
 
-use super::sessions::{read_position, retry_args};
-use super::{entry, epoch_candidate, head, number, queue, routes};
 use crate::batcher::{Item, Operation};
+use crate::encoding::{
+    entry, epoch_candidate, head, number, queue, read_position, retry_args, routes,
+};
 use crate::reply::{Reply, unexpected, unknown_tag};
 use crate::scripts::{self, Call, Script};
 use crate::{AckOutcome, AckRequest, Error, Page, ReadRequest, RedisConfig, keys};

@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
-use barid_core::{Attempt, Chain, Generation, Position, Seq};
+use barid_core::{Attempt, Position, Seq};
 
-use super::{
-    epoch_candidate, head, number, queue, read_epoch, read_session, routes, session, ttl_ms,
-};
 use crate::batcher::{Item, Operation};
+use crate::encoding::{
+    epoch_candidate, head, number, queue, read_epoch, read_position, read_session, retry_args,
+    routes, session,
+};
 use crate::reply::{Reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
 use crate::{
@@ -139,13 +140,8 @@ impl Operation for Disconnect {
     }
 }
 
-/// Time to live, first backoff, jitter.
-pub(super) fn retry_args(config: &RedisConfig, call: &mut Call) {
-    call.arg(ttl_ms(config)).arg(config.retry_base_ms).arg(config.retry_jitter);
-}
-
 /// Head, queue, routes, timers.
-pub(super) fn user_keys(shard: barid_core::Shard, user: &crate::UserKey, call: &mut Call) {
+fn user_keys(shard: barid_core::Shard, user: &crate::UserKey, call: &mut Call) {
     head(call, shard, user);
     queue(call, shard, user);
     routes(call, shard, user);
@@ -160,14 +156,4 @@ fn platform(text: &str) -> String {
 fn position_args(position: Position, call: &mut Call) {
     call.arg(number(position.epoch.0)).arg(position.generation).arg(number(position.seq.0));
     call.arg(position.chain.map_or_else(String::new, |chain| chain.to_string()));
-}
-
-/// Four elements: epoch, generation, seq, chain.
-pub(super) fn read_position(reply: &mut Reply) -> Result<Position, Error> {
-    Ok(Position {
-        epoch: read_epoch(reply)?,
-        generation: Generation(reply.number_u32()?),
-        seq: Seq(reply.number()?),
-        chain: Some(Chain(reply.number_u32()?)),
-    })
 }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
-use super::{Bound, Bounded};
+use super::bound::{Bound, Bounded};
 use crate::config::accept;
 
 /// A configuration that [`walk`] can check.

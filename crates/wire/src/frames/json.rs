@@ -14,9 +14,11 @@ use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Vis
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::{Body, ClientFrame, Deliver, FrameError, Heard, Ignored, ServerFrame, checked_payload};
+use super::body::{body, checked_payload};
+use super::error::FrameError;
+use super::types::{Body, ClientFrame, Deliver, Heard, Ignored, ServerFrame};
 use crate::cut;
-use crate::envelope::{Envelope, EnvelopeError};
+use crate::envelope::{BODY_BYTES_MAX, Envelope, EnvelopeError};
 use crate::v1::{self, BodyKind, SkipReason, message};
 
 pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
@@ -236,7 +238,7 @@ fn encode_messages(deliver: Deliver) -> Result<Bytes, FrameError> {
             out.push(b',');
         }
         let (seq, id) = (message.seq, message.id.clone());
-        let body = super::body(message, super::BODY_BYTES_MAX as usize)?;
+        let body = body(message, BODY_BYTES_MAX as usize)?;
         let (kind, payload) = match &body {
             Body::Text(text) => (BodyKind::Text, text.as_bytes()),
             Body::Json(json) => (BodyKind::Json, json.as_bytes()),

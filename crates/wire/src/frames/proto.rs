@@ -4,7 +4,9 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use prost::encoding::{DecodeContext, decode_key, encode_varint, encoded_len_varint, skip_field};
 use prost::{DecodeError, Message as _};
 
-use super::{Deliver, FrameError, Heard, Ignored, ServerFrame, checked_payload};
+use super::body::checked_payload;
+use super::error::FrameError;
+use super::types::{ClientFrame, Deliver, Heard, Ignored, ServerFrame};
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::server_frame::Control;
 use crate::v1::{self, BodyKind};
@@ -36,7 +38,7 @@ fn kinds(mut bytes: &[u8]) -> Result<usize, DecodeError> {
     Ok(kinds)
 }
 
-pub(super) fn encode_client(frame: &super::ClientFrame) -> Bytes {
+pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
     let mut out = BytesMut::with_capacity(frame.encoded_len());
     frame.encode(&mut out);
     out.freeze()

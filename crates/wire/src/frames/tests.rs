@@ -3,7 +3,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::envelope::{Header, encode_body, set_payload};
-use crate::v1;
+use crate::v1::{
+    self, BodyKind, Error, GoAway, Message, Ping, Skip, Subscribed, Unsubscribed, Welcome, message,
+};
 
 const BOTH: [Encoding; 2] = [Encoding::Proto, Encoding::Json];
 

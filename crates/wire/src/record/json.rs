@@ -13,7 +13,9 @@ use serde::Deserializer as _;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{Flaw, RecordLimits, RefusalCode, flaw, receipt, too_many_users};
+use super::limits::RecordLimits;
+use super::receipt;
+use super::refusal::{Flaw, RefusalCode, flaw};
 use crate::cut;
 use crate::v1::{Audience, PushRecord, push_record::Body};
 
@@ -213,7 +215,7 @@ fn users(raw: &RawValue, limits: &RecordLimits) -> Result<Vec<String>, Flaw> {
     let read = reader.deserialize_seq(Reader { max: limits.users_max });
     match read {
         Ok(Some(users)) => Ok(users),
-        Ok(None) => too_many_users(limits.users_max + 1, limits).map(|()| Vec::new()),
+        Ok(None) => limits.check_users(limits.users_max + 1).map(|()| Vec::new()),
         Err(e) => {
             flaw(RefusalCode::BadUser, format!("`to.users` must be an array of strings: {e}"))
         }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
-use super::Format;
+use super::format::Format;
 use crate::v1::{Receipt, ReceiptKind};
 
 /// Bytes that are no receipt.

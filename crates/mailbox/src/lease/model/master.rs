@@ -2,7 +2,7 @@
 
 use barid_core::{Incarnation, NodeId};
 
-use super::world::{NODES, RETRY_BASE_MS, RETRY_MAX_MS, SHARDS, TTL_MS};
+use super::ground::{NODES, RETRY_BASE_MS, RETRY_MAX_MS, SHARDS, TTL_MS, id, index};
 use crate::NodeRecord;
 use crate::lease::life::{Place, Stamp, Wrote};
 use crate::lease::places::KEPT;
@@ -154,7 +154,7 @@ impl Master {
             Place::Own => self.held.own[node] = (!given_up).then_some((stamp, record, ends)),
             Place::Copy(shard) => {
                 let (layout, record) = (None, Some(record));
-                let copies = &mut self.held.copies[super::world::index(shard)];
+                let copies = &mut self.held.copies[index(shard)];
                 copies[node] = Some(Copy { stamp, ends, given_up, layout, record });
                 if stamp.number == 1 {
                     let old = |copy: &Copy| copy.ends + (KEPT.as_millis() as u64) < now_ms;
@@ -174,9 +174,7 @@ impl Master {
                 .as_ref()
                 .filter(|(.., ends)| *ends > now_ms)
                 .map(|(stamp, ..)| *stamp),
-            Place::Copy(shard) => {
-                self.copy(super::world::index(shard), node).map(|copy| copy.stamp)
-            }
+            Place::Copy(shard) => self.copy(index(shard), node).map(|copy| copy.stamp),
         }
     }
 
@@ -199,8 +197,7 @@ impl Master {
     /// copies.lua
     pub fn copies(&self, shard: usize, now_ms: u64) -> (u64, Vec<(NodeId, Copy)>) {
         let copies = self.held.copies[shard].iter().enumerate();
-        let copies =
-            copies.filter_map(|(node, copy)| Some((super::world::id(node).clone(), copy.clone()?)));
+        let copies = copies.filter_map(|(node, copy)| Some((id(node).clone(), copy.clone()?)));
         (now_ms + self.ahead_ms, copies.collect())
     }
 

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use barid_core::{Incarnation, Shard};
 
-use super::master::{Answer, Call, Master, Route};
-use super::world::{
+use super::ground::{
     Checked, LAPSE_MS, MASTERS, PACE_MS, SILENT_MS, TTL_MS, VOID_AFTER, at, id, master_of,
     own_master, shard, users_of,
 };
+use super::master::{Answer, Call, Master, Route};
+use crate::lease::events::Pending;
 use crate::lease::life::{Life, News, Place, Wrote};
-use crate::lease::{Confirming, LiveSession, LiveSessions, Pending, set_confirmed};
+use crate::lease::{Confirming, LiveSession, LiveSessions};
 use crate::{NodeRecord, NodeRole};
 
 /// Of the model's sessions, so many are confirmed a second.
@@ -375,7 +376,7 @@ impl Process {
             }
         }
         match self.confirming.finished_life() {
-            Some(life) if set_confirmed(&mut self.record, life) => {
+            Some(life) if self.record.set_confirmed(life) => {
                 self.check_confirmed(masters)?;
                 self.renew(masters, now_ms)
             }

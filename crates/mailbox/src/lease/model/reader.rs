@@ -5,10 +5,10 @@ use std::collections::VecDeque;
 
 use barid_core::{Incarnation, NodeId};
 
-use super::master::{Master, Route};
-use super::world::{
+use super::ground::{
     MASTERS, NODES, REFRESH_MS, STALE, USERS, VOID_AFTER, at, id, own_master, users_of,
 };
+use super::master::{Master, Route};
 use crate::nodes::Standing;
 use crate::nodes::memory::{Memory, Own, Reading};
 use crate::{NodeRecord, NodeRole};

@@ -1,77 +1,24 @@
 //! Three masters, three nodes, two dispatchers and a delayer. Time passes from one thing that is due to
 //! the next.
 
-use std::sync::LazyLock;
-use std::time::Duration;
+use barid_core::Incarnation;
 
-use barid_core::{Incarnation, NodeId, Shard, ShardCount};
-use tokio::time::Instant;
-
-use super::Step;
+use super::ground::{
+    Checked, MASTERS, NODES, READERS, REFRESH_MS, RETRY_MAX_MS, STALE, TTL_MS, USERS, master_of,
+    users_of,
+};
 use super::master::{Answer, Call, Master, Route};
 use super::process::Process;
 use super::reader::Reader;
+use super::steps::Step;
 use crate::NodeRecord;
 use crate::nodes::Standing;
 
-pub const MASTERS: usize = 3;
-pub const NODES: usize = 3;
-pub const READERS: usize = 2;
-/// One in each shard.
-pub const USERS: usize = 6;
-pub const SHARDS: usize = USERS;
-/// Times are a fifth of what is usual, but for those that are constants.
-pub const TTL_MS: u64 = 30_000;
-pub const VOID_AFTER: Duration = Duration::from_secs(120);
-pub const LAPSE_MS: u64 = 60_000;
-pub const REFRESH_MS: u64 = 6_000;
-pub const STALE: Duration = Duration::from_secs(28);
-/// A silence after which a reader that looked away for `STALE` may hold a process for void.
-pub const SILENT_MS: u64 = 120_000 - 28_000;
-pub const PACE_MS: u64 = 2_000;
-pub const RETRY_BASE_MS: u64 = 2_000;
-pub const RETRY_MAX_MS: u64 = 30_000;
 const POLL_MS: u64 = 2_000;
 const TRAFFIC_MS: u64 = 10_000;
 /// From when all is well until nothing of what was before is left: copies and keys end, most nodes
 /// vanished at once, routes are kept, readings and retries.
 const HEALED_MS: u64 = TTL_MS + 30_000 + 120_000 + 4 * REFRESH_MS + RETRY_MAX_MS + 20_000;
-
-pub type Checked = Result<(), String>;
-
-static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-static IDS: LazyLock<Vec<NodeId>> =
-    LazyLock::new(|| (0..NODES).map(|node| NodeId::new(&format!("n{node}")).unwrap()).collect());
-static ALL: LazyLock<Vec<Shard>> =
-    LazyLock::new(|| ShardCount::new(SHARDS as u32).unwrap().all().collect());
-
-pub fn at(now_ms: u64) -> Instant {
-    *BEGAN + Duration::from_millis(now_ms)
-}
-
-pub fn id(node: usize) -> &'static NodeId {
-    &IDS[node]
-}
-
-pub fn shard(user: usize) -> Shard {
-    ALL[user]
-}
-
-pub fn index(shard: Shard) -> usize {
-    ALL.iter().position(|it| *it == shard).unwrap()
-}
-
-pub fn master_of(user: usize) -> usize {
-    user % MASTERS
-}
-
-pub fn users_of(master: usize) -> impl Iterator<Item = usize> {
-    (master..USERS).step_by(MASTERS)
-}
-
-pub fn own_master(node: usize) -> usize {
-    node % MASTERS
-}
 
 pub struct World {
     now_ms: u64,

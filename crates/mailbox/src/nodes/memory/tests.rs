@@ -37,14 +37,14 @@ fn copy(name: &str, incarnation: u64, number: u64, ends: u64) -> Copy {
     Copy { stamp: stamp(incarnation, number), ends, given_up: false, layout: Some(3), record }
 }
 
-fn seen(copies: impl IntoIterator<Item = Copy>, own: Own) -> Sight {
-    let mut sight = Sight { own, ..Sight::default() };
-    copies.into_iter().for_each(|copy| sight.add(copy, 1000));
-    sight
+fn seen(copies: impl IntoIterator<Item = Copy>, own: Own) -> Evidence {
+    let mut evidence = Evidence { own, ..Evidence::default() };
+    copies.into_iter().for_each(|copy| evidence.add(copy, 1000));
+    evidence
 }
 
-fn all(nodes: impl IntoIterator<Item = (&'static str, Sight)>) -> Reading {
-    let nodes = nodes.into_iter().map(|(name, sight)| (id(name), sight)).collect();
+fn all(nodes: impl IntoIterator<Item = (&'static str, Evidence)>) -> Reading {
+    let nodes = nodes.into_iter().map(|(name, evidence)| (id(name), evidence)).collect();
     Reading { nodes, complete: true, any: true }
 }
 
@@ -58,7 +58,7 @@ fn read(living: &[(&'static str, u64)], lapsed: &'static str) -> Reading {
     all(living.chain(lapsed))
 }
 
-fn held(name: &str) -> Sight {
+fn held(name: &str) -> Evidence {
     seen([], Own::Held(stamp(1, 1), record(name, 1)))
 }
 
@@ -194,7 +194,7 @@ fn nodes_that_are_gone_for_good_are_forgotten() {
 #[test]
 fn hazard_28_a_fresh_reader_sees_whoever_has_one_readable_copy() {
     let t = Instant::now();
-    let cases: [(&str, Sight); 5] = [
+    let cases: [(&str, Evidence); 5] = [
         ("a", seen([copy("a", 1, 3, 2000)], Own::Unreadable)),
         ("b", seen([copy("b", 1, 3, 900), copy("b", 1, 4, 1001)], Own::Absent)),
         ("c", seen([copy("c", 1, 3, 1000)], Own::Unreadable)),

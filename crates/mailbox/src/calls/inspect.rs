@@ -1,13 +1,10 @@
 //! Reading a user's keys, for people and for re-sends. No script: nothing depends on the parts being
 //! of one moment.
 
-use barid_core::{
-    Attempt, Chain, ConnectionId, DeviceId, Epoch, Generation, Incarnation, NodeId, Position, Seq,
-    SessionRef,
-};
+use barid_core::{Chain, DeviceId, Epoch, Generation, Position, Seq};
 
-use super::entry;
-use crate::layout;
+use crate::encoding::entry;
+use crate::layout::{self, parse_route};
 use crate::topology::Topology;
 use crate::{DeviceState, Error, Inspection, Route, UserKey, keys};
 
@@ -21,23 +18,6 @@ pub(crate) async fn routes(topology: &Topology, user: &UserKey) -> Result<Vec<Ro
     get.arg(keys::routes(shard, &user.app, &user.user));
     let fields: Vec<(String, String)> = topology.query(shard, &get).await?;
     Ok(fields.iter().filter_map(|(device, route)| parse_route(device, route)).collect())
-}
-
-/// A route as the scripts write it, but for what a newer version writes behind the platform; `None`:
-/// somebody else did.
-pub(crate) fn parse_route(device: &str, route: &str) -> Option<Route> {
-    let mut parts = route.split(' ');
-    let number = |text: Option<&str>| text?.parse::<u64>().ok();
-    let node = NodeId::new(parts.next()?).ok()?;
-    let incarnation = Incarnation(number(parts.next())?);
-    let connection = ConnectionId(number(parts.next())?);
-    let attempt = Attempt(number(parts.next())?);
-    Some(Route {
-        device: DeviceId::new(device).ok()?,
-        session: SessionRef { node, incarnation, connection },
-        attempt,
-        platform: parts.next().unwrap_or_default().into(),
-    })
 }
 
 /// Everything that Redis holds about a user.

@@ -8,9 +8,8 @@ use barid_wire::envelope::Header;
 use bytes::{Buf as _, BufMut as _, BytesMut};
 use redis::Value;
 
-use super::{entry, epoch_candidate, ttl_ms};
-use crate::batcher::timed_reply;
-use crate::reply::{Reply, bytes, unknown_tag};
+use crate::encoding::{entry, epoch_candidate, ttl_ms};
+use crate::reply::{Reply, bytes, timed_reply, unknown_tag};
 use crate::scripts::{self, Call};
 use crate::topology::Topology;
 use crate::{

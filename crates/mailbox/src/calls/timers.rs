@@ -4,9 +4,8 @@ use std::time::Instant;
 
 use barid_core::{Backoff, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard};
 
-use super::{head, queue, routes};
-use crate::batcher::timed_reply;
-use crate::reply::{Reply, unknown_tag};
+use crate::encoding::{head, queue, routes};
+use crate::reply::{Reply, timed_reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
 use crate::topology::Topology;
 use crate::{DeferRequest, DeferWaits, DueDevice, DueUser, Error, Unreached, UserKey, keys};

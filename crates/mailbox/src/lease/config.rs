@@ -1,0 +1,162 @@
+//! The configuration of a lease, and the record that follows from it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use barid_core::{Incarnation, InvalidName, NodeId};
+use barid_runtime::bounds::{Bound, DAY_SECONDS, whole};
+
+use super::node::{NodeRecord, NodeRole, check_text};
+
+/// Configuration of a node's lease, under the keys of these names.
+#[derive(Debug, Clone)]
+pub struct LeaseConfig {
+    /// `node`: its name; empty: made from its role and address.
+    pub node: String,
+    /// `advertise`: the `host:port` at which others reach it; empty: where it listens.
+    pub advertise: String,
+    /// `zone`: where it stands; may be empty.
+    pub zone: String,
+    /// `lease_ttl_ms`: how long the lease lives without renewal.
+    pub ttl: Duration,
+    /// `void_after_seconds`: how long dispatchers keep the routes of a node whose lease ended.
+    pub void_after: Duration,
+}
+
+impl LeaseConfig {
+    /// The bounds of these numbers.
+    pub fn bounds() -> Vec<Bound> {
+        vec![
+            whole("lease_ttl_ms", 100..=600_000, "ms"),
+            // A day: routes of a node that will not come back cost a re-send each until then.
+            whole("void_after_seconds", 1..=DAY_SECONDS, "s"),
+        ]
+    }
+
+    /// Checks it before a port binds; `key` is the key of the address `listen`.
+    ///
+    /// # Errors
+    /// The first key that is wrong, and why.
+    pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
+        if self.ttl > self.void_after / 2 {
+            return Err(format!(
+                "lease_ttl_ms must be at most half of void_after_seconds, {}",
+                self.void_after.as_millis() / 2
+            ));
+        }
+        if !self.node.is_empty() {
+            NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
+        }
+        check_text("advertise", &self.advertise)?;
+        check_text("zone", &self.zone)?;
+        if listen.ip().is_unspecified() && self.advertise.is_empty() {
+            return Err(format!("advertise must be set where {key} names no address"));
+        }
+        Ok(())
+    }
+
+    /// The record of a node that listens on `bound`, with its admin endpoint on `admin`.
+    ///
+    /// # Errors
+    /// The name made from its address is too long: `node` has to be set.
+    pub fn record(
+        &self,
+        role: NodeRole,
+        bound: SocketAddr,
+        admin: Option<SocketAddr>,
+        incarnation: Incarnation,
+    ) -> Result<NodeRecord, InvalidName> {
+        let address = match self.advertise.as_str() {
+            "" => bound.to_string(),
+            advertised => advertised.to_owned(),
+        };
+        let id = match self.node.as_str() {
+            // Names hold no ':' and no brackets.
+            "" => format!("{}-{}", role.as_str(), address.replace([':', '[', ']'], "-")),
+            name => name.to_owned(),
+        };
+        let id = NodeId::new(&id)?;
+        let admin = admin.map_or_else(String::new, |admin| match address.rsplit_once(':') {
+            // Bound everywhere: reached where the node is.
+            Some((host, _)) if admin.ip().is_unspecified() => format!("{host}:{}", admin.port()),
+            _ => admin.to_string(),
+        });
+        Ok(NodeRecord {
+            id,
+            role,
+            address,
+            incarnation,
+            load: 0,
+            draining: false,
+            zone: self.zone.clone(),
+            admin,
+            devices: String::new(),
+            confirmed: true,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(node: &str, advertise: &str) -> LeaseConfig {
+        LeaseConfig {
+            node: node.into(),
+            advertise: advertise.into(),
+            zone: "z".into(),
+            ttl: Duration::from_secs(1),
+            void_after: Duration::from_secs(600),
+        }
+    }
+
+    #[test]
+    fn a_node_without_a_name_is_called_after_the_address_that_others_use() {
+        let bound = SocketAddr::from(([0, 0, 0, 0], 7081));
+        let told = |config: LeaseConfig| {
+            let admin = Some(SocketAddr::from(([0, 0, 0, 0], 7082)));
+            let record = config.record(NodeRole::Access, bound, admin, Incarnation(1)).unwrap();
+            (record.id.to_string(), record.address, record.admin)
+        };
+        let expect = |id: &str, address: &str, admin: &str| {
+            (id.to_owned(), address.to_owned(), admin.to_owned())
+        };
+        // Two nodes that listen on the same port everywhere are two nodes.
+        assert_eq!(told(config("", "h1:7081")), expect("access-h1-7081", "h1:7081", "h1:7082"));
+        assert_eq!(
+            told(config("", "[::1]:7081")),
+            expect("access----1--7081", "[::1]:7081", "[::1]:7082")
+        );
+        assert_eq!(told(config("n", "")), expect("n", "0.0.0.0:7081", "0.0.0.0:7082"));
+    }
+
+    #[test]
+    fn an_address_that_nobody_can_reach_is_refused() {
+        let everywhere = SocketAddr::from(([0, 0, 0, 0], 7081));
+        let error = config("", "").check("grpc_listen", everywhere).unwrap_err();
+        assert_eq!(error, "advertise must be set where grpc_listen names no address");
+        assert_eq!(config("", "h1:1").check("grpc_listen", everywhere), Ok(()));
+        let error = config("a:b", "").check("listen", ([127, 0, 0, 1], 1).into()).unwrap_err();
+        assert!(error.starts_with("node: node contains ':'"), "{error}");
+    }
+
+    #[test]
+    fn hazard_75_texts_that_would_break_a_copy_are_refused_by_key() {
+        let local = SocketAddr::from(([127, 0, 0, 1], 1));
+        let zone = |zone: &str| {
+            let config = LeaseConfig { zone: zone.into(), ..config("n", "") };
+            config.check("listen", local)
+        };
+        assert_eq!(zone("a zone, with = and ümlauts"), Ok(()));
+        assert_eq!(zone(&"z".repeat(256)), Ok(()));
+        let told = zone("a\0confirmed\x001").unwrap_err();
+        assert_eq!(told, "zone contains '\\0'; write it without control characters");
+        for bad in ["a\nb", "\u{1b}[2J", "\u{9b}"] {
+            assert!(zone(bad).unwrap_err().starts_with("zone contains "));
+            let error = config("n", &format!("h{bad}:1")).check("listen", local).unwrap_err();
+            assert!(error.starts_with("advertise contains "), "{error}");
+        }
+        let told = zone(&"z".repeat(257)).unwrap_err();
+        assert_eq!(told, "zone has 257 bytes, the limit is 256");
+    }
+}

@@ -1,0 +1,91 @@
+//! Events of a lease, from the task that keeps it to its owner.
+
+use std::collections::BTreeSet;
+
+use barid_core::{Incarnation, Shard};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::life::{News, Place};
+
+/// What became of a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LeaseEvent {
+    /// This life is over; another one is being taken.
+    Lapsed,
+    /// Another life stands, under this incarnation. Its record says that it is not confirmed, until
+    /// [`crate::Lease::set_confirmed`].
+    NewLife(Incarnation),
+    /// The lease had gone, and stands again in the same life: sessions have to be confirmed.
+    WasGone,
+    /// These shards lost what was written there, or may have: a connection was made anew. Their
+    /// sessions have to be confirmed.
+    Forgot(Vec<Shard>),
+}
+
+/// Events that the owner has not taken yet. Merged: a slow owner misses repetitions, never a kind or a shard.
+#[derive(Default)]
+pub(super) struct Happened {
+    pending: Mutex<Pending>,
+    more: Notify,
+}
+
+#[derive(Default)]
+pub(super) struct Pending {
+    lapsed: bool,
+    life: Option<Incarnation>,
+    was_gone: bool,
+    forgot: BTreeSet<Shard>,
+}
+
+impl Happened {
+    pub fn add(&self, change: impl FnOnce(&mut Pending)) {
+        change(&mut self.pending.lock());
+        self.more.notify_one();
+    }
+
+    /// Forgets the events that were not taken.
+    pub fn clear(&self) {
+        *self.pending.lock() = Pending::default();
+    }
+
+    /// The next event. Cancel-safe.
+    pub async fn next(&self) -> LeaseEvent {
+        loop {
+            if let Some(event) = self.pending.lock().next() {
+                return event;
+            }
+            self.more.notified().await;
+        }
+    }
+}
+
+impl Pending {
+    pub fn add(&mut self, news: News) {
+        match news {
+            News::Lapsed(_) => (self.lapsed, self.life) = (true, None),
+            News::Taken(incarnation) => self.life = Some(incarnation),
+            News::Forgot(Place::Own) => self.was_gone = true,
+            News::Forgot(Place::Copy(shard)) => self.forget([shard]),
+        }
+    }
+
+    /// Marks these shards as having possibly lost what was written.
+    pub fn forget(&mut self, shards: impl IntoIterator<Item = Shard>) {
+        self.forgot.extend(shards);
+    }
+
+    pub fn next(&mut self) -> Option<LeaseEvent> {
+        if std::mem::take(&mut self.lapsed) {
+            return Some(LeaseEvent::Lapsed);
+        }
+        if let Some(incarnation) = self.life.take() {
+            return Some(LeaseEvent::NewLife(incarnation));
+        }
+        if std::mem::take(&mut self.was_gone) {
+            return Some(LeaseEvent::WasGone);
+        }
+        let forgot = std::mem::take(&mut self.forgot);
+        (!forgot.is_empty()).then(|| LeaseEvent::Forgot(forgot.into_iter().collect()))
+    }
+}

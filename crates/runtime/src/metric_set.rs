@@ -1,0 +1,121 @@
+//! Makes and registers the metrics of one role or part.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, Result,
+};
+
+/// Metrics whose names begin with one prefix. Each is registered when it is made.
+#[derive(Debug)]
+pub struct MetricSet<'a> {
+    registry: &'a Registry,
+    prefix: String,
+}
+
+impl<'a> MetricSet<'a> {
+    /// Metrics named `<prefix>_…`, such as `barid_access_…`.
+    pub fn new(registry: &'a Registry, prefix: impl Into<String>) -> Self {
+        Self { registry, prefix: prefix.into() }
+    }
+
+    /// A counter; its name ends with `_total`.
+    ///
+    /// # Errors
+    /// The name is registered already, or is not a metric's name. So for all others.
+    pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter> {
+        self.register(IntCounter::new(self.full(name), help)?)
+    }
+
+    /// Counters that one label tells apart. Each of `values` is exported from the start, as zero; further values
+    /// are exported from their first use.
+    ///
+    /// # Errors
+    /// As [`Self::counter`].
+    pub fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> Result<IntCounterVec> {
+        let counters = IntCounterVec::new(Opts::new(self.full(name), help), &[label])?;
+        values.iter().for_each(|value| drop(counters.with_label_values(&[value])));
+        self.register(counters)
+    }
+
+    /// A whole number that goes up and down.
+    ///
+    /// # Errors
+    /// As [`Self::counter`].
+    pub fn gauge(&self, name: &str, help: &str) -> Result<IntGauge> {
+        self.register(IntGauge::new(self.full(name), help)?)
+    }
+
+    /// A number with a fraction that goes up and down.
+    ///
+    /// # Errors
+    /// As [`Self::counter`].
+    pub fn real_gauge(&self, name: &str, help: &str) -> Result<Gauge> {
+        self.register(Gauge::new(self.full(name), help)?)
+    }
+
+    /// Whole numbers that one label tells apart, exported from the first use of each value.
+    ///
+    /// # Errors
+    /// As [`Self::counter`].
+    pub fn gauges(&self, name: &str, help: &str, label: &str) -> Result<IntGaugeVec> {
+        self.register(IntGaugeVec::new(Opts::new(self.full(name), help), &[label])?)
+    }
+
+    /// A histogram; `buckets` are their upper bounds, ascending.
+    ///
+    /// # Errors
+    /// As [`Self::counter`]; or the bounds do not ascend.
+    pub fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: impl Into<Vec<f64>>,
+    ) -> Result<Histogram> {
+        let options = HistogramOpts::new(self.full(name), help).buckets(buckets.into());
+        self.register(Histogram::with_opts(options)?)
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}_{name}", self.prefix)
+    }
+
+    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M> {
+        self.registry.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_have_the_prefix_and_closed_labels_are_there_as_zeros() {
+        let registry = Registry::new();
+        let set = MetricSet::new(&registry, "barid_role");
+        set.counters("calls_total", "Calls.", "outcome", &["done", "failed"]).unwrap();
+        set.gauges("partitions", "Partitions.", "topic").unwrap().with_label_values(&["t"]).set(3);
+        set.real_gauge("late_seconds", "Lateness.").unwrap().set(0.5);
+        set.histogram("seconds", "Time.", [1.0, 2.0]).unwrap().observe(1.5);
+        let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for line in [
+            "# HELP barid_role_calls_total Calls.",
+            "barid_role_calls_total{outcome=\"done\"} 0",
+            "barid_role_calls_total{outcome=\"failed\"} 0",
+            "barid_role_partitions{topic=\"t\"} 3",
+            "barid_role_late_seconds 0.5",
+            "barid_role_seconds_bucket{le=\"1\"} 0",
+            "barid_role_seconds_bucket{le=\"2\"} 1",
+        ] {
+            assert!(text.lines().any(|shown| shown == line), "{line}\n{text}");
+        }
+        assert!(set.counter("calls_total", "Calls.").is_err(), "it is registered already");
+    }
+}
