@@ -580,6 +580,12 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("grpc_listen", self.grpc_listen)?;
+        let ports = [
+            ("listen", self.listen),
+            ("grpc_listen", self.grpc_listen),
+            ("admin.listen", self.admin.listen),
+        ];
+        bounds::check_apart(&ports)?;
         if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
             return Err(
                 "auth: no device can connect without an entry in auth.keys or auth.jwks".into()

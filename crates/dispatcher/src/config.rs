@@ -160,6 +160,7 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("listen", self.listen)?;
+        bounds::check_apart(&[("listen", self.listen), ("admin.listen", self.admin.listen)])?;
         if self.nodes_refresh_ms > self.lease_ttl_ms {
             return Err("nodes_refresh_ms must be at most lease_ttl_ms".into());
         }

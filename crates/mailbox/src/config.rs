@@ -7,6 +7,7 @@ use barid_core::limits::TTL_SECONDS_MAX;
 use barid_core::{Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
 use barid_runtime::SecretUrl;
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, whole};
+use redis::IntoConnectionInfo as _;
 use serde::{Deserialize, Serialize};
 
 /// More replicas of one master are not known to anybody.
@@ -156,9 +157,31 @@ impl RedisConfig {
     /// A key out of its range; names it.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("redis.", self)?;
+        self.check_urls()?;
         crate::tls::check(self)?;
         self.check_replicas()?;
         self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
+    }
+
+    /// Errors name the key and show no URL: it may hold a password.
+    fn check_urls(&self) -> Result<(), String> {
+        let nodes = self.urls.iter().map(|url| ("redis.urls", url));
+        let sentinels = self.sentinels.iter().map(|url| ("redis.sentinels", url));
+        for (key, url) in std::iter::once(("redis.url", &self.url)).chain(nodes).chain(sentinels) {
+            if url.expose().into_connection_info().is_err() {
+                return Err(format!(
+                    "{key} is not a URL of Redis; write redis://[user:password@]host:port[/db], rediss:// for \
+                     TLS, or redis+unix:///path"
+                ));
+            }
+        }
+        if !(self.cluster || self.urls.is_empty()) {
+            return Err(
+                "redis.urls are nodes of a Redis Cluster; set redis.cluster = true, or clear them"
+                    .into(),
+            );
+        }
+        Ok(())
     }
 
     fn check_replicas(&self) -> Result<(), String> {
@@ -213,5 +236,43 @@ impl RedisConfig {
 
     pub(crate) fn response_timeout(&self) -> Duration {
         Duration::from_millis(self.response_timeout_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazard_59_a_url_that_start_would_refuse_is_refused_with_its_key() {
+        let check = |change: fn(&mut RedisConfig)| {
+            let mut config = RedisConfig::default();
+            change(&mut config);
+            config.check()
+        };
+        assert_eq!(check(|_| ()), Ok(()));
+        let told = [
+            check(|config| config.url = SecretUrl::new("localhost:6379")),
+            check(|config| config.url = SecretUrl::new("")),
+            check(|config| config.url = SecretUrl::new("http://:hunter2@h")),
+            check(|config| config.url = SecretUrl::new("redis://h:99999")),
+            check(|config| config.sentinels = vec![SecretUrl::new("h:26379")]),
+            check(|config| config.urls = vec![SecretUrl::new("redis://h:6379")]),
+        ];
+        for (told, key) in told.into_iter().zip([
+            "redis.url is not",
+            "redis.url is not",
+            "redis.url is not",
+            "redis.url is not",
+            "redis.sentinels is not",
+            "redis.urls are nodes",
+        ]) {
+            let told = told.unwrap_err();
+            assert!(told.starts_with(key) && !told.contains("hunter2"), "{told}");
+        }
+        for good in ["redis://h", "rediss://u:p@h:1/2", "redis+unix:///run/redis.sock"] {
+            let config = RedisConfig { url: SecretUrl::new(good), ..Default::default() };
+            assert_eq!(config.check(), Ok(()), "{good}");
+        }
     }
 }

@@ -78,7 +78,7 @@ impl Lease {
         void_after: Duration,
     ) -> Result<Self, Error> {
         let reconnections = mailbox.reconnections();
-        let life = Life::new(record.incarnation, void_after, Instant::now());
+        let life = Life::new(record.incarnation, ttl, void_after, Instant::now());
         let (orders, inbox) = mpsc::channel(16);
         let (wanted, _) = watch::channel(record);
         let (happened, reported) = (Arc::<Happened>::default(), Reported::default());

@@ -2,11 +2,13 @@
 //! struct that holds it. They are checked when the file is read, by `--check-config`, and again before a role
 //! starts. docs/configuration.md lists the same tables.
 
+mod apart;
 mod arguments;
 mod bound;
 mod check;
 mod walk;
 
+pub use self::apart::check_apart;
 pub use self::arguments::walk_arguments;
 pub use self::bound::{Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within};
 pub(crate) use self::check::check_value;

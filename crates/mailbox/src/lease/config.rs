@@ -40,14 +40,21 @@ impl LeaseConfig {
     pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
         if self.ttl > self.void_after / 2 {
             return Err(format!(
-                "lease_ttl_ms must be at most half of void_after_seconds, {}",
-                self.void_after.as_millis() / 2
+                "lease_ttl_ms must be at most half of void_after_seconds, {} ms; it is {}",
+                self.void_after.as_millis() / 2,
+                self.ttl.as_millis()
             ));
         }
         if !self.node.is_empty() {
             NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
         }
         check_text("advertise", &self.advertise)?;
+        if !(self.advertise.is_empty() || is_host_port(&self.advertise)) {
+            return Err(format!(
+                "advertise: {:?} is not an address; write host:port, as others reach {key}",
+                self.advertise
+            ));
+        }
         check_text("zone", &self.zone)?;
         if listen.ip().is_unspecified() && self.advertise.is_empty() {
             return Err(format!("advertise must be set where {key} names no address"));
@@ -96,6 +103,21 @@ impl LeaseConfig {
     }
 }
 
+/// Whether a text is `host:port`; IPv6 addresses stand in brackets.
+fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host_good = match bare {
+        Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => {
+            let good =
+                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+            !host.is_empty() && host.bytes().all(good)
+        }
+    };
+    host_good && port.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,7 +157,26 @@ mod tests {
         let everywhere = SocketAddr::from(([0, 0, 0, 0], 7081));
         let error = config("", "").check("grpc_listen", everywhere).unwrap_err();
         assert_eq!(error, "advertise must be set where grpc_listen names no address");
-        assert_eq!(config("", "h1:1").check("grpc_listen", everywhere), Ok(()));
+        for good in ["h1:1", "a-1.b_c:65535", "10.0.0.1:7081", "[::1]:7081"] {
+            assert_eq!(config("", good).check("grpc_listen", everywhere), Ok(()), "{good}");
+        }
+        for bad in [
+            "localhost",
+            "not a host:1",
+            "127.0.0.1:0",
+            "a:b:c",
+            ":7081",
+            "h:99999",
+            "http://h:1",
+            "::1:7",
+            "h:",
+        ] {
+            let error = config("", bad).check("grpc_listen", everywhere).unwrap_err();
+            let told = format!(
+                "advertise: {bad:?} is not an address; write host:port, as others reach grpc_listen"
+            );
+            assert_eq!(error, told);
+        }
         let error = config("a:b", "").check("listen", ([127, 0, 0, 1], 1).into()).unwrap_err();
         assert!(error.starts_with("node: node contains ':'"), "{error}");
     }

@@ -75,7 +75,10 @@ impl Keeper {
                 () = tokio::time::sleep_until(due) => {}
             }
             let began = Instant::now();
-            let announce = announce || self.wanted.borrow().draining || !self.life.is_held();
+            let announce = announce
+                || self.wanted.borrow().draining
+                || !self.life.is_held()
+                || self.life.has_expired(began);
             self.write(State::Held { announce }).await;
             let renewed = self.life.is_held() && self.life.held_at() >= began;
             due = began + if renewed { self.ttl / 3 } else { self.ttl / 10 };

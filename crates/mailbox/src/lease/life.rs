@@ -59,6 +59,8 @@ pub(crate) struct Life {
     works: bool,
     /// When the last writing that was confirmed began, or this life.
     held_at: Instant,
+    /// How long others count on a writing.
+    ttl: Duration,
     /// A lease that nothing renewed for so long begins another life: others may soon hold its routes
     /// for void, and what removes those must not meet routes that are good again.
     lapse_max: Duration,
@@ -71,12 +73,18 @@ pub(crate) struct Life {
 impl Life {
     /// A life that has not been written yet. `void_after`: how long others keep the routes of a node
     /// that is gone.
-    pub fn new(incarnation: Incarnation, void_after: Duration, now: Instant) -> Self {
+    pub fn new(
+        incarnation: Incarnation,
+        ttl: Duration,
+        void_after: Duration,
+        now: Instant,
+    ) -> Self {
         Self {
             stamp: Stamp { incarnation, number: 0 },
             held: false,
             works: false,
             held_at: now,
+            ttl,
             lapse_max: void_after / 2,
             taken: 0,
             confirmed: HashMap::new(),
@@ -90,6 +98,11 @@ impl Life {
     /// Whether this life was written somewhere.
     pub fn is_held(&self) -> bool {
         self.held
+    }
+
+    /// Whether others may hold the lease for gone: no writing that began within its time was confirmed.
+    pub fn has_expired(&self, now: Instant) -> bool {
+        self.held && now.saturating_duration_since(self.held_at) > self.ttl
     }
 
     /// The process begins to work: from now on a life that ends leaves sessions behind.
@@ -144,12 +157,18 @@ impl Life {
             let ours = stood.incarnation == stamp.incarnation && (self.held || known);
             return if ours { None } else { self.outbid(stood, wall_ms, sent) };
         }
+        let expired = self.has_expired(sent);
         self.held_at = self.held_at.max(sent);
         let before = self.confirmed.insert(place, stamp.number);
         if !self.held {
             self.held = true;
             self.taken = stamp.number;
             return Some(News::Taken(stamp.incarnation));
+        }
+        // The master of its own key may not tell: it answers later than others, or after a writing that it executed
+        // late. Meanwhile others acted on what they saw.
+        if expired {
+            return Some(News::Forgot(Place::Own));
         }
         let stood = wrote.stood.filter(|stood| stood.incarnation == stamp.incarnation);
         let forgot = match (place, before) {
@@ -182,6 +201,7 @@ impl Life {
 mod tests {
     use super::*;
 
+    const TTL: Duration = Duration::from_secs(100);
     const VOID_AFTER: Duration = Duration::from_secs(600);
     const OWN: Place = Place::Own;
 
@@ -208,7 +228,7 @@ mod tests {
         /// Held at its own key and beside shard 0, both at number 1.
         fn new() -> Self {
             let now = Instant::now();
-            let life = Life::new(Incarnation(100), VOID_AFTER, now);
+            let life = Life::new(Incarnation(100), TTL, VOID_AFTER, now);
             let mut walk = Self { life, now, stamp: Stamp::default() };
             walk.life.begin_work();
             assert_eq!(walk.attempt(0), None);
@@ -282,6 +302,17 @@ mod tests {
     }
 
     #[test]
+    fn hazard_83_a_lease_that_expired_is_told_though_its_own_key_shows_nothing_of_it() {
+        let mut walk = Walk::new();
+        // Stopped for longer than the lease holds; the master of its own key answers later than the others.
+        assert_eq!(walk.attempt(101), None);
+        assert!(walk.life.has_expired(walk.now));
+        assert_eq!(walk.answer(copy(0), done(stood(100, 1))), Some(News::Forgot(OWN)));
+        assert!(!walk.life.has_expired(walk.now));
+        assert_eq!(walk.answer(OWN, done(stood(100, 1))), None, "once");
+    }
+
+    #[test]
     fn hazard_65_a_shard_that_is_reached_later_than_others_may_have_forgotten() {
         let mut walk = Walk::new();
         assert_eq!(walk.answer(copy(1), done(None)), None, "nothing can be there yet");
@@ -319,7 +350,7 @@ mod tests {
     #[test]
     fn a_process_that_begins_outbids_what_it_finds() {
         let now = Instant::now();
-        let mut life = Life::new(Incarnation(100), VOID_AFTER, now);
+        let mut life = Life::new(Incarnation(100), TTL, VOID_AFTER, now);
         let (stamp, _) = life.attempt(now, 100);
         // The clock of the process before was ahead; or it began in the same millisecond.
         for found in [900, 901] {

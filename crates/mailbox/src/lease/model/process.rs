@@ -137,7 +137,12 @@ impl Process {
             deaf: 0,
             renew_at: 0,
             pace_at: now_ms + PACE_MS,
-            life: Life::new(record.incarnation, VOID_AFTER, at(now_ms)),
+            life: Life::new(
+                record.incarnation,
+                Duration::from_millis(TTL_MS),
+                VOID_AFTER,
+                at(now_ms),
+            ),
             record,
             life_began_ms: now_ms,
             pending: Pending::default(),
