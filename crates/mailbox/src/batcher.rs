@@ -38,7 +38,7 @@ pub(crate) trait Operation: Send + Sync + 'static {
     fn outcome(reply: Reply) -> Result<Self::Outcome, Error>;
 }
 
-/// The masters to which batches go.
+/// The masters to which batches go. The topology implements it, and owns the batchers in front of each master.
 pub(crate) trait Masters: Send + Sync + 'static {
     fn config(&self) -> &RedisConfig;
 
