@@ -120,6 +120,11 @@ impl Reading {
         self.number
     }
 
+    /// Identifies the reading within the process: its assignment and its number.
+    pub fn id(&self) -> (u64, u64) {
+        (self.assignment.id, self.number)
+    }
+
     /// The reading as a shard's history sees it.
     pub fn view(&self, shard: Shard) -> View {
         View {

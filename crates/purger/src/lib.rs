@@ -12,12 +12,18 @@ mod flight;
 pub mod history;
 mod intake;
 mod lanes;
+mod membership;
 mod metrics;
 mod oldest;
 mod partitions;
+mod pipeline;
 mod ports;
+mod readiness;
+mod repairs;
 mod service;
 mod skips;
+mod topics;
+mod window;
 
 use std::time::Duration;
 

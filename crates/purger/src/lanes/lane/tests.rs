@@ -18,8 +18,9 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::config::Config;
-use crate::intake::{Intake, Taken};
+use crate::intake::{Decoded, Intake};
 use crate::lanes::event::Question;
+use crate::lanes::{HandOn, Nobody};
 use crate::partitions::Partitions;
 
 const SHARDS: u32 = 4;
@@ -147,12 +148,10 @@ impl Mailboxes for Store {
 fn outbox(metrics: &Metrics) -> Outbox {
     let config = KafkaConfig::default();
     let producer = Producer::new(&config).unwrap();
-    let (handoff, _) = mpsc::channel(1);
     Outbox {
         receipts: Receipts::new(producer.clone(), &config, IntCounter::new("d", "d").unwrap()),
         dead: DeadLetters::new(producer, &config, IntCounter::new("l", "l").unwrap()),
-        handoff,
-        handoff_wait: Duration::ZERO,
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&prometheus::Registry::new(), 1).unwrap(),
@@ -245,7 +244,7 @@ impl World {
     }
 
     fn commit(&mut self) {
-        for commit in self.partitions.take_commits() {
+        for commit in self.partitions.begin_commits() {
             let (text, left_out) = commit.metadata.encode(commit.offset, 3_000);
             assert_eq!(left_out, 0);
             self.committed.insert(commit.partition.number, (commit.offset, text));
@@ -302,8 +301,8 @@ impl World {
                 let missing = ask(round, asked.into_iter().map(|s| (s, None)).collect());
                 open.asked(missing, now + Duration::from_secs(2));
             }
-            if open.goes_back(now) {
-                open.go_back(Reach { low: 0, high: self.length, since: 0 });
+            if open.must_rewind(now) {
+                open.rewind(Reach { low: 0, high: self.length, since: 0 });
                 self.went_back += 1;
             }
             if let Some(raised) = open.closing() {
@@ -324,9 +323,9 @@ impl World {
         if offset >= self.length || !open.wants() {
             return false;
         }
-        assert!(open.take(offset, 0));
+        assert!(open.track(offset, 0));
         let record = record(number, offset);
-        let Taken::Parcels(parcels) = self.intake.take(&open.reading, record, 0) else {
+        let Decoded::Parcels(parcels) = self.intake.decode(&open.reading, record, 0) else {
             panic!("refused");
         };
         for parcel in parcels {
@@ -398,7 +397,7 @@ pub(crate) fn parcel(shard: u16, offset: i64) -> Parcel {
     let ignored = IntCounter::new("i", "i").unwrap();
     let intake = Intake::new(&Config::default(), shards, ignored);
     let reading = &partitions.get(&partition(0)).unwrap().reading;
-    let Taken::Parcels(mut parcels) = intake.take(reading, record(0, offset), 0) else {
+    let Decoded::Parcels(mut parcels) = intake.decode(reading, record(0, offset), 0) else {
         panic!("refused")
     };
     let shard = shards.all().nth(shard.into()).unwrap();
@@ -411,8 +410,8 @@ fn expected(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
     for number in 0..2 {
         let open = world.partitions.get(&partition(number)).unwrap();
         for offset in 0..world.length {
-            let taken = world.intake.take(&open.reading, record(number, offset), 0);
-            let Taken::Parcels(parcels) = taken else { panic!("refused") };
+            let taken = world.intake.decode(&open.reading, record(number, offset), 0);
+            let Decoded::Parcels(parcels) = taken else { panic!("refused") };
             for parcel in parcels {
                 let held = expected.entry((parcel.shard.get(), number)).or_default();
                 held.push(parcel.message.position);

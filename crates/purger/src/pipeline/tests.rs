@@ -1,21 +1,24 @@
-//! The flow of records from a log into lanes whose masters come and go: whatever is left out, waits for room,
+//! Records on their way from a log into lanes whose masters come and go: whatever is left out, waits for room,
 //! or is read again, nothing below a commit was left behind.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::LazyLock;
+use std::time::Duration;
 
-use barid_bus::consumer::{Assigned, Record};
-use barid_bus::{KafkaConfig, Memory, TopicSource};
-use barid_core::{Seq, Shard, ShardCount};
+use barid_bus::consumer::Assigned;
+use barid_bus::{DeadLetters, KafkaConfig, Memory, Producer, Receipts, TopicSource};
+use barid_core::{LogPosition, Seq, Shard, ShardCount, SystemClock};
 use barid_mailbox::{AcceptGroup, AcceptOutcome, Error as RedisError, GroupOutcome, RedisTime};
 use barid_runtime::Tracer;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry};
 use proptest::prelude::*;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::lanes::record_of;
+use crate::lanes::{HandOn, Nobody, Outbox, record_of};
 
 const SHARDS: u32 = 12;
 const MASTERS: usize = 3;
@@ -172,13 +175,11 @@ fn outbox(metrics: &Metrics) -> Outbox {
     static PRODUCER: LazyLock<Producer> =
         LazyLock::new(|| Producer::new(&KafkaConfig::default()).unwrap());
     let config = KafkaConfig::default();
-    let (handoff, _) = mpsc::channel(1);
     let counter = |name| IntCounter::new(name, name).unwrap();
     Outbox {
         receipts: Receipts::new(PRODUCER.clone(), &config, counter("d")),
         dead: DeadLetters::new(PRODUCER.clone(), &config, counter("l")),
-        handoff,
-        handoff_wait: Duration::ZERO,
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&Registry::new(), 1).unwrap(),
@@ -217,14 +218,22 @@ async fn read(weather: Weather) -> usize {
     }
     let metrics = Metrics::new(&Registry::new()).unwrap();
     let (lane_events, mut events) = mpsc::channel(64);
-    let mut workers = JoinSet::new();
-    let outbox = outbox(&metrics);
-    let mut flow = Flow::new(&config, &store, outbox, lane_events, metrics, &mut workers).unwrap();
+    let shared = Shared {
+        mailboxes: store.clone(),
+        outbox: outbox(&metrics),
+        events: lane_events,
+        window: config.window.clone(),
+        group_max: config.redis.accept_batch_max,
+        retry: config.retry().unwrap(),
+        away: Arc::default(),
+        metrics,
+    };
+    let mut pipeline = Pipeline::start(&config, shared);
     for number in 0..PARTITIONS {
         let (source, id) = (TopicSource::Id("id".into()), Some("id".into()));
         let (partition, memory) = (partition(number), Memory::default());
         let assigned = Assigned { partition, source, id, start: None, memory };
-        flow.partitions.assign(assigned, 1);
+        pipeline.partitions.assign(assigned, 1);
     }
     let (length, seek_turns) = (weather.length, weather.seek_turns);
     let next = [0; PARTITIONS as usize];
@@ -233,17 +242,17 @@ async fn read(weather: Weather) -> usize {
     let mut again = 0;
     while committed.values().filter(|offset| **offset == length).count() < PARTITIONS as usize {
         while let Ok(event) = events.try_recv() {
-            flow.lane_event(event);
+            pipeline.lane_event(event);
         }
-        for open in flow.partitions.iter_mut() {
+        for open in pipeline.partitions.iter_mut() {
             let number = open.assignment.partition.number;
             if open.seek_to.is_some_and(|to| log.seek(number, to)) {
                 open.seek_to = None;
                 again += 1;
             }
         }
-        let taken = flow.fill(&mut log);
-        for commit in flow.partitions.take_commits() {
+        let taken = pipeline.fill(&mut log);
+        for commit in pipeline.partitions.begin_commits() {
             let number = commit.partition.number;
             let before = committed.insert(number, commit.offset).unwrap_or(0);
             for offset in before..commit.offset {
@@ -256,16 +265,21 @@ async fn read(weather: Weather) -> usize {
         if taken > 0 {
             tokio::task::yield_now().await;
         } else if let Ok(Some(event)) = timeout(Duration::from_millis(2), events.recv()).await {
-            flow.lane_event(event);
+            pipeline.lane_event(event);
         }
     }
     // What was taken in readings that have ended is still being dropped.
-    while flow.records != [0; 3] || flow.queues.iter().any(|queue| queue.load() > 0) {
-        flow.lane_event(events.recv().await.expect("lanes live"));
+    let under_way = |pipeline: &Pipeline<Store>| {
+        let window = (0..PRIORITIES).map(|priority| pipeline.window.records(priority));
+        window.sum::<usize>() + pipeline.lanes.load()
+    };
+    while under_way(&pipeline) > 0 {
+        pipeline.lane_event(events.recv().await.expect("lanes live"));
     }
-    flow.take_skipped();
-    assert_eq!((flow.bytes, flow.skipped), ([0; 3], 0));
-    flow.queues.iter().for_each(|queue| queue.close());
+    pipeline.read_left_out();
+    let bytes = (0..PRIORITIES).map(|priority| pipeline.window.bytes(priority));
+    assert_eq!((bytes.sum::<usize>(), pipeline.left_out.records()), (0, 0));
+    drop(pipeline.close());
     again
 }
 
