@@ -1,4 +1,5 @@
-//! Handing messages of online users on to the dispatchers.
+//! Handing messages of online users on to the dispatchers: a queue and a task for each dispatcher, so that one that
+//! is slow holds up its own messages only.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -50,8 +51,8 @@ trait Dispatchers: Send + Sync {
 }
 
 impl<H: Handoff> Dispatchers for H {
-    fn dispatcher_of(&self, _shard: Shard) -> Option<NodeId> {
-        None
+    fn dispatcher_of(&self, shard: Shard) -> Option<NodeId> {
+        Handoff::dispatcher_of(self, shard)
     }
 
     fn deliver(&self, mut items: mpsc::Receiver<Item>) -> BoxFuture<'static, ()> {
@@ -162,7 +163,9 @@ impl HandOn {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use tokio::time::Instant;
+    use barid_core::ShardCount;
+    use prometheus::Registry;
+    use tokio::time::{Instant, sleep};
 
     /// Drops everything.
     #[derive(Clone)]
@@ -176,5 +179,55 @@ pub(crate) mod tests {
         async fn flush(&self, _deadline: Instant) -> usize {
             0
         }
+    }
+
+    /// Two dispatchers: one that takes a message each ten seconds has the even shards, and one that takes them at
+    /// once the odd ones.
+    #[derive(Clone, Default)]
+    struct SlowAndFast(Arc<Mutex<Vec<(u16, String)>>>);
+
+    impl Handoff for SlowAndFast {
+        fn dispatcher_of(&self, shard: Shard) -> Option<NodeId> {
+            NodeId::new(if shard.get().is_multiple_of(2) { "slow" } else { "fast" }).ok()
+        }
+        async fn push(&self, shard: Shard, push: Push) {
+            if shard.get().is_multiple_of(2) {
+                sleep(Duration::from_secs(10)).await;
+            }
+            self.0.lock().push((shard.get(), push.user));
+        }
+        async fn any_available(&self) -> bool {
+            true
+        }
+        async fn flush(&self, _deadline: Instant) -> usize {
+            0
+        }
+    }
+
+    fn push(number: usize) -> Item {
+        let shard = ShardCount::new(4).unwrap().all().nth(number % 4).unwrap();
+        (shard, Push { user: number.to_string(), ..Push::default() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_dispatcher_holds_up_its_own_messages_only() {
+        let metrics = Metrics::new(&Registry::new()).unwrap();
+        let handoff = SlowAndFast::default();
+        let wait = Duration::from_millis(100);
+        let hand_on = HandOn::new(handoff.clone(), 8, wait, metrics.clone());
+        let begun = Instant::now();
+        for batch in 0..10 {
+            hand_on.hand_on((batch * 40..(batch + 1) * 40).map(push).collect()).await;
+        }
+        assert!(begun.elapsed() <= 10 * wait, "{:?}", begun.elapsed());
+        tokio::task::yield_now().await;
+        let handed: Vec<String> = handoff.0.lock().iter().map(|(_, user)| user.clone()).collect();
+        let odd: Vec<String> = (0..400).filter(|n| n % 2 == 1).map(|n| n.to_string()).collect();
+        assert_eq!(handed, odd, "all of the fast one, in order");
+        // One is being pushed, eight wait, the rest was left to the timers.
+        assert_eq!((metrics.handed.get(), metrics.handoff_dropped.get()), (200 + 9, 191));
+        let mut tasks = hand_on.close();
+        while tasks.join_next().await.is_some() {}
+        assert_eq!(handoff.0.lock().len(), 209, "what waits is handed on before the end");
     }
 }
