@@ -34,6 +34,13 @@ pub struct History {
 #[derive(Debug, Default)]
 pub struct Tracks(Vec<((u64, Shard), Track)>);
 
+impl Tracks {
+    /// The assignments that it is about.
+    pub fn assignments(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().map(|((assignment, _), _)| *assignment)
+    }
+}
+
 #[derive(Debug)]
 struct Track {
     /// The highest reading seen.

@@ -43,20 +43,38 @@ impl<M: Mailboxes> Lanes<M> {
     pub fn start(shared: Shared<M>) -> Self {
         let mut lanes =
             Self { shared, queues: Vec::new(), by_shard: Vec::new(), workers: JoinSet::new() };
-        let count = lanes.shared.mailboxes.lanes().max(1) * lanes.shared.window.calls_per_lane;
-        for _ in 0..count {
-            lanes.add();
-        }
-        // Fixed for good, so that a shard stays in order even while masters change.
-        lanes.by_shard =
-            lanes.shared.mailboxes.shards().all().map(|shard| lanes.place(shard)).collect();
+        lanes.add_missing();
+        let shards = lanes.shared.mailboxes.shards();
+        lanes.by_shard = shards.all().map(|shard| lanes.place(shard)).collect();
         lanes
     }
 
-    fn add(&mut self) {
-        let queue: Arc<Queue> = Arc::default();
-        self.workers.spawn(Lane::new(self.shared.clone(), Arc::clone(&queue)).run());
-        self.queues.push(queue);
+    /// Starts the lanes of masters that are new. Those of masters that have gone stay, and serve masters that
+    /// come later.
+    fn add_missing(&mut self) {
+        let masters = self.shared.mailboxes.lanes().max(1);
+        while self.queues.len() < masters * self.shared.window.calls_per_lane {
+            let queue: Arc<Queue> = Arc::default();
+            self.workers.spawn(Lane::new(self.shared.clone(), Arc::clone(&queue)).run());
+            self.queues.push(queue);
+        }
+    }
+
+    /// Moves shards whose master has changed to the lane of the new one. A shard that is still on its way from an
+    /// earlier move is moved by a later call.
+    pub fn follow_masters(&mut self) {
+        self.add_missing();
+        let mut moved = 0;
+        for shard in self.shared.mailboxes.shards().all() {
+            let (from, to) = (self.lane_of(shard), self.place(shard));
+            if from != to && self.queues[from].redirect(shard, &self.queues[to]) {
+                self.by_shard[usize::from(shard.get())] = to;
+                moved += 1;
+            }
+        }
+        if moved > 0 {
+            tracing::info!(shards = moved, lanes = self.queues.len(), "masters have changed");
+        }
     }
 
     /// The lane in which the shard's master has it now.

@@ -219,6 +219,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
 
     fn look<S>(&mut self, consumer: &mut Consumer<S>, now: Instant) {
         if self.readiness.is_due(now) {
+            self.pipeline.lanes.follow_masters();
             let finished = self.pipeline.has_finished();
             let partitions = &self.pipeline.partitions;
             self.readiness.update(partitions, finished, consumer, &self.producer, now);

@@ -17,13 +17,14 @@ use tokio::time::{Instant, sleep_until};
 use super::away::Away;
 use super::batch::{Batch, Group};
 use super::event::Event;
-use super::queue::Queue;
+use super::queue::{Handover, Queue};
 use super::settle::Outbox;
 use crate::config::WindowConfig;
 use crate::flight::{Assignment, Parcel, Reading, last_parts};
 use crate::history::{History, View};
 use crate::metrics::Metrics;
 use crate::ports::Mailboxes;
+use crate::window::PRIORITIES;
 
 /// What every lane works with.
 #[derive(Clone)]
@@ -87,7 +88,9 @@ impl<M: Mailboxes> Lane<M> {
     /// Works until the queue is closed and empty.
     pub async fn run(mut self) {
         loop {
+            self.adopt();
             self.answer().await;
+            self.hand_over();
             let groups = self.gather().await;
             if !groups.is_empty() {
                 self.call(groups).await;
@@ -97,6 +100,38 @@ impl<M: Mailboxes> Lane<M> {
                 return;
             }
         }
+    }
+
+    /// Takes over shards that other lanes have delivered.
+    fn adopt(&mut self) {
+        for Handover { tracks, assignments, .. } in self.queue.arrivals() {
+            self.history.adopt(tracks);
+            self.assignments.extend(assignments);
+        }
+    }
+
+    /// Delivers shards that belong to other lanes now. No call is under way.
+    fn hand_over(&mut self) {
+        let departures = self.queue.departures();
+        if departures.is_empty() {
+            return;
+        }
+        for (shard, to) in departures {
+            let mut parcels = self.queue.release(shard);
+            let held = self.held.remove(&shard).map_or_else(VecDeque::new, |held| held.parcels);
+            // What is held was queued before what waits.
+            for parcel in held.into_iter().rev() {
+                let priority = parcel.flight.reading.assignment.priority.min(PRIORITIES - 1);
+                parcels[priority].push_front(parcel);
+            }
+            let count = parcels.iter().map(VecDeque::len).sum();
+            let tracks = self.history.release(shard);
+            let known = |id: u64| Some((id, self.assignments.get(&id)?.clone()));
+            let assignments = tracks.assignments().filter_map(known).collect();
+            to.deliver(Handover { shard, parcels, tracks, assignments });
+            self.queue.done(count);
+        }
+        self.show_away();
     }
 
     /// Waits for something to do. False: nothing will come.
