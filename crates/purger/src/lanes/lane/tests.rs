@@ -172,6 +172,10 @@ struct World {
     committed: BTreeMap<i32, (i64, String)>,
     turns: usize,
     went_back: usize,
+    /// The queue of each shard.
+    by_shard: [usize; SHARDS as usize],
+    /// A shard moves to the other queue each so many turns; 0: none does.
+    move_every: usize,
 }
 
 fn assigned(number: i32, committed: Option<&(i64, String)>) -> Assigned {
@@ -231,6 +235,18 @@ impl World {
             committed,
             turns,
             went_back,
+            by_shard: [0, 1, 0, 1],
+            move_every: 0,
+        }
+    }
+
+    /// The next shard moves to the other queue, unless it is on its way already.
+    fn move_a_shard(&mut self) {
+        let at = (self.turns / self.move_every) % self.by_shard.len();
+        let shard = self.store.shards().all().nth(at).unwrap();
+        let (from, to) = (self.by_shard[at], 1 - self.by_shard[at]);
+        if self.queues[from].redirect(shard, &self.queues[to]) {
+            self.by_shard[at] = to;
         }
     }
 
@@ -240,7 +256,9 @@ impl World {
         self.queues.iter().for_each(|queue| queue.close());
         // Calls under way are executed, or lost.
         tokio::time::sleep(Duration::from_millis(5)).await;
-        Self::over(self.store.clone(), self.length, self.committed.clone())
+        let move_every = self.move_every;
+        let next = Self::over(self.store.clone(), self.length, self.committed.clone());
+        Self { move_every, ..next }
     }
 
     fn commit(&mut self) {
@@ -262,6 +280,9 @@ impl World {
             self.turns += 1;
             if self.turns.is_multiple_of(7) {
                 self.commit();
+            }
+            if self.move_every > 0 && self.turns.is_multiple_of(self.move_every) {
+                self.move_a_shard();
             }
             let took = self.take(0) | self.take(1);
             if !took {
@@ -288,7 +309,8 @@ impl World {
             let ask = |round, asked: Vec<(Shard, Option<LogPosition>)>| {
                 let mut by_lane: BTreeMap<usize, Vec<_>> = BTreeMap::new();
                 for (shard, raise) in asked {
-                    by_lane.entry(usize::from(shard.get()) % 2).or_default().push((shard, raise));
+                    let lane = self.by_shard[usize::from(shard.get())];
+                    by_lane.entry(lane).or_default().push((shard, raise));
                 }
                 for (lane, shards) in &by_lane {
                     let (assignment, shards) = (Arc::clone(&assignment), shards.clone());
@@ -307,8 +329,8 @@ impl World {
             }
             if let Some(raised) = open.closing() {
                 // The shards of both lanes are asked, or those of one.
-                let lanes: std::collections::BTreeSet<u16> =
-                    raised.iter().map(|(shard, _)| shard.get() % 2).collect();
+                let lanes: std::collections::BTreeSet<usize> =
+                    raised.iter().map(|(s, _)| self.by_shard[usize::from(s.get())]).collect();
                 let round = open.close(lanes.len());
                 ask(round, raised.into_iter().map(|(s, at)| (s, Some(at))).collect());
             }
@@ -329,7 +351,7 @@ impl World {
             panic!("refused");
         };
         for parcel in parcels {
-            let lane = self.store.lane_of(parcel.shard);
+            let lane = self.by_shard[usize::from(parcel.shard.get())];
             self.queues[lane].push(1, parcel);
         }
         self.next[number as usize] += 1;
@@ -432,8 +454,13 @@ fn held(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
 }
 
 fn check(fates: Vec<Fate>) {
+    check_moving(fates, 0);
+}
+
+/// Likewise, while a shard moves to the other lane each so many turns.
+fn check_moving(fates: Vec<Fate>, move_every: usize) {
     paused(async {
-        let mut world = World::new(fates, 120);
+        let mut world = World { move_every, ..World::new(fates, 120) };
         timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
         settle(&mut world).await;
     });
@@ -533,6 +560,14 @@ proptest! {
     #[test]
     fn whatever_happens_every_shard_gets_its_part_in_order(fates in prop::collection::vec(fate(), 0..40)) {
         check(fates);
+    }
+
+    #[test]
+    fn a_shard_that_moves_between_lanes_stays_in_order_and_knows_what_it_has_confirmed(
+        fates in prop::collection::vec(fate(), 0..40),
+        move_every in 1_usize..30,
+    ) {
+        check_moving(fates, move_every);
     }
 
     #[test]
