@@ -9,7 +9,7 @@ use prometheus::{
 /// The purger's metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Records taken, by topic.
+    /// Records taken from Kafka, by topic.
     pub taken: IntCounterVec,
     /// Messages (one a user), by outcome: accepted, before, duplicate, failed; and of those that are
     /// read again: known, expired.
@@ -100,79 +100,80 @@ impl Metrics {
     /// # Errors
     /// One is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let make = Maker(registry);
+        let new = Registrar(registry);
         let codes = RefusalCode::ALL.iter().map(|code| code.as_str());
         let codes: Vec<_> = codes.chain([ACCEPT_FAILED]).collect();
         Ok(Self {
-            taken: make.counters(
+            taken: new.counters(
                 "records_taken_total",
                 "Records taken from Kafka.",
                 "topic",
                 &[],
             )?,
-            messages: make.counters(
+            messages: new.counters(
                 "messages_total",
                 "Messages, one a user.",
                 "outcome",
                 &OUTCOMES,
             )?,
-            refused: make.counters("records_refused_total", "Records refused.", "code", &codes)?,
-            handed: make.counter("handed_total", "Messages handed to dispatchers.")?,
-            handoff_dropped: make
+            refused: new.counters("records_refused_total", "Records refused.", "code", &codes)?,
+            handed: new.counter("handed_total", "Messages handed to dispatchers.")?,
+            handoff_dropped: new
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
-            evicted: make.counter("evicted_total", "Entries that left a full mailbox.")?,
-            gaps: make.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
-            repairs: make.counter("repairs_total", "Logs read again for that.")?,
-            repairing: make.gauge("shards_repairing", "Shards for which a log is read again.")?,
-            left_out: make.counter(
+            evicted: new.counter("evicted_total", "Entries that left a full mailbox.")?,
+            gaps: new.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
+            repairs: new.counter("repairs_total", "Logs read again for that.")?,
+            repairing: new.gauge("shards_repairing", "Shards for which a log is read again.")?,
+            left_out: new.counter(
                 "commit_shards_left_out_total",
                 "Shards for which a commit's metadata had no room.",
             )?,
-            calls: make.counters(
+            calls: new.counters(
                 "accept_calls_total",
                 "Groups of accept calls.",
                 "outcome",
                 &CALLS,
             )?,
-            call_messages: make.histogram("accept_messages", "Messages of a call.", &SIZES)?,
-            call_seconds: make.histogram("accept_seconds", "Time of accept calls.", &LATENCY)?,
-            in_flight: make.gauges("in_flight_records", "Records not finished.", "topic")?,
-            in_flight_bytes: make.gauges("in_flight_bytes", "Their bytes.", "topic")?,
-            stalls: make.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
-            partitions: make.gauges("partitions", "Partitions assigned.", "topic")?,
-            partitions_stuck: make
+            call_messages: new.histogram("accept_messages", "Messages of a call.", &SIZES)?,
+            call_seconds: new.histogram("accept_seconds", "Time of accept calls.", &LATENCY)?,
+            in_flight: new.gauges("in_flight_records", "Records not finished.", "topic")?,
+            in_flight_bytes: new.gauges("in_flight_bytes", "Their bytes.", "topic")?,
+            stalls: new.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
+            partitions: new.gauges("partitions", "Partitions assigned.", "topic")?,
+            partitions_stuck: new
                 .gauge("partitions_stuck", "Partitions that cannot be fetched.")?,
-            assignor_missing: make
+            assignor_missing: new
                 .gauge("assignor_missing", "Partitions are not shared by topic.")?,
-            topics_missing: make.gauge("topics_missing", "Topics that do not exist.")?,
-            produce_held: make.gauge("produce_held", "Receipts and dead letters that wait.")?,
-            oldest_seconds: make.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
-            paused: make.gauge("partitions_paused", "Partitions that wait for room.")?,
-            skipped: make.gauge("skipped_records", "Records left in the log for a master.")?,
-            shards_away: make.gauge("shards_away", "Shards whose master does not answer.")?,
-            lag: make.gauge("lag_records", "Records between the commits and the logs' ends.")?,
-            revoked: make.counters(
+            topics_missing: new.gauge("topics_missing", "Topics that do not exist.")?,
+            produce_held: new.gauge("produce_held", "Receipts and dead letters that wait.")?,
+            oldest_seconds: new.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
+            paused: new.gauge("partitions_paused", "Partitions that wait for room.")?,
+            skipped: new.gauge("skipped_records", "Records left in the log for a master.")?,
+            shards_away: new.gauge("shards_away", "Shards whose master does not answer.")?,
+            lag: new.gauge("lag_records", "Records between the commits and the logs' ends.")?,
+            revoked: new.counters(
                 "partitions_revoked_total",
                 "Partitions taken away.",
                 "how",
                 &REVOKED,
             )?,
-            recreated: make.counter("topics_recreated_total", "Topics found created anew.")?,
-            commits: make.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
-            receipts_dropped: make.counter("receipts_dropped_total", "Receipts not produced.")?,
-            dead_letters_dropped: make
+            recreated: new.counter("topics_recreated_total", "Topics found created anew.")?,
+            commits: new.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
+            receipts_dropped: new.counter("receipts_dropped_total", "Receipts not produced.")?,
+            dead_letters_dropped: new
                 .counter("dead_letters_dropped_total", "Dead letters not produced.")?,
-            traces_ignored: make
+            traces_ignored: new
                 .counter("traceparents_ignored_total", "Malformed traceparent headers.")?,
             hops: Hops::new(registry, &[Hop::ProducedTaken, Hop::TakenAccepted])?,
-            dispatchers: make.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
+            dispatchers: new.gauge("dispatchers_available", "Whether a dispatcher takes work.")?,
         })
     }
 }
 
-struct Maker<'a>(&'a Registry);
+/// Creates metrics and registers them.
+struct Registrar<'a>(&'a Registry);
 
-impl Maker<'_> {
+impl Registrar<'_> {
     fn register<T: prometheus::core::Collector + Clone + 'static>(
         &self,
         metric: Result<T, prometheus::Error>,
