@@ -145,6 +145,11 @@ impl DispatchPool {
         result
     }
 
+    /// The dispatcher that gets work of this shard now, or once its first stream is open; `None`: there is none.
+    pub fn dispatcher_of(&self, shard: Shard) -> Option<NodeId> {
+        pick(&self.inner.members(), shard).map(|member| member.peer.id.clone())
+    }
+
     /// Whether some dispatcher takes work now: for readiness.
     pub async fn any_available(&self) -> bool {
         self.inner.members().iter().any(|member| member.link.state() == LinkState::Up)
@@ -217,20 +222,8 @@ impl Inner {
         Link::open(&peer.address, config, self.metrics.link.clone(), protocol)
     }
 
-    /// The link that ranks first among the best that there are: open ones, then new ones, then
-    /// those of draining dispatchers.
     fn pick(&self, shard: Shard) -> Option<Link<Dispatching>> {
-        let members = self.members();
-        let among = |state: LinkState, draining: bool| {
-            let fit = move |member: &&Member| {
-                member.peer.draining == draining && member.link.state() == state
-            };
-            rendezvous::first(members.iter().filter(fit), |m| m.peer.id.as_str(), shard)
-        };
-        let member = among(LinkState::Up, false)
-            .or_else(|| among(LinkState::Connecting, false))
-            .or_else(|| among(LinkState::Up, true));
-        member.map(|member| member.link.clone())
+        pick(&self.members(), shard).map(|member| member.link.clone())
     }
 
     fn try_hand(&self, shard: Shard, item: Item) -> Result<(), Item> {
@@ -282,6 +275,20 @@ impl Inner {
         };
         self.metrics.pushes.with_label_values(&[outcome]).inc();
     }
+}
+
+/// The member that ranks first among the best that there are: those with an open link, then new ones, then
+/// draining ones.
+fn pick(members: &[Member], shard: Shard) -> Option<&Member> {
+    let among = |state: LinkState, draining: bool| {
+        let fit = move |member: &&Member| {
+            member.peer.draining == draining && member.link.state() == state
+        };
+        rendezvous::first(members.iter().filter(fit), |m| m.peer.id.as_str(), shard)
+    };
+    among(LinkState::Up, false)
+        .or_else(|| among(LinkState::Connecting, false))
+        .or_else(|| among(LinkState::Up, true))
 }
 
 /// Waits until the pool is gone.

@@ -114,6 +114,7 @@ async fn pushes_of_a_user_arrive_in_order_at_one_dispatcher() {
     let peers = watch::Sender::new(vec![a.peer.clone(), b.peer.clone()]);
     let (pool, metrics) = pool(&peers, MeshConfig::default());
     up(&pool, &metrics, 2).await;
+    let dispatcher = pool.dispatcher_of(shard()).unwrap();
     for n in 0..500 {
         pool.push(shard(), push("alice", n)).await;
     }
@@ -125,7 +126,7 @@ async fn pushes_of_a_user_arrive_in_order_at_one_dispatcher() {
         numbers.extend(batch.pushes.iter().map(number));
     }
     assert_eq!(numbers, (0..500).collect::<Vec<_>>());
-    assert_eq!(owners.len(), 1);
+    assert_eq!(owners.into_iter().collect::<Vec<_>>(), [dispatcher]);
     assert_eq!(metrics.pushes.with_label_values(&["answered"]).get(), 500);
 }
 

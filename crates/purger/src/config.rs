@@ -98,7 +98,7 @@ pub struct WindowConfig {
     pub call_messages_max: usize,
     /// Bytes of one accept call.
     pub call_bytes_max: usize,
-    /// Messages that wait for dispatchers; further ones are left to the retry timers.
+    /// Messages that wait for one dispatcher; further ones are left to the retry timers.
     pub handoff_max: usize,
     /// How long accepting waits for room there before it goes on without.
     pub handoff_wait_ms: u64,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_bus::Error;
-use barid_bus::consumer::{Assigned, Partition, Pending, Reach};
+use barid_bus::consumer::{Partition, Pending};
 use futures::FutureExt as _;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -14,39 +14,6 @@ use tokio::time::Instant;
 
 /// After an answer that was an error.
 const PAUSE: Duration = Duration::from_millis(500);
-
-/// How often topics' ids are asked for while a partition waits for them.
-const URGENT: Duration = Duration::from_millis(500);
-
-/// When topics' ids are asked for.
-#[derive(Debug)]
-pub struct Refresh {
-    due: Instant,
-    asked: Option<Instant>,
-}
-
-impl Refresh {
-    /// Due at once.
-    pub fn new(now: Instant) -> Self {
-        Self { due: now, asked: None }
-    }
-
-    /// Not later than in `wait`.
-    pub fn within(&mut self, wait: Duration, now: Instant) {
-        self.due = self.due.min(now + wait);
-    }
-
-    /// Whether to ask now, and then in `every`. `urgent`: a partition stands still until the answer comes.
-    /// An answer may not help, so that the next question waits a while even then.
-    pub fn is_due(&mut self, now: Instant, every: Duration, urgent: bool) -> bool {
-        let rested = self.asked.is_none_or(|asked| asked + URGENT <= now);
-        let due = self.due <= now || (urgent && rested);
-        if due {
-            (self.due, self.asked) = (now + every, Some(now));
-        }
-        due
-    }
-}
 
 /// An answer on its way.
 pub struct Errand<T>(JoinHandle<Result<T, Error>>);
@@ -71,32 +38,17 @@ impl<T: Send + 'static> Errand<T> {
     }
 }
 
-/// Partitions that are to be taken up.
-pub struct Plan {
-    /// Which; without those that were revoked meanwhile.
-    pub partitions: Vec<Partition>,
-    /// When to ask (again).
-    pub due: Instant,
-    /// Where they stand.
-    pub errand: Option<Errand<Vec<Assigned>>>,
-}
-
 /// A request for a partition and one of its assignments. It is repeated a while after an error.
-pub struct Sent<T> {
+struct Sent<T> {
     assignment: u64,
     about: i64,
     errand: Errand<T>,
-    /// The last answer was an error: not before then.
+    /// The last answer was an error: it is sent again then.
     pause: Option<Instant>,
 }
 
 /// Errands by partition.
 pub struct ByPartition<T>(HashMap<Partition, Sent<T>>);
-
-/// Seeks under way.
-pub type Seeks = ByPartition<()>;
-/// Requests for the bounds of logs.
-pub type Reaches = ByPartition<Reach>;
 
 impl<T> Default for ByPartition<T> {
     fn default() -> Self {
@@ -143,28 +95,5 @@ impl<T: Send + 'static> ByPartition<T> {
     /// Drops the requests for these partitions.
     pub fn forget(&mut self, partitions: &[Partition]) {
         self.0.retain(|partition, _| !partitions.contains(partition));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hazard_70_an_id_that_stays_absent_is_not_asked_for_at_each_turn() {
-        let start = Instant::now();
-        let mut refresh = Refresh::new(start);
-        let every = Duration::from_secs(5);
-        // What is asked in ten seconds of a loop that turns each 50 ms and has each answer at once.
-        let mut asked = |from: u64, urgent: bool| {
-            let turns = (0..200).map(|turn| start + Duration::from_millis(from + 50 * turn));
-            turns.filter(|now| refresh.is_due(*now, every, urgent)).count()
-        };
-        assert_eq!((asked(0, false), asked(10_000, true)), (2, 20));
-        // The first question of a partition that stands still waits for nothing.
-        assert!(!refresh.is_due(start + Duration::from_millis(20_100), every, false));
-        assert!(refresh.is_due(start + Duration::from_millis(20_100), every, true));
-        refresh.within(Duration::from_millis(100), start + Duration::from_millis(20_100));
-        assert!(refresh.is_due(start + Duration::from_millis(20_200), every, false));
     }
 }

@@ -24,12 +24,12 @@ pub struct Intake {
     traces_ignored: IntCounter,
 }
 
-/// A record, ready for the mailboxes or refused.
+/// A decoded record: ready for the mailboxes, or refused.
 #[derive(Debug)]
-pub enum Taken {
-    /// Its messages, one a user.
+pub enum Decoded {
+    /// Its messages, one for each user.
     Parcels(Vec<Parcel>),
-    /// Why not.
+    /// The record, and why it is refused.
     Refused(Arc<Flight>, Refusal),
 }
 
@@ -41,20 +41,20 @@ impl Intake {
     }
 
     /// Prepares a record that was just taken.
-    pub fn take(&self, reading: &Arc<Reading>, record: Record, now_ms: u64) -> Taken {
+    pub fn decode(&self, reading: &Arc<Reading>, record: Record, now_ms: u64) -> Decoded {
         let reading = Arc::clone(reading);
         let taken = Instant::now();
         let traceparent = self.traceparent(&record);
         match decode_push(&record.value, record.header(CONTENT_TYPE), &self.limits) {
             Err(refusal) => {
                 let flight = Flight::new(reading, record, None, taken, traceparent, &[]);
-                Taken::Refused(Arc::new(flight), refusal)
+                Decoded::Refused(Arc::new(flight), refusal)
             }
             Ok(push) => {
                 let body = self.body(&push, &record, &traceparent, now_ms);
                 let shards = self.shards_of(&push);
                 let flight = Flight::new(reading, record, Some(push), taken, traceparent, &shards);
-                Taken::Parcels(self.parcels(flight, &shards, &body))
+                Decoded::Parcels(self.parcels(flight, &shards, &body))
             }
         }
     }
@@ -173,7 +173,7 @@ mod tests {
         let value = format!(
             r#"{{"id":"1","app":"demo","to":{{"users":["alice","bob"]}},"text":"{text}"}}"#
         );
-        let Taken::Parcels(parcels) = intake().take(&reading(), record(&value), 1007) else {
+        let Decoded::Parcels(parcels) = intake().decode(&reading(), record(&value), 1007) else {
             panic!("refused");
         };
         let places: Vec<(u16, i64, u32)> = parcels
@@ -194,7 +194,7 @@ mod tests {
         for told in ends.map(|ms| ms as i64).into_iter().chain([-1, i64::MIN]) {
             let value = r#"{"id":"1","app":"demo","to":{"user":"alice"},"text":"t"}"#;
             let record = Record { timestamp_ms: Some(told), ..record(value) };
-            let Taken::Parcels(parcels) = intake().take(&reading(), record, 0) else {
+            let Decoded::Parcels(parcels) = intake().decode(&reading(), record, 0) else {
                 panic!("refused")
             };
             let known = u64::try_from(told).ok().filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0);
@@ -208,13 +208,15 @@ mod tests {
         let intake = intake();
         let mut record = record("{}");
         record.headers[0].1 = Bytes::from_static(b"00-ab-cd-01");
-        let Taken::Refused(flight, _) = intake.take(&reading(), record, 0) else { panic!("taken") };
+        let Decoded::Refused(flight, _) = intake.decode(&reading(), record, 0) else {
+            panic!("taken")
+        };
         assert_eq!((&*flight.traceparent, intake.traces_ignored.get()), ("", 1));
     }
 
     #[test]
     fn a_refused_record_keeps_what_it_was() {
-        let Taken::Refused(flight, refusal) = intake().take(&reading(), record("{}"), 0) else {
+        let Decoded::Refused(flight, refusal) = intake().decode(&reading(), record("{}"), 0) else {
             panic!("taken");
         };
         assert_eq!((refusal.code.as_str(), &*flight.record.value), ("missing_field", &b"{}"[..]));

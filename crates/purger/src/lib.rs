@@ -1,22 +1,35 @@
-//! The purger: takes what businesses produce to Kafka, refuses what is wrong, accepts the rest into
-//! mailboxes, hands on what is for users who are online, and only then commits. The only role that
-//! consumes Kafka, and the only one that accepts.
+//! The purger: reads the records that businesses produce to Kafka, refuses invalid ones, accepts the rest into
+//! mailboxes, hands messages of online users on to dispatchers, and only then commits. The only role that consumes
+//! Kafka, and the only one that accepts.
 //!
-//! `service` is the loop; `partitions` and the bus's ledger know what may be committed and what is
-//! read again; `errands` waits for Kafka; `lane` accepts; `intake` decodes.
+//! - `service` is the loop; it awaits nothing. `errands` wait for Kafka instead.
+//! - `membership` joins partitions and gives them back; `repairs` reads again what shards have forgotten; `topics`
+//!   watches whether topics exist and are the same; `readiness` sets the conditions of `/readyz`.
+//! - `pipeline` brings records from the log into the lanes, within the `window`; `intake` decodes them; `skips` are
+//!   records left in the log for a master that is away.
+//! - `partitions`, with the bus's ledger, knows what may be committed and what is read again.
+//! - `lanes` accept, a lane (or several) for each Redis master, and hand on; [`history`] is what a lane knows of its
+//!   shards.
 
 mod config;
 mod errands;
 mod error;
 mod flight;
+pub mod history;
 mod intake;
-mod lane;
+mod lanes;
+mod membership;
 mod metrics;
 mod oldest;
 mod partitions;
+mod pipeline;
 mod ports;
+mod readiness;
+mod repairs;
 mod service;
 mod skips;
+mod topics;
+mod window;
 
 use std::time::Duration;
 

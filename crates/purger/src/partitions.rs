@@ -3,7 +3,7 @@
 //!
 //! **A repair.** A shard has forgotten what it confirmed ([`Partitions::gap`]). The reading ends, and every
 //! shard is asked for its position, so that one more reading repairs all of them ([`Round`]). Then the log
-//! is read again from the lowest of these positions ([`Open::go_back`]), within what the log still holds
+//! is read again from the lowest of these positions ([`Open::rewind`]), within what the log still holds
 //! and mailboxes still keep. Once that is finished, the stored position of each repaired shard is raised to
 //! the one that it must know ([`Repair`]): else what the log no longer holds would be a gap for ever.
 
@@ -17,7 +17,7 @@ use barid_mailbox::LogPosition;
 use tokio::time::Instant;
 
 use crate::flight::{Assignment, Flight, Parcel, Reading};
-use crate::lane::Answer;
+use crate::lanes::Answer;
 
 /// Every partition held.
 #[derive(Debug)]
@@ -129,9 +129,9 @@ impl Open {
             && !self.revoking
     }
 
-    /// A record was taken. False: its offset lies before what was taken already, so the log is
+    /// Notes a record that was taken. False: its offset lies before what was taken already, so the log is
     /// another one than it was; nothing more is taken until [`Partitions::compare`] knows why.
-    pub fn take(&mut self, offset: i64, leader_epoch: i32) -> bool {
+    pub fn track(&mut self, offset: i64, leader_epoch: i32) -> bool {
         if !self.ledger.take(offset) {
             self.suspect = Some(offset);
             return false;
@@ -142,6 +142,15 @@ impl Open {
             self.epochs.pop_first();
         }
         true
+    }
+
+    /// Whether the log may be read again for messages that were left in it: nothing else moves it now.
+    pub fn may_return(&self) -> bool {
+        !self.revoking
+            && self.seek_to.is_none()
+            && self.suspect.is_none()
+            && self.round.is_none()
+            && !self.reading.ended()
     }
 
     /// Reads again from `offset`. The ledger and the place in the log go back together: the ledger takes
@@ -197,9 +206,9 @@ impl Open {
         }
     }
 
-    /// Whether to call [`Self::go_back`]: the answers are in, or late, and a shard has forgotten something.
+    /// Whether to call [`Self::rewind`]: the answers are in, or late, and a shard has forgotten something.
     /// Where none has, the round ends here.
-    pub fn goes_back(&mut self, now: Instant) -> bool {
+    pub fn must_rewind(&mut self, now: Instant) -> bool {
         let Some(round) = &self.round else { return false };
         match round.stage {
             Stage::Asked { missing, until } if missing == 0 || until <= now => {}
@@ -223,7 +232,7 @@ impl Open {
     /// A shard that knows some position is read from there, or from where a later leader's epoch
     /// begins: its offsets may lie below. One that knows nothing, or a leader of which nothing is
     /// kept, is read from where the log is as old as mailboxes keep messages.
-    pub fn go_back(&mut self, reach: Reach) {
+    pub fn rewind(&mut self, reach: Reach) {
         let Some(Round { gaps, .. }) = self.round.take() else { return };
         let bound = reach.low.max(reach.since);
         let unfinished = self.ledger.committable().unwrap_or(reach.high);
@@ -461,7 +470,7 @@ impl Partitions {
     }
 
     /// What has not been committed yet; counted as committed from now on.
-    pub fn take_commits(&mut self) -> Vec<Commit> {
+    pub fn begin_commits(&mut self) -> Vec<Commit> {
         let mut commits = Vec::new();
         for open in self.open.values_mut() {
             let Some(offset) = open.ledger.committable() else { continue };
@@ -482,6 +491,11 @@ impl Partitions {
     pub fn commits_of(&self, partitions: &[Partition]) -> Vec<Commit> {
         let open = partitions.iter().filter_map(|partition| self.open.get(partition));
         open.filter_map(|open| Some(open.commit(open.ledger.committable()?))).collect()
+    }
+
+    /// Whether the log of some partition went back by itself and it is not known why.
+    pub fn is_any_suspect(&self) -> bool {
+        self.open.values().any(|open| open.suspect.is_some())
     }
 
     /// Records taken and not finished.
@@ -541,8 +555,8 @@ mod tests {
         if open.questions(shards()).is_some() {
             open.asked(0, Instant::now());
         }
-        if open.goes_back(Instant::now()) {
-            open.go_back(reach);
+        if open.must_rewind(Instant::now()) {
+            open.rewind(reach);
         }
     }
 
@@ -556,7 +570,7 @@ mod tests {
     fn take(partitions: &mut Partitions, offsets: std::ops::Range<i64>, epoch: i32) {
         let open = partitions.get_mut(&partition()).unwrap();
         for offset in offsets {
-            assert!(open.take(offset, epoch));
+            assert!(open.track(offset, epoch));
         }
     }
 
@@ -579,7 +593,7 @@ mod tests {
         let mut partitions = held();
         take(&mut partitions, 0..10, 0);
         finish(&mut partitions, 0..8);
-        assert_eq!(partitions.take_commits()[0].offset, 8);
+        assert_eq!(partitions.begin_commits()[0].offset, 8);
         let reading = partitions.get(&partition()).unwrap().reading.clone();
         partitions.gap(&reading, shard(), at(0, 9));
         assert!(reading.ended() && !partitions.get(&partition()).unwrap().wants());
@@ -591,7 +605,7 @@ mod tests {
         partitions.gap(&reading, shard(), at(0, 3));
         go_back(&mut partitions, ALL);
         assert_eq!(partitions.get(&partition()).unwrap().seek_to, Some(3));
-        assert_eq!(partitions.take_commits()[0].offset, 3, "a crash now must read from there");
+        assert_eq!(partitions.begin_commits()[0].offset, 3, "a crash now must read from there");
     }
 
     #[test]
@@ -604,7 +618,10 @@ mod tests {
             partitions.gap(&reading, shard(), None);
             go_back(&mut partitions, Reach { low, high: 50, since });
             let open = partitions.get(&partition()).unwrap();
-            assert_eq!((open.seek_to, open.reading.repairs(shard())), (Some(target), Some(None)));
+            assert_eq!(
+                (open.seek_to, open.reading.view(shard()).repaired),
+                (Some(target), Some(None))
+            );
             assert!(open.reading.was_finished(44) && !open.reading.was_finished(45));
         }
     }
@@ -618,7 +635,7 @@ mod tests {
         assert_eq!(open.assignment.confirmed, [(shard(), must)].into());
         assert_eq!((open.wants(), open.questions(shards())), (false, Some(vec![shard()])));
         open.asked(1, Instant::now() + std::time::Duration::from_secs(9));
-        assert!(open.questions(shards()).is_none() && !open.goes_back(Instant::now()));
+        assert!(open.questions(shards()).is_none() && !open.must_rewind(Instant::now()));
         let mut forgot = answer(&partitions, 1, &[]);
         forgot.gaps.push((shard(), at(1, 80)));
         partitions.answered(&forgot);
@@ -633,7 +650,7 @@ mod tests {
         // What it must know never goes down, nor is it kept apart from the offset.
         take(&mut partitions, 60..65, 2);
         finish(&mut partitions, 60..65);
-        let commit = partitions.take_commits().remove(0);
+        let commit = partitions.begin_commits().remove(0);
         assert_eq!((commit.offset, commit.metadata.memory.confirmed[&0]), (65, must));
         // It has passed what it must know: the shard is raised, and that must be acknowledged.
         take(&mut partitions, 65..91, 2);
@@ -660,7 +677,7 @@ mod tests {
         go_back(&mut partitions, ALL);
         let open = partitions.get_mut(&partition()).unwrap();
         assert_eq!((open.wants(), open.seek_to, open.repairing()), (true, None, 0));
-        assert!(partitions.take_commits().is_empty(), "there is nothing new to commit");
+        assert!(partitions.begin_commits().is_empty(), "there is nothing new to commit");
     }
 
     #[test]
@@ -682,7 +699,7 @@ mod tests {
         take(&mut partitions, 0..10, 3);
         finish(&mut partitions, 0..4);
         let open = partitions.get_mut(&partition()).unwrap();
-        assert!(!open.take(7, 4), "the log went back");
+        assert!(!open.track(7, 4), "the log went back");
         let ids = HashMap::from([("push".to_owned(), "id1".to_owned())]);
         partitions.compare(&ids);
         let open = partitions.get(&partition()).unwrap();
@@ -703,7 +720,7 @@ mod tests {
         assert_eq!(partitions.compare(&ids("id1")).0, 0);
         take(&mut partitions, 5..6, 0);
         finish(&mut partitions, 5..6);
-        let commit = partitions.take_commits().remove(0);
+        let commit = partitions.begin_commits().remove(0);
         assert_eq!(commit.metadata.source, Some(name), "Redis knows it by its name");
         assert_eq!(commit.metadata.id.as_deref(), Some("id1"));
         assert_eq!(partitions.compare(&ids("id2")).0, 1, "that is another one");
@@ -715,7 +732,7 @@ mod tests {
         take(&mut partitions, 0..10, 3);
         finish(&mut partitions, 0..10);
         let open = partitions.get_mut(&partition()).unwrap();
-        assert!(!open.take(5, 4), "the log went back");
+        assert!(!open.track(5, 4), "the log went back");
         let ids = HashMap::from([("push".to_owned(), "id1".to_owned())]);
         assert_eq!(partitions.compare(&ids).0, 0);
         partitions.get_mut(&partition()).unwrap().seek_to = None;

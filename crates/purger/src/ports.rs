@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use barid_bus::consumer::{Consumer, Consuming, Partition, Record};
-use barid_core::{Shard, ShardCount};
+use barid_core::{NodeId, Shard, ShardCount};
 use barid_mailbox::{AcceptGroup, Error, GroupOutcome, Mailbox, RedisTime};
 use barid_mesh::DispatchPool;
 use barid_wire::internal::Push;
@@ -75,6 +75,11 @@ impl Mailboxes for Mailbox {
 
 /// Where messages of online users go at once. May drop what it likes: the timer is armed.
 pub trait Handoff: Clone + Send + Sync + 'static {
+    /// The dispatcher that gets messages of this shard now; `None`: not known. Messages of different dispatchers
+    /// are pushed by tasks of their own.
+    fn dispatcher_of(&self, _shard: Shard) -> Option<NodeId> {
+        None
+    }
     /// Hands a message on; waits for room for a bounded time.
     fn push(&self, shard: Shard, push: Push) -> impl Future<Output = ()> + Send;
     /// Whether anybody takes work.
@@ -84,6 +89,9 @@ pub trait Handoff: Clone + Send + Sync + 'static {
 }
 
 impl Handoff for DispatchPool {
+    fn dispatcher_of(&self, shard: Shard) -> Option<NodeId> {
+        Self::dispatcher_of(self, shard)
+    }
     async fn push(&self, shard: Shard, push: Push) {
         Self::push(self, shard, push).await;
     }

@@ -7,12 +7,88 @@
 //! A shard of which one message was left out gets none from behind it before that: accept refuses
 //! positions that lie behind one it has.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use barid_bus::consumer::Partition;
 use barid_core::Shard;
 
 use crate::flight::Flight;
+
+/// The left-out messages of every partition, within a bound of records.
+#[derive(Debug)]
+pub struct LeftOut {
+    by_partition: HashMap<Partition, Skips>,
+    records: usize,
+    records_max: usize,
+    /// The bound was reached when it was looked at last.
+    at_bound: bool,
+}
+
+impl LeftOut {
+    /// Nothing left out; up to `records_max` records may be.
+    pub fn new(records_max: usize) -> Self {
+        Self { by_partition: HashMap::new(), records: 0, records_max, at_bound: false }
+    }
+
+    /// Those of a partition in this reading; none if they are about another reading.
+    pub fn of(&mut self, partition: &Partition, reading: (u64, u64)) -> &mut Skips {
+        self.by_partition.entry(partition.clone()).or_default().of(reading)
+    }
+
+    /// As [`Self::of`], if something was left out of the partition so far.
+    pub fn known(&mut self, partition: &Partition, reading: (u64, u64)) -> Option<&mut Skips> {
+        Some(self.by_partition.get_mut(partition)?.of(reading))
+    }
+
+    /// Whether nothing more is taken of a partition until all but what was left out is finished.
+    pub fn is_returning(&self, partition: &Partition) -> bool {
+        self.by_partition.get(partition).is_some_and(|skips| skips.returning)
+    }
+
+    /// Whether the bound is reached; and whether it was not when this was called last.
+    pub fn is_full(&mut self) -> (bool, bool) {
+        let full = self.records >= self.records_max;
+        let was_full = std::mem::replace(&mut self.at_bound, full);
+        (full, full && !was_full)
+    }
+
+    /// Leaves out some or all messages of a record: those of `shards`.
+    pub fn leave(
+        &mut self,
+        partition: &Partition,
+        reading: (u64, u64),
+        offset: i64,
+        shards: impl IntoIterator<Item = Shard>,
+    ) -> &mut Skips {
+        self.records += 1;
+        let skips = self.of(partition, reading);
+        skips.leave(offset, shards);
+        skips
+    }
+
+    /// Forgets partitions that are not held.
+    pub fn retain(&mut self, is_held: impl Fn(&Partition) -> bool) {
+        self.by_partition.retain(|partition, _| is_held(partition));
+    }
+
+    /// Counts the records again, after some partitions began to read theirs.
+    pub fn recount(&mut self) -> usize {
+        self.records = self.by_partition.values().map(Skips::records).sum();
+        self.records
+    }
+
+    /// Records left out, over all partitions.
+    pub fn records(&self) -> usize {
+        self.records
+    }
+
+    /// Records left out of these partitions.
+    pub fn records_of(&self, partitions: &[Partition]) -> usize {
+        let skips = partitions.iter().filter_map(|partition| self.by_partition.get(partition));
+        skips.map(Skips::records).sum()
+    }
+}
 
 /// The left-out messages of one partition in one reading. Another reading takes everything again.
 #[derive(Debug, Default)]

@@ -1,21 +1,25 @@
-//! The flow of records from a log into lanes whose masters come and go: whatever is left out, waits for room,
+//! Records on their way from a log into lanes whose masters come and go: whatever is left out, waits for room,
 //! or is read again, nothing below a commit was left behind.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use barid_bus::consumer::{Assigned, Record};
-use barid_bus::{KafkaConfig, Memory, TopicSource};
-use barid_core::{Seq, Shard, ShardCount};
+use barid_bus::consumer::Assigned;
+use barid_bus::{DeadLetters, KafkaConfig, Memory, Producer, Receipts, TopicSource};
+use barid_core::{LogPosition, Seq, Shard, ShardCount, SystemClock};
 use barid_mailbox::{AcceptGroup, AcceptOutcome, Error as RedisError, GroupOutcome, RedisTime};
 use barid_runtime::Tracer;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry};
 use proptest::prelude::*;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::*;
-use crate::lane::tests::record_of;
+use crate::lanes::{HandOn, Nobody, Outbox, record_of};
 
 const SHARDS: u32 = 12;
 const MASTERS: usize = 3;
@@ -41,11 +45,27 @@ struct State {
     slow: [u64; MASTERS],
     positions: BTreeMap<(i32, u16), LogPosition>,
     accepted: HashSet<Place>,
+    /// Partitions and shards that are in a call.
+    in_call: HashSet<(i32, u16)>,
 }
 
 /// Behaves as the accept script does, where nothing is forgotten.
-#[derive(Clone, Default)]
-struct Store(Arc<Mutex<State>>);
+#[derive(Clone)]
+struct Store {
+    state: Arc<Mutex<State>>,
+    /// How many masters share the shards.
+    masters: Arc<AtomicUsize>,
+}
+
+impl Store {
+    fn new(masters: usize) -> Self {
+        Self { state: Arc::default(), masters: Arc::new(AtomicUsize::new(masters)) }
+    }
+
+    fn masters(&self) -> usize {
+        self.masters.load(Ordering::SeqCst)
+    }
+}
 
 impl State {
     fn group(&mut self, group: &AcceptGroup) -> GroupOutcome {
@@ -77,10 +97,10 @@ impl Mailboxes for Store {
         ShardCount::new(SHARDS).unwrap()
     }
     fn lanes(&self) -> usize {
-        MASTERS
+        self.masters()
     }
     fn lane_of(&self, shard: Shard) -> usize {
-        usize::from(shard.get()) % MASTERS
+        usize::from(shard.get()) % self.masters()
     }
     fn redis_time(&self, _: Shard) -> Option<RedisTime> {
         None
@@ -88,12 +108,19 @@ impl Mailboxes for Store {
     async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, RedisError>> {
         let master = groups.first().map_or(0, |group| self.lane_of(group.shard));
         let (fate, slow) = {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
+            for group in groups {
+                let place = (group.source.partition, group.shard.get());
+                assert!(state.in_call.insert(place), "{place:?} has a group in a call already");
+            }
             (state.fates[master].pop_front(), state.slow[master])
         };
         sleep(Duration::from_millis(slow)).await;
         let away = || Err(RedisError::Away("test".into()));
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
+        for group in groups {
+            state.in_call.remove(&(group.source.partition, group.shard.get()));
+        }
         match fate.unwrap_or(Fate::Executed) {
             Fate::Away => groups.iter().map(|_| away()).collect(),
             Fate::Executed => groups.iter().map(|group| Ok(state.group(group))).collect(),
@@ -172,13 +199,11 @@ fn outbox(metrics: &Metrics) -> Outbox {
     static PRODUCER: LazyLock<Producer> =
         LazyLock::new(|| Producer::new(&KafkaConfig::default()).unwrap());
     let config = KafkaConfig::default();
-    let (handoff, _) = mpsc::channel(1);
     let counter = |name| IntCounter::new(name, name).unwrap();
     Outbox {
         receipts: Receipts::new(PRODUCER.clone(), &config, counter("d")),
         dead: DeadLetters::new(PRODUCER.clone(), &config, counter("l")),
-        handoff,
-        handoff_wait: Duration::ZERO,
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&Registry::new(), 1).unwrap(),
@@ -197,14 +222,41 @@ struct Weather {
     slow: [u64; MASTERS],
     seek_turns: u32,
     length: i64,
+    /// How many masters there are at first, and from later turns of the loop on.
+    masters: usize,
+    changes: Vec<(usize, usize)>,
+}
+
+/// A pipeline that holds all partitions, and the lanes' reports.
+fn start(config: &Config, store: &Store) -> (Pipeline<Store>, mpsc::Receiver<Event>) {
+    let metrics = Metrics::new(&Registry::new()).unwrap();
+    let (lane_events, events) = mpsc::channel(64);
+    let shared = Shared {
+        mailboxes: store.clone(),
+        outbox: outbox(&metrics),
+        events: lane_events,
+        window: config.window.clone(),
+        group_max: config.redis.accept_batch_max,
+        retry: config.retry().unwrap(),
+        away: Arc::default(),
+        metrics,
+    };
+    let mut pipeline = Pipeline::start(config, shared);
+    for number in 0..PARTITIONS {
+        let (source, id) = (TopicSource::Id("id".into()), Some("id".into()));
+        let (partition, memory) = (partition(number), Memory::default());
+        let assigned = Assigned { partition, source, id, start: None, memory };
+        pipeline.partitions.assign(assigned, 1);
+    }
+    (pipeline, events)
 }
 
 /// Reads all of the log, as the service does. How often something was read again for a master.
 async fn read(weather: Weather) -> usize {
-    let store = Store::default();
+    let store = Store::new(weather.masters);
     let mut config = Config::default();
     {
-        let mut state = store.0.lock();
+        let mut state = store.state.lock();
         state.fates = weather.fates.map(VecDeque::from);
         state.slow = weather.slow;
         let window = &mut config.window;
@@ -215,40 +267,40 @@ async fn read(weather: Weather) -> usize {
         window.call_messages_max = weather.call_messages_max;
         (window.retry_base_ms, window.retry_max_ms) = (1, 10);
     }
-    let metrics = Metrics::new(&Registry::new()).unwrap();
-    let (lane_events, mut events) = mpsc::channel(64);
-    let mut workers = JoinSet::new();
-    let outbox = outbox(&metrics);
-    let mut flow = Flow::new(&config, &store, outbox, lane_events, metrics, &mut workers).unwrap();
-    for number in 0..PARTITIONS {
-        let (source, id) = (TopicSource::Id("id".into()), Some("id".into()));
-        let (partition, memory) = (partition(number), Memory::default());
-        let assigned = Assigned { partition, source, id, start: None, memory };
-        flow.partitions.assign(assigned, 1);
-    }
+    let (mut pipeline, mut events) = start(&config, &store);
     let (length, seek_turns) = (weather.length, weather.seek_turns);
     let next = [0; PARTITIONS as usize];
     let mut log = Written { length, next, seek_turns, seeks: BTreeMap::new() };
     let mut committed = BTreeMap::new();
     let mut again = 0;
-    while committed.values().filter(|offset| **offset == length).count() < PARTITIONS as usize {
-        while let Ok(event) = events.try_recv() {
-            flow.lane_event(event);
+    let mut changes = weather.changes.into_iter().peekable();
+    for turn in 0.. {
+        if committed.values().filter(|offset| **offset == length).count() == PARTITIONS as usize {
+            break;
         }
-        for open in flow.partitions.iter_mut() {
+        if let Some((_, masters)) = changes.next_if(|(due, _)| *due <= turn) {
+            store.masters.store(masters, Ordering::SeqCst);
+        }
+        if turn % 5 == 0 {
+            pipeline.lanes.follow_masters();
+        }
+        while let Ok(event) = events.try_recv() {
+            pipeline.lane_event(event);
+        }
+        for open in pipeline.partitions.iter_mut() {
             let number = open.assignment.partition.number;
             if open.seek_to.is_some_and(|to| log.seek(number, to)) {
                 open.seek_to = None;
                 again += 1;
             }
         }
-        let taken = flow.fill(&mut log);
-        for commit in flow.partitions.take_commits() {
+        let taken = pipeline.fill(&mut log);
+        for commit in pipeline.partitions.begin_commits() {
             let number = commit.partition.number;
             let before = committed.insert(number, commit.offset).unwrap_or(0);
             for offset in before..commit.offset {
                 let places = (0..users(offset)).map(|index| (number, offset, index));
-                let state = store.0.lock();
+                let state = store.state.lock();
                 let lost = places.filter(|place| !state.accepted.contains(place)).count();
                 assert_eq!(lost, 0, "of record {offset} in {number} was committed");
             }
@@ -256,17 +308,71 @@ async fn read(weather: Weather) -> usize {
         if taken > 0 {
             tokio::task::yield_now().await;
         } else if let Ok(Some(event)) = timeout(Duration::from_millis(2), events.recv()).await {
-            flow.lane_event(event);
+            pipeline.lane_event(event);
         }
     }
     // What was taken in readings that have ended is still being dropped.
-    while flow.records != [0; 3] || flow.queues.iter().any(|queue| queue.load() > 0) {
-        flow.lane_event(events.recv().await.expect("lanes live"));
+    let under_way = |pipeline: &Pipeline<Store>| {
+        let window = (0..PRIORITIES).map(|priority| pipeline.window.records(priority));
+        window.sum::<usize>() + pipeline.lanes.load()
+    };
+    while under_way(&pipeline) > 0 {
+        pipeline.lane_event(events.recv().await.expect("lanes live"));
     }
-    flow.take_skipped();
-    assert_eq!((flow.bytes, flow.skipped), ([0; 3], 0));
-    flow.queues.iter().for_each(|queue| queue.close());
+    pipeline.read_left_out();
+    let bytes = (0..PRIORITIES).map(|priority| pipeline.window.bytes(priority));
+    assert_eq!((bytes.sum::<usize>(), pipeline.left_out.records()), (0, 0));
+    drop(pipeline.close());
     again
+}
+
+/// Reads for so long, as the service does.
+async fn read_for(
+    pipeline: &mut Pipeline<Store>,
+    events: &mut mpsc::Receiver<Event>,
+    log: &mut Written,
+    time: Duration,
+) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        while let Ok(event) = events.try_recv() {
+            pipeline.lane_event(event);
+        }
+        pipeline.lanes.follow_masters();
+        pipeline.fill(log);
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_master_that_is_added_gets_a_lane_of_its_own() {
+    let (store, config) = (Store::new(2), Config::default());
+    store.state.lock().slow = [2, 2, 2];
+    let (mut pipeline, mut events) = start(&config, &store);
+    let mut log = Written { length: 100, next: [0; 2], seek_turns: 0, seeks: BTreeMap::new() };
+    let second = Duration::from_secs(1);
+    read_for(&mut pipeline, &mut events, &mut log, second).await;
+    // A third master gets shards of both, and serves them for a while; then each of its calls takes a minute.
+    store.masters.store(3, Ordering::SeqCst);
+    log.length = 200;
+    read_for(&mut pipeline, &mut events, &mut log, second).await;
+    store.state.lock().slow[2] = 60_000;
+    for length in 201..300 {
+        log.length = length;
+        read_for(&mut pipeline, &mut events, &mut log, second / 10).await;
+    }
+    let intake = Intake::new(&config, store.shards(), IntCounter::new("i", "i").unwrap());
+    let state = store.state.lock();
+    for (number, offset) in (0..PARTITIONS).flat_map(|number| (0..299).map(move |o| (number, o))) {
+        let reading = &pipeline.partitions.get(&partition(number)).unwrap().reading;
+        let Decoded::Parcels(parcels) = intake.decode(reading, record(number, offset), 0) else {
+            panic!("refused")
+        };
+        for parcel in parcels.into_iter().filter(|p| offset < 200 || store.lane_of(p.shard) < 2) {
+            let place = (number, offset, parcel.message.position.index);
+            assert!(state.accepted.contains(&place), "{place:?} waits for another master");
+        }
+    }
 }
 
 fn check(weather: Weather) -> usize {
@@ -297,8 +403,13 @@ fn weather() -> impl Strategy<Value = Weather> {
         // Often one of them alone comes and goes.
         0_usize..2 * MASTERS,
     );
-    (window, masters, 0_u32..6, 40_i64..160).prop_map(|(window, masters, seek_turns, length)| {
-        let (mut fates, slow, alone) = masters;
+    let changes = prop::collection::vec((0_usize..200, 1..=MASTERS), 0..6);
+    let cluster = (1..=MASTERS, changes);
+    let log = (0_u32..6, 40_i64..160);
+    (window, masters, cluster, log).prop_map(|(window, behaviour, (masters, mut changes), log)| {
+        let (seek_turns, length) = log;
+        changes.sort_unstable();
+        let (mut fates, slow, alone) = behaviour;
         if alone < MASTERS {
             for (master, fates) in fates.iter_mut().enumerate() {
                 if master != alone {
@@ -316,6 +427,8 @@ fn weather() -> impl Strategy<Value = Weather> {
             slow,
             seek_turns,
             length,
+            masters,
+            changes,
         }
     })
 }
@@ -340,6 +453,8 @@ fn hazard_66_a_master_that_comes_and_goes_while_records_wait_for_room_loses_none
         slow: [3, 15, 2],
         seek_turns: 0,
         length: 122,
+        masters: MASTERS,
+        changes: Vec::new(),
     };
     // Maps and `select!` have an order of their own each time.
     let again: usize = (0..60).map(|_| check(weather.clone())).sum();

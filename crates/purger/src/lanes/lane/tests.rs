@@ -18,7 +18,9 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::config::Config;
-use crate::intake::{Intake, Taken};
+use crate::intake::{Decoded, Intake};
+use crate::lanes::event::Question;
+use crate::lanes::{HandOn, Nobody};
 use crate::partitions::Partitions;
 
 const SHARDS: u32 = 4;
@@ -146,12 +148,10 @@ impl Mailboxes for Store {
 fn outbox(metrics: &Metrics) -> Outbox {
     let config = KafkaConfig::default();
     let producer = Producer::new(&config).unwrap();
-    let (handoff, _) = mpsc::channel(1);
     Outbox {
         receipts: Receipts::new(producer.clone(), &config, IntCounter::new("d", "d").unwrap()),
         dead: DeadLetters::new(producer, &config, IntCounter::new("l", "l").unwrap()),
-        handoff,
-        handoff_wait: Duration::ZERO,
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&prometheus::Registry::new(), 1).unwrap(),
@@ -172,6 +172,10 @@ struct World {
     committed: BTreeMap<i32, (i64, String)>,
     turns: usize,
     went_back: usize,
+    /// The queue of each shard.
+    by_shard: [usize; SHARDS as usize],
+    /// A shard moves to the other queue each so many turns; 0: none does.
+    move_every: usize,
 }
 
 fn assigned(number: i32, committed: Option<&(i64, String)>) -> Assigned {
@@ -199,18 +203,17 @@ impl World {
         let (sender, events) = mpsc::channel(64);
         let queues: Vec<Arc<Queue>> = vec![Arc::default(), Arc::default()];
         for queue in &queues {
-            let lane = Lane::new(
-                store.clone(),
-                Arc::clone(queue),
-                outbox(&metrics),
-                sender.clone(),
-                config.window.clone(),
-                5,
-                config.retry().unwrap(),
-                Arc::default(),
-                metrics.clone(),
-            );
-            tokio::spawn(lane.run());
+            let shared = Shared {
+                mailboxes: store.clone(),
+                outbox: outbox(&metrics),
+                events: sender.clone(),
+                window: config.window.clone(),
+                group_max: 5,
+                retry: config.retry().unwrap(),
+                away: Arc::default(),
+                metrics: metrics.clone(),
+            };
+            tokio::spawn(Lane::new(shared, Arc::clone(queue)).run());
         }
         let mut partitions = Partitions::new(store.shards());
         let mut next = [0; 2];
@@ -232,6 +235,18 @@ impl World {
             committed,
             turns,
             went_back,
+            by_shard: [0, 1, 0, 1],
+            move_every: 0,
+        }
+    }
+
+    /// The next shard moves to the other queue, unless it is on its way already.
+    fn move_a_shard(&mut self) {
+        let at = (self.turns / self.move_every) % self.by_shard.len();
+        let shard = self.store.shards().all().nth(at).unwrap();
+        let (from, to) = (self.by_shard[at], 1 - self.by_shard[at]);
+        if self.queues[from].redirect(shard, &self.queues[to]) {
+            self.by_shard[at] = to;
         }
     }
 
@@ -241,11 +256,13 @@ impl World {
         self.queues.iter().for_each(|queue| queue.close());
         // Calls under way are executed, or lost.
         tokio::time::sleep(Duration::from_millis(5)).await;
-        Self::over(self.store.clone(), self.length, self.committed.clone())
+        let move_every = self.move_every;
+        let next = Self::over(self.store.clone(), self.length, self.committed.clone());
+        Self { move_every, ..next }
     }
 
     fn commit(&mut self) {
-        for commit in self.partitions.take_commits() {
+        for commit in self.partitions.begin_commits() {
             let (text, left_out) = commit.metadata.encode(commit.offset, 3_000);
             assert_eq!(left_out, 0);
             self.committed.insert(commit.partition.number, (commit.offset, text));
@@ -263,6 +280,9 @@ impl World {
             self.turns += 1;
             if self.turns.is_multiple_of(7) {
                 self.commit();
+            }
+            if self.move_every > 0 && self.turns.is_multiple_of(self.move_every) {
+                self.move_a_shard();
             }
             let took = self.take(0) | self.take(1);
             if !took {
@@ -289,7 +309,8 @@ impl World {
             let ask = |round, asked: Vec<(Shard, Option<LogPosition>)>| {
                 let mut by_lane: BTreeMap<usize, Vec<_>> = BTreeMap::new();
                 for (shard, raise) in asked {
-                    by_lane.entry(usize::from(shard.get()) % 2).or_default().push((shard, raise));
+                    let lane = self.by_shard[usize::from(shard.get())];
+                    by_lane.entry(lane).or_default().push((shard, raise));
                 }
                 for (lane, shards) in &by_lane {
                     let (assignment, shards) = (Arc::clone(&assignment), shards.clone());
@@ -302,14 +323,14 @@ impl World {
                 let missing = ask(round, asked.into_iter().map(|s| (s, None)).collect());
                 open.asked(missing, now + Duration::from_secs(2));
             }
-            if open.goes_back(now) {
-                open.go_back(Reach { low: 0, high: self.length, since: 0 });
+            if open.must_rewind(now) {
+                open.rewind(Reach { low: 0, high: self.length, since: 0 });
                 self.went_back += 1;
             }
             if let Some(raised) = open.closing() {
                 // The shards of both lanes are asked, or those of one.
-                let lanes: std::collections::BTreeSet<u16> =
-                    raised.iter().map(|(shard, _)| shard.get() % 2).collect();
+                let lanes: std::collections::BTreeSet<usize> =
+                    raised.iter().map(|(s, _)| self.by_shard[usize::from(s.get())]).collect();
                 let round = open.close(lanes.len());
                 ask(round, raised.into_iter().map(|(s, at)| (s, Some(at))).collect());
             }
@@ -324,13 +345,13 @@ impl World {
         if offset >= self.length || !open.wants() {
             return false;
         }
-        assert!(open.take(offset, 0));
+        assert!(open.track(offset, 0));
         let record = record(number, offset);
-        let Taken::Parcels(parcels) = self.intake.take(&open.reading, record, 0) else {
+        let Decoded::Parcels(parcels) = self.intake.decode(&open.reading, record, 0) else {
             panic!("refused");
         };
         for parcel in parcels {
-            let lane = self.store.lane_of(parcel.shard);
+            let lane = self.by_shard[usize::from(parcel.shard.get())];
             self.queues[lane].push(1, parcel);
         }
         self.next[number as usize] += 1;
@@ -391,14 +412,14 @@ pub(crate) fn record_of(topic: &str, number: i32, offset: i64, users: i64) -> Re
 }
 
 /// A parcel for a shard, from a partition of its own.
-pub(super) fn parcel(shard: u16, offset: i64) -> Parcel {
+pub(crate) fn parcel(shard: u16, offset: i64) -> Parcel {
     let shards = ShardCount::new(64).unwrap();
     let mut partitions = Partitions::new(shards);
     partitions.assign(assigned(0, None), 1);
     let ignored = IntCounter::new("i", "i").unwrap();
     let intake = Intake::new(&Config::default(), shards, ignored);
     let reading = &partitions.get(&partition(0)).unwrap().reading;
-    let Taken::Parcels(mut parcels) = intake.take(reading, record(0, offset), 0) else {
+    let Decoded::Parcels(mut parcels) = intake.decode(reading, record(0, offset), 0) else {
         panic!("refused")
     };
     let shard = shards.all().nth(shard.into()).unwrap();
@@ -411,8 +432,8 @@ fn expected(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
     for number in 0..2 {
         let open = world.partitions.get(&partition(number)).unwrap();
         for offset in 0..world.length {
-            let taken = world.intake.take(&open.reading, record(number, offset), 0);
-            let Taken::Parcels(parcels) = taken else { panic!("refused") };
+            let taken = world.intake.decode(&open.reading, record(number, offset), 0);
+            let Decoded::Parcels(parcels) = taken else { panic!("refused") };
             for parcel in parcels {
                 let held = expected.entry((parcel.shard.get(), number)).or_default();
                 held.push(parcel.message.position);
@@ -433,8 +454,13 @@ fn held(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
 }
 
 fn check(fates: Vec<Fate>) {
+    check_moving(fates, 0);
+}
+
+/// Likewise, while a shard moves to the other lane each so many turns.
+fn check_moving(fates: Vec<Fate>, move_every: usize) {
     paused(async {
-        let mut world = World::new(fates, 120);
+        let mut world = World { move_every, ..World::new(fates, 120) };
         timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
         settle(&mut world).await;
     });
@@ -534,6 +560,14 @@ proptest! {
     #[test]
     fn whatever_happens_every_shard_gets_its_part_in_order(fates in prop::collection::vec(fate(), 0..40)) {
         check(fates);
+    }
+
+    #[test]
+    fn a_shard_that_moves_between_lanes_stays_in_order_and_knows_what_it_has_confirmed(
+        fates in prop::collection::vec(fate(), 0..40),
+        move_every in 1_usize..30,
+    ) {
+        check_moving(fates, move_every);
     }
 
     #[test]

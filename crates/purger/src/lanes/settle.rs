@@ -2,10 +2,9 @@
 //! finished.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use barid_bus::{DeadLetter, DeadLetters, Receipts};
-use barid_core::{Clock, Shard};
+use barid_core::Clock;
 use barid_mailbox::{AcceptOutcome, RedisTime};
 use barid_runtime::{Hop, Tracer};
 use barid_wire::envelope::Header;
@@ -14,10 +13,10 @@ use barid_wire::record::ReceiptKind;
 use barid_wire::v1::Receipt;
 use futures::future::join_all;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
 
-use super::{Event, last_parts};
-use crate::flight::{Flight, Parcel};
+use super::event::Event;
+use super::hand_on::HandOn;
+use crate::flight::{Flight, Parcel, last_parts};
 use crate::metrics::{ACCEPT_FAILED, Metrics};
 
 /// Where outcomes go. Cheap to clone.
@@ -28,12 +27,10 @@ pub struct Outbox {
     /// For the operator.
     pub dead: DeadLetters,
     /// To the dispatchers.
-    pub handoff: mpsc::Sender<(Shard, Push)>,
-    /// How long to wait for room there.
-    pub handoff_wait: Duration,
-    /// Of receipts.
+    pub hand_on: HandOn,
+    /// Receipts are dated by it.
     pub clock: Arc<dyn Clock>,
-    /// Counted here.
+    /// The purger's metrics.
     pub metrics: Metrics,
     /// Logs sampled messages.
     pub tracer: Tracer,
@@ -94,7 +91,7 @@ impl Outbox {
                 settled.push(flight);
             }
         }
-        self.hand_on(pushes).await;
+        self.hand_on.hand_on(pushes).await;
         self.finish(settled, owed, events).await;
     }
 
@@ -168,24 +165,6 @@ impl Outbox {
         }
         if let Some(receipt) = &owed.receipt {
             self.receipts.tell(receipt).await;
-        }
-    }
-
-    /// A dispatcher that does not keep up slows accepting a little, and no more: what finds no room
-    /// is left to the timers that accept has armed.
-    async fn hand_on(&self, pushes: Vec<(Shard, Push)>) {
-        let mut patient = true;
-        for push in pushes {
-            let handed = match self.handoff.try_send(push) {
-                Ok(()) => true,
-                Err(mpsc::error::TrySendError::Full(push)) if patient => {
-                    patient = timeout(self.handoff_wait, self.handoff.send(push)).await.is_ok();
-                    patient
-                }
-                Err(_) => false,
-            };
-            let counter = if handed { &self.metrics.handed } else { &self.metrics.handoff_dropped };
-            counter.inc();
         }
     }
 }

@@ -1,0 +1,176 @@
+//! The lanes to the Redis masters: `calls_per_lane` for each master, each a queue and a task that accepts what
+//! is in it ([`Lane`]). A shard belongs to one lane at a time, so its messages stay in order.
+
+mod away;
+mod batch;
+mod event;
+mod hand_on;
+mod lane;
+mod queue;
+mod settle;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use barid_core::{LogPosition, Shard};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+pub use self::away::Away;
+pub use self::event::{Answer, Event, Question};
+pub use self::hand_on::HandOn;
+#[cfg(test)]
+pub(crate) use self::hand_on::tests::Nobody;
+#[cfg(test)]
+pub(crate) use self::lane::tests::record_of;
+pub use self::lane::{Lane, Shared};
+pub use self::queue::Queue;
+pub use self::settle::Outbox;
+use crate::flight::{Assignment, Parcel};
+use crate::ports::Mailboxes;
+
+/// All lanes, and the lane of each shard.
+pub struct Lanes<M> {
+    shared: Shared<M>,
+    queues: Vec<Arc<Queue>>,
+    /// The lane of each shard, an index of `queues`.
+    by_shard: Vec<usize>,
+    workers: JoinSet<()>,
+}
+
+impl<M: Mailboxes> Lanes<M> {
+    /// Starts the lanes of all masters. Call within a runtime.
+    pub fn start(shared: Shared<M>) -> Self {
+        let mut lanes =
+            Self { shared, queues: Vec::new(), by_shard: Vec::new(), workers: JoinSet::new() };
+        lanes.add_missing();
+        let shards = lanes.shared.mailboxes.shards();
+        lanes.by_shard = shards.all().map(|shard| lanes.place(shard)).collect();
+        lanes
+    }
+
+    /// Starts the lanes of masters that are new. Those of masters that have gone stay, and serve masters that
+    /// come later.
+    fn add_missing(&mut self) {
+        let masters = self.shared.mailboxes.lanes().max(1);
+        while self.queues.len() < masters * self.shared.window.calls_per_lane {
+            let queue: Arc<Queue> = Arc::default();
+            self.workers.spawn(Lane::new(self.shared.clone(), Arc::clone(&queue)).run());
+            self.queues.push(queue);
+        }
+    }
+
+    /// Moves shards whose master has changed to the lane of the new one. A shard that is still on its way from an
+    /// earlier move is moved by a later call.
+    pub fn follow_masters(&mut self) {
+        self.add_missing();
+        let mut moved = 0;
+        for shard in self.shared.mailboxes.shards().all() {
+            let (from, to) = (self.lane_of(shard), self.place(shard));
+            if from != to && self.queues[from].redirect(shard, &self.queues[to]) {
+                self.by_shard[usize::from(shard.get())] = to;
+                moved += 1;
+            }
+        }
+        if moved > 0 {
+            tracing::info!(shards = moved, lanes = self.queues.len(), "masters have changed");
+        }
+    }
+
+    /// The lane in which the shard's master has it now.
+    fn place(&self, shard: Shard) -> usize {
+        let per_master = self.shared.window.calls_per_lane;
+        let within = usize::from(shard.get()) % per_master;
+        (self.shared.mailboxes.lane_of(shard) * per_master + within) % self.queues.len()
+    }
+
+    fn queue(&self, shard: Shard) -> &Queue {
+        &self.queues[self.lane_of(shard)]
+    }
+
+    fn lane_of(&self, shard: Shard) -> usize {
+        self.by_shard[usize::from(shard.get())]
+    }
+
+    /// Whether every lane of these parcels has room.
+    pub fn has_room(&self, parcels: &[Parcel]) -> bool {
+        let max = self.shared.window.lane_messages_max;
+        parcels.iter().all(|parcel| self.queue(parcel.shard).load() < max)
+    }
+
+    /// Queues parcels, each in its shard's lane.
+    pub fn enqueue(&self, priority: usize, parcels: Vec<Parcel>) {
+        for parcel in parcels {
+            self.queue(parcel.shard).push(priority, parcel);
+        }
+    }
+
+    /// Whether as much waits in the shard's lane as may wait for a master that is away.
+    pub fn is_laden(&self, shard: Shard) -> bool {
+        let window = &self.shared.window;
+        // Those of all lanes together leave half of the window to the others.
+        let share = window.records_max / (2 * self.queues.len());
+        self.queue(shard).load() >= window.away_messages_max.min(share).max(1)
+    }
+
+    /// Whether some shard's master takes calls.
+    pub fn some_serve(&self) -> bool {
+        self.away().count() < self.by_shard.len()
+    }
+
+    /// Asks shards of an assignment, each by its lane; returns how many lanes will answer.
+    pub fn ask(
+        &self,
+        assignment: &Arc<Assignment>,
+        round: u64,
+        shards: impl Iterator<Item = (Shard, Option<LogPosition>)>,
+    ) -> usize {
+        let mut by_lane: HashMap<usize, Vec<_>> = HashMap::new();
+        for (shard, raise) in shards {
+            by_lane.entry(self.lane_of(shard)).or_default().push((shard, raise));
+        }
+        let lanes = by_lane.len();
+        for (lane, shards) in by_lane {
+            let assignment = Arc::clone(assignment);
+            self.queues[lane].ask(Question { assignment, round, shards });
+        }
+        lanes
+    }
+
+    /// How many lanes [`Self::ask`] would ask about these shards.
+    pub fn count_of(&self, shards: impl Iterator<Item = Shard>) -> usize {
+        shards.map(|shard| self.lane_of(shard)).collect::<HashSet<_>>().len()
+    }
+
+    /// Shards whose master did not take the last call.
+    pub fn away(&self) -> &Away {
+        &self.shared.away
+    }
+
+    /// Redis.
+    pub fn mailboxes(&self) -> &M {
+        &self.shared.mailboxes
+    }
+
+    /// Where outcomes go.
+    pub fn outbox(&self) -> &Outbox {
+        &self.shared.outbox
+    }
+
+    /// Where the lanes report to.
+    pub fn events(&self) -> &mpsc::Sender<Event> {
+        &self.shared.events
+    }
+
+    /// Lets the lanes finish what they have; their tasks.
+    pub fn close(self) -> JoinSet<()> {
+        self.queues.iter().for_each(|queue| queue.close());
+        self.workers
+    }
+
+    /// Messages that wait in lanes or for Redis.
+    #[cfg(test)]
+    pub fn load(&self) -> usize {
+        self.queues.iter().map(|queue| queue.load()).sum()
+    }
+}

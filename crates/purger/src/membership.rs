@@ -1,0 +1,186 @@
+//! Membership of the consumer group: partitions are joined once it is known where to read them from, and given
+//! back once what is under way is finished and committed, or their time is over.
+
+use std::time::Duration;
+
+use barid_bus::Error;
+use barid_bus::consumer::{Assigned, Consumer, Partition};
+use tokio::time::Instant;
+
+use crate::errands::Errand;
+use crate::metrics::Metrics;
+use crate::pipeline::Pipeline;
+use crate::ports::Mailboxes;
+
+/// Wait before an assignment that failed is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long a commit may take when a partition is given back, or the process ends.
+pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Assignments and revocations under way.
+pub struct Membership {
+    joining: Option<Joining>,
+    revocations: Vec<Revocation>,
+    /// How long a revoked partition may take to finish what is under way.
+    drain: Duration,
+    metrics: Metrics,
+}
+
+/// Partitions that were assigned, without those that were revoked meanwhile.
+struct Joining {
+    partitions: Vec<Partition>,
+    /// When to ask where they stand (again).
+    due: Instant,
+    errand: Option<Errand<Vec<Assigned>>>,
+}
+
+/// Partitions that are to be given back.
+struct Revocation {
+    partitions: Vec<Partition>,
+    deadline: Instant,
+    /// The last commit, and the revocation's label: `drained` or `cut`.
+    commit: Option<(Errand<usize>, &'static str)>,
+}
+
+impl Membership {
+    /// Holds no partition. `drain`: how long a revoked partition may take to finish what is under way.
+    pub fn new(drain: Duration, metrics: Metrics) -> Self {
+        Self { joining: None, revocations: Vec::new(), drain, metrics }
+    }
+
+    /// The group has assigned partitions; [`Self::join`] answers.
+    pub fn assigned(&mut self, partitions: Vec<Partition>) {
+        self.joining = Some(Joining { partitions, due: Instant::now(), errand: None });
+    }
+
+    /// The group wants partitions back; [`Self::give_back`] answers.
+    pub fn revoked<S, M: Mailboxes>(
+        &mut self,
+        consumer: &mut Consumer<S>,
+        pipeline: &mut Pipeline<M>,
+        partitions: Vec<Partition>,
+    ) {
+        self.decline(consumer, &partitions);
+        partitions.iter().for_each(|partition| pipeline.stop(partition));
+        let deadline = Instant::now() + self.drain;
+        self.revocations.push(Revocation { partitions, deadline, commit: None });
+    }
+
+    /// Partitions belong to somebody else already: nothing about them can be committed.
+    pub fn lost<S, M: Mailboxes>(
+        &mut self,
+        consumer: &mut Consumer<S>,
+        pipeline: &mut Pipeline<M>,
+        partitions: &[Partition],
+    ) {
+        self.decline(consumer, partitions);
+        tracing::warn!(partitions = partitions.len(), "partitions lost");
+        self.metrics.revoked.with_label_values(&["lost"]).inc_by(partitions.len() as u64);
+        for partition in partitions {
+            pipeline.stop(partition);
+            pipeline.partitions.remove(partition);
+        }
+        for revocation in &mut self.revocations {
+            revocation.partitions.retain(|partition| !partitions.contains(partition));
+        }
+        self.revocations.retain(|revocation| !revocation.partitions.is_empty());
+        if let Err(error) = consumer.release(partitions) {
+            tracing::warn!(%error, "cannot release lost partitions");
+        }
+    }
+
+    /// Drops revoked partitions from a pending assignment. librdkafka waits for an answer to both.
+    fn decline<S>(&mut self, consumer: &mut Consumer<S>, partitions: &[Partition]) {
+        let Some(joining) = &mut self.joining else { return };
+        let (gone, left): (Vec<_>, Vec<_>) = std::mem::take(&mut joining.partitions)
+            .into_iter()
+            .partition(|partition| partitions.contains(partition));
+        joining.partitions = left;
+        if joining.partitions.is_empty() {
+            self.joining = None;
+        }
+        if gone.is_empty() {
+            return;
+        }
+        if let Err(error) = consumer.decline(&gone) {
+            tracing::warn!(%error, "cannot decline partitions");
+        }
+    }
+
+    /// Answers an assignment once it is known where its partitions stand; the coordinator may need a second
+    /// attempt. `None`: there is nothing to answer yet.
+    ///
+    /// # Errors
+    /// Kafka's; it is tried again.
+    pub fn join<S, M: Mailboxes>(
+        &mut self,
+        consumer: &mut Consumer<S>,
+        pipeline: &mut Pipeline<M>,
+    ) -> Option<Result<(), Error>> {
+        let joining = self.joining.as_mut()?;
+        let Some(errand) = &mut joining.errand else {
+            if joining.due <= Instant::now() {
+                let plan = consumer.plan(&joining.partitions);
+                joining.errand = Some(Errand::new(plan, consumer.bell()));
+            }
+            return None;
+        };
+        let answer = errand.answer()?;
+        joining.errand = None;
+        let joined = answer.and_then(|mut assigned| {
+            assigned.retain(|assigned| joining.partitions.contains(&assigned.partition));
+            consumer.take_up(&assigned).map(|()| assigned)
+        });
+        match joined {
+            Ok(assigned) => {
+                self.joining = None;
+                tracing::info!(partitions = assigned.len(), "assigned");
+                for assigned in assigned {
+                    let priority = pipeline.priority(&assigned.partition.topic);
+                    pipeline.partitions.assign(assigned, priority);
+                }
+                Some(Ok(()))
+            }
+            Err(error) => {
+                joining.due = Instant::now() + RETRY;
+                Some(Err(error))
+            }
+        }
+    }
+
+    /// Gives revoked partitions back once they are finished, or their time is over.
+    pub fn give_back<S, M: Mailboxes>(
+        &mut self,
+        consumer: &mut Consumer<S>,
+        pipeline: &mut Pipeline<M>,
+    ) {
+        let now = Instant::now();
+        for at in (0..self.revocations.len()).rev() {
+            let revocation = &mut self.revocations[at];
+            let Some((errand, how)) = &mut revocation.commit else {
+                let drained = pipeline.is_drained(&revocation.partitions);
+                if drained || revocation.deadline <= now {
+                    let how = if drained { "drained" } else { "cut" };
+                    let commits = pipeline.partitions.commits_of(&revocation.partitions);
+                    let commit = consumer.commit_and_wait(commits, COMMIT_TIMEOUT);
+                    revocation.commit = Some((Errand::new(commit, consumer.bell()), how));
+                }
+                continue;
+            };
+            let how = *how;
+            let Some(committed) = errand.answer() else { continue };
+            if let Err(error) = committed {
+                tracing::warn!(%error, "cannot commit revoked partitions: their next owner repeats them");
+            }
+            let Revocation { partitions, .. } = self.revocations.swap_remove(at);
+            tracing::info!(partitions = partitions.len(), how, "gave partitions back");
+            self.metrics.revoked.with_label_values(&[how]).inc_by(partitions.len() as u64);
+            for partition in &partitions {
+                pipeline.partitions.remove(partition);
+            }
+            if let Err(error) = consumer.release(&partitions) {
+                tracing::warn!(%error, "cannot release partitions");
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Reading a log again because shards have forgotten what they confirmed: asks the shards, goes back, seeks, and
+//! raises their stored positions in the end. What is decided when is in [`crate::partitions`].
+
+use std::time::Duration;
+
+use barid_bus::consumer::{Consumer, Partition, Reach};
+use tokio::time::Instant;
+
+use crate::errands::ByPartition;
+use crate::metrics::Metrics;
+use crate::pipeline::Pipeline;
+use crate::ports::Mailboxes;
+
+/// How long a partition waits for its shards to report their positions.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Requests to Kafka for partitions that go back.
+pub struct Repairs {
+    seeks: ByPartition<()>,
+    /// Requests for the bounds of logs.
+    reaches: ByPartition<Reach>,
+    /// How long mailboxes keep messages, ms: what is older is not read again.
+    ttl_ms: u64,
+    metrics: Metrics,
+}
+
+impl Repairs {
+    /// Nothing under way. `ttl_ms`: how long mailboxes keep messages.
+    pub fn new(ttl_ms: u64, metrics: Metrics) -> Self {
+        Self { seeks: ByPartition::default(), reaches: ByPartition::default(), ttl_ms, metrics }
+    }
+
+    /// Drops the requests for partitions that were taken away.
+    pub fn forget(&mut self, partitions: &[Partition]) {
+        self.seeks.forget(partitions);
+        self.reaches.forget(partitions);
+    }
+
+    /// Starts and ends whatever can be started or ended now.
+    pub fn advance<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
+        ask_shards(pipeline);
+        self.rewind(consumer, pipeline);
+        self.seek(consumer, pipeline);
+    }
+
+    /// Rewinds partitions whose shards have forgotten something, as far as the log and mailboxes reach.
+    fn rewind<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
+        let (now, bell) = (Instant::now(), consumer.bell());
+        let Pipeline { partitions, lanes, .. } = pipeline;
+        for open in partitions.iter_mut() {
+            if !open.must_rewind(now) {
+                continue;
+            }
+            let redis = open.forgetful().and_then(|shard| lanes.mailboxes().redis_time(shard));
+            let partition = open.assignment.partition.clone();
+            let reach = self.reaches.answer(&partition, (open.assignment.id, 0), &bell, || {
+                let now_ms = match redis {
+                    Some(redis) => redis.us(now.into_std()) / 1000,
+                    None => lanes.outbox().clock.now_ms(),
+                };
+                let since_ms = i64::try_from(now_ms.saturating_sub(self.ttl_ms));
+                consumer.reach(&partition, since_ms.unwrap_or(i64::MAX))
+            });
+            if let Some(reach) = reach {
+                open.rewind(reach);
+                self.metrics.repairs.inc();
+                tracing::warn!(
+                    topic = &*partition.topic,
+                    partition = partition.number,
+                    shards = open.repairing(),
+                    to = ?open.seek_to,
+                    ?reach,
+                    "redis has forgotten what shards confirmed, reading again"
+                );
+            }
+        }
+    }
+
+    fn seek<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
+        for open in pipeline.partitions.iter_mut() {
+            // Nothing more is taken of one that is being revoked.
+            let Some(offset) = open.seek_to.filter(|_| !open.revoking) else { continue };
+            let partition = &open.assignment.partition;
+            let about = (open.assignment.id, offset);
+            let ask = || consumer.seek(partition, offset);
+            // A partition that was assigned a moment ago cannot seek yet; an error is retried.
+            if self.seeks.answer(partition, about, &consumer.bell(), ask).is_some() {
+                open.seek_to = None;
+            }
+        }
+    }
+}
+
+/// Asks the shards of a partition for their positions, when the partition is new here or one of them has
+/// forgotten something.
+fn ask_shards<M: Mailboxes>(pipeline: &mut Pipeline<M>) {
+    let Pipeline { partitions, lanes, .. } = pipeline;
+    let shards = lanes.mailboxes().shards();
+    for open in partitions.iter_mut() {
+        if let Some(asked) = open.questions(shards) {
+            let round = open.round.as_ref().map_or(0, |round| round.number);
+            let asked = asked.into_iter().map(|shard| (shard, None));
+            let missing = lanes.ask(&open.assignment, round, asked);
+            open.asked(missing, Instant::now() + ANSWER_PATIENCE);
+        }
+    }
+}
+
+/// Raises the stored positions of shards whose repair is over.
+pub fn close<M: Mailboxes>(pipeline: &mut Pipeline<M>) {
+    let Pipeline { partitions, lanes, .. } = pipeline;
+    for open in partitions.iter_mut() {
+        let Some(shards) = open.closing() else { continue };
+        let answers = lanes.count_of(shards.iter().map(|(shard, _)| *shard));
+        let round = open.close(answers);
+        let shards = shards.into_iter().map(|(shard, at)| (shard, Some(at)));
+        lanes.ask(&open.assignment, round, shards);
+    }
+}

@@ -1,0 +1,113 @@
+//! The topics' ids, which show whether a topic was created anew and that a broker answers; and topics that do not
+//! exist.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use barid_bus::Error;
+use barid_bus::consumer::Consumer;
+use tokio::time::Instant;
+
+use crate::errands::Errand;
+
+/// Requests for the topics' ids and for missing topics.
+pub struct TopicWatch {
+    refresh: Refresh,
+    every: Duration,
+    /// All topics that the purger reads or writes.
+    topics: Vec<String>,
+    ids: Option<Errand<HashMap<String, String>>>,
+    missing: Option<Errand<Vec<String>>>,
+}
+
+impl TopicWatch {
+    /// Due at once, and then in `every`.
+    pub fn new(topics: Vec<String>, every: Duration, now: Instant) -> Self {
+        Self { refresh: Refresh::new(now), every, topics, ids: None, missing: None }
+    }
+
+    /// Asks not later than in `wait`.
+    pub fn within(&mut self, wait: Duration, now: Instant) {
+        self.refresh.within(wait, now);
+    }
+
+    /// Asks if it is time. `urgent`: a partition stands still until the ids are known.
+    pub fn ask<S>(&mut self, consumer: &Consumer<S>, urgent: bool, now: Instant) {
+        if self.ids.is_none() && self.refresh.is_due(now, self.every, urgent) {
+            self.ids = Some(Errand::new(consumer.topic_ids(), consumer.bell()));
+            self.missing.get_or_insert_with(|| {
+                Errand::new(consumer.missing_topics(self.topics.clone()), consumer.bell())
+            });
+        }
+    }
+
+    /// The topics' ids by name, once for each answer.
+    pub fn ids(&mut self) -> Option<Result<HashMap<String, String>, Error>> {
+        let answer = self.ids.as_mut()?.answer()?;
+        self.ids = None;
+        Some(answer)
+    }
+
+    /// The topics that do not exist, once for each answer.
+    pub fn missing(&mut self) -> Option<Result<Vec<String>, Error>> {
+        let answer = self.missing.as_mut()?.answer()?;
+        self.missing = None;
+        Some(answer)
+    }
+}
+
+/// How often topics' ids are asked for while a partition waits for them.
+const URGENT: Duration = Duration::from_millis(500);
+
+/// When topics' ids are asked for.
+#[derive(Debug)]
+struct Refresh {
+    due: Instant,
+    asked: Option<Instant>,
+}
+
+impl Refresh {
+    /// Due at once.
+    fn new(now: Instant) -> Self {
+        Self { due: now, asked: None }
+    }
+
+    /// Not later than in `wait`.
+    fn within(&mut self, wait: Duration, now: Instant) {
+        self.due = self.due.min(now + wait);
+    }
+
+    /// Whether to ask now, and then in `every`. `urgent`: a partition stands still until the answer comes.
+    /// An answer may not help, so that the next question waits a while even then.
+    fn is_due(&mut self, now: Instant, every: Duration, urgent: bool) -> bool {
+        let rested = self.asked.is_none_or(|asked| asked + URGENT <= now);
+        let due = self.due <= now || (urgent && rested);
+        if due {
+            (self.due, self.asked) = (now + every, Some(now));
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazard_70_an_id_that_stays_absent_is_not_asked_for_at_each_turn() {
+        let start = Instant::now();
+        let mut refresh = Refresh::new(start);
+        let every = Duration::from_secs(5);
+        // What is asked in ten seconds of a loop that turns each 50 ms and has each answer at once.
+        let mut asked = |from: u64, urgent: bool| {
+            let turns = (0..200).map(|turn| start + Duration::from_millis(from + 50 * turn));
+            turns.filter(|now| refresh.is_due(*now, every, urgent)).count()
+        };
+        assert_eq!((asked(0, false), asked(10_000, true)), (2, 20));
+        // The first question of a partition that stands still waits for nothing.
+        assert!(!refresh.is_due(start + Duration::from_millis(20_100), every, false));
+        assert!(refresh.is_due(start + Duration::from_millis(20_100), every, true));
+        refresh.within(Duration::from_millis(100), start + Duration::from_millis(20_100));
+        assert!(refresh.is_due(start + Duration::from_millis(20_200), every, false));
+    }
+}
