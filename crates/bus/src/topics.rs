@@ -6,6 +6,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::types::RDKafkaErrorCode;
 
+use crate::consumer::Pending;
 use crate::context::Logged;
 use crate::{Error, KafkaConfig};
 
@@ -48,4 +49,21 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Asks for the cluster's metadata with a client of its own.
+///
+/// # Errors
+/// No broker answers within 5 s.
+pub fn broker_answers(config: &KafkaConfig) -> Pending<()> {
+    let client = config.overlay(config.client());
+    let ask = move || -> Result<(), Error> {
+        let client: AdminClient<Logged> = AdminClient::from_config_and_context(&client, Logged)?;
+        client.inner().fetch_metadata(None, Duration::from_secs(5)).map(drop)?;
+        Ok(())
+    };
+    Box::pin(async move {
+        let asked = tokio::task::spawn_blocking(ask).await;
+        asked.map_err(|error| Error::Away(format!("worker thread: {error}")))?
+    })
 }

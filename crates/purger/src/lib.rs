@@ -11,6 +11,7 @@
 //! - `lanes` accept, a lane (or several) for each Redis master, and hand on; [`history`] is what a lane knows of its
 //!   shards.
 
+mod client_watch;
 mod config;
 mod errands;
 mod error;

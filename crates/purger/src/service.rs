@@ -11,7 +11,9 @@ use barid_runtime::{Context, Stopped};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
+use crate::client_watch::ClientWatch;
 use crate::config::Config;
+use crate::errands::Errand;
 use crate::error::Error;
 use crate::lanes::{Event as LaneEvent, HandOn, Outbox, Shared};
 use crate::membership::{COMMIT_TIMEOUT, Membership};
@@ -44,6 +46,7 @@ pub struct Service<M, H> {
     membership: Membership,
     repairs: Repairs,
     topics: TopicWatch,
+    client: ClientWatch,
     readiness: Readiness,
     metrics: Metrics,
     commit_due: Instant,
@@ -94,6 +97,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             repairs: Repairs::new(config.redis.ttl_seconds.saturating_mul(1000), metrics.clone()),
             topics: TopicWatch::new(config.kafka.topics.all(), refresh, now),
             readiness: Readiness::new(&config, context, metrics.clone()),
+            client: ClientWatch::default(),
             metrics,
             commit_due: now,
             committing: false,
@@ -146,7 +150,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.commit(consumer, now);
         self.look(consumer, now);
         self.watch_topics(consumer, now);
-        Ok(())
+        let ask = || Errand::new(barid_bus::broker_answers(&self.config.kafka), consumer.bell());
+        self.client.broken(now, ask).map_or(Ok(()), |silent| Err(Error::BrokenClient(silent)))
     }
 
     fn kafka_event<S>(&mut self, consumer: &mut Consumer<S>, event: Event) -> Result<(), Error> {
@@ -233,13 +238,17 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         match self.topics.ids() {
             None => {}
             Some(Ok(ids)) => {
+                self.client.answered();
                 self.readiness.kafka.ready();
                 let partitions = self.pipeline.compare_topics(&ids);
                 if partitions > 0 {
                     tracing::warn!(partitions, "topic created anew, reading from its start");
                 }
             }
-            Some(Err(error)) => self.readiness.kafka.failing(error.to_string()),
+            Some(Err(error)) => {
+                self.client.failed(now);
+                self.readiness.kafka.failing(error.to_string());
+            }
         }
         // An error shows in the ids, too: no broker answers.
         if let Some(Ok(missing)) = self.topics.missing() {
