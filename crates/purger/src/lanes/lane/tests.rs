@@ -274,6 +274,20 @@ impl World {
         self.run_for(usize::MAX).await;
     }
 
+    /// Waits until idle shards were probed and nothing fails any more, and mends what the probes have found.
+    async fn probe(&mut self) {
+        let interval = Duration::from_millis(self.config.window.probe_interval_ms);
+        let mut calm = 0;
+        while calm < 3 {
+            calm += usize::from(self.store.0.lock().fates.is_empty());
+            tokio::time::sleep(interval).await;
+            while let Ok(event) = self.events.try_recv() {
+                self.hear(event);
+            }
+            timeout(Duration::from_secs(600), self.run()).await.expect("finishes");
+        }
+    }
+
     /// Likewise, for so many turns at most.
     async fn run_for(&mut self, turns: usize) {
         for _ in 0..turns {
@@ -500,8 +514,13 @@ fn check_successors(fates: Vec<Fate>, lives: &[usize], kept: usize) {
             timeout(Duration::from_secs(600), life).await.expect("finishes");
             world = world.succeed().await;
         }
+        let undisturbed = world.store.0.lock().fates.is_empty();
         world.store.0.lock().forget(kept);
         timeout(Duration::from_secs(600), world.run()).await.expect("finishes");
+        if !undisturbed {
+            // A question may be lost, or answered before something is forgotten again: probes find out.
+            world.probe().await;
+        }
         // Without any more messages: the successor has asked.
         let held: usize = held(&world).values().map(Vec::len).sum();
         let expected: usize = expected(&world).values().map(Vec::len).sum();
