@@ -434,7 +434,7 @@ impl Work {
     /// The user's own and the groups' in turn, while there are both.
     fn next_message(&mut self) -> Option<(Option<Ticket>, Message)> {
         let first = if self.live_next { self.live.next() } else { None };
-        let own = if first.is_none() { self.inbox.next() } else { None };
+        let own = if first.is_none() { self.inbox.next_message() } else { None };
         self.live_next = own.is_some();
         if let Some((ticket, message)) = own {
             return Some((Some(ticket), message));

@@ -1,11 +1,17 @@
-//! The protocol's state on the device's side: what has come, what the application was given, what
-//! may be acknowledged. Knows no socket, no clock and no task.
+//! The protocol's state on the device's side: the positions received, the messages with the application, and
+//! the acknowledgement that may be sent. A plain state machine without socket, clock or task.
+//!
+//! A connection feeds it [`Inbox::welcome`], [`Inbox::deliver`] and [`Inbox::skip`]; the application gets
+//! [`Inbox::next_message`] and answers with [`Inbox::finished`]; [`Inbox::take_ack`] says what to send. [`Client`]
+//! drives it; an application that brings its own connection can do the same.
 //!
 //! Two marks stand in the mailbox's history: everything up to `received` has come, everything up
 //! to `handled` is done. Between them lie the pending positions. The server is told `handled`, in
 //! acks and when the device comes back; what then comes a second time is dropped by its position.
 //! When the positions start anew (a Welcome with another epoch or generation), ids tell instead; and
 //! behind what was evicted, which hides whether the history before it is still the one that came.
+//!
+//! [`Client`]: crate::Client
 
 use std::collections::{HashSet, VecDeque};
 
@@ -21,9 +27,10 @@ const RECENT_MAX: usize = 512;
 /// Pending positions above which the server is believed broken: it bounds them itself.
 const PENDING_MAX: usize = 65_536;
 
-/// See the module.
+/// One device's inbox. `Inbox::default()` is that of a device that was never connected. It holds 65,536 pending
+/// positions and the hashes of the 512 ids handled last.
 #[derive(Debug, Default)]
-pub(crate) struct Inbox {
+pub struct Inbox {
     standing: Option<Standing>,
     pending: VecDeque<Pending>,
     /// Counts the resets: tickets of an earlier life name positions that are void.
@@ -71,9 +78,9 @@ enum State {
     Done,
 }
 
-/// Names a message that the application has.
+/// Names a message that the application has; [`Inbox::finished`] takes it back.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ticket {
+pub struct Ticket {
     life: u64,
     seq: Seq,
     id: u64,
@@ -81,24 +88,36 @@ pub(crate) struct Ticket {
 
 /// A cumulative acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ack {
-    pub(crate) generation: Generation,
-    pub(crate) seq: Seq,
+pub struct Ack {
+    /// The generation of the positions; sent along, so that the server ignores it after a reset.
+    pub generation: Generation,
+    /// Everything up to here is handled; above 0.
+    pub seq: Seq,
 }
 
-/// The server broke the protocol.
+/// The server broke the protocol: the connection cannot be used any longer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Violation {
+#[non_exhaustive]
+pub enum Violation {
+    /// A message does not follow on the last position received.
     #[error("message {got} after {received}: a gap")]
-    Gap { received: Seq, got: Seq },
+    Gap {
+        /// The last position received.
+        received: Seq,
+        /// The message's position.
+        got: Seq,
+    },
+    /// More positions are pending than any server allows.
     #[error("more than {PENDING_MAX} unacknowledged messages")]
     TooMany,
+    /// A message or a skip came before the first welcome.
     #[error("a message before welcome")]
     Early,
 }
 
 impl Inbox {
-    pub(crate) fn resume(checkpoint: &Checkpoint) -> Self {
+    /// Restores an inbox from what [`Self::checkpoint`] returned.
+    pub fn resume(checkpoint: &Checkpoint) -> Self {
         let mut inbox = Self::default();
         inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
         inbox.seen.extend(&checkpoint.ahead);
@@ -106,8 +125,9 @@ impl Inbox {
         inbox
     }
 
-    /// What to remember over a restart of the program.
-    pub(crate) fn checkpoint(&self, attempt: u64) -> Checkpoint {
+    /// Returns what to keep over a restart of the program; `attempt` is that of the last connection. Save it
+    /// before an acknowledgement is sent: otherwise a crash in between shows messages again.
+    pub fn checkpoint(&self, attempt: u64) -> Checkpoint {
         let ahead = self.pending.iter().filter(|entry| matches!(entry.state, State::Done));
         Checkpoint {
             attempt,
@@ -117,18 +137,18 @@ impl Inbox {
         }
     }
 
-    /// What Hello says: the `handled` mark.
-    pub(crate) fn position(&self) -> Option<Position> {
+    /// The `handled` mark, which Hello names; `None` before the first welcome.
+    pub fn position(&self) -> Option<Position> {
         self.standing.map(|s| s.handled)
     }
 
     /// Positions that were handled and are not acknowledged.
-    pub(crate) fn unacked(&self) -> u64 {
+    pub fn unacked(&self) -> u64 {
         self.standing.map_or(0, |s| s.handled.seq.0.saturating_sub(self.acked.0))
     }
 
-    /// The server tells where the device stands.
-    pub(crate) fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
+    /// Takes the position at which a Welcome says that the device stands.
+    pub fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
         let Some(standing) = self.standing else {
             self.standing = Some(Standing::at(now));
             self.acked = now.seq;
@@ -197,8 +217,11 @@ impl Inbox {
         self.ack_due = false;
     }
 
-    /// A message came.
-    pub(crate) fn deliver(
+    /// Takes a message of a frame that carries `generation`. One of another generation is dropped.
+    ///
+    /// # Errors
+    /// The message came before the first welcome, leaves a gap, or is one too many.
+    pub fn deliver(
         &mut self,
         generation: Generation,
         message: Message,
@@ -248,8 +271,11 @@ impl Inbox {
         events.push(Event::Duplicate { seq: message.seq, id: message.id });
     }
 
-    /// Positions up to `to` will not be shown.
-    pub(crate) fn skip(
+    /// Takes a skip: positions up to `to` will not be shown, and `chain` is the chain there.
+    ///
+    /// # Errors
+    /// The skip came before the first welcome.
+    pub fn skip(
         &mut self,
         generation: Generation,
         to: Seq,
@@ -302,8 +328,8 @@ impl Inbox {
         self.settle();
     }
 
-    /// The next message for the application, in order: nothing passes one that it refused.
-    pub(crate) fn next(&mut self) -> Option<(Ticket, Message)> {
+    /// Takes the next message for the application, in order: nothing passes one that it refused.
+    pub fn next_message(&mut self) -> Option<(Ticket, Message)> {
         let life = self.life;
         let entry = self
             .pending
@@ -323,8 +349,8 @@ impl Inbox {
         }
     }
 
-    /// The application is done with a message, or (`handled` false) gives it back.
-    pub(crate) fn finished(&mut self, ticket: Ticket, handled: bool) {
+    /// The application has handled a message, or (`handled` false) gives it back; in any order.
+    pub fn finished(&mut self, ticket: Ticket, handled: bool) {
         if handled {
             self.remember(ticket.id);
         }
@@ -350,8 +376,8 @@ impl Inbox {
         self.settle();
     }
 
-    /// The acknowledgement that is due, once.
-    pub(crate) fn take_ack(&mut self) -> Option<Ack> {
+    /// Takes the acknowledgement that is due, if there is one; each is returned once.
+    pub fn take_ack(&mut self) -> Option<Ack> {
         let handled = self.standing?.handled;
         if !std::mem::take(&mut self.ack_due) || handled.seq == Seq(0) {
             return None;
@@ -361,7 +387,7 @@ impl Inbox {
     }
 
     /// Whether [`Self::take_ack`] has one.
-    pub(crate) fn ack_due(&self) -> bool {
+    pub fn ack_due(&self) -> bool {
         self.ack_due
     }
 

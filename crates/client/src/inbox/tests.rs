@@ -53,11 +53,11 @@ impl Device {
     }
 
     fn take(&mut self) -> Ticket {
-        self.inbox.next().expect("a message waits").0
+        self.inbox.next_message().expect("a message waits").0
     }
 
     fn shown(&mut self) -> Option<String> {
-        self.inbox.next().map(|(_, message)| message.id)
+        self.inbox.next_message().map(|(_, message)| message.id)
     }
 
     fn acked(&mut self) -> Option<u64> {
@@ -67,7 +67,7 @@ impl Device {
     /// Handles everything that waits; the ids.
     fn handle_all(&mut self) -> Vec<String> {
         std::iter::from_fn(|| {
-            let (ticket, message) = self.inbox.next()?;
+            let (ticket, message) = self.inbox.next_message()?;
             self.inbox.finished(ticket, true);
             Some(message.id)
         })
@@ -414,7 +414,7 @@ impl World {
     }
 
     fn take(&mut self) {
-        if let Some((ticket, message)) = self.device.inbox.next() {
+        if let Some((ticket, message)) = self.device.inbox.next_message() {
             self.out.push((ticket, message.id));
         }
     }
