@@ -48,8 +48,8 @@ pub(crate) enum Step {
     Push { user: usize, nth: usize },
     /// Everything reaches a user's devices, is handled and acknowledged.
     Serve { user: usize },
-    /// The fast path drops what it has.
-    LosePushes { user: usize },
+    /// The fast path drops what it has; `told`: the node itself does, and its sessions hear of it.
+    LosePushes { user: usize, told: bool },
     /// A device connects; a connection that it had is not told.
     Connect { client: usize },
     /// A call of an earlier attempt arrives.
@@ -60,10 +60,15 @@ pub(crate) enum Step {
     DisconnectLate { nth: usize },
     /// A session is lost, and its route stays.
     Vanish { client: usize },
-    /// The application is done with some messages, and the device acknowledges.
-    Handle { client: usize, count: usize },
-    /// A session acknowledges, reads, or gets what it has read.
-    Turn { client: usize, ghost: bool },
+    /// The application is done with some messages, the newest or the oldest first, and the device acknowledges.
+    Handle { client: usize, count: usize, newest: bool },
+    /// The application does not handle a message.
+    Refuse { client: usize },
+    /// A device's program ends and starts again; `crash`: what it did not save is forgotten.
+    Restart { client: usize, crash: bool },
+    /// A session gets an answer, acknowledges, or reads; `ahead`: it asks before it gets an earlier answer, or
+    /// gets the newest answer first.
+    Turn { client: usize, ghost: bool, ahead: bool },
     /// A session confirms that it lives.
     Confirm { client: usize, ghost: bool },
     /// A device that says what it likes.
@@ -156,13 +161,17 @@ impl ReferenceStateMachine for Anything {
             8 => (user.clone(), prop_oneof![4 => Just(0), 1 => Just(1_usize)])
                 .prop_map(|(user, nth)| Step::Push { user, nth }),
             8 => user.clone().prop_map(|user| Step::Serve { user }),
-            1 => user.clone().prop_map(|user| Step::LosePushes { user }),
+            1 => (user.clone(), prop::bool::ANY).prop_map(|(user, told)| Step::LosePushes { user, told }),
             6 => client.clone().prop_map(|client| Step::Connect { client }),
             1 => client.clone().prop_map(|client| Step::ConnectLate { client }),
             3 => (client.clone(), ghost()).prop_map(|(client, ghost)| Step::Disconnect { client, ghost }),
             1 => client.clone().prop_map(|client| Step::Vanish { client }),
-            5 => (client.clone(), 1..4_usize).prop_map(|(client, count)| Step::Handle { client, count }),
-            12 => (client.clone(), ghost()).prop_map(|(client, ghost)| Step::Turn { client, ghost }),
+            5 => (client.clone(), 1..4_usize, prop::bool::weighted(0.2))
+                .prop_map(|(client, count, newest)| Step::Handle { client, count, newest }),
+            1 => client.clone().prop_map(|client| Step::Refuse { client }),
+            1 => (client.clone(), prop::bool::ANY).prop_map(|(client, crash)| Step::Restart { client, crash }),
+            12 => (client.clone(), ghost(), prop::bool::weighted(0.3))
+                .prop_map(|(client, ghost, ahead)| Step::Turn { client, ghost, ahead }),
             3 => (client, ghost()).prop_map(|(client, ghost)| Step::Confirm { client, ghost }),
             1 => (0..3_usize).prop_map(|nth| Step::DisconnectLate { nth }),
             10 => (0..STRANGERS, calls(), claims())

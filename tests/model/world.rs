@@ -10,7 +10,7 @@ mod strangers;
 use std::collections::{HashSet, VecDeque};
 
 use barid_core::{
-    AppId, Attempt, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
+    AppId, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
     AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, LogPosition, Source,
@@ -45,6 +45,9 @@ pub const BURST: usize = 34;
 /// Devices that nobody promises anything, because they say what they like: two of each user.
 pub const STRANGERS: usize = 4;
 
+/// What every device says it runs on.
+const PLATFORM: &str = "model";
+
 pub struct World<'a> {
     store: &'a mut Store,
     now: mailboxes::Shard,
@@ -70,6 +73,8 @@ pub struct World<'a> {
     incarnation: u64,
     /// In units: a mailbox keeps its entries for a few.
     clock: u64,
+    /// The nodes' clocks, µs.
+    now_us: u64,
     /// What Redis held after the last call.
     held: Vec<Held>,
 }
@@ -97,6 +102,7 @@ impl<'a> World<'a> {
             connections: 0,
             incarnation: 1,
             clock: 0,
+            now_us: 1_000_000_000,
             held,
         }
     }
@@ -127,10 +133,6 @@ pub fn device_id(name: &str) -> DeviceId {
 pub fn session_ref(number: u64, incarnation: u64) -> SessionRef {
     let node = NodeId::new("node-1").expect("a name");
     SessionRef { node, incarnation: Incarnation(incarnation), connection: ConnectionId(number) }
-}
-
-pub fn attempt(number: u64) -> Attempt {
-    Attempt(number)
 }
 
 fn accept_group(shard: Shard, source: usize, group: &Group) -> AcceptGroup {

@@ -1,16 +1,28 @@
 //! Devices and the node: connects, pushes, reads, acknowledgements, re-sends.
 
-use barid_core::Seq;
-use barid_mailbox::{AckRequest, ConnectOutcome, DisconnectRequest, DueDevice, Unreached};
+use barid_core::CloseCode;
+use barid_mailbox::{
+    AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome, DisconnectRequest, DueDevice,
+    Unreached,
+};
+use barid_session::{AckPoint, Claims, Close, Connecting, ReadFrom, Unidentified};
+use barid_wire::frames::ClientFrame;
+use barid_wire::v1;
 
 use super::calls::place;
-use super::{CLIENTS, Checked, World, check, device_id, device_of, session_ref, user_key, user_of};
+use super::{
+    CLIENTS, Checked, PLATFORM, World, check, device_id, device_of, session_ref, user_key, user_of,
+};
 use crate::mailboxes::{Hello, Route};
-use crate::session::{Mark, Next, Out, Session};
+use crate::session::{Answer, Next, Out, SETTINGS, Session};
 
 /// Why a claim is given back.
 const UNREACHED: [Unreached; 4] =
     [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
+/// How far ahead of a node's clock an attempt is believed, ms.
+const AHEAD_MS: u64 = 10_000;
+/// Of a session that has much to do.
+const TURNS: usize = 64;
 
 impl World<'_> {
     /// A push reaches the node: every session of the user, also those of a device that has left.
@@ -20,12 +32,18 @@ impl World<'_> {
         for number in numbers {
             let Some(index) = self.position(number) else { continue };
             if user_of(self.sessions[index].client) == user {
-                let mut out = Vec::new();
-                self.sessions[index].push(&entry, &mut out);
+                let out = self.sessions[index].push(&entry, self.now_us);
                 self.tell(number, out).await?;
             }
         }
         Ok(())
+    }
+
+    /// The node drops what it has for a user, and tells the sessions; or something before it does.
+    pub(super) fn lose_pushes(&mut self, user: usize, told: bool) {
+        self.pushes[user].clear();
+        let ours = |session: &&mut Session| told && user_of(session.client) == user;
+        self.sessions.iter_mut().filter(ours).for_each(Session::missed);
     }
 
     pub(super) async fn connect(&mut self, client: usize, late: bool) -> Checked {
@@ -40,20 +58,26 @@ impl World<'_> {
         let number = self.connections;
         let at = state.position().map(place);
         let route = Route { number, incarnation: self.incarnation, attempt };
+        let connecting = self.hello(client, attempt)?;
         let hello = Hello { device: device_of(client), route, at };
-        let outcome = self.call_connect(user_of(client), hello).await?;
+        let request = connecting.request(session_ref(number, self.incarnation));
+        let outcome = self.call_connect(user_of(client), hello, request).await?;
         let state = &mut self.clients[client];
-        let ConnectOutcome::Connected { cursor, newest, replaced, .. } = outcome else {
-            let refused = late || outcome == ConnectOutcome::TooManyDevices;
-            check!(refused, "{outcome:?} on a connect");
-            state.current = state.current.filter(|_| late);
-            return Ok(());
+        let (connected, replaced) = match connecting.answered(outcome.clone(), SETTINGS) {
+            Ok(connected) => connected,
+            Err(refusal) => {
+                let refused = late || outcome == ConnectOutcome::TooManyDevices;
+                check!(refused, "{outcome:?} on a connect: {refusal:?}");
+                state.current = state.current.filter(|_| late);
+                return Ok(());
+            }
         };
         if let Some(old) = replaced {
             let ours = state.current == Some(old.connection.0);
             check!(!late || !ours, "a late connect replaced the live session");
         }
-        self.sessions.push(Session::new(client, route, cursor, newest));
+        let cursor = connected.position();
+        self.sessions.push(Session::new(client, route, connected));
         if late {
             return Ok(()); // nobody listens
         }
@@ -64,25 +88,54 @@ impl World<'_> {
         self.clients[client].welcome(cursor)
     }
 
+    /// A device says Hello.
+    fn hello(&self, client: usize, attempt: u64) -> Checked<Connecting> {
+        let device = device_id(device_of(client));
+        let position = self.clients[client].position().map(|position| v1::Position {
+            mailbox: String::new(),
+            epoch: position.epoch.0,
+            generation: position.generation.0,
+            seq: position.seq.0,
+            chain: position.chain.map(|chain| chain.0),
+        });
+        let hello = v1::Hello {
+            device: device.to_string(),
+            platform: PLATFORM.into(),
+            attempt,
+            positions: position.into_iter().collect(),
+            ..Default::default()
+        };
+        let user = user_key(user_of(client));
+        let claims = Claims { user, device: Some(device), expires_s: u64::MAX, groups: Vec::new() };
+        let unidentified = Unidentified::new(claims, self.now_us / 1000);
+        let connecting = unidentified.frame(ClientFrame::Hello(hello), AHEAD_MS);
+        connecting.map_err(|close| format!("a Hello is refused: {close:?}"))
+    }
+
     /// A session ends: it hands in what it owes, and its route goes if it is still its own.
     pub(super) async fn close(&mut self, index: usize) -> Checked {
-        if let Some(owed) = self.sessions[index].owed() {
-            self.ack(index, owed).await?;
-        }
         let session = self.sessions.remove(index);
         let (client, number) = (session.client, session.route.number);
         let current = &mut self.clients[client].current;
         *current = current.filter(|current| *current != number);
-        let request = leaving(&session);
+        let (route, request) = (session.route, leaving(&session));
+        if let Some(owed) = session.close().ack {
+            let ack = ack_request(client, route, owed);
+            self.acks.push((device_of(client), ack.clone()));
+            self.call_ack(device_of(client), ack).await?;
+        }
         self.left.push((device_of(client), request.clone()));
         self.call_disconnect(device_of(client), request).await
     }
 
-    pub(super) fn handle(&mut self, client: usize, count: usize) {
-        let Some((generation, seq)) = self.clients[client].handle(count) else { return };
-        if let Some(index) = self.find(client, false) {
-            self.sessions[index].acknowledged(generation, seq);
-        }
+    pub(super) async fn handle(&mut self, client: usize, count: usize, newest: bool) -> Checked {
+        self.clients[client].handle(count, newest)?;
+        let Some(index) = self.find(client, false) else { return Ok(()) };
+        let Some(ack) = self.clients[client].ack() else { return Ok(()) };
+        let session = &mut self.sessions[index];
+        let number = session.route.number;
+        let out = session.acknowledged(ack.generation, ack.seq.0, self.now_us);
+        self.tell(number, out).await
     }
 
     /// The fast path does what it can, up to the acks.
@@ -98,51 +151,47 @@ impl World<'_> {
 
     /// A client and its session go on until neither has anything to do.
     pub(super) async fn exhaust(&mut self, client: usize) -> Checked {
-        for _ in 0..32 {
-            self.handle(client, usize::MAX);
+        for _ in 0..TURNS {
+            self.handle(client, usize::MAX, false).await?;
             match self.find(client, false) {
-                Some(index) if self.turn(index).await? => (),
+                Some(index) if self.turn(index, false).await? => (),
                 _ => break,
             }
         }
         Ok(())
     }
 
-    /// The session does what it wants next. A page comes back a turn later.
-    pub(super) async fn turn(&mut self, index: usize) -> Checked<bool> {
-        let session = &mut self.sessions[index];
-        let number = session.route.number;
-        let mut out = Vec::new();
-        if let Some(page) = session.page.take() {
-            session.page(page, &mut out);
-        } else {
-            match session.next() {
-                Some(Next::Ack(owed)) => out = self.ack(index, owed).await?,
-                Some(Next::Read) => self.read(index).await?,
-                None => return Ok(false),
-            }
+    /// The session gets an answer, or does what it wants next, whose answer comes a turn later. `ahead`: what it
+    /// wants comes first, then the newest answer.
+    pub(super) async fn turn(&mut self, index: usize, ahead: bool) -> Checked<bool> {
+        if !ahead && let Some(answer) = self.sessions[index].answers.pop_front() {
+            return self.answer(index, answer).await;
         }
+        match self.sessions[index].next() {
+            Some(Next::Ack(owed)) => self.ack(index, owed).await?,
+            Some(Next::Read(read)) => self.read(index, read).await?,
+            None => match self.sessions[index].answers.pop_back() {
+                Some(answer) => return self.answer(index, answer).await,
+                None => return Ok(false),
+            },
+        }
+        Ok(true)
+    }
+
+    async fn answer(&mut self, index: usize, answer: Answer) -> Checked<bool> {
+        let number = self.sessions[index].route.number;
+        let out = self.sessions[index].answered(answer, self.now_us);
         self.tell(number, out).await?;
         Ok(true)
     }
 
-    async fn ack(&mut self, index: usize, owed: Mark) -> Checked<Vec<Out>> {
-        let session = &self.sessions[index];
-        let name = device_of(session.client);
-        let request = AckRequest {
-            user: user_key(user_of(session.client)),
-            device: device_id(name),
-            session: session_ref(session.route.number, session.route.incarnation),
-            epoch: session.epoch,
-            generation: session.generation,
-            seq: Seq(owed.seq),
-            chain: owed.chain,
-        };
+    async fn ack(&mut self, index: usize, owed: AckPoint) -> Checked {
+        let Session { client, route, .. } = self.sessions[index];
+        let (name, request) = (device_of(client), ack_request(client, route, owed));
         self.acks.push((name, request.clone()));
         let outcome = self.call_ack(name, request).await?;
-        let mut out = Vec::new();
-        self.sessions[index].acked(outcome, &mut out);
-        Ok(out)
+        self.sessions[index].answers.push_back(Answer::Acked(outcome));
+        Ok(())
     }
 
     /// An acknowledgement arrives once more, or for the first time: nobody waits for the answer.
@@ -161,13 +210,14 @@ impl World<'_> {
         self.call_disconnect(name, request).await
     }
 
-    async fn read(&mut self, index: usize) -> Checked {
-        let Session { client, route, at, epoch, .. } = self.sessions[index];
-        let page = self.call_read(user_of(client), at.seq).await?;
+    async fn read(&mut self, index: usize, read: ReadFrom) -> Checked {
+        let Session { client, route, .. } = self.sessions[index];
+        let epoch = self.sessions[index].connected().position().epoch;
+        let page = self.call_read(user_of(client), device_of(client), read).await?;
         if page.epoch == epoch && self.clients[client].current == Some(route.number) {
-            self.may_skip(client, at.seq + 1, page.oldest.0)?;
+            self.may_skip(client, read.after.0 + 1, page.oldest.0)?;
         }
-        self.sessions[index].page = Some(page);
+        self.sessions[index].answers.push_back(Answer::Page(page));
         Ok(())
     }
 
@@ -176,7 +226,8 @@ impl World<'_> {
         for out in out {
             let Some(index) = self.position(number) else { return Ok(()) };
             let client = self.sessions[index].client;
-            if matches!(out, Out::Close) {
+            if let Out::Close(close) = out {
+                self.may_close(index, &close)?;
                 self.close(index).await?;
                 continue;
             }
@@ -185,12 +236,23 @@ impl World<'_> {
                 continue;
             }
             match out {
-                Out::Deliver { generation, seq, id } => client.deliver(generation, seq, &id)?,
-                Out::Skip { generation, to } => client.skip(generation, to)?,
+                Out::Deliver { generation, entries } => {
+                    for entry in entries {
+                        client.deliver(generation, entry.seq, &entry.id)?;
+                    }
+                }
+                Out::Skip { generation, to, why } => client.skip(generation, to, why)?,
                 Out::Welcome(cursor) => client.welcome(cursor)?,
-                Out::Close => (),
+                Out::Close(_) => (),
             }
         }
+        Ok(())
+    }
+
+    /// Why a session may end by itself.
+    fn may_close(&self, index: usize, close: &Close) -> Checked {
+        let fine = [CloseCode::HistoryChanged, CloseCode::Replaced, CloseCode::AckTimeout];
+        check!(fine.contains(&close.code), "{:?} ends with {close:?}", self.sessions[index]);
         Ok(())
     }
 
@@ -202,13 +264,21 @@ impl World<'_> {
             session.route.incarnation = self.incarnation;
         }
         let route = session.route;
-        let hello = Hello { device: device_of(client), route, at: Some(place(session.position())) };
-        let outcome = self.call_confirm(user_of(client), hello).await?;
-        let refused = outcome == barid_mailbox::ConfirmOutcome::Superseded;
+        let (identity, position) = (session.connected().identity(), session.connected().position());
+        let request = ConfirmRequest {
+            user: identity.user.clone(),
+            device: identity.device.clone(),
+            session: session_ref(route.number, route.incarnation),
+            attempt: identity.attempt,
+            platform: identity.platform.clone(),
+            position,
+        };
+        let hello = Hello { device: device_of(client), route, at: Some(place(position)) };
+        let outcome = self.call_confirm(user_of(client), hello, request).await?;
+        let refused = outcome == ConfirmOutcome::Superseded;
         let current = self.clients[client].current == Some(route.number);
         check!(!refused || !current, "the newest session of client {client} was superseded");
-        let mut out = Vec::new();
-        self.sessions[index].confirmed(outcome, &mut out);
+        let out = self.sessions[index].confirmed(outcome);
         self.tell(route.number, out).await
     }
 
@@ -235,8 +305,9 @@ impl World<'_> {
 
     async fn resend(&mut self, user: usize, due: DueDevice) -> Checked {
         if let Some(index) = self.position(due.session.connection.0) {
-            self.sessions[index].resend();
-            return Ok(());
+            let (number, now_us) = (due.session.connection.0, self.now_us);
+            let out = self.sessions[index].resend(now_us);
+            return self.tell(number, out).await;
         }
         let ours = |client: &usize| device_of(*client) == due.device.as_str();
         let Some(client) = (0..CLIENTS).find(ours) else { return Ok(()) }; // a stranger hears nothing
@@ -271,5 +342,17 @@ fn leaving(session: &Session) -> DisconnectRequest {
         user: user_key(user_of(session.client)),
         device: device_id(device_of(session.client)),
         session: session_ref(session.route.number, session.route.incarnation),
+    }
+}
+
+fn ack_request(client: usize, route: Route, owed: AckPoint) -> AckRequest {
+    AckRequest {
+        user: user_key(user_of(client)),
+        device: device_id(device_of(client)),
+        session: session_ref(route.number, route.incarnation),
+        epoch: owed.epoch,
+        generation: owed.generation,
+        seq: owed.mark.seq,
+        chain: owed.mark.chain,
     }
 }

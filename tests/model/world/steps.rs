@@ -8,10 +8,15 @@ use crate::purger::Record;
 const RECORDS_MAX: usize = 56;
 /// Rounds of repairs in which everything has to settle.
 const ROUNDS: usize = 12;
+/// The nodes' clocks go on by so much; a re-send may cross an acknowledgement of the step before, not of the round
+/// before.
+const STEP_US: u64 = 1_000;
+const ROUND_US: u64 = 10_000;
 const NAMES: [&str; 4] = ["phone", "tablet", "watch", "browser"];
 
 impl World<'_> {
     pub async fn step(&mut self, step: &Step) -> Checked {
+        self.now_us += STEP_US;
         match *step {
             Step::Produce { source, user, repeat, key } => self.produce(source, user, repeat, key),
             Step::Send { source, user } => {
@@ -34,7 +39,7 @@ impl World<'_> {
             Step::Redeliver { source } => self.redeliver(source).await?,
             Step::Push { user, nth } => self.push(user, nth).await?,
             Step::Serve { user } => self.serve(user).await?,
-            Step::LosePushes { user } => self.pushes[user].clear(),
+            Step::LosePushes { user, told } => self.lose_pushes(user, told),
             Step::Connect { client } => self.connect(client, false).await?,
             Step::ConnectLate { client } => self.connect(client, true).await?,
             Step::Disconnect { client, ghost } => {
@@ -48,10 +53,17 @@ impl World<'_> {
                     self.clients[client].current = None;
                 }
             }
-            Step::Handle { client, count } => self.handle(client, count),
-            Step::Turn { client, ghost } => {
+            Step::Handle { client, count, newest } => self.handle(client, count, newest).await?,
+            Step::Refuse { client } => self.clients[client].refuse()?,
+            Step::Restart { client, crash } => {
+                if let Some(index) = self.find(client, false) {
+                    self.sessions.remove(index);
+                }
+                self.clients[client].restart(crash);
+            }
+            Step::Turn { client, ghost, ahead } => {
                 if let Some(index) = self.find(client, ghost) {
-                    self.turn(index).await?;
+                    self.turn(index, ahead).await?;
                 }
             }
             Step::Confirm { client, ghost } => {
@@ -194,6 +206,7 @@ impl World<'_> {
     }
 
     async fn round(&mut self) -> Checked {
+        self.now_us += ROUND_US;
         for source in 0..2 {
             for _ in 0..ROUNDS {
                 if self.pump(source, 0, BURST).await? {
