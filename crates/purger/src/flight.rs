@@ -14,6 +14,8 @@ use barid_wire::v1::Receipt;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::history::View;
+
 /// A partition as it was assigned to this purger, once.
 #[derive(Debug)]
 pub struct Assignment {
@@ -118,9 +120,14 @@ impl Reading {
         self.number
     }
 
-    /// What the shard said it knows, if this reading went back for it.
-    pub fn repairs(&self, shard: Shard) -> Option<Option<LogPosition>> {
-        self.repairs.get(&shard).copied()
+    /// The reading as a shard's history sees it.
+    pub fn view(&self, shard: Shard) -> View {
+        View {
+            assignment: self.assignment.id,
+            reading: self.number,
+            committed: self.assignment.confirmed.get(&shard).copied(),
+            repaired: self.repairs.get(&shard).copied(),
+        }
     }
 
     /// Ends it. Calls under way are not stopped.
@@ -261,6 +268,11 @@ impl Flight {
             ..Default::default()
         }
     }
+}
+
+/// Marks one message of each flight as done; returns the flights of which it was the last.
+pub fn last_parts(flights: impl Iterator<Item = Arc<Flight>>) -> Vec<Arc<Flight>> {
+    flights.filter(|flight| flight.part_done()).collect()
 }
 
 /// One message of a flight, on its way to one mailbox.

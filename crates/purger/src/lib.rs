@@ -3,14 +3,15 @@
 //! consumes Kafka, and the only one that accepts.
 //!
 //! `service` is the loop; `partitions` and the bus's ledger know what may be committed and what is
-//! read again; `errands` waits for Kafka; `lane` accepts; `intake` decodes.
+//! read again; `errands` waits for Kafka; `lanes` accept; `intake` decodes.
 
 mod config;
 mod errands;
 mod error;
 mod flight;
+pub mod history;
 mod intake;
-mod lane;
+mod lanes;
 mod metrics;
 mod oldest;
 mod partitions;

@@ -17,7 +17,7 @@ use barid_mailbox::LogPosition;
 use tokio::time::Instant;
 
 use crate::flight::{Assignment, Flight, Parcel, Reading};
-use crate::lane::Answer;
+use crate::lanes::Answer;
 
 /// Every partition held.
 #[derive(Debug)]
@@ -604,7 +604,10 @@ mod tests {
             partitions.gap(&reading, shard(), None);
             go_back(&mut partitions, Reach { low, high: 50, since });
             let open = partitions.get(&partition()).unwrap();
-            assert_eq!((open.seek_to, open.reading.repairs(shard())), (Some(target), Some(None)));
+            assert_eq!(
+                (open.seek_to, open.reading.view(shard()).repaired),
+                (Some(target), Some(None))
+            );
             assert!(open.reading.was_finished(44) && !open.reading.was_finished(45));
         }
     }

@@ -20,7 +20,7 @@ use crate::errands::{Errand, Plan, Reaches, Refresh, Seeks};
 use crate::error::Error;
 use crate::flight::{Assignment, Flight, Parcel};
 use crate::intake::{Intake, Taken};
-use crate::lane::{Away, Event as LaneEvent, Lane, Outbox, Question, Queue};
+use crate::lanes::{Away, Event as LaneEvent, Lane, Outbox, Question, Queue, Shared};
 use crate::metrics::Metrics;
 use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
@@ -544,9 +544,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     }
 
     async fn watch_redis(&mut self, now: Instant) {
-        let away = self.flow.away.shards.load(std::sync::atomic::Ordering::Relaxed);
+        let away = self.flow.away.count();
         if away > 0 {
-            let reason = self.flow.away.reason.lock().clone();
+            let reason = self.flow.away.reason();
             self.conditions.redis.failing(format!("{away} shards wait: {reason}"));
         }
         if self.timers.pong.is_none() && self.timers.ping <= now {
@@ -678,19 +678,18 @@ impl Flow {
         let away = Arc::new(Away::default());
         let count = mailboxes.lanes().max(1) * window.calls_per_lane;
         let queues: Vec<Arc<Queue>> = (0..count).map(|_| Arc::default()).collect();
+        let shared = Shared {
+            mailboxes: mailboxes.clone(),
+            outbox: outbox.clone(),
+            events: lane_events.clone(),
+            window: window.clone(),
+            group_max: config.redis.accept_batch_max,
+            retry,
+            away: Arc::clone(&away),
+            metrics: metrics.clone(),
+        };
         for queue in &queues {
-            let lane = Lane::new(
-                mailboxes.clone(),
-                Arc::clone(queue),
-                outbox.clone(),
-                lane_events.clone(),
-                window.clone(),
-                config.redis.accept_batch_max,
-                retry,
-                Arc::clone(&away),
-                metrics.clone(),
-            );
-            workers.spawn(lane.run());
+            workers.spawn(Lane::new(shared.clone(), Arc::clone(queue)).run());
         }
         // Fixed for good, so that a shard stays in order even while masters change.
         let place = |shard: barid_core::Shard| {
@@ -879,7 +878,7 @@ impl Flow {
         }
         self.skips_full = full;
         // Only while other shards can be served.
-        let some_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed);
+        let some_away = self.away.count();
         let some_live = some_away < self.by_shard.len();
         let much = self.bytes[priority] >= self.bytes_max / 2;
         let skips = self.skips.entry(partition.clone()).or_default().of(reading);
@@ -931,7 +930,7 @@ impl Flow {
     /// Reads again what was left in the log for masters that are back.
     fn take_skipped(&mut self) {
         self.skips.retain(|partition, _| self.partitions.get(partition).is_some());
-        let others_away = self.away.shards.load(std::sync::atomic::Ordering::Relaxed) > 0;
+        let others_away = self.away.count() > 0;
         let mut dropped = Vec::new();
         for open in self.partitions.iter_mut() {
             let Some(skips) = self.skips.get_mut(&open.assignment.partition) else { continue };

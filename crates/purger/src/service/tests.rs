@@ -15,7 +15,7 @@ use prometheus::{IntCounter, Registry};
 use proptest::prelude::*;
 
 use super::*;
-use crate::lane::tests::record_of;
+use crate::lanes::record_of;
 
 const SHARDS: u32 = 12;
 const MASTERS: usize = 3;

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::Config;
 use crate::intake::{Intake, Taken};
+use crate::lanes::event::Question;
 use crate::partitions::Partitions;
 
 const SHARDS: u32 = 4;
@@ -199,18 +200,17 @@ impl World {
         let (sender, events) = mpsc::channel(64);
         let queues: Vec<Arc<Queue>> = vec![Arc::default(), Arc::default()];
         for queue in &queues {
-            let lane = Lane::new(
-                store.clone(),
-                Arc::clone(queue),
-                outbox(&metrics),
-                sender.clone(),
-                config.window.clone(),
-                5,
-                config.retry().unwrap(),
-                Arc::default(),
-                metrics.clone(),
-            );
-            tokio::spawn(lane.run());
+            let shared = Shared {
+                mailboxes: store.clone(),
+                outbox: outbox(&metrics),
+                events: sender.clone(),
+                window: config.window.clone(),
+                group_max: 5,
+                retry: config.retry().unwrap(),
+                away: Arc::default(),
+                metrics: metrics.clone(),
+            };
+            tokio::spawn(Lane::new(shared, Arc::clone(queue)).run());
         }
         let mut partitions = Partitions::new(store.shards());
         let mut next = [0; 2];
@@ -391,7 +391,7 @@ pub(crate) fn record_of(topic: &str, number: i32, offset: i64, users: i64) -> Re
 }
 
 /// A parcel for a shard, from a partition of its own.
-pub(super) fn parcel(shard: u16, offset: i64) -> Parcel {
+pub(crate) fn parcel(shard: u16, offset: i64) -> Parcel {
     let shards = ShardCount::new(64).unwrap();
     let mut partitions = Partitions::new(shards);
     partitions.assign(assigned(0, None), 1);

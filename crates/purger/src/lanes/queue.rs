@@ -3,14 +3,14 @@
 //! once for many of them, just when there are many.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use barid_core::{LogPosition, Shard};
+use barid_core::Shard;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::flight::{Assignment, Parcel};
+use super::event::Question;
+use crate::flight::Parcel;
 
 /// Three queues. Bounded by whoever fills it, which looks at [`Queue::load`] first.
 #[derive(Debug, Default)]
@@ -20,17 +20,6 @@ pub struct Queue {
     load: AtomicUsize,
     closed: AtomicBool,
     bell: Notify,
-}
-
-/// Asks shards of an assignment whether they still know what they have confirmed.
-#[derive(Debug, Clone)]
-pub struct Question {
-    /// The assignment.
-    pub assignment: Arc<Assignment>,
-    /// Which of its questions.
-    pub round: u64,
-    /// The shards; and the position to raise those to whose repair is over.
-    pub shards: Vec<(Shard, Option<LogPosition>)>,
 }
 
 /// Parcels of one priority.
@@ -134,9 +123,9 @@ impl Queue {
         }
     }
 
-    /// Takes up to `max` parcels and about `bytes_max` bytes, by weight while all priorities have
+    /// Removes up to `max` parcels and about `bytes_max` bytes, by weight while all priorities have
     /// some; of one priority and shard `turn_max` at a time.
-    pub fn take(
+    pub fn pop_batch(
         &self,
         weights: &[usize; 3],
         max: usize,
@@ -169,10 +158,10 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lane::tests::parcel;
+    use crate::lanes::lane::tests::parcel;
 
     fn shards(queue: &Queue, max: usize, turn_max: usize) -> Vec<u16> {
-        let taken = queue.take(&[8, 4, 1], max, usize::MAX, turn_max);
+        let taken = queue.pop_batch(&[8, 4, 1], max, usize::MAX, turn_max);
         taken.iter().map(|parcel| parcel.shard.get()).collect()
     }
 
@@ -198,7 +187,7 @@ mod tests {
             queue.push(0, parcel(1, offset));
             queue.push(2, parcel(1, 100 + offset));
         }
-        let taken = queue.take(&[8, 4, 1], 18, usize::MAX, 100);
+        let taken = queue.pop_batch(&[8, 4, 1], 18, usize::MAX, 100);
         let offsets: Vec<i64> = taken.iter().map(|p| p.message.position.offset).collect();
         let (bulk, high): (Vec<i64>, Vec<i64>) = offsets.iter().partition(|offset| **offset >= 100);
         assert_eq!((high, bulk), ((0..16).collect(), vec![100, 101]));

@@ -7,25 +7,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use barid_core::Shard;
-use barid_mailbox::{GroupOutcome, LogPosition};
+use barid_mailbox::GroupOutcome;
 use tokio::time::Instant;
 
-use super::{Event, Group, Lane, Question};
-use crate::flight::Assignment;
+use super::Lane;
+use crate::flight::Reading;
+use crate::lanes::batch::Group;
+use crate::lanes::event::{Answer, Event, Question};
 use crate::ports::Mailboxes;
-
-/// The positions of some shards of an assignment.
-#[derive(Debug)]
-pub struct Answer {
-    /// The assignment.
-    pub assignment: Arc<Assignment>,
-    /// Which question; 0: a probe of idle shards.
-    pub round: u64,
-    /// Shards that know what they have confirmed, and were raised if that was asked.
-    pub knowing: Vec<Shard>,
-    /// Shards that have forgotten what came after a position.
-    pub gaps: Vec<(Shard, Option<LogPosition>)>,
-}
 
 impl<M: Mailboxes> Lane<M> {
     /// Answers what was asked. A shard whose master is away is in no answer: it is asked again while it
@@ -54,7 +43,7 @@ impl<M: Mailboxes> Lane<M> {
             answers.insert(key, Answer::new(question.assignment, question.round));
         }
         while !groups.is_empty() {
-            let portion = groups.len().min(self.window.call_messages_max);
+            let portion = groups.len().min(self.shared.window.call_messages_max);
             let (keys, portion): (Vec<_>, Vec<_>) = groups.drain(..portion).unzip();
             let keys = portion
                 .iter()
@@ -64,7 +53,7 @@ impl<M: Mailboxes> Lane<M> {
             self.ask(portion, &keys, &mut answers).await;
         }
         for answer in answers.into_values() {
-            let _ = self.events.send(Event::Answered(answer)).await;
+            let _ = self.shared.events.send(Event::Answered(answer)).await;
         }
     }
 
@@ -72,7 +61,7 @@ impl<M: Mailboxes> Lane<M> {
     pub(super) async fn probe(&mut self) {
         self.probe_at = Instant::now() + self.probe_every;
         let mut answers = HashMap::new();
-        for groups in self.history.idle(self.window.call_messages_max) {
+        for groups in self.idle(self.shared.window.call_messages_max) {
             let mut keys = HashMap::new();
             for group in &groups {
                 let assignment = &group.reading.assignment;
@@ -83,8 +72,28 @@ impl<M: Mailboxes> Lane<M> {
             self.ask(groups, &keys, &mut answers).await;
         }
         for answer in answers.into_values().filter(|answer| !answer.gaps.is_empty()) {
-            let _ = self.events.send(Event::Answered(answer)).await;
+            let _ = self.shared.events.send(Event::Answered(answer)).await;
         }
+    }
+
+    /// Empty groups for shards that were sent nothing since the last time, in portions.
+    fn idle(&mut self, portion: usize) -> Vec<Vec<Group>> {
+        let mut readings: HashMap<u64, Arc<Reading>> = HashMap::new();
+        self.assignments.retain(|id, assignment| {
+            let live = assignment.upgrade().and_then(|assignment| assignment.live());
+            live.map(|reading| readings.insert(*id, reading)).is_some()
+        });
+        let idle = self.history.idle(|assignment| readings.contains_key(&assignment));
+        let group = |(assignment, shard): (u64, Shard)| {
+            let reading = readings.get(&assignment).filter(|reading| !reading.ended())?;
+            Some(Group::empty(shard, Arc::clone(reading), None))
+        };
+        let mut idle: Vec<Group> = idle.into_iter().filter_map(group).collect();
+        let mut portions = Vec::new();
+        while !idle.is_empty() {
+            portions.push(idle.split_off(idle.len().saturating_sub(portion)));
+        }
+        portions
     }
 
     async fn ask(
@@ -98,7 +107,7 @@ impl<M: Mailboxes> Lane<M> {
             let Some(answer) = key.and_then(|key| answers.get_mut(key)) else { continue };
             match outcome {
                 Ok(GroupOutcome::Done(_)) => {
-                    self.history.done(&group);
+                    self.confirm(&group);
                     answer.knowing.push(group.shard);
                 }
                 Ok(GroupOutcome::Gap(known)) => {
@@ -108,11 +117,5 @@ impl<M: Mailboxes> Lane<M> {
                 Err(error) => self.failed(group, error),
             }
         }
-    }
-}
-
-impl Answer {
-    fn new(assignment: Arc<Assignment>, round: u64) -> Self {
-        Self { assignment, round, knowing: Vec::new(), gaps: Vec::new() }
     }
 }

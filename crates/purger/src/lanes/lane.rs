@@ -2,92 +2,61 @@
 //! arrives is gathered; when it returns, all of that goes in the next. So batches grow only under
 //! load, and what a shard gets stays in order.
 
-mod history;
 mod questions;
-mod queue;
-mod settle;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use barid_core::{Backoff, Shard};
-use barid_mailbox::{AcceptGroup, Error, GroupOutcome, LogPosition};
+use barid_core::{Backoff, LogPosition, Shard};
+use barid_mailbox::{AcceptGroup, Error, GroupOutcome};
 use futures::future::join_all;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use self::history::History;
-pub use self::questions::Answer;
-pub use self::queue::{Question, Queue};
-pub use self::settle::Outbox;
+use super::away::Away;
+use super::batch::{Batch, Group};
+use super::event::Event;
+use super::queue::Queue;
+use super::settle::Outbox;
 use crate::config::WindowConfig;
-use crate::flight::{Flight, Parcel, Reading};
+use crate::flight::{Assignment, Parcel, Reading, last_parts};
+use crate::history::{History, View};
 use crate::metrics::Metrics;
 use crate::ports::Mailboxes;
 
-/// What a lane tells the service.
-#[derive(Debug)]
-pub enum Event {
-    /// Everything about these records is done.
-    Finished(Vec<Arc<Flight>>),
-    /// Redis has forgotten what this shard was given after `back_to`: read again from there.
-    Gap {
-        /// The reading in which it showed; it is over.
-        reading: Arc<Reading>,
-        /// The shard.
-        shard: Shard,
-        /// The last position that the shard knows; `None`: none of this partition.
-        back_to: Option<LogPosition>,
-    },
-    /// Positions of shards that were asked or idle.
-    Answered(Answer),
-}
-
-/// Why Redis does not take what it is given, and for how many shards; shared with the service.
-#[derive(Debug, Default)]
-pub struct Away {
-    /// Shards that wait.
-    pub shards: AtomicUsize,
-    /// Which.
-    failing: parking_lot::Mutex<HashSet<Shard>>,
-    /// The last reason.
-    pub reason: parking_lot::Mutex<String>,
-}
-
-impl Away {
-    /// Whether a shard's last call failed.
-    pub fn is_failing(&self, shard: Shard) -> bool {
-        self.shards.load(Ordering::Relaxed) > 0 && self.failing.lock().contains(&shard)
-    }
+/// What every lane works with.
+#[derive(Clone)]
+pub struct Shared<M> {
+    /// Redis.
+    pub mailboxes: M,
+    /// Where outcomes go.
+    pub outbox: Outbox,
+    /// To the loop.
+    pub events: mpsc::Sender<Event>,
+    /// Bounds.
+    pub window: WindowConfig,
+    /// Messages of one script call for one shard, at most.
+    pub group_max: usize,
+    /// Waits between failed calls.
+    pub retry: Backoff,
+    /// Shown to the loop.
+    pub away: Arc<Away>,
+    /// The purger's metrics.
+    pub metrics: Metrics,
 }
 
 /// A lane's task.
 pub struct Lane<M> {
-    /// Redis.
-    pub mailboxes: M,
-    /// What there is to accept.
-    pub queue: Arc<Queue>,
-    /// Where outcomes go.
-    pub outbox: Outbox,
-    /// To the service.
-    pub events: mpsc::Sender<Event>,
-    /// Bounds.
-    pub window: WindowConfig,
-    /// Messages that one script call should carry for one shard.
-    pub group_max: usize,
-    /// Waits between failed calls.
-    pub retry: Backoff,
-    /// Shown to the service.
-    pub away: Arc<Away>,
-    /// Counted here.
-    pub metrics: Metrics,
+    shared: Shared<M>,
+    queue: Arc<Queue>,
     /// Shards whose messages wait: the last call failed, or there were too many for one.
     held: HashMap<Shard, Held>,
     /// Those of them that are reported as failing.
     failing: HashSet<Shard>,
     history: History,
+    /// The assignments that `history` is about.
+    assignments: HashMap<u64, Weak<Assignment>>,
     probe_at: Instant,
     probe_every: Duration,
 }
@@ -99,52 +68,17 @@ struct Held {
     failures: u32,
 }
 
-/// Parcels of one reading for one shard, in order.
-struct Group {
-    shard: Shard,
-    reading: Arc<Reading>,
-    parcels: Vec<Parcel>,
-    /// An empty group raises the shard's stored position to here.
-    raise: Option<LogPosition>,
-}
-
-impl Group {
-    fn empty(shard: Shard, reading: Arc<Reading>, raise: Option<LogPosition>) -> Self {
-        Self { shard, reading, parcels: Vec::new(), raise }
-    }
-}
-
 impl<M: Mailboxes> Lane<M> {
     /// A lane; it works once [`Self::run`] does.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "every part has a name in the one place that calls"
-    )]
-    pub fn new(
-        mailboxes: M,
-        queue: Arc<Queue>,
-        outbox: Outbox,
-        events: mpsc::Sender<Event>,
-        window: WindowConfig,
-        group_max: usize,
-        retry: Backoff,
-        away: Arc<Away>,
-        metrics: Metrics,
-    ) -> Self {
-        let probe_every = Duration::from_millis(window.probe_interval_ms);
+    pub fn new(shared: Shared<M>, queue: Arc<Queue>) -> Self {
+        let probe_every = Duration::from_millis(shared.window.probe_interval_ms);
         Self {
-            mailboxes,
+            shared,
             queue,
-            outbox,
-            events,
-            window,
-            group_max,
-            retry,
-            away,
-            metrics,
             held: HashMap::new(),
             failing: HashSet::new(),
             history: History::default(),
+            assignments: HashMap::new(),
             probe_at: Instant::now() + probe_every,
             probe_every,
         }
@@ -178,7 +112,7 @@ impl<M: Mailboxes> Lane<M> {
 
     /// The next call's groups: shards that waited long enough first, then what is new.
     async fn gather(&mut self) -> Vec<Group> {
-        let mut batch = Batch::new(&self.window, self.group_max);
+        let mut batch = Batch::new(&self.shared.window, self.shared.group_max);
         let now = Instant::now();
         let mut ended = self.held_ended();
         for held in self.held.values_mut().filter(|held| held.until <= now) {
@@ -191,11 +125,16 @@ impl<M: Mailboxes> Lane<M> {
         }
         let (room, room_bytes) = (batch.room(), batch.room_bytes());
         let (mut had, mut expired) = (Vec::new(), Vec::new());
-        for parcel in self.queue.take(&self.window.weights, room, room_bytes, self.group_max) {
+        for parcel in self.queue.pop_batch(
+            &self.shared.window.weights,
+            room,
+            room_bytes,
+            self.shared.group_max,
+        ) {
             let again = parcel.flight.reading.was_finished(parcel.flight.record.offset);
             if parcel.flight.reading.ended() {
                 ended.push(parcel);
-            } else if again && self.history.has(&parcel) {
+            } else if again && self.has_confirmed(&parcel) {
                 had.push(parcel);
             } else if again && parcel.flight.is_expired(self.now_ms(parcel.shard, now)) {
                 expired.push(parcel);
@@ -207,15 +146,15 @@ impl<M: Mailboxes> Lane<M> {
         }
         self.drop_ended(ended).await;
         self.queue.done(had.len() + expired.len());
-        self.outbox.settle_again(had, expired, &self.events).await;
-        batch.groups
+        self.shared.outbox.settle_again(had, expired, &self.shared.events).await;
+        batch.into_groups()
     }
 
     /// Redis's time, by which devices are told what has expired, ms; ours while that is not known.
     fn now_ms(&self, shard: Shard, now: Instant) -> u64 {
-        match self.mailboxes.redis_time(shard) {
+        match self.shared.mailboxes.redis_time(shard) {
             Some(redis) => redis.us(now.into_std()) / 1000,
-            None => self.outbox.clock.now_ms(),
+            None => self.shared.outbox.clock.now_ms(),
         }
     }
 
@@ -250,7 +189,7 @@ impl<M: Mailboxes> Lane<M> {
         self.queue.done(parcels.len());
         let finished: Vec<_> = last_parts(parcels.into_iter().map(|parcel| parcel.flight));
         if !finished.is_empty() {
-            let _ = self.events.send(Event::Finished(finished)).await;
+            let _ = self.shared.events.send(Event::Finished(finished)).await;
         }
     }
 
@@ -268,33 +207,68 @@ impl<M: Mailboxes> Lane<M> {
     ) -> Vec<Vec<(Group, Result<GroupOutcome, Error>)>> {
         let mut by_lane: HashMap<usize, Vec<Group>> = HashMap::new();
         for group in groups {
-            by_lane.entry(self.mailboxes.lane_of(group.shard)).or_default().push(group);
+            by_lane.entry(self.shared.mailboxes.lane_of(group.shard)).or_default().push(group);
         }
         let calls: Vec<(Vec<Group>, Vec<AcceptGroup>)> = by_lane
             .into_values()
             .map(|groups| {
-                let requests = groups.iter().map(|group| self.history.request(group)).collect();
+                let requests = groups.iter().map(|group| self.request(group)).collect();
                 (groups, requests)
             })
             .collect();
         let begun = Instant::now();
         let answers =
-            join_all(calls.iter().map(|(_, requests)| self.mailboxes.accept(requests))).await;
-        self.metrics.call_seconds.observe(begun.elapsed().as_secs_f64());
+            join_all(calls.iter().map(|(_, requests)| self.shared.mailboxes.accept(requests)))
+                .await;
+        self.shared.metrics.call_seconds.observe(begun.elapsed().as_secs_f64());
         let mut answered = Vec::with_capacity(calls.len());
         for ((groups, _), answers) in calls.into_iter().zip(answers) {
             let parcels: usize = groups.iter().map(|group| group.parcels.len()).sum();
-            self.metrics.call_messages.observe(parcels as f64);
+            self.shared.metrics.call_messages.observe(parcels as f64);
             // A store that answers fewer groups than it was asked failed the others.
             let missing = || Err(Error::Unexpected("an answer is missing".into()));
             let answers = answers.into_iter().chain(std::iter::repeat_with(missing));
             let answers: Vec<_> = groups.into_iter().zip(answers).collect();
             for (_, answer) in &answers {
-                self.metrics.calls.with_label_values(&[word(answer)]).inc();
+                self.shared.metrics.calls.with_label_values(&[word(answer)]).inc();
             }
             answered.push(answers);
         }
         answered
+    }
+
+    /// The group as Redis is asked.
+    fn request(&mut self, group: &Group) -> AcceptGroup {
+        let view = self.view(group.shard, &group.reading);
+        if !group.parcels.is_empty() {
+            self.history.mark_active(group.shard, view);
+        }
+        AcceptGroup {
+            shard: group.shard,
+            source: group.reading.assignment.source.clone(),
+            prev: self.history.confirmed(group.shard, view),
+            raise: group.raise,
+            messages: group.parcels.iter().map(|parcel| parcel.message.clone()).collect(),
+        }
+    }
+
+    /// The group was executed.
+    fn confirm(&mut self, group: &Group) {
+        let view = self.view(group.shard, &group.reading);
+        self.history.confirm(group.shard, view, group.last());
+    }
+
+    /// Whether a reading that went back for other shards brings this one what it has confirmed.
+    fn has_confirmed(&mut self, parcel: &Parcel) -> bool {
+        let view = self.view(parcel.shard, &parcel.flight.reading);
+        self.history.confirmed(parcel.shard, view) >= Some(parcel.message.position)
+    }
+
+    fn view(&mut self, shard: Shard, reading: &Reading) -> View {
+        let assignment = &reading.assignment;
+        let known = self.assignments.entry(assignment.id);
+        known.or_insert_with(|| Arc::downgrade(assignment));
+        reading.view(shard)
     }
 
     async fn answered(&mut self, answers: Vec<(Group, Result<GroupOutcome, Error>)>) {
@@ -304,7 +278,7 @@ impl<M: Mailboxes> Lane<M> {
             match answer {
                 Ok(GroupOutcome::Done(outcomes)) if outcomes.len() == group.parcels.len() => {
                     self.held.get_mut(&group.shard).into_iter().for_each(|held| held.failures = 0);
-                    self.history.done(&group);
+                    self.confirm(&group);
                     done.extend(group.parcels.into_iter().zip(outcomes));
                 }
                 Ok(GroupOutcome::Done(outcomes)) => {
@@ -316,20 +290,21 @@ impl<M: Mailboxes> Lane<M> {
             }
         }
         self.queue.done(done.len());
-        let clock = done.first().and_then(|(parcel, _)| self.mailboxes.redis_time(parcel.shard));
-        self.outbox.settle(done, clock, &self.events).await;
+        let clock =
+            done.first().and_then(|(parcel, _)| self.shared.mailboxes.redis_time(parcel.shard));
+        self.shared.outbox.settle(done, clock, &self.shared.events).await;
     }
 
     async fn gap(&mut self, group: Group, back_to: Option<LogPosition>) {
         self.gap_seen(&group, back_to);
         let Group { shard, reading, parcels, .. } = group;
         reading.end();
-        let _ = self.events.send(Event::Gap { reading, shard, back_to }).await;
+        let _ = self.shared.events.send(Event::Gap { reading, shard, back_to }).await;
         self.drop_ended(parcels).await;
     }
 
     fn gap_seen(&self, group: &Group, back_to: Option<LogPosition>) {
-        self.metrics.gaps.inc();
+        self.shared.metrics.gaps.inc();
         let partition = &group.reading.assignment.partition;
         tracing::debug!(
             topic = &*partition.topic,
@@ -348,8 +323,8 @@ impl<M: Mailboxes> Lane<M> {
         if group.parcels.is_empty() {
             return; // a probe: the next one asks again
         }
-        *self.away.reason.lock() = error.to_string();
-        let retry = self.retry;
+        self.shared.away.set_reason(error.to_string());
+        let retry = self.shared.retry;
         let held = self.hold(group.shard, Instant::now());
         if matches!(error, Error::Newer(_)) && held.failures == 0 {
             tracing::warn!(%error, shard = %group.shard, "this shard waits");
@@ -367,12 +342,8 @@ impl<M: Mailboxes> Lane<M> {
         if failing == self.failing {
             return;
         }
-        let mut all = self.away.failing.lock();
-        all.retain(|shard| !self.failing.contains(shard));
-        all.extend(&failing);
-        self.away.shards.store(all.len(), Ordering::Relaxed);
-        self.metrics.shards_away.set(all.len() as i64);
-        drop(all);
+        let all = self.shared.away.replace(&self.failing, &failing);
+        self.shared.metrics.shards_away.set(all as i64);
         self.failing = failing;
     }
 }
@@ -382,62 +353,6 @@ impl Held {
     fn blocks(&self, now: Instant) -> bool {
         !self.parcels.is_empty() || self.until > now
     }
-}
-
-/// Groups being gathered, within the bounds of a call.
-struct Batch {
-    groups: Vec<Group>,
-    index: HashMap<(Shard, u64, u64), usize>,
-    room: usize,
-    room_bytes: usize,
-    group_max: usize,
-}
-
-impl Batch {
-    fn new(window: &WindowConfig, group_max: usize) -> Self {
-        Self {
-            groups: Vec::new(),
-            index: HashMap::new(),
-            room: window.call_messages_max,
-            room_bytes: window.call_bytes_max,
-            group_max,
-        }
-    }
-
-    /// Adds a parcel, or gives it back where there is no room for it.
-    fn add(&mut self, parcel: Parcel) -> Option<Parcel> {
-        if self.room == 0 || self.room_bytes == 0 {
-            return Some(parcel);
-        }
-        let reading = &parcel.flight.reading;
-        let key = (parcel.shard, reading.assignment.id, reading.number());
-        let at = *self.index.entry(key).or_insert_with(|| {
-            let reading = Arc::clone(reading);
-            self.groups.push(Group::empty(parcel.shard, reading, None));
-            self.groups.len() - 1
-        });
-        let group = &mut self.groups[at];
-        if group.parcels.len() >= self.group_max {
-            return Some(parcel);
-        }
-        self.room -= 1;
-        self.room_bytes = self.room_bytes.saturating_sub(parcel.message.body.len());
-        group.parcels.push(parcel);
-        None
-    }
-
-    fn room(&self) -> usize {
-        self.room
-    }
-
-    fn room_bytes(&self) -> usize {
-        self.room_bytes
-    }
-}
-
-/// Those flights whose last part this was.
-fn last_parts(flights: impl Iterator<Item = Arc<Flight>>) -> Vec<Arc<Flight>> {
-    flights.filter(|flight| flight.part_done()).collect()
 }
 
 fn word(answer: &Result<GroupOutcome, Error>) -> &'static str {

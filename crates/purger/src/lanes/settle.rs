@@ -16,8 +16,8 @@ use futures::future::join_all;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::{Event, last_parts};
-use crate::flight::{Flight, Parcel};
+use super::event::Event;
+use crate::flight::{Flight, Parcel, last_parts};
 use crate::metrics::{ACCEPT_FAILED, Metrics};
 
 /// Where outcomes go. Cheap to clone.

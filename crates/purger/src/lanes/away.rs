@@ -1,0 +1,46 @@
+//! Shards whose master did not take the last call, over all lanes.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use barid_core::Shard;
+use parking_lot::Mutex;
+
+/// Written by the lanes, read by the loop.
+#[derive(Debug, Default)]
+pub struct Away {
+    count: AtomicUsize,
+    failing: Mutex<HashSet<Shard>>,
+    reason: Mutex<String>,
+}
+
+impl Away {
+    /// Shards whose last call failed.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Whether a shard's last call failed.
+    pub fn is_failing(&self, shard: Shard) -> bool {
+        self.count() > 0 && self.failing.lock().contains(&shard)
+    }
+
+    /// Why the last failed call failed.
+    pub fn reason(&self) -> String {
+        self.reason.lock().clone()
+    }
+
+    /// A call failed.
+    pub fn set_reason(&self, reason: String) {
+        *self.reason.lock() = reason;
+    }
+
+    /// Replaces the failing shards of one lane; returns [`Self::count`] over all lanes.
+    pub fn replace(&self, before: &HashSet<Shard>, now: &HashSet<Shard>) -> usize {
+        let mut failing = self.failing.lock();
+        failing.retain(|shard| !before.contains(shard));
+        failing.extend(now);
+        self.count.store(failing.len(), Ordering::Relaxed);
+        failing.len()
+    }
+}
