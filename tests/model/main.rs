@@ -42,6 +42,8 @@ pub(crate) enum Step {
     Accept { source: usize, purger: usize, count: usize },
     /// Another purger is given the partition; the first does not know.
     Rebalance { source: usize },
+    /// A purger reads from some records before, because another shard has forgotten something.
+    ReadAgain { source: usize, back: usize },
     /// The last call for a partition is executed once more.
     Redeliver { source: usize },
     /// A push reaches the nodes, not always the first one first.
@@ -157,6 +159,7 @@ impl ReferenceStateMachine for Anything {
             6 => (source.clone(), prop::bool::weighted(0.2), 1..4_usize)
                 .prop_map(|(source, second, count)| Step::Accept { source, purger: second.into(), count }),
             1 => source.clone().prop_map(|source| Step::Rebalance { source }),
+            1 => (source.clone(), 1..9_usize).prop_map(|(source, back)| Step::ReadAgain { source, back }),
             2 => source.clone().prop_map(|source| Step::Redeliver { source }),
             8 => (user.clone(), prop_oneof![4 => Just(0), 1 => Just(1_usize)])
                 .prop_map(|(user, nth)| Step::Push { user, nth }),

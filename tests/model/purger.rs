@@ -1,4 +1,8 @@
-//! Two Kafka partitions, and two purgers that may read each of them.
+//! Two Kafka partitions, and two purgers that may read each of them: what they read and commit is plain, what
+//! they know of the shard is the history that ships.
+
+use barid_core::{LogPosition, Shard, ShardCount};
+use barid_purger::history::{History, View};
 
 /// What a business wrote.
 #[derive(Debug, Clone)]
@@ -25,8 +29,14 @@ pub struct Partition {
 pub struct Purger {
     /// The next offset.
     pub next: usize,
-    /// The highest position that the shard has confirmed to it: `prev` of its next group.
-    pub confirmed: Option<i64>,
+    history: History,
+    /// How often it was given the partition, and read it from another place.
+    assignment: u64,
+    reading: u64,
+    /// What the shard had executed, as the commit said that it began with.
+    committed: Option<i64>,
+    /// What the shard knew when the reading went back for it.
+    repaired: Option<Option<i64>>,
 }
 
 /// What accept is asked.
@@ -38,25 +48,80 @@ pub struct Group {
 }
 
 impl Partition {
-    /// What a purger sends next; without messages it is a probe.
-    pub fn group(&self, purger: usize, count: usize) -> Group {
-        let Purger { next, confirmed } = self.purgers[purger];
-        let records = self.records.iter().enumerate().skip(next).take(count);
+    /// What a purger sends next; without messages it is a probe. It leaves out what the shard has confirmed, as
+    /// far as its reading went back for other shards.
+    pub fn group(&mut self, purger: usize, count: usize) -> Group {
+        let prev = self.purgers[purger].confirmed();
+        let state = &mut self.purgers[purger];
+        state.next = state.next.max(end_of(prev));
+        let records = self.records.iter().enumerate().skip(state.next).take(count);
         let messages = records.map(|(offset, record)| (offset as i64, record.clone()));
-        Group { prev: confirmed, messages: messages.collect() }
+        Group { prev, messages: messages.collect() }
     }
 
     /// The group was executed.
     pub fn done(&mut self, purger: usize, group: &Group) {
         let state = &mut self.purgers[purger];
         state.next += group.messages.len();
-        state.confirmed = state.confirmed.max(group.messages.last().map(|message| message.0));
+        let view = state.view();
+        state.history.confirm(shard(), view, group.messages.last().map(|message| at(message.0)));
         self.committed = self.committed.max(state.next);
     }
 
-    /// The shard has forgotten what came after `known`.
+    /// The shard has forgotten what came after `known`: a reading goes back for it.
     pub fn gap(&mut self, purger: usize, known: Option<i64>) {
-        let next = known.map_or(0, |offset| offset as usize + 1);
-        self.purgers[purger] = Purger { next, confirmed: known };
+        let state = &mut self.purgers[purger];
+        state.next = end_of(known);
+        state.reading += 1;
+        state.repaired = Some(known);
     }
+
+    /// A reading goes back for another shard.
+    pub fn read_again(&mut self, purger: usize, back: usize) {
+        let state = &mut self.purgers[purger];
+        state.next = state.next.saturating_sub(back);
+        state.reading += 1;
+        state.repaired = None;
+    }
+
+    /// A purger is given the partition, and begins at the commit.
+    pub fn assign(&mut self, purger: usize) {
+        let state = &mut self.purgers[purger];
+        state.next = self.committed;
+        state.assignment += 1;
+        state.reading = 0;
+        state.committed = self.committed.checked_sub(1).map(|offset| offset as i64);
+        state.repaired = None;
+    }
+}
+
+impl Purger {
+    /// The highest position that the shard has confirmed to it: `prev` of its next group.
+    fn confirmed(&mut self) -> Option<i64> {
+        let view = self.view();
+        self.history.confirmed(shard(), view).map(|position| position.offset)
+    }
+
+    fn view(&self) -> View {
+        View {
+            assignment: self.assignment,
+            reading: self.reading + 1,
+            committed: self.committed.map(at),
+            repaired: self.repaired.map(|known| known.map(at)),
+        }
+    }
+}
+
+/// The store has one shard.
+fn shard() -> Shard {
+    ShardCount::new(1).expect("a count").all().next().expect("a shard")
+}
+
+pub fn at(offset: i64) -> LogPosition {
+    LogPosition { leader_epoch: 0, offset, index: 0 }
+}
+
+/// The offset behind a position.
+fn end_of(known: Option<i64>) -> usize {
+    known.map_or(0, |offset| offset as usize + 1)
 }

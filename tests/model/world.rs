@@ -13,15 +13,14 @@ use barid_core::{
     AppId, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
-    AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, LogPosition, Source,
-    UserKey,
+    AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, Source, UserKey,
 };
 use barid_wire::envelope::{self, Envelope};
 use bytes::Bytes;
 
 use crate::client::Client;
 use crate::mailboxes;
-use crate::purger::{Group, Partition, Record};
+use crate::purger::{Group, Partition, Record, at};
 use crate::session::Session;
 use crate::store::{Held, Store};
 
@@ -136,7 +135,6 @@ pub fn session_ref(number: u64, incarnation: u64) -> SessionRef {
 }
 
 fn accept_group(shard: Shard, source: usize, group: &Group) -> AcceptGroup {
-    let at = |offset: i64| LogPosition { leader_epoch: 0, offset, index: 0 };
     let message = |(offset, record): &(i64, Record)| AcceptMessage {
         position: at(*offset),
         app: user_key(record.user).app,

@@ -35,7 +35,11 @@ impl World<'_> {
             Step::Accept { source, purger, count } => {
                 self.pump(source, purger, count).await?;
             }
-            Step::Rebalance { source } => self.rebalance(source).await?,
+            Step::Rebalance { source } => {
+                self.log[source].assign(1);
+                self.pump(source, 1, 2).await?;
+            }
+            Step::ReadAgain { source, back } => self.log[source].read_again(0, back),
             Step::Redeliver { source } => self.redeliver(source).await?,
             Step::Push { user, nth } => self.push(user, nth).await?,
             Step::Serve { user } => self.serve(user).await?,
@@ -121,20 +125,6 @@ impl World<'_> {
             }
         }
         Ok(gap.is_none() && partition.purgers[purger].next == partition.records.len())
-    }
-
-    /// The second purger is given the partition, and begins at the commit. The first does not know
-    /// that yet. (Where Redis has forgotten what is committed, it needs the first one's memory:
-    /// HAZARDS 5 is another test's.)
-    async fn rebalance(&mut self, source: usize) -> Checked {
-        let partition = &mut self.log[source];
-        let executed = self.now.positions[source].map_or(0, |offset| offset as usize + 1);
-        if executed < partition.committed || partition.committed == partition.records.len() {
-            return Ok(());
-        }
-        partition.purgers[1] = Default::default();
-        partition.purgers[1].next = partition.committed;
-        self.pump(source, 1, 2).await.map(|_| ())
     }
 
     /// A call that was given up, or a zombie's, arrives.
