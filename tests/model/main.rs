@@ -292,6 +292,28 @@ async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
 
+/// A device that was away too long to be known confirms while three others are online: there is no room for it.
+/// One of them leaves, and the device acknowledges.
+#[tokio::test]
+async fn a_device_that_an_acknowledgement_makes_known_is_sent_to_again() {
+    let nothing = Claim { other_epoch: false, generation: 0, back: 0, chain: 0 };
+    let steps = [
+        Step::Stranger {
+            who: 2,
+            call: Call::Connect { late: false, simple: false },
+            claim: nothing,
+        },
+        Step::Connect { client: 3 },
+        Step::Send { source: 0, user: 1 },
+        Step::Connect { client: 2 },
+        Step::Stranger { who: 3, call: Call::Confirm { late: false }, claim: nothing },
+        Step::Disconnect { client: 2, ghost: false },
+        Step::Stranger { who: 3, call: Call::Ack, claim: Claim { back: 2, chain: 2, ..nothing } },
+    ];
+    let mut store = Store::start(false).await;
+    run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
+}
+
 /// A failover brings an older session's route back; an acknowledgement of the newer one, which has no
 /// route now, catches up with what is left, and the next one resets the device behind it.
 #[tokio::test]
