@@ -295,11 +295,15 @@ impl Inbox {
         let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
+        let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
+        if gone {
+            self.give_up_refused(to, why, events);
+        }
         // Messages that this device acknowledged are not lost.
         if why != SkipReason::Acknowledged {
             events.push(Event::Skipped { first, last: to, why });
         }
-        if matches!(why, SkipReason::Evicted | SkipReason::Acknowledged) {
+        if gone {
             self.tell_by_id();
         }
         self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
@@ -317,11 +321,12 @@ impl Inbox {
         self.twins = self.pending.iter().filter(unhandled).map(|entry| entry.id).collect();
     }
 
-    /// A message that the application refused cannot come again.
+    /// Messages that the application refused cannot come again. They were not handled: after a failover they may
+    /// come at another position.
     fn give_up_refused(&mut self, to: Seq, why: SkipReason, events: &mut Vec<Event>) {
         for entry in self.pending.iter_mut().take_while(|entry| entry.seq <= to) {
             if matches!(entry.state, State::Refused) {
-                entry.state = State::Done;
+                (entry.state, entry.id) = (State::Done, 0);
                 events.push(Event::Skipped { first: entry.seq, last: entry.seq, why });
             }
         }

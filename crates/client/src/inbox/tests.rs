@@ -90,6 +90,21 @@ fn messages_are_shown_in_order_and_acknowledged_together() {
 }
 
 #[test]
+fn a_refused_message_that_is_evicted_with_newer_ones_holds_up_nothing() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    device.inbox.finished(ticket, false);
+    device.evicted(2);
+    device.deliver(G, 3, "c");
+    assert_eq!(device.handle_all(), ["c"]);
+    assert_eq!(device.acked(), Some(3));
+    let why = SkipReason::Evicted;
+    let told = |first, last| Event::Skipped { first: Seq(first), last: Seq(last), why };
+    assert_eq!(device.events, [told(1, 1), told(2, 2)]);
+}
+
+#[test]
 fn an_ack_never_passes_a_message_that_is_not_handled() {
     let mut device = Device::welcomed();
     for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
