@@ -94,8 +94,10 @@ impl Client {
         Ok(())
     }
 
-    /// The application is done with so many, the newest that it has first or the oldest.
-    pub fn handle(&mut self, count: usize, newest: bool) -> Checked {
+    /// The application is done with so many, the newest that it has first or the oldest. Returns whether it had
+    /// any.
+    pub fn handle(&mut self, count: usize, newest: bool) -> Checked<bool> {
+        let any = !self.held.is_empty();
         for _ in 0..count {
             let next = if newest { self.held.pop_back() } else { self.held.pop_front() };
             let Some((ticket, id)) = next else { break };
@@ -104,7 +106,7 @@ impl Client {
             self.handled.insert(id);
             self.show()?;
         }
-        Ok(())
+        Ok(any)
     }
 
     /// The application gives back the oldest that it has.

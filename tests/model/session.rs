@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use barid_client::SkipReason;
+use barid_client::inbox::Ack;
 use barid_core::{Generation, Position};
 use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
 use barid_session::{
@@ -52,12 +53,17 @@ pub struct Session {
     pub route: Route,
     /// Answers that have not come back yet, in the order of the calls.
     pub answers: VecDeque<Answer>,
+    /// Acknowledgements on their way from the device.
+    pub acks: VecDeque<Ack>,
+    /// How often the mailbox had changed behind the back of its sessions when this one began.
+    pub losses: u64,
     connected: Connected,
 }
 
 impl Session {
-    pub fn new(client: usize, route: Route, connected: Connected) -> Self {
-        Self { client, route, answers: VecDeque::new(), connected }
+    pub fn new(client: usize, route: Route, connected: Connected, losses: u64) -> Self {
+        let (answers, acks) = Default::default();
+        Self { client, route, answers, acks, losses, connected }
     }
 
     pub fn connected(&self) -> &Connected {
@@ -85,8 +91,9 @@ impl Session {
     }
 
     /// The device acknowledged.
-    pub fn acknowledged(&mut self, generation: Generation, seq: u64, now_us: u64) -> Vec<Out> {
-        let ack = v1::Ack { mailbox: String::new(), generation: Some(generation.0), seq };
+    pub fn acknowledged(&mut self, ack: Ack, now_us: u64) -> Vec<Out> {
+        let (generation, seq) = (Some(ack.generation.0), ack.seq.0);
+        let ack = v1::Ack { mailbox: String::new(), generation, seq };
         let mut effects = Vec::new();
         self.connected.ack(&ack, now_us, &mut effects, |_| ());
         self.outs(effects)

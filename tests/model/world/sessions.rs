@@ -23,6 +23,8 @@ const UNREACHED: [Unreached; 4] =
 const AHEAD_MS: u64 = 10_000;
 /// Of a session that has much to do.
 const TURNS: usize = 64;
+/// While all is being repaired a re-send is answered: from then on none is in vain.
+const ROUNDS_OF_RESENDS: usize = 3;
 
 impl World<'_> {
     /// A push reaches the node: every session of the user, also those of a device that has left.
@@ -77,7 +79,11 @@ impl World<'_> {
             check!(!late || !ours, "a late connect replaced the live session");
         }
         let cursor = connected.position();
-        self.sessions.push(Session::new(client, route, connected));
+        self.losses += u64::from(late); // it may have started the device over
+        // What is on its way to the nodes may be from before the last loss.
+        let late_pushes = u64::from(!self.pushes[user_of(client)].is_empty());
+        let losses = self.losses.saturating_sub(late_pushes);
+        self.sessions.push(Session::new(client, route, connected, losses));
         if late {
             return Ok(()); // nobody listens
         }
@@ -128,14 +134,13 @@ impl World<'_> {
         self.call_disconnect(device_of(client), request).await
     }
 
-    pub(super) async fn handle(&mut self, client: usize, count: usize, newest: bool) -> Checked {
-        self.clients[client].handle(count, newest)?;
-        let Some(index) = self.find(client, false) else { return Ok(()) };
-        let Some(ack) = self.clients[client].ack() else { return Ok(()) };
-        let session = &mut self.sessions[index];
-        let number = session.route.number;
-        let out = session.acknowledged(ack.generation, ack.seq.0, self.now_us);
-        self.tell(number, out).await
+    /// Returns whether there was something to do. The acknowledgement is on its way to the node.
+    pub(super) fn handle(&mut self, client: usize, count: usize, newest: bool) -> Checked<bool> {
+        let handled = self.clients[client].handle(count, newest)?;
+        let Some(index) = self.find(client, false) else { return Ok(handled) };
+        let Some(ack) = self.clients[client].ack() else { return Ok(handled) };
+        self.sessions[index].acks.push_back(ack);
+        Ok(true)
     }
 
     /// The fast path does what it can, up to the acks.
@@ -149,21 +154,30 @@ impl World<'_> {
         Ok(())
     }
 
-    /// A client and its session go on until neither has anything to do.
+    /// A client and its session go on until neither has anything to do. The application is slow.
     pub(super) async fn exhaust(&mut self, client: usize) -> Checked {
         for _ in 0..TURNS {
-            self.handle(client, usize::MAX, false).await?;
-            match self.find(client, false) {
-                Some(index) if self.turn(index, false).await? => (),
-                _ => break,
+            let busy = match self.find(client, false) {
+                Some(index) => self.turn(index, false).await?,
+                None => false,
+            };
+            if !busy && !self.handle(client, usize::MAX, false)? {
+                break;
             }
         }
         Ok(())
     }
 
-    /// The session gets an answer, or does what it wants next, whose answer comes a turn later. `ahead`: what it
-    /// wants comes first, then the newest answer.
+    /// The session gets an acknowledgement or an answer, or does what it wants next, whose answer comes a turn
+    /// later. `ahead`: what it wants comes first, then the newest answer.
     pub(super) async fn turn(&mut self, index: usize, ahead: bool) -> Checked<bool> {
+        if !ahead && let Some(ack) = self.sessions[index].acks.pop_front() {
+            let session = &mut self.sessions[index];
+            let number = session.route.number;
+            let out = session.acknowledged(ack, self.now_us);
+            self.tell(number, out).await?;
+            return Ok(true);
+        }
         if !ahead && let Some(answer) = self.sessions[index].answers.pop_front() {
             return self.answer(index, answer).await;
         }
@@ -251,8 +265,14 @@ impl World<'_> {
 
     /// Why a session may end by itself.
     fn may_close(&self, index: usize, close: &Close) -> Checked {
-        let fine = [CloseCode::HistoryChanged, CloseCode::Replaced, CloseCode::AckTimeout];
-        check!(fine.contains(&close.code), "{:?} ends with {close:?}", self.sessions[index]);
+        let session = &self.sessions[index];
+        let fine = match close.code {
+            _ if self.clients[session.client].current != Some(session.route.number) => true,
+            CloseCode::HistoryChanged => session.losses < self.losses,
+            CloseCode::AckTimeout => self.round < ROUNDS_OF_RESENDS,
+            _ => false,
+        };
+        check!(fine, "{session:?} ends with {close:?}");
         Ok(())
     }
 

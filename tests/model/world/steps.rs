@@ -57,7 +57,9 @@ impl World<'_> {
                     self.clients[client].current = None;
                 }
             }
-            Step::Handle { client, count, newest } => self.handle(client, count, newest).await?,
+            Step::Handle { client, count, newest } => {
+                self.handle(client, count, newest).map(|_| ())?
+            }
             Step::Refuse { client } => self.clients[client].refuse()?,
             Step::Restart { client, crash } => {
                 if let Some(index) = self.find(client, false) {
@@ -158,6 +160,7 @@ impl World<'_> {
     }
 
     fn forget(&mut self, user: usize) {
+        self.losses += 1;
         let ids = self.now.boxes[user].expire();
         self.missed(user, &ids);
         self.expired.extend(ids);
@@ -165,6 +168,7 @@ impl World<'_> {
 
     async fn fail_over(&mut self) {
         self.store.fail_over().await;
+        self.losses += 1;
         self.now = self.replica.clone();
         // Devices need not be shown that any more, and may be shown another record of the same id later.
         for (user, ids) in std::mem::take(&mut self.expired_there) {
@@ -186,7 +190,8 @@ impl World<'_> {
             }
         }
         self.look().await?;
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
+            self.round = round;
             self.round().await?;
             if self.is_settled() {
                 return self.all_was_shown();
