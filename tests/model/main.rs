@@ -1,15 +1,16 @@
-//! Random interleavings of everything that may happen to a mailbox, on the real scripts and a real
-//! Redis, against a plain model of the mailbox, of devices, and of what stands around them.
+//! Random interleavings of everything that may happen to a mailbox and around it, on the code that ships: the
+//! scripts on a real Redis, an access node's session (`barid_session`), the Rust SDK's inbox
+//! (`barid_client::inbox`) and the purger's history of its shards (`barid_purger::history`).
 //!
-//! `mailboxes.rs` says what each script has to answer and to leave; after each call both are compared
-//! with it, to the millisecond of a timer. `client.rs` is an application's view: it fails if something
-//! is shown twice or out of its partition's order. After the last step everything that repairs is run
-//! until nothing is left to do; then each device must have been shown whatever was accepted and not
-//! evicted, expired, replaced by a newer one of its collapse key, or trimmed while Redis had forgotten
-//! the device. A failing run is shrunk to the steps that matter.
+//! `mailboxes.rs` says what each script has to answer and to leave, and shares nothing with the scripts; after
+//! each call both are compared with it, to the millisecond of a timer. `client.rs` is an application's view: it
+//! fails if something is shown twice or out of its partition's order. After the last step everything that repairs
+//! is run until nothing is left to do; then each device must have handled whatever was accepted and not evicted,
+//! expired, replaced by a newer one of its collapse key, or trimmed while Redis had forgotten the device. A failing
+//! run is shrunk to the steps that matter.
 //!
 //! `BARID_MODEL_SECONDS` (30) is how long it runs, `BARID_MODEL_STEPS` (60) how long a run may get.
-//! docs/reliability.md lists the faults that were planted in the scripts to see that it finds them.
+//! docs/reliability.md lists the faults that were planted to see that it finds them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 
 mod client;
@@ -48,8 +49,8 @@ pub(crate) enum Step {
     Redeliver { source: usize },
     /// A push reaches the nodes, not always the first one first.
     Push { user: usize, nth: usize },
-    /// Everything reaches a user's devices, is handled and acknowledged.
-    Serve { user: usize },
+    /// Everything reaches a user's devices; `handled`: and is handled and acknowledged.
+    Serve { user: usize, handled: bool },
     /// The fast path drops what it has; `told`: the node itself does, and its sessions hear of it.
     LosePushes { user: usize, told: bool },
     /// A device connects; a connection that it had is not told.
@@ -163,7 +164,7 @@ impl ReferenceStateMachine for Anything {
             2 => source.clone().prop_map(|source| Step::Redeliver { source }),
             8 => (user.clone(), prop_oneof![4 => Just(0), 1 => Just(1_usize)])
                 .prop_map(|(user, nth)| Step::Push { user, nth }),
-            8 => user.clone().prop_map(|user| Step::Serve { user }),
+            10 => (user.clone(), prop::bool::ANY).prop_map(|(user, handled)| Step::Serve { user, handled }),
             1 => (user.clone(), prop::bool::ANY).prop_map(|(user, told)| Step::LosePushes { user, told }),
             6 => client.clone().prop_map(|client| Step::Connect { client }),
             1 => client.clone().prop_map(|client| Step::ConnectLate { client }),
@@ -171,7 +172,7 @@ impl ReferenceStateMachine for Anything {
             1 => client.clone().prop_map(|client| Step::Vanish { client }),
             5 => (client.clone(), 1..4_usize, prop::bool::weighted(0.2))
                 .prop_map(|(client, count, newest)| Step::Handle { client, count, newest }),
-            1 => client.clone().prop_map(|client| Step::Refuse { client }),
+            2 => client.clone().prop_map(|client| Step::Refuse { client }),
             1 => (client.clone(), prop::bool::ANY).prop_map(|(client, crash)| Step::Restart { client, crash }),
             12 => (client.clone(), ghost(), prop::bool::weighted(0.3))
                 .prop_map(|(client, ghost, ahead)| Step::Turn { client, ghost, ahead }),
@@ -325,14 +326,14 @@ async fn a_device_that_a_session_without_a_route_resets_is_sent_to_again() {
         Step::Connect { client: 0 },
         Step::Replicate,
         Step::Connect { client: 1 },
-        Step::Serve { user: 0 },
+        Step::Serve { user: 0, handled: true },
         Step::Connect { client: 2 },
         Step::Send { source: 0, user: 0 },
         Step::Confirm { client: 0, ghost: false },
-        Step::Serve { user: 1 },
+        Step::Serve { user: 1, handled: true },
         Step::FailOver,
         Step::AckLate { nth: 1 },
-        Step::Serve { user: 0 },
+        Step::Serve { user: 0, handled: true },
     ];
     let mut store = Store::start(false).await;
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();

@@ -144,24 +144,25 @@ impl World<'_> {
     }
 
     /// The fast path does what it can, up to the acks.
-    pub(super) async fn serve(&mut self, user: usize) -> Checked {
+    pub(super) async fn serve(&mut self, user: usize, handled: bool) -> Checked {
         while !self.pushes[user].is_empty() {
             self.push(user, 0).await?;
         }
         for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
-            self.exhaust(client).await?;
+            self.exhaust(client, handled).await?;
         }
         Ok(())
     }
 
-    /// A client and its session go on until neither has anything to do. The application is slow.
-    pub(super) async fn exhaust(&mut self, client: usize) -> Checked {
+    /// A client and its session go on until neither has anything to do. The application is slow, or (`handled`
+    /// false) keeps what it has.
+    pub(super) async fn exhaust(&mut self, client: usize, handled: bool) -> Checked {
         for _ in 0..TURNS {
             let busy = match self.find(client, false) {
                 Some(index) => self.turn(index, false).await?,
                 None => false,
             };
-            if !busy && !self.handle(client, usize::MAX, false)? {
+            if !busy && !(handled && self.handle(client, usize::MAX, false)?) {
                 break;
             }
         }

@@ -42,7 +42,7 @@ impl World<'_> {
             Step::ReadAgain { source, back } => self.log[source].read_again(0, back),
             Step::Redeliver { source } => self.redeliver(source).await?,
             Step::Push { user, nth } => self.push(user, nth).await?,
-            Step::Serve { user } => self.serve(user).await?,
+            Step::Serve { user, handled } => self.serve(user, handled).await?,
             Step::LosePushes { user, told } => self.lose_pushes(user, told),
             Step::Connect { client } => self.connect(client, false).await?,
             Step::ConnectLate { client } => self.connect(client, true).await?,
@@ -221,7 +221,7 @@ impl World<'_> {
             self.fire(user, None, None).await?;
         }
         for client in 0..CLIENTS {
-            self.exhaust(client).await?;
+            self.exhaust(client, true).await?;
         }
         self.look().await
     }
