@@ -173,7 +173,7 @@ impl ReferenceStateMachine for Anything {
             5 => (client.clone(), 1..4_usize, prop::bool::weighted(0.2))
                 .prop_map(|(client, count, newest)| Step::Handle { client, count, newest }),
             2 => client.clone().prop_map(|client| Step::Refuse { client }),
-            1 => (client.clone(), prop::bool::ANY).prop_map(|(client, crash)| Step::Restart { client, crash }),
+            2 => (client.clone(), prop::bool::ANY).prop_map(|(client, crash)| Step::Restart { client, crash }),
             12 => (client.clone(), ghost(), prop::bool::weighted(0.3))
                 .prop_map(|(client, ghost, ahead)| Step::Turn { client, ghost, ahead }),
             3 => (client, ghost()).prop_map(|(client, ghost)| Step::Confirm { client, ghost }),

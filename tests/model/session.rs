@@ -55,15 +55,13 @@ pub struct Session {
     pub answers: VecDeque<Answer>,
     /// Acknowledgements on their way from the device.
     pub acks: VecDeque<Ack>,
-    /// How often the mailbox had changed behind the back of its sessions when this one began.
-    pub losses: u64,
     connected: Connected,
 }
 
 impl Session {
-    pub fn new(client: usize, route: Route, connected: Connected, losses: u64) -> Self {
+    pub fn new(client: usize, route: Route, connected: Connected) -> Self {
         let (answers, acks) = Default::default();
-        Self { client, route, answers, acks, losses, connected }
+        Self { client, route, answers, acks, connected }
     }
 
     pub fn connected(&self) -> &Connected {

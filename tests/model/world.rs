@@ -74,8 +74,6 @@ pub struct World<'a> {
     clock: u64,
     /// The nodes' clocks, µs.
     now_us: u64,
-    /// How often a mailbox changed behind the back of its sessions.
-    losses: u64,
     /// Of the repairs at the end.
     round: usize,
     /// What Redis held after the last call.
@@ -106,7 +104,6 @@ impl<'a> World<'a> {
             incarnation: 1,
             clock: 0,
             now_us: 1_000_000_000,
-            losses: 0,
             round: 0,
             held,
         }

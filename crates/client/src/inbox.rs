@@ -356,8 +356,12 @@ impl Inbox {
 
     /// The application has handled a message, or (`handled` false) gives it back; in any order.
     pub fn finished(&mut self, ticket: Ticket, handled: bool) {
+        let comes_again = self.twins.remove(&ticket.id);
         if handled {
             self.remember(ticket.id);
+            if comes_again {
+                self.seen.insert(ticket.id); // also over a reconnect and a restart
+            }
         }
         let state = if handled { State::Done } else { State::Refused };
         if ticket.life == self.life {

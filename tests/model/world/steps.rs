@@ -160,7 +160,6 @@ impl World<'_> {
     }
 
     fn forget(&mut self, user: usize) {
-        self.losses += 1;
         let ids = self.now.boxes[user].expire();
         self.missed(user, &ids);
         self.expired.extend(ids);
@@ -168,7 +167,6 @@ impl World<'_> {
 
     async fn fail_over(&mut self) {
         self.store.fail_over().await;
-        self.losses += 1;
         self.now = self.replica.clone();
         // Devices need not be shown that any more, and may be shown another record of the same id later.
         for (user, ids) in std::mem::take(&mut self.expired_there) {

@@ -177,6 +177,26 @@ fn hazard_03_what_waited_for_the_application_is_shown_when_the_connection_breaks
 }
 
 #[test]
+fn hazard_03_what_was_handled_behind_an_eviction_is_not_shown_again_after_a_reconnect() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    // Redis went back, others took the place of "a", and were evicted while it is being handled.
+    device.evicted(30);
+    let ticket = device.take();
+    device.inbox.finished(ticket, true);
+    assert_eq!(device.acked(), Some(30));
+    let checkpoint = device.inbox.checkpoint(1);
+    let there = device.inbox.position().unwrap();
+    device.welcome(there);
+    device.deliver(G, 31, "a");
+    assert_eq!(device.shown(), None);
+    let mut restarted = Device { inbox: Inbox::resume(&checkpoint), events: Vec::new() };
+    restarted.welcome(there);
+    restarted.deliver(G, 31, "a");
+    assert_eq!(restarted.shown(), None);
+}
+
+#[test]
 fn what_came_before_is_not_shown_again_but_acknowledged_again() {
     let mut device = Device::welcomed();
     device.deliver(G, 1, "a");
