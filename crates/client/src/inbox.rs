@@ -43,6 +43,8 @@ pub struct Inbox {
     ghosts: HashSet<u64>,
     /// Pending and not handled when something was evicted: each comes once more at most.
     twins: HashSet<u64>,
+    /// The server keeps nothing up to here: what is refused does not come again.
+    gone: Seq,
     acked: Seq,
     ack_due: bool,
 }
@@ -149,6 +151,7 @@ impl Inbox {
 
     /// Takes the position at which a Welcome says that the device stands.
     pub fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
+        self.gone = Seq(0);
         let Some(standing) = self.standing else {
             self.standing = Some(Standing::at(now));
             self.acked = now.seq;
@@ -287,6 +290,10 @@ impl Inbox {
         if generation != standing.handled.generation {
             return Ok(());
         }
+        let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
+        if gone {
+            self.gone = self.gone.max(to);
+        }
         if to <= standing.received {
             self.ack_due = true;
             self.give_up_refused(to, why, events);
@@ -295,7 +302,6 @@ impl Inbox {
         let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
-        let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
         if gone {
             self.give_up_refused(to, why, events);
         }
@@ -354,7 +360,8 @@ impl Inbox {
         }
     }
 
-    /// The application has handled a message, or (`handled` false) gives it back; in any order.
+    /// The application has handled a message, or (`handled` false) gives it back; in any order. One that is given
+    /// back comes again unless it was evicted meanwhile.
     pub fn finished(&mut self, ticket: Ticket, handled: bool) {
         let comes_again = self.twins.remove(&ticket.id);
         if handled {
@@ -381,6 +388,10 @@ impl Inbox {
                 }
                 None => {}
             }
+        }
+        if !handled {
+            // It was evicted while the application had it. The skip was an event already.
+            self.give_up_refused(self.gone, SkipReason::Evicted, &mut Vec::new());
         }
         self.settle();
     }

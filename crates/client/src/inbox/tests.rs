@@ -105,6 +105,18 @@ fn a_refused_message_that_is_evicted_with_newer_ones_holds_up_nothing() {
 }
 
 #[test]
+fn a_message_that_is_refused_after_it_was_evicted_holds_up_nothing() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    device.evicted(2);
+    device.deliver(G, 3, "c");
+    device.inbox.finished(ticket, false);
+    assert_eq!(device.handle_all(), ["c"]);
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
 fn an_ack_never_passes_a_message_that_is_not_handled() {
     let mut device = Device::welcomed();
     for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
