@@ -3,7 +3,6 @@
 use std::any::Any;
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::io;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -11,13 +10,14 @@ use std::time::Duration;
 use barid_core::{DeviceId, GroupId, InvalidName, limits};
 use futures::FutureExt as _;
 use tokio::sync::{mpsc, watch};
-use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
 
-use crate::driver::{Driver, Finished};
+use crate::delivery::{Deliveries, Delivery};
+use crate::driver::Driver;
 use crate::event::{Closed, Event};
-use crate::inbox::{Inbox, Ticket};
+use crate::inbox::Inbox;
 use crate::message::Message;
+use crate::settings::{BODY_BYTES_LIMIT, InvalidBuilder, Settings, Timing, address};
 use crate::store::PositionStore;
 use crate::token::{Token, TokenError, TokenSource};
 use crate::trust::Trust;
@@ -52,96 +52,8 @@ pub struct Builder {
     groups: BTreeSet<String>,
 }
 
-/// No wait is longer.
-const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Messages that are out at a time.
 const AT_ONCE_MAX: usize = 100_000;
-/// Bytes of a body, unpacked.
-const BODY_BYTES_LIMIT: usize = 1 << 30;
-
-/// The durations that a client keeps to.
-#[derive(Debug, Clone)]
-pub(crate) struct Timing {
-    pub(crate) reconnect_min: Duration,
-    pub(crate) reconnect_max: Duration,
-    pub(crate) connect: Duration,
-    pub(crate) ack_delay: Duration,
-    pub(crate) shutdown: Duration,
-}
-
-/// What the driver keeps of a [`Builder`].
-pub(crate) struct Settings {
-    pub(crate) uri: Uri,
-    pub(crate) device: String,
-    pub(crate) platform: String,
-    pub(crate) token: TokenSource,
-    pub(crate) store: Option<Arc<dyn PositionStore>>,
-    pub(crate) on_event: Arc<dyn Fn(Event) + Send + Sync>,
-    pub(crate) timing: Timing,
-    pub(crate) body_bytes_max: usize,
-    pub(crate) ping_interval_ms: u32,
-    /// Ask which nodes of it to go to.
-    pub(crate) zone: Option<String>,
-    /// Instead of the public roots.
-    pub(crate) trust: Option<Trust>,
-}
-
-/// A client that cannot be started.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidBuilder {
-    /// The URL does not name a server.
-    #[error("url {url:?} is not one of ws://HOST:PORT or wss://HOST: {problem}")]
-    Url {
-        /// As given.
-        url: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// A number is out of its bounds.
-    #[error("{what} is out of range: {allowed}")]
-    OutOfRange {
-        /// The builder's method.
-        what: &'static str,
-        /// The allowed range.
-        allowed: &'static str,
-    },
-    /// The device's name is not allowed.
-    #[error(transparent)]
-    Name(#[from] InvalidName),
-    /// What is to be trusted is no certificate.
-    #[error("the certificates to trust cannot be used: {0}")]
-    Certificates(String),
-    /// No token callback was given.
-    #[error("no token: call Builder::token")]
-    NoToken,
-    /// The stored position cannot be read.
-    #[error("the stored position cannot be read: {0}")]
-    Store(#[source] io::Error),
-}
-
-impl Timing {
-    fn check(&self) -> Result<(), InvalidBuilder> {
-        let (what, allowed) = ("reconnect_between", "1 ms to a day, the lower one first");
-        if self.reconnect_min > self.reconnect_max {
-            return Err(InvalidBuilder::OutOfRange { what, allowed });
-        }
-        let (least, none) = (Duration::from_millis(1), Duration::ZERO);
-        let day = "up to a day";
-        let bounds = [
-            (self.reconnect_min, least, what, allowed),
-            (self.reconnect_max, least, what, allowed),
-            (self.connect, least, "connect_timeout", "1 ms to a day"),
-            (self.ack_delay, none, "ack_delay", day),
-            (self.shutdown, none, "shutdown_timeout", day),
-        ];
-        match bounds.into_iter().find(|(time, min, ..)| time < min || *time > TIME_MAX) {
-            Some((_, _, what, allowed)) => Err(InvalidBuilder::OutOfRange { what, allowed }),
-            None => Ok(()),
-        }
-    }
-}
-
 impl Client {
     /// Begins to describe a client of the cluster at `url`: `ws://HOST:PORT` or `wss://HOST`; the
     /// path is `/v1/connect` unless the URL has one.
@@ -439,99 +351,10 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
     format!("panicked: {}", text.unwrap_or("without a text"))
 }
 
-/// Checks a URL, and completes its path.
-pub(crate) fn address(url: &str) -> Result<Uri, InvalidBuilder> {
-    let invalid = |problem: String| InvalidBuilder::Url { url: url.into(), problem };
-    let uri: Uri = url.parse().map_err(|e| invalid(format!("{e}")))?;
-    if !matches!(uri.scheme_str(), Some("ws" | "wss")) {
-        return Err(invalid("the scheme is neither ws nor wss".into()));
-    }
-    if uri.host().is_none_or(str::is_empty) {
-        return Err(invalid("it names no host".into()));
-    }
-    if uri.path() != "/" {
-        return Ok(uri);
-    }
-    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-    let mut parts = uri.into_parts();
-    let path = format!("/v1/connect{query}");
-    parts.path_and_query = Some(path.parse().map_err(|e| invalid(format!("{e}")))?);
-    Uri::from_parts(parts).map_err(|e| invalid(e.to_string()))
-}
-
-/// Messages to be acknowledged by hand.
-#[derive(Debug)]
-pub struct Deliveries {
-    messages: mpsc::Receiver<Delivery>,
-    stop: CancellationToken,
-}
-
-/// A message and the right to acknowledge it.
-#[derive(Debug)]
-pub struct Delivery {
-    /// The message.
-    pub message: Message,
-    /// To be used once the message is safe with the application.
-    pub ack: AckHandle,
-}
-
-/// Acknowledges one message (of a group: does nothing). Acknowledgements on the wire are cumulative: one is sent when every
-/// earlier message is acknowledged too. Dropped unused, the message comes again.
-#[derive(Debug)]
-pub struct AckHandle {
-    /// `None`: of a group's message, which is not acknowledged.
-    ticket: Option<Ticket>,
-    finished: mpsc::Sender<Finished>,
-    handled: bool,
-}
-
-impl Deliveries {
-    /// The next message; `None`: the client is over or shutting down. Cancel-safe.
-    pub async fn next(&mut self) -> Option<Delivery> {
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => {
-                self.messages.close();
-                while self.messages.try_recv().is_ok() {} // given back unhandled
-                None
-            }
-            delivery = self.messages.recv() => delivery,
-        }
-    }
-}
-
-impl AckHandle {
-    pub(crate) fn new(ticket: Option<Ticket>, finished: mpsc::Sender<Finished>) -> Self {
-        Self { ticket, finished, handled: false }
-    }
-
-    /// The message is handled and must not come again.
-    pub fn ack(mut self) {
-        self.handled = true;
-    }
-}
-
-impl Drop for AckHandle {
-    fn drop(&mut self) {
-        // There is a place for every message that is out; a closed channel means a closed client.
-        let _ = self.finished.try_send(Finished { ticket: self.ticket, handled: self.handled });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn urls_are_completed_or_refused_with_the_reason() {
-        let complete = |url: &str| address(url).map(|uri| uri.to_string());
-        assert_eq!(complete("ws://h:7080").unwrap(), "ws://h:7080/v1/connect");
-        assert_eq!(complete("wss://h/?a=b").unwrap(), "wss://h/v1/connect?a=b");
-        assert_eq!(complete("ws://h/other").unwrap(), "ws://h/other");
-        let refused = complete("http://h").unwrap_err().to_string();
-        assert!(refused.contains("neither ws nor wss"), "{refused}");
-        assert!(complete("nonsense").is_err() && complete("").is_err());
-    }
+    use crate::settings::TIME_MAX;
 
     #[tokio::test]
     async fn hazard_61_every_number_of_a_client_is_bounded() {

@@ -13,13 +13,14 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{AckHandle, Delivery, Settings};
 use crate::connection::Connection;
+use crate::delivery::{AckHandle, Delivery, Finished};
 use crate::event::{Closed, Disconnect, Event, SkipReason};
 use crate::inbox::{Inbox, Ticket};
 use crate::live::Live;
 use crate::message::{Message, unpack};
 use crate::reconnect::{Reconnect, next_attempt};
+use crate::settings::Settings;
 
 /// A connection that lived for so long was a good one: the next wait is a short one again.
 const HELD: Duration = Duration::from_secs(5);
@@ -33,14 +34,6 @@ const TOKEN_RETRY: Duration = Duration::from_secs(5);
 const SILENCE_SLACK: Duration = Duration::from_secs(15);
 /// Ping intervals beyond this are believed to be mistakes.
 const PING_INTERVAL_MAX: Duration = Duration::from_secs(600);
-
-/// The application is done with a message, one way or the other.
-#[derive(Debug)]
-pub(crate) struct Finished {
-    /// `None`: of a group's message.
-    pub(crate) ticket: Option<Ticket>,
-    pub(crate) handled: bool,
-}
 
 pub(crate) struct Driver {
     settings: Arc<Settings>,
@@ -441,7 +434,7 @@ impl Work {
     /// The user's own and the groups' in turn, while there are both.
     fn next_message(&mut self) -> Option<(Option<Ticket>, Message)> {
         let first = if self.live_next { self.live.next() } else { None };
-        let own = if first.is_none() { self.inbox.next() } else { None };
+        let own = if first.is_none() { self.inbox.next_message() } else { None };
         self.live_next = own.is_some();
         if let Some((ticket, message)) = own {
             return Some((Some(ticket), message));

@@ -136,7 +136,8 @@ impl SkipReason {
         }
     }
 
-    pub(crate) fn from_wire(reason: i32) -> Self {
+    /// Maps the `why` of a Skip frame; a reason that this SDK does not know is `Other`.
+    pub fn from_wire(reason: i32) -> Self {
         use barid_wire::v1::SkipReason as Wire;
         match Wire::try_from(reason) {
             Ok(Wire::Expired) => Self::Expired,

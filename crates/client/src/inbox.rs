@@ -1,11 +1,17 @@
-//! The protocol's state on the device's side: what has come, what the application was given, what
-//! may be acknowledged. Knows no socket, no clock and no task.
+//! The protocol's state on the device's side: the positions received, the messages with the application, and
+//! the acknowledgement that may be sent. A plain state machine without socket, clock or task.
+//!
+//! A connection feeds it [`Inbox::welcome`], [`Inbox::deliver`] and [`Inbox::skip`]; the application gets
+//! [`Inbox::next_message`] and answers with [`Inbox::finished`]; [`Inbox::take_ack`] says what to send. [`Client`]
+//! drives it; an application that brings its own connection can do the same.
 //!
 //! Two marks stand in the mailbox's history: everything up to `received` has come, everything up
 //! to `handled` is done. Between them lie the pending positions. The server is told `handled`, in
 //! acks and when the device comes back; what then comes a second time is dropped by its position.
 //! When the positions start anew (a Welcome with another epoch or generation), ids tell instead; and
 //! behind what was evicted, which hides whether the history before it is still the one that came.
+//!
+//! [`Client`]: crate::Client
 
 use std::collections::{HashSet, VecDeque};
 
@@ -21,9 +27,10 @@ const RECENT_MAX: usize = 512;
 /// Pending positions above which the server is believed broken: it bounds them itself.
 const PENDING_MAX: usize = 65_536;
 
-/// See the module.
+/// One device's inbox. `Inbox::default()` is that of a device that was never connected. It holds 65,536 pending
+/// positions and the hashes of the 512 ids handled last.
 #[derive(Debug, Default)]
-pub(crate) struct Inbox {
+pub struct Inbox {
     standing: Option<Standing>,
     pending: VecDeque<Pending>,
     /// Counts the resets: tickets of an earlier life name positions that are void.
@@ -36,6 +43,8 @@ pub(crate) struct Inbox {
     ghosts: HashSet<u64>,
     /// Pending and not handled when something was evicted: each comes once more at most.
     twins: HashSet<u64>,
+    /// The server keeps nothing up to here: what is refused does not come again.
+    gone: Seq,
     acked: Seq,
     ack_due: bool,
 }
@@ -71,9 +80,9 @@ enum State {
     Done,
 }
 
-/// Names a message that the application has.
+/// Names a message that the application has; [`Inbox::finished`] takes it back.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Ticket {
+pub struct Ticket {
     life: u64,
     seq: Seq,
     id: u64,
@@ -81,24 +90,36 @@ pub(crate) struct Ticket {
 
 /// A cumulative acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ack {
-    pub(crate) generation: Generation,
-    pub(crate) seq: Seq,
+pub struct Ack {
+    /// The generation of the positions; sent along, so that the server ignores it after a reset.
+    pub generation: Generation,
+    /// Everything up to here is handled; above 0.
+    pub seq: Seq,
 }
 
-/// The server broke the protocol.
+/// The server broke the protocol: the connection cannot be used any longer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Violation {
+#[non_exhaustive]
+pub enum Violation {
+    /// A message does not follow on the last position received.
     #[error("message {got} after {received}: a gap")]
-    Gap { received: Seq, got: Seq },
+    Gap {
+        /// The last position received.
+        received: Seq,
+        /// The message's position.
+        got: Seq,
+    },
+    /// More positions are pending than any server allows.
     #[error("more than {PENDING_MAX} unacknowledged messages")]
     TooMany,
+    /// A message or a skip came before the first welcome.
     #[error("a message before welcome")]
     Early,
 }
 
 impl Inbox {
-    pub(crate) fn resume(checkpoint: &Checkpoint) -> Self {
+    /// Restores an inbox from what [`Self::checkpoint`] returned.
+    pub fn resume(checkpoint: &Checkpoint) -> Self {
         let mut inbox = Self::default();
         inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
         inbox.seen.extend(&checkpoint.ahead);
@@ -106,8 +127,9 @@ impl Inbox {
         inbox
     }
 
-    /// What to remember over a restart of the program.
-    pub(crate) fn checkpoint(&self, attempt: u64) -> Checkpoint {
+    /// Returns what to keep over a restart of the program; `attempt` is that of the last connection. Save it
+    /// before an acknowledgement is sent: otherwise a crash in between shows messages again.
+    pub fn checkpoint(&self, attempt: u64) -> Checkpoint {
         let ahead = self.pending.iter().filter(|entry| matches!(entry.state, State::Done));
         Checkpoint {
             attempt,
@@ -117,18 +139,19 @@ impl Inbox {
         }
     }
 
-    /// What Hello says: the `handled` mark.
-    pub(crate) fn position(&self) -> Option<Position> {
+    /// The `handled` mark, which Hello names; `None` before the first welcome.
+    pub fn position(&self) -> Option<Position> {
         self.standing.map(|s| s.handled)
     }
 
     /// Positions that were handled and are not acknowledged.
-    pub(crate) fn unacked(&self) -> u64 {
+    pub fn unacked(&self) -> u64 {
         self.standing.map_or(0, |s| s.handled.seq.0.saturating_sub(self.acked.0))
     }
 
-    /// The server tells where the device stands.
-    pub(crate) fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
+    /// Takes the position at which a Welcome says that the device stands.
+    pub fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
+        self.gone = Seq(0);
         let Some(standing) = self.standing else {
             self.standing = Some(Standing::at(now));
             self.acked = now.seq;
@@ -197,8 +220,11 @@ impl Inbox {
         self.ack_due = false;
     }
 
-    /// A message came.
-    pub(crate) fn deliver(
+    /// Takes a message of a frame that carries `generation`. One of another generation is dropped.
+    ///
+    /// # Errors
+    /// The message came before the first welcome, leaves a gap, or is one too many.
+    pub fn deliver(
         &mut self,
         generation: Generation,
         message: Message,
@@ -248,8 +274,11 @@ impl Inbox {
         events.push(Event::Duplicate { seq: message.seq, id: message.id });
     }
 
-    /// Positions up to `to` will not be shown.
-    pub(crate) fn skip(
+    /// Takes a skip: positions up to `to` will not be shown, and `chain` is the chain there.
+    ///
+    /// # Errors
+    /// The skip came before the first welcome.
+    pub fn skip(
         &mut self,
         generation: Generation,
         to: Seq,
@@ -261,6 +290,10 @@ impl Inbox {
         if generation != standing.handled.generation {
             return Ok(());
         }
+        let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
+        if gone {
+            self.gone = self.gone.max(to);
+        }
         if to <= standing.received {
             self.ack_due = true;
             self.give_up_refused(to, why, events);
@@ -269,11 +302,14 @@ impl Inbox {
         let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
+        if gone {
+            self.give_up_refused(to, why, events);
+        }
         // Messages that this device acknowledged are not lost.
         if why != SkipReason::Acknowledged {
             events.push(Event::Skipped { first, last: to, why });
         }
-        if matches!(why, SkipReason::Evicted | SkipReason::Acknowledged) {
+        if gone {
             self.tell_by_id();
         }
         self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
@@ -291,19 +327,20 @@ impl Inbox {
         self.twins = self.pending.iter().filter(unhandled).map(|entry| entry.id).collect();
     }
 
-    /// A message that the application refused cannot come again.
+    /// Messages that the application refused cannot come again. They were not handled: after a failover they may
+    /// come at another position.
     fn give_up_refused(&mut self, to: Seq, why: SkipReason, events: &mut Vec<Event>) {
         for entry in self.pending.iter_mut().take_while(|entry| entry.seq <= to) {
             if matches!(entry.state, State::Refused) {
-                entry.state = State::Done;
+                (entry.state, entry.id) = (State::Done, 0);
                 events.push(Event::Skipped { first: entry.seq, last: entry.seq, why });
             }
         }
         self.settle();
     }
 
-    /// The next message for the application, in order: nothing passes one that it refused.
-    pub(crate) fn next(&mut self) -> Option<(Ticket, Message)> {
+    /// Takes the next message for the application, in order: nothing passes one that it refused.
+    pub fn next_message(&mut self) -> Option<(Ticket, Message)> {
         let life = self.life;
         let entry = self
             .pending
@@ -323,10 +360,15 @@ impl Inbox {
         }
     }
 
-    /// The application is done with a message, or (`handled` false) gives it back.
-    pub(crate) fn finished(&mut self, ticket: Ticket, handled: bool) {
+    /// The application has handled a message, or (`handled` false) gives it back; in any order. One that is given
+    /// back comes again unless it was evicted meanwhile.
+    pub fn finished(&mut self, ticket: Ticket, handled: bool) {
+        let comes_again = self.twins.remove(&ticket.id);
         if handled {
             self.remember(ticket.id);
+            if comes_again {
+                self.seen.insert(ticket.id); // also over a reconnect and a restart
+            }
         }
         let state = if handled { State::Done } else { State::Refused };
         if ticket.life == self.life {
@@ -347,11 +389,15 @@ impl Inbox {
                 None => {}
             }
         }
+        if !handled {
+            // It was evicted while the application had it. The skip was an event already.
+            self.give_up_refused(self.gone, SkipReason::Evicted, &mut Vec::new());
+        }
         self.settle();
     }
 
-    /// The acknowledgement that is due, once.
-    pub(crate) fn take_ack(&mut self) -> Option<Ack> {
+    /// Takes the acknowledgement that is due, if there is one; each is returned once.
+    pub fn take_ack(&mut self) -> Option<Ack> {
         let handled = self.standing?.handled;
         if !std::mem::take(&mut self.ack_due) || handled.seq == Seq(0) {
             return None;
@@ -361,7 +407,7 @@ impl Inbox {
     }
 
     /// Whether [`Self::take_ack`] has one.
-    pub(crate) fn ack_due(&self) -> bool {
+    pub fn ack_due(&self) -> bool {
         self.ack_due
     }
 

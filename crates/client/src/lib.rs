@@ -22,20 +22,24 @@
 
 mod client;
 mod connection;
+mod delivery;
 mod driver;
 mod event;
-mod inbox;
+pub mod inbox;
 mod live;
 mod message;
 mod nodes;
 mod reconnect;
+mod settings;
 mod store;
 mod token;
 mod trust;
 
-pub use client::{AckHandle, Builder, Client, Deliveries, Delivery, HandlerError, InvalidBuilder};
+pub use client::{Builder, Client, HandlerError};
+pub use delivery::{AckHandle, Deliveries, Delivery};
 pub use event::{Closed, Disconnect, Event, SkipReason};
 pub use message::{Body, Message};
+pub use settings::InvalidBuilder;
 pub use store::{Checkpoint, FileStore, MemoryStore, PositionStore};
 pub use token::{Token, TokenError};
 

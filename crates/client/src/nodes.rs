@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tokio_tungstenite::tungstenite::http::Uri;
 use ureq::tls::RootCerts;
 
-use crate::client::Settings;
+use crate::settings::{Settings, address};
 use crate::token::Token;
 use crate::trust::Trust;
 
@@ -58,7 +58,7 @@ pub(crate) async fn choose(
 /// some seconds old, and devices that come together should not all go to one node.
 fn pick(offer: &Offer, seed: &Uri, avoid: Option<&Uri>) -> Option<Uri> {
     let offered = offer.nodes.iter().filter_map(|node| {
-        let uri = crate::client::address(&node.url).ok()?;
+        let uri = address(&node.url).ok()?;
         // A token never goes out in the clear because an answer says so.
         let safe = uri.scheme() == seed.scheme() || uri.scheme_str() == Some("wss");
         (safe && Some(&uri) != avoid).then_some((node, uri))

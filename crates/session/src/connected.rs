@@ -220,6 +220,9 @@ impl Connected {
         let before = self.at;
         if page.oldest > self.at.seq.next() {
             let to = Mark { seq: Seq(page.oldest.0 - 1), chain: page.chain_before_oldest };
+            if self.window.chain_at(to.seq).is_some_and(|chain| chain != to.chain) {
+                return self.contradicted(out); // what was written there is of another history
+            }
             self.skip_what_is_gone(to, page.cursor, out);
         }
         if !self.write_page(page.entries, now_us, out) {

@@ -746,6 +746,23 @@ fn hazard_03_an_ack_that_was_on_its_way_does_not_answer_for_a_fork_that_came_aft
     assert_eq!(walk.seen(), ["welcome", "m1", "y", "z"]);
 }
 
+/// x and y were written; Redis goes back, p and q take their positions and are evicted, x and y come behind them.
+/// A re-send finds nothing kept up to y's position, where the chain is q's.
+#[test]
+fn hazard_03_a_fork_whose_places_were_evicted_is_seen_by_the_chain_before_the_oldest() {
+    let (mut old, mut new) = (History::of(1), History::of(1));
+    ["x", "y"].iter().for_each(|id| old.add(id));
+    ["p", "q", "x", "y"].iter().for_each(|id| new.add(id));
+    new.evict(3);
+    let mut walk = Walk::new(&History::of(1), 1);
+    walk.push_all(&old, 2..=3);
+    assert!(walk.resend());
+    walk.sync(&new);
+    assert_eq!(walk.acked(), Some(1), "it is asked who is right");
+    walk.sync(&new);
+    assert_eq!(walk.seen(), ["close 4006"], "x and y are not written twice");
+}
+
 #[test]
 fn a_fork_behind_the_acknowledged_position_sends_the_device_to_say_hello_again() {
     let (mut old, mut new) = (History::of(1), History::of(1));

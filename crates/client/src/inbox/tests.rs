@@ -53,11 +53,11 @@ impl Device {
     }
 
     fn take(&mut self) -> Ticket {
-        self.inbox.next().expect("a message waits").0
+        self.inbox.next_message().expect("a message waits").0
     }
 
     fn shown(&mut self) -> Option<String> {
-        self.inbox.next().map(|(_, message)| message.id)
+        self.inbox.next_message().map(|(_, message)| message.id)
     }
 
     fn acked(&mut self) -> Option<u64> {
@@ -67,7 +67,7 @@ impl Device {
     /// Handles everything that waits; the ids.
     fn handle_all(&mut self) -> Vec<String> {
         std::iter::from_fn(|| {
-            let (ticket, message) = self.inbox.next()?;
+            let (ticket, message) = self.inbox.next_message()?;
             self.inbox.finished(ticket, true);
             Some(message.id)
         })
@@ -87,6 +87,33 @@ fn messages_are_shown_in_order_and_acknowledged_together() {
     let position = device.inbox.position().unwrap();
     assert_eq!(position.seq, Seq(2));
     assert_eq!(position.chain, Some(Chain::START.next("a").next("b")));
+}
+
+#[test]
+fn a_refused_message_that_is_evicted_with_newer_ones_holds_up_nothing() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    device.inbox.finished(ticket, false);
+    device.evicted(2);
+    device.deliver(G, 3, "c");
+    assert_eq!(device.handle_all(), ["c"]);
+    assert_eq!(device.acked(), Some(3));
+    let why = SkipReason::Evicted;
+    let told = |first, last| Event::Skipped { first: Seq(first), last: Seq(last), why };
+    assert_eq!(device.events, [told(1, 1), told(2, 2)]);
+}
+
+#[test]
+fn a_message_that_is_refused_after_it_was_evicted_holds_up_nothing() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    device.evicted(2);
+    device.deliver(G, 3, "c");
+    device.inbox.finished(ticket, false);
+    assert_eq!(device.handle_all(), ["c"]);
+    assert_eq!(device.acked(), Some(3));
 }
 
 #[test]
@@ -159,6 +186,26 @@ fn hazard_03_what_waited_for_the_application_is_shown_when_the_connection_breaks
     device.inbox.finished(x, true);
     assert_eq!(device.handle_all(), ["refused", "z"]);
     assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
+fn hazard_03_what_was_handled_behind_an_eviction_is_not_shown_again_after_a_reconnect() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    // Redis went back, others took the place of "a", and were evicted while it is being handled.
+    device.evicted(30);
+    let ticket = device.take();
+    device.inbox.finished(ticket, true);
+    assert_eq!(device.acked(), Some(30));
+    let checkpoint = device.inbox.checkpoint(1);
+    let there = device.inbox.position().unwrap();
+    device.welcome(there);
+    device.deliver(G, 31, "a");
+    assert_eq!(device.shown(), None);
+    let mut restarted = Device { inbox: Inbox::resume(&checkpoint), events: Vec::new() };
+    restarted.welcome(there);
+    restarted.deliver(G, 31, "a");
+    assert_eq!(restarted.shown(), None);
 }
 
 #[test]
@@ -414,7 +461,7 @@ impl World {
     }
 
     fn take(&mut self) {
-        if let Some((ticket, message)) = self.device.inbox.next() {
+        if let Some((ticket, message)) = self.device.inbox.next_message() {
             self.out.push((ticket, message.id));
         }
     }

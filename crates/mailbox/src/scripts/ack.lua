@@ -13,8 +13,8 @@ local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]
 local DEVICES_MAX, CANDIDATE = tonumber(ARGV[4]), ARGV[5]
 local ITEM, COUNT = '<HddII', (#ARGV - 5) / 3
 
--- Whether a reset begins the retries: the device has a route, and they are not another session's that
--- are under way.
+-- Whether a reset, or an ack of a device that was not known, begins the retries: the device has a route, and
+-- they are not another session's that are under way.
 local function may_begin(routes, name, session, due)
   local text = call('HGET', routes, name)
   return text and (due == 0 or string.sub(text, 1, #session) == session)
@@ -53,7 +53,7 @@ local function decide(k, a, v)
   if d.seq >= h.n then
     d.due, d.attempt, d.defers = 0, 0, 0
   elseif progress and due > 0 -- it is behind and has a route
-    or reset and may_begin(routes, name, string.sub(ARGV[a + 2], session_at), due) then
+    or (reset or not is_known) and may_begin(routes, name, string.sub(ARGV[a + 2], session_at), due) then
     d.due, d.attempt, d.defers = NOW + spread(BASE, JITTER), 0, 0
   end
   if progress or keeps_all(h) then trim_to_lowest(h, queue, d, others) end

@@ -1,15 +1,16 @@
-//! Random interleavings of everything that may happen to a mailbox, on the real scripts and a real
-//! Redis, against a plain model of the mailbox, of devices, and of what stands around them.
+//! Random interleavings of everything that may happen to a mailbox and around it, on the code that ships: the
+//! scripts on a real Redis, an access node's session (`barid_session`), the Rust SDK's inbox
+//! (`barid_client::inbox`) and the purger's history of its shards (`barid_purger::history`).
 //!
-//! `mailboxes.rs` says what each script has to answer and to leave; after each call both are compared
-//! with it, to the millisecond of a timer. `client.rs` is an application's view: it fails if something
-//! is shown twice or out of its partition's order. After the last step everything that repairs is run
-//! until nothing is left to do; then each device must have been shown whatever was accepted and not
-//! evicted, expired, replaced by a newer one of its collapse key, or trimmed while Redis had forgotten
-//! the device. A failing run is shrunk to the steps that matter.
+//! `mailboxes.rs` says what each script has to answer and to leave, and shares nothing with the scripts; after
+//! each call both are compared with it, to the millisecond of a timer. `client.rs` is an application's view: it
+//! fails if something is shown twice or out of its partition's order. After the last step everything that repairs
+//! is run until nothing is left to do; then each device must have handled whatever was accepted and not evicted,
+//! expired, replaced by a newer one of its collapse key, or trimmed while Redis had forgotten the device. A failing
+//! run is shrunk to the steps that matter.
 //!
 //! `BARID_MODEL_SECONDS` (30) is how long it runs, `BARID_MODEL_STEPS` (60) how long a run may get.
-//! docs/reliability.md lists the faults that were planted in the scripts to see that it finds them.
+//! docs/reliability.md lists the faults that were planted to see that it finds them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 
 mod client;
@@ -42,14 +43,16 @@ pub(crate) enum Step {
     Accept { source: usize, purger: usize, count: usize },
     /// Another purger is given the partition; the first does not know.
     Rebalance { source: usize },
+    /// A purger reads from some records before, because another shard has forgotten something.
+    ReadAgain { source: usize, back: usize },
     /// The last call for a partition is executed once more.
     Redeliver { source: usize },
     /// A push reaches the nodes, not always the first one first.
     Push { user: usize, nth: usize },
-    /// Everything reaches a user's devices, is handled and acknowledged.
-    Serve { user: usize },
-    /// The fast path drops what it has.
-    LosePushes { user: usize },
+    /// Everything reaches a user's devices; `handled`: and is handled and acknowledged.
+    Serve { user: usize, handled: bool },
+    /// The fast path drops what it has; `told`: the node itself does, and its sessions hear of it.
+    LosePushes { user: usize, told: bool },
     /// A device connects; a connection that it had is not told.
     Connect { client: usize },
     /// A call of an earlier attempt arrives.
@@ -60,10 +63,15 @@ pub(crate) enum Step {
     DisconnectLate { nth: usize },
     /// A session is lost, and its route stays.
     Vanish { client: usize },
-    /// The application is done with some messages, and the device acknowledges.
-    Handle { client: usize, count: usize },
-    /// A session acknowledges, reads, or gets what it has read.
-    Turn { client: usize, ghost: bool },
+    /// The application is done with some messages, the newest or the oldest first, and the device acknowledges.
+    Handle { client: usize, count: usize, newest: bool },
+    /// The application does not handle a message.
+    Refuse { client: usize },
+    /// A device's program ends and starts again; `crash`: what it did not save is forgotten.
+    Restart { client: usize, crash: bool },
+    /// A session gets an answer, acknowledges, or reads; `ahead`: it asks before it gets an earlier answer, or
+    /// gets the newest answer first.
+    Turn { client: usize, ghost: bool, ahead: bool },
     /// A session confirms that it lives.
     Confirm { client: usize, ghost: bool },
     /// A device that says what it likes.
@@ -152,17 +160,22 @@ impl ReferenceStateMachine for Anything {
             6 => (source.clone(), prop::bool::weighted(0.2), 1..4_usize)
                 .prop_map(|(source, second, count)| Step::Accept { source, purger: second.into(), count }),
             1 => source.clone().prop_map(|source| Step::Rebalance { source }),
+            1 => (source.clone(), 1..9_usize).prop_map(|(source, back)| Step::ReadAgain { source, back }),
             2 => source.clone().prop_map(|source| Step::Redeliver { source }),
             8 => (user.clone(), prop_oneof![4 => Just(0), 1 => Just(1_usize)])
                 .prop_map(|(user, nth)| Step::Push { user, nth }),
-            8 => user.clone().prop_map(|user| Step::Serve { user }),
-            1 => user.clone().prop_map(|user| Step::LosePushes { user }),
+            10 => (user.clone(), prop::bool::ANY).prop_map(|(user, handled)| Step::Serve { user, handled }),
+            1 => (user.clone(), prop::bool::ANY).prop_map(|(user, told)| Step::LosePushes { user, told }),
             6 => client.clone().prop_map(|client| Step::Connect { client }),
             1 => client.clone().prop_map(|client| Step::ConnectLate { client }),
             3 => (client.clone(), ghost()).prop_map(|(client, ghost)| Step::Disconnect { client, ghost }),
             1 => client.clone().prop_map(|client| Step::Vanish { client }),
-            5 => (client.clone(), 1..4_usize).prop_map(|(client, count)| Step::Handle { client, count }),
-            12 => (client.clone(), ghost()).prop_map(|(client, ghost)| Step::Turn { client, ghost }),
+            5 => (client.clone(), 1..4_usize, prop::bool::weighted(0.2))
+                .prop_map(|(client, count, newest)| Step::Handle { client, count, newest }),
+            2 => client.clone().prop_map(|client| Step::Refuse { client }),
+            2 => (client.clone(), prop::bool::ANY).prop_map(|(client, crash)| Step::Restart { client, crash }),
+            12 => (client.clone(), ghost(), prop::bool::weighted(0.3))
+                .prop_map(|(client, ghost, ahead)| Step::Turn { client, ghost, ahead }),
             3 => (client, ghost()).prop_map(|(client, ghost)| Step::Confirm { client, ghost }),
             1 => (0..3_usize).prop_map(|nth| Step::DisconnectLate { nth }),
             10 => (0..STRANGERS, calls(), claims())
@@ -280,6 +293,28 @@ async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
 
+/// A device that was away too long to be known confirms while three others are online: there is no room for it.
+/// One of them leaves, and the device acknowledges.
+#[tokio::test]
+async fn a_device_that_an_acknowledgement_makes_known_is_sent_to_again() {
+    let nothing = Claim { other_epoch: false, generation: 0, back: 0, chain: 0 };
+    let steps = [
+        Step::Stranger {
+            who: 2,
+            call: Call::Connect { late: false, simple: false },
+            claim: nothing,
+        },
+        Step::Connect { client: 3 },
+        Step::Send { source: 0, user: 1 },
+        Step::Connect { client: 2 },
+        Step::Stranger { who: 3, call: Call::Confirm { late: false }, claim: nothing },
+        Step::Disconnect { client: 2, ghost: false },
+        Step::Stranger { who: 3, call: Call::Ack, claim: Claim { back: 2, chain: 2, ..nothing } },
+    ];
+    let mut store = Store::start(false).await;
+    run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
+}
+
 /// A failover brings an older session's route back; an acknowledgement of the newer one, which has no
 /// route now, catches up with what is left, and the next one resets the device behind it.
 #[tokio::test]
@@ -291,14 +326,14 @@ async fn a_device_that_a_session_without_a_route_resets_is_sent_to_again() {
         Step::Connect { client: 0 },
         Step::Replicate,
         Step::Connect { client: 1 },
-        Step::Serve { user: 0 },
+        Step::Serve { user: 0, handled: true },
         Step::Connect { client: 2 },
         Step::Send { source: 0, user: 0 },
         Step::Confirm { client: 0, ghost: false },
-        Step::Serve { user: 1 },
+        Step::Serve { user: 1, handled: true },
         Step::FailOver,
         Step::AckLate { nth: 1 },
-        Step::Serve { user: 0 },
+        Step::Serve { user: 0, handled: true },
     ];
     let mut store = Store::start(false).await;
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();

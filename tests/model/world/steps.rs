@@ -8,10 +8,15 @@ use crate::purger::Record;
 const RECORDS_MAX: usize = 56;
 /// Rounds of repairs in which everything has to settle.
 const ROUNDS: usize = 12;
+/// The nodes' clocks go on by so much; a re-send may cross an acknowledgement of the step before, not of the round
+/// before.
+const STEP_US: u64 = 1_000;
+const ROUND_US: u64 = 10_000;
 const NAMES: [&str; 4] = ["phone", "tablet", "watch", "browser"];
 
 impl World<'_> {
     pub async fn step(&mut self, step: &Step) -> Checked {
+        self.now_us += STEP_US;
         match *step {
             Step::Produce { source, user, repeat, key } => self.produce(source, user, repeat, key),
             Step::Send { source, user } => {
@@ -30,11 +35,15 @@ impl World<'_> {
             Step::Accept { source, purger, count } => {
                 self.pump(source, purger, count).await?;
             }
-            Step::Rebalance { source } => self.rebalance(source).await?,
+            Step::Rebalance { source } => {
+                self.log[source].assign(1);
+                self.pump(source, 1, 2).await?;
+            }
+            Step::ReadAgain { source, back } => self.log[source].read_again(0, back),
             Step::Redeliver { source } => self.redeliver(source).await?,
             Step::Push { user, nth } => self.push(user, nth).await?,
-            Step::Serve { user } => self.serve(user).await?,
-            Step::LosePushes { user } => self.pushes[user].clear(),
+            Step::Serve { user, handled } => self.serve(user, handled).await?,
+            Step::LosePushes { user, told } => self.lose_pushes(user, told),
             Step::Connect { client } => self.connect(client, false).await?,
             Step::ConnectLate { client } => self.connect(client, true).await?,
             Step::Disconnect { client, ghost } => {
@@ -48,10 +57,19 @@ impl World<'_> {
                     self.clients[client].current = None;
                 }
             }
-            Step::Handle { client, count } => self.handle(client, count),
-            Step::Turn { client, ghost } => {
+            Step::Handle { client, count, newest } => {
+                self.handle(client, count, newest).map(|_| ())?
+            }
+            Step::Refuse { client } => self.clients[client].refuse()?,
+            Step::Restart { client, crash } => {
+                if let Some(index) = self.find(client, false) {
+                    self.sessions.remove(index);
+                }
+                self.clients[client].restart(crash);
+            }
+            Step::Turn { client, ghost, ahead } => {
                 if let Some(index) = self.find(client, ghost) {
-                    self.turn(index).await?;
+                    self.turn(index, ahead).await?;
                 }
             }
             Step::Confirm { client, ghost } => {
@@ -109,20 +127,6 @@ impl World<'_> {
             }
         }
         Ok(gap.is_none() && partition.purgers[purger].next == partition.records.len())
-    }
-
-    /// The second purger is given the partition, and begins at the commit. The first does not know
-    /// that yet. (Where Redis has forgotten what is committed, it needs the first one's memory:
-    /// HAZARDS 5 is another test's.)
-    async fn rebalance(&mut self, source: usize) -> Checked {
-        let partition = &mut self.log[source];
-        let executed = self.now.positions[source].map_or(0, |offset| offset as usize + 1);
-        if executed < partition.committed || partition.committed == partition.records.len() {
-            return Ok(());
-        }
-        partition.purgers[1] = Default::default();
-        partition.purgers[1].next = partition.committed;
-        self.pump(source, 1, 2).await.map(|_| ())
     }
 
     /// A call that was given up, or a zombie's, arrives.
@@ -184,7 +188,8 @@ impl World<'_> {
             }
         }
         self.look().await?;
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
+            self.round = round;
             self.round().await?;
             if self.is_settled() {
                 return self.all_was_shown();
@@ -194,6 +199,7 @@ impl World<'_> {
     }
 
     async fn round(&mut self) -> Checked {
+        self.now_us += ROUND_US;
         for source in 0..2 {
             for _ in 0..ROUNDS {
                 if self.pump(source, 0, BURST).await? {
@@ -213,7 +219,7 @@ impl World<'_> {
             self.fire(user, None, None).await?;
         }
         for client in 0..CLIENTS {
-            self.exhaust(client).await?;
+            self.exhaust(client, true).await?;
         }
         self.look().await
     }

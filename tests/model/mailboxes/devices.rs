@@ -78,6 +78,7 @@ impl Mailbox {
 
     /// Everybody who is connected waits from now on, but for those who wait already.
     pub(super) fn arm(&mut self) {
+        // Where all wait already the timer stays, even if it is that of a device that was forgotten.
         for name in self.routes.keys().copied().collect::<Vec<_>>() {
             if self.device(name).is_none() {
                 self.devices.push(self.unknown(name, 0)); // forgotten under a living route
@@ -86,8 +87,8 @@ impl Mailbox {
             let device = device.expect("it was added");
             if device.due == Due::Never {
                 (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+                self.timer = Timer::Earliest;
             }
-            self.timer = Timer::Earliest;
         }
     }
 
@@ -208,6 +209,7 @@ impl Mailbox {
     pub fn ack(&mut self, name: &'static str, route: (u64, u64), at: Place, now: u64) -> Acked {
         self.open(now);
         let known = self.device(name).cloned();
+        let unknown = known.is_none();
         let from_another = known.is_none() && self.is_another(at.epoch);
         if known.as_ref().is_some_and(|device| device.generation > at.generation) {
             return Acked::Stale;
@@ -229,14 +231,15 @@ impl Mailbox {
             device.seq = at.seq;
         }
         device.used = None;
-        // A reset begins the retries, unless they are those of another session.
+        // A reset begins the retries, unless they are those of another session; so does an ack that makes the device
+        // known.
         let begins = self.routes.get(name).is_some_and(|here| {
             device.due == Due::Never || (here.number, here.incarnation) == route
         });
         let before = device.due;
         if device.seq >= self.newest() {
             (device.due, device.attempt, device.defers) = (Due::Never, 0, 0);
-        } else if progress && device.due != Due::Never || reset && begins {
+        } else if progress && device.due != Due::Never || (reset || unknown) && begins {
             (device.due, device.attempt, device.defers) = (Due::In(RETRY_BASE), 0, 0);
         }
         if device.due != before {

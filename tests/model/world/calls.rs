@@ -6,15 +6,11 @@ use barid_mailbox::{
     ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest, DueUser, GroupOutcome, Page,
     ReadRequest, Unreached, UserKey,
 };
+use barid_session::ReadFrom;
 
-use super::{
-    Checked, USERS, World, accept_group, attempt, check, device_id, session_ref, text, user_key,
-};
+use super::{Checked, USERS, World, accept_group, check, device_id, text, user_key};
 use crate::mailboxes::{Acked, Connected, DEFER_BASE, DEFER_FULL, Expected, Hello, Life, Place};
 use crate::purger::Group;
-
-/// Entries of a page.
-const PAGE: u64 = 3;
 
 impl World<'_> {
     /// Returns what the shard knows, if there was a gap.
@@ -83,15 +79,8 @@ impl World<'_> {
         &mut self,
         user: usize,
         hello: Hello,
+        request: ConnectRequest,
     ) -> Checked<ConnectOutcome> {
-        let request = ConnectRequest {
-            user: user_key(user),
-            device: device_id(hello.device),
-            session: session_ref(hello.route.number, hello.route.incarnation),
-            attempt: attempt(hello.route.attempt),
-            platform: "model".into(),
-            position: hello.at.map(position),
-        };
         let expected = self.now.boxes[user].connect(&hello, self.clock);
         let outcome = self.store.mailbox.connect(request).await.map_err(text)?;
         self.look().await?;
@@ -120,15 +109,8 @@ impl World<'_> {
         &mut self,
         user: usize,
         hello: Hello,
+        request: ConfirmRequest,
     ) -> Checked<ConfirmOutcome> {
-        let request = ConfirmRequest {
-            user: user_key(user),
-            device: device_id(hello.device),
-            session: session_ref(hello.route.number, hello.route.incarnation),
-            attempt: attempt(hello.route.attempt),
-            platform: "model".into(),
-            position: hello.at.map(position).ok_or("a session stands somewhere")?,
-        };
         let expected = self.now.boxes[user].confirm(&hello, self.clock);
         let outcome = self.store.mailbox.confirm(request).await.map_err(text)?;
         self.look().await?;
@@ -192,13 +174,19 @@ impl World<'_> {
     }
 
     /// A page after a position.
-    pub(super) async fn call_read(&mut self, user: usize, after: u64) -> Checked<Page> {
+    pub(super) async fn call_read(
+        &mut self,
+        user: usize,
+        device: &str,
+        read: ReadFrom,
+    ) -> Checked<Page> {
+        let (after, entries) = (read.after.0, u64::from(read.entries_max));
         let request = ReadRequest {
             user: user_key(user),
-            after: Seq(after),
-            entries_max: PAGE as u32,
-            bytes_max: 1 << 20,
-            device: None,
+            after: read.after,
+            entries_max: read.entries_max,
+            bytes_max: read.bytes_max,
+            device: Some(device_id(device)),
         };
         let page = self.store.mailbox.read(request).await.map_err(text)?;
         let mailbox = &self.now.boxes[user];
@@ -212,9 +200,17 @@ impl World<'_> {
         let before = mailbox.chain_at(mailbox.oldest - 1);
         check!(Some(page.chain_before_oldest) == before, "read {page:?} of {mailbox:?}");
         let from = mailbox.oldest.max(after + 1);
-        let expected = mailbox.contents(from, (from + PAGE).min(mailbox.newest() + 1));
+        let expected = mailbox.contents(from, (from + entries).min(mailbox.newest() + 1));
         let ids: Vec<_> = page.entries.iter().map(|e| crate::session::parse(e).1).collect();
         check!(ids == expected, "read {ids:?}, not {expected:?}");
+        let known = mailbox.device(device).filter(|_| after + 1 < mailbox.oldest);
+        let expected =
+            known.map(|device| (device.seq, device.generation, mailbox.kept_chain_at(device.seq)));
+        let cursor = page
+            .cursor
+            .as_ref()
+            .map(|cursor| (cursor.seq.0, cursor.generation.0, self.kept_chain(user, cursor)));
+        check!(cursor == expected, "read a cursor {cursor:?}, not {expected:?}");
         Ok(page)
     }
 
@@ -275,7 +271,7 @@ fn index(user: &UserKey) -> Checked<usize> {
     (0..USERS).find(|index| user_key(*index) == *user).ok_or_else(|| format!("nobody: {user:?}"))
 }
 
-fn position(place: Place) -> Position {
+pub(super) fn position(place: Place) -> Position {
     Position {
         epoch: barid_core::Epoch(place.epoch),
         generation: barid_core::Generation(place.generation),

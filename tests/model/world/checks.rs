@@ -25,14 +25,14 @@ impl World<'_> {
         Ok(())
     }
 
-    /// After an ack: what left was shown to every device that Redis knows.
+    /// After an ack: every device that Redis knows has handled what left.
     pub(super) fn left_behind(&mut self, user: usize, gone: &[String]) -> Checked {
         for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
             let known = self.now.boxes[user].device(device_of(client)).is_some();
             let state = &mut self.clients[client];
-            for id in gone.iter().filter(|id| !state.shown.contains(*id)) {
+            for id in gone.iter().filter(|id| !state.handled.contains(*id)) {
                 let lost = known && !state.missed.contains(id);
-                check!(!lost, "an ack trimmed {id}, which client {client} was not shown");
+                check!(!lost, "an ack trimmed {id}, which client {client} has not handled");
                 state.missed.insert(id.clone());
             }
         }
@@ -43,7 +43,7 @@ impl World<'_> {
     pub(super) fn missed(&mut self, user: usize, ids: &[String]) {
         for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
             let state = &mut self.clients[client];
-            let unseen = ids.iter().filter(|id| !state.shown.contains(*id)).cloned();
+            let unseen = ids.iter().filter(|id| !state.handled.contains(*id)).cloned();
             state.missed.extend(unseen.collect::<Vec<_>>());
         }
     }
@@ -59,7 +59,7 @@ impl World<'_> {
         let state = &self.clients[client];
         let skipped = self.now.boxes[user_of(client)].between(from, to);
         let lost =
-            skipped.iter().find(|id| !state.shown.contains(*id) && !state.missed.contains(*id));
+            skipped.iter().find(|id| !state.handled.contains(*id) && !state.missed.contains(*id));
         check!(lost.is_none(), "client {client} is told to skip {lost:?}, which was not evicted");
         Ok(())
     }
@@ -75,8 +75,8 @@ impl World<'_> {
         for (index, client) in self.clients.iter().enumerate() {
             for entry in &self.now.boxes[user_of(index)].entries {
                 let id = &entry.id;
-                let fine = client.shown.contains(id) || client.missed.contains(id);
-                check!(fine, "client {index} was never shown {id}");
+                let fine = client.handled.contains(id) || client.missed.contains(id);
+                check!(fine, "client {index} was never shown {id}, or never again");
             }
         }
         Ok(())

@@ -10,18 +10,17 @@ mod strangers;
 use std::collections::{HashSet, VecDeque};
 
 use barid_core::{
-    AppId, Attempt, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
+    AppId, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
-    AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, LogPosition, Source,
-    UserKey,
+    AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, Source, UserKey,
 };
 use barid_wire::envelope::{self, Envelope};
 use bytes::Bytes;
 
 use crate::client::Client;
 use crate::mailboxes;
-use crate::purger::{Group, Partition, Record};
+use crate::purger::{Group, Partition, Record, at};
 use crate::session::Session;
 use crate::store::{Held, Store};
 
@@ -44,6 +43,9 @@ pub const CLIENTS: usize = 4;
 pub const BURST: usize = 34;
 /// Devices that nobody promises anything, because they say what they like: two of each user.
 pub const STRANGERS: usize = 4;
+
+/// What every device says it runs on.
+const PLATFORM: &str = "model";
 
 pub struct World<'a> {
     store: &'a mut Store,
@@ -70,6 +72,10 @@ pub struct World<'a> {
     incarnation: u64,
     /// In units: a mailbox keeps its entries for a few.
     clock: u64,
+    /// The nodes' clocks, µs.
+    now_us: u64,
+    /// Of the repairs at the end.
+    round: usize,
     /// What Redis held after the last call.
     held: Vec<Held>,
 }
@@ -97,6 +103,8 @@ impl<'a> World<'a> {
             connections: 0,
             incarnation: 1,
             clock: 0,
+            now_us: 1_000_000_000,
+            round: 0,
             held,
         }
     }
@@ -129,12 +137,7 @@ pub fn session_ref(number: u64, incarnation: u64) -> SessionRef {
     SessionRef { node, incarnation: Incarnation(incarnation), connection: ConnectionId(number) }
 }
 
-pub fn attempt(number: u64) -> Attempt {
-    Attempt(number)
-}
-
 fn accept_group(shard: Shard, source: usize, group: &Group) -> AcceptGroup {
-    let at = |offset: i64| LogPosition { leader_epoch: 0, offset, index: 0 };
     let message = |(offset, record): &(i64, Record)| AcceptMessage {
         position: at(*offset),
         app: user_key(record.user).app,

@@ -2,10 +2,11 @@
 //! generation, confirmations of a session that was replaced. Nobody promises them a message; what
 //! Redis answers and holds then is as certain as with any other.
 
-use barid_core::{Chain, Epoch, Generation, Seq};
-use barid_mailbox::{AckRequest, DisconnectRequest};
+use barid_core::{Attempt, Chain, Epoch, Generation, Seq};
+use barid_mailbox::{AckRequest, ConfirmRequest, ConnectRequest, DisconnectRequest};
 
-use super::{Checked, World, device_id, session_ref, user_key};
+use super::calls::position;
+use super::{Checked, PLATFORM, World, device_id, session_ref, user_key};
 use crate::mailboxes::{Hello, Life, Place, Route};
 use crate::{Call, Claim};
 
@@ -35,7 +36,15 @@ impl World<'_> {
                 let route =
                     Route { number: self.connections, incarnation: self.incarnation, attempt };
                 let at = Some(at).filter(|at| !simple && at.epoch != 0);
-                self.call_connect(user, Hello { device: name, route, at }).await?;
+                let request = ConnectRequest {
+                    user: user_key(user),
+                    device: device_id(name),
+                    session: session_ref(route.number, route.incarnation),
+                    attempt: Attempt(route.attempt),
+                    platform: PLATFORM.into(),
+                    position: at.map(position),
+                };
+                self.call_connect(user, Hello { device: name, route, at }, request).await?;
             }
             Call::Confirm { late } => {
                 let Stranger { number, attempt } = self.strangers[who];
@@ -45,7 +54,16 @@ impl World<'_> {
                     (number, attempt)
                 };
                 let route = Route { number, incarnation: self.incarnation, attempt };
-                self.call_confirm(user, Hello { device: name, route, at: Some(at) }).await?;
+                let request = ConfirmRequest {
+                    user: user_key(user),
+                    device: device_id(name),
+                    session: session_ref(route.number, route.incarnation),
+                    attempt: Attempt(route.attempt),
+                    platform: PLATFORM.into(),
+                    position: position(at),
+                };
+                let hello = Hello { device: name, route, at: Some(at) };
+                self.call_confirm(user, hello, request).await?;
             }
             Call::Ack => {
                 let request = AckRequest {
