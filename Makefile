@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test bench bench-200k latency throughput redis-cost l1 stranger autobahn lint fmt setup
+.PHONY: help run test bench bench-200k latency throughput redis-cost l1 stranger autobahn imports lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -39,6 +39,9 @@ stranger: ## Drive a cluster through every fault of the stranger's suite (ARGS='
 
 autobahn: ## Run Autobahn's WebSocket test suite against the socket code of access (ARGS='6.* 7.*': some cases)
 	@scripts/autobahn.sh $(ARGS)
+
+imports: ## Draw which file imports which (ARGS=access: one crate)
+	@python3 scripts/imports.py $(ARGS)
 
 lint: ## Check format and lints
 	@scripts/lint.sh
