@@ -7,47 +7,47 @@ export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-run: ## Install what is missing, build, start the whole cluster and show a push (ARGS=--once: and stop)
+run: ## Build, start a whole cluster and show a push (ARGS=--once: stop)
 	@scripts/run.sh $(ARGS)
 
-test: ## Install what is missing and run every test
+test: ## Install dependencies and run every test
 	@scripts/test.sh $(ARGS)
 
-bench: ## Measure all of it beside a floor and the goals, in 15 minutes (ONLY=idle,handshake: those)
+bench: ## All benchmarks beside a floor, 15 min (ONLY=idle,handshake: some)
 	@scripts/bench.sh bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
-bench-200k: ## 200,000 connections on eleven nodes and 10,000 messages a second (ARGS='--sessions 50000': others)
+bench-200k: ## 200,000 connections, 10,000 messages/s (ARGS='--sessions 50000')
 	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --connect-rate 2500 --rate 10000 --linger-ms 20 \
 		--out target/bench/bench-200k.json $(ARGS)
 
-latency: ## Measure how long a message takes, produce to device, by hop (ARGS='--push-rate 5000': options)
+latency: ## Latency by hop, produce to device (ARGS='--push-rate 5000')
 	@scripts/bench.sh bench --only latency --out target/bench/latency.json --report latency-report $(ARGS)
 
-throughput: ## Measure messages delivered and acknowledged a second, and CPU time by process
+throughput: ## Messages per second, and CPU time by process
 	@scripts/bench.sh bench --only unicast --out target/bench/throughput.json --report throughput-report $(ARGS)
 
-redis-cost: ## Measure what accept and ack cost Redis, against the barest scripts that leave the same
+redis-cost: ## Cost of accept and ack in Redis, beside the barest scripts
 	@scripts/setup.sh run
 	cargo run --locked --release -p barid-loadtest --bin barid-redis-cost -- $(ARGS)
 
-l1: ## Measure how long the dispatcher's cache is stale in a storm of reconnects (BARID_L1_SECONDS=30)
+l1: ## Staleness of the dispatcher's cache (BARID_L1_SECONDS=30)
 	@scripts/setup.sh run
 	BARID_L1_SECONDS=$${BARID_L1_SECONDS:-30} cargo test --locked --release -p barid-dispatcher --test staleness -- --nocapture
 
-stranger: ## Drive a cluster through every fault of the stranger's suite (ARGS='--only NAME --seed N', --list, --short)
+stranger: ## Every fault of the stranger's suite (ARGS='--only NAME', --list)
 	@scripts/stranger.sh $(ARGS)
 
-autobahn: ## Run Autobahn's WebSocket test suite against the socket code of access (ARGS='6.* 7.*': some cases)
+autobahn: ## Autobahn's WebSocket suite against access (ARGS='6.* 7.*')
 	@scripts/autobahn.sh $(ARGS)
 
 imports: ## Draw which file imports which (ARGS=access: one crate)
 	@python3 scripts/imports.py $(ARGS)
 
-lint: ## Check format and lints
+lint: ## Check format, lints and imports
 	@scripts/lint.sh
 
 fmt: ## Format
 	cargo fmt --all
 
-setup: ## Install what is missing for both, and do nothing else
+setup: ## Install dependencies, and do nothing else
 	@scripts/setup.sh test
