@@ -35,16 +35,19 @@ pub struct Lanes<M> {
     queues: Vec<Arc<Queue>>,
     /// The lane of each shard, an index of `queues`.
     by_shard: Vec<usize>,
+    /// The lanes of each master, by its number: lanes `calls_per_lane * group` and following.
+    groups: Vec<usize>,
     workers: JoinSet<()>,
 }
 
 impl<M: Mailboxes> Lanes<M> {
     /// Starts the lanes of all masters. Call within a runtime.
     pub fn start(shared: Shared<M>) -> Self {
-        let mut lanes =
-            Self { shared, queues: Vec::new(), by_shard: Vec::new(), workers: JoinSet::new() };
+        let (queues, by_shard, groups) = Default::default();
+        let mut lanes = Self { shared, queues, by_shard, groups, workers: JoinSet::new() };
         lanes.add_missing();
         let shards = lanes.shared.mailboxes.shards();
+        lanes.groups = (0..lanes.queues.len() / lanes.shared.window.calls_per_lane).collect();
         lanes.by_shard = shards.all().map(|shard| lanes.place(shard)).collect();
         lanes
     }
@@ -63,9 +66,20 @@ impl<M: Mailboxes> Lanes<M> {
     /// Moves shards whose master has changed to the lane of the new one. A shard that is still on its way from an
     /// earlier move is moved by a later call.
     pub fn follow_masters(&mut self) {
+        let shards = self.shared.mailboxes.shards();
+        let all_known = self.shared.mailboxes.lanes() <= self.groups.len();
+        if all_known && shards.all().all(|shard| self.place(shard) == self.lane_of(shard)) {
+            return;
+        }
         self.add_missing();
+        // Masters may have been numbered anew: each keeps the lanes that have most of its shards.
+        let per_master = self.shared.window.calls_per_lane;
+        let masters: Vec<usize> =
+            shards.all().map(|shard| self.shared.mailboxes.lane_of(shard)).collect();
+        let now: Vec<usize> = self.by_shard.iter().map(|lane| lane / per_master).collect();
+        self.groups = groups(&masters, &now, self.queues.len() / per_master);
         let mut moved = 0;
-        for shard in self.shared.mailboxes.shards().all() {
+        for shard in shards.all() {
             let (from, to) = (self.lane_of(shard), self.place(shard));
             if from != to && self.queues[from].redirect(shard, &self.queues[to]) {
                 self.by_shard[usize::from(shard.get())] = to;
@@ -81,7 +95,10 @@ impl<M: Mailboxes> Lanes<M> {
     fn place(&self, shard: Shard) -> usize {
         let per_master = self.shared.window.calls_per_lane;
         let within = usize::from(shard.get()) % per_master;
-        (self.shared.mailboxes.lane_of(shard) * per_master + within) % self.queues.len()
+        let master = self.shared.mailboxes.lane_of(shard);
+        // A master that is newer than `groups` shares the lanes of another one until the next call.
+        let group = self.groups.get(master).copied().unwrap_or(master);
+        (group * per_master + within) % self.queues.len()
     }
 
     fn queue(&self, shard: Shard) -> &Queue {
@@ -172,5 +189,45 @@ impl<M: Mailboxes> Lanes<M> {
     #[cfg(test)]
     pub fn load(&self) -> usize {
         self.queues.iter().map(|queue| queue.load()).sum()
+    }
+}
+
+/// Which of `count` groups of lanes serves each master, given the master of each shard and the group in which the
+/// shard is now: the one that has most of its shards, else one that no other master needs.
+fn groups(masters: &[usize], now: &[usize], count: usize) -> Vec<usize> {
+    let mut shared: HashMap<(usize, usize), usize> = HashMap::new();
+    for (master, group) in masters.iter().zip(now) {
+        *shared.entry((*master, *group)).or_default() += 1;
+    }
+    let mut shared: Vec<((usize, usize), usize)> = shared.into_iter().collect();
+    shared.sort_unstable_by_key(|(pair, shards)| (std::cmp::Reverse(*shards), *pair));
+    let last = masters.iter().max().map_or(0, |last| last + 1);
+    let mut of_master = vec![None; last.max(count)];
+    let mut used = HashSet::new();
+    for ((master, group), _) in shared {
+        if of_master[master].is_none() && used.insert(group) {
+            of_master[master] = Some(group);
+        }
+    }
+    let mut free = (0..count).filter(|group| !used.contains(group));
+    let of_master = of_master.into_iter().enumerate();
+    // There are as many groups as masters, unless one was added just now.
+    of_master.map(|(master, group)| group.or_else(|| free.next()).unwrap_or(master)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shards_whose_master_changes_move() {
+        // Two masters are three; the new one takes a part of each and is counted first.
+        assert_eq!(groups(&[0, 1, 1, 0, 2, 2], &[0, 0, 0, 1, 1, 1], 3), [2, 0, 1]);
+        // They are only numbered anew.
+        assert_eq!(groups(&[1, 1, 0, 0], &[0, 0, 1, 1], 2), [1, 0]);
+        // One has gone.
+        assert_eq!(groups(&[0, 0, 0, 1, 1, 1], &[0, 0, 2, 1, 1, 2], 3), [0, 1, 2]);
+        // One was added since the lanes were counted.
+        assert_eq!(groups(&[0, 1, 2], &[0, 1, 1], 2), [0, 1, 2]);
     }
 }

@@ -346,13 +346,19 @@ async fn read_for(
 
 #[tokio::test(start_paused = true)]
 async fn a_master_that_is_added_gets_a_lane_of_its_own() {
-    let (store, config) = (Store::new(2), Config::default());
+    for before in [1, 2] {
+        a_third_master_serves_alone(before).await;
+    }
+}
+
+async fn a_third_master_serves_alone(before: usize) {
+    let (store, config) = (Store::new(before), Config::default());
     store.state.lock().slow = [2, 2, 2];
     let (mut pipeline, mut events) = start(&config, &store);
     let mut log = Written { length: 100, next: [0; 2], seek_turns: 0, seeks: BTreeMap::new() };
     let second = Duration::from_secs(1);
     read_for(&mut pipeline, &mut events, &mut log, second).await;
-    // A third master gets shards of both, and serves them for a while; then each of its calls takes a minute.
+    // There are three masters, each of which gets shards of the others, and serves them for a while; then each of its calls takes a minute.
     store.masters.store(3, Ordering::SeqCst);
     log.length = 200;
     read_for(&mut pipeline, &mut events, &mut log, second).await;
