@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout};
 use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
 use crate::lease::copies::copies;
+use crate::lease::life::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record;
 use crate::topology::Topology;
@@ -106,7 +107,7 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
     let mut masters = None;
     for turn in 0.. {
         let known = match inner.upgrade() {
-            Some(inner) => inner.memory.lock().known().cloned().collect(),
+            Some(inner) => inner.memory.lock().known().collect(),
             None => return,
         };
         let reading = read(mailbox.topology(), Some(role), known, turn).await;
@@ -161,7 +162,7 @@ impl Mailbox {
 async fn read(
     topology: &Topology,
     role: Option<NodeRole>,
-    known: Vec<NodeId>,
+    known: Vec<(NodeId, Stamp)>,
     turn: usize,
 ) -> Reading {
     let lanes = topology.shards_by_lane();

@@ -225,16 +225,19 @@ impl Connected {
             }
             self.skip_what_is_gone(to, page.cursor, out);
         }
+        // The device acknowledged all of it while it was being read.
+        let last = page.entries.last().and_then(|entry| Header::parse(entry).ok());
+        let is_overtaken = last.is_some_and(|last| last.seq <= self.at.seq);
         if !self.write_page(page.entries, now_us, out) {
             return self.contradicted(out);
         }
         self.trust = Trust::Sure;
-        self.after_page(before, page.newest, out);
+        self.after_page(before, page.newest, is_overtaken, out);
     }
 
-    fn after_page(&mut self, before: Mark, newest: Seq, out: &mut Vec<Effect>) {
+    fn after_page(&mut self, before: Mark, newest: Seq, is_overtaken: bool, out: &mut Vec<Effect>) {
         let full = self.window.len() >= self.settings.unacked_max;
-        if self.at == before && !full {
+        if self.at == before && !full && !is_overtaken {
             if self.at.seq < newest {
                 let text = "the mailbox has an entry that cannot be read";
                 out.push(Effect::Close(Close::new(CloseCode::Overloaded, text)));

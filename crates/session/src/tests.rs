@@ -746,6 +746,21 @@ fn hazard_03_an_ack_that_was_on_its_way_does_not_answer_for_a_fork_that_came_aft
     assert_eq!(walk.seen(), ["welcome", "m1", "y", "z"]);
 }
 
+#[test]
+fn a_page_whose_entries_were_all_acknowledged_meanwhile_ends_nothing() {
+    let mut history = History::of(3);
+    let mut walk = Walk::new(&History::of(0), 0);
+    walk.push_all(&history, 1..=3);
+    assert!(walk.resend());
+    let (read, _) = walk.session.next_read(true).unwrap();
+    history.add("m4");
+    let page = history.page(read);
+    walk.ack(3);
+    walk.session.page(page, NOW, &mut walk.effects);
+    walk.sync(&history);
+    assert_eq!(walk.seen(), ["m4"]);
+}
+
 /// x and y were written; Redis goes back, p and q take their positions and are evicted, x and y come behind them.
 /// A re-send finds nothing kept up to y's position, where the chain is q's.
 #[test]

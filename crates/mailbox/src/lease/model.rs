@@ -116,3 +116,22 @@ fn hazard_65_sessions_of_a_master_that_is_emptied_before_its_first_renewal_are_c
     ];
     run(&steps).unwrap();
 }
+
+#[test]
+fn hazard_85_a_late_copy_of_an_earlier_life_does_not_hide_the_later_one() {
+    let wait = |ms| Step::Wait { ms };
+    let steps = [
+        Step::Start { node: 0, clock_s: 0, cut: 0 },
+        Step::Start { node: 2, clock_s: 0, cut: 0 },
+        wait(2_532),
+        Step::Deaf { node: 2, masters: 1 },
+        Step::Connect { user: 0, node: 0, told: false },
+        Step::Stall { master: 2 },
+        Step::Stall { master: 1 },
+        wait(64_468),
+        Step::GoOn { master: 2 },
+        Step::Away { master: 0 },
+        wait(43_000),
+    ];
+    run(&steps).unwrap();
+}

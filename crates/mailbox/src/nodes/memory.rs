@@ -42,6 +42,8 @@ pub(crate) struct Evidence {
     /// The newest copy that says that the lease was given up.
     given_up: Option<Stamp>,
     pub own: Own,
+    /// The newest writing that the reader knew before.
+    known: Option<Stamp>,
 }
 
 impl Evidence {
@@ -59,7 +61,7 @@ impl Evidence {
 
     /// Whether the copies leave open if it lives: then its own key decides.
     fn is_open(&self) -> bool {
-        !matches!(self.verdict(None), Verdict::Lives(..))
+        !matches!(self.verdict(self.known), Verdict::Lives(..))
     }
 
     /// `known`: the newest writing that was ever read. That an earlier one gave the lease up says nothing
@@ -75,7 +77,13 @@ impl Evidence {
             (Some((stamp, record)), given_up)
                 if given_up.is_none_or(|given_up| given_up < stamp) =>
             {
-                Verdict::Lives(stamp, record)
+                // A copy of an earlier life, written late or brought back by a failover, tells nothing of a later
+                // life whose own key was not read.
+                let earlier = known.is_some_and(|known| stamp.incarnation < known.incarnation);
+                match self.own {
+                    Own::Unasked | Own::Unreadable if earlier => Verdict::Unknown,
+                    _ => Verdict::Lives(stamp, record),
+                }
             }
             (_, Some(stamp)) if known.is_none_or(|known| known <= stamp) => Verdict::GaveUp(stamp),
             (..) if self.own == Own::Absent => Verdict::Gone,
@@ -106,9 +114,11 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// Nobody has answered yet. `known`: whom to look for, whether a copy tells of them or not.
-    pub fn of(known: impl IntoIterator<Item = NodeId>) -> Self {
-        let nodes = known.into_iter().map(|id| (id, Evidence::default())).collect();
+    /// Nobody has answered yet. `known`: the nodes to look for, whether a copy shows them or not, each with the newest
+    /// writing that was ever read.
+    pub fn of(known: impl IntoIterator<Item = (NodeId, Stamp)>) -> Self {
+        let of = |(id, stamp)| (id, Evidence { known: Some(stamp), ..Evidence::default() });
+        let nodes = known.into_iter().map(of).collect();
         Self { nodes, complete: true, any: false }
     }
 
@@ -193,9 +203,9 @@ impl Memory {
         }
     }
 
-    /// Whom to look for, whether a copy tells of them or not.
-    pub fn known(&self) -> impl Iterator<Item = &NodeId> {
-        self.known.keys()
+    /// The nodes to look for, whether a copy shows them or not, each with the newest writing that was ever read.
+    pub fn known(&self) -> impl Iterator<Item = (NodeId, Stamp)> {
+        self.known.iter().map(|(id, known)| (id.clone(), known.stamp))
     }
 
     fn is_stale(&self, at: Option<Instant>, now: Instant) -> bool {

@@ -88,6 +88,10 @@ pub struct Process {
     pub record: NodeRecord,
     /// When it became able to serve routes of its life.
     pub life_began_ms: u64,
+    /// The last life of which it said that all is confirmed: routes that name an earlier one are void for good.
+    pub all_confirmed: Incarnation,
+    /// The life that a master executed a writing of, and when that was first.
+    first_executed: (Incarnation, u64),
     life: Life,
     pending: Pending,
     confirming: Confirming<Session>,
@@ -145,6 +149,8 @@ impl Process {
             ),
             record,
             life_began_ms: now_ms,
+            all_confirmed: Incarnation(0),
+            first_executed: (Incarnation(0), now_ms),
             pending: Pending::default(),
             confirming: Confirming::new(CONFIRMS_PER_SECOND, CONFIRM_EVERY, pace, at(now_ms)),
             sessions: Sessions {
@@ -262,6 +268,9 @@ impl Process {
             };
             if wrote.done {
                 process.was_executed(now_ms);
+                if process.first_executed.0 != stamp.incarnation {
+                    process.first_executed = (stamp.incarnation, now_ms);
+                }
             }
             if process.deaf & (1 << master) != 0 {
                 return Ok(());
@@ -335,6 +344,15 @@ impl Process {
             || self.silence_ended_ms.is_some_and(|ended| now_ms - ended <= moment_ms)
     }
 
+    /// Whether its life just came. One that was written, not heard of, and not renewed for as long as a lease holds may
+    /// have been seen, and seen to end, before.
+    pub fn is_young(&self, now_ms: u64) -> bool {
+        let unheard_ms = self.life_began_ms.saturating_sub(self.first_executed.1);
+        // Nor does one come that a later life has followed already.
+        let latest = self.first_executed.0 == self.incarnation();
+        latest && now_ms - self.life_began_ms < 2_000 && unheard_ms < TTL_MS
+    }
+
     /// Whether its lease stands somewhere.
     pub fn is_fresh(&self, now_ms: u64) -> bool {
         now_ms - self.executed_ms < TTL_MS
@@ -382,6 +400,7 @@ impl Process {
         }
         match self.confirming.finished_life() {
             Some(life) if self.record.set_confirmed(life) => {
+                self.all_confirmed = life;
                 self.check_confirmed(masters)?;
                 self.renew(masters, now_ms)
             }

@@ -63,7 +63,7 @@ impl Reader {
 
     pub fn read(&mut self, masters: &[Master], now_ms: u64) {
         self.turn += 1;
-        let mut reading = Reading::of(self.memory.known().cloned());
+        let mut reading = Reading::of(self.memory.known().collect::<Vec<_>>());
         for master in 0..MASTERS {
             let heard = self.hears(master, masters);
             reading.heard(ROLE, heard.map(|it| it.copies(self.asks(master), now_ms)));

@@ -358,9 +358,9 @@ impl World {
             return Ok(());
         };
         let current = route.incarnation == process.incarnation();
-        let young = current && self.now_ms - process.life_began_ms < 2_000;
-        // Once all are confirmed, what names a former life is a failover's: it is confirmed again.
-        let valid = current || !process.record.confirmed;
+        let young = current && process.is_young(self.now_ms);
+        // Once all are confirmed, what names an earlier life is a failover's: it is confirmed again.
+        let valid = current || route.incarnation >= process.all_confirmed;
         let silent = process.was_silent(self.now_ms, STALE.as_millis() as u64);
         let wrong = match standing {
             Standing::Over => valid && !silent,

@@ -176,6 +176,28 @@ fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
 }
 
 #[test]
+fn hazard_85_a_late_copy_of_an_earlier_life_does_not_hide_the_later_one() {
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
+    memory.update(read(&[("a", 9), ("b", 1), ("c", 1)], ""), t);
+    // The only master that answers executed queued writings of the earlier life.
+    let late = |own| {
+        let mut evidence = seen([copy("a", 4, 7, 2000)], own);
+        evidence.known = Some(stamp(9, 1));
+        evidence
+    };
+    assert!(late(Own::Unasked).is_open(), "its own key is asked");
+    let reading = |own| all([("a", late(own)), ("b", held("b")), ("c", held("c"))]);
+    let held = Own::Held(stamp(9, 2), record("a", 9));
+    for own in [Own::Unreadable, held] {
+        assert_eq!(ids(&memory.update(reading(own), t)), ["a", "b", "c"]);
+        assert_eq!(memory.void_since(&id("a"), Incarnation(9), t), None);
+    }
+    // Its own key is gone: Redis went back, and shows the earlier life only.
+    memory.update(reading(Own::Absent), t);
+    assert_eq!(memory.void_since(&id("a"), Incarnation(9), t), Some(Duration::ZERO));
+}
+
+#[test]
 fn nodes_that_are_gone_for_good_are_forgotten() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 1), ("b", 1), ("c", 1)], ""), t);
