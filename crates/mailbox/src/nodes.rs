@@ -29,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// A life that has been over for so long is not one that just came.
 const SURELY_VOID: Duration = Duration::from_secs(2);
 
+/// Who is gone by a reading that is older is not acted on.
+const FRESH: Duration = Duration::from_millis(1_500);
+
 /// What a route is worth whose life is not among the living.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
@@ -63,6 +66,8 @@ pub struct NodeTable {
 struct Inner {
     view: watch::Sender<Arc<Vec<NodeRecord>>>,
     memory: Mutex<Memory>,
+    /// When the reading began that `memory` took in last.
+    read_at: Mutex<Option<Instant>>,
 }
 
 impl NodeTable {
@@ -71,7 +76,11 @@ impl NodeTable {
     pub fn watch(mailbox: &Mailbox, role: NodeRole, refresh: Duration) -> Self {
         let (view, receiver) = watch::channel(Arc::default());
         let stale_after = (refresh + PATIENCE) * 4;
-        let inner = Arc::new(Inner { view, memory: Mutex::new(Memory::new(stale_after)) });
+        let inner = Arc::new(Inner {
+            view,
+            memory: Mutex::new(Memory::new(stale_after)),
+            read_at: Mutex::default(),
+        });
         tokio::spawn(follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh));
         Self { inner, view: receiver }
     }
@@ -95,10 +104,17 @@ impl NodeTable {
         self.inner.memory.lock().void_since(node, incarnation, Instant::now())
     }
 
-    /// The last incarnations of nodes whose leases ended less than `limit` ago, with no later one. Empty while the
-    /// leases cannot be read.
+    /// The last incarnations of nodes whose leases ended less than `limit` ago, with no later one. Empty unless the
+    /// leases were read within the last 1.5 s: a node may be back by then, and nobody corrects what was put off for
+    /// it after its sessions were confirmed.
     pub fn gone_for_less_than(&self, limit: Duration) -> Vec<(NodeId, Incarnation)> {
-        self.inner.memory.lock().gone_for_less_than(limit, Instant::now())
+        let now = Instant::now();
+        match *self.inner.read_at.lock() {
+            Some(at) if now - at <= FRESH => {
+                self.inner.memory.lock().gone_for_less_than(limit, now)
+            }
+            _ => Vec::new(),
+        }
     }
 }
 
@@ -110,10 +126,12 @@ async fn follow(inner: Weak<Inner>, mailbox: Mailbox, role: NodeRole, refresh: D
             Some(inner) => inner.memory.lock().known().collect(),
             None => return,
         };
+        let began = Instant::now();
         let reading = read(mailbox.topology(), Some(role), known, turn).await;
         let Some(inner) = inner.upgrade() else { return };
         told(&mut masters, &reading);
         let view = inner.memory.lock().update(reading, Instant::now());
+        *inner.read_at.lock() = Some(began);
         inner.view.send_if_modified(|old| {
             let changed = **old != view;
             if changed {
