@@ -429,3 +429,37 @@ async fn hazard_29_a_node_that_was_cut_off_is_sent_to_soon_after_it_confirms() {
     assert!(waits.timer_due_ms.unwrap() <= waits.now_ms + 300, "{waits:?}");
     assert_eq!(next(&mut resends).await.1.devices[0].attempt, 1);
 }
+
+/// The node's lease ends; whether a dispatcher is asked about its devices 2 s later.
+async fn asked_behind_a_lease(nodes_refresh_ms: u64) -> bool {
+    let mut cluster = Cluster::start().await;
+    let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Void).await;
+    let record = NodeRecord {
+        id: session().node,
+        role: NodeRole::Access,
+        address: "127.0.0.1:1".into(),
+        incarnation: session().incarnation,
+        load: 0,
+        draining: false,
+        zone: String::new(),
+        admin: String::new(),
+        devices: String::new(),
+        confirmed: true,
+    };
+    let ttl = Duration::from_secs(30);
+    let lease = Lease::acquire(&cluster.mailbox, record, ttl).await.unwrap();
+    let (_delayer, _context) =
+        cluster.delayer_with(|config| config.nodes_refresh_ms = nodes_refresh_ms);
+    sleep(Duration::from_secs(1)).await;
+    lease.release().await;
+    sleep(Duration::from_secs(2)).await;
+    cluster.behind("alice").await;
+    timeout(Duration::from_secs(2), resends.recv()).await.is_ok()
+}
+
+/// Old news of a node may be wrong: it may be back, and have confirmed its sessions.
+#[tokio::test]
+async fn hazard_86_devices_of_a_gone_node_are_put_off_only_by_leases_that_were_just_read() {
+    let (fresh, old) = tokio::join!(asked_behind_a_lease(50), asked_behind_a_lease(60_000));
+    assert_eq!((fresh, old), (false, true));
+}
