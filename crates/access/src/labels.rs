@@ -8,8 +8,8 @@ macro_rules! labels {
         pub enum $name { $($variant,)+ }
 
         impl $name {
-            /// All of them, in the order of the documentation.
-            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+            /// All values as metrics show them.
+            pub const VALUES: &[&str] = &[$($text,)+];
 
             /// The value as metrics show it.
             pub const fn as_str(self) -> &'static str {

@@ -130,13 +130,13 @@ impl Metrics {
                 "handshakes_total",
                 "Handshakes, by result",
                 "result",
-                &values(Handshake::ALL, Handshake::as_str),
+                Handshake::VALUES,
             )?,
             tokens_refused: set.counters(
                 "tokens_refused_total",
                 "Tokens refused in handshakes and refreshes, by reason",
                 "why",
-                &values(TokenRefusal::ALL, TokenRefusal::as_str),
+                TokenRefusal::VALUES,
             )?,
             closes: set.counters("closes_total", "Closed connections, by code", "code", &closes)?,
             delivered_fast: delivered.with_label_values(&["fast"]),
@@ -146,7 +146,7 @@ impl Metrics {
                 "fanouts_total",
                 "Messages for an audience, by result",
                 "result",
-                &values(FanoutResult::ALL, FanoutResult::as_str),
+                FanoutResult::VALUES,
             )?,
             subscriptions: set.gauge("subscriptions", "Groups that sessions are subscribed to")?,
             subscriptions_refused: set.counter(
@@ -164,19 +164,19 @@ impl Metrics {
                 "skips_total",
                 "Skips told, by reason",
                 "why",
-                &values(&SKIPS, skip_label),
+                &SKIPS.map(skip_label),
             )?,
             frames_in: set.counters(
                 "frames_in_total",
                 "Frames of devices, by kind",
                 "kind",
-                &values(Frame::ALL, Frame::as_str),
+                Frame::VALUES,
             )?,
             ignored: set.counters(
                 "ignored_total",
                 "What devices said and this version does not know",
                 "what",
-                &values(Unknown::ALL, Unknown::as_str),
+                Unknown::VALUES,
             )?,
             bytes_out: set.counter("bytes_out_total", "Bytes of frames to devices")?,
             syncs: set.counters("syncs_total", "Reads of mailboxes, by cause", "cause", &syncs)?,
@@ -184,7 +184,7 @@ impl Metrics {
                 "pushes_dropped_total",
                 "Pushes not written, by reason",
                 "why",
-                &values(PushDrop::ALL, PushDrop::as_str),
+                PushDrop::VALUES,
             )?,
             resends: set.counter("resends_total", "Re-sends written")?,
             gone: set.counter("gone_total", "Connections asked for that are not here")?,
@@ -193,25 +193,25 @@ impl Metrics {
                 "redis_retries_total",
                 "Failed calls, by call",
                 "call",
-                &values(Call::ALL, Call::as_str),
+                Call::VALUES,
             )?,
             confirms: set.counters(
                 "confirms_total",
                 "Confirmations, by outcome",
                 "outcome",
-                &values(Confirmation::ALL, Confirmation::as_str),
+                Confirmation::VALUES,
             )?,
             limits: set.counters(
                 "limits_total",
                 "Limits reached, by limit",
                 "limit",
-                &values(Limit::ALL, Limit::as_str),
+                Limit::VALUES,
             )?,
             certificates: set.counters(
                 "certificate_reads_total",
                 "Times the certificate was read again, by outcome",
                 "outcome",
-                &values(CertificateRead::ALL, CertificateRead::as_str),
+                CertificateRead::VALUES,
             )?,
             receipts_dropped: set.counter("receipts_dropped_total", "Receipts without room")?,
             shed: set.counter("shed_total", "Devices told to go where there are fewer")?,
@@ -314,11 +314,6 @@ impl Metrics {
     pub fn confirm(&self, outcome: Confirmation) {
         self.confirms.with_label_values(&[outcome.as_str()]).inc();
     }
-}
-
-/// The label values of a closed set.
-fn values<T: Copy>(all: &[T], as_str: impl Fn(T) -> &'static str) -> Vec<&'static str> {
-    all.iter().copied().map(as_str).collect()
 }
 
 fn skip_label(why: SkipReason) -> &'static str {
