@@ -74,14 +74,7 @@ impl Service {
         };
         let following = follow_tracking(tracked, resolver.clone(), told);
         tasks.spawn("the tracking of routes", following);
-        let ping = {
-            let mailbox = mailbox.clone();
-            move || {
-                let mailbox = mailbox.clone();
-                async move { mailbox.ping().await }
-            }
-        };
-        tasks.spawn("the watch of Redis", Context::probe(redis.clone(), WATCH_EVERY, ping));
+        tasks.spawn("the watch of Redis", watch_redis(mailbox.clone(), redis.clone()));
         tasks.spawn("the count of the cache", count_entries(resolver.clone(), metrics.clone()));
         let (delivery, table) =
             assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
@@ -240,6 +233,10 @@ async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
         nodes.follow(&living);
         table.changed().await;
     }
+}
+
+async fn watch_redis(mailbox: Mailbox, condition: Condition) {
+    Context::probe(condition, WATCH_EVERY, || mailbox.ping()).await;
 }
 
 async fn count_entries(resolver: Resolver<RedisRoutes>, metrics: Metrics) {
