@@ -123,18 +123,8 @@ impl Cluster {
     async fn dispatcher(&self, nodes: Nodes) -> (mpsc::Receiver<(Instant, Resend)>, Fake, Lease) {
         let (seen, resends) = mpsc::channel(4096);
         let (fake, address) = Fake::start(nodes, seen).await;
-        let record = NodeRecord {
-            id: NodeId::new("d1").unwrap(),
-            role: NodeRole::Dispatcher,
-            address,
-            incarnation: Incarnation(1),
-            load: 0,
-            draining: false,
-            zone: String::new(),
-            admin: String::new(),
-            devices: String::new(),
-            confirmed: true,
-        };
+        let id = NodeId::new("d1").unwrap();
+        let record = node(NodeRole::Dispatcher, id, Incarnation(1), address);
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (resends, fake, lease)
     }
@@ -202,6 +192,21 @@ impl Cluster {
 
 fn user(name: &str) -> UserKey {
     UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(name).unwrap() }
+}
+
+fn node(role: NodeRole, id: NodeId, incarnation: Incarnation, address: String) -> NodeRecord {
+    NodeRecord {
+        id,
+        role,
+        address,
+        incarnation,
+        load: 0,
+        draining: false,
+        zone: String::new(),
+        admin: String::new(),
+        devices: String::new(),
+        confirmed: true,
+    }
 }
 
 fn session() -> SessionRef {
@@ -434,18 +439,8 @@ async fn hazard_29_a_node_that_was_cut_off_is_sent_to_soon_after_it_confirms() {
 async fn asked_behind_a_lease(nodes_refresh_ms: u64) -> bool {
     let mut cluster = Cluster::start().await;
     let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Void).await;
-    let record = NodeRecord {
-        id: session().node,
-        role: NodeRole::Access,
-        address: "127.0.0.1:1".into(),
-        incarnation: session().incarnation,
-        load: 0,
-        draining: false,
-        zone: String::new(),
-        admin: String::new(),
-        devices: String::new(),
-        confirmed: true,
-    };
+    let SessionRef { node: id, incarnation, .. } = session();
+    let record = node(NodeRole::Access, id, incarnation, "127.0.0.1:1".into());
     let ttl = Duration::from_secs(30);
     let lease = Lease::acquire(&cluster.mailbox, record, ttl).await.unwrap();
     let (_delayer, _context) =
