@@ -5,10 +5,7 @@
 
 mod balance;
 mod binaries;
-mod bursts;
 mod delivery;
-mod density;
-mod growth;
 mod hops;
 mod kick;
 mod kills;
@@ -18,7 +15,6 @@ mod metrics;
 mod outages;
 mod planted;
 mod python;
-mod raw;
 mod repair;
 mod resends;
 mod restarts;
@@ -29,5 +25,4 @@ mod tls;
 mod top;
 mod traces;
 mod trial;
-mod void;
 mod wedges;

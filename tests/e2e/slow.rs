@@ -4,11 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use barid_testkit::device::PATIENCE;
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, raw};
 use tokio::net::TcpSocket;
 use tokio::time::sleep;
-
-use crate::raw;
 
 const CLOSED: &str = "barid_access_closes_total{code=\"slow_consumer\"}";
 

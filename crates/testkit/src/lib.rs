@@ -14,6 +14,7 @@ pub mod kafka;
 pub mod paths;
 pub mod ports;
 pub mod process;
+pub mod raw;
 pub mod redis;
 pub mod relay;
 mod spawner;

@@ -1,4 +1,5 @@
-//! Devices that are no more than a socket.
+//! Devices that are sockets: JSON text frames written and searched as bytes, so that thousands of them cost a test next
+//! to nothing.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,7 +13,10 @@ use tokio::time::timeout;
 /// Handshakes at once.
 const AT_ONCE: usize = 50;
 
-/// One for each token, in any order.
+/// Connects one device for each token, 50 at once; they come in any order.
+///
+/// # Errors
+/// A handshake or Hello is refused, or takes more than 60 s.
 pub async fn devices(
     address: SocketAddr,
     tokens: impl IntoIterator<Item = String>,
@@ -32,14 +36,20 @@ pub async fn devices(
     Ok(devices)
 }
 
-/// A device that is welcomed and says no more; of its side, a socket.
+/// Opens a session on a connected socket and waits for Welcome.
+///
+/// # Errors
+/// The handshake or Hello is refused.
 pub async fn device(mut stream: TcpStream, token: &str) -> Result<TcpStream> {
     open(&mut stream, token).await?;
     hear(&mut stream, "welcome").await?;
     Ok(stream)
 }
 
-/// Asks for a WebSocket and says Hello; waits for no answer.
+/// Writes the handshake and Hello; waits for no answer.
+///
+/// # Errors
+/// The connection is closed.
 pub async fn open(stream: &mut TcpStream, token: &str) -> Result<()> {
     let address = stream.peer_addr()?;
     let request = format!(
@@ -51,12 +61,18 @@ pub async fn open(stream: &mut TcpStream, token: &str) -> Result<()> {
     say(stream, r#"{"hello":{"device":"phone"}}"#).await
 }
 
-/// Sends a frame of text, 125 bytes at most.
+/// Writes a text frame of 125 bytes at most.
+///
+/// # Errors
+/// It is longer, or the connection is closed.
 pub async fn say(stream: &mut TcpStream, text: &str) -> Result<()> {
     write(stream, 0x81, text.as_bytes()).await
 }
 
-/// Reads until `text` has come; what came with it is gone.
+/// Reads until `text` has come. The rest of what was read with it is dropped.
+///
+/// # Errors
+/// The connection ends first.
 pub async fn hear(stream: &mut TcpStream, text: &str) -> Result<()> {
     let mut heard = Vec::new();
     while !String::from_utf8_lossy(&heard).contains(text) {
@@ -66,7 +82,10 @@ pub async fn hear(stream: &mut TcpStream, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Closes in good order and waits for the node to do so.
+/// Writes a close frame with code 1000 and reads until the node closes.
+///
+/// # Errors
+/// The connection breaks.
 pub async fn close(mut stream: TcpStream) -> Result<()> {
     write(&mut stream, 0x88, &1000_u16.to_be_bytes()).await?;
     stream.read_to_end(&mut Vec::new()).await?;

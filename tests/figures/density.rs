@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, raw};
 use tokio::time::sleep;
 
-use crate::raw;
+use crate::alone;
 
 /// Sessions that the process grows by itself with, and those that are weighed.
 const BEFORE: usize = 400;
@@ -18,6 +18,7 @@ const SESSION_BYTES_MAX: f64 = 3_072.0;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_session_takes_no_more_than_its_kibibytes() -> Result<()> {
+    let _alone = alone().await;
     let mut cluster = Cluster::start().await?;
     let address = cluster.node(Role::Access, 0).address("ws").await?;
     let tokens = |users: Range<usize>| users.map(|user| cluster.token(&format!("user-{user}")));

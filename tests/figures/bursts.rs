@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use barid_testkit::cluster::Business;
 use barid_testkit::grpc::{NodeStream, audience_entry};
-use barid_testkit::{Cluster, Device, Role, token};
+use barid_testkit::{Cluster, Device, Role, raw, token};
 use bytes::Bytes;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
-use crate::raw;
+use crate::alone;
 
 /// Sessions that are told; of an app of their own, so that the user's messages are all that it is shown.
 const SESSIONS: usize = 5_000;
@@ -44,6 +44,7 @@ struct Shown {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_for_everyone_holds_up_one_users_messages_by_a_share_of_itself() -> Result<()> {
+    let _alone = alone().await;
     // One thread: what holds it up holds up everything.
     let mut cluster =
         Cluster::builder().variable_of(Role::Access, "TOKIO_WORKER_THREADS", "1").start().await?;

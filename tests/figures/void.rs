@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, raw};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::raw;
-use crate::trial::pairs;
+use crate::{alone, pairs};
 
 /// Sessions of the node that is killed, each a message behind, and of the one that stays.
 const KILLED: usize = 5_000;
@@ -28,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[allow(clippy::print_stdout, reason = "the figures are of interest")]
 async fn hazard_29_a_killed_nodes_sessions_cost_redis_about_what_the_quiet_cluster_does()
 -> Result<()> {
+    let _alone = alone().await;
     let windows = std::env::var("BARID_VOID_WINDOWS").map_or(Ok(1), |text| text.parse())?;
     let mut cluster = defaults().start().await?;
     let business = cluster.business()?;

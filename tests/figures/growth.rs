@@ -9,13 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use barid_testkit::cluster::Business;
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, raw};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::raw;
-use crate::trial::pairs;
+use crate::{alone, pairs};
 
 const USERS: usize = 10_000;
 const WAVES: usize = 20;
@@ -63,6 +62,7 @@ const L1: &str = "barid_dispatcher_l1_entries";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_processes_hold_of_users_who_came_and_went_is_given_back() -> Result<()> {
+    let _alone = alone().await;
     let cluster = pairs()
         .set("redis.ttl_seconds", TTL_SECONDS)
         .set_of(Role::Access, "sync.confirm_interval_seconds", TTL_SECONDS / 4)
