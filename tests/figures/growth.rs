@@ -2,7 +2,6 @@
 //! processes hold of them returns to where it began.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::time::Duration;
@@ -86,7 +85,7 @@ async fn what_processes_hold_of_users_who_came_and_went_is_given_back() -> Resul
             halves.push(growth.memory().await?);
         }
     }
-    growth.returned(&before).await?;
+    growth.returned(before).await?;
     for (process, bytes) in &halves[0] {
         let grown = halves[1][process] - bytes;
         ensure!(grown < MEMORY, "{process} grew by {grown} bytes: {halves:?}");
@@ -99,8 +98,24 @@ struct Growth {
     business: Business,
 }
 
-/// Gauges by process.
-type Levels = BTreeMap<String, f64>;
+/// A gauge of a process: a value of it, or a bound.
+#[derive(Debug)]
+struct Gauge {
+    role: Role,
+    number: usize,
+    name: &'static str,
+    value: f64,
+}
+
+/// What there may be in each process while nobody is connected.
+fn held(l1: f64) -> Vec<Gauge> {
+    let zero =
+        HELD.into_iter().flat_map(|(role, names)| names.iter().map(move |name| (role, *name, 0.0)));
+    let bounds = zero.chain([(Role::Dispatcher, L1, l1)]);
+    bounds
+        .flat_map(|(role, name, value)| [0, 1].map(|number| Gauge { role, number, name, value }))
+        .collect()
+}
 
 impl Growth {
     /// Users come to both nodes, get a message each and leave, one in three without a word; somebody dies
@@ -197,54 +212,42 @@ impl Growth {
         }
     }
 
-    /// Waits until nothing is held of anybody, and at most so much in L1.
-    async fn left(&mut self, l1_left: f64, limit: Duration) -> Result<()> {
+    /// Waits until each of these gauges was at its bound or below it once. Not all at the same time: users of a killed
+    /// node who never return are claimed again and again.
+    async fn fall(&mut self, mut gauges: Vec<Gauge>, limit: Duration) -> Result<()> {
         let begun = Instant::now();
         loop {
-            let held = self.held(l1_left).await?;
-            if held.is_empty() {
+            let mut above = Vec::new();
+            for gauge in gauges {
+                let value = self.cluster.node(gauge.role, gauge.number).metric(gauge.name).await?;
+                if value > gauge.value {
+                    above.push((gauge, value));
+                }
+            }
+            if above.is_empty() {
                 return Ok(());
             }
-            ensure!(begun.elapsed() < limit, "nobody is connected, and there are{held}");
+            ensure!(
+                begun.elapsed() < limit,
+                "everybody left, and above their bounds are {above:?}"
+            );
+            gauges = above.into_iter().map(|(gauge, _)| gauge).collect();
             sleep(Duration::from_millis(200)).await;
         }
     }
 
-    /// What is held although nobody is there.
-    async fn held(&mut self, l1_left: f64) -> Result<String> {
-        let mut held = String::new();
-        for (role, gauges) in HELD {
-            for number in 0..2 {
-                let l1 = (role == Role::Dispatcher).then_some((L1, l1_left));
-                for (gauge, most) in gauges.iter().map(|gauge| (*gauge, 0.0)).chain(l1) {
-                    let value = self.cluster.node(role, number).metric(gauge).await?;
-                    if value > most {
-                        write!(held, " {gauge} {value} of {number}")?;
-                    }
-                }
-            }
-        }
-        Ok(held)
+    /// Nothing is held of anybody, and at most so much in L1.
+    async fn left(&mut self, l1_left: f64, limit: Duration) -> Result<()> {
+        self.fall(held(l1_left), limit).await
     }
 
     /// Tasks and files of each process are as before, and the last users have left L1.
-    async fn returned(&mut self, before: &Levels) -> Result<()> {
-        let begun = Instant::now();
-        loop {
-            let levels = self.levels().await?;
-            let mut more = self.held(0.0).await?;
-            for (level, value) in &levels {
-                let most = if level.ends_with("barid_tasks") { TASKS } else { FILES };
-                if *value > before[level] + most {
-                    write!(more, " {level} {value}, {} before", before[level])?;
-                }
-            }
-            if more.is_empty() {
-                return Ok(());
-            }
-            ensure!(begun.elapsed() < PATIENCE, "everybody left, and there are{more}");
-            sleep(Duration::from_millis(200)).await;
-        }
+    async fn returned(&mut self, before: Vec<Gauge>) -> Result<()> {
+        let bounds = before.into_iter().map(|gauge| {
+            let more = if gauge.name == "barid_tasks" { TASKS } else { FILES };
+            Gauge { value: gauge.value + more, ..gauge }
+        });
+        self.fall(held(0.0).into_iter().chain(bounds).collect(), PATIENCE).await
     }
 
     /// Everything of mailboxes and sessions is gone when their time is over.
@@ -270,23 +273,23 @@ impl Growth {
     }
 
     /// Tasks and open files of each process.
-    async fn levels(&mut self) -> Result<Levels> {
-        let mut levels = Levels::new();
+    async fn levels(&mut self) -> Result<Vec<Gauge>> {
+        let mut levels = Vec::new();
         for (role, number) in all() {
-            for gauge in ["barid_tasks", "process_open_fds"] {
-                let value = self.cluster.node(role, number).metric(gauge).await?;
-                levels.insert(format!("{} {number} {gauge}", role.name()), value);
+            for name in ["barid_tasks", "process_open_fds"] {
+                let value = self.cluster.node(role, number).metric(name).await?;
+                levels.push(Gauge { role, number, name, value });
             }
         }
         Ok(levels)
     }
 
     /// Resident bytes of those that nobody killed.
-    async fn memory(&mut self) -> Result<Levels> {
-        let mut bytes = Levels::new();
+    async fn memory(&mut self) -> Result<BTreeMap<&'static str, f64>> {
+        let mut bytes = BTreeMap::new();
         for role in Role::ALL {
             let value = self.cluster.node(role, 0).metric("process_resident_memory_bytes").await?;
-            bytes.insert(role.name().to_owned(), value);
+            bytes.insert(role.name(), value);
         }
         Ok(bytes)
     }
