@@ -263,11 +263,7 @@ async fn hazard_80_l1_follows_the_master_that_sentinel_promotes() {
     a.pushes(1).await;
 
     cluster.redis.kill().unwrap();
-    let begun = Instant::now();
-    while !replica.info("replication").await.unwrap().contains("role:master") {
-        assert!(begun.elapsed() < PROMOTED, "the replica is not promoted");
-        sleep(Duration::from_millis(50)).await;
-    }
+    replica.until_replication(&["role:master"], PROMOTED).await.unwrap();
     let begun = Instant::now();
     while gauge(&dispatcher.context, "barid_dispatcher_tracking") == 0
         || !dispatcher.context.health.not_ready().is_empty()

@@ -136,12 +136,24 @@ impl Redis {
     /// # Errors
     /// It does not come to that.
     pub async fn follows(&self) -> Result<()> {
+        self.until_replication(&["master_link_status:up"], START_LIMIT).await
+    }
+
+    /// Waits until INFO's section `replication` contains all these words. Calls that fail are repeated: a
+    /// Sentinel closes all clients' connections of a server whose role it changes (CLIENT KILL TYPE normal).
+    ///
+    /// # Errors
+    /// It does not within `limit`; shows the last answer.
+    pub async fn until_replication(&self, words: &[&str], limit: Duration) -> Result<()> {
         let began = Instant::now();
-        while !self.info("replication").await?.contains("master_link_status:up") {
-            ensure!(began.elapsed() < START_LIMIT, "the replica does not follow");
+        loop {
+            let info = self.info("replication").await;
+            if info.as_ref().is_ok_and(|info| words.iter().all(|word| info.contains(word))) {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < limit, "replication is never {words:?}: {info:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(())
     }
 
     /// A section of INFO.

@@ -92,6 +92,8 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut state: watch:
             return;
         }
         tokio::select! {
+            // The change first: nothing is forwarded that arrives after `hold` has returned.
+            biased;
             changed = state.changed() => if changed.is_err() { return },
             read = from.read(&mut buffer), if !now.held => {
                 let Ok(count @ 1..) = read else { return };

@@ -3,7 +3,6 @@
 //! that replica is promoted. Where fewer than all are waited for, what it lacks is brought back from Kafka.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::{Duration, Instant};
 
 use barid_mailbox::Mailbox;
 use barid_runtime::{Context, SecretUrl, Stopped};
@@ -41,8 +40,17 @@ struct Bed {
 }
 
 enum Store {
-    Sentinel { relay: Relay, _sentinel: Sentinel },
+    Sentinel { relay: Relay, sentinel: Sentinel },
     Cluster { cluster: RedisCluster, of_alice: usize, _others: Vec<Redis> },
+}
+
+impl Store {
+    fn sentinel_log(&self) -> Option<String> {
+        match self {
+            Self::Sentinel { sentinel, .. } => Some(sentinel.log()),
+            Self::Cluster { .. } => None,
+        }
+    }
 }
 
 impl Bed {
@@ -66,7 +74,7 @@ impl Bed {
         world.config.redis.sentinel_master = "main".into();
         world.config.redis.sentinels = vec![SecretUrl::new(sentinel.url())];
         world.waiting(waited_for);
-        let store = Store::Sentinel { relay, _sentinel: sentinel };
+        let store = Store::Sentinel { relay, sentinel };
         Self { world: world.opened().await, replicas: followers, store }
     }
 
@@ -105,11 +113,8 @@ impl Bed {
                 let () = self.replicas[0].query(&wrong).await.unwrap();
                 let master = &cluster.nodes()[*of_alice];
                 let _: i64 = master.query(&["CLIENT", "KILL", "TYPE", "replica"]).await.unwrap();
-                eventually("the link is cut", async || {
-                    let info = self.replicas[0].info("replication").await.unwrap();
-                    info.contains("master_link_status:down")
-                })
-                .await;
+                let down = ["master_link_status:down"];
+                self.replicas[0].until_replication(&down, LIMIT).await.unwrap();
                 for replica in &self.replicas[1..] {
                     replica.follows().await.unwrap();
                 }
@@ -128,16 +133,14 @@ impl Bed {
                 let () = self.replicas[0].query(&takeover).await.unwrap();
             }
         }
-        let role = async |redis: &Redis, words: &[&str]| {
-            let info = redis.info("replication").await.unwrap();
-            words.iter().all(|word| info.contains(word))
-        };
         let promoted = &self.replicas[0];
-        eventually("it is promoted", async || role(promoted, &["role:master"]).await).await;
+        if let Err(error) = promoted.until_replication(&["role:master"], LIMIT).await {
+            panic!("it is not promoted: {error}, Sentinel: {:?}", self.store.sentinel_log());
+        }
         let port = format!("master_port:{}", promoted.port());
         for replica in &self.replicas[1..] {
             let follows = [&*port, "master_link_status:up"];
-            eventually("the other one follows", async || role(replica, &follows).await).await;
+            replica.until_replication(&follows, LIMIT).await.unwrap();
         }
         let next = match &mut self.store {
             Store::Sentinel { .. } => {
@@ -148,14 +151,6 @@ impl Bed {
             Store::Cluster { cluster, .. } => cluster.replicate_of(promoted).await.unwrap(),
         };
         self.replicas.push(next);
-    }
-}
-
-async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
-    let end = Instant::now() + LIMIT;
-    while !holds().await {
-        assert!(Instant::now() < end, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
