@@ -26,9 +26,9 @@ latency: ## Latency by hop, produce to device (ARGS='--push-rate 5000')
 throughput: ## Messages per second, and CPU time by process
 	@scripts/bench.sh bench --only unicast --out target/bench/throughput.json --report throughput-report $(ARGS)
 
-redis-cost: ## Cost of accept and ack in Redis, beside the barest scripts
+redis-cost: ## Cost of accept and ack in Redis, relative to the barest scripts
 	@scripts/setup.sh run
-	cargo run --locked --release -p barid-loadtest --bin barid-redis-cost -- $(ARGS)
+	cargo bench --locked -p barid-mailbox --bench redis_cost -- $(ARGS)
 
 l1: ## Staleness of the dispatcher's cache (BARID_L1_SECONDS=30)
 	@scripts/setup.sh run

@@ -57,10 +57,7 @@ def shipped(text: str) -> str:
 def crate_imports(source: Path) -> dict[str, set[str]]:
     """The files of a crate, each with those that it imports; a module is named by its path."""
     files = {}
-    programs = [main.parent for main in source.glob("*/main.rs")]
     for path in sorted(source.rglob("*.rs")):
-        if any(program in path.parents for program in programs):
-            continue
         parts = list(path.relative_to(source).with_suffix("").parts)
         if parts[-1] in ("tests", "main") or "tests" in parts:
             continue
@@ -175,9 +172,7 @@ def draw(name: str, imports: dict[str, set[str]]) -> None:
 def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     sources = {path.parent.name: path for path in [*sorted(ROOT.glob("crates/*/src")), ROOT / "loadtest/src"]}
-    # A folder with a main.rs is a program of its own, with paths of its own.
-    programs = [main.parent for source in sources.values() for main in sorted(source.glob("*/main.rs"))]
-    sources |= {path.name: path for path in programs}
+    sources |= {main.parent.name: main.parent for main in sorted(ROOT.glob("crates/*/benches/*/main.rs"))}
     if unknown := set(names) - set(sources):
         sys.exit(f"no such crate: {', '.join(sorted(unknown))}")
     failed = False

@@ -2,19 +2,19 @@
 
 use anyhow::{Result, ensure};
 use barid_core::IdHash;
-use barid_mailbox::RedisConfig;
+use barid_mailbox::{RedisConfig, UserKey};
 use barid_wire::envelope::Header;
 use redis::aio::MultiplexedConnection;
 
-use crate::barid::{position_text, source, user_key};
-use crate::case::{Acked, Case, Message, Side};
+use crate::barid::{source, user_key};
+use crate::workload::{Acked, Case, Message, Side};
 
 const ACCEPT: &str = include_str!("floor_accept.lua");
 const ACK: &str = include_str!("floor_ack.lua");
-/// Any epoch: of users that have no head yet.
+/// Of users that have no head yet; any value will do.
 const EPOCH: u64 = 4_503_599_627_370_497;
 
-/// Calls the scripts with as few and as short arguments as they can do with.
+/// Calls the scripts with as few and as short arguments as possible.
 pub struct Floor {
     connection: MultiplexedConnection,
     config: RedisConfig,
@@ -33,10 +33,9 @@ impl Floor {
     }
 }
 
-/// Head, queue, routes.
+/// The user's keys: head, queue, routes.
 pub fn keys(case: Case, user: usize) -> Result<[String; 3]> {
-    let name = user_key(case, user)?;
-    let (app, user) = (name.app, name.user);
+    let UserKey { app, user } = user_key(case, user)?;
     Ok([
         format!("{{0}}:h:u:{app}:{user}"),
         format!("{{0}}:q:u:{app}:{user}"),
@@ -45,8 +44,8 @@ pub fn keys(case: Case, user: usize) -> Result<[String; 3]> {
 }
 
 fn member(case: Case, user: usize) -> Result<String> {
-    let name = user_key(case, user)?;
-    Ok(format!("{}\0{}", name.app, name.user))
+    let UserKey { app, user } = user_key(case, user)?;
+    Ok(format!("{app}\0{user}"))
 }
 
 impl Side for Floor {
@@ -60,7 +59,7 @@ impl Side for Floor {
         let last = batch.last().map_or(0, |message| message.offset);
         call.arg(self.config.entries_max).arg(self.config.ttl_seconds * 1000);
         call.arg(self.config.retry_base_ms).arg(EPOCH);
-        call.arg(format!("{}:{}", source.topic_id, source.partition)).arg(&position_text(last)[..]);
+        call.arg(format!("{}:{}", source.topic_id, source.partition)).arg(format!("0 {last} 0"));
         for message in batch {
             let id = IdHash::of(&message.id);
             call.arg(member(case, message.user)?).arg(&id.ring.to_le_bytes()).arg(id.crc32);
@@ -82,8 +81,8 @@ impl Side for Floor {
             call.arg(member(case, *user)?).arg("d:phone").arg(header.seq.0).arg(header.chain.0);
         }
         let replies: Vec<u64> = call.query_async(&mut self.connection).await?;
-        let right = replies.iter().zip(batch).all(|(seq, acked)| *seq == acked.header.seq.0);
-        ensure!(right && replies.len() == batch.len(), "the floor acknowledged {replies:?}");
+        let expected: Vec<u64> = batch.iter().map(|acked| acked.header.seq.0).collect();
+        ensure!(replies == expected, "the floor acknowledged {replies:?}, not {expected:?}");
         Ok(())
     }
 }

@@ -1,10 +1,10 @@
--- The floor of ack: leaves in Redis what ack leaves there for a user's only device, and asks nothing.
--- It does not look at epoch, generation, chain, other devices, expiry or the session; an error of one
--- is that of the batch.
+-- The floor of ack: leaves the same state in Redis as ack does for a user's only device, without any
+-- check. It ignores epoch, generation, chain, other devices, expiry and the session; an error in one item
+-- fails the batch.
 --
--- KEYS  timers; then an item: head, queue.
--- ARGV  due after ms; then an item: member, the device's field, seq, chain.
--- Reply an item: its seq.
+-- KEYS  timers; then per item: head, queue.
+-- ARGV  due after ms; then per item: member, the device's field, seq, chain.
+-- Reply per item: its seq.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
 local KEYS, ARGV = KEYS, ARGV

@@ -1,54 +1,27 @@
-//! The outcome, for people or programs.
+//! The results as tables, or as JSON.
 
 use std::io::Write;
 
 use serde::Serialize;
 
-use crate::Arguments;
-use crate::case::Case;
+use crate::options::Options;
+use crate::workload::Case;
 
-/// With this many messages a call the goal holds.
+/// The goal applies to this batch size.
 const GOAL_BATCH: usize = 64;
 const GOAL_RATIO: f64 = 1.3;
 
-/// Of one round, per message.
+/// Usage per message of one round.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
     pub cpu_us: f64,
     pub script_us: f64,
 }
 
-/// Rounds of both sides, in pairs.
-#[derive(Debug, Default)]
-pub struct Measure(Vec<(Sample, Sample)>);
+/// Neighbouring rounds: the floor's, then Barid's.
+pub type Pairs = Vec<(Sample, Sample)>;
 
-impl Measure {
-    pub fn push(&mut self, floor: Sample, barid: Sample) {
-        self.0.push((floor, barid));
-    }
-
-    /// The value at this share of the rounds, in order.
-    fn at(&self, share: f64, of: impl Fn(&(Sample, Sample)) -> f64) -> f64 {
-        quantile(self.0.iter().map(of).collect(), share)
-    }
-}
-
-/// Accept rounds with one number of replicas, and the turns that they were asked in.
-#[derive(Debug, Default)]
-pub struct Waits {
-    times_ms: Vec<f64>,
-    cpu_us: Vec<f64>,
-}
-
-impl Waits {
-    /// A turn: how long each of its rounds took, and the master's CPU time per message.
-    pub fn push(&mut self, times_ms: Vec<f64>, cpu_us: f64) {
-        self.times_ms.extend(times_ms);
-        self.cpu_us.push(cpu_us);
-    }
-}
-
-/// The value at this share of all, in order.
+/// The value below which this share of all values lies.
 fn quantile(mut values: Vec<f64>, share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get((share * (values.len().max(1) - 1) as f64).round() as usize).copied().unwrap_or(0.0)
@@ -72,12 +45,12 @@ struct Row {
     met: Option<bool>,
 }
 
-/// Accept with `redis.wait_replicas`, and as many replicas. Field names are stable.
+/// Accept rounds with one value of `redis.wait_replicas`. Field names are stable.
 #[derive(Debug, Serialize)]
 struct WaitRow {
     batch: usize,
     replicas: u32,
-    /// Of an accept round, as the purger sees it.
+    /// Duration of an accept round for the caller.
     ms: f64,
     ms_p25: f64,
     ms_p75: f64,
@@ -85,7 +58,7 @@ struct WaitRow {
     cpu_us: f64,
 }
 
-/// All rows.
+/// All results. Field names are stable.
 #[derive(Debug, Serialize)]
 pub struct Report {
     users: u32,
@@ -97,35 +70,37 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(arguments: &Arguments) -> Self {
-        let Arguments { users, payload_bytes, rounds, append_only, .. } = *arguments;
+    pub fn new(options: &Options) -> Self {
+        let Options { users, payload_bytes, rounds, append_only, .. } = *options;
         Self { users, payload_bytes, rounds, append_only, measures: Vec::new(), waits: Vec::new() }
     }
 
-    pub fn add(&mut self, kind: &str, case: Case, batch: usize, measure: &Measure) {
-        let ratio = |share| measure.at(share, |(floor, barid)| barid.cpu_us / floor.cpu_us);
+    pub fn add(&mut self, kind: &str, case: Case, batch: usize, pairs: &Pairs) {
+        let at = |share, value: fn(&(Sample, Sample)) -> f64| {
+            quantile(pairs.iter().map(value).collect(), share)
+        };
+        let ratio = |share| at(share, |(floor, barid)| barid.cpu_us / floor.cpu_us);
         let goal = (batch == GOAL_BATCH).then_some(GOAL_RATIO);
         self.measures.push(Row {
             measure: format!("{kind}_{}", case.name()),
             batch,
             unit: "us",
-            floor: measure.at(0.5, |(floor, _)| floor.cpu_us),
-            barid: measure.at(0.5, |(_, barid)| barid.cpu_us),
+            floor: at(0.5, |(floor, _)| floor.cpu_us),
+            barid: at(0.5, |(_, barid)| barid.cpu_us),
             ratio: ratio(0.5),
             ratio_p25: ratio(0.25),
             ratio_p75: ratio(0.75),
-            floor_script: measure.at(0.5, |(floor, _)| floor.script_us),
-            barid_script: measure.at(0.5, |(_, barid)| barid.script_us),
+            floor_script: at(0.5, |(floor, _)| floor.script_us),
+            barid_script: at(0.5, |(_, barid)| barid.script_us),
             goal,
             met: goal.map(|goal| ratio(0.5) <= goal),
         });
     }
 
-    pub fn add_waits(&mut self, batch: usize, replicas: u32, waits: &Waits) {
-        let ms = |share| quantile(waits.times_ms.clone(), share);
-        let cpu_us = quantile(waits.cpu_us.clone(), 0.5);
-        let (p25, p75) = (ms(0.25), ms(0.75));
-        self.waits.push(WaitRow { batch, replicas, ms: ms(0.5), ms_p25: p25, ms_p75: p75, cpu_us });
+    pub fn add_wait(&mut self, batch: usize, replicas: u32, times_ms: Vec<f64>, cpu_us: Vec<f64>) {
+        let [ms_p25, ms, ms_p75] = [0.25, 0.5, 0.75].map(|share| quantile(times_ms.clone(), share));
+        let cpu_us = quantile(cpu_us, 0.5);
+        self.waits.push(WaitRow { batch, replicas, ms, ms_p25, ms_p75, cpu_us });
     }
 
     /// Whether every goal is met.

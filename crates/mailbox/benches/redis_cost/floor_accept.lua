@@ -1,12 +1,12 @@
--- The floor of accept: leaves in Redis what accept leaves there, and asks nothing. It does not look at
--- the log position, at what came before, at duplicates, expiry, age or collapse keys; a user has one
--- device at most; an error of one message is that of the batch. It reads what it must to write: the
--- state, the newest ids, the route and its device.
+-- The floor of accept: leaves the same state in Redis as accept does, without any check. It ignores the
+-- log position, duplicates, expiry, age and collapse keys; a user has at most one device; an error in one
+-- message fails the batch. It reads only what it needs for writing: the state, the newest ids, the route
+-- and its device.
 --
--- KEYS  positions, timers; then a message: head, queue, routes.
--- ARGV  entries_max, expiry ms, due after ms, epoch, source, position; then a message: member,
+-- KEYS  positions, timers; then per message: head, queue, routes.
+-- ARGV  entries_max, expiry ms, due after ms, epoch, source, position; then per message: member,
 --       8-byte id hash, CRC-32 of the id, body.
--- Reply a message: header and '1' if the user is online.
+-- Reply per message: header, and '1' if the user is online.
 
 local call, pack, parse = redis.call, struct.pack, struct.unpack
 local KEYS, ARGV = KEYS, ARGV
