@@ -1,17 +1,25 @@
-//! A socket that sends any bytes, well formed or not, and reads what an access node answers.
+//! Handshakes and frames as bytes, well formed or not, and a device that is only a socket: for tests that
+//! need what [`crate::Device`] cannot send, and for crowds.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
-use barid_testkit::device::PATIENCE;
+use anyhow::{Context as _, Result, bail, ensure};
 use barid_wire::frames::{Encoding, ServerFrame, decode_server};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// A handshake as clients send it, with further headers.
+use crate::device::PATIENCE;
+
+/// Handshakes of [`sessions`] at once.
+const AT_ONCE: usize = 50;
+/// For a handshake of [`sessions`], on a machine that runs other tests as well.
+const SESSION_LIMIT: Duration = Duration::from_secs(60);
+
+/// A client's handshake, with further headers.
 pub fn request(path: &str, headers: &str) -> String {
     format!(
         "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -19,7 +27,10 @@ pub fn request(path: &str, headers: &str) -> String {
     )
 }
 
-/// What is answered to these bytes: all of it, or up to the end of the handshake's head.
+/// Sends `request` and reads the answer: all of it, or the head if it is 101.
+///
+/// # Errors
+/// Returns an error if the connection is refused, or the answer does not end in time.
 pub async fn http(address: SocketAddr, request: &[u8]) -> Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     // An answer may come, and the connection end, before everything was taken.
@@ -27,6 +38,10 @@ pub async fn http(address: SocketAddr, request: &[u8]) -> Result<String> {
     read_head(&mut stream).await
 }
 
+/// Reads an answer as [`http`] does.
+///
+/// # Errors
+/// Returns an error if the answer does not end in time.
 pub async fn read_head(stream: &mut TcpStream) -> Result<String> {
     let mut answer = Vec::new();
     let mut byte = [0];
@@ -42,18 +57,22 @@ pub async fn read_head(stream: &mut TcpStream) -> Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-/// Opcodes, with the bit of a last fragment.
+/// The first byte of a continuation frame that is the last of its message, as of those below.
 pub const CONTINUATION: u8 = 0x80;
+/// A text frame.
 pub const TEXT: u8 = 0x81;
+/// A binary frame.
 pub const BINARY: u8 = 0x82;
+/// A Close frame.
 pub const CLOSE: u8 = 0x88;
+/// A Ping frame.
 pub const PING: u8 = 0x89;
-/// What to take away from an opcode for a fragment that is not the last.
+/// The bit of a message's last frame (FIN).
 pub const LAST: u8 = 0x80;
-/// What to add for a frame that an extension compressed.
+/// The bit of a compressed frame (RSV1).
 pub const COMPRESSED: u8 = 0x40;
 
-/// A frame as clients send it, masked (with zeros).
+/// A client's frame, masked with zeros.
 pub fn frame(first: u8, payload: impl AsRef<[u8]>) -> Vec<u8> {
     let payload = payload.as_ref();
     let mut bytes = announced(first, payload.len() as u64);
@@ -61,7 +80,7 @@ pub fn frame(first: u8, payload: impl AsRef<[u8]>) -> Vec<u8> {
     bytes
 }
 
-/// The head of a frame whose payload does not come.
+/// The head of a client's frame of `length` bytes.
 pub fn announced(first: u8, length: u64) -> Vec<u8> {
     let mut bytes = vec![first];
     match length {
@@ -82,38 +101,82 @@ pub fn announced(first: u8, length: u64) -> Vec<u8> {
 /// How a node ended a connection.
 #[derive(Debug, PartialEq)]
 pub struct Ended {
-    /// The close code; 1006 where none came.
+    /// The close code; 1006 if there was no Close frame.
     pub code: u16,
-    /// The text of the Error frame before it; where there was none, its reason.
+    /// The text of the Error frame before the Close frame, or the reason in the Close frame.
     pub text: String,
 }
 
-/// A WebSocket of one subprotocol.
+/// A WebSocket connection.
+#[derive(Debug)]
 pub struct Raw {
-    stream: TcpStream,
+    /// The socket.
+    pub stream: TcpStream,
     encoding: Encoding,
 }
 
 impl Raw {
+    /// Opens a WebSocket.
+    ///
+    /// # Errors
+    /// Returns an error if the node refuses the handshake.
     pub async fn open(address: SocketAddr, encoding: Encoding, token: &str) -> Result<Self> {
-        let mut stream = TcpStream::connect(address).await?;
-        let protocol = format!(
-            "Sec-WebSocket-Protocol: {}\r\nAuthorization: Bearer {token}\r\n",
-            encoding.subprotocol()
-        );
-        stream.write_all(request("/v1/connect", &protocol).as_bytes()).await?;
-        let head = read_head(&mut stream).await?;
-        anyhow::ensure!(head.starts_with("HTTP/1.1 101"), "{head}");
-        Ok(Self { stream, encoding })
+        let mut raw = Self { stream: TcpStream::connect(address).await?, encoding };
+        raw.request(token).await?;
+        let head = read_head(&mut raw.stream).await?;
+        ensure!(head.starts_with("HTTP/1.1 101"), "{head}");
+        Ok(raw)
     }
 
+    /// Asks for a WebSocket with JSON frames and says Hello, without waiting for an answer.
+    ///
+    /// # Errors
+    /// Returns an error if the connection is broken.
+    pub async fn unanswered(stream: TcpStream, token: &str) -> Result<Self> {
+        let mut raw = Self { stream, encoding: Encoding::Json };
+        raw.request(token).await?;
+        raw.send(&frame(TEXT, r#"{"hello":{"device":"phone"}}"#)).await;
+        Ok(raw)
+    }
+
+    /// As [`Self::unanswered`], and waits for Welcome.
+    ///
+    /// # Errors
+    /// Returns an error if the node refuses the handshake.
+    pub async fn session(stream: TcpStream, token: &str) -> Result<Self> {
+        let mut raw = Self::unanswered(stream, token).await?;
+        raw.read_until("welcome").await?;
+        Ok(raw)
+    }
+
+    async fn request(&mut self, token: &str) -> Result<()> {
+        let headers = format!(
+            "Sec-WebSocket-Protocol: {}\r\nAuthorization: Bearer {token}\r\n",
+            self.encoding.subprotocol()
+        );
+        Ok(self.stream.write_all(request("/v1/connect", &headers).as_bytes()).await?)
+    }
+
+    /// Sends bytes, as far as the node reads them: it need not read more once it has decided to close.
     pub async fn send(&mut self, bytes: &[u8]) {
-        // A node that has read enough need not take the rest.
         let _ = self.stream.write_all(bytes).await;
     }
 
-    /// The next frame of a node: its opcode and payload.
-    async fn next(&mut self) -> Result<(u8, Bytes)> {
+    /// Reads until `text` was sent, and drops what was read.
+    ///
+    /// # Errors
+    /// Returns an error with what was read if the connection ends before.
+    pub async fn read_until(&mut self, text: &str) -> Result<()> {
+        let mut read = Vec::new();
+        while !String::from_utf8_lossy(&read).contains(text) {
+            let count = self.stream.read_buf(&mut read).await?;
+            ensure!(count > 0, "instead of {text}: {}", String::from_utf8_lossy(&read));
+        }
+        Ok(())
+    }
+
+    /// Reads a WebSocket frame: its first byte and its payload.
+    async fn frame(&mut self) -> Result<(u8, Bytes)> {
         let mut head = [0; 2];
         self.stream.read_exact(&mut head).await?;
         let length = match head[1] {
@@ -126,28 +189,43 @@ impl Raw {
         Ok((head[0], payload.into()))
     }
 
-    /// Waits for Welcome.
+    /// Reads a frame of the protocol: its size in bytes and its content.
+    ///
+    /// # Errors
+    /// Returns an error if none comes in time, or what comes is not one.
+    pub async fn next(&mut self) -> Result<(usize, ServerFrame)> {
+        let (first, payload) = timeout(PATIENCE, self.frame()).await.context("no frame")??;
+        ensure!(first & 0x0f < 8, "a control frame: {first:#x}");
+        Ok((payload.len(), decode_server(self.encoding, payload)?))
+    }
+
+    /// Reads Welcome.
+    ///
+    /// # Errors
+    /// Returns an error if something else comes.
     pub async fn welcomed(&mut self) -> Result<()> {
-        let (_, frame) = timeout(PATIENCE, self.next()).await??;
-        match decode_server(self.encoding, frame)? {
-            ServerFrame::Welcome(_) => Ok(()),
-            other => bail!("{other:?} instead of a welcome"),
+        match self.next().await? {
+            (_, ServerFrame::Welcome(_)) => Ok(()),
+            (_, other) => bail!("{other:?} instead of a welcome"),
         }
     }
 
-    /// Reads to the end of the connection; answers the close as a client does.
+    /// Reads until the connection ends, and answers the node's Close frame.
+    ///
+    /// # Errors
+    /// Returns an error if the connection does not end in time.
     pub async fn ended(mut self) -> Result<Ended> {
         let mut ended = Ended { code: 1006, text: String::new() };
         let reading = async {
-            while let Ok((opcode, payload)) = self.next().await {
-                if opcode == CLOSE {
+            while let Ok((first, payload)) = self.frame().await {
+                if first == CLOSE {
                     ended.code = payload.first_chunk().map_or(1005, |c| u16::from_be_bytes(*c));
                     if ended.text.is_empty() {
                         ended.text =
                             String::from_utf8_lossy(payload.get(2..).unwrap_or_default()).into();
                     }
                     self.send(&frame(CLOSE, &payload)).await;
-                } else if opcode & 0x0f < 8
+                } else if first & 0x0f < 8
                     && let ServerFrame::Error(error) = decode_server(self.encoding, payload)?
                 {
                     ended.text = error.text;
@@ -158,4 +236,37 @@ impl Raw {
         timeout(PATIENCE + Duration::from_secs(5), reading).await.context("still open")??;
         Ok(ended)
     }
+
+    /// Closes with 1000 and waits until the node has closed as well.
+    ///
+    /// # Errors
+    /// Returns an error if the connection is broken.
+    pub async fn close(mut self) -> Result<()> {
+        self.send(&frame(CLOSE, 1000_u16.to_be_bytes())).await;
+        self.stream.read_to_end(&mut Vec::new()).await?;
+        Ok(())
+    }
+}
+
+/// A session for each token, in any order.
+///
+/// # Errors
+/// Returns an error if the node refuses one.
+pub async fn sessions(
+    address: SocketAddr,
+    tokens: impl IntoIterator<Item = String>,
+) -> Result<Vec<Raw>> {
+    let (mut opening, mut sessions) = (JoinSet::new(), Vec::new());
+    for token in tokens {
+        opening.spawn(timeout(SESSION_LIMIT, async move {
+            Raw::session(TcpStream::connect(address).await?, &token).await
+        }));
+        if opening.len() >= AT_ONCE {
+            sessions.push(opening.join_next().await.context("none")????);
+        }
+    }
+    while let Some(opened) = opening.join_next().await {
+        sessions.push(opened???);
+    }
+    Ok(sessions)
 }
