@@ -1,4 +1,4 @@
-//! Adding a node to a loaded cluster evens it out, and costs no message.
+//! A node that is added to a loaded cluster gets its share of the sessions, and no message is lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -66,11 +66,11 @@ async fn a_node_that_is_added_to_a_loaded_cluster_gets_its_share() -> Result<()>
         }
     };
     until(&mut cluster, |sessions| sessions == [DEVICES as f64]).await?;
-    // Messages flow all the while.
+    // Messages flow during the whole test.
     let flowing = tokio::spawn(async move {
         for round in 0..40 {
             for n in 0..DEVICES {
-                business.say(&format!("u{n}"), &format!("m{round}"), "hello").await?;
+                business.send_text(&format!("u{n}"), &format!("m{round}"), "hello").await?;
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

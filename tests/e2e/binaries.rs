@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use barid_runtime::exposition::Metrics;
 use barid_testkit::device::PATIENCE;
 use barid_testkit::process::Process;
 use barid_testkit::{Role, certificates, http, ports, token};
@@ -30,7 +31,7 @@ fn config(dir: &Path, text: &str) -> String {
 
 const SECRET: &str = "secret = 'hunter2-hunter2-hunter2-hunter2-hunter2'";
 
-/// What a configuration cannot do without.
+/// The required settings of a role.
 fn least(role: Role) -> String {
     match role {
         // Nobody could connect without a key.
@@ -108,7 +109,7 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
         for part in ["shards = 32", "example.test:6380", "drain_seconds", "[admin]", "[log]"] {
             assert!(printed.contains(part), "{role:?} does not print {part}: {printed}");
         }
-        // Printed back it is valid, but for what was masked.
+        // The printed configuration is valid, except for masked secrets.
         let path = config(dir.path(), &printed.replace("secret = \"***\"", SECRET));
         let (code, said, complaint) =
             told(&run(role, &["--config", &path, "--check-config"], &[])?);
@@ -118,7 +119,7 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
     Ok(())
 }
 
-/// A sample of deploy/config with the settings in it that are commented out.
+/// A sample of deploy/config with the settings that are commented out in it.
 fn uncommented(sample: &str) -> String {
     let is_name = |key: &str| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
     let is_setting = |line: &str| {
@@ -172,7 +173,7 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
                 assert_eq!(all[section].get(key), Some(value), "{role:?}: {section}.{key}");
             }
         }
-        // What stands in place of other lines is set in by two more.
+        // Alternatives to other lines are indented by two more.
         let under_sentinel = printed(role, &sample.replace("#   sentinel", "sentinel"))?;
         for key in ["sentinel_master", "sentinels"] {
             let shown = under_sentinel["redis"].get(key);
@@ -182,7 +183,7 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
     Ok(())
 }
 
-/// A role that waits for a Redis that is nowhere, started by `shell` (which gets it as "$0" "$@").
+/// A role that waits for a Redis that does not exist. `shell` starts it with "$0" "$@".
 struct Waiting {
     role: Role,
     process: Process,
@@ -274,12 +275,8 @@ async fn hazard_53_a_role_outlives_the_reader_of_its_log_and_a_full_disk() -> Re
         for shell in ["exec \"$0\" \"$@\" 2> >(read -r line)", "exec \"$0\" \"$@\" 2>/dev/full"] {
             let mut waiting = Waiting::start(role, shell).await?;
             let dropped = |body: &str| {
-                let lines = body.lines();
-                let failed = |line: &&str| {
-                    line.starts_with("barid_log_lines_dropped_total{why=\"failed\"}")
-                        && !line.ends_with(" 0")
-                };
-                lines.into_iter().any(|line| failed(&line))
+                let metrics = Metrics::parse(body);
+                metrics.sum_of("barid_log_lines_dropped_total", "why", "failed") > 0.0
             };
             waiting.until("/metrics", dropped).await?;
             waiting.leaves_cleanly().await?;
@@ -328,7 +325,7 @@ async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result
         ensure!(!waiting.process.output().contains("INFO"), "{role:?} logs more than it should");
         config(waiting.dir.path(), &format!("{}[log]\nlevel = 'info'\n", waiting.config));
         waiting.process.hang_up()?;
-        // Which is of level info itself.
+        // This message has level info itself.
         waiting.until_logged("log.level was read again").await?;
         waiting.leaves_cleanly().await?;
     }

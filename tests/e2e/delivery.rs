@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::Result;
-use barid_testkit::device::{Device, Heard, PATIENCE};
-use barid_testkit::{Cluster, Relay};
+use barid_core::{DeviceId, ReceiptSet, UserId};
+use barid_testkit::device::{Device, Incoming, PATIENCE};
+use barid_testkit::{Cluster, Relay, records};
+use barid_wire::record::{Audience, BodyKind, Push};
+use bytes::Bytes;
 use serde_json::json;
 
 use crate::listener::Listener;
@@ -15,18 +18,17 @@ async fn a_push_reaches_an_online_device_and_its_ack_is_told() -> Result<()> {
     let mut cluster = Cluster::start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
-    for (id, body) in [
-        ("text", json!({"text": "hello"})),
-        ("json", json!({"json": {"order": 7, "lines": [1, 2.5, null, "x"]}})),
-        ("data", json!({"data": "AAECAw=="})),
-        ("long", json!({"text": "barid ".repeat(5_000)})),
+    let order = json!({"order": 7, "lines": [1, 2.5, null, "x"]});
+    let long = "barid ".repeat(5_000);
+    let asked = ReceiptSet::ACCEPTED.with(ReceiptSet::SENT).with(ReceiptSet::ACKED);
+    for (id, kind, payload, body) in [
+        ("text", BodyKind::Text, "hello".into(), json!({"text": "hello"})),
+        ("json", BodyKind::Json, order.to_string().into(), json!({"json": order})),
+        ("data", BodyKind::Data, Bytes::from_static(&[0, 1, 2, 3]), json!({"data": "AAECAw=="})),
+        ("long", BodyKind::Text, long.clone().into(), json!({"text": long})),
     ] {
-        let mut record = json!({
-            "id": id, "app": "demo", "to": {"user": "alice"},
-            "receipts": ["accepted", "sent", "acked"],
-        });
-        record.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
-        business.push(&record).await?;
+        let record = records::text("alice", id, "");
+        business.send(&Push { kind, payload, receipts: asked, ..record }).await?;
         let message = phone.message().await?;
         assert_eq!((message.id.as_str(), &message.body), (id, &body));
         phone.ack(message.seq).await?;
@@ -45,7 +47,7 @@ async fn a_push_reaches_an_online_device_and_its_ack_is_told() -> Result<()> {
             assert!(told.contains(&(id.into(), kind.into())), "{kind} of {id} not in {told:?}");
         }
     }
-    phone.silent(Duration::from_millis(500)).await
+    phone.expect_silence(Duration::from_millis(500)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,16 +55,16 @@ async fn what_came_while_a_device_was_away_is_delivered_before_anything_newer() 
     let mut cluster = Cluster::start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
-    business.say("alice", "first", "1").await?;
-    assert_eq!(phone.take(1).await?, ["first"]);
+    business.send_text("alice", "first", "1").await?;
+    assert_eq!(phone.receive(1).await?, ["first"]);
     phone.close().await?;
     for id in ["away-1", "away-2", "away-3"] {
-        business.say("alice", id, "offline").await?;
+        business.send_text("alice", id, "offline").await?;
     }
     let mut phone = cluster.device("alice", "phone").await?;
-    business.say("alice", "newer", "online").await?;
-    assert_eq!(phone.take(4).await?, ["away-1", "away-2", "away-3", "newer"]);
-    phone.silent(Duration::from_millis(300)).await
+    business.send_text("alice", "newer", "online").await?;
+    assert_eq!(phone.receive(4).await?, ["away-1", "away-2", "away-3", "newer"]);
+    phone.expect_silence(Duration::from_millis(300)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -70,11 +72,11 @@ async fn a_user_who_was_never_there_finds_the_messages_on_the_first_visit() -> R
     let mut cluster = Cluster::start().await?;
     let business = cluster.business()?;
     for id in ["a", "b"] {
-        business.say("new", id, "welcome").await?;
+        business.send_text("new", id, "welcome").await?;
     }
-    // Produced is not yet accepted.
+    // The messages may not be accepted yet.
     let mut phone = cluster.device("new", "phone").await?;
-    assert_eq!(phone.take(2).await?, ["a", "b"]);
+    assert_eq!(phone.receive(2).await?, ["a", "b"]);
     Ok(())
 }
 
@@ -84,23 +86,22 @@ async fn two_devices_of_a_user_have_their_own_cursors() -> Result<()> {
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
     let mut tablet = cluster.device("alice", "tablet").await?;
-    business.say("alice", "both", "").await?;
-    assert_eq!(phone.take(1).await?, ["both"]);
-    assert_eq!(tablet.take(1).await?, ["both"]);
+    business.send_text("alice", "both", "").await?;
+    assert_eq!(phone.receive(1).await?, ["both"]);
+    assert_eq!(tablet.receive(1).await?, ["both"]);
     tablet.close().await?;
-    business.say("alice", "phone-now", "tablet later").await?;
-    assert_eq!(phone.take(1).await?, ["phone-now"]);
+    business.send_text("alice", "phone-now", "tablet later").await?;
+    assert_eq!(phone.receive(1).await?, ["phone-now"]);
     // What the phone acknowledged still waits for the tablet.
     let mut tablet = cluster.device("alice", "tablet").await?;
-    assert_eq!(tablet.take(1).await?, ["phone-now"]);
-    business
-        .push(&json!({
-            "id": "tablet-only", "app": "demo", "to": {"user": "alice", "device": "tablet"}, "text": "t",
-        }))
-        .await?;
-    business.say("alice", "after", "").await?;
-    assert_eq!(tablet.take(2).await?, ["tablet-only", "after"]);
-    assert_eq!(phone.take(1).await?, ["after"]);
+    assert_eq!(tablet.receive(1).await?, ["phone-now"]);
+    let tablet_only =
+        Audience::User { user: UserId::new("alice")?, device: Some(DeviceId::new("tablet")?) };
+    let record = records::text("alice", "tablet-only", "t");
+    business.send(&Push { audience: tablet_only, ..record }).await?;
+    business.send_text("alice", "after", "").await?;
+    assert_eq!(tablet.receive(2).await?, ["tablet-only", "after"]);
+    assert_eq!(phone.receive(1).await?, ["after"]);
     Ok(())
 }
 
@@ -110,7 +111,7 @@ async fn a_device_that_reconnects_in_mid_stream_goes_on_where_it_stopped() -> Re
     let business = cluster.business()?;
     let feed = tokio::spawn(async move {
         for number in 0..200 {
-            business.say("alice", &format!("m{number}"), "stream").await?;
+            business.send_text("alice", &format!("m{number}"), "stream").await?;
         }
         anyhow::Ok(())
     });
@@ -123,7 +124,7 @@ async fn a_device_that_reconnects_in_mid_stream_goes_on_where_it_stopped() -> Re
         while seen.len() < enough {
             let message = phone.message().await?;
             if message.seq <= acknowledged {
-                continue; // the last acknowledgement was still on its way: drop what was handled
+                continue; // sent before the last acknowledgement arrived: handled before
             }
             assert_eq!(message.seq, acknowledged + 1, "resumed behind the last acknowledged one");
             seen.push(message.id);
@@ -150,7 +151,7 @@ async fn the_sdk_shows_everything_once_over_a_network_that_breaks() -> Result<()
     let listener = Listener::start(&format!("ws://{}", relay.address()), "alice", "phone")?;
     listener.connected().await?;
     for number in 0..150 {
-        business.say("alice", &format!("m{number}"), "through the storm").await?;
+        business.send_text("alice", &format!("m{number}"), "through the storm").await?;
         if number % 30 == 29 {
             relay.cut();
         }
@@ -172,17 +173,16 @@ async fn one_record_reaches_several_users_and_names_do_not_mix() -> Result<()> {
     for user in users {
         devices.push(cluster.device(user, "d").await?);
     }
-    business
-        .push(&json!({"id": "all", "app": "demo", "to": {"users": users}, "text": "to each"}))
-        .await?;
+    let all = Audience::Users(users.into_iter().map(UserId::new).collect::<Result<_, _>>()?);
+    business.send(&Push { audience: all, ..records::text("eng", "all", "to each") }).await?;
     for user in users {
-        business.say(user, &format!("for {user}"), "one").await?;
+        business.send_text(user, &format!("for {user}"), "one").await?;
     }
     for (user, device) in users.iter().zip(&mut devices) {
-        // Other keys, other partitions: the order of the two is not promised.
-        let ids: BTreeSet<String> = device.take(2).await?.into_iter().collect();
+        // The two have different keys and partitions, so their order is not promised.
+        let ids: BTreeSet<String> = device.receive(2).await?.into_iter().collect();
         assert_eq!(ids, BTreeSet::from(["all".to_owned(), format!("for {user}")]));
-        device.silent(Duration::from_millis(50)).await?;
+        device.expect_silence(Duration::from_millis(50)).await?;
     }
     Ok(())
 }
@@ -192,15 +192,12 @@ async fn an_id_that_comes_again_is_shown_once() -> Result<()> {
     let mut cluster = Cluster::start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
-    let twice = json!({
-        "id": "twice", "app": "demo", "to": {"user": "alice"}, "text": "once",
-        "receipts": ["duplicate"],
-    });
+    let twice = Push { receipts: ReceiptSet::DUPLICATE, ..records::text("alice", "twice", "once") };
     for _ in 0..3 {
-        business.push(&twice).await?;
+        business.send(&twice).await?;
     }
-    business.say("alice", "after", "").await?;
-    assert_eq!(phone.take(2).await?, ["twice", "after"]);
+    business.send_text("alice", "after", "").await?;
+    assert_eq!(phone.receive(2).await?, ["twice", "after"]);
     let receipts = cluster.reader(&cluster.topics().receipts)?;
     for _ in 0..2 {
         assert_eq!(receipts.next(PATIENCE).await?.json()?["kind"], "duplicate");
@@ -210,7 +207,7 @@ async fn an_id_that_comes_again_is_shown_once() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_records_are_kept_and_told_and_harm_nobody() -> Result<()> {
-    // One partition: the good ones stand behind the bad ones.
+    // One partition: the valid records are behind the invalid ones.
     let mut cluster = Cluster::builder().partitions(1).start().await?;
     let business = cluster.business()?;
     let push = cluster.topics().push.clone();
@@ -226,13 +223,13 @@ async fn bad_records_are_kept_and_told_and_harm_nobody() -> Result<()> {
     ];
     for (number, bytes) in bad.iter().enumerate() {
         business.produce(&push, "alice", bytes).await?;
-        business.say("alice", &format!("good-{number}"), "between").await?;
+        business.send_text("alice", &format!("good-{number}"), "between").await?;
     }
-    let ids = phone.take(bad.len()).await?;
+    let ids = phone.receive(bad.len()).await?;
     assert_eq!(ids, (0..bad.len()).map(|n| format!("good-{n}")).collect::<Vec<_>>());
 
     let dead = cluster.reader(&cluster.topics().dead)?;
-    // Which of them is kept first is left open.
+    // Dead letters may be in any order.
     let mut missing = BTreeSet::from(bad);
     while !missing.is_empty() {
         let record = dead.next(PATIENCE).await?;
@@ -245,7 +242,7 @@ async fn bad_records_are_kept_and_told_and_harm_nobody() -> Result<()> {
         assert_eq!(names_the_key, record.value == bad[5], "{record:?}");
     }
     let receipts = cluster.reader(&cluster.topics().receipts)?;
-    // Those whose id could be read are told by it.
+    // Receipts name the records whose id could be decoded.
     let mut missing = BTreeSet::from(["x1", "x2", "x3"]);
     while !missing.is_empty() {
         let receipt = receipts.next(PATIENCE).await?.json()?;
@@ -264,29 +261,24 @@ async fn bulk_does_not_delay_what_is_urgent() -> Result<()> {
     let mut urgent = cluster.device("urgent", "d").await?;
     let mut flood = Vec::new();
     for number in 0..4_000 {
-        let record = json!({
-            "id": format!("b{number}"), "app": "demo", "to": {"user": format!("c{}", number % 400)},
-            "text": "campaign",
-        });
+        let (user, id) = (format!("c{}", number % 400), format!("b{number}"));
+        let record = records::text(&user, &id, "campaign");
         let (business, bulk) = (business.clone(), bulk.clone());
-        flood.push(tokio::spawn(async move {
-            business.produce(&bulk, "", record.to_string().as_bytes()).await
-        }));
+        flood.push(tokio::spawn(async move { business.send_to(&bulk, &record).await }));
     }
     for number in 0..10 {
         let id = format!("h{number}");
-        let record = json!({"id": id, "app": "demo", "to": {"user": "urgent"}, "text": "now"});
-        business.produce(&high, "", record.to_string().as_bytes()).await?;
+        business.send_to(&high, &records::text("urgent", &id, "now")).await?;
         let start = tokio::time::Instant::now();
-        assert_eq!(urgent.take(1).await?, [id]);
+        assert_eq!(urgent.receive(1).await?, [id]);
         assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
     }
     for task in flood {
         task.await??;
     }
-    // And bulk arrives too.
+    // Bulk messages arrive as well.
     let mut last = cluster.device("c399", "d").await?;
-    let ids: BTreeSet<String> = last.take(10).await?.into_iter().collect();
+    let ids: BTreeSet<String> = last.receive(10).await?.into_iter().collect();
     assert_eq!(ids, (0..10).map(|n| format!("b{}", n * 400 + 399)).collect());
     Ok(())
 }
@@ -295,25 +287,21 @@ async fn bulk_does_not_delay_what_is_urgent() -> Result<()> {
 async fn what_expired_while_a_device_was_away_is_skipped_and_said() -> Result<()> {
     let mut cluster = Cluster::start().await?;
     let business = cluster.business()?;
-    business
-        .push(&json!({
-            "id": "short", "app": "demo", "to": {"user": "alice"}, "text": "now or never",
-            "ttlSeconds": 1,
-        }))
-        .await?;
-    business.say("alice", "lasting", "").await?;
+    let short = records::text("alice", "short", "now or never");
+    business.send(&Push { ttl_ms: 1_000, ..short }).await?;
+    business.send_text("alice", "lasting", "").await?;
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     let mut phone = Device::open(&cluster.url(0).await?, &cluster.token("alice")).await?;
     phone.send(&json!({"hello": {"device": "phone"}})).await?;
     let mut skipped = None;
     loop {
         match phone.next(PATIENCE).await? {
-            Heard::Skip(skip) => skipped = Some(skip),
-            Heard::Message(message) => {
+            Incoming::Skip(skip) => skipped = Some(skip),
+            Incoming::Message(message) => {
                 assert_eq!((message.seq, message.id.as_str()), (2, "lasting"));
                 break;
             }
-            Heard::Welcome(_) => {}
+            Incoming::Welcome(_) => {}
             other => panic!("{other:?}"),
         }
     }

@@ -1,4 +1,4 @@
-//! `barid kick` beside a running cluster.
+//! `barid kick` on a running cluster.
 
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use serde_json::Value;
 async fn barid(cluster: &Cluster, args: &[&str]) -> Result<(Output, Value)> {
     let mut command = Command::new(paths::binary("barid")?);
     command.args(["--json", "kick"]).args(args).args(["--redis", &cluster.redis.url()]);
-    // Not a developer's own cluster.
+    // Do not use a running `barid dev`.
     command.env("BARID_DEV_STATE", "/nonexistent/dev.json");
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     let shown = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
@@ -36,15 +36,15 @@ async fn a_kick_reaches_the_sessions_on_every_node_and_counts_them() -> Result<(
     for device in &mut devices {
         assert_eq!(device.closed(PATIENCE).await?, 4503);
     }
-    // Others are untouched, and what comes meanwhile waits.
+    // Other sessions stay, and messages of the meantime wait.
     let business = cluster.business()?;
-    business.say("bob", "m1", "still here").await?;
-    assert_eq!(bob.take(1).await?, ["m1"]);
-    business.say("alice", "m2", "for later").await?;
+    business.send_text("bob", "m1", "still here").await?;
+    assert_eq!(bob.receive(1).await?, ["m1"]);
+    business.send_text("alice", "m2", "for later").await?;
     let mut back = cluster.device_at(1, "alice", "d0").await?;
-    assert_eq!(back.take(1).await?, ["m2"]);
+    assert_eq!(back.receive(1).await?, ["m2"]);
 
-    // A node that cannot be asked is named, and the others are asked all the same.
+    // A node that cannot be reached is named, and the others are asked.
     cluster.kill(Role::Access, 0)?;
     let (output, shown) = barid(&cluster, &["--everyone", "--rate", "100"]).await?;
     assert!(!output.status.success(), "{shown}");

@@ -1,22 +1,22 @@
-//! Every process that Barid consists of or rests on, killed or stopped while messages flow: nothing
-//! lost, repeated, altered or out of order, and no session closed but those of a killed node.
+//! Roles, Redis and Kafka are killed or stopped while messages flow: no message is lost, repeated, altered or out
+//! of order, and only sessions of a killed node are closed.
 //!
-//! Moments and victims are random; a failing run tells its seed, and `BARID_SEED` sets it.
+//! Times and victims are random. A failing run prints its seed, and `BARID_SEED` sets it.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use barid_testkit::Role;
+use barid_testkit::{Cluster, Role};
 use toml::{Table, Value};
 
-use crate::trial::{Trial, pairs};
+use crate::trial::Trial;
 
 const MESSAGES: usize = 2_000;
 const TIME: Duration = Duration::from_secs(6);
 
-/// Either node of a role, at random moments, for as long as messages flow.
+/// Kills nodes of a role at random times while messages flow.
 async fn killed_while_messages_flow(role: Role) -> Result<()> {
-    let mut trial = Trial::start(pairs()).await?;
+    let mut trial = Trial::start(Cluster::builder().pairs()).await?;
     let flow = trial.flow(MESSAGES, TIME);
     let mut kills = 0;
     while flow.runs() || kills < 3 {
@@ -35,15 +35,16 @@ async fn killed_purgers() -> Result<()> {
     killed_while_messages_flow(Role::Purger).await
 }
 
-/// Redis is away for a while, so that what a purger has taken piles up unaccepted over many commits;
-/// then it dies.
+/// Redis is down for a while, so that a purger holds many records that are not accepted; then the purger is
+/// killed.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_purgers_with_their_hands_full() -> Result<()> {
-    let eager = pairs().durable_redis().set_of(Role::Purger, "commit_interval_ms", 50);
+    let eager =
+        Cluster::builder().pairs().durable_redis().set_of(Role::Purger, "commit_interval_ms", 50);
     let mut trial = Trial::start(eager).await?;
     let flow = trial.flow(MESSAGES, Duration::from_secs(8));
     for number in 0..2 {
-        // Both hold partitions: the group has given up the one that was killed before.
+        // Both hold partitions: the group has removed the one that was killed before.
         tokio::time::sleep(Duration::from_millis(if number == 0 { 500 } else { 3_500 })).await;
         trial.pause(500).await;
         trial.tell("kill Redis");
@@ -72,11 +73,12 @@ async fn killed_access_nodes() -> Result<()> {
     killed_while_messages_flow(Role::Access).await
 }
 
-/// A third purger joins two and leaves again, and each time one of them dies while partitions move.
+/// A third purger joins two and leaves again. Each time, one of them is killed while partitions move.
 async fn killed_in_a_rebalance(protocol: &str) -> Result<()> {
-    let mut settings = pairs().set_of(Role::Purger, "kafka.group_protocol", protocol);
+    let mut settings =
+        Cluster::builder().pairs().set_of(Role::Purger, "kafka.group_protocol", protocol);
     if protocol == "classic" {
-        // With KIP-848 these are the broker's.
+        // With KIP-848 the broker has these settings.
         let properties = [("session.timeout.ms", "3000"), ("heartbeat.interval.ms", "300")];
         let properties = properties.map(|(key, value)| (key.to_owned(), value.into()));
         let properties = Value::Table(Table::from_iter(properties));
@@ -111,7 +113,7 @@ async fn a_purger_killed_in_a_classic_rebalance() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_redis() -> Result<()> {
-    let mut trial = Trial::start(pairs().durable_redis()).await?;
+    let mut trial = Trial::start(Cluster::builder().pairs().durable_redis()).await?;
     let flow = trial.flow(MESSAGES, TIME);
     for _ in 0..3 {
         trial.pause(1_500).await;
@@ -126,7 +128,7 @@ async fn a_killed_redis() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_kafka() -> Result<()> {
-    let mut trial = Trial::start(pairs().own_kafka()).await?;
+    let mut trial = Trial::start(Cluster::builder().pairs().own_kafka()).await?;
     let flow = trial.flow(MESSAGES, TIME);
     for _ in 0..2 {
         trial.pause(1_500).await;
@@ -141,7 +143,9 @@ async fn a_killed_kafka() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hazard_13_access_nodes_stopped_past_their_lease() -> Result<()> {
-    let mut trial = Trial::start(pairs().set_of(Role::Access, "lease_ttl_ms", 1_000)).await?;
+    let mut trial =
+        Trial::start(Cluster::builder().pairs().set_of(Role::Access, "lease_ttl_ms", 1_000))
+            .await?;
     let flow = trial.flow(MESSAGES, TIME);
     for _ in 0..2 {
         trial.pause(500).await;
@@ -153,8 +157,11 @@ async fn hazard_13_access_nodes_stopped_past_their_lease() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dispatchers_away_for_longer_than_the_resends_take() -> Result<()> {
-    // Five re-sends take 3.1 s and the close comes after 6.3 s, were they a device's failure.
-    let quick = pairs().set("redis.retry_base_ms", 100).set("redis.retry_max_ms", 60_000);
+    // If they counted against the device, five re-sends would take 3.1 s, and the close would follow at 6.3 s.
+    let quick = Cluster::builder()
+        .pairs()
+        .set("redis.retry_base_ms", 100)
+        .set("redis.retry_max_ms", 60_000);
     let mut trial = Trial::start(quick).await?;
     let flow = trial.flow(MESSAGES, TIME);
     trial.pause(1_000).await;

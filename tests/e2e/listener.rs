@@ -1,49 +1,51 @@
-//! A device that uses the Rust SDK, as an application does; what it is shown goes into the books.
+//! An application that uses the Rust SDK, and enters what it is shown into an audit.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use barid_client::{Client, Event, Message, Token};
-use barid_testkit::checker::{Application, Books};
+use barid_testkit::audit::{Application, Audit};
 use barid_testkit::device::PATIENCE;
 use barid_testkit::token::token;
 use tokio::time::Instant;
 
-/// The books of a run, which everybody who takes part in it writes.
+/// The audit of a run, shared by its producers and applications.
 #[derive(Debug, Clone, Default)]
-pub struct Shared(Arc<Mutex<Books>>);
+pub struct SharedAudit(Arc<Mutex<Audit>>);
 
-impl Shared {
-    /// The books, for one entry or question.
-    pub fn open(&self) -> MutexGuard<'_, Books> {
+impl SharedAudit {
+    /// Locks the audit.
+    pub fn lock(&self) -> MutexGuard<'_, Audit> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// An application on a device.
 pub struct Listener {
-    books: Shared,
+    audit: SharedAudit,
     application: Application,
     client: Client,
 }
 
 impl Listener {
-    /// Connects to `url` and stays connected; with books of its own.
+    /// Connects to `url` and stays connected, with an audit of its own.
     pub fn start(url: &str, user: &str, device: &str) -> Result<Self> {
-        Self::watched(&Shared::default(), ("node", url), (user, device), |message| vec![message])
+        Self::watched(&SharedAudit::default(), ("node", url), (user, device), |message| {
+            vec![message]
+        })
     }
 
-    /// Connects to `node`'s `url`, with an account in `books`. `between` stands between the SDK and
-    /// the application and turns what the one delivers into what the other is shown.
+    /// Connects to `node`'s `url` as an application of `audit`. `between` turns each message of the SDK into the
+    /// messages that the application is shown.
     pub fn watched(
-        books: &Shared,
+        audit: &SharedAudit,
         (node, url): (&str, &str),
         (user, device): (&str, &str),
         between: impl FnMut(Message) -> Vec<Message> + Send + 'static,
     ) -> Result<Self> {
-        let application = books.open().application(user, device);
-        let (shown, events) = (books.clone(), books.clone());
+        let application = audit.lock().application(user, device);
+        let (shown, events) = (audit.clone(), audit.clone());
         let (node, user, between) = (node.to_owned(), user.to_owned(), Mutex::new(between));
         let client = Client::builder(url)
             .device(device)
@@ -53,9 +55,9 @@ impl Listener {
             })
             .reconnect_between(Duration::from_millis(50), Duration::from_millis(500))
             .on_event(move |event| match event {
-                Event::Connected { .. } => events.open().connected(application, &node),
+                Event::Connected { .. } => events.lock().connected(application, &node),
                 Event::Disconnected { why, retry_in } => {
-                    events.open().disconnected(application, &why.to_string(), retry_in.is_none());
+                    events.lock().disconnected(application, &why.to_string(), retry_in.is_none());
                 }
                 _ => {}
             })
@@ -63,21 +65,21 @@ impl Listener {
                 let mut between = between.lock().unwrap_or_else(PoisonError::into_inner);
                 for message in between(message) {
                     let payload = String::from_utf8_lossy(message.body.as_bytes());
-                    shown.open().shown(application, &message.id, &payload);
+                    shown.lock().shown(application, &message.id, &payload);
                 }
                 async { Ok(()) }
             })?;
-        Ok(Self { books: books.clone(), application, client })
+        Ok(Self { audit: audit.clone(), application, client })
     }
 
-    /// What the application was shown, in order.
+    /// The ids of the messages that the application was shown, in order.
     pub fn ids(&self) -> Vec<String> {
-        self.books.open().shown_to(self.application).into_iter().map(str::to_owned).collect()
+        self.audit.lock().shown_to(self.application).into_iter().map(str::to_owned).collect()
     }
 
-    /// How often it was welcomed.
+    /// The number of sessions so far.
     pub fn connections(&self) -> usize {
-        self.books.open().sessions_of(self.application)
+        self.audit.lock().sessions_of(self.application)
     }
 
     /// Waits until it is connected.
@@ -99,7 +101,7 @@ impl Listener {
         Ok(())
     }
 
-    /// Leaves in good order.
+    /// Shuts down the client.
     pub async fn shutdown(self) {
         self.client.shutdown().await;
     }

@@ -1,7 +1,7 @@
-//! The real binaries, Apache Kafka and redis-server, as an operator runs them: from a record in
-//! Kafka to a device's acknowledgement.
+//! End-to-end tests of the real binaries with Apache Kafka and redis-server, from a record in Kafka to a device's
+//! acknowledgement.
 //!
-//! `make test` builds the binaries first; by hand: `cargo build --workspace --bins`.
+//! They need `cargo build --workspace --bins`, which `make test` does.
 
 mod balance;
 mod binaries;

@@ -1,11 +1,12 @@
-//! docs/metrics.md and what the roles serve are the same.
+//! Compares docs/metrics.md with the metrics of the roles.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result};
+use barid_runtime::exposition::Metrics;
 use barid_testkit::{Cluster, Role};
 
-/// A metric's type, and the values of its labels; `…`: any.
+/// A metric's type, and the values of its labels; `…` is any value.
 #[derive(Debug, PartialEq, Eq, Default)]
 struct Shape {
     kind: String,
@@ -30,25 +31,20 @@ fn documented(page: &str, section: &str) -> Shapes {
     rows.collect()
 }
 
-/// What Prometheus would read. Buckets are no labels.
+/// The types and labels in a role's answer. The bounds of buckets are not labels.
 fn served(text: &str) -> Result<Shapes> {
     let mut shapes = Shapes::new();
-    for line in text.lines() {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').context("a type")?;
-            shapes.insert(name.into(), Shape { kind: kind.into(), ..Default::default() });
-        } else if let Some((name, rest)) = line.split_once('{').filter(|_| !line.starts_with('#')) {
-            let suffixes = ["_bucket", "_sum", "_count"];
-            let base = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
-            let base = base.filter(|base| shapes.contains_key(*base)).unwrap_or(name);
-            let shape = shapes.get_mut(base).context("a metric without a type")?;
-            let (labels, _) = rest.rsplit_once('}').context("labels")?;
-            for (label, value) in labels.split(',').filter_map(|label| label.split_once('=')) {
-                if label != "le" {
-                    let values = shape.labels.entry(label.to_owned()).or_default();
-                    values.insert(value.trim_matches('"').to_owned());
-                }
-            }
+    for rest in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (name, kind) = rest.split_once(' ').context("a type")?;
+        shapes.insert(name.into(), Shape { kind: kind.into(), ..Default::default() });
+    }
+    for (name, labels) in Metrics::parse(text).series() {
+        let suffixes = ["_bucket", "_sum", "_count"];
+        let base = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
+        let base = base.filter(|base| shapes.contains_key(*base)).unwrap_or(name);
+        let shape = shapes.get_mut(base).with_context(|| format!("{name} has no type"))?;
+        for (label, value) in labels.iter().filter(|(label, _)| label != "le") {
+            shape.labels.entry(label.clone()).or_default().insert(value.clone());
         }
     }
     Ok(shapes)
@@ -63,7 +59,7 @@ async fn every_metric_is_documented_and_there_from_the_start() -> Result<()> {
     {
         let mut wanted = documented(&page, "Every role");
         wanted.extend(documented(&page, section));
-        let mut found = served(&cluster.node(role, 0).metrics().await?)?;
+        let mut found = served(&cluster.node(role, 0).metrics_text().await?)?;
         for (name, shape) in wanted {
             let mut there = found.remove(&name);
             for (label, values) in &shape.labels {

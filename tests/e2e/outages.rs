@@ -1,17 +1,17 @@
-//! What Barid rests on goes away and comes back. Kills while messages flow are in `kills`.
+//! Outages of Redis. Kills while messages flow are in `kills`.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use barid_testkit::{Cluster, Role};
 
-use crate::trial::{Trial, pairs};
+use crate::trial::Trial;
 
-/// Redis forgets everything; Kafka still has it. A user's second device may miss what the first
-/// acknowledged in the new mailbox before the second was known to it: one device each.
+/// Redis loses everything, and Kafka still has it. Each user has one device: a second device may miss what the
+/// first acknowledges in the new mailbox before the second connects.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_forgot_everything_is_filled_from_kafka() -> Result<()> {
-    let mut trial = Trial::with_phones_only(pairs()).await?;
+    let mut trial = Trial::with_phones_only(Cluster::builder().pairs()).await?;
     let flow = trial.flow(1_000, Duration::from_secs(3));
     trial.pause(2_000).await;
     trial.cluster.redis.kill()?;
@@ -26,7 +26,7 @@ async fn a_purger_says_that_it_cannot_work_and_goes_on_when_it_can() -> Result<(
     let business = cluster.business()?;
     let admin = cluster.node(Role::Purger, 0).address("admin").await?;
     cluster.redis.kill()?;
-    business.say("alice", "m", "while Redis is away").await?;
+    business.send_text("alice", "m", "while Redis is away").await?;
     let reason = loop {
         let (status, body) = barid_testkit::http::get(admin, "/readyz").await?;
         if status == 503 {
@@ -38,6 +38,6 @@ async fn a_purger_says_that_it_cannot_work_and_goes_on_when_it_can() -> Result<(
     cluster.redis.restart().await?;
     cluster.wait_ready().await?;
     let mut phone = cluster.device("alice", "phone").await?;
-    assert_eq!(phone.take(1).await?, ["m"]);
+    assert_eq!(phone.receive(1).await?, ["m"]);
     Ok(())
 }

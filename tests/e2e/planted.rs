@@ -1,35 +1,35 @@
-//! The checker over a real run: between the SDK and some of the applications stands somebody who
-//! loses, repeats, swaps or forges, and one connection is cut. Each is found, and nothing else.
+//! Faults planted in a real run: between the SDK and some applications, messages are dropped, repeated, swapped
+//! or forged, and one connection is cut. The audit finds each of them, and nothing else.
 
 use std::collections::BTreeSet;
 
 use anyhow::Result;
 use barid_client::{Body, Message};
-use barid_testkit::checker::Kind;
+use barid_testkit::audit::Kind;
 use barid_testkit::device::PATIENCE;
 use barid_testkit::{Cluster, Relay, Role};
 use tokio::time::Instant;
 
-use crate::listener::{Listener, Shared};
+use crate::listener::{Listener, SharedAudit};
 
 const EACH: usize = 40;
 /// The message at which the fault is planted.
 const AT: usize = 20;
 
-/// What stands between.
+/// What is between the SDK and an application.
 type Between = Box<dyn FnMut(Message) -> Vec<Message> + Send>;
 
 fn id(user: &str, number: usize) -> String {
     format!("{user}-{number}")
 }
 
-/// Changes what comes of one message, and passes on all others.
+/// Changes one message, and passes on all others.
 fn at(user: &str, plant: impl Fn(Message) -> Vec<Message> + Send + 'static) -> Between {
     let id = id(user, AT);
     Box::new(move |message| if message.id == id { plant(message) } else { vec![message] })
 }
 
-/// Lets the next one pass first.
+/// Swaps one message with the next.
 fn swapped(user: &str) -> Between {
     let id = id(user, AT);
     let mut held = None;
@@ -67,11 +67,11 @@ async fn every_kind_of_planted_fault_is_found_and_nothing_else() -> Result<()> {
         ),
         ("cut", &cut, Box::new(|message| vec![message])),
     ];
-    let books = Shared::default();
+    let audit = SharedAudit::default();
     let users = plants.each_ref().map(|(user, ..)| *user);
     let mut listeners = Vec::new();
     for (user, url, between) in plants {
-        listeners.push(Listener::watched(&books, ("access-0", url), (user, "phone"), between)?);
+        listeners.push(Listener::watched(&audit, ("access-0", url), (user, "phone"), between)?);
     }
     for listener in &listeners {
         listener.connected().await?;
@@ -83,8 +83,8 @@ async fn every_kind_of_planted_fault_is_found_and_nothing_else() -> Result<()> {
         }
         for user in users {
             let id = id(user, number);
-            let place = business.say(user, &id, "as it was produced").await?;
-            books.open().produced(user, place, &id, "as it was produced");
+            let place = business.send_text(user, &id, "as it was produced").await?;
+            audit.lock().produced(user, place, &id, "as it was produced");
         }
     }
     let wanted = BTreeSet::from([
@@ -97,10 +97,10 @@ async fn every_kind_of_planted_fault_is_found_and_nothing_else() -> Result<()> {
         (Kind::Closed, "cut", "access-0".into()),
     ]);
     let deadline = Instant::now() + 2 * PATIENCE;
-    while books.open().owed() > 1 && Instant::now() < deadline {
+    while audit.lock().missing_count() > 1 && Instant::now() < deadline {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    let faults = books.open().faults();
+    let faults = audit.lock().faults();
     let found: Vec<_> =
         faults.iter().map(|fault| (fault.kind, &*fault.user, fault.what.clone())).collect();
     assert_eq!(found.len(), wanted.len(), "{faults:#?}");

@@ -1,4 +1,4 @@
-//! The script of docs/examples/python, as a stranger runs it.
+//! The example in docs/examples/python.
 
 use std::process::Stdio;
 

@@ -1,5 +1,5 @@
-//! Redis goes back by some seconds, as a failover without `wait_replicas` may make it, when other
-//! purgers than those that filled it hold the partitions. What it forgot lies below the commits.
+//! Redis loses the last seconds, as in a failover without `wait_replicas`, while the partitions belong to other
+//! purgers than those that filled it. The lost records are below the committed offsets.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use barid_testkit::device::PATIENCE;
 use barid_testkit::{Cluster, Role};
 
 const USERS: usize = 8;
-/// Messages of a user before Redis is saved, and after.
+/// Messages of a user before and after Redis is saved.
 const KEPT: usize = 5;
 const FORGOTTEN: usize = 10;
 
-/// Two purgers over a Redis that can go back.
+/// A cluster with two purgers, whose Redis can be reset to what was saved.
 struct Bed {
     cluster: Cluster,
     said: usize,
@@ -39,7 +39,7 @@ impl Bed {
         let business = self.cluster.business()?;
         for number in self.said..self.said + count {
             for user in 0..USERS {
-                business.say(&format!("u{user}"), &number.to_string(), "").await?;
+                business.send_text(&format!("u{user}"), &number.to_string(), "").await?;
             }
         }
         self.said += count;
@@ -57,7 +57,7 @@ impl Bed {
                 lag += node.metric("barid_purger_lag_records").await?;
             }
             if accepted >= (self.said * USERS) as f64 && lag == 0.0 {
-                // The lag of a partition that was never committed is not known.
+                // The lag of a partition without a commit is unknown.
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 return Ok(());
             }
@@ -66,18 +66,18 @@ impl Bed {
         }
     }
 
-    /// Redis is what it was when it was saved.
+    /// Resets Redis to what was saved.
     async fn redis_goes_back(&mut self) -> Result<()> {
         self.cluster.redis.kill()?;
         self.cluster.redis.restart().await
     }
 
-    /// Every user's phone is shown everything, once and in order.
+    /// Checks that every user's phone receives everything, once and in order.
     async fn everything_is_there(&mut self) -> Result<()> {
         let expected: Vec<String> = (0..self.said).map(|number| number.to_string()).collect();
         for user in 0..USERS {
             let mut phone = self.cluster.device(&format!("u{user}"), "phone").await?;
-            let shown = phone.take(self.said).await?;
+            let shown = phone.receive(self.said).await?;
             ensure!(shown == expected, "u{user} was shown {shown:?}");
         }
         Ok(())
@@ -89,7 +89,7 @@ async fn hazard_26_a_killed_purgers_partitions_are_repaired_by_another_process()
     let mut bed = Bed::start().await?;
     bed.cluster.kill(Role::Purger, 0)?;
     bed.redis_goes_back().await?;
-    // The message behind the hole would hide it from a purger that does not know of it.
+    // The message behind the gap would hide it from a purger that does not know of it.
     bed.say(1).await?;
     bed.everything_is_there().await
 }
@@ -101,7 +101,7 @@ async fn hazard_26_purgers_that_were_rolled_notice_a_redis_that_goes_back() -> R
         bed.cluster.restart(Role::Purger, number).await?;
     }
     bed.redis_goes_back().await?;
-    // Nothing more is produced: they have to ask by themselves.
+    // Nothing more is produced: the purgers must notice by themselves.
     bed.everything_is_there().await
 }
 

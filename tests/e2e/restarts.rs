@@ -1,17 +1,17 @@
-//! Roles drained and started again while messages flow, as for an upgrade, and connections that die.
-//! Kills are in `kills`.
+//! Roles are drained and restarted while messages flow, as in an upgrade; and dead connections. Kills are in
+//! `kills`.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use barid_testkit::device::{Device, Heard, PATIENCE};
+use barid_testkit::device::{Device, Incoming, PATIENCE};
 use barid_testkit::{Cluster, Relay, Role};
 
 use crate::listener::Listener;
-use crate::trial::{Trial, pairs};
+use crate::trial::Trial;
 
 async fn restarted_while_messages_flow(role: Role) -> Result<()> {
-    let mut trial = Trial::start(pairs()).await?;
+    let mut trial = Trial::start(Cluster::builder().pairs()).await?;
     let flow = trial.flow(1_000, Duration::from_secs(3));
     trial.pause(500).await;
     for number in 0..2 {
@@ -53,7 +53,7 @@ async fn a_stopped_access_node_delays_no_other() -> Result<()> {
     let ids: Vec<String> = (0..100).map(|number| format!("m{number}")).collect();
     for id in &ids {
         for user in ["u0", "u1"] {
-            business.say(user, id, "").await?;
+            business.send_text(user, id, "").await?;
         }
     }
     healthy.count(100).await?;
@@ -71,15 +71,15 @@ async fn a_draining_node_says_where_to_go_before_it_closes() -> Result<()> {
     cluster.node(Role::Access, 0).process()?.term()?;
     let reconnect_after = loop {
         match phone.next(PATIENCE).await? {
-            Heard::Other(kind, fields) if kind == "goAway" => break fields,
-            Heard::Closed(code, reason) => panic!("closed with {code} ({reason}) before goAway"),
+            Incoming::Other(kind, fields) if kind == "goAway" => break fields,
+            Incoming::Closed(code, reason) => panic!("closed with {code} ({reason}) before goAway"),
             _ => {}
         }
     };
     ensure!(reconnect_after["why"] == "draining", "{reconnect_after}");
-    business.say("alice", "m", "in between").await?;
+    business.send_text("alice", "m", "in between").await?;
     let mut phone_elsewhere = cluster.device_at(1, "alice", "phone").await?;
-    ensure!(phone_elsewhere.take(1).await? == ["m"]);
+    ensure!(phone_elsewhere.receive(1).await? == ["m"]);
     let code = phone.closed(PATIENCE).await?;
     ensure!(code == 4000 || code == 4502, "closed with {code}");
     let status = cluster.node(Role::Access, 0).process()?.wait(PATIENCE).await?;
@@ -95,15 +95,15 @@ async fn hazard_13_a_node_whose_lease_lapsed_keeps_its_sessions() -> Result<()> 
     listener.connected().await?;
     let business = cluster.business()?;
     cluster.node(Role::Access, 0).process()?.stop()?;
-    business.say("u0", "stopped", "").await?;
+    business.send_text("u0", "stopped", "").await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
     cluster.node(Role::Access, 0).process()?.cont()?;
     listener.count(1).await?;
-    // By the fast path again, once dispatchers know the node's new life.
+    // On the fast path again, once dispatchers know the node's new incarnation.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = cluster.node(Role::Access, 0).metric("barid_access_resends_total").await?;
     for number in 0..20 {
-        business.say("u0", &format!("m{number}"), "").await?;
+        business.send_text("u0", &format!("m{number}"), "").await?;
     }
     listener.count(21).await?;
     let after = cluster.node(Role::Access, 0).metric("barid_access_resends_total").await?;
@@ -122,15 +122,15 @@ async fn a_device_behind_a_dead_link_is_given_up_and_finds_its_messages_later() 
     let relay = Relay::to(cluster.node(Role::Access, 0).address("ws").await?).await?;
     let url = format!("ws://{}/v1/connect", relay.address());
     let mut phone = Device::connect(&url, &cluster.token("alice"), "phone").await?;
-    phone.silent(Duration::from_secs(3)).await?;
+    phone.expect_silence(Duration::from_secs(3)).await?;
     relay.hold();
     let start = tokio::time::Instant::now();
     while cluster.node(Role::Access, 0).metric("barid_access_sessions").await? > 0.0 {
         ensure!(start.elapsed() < Duration::from_secs(8), "the session is still there");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    cluster.business()?.say("alice", "m", "").await?;
+    cluster.business()?.send_text("alice", "m", "").await?;
     let mut phone = cluster.device("alice", "phone").await?;
-    ensure!(phone.take(1).await? == ["m"]);
+    ensure!(phone.receive(1).await? == ["m"]);
     Ok(())
 }

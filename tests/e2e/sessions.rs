@@ -1,9 +1,9 @@
-//! Tokens, replaced sessions, closings.
+//! Tokens, replaced sessions, and closes.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use barid_testkit::device::{Device, Heard, PATIENCE};
+use barid_testkit::device::{Device, Incoming, PATIENCE};
 use barid_testkit::token::{sign, token};
 use barid_testkit::{Cluster, Role};
 use serde_json::json;
@@ -34,9 +34,9 @@ async fn a_token_that_expires_closes_its_session_unless_refreshed() -> Result<()
     let mut careful = Device::connect(&url, &short(), "careful").await?;
     careful.send(&json!({"refresh": {"token": cluster.token("alice")}})).await?;
     assert_eq!(forgetful.closed(Duration::from_secs(6)).await?, 4004);
-    careful.silent(Duration::from_secs(2)).await?;
-    cluster.business()?.say("alice", "m", "still here").await?;
-    assert_eq!(careful.take(1).await?, ["m"]);
+    careful.expect_silence(Duration::from_secs(2)).await?;
+    cluster.business()?.send_text("alice", "m", "still here").await?;
+    assert_eq!(careful.receive(1).await?, ["m"]);
     let other = cluster.token("mallory");
     careful.send(&json!({"refresh": {"token": other}})).await?;
     assert_eq!(careful.closed(PATIENCE).await?, 4500);
@@ -51,12 +51,12 @@ async fn a_newer_session_of_a_device_replaces_the_older_one() -> Result<()> {
     let mut same_node = cluster.device_at(0, "alice", "phone").await?;
     assert_eq!(first.closed(PATIENCE).await?, 4502);
     let mut other_node = cluster.device_at(1, "alice", "phone").await?;
-    business.say("alice", "m1", "to the newest").await?;
-    assert_eq!(other_node.take(1).await?, ["m1"]);
+    business.send_text("alice", "m1", "to the newest").await?;
+    assert_eq!(other_node.receive(1).await?, ["m1"]);
     assert_eq!(same_node.closed(PATIENCE).await?, 4502);
-    // The end of the old sessions took nothing from the new one.
-    business.say("alice", "m2", "still to the newest").await?;
-    assert_eq!(other_node.take(1).await?, ["m2"]);
+    // The end of the old sessions did not affect the new one.
+    business.send_text("alice", "m2", "still to the newest").await?;
+    assert_eq!(other_node.receive(1).await?, ["m2"]);
     Ok(())
 }
 
@@ -69,8 +69,8 @@ async fn an_attempt_that_comes_late_does_not_replace_a_newer_one() -> Result<()>
     let (mut newer, _) = Device::connect_with(&here, &token, hello(20)).await?;
     let late = Device::connect_with(&there, &token, hello(10)).await;
     assert!(late.is_err(), "the late attempt was welcomed");
-    cluster.business()?.say("alice", "m", "").await?;
-    assert_eq!(newer.take(1).await?, ["m"]);
+    cluster.business()?.send_text("alice", "m", "").await?;
+    assert_eq!(newer.receive(1).await?, ["m"]);
     Ok(())
 }
 
@@ -88,12 +88,12 @@ async fn frames_out_of_place_close_the_connection_with_the_reason() -> Result<()
         let mut device = Device::open(&url, &token).await?;
         device.send(&frame).await?;
         match device.next(PATIENCE).await? {
-            Heard::Other(kind, error) => {
+            Incoming::Other(kind, error) => {
                 assert_eq!((kind.as_str(), &error["code"]), ("error", &json!(4501)), "{frame}");
                 assert!(error["text"].as_str().is_some_and(|t| !t.is_empty()), "{error}");
                 assert_eq!(device.closed(PATIENCE).await?, 4501, "{frame}");
             }
-            Heard::Closed(code, reason) => {
+            Incoming::Closed(code, reason) => {
                 assert_eq!(code, 4501, "{frame}: {reason}");
                 assert!(!reason.is_empty());
             }
@@ -110,11 +110,11 @@ async fn absurd_acks_are_clamped_and_cost_nobody_a_message() -> Result<()> {
     let mut phone = cluster.device("alice", "phone").await?;
     let mut tablet = cluster.device("alice", "tablet").await?;
     phone.ack(1_000_000_000).await?;
-    business.say("alice", "m1", "").await?;
-    assert_eq!(tablet.take(1).await?, ["m1"]);
-    assert_eq!(phone.take(1).await?, ["m1"]);
-    business.say("alice", "m2", "").await?;
-    assert_eq!(phone.take(1).await?, ["m2"]);
-    assert_eq!(tablet.take(1).await?, ["m2"]);
+    business.send_text("alice", "m1", "").await?;
+    assert_eq!(tablet.receive(1).await?, ["m1"]);
+    assert_eq!(phone.receive(1).await?, ["m1"]);
+    business.send_text("alice", "m2", "").await?;
+    assert_eq!(phone.receive(1).await?, ["m2"]);
+    assert_eq!(tablet.receive(1).await?, ["m2"]);
     Ok(())
 }

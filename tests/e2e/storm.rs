@@ -1,25 +1,25 @@
-//! Kills of anything at any moment, several at once: `BARID_STORM_SECONDS` says for how long,
-//! `BARID_SEED` which ones.
+//! Random processes are killed or stopped at random times, several at once. `BARID_STORM_SECONDS` sets the
+//! duration, and `BARID_SEED` the seed.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use barid_testkit::Role;
+use barid_testkit::{Cluster, Role};
 use tokio::time::Instant;
 
-use crate::trial::{Trial, name, pairs};
+use crate::trial::{Trial, name};
 
-/// How long it lasts unless told, in seconds.
+/// Default duration, seconds.
 const SECONDS: u64 = 12;
-/// Messages a second.
+/// Messages per second.
 const RATE: usize = 150;
-/// Between two blows, at most.
+/// The longest time between two kills.
 const PAUSE_MS: u64 = 500;
-/// Somebody is away for so long at most; stopped ones past their lease.
+/// The longest time that a process is down; longer than a lease for those that are stopped.
 const DEAD_MS: usize = 1_500;
 const STOPPED_MS: usize = 4_000;
 
-/// What can be harmed.
+/// What can be killed or stopped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Victim {
     Node(Role, usize),
@@ -30,11 +30,11 @@ enum Victim {
 struct Storm {
     trial: Trial,
     down: Vec<Down>,
-    /// Started again, and not seen ready yet.
+    /// Restarted, and not known to be ready yet.
     rising: Vec<(Role, usize)>,
 }
 
-/// Who is dead or stopped, and until when.
+/// What is killed or stopped, and until when.
 struct Down {
     victim: Victim,
     until: Instant,
@@ -48,11 +48,12 @@ async fn a_storm_of_kills() -> Result<()> {
         Err(_) => SECONDS,
     };
     let messages = RATE * usize::try_from(seconds)?;
-    let settings = pairs()
+    let settings = Cluster::builder()
+        .pairs()
         .own_kafka()
         .durable_redis()
         .set_of(Role::Access, "lease_ttl_ms", 2_000)
-        // What waits for the user who comes last must fit into the mailbox.
+        // The messages of the user who connects last must fit into the mailbox.
         .set("redis.entries_max", i64::try_from(messages.max(500))?);
     let trial = Trial::start(settings).await?;
     let flow = trial.flow(messages, Duration::from_secs(seconds));
@@ -73,7 +74,7 @@ async fn a_storm_of_kills() -> Result<()> {
 }
 
 impl Storm {
-    /// Kills or stops somebody who is up.
+    /// Kills or stops a running process.
     fn strike(&mut self) -> Result<()> {
         let trial = &mut self.trial;
         let victim = match trial.pick(40) {
@@ -113,7 +114,7 @@ impl Storm {
         Ok(())
     }
 
-    /// Brings back those whose time has come.
+    /// Restarts or continues those whose time is over.
     async fn recover(&mut self, now: Instant) -> Result<()> {
         let trial = &mut self.trial;
         for Down { victim, stopped, .. } in self.down.extract_if(.., |one| one.until <= now) {
@@ -143,7 +144,7 @@ impl Storm {
         Ok(())
     }
 
-    /// From when a node is ready its sessions must hold, until it is killed again.
+    /// From the time that a node is ready, its sessions must not end until it is killed again.
     async fn see_who_is_well(&mut self) {
         let mut rising = Vec::new();
         for (role, number) in self.rising.drain(..) {

@@ -1,4 +1,4 @@
-//! `barid top` beside a running cluster.
+//! `barid top` on a running cluster.
 
 use std::process::Command;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::listener::Listener;
 
-/// One sample, given the endpoints of these roles: the leases tell of others.
+/// A sample, with the endpoints of these roles given; others are found by leases.
 async fn sample(cluster: &mut Cluster, named: &[Role]) -> Result<Value> {
     let mut command = Command::new(paths::binary("barid")?);
     command.args(["--json", "top", "--once", "--interval", "2s"]);
@@ -18,7 +18,7 @@ async fn sample(cluster: &mut Cluster, named: &[Role]) -> Result<Value> {
         command.arg("--admin").arg(admin.to_string());
     }
     command.args(["--redis", &cluster.redis.url()]);
-    // Not a developer's own cluster.
+    // Do not use a running `barid dev`.
     command.env("BARID_DEV_STATE", "/nonexistent/dev.json");
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     ensure!(output.status.success(), "{output:?}");
@@ -33,7 +33,7 @@ async fn top_shows_rates_hops_nodes_and_problems() -> Result<()> {
     let business = cluster.business()?;
     let flowing = tokio::spawn(async move {
         for number in 0.. {
-            business.say("u0", &format!("m{number}"), "hello").await?;
+            business.send_text("u0", &format!("m{number}"), "hello").await?;
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         anyhow::Ok(())
@@ -55,7 +55,7 @@ async fn top_shows_rates_hops_nodes_and_problems() -> Result<()> {
         "produced_written",
         "produced_acked",
     ];
-    // Nothing was for an audience.
+    // There was no fan-out.
     let fanout = ["fanout_dispatched_written", "fanout_produced_written"];
     ensure!(names == [&way[..], &fanout].concat(), "{names:?}");
     for (number, hop) in hops.iter().enumerate() {

@@ -1,13 +1,15 @@
-//! One trace id from the record to the receipts, through every role's log.
+//! Traces: the same trace id in the record, in every role's log, and in the receipts.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use barid_core::ReceiptSet;
 use barid_testkit::cluster::APP;
 use barid_testkit::device::PATIENCE;
 use barid_testkit::grpc::{NodeStream, audience_entry};
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, records};
+use barid_wire::record::Push;
 use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -34,7 +36,7 @@ fn hops(cluster: &mut Cluster, role: Role, trace_id: &str) -> Result<Vec<String>
     Ok(ours.map(hop).collect())
 }
 
-/// Waits until the log tells of this hop.
+/// Waits until the log has this hop.
 async fn until(cluster: &mut Cluster, role: Role, hop: &str) -> Result<()> {
     let begun = Instant::now();
     loop {
@@ -52,23 +54,20 @@ async fn a_sampled_message_is_found_in_every_log_and_receipt_by_its_trace_id() -
     let mut cluster = Cluster::builder().set("log.format", "json").start().await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
-    let all = ["accepted", "duplicate", "sent", "acked", "expired", "exhausted"];
-    let record = json!({
-        "id": "m", "app": "demo", "to": {"user": "alice"}, "text": "hi", "receipts": all,
-    });
     let topic = cluster.topics().push.clone();
-    let value = record.to_string();
+    let record = Push { receipts: ReceiptSet::ALL, ..records::text("alice", "m", "hi") };
+    let value = records::json(&record);
     let headers = [("traceparent", SAMPLED)];
-    business.produce_with(&topic, "alice", value.as_bytes(), &headers).await?;
-    // Not acknowledged, so that it is sent again.
+    business.produce_with(&topic, "alice", &value, &headers).await?;
+    // Not acknowledged, so that it is re-sent.
     let first = phone.message().await?;
     until(&mut cluster, Role::Delayer, "resent 1").await?;
     phone.message().await?;
     phone.ack(first.seq).await?;
     until(&mut cluster, Role::Access, "acked").await?;
     until(&mut cluster, Role::Dispatcher, "dispatched resend").await?;
-    // Its repetition is refused as a duplicate, and a flawed one altogether.
-    business.produce_with(&topic, "alice", value.as_bytes(), &headers).await?;
+    // The repeated record is a duplicate, and the invalid one is refused.
+    business.produce_with(&topic, "alice", &value, &headers).await?;
     let flawed = r#"{"id":"m","app":"demo","text":"for nobody"}"#;
     business.produce_with(&topic, "alice", flawed.as_bytes(), &headers).await?;
     until(&mut cluster, Role::Purger, "refused no_audience").await?;
@@ -105,12 +104,10 @@ async fn what_is_not_sampled_is_not_logged_and_what_is_malformed_is_ignored() ->
     for (id, header, told) in
         [("a", NOT_SAMPLED, json!(NOT_SAMPLED)), ("b", "00-junk", json!(null))]
     {
-        let record = json!({
-            "id": id, "app": "demo", "to": {"user": "alice"}, "text": "hi", "receipts": ["acked"],
-        });
+        let record = Push { receipts: ReceiptSet::ACKED, ..records::text("alice", id, "hi") };
         let headers = [("traceparent", header)];
-        business.produce_with(&topic, "alice", record.to_string().as_bytes(), &headers).await?;
-        phone.take(1).await?;
+        business.produce_with(&topic, "alice", &records::json(&record), &headers).await?;
+        phone.receive(1).await?;
         let receipt = receipts.next(PATIENCE).await?.json()?;
         assert_eq!((&receipt["id"], &receipt["traceparent"]), (&json!(id), &told));
     }

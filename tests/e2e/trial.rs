@@ -1,5 +1,5 @@
-//! A trial of the promises: a cluster, applications, messages that flow to them, and verbs that
-//! harm it; at the end the checker has the word.
+//! A trial of the promises: a cluster, applications, messages that flow to them, and faults that a test causes.
+//! At the end the audit finds every broken promise.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -12,35 +12,29 @@ use rand::{RngExt as _, SeedableRng as _};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
-use crate::listener::{Listener, Shared};
+use crate::listener::{Listener, SharedAudit};
 
-/// Users who are connected from the beginning; the first has two devices.
+/// Users who are connected from the beginning. The first one has two devices.
 const ONLINE: usize = 9;
-/// And one who comes when everything has been produced.
+/// The user who connects after everything was produced.
 const LATECOMER: usize = ONLINE;
-/// How long nothing may be shown to anybody before what is owed counts as lost. Longer than a
-/// restart of Kafka on a machine that runs other tests as well.
+/// After this time without a delivery, missing messages count as lost. Longer than a restart of Kafka on a machine
+/// that runs other tests as well.
 const STANDSTILL: Duration = Duration::from_secs(40);
-/// Re-sends of what was shown already would come within it: it is beyond the longest wait between
-/// two of them.
+/// Time for re-sends of messages that were shown already: longer than the longest wait between two re-sends.
 const AFTERMATH: Duration = Duration::from_millis(2_500);
-/// Faults that are told one by one.
+/// The largest number of faults that are printed.
 const TOLD_MAX: usize = 50;
 
-/// Two of each role.
-pub fn pairs() -> Builder {
-    Role::ALL.into_iter().fold(Cluster::builder(), |builder, role| builder.nodes(role, 2))
-}
-
-/// See the module.
+/// A running trial.
 pub struct Trial {
     pub cluster: Cluster,
-    pub books: Shared,
+    pub audit: SharedAudit,
     business: Business,
     listeners: Vec<Listener>,
     chance: StdRng,
     began: Instant,
-    /// What was done when, for people.
+    /// What was done when, printed if the trial fails.
     story: String,
 }
 
@@ -63,7 +57,7 @@ impl Trial {
         let mut trial = Self {
             business: cluster.business()?,
             cluster,
-            books: Shared::default(),
+            audit: SharedAudit::default(),
             listeners: Vec::new(),
             chance: StdRng::seed_from_u64(seed),
             began: Instant::now(),
@@ -82,7 +76,7 @@ impl Trial {
         let number = self.listeners.len() % self.cluster.count(Role::Access);
         let (node, url) = (name(Role::Access, number), self.cluster.url(number).await?);
         let whose = (&*format!("u{user}"), device);
-        let listener = Listener::watched(&self.books, (&node, &url), whose, |m| vec![m])?;
+        let listener = Listener::watched(&self.audit, (&node, &url), whose, |m| vec![m])?;
         self.listeners.push(listener);
         Ok(())
     }
@@ -93,12 +87,12 @@ impl Trial {
         let each = messages / users;
         let mut producers = JoinSet::new();
         for user in 0..users {
-            let (business, books) = (self.business.clone(), self.books.clone());
+            let (business, audit) = (self.business.clone(), self.audit.clone());
             let mut clock = tokio::time::interval(time / u32::try_from(each).unwrap_or(u32::MAX));
             producers.spawn(async move {
                 for number in 0..each {
                     clock.tick().await;
-                    say(&business, &books, user, number).await?;
+                    say(&business, &audit, user, number).await?;
                 }
                 Ok(())
             });
@@ -106,18 +100,18 @@ impl Trial {
         Flow { each, task: tokio::spawn(join(producers)) }
     }
 
-    /// A number below `end`, by chance.
+    /// A random number below `end`.
     pub fn pick(&mut self, end: usize) -> usize {
         self.chance.random_range(0..end)
     }
 
-    /// Waits between nothing and `longest_ms`, by chance.
+    /// Waits for a random time of at most `longest_ms`.
     pub async fn pause(&mut self, longest_ms: u64) {
         let pause = self.chance.random_range(0..=longest_ms);
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 
-    /// Adds a line to what a failing run tells.
+    /// Adds a line to what a failing trial prints.
     pub fn tell(&mut self, what: &str) {
         let _ = writeln!(self.story, "{:6.2} s {what}", self.began.elapsed().as_secs_f64());
     }
@@ -126,11 +120,11 @@ impl Trial {
     pub fn kill(&mut self, role: Role, number: usize) -> Result<()> {
         let name = name(role, number);
         self.tell(&format!("kill {name}"));
-        self.books.open().harm(&name);
+        self.audit.lock().harm(&name);
         self.cluster.kill(role, number)
     }
 
-    /// Starts what was killed, and waits until it is ready.
+    /// Starts a killed node, and waits until it is ready.
     pub async fn launch(&mut self, role: Role, number: usize) -> Result<()> {
         self.spawn(role, number)?;
         self.cluster.node(role, number).ready().await?;
@@ -138,28 +132,28 @@ impl Trial {
         Ok(())
     }
 
-    /// Starts what was killed.
+    /// Starts a killed node.
     pub fn spawn(&mut self, role: Role, number: usize) -> Result<()> {
         self.tell(&format!("start {}", name(role, number)));
         self.cluster.spawn(role, number)
     }
 
-    /// The node is ready: from now on its sessions must hold.
+    /// The node is ready: its sessions must not end from now on.
     pub fn well(&mut self, role: Role, number: usize) {
         self.tell(&format!("{} is ready", name(role, number)));
-        self.books.open().heal(&name(role, number));
+        self.audit.lock().heal(&name(role, number));
     }
 
-    /// Drains a node, as for an upgrade, and starts it again.
+    /// Drains and restarts a node, as in an upgrade.
     pub async fn restart(&mut self, role: Role, number: usize) -> Result<()> {
         self.tell(&format!("drain {}", name(role, number)));
-        self.books.open().harm(&name(role, number));
+        self.audit.lock().harm(&name(role, number));
         self.cluster.restart(role, number).await?;
         self.well(role, number);
         Ok(())
     }
 
-    /// SIGSTOP, for `time`. No session may end of it.
+    /// SIGSTOP, for `time`. No session may end because of it.
     pub async fn freeze(&mut self, role: Role, number: usize, time: Duration) -> Result<()> {
         self.tell(&format!("stop {} for {time:?}", name(role, number)));
         self.cluster.node(role, number).process()?.stop()?;
@@ -167,10 +161,10 @@ impl Trial {
         self.cluster.node(role, number).process()?.cont()
     }
 
-    /// Waits until everything was produced and shown, and asks the checker.
+    /// Waits until everything was produced and shown, and audits the run.
     ///
     /// # Errors
-    /// Promises were broken.
+    /// Returns an error if promises were broken.
     pub async fn finish(&mut self, flow: Flow) -> Result<()> {
         let each = flow.each;
         flow.produced().await?;
@@ -178,9 +172,9 @@ impl Trial {
         self.cluster.wait_ready().await?;
         self.listen(LATECOMER, "phone").await?;
         if self.all_shown().await {
-            // It all works after as it did before.
+            // Everything works as before.
             for user in 0..=LATECOMER {
-                say(&self.business, &self.books, user, each).await?;
+                say(&self.business, &self.audit, user, each).await?;
             }
             self.all_shown().await;
             tokio::time::sleep(AFTERMATH).await;
@@ -188,28 +182,28 @@ impl Trial {
         self.check()
     }
 
-    /// Asks the checker.
+    /// Audits the run.
     ///
     /// # Errors
-    /// Promises were broken.
+    /// Returns an error if promises were broken.
     pub fn check(&self) -> Result<()> {
-        let faults = self.books.open().faults();
+        let faults = self.audit.lock().faults();
         let told: Vec<String> = faults.iter().take(TOLD_MAX).map(ToString::to_string).collect();
         ensure!(faults.is_empty(), "{} faults:\n{}", faults.len(), told.join("\n"));
         Ok(())
     }
 
-    /// Waits until nothing is owed any more; false: nothing comes any more, and something is owed.
+    /// Waits until no message is missing. Returns false if some are missing and deliveries have stopped.
     async fn all_shown(&mut self) -> bool {
         let (mut count, mut since) = (0, Instant::now());
-        while self.books.open().owed() > 0 && since.elapsed() < STANDSTILL {
+        while self.audit.lock().missing_count() > 0 && since.elapsed() < STANDSTILL {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            let now = self.books.open().shown_count();
+            let now = self.audit.lock().shown_count();
             if now > count {
                 (count, since) = (now, Instant::now());
             }
         }
-        let owed = self.books.open().owed();
+        let owed = self.audit.lock().missing_count();
         self.tell(&format!("{count} were shown, {owed} are owed"));
         owed == 0
     }
@@ -222,14 +216,14 @@ impl Drop for Trial {
     }
 }
 
-/// Messages that businesses keep producing while the test breaks things.
+/// Messages that are produced while the test causes faults.
 pub struct Flow {
     each: usize,
     task: JoinHandle<Result<()>>,
 }
 
 impl Flow {
-    /// Whether there are messages to be produced still.
+    /// Whether there are more messages to produce.
     pub fn runs(&self) -> bool {
         !self.task.is_finished()
     }
@@ -237,7 +231,7 @@ impl Flow {
     /// Waits until everything was produced.
     ///
     /// # Errors
-    /// Kafka did not take a record.
+    /// Returns an error if Kafka did not store a record.
     pub async fn produced(self) -> Result<()> {
         self.task.await?
     }
@@ -250,16 +244,16 @@ async fn join(mut producers: JoinSet<Result<()>>) -> Result<()> {
     Ok(())
 }
 
-/// As the cluster names its nodes.
+/// The name of a node.
 pub fn name(role: Role, number: usize) -> String {
     format!("{}-{number}", role.name())
 }
 
-async fn say(business: &Business, books: &Shared, user: usize, number: usize) -> Result<()> {
+async fn say(business: &Business, audit: &SharedAudit, user: usize, number: usize) -> Result<()> {
     let (user, id) = (format!("u{user}"), format!("u{user}-{number:04}"));
-    // From a few bytes, which travel as they are, to some KiB, which are compressed.
+    // From a few bytes, which are not compressed, to some KiB, which are.
     let payload = format!("{id} {}", "barid ".repeat([0, 3, 30, 600][number % 4]));
-    let place = business.say(&user, &id, &payload).await?;
-    books.open().produced(&user, place, &id, &payload);
+    let place = business.send_text(&user, &id, &payload).await?;
+    audit.lock().produced(&user, place, &id, &payload);
     Ok(())
 }

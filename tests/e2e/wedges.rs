@@ -1,5 +1,5 @@
-//! Readiness fails when work does not flow, says why, and comes back by itself. Each wedge is made
-//! from outside: what a role rests on is stopped, or its network holds still with connections open.
+//! Readiness fails when a role cannot work, with the reason, and recovers. Each test stops a process that the role
+//! depends on, or holds its connections.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
@@ -12,10 +12,10 @@ use barid_testkit::{Cluster, Redis, Relay, Role, http, ports, token};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-/// For how long no progress may show.
+/// `admin.stalled_after_seconds` of the roles.
 const STALLED_SECONDS: i64 = 2;
 
-/// Waits until `/readyz` fails and gives each of these reasons (by how their lines begin).
+/// Waits until `/readyz` fails with each of these reasons (the beginnings of their lines).
 async fn fails(admin: SocketAddr, reasons: &[&str]) -> Result<()> {
     let mut missing = reasons.to_vec();
     let begun = Instant::now();
@@ -25,7 +25,7 @@ async fn fails(admin: SocketAddr, reasons: &[&str]) -> Result<()> {
         ensure!(begun.elapsed() < PATIENCE, "{missing:?} not in {status}: {body}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // Only a restart would help where this fails, and none is needed.
+    // Liveness does not fail: a restart would not help.
     let (status, body) = http::get(admin, "/healthz").await?;
     ensure!(status == 200, "{status}: {body}");
     Ok(())
@@ -72,7 +72,7 @@ async fn every_role_whose_redis_is_silent_says_what_stands_still() -> Result<()>
         admins.push(cluster.node(role, 0).address("admin").await?);
     }
     cluster.redis.stop()?;
-    business.say("alice", "m", "while Redis holds still").await?;
+    business.send_text("alice", "m", "while Redis holds still").await?;
     let [purger, dispatcher, delayer, access] = admins[..] else { bail!("four roles") };
     let stalled = "records: no record finished of those in flight for ";
     fails(purger, &["redis: ", stalled]).await?;
@@ -84,7 +84,7 @@ async fn every_role_whose_redis_is_silent_says_what_stands_still() -> Result<()>
         recovers(admin).await?;
     }
     let mut phone = cluster.device("alice", "phone").await?;
-    ensure!(phone.take(1).await? == ["m"]);
+    ensure!(phone.receive(1).await? == ["m"]);
     Ok(())
 }
 
@@ -103,7 +103,7 @@ async fn a_delayer_whose_dispatcher_is_silent_is_not_ready() -> Result<()> {
     recovers(admin).await
 }
 
-/// A role by itself, with what it is told of Redis.
+/// A role without a cluster.
 struct Alone {
     process: Process,
     admin: SocketAddr,
@@ -166,7 +166,7 @@ async fn a_dispatcher_that_is_told_no_changes_of_routes_is_not_ready() -> Result
     recovers(dispatcher.admin).await
 }
 
-/// Redis is silent to the dispatcher alone, and it may wait for longer than anything may stand still.
+/// Redis does not answer the dispatcher, and the dispatcher waits longer than `stalled_after_seconds`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dispatcher_that_answers_no_batch_is_not_ready() -> Result<()> {
     let mut cluster = Cluster::start().await?;
@@ -181,18 +181,18 @@ async fn a_dispatcher_that_answers_no_batch_is_not_ready() -> Result<()> {
     .await?;
     let business = cluster.business()?;
     let mut phone = cluster.device("alice", "phone").await?;
-    // It is the only one left.
+    // The other dispatcher is the only one left.
     cluster.drain(Role::Dispatcher, 0).await?;
     relay.hold();
-    business.say("alice", "m", "its route is asked for in vain").await?;
+    business.send_text("alice", "m", "its route is asked for in vain").await?;
     fails(dispatcher.admin, &["batches: no answer to a batch that waits for "]).await?;
     relay.release();
     recovers(dispatcher.admin).await?;
-    ensure!(phone.take(1).await? == ["m"]);
+    ensure!(phone.receive(1).await? == ["m"]);
     Ok(())
 }
 
-/// What an access node cannot do without.
+/// The required settings of an access node.
 fn access() -> String {
     let key = format!("id = '{}', secret = '{}'", token::KEY_ID, token::SECRET);
     format!("grpc_listen = '127.0.0.1:0'\nreceipts = false\nauth = {{ keys = [{{ {key} }}] }}")
@@ -206,7 +206,7 @@ async fn an_access_node_that_cannot_accept_devices_is_not_ready() -> Result<()> 
     let node = Alone::start(Role::Access, address(&redis), &more).await?;
     let listeners: serde_json::Value = serde_json::from_slice(&std::fs::read(ready.path())?)?;
     let devices = listeners["ws"].as_str().context("no ws")?.to_owned();
-    // Its admin endpoint has no file to spare either: this connection stands already.
+    // The admin endpoint cannot accept either, so this connection is opened before.
     let mut admin = TcpStream::connect(node.admin).await?;
     ask(&mut admin).await?;
     let pid = node.process.pid();
@@ -235,7 +235,7 @@ fn limit_files(pid: u32, files: usize) -> Result<()> {
     Ok(())
 }
 
-/// GET `/readyz` on a connection that stays.
+/// GET `/readyz` on an open connection.
 async fn ask(admin: &mut TcpStream) -> Result<String> {
     admin.write_all(b"GET /readyz HTTP/1.1\r\nHost: it\r\n\r\n").await?;
     let mut answer = vec![0; 4096];

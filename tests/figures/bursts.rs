@@ -1,5 +1,5 @@
-//! One user's messages while thousands are told something at once. The test is the dispatcher of what is
-//! for everyone.
+//! One user's messages during fan-out to thousands of sessions. The test itself is the dispatcher of the
+//! fan-out.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use barid_testkit::cluster::Business;
 use barid_testkit::grpc::{NodeStream, audience_entry};
-use barid_testkit::{Cluster, Device, Role, raw, token};
+use barid_testkit::raw::{self, Raw};
+use barid_testkit::{Cluster, Device, Role, token};
 use bytes::Bytes;
 use tokio::io::AsyncReadExt as _;
-use tokio::net::TcpStream;
 use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -21,21 +21,21 @@ use tokio::time::{sleep, sleep_until};
 
 use crate::alone;
 
-/// Sessions that are told; of an app of their own, so that the user's messages are all that it is shown.
+/// Sessions that receive the fan-out. Their app is not the user's.
 const SESSIONS: usize = 5_000;
 const CROWD: &str = "crowd";
-/// Messages at once, and how often.
+/// Messages of a burst, and the number of bursts.
 const BURST: u64 = 100;
 const BURSTS: u64 = 6;
-/// What nine in ten of the user's messages may take, of a burst's own time: 0.05 to 0.15 are seen. A node that does
-/// nothing else until all are told takes about half.
+/// The largest 90th percentile of the user's latencies, as a share of a burst's time: 0.05 to 0.15 is measured.
+/// A node that does nothing else during a burst takes about half of it.
 const SHARE_MAX: f64 = 0.3;
-/// The user's messages: one every so often.
+/// Time between two messages of the user.
 const EVERY: Duration = Duration::from_millis(20);
-/// How long, before anybody else is told anything: the first messages find nothing that was ever used.
+/// Time before the first burst: the first messages are slower.
 const BEFORE: Duration = Duration::from_secs(1);
 
-/// A message of the user: when it was due, and from then until it was shown.
+/// A message of the user: when it was due, and the time from then until it was received.
 #[derive(Debug, Clone, Copy)]
 struct Shown {
     due: Instant,
@@ -45,14 +45,14 @@ struct Shown {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_for_everyone_holds_up_one_users_messages_by_a_share_of_itself() -> Result<()> {
     let _alone = alone().await;
-    // One thread: what holds it up holds up everything.
+    // One thread: a burst that blocks it blocks everything.
     let mut cluster =
         Cluster::builder().variable_of(Role::Access, "TOKIO_WORKER_THREADS", "1").start().await?;
     let access = cluster.node(Role::Access, 0);
     let (devices, dispatchers) = (access.address("ws").await?, access.address("grpc").await?);
     let life = Duration::from_secs(3600);
     let tokens = (0..SESSIONS).map(|user| token::token(CROWD, &format!("user-{user}"), life));
-    let crowd = Crowd::of(raw::devices(devices, tokens).await?);
+    let crowd = Crowd::of(raw::sessions(devices, tokens).await?);
     let mut dispatcher = NodeStream::connect(dispatchers).await?;
     let (url, token) = (cluster.url(0).await?, cluster.token("alice"));
     let (user, stop) = user(url, token, cluster.business()?);
@@ -72,7 +72,7 @@ async fn a_burst_for_everyone_holds_up_one_users_messages_by_a_share_of_itself()
     let shown = tokio::task::spawn_blocking(move || user.join()).await?;
     let shown = shown.map_err(|_| anyhow!("the user's thread panicked"))??;
 
-    // Nine in ten of those that were due within it.
+    // The 90th percentile of the messages that were due within a burst.
     let most = |time: &Range<Instant>| {
         let of = shown.iter().filter(|shown| time.contains(&shown.due));
         let mut waits: Vec<_> = of.map(|shown| shown.took).collect();
@@ -86,29 +86,29 @@ async fn a_burst_for_everyone_holds_up_one_users_messages_by_a_share_of_itself()
         least = least.min(most.as_secs_f64() / burst.as_secs_f64());
     }
     println!("nine in ten:{told}");
-    // What else the machine does only adds to it: the burst with the least of that counts.
+    // Other load on the machine only adds to it: the burst with the lowest share counts.
     ensure!(least < SHARE_MAX, "nine in ten of the user's messages took{told}");
     Ok(())
 }
 
-/// Devices of which the messages that they are shown are counted, and nothing else.
+/// Devices whose received messages are only counted.
 struct Crowd {
     shown: Arc<AtomicU64>,
     _reading: JoinSet<()>,
 }
 
 impl Crowd {
-    fn of(devices: Vec<TcpStream>) -> Self {
+    fn of(devices: Vec<Raw>) -> Self {
         let shown = Arc::new(AtomicU64::new(0));
         let mut reading = JoinSet::new();
         for mut device in devices {
             let shown = Arc::clone(&shown);
             reading.spawn(async move {
                 let mut bytes = vec![0; 4 << 10];
-                while let Ok(count) = device.read(&mut bytes).await
+                while let Ok(count) = device.stream.read(&mut bytes).await
                     && count > 0
                 {
-                    // One stands in each message's id, and nowhere else.
+                    // Each message's id has one, and nothing else has.
                     let ids = bytes[..count].iter().filter(|byte| **byte == b'~').count();
                     shown.fetch_add(ids as u64, Ordering::Relaxed);
                 }
@@ -117,7 +117,7 @@ impl Crowd {
         Self { shown, _reading: reading }
     }
 
-    /// Waits until they were shown so many.
+    /// Waits until they have received `count` messages.
     async fn has(&self, count: u64) -> Result<()> {
         let begun = Instant::now();
         while self.shown.load(Ordering::Relaxed) < count {
@@ -129,8 +129,8 @@ impl Crowd {
     }
 }
 
-/// Produces a user's messages, one every so often, and shows them on the user's device, until it is stopped;
-/// in a thread of its own, which the crowd's reading does not hold up. Its result has them all, in order.
+/// Produces a user's messages, one every [`EVERY`], and receives them on the user's device, until it is stopped.
+/// It has a thread of its own, so that reading by the crowd does not delay it. Returns all messages, in order.
 fn user(
     url: String,
     token: String,
@@ -150,7 +150,7 @@ fn user(
                     break;
                 }
                 let id = format!("m{number}");
-                business.say("alice", &id, "").await?;
+                business.send_text("alice", &id, "").await?;
                 said.send((id, due)).await?;
             }
             anyhow::Ok(())

@@ -1,5 +1,5 @@
-//! Users come and go by the thousand, with kills in between, while an hour passes for Redis. What the
-//! processes hold of them returns to where it began.
+//! Thousands of users connect and leave, with kills in between, while an hour passes for Redis. Afterwards the
+//! processes hold no more than before.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,40 +8,41 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use barid_testkit::cluster::Business;
-use barid_testkit::{Cluster, Role, raw};
+use barid_testkit::raw::{Raw, TEXT, frame};
+use barid_testkit::{Cluster, Role};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::{alone, pairs};
+use crate::alone;
 
 const USERS: usize = 10_000;
 const WAVES: usize = 20;
 const WAVE: usize = USERS / WAVES;
-/// What passes for Redis in all.
+/// The time that passes for Redis in all.
 const REDIS_TIME: Duration = Duration::from_secs(3_600);
-/// Mailboxes and routes live for so long in Redis, and are confirmed four times in it: those of the first
-/// half are gone within the second.
+/// The time to live of mailboxes and routes in Redis, which are confirmed four times in it: those of the first
+/// half expire within the second.
 const TTL_SECONDS: i64 = 1_200;
-/// A session looks at the clock no sooner: who has left is off the wheel long before.
+/// Longer than any session of the test: a session that has ended is removed from the wheel long before.
 const HEARTBEAT_SECONDS: i64 = 300;
-/// Users leave L1 by the invalidation when their route goes, so within half of this; those whom a push looked
-/// for when they had just left, and those of a killed node, when it is over.
+/// The time to live of L1. Invalidations remove users within half of it; those that a push looked up just after
+/// they had left, and those of a killed node, stay for all of it.
 const L1_TTL: Duration = Duration::from_secs(14);
-/// How many of the latter there may be in each dispatcher behind the first wave, of whom nobody was killed;
-/// without invalidations there are more than twice as many.
+/// The largest number of the latter in each dispatcher after the first wave, which has no kills. Without
+/// invalidations there are more than twice as many.
 const L1_LEFT: f64 = 0.2 * WAVE as f64;
-/// Tasks and files more than before the first wave. None are measured, but for four files of each process
-/// that was started again, which are the test's own.
+/// The largest growth of tasks and files since before the first wave. None is measured, except four files of
+/// each restarted process, which belong to the test.
 const TASKS: f64 = 2.0;
 const FILES: f64 = 8.0;
-/// Resident bytes after the second half above those after the first, of a process that lived through both;
-/// less than 1 MiB is measured.
+/// The largest growth of resident bytes from the end of the first half to the end of the second, of a process
+/// that was not killed; less than 1 MiB is measured.
 const MEMORY: f64 = 4.0 * 1024.0 * 1024.0;
-/// One phase of a wave, on a machine that runs other tests as well.
+/// For a phase of a wave, on a machine that runs other tests as well.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What is zero when nobody is there, but for L1.
+/// Gauges that are 0 when nobody is connected, except for L1.
 const HELD: [(Role, &[&str]); 4] = [
     (Role::Purger, &["barid_purger_in_flight_records", "barid_purger_mesh_links_pending_items"]),
     (Role::Dispatcher, &["barid_dispatcher_node_links_pending_items"]),
@@ -62,7 +63,8 @@ const L1: &str = "barid_dispatcher_l1_entries";
 #[tokio::test(flavor = "multi_thread")]
 async fn what_processes_hold_of_users_who_came_and_went_is_given_back() -> Result<()> {
     let _alone = alone().await;
-    let cluster = pairs()
+    let cluster = Cluster::builder()
+        .pairs()
         .set("redis.ttl_seconds", TTL_SECONDS)
         .set_of(Role::Access, "sync.confirm_interval_seconds", TTL_SECONDS / 4)
         .set_of(Role::Access, "heartbeat.interval_seconds", HEARTBEAT_SECONDS)
@@ -118,8 +120,8 @@ fn held(l1: f64) -> Vec<Gauge> {
 }
 
 impl Growth {
-    /// Users come to both nodes, get a message each and leave, one in three without a word; somebody dies
-    /// under some of the waves.
+    /// Users connect to both nodes, receive a message each and leave, one in three without a Close frame. During
+    /// some waves a process is killed.
     async fn wave(&mut self, number: usize) -> Result<()> {
         let users = number * WAVE..(number + 1) * WAVE;
         let victim = match number % (WAVES / 2) {
@@ -141,18 +143,18 @@ impl Growth {
             }
         }
         let mut visits = JoinSet::new();
-        for (user, stream) in there {
+        for (user, session) in there {
             let here = victim != Some(Role::Access) || at(user) == 0;
             let (token, business) = (self.token(user), self.business.clone());
-            let visit = Visit { user, stream, token, business };
+            let visit = Visit { user, session, token, business };
             visits.spawn(timeout(PATIENCE, async move {
                 match here {
                     true => visit.go().await,
-                    // Half of them come back to the other node, half never.
+                    // Half of them reconnect to the other node, half do not.
                     false if (visit.user / 20).is_multiple_of(2) => {
                         visit.elsewhere(nodes[0]).await?.go().await
                     }
-                    false => visit.business.say(&name(visit.user), "m", "").await.map(|_| ()),
+                    false => visit.business.send_text(&name(visit.user), "m", "").await.map(|_| ()),
                 }
             }));
         }
@@ -165,23 +167,23 @@ impl Growth {
         self.cluster.wait_ready().await
     }
 
-    /// Connects these users; some of them are gone again before they are welcomed.
+    /// Connects these users. Some of them leave before they are welcomed.
     async fn come(
         &mut self,
         nodes: &[SocketAddr; 2],
         users: Range<usize>,
-    ) -> Result<Vec<(usize, TcpStream)>> {
+    ) -> Result<Vec<(usize, Raw)>> {
         const AT_ONCE: usize = 100;
         let (mut coming, mut there) = (JoinSet::new(), Vec::new());
         for user in users {
             let (node, token) = (nodes[at(user)], self.token(user));
             coming.spawn(timeout(PATIENCE, async move {
-                let mut stream = TcpStream::connect(node).await?;
+                let stream = TcpStream::connect(node).await?;
                 if user % 10 == 9 {
-                    raw::open(&mut stream, &token).await?;
+                    Raw::unanswered(stream, &token).await?;
                     return anyhow::Ok(None);
                 }
-                Ok(Some((user, raw::device(stream, &token).await?)))
+                Ok(Some((user, Raw::session(stream, &token).await?)))
             }));
             if coming.len() >= AT_ONCE {
                 there.extend(coming.join_next().await.context("none")????);
@@ -193,7 +195,7 @@ impl Growth {
         Ok(there)
     }
 
-    /// The gauges show those who are there: else nothing would be seen of those who stay.
+    /// Waits until the gauges count the connected users: otherwise they could not show users that remain.
     async fn come_in(&mut self, users: usize) -> Result<()> {
         let begun = Instant::now();
         loop {
@@ -236,12 +238,12 @@ impl Growth {
         }
     }
 
-    /// Nothing is held of anybody, and at most so much in L1.
+    /// Waits until nothing is held of any user, except `l1_left` in L1.
     async fn left(&mut self, l1_left: f64, limit: Duration) -> Result<()> {
         self.fall(held(l1_left), limit).await
     }
 
-    /// Tasks and files of each process are as before, and the last users have left L1.
+    /// Waits until tasks and files of each process are as before, and L1 is empty.
     async fn returned(&mut self, before: Vec<Gauge>) -> Result<()> {
         let bounds = before.into_iter().map(|gauge| {
             let more = if gauge.name == "barid_tasks" { TASKS } else { FILES };
@@ -250,13 +252,13 @@ impl Growth {
         self.fall(held(0.0).into_iter().chain(bounds).collect(), PATIENCE).await
     }
 
-    /// Everything of mailboxes and sessions is gone when their time is over.
+    /// Checks that every key of mailboxes and sessions has expired.
     async fn forgotten(&mut self, before: &[String]) -> Result<()> {
         self.cluster.redis.grow_old(Duration::from_secs(2 * TTL_SECONDS.unsigned_abs())).await?;
         let begun = Instant::now();
         loop {
             let mut keys = self.keys().await?;
-            // What a shard keeps of each partition.
+            // The positions of partitions, which a shard keeps.
             keys.retain(|key| !before.contains(key) && !key.ends_with("}:o"));
             if keys.is_empty() {
                 return Ok(());
@@ -284,7 +286,7 @@ impl Growth {
         Ok(levels)
     }
 
-    /// Resident bytes of those that nobody killed.
+    /// Resident bytes of the processes that were not killed.
     async fn memory(&mut self) -> Result<BTreeMap<&'static str, f64>> {
         let mut bytes = BTreeMap::new();
         for role in Role::ALL {
@@ -307,7 +309,7 @@ fn all() -> impl Iterator<Item = (Role, usize)> {
     Role::ALL.into_iter().flat_map(|role| [(role, 0), (role, 1)])
 }
 
-/// The node that a user comes to.
+/// The node of a user.
 fn at(user: usize) -> usize {
     user / 10 % 2
 }
@@ -316,32 +318,32 @@ fn name(user: usize) -> String {
     format!("u{user}")
 }
 
-/// A user who is welcomed.
+/// A user who is connected.
 struct Visit {
     user: usize,
-    stream: TcpStream,
+    session: Raw,
     token: String,
     business: Business,
 }
 
 impl Visit {
     async fn go(mut self) -> Result<()> {
-        self.business.say(&name(self.user), "m", "").await?;
+        self.business.send_text(&name(self.user), "m", "").await?;
         if self.user % 10 == 8 {
-            return Ok(()); // cut, with the message on its way
+            return Ok(()); // leaves before the message arrives, without a Close frame
         }
-        raw::hear(&mut self.stream, r#""id":"m""#).await?;
-        raw::say(&mut self.stream, r#"{"ack":{"seq":1}}"#).await?;
+        self.session.read_until(r#""id":"m""#).await?;
+        self.session.send(&frame(TEXT, r#"{"ack":{"seq":1}}"#)).await;
         match self.user % 10 {
-            7 => Ok(()), // cut
-            _ => raw::close(self.stream).await,
+            7 => Ok(()), // leaves without a Close frame
+            _ => self.session.close().await,
         }
     }
 
-    /// Its node died: the same user at another one.
+    /// Connects to another node, after the first was killed.
     async fn elsewhere(mut self, node: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect(node).await?;
-        self.stream = raw::device(stream, &self.token).await?;
+        self.session = Raw::session(stream, &self.token).await?;
         Ok(self)
     }
 }

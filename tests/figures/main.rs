@@ -6,17 +6,10 @@ mod density;
 mod growth;
 mod void;
 
-use barid_testkit::cluster::Builder;
-use barid_testkit::{Cluster, Role};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// Waits until no other test runs; none begins before this is dropped.
 pub async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::const_new(());
     ALONE.lock().await
-}
-
-/// Two of each role.
-pub fn pairs() -> Builder {
-    Role::ALL.into_iter().fold(Cluster::builder(), |builder, role| builder.nodes(role, 2))
 }

@@ -1,4 +1,4 @@
-//! A device with an SDK, and its application: the inbox that ships, and what must never happen behind it.
+//! A device with the SDK's inbox, and its application, which checks what it is shown.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -9,32 +9,32 @@ use barid_session::Mark;
 
 use crate::world::{Checked, check};
 
-/// Messages that the application has at a time.
+/// Messages that the application handles at once.
 const AT_ONCE: usize = 4;
 
 #[derive(Debug, Default)]
 pub struct Client {
-    /// The number of its connection.
+    /// Index of its session.
     pub current: Option<u64>,
     /// Connection attempts so far.
     pub attempts: u64,
-    /// Every id that the application was shown.
+    /// Ids that the application was shown.
     pub shown: HashSet<String>,
-    /// Every id that the application has handled.
+    /// Ids that the application has handled.
     pub handled: HashSet<String>,
-    /// Ids that it need not be shown: evicted, expired, from before it was there, or trimmed while
-    /// Redis had forgotten the device.
+    /// Ids that it need not be shown: evicted, expired, older than the device, or trimmed while Redis had forgotten the
+    /// device.
     pub missed: HashSet<String>,
     inbox: Inbox,
-    /// With the application.
+    /// Messages that the application is handling.
     held: VecDeque<(Ticket, String)>,
-    /// Ids that may be shown once more: given back, or with the application when it ended.
+    /// Ids that may be shown again: given back, or being handled when the application ended.
     again: HashSet<String>,
-    /// What would be there after a restart.
+    /// The state saved for a restart.
     saved: Checkpoint,
-    /// Handled since then.
+    /// Ids handled since it was saved.
     unsaved: HashSet<String>,
-    /// The furthest record of each partition that was shown.
+    /// The last record of each partition that was shown.
     furthest: HashMap<String, usize>,
 }
 
@@ -67,14 +67,14 @@ impl Client {
         self.show()
     }
 
-    /// There is nothing up to a position.
+    /// A skip: there is nothing up to a position.
     pub fn skip(&mut self, generation: Generation, to: Mark, why: SkipReason) -> Checked {
         let skipped = self.inbox.skip(generation, to.seq, to.chain, why, &mut Vec::new());
         skipped.map_err(|violation| violation.to_string())?;
         self.show()
     }
 
-    /// The application gets what it has room for.
+    /// The application takes messages from the inbox, as many as it has room for.
     fn show(&mut self) -> Checked {
         while self.held.len() < AT_ONCE
             && let Some((ticket, message)) = self.inbox.next_message()
@@ -94,8 +94,7 @@ impl Client {
         Ok(())
     }
 
-    /// The application is done with so many, the newest that it has first or the oldest. Returns whether it had
-    /// any.
+    /// The application finishes `count` messages, the newest or the oldest first. Returns whether it had any.
     pub fn handle(&mut self, count: usize, newest: bool) -> Checked<bool> {
         let any = !self.held.is_empty();
         for _ in 0..count {
@@ -109,7 +108,7 @@ impl Client {
         Ok(any)
     }
 
-    /// The application gives back the oldest that it has.
+    /// The application gives back its oldest message.
     pub fn refuse(&mut self) -> Checked {
         let Some((ticket, id)) = self.held.pop_front() else { return Ok(()) };
         self.inbox.finished(ticket, false);
@@ -117,7 +116,7 @@ impl Client {
         self.show()
     }
 
-    /// The acknowledgement to send; it is saved first.
+    /// The acknowledgement to send. The state is saved before.
     pub fn ack(&mut self) -> Option<Ack> {
         let ack = self.inbox.take_ack()?;
         self.save();
@@ -129,7 +128,7 @@ impl Client {
         self.unsaved.clear();
     }
 
-    /// The program ends and begins again, with what it saved last.
+    /// The program restarts with the saved state.
     pub fn restart(&mut self, crash: bool) {
         if !crash {
             self.save();

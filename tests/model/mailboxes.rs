@@ -1,5 +1,5 @@
-//! A shard in memory: what scripts that keep every promise hold and answer. Plain on purpose: whole
-//! histories, no packing, no shortcuts.
+//! A shard in memory: the state and the answers of correct scripts. It keeps whole histories, unpacked, and takes no
+//! shortcuts.
 
 mod devices;
 
@@ -12,27 +12,27 @@ pub use devices::{Acked, Connected, Device, Hello, Place, Route};
 use crate::purger::Record;
 use crate::world::USERS;
 
-/// Entries that a mailbox keeps.
+/// The largest number of entries in a mailbox.
 pub const ENTRIES_MAX: usize = 4;
-/// How long it keeps them, in units of the model's clock.
+/// How long a mailbox keeps entries, in units of the model's clock.
 pub const TTL: u64 = 4;
-/// Devices that it knows.
+/// The largest number of devices of a user.
 pub const DEVICES_MAX: usize = 3;
 /// First and longest wait for an acknowledgement, ms.
 pub const RETRY_BASE: u64 = 100_000;
 pub const RETRY_MAX: u64 = 400_000;
-/// First waits of a claim that is given back, ms.
+/// The first waits of a claim that is given back, ms.
 pub const DEFER_BASE: u64 = 50_000;
 pub const DEFER_FULL: u64 = 150_000;
-/// Ids that a mailbox remembers, at least.
+/// The number of ids that a mailbox remembers at least.
 const RING: usize = 56;
 
-/// The mailboxes and how far two partitions were executed. A clone of it is what a replica has.
+/// The mailboxes, and the executed positions of two partitions. A replica is a clone of it.
 #[derive(Debug, Clone, Default)]
 pub struct Shard {
-    /// Whether mailboxes keep all once something was found missing; then for longer than a run.
+    /// Whether mailboxes keep everything after a loss, for longer than a run.
     pub keeps: bool,
-    /// Something was found missing.
+    /// Whether a loss was found.
     pub lost: bool,
     pub positions: [Option<i64>; 2],
     pub boxes: [Mailbox; USERS],
@@ -41,24 +41,24 @@ pub struct Shard {
 #[derive(Debug, Clone)]
 pub struct Mailbox {
     pub life: Life,
-    /// All of this epoch, from seq 1: also those that are gone.
+    /// All entries of this epoch, from seq 1, including removed ones.
     pub entries: Vec<Entry>,
-    /// The oldest that is kept.
+    /// The oldest entry that is kept.
     pub oldest: u64,
-    /// Nothing leaves it for being acknowledged.
+    /// Acknowledged entries are not trimmed.
     pub keeps_all: bool,
-    /// When it was last renewed, in units.
+    /// When its time to live was last renewed, in units.
     renewed: u64,
     ring: VecDeque<String>,
-    /// The newest seq of each collapse key that is kept.
+    /// The newest seq of each collapse key.
     pub keys: BTreeMap<String, u64>,
-    /// In the order in which they became known.
+    /// The remembered ids, in order.
     pub devices: Vec<Device>,
-    /// Not part of the head: they stay when it expires. So does the timer.
+    /// Not part of the head: routes stay when it expires, as does the timer.
     pub routes: BTreeMap<&'static str, Route>,
-    /// When one of them was connected or confirmed last, in units.
+    /// When a route was last connected or confirmed, in units.
     pub(crate) routed: u64,
-    /// Devices whose route expired and that may still be due.
+    /// Devices whose route has expired and whose retry may still be due.
     pub unrouted: BTreeSet<&'static str>,
     pub timer: Timer,
 }
@@ -66,7 +66,7 @@ pub struct Mailbox {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
     None,
-    /// Nobody has looked at it since it was made.
+    /// It was not compared with Redis yet.
     New,
     Known(Epoch),
 }
@@ -75,30 +75,30 @@ pub enum Life {
 pub struct Entry {
     pub id: String,
     pub chain: Chain,
-    /// A newer one of its collapse key came.
+    /// It was replaced by a newer entry with the same collapse key.
     pub voided: bool,
     /// When it was accepted, in units.
     at: u64,
 }
 
-/// When a device is sent to again.
+/// When a device's retry is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Due {
     Never,
     /// ms since the Unix epoch.
     At(u64),
-    /// So many ms after the call that was just made.
+    /// This many ms after the last call.
     In(u64),
-    /// At that time or so many ms after the call that was just made, whichever is sooner.
+    /// At a time, or this many ms after the last call, whichever is earlier.
     Sooner(u64, u64),
 }
 
 impl Due {
-    /// Not later than so many ms after the call that is being made.
+    /// Not later than this many ms after the current call.
     fn or_sooner(self, wait: u64) -> Self {
         match self {
             Self::At(time) => Self::Sooner(time, wait),
-            other => other, // nobody has looked since a call that set it
+            other => other, // set by a call, and not compared with Redis yet
         }
     }
 }
@@ -107,14 +107,14 @@ impl Due {
 pub enum Timer {
     None,
     At(u64),
-    /// The earliest of the devices.
+    /// The earliest retry of all devices.
     Earliest,
 }
 
-/// What must become of a message.
+/// The expected outcome of a message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// Its seq, the ids that are gone, and the id that was voided.
+    /// Its seq, the evicted ids, and the id that was collapsed.
     Accepted {
         seq: u64,
         evicted: Vec<String>,
@@ -144,7 +144,7 @@ impl Default for Mailbox {
 }
 
 impl Shard {
-    /// `Err`: a gap.
+    /// Returns an error if there is a gap.
     pub fn accept(
         &mut self,
         source: usize,
@@ -165,7 +165,7 @@ impl Shard {
             self.boxes[record.user].accept(record, now, keep)
         };
         let expected: Vec<_> = messages.iter().map(accept).collect();
-        // A user's messages of a call are one change: who is behind then is armed once.
+        // All messages to a user in a call are one change, which arms the timer once.
         for ((_, record), expected) in messages.iter().zip(&expected) {
             if matches!(expected, Expected::Accepted { .. }) {
                 self.boxes[record.user].arm();
@@ -198,7 +198,7 @@ impl Mailbox {
         Expected::Accepted { seq: self.newest(), evicted, voided }
     }
 
-    /// The older entry of the key keeps its place and loses its content.
+    /// The older entry with the key keeps its position and loses its content.
     fn collapse(&mut self, key: &str) -> Option<String> {
         let old = self.keys.insert(key.to_owned(), self.newest())?;
         let entry = &mut self.entries[old as usize - 1];
@@ -206,7 +206,7 @@ impl Mailbox {
         Some(entry.id.clone())
     }
 
-    /// Another oldest entry; the ids of those before it, that are no longer kept.
+    /// Sets the oldest entry. Returns the ids of the removed entries.
     pub fn leave(&mut self, oldest: u64) -> Vec<String> {
         let gone = self.between(self.oldest, oldest);
         self.oldest = oldest;
@@ -214,7 +214,7 @@ impl Mailbox {
         gone
     }
 
-    /// Head and queue are gone: the ids that were in it.
+    /// Head and queue expire. Returns the ids of the entries.
     pub fn expire(&mut self) -> Vec<String> {
         let routes = std::mem::take(&mut self.routes);
         let (timer, routed) = (self.timer, self.routed);
@@ -222,19 +222,19 @@ impl Mailbox {
         old.entries.into_iter().map(|entry| entry.id).collect()
     }
 
-    /// Routes that nobody connected or confirmed for as long are gone, all of them at once.
+    /// Routes expire together if none was connected or confirmed for the time to live.
     pub fn forget_routes(&mut self, now: u64) {
         if (now - self.routed) * 16 >= TTL * 17 {
             self.unrouted.extend(std::mem::take(&mut self.routes).into_keys());
         }
     }
 
-    /// Whether it was used too long ago. A sixteenth is added, so that it is not renewed each time.
+    /// Whether it has expired. A sixteenth of the time is added, so that not every use renews it.
     pub fn is_forgotten(&self, now: u64) -> bool {
         self.life != Life::None && (now - self.renewed) * 16 >= TTL * 17
     }
 
-    /// There is a mailbox, and it lives on.
+    /// Whether the mailbox exists and has not expired.
     fn open(&mut self, now: u64) {
         if self.life == Life::None {
             self.life = Life::New;
@@ -242,7 +242,7 @@ impl Mailbox {
         self.renewed = now;
     }
 
-    /// The ids from a position to before another.
+    /// The ids from a position up to another.
     pub fn between(&self, from: u64, to: u64) -> Vec<String> {
         (from..to)
             .filter_map(|seq| self.entries.get(seq as usize - 1))
@@ -250,7 +250,7 @@ impl Mailbox {
             .collect()
     }
 
-    /// What is read there: nothing of what was voided.
+    /// The entries that can be read there, without collapsed ones.
     pub fn contents(&self, from: u64, to: u64) -> Vec<String> {
         let entries = (from..to).filter_map(|seq| self.entries.get(seq as usize - 1));
         entries.map(|e| if e.voided { String::new() } else { e.id.clone() }).collect()
@@ -260,7 +260,7 @@ impl Mailbox {
         self.entries.len() as u64
     }
 
-    /// The chain after a position that was once there.
+    /// The chain after a position of this epoch.
     pub fn chain_at(&self, seq: u64) -> Option<Chain> {
         match seq.checked_sub(1) {
             None => Some(Chain::START),
@@ -268,7 +268,7 @@ impl Mailbox {
         }
     }
 
-    /// The same, as far as it is kept.
+    /// The chain after a position, if it is kept.
     pub fn kept_chain_at(&self, seq: u64) -> Option<Chain> {
         self.chain_at(seq).filter(|_| seq + 1 >= self.oldest)
     }

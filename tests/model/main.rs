@@ -1,16 +1,16 @@
-//! Random interleavings of everything that may happen to a mailbox and around it, on the code that ships: the
-//! scripts on a real Redis, an access node's session (`barid_session`), the Rust SDK's inbox
-//! (`barid_client::inbox`) and the purger's history of its shards (`barid_purger::history`).
+//! A model test: random interleavings of all operations on mailboxes, run against the code that ships: the scripts on
+//! a real Redis, an access node's session (`barid_session`), the Rust SDK's inbox (`barid_client::inbox`) and the
+//! purger's history of its shards (`barid_purger::history`).
 //!
-//! `mailboxes.rs` says what each script has to answer and to leave, and shares nothing with the scripts; after
-//! each call both are compared with it, to the millisecond of a timer. `client.rs` is an application's view: it
-//! fails if something is shown twice or out of its partition's order. After the last step everything that repairs
-//! is run until nothing is left to do; then each device must have handled whatever was accepted and not evicted,
-//! expired, replaced by a newer one of its collapse key, or trimmed while Redis had forgotten the device. A failing
-//! run is shrunk to the steps that matter.
+//! `mailboxes.rs` computes the answer and the effect of each script, and shares no code with the scripts. After each
+//! call, the answer and the content of Redis are compared with it, timers to the millisecond. `client.rs` is an
+//! application: it fails if a message is shown twice or out of its partition's order. After the last step, all repairs
+//! run until nothing is left to do. Then each device must have handled every accepted message, except those that were
+//! evicted, expired, replaced by a newer one with the same collapse key, or trimmed while Redis had lost the device. A
+//! failing run is shrunk to the relevant steps.
 //!
-//! `BARID_MODEL_SECONDS` (30) is how long it runs, `BARID_MODEL_STEPS` (60) how long a run may get.
-//! docs/reliability.md lists the faults that were planted to see that it finds them.
+//! `BARID_MODEL_SECONDS` (30) is the duration, and `BARID_MODEL_STEPS` (60) the largest number of steps of a run.
+//! docs/reliability.md lists the faults that were planted to check that the model finds them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
 
 mod client;
@@ -30,74 +30,74 @@ use proptest_state_machine::ReferenceStateMachine;
 use crate::store::Store;
 use crate::world::{BURST, CLIENTS, Checked, STRANGERS, USERS, World};
 
-/// What may happen. Everything is possible at any time; what makes no sense does nothing.
+/// A step. Every step is possible at any time; one that does not apply does nothing.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
-    /// A business writes a record for a user to a partition; or an earlier one once more.
+    /// A business produces a record for a user to a partition, or repeats an earlier one.
     Produce { source: usize, user: usize, repeat: Option<usize>, key: Option<usize> },
-    /// A record that is written and accepted at once.
+    /// A record is produced and accepted.
     Send { source: usize, user: usize },
-    /// Twice more records than the newest ids have room for, and one of them once more.
+    /// Twice as many records are produced as the list of newest ids has room for, and one of them is repeated.
     Burst { source: usize, user: usize, again: usize },
-    /// A purger hands on what it has not, or probes.
+    /// A purger sends its next group, or a probe.
     Accept { source: usize, purger: usize, count: usize },
-    /// Another purger is given the partition; the first does not know.
+    /// Another purger is assigned the partition, and the first one does not know.
     Rebalance { source: usize },
-    /// A purger reads from some records before, because another shard has forgotten something.
+    /// A purger reads some records again, because another shard has lost something.
     ReadAgain { source: usize, back: usize },
-    /// The last call for a partition is executed once more.
+    /// The last call for a partition is executed again.
     Redeliver { source: usize },
-    /// A push reaches the nodes, not always the first one first.
+    /// A push reaches the nodes, not necessarily in order.
     Push { user: usize, nth: usize },
-    /// Everything reaches a user's devices; `handled`: and is handled and acknowledged.
+    /// All messages reach a user's devices; if `handled`, they are handled and acknowledged.
     Serve { user: usize, handled: bool },
-    /// The fast path drops what it has; `told`: the node itself does, and its sessions hear of it.
+    /// The fast path drops its pushes; if `told`, the node drops them, and notifies its sessions.
     LosePushes { user: usize, told: bool },
-    /// A device connects; a connection that it had is not told.
+    /// A device connects. Its earlier connection is not closed.
     Connect { client: usize },
     /// A call of an earlier attempt arrives.
     ConnectLate { client: usize },
     /// A session ends.
     Disconnect { client: usize, ghost: bool },
-    /// The end of a session is told once more.
+    /// The end of a session is reported again.
     DisconnectLate { nth: usize },
-    /// A session is lost, and its route stays.
+    /// A session is lost without removing its route.
     Vanish { client: usize },
-    /// The application is done with some messages, the newest or the oldest first, and the device acknowledges.
+    /// The application finishes some messages, the newest or the oldest first, and the device acknowledges.
     Handle { client: usize, count: usize, newest: bool },
     /// The application does not handle a message.
     Refuse { client: usize },
-    /// A device's program ends and starts again; `crash`: what it did not save is forgotten.
+    /// A device's program restarts; if `crash`, it loses what it did not save.
     Restart { client: usize, crash: bool },
-    /// A session gets an answer, acknowledges, or reads; `ahead`: it asks before it gets an earlier answer, or
-    /// gets the newest answer first.
+    /// A session gets an answer, acknowledges, or reads; if `ahead`, it makes a call before it gets an earlier answer,
+    /// or gets the newest answer first.
     Turn { client: usize, ghost: bool, ahead: bool },
-    /// A session confirms that it lives.
+    /// A session confirms its route.
     Confirm { client: usize, ghost: bool },
-    /// A device that says what it likes.
+    /// A device that does not follow the protocol makes a call.
     Stranger { who: usize, call: Call, claim: Claim },
-    /// The node's lease lapses: it goes on under another incarnation.
+    /// The node's lease lapses, and the node continues under another incarnation.
     Lapse,
-    /// The retry time of a user comes, for all of its devices or for one; `away`: no node hears of it,
-    /// for one of the reasons, and the claim is given back at once.
+    /// The retry timer of a user fires, for all of its devices or for one; if `away`, no node is reached, for that
+    /// reason, and the claim is given back.
     Fire { user: usize, only: Option<usize>, away: Option<usize> },
     /// A claim is given back.
     Defer { nth: usize, why: usize },
-    /// An acknowledgement that was sent some while ago arrives (again).
+    /// An earlier acknowledgement arrives, or arrives again.
     AckLate { nth: usize },
     /// A mailbox expires.
     Expire { user: usize },
-    /// So many quarters of the time pass for which a mailbox keeps its entries.
+    /// Time passes: this many quarters of the time for which a mailbox keeps its entries.
     GrowOld { quarters: u64 },
-    /// The replica has everything.
+    /// The replica catches up.
     Replicate,
-    /// The replica takes over.
+    /// The replica is promoted.
     FailOver,
-    /// The same, and another record takes the place of what was forgotten.
+    /// The replica is promoted, and another record takes the position of a lost one.
     Fork { source: usize, user: usize },
 }
 
-/// What a stranger asks.
+/// A call of a device that does not follow the protocol.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Call {
     Connect { late: bool, simple: bool },
@@ -106,15 +106,15 @@ pub(crate) enum Call {
     Disconnect,
 }
 
-/// Where a stranger says that it stands.
+/// The position that such a device claims.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Claim {
     other_epoch: bool,
-    /// Added to the one that its device has.
+    /// Added to the device's generation.
     generation: i32,
-    /// From behind the newest entry.
+    /// Distance from the position behind the newest entry.
     back: u64,
-    /// 0: it names none, 1: another one, else the mailbox's.
+    /// 0: no chain, 1: a wrong chain, else the mailbox's.
     chain: u8,
 }
 
@@ -135,7 +135,7 @@ fn calls() -> impl Strategy<Value = Call> {
     ]
 }
 
-/// Any step after any other: the strategy needs to know nothing of the state.
+/// Any step may follow any other, so the strategy has no state.
 struct Anything;
 
 impl ReferenceStateMachine for Anything {
@@ -197,7 +197,7 @@ impl ReferenceStateMachine for Anything {
     fn apply((): (), _: &Step) {}
 }
 
-/// `tried` counts the steps: shrinking begins by dropping those that were not reached.
+/// `tried` counts the steps: shrinking drops those that were not reached first.
 async fn run(store: &mut Store, steps: &[Step], tried: &AtomicUsize) -> Checked {
     let mut world = World::new(store).await;
     for (number, step) in steps.iter().enumerate() {
@@ -212,7 +212,7 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
 
-/// Worlds at once, each with a Redis of its own: most of the time one waits for the other.
+/// Worlds that run in parallel, each with its own Redis: each waits for Redis most of the time.
 const WORKERS: usize = 3;
 
 #[test]
@@ -231,8 +231,7 @@ fn whatever_happens_the_mailbox_keeps_its_promises() {
     println!("{} cases in {:?}", cases.into_inner(), began.elapsed());
 }
 
-/// Until the time is over, or something is broken: then the worker that broke it shrinks it, and the
-/// others find nothing any more.
+/// Runs until the time is over or a run fails. The worker of the failing run shrinks it, and the others stop.
 fn search(worker: usize, began: Instant, cases: &AtomicUsize, broken: &AtomicUsize) -> Checked {
     let seconds = Duration::from_secs(setting("BARID_MODEL_SECONDS", 30));
     let steps = setting("BARID_MODEL_STEPS", 60) as usize;
@@ -273,8 +272,8 @@ fn search(worker: usize, began: Instant, cases: &AtomicUsize, broken: &AtomicUsi
     Ok(())
 }
 
-/// A message that Redis had forgotten was pushed and handled. What took its place is evicted before
-/// Redis is asked, so that nothing is left to compare with; the message itself comes again behind it.
+/// A message that Redis has lost was pushed and handled. The message at its position is evicted before Redis is asked,
+/// so no chain is left to compare with. The lost message comes again, behind it.
 #[tokio::test]
 async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
     let steps = [
@@ -293,8 +292,8 @@ async fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
 
-/// A device that was away too long to be known confirms while three others are online: there is no room for it.
-/// One of them leaves, and the device acknowledges.
+/// A device that Redis has forgotten confirms while three others are online, so there is no room for it. One of them
+/// leaves, and the device acknowledges.
 #[tokio::test]
 async fn a_device_that_an_acknowledgement_makes_known_is_sent_to_again() {
     let nothing = Claim { other_epoch: false, generation: 0, back: 0, chain: 0 };
@@ -315,8 +314,8 @@ async fn a_device_that_an_acknowledgement_makes_known_is_sent_to_again() {
     run(&mut store, &steps, &AtomicUsize::new(0)).await.unwrap();
 }
 
-/// A failover brings an older session's route back; an acknowledgement of the newer one, which has no
-/// route now, catches up with what is left, and the next one resets the device behind it.
+/// A failover restores an older session's route. An acknowledgement of the newer session, which has no route now, covers
+/// what is left, and the next one resets the device behind it.
 #[tokio::test]
 async fn a_device_that_a_session_without_a_route_resets_is_sent_to_again() {
     let steps = [

@@ -1,55 +1,55 @@
-//! Two Kafka partitions, and two purgers that may read each of them: what they read and commit is plain, what
-//! they know of the shard is the history that ships.
+//! Two Kafka partitions, and two purgers that may read each of them. What they know of the shard is the purger's
+//! history that ships; the rest is a simple model.
 
 use barid_core::{LogPosition, Shard, ShardCount};
 use barid_purger::history::{History, View};
 
-/// What a business wrote.
+/// A produced record.
 #[derive(Debug, Clone)]
 pub struct Record {
     pub user: usize,
     pub id: String,
-    /// The collapse key.
+    /// Collapse key.
     pub key: Option<String>,
 }
 
 /// A partition of the log.
 #[derive(Debug, Default)]
 pub struct Partition {
-    /// By offset.
+    /// The records, by offset.
     pub records: Vec<Record>,
     pub committed: usize,
     pub purgers: [Purger; 2],
-    /// The last group that was executed: it may arrive once more.
+    /// The last executed group, which may arrive again.
     pub last: Option<Group>,
 }
 
-/// What a purger does for one partition and one shard.
+/// A purger's state of one partition and one shard.
 #[derive(Debug, Default)]
 pub struct Purger {
     /// The next offset.
     pub next: usize,
     history: History,
-    /// How often it was given the partition, and read it from another place.
+    /// The number of times that it was assigned the partition or went back.
     assignment: u64,
     reading: u64,
-    /// What the shard had executed, as the commit said that it began with.
+    /// The executed position that the commit names.
     committed: Option<i64>,
-    /// What the shard knew when the reading went back for it.
+    /// The position that the shard knew when the purger went back for it.
     repaired: Option<Option<i64>>,
 }
 
-/// What accept is asked.
+/// A call of accept.
 #[derive(Debug, Clone)]
 pub struct Group {
     pub prev: Option<i64>,
-    /// Each with its offset.
+    /// The messages, each with its offset.
     pub messages: Vec<(i64, Record)>,
 }
 
 impl Partition {
-    /// What a purger sends next; without messages it is a probe. It leaves out what the shard has confirmed, as
-    /// far as its reading went back for other shards.
+    /// The next group of a purger; a probe if it has no messages. It omits messages that the shard has confirmed, if the
+    /// purger went back for another shard.
     pub fn group(&mut self, purger: usize, count: usize) -> Group {
         let prev = self.purgers[purger].confirmed();
         let state = &mut self.purgers[purger];
@@ -68,7 +68,7 @@ impl Partition {
         self.committed = self.committed.max(state.next);
     }
 
-    /// The shard has forgotten what came after `known`: a reading goes back for it.
+    /// The shard has lost everything after `known`: the purger goes back for it.
     pub fn gap(&mut self, purger: usize, known: Option<i64>) {
         let state = &mut self.purgers[purger];
         state.next = end_of(known);
@@ -76,7 +76,7 @@ impl Partition {
         state.repaired = Some(known);
     }
 
-    /// A reading goes back for another shard.
+    /// The purger goes back for another shard.
     pub fn read_again(&mut self, purger: usize, back: usize) {
         let state = &mut self.purgers[purger];
         state.next = state.next.saturating_sub(back);
@@ -84,7 +84,7 @@ impl Partition {
         state.repaired = None;
     }
 
-    /// A purger is given the partition, and begins at the commit.
+    /// A purger is assigned the partition, and begins at the committed offset.
     pub fn assign(&mut self, purger: usize) {
         let state = &mut self.purgers[purger];
         state.next = self.committed;
@@ -96,7 +96,7 @@ impl Partition {
 }
 
 impl Purger {
-    /// The highest position that the shard has confirmed to it: `prev` of its next group.
+    /// The highest position that the shard has confirmed: `prev` of the next group.
     fn confirmed(&mut self) -> Option<i64> {
         let view = self.view();
         self.history.confirmed(shard(), view).map(|position| position.offset)

@@ -1,4 +1,4 @@
-//! A session of an access node: the one that ships, its route, and the answers on their way to it.
+//! A session of an access node: the state machine that ships, its route, and the answers that have not reached it.
 
 use std::collections::VecDeque;
 
@@ -15,7 +15,7 @@ use bytes::Bytes;
 
 use crate::mailboxes::Route;
 
-/// Small bounds: pages are many, windows are full, and a re-send may cross an acknowledgement.
+/// Small bounds, so that there are many pages, full windows, and re-sends that cross acknowledgements.
 pub const SETTINGS: Settings = Settings {
     unacked_max: 6,
     page_entries_max: 3,
@@ -24,7 +24,7 @@ pub const SETTINGS: Settings = Settings {
     crossing_ms: 2,
 };
 
-/// What a session tells its device, or the node.
+/// A session's output to its device, or to the node.
 #[derive(Debug)]
 pub enum Out {
     Deliver { generation: Generation, entries: Vec<Envelope> },
@@ -33,14 +33,14 @@ pub enum Out {
     Close(Close),
 }
 
-/// What the session asks of Redis next.
+/// A session's call of Redis.
 #[derive(Debug)]
 pub enum Next {
     Ack(AckPoint),
     Read(ReadFrom),
 }
 
-/// What Redis said.
+/// An answer of Redis.
 #[derive(Debug)]
 pub enum Answer {
     Acked(AckOutcome),
@@ -51,9 +51,9 @@ pub enum Answer {
 pub struct Session {
     pub client: usize,
     pub route: Route,
-    /// Answers that have not come back yet, in the order of the calls.
+    /// Answers that have not reached the session, in the order of the calls.
     pub answers: VecDeque<Answer>,
-    /// Acknowledgements on their way from the device.
+    /// Acknowledgements that have not reached the session.
     pub acks: VecDeque<Ack>,
     connected: Connected,
 }
@@ -78,7 +78,7 @@ impl Session {
         self.outs(effects)
     }
 
-    /// Redis's answer came back.
+    /// An answer of Redis arrives.
     pub fn answered(&mut self, answer: Answer, now_us: u64) -> Vec<Out> {
         let mut effects = Vec::new();
         match answer {
@@ -88,7 +88,7 @@ impl Session {
         self.outs(effects)
     }
 
-    /// The device acknowledged.
+    /// An acknowledgement of the device arrives.
     pub fn acknowledged(&mut self, ack: Ack, now_us: u64) -> Vec<Out> {
         let (generation, seq) = (Some(ack.generation.0), ack.seq.0);
         let ack = v1::Ack { mailbox: String::new(), generation, seq };
@@ -103,14 +103,14 @@ impl Session {
         self.outs(effects)
     }
 
-    /// The retry timer was due.
+    /// The retry timer has fired.
     pub fn resend(&mut self, now_us: u64) -> Vec<Out> {
         let mut effects = Vec::new();
         self.connected.resend(true, now_us, &mut effects);
         self.outs(effects)
     }
 
-    /// The node dropped pushes.
+    /// The node has dropped pushes.
     pub fn missed(&mut self) {
         self.connected.missed();
     }
@@ -126,7 +126,7 @@ impl Session {
         self.connected.close(None)
     }
 
-    /// Frames carry the generation of the moment.
+    /// Frames carry the current generation.
     fn outs(&self, effects: Vec<Effect>) -> Vec<Out> {
         let generation = self.connected.generation();
         let out = |effect| match effect {

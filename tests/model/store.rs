@@ -1,5 +1,5 @@
-//! A Redis whose only shard the worlds share, one after the other; what it holds, and how to make it
-//! forget, expire, and grow old in a millisecond.
+//! A Redis with one shard, which the worlds use one after the other; reads its content, and makes data expire, get lost
+//! or older.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -25,19 +25,19 @@ pub struct Store {
     _redis: Redis,
 }
 
-/// All that Redis holds of a user.
+/// A user's data in Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Held {
     /// Epoch, oldest, the chain before it, newest, its chain, when it expires, …: as the head's state.
     pub state: Option<Vec<u64>>,
-    /// Nothing leaves it for being acknowledged.
+    /// Acknowledged entries are not trimmed.
     pub keeps_all: bool,
     /// In the order of their names.
     pub devices: Vec<HeldDevice>,
     /// Collapse key and seq.
     pub keys: BTreeMap<String, u64>,
     pub entries: Vec<Bytes>,
-    /// After each of them: those of all entries so far.
+    /// The chain after each of them.
     pub bytes: Vec<u64>,
     /// Device and text.
     pub routes: BTreeMap<String, String>,
@@ -77,13 +77,13 @@ impl Store {
             devices_max: u32::try_from(DEVICES_MAX).expect("few"),
             ttl_seconds: TTL_SECONDS,
             keep_after_loss_seconds: if keeps { KEEP_SECONDS } else { 0 },
-            // Nothing is due before `make_due` says so.
+            // Nothing is due before `make_due`.
             retry_base_ms: RETRY_BASE,
             retry_max_ms: RETRY_MAX,
             retry_jitter: 0.0,
-            // One call at a time, as the model makes them.
+            // The model makes one call at a time.
             ack_linger_ms: 0,
-            // The machine may be busy with something else.
+            // The machine may be busy.
             connect_timeout_ms: TIMEOUT_MS,
             response_timeout_ms: TIMEOUT_MS,
             ..Default::default()
@@ -110,13 +110,13 @@ impl Store {
     }
 
     pub async fn empty(&mut self) {
-        // A node has its lease, else the first accept takes the shard for one that has lost everything.
+        // Without a node's lease, the first accept would consider the shard empty after a loss.
         let script = "for _, k in ipairs(redis.call('KEYS', '*{0}:*')) do redis.call('DEL', k) end
             redis.call('HSET', '{0}:n', 'node-1', '1 1 0 H ')";
         self.eval(script, &[]).await
     }
 
-    /// All that it holds, of one moment.
+    /// Reads everything at one point in time.
     pub async fn look(&mut self) -> Vec<Held> {
         let script = "local all = {}
             for i, user in ipairs(ARGV) do
@@ -135,14 +135,14 @@ impl Store {
         users.into_iter().map(|raw| held(raw, seconds * 1_000 + micros / 1_000)).collect()
     }
 
-    /// A replica has what the master has.
+    /// The replica copies the master.
     pub async fn replicate(&mut self) {
         let script = "for _, k in ipairs(redis.call('KEYS', 'copy:*')) do redis.call('DEL', k) end
             for _, k in ipairs(redis.call('KEYS', '{0}:*')) do redis.call('COPY', k, 'copy:' .. k) end";
         self.eval(script, &[]).await
     }
 
-    /// The replica is the master: what was written since it last heard of it is forgotten.
+    /// The replica is promoted: everything written since the last copy is lost.
     pub async fn fail_over(&mut self) {
         let script = "for _, k in ipairs(redis.call('KEYS', '{0}:*')) do redis.call('DEL', k) end
             for _, k in ipairs(redis.call('KEYS', 'copy:*')) do
@@ -152,7 +152,7 @@ impl Store {
         self.eval(script, &[]).await
     }
 
-    /// Whoever waits to be due is; or only one device.
+    /// Makes all retries of a user due, or only that of one device.
     pub async fn make_due(&mut self, user: &UserKey, device: Option<&str>) {
         let script = "local fields = redis.call('HGETALL', ARGV[1])
             for i = 1, #fields, 2 do

@@ -1,5 +1,4 @@
-//! Everything around the scripts, one step at a time. Redis's answers and what it holds are compared
-//! with the shard in memory, and with the promises.
+//! Executes the steps. Redis's answers and its content are compared with the shard in memory, and with the promises.
 
 mod calls;
 mod checks;
@@ -37,14 +36,14 @@ macro_rules! check {
 pub(crate) use check;
 
 pub const USERS: usize = 2;
-/// Two of each user.
+/// Devices: two of each user.
 pub const CLIENTS: usize = 4;
-/// Records that are written at once; half of them are more than the newest ids of a mailbox.
+/// Records that are produced at once. Half of them exceed the newest ids of a mailbox.
 pub const BURST: usize = 34;
-/// Devices that nobody promises anything, because they say what they like: two of each user.
+/// Devices that do not follow the protocol: two of each user.
 pub const STRANGERS: usize = 4;
 
-/// What every device says it runs on.
+/// The platform of every device.
 const PLATFORM: &str = "model";
 
 pub struct World<'a> {
@@ -52,36 +51,36 @@ pub struct World<'a> {
     now: mailboxes::Shard,
     replica: mailboxes::Shard,
     log: [Partition; 2],
-    /// On their way from the purger to the nodes.
+    /// Pushes that have not reached the nodes.
     pushes: [VecDeque<Bytes>; USERS],
-    /// Also those whose device has gone elsewhere and that nobody has told.
+    /// Sessions, including those whose device has connected elsewhere.
     sessions: Vec<Session>,
     clients: [Client; CLIENTS],
     strangers: [strangers::Stranger; STRANGERS],
     claims: Vec<DueUser>,
-    /// Every acknowledgement so far, with the name of its device.
+    /// All acknowledgements, with the name of their device.
     acks: Vec<(&'static str, AckRequest)>,
-    /// Every session that ended or goes by another incarnation, with the name of its device.
+    /// All sessions that ended or changed their incarnation, with the name of their device.
     left: Vec<(&'static str, DisconnectRequest)>,
     /// Ids whose mailbox expired.
     expired: HashSet<String>,
-    /// By user, those whose mailbox expired at the replica, since it last heard of the master.
+    /// By user, the ids whose mailbox expired on the replica since the last copy.
     expired_there: Vec<(usize, Vec<String>)>,
     connections: u64,
-    /// Of the node's lease.
+    /// Incarnation of the node's lease.
     incarnation: u64,
     /// In units: a mailbox keeps its entries for a few.
     clock: u64,
     /// The nodes' clocks, µs.
     now_us: u64,
-    /// Of the repairs at the end.
+    /// Whether the final repairs are running.
     round: usize,
-    /// What Redis held after the last call.
+    /// The content of Redis after the last call.
     held: Vec<Held>,
 }
 
 impl<'a> World<'a> {
-    /// With an empty Redis.
+    /// A world with an empty Redis.
     pub async fn new(store: &'a mut Store) -> Self {
         store.empty().await;
         let held = store.look().await;
@@ -119,7 +118,7 @@ pub fn user_key(user: usize) -> UserKey {
     UserKey { app: AppId::new("demo").expect("a name"), user: UserId::new(user).expect("a name") }
 }
 
-/// Whose device a client is.
+/// The user of a client.
 pub fn user_of(client: usize) -> usize {
     client / 2
 }

@@ -1,50 +1,51 @@
-//! The commands; each one's options stand in its own file.
+//! The commands. Each has its options in a file of its own.
 
 use clap::{Parser, Subcommand};
 
 use crate::{dev, inspect, kick, listen, send, token, top};
 
-/// Barid, a push cluster: from Kafka to devices, in order, once, or kept until they return.
+/// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
+/// that are offline.
 #[derive(Debug, Parser)]
 #[command(
     version,
     disable_help_subcommand = true,
-    after_help = "While `barid dev` runs, the other commands find it by themselves.\n\
-                  Otherwise they take BARID_BROKERS, BARID_ADMIN, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
-                  or the options of the same names."
+    after_help = "While `barid dev` is running, the other commands use its cluster. For another cluster, set\n\
+                  BARID_BROKERS, BARID_ADMIN, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
+                  or give the options of the same names."
 )]
 pub struct Cli {
-    /// Print one JSON object a line, for programs
+    /// Print JSON, one object per line
     #[arg(long, global = true)]
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run a whole cluster in this process, and show that it works
+    /// Run a whole cluster in this process, and a demonstration
     Dev(dev::Args),
     /// Send a message to a user, several users, or one device, through Kafka
     Send(send::Args),
-    /// Be a device: print what it receives, and acknowledge it
+    /// Connect as a device, print its messages and acknowledge them
     Listen(listen::Args),
-    /// Make a token for a device
+    /// Create a token for a device
     Token(token::Args),
-    /// Show live how a cluster fares: rates, hops, lags, nodes, problems
+    /// Show the live state of a cluster: rates, latencies, lags, nodes, problems
     Top(top::Args),
     /// Close the sessions of a device, a user, an app, or everyone
     Kick(kick::Args),
-    /// Show what the cluster holds
+    /// Show stored state
     #[command(subcommand)]
     Inspect(Inspect),
 }
 
-/// What to show.
+/// What to inspect.
 #[derive(Debug, Subcommand)]
 pub enum Inspect {
-    /// A user's mailbox, devices, routes and retry timer
+    /// Show a user's mailbox, devices, routes and retry timer
     User(inspect::Args),
 }
 

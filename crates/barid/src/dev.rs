@@ -1,5 +1,4 @@
-//! `barid dev`: the whole cluster in this process, and a demonstration by the same means that
-//! users have.
+//! `barid dev`: a whole cluster in this process, and a demonstration that uses it as users do.
 
 mod cluster;
 mod demo;
@@ -24,14 +23,14 @@ use crate::values::{Key, random_name};
 use cluster::Cluster;
 use redis_server::RedisServer;
 
-/// Where devices connect if nothing else is said and nobody else listens there.
+/// The port for devices, unless `--port` is given or it is in use.
 const PORT: u16 = 7080;
-/// The name of the key that signs this cluster's tokens.
+/// The id of the key that signs this cluster's tokens.
 const KEY_ID: &str = "dev";
-/// Partitions of the in-process broker's push topics: enough for several to be in use.
+/// Partitions of the push topics on the in-process broker.
 const PARTITIONS: u16 = 4;
 
-/// Warnings, but for those of streams and leases that end because this process does.
+/// Warnings, except those about streams and leases that end because the process ends.
 const LOG: &str = "warn,fred=error,barid_mesh::link=error,barid_mailbox::routes=error,\
                    barid_mailbox::nodes=error";
 
@@ -44,29 +43,28 @@ pub struct Args {
     /// Use this Redis instead of a private redis-server
     #[arg(long, value_name = "URL", env = "BARID_REDIS", hide_env_values = true)]
     pub redis: Option<String>,
-    /// Where devices connect [default: 7080, or a free port]
+    /// Port for devices [default: 7080, or a free port]
     #[arg(long)]
     pub port: Option<u16>,
-    /// Show the demonstration and exit: 0 if all of it was seen
+    /// Run the demonstration and exit; the exit code is 0 if it succeeds
     #[arg(long)]
     pub once: bool,
-    /// What the roles log: error, warn, info, debug, or directives as barid_access=debug
-    /// [default: warnings]
+    /// Log level: error, warn, info, debug, or directives such as barid_access=debug [default: warnings]
     #[arg(long, value_name = "LEVEL", value_parser = level)]
     pub log: Option<String>,
 }
 
 fn level(text: &str) -> Result<String, String> {
-    // clap names the option.
+    // clap adds the option's name.
     let told = |told: String| told.trim_start_matches("log.level: ").to_owned();
     telemetry::check_level(text).map(|()| text.to_owned()).map_err(told)
 }
 
-/// What the cluster stands on.
+/// Kafka and Redis.
 struct Ground {
     kafka: KafkaConfig,
     redis: RedisConfig,
-    // Ends with this value.
+    // Ends when this value is dropped.
     _broker: Option<EmbeddedKafka>,
 }
 
@@ -80,13 +78,13 @@ struct Ready<'a> {
     elapsed_ms: u64,
 }
 
-/// Runs until a signal, or with `--once` until the demonstration is over.
+/// Runs until a signal; with `--once`, until the end of the demonstration.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     // Errors of stdout (a closed pipe, a full disk) must not end the cluster.
     let out = out.lenient();
     if let Some(other) = DevState::running()? {
         bail!(
-            "`barid dev` runs already (process {}, {}); stop it, or set BARID_DEV_STATE to a file of its own",
+            "`barid dev` is already running (process {}, {}); stop it, or set BARID_DEV_STATE to another file",
             other.pid,
             other.url
         );
@@ -94,7 +92,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let level = args.log.as_deref().unwrap_or(LOG).to_owned();
     telemetry::init(&LogConfig { level, ..Default::default() });
     let exit = run_cluster(args, out).await;
-    // Also before an error is shown: the last lines tell where it comes from.
+    // Before an error is printed as well: the last lines may explain it.
     telemetry::flush();
     exit
 }
@@ -129,7 +127,7 @@ async fn run_cluster(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     stopped
 }
 
-/// Waits for the cluster, shows what it does, and stays.
+/// Waits for the cluster, runs the demonstration, and waits for a role to end.
 async fn work(
     args: &Args,
     ground: &Ground,
@@ -186,12 +184,12 @@ fn heading(out: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One aligned line about the cluster.
+/// A line about the cluster.
 fn fact(out: Output, name: &str, value: &str, note: &str) -> String {
     format!("  {name:<7} {value:<26} {}", out.paint(Tone::Faint, note))
 }
 
-/// Finds or starts Redis and Kafka.
+/// Connects to Redis and Kafka, or starts them.
 async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<RedisServer>)> {
     let mut redis = RedisConfig::default();
     let server = match &args.redis {
@@ -234,20 +232,20 @@ async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<Redi
     Ok((Ground { kafka, redis, _broker: broker }, server))
 }
 
-/// The port that was asked for, or the usual one, or any.
+/// The port that was given, or the default port, or a free one.
 fn listen(port: Option<u16>) -> anyhow::Result<SocketAddr> {
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let is_free = |port| TcpListener::bind(at(port)).is_ok();
     match port {
         Some(port) if port != 0 && !is_free(port) => {
-            bail!("port {port} is in use; give another one with --port, or none")
+            bail!("port {port} is in use; give another port, or omit --port")
         }
         Some(port) => Ok(at(port)),
         None => Ok(at(if is_free(PORT) { PORT } else { 0 })),
     }
 }
 
-/// Waits for the private Redis to end, which it should not.
+/// Waits until the private Redis ends, which is an error.
 async fn died(server: &mut Option<RedisServer>) -> anyhow::Error {
     match server {
         Some(server) => server.died().await,
@@ -255,7 +253,7 @@ async fn died(server: &mut Option<RedisServer>) -> anyhow::Error {
     }
 }
 
-/// The lines to copy.
+/// Commands for users to copy.
 fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
     if out.is_json() {
         return Ok(());
@@ -273,7 +271,7 @@ fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What to type to run this program again.
+/// The command with which this program was started.
 fn own_name() -> String {
     let own = std::env::current_exe().ok();
     let in_path = std::env::var_os("PATH").and_then(|path| {
@@ -292,7 +290,7 @@ fn own_name() -> String {
     }
 }
 
-/// SIGINT, SIGTERM, and the SIGHUP of a terminal that is closed, unless `nohup` asked to outlive it.
+/// SIGINT, SIGTERM, and SIGHUP unless the process was started with `nohup`.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,

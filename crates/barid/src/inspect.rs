@@ -1,4 +1,4 @@
-//! `barid inspect`: what Redis holds about a user, read without touching it.
+//! `barid inspect`: a user's state in Redis, without changing it.
 
 use std::process::ExitCode;
 
@@ -16,7 +16,7 @@ use crate::values::RedisArgs;
 pub struct Args {
     /// The user
     pub user: UserId,
-    /// The app
+    /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
     #[command(flatten)]
@@ -65,7 +65,7 @@ struct Entry {
     ttl_ms: Option<u64>,
 }
 
-/// Shows one user.
+/// Prints the state of a user.
 pub async fn user(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let config = args.redis.needed()?;
     let shown = config.url.to_string();
@@ -81,7 +81,7 @@ pub async fn user(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Everything that Redis holds about a user.
+/// Reads the state of a user.
 pub async fn read(config: &RedisConfig, key: &UserKey) -> anyhow::Result<Inspection> {
     let mailbox = Mailbox::open(config, &barid_runtime::Context::new().metrics).await?;
     Ok(mailbox.inspect(key).await?)
@@ -155,7 +155,7 @@ fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
     }
     let kept = match user.kept {
         0 => format!("empty; the newest was #{}", user.newest),
-        n => format!("{n} kept (#{} to #{}), {}", user.oldest, user.newest, bytes(user.bytes)),
+        n => format!("{n} entries (#{} to #{}), {}", user.oldest, user.newest, bytes(user.bytes)),
     };
     out.line(format_args!("mailbox  {kept}"))?;
     out.line(format_args!("timer    {}", timer(user)))?;

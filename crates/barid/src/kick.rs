@@ -19,7 +19,7 @@ use crate::values::RedisArgs;
 
 /// For a node's first answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// A node tells every second how far it is.
+/// For each further answer: a node reports its progress every second.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Options of `barid kick`.
@@ -36,17 +36,17 @@ pub struct Args {
     #[arg(long, group = "whom")]
     pub everyone: bool,
     /// Only this device of the user
-    // Both: a requirement that conflicts with what is given is none to clap.
+    // clap ignores `requires` if the required option conflicts with a given one.
     #[arg(long, requires = "user", conflicts_with_all = ["whole_app", "everyone"])]
     pub device: Option<DeviceId>,
     /// The user's app [default: demo] [env: BARID_APP]
-    // Not clap's default and variable: the variable alone would be a conflict with --everyone.
+    // Without clap's `env`: the variable alone would conflict with --everyone.
     #[arg(long, requires = "user", conflicts_with_all = ["whole_app", "everyone"])]
     pub app: Option<AppId>,
-    /// How many sessions to close a second, over the whole cluster
+    /// Sessions to close per second, in the whole cluster
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub rate: u32,
-    /// What the devices are told
+    /// Reason that is sent to the devices
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub reason: String,
     #[command(flatten)]
@@ -68,7 +68,7 @@ struct NodeOutcome {
     error: Option<String>,
 }
 
-/// Asks all nodes at once; fails if one of them could not be asked or did not finish.
+/// Asks all nodes at once. The exit code is 1 if a node could not be asked or did not finish.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let nodes = nodes(&args).await?;
     if nodes.is_empty() {
@@ -99,7 +99,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         let task = tokio::spawn(async move {
             let failed = kick(&address, request, &id, &told).await.err();
             if let Some(error) = failed {
-                // Nobody listens once the program ends.
+                // The receiver is gone once the program ends.
                 let _ = told.send((id, Err(format!("{error:#}")))).await;
             }
         });
@@ -114,7 +114,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         }
     }
     for (id, task) in tasks {
-        // One that panicked has told nothing.
+        // A task that panicked has sent nothing.
         if let Err(error) = task.await {
             outcome.nodes.entry(id).or_default().error = Some(error.to_string());
         }
@@ -127,7 +127,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The app of the user: as given, else the environment's, else `demo`.
+/// The app of the user: as given, else from the environment, else `demo`.
 fn user_app(given: Option<&AppId>) -> anyhow::Result<AppId> {
     if let Some(app) = given {
         return Ok(app.clone());
@@ -147,9 +147,9 @@ async fn nodes(args: &Args) -> anyhow::Result<Vec<NodeRecord>> {
     Ok(nodes)
 }
 
-/// Each node's share of the rate, by the sessions that it says it has; at least one a second each.
+/// Each node's share of the rate, in proportion to its sessions; at least one per second.
 fn split(rate: u32, nodes: &[NodeRecord]) -> Vec<(&NodeRecord, u32)> {
-    // One more each, so that a node without sessions a moment ago has a share of its own.
+    // One more for each, so that a node whose lease says 0 sessions has a share.
     let all: u64 = nodes.iter().map(|node| node.load + 1).sum();
     let share = |node: &NodeRecord| u64::from(rate) * (node.load + 1) / all.max(1);
     nodes.iter().map(|node| (node, u32::try_from(share(node).max(1)).unwrap_or(rate))).collect()
@@ -173,7 +173,10 @@ async fn kick(
     let mut stream = asked.context("no answer")?.map_err(refused)?.into_inner();
     loop {
         let next = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await;
-        let progress = next.context("went silent")?.context("ended early")?.map_err(refused)?;
+        let progress = next
+            .context("no further answer")?
+            .context("the node ended the stream")?
+            .map_err(refused)?;
         let done = progress.done;
         told.send((id.to_owned(), Ok(progress))).await?;
         if done {

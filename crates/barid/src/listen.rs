@@ -1,4 +1,4 @@
-//! `barid listen`: a device, with the SDK that any other would use.
+//! `barid listen`: a device that uses the SDK.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,47 +20,47 @@ use crate::output::{Output, Tone, clean, clock, span};
 use crate::token::{Holder, sign};
 use crate::values::{self, KeyArgs, now_ms};
 
-/// With `--no-ack` so many messages are held at once.
+/// Unacknowledged messages at once with `--no-ack`.
 const HELD_MAX: usize = 10_000;
-/// How long the tokens are good for that are made here.
+/// The time to live of the tokens that this command signs.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
 /// Options of `barid listen`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The app
+    /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
-    /// The user; not needed with --token
+    /// User; not needed with --token
     #[arg(long, required_unless_present = "token")]
     pub user: Option<UserId>,
-    /// The device; a second one of the same name takes the place of the first
+    /// Device; a second session of the same device replaces the first
     #[arg(long, default_value = "terminal")]
     pub device: DeviceId,
-    /// Where devices connect: ws://HOST:PORT
+    /// URL for devices: ws://HOST:PORT
     #[arg(long, env = "BARID_URL")]
     pub url: Option<String>,
-    /// Trust servers with these certificates, or with one that these signed (PEM), and no others
+    /// Trust only servers with a certificate in this file, or one signed by these (PEM)
     #[arg(long, env = "BARID_CA_FILE", value_name = "FILE")]
     pub ca_file: Option<std::path::PathBuf>,
-    /// Listen to this group as well; may be given several times
+    /// Subscribe to this group as well; may be repeated
     #[arg(long = "group", value_name = "GROUP")]
     pub groups: Vec<GroupId>,
-    /// A token from elsewhere; otherwise one is made with the secret
+    /// Token; without it, the command signs one with the secret
     #[arg(long, env = "BARID_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
     #[command(flatten)]
     pub key: KeyArgs,
-    /// Acknowledge nothing, to see messages come again
+    /// Acknowledge nothing, to see messages sent again
     #[arg(long)]
     pub no_ack: bool,
-    /// Stop after so many messages
+    /// Stop after N messages
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 53))]
     pub count: Option<u64>,
     /// Stop after this time: 30s, 15m
     #[arg(long = "for", value_name = "TIME", value_parser = values::duration)]
     pub period: Option<Duration>,
-    /// Keep the position in this file, rather than to rely on the server's memory
+    /// Save the position in this file, instead of relying on the position in the cluster
     #[arg(long, value_name = "FILE")]
     pub position_file: Option<std::path::PathBuf>,
 }
@@ -82,13 +82,13 @@ struct Received<'a> {
     received_at_ms: u64,
 }
 
-/// Prints what a device receives, until it has seen enough or is interrupted.
+/// Prints messages until the count, the time, a signal, or the end of the client.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let (events, told) = mpsc::channel(1024);
     let at_once = if args.no_ack { HELD_MAX } else { 1 };
     let (client, deliveries) = builder(&args)?
         .on_event(move |event| {
-            // A terminal that stands still must not hold up the connection.
+            // A blocked terminal must not block the connection.
             let _ = events.try_send(event);
         })
         .open(at_once)?;
@@ -97,7 +97,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     result?;
     match closed {
         Closed::Shutdown => Ok(ExitCode::SUCCESS),
-        Closed::Refused(why) => bail!("the server will not have this device: {why}"),
+        Closed::Refused(why) => bail!("the cluster refused this device: {why}"),
         Closed::Failed(why) => bail!("the client failed: {why}"),
     }
 }
@@ -184,7 +184,7 @@ fn show_message(message: &Message, out: Output) -> anyhow::Result<()> {
         Body::Text(text) => received.text = Some(text),
         Body::Json(json) => {
             received.kind = "json";
-            // One line an object: JSON text may hold line breaks, RawValue would keep them.
+            // One object per line: JSON text may contain line breaks, which RawValue would keep.
             match serde_json::from_str::<&RawValue>(json) {
                 Ok(raw) if !json.contains(['\n', '\r']) => received.json = Some(raw),
                 _ => received.text = Some(json),
@@ -217,7 +217,7 @@ fn body(body: &Body, out: Output) -> String {
     }
 }
 
-/// Events as objects: the word in `event`, the rest beside it.
+/// An event as an object: its kind in `event`, and its fields.
 fn object(event: &Event) -> serde_json::Value {
     use serde_json::json;
     match event {
@@ -273,12 +273,12 @@ fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
         ),
         Event::Disconnected { why, retry_in: Some(wait) } => {
             let wait = span(wait.as_millis() as u64);
-            (Tone::Warn, format!("{}; trying again in {wait}", clean(&why.to_string())))
+            (Tone::Warn, format!("{}; reconnecting in {wait}", clean(&why.to_string())))
         }
-        Event::Disconnected { retry_in: None, .. } => return Ok(()), // told at the end
+        Event::Disconnected { retry_in: None, .. } => return Ok(()), // printed at the end
         Event::GoingAway { why, reconnect_after } => {
             let wait = span(reconnect_after.as_millis() as u64);
-            (Tone::Warn, format!("asked to move in {wait}: {}", clean(why)))
+            (Tone::Warn, format!("asked to reconnect in {wait}: {}", clean(why)))
         }
         Event::Skipped { first, last, why } if first == last => {
             (Tone::Warn, format!("#{first} skipped: {}", why.as_str()))
@@ -286,10 +286,9 @@ fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
         Event::Skipped { first, last, why } => {
             (Tone::Warn, format!("#{first} to #{last} skipped: {}", why.as_str()))
         }
-        Event::Reset { before, now } => (
-            Tone::Warn,
-            format!("positions start anew: behind #{} instead of #{}", now.seq, before.seq),
-        ),
+        Event::Reset { before, now } => {
+            (Tone::Warn, format!("position reset: behind #{} instead of #{}", now.seq, before.seq))
+        }
         Event::Duplicate { seq, id } => {
             (Tone::Faint, format!("#{seq} {} was sent again", clean(id)))
         }
@@ -298,7 +297,7 @@ fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
             (Tone::Warn, format!("not subscribed to {}: {code} {}", clean(group), clean(text)))
         }
         Event::Missed { group, count } => {
-            (Tone::Warn, format!("{count} messages of {} did not come", clean(group)))
+            (Tone::Warn, format!("{count} messages of {} were missed", clean(group)))
         }
         Event::ServerError { code, text } => (Tone::Bad, format!("{code} {}", clean(text))),
         Event::TokenFailed { reason } => (Tone::Bad, format!("no fresh token: {reason}")),

@@ -1,4 +1,4 @@
-//! `barid`: the command line of a Barid cluster, and the whole cluster in one process.
+//! `barid`: the command line of a Barid cluster, and a whole cluster in one process.
 
 mod cli;
 mod dev;

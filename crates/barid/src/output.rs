@@ -1,4 +1,4 @@
-//! Everything that is printed: aligned text for people, one JSON object a line for programs.
+//! Output: aligned text, or JSON with one object per line.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-/// Where and how to print. Colour only on a terminal, and only if `NO_COLOR` is not set.
+/// How to print. Colours are used on a terminal if `NO_COLOR` is not set.
 #[derive(Debug, Clone, Copy)]
 pub struct Output {
     json: bool,
@@ -15,7 +15,7 @@ pub struct Output {
     lenient: bool,
 }
 
-/// What a piece of text means to the reader.
+/// The meaning of a piece of text, which selects its colour.
 #[derive(Debug, Clone, Copy)]
 pub enum Tone {
     Strong,
@@ -32,23 +32,23 @@ impl Output {
         Self { json, colour: !json && !plain && io::stdout().is_terminal(), lenient: false }
     }
 
-    /// For people, without colour.
+    /// Text without colours.
     #[cfg(test)]
     pub fn plain() -> Self {
         Self { json: false, colour: false, lenient: false }
     }
 
-    /// Whether programs read it.
+    /// Whether the output is JSON.
     pub fn is_json(self) -> bool {
         self.json
     }
 
-    /// Ignores errors of stdout from now on (a closed pipe, a full disk): for commands that do more than print.
+    /// Ignores errors of stdout (a closed pipe, a full disk): for commands that do more than print.
     pub fn lenient(self) -> Self {
         Self { lenient: true, ..self }
     }
 
-    /// One line for people.
+    /// Prints a line of text.
     pub fn line(self, text: impl Display) -> io::Result<()> {
         self.print(format!("{text}\n").as_bytes())
     }
@@ -59,25 +59,25 @@ impl Output {
         if self.lenient { Ok(()) } else { printed }
     }
 
-    /// One object for programs.
+    /// Prints an object.
     pub fn object(self, object: &impl Serialize) -> io::Result<()> {
         let mut line = serde_json::to_vec(object)?;
         line.push(b'\n');
         self.print(&line)
     }
 
-    /// An object for programs, or a line for people.
+    /// Prints an object if the output is JSON, else a line of text.
     pub fn either(self, object: &impl Serialize, line: impl FnOnce() -> String) -> io::Result<()> {
         if self.json { self.object(object) } else { self.line(line()) }
     }
 
-    /// A remark beside the output proper.
+    /// Prints a note to stderr.
     pub fn note(self, text: impl Display) {
-        // Nothing is left to tell of a failure to tell.
+        // An error of stderr cannot be reported.
         let _ = writeln!(io::stderr(), "{text}");
     }
 
-    /// Text in a tone.
+    /// Colours a text.
     pub fn paint(self, tone: Tone, text: impl Display) -> String {
         let code = match tone {
             _ if !self.colour => return text.to_string(),
@@ -90,7 +90,7 @@ impl Output {
         format!("\x1b[{code}m{text}\x1b[0m")
     }
 
-    /// Ends the program with an error; a reader that went away is none.
+    /// Prints an error and returns the exit code. A closed pipe is not an error.
     pub fn fail(self, error: &anyhow::Error) -> ExitCode {
         let gone = error
             .chain()
@@ -113,7 +113,7 @@ impl Output {
     }
 }
 
-/// Text of strangers, safe to show: a terminal obeys control characters.
+/// Removes control characters from text of others: a terminal would interpret them.
 pub fn clean(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -122,14 +122,14 @@ pub fn clean(text: &str) -> String {
     shown
 }
 
-/// A time of day (UTC) for people.
+/// A time of day (UTC).
 pub fn clock(at_ms: u64) -> String {
     let (seconds, millis) = (at_ms / 1000, at_ms % 1000);
     let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     format!("{h:02}:{m:02}:{s:02}.{millis:03}")
 }
 
-/// How long something lasts, for people: one unit, two where it matters.
+/// A duration in one unit.
 pub fn span(millis: u64) -> String {
     match millis {
         0..1_000 => format!("{millis} ms"),
@@ -140,7 +140,7 @@ pub fn span(millis: u64) -> String {
     }
 }
 
-/// A size for people.
+/// A size in one unit.
 pub fn bytes(count: u64) -> String {
     match count {
         0..10_000 => format!("{count} B"),

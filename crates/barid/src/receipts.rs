@@ -1,4 +1,4 @@
-//! Watching `barid.receipts`: what Barid says of the messages that were just sent.
+//! Reads `barid.receipts`, for the receipts of messages that were just sent.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use barid_wire::v1::Receipt;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
-/// How long a broker may take to answer.
+/// For an answer of a broker.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Reads the topic from where it ended when this was opened. Joins no group, commits nothing.
+/// Reads the topic from its end at the time of opening. Joins no group and commits nothing.
 pub struct Receipts {
     consumer: StreamConsumer,
 }
@@ -31,7 +31,7 @@ impl Receipts {
         opened.await?
     }
 
-    /// The next receipt. Records that are none are passed over.
+    /// The next receipt. Invalid records are ignored.
     pub async fn next(&self) -> anyhow::Result<Receipt> {
         loop {
             let record = self.consumer.recv().await.context("cannot read receipts")?;
@@ -59,7 +59,7 @@ fn open(brokers: &str, topic: &str, properties: Vec<(String, String)>) -> anyhow
     let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT)?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
     if partitions.is_empty() {
-        bail!("there is no such topic");
+        bail!("the topic does not exist");
     }
     let mut ends = TopicPartitionList::new();
     for partition in partitions {

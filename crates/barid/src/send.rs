@@ -1,4 +1,4 @@
-//! `barid send`: what any business service does, from the command line.
+//! `barid send`: produces a record, as a business service does.
 
 use std::collections::HashSet;
 use std::io::Read as _;
@@ -8,25 +8,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use barid_bus::KafkaConfig;
-use barid_core::{AppId, DeviceId, MessageId, UserId};
-use barid_wire::record::{CONTENT_TYPE, Format, RecordLimits, decode_push};
+use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
+use barid_wire::record::{
+    Audience, BodyKind, CONTENT_TYPE, Format, Push, RecordLimits, decode_base64, encode_push,
+};
 use barid_wire::v1::{Receipt, ReceiptKind};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use clap::ValueEnum;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use serde::Serialize;
-use serde_json::value::RawValue;
 use tokio::time::{Instant as Deadline, timeout_at};
 
 use crate::output::{Output, Tone, clean};
 use crate::receipts::Receipts;
 use crate::values;
 
-/// How long Kafka may take: people wait.
+/// For Kafka to store the record.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Options of `barid send`.
@@ -36,63 +36,63 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
     group = clap::ArgGroup::new("body").required(true).args(["text", "text_option", "json_body", "data", "file"]),
 )]
 pub struct Args {
-    /// The app
+    /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
-    /// The user whom it is for
+    /// Recipient user
     #[arg(long)]
     pub user: Option<UserId>,
-    /// Several users, with commas between
+    /// Recipient users, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "USER,USER")]
     pub users: Vec<UserId>,
     /// Only this device of the user
     #[arg(long, conflicts_with = "users")]
     pub device: Option<DeviceId>,
 
-    /// What it says
+    /// Text
     #[arg(value_name = "TEXT")]
     pub text: Option<String>,
-    /// What it says, if it begins with a dash
+    /// Text that begins with a dash
     #[arg(long = "text", value_name = "TEXT", allow_hyphen_values = true)]
     pub text_option: Option<String>,
-    /// A JSON value instead of text
+    /// JSON value instead of text
     #[arg(long, value_name = "JSON")]
     pub json_body: Option<String>,
     /// Bytes instead of text, in base64
-    #[arg(long, value_name = "BASE64")]
-    pub data: Option<String>,
-    /// The content of a file, - for standard input: .json as JSON, .txt as text, others as bytes
+    #[arg(long, value_name = "BASE64", value_parser = decode_base64)]
+    pub data: Option<Bytes>,
+    /// Content of a file (-: standard input): .json as JSON, .txt as text, others as bytes
     #[arg(long, value_name = "FILE")]
     pub file: Option<PathBuf>,
-    /// How to send the file, whatever its name
+    /// Type of the file's content, whatever its name
     #[arg(long = "as", value_name = "KIND", requires = "file")]
     pub kind: Option<Kind>,
 
-    /// The message's id; the same id again is a duplicate, and not delivered [default: random]
+    /// Message id; a second message with the same id is not delivered [default: random]
     #[arg(long)]
     pub id: Option<MessageId>,
-    /// Which of the three topics
+    /// Priority
     #[arg(long, default_value = "normal")]
     pub priority: Priority,
-    /// How long it is worth delivering: 30s, 15m, 1h, 7d
+    /// Time to live: 30s, 15m, 1h, 7d [default: as long as the mailbox keeps it]
     #[arg(long, value_parser = values::duration)]
     pub ttl: Option<Duration>,
-    /// Takes the place of an older message with this key that still waits
+    /// Replace an undelivered message that has the same key
     #[arg(long, value_name = "KEY")]
     pub collapse_key: Option<String>,
-    /// Receipts to ask for, with commas between
+    /// Receipts to ask for, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND")]
     pub receipts: Vec<Milestone>,
-    /// Ask for these receipts, and wait for them from every user
+    /// Receipts to ask for and to wait for, for every user, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND")]
     pub wait: Vec<Milestone>,
-    /// How long to wait
+    /// How long to wait for receipts
     #[arg(long, default_value = "30s", value_parser = values::duration)]
     pub timeout: Duration,
-    /// Kafka: HOST:PORT, several with commas between
+    /// Kafka brokers: HOST:PORT, comma-separated [default: those of the running `barid dev`]
     #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
     pub brokers: Option<String>,
-    /// A setting of librdkafka, as security.protocol=ssl; may be repeated
+    /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
     #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = property)]
     pub properties: Vec<(String, String)>,
 }
@@ -102,7 +102,7 @@ fn property(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().into(), value.trim().into()))
 }
 
-/// How applications read a body.
+/// The type of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     Text,
@@ -110,7 +110,7 @@ pub enum Kind {
     Data,
 }
 
-/// Which topic.
+/// The topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Priority {
     High,
@@ -127,38 +127,6 @@ pub enum Milestone {
     Acked,
     Expired,
     Exhausted,
-}
-
-/// A record as the least of producers would write it.
-#[derive(Debug, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Record {
-    pub id: String,
-    pub app: String,
-    pub to: To,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub text: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub json: Option<Box<RawValue>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ttl_seconds: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub collapse_key: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub receipts: Vec<&'static str>,
-}
-
-/// A record's audience.
-#[derive(Debug, Default, Serialize)]
-pub struct To {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub user: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub users: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -191,10 +159,10 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// Sends one message; exit code 1 if the receipts waited for do not come.
+/// Sends one message. The exit code is 1 if an awaited receipt does not come.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
-    let record = record(&args)?;
-    let payload = encode(&record)?;
+    let push = push(&args)?;
+    let value = encode(&push)?;
     let config =
         KafkaConfig { brokers: values::brokers(args.brokers.clone())?, ..Default::default() };
     let receipts = match args.wait.is_empty() {
@@ -210,32 +178,31 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         Priority::Bulk => &config.topics.push_bulk,
     };
     let began = Instant::now();
-    produce(&config, &args.properties, topic, &record, &payload).await?;
+    produce(&config, &args.properties, topic, push.key(), &value).await?;
     let elapsed_ms = millis(began);
-    let bytes = payload.len();
-    let sent = Sent { event: "sent", id: &record.id, topic, bytes, elapsed_ms };
+    let (id, bytes) = (push.id.as_str(), value.len());
+    let sent = Sent { event: "sent", id, topic, bytes, elapsed_ms };
     out.either(&sent, || {
-        let to = out.paint(Tone::Strong, clean(&record.to.shown()));
+        let to = out.paint(Tone::Strong, clean(&shown(&push.audience)));
         let took = out.paint(Tone::Faint, format_args!("{topic}, {elapsed_ms:.1} ms"));
-        format!("{}  {} to {to}  {took}", column(out, "sent"), clean(&record.id))
+        format!("{}  {} to {to}  {took}", column(out, "sent"), clean(id))
     })?;
     match receipts {
-        Some(receipts) => wait(&args, &record, &receipts, began, out).await,
+        Some(receipts) => wait(&args, &push, &receipts, began, out).await,
         None => Ok(ExitCode::SUCCESS),
     }
 }
 
-/// Produces one record, keyed by its user so that a user's messages keep their order. Not
-/// idempotent, which takes half a second to set up: the message's id does the same.
+/// Produces one record. The producer is not idempotent, which takes half a second to set up; the
+/// message id makes repeats harmless.
 async fn produce(
     config: &KafkaConfig,
     properties: &[(String, String)],
     topic: &str,
-    record: &Record,
-    payload: &[u8],
+    key: &str,
+    value: &[u8],
 ) -> anyhow::Result<()> {
     let brokers = config.brokers.join(",");
-    let key = record.to.user.as_ref().or(record.to.users.first()).map_or("", String::as_str);
     let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
     let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
     let mut client = ClientConfig::new();
@@ -249,7 +216,7 @@ async fn produce(
         .set_log_level(RDKafkaLogLevel::Emerg);
     client.extend(properties.iter().cloned());
     let producer: FutureProducer = client.create().context("cannot make a Kafka client")?;
-    let record = FutureRecord::to(topic).key(key).payload(payload).headers(headers);
+    let record = FutureRecord::to(topic).key(key).payload(value).headers(headers);
     match producer.send(record, SEND_TIMEOUT).await {
         Ok(_) => Ok(()),
         Err((error, _)) => {
@@ -260,14 +227,14 @@ async fn produce(
 
 async fn wait(
     args: &Args,
-    record: &Record,
+    push: &Push,
     receipts: &Receipts,
     began: Instant,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
-    let users = record.to.user.iter().chain(&record.to.users);
+    let users = push.audience.users().iter();
     let mut awaited: HashSet<(Milestone, String)> = users
-        .flat_map(|user| args.wait.iter().map(|milestone| (*milestone, user.clone())))
+        .flat_map(|user| args.wait.iter().map(|milestone| (*milestone, user.to_string())))
         .collect();
     let deadline = Deadline::now() + args.timeout;
     while !awaited.is_empty() {
@@ -275,7 +242,7 @@ async fn wait(
             bail!("{} after {:?}", missing(&awaited), args.timeout);
         };
         let receipt = receipt?;
-        if receipt.id != record.id || receipt.app != record.app {
+        if receipt.id != push.id.as_str() || receipt.app != push.app.as_str() {
             continue;
         }
         tell(&receipt, began, out)?;
@@ -296,7 +263,7 @@ fn missing(awaited: &HashSet<(Milestone, String)>) -> String {
 
 fn tell(receipt: &Receipt, began: Instant, out: Output) -> anyhow::Result<()> {
     let elapsed_ms = millis(began);
-    let kind = kind_word(receipt.kind());
+    let kind = receipt.kind().word();
     let heard = Heard {
         event: "receipt",
         kind,
@@ -337,20 +304,6 @@ fn millis(since: Instant) -> f64 {
     (since.elapsed().as_secs_f64() * 1e4).round() / 10.0
 }
 
-/// A receipt kind's word on the wire.
-pub fn kind_word(kind: ReceiptKind) -> &'static str {
-    match kind {
-        ReceiptKind::Unspecified => "unknown",
-        ReceiptKind::Accepted => "accepted",
-        ReceiptKind::Duplicate => "duplicate",
-        ReceiptKind::Sent => "sent",
-        ReceiptKind::Acked => "acked",
-        ReceiptKind::Expired => "expired",
-        ReceiptKind::Exhausted => "exhausted",
-        ReceiptKind::Refused => "refused",
-    }
-}
-
 impl Milestone {
     fn kind(self) -> ReceiptKind {
         match self {
@@ -364,68 +317,59 @@ impl Milestone {
     }
 
     fn as_str(self) -> &'static str {
-        kind_word(self.kind())
+        self.kind().word()
     }
 }
 
-impl To {
-    fn shown(&self) -> String {
-        match (&self.user, &self.device) {
-            (Some(user), Some(device)) => format!("{user}/{device}"),
-            (Some(user), None) => user.clone(),
-            (None, _) => self.users.join(", "),
-        }
+fn shown(audience: &Audience) -> String {
+    match audience {
+        Audience::User { user, device: Some(device) } => format!("{user}/{device}"),
+        Audience::User { user, device: None } => user.to_string(),
+        Audience::Users(users) => users.iter().map(UserId::as_str).collect::<Vec<_>>().join(", "),
     }
 }
 
-fn record(args: &Args) -> anyhow::Result<Record> {
-    let mut record = Record {
-        id: match &args.id {
-            Some(id) => id.to_string(),
-            None => values::random_name("cli"),
-        },
-        app: args.app.to_string(),
-        to: To {
-            user: args.user.as_ref().map(UserId::to_string),
-            device: args.device.as_ref().map(DeviceId::to_string),
-            users: args.users.iter().map(UserId::to_string).collect(),
-        },
-        ttl_seconds: args.ttl.map(whole_seconds).transpose()?,
-        collapse_key: args.collapse_key.clone(),
-        receipts: asked(args),
-        ..Default::default()
+fn push(args: &Args) -> anyhow::Result<Push> {
+    let id = match &args.id {
+        Some(id) => id.clone(),
+        None => MessageId::new(&values::random_name("cli"))?,
     };
-    put_body(args, &mut record)?;
-    Ok(record)
+    let audience = match &args.user {
+        Some(user) => Audience::User { user: user.clone(), device: args.device.clone() },
+        None => Audience::Users(args.users.clone()),
+    };
+    let (kind, payload) = body(args)?;
+    let asked = args.receipts.iter().chain(&args.wait);
+    Ok(Push {
+        ttl_ms: args.ttl.map(whole_seconds).transpose()?.unwrap_or_default() * 1000,
+        collapse_key: args.collapse_key.as_deref().filter(|key| !key.is_empty()).map(Into::into),
+        receipts: asked.fold(ReceiptSet::default(), |set, m| set.with(m.kind().into())),
+        ..Push::new(id, args.app.clone(), audience, kind, payload)
+    })
 }
 
 fn whole_seconds(ttl: Duration) -> anyhow::Result<u64> {
     match ttl.subsec_millis() {
         0 => Ok(ttl.as_secs()),
-        _ => bail!("--ttl counts whole seconds"),
+        _ => bail!("--ttl must be whole seconds"),
     }
 }
 
-fn asked(args: &Args) -> Vec<&'static str> {
-    let mut words: Vec<_> = args.receipts.iter().chain(&args.wait).map(|m| m.as_str()).collect();
-    words.sort_unstable();
-    words.dedup();
-    words
-}
-
-fn put_body(args: &Args, record: &mut Record) -> anyhow::Result<()> {
+fn body(args: &Args) -> anyhow::Result<(BodyKind, Bytes)> {
     if let Some(file) = &args.file {
-        return put_file(file, args.kind, record);
+        return file_body(file, args.kind);
     }
-    record.text = args.text.clone().or(args.text_option.clone());
-    record.data.clone_from(&args.data);
     if let Some(json) = &args.json_body {
-        record.json = Some(raw_json(json.clone()).context("--json-body is not JSON")?);
+        return Ok((BodyKind::Json, json.trim().to_owned().into()));
     }
-    Ok(())
+    if let Some(data) = &args.data {
+        return Ok((BodyKind::Data, data.clone()));
+    }
+    let text = args.text.as_ref().or(args.text_option.as_ref()).cloned();
+    Ok((BodyKind::Text, text.unwrap_or_default().into()))
 }
 
-fn put_file(file: &Path, kind: Option<Kind>, record: &mut Record) -> anyhow::Result<()> {
+fn file_body(file: &Path, kind: Option<Kind>) -> anyhow::Result<(BodyKind, Bytes)> {
     let mut content = Vec::new();
     let standard_input = file == Path::new("-");
     let read = match standard_input {
@@ -444,34 +388,17 @@ fn put_file(file: &Path, kind: Option<Kind>, record: &mut Record) -> anyhow::Res
         String::from_utf8(content)
             .map_err(|_| anyhow!("{shown} is not UTF-8; send it with --as data"))
     };
-    match kind {
-        Kind::Data => record.data = Some(STANDARD.encode(&content)),
-        Kind::Text => record.text = Some(text(content)?),
-        Kind::Json => {
-            let json = raw_json(text(content)?).with_context(|| format!("{shown} is not JSON"))?;
-            record.json = Some(json);
-        }
-    }
-    Ok(())
+    Ok(match kind {
+        Kind::Data => (BodyKind::Data, content.into()),
+        Kind::Text => (BodyKind::Text, text(content)?.into()),
+        Kind::Json => (BodyKind::Json, text(content)?.trim().to_owned().into()),
+    })
 }
 
-fn raw_json(text: String) -> anyhow::Result<Box<RawValue>> {
-    Ok(RawValue::from_string(text.trim().to_owned())?)
-}
-
-/// Encodes a record, and refuses here what the cluster would refuse whatever its configuration.
-fn encode(record: &Record) -> anyhow::Result<Vec<u8>> {
-    let payload = serde_json::to_vec(record)?;
-    let limits = RecordLimits {
-        payload_bytes_max: usize::MAX,
-        users_max: usize::MAX,
-        fanout_bytes_max: usize::MAX,
-        ..Default::default()
-    };
-    let content_type = Format::Json.content_type().as_bytes();
-    decode_push(&payload.clone().into(), Some(content_type), &limits)
-        .map_err(|refusal| anyhow!("the cluster would refuse it: {}", refusal.reason))?;
-    Ok(payload)
+/// Encodes a record, and refuses what every cluster would refuse.
+fn encode(push: &Push) -> anyhow::Result<Bytes> {
+    encode_push(push, Format::Json, &RecordLimits::HIGHEST)
+        .map_err(|refusal| anyhow!("the cluster would refuse this record: {}", refusal.reason))
 }
 
 #[cfg(test)]
@@ -487,7 +414,7 @@ mod tests {
 
     fn json(words: &[&str]) -> anyhow::Result<String> {
         let line = Line::try_parse_from(std::iter::once(&"send").chain(words))?;
-        Ok(String::from_utf8(encode(&record(&line.args)?)?)?)
+        Ok(String::from_utf8(encode(&push(&line.args)?)?.to_vec())?)
     }
 
     #[test]
@@ -504,18 +431,19 @@ mod tests {
                      --receipts sent --wait acked,sent";
         assert_eq!(
             json(&words.split_whitespace().collect::<Vec<_>>()).unwrap(),
-            r#"{"id":"a","app":"shop","to":{"users":["x","y"]},"json":{"n":1},"ttlSeconds":3600,"collapseKey":"k","receipts":["acked","sent"]}"#
+            r#"{"id":"a","app":"shop","to":{"users":["x","y"]},"json":{"n":1},"ttlSeconds":3600,"collapseKey":"k","receipts":["sent","acked"]}"#
         );
     }
 
     #[test]
     fn what_the_cluster_would_refuse_is_refused_here() {
-        let error = json(&["--user", "alice", "--data", "???"]).unwrap_err().to_string();
-        assert!(error.starts_with("the cluster would refuse it"), "{error}");
-        let error = json(&["--user", "alice", "--json-body", "{"]).unwrap_err().to_string();
-        assert_eq!(error, "--json-body is not JSON");
-        let error = json(&["--user", "alice", "--ttl", "500ms", "x"]).unwrap_err().to_string();
-        assert_eq!(error, "--ttl counts whole seconds");
+        let error = |words: &[&str]| json(&[&["--user", "alice"], words].concat()).unwrap_err();
+        let refused = error(&["--json-body", "{"]).to_string();
+        let start = "the cluster would refuse this record: `json` is not a JSON value: ";
+        assert!(refused.starts_with(start), "{refused}");
+        let not_base64 = error(&["--data", "???"]).to_string();
+        assert!(not_base64.contains("'???' for '--data <BASE64>'"), "{not_base64}");
+        assert_eq!(error(&["--ttl", "500ms", "x"]).to_string(), "--ttl must be whole seconds");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The file in which a running `barid dev` tells the other commands where it is.
+//! The file in which a running `barid dev` leaves its addresses for the other commands.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -8,28 +8,28 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
-/// Where a development cluster is, and the key of its tokens. Only its user can read the file.
+/// The addresses of a development cluster, and the key of its tokens. Only the user can read the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevState {
-    /// The process.
+    /// Process id.
     pub pid: u32,
-    /// Kafka.
+    /// Kafka's brokers.
     pub brokers: String,
-    /// Redis.
+    /// Redis's URL.
     pub redis: String,
-    /// The access node.
+    /// URL for devices.
     pub url: String,
     /// The admin endpoints of its roles.
     #[serde(default)]
     pub admin: Vec<String>,
-    /// The name of the key.
+    /// Id of the key.
     pub key_id: String,
-    /// The key.
+    /// Secret of the key.
     pub secret: String,
 }
 
 impl DevState {
-    /// The cluster that runs now; `None`: there is none.
+    /// The running cluster, if there is one.
     pub fn running() -> anyhow::Result<Option<Self>> {
         let path = path()?;
         let text = match fs::read(&path) {
@@ -43,11 +43,11 @@ impl DevState {
             bail!("{} belongs to another user; remove it, or set BARID_DEV_STATE", path.display());
         }
         let state: Self = serde_json::from_slice(&text)
-            .with_context(|| format!("{} is not what `barid dev` writes", path.display()))?;
+            .with_context(|| format!("{} is not a state file of `barid dev`", path.display()))?;
         Ok(state.is_alive().then_some(state))
     }
 
-    /// Writes the file; it is removed when the guard is dropped.
+    /// Writes the file. It is removed when the guard is dropped.
     pub fn publish(&self) -> anyhow::Result<Published> {
         let path = path()?;
         let problem = || format!("cannot write {}", path.display());
@@ -70,14 +70,14 @@ impl DevState {
         Ok(Published { path })
     }
 
-    /// A killed `barid dev` leaves its file behind.
+    /// Whether the process is running: a killed `barid dev` does not remove its file.
     fn is_alive(&self) -> bool {
         let stat = Path::new("/proc").join(self.pid.to_string());
         stat.exists() || !Path::new("/proc/self").exists()
     }
 }
 
-/// The file while it stands.
+/// Removes the file on drop.
 #[derive(Debug)]
 pub struct Published {
     path: PathBuf,
@@ -89,7 +89,7 @@ impl Drop for Published {
     }
 }
 
-/// `BARID_DEV_STATE`, else `barid/dev.json` below the user's runtime directory, else
+/// `BARID_DEV_STATE`, else `barid/dev.json` in the user's runtime directory, else
 /// `/tmp/barid-dev-<uid>/dev.json`.
 fn path() -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os("BARID_DEV_STATE").filter(|path| !path.is_empty()) {

@@ -14,26 +14,26 @@ use crate::values::{self, Key, KeyArgs};
 /// Options of `barid token`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The app
+    /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
-    /// The user
+    /// User
     #[arg(long)]
     pub user: UserId,
-    /// The only device that may use it
+    /// Only device that may use the token
     #[arg(long)]
     pub device: Option<DeviceId>,
-    /// A group that it may subscribe to; may be given several times
+    /// Group that the device may subscribe to; may be repeated
     #[arg(long = "group", value_name = "GROUP")]
     pub groups: Vec<GroupId>,
-    /// How long it is good for: 30s, 15m, 1h, 7d
+    /// Time to live: 30s, 15m, 1h, 7d
     #[arg(long, default_value = "1h", value_parser = values::duration)]
     pub ttl: Duration,
     #[command(flatten)]
     pub key: KeyArgs,
 }
 
-/// Whom a token is for.
+/// The user, device and groups of a token.
 #[derive(Debug, Clone)]
 pub struct Holder {
     pub app: AppId,
@@ -77,7 +77,7 @@ pub fn run(args: &Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Signs a token; tells when it expires, ms since the Unix epoch.
+/// Signs a token. Returns its time of expiry as well, ms since the Unix epoch.
 pub fn sign(key: &Key, holder: &Holder, ttl: Duration) -> anyhow::Result<(String, u64)> {
     let now_s = values::now_ms() / 1000;
     let claims = Claims {

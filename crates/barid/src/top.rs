@@ -1,4 +1,4 @@
-//! `barid top`: how a running cluster fares, live.
+//! `barid top`: the live state of a running cluster.
 
 mod sample;
 mod scrape;
@@ -18,41 +18,41 @@ use crate::state::DevState;
 use crate::values::{self, RedisArgs};
 use sample::{Memory, Sample};
 
-/// Where the roles listen if nothing else is configured: purger, dispatcher, delayer, access.
+/// The default admin ports of the roles: purger, dispatcher, delayer, access.
 const USUAL: [&str; 4] = ["127.0.0.1:7102", "127.0.0.1:7092", "127.0.0.1:7112", "127.0.0.1:7082"];
 /// For reading the leases.
 const LEASES_LIMIT: Duration = Duration::from_secs(2);
-/// Where neither the terminal nor anybody else says how large it is.
+/// The size if neither the terminal nor the environment gives one.
 const SIZE: (usize, usize) = (80, 1_000);
 
 /// Options of `barid top`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Admin endpoints of roles (several, or with commas between) [default: those of the running
-    /// `barid dev`, else the usual ports of this machine]
+    /// Admin endpoints of roles, comma-separated or repeated [default: those of the running `barid dev`, else
+    /// the default ports of this machine]
     #[arg(long, value_name = "HOST:PORT", env = "BARID_ADMIN", value_delimiter = ',')]
     pub admin: Vec<String>,
     #[command(flatten)]
     pub redis: RedisArgs,
-    /// How often to look
+    /// Refresh interval
     #[arg(long, default_value = "1s", value_parser = values::duration)]
     pub interval: Duration,
-    /// Look twice, show how things stand, and exit: 0, or 1 if no endpoint answered
+    /// Print one sample and exit; the exit code is 1 if no endpoint answers
     #[arg(long)]
     pub once: bool,
 }
 
-/// Where to look.
+/// Which endpoints to read.
 struct Places {
-    /// Endpoints that were named; those that do not answer are a problem.
+    /// Endpoints that were given. An endpoint that does not answer is a problem.
     named: Vec<String>,
-    /// Endpoints that may be there.
+    /// Endpoints that may exist.
     usual: &'static [&'static str],
     redis: Option<RedisConfig>,
     mailbox: Option<Mailbox>,
 }
 
-/// Shows until Ctrl-C, or once.
+/// Shows samples until Ctrl-C, or one.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let mut places = Places::of(&args)?;
     let mut memory = Memory::default();
@@ -97,7 +97,7 @@ impl Places {
         Ok(Self { named, usual, redis, mailbox: None })
     }
 
-    /// Looks at every endpoint that is named, told by a lease, or there as usual.
+    /// Reads every endpoint that was given, is in a lease, or has a default port.
     async fn look(&mut self, memory: &mut Memory) -> Sample {
         let nodes = self.nodes().await;
         let mut addresses = self.named.clone();
@@ -122,7 +122,7 @@ impl Places {
         memory.take(looks, nodes)
     }
 
-    /// The leases; empty where no Redis is known.
+    /// The leases; empty if no Redis is known.
     async fn nodes(&mut self) -> Result<Vec<NodeRecord>, String> {
         let Some(config) = &self.redis else { return Ok(Vec::new()) };
         let reading = async {
@@ -144,7 +144,7 @@ impl Places {
     }
 }
 
-/// One sample below the other.
+/// Prints samples one below the other.
 fn print(sample: &Sample, every: &str, out: Output) -> io::Result<()> {
     if out.is_json() {
         return out.object(sample);
@@ -156,14 +156,14 @@ fn print(sample: &Sample, every: &str, out: Output) -> io::Result<()> {
     Ok(())
 }
 
-/// Columns and rows of the terminal, if it is one.
+/// Columns and rows of the terminal.
 fn size() -> Option<(usize, usize)> {
     let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
     let (columns, rows) = (usize::from(size.ws_col), usize::from(size.ws_row));
     (columns > 0 && rows > 0).then_some((columns, rows))
 }
 
-/// The terminal's second screen; the first one is as it was when this is dropped.
+/// The terminal's alternate screen, left on drop.
 struct Screen;
 
 impl Screen {
@@ -174,7 +174,7 @@ impl Screen {
 
     fn draw(&self, sample: &Sample, every: &str, out: Output) -> io::Result<()> {
         let (columns, rows) = size().unwrap_or((SIZE.0, 24));
-        // Overwritten in place, so that nothing flickers; the rest of each line and of the screen goes.
+        // Overwrite in place to avoid flicker, and erase the rest of each line and of the screen.
         let mut frame = String::from("\x1b[H");
         let lines = show::lines(sample, columns, rows, every, out);
         let count = lines.len();
@@ -189,7 +189,7 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // A terminal that is gone needs nothing.
+        // Errors do not matter if the terminal is gone.
         let _ = write("\x1b[?25h\x1b[?1049l");
     }
 }

@@ -1,4 +1,4 @@
-//! Values that several commands take, and where they come from when they are not given.
+//! Options that several commands have, and their defaults.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,7 +11,7 @@ use barid_runtime::SecretUrl;
 
 use crate::state::DevState;
 
-/// Reads `30s`, `15m`, `1h`, `7d`, `500ms`; a bare number counts seconds.
+/// Parses `30s`, `15m`, `1h`, `7d`, `500ms`; a number without a unit is in seconds.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -27,7 +27,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     let millis = number.checked_mul(millis_each).filter(|ms| *ms <= TTL_SECONDS_MAX * 1000);
     millis
         .map(Duration::from_millis)
-        .ok_or_else(|| "a duration is ten years (3660d) at most".into())
+        .ok_or_else(|| "the longest duration is ten years (3660d)".into())
 }
 
 /// Milliseconds since the Unix epoch.
@@ -36,7 +36,7 @@ pub fn now_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A random name that nobody else makes: `<prefix>-` and 10 letters and digits.
+/// A random name: `<prefix>-` and 10 letters and digits.
 pub fn random_name(prefix: &str) -> String {
     const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
     let bits: u64 = rand::random();
@@ -45,7 +45,7 @@ pub fn random_name(prefix: &str) -> String {
     format!("{prefix}-{name}")
 }
 
-/// Kafka's address: as given, else that of the running `barid dev`.
+/// Kafka's brokers: as given, else those of the running `barid dev`.
 pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
     let brokers = match given {
         Some(brokers) => brokers,
@@ -56,43 +56,42 @@ pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
     let brokers: Vec<String> =
         brokers.split(',').map(|b| b.trim().to_owned()).filter(|b| !b.is_empty()).collect();
     if brokers.is_empty() {
-        bail!("--brokers names no broker; give HOST:PORT, or several with commas between");
+        bail!("--brokers is empty; give HOST:PORT, or several, comma-separated");
     }
     Ok(brokers)
 }
 
-/// Redis, as commands that read it are told.
+/// The options of commands that read Redis.
 #[derive(Debug, Clone, clap::Args)]
 pub struct RedisArgs {
-    /// Redis, which holds mailboxes, routes and leases: redis://HOST:PORT [default: that of the
-    /// running `barid dev`]
+    /// Redis: redis://HOST:PORT [default: that of the running `barid dev`]
     #[arg(id = "redis", long = "redis", env = "BARID_REDIS", value_name = "URL")]
     #[arg(hide_env_values = true)]
     pub url: Option<String>,
-    /// Trust a rediss:// server with these certificates, or with one that these signed (PEM), and no others
+    /// Trust only rediss:// servers with a certificate in this file, or one signed by these (PEM)
     #[arg(long = "redis-ca-file", env = "BARID_REDIS_CA_FILE", value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
-    /// The certificate to show to a rediss:// server (PEM)
+    /// Client certificate for a rediss:// server (PEM)
     #[arg(long = "redis-certificate-file", value_name = "FILE", requires = "key_file")]
     #[arg(env = "BARID_REDIS_CERTIFICATE_FILE")]
     pub certificate_file: Option<PathBuf>,
-    /// Its private key (PEM)
+    /// Private key of the client certificate (PEM)
     #[arg(id = "key_file", long = "redis-key-file", value_name = "FILE")]
     #[arg(env = "BARID_REDIS_KEY_FILE")]
     pub key_file: Option<PathBuf>,
-    /// It is a Redis Cluster
+    /// Redis is a Redis Cluster
     #[arg(id = "redis_cluster", long = "redis-cluster")]
     pub cluster: bool,
-    /// How many shards the cluster was created with
+    /// Number of shards, as configured in the roles
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub shards: u32,
 }
 
 impl RedisArgs {
-    /// As given, else that of the running `barid dev`; `None`: there is none.
+    /// As given, else that of the running `barid dev`, if there is one.
     ///
     /// # Errors
-    /// The state of `barid dev` cannot be read.
+    /// Returns an error if the state of `barid dev` cannot be read.
     pub fn known(&self) -> anyhow::Result<Option<RedisConfig>> {
         let url = match &self.url {
             Some(url) => Some(url.clone()),
@@ -109,16 +108,16 @@ impl RedisArgs {
         }))
     }
 
-    /// As [`Self::known`], for who cannot do without.
+    /// As [`Self::known`], for commands that need Redis.
     ///
     /// # Errors
-    /// There is none, or the state of `barid dev` cannot be read.
+    /// Returns an error if no Redis is known, or the state of `barid dev` cannot be read.
     pub fn needed(&self) -> anyhow::Result<RedisConfig> {
         self.known()?.ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS"))
     }
 }
 
-/// Where devices connect: as given, else that of the running `barid dev`.
+/// The URL for devices: as given, else that of the running `barid dev`.
 pub fn url(given: Option<String>) -> anyhow::Result<String> {
     match given {
         Some(url) => Ok(url),
@@ -130,25 +129,25 @@ pub fn url(given: Option<String>) -> anyhow::Result<String> {
 
 fn missing(what: &str, option: &str, variable: &str) -> anyhow::Error {
     anyhow::anyhow!(
-        "where is {what}? Give {option}, set {variable}, or start `barid dev` in another terminal"
+        "the address of {what} is unknown: give {option}, set {variable}, or start `barid dev` in another terminal"
     )
 }
 
 /// The key that signs tokens.
 #[derive(Debug, clap::Args)]
 pub struct KeyArgs {
-    /// The shared secret of HS256 tokens (others can see it in the process list: prefer a file)
+    /// Shared secret of HS256 tokens (other users can see it in the process list: prefer --secret-file)
     #[arg(long, value_name = "SECRET", conflicts_with = "secret_file")]
     pub secret: Option<String>,
-    /// A file that holds the secret
+    /// File that contains the secret
     #[arg(long, value_name = "FILE", env = "BARID_SECRET_FILE")]
     pub secret_file: Option<PathBuf>,
-    /// Which of the cluster's keys it is (`kid` in the token's header)
+    /// Id of the key (`kid` in the token's header)
     #[arg(long, value_name = "ID", env = "BARID_KEY_ID")]
     pub key_id: Option<String>,
 }
 
-/// A secret and its name.
+/// A key: its secret and its id.
 #[derive(Debug)]
 pub struct Key {
     pub secret: Secret,
@@ -172,7 +171,10 @@ impl KeyArgs {
             return Ok(Key { secret: Secret::new(secret), id });
         }
         let dev = DevState::running()?.ok_or_else(|| {
-            missing("the key that signs tokens", "--secret-file FILE", "BARID_SECRET_FILE")
+            anyhow::anyhow!(
+                "the key that signs tokens is unknown: give --secret-file FILE, set BARID_SECRET_FILE, or start \
+                 `barid dev` in another terminal"
+            )
         })?;
         Ok(Key { secret: Secret::new(dev.secret), id: id.or(Some(dev.key_id)) })
     }

@@ -25,6 +25,9 @@ impl ReceiptSet {
     /// No acknowledgement after the last re-send.
     pub const EXHAUSTED: Self = Self(1 << 6);
 
+    /// Every kind that can be asked for.
+    pub const ALL: Self = Self(0b0111_1110);
+
     /// Both sets' kinds.
     #[must_use]
     pub fn with(self, other: Self) -> Self {

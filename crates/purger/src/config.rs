@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use barid_bus::KafkaConfig;
 use barid_core::Backoff;
-use barid_core::limits::{PAYLOAD_BYTES_MAX, TTL_SECONDS_MAX};
 use barid_mailbox::RedisConfig;
 use barid_mesh::MeshConfig;
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
@@ -175,13 +174,13 @@ barid_runtime::has_common!(Config);
 
 impl Bounded for LimitsConfig {
     fn bounds() -> Vec<Bound> {
+        let highest = RecordLimits::HIGHEST;
         vec![
-            whole("payload_bytes_max", 1..=PAYLOAD_BYTES_MAX as u64, "bytes"),
-            whole("users_max", 1..=100_000, ""),
-            whole("fanout_bytes_max", 1..=1 << 30, "bytes"),
-            // Depth is counted, not recursed into.
-            whole("json_depth_max", 1..=10_000, ""),
-            whole("ttl_seconds_max", 1..=TTL_SECONDS_MAX, "s"),
+            whole("payload_bytes_max", 1..=highest.payload_bytes_max as u64, "bytes"),
+            whole("users_max", 1..=highest.users_max as u64, ""),
+            whole("fanout_bytes_max", 1..=highest.fanout_bytes_max as u64, "bytes"),
+            whole("json_depth_max", 1..=highest.json_depth_max as u64, ""),
+            whole("ttl_seconds_max", 1..=highest.ttl_seconds_max, "s"),
         ]
     }
 }

@@ -1,9 +1,12 @@
-//! What an admin endpoint's `/metrics` says, read back: Prometheus's text format, and quantiles of
-//! its histograms. For tools that look at roles from outside.
+//! Reads Prometheus's text format, and computes quantiles of histograms. For tools and tests that read
+//! the `/metrics` of a role.
+//!
+//! A parser crate was not worth it: the format takes 40 lines, and `prometheus-parse`, the smallest, brings
+//! chrono, itertools and regex.
 
 use std::collections::BTreeMap;
 
-/// Values in Prometheus's text format.
+/// The values of an answer of `/metrics`.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics(BTreeMap<String, Vec<Value>>);
 
@@ -31,6 +34,13 @@ impl Metrics {
         metrics
     }
 
+    /// The name and the labels of every series.
+    pub fn series(&self) -> impl Iterator<Item = (&str, &[(String, String)])> {
+        self.0.iter().flat_map(|(name, values)| {
+            values.iter().map(|value| (name.as_str(), value.labels.as_slice()))
+        })
+    }
+
     fn values(&self, name: &str) -> &[Value] {
         self.0.get(name).map_or(&[], Vec::as_slice)
     }
@@ -40,10 +50,16 @@ impl Metrics {
         self.values(name).iter().map(|value| value.value).sum()
     }
 
-    /// The sum where a label has this value.
-    pub fn sum_of(&self, name: &str, label: &str, wanted: &str) -> f64 {
+    /// The sum over the series whose `label` has the value `wanted`; `None` if there is no such series.
+    pub fn get(&self, name: &str, label: &str, wanted: &str) -> Option<f64> {
         let of = |value: &&Value| value.label(label) == Some(wanted);
-        self.values(name).iter().filter(of).map(|value| value.value).sum()
+        let values = self.values(name).iter().filter(of);
+        values.map(|value| value.value).reduce(|sum, value| sum + value)
+    }
+
+    /// As [`Self::get`]; 0 if there is no such series.
+    pub fn sum_of(&self, name: &str, label: &str, wanted: &str) -> f64 {
+        self.get(name, label, wanted).unwrap_or_default()
     }
 
     /// A count for each value of `label`.
@@ -79,7 +95,7 @@ impl Metrics {
     }
 }
 
-/// `name{a="b",c="d"} 1.5`; names and labels of strangers are taken as they are.
+/// Reads `name{a="b",c="d"} 1.5`. Names and labels are not checked.
 fn parse_line(line: &str) -> Option<(&str, Value)> {
     let end = line.find(['{', ' '])?;
     let (name, mut rest) = line.split_at(end);
@@ -207,6 +223,10 @@ not a metric
         assert_eq!((metrics.sum("barid_x_total"), metrics.sum("barid_lag")), (7.0, 1500.0));
         assert_eq!(metrics.sum_of("barid_x_total", "why", "say \"no\", {now}"), 3.0);
         assert_eq!(metrics.sum("absent"), 0.0);
+        assert_eq!(metrics.get("barid_x_total", "outcome", "c"), Some(4.0));
+        assert_eq!(metrics.get("barid_x_total", "outcome", "d"), None);
+        let of_x = metrics.series().filter(|(name, _)| *name == "barid_x_total");
+        assert_eq!(of_x.map(|(_, labels)| labels.len()).collect::<Vec<_>>(), [2, 1]);
     }
 
     #[test]

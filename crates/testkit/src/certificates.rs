@@ -1,5 +1,5 @@
-//! Self-signed certificates for 127.0.0.1, good until 2130, which prove nothing, their keys being public; and
-//! authorities that are made when they are wanted.
+//! Self-signed certificates for 127.0.0.1, valid until 2130, whose keys are public; and certificate
+//! authorities made for one test.
 
 use std::sync::Arc;
 
@@ -12,9 +12,9 @@ use rustls::{ClientConfig, RootCertStore};
 /// A certificate and its key, PEM.
 #[derive(Debug, Clone, Copy)]
 pub struct Certificate {
-    /// To be trusted, and served.
+    /// The certificate.
     pub pem: &'static str,
-    /// To be served with.
+    /// The private key.
     pub key: &'static str,
 }
 
@@ -30,10 +30,10 @@ pub const TWO: Certificate = Certificate {
     key: include_str!("../certificates/two.key"),
 };
 
-/// A client that trusts these certificates (PEM) and no others.
+/// A TLS client that trusts only these certificates (PEM).
 ///
 /// # Errors
-/// There is none, or a broken one.
+/// Returns an error if there is no certificate, or an invalid one.
 pub fn trusting(pem: &str) -> Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
@@ -48,7 +48,7 @@ pub fn trusting(pem: &str) -> Result<Arc<ClientConfig>> {
     Ok(Arc::new(config))
 }
 
-/// An authority of its own, whose key nobody keeps.
+/// A certificate authority.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate that an [`Authority`] signed, and its key, PEM.
@@ -61,27 +61,27 @@ pub struct Issued {
 }
 
 impl Authority {
-    /// Makes one.
+    /// Creates an authority with a new key.
     ///
     /// # Errors
-    /// No key can be made.
+    /// Returns an error if no key can be generated.
     pub fn new() -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
-        // Another name than what it signs: OpenSSL takes those of one name for self-signed.
+        // Its name differs from those that it signs: OpenSSL takes equal names for self-signed.
         params.distinguished_name.push(DnType::CommonName, "an authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Ok(Self(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?))
     }
 
-    /// Its own certificate, PEM: trust this.
+    /// The authority's own certificate, PEM.
     pub fn pem(&self) -> String {
         self.0.pem()
     }
 
-    /// A certificate for 127.0.0.1, for servers and for clients.
+    /// Issues a certificate for 127.0.0.1, for servers and clients.
     ///
     /// # Errors
-    /// No key can be made.
+    /// Returns an error if no key can be generated.
     pub fn issue(&self) -> Result<Issued> {
         let key = KeyPair::generate()?;
         let params = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?;

@@ -1,7 +1,8 @@
-//! A device that speaks `barid.v1.json` and does exactly what a test tells it: nothing is
-//! acknowledged, answered or reconnected behind the test's back.
+//! A device that speaks `barid.v1.json` and does only what a test asks: it never acknowledges or reconnects
+//! by itself. Tests that need other bytes use [`crate::raw`].
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use futures::{SinkExt as _, StreamExt as _};
@@ -13,38 +14,38 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
-/// How long a device waits for what must come, on a machine that runs other tests as well.
+/// How long a test waits for an event that must happen, on a machine that runs other tests as well.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 
-/// What the node sent.
+/// A frame of the node, or the end of the connection.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Heard {
+pub enum Incoming {
     /// `welcome`, with its fields.
     Welcome(Value),
-    /// One message out of a `deliver`.
+    /// One message of a `deliver`.
     Message(Delivered),
     /// `skip`, with its fields.
     Skip(Value),
-    /// Another frame: its kind and fields.
+    /// Another frame, with its kind and fields.
     Other(String, Value),
-    /// The connection is closed: code (1006 where none was sent) and reason.
+    /// The connection ended: close code (1006 if there was no Close frame) and reason.
     Closed(u16, String),
 }
 
-/// A message as the device got it.
+/// A message as the device received it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delivered {
-    /// The group that it is for, `everyone`, or empty: the user.
+    /// The group, `everyone`, or empty for the user's own mailbox.
     pub mailbox: String,
-    /// How often the device's cursor was reset before it was sent.
+    /// The number of times that the device's cursor had been reset.
     pub generation: u64,
     /// Position in the mailbox.
     pub seq: u64,
-    /// The business's id.
+    /// Message id.
     pub id: String,
     /// The body by its kind: `{"text": …}`, `{"json": …}` or `{"data": …}`.
     pub body: Value,
-    /// When it was read off the socket.
+    /// When it was read from the socket.
     pub at: Instant,
 }
 
@@ -52,16 +53,16 @@ pub struct Delivered {
 #[derive(Debug)]
 pub struct Device {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
-    waiting: std::collections::VecDeque<Heard>,
-    /// Of the last frame that the test saw.
+    waiting: std::collections::VecDeque<Incoming>,
+    /// The generation of the last frame that the test has read.
     generation: u64,
 }
 
 impl Device {
-    /// Opens a WebSocket to `url` (`ws://…/v1/connect`) with `token` and says nothing yet.
+    /// Opens a WebSocket to `url` (`ws://…/v1/connect`) with `token`, and sends nothing yet.
     ///
     /// # Errors
-    /// The handshake is refused; the message holds the status.
+    /// Returns an error with the HTTP status if the node refuses the handshake.
     pub async fn open(url: &str, token: &str) -> Result<Self> {
         let mut request = url.into_client_request()?;
         let headers = request.headers_mut();
@@ -72,15 +73,15 @@ impl Device {
         Ok(Self { socket, waiting: Default::default(), generation: 0 })
     }
 
-    /// Opens, says Hello as `device` and waits for Welcome.
+    /// Opens a WebSocket, says Hello as `device` and waits for Welcome.
     ///
     /// # Errors
-    /// The handshake is refused, or something else than Welcome comes.
+    /// Returns an error if the node refuses the handshake or the Hello.
     pub async fn connect(url: &str, token: &str, device: &str) -> Result<Self> {
         Self::connect_with(url, token, json!({ "device": device })).await.map(|(device, _)| device)
     }
 
-    /// As [`Device::connect`] with a Hello of one's own; gives the Welcome as well.
+    /// As [`Device::connect`], with other fields in the Hello; gives the fields of Welcome as well.
     ///
     /// # Errors
     /// As [`Device::connect`].
@@ -88,7 +89,7 @@ impl Device {
         let mut device = Self::open(url, token).await?;
         device.send(&json!({ "hello": hello })).await?;
         match device.next(PATIENCE).await? {
-            Heard::Welcome(welcome) => Ok((device, welcome)),
+            Incoming::Welcome(welcome) => Ok((device, welcome)),
             other => bail!("expected welcome, got {other:?}"),
         }
     }
@@ -96,7 +97,7 @@ impl Device {
     /// Sends a frame.
     ///
     /// # Errors
-    /// The connection is broken.
+    /// Returns an error if the connection is broken.
     pub async fn send(&mut self, frame: &Value) -> Result<()> {
         Ok(self.socket.send(Frame::text(frame.to_string())).await?)
     }
@@ -104,31 +105,31 @@ impl Device {
     /// Acknowledges everything up to `seq`, in the generation of the last frame that was read.
     ///
     /// # Errors
-    /// The connection is broken.
+    /// Returns an error if the connection is broken.
     pub async fn ack(&mut self, seq: u64) -> Result<()> {
         self.send(&json!({ "ack": { "seq": seq, "generation": self.generation } })).await
     }
 
-    /// What comes next.
+    /// The next frame.
     ///
     /// # Errors
-    /// Nothing comes within `limit`, or what comes is not a frame of the protocol.
-    pub async fn next(&mut self, limit: Duration) -> Result<Heard> {
+    /// Returns an error if there is none within `limit`, or it is not a frame of the protocol.
+    pub async fn next(&mut self, limit: Duration) -> Result<Incoming> {
         self.next_before(Instant::now() + limit)
             .await?
-            .with_context(|| format!("the device heard nothing for {limit:?}"))
+            .with_context(|| format!("no frame within {limit:?}"))
     }
 
-    /// The next message, passing over skips and repeated Welcomes.
+    /// The next message; other frames are dropped.
     ///
     /// # Errors
-    /// Nothing comes, or the connection closes.
+    /// Returns an error if there is none in time, or the connection ends.
     pub async fn message(&mut self) -> Result<Delivered> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.next_before(deadline).await? {
-                Some(Heard::Message(message)) => return Ok(message),
-                Some(Heard::Closed(code, reason)) => {
+                Some(Incoming::Message(message)) => return Ok(message),
+                Some(Incoming::Closed(code, reason)) => {
                     bail!("closed with {code} ({reason}) instead of a message")
                 }
                 Some(_) => {}
@@ -137,11 +138,11 @@ impl Device {
         }
     }
 
-    /// The ids of the next `count` messages, each acknowledged as it comes.
+    /// The ids of the next `count` messages. Each is acknowledged.
     ///
     /// # Errors
-    /// As [`Device::message`]; or the order has a gap or a repeat.
-    pub async fn take(&mut self, count: usize) -> Result<Vec<String>> {
+    /// As [`Device::message`], or if a position is not above the one before.
+    pub async fn receive(&mut self, count: usize) -> Result<Vec<String>> {
         let mut ids = Vec::with_capacity(count);
         let mut last = None;
         for _ in 0..count {
@@ -156,59 +157,56 @@ impl Device {
         Ok(ids)
     }
 
-    /// Waits for the connection's end, passing over everything else; gives the close code.
+    /// Waits until the connection ends, and gives the close code; frames are dropped.
     ///
     /// # Errors
-    /// It is still open after `limit`.
+    /// Returns an error if the connection is still open after `limit`.
     pub async fn closed(&mut self, limit: Duration) -> Result<u16> {
         let deadline = Instant::now() + limit;
         loop {
             match self.next_before(deadline).await? {
-                Some(Heard::Closed(code, _)) => return Ok(code),
+                Some(Incoming::Closed(code, _)) => return Ok(code),
                 Some(_) => {}
                 None => bail!("still open after {limit:?}"),
             }
         }
     }
 
-    /// Fails if a message or a close comes within `time`.
+    /// Waits for `time`, in which no message may come and the connection may not end.
     ///
     /// # Errors
-    /// Says what came.
-    pub async fn silent(&mut self, time: Duration) -> Result<()> {
+    /// Returns an error with what happened.
+    pub async fn expect_silence(&mut self, time: Duration) -> Result<()> {
         let deadline = Instant::now() + time;
-        while let Some(heard) = self.next_before(deadline).await? {
-            if matches!(heard, Heard::Message(_) | Heard::Closed(..)) {
-                bail!("expected silence, got {heard:?}");
+        while let Some(incoming) = self.next_before(deadline).await? {
+            if matches!(incoming, Incoming::Message(_) | Incoming::Closed(..)) {
+                bail!("expected silence, got {incoming:?}");
             }
         }
         Ok(())
     }
 
-    /// Goes away without a word, as a phone in a tunnel whose operator resets the connection.
-    pub fn vanish(self) {}
-
-    /// Closes in good order.
+    /// Closes with a Close frame.
     ///
     /// # Errors
-    /// The connection was broken before.
+    /// Returns an error if the connection was broken before.
     pub async fn close(mut self) -> Result<()> {
         Ok(self.socket.close(None).await?)
     }
 
-    async fn next_before(&mut self, deadline: Instant) -> Result<Option<Heard>> {
+    async fn next_before(&mut self, deadline: Instant) -> Result<Option<Incoming>> {
         loop {
-            if let Some(heard) = self.waiting.pop_front() {
+            if let Some(incoming) = self.waiting.pop_front() {
                 let of = |fields: &Value| fields["generation"].as_u64().unwrap_or_default();
-                match &heard {
-                    Heard::Welcome(welcome) => self.generation = of(&welcome["positions"][0]),
-                    Heard::Skip(skip) => self.generation = of(skip),
-                    Heard::Message(message) if message.mailbox.is_empty() => {
+                match &incoming {
+                    Incoming::Welcome(welcome) => self.generation = of(&welcome["positions"][0]),
+                    Incoming::Skip(skip) => self.generation = of(skip),
+                    Incoming::Message(message) if message.mailbox.is_empty() => {
                         self.generation = message.generation;
                     }
                     _ => (),
                 }
-                return Ok(Some(heard));
+                return Ok(Some(incoming));
             }
             let Ok(frame) = timeout_at(deadline, self.socket.next()).await else { return Ok(None) };
             match frame {
@@ -217,14 +215,14 @@ impl Device {
                 Some(Ok(Frame::Close(close))) => {
                     let (code, reason) = close
                         .map_or((1005, String::new()), |c| (c.code.into(), c.reason.to_string()));
-                    self.waiting.push_back(Heard::Closed(code, reason));
+                    self.waiting.push_back(Incoming::Closed(code, reason));
                 }
                 // tungstenite answers pings while it is read.
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
-                    self.waiting.push_back(Heard::Closed(1006, error.to_string()));
+                    self.waiting.push_back(Incoming::Closed(1006, error.to_string()));
                 }
-                None => self.waiting.push_back(Heard::Closed(1006, "end of stream".into())),
+                None => self.waiting.push_back(Incoming::Closed(1006, "end of stream".into())),
             }
         }
     }
@@ -235,18 +233,18 @@ impl Device {
         let (kind, fields) =
             object.and_then(|o| o.iter().next()).with_context(|| format!("not one key: {text}"))?;
         match kind.as_str() {
-            "welcome" => self.waiting.push_back(Heard::Welcome(fields.clone())),
-            "skip" => self.waiting.push_back(Heard::Skip(fields.clone())),
+            "welcome" => self.waiting.push_back(Incoming::Welcome(fields.clone())),
+            "skip" => self.waiting.push_back(Incoming::Skip(fields.clone())),
             "deliver" => {
                 let messages = fields["messages"].as_array();
                 let mailbox = fields["mailbox"].as_str().unwrap_or_default();
                 let generation = fields["generation"].as_u64().unwrap_or_default();
                 for message in messages.with_context(|| format!("no messages: {text}"))? {
                     let message = delivered(mailbox, generation, message)?;
-                    self.waiting.push_back(Heard::Message(message));
+                    self.waiting.push_back(Incoming::Message(message));
                 }
             }
-            other => self.waiting.push_back(Heard::Other(other.into(), fields.clone())),
+            other => self.waiting.push_back(Incoming::Other(other.into(), fields.clone())),
         }
         Ok(())
     }
@@ -265,4 +263,15 @@ fn delivered(mailbox: &str, generation: u64, message: &Value) -> Result<Delivere
         body: Value::Object(fields),
         at: Instant::now(),
     })
+}
+
+/// An attempt number for a Hello: greater than all before, as those of a device must be. Tests reconnect
+/// within a millisecond, so the clock alone does not do.
+pub fn next_attempt() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let now = u64::try_from(now).unwrap_or(u64::MAX);
+    let next = |last: u64| Some(now.max(last + 1));
+    let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+    now.max(last.unwrap_or_default() + 1)
 }

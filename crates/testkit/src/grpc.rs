@@ -1,4 +1,4 @@
-//! Real gRPC: servers that misbehave as told, and a dispatcher's stream to a real node.
+//! gRPC servers that a test controls, and a dispatcher's stream to a real node.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -22,12 +22,12 @@ use tonic::codegen::{Service, StdError};
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status, Streaming};
 
-/// A gRPC server on a port of its own. Killed on drop.
+/// A gRPC server on its own port. Killed on drop.
 #[derive(Debug)]
 pub struct Server {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: String,
-    // Its own runtime, so that a kill takes every connection along.
+    // Its own runtime, so that a kill ends every connection.
     runtime: Option<Runtime>,
 }
 
@@ -35,7 +35,7 @@ impl Server {
     /// Serves `service`.
     ///
     /// # Errors
-    /// No port can be bound.
+    /// Returns an error if no port can be bound.
     pub async fn start<S>(service: S) -> Result<Self>
     where
         S: Service<HttpRequest<Body>, Response = HttpResponse<Body>, Error = Infallible>
@@ -56,7 +56,7 @@ impl Server {
         Ok(Self { address, runtime: Some(runtime) })
     }
 
-    /// Ends it with all its connections.
+    /// Ends the server and all its connections.
     pub fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -73,7 +73,7 @@ impl Drop for Server {
 /// The replies of a stream.
 pub type Replies<R> = ReceiverStream<Result<R, Status>>;
 
-/// Reads a caller's batches to the end; `answer` notes each and answers it, or keeps silent.
+/// Gives each batch of a stream to `answer`, and sends its reply, if it gives one.
 pub fn answer_each<B, R, F>(
     mut batches: Streaming<B>,
     answer: impl Fn(B) -> F + Send + 'static,
@@ -94,20 +94,20 @@ where
     Response::new(ReceiverStream::new(outbound))
 }
 
-/// What a [`FakeDispatcher`] does with a batch; nothing: it does not answer.
+/// Gives a [`FakeDispatcher`]'s reply to a batch; `None`: no reply.
 pub type Answer = dyn Fn(DispatchBatch) -> Option<DispatchReply> + Send + Sync;
 
-/// A dispatcher that answers as told.
+/// A dispatcher whose replies a test decides.
 #[derive(Clone)]
 pub struct FakeDispatcher {
     answer: Arc<Answer>,
 }
 
 impl FakeDispatcher {
-    /// Serves one that gives each batch to `answer`, which must not block.
+    /// Serves a dispatcher that gives each batch to `answer`, which must not block.
     ///
     /// # Errors
-    /// No port can be bound.
+    /// Returns an error if no port can be bound.
     pub async fn start(
         answer: impl Fn(DispatchBatch) -> Option<DispatchReply> + Send + Sync + 'static,
     ) -> Result<Server> {
@@ -137,10 +137,10 @@ pub struct NodeStream {
 }
 
 impl NodeStream {
-    /// To the node that listens there for dispatchers.
+    /// Connects to the gRPC listener of a node.
     ///
     /// # Errors
-    /// It does not.
+    /// Returns an error if the node does not accept the stream.
     pub async fn connect(node: SocketAddr) -> Result<Self> {
         let mut client = AccessClient::connect(format!("http://{node}")).await?;
         let (batches, sent) = mpsc::channel(1);
@@ -148,10 +148,10 @@ impl NodeStream {
         Ok(Self { batches, replies, batch: 0 })
     }
 
-    /// Hands a batch over; its number is given here.
+    /// Sends a batch, after setting its number, and waits for the reply.
     ///
     /// # Errors
-    /// The node ends the stream, or answers another batch.
+    /// Returns an error if the node ends the stream, or answers another batch.
     pub async fn send(&mut self, batch: NodeBatch) -> Result<NodeReply> {
         self.batch += 1;
         self.batches.send(NodeBatch { batch: self.batch, ..batch }).await?;
@@ -160,7 +160,7 @@ impl NodeStream {
         Ok(reply)
     }
 
-    /// Hands entries over, all at once, that are for a group of an app; `group` empty: for everyone.
+    /// Sends entries for a group of an app in one batch; an empty `group` is everyone of the app.
     ///
     /// # Errors
     /// As [`Self::send`].
@@ -178,7 +178,7 @@ impl NodeStream {
     }
 }
 
-/// An entry of an audience's mailbox, whose body is `payload` as it is; `change` says what else is in it.
+/// An entry of an audience's mailbox with an uncompressed body, after `change`.
 pub fn audience_entry(
     seq: u64,
     id: &str,

@@ -1,4 +1,4 @@
-//! Just enough HTTP to ask a role's admin endpoint.
+//! An HTTP client for the admin endpoints of roles.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 /// GET `path`; gives the status and the body.
 ///
 /// # Errors
-/// Nobody answers there, or not within 5 s.
+/// Returns an error if there is no answer within 5 s.
 pub async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let (status, _, body) = get_whole(address, path).await?;
     Ok((status, body))

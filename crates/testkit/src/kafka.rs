@@ -1,4 +1,4 @@
-//! Apache Kafka itself: one KRaft node in one small JVM, on private ports, in a directory of its own.
+//! A real Apache Kafka: one KRaft node in one small JVM, on private ports and in a temporary directory.
 
 mod acls;
 
@@ -20,21 +20,21 @@ use crate::ports::free_port;
 use crate::process::Process;
 use crate::spawner::{self, Scratch};
 
-/// It takes 3 s on a quiet machine; machines that run tests are not quiet.
+/// For a start, which takes 3 s on an idle machine.
 const START_LIMIT: Duration = Duration::from_secs(90);
 
-/// What a broker is told beyond a single node's needs.
+/// Options of a broker.
 #[derive(Debug, Clone)]
 pub struct KafkaOptions {
-    /// Create a topic when somebody names it. Off: a misspelt topic is an error.
+    /// Create a topic when a client names it. Off, so that a misspelt topic is an error.
     pub auto_create_topics: bool,
-    /// How long a consumer that says nothing stays in its group, milliseconds. Kafka's own default
-    /// (45 s) is far too long for a test that kills consumers.
+    /// After this time without a heartbeat, a consumer leaves its group, milliseconds. Kafka's default (45 s)
+    /// is too long for tests that kill consumers.
     pub session_timeout_ms: u32,
-    /// Further lines of server.properties; they come last and win.
+    /// Further lines of server.properties, which override the others.
     pub properties: Vec<(String, String)>,
-    /// Options of the Java virtual machine. By default those that start soonest and stay small;
-    /// measurements want the optimizing compiler.
+    /// Options of the Java virtual machine. The default starts fast and takes little memory; benchmarks need
+    /// the optimizing compiler.
     pub jvm: Vec<String>,
 }
 
@@ -51,7 +51,7 @@ impl Default for KafkaOptions {
 }
 
 impl KafkaOptions {
-    /// A broker that keeps access control lists; what none is about is allowed to everybody.
+    /// A broker with an authorizer; resources without an access control list are open to everybody.
     pub fn with_authorizer() -> Self {
         let properties = [
             ("authorizer.class.name", "org.apache.kafka.metadata.authorizer.StandardAuthorizer"),
@@ -66,7 +66,7 @@ impl KafkaOptions {
 /// A running Apache Kafka. Killed, and its data removed, on drop and with the test process.
 #[derive(Debug)]
 pub struct Kafka {
-    // First: the process ends before its directory goes.
+    // First: the process ends before its directory is removed.
     process: Option<Process>,
     port: u16,
     jvm: Vec<String>,
@@ -76,17 +76,17 @@ pub struct Kafka {
 static SHARED: OnceCell<Kafka> = OnceCell::const_new();
 
 impl Kafka {
-    /// The broker that the tests of this process share: starting one takes 3 s and 300 MB. Tests
-    /// keep apart by topics and groups of their own ([`unique`]).
+    /// The broker that all tests of this process share: starting one takes 3 s and 300 MB. Each test uses
+    /// topics and groups of its own ([`unique`]).
     ///
     /// # Panics
-    /// As [`Kafka::start`] fails.
+    /// Panics if the broker does not start.
     pub async fn shared() -> &'static Self {
         let start = || async { Self::start().await.expect("Apache Kafka starts") };
         SHARED.get_or_init(start).await
     }
 
-    /// Starts a broker of one's own with the default options.
+    /// Starts a broker with the default options.
     ///
     /// # Errors
     /// As [`Kafka::start_with`].
@@ -97,8 +97,8 @@ impl Kafka {
     /// Starts a broker and waits until it answers.
     ///
     /// # Errors
-    /// Java or the jars are missing (says how to get them), or the broker does not come up (shows
-    /// the end of its log).
+    /// Returns an error if Java or the jars are missing (and how to get them), or with the end of its log if
+    /// the broker does not start.
     pub async fn start_with(options: KafkaOptions) -> Result<Self> {
         paths::kafka_class_path()?;
         let dir = Scratch::new("barid-kafka-").context("directory for Kafka's data")?;
@@ -121,17 +121,17 @@ impl Kafka {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Settings of a client of this broker, quiet on standard error.
+    /// The configuration of a client of this broker that logs nothing.
     pub fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", self.brokers()).set_log_level(RDKafkaLogLevel::Emerg);
         config
     }
 
-    /// Creates topics with `partitions` each. Those that exist stay as they are.
+    /// Creates topics with `partitions` each. Existing topics are not changed.
     ///
     /// # Errors
-    /// The broker refuses one, or does not answer.
+    /// Returns an error if the broker refuses one, or does not answer.
     pub async fn create_topics(&self, names: &[&str], partitions: i32) -> Result<()> {
         let topics: Vec<_> = names
             .iter()
@@ -146,11 +146,10 @@ impl Kafka {
         Ok(())
     }
 
-    /// Whether anybody may write to a topic. The broker needs an authorizer:
-    /// [`KafkaOptions::with_authorizer`].
+    /// Allows or denies all writes to a topic. The broker needs [`KafkaOptions::with_authorizer`].
     ///
     /// # Errors
-    /// The broker refuses, or does not answer.
+    /// Returns an error if the broker refuses, or does not answer.
     pub async fn allow_writes(&self, topic: &str, allowed: bool) -> Result<()> {
         let port = self.port;
         let topic = topic.to_owned();
@@ -160,7 +159,7 @@ impl Kafka {
     /// Deletes topics.
     ///
     /// # Errors
-    /// The broker refuses one, or does not answer.
+    /// Returns an error if the broker refuses one, or does not answer.
     pub async fn delete_topics(&self, names: &[&str]) -> Result<()> {
         for outcome in self.admin()?.delete_topics(names, &admin_options()).await? {
             outcome.map_err(|(name, error)| anyhow::anyhow!("deleting topic {name}: {error}"))?;
@@ -168,7 +167,7 @@ impl Kafka {
         Ok(())
     }
 
-    /// Where its logs lie: a directory a partition.
+    /// The directory of its logs, which has a directory for each partition.
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
@@ -176,15 +175,15 @@ impl Kafka {
     /// `kill -9`. The port and the data stay for [`Kafka::restart`].
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn kill(&mut self) -> Result<()> {
         self.process.take().context("Kafka is not running")?.kill()
     }
 
-    /// SIGTERM, and waits until it has left in good order.
+    /// SIGTERM, and wait until the broker has shut down.
     ///
     /// # Errors
-    /// It is not running, or does not leave within 30 s.
+    /// Returns an error if it is not running, or does not end within 30 s.
     pub async fn stop(&mut self) -> Result<()> {
         let mut process = self.process.take().context("Kafka is not running")?;
         process.term()?;
@@ -195,7 +194,7 @@ impl Kafka {
     /// SIGSTOP: connections stay open, nothing answers.
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn pause(&mut self) -> Result<()> {
         self.process.as_mut().context("Kafka is not running")?.stop()
     }
@@ -203,16 +202,15 @@ impl Kafka {
     /// SIGCONT after [`Kafka::pause`].
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn resume(&mut self) -> Result<()> {
         self.process.as_mut().context("Kafka is not running")?.cont()
     }
 
-    /// Starts it again on the same port and data (killing it first if it runs), and waits until it
-    /// answers.
+    /// Kills it if it is running, starts it with the same port and data and waits until it answers.
     ///
     /// # Errors
-    /// It does not come up; shows the end of its log.
+    /// Returns an error with the end of its log if it does not start.
     pub async fn restart(&mut self) -> Result<()> {
         self.process = None;
         let class_path = paths::kafka_class_path()?;
@@ -247,7 +245,7 @@ impl Kafka {
         let start = Instant::now();
         while start.elapsed() < START_LIMIT {
             self.process.as_mut().context("Kafka is not running")?.must_run()?;
-            // Asking librdkafka before the port is open costs its back-off.
+            // librdkafka backs off if it is asked before the port is open.
             if TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok()
                 && self.has_broker().await?
             {
@@ -271,7 +269,7 @@ impl Kafka {
     }
 }
 
-/// `prefix` with something behind it that no other test has: names for topics, groups, users.
+/// `prefix` with a suffix that no other call gives: names for topics, groups, users.
 pub fn unique(prefix: &str) -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);

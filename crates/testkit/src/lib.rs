@@ -1,11 +1,10 @@
-//! What tests need and users never run: Apache Kafka and Redis on private ports, Barid's binaries
-//! as processes with verbs (term, kill, stop, cont), a whole cluster of them, and a checker of what
-//! its users were shown.
+//! The tools of tests: Apache Kafka and Redis on private ports, Barid's binaries as processes that a test can
+//! signal, a whole cluster of them, devices, and an audit of what users were shown.
 //!
-//! Everything started here dies with the test process, however that ends, and leaves no files.
+//! Every process started here ends with the test process, however that ends, and leaves no files.
 
+pub mod audit;
 pub mod certificates;
-pub mod checker;
 pub mod cluster;
 pub mod device;
 pub mod grpc;
@@ -15,6 +14,7 @@ pub mod paths;
 pub mod ports;
 pub mod process;
 pub mod raw;
+pub mod records;
 pub mod redis;
 pub mod relay;
 mod spawner;

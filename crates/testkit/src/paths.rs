@@ -1,13 +1,13 @@
-//! Where things lie: the target directory, the binaries of this build, Kafka's jars.
+//! Paths: the target directory, the binaries of this build, Kafka's jars.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// The directory of this build's binaries: `target/debug`, or what the test executable lies in.
+/// The directory of this build's binaries: `target/debug`, or that of the test executable.
 ///
 /// # Errors
-/// The running executable's path cannot be told.
+/// Returns an error if the path of the running executable is unknown.
 pub fn profile_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("path of the test executable")?;
     let dir = exe.parent().context("the test executable has no directory")?;
@@ -27,8 +27,8 @@ pub fn target_dir() -> Result<PathBuf> {
 /// The binary `name` of this workspace, as built by `cargo build --workspace --bins`.
 ///
 /// # Errors
-/// It is not there. Cargo builds a package's binaries for that package's own tests only, so tests
-/// of a whole cluster need that command before them; `make test` gives it.
+/// Returns an error if it was not built. Cargo builds a package's binaries only for that package's own tests,
+/// so tests of a whole cluster need the command before them, as `make test` has it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let path = profile_dir()?.join(name);
     if !path.is_file() {
@@ -40,7 +40,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 /// Apache Kafka's jars, as a Java class path.
 ///
 /// # Errors
-/// They are not there; says how they are fetched.
+/// Returns an error that says how to fetch them if they are missing.
 pub fn kafka_class_path() -> Result<String> {
     let libs = match std::env::var_os("BARID_KAFKA_LIBS") {
         Some(libs) => PathBuf::from(libs),

@@ -1,4 +1,4 @@
-//! Ports for servers that have to be told theirs before they start.
+//! Ports for servers that must know theirs before they start.
 
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, TcpListener};
@@ -11,14 +11,14 @@ const LAST: u16 = 31_999;
 
 static TAKEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
 
-/// A port of 127.0.0.1 that nobody listens on and that this process has not given out before.
+/// A free port of 127.0.0.1 that this process has not given out before.
 ///
 /// # Panics
-/// Every port of the range is taken.
+/// Panics if every port of the range is in use.
 pub fn free_port() -> u16 {
     let span = u32::from(LAST - FIRST) + 1;
     let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-    // Test processes run side by side: each starts looking at another place.
+    // Test processes run side by side: each starts to search at another port.
     let start = std::process::id().wrapping_mul(2_654_435_761) % span + u32::from(FIRST);
     for step in 0..span {
         let offset = (start - u32::from(FIRST) + step * 7 + taken.len() as u32) % span;

@@ -1,4 +1,4 @@
-//! A child process with verbs: terminate, kill, stop, continue, wait.
+//! A child process that tests signal and wait for.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ impl Process {
     /// appended to `log`.
     ///
     /// # Errors
-    /// The program or the log file cannot be opened.
+    /// Returns an error if the program or the log file cannot be opened.
     pub fn spawn(
         name: &str,
         program: impl AsRef<std::ffi::OsStr>,
@@ -40,7 +40,7 @@ impl Process {
         Ok(Self { name: name.into(), child, log: log.into() })
     }
 
-    /// What it was called when it was started.
+    /// The name given to [`Process::spawn`].
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -55,7 +55,7 @@ impl Process {
         &self.log
     }
 
-    /// Everything it has written so far.
+    /// Its whole output so far.
     pub fn output(&self) -> String {
         std::fs::read(&self.log)
             .map(|b| String::from_utf8_lossy(&b).into_owned())
@@ -69,49 +69,49 @@ impl Process {
         output.lines().skip(skip).collect::<Vec<_>>().join("\n")
     }
 
-    /// Whether it has not ended yet.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGTERM: please drain and leave.
+    /// SIGTERM: asks the process to drain and end.
     ///
     /// # Errors
-    /// It has ended already.
+    /// Returns an error if it has ended already.
     pub fn term(&mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)
     }
 
-    /// SIGHUP: read again what may have changed.
+    /// SIGHUP: asks the process to read its files again.
     ///
     /// # Errors
-    /// It has ended already.
+    /// Returns an error if it has ended already.
     pub fn hang_up(&mut self) -> Result<()> {
         self.signal(Signal::SIGHUP)
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// SIGKILL, and wait until it has ended.
     ///
     /// # Errors
-    /// It has ended already.
+    /// Returns an error if it has ended already.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// SIGSTOP: holds still with its sockets open.
+    /// SIGSTOP: the process does nothing, and its sockets stay open.
     ///
     /// # Errors
-    /// It has ended already.
+    /// Returns an error if it has ended already.
     pub fn stop(&mut self) -> Result<()> {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// SIGCONT: goes on after [`Process::stop`].
+    /// SIGCONT, after [`Process::stop`].
     ///
     /// # Errors
-    /// It has ended already.
+    /// Returns an error if it has ended already.
     pub fn cont(&mut self) -> Result<()> {
         self.signal(Signal::SIGCONT)
     }
@@ -119,7 +119,7 @@ impl Process {
     /// Waits until it has ended.
     ///
     /// # Errors
-    /// It still runs after `limit`; the message holds the end of its output.
+    /// Returns an error with the end of its output if it is still running after `limit`.
     pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {
@@ -133,10 +133,10 @@ impl Process {
         }
     }
 
-    /// Fails if it has ended; the message holds the end of its output.
+    /// Checks that it is running.
     ///
     /// # Errors
-    /// It has ended.
+    /// Returns an error with the end of its output if it has ended.
     pub fn must_run(&mut self) -> Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
@@ -145,7 +145,7 @@ impl Process {
     }
 
     fn signal(&mut self, signal: Signal) -> Result<()> {
-        // try_wait reaps: without it a signal to a zombie would look like success.
+        // try_wait reaps: otherwise a signal to a zombie would succeed.
         if let Some(status) = self.child.try_wait()? {
             bail!("{} has already ended with {status}:\n{}", self.name, self.tail(30));
         }
@@ -156,7 +156,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // SIGKILL also ends a stopped process.
+        // SIGKILL ends a stopped process as well.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,5 @@
-//! Redis itself, alone or as a Redis Cluster, on private ports, in directories of its own.
+//! Real redis-server processes: alone, as a Redis Cluster, or as a Sentinel, on private ports and in
+//! temporary directories.
 
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
@@ -11,19 +12,19 @@ use crate::ports::free_port;
 use crate::process::Process;
 use crate::spawner::Scratch;
 
-/// It takes 30 ms on a quiet machine; machines that run tests are not quiet.
+/// For a start, which takes 30 ms on an idle machine.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// Likewise for an answer; a server that is stopped is not asked for long.
+/// For an answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// When a node of a Redis Cluster that says nothing counts as away.
+/// After this time without an answer, a node of a Redis Cluster counts as down.
 const NODE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Hash slots of a Redis Cluster.
 const SLOTS: u16 = 16_384;
 
-/// How a server is started.
+/// Options of a server.
 #[derive(Debug, Clone, Default)]
 pub struct RedisOptions {
-    /// Keep what was written over a `kill -9` (appendonly yes, appendfsync everysec).
+    /// Keep data over a `kill -9` (appendonly yes, appendfsync everysec).
     pub append_only: bool,
     /// Further settings, as on the command line without the dashes: `("maxmemory", "10mb")`.
     pub settings: Vec<(String, String)>,
@@ -32,7 +33,7 @@ pub struct RedisOptions {
 /// A running redis-server. Killed, and its data removed, on drop and with the test process.
 #[derive(Debug)]
 pub struct Redis {
-    // First: the process ends before its directory goes.
+    // First: the process ends before its directory is removed.
     process: Option<Process>,
     port: u16,
     options: RedisOptions,
@@ -43,7 +44,7 @@ impl Redis {
     /// Starts a server that keeps nothing on disk.
     ///
     /// # Errors
-    /// redis-server is not installed, or does not come up (shows the end of its log).
+    /// Returns an error if redis-server is not installed, or with the end of its log if it does not start.
     pub async fn start() -> Result<Self> {
         Self::start_with(RedisOptions::default()).await
     }
@@ -58,7 +59,7 @@ impl Redis {
         Ok(redis)
     }
 
-    /// One that does not run: every verb but [`Redis::restart`] fails.
+    /// A server that is not running: start it with [`Redis::restart`].
     pub(crate) fn down(options: RedisOptions) -> Result<Self> {
         let dir = Scratch::new("barid-redis-").context("directory for Redis's data")?;
         Ok(Self { process: None, port: free_port(), options, dir })
@@ -82,7 +83,7 @@ impl Redis {
     /// Runs a command, on a connection of its own: `redis.query(&["SCRIPT", "FLUSH"])`.
     ///
     /// # Errors
-    /// It does not answer, or refuses the command.
+    /// Returns an error if Redis does not answer, or refuses the command.
     pub async fn query<T: FromRedisValue>(&self, command: &[impl AsRef<[u8]>]) -> Result<T> {
         let client = redis::Client::open(self.url())?;
         let patience = redis::AsyncConnectionConfig::new()
@@ -99,7 +100,7 @@ impl Redis {
     /// `kill -9`. The port, and with `append_only` the data, stay for [`Redis::restart`].
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn kill(&mut self) -> Result<()> {
         self.process.take().context("Redis is not running")?.kill()
     }
@@ -107,24 +108,23 @@ impl Redis {
     /// SIGSTOP: connections stay open and nothing is answered.
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn stop(&mut self) -> Result<()> {
         self.process.as_mut().context("Redis is not running")?.stop()
     }
 
-    /// SIGCONT: goes on after [`Redis::stop`].
+    /// SIGCONT, after [`Redis::stop`].
     ///
     /// # Errors
-    /// It is not running.
+    /// Returns an error if it is not running.
     pub fn cont(&mut self) -> Result<()> {
         self.process.as_mut().context("Redis is not running")?.cont()
     }
 
-    /// Makes it a replica of whatever answers at a port of this machine, and waits until it has what is
-    /// there.
+    /// Makes it a replica of the server at a port of this machine, and waits until it has the data.
     ///
     /// # Errors
-    /// It does not come to that.
+    /// Returns an error if it does not within the time limit.
     pub async fn follow(&self, port: u16) -> Result<()> {
         let port = port.to_string();
         let _: Value = self.query(&["REPLICAOF", "127.0.0.1", &port]).await?;
@@ -134,7 +134,7 @@ impl Redis {
     /// Waits until it is a replica with a link to its master.
     ///
     /// # Errors
-    /// It does not come to that.
+    /// Returns an error if it does not within the time limit.
     pub async fn follows(&self) -> Result<()> {
         self.until_replication(&["master_link_status:up"], START_LIMIT).await
     }
@@ -159,16 +159,16 @@ impl Redis {
     /// A section of INFO.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Returns an error if it does not answer.
     pub async fn info(&self, section: &str) -> Result<String> {
         self.query(&["INFO", section]).await
     }
 
-    /// So much of its time passes for all that expires in mailboxes and for timers: what stands there
-    /// is that much older. Leases stay, since their nodes do not age.
+    /// Makes everything in mailboxes and all timers older by this time, as if it had passed. Leases are not
+    /// changed, because their nodes renew them.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Returns an error if it does not answer.
     pub async fn grow_old(&self, time: Duration) -> Result<()> {
         const SCRIPT: &str = "local ms = tonumber(ARGV[1])
             for i = 2, #ARGV do
@@ -191,7 +191,7 @@ impl Redis {
               if at > 0 then redis.call('PEXPIREAT', k, string.format('%d', at - ms)) end
             end
             return 'OK'";
-        /// A call must be over soon on a busy machine, too.
+        /// Few enough that a call takes little time on a busy machine.
         const KEYS: usize = 500;
         let keys: Vec<String> = self.query(&["KEYS", "{*}:*"]).await?;
         let ms = time.as_millis().to_string();
@@ -203,10 +203,10 @@ impl Redis {
         Ok(())
     }
 
-    /// Kills it if it runs, starts it again on the same port and waits until it answers.
+    /// Kills it if it is running, starts it on the same port and waits until it answers.
     ///
     /// # Errors
-    /// It does not come up; shows the end of its log.
+    /// Returns an error with the end of its log if it does not start.
     pub async fn restart(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             process.kill()?;
@@ -227,7 +227,7 @@ impl Redis {
         Ok(())
     }
 
-    /// Where its data and its log lie.
+    /// The directory of its data and its log.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -243,16 +243,16 @@ impl RedisCluster {
     /// Starts `masters` servers and joins them.
     ///
     /// # Errors
-    /// A server does not come up, or the cluster does not agree in time.
+    /// Returns an error if a server does not start, or the cluster is not formed in time.
     pub async fn start(masters: u16) -> Result<Self> {
         Self::start_with(masters, NODE_TIMEOUT).await
     }
 
-    /// As [`RedisCluster::start`], where nobody is to be promoted soon: on a busy machine masters that do
-    /// not hear of each other for a second take the cluster for down.
+    /// As [`RedisCluster::start`], with a long node timeout, for tests without promotions: on a busy machine,
+    /// masters that do not hear from each other for a second consider the cluster down.
     ///
     /// # Errors
-    /// As of [`RedisCluster::start`].
+    /// As [`RedisCluster::start`].
     pub async fn start_patient(masters: u16) -> Result<Self> {
         Self::start_with(masters, 5 * NODE_TIMEOUT).await
     }
@@ -273,7 +273,7 @@ impl RedisCluster {
         &self.nodes
     }
 
-    /// One master, for its verbs.
+    /// One of the masters.
     pub fn node(&mut self, index: usize) -> &mut Redis {
         &mut self.nodes[index]
     }
@@ -283,10 +283,10 @@ impl RedisCluster {
         self.nodes.iter().map(Redis::url).collect()
     }
 
-    /// Which master serves a key.
+    /// The master that serves a key.
     ///
     /// # Errors
-    /// None of them does, or none answers.
+    /// Returns an error if no master serves it, or none answers.
     pub async fn master_of(&self, key: &str) -> Result<usize> {
         for (index, node) in self.nodes.iter().enumerate() {
             if node.query::<i64>(&["EXISTS", key]).await.is_ok() {
@@ -296,11 +296,11 @@ impl RedisCluster {
         bail!("no master serves {key}")
     }
 
-    /// Begins to move the slot of `key` to another master: its keys are there, the slot is still here, and
-    /// whoever asks for one of them here is told ASK. [`RedisCluster::arrive`] ends it.
+    /// Begins to move the slot of `key` to another master: the other one has the keys, this one still has the
+    /// slot and answers ASK. [`RedisCluster::arrive`] completes the move.
     ///
     /// # Errors
-    /// A master does not answer, or refuses.
+    /// Returns an error if a master does not answer, or refuses.
     pub async fn depart(&self, key: &str, to: usize) -> Result<Moving> {
         let from = self.master_of(key).await?;
         let (source, target) = (&self.nodes[from], &self.nodes[to]);
@@ -318,31 +318,31 @@ impl RedisCluster {
         Ok(moving)
     }
 
-    /// The slot is where its keys are: whoever asks elsewhere is told MOVED.
+    /// Completes the move of a slot: other masters answer MOVED from now on.
     ///
     /// # Errors
-    /// A master does not answer, or refuses.
+    /// Returns an error if a master does not answer, or refuses.
     pub async fn arrive(&self, moving: Moving) -> Result<()> {
         let there = self.nodes[moving.to].id().await?;
-        // The new one first: otherwise nobody serves it for a moment.
+        // The new master first: otherwise no master serves the slot for a moment.
         for index in [moving.to, moving.from] {
             self.nodes[index].set_slot(&moving.slot, "NODE", &there).await?;
         }
         Ok(())
     }
 
-    /// A further node, as a replica of a master.
+    /// Adds a node as a replica of a master.
     ///
     /// # Errors
-    /// As of [`RedisCluster::start`].
+    /// As [`RedisCluster::start`].
     pub async fn replicate(&self, master: usize) -> Result<Redis> {
         self.replicate_of(&self.nodes[master]).await
     }
 
-    /// A further node, as a replica of a node that is a master by now.
+    /// Adds a node as a replica of a node that has become a master.
     ///
     /// # Errors
-    /// As of [`RedisCluster::start`].
+    /// As [`RedisCluster::start`].
     pub async fn replicate_of(&self, master: &Redis) -> Result<Redis> {
         let replica = cluster_node(NODE_TIMEOUT).await?;
         let id = master.id().await?;
@@ -350,7 +350,7 @@ impl RedisCluster {
         let port = master.port().to_string();
         let _: Value = replica.query(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus[1]]).await?;
         let began = Instant::now();
-        // It has to have heard of its master.
+        // It has to know its master.
         while replica.query::<Value>(&["CLUSTER", "REPLICATE", &id]).await.is_err() {
             ensure!(began.elapsed() < START_LIMIT, "the replica does not join");
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -396,7 +396,7 @@ impl RedisCluster {
     }
 }
 
-/// A slot on its way; [`RedisCluster::depart`].
+/// A slot that is being moved; see [`RedisCluster::depart`].
 #[derive(Debug)]
 #[must_use]
 pub struct Moving {
@@ -406,7 +406,7 @@ pub struct Moving {
 }
 
 impl Redis {
-    /// Its name in a Redis Cluster.
+    /// The node's id in a Redis Cluster.
     async fn id(&self) -> Result<String> {
         self.query(&["CLUSTER", "MYID"]).await
     }
@@ -422,22 +422,22 @@ async fn cluster_node(node_timeout: Duration) -> Result<Redis> {
     let settings = [
         ("cluster-enabled", "yes"),
         ("cluster-node-timeout", &*node_timeout),
-        // A master that is away stops its own slots only.
+        // A master that is down affects its own slots only.
         ("cluster-require-full-coverage", "no"),
-        // Replicas stay with the master that a test gave them.
+        // Replicas stay with their master.
         ("cluster-allow-replica-migration", "no"),
     ];
     let settings = settings.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
-    // Their bus ports would be 10,000 above, where other servers' ports may be.
+    // By default the bus port is 10,000 above, which may be the port of another server.
     let bus = ("cluster-port".to_owned(), free_port().to_string());
     let settings = [settings, vec![bus]].concat();
     Redis::start_with(RedisOptions { settings, ..Default::default() }).await
 }
 
-/// A Redis Sentinel that watches one master under the name `main`, and decides alone.
+/// A Redis Sentinel that watches one master under the name `main`, with a quorum of one.
 #[derive(Debug)]
 pub struct Sentinel {
-    // First: the process ends before its directory goes.
+    // First: the process ends before its directory is removed.
     process: Process,
     port: u16,
     _dir: Scratch,
@@ -447,12 +447,12 @@ impl Sentinel {
     /// Starts it and waits until it answers.
     ///
     /// # Errors
-    /// redis-server is not installed, or does not come up (shows the end of its log).
+    /// Returns an error if redis-server is not installed, or with the end of its log if it does not start.
     pub async fn start(master: &Redis) -> Result<Self> {
         let dir = Scratch::new("barid-sentinel-").context("directory for a Sentinel")?;
         let port = free_port();
         let config = dir.path().join("sentinel.conf");
-        // Replicas that follow through a relay are left alone for the time that a failover may take.
+        // Do not reconfigure replicas that follow through a relay while a failover may take place.
         let text = format!(
             "port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {} 1\n\
              sentinel down-after-milliseconds main 3000\n\
@@ -480,15 +480,15 @@ impl Sentinel {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// The last lines of its log, for a test that fails.
+    /// The last lines of its log.
     pub fn log(&self) -> String {
         self.process.tail(20)
     }
 
-    /// Waits until it knows of so many replicas: before, it could promote none.
+    /// Waits until it knows `count` replicas: before, it cannot promote one.
     ///
     /// # Errors
-    /// It does not come to that.
+    /// Returns an error if it does not within the time limit.
     pub async fn knows_replicas(&self, count: usize) -> Result<()> {
         let client = redis::Client::open(self.url())?;
         let mut connection = client.get_multiplexed_async_connection().await?;
@@ -517,7 +517,7 @@ fn arguments(port: u16, options: &RedisOptions) -> Vec<String> {
     settings.into_iter().flat_map(|(key, value)| [format!("--{key}"), value]).collect()
 }
 
-/// Whether it answers a PING with anything but "still loading".
+/// Whether the server answers PING and has loaded its data.
 fn answers(port: u16) -> bool {
     use std::io::{Read as _, Write as _};
     let ping = || {

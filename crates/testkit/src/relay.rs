@@ -1,4 +1,4 @@
-//! A TCP relay whose connections can be cut or held: a network that fails when a test says so.
+//! A TCP relay whose connections a test can cut or hold.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 struct State {
     /// Connections from an earlier generation are cut.
     generation: u64,
-    /// Nothing is forwarded; connections stay open, as with a peer behind a dead link.
+    /// Nothing is forwarded and connections stay open, as behind a dead link.
     held: bool,
 }
 
@@ -29,7 +29,7 @@ impl Relay {
     /// Listens on a port of its own and forwards to `target`.
     ///
     /// # Errors
-    /// No port can be bound.
+    /// Returns an error if no port can be bound.
     pub async fn to(target: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
@@ -38,22 +38,22 @@ impl Relay {
         Ok(Self { address, state, task })
     }
 
-    /// Where it listens.
+    /// The address that the relay listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Breaks every connection; new ones are forwarded.
+    /// Breaks every connection. New ones are forwarded.
     pub fn cut(&self) {
         self.state.send_modify(|state| state.generation += 1);
     }
 
-    /// Forwards nothing until [`Relay::release`]; nobody is told.
+    /// Forwards nothing until [`Relay::release`]. Connections stay open.
     pub fn hold(&self) {
         self.state.send_modify(|state| state.held = true);
     }
 
-    /// Forwards again, what waited first.
+    /// Forwards again, beginning with what was held.
     pub fn release(&self) {
         self.state.send_modify(|state| state.held = false);
     }

@@ -1,4 +1,4 @@
-//! Starts child processes that cannot outlive the test process, not even after `kill -9` of it.
+//! Starts child processes that do not outlive the test process, even if it is ended by `kill -9`.
 
 use std::io;
 use std::process::{Child, Command, Stdio};
@@ -7,8 +7,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 type Request = (Command, SyncSender<io::Result<Child>>);
 
-/// The kernel sends the parent-death signal when the *thread* that forked ends, and each test has
-/// a thread of its own that ends with it. So one thread, which lives as long as the process, forks.
+/// The kernel sends the parent-death signal when the *thread* that forked ends, and each test has its own
+/// thread. So one thread, which lives as long as the process, forks for all.
 static FORKER: LazyLock<SyncSender<Request>> = LazyLock::new(|| {
     let (requests, inbox) = sync_channel::<Request>(16);
     std::thread::Builder::new()
@@ -36,12 +36,12 @@ pub(crate) fn spawn(command: Command) -> io::Result<Child> {
     outcome.recv().map_err(|_| io::Error::other("the forking thread is gone"))?
 }
 
-/// A directory below the system's temporary one, removed once this process has ended (a static is
-/// never dropped, and a killed process drops nothing) or [`Scratch`] is dropped, whichever is first.
+/// A temporary directory. It is removed when [`Scratch`] is dropped, or when this process has ended: statics
+/// are never dropped, and a killed process drops nothing.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     dir: tempfile::TempDir,
-    // Holds the pipe whose end tells the shell that this process is gone.
+    // A shell that waits for the end of a pipe from this process.
     janitor: Child,
 }
 
@@ -66,7 +66,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // The directory goes with `dir`; a janitor that found it gone would do no harm either.
+        // `dir` removes the directory.
         let _ = self.janitor.kill();
         let _ = self.janitor.wait();
     }

@@ -5,12 +5,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 
+/// The app that tests use unless they name another.
+pub const APP: &str = "demo";
 /// The key id of [`SECRET`].
 pub const KEY_ID: &str = "test";
-/// The shared secret that the cluster's access nodes check HS256 tokens with.
+/// The shared secret with which the cluster's access nodes verify HS256 tokens.
 pub const SECRET: &str = "a-secret-of-the-tests-32-bytes-long";
 
-/// A token of `user` in `app` that is good for `life`.
+/// A token of `user` in `app`, valid for `life`.
 pub fn token(app: &str, user: &str, life: Duration) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     sign(&json!({ "app": app, "sub": user, "exp": (now + life).as_secs() }), SECRET)
@@ -19,7 +21,7 @@ pub fn token(app: &str, user: &str, life: Duration) -> String {
 /// A token with these claims, signed with `secret`.
 ///
 /// # Panics
-/// The claims cannot be encoded.
+/// Panics if the claims cannot be encoded.
 pub fn sign(claims: &Value, secret: &str) -> String {
     let mut header = Header::new(Algorithm::HS256);
     header.kid = Some(KEY_ID.into());

@@ -1,4 +1,4 @@
-//! Mailbox entries: the fixed header that the accept script writes, and the body before it.
+//! Mailbox entries: the fixed header that the accept script writes, and the body behind it.
 
 use std::borrow::Cow;
 
@@ -9,16 +9,16 @@ use prost::Message as _;
 
 pub use crate::v1::{BodyKind, Envelope, SkipReason};
 
-/// A body longer than this is taken for a broken one rather than unpacked.
+/// The largest body, decompressed.
 pub const BODY_BYTES_MAX: u32 = 16 << 20;
 
 /// Bytes of the header: epoch, seq, previous chain, chain, time, each a fixed-width field with its tag.
 pub const HEADER_BYTES: usize = 37;
 
-/// The five fields that accept wrote, read without decoding the rest.
+/// The fields that the accept script writes, read without decoding the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// The mailbox's life.
+    /// The mailbox's epoch.
     pub epoch: Epoch,
     /// The entry's position.
     pub seq: Seq,
@@ -30,20 +30,20 @@ pub struct Header {
     pub accepted_at_us: u64,
 }
 
-/// Why bytes are not a valid envelope.
+/// An invalid envelope.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvelopeError {
-    /// Shorter than a header, or other tags than a header's.
-    #[error("not an envelope: {0} bytes without the header of one")]
+    /// It has no header.
+    #[error("not an envelope: {0} bytes without a header")]
     Header(usize),
     /// A number of the header is not below 2^53.
-    #[error("not an envelope: its {0} is not below 2^53")]
+    #[error("not an envelope: {0} is not below 2^53")]
     Number(&'static str),
     /// The body does not decode.
     #[error("not an envelope: {0}")]
     Body(String),
-    /// The payload does not decompress to the length that it names.
-    #[error("payload does not decompress: {0}")]
+    /// The payload cannot be decompressed to the stated length.
+    #[error("payload cannot be decompressed: {0}")]
     Payload(String),
 }
 
@@ -51,7 +51,7 @@ impl Header {
     /// Reads the header of an entry.
     ///
     /// # Errors
-    /// [`EnvelopeError::Header`], [`EnvelopeError::Number`].
+    /// Returns [`EnvelopeError::Header`] or [`EnvelopeError::Number`].
     pub fn parse(entry: &[u8]) -> Result<Self, EnvelopeError> {
         let short = || EnvelopeError::Header(entry.len());
         let header: &[u8; HEADER_BYTES] = entry.first_chunk().ok_or_else(short)?;
@@ -93,17 +93,17 @@ impl Header {
 /// Decodes a whole entry.
 ///
 /// # Errors
-/// It has no header, or the body is not protobuf.
+/// Returns an error if `entry` is not a valid envelope.
 pub fn decode(entry: Bytes) -> Result<(Header, Envelope), EnvelopeError> {
     let header = Header::parse(&entry)?;
     let mut envelope = Envelope::decode(entry).map_err(|e| EnvelopeError::Body(e.to_string()))?;
-    // Protobuf takes the last of several: a body may not overrule its header.
+    // Protobuf takes the last of repeated fields: a body must not override the header.
     envelope.epoch = header.epoch.0;
     envelope.seq = header.seq.0;
     envelope.prev_chain = header.prev_chain.0;
     envelope.chain = header.chain.0;
     envelope.accepted_at_us = header.accepted_at_us;
-    // From the clocks of a purger and a business: implausible times count as unknown.
+    // Times from the clocks of a purger and a business; implausible ones count as unknown.
     for time_ms in [&mut envelope.produced_at_ms, &mut envelope.taken_at_ms] {
         *time_ms = if *time_ms > TIME_MS_MAX { 0 } else { *time_ms };
     }
@@ -111,7 +111,7 @@ pub fn decode(entry: Bytes) -> Result<(Header, Envelope), EnvelopeError> {
     Ok((header, envelope))
 }
 
-/// Encodes what stands behind the header: `envelope` without its first five fields.
+/// Encodes the body: `envelope` without the fields of the header.
 pub fn encode_body(mut envelope: Envelope) -> Bytes {
     envelope.epoch = 0;
     envelope.seq = 0;
@@ -121,8 +121,8 @@ pub fn encode_body(mut envelope: Envelope) -> Bytes {
     envelope.encode_to_vec().into()
 }
 
-/// Puts a payload into an envelope, zstd-compressed (`level` 1 to 19) if that is smaller and it has
-/// at least `min_bytes`.
+/// Sets the payload of an envelope. A payload of at least `min_bytes` is compressed with zstd (`level` 1 to
+/// 19) if that makes it smaller.
 pub fn set_payload(envelope: &mut Envelope, payload: Bytes, min_bytes: usize, level: i32) {
     envelope.raw_bytes = 0;
     if payload.len() >= min_bytes
@@ -136,10 +136,10 @@ pub fn set_payload(envelope: &mut Envelope, payload: Bytes, min_bytes: usize, le
     envelope.payload = payload;
 }
 
-/// The payload as the business gave it.
+/// The decompressed payload.
 ///
 /// # Errors
-/// [`EnvelopeError::Payload`]: it is compressed and broken, or says that it grows above [`BODY_BYTES_MAX`].
+/// Returns [`EnvelopeError::Payload`] if it cannot be decompressed, or is larger than [`BODY_BYTES_MAX`].
 pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
     if envelope.raw_bytes == 0 {
         return Ok(Cow::Borrowed(&envelope.payload));
@@ -157,13 +157,13 @@ pub fn payload(envelope: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
     Ok(Cow::Owned(raw))
 }
 
-/// Whether the entry's business records its trace.
+/// Whether the message's trace is sampled.
 pub fn is_sampled(envelope: &Envelope) -> bool {
     let trace = TraceParent::parse(envelope.traceparent.as_bytes());
     trace.is_some_and(TraceParent::is_sampled)
 }
 
-/// Whether the entry's time to live is over at `now_ms`.
+/// Whether the message has expired at `now_ms`.
 pub fn expired(envelope: &Envelope, now_ms: u64) -> bool {
     let accepted_ms = envelope.accepted_at_us / 1000;
     envelope.ttl_ms != 0 && accepted_ms.saturating_add(envelope.ttl_ms) <= now_ms
@@ -238,7 +238,7 @@ mod tests {
                 voided: number as i32,
                 ..Default::default()
             });
-            // A second header behind the first.
+            // A second header behind the first one.
             let other = header(number).encode();
             let entry = [&largest.encode()[..], &body, &other].concat();
             let (parsed, envelope) = decode(entry.into()).unwrap();

@@ -1,7 +1,7 @@
-//! What a device and an access node say to each other, in both encodings and both directions.
+//! The frames between devices and access nodes, in both encodings and both directions.
 //!
-//! A node writes messages straight from their envelopes ([`encode_deliver`]): the payload is copied
-//! once, into the frame.
+//! A node writes messages directly from their envelopes ([`encode_deliver`]): the payload is copied once, into
+//! the frame.
 
 mod body;
 mod error;
@@ -20,15 +20,14 @@ pub use self::types::{Body, ClientFrame, Deliver, Encoding, Heard, Ignored, Serv
 pub use crate::envelope::BODY_BYTES_MAX;
 use crate::envelope::{Envelope, EnvelopeError};
 
-/// How a device's deliveries are written: its encoding, and whether compressed bodies stay compressed. Devices of
-/// one format can share frames.
+/// The format of deliveries. Devices with the same format share frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// Protobuf, bodies unpacked.
+    /// Protobuf, bodies decompressed.
     Proto,
-    /// Protobuf, compressed bodies as they are stored.
+    /// Protobuf, bodies as they are stored.
     ProtoZstd,
-    /// JSON, bodies unpacked.
+    /// JSON, bodies decompressed.
     Json,
 }
 
@@ -36,7 +35,7 @@ impl Format {
     /// Number of formats.
     pub const COUNT: usize = 3;
 
-    /// The format of a device that speaks `encoding` and, if `zstd`, unpacks zstd itself.
+    /// The format of a device that uses `encoding` and, if `zstd`, decompresses bodies itself.
     pub fn new(encoding: Encoding, zstd: bool) -> Self {
         match (encoding, zstd) {
             (Encoding::Proto, false) => Self::Proto,
@@ -45,7 +44,7 @@ impl Format {
         }
     }
 
-    /// The encoding of its frames.
+    /// The encoding of the frames.
     pub fn encoding(self) -> Encoding {
         match self {
             Self::Proto | Self::ProtoZstd => Encoding::Proto,
@@ -56,18 +55,17 @@ impl Format {
     /// Encodes one entry as a Deliver frame of generation 0.
     ///
     /// # Errors
-    /// Returns an error if the entry's body is broken.
+    /// Returns an error if the payload is invalid.
     pub fn encode(self, envelope: &Envelope) -> Result<Bytes, EnvelopeError> {
         let zstd = self == Self::ProtoZstd;
         encode_deliver(self.encoding(), 0, [envelope], zstd).map_err(|(_, error)| error)
     }
 }
 
-/// Reads a device's frame. Both encodings take whatever a client may reasonably leave out, and pass over
-/// what a newer client may add.
+/// Decodes a device's frame. Optional fields may be missing, and unknown fields of a newer client are ignored.
 ///
 /// # Errors
-/// [`FrameError`], in words for the client's developer.
+/// Returns an error whose text is sent to the client, for its developer.
 pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<Heard, FrameError> {
     let heard = match encoding {
         Encoding::Proto => proto::decode_client(bytes)?,
@@ -108,7 +106,7 @@ fn check(frame: &ClientFrame) -> Result<(), FrameError> {
     }
 }
 
-/// Writes a device's frame.
+/// Encodes a device's frame.
 pub fn encode_client(encoding: Encoding, frame: &ClientFrame) -> Bytes {
     match encoding {
         Encoding::Proto => proto::encode_client(frame),
@@ -116,10 +114,10 @@ pub fn encode_client(encoding: Encoding, frame: &ClientFrame) -> Bytes {
     }
 }
 
-/// Reads a node's frame. Fields and kinds of a newer version are passed over.
+/// Decodes a node's frame. Unknown fields and kinds of a newer node are ignored.
 ///
 /// # Errors
-/// [`FrameError`].
+/// Returns an error if it is not a valid frame.
 pub fn decode_server(encoding: Encoding, bytes: Bytes) -> Result<ServerFrame, FrameError> {
     let frame = match encoding {
         Encoding::Proto => proto::decode_server(bytes)?,
@@ -129,7 +127,7 @@ pub fn decode_server(encoding: Encoding, bytes: Bytes) -> Result<ServerFrame, Fr
     Ok(frame)
 }
 
-/// Numbers of a node's frame must leave room: clients add to them.
+/// Clients add to the numbers of a node's frame, so they must be far below the maximum of their type.
 fn check_server(frame: &ServerFrame) -> Result<(), FrameError> {
     match frame {
         ServerFrame::Deliver(deliver) => {
@@ -156,10 +154,10 @@ fn number(name: &'static str, number: u64) -> Result<(), FrameError> {
     }
 }
 
-/// Writes a node's frame. ([`ServerFrame::Unknown`] is an empty frame.)
+/// Encodes a node's frame. [`ServerFrame::Unknown`] becomes an empty frame.
 ///
 /// # Errors
-/// A JSON message has no body, or a broken one.
+/// Returns an error if a message in JSON has no body, or an invalid one.
 pub fn encode_server(encoding: Encoding, frame: &ServerFrame) -> Result<Bytes, FrameError> {
     match encoding {
         Encoding::Proto => Ok(proto::encode_server(frame)),
@@ -167,11 +165,11 @@ pub fn encode_server(encoding: Encoding, frame: &ServerFrame) -> Result<Bytes, F
     }
 }
 
-/// Writes entries of the user's own mailbox into one Deliver frame. Compressed bodies stay so for
-/// devices that `accept_zstd` in protobuf; JSON never carries them.
+/// Encodes entries of the user's own mailbox as one Deliver frame. Protobuf devices that `accept_zstd` get
+/// compressed bodies as they are stored.
 ///
 /// # Errors
-/// The payload of an entry is broken, with the entry's index; nothing of the frame is usable.
+/// Returns the index of an entry whose payload is invalid.
 pub fn encode_deliver<'a>(
     encoding: Encoding,
     generation: u32,
@@ -184,8 +182,8 @@ pub fn encode_deliver<'a>(
     }
 }
 
-/// Makes one frame of several that [`encode_deliver`] wrote in this encoding and for this generation,
-/// with their messages in the frames' order, as those of `mailbox` (empty: the user's own).
+/// Joins frames of [`encode_deliver`], all in this encoding and of this generation, into one of `mailbox`
+/// (empty: the user's own).
 pub fn join_delivers(
     encoding: Encoding,
     mailbox: &str,

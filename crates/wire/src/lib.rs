@@ -1,5 +1,5 @@
-//! Everything that has an encoding: generated protobuf types, the JSON twins of records and frames,
-//! and the conversions between them and `barid-core`. No other crate knows a byte of it.
+//! Every encoding of Barid: the generated protobuf types, records and frames in JSON, and the conversions to
+//! the types of `barid-core`.
 
 pub mod envelope;
 pub mod frames;
@@ -17,7 +17,7 @@ pub mod internal {
     tonic::include_proto!("barid.internal.v1");
 }
 
-/// At most `max` bytes of a text, cut between characters.
+/// The first `max` bytes of a text at most, cut between characters.
 pub fn cut(text: &str, max: usize) -> String {
     let fits = |(at, c): &(usize, char)| at + c.len_utf8() <= max;
     text.char_indices().take_while(fits).map(|(_, c)| c).collect()

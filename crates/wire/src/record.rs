@@ -1,7 +1,10 @@
-//! What businesses produce to `barid.push`, and what Barid produces to `barid.receipts`: protobuf or
-//! JSON on the wire, checked types inside. A record is refused with a word that never changes and a
-//! reason for people; whatever the bytes are, nothing here panics or allocates beyond its limits.
+//! Records of Kafka: those that businesses produce to `barid.push`, and the receipts that Barid produces to
+//! `barid.receipts`, in protobuf or JSON.
+//!
+//! A push record is refused with a stable code and a reason. No input makes the decoder panic, or allocate more
+//! than its limits.
 
+mod encode;
 mod format;
 mod json;
 mod limits;
@@ -19,7 +22,9 @@ use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
 use bytes::Bytes;
 use prost::Message as _;
 
+pub use self::encode::encode_push;
 pub use self::format::{CONTENT_TYPE, Format};
+pub use self::json::decode_base64;
 pub use self::limits::RecordLimits;
 pub use self::push::{Audience, Push};
 pub use self::receipt::{ReceiptError, decode_receipt, encode_receipt};
@@ -29,26 +34,30 @@ use crate::cut;
 pub use crate::v1::{BodyKind, ReceiptKind};
 use crate::v1::{PushRecord, push_record::Body};
 
-/// Decodes and checks a record's value. `content_type` is the header of that name, if there is one.
+/// Decodes and checks the value of a push record. `content_type` is the header of that name, if there is one.
 ///
 /// # Errors
-/// What is wrong with it, by the first flaw found.
+/// Returns the first flaw found.
 pub fn decode_push(
     value: &Bytes,
     content_type: Option<&[u8]>,
     limits: &RecordLimits,
 ) -> Result<Push, Refusal> {
-    // Whatever was read before the flaw names the record in its receipt.
+    // The fields decoded before a flaw name the record in its receipt.
     let mut record = PushRecord::default();
     let result =
         read(value, content_type, limits, &mut record).and_then(|()| check(&record, limits));
-    result.map_err(|(code, reason)| Refusal {
+    result.map_err(|flaw| refuse(flaw, &record))
+}
+
+fn refuse((code, reason): Flaw, record: &PushRecord) -> Refusal {
+    Refusal {
         code,
         reason: cut(&reason, 512),
         id: cut(&record.id, MESSAGE_ID_BYTES_MAX),
         app: cut(&record.app, APP_BYTES_MAX),
         user: record.to.as_ref().map_or_else(String::new, |to| cut(&to.user, USER_BYTES_MAX)),
-    })
+    }
 }
 
 fn read(
@@ -63,7 +72,7 @@ fn read(
     let named = content_type.and_then(Format::of_content_type);
     match named.unwrap_or_else(|| guess(value)) {
         Format::Json => json::read_push(without_mark(value), limits, record),
-        // What stands before a flaw stays in the record.
+        // Fields before a flaw stay in the record.
         Format::Protobuf => record.merge(value.clone()).map_err(|e| {
             let guessed = if named.is_some() { "" } else { "; JSON would begin with {" };
             (RefusalCode::BadProtobuf, format!("not a protobuf PushRecord: {e}{guessed}"))
@@ -71,14 +80,14 @@ fn read(
     }
 }
 
-/// RFC 8259, 8.1: a byte order mark before JSON may be ignored. It begins no protobuf.
+/// RFC 8259, 8.1: a byte order mark before JSON may be ignored. No protobuf record begins with one.
 fn without_mark(value: &[u8]) -> &[u8] {
     value.strip_prefix(b"\xef\xbb\xbf").unwrap_or(value)
 }
 
-/// JSON begins with `{`, which begins no protobuf of ours (field 15 as a group). Of the characters
-/// that may precede it, a line feed is also the tag of `id`, and `{` then the length of an id of
-/// 123 bytes: protobuf is what decodes as such.
+/// Guesses the format. JSON begins with `{`, with which no protobuf record begins (it would be field 15 as a
+/// group). A line feed may precede it, which is also the tag of `id`, followed by `{` if the id has 123 bytes:
+/// then the record is protobuf if it decodes as such.
 fn guess(value: &Bytes) -> Format {
     let text = without_mark(value).trim_ascii_start();
     if text.first() != Some(&b'{') {
@@ -208,7 +217,7 @@ fn collapse_key(key: &str) -> Result<Option<Arc<str>>, Flaw> {
     Ok((!key.is_empty()).then(|| Arc::from(key)))
 }
 
-/// Those that a business may ask for; refusals are always told.
+/// The receipts that a business asks for. Refusals always produce one.
 fn receipts(asked: &[i32]) -> Result<ReceiptSet, Flaw> {
     asked.iter().try_fold(ReceiptSet::default(), |set, number| {
         let kind = ReceiptKind::try_from(*number).unwrap_or(ReceiptKind::Unspecified);
@@ -217,7 +226,7 @@ fn receipts(asked: &[i32]) -> Result<ReceiptSet, Flaw> {
                 let unknown = barid_core::UnknownReceipt(receipt::name_of_number(*number));
                 flaw(RefusalCode::UnknownReceipt, unknown.to_string())
             }
-            kind => Ok(set.with(ReceiptSet(1 << kind as u32))),
+            kind => Ok(set.with(kind.into())),
         }
     })
 }

@@ -1,4 +1,4 @@
-//! What strangers send costs memory in proportion to its size, and no more, whatever it says.
+//! The memory that input takes is bounded by its size, whatever it contains.
 #![allow(unsafe_code, reason = "an allocator that counts")]
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
@@ -19,7 +19,7 @@ thread_local! {
 }
 
 fn grow(bytes: usize) {
-    // A thread that is ending has no counters any more.
+    // The counters of a thread that is ending are gone.
     let _ = NOW.try_with(|now| {
         now.set(now.get().saturating_add(bytes));
         let _ = PEAK.try_with(|peak| peak.set(peak.get().max(now.get())));
@@ -54,7 +54,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Old and new exist side by side.
+        // The old and the new allocation exist at once.
         grow(size);
         shrink(layout.size());
         // SAFETY: as the caller promises.
@@ -62,7 +62,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The most memory that `work` held at once.
+/// The most memory that `work` holds at once.
 fn peak_of<T>(work: impl FnOnce() -> T) -> usize {
     let before = NOW.get();
     PEAK.set(before);
@@ -72,8 +72,8 @@ fn peak_of<T>(work: impl FnOnce() -> T) -> usize {
 
 const MIB: usize = 1 << 20;
 
-/// Of what a record is, at most: a list of empty names in protobuf takes two bytes of wire and a
-/// `String` of memory each, and a list that grows holds itself up to three times over.
+/// Bytes of memory for a byte of a record: an empty name in protobuf takes two bytes and a `String` of memory,
+/// and a list that grows takes up to three times its size.
 const RECORD_FACTOR: usize = 32;
 /// The same of Hello's positions, two bytes of wire each.
 const FRAME_FACTOR: usize = 64;

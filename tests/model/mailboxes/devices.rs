@@ -1,4 +1,4 @@
-//! A mailbox's devices: cursors, routes, retries. One function a script.
+//! A mailbox's devices: cursors, routes, retries. Each script has a function.
 
 use barid_core::Chain;
 use barid_mailbox::Unreached;
@@ -10,29 +10,29 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     pub name: &'static str,
-    /// Its cursor.
+    /// Cursor.
     pub seq: u64,
     pub generation: u32,
     pub due: Due,
-    /// Re-sends so far.
+    /// Number of re-sends.
     pub attempt: u32,
-    /// When it was last seen, ms; `None`: by the last call.
+    /// When it was last seen, ms; `None` if by the last call.
     pub used: Option<u64>,
     /// Its last connection attempt.
     pub fence: u64,
-    /// How often in a row a re-send did not reach its node.
+    /// Re-sends in a row that did not reach its node.
     pub defers: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     pub number: u64,
-    /// Of its node.
+    /// Incarnation of its node.
     pub incarnation: u64,
     pub attempt: u64,
 }
 
-/// A position that somebody names.
+/// A position that a call names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     pub epoch: u64,
@@ -41,7 +41,7 @@ pub struct Place {
     pub chain: Option<Chain>,
 }
 
-/// Who connects or confirms.
+/// The session that connects or confirms.
 #[derive(Debug, Clone, Copy)]
 pub struct Hello {
     pub device: &'static str,
@@ -53,10 +53,10 @@ pub struct Hello {
 pub enum Connected {
     Superseded,
     TooMany,
-    /// Where it reads from, and the number of the session that it replaced.
+    /// The position to read from, and the session that it replaced.
     At {
         seq: u64,
-        /// `None`: what is behind it is gone, and its chain says nothing.
+        /// `None` if the entries behind it are gone.
         chain: Option<Chain>,
         generation: u32,
         reset: bool,
@@ -76,9 +76,9 @@ impl Mailbox {
         self.devices.iter().find(|device| device.name == name)
     }
 
-    /// Everybody who is connected waits from now on, but for those who wait already.
+    /// Arms the retry of every connected device whose retry is not armed.
     pub(super) fn arm(&mut self) {
-        // Where all wait already the timer stays, even if it is that of a device that was forgotten.
+        // If all are armed the timer stays, even if it is that of a forgotten device.
         for name in self.routes.keys().copied().collect::<Vec<_>>() {
             if self.device(name).is_none() {
                 self.devices.push(self.unknown(name, 0)); // forgotten under a living route
@@ -104,7 +104,7 @@ impl Mailbox {
             return Connected::Superseded;
         }
         let mut device = known.clone().unwrap_or_else(|| {
-            // It may be one that was forgotten.
+            // It may be a forgotten device.
             let others = self.devices.iter().filter(|_| !self.keeps_all);
             let furthest = others.map(|other| other.seq).max().unwrap_or(0);
             Device { seq: furthest.max(self.oldest - 1), ..self.unknown(name, 0) }
@@ -131,8 +131,8 @@ impl Mailbox {
         Connected::At { seq: read_from, chain, generation, reset, replaced }
     }
 
-    /// Moves the device to where it says it stands, if that is in this history. Returns where it reads
-    /// from, and whether it has to start over.
+    /// Moves the device to the position that it names, if that is in this history. Returns the position to read from, and
+    /// whether the device is reset.
     fn resume(&self, device: &mut Device, known: bool, at: Place) -> (u64, bool) {
         let forked = match (self.kept_chain_at(at.seq), at.chain) {
             (Some(ours), Some(theirs)) => ours != theirs,
@@ -149,14 +149,14 @@ impl Mailbox {
             return (at.seq, false);
         }
         if at.chain.is_none() && known && at.generation < device.generation {
-            return (device.seq, true); // it has not heard of its reset
+            return (device.seq, true); // it does not know of its reset
         }
         device.seq = at.seq;
         device.generation = device.generation.max(at.generation);
         (at.seq, false)
     }
 
-    /// `None`: superseded. Else whether the route had been forgotten.
+    /// Returns whether the route was missing; `None` if the session was superseded.
     pub fn confirm(&mut self, hello: &Hello, now: u64) -> Option<bool> {
         let name = hello.device;
         let old = self.routes.get(name).copied();
@@ -190,18 +190,18 @@ impl Mailbox {
         Some(old.is_none())
     }
 
-    /// A device that was forgotten, as its session knows it, if that is in this history.
+    /// A forgotten device at its session's position, if that is in this history.
     fn remember(&self, name: &'static str, at: Place) -> Device {
         let before = self.oldest - 1;
         let seq = match self.kept_chain_at(at.seq) {
             _ if self.is_another(at.epoch) => 0,
             Some(ours) if at.chain.is_none_or(|theirs| theirs == ours) => at.seq,
-            _ => at.seq.min(before), // also where what is behind its place is gone
+            _ => at.seq.min(before), // even if the entries behind its position are gone
         };
         Device { seq, ..self.unknown(name, at.generation) }
     }
 
-    /// Whether a position is of another life of the mailbox.
+    /// Whether a position is of another epoch of the mailbox.
     fn is_another(&self, epoch: u64) -> bool {
         self.life != Life::Known(barid_core::Epoch(epoch))
     }
@@ -272,7 +272,7 @@ impl Mailbox {
         }
     }
 
-    /// The waits of these devices are over (`None`: all), as if that time had come.
+    /// Makes the retries of these devices due (`None`: all).
     pub fn make_due(&mut self, who: Option<&str>) {
         for device in &mut self.devices {
             if device.due != Due::Never && who.is_none_or(|who| device.name == who) {
@@ -284,7 +284,7 @@ impl Mailbox {
         }
     }
 
-    /// Who is sent to again: device, session, attempt.
+    /// The re-sends: device, session, attempt.
     pub fn fire(&mut self) -> Vec<(&'static str, u64, u32)> {
         if self.timer != Timer::At(1) {
             return Vec::new();
@@ -310,7 +310,7 @@ impl Mailbox {
         due
     }
 
-    /// A claim is given back, if nobody has moved the timer since.
+    /// A claim is given back, unless the timer was moved since.
     pub fn defer(&mut self, score: u64, names: &[String], why: Unreached) {
         if self.timer != Timer::At(score) || self.life == Life::None {
             return;
@@ -338,7 +338,7 @@ impl Mailbox {
         self.routed = now;
     }
 
-    /// Nothing is known of it: everything that is kept is before it.
+    /// A device without state, before everything that is kept.
     fn unknown(&self, name: &'static str, generation: u32) -> Device {
         let seq = self.oldest - 1;
         Device {
@@ -353,14 +353,14 @@ impl Mailbox {
         }
     }
 
-    /// To before the oldest that is kept, or further where it has not been told that something is gone; what was
-    /// sent before is void.
+    /// Resets the cursor to before the oldest entry, or further if the device was not told of a removed one.
     fn reset(&self, device: &mut Device, generation: u32, from_another_life: bool) {
         device.generation = device.generation.max(generation) + 1;
         device.seq = if from_another_life { 0 } else { device.seq.min(self.oldest - 1) };
     }
 
-    /// Forgets those who were away for longest, until one more may be known; `false`: all are here.
+    /// Forgets the devices that were offline for longest, until there is room for another. Returns false if all are
+    /// online.
     fn make_room(&mut self) -> bool {
         while self.devices.len() >= DEVICES_MAX {
             let away = self.devices.iter().filter(|d| !self.routes.contains_key(d.name));

@@ -1,4 +1,4 @@
-//! Each script, called once: the answer and what Redis holds then are what the model says.
+//! Calls each script, and compares its answer and the content of Redis with the model.
 
 use barid_core::{Position, Seq};
 use barid_mailbox::{
@@ -13,7 +13,7 @@ use crate::mailboxes::{Acked, Connected, DEFER_BASE, DEFER_FULL, Expected, Hello
 use crate::purger::Group;
 
 impl World<'_> {
-    /// Returns what the shard knows, if there was a gap.
+    /// Returns the position that the shard knows if there was a gap.
     pub(super) async fn accept(
         &mut self,
         source: usize,
@@ -47,8 +47,7 @@ impl World<'_> {
         Ok(None)
     }
 
-    /// Returns how many it says were evicted, which may be told with any message of the user, and how
-    /// many should have been.
+    /// Returns the number of evictions that the answer reports, with any message of the user, and the expected number.
     fn accepted(
         &mut self,
         user: usize,
@@ -161,7 +160,7 @@ impl World<'_> {
         Ok(outcome)
     }
 
-    /// The route goes if it is still this session's.
+    /// The route is removed if it is still this session's.
     pub(super) async fn call_disconnect(
         &mut self,
         name: &'static str,
@@ -214,7 +213,7 @@ impl World<'_> {
         Ok(page)
     }
 
-    /// The time to send again has come for a user's devices, or for one of them only.
+    /// The retries of a user's devices are due, or only that of one.
     pub(super) async fn call_fire(
         &mut self,
         user: usize,
@@ -255,7 +254,7 @@ impl World<'_> {
         self.look().await
     }
 
-    /// A cursor's chain, where the mailbox still knows it.
+    /// A cursor's chain, if the mailbox still has it.
     fn kept_chain(&self, user: usize, cursor: &Position) -> Option<barid_core::Chain> {
         cursor.chain.filter(|_| cursor.seq.0 + 1 >= self.now.boxes[user].oldest)
     }

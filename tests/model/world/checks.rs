@@ -1,4 +1,4 @@
-//! What must hold whatever happened.
+//! Invariants.
 
 use barid_core::Epoch;
 
@@ -8,7 +8,7 @@ use crate::session::parse;
 use crate::store::Held;
 
 impl World<'_> {
-    /// Looks at everything and compares.
+    /// Reads everything and compares it with the model.
     pub(super) async fn look(&mut self) -> Checked {
         let all = self.store.look().await;
         for (user, held) in all.into_iter().enumerate() {
@@ -25,7 +25,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// After an ack: every device that Redis knows has handled what left.
+    /// After an ack: every device that Redis knows has handled the trimmed entries.
     pub(super) fn left_behind(&mut self, user: usize, gone: &[String]) -> Checked {
         for client in (0..CLIENTS).filter(|client| user_of(*client) == user) {
             let known = self.now.boxes[user].device(device_of(client)).is_some();
@@ -48,13 +48,13 @@ impl World<'_> {
         }
     }
 
-    /// What was there before a device is not owed to it: it starts where the others are.
+    /// A new device need not be shown older messages: it starts at the position of the others.
     pub(super) fn begins(&mut self, client: usize, cursor: u64) {
         let before = self.now.boxes[user_of(client)].between(1, cursor + 1);
         self.clients[client].missed.extend(before);
     }
 
-    /// Whether client may be told that there is nothing from one position to before another.
+    /// Whether positions may be skipped for a client.
     pub(super) fn may_skip(&self, client: usize, from: u64, to: u64) -> Checked {
         let state = &self.clients[client];
         let skipped = self.now.boxes[user_of(client)].between(from, to);
@@ -64,7 +64,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// Once everything has settled.
+    /// Checks the end of a run.
     pub(super) fn all_was_shown(&self) -> Checked {
         for record in self.log.iter().flat_map(|partition| &partition.records) {
             let id = &record.id;
@@ -172,7 +172,7 @@ fn same_routes(mailbox: &Mailbox, held: &Held) -> Checked {
     Ok(())
 }
 
-/// What the last call set is between the time before it and now. From here on it is known exactly.
+/// Replaces times that the last call set, which are known to be between before it and now, by the exact ones.
 fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
     let place = |name: &str| held.devices.iter().position(|device| device.name == name);
     mailbox.devices.sort_by_key(|device| place(device.name));
@@ -227,7 +227,7 @@ fn same_timer(mailbox: &mut Mailbox, held: &Held) -> Checked {
     Ok(())
 }
 
-/// Who has a route and is behind is re-sent to; nobody else is. The model has to obey that as well.
+/// Exactly the devices that have a route and are behind have a retry. This checks the model itself.
 fn timers_are_right(mailbox: &Mailbox) -> Checked {
     for device in &mailbox.devices {
         let waits = mailbox.routes.contains_key(device.name) && device.seq < mailbox.newest();

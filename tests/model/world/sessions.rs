@@ -1,4 +1,4 @@
-//! Devices and the node: connects, pushes, reads, acknowledgements, re-sends.
+//! Steps of devices and the node: connects, pushes, reads, acknowledgements, re-sends.
 
 use barid_core::CloseCode;
 use barid_mailbox::{
@@ -16,18 +16,18 @@ use super::{
 use crate::mailboxes::{Hello, Route};
 use crate::session::{Answer, Next, Out, SETTINGS, Session};
 
-/// Why a claim is given back.
+/// Reasons for which a claim is given back.
 const UNREACHED: [Unreached; 4] =
     [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
-/// How far ahead of a node's clock an attempt is believed, ms.
+/// The largest attempt that is accepted, relative to a node's clock, ms.
 const AHEAD_MS: u64 = 10_000;
-/// Of a session that has much to do.
+/// The largest number of turns of a session.
 const TURNS: usize = 64;
-/// While all is being repaired a re-send is answered: from then on none is in vain.
+/// During the final repairs every re-send is acknowledged.
 const ROUNDS_OF_RESENDS: usize = 3;
 
 impl World<'_> {
-    /// A push reaches the node: every session of the user, also those of a device that has left.
+    /// A push reaches every session of the user on the node, including those of a device that has left.
     pub(super) async fn push(&mut self, user: usize, nth: usize) -> Checked {
         let Some(entry) = self.pushes[user].remove(nth) else { return Ok(()) };
         let numbers: Vec<u64> = self.sessions.iter().map(|session| session.route.number).collect();
@@ -41,7 +41,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The node drops what it has for a user, and tells the sessions; or something before it does.
+    /// The node drops the pushes of a user and notifies the sessions, or the pushes are lost before the node.
     pub(super) fn lose_pushes(&mut self, user: usize, told: bool) {
         self.pushes[user].clear();
         let ours = |session: &&mut Session| told && user_of(session.client) == user;
@@ -53,7 +53,7 @@ impl World<'_> {
         if late && state.attempts == 0 {
             return Ok(());
         }
-        // A call between two attempts that somebody gave up has the odd number.
+        // An attempt that was given up between two others has an odd number.
         state.attempts += if late { 0 } else { 2 };
         let attempt = state.attempts - u64::from(late);
         self.connections += 1;
@@ -81,7 +81,7 @@ impl World<'_> {
         let cursor = connected.position();
         self.sessions.push(Session::new(client, route, connected));
         if late {
-            return Ok(()); // nobody listens
+            return Ok(()); // no session
         }
         state.current = Some(number);
         if state.is_new() {
@@ -114,7 +114,7 @@ impl World<'_> {
         connecting.map_err(|close| format!("a Hello is refused: {close:?}"))
     }
 
-    /// A session ends: it hands in what it owes, and its route goes if it is still its own.
+    /// A session ends: it sends its last acknowledgement, and its route is removed if it is still its own.
     pub(super) async fn close(&mut self, index: usize) -> Checked {
         let session = self.sessions.remove(index);
         let (client, number) = (session.client, session.route.number);
@@ -130,7 +130,7 @@ impl World<'_> {
         self.call_disconnect(device_of(client), request).await
     }
 
-    /// Returns whether there was something to do. The acknowledgement is on its way to the node.
+    /// Sends a client's acknowledgement to the node. Returns whether there was one.
     pub(super) fn handle(&mut self, client: usize, count: usize, newest: bool) -> Checked<bool> {
         let handled = self.clients[client].handle(count, newest)?;
         let Some(index) = self.find(client, false) else { return Ok(handled) };
@@ -139,7 +139,7 @@ impl World<'_> {
         Ok(true)
     }
 
-    /// The fast path does what it can, up to the acks.
+    /// All pushes arrive and are acknowledged.
     pub(super) async fn serve(&mut self, user: usize, handled: bool) -> Checked {
         while !self.pushes[user].is_empty() {
             self.push(user, 0).await?;
@@ -150,8 +150,8 @@ impl World<'_> {
         Ok(())
     }
 
-    /// A client and its session go on until neither has anything to do. The application is slow, or (`handled`
-    /// false) keeps what it has.
+    /// A client and its session continue until neither has anything to do. The application is slow, or (unless
+    /// `handled`) keeps its messages.
     pub(super) async fn exhaust(&mut self, client: usize, handled: bool) -> Checked {
         for _ in 0..TURNS {
             let busy = match self.find(client, false) {
@@ -165,8 +165,8 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The session gets an acknowledgement or an answer, or does what it wants next, whose answer comes a turn
-    /// later. `ahead`: what it wants comes first, then the newest answer.
+    /// The session gets an acknowledgement or an answer, or makes its next call, whose answer arrives a turn later. If
+    /// `ahead`, its next call is first, then the newest answer.
     pub(super) async fn turn(&mut self, index: usize, ahead: bool) -> Checked<bool> {
         if !ahead && let Some(ack) = self.sessions[index].acks.pop_front() {
             let session = &mut self.sessions[index];
@@ -205,7 +205,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// An acknowledgement arrives once more, or for the first time: nobody waits for the answer.
+    /// An acknowledgement arrives, perhaps again, and its answer is dropped.
     pub(super) async fn ack_late(&mut self, nth: usize) -> Checked {
         let Some((name, request)) = self.acks.iter().rev().nth(nth).cloned() else {
             return Ok(());
@@ -213,7 +213,7 @@ impl World<'_> {
         self.call_ack(name, request).await.map(|_| ())
     }
 
-    /// A node that was told of it long ago says that a session is over.
+    /// A node reports the end of a session late.
     pub(super) async fn disconnect_late(&mut self, nth: usize) -> Checked {
         let Some((name, request)) = self.left.iter().rev().nth(nth).cloned() else {
             return Ok(());
@@ -232,7 +232,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// What a session says reaches its device, if the device is still there.
+    /// A session's frames reach its device, if it is still connected.
     async fn tell(&mut self, number: u64, out: Vec<Out>) -> Checked {
         for out in out {
             let Some(index) = self.position(number) else { return Ok(()) };
@@ -260,7 +260,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// Why a session may end by itself.
+    /// The allowed reasons for which a session closes.
     fn may_close(&self, index: usize, close: &Close) -> Checked {
         let session = &self.sessions[index];
         let fine = match close.code {
@@ -299,7 +299,7 @@ impl World<'_> {
         self.tell(route.number, out).await
     }
 
-    /// The delayer claims, and the node hears of it.
+    /// The delayer claims due timers, and the re-sends reach the node.
     pub(super) async fn fire(
         &mut self,
         user: usize,
@@ -327,13 +327,13 @@ impl World<'_> {
             return self.tell(number, out).await;
         }
         let ours = |client: &usize| device_of(*client) == due.device.as_str();
-        let Some(client) = (0..CLIENTS).find(ours) else { return Ok(()) }; // a stranger hears nothing
+        let Some(client) = (0..CLIENTS).find(ours) else { return Ok(()) }; // not one of the clients
         let request =
             DisconnectRequest { user: user_key(user), device: due.device, session: due.session };
         self.call_disconnect(device_of(client), request).await
     }
 
-    /// A claim is given back, however late, and perhaps once more.
+    /// A claim is given back, late or repeatedly.
     pub(super) async fn defer(&mut self, nth: usize, why: usize) -> Checked {
         match self.claims.iter().rev().nth(nth).cloned() {
             Some(claim) => self.call_defer(claim, UNREACHED[why]).await,

@@ -1,15 +1,15 @@
-//! The steps.
+//! Executes a step.
 
 use super::{BURST, CLIENTS, Checked, STRANGERS, USERS, World};
 use crate::Step;
 use crate::purger::Record;
 
-/// Records of a user, so that the ring of ids holds all of them.
+/// The largest number of a user's records, so that the mailbox remembers all ids.
 const RECORDS_MAX: usize = 56;
-/// Rounds of repairs in which everything has to settle.
+/// The largest number of rounds of the final repairs.
 const ROUNDS: usize = 12;
-/// The nodes' clocks go on by so much; a re-send may cross an acknowledgement of the step before, not of the round
-/// before.
+/// The time that passes on the nodes' clocks: a re-send may cross an acknowledgement of the previous step, but not of
+/// the previous round.
 const STEP_US: u64 = 1_000;
 const ROUND_US: u64 = 10_000;
 const NAMES: [&str; 4] = ["phone", "tablet", "watch", "browser"];
@@ -114,7 +114,7 @@ impl World<'_> {
         records.push(earlier.unwrap_or(fresh));
     }
 
-    /// Returns whether all is handed on.
+    /// Returns whether everything was sent.
     async fn pump(&mut self, source: usize, purger: usize, count: usize) -> Checked<bool> {
         let group = self.log[source].group(purger, count);
         let gap = self.accept(source, &group).await?;
@@ -129,7 +129,7 @@ impl World<'_> {
         Ok(gap.is_none() && partition.purgers[purger].next == partition.records.len())
     }
 
-    /// A call that was given up, or a zombie's, arrives.
+    /// A late call arrives: one that was given up, or one of a purger that has lost the partition.
     async fn redeliver(&mut self, source: usize) -> Checked {
         if let Some(group) = self.log[source].last.clone() {
             self.accept(source, &group).await?;
@@ -168,7 +168,7 @@ impl World<'_> {
     async fn fail_over(&mut self) {
         self.store.fail_over().await;
         self.now = self.replica.clone();
-        // Devices need not be shown that any more, and may be shown another record of the same id later.
+        // Devices need not be shown those, and may be shown another record with the same id later.
         for (user, ids) in std::mem::take(&mut self.expired_there) {
             self.missed(user, &ids);
         }
@@ -177,7 +177,7 @@ impl World<'_> {
         }
     }
 
-    /// Everything that repairs runs until nothing is left to do, and then all must have been shown.
+    /// Runs all repairs until nothing is left to do, and checks that everything was shown.
     pub async fn settle(&mut self) -> Checked {
         for who in 0..STRANGERS {
             self.send_away(who).await?;

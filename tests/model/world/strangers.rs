@@ -1,6 +1,6 @@
-//! Devices that say what they like: positions of another history, acknowledgements of an older
-//! generation, confirmations of a session that was replaced. Nobody promises them a message; what
-//! Redis answers and holds then is as certain as with any other.
+//! Devices that do not follow the protocol: positions of another history, acknowledgements of an older generation,
+//! confirmations of a replaced session. No message is promised to them, but the answers and the content of Redis are
+//! checked.
 
 use barid_core::{Attempt, Chain, Epoch, Generation, Seq};
 use barid_mailbox::{AckRequest, ConfirmRequest, ConnectRequest, DisconnectRequest};
@@ -12,13 +12,13 @@ use crate::{Call, Claim};
 
 #[derive(Debug, Default)]
 pub struct Stranger {
-    /// Of its last connection.
+    /// The reference of its last session.
     number: u64,
     attempt: u64,
 }
 
 impl World<'_> {
-    /// `claim` is where it says that it stands.
+    /// `claim` is the position that it names.
     pub(super) async fn stranger(&mut self, who: usize, call: Call, claim: &Claim) -> Checked {
         let (user, name) = (who / 2, name_of(who));
         let at = self.claimed(user, name, claim);

@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use barid_access::{Access, Config};
 use barid_runtime::{Role as _, Stopped};
+use barid_testkit::raw::{read_head, request};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::raw::{read_head, request};
 use crate::support::*;
 
 const ACCEPTED: &str = "barid_access_accepted_total";

@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use anyhow::{Context as _, Result, bail};
 use barid_core::CloseCode;
 use barid_testkit::Device;
-use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::device::{Incoming, PATIENCE};
+use barid_testkit::raw::*;
 use barid_wire::frames::{ClientFrame, Encoding, encode_client};
 use barid_wire::v1;
 use serde_json::{Value, json};
 
-use crate::raw::*;
 use crate::support::*;
 
 /// Bytes of a frame, as the node of these tests has it.
@@ -208,7 +208,7 @@ async fn bad_frames_end_their_own_connection_with_a_code_and_a_reason() -> Resul
         let id = format!("m{number}");
         let (entry, _) = world.accept("bob", &id).await?;
         dispatcher.push(&world, "bob", entry).await?;
-        assert_eq!(healthy.take(1).await?, [id], "after {}", bad.what);
+        assert_eq!(healthy.receive(1).await?, [id], "after {}", bad.what);
     }
     world.routes_become("alice", 0).await
 }
@@ -222,7 +222,7 @@ async fn hazard_72_a_long_name_that_is_ignored_is_repeated_in_part() -> Result<(
     // Escaped, each character of two bytes takes six.
     let mailbox = "\u{85}".repeat(4000);
     phone.send(&json!({ "ack": { "seq": 9, "mailbox": mailbox } })).await?;
-    let Heard::Other(kind, error) = phone.next(PATIENCE).await? else { bail!("no other frame") };
+    let Incoming::Other(kind, error) = phone.next(PATIENCE).await? else { bail!("no other frame") };
     let text = error["text"].as_str().context("a text")?;
     assert_eq!(kind, "error");
     assert!(
@@ -249,14 +249,14 @@ async fn hazard_41_what_only_a_newer_client_says_is_ignored_and_counted() -> Res
         phone.send(&later).await?;
     }
     // Who writes a client is told once what it was.
-    let told = Heard::Other(
+    let told = Incoming::Other(
         "error".into(),
         json!({ "code": 0, "text": "kind \"probe\" is not known here and was ignored" }),
     );
     assert_eq!(phone.next(PATIENCE).await?, told);
     let (entry, _) = world.accept("alice", "m1").await?;
     dispatcher.push(&world, "alice", entry).await?;
-    assert_eq!(phone.take(1).await?, ["m1"]);
+    assert_eq!(phone.receive(1).await?, ["m1"]);
     world.cursor_becomes("alice", "phone", 1).await?;
     let ignored = |what| node.metric("barid_access_ignored_total", what);
     assert_eq!((ignored("kind"), ignored("field"), ignored("mailbox")), (2.0, 2.0, 1.0));
@@ -300,7 +300,7 @@ async fn frames_that_are_odd_but_harmless_are_taken() -> Result<()> {
     world.cursor_becomes("alice", "phone", 1).await?;
     let (entry, _) = world.accept("alice", "m2").await?;
     dispatcher.push(&world, "alice", entry).await?;
-    assert_eq!(phone.take(1).await?, ["m2"]);
+    assert_eq!(phone.receive(1).await?, ["m2"]);
     assert_eq!(&*world.inspect("alice").await?.routes[0].platform, "a-b-1-2-3");
     // A close code that nobody may send is answered as RFC 6455 has it.
     let mut raw = Raw::open(node.addresses["ws"], Encoding::Json, &token_of("alice")).await?;

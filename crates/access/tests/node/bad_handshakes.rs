@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::Result;
 use barid_testkit::Device;
 use barid_testkit::device::PATIENCE;
+use barid_testkit::raw::*;
 use futures::FutureExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::raw::*;
 use crate::support::*;
 
 const JSON: &str = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
@@ -123,7 +123,7 @@ async fn bad_handshakes_get_a_status_and_a_reason_and_harm_no_session() -> Resul
     assert_eq!(node.metric("barid_access_handshakes_total", "accepted"), 1.0);
     let (entry, _) = world.accept("bob", "m1").await?;
     node.dispatcher().await?.push(&world, "bob", entry).await?;
-    assert_eq!(healthy.take(1).await?, ["m1"]);
+    assert_eq!(healthy.receive(1).await?, ["m1"]);
     Ok(())
 }
 

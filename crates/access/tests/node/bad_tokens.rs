@@ -8,7 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use barid_access::config::{KeyAlgorithmName, KeyConfig};
 use barid_core::Secret;
-use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::device::{Incoming, PATIENCE};
+use barid_testkit::raw::{http, request};
 use barid_testkit::{Device, token};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -16,7 +17,6 @@ use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
-use crate::raw::{http, request};
 use crate::support::*;
 
 /// Public halves of keys whose private halves nobody has kept.
@@ -282,7 +282,7 @@ async fn bad_tokens_open_nothing_and_are_told_why() -> Result<()> {
 
         let mut phone = node.device("alice", "phone").await?;
         phone.send(&json!({ "refresh": { "token": token } })).await?;
-        let Heard::Other(kind, error) = phone.next(PATIENCE).await? else { panic!("{what}") };
+        let Incoming::Other(kind, error) = phone.next(PATIENCE).await? else { panic!("{what}") };
         assert_eq!((kind.as_str(), &error["code"]), ("error", &json!(4500)), "{what}");
         assert!(error["text"].as_str().is_some_and(|told| told.contains(text)), "{what}: {error}");
         assert_eq!(phone.closed(PATIENCE).await?, 4500, "{what}");
@@ -293,7 +293,7 @@ async fn bad_tokens_open_nothing_and_are_told_why() -> Result<()> {
     }
     let (entry, _) = world.accept("bob", "m1").await?;
     node.dispatcher().await?.push(&world, "bob", entry).await?;
-    assert_eq!(healthy.take(1).await?, ["m1"]);
+    assert_eq!(healthy.receive(1).await?, ["m1"]);
     Ok(())
 }
 

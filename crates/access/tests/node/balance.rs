@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use barid_testkit::Device;
-use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::device::{Incoming, PATIENCE};
+use barid_testkit::raw::*;
 use serde_json::{Value, json};
 
-use crate::raw::*;
 use crate::support::*;
 
 fn get(path: &str, headers: &str) -> Vec<u8> {
@@ -101,7 +101,7 @@ async fn a_node_far_above_the_mean_lets_devices_go_down_to_it() -> Result<()> {
     assert_eq!(full.metric("barid_access_closes_total", "draining"), 15.0);
     let mut told = 0;
     for device in &mut devices {
-        if let Ok(Heard::Other(kind, away)) = device.next(Duration::from_millis(50)).await {
+        if let Ok(Incoming::Other(kind, away)) = device.next(Duration::from_millis(50)).await {
             assert_eq!((kind.as_str(), &away["why"]), ("goAway", &json!("balance")));
             assert_eq!(device.closed(PATIENCE).await?, 4000);
             told += 1;

@@ -2,20 +2,18 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use barid_core::{Chain, Epoch, Seq};
 use barid_runtime::Stopped;
-use barid_testkit::device::{Delivered, Heard, PATIENCE};
+use barid_testkit::device::{Delivered, Incoming, PATIENCE};
+use barid_testkit::raw::{BINARY, Raw, frame};
 use barid_testkit::{Device, token};
 use barid_wire::envelope::{Header, encode_body, set_payload};
-use barid_wire::frames::{Encoding, ServerFrame, decode_server, encode_client};
+use barid_wire::frames::{Encoding, ServerFrame, encode_client};
 use barid_wire::internal::{NodeBatch, NodeFanout};
 use barid_wire::v1::{self, BodyKind, Envelope, client_frame, message};
 use bytes::Bytes;
-use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
-use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 
 use crate::support::*;
 
@@ -62,7 +60,7 @@ async fn member(node: &Node, user: &str, groups: &[&str]) -> Result<Device> {
 async fn asked(device: &mut Device, kind: &str, group: &str) -> Result<(String, Value)> {
     device.send(&json!({ kind: { "group": group } })).await?;
     match device.next(PATIENCE).await? {
-        Heard::Other(kind, fields) => Ok((kind, fields)),
+        Incoming::Other(kind, fields) => Ok((kind, fields)),
         other => anyhow::bail!("no answer to {kind}, but {other:?}"),
     }
 }
@@ -97,12 +95,12 @@ async fn everyone_of_an_app_and_nobody_else_hears_what_is_for_everyone() -> Resu
     dispatcher.fan_out(APP, "", vec![entry(4)]).await?;
     for device in &mut devices {
         hears(device, "everyone", &[1, 2, 3, 4]).await?;
-        device.silent(QUIET).await?;
+        device.expect_silence(QUIET).await?;
     }
-    stranger.silent(QUIET).await?;
+    stranger.expect_silence(QUIET).await?;
     dispatcher.fan_out("other", "", vec![entry(9)]).await?;
     hears(&mut stranger, "everyone", &[9]).await?;
-    devices[0].silent(QUIET).await?;
+    devices[0].expect_silence(QUIET).await?;
     // Who comes later hears what comes later; whoever has gone is no member.
     devices.remove(0).close().await?;
     let mut late = node.device("carol", "phone").await?;
@@ -183,23 +181,19 @@ async fn protobuf_devices_get_the_same_compressed_if_they_accept_it() -> Result<
     let mut dispatcher = node.dispatcher().await?;
     let mut sockets = Vec::new();
     for (device, accepts_zstd) in [("old", false), ("new", true)] {
-        let mut request = node.url().into_client_request()?;
-        let headers = request.headers_mut();
-        headers.insert("sec-websocket-protocol", Encoding::Proto.subprotocol().parse()?);
-        headers.insert("authorization", format!("Bearer {}", token_of("alice")).parse()?);
-        let (mut socket, _) = tokio_tungstenite::connect_async(request).await?;
+        let mut socket =
+            Raw::open(node.addresses["ws"], Encoding::Proto, &token_of("alice")).await?;
         let hello = v1::Hello { device: device.into(), accepts_zstd, ..Default::default() };
         let hello = encode_client(Encoding::Proto, &client_frame::Kind::Hello(hello));
-        socket.send(Message::Binary(hello)).await?;
-        socket.next().await.context("a welcome")??;
+        socket.send(&frame(BINARY, hello)).await;
+        socket.welcomed().await?;
         sockets.push(socket);
     }
     let long = "the same again, ".repeat(200);
     let packed = entry_with(1, "m1", |e| set_payload(e, long.clone().into(), 128, 3));
     dispatcher.fan_out(APP, "", vec![packed, entry(2)]).await?;
     for (socket, accepts_zstd) in sockets.iter_mut().zip([false, true]) {
-        let bytes = socket.next().await.context("a delivery")??.into_data();
-        let ServerFrame::Deliver(deliver) = decode_server(Encoding::Proto, bytes)? else {
+        let (_, ServerFrame::Deliver(deliver)) = socket.next().await? else {
             panic!("no delivery")
         };
         assert_eq!((&*deliver.mailbox, deliver.messages.len()), ("everyone", 2), "in one frame");
@@ -229,7 +223,7 @@ async fn what_is_no_message_reaches_nobody_and_harms_nobody() -> Result<()> {
     dispatcher.fan_out("no:app", "", vec![entry(6)]).await?;
     dispatcher.fan_out(APP, "everyone", vec![entry(6)]).await?;
     hears(&mut phone, "everyone", &[1, 5]).await?;
-    phone.silent(QUIET).await?;
+    phone.expect_silence(QUIET).await?;
     assert_eq!(node.metric("barid_access_fanouts_total", "expired"), 1.0);
     Ok(())
 }
@@ -319,15 +313,15 @@ async fn who_has_subscribed_to_a_group_hears_it_until_it_unsubscribes() -> Resul
     hears(&mut alice, "everyone", &[4]).await?;
     hears(&mut bob, "ops", &[3]).await?;
     hears(&mut bob, "everyone", &[4]).await?;
-    alice.silent(QUIET).await?;
+    alice.expect_silence(QUIET).await?;
     // The end of a session ends its subscriptions; they are its own to renew.
-    bob.vanish();
+    drop(bob);
     eventually("bob's are gone", async || Ok(node.metric(SUBSCRIPTIONS, "") == 1.0)).await?;
     dispatcher.fan_out(APP, "ops", vec![entry(5)]).await?;
     assert_eq!(node.metric("barid_access_fanouts_total", "nobody"), 1.0);
     let mut bob = member(&node, "bob", &["ops"]).await?;
     dispatcher.fan_out(APP, "ops", vec![entry(6)]).await?;
-    bob.silent(QUIET).await?;
+    bob.expect_silence(QUIET).await?;
     subscribe(&mut bob, "ops").await?;
     dispatcher.fan_out(APP, "ops", vec![entry(7)]).await?;
     hears(&mut bob, "ops", &[7]).await?;
@@ -350,7 +344,7 @@ async fn a_group_that_the_token_does_not_list_is_refused_and_the_connection_stay
         assert_eq!(fields["code"], 4500);
         assert!(fields["text"].as_str().is_some_and(|text| text.contains("does not list")));
         dispatcher.fan_out(APP, group, vec![entry(1)]).await?;
-        device.silent(QUIET).await?;
+        device.expect_silence(QUIET).await?;
     }
     assert_eq!(node.metric("barid_access_subscriptions_refused_total", ""), 3.0);
     subscribe(&mut alice, "eng").await?;
@@ -383,7 +377,7 @@ async fn a_subscription_too_many_is_refused_with_4504_and_the_others_stay() -> R
     let mut heard = [alice.message().await?.mailbox, alice.message().await?.mailbox];
     heard.sort();
     assert_eq!(heard, ["a", "b"]);
-    alice.silent(QUIET).await?;
+    alice.expect_silence(QUIET).await?;
     asked(&mut alice, "unsubscribe", "a").await?;
     subscribe(&mut alice, "c").await
 }
@@ -398,13 +392,13 @@ async fn a_new_token_ends_the_subscriptions_that_it_does_not_list() -> Result<()
     subscribe(&mut alice, "ops").await?;
     let token = token_for(APP, "alice", &json!(["ops", "new"]));
     alice.send(&json!({ "refresh": { "token": token } })).await?;
-    let Heard::Other(kind, fields) = alice.next(PATIENCE).await? else { panic!("not told") };
+    let Incoming::Other(kind, fields) = alice.next(PATIENCE).await? else { panic!("not told") };
     let told = (kind.as_str(), &fields["group"], &fields["code"]);
     assert_eq!(told, ("unsubscribed", &json!("eng"), &json!(4500)));
     dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
     dispatcher.fan_out(APP, "ops", vec![entry(2)]).await?;
     hears(&mut alice, "ops", &[2]).await?;
-    alice.silent(QUIET).await?;
+    alice.expect_silence(QUIET).await?;
     subscribe(&mut alice, "new").await
 }
 
@@ -427,7 +421,7 @@ async fn hazard_09_a_user_a_group_and_an_app_of_one_name_are_three() -> Result<(
     hears(&mut of_group, "eng", &[1]).await?;
     hears(&mut of_other, "eng", &[2]).await?;
     for device in [&mut user, &mut of_group, &mut of_other] {
-        device.silent(QUIET).await?;
+        device.expect_silence(QUIET).await?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use barid_testkit::Device;
-use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::device::{Incoming, PATIENCE};
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -18,7 +18,7 @@ async fn pinged(node: &Node, device: &str, interval_ms: u64) -> Result<(Device, 
 
 async fn expect_ping(device: &mut Device) -> Result<()> {
     match device.next(PATIENCE).await? {
-        Heard::Other(kind, _) if kind == "ping" => Ok(()),
+        Incoming::Other(kind, _) if kind == "ping" => Ok(()),
         other => anyhow::bail!("{other:?} instead of a ping"),
     }
 }
@@ -47,7 +47,7 @@ async fn a_device_is_pinged_as_often_as_it_asks_within_bounds() -> Result<()> {
         assert!(begun.elapsed() > Duration::from_millis(900), "{:?}", begun.elapsed());
         eager.send(&json!({ "pong": {} })).await?;
     }
-    calm.silent(Duration::from_millis(100)).await
+    calm.expect_silence(Duration::from_millis(100)).await
 }
 
 #[tokio::test]
@@ -68,10 +68,10 @@ async fn a_session_without_anything_but_heartbeats_is_closed_if_that_is_configur
     let answering = async {
         loop {
             match idle.next(PATIENCE).await? {
-                Heard::Other(kind, _) if kind == "ping" => {
+                Incoming::Other(kind, _) if kind == "ping" => {
                     idle.send(&json!({ "pong": {} })).await?;
                 }
-                Heard::Closed(code, _) => return anyhow::Ok((code, begun.elapsed())),
+                Incoming::Closed(code, _) => return anyhow::Ok((code, begun.elapsed())),
                 _ => (),
             }
         }
@@ -81,7 +81,7 @@ async fn a_session_without_anything_but_heartbeats_is_closed_if_that_is_configur
             let id = format!("m{n}");
             let (entry, _) = world.accept("bob", &id).await?;
             dispatcher.push(&world, "bob", entry).await?;
-            assert_eq!(busy.take(1).await?, [id]);
+            assert_eq!(busy.receive(1).await?, [id]);
             tokio::time::sleep(Duration::from_millis(600)).await;
         }
         anyhow::Ok(())

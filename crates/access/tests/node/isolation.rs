@@ -38,7 +38,7 @@ async fn apps_with_the_same_user_share_nothing() -> Result<()> {
     }
     // What was not sent to this session is not acknowledged by it.
     theirs.ack(2).await?;
-    theirs.silent(QUIET).await?;
+    theirs.expect_silence(QUIET).await?;
     world.cursor_becomes("alice", "phone", 0).await?;
     assert_eq!(world.inspect("alice").await?.entries.len(), 2);
     ours.ack(2).await?;
@@ -56,7 +56,7 @@ async fn apps_with_the_same_user_share_nothing() -> Result<()> {
     };
     let reply = dispatcher.send(route.session.incarnation.0, vec![push], vec![]).await?;
     assert_eq!(reply.gone.len(), 1);
-    ours.silent(QUIET).await?;
+    ours.expect_silence(QUIET).await?;
 
     // Positions of the other app's mailbox open nothing, and hide nothing.
     theirs.close().await?;
@@ -66,12 +66,12 @@ async fn apps_with_the_same_user_share_nothing() -> Result<()> {
         connect("shop", json!({ "device": "phone", "attempt": 9, "positions": [stolen] })).await?;
     let first = theirs.message().await?;
     assert_eq!((first.seq, &*first.id), (1, "s1"));
-    theirs.silent(QUIET).await?;
+    theirs.expect_silence(QUIET).await?;
 
     // Nor does a token of the other app, for the same user.
     theirs.send(&json!({ "refresh": { "token": token_in("demo", "alice") } })).await?;
     assert_eq!(theirs.closed(PATIENCE).await?, 4500);
-    ours.silent(QUIET).await
+    ours.expect_silence(QUIET).await
 }
 
 #[tokio::test]
@@ -109,10 +109,10 @@ async fn apps_and_users_that_look_alike_share_nothing() -> Result<()> {
         assert!(dispatcher.push_to(&world, &user, entry).await?.gone.is_empty());
     }
     for (index, device) in devices.iter_mut().enumerate() {
-        assert_eq!(device.take(1).await?, [format!("m{index}")], "{:?}", names[index]);
+        assert_eq!(device.receive(1).await?, [format!("m{index}")], "{:?}", names[index]);
     }
     for device in &mut devices {
-        device.silent(Duration::from_millis(20)).await?;
+        device.expect_silence(Duration::from_millis(20)).await?;
     }
     Ok(())
 }

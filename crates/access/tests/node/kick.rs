@@ -51,10 +51,10 @@ async fn a_device_a_user_an_app_or_everyone_is_closed_with_4503_and_counted() ->
     assert_eq!(nobody, KickProgress { matched: 0, closed: 0, done: true });
     assert_eq!(last(kick(&node, order(APP, "alice", "")).await?)?.closed, 1);
     assert_eq!(tablet.closed(PATIENCE).await?, 4503);
-    theirs.silent(Duration::from_millis(100)).await?;
+    theirs.expect_silence(Duration::from_millis(100)).await?;
     assert_eq!(last(kick(&node, order("shop", "", "")).await?)?.closed, 1);
     assert_eq!(theirs.closed(PATIENCE).await?, 4503);
-    bob.silent(Duration::from_millis(100)).await?;
+    bob.expect_silence(Duration::from_millis(100)).await?;
     let everyone = KickRequest { everyone: true, ..Default::default() };
     assert_eq!(last(kick(&node, everyone).await?)?.closed, 1);
     assert_eq!(bob.closed(PATIENCE).await?, 4503);
@@ -123,5 +123,5 @@ async fn orders_that_name_nobody_are_refused() -> Result<()> {
         let status = operator.kick(bad.clone()).await.expect_err("refused");
         assert_eq!(status.code(), Code::InvalidArgument, "{bad:?}");
     }
-    alice.silent(Duration::from_millis(100)).await
+    alice.expect_silence(Duration::from_millis(100)).await
 }

@@ -37,7 +37,7 @@ async fn hazard_27_a_lease_that_was_gone_leaves_the_life_and_has_sessions_confir
     assert_eq!(incarnation(&world.mailbox, "alice").await?, before);
     let (entry, _) = world.accept("alice", "m1").await?;
     assert!(node.dispatcher().await?.push(&world, "alice", entry).await?.gone.is_empty());
-    assert_eq!(phone.take(1).await?, ["m1"]);
+    assert_eq!(phone.receive(1).await?, ["m1"]);
     world.cursor_becomes("alice", "phone", 1).await
 }
 
@@ -102,7 +102,7 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
             dispatched_after_us: None,
         };
         assert!(dispatcher.send(before.0, vec![push], vec![]).await?.gone.is_empty());
-        assert_eq!(phone.take(1).await?, ["m1"]);
+        assert_eq!(phone.receive(1).await?, ["m1"]);
     }
     eventually("all are confirmed", async || Ok(life().is_some_and(|(_, done)| done))).await?;
     for n in 0..USERS {
@@ -185,12 +185,12 @@ async fn hazard_35_quiet_users_of_a_master_that_was_emptied_are_reached_within_t
                 let (entry, online) = three.world.accept(&user, "m1").await?;
                 ensure!(online, "{user} is not online");
                 dispatcher.push(&three.world, &user, entry).await?;
-                ensure!(phone.take(1).await? == ["m1"]);
+                ensure!(phone.receive(1).await? == ["m1"]);
             }
         }
     }
     for phone in &mut three.phones {
-        phone.silent(Duration::from_millis(1)).await?;
+        phone.expect_silence(Duration::from_millis(1)).await?;
     }
     Ok(())
 }
@@ -219,7 +219,7 @@ async fn hazard_27_no_master_that_is_away_makes_sessions_void() -> Result<()> {
         ensure!(now == node.incarnation, "another life in the route of u{n}");
     }
     for phone in &mut three.phones {
-        phone.silent(Duration::from_millis(1)).await?;
+        phone.expect_silence(Duration::from_millis(1)).await?;
     }
     Ok(())
 }

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use barid_core::Secret;
 use barid_testkit::device::PATIENCE;
+use barid_testkit::raw::*;
 use barid_testkit::{Device, token};
 use barid_wire::frames::Encoding;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::raw::*;
 use crate::support::*;
 
 const LIMITS: &str = "barid_access_limits_total";
@@ -227,7 +227,7 @@ async fn a_user_has_so_many_devices_here_and_may_always_come_back_with_one() -> 
     // What was refused took nothing away.
     let (entry, _) = world.accept("alice", "m1").await?;
     node.dispatcher().await?.push(&world, "alice", entry).await?;
-    assert_eq!(tablet.take(1).await?, ["m1"]);
+    assert_eq!(tablet.receive(1).await?, ["m1"]);
     again.close().await?;
     world.routes_become("alice", 1).await?;
     let _watch = node.device("alice", "watch").await?;
@@ -321,7 +321,7 @@ async fn a_device_that_sends_too_much_is_closed_with_4504_and_harms_nobody() -> 
     }
     let (entry, _) = world.accept("bob", "m1").await?;
     node.dispatcher().await?.push(&world, "bob", entry).await?;
-    assert_eq!(healthy.take(1).await?, ["m1"]);
+    assert_eq!(healthy.receive(1).await?, ["m1"]);
     assert_eq!(node.metric(CLOSES, "limit"), 3.0, "the calm one is still here");
     Ok(())
 }

@@ -12,7 +12,6 @@ mod kick;
 mod leases;
 mod limits;
 mod proxies;
-mod raw;
 mod slow;
 mod support;
 mod tls;
@@ -21,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use barid_runtime::Stopped;
-use barid_testkit::device::{Heard, PATIENCE};
+use barid_testkit::device::{Incoming, PATIENCE};
 use barid_testkit::{Device, token};
 use barid_wire::envelope::set_payload;
 use serde_json::json;
@@ -57,7 +56,7 @@ async fn a_burst_of_acks_reaches_redis_as_few() -> Result<()> {
     for n in 1..=40 {
         let (entry, _) = world.accept("alice", &format!("m{n}")).await?;
         dispatcher.push(&world, "alice", entry).await?;
-        phone.take(1).await?;
+        phone.receive(1).await?;
     }
     world.cursor_becomes("alice", "phone", 40).await?;
     // One at once, and then one in 100 ms.
@@ -75,14 +74,14 @@ async fn what_came_while_it_was_away_is_delivered_first_and_in_order() -> Result
         world.accept("alice", &format!("m{n}")).await?;
     }
     let mut phone = node.device("alice", "phone").await?;
-    let ids = phone.take(300).await?;
+    let ids = phone.receive(300).await?;
     assert_eq!(ids, (1..=300).map(|n| format!("m{n}")).collect::<Vec<_>>());
     world.cursor_becomes("alice", "phone", 300).await?;
     phone.close().await?;
     world.routes_become("alice", 0).await?;
     world.accept("alice", "m301").await?;
     let mut phone = node.device("alice", "phone").await?;
-    assert_eq!(phone.take(1).await?, ["m301"], "from where it stopped");
+    assert_eq!(phone.receive(1).await?, ["m301"], "from where it stopped");
     Ok(())
 }
 
@@ -95,7 +94,7 @@ async fn a_lost_push_is_read_when_the_next_one_leaves_a_gap() -> Result<()> {
     world.accept("alice", "lost").await?;
     let (entry, _) = world.accept("alice", "next").await?;
     dispatcher.push(&world, "alice", entry).await?;
-    assert_eq!(phone.take(2).await?, ["lost", "next"]);
+    assert_eq!(phone.receive(2).await?, ["lost", "next"]);
     assert_eq!(node.metric("barid_access_syncs_total", "gap"), 1.0);
     Ok(())
 }
@@ -111,8 +110,8 @@ async fn devices_of_a_user_have_cursors_of_their_own() -> Result<()> {
     dispatcher.push(&world, "alice", both).await?;
     let (one, _) = world.accept_with("alice", "one", |e| e.device = "tablet".into()).await?;
     dispatcher.push(&world, "alice", one).await?;
-    assert_eq!(phone.take(1).await?, ["both"]);
-    let Heard::Skip(skip) = phone.next(PATIENCE).await? else { panic!("no skip") };
+    assert_eq!(phone.receive(1).await?, ["both"]);
+    let Incoming::Skip(skip) = phone.next(PATIENCE).await? else { panic!("no skip") };
     assert_eq!((&skip["to"], &skip["why"]), (&json!(2), &json!("otherDevice")));
     world.cursor_becomes("alice", "phone", 2).await?;
     assert_eq!(tablet.message().await?.id, "both");
@@ -143,7 +142,7 @@ async fn a_newer_connection_of_a_device_replaces_the_older() -> Result<()> {
     assert_eq!(late.closed(PATIENCE).await?, 4005);
     let (entry, _) = world.accept("alice", "m1").await?;
     other.dispatcher().await?.push(&world, "alice", entry).await?;
-    assert_eq!(third.take(1).await?, ["m1"]);
+    assert_eq!(third.receive(1).await?, ["m1"]);
     Ok(())
 }
 
@@ -156,7 +155,7 @@ async fn a_token_that_expires_closes_the_connection_unless_it_is_refreshed() -> 
     let mut tablet = Device::connect(&node.url(), &short(), "tablet").await?;
     tablet.send(&json!({ "refresh": { "token": token_of("alice") } })).await?;
     assert_eq!(phone.closed(PATIENCE).await?, 4004);
-    tablet.silent(Duration::from_secs(1)).await?;
+    tablet.expect_silence(Duration::from_secs(1)).await?;
     tablet.send(&json!({ "refresh": { "token": token_of("bob") } })).await?;
     assert_eq!(tablet.closed(PATIENCE).await?, 4500, "somebody else's");
     let mut watch = node.device("alice", "watch").await?;
@@ -183,7 +182,7 @@ async fn hazard_15_five_resends_without_an_answer_close_with_4001_and_the_messag
     assert_eq!(phone.closed(PATIENCE).await?, 4001);
     world.routes_become("alice", 0).await?;
     let mut phone = node.device("alice", "phone").await?;
-    assert_eq!(phone.take(1).await?, ["m1"]);
+    assert_eq!(phone.receive(1).await?, ["m1"]);
     Ok(())
 }
 
@@ -206,7 +205,7 @@ async fn whoever_is_not_here_is_gone_and_loses_the_route() -> Result<()> {
     let incarnation = route.session.incarnation.0;
     let reply = dispatcher.send(incarnation + 1, vec![push(here)], vec![]).await?;
     assert_eq!(reply.gone.len(), 1, "another life of the node");
-    phone.silent(Duration::from_millis(200)).await?;
+    phone.expect_silence(Duration::from_millis(200)).await?;
     let reply = dispatcher.send(incarnation, vec![push(here), push(here + 7)], vec![]).await?;
     assert_eq!(reply.gone.iter().map(|gone| gone.connection).collect::<Vec<_>>(), [here + 7]);
     assert_eq!(phone.message().await?.id, "m1");
@@ -259,7 +258,7 @@ async fn a_device_that_does_not_read_is_closed_with_4002_and_harms_nobody() -> R
     assert_eq!(node.metric("barid_access_queued_bytes", ""), 0.0);
     let (entry, _) = world.accept("bob", "m1").await?;
     dispatcher.push(&world, "bob", entry).await?;
-    assert_eq!(other.take(1).await?, ["m1"]);
+    assert_eq!(other.receive(1).await?, ["m1"]);
     drop(slow);
     Ok(())
 }
@@ -278,8 +277,8 @@ async fn a_device_from_which_nothing_is_heard_is_closed_with_4003() -> Result<()
     // This one answers WebSocket pings only while it is read.
     let mut phone = node.device("alice", "phone").await?;
     let dead = node.device("alice", "dead").await?;
-    let phone = tokio::spawn(async move { phone.silent(Duration::from_secs(5)).await });
-    let Heard::Other(kind, _) = tablet.next(PATIENCE).await? else { panic!("no ping") };
+    let phone = tokio::spawn(async move { phone.expect_silence(Duration::from_secs(5)).await });
+    let Incoming::Other(kind, _) = tablet.next(PATIENCE).await? else { panic!("no ping") };
     assert_eq!(kind, "ping");
     tablet.send(&json!({ "pong": {} })).await?;
     assert_eq!(tablet.closed(PATIENCE).await?, 4003, "the second ping was not answered");
@@ -307,7 +306,7 @@ async fn draining_tells_devices_to_go_and_leaves_nothing_behind() -> Result<()> 
     let address = node.addresses["ws"];
     let stopping = tokio::spawn(node.stop(Duration::from_secs(6)));
     for (n, mut device) in devices.into_iter().enumerate() {
-        let Heard::Other(kind, away) = device.next(PATIENCE).await? else { panic!("no goAway") };
+        let Incoming::Other(kind, away) = device.next(PATIENCE).await? else { panic!("no goAway") };
         assert_eq!((kind.as_str(), &away["why"]), ("goAway", &json!("draining")));
         assert!(away["reconnectAfterMs"].as_u64().is_some_and(|ms| ms <= 1000));
         if n == 0 {
@@ -344,36 +343,24 @@ async fn a_short_drain_cuts_off_only_who_still_owes_something() -> Result<()> {
 
 #[tokio::test]
 async fn a_protobuf_device_gets_compressed_bodies_if_it_accepts_them() -> Result<()> {
-    use barid_wire::frames::{
-        ClientFrame, Encoding, ServerFrame, body, decode_server, encode_client,
-    };
+    use barid_testkit::raw::{BINARY, Raw, frame};
+    use barid_wire::frames::{ClientFrame, Encoding, ServerFrame, body, encode_client};
     use barid_wire::v1;
-    use futures::{SinkExt as _, StreamExt as _};
-    use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
-    use tokio_tungstenite::tungstenite::{Message, http::HeaderValue};
 
     let world = World::new().await?;
     let node = world.node().await?;
     let text = "the same again, ".repeat(200);
     world.accept_with("alice", "m1", |e| set_payload(e, text.clone().into(), 128, 3)).await?;
     for (device, accepts_zstd) in [("old", false), ("new", true)] {
-        let url = format!("{}?token={}", node.url(), token_of("alice"));
-        let mut request = url.into_client_request()?;
-        let protocol = HeaderValue::from_static("barid.v1.proto");
-        request.headers_mut().insert("sec-websocket-protocol", protocol);
-        let (mut socket, _) = tokio_tungstenite::connect_async(request).await?;
-        let device = device.to_owned();
-        let hello = v1::Hello { device, accepts_zstd, ..Default::default() };
+        let token = token_of("alice");
+        let mut socket = Raw::open(node.addresses["ws"], Encoding::Proto, &token).await?;
+        let hello = v1::Hello { device: device.into(), accepts_zstd, ..Default::default() };
         let hello = encode_client(Encoding::Proto, &ClientFrame::Hello(hello));
-        socket.send(Message::Binary(hello)).await?;
-        let mut frames = Vec::new();
-        while frames.len() < 2 {
-            if let Some(Message::Binary(bytes)) = socket.next().await.transpose()? {
-                frames.push((bytes.len(), decode_server(Encoding::Proto, bytes)?));
-            }
-        }
-        assert!(matches!(frames[0].1, ServerFrame::Welcome(_)));
-        let (bytes, ServerFrame::Deliver(deliver)) = frames.remove(1) else { panic!("no message") };
+        socket.send(&frame(BINARY, hello)).await;
+        socket.welcomed().await?;
+        let (bytes, ServerFrame::Deliver(deliver)) = socket.next().await? else {
+            panic!("no message")
+        };
         assert_eq!(bytes < text.len() / 10, accepts_zstd);
         let got = body(deliver.messages[0].clone(), 1 << 20)?;
         assert_eq!(got, barid_wire::frames::Body::Text(text.clone()));
@@ -422,23 +409,23 @@ async fn hazard_03_a_message_that_took_anothers_place_in_a_failover_is_shown() -
         let (entry, _) = world.accept("alice", id).await?;
         dispatcher.push(&world, "alice", entry).await?;
     }
-    assert_eq!(phone.take(2).await?, ["m1", "m2"]);
+    assert_eq!(phone.receive(2).await?, ["m1", "m2"]);
     world.cursor_becomes("alice", "phone", 2).await?;
     copy_mailbox(&world, "alice", "", ":before").await?;
     let (x, _) = world.accept("alice", "x").await?;
     dispatcher.push(&world, "alice", x).await?;
-    assert_eq!(phone.take(1).await?, ["x"]);
+    assert_eq!(phone.receive(1).await?, ["x"]);
     world.cursor_becomes("alice", "phone", 3).await?;
 
     copy_mailbox(&world, "alice", ":before", "").await?;
     let (y, _) = world.accept("alice", "y").await?;
     dispatcher.push(&world, "alice", y).await?;
-    let Heard::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
+    let Incoming::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
     assert_eq!(
         (&welcome["positions"][0]["generation"], &welcome["positions"][0]["seq"]),
         (&json!(1), &json!(0))
     );
-    assert_eq!(phone.take(3).await?, ["m1", "m2", "y"], "the SDK drops the first two by id");
+    assert_eq!(phone.receive(3).await?, ["m1", "m2", "y"], "the SDK drops the first two by id");
     world.cursor_becomes("alice", "phone", 3).await
 }
 
@@ -479,11 +466,11 @@ async fn hazard_34_an_ack_without_a_generation_trims_nothing_that_came_after_a_r
         let mut asked_to_wait = false;
         let code = loop {
             match phone.next(PATIENCE).await? {
-                Heard::Other(kind, fields) if kind == "goAway" => {
+                Incoming::Other(kind, fields) if kind == "goAway" => {
                     assert_eq!(fields["why"], "history_changed");
                     asked_to_wait = true;
                 }
-                Heard::Closed(code, _) => break code,
+                Incoming::Closed(code, _) => break code,
                 _ => {}
             }
         };
@@ -491,7 +478,7 @@ async fn hazard_34_an_ack_without_a_generation_trims_nothing_that_came_after_a_r
         let mut phone = node.device("alice", "phone").await?;
         let mut ids = Vec::new();
         while ids.last().map(String::as_str) != Some("a3") {
-            ids.extend(phone.take(1).await?);
+            ids.extend(phone.receive(1).await?);
         }
         assert!(ids.contains(&"b1".into()), "{acked_before}: {ids:?}");
     }
@@ -508,9 +495,9 @@ async fn hello_with(
     let mut told = json!(null);
     loop {
         match device.next(PATIENCE).await? {
-            Heard::Welcome(_) => return Ok(Ok(device)),
-            Heard::Other(kind, fields) if kind == "error" => told = fields["attempt"].clone(),
-            Heard::Closed(code, _) => return Ok(Err((code, told))),
+            Incoming::Welcome(_) => return Ok(Ok(device)),
+            Incoming::Other(kind, fields) if kind == "error" => told = fields["attempt"].clone(),
+            Incoming::Closed(code, _) => return Ok(Err((code, told))),
             _ => {}
         }
     }
@@ -589,7 +576,7 @@ async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()>
         Device::connect_with(&node.url(), &token_of("alice"), json!({ "device": "phone" })).await?;
     let (first, _) = world.accept("alice", "m1").await?;
     dispatcher.push(&world, "alice", first).await?;
-    assert_eq!(phone.take(1).await?, ["m1"]);
+    assert_eq!(phone.receive(1).await?, ["m1"]);
     world.cursor_becomes("alice", "phone", 1).await?;
     let list: Vec<String> = world.redis.query(&["KEYS", "*:q:u:demo:alice"]).await?;
     anyhow::ensure!(list.is_empty(), "acknowledged by all: trimmed, and Redis keeps no empty list");
@@ -606,7 +593,7 @@ async fn a_fork_behind_what_was_acknowledged_ends_in_a_new_hello() -> Result<()>
     position["chain"] = barid_core::Chain::START.next("m1").next("x").0.into();
     let hello = json!({ "device": "phone", "positions": [position] });
     let (mut phone, _) = Device::connect_with(&node.url(), &token_of("alice"), hello).await?;
-    assert_eq!(phone.take(1).await?, ["y"], "not dropped for x's sake");
+    assert_eq!(phone.receive(1).await?, ["y"], "not dropped for x's sake");
     Ok(())
 }
 
@@ -622,7 +609,7 @@ async fn hazard_12_a_forgotten_route_is_restored_when_the_connection_to_redis_is
     assert!(!online);
     let _: i64 = world.redis.query(&["CLIENT", "KILL", "TYPE", "normal"]).await?;
     world.routes_become("alice", 1).await?;
-    assert_eq!(phone.take(1).await?, ["missed"], "and what came meanwhile is read");
+    assert_eq!(phone.receive(1).await?, ["missed"], "and what came meanwhile is read");
     Ok(())
 }
 
@@ -636,7 +623,7 @@ async fn hazard_18_a_mailbox_that_vanished_starts_over_under_the_session() -> Re
         let (entry, _) = world.accept("alice", &format!("old{n}")).await?;
         dispatcher.push(&world, "alice", entry).await?;
     }
-    phone.take(3).await?;
+    phone.receive(3).await?;
     world.cursor_becomes("alice", "phone", 3).await?;
     let keys: Vec<String> = world.redis.query(&["KEYS", "*:[hq]:u:demo:alice"]).await?;
     for key in keys {
@@ -644,9 +631,9 @@ async fn hazard_18_a_mailbox_that_vanished_starts_over_under_the_session() -> Re
     }
     let (entry, _) = world.accept("alice", "new1").await?;
     dispatcher.push(&world, "alice", entry).await?;
-    let Heard::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
+    let Incoming::Welcome(welcome) = phone.next(PATIENCE).await? else { panic!("no welcome") };
     assert_eq!(welcome["positions"][0]["seq"], 0);
-    assert_eq!(phone.take(1).await?, ["new1"]);
+    assert_eq!(phone.receive(1).await?, ["new1"]);
     Ok(())
 }
 

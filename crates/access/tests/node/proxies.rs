@@ -5,10 +5,10 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Result;
+use barid_testkit::raw::*;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::raw::*;
 use crate::support::*;
 
 const HANDSHAKES: &str = "barid_access_handshakes_total";

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use barid_testkit::Device;
+use barid_testkit::raw::*;
 use barid_wire::envelope::set_payload;
 use barid_wire::internal::NodePush;
 use bytes::Bytes;
@@ -12,7 +13,6 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::raw::*;
 use crate::support::*;
 
 const CLOSES: &str = "barid_access_closes_total";
@@ -71,7 +71,7 @@ async fn what_a_slow_device_was_closed_for_is_there_when_it_comes_back() -> Resu
     eventually("nothing is queued", async || Ok(node.metric(QUEUED, "") == 0.0)).await?;
     drop(slow);
     let mut back = node.device("alice", "phone").await?;
-    assert_eq!(back.take(sent.len()).await?, sent);
+    assert_eq!(back.receive(sent.len()).await?, sent);
     world.cursor_becomes("alice", "phone", sent.len() as u64).await
 }
 
@@ -110,7 +110,7 @@ async fn who_reads_too_slowly_to_answer_a_ping_is_closed_with_4003_and_loses_not
     assert_eq!(node.metric(CLOSES, "slow_consumer"), 0.0);
     reading.abort();
     let mut back = node.device("alice", "phone").await?;
-    assert_eq!(back.take(sent.len()).await?, sent);
+    assert_eq!(back.receive(sent.len()).await?, sent);
     Ok(())
 }
 
@@ -179,7 +179,7 @@ async fn above_the_high_water_mark_the_largest_queue_goes_and_the_others_stay() 
     assert!(node.metric(QUEUED, "") < 0.9 * f64::from(4 << 20));
     let (entry, _) = world.accept("carol", "hello").await?;
     dispatcher.push(&world, "carol", entry).await?;
-    assert_eq!(healthy.take(1).await?, ["hello"]);
+    assert_eq!(healthy.receive(1).await?, ["hello"]);
     eventually("there is room again", async || Ok(node.device("dave", "phone").await.is_ok())).await
 }
 
@@ -229,7 +229,7 @@ async fn longest(
         let (entry, _) = world.accept(user, &id).await?;
         let pushed = Instant::now();
         dispatcher.send(incarnation, vec![push_of(user, entry)], vec![]).await?;
-        assert_eq!(device.take(1).await?, [id]);
+        assert_eq!(device.receive(1).await?, [id]);
         longest = longest.max(pushed.elapsed());
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
@@ -295,6 +295,6 @@ async fn three_hundred_readers_of_one_byte_a_second_delay_nobody() -> Result<()>
     readers.shutdown().await;
     // One of them comes back and reads: nothing is missing.
     let mut back = node.device(&crowds[0], "d0").await?;
-    assert_eq!(back.take(filled.len()).await?, filled);
+    assert_eq!(back.receive(filled.len()).await?, filled);
     Ok(())
 }

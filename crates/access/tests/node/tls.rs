@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use barid_testkit::certificates::trusting;
+use barid_testkit::raw::*;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::raw::*;
 use crate::support::*;
 
 const HANDSHAKES: &str = "barid_access_handshakes_total";

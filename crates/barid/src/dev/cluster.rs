@@ -1,4 +1,4 @@
-//! The four roles in this process, started by the same door as their binaries start them.
+//! The four roles in this process, started as their binaries start them.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
@@ -20,15 +20,15 @@ use tokio::time::{sleep, timeout};
 use crate::output::{Output, Tone};
 use crate::values::Key;
 
-/// How long the roles may take to become ready.
+/// For all roles to become ready.
 const START: Duration = Duration::from_secs(30);
-/// How long each may take to drain.
+/// For a role to drain.
 const DRAIN: Duration = Duration::from_secs(3);
-/// What a role may take over that to notice by itself.
+/// For a role to end after its drain time.
 const OVERTIME: Duration = Duration::from_secs(2);
-/// How often the table of nodes is read: the roles find each other at once.
+/// How often roles read the table of nodes: often, so that they find each other at once.
 const NODES_REFRESH_MS: u64 = 100;
-/// The exit code of a drain that cut something off, as the roles' own.
+/// The exit code of an incomplete drain, as of the roles.
 const EXIT_CUT: u8 = 3;
 
 /// The running roles, in the order in which they stop.
@@ -50,7 +50,7 @@ struct Drained<'a> {
 }
 
 impl Cluster {
-    /// Starts all four; where devices connect is `listen`.
+    /// Starts all roles. Devices connect to `listen`.
     pub fn start(
         kafka: &KafkaConfig,
         redis: &RedisConfig,
@@ -75,7 +75,7 @@ impl Cluster {
         let dispatcher = barid_dispatcher::Config {
             listen: any,
             redis: redis.clone(),
-            // Its callers are in this process, and stop before it.
+            // Its callers are in this process and stop before it.
             drain_settle_ms: 50,
             nodes_refresh_ms: NODES_REFRESH_MS,
             drain_seconds: DRAIN.as_secs(),
@@ -104,7 +104,7 @@ impl Cluster {
         })
     }
 
-    /// Waits until every role is ready; where devices connect.
+    /// Waits until every role is ready. Returns the address for devices.
     pub async fn ready(&mut self) -> anyhow::Result<SocketAddr> {
         let contexts: Vec<_> = self.roles.iter().map(|r| (r.name, r.context.clone())).collect();
         let all = async {
@@ -116,11 +116,11 @@ impl Cluster {
                     sleep(Duration::from_millis(2)).await;
                 }
             }
-            // A dispatcher is ready without nodes; the demonstration shows the way through them.
+            // A dispatcher is ready without nodes, but the demonstration needs them.
             while !contexts.iter().all(|(_, context)| has_links(context)) {
                 sleep(Duration::from_millis(2)).await;
             }
-            access.ok_or_else(|| anyhow!("access does not say where it listens"))
+            access.ok_or_else(|| anyhow!("access has not announced its listener"))
         };
         tokio::select! {
             ready = timeout(START, all) => match ready {
@@ -134,19 +134,19 @@ impl Cluster {
         }
     }
 
-    /// Where the roles' admin endpoints are.
+    /// The addresses of the roles' admin endpoints.
     pub fn admins(&self) -> Vec<SocketAddr> {
         let admin = |role: &Running| role.context.announcements().get("admin");
         self.roles.iter().filter_map(admin).collect()
     }
 
-    /// Waits until a role ends, which none should by itself.
+    /// Waits until a role ends, which is an error.
     pub async fn failed(&mut self) -> anyhow::Result<()> {
         let tasks: Vec<_> = self.roles.iter_mut().map(|role| &mut role.task).collect();
         let (ended, index, _) = select_all(tasks).await;
         let name = self.roles.remove(index).name;
         match ended {
-            Ok(Ok(_)) => bail!("{name} ended by itself"),
+            Ok(Ok(_)) => bail!("{name} ended unexpectedly"),
             Ok(Err(error)) => bail!("{name} failed: {error}"),
             Err(error) => bail!("{name} failed: {error}"),
         }
@@ -186,14 +186,14 @@ fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
     Ok(Running { name: R::NAME, context, task })
 }
 
-/// On the role's usual port, or on any where somebody else has it.
+/// The role's default port, or a free one if it is in use.
 fn serve_admin(usual: AdminConfig, role: &'static str, context: &Context) -> std::io::Result<()> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     admin::serve(&usual, role, context)
         .or_else(|_| admin::serve(&AdminConfig { listen: any, ..usual }, role, context))
 }
 
-/// Whether the streams to other roles are open, where a role has such.
+/// Why roles are not ready, and whether their streams to other roles are open.
 fn has_links(context: &Context) -> bool {
     let families = context.metrics.gather();
     let links = families.iter().find(|family| family.name().ends_with("_links_up"));

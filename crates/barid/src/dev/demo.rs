@@ -1,14 +1,16 @@
-//! The demonstration: one push to a device that is online, one to the same device while it is
-//! away. Through Kafka and the SDK, timed from the moment before the record is produced.
+//! The demonstration: a push to a device that is online, and a push to the same device while it is offline.
+//! Both pass through Kafka and the SDK. Times are measured from just before the record is produced.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use barid_bus::{KafkaConfig, Producer};
 use barid_client::{Client, Deliveries, Event, Position};
-use barid_core::{AppId, UserId};
+use barid_core::{AppId, MessageId, ReceiptSet, UserId};
 use barid_mailbox::{RedisConfig, UserKey};
-use barid_wire::record::{CONTENT_TYPE, Format};
+use barid_wire::record::{
+    BodyKind, CONTENT_TYPE, Format, Push as Record, RecordLimits, encode_push,
+};
 use barid_wire::v1::ReceiptKind;
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -17,17 +19,16 @@ use tokio::time::{sleep, timeout};
 use crate::inspect;
 use crate::output::{Output, Tone, clean};
 use crate::receipts::Receipts;
-use crate::send::{Record, To, kind_word};
 use crate::token::{Holder, sign};
 use crate::values::{Key, random_name};
 
-/// An app of its own, so that the demonstration touches nobody's messages.
+/// An app of its own, so that the demonstration does not disturb other messages.
 const APP: &str = "barid-demo";
 const USER: &str = "alice";
 const DEVICE: &str = "phone";
-/// How long the device stays away.
+/// How long the device stays offline.
 const AWAY: Duration = Duration::from_secs(1);
-/// How long each step may take before the demonstration has failed.
+/// For each step of the demonstration.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 struct Demo<'a> {
@@ -46,7 +47,7 @@ struct Phone {
     deliveries: Deliveries,
 }
 
-/// A push on its way.
+/// A push that was produced.
 struct Push {
     id: String,
     text: &'static str,
@@ -63,7 +64,7 @@ struct Step<'a> {
     detail: &'a str,
 }
 
-/// Shows both; an error says which step was not seen.
+/// Runs the demonstration. An error names the step that failed.
 pub async fn run(
     kafka: &KafkaConfig,
     redis: &RedisConfig,
@@ -95,19 +96,16 @@ impl Demo<'_> {
     }
 
     async fn away(&self, phone: Phone) -> anyhow::Result<()> {
-        self.heading("A push to a device that is away")?;
+        self.heading("A push to a device that is offline")?;
         phone.client.shutdown().await;
         self.remark("offline", &format!("{USER}'s {DEVICE} has closed its connection"))?;
         let push = self.produce("offline", "hello, you were away").await?;
         self.follow_receipt(&push).await?;
         let kept = self.kept().await?;
         if kept == 0 {
-            bail!("the mailbox keeps nothing for the device that is away");
+            bail!("the mailbox holds nothing for the offline device");
         }
-        self.remark(
-            "offline",
-            &format!("{kept} kept in the mailbox; nobody is online to send it to"),
-        )?;
+        self.remark("offline", &format!("{kept} held in the mailbox; no device is online"))?;
         sleep(AWAY.saturating_sub(push.began.elapsed())).await;
         let (mut phone, position) = self.connect().await?;
         let back = format!("{USER}'s {DEVICE} is back, behind #{}", position.seq);
@@ -116,7 +114,7 @@ impl Demo<'_> {
         phone.client.shutdown().await;
         match self.kept().await? {
             0 => self.remark("offline", "the mailbox is empty again"),
-            n => bail!("the mailbox still keeps {n} messages"),
+            n => bail!("the mailbox still holds {n} messages"),
         }
     }
 
@@ -153,34 +151,31 @@ impl Demo<'_> {
 
     async fn produce(&self, case: &'static str, text: &'static str) -> anyhow::Result<Push> {
         let id = random_name("demo");
+        let (app, user) = (AppId::new(APP)?, UserId::new(USER)?);
         let record = Record {
-            id: id.clone(),
-            app: APP.into(),
-            to: To { user: Some(USER.into()), ..Default::default() },
-            text: Some(text.into()),
-            receipts: vec!["accepted", "acked"],
-            ..Default::default()
+            receipts: ReceiptSet::ACCEPTED.with(ReceiptSet::ACKED),
+            ..Record::new(MessageId::new(&id)?, app, user, BodyKind::Text, text)
         };
         let headers = [(CONTENT_TYPE, Format::Json.content_type().as_bytes())];
-        let payload = serde_json::to_vec(&record)?;
+        let value = encode_push(&record, Format::Json, &RecordLimits::default())?;
         let topic = &self.kafka.topics.push;
         let push = Push { id, text, case, began: Instant::now() };
         self.producer
-            .send(topic, USER.as_bytes(), payload.into(), &headers)
+            .send(topic, USER.as_bytes(), value, &headers)
             .await
             .context("cannot produce to Kafka")?;
         self.tell(case, "produced", push.began, &format!("{} to Kafka topic {topic}", push.id))?;
         Ok(push)
     }
 
-    /// Tells what becomes of a push, until every one of `steps` was seen.
+    /// Prints what happens to a push, until every one of `steps` has happened.
     async fn follow(&self, push: &Push, phone: &mut Phone, steps: &[&str]) -> anyhow::Result<()> {
         let mut left: Vec<&str> = steps.to_vec();
         while !left.is_empty() {
             let step = tokio::select! {
                 step = self.receipt(push) => step?,
                 step = self.received(push, phone) => step?,
-                () = sleep(PATIENCE) => bail!("not seen after {PATIENCE:?}: {}", left.join(", ")),
+                () = sleep(PATIENCE) => bail!("missing after {PATIENCE:?}: {}", left.join(", ")),
             };
             left.retain(|awaited| *awaited != step);
         }
@@ -188,7 +183,7 @@ impl Demo<'_> {
     }
 
     async fn follow_receipt(&self, push: &Push) -> anyhow::Result<()> {
-        timeout(PATIENCE, self.receipt(push)).await.context("not seen: accepted")??;
+        timeout(PATIENCE, self.receipt(push)).await.context("no accepted receipt")??;
         Ok(())
     }
 
@@ -210,23 +205,23 @@ impl Demo<'_> {
                         receipt.user, receipt.device, receipt.seq
                     )
                 }
-                _ => bail!("unexpected receipt: {} {}", kind_word(kind), receipt.reason),
+                _ => bail!("unexpected receipt: {} {}", kind.word(), receipt.reason),
             };
-            self.tell(push.case, kind_word(kind), push.began, &detail)?;
-            return Ok(kind_word(kind));
+            self.tell(push.case, kind.word(), push.began, &detail)?;
+            return Ok(kind.word());
         }
     }
 
-    /// The push at the device. Cancel-safe.
+    /// Waits until the device receives the push. Cancel-safe.
     async fn received(&self, push: &Push, phone: &mut Phone) -> anyhow::Result<&'static str> {
         loop {
             let Some(delivery) = phone.deliveries.next().await else {
-                bail!("the device was closed")
+                bail!("the device's client was closed")
             };
             let is_it = delivery.message.id == push.id;
             if is_it {
                 if delivery.message.body.as_bytes() != push.text.as_bytes() {
-                    bail!("the device received something else than was sent");
+                    bail!("the device received a body that differs from what was sent");
                 }
                 let detail = format!("#{} \"{}\"", delivery.message.seq, clean(push.text));
                 self.tell(push.case, "received", push.began, &detail)?;

@@ -1,4 +1,4 @@
-//! A private redis-server: on a port of its own, in memory, and never longer-lived than this process.
+//! A private redis-server: on a free port, in memory, and ended with this process.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -12,23 +12,23 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Another process may take the port between its choice and its use.
+/// Attempts: another process may take a port before it is used.
 const TRIES: u32 = 5;
-/// How long it may take to answer for the first time.
+/// For its first answer.
 const START: Duration = Duration::from_secs(10);
 
-/// The running server; killed when this is dropped.
+/// A running server, killed on drop.
 pub struct RedisServer {
     child: Child,
     port: u16,
     version: String,
-    // Its log; removed with this value.
+    // Holds its log; removed on drop.
     dir: TempDir,
 }
 
 impl RedisServer {
-    /// Starts it and waits until it answers. To be called on the process's first thread: the
-    /// kernel kills the server when the thread that started it ends.
+    /// Starts a server and waits until it answers. Must be called on the main thread: the kernel kills the
+    /// server when the thread that started it ends.
     pub async fn start() -> anyhow::Result<Self> {
         let program = find("redis-server").ok_or_else(|| {
             anyhow!(
@@ -47,21 +47,21 @@ impl RedisServer {
         Err(problem.context(format!("cannot start {}", program.display())))
     }
 
-    /// Where it is.
+    /// The URL.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// As it calls itself.
+    /// The version.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends unexpectedly.
     pub async fn died(&mut self) -> anyhow::Error {
         match self.child.wait().await {
             Ok(status) => anyhow!("the private redis-server ended ({status}){}", self.last_words()),
-            Err(error) => anyhow!("the private redis-server cannot be watched: {error}"),
+            Err(error) => anyhow!("cannot wait for the private redis-server: {error}"),
         }
     }
 
@@ -73,7 +73,7 @@ impl RedisServer {
         let deadline = Instant::now() + START;
         loop {
             if let Some(status) = server.child.try_wait()? {
-                bail!("it ended at once ({status}){}", server.last_words());
+                bail!("it ended ({status}){}", server.last_words());
             }
             if let Some(version) = ask_version(port).await {
                 server.version = version;
@@ -94,7 +94,7 @@ impl RedisServer {
 }
 
 fn command(program: &Path, port: u16, dir: &Path) -> Command {
-    // setpriv (util-linux) has the kernel kill the server when this process ends, however it does.
+    // setpriv (util-linux) makes the kernel kill the server when this process ends.
     let mut command = match find("setpriv") {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);
@@ -111,13 +111,13 @@ fn command(program: &Path, port: u16, dir: &Path) -> Command {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        // Ctrl-C is for this process alone: the roles need Redis to finish.
+        // Ctrl-C must not reach the server: the roles need it to drain.
         .process_group(0)
         .kill_on_drop(true);
     command
 }
 
-/// The server's version, once it answers.
+/// The server's version; `None` if it does not answer.
 async fn ask_version(port: u16) -> Option<String> {
     let ask = async {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
@@ -131,7 +131,7 @@ async fn ask_version(port: u16) -> Option<String> {
     Some(line.trim().to_owned())
 }
 
-/// A program, in the directories of PATH.
+/// Finds a program in the directories of PATH.
 fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())

@@ -1,4 +1,4 @@
-//! What several looks at all endpoints say together.
+//! Computes a sample from the last scrapes of all endpoints.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::scrape::Scrape;
 use crate::values;
 
-/// Looks that are remembered of each endpoint; hops are those between the first and the last.
+/// Scrapes kept for each endpoint. Latencies are computed between the first and the last.
 const LOOKS: usize = 11;
 
 /// What `barid top` shows.
@@ -26,7 +26,7 @@ pub struct Sample {
     pub problems: Vec<Problem>,
 }
 
-/// Messages a second since the look before.
+/// Messages per second since the previous scrape.
 #[derive(Debug, Default, Serialize)]
 pub struct Rates {
     pub taken_per_s: f64,
@@ -37,18 +37,18 @@ pub struct Rates {
     pub refused_per_s: f64,
 }
 
-/// One hop of the last seconds.
+/// The latency of one hop in the last seconds.
 #[derive(Debug, Serialize)]
 pub struct Hop {
     pub hop: String,
     pub count: u64,
     pub p50_ms: Option<f64>,
     pub p99_ms: Option<f64>,
-    /// None passed in the last seconds: these are all since the roles started.
+    /// There were none in the last seconds: these are all since the roles started.
     pub since_start: bool,
 }
 
-/// What waits.
+/// Messages and timers that wait.
 #[derive(Debug, Default, Serialize)]
 pub struct Lags {
     pub kafka_records: u64,
@@ -60,20 +60,20 @@ pub struct Lags {
     pub shards_away: u64,
 }
 
-/// One process.
+/// A process.
 #[derive(Debug, Serialize)]
 pub struct RoleState {
     pub role: String,
     pub admin: String,
     pub ready: bool,
-    /// Of one core.
+    /// Percent of one core.
     pub cpu_percent: f64,
     pub memory_bytes: u64,
     /// A purger's partitions by topic; empty for other roles.
     pub partitions: BTreeMap<String, u64>,
 }
 
-/// One lease.
+/// A lease.
 #[derive(Debug, Serialize)]
 pub struct NodeState {
     pub node: String,
@@ -84,40 +84,40 @@ pub struct NodeState {
     pub zone: String,
 }
 
-/// Something that is wrong.
+/// A problem.
 #[derive(Debug, Serialize)]
 pub struct Problem {
-    /// Who says it.
+    /// The endpoint, the role, or `leases`.
     pub of: String,
     pub problem: String,
 }
 
-/// Remembers the last looks.
+/// Keeps the last scrapes.
 #[derive(Default)]
 pub struct Memory {
     looks: BTreeMap<String, VecDeque<Scrape>>,
 }
 
-/// The last two looks at an endpoint.
+/// Two scrapes of an endpoint.
 struct Pair<'a> {
     now: &'a Scrape,
     before: Option<&'a Scrape>,
 }
 
 impl Pair<'_> {
-    /// How much faster than not at all `of` grows.
+    /// The growth of a counter per second.
     fn rate(&self, of: impl Fn(&Metrics) -> f64) -> f64 {
         let Some(before) = self.before else { return 0.0 };
         let (now, then) = (of(&self.now.metrics), of(&before.metrics));
         let seconds = (self.now.at - before.at).as_secs_f64();
-        // A process that started anew begins at zero.
+        // The counters of a restarted process begin at zero.
         let grown = if now >= then { now - then } else { now };
         if seconds > 0.0 { grown / seconds } else { 0.0 }
     }
 }
 
 impl Memory {
-    /// Takes in a look at every endpoint and the leases; tells how things stand.
+    /// Adds a scrape of every endpoint, and computes a sample.
     pub fn take(
         &mut self,
         looks: Vec<(String, anyhow::Result<Scrape>)>,
@@ -146,7 +146,7 @@ impl Memory {
         let lags = self.lags();
         problems.extend(self.not_ready());
         if lags.shards_away > 0 {
-            let problem = format!("{} shards are away", lags.shards_away);
+            let problem = format!("{} shards are unavailable", lags.shards_away);
             problems.push(Problem { of: "purger".into(), problem });
         }
         Sample {
@@ -202,7 +202,7 @@ impl Memory {
             Hop { hop: name, count: of.count() as u64, p50_ms, p99_ms, since_start }
         });
         let mut hops: Vec<Hop> = hops.collect();
-        // Those that nobody knows here come last.
+        // Unknown hops come last.
         let all = runtime::Hop::ALL;
         let place = |hop: &Hop| all.iter().position(|known| known.as_str() == hop.hop);
         hops.sort_by_key(|hop| place(hop).unwrap_or(all.len()));
@@ -244,7 +244,7 @@ impl Memory {
         roles
     }
 
-    /// Cores in use, over all looks that are remembered: the counter knows whole seconds only.
+    /// Cores in use, over all scrapes that are kept: the counter has whole seconds only.
     fn cpu(&self, address: &str) -> f64 {
         let looks = self.looks.get(address);
         let Some((now, before)) = looks.and_then(|l| Some((l.front()?, l.back()))) else {
@@ -327,7 +327,7 @@ mod tests {
             ("b:1", "refused"),
             ("leases", "redis is away"),
             ("purger a:1", "kafka: away"),
-            ("purger", "3 shards are away"),
+            ("purger", "3 shards are unavailable"),
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);

@@ -1,4 +1,4 @@
-//! What a role's admin endpoint says: its metrics, and what it is not ready for.
+//! Reads an admin endpoint: the role's metrics, and why it is not ready.
 
 use std::time::{Duration, Instant};
 
@@ -8,24 +8,24 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// For one endpoint, both questions.
+/// For both requests to an endpoint.
 const LIMIT: Duration = Duration::from_secs(2);
-/// Of an answer; a role's metrics are some 50 KB.
+/// Largest answer; a role's metrics take about 50 KB.
 const ANSWER_BYTES_MAX: u64 = 8 << 20;
 
-/// One look at one endpoint.
+/// The answers of an endpoint.
 #[derive(Debug, Clone)]
 pub struct Scrape {
     pub at: Instant,
     pub metrics: Metrics,
-    /// `condition: reason`; empty: ready.
+    /// `condition: reason` for each failing condition; empty if the role is ready.
     pub not_ready: Vec<String>,
 }
 
-/// Asks an endpoint.
+/// Reads an endpoint.
 ///
 /// # Errors
-/// It does not answer in time, or is not Barid's.
+/// Returns an error if it does not answer in time, or is not Barid's.
 pub async fn scrape(address: &str) -> anyhow::Result<Scrape> {
     let asked = async {
         let (status, text) = get(address, "/metrics").await?;
@@ -48,7 +48,7 @@ pub async fn scrape(address: &str) -> anyhow::Result<Scrape> {
 
 async fn get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
-    // HTTP/1.0: the body comes in one piece and ends with the connection.
+    // HTTP/1.0: the body is not chunked and ends with the connection.
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();

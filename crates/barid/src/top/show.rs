@@ -1,17 +1,16 @@
-//! A sample as text for people: in 80 columns one section below the other, in a wide terminal side
-//! by side.
+//! Formats a sample: its sections one below the other in 80 columns, side by side in a wide terminal.
 
 use crate::output::{Output, Tone, bytes, clean, clock, span};
 
 use super::sample::{Hop, NodeState, RoleState, Sample};
 
-/// From so many columns on, what flows stands left of who does it.
+/// From this width on, rates and lags are left of processes and nodes.
 const WIDE: usize = 132;
-/// Columns of what flows, and of all of it in a narrow terminal.
+/// Width of rates and lags, and of everything in a narrow terminal.
 const NARROW: usize = 78;
 const LEFT: usize = 62;
 
-/// One line: pieces of text in their tones.
+/// A line of pieces of coloured text.
 #[derive(Debug, Default, Clone)]
 struct Line(Vec<(Option<Tone>, String)>);
 
@@ -33,7 +32,7 @@ impl Line {
         self.0.iter().map(|(_, text)| text.chars().count()).sum()
     }
 
-    /// Cut off at `width`, painted.
+    /// The coloured text, cut at `width`.
     fn paint(&self, width: usize, out: Output) -> String {
         let mut left = width;
         let mut painted = String::new();
@@ -49,7 +48,7 @@ impl Line {
     }
 }
 
-/// The lines of a sample for a terminal of so many columns and rows.
+/// The lines of a sample for a terminal of this size.
 pub fn lines(
     sample: &Sample,
     columns: usize,
@@ -163,7 +162,7 @@ fn waiting(sample: &Sample) -> Vec<Line> {
     lines
 }
 
-/// Problems first, then processes and nodes, as far as there is room.
+/// Problems, then processes and nodes, as far as there is room.
 fn who(sample: &Sample, columns: usize, room: usize) -> Vec<Line> {
     let mut lines = Vec::new();
     if !sample.problems.is_empty() {
@@ -196,7 +195,7 @@ fn role(role: &RoleState) -> Line {
         .and(Some(Tone::Faint), share(role))
 }
 
-/// A purger's partitions of each topic, in the order of the topics' names; empty for other roles.
+/// A purger's partitions of each topic, ordered by the topics' names; empty for other roles.
 fn share(role: &RoleState) -> String {
     if role.partitions.is_empty() {
         return String::new();
@@ -205,7 +204,7 @@ fn share(role: &RoleState) -> String {
     format!("  {} partitions", counts.join("+"))
 }
 
-/// As many as there is room for, those with most sessions first.
+/// The nodes with most sessions, as far as there is room.
 fn nodes(nodes: &[NodeState], room: usize, columns: usize) -> Vec<Line> {
     if nodes.is_empty() {
         return Vec::new();
@@ -268,7 +267,7 @@ fn number(value: u64) -> String {
     shown
 }
 
-/// Three digits that matter.
+/// Three significant digits.
 fn milliseconds(ms: f64) -> String {
     match ms {
         ms if ms < 10.0 => format!("{ms:.2} ms"),

@@ -101,7 +101,7 @@ fn the_other_commands_find_the_running_cluster() {
 
     let second = place.barid("dev").output().unwrap();
     let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(!second.status.success() && complaint.contains("runs already"), "{complaint}");
+    assert!(!second.status.success() && complaint.contains("is already running"), "{complaint}");
 
     dev.signal("TERM");
     assert!(dev.end().success());

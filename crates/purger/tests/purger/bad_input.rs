@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use barid_core::AppId;
+use barid_core::{AppId, ReceiptSet};
 use barid_mailbox::UserKey;
 use barid_runtime::Stopped;
-use barid_wire::record::{ReceiptKind, RefusalCode};
+use barid_testkit::records;
+use barid_wire::record::{Push, ReceiptKind, RefusalCode};
 use barid_wire::v1::{Audience, PushRecord, push_record::Body};
 use bytes::Bytes;
 use prost::Message as _;
@@ -257,8 +258,8 @@ async fn bad_input_becomes_a_dead_letter_and_a_receipt_and_harms_nobody_else() {
     let (table, mut places) = (table(), HashMap::new());
     let producer = world.raw_producer();
     for (n, bad) in table.iter().enumerate() {
-        let good = record(&format!("good{n}"), "alice", "");
-        world.produce_raw(&producer, Some("good"), Some(good.as_bytes()), &[]).await;
+        let good = record(&format!("good{n}"), "alice");
+        world.produce_raw(&producer, Some("good"), Some(&good), &[]).await;
         // The key tells each letter to its record.
         let key = n.to_string();
         let offset = world.produce_raw(&producer, Some(&key), Some(&bad.value), &bad.headers).await;
@@ -266,11 +267,12 @@ async fn bad_input_becomes_a_dead_letter_and_a_receipt_and_harms_nobody_else() {
     }
     world.produce_raw(&producer, None, None, &[]).await;
     // A trace that is none is not passed on.
-    let last = record("last", "alice", r#","receipts":["accepted"]"#);
+    let last = asking("last", "alice", ReceiptSet::ACCEPTED);
     let hostile = [("traceparent".to_owned(), b"00-x\r\nSet-Cookie: a=b".to_vec())];
-    world.produce_raw(&producer, None, Some(last.as_bytes()), &hostile).await;
-    let shop = record("last", "alice", "").replace("demo", "shop");
-    world.produce_raw(&producer, None, Some(shop.as_bytes()), &[]).await;
+    world.produce_raw(&producer, None, Some(&last), &hostile).await;
+    let shop = Push { app: AppId::new("shop").unwrap(), ..message("last", "alice") };
+    let shop = records::json(&shop);
+    world.produce_raw(&producer, None, Some(&shop), &[]).await;
 
     let dead = world.letters(table.len() + 1).await;
     let mut refused = BTreeMap::new();

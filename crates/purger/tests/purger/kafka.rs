@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use barid_bus::{GroupProtocol, ensure_topics};
+use barid_core::ReceiptSet;
 use barid_runtime::Stopped;
-use barid_testkit::Kafka;
 use barid_testkit::kafka::KafkaOptions;
-use barid_wire::record::ReceiptKind;
+use barid_testkit::{Kafka, records};
+use barid_wire::record::{Push, ReceiptKind};
 use rdkafka::producer::FutureRecord;
 
 use super::support::*;
@@ -44,8 +45,9 @@ async fn produce_packed(
     world.configure(push, "compression.type", name).await;
     for id in first.. {
         // Long enough that it is worth while.
-        let value = record(&id.to_string(), "alice", "").replace("hello", &"hello ".repeat(200));
-        world.produce_raw(&producer, None, Some(value.as_bytes()), &[]).await;
+        let payload = "hello ".repeat(200).into();
+        let value = records::json(&Push { payload, ..message(&id.to_string(), "alice") });
+        world.produce_raw(&producer, None, Some(&value), &[]).await;
         if last_batch(kafka, push).1 == codec {
             return id + 1;
         }
@@ -97,10 +99,10 @@ async fn hazard_50_a_partition_that_cannot_be_fetched_is_not_ready_and_named() {
     assert!(reason.len() > place.len() + 10, "the cause: {reason}");
     assert_eq!(purger.metric("partitions_stuck"), 1.0);
     // The others go on.
-    let others = record("2", "bob", "");
+    let others = record("2", "bob");
     let producer = world.raw_producer();
     let mut elsewhere = FutureRecord::to(&push).partition(1);
-    elsewhere.payload = Some(others.as_bytes());
+    elsewhere.payload = Some(&others[..]);
     elsewhere.key = None::<&[u8]>;
     producer.send(elsewhere, LIMIT).await.unwrap();
     world.has("bob", 1).await;
@@ -233,8 +235,8 @@ async fn hazard_33_what_a_topic_never_takes_holds_nothing_up() {
     let producer = world.raw_producer();
     world.produce_raw(&producer, None, Some(b"{}"), &[]).await;
     world.produce_raw(&producer, Some("k"), Some(b"{}"), &[]).await;
-    let good = record("0", "alice", "");
-    world.produce_raw(&producer, None, Some(good.as_bytes()), &[]).await;
+    let good = record("0", "alice");
+    world.produce_raw(&producer, None, Some(&good), &[]).await;
     world.has("alice", 1).await;
     purger.until("committed", |p| p.metric("in_flight_records") == 0.0).await;
     purger.until("counted", |p| p.metric("dead_letters_dropped_total") == 1.0).await;
@@ -247,7 +249,7 @@ async fn hazard_33_what_a_topic_never_takes_holds_nothing_up() {
     // All of it is committed: nothing comes again.
     let again = world.start().await;
     again.ready().await;
-    world.produce("alice", record("1", "alice", "")).await;
+    world.produce("alice", record("1", "alice")).await;
     world.has("alice", 2).await;
     assert_eq!(again.metric("records_taken_total"), 1.0);
     assert_eq!(again.stop().await, Stopped::Clean);
@@ -277,7 +279,7 @@ async fn hazard_33_a_right_that_is_missing_holds_the_record_and_is_named() {
     kafka.allow_writes(dead, false).await.unwrap();
     kafka.allow_writes(receipts, false).await.unwrap();
     world.produce("k", "{}").await;
-    world.produce("alice", record("0", "alice", r#","receipts":["accepted"]"#)).await;
+    world.produce("alice", asking("0", "alice", ReceiptSet::ACCEPTED)).await;
     world.has("alice", 1).await;
     purger.fails("producing", &["2 records wait for", "Topic authorization failed"]).await;
     // The oldest record that is not finished is named, too.

@@ -11,12 +11,14 @@ mod wedge;
 use std::time::{Duration, Instant};
 
 use barid_bus::{Producer, ensure_topics};
-use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef};
+use barid_core::{
+    Attempt, ConnectionId, DeviceId, Incarnation, NodeId, ReceiptSet, SessionRef, UserId,
+};
 use barid_mailbox::{ConnectOutcome, ConnectRequest, Mailbox};
 use barid_runtime::{Context, SecretUrl, Stopped};
-use barid_testkit::{Kafka, RedisCluster};
+use barid_testkit::{Kafka, RedisCluster, records};
 use barid_wire::envelope;
-use barid_wire::record::ReceiptKind;
+use barid_wire::record::{Audience, Push, ReceiptKind};
 
 use support::*;
 
@@ -96,7 +98,7 @@ async fn a_killed_purger_loses_nothing_and_repeats_nothing() {
 async fn hazard_25_what_is_redelivered_after_a_crash_is_told_accepted_not_duplicate() {
     let mut world = World::new(false).await;
     world.config.commit_interval_ms = 1_000_000;
-    let asked = |id: &str| record(id, "alice", r#","receipts":["accepted","duplicate"]"#);
+    let asked = |id: &str| asking(id, "alice", ReceiptSet::ACCEPTED.with(ReceiptSet::DUPLICATE));
     let first = world.start().await;
     world.produce("alice", asked("once")).await;
     assert_eq!(world.receipts(1).await[0].kind(), ReceiptKind::Accepted);
@@ -140,7 +142,7 @@ async fn a_master_that_is_away_stops_its_own_shards_only() {
     let send = async |from: usize, to: usize| {
         for i in from..to {
             for user in &users {
-                world.produce(&format!("{i}"), record(&format!("{i}"), user, "")).await;
+                world.produce(&format!("{i}"), record(&format!("{i}"), user)).await;
             }
         }
     };
@@ -197,15 +199,16 @@ async fn hazard_47_users_of_living_masters_are_reached_however_long_one_is_away(
     let send = async |from: usize, to: usize| {
         for i in from..to {
             for user in &users {
-                let value = record(&i.to_string(), user, r#","receipts":["accepted"]"#);
+                let value = asking(&i.to_string(), user, ReceiptSet::ACCEPTED);
                 world.produce(&format!("{i}"), value).await;
             }
             // One for all three, in one record.
-            let all = format!(
-                r#"{{"id":"all{i}","app":"demo","to":{{"users":["{}"]}},"text":"x","receipts":["accepted"]}}"#,
-                users.join("\",\"")
-            );
-            world.produce(&format!("{i}"), all).await;
+            let all = Push {
+                audience: Audience::Users(users.iter().map(|u| UserId::new(u).unwrap()).collect()),
+                receipts: ReceiptSet::ACCEPTED,
+                ..message(&format!("all{i}"), "alice")
+            };
+            world.produce(&format!("{i}"), records::json(&all)).await;
         }
     };
     let newest = async |user: &String| {
@@ -259,7 +262,7 @@ async fn hazard_66_a_master_that_comes_and_goes_loses_nothing() {
     let (cluster, users) = three_masters(&mut world).await;
     // A record that asks for a receipt is under way for longer.
     let send = async |user: &String, i: usize| {
-        let value = record(&i.to_string(), user, r#","receipts":["accepted"]"#);
+        let value = asking(&i.to_string(), user, ReceiptSet::ACCEPTED);
         world.produce(&i.to_string(), value).await;
     };
     for i in 0..500 {
@@ -368,7 +371,7 @@ async fn partitions_move_between_purgers_and_everything_arrives_once_in_order() 
     first.until("assigned", |p| p.metric("partitions") == 12.0).await;
     let producing = async {
         for i in 0..300 {
-            world.produce("alice", record(&i.to_string(), "alice", "")).await;
+            world.produce("alice", record(&i.to_string(), "alice")).await;
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -417,15 +420,15 @@ async fn a_backlog_of_bulk_does_not_delay_what_is_urgent() {
     let bulk = (0..3000).map(|i| {
         let (producer, topic) = (world.producer.clone(), topics.push_bulk.clone());
         async move {
-            let value = record(&i.to_string(), &format!("u{}", i % 50), "");
-            producer.send(&topic, format!("{i}").as_bytes(), value.into(), &[]).await.unwrap();
+            let value = record(&i.to_string(), &format!("u{}", i % 50));
+            producer.send(&topic, format!("{i}").as_bytes(), value, &[]).await.unwrap();
         }
     });
     futures::future::join_all(bulk).await;
     let purger = world.start().await;
     purger.until("bulk is under way", |p| p.metric("messages_total") > 50.0).await;
     let before = purger.metric("messages_total");
-    let high = record("urgent", "alice", "").into();
+    let high = record("urgent", "alice");
     world.producer.send(&topics.push_high, b"k", high, &[]).await.unwrap();
     world.has("alice", 1).await;
     let passed = purger.metric("messages_total") - before;

@@ -3,8 +3,10 @@
 
 use std::time::{Duration, Instant};
 
+use barid_core::ReceiptSet;
 use barid_runtime::{Context, Stopped};
-use barid_wire::record::ReceiptKind;
+use barid_testkit::records;
+use barid_wire::record::{Push, ReceiptKind};
 use rdkafka::TopicPartitionList;
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -67,8 +69,8 @@ async fn hazard_48_what_the_log_no_longer_holds_is_missed_once_and_not_for_ever(
     world.config.window.probe_interval_ms = 200;
     let producer = world.raw_producer();
     let send = async |id: usize| {
-        let value = record(&id.to_string(), "alice", "");
-        world.produce_raw(&producer, Some("alice"), Some(value.as_bytes()), &[]).await
+        let value = record(&id.to_string(), "alice");
+        world.produce_raw(&producer, Some("alice"), Some(&value), &[]).await
     };
     for id in 0..10 {
         send(id).await;
@@ -97,13 +99,14 @@ async fn hazard_48_what_the_log_no_longer_holds_is_missed_once_and_not_for_ever(
 async fn hazard_48_what_has_expired_is_told_so_and_not_brought_back() {
     let world = World::new(false).await;
     let purger = world.start().await;
-    let asked = r#","receipts":["accepted","expired"]"#;
-    world.produce("alice", record("old", "alice", &format!(r#","ttlSeconds":1{asked}"#))).await;
-    world.produce("alice", record("lasting", "alice", asked)).await;
+    let receipts = ReceiptSet::ACCEPTED.with(ReceiptSet::EXPIRED);
+    let old = Push { receipts, ttl_ms: 1_000, ..message("old", "alice") };
+    world.produce("alice", records::json(&old)).await;
+    world.produce("alice", asking("lasting", "alice", receipts)).await;
     world.has("alice", 2).await;
     tokio::time::sleep(Duration::from_millis(1_100)).await; // its time to live
     let _: () = world.redis.query(&["FLUSHALL"]).await.unwrap();
-    world.produce("alice", record("new", "alice", "")).await;
+    world.produce("alice", record("new", "alice")).await;
     world.has("alice", 2).await;
     assert_eq!(world.ids("alice").await, ["lasting", "new"]);
     let receipts = world.receipts(4).await;
@@ -132,7 +135,7 @@ async fn hazard_45_shards_that_forgot_nothing_are_not_told_twice() {
     world.produce("k", "not a record").await; // a dead letter, once
     assert_eq!(world.letters(1).await.len(), 1);
     world.forget_shard_of("alice").await;
-    world.produce("k", record("5", "alice", "")).await;
+    world.produce("k", record("5", "alice")).await;
     world.has("alice", 6).await;
     assert_eq!(world.ids("alice").await, expected(6));
     assert_eq!(world.ids("bob").await, expected(5));
@@ -155,16 +158,14 @@ async fn hazard_45_a_redis_that_forgot_everything_is_filled_by_one_reading() {
         Ok(count) => count.parse().unwrap(),
         Err(_) => 1_000,
     };
-    let sent = (0..count).map(|i| {
-        let value = record(&i.to_string(), &format!("u{}", i % 200), "");
-        let (producer, topic) = (&world.producer, &world.config.kafka.topics.push);
-        async move {
-            producer
-                .send(topic, format!("{}", i % 200).as_bytes(), value.into(), &[])
-                .await
-                .unwrap()
-        }
-    });
+    let sent =
+        (0..count).map(|i| {
+            let value = record(&i.to_string(), &format!("u{}", i % 200));
+            let (producer, topic) = (&world.producer, &world.config.kafka.topics.push);
+            async move {
+                producer.send(topic, format!("{}", i % 200).as_bytes(), value, &[]).await.unwrap()
+            }
+        });
     futures::future::join_all(sent).await;
     let accepted = |p: &Running| p.metric_of("messages_total", "accepted");
     purger.until("accepted", |p| accepted(p) >= count as f64).await;
@@ -201,7 +202,7 @@ async fn hazard_40_partitions_that_are_taken_up_stop_no_other() {
         let wedged = first.context.health.not_ready();
         let wedged: Vec<_> = wedged.iter().filter(|(name, _)| *name == "consumer").collect();
         assert!(wedged.is_empty(), "{wedged:?}");
-        world.produce(&format!("{sent}"), record(&sent.to_string(), "alice", "")).await;
+        world.produce(&format!("{sent}"), record(&sent.to_string(), "alice")).await;
         sent += 1;
         assert!(begun.elapsed() < LIMIT, "not taken up");
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -4,6 +4,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
+use barid_core::ReceiptSet;
 use barid_mailbox::Mailbox;
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::{Redis, RedisCluster, Relay, Sentinel};
@@ -26,7 +27,7 @@ impl World {
 
     async fn produce_asking(&self, from: usize, count: usize) {
         for i in from..from + count {
-            let value = record(&i.to_string(), "alice", r#","receipts":["accepted"]"#);
+            let value = asking(&i.to_string(), "alice", ReceiptSet::ACCEPTED);
             self.produce("alice", value).await;
         }
     }

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use barid_bus::{EmbeddedKafka, KafkaConfig, Producer, ensure_topics};
-use barid_core::{AppId, Shard, UserId};
+use barid_core::{AppId, ReceiptSet, Shard, UserId};
 use barid_mailbox::{Inspection, Mailbox, RedisConfig, UserKey};
 use barid_purger::{Config, Handoff, Service};
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::kafka::unique;
-use barid_testkit::{Kafka, Redis};
+use barid_testkit::{Kafka, Redis, records};
 use barid_wire::envelope;
-use barid_wire::internal::Push;
-use barid_wire::record::decode_receipt;
+use barid_wire::internal;
+use barid_wire::record::{Push, decode_receipt};
 use barid_wire::v1::Receipt;
 use bytes::Bytes;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier};
@@ -28,10 +28,10 @@ pub const LIMIT: Duration = Duration::from_secs(40);
 
 /// Keeps what it is handed.
 #[derive(Clone, Default)]
-pub struct Kept(pub Arc<Mutex<Vec<Push>>>);
+pub struct Kept(pub Arc<Mutex<Vec<internal::Push>>>);
 
 impl Handoff for Kept {
-    async fn push(&self, _shard: Shard, push: Push) {
+    async fn push(&self, _shard: Shard, push: internal::Push) {
         self.0.lock().await.push(push);
     }
     async fn any_available(&self) -> bool {
@@ -138,7 +138,7 @@ impl World {
     /// `count` messages for alice, ids `from..`, in order.
     pub async fn produce_to_alice(&self, from: usize, count: usize) {
         for i in from..from + count {
-            self.produce("alice", record(&i.to_string(), "alice", "")).await;
+            self.produce("alice", record(&i.to_string(), "alice")).await;
         }
     }
 
@@ -335,8 +335,19 @@ pub fn key(user: &str) -> UserKey {
     UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(user).unwrap() }
 }
 
-pub fn record(id: &str, user: &str, more: &str) -> String {
-    format!(r#"{{"id":"{id}","app":"demo","to":{{"user":"{user}"}},"text":"hello"{more}}}"#)
+/// A record as most tests produce it.
+pub fn message(id: &str, user: &str) -> Push {
+    records::text(user, id, "hello")
+}
+
+/// Its JSON.
+pub fn record(id: &str, user: &str) -> Bytes {
+    records::json(&message(id, user))
+}
+
+/// Likewise, asking for receipts.
+pub fn asking(id: &str, user: &str, receipts: ReceiptSet) -> Bytes {
+    records::json(&Push { receipts, ..message(id, user) })
 }
 
 pub fn expected(count: usize) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! The bodies of messages: unpacked where an application reads them, checked where a node writes them.
+//! The bodies of messages: decompressed for applications, and checked before a node writes them.
 
 use std::borrow::Cow;
 
@@ -7,10 +7,10 @@ use super::types::Body;
 use crate::envelope::{self, Envelope, EnvelopeError};
 use crate::v1::{BodyKind, Message, message};
 
-/// A message's body, unpacked.
+/// The decompressed body of a message.
 ///
 /// # Errors
-/// It has none, or does not unpack to at most `bytes_max` bytes.
+/// Returns an error if there is no body, it cannot be decompressed, or it is larger than `bytes_max`.
 pub fn body(message: Message, bytes_max: usize) -> Result<Body, FrameError> {
     use message::Body as Wire;
     let seq = message.seq;
@@ -31,7 +31,7 @@ pub fn body(message: Message, bytes_max: usize) -> Result<Body, FrameError> {
     })
 }
 
-/// An entry's payload as it goes into a frame, known to be what its kind promises.
+/// An entry's decompressed payload; UTF-8 unless the kind is data.
 pub(super) fn checked_payload(entry: &Envelope) -> Result<Cow<'_, [u8]>, EnvelopeError> {
     let payload = envelope::payload(entry)?;
     if entry.kind() != BodyKind::Data {

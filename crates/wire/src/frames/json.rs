@@ -1,14 +1,12 @@
-//! Frames as JSON: `{"ack":{"seq":5}}`. Input is taken as a person would write it: numbers plain or
-//! quoted, keys in camelCase or snake_case, null for absent, base64 of either alphabet.
+//! Frames in JSON: `{"ack":{"seq":5}}`. As in the proto3 JSON mapping, numbers may be quoted, names may be in
+//! camelCase or snake_case, null means absent, and base64 may use either alphabet.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 
 use base64::Engine as _;
-use base64::alphabet;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD};
-use base64::engine::{DecodePaddingMode, general_purpose};
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -19,6 +17,7 @@ use super::error::FrameError;
 use super::types::{Body, ClientFrame, Deliver, Heard, Ignored, ServerFrame};
 use crate::cut;
 use crate::envelope::{BODY_BYTES_MAX, Envelope, EnvelopeError};
+use crate::record::decode_base64;
 use crate::v1::{self, BodyKind, SkipReason, message};
 
 pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
@@ -26,12 +25,12 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     let Some(fields) = fields_of(&kind) else {
         return Ok(Heard { frame: None, ignored: Some(Ignored::Kind(cut(&kind, 32))) });
     };
-    // serde would take a list of fields without their names.
+    // serde would accept an array of values instead of an object.
     if !value.get().starts_with('{') {
         return Err(FrameError::Json(format!("{}: not an object of its fields", cut(&kind, 32))));
     }
     let strict = decode_kind(&kind, value.get().as_bytes());
-    // Where a known field is missing as well, the unknown one is probably a typo: the error names it.
+    // If a required field is missing as well, the unknown one is probably a typo: the error names it.
     if let Err(FrameError::Json(_)) = strict
         && let Some((known, ignored)) = without_unknown(value, fields)
         && let Ok(frame) = decode_kind(&kind, &known)
@@ -42,7 +41,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     Ok(Heard { frame: Some(strict?), ignored: None })
 }
 
-/// The fields of a kind in all their spellings; `None`: no kind of this version.
+/// The names of a kind's fields, in all spellings; `None` if the kind is unknown.
 fn fields_of(kind: &str) -> Option<&'static [&'static str]> {
     const HELLO: [&str; 11] = [
         "device",
@@ -67,7 +66,7 @@ fn fields_of(kind: &str) -> Option<&'static [&'static str]> {
     })
 }
 
-/// An object without the fields that only a newer version knows, and the first of those; `None`: it has none.
+/// An object without its unknown fields, and the first of them; `None` if there is none.
 fn without_unknown(value: &RawValue, known: &[&str]) -> Option<(Vec<u8>, String)> {
     let Fields(fields) = serde_json::from_str(value.get()).ok()?;
     let (known, unknown): (Vec<_>, Vec<_>) =
@@ -86,7 +85,7 @@ fn without_unknown(value: &RawValue, known: &[&str]) -> Option<(Vec<u8>, String)
     Some((out, first.into_owned()))
 }
 
-/// An object's fields as they stand.
+/// An object's fields, whose values are not decoded.
 struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
@@ -158,7 +157,7 @@ pub(super) fn encode_client(frame: &ClientFrame) -> Bytes {
     })
 }
 
-/// Unlike a device's frames, a node's may have kinds and fields of a newer version.
+/// Unknown kinds and fields are ignored.
 pub(super) fn decode_server(bytes: &[u8]) -> Result<ServerFrame, FrameError> {
     let OneKey { kind, value } = parse(bytes)?;
     let value = value.get().as_bytes();
@@ -266,7 +265,7 @@ fn put_message(
             put_text(out, text);
         }
         BodyKind::Json => {
-            // An invalid value would break the whole frame, and the session with it.
+            // An invalid value would make the whole frame invalid, and end the session.
             serde_json::from_slice::<&RawValue>(payload).map_err(|error| error.to_string())?;
             out.extend_from_slice(b",\"json\":");
             out.extend_from_slice(payload);
@@ -310,7 +309,7 @@ fn some(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-/// A frame whose kind is read and whose fields are not.
+/// A frame whose fields are not decoded.
 struct OneKey<'a> {
     kind: Cow<'a, str>,
     value: &'a RawValue,
@@ -389,7 +388,7 @@ struct Hello {
     ping_interval_ms: u32,
 }
 
-/// Also of Welcome, so unknown fields are passed over.
+/// A part of Welcome as well, so unknown fields are ignored.
 #[derive(Serialize, Deserialize, Default)]
 #[serde(default)]
 struct Position {
@@ -422,7 +421,7 @@ struct Group {
     group: String,
 }
 
-/// Of a node, so unknown fields are passed over.
+/// A frame of a node, so unknown fields are ignored.
 #[derive(Serialize, Deserialize, Default)]
 #[serde(default)]
 struct Subscribed {
@@ -664,7 +663,7 @@ fn message(message: MessageIn) -> Result<v1::Message, FrameError> {
         (Some(text), None, None) => message::Body::Text(text),
         (None, Some(json), None) => message::Body::Json(String::from(Box::<str>::from(json))),
         (None, None, Some(data)) => {
-            message::Body::Data(from_base64(&data).map_err(|e| bad(e.to_string()))?.into())
+            message::Body::Data(decode_base64(&data).map_err(|e| bad(e.to_string()))?)
         }
         _ => return Err(FrameError::NoBody(message.seq)),
     };
@@ -695,18 +694,11 @@ fn skip_reason(word: &str) -> SkipReason {
     }
 }
 
-fn from_base64(text: &str) -> Result<Vec<u8>, base64::DecodeError> {
-    const LENIENT: GeneralPurposeConfig = general_purpose::GeneralPurposeConfig::new()
-        .with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let alphabet = if text.contains(['-', '_']) { alphabet::URL_SAFE } else { alphabet::STANDARD };
-    GeneralPurpose::new(&alphabet, LENIENT).decode(text)
-}
-
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// A field that is there, even as `null`: JSON null is a body like any other.
+/// A field whose `null` is a value: JSON null is a valid body.
 fn present<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
     T::deserialize(from).map(Some)
 }
@@ -715,7 +707,7 @@ fn number<'de, D: Deserializer<'de>, T: TryFrom<u64> + Default>(from: D) -> Resu
     Ok(optional(from)?.unwrap_or_default())
 }
 
-/// A whole number, plain or quoted; null counts as absent.
+/// A whole number, plain or quoted; null means absent.
 fn optional<'de, D: Deserializer<'de>, T: TryFrom<u64>>(from: D) -> Result<Option<T>, D::Error> {
     struct Number<T>(PhantomData<T>);
 
@@ -732,7 +724,7 @@ fn optional<'de, D: Deserializer<'de>, T: TryFrom<u64>>(from: D) -> Result<Optio
         }
 
         fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
-            // Exact: a float that is whole and below 2^53 converts without loss.
+            // A whole float below 2^53 converts without loss.
             if value.fract() == 0.0 && (0.0..9_007_199_254_740_992.0).contains(&value) {
                 return self.visit_u64(value as u64);
             }

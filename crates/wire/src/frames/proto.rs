@@ -1,4 +1,4 @@
-//! Frames as protobuf.
+//! Frames in protobuf.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use prost::encoding::{DecodeContext, decode_key, encode_varint, encoded_len_varint, skip_field};
@@ -14,12 +14,12 @@ use crate::v1::{self, BodyKind};
 pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     let broken = |e: DecodeError| FrameError::Proto(e.to_string());
     if kinds(bytes).map_err(broken)? > 1 {
-        return Err(FrameError::Proto("it is of more than one kind".into()));
+        return Err(FrameError::Proto("it has more than one kind".into()));
     }
     match v1::ClientFrame::decode(bytes).map_err(broken)?.kind {
         Some(kind) => Ok(Heard { frame: Some(kind), ignored: None }),
         None if bytes.is_empty() => Err(FrameError::Kind),
-        // It has only fields that this version does not know.
+        // It has unknown fields only.
         None => {
             let (field, _) = decode_key(&mut &*bytes).map_err(broken)?;
             Ok(Heard { frame: None, ignored: Some(Ignored::Kind(format!("field {field}"))) })
@@ -27,7 +27,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
     }
 }
 
-/// Protobuf takes the last of several kinds, and the others would be lost without a word.
+/// The number of kinds in a frame. Protobuf takes the last one and ignores the others.
 fn kinds(mut bytes: &[u8]) -> Result<usize, DecodeError> {
     let mut kinds = 0;
     while !bytes.is_empty() {
@@ -83,7 +83,7 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Bytes {
     frame.encode_to_vec().into()
 }
 
-// Tags (field number << 3 | wire type) of what is written by hand.
+// Tags (field number << 3 | wire type) of the fields that are encoded by hand.
 const FRAME_DELIVER: u8 = 1 << 3 | 2;
 const FRAME_MAILBOX: u8 = 2 << 3 | 2;
 const FRAME_GENERATION: u8 = 3 << 3;
@@ -107,7 +107,7 @@ pub(super) fn encode_deliver<'a>(
     Ok(out.freeze())
 }
 
-/// Messages that stand behind one another are one message (protobuf's encoding, "last one wins").
+/// Concatenated protobuf messages decode as one merged message.
 pub(super) fn join_delivers(mailbox: &str, frames: &[Bytes]) -> Bytes {
     let messages: usize = frames.iter().map(Bytes::len).sum();
     let mut out = BytesMut::with_capacity(messages + mailbox.len() + 2);

@@ -73,11 +73,11 @@ fn a_protobuf_frame_is_of_one_kind() {
     let error = |bytes: &[u8]| decode_client(Encoding::Proto, bytes).unwrap_err().to_string();
     assert_eq!(
         error(&[&pong[..], &ack].concat()),
-        "not a protobuf frame: it is of more than one kind"
+        "not a protobuf frame: it has more than one kind"
     );
     assert_eq!(
         error(&[&ack[..], &ack].concat()),
-        "not a protobuf frame: it is of more than one kind"
+        "not a protobuf frame: it has more than one kind"
     );
     // A field of a later version beside a kind is passed over.
     let later = [&ack[..], &[0xa2, 0x06, 1, 7]].concat();

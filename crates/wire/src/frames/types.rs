@@ -1,21 +1,21 @@
-//! Frames as this version understands them, whatever their encoding.
+//! Frames, independent of their encoding.
 
 use bytes::Bytes;
 
 pub use crate::v1::client_frame::Kind as ClientFrame;
 use crate::v1::{Error, GoAway, Message, Ping, Skip, Subscribed, Unsubscribed, Welcome};
 
-/// How frames are encoded: agreed on by WebSocket subprotocol.
+/// The encoding of frames, which the WebSocket subprotocol selects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Encoding {
-    /// `barid.v1.proto`: one protobuf message a binary WebSocket message.
+    /// `barid.v1.proto`: each binary WebSocket message is a protobuf message.
     Proto,
-    /// `barid.v1.json`: one JSON object a text WebSocket message, its one key the kind.
+    /// `barid.v1.json`: each text WebSocket message is a JSON object whose only key is the kind.
     Json,
 }
 
 impl Encoding {
-    /// Its WebSocket subprotocol.
+    /// The WebSocket subprotocol.
     pub fn subprotocol(self) -> &'static str {
         match self {
             Self::Proto => "barid.v1.proto",
@@ -23,13 +23,13 @@ impl Encoding {
         }
     }
 
-    /// The encoding of a subprotocol; `None` for others' subprotocols.
+    /// The encoding of a subprotocol; `None` if the subprotocol is not Barid's.
     pub fn from_subprotocol(name: &str) -> Option<Self> {
         [Self::Proto, Self::Json].into_iter().find(|encoding| encoding.subprotocol() == name)
     }
 }
 
-/// What a node says.
+/// A node's frame.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ServerFrame {
     /// Messages of one mailbox, in order and contiguous.
@@ -40,55 +40,54 @@ pub enum ServerFrame {
     Skip(Skip),
     /// The node will close soon.
     GoAway(GoAway),
-    /// What was wrong.
+    /// Why the node closes the connection, or what it has ignored.
     Error(Error),
-    /// Answer with Pong.
+    /// The device must answer with Pong.
     Ping(Ping),
-    /// A group's messages will come.
+    /// The session receives the messages of a group.
     Subscribed(Subscribed),
-    /// None of a group's messages will come.
+    /// The session receives no messages of a group.
     Unsubscribed(Unsubscribed),
-    /// A kind that only a newer version knows: ignore it.
+    /// A kind of a newer version, to be ignored.
     Unknown,
 }
 
 /// Messages of one mailbox.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Deliver {
-    /// Whose: a group's name or `everyone`; empty: the user's own.
+    /// A group's name or `everyone`; empty for the user's own mailbox.
     pub mailbox: String,
-    /// How often the device's cursor was reset.
+    /// The number of times that the device's cursor was reset.
     pub generation: u32,
-    /// In order and contiguous.
+    /// The messages, in order and contiguous.
     pub messages: Vec<Message>,
 }
 
-/// What an application reads.
+/// The body of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     /// Text.
     Text(String),
     /// One JSON value, as text.
     Json(String),
-    /// Any bytes.
+    /// Bytes.
     Data(Bytes),
 }
 
-/// A device's frame, as far as this version understands it.
+/// A decoded frame of a device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Heard {
-    /// The frame; `None` if this version does not know its kind.
+    /// The frame; `None` if its kind is unknown.
     pub frame: Option<ClientFrame>,
-    /// The part that was ignored. (Unknown protobuf fields are not reported.)
+    /// An unknown part that was ignored. Unknown protobuf fields are not reported.
     pub ignored: Option<Ignored>,
 }
 
-/// A part of a frame that this version does not know: a client may be newer than its node while a cluster is
-/// upgraded.
+/// An unknown part of a frame: a client may be newer than its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ignored {
-    /// A kind of frame, by its name or number.
+    /// A kind of frame: its name or number.
     Kind(String),
-    /// A field, behind its frame's kind.
+    /// A field: the frame's kind and the field's name.
     Field(String),
 }

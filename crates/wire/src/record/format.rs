@@ -1,6 +1,6 @@
-//! The formats of records, and how a record names its own.
+//! The formats of records, and the header that names the format.
 
-/// How a record is written.
+/// The format of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -22,7 +22,7 @@ impl Format {
         }
     }
 
-    /// What a `content-type` header says; `None` where it names neither format, as `text/plain`.
+    /// The format that a `content-type` header names; `None` if it names neither.
     pub fn of_content_type(value: &[u8]) -> Option<Self> {
         let value = std::str::from_utf8(value).ok()?;
         let media = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();

@@ -1,5 +1,5 @@
-//! The JSON twin of a push record: the proto3 JSON mapping, and a little more (a `json` body may
-//! stand as it is, receipts by their short names).
+//! Push records in JSON: the proto3 JSON mapping, and two extensions: a `json` body may be any JSON value, and
+//! receipts may have short names.
 
 use std::fmt;
 use std::ops::Range;
@@ -9,8 +9,8 @@ use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
-use serde::Deserializer as _;
 use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserializer as _, Serialize};
 use serde_json::value::RawValue;
 
 use super::limits::RecordLimits;
@@ -19,8 +19,8 @@ use super::refusal::{Flaw, RefusalCode, flaw};
 use crate::cut;
 use crate::v1::{Audience, PushRecord, push_record::Body};
 
-/// Reads a record's fields into `record`. Whatever is wrong elsewhere, the names that can be read are
-/// there: a refusal's receipt carries them.
+/// Decodes the fields of a record into `record`. Even if a field is invalid, `id`, `app` and `to` are set as
+/// far as they are valid, for the receipt of the refusal.
 pub(super) fn read_push(
     value: &[u8],
     limits: &RecordLimits,
@@ -80,11 +80,10 @@ fn unknown(name: &str) -> Result<(), Flaw> {
     flaw(RefusalCode::UnknownField, format!("there is no field `{name}`"))
 }
 
-/// More fields than any object of ours has; a bound on what a hostile record allocates.
+/// A bound on the memory that a hostile record takes; more than any object has.
 const FIELDS_MAX: usize = 32;
 
-/// An object's fields with their values unread, names in lowerCamelCase, each name once; a field that
-/// is `null` is absent.
+/// An object's fields, whose values are not decoded: names in lowerCamelCase, each once.
 #[derive(Default)]
 struct Fields<'a> {
     seen: Vec<(String, &'a RawValue)>,
@@ -92,8 +91,8 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The fields of the record (`place` is empty) or of one of its fields, and whether that is all
-    /// there is to it: what stands before a flaw is given all the same.
+    /// The fields of the record (`place` is empty) or of one of its fields without those that are `null`, and
+    /// whether the object is valid: if not, those before the error.
     fn parse(text: &'a [u8], place: &str) -> (Vec<(String, &'a RawValue)>, Result<(), Flaw>) {
         let mut fields = Self::default();
         let mut json = serde_json::Deserializer::from_slice(text);
@@ -138,7 +137,7 @@ impl<'de> Visitor<'de> for &mut Fields<'de> {
     }
 }
 
-/// Both spellings of the mapping become one: `ttl_seconds` is `ttlSeconds`.
+/// The lowerCamelCase name of a field: `ttlSeconds` for `ttl_seconds`.
 fn camel_case(name: String) -> String {
     if !matches!(name.as_str(), "ttl_seconds" | "collapse_key") {
         return name;
@@ -155,7 +154,7 @@ fn camel_case(name: String) -> String {
 fn string(name: &str, raw: &RawValue, code: RefusalCode) -> Result<String, Flaw> {
     let read = serde_json::from_str(raw.get());
     read.map_err(|e| match raw.get().starts_with('"') {
-        // Syntax was checked before: what is left are escapes of halves of characters.
+        // The syntax was checked before, so the string has an unpaired surrogate.
         true => (code, format!("`{name}` is not a string of Unicode: {e}")),
         false => (code, format!("`{name}` must be a string, is {}", kind_of(raw))),
     })
@@ -172,7 +171,7 @@ fn kind_of(raw: &RawValue) -> &'static str {
     }
 }
 
-/// Integers may be plain, quoted, or written with a point or exponent, as the mapping has it.
+/// The mapping allows integers that are plain, quoted, or written with a point or an exponent.
 fn integer(name: &str, raw: &RawValue) -> Result<i64, Flaw> {
     let quoted: Option<String> = serde_json::from_str(raw.get()).ok();
     let text = quoted.as_deref().unwrap_or(raw.get());
@@ -180,13 +179,17 @@ fn integer(name: &str, raw: &RawValue) -> Result<i64, Flaw> {
         return Ok(number);
     }
     match serde_json::from_str::<f64>(text) {
-        // Exact up to 2^53, far above any limit here; beyond, the conversion saturates.
+        // Exact up to 2^53, which is above every limit; larger numbers saturate.
         Ok(number) if number.fract() == 0.0 => Ok(number as i64),
-        _ => flaw(RefusalCode::BadValue, format!("`{name}` must be an integer")),
+        _ => Err(not_an_integer(name)),
     }
 }
 
-/// Reads at most one user more than allowed, so that a list of millions costs nothing.
+pub(super) fn not_an_integer(name: &str) -> Flaw {
+    (RefusalCode::BadValue, format!("`{name}` must be an integer"))
+}
+
+/// Decodes at most one user more than allowed, so that a long list takes no memory.
 fn users(raw: &RawValue, limits: &RecordLimits) -> Result<Vec<String>, Flaw> {
     struct Reader {
         max: usize,
@@ -233,8 +236,8 @@ fn body(name: &str, raw: &RawValue, limits: &RecordLimits) -> Result<Body, Flaw>
     }
 }
 
-/// The value as it was written. A string is the mapping's spelling of a JSON text, if it is one;
-/// else it is the value itself.
+/// The JSON text of a body. A string that holds a JSON text is the mapping's form of that text; any other
+/// value is the body itself.
 fn json_text(raw: &RawValue) -> String {
     if raw.get().starts_with('"')
         && let Ok(text) = serde_json::from_str::<String>(raw.get())
@@ -251,17 +254,21 @@ const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, LENIENT);
 const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIENT);
 
-/// Either alphabet, with or without padding.
 fn base64(text: &str, limits: &RecordLimits) -> Result<Bytes, Flaw> {
     if text.len() / 4 * 3 > limits.payload_bytes_max.saturating_add(3) {
         let reason = format!("`data` decodes to more than {} bytes", limits.payload_bytes_max);
         return flaw(RefusalCode::PayloadTooLarge, reason);
     }
+    decode_base64(text).map_err(|e| (RefusalCode::BadBase64, format!("`data` is not base64: {e}")))
+}
+
+/// Decodes base64 of either alphabet, with or without padding, as the proto3 JSON mapping allows.
+///
+/// # Errors
+/// Returns an error if `text` is not base64.
+pub fn decode_base64(text: &str) -> Result<Bytes, base64::DecodeError> {
     let engine = if text.contains(['-', '_']) { &URL_SAFE } else { &STANDARD };
-    let decoded = engine.decode(text);
-    decoded
-        .map(Bytes::from)
-        .map_err(|e| (RefusalCode::BadBase64, format!("`data` is not base64: {e}")))
+    engine.decode(text).map(Bytes::from)
 }
 
 fn receipts(raw: &RawValue) -> Result<Vec<i32>, Flaw> {
@@ -281,15 +288,86 @@ fn receipts(raw: &RawValue) -> Result<Vec<i32>, Flaw> {
         .collect()
 }
 
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PushJson<'a> {
+    id: &'a str,
+    app: &'a str,
+    to: Option<AudienceJson<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    json: Option<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<String>,
+    #[serde(skip_serializing_if = "is_zero")]
+    ttl_seconds: i64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    collapse_key: &'a str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    receipts: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct AudienceJson<'a> {
+    #[serde(skip_serializing_if = "str::is_empty")]
+    user: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    device: &'a str,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    users: &'a [String],
+}
+
+fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+/// Writes a record that was checked, without the fields that are empty.
+pub(super) fn write_push(record: &PushRecord) -> Bytes {
+    let (mut text, mut json, mut data) = (None, None, None);
+    match &record.body {
+        Some(Body::Text(body)) => text = Some(body.as_str()),
+        Some(Body::Json(body)) => json = Some(json_value(body)),
+        Some(Body::Data(body)) => data = Some(STANDARD.encode(body)),
+        None => (),
+    }
+    let json = PushJson {
+        id: &record.id,
+        app: &record.app,
+        to: record.to.as_ref().map(|to| AudienceJson {
+            user: &to.user,
+            device: &to.device,
+            users: &to.users,
+        }),
+        text,
+        json,
+        data,
+        ttl_seconds: record.ttl_seconds,
+        collapse_key: &record.collapse_key,
+        receipts: record.receipts.iter().map(|kind| receipt::name_of_number(*kind)).collect(),
+    };
+    // Strings, numbers and raw values always serialize.
+    serde_json::to_vec(&json).unwrap_or_default().into()
+}
+
+/// The value as it is, if [`json_text`] reads it back unchanged; else a string that holds the JSON text.
+fn json_value(text: &str) -> Box<RawValue> {
+    match RawValue::from_string(text.to_owned()) {
+        Ok(raw) if raw.get() != "null" && json_text(&raw) == text => raw,
+        // Strings always serialize.
+        _ => serde_json::value::to_raw_value(text).unwrap_or_default(),
+    }
+}
+
 /// Checks that a body is one JSON value, not deeper than `depth_max`, that every parser accepts: it is copied
-/// into frames, and an invalid one would make the whole frame unreadable. So it must be I-JSON (RFC 7493):
-/// no unpaired surrogates, no repeated names in an object, no number beyond a double.
+/// into frames, and an invalid one would make the frame invalid. So it must be I-JSON (RFC 7493): no unpaired
+/// surrogates, no repeated names in an object, no number beyond a double.
 pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     if depth(text) > depth_max {
         let reason = format!("the JSON body nests deeper than {depth_max}");
         return flaw(RefusalCode::TooDeep, reason);
     }
-    // Reading a raw value takes no recursion.
+    // Parsing a raw value does not recurse.
     match serde_json::from_slice::<&RawValue>(text) {
         Ok(value) => Scan::default()
             .value(value.get())
@@ -298,12 +376,12 @@ pub(super) fn check_body(text: &[u8], depth_max: usize) -> Result<(), Flaw> {
     }
 }
 
-/// Checks what JSON's syntax does not, on a value whose syntax is valid.
+/// Checks the rules of I-JSON on a value whose syntax is valid.
 #[derive(Default)]
 struct Scan {
-    /// Where the names of each open object begin; `None`: an array.
+    /// The index of the first name of each open object; `None` for an array.
     open: Vec<Option<usize>>,
-    /// Hashes of the names of the open objects, and where each stands.
+    /// Hashes of the names of the open objects, and their positions in the text.
     names: Vec<(u64, Range<u32>)>,
 }
 
@@ -332,7 +410,7 @@ impl Scan {
                     end = string_end(bytes, at);
                     let hash = string_hash(&text[at..end])?;
                     if is_name {
-                        // A body has at most as many bytes as the limit of a record, far below 4 GiB.
+                        // A record is far smaller than 4 GiB.
                         self.names.push((hash, at as u32..end as u32));
                     }
                 }
@@ -367,7 +445,7 @@ impl Scan {
     }
 }
 
-/// Behind the closing quote of the string that begins at `start`.
+/// The index behind the closing quote of the string that begins at `start`.
 fn string_end(bytes: &[u8], start: usize) -> usize {
     let mut at = start + 1;
     while let Some(byte) = bytes.get(at) {
@@ -380,19 +458,19 @@ fn string_end(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
-/// The hash of a string's content, however it is escaped.
+/// The hash of a string's content, after unescaping.
 fn string_hash(quoted: &str) -> Result<u64, String> {
     if !quoted.contains('\\') {
         return Ok(IdHash::of(&quoted[1..quoted.len() - 1]).ring);
     }
     match serde_json::from_str::<String>(quoted) {
         Ok(text) => Ok(IdHash::of(&text).ring),
-        // The syntax is valid, so it has an unpaired surrogate.
+        // The syntax is valid, so the string has an unpaired surrogate.
         Err(_) => Err(format!("has a string that is not Unicode: {}", cut(quoted, 64))),
     }
 }
 
-/// Arrays and objects inside each other, strings not looked into.
+/// The number of arrays and objects inside each other.
 fn depth(text: &[u8]) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
     for byte in text {

@@ -1,4 +1,4 @@
-//! A push record as the rest of Barid reads it.
+//! A push record with checked types.
 
 use std::sync::Arc;
 
@@ -7,39 +7,72 @@ use bytes::Bytes;
 
 use crate::v1::BodyKind;
 
-/// A record that was checked.
+/// A push record. [`super::decode_push`] gives only valid ones; [`super::encode_push`] refuses others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Push {
-    /// The business's name of it.
+    /// Message id.
     pub id: MessageId,
-    /// The tenant.
+    /// Tenant.
     pub app: AppId,
-    /// Who it is for.
+    /// Recipients.
     pub audience: Audience,
-    /// How applications read the payload.
+    /// Type of the payload.
     pub kind: BodyKind,
-    /// The payload, not compressed. JSON stands as it was written.
+    /// The body, not compressed; text and JSON are UTF-8.
     pub payload: Bytes,
-    /// Life from acceptance in milliseconds; 0: as long as the mailbox keeps it.
+    /// Time to live from acceptance, milliseconds, in whole seconds; 0: as long as the mailbox keeps it.
     pub ttl_ms: u64,
-    /// A newer message with the same key takes its place while it waits.
+    /// Replaces an undelivered message that has the same key; not empty.
     pub collapse_key: Option<Arc<str>>,
-    /// Which receipts the business wants.
+    /// Receipts to produce.
     pub receipts: ReceiptSet,
 }
 
-/// Who a message is for.
+impl Push {
+    /// A record without options.
+    pub fn new(
+        id: MessageId,
+        app: AppId,
+        audience: impl Into<Audience>,
+        kind: BodyKind,
+        payload: impl Into<Bytes>,
+    ) -> Self {
+        Self {
+            id,
+            app,
+            audience: audience.into(),
+            kind,
+            payload: payload.into(),
+            ttl_ms: 0,
+            collapse_key: None,
+            receipts: ReceiptSet::default(),
+        }
+    }
+
+    /// The key to produce the record with: its first user, so that a user's records stay in order.
+    pub fn key(&self) -> &str {
+        self.audience.users().first().map_or("", UserId::as_str)
+    }
+}
+
+/// Recipients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Audience {
     /// One user.
     User {
         /// The user.
         user: UserId,
-        /// Only this device of theirs.
+        /// Only this device of the user.
         device: Option<DeviceId>,
     },
     /// Several users, each once, in the order in which they were first named; at least one.
     Users(Vec<UserId>),
+}
+
+impl From<UserId> for Audience {
+    fn from(user: UserId) -> Self {
+        Self::User { user, device: None }
+    }
 }
 
 impl Audience {
@@ -51,7 +84,7 @@ impl Audience {
         }
     }
 
-    /// The only device that it is for.
+    /// The only device that receives the message, if one was named.
     pub fn device(&self) -> Option<&DeviceId> {
         match self {
             Self::User { device, .. } => device.as_ref(),

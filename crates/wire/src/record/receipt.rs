@@ -1,5 +1,6 @@
-//! Receipts on the wire.
+//! Receipts: the records of `barid.receipts`.
 
+use barid_core::ReceiptSet;
 use bytes::Bytes;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
@@ -7,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::format::Format;
 use crate::v1::{Receipt, ReceiptKind};
 
-/// Bytes that are no receipt.
+/// An invalid receipt.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not a receipt: {0}")]
 pub struct ReceiptError(String);
 
-/// The receipt as JSON has it: lowerCamelCase names, short kinds, what is empty left out.
+/// A receipt in JSON: names in lowerCamelCase, short kinds, no empty fields.
 #[derive(Serialize, Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
 struct ReceiptJson {
@@ -41,7 +42,7 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// Encodes a receipt as the value of a record.
+/// Encodes the value of a receipt's record.
 pub fn encode_receipt(receipt: &Receipt, format: Format) -> Bytes {
     match format {
         Format::Protobuf => receipt.encode_to_vec().into(),
@@ -64,11 +65,10 @@ pub fn encode_receipt(receipt: &Receipt, format: Format) -> Bytes {
     }
 }
 
-/// Reads what [`encode_receipt`] wrote, in either format; unknown fields are passed over, so that
-/// readers of receipts outlive newer writers.
+/// Decodes the value of a receipt's record, in either format. Unknown fields of a newer version are ignored.
 ///
 /// # Errors
-/// It is neither.
+/// Returns an error if it is not a receipt.
 pub fn decode_receipt(value: &[u8]) -> Result<Receipt, ReceiptError> {
     if value.first() != Some(&b'{') {
         return Receipt::decode(value).map_err(|e| ReceiptError(e.to_string()));
@@ -91,12 +91,34 @@ pub fn decode_receipt(value: &[u8]) -> Result<Receipt, ReceiptError> {
     })
 }
 
+impl ReceiptKind {
+    /// The kind's name in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unspecified",
+            Self::Accepted => "accepted",
+            Self::Duplicate => "duplicate",
+            Self::Sent => "sent",
+            Self::Acked => "acked",
+            Self::Expired => "expired",
+            Self::Exhausted => "exhausted",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+impl From<ReceiptKind> for ReceiptSet {
+    fn from(kind: ReceiptKind) -> Self {
+        Self(1 << kind as u32)
+    }
+}
+
 const PREFIX: &str = "RECEIPT_KIND_";
 
-/// `acked` for 4; the number itself where it has no name.
+/// `acked` for 4; the number itself if it has no name.
 pub(super) fn name_of_number(number: i32) -> String {
     match ReceiptKind::try_from(number) {
-        Ok(kind) => kind.as_str_name().trim_start_matches(PREFIX).to_ascii_lowercase(),
+        Ok(kind) => kind.word().to_owned(),
         Err(_) => number.to_string(),
     }
 }

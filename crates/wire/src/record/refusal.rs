@@ -1,9 +1,8 @@
-//! Why a record is refused.
+//! Refusals of records.
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $code:ident = $word:literal),* $(,)?) => {
-        /// Why a record was refused: the `code` of its receipt and of its dead letter. A word keeps
-        /// its meaning for ever.
+        /// Why a record was refused: the `code` of its receipt and of its dead letter. Words are stable.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum RefusalCode {
             $($(#[$doc])* $code),*
@@ -24,51 +23,51 @@ macro_rules! codes {
 }
 
 codes! {
-    /// No bytes at all (a tombstone).
+    /// The record has no value (a tombstone).
     EmptyRecord = "empty_record",
-    /// Not protobuf of a push record.
+    /// Not a push record in protobuf.
     BadProtobuf = "bad_protobuf",
     /// Not JSON, or not a JSON object.
     BadJson = "bad_json",
-    /// JSON names a field that does not exist.
+    /// JSON with an unknown field.
     UnknownField = "unknown_field",
-    /// JSON names a field twice.
+    /// JSON with a repeated field.
     RepeatedField = "repeated_field",
-    /// A field has a value of another type.
+    /// A field has a value of the wrong type.
     BadValue = "bad_value",
-    /// `id` or `app` is not there.
+    /// `id` or `app` is missing.
     MissingField = "missing_field",
     /// The id is too long or has control characters.
     BadId = "bad_id",
-    /// The app's name is no name.
+    /// The app is invalid.
     BadApp = "bad_app",
-    /// A user's name is no name.
+    /// A user is invalid.
     BadUser = "bad_user",
-    /// The device's name is no name, or stands beside `users`.
+    /// The device is invalid, or given together with `users`.
     BadDevice = "bad_device",
-    /// Nobody is named.
+    /// Neither `user` nor `users` is given.
     NoAudience = "no_audience",
-    /// Both `user` and `users`.
+    /// Both `user` and `users` are given.
     TwoAudiences = "two_audiences",
-    /// More users than a record may have.
+    /// Too many users.
     TooManyUsers = "too_many_users",
-    /// Users times payload is too much.
+    /// The number of users times the size of the payload is too large.
     FanoutTooLarge = "fanout_too_large",
-    /// None of `text`, `json`, `data`.
+    /// None of `text`, `json` and `data` is given.
     NoBody = "no_body",
-    /// More than one of `text`, `json`, `data`.
+    /// More than one of `text`, `json` and `data` is given.
     TwoBodies = "two_bodies",
     /// `data` is not base64.
     BadBase64 = "bad_base64",
     /// `json` is not JSON.
     BadJsonBody = "bad_json_body",
-    /// The JSON body nests too deep.
+    /// The JSON body is nested too deeply.
     TooDeep = "too_deep",
-    /// The payload is larger than the operator allows.
+    /// The payload is too large.
     PayloadTooLarge = "payload_too_large",
-    /// A time to live below zero.
+    /// The time to live is negative.
     NegativeTtl = "negative_ttl",
-    /// A time to live longer than the operator allows.
+    /// The time to live is too long.
     TtlTooLong = "ttl_too_long",
     /// The collapse key is too long or has control characters.
     BadCollapseKey = "bad_collapse_key",
@@ -76,23 +75,23 @@ codes! {
     UnknownReceipt = "unknown_receipt",
 }
 
-/// A record that was refused, and as much of it as could be read, so that its receipt finds home.
+/// The refusal of a record, with the names that its receipt needs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {reason}", code.as_str())]
 pub struct Refusal {
     /// The stable word.
     pub code: RefusalCode,
-    /// For people: which field, and what was wrong with it.
+    /// The field, and what is wrong with it.
     pub reason: String,
-    /// The record's id where it could be read, else empty; cut to the longest allowed.
+    /// The record's id, cut to the longest allowed; empty if it could not be decoded.
     pub id: String,
-    /// Its app, likewise.
+    /// The record's app, likewise.
     pub app: String,
-    /// Its user, likewise.
+    /// The record's user, likewise.
     pub user: String,
 }
 
-/// A code and a reason, before it is known whose.
+/// The code and the reason of a refusal.
 pub(super) type Flaw = (RefusalCode, String);
 
 pub(super) fn flaw<T>(code: RefusalCode, reason: impl Into<String>) -> Result<T, Flaw> {

@@ -136,7 +136,7 @@ fn hazard_55_a_json_body_that_some_parsers_refuse_is_refused_at_the_record() {
 
 #[test]
 fn hazard_55_the_deepest_body_fits_into_a_frame_of_64_levels() {
-    // As .NET's parser has it by default; the frame has four around a body.
+    // .NET's parser allows 64 levels by default; the frame has four around a body.
     let deepest = RecordLimits::default().json_depth_max;
     let json = format!("{}{}", "[".repeat(deepest), "]".repeat(deepest));
     let text = with(&format!(r#""to":{{"user":"a"}},"json":{json}"#));

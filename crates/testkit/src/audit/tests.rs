@@ -13,30 +13,30 @@ fn payload(id: &str) -> String {
 }
 
 /// Records for two users, entered in another order than Kafka's: reports of deliveries race.
-fn books() -> (Books, Application, Application) {
-    let mut books = Books::default();
-    let (a, b) = (books.application("a", "phone"), books.application("b", "phone"));
+fn audit() -> (Audit, Application, Application) {
+    let mut audit = Audit::default();
+    let (a, b) = (audit.application("a", "phone"), audit.application("b", "phone"));
     for (offset, id) in IN_A.iter().enumerate().rev() {
-        books.produced("a", place(0, 10 + offset as i64), id, &payload(id));
+        audit.produced("a", place(0, 10 + offset as i64), id, &payload(id));
     }
-    books.produced("b", place(1, 0), "b0", &payload("b0"));
-    books.connected(a, "one");
-    books.connected(b, "two");
-    books.shown(b, "b0", &payload("b0"));
-    (books, a, b)
+    audit.produced("b", place(1, 0), "b0", &payload("b0"));
+    audit.connected(a, "one");
+    audit.connected(b, "two");
+    audit.shown(b, "b0", &payload("b0"));
+    (audit, a, b)
 }
 
 /// The run in which the first application is shown `ids`.
 fn shown(ids: &[&str]) -> Vec<(Kind, String)> {
-    let (mut books, a, _) = books();
+    let (mut audit, a, _) = audit();
     for id in ids {
-        books.shown(a, id, &payload(id));
+        audit.shown(a, id, &payload(id));
     }
-    found(&books)
+    found(&audit)
 }
 
-fn found(books: &Books) -> Vec<(Kind, String)> {
-    books.faults().into_iter().map(|fault| (fault.kind, fault.what)).collect()
+fn found(audit: &Audit) -> Vec<(Kind, String)> {
+    audit.faults().into_iter().map(|fault| (fault.kind, fault.what)).collect()
 }
 
 fn one(kind: Kind, what: &str) -> Vec<(Kind, String)> {
@@ -50,12 +50,15 @@ fn a_clean_run_has_no_faults() {
 
 #[test]
 fn what_is_owed_is_counted_down() {
-    let (mut books, a, _) = books();
-    assert_eq!(books.owed(), 4);
+    let (mut audit, a, _) = audit();
+    assert_eq!(audit.missing_count(), 4);
     for id in IN_A {
-        books.shown(a, id, &payload(id));
+        audit.shown(a, id, &payload(id));
     }
-    assert_eq!((books.owed(), books.shown_count(), books.shown_to(a)), (0, 5, IN_A.to_vec()));
+    assert_eq!(
+        (audit.missing_count(), audit.shown_count(), audit.shown_to(a)),
+        (0, 5, IN_A.to_vec())
+    );
 }
 
 #[test]
@@ -68,16 +71,16 @@ fn a_loss_is_found_wherever_it_is() {
 
 #[test]
 fn every_device_of_a_user_is_owed_everything() {
-    let (mut books, a, _) = books();
-    let tablet = books.application("a", "tablet");
+    let (mut audit, a, _) = audit();
+    let tablet = audit.application("a", "tablet");
     for id in IN_A {
-        books.shown(a, id, &payload(id));
+        audit.shown(a, id, &payload(id));
     }
     for id in &IN_A[..3] {
-        books.shown(tablet, id, &payload(id));
+        audit.shown(tablet, id, &payload(id));
     }
-    let faults = books.faults();
-    assert_eq!(found(&books), one(Kind::Lost, "a3"));
+    let faults = audit.faults();
+    assert_eq!(found(&audit), one(Kind::Lost, "a3"));
     assert_eq!((faults[0].user.as_str(), faults[0].device.as_str()), ("a", "tablet"));
 }
 
@@ -91,13 +94,13 @@ fn disorder_is_found_and_those_that_kept_their_order_are_not_blamed() {
 
 #[test]
 fn no_order_is_asked_across_partitions() {
-    let (mut books, a, _) = books();
-    books.produced("a", place(3, 1), "other", "");
+    let (mut audit, a, _) = audit();
+    audit.produced("a", place(3, 1), "other", "");
     for id in ["a0", "a1", "a2", "a3"] {
-        books.shown(a, id, &payload(id));
+        audit.shown(a, id, &payload(id));
     }
-    books.shown(a, "other", "");
-    assert_eq!(found(&books), []);
+    audit.shown(a, "other", "");
+    assert_eq!(found(&audit), []);
 }
 
 #[test]
@@ -116,76 +119,76 @@ fn what_is_another_users_or_nobodys_is_found() {
 
 #[test]
 fn an_altered_payload_is_found() {
-    let (mut books, a, _) = books();
+    let (mut audit, a, _) = audit();
     for id in IN_A {
-        books.shown(a, id, &if id == "a2" { "something else".into() } else { payload(id) });
+        audit.shown(a, id, &if id == "a2" { "something else".into() } else { payload(id) });
     }
-    assert_eq!(found(&books), one(Kind::Altered, "a2"));
+    assert_eq!(found(&audit), one(Kind::Altered, "a2"));
 }
 
 /// What is blamed when the first application's session sees `events` and then everything is shown.
-fn session(events: impl FnOnce(&mut Books, Application)) -> Vec<(Kind, String)> {
-    let (mut books, a, _) = books();
-    events(&mut books, a);
+fn session(events: impl FnOnce(&mut Audit, Application)) -> Vec<(Kind, String)> {
+    let (mut audit, a, _) = audit();
+    events(&mut audit, a);
     for id in IN_A {
-        books.shown(a, id, &payload(id));
+        audit.shown(a, id, &payload(id));
     }
-    found(&books)
+    found(&audit)
 }
 
 #[test]
 fn a_session_may_end_only_with_its_node() {
     let closed = one(Kind::Closed, "one");
     // Nobody harmed anything; another node was harmed; the node was harmed afterwards.
-    assert_eq!(session(|books, a| books.disconnected(a, "1006", false)), closed);
-    let other = |books: &mut Books, a| {
-        books.harm("two");
-        books.disconnected(a, "1006", false);
+    assert_eq!(session(|audit, a| audit.disconnected(a, "1006", false)), closed);
+    let other = |audit: &mut Audit, a| {
+        audit.harm("two");
+        audit.disconnected(a, "1006", false);
     };
     assert_eq!(session(other), closed);
-    let afterwards = |books: &mut Books, a| {
-        books.disconnected(a, "1006", false);
-        books.harm("one");
+    let afterwards = |audit: &mut Audit, a| {
+        audit.disconnected(a, "1006", false);
+        audit.harm("one");
     };
     assert_eq!(session(afterwards), closed);
     // Its own: while it is down, or noticed only once it is back.
-    let harmed = |books: &mut Books, a| {
-        books.harm("one");
-        books.disconnected(a, "1006", false);
+    let harmed = |audit: &mut Audit, a| {
+        audit.harm("one");
+        audit.disconnected(a, "1006", false);
     };
     assert_eq!(session(harmed), []);
-    let noticed_late = |books: &mut Books, a| {
-        books.harm("one");
-        books.heal("one");
-        books.disconnected(a, "1006", false);
+    let noticed_late = |audit: &mut Audit, a| {
+        audit.harm("one");
+        audit.heal("one");
+        audit.disconnected(a, "1006", false);
     };
     assert_eq!(session(noticed_late), []);
 }
 
 #[test]
 fn a_session_that_began_on_a_healed_node_must_hold() {
-    let again = |books: &mut Books, a| {
-        books.harm("one");
-        books.disconnected(a, "1006", false);
-        books.disconnected(a, "nobody listens", false);
-        books.heal("one");
-        books.connected(a, "one");
-        books.disconnected(a, "4001", false);
+    let again = |audit: &mut Audit, a| {
+        audit.harm("one");
+        audit.disconnected(a, "1006", false);
+        audit.disconnected(a, "nobody listens", false);
+        audit.heal("one");
+        audit.connected(a, "one");
+        audit.disconnected(a, "4001", false);
     };
     assert_eq!(session(again), one(Kind::Closed, "one"));
 }
 
 #[test]
 fn nobody_is_shut_out_for_good() {
-    let refused = |books: &mut Books, a| {
-        books.harm("one");
-        books.disconnected(a, "4502", true);
+    let refused = |audit: &mut Audit, a| {
+        audit.harm("one");
+        audit.disconnected(a, "4502", true);
     };
     assert_eq!(session(refused), one(Kind::Closed, "one"));
-    let at_the_door = |books: &mut Books, a| {
-        books.harm("one");
-        books.disconnected(a, "1006", false);
-        books.disconnected(a, "401", true);
+    let at_the_door = |audit: &mut Audit, a| {
+        audit.harm("one");
+        audit.disconnected(a, "1006", false);
+        audit.disconnected(a, "401", true);
     };
     assert_eq!(session(at_the_door), one(Kind::Closed, "(no session)"));
 }
@@ -193,6 +196,6 @@ fn nobody_is_shut_out_for_good() {
 #[test]
 #[should_panic(expected = "a second time")]
 fn ids_that_are_used_twice_cannot_be_checked() {
-    let (mut books, ..) = books();
-    books.produced("a", place(0, 99), "a0", "");
+    let (mut audit, ..) = audit();
+    audit.produced("a", place(0, 99), "a0", "");
 }

@@ -1,69 +1,76 @@
-//! The independent checker of a run: what was produced against what the applications were shown.
+//! The audit of a run: what was produced against what the applications were shown.
 //!
-//! It knows nothing of Barid: no positions, no acknowledgements, no metrics, no clock. [`Books`]
-//! hold what Kafka took, what each application was shown, in that order, when its connections began
-//! and ended, and which nodes the test itself harmed when. [`Books::faults`] tells from these alone
-//! every way in which a promise was broken. That P2 lets a mailbox skip what expired or did not fit
-//! is not modelled: runs that are checked let nothing expire and stay below the mailbox's length.
+//! It knows nothing of Barid: no positions, no acknowledgements, no metrics, no clock. An [`Audit`] holds what
+//! Kafka stored, what each application was shown, in that order, when its connections began and ended, and
+//! which nodes the test itself disturbed when. [`Audit::faults`] finds every broken promise from these alone.
+//! It does not model that a mailbox may skip expired or oversized messages (P2): audited runs let nothing
+//! expire and stay below the mailbox's length.
+//!
+//! The load tool counts with [`Order`], which judges order and repeats, and keeps no records: it watches
+//! hundreds of thousands of devices.
+
+mod order;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
-/// Where Kafka put a record.
+pub use self::order::{Order, Shown};
+
+/// The position of a record in its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
-    /// The partition; no order is promised across two of them.
+    /// The partition; order is promised within a partition only.
     pub partition: i32,
-    /// The record's number in it.
+    /// The offset.
     pub offset: i64,
 }
 
-/// In which way a promise was broken.
+/// A kind of broken promise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Produced for this user, never shown on this device.
     Lost,
-    /// Shown after one that was produced behind it.
+    /// Shown after a record that was produced later.
     OutOfOrder,
-    /// Shown before.
+    /// Shown more than once.
     Repeated,
-    /// Produced, but for other users.
+    /// Produced for other users.
     WrongUser,
-    /// Never produced for anybody.
+    /// Never produced.
     Foreign,
-    /// The payload is not the one that was produced.
+    /// Shown with another payload.
     Altered,
-    /// A session ended although nobody harmed its node, or ended for good.
+    /// A session ended although the test did not disturb its node, or ended for good.
     Closed,
 }
 
 /// One broken promise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// In which way.
+    /// Its kind.
     pub kind: Kind,
-    /// Whose application saw it.
+    /// The application's user.
     pub user: String,
-    /// On which device.
+    /// The application's device.
     pub device: String,
     /// The message's id; for [`Kind::Closed`] the node.
     pub what: String,
-    /// For people.
+    /// Further explanation.
     pub detail: String,
 }
 
-/// Names one application: a device of a user.
+/// The handle of an application: a device of a user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Application(usize);
 
-/// What happened, as it was seen from outside.
+/// What happened in a run, seen from outside.
 #[derive(Debug, Default)]
-pub struct Books {
+pub struct Audit {
     /// By user and id.
     produced: BTreeMap<String, HashMap<String, Produced>>,
-    applications: Vec<Account>,
+    applications: Vec<Deliveries>,
     harms: Vec<Span>,
-    /// Counts the entries: which came first is all that the checker asks of time.
+    /// Counts the entries. The audit needs to know which came first, not when.
     moment: u64,
 }
 
@@ -74,7 +81,7 @@ struct Produced {
 }
 
 #[derive(Debug)]
-struct Account {
+struct Deliveries {
     user: String,
     device: String,
     shown: Vec<(String, String)>,
@@ -108,11 +115,11 @@ impl Span {
     }
 }
 
-impl Books {
-    /// Opens the account of an application, which is owed everything that is ever produced for
-    /// `user`: so it is one of the user's first devices, or was there before the first record.
+impl Audit {
+    /// Adds an application. It must be shown everything that is ever produced for `user`: it is one of the
+    /// user's first devices, or was connected before the first record.
     pub fn application(&mut self, user: &str, device: &str) -> Application {
-        self.applications.push(Account {
+        self.applications.push(Deliveries {
             user: user.into(),
             device: device.into(),
             shown: Vec::new(),
@@ -121,18 +128,17 @@ impl Books {
         Application(self.applications.len() - 1)
     }
 
-    /// Kafka took a record for `user` and said where it is. A record for several users is entered
-    /// for each.
+    /// Kafka stored a record for `user`. A record for several users is entered for each.
     ///
     /// # Panics
-    /// The id was produced for this user before: what is a repeat would not be known.
+    /// Panics if the id was produced for this user before: repeats could not be told.
     pub fn produced(&mut self, user: &str, place: Place, id: &str, payload: &str) {
         let record = Produced { place, payload: payload.into() };
         let before = self.produced.entry(user.into()).or_default().insert(id.into(), record);
         assert!(before.is_none(), "{id} is produced for {user} a second time");
     }
 
-    /// The application was given a message.
+    /// The application was shown a message.
     pub fn shown(&mut self, to: Application, id: &str, payload: &str) {
         self.applications[to.0].shown.push((id.into(), payload.into()));
     }
@@ -143,9 +149,8 @@ impl Books {
         self.applications[application.0].sessions.push(Session { span, ended: None });
     }
 
-    /// The application's session ended, not by its own wish; `for_good`: it will not come back by
-    /// itself. Without a session: an attempt failed, which alone breaks no promise unless it was
-    /// the last.
+    /// The application's session ended, or an attempt to connect failed. `for_good`: the application will
+    /// not connect again by itself. A failed attempt alone breaks no promise, unless it was the last.
     pub fn disconnected(&mut self, application: Application, why: &str, for_good: bool) {
         let now = self.tick();
         let sessions = &mut self.applications[application.0].sessions;
@@ -159,13 +164,13 @@ impl Books {
         }
     }
 
-    /// The test is about to kill or drain `node`: its sessions may end, those of others may not.
+    /// The test is about to kill or drain `node`: its sessions may end from now on.
     pub fn harm(&mut self, node: &str) {
         let from = self.tick();
         self.harms.push(Span { node: node.into(), from, to: None });
     }
 
-    /// The node is well again: sessions that begin from now on must hold.
+    /// The node is ready again: sessions that begin from now on must not end.
     pub fn heal(&mut self, node: &str) {
         let now = self.tick();
         for harm in self.harms.iter_mut().filter(|harm| harm.node == node && harm.to.is_none()) {
@@ -178,32 +183,32 @@ impl Books {
         self.applications[application.0].shown.iter().map(|(id, _)| id.as_str()).collect()
     }
 
-    /// How many sessions the application has had.
+    /// The number of sessions that the application has had.
     pub fn sessions_of(&self, application: Application) -> usize {
         self.applications[application.0].sessions.len()
     }
 
-    /// How many times any application was shown something.
+    /// The number of messages shown to all applications.
     pub fn shown_count(&self) -> usize {
-        self.applications.iter().map(|account| account.shown.len()).sum()
+        self.applications.iter().map(|deliveries| deliveries.shown.len()).sum()
     }
 
-    /// How many messages some application is still owed.
-    pub fn owed(&self) -> usize {
-        self.applications.iter().map(|account| self.missing(account).len()).sum()
+    /// The number of messages that applications have not been shown yet.
+    pub fn missing_count(&self) -> usize {
+        self.applications.iter().map(|deliveries| self.missing(deliveries).len()).sum()
     }
 
-    /// Every broken promise, by application. What is still on its way counts as lost: to be asked
-    /// at the end.
+    /// Every broken promise, by application. Messages that are still on their way count as lost: to be
+    /// called at the end of a run.
     pub fn faults(&self) -> Vec<Fault> {
         let mut faults = Vec::new();
-        for account in &self.applications {
-            self.check_shown(account, &mut faults);
-            for (id, record) in self.missing(account) {
+        for deliveries in &self.applications {
+            self.check_shown(deliveries, &mut faults);
+            for (id, record) in self.missing(deliveries) {
                 let detail = format!("produced at {:?}", record.place);
-                faults.push(account.fault(Kind::Lost, id, detail));
+                faults.push(deliveries.fault(Kind::Lost, id, detail));
             }
-            self.check_sessions(account, &mut faults);
+            self.check_sessions(deliveries, &mut faults);
         }
         faults
     }
@@ -214,62 +219,58 @@ impl Books {
     }
 
     /// What was produced for the application's user and not shown to it, in Kafka's order.
-    fn missing(&self, account: &Account) -> Vec<(&String, &Produced)> {
-        let shown: HashSet<&str> = account.shown.iter().map(|(id, _)| id.as_str()).collect();
-        let produced = self.produced.get(&account.user).into_iter().flatten();
+    fn missing(&self, deliveries: &Deliveries) -> Vec<(&String, &Produced)> {
+        let shown: HashSet<&str> = deliveries.shown.iter().map(|(id, _)| id.as_str()).collect();
+        let produced = self.produced.get(&deliveries.user).into_iter().flatten();
         let mut missing: Vec<_> = produced.filter(|(id, _)| !shown.contains(id.as_str())).collect();
         missing.sort_by_key(|(_, record)| record.place);
         missing
     }
 
-    fn check_shown(&self, account: &Account, faults: &mut Vec<Fault>) {
-        let mut seen = HashSet::new();
-        // Of each partition, the furthest that was shown.
-        let mut furthest: HashMap<i32, (i64, &str)> = HashMap::new();
-        for (number, (id, payload)) in account.shown.iter().enumerate() {
-            let Some(record) = self.produced.get(&account.user).and_then(|of| of.get(id)) else {
-                faults.push(self.not_the_users(account, id));
+    fn check_shown(&self, deliveries: &Deliveries, faults: &mut Vec<Fault>) {
+        // By partition.
+        let mut orders: HashMap<i32, Order> = HashMap::new();
+        for (number, (id, payload)) in deliveries.shown.iter().enumerate() {
+            let Some(record) = self.produced.get(&deliveries.user).and_then(|of| of.get(id)) else {
+                faults.push(self.not_the_users(deliveries, id));
                 continue;
             };
             if *payload != record.payload {
                 let detail = format!("{:?} for {:?}", short(payload), short(&record.payload));
-                faults.push(account.fault(Kind::Altered, id, detail));
-            }
-            if !seen.insert(id) {
-                faults.push(account.fault(Kind::Repeated, id, format!("as its no. {number}")));
-                continue;
+                faults.push(deliveries.fault(Kind::Altered, id, detail));
             }
             let Place { partition, offset } = record.place;
-            let last = furthest.entry(partition).or_insert((offset, id));
-            if offset < last.0 {
-                faults.push(account.fault(Kind::OutOfOrder, id, format!("after {}", last.1)));
-            } else {
-                *last = (offset, id);
-            }
+            let kind = match orders.entry(partition).or_default().shown(offset.unsigned_abs()) {
+                Shown::InOrder { .. } => continue,
+                Shown::OutOfOrder => Kind::OutOfOrder,
+                Shown::Repeated => Kind::Repeated,
+            };
+            let detail = format!("shown as no. {number}, produced at {:?}", record.place);
+            faults.push(deliveries.fault(kind, id, detail));
         }
     }
 
-    fn not_the_users(&self, account: &Account, id: &str) -> Fault {
+    fn not_the_users(&self, deliveries: &Deliveries, id: &str) -> Fault {
         let has = |(user, of): (&String, &HashMap<_, _>)| of.contains_key(id).then(|| user.clone());
         let users: Vec<String> = self.produced.iter().filter_map(has).collect();
         if users.is_empty() {
-            return account.fault(Kind::Foreign, id, "nobody produced it".into());
+            return deliveries.fault(Kind::Foreign, id, "nobody produced it".into());
         }
-        account.fault(Kind::WrongUser, id, format!("it was for {users:?}"))
+        deliveries.fault(Kind::WrongUser, id, format!("it was for {users:?}"))
     }
 
-    fn check_sessions(&self, account: &Account, faults: &mut Vec<Fault>) {
-        for session in &account.sessions {
+    fn check_sessions(&self, deliveries: &Deliveries, faults: &mut Vec<Fault>) {
+        for session in &deliveries.sessions {
             let Some(end) = &session.ended else { continue };
             let excused = self.harms.iter().any(|harm| harm.meets(&session.span));
             if end.for_good || !excused {
-                faults.push(account.fault(Kind::Closed, &session.span.node, end.why.clone()));
+                faults.push(deliveries.fault(Kind::Closed, &session.span.node, end.why.clone()));
             }
         }
     }
 }
 
-impl Account {
+impl Deliveries {
     fn fault(&self, kind: Kind, what: &str, detail: String) -> Fault {
         let (user, device) = (self.user.clone(), self.device.clone());
         Fault { kind, user, device, what: what.into(), detail }

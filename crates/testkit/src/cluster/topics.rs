@@ -1,0 +1,37 @@
+//! The Kafka topics of one cluster. All clusters of a test process share a broker, so each has names of
+//! its own.
+
+use crate::kafka::unique;
+
+/// Topic names.
+#[derive(Debug, Clone)]
+pub struct Topics {
+    /// Push records of high priority.
+    pub high: String,
+    /// Push records of normal priority.
+    pub push: String,
+    /// Push records of low priority.
+    pub bulk: String,
+    /// Receipts.
+    pub receipts: String,
+    /// Dead letters: refused records.
+    pub dead: String,
+}
+
+impl Topics {
+    pub(super) fn new() -> Self {
+        let prefix = unique("t");
+        let name = |rest: &str| format!("{prefix}.{rest}");
+        Self {
+            high: name("push.high"),
+            push: name("push"),
+            bulk: name("push.bulk"),
+            receipts: name("receipts"),
+            dead: name("dead"),
+        }
+    }
+
+    pub(super) fn all(&self) -> [&str; 5] {
+        [&self.high, &self.push, &self.bulk, &self.receipts, &self.dead].map(String::as_str)
+    }
+}
