@@ -100,7 +100,7 @@ impl Client {
         for _ in 0..count {
             let next = if newest { self.held.pop_back() } else { self.held.pop_front() };
             let Some((ticket, id)) = next else { break };
-            self.inbox.finished(ticket, true);
+            self.inbox.finished(ticket, true, &mut Vec::new());
             self.unsaved.insert(id.clone());
             self.handled.insert(id);
             self.show()?;
@@ -111,7 +111,7 @@ impl Client {
     /// The application gives back its oldest message.
     pub fn refuse(&mut self) -> Checked {
         let Some((ticket, id)) = self.held.pop_front() else { return Ok(()) };
-        self.inbox.finished(ticket, false);
+        self.inbox.finished(ticket, false, &mut Vec::new());
         self.again.insert(id);
         self.show()
     }

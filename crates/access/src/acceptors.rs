@@ -1,4 +1,4 @@
-//! Where devices come in: one listener, or several on one port, each with an accept loop of its own.
+//! The listeners for devices: one, or several on one port, each with an accept loop of its own.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,12 +16,11 @@ use crate::error::Error;
 use crate::handshake::{self, Arrival};
 use crate::node::Node;
 
-/// Connections that the kernel holds for a listener until they are accepted; `net.core.somaxconn` bounds
-/// them as well.
+/// Connections that the kernel queues for a listener until they are accepted; also bounded by `net.core.somaxconn`.
 const BACKLOG: u32 = 4_096;
-/// How often a loop shows that it accepts.
+/// How often an accept loop reports that it runs.
 const TURN: Duration = Duration::from_secs(1);
-/// Out of file descriptors, mostly: so long some are given to come back.
+/// Pause after a failed accept, which mostly means that the process is out of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The bound listeners; at least one.
@@ -34,13 +33,13 @@ impl Acceptors {
     /// Binds `listen` as often as `acceptors` says; port 0 is picked once.
     ///
     /// # Errors
-    /// Somebody has the port.
+    /// The port is in use.
     pub fn bind(config: &Config) -> Result<Self, Error> {
         let bound = || {
             let several = config.acceptors > 1;
             if several {
-                // Else a second node of the same system user would get a share of this one's devices, where a
-                // plain listener refuses to start.
+                // Fails if another node has the port: SO_REUSEPORT would let one of the same system user bind it,
+                // too, and take a share of the devices.
                 socket(config)?.bind(config.listen)?;
             }
             let first = listen(config, config.listen, several)?;
@@ -52,12 +51,12 @@ impl Acceptors {
         bound().map_err(|error| Error::Listen { key: "listen", address: config.listen, error })
     }
 
-    /// Where devices connect.
+    /// The address that devices connect to.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Accepts until the node drains; keeps `listening` true while all loops do.
+    /// Accepts until the node drains. Keeps `listening` true while all loops run.
     pub fn serve(self, node: &Arc<Node>, listening: Condition) -> JoinSet<()> {
         let turns = Arc::new(Turns::new(listening, self.listeners.len()));
         let acceptors = self.listeners.into_iter().enumerate().map(|(number, listener)| {
@@ -135,8 +134,8 @@ fn let_in(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
     }
 }
 
-/// Which loops have had their turn. The condition is kept true once all of them have: the kernel hands a
-/// loop that hangs its share of connections all the same.
+/// The loops that have run since the last report. The condition is renewed once all of them have, because the kernel
+/// gives connections to a loop that hangs, too.
 struct Turns {
     condition: Condition,
     had: AtomicU64,

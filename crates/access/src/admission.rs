@@ -1,6 +1,6 @@
-//! What a node lets in: how many connections and handshakes at once, how many handshakes a second, for
-//! the node, for one client address, for one app. Whoever is let in holds an [`Admitted`], and gives
-//! back what it took by dropping it. `docs/limits.md` lists them all.
+//! Admission: the limits on connections, concurrent handshakes and handshakes per second, for the node, for one client
+//! address and for one app. An admitted connection holds an [`Admitted`], which releases its share when dropped.
+//! `docs/limits.md` lists all limits.
 
 mod addresses;
 mod origins;
@@ -23,16 +23,16 @@ pub use rate::Rate;
 use crate::config::LimitsConfig;
 use crate::labels::Limit;
 
-/// Why somebody is not let in now. All of them pass by themselves.
+/// Why a connection is refused. Every reason is temporary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused {
-    /// Which limit.
+    /// The limit that was reached.
     pub limit: Limit,
-    /// It is the client's own doing (429), not the node's state (503).
+    /// The client caused it (429), not the node's load (503).
     pub own: bool,
-    /// For people.
+    /// Reason for the response's body.
     pub text: &'static str,
-    /// When there may be room; `None`: nobody knows.
+    /// When to try again; `None`: unknown.
     pub after: Option<Duration>,
 }
 
@@ -46,7 +46,7 @@ impl Refused {
     }
 }
 
-/// The node's doors.
+/// The limits of a node, and how much of them is in use.
 #[derive(Debug)]
 pub struct Admission {
     began: Instant,
@@ -62,7 +62,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// With these limits.
+    /// Creates the admission for these limits.
     pub fn new(limits: &LimitsConfig) -> Self {
         let burst = Duration::from_secs(limits.handshakes_burst_seconds);
         Self {
@@ -84,10 +84,10 @@ impl Admission {
         }
     }
 
-    /// A socket was accepted.
+    /// Admits an accepted socket.
     ///
     /// # Errors
-    /// The node has no room for it now.
+    /// A limit of the node is reached.
     pub fn admit(self: &Arc<Self>) -> Result<Admitted, Refused> {
         if self.memory_short.load(Ordering::Relaxed) {
             return Err(Refused::node(Limit::Memory, "short of memory: come back later"));
@@ -113,22 +113,22 @@ impl Admission {
         Ok(admitted)
     }
 
-    /// A place among those that are told why they are not let in; `None`: no room even for that.
+    /// Permits the caller to answer a refused connection; `None`: too many refusals are being answered already.
     pub fn turn_away(&self) -> Option<TurnedAway<'_>> {
         self.turned_away.acquire().then(|| TurnedAway(&self.turned_away))
     }
 
-    /// While memory is short nobody is let in.
+    /// While memory is short, no connection is admitted.
     pub fn set_memory_short(&self, short: bool) {
         self.memory_short.store(short, Ordering::Relaxed);
     }
 
-    /// Forgets addresses that need not be remembered. To be called now and then.
+    /// Forgets addresses without connections and with a full bucket. Call it every few seconds.
     pub fn sweep(&self) {
         self.addresses.sweep(self.now_us());
     }
 
-    /// Addresses that are remembered.
+    /// Number of addresses in the table.
     pub fn addresses(&self) -> usize {
         self.addresses.len()
     }
@@ -138,7 +138,7 @@ impl Admission {
     }
 }
 
-/// A connection that was let in, first of all for its handshake.
+/// An admitted connection. It counts as a handshake until [`Self::handshaken`].
 #[derive(Debug)]
 pub struct Admitted {
     admission: Arc<Admission>,
@@ -148,10 +148,11 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// It is known from where it comes. Returns whether the table had no room for the address.
+    /// Applies the limits of the client's address. Returns whether the table of addresses is full, in which case this
+    /// one is not limited.
     ///
     /// # Errors
-    /// There is no room for this address.
+    /// A limit of the address is reached.
     pub fn coming_from(&mut self, address: IpAddr) -> Result<bool, Refused> {
         let Some(key) = AddressKey::of(address) else { return Ok(false) };
         match self.admission.addresses.enter(key, self.admission.now_us()) {
@@ -176,10 +177,10 @@ impl Admitted {
         }
     }
 
-    /// It is known for which app it speaks.
+    /// Applies the limit of the token's app.
     ///
     /// # Errors
-    /// The app has no room.
+    /// The app has too many connections.
     pub fn for_app(&mut self, app: &AppId) -> Result<(), Refused> {
         let max = self.admission.app_connections_max;
         if max == 0 {
@@ -196,7 +197,7 @@ impl Admitted {
         Ok(())
     }
 
-    /// The handshake is over.
+    /// Ends the handshake, and keeps the connection.
     pub fn handshaken(&mut self) {
         if std::mem::take(&mut self.handshaking) {
             self.admission.handshakes.release();
@@ -227,7 +228,7 @@ impl Drop for Admitted {
     }
 }
 
-/// A place among those that are turned away; dropped when that is done.
+/// Permission to answer a refused connection; released on drop.
 #[derive(Debug)]
 pub struct TurnedAway<'a>(&'a Places);
 
@@ -237,7 +238,7 @@ impl Drop for TurnedAway<'_> {
     }
 }
 
-/// A number of places.
+/// A bounded counter.
 #[derive(Debug)]
 struct Places {
     taken: AtomicUsize,

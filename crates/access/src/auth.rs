@@ -1,7 +1,7 @@
-//! Who may connect: JWTs checked against keys that are each good for one algorithm.
+//! Authentication: JWTs, verified with keys that are each bound to one algorithm.
 //!
-//! A token is checked only with keys of the algorithm that it names, so that a public key never
-//! serves as an HMAC secret. No token, and no part of one, goes into a log or an error.
+//! A token is verified only with keys of the algorithm that it names, so that a public key is never used as an HMAC
+//! secret. No token, and no part of one, appears in a log or an error.
 
 mod error;
 mod jwks;
@@ -22,10 +22,10 @@ use keys::Key;
 pub use error::{AuthError, KeyError};
 use prometheus::IntCounter;
 
-/// The last second of the year 9999. A time in milliseconds, taken for seconds, lies far beyond.
+/// The last second of the year 9999. A time in milliseconds is far larger.
 const EXPIRES_SECONDS_MAX: u64 = 253_402_300_799;
 
-/// Checks tokens.
+/// Verifies tokens.
 #[derive(Debug)]
 pub struct Verifier {
     keys: Vec<Key>,
@@ -33,11 +33,11 @@ pub struct Verifier {
     audience: Vec<String>,
     issuer: Vec<String>,
     nbf_leeway_s: u64,
-    /// Unreadable keys of key sets, counted each time a set is read.
+    /// Unreadable keys in key sets, counted each time a set is read.
     pub keys_skipped: IntCounter,
 }
 
-/// Of any type, so that a claim of a wrong one can be named.
+/// Values of any type, so that an error can name a claim of the wrong type.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct RawClaims {
@@ -50,7 +50,7 @@ struct RawClaims {
 }
 
 impl Verifier {
-    /// Reads the keys; JWKS from files and URLs are read by [`Self::refresh`].
+    /// Reads the configured keys. Key sets are read by [`Self::refresh`].
     ///
     /// # Errors
     /// A key cannot be read or used.
@@ -69,11 +69,11 @@ impl Verifier {
         })
     }
 
-    /// Checks a token at `now_s` (seconds since the Unix epoch). An unknown key id may cost a
-    /// fetch of a JWKS, at most one every few seconds.
+    /// Verifies a token at `now_s` (seconds since the Unix epoch). For an unknown key id, key sets are read again, at
+    /// most once every few seconds.
     ///
     /// # Errors
-    /// Why it is refused.
+    /// Returns why the token is refused.
     pub async fn verify(&self, token: &str, now_s: u64) -> Result<Claims, AuthError> {
         match self.check(token, now_s) {
             Err(AuthError::UnknownKey) if self.refresh_for_unknown_key().await => {
@@ -83,7 +83,7 @@ impl Verifier {
         }
     }
 
-    /// Reads the JWKS again that are due; call it about once a second.
+    /// Reads the key sets that are due. Call it about once a second.
     pub async fn refresh(&self) {
         for jwks in &self.jwks {
             jwks.refresh_if_due().await;
@@ -121,7 +121,7 @@ impl Verifier {
 
     fn check_with(&self, key: &Key, token: &str) -> Result<RawClaims, AuthError> {
         let mut validation = Validation::new(key.algorithm);
-        // exp and nbf are checked here, to the second, with the caller's clock.
+        // exp and nbf are checked below, with the caller's clock and without leeway.
         validation.validate_exp = false;
         validation.required_spec_claims.clear();
         validation.validate_aud = !self.audience.is_empty();
@@ -173,7 +173,7 @@ impl Verifier {
     }
 }
 
-/// A claim that is text; `None` where it is absent.
+/// A text claim; `None` if it is absent.
 fn text<'a>(claim: &str, value: &'a Value) -> Result<Option<&'a str>, AuthError> {
     match value {
         Value::Null => Ok(None),
@@ -182,7 +182,7 @@ fn text<'a>(claim: &str, value: &'a Value) -> Result<Option<&'a str>, AuthError>
     }
 }
 
-/// A claim that is a list of text; empty where it is absent.
+/// A claim that is a list of texts; empty if it is absent.
 fn names<'a>(claim: &str, value: &'a Value) -> Result<Vec<&'a str>, AuthError> {
     let wrong = || AuthError::Malformed(format!("claim {claim} is not a list of strings"));
     let list = match value {
@@ -198,7 +198,7 @@ fn names<'a>(claim: &str, value: &'a Value) -> Result<Vec<&'a str>, AuthError> {
     list.iter().map(|name| name.as_str().ok_or_else(wrong)).collect()
 }
 
-/// A claim that is a time. Fractions round down, what is below zero or too large saturates.
+/// A claim that is a time. Fractions are rounded down; values out of range saturate.
 fn seconds(claim: &str, value: &Value) -> Result<Option<u64>, AuthError> {
     match value {
         Value::Null => Ok(None),
@@ -207,7 +207,7 @@ fn seconds(claim: &str, value: &Value) -> Result<Option<u64>, AuthError> {
     }
 }
 
-/// Names the part and what it should be, never what stands there.
+/// Describes what is wrong with a part of the token, without quoting it.
 fn malformed(part: &str, error: &jsonwebtoken::errors::Error) -> AuthError {
     AuthError::Malformed(match error.kind() {
         ErrorKind::Json(_) if part == "header" => {

@@ -1,4 +1,4 @@
-//! The times of a node: the machine's clock, a coarse clock for sessions, and the time since the node began.
+//! The clocks of a node: the machine's clock, a coarse clock for sessions, and the node's uptime.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use barid_session::Seconds;
 
-/// The clocks that sessions and their node share.
+/// The clocks of a node.
 pub struct Clock {
     wall: Arc<dyn barid_core::Clock>,
     began: Instant,
@@ -14,7 +14,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Starts the coarse clock at 0. `wall` tells the time of day.
+    /// Starts the coarse clock at 0. `wall` is the machine's clock.
     pub fn new(wall: Arc<dyn barid_core::Clock>) -> Self {
         Self { wall, began: Instant::now(), seconds: AtomicU32::new(0) }
     }
@@ -24,12 +24,12 @@ impl Clock {
         self.wall.now_ms()
     }
 
-    /// The coarse clock: seconds since the node began, as [`Self::set_seconds`] said last.
+    /// The coarse clock: uptime in seconds, as last set by [`Self::set_seconds`].
     pub fn seconds(&self) -> Seconds {
         self.seconds.load(Ordering::Relaxed)
     }
 
-    /// Moves the coarse clock.
+    /// Sets the coarse clock.
     pub fn set_seconds(&self, now: Seconds) {
         self.seconds.store(now, Ordering::Relaxed);
     }
@@ -41,12 +41,12 @@ impl Clock {
         self.seconds().saturating_add(left)
     }
 
-    /// Milliseconds since the node began, modulo 2^32.
+    /// Uptime in ms, modulo 2^32.
     pub fn uptime_ms(&self) -> u32 {
         self.began.elapsed().as_millis() as u32
     }
 
-    /// Microseconds since the node began.
+    /// Uptime in µs.
     pub fn uptime_us(&self) -> u64 {
         self.began.elapsed().as_micros() as u64
     }

@@ -1,14 +1,14 @@
-//! A device's connection: one task. It reads frames, hands them to the session, and does what the
-//! session wants: frames out, calls to Redis. What waits for the socket goes out in one flush.
+//! A device's connection, one task. It reads frames, hands them to the session, and carries out the session's
+//! effects: frames to write, calls to Redis. All frames that are queued are written in one flush.
 //!
 //! | module | what |
 //! |---|---|
-//! | `state` | what a connection holds |
-//! | `opening`, `ending` | the first frame and the mailbox's answer; what is given back |
-//! | `inbox` | what the node has for the session |
-//! | `incoming`, `outgoing` | what the device sends, what it is sent |
-//! | `calls` | what the session asks of its mailbox |
-//! | `effects` | what the session wants done |
+//! | `state` | the connection's state |
+//! | `opening`, `ending` | from the first frame to Welcome; removal of the session and close of the socket |
+//! | `inbox` | pushes, clock ticks and orders from the node |
+//! | `incoming`, `outgoing` | frames from the device; the queue of frames to the device |
+//! | `calls` | calls to Redis and to the token's verifier |
+//! | `effects` | execution of the session's effects |
 //! | `codec`, `trace` | frames as WebSocket messages; trace events |
 
 mod calls;
@@ -32,11 +32,11 @@ use self::state::{Connection, End};
 use crate::admission::Admitted;
 use crate::handshake::{self, Arrival};
 
-/// Turns of the loop before other tasks have theirs.
+/// Turns of the loop before the task yields.
 const TURNS_MAX: usize = 64;
 
-/// Serves one socket to its end. What comes before a session, and after it, lives in boxes of its
-/// own: the task of an idle session holds no more than the session.
+/// Serves one socket until it is closed. Opening and ending are boxed futures, so that the task of an idle session
+/// takes no memory for them.
 pub async fn serve(arrival: Box<Arrival>) {
     if let Some((mut connection, _admitted)) = Box::pin(open(arrival)).await {
         let close = poll_fn(|cx| connection.poll(cx)).await;
@@ -44,7 +44,7 @@ pub async fn serve(arrival: Box<Arrival>) {
     }
 }
 
-/// Handshake, Hello, Welcome; `None` if it came to nothing.
+/// Handshake, Hello and Welcome; `None` if one of them failed.
 async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let node = Arc::clone(&arrival.node);
     let (mut accepted, admitted) = handshake::accept(*arrival).await?;

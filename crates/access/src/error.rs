@@ -1,23 +1,23 @@
-//! Why an access node cannot run.
+//! Errors that end an access node.
 
 use std::net::SocketAddr;
 
-/// Ends the role.
+/// Why an access node cannot start or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Keys cannot be used.
+    /// The configured token keys cannot be used.
     #[error(transparent)]
     Keys(#[from] crate::auth::KeyError),
-    /// Redis refused, or was away at start.
+    /// Redis refused a call.
     #[error(transparent)]
     Mailbox(#[from] barid_mailbox::Error),
-    /// A key does not fit.
+    /// A configured value is invalid.
     #[error("{0}")]
     Config(String),
-    /// Kafka's client cannot be made.
+    /// The Kafka client cannot be created.
     #[error(transparent)]
     Bus(#[from] barid_bus::Error),
-    /// A port cannot be bound.
+    /// A listener cannot be bound.
     #[error("cannot listen on {key} {address}: {error}")]
     Listen {
         /// The configuration key.
@@ -27,7 +27,7 @@ pub enum Error {
         /// Why.
         error: std::io::Error,
     },
-    /// A metric exists already.
+    /// A metric is registered already.
     #[error("cannot register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
     /// The node's name is invalid.

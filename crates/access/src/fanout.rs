@@ -1,10 +1,10 @@
-//! Fan-out: one record of a dispatcher goes to every session of an audience that is here: everyone of an
-//! app, or one of its groups.
+//! Fan-out: delivers one record of a dispatcher to every session of an audience on this node. An audience is
+//! everyone of an app, or one of its groups.
 //!
-//! Nothing is queued for a session. An audience has a short log, and each of its members a place in it: a
-//! message is held once and encoded once, whoever reads at the same pace shares the frames, and a device
-//! that does not keep up with the log misses what has left it. One task tells the members of all audiences
-//! that there is something to read, some at a time, so that whatever else the node does comes in between.
+//! Nothing is queued per session. An audience has a short log, and each member a read position in it. A message is
+//! stored once and encoded once; members that read at the same pace share frames. A device that falls behind the
+//! log misses the messages that have left it. One task wakes the members of all audiences, a limited number at a
+//! time, so that other work of the node runs in between.
 
 mod audience;
 mod hub;

@@ -1,6 +1,5 @@
-//! WebSocket's frames (RFC 6455, sections 5 and 7), as a server reads and writes them. Pure: bytes go
-//! in, messages come out. What holds nothing takes no memory, and between messages that is everything:
-//! an idle connection has no buffer.
+//! A codec for WebSocket frames (RFC 6455, sections 5 and 7), for a server's side. Pure: bytes in, messages out.
+//! Between two messages it holds no buffer, so that an idle connection takes no memory for one.
 
 use std::io::Cursor;
 
@@ -12,19 +11,19 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control
 use tokio_tungstenite::tungstenite::protocol::frame::{FrameHeader, Utf8Bytes};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// What a control frame may carry, bytes.
+/// Bound of a control frame's payload (RFC 6455, 5.5).
 const CONTROL_BYTES_MAX: u64 = 125;
 
-/// Reads messages out of a device's bytes.
+/// Decodes a device's messages.
 #[derive(Debug)]
 pub struct Decoder {
-    /// The beginning of a frame, and whole ones that nobody asked for yet.
+    /// Received bytes that are not decoded yet: part of a frame, or several frames.
     kept: Vec<u8>,
-    /// So many of these were read already.
+    /// How many bytes of `kept` are decoded already.
     begin: usize,
-    /// The frames so far of a message of several.
+    /// The payloads so far of a fragmented message.
     fragments: Option<Box<Fragments>>,
-    /// Of a frame's payload, and of a message's.
+    /// Bound of a frame's payload, and of a message's.
     bytes_max: u32,
 }
 
@@ -32,21 +31,21 @@ pub struct Decoder {
 struct Fragments {
     is_text: bool,
     bytes: Vec<u8>,
-    /// So many bytes of a text are known to be UTF-8.
+    /// How many bytes of a fragmented text are known to be valid UTF-8.
     checked: usize,
 }
 
 impl Decoder {
-    /// Of a connection on which `kept` came already.
+    /// Creates the decoder of a connection on which `kept` was received already.
     pub fn new(kept: Vec<u8>, bytes_max: usize) -> Self {
         let bytes_max = u32::try_from(bytes_max).unwrap_or(u32::MAX);
         Self { kept, begin: 0, fragments: None, bytes_max }
     }
 
-    /// The next message in what came before and in `fresh`; `None`: more has to come first.
+    /// Decodes the next message out of earlier bytes and `fresh`; `None` if it is not complete.
     ///
     /// # Errors
-    /// These bytes are not WebSocket, or are too many. What follows cannot be read.
+    /// The bytes violate RFC 6455 or exceed a bound. The connection cannot be read any further.
     pub fn next(&mut self, fresh: &[u8]) -> Result<Option<Message>, Error> {
         if self.kept.is_empty() {
             let mut left = fresh;
@@ -70,14 +69,14 @@ impl Decoder {
         Ok(message)
     }
 
-    /// Room for the whole frame at once, however slowly it comes in.
+    /// Reserves room for the whole frame at once, so that a slow one does not grow the buffer step by step.
     fn keep(&mut self, left: &[u8]) {
         if left.is_empty() {
             return;
         }
         let mut cursor = Cursor::new(left);
         let whole = match FrameHeader::parse(&mut cursor) {
-            // What is too large is refused when its turn comes.
+            // A frame that is too large is refused when it is decoded.
             Ok(Some((_, length))) if length <= self.bytes_max.into() => {
                 cursor.position() as usize + length as usize
             }
@@ -87,7 +86,7 @@ impl Decoder {
         self.kept.extend_from_slice(left);
     }
 
-    /// Reads frames off the front of `input` until one completes a message.
+    /// Decodes frames from the front of `input` until one completes a message.
     fn read(&mut self, input: &mut &[u8]) -> Result<Option<Message>, Error> {
         while let Some((header, payload)) = self.frame(input)? {
             let message = match header.opcode {
@@ -103,7 +102,7 @@ impl Decoder {
         Ok(None)
     }
 
-    /// A whole frame, judged by its head before its payload is waited for.
+    /// Decodes one frame. Its head is checked before its payload has arrived.
     fn frame(&self, input: &mut &[u8]) -> Result<Option<(FrameHeader, Vec<u8>)>, Error> {
         let mut cursor = Cursor::new(*input);
         let Some((header, length)) = FrameHeader::parse(&mut cursor)? else { return Ok(None) };
@@ -166,7 +165,7 @@ impl Decoder {
 }
 
 impl Fragments {
-    /// A text that cannot become UTF-8 any more is refused before its end. A character may be cut in two.
+    /// Refuses a fragmented text as soon as it is invalid UTF-8. A character may be split between two fragments.
     fn check(&mut self) -> Result<(), Error> {
         if !self.is_text {
             return Ok(());
@@ -208,7 +207,7 @@ fn close_frame(payload: &[u8]) -> Result<Option<CloseFrame>, Error> {
     }
 }
 
-/// What a close is answered with: its own code, if that may be on the wire.
+/// The reply to a close: the same code, if it is one that may be sent.
 pub fn close_answer(close: Option<CloseFrame>) -> Option<CloseFrame> {
     close.map(|close| match close.code.is_allowed() {
         true => close,
@@ -238,12 +237,12 @@ pub fn encode(message: &Message, out: &mut Vec<u8>) {
     let header = FrameHeader { opcode, ..FrameHeader::default() };
     let length = payload.len() as u64;
     out.reserve(header.len(length) + payload.len());
-    // Writing into a vector does not fail.
+    // Writing to a vector cannot fail.
     let _ = header.format(length, out);
     out.extend_from_slice(payload);
 }
 
-/// A message in one frame with its header (RFC 6455, 5.2), as a server sends it to everybody: unmasked.
+/// A message as one unmasked frame with its header (RFC 6455, 5.2), which several connections can share.
 pub fn framed(encoding: Encoding, payload: &[u8]) -> Bytes {
     const FINAL: u8 = 0x80;
     let opcode = match encoding {

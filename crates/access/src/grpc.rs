@@ -1,4 +1,4 @@
-//! What dispatchers and other nodes ask: deliveries in batches, and closing a replaced session.
+//! The gRPC services for dispatchers (batches of deliveries) and for other access nodes (closing a replaced session).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,10 +22,10 @@ use crate::handle::{Handle, Push};
 use crate::labels::Limit;
 use crate::node::Node;
 
-/// Calls at once that remove routes of connections that are not here.
+/// Concurrent calls that remove routes of connections that are not on this node.
 const FORGETTING_MAX: usize = 256;
 
-/// The services. Cheap to clone.
+/// The gRPC services. Cheap to clone.
 #[derive(Clone)]
 pub struct AccessService {
     node: Arc<Node>,
@@ -33,7 +33,7 @@ pub struct AccessService {
 }
 
 impl AccessService {
-    /// Serves a node.
+    /// Creates the services of a node.
     pub fn new(node: Arc<Node>) -> Self {
         Self { node, forgetting: Arc::new(Semaphore::new(FORGETTING_MAX)) }
     }
@@ -52,7 +52,7 @@ impl Access for AccessService {
         let node = Arc::clone(&self.node);
         let forgetting = Arc::clone(&self.forgetting);
         tokio::spawn(async move {
-            // Ends with the stream, which is the only one that sends.
+            // Ends with the stream, the only sender.
             while let Ok(Some(batch)) = batches.message().await {
                 let reply = deliver(&node, &forgetting, batch);
                 if replies.send(Ok(reply)).await.is_err() {
@@ -92,7 +92,7 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
     for push in batch.pushes {
         deliver_push(node, mine, push, &mut gone, &mut waiting);
     }
-    // Not before: a session takes all that the batch has for it, and writes it at once.
+    // Only now, so that a session writes everything that the batch has for it in one flush.
     waiting.iter().for_each(|handle| handle.wake());
     for resend in batch.resends {
         deliver_resend(node, mine, resend, &mut gone);
@@ -104,7 +104,7 @@ fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> N
     NodeReply { batch: batch.batch, gone }
 }
 
-/// All of them before anybody is told: who is told once reads all.
+/// Stores all messages before members are woken, so that each is woken once.
 fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
     if fanouts.is_empty() {
         return;
@@ -116,19 +116,20 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
             group => GroupId::new(group).ok().map(Some),
         });
         let Some((app, group)) = audience else {
-            tracing::warn!(app, group, "a dispatcher named no audience");
+            tracing::warn!(app, group, "dispatcher sent an invalid audience");
             continue;
         };
         let received = Received { now_ms, now, dispatched_after_us };
-        // Its mailbox holds it.
-        if let Err(error) = node.fanout.receive(&app, group.as_ref(), envelope, received) {
-            tracing::warn!(%error, "a dispatcher sent no envelope");
+        match node.fanout.receive(&app, group.as_ref(), envelope, received) {
+            Ok(result) => node.metrics.fanout(result),
+            // The message stays in its mailbox.
+            Err(error) => tracing::warn!(%error, "dispatcher sent an invalid envelope"),
         }
     }
     node.fanout.wake();
 }
 
-/// `waiting`: who has to be woken.
+/// Queues a push for its sessions. `waiting` collects the sessions to wake.
 fn deliver_push(
     node: &Node,
     mine: bool,
@@ -142,9 +143,9 @@ fn deliver_push(
     if let Some(key) = &key {
         match Push::new(envelope, dispatched_after_us) {
             Ok(push) => here = hand_out(node, key, &Arc::new(push), waiting),
-            // The mailbox holds it, and the session finds it there.
+            // The message stays in the mailbox, where the session finds it.
             Err(error) => {
-                tracing::warn!(%error, "a dispatcher sent no envelope");
+                tracing::warn!(%error, "dispatcher sent an invalid envelope");
                 node.sessions.registry.each(key, |handle| here.push(handle.connection.0));
             }
         }
@@ -161,7 +162,7 @@ fn deliver_push(
     }
 }
 
-/// Gives an entry to every session of its user; returns which there are.
+/// Queues an entry for every session of its user; returns their connections.
 fn hand_out(
     node: &Node,
     user: &UserKey,
@@ -195,14 +196,14 @@ fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Go
     }
 }
 
-/// Removes routes that name a life of this process and connections that are not there.
+/// Removes routes that name an incarnation of this process and a connection that it does not have.
 fn forget(
     node: &Arc<Node>,
     forgetting: &Arc<Semaphore>,
     incarnation: Incarnation,
     gone: Vec<Gone>,
 ) {
-    // Too many at once: the next push to them finds out again.
+    // If too many calls are under way: the next push along the route gets here again.
     let Ok(permit) = Arc::clone(forgetting).try_acquire_owned() else {
         return node.metrics.limit(Limit::Forgets);
     };

@@ -1,5 +1,5 @@
-//! The way to a session from outside its task: an inbox with a waker, and the time at which the
-//! wheel shall look at it. No channel: an idle session costs a lock and two empty vectors.
+//! Access to a session from outside its task: an inbox with a waker, and the time of its next clock tick. An inbox is
+//! smaller than a channel: an idle session costs a lock and two empty vectors.
 
 use std::mem;
 use std::sync::Arc;
@@ -15,21 +15,21 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::OnceLock;
 
-/// An entry on its way to all sessions of a user here; encoded once an encoding.
+/// An entry for all sessions of a user on this node, encoded once per encoding.
 #[derive(Debug)]
 pub struct Push {
-    /// Its place.
+    /// Its position.
     pub header: Header,
     /// The entry.
     pub envelope: Envelope,
-    /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
+    /// When its dispatcher queued it for this node, µs in Redis's time; 0: unknown.
     pub dispatched_us: u64,
     bytes: usize,
     frames: [OnceLock<Result<Bytes, EnvelopeError>>; Format::COUNT],
 }
 
 impl Push {
-    /// Decodes an entry. `dispatched_after_us`: when its dispatcher queued it, from its acceptance.
+    /// Decodes an entry. `dispatched_after_us`: time from its acceptance until its dispatcher queued it.
     ///
     /// # Errors
     /// `entry` is not a valid envelope.
@@ -41,10 +41,10 @@ impl Push {
         Ok(Self { header, envelope, dispatched_us, bytes, frames: Default::default() })
     }
 
-    /// The frame of this entry alone.
+    /// A frame with this entry only.
     ///
     /// # Errors
-    /// Its payload is broken.
+    /// The payload cannot be decompressed.
     pub fn frame(
         &self,
         encoding: Encoding,
@@ -61,26 +61,26 @@ impl Push {
     }
 }
 
-/// What waits for a session.
+/// Everything that a session has to handle.
 #[derive(Debug, Default)]
 pub struct Inbox {
-    /// Entries, in order.
+    /// Pushed entries, in order.
     pub pushes: Vec<Arc<Push>>,
     /// Their bytes.
     pub bytes: usize,
-    /// Pushes were dropped here.
+    /// Pushes were dropped because the inbox was full.
     pub missed: bool,
-    /// Look at the clock.
+    /// A clock tick is due.
     pub tick: bool,
-    /// The retry timer was due.
+    /// The retry timer fired: re-send.
     pub resend: bool,
-    /// There is something to read for an audience of the session.
+    /// An audience of the session has messages to read.
     pub fanout: bool,
-    /// Say that you live.
+    /// Confirm the route.
     pub confirm: bool,
-    /// Tell the device to go, and to come back after so many ms.
+    /// Send GoAway; the device shall reconnect after this many ms.
     pub go_away: Option<u32>,
-    /// End.
+    /// Close the connection.
     pub close: Option<Close>,
 }
 
@@ -100,12 +100,12 @@ struct State {
     over: bool,
 }
 
-/// One session, as others see it.
+/// One session, as other tasks see it.
 #[derive(Debug)]
 pub struct Handle {
-    /// Its number in this node's life.
+    /// Its number, unique in this process.
     pub connection: ConnectionId,
-    /// Its attempt.
+    /// The attempt of its Hello.
     pub attempt: Attempt,
     user: UserKey,
     device: DeviceId,
@@ -117,12 +117,12 @@ pub struct Handle {
     confirmed_life: AtomicU64,
 }
 
-/// What became of a push to a session.
+/// Result of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Queued {
-    /// There was no room; the session will read its mailbox.
+    /// The inbox was full; the session reads its mailbox instead.
     pub overflow: bool,
-    /// Nothing waited before: the session has to be woken.
+    /// The inbox was empty: the caller has to wake the session.
     pub first: bool,
 }
 
@@ -141,7 +141,7 @@ impl LiveSession for Handle {
 }
 
 impl Handle {
-    /// Of a session.
+    /// Creates the handle of a session.
     pub fn new(
         connection: ConnectionId,
         attempt: Attempt,
@@ -162,23 +162,23 @@ impl Handle {
         }
     }
 
-    /// A confirmation that named this life was answered.
+    /// Records that a confirmation under this incarnation was answered.
     pub fn set_confirmed_life(&self, incarnation: Incarnation) {
         self.confirmed_life.fetch_max(incarnation.0, Ordering::Relaxed);
     }
 
-    /// Whose it is.
+    /// The session's user.
     pub fn user(&self) -> &UserKey {
         &self.user
     }
 
-    /// Which device's.
+    /// The session's device.
     pub fn device(&self) -> &DeviceId {
         &self.device
     }
 
-    /// Hands an entry over. More than `count_max` of them, or `bytes_max` bytes, do not wait. Who hands
-    /// over the first calls [`Self::wake`] once it has no more.
+    /// Queues an entry; drops it if `count_max` entries or `bytes_max` bytes are queued. If [`Queued::first`] is set,
+    /// call [`Self::wake`] after the last push of a batch.
     pub fn push(&self, push: &Arc<Push>, count_max: usize, bytes_max: usize) -> Queued {
         let mut state = self.state.lock();
         let inbox = &mut state.inbox;
@@ -193,12 +193,12 @@ impl Handle {
         Queued { overflow: inbox.missed, first }
     }
 
-    /// Has the session look at what waits.
+    /// Wakes the session.
     pub fn wake(&self) {
         Self::wake_locked(self.state.lock());
     }
 
-    /// There is something to read for an audience of the session. Wakes it, unless it was told before.
+    /// Notes that an audience has messages to read, and wakes the session unless this was noted before.
     pub fn notify_fanout(&self) {
         let mut state = self.state.lock();
         if !std::mem::replace(&mut state.inbox.fanout, true) {
@@ -206,21 +206,21 @@ impl Handle {
         }
     }
 
-    /// Changes what waits, and wakes the session.
+    /// Changes the inbox, and wakes the session.
     pub fn notify(&self, change: impl FnOnce(&mut Inbox)) {
         let mut state = self.state.lock();
         change(&mut state.inbox);
         Self::wake_locked(state);
     }
 
-    /// Ends the session.
+    /// Closes the session's connection.
     pub fn close(&self, close: Close) {
         self.notify(|inbox| {
             inbox.close.get_or_insert(close);
         });
     }
 
-    /// Takes everything that waits.
+    /// Takes the whole inbox.
     pub fn poll_take(&self, cx: &Context<'_>) -> Poll<Inbox> {
         let mut state = self.state.lock();
         if state.inbox.is_empty() {
@@ -233,7 +233,7 @@ impl Handle {
         Poll::Ready(mem::take(&mut state.inbox))
     }
 
-    /// The session is over: nothing waits for it any longer.
+    /// Marks the session as over, and drops its inbox.
     pub fn finish(&self) {
         *self.state.lock() = State { over: true, ..State::default() };
     }
@@ -243,30 +243,30 @@ impl Handle {
         self.state.lock().over
     }
 
-    /// Bytes that wait for the device, as the session said last.
+    /// Bytes queued for the device, as the session last reported.
     pub fn queued_bytes(&self) -> usize {
         self.queued_bytes.load(Ordering::Relaxed) as usize
     }
 
-    /// Says how many bytes wait for the device; returns by how many they are more than before.
+    /// Reports the bytes queued for the device. Returns the change.
     pub fn set_queued_bytes(&self, bytes: usize) -> i64 {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         let before = self.queued_bytes.swap(bytes, Ordering::Relaxed);
         i64::from(bytes) - i64::from(before)
     }
 
-    /// When the session wants to look at the clock.
+    /// When the session's next clock tick is due.
     pub fn due(&self) -> Seconds {
         self.due.load(Ordering::Relaxed)
     }
 
-    /// Sets when to look at the clock. Returns whether that is before the wheel would.
+    /// Sets when the next clock tick is due. Returns whether that is before the session's slot on the wheel.
     pub fn set_due(&self, due: Seconds) -> bool {
         self.due.store(due, Ordering::Relaxed);
         due < self.slotted.load(Ordering::Relaxed)
     }
 
-    /// When the wheel looks at it; [`Seconds::MAX`]: it is not on the wheel.
+    /// The session's slot on the wheel; [`Seconds::MAX`]: none.
     pub(crate) fn slotted(&self) -> Seconds {
         self.slotted.load(Ordering::Relaxed)
     }
@@ -275,7 +275,7 @@ impl Handle {
         self.slotted.store(at, Ordering::Relaxed);
     }
 
-    /// Where it is among those of its slot.
+    /// The session's index within its slot.
     pub(crate) fn place(&self) -> usize {
         self.place.load(Ordering::Relaxed) as usize
     }

@@ -1,5 +1,5 @@
-//! From a socket to an authenticated WebSocket: the request is read, judged and answered here, so that a refusal is a
-//! plain HTTP answer with a reason, and a connection that is refused costs little.
+//! From a socket to an authenticated WebSocket. The request is read, checked and answered here, so that a refusal is a
+//! plain HTTP response with a reason, and costs little.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
-/// A socket that was accepted and for which there is room.
+/// An accepted socket that admission has let in.
 pub struct Arrival {
     /// The node that accepted it.
     pub node: Arc<Node>,
@@ -38,7 +38,7 @@ pub struct Arrival {
     pub stream: TcpStream,
     /// The peer.
     pub address: IpAddr,
-    /// Its places.
+    /// Its share of the limits, released on drop.
     pub admitted: Admitted,
 }
 
@@ -50,12 +50,12 @@ pub struct Accepted {
     pub encoding: Encoding,
     /// What the token grants.
     pub claims: Claims,
-    /// When, ms since the Unix epoch by the clock of the user's mailbox, which all nodes share: it
+    /// Time of the handshake, ms since the Unix epoch, by the clock of the user's mailbox, which all nodes share. It
     /// orders the attempts of devices that do not count them.
     pub at_ms: u64,
 }
 
-/// Reads and answers a handshake; `None` if it was refused or the device went away. Counts itself.
+/// Reads and answers a handshake, and counts its result; `None` if it was refused or the device has gone.
 pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
     let Arrival { node, stream, mut address, mut admitted } = arrival;
     let node = &*node;
@@ -98,14 +98,14 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             answer
         }
     };
-    // Others have its places while it is answered.
+    // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
     None
 }
 
-/// Answers a connection for which there is no room, without reading its request. With TLS the connection is closed: a TLS
-/// handshake would cost more than is left.
+/// Answers a connection that admission has refused, without reading its request. With TLS the connection is closed
+/// instead, because a TLS handshake costs more than an overloaded node can spend.
 pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
     let answer = over_limit(&node.metrics, refused);
     if node.policy.tls.is_some() {
@@ -117,7 +117,7 @@ pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
     });
 }
 
-/// Writes an answer, if there is still room to write one.
+/// Writes an answer, unless too many refusals are being written already.
 async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answer) {
     metrics.handshake(answer.label);
     let Some(_place) = policy.admission.turn_away() else {
@@ -136,7 +136,7 @@ fn over_limit(metrics: &Metrics, refused: Refused) -> Answer {
     Answer::refusal(status, label, refused.text).retry_after(refused.after)
 }
 
-/// A socket on which no request was read: how it is counted, and the answer if there is one.
+/// A socket that failed before its request was read: the label to count it by, and the answer, if one can be written.
 struct Unopened {
     label: Handshake,
     answer: Option<(Stream, Answer)>,
@@ -148,8 +148,8 @@ impl From<std::io::Error> for Unopened {
     }
 }
 
-/// What comes before the request: the balancer's header, the limits of the address (`address` is the
-/// peer's at first), and TLS.
+/// The steps before the request: the PROXY header, the limits of the address, and TLS. `address` is the peer's, and is
+/// replaced by the one in the header.
 async fn open(
     policy: &Policy,
     metrics: &Metrics,
@@ -188,7 +188,7 @@ fn limit_address(
     Ok(())
 }
 
-/// Reads the header of the PROXY protocol, and not a byte of what follows it.
+/// Reads the PROXY protocol header, and not a byte beyond it.
 async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Unopened> {
     let mut bytes = Vec::with_capacity(64);
     loop {
@@ -206,11 +206,11 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
     }
 }
 
-/// What a request leads to.
+/// Outcome of a valid request.
 enum Verdict {
-    /// A WebSocket; 101 is written.
+    /// The request upgrades to a WebSocket; 101 has been written.
     Upgrade { rest: Vec<u8>, encoding: Encoding, claims: Claims },
-    /// An answer that was asked for.
+    /// The request asks for `/v1/nodes`.
     Answer(Answer),
 }
 
@@ -258,7 +258,7 @@ async fn judge(
     Ok(Verdict::Upgrade { rest, encoding, claims })
 }
 
-/// Answers which nodes a device should connect to. Any valid token may ask.
+/// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.
 async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
     http::check_headers(request)?;
     check_origin(&node.policy, request)?;
@@ -269,7 +269,7 @@ async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
     );
     let nodes = node.peers.snapshot();
     let text = serde_json::to_string(&offer(&nodes, &zone)).unwrap_or_default();
-    // A page may read what it may connect by.
+    // An allowed origin may also read the answer.
     let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
     let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
     let headers =
@@ -293,10 +293,10 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
     })
 }
 
-/// Before the token: a page that may not connect learns nothing of whether its token is good.
+/// Checked before the token, so that a page of another origin cannot find out whether its token is valid.
 fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
     let origin = request.headers().get(ORIGIN);
-    // An origin that is not text is none that was allowed.
+    // An origin that is not text cannot be an allowed one.
     if policy.origins.allow(origin.map(|origin| origin.to_str().unwrap_or_default())) {
         return Ok(());
     }
@@ -304,8 +304,8 @@ fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
     Err(refused("403 Forbidden", Handshake::Forbidden, text))
 }
 
-/// A handshake without token and subprotocol: HTTP and WebSocket alone, for conformance suites. `None` if it was refused
-/// or the other end went away. Of `limits`, those of a handshake, a frame and a close apply.
+/// A handshake without token and subprotocol: HTTP and WebSocket alone, for conformance suites. `None` if it was
+/// refused or the other end went away. Of `limits`, those of a handshake, a frame and a close apply.
 pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<Socket> {
     let mut stream = Stream::Plain(stream);
     let limit = Duration::from_millis(limits.handshake_timeout_ms);

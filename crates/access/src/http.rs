@@ -1,4 +1,4 @@
-//! HTTP/1.1 as far as a handshake needs it: one bounded request, and one answer.
+//! The part of HTTP/1.1 that a handshake needs: one bounded request, and one response.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
 
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
-/// Retry-After where nothing tells when there is room.
+/// Retry-After, seconds, where it is unknown when a retry can succeed.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 pub const BAD_REQUEST: &str = "400 Bad Request";
@@ -34,22 +34,22 @@ pub const TOO_MANY: &str = "429 Too Many Requests";
 const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const VERSION: &str = "505 HTTP Version Not Supported";
 
-/// A response other than 101. It ends the connection.
+/// A response other than 101, which ends the connection.
 pub struct Answer {
     /// Code and phrase.
     pub status: &'static str,
-    /// How the handshake is counted.
+    /// The label that the handshake is counted by.
     pub label: Handshake,
     /// The body.
     pub text: String,
     content_type: &'static str,
-    /// Lines with their ends.
+    /// Further header lines, each with its line end.
     headers: String,
     retry_after: Duration,
 }
 
 impl Answer {
-    /// A refusal, with a text for developers.
+    /// Creates a refusal. `text` is the body.
     pub fn refusal(status: &'static str, label: Handshake, text: impl Into<String>) -> Self {
         Self {
             status,
@@ -61,13 +61,13 @@ impl Answer {
         }
     }
 
-    /// 200 with a JSON body. `headers` are lines with their ends.
+    /// Creates a 200 with a JSON body. `headers` are lines with their line ends.
     pub fn json(label: Handshake, text: String, headers: String) -> Self {
         let content_type = "application/json";
         Self { content_type, headers, ..Self::refusal("200 OK", label, text) }
     }
 
-    /// The same, with the time after which there may be room.
+    /// Adds the time after which a retry may succeed.
     #[must_use]
     pub fn retry_after(self, after: Option<Duration>) -> Self {
         Self { retry_after: after.unwrap_or(RETRY_AFTER), ..self }
@@ -79,10 +79,10 @@ impl Answer {
     /// The other end is gone.
     pub async fn write(&self, mut stream: Stream) -> std::io::Result<()> {
         let Self { status, text, content_type, headers, .. } = self;
-        // Random, so that clients refused together do not return together.
+        // Random, so that clients that were refused together do not retry together.
         let after_s = (self.retry_after.as_secs_f64().ceil() as u64).max(1);
         let retry_after = format!("Retry-After: {}\r\n", rand::random_range(after_s..=2 * after_s));
-        // Headers that RFC 9110 and RFC 6455 require with a status.
+        // Headers that RFC 9110 and RFC 6455 require with some statuses.
         let required = match &status[..3] {
             "401" => "WWW-Authenticate: Bearer\r\n",
             "405" => "Allow: GET\r\n",
@@ -97,7 +97,7 @@ impl Answer {
         );
         stream.write_all(response.as_bytes()).await?;
         stream.shutdown().await?;
-        // Read to the end, so that unread bytes do not turn the answer into a reset.
+        // Read to the end: closing a socket with unread bytes would reset it and could discard the answer.
         let mut rest = [0; 512];
         let mut bytes = 0;
         while bytes < REQUEST_BYTES_MAX {
@@ -114,7 +114,7 @@ impl Answer {
 pub enum Ended {
     /// The other end is gone.
     Gone,
-    /// It is told why.
+    /// The client gets this answer.
     Answered(Answer),
 }
 
@@ -129,19 +129,18 @@ pub fn refused(status: &'static str, label: Handshake, text: impl Into<String>) 
     Ended::Answered(Answer::refusal(status, label, text))
 }
 
-/// No whole request came in time.
+/// The request was not complete in time.
 pub fn no_request() -> Ended {
     refused("408 Request Timeout", Handshake::Timeout, "no whole request came in time")
 }
 
-/// Reads one request of at most 16 KiB; also returns the bytes behind it. List fields that stand on several lines are
-/// joined.
+/// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.
 ///
 /// # Errors
-/// The request is malformed or too large, or the other end is gone.
+/// The request is malformed or too large, or the client has gone.
 pub async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), Ended> {
     let mut bytes = Vec::with_capacity(1024);
-    // Looked through and parsed once, however slowly it trickles in.
+    // The end is searched in new bytes only, and the request is parsed once, however slowly it arrives.
     let mut seen = 0;
     loop {
         if let Some(first) = bytes.first() {
@@ -174,8 +173,8 @@ pub async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), End
     }
 }
 
-/// Refuses a client that does not speak HTTP at its first byte, instead of waiting for a whole request:
-/// methods are written in capitals, and line ends may stand before them.
+/// Refuses a client that does not speak HTTP by its first byte, instead of waiting for a whole request. A method is in
+/// capitals, and line ends may precede it.
 fn check_first_byte(first: u8) -> Result<(), Ended> {
     const TLS_HANDSHAKE: u8 = 0x16;
     match first {
@@ -188,8 +187,8 @@ fn check_first_byte(first: u8) -> Result<(), Ended> {
     }
 }
 
-/// Joins list fields that stand on several lines, which mean the same as one line (RFC 9110, 5.3):
-/// tungstenite reads the first line only.
+/// Joins list fields on several lines into one line, which is equivalent (RFC 9110, 5.3); tungstenite reads only the
+/// first line.
 fn join_lists(request: &mut Request) {
     let headers = request.headers_mut();
     for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_EXTENSIONS] {
@@ -202,11 +201,11 @@ fn join_lists(request: &mut Request) {
     }
 }
 
-/// Refuses the means of request smuggling: a header that stands twice, and a body, which a handshake cannot have. A
-/// proxy may read either differently than this node.
+/// Refuses repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
+/// this node.
 ///
 /// # Errors
-/// 400.
+/// Returns the 400 answer.
 pub fn check_headers(request: &Request) -> Result<(), Ended> {
     let headers = request.headers();
     let single = ["authorization", "host", "origin", "sec-websocket-key", "sec-websocket-version"];
@@ -231,7 +230,7 @@ pub fn check_headers(request: &Request) -> Result<(), Ended> {
 /// The response that accepts an upgrade.
 ///
 /// # Errors
-/// The request is no WebSocket handshake.
+/// The request is not a WebSocket handshake.
 pub fn upgrade(request: &Request) -> Result<Response, Ended> {
     create_response(request).map_err(unreadable)
 }
@@ -253,7 +252,7 @@ pub async fn respond(stream: &mut Stream, response: &Response) -> Result<(), End
     Ok(())
 }
 
-/// What tungstenite could not read, or found not to be a handshake.
+/// The answer for an error of tungstenite's handshake.
 fn unreadable(error: WsError) -> Ended {
     match error {
         WsError::Protocol(WrongHttpMethod) => {
@@ -286,7 +285,7 @@ pub fn protocols(request: &Request) -> Vec<String> {
         .collect()
 }
 
-/// The token of a request: of its Authorization header, its query, or a subprotocol.
+/// The token of a request: from the Authorization header, the query, or a subprotocol.
 pub fn token(request: &Request, offered: &[String]) -> Option<String> {
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
     if let Some((scheme, token)) = header.and_then(|value| value.split_once(' '))
@@ -294,13 +293,13 @@ pub fn token(request: &Request, offered: &[String]) -> Option<String> {
     {
         return Some(token.trim().to_owned());
     }
-    // A JWT needs no percent-encoding: base64url and dots.
+    // A JWT consists of base64url and dots, which need no percent-encoding.
     let in_query = query(request, "token");
     let in_protocol = || offered.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL));
     in_query.or_else(in_protocol).map(str::to_owned)
 }
 
-/// A parameter of the query, as it stands there.
+/// A query parameter, not percent-decoded.
 pub fn query<'a>(request: &'a Request, name: &str) -> Option<&'a str> {
     let query = request.uri().query().unwrap_or_default();
     query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))

@@ -1,4 +1,4 @@
-//! Kicking: an operator has sessions closed (4503), at a bounded rate, and is told how many were.
+//! Kick: closes sessions (4503) on an operator's order, at a bounded rate, and reports the progress.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -17,24 +17,24 @@ use crate::handle::Handle;
 use crate::node::Node;
 use crate::registry::Registry;
 
-/// Orders at once.
+/// Concurrent orders.
 const ORDERS_MAX: usize = 8;
-/// Bytes of a reason.
+/// Bound of an order's reason, bytes.
 const REASON_BYTES_MAX: usize = 256;
-/// How often the caller hears, and how often sessions are looked after that are about to end.
+/// Time between two progress reports, and between two checks of sessions that are ending.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(20);
-/// A session that was told to end has ended after so long, unless its task does not run.
+/// A closed session ends within this time, unless its task does not run.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
-/// What operators ask. Asks for no credentials, as nothing on this port does.
+/// The admin service. It asks for no credentials; neither do the other services of this port.
 pub struct AdminService {
     node: Arc<Node>,
     orders: Arc<Semaphore>,
 }
 
 impl AdminService {
-    /// Serves a node.
+    /// Creates the service of a node.
     pub fn new(node: Arc<Node>) -> Self {
         Self { node, orders: Arc::new(Semaphore::new(ORDERS_MAX)) }
     }
@@ -75,7 +75,7 @@ impl AccessAdmin for AdminService {
             matched = kicking.handles.len(),
             per_second = kicking.per_second,
             reason = kicking.reason,
-            "kicking"
+            "kick started"
         );
         let (replies, stream) = mpsc::channel(4);
         tokio::spawn(kicking.run(replies));
@@ -83,7 +83,7 @@ impl AccessAdmin for AdminService {
     }
 }
 
-/// Whose sessions.
+/// The sessions that an order selects.
 #[derive(Debug, PartialEq, Eq)]
 enum Audience {
     Device(UserKey, DeviceId),
@@ -112,7 +112,7 @@ fn audience(order: &KickRequest) -> Result<Audience, Status> {
 }
 
 impl Audience {
-    /// Its sessions of this moment.
+    /// The selected sessions that exist now.
     fn select(&self, registry: &Registry) -> Vec<Weak<Handle>> {
         let mut selected = Vec::new();
         match self {
@@ -152,7 +152,7 @@ impl Kicking {
         let begun = Instant::now();
         let handles = std::mem::take(&mut self.handles);
         self.progress.matched = handles.len() as u64;
-        // Those that were told to end and have not ended.
+        // Closed sessions that have not ended yet.
         let mut ending: Vec<Arc<Handle>> = Vec::new();
         for (index, handle) in handles.into_iter().enumerate() {
             let at = begun + Duration::from_secs_f64(index as f64 / f64::from(self.per_second));
@@ -162,7 +162,7 @@ impl Kicking {
                     return;
                 }
             }
-            // One that has gone meanwhile was not closed by this.
+            // A session that has ended by itself is not counted as closed.
             if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
                 handle.close(Close::new(CloseCode::Kicked, self.reason.clone()));
                 ending.push(handle);
@@ -179,16 +179,17 @@ impl Kicking {
             matched = self.progress.matched,
             closed = self.progress.closed,
             unfinished = ending.len(),
-            "kicked"
+            "kick finished"
         );
-        // The caller may have gone at the very end.
+        // Fails if the caller has gone, which no longer matters.
         let _ = replies.send(Ok(KickProgress { done: true, ..self.progress })).await;
     }
 
-    /// Counts who has ended, and says so when it is time. Whether the caller is still there.
+    /// Counts the sessions that have ended, and reports once per interval. Returns whether the caller is still
+    /// connected.
     async fn report(&mut self, ending: &mut Vec<Arc<Handle>>, replies: &Replies) -> bool {
         if replies.is_closed() {
-            tracing::info!(closed = self.progress.closed, "kicking ends: the caller went away");
+            tracing::info!(closed = self.progress.closed, "kick cancelled: the caller has gone");
             return false;
         }
         let before = ending.len();

@@ -1,6 +1,6 @@
-//! The label values of this role's metrics, as closed sets: a value that is not listed here does not compile.
+//! The label values of this role's metrics, as enums, so that an unlisted value does not compile.
 
-/// Defines an enum whose values are those of a metric's label.
+/// Defines enums of label values.
 macro_rules! labels {
     ($($(#[$doc:meta])* $name:ident { $($variant:ident => $text:literal,)+ })+) => {$(
         $(#[$doc])*
@@ -56,7 +56,7 @@ labels! {
         SomebodyElse => "somebody_else",
     }
 
-    /// What a device sent that this version does not know.
+    /// Unknown parts of a device's frame.
     Unknown {
         Kind => "kind",
         Field => "field",
@@ -105,7 +105,7 @@ labels! {
         Failed => "failed",
     }
 
-    /// What became of a message for an audience.
+    /// Result of a message for an audience.
     FanoutResult {
         Told => "told",
         Nobody => "nobody",

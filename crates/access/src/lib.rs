@@ -1,8 +1,8 @@
-//! The access role: it holds the devices' sockets. Handshake and authentication, sessions, sync from
-//! the mailbox, acknowledgements, heartbeats, draining.
+//! The access role, which serves the devices' sockets: handshakes and authentication, sessions, sync from the mailbox,
+//! acknowledgements, heartbeats, draining.
 //!
 //! ```text
-//! handshake ──▶ connection (one task a socket) ──▶ session (pure)
+//! handshake ──▶ connection (a task per socket) ──▶ session (pure)
 //!                  ▲ inbox of its handle             │ effects: frames, reads, acks
 //! grpc ─ registry ─┤                                 ▼
 //! wheel ───────────┘                         socket, mailbox

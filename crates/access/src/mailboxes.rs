@@ -1,4 +1,4 @@
-//! The way to the mailboxes in Redis: calls that are repeated until they are answered, and Redis's time.
+//! Calls to the mailboxes in Redis, which are repeated until they are answered, and Redis's time.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::labels::Call;
 use crate::metrics::Metrics;
 
-/// A node's mailboxes.
+/// The node's access to mailboxes.
 pub struct Mailboxes {
     store: Mailbox,
     clock: Arc<Clock>,
@@ -20,14 +20,14 @@ pub struct Mailboxes {
 }
 
 impl Mailboxes {
-    /// `clock` stands in for Redis's time until Redis has answered once.
+    /// `clock` is used instead of Redis's time until Redis has answered once.
     pub fn new(store: Mailbox, clock: Arc<Clock>, metrics: Metrics) -> Self {
         let retry = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.5)
             .expect("constants in range");
         Self { store, clock, metrics, retry }
     }
 
-    /// The calls, each made once.
+    /// The mailbox client, for calls that are made once.
     pub fn store(&self) -> &Mailbox {
         &self.store
     }
@@ -42,7 +42,7 @@ impl Mailboxes {
             match make().await {
                 Ok(answer) => return answer,
                 Err(error) => {
-                    tracing::debug!(call = call.as_str(), %error, failures, "redis did not answer");
+                    tracing::debug!(call = call.as_str(), %error, failures, "redis call failed");
                     self.metrics.redis_retry(call);
                     tokio::time::sleep(self.retry.delay(failures)).await;
                     failures = failures.saturating_add(1);
@@ -51,16 +51,16 @@ impl Mailboxes {
         }
     }
 
-    /// Removes the route of a session that is over. Gives up after `limit`: the next push along the route finds
-    /// out again.
+    /// Removes the route of a session that has ended. Gives up after `limit`: the next push along the route leads to
+    /// another attempt.
     pub async fn disconnect(&self, request: DisconnectRequest, limit: Duration) {
         let call = self.until_answered(Call::Disconnect, || self.store.disconnect(request.clone()));
         if tokio::time::timeout(limit, call).await.is_err() {
-            tracing::debug!("route not removed: redis is away");
+            tracing::debug!("cannot remove route: redis is unavailable");
         }
     }
 
-    /// Redis's time at a user's shard, or a little less, ms since the Unix epoch.
+    /// A lower estimate of Redis's time at a user's shard, ms since the Unix epoch.
     pub fn now_ms(&self, user: &UserKey) -> u64 {
         let shard = self.store.shard_of(user);
         self.store.redis_now_ms(shard).unwrap_or_else(|| self.clock.now_ms())
@@ -71,7 +71,7 @@ impl Mailboxes {
         self.shard_now_us(self.store.shard_of(user))
     }
 
-    /// The same at the shard of an app's group, or of everyone.
+    /// The best estimate of Redis's time at the shard of a group, or of everyone of an app, µs since the Unix epoch.
     pub fn audience_now_us(&self, app: &AppId, mailbox: &str) -> u64 {
         self.shard_now_us(self.store.shard_of_group(app, mailbox))
     }

@@ -1,5 +1,5 @@
-//! The bound on a node's memory: above a high-water mark of queued bytes, or of the process's resident
-//! memory, new handshakes are refused and the largest queues are closed, until both are below.
+//! The bound on a node's memory. Above a high-water mark of queued bytes or of resident memory, the node refuses new
+//! handshakes and closes the sessions with the largest queues, until both are below their low-water marks.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,27 +16,27 @@ use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::registry::Registry;
 
-/// How often queued bytes are looked at, and after how many looks resident memory: it follows slowly,
-/// and what was freed a moment ago is still in it.
+/// How often queued bytes are checked, and after how many checks resident memory. The latter is slower: memory that was
+/// just freed is still counted in it.
 const LOOK: Duration = Duration::from_millis(100);
 const LOOKS_PER_RESIDENT: u32 = 10;
-/// It is over when memory is below this share of the mark.
+/// The low-water mark, as a share of the high-water mark.
 const LOW_WATER: f64 = 0.9;
-/// Of a cgroup's limit, the share that the process may have unless told otherwise.
+/// Default high-water mark of resident memory, as a share of the cgroup's limit.
 const CGROUP_SHARE: f64 = 0.8;
-/// Closing a smaller queue would help nobody.
+/// Smaller queues are not closed: that would free too little.
 const QUEUE_BYTES_MIN: usize = 16 << 10;
 
-/// The marks, bytes.
+/// The high-water marks, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Marks {
-    /// Queued for all sessions together.
+    /// Of the bytes queued for all sessions.
     pub queued: u64,
-    /// Resident; `None`: not bounded.
+    /// Of resident memory; `None`: not bounded.
     pub resident: Option<u64>,
 }
 
-/// What is in use, bytes.
+/// Memory in use, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct InUse {
     queued: u64,
@@ -44,7 +44,7 @@ struct InUse {
 }
 
 impl Marks {
-    /// As configured; resident memory by the cgroup's limit where nothing is configured.
+    /// Reads the configuration. Without `memory_bytes_max`, the cgroup's limit bounds resident memory.
     pub fn new(limits: &LimitsConfig) -> Self {
         let resident = match limits.memory_bytes_max {
             0 => cgroup_limit(Path::new("/")).map(|limit| (limit as f64 * CGROUP_SHARE) as u64),
@@ -53,14 +53,14 @@ impl Marks {
         Self { queued: limits.node_queued_bytes_max, resident }
     }
 
-    /// Whether memory is short, given whether it was.
+    /// Whether memory is short; `was_short` is the last answer, for the hysteresis.
     fn is_short(&self, in_use: InUse, was_short: bool) -> bool {
         let mark = |high: u64| if was_short { low(high) } else { high };
         in_use.queued > mark(self.queued)
             || self.resident.is_some_and(|high| in_use.resident > mark(high))
     }
 
-    /// How much has to go, queued bytes.
+    /// Bytes above the low-water mark, which have to be freed.
     fn excess(&self, in_use: InUse) -> u64 {
         let queued = in_use.queued.saturating_sub(low(self.queued));
         let resident = self.resident.map_or(0, |high| in_use.resident.saturating_sub(low(high)));
@@ -68,15 +68,15 @@ impl Marks {
     }
 }
 
-/// What sessions weigh.
+/// Resident memory per session.
 #[derive(Debug, Default)]
 struct Density {
-    /// Resident when there was no session last.
+    /// Resident memory when the node last had no session.
     empty: u64,
 }
 
 impl Density {
-    /// Bytes by session, of all that is resident; 0 without any.
+    /// Average resident bytes of a session; 0 without sessions.
     fn session_bytes(&mut self, resident: u64, sessions: u64) -> u64 {
         if sessions == 0 {
             self.empty = resident;
@@ -89,9 +89,9 @@ fn low(high: u64) -> u64 {
     (high as f64 * LOW_WATER) as u64
 }
 
-/// Looks after the node's memory for as long as it lives.
+/// Watches the node's memory. Never returns.
 pub async fn guard(node: Arc<Node>, marks: Marks) {
-    tracing::info!(queued = marks.queued, resident = marks.resident, "bounds of memory, bytes");
+    tracing::info!(queued = marks.queued, resident = marks.resident, "memory bounds, bytes");
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut looks, mut resident, mut was_short) = (0_u32, 0, false);
@@ -111,10 +111,10 @@ pub async fn guard(node: Arc<Node>, marks: Marks) {
         let short = marks.is_short(in_use, was_short);
         node.policy.admission.set_memory_short(short);
         if short != was_short {
-            tracing::warn!(short, queued, resident, "memory: the high-water mark was crossed");
+            tracing::warn!(short, queued, resident, "memory pressure changed");
             was_short = short;
         }
-        // On old news of resident memory too much would be closed.
+        // A stale value of resident memory would close too many sessions.
         let current = InUse { resident: if read_resident { resident } else { 0 }, ..in_use };
         let excess = marks.excess(current);
         if short && excess > 0 {
@@ -123,7 +123,7 @@ pub async fn guard(node: Arc<Node>, marks: Marks) {
     }
 }
 
-/// Closes the largest queues, `excess` bytes of them.
+/// Closes the sessions with the largest queues, until `excess` bytes are freed.
 fn close_largest(registry: &Registry, metrics: &Metrics, excess: u64) {
     for handle in largest(registry.all(), excess) {
         metrics.limit(Limit::MemoryClosed);
@@ -132,7 +132,7 @@ fn close_largest(registry: &Registry, metrics: &Metrics, excess: u64) {
     }
 }
 
-/// The sessions with the largest queues, until they hold so many bytes.
+/// The sessions with the largest queues, which together hold `bytes`.
 fn largest(handles: Vec<Arc<Handle>>, bytes: u64) -> impl Iterator<Item = Arc<Handle>> {
     let mut queues: Vec<_> = handles
         .into_iter()
@@ -148,7 +148,7 @@ fn largest(handles: Vec<Arc<Handle>>, bytes: u64) -> impl Iterator<Item = Arc<Ha
     })
 }
 
-/// Resident memory of this process; `None` where /proc does not tell.
+/// Resident memory of this process; `None` without /proc.
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -156,7 +156,7 @@ fn resident_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// What the process's cgroup may have, of version 2 or 1, below `root`; `None`: as much as there is.
+/// The memory limit of the process's cgroup (version 2 or 1), below `root`; `None`: unlimited.
 fn cgroup_limit(root: &Path) -> Option<u64> {
     let groups = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mut limits = groups.lines().filter_map(|line| {
@@ -169,7 +169,7 @@ fn cgroup_limit(root: &Path) -> Option<u64> {
             }
             _ => return None,
         };
-        // Inside a container its own group is mounted at the root.
+        // In a container, the process's own cgroup is mounted at the root.
         let own = [root.join(base).join(path).join(file), root.join(base).join(file)];
         own.iter().find_map(|file| std::fs::read_to_string(file).ok()?.trim().parse::<u64>().ok())
     });

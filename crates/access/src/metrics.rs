@@ -1,4 +1,4 @@
-//! Every metric of an access node, as a closed set.
+//! All metrics of an access node.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ const SKIPS: [SkipReason; 7] = [
     SkipReason::Acknowledged,
 ];
 
-/// The hops that end here.
+/// The hops that an access node measures.
 const HOPS: [Hop; 6] = [
     Hop::DispatchedWritten,
     Hop::WrittenAcked,
@@ -36,18 +36,18 @@ const HOPS: [Hop; 6] = [
 /// The node's metrics. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Sockets that are open.
+    /// Open sockets.
     pub connections: IntGauge,
     accepted: IntCounterVec,
-    /// Client addresses that are remembered for their limits.
+    /// Client addresses in the table of address limits.
     pub addresses: IntGauge,
-    /// Sessions whose device said Hello and was welcomed.
+    /// Sessions that were sent Welcome.
     pub sessions: IntGauge,
-    /// Users in the registry, once a second.
+    /// Users in the registry, updated once a second.
     pub users: IntGauge,
-    /// Sessions on the heartbeat wheel, once a second.
+    /// Sessions on the heartbeat wheel, updated once a second.
     pub wheel_entries: IntGauge,
-    /// Bytes in RAM that each of them takes, all that the node took since it had none included.
+    /// Resident bytes per session, beyond the node's resident memory without sessions.
     pub session_bytes: IntGauge,
     handshakes: IntCounterVec,
     tokens_refused: IntCounterVec,
@@ -56,15 +56,15 @@ pub struct Metrics {
     pub delivered_fast: IntCounter,
     /// Messages written from a mailbox's page.
     pub delivered_sync: IntCounter,
-    /// Messages written that were for a whole audience.
+    /// Messages written that were for an audience.
     pub delivered_fanout: IntCounter,
     fanouts: IntCounterVec,
-    /// Groups that sessions are subscribed to.
+    /// Subscriptions of sessions to groups.
     pub subscriptions: IntGauge,
     subscriptions_refused: IntCounter,
-    /// Messages for an audience that a session did not keep up with.
+    /// Messages for an audience that left its log before a session had read them.
     pub fanout_missed: IntCounter,
-    /// Bytes of messages for audiences that are held for their members.
+    /// Bytes in the logs of audiences.
     pub fanout_held_bytes: IntGauge,
     fanout_seconds: Histogram,
     skips: IntCounterVec,
@@ -75,30 +75,30 @@ pub struct Metrics {
     dropped: IntCounterVec,
     /// Re-sends written.
     pub resends: IntCounter,
-    /// Connections that dispatchers named and that are not here.
+    /// Connections that dispatchers named and that are not on this node.
     pub gone: IntCounter,
-    /// Bytes of pushes that wait for a device.
+    /// Bytes of pushes that are queued for devices.
     pub queued_bytes: IntGauge,
     redis_retries: IntCounterVec,
     confirms: IntCounterVec,
     limits: IntCounterVec,
     ignored: IntCounterVec,
     certificates: IntCounterVec,
-    /// Receipts that found no room on their way to Kafka.
+    /// Receipts dropped because the producer's queue was full.
     pub receipts_dropped: IntCounter,
-    /// Devices that were told to go because there are fewer elsewhere.
+    /// Devices sent to another node by shedding.
     pub shed: IntCounter,
     /// Messages that devices acknowledged.
     pub acked: IntCounter,
-    /// Where a message's time goes.
+    /// Latencies of the hops.
     pub hops: Hops,
 }
 
 impl Metrics {
-    /// Registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
-    /// One of them is registered already.
+    /// A metric of the same name is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let set = MetricSet::new(registry, "barid_access");
         let closes = CloseCode::ALL.iter().map(|code| code.as_str());
@@ -220,7 +220,7 @@ impl Metrics {
         })
     }
 
-    /// Sockets that an accept loop took. A node has at most 64 of them.
+    /// The counter of sockets accepted by one accept loop. A node has at most 64 loops.
     pub fn acceptor(&self, number: usize) -> IntCounter {
         self.accepted.with_label_values(&[&number.to_string()])
     }
@@ -245,7 +245,7 @@ impl Metrics {
         self.tokens_refused.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// Counts a closed connection; `None`: the device closed it.
+    /// Counts a closed connection; `None`: closed by the device.
     pub fn close(&self, code: Option<CloseCode>) {
         self.closes.with_label_values(&[code.map_or("device", CloseCode::as_str)]).inc();
     }
@@ -255,7 +255,7 @@ impl Metrics {
         self.fanouts.with_label_values(&[result.as_str()]).inc();
     }
 
-    /// Records the time from a message's arrival until all members of its audience were told.
+    /// Records the time from a message's arrival until all members of its audience were woken.
     pub fn fanout_finished(&self, took: Duration) {
         self.fanout_seconds.observe(took.as_secs_f64());
     }
@@ -275,7 +275,7 @@ impl Metrics {
         self.frames_in.with_label_values(&[kind.as_str()]).inc();
     }
 
-    /// Counts something that a device sent and this version does not know.
+    /// Counts something unknown that a device sent.
     pub fn ignored(&self, what: Unknown) {
         self.ignored.with_label_values(&[what.as_str()]).inc();
     }
@@ -285,7 +285,7 @@ impl Metrics {
         self.syncs.with_label_values(&[cause.as_str()]).inc();
     }
 
-    /// Counts a push that the session did not write.
+    /// Counts a push that a session did not write.
     pub fn dropped(&self, why: Dropped) {
         self.push_drop(match why {
             Dropped::Known => PushDrop::Known,

@@ -16,25 +16,25 @@ use crate::peers::Peers;
 use crate::policy::Policy;
 use crate::sessions::Sessions;
 
-/// A running node, by job. Modules that need one of the parts ask for that part.
+/// The parts of a running node. A function that needs only one of them takes only that one.
 pub struct Node {
-    /// Where the node stands, for people and placement; may be empty.
+    /// The node's zone; may be empty.
     pub zone: String,
-    /// The time.
+    /// The clocks.
     pub clock: Arc<Clock>,
-    /// What is allowed.
+    /// What devices may do.
     pub policy: Policy,
-    /// Who is connected.
+    /// The sessions.
     pub sessions: Sessions,
-    /// Messages for many of them.
+    /// Messages for audiences.
     pub fanout: Fanout,
     /// Redis.
     pub mailboxes: Mailboxes,
     /// Other access nodes.
     pub peers: Peers,
-    /// Receipts to the business; `None`: switched off.
+    /// Receipts to Kafka; `None`: disabled (`receipts`).
     pub receipts: Option<Receipts>,
-    /// Counters.
+    /// The metrics.
     pub metrics: Metrics,
     /// Logs sampled messages.
     pub tracer: Tracer,

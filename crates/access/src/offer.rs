@@ -1,12 +1,12 @@
-//! Which nodes a device should connect to.
+//! Choice of the nodes that a device should connect to.
 
 use barid_mailbox::NodeRecord;
 use serde::Serialize;
 
-/// Nodes of one answer.
+/// Bound of the nodes in one answer.
 const OFFERED_MAX: usize = 5;
 
-/// What `GET /v1/nodes` answers.
+/// The body of the answer to `GET /v1/nodes`.
 #[derive(Debug, Serialize)]
 pub struct Offer<'a> {
     zone: &'a str,
@@ -21,8 +21,8 @@ struct Offered<'a> {
     load: u64,
 }
 
-/// The nodes that devices of a zone should go to: those of the zone first, and of those the least loaded.
-/// Draining ones are not among them, nor those that do not say where devices connect.
+/// The nodes for devices of a zone: nodes of the zone before others, and less loaded nodes first. Nodes that are
+/// draining or that announce no address for devices are left out.
 pub fn offer<'a>(nodes: &'a [NodeRecord], zone: &'a str) -> Offer<'a> {
     let mut serving: Vec<_> =
         nodes.iter().filter(|node| !node.draining && !node.devices.is_empty()).collect();

@@ -1,5 +1,5 @@
-//! Other access nodes: a session that a newer one on this node replaced is closed where it is, as
-//! far as that can be done at once. What is missed is found by that session's next confirmation.
+//! Other access nodes. When a session replaces one on another node, that node is asked to close the old session. This
+//! is best-effort: an old session that is missed closes at its next confirmation.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,16 @@ use barid_wire::internal::access_peer_client::AccessPeerClient;
 use tokio::sync::Semaphore;
 use tonic::transport::Endpoint;
 
-/// Calls at once.
+/// Concurrent calls.
 const CALLS_MAX: usize = 256;
-/// For one call, connection included.
+/// Bound of one call, connecting included.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Tries to close one session, and the wait between them: longer than the table needs to learn of a node.
+/// Attempts to close one session, and the wait between two: together longer than the node table takes to learn of a
+/// node.
 const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The way to other nodes. Cheap to clone.
+/// Calls to other nodes. Cheap to clone.
 #[derive(Clone)]
 pub struct Peers {
     nodes: NodeTable,
@@ -27,18 +28,18 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Finds nodes by their leases.
+    /// Creates the calls to the nodes of a table.
     pub fn new(nodes: NodeTable) -> Self {
         Self { nodes, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
     }
 
-    /// The access nodes that have a lease, this one among them.
+    /// The access nodes that hold a lease, this one included.
     pub fn snapshot(&self) -> Arc<Vec<NodeRecord>> {
         self.nodes.snapshot()
     }
 
-    /// Asks the node that holds `session` to close it, a few times if need be: a node that started
-    /// just now is not in the table yet. Does not wait, and may fail silently.
+    /// Asks the node of `session` to close it, in a task of its own. It is tried a few times, because a node that has
+    /// just started is not in the table yet. Failures are only logged.
     pub fn close(&self, user: &UserKey, device: &DeviceId, session: SessionRef) {
         let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else { return };
         let request = CloseRequest {
@@ -55,7 +56,7 @@ impl Peers {
                 match try_close(&nodes, &session, &request).await {
                     Ok(()) => return,
                     Err(error) => {
-                        tracing::debug!(%session, error, "replaced session not closed on its node");
+                        tracing::debug!(%session, error, "cannot close the replaced session on its node");
                     }
                 }
                 tokio::time::sleep(PAUSE).await;
@@ -70,7 +71,7 @@ async fn try_close(
     request: &CloseRequest,
 ) -> Result<(), String> {
     let address = match nodes.snapshot().iter().find(|node| node.id == session.node) {
-        // In another life of the process the session may live on; the node knows.
+        // The incarnation is not compared: the session may live on under a later one of the same process.
         Some(node) if node.incarnation >= session.incarnation => node.address.clone(),
         _ => return Err("the node is not in the table".into()),
     };

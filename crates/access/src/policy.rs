@@ -1,4 +1,4 @@
-//! What a node allows: who may connect, from where, how often, and the bounds of a session. Parsed from the
+//! What a node allows: who may connect, from where and how often, and the bounds of a session. It is parsed from the
 //! configuration once.
 
 use std::sync::Arc;
@@ -13,29 +13,29 @@ use crate::proxy::Proxies;
 use crate::tls::Tls;
 use crate::upstream::Upstream;
 
-/// Upper bound of the time that a busy machine takes from the claim of a retry timer to its re-send, ms; half the first
-/// wait where that is less.
+/// Upper bound of the time from the claim of a retry timer to the re-send on a busy machine, ms. Half of the first
+/// wait is used if that is less.
 const CROSSING_MAX_MS: u64 = 1_000;
 
-/// The parts of the configuration that are more than numbers and texts.
+/// The parsed configuration.
 pub struct Policy {
-    /// Checks tokens.
+    /// Verifies tokens.
     pub verifier: Verifier,
     /// Admits connections.
     pub admission: Arc<Admission>,
-    /// Web pages that may connect.
+    /// Allowed origins of web pages.
     pub origins: Origins,
-    /// Balancers whose word about a client's address counts.
+    /// The balancers that are trusted to name a client's address.
     pub proxies: Proxies,
-    /// TLS on the devices' port; `None`: plain.
+    /// TLS on the devices' port; `None`: plaintext.
     pub tls: Option<Tls>,
-    /// Frames and bytes that a device may send.
+    /// Limits on frames and bytes that a device sends.
     pub upstream: Upstream,
-    /// Bounds.
+    /// Limits of connections and queues.
     pub limits: LimitsConfig,
-    /// Pings.
+    /// Heartbeats.
     pub heartbeat: HeartbeatConfig,
-    /// Bounds of sessions.
+    /// Settings of sessions.
     pub settings: Settings,
 }
 
@@ -43,7 +43,7 @@ impl Policy {
     /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.
     ///
     /// # Errors
-    /// The first key whose value cannot be used.
+    /// Returns the first key whose value cannot be used.
     pub fn new(config: &Config) -> Result<Self, Error> {
         Ok(Self {
             verifier: Verifier::new(&config.auth)?,

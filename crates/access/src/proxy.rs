@@ -1,36 +1,39 @@
-//! Who is really at the other end where a balancer stands between: the PROXY protocol, versions 1 and 2
-//! (haproxy.org/download/3.0/doc/proxy-protocol.txt), and `X-Forwarded-For`. Both are believed only of
+//! The client's address behind a balancer: the PROXY protocol, versions 1 and 2
+//! (<https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt>), and `X-Forwarded-For`. Both are accepted only from
 //! peers in networks that the operator trusts. Pure: bytes in, addresses out.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
+
 use crate::config::ProxyConfig;
 
-/// Of a header of version 1, as its specification has it; of version 2, what balancers send and more.
+/// Bound of a header of version 1, by its specification.
 const V1_BYTES_MAX: usize = 107;
-/// `PROXY UNKNOWN` and its end.
+/// Length of the shortest header of version 1, `PROXY UNKNOWN` with its line end.
 const V1_BYTES_MIN: usize = 15;
+/// Bound of a header of version 2 behind its first 16 bytes; balancers send far less.
 const V2_BODY_BYTES_MAX: usize = 4 << 10;
 const V1_START: &[u8] = b"PROXY ";
 const V2_START: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 const V2_HEAD_BYTES: usize = 16;
 
-/// Whom to believe, and what.
+/// The trusted balancers, and the headers that are accepted from them.
 #[derive(Debug, Clone, Default)]
 pub struct Proxies {
-    trusted: Vec<Network>,
+    trusted: Vec<IpNet>,
     protocol: bool,
     forwarded_for: bool,
 }
 
 impl Proxies {
-    /// As configured.
+    /// Parses the configuration.
     ///
     /// # Errors
-    /// A network cannot be parsed, or `proxy.trusted` is empty while headers are to be believed.
+    /// A network is invalid, or `proxy.trusted` is empty while headers are to be accepted.
     pub fn new(config: &ProxyConfig) -> Result<Self, String> {
         let trusted: Vec<_> =
-            config.trusted.iter().map(|text| Network::parse(text)).collect::<Result<_, _>>()?;
+            config.trusted.iter().map(|text| network(text)).collect::<Result<_, _>>()?;
         let ProxyConfig { protocol, forwarded_for, .. } = *config;
         if trusted.is_empty() && (protocol || forwarded_for) {
             return Err("proxy.trusted must name the networks of your balancers".into());
@@ -38,19 +41,19 @@ impl Proxies {
         Ok(Self { trusted, protocol, forwarded_for })
     }
 
-    /// Whether a connection of this peer begins with a header of the PROXY protocol.
+    /// Whether a connection from this peer begins with a PROXY protocol header.
     pub fn speaks_first(&self, peer: IpAddr) -> bool {
         self.protocol && self.trusts(peer)
     }
 
-    /// Whether the request of this address says who it is for.
+    /// Whether `X-Forwarded-For` is accepted in a request from this address.
     pub fn forwards(&self, address: IpAddr) -> bool {
         self.forwarded_for && self.trusts(address)
     }
 
-    /// The client, given who sent the request and its headers `X-Forwarded-For` in order: the last
-    /// address that is not a balancer's. Each balancer appends whom it heard from, so what stands before
-    /// that is the client's own invention.
+    /// The client's address, given the sender of the request and its `X-Forwarded-For` headers in order: the last
+    /// address that is not a trusted balancer's. Each balancer appends the address of its peer, so that the client
+    /// may have invented everything before that.
     pub fn client<'a>(
         &self,
         sender: IpAddr,
@@ -68,11 +71,17 @@ impl Proxies {
     }
 
     fn trusts(&self, address: IpAddr) -> bool {
-        self.trusted.iter().any(|network| network.holds(address))
+        let address = address.to_canonical();
+        // IPv6 networks contain IPv4 addresses in their mapped form.
+        let mapped = match address {
+            IpAddr::V4(v4) => IpAddr::V6(v4.to_ipv6_mapped()),
+            IpAddr::V6(_) => address,
+        };
+        self.trusted.iter().any(|network| network.contains(&address) || network.contains(&mapped))
     }
 }
 
-/// An address as it stands in `X-Forwarded-For`: some balancers add the port.
+/// Parses an address in `X-Forwarded-For`; some balancers add the port.
 fn address(text: &str) -> Option<IpAddr> {
     let plain = || text.parse::<IpAddr>().ok();
     let with_port = || text.parse::<std::net::SocketAddr>().ok().map(|address| address.ip());
@@ -80,60 +89,32 @@ fn address(text: &str) -> Option<IpAddr> {
     plain().or_else(with_port).or_else(bracketed).map(|address| address.to_canonical())
 }
 
-/// `10.0.0.0/8`, `2001:db8::/32`, or one address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Network {
-    /// IPv4 as `::ffff:a.b.c.d`.
-    bits: u128,
-    mask: u128,
+/// Parses `10.0.0.0/8`, `2001:db8::/32`, or one address.
+fn network(text: &str) -> Result<IpNet, String> {
+    let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
+    let network = text.parse::<IpNet>().ok().or_else(address).ok_or_else(|| {
+        format!("proxy.trusted: {text:?} is not a network (10.0.0.0/8) or an address")
+    })?;
+    if network.addr() != network.network() {
+        return Err(format!("proxy.trusted: {text:?} has bits beyond its length"));
+    }
+    Ok(network)
 }
 
-impl Network {
-    fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("proxy.trusted: {text:?} is no network (10.0.0.0/8) or address");
-        let (address, length) = match text.split_once('/') {
-            Some((address, length)) => (address, Some(length)),
-            None => (text, None),
-        };
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let bits = if address.is_ipv4() { 32 } else { 128 };
-        let length: u32 = length.map_or(Ok(bits), str::parse).map_err(|_| wrong())?;
-        let host = bits.checked_sub(length).ok_or_else(wrong)?;
-        let mask = u128::MAX.checked_shl(host).unwrap_or(0);
-        let bits = as_bits(address);
-        if bits & !mask != 0 {
-            return Err(format!("proxy.trusted: {text:?} has bits beyond its length"));
-        }
-        Ok(Self { bits, mask })
-    }
-
-    fn holds(&self, address: IpAddr) -> bool {
-        as_bits(address) & self.mask == self.bits
-    }
-}
-
-fn as_bits(address: IpAddr) -> u128 {
-    match address.to_canonical() {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(v6) => v6.to_bits(),
-    }
-}
-
-/// What a connection's first bytes are.
+/// Result of reading a connection's first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Header {
-    /// The beginning of a header, and how many bytes more are sure to belong to it: what follows it is
-    /// not the balancer's.
+    /// The header is not complete; at least this many further bytes belong to it. Bytes behind the header must not be
+    /// read.
     Partial(usize),
-    /// A header of so many bytes, and for whom; `None`: for the balancer itself (a health check), or it
-    /// does not know.
+    /// A complete header.
     Whole {
-        /// Its bytes; the request follows.
+        /// Its length; the request follows.
         length: usize,
-        /// The client.
+        /// The client; `None`: the balancer itself (a health check), or unknown.
         source: Option<IpAddr>,
     },
-    /// No header, or not one of this protocol.
+    /// The bytes do not begin with a PROXY protocol header.
     Malformed,
 }
 
@@ -164,7 +145,7 @@ fn v1(bytes: &[u8]) -> Header {
     }
 }
 
-/// `TCP4 192.0.2.1 198.51.100.1 4711 443`.
+/// The source in `TCP4 192.0.2.1 198.51.100.1 4711 443`.
 fn v1_source(text: &str) -> Option<Option<IpAddr>> {
     let mut words = text.split(' ');
     let (protocol, rest) = (words.next()?, words.collect::<Vec<_>>());
@@ -206,7 +187,7 @@ fn v2(bytes: &[u8]) -> Header {
         (_, 0x21) if body_bytes >= 36 => {
             body.first_chunk::<16>().map(|octets| Some(Ipv6Addr::from(*octets).into()))
         }
-        // Not told, or a Unix socket.
+        // An unspecified address, or a Unix socket.
         (_, 0x00 | 0x31) => Some(None),
         _ => None,
     };
@@ -322,7 +303,15 @@ mod tests {
 
     #[test]
     fn networks_are_networks() {
-        for bad in ["", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.0/", "example.com", "10.0.0.0/-1"] {
+        for bad in [
+            "",
+            "10.0.0.0/33",
+            "10.0.0.1/8",
+            "2001:db8::1/32",
+            "10.0.0.0/",
+            "example.com",
+            "10.0.0.0/-1",
+        ] {
             let error = proxies(&[bad]).unwrap_err();
             assert!(error.starts_with("proxy.trusted: "), "{error}");
         }
@@ -332,6 +321,9 @@ mod tests {
         assert!(all.forwards(ip("1.2.3.4")) && !all.forwards(ip("2001:db8::1")));
         assert!(proxies(&["::/0"]).unwrap().forwards(ip("1.2.3.4")));
         assert!(proxies(&["192.0.2.1"]).unwrap().forwards(ip("192.0.2.1")));
+        let mapped = proxies(&["::ffff:10.0.0.0/104"]).unwrap();
+        assert!(mapped.forwards(ip("10.1.2.3")) && mapped.forwards(ip("::ffff:10.1.2.3")));
+        assert!(!mapped.forwards(ip("11.1.2.3")));
     }
 
     proptest! {

@@ -1,6 +1,6 @@
-//! The sessions of this node, by user. A session is registered before it asks for its route, so
-//! that a push never finds a route without a session, and unregistered by its own connection number
-//! only: an old session never removes a newer one.
+//! The sessions of this node, by user. A session is registered before its route is written, so that a push never
+//! finds a route without a session. It is removed by its own connection number, so that an old session never removes
+//! a newer one.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher as _;
@@ -12,14 +12,14 @@ use parking_lot::Mutex;
 
 use crate::handle::Handle;
 
-/// A power of two; each part has a lock of its own.
+/// A power of two; each part has its own lock.
 const PARTS: usize = 64;
-/// Users of a part for whom there may always be room.
+/// Capacity below which a part is not shrunk, users.
 const TABLE_MIN: usize = 16;
 
 type Part = HashMap<UserKey, Vec<Arc<Handle>>>;
 
-/// All sessions.
+/// The sessions of a node.
 #[derive(Debug)]
 pub struct Registry {
     parts: Vec<Mutex<Part>>,
@@ -27,18 +27,18 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Without sessions.
+    /// Creates an empty registry.
     pub fn new() -> Self {
         let parts = (0..PARTS).map(|_| Mutex::default()).collect();
         Self { parts, hasher: std::hash::RandomState::new() }
     }
 
-    /// Adds a session unless its user has sessions of `others_max` other devices here; whether it did.
-    /// 0: as many as it likes. A session that the new one will replace does not count.
+    /// Adds a session, unless its user has sessions of `others_max` other devices on this node (0: no limit). Returns
+    /// whether it was added. A session of the same device, which the new one replaces, does not count.
     #[must_use]
     pub fn insert(&self, handle: Arc<Handle>, others_max: u32) -> bool {
         let mut part = self.part(handle.user()).lock();
-        // Most users have one session here: room for one.
+        // Most users have one session on a node.
         let sessions = part.entry(handle.user().clone()).or_insert_with(|| Vec::with_capacity(1));
         let others = sessions.iter().filter(|other| other.device() != handle.device());
         let room = others_max == 0 || others.count() < others_max as usize;
@@ -48,14 +48,14 @@ impl Registry {
         room
     }
 
-    /// Removes a session, by user and connection in one step.
+    /// Removes a session by user and connection, atomically.
     pub fn remove(&self, user: &UserKey, connection: ConnectionId) {
         let mut part = self.part(user).lock();
         let Some(handles) = part.get_mut(user) else { return };
         handles.retain(|handle| handle.connection != connection);
         if handles.is_empty() {
             part.remove(user);
-            // What a wave of sessions needed is given back; a table that is half full is left alone.
+            // Frees memory after a peak; a table that is half full is kept.
             if part.capacity() > 4 * part.len().max(TABLE_MIN) {
                 let room = 2 * part.len();
                 part.shrink_to(room);
@@ -75,7 +75,7 @@ impl Registry {
         part.get(user)?.iter().find(|handle| handle.connection == connection).cloned()
     }
 
-    /// Every session at this moment.
+    /// All sessions that exist now.
     pub fn all(&self) -> Vec<Arc<Handle>> {
         let mut all = Vec::new();
         for part in &self.parts {
@@ -84,7 +84,7 @@ impl Registry {
         all
     }
 
-    /// How many users have sessions here.
+    /// Number of users with sessions.
     pub fn users(&self) -> usize {
         self.parts.iter().map(|part| part.lock().len()).sum()
     }

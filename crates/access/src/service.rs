@@ -1,4 +1,4 @@
-//! Puts a node together, keeps its lease and its sessions confirmed, and drains it.
+//! Starts an access node, renews its lease, keeps its sessions' routes confirmed, and drains it.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -35,23 +35,24 @@ use crate::policy::Policy;
 use crate::sessions::Sessions;
 use crate::shedding::Shedding;
 
-/// How often the pace of GoAways and confirmations is kept, and readiness looked at.
+/// Interval of the steps in which confirmations are sent.
 const PACE: Duration = Duration::from_millis(100);
+/// Interval of periodic work: readiness, key sets, the load in the lease.
 const LOOK: Duration = Duration::from_secs(1);
-/// A batch from a dispatcher, at most.
+/// Bound of a dispatcher's batch.
 const BATCH_BYTES_MAX: usize = 16 << 20;
-/// Of the drain period, the share over which devices are told to go; the rest is for those told last.
+/// Share of the drain period over which GoAways are spread; the rest is for the devices that get theirs last.
 const GO_AWAY_SHARE: f64 = 0.6;
-/// Kept of the drain period for what comes after the last session.
+/// Part of the drain period that is reserved for the steps after the last session.
 const DRAIN_RESERVE: Duration = Duration::from_millis(500);
-/// So long before the end whoever is still there is closed.
+/// Time before the end of draining at which the remaining sessions are closed.
 const LAST_CALL: Duration = Duration::from_secs(1);
-/// Devices that were told to go come back within this, at random.
+/// Devices that are sent away reconnect within this time, at random, ms.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
-/// Seconds between two sweeps of what is remembered for limits.
+/// Interval at which the table of address limits is swept, seconds.
 const SWEEP_SECONDS: Seconds = 10;
 
-/// A running node.
+/// A running access node.
 pub struct Service {
     config: Config,
     context: Context,
@@ -65,16 +66,16 @@ pub struct Service {
 }
 
 impl Service {
-    /// Binds, connects, and takes the node's lease. `None`: it was told to drain before Redis was there.
+    /// Binds, connects, and acquires the node's lease. `None`: draining began before Redis was available.
     ///
     /// # Errors
-    /// A port is taken, Redis or Kafka cannot be used, or a file that the configuration names cannot.
+    /// A port is in use, or Redis, Kafka or a configured file cannot be used.
     pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let redis = context.progress("redis", "answer");
         let listening = context.progress("listener", "turn of the listeners");
         let wheel = context.progress("wheel", "turn of the heartbeat wheel");
         let confirming = context.progress("confirming", "look at the sessions to confirm");
-        let mut tasks = Tasks::new(&context);
+        let tasks = Tasks::new(&context);
 
         let devices = Acceptors::bind(&config)?;
         let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
@@ -84,15 +85,14 @@ impl Service {
         lease.report_to(&context.health, config.lease().ttl);
 
         tasks.spawn("the heartbeat wheel", tick(Arc::clone(&node), wheel));
-        tasks.spawn("the reading of key sets", keep_keys_fresh(Arc::clone(&node)));
+        tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node)));
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
         if let Some(tls) = &node.policy.tls {
-            tasks
-                .spawn("the reading of certificates", tls.clone().keep_fresh(node.metrics.clone()));
+            tasks.spawn("the certificate refresh", tls.clone().keep_fresh(node.metrics.clone()));
         }
         let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
-        tasks.spawn("the guard of memory", guard);
-        tasks.spawn("the watch of Redis", watch_redis(Arc::clone(&node), redis));
+        tasks.spawn("the memory guard", guard);
+        tasks.spawn("the Redis probe", watch_redis(Arc::clone(&node), redis));
         tasks.spawn("the gRPC server", serve_dispatchers(&node, dispatchers));
         context.announce("ws", devices.address());
         let accepting = devices.serve(&node, listening.clone());
@@ -100,18 +100,17 @@ impl Service {
         Ok(Some(Self { config, context, node, lease, accepting, tasks, confirming, listening }))
     }
 
-    /// Serves devices until the node drains; lets them go, and leaves.
+    /// Serves devices until draining begins, then closes all sessions and releases the lease.
     pub async fn work(self) -> Stopped {
-        let Self { config, context, node, mut lease, mut accepting, mut tasks, .. } = self;
+        let Self { config, context, node, mut lease, mut accepting, tasks, .. } = self;
         let mut keeping = Keeping::new(&config);
         tokio::select! {
             () = context.shutdown.draining() => (),
             never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
-            never = tasks.supervise() => match never {},
         }
         lease.set_draining();
         self.listening.retire();
-        // Sessions that wait for their turn to go may still lose their routes.
+        // Routes of sessions that still wait for their GoAway can be lost, so confirming continues.
         let cut = tokio::select! {
             cut = drain(&node, &context) => cut,
             never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
@@ -135,7 +134,7 @@ fn local(listener: &TcpListener) -> SocketAddr {
     listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)))
 }
 
-/// `None`: it was told to drain before Redis was there.
+/// Builds the node and acquires its lease. `None`: draining began before Redis was available.
 async fn build(
     config: &Config,
     context: &Context,
@@ -187,7 +186,7 @@ fn receipts(config: &Config, metrics: &Metrics) -> Result<Option<Receipts>, Erro
     Ok(Some(Receipts::new(producer, &config.kafka, metrics.receipts_dropped.clone())))
 }
 
-/// Turns the wheel once a second; keeps `turning` true.
+/// Turns the wheel once a second, and keeps the condition `turning` true.
 async fn tick(node: Arc<Node>, turning: Condition) {
     let mut second = interval(Duration::from_secs(1));
     let started = second.tick().await;
@@ -195,7 +194,7 @@ async fn tick(node: Arc<Node>, turning: Condition) {
     loop {
         let now = second.tick().await;
         let now = Seconds::try_from((now - started).as_secs()).unwrap_or(Seconds::MAX);
-        // A machine that stood still leaves seconds out: each has its slot.
+        // Seconds that a paused machine has missed are caught up, because each has a slot of the wheel.
         for now in node.clock.seconds() + 1..=now {
             node.clock.set_seconds(now);
             node.sessions.wheel.turn(now);
@@ -224,7 +223,7 @@ async fn fan_out(node: Arc<Node>) {
 }
 
 async fn watch_redis(node: Arc<Node>, condition: Condition) {
-    Context::probe(condition, LOOK, || node.mailboxes.store().ping()).await;
+    condition.probe(LOOK, || node.mailboxes.store().ping()).await;
 }
 
 fn serve_dispatchers(node: &Arc<Node>, listener: TcpListener) -> impl Future<Output = ()> + use<> {
@@ -239,12 +238,12 @@ fn serve_dispatchers(node: &Arc<Node>, listener: TcpListener) -> impl Future<Out
         .serve_with_incoming(TcpListenerStream::new(listener));
     async {
         if let Err(error) = server.await {
-            tracing::error!(%error, "the gRPC server ended");
+            tracing::error!(%error, "gRPC server failed");
         }
     }
 }
 
-/// Keeps the node's lease, and its sessions' routes confirmed.
+/// Handles events of the lease, confirms routes, and sheds sessions.
 struct Keeping {
     confirming: Confirming<Handle>,
     shedding: Shedding,
@@ -271,7 +270,7 @@ impl Keeping {
                 _ = pace.tick() => {
                     confirming.go_on(node, Instant::now());
                     if let Some(incarnation) = confirming.finished_life() {
-                        tracing::info!(incarnation = incarnation.0, "every session is confirmed");
+                        tracing::info!(incarnation = incarnation.0, "all sessions confirmed");
                         lease.set_confirmed(incarnation);
                     }
                 }
@@ -287,8 +286,8 @@ impl Keeping {
     }
 }
 
-/// Tells all devices to go, at a steady rate, and waits for them. Returns how many sessions the
-/// deadline cut off.
+/// Sends GoAway to all devices at a steady rate, and waits until they have gone. Returns how many sessions were left at
+/// the deadline.
 async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     let begun = Instant::now();
     let deadline = context.shutdown.deadline().unwrap_or(begun) - DRAIN_RESERVE;
@@ -297,7 +296,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     tracing::info!(
         sessions = handles.len(),
         spread_ms = span.as_millis() as u64,
-        "telling devices to go"
+        "sending GoAway to devices"
     );
     let total = handles.len().max(1) as f64;
     for (index, handle) in handles.iter().enumerate() {
@@ -314,7 +313,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
         while node.metrics.connections.get() > 0 {
             tokio::select! {
                 _ = look.tick() => (),
-                // Devices whose Hello was under way when draining began; the others know already.
+                // For devices whose Hello was under way when draining began.
                 _ = late.tick() => for handle in node.sessions.registry.all() {
                     handle.notify(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
                 },
@@ -328,7 +327,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     for handle in node.sessions.registry.all() {
         handle.close(Close::new(CloseCode::Draining, "this node is being drained"));
     }
-    // What counts is what sessions owe to the mailbox; a socket may go without a last word.
+    // Only sessions count: their acknowledgements and routes have to be stored. Sockets may be cut off.
     match timeout_at(deadline, all_gone).await {
         Ok(()) => 0,
         Err(_) => u64::try_from(node.metrics.sessions.get()).unwrap_or(0),
@@ -340,7 +339,7 @@ async fn flush_receipts(node: &Node, context: &Context) {
         let deadline = context.shutdown.deadline().unwrap_or_else(Instant::now);
         let left = receipts.flush(deadline).await;
         if left > 0 {
-            tracing::warn!(left, "receipts not delivered");
+            tracing::warn!(left, "receipts were not delivered");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The sessions of a node: by user, by the second at which each looks at the clock, and the names of their routes.
+//! The sessions of a node, by user and by their next clock tick, and what their routes name.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,13 +11,13 @@ use crate::handle::Handle;
 use crate::registry::Registry;
 use crate::wheel::Wheel;
 
-/// All sessions of one process.
+/// The sessions of a process.
 pub struct Sessions {
     /// The node's name.
     pub node: NodeId,
     /// Sessions by user.
     pub registry: Registry,
-    /// Sessions by time.
+    /// Sessions by their next clock tick.
     pub wheel: Wheel,
     clock: Arc<Clock>,
     first_incarnation: Incarnation,
@@ -26,7 +26,7 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// A node without sessions. `incarnation` identifies it in routes until its lease lapses.
+    /// Creates an empty set. `incarnation` identifies the node in routes until its lease lapses.
     pub fn new(node: NodeId, incarnation: Incarnation, clock: Arc<Clock>) -> Self {
         Self {
             node,
@@ -44,14 +44,14 @@ impl Sessions {
         Incarnation(self.incarnation.load(Ordering::Acquire))
     }
 
-    /// Begins another incarnation, behind a lapse of the lease.
+    /// Begins another incarnation, after the lease has lapsed.
     pub fn set_incarnation(&self, incarnation: Incarnation) {
         self.incarnation.store(incarnation.0, Ordering::Release);
     }
 
-    /// Whether a route of this incarnation may name a session of this process. Connections are numbered over all
-    /// incarnations of the process, and a session that lives on into another one is found by its number before its
-    /// route names that.
+    /// Whether a route of this incarnation may name a session of this process. That includes earlier incarnations of
+    /// the process: connection numbers are unique over all of them, and a session keeps its number when a new
+    /// incarnation begins, before its route is rewritten.
     pub fn was(&self, incarnation: Incarnation) -> bool {
         (self.first_incarnation..=self.incarnation()).contains(&incarnation)
     }
@@ -61,12 +61,12 @@ impl Sessions {
         ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// What a route of this connection names now.
+    /// The reference that a route of this connection stores now.
     pub fn reference(&self, connection: ConnectionId) -> SessionRef {
         SessionRef { node: self.node.clone(), incarnation: self.incarnation(), connection }
     }
 
-    /// Sets when a session looks at the clock next.
+    /// Sets when a session's next clock tick is due.
     pub fn set_due(&self, handle: &Arc<Handle>, due: Seconds) {
         self.wheel.set_due(handle, due, self.clock.seconds());
     }

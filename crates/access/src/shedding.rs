@@ -13,12 +13,12 @@ use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::sessions::Sessions;
 
-/// Between two episodes, seconds: longer than leases and tables take to tell of loads.
+/// Pause between two episodes, seconds: longer than the nodes take to learn each other's loads.
 const REST_SECONDS: u32 = 15;
-/// Devices that are let go come back within this, at random, ms.
+/// Devices that are sent away reconnect within this time, at random, ms.
 const RECONNECT_SPREAD_MS: u32 = 1_000;
 
-/// How many sessions each node of the zone would have; `None`: there is no other.
+/// Mean sessions per node of the zone; `None` if there is no other node.
 fn mean(own: &NodeId, sessions: u64, nodes: &[NodeRecord], zone: &str) -> Option<u64> {
     let others: Vec<u64> = nodes
         .iter()
@@ -29,24 +29,24 @@ fn mean(own: &NodeId, sessions: u64, nodes: &[NodeRecord], zone: &str) -> Option
     (!others.is_empty()).then(|| all.div_ceil(others.len() as u64 + 1))
 }
 
-/// Lets devices go, some each second, from far above the mean down to it.
+/// Sends GoAway to some devices each second, from the time that the node is far above the mean until it is at the mean.
 pub struct Shedding {
     zone: String,
     episodes: Episodes,
-    /// Whom to ask next, in no order.
+    /// Sessions to choose from next, shuffled.
     waiting: VecDeque<Weak<Handle>>,
-    /// Who was told and has not gone.
+    /// Sessions that were sent GoAway and have not ended.
     leaving: Vec<Arc<Handle>>,
 }
 
 impl Shedding {
-    /// Of a node in this zone.
+    /// Creates the shedding of a node in this zone.
     pub fn new(config: BalanceConfig, zone: String) -> Self {
         let episodes = Episodes { config, target: None, rest: 0 };
         Self { zone, episodes, waiting: VecDeque::new(), leaving: Vec::new() }
     }
 
-    /// Lets the devices of this second go. Call it once a second until the node drains.
+    /// Sends GoAway to this second's devices. Call it once a second until the node drains.
     pub fn step(&mut self, sessions: &Sessions, peers: &Peers, metrics: &Metrics) {
         if self.episodes.config.shed_above == 0.0 {
             return;
@@ -87,18 +87,18 @@ impl Shedding {
     }
 }
 
-/// When to let go, and how many. What is known of other nodes is some seconds old: an episode goes to
-/// the mean of its beginning, and the next one waits until those that went are counted where they are.
+/// When to shed, and how many sessions. Other nodes' loads are known with a delay of some seconds. So an episode ends
+/// at the mean of its beginning, and the next one waits until the other nodes have counted the sessions they received.
 #[derive(Debug)]
 struct Episodes {
     config: BalanceConfig,
     target: Option<u64>,
-    /// Seconds.
+    /// Remaining pause, seconds.
     rest: u32,
 }
 
 impl Episodes {
-    /// How many of `staying` to let go in this second.
+    /// How many of the `staying` sessions to send away in this second.
     fn next(&mut self, staying: u64, mean: impl FnOnce() -> Option<u64>) -> u64 {
         if self.target.is_none() {
             if self.rest > 0 {

@@ -1,8 +1,7 @@
-//! A device's socket: how a WebSocket (RFC 6455) is opened, read, written and hung up. Who may connect,
-//! and what is said, is decided above it.
+//! A device's WebSocket (RFC 6455): reading, writing and closing. It knows nothing of authentication and frames of the
+//! protocol.
 //!
-//! Public for one purpose: that conformance suites can be run against exactly the code that serves
-//! devices. `examples/echo.rs` is what they talk to.
+//! It is public so that conformance suites can test the code that serves devices: they talk to `examples/echo.rs`.
 
 use std::future::poll_fn;
 use std::io::ErrorKind;
@@ -24,42 +23,41 @@ use crate::stream::Stream;
 pub use barid_session::Close;
 pub use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// Read at once, into the stack: no connection has a buffer of its own.
+/// Bytes read at once. They are read onto the stack, so that no connection has a read buffer.
 const READ_BYTES: usize = 4 << 10;
-/// What is written goes out in one flush of about this size.
+/// Approximate size of one flush, bytes.
 pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
-/// What RFC 6455 leaves for a close's reason: a control frame has 125 bytes, its code takes two.
+/// Bound of a close's reason: a control frame has at most 125 bytes, two of which are the code.
 const REASON_BYTES_MAX: usize = 123;
 
 /// An open WebSocket.
 pub struct Socket {
     stream: Stream,
     decoder: Decoder,
-    /// Frames that have not left; without any, no memory.
+    /// Frames that are not written yet. It has no capacity while it is empty.
     unsent: Vec<u8>,
-    /// Something was written since it was last flushed.
+    /// Bytes were written since the last flush.
     is_dirty: bool,
-    /// Until the other end's close has come, or what cannot be read.
+    /// Cleared by the peer's close and by an error.
     reads: bool,
-    /// Until a close was sent.
+    /// Cleared once a close was sent.
     writes: bool,
 }
 
 impl Socket {
-    /// The WebSocket of a handshake that was answered; `rest` is what came behind the request.
-    /// Frames, and messages of several, have up to `frame_bytes_max` bytes.
+    /// Creates the WebSocket after a handshake. `rest` are bytes that were received after the request. Frames and
+    /// fragmented messages are bounded by `frame_bytes_max`.
     pub(crate) fn new(stream: Stream, rest: Vec<u8>, frame_bytes_max: usize) -> Self {
         let decoder = Decoder::new(rest, frame_bytes_max);
         Self { stream, decoder, unsent: Vec::new(), is_dirty: false, reads: true, writes: true }
     }
 
-    /// The next message; `None`: the other end is gone. Pings and closes are answered here, and
-    /// shown.
+    /// Reads the next message; `None`: the peer has gone. Pings and closes are answered, and also returned.
     ///
     /// # Errors
-    /// What [`refusal`] tells apart. The socket is good for nothing but [`Self::hang_up`] then.
+    /// See [`refusal`]. Afterwards only [`Self::hang_up`] may be called.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, Error>>> {
-        // An answer does not wait for something to be fed.
+        // An answer is flushed even if nothing else is written.
         if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             self.reads = false;
             return Poll::Ready(Some(Err(error)));
@@ -69,7 +67,7 @@ impl Socket {
         }
         let next = ready!(self.poll_read(cx));
         match &next {
-            // A device that does not read gets no more answers: they would queue without a bound.
+            // A device that does not read gets no more answers, so that their queue stays bounded.
             Ok(Message::Ping(bytes)) if self.writes && self.has_room() => {
                 self.queue(&Message::Pong(bytes.clone()));
             }
@@ -102,25 +100,25 @@ impl Socket {
         }
     }
 
-    /// [`Self::poll_next`], awaited.
+    /// Awaits [`Self::poll_next`].
     ///
     /// # Errors
-    /// Its errors.
+    /// As [`Self::poll_next`].
     pub(crate) async fn next(&mut self) -> Option<Result<Message, Error>> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Bytes that were fed, or are answers, and have not left.
+    /// Bytes that are buffered and not written yet.
     pub fn fed(&self) -> usize {
         self.unsent.len().max(self.is_dirty.into())
     }
 
-    /// Whether more should be fed before the next flush.
+    /// Whether the buffer has room for more messages before the next flush.
     pub fn has_room(&self) -> bool {
         self.fed() < WRITE_BUFFER_BYTES
     }
 
-    /// Takes a message to write; [`Self::poll_flush`] sends it.
+    /// Buffers a message; [`Self::poll_flush`] writes it.
     ///
     /// # Errors
     /// The socket is closing.
@@ -138,10 +136,10 @@ impl Socket {
         self.writes &= !message.is_close();
     }
 
-    /// Writes what was fed; ready at once if that is nothing.
+    /// Writes the buffer; ready at once if it is empty.
     ///
     /// # Errors
-    /// The other end is gone.
+    /// The peer has gone.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         if !self.is_dirty {
             return Poll::Ready(Ok(()));
@@ -158,11 +156,11 @@ impl Socket {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes a whole frame ([`crate::frames::framed`]) that others share, without a copy of it; only where nothing is fed.
-    /// What the other end does not take at once is fed then.
+    /// Writes a shared frame ([`crate::frames::framed`]) without copying it. Call it only while the buffer is empty.
+    /// What cannot be written at once is buffered.
     ///
     /// # Errors
-    /// The other end is gone, or the socket is closing.
+    /// The peer has gone, or the socket is closing.
     pub fn write_shared(&mut self, cx: &mut Context<'_>, frame: &Bytes) -> Result<(), Error> {
         if !self.writes {
             return Err(ProtocolError::SendAfterClosing.into());
@@ -176,7 +174,7 @@ impl Socket {
             }
         }
         self.unsent.extend_from_slice(&frame[sent..]);
-        // TLS may hold back what it took.
+        // TLS buffers bytes until it is flushed.
         self.is_dirty = true;
         match self.poll_flush(cx) {
             Poll::Ready(flushed) => flushed,
@@ -184,15 +182,15 @@ impl Socket {
         }
     }
 
-    /// Ends the connection politely: the last messages, a close (none if the other end closed or is
-    /// gone), and then its end is waited for. False if all that took longer than `limit`.
+    /// Closes the connection: writes the last messages and a close (unless the peer has closed or gone), and waits
+    /// for the peer to end the connection. Returns false if `limit` passes first.
     pub async fn hang_up(
         self,
         last: impl IntoIterator<Item = Message>,
         close: Option<&Close>,
         limit: Duration,
     ) -> bool {
-        // An error of the socket means that the device has gone: only the time-out counts.
+        // An error means that the device has gone, which is fine here: only the time-out is reported.
         timeout(limit, self.close(last, close)).await.is_ok()
     }
 
@@ -209,14 +207,14 @@ impl Socket {
             self.feed(Message::Close(Some(CloseFrame { code, reason: reason(close).into() })))?;
         }
         poll_fn(|cx| self.poll_flush(cx)).await?;
-        // Until it has answered: a socket closed with unread bytes becomes a reset, and the other end
-        // never learns why.
+        // Read until the peer has answered: closing a socket with unread bytes resets it, and the peer would not see
+        // the close.
         let mut answered = false;
         while let Some(Ok(message)) = self.next().await {
             answered |= message.is_close();
         }
         if !answered {
-            // What does not speak WebSocket is not read as such.
+            // After a violation of RFC 6455, bytes are discarded without decoding.
             self.stream.shutdown().await?;
             let mut rest = [0; 512];
             while self.stream.read(&mut rest).await? > 0 {}
@@ -225,8 +223,8 @@ impl Socket {
     }
 }
 
-/// Barid's codes are explained in an Error frame before. Where WebSocket itself was broken, no frame may
-/// follow but the close: it carries the text.
+/// The close frame. Barid's own codes are explained in a preceding Error frame. After a violation of RFC 6455 only a
+/// close frame may be sent, so it carries the text.
 fn reason(close: &Close) -> &str {
     if !close.code.is_websockets() {
         return close.code.as_str();
@@ -234,7 +232,7 @@ fn reason(close: &Close) -> &str {
     &close.text[..close.text.floor_char_boundary(REASON_BYTES_MAX)]
 }
 
-/// What a broken socket is closed with; `None`: there is nobody to tell.
+/// The close for an error of the socket; `None` if the peer has gone.
 pub fn refusal(error: &Error) -> Option<Close> {
     let text = match error {
         Error::Capacity(CapacityError::MessageTooLong { size, max_size }) => {

@@ -1,4 +1,4 @@
-//! A device's byte stream: plain, or with TLS.
+//! A device's byte stream: plaintext or TLS.
 
 use std::io::{IoSlice, Result};
 use std::pin::Pin;
@@ -8,11 +8,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-/// Plain ones are what an idle session pays for; the state of TLS is in a box of its own.
+/// A plaintext stream, or a boxed TLS stream, so that idle plaintext sessions do not pay for TLS state.
 pub enum Stream {
-    /// As it is, or TLS ends before this node.
+    /// No TLS, or it is terminated before this node.
     Plain(TcpStream),
-    /// TLS ends here.
+    /// TLS is terminated here.
     Tls(Box<TlsStream<TcpStream>>),
 }
 

@@ -1,13 +1,12 @@
-//! TLS on the devices' port, with a certificate that is read again when its files change.
+//! TLS on the devices' port. The certificate is reloaded when its files change.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use barid_runtime::PemFile;
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
@@ -20,17 +19,17 @@ use crate::config::TlsConfig;
 use crate::labels::CertificateRead;
 use crate::metrics::Metrics;
 
-/// How often the files' times are looked at.
+/// How often the files' modification times are checked.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// The certificate in force and how to speak with it. Cheap to clone.
+/// The TLS acceptor with the current certificate. Cheap to clone.
 #[derive(Clone)]
 pub struct Tls {
     acceptor: TlsAcceptor,
     current: Arc<Current>,
 }
 
-/// What is served, replaced as a whole: handshakes that began go on with what they began with.
+/// The current certificate. It is replaced as a whole; handshakes under way keep the one they began with.
 #[derive(Debug)]
 struct Current {
     files: Files,
@@ -51,10 +50,10 @@ impl ResolvesServerCert for Current {
 }
 
 impl Tls {
-    /// As configured; `None`: plain.
+    /// Reads the configured certificate; `None`: TLS is not configured.
     ///
     /// # Errors
-    /// The files cannot be read, or hold no certificate and the key that belongs to it.
+    /// The files cannot be read, or hold no certificate with its key.
     pub fn new(config: &TlsConfig) -> Result<Option<Self>, String> {
         let (Some(certificate), Some(key)) = (&config.certificate_file, &config.key_file) else {
             if config.certificate_file.is_some() || config.key_file.is_some() {
@@ -72,22 +71,22 @@ impl Tls {
             .with_no_client_auth()
             .with_cert_resolver(Arc::clone(&current) as Arc<dyn ResolvesServerCert>);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        // Nothing is remembered of sessions, here or in tickets: reconnects are full handshakes.
+        // No session resumption, by cache or ticket: every reconnect is a full handshake.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Some(Self { acceptor: TlsAcceptor::from(Arc::new(config)), current }))
     }
 
-    /// A handshake.
+    /// Does the TLS handshake.
     ///
     /// # Errors
-    /// It failed, or the peer went away.
+    /// It failed, or the peer has gone.
     pub async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
         self.acceptor.accept(stream).await
     }
 
-    /// Reads the files again whenever one of them changes and at SIGHUP; what cannot be used is counted
-    /// and logged, and the last good certificate stays.
+    /// Reloads the files when one of them changes, and at SIGHUP. If they cannot be used, that is counted and logged,
+    /// and the last good certificate stays. Never returns.
     pub async fn keep_fresh(self, metrics: Metrics) {
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut look = interval(LOOK);
@@ -113,14 +112,11 @@ impl Tls {
                 Ok(key) => {
                     *self.current.key.write() = Arc::new(key);
                     metrics.certificate_read(CertificateRead::Read);
-                    tracing::info!("the certificate was read again");
+                    tracing::info!("certificate reloaded");
                 }
                 Err(error) => {
                     metrics.certificate_read(CertificateRead::Failed);
-                    tracing::error!(
-                        error,
-                        "the certificate cannot be used; the last good one stays"
-                    );
+                    tracing::error!(error, "cannot use the certificate; the last good one stays");
                 }
             }
         }
@@ -129,23 +125,13 @@ impl Tls {
 
 impl Files {
     fn read(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
-        let wrong = |key: &str, path: &Path, error: &dyn std::fmt::Display| {
-            format!("{key} {}: {error}", path.display())
-        };
-        let bad_chain =
-            |error: &dyn std::fmt::Display| wrong("tls.certificate_file", &self.certificate, error);
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(&self.certificate)
-            .and_then(Iterator::collect)
-            .map_err(|error| bad_chain(&error))?;
-        if chain.is_empty() {
-            return Err(bad_chain(&"it holds no certificate"));
-        }
-        let bad_key = |error: &dyn std::fmt::Display| wrong("tls.key_file", &self.key, error);
-        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|error| bad_key(&error))?;
-        CertifiedKey::from_der(chain, key, provider).map_err(|error| bad_key(&error))
+        let certificate = PemFile::read("tls.certificate_file", &self.certificate)?;
+        let key = PemFile::read("tls.key_file", &self.key)?;
+        CertifiedKey::from_der(certificate.certificates()?, key.private_key()?, provider)
+            .map_err(|error| key.error(error))
     }
 
-    /// Links are followed: a mounted secret is a link that is put elsewhere.
+    /// Follows symbolic links: a mounted Kubernetes secret is a link, which is replaced at an update.
     fn changed_at(&self) -> [Option<SystemTime>; 2] {
         [&self.certificate, &self.key]
             .map(|path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok())

@@ -1,4 +1,4 @@
-//! What a device may send: frames and bytes a second, in eight bytes a session.
+//! Limits on the frames and bytes per second that a device sends. They take eight bytes per session.
 
 use std::time::Duration;
 
@@ -13,24 +13,24 @@ pub struct Upstream {
     bytes: Rate,
 }
 
-/// What a session has left of them.
+/// A session's token buckets.
 #[derive(Debug, Default)]
 pub struct Spent {
     frames_full_at_us: u32,
     bytes_full_at_us: u32,
 }
 
-/// A frame too many.
+/// A device has exceeded a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exceeded {
-    /// Which limit.
+    /// The limit.
     pub limit: Limit,
-    /// For people.
+    /// Reason for the Error frame.
     pub text: &'static str,
 }
 
 impl Upstream {
-    /// As configured.
+    /// Creates the limits from the configuration.
     pub fn new(limits: &LimitsConfig) -> Self {
         let burst = Duration::from_secs(limits.upstream_burst_seconds);
         Self {
@@ -39,10 +39,10 @@ impl Upstream {
         }
     }
 
-    /// A frame of so many bytes came. `now_us` is asked only where there is a limit.
+    /// Counts a received frame of this many bytes. `now_us` is called only if a limit is configured.
     ///
     /// # Errors
-    /// It is one too many.
+    /// The frame exceeds a limit.
     pub fn frame(
         &self,
         spent: &mut Spent,

@@ -1,6 +1,6 @@
-//! One coarse timing wheel for all sessions: slots of a second. A session says when it wants to look
-//! at the clock; that costs a store. The wheel moves it to that slot when its old one comes round,
-//! and only a session that is due is woken.
+//! A coarse timing wheel for the clock ticks of all sessions, with slots of a second. To set its next tick, a session
+//! only stores the time. The wheel moves the session to that slot when its old slot comes round, and wakes only
+//! sessions whose tick is due.
 
 use std::sync::Arc;
 
@@ -9,22 +9,22 @@ use parking_lot::Mutex;
 
 use crate::handle::Handle;
 
-/// Sessions that are due later than this many seconds are looked at in between.
+/// Number of slots, seconds. Sessions that are due later are revisited in between.
 const SLOTS: usize = 512;
 
-/// All sessions by the second at which they are looked at.
+/// The sessions, by the second of their slot.
 #[derive(Debug)]
 pub struct Wheel {
     slots: Vec<Mutex<Vec<Arc<Handle>>>>,
 }
 
 impl Wheel {
-    /// Without sessions.
+    /// Creates an empty wheel.
     pub fn new() -> Self {
         Self { slots: (0..SLOTS).map(|_| Mutex::default()).collect() }
     }
 
-    /// Sets when a session wants to look at the clock.
+    /// Sets when a session's next tick is due.
     pub fn set_due(&self, handle: &Arc<Handle>, due: Seconds, now: Seconds) {
         if handle.set_due(due) {
             self.remove(handle);
@@ -32,8 +32,8 @@ impl Wheel {
         }
     }
 
-    /// Takes a session off, so that one that is over takes no memory until its time comes. One that
-    /// [`Self::turn`] holds at that moment stays until then.
+    /// Removes a session, so that one that has ended takes no memory until its slot comes round. One that a concurrent
+    /// [`Self::turn`] has taken stays until then.
     pub fn remove(&self, handle: &Arc<Handle>) {
         let at = handle.slotted();
         let mut slot = self.slots[at as usize % SLOTS].lock();
@@ -49,11 +49,11 @@ impl Wheel {
         }
     }
 
-    /// A second has passed: wakes who is due.
+    /// Advances by a second, and wakes the sessions whose tick is due.
     pub fn turn(&self, now: Seconds) {
         let slot = std::mem::take(&mut *self.slots[now as usize % SLOTS].lock());
         for handle in slot {
-            // An entry that was overtaken by an earlier one of the same session is dropped.
+            // Drops an entry that an earlier slot of the same session has superseded.
             if handle.slotted() > now || handle.is_over() {
                 continue;
             }
@@ -66,7 +66,7 @@ impl Wheel {
         }
     }
 
-    /// Sessions on it.
+    /// Number of sessions on the wheel.
     pub fn entries(&self) -> usize {
         self.slots.iter().map(|slot| slot.lock().len()).sum()
     }

@@ -1,10 +1,10 @@
-//! A member of the consumers' group, as a typestate: [`Consuming`] takes records, [`Draining`] only
-//! commits and gives back, [`Done`] has left the group.
+//! A member of the consumer group, as a typestate: [`Consuming`] takes records, [`Draining`] only commits and gives
+//! partitions back, [`Done`] has left the group.
 //!
-//! librdkafka asks before it takes a partition away, and waits for the answer: [`Event::Revoked`] is
-//! the question, [`Consumer::release`] the answer, and what lies between is draining. Nothing blocks:
-//! the callbacks only leave a note. Each partition has a queue of its own, so a partition whose
-//! records cannot be taken is simply not asked, and bulk never stands before what is urgent.
+//! librdkafka reports that a partition is revoked ([`Event::Revoked`]) and waits until the application answers
+//! ([`Consumer::release`]); in between, the partition is drained. Nothing blocks: the callbacks only queue an event.
+//! Each partition has its own queue, so that a partition without room is not read, and bulk records never delay
+//! urgent ones.
 
 use std::collections::{HashMap, VecDeque};
 use std::marker::PhantomData;
@@ -28,14 +28,14 @@ use crate::context::{Callbacks, Told};
 use crate::stuck::{Next, Stuck};
 use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ffi};
 
-/// How long to wait for an answer of Kafka's before it counts as away.
+/// How long to wait for an answer of Kafka before it counts as unavailable.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a commit may take before it counts as failed. It may have been made: the next one repeats it.
+/// How long a commit may take before it counts as failed. It may have succeeded; the next commit repeats it.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(30);
-/// Metadata of one commit: the broker writes all of its partitions as one batch, of 1 MiB at most.
+/// Bound of the metadata of one commit: the broker writes all its partitions as one batch, of at most 1 MiB.
 const METADATA_BATCH_BYTES_MAX: usize = 256 * 1024;
 
-/// A partition of a topic of the group.
+/// A partition of a topic.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Partition {
     /// The topic's name.
@@ -44,7 +44,7 @@ pub struct Partition {
     pub number: i32,
 }
 
-/// A record as it was taken, copied out of librdkafka's memory.
+/// A record, copied out of librdkafka's memory.
 #[derive(Debug, Clone)]
 pub struct Record {
     /// The topic's name.
@@ -53,7 +53,7 @@ pub struct Record {
     pub partition: i32,
     /// Its offset.
     pub offset: i64,
-    /// The epoch of the leader that wrote it; -1 where the broker does not tell.
+    /// The epoch of the leader that wrote it; -1 if the broker does not report it.
     pub leader_epoch: i32,
     /// When the business produced it (or the broker appended it), ms since the Unix epoch.
     pub timestamp_ms: Option<i64>,
@@ -66,13 +66,13 @@ pub struct Record {
 }
 
 impl Record {
-    /// The first header of this name, in any case.
+    /// The first header of this name, ignoring case.
     pub fn header(&self, name: &str) -> Option<&[u8]> {
         let found = self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
         found.map(|(_, value)| &**value)
     }
 
-    /// Bytes that it takes in memory, about: headers are a sender's, too, and there may be thousands.
+    /// Approximate size in memory, bytes, with the headers, of which a producer may send thousands.
     pub fn bytes(&self) -> usize {
         let header = |(name, value): &(String, Bytes)| 64 + name.len() + value.len();
         let headers: usize = self.headers.iter().map(header).sum();
@@ -83,69 +83,69 @@ impl Record {
 /// An event of the group or the broker.
 #[derive(Debug)]
 pub enum Event {
-    /// These partitions are for this member; answer with [`Consumer::assign`].
+    /// Partitions were assigned; answer with [`Consumer::take_up`].
     Assigned(Vec<Partition>),
-    /// These are to be given back; answer with [`Consumer::release`] once they are drained.
+    /// Partitions were revoked; answer with [`Consumer::release`] once they are drained.
     Revoked {
-        /// Which.
+        /// The partitions.
         partitions: Vec<Partition>,
-        /// Somebody else already has them: there is nothing to drain or commit.
+        /// Another member already has them: nothing can be committed.
         lost: bool,
     },
-    /// A commit was answered: how many shards of how many partitions its metadata had no room for.
+    /// A commit was answered, with the number of shards that did not fit into its metadata.
     Committed(Result<usize, Error>),
     /// An error that librdkafka retries by itself: no broker, an unknown topic, a lost coordinator.
     Trouble(Error),
-    /// This member cannot go on (fenced by another with its name, not allowed): end the process.
+    /// This member cannot continue (fenced by another one of its name, or not authorized): end the process.
     Fatal(String),
 }
 
 /// Takes records.
 #[derive(Debug)]
 pub struct Consuming;
-/// Takes nothing more; commits and gives back.
+/// Takes no records; commits and gives partitions back.
 #[derive(Debug)]
 pub struct Draining;
 /// Has left the group.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Done {
-    /// In order.
+    /// The group has answered.
     Left,
-    /// librdkafka did not finish in time, or could not; the group will notice by itself.
+    /// librdkafka did not finish in time, or failed. The group removes the member after its session timeout.
     Abandoned,
 }
 
-/// What to commit of a partition.
+/// The commit of a partition.
 #[derive(Debug, Clone)]
 pub struct Commit {
     /// The partition.
     pub partition: Partition,
     /// The next offset to read.
     pub offset: i64,
-    /// Kept beside the offset: an offset of another life of the topic is void.
+    /// Stored beside the offset. It identifies the topic, because an offset of a topic that was deleted is void.
     pub metadata: Metadata,
 }
 
-/// Where reading of an assigned partition begins.
+/// An assigned partition, and where to begin reading it.
 #[derive(Debug, Clone)]
 pub struct Assigned {
     /// The partition.
     pub partition: Partition,
-    /// Which life of the topic it is.
+    /// The topic that the offset belongs to.
     pub source: TopicSource,
-    /// The topic's id, where it is known.
+    /// The topic's id, if known.
     pub id: Option<Arc<str>>,
     /// The committed offset; `None`: from the log's start.
     pub start: Option<i64>,
-    /// State that the partition's former owner committed.
+    /// State that the partition's last owner committed.
     pub memory: Memory,
 }
 
 impl Assigned {
-    /// Decides where to begin. Only a different id proves that the topic was created anew: an absent id
-    /// proves nothing, and an id that appears where the offset was committed under the topic's name
-    /// belongs to that same topic, whose positions Redis stores under the name.
+    /// Decides where to begin. Only a different id proves that the topic was created anew. An absent id proves
+    /// nothing. An id that is new, for an offset that was committed under the topic's name, belongs to the same
+    /// topic, whose positions Redis stores under the name.
     fn of(partition: &Partition, now: Option<&str>, committed: Option<(i64, Metadata)>) -> Self {
         let fresh = |memory, start| {
             let source = match now {
@@ -181,15 +181,15 @@ impl Assigned {
 /// The bounds of a partition's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
-    /// The first offset that it still holds.
+    /// The first offset in the log.
     pub low: i64,
-    /// One past its last.
+    /// One past the last offset.
     pub high: i64,
-    /// The first offset that was written at or after the time asked for; `high` where none was.
+    /// The first offset at or after the requested time; `high` if there is none.
     pub since: i64,
 }
 
-/// An answer of Kafka's that may take seconds. Does not borrow the consumer.
+/// A future answer of Kafka, which may take seconds. Does not borrow the consumer.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
 
 /// Topics' ids by name.
@@ -198,7 +198,7 @@ pub type TopicIds = Pending<HashMap<String, String>>;
 /// Names of topics that do not exist.
 pub type MissingTopics = Pending<Vec<String>>;
 
-/// A member of the group.
+/// A member of the consumer group.
 pub struct Consumer<State = Consuming> {
     core: Core,
     state: PhantomData<State>,
@@ -209,50 +209,50 @@ struct Core {
     topics: Vec<Arc<str>>,
     queues: HashMap<Partition, PartitionQueue<Callbacks>>,
     member: Member,
-    /// The order in which partitions of a topic are asked; rotates.
+    /// The order in which partitions of a topic are read; it rotates.
     order: Vec<VecDeque<Partition>>,
     bell: Arc<Notify>,
     protocol: Protocol,
     was_assigned: bool,
     /// Partitions that cannot be fetched.
     stuck: HashMap<Partition, Stuck>,
-    /// The broker has told topics' ids.
+    /// Whether the broker has reported topic ids.
     gives_ids: Arc<AtomicBool>,
-    /// Bytes of metadata that the broker is known to take beside an offset.
+    /// Bytes of metadata that the broker accepts beside an offset, as far as known.
     metadata_bytes_max: Arc<AtomicUsize>,
 }
 
-/// How the group balances, from what is asked for first to what every broker has.
+/// How the group balances, from the preferred protocol to the one that every broker supports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Protocol {
-    /// KIP-848, each topic's partitions shared out evenly. The broker's own choice (`uniform`) balances
-    /// the sum over all topics: one of two members may get every partition of the one with traffic.
+    /// KIP-848 with the assignor that distributes each topic evenly. The default (`uniform`) balances the sum over
+    /// all topics, so that one of two members may get all partitions of the only busy topic.
     Range,
-    /// KIP-848 with whatever assignor the broker prefers.
+    /// KIP-848 with the broker's default assignor.
     Any,
-    /// Before KIP-848; range as well.
+    /// The classic protocol, with the range assignor.
     Classic,
 }
 
-/// librdkafka's consumer. Its drop leaves the group and waits until that is done, unless a request under way
-/// still holds it: then [`Member::leave`] does.
+/// librdkafka's consumer. Dropping it leaves the group and waits until that is done, unless a request under way still
+/// holds it; [`Member::leave`] leaves in any case.
 struct Member {
     inner: Arc<BaseConsumer<Callbacks>>,
     callbacks: Callbacks,
 }
 
 impl Member {
-    /// Drops a partition's prefetched records and librdkafka's state of its last failure.
+    /// Drops a partition's prefetched records, and librdkafka's record of its last failure.
     fn fetch_afresh(&self, partition: &Partition) {
         let mut list = TopicPartitionList::new();
         list.add_partition(&partition.topic, partition.number);
         let afresh = self.inner.pause(&list).and_then(|()| self.inner.resume(&list));
         if let Err(error) = afresh {
-            tracing::debug!(%error, topic = &*partition.topic, "cannot fetch afresh");
+            tracing::debug!(%error, topic = &*partition.topic, "cannot restart fetching");
         }
     }
 
-    /// Where the next record of a partition would be; `None`: not known.
+    /// The offset of the next record of a partition; `None`: unknown.
     fn position(&self, partition: &Partition) -> Option<i64> {
         let of = |list: Result<TopicPartitionList, KafkaError>| {
             let list = list.ok()?;
@@ -265,13 +265,13 @@ impl Member {
         of(self.inner.position()).or_else(|| of(self.inner.assignment()))
     }
 
-    /// Leaves the group, and waits until that is done, whoever else holds librdkafka's consumer: a request
-    /// under way does, for as long as its answer takes. False: librdkafka cannot close it.
+    /// Leaves the group, and waits until that is done, even if a request under way holds librdkafka's consumer.
+    /// Returns false if librdkafka cannot close it.
     fn leave(self) -> bool {
         let shared = Arc::clone(&self.inner);
         drop(self);
         match Arc::try_unwrap(shared) {
-            // Its drop closes it.
+            // Dropping it closes it.
             Ok(only) => drop(only),
             Err(shared) => {
                 if shared.close_queue().is_err() {
@@ -287,8 +287,7 @@ impl Member {
 }
 
 impl Drop for Member {
-    /// Nobody will answer rebalances any more, neither those to come nor one that is pending:
-    /// without an answer, leaving would wait for ever.
+    /// Lets the callbacks answer the pending rebalance and later ones: without an answer, leaving would wait for ever.
     fn drop(&mut self) {
         self.callbacks.close();
         let held = self.inner.assignment();
@@ -302,7 +301,7 @@ impl Drop for Member {
 }
 
 impl Consumer<Consuming> {
-    /// Joins the group for these topics, most urgent first. Brokers that are away are found later.
+    /// Joins the group for these topics, the most urgent first. Brokers need not be available yet.
     ///
     /// # Errors
     /// [`Error::Config`].
@@ -329,8 +328,8 @@ impl Consumer<Consuming> {
         Ok(Self { core, state: PhantomData })
     }
 
-    /// Takes up to `max` records of a topic (by its place in the list given at start) into `out`,
-    /// partition by partition in turn, from those that `wanted` names. Never waits; how many.
+    /// Takes up to `max` records of a topic (by its index in the list given at start) into `out`, from the partitions
+    /// that `wanted` selects, in turn. Never waits. Returns how many.
     pub fn take(
         &mut self,
         topic: usize,
@@ -370,14 +369,14 @@ impl Consumer<Consuming> {
         out.len() - before
     }
 
-    /// Takes no more records from now on.
+    /// Stops taking records.
     pub fn drain(self) -> Consumer<Draining> {
         Consumer { core: self.core, state: PhantomData }
     }
 }
 
 impl Consumer<Draining> {
-    /// Leaves the group, for at most `timeout`; what is still assigned is given back as it is.
+    /// Leaves the group, within `timeout`. Partitions that are still assigned are given back.
     pub async fn finish(self, timeout: Duration) -> Done {
         let Core { queues, member, .. } = self.core;
         drop(queues);
@@ -389,8 +388,8 @@ impl Consumer<Draining> {
 }
 
 impl<State> Consumer<State> {
-    /// The next event, if there is one. Call it at least every few minutes, or the group takes the
-    /// partitions away. Never waits.
+    /// Returns the next event, if there is one. Never waits. Call it at least every few minutes, or the group revokes
+    /// the partitions.
     pub fn poll(&mut self) -> Option<Event> {
         loop {
             if let Some(told) = self.core.member.callbacks.next() {
@@ -402,10 +401,10 @@ impl<State> Consumer<State> {
                         return Some(event);
                     }
                 }
-                // Every partition was split off before it was assigned, so none can be here.
+                // Every partition got its own queue before it was assigned, so no record can be here.
                 Some(Ok(message)) => {
                     let (topic, partition) = (message.topic().to_owned(), message.partition());
-                    tracing::error!(topic, partition, "record in the common queue");
+                    tracing::error!(topic, partition, "unexpected record in the common queue");
                     let error = Error::Refused(format!("{topic}/{partition}: queue was not split"));
                     return Some(Event::Trouble(error));
                 }
@@ -419,21 +418,21 @@ impl<State> Consumer<State> {
         })
     }
 
-    /// Waits until there may be something to poll or to take.
+    /// Waits until there may be an event or a record.
     pub async fn ready(&self) {
         self.core.bell.notified().await;
     }
 
-    /// A handle for waiting while the consumer itself is in use: what [`Self::ready`] awaits.
+    /// The notification that [`Self::ready`] awaits, for waiting while the consumer is borrowed.
     pub fn bell(&self) -> Arc<Notify> {
         Arc::clone(&self.core.bell)
     }
 
-    /// Goes back, or on, to an offset: the next record taken is the first at or after it. What was
-    /// prefetched is dropped. Takes up to 5 s (a few ms where the broker answers).
+    /// Seeks to an offset: the next record taken is the first one at or after it. Prefetched records are dropped.
+    /// Takes up to 5 s (a few ms if the broker answers).
     ///
     /// # Errors
-    /// The partition is not assigned, or it took too long.
+    /// The partition is not assigned, or the seek took too long.
     pub fn seek(&self, partition: &Partition, offset: i64) -> Pending<()> {
         let inner = Arc::clone(&self.core.member.inner);
         let partition = partition.clone();
@@ -471,7 +470,7 @@ impl<State> Consumer<State> {
             };
             let since = match at(since_ms.max(0))? {
                 Some(offset) => offset,
-                // A log without timestamps, or a broker that does not look at them, tells nothing.
+                // The log has no timestamps, or the broker does not look them up.
                 None if since_ms > 0 && at(0)?.is_some() => high,
                 None => low,
             };
@@ -480,12 +479,12 @@ impl<State> Consumer<State> {
         Box::pin(async move { blocking(reach).await?.map_err(|e: KafkaError| Error::from(e)) })
     }
 
-    /// Where to begin reading each of these partitions: at its committed offset, or at the log's start if
-    /// there is no commit or the topic was created anew since. Pass the result to [`Self::take_up`] to
-    /// answer [`Event::Assigned`].
+    /// Finds where to begin reading each of these partitions: at its committed offset, or at the start of the log if
+    /// there is none or the topic was created anew. Pass the result to [`Self::take_up`] to answer
+    /// [`Event::Assigned`].
     ///
     /// # Errors
-    /// The coordinator did not answer in time; ask again.
+    /// The coordinator did not answer in time; try again.
     pub fn plan(&self, partitions: &[Partition]) -> Pending<Vec<Assigned>> {
         let (ids, committed) = (self.topic_ids(), self.committed(partitions));
         let partitions = partitions.to_vec();
@@ -499,10 +498,10 @@ impl<State> Consumer<State> {
         })
     }
 
-    /// Accepts partitions as planned.
+    /// Answers [`Event::Assigned`]: begins to read partitions where [`Self::plan`] has found.
     ///
     /// # Errors
-    /// librdkafka refuses, as where they have been taken away meanwhile.
+    /// librdkafka refuses, for example because they were revoked meanwhile.
     pub fn take_up(&mut self, planned: &[Assigned]) -> Result<(), Error> {
         let mut list = TopicPartitionList::new();
         let mut partitions = Vec::with_capacity(planned.len());
@@ -520,8 +519,8 @@ impl<State> Consumer<State> {
         Ok(())
     }
 
-    /// Answers an assignment that is revoked before it was taken up; call [`Self::release`] afterwards.
-    /// No record of the partitions may be taken in between.
+    /// Answers an assignment that was revoked before it was taken up. Call [`Self::release`] afterwards; take no
+    /// record of the partitions in between.
     ///
     /// # Errors
     /// librdkafka refuses.
@@ -531,10 +530,10 @@ impl<State> Consumer<State> {
         self.take_up(&planned)
     }
 
-    /// Gives partitions back. Their records and commits are over.
+    /// Gives partitions back. Nothing can be committed for them afterwards.
     ///
     /// # Errors
-    /// librdkafka refuses, as where the partitions are not assigned.
+    /// librdkafka refuses, for example because the partitions are not assigned.
     pub fn release(&mut self, partitions: &[Partition]) -> Result<(), Error> {
         for partition in partitions {
             self.core.queues.remove(partition);
@@ -554,9 +553,8 @@ impl<State> Consumer<State> {
         Ok(())
     }
 
-    /// Asks to commit; [`Event::Committed`] is the answer. One at a time: each holds a thread until
-    /// it is answered, because librdkafka tells of an asynchronous commit only to those who have set
-    /// a callback for it, and the binding sets none.
+    /// Starts a commit; [`Event::Committed`] is the answer. Make one at a time: each blocks a thread until it is
+    /// answered, because the rdkafka crate sets no callback for asynchronous commits.
     pub fn commit(&self, commits: Vec<Commit>) {
         let work = self.committing(commits);
         let (callbacks, bell) = (self.core.member.callbacks.clone(), self.bell());
@@ -566,11 +564,10 @@ impl<State> Consumer<State> {
         }));
     }
 
-    /// Commits and waits for the answer, for at most `timeout`; how many shards the metadata had no
-    /// room for.
+    /// Commits, and waits up to `timeout` for the answer. Returns how many shards did not fit into the metadata.
     ///
     /// # Errors
-    /// It was not committed, or it is not known.
+    /// The commit failed, or its outcome is unknown.
     pub fn commit_and_wait(&self, commits: Vec<Commit>, timeout: Duration) -> Pending<usize> {
         let work = self.committing(commits);
         Box::pin(async move {
@@ -590,10 +587,11 @@ impl<State> Consumer<State> {
         move || commit(&inner, commits, &bytes_max)
     }
 
-    /// The ids of the group's topics; empty where the broker gives none. Shows that a broker answers.
+    /// Requests the ids of the group's topics; the answer is empty if the broker has none. It also shows that a
+    /// broker answers.
     ///
     /// # Errors
-    /// None answered in time.
+    /// No broker answered in time.
     pub fn topic_ids(&self) -> TopicIds {
         let inner = Arc::clone(&self.core.member.inner);
         let topics: Vec<String> = self.core.topics.iter().map(|t| t.to_string()).collect();
@@ -613,18 +611,18 @@ impl<State> Consumer<State> {
         Box::pin(async move { blocking(ask).await? })
     }
 
-    /// Whether the group balances by the classic protocol.
+    /// Whether the group uses the classic protocol.
     pub fn is_classic(&self) -> bool {
         self.core.protocol == Protocol::Classic
     }
 
-    /// Whether each topic's partitions are shared out evenly; else the broker balances the sum.
+    /// Whether each topic's partitions are distributed evenly; otherwise the sum over all topics is.
     pub fn is_range(&self) -> bool {
         self.core.protocol != Protocol::Any
     }
 
-    /// The partitions that cannot be fetched, and why. One whose cause is no longer reported is fetched
-    /// again, and removed if that reports nothing. Call it about once a second.
+    /// The partitions that cannot be fetched, with the causes. If a cause is no longer reported, the partition is
+    /// fetched again, and removed if that succeeds. Call it about once a second.
     pub fn stuck(&mut self) -> &HashMap<Partition, Stuck> {
         let now = Instant::now();
         let member = &self.core.member;
@@ -645,7 +643,7 @@ impl<State> Consumer<State> {
         let gives_ids = Arc::clone(&self.core.gives_ids);
         let ask = move || {
             let (client, timeout) = (inner.client(), PATIENCE);
-            // Brokers that give ids can describe topics; librdkafka's in-process broker cannot.
+            // A broker with topic ids can describe topics; librdkafka's in-process broker cannot.
             if gives_ids.load(Ordering::Relaxed) {
                 return ffi::missing_topics(client, &topics, timeout);
             }
@@ -656,13 +654,13 @@ impl<State> Consumer<State> {
         Box::pin(async move { blocking(ask).await? })
     }
 
-    /// How far each partition has been written, for the lag; -1 where it is not known yet.
+    /// The end of a partition's log, for the lag; -1 if unknown.
     pub fn high_watermark(&self, partition: &Partition) -> i64 {
         let inner = &self.core.member.inner;
         ffi::cached_high_watermark(inner.client(), &partition.topic, partition.number)
     }
 
-    /// The committed offsets, each with what was kept beside it.
+    /// The committed offsets with their metadata.
     fn committed(&self, partitions: &[Partition]) -> Pending<HashMap<Partition, (i64, Metadata)>> {
         let inner = Arc::clone(&self.core.member.inner);
         let topics = self.core.topics.clone();
@@ -708,7 +706,7 @@ impl Core {
         list.into_iter().map(partition).collect()
     }
 
-    /// Notes that a record or a batch cannot be fetched. Logs each cause once.
+    /// Records that a partition cannot be fetched. Each cause is logged once.
     fn cannot_fetch(&mut self, partition: &Partition, error: &KafkaError) {
         let cause = error
             .rdkafka_error_code()
@@ -721,11 +719,11 @@ impl Core {
         }
         let offset = self.member.position(partition);
         let (topic, number) = (&*partition.topic, partition.number);
-        tracing::error!(topic, partition = number, offset, cause, "a partition cannot be fetched");
+        tracing::error!(topic, partition = number, offset, cause, "cannot fetch a partition");
         self.stuck.insert(partition.clone(), Stuck::new(offset, cause, now));
     }
 
-    /// A broker that does not offer what is asked for says so once, fatally: start over with less.
+    /// A broker reports a protocol that it does not support once, as a fatal error: starts again with the next one.
     fn trouble(&mut self, error: KafkaError) -> Option<Event> {
         let fatal = self.member.inner.client().fatal_error();
         let Some((code, reason)) = fatal else {
@@ -747,7 +745,10 @@ impl Core {
         };
         match less {
             Protocol::Classic => {
-                tracing::info!(reason, "the broker has no KIP-848 groups: classic protocol");
+                tracing::info!(
+                    reason,
+                    "broker does not support KIP-848 groups, using the classic protocol"
+                );
             }
             _ => tracing::warn!(
                 reason,
@@ -767,8 +768,7 @@ impl Core {
         }
     }
 
-    /// Gives each partition a queue of its own. Before it is assigned: so no record ever goes to the
-    /// common queue.
+    /// Gives each partition its own queue. Done before the assignment, so that no record gets into the common queue.
     fn split(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             let Some(mut queue) =
@@ -804,11 +804,11 @@ fn create(
         .set("auto.offset.reset", "earliest")
         .set("isolation.level", "read_committed")
         .set("fetch.wait.max.ms", config.fetch_wait_max_ms.to_string())
-        // How long a full queue rests before it fetches again; the default adds up to a second.
+        // Pause of a full queue before it fetches again; the default is a second.
         .set("fetch.queue.backoff.ms", "5")
         .set("fetch.error.backoff.ms", "100")
         .set("queued.max.messages.kbytes", config.prefetch_kbytes_max.to_string())
-        // A topic that is created later is seen as soon.
+        // How soon a topic that is created later is found.
         .set("topic.metadata.refresh.interval.ms", "5000");
     match protocol {
         Protocol::Classic => client
@@ -853,14 +853,14 @@ fn copy(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Record {
     }
 }
 
-/// The topic of this name, without a copy of the name where the group has the topic.
+/// The shared name of a topic, without a copy if the group has the topic.
 fn named(topics: &[Arc<str>], name: &str) -> Arc<str> {
     let known = topics.iter().find(|topic| ***topic == *name);
     known.map_or_else(|| Arc::from(name), Arc::clone)
 }
 
-/// Commits; returns how many shards the metadata had no room for. A commit never fails for its metadata:
-/// if the broker refuses its size, this and all later commits carry less.
+/// Commits. Returns how many shards did not fit into the metadata. If the broker refuses the size of the metadata, it
+/// is reduced for this and all later commits, so that no commit fails for it.
 fn commit(
     member: &BaseConsumer<Callbacks>,
     mut commits: Vec<Commit>,
@@ -893,15 +893,14 @@ fn commit(
         commits = again.into_iter().map(|(commit, _)| commit).collect();
         if !commits.is_empty() {
             let less = bytes / 2;
-            tracing::warn!(bytes, less, "the broker takes less metadata beside an offset");
+            tracing::warn!(bytes, less, "broker refused the metadata's size, reducing it");
             bytes_max.fetch_min(less, Ordering::Relaxed);
         }
     }
     Ok(left_out)
 }
 
-/// The commits as librdkafka takes them, each with at most `bytes_max` of metadata, and how many
-/// shards each leaves out.
+/// The commits in librdkafka's format, each with at most `bytes_max` of metadata, and how many shards each leaves out.
 fn commit_list(
     commits: &[Commit],
     bytes_max: usize,

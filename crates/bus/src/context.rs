@@ -1,5 +1,4 @@
-//! librdkafka's callbacks: its log goes to ours, its errors become the state of the connection, and
-//! a rebalance becomes an event that waits for an answer.
+//! librdkafka's callbacks. They forward its log to ours, and turn errors and rebalances into events.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use rdkafka::types::RDKafkaRespErr;
 
 use crate::Error;
 
-/// A client that only logs.
+/// The callbacks of a client that only logs.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Logged;
 
@@ -39,19 +38,19 @@ fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     }
 }
 
-/// What librdkafka told a consumer.
+/// An event from a consumer's callbacks.
 #[derive(Debug)]
 pub(crate) enum Told {
-    /// These partitions are to be taken.
+    /// Partitions were assigned.
     Assign(Vec<(String, i32)>),
-    /// These are to be given back; `lost`: they already belong to somebody else.
+    /// Partitions were revoked; `lost`: another member already has them.
     Revoke { partitions: Vec<(String, i32)>, lost: bool },
     /// A commit was answered.
     Committed(Result<usize, Error>),
 }
 
-/// A consumer's callbacks. It does not answer a rebalance itself: librdkafka holds the partitions
-/// until somebody assigns or unassigns, which is what lets a revoked partition be drained first.
+/// A consumer's callbacks. They do not answer a rebalance: librdkafka waits for the answer, so that a revoked
+/// partition can be drained first.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Callbacks {
     told: Arc<Mutex<VecDeque<Told>>>,
@@ -70,12 +69,12 @@ impl Callbacks {
         self.told.lock().push_back(Told::Committed(result));
     }
 
-    /// From now on nobody answers: rebalances are answered in the callback.
+    /// From now on, rebalances are answered in the callback.
     pub(crate) fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
     }
 
-    /// Whether no broker could be reached since this was asked last.
+    /// Whether no broker was reachable since the last call.
     pub(crate) fn take_all_down(&self) -> bool {
         self.all_down.swap(false, Ordering::SeqCst)
     }

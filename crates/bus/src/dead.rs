@@ -1,4 +1,4 @@
-//! Dead letters: what was refused, as it came, with the reason beside it.
+//! Dead letters: refused records, unchanged, with the reason in headers.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::consumer::Record;
 use crate::producer::Company;
 use crate::{Error, KafkaConfig, Producer};
 
-/// Headers that a dead letter adds to those of its record; the last one only where the record was cut.
+/// Headers that a dead letter adds to those of its record; the last one only if the record was truncated.
 const HEADERS: [&str; 7] = [
     "barid-code",
     "barid-reason",
@@ -23,11 +23,11 @@ const HEADERS: [&str; 7] = [
 /// A refused record.
 #[derive(Debug, Clone)]
 pub struct DeadLetter<'a> {
-    /// As it was taken.
+    /// The original record.
     pub record: &'a Record,
-    /// The stable word.
+    /// The code of the refusal.
     pub code: &'a str,
-    /// For people.
+    /// The reason, for people.
     pub reason: &'a str,
 }
 
@@ -36,39 +36,39 @@ pub struct DeadLetter<'a> {
 pub struct DeadLetters {
     producer: Producer,
     topic: Arc<str>,
-    /// Size of the producer's queue, bytes. A larger letter would wait for room for ever.
+    /// Size of the producer's queue, bytes. A larger letter would never fit.
     queue_bytes: usize,
     dropped: IntCounter,
 }
 
-/// Bytes to which a letter that is too large for its topic is cut, step by step: first below Kafka's
-/// default limit of a megabyte, at last to the headers that describe the record.
+/// Sizes to which a letter that is too large for its topic is truncated, step by step: first below Kafka's default
+/// limit of a megabyte, at last to the headers that describe the record.
 const CUTS: [usize; 3] = [900_000, 64 * 1024, 0];
 
-/// How much of a record goes into its letter.
+/// How much of a record its letter contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cut {
     /// All of it.
     Whole,
-    /// Key and value, each cut to so many bytes; with 0 bytes, the original headers are dropped, too.
+    /// Key and value, each truncated to this many bytes; with 0, the original headers are dropped as well.
     To(usize),
-    /// The key, and the headers that say what it was.
+    /// The key, and the headers that describe the record.
     Headers,
 }
 
 impl DeadLetters {
-    /// Dead letters through `producer`; `dropped` counts those that their topic never takes.
+    /// Produces dead letters through `producer`; `dropped` counts those that Kafka refuses for good.
     pub fn new(producer: Producer, config: &KafkaConfig, dropped: IntCounter) -> Self {
         let queue_bytes = config.producer_queue_kbytes_max as usize * 1024;
         let topic = Arc::from(config.topics.dead.as_str());
         Self { producer, topic, queue_bytes, dropped }
     }
 
-    /// Produces a letter and waits until all replicas have it, for as long as that takes: original
-    /// key, bytes and headers, plus `barid-code`, `barid-reason` and where it came from. One that
-    /// is too large for the topic is cut, and `barid-truncated` says from how many bytes; one that the
-    /// topic refuses for another reason (a schema, a policy, no key where one is asked for) is cut to
-    /// its headers. What is refused even so is logged and counted, and its partition goes on (P6).
+    /// Produces a letter, and waits until all replicas have it, however long that takes. It has the original key,
+    /// value and headers, plus `barid-code`, `barid-reason` and where the record came from. A letter that is too
+    /// large for the topic is truncated, and `barid-truncated` has the original size. A letter that the topic refuses
+    /// for another reason (a schema, a policy, a missing key) is reduced to its headers. A letter that is refused
+    /// even then is logged and counted, and its partition continues (P6).
     pub async fn write(&self, letter: &DeadLetter<'_>) {
         let mut refused = match letter.record.bytes() < self.queue_bytes {
             true => self.send(letter, Cut::Whole, Company::Any).await,
@@ -77,9 +77,9 @@ impl DeadLetters {
         for bytes in CUTS {
             let (cut, company) = match refused {
                 Ok(()) => return,
-                // Cutting does not help where the topic refuses the record for another reason than size.
+                // Truncating does not help against a refusal for another reason than size.
                 Err(Error::Rejected(_)) if bytes > 0 => continue,
-                // It was alone already, and would have others rejected with it.
+                // It was in a batch of its own already, and would get other records rejected.
                 Err(Error::Rejected(_)) => (Cut::Headers, Company::Alone),
                 Err(_) => (Cut::To(bytes), Company::Any),
             };
@@ -126,8 +126,8 @@ impl DeadLetters {
         }
         // The original headers may be what makes the letter too large.
         if !matches!(cut, Cut::To(0) | Cut::Headers) {
-            // A dead letter that is produced again still has the headers of its former refusal. They are
-            // dropped: some readers take the first header of a name, some the last.
+            // A dead letter that is produced again still has the headers of its earlier refusal. They are dropped,
+            // because readers may use the first or the last header of a name.
             let original = record.headers.iter().filter(|(name, _)| !HEADERS.contains(&&**name));
             headers.extend(original.map(|(name, value)| (name.as_str(), &**value)));
         }
@@ -136,7 +136,7 @@ impl DeadLetters {
     }
 }
 
-/// A payload cut to `max` bytes.
+/// A payload, truncated to `max` bytes.
 fn truncate(payload: &Bytes, max: usize) -> Bytes {
     payload.slice(..payload.len().min(max))
 }

@@ -1,5 +1,5 @@
-//! librdkafka's in-process broker, for `barid dev` and for tests: it listens on TCP, so that any
-//! Kafka client can produce to it. It keeps everything in memory and forgets it at its end.
+//! librdkafka's in-process broker, for `barid dev` and for tests. It listens on TCP, so that any Kafka client can
+//! produce to it, and keeps everything in memory.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use rdkafka::producer::{BaseProducer, Producer as _};
 
 use crate::{Error, KafkaConfig, ffi};
 
-/// A running in-process broker; it ends when this is dropped.
+/// A running in-process broker, which is stopped on drop.
 pub struct EmbeddedKafka {
     // The broker belongs to this client.
     client: BaseProducer,
@@ -44,7 +44,7 @@ impl EmbeddedKafka {
     /// Creates a topic.
     ///
     /// # Errors
-    /// It exists.
+    /// The topic exists.
     pub fn create_topic(&self, name: &str, partitions: u16) -> Result<(), Error> {
         let Some(cluster) = self.client.client().mock_cluster() else {
             return Err(Error::Away("the in-process broker is gone".into()));
@@ -52,7 +52,7 @@ impl EmbeddedKafka {
         cluster.create_topic(name, i32::from(partitions), 1).map_err(Error::from)
     }
 
-    /// Answers the next `count` requests of a kind, by Kafka's API key, only after `delay`: for tests.
+    /// Delays the answers to the next `count` requests of a kind (by Kafka's API key) by `delay`; for tests.
     pub fn delay_answers(&self, api_key: i16, count: usize, delay: Duration) {
         ffi::delay_mock_answers(self.client.client(), api_key, count, delay);
     }

@@ -1,29 +1,29 @@
-//! What can go wrong with Kafka.
+//! Errors of Kafka.
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
-/// Kafka did not do what was asked.
+/// Why a request to Kafka failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A setting is wrong; nothing will help but another one.
+    /// A setting is invalid.
     #[error("kafka configuration: {0}")]
     Config(String),
-    /// No broker, or no leader of the partition, answered in time. Trying again may help.
+    /// No broker, or no leader of the partition, answered in time. A retry may succeed.
     #[error("kafka is away: {0}")]
     Away(String),
-    /// The record is larger than its topic, or this client, takes.
-    #[error("the record is larger than its topic takes")]
+    /// The record is larger than its topic, or this client, accepts.
+    #[error("the record is larger than its topic accepts")]
     TooLarge,
-    /// The broker refused, and an operator can fix it: a right or a topic is missing.
+    /// The broker refused, and an operator can fix it: a permission or a topic is missing.
     #[error("kafka refused: {0}")]
     Refused(String),
-    /// The topic does not take such a record, and never will.
-    #[error("the topic does not take the record: {0}")]
+    /// The topic will never accept this record.
+    #[error("the topic does not accept the record: {0}")]
     Rejected(String),
 }
 
 impl Error {
-    /// Whether it is worth waiting: a broker may come, or come back.
+    /// Whether waiting may help: a broker may become available.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Away(_))
     }

@@ -1,4 +1,4 @@
-//! The few things of librdkafka that the rdkafka crate does not wrap.
+//! Functions of librdkafka that the rdkafka crate does not wrap.
 #![allow(
     unsafe_code,
     reason = "leader epochs, topic ids and the mock cluster's delay exist only in the C interface; \
@@ -17,15 +17,15 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use crate::Error;
 
-/// The epoch of the leader that wrote a record; -1 where the broker does not tell.
+/// The epoch of the leader that wrote a record; -1 if the broker does not report it.
 pub(crate) fn leader_epoch(message: &BorrowedMessage<'_>) -> i32 {
     // SAFETY: the message is borrowed, so librdkafka's struct behind the pointer lives, and the
     // function only reads it.
     unsafe { sys::rd_kafka_message_leader_epoch(message.ptr()) }
 }
 
-/// Whether a broker names a controller that exists: only then does it describe topics. librdkafka's
-/// in-process broker does not, and would be waited for until the time is over.
+/// Whether a broker names an existing controller, without which it cannot describe topics. librdkafka's in-process
+/// broker names none; a request to describe topics would time out.
 ///
 /// # Errors
 /// No broker answered within `timeout`.
@@ -35,12 +35,12 @@ pub(crate) fn has_controller<C: ClientContext>(
     timeout: Duration,
 ) -> Result<bool, Error> {
     let metadata = client.fetch_metadata(topic, timeout)?;
-    // SAFETY: the client lives; after the metadata above the answer is at hand.
+    // SAFETY: the client lives; after the metadata above this does not wait.
     let controller = unsafe { sys::rd_kafka_controllerid(client.native_ptr(), 100) };
     Ok(metadata.brokers().iter().any(|broker| broker.id() == controller))
 }
 
-/// The ids of topics, base64; a topic that does not exist, or whose broker knows no ids, is absent.
+/// The ids of topics, base64. Topics that do not exist, or whose broker has no ids, are absent.
 /// Blocks for up to `timeout`.
 ///
 /// # Errors
@@ -54,11 +54,11 @@ pub(crate) fn topic_ids<C: ClientContext>(
     describe(client, topics, timeout, |event| unsafe { read_topic_ids(event) })
 }
 
-/// Those of `topics` that do not exist, or that cannot be seen (then the name has the reason behind it).
+/// The `topics` that do not exist or cannot be described (then the reason follows the name).
 /// Blocks for up to `timeout`.
 ///
 /// # Errors
-/// As of [`topic_ids`].
+/// As [`topic_ids`].
 pub(crate) fn missing_topics<C: ClientContext>(
     client: &Client<C>,
     topics: &[String],
@@ -68,7 +68,7 @@ pub(crate) fn missing_topics<C: ClientContext>(
     describe(client, topics, timeout, |event| unsafe { read_missing(event) })
 }
 
-/// Asks for the descriptions of topics and reads the answer.
+/// Requests the descriptions of topics, and reads the answer.
 fn describe<C: ClientContext, T>(
     client: &Client<C>,
     topics: &[String],
@@ -103,7 +103,7 @@ fn describe<C: ClientContext, T>(
             sys::rd_kafka_TopicCollection_destroy,
         );
         sys::rd_kafka_DescribeTopics(handle, collection.0, options.0, queue.0);
-        // A little later than the request itself gives up.
+        // A little longer than the request's own timeout.
         let event = sys::rd_kafka_queue_poll(queue.0, timeout_ms.saturating_add(500));
         if event.is_null() {
             return Err(Error::Away("no broker described the topics in time".into()));
@@ -209,7 +209,7 @@ unsafe fn is_zero(id: *const sys::rd_kafka_Uuid_t) -> bool {
     }
 }
 
-/// The last known end of a partition, from fetch answers, without asking; -1: not known.
+/// The last known end of a partition, from fetch responses, without a request; -1: unknown.
 pub(crate) fn cached_high_watermark<C: ClientContext>(
     client: &Client<C>,
     topic: &str,
@@ -231,12 +231,11 @@ pub(crate) fn cached_high_watermark<C: ClientContext>(
     if high < 0 { -1 } else { high }
 }
 
-/// Commits, and waits for the answer, for at most `timeout`: the partitions that were not committed, each
-/// with why. The binding's own call takes a commit that was refused for some of its partitions for done.
-/// A commit whose answer comes too late may have been made.
+/// Commits, and waits up to `timeout` for the answer. Returns the partitions that were refused, with the reasons; the
+/// rdkafka crate's own call reports success if only some are refused. After a timeout the commit may have succeeded.
 ///
 /// # Errors
-/// None was committed, or it is not known.
+/// No partition was committed, or the outcome is unknown.
 pub(crate) fn commit<C: ClientContext>(
     client: &Client<C>,
     list: &TopicPartitionList,
@@ -269,15 +268,15 @@ pub(crate) fn commit<C: ClientContext>(
         });
         let failed: Vec<_> = failed.collect();
         match sys::rd_kafka_event_error(event.0) {
-            // Where every partition was refused, librdkafka gives the last one's reason for all.
+            // If all partitions were refused, librdkafka reports the last one's reason.
             error if error != no_error && failed.is_empty() => Err(error.into()),
             _ => Ok(failed),
         }
     }
 }
 
-/// The metadata of a list's elements, in order: the binding panics where it is not UTF-8, and any
-/// tool may have written it.
+/// The metadata of a list's elements, in order. The rdkafka crate panics if it is not UTF-8, which another tool may
+/// have written.
 pub(crate) fn metadata(list: &TopicPartitionList) -> Vec<Vec<u8>> {
     // SAFETY: the list lives, and its elements' metadata is as long as they say.
     unsafe {
@@ -304,8 +303,8 @@ unsafe fn elements<'a>(
     }
 }
 
-/// The in-process broker answers the next `count` requests of a kind (by Kafka's API key) only after
-/// `delay`. False: the client has no mock cluster.
+/// Delays the in-process broker's answers to the next `count` requests of a kind (by Kafka's API key). Returns false
+/// if the client has no mock cluster.
 pub(crate) fn delay_mock_answers<C: ClientContext>(
     client: &Client<C>,
     api_key: i16,
@@ -334,8 +333,8 @@ pub(crate) fn delay_mock_answers<C: ClientContext>(
     true
 }
 
-/// The mock cluster of a client waits 3 s for further members of a new group; let it wait less.
-/// False: the client has no mock cluster.
+/// Shortens the time that a client's mock cluster waits for further members of a new group (3 s by default). Returns
+/// false if the client has no mock cluster.
 pub(crate) fn set_mock_rebalance_delay<C: ClientContext>(
     client: &Client<C>,
     delay: Duration,

@@ -1,5 +1,5 @@
-//! Computes what can be committed for a partition: every offset before the first unfinished one, and the
-//! positions that each shard must have at that commit. P1 rests on this file: keep it small.
+//! The ledger of a partition: computes the offset that may be committed, which is that of the first unfinished
+//! record, and the positions that shards must know at that commit. Promise P1 depends on this file: keep it small.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,27 +8,28 @@ use barid_core::LogPosition;
 /// The highest position that each shard, by number, has confirmed.
 pub type Confirmed = BTreeMap<u16, LogPosition>;
 
-/// The offsets of one partition in one assignment. Offsets that the log does not have (compacted,
-/// transaction markers) are never taken and hold nothing back.
+/// The offsets of one partition in one assignment. Offsets that the log does not contain (compacted records,
+/// transaction markers) are never taken, and do not delay a commit.
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
-    /// Taken, not finished.
+    /// Offsets that are taken and not finished.
     open: BTreeSet<i64>,
-    /// One past the highest offset taken; before any is, where the reading begins.
+    /// One past the highest offset taken; the start of the reading if none is.
     next: Option<i64>,
-    /// Covers every finished position below what may be committed. Never goes down, not even on a rewind:
-    /// if the partition moves during a repair, its next owner must still know what to repair.
+    /// Covers every finished position below the committable offset. It never decreases, even on a rewind: if the
+    /// partition moves to another purger during a repair, that one must know what to repair.
     confirmed: Confirmed,
 }
 
 impl Ledger {
-    /// A ledger of a partition that is read from `offset`, whose shards have confirmed so much.
+    /// Creates the ledger of a partition that is read from `offset`. `confirmed`: the positions that its shards have
+    /// confirmed.
     pub fn resume(offset: i64, confirmed: Confirmed) -> Self {
         Self { open: BTreeSet::new(), next: Some(offset), confirmed }
     }
 
-    /// An offset was taken from the log. They come in order; one that does not is refused, because
-    /// what may be committed would go back. False: refused.
+    /// Records that an offset was taken. Offsets must increase; returns false for one that does not, because the
+    /// committable offset would go back.
     pub fn take(&mut self, offset: i64) -> bool {
         if offset < 0 || self.next.is_some_and(|next| offset < next) {
             return false;
@@ -38,7 +39,7 @@ impl Ledger {
         true
     }
 
-    /// Marks an offset as done; these shards have confirmed these positions of it. False: it is not open.
+    /// Finishes an offset, whose shards have confirmed these positions. Returns false if it is not open.
     pub fn finish(
         &mut self,
         offset: i64,
@@ -54,14 +55,14 @@ impl Ledger {
         true
     }
 
-    /// Forgets what was taken from `offset` on: it will be taken again.
+    /// Forgets the offsets from `offset` on, which will be taken again.
     pub fn rewind(&mut self, offset: i64) {
         self.open.split_off(&offset);
         self.next = self.next.map(|next| next.min(offset));
     }
 
-    /// The offset to commit: the next one to read if the process died now. `None`: nothing was taken,
-    /// and it is not known where the reading begins.
+    /// The offset to commit, at which another purger would continue. `None`: nothing was taken, and the start of the
+    /// reading is unknown.
     pub fn committable(&self) -> Option<i64> {
         self.open.first().copied().or(self.next)
     }
@@ -76,7 +77,7 @@ impl Ledger {
         self.next
     }
 
-    /// Offsets taken and not finished.
+    /// Number of offsets that are taken and not finished.
     pub fn open(&self) -> usize {
         self.open.len()
     }

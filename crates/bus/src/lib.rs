@@ -1,6 +1,5 @@
-//! Kafka: the consumer that gives partitions back only when they are finished, the ledger of what
-//! may be committed, producers of receipts and dead letters, topics. What a record says is not its
-//! business; neither is what becomes of it.
+//! Access to Kafka: the consumer, which gives partitions back only when they are finished; the ledger of offsets that
+//! may be committed; producers of receipts and dead letters; topics. It knows nothing of what records contain.
 
 mod config;
 pub mod consumer;

@@ -15,15 +15,15 @@ use base64::engine::general_purpose::STANDARD_NO_PAD as BASE64;
 
 use crate::ledger::Confirmed;
 
-/// First offsets of leaders' epochs that are kept.
+/// Bound of the leader epochs that are kept.
 pub const EPOCHS_MAX: usize = 8;
 
-/// One life of a topic, as offsets and Redis's positions name it.
+/// The identity of a topic, in commits and in Redis's positions. A topic that is created anew has another id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum TopicSource {
     /// Its id (base64).
     Id(Arc<str>),
-    /// Its name: when its first offset was committed, the broker told no id.
+    /// Its name, if the broker reported no id when its first offset was committed.
     Name(Arc<str>),
 }
 
@@ -55,16 +55,16 @@ impl TopicSource {
 pub struct Memory {
     /// The highest position that each shard has confirmed.
     pub confirmed: Confirmed,
-    /// The first offset taken of each of the last leaders' epochs.
+    /// The first offset that was taken in each of the latest leader epochs.
     pub epochs: BTreeMap<i32, i64>,
 }
 
 /// A commit's metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {
-    /// The topic that the offset belongs to; `None` if the committer is no purger or left it out.
+    /// The topic that the offset belongs to; `None` if the commit was not made by a purger or does not contain it.
     pub source: Option<TopicSource>,
-    /// The topic's id, where it is known. Another id at the next assignment means another topic.
+    /// The topic's id, if known. Another id at the next assignment means that the topic was created anew.
     pub id: Option<Arc<str>>,
     /// State for the next owner.
     pub memory: Memory,

@@ -1,4 +1,4 @@
-//! Records out: idempotent, acknowledged by all replicas, sent at once.
+//! The producer: idempotent, acknowledged by all replicas, without lingering.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,28 +22,28 @@ use crate::{Error, KafkaConfig};
 pub struct Producer {
     config: Arc<KafkaConfig>,
     together: Arc<RwLock<Option<FutureProducer<Logged>>>>,
-    /// Puts each record into a batch of its own; made when it is first needed.
+    /// A client that puts each record into its own batch; created at first use.
     alone: Arc<RwLock<Option<FutureProducer<Logged>>>>,
     held: Arc<Mutex<BTreeMap<(Instant, u64), Refusal>>>,
 }
 
-/// With which others a record shares its batch. Kafka rejects whole batches for one of their records.
+/// Which records share a batch. Kafka rejects a whole batch for one of its records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Company {
-    /// Whichever are sent at the same time.
+    /// All records that are sent at the same time.
     Any,
-    /// None: what was rejected was this record.
+    /// None, so that a rejection concerns this record.
     Alone,
 }
 
-/// Why a record that has to be delivered is not yet.
+/// A record that waits for a retry.
 #[derive(Debug)]
 struct Refusal {
     topic: String,
     reason: String,
 }
 
-/// Records that are retried until Kafka takes them.
+/// The records that are being retried.
 #[derive(Debug, Clone)]
 pub struct Held {
     /// How many.
@@ -52,7 +52,7 @@ pub struct Held {
     pub topic: String,
     /// Why the oldest was not delivered.
     pub reason: String,
-    /// For how long the oldest has waited.
+    /// How long the oldest has waited.
     pub age: Duration,
 }
 
@@ -62,11 +62,11 @@ impl std::fmt::Debug for Producer {
     }
 }
 
-/// A record on its way out.
+/// A record to produce.
 pub(crate) type Out<'a> = FutureRecord<'a, [u8], [u8]>;
 
 impl Producer {
-    /// A producer; brokers that are away are found later.
+    /// Creates a producer. Brokers need not be available yet.
     ///
     /// # Errors
     /// [`Error::Config`].
@@ -76,12 +76,12 @@ impl Producer {
         Ok(Self { config, together, alone: Arc::default(), held: Arc::default() })
     }
 
-    /// Sends a record and waits until all replicas have it. Waits while the queue is full, for as
-    /// long as a delivery may take.
+    /// Sends a record, and waits until all replicas have it. Waits for room if the queue is full, up to the delivery
+    /// timeout.
     ///
     /// # Errors
-    /// It was not delivered: [`Error::Away`] after the delivery timeout, [`Error::TooLarge`],
-    /// [`Error::Refused`] and [`Error::Rejected`] at once.
+    /// [`Error::Away`] after the delivery timeout; [`Error::TooLarge`], [`Error::Refused`] and [`Error::Rejected`] at
+    /// once.
     pub async fn send(
         &self,
         topic: &str,
@@ -92,12 +92,12 @@ impl Producer {
         self.send_as_it_came(topic, Some(key), payload, headers, Company::Any).await
     }
 
-    /// As [`Self::send`], but retries for as long as Kafka is away, the topic is missing or the right to
-    /// write there; [`Self::held`] reports it meanwhile. A record that is rejected together with others is
-    /// sent once more, alone, which delays no other record.
+    /// As [`Self::send`], but retries while Kafka is unavailable or the topic or the permission to write is missing;
+    /// [`Self::held`] reports it meanwhile. A record that is rejected together with others is sent again in its own
+    /// batch, which delays no other record.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::Rejected`], [`Error::Config`]: no time will help.
+    /// [`Error::TooLarge`], [`Error::Rejected`] and [`Error::Config`], which no retry can fix.
     pub(crate) async fn send_until_delivered(
         &self,
         topic: &str,
@@ -131,7 +131,7 @@ impl Producer {
         Some(Held { records: held.len(), topic, reason, age: since.elapsed() })
     }
 
-    /// As [`Self::send`], of a record that may have had no key.
+    /// As [`Self::send`], for a record without a key, too.
     pub(crate) async fn send_as_it_came(
         &self,
         topic: &str,
@@ -167,7 +167,7 @@ impl Producer {
         }
     }
 
-    /// Queues a record; the future tells when all replicas have it.
+    /// Queues a record. The future resolves when all replicas have it.
     pub(crate) fn try_send(
         &self,
         topic: &str,
@@ -204,8 +204,7 @@ impl Producer {
         producer.send_result(record).map_err(|(error, _)| error)
     }
 
-    /// Waits until every queued record was delivered or given up; how many are still there at the
-    /// deadline.
+    /// Waits until every queued record is delivered or has failed. Returns how many are left at the deadline.
     pub async fn flush(&self, deadline: Instant) -> usize {
         loop {
             let left = [Company::Any, Company::Alone].map(|company| {
@@ -220,22 +219,22 @@ impl Producer {
         }
     }
 
-    /// An idempotent producer that lost track of its sequence numbers is of no further use: the next
-    /// record goes through a new one.
+    /// Replaces the client after a fatal error: an idempotent producer that has lost its sequence numbers cannot be
+    /// used again.
     fn failed(&self, company: Company, error: KafkaError) -> Error {
         let mut used = self.of(company).write();
         if let Some((code, reason)) = used.as_ref().and_then(|used| used.client().fatal_error()) {
-            tracing::warn!(%code, reason, "kafka producer made anew");
+            tracing::warn!(%code, reason, "replaced the kafka producer");
             match create(&self.config, company) {
                 Ok(fresh) => *used = Some(fresh),
-                Err(error) => tracing::error!(%error, "kafka producer cannot be made anew"),
+                Err(error) => tracing::error!(%error, "cannot replace the kafka producer"),
             }
         }
         error.into()
     }
 }
 
-/// A record that waits, as long as this lives.
+/// Registers a record as waiting, until it is dropped.
 struct Holding<'a> {
     producer: &'a Producer,
     key: (Instant, u64),
@@ -247,11 +246,11 @@ impl<'a> Holding<'a> {
         Self { producer, key: (Instant::now(), NEXT.fetch_add(1, Ordering::Relaxed)) }
     }
 
-    /// Logs only the first record that waits for a topic: all of them wait for the same reason.
+    /// Logs only the first record that waits for a topic.
     fn refused(&self, topic: &str, error: &Error) {
         let mut held = self.producer.held.lock();
         if !held.values().any(|refusal| refusal.topic == topic) {
-            tracing::warn!(%error, topic, "record not delivered, trying again");
+            tracing::warn!(%error, topic, "record not delivered, repeating it");
         }
         let refusal = Refusal { topic: topic.to_owned(), reason: error.to_string() };
         held.insert(self.key, refusal);

@@ -20,13 +20,13 @@ pub struct Receipts {
 }
 
 impl Receipts {
-    /// Receipts through `producer`; `dropped` counts those that [`Self::offer`] could not queue.
+    /// Produces receipts through `producer`; `dropped` counts those that are not delivered.
     pub fn new(producer: Producer, config: &KafkaConfig, dropped: IntCounter) -> Self {
         let topic = Arc::from(config.topics.receipts.as_str());
         Self { producer, topic, format: config.receipts_format, dropped }
     }
 
-    /// Queues a receipt if there is room, else drops and counts it. Never waits.
+    /// Queues a receipt if there is room; otherwise drops and counts it. Never waits.
     pub fn offer(&self, receipt: &Receipt) {
         let payload = encode_receipt(receipt, self.format);
         if self
@@ -38,21 +38,21 @@ impl Receipts {
         }
     }
 
-    /// Produces a receipt and waits until all replicas have it, for as long as that takes: while
-    /// Kafka is away, it waits. A receipt that Kafka rejects is logged and counted as dropped.
-    pub async fn tell(&self, receipt: &Receipt) {
+    /// Produces a receipt, and waits until all replicas have it, however long Kafka is unavailable. A receipt that
+    /// Kafka rejects is logged and counted as dropped.
+    pub async fn deliver(&self, receipt: &Receipt) {
         let payload = encode_receipt(receipt, self.format);
         let headers = self.headers();
         let key = Some(receipt.id.as_bytes());
         let (producer, topic) = (&self.producer, &self.topic);
         let sent = producer.send_until_delivered(topic, key, payload, &headers, Company::Any);
         if let Err(error) = sent.await {
-            tracing::error!(%error, id = receipt.id, "receipt cannot be produced");
+            tracing::error!(%error, id = receipt.id, "receipt rejected by kafka");
             self.dropped.inc();
         }
     }
 
-    /// Waits until what was offered is delivered; how many are not at the deadline.
+    /// Waits until all offered receipts are delivered. Returns how many are not at the deadline.
     pub async fn flush(&self, deadline: Instant) -> usize {
         self.producer.flush(deadline).await
     }

@@ -1,31 +1,31 @@
-//! Partitions that cannot be fetched: an unknown codec, a missing right, a damaged batch. librdkafka
-//! reports some of these causes at each attempt (ten times a second) and others once only, and never
+//! Partitions that cannot be fetched, because of an unknown codec, a missing permission or a damaged batch.
+//! librdkafka reports some of these causes at each attempt (ten times a second) and others only once, and never
 //! reports that a cause is gone.
 
 use std::time::{Duration, Instant};
 
-/// A cause that was not reported for so long is checked by another fetch.
+/// A cause that was not reported for this long is checked by another fetch.
 const SILENT: Duration = Duration::from_secs(3);
 
 /// Why a partition cannot be fetched.
 #[derive(Debug, Clone)]
 pub struct Stuck {
-    /// The offset that cannot be fetched; `None` if it is not known.
+    /// The offset that cannot be fetched; `None`: unknown.
     pub offset: Option<i64>,
-    /// For people.
+    /// The cause, for people.
     pub cause: String,
     /// When librdkafka last reported it.
     told: Instant,
-    /// When another fetch was started since then.
+    /// When a fetch was started to check it.
     asked: Option<Instant>,
 }
 
-/// What to do about a silent partition.
+/// The next step for a partition without a new report.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Next {
     /// Nothing yet.
     Wait,
-    /// Fetch again, so that librdkafka reports the cause again.
+    /// Fetch again, so that librdkafka reports the cause if it persists.
     Ask,
     /// Another fetch reported nothing: the partition can be fetched.
     Over,

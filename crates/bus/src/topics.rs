@@ -1,4 +1,4 @@
-//! Topics that have to be there.
+//! Creation of topics.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::consumer::Pending;
 use crate::context::Logged;
 use crate::{Error, KafkaConfig};
 
-/// Creates the topics of `config` that are missing; those that exist stay as they are.
+/// Creates the topics of `config` that are missing. Existing ones are not changed.
 ///
 /// # Errors
 /// No broker answered within `timeout`, or one refused.
 pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<(), Error> {
     let admin: AdminClient<Logged> =
         AdminClient::from_config_and_context(&config.overlay(config.client()), Logged)?;
-    // The cluster's default number of replicas, where the broker knows it (Kafka 2.4).
+    // -1 is the cluster's default number of replicas, which brokers know since Kafka 2.4.
     let replication = match config.replication {
         0 => -1,
         replicas => i32::from(replicas),
@@ -51,7 +51,7 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
     Ok(())
 }
 
-/// Asks for the cluster's metadata with a client of its own.
+/// Requests the cluster's metadata with a new client.
 ///
 /// # Errors
 /// No broker answers within 5 s.

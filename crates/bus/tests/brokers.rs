@@ -422,7 +422,7 @@ async fn hazard_69_a_record_that_its_topic_rejects_delays_no_other() {
     let producer = Producer::new(&config).unwrap();
     let receipts = Receipts::new(producer.clone(), &config, dropped());
     let receipt = Receipt { id: "1".into(), ..Default::default() };
-    let told = tokio::spawn(async move { receipts.tell(&receipt).await });
+    let told = tokio::spawn(async move { receipts.deliver(&receipt).await });
     let count = dropped();
     let dead = DeadLetters::new(producer.clone(), &config, count.clone());
     let record = |key: Option<&'static str>| Record {

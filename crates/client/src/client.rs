@@ -1,4 +1,4 @@
-//! The application's side: building a client, taking its messages, shutting it down.
+//! The client: its builder, its messages, and its shutdown.
 
 use std::any::Any;
 use std::collections::BTreeSet;
@@ -22,21 +22,21 @@ use crate::store::PositionStore;
 use crate::token::{Token, TokenError, TokenSource};
 use crate::trust::Trust;
 
-/// Why a handler did not handle a message.
+/// Why a handler failed to handle a message.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A running client. Dropping it ends the connection without a last acknowledgement being waited
-/// for; [`Client::shutdown`] is the polite way.
+/// A running client. Dropping it ends the connection without waiting for the last acknowledgement;
+/// [`Client::shutdown`] waits.
 #[derive(Debug)]
 pub struct Client {
     stop: CancellationToken,
     closed: watch::Receiver<Option<Closed>>,
     groups: watch::Sender<BTreeSet<GroupId>>,
-    /// Why the handler ended, if it panicked.
+    /// The handler's panic message, if it panicked.
     failed: Arc<OnceLock<String>>,
 }
 
-/// What a client is to be. Made by [`Client::builder`].
+/// The settings of a client. Created by [`Client::builder`].
 pub struct Builder {
     url: String,
     device: Option<String>,
@@ -52,11 +52,11 @@ pub struct Builder {
     groups: BTreeSet<String>,
 }
 
-/// Messages that are out at a time.
+/// Bound of the messages that the application has at a time.
 const AT_ONCE_MAX: usize = 100_000;
 impl Client {
-    /// Begins to describe a client of the cluster at `url`: `ws://HOST:PORT` or `wss://HOST`; the
-    /// path is `/v1/connect` unless the URL has one.
+    /// Creates a builder for a client of the cluster at `url`: `ws://HOST:PORT` or `wss://HOST`. The path is
+    /// `/v1/connect` unless the URL has one.
     pub fn builder(url: impl Into<String>) -> Builder {
         Builder {
             url: url.into(),
@@ -80,36 +80,36 @@ impl Client {
         }
     }
 
-    /// From now on also shows the messages of a group, which the token has to list; after reconnects as
-    /// well. The answer is an event. To subscribe twice does nothing.
+    /// Subscribes to a group, which the token must list, also after reconnects. The answer is an event. A repeated
+    /// subscription has no effect.
     ///
     /// # Errors
-    /// No group can have this name.
+    /// The name is not a valid group name.
     pub fn subscribe(&self, group: &str) -> Result<(), InvalidName> {
         let group = GroupId::new(group)?;
         self.groups.send_if_modified(|groups| groups.insert(group));
         Ok(())
     }
 
-    /// And no longer.
+    /// Ends the subscription to a group.
     ///
     /// # Errors
-    /// No group can have this name.
+    /// The name is not a valid group name.
     pub fn unsubscribe(&self, group: &str) -> Result<(), InvalidName> {
         let group = GroupId::new(group)?;
         self.groups.send_if_modified(|groups| groups.remove(&group));
         Ok(())
     }
 
-    /// Waits until the client is over: shut down, refused for good, or failed.
+    /// Waits until the client has ended: shut down, refused for good, or failed.
     pub async fn closed(&self) -> Closed {
         let mut closed = self.closed.clone();
         let ended = closed.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
         ended.unwrap_or_else(|| Closed::Failed("its task was ended".into()))
     }
 
-    /// Takes no further messages, lets the application finish those that it has (for
-    /// [`Builder::shutdown_timeout`] at most), sends the last acknowledgement and closes.
+    /// Stops receiving, waits up to [`Builder::shutdown_timeout`] until the application has finished its messages,
+    /// sends the last acknowledgement, and closes the connection.
     pub async fn shutdown(self) -> Closed {
         self.stop.cancel();
         self.closed().await
@@ -123,14 +123,14 @@ impl Drop for Client {
 }
 
 impl Builder {
-    /// Names the device among its user's; 1 to 64 bytes. May be left out if the token names it.
+    /// The device's name, 1 to 64 bytes. May be left out if the token names the device.
     #[must_use]
     pub fn device(mut self, device: impl Into<String>) -> Self {
         self.device = Some(device.into());
         self
     }
 
-    /// What kind of machine it is: free text, cut at 32 bytes; the operating system if not given.
+    /// The platform: free text, truncated to 32 bytes. Default: the operating system.
     #[must_use]
     pub fn platform(mut self, platform: impl Into<String>) -> Self {
         self.platform = platform.into();
@@ -140,8 +140,8 @@ impl Builder {
         self
     }
 
-    /// Where tokens come from. Asked at every connection attempt, and before a token that says
-    /// when it expires does so.
+    /// The callback that returns tokens. It is called at every connection attempt, and before a token with an expiry
+    /// time expires.
     #[must_use]
     pub fn token<F, Fut>(mut self, source: F) -> Self
     where
@@ -152,96 +152,93 @@ impl Builder {
         self
     }
 
-    /// Keeps the position somewhere; without, it is forgotten with the client, and the server's
-    /// memory of the device is used.
+    /// Stores the position. Without a store it is lost with the client, and the server's position of the device is
+    /// used.
     #[must_use]
     pub fn positions(mut self, store: impl PositionStore) -> Self {
         self.store = Some(Arc::new(store));
         self
     }
 
-    /// Told of everything that is not a message. Must return soon.
+    /// The callback for events. It must return soon.
     #[must_use]
     pub fn on_event(mut self, on_event: impl Fn(Event) + Send + Sync + 'static) -> Self {
         self.on_event = Arc::new(on_event);
         self
     }
 
-    /// The bounds of the wait before a reconnect, 1 ms to a day; 500 ms to 20 s if not given.
+    /// The bounds of the wait before a reconnect, 1 ms to a day. Default: 500 ms to 20 s.
     #[must_use]
     pub fn reconnect_between(mut self, min: Duration, max: Duration) -> Self {
         (self.timing.reconnect_min, self.timing.reconnect_max) = (min, max);
         self
     }
 
-    /// How long a connection attempt, up to the server's welcome, may take; 10 s if not given.
+    /// How long a connection attempt may take, up to the server's welcome. Default: 10 s.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.timing.connect = timeout;
         self
     }
 
-    /// How long an acknowledgement waits for others while further messages wait to be handled;
-    /// 20 ms if not given.
+    /// How long an acknowledgement waits for others while further messages are to be handled. Default: 20 ms.
     #[must_use]
     pub fn ack_delay(mut self, delay: Duration) -> Self {
         self.timing.ack_delay = delay;
         self
     }
 
-    /// How long [`Client::shutdown`] waits for the application; 5 s if not given.
+    /// How long [`Client::shutdown`] waits for the application. Default: 5 s.
     #[must_use]
     pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
         self.timing.shutdown = timeout;
         self
     }
 
-    /// How often to be pinged where nothing else is sent, as far as the server's bounds allow; as the
-    /// server likes if not given. Longer saves battery where the network keeps idle connections; shorter
-    /// notices sooner that it does not.
+    /// The ping interval, within the server's bounds. Default: the server's. A longer interval saves battery on a
+    /// network that keeps idle connections; a shorter one notices sooner that the network has dropped the connection.
     #[must_use]
     pub fn ping_interval(mut self, interval: Duration) -> Self {
         self.ping_interval = Some(interval);
         self
     }
 
-    /// Asks the server before each connection which nodes of a zone hold the fewest devices, and connects
-    /// to one of them; to the client's URL where that is not answered. An empty zone is the server's own.
-    /// For clusters whose nodes devices can reach one by one.
+    /// Before each connection, asks the server for the least loaded nodes of a zone, and connects to one of them, or
+    /// to the client's URL if the server does not answer. An empty zone is the server's own. Devices must be able to
+    /// reach the nodes directly.
     #[must_use]
     pub fn least_loaded(mut self, zone: impl Into<String>) -> Self {
         self.zone = Some(zone.into());
         self
     }
 
-    /// Trusts servers with these certificates, or with one that these signed (PEM, one or several), and no
-    /// others, where the URL begins with `wss:`; Mozilla's public ones if not given.
+    /// Trusts only these certificate authorities (PEM, one or several) for `wss:` URLs. Default: Mozilla's public ones.
     #[must_use]
     pub fn root_certificates(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.roots = Some(pem.into());
         self
     }
 
-    /// Shows the messages of a group as well, from the start: [`Client::subscribe`].
+    /// Subscribes to a group from the start; see [`Client::subscribe`].
     #[must_use]
     pub fn group(mut self, group: impl Into<String>) -> Self {
         self.groups.insert(group.into());
         self
     }
 
-    /// To how many bytes a compressed body may grow, up to 1 GiB; 16 MiB if not given.
+    /// Bound of a decompressed body, up to 1 GiB. Default: 16 MiB.
     #[must_use]
     pub fn body_bytes_max(mut self, max: usize) -> Self {
         self.body_bytes_max = max;
         self
     }
 
-    /// Starts a client that gives `handler` one message at a time, in order, and acknowledges it
-    /// when the handler returns `Ok`. After an error the message comes again, by the server's
-    /// re-sends, and nothing newer before it.
+    /// Starts a client that calls `handler` with one message at a time, in order, and acknowledges it when the
+    /// handler returns `Ok`. After an error the server sends the message again, and no newer message is shown before
+    /// it.
     ///
     /// # Errors
-    /// [`InvalidBuilder`]; that the server cannot be reached is no error, but an event.
+    /// A setting is invalid. An unreachable server is reported as an event instead.
     pub fn start<H, Fut>(self, handler: H) -> Result<Client, InvalidBuilder>
     where
         H: Fn(Message) -> Fut + Send + Sync + 'static,
@@ -254,7 +251,9 @@ impl Builder {
                 let (seq, id) = (message.seq, message.id.clone());
                 match AssertUnwindSafe(async { handler(message).await }).catch_unwind().await {
                     Ok(Ok(())) => ack.ack(),
-                    Ok(Err(error)) => tracing::warn!(%seq, id, %error, "message not handled"),
+                    Ok(Err(error)) => {
+                        tracing::warn!(%seq, id, %error, "handler failed, the message will be sent again")
+                    }
                     Err(panic) => {
                         let why = format!("the handler of message {seq}: {}", panic_text(&*panic));
                         let _ = failed.set(why);
@@ -266,8 +265,8 @@ impl Builder {
         Ok(client)
     }
 
-    /// Starts a client whose messages are taken and acknowledged by hand. At most `at_once`
-    /// (1 to 100,000) are out at a time.
+    /// Starts a client whose messages are received from [`Deliveries`] and acknowledged explicitly. The application
+    /// has at most `at_once` messages (1 to 100,000) at a time.
     ///
     /// # Errors
     /// As [`Builder::start`].
@@ -336,7 +335,7 @@ impl Builder {
             body_bytes_max: self.body_bytes_max,
             zone: self.zone,
             trust: trust.map_err(InvalidBuilder::Certificates)?,
-            // 0 would be the server's choice.
+            // 0 would mean the server's interval.
             ping_interval_ms: self.ping_interval.map_or(0, |interval| {
                 u32::try_from(interval.as_millis()).unwrap_or(u32::MAX).max(1)
             }),
@@ -344,7 +343,7 @@ impl Builder {
     }
 }
 
-/// The text of a panic.
+/// The message of a panic.
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));

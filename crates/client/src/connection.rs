@@ -1,4 +1,4 @@
-//! One socket: opening it, and frames in and out.
+//! A WebSocket connection: opening it, sending and receiving frames.
 
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -22,13 +22,13 @@ use crate::token::Token;
 use crate::trust::Trust;
 
 const SUBPROTOCOL: &str = "barid.v1.proto";
-/// Frames from the server: far above what a node sends at once.
+/// Bound of a frame from the server, far above what a node sends.
 const FRAME_BYTES_MAX: usize = 64 << 20;
-/// A frame that cannot be written for so long: the network is gone.
+/// If a frame cannot be written for this long, the network is lost.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A `Retry-After` beyond this is cut: a device must come back.
+/// Upper bound of a `Retry-After`, so that the device reconnects eventually.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
-/// How long the other side may take to answer a close.
+/// How long to wait for the answer to a close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open WebSocket.
@@ -37,7 +37,7 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects and authenticates. `trust`: instead of the public certificates.
+    /// Connects and authenticates. `trust` replaces the public authorities.
     pub(crate) async fn open(
         uri: &Uri,
         token: &Token,
@@ -66,8 +66,8 @@ impl Connection {
         }
     }
 
-    /// The next frame; what the WebSocket itself needs is answered inside. Cancel-safe.
-    /// `Ok(None)`: something came that is no frame, a ping.
+    /// Receives the next frame. Pings are answered. Cancel-safe.
+    /// `Ok(None)`: a message without a frame, such as a ping.
     pub(crate) async fn receive(&mut self) -> Result<Option<ServerFrame>, Disconnect> {
         match self.socket.next().await {
             Some(Ok(Message::Binary(bytes))) => {
@@ -95,7 +95,7 @@ impl Connection {
         }
     }
 
-    /// Closes, and waits a little for the answer: what was sent before has arrived then.
+    /// Closes, and waits briefly for the answer, which shows that everything before has arrived.
     pub(crate) async fn close(mut self, reason: &'static str) {
         let frame = CloseFrame { code: CloseCode::Normal, reason: reason.into() };
         let goodbye = async {
@@ -107,7 +107,7 @@ impl Connection {
     }
 }
 
-/// Refuses numbers that no node sends: they would overflow when incremented, or be refused when sent back.
+/// Refuses numbers that no node sends: they could overflow when incremented, or be refused when sent back.
 fn check_numbers(frame: &ServerFrame) -> Result<(), Disconnect> {
     use barid_wire::v1::server_frame::Control;
     let number = |what: &str, number: u64, max: u64| match number <= max {
@@ -164,7 +164,7 @@ fn failed(error: &tungstenite::Error) -> Disconnect {
     }
 }
 
-/// `wss://` needs a process-wide choice of cryptography; one that the application made stays.
+/// Installs the process-wide cryptography provider for `wss://`, unless the application has installed one.
 fn install_tls_provider() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -1,4 +1,4 @@
-//! A message on its way to the application, and its way back.
+//! Deliveries to the application, and their acknowledgement.
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -6,34 +6,36 @@ use tokio_util::sync::CancellationToken;
 use crate::inbox::Ticket;
 use crate::message::Message;
 
-/// Messages to be acknowledged by hand.
+/// The messages of a client with explicit acknowledgement.
 #[derive(Debug)]
 pub struct Deliveries {
     pub(crate) messages: mpsc::Receiver<Delivery>,
     pub(crate) stop: CancellationToken,
 }
 
-/// A message and the right to acknowledge it.
+/// A message with its acknowledgement.
 #[derive(Debug)]
 pub struct Delivery {
     /// The message.
     pub message: Message,
-    /// To be used once the message is safe with the application.
+    /// Acknowledges the message. Use it once the application has handled the message.
     pub ack: AckHandle,
 }
 
-/// Acknowledges one message (of a group: does nothing). Acknowledgements on the wire are cumulative: one is
-/// sent when every earlier message is acknowledged too. Dropped unused, the message comes again.
+/// Acknowledges one message (no effect for a group's message). Acknowledgements on the wire are cumulative: one is
+/// sent when every earlier message is acknowledged as well. If the handle is dropped unused, the server sends the
+/// message again, unless the mailbox has evicted it; then [`Event::Skipped`](crate::Event::Skipped) names its
+/// position.
 #[derive(Debug)]
 pub struct AckHandle {
-    /// `None`: of a group's message, which is not acknowledged.
+    /// `None` for a group's message, which is not acknowledged.
     ticket: Option<Ticket>,
     finished: mpsc::Sender<Finished>,
     handled: bool,
 }
 
 impl Deliveries {
-    /// The next message; `None`: the client is over or shutting down. Cancel-safe.
+    /// Receives the next message; `None`: the client has ended or is shutting down. Cancel-safe.
     pub async fn next(&mut self) -> Option<Delivery> {
         tokio::select! {
             biased;
@@ -52,7 +54,7 @@ impl AckHandle {
         Self { ticket, finished, handled: false }
     }
 
-    /// The message is handled and must not come again.
+    /// Marks the message as handled, so that it is not sent again.
     pub fn ack(mut self) {
         self.handled = true;
     }
@@ -60,15 +62,15 @@ impl AckHandle {
 
 impl Drop for AckHandle {
     fn drop(&mut self) {
-        // There is a place for every message that is out; a closed channel means a closed client.
+        // The channel has room for every message that the application has. If it is closed, the client has ended.
         let _ = self.finished.try_send(Finished { ticket: self.ticket, handled: self.handled });
     }
 }
 
-/// The application is done with a message, one way or the other.
+/// The application has handled a message, or gives it back.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    /// `None`: of a group's message.
+    /// `None` for a group's message.
     pub(crate) ticket: Option<Ticket>,
     pub(crate) handled: bool,
 }

@@ -1,4 +1,4 @@
-//! The task behind a client: connects, carries frames between socket and inbox, comes back.
+//! The task of a client: connects, passes frames between the connection and the inbox, and reconnects.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,17 +22,17 @@ use crate::message::{Message, unpack};
 use crate::reconnect::{Reconnect, next_attempt};
 use crate::settings::Settings;
 
-/// A connection that lived for so long was a good one: the next wait is a short one again.
+/// After a connection of this duration, the wait before a reconnect is short again.
 const HELD: Duration = Duration::from_secs(5);
-/// Acknowledgements are sent without delay when so many positions wait, whatever the server allows.
+/// An acknowledgement for this many positions is sent without delay.
 const UNACKED_MAX: u64 = 64;
-/// A server that asks for more time between acks is not taken at its word.
+/// Upper bound of the ack interval that a server may ask for.
 const ACK_INTERVAL_MAX: Duration = Duration::from_secs(1);
-/// Between attempts to fetch a fresh token while the old one still serves.
+/// Pause between attempts to get a fresh token while the old one is still valid.
 const TOKEN_RETRY: Duration = Duration::from_secs(5);
-/// Added to a ping interval before a silent connection is given up: nodes send something in each.
+/// Time beyond the ping interval after which a silent connection is closed. Nodes send something in every interval.
 const SILENCE_SLACK: Duration = Duration::from_secs(15);
-/// Ping intervals beyond this are believed to be mistakes.
+/// Upper bound of a server's ping interval; a longer one is a mistake.
 const PING_INTERVAL_MAX: Duration = Duration::from_secs(600);
 
 pub(crate) struct Driver {
@@ -41,46 +41,46 @@ pub(crate) struct Driver {
     attempt: u64,
     reconnect: Reconnect,
     stop: CancellationToken,
-    /// Where the last connection went.
+    /// The node of the last connection.
     last: Option<Uri>,
-    /// It failed: another node is taken if there is one.
+    /// The last connection failed: another node is preferred.
     avoid: bool,
-    /// Connections in a row that were refused because a higher attempt was known.
+    /// Consecutive connections that were refused because the server knows a higher attempt.
     overtaken: u32,
-    /// The groups that the application wants to hear.
+    /// The groups that the application is subscribed to.
     groups: watch::Receiver<BTreeSet<GroupId>>,
 }
 
-/// The inbox and its ways to the application.
+/// The inbox, and its channels to the application.
 struct Work {
     settings: Arc<Settings>,
     inbox: Inbox,
     live: Live,
-    /// A group's message is next, if there is one.
+    /// Whether a group's message has its turn, if there is one.
     live_next: bool,
     deliver: mpsc::Sender<Delivery>,
     finish: mpsc::Sender<Finished>,
     finished: mpsc::Receiver<Finished>,
-    /// With the application.
+    /// Number of messages that the application has.
     out: usize,
-    /// No further messages for the application.
+    /// Whether no further messages are given to the application.
     stopping: bool,
 }
 
-/// What a session knows beside the inbox.
+/// The state of a connected session, beside the inbox.
 struct Session {
     connection: Connection,
     silence: Duration,
     unacked_max: u64,
-    /// How long the server asks to let pass between acks.
+    /// The interval between acks that the server asks for.
     ack_interval: Duration,
     acked_at: Option<Instant>,
     heard_at: Instant,
     ack_at: Option<Instant>,
     leave_at: Option<Instant>,
-    /// The groups that it was asked for.
+    /// The groups that this connection has subscribed to.
     groups: BTreeSet<GroupId>,
-    /// A higher attempt of this device that the server knows, or 0.
+    /// A higher attempt of this device that the server knows; otherwise 0.
     known_attempt: u64,
 }
 
@@ -137,7 +137,7 @@ impl Driver {
                     self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
                     break Closed::Refused(why);
                 }
-                // The refusal named the known attempt and the next one is higher: reconnect at once.
+                // The refusal named the known attempt, and the next one will be higher: reconnect at once.
                 Ended::Lost(why) if self.overtaken == 1 => (why, Duration::ZERO),
                 Ended::Lost(why) => {
                     let wait = self.reconnect.next_wait();
@@ -159,7 +159,7 @@ impl Driver {
         closed
     }
 
-    /// One attempt, and the connection that comes of it.
+    /// Makes one attempt, and serves the connection.
     async fn connection(&mut self) -> Ended {
         self.attempt = next_attempt(self.attempt, SystemClock.now_ms());
         self.work.tell(Event::Connecting { attempt: self.attempt });
@@ -198,7 +198,7 @@ impl Driver {
         ended
     }
 
-    /// From Hello to the end.
+    /// Serves a connection, from Hello to its end.
     async fn session(
         &mut self,
         session: &mut Session,
@@ -239,7 +239,7 @@ impl Driver {
                     self.work.tell(Event::TokenRefreshed);
                     refresh.set(self::refresh(self.settings.clone(), next));
                 }
-                // A client that was dropped stops.
+                // The client was dropped.
                 Ok(()) = self.groups.changed() => {}
                 () = sleep_until(session.heard_at + session.silence) => {
                     return Err(Disconnect::Timeout("sign of life"));
@@ -258,7 +258,7 @@ impl Driver {
         }
     }
 
-    /// Asks for what the application wants and this connection was not asked for, and the other way round.
+    /// Subscribes and unsubscribes, so that the connection has the groups of the application.
     async fn subscribe(&mut self, session: &mut Session) -> Result<(), Disconnect> {
         let wanted = self.groups.borrow_and_update().clone();
         for group in wanted.difference(&session.groups) {
@@ -420,18 +420,18 @@ impl Work {
         Ok(())
     }
 
-    /// Gives the application what it has room for.
+    /// Gives messages to the application, as far as it has room.
     fn hand_out(&mut self) {
         while !self.stopping && self.out < self.deliver.max_capacity() {
             let Some((ticket, message)) = self.next_message() else { return };
             let ack = AckHandle::new(ticket, self.finish.clone());
             self.out += 1;
-            // There is room; where the application has gone, the handle's drop gives it back.
+            // There is room. If the application has gone, dropping the handle gives the message back.
             let _ = self.deliver.try_send(Delivery { message, ack });
         }
     }
 
-    /// The user's own and the groups' in turn, while there are both.
+    /// The next message. The user's own messages and those of groups take turns.
     fn next_message(&mut self) -> Option<(Option<Ticket>, Message)> {
         let first = if self.live_next { self.live.next() } else { None };
         let own = if first.is_none() { self.inbox.next_message() } else { None };
@@ -442,19 +442,21 @@ impl Work {
         first.or_else(|| self.live.next()).map(|message| (None, message))
     }
 
-    /// Waits until the application is done with one more message. Cancel-safe.
+    /// Waits until the application has finished a message, and handles that. Cancel-safe.
     async fn finished(&mut self) {
         // `self.finish` keeps the channel open.
         if let Some(Finished { ticket, handled }) = self.finished.recv().await {
             self.out = self.out.saturating_sub(1);
             if let Some(ticket) = ticket {
-                self.inbox.finished(ticket, handled);
+                let mut events = Vec::new();
+                self.inbox.finished(ticket, handled, &mut events);
+                self.tell_all(events);
             }
             self.hand_out();
         }
     }
 
-    /// Goes on with the application's side while there is no connection.
+    /// Serves the application while there is no connection.
     async fn until_stopped(&mut self, stop: &CancellationToken) {
         let deliver = self.deliver.clone();
         loop {
@@ -466,7 +468,7 @@ impl Work {
         }
     }
 
-    /// At the end, without a connection: what the application still finishes is remembered.
+    /// At the end, without a connection: waits for the messages that the application still has.
     async fn finish_quietly(&mut self) {
         self.stopping = true;
         let deadline = Instant::now() + self.settings.timing.shutdown;
@@ -478,8 +480,8 @@ impl Work {
         }
     }
 
-    /// Sends an ack that is due, or lets it wait: for the time that the server asks to let pass
-    /// between acks, and a little while more of them are in sight.
+    /// Sends an ack that is due, or delays it: for the interval that the server asks for, and briefly while further
+    /// messages are being handled.
     async fn flush_ack(&mut self, session: &mut Session, attempt: u64) -> Result<(), Disconnect> {
         if !self.inbox.ack_due() {
             return Ok(());
@@ -491,7 +493,7 @@ impl Work {
         if at <= now || self.inbox.unacked() >= session.unacked_max {
             return self.send_ack(session, attempt).await;
         }
-        // When the last message in sight is finished, what waits for more of them waits no longer.
+        // Once the last message is finished, the ack no longer waits for others.
         session.ack_at = Some(session.ack_at.map_or(at, |earlier| earlier.min(at)));
         Ok(())
     }
@@ -506,8 +508,7 @@ impl Work {
         session.connection.send(client_frame::Kind::Ack(ack)).await
     }
 
-    /// What is acknowledged must be remembered first: the other way round a crash in between
-    /// would show it again.
+    /// Saves the checkpoint before an ack is sent. Otherwise a crash in between would show messages again.
     async fn save(&self, attempt: u64) {
         let Some(store) = self.settings.store.clone() else { return };
         let checkpoint = self.inbox.checkpoint(attempt);
@@ -544,7 +545,7 @@ impl Session {
     }
 }
 
-/// Whether trying again mends nothing.
+/// Whether a retry cannot succeed.
 fn is_final(why: &Disconnect) -> bool {
     match why {
         Disconnect::Closed { code, .. } => !CloseCode::reconnects(*code),
@@ -553,7 +554,7 @@ fn is_final(why: &Disconnect) -> bool {
     }
 }
 
-/// What the server asks for comes before the jitter, which spreads those who were told the same.
+/// The wait that the server asks for, plus jitter, which spreads clients that were told the same.
 fn told_to_wait(why: &Disconnect) -> Duration {
     match why {
         Disconnect::Http { retry_after, .. } => retry_after.unwrap_or_default(),
@@ -561,10 +562,10 @@ fn told_to_wait(why: &Disconnect) -> Duration {
     }
 }
 
-/// An open connection, and when its token wants to be refreshed.
+/// An open connection, with the time to refresh its token.
 type Opened = Result<(Connection, Option<Duration>), Disconnect>;
 
-/// Opens a connection; also says where to.
+/// Opens a connection. Also returns the node.
 async fn open(settings: &Settings, avoid: Option<Uri>) -> (Uri, Opened) {
     let mut uri = settings.uri.clone();
     let token = match (settings.token)().await {
@@ -579,7 +580,7 @@ async fn open(settings: &Settings, avoid: Option<Uri>) -> (Uri, Opened) {
     (uri, opened.map(|connection| (connection, refresh_in)))
 }
 
-/// Fetches a fresh token when it is time; never returns where tokens do not expire.
+/// Gets a fresh token when it is time. Never returns if the token does not expire.
 async fn refresh(settings: Arc<Settings>, wait: Option<Duration>) -> (String, Option<Duration>) {
     let Some(wait) = wait else { return std::future::pending().await };
     sleep(wait).await;

@@ -1,4 +1,4 @@
-//! What the connection tells the application beside messages.
+//! Events for the application, beside messages.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,66 +6,67 @@ use std::time::Duration;
 
 use barid_core::{Position, Seq};
 
-/// Something happened to the connection or to the mailbox.
+/// An event of the connection or the mailbox.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
     /// A connection attempt begins.
     Connecting {
-        /// Its number: grows with every attempt of this device.
+        /// Its number, which increases with every attempt of this device.
         attempt: u64,
     },
-    /// The server said welcome.
+    /// The server sent Welcome.
     Connected {
-        /// The server's name of this session.
+        /// The server's name for this session.
         session: String,
-        /// Messages after this position follow.
+        /// The position; messages after it follow.
         position: Position,
     },
-    /// There is no connection.
+    /// The connection ended, or could not be opened.
     Disconnected {
-        /// What ended it, or kept it from beginning.
+        /// Why.
         why: Disconnect,
-        /// The wait before the next attempt; `None`: there will be none.
+        /// The wait before the next attempt; `None`: there is none.
         retry_in: Option<Duration>,
     },
-    /// The node asked the device to move.
+    /// The node asked the device to reconnect (GoAway).
     GoingAway {
-        /// The node's words.
+        /// The node's reason.
         why: String,
-        /// How long the device shall wait before it connects elsewhere.
+        /// The wait before the reconnect.
         reconnect_after: Duration,
     },
-    /// Positions that will never be shown.
+    /// Positions whose messages will not be shown. If a message is evicted while the application has it, and the
+    /// application then gives it back, its position is reported as skipped at that time.
     Skipped {
-        /// The first of them.
+        /// The first position.
         first: Seq,
-        /// The last of them.
+        /// The last position.
         last: Seq,
-        /// Why.
+        /// The reason.
         why: SkipReason,
     },
-    /// The positions started anew: the mailbox's history forked or began again. What the
-    /// application has seen, as far as the SDK remembers, is not shown again.
+    /// The positions started anew, because the mailbox's history forked or began again. Messages that the application
+    /// has handled are not shown again, as far as the SDK remembers their ids.
     Reset {
-        /// Where the device stood.
+        /// The position before.
         before: Position,
-        /// Where it stands now.
+        /// The new position.
         now: Position,
     },
-    /// The server sent a message again that is here already; it was not shown again.
+    /// The server sent a message again, which was not shown again.
     Duplicate {
         /// Its position.
         seq: Seq,
         /// Its id.
         id: String,
     },
-    /// A group's messages will come.
+    /// The server confirmed a subscription.
     Subscribed {
         /// The group.
         group: String,
     },
-    /// None of a group's messages will come until the client connects again or asks again.
+    /// A subscription has ended or was refused, until the client reconnects or subscribes again.
     Unsubscribed {
         /// The group.
         group: String,
@@ -74,56 +75,56 @@ pub enum Event {
         /// The server's words.
         text: String,
     },
-    /// Messages of a group did not come, or found no room here: the application is not shown them.
+    /// Messages of a group were lost, or dropped because the application is too slow.
     Missed {
         /// The group, or `everyone`.
         group: Arc<str>,
         /// How many.
         count: u64,
     },
-    /// A fresh token was handed to the server.
+    /// A fresh token was sent to the server.
     TokenRefreshed,
-    /// The token callback failed; it will be asked again.
+    /// The token callback failed; it will be called again.
     TokenFailed {
         /// Its words.
         reason: String,
     },
-    /// The server complained; a close follows if the code is not 0.
+    /// The server reported an error; a close follows if the code is not 0.
     ServerError {
         /// The close code, or 0.
         code: u32,
         /// The server's words.
         text: String,
     },
-    /// The position store failed; after a restart of this program some messages may be shown again.
+    /// The position store failed. After a restart of the program, some messages may be shown again.
     PositionNotSaved {
         /// Its words.
         reason: String,
     },
 }
 
-/// Why a mailbox's positions are skipped.
+/// Why positions are skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SkipReason {
-    /// The time to live was over.
+    /// The message expired.
     Expired,
     /// The mailbox was full, or the entry too old.
     Evicted,
-    /// It is for another device of this user.
+    /// The message is for another device of this user.
     OtherDevice,
-    /// A newer message of the same collapse key took its place.
+    /// A newer message with the same collapse key replaced it.
     Collapsed,
-    /// The business took it back.
+    /// The business recalled the message.
     Recalled,
-    /// This device acknowledged it in an earlier connection.
+    /// This device acknowledged the message in an earlier connection.
     Acknowledged,
     /// A reason that this SDK does not know.
     Other,
 }
 
 impl SkipReason {
-    /// A stable word.
+    /// A stable name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Expired => "expired",
@@ -151,11 +152,11 @@ impl SkipReason {
     }
 }
 
-/// What ended a connection, or kept it from beginning.
+/// Why a connection ended, or could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Disconnect {
-    /// The server closed it.
+    /// The server closed the connection.
     #[error("closed by the server: {code} {reason}")]
     Closed {
         /// The WebSocket close code.
@@ -170,34 +171,34 @@ pub enum Disconnect {
         status: u16,
         /// The beginning of the body.
         text: String,
-        /// When to come back, if the server says so.
+        /// `Retry-After`, if the server sent it.
         retry_after: Option<Duration>,
     },
     /// The network failed.
     #[error("{0}")]
     Network(String),
-    /// Nothing came in time.
+    /// A step timed out.
     #[error("no {0} in time")]
     Timeout(&'static str),
-    /// The server sent what the protocol does not allow.
+    /// The server violated the protocol.
     #[error("protocol violation: {0}")]
     Violation(String),
     /// The token callback failed.
     #[error("no token: {0}")]
     Token(String),
-    /// The node had asked for it (GoAway).
+    /// The node had asked the device to reconnect (GoAway).
     #[error("the node is going away")]
     GoAway,
 }
 
-/// Why a client is over for good.
+/// Why a client has ended for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Closed {
-    /// The application shut it down, or dropped its end.
+    /// The application shut it down or dropped it.
     Shutdown,
-    /// The server will not have this device back: a bad token, replaced, kicked, a limit.
+    /// The server refuses this device: bad token, replaced, kicked, or a limit.
     Refused(Disconnect),
-    /// A part of the client ended that should not have: a handler panicked, or the SDK did.
+    /// A handler or the SDK panicked.
     Failed(String),
 }
 

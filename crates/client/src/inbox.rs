@@ -1,15 +1,15 @@
-//! The protocol's state on the device's side: the positions received, the messages with the application, and
-//! the acknowledgement that may be sent. A plain state machine without socket, clock or task.
+//! The protocol's state on the device's side: the received positions, the messages that the application has, and the
+//! acknowledgement that may be sent. A plain state machine without socket, clock or task.
 //!
 //! A connection feeds it [`Inbox::welcome`], [`Inbox::deliver`] and [`Inbox::skip`]; the application gets
-//! [`Inbox::next_message`] and answers with [`Inbox::finished`]; [`Inbox::take_ack`] says what to send. [`Client`]
-//! drives it; an application that brings its own connection can do the same.
+//! [`Inbox::next_message`] and answers with [`Inbox::finished`]; [`Inbox::take_ack`] returns the ack to send.
+//! [`Client`] drives it; an application with its own connection can do the same.
 //!
-//! Two marks stand in the mailbox's history: everything up to `received` has come, everything up
-//! to `handled` is done. Between them lie the pending positions. The server is told `handled`, in
-//! acks and when the device comes back; what then comes a second time is dropped by its position.
-//! When the positions start anew (a Welcome with another epoch or generation), ids tell instead; and
-//! behind what was evicted, which hides whether the history before it is still the one that came.
+//! There are two marks: everything up to `received` has been received, and everything up to `handled` is handled. The
+//! positions between them are pending. The server is sent `handled`, in acks and in Hello; messages that it sends
+//! again are recognized by their positions. Where positions cannot be compared, messages are recognized by their ids:
+//! after a Welcome with another epoch or generation, and after an eviction, which hides whether the history before it
+//! is the same.
 //!
 //! [`Client`]: crate::Client
 
@@ -21,37 +21,38 @@ use crate::event::{Event, SkipReason};
 use crate::message::Message;
 use crate::store::Checkpoint;
 
-/// Ids remembered for after a reset. More than a mailbox has entries (500 by default), because all of them may be
-/// sent again after Redis has lost its data.
+/// Number of ids that are remembered. More than a mailbox has entries (500 by default), because all of them may be sent
+/// again after Redis has lost its data.
 const RECENT_MAX: usize = 512;
-/// Pending positions above which the server is believed broken: it bounds them itself.
+/// Bound of the pending positions. A correct server stays far below.
 const PENDING_MAX: usize = 65_536;
 
-/// One device's inbox. `Inbox::default()` is that of a device that was never connected. It holds 65,536 pending
-/// positions and the hashes of the 512 ids handled last.
+/// A device's inbox. `Inbox::default()` is that of a device that was never connected. It holds up to 65,536 pending
+/// positions, and the hashes of the 512 ids handled last.
 #[derive(Debug, Default)]
 pub struct Inbox {
     standing: Option<Standing>,
     pending: VecDeque<Pending>,
-    /// Counts the resets: tickets of an earlier life name positions that are void.
+    /// Counts the resets. Positions in tickets of an earlier life are void.
     life: u64,
     recent: VecDeque<u64>,
-    /// Handled before the last reset, or ahead of the position before a restart: each is dropped
-    /// once. Not simply what is recent: a business may use an id again.
+    /// Ids that were handled before the last reset, or ahead of the position before a restart. Each is dropped once,
+    /// and not every time, because a business may use an id again.
     seen: HashSet<u64>,
-    /// With the application since before the last reset.
+    /// Ids of messages that the application has had since before the last reset.
     ghosts: HashSet<u64>,
-    /// Pending and not handled when something was evicted: each comes once more at most.
+    /// Ids that were pending and not handled at an eviction. Each may be received once more.
     twins: HashSet<u64>,
-    /// The server keeps nothing up to here: what is refused does not come again.
-    gone: Seq,
+    /// The mailbox no longer has entries up to this position, for this reason. Refused messages up to here are not
+    /// sent again.
+    gone: Option<(Seq, SkipReason)>,
     acked: Seq,
     ack_due: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Standing {
-    /// Its seq and chain are the `handled` mark.
+    /// The `handled` mark.
     handled: Position,
     received: Seq,
     received_chain: Option<Chain>,
@@ -67,20 +68,20 @@ struct Pending {
 
 #[derive(Debug)]
 enum State {
-    /// To be given to the application.
+    /// It is to be given to the application.
     Waiting(Message),
-    /// With the application.
+    /// The application has it.
     Out,
-    /// With the application under a position that is void now.
+    /// The application has it under a void position.
     Ghost,
-    /// The application did not handle it: it waits to be sent again.
+    /// The application gave it back. The server will send it again.
     Refused,
-    /// It is pending at an earlier position too, which is done first.
+    /// It is also pending at an earlier position.
     Twin,
     Done,
 }
 
-/// Names a message that the application has; [`Inbox::finished`] takes it back.
+/// Identifies a message that the application has, for [`Inbox::finished`].
 #[derive(Debug, Clone, Copy)]
 pub struct Ticket {
     life: u64,
@@ -91,34 +92,34 @@ pub struct Ticket {
 /// A cumulative acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ack {
-    /// The generation of the positions; sent along, so that the server ignores it after a reset.
+    /// The generation of the position, so that the server ignores the ack after a reset.
     pub generation: Generation,
-    /// Everything up to here is handled; above 0.
+    /// Everything up to this position is handled; above 0.
     pub seq: Seq,
 }
 
-/// The server broke the protocol: the connection cannot be used any longer.
+/// The server violated the protocol; the connection has to be closed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
-    /// A message does not follow on the last position received.
+    /// A message does not follow the last received position.
     #[error("message {got} after {received}: a gap")]
     Gap {
-        /// The last position received.
+        /// The last received position.
         received: Seq,
         /// The message's position.
         got: Seq,
     },
-    /// More positions are pending than any server allows.
+    /// Too many positions are pending.
     #[error("more than {PENDING_MAX} unacknowledged messages")]
     TooMany,
-    /// A message or a skip came before the first welcome.
+    /// A message or a skip arrived before the first Welcome.
     #[error("a message before welcome")]
     Early,
 }
 
 impl Inbox {
-    /// Restores an inbox from what [`Self::checkpoint`] returned.
+    /// Restores an inbox from a checkpoint.
     pub fn resume(checkpoint: &Checkpoint) -> Self {
         let mut inbox = Self::default();
         inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
@@ -127,8 +128,8 @@ impl Inbox {
         inbox
     }
 
-    /// Returns what to keep over a restart of the program; `attempt` is that of the last connection. Save it
-    /// before an acknowledgement is sent: otherwise a crash in between shows messages again.
+    /// Returns the state to save for a restart of the program; `attempt` is that of the last connection. Save it
+    /// before an ack is sent, because otherwise a crash in between shows messages again.
     pub fn checkpoint(&self, attempt: u64) -> Checkpoint {
         let ahead = self.pending.iter().filter(|entry| matches!(entry.state, State::Done));
         Checkpoint {
@@ -139,19 +140,19 @@ impl Inbox {
         }
     }
 
-    /// The `handled` mark, which Hello names; `None` before the first welcome.
+    /// The `handled` mark, for Hello; `None` before the first Welcome.
     pub fn position(&self) -> Option<Position> {
         self.standing.map(|s| s.handled)
     }
 
-    /// Positions that were handled and are not acknowledged.
+    /// Number of positions that are handled and not acknowledged.
     pub fn unacked(&self) -> u64 {
         self.standing.map_or(0, |s| s.handled.seq.0.saturating_sub(self.acked.0))
     }
 
-    /// Takes the position at which a Welcome says that the device stands.
+    /// Handles the position in a Welcome.
     pub fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
-        self.gone = Seq(0);
+        self.gone = None;
         let Some(standing) = self.standing else {
             self.standing = Some(Standing::at(now));
             self.acked = now.seq;
@@ -167,7 +168,7 @@ impl Inbox {
             return;
         }
         if now.seq > standing.received {
-            // Further than anything that came here: another program holds this device's place.
+            // Beyond everything received here: another program has used this device.
             self.pending.clear();
             self.twins.clear();
             self.acked = now.seq;
@@ -176,14 +177,13 @@ impl Inbox {
             self.acked = now.seq;
             self.ack_due = false;
         } else {
-            self.go_on(before, now);
+            self.resume_history(before, now);
         }
     }
 
-    /// The same history as far as it was handled. Of what came behind that, Redis may have forgotten
-    /// some and given its positions to other messages: it all comes again, and ids tell what the
-    /// application has.
-    fn go_on(&mut self, before: Position, now: Position) {
+    /// Continues the same history at the `handled` mark. Redis may have forgotten later entries and assigned their
+    /// positions to other messages. So all pending messages are received again, and recognized by their ids.
+    fn resume_history(&mut self, before: Position, now: Position) {
         self.life += 1;
         self.twins.clear();
         for entry in self.pending.drain(..) {
@@ -220,10 +220,10 @@ impl Inbox {
         self.ack_due = false;
     }
 
-    /// Takes a message of a frame that carries `generation`. One of another generation is dropped.
+    /// Handles a message of a frame with this `generation`. A message of another generation is dropped.
     ///
     /// # Errors
-    /// The message came before the first welcome, leaves a gap, or is one too many.
+    /// The message arrived before the first Welcome, leaves a gap, or exceeds the bound of pending positions.
     pub fn deliver(
         &mut self,
         generation: Generation,
@@ -232,7 +232,7 @@ impl Inbox {
     ) -> Result<(), Violation> {
         let standing = self.standing.as_mut().ok_or(Violation::Early)?;
         if generation != standing.handled.generation {
-            return Ok(()); // on its way when the positions started anew
+            return Ok(()); // it was sent before the positions started anew
         }
         if message.seq <= standing.received {
             self.again(message, events);
@@ -262,7 +262,7 @@ impl Inbox {
         Ok(())
     }
 
-    /// A message came that had come before: the server has no ack for it.
+    /// Handles a message that was received before, because the server has no ack for it.
     fn again(&mut self, message: Message, events: &mut Vec<Event>) {
         self.ack_due = true;
         if let Some(entry) = self.entry(message.seq)
@@ -274,10 +274,10 @@ impl Inbox {
         events.push(Event::Duplicate { seq: message.seq, id: message.id });
     }
 
-    /// Takes a skip: positions up to `to` will not be shown, and `chain` is the chain there.
+    /// Handles a skip: positions up to `to` will not be sent, and `chain` is the chain there.
     ///
     /// # Errors
-    /// The skip came before the first welcome.
+    /// The skip arrived before the first Welcome.
     pub fn skip(
         &mut self,
         generation: Generation,
@@ -291,8 +291,8 @@ impl Inbox {
             return Ok(());
         }
         let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
-        if gone {
-            self.gone = self.gone.max(to);
+        if gone && self.gone.is_none_or(|(seq, _)| seq < to) {
+            self.gone = Some((to, why));
         }
         if to <= standing.received {
             self.ack_due = true;
@@ -310,16 +310,16 @@ impl Inbox {
             events.push(Event::Skipped { first, last: to, why });
         }
         if gone {
-            self.tell_by_id();
+            self.compare_ids();
         }
         self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
         self.settle();
         Ok(())
     }
 
-    /// Compares by id from now on: the chain cannot be checked over entries that Redis no longer keeps. After
-    /// a failover other messages may have stood there, and earlier ones may come again behind them.
-    fn tell_by_id(&mut self) {
+    /// Recognizes messages by their ids from now on, because the chain cannot be checked over evicted entries. After
+    /// a failover these may have been other messages, and earlier messages may be received again after them.
+    fn compare_ids(&mut self) {
         self.bound_seen();
         self.seen.extend(&self.recent);
         let unhandled =
@@ -327,8 +327,8 @@ impl Inbox {
         self.twins = self.pending.iter().filter(unhandled).map(|entry| entry.id).collect();
     }
 
-    /// Messages that the application refused cannot come again. They were not handled: after a failover they may
-    /// come at another position.
+    /// Skips messages that the application gave back and that will not be sent again. They do not count as handled,
+    /// because after a failover they may be received at another position.
     fn give_up_refused(&mut self, to: Seq, why: SkipReason, events: &mut Vec<Event>) {
         for entry in self.pending.iter_mut().take_while(|entry| entry.seq <= to) {
             if matches!(entry.state, State::Refused) {
@@ -339,7 +339,8 @@ impl Inbox {
         self.settle();
     }
 
-    /// Takes the next message for the application, in order: nothing passes one that it refused.
+    /// Returns the next message for the application. Messages stay in order, so that none is returned while an
+    /// earlier one that was given back is missing.
     pub fn next_message(&mut self) -> Option<(Ticket, Message)> {
         let life = self.life;
         let entry = self
@@ -360,9 +361,10 @@ impl Inbox {
         }
     }
 
-    /// The application has handled a message, or (`handled` false) gives it back; in any order. One that is given
-    /// back comes again unless it was evicted meanwhile.
-    pub fn finished(&mut self, ticket: Ticket, handled: bool) {
+    /// Records that the application has handled a message, or (`handled` false) gives it back. The order does not
+    /// matter. A message that is given back is sent again, unless it was evicted meanwhile; then an
+    /// [`Event::Skipped`] names its position.
+    pub fn finished(&mut self, ticket: Ticket, handled: bool, events: &mut Vec<Event>) {
         let comes_again = self.twins.remove(&ticket.id);
         if handled {
             self.remember(ticket.id);
@@ -389,14 +391,13 @@ impl Inbox {
                 None => {}
             }
         }
-        if !handled {
-            // It was evicted while the application had it. The skip was an event already.
-            self.give_up_refused(self.gone, SkipReason::Evicted, &mut Vec::new());
+        if let (false, Some((to, why))) = (handled, self.gone) {
+            self.give_up_refused(to, why, events);
         }
         self.settle();
     }
 
-    /// Takes the acknowledgement that is due, if there is one; each is returned once.
+    /// Takes the ack that is due, if there is one. Each is returned once.
     pub fn take_ack(&mut self) -> Option<Ack> {
         let handled = self.standing?.handled;
         if !std::mem::take(&mut self.ack_due) || handled.seq == Seq(0) {
@@ -423,7 +424,7 @@ impl Inbox {
         self.recent.push_back(id);
     }
 
-    /// Moves `handled` over what is done.
+    /// Advances `handled` over positions that are done.
     fn settle(&mut self) {
         let Some(standing) = self.standing.as_mut() else { return };
         while let Some(Pending { seq, chain, state: State::Done | State::Twin, .. }) =

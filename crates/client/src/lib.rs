@@ -1,5 +1,4 @@
-//! Barid's Rust SDK: one device's connection to the cluster, kept up for as long as the program
-//! wants it.
+//! Barid's Rust SDK: a device's connection to the cluster, which reconnects until the program ends it.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -10,15 +9,15 @@
 //!     .token(|| async { Ok("a token from your own service".into()) })
 //!     .start(|message: Message| async move {
 //!         println!("{}: {:?}", message.id, message.body);
-//!         Ok(()) // acknowledged; an error leaves it unacknowledged, and it comes again
+//!         Ok(()) // acknowledged; after an error the message is sent again
 //!     })?;
-//! client.closed().await; // only for a reason that trying again does not mend
+//! client.closed().await; // returns only if a reconnect cannot help
 //! # Ok(()) }
 //! ```
 //!
-//! What the SDK takes care of: the order of messages and that none is shown twice, resuming where
-//! the device stopped, cumulative acknowledgements, reconnecting with jitter, fresh tokens, and
-//! telling a failover (the mailbox's history forked) from an ordinary reconnect.
+//! The SDK keeps messages in order and shows none twice, resumes where the device stopped, acknowledges cumulatively,
+//! reconnects with jitter, refreshes tokens, and distinguishes a failover (the mailbox's history forked) from an
+//! ordinary reconnect.
 
 mod client;
 mod connection;

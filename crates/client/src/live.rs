@@ -1,5 +1,5 @@
-//! Messages of groups: live, in order, neither acknowledged nor sent again. Knows no socket, no clock and
-//! no task.
+//! Messages of groups. They are delivered live and in order, and neither acknowledged nor sent again. Pure: no
+//! socket, no clock, no task.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -9,19 +9,19 @@ use barid_core::Seq;
 use crate::event::Event;
 use crate::message::Message;
 
-/// Messages that wait for the application; beyond them the oldest is dropped.
+/// Bound of the messages that wait for the application. If it is reached, the oldest is dropped.
 const WAITING_MAX: usize = 1024;
 
-/// See the module.
+/// The queue of group messages.
 #[derive(Debug, Default)]
 pub(crate) struct Live {
     waiting: VecDeque<Message>,
-    /// By group, the last position that came: over reconnects, to tell what did not.
+    /// The last received position of each group, kept over reconnects, to count missed messages.
     last: HashMap<Arc<str>, Seq>,
 }
 
 impl Live {
-    /// A message of a group came.
+    /// Handles a message of a group.
     pub(crate) fn deliver(&mut self, group: &str, message: Message, events: &mut Vec<Event>) {
         let known = self.last.get_key_value(group).map(|(group, last)| (Arc::clone(group), *last));
         let (group, last) = known.unwrap_or_else(|| (group.into(), Seq(0)));
@@ -38,12 +38,12 @@ impl Live {
         self.waiting.push_back(Message { group: Some(group), ..message });
     }
 
-    /// The next one for the application.
+    /// The next message for the application.
     pub(crate) fn next(&mut self) -> Option<Message> {
         self.waiting.pop_front()
     }
 
-    /// The application wants no more of a group: what comes later begins anew.
+    /// Forgets a group that the application has unsubscribed from.
     pub(crate) fn forget(&mut self, group: &str) {
         self.last.remove(group);
     }

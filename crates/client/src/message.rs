@@ -1,4 +1,4 @@
-//! A message as the application sees it.
+//! A message, as the application receives it.
 
 use std::io::Read as _;
 use std::sync::Arc;
@@ -7,33 +7,33 @@ use barid_core::Seq;
 use barid_wire::v1;
 use bytes::Bytes;
 
-/// One message of the device's mailbox, or of a group's.
+/// A message of the device's mailbox or of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// The group that it is for, `everyone` for all of the app; `None`: the user. A group's messages are
-    /// live: they are not acknowledged and do not come again.
+    /// The group, or `everyone` for all users of the app; `None`: the user. Messages of groups are not acknowledged
+    /// and not sent again.
     pub group: Option<Arc<str>>,
     /// Its position in the mailbox.
     pub seq: Seq,
-    /// The business's name of it.
+    /// Its id, chosen by the business.
     pub id: String,
-    /// What it says.
+    /// Its body.
     pub body: Body,
 }
 
-/// What a message says, in the form in which the business produced it.
+/// The body of a message, in the form in which the business produced it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     /// Plain text.
     Text(String),
     /// One JSON value, as text.
     Json(String),
-    /// Any bytes.
+    /// Binary data.
     Data(Bytes),
 }
 
 impl Body {
-    /// The bytes, whatever the form.
+    /// The body's bytes.
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Text(text) | Self::Json(text) => text.as_bytes(),
@@ -42,7 +42,7 @@ impl Body {
     }
 }
 
-/// Why a body could not be unpacked.
+/// Why a body cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum BadBody {
     #[error("it does not decompress: {0}")]
@@ -53,7 +53,7 @@ pub(crate) enum BadBody {
     Utf8,
 }
 
-/// Takes a message off the wire; compressed bodies grow to `body_bytes_max` at most.
+/// Decodes a message. A decompressed body has at most `body_bytes_max` bytes.
 pub(crate) fn unpack(wire: v1::Message, body_bytes_max: usize) -> Result<Message, BadBody> {
     use v1::message::Body as Wire;
     let body = match wire.body {

@@ -1,4 +1,4 @@
-//! Which node to connect to: the server is asked which of them hold the fewest devices.
+//! Choice of the node to connect to: the server is asked for the least loaded nodes.
 
 use std::io::Read as _;
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use crate::settings::{Settings, address};
 use crate::token::Token;
 use crate::trust::Trust;
 
-/// Of an answer.
+/// Bound of an answer, bytes.
 const BYTES_MAX: u64 = 64 << 10;
-/// Asking may take so long; then the address that is known is taken.
+/// Bound of the request. After it, the configured address is used.
 const LIMIT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Deserialize)]
@@ -31,8 +31,8 @@ struct Offered {
     load: u64,
 }
 
-/// One of the least loaded nodes of `zone`, as the server that is configured says; that one where it does
-/// not say. `avoid` could not be reached a moment ago.
+/// One of the least loaded nodes of `zone`, according to the configured server; that server if it does not answer.
+/// `avoid` is a node that was unreachable a moment ago.
 pub(crate) async fn choose(
     settings: &Settings,
     zone: &str,
@@ -47,19 +47,19 @@ pub(crate) async fn choose(
     let offer = match asked.map_err(|error| error.to_string()).and_then(|asked| asked) {
         Ok(offer) => offer,
         Err(error) => {
-            tracing::debug!(error, "which nodes are least loaded was not answered");
+            tracing::debug!(error, "cannot get the least loaded nodes");
             return seed.clone();
         }
     };
     pick(&offer, seed, avoid).unwrap_or_else(|| seed.clone())
 }
 
-/// One of the offered nodes at random, the likelier the fewer devices it holds: what is known of loads is
-/// some seconds old, and devices that come together should not all go to one node.
+/// Chooses one of the offered nodes at random; less loaded nodes are more likely. The loads are some seconds old, and
+/// devices that connect at the same time should not all choose the same node.
 fn pick(offer: &Offer, seed: &Uri, avoid: Option<&Uri>) -> Option<Uri> {
     let offered = offer.nodes.iter().filter_map(|node| {
         let uri = address(&node.url).ok()?;
-        // A token never goes out in the clear because an answer says so.
+        // An answer must not make the client send its token in plaintext.
         let safe = uri.scheme() == seed.scheme() || uri.scheme_str() == Some("wss");
         (safe && Some(&uri) != avoid).then_some((node, uri))
     });
@@ -69,7 +69,7 @@ fn pick(offer: &Offer, seed: &Uri, avoid: Option<&Uri>) -> Option<Uri> {
     nodes.choose_weighted(&mut rand::rng(), weight).ok().map(|(_, uri)| uri.clone())
 }
 
-/// `http://HOST/v1/nodes?zone=…` of `ws://HOST/…`.
+/// Turns `ws://HOST/…` into `http://HOST/v1/nodes?zone=…`.
 fn nodes_url(seed: &Uri, zone: &str) -> Option<String> {
     let scheme = if seed.scheme_str()? == "wss" { "https" } else { "http" };
     let mut url = format!("{scheme}://{}/v1/nodes", seed.authority()?);

@@ -1,12 +1,12 @@
-//! How long to wait before the next attempt.
+//! The waits before reconnects, and the numbers of attempts.
 
 use std::time::Duration;
 
 use barid_core::limits::WIRE_NUMBER_MAX;
 use rand::RngExt as _;
 
-/// Full jitter over a doubling range: the first wait lies within `min` and twice of it, later ones
-/// within `min` and `max`, so that a million devices that lost one node do not come back as a wave.
+/// Full jitter over a doubling range: the first wait is between `min` and twice that, later ones between `min` and
+/// `max`, so that the devices of a lost node do not all reconnect at the same time.
 #[derive(Debug, Clone)]
 pub(crate) struct Reconnect {
     min: Duration,
@@ -19,7 +19,7 @@ impl Reconnect {
         Self { min, max: max.max(min), failures: 0 }
     }
 
-    /// The connection held: the next wait is a first one again.
+    /// Resets the range, after a connection that lasted.
     pub(crate) fn held(&mut self) {
         self.failures = 0;
     }
@@ -37,8 +37,8 @@ impl Reconnect {
     }
 }
 
-/// The number of the next connection attempt: the wall clock, but never again a number used before. One
-/// beyond what the wire takes would be refused for good.
+/// The number of the next connection attempt: the wall clock in ms, but always above the last number, and within the
+/// bound of the protocol.
 pub(crate) fn next_attempt(last: u64, now_ms: u64) -> u64 {
     now_ms.max(last.saturating_add(1)).min(WIRE_NUMBER_MAX)
 }

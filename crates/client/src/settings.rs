@@ -1,4 +1,4 @@
-//! What a client is configured with, checked.
+//! The validated settings of a client.
 
 use std::io;
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use crate::store::PositionStore;
 use crate::token::TokenSource;
 use crate::trust::Trust;
 
-/// No wait is longer.
+/// Upper bound of all waits.
 pub(crate) const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Bytes of a body, unpacked.
+/// Upper bound of a decompressed body, bytes.
 pub(crate) const BODY_BYTES_LIMIT: usize = 1 << 30;
 
-/// The durations that a client keeps to.
+/// The durations in a client's settings.
 #[derive(Debug, Clone)]
 pub(crate) struct Timing {
     pub(crate) reconnect_min: Duration,
@@ -27,7 +27,7 @@ pub(crate) struct Timing {
     pub(crate) shutdown: Duration,
 }
 
-/// A builder's choices, for as long as the client runs.
+/// The settings of a running client.
 pub(crate) struct Settings {
     pub(crate) uri: Uri,
     pub(crate) device: String,
@@ -38,25 +38,25 @@ pub(crate) struct Settings {
     pub(crate) timing: Timing,
     pub(crate) body_bytes_max: usize,
     pub(crate) ping_interval_ms: u32,
-    /// Ask which nodes of it to go to.
+    /// The zone whose nodes the server is asked for.
     pub(crate) zone: Option<String>,
-    /// Instead of the public roots.
+    /// Replaces the public authorities.
     pub(crate) trust: Option<Trust>,
 }
 
-/// A client that cannot be started.
+/// Why a client cannot be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidBuilder {
     /// The URL does not name a server.
     #[error("url {url:?} is not one of ws://HOST:PORT or wss://HOST: {problem}")]
     Url {
-        /// As given.
+        /// The URL.
         url: String,
         /// What is wrong with it.
         problem: String,
     },
-    /// A number is out of its bounds.
+    /// A setting is out of range.
     #[error("{what} is out of range: {allowed}")]
     OutOfRange {
         /// The builder's method.
@@ -64,17 +64,17 @@ pub enum InvalidBuilder {
         /// The allowed range.
         allowed: &'static str,
     },
-    /// The device's name is not allowed.
+    /// The device's name is invalid.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// What is to be trusted is no certificate.
-    #[error("the certificates to trust cannot be used: {0}")]
+    /// The certificates to trust cannot be used.
+    #[error("cannot use the root certificates: {0}")]
     Certificates(String),
     /// No token callback was given.
     #[error("no token: call Builder::token")]
     NoToken,
     /// The stored position cannot be read.
-    #[error("the stored position cannot be read: {0}")]
+    #[error("cannot read the stored position: {0}")]
     Store(#[source] io::Error),
 }
 

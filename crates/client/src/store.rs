@@ -1,4 +1,4 @@
-//! Where a device stands, kept over restarts of the program.
+//! Stores of a device's position, for restarts of the program.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -9,26 +9,26 @@ use barid_core::limits::{GENERATION_MAX, WIRE_NUMBER_MAX};
 use barid_core::{Chain, Epoch, Generation, Position, Seq};
 use serde::{Deserialize, Serialize};
 
-/// What a device remembers.
+/// The state of a device that is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// The last connection attempt's number.
+    /// The number of the last connection attempt.
     pub attempt: u64,
-    /// The last message that was handled; `None`: none ever was.
+    /// The position of the last handled message; `None`: there is none.
     #[serde(default, with = "position")]
     pub position: Option<Position>,
-    /// Hashes (`xxh3_64`) of the ids handled last, oldest first: after a reset of the positions
-    /// they tell what the application has seen.
+    /// Hashes (`xxh3_64`) of the ids handled last, oldest first. After the positions have started anew, they identify
+    /// messages that the application has handled.
     #[serde(default)]
     pub recent: Vec<u64>,
-    /// Those of them that are handled and may come again behind the position: because they were
-    /// handled before an earlier one was, or because the positions started anew.
+    /// Hashes of handled ids that may be received again after the position: they were handled before an earlier
+    /// message, or the positions started anew.
     #[serde(default)]
     pub ahead: Vec<u64>,
 }
 
 impl Checkpoint {
-    /// Without numbers that every server refuses: with them the device could never connect.
+    /// Removes numbers that every server refuses, so that the device can connect.
     pub(crate) fn bounded(mut self) -> Self {
         self.attempt = if self.attempt < WIRE_NUMBER_MAX { self.attempt } else { 0 };
         self.position = self.position.filter(|position| {
@@ -40,23 +40,22 @@ impl Checkpoint {
     }
 }
 
-/// Keeps one device's checkpoint. Called from a thread that may block.
+/// A store of a device's checkpoint. It is called on a thread that may block.
 pub trait PositionStore: Send + Sync + 'static {
-    /// The checkpoint that was saved last; `None`: there is none.
+    /// Loads the last checkpoint; `None`: there is none.
     ///
     /// # Errors
-    /// It cannot be read. The client does not start then, rather than to show everything again.
+    /// It cannot be read. Then the client does not start, because it might show messages again.
     fn load(&self) -> io::Result<Option<Checkpoint>>;
 
     /// Replaces the checkpoint. Called before the messages in it are acknowledged.
     ///
     /// # Errors
-    /// It cannot be written: an event tells so, and the client goes on.
+    /// It cannot be written. The client reports an event, and continues.
     fn save(&self, checkpoint: &Checkpoint) -> io::Result<()>;
 }
 
-/// Keeps the checkpoint for as long as the store lives: share one among a program's clients of the
-/// same device.
+/// Keeps the checkpoint in memory. Share one store between a program's clients of the same device.
 #[derive(Debug, Default)]
 pub struct MemoryStore(Mutex<Option<Checkpoint>>);
 
@@ -71,15 +70,15 @@ impl PositionStore for MemoryStore {
     }
 }
 
-/// Keeps the checkpoint in a small JSON file, replaced as a whole and synced: it outlives a power cut. A file
-/// that cannot be read all the same is put aside (`.broken`), and the server's memory of the device is used.
+/// Keeps the checkpoint in a small JSON file, which is replaced atomically and synced, so that it survives a power
+/// cut. A file that cannot be read is renamed (`.broken`), and the server's position of the device is used.
 #[derive(Debug, Clone)]
 pub struct FileStore {
     path: PathBuf,
 }
 
 impl FileStore {
-    /// A store in this file; its directory must exist.
+    /// Creates a store in this file. Its directory must exist.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
@@ -99,10 +98,10 @@ impl PositionStore for FileStore {
         };
         match serde_json::from_slice(&bytes) {
             Ok(checkpoint) => Ok(Some(checkpoint)),
-            // The disk lost synced data. The server knows the device's position.
+            // The disk has lost synced data. The server knows the device's position.
             Err(error) => {
                 let broken = self.beside(".broken");
-                tracing::warn!(path = %self.path.display(), %error, "stored position is not readable");
+                tracing::warn!(path = %self.path.display(), %error, "cannot read the stored position");
                 let _ = std::fs::rename(&self.path, broken);
                 Ok(None)
             }
@@ -113,7 +112,7 @@ impl PositionStore for FileStore {
         let new = self.beside(".new");
         let mut file = File::create(&new)?;
         file.write_all(&serde_json::to_vec(checkpoint)?)?;
-        // Else a power cut may leave the new name and none of what it names.
+        // Otherwise a power cut could leave the renamed file without its contents.
         file.sync_all()?;
         drop(file);
         std::fs::rename(&new, &self.path)?;

@@ -1,4 +1,4 @@
-//! Tokens: where they come from, and when a fresh one is due.
+//! Tokens, and when a fresh one is due.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,29 +16,29 @@ pub struct Token {
     expires_at_s: Option<u64>,
 }
 
-/// Why there is no token now; the callback is asked again later.
+/// Why the callback has no token now. It is called again later.
 pub type TokenError = Box<dyn std::error::Error + Send + Sync>;
 
 pub(crate) type TokenSource =
     Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Token, TokenError>> + Send>> + Send + Sync>;
 
-/// A fresh token is fetched so long before the old one expires, or at half of a shorter life.
+/// How long before its expiry a token is replaced; at half of its lifetime if that is shorter.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 
 impl Token {
-    /// Wraps a token. Of a JWT the `exp` claim is read (not verified: that is the server's), so
-    /// that a fresh one can be fetched in time.
+    /// Wraps a token. If it is a JWT, its `exp` claim is read (the signature is not verified), so that it can be
+    /// replaced in time.
     pub fn new(token: impl Into<String>) -> Self {
         let token = token.into();
         Self { expires_at_s: expiry(&token), value: Secret::new(token) }
     }
 
-    /// The token itself; do not log it.
+    /// The token as text. Do not log it.
     pub fn expose(&self) -> &str {
         self.value.expose()
     }
 
-    /// How long to wait before a fresh one is fetched; `None`: it does not expire.
+    /// The wait before a fresh token is needed; `None`: the token does not expire.
     pub(crate) fn refresh_in(&self, now_ms: u64) -> Option<Duration> {
         let left =
             Duration::from_millis(self.expires_at_s?.saturating_mul(1000).saturating_sub(now_ms));

@@ -1,14 +1,13 @@
-//! Whose certificates a `wss://` server may have.
+//! The certificate authorities that are trusted for `wss://`.
 
 use std::sync::Arc;
 
+use barid_core::pem;
 use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use tokio_tungstenite::Connector;
 use ureq::tls::{Certificate, RootCerts};
 
-/// Certificates that are trusted instead of the public ones.
+/// Authorities that replace the public ones.
 #[derive(Clone)]
 pub(crate) struct Trust {
     config: Arc<rustls::ClientConfig>,
@@ -16,17 +15,12 @@ pub(crate) struct Trust {
 }
 
 impl Trust {
-    /// Those of a PEM text.
+    /// Reads the authorities from a PEM text.
     ///
     /// # Errors
-    /// It holds none, or one that is broken.
-    pub(crate) fn new(pem: &[u8]) -> Result<Self, String> {
-        let certificates: Vec<_> = CertificateDer::pem_slice_iter(pem)
-            .collect::<Result<_, _>>()
-            .map_err(|error| error.to_string())?;
-        if certificates.is_empty() {
-            return Err("it holds no certificate".into());
-        }
+    /// The text holds no certificate, or an invalid one.
+    pub(crate) fn new(text: &[u8]) -> Result<Self, String> {
+        let certificates = pem::certificates(text).map_err(|error| error.to_string())?;
         let mut store = rustls::RootCertStore::empty();
         for certificate in &certificates {
             store.add(certificate.clone()).map_err(|error| error.to_string())?;
@@ -59,7 +53,7 @@ mod tests {
     #[test]
     fn what_holds_no_certificate_is_refused() {
         let refused = |pem: &str| Trust::new(pem.as_bytes()).err().unwrap_or_default();
-        assert_eq!(refused("nothing"), "it holds no certificate");
+        assert!(refused("nothing").starts_with("it holds no certificate; write"));
         let broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         assert!(refused(broken).contains("BadEncoding"), "{}", refused(broken));
         assert!(!refused("-----BEGIN CERTIFICATE-----\n*\n").is_empty());

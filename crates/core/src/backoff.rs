@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 
-/// `base`, `2 base`, `4 base`, … never above `max`; each spread evenly over ± `jitter`.
+/// An exponential backoff: `base`, `2 base`, `4 base` and so on up to `max`, each with a uniform jitter of ± `jitter`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Backoff {
     base: Duration,
@@ -12,7 +12,7 @@ pub struct Backoff {
     jitter: f64,
 }
 
-/// A backoff that makes no sense.
+/// Why the parameters of a backoff are invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidBackoff {
     /// The base is zero.
@@ -21,12 +21,14 @@ pub enum InvalidBackoff {
     /// The longest wait is below the first.
     #[error("max must not be below base")]
     MaxBelowBase,
-    /// The jitter is not a share.
+    /// The jitter is out of range.
     #[error("jitter must be within 0 and 1")]
     Jitter,
 }
 
 impl Backoff {
+    /// Creates a backoff.
+    ///
     /// # Errors
     /// `base` is zero, `max` is below `base`, or `jitter` is not within 0 and 1.
     pub fn new(base: Duration, max: Duration, jitter: f64) -> Result<Self, InvalidBackoff> {
@@ -52,7 +54,7 @@ impl Backoff {
         self.max
     }
 
-    /// The share by which a wait may be shorter or longer.
+    /// The jitter, as a share of the wait.
     pub fn jitter(&self) -> f64 {
         self.jitter
     }

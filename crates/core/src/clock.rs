@@ -1,12 +1,12 @@
-//! The wall clock as a value, so that tests can turn it.
+//! The wall clock as a trait, so that tests can set it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Milliseconds since the Unix epoch. State in Redis never depends on it: scripts read Redis's own.
+/// The wall clock. State in Redis never depends on it, because scripts use Redis's clock.
 pub trait Clock: Send + Sync + 'static {
-    /// Now.
+    /// The current time, ms since the Unix epoch.
     fn now_ms(&self) -> u64;
 }
 
@@ -21,17 +21,17 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that stands until it is turned. Clones show the same time.
+/// A clock that only advances when told to. Clones share the time.
 #[derive(Debug, Clone, Default)]
 pub struct ManualClock(Arc<AtomicU64>);
 
 impl ManualClock {
-    /// A clock that stands at `now_ms`.
+    /// Creates a clock that shows `now_ms`.
     pub fn at(now_ms: u64) -> Self {
         Self(Arc::new(AtomicU64::new(now_ms)))
     }
 
-    /// Turns it on.
+    /// Advances the clock.
     pub fn advance(&self, by: Duration) {
         self.0.fetch_add(by.as_millis() as u64, Ordering::SeqCst);
     }

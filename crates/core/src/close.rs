@@ -1,42 +1,42 @@
-//! Why a connection is closed, and whether the device should come back.
+//! Close codes, and whether a client should reconnect after them.
 
-/// WebSocket close codes. The range says what a client does (as in Centrifuge's `disconnect.go`):
-/// 4000–4499 reconnect, 4500–4999 do not. Below are those of RFC 6455 (section 7.4.1) that a node sends.
+/// WebSocket close codes. A client reconnects after 4000–4499, and does not after 4500–4999 (as in Centrifuge's
+/// `disconnect.go`). Lower codes are those of RFC 6455 (section 7.4.1) that a node sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum CloseCode {
-    /// What came is not WebSocket.
+    /// The device violated the WebSocket protocol.
     ProtocolError = 1002,
-    /// A text message that is not UTF-8.
+    /// A text message was not valid UTF-8.
     InvalidPayload = 1007,
     /// The node is being drained.
     Draining = 4000,
-    /// Five re-sends brought no acknowledgement.
+    /// No acknowledgement after five re-sends.
     AckTimeout = 4001,
-    /// More bytes waited for the device than may wait.
+    /// Too many bytes were queued for the device.
     SlowConsumer = 4002,
-    /// Nothing was heard from the device for too long.
+    /// The device was silent for too long.
     Heartbeat = 4003,
-    /// The token's time is over and no new one came.
+    /// The token expired, and no new one arrived.
     TokenExpired = 4004,
-    /// The node has no room.
+    /// The node is overloaded.
     Overloaded = 4005,
-    /// The mailbox's history is not the one that was written to the device.
+    /// The mailbox's history differs from the one that was sent to the device.
     HistoryChanged = 4006,
     /// The token is not valid.
     BadToken = 4500,
-    /// A frame that cannot be understood.
+    /// A frame was malformed.
     BadFrame = 4501,
-    /// A newer connection of the same device took over.
+    /// A newer connection of the same device replaced this one.
     Replaced = 4502,
-    /// An operator or the business closed it.
+    /// An operator or the business closed the session.
     Kicked = 4503,
-    /// A limit of the app or user was passed.
+    /// A limit of the app or the user was exceeded.
     Limit = 4504,
 }
 
 impl CloseCode {
-    /// All of them, by number.
+    /// All codes, ordered by number.
     pub const ALL: [Self; 14] = [
         Self::ProtocolError,
         Self::InvalidPayload,
@@ -59,18 +59,18 @@ impl CloseCode {
         self as u16
     }
 
-    /// Whether it is RFC 6455's, and tells of what lies below frames of Barid's.
+    /// Whether it is a code of RFC 6455, for errors below Barid's frames.
     pub fn is_websockets(self) -> bool {
         matches!(self, Self::ProtocolError | Self::InvalidPayload)
     }
 
-    /// The number's meaning; `None` for codes that no node sends.
+    /// The code with this number; `None` if no node sends it.
     pub fn from_code(code: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|c| c.code() == code)
     }
 
-    /// Whether a client that is closed with `code` should connect again. Codes outside Barid's
-    /// ranges (1006 and the like) are accidents: it should.
+    /// Whether a client should reconnect after `code`. It should after codes outside Barid's ranges (such as 1006),
+    /// which are accidents.
     pub fn reconnects(code: u16) -> bool {
         !(4500..=4999).contains(&code)
     }

@@ -1,30 +1,30 @@
-//! A mailbox's history: positions in it, and the chain that tells two histories apart.
+//! A mailbox's history: positions in it, and the chain that distinguishes two histories.
 
 use std::fmt;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// One life of a mailbox: a random number below 2^53, made anew only when the head itself is gone.
-/// Positions of another epoch are void. 0: no mailbox.
+/// The epoch of a mailbox: a random number below 2^53, which changes only when the mailbox was lost. Positions of
+/// another epoch are void. 0: no mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Epoch(pub u64);
 
-/// A place in a mailbox: contiguous, from 1; 0 stands before the first entry. Below 2^53.
+/// A position in a mailbox. Positions are contiguous and start at 1; 0 is before the first entry. Below 2^53.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Seq(pub u64);
 
-/// How often a device's cursor was reset: frames of an older generation are void.
+/// The generation of a device's positions: how often its cursor was reset. Frames of an older generation are void.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Generation(pub u32);
 
-/// A rolling hash over the message ids up to a position: two histories agree up to a position if
-/// their chains there do (but for one in 2^32). A failover may give a position twice; only the
-/// chain tells which of the two a device has seen.
+/// A rolling hash over the message ids up to a position. Two histories are equal up to a position if their chains
+/// there are (except for one in 2^32). After a failover the same position may belong to another message; only the
+/// chain tells which of the two a device has received.
 ///
-/// One step is the body of MurmurHash3 x86_32 (Austin Appleby, public domain) over the CRC-32
-/// (IEEE) of the id: `chain' = rotl(chain ^ crc32(id), 13) * 5 + 0xe6546b64`, modulo 2^32. It is
-/// a bijection of the chain for every id, so histories that parted never meet again over the same
-/// further ids; and a script language without 64-bit integers can compute it.
+/// One step is the body of MurmurHash3 x86_32 (Austin Appleby, public domain) over the CRC-32 (IEEE) of the id:
+/// `chain' = rotl(chain ^ crc32(id), 13) * 5 + 0xe6546b64`, modulo 2^32. It is a bijection of the chain for every id,
+/// so that two different chains stay different after the same further ids. Languages without 64-bit integers can
+/// compute it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Chain(pub u32);
 
@@ -53,7 +53,7 @@ impl Seq {
     }
 }
 
-/// What the accept script needs of a message id: the ring keeps 64 bits, the chain takes 32.
+/// Hashes of a message id for the accept script: 64 bits for the ring of recent ids, 32 bits for the chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IdHash {
     /// `xxh3_64` of the id, for the ring of recent ids.
@@ -69,29 +69,28 @@ impl IdHash {
     }
 }
 
-/// Where a record stands in Kafka, as far as a shard has executed it. Ordered: a later record, or
-/// a later part of the same record, is greater. The leader epoch comes first, because an unclean
-/// election gives offsets twice.
+/// The position of a message in a partition's log. Later records, and later parts of the same record, are greater. The
+/// leader epoch is compared first, because offsets are assigned again after an unclean election.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LogPosition {
-    /// The partition's leader epoch; -1 where the broker does not tell.
+    /// The partition's leader epoch; -1 if the broker does not report it.
     pub leader_epoch: i32,
     /// The record's offset.
     pub offset: i64,
-    /// Which of the record's mailboxes (a record to several users has several), from 0.
+    /// Index of the user among the users of the record, from 0.
     pub index: u32,
 }
 
-/// Where a device stands in a mailbox.
+/// A device's position in a mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Position {
-    /// The mailbox's life.
+    /// The mailbox's epoch.
     pub epoch: Epoch,
-    /// Resets of this device's cursor.
+    /// The generation of this device's positions.
     pub generation: Generation,
     /// The last position received.
     pub seq: Seq,
-    /// The chain there; `None` where a client does not compute it.
+    /// The chain there; `None` if the client does not compute it.
     pub chain: Option<Chain>,
 }
 

@@ -1,15 +1,15 @@
-//! Names and numbers that identify things. Names are cheap to clone and valid by construction.
+//! Names and numbers of apps, users, devices and nodes. Names are cheap to clone and valid by construction.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A name was refused; says which kind of name and why.
+/// An invalid name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} {problem}")]
 pub struct InvalidName {
-    /// What was being named, as users call it: `app`, `user`, `device`, …
+    /// The kind of name: `app`, `user`, `device` and so on.
     pub kind: &'static str,
-    /// What is wrong with it, in words that follow the kind.
+    /// What is wrong with it; follows the kind in the error's text.
     pub problem: String,
 }
 
@@ -53,7 +53,7 @@ macro_rules! name {
                 check($kind, name, $max, $allowed, $what).map(Self)
             }
 
-            /// The name itself.
+            /// The name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -107,7 +107,7 @@ name!(
     but crate::limits::EVERYONE
 );
 name!(
-    /// The business's name of a message. 1 to 128 bytes, any printable text.
+    /// The id of a message, chosen by the business. 1 to 128 bytes, any printable text.
     MessageId, "id", crate::limits::MESSAGE_ID_BYTES_MAX, printable, "characters that are not control characters"
 );
 name!(
@@ -130,27 +130,27 @@ macro_rules! number {
 }
 
 number!(
-    /// One life of a node: a restarted node, or one whose lease lapsed, has another. Below 2^53.
+    /// The incarnation of a node. It changes when the node restarts and when its lease has lapsed. Below 2^53.
     Incarnation
 );
 number!(
-    /// One accepted socket of a node's incarnation, from 1.
+    /// The number of a connection of a node, from 1.
     ConnectionId
 );
 number!(
-    /// One connection attempt of a device. A higher one replaces a lower one. Below 2^53;
-    /// milliseconds since the Unix epoch where the device does not count by itself.
+    /// The number of a device's connection attempt. A higher one replaces a lower one. Below 2^53. If the device does
+    /// not count its attempts, it is the time in ms since the Unix epoch.
     Attempt
 );
 
-/// One live connection: what a route names.
+/// A connection, as stored in a route.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SessionRef {
     /// The access node that holds the socket.
     pub node: NodeId,
-    /// The life of that node.
+    /// The node's incarnation.
     pub incarnation: Incarnation,
-    /// The socket.
+    /// The connection's number.
     pub connection: ConnectionId,
 }
 

@@ -1,5 +1,5 @@
-//! Barid's vocabulary: the words of docs/protocol.md and ARCHITECTURE.md as types. No I/O, no
-//! encoding, no Redis, no Kafka.
+//! Barid's vocabulary: the terms of docs/protocol.md and ARCHITECTURE.md as types. No I/O, no protocol encoding, no
+//! Redis, no Kafka.
 
 mod backoff;
 mod clock;
@@ -7,6 +7,7 @@ mod close;
 mod history;
 mod ids;
 pub mod limits;
+pub mod pem;
 mod receipts;
 mod secret;
 mod shard;

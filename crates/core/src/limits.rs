@@ -1,4 +1,4 @@
-//! Bounds that are part of the wire or the Redis layout. Everything else is configuration.
+//! Bounds that are part of the protocol or the Redis layout. All others are configurable.
 
 /// App names, bytes.
 pub const APP_BYTES_MAX: usize = 64;
@@ -8,9 +8,9 @@ pub const USER_BYTES_MAX: usize = 128;
 pub const DEVICE_BYTES_MAX: usize = 64;
 /// Group names, bytes.
 pub const GROUP_BYTES_MAX: usize = 64;
-/// What frames call the mailbox of everyone in an app: no group can have this name.
+/// The name of the audience "everyone of an app" in frames. No group can have this name.
 pub const EVERYONE: &str = "everyone";
-/// Groups that a token may list, and subscriptions that a session may be allowed.
+/// Groups in a token, and the largest configurable bound of a session's subscriptions.
 pub const GROUPS_MAX: usize = POSITIONS_MAX - 2;
 /// Message ids, bytes.
 pub const MESSAGE_ID_BYTES_MAX: usize = 128;
@@ -22,17 +22,15 @@ pub const COLLAPSE_KEY_BYTES_MAX: usize = 64;
 pub const PLATFORM_BYTES_MAX: usize = 32;
 /// SDK names in Hello, bytes.
 pub const SDK_BYTES_MAX: usize = 64;
-/// Positions of one Hello: mailboxes that a device can follow.
+/// Positions in a Hello.
 pub const POSITIONS_MAX: usize = 256;
-/// The highest generation that a device may claim to have heard of: far above any that resets reach,
-/// and one reset more still fits into 32 bits.
+/// The highest generation that a Hello may name. Resets never reach it, and it can be incremented within 32 bits.
 pub const GENERATION_MAX: u32 = (1 << 31) - 1;
-/// Numbers on the wire stay below 2^53, so that JSON and Lua keep them exactly.
+/// Numbers of the protocol stay below 2^53, which JSON and Lua represent exactly.
 pub const WIRE_NUMBER_MAX: u64 = (1 << 53) - 1;
-/// The longest time to live: ten years. In microseconds, and added to any time of this century, it stays
-/// below 2^53.
+/// The longest time to live: ten years. Added to any time of this century, it stays below 2^53 microseconds.
 pub const TTL_SECONDS_MAX: u64 = 10 * 366 * 24 * 3600;
-/// The largest payload, before compression: with its envelope it fits into one gRPC message between roles.
+/// The largest payload before compression. With its envelope it fits into a gRPC message between roles.
 pub const PAYLOAD_BYTES_MAX: usize = 2 << 20;
 /// Times in milliseconds stay below 2^53 microseconds: until the year 2255.
 pub const TIME_MS_MAX: u64 = WIRE_NUMBER_MAX / 1000;

@@ -1,10 +1,10 @@
-//! Which milestones of a message the business wants to hear of.
+//! The kinds of receipts that a business can request.
 
-/// A set of receipt kinds; the bits are `1 << ReceiptKind` of the wire.
+/// A set of receipt kinds, with the bits `1 << ReceiptKind` of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReceiptSet(pub u32);
 
-/// No receipt of this name can be asked for.
+/// An unknown receipt kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "receipt {0:?} cannot be asked for; accepted, duplicate, sent, acked, expired and exhausted can"
@@ -12,15 +12,15 @@ pub struct ReceiptSet(pub u32);
 pub struct UnknownReceipt(pub String);
 
 impl ReceiptSet {
-    /// It is in the mailbox.
+    /// The message is in the mailbox.
     pub const ACCEPTED: Self = Self(1 << 1);
-    /// Its id was accepted before.
+    /// A message with this id was accepted before.
     pub const DUPLICATE: Self = Self(1 << 2);
-    /// Written to a device.
+    /// The message was written to a device.
     pub const SENT: Self = Self(1 << 3);
-    /// A device acknowledged it.
+    /// A device acknowledged the message.
     pub const ACKED: Self = Self(1 << 4);
-    /// A device was told to skip it, its time being over.
+    /// The message expired before a device received it.
     pub const EXPIRED: Self = Self(1 << 5);
     /// No acknowledgement after the last re-send.
     pub const EXHAUSTED: Self = Self(1 << 6);
@@ -28,13 +28,13 @@ impl ReceiptSet {
     /// Every kind that can be asked for.
     pub const ALL: Self = Self(0b0111_1110);
 
-    /// Both sets' kinds.
+    /// The union of two sets.
     #[must_use]
     pub fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Whether every kind of `other` is asked for.
+    /// Whether the set contains every kind of `other`.
     pub fn wants(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }

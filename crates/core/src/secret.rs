@@ -1,8 +1,8 @@
-//! Values that must not be seen.
+//! Values that must not be printed.
 
 use std::fmt;
 
-/// Holds a secret. Its `Debug` and `Serialize` show `***`: neither a log nor `--print-config` tells it.
+/// A secret. `Debug` and `Serialize` print `***`, so that it appears neither in a log nor in `--print-config`.
 #[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -13,12 +13,12 @@ impl Secret {
         Self(value.into())
     }
 
-    /// The secret itself; do not log it.
+    /// The secret's value. Do not log it.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Whether there is none.
+    /// Whether the secret is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

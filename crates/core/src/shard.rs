@@ -1,10 +1,10 @@
-//! Logical shards: everything about one user lives in one of them, hence in one Redis hash slot.
+//! Logical shards. All data of a user is in one shard, and so in one Redis hash slot.
 
 use std::fmt;
 
 use xxhash_rust::xxh3::Xxh3;
 
-/// How many shards a cluster has; fixed when it is created. 1 to 16384 (Redis has no more slots).
+/// Number of shards of a cluster, fixed when it is created. 1 to 16384, the number of Redis hash slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ShardCount(u16);
 
@@ -18,8 +18,10 @@ pub struct InvalidShardCount(u32);
 pub struct Shard(u16);
 
 impl ShardCount {
+    /// Creates a shard count.
+    ///
     /// # Errors
-    /// Not within 1 to 16384.
+    /// `count` is not within 1 to 16384.
     pub fn new(count: u32) -> Result<Self, InvalidShardCount> {
         match u16::try_from(count) {
             Ok(n @ 1..=16384) => Ok(Self(n)),
@@ -32,7 +34,7 @@ impl ShardCount {
         self.0
     }
 
-    /// Where a user (or another key of an app) lives: `xxh3_64(app NUL key) % count`.
+    /// The shard of a user (or another key of an app): `xxh3_64(app NUL key) % count`.
     pub fn shard_of(self, app: &str, key: &str) -> Shard {
         let mut hash = Xxh3::new();
         hash.update(app.as_bytes());
@@ -41,12 +43,12 @@ impl ShardCount {
         Shard((hash.digest() % u64::from(self.0)) as u16)
     }
 
-    /// The shard of this number; `None`: the cluster has no such shard.
+    /// The shard with this number; `None` if it is out of range.
     pub fn shard(self, number: u16) -> Option<Shard> {
         (number < self.0).then_some(Shard(number))
     }
 
-    /// Every shard, in order.
+    /// All shards, in order.
     pub fn all(self) -> impl ExactSizeIterator<Item = Shard> {
         (0..self.0).map(Shard)
     }

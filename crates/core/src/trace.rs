@@ -1,17 +1,17 @@
-//! W3C trace context, as far as Barid reads it: the `traceparent` header.
+//! The `traceparent` header of the W3C trace context.
 
-/// A checked `traceparent`: `<version>-<trace id>-<parent id>-<flags>`, lower-case hex.
+/// A valid `traceparent`: `<version>-<trace id>-<parent id>-<flags>`, lower-case hex.
 ///
 /// From <https://www.w3.org/TR/trace-context/#traceparent-header>: no zero id, no version `ff`, and
-/// exactly 55 bytes in version `00`; later versions may say more behind another hyphen.
+/// exactly 55 bytes in version `00`; later versions may append fields after another hyphen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceParent<'a>(&'a str);
 
-/// The longest that is read; version `00` has 55 bytes.
+/// Bound of a header, bytes; version `00` has 55.
 const BYTES_MAX: usize = 64;
 
 impl<'a> TraceParent<'a> {
-    /// Checks a header's value; `None`: it is malformed, and to be ignored.
+    /// Parses a header's value; `None` if it is malformed, and has to be ignored.
     pub fn parse(value: &'a [u8]) -> Option<Self> {
         let text = std::str::from_utf8(value).ok()?;
         if !text.bytes().all(|b| b.is_ascii_graphic()) || !(55..=BYTES_MAX).contains(&text.len()) {
@@ -36,7 +36,7 @@ impl<'a> TraceParent<'a> {
         valid.then_some(Self(text))
     }
 
-    /// As it was received.
+    /// The value as it was received.
     pub fn as_str(self) -> &'a str {
         self.0
     }

@@ -1,15 +1,15 @@
-//! Why a delayer does not start.
+//! Errors at the start of a delayer.
 
-/// It could not start.
+/// Why a delayer cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Redis refused, or is not one that may be used.
+    /// Redis refused a call, or cannot be used.
     #[error(transparent)]
     Redis(#[from] barid_mailbox::Error),
-    /// A setting makes no sense.
+    /// A setting is invalid.
     #[error("configuration: {0}")]
     Config(String),
-    /// Metrics are registered already: two delayers in one registry.
+    /// A metric is registered already.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
 }

@@ -1,5 +1,5 @@
-//! One Redis master's timers: claim what is due, hand it on, give back what nobody could take.
-//! A master that is away slows down its own lane only.
+//! A lane: claims the due timers of one Redis master, sends them to dispatchers, and gives back the claims that no
+//! dispatcher accepted. An unavailable master delays only its own lane.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,16 +21,16 @@ use tokio::time::{Instant, sleep};
 use crate::Metrics;
 use crate::schedule::{Polled, Schedule};
 
-/// What the lanes share; cheap to clone.
+/// What the lanes share. Cheap to clone.
 #[derive(Clone)]
 pub struct Lanes {
-    /// Redis.
+    /// The mailboxes in Redis.
     pub mailbox: Mailbox,
     /// The dispatchers.
     pub pool: DispatchPool,
     /// The access nodes.
     pub nodes: NodeTable,
-    /// Counters.
+    /// The metrics.
     pub metrics: Metrics,
     /// Logs sampled messages.
     pub tracer: Tracer,
@@ -38,29 +38,29 @@ pub struct Lanes {
     pub retry: Backoff,
     /// Users claimed in one poll.
     pub page_users_max: u32,
-    /// Pages of one lane handed on at the same time.
+    /// Concurrent pages of one lane.
     pub pages_max: usize,
     /// When a claim that is given back is due again.
     pub defer: DeferWaits,
-    /// For so long after an access node's lease ended, its devices are put off without asking a dispatcher.
-    /// Later, a dispatcher that is asked removes their routes.
+    /// How long after the end of an access node's lease its devices are deferred without asking a dispatcher. After
+    /// that, a dispatcher is asked, and removes their routes.
     pub void_after: Duration,
-    /// When to stop.
+    /// Ends the lanes.
     pub shutdown: Shutdown,
 }
 
-/// How a lane fares, for readiness.
+/// The state of a lane, for readiness.
 #[derive(Debug, Clone)]
 pub struct Pulse {
-    /// When it last polled, or found that it need not.
+    /// When it last polled, or skipped a poll.
     pub polled: Instant,
     /// Why its master did not answer.
     pub away: Option<String>,
-    /// How late the users that it claimed last were, at most.
+    /// The largest delay of the timers that it claimed last.
     pub late: Duration,
 }
 
-/// Polls until draining, then waits for what it claimed. `pulse` is kept up to date.
+/// Polls until draining begins, then finishes its claims. Keeps `pulse` up to date.
 pub async fn run(lanes: Lanes, lane: usize, mut schedule: Schedule, pulse: Arc<Mutex<Pulse>>) {
     let mut pages = JoinSet::new();
     while !lanes.shutdown.is_draining() {
@@ -81,7 +81,7 @@ pub async fn run(lanes: Lanes, lane: usize, mut schedule: Schedule, pulse: Arc<M
 impl Lanes {
     async fn poll(&self, lane: usize, pulse: &Mutex<Pulse>, pages: &mut JoinSet<()>) -> Polled {
         let shards = self.shards_of(lane);
-        // Without a dispatcher a claim could only be given back.
+        // Without a dispatcher, a claim would only be given back.
         if shards.is_empty() || !self.pool.any_available().await {
             pulse.lock().polled = Instant::now();
             return Polled::None;
@@ -106,7 +106,7 @@ impl Lanes {
                 due.retain(|user| !user.devices.is_empty());
                 let polled = match due.len() {
                     _ if users >= self.page_users_max as usize => Polled::Full,
-                    // Those of nodes that are gone are no reason to look more often.
+                    // Timers of nodes that are gone do not shorten the next wait.
                     0 => return Polled::None,
                     _ => Polled::Some,
                 };
@@ -115,7 +115,7 @@ impl Lanes {
             }
             Err(error) => {
                 if pulse.away.is_none() {
-                    tracing::warn!(lane, %error, "timers cannot be claimed");
+                    tracing::warn!(lane, %error, "cannot claim timers");
                 }
                 pulse.away = Some(error.to_string());
                 self.metrics.poll_failures.inc();
@@ -124,7 +124,7 @@ impl Lanes {
         }
     }
 
-    /// From a random one on, so that several delayers do not all begin with the same.
+    /// The lane's shards, from a random one on, so that several delayers do not begin with the same one.
     fn shards_of(&self, lane: usize) -> Vec<Shard> {
         let all = self.mailbox.shards().all();
         let mut shards: Vec<_> = all.filter(|shard| self.mailbox.lane_of(*shard) == lane).collect();
@@ -147,12 +147,12 @@ impl Lanes {
         {
             let devices: usize = back.iter().map(|request| request.devices.len()).sum();
             self.metrics.defer_failures.inc_by(devices as u64);
-            tracing::warn!(%error, devices, "claims cannot be given back");
+            tracing::warn!(%error, devices, "cannot give claims back");
         }
         self.metrics.claims.sub(count as i64);
     }
 
-    /// Logs a re-send if what it is for is sampled.
+    /// Logs a re-send if its message is sampled.
     fn trace(&self, user: &UserKey, device: &DueDevice, sampled: Option<&Sampled>) {
         let Some(Sampled { id, traceparent, produced_at_ms }) = sampled else { return };
         self.tracer.saw(Sighting {
@@ -168,7 +168,7 @@ impl Lanes {
         });
     }
 
-    /// Hands one user's devices to a dispatcher; returns what is to be given back.
+    /// Sends one user's devices to a dispatcher. Returns the claims to give back.
     async fn resend(&self, due: DueUser) -> Option<DeferRequest> {
         let shard = self.mailbox.shard_of(&due.user);
         let samples: Vec<_> = due.devices.iter().map(sampled).collect();
@@ -216,7 +216,7 @@ fn reason(why: Unreachable) -> Unreached {
     }
 }
 
-/// What a re-send is for, if that is sampled.
+/// The message of a re-send, if it is sampled.
 fn sampled(device: &DueDevice) -> Option<Sampled> {
     if device.sampled.is_empty() {
         return None;

@@ -1,8 +1,8 @@
-//! The delayer: claims due retry timers and hands what is behind to dispatchers, to be sent again.
+//! The delayer claims due retry timers, and asks dispatchers to re-send the messages.
 //!
-//! Any number may run at once: a claim is one atomic script, so nothing is re-sent twice, and
-//! whose turn a shard is is nobody's business. What cannot be handed on is given back without
-//! counting as a try: an outage inside Barid is not the device's failure to answer.
+//! Any number of delayers may run at once, without dividing the shards between them: a claim is one atomic script, so
+//! that no timer is claimed twice. A claim that cannot be sent to a dispatcher is given back and does not count as an
+//! attempt, because an outage inside Barid is not the device's failure.
 
 mod config;
 mod error;
@@ -18,7 +18,7 @@ pub use service::Service;
 
 use barid_runtime::{Context, Role, RunError, Stopped};
 
-/// The role, for `barid_runtime::main` and for `barid dev`.
+/// The delayer's [`Role`](barid_runtime::Role).
 pub struct Delayer(Service);
 
 impl Role for Delayer {

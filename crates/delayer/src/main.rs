@@ -1,4 +1,4 @@
-//! `barid-delayer`: see the library.
+//! `barid-delayer`: the delayer as a process. See `--help`.
 
 use std::process::ExitCode;
 

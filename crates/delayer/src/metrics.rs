@@ -1,4 +1,4 @@
-//! Everything that a delayer counts.
+//! All metrics of the delayer.
 
 use barid_core::limits::RESENDS_MAX;
 use barid_mailbox::Unreached;
@@ -8,33 +8,33 @@ use prometheus::{
     Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets,
 };
 
-/// Cheap to clone.
+/// The delayer's metrics. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// The streams to dispatchers.
+    /// The links to dispatchers.
     pub mesh: MeshMetrics,
     /// Users whose timer was claimed.
     pub fired: IntCounter,
-    /// Devices handed to a dispatcher, by which re-send it is: `1` to `5`, `last` above.
+    /// Devices sent to a dispatcher, by the number of the re-send: `1` to `5`, `last` above.
     pub resends: IntCounterVec,
-    /// Devices whose claim was given back, by why: their node is `down`, `full` or `void` (gone), or
-    /// nobody could be asked (`away`).
+    /// Devices whose claim was given back, by reason: their node is `down`, `full` or `void` (gone), or no dispatcher
+    /// is available (`away`).
     pub deferred: IntCounterVec,
-    /// Devices whose claim could not even be given back: they are due again a backoff later.
+    /// Devices whose claim could not be given back. They are due again after a backoff.
     pub defer_failures: IntCounter,
-    /// Polls that a master did not answer.
+    /// Failed polls.
     pub poll_failures: IntCounter,
-    /// How long claimed timers had been due, seconds.
+    /// Delay of claimed timers, seconds.
     pub due_lag: Histogram,
-    /// What a poll takes, seconds.
+    /// Duration of a poll, seconds.
     pub poll_seconds: Histogram,
-    /// From the claim to the dispatcher's answer, seconds.
+    /// Time from a claim to the dispatcher's answer, seconds.
     pub claim_to_answer: Histogram,
-    /// Users whose claim is being handed on.
+    /// Users whose claim is unanswered.
     pub claims: IntGauge,
-    /// Seconds since the master that was polled longest ago was polled.
+    /// Age of the oldest last poll of all masters, seconds.
     pub poll_age_seconds: IntGauge,
-    /// How late the users that each master's last poll claimed were, at most, seconds.
+    /// The largest delay of timers in the last polls of all masters, seconds.
     pub late_seconds: Gauge,
 }
 

@@ -1,12 +1,11 @@
-//! When to poll next. No clock, no Redis.
+//! The schedule of polls. Pure: no clock, no Redis.
 
 use std::time::Duration;
 
 use barid_core::Backoff;
 use rand::RngExt as _;
 
-/// The share by which each wait may be shorter or longer, so that several delayers do not poll in
-/// step.
+/// Jitter of each wait, as a share of it, so that several delayers do not poll at the same time.
 const JITTER: f64 = 0.2;
 
 /// The waits between the polls of one master.
@@ -19,27 +18,27 @@ pub struct Schedule {
     failures: u32,
 }
 
-/// What a poll brought.
+/// The result of a poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Polled {
-    /// As many users as one poll may claim: there may be more.
+    /// As many users as a poll may claim, so that more may be due.
     Full,
-    /// Some.
+    /// Some users.
     Some,
-    /// Nothing was due.
+    /// No user.
     None,
-    /// The master did not answer.
+    /// The poll failed.
     Away,
 }
 
 impl Schedule {
-    /// Waits `busy` after a poll that brought something, growing to `idle` while none does, and
+    /// Creates a schedule that waits `busy` after a poll with a result, up to `idle` after polls without one, and
     /// `away` while the master does not answer.
     pub fn new(busy: Duration, idle: Duration, away: Backoff) -> Self {
         Self { busy, idle, away, wait: busy, failures: 0 }
     }
 
-    /// The wait after a poll.
+    /// The wait before the next poll.
     pub fn after(&mut self, polled: Polled) -> Duration {
         if polled == Polled::Away {
             let wait = self.away.delay(self.failures);

@@ -1,4 +1,4 @@
-//! Starts the lanes, watches how they fare, and drains them.
+//! Starts the lanes, derives readiness from their state, and drains them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::lane::{self, Lanes, Pulse};
 use crate::schedule::Schedule;
 use crate::{Config, Error, Metrics};
 
-/// How often readiness is looked at.
+/// How often readiness is updated.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// A running delayer.
@@ -33,10 +33,10 @@ struct Conditions {
 }
 
 impl Service {
-    /// Connects; waits for Redis as long as it is away. `None`: it was told to drain meanwhile.
+    /// Connects; waits while Redis is unavailable. `None`: draining began meanwhile.
     ///
     /// # Errors
-    /// [`Error`]: Redis may not be used, or the configuration makes no sense.
+    /// Redis cannot be used, or the configuration is invalid.
     pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let metrics = Metrics::new(&context.metrics)?;
         let tasks = Tasks::new(&context);
@@ -72,11 +72,11 @@ impl Service {
         Ok(Some(Self { config, context, lanes, conditions, tasks }))
     }
 
-    /// Works until it is told to drain; then finishes what it claimed.
-    pub async fn work(mut self) -> Stopped {
+    /// Runs until draining begins, then finishes the claims.
+    pub async fn work(self) -> Stopped {
         let mut pulses = Vec::new();
         loop {
-            // A cluster may grow masters.
+            // Masters may be added to a cluster.
             for lane in pulses.len()..self.lanes.mailbox.lanes() {
                 let pulse = Arc::new(Mutex::new(Pulse {
                     polled: Instant::now(),
@@ -91,7 +91,6 @@ impl Service {
             tokio::select! {
                 () = sleep(WATCH_EVERY) => {}
                 () = self.context.shutdown.draining() => break,
-                never = self.tasks.supervise() => match never {},
             }
         }
         let claims = || u64::try_from(self.lanes.metrics.claims.get()).unwrap_or(0);
@@ -125,7 +124,7 @@ impl Service {
     }
 }
 
-/// The waits for a master that is away.
+/// The waits before polling an unavailable master again.
 fn reconnecting() -> Backoff {
     Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
         .expect("constants that make sense")

@@ -1,4 +1,4 @@
-//! A batch's way: look up its users, all at once; then queue for their nodes, in order.
+//! Delivery of a batch: looks up the routes of all its users at once, then queues the items for their nodes, in order.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,23 +17,23 @@ use crate::nodes::{NodeItem, Nodes, Unsent};
 use crate::reap::{Reaper, Void};
 use crate::resolve::{Away, Loaded, Lookup, Resolver, Routes};
 
-/// Everything that a batch meets; cheap to clone.
+/// The parts that handle a batch. Cheap to clone.
 pub struct Delivery<R> {
-    /// Who is where.
+    /// The routes.
     pub resolver: Resolver<R>,
-    /// The way to the nodes.
+    /// The links to access nodes.
     pub nodes: Arc<Nodes>,
-    /// Takes void routes.
+    /// Removes void routes.
     pub reaper: Reaper,
-    /// A route whose node has been gone for so long is removed.
+    /// How long a node must be gone until its routes are removed.
     pub void_after: Duration,
-    /// Counters.
+    /// The metrics.
     pub metrics: Metrics,
     /// Logs sampled messages.
     pub tracer: Tracer,
 }
 
-/// A batch whose users are known.
+/// A batch with the routes of its users.
 pub struct Resolved {
     batch: u64,
     pushes: Vec<(Push, Option<(UserKey, Loaded)>)>,
@@ -41,8 +41,7 @@ pub struct Resolved {
 }
 
 impl<R: Routes> Delivery<R> {
-    /// Looks up every user of a batch. All loads begin at once, and several batches may be here at
-    /// the same time.
+    /// Looks up every user of a batch. All lookups start at once. Several batches may be looked up concurrently.
     pub async fn resolve(&self, batch: DispatchBatch) -> Resolved {
         let looked: Vec<_> = batch
             .pushes
@@ -73,7 +72,7 @@ impl<R: Routes> Delivery<R> {
         }
     }
 
-    /// Queues a batch for its nodes, in order; never waits.
+    /// Queues the items of a batch for their nodes, in order. Never waits.
     pub fn hand_on(&self, resolved: Resolved) -> DispatchReply {
         let now = Instant::now();
         for (push, user) in resolved.pushes {
@@ -117,7 +116,7 @@ impl<R: Routes> Delivery<R> {
                     && other.session.incarnation == session.incarnation
             };
             if routes[..at].iter().any(same_life) {
-                continue; // its node had it with the first of its routes
+                continue; // the node has it already, with another route
             }
             let there = routes[at..].iter().filter(|other| same_life(other));
             let connections = there.map(|other| other.session.connection.0).collect();
@@ -142,7 +141,7 @@ impl<R: Routes> Delivery<R> {
         }
     }
 
-    /// The hop that ends here; told to the node, where the next one begins.
+    /// Records the hop that ends here. Its end is sent to the node, where the next hop begins.
     fn dispatched(&self, push: &Push, user: &UserKey, now: Instant) -> Option<u32> {
         let accepted_us = Header::parse(&push.envelope).ok()?.accepted_at_us;
         let now_us = self.resolver.redis_time(user)?.us(now);
@@ -183,7 +182,7 @@ impl<R: Routes> Delivery<R> {
         });
     }
 
-    /// Why the node of one of its devices could not be reached, if that is so.
+    /// Queues a re-send for the node of one of its devices. Returns why the node cannot be reached, if so.
     fn resend(&self, resend: &Resend, user: &UserKey, routes: &[Route]) -> Result<(), Unreachable> {
         let mut reached = Ok(());
         for device in &resend.devices {
@@ -195,7 +194,7 @@ impl<R: Routes> Delivery<R> {
                     && session.connection.0 == device.connection
             });
             let Some(route) = same else {
-                // That session is over; a newer one reads the mailbox when it connects.
+                // The session has ended; a newer one reads the mailbox when it connects.
                 self.count_resend("superseded");
                 continue;
             };
@@ -273,7 +272,7 @@ async fn arrived<T>(looked: Looked<T, Lookup>) -> Looked<T, Loaded> {
     arrived
 }
 
-/// What a node's "not here" names; `None`: names that cannot be.
+/// The void route in a node's answer "gone"; `None` if its names are invalid.
 pub fn void_of(
     node: &NodeId,
     incarnation: Incarnation,

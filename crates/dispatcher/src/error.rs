@@ -1,26 +1,26 @@
-//! Why a dispatcher does not start.
+//! Errors at the start of a dispatcher.
 
-/// It could not start.
+/// Why a dispatcher cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Redis refused, or is not one that may be used.
+    /// Redis refused a call, or cannot be used.
     #[error(transparent)]
     Redis(#[from] barid_mailbox::Error),
     /// The node's name is invalid.
     #[error(transparent)]
     Name(#[from] barid_core::InvalidName),
-    /// A setting makes no sense.
+    /// A setting is invalid.
     #[error("configuration: {0}")]
     Config(String),
-    /// Metrics are registered already: two dispatchers in one registry.
+    /// A metric is registered already.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// The address cannot be listened on.
+    /// The listener cannot be bound.
     #[error("cannot listen on {address}: {error}")]
     Listen {
-        /// Where.
+        /// The address.
         address: std::net::SocketAddr,
-        /// Why not.
+        /// The error.
         error: std::io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! The batches: purgers and delayers stream batches in, and get one reply a batch, in order.
+//! The gRPC service: purgers and delayers stream batches, and get one reply per batch, in order.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::deliver::Delivery;
 use crate::resolve::Routes;
 
-/// The gRPC service; cheap to clone.
+/// The gRPC service. Cheap to clone.
 pub struct BatchService<R> {
     delivery: Arc<Delivery<R>>,
     window_batches: usize,
@@ -41,8 +41,8 @@ impl<R> Clone for BatchService<R> {
 }
 
 impl<R: Routes> BatchService<R> {
-    /// Of each stream, up to `window_batches` batches are looked up at the same time; further ones
-    /// wait in the stream, which holds the caller back.
+    /// Creates the service. Up to `window_batches` batches of a stream are looked up concurrently. Further ones stay
+    /// in the stream, which slows down the caller.
     pub fn new(delivery: Arc<Delivery<R>>, window_batches: usize) -> Self {
         Self {
             delivery,
@@ -54,19 +54,19 @@ impl<R: Routes> BatchService<R> {
         }
     }
 
-    /// Reads no further batch, answers those that were read, and ends the streams.
+    /// Stops reading batches, answers those that were read, and ends the streams.
     pub async fn finish(&self) {
         self.stop.cancel();
         self.streams.close();
         self.streams.wait().await;
     }
 
-    /// Batches that were read and not yet answered.
+    /// Number of batches that were read and not answered.
     pub fn unanswered(&self) -> u64 {
         self.unanswered.load(Ordering::SeqCst)
     }
 
-    /// Batches that were answered.
+    /// Number of answered batches.
     pub fn answered(&self) -> u64 {
         self.answered.load(Ordering::SeqCst)
     }
@@ -80,7 +80,7 @@ impl<R: Routes> BatchService<R> {
                 let unanswered = Unanswered::new(&self.unanswered);
                 async move { (delivery.resolve(batch).await, unanswered) }
             })
-            // In order: a user's messages leave in the order in which they came.
+            // In order, so that a user's messages keep theirs.
             .buffered(self.window_batches);
         let mut resolved = std::pin::pin!(resolved);
         while let Some((batch, unanswered)) = resolved.next().await {
@@ -107,7 +107,7 @@ impl<R: Routes> Dispatcher for BatchService<R> {
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("draining"));
         }
-        // A broken stream ends like a finished one: the caller knows what was not answered.
+        // A broken stream is treated as a finished one: the caller knows which batches were not answered.
         let batches = stream::unfold(request.into_inner(), |mut inbound| async move {
             match inbound.message().await {
                 Ok(batch) => batch.map(|batch| (batch, inbound)),

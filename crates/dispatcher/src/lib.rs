@@ -1,6 +1,6 @@
-//! The dispatcher: takes batches from purgers and delayers, finds out which access nodes hold the
-//! audience's sockets, and streams to those nodes. It holds nothing that cannot be rebuilt, and it
-//! may drop whatever it likes: mailbox, timer and sync keep the promises.
+//! The dispatcher receives batches from purgers and delayers, finds the access nodes of the recipients' sessions, and
+//! streams the items to those nodes. Its state can be rebuilt, and it may drop any item: mailbox, retry timer and
+//! sync keep the promises.
 
 mod config;
 pub mod deliver;
@@ -20,7 +20,7 @@ pub use service::Service;
 
 use barid_runtime::{Context, Role, RunError, Stopped};
 
-/// The role, for `barid_runtime::main` and for `barid dev`.
+/// The dispatcher's [`Role`](barid_runtime::Role).
 pub struct Dispatcher(Service);
 
 impl Role for Dispatcher {

@@ -1,4 +1,4 @@
-//! `barid-dispatcher`: see the library.
+//! `barid-dispatcher`: the dispatcher as a process. See `--help`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! Everything that a dispatcher counts.
+//! All metrics of the dispatcher.
 
 use barid_mesh::LinkMetrics;
 use barid_runtime::{Hop, Hops, MetricSet};
@@ -8,42 +8,42 @@ const PUSHES: [&str; 7] = ["handed", "no_route", "void", "full", "down", "away",
 const RESENDS: [&str; 7] = ["handed", "superseded", "void", "full", "down", "away", "invalid"];
 const REAPED: [&str; 4] = ["removed", "failed", "unknown", "dropped"];
 
-/// Cheap to clone.
+/// The dispatcher's metrics. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// The streams to access nodes.
+    /// The links to access nodes.
     pub nodes: LinkMetrics,
-    /// Pushes by outcome, one for each node that has a route: `handed`, or why not: `no_route`,
-    /// `void`, `full`, `down`, `away`, `invalid`.
+    /// Pushes by outcome, counted per node with a route: `handed`, or the reason for dropping it: `no_route`, `void`,
+    /// `full`, `down`, `away`, `invalid`.
     pub pushes: IntCounterVec,
-    /// Re-sends by outcome: `handed`, `superseded` (that session is over), or what the delayer is
-    /// told as unreachable: `void`, `full`, `down`, `away`; `invalid`.
+    /// Re-sends by outcome: `handed`, `superseded` (the session has ended), `invalid`, or the reason that is reported
+    /// to the delayer: `void`, `full`, `down`, `away`.
     pub resends: IntCounterVec,
-    /// Items that a stream to a node took along when it broke.
+    /// Items that were lost with a broken stream to a node.
     pub lost: IntCounter,
     /// Batches received.
     pub batches: IntCounter,
-    /// Streams from purgers and delayers that are open.
+    /// Open streams from purgers and delayers.
     pub callers: IntGauge,
     /// Lookups that L1 answered.
     pub l1_hits: IntCounter,
     /// Lookups that went to Redis.
     pub l1_misses: IntCounter,
-    /// Invalidations that Redis or a node's answer brought.
+    /// Invalidations, by Redis or by a node's answer.
     pub l1_invalidations: IntCounter,
-    /// Loads that an invalidation overtook: their values were not kept.
+    /// Loads that an invalidation overtook. Their values are not cached.
     pub l1_discarded: IntCounter,
-    /// Users that left L1, or found no room, because of its bound of bytes.
+    /// Users that were evicted from L1, or not cached, because of its bound.
     pub l1_evicted: IntCounter,
     /// Users in L1.
     pub l1_entries: IntGauge,
-    /// 1 while Redis reports changes.
+    /// 1 while Redis reports changes of routes.
     pub tracking: IntGauge,
     /// Loads that failed or took too long.
     pub load_failures: IntCounter,
-    /// Void routes by outcome: `removed`, `failed`, `unknown`, `dropped` (too many at once).
+    /// Void routes by outcome: `removed`, `failed`, `unknown`, `dropped` (the queue was full).
     pub reaped: IntCounterVec,
-    /// Where a message's time goes.
+    /// Latencies of the hops.
     pub hops: Hops,
 }
 

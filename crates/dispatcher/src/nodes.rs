@@ -1,5 +1,5 @@
-//! The access nodes: one link to each life of each, with a bounded queue, so that one slow or
-//! stopped node delays no other.
+//! The links to access nodes: one for each incarnation of a node, with a bounded queue, so that a slow or stopped node
+//! delays no other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,36 +15,36 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-/// One access node, as its lease shows it.
+/// An access node, as in its lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessNode {
-    /// Its name.
+    /// The node's name.
     pub id: NodeId,
-    /// Its life: routes of another one are void.
+    /// The node's incarnation. Routes of another one are void.
     pub incarnation: Incarnation,
-    /// Its gRPC `host:port`.
+    /// The node's gRPC `host:port`.
     pub address: String,
 }
 
-/// How long a life of a node has been over; `None`: as far as is known it is not.
+/// How long an incarnation of a node has been over; `None`: it is not, or that is unknown.
 pub type VoidSince = Arc<dyn Fn(&NodeId, Incarnation) -> Option<Duration> + Send + Sync>;
 
-/// Told which session is not where its route says.
+/// Called with a session that its node does not have.
 pub type OnGone = Arc<dyn Fn(&NodeId, Incarnation, Gone) + Send + Sync>;
 
-/// Why a session's node got nothing.
+/// Why an item was not queued for a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unsent {
-    /// No such life of such a node.
+    /// There is no such incarnation of the node.
     Void,
-    /// Its queue is full.
+    /// The link's queue is full.
     Full,
-    /// Its stream is down.
+    /// The link has no connection.
     Down,
 }
 
 impl Unsent {
-    /// As metrics label it.
+    /// The label in metrics.
     pub fn label(self) -> &'static str {
         match self {
             Self::Void => "void",
@@ -54,10 +54,10 @@ impl Unsent {
     }
 }
 
-/// One thing for a node.
+/// An item for a node.
 #[derive(Debug)]
 pub enum NodeItem {
-    /// A message for a user's sessions there.
+    /// A message for a user's sessions on the node.
     Push(NodePush),
     /// A session to sync.
     Resend(NodeResend),
@@ -80,7 +80,7 @@ struct Node {
 }
 
 impl Nodes {
-    /// No nodes yet.
+    /// Creates an empty table.
     pub fn new(
         config: LinkConfig,
         metrics: LinkMetrics,
@@ -91,7 +91,7 @@ impl Nodes {
         Self { config, metrics, lost, void_since, on_gone, table: RwLock::default() }
     }
 
-    /// Opens links to new lives of nodes, and lets those of lives that are over finish.
+    /// Opens links to new incarnations, and lets the links of incarnations that are over finish.
     pub fn follow(&self, nodes: &[AccessNode]) {
         let old = Arc::clone(&self.table.read());
         let mut table = HashMap::with_capacity(nodes.len());
@@ -125,10 +125,10 @@ impl Nodes {
         Link::open(&node.address, self.config.clone(), self.metrics.clone(), protocol)
     }
 
-    /// Queues something for the node of a session; never waits.
+    /// Queues an item for the node of a session. Never waits.
     ///
     /// # Errors
-    /// [`Unsent`].
+    /// The node is unknown, or its link does not accept the item.
     pub fn send(&self, session: &SessionRef, item: NodeItem) -> Result<(), Unsent> {
         let table = self.table.read();
         let node = table.get(&session.node).filter(|n| n.incarnation == session.incarnation);
@@ -139,24 +139,24 @@ impl Nodes {
         })
     }
 
-    /// Whether this life of the node is the current one.
+    /// Whether this incarnation is the node's current one.
     pub fn knows(&self, session: &SessionRef) -> bool {
         let table = self.table.read();
         table.get(&session.node).is_some_and(|node| node.incarnation == session.incarnation)
     }
 
-    /// How long the session's node has been over; `None`: as far as is known it is not.
+    /// How long the incarnation in a session's route has been over; `None`: it is not, or that is unknown.
     pub fn void_since(&self, session: &SessionRef) -> Option<Duration> {
         (self.void_since)(&session.node, session.incarnation)
     }
 
-    /// Items queued for nodes or unanswered by them.
+    /// Number of items that are queued for nodes or unanswered.
     pub fn pending(&self) -> usize {
         self.table.read().values().map(|node| node.link.pending()).sum()
     }
 }
 
-/// The batches of `barid.internal.v1.Access`.
+/// The protocol of `barid.internal.v1.Access`.
 struct Delivering {
     node: NodeId,
     incarnation: Incarnation,

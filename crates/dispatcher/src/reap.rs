@@ -1,6 +1,6 @@
-//! Removes void routes: of sessions that their node does not have, and of lives of nodes that have
-//! been over for long. The script removes a route only if it is still that session's, so a reaper
-//! that is late, or one of several, harms nobody.
+//! The reaper removes void routes: of sessions that their node does not have, and of incarnations that have been over
+//! for long. The script removes a route only if it still belongs to the same session, so that late or repeated
+//! removals are harmless.
 
 use std::sync::Arc;
 
@@ -14,15 +14,15 @@ use crate::resolve::Routes;
 /// A route to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Void {
-    /// Whose.
+    /// The user.
     pub user: UserKey,
-    /// Which device's; `None`: whichever has this session.
+    /// The device; `None`: the one that has this session.
     pub device: Option<DeviceId>,
-    /// The session that is not.
+    /// The session in the route.
     pub session: SessionRef,
 }
 
-/// The way to the reaper; cheap to clone.
+/// The queue of the reaper. Cheap to clone.
 #[derive(Clone)]
 pub struct Reaper {
     queue: mpsc::Sender<Void>,
@@ -30,8 +30,8 @@ pub struct Reaper {
 }
 
 impl Reaper {
-    /// Starts the reaper; it ends with its last clone. Up to `queue_max` routes wait, `concurrency`
-    /// are being removed.
+    /// Starts the reaper. It ends with the last clone. Up to `queue_max` routes are queued, and `concurrency` are
+    /// removed at a time.
     pub fn start<R: Routes>(
         routes: Arc<R>,
         queue_max: usize,
@@ -59,7 +59,7 @@ impl Reaper {
         Self { queue, metrics }
     }
 
-    /// Takes note of a void route; never waits. What does not fit will be met again.
+    /// Queues a void route; drops it if the queue is full, because it will be found again. Never waits.
     pub fn offer(&self, void: Void) {
         if self.queue.try_send(void).is_err() {
             self.metrics.reaped.with_label_values(&["dropped"]).inc();

@@ -1,4 +1,4 @@
-//! Routes in the real Redis: a tracked connection for L1, the mailbox for everything else.
+//! Routes in Redis: a tracked connection for L1, and the mailbox for everything else.
 
 use barid_core::{Shard, ShardCount};
 use barid_mailbox::{
@@ -7,11 +7,11 @@ use barid_mailbox::{
 
 use crate::resolve::{Resolver, Routes};
 
-/// Both ways to the routes.
+/// Access to the routes in Redis.
 pub struct RedisRoutes {
-    /// Ordinary reads, and removals.
+    /// For reads that are not tracked, and for removals.
     pub mailbox: Mailbox,
-    /// Reads that Redis remembers, to report changes.
+    /// For tracked reads: Redis reports changes of what was read.
     pub tracked: TrackedRoutes,
 }
 
@@ -41,14 +41,14 @@ impl Routes for RedisRoutes {
     }
 }
 
-/// Hands on to L1 what Redis reports; `told` hears whether it does so for every shard. Ends with the last
-/// other hold of `tracked`.
+/// Forwards Redis's reports of changes to L1. `told` is called with whether all shards are tracked. Ends when all other
+/// clones of `tracked` are dropped.
 pub async fn follow_tracking(
     tracked: TrackedRoutes,
     resolver: Resolver<RedisRoutes>,
     mut told: impl FnMut(bool),
 ) {
-    // The resolver reads through `tracked`: holding it here would keep both for ever.
+    // The resolver holds `tracked`: a strong reference here would keep both alive for ever.
     let listener = resolver.downgrade();
     drop(resolver);
     tracked.on_invalidate(move |invalidation| {

@@ -1,11 +1,10 @@
-//! Who is where: L1 (moka) over L2 (the routes in Redis).
+//! Resolution of routes: L1 (moka) in front of L2 (the routes in Redis).
 //!
-//! L1 is coherent, not merely short-lived: Redis tells of every change of a key that the tracking
-//! connection has read. A value is inserted only if its load is still the one that the table of
-//! loads names: an invalidation takes the load out of the table, so that a value which was read
-//! before the change and arrives after it is used by those who asked before, and kept by nobody.
-//! Values that were not read on a tracking connection are not cached. All values of a shard are dropped when
-//! its tracking connection breaks, or when it moves to another master.
+//! L1 is coherent: Redis reports every change of a key that was read on the tracking connection. A loaded value is
+//! cached only if its load is still in the table of loads. An invalidation removes the load from the table. So a
+//! value that was read before a change and arrives after it goes to the callers that asked before the change, and is
+//! not cached. Values that were not read on a tracking connection are not cached. All values of a shard are dropped
+//! when its tracking connection breaks, or when it moves to another master.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -23,45 +22,45 @@ use tokio::time::{Instant, timeout};
 
 use crate::metrics::Metrics;
 
-/// What the dispatcher asks of Redis. A trait so that tests can hold a load in mid-flight.
+/// Access to routes in Redis. A trait, so that tests can delay a load.
 pub trait Routes: Send + Sync + 'static {
-    /// Reads on the tracking connection: Redis will tell when it changes.
+    /// Reads on the tracking connection: Redis reports later changes.
     fn tracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
-    /// Reads on the ordinary connection.
+    /// Reads on a connection without tracking.
     fn untracked(&self, user: &UserKey) -> impl Future<Output = Result<Vec<Route>, Error>> + Send;
-    /// Removes a route if it is still this session's.
+    /// Removes a route if it still belongs to this session.
     fn remove(&self, request: DisconnectRequest) -> impl Future<Output = Result<(), Error>> + Send;
     /// A user's shard.
     fn shard_of(&self, user: &UserKey) -> Shard;
-    /// How many shards there are.
+    /// Number of shards.
     fn shards(&self) -> ShardCount;
-    /// The clock of the master that a user lives on; `None`: it has not answered yet.
+    /// The clock of a user's master; `None`: it has not answered yet.
     fn redis_time(&self, user: &UserKey) -> Option<RedisTime>;
 }
 
 /// Bounds of L1 and of loads.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes that L1 may hold, about.
+    /// Approximate bound of L1, bytes.
     pub bytes_max: u64,
-    /// An entry leaves after so long, whatever happened: a net under the invalidations.
+    /// Time to live of an entry, in case an invalidation is missed.
     pub ttl: Duration,
-    /// A load may take so long.
+    /// Bound of a load's duration.
     pub load_timeout: Duration,
-    /// After a load failed, those of the same shard fail at once for so long: its master is away, or
-    /// the shard is on its way to another one.
+    /// How long loads of a shard fail at once after one has failed: the master is unavailable, or the shard is being
+    /// moved.
     pub away: Duration,
 }
 
-/// The shard of a user cannot be asked now.
+/// The routes of a user cannot be read now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("routes cannot be read")]
+#[error("cannot read routes")]
 pub struct Away;
 
-/// What a load gives to all who wait for it.
+/// The result of a load, for all its callers.
 pub type Loaded = Result<Arc<[Route]>, Away>;
 
-/// L1 over L2; cheap to clone.
+/// L1 in front of L2. Cheap to clone.
 pub struct Resolver<R> {
     inner: Arc<Inner<R>>,
 }
@@ -76,7 +75,7 @@ impl<R> Clone for Resolver<R> {
 pub struct WeakResolver<R>(Weak<Inner<R>>);
 
 impl<R> WeakResolver<R> {
-    /// The resolver, if it is still in use.
+    /// The resolver, unless it is dropped.
     pub fn upgrade(&self) -> Option<Resolver<R>> {
         self.0.upgrade().map(|inner| Resolver { inner })
     }
@@ -87,7 +86,7 @@ struct Inner<R> {
     limits: Limits,
     metrics: Metrics,
     l1: Cache<UserKey, Cached>,
-    // Held across every insert and invalidation, so that they are in one order.
+    // Held during every insert and invalidation, so that these are serialized.
     loads: Mutex<HashMap<UserKey, Load>>,
     shards: Vec<OfShard>,
     tickets: AtomicU64,
@@ -96,9 +95,9 @@ struct Inner<R> {
 
 #[derive(Default)]
 struct OfShard {
-    // Entries of an older era are misses: moka forgets many of them lazily, this at once.
+    // Entries of an older era are misses. That drops them at once; moka removes them lazily.
     era: AtomicU64,
-    // Until when loads fail at once, in ms since `started`.
+    // Until when loads of a shard fail at once, ms since `started`.
     away_until_ms: AtomicU64,
 }
 
@@ -113,13 +112,13 @@ struct Load {
     answer: watch::Receiver<Option<Loaded>>,
 }
 
-/// Routes that are there, or on their way.
+/// The result of a lookup.
 pub enum Lookup {
     /// From L1.
     Hit(Arc<[Route]>),
-    /// A load that has begun, together with everybody else's for that user.
+    /// A load that has begun. Concurrent lookups of a user share it.
     Loading(Loading),
-    /// Not now.
+    /// The routes cannot be read now.
     Away,
 }
 
@@ -127,10 +126,10 @@ pub enum Lookup {
 pub struct Loading(watch::Receiver<Option<Loaded>>);
 
 impl Lookup {
-    /// Waits for the routes; loads begin without it.
+    /// Waits for the routes. The load runs even if this is not called.
     ///
     /// # Errors
-    /// [`Away`].
+    /// The routes cannot be read.
     pub async fn routes(self) -> Loaded {
         match self {
             Self::Hit(routes) => Ok(routes),
@@ -144,7 +143,7 @@ impl Lookup {
 }
 
 impl<R: Routes> Resolver<R> {
-    /// An empty L1.
+    /// Creates a resolver with an empty L1.
     pub fn new(routes: Arc<R>, limits: Limits, metrics: Metrics) -> Self {
         let evicted = metrics.l1_evicted.clone();
         let l1 = Cache::builder()
@@ -171,17 +170,17 @@ impl<R: Routes> Resolver<R> {
         Self { inner: Arc::new(inner) }
     }
 
-    /// L2, for what is not a lookup.
+    /// L2, for calls other than lookups.
     pub fn routes(&self) -> Arc<R> {
         Arc::clone(&self.inner.routes)
     }
 
-    /// The clock of the master that a user lives on.
+    /// The clock of a user's master.
     pub fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
         self.inner.routes.redis_time(user)
     }
 
-    /// Where a user is, from L1 or by a load that begins now. Call within a runtime.
+    /// Looks up a user's routes in L1, or starts a load. Call within a runtime.
     pub fn look(&self, user: &UserKey) -> Lookup {
         let era = self.inner.of_shard(user).era.load(Ordering::SeqCst);
         if let Some(cached) = self.inner.l1.get(user).filter(|cached| cached.era == era) {
@@ -192,12 +191,12 @@ impl<R: Routes> Resolver<R> {
         self.load(user)
     }
 
-    /// Where a user is, from L2, and written back to L1.
+    /// Reads a user's routes from L2, and caches them in L1.
     pub fn look_again(&self, user: &UserKey) -> Lookup {
         self.load(user)
     }
 
-    /// A route of this user changed.
+    /// Invalidates a user whose routes have changed.
     pub fn invalidate(&self, user: &UserKey) {
         let mut loads = self.inner.loads.lock();
         loads.remove(user);
@@ -206,12 +205,12 @@ impl<R: Routes> Resolver<R> {
         self.inner.metrics.l1_invalidations.inc();
     }
 
-    /// A hold that does not keep it alive, for who reports changes to it and is owned by it.
+    /// A weak reference, for the reporter of changes, which the resolver itself owns.
     pub fn downgrade(&self) -> WeakResolver<R> {
         WeakResolver(Arc::downgrade(&self.inner))
     }
 
-    /// Anything of these shards may have changed.
+    /// Invalidates all users of these shards.
     pub fn invalidate_shards(&self, shards: &[Shard]) {
         let mut loads = self.inner.loads.lock();
         loads.retain(|user, _| !shards.contains(&self.inner.routes.shard_of(user)));
@@ -227,7 +226,7 @@ impl<R: Routes> Resolver<R> {
         self.inner.metrics.l1_invalidations.inc();
     }
 
-    /// Entries in L1; also lets moka do its housekeeping.
+    /// Number of entries in L1. Also runs moka's maintenance.
     pub fn entries(&self) -> u64 {
         self.inner.l1.run_pending_tasks();
         self.inner.l1.entry_count()
@@ -256,7 +255,7 @@ impl<R: Routes> Resolver<R> {
 }
 
 impl<R: Routes> Inner<R> {
-    /// Reads L2; tells also whether Redis will report changes of what was read.
+    /// Reads L2. Also returns whether Redis will report changes of what was read.
     async fn read(&self, user: &UserKey) -> Result<(Arc<[Route]>, bool), Away> {
         let read = async {
             if let Ok(routes) = self.routes.tracked(user).await {
@@ -271,7 +270,7 @@ impl<R: Routes> Inner<R> {
         };
         let until = (self.started.elapsed() + self.limits.away).as_millis() as u64;
         self.of_shard(user).away_until_ms.store(until, Ordering::Relaxed);
-        tracing::debug!(why, "routes cannot be read");
+        tracing::debug!(why, "cannot read routes");
         self.metrics.load_failures.inc();
         Err(Away)
     }
@@ -295,12 +294,12 @@ impl<R: Routes> Inner<R> {
     }
 
     fn of_shard(&self, user: &UserKey) -> &OfShard {
-        // There is one for each that `shard_of` names.
+        // There is one for each shard of `shard_of`.
         &self.shards[usize::from(self.routes.shard_of(user).get())]
     }
 }
 
-/// Bytes that an entry takes, about: strings, and what stands around them.
+/// Approximate size of an entry: its strings, and their overhead.
 fn weight(user: &UserKey, cached: &Cached) -> u32 {
     const ENTRY_BYTES: usize = 200;
     const ROUTE_BYTES: usize = 160;

@@ -1,4 +1,4 @@
-//! Puts the dispatcher together, keeps its lease and its table of nodes, and drains it.
+//! Starts the dispatcher, renews its lease, follows the table of nodes, and drains it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,10 +24,10 @@ use crate::reap::Reaper;
 use crate::resolve::Resolver;
 use crate::{Config, Error, RedisRoutes, follow_tracking};
 
-const UNTRACKED: &str = "changes of routes are not reported; nothing is cached";
-/// How often readiness is looked at.
+const UNTRACKED: &str = "redis does not report changes of routes; nothing is cached";
+/// How often readiness is updated.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
-/// The largest batch that is taken, bytes: what callers may send, and one more item.
+/// Bound of a batch, bytes: the callers' bound and room for one more item.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// A running dispatcher.
@@ -37,17 +37,16 @@ pub struct Service {
     lease: Lease,
     batches: BatchService<RedisRoutes>,
     nodes: Arc<Nodes>,
-    // Ends the listener and what runs beside it.
+    // Ends the listener.
     stop: CancellationToken,
-    tasks: Tasks,
+    _tasks: Tasks,
 }
 
 impl Service {
-    /// Connects, listens, takes its lease. Waits for Redis as long as it is away; `None`: it was told
-    /// to drain meanwhile.
+    /// Connects, listens, and acquires the lease. Waits while Redis is unavailable. `None`: draining began meanwhile.
     ///
     /// # Errors
-    /// [`Error`]: Redis may not be used, the address is taken, or the configuration makes no sense.
+    /// Redis cannot be used, the address is in use, or the configuration is invalid.
     pub async fn start(config: Config, context: Context) -> Result<Option<Self>, Error> {
         let metrics = Metrics::new(&context.metrics)?;
         let redis = context.progress("redis", "answer");
@@ -60,7 +59,7 @@ impl Service {
         let tracked = TrackedRoutes::open(&config.redis).await?;
         let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
-        let mut tasks = Tasks::new(&context);
+        let tasks = Tasks::new(&context);
         tracked.report_to(tracking.clone());
         let told = {
             let metrics = metrics.clone();
@@ -73,16 +72,16 @@ impl Service {
             }
         };
         let following = follow_tracking(tracked, resolver.clone(), told);
-        tasks.spawn("the tracking of routes", following);
-        tasks.spawn("the watch of Redis", watch_redis(mailbox.clone(), redis.clone()));
-        tasks.spawn("the count of the cache", count_entries(resolver.clone(), metrics.clone()));
+        tasks.spawn("the route tracking", following);
+        tasks.spawn("the Redis probe", watch_redis(mailbox.clone(), redis.clone()));
+        tasks.spawn("the cache metrics", count_entries(resolver.clone(), metrics.clone()));
         let (delivery, table) =
             assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
         let nodes = Arc::clone(&delivery.nodes);
-        tasks.spawn("the following of nodes", follow_nodes(table, Arc::clone(&nodes)));
+        tasks.spawn("the node table", follow_nodes(table, Arc::clone(&nodes)));
         let batches = BatchService::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
-        let address = listen(&config, &context, &batches, &stop, &mut tasks).await?;
+        let address = listen(&config, &context, &batches, &stop, &tasks).await?;
         let lease = config.lease();
         let admin = context.announcements().get("admin");
         let incarnation = Incarnation(SystemClock.now_ms());
@@ -91,28 +90,28 @@ impl Service {
         let Some(held) = context.until_there(&redis, RedisError::is_away, take).await? else {
             return Ok(None);
         };
-        tracing::info!(node = %record.id, address = record.address, "took a lease");
+        tracing::info!(node = %record.id, address = record.address, "lease acquired");
         held.report_to(&context.health, lease.ttl);
-        tasks.spawn("the watch of batches", watch_batches(batches.clone(), answering));
+        tasks.spawn("the batch watch", watch_batches(batches.clone(), answering));
         context.announce_done();
-        Ok(Some(Self { config, context, lease: held, batches, nodes, stop, tasks }))
+        Ok(Some(Self { config, context, lease: held, batches, nodes, stop, _tasks: tasks }))
     }
 }
 
 impl Service {
-    /// Works until it is told to drain; then lets callers move on, finishes what is in, and leaves.
+    /// Runs until draining begins. Then it waits until callers use other dispatchers, finishes the items in flight,
+    /// and releases the lease.
     pub async fn work(mut self) -> Stopped {
         loop {
             tokio::select! {
                 () = self.context.shutdown.draining() => break,
                 event = self.lease.next_event() => self.keep_lease(event),
-                never = self.tasks.supervise() => match never {},
             }
         }
         self.drain().await
     }
 
-    /// No route names a dispatcher: another life has nothing to confirm.
+    /// A new incarnation is confirmed at once, because no route names a dispatcher.
     fn keep_lease(&self, event: LeaseEvent) {
         match event {
             LeaseEvent::NewLife(incarnation) => self.lease.set_confirmed(incarnation),
@@ -133,7 +132,7 @@ impl Service {
         });
         let in_time = finished.await.is_ok();
         self.stop.cancel();
-        // The lease ends by itself if Redis is away.
+        // The lease expires by itself if Redis is unavailable.
         drop(timeout_at(deadline, self.lease.release()).await);
         if in_time {
             return Stopped::Clean;
@@ -177,7 +176,7 @@ fn assemble(
     (delivery, table)
 }
 
-/// "Not here" is heeded at once in L1, and soon in Redis.
+/// Handles a node's answer that a session is gone: removes the route from L1 at once, and soon from Redis.
 fn on_gone(resolver: &Resolver<RedisRoutes>, reaper: &Reaper) -> OnGone {
     let (resolver, reaper) = (resolver.clone(), reaper.clone());
     Arc::new(move |node: &NodeId, incarnation: Incarnation, gone: Gone| {
@@ -193,7 +192,7 @@ async fn listen(
     context: &Context,
     batches: &BatchService<RedisRoutes>,
     stop: &CancellationToken,
-    tasks: &mut Tasks,
+    tasks: &Tasks,
 ) -> Result<std::net::SocketAddr, Error> {
     let failed = |error| Error::Listen { address: config.listen, error };
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
@@ -213,7 +212,7 @@ async fn listen(
     tasks.spawn("the gRPC server", async move {
         let incoming = TcpListenerStream::new(listener);
         if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop).await {
-            tracing::error!(%error, "the gRPC server failed");
+            tracing::error!(%error, "gRPC server failed");
         }
     });
     Ok(address)
@@ -236,7 +235,7 @@ async fn follow_nodes(mut table: NodeTable, nodes: Arc<Nodes>) {
 }
 
 async fn watch_redis(mailbox: Mailbox, condition: Condition) {
-    Context::probe(condition, WATCH_EVERY, || mailbox.ping()).await;
+    condition.probe(WATCH_EVERY, || mailbox.ping()).await;
 }
 
 async fn count_entries(resolver: Resolver<RedisRoutes>, metrics: Metrics) {
@@ -246,7 +245,7 @@ async fn count_entries(resolver: Resolver<RedisRoutes>, metrics: Metrics) {
     }
 }
 
-/// Batches that wait are answered, one after the other.
+/// Keeps the condition true while unanswered batches are answered one after the other.
 async fn watch_batches(batches: BatchService<RedisRoutes>, condition: Condition) {
     let mut answered = batches.answered();
     loop {

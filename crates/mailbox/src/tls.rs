@@ -1,37 +1,32 @@
 //! TLS of `rediss://` connections: trusted authorities and client certificates.
 
-use std::path::Path;
-
+use barid_runtime::PemFile;
 use fred::types::config::TlsConnector;
 use redis::{Client, ClientTlsConfig, RedisError, TlsCertificates};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
 use crate::RedisConfig;
 
-/// The contents of `redis.ca_file`, `redis.certificate_file` and `redis.key_file`, PEM.
+/// The contents of `redis.ca_file`, `redis.certificate_file` and `redis.key_file`.
 #[derive(Default)]
 struct Files {
-    ca: Option<Vec<u8>>,
+    ca: Option<PemFile>,
     /// Certificate and key.
-    client: Option<(Vec<u8>, Vec<u8>)>,
+    client: Option<(PemFile, PemFile)>,
 }
 
 impl Files {
     fn read(config: &RedisConfig) -> Result<Self, String> {
-        let read = |key: &str, path: &Path| {
-            std::fs::read(path).map_err(|error| format!("redis.{key} {}: {error}", path.display()))
-        };
-        let ca = config.ca_file.as_deref().map(|path| read("ca_file", path)).transpose()?;
+        let ca = config.ca_file.as_deref().map(|path| PemFile::read("redis.ca_file", path));
         let client = match (&config.certificate_file, &config.key_file) {
             (None, None) => None,
-            (Some(certificate), Some(key)) => {
-                Some((read("certificate_file", certificate)?, read("key_file", key)?))
-            }
+            (Some(certificate), Some(key)) => Some((
+                PemFile::read("redis.certificate_file", certificate)?,
+                PemFile::read("redis.key_file", key)?,
+            )),
             _ => return Err("redis.certificate_file and redis.key_file belong together".into()),
         };
-        Ok(Self { ca, client })
+        Ok(Self { ca: ca.transpose()?, client })
     }
 
     fn is_empty(&self) -> bool {
@@ -40,21 +35,12 @@ impl Files {
 
     /// Trusts Mozilla's roots if `ca_file` is not set.
     fn rustls(&self) -> Result<ClientConfig, String> {
-        let certificates = |key: &str, pem: &[u8]| {
-            let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-            let read = read.map_err(|error| format!("redis.{key}: {error}"))?;
-            if read.is_empty() {
-                Err(format!("redis.{key} holds no certificate"))
-            } else {
-                Ok(read)
-            }
-        };
         let mut roots = RootCertStore::empty();
         match &self.ca {
             None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
-            Some(pem) => {
-                for root in certificates("ca_file", pem)? {
-                    roots.add(root).map_err(|error| format!("redis.ca_file: {error}"))?;
+            Some(ca) => {
+                for root in ca.certificates()? {
+                    roots.add(root).map_err(|error| ca.error(error))?;
                 }
             }
         }
@@ -66,10 +52,8 @@ impl Files {
         let Some((certificate, key)) = &self.client else {
             return Ok(config.with_no_client_auth());
         };
-        let key = PrivateKeyDer::from_pem_slice(key)
-            .map_err(|error| format!("redis.key_file holds no private key: {error}"))?;
         config
-            .with_client_auth_cert(certificates("certificate_file", certificate)?, key)
+            .with_client_auth_cert(certificate.certificates()?, key.private_key()?)
             .map_err(|error| format!("redis.certificate_file and redis.key_file: {error}"))
     }
 }
@@ -103,9 +87,11 @@ pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisErr
     if !is_tls(url) || (ca.is_none() && client.is_none()) {
         return Client::open(url);
     }
-    let client_tls =
-        client.map(|(client_cert, client_key)| ClientTlsConfig { client_cert, client_key });
-    Client::build_with_tls(url, TlsCertificates { client_tls, root_cert: ca })
+    let client_tls = client.map(|(certificate, key)| ClientTlsConfig {
+        client_cert: certificate.bytes,
+        client_key: key.bytes,
+    });
+    Client::build_with_tls(url, TlsCertificates { client_tls, root_cert: ca.map(|ca| ca.bytes) })
 }
 
 /// The same for the subscriber.

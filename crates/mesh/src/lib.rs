@@ -1,8 +1,7 @@
-//! The streams between roles: batches in a bounded window, answered by the receiver, with no
-//! lingering. [`Link`] is one such stream to one peer; [`DispatchPool`] is what purgers and
-//! delayers hand their work to.
+//! The gRPC streams between roles: batches in a bounded window, sent without lingering and answered by the receiver.
+//! [`Link`] is a stream to one peer. [`DispatchPool`] distributes the work of purgers and delayers to the dispatchers.
 //!
-//! Nothing here is a promise: whatever a broken stream loses, the retry timer repairs.
+//! Delivery is best-effort: the retry timers repair what a broken stream loses.
 
 mod config;
 mod link;

@@ -1,9 +1,9 @@
-//! One stream of batches to one peer: a bounded queue, one task, one bidirectional gRPC stream, a
-//! window of unanswered batches.
+//! A link: one stream of batches to one peer, with a bounded queue, a task, a bidirectional gRPC stream and a window of
+//! unanswered batches.
 //!
-//! A batch leaves as soon as the one before is on its way and the window has room, so batches grow
-//! only under load. Items keep their order. A stream that breaks fails what was unanswered and what
-//! was queued, at once, to the protocol, which knows whom to tell.
+//! A batch is sent as soon as the last one is sent and the window has room, so that batches grow only under load.
+//! Items keep their order. When a stream breaks, unanswered batches and queued items fail at once, through the
+//! callbacks of the protocol.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -20,63 +20,62 @@ use tonic::{Status, Streaming};
 
 use crate::{LinkConfig, LinkMetrics};
 
-/// What a link carries, and what becomes of it. All callbacks run on the link's task: they must
-/// not wait.
+/// The items of a link, and callbacks for their outcomes. Callbacks run on the link's task and must not block.
 pub trait Protocol: Send + 'static {
-    /// One thing to send.
+    /// An item to send.
     type Item: Send + 'static;
-    /// What goes over the wire.
+    /// A batch on the wire.
     type Batch: Send + 'static;
-    /// What comes back.
+    /// The answer to a batch.
     type Reply: Send + 'static;
-    /// What is kept of a batch until it is answered.
+    /// State of a batch, kept until it is answered.
     type Sealed: Send + 'static;
 
-    /// The item's size on the wire, about, in bytes.
+    /// The item's approximate size on the wire, bytes.
     fn bytes(item: &Self::Item) -> usize;
-    /// Makes a batch, numbered from 1 on each stream.
+    /// Creates a batch. Batches are numbered from 1 on each stream.
     fn seal(&mut self, number: u64, items: Vec<Self::Item>) -> (Self::Batch, Self::Sealed);
     /// Opens the stream.
     fn call(
         channel: Channel,
         batches: ReceiverStream<Self::Batch>,
     ) -> impl Future<Output = Result<Streaming<Self::Reply>, Status>> + Send;
-    /// Which batch a reply answers.
+    /// The number of the batch that a reply answers.
     fn number(reply: &Self::Reply) -> u64;
-    /// A batch was answered, or its stream broke before it was.
+    /// Called when a batch is answered, or its stream has broken.
     fn settle(&mut self, sealed: Self::Sealed, outcome: Result<Self::Reply, Broken>);
-    /// Queued items that will not be sent.
+    /// Called with queued items that will not be sent.
     fn fail(&mut self, items: Vec<Self::Item>);
-    /// The link's state changed; [`Link::state`] shows it already.
+    /// Called after the link's state has changed.
     fn changed(&mut self, _state: LinkState) {}
 }
 
-/// The stream broke, so nothing is known of what was unanswered.
+/// The stream broke. It is unknown whether its unanswered batches were handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the stream broke")]
 pub struct Broken;
 
-/// How a link stands.
+/// The state of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkState {
-    /// New: what is queued waits for the first connection.
+    /// Not connected yet; items are queued until the first connection.
     Connecting,
     /// The stream is open.
     Up,
-    /// It broke or could not be opened; it is being tried again. Takes nothing.
+    /// The stream broke or could not be opened, and is being reopened. Items are refused.
     Down,
 }
 
-/// Why a link took nothing.
+/// Why a link refused an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// Its queue is full.
+    /// The queue is full.
     Full,
-    /// It has no connection.
+    /// There is no connection.
     Down,
 }
 
-/// An item that was not taken.
+/// A refused item.
 #[derive(Debug)]
 pub struct Refused<I> {
     /// The item.
@@ -85,8 +84,8 @@ pub struct Refused<I> {
     pub why: Refusal,
 }
 
-/// The sending end, cheap to clone. When the last clone is dropped, the link sends what is queued,
-/// waits for the answers, and ends.
+/// The sending end. Cheap to clone. When the last clone is dropped, the link sends its queue, waits for the answers,
+/// and ends.
 pub struct Link<P: Protocol> {
     queue: mpsc::Sender<Queued<P::Item>>,
     room: Arc<Semaphore>,
@@ -106,7 +105,7 @@ impl<P: Protocol> Clone for Link<P> {
 struct Queued<I> {
     item: I,
     bytes: usize,
-    // Gives its bytes back to the queue when the item leaves it.
+    // Returns the item's bytes to the queue's bound when the item leaves the queue.
     _room: OwnedSemaphorePermit,
 }
 
@@ -162,22 +161,22 @@ impl<P: Protocol> Link<P> {
         Ok(Self { queue, room, shared })
     }
 
-    /// How the link stands now.
+    /// The current state.
     pub fn state(&self) -> LinkState {
         *self.shared.state.borrow()
     }
 
-    /// Follows the link's state.
+    /// A watch of the state.
     pub fn states(&self) -> watch::Receiver<LinkState> {
         self.shared.state.subscribe()
     }
 
-    /// Items queued or unanswered.
+    /// Number of items that are queued or unanswered.
     pub fn pending(&self) -> usize {
         self.shared.pending.load(Ordering::SeqCst)
     }
 
-    /// Queues an item, or gives it back at once.
+    /// Queues an item without waiting.
     ///
     /// # Errors
     /// The queue is full, or the link is down.
@@ -200,8 +199,7 @@ impl<P: Protocol> Link<P> {
         }
     }
 
-    /// Queues an item, waiting for room. Those who wait get in in their order. Dropping the future
-    /// drops the item.
+    /// Queues an item; waits for room, first come, first served. Dropping the future drops the item.
     ///
     /// # Errors
     /// The link is down.
@@ -223,12 +221,12 @@ impl<P: Protocol> Link<P> {
 
     fn size(&self, item: &P::Item) -> (usize, u32) {
         let bytes = P::bytes(item).max(1);
-        // An item above the whole bound takes all of it; `check` keeps the bound within u32.
+        // An item larger than the bound takes all of it. `check` keeps the bound within u32.
         (bytes, u32::try_from(bytes.min(self.shared.bytes_max)).unwrap_or(u32::MAX))
     }
 }
 
-/// A batch on its way.
+/// An unanswered batch.
 struct Unanswered<S> {
     number: u64,
     items: usize,
@@ -236,11 +234,11 @@ struct Unanswered<S> {
     sealed: S,
 }
 
-/// Why a stream is over.
+/// Why a stream has ended.
 enum End {
-    /// Every sender is gone and everything is answered.
+    /// All senders are dropped, and everything is answered.
     Finished,
-    /// For the log.
+    /// An error, for the log.
     Broke(String),
 }
 
@@ -250,7 +248,7 @@ struct Task<P: Protocol> {
     reconnect: Backoff,
     protocol: P,
     queued: mpsc::Receiver<Queued<P::Item>>,
-    // Taken from the queue, and did not fit into the batch.
+    // The next item, which did not fit into the last batch.
     held: Option<Queued<P::Item>>,
     shared: Arc<Shared>,
 }
@@ -264,7 +262,7 @@ impl<P: Protocol> Task<P> {
                 Some(Ok((batches, replies))) => {
                     failures = 0;
                     self.turn(LinkState::Up);
-                    tracing::debug!(peer = self.address, "stream is open");
+                    tracing::debug!(peer = self.address, "stream opened");
                     match self.stream(batches, replies).await {
                         End::Finished => return self.turn(LinkState::Down),
                         End::Broke(why) => why,
@@ -274,7 +272,7 @@ impl<P: Protocol> Task<P> {
             };
             self.shared.metrics.breaks.inc();
             if failures == 0 {
-                tracing::warn!(peer = self.address, why, "stream is down");
+                tracing::warn!(peer = self.address, why, "stream failed, reconnecting");
             }
             self.turn(LinkState::Down);
             let wait = tokio::time::sleep(self.reconnect.delay(failures));
@@ -285,7 +283,7 @@ impl<P: Protocol> Task<P> {
         }
     }
 
-    /// Sets the state and tells the protocol if it is another one.
+    /// Sets the state, and calls the protocol if it has changed.
     fn turn(&mut self, state: LinkState) {
         let before = self.shared.state.send_replace(state);
         if before == state {
@@ -299,8 +297,8 @@ impl<P: Protocol> Task<P> {
         self.protocol.changed(state);
     }
 
-    /// Connects; `None`: every sender is gone. What is queued waits for the first connection, and
-    /// is refused during later ones.
+    /// Connects; `None`: all senders are dropped. Items wait for the first connection, and are refused while a later
+    /// one is established.
     async fn connect(&mut self) -> Option<Result<Open<P>, String>> {
         let connecting = connect::<P>(self.address.clone(), self.config.clone());
         let state = *self.shared.state.borrow();
@@ -310,7 +308,7 @@ impl<P: Protocol> Task<P> {
         self.refuse_during(connecting).await
     }
 
-    /// Fails what is queued and what still comes while `work` goes on. `None`: every sender is gone.
+    /// Fails queued and new items while `work` runs. `None`: all senders are dropped.
     async fn refuse_during<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = std::pin::pin!(work);
         loop {
@@ -339,7 +337,7 @@ impl<P: Protocol> Task<P> {
     ) -> End {
         let mut window = VecDeque::with_capacity(self.config.window_batches);
         let end = self.exchange(&batches, &mut replies, &mut window).await;
-        // Whoever is told now picks another link: the state must say so before.
+        // The state must be set first, because the callbacks pick another link by it.
         self.turn(LinkState::Down);
         for batch in window {
             self.protocol.settle(batch.sealed, Err(Broken));
@@ -388,7 +386,7 @@ impl<P: Protocol> Task<P> {
         }
     }
 
-    /// Sends `first` and what else is queued and fits.
+    /// Sends `first`, with as many queued items as fit.
     fn send(
         &mut self,
         batches: &mpsc::Sender<P::Batch>,
@@ -448,7 +446,7 @@ async fn connect<P: Protocol>(address: String, config: LinkConfig) -> Result<Ope
         .http2_keep_alive_interval(Duration::from_millis(config.keepalive_interval_ms))
         .keep_alive_timeout(Duration::from_millis(config.keepalive_timeout_ms))
         .keep_alive_while_idle(true);
-    // The window's batches always find a place, so sending one never waits.
+    // The channel has room for the whole window, so that sending a batch never waits.
     let (batches, outbound) = mpsc::channel(config.window_batches);
     let open = async {
         let channel = endpoint.connect().await.map_err(|e| describe(&e))?;
@@ -465,7 +463,7 @@ async fn until(limit: Option<Instant>) {
     }
 }
 
-/// tonic says "transport error"; what it was stands in the sources.
+/// The error with its sources: tonic's own text is only "transport error".
 fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

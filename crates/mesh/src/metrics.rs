@@ -1,4 +1,4 @@
-//! Everything that links and the pool count.
+//! The metrics of links and of the pool.
 
 use barid_runtime::MetricSet;
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, Registry, exponential_buckets};
@@ -6,18 +6,18 @@ use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, Registry, expon
 const PUSHES: [&str; 5] = ["answered", "moved", "full", "unavailable", "lost"];
 const RESENDS: [&str; 2] = ["answered", "unavailable"];
 
-/// Counted over all links of one kind.
+/// The metrics of all links of one kind.
 #[derive(Debug, Clone)]
 pub struct LinkMetrics {
     /// Links whose stream is open.
     pub up: IntGauge,
-    /// Items between their queue and their answer.
+    /// Items that are queued or unanswered.
     pub pending: IntGauge,
     /// Batches sent.
     pub batches: IntCounter,
     /// Items sent.
     pub items: IntCounter,
-    /// From sending a batch to its answer, seconds.
+    /// Time from sending a batch to its answer, seconds.
     pub reply_seconds: Histogram,
     /// Streams that broke or could not be opened.
     pub breaks: IntCounter,
@@ -46,10 +46,10 @@ impl LinkMetrics {
     }
 }
 
-/// What a pool counts.
+/// The metrics of a pool.
 #[derive(Debug, Clone)]
 pub struct MeshMetrics {
-    /// The streams to dispatchers.
+    /// The links to dispatchers.
     pub link: LinkMetrics,
     /// Pushes by outcome: `answered`, `moved` (handed to the next dispatcher after a break),
     /// `full`, `unavailable`, `lost` (dropped after a second break).

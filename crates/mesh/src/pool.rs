@@ -1,5 +1,5 @@
-//! The dispatchers as one: a shard's work goes to the dispatcher that ranks first for it, so that
-//! its L1 is warm, and to the next one the moment a stream breaks.
+//! The pool of dispatchers. A shard's work goes to the dispatcher that ranks first for it, so that its L1 is warm,
+//! and to the next one as soon as the stream breaks.
 
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -18,25 +18,25 @@ use tonic::{Status, Streaming};
 
 use crate::{Broken, Link, LinkState, MeshConfig, MeshMetrics, Protocol, rendezvous};
 
-/// A dispatcher, as its lease shows it.
+/// A dispatcher, as in its lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// Its name.
+    /// The node's name.
     pub id: NodeId,
-    /// Its life.
+    /// The node's incarnation.
     pub incarnation: Incarnation,
     /// Its gRPC `host:port`.
     pub address: String,
-    /// It finishes what it has: new work goes elsewhere if there is an elsewhere.
+    /// Draining: new work goes to other dispatchers, if there are any.
     pub draining: bool,
 }
 
-/// No dispatcher took it, or its answer never came. Nothing is known of its effect.
+/// No dispatcher accepted the item, or the answer did not arrive. It is unknown whether it was handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no dispatcher answered")]
 pub struct Unavailable;
 
-/// Hands work to dispatchers; cheap to clone. When the last clone is dropped its links finish.
+/// Distributes work to dispatchers. Cheap to clone. When the last clone is dropped, its links finish.
 #[derive(Clone)]
 pub struct DispatchPool {
     inner: Arc<Inner>,
@@ -46,9 +46,9 @@ struct Inner {
     config: MeshConfig,
     metrics: MeshMetrics,
     members: RwLock<Arc<Vec<Member>>>,
-    // Counts changes of the members and of their links' states.
+    // Incremented when the members or the states of their links change.
     changes: watch::Sender<u64>,
-    // Since when no dispatcher could be picked.
+    // Since when no dispatcher is available.
     alone_since: Mutex<Option<Instant>>,
 }
 
@@ -114,9 +114,9 @@ impl DispatchPool {
         Ok(Self { inner })
     }
 
-    /// Hands a push on. Waits while the dispatcher's queue is full, or while there is no
-    /// dispatcher, never longer than `push_wait_ms` (and not at all once there has been none for so
-    /// long); then drops and counts it: the retry timer is armed. Pushes of one shard keep their order while the dispatchers stay the same.
+    /// Sends a push. Waits up to `push_wait_ms` while the dispatcher's queue is full or no dispatcher is available,
+    /// and not at all once none has been available for that long. Then the push is dropped and counted; its retry
+    /// timer is armed. Pushes of a shard keep their order while the dispatchers stay the same.
     pub async fn push(&self, shard: Shard, push: Push) {
         let item = Item::Push { shard, push, moved: false };
         if let Err(outcome) = self.inner.hand(shard, item).await {
@@ -124,11 +124,11 @@ impl DispatchPool {
         }
     }
 
-    /// Hands a re-send on and waits for the answer: the indices of the devices (in
-    /// `resend.devices`) whose node could not be reached, and why.
+    /// Sends a re-send, and waits for the answer. Returns the devices (as indices of `resend.devices`) whose node
+    /// could not be reached, with the reasons.
     ///
     /// # Errors
-    /// No dispatcher took it within `push_wait_ms`, or its stream broke before it answered.
+    /// No dispatcher accepted it within `push_wait_ms`, or the stream broke before the answer.
     pub async fn resend(
         &self,
         shard: Shard,
@@ -145,18 +145,17 @@ impl DispatchPool {
         result
     }
 
-    /// The dispatcher that gets work of this shard now, or once its first stream is open; `None`: there is none.
+    /// The dispatcher for a shard, now or once its first stream is open; `None`: there is none.
     pub fn dispatcher_of(&self, shard: Shard) -> Option<NodeId> {
         pick(&self.inner.members(), shard).map(|member| member.peer.id.clone())
     }
 
-    /// Whether some dispatcher takes work now: for readiness.
+    /// Whether a dispatcher is available; for readiness.
     pub async fn any_available(&self) -> bool {
         self.inner.members().iter().any(|member| member.link.state() == LinkState::Up)
     }
 
-    /// Waits until everything that was handed on is answered, or `deadline`; returns how many
-    /// items are still on their way.
+    /// Waits until everything is answered. Returns how many items are not at the deadline.
     pub async fn flush(&self, deadline: Instant) -> usize {
         loop {
             let left = self.inner.members().iter().map(|member| member.link.pending()).sum();
@@ -183,7 +182,7 @@ impl Inner {
         Arc::clone(&self.members.read())
     }
 
-    /// Opens links to new peers and lets those of peers that left finish.
+    /// Opens links to new peers, and lets the links of removed peers finish.
     fn follow(self: &Arc<Self>, peers: &[Peer]) {
         let old = self.members();
         let mut members = Vec::with_capacity(peers.len());
@@ -207,7 +206,7 @@ impl Inner {
         self.changed();
     }
 
-    /// A member came or went, or a link's state is another one.
+    /// Called when the members or the state of a link have changed.
     fn changed(&self) {
         let alone = self.members().iter().all(|member| member.link.state() == LinkState::Down);
         let mut since = self.alone_since.lock();
@@ -233,9 +232,9 @@ impl Inner {
         }
     }
 
-    /// Hands an item on; waits for room or for a dispatcher, up to `push_wait_ms`. Where there has
-    /// been none for so long already, it does not wait: whoever accepts messages must not be held
-    /// up by an outage behind it. The error is the outcome to count.
+    /// Sends an item; waits up to `push_wait_ms` for room or for a dispatcher. If none has been available for that
+    /// long already, it does not wait, so that an outage of the dispatchers does not slow down accepting. The error
+    /// is the outcome to count.
     async fn hand(&self, shard: Shard, item: Item) -> Result<(), &'static str> {
         let Err(mut item) = self.try_hand(shard, item) else { return Ok(()) };
         let deadline = Instant::now() + self.config.push_wait();
@@ -252,15 +251,15 @@ impl Inner {
             };
             match timeout_at(deadline, link.send(item)).await {
                 Ok(Ok(())) => return Ok(()),
-                // It went down meanwhile: pick sees that.
+                // The link failed meanwhile; the next pick chooses another one.
                 Ok(Err(refused)) => item = refused.item,
                 Err(_) => return Err("full"),
             }
         }
     }
 
-    /// A stream broke under a push: the next dispatcher gets it, once. A message that was handed
-    /// out twice is dropped by the node.
+    /// Moves a push whose stream broke to the next dispatcher, once. If both deliver it, the access node drops the
+    /// second.
     fn hand_again(&self, item: Item) {
         let outcome = match item {
             Item::Push { shard, push, moved: false } => {
@@ -270,15 +269,15 @@ impl Inner {
                 }
             }
             Item::Push { .. } => "lost",
-            // Dropping the answer tells the caller.
+            // Dropping the sender reports the failure to the caller.
             Item::Resend { .. } => return,
         };
         self.metrics.pushes.with_label_values(&[outcome]).inc();
     }
 }
 
-/// The member that ranks first among the best that there are: those with an open link, then new ones, then
-/// draining ones.
+/// The member that ranks first for a shard, among those with an open link, else among new ones, else among draining
+/// ones.
 fn pick(members: &[Member], shard: Shard) -> Option<&Member> {
     let among = |state: LinkState, draining: bool| {
         let fit = move |member: &&Member| {
@@ -291,12 +290,12 @@ fn pick(members: &[Member], shard: Shard) -> Option<&Member> {
         .or_else(|| among(LinkState::Up, true))
 }
 
-/// Waits until the pool is gone.
+/// Waits until the pool is dropped.
 async fn closed(mut changes: watch::Receiver<u64>) {
     while changes.changed().await.is_ok() {}
 }
 
-/// One re-send a device, so that a dispatcher answers for each.
+/// One re-send per device, so that a dispatcher answers for each.
 fn split(resend: Resend) -> Vec<Resend> {
     let Resend { app, user, devices } = resend;
     let part = |device| Resend { app: app.clone(), user: user.clone(), devices: vec![device] };
@@ -308,15 +307,15 @@ enum Item {
     Resend { parts: Vec<Resend>, answer: Answer },
 }
 
-/// The batches of `barid.internal.v1.Dispatcher`.
+/// The protocol of `barid.internal.v1.Dispatcher`.
 struct Dispatching {
     pool: Weak<Inner>,
 }
 
-/// Receives the devices of a re-send that were not reached, and why.
+/// Receives the devices of a re-send that were not reached, with the reasons.
 type Answer = oneshot::Sender<Vec<(usize, Unreachable)>>;
 
-/// What is kept of a batch: its pushes to hand on again, and who waits for which of its re-sends.
+/// State of a batch: its pushes, which may be sent again, and the callers that wait for its re-sends.
 struct SealedDispatch {
     pushes: Vec<Item>,
     answers: Vec<(Range<usize>, Answer)>,
@@ -379,7 +378,7 @@ impl Protocol for Dispatching {
             let mine = unreachable.filter(|(index, _)| range.contains(index));
             let why = |n: usize| reply.why.get(n).and_then(|why| Unreachable::try_from(*why).ok());
             let mine = mine.map(|(index, n)| (index - range.start, why(n).unwrap_or_default()));
-            // The caller may have gone: then nobody wants to know.
+            // Fails if the caller has gone, which does not matter.
             drop(answer.send(mine.collect()));
         }
     }

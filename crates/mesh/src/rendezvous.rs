@@ -1,15 +1,15 @@
-//! Rendezvous hashing: every caller ranks the peers of a key alike, and a peer that comes or goes
-//! moves only the keys that it gains or loses.
+//! Rendezvous hashing: all callers rank the peers of a key alike, and when a peer is added or removed, only the keys
+//! that it gains or loses move.
 
 use barid_core::Shard;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// How much a peer wants a shard: the highest one gets it.
+/// A peer's weight for a shard; the highest weight wins.
 pub fn score(peer: &str, shard: Shard) -> u64 {
     xxh3_64_with_seed(peer.as_bytes(), u64::from(shard.get()))
 }
 
-/// The peer that ranks first for a shard; `None` where there is none.
+/// The peer that ranks first for a shard; `None` if there is no peer.
 pub fn first<'a, T>(
     peers: impl Iterator<Item = &'a T>,
     name: impl Fn(&T) -> &str,

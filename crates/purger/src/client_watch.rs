@@ -1,5 +1,6 @@
-//! Notices that this process's Kafka client is broken while Kafka is not. librdkafka can drop all brokers from its
-//! list and never reach one again (<https://github.com/confluentinc/librdkafka/issues/5301>); only a new client helps.
+//! Detects that this process's Kafka client is broken while Kafka itself works. librdkafka can drop all brokers from
+//! its list and never reach one again (<https://github.com/confluentinc/librdkafka/issues/5301>); only a new client
+//! helps.
 
 use std::time::Duration;
 
@@ -7,12 +8,12 @@ use tokio::time::Instant;
 
 use crate::errands::Errand;
 
-/// How long no broker may answer until a new client is tried. Longer than an election and every back-off.
+/// How long the client may be without an answer before a new one is tried. Longer than an election and every back-off.
 const SILENT_MAX: Duration = Duration::from_secs(60);
-/// Time between two tries.
+/// Time between two trials of a new client.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// What the client's requests came to.
+/// Watches the outcomes of the client's requests.
 #[derive(Default)]
 pub struct ClientWatch {
     silent_since: Option<Instant>,
@@ -21,18 +22,18 @@ pub struct ClientWatch {
 }
 
 impl ClientWatch {
-    /// A broker answered the client.
+    /// Records that a broker answered the client.
     pub fn answered(&mut self) {
         *self = Self::default();
     }
 
-    /// No broker answered a request of the client.
+    /// Records that no broker answered a request of the client.
     pub fn failed(&mut self, now: Instant) {
         self.silent_since.get_or_insert(now);
     }
 
-    /// How long no broker has answered the client, if a new one is answered; `None`: all is well, or Kafka is away for
-    /// everybody. `ask` sends a request with a new client.
+    /// Returns how long the client has had no answer, if a new client gets one. `None`: the client works, or Kafka is
+    /// unavailable to a new client as well. `ask` sends a request with a new client.
     pub fn broken(&mut self, now: Instant, ask: impl FnOnce() -> Errand<()>) -> Option<Duration> {
         let silent = now.saturating_duration_since(self.silent_since?);
         if silent < SILENT_MAX {

@@ -1,5 +1,5 @@
-//! Requests to Kafka that may take seconds. The loop polls for their answers and never waits, so a slow
-//! answer for one partition stops no other.
+//! Errands: requests to Kafka that may take seconds. Each runs in a task, and the loop polls for its answer, so that a
+//! slow answer for one partition does not delay the others.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,14 +12,14 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-/// After an answer that was an error.
+/// Pause after an error before the request is repeated.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// An answer on its way.
+/// A request under way.
 pub struct Errand<T>(JoinHandle<Result<T, Error>>);
 
 impl<T: Send + 'static> Errand<T> {
-    /// Starts a request; `bell` is notified when its answer is there.
+    /// Starts a request; `bell` is notified when it is answered.
     pub fn new(answer: Pending<T>, bell: Arc<Notify>) -> Self {
         Self(tokio::spawn(async move {
             let answer = answer.await;
@@ -28,7 +28,7 @@ impl<T: Send + 'static> Errand<T> {
         }))
     }
 
-    /// The answer, if it is there. Do not call it again after it returned one.
+    /// The answer, if it has arrived. Do not call this again after it has returned one.
     pub fn answer(&mut self) -> Option<Result<T, Error>> {
         if !self.0.is_finished() {
             return None;
@@ -38,12 +38,12 @@ impl<T: Send + 'static> Errand<T> {
     }
 }
 
-/// A request for a partition and one of its assignments. It is repeated a while after an error.
+/// A request for one assignment of a partition. After an error it is repeated.
 struct Sent<T> {
     assignment: u64,
     about: i64,
     errand: Errand<T>,
-    /// The last answer was an error: it is sent again then.
+    /// When to repeat the request, after an error.
     pause: Option<Instant>,
 }
 
@@ -57,8 +57,8 @@ impl<T> Default for ByPartition<T> {
 }
 
 impl<T: Send + 'static> ByPartition<T> {
-    /// The answer for a partition's assignment, if it is there; else starts the request, unless it is under
-    /// way. `about` tells requests apart: the answer to another one is dropped.
+    /// Returns the answer for a partition's assignment, if it has arrived; otherwise starts the request, unless it is
+    /// under way. `about` identifies the request: the answer to another one is dropped.
     pub fn answer(
         &mut self,
         partition: &Partition,
@@ -80,7 +80,7 @@ impl<T: Send + 'static> ByPartition<T> {
                     Ok(_) => {}
                     Err(error) => {
                         let (topic, partition) = (&*partition.topic, partition.number);
-                        tracing::debug!(%error, topic, partition, "asked in vain, asking again");
+                        tracing::debug!(%error, topic, partition, "request to kafka failed, repeating it");
                         sent.pause = Some(Instant::now() + PAUSE);
                         return None;
                     }

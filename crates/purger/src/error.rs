@@ -1,24 +1,24 @@
-//! Why a purger cannot start, or not go on.
+//! Errors that end a purger.
 
-/// A purger's end.
+/// Why a purger cannot start or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration makes no sense.
+    /// The configuration is invalid.
     #[error("configuration: {0}")]
     Config(String),
-    /// Kafka.
+    /// Kafka refused a request.
     #[error(transparent)]
     Kafka(#[from] barid_bus::Error),
-    /// Redis.
+    /// Redis refused a call.
     #[error(transparent)]
     Redis(#[from] barid_mailbox::Error),
-    /// Metrics are registered twice.
+    /// A metric is registered already.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// No broker answers the consumer's client, and a new client is answered.
-    #[error("no broker has answered this process for {} s, and a new client is answered: it must be started again", .0.as_secs())]
+    /// No broker answers the consumer's client, but one answers a new client.
+    #[error("no broker has answered this process for {} s, but one answers a new client: restart the process", .0.as_secs())]
     BrokenClient(std::time::Duration),
-    /// The consumer cannot go on: librdkafka says so.
-    #[error("the consumer cannot go on: {0}")]
+    /// librdkafka reported a fatal error of the consumer.
+    #[error("fatal error of the kafka consumer: {0}")]
     Fatal(String),
 }

@@ -1,4 +1,4 @@
-//! A record from the moment it is taken until everything about it is done.
+//! A record in flight: from the moment it is taken until it is finished.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,25 +16,25 @@ use tokio::time::Instant;
 
 use crate::history::View;
 
-/// A partition as it was assigned to this purger, once.
+/// One assignment of a partition to this purger.
 #[derive(Debug)]
 pub struct Assignment {
-    /// Tells it from every other assignment of this process.
+    /// Identifies the assignment within the process.
     pub id: u64,
     /// The partition.
     pub partition: Partition,
-    /// The same, as Redis knows it.
+    /// The partition's name in Redis.
     pub source: Source,
     /// The priority of its topic, 0 the most urgent.
     pub priority: usize,
-    /// What each shard had confirmed when the partition was assigned, as its last owner committed it.
+    /// The positions that shards had confirmed when the partition was assigned, as committed by its last owner.
     pub confirmed: HashMap<Shard, LogPosition>,
-    /// The reading under way.
+    /// The current reading.
     live: Mutex<Weak<Reading>>,
 }
 
 impl Assignment {
-    /// An assignment that is not read yet.
+    /// Creates an assignment that is not being read yet.
     pub fn new(
         id: u64,
         partition: Partition,
@@ -46,36 +46,35 @@ impl Assignment {
         Self { id, partition, source, priority, confirmed, live: Mutex::default() }
     }
 
-    /// The reading under way, or the last one while the next is prepared; `None`: the assignment is
-    /// over.
+    /// The current reading, or the last one while the next is prepared; `None`: the assignment is over.
     pub fn live(&self) -> Option<Arc<Reading>> {
         self.live.lock().upgrade()
     }
 }
 
-/// One reading of an assignment's log, from where it was assigned or sought to. Once it has ended,
-/// what was taken in it counts no more: it will be taken again, here or elsewhere.
+/// One pass over an assignment's log, from its first offset or from where a seek went. Once it has ended, records that
+/// were taken in it and are not finished are dropped: they will be taken again, by this or another purger.
 #[derive(Debug)]
 pub struct Reading {
-    /// What is read.
+    /// The assignment.
     pub assignment: Arc<Assignment>,
     number: u64,
-    /// Shards for which this reading went back, and what they said they know.
+    /// Shards that this reading repairs, each with the last position that it reported.
     repairs: HashMap<Shard, Option<LogPosition>>,
-    /// Every record before this offset was finished once: it is read again for some shards, and the
-    /// others have nothing to do with it.
+    /// Every record before this offset was finished in an earlier reading, and is read again only for the shards that
+    /// are repaired.
     finished_below: i64,
     ended: AtomicBool,
 }
 
 impl Reading {
-    /// The first reading of an assignment, from `start`; `None`: from wherever the log begins.
+    /// The first reading of an assignment, from `start`; `None`: from the beginning of the log.
     pub fn first(assignment: Arc<Assignment>, start: Option<i64>) -> Arc<Self> {
         Self::live(assignment, 1, HashMap::new(), start.unwrap_or(0))
     }
 
-    /// The reading after this one, which went back for these shards. What the others have confirmed
-    /// they must still know.
+    /// The next reading, which goes back to repair these shards. The other shards must still know the positions that
+    /// they have confirmed.
     pub fn repairing(
         &self,
         repairs: HashMap<Shard, Option<LogPosition>>,
@@ -84,8 +83,7 @@ impl Reading {
         self.after(repairs, self.finished_below.max(finished_below))
     }
 
-    /// The reading after this one, of a log that went back to `offset` by itself (an unclean
-    /// election).
+    /// The next reading, of a log that was truncated to `offset` by an unclean election.
     pub fn over_at(&self, offset: i64) -> Arc<Self> {
         self.after(HashMap::new(), self.finished_below.min(offset))
     }
@@ -110,7 +108,7 @@ impl Reading {
         reading
     }
 
-    /// Whether the record at this offset was finished before.
+    /// Whether the record at this offset was finished in an earlier reading.
     pub fn was_finished(&self, offset: i64) -> bool {
         offset < self.finished_below
     }
@@ -135,7 +133,7 @@ impl Reading {
         }
     }
 
-    /// Ends it. Calls under way are not stopped.
+    /// Ends the reading. Calls under way continue.
     pub fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
     }
@@ -146,35 +144,35 @@ impl Reading {
     }
 }
 
-/// A record that was taken.
+/// A record in flight.
 #[derive(Debug)]
 pub struct Flight {
-    /// In which reading.
+    /// The reading that it was taken in.
     pub reading: Arc<Reading>,
-    /// As it came: a message that fails in Redis becomes a dead letter.
+    /// The original record, for a dead letter if Redis refuses a message of it.
     pub record: Record,
-    /// What it says; `None` where it was refused.
+    /// The decoded record; `None` if it was refused.
     pub push: Option<Push>,
     /// When it was taken.
     pub taken: Instant,
-    /// The business's `traceparent`, if it sent a valid one; else empty: none is made up.
+    /// The business's `traceparent`; empty if it sent none, or an invalid one.
     pub traceparent: String,
-    /// Bytes that it takes in memory, about.
+    /// Approximate size in memory, bytes.
     pub bytes: usize,
-    /// Its shards, each with the index of its last message there.
+    /// Its shards, each with the index of the last message for it.
     places: Vec<(Shard, u32)>,
-    /// Messages, one a user, that are not done.
+    /// Messages (one per user) that are not done.
     left: AtomicUsize,
 }
 
-/// A record's timestamp, ms since the Unix epoch; 0: not told, or beyond what any clock shows.
+/// A record's timestamp, ms since the Unix epoch; 0: absent or implausible.
 pub fn produced_at_ms(record: &Record) -> u64 {
     let told = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok());
     told.filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0)
 }
 
 impl Flight {
-    /// A flight of a message for each of these shards, in order.
+    /// Creates a flight with a message for each of these shards, in order.
     pub fn new(
         reading: Arc<Reading>,
         record: Record,
@@ -184,11 +182,11 @@ impl Flight {
         shards: &[Shard],
     ) -> Self {
         let mut places: Vec<(Shard, u32)> = shards.iter().copied().zip(0..).collect();
-        // Of each shard's the last index comes first, and stays.
+        // The last index of each shard is sorted first, and is the one that is kept.
         places.sort_unstable_by(|a, b| b.cmp(a));
         places.dedup_by_key(|(shard, _)| *shard);
         places.shrink_to_fit();
-        // A refused record counts as one part, without a shard.
+        // A refused record counts as one part without a shard.
         let parts = if push.is_some() { shards.len() } else { 1 };
         let payload = push.as_ref().map_or(0, |push| push.payload.len());
         let bytes = 512 + record.bytes() + payload + 256 * parts;
@@ -196,7 +194,7 @@ impl Flight {
         Self { reading, record, push, taken, traceparent, bytes, places, left }
     }
 
-    /// The last position of each of its shards.
+    /// Its last position in each of its shards.
     pub fn positions(&self) -> impl Iterator<Item = (u16, LogPosition)> {
         let (leader_epoch, offset) = (self.record.leader_epoch, self.record.offset);
         self.places.iter().map(move |(shard, index)| {
@@ -204,19 +202,19 @@ impl Flight {
         })
     }
 
-    /// Whether its time to live, counted from when it was produced, is over at `now_ms`.
+    /// Whether its time to live, counted from its production, has passed at `now_ms`.
     pub fn is_expired(&self, now_ms: u64) -> bool {
         let ttl_ms = self.push.as_ref().map_or(0, |push| push.ttl_ms);
         let produced_ms = self.produced_at_ms();
         ttl_ms != 0 && produced_ms != 0 && produced_ms.saturating_add(ttl_ms) <= now_ms
     }
 
-    /// When the business produced it, ms since the Unix epoch; 0: not told.
+    /// When it was produced, ms since the Unix epoch; 0: unknown.
     pub fn produced_at_ms(&self) -> u64 {
         produced_at_ms(&self.record)
     }
 
-    /// What was seen of it, for the log; `user` may be empty.
+    /// A trace event about it; `user` may be empty.
     pub fn sighting<'a>(&'a self, hop: &'static str, user: &'a str, at_us: u64) -> Sighting<'a> {
         let (id, app) = self.push.as_ref().map_or(("", ""), |p| (p.id.as_str(), p.app.as_str()));
         let (traceparent, produced_ms) = (&*self.traceparent, self.produced_at_ms());
@@ -233,12 +231,12 @@ impl Flight {
         self.left.load(Ordering::Acquire)
     }
 
-    /// One of its messages is done. True: it was the last.
+    /// Marks one of its messages as done. Returns whether it was the last.
     pub fn part_done(&self) -> bool {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
-    /// A receipt about it, if the business asked for such a one.
+    /// A receipt of this kind, if the business asked for it.
     pub fn receipt(&self, kind: ReceiptKind, user: &str, seq: u64, at_ms: u64) -> Option<Receipt> {
         let push = self.push.as_ref()?;
         if !push.receipts.wants(ReceiptSet(1 << kind as u32)) {
@@ -256,7 +254,7 @@ impl Flight {
         })
     }
 
-    /// The receipt of a refusal, which is always told.
+    /// The receipt for a refusal, which is sent always.
     pub fn refusal(&self, user: &str, code: &str, reason: &str, at_ms: u64) -> Receipt {
         let (id, app) = self.push.as_ref().map_or_else(Default::default, |p| {
             (p.id.as_str().to_owned(), p.app.as_str().to_owned())
@@ -280,14 +278,14 @@ pub fn last_parts(flights: impl Iterator<Item = Arc<Flight>>) -> Vec<Arc<Flight>
     flights.filter(|flight| flight.part_done()).collect()
 }
 
-/// One message of a flight, on its way to one mailbox.
+/// One message of a flight, for one mailbox.
 #[derive(Debug, Clone)]
 pub struct Parcel {
     /// The record.
     pub flight: Arc<Flight>,
     /// The mailbox's shard.
     pub shard: Shard,
-    /// What accept gets.
+    /// The argument of the accept script.
     pub message: AcceptMessage,
 }
 

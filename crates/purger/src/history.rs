@@ -1,16 +1,16 @@
-//! What each shard has confirmed of each assignment of a partition: the `prev` of its next group. With it Redis
-//! recognizes a batch that was never executed, or one that it has forgotten. A plain state machine: no Redis,
-//! no Kafka, no time.
+//! The highest position that each shard has confirmed, for each assignment of a partition. It is sent as the `prev`
+//! of the shard's next group, so that Redis recognizes a batch that it has never executed or has forgotten. A plain
+//! state machine: no Redis, no Kafka, no time.
 //!
-//! A history begins with what the partition's last owner committed. It keeps the highest confirmed position,
-//! even for a group that lies before it because a reading went back for another shard: whatever this shard has
-//! confirmed, it must still know. Only a reading that repairs this very shard lowers it.
+//! A history begins with the positions that the partition's last owner committed. A position is only lowered by a
+//! reading that repairs its shard. A reading that goes back for other shards does not lower it, because this shard
+//! must still know what it has confirmed.
 
 use std::collections::HashMap;
 
 use barid_core::{LogPosition, Shard};
 
-/// A reading of an assignment's log, as one shard sees it.
+/// A reading of an assignment's log, for one shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct View {
     /// Identifies the assignment within the process.
@@ -19,8 +19,8 @@ pub struct View {
     pub reading: u64,
     /// The position that the shard had confirmed when the partition was assigned.
     pub committed: Option<LogPosition>,
-    /// The position that the shard reported, if this reading went back to repair it; `Some(None)`: it knew no
-    /// position of this partition.
+    /// The position that the shard reported, if this reading repairs it; `Some(None)`: it knew no position of this
+    /// partition.
     pub repaired: Option<Option<LogPosition>>,
 }
 
@@ -30,12 +30,12 @@ pub struct History {
     tracks: HashMap<(u64, Shard), Track>,
 }
 
-/// The part of a [`History`] that is about one shard, on its way to another lane.
+/// The part of a [`History`] about one shard, to be moved to another lane.
 #[derive(Debug, Default)]
 pub struct Tracks(Vec<((u64, Shard), Track)>);
 
 impl Tracks {
-    /// The assignments that it is about.
+    /// The assignments in it.
     pub fn assignments(&self) -> impl Iterator<Item = u64> {
         self.0.iter().map(|((assignment, _), _)| *assignment)
     }
@@ -43,10 +43,10 @@ impl Tracks {
 
 #[derive(Debug)]
 struct Track {
-    /// The highest reading seen.
+    /// The latest reading seen.
     reading: u64,
     confirmed: Option<LogPosition>,
-    /// A group was sent since the last look for idle shards.
+    /// A group was sent since idle shards were last looked for.
     active: bool,
 }
 
@@ -56,19 +56,19 @@ impl History {
         self.track(shard, view).confirmed
     }
 
-    /// Messages are sent to the shard: it is not idle.
+    /// Records that messages are sent to the shard, so that it is not idle.
     pub fn mark_active(&mut self, shard: Shard, view: View) {
         self.track(shard, view).active = true;
     }
 
-    /// The shard has executed everything up to `last`; `None`: an empty group.
+    /// Records that the shard has executed everything up to `last`; `None`: an empty group.
     pub fn confirm(&mut self, shard: Shard, view: View, last: Option<LogPosition>) {
         let track = self.track(shard, view);
         track.confirmed = track.confirmed.max(last);
     }
 
-    /// Shards of live assignments that have confirmed something and were sent nothing since this was called
-    /// last, each with its assignment. Forgets assignments that are not live.
+    /// Shards of live assignments that have confirmed a position and were sent nothing since the last call, each with
+    /// its assignment. Forgets assignments that are not live.
     pub fn idle(&mut self, mut is_live: impl FnMut(u64) -> bool) -> Vec<(u64, Shard)> {
         let mut idle = Vec::new();
         self.tracks.retain(|(assignment, shard), track| {
@@ -84,12 +84,12 @@ impl History {
         idle
     }
 
-    /// Removes what is known of a shard, for [`History::adopt`] of another lane.
+    /// Removes a shard's part, for [`History::adopt`] in another lane.
     pub fn release(&mut self, shard: Shard) -> Tracks {
         Tracks(self.tracks.extract_if(|(_, of), _| *of == shard).collect())
     }
 
-    /// Adds what another lane has released.
+    /// Adds the part of a shard that another lane has released.
     pub fn adopt(&mut self, tracks: Tracks) {
         self.tracks.extend(tracks.0);
     }

@@ -1,4 +1,4 @@
-//! From a record to what the mailboxes take: decoded, checked, compressed once.
+//! Intake: decodes, validates and compresses a record into messages for mailboxes.
 
 use std::sync::Arc;
 
@@ -27,20 +27,20 @@ pub struct Intake {
 /// A decoded record: ready for the mailboxes, or refused.
 #[derive(Debug)]
 pub enum Decoded {
-    /// Its messages, one for each user.
+    /// The messages, one per user.
     Parcels(Vec<Parcel>),
-    /// The record, and why it is refused.
+    /// The record, and the reason for its refusal.
     Refused(Arc<Flight>, Refusal),
 }
 
 impl Intake {
-    /// An intake for a cluster of `shards`.
+    /// Creates an intake for a cluster of `shards`.
     pub fn new(config: &Config, shards: ShardCount, traces_ignored: IntCounter) -> Self {
         let (limits, compression) = (config.record_limits(), config.compression.clone());
         Self { limits, compression, shards, traces_ignored }
     }
 
-    /// Prepares a record that was just taken.
+    /// Decodes a record that was just taken.
     pub fn decode(&self, reading: &Arc<Reading>, record: Record, now_ms: u64) -> Decoded {
         let reading = Arc::clone(reading);
         let taken = Instant::now();
@@ -59,7 +59,7 @@ impl Intake {
         }
     }
 
-    /// The shard of each user, in order.
+    /// Each user's shard, in order.
     fn shards_of(&self, push: &Push) -> Vec<Shard> {
         let shard = |user: &UserId| self.shards.shard_of(push.app.as_str(), user.as_str());
         push.audience.users().iter().map(shard).collect()
@@ -88,7 +88,7 @@ impl Intake {
         (0u32..).zip(push.audience.users().iter().zip(shards)).map(parcel).collect()
     }
 
-    /// The envelope but for what accept writes; the same for all users of the record.
+    /// The envelope without the fields that accept writes; the same for all users of the record.
     fn body(&self, push: &Push, record: &Record, traceparent: &str, now_ms: u64) -> Bytes {
         let mut envelope = Envelope {
             id: push.id.as_str().to_owned(),
@@ -106,7 +106,7 @@ impl Intake {
         encode_body(envelope)
     }
 
-    /// The W3C header, if it is one; else empty: a malformed one is ignored, and none is made up.
+    /// The W3C `traceparent` header; empty if it is absent or malformed.
     fn traceparent(&self, record: &Record) -> String {
         let Some(value) = record.header("traceparent") else { return String::new() };
         match TraceParent::parse(value) {

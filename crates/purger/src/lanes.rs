@@ -1,5 +1,5 @@
-//! The lanes to the Redis masters: `calls_per_lane` for each master, each a queue and a task that accepts what
-//! is in it ([`Lane`]). A shard belongs to one lane at a time, so its messages stay in order.
+//! The lanes to the Redis masters, `calls_per_lane` for each master. A lane is a queue and a task that accepts the
+//! messages in it ([`Lane`]). A shard belongs to one lane at a time, so that its messages stay in order.
 
 mod away;
 mod batch;
@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use barid_core::{LogPosition, Shard};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 
 pub use self::away::Away;
 pub use self::event::{Answer, Event, Question};
@@ -29,7 +28,7 @@ pub use self::settle::Outbox;
 use crate::flight::{Assignment, Parcel};
 use crate::ports::Mailboxes;
 
-/// All lanes, and the lane of each shard.
+/// All lanes, and the assignment of shards to them.
 pub struct Lanes<M> {
     shared: Shared<M>,
     queues: Vec<Arc<Queue>>,
@@ -37,14 +36,13 @@ pub struct Lanes<M> {
     by_shard: Vec<usize>,
     /// The lanes of each master, by its number: lanes `calls_per_lane * group` and following.
     groups: Vec<usize>,
-    workers: JoinSet<()>,
 }
 
 impl<M: Mailboxes> Lanes<M> {
     /// Starts the lanes of all masters. Call within a runtime.
     pub fn start(shared: Shared<M>) -> Self {
         let (queues, by_shard, groups) = Default::default();
-        let mut lanes = Self { shared, queues, by_shard, groups, workers: JoinSet::new() };
+        let mut lanes = Self { shared, queues, by_shard, groups };
         lanes.add_missing();
         let shards = lanes.shared.mailboxes.shards();
         lanes.groups = (0..lanes.queues.len() / lanes.shared.window.calls_per_lane).collect();
@@ -52,19 +50,20 @@ impl<M: Mailboxes> Lanes<M> {
         lanes
     }
 
-    /// Starts the lanes of masters that are new. Those of masters that have gone stay, and serve masters that
-    /// come later.
+    /// Starts lanes for new masters. The lanes of removed masters stay, and are reused for masters that are added
+    /// later.
     fn add_missing(&mut self) {
         let masters = self.shared.mailboxes.lanes().max(1);
         while self.queues.len() < masters * self.shared.window.calls_per_lane {
             let queue: Arc<Queue> = Arc::default();
-            self.workers.spawn(Lane::new(self.shared.clone(), Arc::clone(&queue)).run());
+            let lane = Lane::new(self.shared.clone(), Arc::clone(&queue));
+            self.shared.outbox.tasks.spawn("a lane to Redis", lane.run());
             self.queues.push(queue);
         }
     }
 
-    /// Moves shards whose master has changed to the lane of the new one. A shard that is still on its way from an
-    /// earlier move is moved by a later call.
+    /// Moves shards whose master has changed to the lanes of the new one. A shard whose last move is not complete is
+    /// moved by a later call.
     pub fn follow_masters(&mut self) {
         let shards = self.shared.mailboxes.shards();
         let all_known = self.shared.mailboxes.lanes() <= self.groups.len();
@@ -72,7 +71,7 @@ impl<M: Mailboxes> Lanes<M> {
             return;
         }
         self.add_missing();
-        // Masters may have been numbered anew: each keeps the lanes that have most of its shards.
+        // Masters may have been renumbered: each keeps the lanes that have most of its shards.
         let per_master = self.shared.window.calls_per_lane;
         let masters: Vec<usize> =
             shards.all().map(|shard| self.shared.mailboxes.lane_of(shard)).collect();
@@ -87,16 +86,20 @@ impl<M: Mailboxes> Lanes<M> {
             }
         }
         if moved > 0 {
-            tracing::info!(shards = moved, lanes = self.queues.len(), "masters have changed");
+            tracing::info!(
+                shards = moved,
+                lanes = self.queues.len(),
+                "moved shards to the lanes of their new masters"
+            );
         }
     }
 
-    /// The lane in which the shard's master has it now.
+    /// The lane for a shard under its current master.
     fn place(&self, shard: Shard) -> usize {
         let per_master = self.shared.window.calls_per_lane;
         let within = usize::from(shard.get()) % per_master;
         let master = self.shared.mailboxes.lane_of(shard);
-        // A master that is newer than `groups` shares the lanes of another one until the next call.
+        // A master that was added since `groups` was made shares the lanes of another one until the next call.
         let group = self.groups.get(master).copied().unwrap_or(master);
         (group * per_master + within) % self.queues.len()
     }
@@ -109,33 +112,33 @@ impl<M: Mailboxes> Lanes<M> {
         self.by_shard[usize::from(shard.get())]
     }
 
-    /// Whether every lane of these parcels has room.
+    /// Whether the lanes of all these parcels have room.
     pub fn has_room(&self, parcels: &[Parcel]) -> bool {
         let max = self.shared.window.lane_messages_max;
         parcels.iter().all(|parcel| self.queue(parcel.shard).load() < max)
     }
 
-    /// Queues parcels, each in its shard's lane.
+    /// Queues each parcel in its shard's lane.
     pub fn enqueue(&self, priority: usize, parcels: Vec<Parcel>) {
         for parcel in parcels {
             self.queue(parcel.shard).push(priority, parcel);
         }
     }
 
-    /// Whether as much waits in the shard's lane as may wait for a master that is away.
+    /// Whether the shard's lane holds as many messages as may be queued for an unavailable master.
     pub fn is_laden(&self, shard: Shard) -> bool {
         let window = &self.shared.window;
-        // Those of all lanes together leave half of the window to the others.
+        // All lanes together use at most half of the window for this.
         let share = window.records_max / (2 * self.queues.len());
         self.queue(shard).load() >= window.away_messages_max.min(share).max(1)
     }
 
-    /// Whether some shard's master takes calls.
+    /// Whether the master of at least one shard is available.
     pub fn some_serve(&self) -> bool {
         self.away().count() < self.by_shard.len()
     }
 
-    /// Asks shards of an assignment, each by its lane; returns how many lanes will answer.
+    /// Asks shards of an assignment for their positions, through their lanes. Returns how many lanes will answer.
     pub fn ask(
         &self,
         assignment: &Arc<Assignment>,
@@ -154,46 +157,45 @@ impl<M: Mailboxes> Lanes<M> {
         lanes
     }
 
-    /// How many lanes [`Self::ask`] would ask about these shards.
+    /// How many lanes [`Self::ask`] would use for these shards.
     pub fn count_of(&self, shards: impl Iterator<Item = Shard>) -> usize {
         shards.map(|shard| self.lane_of(shard)).collect::<HashSet<_>>().len()
     }
 
-    /// Shards whose master did not take the last call.
+    /// Shards whose last call failed.
     pub fn away(&self) -> &Away {
         &self.shared.away
     }
 
-    /// Redis.
+    /// The mailboxes in Redis.
     pub fn mailboxes(&self) -> &M {
         &self.shared.mailboxes
     }
 
-    /// Where outcomes go.
+    /// The outbox of the lanes.
     pub fn outbox(&self) -> &Outbox {
         &self.shared.outbox
     }
 
-    /// Where the lanes report to.
+    /// The sender of the lanes' reports.
     pub fn events(&self) -> &mpsc::Sender<Event> {
         &self.shared.events
     }
 
-    /// Lets the lanes finish what they have; their tasks.
-    pub fn close(self) -> JoinSet<()> {
+    /// Closes the queues: each lane ends once its queue is empty.
+    pub fn close(self) {
         self.queues.iter().for_each(|queue| queue.close());
-        self.workers
     }
 
-    /// Messages that wait in lanes or for Redis.
+    /// Messages in the lanes that are not done.
     #[cfg(test)]
     pub fn load(&self) -> usize {
         self.queues.iter().map(|queue| queue.load()).sum()
     }
 }
 
-/// Which of `count` groups of lanes serves each master, given the master of each shard and the group in which the
-/// shard is now: the one that has most of its shards, else one that no other master needs.
+/// Assigns one of `count` groups of lanes to each master, given the master and the current group of each shard. A
+/// master gets the group that has most of its shards, or else one that no other master needs.
 fn groups(masters: &[usize], now: &[usize], count: usize) -> Vec<usize> {
     let mut shared: HashMap<(usize, usize), usize> = HashMap::new();
     for (master, group) in masters.iter().zip(now) {
@@ -221,13 +223,13 @@ mod tests {
 
     #[test]
     fn only_shards_whose_master_changes_move() {
-        // Two masters are three; the new one takes a part of each and is counted first.
+        // A third master takes shards of both others, and is numbered first.
         assert_eq!(groups(&[0, 1, 1, 0, 2, 2], &[0, 0, 0, 1, 1, 1], 3), [2, 0, 1]);
-        // They are only numbered anew.
+        // The masters are only renumbered.
         assert_eq!(groups(&[1, 1, 0, 0], &[0, 0, 1, 1], 2), [1, 0]);
-        // One has gone.
+        // A master was removed.
         assert_eq!(groups(&[0, 0, 0, 1, 1, 1], &[0, 0, 2, 1, 1, 2], 3), [0, 1, 2]);
-        // One was added since the lanes were counted.
+        // A master was added since the lanes were counted.
         assert_eq!(groups(&[0, 1, 2], &[0, 1, 1], 2), [0, 1, 2]);
     }
 }

@@ -1,15 +1,15 @@
-//! The purger: reads the records that businesses produce to Kafka, refuses invalid ones, accepts the rest into
-//! mailboxes, hands messages of online users on to dispatchers, and only then commits. The only role that consumes
-//! Kafka, and the only one that accepts.
+//! The purger reads the records that businesses produce to Kafka, refuses invalid ones, accepts the others into
+//! mailboxes, hands messages of online users on to dispatchers, and then commits. It is the only role that consumes
+//! from Kafka and the only one that accepts.
 //!
-//! - `service` is the loop; it awaits nothing. `errands` wait for Kafka instead.
-//! - `membership` joins partitions and gives them back; `repairs` reads again what shards have forgotten; `topics`
-//!   watches whether topics exist and are the same; `readiness` sets the conditions of `/readyz`.
-//! - `pipeline` brings records from the log into the lanes, within the `window`; `intake` decodes them; `skips` are
-//!   records left in the log for a master that is away.
-//! - `partitions`, with the bus's ledger, knows what may be committed and what is read again.
-//! - `lanes` accept, a lane (or several) for each Redis master, and hand on; [`history`] is what a lane knows of its
-//!   shards.
+//! - `service` is the loop, which never waits; `errands` are its requests to Kafka.
+//! - `membership` joins partitions and gives them back; `repairs` reads messages again that shards have forgotten;
+//!   `topics` watches for topics that are missing or were created anew; `readiness` sets the conditions of `/readyz`.
+//! - `pipeline` moves records from the log into the lanes, within the `window`; `intake` decodes them; `skips` are the
+//!   records that are left in the log for an unavailable master.
+//! - `partitions`, with the bus's ledger, keeps which offsets may be committed and which are read again.
+//! - `lanes` accept messages and hand them on, with one or several lanes for each Redis master; [`history`] is the
+//!   positions that a lane's shards have confirmed.
 
 mod client_watch;
 mod config;
@@ -45,7 +45,7 @@ pub use metrics::Metrics;
 pub use ports::{Handoff, Mailboxes};
 pub use service::Service;
 
-/// The role.
+/// The purger's [`Role`].
 pub struct Purger {
     service: Service<Mailbox, DispatchPool>,
     context: Context,
@@ -79,8 +79,8 @@ impl Role for Purger {
     }
 }
 
-/// Creates topics if configured, and opens the mailboxes; waits while Kafka or Redis is away. `None`: it was
-/// told to drain meanwhile.
+/// Creates topics if configured, and opens the mailboxes. Waits while Kafka or Redis is unavailable. `None`: draining
+/// began meanwhile.
 async fn prepare(
     config: &Config,
     context: &Context,

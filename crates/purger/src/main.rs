@@ -1,4 +1,4 @@
-//! `barid-purger`: the purger as a process. `--help` tells its options.
+//! `barid-purger`: the purger as a process. See `--help`.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,5 @@
-//! Membership of the consumer group: partitions are joined once it is known where to read them from, and given
-//! back once what is under way is finished and committed, or their time is over.
+//! Membership of the consumer group. An assigned partition is joined once its start offset is known. A revoked one is
+//! given back once its records in flight are finished and committed, or a deadline has passed.
 
 use std::time::Duration;
 
@@ -12,29 +12,29 @@ use crate::metrics::Metrics;
 use crate::pipeline::Pipeline;
 use crate::ports::Mailboxes;
 
-/// Wait before an assignment that failed is tried again.
+/// Pause before a failed assignment is tried again.
 const RETRY: Duration = Duration::from_millis(500);
-/// How long a commit may take when a partition is given back, or the process ends.
+/// Bound of the last commit when a partition is given back or the process ends.
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Assignments and revocations under way.
 pub struct Membership {
     joining: Option<Joining>,
     revocations: Vec<Revocation>,
-    /// How long a revoked partition may take to finish what is under way.
+    /// How long a revoked partition may take to finish its records in flight.
     drain: Duration,
     metrics: Metrics,
 }
 
-/// Partitions that were assigned, without those that were revoked meanwhile.
+/// Partitions that are assigned and not joined yet.
 struct Joining {
     partitions: Vec<Partition>,
-    /// When to ask where they stand (again).
+    /// When to request their committed offsets (again).
     due: Instant,
     errand: Option<Errand<Vec<Assigned>>>,
 }
 
-/// Partitions that are to be given back.
+/// Revoked partitions that are not given back yet.
 struct Revocation {
     partitions: Vec<Partition>,
     deadline: Instant,
@@ -43,17 +43,18 @@ struct Revocation {
 }
 
 impl Membership {
-    /// Holds no partition. `drain`: how long a revoked partition may take to finish what is under way.
+    /// Creates a membership without partitions. `drain`: how long a revoked partition may take to finish its records in
+    /// flight.
     pub fn new(drain: Duration, metrics: Metrics) -> Self {
         Self { joining: None, revocations: Vec::new(), drain, metrics }
     }
 
-    /// The group has assigned partitions; [`Self::join`] answers.
+    /// Notes that the group has assigned partitions. [`Self::join`] answers.
     pub fn assigned(&mut self, partitions: Vec<Partition>) {
         self.joining = Some(Joining { partitions, due: Instant::now(), errand: None });
     }
 
-    /// The group wants partitions back; [`Self::give_back`] answers.
+    /// Notes that the group has revoked partitions. [`Self::give_back`] answers.
     pub fn revoked<S, M: Mailboxes>(
         &mut self,
         consumer: &mut Consumer<S>,
@@ -66,7 +67,7 @@ impl Membership {
         self.revocations.push(Revocation { partitions, deadline, commit: None });
     }
 
-    /// Partitions belong to somebody else already: nothing about them can be committed.
+    /// Gives up partitions that already belong to another member, so that nothing can be committed for them.
     pub fn lost<S, M: Mailboxes>(
         &mut self,
         consumer: &mut Consumer<S>,
@@ -89,7 +90,7 @@ impl Membership {
         }
     }
 
-    /// Drops revoked partitions from a pending assignment. librdkafka waits for an answer to both.
+    /// Removes revoked partitions from an assignment that is not joined yet. librdkafka waits for answers to both.
     fn decline<S>(&mut self, consumer: &mut Consumer<S>, partitions: &[Partition]) {
         let Some(joining) = &mut self.joining else { return };
         let (gone, left): (Vec<_>, Vec<_>) = std::mem::take(&mut joining.partitions)
@@ -107,11 +108,10 @@ impl Membership {
         }
     }
 
-    /// Answers an assignment once it is known where its partitions stand; the coordinator may need a second
-    /// attempt. `None`: there is nothing to answer yet.
+    /// Joins assigned partitions once their committed offsets are known. `None`: there is nothing to do yet.
     ///
     /// # Errors
-    /// Kafka's; it is tried again.
+    /// Kafka refused a request. The next call tries again.
     pub fn join<S, M: Mailboxes>(
         &mut self,
         consumer: &mut Consumer<S>,
@@ -134,7 +134,7 @@ impl Membership {
         match joined {
             Ok(assigned) => {
                 self.joining = None;
-                tracing::info!(partitions = assigned.len(), "assigned");
+                tracing::info!(partitions = assigned.len(), "partitions assigned");
                 for assigned in assigned {
                     let priority = pipeline.priority(&assigned.partition.topic);
                     pipeline.partitions.assign(assigned, priority);
@@ -148,7 +148,7 @@ impl Membership {
         }
     }
 
-    /// Gives revoked partitions back once they are finished, or their time is over.
+    /// Gives revoked partitions back once they are finished, or their deadline has passed.
     pub fn give_back<S, M: Mailboxes>(
         &mut self,
         consumer: &mut Consumer<S>,
@@ -170,10 +170,10 @@ impl Membership {
             let how = *how;
             let Some(committed) = errand.answer() else { continue };
             if let Err(error) = committed {
-                tracing::warn!(%error, "cannot commit revoked partitions: their next owner repeats them");
+                tracing::warn!(%error, "cannot commit revoked partitions: their next owner reads uncommitted records again");
             }
             let Revocation { partitions, .. } = self.revocations.swap_remove(at);
-            tracing::info!(partitions = partitions.len(), how, "gave partitions back");
+            tracing::info!(partitions = partitions.len(), how, "partitions given back");
             self.metrics.revoked.with_label_values(&[how]).inc_by(partitions.len() as u64);
             for partition in &partitions {
                 pipeline.partitions.remove(partition);

@@ -1,4 +1,4 @@
-//! The closed set of the purger's metrics.
+//! All metrics of the purger.
 
 use barid_runtime::{Hop, Hops, MetricSet};
 use barid_wire::record::RefusalCode;
@@ -9,60 +9,60 @@ use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Re
 pub struct Metrics {
     /// Records taken, by topic.
     pub taken: IntCounterVec,
-    /// Messages (one a user), by outcome: accepted, before, duplicate, failed; and of those that are
-    /// read again: known, expired.
+    /// Messages (one per user), by outcome: accepted, before, duplicate, failed; for messages that a repair reads again
+    /// also known, expired.
     pub messages: IntCounterVec,
     /// Records refused, by code.
     pub refused: IntCounterVec,
-    /// Messages that were accepted while their user was online, and went to a dispatcher.
+    /// Messages of online users that were queued for a dispatcher.
     pub handed: IntCounter,
-    /// Those that found no room, and were left to the retry timer.
+    /// Messages of online users that were left to the retry timer, because the dispatcher's queue was full.
     pub handoff_dropped: IntCounter,
-    /// Entries that had to leave a mailbox for a newer one.
+    /// Entries that were evicted from a full mailbox.
     pub evicted: IntCounter,
-    /// Times that a shard had forgotten what it had confirmed.
+    /// Times that a shard had forgotten messages it had confirmed.
     pub gaps: IntCounter,
-    /// Times that a partition's log was read again for that.
+    /// Times that a partition's log was read again for forgotten messages.
     pub repairs: IntCounter,
-    /// Shards, one a partition, for which the log is read again, or which are not yet raised to what
-    /// they must know.
+    /// Shards (counted per partition) under repair: until the log is read again for them and their positions are
+    /// raised.
     pub repairing: IntGauge,
-    /// Shards for whose positions a commit's metadata had no room.
+    /// Shards whose positions did not fit into a commit's metadata.
     pub left_out: IntCounter,
     /// Groups of accept calls, by outcome (`CALLS`).
     pub calls: IntCounterVec,
     /// Messages of an accept call.
     pub call_messages: Histogram,
-    /// How long accept calls take.
+    /// Duration of accept calls.
     pub call_seconds: Histogram,
     /// Records taken and not finished, by topic.
     pub in_flight: IntGaugeVec,
-    /// Their bytes, by topic.
+    /// Bytes of these records, by topic.
     pub in_flight_bytes: IntGaugeVec,
-    /// How often a bound stopped the taking of records: records or bytes of a priority, messages of a lane,
+    /// Times that a bound stopped the purger from taking records: records or bytes of a priority, messages of a lane,
     /// records left in the log.
     pub stalls: IntCounterVec,
-    /// Partitions assigned, by topic: with those of other purgers, how the work is shared out.
+    /// Partitions assigned to this purger, by topic.
     pub partitions: IntGaugeVec,
     /// Partitions that cannot be fetched.
     pub partitions_stuck: IntGauge,
-    /// 1: the broker offers no assignor that shares out each topic evenly.
+    /// 1: the group does not use the assignor that distributes each topic evenly.
     pub assignor_missing: IntGauge,
     /// Topics that do not exist.
     pub topics_missing: IntGauge,
-    /// Receipts and dead letters that Kafka has not taken so far.
+    /// Receipts and dead letters that Kafka has not accepted yet.
     pub produce_held: IntGauge,
-    /// How long the oldest record that was taken has not been finished, seconds.
+    /// Age of the oldest unfinished record, seconds.
     pub oldest_seconds: IntGauge,
-    /// Partitions whose next record waits for room.
+    /// Partitions of which no record is taken, for lack of room or another reason.
     pub paused: IntGauge,
-    /// Records that are left in the log until a master is back.
+    /// Records left in the log until their master is available.
     pub skipped: IntGauge,
-    /// Shards whose master did not take the last call.
+    /// Shards whose last call failed.
     pub shards_away: IntGauge,
     /// Records between what is committed and the log's end, over all partitions.
     pub lag: IntGauge,
-    /// Partitions taken away, by how: drained, cut, lost.
+    /// Revoked partitions, by result: drained, cut, lost.
     pub revoked: IntCounterVec,
     /// Topics that were found created anew.
     pub recreated: IntCounter,
@@ -70,17 +70,17 @@ pub struct Metrics {
     pub commits: IntCounterVec,
     /// Receipts that could not be produced.
     pub receipts_dropped: IntCounter,
-    /// Dead letters that their topic never takes.
+    /// Dead letters that Kafka refused for good.
     pub dead_letters_dropped: IntCounter,
     /// Malformed `traceparent` headers.
     pub traces_ignored: IntCounter,
-    /// Where a message's time goes.
+    /// Latencies of the hops.
     pub hops: Hops,
-    /// Whether some dispatcher takes work.
+    /// Whether a dispatcher is available.
     pub dispatchers: IntGauge,
 }
 
-/// The code of a message that Redis cannot take.
+/// The code for a message that the accept script refused.
 pub const ACCEPT_FAILED: &str = "accept_failed";
 
 const OUTCOMES: [&str; 6] = ["accepted", "before", "duplicate", "failed", "known", "expired"];
@@ -93,10 +93,10 @@ const LATENCY: [f64; 15] =
 const SIZES: [f64; 9] = [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
 
 impl Metrics {
-    /// Registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
-    /// One is registered already.
+    /// A metric of the same name is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let set = MetricSet::new(registry, "barid_purger");
         let codes = RefusalCode::ALL.iter().map(|code| code.as_str());

@@ -1,5 +1,4 @@
-//! How long each partition's first unfinished record has been unfinished. It holds the partition's commit,
-//! however much behind it is finished.
+//! The age of each partition's first unfinished record, which keeps everything behind it from being committed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,25 +9,25 @@ use tokio::time::Instant;
 
 use crate::partitions::Partitions;
 
-/// Looked at now and then: an age is exact to the time between two looks.
+/// Tracks the first unfinished records. Ages are as precise as the interval of the calls.
 #[derive(Debug, Default)]
 pub struct OldestWatch {
     first: HashMap<Partition, (i64, Instant)>,
 }
 
-/// The record that has been unfinished for longest.
+/// The oldest unfinished record.
 #[derive(Debug)]
 pub struct Oldest {
     /// Its partition.
     pub partition: Partition,
     /// Its offset.
     pub offset: i64,
-    /// For how long it has been the first.
+    /// How long it has been its partition's first unfinished record.
     pub age: Duration,
 }
 
 impl OldestWatch {
-    /// Looks at all partitions; `None`: nothing is under way.
+    /// Returns the oldest record of all partitions; `None`: no record is in flight.
     pub fn look(&mut self, partitions: &Partitions, now: Instant) -> Option<Oldest> {
         self.first.retain(|partition, _| partitions.get(partition).is_some());
         for open in partitions.iter() {

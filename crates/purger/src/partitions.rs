@@ -1,11 +1,11 @@
-//! The partitions that this purger holds: what of each is taken, finished, and to be committed, and
-//! what is read again because Redis has forgotten it. Pure: no Kafka, no Redis; time is an argument.
+//! The partitions that this purger holds: which records of each are taken, finished, and ready to be committed, and
+//! which are read again because Redis has forgotten them. Pure: no Kafka, no Redis; time is an argument.
 //!
-//! **A repair.** A shard has forgotten what it confirmed ([`Partitions::gap`]). The reading ends, and every
-//! shard is asked for its position, so that one more reading repairs all of them ([`Round`]). Then the log
-//! is read again from the lowest of these positions ([`Open::rewind`]), within what the log still holds
-//! and mailboxes still keep. Once that is finished, the stored position of each repaired shard is raised to
-//! the one that it must know ([`Repair`]): else what the log no longer holds would be a gap for ever.
+//! **Repair.** It begins when a shard has forgotten messages that it had confirmed ([`Partitions::gap`]). The reading
+//! ends, and every shard is asked for its position, so that one further reading repairs all of them ([`Round`]). Then
+//! the log is read again from the lowest of these positions ([`Open::rewind`]), as far as the log and the mailboxes'
+//! time to live reach. Once that is finished, the stored position of each repaired shard is raised to the one that it
+//! must know ([`Repair`]). Otherwise messages that the log no longer holds would be reported as a gap for ever.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use crate::flight::{Assignment, Flight, Parcel, Reading};
 use crate::lanes::Answer;
 
-/// Every partition held.
+/// All partitions held by this purger.
 #[derive(Debug)]
 pub struct Partitions {
     open: HashMap<Partition, Open>,
@@ -30,60 +30,60 @@ pub struct Partitions {
 /// A partition held.
 #[derive(Debug)]
 pub struct Open {
-    /// As it was assigned.
+    /// The assignment.
     pub assignment: Arc<Assignment>,
-    /// What is being read now.
+    /// The current reading.
     pub reading: Arc<Reading>,
-    /// What may be committed.
+    /// The records in flight, and the offset up to which all are finished.
     pub ledger: Ledger,
-    /// Records that were taken and wait for room, in order.
+    /// Records that were taken and wait for room in their lanes, in order.
     pub stalled: VecDeque<Vec<Parcel>>,
-    /// Where to go before anything more is taken.
+    /// The offset to seek to before the next record is taken.
     pub seek_to: Option<i64>,
-    /// The log went back to here by itself: nothing is taken until it is known why.
+    /// The offset that the log unexpectedly went back to. No record is taken until the reason is known.
     pub suspect: Option<i64>,
-    /// Being revoked: nothing more is taken.
+    /// The partition is being revoked: no further record is taken.
     pub revoking: bool,
-    /// Its shards are asked for their positions: nothing is taken until they have answered.
+    /// The round in which its shards are asked for their positions. No record is taken until they have answered.
     pub round: Option<Round>,
     repair: Option<Repair>,
     rounds: u64,
     committed: Option<i64>,
     source: TopicSource,
-    /// The topic's id, where it is known.
+    /// The topic's id, if known.
     id: Option<Arc<str>>,
-    /// The lowest offset of each of the last leaders' epochs that was taken, also by earlier owners.
+    /// The lowest offset that was taken in each of the latest leader epochs, by this or earlier owners.
     epochs: BTreeMap<i32, i64>,
 }
 
-/// One question to all shards of a partition that have confirmed something.
+/// A question to all shards of a partition that have confirmed a position.
 #[derive(Debug)]
 pub struct Round {
     /// Counts the questions of an assignment, from 1.
     pub number: u64,
     stage: Stage,
     gaps: BTreeMap<Shard, Option<LogPosition>>,
-    /// The reading before it has ended, so the log is read again whatever is answered.
+    /// The reading has ended, so the log is read again whatever the answers are.
     goes_back: bool,
 }
 
 #[derive(Debug)]
 enum Stage {
     Due,
-    /// Waits for `missing` answers until a deadline, so that a lane whose Redis is away does not hold up
-    /// the others. What its shards have forgotten shows in their next batch.
+    /// Waits for `missing` answers until a deadline, so that a lane with an unavailable master does not delay the
+    /// others. Whether its shards have forgotten messages shows in their next batch.
     Asked {
         missing: usize,
         until: Instant,
     },
 }
 
-/// Shards for which the log is read again.
+/// A repair: the shards for which the log is read again.
 #[derive(Debug)]
 struct Repair {
-    /// The position that each must know in the end.
+    /// The position that each shard must know in the end.
     shards: BTreeMap<Shard, LogPosition>,
-    /// Once everything before this offset is finished, there is no more for them.
+    /// The repair is complete once everything before this offset is finished.
     until: i64,
     /// The question that raises them, and how many answers are missing.
     closing: Option<(u64, usize)>,
@@ -120,7 +120,7 @@ impl Open {
         }
     }
 
-    /// Whether its next records are wanted.
+    /// Whether the partition's next records may be taken.
     pub fn wants(&self) -> bool {
         self.stalled.is_empty()
             && self.seek_to.is_none()
@@ -129,8 +129,8 @@ impl Open {
             && !self.revoking
     }
 
-    /// Notes a record that was taken. False: its offset lies before what was taken already, so the log is
-    /// another one than it was; nothing more is taken until [`Partitions::compare`] knows why.
+    /// Records that a record was taken. Returns false if its offset is below one that was taken before: the log has
+    /// changed, and no record is taken until [`Partitions::compare`] has found the reason.
     pub fn track(&mut self, offset: i64, leader_epoch: i32) -> bool {
         if !self.ledger.take(offset) {
             self.suspect = Some(offset);
@@ -144,7 +144,7 @@ impl Open {
         true
     }
 
-    /// Whether the log may be read again for messages that were left in it: nothing else moves it now.
+    /// Whether the log may be read again for messages that were left in it: no repair or revocation is under way.
     pub fn may_return(&self) -> bool {
         !self.revoking
             && self.seek_to.is_none()
@@ -153,14 +153,14 @@ impl Open {
             && !self.reading.ended()
     }
 
-    /// Reads again from `offset`. The ledger and the place in the log go back together: the ledger takes
-    /// offsets that it is not shown for ones that the log does not have.
+    /// Reads again from `offset`. The ledger goes back together with the consumer, because it treats offsets that it
+    /// does not see as absent from the log.
     pub fn read_from(&mut self, offset: i64) {
         self.ledger.rewind(offset);
         self.seek_to = Some(self.seek_to.map_or(offset, |to| to.min(offset)));
     }
 
-    /// Forgets what waits for room, and goes back there. The flights, so that they are uncounted.
+    /// Drops the stalled records, to take them again later. Returns their flights, to be subtracted from the window.
     pub fn drop_stalled(&mut self) -> Vec<Arc<Flight>> {
         let stalled = std::mem::take(&mut self.stalled);
         let flights: Vec<Arc<Flight>> = stalled
@@ -173,8 +173,8 @@ impl Open {
         flights
     }
 
-    /// Shards have forgotten what came after these positions. Until it is known what the others know,
-    /// nothing more is taken. The stalled flights, to be uncounted.
+    /// Starts a repair of shards that have forgotten the messages after these positions. No record is taken until the
+    /// other shards have reported theirs. Returns the stalled flights, to be subtracted from the window.
     fn forgot(
         &mut self,
         gaps: impl IntoIterator<Item = (Shard, Option<LogPosition>)>,
@@ -191,7 +191,7 @@ impl Open {
         dropped
     }
 
-    /// The shards to ask now, if any are to be asked.
+    /// The shards to ask now, if a question is due.
     pub fn questions(&self, shards: ShardCount) -> Option<Vec<Shard>> {
         matches!(self.round, Some(Round { stage: Stage::Due, .. })).then(|| {
             let confirmed = self.ledger.confirmed().keys();
@@ -199,15 +199,15 @@ impl Open {
         })
     }
 
-    /// They were asked: waits for so many answers, at most until then.
+    /// Records that they were asked: waits for this many answers until the deadline.
     pub fn asked(&mut self, answers: usize, until: Instant) {
         if let Some(round) = &mut self.round {
             round.stage = Stage::Asked { missing: answers, until };
         }
     }
 
-    /// Whether to call [`Self::rewind`]: the answers are in, or late, and a shard has forgotten something.
-    /// Where none has, the round ends here.
+    /// Whether to call [`Self::rewind`]: all answers have arrived or the deadline has passed, and a shard has forgotten
+    /// messages. If none has, this ends the round.
     pub fn must_rewind(&mut self, now: Instant) -> bool {
         let Some(round) = &self.round else { return false };
         match round.stage {
@@ -221,17 +221,17 @@ impl Open {
         false
     }
 
-    /// Some shard that has forgotten something.
+    /// A shard that has forgotten messages.
     pub fn forgetful(&self) -> Option<Shard> {
         self.round.as_ref()?.gaps.keys().next().copied()
     }
 
-    /// Goes back to where the shards that have forgotten something know the least, and never past
-    /// what is not finished. Where to seek is in `seek_to`.
+    /// Goes back to the lowest position that a repaired shard knows, or to the first unfinished record if that is
+    /// lower. Sets `seek_to`.
     ///
-    /// A shard that knows some position is read from there, or from where a later leader's epoch
-    /// begins: its offsets may lie below. One that knows nothing, or a leader of which nothing is
-    /// kept, is read from where the log is as old as mailboxes keep messages.
+    /// For a shard that knows a position, the log is read from there, or from the beginning of a later leader epoch,
+    /// whose offsets may be lower. For a shard that knows none, or one of an unknown leader epoch, the log is read
+    /// from the time that mailboxes still keep messages of.
     pub fn rewind(&mut self, reach: Reach) {
         let Some(Round { gaps, .. }) = self.round.take() else { return };
         let bound = reach.low.max(reach.since);
@@ -246,8 +246,7 @@ impl Open {
         self.read_from(target);
     }
 
-    /// Where what came after this position begins; `None`: what is kept of the leaders' epochs does
-    /// not tell.
+    /// The offset from which everything after this position is found; `None`: the known leader epochs do not tell.
     fn after(&self, known: LogPosition) -> Option<i64> {
         let oldest = self.epochs.keys().next()?;
         let later =
@@ -270,8 +269,7 @@ impl Open {
             last.map(|last| Repair { shards: mended, until: last.min(reach.high), closing: None });
     }
 
-    /// The shards that are to be raised to what they must know: everything that the log still has for
-    /// them is finished.
+    /// The shards whose positions are to be raised: everything that the log still holds for them is finished.
     pub fn closing(&self) -> Option<Vec<(Shard, LogPosition)>> {
         let repair = self.repair.as_ref().filter(|repair| repair.closing.is_none())?;
         let settled = self.round.is_none() && self.seek_to.is_none() && self.suspect.is_none();
@@ -279,7 +277,7 @@ impl Open {
         (settled && over).then(|| repair.shards.iter().map(|(shard, at)| (*shard, *at)).collect())
     }
 
-    /// Starts the question that raises them; returns its number.
+    /// Starts the round that raises them. Returns its number.
     pub fn close(&mut self, answers: usize) -> u64 {
         self.rounds += 1;
         if let Some(repair) = &mut self.repair {
@@ -308,9 +306,9 @@ impl Open {
         }
     }
 
-    /// The log went back by itself, within the same topic: an unclean election. What is under way
-    /// goes on; what comes has a later leader's epoch, hence later positions. What is not finished
-    /// and lies before it is still in the log, and nobody else will take it.
+    /// Continues after an unclean election, which has truncated the log of the same topic. Records in flight go on.
+    /// New records have a later leader epoch, and hence later positions. Unfinished records before the truncation are
+    /// still in the log, and are kept.
     fn start_over_at(&mut self, offset: i64) {
         let unfinished = self.ledger.committable().unwrap_or(offset);
         self.reading = self.reading.over_at(offset);
@@ -336,12 +334,12 @@ impl Round {
 }
 
 impl Partitions {
-    /// No partition yet, of a cluster of so many shards.
+    /// Creates an empty set, for a cluster of this many shards.
     pub fn new(shards: ShardCount) -> Self {
         Self { open: HashMap::new(), assignments: 0, shards }
     }
 
-    /// Takes up a partition that was assigned.
+    /// Adds an assigned partition.
     pub fn assign(&mut self, assigned: Assigned, priority: usize) {
         self.assignments += 1;
         let partition = assigned.partition.clone();
@@ -371,15 +369,15 @@ impl Partitions {
         self.open.values()
     }
 
-    /// Gives a partition up; what is under way counts no more.
+    /// Removes a partition. Its records in flight no longer count.
     pub fn remove(&mut self, partition: &Partition) -> Option<Open> {
         let open = self.open.remove(partition)?;
         open.reading.end();
         Some(open)
     }
 
-    /// Everything about a record is done. Once its reading has ended, that may mean that it was
-    /// dropped: it is taken again.
+    /// Finishes a record. If its reading has ended, it is ignored: the record may have been dropped, and is taken
+    /// again.
     pub fn finish(&mut self, flight: &Flight) {
         if flight.reading.ended() {
             return;
@@ -391,8 +389,9 @@ impl Partitions {
         }
     }
 
-    /// A shard has forgotten what came after `known`. A second shard may say so of a reading that is
-    /// already over for the first: the assignment counts. The stalled flights, to be uncounted.
+    /// Starts a repair, because a shard has forgotten the messages after `known`. Accepted for every reading of the
+    /// current assignment, because a second shard may report a reading that the first one has ended. Returns the
+    /// stalled flights, to be subtracted from the window.
     pub fn gap(
         &mut self,
         reading: &Reading,
@@ -405,7 +404,7 @@ impl Partitions {
         }
     }
 
-    /// Shards have said what they know. The stalled flights, to be uncounted.
+    /// Handles an answer to a question. Returns the stalled flights, to be subtracted from the window.
     pub fn answered(&mut self, answer: &Answer) -> Vec<Arc<Flight>> {
         let Some(open) = self.of(&answer.assignment) else { return Vec::new() };
         if let Some(round) = open.round.as_mut().filter(|round| round.number == answer.round) {
@@ -427,9 +426,9 @@ impl Partitions {
         (open.assignment.id == assignment.id).then_some(open)
     }
 
-    /// Compares the topics' ids with those at assignment. Only another id is another topic: a topic
-    /// created anew is another log, its partitions start at 0, with positions of their own. An id that
-    /// is absent says nothing. How many; and the stalled flights.
+    /// Compares the topics' ids with those at assignment. A topic with another id was created anew: its log starts at
+    /// 0, and has its own positions. An absent id proves nothing. Returns the number of such partitions, and the
+    /// stalled flights.
     pub fn compare(&mut self, ids: &HashMap<String, String>) -> (usize, Vec<Arc<Flight>>) {
         let (mut recreated, mut dropped) = (0, Vec::new());
         for open in self.open.values_mut() {
@@ -459,7 +458,7 @@ impl Partitions {
             if let Some(id) = id {
                 open.id = Some(id.as_str().into());
             }
-            // A broker that gives no ids at all will never tell more.
+            // A broker that reports no ids never will.
             let known = id.is_some() || open.id.is_none() && ids.is_empty();
             if let Some(offset) = open.suspect.take_if(|_| known) {
                 dropped.extend(open.drop_stalled());
@@ -469,7 +468,7 @@ impl Partitions {
         (recreated, dropped)
     }
 
-    /// What has not been committed yet; counted as committed from now on.
+    /// Takes the commits that are due, and counts them as committed.
     pub fn begin_commits(&mut self) -> Vec<Commit> {
         let mut commits = Vec::new();
         for open in self.open.values_mut() {
@@ -482,18 +481,18 @@ impl Partitions {
         commits
     }
 
-    /// A commit failed: everything is to be committed again.
+    /// After a failed commit: makes everything due again.
     pub fn uncommit(&mut self) {
         self.open.values_mut().for_each(|open| open.committed = None);
     }
 
-    /// What may be committed of these, whatever was before.
+    /// The commits of these partitions, whether due or not.
     pub fn commits_of(&self, partitions: &[Partition]) -> Vec<Commit> {
         let open = partitions.iter().filter_map(|partition| self.open.get(partition));
         open.filter_map(|open| Some(open.commit(open.ledger.committable()?))).collect()
     }
 
-    /// Whether the log of some partition went back by itself and it is not known why.
+    /// Whether the log of a partition went back for an unknown reason.
     pub fn is_any_suspect(&self) -> bool {
         self.open.values().any(|open| open.suspect.is_some())
     }
@@ -505,7 +504,7 @@ impl Partitions {
 }
 
 impl Open {
-    /// In one step with what may be committed: what the shards must know covers all of it.
+    /// The commit, with the positions of shards taken at the same moment, so that they cover the committed offset.
     fn commit(&self, offset: i64) -> Commit {
         let memory =
             Memory { confirmed: self.ledger.confirmed().clone(), epochs: self.epochs.clone() };
@@ -513,7 +512,7 @@ impl Open {
         Commit { partition: self.assignment.partition.clone(), offset, metadata }
     }
 
-    /// Where its commits stand, as far as was asked.
+    /// The last offset that was to be committed.
     pub fn committed(&self) -> Option<i64> {
         self.committed
     }

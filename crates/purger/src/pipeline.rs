@@ -1,5 +1,6 @@
-//! The records' way from the log into the lanes: taken while the window has room, decoded, queued, or left in the
-//! log while their master is away; and back, once they are finished or have to be read again.
+//! The pipeline moves records from the log into the lanes: it takes them while the window has room, decodes and
+//! queues them, or leaves them in the log while their master is unavailable. It handles finished records, and records
+//! that have to be read again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,7 +10,6 @@ use barid_bus::consumer::{Partition, Record};
 use barid_runtime::Sighting;
 use barid_wire::record::Refusal;
 use barid_wire::v1::Receipt;
-use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::flight::{Flight, Parcel};
@@ -21,7 +21,7 @@ use crate::ports::{Log, Mailboxes};
 use crate::skips::{LeftOut, Skips};
 use crate::window::{PRIORITIES, Window};
 
-/// Records and partitions under way.
+/// The partitions, and the records in flight.
 pub struct Pipeline<M> {
     /// The partitions held.
     pub partitions: Partitions,
@@ -43,7 +43,7 @@ impl<M: Mailboxes> Pipeline<M> {
         let metrics = shared.metrics.clone();
         let topics: Vec<Arc<str>> =
             config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect();
-        // Every label is exported from the start, as zero.
+        // Exports every label from the start, as zero.
         topics.iter().for_each(|topic| drop(metrics.taken.with_label_values(&[topic])));
         let shards = shared.mailboxes.shards();
         Self {
@@ -84,7 +84,7 @@ impl<M: Mailboxes> Pipeline<M> {
         }
     }
 
-    /// Takes a turn's records of each priority, as far as there is room; returns how many.
+    /// Takes one turn's records of each priority, as far as there is room. Returns how many.
     pub fn fill(&mut self, log: &mut impl Log) -> usize {
         self.read_left_out();
         self.admit_stalled();
@@ -111,7 +111,7 @@ impl<M: Mailboxes> Pipeline<M> {
     fn process(&mut self, record: Record) {
         let partition = Partition { topic: Arc::clone(&record.topic), number: record.partition };
         let Some(open) = self.partitions.get_mut(&partition) else { return };
-        // Records behind one whose offset went back are taken again later.
+        // The log went back: records behind that are taken again later.
         if open.suspect.is_some() || !open.track(record.offset, record.leader_epoch) {
             return;
         }
@@ -123,7 +123,7 @@ impl<M: Mailboxes> Pipeline<M> {
             open.reading.was_finished(offset) || skips.is_some_and(|skips| skips.is_again(offset));
         let tracer = &self.lanes.outbox().tracer;
         match self.intake.decode(&open.reading, record, now_ms) {
-            // Its dead letter and its receipt were written the first time.
+            // Its dead letter and its receipt were written when it was first read.
             Decoded::Refused(..) if reported => {
                 open.ledger.finish(offset, []);
             }
@@ -148,7 +148,7 @@ impl<M: Mailboxes> Pipeline<M> {
         }
     }
 
-    /// Queues a record's parcels if every lane has room; else it waits, and its partition with it.
+    /// Queues a record's parcels if their lanes have room; otherwise the record stalls, and its partition with it.
     fn admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) {
         let parcels = self.without_accepted(partition, parcels);
         let waits = self.partitions.get(partition).is_none_or(|open| !open.stalled.is_empty());
@@ -183,8 +183,8 @@ impl<M: Mailboxes> Pipeline<M> {
         }
     }
 
-    /// Queues parcels of a record, except those that are left in the log for a master that is away. Returns
-    /// all of them if a lane has no room.
+    /// Queues the parcels of a record, except those that are left in the log for an unavailable master. Returns all
+    /// of them if a lane has no room.
     fn try_admit(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Option<Vec<Parcel>> {
         let (Some(first), Some(open)) = (parcels.first(), self.partitions.get(partition)) else {
             return None;
@@ -195,7 +195,7 @@ impl<M: Mailboxes> Pipeline<M> {
         if newly_full {
             self.metrics.stalls.with_label_values(&["skipped"]).inc();
         }
-        // Only while other shards can be served.
+        // Messages are left in the log only while other shards can be served.
         let some_serve = self.lanes.some_serve();
         let much = self.window.is_half_full(priority);
         let skips = self.left_out.of(partition, reading);
@@ -217,14 +217,14 @@ impl<M: Mailboxes> Pipeline<M> {
             if !queued.is_empty() {
                 skips.leave_part(Arc::clone(&flight), left.len());
             }
-            // This flight is never finished: its left-out messages are read again as another one.
+            // This flight is never finished: the messages that are left out are read again in another one.
             self.leave_window(&[flight]);
         }
         self.lanes.enqueue(priority, queued);
         None
     }
 
-    /// For a record that is read again for shards that were away: finishes the messages of other shards.
+    /// For a record that is read again for messages left in the log: finishes its other messages, which were accepted.
     fn without_accepted(&mut self, partition: &Partition, parcels: Vec<Parcel>) -> Vec<Parcel> {
         let Some(open) = self.partitions.get(partition) else { return parcels };
         let Some(skips) = self.left_out.known(partition, open.reading.id()) else { return parcels };
@@ -240,7 +240,7 @@ impl<M: Mailboxes> Pipeline<M> {
         wanted
     }
 
-    /// Reads again what was left in the log for masters that are back.
+    /// Starts to read messages that were left in the log, once their masters are available.
     fn read_left_out(&mut self) {
         self.left_out.retain(|partition| self.partitions.get(partition).is_some());
         let away = self.lanes.away();
@@ -257,7 +257,7 @@ impl<M: Mailboxes> Pipeline<M> {
             if !skips.returning || (!drained && !others_away) {
                 continue;
             }
-            // Not before: the master may be away again in the next turn, which would leave out what lies behind.
+            // Not earlier: if the master failed again in the next turn, messages behind these would be left out.
             dropped.extend(open.drop_stalled());
             read_again(open, skips, drained);
         }
@@ -265,12 +265,12 @@ impl<M: Mailboxes> Pipeline<M> {
         self.metrics.skipped.set(self.left_out.recount() as i64);
     }
 
-    /// A refused record becomes a dead letter and a receipt; the partition continues (P6).
+    /// Writes a dead letter and a receipt for a refused record; the partition continues (P6).
     fn refuse(&self, flight: Arc<Flight>, refusal: Refusal, now_ms: u64) {
         self.metrics.refused.with_label_values(&[refusal.code.as_str()]).inc();
         let (outbox, events) = (self.lanes.outbox().clone(), self.lanes.events().clone());
         // Bounded: the flight counts in the window until this is done.
-        tokio::spawn(async move {
+        self.lanes.outbox().tasks.spawn_finite("the refusal of a record", async move {
             let (code, reason) = (refusal.code.as_str(), refusal.reason.as_str());
             outbox.dead.write(&DeadLetter { record: &flight.record, code, reason }).await;
             let receipt = Receipt {
@@ -278,7 +278,7 @@ impl<M: Mailboxes> Pipeline<M> {
                 app: refusal.app.clone(),
                 ..flight.refusal(&refusal.user, code, reason, now_ms)
             };
-            outbox.receipts.tell(&receipt).await;
+            outbox.receipts.deliver(&receipt).await;
             let _ = events.send(Event::Finished(vec![flight])).await;
         });
     }
@@ -302,7 +302,7 @@ impl<M: Mailboxes> Pipeline<M> {
         recreated
     }
 
-    /// Takes nothing more of a partition, which is to be given back.
+    /// Takes no further record of a partition, which is to be given back.
     pub fn stop(&mut self, partition: &Partition) {
         let Some(open) = self.partitions.get_mut(partition) else { return };
         open.revoking = true;
@@ -310,33 +310,33 @@ impl<M: Mailboxes> Pipeline<M> {
         self.leave_window(&dropped);
     }
 
-    /// Takes nothing more of any partition.
+    /// Takes no further record of any partition.
     pub fn stop_all(&mut self) {
         let all: Vec<Partition> =
             self.partitions.iter().map(|open| open.assignment.partition.clone()).collect();
         all.iter().for_each(|partition| self.stop(partition));
     }
 
-    /// Records under way. Those left in the log for a master are not.
+    /// Number of records in flight, without those that are left in the log.
     pub fn unfinished(&self) -> usize {
         self.partitions.unfinished().saturating_sub(self.left_out.records())
     }
 
-    /// Whether nothing of these partitions is under way.
+    /// Whether these partitions have no record in flight.
     pub fn is_drained(&self, partitions: &[Partition]) -> bool {
         let open = partitions.iter().filter_map(|partition| self.partitions.get(partition));
         let unfinished: usize = open.map(|open| open.ledger.open()).sum();
         unfinished <= self.left_out.records_of(partitions)
     }
 
-    /// Whether records were finished since this was called last.
+    /// Whether records were finished since the last call.
     pub fn has_finished(&mut self) -> bool {
         std::mem::take(&mut self.finished)
     }
 
-    /// Lets the lanes finish what they have; their tasks.
-    pub fn close(self) -> JoinSet<()> {
-        self.lanes.close()
+    /// Closes the lanes: each ends once its queue is empty.
+    pub fn close(self) {
+        self.lanes.close();
     }
 
     /// Sets the gauges of the window and the partitions. `high_watermark`: the end of a partition's log.
@@ -366,14 +366,14 @@ impl<M: Mailboxes> Pipeline<M> {
     }
 }
 
-/// Goes back to the first record that was left out of a partition. `drained`: everything else is finished.
+/// Goes back to the first record that was left in the log. `drained`: all other records are finished.
 fn read_again(open: &mut Open, skips: &mut Skips, drained: bool) {
     let count = skips.records();
     let again = open.ledger.next().and_then(|next| skips.read_again(next));
     let Some(mut from) = again else { return };
     if !drained {
-        // Messages for another master that is away would never be finished: everything unfinished is
-        // taken again; what was accepted is answered "accepted before".
+        // Records in flight may wait for yet another unavailable master. So they are all taken again; for messages that
+        // were accepted, Redis answers "accepted before".
         from = from.min(open.ledger.committable().unwrap_or(from));
         open.reading.end();
         open.reading = open.reading.repairing(HashMap::new(), from);
@@ -383,7 +383,7 @@ fn read_again(open: &mut Open, skips: &mut Skips, drained: bool) {
         partition = open.assignment.partition.number,
         from,
         records = count,
-        "masters are back, reading what was left for them"
+        "masters are available again, reading the records that were left in the log"
     );
     open.read_from(from);
 }

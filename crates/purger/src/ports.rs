@@ -1,4 +1,4 @@
-//! What the pipeline needs of Kafka, Redis and the dispatchers, so that its tests can stand in for them.
+//! The interfaces of the pipeline to Kafka, Redis and the dispatchers, which tests replace.
 
 use std::future::Future;
 
@@ -9,7 +9,7 @@ use barid_mesh::DispatchPool;
 use barid_wire::internal::Push;
 use tokio::time::Instant;
 
-/// Where records come from.
+/// The source of records.
 pub trait Log {
     /// As [`Consumer::take`].
     fn take(
@@ -33,22 +33,22 @@ impl Log for Consumer<Consuming> {
     }
 }
 
-/// Where messages are accepted.
+/// The mailboxes that accept messages.
 pub trait Mailboxes: Clone + Send + Sync + 'static {
-    /// How many shards there are.
+    /// Number of shards.
     fn shards(&self) -> ShardCount;
-    /// How many masters.
+    /// Number of masters.
     fn lanes(&self) -> usize;
-    /// Which of them a shard belongs to now.
+    /// The master of a shard, as an index below [`Self::lanes`].
     fn lane_of(&self, shard: Shard) -> usize;
-    /// The clock of a shard's master; `None`: it has not answered yet.
+    /// The clock of a shard's master; `None`: it has not answered a call yet.
     fn redis_time(&self, shard: Shard) -> Option<RedisTime>;
-    /// Accepts groups of one lane; one result a group.
+    /// Accepts groups for one master; returns a result for each group.
     fn accept(
         &self,
         groups: &[AcceptGroup],
     ) -> impl Future<Output = Vec<Result<GroupOutcome, Error>>> + Send;
-    /// Answers when Redis does.
+    /// Returns once Redis has answered.
     fn ping(&self) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
@@ -73,18 +73,18 @@ impl Mailboxes for Mailbox {
     }
 }
 
-/// Where messages of online users go at once. May drop what it likes: the timer is armed.
+/// The fast path for messages of online users. It may drop messages, because their retry timers are armed.
 pub trait Handoff: Clone + Send + Sync + 'static {
-    /// The dispatcher that gets messages of this shard now; `None`: not known. Messages of different dispatchers
-    /// are pushed by tasks of their own.
+    /// The dispatcher that messages of this shard go to now; `None`: unknown. Each dispatcher's messages are pushed
+    /// by a task of their own.
     fn dispatcher_of(&self, _shard: Shard) -> Option<NodeId> {
         None
     }
-    /// Hands a message on; waits for room for a bounded time.
+    /// Pushes a message; waits for room for a bounded time.
     fn push(&self, shard: Shard, push: Push) -> impl Future<Output = ()> + Send;
-    /// Whether anybody takes work.
+    /// Whether a dispatcher is available.
     fn any_available(&self) -> impl Future<Output = bool> + Send;
-    /// Waits until everything is answered; what is not at the deadline.
+    /// Waits until all pushes are answered. Returns how many are not at the deadline.
     fn flush(&self, deadline: Instant) -> impl Future<Output = usize> + Send;
 }
 

@@ -1,4 +1,4 @@
-//! Readiness: the conditions of `/readyz`, and what is looked at now and then to set them.
+//! The conditions of `/readyz`, and the periodic checks that set them.
 
 use std::time::Duration;
 
@@ -16,40 +16,40 @@ use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
 use crate::ports::{Handoff, Mailboxes};
 
-/// Time between two looks.
+/// Time between two checks.
 const LOOK: Duration = Duration::from_millis(250);
 /// Time between two pings of Redis.
 const PING: Duration = Duration::from_secs(1);
-/// How long Redis may take to answer one.
+/// How long Redis may take to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
-/// Receipts and dead letters that wait for longer fail readiness.
+/// If receipts or dead letters wait longer than this, readiness fails.
 const HELD_AFTER: Duration = Duration::from_secs(10);
 
-/// The conditions, and what they are derived from.
+/// The conditions, and the state that they are derived from.
 pub struct Readiness {
     /// A broker answers.
     pub kafka: Condition,
     /// Every topic exists.
     pub topics: Condition,
-    /// Finished records get committed.
+    /// Finished records are committed.
     pub commits: Condition,
     redis: Condition,
-    /// The loop turns.
+    /// The loop runs.
     consumer: Condition,
-    /// Records that were taken get finished.
+    /// Records in flight are finished.
     records: Condition,
     /// Every partition held can be read.
     fetching: Condition,
-    /// Kafka takes receipts and dead letters.
+    /// Kafka accepts receipts and dead letters.
     producing: Condition,
-    /// How long a record may be under way.
+    /// How long a record may be in flight.
     stalled_after: Duration,
-    /// A record was under way for longer at the last look.
+    /// At the last check, a record was in flight for longer.
     too_old: bool,
     oldest: OldestWatch,
     look: Instant,
     ping: Instant,
-    /// Why Redis did not answer the last ping.
+    /// The ping under way; it returns why Redis did not answer.
     pong: Option<JoinHandle<Option<String>>>,
     metrics: Metrics,
 }
@@ -79,7 +79,7 @@ impl Readiness {
         }
     }
 
-    /// Whether it is time for [`Self::update`].
+    /// Whether [`Self::update`] is due.
     pub fn is_due(&mut self, now: Instant) -> bool {
         let due = self.look <= now;
         if due {
@@ -88,8 +88,8 @@ impl Readiness {
         due
     }
 
-    /// Looks at the loop, the oldest record, partitions that cannot be fetched, and records that wait for Kafka.
-    /// `finished`: records were finished since the last look.
+    /// Updates the conditions of the loop, the oldest record, fetching and producing. `finished`: records were
+    /// finished since the last check.
     pub fn update<S>(
         &mut self,
         partitions: &Partitions,
@@ -154,7 +154,7 @@ impl Readiness {
         }
     }
 
-    /// Pings Redis and the dispatchers, and reads the answer to the last ping.
+    /// Handles the answer to the last ping of Redis and the dispatchers, and sends the next.
     pub fn watch_redis<M: Mailboxes, H: Handoff>(
         &mut self,
         mailboxes: &M,
@@ -180,7 +180,7 @@ impl Readiness {
     }
 }
 
-/// Looks whether a dispatcher takes work, and whether Redis answers; why it does not.
+/// Checks the dispatchers, and pings Redis. Returns why Redis does not answer.
 async fn ping<M: Mailboxes, H: Handoff>(
     mailboxes: M,
     handoff: H,

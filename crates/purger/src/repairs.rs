@@ -1,5 +1,5 @@
-//! Reading a log again because shards have forgotten what they confirmed: asks the shards, goes back, seeks, and
-//! raises their stored positions in the end. What is decided when is in [`crate::partitions`].
+//! Execution of repairs: asks shards for their positions, seeks back in the log, and raises the shards' stored
+//! positions in the end. The decisions are made in [`crate::partitions`].
 
 use std::time::Duration;
 
@@ -14,36 +14,37 @@ use crate::ports::Mailboxes;
 /// How long a partition waits for its shards to report their positions.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Requests to Kafka for partitions that go back.
+/// Requests to Kafka for partitions under repair.
 pub struct Repairs {
     seeks: ByPartition<()>,
-    /// Requests for the bounds of logs.
+    /// Requests for the bounds of the logs.
     reaches: ByPartition<Reach>,
-    /// How long mailboxes keep messages, ms: what is older is not read again.
+    /// Time to live of mailboxes, ms. Older records are not read again.
     ttl_ms: u64,
     metrics: Metrics,
 }
 
 impl Repairs {
-    /// Nothing under way. `ttl_ms`: how long mailboxes keep messages.
+    /// Creates an empty set. `ttl_ms`: time to live of mailboxes.
     pub fn new(ttl_ms: u64, metrics: Metrics) -> Self {
         Self { seeks: ByPartition::default(), reaches: ByPartition::default(), ttl_ms, metrics }
     }
 
-    /// Drops the requests for partitions that were taken away.
+    /// Drops the requests for revoked partitions.
     pub fn forget(&mut self, partitions: &[Partition]) {
         self.seeks.forget(partitions);
         self.reaches.forget(partitions);
     }
 
-    /// Starts and ends whatever can be started or ended now.
+    /// Advances every repair by the steps that are possible now.
     pub fn advance<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
         ask_shards(pipeline);
         self.rewind(consumer, pipeline);
         self.seek(consumer, pipeline);
     }
 
-    /// Rewinds partitions whose shards have forgotten something, as far as the log and mailboxes reach.
+    /// Rewinds partitions whose shards have forgotten messages, as far as the log and the mailboxes' time to live
+    /// reach.
     fn rewind<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
         let (now, bell) = (Instant::now(), consumer.bell());
         let Pipeline { partitions, lanes, .. } = pipeline;
@@ -70,7 +71,7 @@ impl Repairs {
                     shards = open.repairing(),
                     to = ?open.seek_to,
                     ?reach,
-                    "redis has forgotten what shards confirmed, reading again"
+                    "redis has forgotten confirmed messages, reading the log again"
                 );
             }
         }
@@ -78,12 +79,12 @@ impl Repairs {
 
     fn seek<S, M: Mailboxes>(&mut self, consumer: &Consumer<S>, pipeline: &mut Pipeline<M>) {
         for open in pipeline.partitions.iter_mut() {
-            // Nothing more is taken of one that is being revoked.
+            // No record is taken of a partition that is being revoked.
             let Some(offset) = open.seek_to.filter(|_| !open.revoking) else { continue };
             let partition = &open.assignment.partition;
             let about = (open.assignment.id, offset);
             let ask = || consumer.seek(partition, offset);
-            // A partition that was assigned a moment ago cannot seek yet; an error is retried.
+            // A seek can fail shortly after the assignment; it is repeated.
             if self.seeks.answer(partition, about, &consumer.bell(), ask).is_some() {
                 open.seek_to = None;
             }
@@ -91,8 +92,7 @@ impl Repairs {
     }
 }
 
-/// Asks the shards of a partition for their positions, when the partition is new here or one of them has
-/// forgotten something.
+/// Asks the shards of a partition for their positions, after an assignment or when one of them has forgotten messages.
 fn ask_shards<M: Mailboxes>(pipeline: &mut Pipeline<M>) {
     let Pipeline { partitions, lanes, .. } = pipeline;
     let shards = lanes.mailboxes().shards();

@@ -1,5 +1,6 @@
-//! The loop: takes records while there is room, handles what Kafka and the lanes report, commits, answers the
-//! group. Nothing in a turn waits: whatever may take longer runs as an errand, whose answer the loop polls.
+//! The purger's loop. It takes records while there is room, handles events of Kafka and the lanes, commits, and
+//! answers the consumer group. A turn never waits: requests that may take longer run as errands, whose answers the
+//! loop polls.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use barid_bus::consumer::{Consumer, Done, Draining, Event};
 use barid_bus::{DeadLetters, Error as KafkaError, Producer, Receipts};
 use barid_core::SystemClock;
-use barid_runtime::{Context, Stopped};
+use barid_runtime::{Context, Stopped, Tasks};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -24,16 +25,16 @@ use crate::readiness::Readiness;
 use crate::repairs::{self, Repairs};
 use crate::topics::TopicWatch;
 
-/// How long the loop sleeps when nothing rings.
+/// How long the loop sleeps if no event wakes it.
 const TICK: Duration = Duration::from_millis(50);
-/// How soon the topics' ids are asked for after trouble with Kafka.
+/// How soon the topics' ids are requested after an error of Kafka.
 const TROUBLE_REFRESH: Duration = Duration::from_millis(500);
-/// How often missing topics are looked for.
+/// How often missing topics are requested.
 const MISSING_REFRESH: Duration = Duration::from_secs(1);
-/// Events of lanes that wait for the loop.
+/// Bound of the lanes' events that are queued for the loop.
 const EVENTS_MAX: usize = 1024;
 
-/// A purger over some Redis and some dispatchers.
+/// A purger.
 pub struct Service<M, H> {
     config: Config,
     mailboxes: M,
@@ -50,23 +51,30 @@ pub struct Service<M, H> {
     readiness: Readiness,
     metrics: Metrics,
     commit_due: Instant,
-    /// A commit was sent and is not answered yet.
+    /// A commit is under way.
     committing: bool,
+    tasks: Tasks,
 }
 
 impl<M: Mailboxes, H: Handoff> Service<M, H> {
-    /// A purger; it works once [`Self::run`] does.
+    /// Creates a purger, and starts its lanes. [`Self::run`] starts to consume.
     ///
     /// # Errors
-    /// The configuration makes no sense to Kafka's client, or metrics are registered already.
+    /// The configuration is invalid, or a metric is registered already.
     pub fn new(config: Config, mailboxes: M, handoff: H, context: &Context) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
         let metrics = Metrics::new(&context.metrics)?;
         let producer = Producer::new(&config.kafka)?;
         let (lane_events, events) = mpsc::channel(EVENTS_MAX);
         let wait = Duration::from_millis(config.window.handoff_wait_ms);
-        let hand_on =
-            HandOn::new(handoff.clone(), config.window.handoff_max, wait, metrics.clone());
+        let tasks = Tasks::new(context);
+        let hand_on = HandOn::new(
+            handoff.clone(),
+            config.window.handoff_max,
+            wait,
+            metrics.clone(),
+            tasks.spawner(),
+        );
         let dropped = metrics.receipts_dropped.clone();
         let dead_dropped = metrics.dead_letters_dropped.clone();
         let outbox = Outbox {
@@ -76,6 +84,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             clock: Arc::new(SystemClock),
             metrics: metrics.clone(),
             tracer: context.tracer.clone(),
+            tasks: tasks.spawner(),
         };
         let shared = Shared {
             mailboxes: mailboxes.clone(),
@@ -106,13 +115,14 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             handoff,
             producer,
             hand_on,
+            tasks,
         })
     }
 
-    /// Works until `context` drains; gives its partitions back; reports what was cut off.
+    /// Runs until draining begins, then finishes the records in flight and leaves the group.
     ///
     /// # Errors
-    /// [`Error::Fatal`]: the consumer cannot continue.
+    /// The consumer cannot continue.
     pub async fn run(mut self, context: &Context) -> Result<Stopped, Error> {
         let topics = self.config.kafka.topics.pushes();
         let mut consumer = Consumer::start(&self.config.kafka, &topics)?;
@@ -120,7 +130,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         while !shutdown.is_draining() {
             self.turn(&mut consumer)?;
             if self.pipeline.fill(&mut consumer) > 0 {
-                // Others of this thread, and the lanes, get their turn.
+                // Lets the lanes run.
                 tokio::task::yield_now().await;
                 continue;
             }
@@ -135,7 +145,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.drain(consumer.drain(), deadline).await
     }
 
-    /// Handles events of Kafka and the lanes, and what is due; takes no records.
+    /// Handles events and everything that is due; takes no records.
     fn turn<S>(&mut self, consumer: &mut Consumer<S>) -> Result<(), Error> {
         while let Some(event) = consumer.poll() {
             self.kafka_event(consumer, event)?;
@@ -185,7 +195,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         }
     }
 
-    /// Commits what was finished, ends repairs, shows the state.
+    /// Commits finished records, completes repairs, and updates the metrics.
     fn commit<S>(&mut self, consumer: &Consumer<S>, now: Instant) {
         if self.commit_due > now {
             return;
@@ -215,7 +225,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 self.readiness.commits.ready();
             }
             Err(error) => {
-                tracing::warn!(%error, "commit failed, trying again");
+                tracing::warn!(%error, "commit failed, repeating it");
                 self.readiness.commits.failing(error.to_string());
                 self.pipeline.partitions.uncommit();
             }
@@ -242,7 +252,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 self.readiness.kafka.ready();
                 let partitions = self.pipeline.compare_topics(&ids);
                 if partitions > 0 {
-                    tracing::warn!(partitions, "topic created anew, reading from its start");
+                    tracing::warn!(partitions, "topic was created anew, reading it from its start");
                 }
             }
             Some(Err(error)) => {
@@ -250,26 +260,26 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 self.readiness.kafka.failing(error.to_string());
             }
         }
-        // An error shows in the ids, too: no broker answers.
+        // An error is reported by the request for the ids, too.
         if let Some(Ok(missing)) = self.topics.missing() {
             self.missing_topics(&missing, now);
         }
     }
 
-    /// Names missing topics in readiness: librdkafka reports no error for them.
+    /// Fails readiness for missing topics, for which librdkafka reports no error.
     fn missing_topics(&mut self, missing: &[String], now: Instant) {
         self.metrics.topics_missing.set(missing.len() as i64);
         if missing.is_empty() {
             self.readiness.topics.ready();
         } else {
-            // Topics that are created now are found within a second.
+            // Finds a topic within a second of its creation.
             self.topics.within(MISSING_REFRESH, now);
             let topics = missing.join(", ");
             self.readiness.topics.failing(format!("kafka has no topic {topics}: create it"));
         }
     }
 
-    /// Finishes the records that were taken, commits, leaves the group.
+    /// Finishes the records in flight, commits, and leaves the group.
     async fn drain(
         mut self,
         mut consumer: Consumer<Draining>,
@@ -277,7 +287,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     ) -> Result<Stopped, Error> {
         tracing::info!(unfinished = self.pipeline.unfinished(), "draining");
         self.pipeline.stop_all();
-        // The last part of the time is for committing and leaving.
+        // Reserves time for the last commit and for leaving.
         let left = deadline.saturating_duration_since(Instant::now());
         let enough = deadline - (left / 3).min(COMMIT_TIMEOUT);
         while self.pipeline.unfinished() > 0 && Instant::now() < enough {
@@ -292,9 +302,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let commits = self.pipeline.partitions.begin_commits();
         let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
         if let Err(error) = consumer.commit_and_wait(commits, patience).await {
-            tracing::warn!(%error, "last commit failed: what it covers is delivered again");
+            tracing::warn!(%error, "last commit failed: its records will be read again");
         }
-        // Ended readings: the lanes drop what is not finished, and end.
+        // The lanes drop the records of readings that have ended, and end.
         self.pipeline.partitions.iter().for_each(|open| open.reading.end());
         let left = deadline.saturating_duration_since(Instant::now());
         let leaving = consumer.finish(left.max(Duration::from_millis(500)));
@@ -302,10 +312,10 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let closing = self.close(deadline);
         let (done, unhanded, ()) = tokio::join!(leaving, handoff.flush(deadline), closing);
         if done == Done::Abandoned {
-            tracing::warn!("left the group without its answer");
+            tracing::warn!("left the group without waiting for its answer");
         }
         if unhanded > 0 {
-            tracing::info!(unhanded, "pushes without answer: their timers are armed");
+            tracing::info!(unhanded, "pushes were not answered: their retry timers are armed");
         }
         Ok(match cut {
             0 => Stopped::Clean,
@@ -313,15 +323,15 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         })
     }
 
-    /// Ends the lanes and then the hand-on; the lanes' events are received until they have ended.
+    /// Ends the lanes, and then the hand-on.
     async fn close(self, deadline: Instant) {
-        let Self { pipeline, mut events, producer, hand_on, .. } = self;
-        let mut lanes = pipeline.close();
+        let Self { pipeline, mut events, producer, hand_on, tasks, .. } = self;
+        pipeline.close();
         let ended = async {
+            // The channel closes once all lanes have ended.
             while events.recv().await.is_some() {}
-            while lanes.join_next().await.is_some() {}
-            let mut pushing = hand_on.close();
-            while pushing.join_next().await.is_some() {}
+            hand_on.close();
+            tasks.finished().await;
         };
         let _ = tokio::time::timeout_at(deadline, ended).await;
         producer.flush(deadline).await;

@@ -1,11 +1,11 @@
-//! Messages that are left in the log while a master is away. Partitions hold messages for every master, so
-//! those of a master that is away would fill the window and stop all others. Instead its messages are left out:
-//! their records stay unfinished in the ledger, which holds the commit before the first of them, and
-//! take no memory beyond that. Once the master is back and everything else is finished, the log is
-//! read again from there, and of what was read before only those messages count. Pure.
+//! Messages that are left in the log while their master is unavailable. A partition holds messages for every master,
+//! so those for an unavailable one would fill the window and stop all others. Instead they are left out: their
+//! records stay unfinished in the ledger, so that the commit stays before the first of them, and take no other
+//! memory. Once the master is available and everything else is finished, the log is read again from there, and only
+//! the messages that were left out are accepted. Pure.
 //!
-//! A shard of which one message was left out gets none from behind it before that: accept refuses
-//! positions that lie behind one it has.
+//! Once a message of a shard is left out, all later messages of the shard are left out as well, because accept refuses
+//! positions below the shard's last one.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -21,39 +21,39 @@ pub struct LeftOut {
     by_partition: HashMap<Partition, Skips>,
     records: usize,
     records_max: usize,
-    /// The bound was reached when it was looked at last.
+    /// Whether the bound was reached at the last check.
     at_bound: bool,
 }
 
 impl LeftOut {
-    /// Nothing left out; up to `records_max` records may be.
+    /// Creates an empty set for up to `records_max` records.
     pub fn new(records_max: usize) -> Self {
         Self { by_partition: HashMap::new(), records: 0, records_max, at_bound: false }
     }
 
-    /// Those of a partition in this reading; none if they are about another reading.
+    /// The left-out messages of a partition in this reading; those of another reading are forgotten.
     pub fn of(&mut self, partition: &Partition, reading: (u64, u64)) -> &mut Skips {
         self.by_partition.entry(partition.clone()).or_default().of(reading)
     }
 
-    /// As [`Self::of`], if something was left out of the partition so far.
+    /// As [`Self::of`]; `None` if no message of the partition was left out.
     pub fn known(&mut self, partition: &Partition, reading: (u64, u64)) -> Option<&mut Skips> {
         Some(self.by_partition.get_mut(partition)?.of(reading))
     }
 
-    /// Whether nothing more is taken of a partition until all but what was left out is finished.
+    /// Whether no record of a partition is taken until all records but the left-out ones are finished.
     pub fn is_returning(&self, partition: &Partition) -> bool {
         self.by_partition.get(partition).is_some_and(|skips| skips.returning)
     }
 
-    /// Whether the bound is reached; and whether it was not when this was called last.
+    /// Whether the bound is reached, and whether that is new since the last call.
     pub fn is_full(&mut self) -> (bool, bool) {
         let full = self.records >= self.records_max;
         let was_full = std::mem::replace(&mut self.at_bound, full);
         (full, full && !was_full)
     }
 
-    /// Leaves out some or all messages of a record: those of `shards`.
+    /// Leaves out the messages of a record for these shards.
     pub fn leave(
         &mut self,
         partition: &Partition,
@@ -67,46 +67,46 @@ impl LeftOut {
         skips
     }
 
-    /// Forgets partitions that are not held.
+    /// Keeps only these partitions.
     pub fn retain(&mut self, is_held: impl Fn(&Partition) -> bool) {
         self.by_partition.retain(|partition, _| is_held(partition));
     }
 
-    /// Counts the records again, after some partitions began to read theirs.
+    /// Recounts the records, after partitions began to read theirs.
     pub fn recount(&mut self) -> usize {
         self.records = self.by_partition.values().map(Skips::records).sum();
         self.records
     }
 
-    /// Records left out, over all partitions.
+    /// Number of left-out records of all partitions.
     pub fn records(&self) -> usize {
         self.records
     }
 
-    /// Records left out of these partitions.
+    /// Number of left-out records of these partitions.
     pub fn records_of(&self, partitions: &[Partition]) -> usize {
         let skips = partitions.iter().filter_map(|partition| self.by_partition.get(partition));
         skips.map(Skips::records).sum()
     }
 }
 
-/// The left-out messages of one partition in one reading. Another reading takes everything again.
+/// The left-out messages of one partition in one reading. A new reading takes everything again.
 #[derive(Debug, Default)]
 pub struct Skips {
     reading: (u64, u64),
     shards: HashSet<Shard>,
     from: Option<i64>,
     records: usize,
-    /// Records of which some messages are under way, and how many were left out.
+    /// Records with messages in flight, each with the number of messages that were left out.
     partly: Vec<(Arc<Flight>, usize)>,
-    /// Being read again: before this offset only these shards' messages count.
+    /// While they are read again: below this offset, only messages of these shards are accepted.
     again: VecDeque<(i64, HashSet<Shard>)>,
-    /// Nothing more is taken until all but what was left out is finished.
+    /// No record is taken until all records but the left-out ones are finished.
     pub returning: bool,
 }
 
 impl Skips {
-    /// Forgets everything if it was about another assignment or reading than this one.
+    /// Forgets everything about another assignment or reading than this one.
     pub fn of(&mut self, reading: (u64, u64)) -> &mut Self {
         if self.reading != reading {
             *self = Self { reading, ..Self::default() };
@@ -114,51 +114,52 @@ impl Skips {
         self
     }
 
-    /// Whether a message was left out since the log was read, so that all behind it are.
+    /// Whether a message of the shard was left out, so that all later ones are as well.
     pub fn blocks(&self, shard: Shard) -> bool {
         self.shards.contains(&shard)
     }
 
-    /// Whether a message has to be accepted: in what is read again, most were.
+    /// Whether a message still has to be accepted; most messages that are read again were accepted before.
     pub fn wants(&self, offset: i64, shard: Shard) -> bool {
         let again = self.again.iter().find(|(until, _)| offset < *until);
         again.is_none_or(|(_, shards)| shards.contains(&shard))
     }
 
-    /// Whether a record is read again: what was told about it is not told once more.
+    /// Whether a record is read again, so that its receipts are not sent again.
     pub fn is_again(&self, offset: i64) -> bool {
         self.again.iter().any(|(until, _)| offset < *until)
     }
 
-    /// A record is left out for these shards.
+    /// Leaves out a record for these shards.
     pub fn leave(&mut self, offset: i64, shards: impl IntoIterator<Item = Shard>) {
         self.from.get_or_insert(offset);
         self.records += 1;
         self.shards.extend(shards);
     }
 
-    /// Others of its messages are under way.
+    /// Records that other messages of the record are in flight.
     pub fn leave_part(&mut self, flight: Arc<Flight>, left_out: usize) {
         self.partly.push((flight, left_out));
     }
 
-    /// Whether all else of the records that are left out is done.
+    /// Whether all other messages of the left-out records are done.
     pub fn is_settled(&mut self) -> bool {
         self.partly.retain(|(flight, left_out)| flight.left() > *left_out);
         self.partly.is_empty()
     }
 
-    /// Records left out.
+    /// Number of left-out records.
     pub fn records(&self) -> usize {
         self.records
     }
 
-    /// Shards that were left out.
+    /// Shards with left-out messages.
     pub fn shards(&self) -> impl Iterator<Item = Shard> + '_ {
         self.shards.iter().copied()
     }
 
-    /// The log is read again from here, after it was read up to `next`, all else of which is finished.
+    /// Starts to read the left-out records again. `next` is the offset up to which the log was read. Returns the
+    /// offset to start from.
     pub fn read_again(&mut self, next: i64) -> Option<i64> {
         let from = self.from.take()?;
         let shards = std::mem::take(&mut self.shards);

@@ -1,5 +1,5 @@
-//! The topics' ids, which show whether a topic was created anew and that a broker answers; and topics that do not
-//! exist.
+//! Requests for the topics' ids, which show that a topic was created anew and that a broker answers, and for topics
+//! that do not exist.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -21,17 +21,17 @@ pub struct TopicWatch {
 }
 
 impl TopicWatch {
-    /// Due at once, and then in `every`.
+    /// Creates the watch. The first request is due at once, and the next ones every `every`.
     pub fn new(topics: Vec<String>, every: Duration, now: Instant) -> Self {
         Self { refresh: Refresh::new(now), every, topics, ids: None, missing: None }
     }
 
-    /// Asks not later than in `wait`.
+    /// Makes the next request due within `wait`.
     pub fn within(&mut self, wait: Duration, now: Instant) {
         self.refresh.within(wait, now);
     }
 
-    /// Asks if it is time. `urgent`: a partition stands still until the ids are known.
+    /// Sends the requests that are due. `urgent`: a partition waits for the ids.
     pub fn ask<S>(&mut self, consumer: &Consumer<S>, urgent: bool, now: Instant) {
         if self.ids.is_none() && self.refresh.is_due(now, self.every, urgent) {
             self.ids = Some(Errand::new(consumer.topic_ids(), consumer.bell()));
@@ -41,14 +41,14 @@ impl TopicWatch {
         }
     }
 
-    /// The topics' ids by name, once for each answer.
+    /// The topics' ids by name; each answer is returned once.
     pub fn ids(&mut self) -> Option<Result<HashMap<String, String>, Error>> {
         let answer = self.ids.as_mut()?.answer()?;
         self.ids = None;
         Some(answer)
     }
 
-    /// The topics that do not exist, once for each answer.
+    /// The topics that do not exist; each answer is returned once.
     pub fn missing(&mut self) -> Option<Result<Vec<String>, Error>> {
         let answer = self.missing.as_mut()?.answer()?;
         self.missing = None;
@@ -56,10 +56,10 @@ impl TopicWatch {
     }
 }
 
-/// How often topics' ids are asked for while a partition waits for them.
+/// How often topics' ids are requested while a partition waits for them.
 const URGENT: Duration = Duration::from_millis(500);
 
-/// When topics' ids are asked for.
+/// The schedule of these requests.
 #[derive(Debug)]
 struct Refresh {
     due: Instant,
@@ -67,18 +67,18 @@ struct Refresh {
 }
 
 impl Refresh {
-    /// Due at once.
+    /// Creates a schedule whose first request is due at once.
     fn new(now: Instant) -> Self {
         Self { due: now, asked: None }
     }
 
-    /// Not later than in `wait`.
+    /// Makes the next request due within `wait`.
     fn within(&mut self, wait: Duration, now: Instant) {
         self.due = self.due.min(now + wait);
     }
 
-    /// Whether to ask now, and then in `every`. `urgent`: a partition stands still until the answer comes.
-    /// An answer may not help, so that the next question waits a while even then.
+    /// Whether a request is due; the next one is due after `every`. `urgent`: a partition waits for the answer. Urgent
+    /// requests are paced as well, because an answer may not help.
     fn is_due(&mut self, now: Instant, every: Duration, urgent: bool) -> bool {
         let rested = self.asked.is_none_or(|asked| asked + URGENT <= now);
         let due = self.due <= now || (urgent && rested);

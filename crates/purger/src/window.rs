@@ -1,5 +1,4 @@
-//! How many records may be under way, by priority: a pure count of records and bytes. What does not fit stays
-//! in Kafka.
+//! The window: bounds the records in flight and their bytes, by priority. Records that do not fit stay in Kafka. Pure.
 
 use crate::config::WindowConfig;
 
@@ -8,13 +7,13 @@ pub const PRIORITIES: usize = 3;
 /// Records taken in one turn for each unit of weight.
 const TURN: usize = 16;
 
-/// Records under way and their bytes, each priority within bounds of its own. Bytes may exceed their bound by
-/// one turn's records, as a record's size is known only once it was taken.
+/// Records in flight and their bytes. Each priority has its own bounds. Bytes may exceed their bound by the records
+/// of one turn, because a record's size is known only after it was taken.
 #[derive(Debug)]
 pub struct Window {
     records_max: usize,
     bytes_max: usize,
-    /// Shares of the priorities in a turn.
+    /// Weights of the priorities in a turn.
     weights: [usize; PRIORITIES],
     used: [Used; PRIORITIES],
 }
@@ -23,7 +22,7 @@ pub struct Window {
 struct Used {
     records: usize,
     bytes: usize,
-    /// The bound was reached when a grant was asked for last.
+    /// Whether the bound was reached at the last grant.
     at_records: bool,
     at_bytes: bool,
 }
@@ -31,7 +30,7 @@ struct Used {
 /// A bound of a priority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
-    /// Records under way.
+    /// Records in flight.
     Records,
     /// Their bytes.
     Bytes,
@@ -42,12 +41,12 @@ pub enum Bound {
 pub struct Grant {
     /// Records.
     pub records: usize,
-    /// A bound that holds since this turn, so that it is counted once and not in every turn.
+    /// A bound that was reached in this turn, and not in the last one, so that it is counted once.
     pub reached: Option<Bound>,
 }
 
 impl Window {
-    /// An empty window.
+    /// Creates an empty window.
     pub fn new(config: &WindowConfig) -> Self {
         Self {
             records_max: config.records_max,
@@ -72,21 +71,21 @@ impl Window {
         Grant { records, reached }
     }
 
-    /// A record was taken.
+    /// Adds a record that was taken.
     pub fn enter(&mut self, priority: usize, bytes: usize) {
         let used = &mut self.used[priority];
         used.records += 1;
         used.bytes += bytes;
     }
 
-    /// A record is finished, or will be read again.
+    /// Removes a record that is finished or will be read again.
     pub fn leave(&mut self, priority: usize, bytes: usize) {
         let used = &mut self.used[priority];
         used.records = used.records.saturating_sub(1);
         used.bytes = used.bytes.saturating_sub(bytes);
     }
 
-    /// Records of a priority that are under way.
+    /// Records of a priority in flight.
     pub fn records(&self, priority: usize) -> usize {
         self.used[priority].records
     }

@@ -1,5 +1,5 @@
-//! `/metrics`, `/healthz` and `/readyz` of a role, on a thread of their own: they answer, and say so,
-//! when nothing else in the process does.
+//! `/metrics`, `/healthz` and `/readyz` of a role. They have a thread of their own, so that they answer even if the
+//! role's runtime is blocked.
 
 use std::time::Duration;
 
@@ -17,12 +17,11 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{AdminConfig, Condition, Context, telemetry};
 
-/// How often the role's runtime shows that it runs tasks, and the conditions are looked at for the log.
+/// How often the role's runtime reports that it runs tasks, and changes of the conditions are logged.
 const BEAT: Duration = Duration::from_millis(250);
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Binds, and serves on a thread of its own until the process ends: metrics are wanted to the last.
-/// To be called on the runtime that the role runs on, which it watches.
+/// Binds, and serves on a thread of its own until the process ends. Call it on the role's runtime, which it watches.
 ///
 /// # Errors
 /// The address cannot be bound, or no thread can be started.
@@ -47,7 +46,7 @@ async fn run(listener: std::net::TcpListener, context: Context) {
         let mut look = interval(LOOK);
         loop {
             look.tick().await;
-            // It logs what has changed.
+            // Logs changes of the conditions.
             health.not_ready();
         }
     });
@@ -79,8 +78,8 @@ fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// CPU, memory, open files and start time of the process, which build it is, the threads of its
-/// runtime, and its conditions.
+/// Registers the metrics of the process (CPU, memory, open files, start time), its build, its worker threads, and its
+/// conditions.
 fn register(context: &Context, role: &'static str) {
     let process = prometheus::process_collector::ProcessCollector::for_self();
     let build = IntGauge::with_opts(
@@ -109,11 +108,11 @@ fn register(context: &Context, role: &'static str) {
         .and_then(|()| context.metrics.register(Box::new(Tasks::of(Handle::current())?)))
         .and_then(|()| telemetry::register(&context.metrics));
     if let Err(error) = registered {
-        tracing::warn!(%error, "process metrics are missing");
+        tracing::warn!(%error, "cannot register process metrics");
     }
 }
 
-/// Tasks of a runtime that have not ended, counted when somebody asks.
+/// The number of a runtime's tasks, read at each scrape.
 struct Tasks {
     runtime: Handle,
     gauge: IntGauge,
@@ -138,7 +137,7 @@ impl Collector for Tasks {
     }
 }
 
-/// The text format, named as such: Prometheus 3 scrapes nothing whose type it does not know.
+/// The metrics in the text format, with its content type, which Prometheus 3 requires.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 async fn metrics(State(context): State<Context>) -> Response {
@@ -149,12 +148,12 @@ async fn metrics(State(context): State<Context>) -> Response {
     }
 }
 
-/// 200 unless only a restart helps; else 503, a line a reason.
+/// 503 with a line for each problem that only a restart solves; otherwise 200.
 async fn healthz(State(context): State<Context>) -> (StatusCode, String) {
     answer(&context.health.dying(), "ok")
 }
 
-/// 200 when every condition holds and the role is not draining; else 503, a line a reason.
+/// 200 if every condition holds and the role is not draining; otherwise 503 with a line for each reason.
 async fn readyz(State(context): State<Context>) -> (StatusCode, String) {
     let mut reasons = context.health.not_ready();
     if context.shutdown.is_draining() {

@@ -1,4 +1,4 @@
-//! Where a process listens, told once everything is bound: ports may have been picked by the system.
+//! The addresses that a process listens on, announced once all are bound. The system may have chosen the ports.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ impl Announcements {
     pub(crate) fn done(&self) -> std::io::Result<()> {
         if let Some(path) = &self.ready_file {
             let text = serde_json::to_vec(&*self.addresses.lock())?;
-            // Renamed into place, so that a reader never sees half of it.
+            // Renamed into place, so that a reader never sees a partial file.
             let part = path.with_extension("part");
             std::fs::write(&part, text)?;
             std::fs::rename(&part, path)?;
@@ -37,12 +37,12 @@ impl Announcements {
         Ok(())
     }
 
-    /// Where a listener is bound, if it is yet.
+    /// The address of a listener, if it is bound.
     pub fn get(&self, listener: &str) -> Option<SocketAddr> {
         self.addresses.lock().get(listener).copied()
     }
 
-    /// Waits until everything is bound, and tells where.
+    /// Waits until all listeners are bound. Returns their addresses.
     pub async fn wait(&self) -> BTreeMap<&'static str, SocketAddr> {
         // The sender lives in self, so waiting cannot fail.
         let _ = self.done.subscribe().wait_for(|done| *done).await;

@@ -1,6 +1,6 @@
-//! The bounds of every number of configuration. A number's key, range and unit are declared once, beside the
-//! struct that holds it. They are checked when the file is read, by `--check-config`, and again before a role
-//! starts. docs/configuration.md lists the same tables.
+//! The bounds of all numbers in the configuration. A number's key, range and unit are declared once, next to the
+//! struct that contains it. They are checked when the file is read, by `--check-config`, and before a role starts.
+//! docs/configuration.md is written from them.
 
 mod apart;
 mod arguments;

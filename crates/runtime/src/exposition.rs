@@ -23,7 +23,7 @@ impl Value {
 }
 
 impl Metrics {
-    /// Skips lines that are not metrics.
+    /// Parses a text; lines that are not metrics are skipped.
     pub fn parse(text: &str) -> Self {
         let mut metrics = Self::default();
         for line in text.lines().filter(|line| !line.starts_with('#')) {
@@ -62,7 +62,7 @@ impl Metrics {
         self.get(name, label, wanted).unwrap_or_default()
     }
 
-    /// A count for each value of `label`.
+    /// The sum for each value of `label`.
     pub fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, u64> {
         let mut found = BTreeMap::new();
         for value in self.values(name) {
@@ -73,7 +73,7 @@ impl Metrics {
         found
     }
 
-    /// The role whose endpoint it is; `None` if it is not Barid's.
+    /// The role of the endpoint; `None` if it is not one of Barid's.
     pub fn role(&self) -> Option<&str> {
         self.values("barid_build_info").first()?.label("role")
     }
@@ -95,7 +95,7 @@ impl Metrics {
     }
 }
 
-/// Reads `name{a="b",c="d"} 1.5`. Names and labels are not checked.
+/// Parses `name{a="b",c="d"} 1.5`. Names and labels are not checked.
 fn parse_line(line: &str) -> Option<(&str, Value)> {
     let end = line.find(['{', ' '])?;
     let (name, mut rest) = line.split_at(end);
@@ -116,7 +116,7 @@ fn parse_line(line: &str) -> Option<(&str, Value)> {
     Some((name, Value { labels, value }))
 }
 
-/// The text up to the closing quote, and what follows it.
+/// The text up to the closing quote, and the rest after it.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut chars = text.char_indices();
@@ -133,16 +133,16 @@ fn quoted(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// What was observed, in cumulative buckets.
+/// A histogram, in cumulative buckets.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Histogram {
-    /// Upper bound, and how many are at or below it; in order.
+    /// Upper bounds, ascending, each with the number of values up to it.
     buckets: Vec<(f64, f64)>,
     sum: f64,
 }
 
 impl Histogram {
-    /// Several processes' buckets of one bound add up.
+    /// Adds buckets of the same bound from several processes.
     fn count_below(&mut self, bound: f64, count: f64) {
         match self.buckets.iter_mut().find(|(known, _)| *known == bound) {
             Some((_, known)) => *known += count,
@@ -150,17 +150,17 @@ impl Histogram {
         }
     }
 
-    /// How many were observed.
+    /// Number of values.
     pub fn count(&self) -> f64 {
         self.buckets.last().map_or(0.0, |(_, count)| *count)
     }
 
-    /// Their mean; `None`: nothing was observed.
+    /// The mean; `None` without values.
     pub fn mean(&self) -> Option<f64> {
         (self.count() > 0.0).then(|| self.sum / self.count())
     }
 
-    /// Adds another one of the same bounds.
+    /// Adds another histogram with the same bounds.
     pub fn add(&mut self, other: &Self) {
         self.sum += other.sum;
         if self.buckets.is_empty() {
@@ -172,7 +172,7 @@ impl Histogram {
         }
     }
 
-    /// What was observed since `earlier`; all of it, if the process started anew in between.
+    /// The values since `earlier`; all of them if the process was restarted in between.
     pub fn since(&self, earlier: &Self) -> Self {
         if earlier.buckets.len() != self.buckets.len() || earlier.count() > self.count() {
             return self.clone();
@@ -182,8 +182,8 @@ impl Histogram {
         Self { buckets, sum: self.sum - earlier.sum }
     }
 
-    /// The value below which a share (0 to 1) lies, evenly spread within its bucket; `None`: nothing
-    /// was observed. Above the last bound, that bound.
+    /// The quantile for a share (0 to 1), interpolated within its bucket; `None` without values. Values above the
+    /// last bound count as that bound.
     pub fn quantile(&self, share: f64) -> Option<f64> {
         let wanted = share * self.count();
         let (mut low, mut below) = (0.0, 0.0);

@@ -1,8 +1,8 @@
-//! Readiness as a set of named conditions, each kept true by whoever does the work. A condition that
-//! lapses has to be kept true again and again: silence alone fails it, so a loop that hangs, or a
-//! task that is gone, cannot look healthy.
+//! Readiness, as a set of named conditions, which the code that does the work sets. A lapsing condition has to be
+//! renewed: it fails by silence alone, so that a loop that hangs or a task that is gone does not look healthy.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,9 +10,10 @@ use parking_lot::Mutex;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntGaugeVec, Opts};
+use tokio::time::{MissedTickBehavior, interval};
 
-/// The conditions of a role; ready when all hold. Cheap to clone. As a collector it is the metric
-/// `barid_ready{condition}`: 1 where one holds, else 0.
+/// The conditions of a role, which is ready if all hold. Cheap to clone. As a collector it is the metric
+/// `barid_ready{condition}`: 1 if the condition holds, otherwise 0.
 #[derive(Debug, Clone)]
 pub struct Health(Arc<Inner>);
 
@@ -24,18 +25,18 @@ struct Inner {
 
 #[derive(Debug)]
 struct State {
-    /// Why it was said to fail.
+    /// The reason if it was set to fail.
     failing: Option<String>,
     lapse: Option<Lapse>,
-    /// Only a restart helps where it fails.
+    /// If it fails, only a restart helps.
     vital: bool,
-    /// Whether the log was told last that it holds.
+    /// Whether it held when it was last logged.
     held: bool,
 }
 
 #[derive(Debug)]
 struct Lapse {
-    /// What has to happen, a noun: `poll`.
+    /// The event that has to happen, a noun: `poll`.
     deed: &'static str,
     within: Duration,
     last: Instant,
@@ -49,20 +50,20 @@ pub struct Condition {
 }
 
 impl Health {
-    /// No conditions yet.
+    /// Creates an empty set.
     pub fn new() -> Self {
         let opts = Opts::new("barid_ready", "Whether a condition of readiness holds: 1 or 0");
         let metric = IntGaugeVec::new(opts, &["condition"]).expect("constants that make sense");
         Self(Arc::new(Inner { conditions: Mutex::default(), metric }))
     }
 
-    /// Adds a condition, which fails as `starting` until it is set, and then stays as it was set.
+    /// Adds a condition. It fails as `starting` until it is set, and stays as it is set.
     pub fn condition(&self, name: &'static str) -> Condition {
         self.add(name, None)
     }
 
-    /// Adds a condition that fails as `starting` until it is set, and again (`no poll for 12 s`, where
-    /// `deed` is `poll`) when nobody has said for longer than `within` that it holds.
+    /// Adds a lapsing condition. It fails as `starting` until it is set, and also when it is not renewed for longer
+    /// than `within` (`no poll for 12 s`, where `deed` is `poll`).
     pub fn lapsing(&self, name: &'static str, deed: &'static str, within: Duration) -> Condition {
         self.add(name, Some(Lapse { deed, within, last: Instant::now() }))
     }
@@ -73,12 +74,12 @@ impl Health {
         Condition { health: self.clone(), name }
     }
 
-    /// The conditions that fail, with their reasons; empty: ready.
+    /// The failing conditions with their reasons; empty if the role is ready.
     pub fn not_ready(&self) -> Vec<(&'static str, String)> {
         self.not_ready_at(Instant::now())
     }
 
-    /// Those of [`Self::not_ready`] that only a restart helps.
+    /// The failing conditions that only a restart solves.
     pub fn dying(&self) -> Vec<(&'static str, String)> {
         let now = Instant::now();
         let conditions = self.0.conditions.lock();
@@ -90,7 +91,7 @@ impl Health {
         let mut conditions = self.0.conditions.lock();
         let failing = conditions.iter_mut().filter_map(|(name, state)| {
             let reason = state.reason(now);
-            state.tell(name, reason.as_deref());
+            state.log_change(name, reason.as_deref());
             Some((*name, reason?))
         });
         failing.collect()
@@ -130,8 +131,8 @@ impl State {
         (silence > lapse.within).then(|| format!("no {} for {seconds} s", lapse.deed))
     }
 
-    /// Logs when it comes to hold, and when it ceases to.
-    fn tell(&mut self, name: &str, reason: Option<&str>) {
+    /// Logs a change of the condition.
+    fn log_change(&mut self, name: &str, reason: Option<&str>) {
         match (self.held, reason) {
             (false, None) => tracing::info!(condition = name, "condition holds"),
             (true, Some(reason)) => tracing::warn!(condition = name, reason, "condition fails"),
@@ -142,12 +143,12 @@ impl State {
 }
 
 impl Condition {
-    /// Its name.
+    /// The condition's name.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Makes it one that only a restart helps where it fails, and which holds at first.
+    /// Marks it as one that only a restart solves if it fails. It holds at first.
     #[must_use]
     pub fn vital(self) -> Self {
         if let Some(state) = self.health.0.conditions.lock().get_mut(self.name) {
@@ -157,17 +158,17 @@ impl Condition {
         self
     }
 
-    /// Removes the condition: whoever kept it true ends as planned.
+    /// Removes the condition, when the code that renews it ends as planned.
     pub fn retire(&self) {
         self.health.0.conditions.lock().remove(self.name);
     }
 
-    /// It holds; one that lapses, from now on.
+    /// Sets the condition to hold, and renews it.
     pub fn ready(&self) {
         self.set(None);
     }
 
-    /// It fails, and why, until it is said to hold.
+    /// Sets the condition to fail, with a reason, until [`Self::ready`] is called.
     pub fn failing(&self, reason: impl Into<String>) {
         self.set(Some(reason.into()));
     }
@@ -183,6 +184,24 @@ impl Condition {
         self.reason().is_none()
     }
 
+    /// Calls `ask` every `every`, and sets the condition by its result; an error is the reason for failing. Never
+    /// returns.
+    pub async fn probe<E: Display, F: Future<Output = Result<(), E>>>(
+        self,
+        every: Duration,
+        mut ask: impl FnMut() -> F,
+    ) {
+        let mut turn = interval(every);
+        turn.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            turn.tick().await;
+            match ask().await {
+                Ok(()) => self.ready(),
+                Err(error) => self.failing(error.to_string()),
+            }
+        }
+    }
+
     fn set(&self, failing: Option<String>) {
         let now = Instant::now();
         let mut conditions = self.health.0.conditions.lock();
@@ -192,7 +211,7 @@ impl Condition {
         }
         state.failing = failing;
         let reason = state.reason(now);
-        state.tell(self.name, reason.as_deref());
+        state.log_change(self.name, reason.as_deref());
     }
 }
 

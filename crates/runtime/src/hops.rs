@@ -1,24 +1,22 @@
-//! How long each hop of a message takes: one family of histograms, with the same names, clocks and
-//! bounds in every role.
+//! The latency of each hop of a message: one family of histograms, with the same names, clocks and bounds in every
+//! role.
 //!
-//! Two clocks are subtracted at most: the producer's (the Kafka timestamp, whole milliseconds
-//! rounded down, so that hops from there are up to 1 ms too long) and that of the Redis master that
-//! holds the mailbox. Every role tells its moments in that master's time, which it estimates from
-//! the master's answers to within half a round trip, so it does not matter how far the clocks of
-//! Barid's machines differ. Where a hop comes out below zero all the same, it counts as zero, and
-//! in `barid_hop_negative_total`. One above an hour counts as an hour, and in
-//! `barid_hop_capped_total`: a producer may write any timestamp, and one of 1970 would be the sum of
-//! all others.
+//! Only two clocks are involved: the producer's (the Kafka timestamp, in whole milliseconds rounded down, so that
+//! hops from there are up to 1 ms too long), and that of the mailbox's Redis master. Every role expresses its times
+//! in that master's time, which it estimates from the master's answers to within half a round trip. So differences
+//! between the clocks of Barid's machines do not matter. A negative hop counts as zero, and in
+//! `barid_hop_negative_total`. A hop above an hour counts as an hour, and in `barid_hop_capped_total`: a producer may
+//! write any timestamp, and one of 1970 would dominate the sum.
 //!
-//! Only the fast path counts: what a device is sent from its mailbox instead (it was away, or a
-//! push was lost) waited for reasons that are no hop's.
+//! Only the fast path is measured. A message that is delivered from its mailbox (the device was offline, or a push was
+//! lost) has waited for other reasons.
 
 use prometheus::{IntCounter, Registry};
 
 use crate::latency::{Latency, register_latencies};
 use crate::metric_set::MetricSet;
 
-/// A part of a message's way.
+/// A hop of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hop {
     /// From the record's Kafka timestamp until the purger takes it. Producer's clock, Redis's.
@@ -38,12 +36,12 @@ pub enum Hop {
     /// Of a message for an audience: from when it is queued for an access node until the node writes it to a
     /// member's connection. Redis's clock.
     FanoutDispatchedWritten,
-    /// Likewise from the Kafka timestamp. Producer's clock, Redis's.
+    /// Of a message for an audience: from the Kafka timestamp until it is written. Producer's clock, Redis's.
     FanoutProducedWritten,
 }
 
 impl Hop {
-    /// All of them, in a message's order; then those over several; then those of messages for audiences.
+    /// All hops: the single ones in order, then those that span several, then those of messages for audiences.
     pub const ALL: [Self; 9] = [
         Self::ProducedTaken,
         Self::TakenAccepted,
@@ -72,13 +70,13 @@ impl Hop {
     }
 }
 
-/// The longest hop that is believed, µs. What waited longer in Kafka is seen in the lag.
+/// The largest value of a hop, µs. Messages that wait longer in Kafka show in the lag.
 const HOP_US_MAX: u64 = 3_600_000_000;
 
 /// `barid_hop_seconds` of one role. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Hops {
-    /// By [`Hop`]'s number; `None`: another role's.
+    /// By [`Hop`]'s number; `None`: measured by another role.
     of: [Option<Counted>; Hop::ALL.len()],
 }
 
@@ -93,7 +91,7 @@ impl Hops {
     /// The metric's name; its label is `hop`.
     pub const FAMILY: &str = "barid_hop_seconds";
 
-    /// Registers the hops that a role sees the end of.
+    /// Registers the hops that a role measures.
     ///
     /// # Errors
     /// They are registered already.
@@ -116,8 +114,7 @@ impl Hops {
         Ok(Self { of })
     }
 
-    /// Counts a hop from one moment to another, µs since the Unix epoch. A moment of 0 is unknown,
-    /// and nothing is counted.
+    /// Records a hop between two times, µs since the Unix epoch. A time of 0 is unknown, and the hop is not recorded.
     pub fn observe(&self, hop: Hop, from_us: u64, to_us: u64) {
         if from_us == 0 || to_us == 0 {
             return;
@@ -132,7 +129,7 @@ impl Hops {
         latency.observe_us(us.min(HOP_US_MAX));
     }
 
-    /// How often a hop was counted.
+    /// Number of records of a hop.
     pub fn count(&self, hop: Hop) -> u64 {
         self.of[hop as usize].as_ref().map_or(0, |of| of.latency.count())
     }

@@ -1,4 +1,4 @@
-//! Histograms of times that are cheap enough for every message: an increment and an addition.
+//! Latency histograms that are cheap enough to record every message: an increment and an addition.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,8 +7,8 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Opts, Registry};
 
-/// Upper bounds of the buckets, µs: 50 µs to 100 s. Up to 100 ms neighbours differ by 15 % at most,
-/// so that a quantile that is read from them is wrong by no more; above by half.
+/// Upper bounds of the buckets, µs: 50 µs to 100 s. Up to 100 ms, neighbours differ by at most 15 %, which bounds the
+/// error of a quantile; above, by at most half.
 pub const BOUNDS_US: [u64; 79] = bounds();
 
 const fn bounds() -> [u64; 79] {
@@ -36,13 +36,13 @@ const fn bounds() -> [u64; 79] {
     bounds
 }
 
-/// One histogram. Cheap to clone; clones count together.
+/// A histogram. Cheap to clone; clones share the counts.
 #[derive(Debug, Clone)]
 pub struct Latency(Arc<Cells>);
 
 #[derive(Debug)]
 struct Cells {
-    /// The last one is for what is above every bound.
+    /// The last one counts values above all bounds.
     buckets: [AtomicU64; BOUNDS_US.len() + 1],
     sum_us: AtomicU64,
 }
@@ -53,14 +53,14 @@ impl Latency {
         Self(Arc::new(Cells { buckets, sum_us: AtomicU64::new(0) }))
     }
 
-    /// Counts one time, µs.
+    /// Records a time, µs.
     pub fn observe_us(&self, us: u64) {
         let at = BOUNDS_US.partition_point(|bound| *bound < us);
         self.0.buckets[at].fetch_add(1, Ordering::Relaxed);
         self.0.sum_us.fetch_add(us, Ordering::Relaxed);
     }
 
-    /// How many were counted.
+    /// Number of recorded times.
     pub fn count(&self) -> u64 {
         self.0.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum()
     }
@@ -84,7 +84,7 @@ impl Latency {
     }
 }
 
-/// Histograms under one name, told apart by one label.
+/// Histograms of one name, distinguished by a label.
 #[derive(Debug)]
 struct Family {
     name: String,
@@ -94,11 +94,10 @@ struct Family {
     desc: Desc,
 }
 
-/// Registers `name` (in seconds) with a histogram for each value of `label`, which are all there
-/// from the start.
+/// Registers `name` (in seconds), with a histogram for each value of `label`. All are exported from the start.
 ///
 /// # Errors
-/// The name is registered already, or none.
+/// The name is registered already, or is invalid.
 pub fn register_latencies(
     registry: &Registry,
     name: &str,

@@ -1,5 +1,5 @@
-//! What every role needs and no role is about: configuration, logs, metrics, health, admin
-//! endpoints, signals and draining. No domain.
+//! The infrastructure that all roles share: configuration, logs, metrics, health, admin endpoints, signals and
+//! draining. It knows nothing of messages.
 
 pub mod admin;
 mod announce;
@@ -11,6 +11,7 @@ mod hops;
 mod latency;
 mod main_role;
 mod metric_set;
+mod pem_file;
 mod secret_url;
 mod shutdown;
 mod tasks;
@@ -26,9 +27,10 @@ pub use hops::{Hop, Hops};
 pub use latency::{BOUNDS_US, Latency, register_latencies};
 pub use main_role::main;
 pub use metric_set::MetricSet;
+pub use pem_file::PemFile;
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;
-pub use tasks::Tasks;
+pub use tasks::{Spawner, Tasks};
 pub use trace::{Sighting, Tracer};
 pub use workers::Workers;
 
@@ -43,21 +45,21 @@ use serde::de::DeserializeOwned;
 /// Why a role's run ended early.
 pub type RunError = Box<dyn std::error::Error + Send + Sync>;
 
-/// One of the four roles: all that [`main`] has to know of it.
+/// A role, as [`main`] runs it.
 pub trait Role: Sized + Send + 'static {
-    /// As in `barid-<name>` and `BARID_<NAME>_…`.
+    /// The name in `barid-<name>` and `BARID_<NAME>_…`.
     const NAME: &'static str;
     /// Its configuration; an empty file means `Config::default()`.
     type Config: DeserializeOwned + Serialize + Default + HasCommon + Bounded + Send + 'static;
 
-    /// Checks relations between settings that types cannot; run before a port binds.
+    /// Checks relations between settings. Called before anything starts.
     ///
     /// # Errors
-    /// What is wrong, naming the keys.
+    /// Returns what is wrong, with the keys.
     fn check(config: &Self::Config) -> Result<(), String>;
 
-    /// Connects, listens, and announces its listeners. Waits while Kafka or Redis is away; `None`: it was told to
-    /// drain meanwhile.
+    /// Connects, listens, and announces the listeners. Waits while Kafka or Redis is unavailable. `None`: draining
+    /// began meanwhile.
     ///
     /// # Errors
     /// The role cannot start.
@@ -66,16 +68,16 @@ pub trait Role: Sized + Send + 'static {
         context: Context,
     ) -> impl Future<Output = Result<Option<Self>, RunError>> + Send;
 
-    /// Works until its context drains it, then finishes what it began.
+    /// Runs until draining begins, then finishes the work in flight.
     ///
     /// # Errors
-    /// The role cannot go on.
+    /// The role cannot continue.
     fn work(self) -> impl Future<Output = Result<Stopped, RunError>> + Send;
 
     /// [`Self::start`], then [`Self::work`].
     ///
     /// # Errors
-    /// The role cannot start, or cannot go on.
+    /// The role cannot start or continue.
     fn run(
         config: Self::Config,
         context: Context,
@@ -89,30 +91,30 @@ pub trait Role: Sized + Send + 'static {
     }
 }
 
-/// How a role ended after it was told to drain.
+/// How a role ended after draining.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
     /// Everything was finished.
     Clean,
     /// The deadline cut something off; exit code 3.
     Cut {
-        /// What: `sessions`, `records`, …
+        /// The kind of work: `sessions`, `records` and so on.
         what: String,
         /// How many.
         count: u64,
     },
 }
 
-/// What a role is given by the process that it runs in. Cheap to clone.
+/// The services of the process to its role. Cheap to clone.
 #[derive(Clone)]
 pub struct Context {
-    /// Tells when to drain, and until when.
+    /// The beginning and the deadline of draining.
     pub shutdown: Shutdown,
-    /// Where its metrics are registered.
+    /// The registry of metrics.
     pub metrics: prometheus::Registry,
-    /// Its conditions of readiness.
+    /// The conditions of readiness.
     pub health: Health,
-    /// For how long a loop of the role may show no progress until its condition fails.
+    /// How long a loop of the role may make no progress until its condition fails.
     pub stalled_after: Duration,
     /// Logs sampled messages.
     pub tracer: Tracer,
@@ -120,7 +122,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// A context of its own, as each role of `barid dev` and of tests has.
+    /// Creates a new context, for a role in `barid dev` or in a test.
     pub fn new() -> Self {
         Self::of(&AdminConfig::default(), &LogConfig::default(), None)
     }
@@ -137,25 +139,25 @@ impl Context {
         }
     }
 
-    /// A condition of readiness that `deed` has to keep true: see [`Health::lapsing`].
+    /// Adds a condition that `deed` has to renew; see [`Health::lapsing`].
     pub fn progress(&self, name: &'static str, deed: &'static str) -> Condition {
         self.health.lapsing(name, deed, self.stalled_after)
     }
 
-    /// Tells where a listener was bound (`grpc`, `ws`, …).
+    /// Announces the address of a listener (`grpc`, `ws` and so on).
     pub fn announce(&self, listener: &'static str, address: SocketAddr) {
         tracing::info!(listener, %address, "listening");
         self.announcements.add(listener, address);
     }
 
-    /// Tells that every listener was announced; the ready file appears now, if one is configured.
+    /// Ends the announcements, and writes the ready file if one is configured.
     pub fn announce_done(&self) {
         if let Err(error) = self.announcements.done() {
             tracing::error!(%error, "cannot write the ready file");
         }
     }
 
-    /// The listeners; waits for [`Self::announce_done`].
+    /// The announced listeners.
     pub fn announcements(&self) -> &Announcements {
         &self.announcements
     }

@@ -1,4 +1,4 @@
-//! A role's process, as a list of verbs: read arguments, load, check, observe, run, drain, exit.
+//! The process of a role: arguments, configuration, admin endpoint, signals, draining, exit code.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -17,11 +17,11 @@ const EXIT_FAILED: u8 = 1;
 const EXIT_CONFIG: u8 = 2;
 const EXIT_CUT: u8 = 3;
 
-/// How long after the drain deadline a role may still end by itself.
+/// How long after the drain deadline the process waits for the role to end.
 const OVERTIME: Duration = Duration::from_secs(2);
 
-/// Runs a role as this process. Exit codes: 0 drained cleanly, 1 failed, 2 the configuration is
-/// not valid, 3 the drain deadline (or a second signal) cut something off.
+/// Runs a role as this process. Exit codes: 0 drained, 1 failed, 2 invalid configuration, 3 cut off by the drain
+/// deadline or a second signal.
 pub fn main<R: Role>() -> ExitCode {
     let arguments = Arguments::parse::<R>();
     let config = match load::<R>(&arguments) {
@@ -118,8 +118,9 @@ impl Signals {
         }
     }
 
-    /// The first SIGTERM or SIGINT drains; returns at a second one, or when the role overruns the deadline.
-    /// SIGHUP (`systemctl reload`, a terminal that was closed) reloads and never ends the process.
+    /// Begins draining at the first SIGTERM or SIGINT. Returns at a second one, or when the role overruns the
+    /// deadline. SIGHUP (`systemctl reload`, a closed terminal) reloads the configuration, and never ends the
+    /// process.
     async fn drain_then_abort(mut self, context: &Context, drain: Duration, reload: impl Fn()) {
         loop {
             tokio::select! {
@@ -137,8 +138,8 @@ impl Signals {
     }
 }
 
-/// Applies the settings that can change while the role runs: `log.level`. An invalid configuration
-/// changes nothing.
+/// Applies the settings that can change while the role runs, which is `log.level`. An invalid configuration changes
+/// nothing.
 fn reload<R: Role>(arguments: &Arguments) {
     let read = load::<R>(arguments).and_then(|config| check::<R>(&config).map(|()| config));
     let level = read.map(|config| config.common().log.level);

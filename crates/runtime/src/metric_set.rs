@@ -1,4 +1,4 @@
-//! Makes and registers the metrics of one role or part.
+//! Creates and registers metrics.
 
 use prometheus::core::Collector;
 use prometheus::{
@@ -6,7 +6,7 @@ use prometheus::{
     Registry, Result,
 };
 
-/// Metrics whose names begin with one prefix. Each is registered when it is made.
+/// Metrics with a common prefix. Each is registered when it is created.
 #[derive(Debug)]
 pub struct MetricSet<'a> {
     registry: &'a Registry,
@@ -22,13 +22,12 @@ impl<'a> MetricSet<'a> {
     /// A counter; its name ends with `_total`.
     ///
     /// # Errors
-    /// The name is registered already, or is not a metric's name. So for all others.
+    /// The name is registered already, or is invalid.
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter> {
         self.register(IntCounter::new(self.full(name), help)?)
     }
 
-    /// Counters that one label tells apart. Each of `values` is exported from the start, as zero; further values
-    /// are exported from their first use.
+    /// Counters with a label. Each of `values` is exported from the start, as zero; other values from their first use.
     ///
     /// # Errors
     /// As [`Self::counter`].
@@ -44,7 +43,7 @@ impl<'a> MetricSet<'a> {
         self.register(counters)
     }
 
-    /// A whole number that goes up and down.
+    /// A gauge with integers.
     ///
     /// # Errors
     /// As [`Self::counter`].
@@ -52,7 +51,7 @@ impl<'a> MetricSet<'a> {
         self.register(IntGauge::new(self.full(name), help)?)
     }
 
-    /// A number with a fraction that goes up and down.
+    /// A gauge with fractions.
     ///
     /// # Errors
     /// As [`Self::counter`].
@@ -60,7 +59,7 @@ impl<'a> MetricSet<'a> {
         self.register(Gauge::new(self.full(name), help)?)
     }
 
-    /// Whole numbers that one label tells apart, exported from the first use of each value.
+    /// Integer gauges with a label. Each value of the label is exported from its first use.
     ///
     /// # Errors
     /// As [`Self::counter`].
@@ -68,7 +67,7 @@ impl<'a> MetricSet<'a> {
         self.register(IntGaugeVec::new(Opts::new(self.full(name), help), &[label])?)
     }
 
-    /// A histogram; `buckets` are their upper bounds, ascending.
+    /// A histogram; `buckets` are the upper bounds, ascending.
     ///
     /// # Errors
     /// As [`Self::counter`]; or the bounds do not ascend.

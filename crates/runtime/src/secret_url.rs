@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// A URL whose password is shown as `***` by `Debug`, `Display` and `Serialize`: between the user and the
-/// last `@`, since passwords may hold any character, or in a query (`redis+unix:///path?pass=…`).
+/// A URL whose password is printed as `***` by `Debug`, `Display` and `Serialize`. The password ends at the last `@`,
+/// because it may contain any character, or it is in the query (`redis+unix:///path?pass=…`).
 #[derive(Clone, PartialEq, Eq, serde::Deserialize)]
 #[serde(transparent)]
 pub struct SecretUrl(String);
@@ -21,7 +21,7 @@ impl SecretUrl {
 
     fn masked(&self) -> String {
         let (scheme, rest) = self.0.split_at(self.0.find("://").map_or(0, |at| at + 3));
-        // A path alone has no authority.
+        // A path without host has no authority.
         let credentials = rest.rfind('@').filter(|_| !rest.starts_with('/'));
         let (credentials, rest) = rest.split_at(credentials.unwrap_or(0));
         let user = credentials.split_once(':').map_or("", |(user, _)| user);

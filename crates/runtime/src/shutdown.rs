@@ -1,21 +1,21 @@
-//! Draining: begun once, by whom it may concern, with a deadline.
+//! The signal to drain, with a deadline.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Tells everybody when to drain, and until when. Cheap to clone.
+/// The beginning and the deadline of draining. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Shutdown(watch::Sender<Option<Instant>>);
 
 impl Shutdown {
-    /// Not draining.
+    /// Creates a signal; draining has not begun.
     pub fn new() -> Self {
         Self(watch::Sender::new(None))
     }
 
-    /// Begins to drain; the first call's deadline holds.
+    /// Begins draining. Later calls have no effect.
     pub fn begin(&self, grace: Duration) {
         self.0.send_if_modified(|deadline| {
             let first = deadline.is_none();
@@ -37,7 +37,7 @@ impl Shutdown {
         self.0.borrow().is_some()
     }
 
-    /// When draining must be over; `None`: it has not begun.
+    /// The deadline of draining; `None`: it has not begun.
     pub fn deadline(&self) -> Option<Instant> {
         *self.0.borrow()
     }

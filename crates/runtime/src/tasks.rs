@@ -1,59 +1,62 @@
-//! The tasks that a role consists of. Each has a name, and none may end while the role works.
+//! The tasks that a role consists of. Each has a name; one that panics, or ends while the role works, fails the
+//! condition `tasks`.
 
-use std::collections::HashMap;
-use std::convert::Infallible;
-use std::fmt::Display;
-use std::future::{Future, pending};
-use std::time::Duration;
+use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Weak};
 
-use tokio::task::{Id, JoinSet};
-use tokio::time::{interval, sleep_until};
+use futures::FutureExt as _;
+use parking_lot::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
 
-use crate::{Condition, Context, Stopped};
+use crate::{Condition, Context, Shutdown, Stopped};
 
-/// A role's tasks. They end with it.
+/// A role's tasks. They are aborted when it is dropped.
 pub struct Tasks {
-    running: JoinSet<()>,
-    names: HashMap<Id, &'static str>,
+    running: Arc<Mutex<JoinSet<()>>>,
+    spawner: Spawner,
+}
+
+/// Starts tasks of a [`Tasks`], none once that is dropped. Cheap to clone; a task may hold one.
+#[derive(Clone)]
+pub struct Spawner {
+    running: Weak<Mutex<JoinSet<()>>>,
     /// Fails for good when a task ends early: only a restart helps.
     whole: Condition,
+    shutdown: Shutdown,
 }
 
 impl Tasks {
     /// No tasks yet. Adds the condition `tasks`, which holds until one of them ends early.
     pub fn new(context: &Context) -> Self {
-        let whole = context.health.condition("tasks").vital();
-        Self { running: JoinSet::new(), names: HashMap::new(), whole }
+        let running = Arc::default();
+        let spawner = Spawner {
+            running: Arc::downgrade(&running),
+            whole: context.health.condition("tasks").vital(),
+            shutdown: context.shutdown.clone(),
+        };
+        Self { running, spawner }
     }
 
-    /// Starts a task. `name` is a noun phrase for logs and `/readyz`: `the heartbeat wheel`.
-    pub fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let id = self.running.spawn(task).id();
-        self.names.insert(id, name);
+    /// Starts a task as [`Spawner::spawn`] does.
+    pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.spawner.spawn(name, task);
     }
 
-    /// Reports each task that ends or panics. Never returns. Cancel-safe.
-    pub async fn supervise(&mut self) -> Infallible {
-        while let Some(ended) = self.running.join_next_with_id().await {
-            let (id, problem) = match ended {
-                Ok((id, ())) => (id, String::new()),
-                Err(error) => (error.id(), error.to_string()),
-            };
-            let task = self.names.remove(&id).unwrap_or("a task");
-            tracing::error!(task, problem, "a task ended early");
-            self.whole.failing(format!("{task} ended"));
-        }
-        pending().await
+    /// Starts tasks later, and from elsewhere.
+    pub fn spawner(&self) -> Spawner {
+        self.spawner.clone()
     }
 
     /// Waits until all tasks have ended by themselves. Cancel-safe.
-    pub async fn finished(&mut self) {
-        while self.running.join_next().await.is_some() {}
+    pub async fn finished(&self) {
+        while poll_fn(|cx| self.running.lock().poll_join_next(cx)).await.is_some() {}
     }
 
     /// Waits for [`Self::finished`] until the deadline of draining. What is cut off then is `count` of `what`.
     pub async fn drained(
-        &mut self,
+        &self,
         context: &Context,
         what: &str,
         count: impl FnOnce() -> u64,
@@ -65,58 +68,104 @@ impl Tasks {
         }
     }
 
-    /// Ends all tasks, and waits until they have ended.
-    pub async fn shutdown(mut self) {
-        self.running.shutdown().await;
+    /// Aborts all tasks, and waits until they have ended.
+    pub async fn shutdown(self) {
+        self.running.lock().abort_all();
+        self.finished().await;
     }
 }
 
-impl Context {
-    /// Keeps `condition` true while `ask` answers, asked every `every`; an error is the reason why it fails. Never
-    /// returns.
-    pub async fn probe<E: Display, F: Future<Output = Result<(), E>>>(
-        condition: Condition,
-        every: Duration,
-        mut ask: impl FnMut() -> F,
+impl Spawner {
+    /// Starts a task that may end only once the role drains. `name` is a noun phrase for logs and `/readyz`:
+    /// `the heartbeat wheel`.
+    pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.start(name, task, false);
+    }
+
+    /// Starts a task that may end at any time, but not panic.
+    pub fn spawn_finite(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
     ) {
-        let mut turn = interval(every);
-        turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            turn.tick().await;
-            match ask().await {
-                Ok(()) => condition.ready(),
-                Err(error) => condition.failing(error.to_string()),
+        self.start(name, task, true);
+    }
+
+    fn start(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+        may_end: bool,
+    ) {
+        let Some(running) = self.running.upgrade() else { return };
+        let (whole, shutdown) = (self.whole.clone(), self.shutdown.clone());
+        let supervised = async move {
+            let panicked = AssertUnwindSafe(task).catch_unwind().await.is_err();
+            let draining = shutdown.is_draining();
+            if panicked || !(may_end || draining) {
+                tracing::error!(task = name, panicked, "a task ended early");
             }
-        }
+            if !draining && (panicked || !may_end) {
+                whole.failing(format!("{name} ended"));
+            }
+        };
+        let mut running = running.lock();
+        while running.try_join_next().is_some() {}
+        running.spawn(supervised);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::future::pending;
+    use std::time::Duration;
 
-    async fn reason_after(task: impl Future<Output = ()> + Send + 'static) -> String {
+    /// The reasons for which a role whose task `start` begins must be restarted.
+    async fn reasons(start: impl FnOnce(&Spawner)) -> Vec<String> {
         let context = Context::new();
-        let mut tasks = Tasks::new(&context);
-        tasks.spawn("the wheel", task);
+        let tasks = Tasks::new(&context);
         tasks.spawn("the guard", pending());
+        start(&tasks.spawner());
         assert_eq!(context.health.not_ready(), []);
-        let late = Duration::from_secs(60);
-        tokio::time::timeout(late, tasks.supervise()).await.expect_err("it never returns");
-        assert_eq!(context.health.dying().len(), 1, "only a restart helps");
-        context.health.not_ready().remove(0).1
+        let _ = tokio::time::timeout(Duration::from_secs(60), tasks.finished()).await;
+        context.health.dying().into_iter().map(|(_, reason)| reason).collect()
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_task_that_ends_or_panics_is_named() {
-        assert_eq!(reason_after(async {}).await, "the wheel ended");
-        assert_eq!(reason_after(async { panic!("as planned") }).await, "the wheel ended");
+        let early = ["the wheel ended"];
+        assert_eq!(reasons(|spawner| spawner.spawn("the wheel", async {})).await, early);
+        let panics = async { panic!("as planned") };
+        assert_eq!(reasons(|spawner| spawner.spawn("the wheel", panics)).await, early);
+        let panics = async { panic!("as planned") };
+        assert_eq!(reasons(|spawner| spawner.spawn_finite("the wheel", panics)).await, early);
+        assert!(reasons(|spawner| spawner.spawn_finite("the wheel", async {})).await.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_end_when_they_are_dropped() {
+        let tasks = Tasks::new(&Context::new());
+        let held = Arc::new(());
+        let (spawner, inside) = (tasks.spawner(), (tasks.spawner(), Arc::clone(&held)));
+        tasks.spawn("a lane", async move {
+            let _inside = inside;
+            pending().await
+        });
+        tokio::task::yield_now().await;
+        assert_eq!(Arc::strong_count(&held), 2);
+        drop(tasks);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(Arc::strong_count(&held), 1);
+        let late = Arc::clone(&held);
+        spawner.spawn("a late one", async move { drop(late) });
+        assert_eq!(Arc::strong_count(&held), 1, "it was not started");
     }
 
     #[tokio::test(start_paused = true)]
     async fn draining_waits_for_tasks_until_the_deadline() {
         let context = Context::new();
-        let mut tasks = Tasks::new(&context);
+        let tasks = Tasks::new(&context);
         tasks.spawn("a lane", tokio::time::sleep(Duration::from_secs(2)));
         context.shutdown.begin(Duration::from_secs(1));
         let cut = Stopped::Cut { what: "claims".into(), count: 7 };

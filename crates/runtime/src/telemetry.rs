@@ -1,5 +1,5 @@
-//! Structured logs on stderr. A thread of its own writes lines from a bounded buffer: a stopped reader, a
-//! full disk or a closed pipe drops lines and counts them, and never blocks a task or ends the process.
+//! Structured logs on stderr. A thread writes the lines from a bounded buffer. A stopped reader, a full disk or a
+//! closed pipe never blocks a task or ends the process; lines that do not fit are dropped and counted.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fs::File;
@@ -19,7 +19,7 @@ use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
 
 /// The longest wait for buffered lines when the process exits.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Between attempts to write to a stderr that another process made non-blocking.
+/// Pause between attempts to write to a stderr that another process has made non-blocking.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Values of `log.level`, and of its directives.
@@ -28,17 +28,17 @@ const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
 type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
 static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
 
-/// Installs the process's subscriber, and a panic hook that logs; a second call changes nothing.
+/// Installs the process's subscriber, and a panic hook that logs. A second call has no effect.
 pub fn init(config: &LogConfig) {
     let lines = stderr();
     lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
-    // `parse_level` has refused what is not valid before a process gets here.
+    // The level was checked by `check_level`.
     let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || Writer(lines))
         .with_ansi(io::stderr().is_terminal());
-    // `try_init` fails where another role of this process has installed a subscriber.
+    // `try_init` fails if another role of this process has installed a subscriber.
     let (set_filter, installed): (SetFilter, _) = match config.format {
         LogFormat::Text => {
             let builder = builder.with_filter_reloading();
@@ -59,18 +59,18 @@ pub fn init(config: &LogConfig) {
     }
 }
 
-/// Checks a value of `log.level`. A name alone (`verbose`) is refused: it would be a target, and nothing
-/// else would be logged.
+/// Checks a value of `log.level`. An unknown name (`verbose`) is refused: `EnvFilter` would take it for a target, and
+/// log nothing else.
 ///
 /// # Errors
-/// The part that is not valid, and what to write instead.
+/// Returns the invalid part, and what to write instead.
 pub fn check_level(level: &str) -> Result<(), String> {
     parse_level(level).map(drop)
 }
 
 fn parse_level(level: &str) -> Result<EnvFilter, String> {
     let is_level = |text: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(text));
-    // `EnvFilter` alone takes any text for a target.
+    // `EnvFilter` accepts any text as a target.
     let is_target = |text: &str| {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "_-:".contains(c);
         !text.is_empty() && text.chars().all(allowed)
@@ -79,7 +79,7 @@ fn parse_level(level: &str) -> Result<EnvFilter, String> {
         Some((target, level)) => is_target(target) && is_level(level),
         None => is_level(part),
     };
-    // Commas inside brackets belong to fields of spans.
+    // Commas within brackets separate fields of spans.
     let parts: Vec<&str> = match level.contains('[') {
         true => vec![],
         false => level.split(',').map(str::trim).collect(),
@@ -95,27 +95,27 @@ fn parse_level(level: &str) -> Result<EnvFilter, String> {
     }
 }
 
-/// Changes what is logged from now on.
+/// Changes the level.
 ///
 /// # Errors
-/// `level` is not valid, or [`init`] has not installed this process's subscriber.
+/// `level` is invalid, or [`init`] has not installed this process's subscriber.
 pub fn set_level(level: &str) -> Result<(), String> {
     SET_FILTER.get().ok_or("logs are not set up")?(parse_level(level)?)
 }
 
-/// Writes a plain line after the log lines that are buffered.
+/// Writes a plain line, after the buffered log lines.
 pub fn say(line: &str) {
     stderr().push(format!("{line}\n").as_bytes());
 }
 
-/// Waits until all buffered lines are written, for at most a second. Call it before the process exits.
+/// Waits up to a second until all buffered lines are written. Call it before the process exits.
 pub fn flush() {
     if let Some(lines) = STDERR.get() {
         lines.flush(LAST_WORDS);
     }
 }
 
-/// Shows `barid_log_lines_dropped_total`.
+/// Registers `barid_log_lines_dropped_total`.
 ///
 /// # Errors
 /// It is registered already.
@@ -127,7 +127,7 @@ pub fn register(registry: &Registry) -> prometheus::Result<()> {
     registry.register(Box::new(Dropped { lines: stderr(), counter }))
 }
 
-/// Logs a panic. (The default hook writes to stderr itself, and blocks while nobody reads it.)
+/// Logs a panic. The default hook writes to stderr itself, which blocks while nobody reads it.
 fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("unnamed");
@@ -139,7 +139,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     } else {
         tracing::error!(thread = name, location, message, "panicked");
     }
-    // A panic of the main thread ends the process; of another thread, it does not.
+    // A panic of the main thread ends the process, so the line is written at once.
     if name == "main" {
         flush();
     }
@@ -147,7 +147,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 
 static STDERR: OnceLock<Arc<Lines>> = OnceLock::new();
 
-/// The buffer before the process's stderr; the first call starts its thread.
+/// The buffer in front of stderr. The first call starts its thread.
 fn stderr() -> &'static Arc<Lines> {
     STDERR.get_or_init(|| match io::stderr().as_fd().try_clone_to_owned() {
         Ok(stderr) => Lines::to(File::from(stderr)),
@@ -155,7 +155,7 @@ fn stderr() -> &'static Arc<Lines> {
     })
 }
 
-/// Lines that wait to be written, and counts of those that were dropped.
+/// Lines to be written, and counts of dropped lines.
 #[derive(Debug)]
 struct Lines {
     pending: Mutex<Pending>,
@@ -168,7 +168,7 @@ struct Lines {
 #[derive(Debug, Default)]
 struct Pending {
     text: Vec<u8>,
-    /// Bytes that are being written.
+    /// Bytes being written.
     writing: usize,
 }
 
@@ -182,7 +182,7 @@ impl Lines {
             failed: AtomicU64::new(0),
         });
         let own = Arc::clone(&lines);
-        // If the thread cannot start, the buffer fills up and all further lines are dropped.
+        // If the thread cannot be started, the buffer fills up and further lines are dropped.
         let _ = std::thread::Builder::new().name("log".into()).spawn(move || own.write_to(sink));
         lines
     }
@@ -237,7 +237,7 @@ impl Lines {
     }
 }
 
-/// Writes until an error; returns how many bytes were written.
+/// Writes until an error. Returns how many bytes were written.
 #[allow(clippy::disallowed_methods, reason = "its thread runs no tasks")]
 fn write_what_is_taken(sink: &mut impl Write, text: &[u8]) -> usize {
     let mut written = 0;
@@ -259,7 +259,7 @@ fn count(text: &[u8]) -> u64 {
     text.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// The subscriber's writer. It is called once a line.
+/// The subscriber's writer, called once per line.
 struct Writer(&'static Arc<Lines>);
 
 impl Write for Writer {

@@ -1,6 +1,5 @@
-//! Following single messages: where a record's `traceparent` says that it is sampled, every role
-//! logs one event at each hop, with the target `barid::trace`. One trace id, searched in the roles'
-//! logs, tells a message's way.
+//! Trace events: for a record whose `traceparent` is sampled, every role logs an event at each hop, with the target
+//! `barid::trace`. Searching all logs for the trace id shows the message's path.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,30 +10,30 @@ use prometheus::{IntCounter, Registry};
 
 use crate::metric_set::MetricSet;
 
-/// What a message met.
+/// A trace event.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sighting<'a> {
     /// `taken`, `refused`, `accepted`, `dispatched`, `written`, `acked`, `resent`.
     pub hop: &'static str,
-    /// The record's header; nothing is logged where it is not sampled.
+    /// The record's `traceparent`; only sampled ones are logged.
     pub traceparent: &'a str,
-    /// The message.
+    /// The message's id.
     pub id: &'a str,
     /// Its app.
     pub app: &'a str,
-    /// Its user; empty: not known.
+    /// Its user; empty: unknown.
     pub user: &'a str,
-    /// Which of their devices; empty: none in particular.
+    /// The device; empty: none.
     pub device: &'a str,
-    /// More about the hop in one word: `fast` or `sync`, a refusal's code; may be empty.
+    /// A detail of the hop in one word: `fast` or `sync`, a refusal's code; may be empty.
     pub how: &'a str,
-    /// When the business produced it, ms since the Unix epoch; 0: not known.
+    /// When the business produced it, ms since the Unix epoch; 0: unknown.
     pub produced_ms: u64,
-    /// When it was seen, µs since the Unix epoch.
+    /// When the event happened, µs since the Unix epoch.
     pub at_us: u64,
 }
 
-/// Logs sightings, at a bounded rate; what is above it is counted and not logged. Cheap to clone.
+/// Logs trace events at a bounded rate; further ones are only counted. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Tracer(Arc<Inner>);
 
@@ -43,15 +42,15 @@ struct Inner {
     logged: IntCounter,
     dropped: IntCounter,
     per_second: u32,
-    /// When this second began, and what was logged in it.
+    /// When the current second began, and how many events were logged in it.
     second: Mutex<(Instant, u32)>,
 }
 
 impl Tracer {
-    /// Logs up to `per_second` events.
+    /// Creates a tracer that logs up to `per_second` events.
     ///
     /// # Errors
-    /// One is registered already.
+    /// Its metrics are registered already.
     pub fn new(registry: &Registry, per_second: u32) -> Result<Self, prometheus::Error> {
         let help = "Events of sampled messages, by what became of them.";
         let metrics = MetricSet::new(registry, "barid");
@@ -65,7 +64,7 @@ impl Tracer {
         })))
     }
 
-    /// Logs one if its message is sampled.
+    /// Logs an event if its message is sampled.
     pub fn saw(&self, seen: Sighting<'_>) {
         let trace = TraceParent::parse(seen.traceparent.as_bytes());
         let Some(trace) = trace.filter(|trace| trace.is_sampled()) else { return };

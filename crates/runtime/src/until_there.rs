@@ -1,4 +1,4 @@
-//! Waiting at start for what a role needs.
+//! Waiting at start-up for Kafka or Redis.
 
 use std::time::Duration;
 
@@ -8,12 +8,11 @@ use tokio::time::sleep;
 use crate::{Condition, Context};
 
 impl Context {
-    /// Tries until what a role needs is there; `condition` says meanwhile what is missing. Only
-    /// errors that `is_away` knows are waited for. `None`: the role was told to drain first, and has
-    /// nothing to finish. An attempt that is under way is never cancelled.
+    /// Repeats `attempt` while it fails with an error for which `is_away` is true; `condition` fails with that error
+    /// meanwhile. `None`: draining began. An attempt that is under way is never cancelled.
     ///
     /// # Errors
-    /// The first error that waiting does not help against.
+    /// Returns the first other error.
     pub async fn until_there<T, E, F>(
         &self,
         condition: &Condition,
@@ -42,7 +41,7 @@ impl Context {
     }
 }
 
-/// Between two attempts.
+/// The pauses between attempts.
 fn pauses() -> Backoff {
     Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
         .expect("constants in range")

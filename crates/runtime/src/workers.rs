@@ -1,29 +1,29 @@
-//! How many threads run a role's tasks.
+//! The number of threads that run a role's tasks.
 
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
 
-/// Overrides what was found. Tokio's own variable, so that it means what it means elsewhere.
+/// Tokio's own variable, which overrides the number found.
 const VARIABLE: &str = "TOKIO_WORKER_THREADS";
 const WORKERS_MAX: usize = 1024;
 
-/// How many threads run a process's tasks, and who says so.
+/// The number of threads that run a process's tasks, and where it is from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workers {
     /// 1 to 1024.
     pub count: usize,
-    /// `TOKIO_WORKER_THREADS`, or `cpus`: as many as the process may use of the machine's.
+    /// `TOKIO_WORKER_THREADS`, or `cpus`: the CPUs that the process may use.
     pub from: &'static str,
 }
 
 impl Workers {
-    /// One a core that the process may keep busy. [`available_parallelism`] knows, on Linux: the CPUs of
-    /// its affinity (cpusets too), and below them the CPU quota of its cgroup and of those above it,
-    /// rounded down, at least one: `cpu.max` of version 2, `cpu.cfs_quota_us` of version 1. A node with
-    /// more workers than quota spends the quota early in a period, and then stands still to its end.
+    /// One thread for each CPU that the process may use. On Linux, [`available_parallelism`] respects the CPU
+    /// affinity (with cpusets) and the CPU quotas of the process's cgroup and its ancestors, rounded down to at least
+    /// one (`cpu.max` of version 2, `cpu.cfs_quota_us` of version 1). With more workers than quota, a process would
+    /// use up the quota early in a period and be throttled until its end.
     ///
     /// # Errors
-    /// What is wrong with `TOKIO_WORKER_THREADS`.
+    /// Returns what is wrong with `TOKIO_WORKER_THREADS`.
     pub fn find() -> Result<Self, String> {
         match std::env::var_os(VARIABLE) {
             None => Ok(Self {

@@ -1,15 +1,15 @@
-//! After a session: what is still owed to the mailbox.
+//! The end of a session: what remains to be stored in the mailbox.
 
 use crate::effect::{AckPoint, Close};
 use crate::identity::Identity;
 
-/// A session that is over; its socket may be gone already.
+/// A session that has ended. Its socket may be closed already.
 #[derive(Debug)]
 pub struct Closing {
-    /// Whose it was.
+    /// The session's identity.
     pub identity: Identity,
-    /// What the device acknowledged and the mailbox was not told.
+    /// The last acknowledgement, if it is not stored yet.
     pub ack: Option<AckPoint>,
-    /// Why; `None`: the device left by itself.
+    /// The close; `None` if the device closed the connection.
     pub close: Option<Close>,
 }

@@ -1,9 +1,10 @@
-//! A running session: what may be written, what is acknowledged, when to read the mailbox.
+//! A connected session: decides which entries are written, tracks acknowledgements, and decides when to read the
+//! mailbox.
 //!
-//! An entry is written only if it follows on what was written: epoch, next position, previous chain.
-//! Everything else ends in a sync: pages read from where the session stands. A contradiction between
-//! what was written and what the mailbox holds is settled by acknowledging again what the device has
-//! acknowledged: the mailbox compares chains, and resets the device if its history was another.
+//! An entry is written only if it follows the last written one: same epoch, next position, and previous chain equal
+//! to the last chain. Otherwise the session syncs: it reads pages of the mailbox from its own position. If the
+//! mailbox contradicts what was written, the session repeats the device's last acknowledgement: the mailbox compares
+//! chains, and resets the device if its history differs.
 
 use barid_core::limits::RESENDS_MAX;
 use barid_core::{Chain, CloseCode, Epoch, Generation, Position, ReceiptSet, Seq};
@@ -17,55 +18,55 @@ use crate::identity::{Claims, Identity};
 use crate::settings::Settings;
 use crate::window::{PushedAt, Sent, Wanted, Window};
 
-/// Payload bytes (unpacked) after which a page's messages go into another frame.
+/// Payload bytes (uncompressed) after which the messages of a page go into another frame.
 const FRAME_BYTES: usize = 64 << 10;
 
-/// What became of a push.
+/// Result of a push.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushed {
-    /// It follows: write it now.
+    /// The entry is next: write it now.
     Write,
-    /// It follows, and is not for this device: a skip is among the effects.
+    /// The entry is next, but not for this device: the effects contain a skip.
     Skipped,
-    /// Not now.
+    /// The entry is not written.
     Dropped(Dropped),
 }
 
-/// Why a push was not written; a sync brings it unless the device has it.
+/// Why a push was not written. A sync delivers it, unless the device has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dropped {
-    /// The device has it.
+    /// The device has the entry.
     Known,
     /// The session is reading its mailbox.
     Syncing,
-    /// Too much is unacknowledged.
+    /// Too many messages are unacknowledged.
     Window,
-    /// A position is missing before it.
+    /// An earlier position is missing.
     Gap,
-    /// It belongs to another history.
+    /// The entry belongs to another history.
     Fork,
 }
 
-/// How soon the mailbox is to hear of an acknowledgement.
+/// How soon an acknowledgement has to be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AckUrgency {
-    /// Together with what follows within the interval between acknowledgements.
+    /// After the interval between acknowledgements, together with later ones.
     Paced,
-    /// Now: the session stands still until it is answered.
+    /// At once: the session waits for the answer.
     Urgent,
 }
 
-/// How sure the session is that the mailbox's history is the one that it wrote.
+/// Whether the mailbox's history is known to be the one that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
     Sure,
-    /// They contradict each other; the acknowledged position is being compared.
+    /// They contradict each other; the mailbox is comparing the acknowledged position.
     Asking,
-    /// The acknowledged position agrees; a sync shows whether the rest does.
+    /// They agree up to the acknowledged position; a sync shows whether they do after it.
     Checked,
 }
 
-/// A session whose device is connected.
+/// A connected session.
 #[derive(Debug)]
 pub struct Connected {
     identity: Identity,
@@ -75,27 +76,27 @@ pub struct Connected {
     window: Window,
     /// The last position of the current pass; below `window.high` only in a re-send.
     at: Mark,
-    /// The newest position heard of.
+    /// The highest known position of the mailbox.
     newest: Seq,
-    /// Why the mailbox is to be read.
+    /// Why the mailbox has to be read.
     wanted: Option<SyncCause>,
     reading: bool,
-    /// The page under way belongs to a history that is void.
+    /// The page being read belongs to a void history.
     stale_page: bool,
     /// An acknowledgement is under way.
     acking: bool,
     ack_wanted: bool,
-    /// When the mailbox last answered one, ms, modulo 2^32.
+    /// When the mailbox last answered an acknowledgement, ms, modulo 2^32.
     ack_answered_ms: u32,
     trust: Trust,
     /// Re-sends since the last acknowledgement.
     resends: u32,
-    /// Entries after the position that the device named were evicted, not acknowledged: do not conclude from
-    /// its cursor that it had them.
+    /// Entries after the position in Hello were evicted without an acknowledgement, so the device's cursor does not
+    /// show that it had them.
     evicted: bool,
-    /// The device acknowledges without a generation, so an ack refers to whatever it read last.
+    /// The device sends acks without a generation, so that an ack refers to the last Welcome that it has read.
     unnamed_acks: bool,
-    /// Positions started anew since it connected.
+    /// The positions started anew during this connection.
     started_over: bool,
 }
 
@@ -130,17 +131,17 @@ impl Connected {
         }
     }
 
-    /// Who is connected.
+    /// The session's identity.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// The generation that frames carry.
+    /// The generation in frames.
     pub fn generation(&self) -> Generation {
         self.generation
     }
 
-    /// Where the device stands, as Welcome and confirmations tell it.
+    /// The device's position, for Welcome and confirmations.
     pub fn position(&self) -> Position {
         let acked = self.window.acked();
         Position {
@@ -151,12 +152,12 @@ impl Connected {
         }
     }
 
-    /// Whether nothing is unacknowledged and nothing is being read.
+    /// Whether everything is acknowledged and no page is being read.
     pub fn is_settled(&self) -> bool {
         self.window.is_empty() && !self.reading && !self.acking && !self.ack_wanted
     }
 
-    /// An entry came from a dispatcher.
+    /// Handles a pushed entry.
     pub fn push(
         &mut self,
         header: &Header,
@@ -203,12 +204,12 @@ impl Connected {
         }
     }
 
-    /// The node dropped pushes.
+    /// Handles that the node dropped pushes.
     pub fn missed(&mut self) {
         self.want(SyncCause::Overflow);
     }
 
-    /// A page came back.
+    /// Handles a page that was read.
     pub fn page(&mut self, page: Page, now_us: u64, out: &mut Vec<Effect>) {
         self.reading = false;
         if std::mem::take(&mut self.stale_page) {
@@ -221,11 +222,11 @@ impl Connected {
         if page.oldest > self.at.seq.next() {
             let to = Mark { seq: Seq(page.oldest.0 - 1), chain: page.chain_before_oldest };
             if self.window.chain_at(to.seq).is_some_and(|chain| chain != to.chain) {
-                return self.contradicted(out); // what was written there is of another history
+                return self.contradicted(out); // what was written there belongs to another history
             }
             self.skip_what_is_gone(to, page.cursor, out);
         }
-        // The device acknowledged all of it while it was being read.
+        // The device acknowledged everything in the page while it was being read.
         let last = page.entries.last().and_then(|entry| Header::parse(entry).ok());
         let is_overtaken = last.is_some_and(|last| last.seq <= self.at.seq);
         if !self.write_page(page.entries, now_us, out) {
@@ -242,8 +243,8 @@ impl Connected {
                 let text = "the mailbox has an entry that cannot be read";
                 out.push(Effect::Close(Close::new(CloseCode::Overloaded, text)));
             }
-            // What a push told of was forgotten since, or this read ran before it: in the second
-            // case the retry timer brings it.
+            // The mailbox has forgotten a pushed entry, or was read before it was accepted. In the latter case the
+            // retry timer leads to another read.
             self.newest = newest;
         }
         self.newest = self.newest.max(newest);
@@ -252,8 +253,8 @@ impl Connected {
         }
     }
 
-    /// The mailbox keeps nothing up to `to`. Entries up to the device's own cursor were acknowledged, in an
-    /// earlier session whose last ack arrived late; only those behind the cursor were evicted.
+    /// Skips positions up to `to`, which the mailbox no longer has. Those up to the device's cursor were acknowledged
+    /// in an earlier session whose last ack arrived late; those after the cursor were evicted.
     fn skip_what_is_gone(&mut self, to: Mark, cursor: Option<Position>, out: &mut Vec<Effect>) {
         let evicted = std::mem::take(&mut self.evicted);
         let own = cursor.filter(|cursor| !evicted && cursor.generation == self.generation);
@@ -269,7 +270,7 @@ impl Connected {
         }
     }
 
-    /// Writes what follows; false where the page contradicts what was written.
+    /// Writes the entries of a page. Returns false if the page contradicts what was written.
     fn write_page(
         &mut self,
         entries: Vec<bytes::Bytes>,
@@ -279,7 +280,7 @@ impl Connected {
         let mut batch = Batch::default();
         let mut follows = true;
         for bytes in entries {
-            // An entry whose body is broken still has its place: it is skipped.
+            // An entry with a broken body still has a position: it is skipped.
             let Ok(header) = Header::parse(&bytes) else { break };
             if header.seq <= self.at.seq {
                 continue;
@@ -307,7 +308,7 @@ impl Connected {
         follows
     }
 
-    /// Moves over an entry that follows. Returns why it is skipped, `None` if it is delivered.
+    /// Advances over the next entry. Returns why it is skipped; `None` if it is delivered.
     fn take(
         &mut self,
         header: &Header,
@@ -344,8 +345,8 @@ impl Connected {
         envelope::expired(entry, now_us / 1000).then_some(SkipReason::Expired)
     }
 
-    /// Moves over positions that the device is not shown. Messages among them that were written
-    /// before (in a re-send's pass) need no acknowledgement any longer.
+    /// Advances over skipped positions. Messages among them that were written earlier (in a re-send) no longer need an
+    /// acknowledgement.
     fn skip_to(&mut self, to: Mark) {
         let gone = |sent: &Sent| sent.mark.seq > self.at.seq && sent.mark.seq <= to.seq;
         let gone: Vec<Seq> =
@@ -359,19 +360,19 @@ impl Connected {
         self.at = to;
     }
 
-    /// An entry that was to be delivered cannot be encoded: it is skipped after all.
+    /// Skips an entry that was to be delivered and cannot be encoded.
     pub fn undeliverable(&mut self, seq: Seq) -> Effect {
         let chain = self.window.chain_at(seq).unwrap_or_default();
         self.ack_wanted |= self.window.withdraw(seq);
         Effect::Skip { to: Mark { seq, chain }, why: SkipReason::Unspecified }
     }
 
-    /// Messages that were written and not acknowledged.
+    /// Number of unacknowledged messages.
     pub fn unacked(&self) -> usize {
         self.window.len()
     }
 
-    /// The device acknowledged. `done` is told of each message.
+    /// Handles an ack of the device. `done` is called for each message.
     pub fn ack(
         &mut self,
         ack: &v1::Ack,
@@ -380,8 +381,8 @@ impl Connected {
         mut done: impl FnMut(&Sent),
     ) {
         match ack.generation {
-            // The device may have sent it before it read the new Welcome: the seq may then mean an entry of the
-            // new history that it has never seen.
+            // The device may have sent it before it read the new Welcome. Then the seq could refer to an entry of the
+            // new history that the device has not received.
             None if self.started_over => return self.history_changed(out),
             None => self.unnamed_acks = true,
             Some(generation) if generation != self.generation.0 => return,
@@ -406,13 +407,13 @@ impl Connected {
         }
     }
 
-    /// The mailbox answered an acknowledgement.
+    /// Handles the mailbox's answer to an acknowledgement.
     pub fn acked(&mut self, outcome: AckOutcome, now_us: u64, out: &mut Vec<Effect>) {
         self.acking = false;
         self.ack_answered_ms = (now_us / 1000) as u32;
         match outcome {
             AckOutcome::Advanced { .. } => {
-                // One that was on its way already may have been compared before the history changed.
+                // An acknowledgement under way may have been compared before the history changed.
                 if self.trust == Trust::Asking && !self.ack_wanted {
                     self.trust = Trust::Checked;
                     self.at = self.window.acked();
@@ -420,8 +421,8 @@ impl Connected {
                 }
             }
             AckOutcome::Reset { cursor } => self.start_over(cursor, out),
-            // This session's generation is the only one that it ever acknowledges under, so the
-            // mailbox reset the device and the answer was lost. A new Hello learns where it stands.
+            // This session acknowledges under one generation only. So the mailbox has reset the device, and the
+            // answer was lost. The device learns its position by a new Hello.
             AckOutcome::Stale => self.history_changed(out),
         }
     }
@@ -445,24 +446,24 @@ impl Connected {
         self.want(SyncCause::Fork);
     }
 
-    /// A new Hello learns where the device stands.
+    /// Closes the connection, so that a new Hello finds the device's position.
     fn history_changed(&self, out: &mut Vec<Effect>) {
         let text = "the mailbox's history changed: positions start anew";
         out.push(Effect::Close(Close::new(CloseCode::HistoryChanged, text)));
     }
 
-    /// The retry timer was due. `flushed`: the socket took everything so far. Returns whether it is
-    /// a re-send of something.
+    /// Handles a due retry timer. `flushed`: everything so far was written to the socket. Returns whether messages
+    /// are sent again.
     pub fn resend(&mut self, flushed: bool, now_us: u64, out: &mut Vec<Effect>) -> bool {
         let blocked = self.wanted == Some(SyncCause::Window);
         if self.reading || !flushed || self.trust == Trust::Asking {
-            return false; // it is being written to
+            return false; // the socket is still being written to
         }
         if self.ack_crosses(now_us) {
             return false;
         }
         if self.window.is_empty() {
-            // The mailbox thinks that it is behind: a push was lost, or an acknowledgement.
+            // The mailbox has the device behind its last entry, because a push or an acknowledgement was lost.
             self.ack_wanted = true;
             self.want(SyncCause::Resend);
             return false;
@@ -480,9 +481,8 @@ impl Connected {
         true
     }
 
-    /// Whether the timer was claimed before the mailbox had an acknowledgement that is on its way, or was
-    /// answered a moment ago. With it the mailbox has decided anew, or will: it removes the timer, or the
-    /// timer stands and comes again. So nothing is left to luck by waiting for that.
+    /// Whether the timer may have been claimed before an acknowledgement that is under way or was just answered. That
+    /// acknowledgement removes the timer, or leaves it to fire again, so that ignoring this claim is safe.
     fn ack_crosses(&self, now_us: u64) -> bool {
         let since_ms = ((now_us / 1000) as u32).wrapping_sub(self.ack_answered_ms);
         self.ack_wanted || self.acking || since_ms < self.settings.crossing_ms
@@ -497,7 +497,7 @@ impl Connected {
         out.push(Effect::Close(Close::new(CloseCode::AckTimeout, text)));
     }
 
-    /// The mailbox answered a confirmation.
+    /// Handles the mailbox's answer to a confirmation.
     pub fn confirmed(&mut self, outcome: ConfirmOutcome, out: &mut Vec<Effect>) {
         match outcome {
             ConfirmOutcome::Superseded => {
@@ -514,10 +514,10 @@ impl Connected {
         }
     }
 
-    /// A new token.
+    /// Handles a new token.
     ///
     /// # Errors
-    /// It is somebody else's.
+    /// The token is for another user or device.
     pub fn refresh(&self, claims: &Claims) -> Result<(), Close> {
         let device = claims.device.as_ref().is_none_or(|device| *device == self.identity.device);
         if claims.user == self.identity.user && device {
@@ -526,7 +526,7 @@ impl Connected {
         Err(Close::new(CloseCode::BadToken, "the new token is for another app, user or device"))
     }
 
-    /// What to read now. `flushed`: everything written so far has left.
+    /// The page to read now. `flushed`: everything so far was written to the socket.
     pub fn next_read(&mut self, flushed: bool) -> Option<(ReadFrom, SyncCause)> {
         if self.reading || !flushed || self.trust == Trust::Asking {
             return None;
@@ -534,7 +534,7 @@ impl Connected {
         let cause = self.wanted?;
         let resending = self.at.seq < self.window.high().seq;
         let room = self.settings.unacked_max.saturating_sub(self.window.len());
-        // A window that was full is half empty before it is filled again: pages, not single entries.
+        // After the window was full, reads wait until it is half empty, to read pages instead of single entries.
         let enough = if cause == SyncCause::Window { self.settings.unacked_max / 2 } else { 1 };
         if !resending && room < enough.max(1) {
             self.wanted = Some(SyncCause::Window);
@@ -551,15 +551,15 @@ impl Connected {
         Some((read, cause))
     }
 
-    /// Whether there is something to acknowledge to the mailbox, and how soon.
+    /// Whether an acknowledgement has to be stored, and how soon.
     pub fn ack_urgency(&self) -> Option<AckUrgency> {
         let possible = self.ack_wanted && !self.acking;
-        // Nothing is written until the mailbox has compared.
+        // No entry is written until the mailbox has compared.
         let urgent = self.trust == Trust::Asking;
         possible.then_some(if urgent { AckUrgency::Urgent } else { AckUrgency::Paced })
     }
 
-    /// What to acknowledge now.
+    /// The acknowledgement to store now.
     pub fn next_ack(&mut self) -> Option<AckPoint> {
         if self.acking || !self.ack_wanted {
             return None;
@@ -582,7 +582,7 @@ impl Connected {
         self.wanted.get_or_insert(cause);
     }
 
-    /// The mailbox's history is not the one that was written.
+    /// Handles that the mailbox's history differs from what was written.
     fn contradicted(&mut self, out: &mut Vec<Effect>) {
         match self.trust {
             Trust::Sure => {
@@ -590,8 +590,8 @@ impl Connected {
                 self.ack_wanted = true;
             }
             Trust::Asking => (),
-            // What the device acknowledged is true, what it was sent since is not. It has to say
-            // itself what it has: its next Hello names position and chain.
+            // The histories agree up to the acknowledged position and differ after it. The device's next Hello tells,
+            // by its position and chain, what it has.
             Trust::Checked => {
                 self.history_changed(out);
             }
@@ -629,7 +629,7 @@ impl Connected {
     }
 }
 
-/// Neighbouring entries of a page, on their way into as few frames as is sensible.
+/// Consecutive entries of a page, collected into frames.
 #[derive(Default)]
 struct Batch {
     entries: Vec<Envelope>,

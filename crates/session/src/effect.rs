@@ -1,4 +1,4 @@
-//! What a session asks of the connection that runs it.
+//! The effects of a session, which its connection carries out.
 
 use std::borrow::Cow;
 
@@ -6,7 +6,7 @@ use barid_core::{Attempt, Chain, CloseCode, Epoch, Generation, Seq};
 use barid_wire::envelope::{Envelope, SkipReason};
 use barid_wire::v1;
 
-/// A place in the history that the session follows.
+/// A position in the session's history, with its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
     /// The position.
@@ -15,48 +15,48 @@ pub struct Mark {
     pub chain: Chain,
 }
 
-/// What the session wants done, in order.
+/// An effect. Effects are carried out in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Write these entries.
     Deliver(Vec<Envelope>),
-    /// Tell that there is nothing up to a position.
+    /// Send a skip up to a position.
     Skip {
         /// The position, with its chain.
         to: Mark,
         /// Why.
         why: SkipReason,
     },
-    /// Tell where the device now stands: positions start anew.
+    /// Send Welcome again, with the device's new position.
     Welcome,
-    /// Tell the business.
+    /// Send a receipt.
     Receipt(Box<v1::Receipt>),
-    /// End the connection.
+    /// Close the connection.
     Close(Close),
 }
 
-/// Why a connection ends.
+/// The close of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Close {
     /// The WebSocket close code.
     pub code: CloseCode,
-    /// For people; goes into an Error frame.
+    /// Text for the Error frame.
     pub text: Cow<'static, str>,
 }
 
 impl Close {
-    /// Ends a connection with a code and a text for people.
+    /// Creates a close with a code and a text.
     pub fn new(code: CloseCode, text: impl Into<Cow<'static, str>>) -> Self {
         Self { code, text: text.into() }
     }
 }
 
-/// Why a device may not connect now.
+/// Refusal of a Hello.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// Close code and text.
     pub close: Close,
-    /// The known attempt of this device, if its own is lower; else 0.
+    /// The known attempt of this device, if that is higher than the Hello's; otherwise 0.
     pub attempt: Attempt,
 }
 
@@ -66,49 +66,49 @@ impl From<Close> for Refusal {
     }
 }
 
-/// A page that the session wants to read: what comes after `after`.
+/// A page to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadFrom {
-    /// Read behind this.
+    /// The position before the first entry.
     pub after: Seq,
-    /// At most so many entries.
+    /// Bound of the entries.
     pub entries_max: u32,
-    /// About so many bytes.
+    /// Approximate bound of the bytes.
     pub bytes_max: u32,
 }
 
-/// An acknowledgement that the session wants recorded.
+/// An acknowledgement to store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AckPoint {
-    /// In this epoch,
+    /// The epoch.
     pub epoch: Epoch,
-    /// under this generation,
+    /// The generation.
     pub generation: Generation,
-    /// everything up to here.
+    /// The acknowledged position; all earlier ones are acknowledged as well.
     pub mark: Mark,
 }
 
-/// What made a session read its mailbox.
+/// Why a session reads its mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncCause {
-    /// It connected behind the newest entry.
+    /// The device connected with a position below the newest entry.
     Connect,
-    /// A position is missing between what was written and what was pushed.
+    /// A position is missing between the last written entry and a pushed one.
     Gap,
-    /// The push did not follow on what was written: another epoch or another chain.
+    /// A pushed entry has another epoch or does not match the chain.
     Fork,
-    /// More was unacknowledged than may be, and now is not.
+    /// The window of unacknowledged messages was full, and has room again.
     Window,
-    /// The retry timer was due.
+    /// The retry timer fired.
     Resend,
-    /// A confirmation told of newer entries.
+    /// A confirmation reported newer entries.
     Confirm,
     /// The node dropped pushes before they reached the session.
     Overflow,
 }
 
 impl SyncCause {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 7] = [
         Self::Connect,
         Self::Gap,
@@ -119,7 +119,7 @@ impl SyncCause {
         Self::Overflow,
     ];
 
-    /// A word for metrics.
+    /// The label in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Connect => "connect",

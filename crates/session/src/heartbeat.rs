@@ -1,85 +1,85 @@
-//! When to ping, when a connection counts as dead, when its token is over, when it has to leave.
-//! Seconds of the node's coarse clock; nothing here runs on traffic but two stores.
+//! The deadlines of a connection: the next ping, the heartbeat timeout, the token's expiry, the end after GoAway.
+//! Times are seconds of the node's coarse clock. On traffic only two values are stored.
 
-/// Seconds.
+/// A time or duration in seconds.
 pub type Seconds = u32;
 
-/// What is due.
+/// The deadline that has passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Beat {
-    /// Nothing.
+    /// None.
     Nothing,
     /// Ping the device.
     Ping,
-    /// Nothing was heard from it for too long.
+    /// The device was silent for too long.
     Dead,
-    /// It answers pings, and has sent nothing else for too long.
+    /// The device answered pings, but sent nothing else for too long.
     Idle,
-    /// Its token's time is over.
+    /// The token has expired.
     Expired,
-    /// It was told to go, and time is up.
+    /// The time after GoAway has passed.
     Leave,
 }
 
-/// Not at any time that will come.
+/// A time that is never reached.
 const NEVER: Seconds = Seconds::MAX;
 
-/// The times of one connection. Packed: every session has them.
+/// The times of a connection, packed, because every session has them.
 #[derive(Debug, Clone)]
 pub struct Heartbeat {
     interval: u16,
     patience: u16,
     heard: Seconds,
     written: Seconds,
-    /// When the device was pinged and nothing was heard since; else [`NEVER`].
+    /// When the device was pinged without having sent anything since; otherwise [`NEVER`].
     pinged: Seconds,
     expires: Seconds,
-    /// When it ends at the latest, having been told to go.
+    /// When the connection ends after GoAway.
     leaves: Seconds,
-    /// When it ends unless the device sends something of use.
+    /// When the connection ends unless the device sends more than pongs.
     idles: Seconds,
 }
 
 impl Heartbeat {
-    /// Pings where a direction was silent for `interval`; gives up `patience` after a ping.
+    /// Pings when either direction was silent for `interval`, and times out `patience` after a ping.
     pub fn new(interval: u16, patience: u16, now: Seconds, expires: Seconds) -> Self {
         let (heard, written) = (now, now);
         let (pinged, leaves, idles) = (NEVER, NEVER, NEVER);
         Self { interval, patience, heard, written, pinged, expires, leaves, idles }
     }
 
-    /// Something came from the device.
+    /// Records that the device sent something.
     pub fn heard(&mut self, now: Seconds) {
         self.heard = now;
         self.pinged = NEVER;
     }
 
-    /// The device sent something else than a pong: it may do without for another `idle`; 0: for ever.
+    /// Records that the device sent more than a pong. It must do so again within `idle`; 0: no limit.
     pub fn used(&mut self, now: Seconds, idle: Seconds) {
         self.idles = if idle == 0 { NEVER } else { now.saturating_add(idle) };
     }
 
-    /// Something was written to the device.
+    /// Records that something was written to the device.
     pub fn written(&mut self, now: Seconds) {
         self.written = now;
     }
 
-    /// The token now holds until `expires`.
+    /// Sets the token's expiry.
     pub fn expires(&mut self, expires: Seconds) {
         self.expires = expires;
     }
 
-    /// The connection ends at `at` at the latest.
+    /// Ends the connection at `at` at the latest.
     pub fn leave(&mut self, at: Seconds) {
         self.leaves = self.leaves.min(at);
     }
 
-    /// Whether it was told to go.
+    /// Whether GoAway was sent.
     pub fn is_leaving(&self) -> bool {
         self.leaves != NEVER
     }
 
-    /// What is due now. A ping is taken as sent.
+    /// Returns what is due now. A ping counts as sent.
     pub fn tick(&mut self, now: Seconds) -> Beat {
         if now >= self.leaves {
             return Beat::Leave;
@@ -101,12 +101,12 @@ impl Heartbeat {
         Beat::Ping
     }
 
-    /// When to tick next.
+    /// When the next deadline is.
     pub fn due(&self) -> Seconds {
         self.beats_at().min(self.expires).min(self.leaves).min(self.idles)
     }
 
-    /// When to ping, or to give up.
+    /// When the next ping is due, or the timeout of the last one.
     fn beats_at(&self) -> Seconds {
         match self.pinged {
             NEVER => self.heard.min(self.written) + Seconds::from(self.interval),

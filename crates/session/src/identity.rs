@@ -1,14 +1,14 @@
-//! Who connects: what a valid token grants, and whom a Hello names.
+//! The identity of a session, from its token and its Hello.
 
 use std::sync::Arc;
 
 use barid_core::{Attempt, DeviceId, GroupId};
 use barid_mailbox::UserKey;
 
-/// What a valid token grants.
+/// The claims of a valid token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
-    /// Claims `app` and `sub`.
+    /// The user, from the claims `app` and `sub`.
     pub user: UserKey,
     /// The only device that may use the token; `None`: any device of the user.
     pub device: Option<DeviceId>,
@@ -18,15 +18,15 @@ pub struct Claims {
     pub groups: Vec<GroupId>,
 }
 
-/// Who is connected.
+/// The identity of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// Whose mailbox.
+    /// The user.
     pub user: UserKey,
-    /// Which device.
+    /// The device.
     pub device: DeviceId,
-    /// Its connection attempt.
+    /// The connection attempt.
     pub attempt: Attempt,
-    /// What it says it runs on.
+    /// The platform in Hello.
     pub platform: Arc<str>,
 }

@@ -1,6 +1,6 @@
-//! A connection's life as types that consume each other: [`Unidentified`] → [`Connecting`] →
-//! [`Connected`] → [`Closing`]. Pure: inputs and the time go in, effects come out. No socket, no encoding, no
-//! Redis: an access node's connection does the I/O.
+//! The session of a connection as a typestate: [`Unidentified`] → [`Connecting`] → [`Connected`] → [`Closing`]. Pure:
+//! inputs and the time go in, effects come out. It knows no socket, no encoding and no Redis; an access node's
+//! connection does the I/O.
 
 mod closing;
 mod connected;

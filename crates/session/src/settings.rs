@@ -1,17 +1,17 @@
-//! Bounds of a session.
+//! Settings of sessions.
 
-/// Bounds of a session; the same for all sessions of a node.
+/// Settings that all sessions of a node share.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// Messages that may be on their way to a device without its acknowledgement.
+    /// Bound of the unacknowledged messages.
     pub unacked_max: usize,
-    /// Entries read from a mailbox at once.
+    /// Bound of the entries of a page.
     pub page_entries_max: u32,
-    /// Bytes read from a mailbox at once.
+    /// Bound of the bytes of a page.
     pub page_bytes_max: u32,
-    /// How long the next acknowledgement waits for others after the last one, ms.
+    /// Interval between two acknowledgements to the mailbox, ms.
     pub ack_interval_ms: u32,
-    /// From the claim of a retry timer until its re-send is here, ms at most: what a busy machine takes, and
-    /// less than lies between two re-sends.
+    /// Upper bound of the time from the claim of a retry timer until its re-send arrives, ms. Less than the time
+    /// between two re-sends.
     pub crossing_ms: u32,
 }

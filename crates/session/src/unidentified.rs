@@ -1,4 +1,4 @@
-//! Before a session: the token is valid, but nobody said Hello.
+//! The states before a session is connected: waiting for Hello, and for the mailbox's answer.
 
 use std::sync::Arc;
 
@@ -15,42 +15,41 @@ use crate::effect::{Close, Refusal};
 use crate::identity::{Claims, Identity};
 use crate::settings::Settings;
 
-/// A connection whose token is valid and whose first frame is awaited.
+/// A connection with a valid token that waits for its Hello.
 #[derive(Debug)]
 pub struct Unidentified {
     claims: Claims,
     handshake_ms: u64,
 }
 
-/// A device that said Hello, on its way to its mailbox.
+/// A connection that has sent Hello and waits for its mailbox.
 #[derive(Debug, Clone)]
 pub struct Connecting {
-    /// Who it is.
+    /// The session's identity.
     pub identity: Identity,
-    /// It unpacks zstd.
+    /// The device accepts zstd.
     pub accepts_zstd: bool,
-    /// It wants Ping frames.
+    /// The device asks for Ping frames.
     pub visible_pings: bool,
-    /// It wants to be pinged so often, ms; 0: as the node likes.
+    /// The ping interval that the device asks for, ms; 0: the node's.
     pub ping_interval_ms: u32,
-    /// The attempt that it names, if that is too far ahead of the clock; the time of the handshake is used
-    /// instead.
+    /// The Hello's attempt, if it was too far ahead of the clock and replaced by the time of the handshake.
     pub attempt_ahead: Option<Attempt>,
     position: Option<Position>,
 }
 
 impl Unidentified {
-    /// A handshake succeeded at `handshake_ms` (Unix epoch).
+    /// Creates the state after a handshake at `handshake_ms` (Unix epoch).
     pub fn new(claims: Claims, handshake_ms: u64) -> Self {
         Self { claims, handshake_ms }
     }
 
-    /// Takes the first frame. An attempt more than `ahead_ms` after the handshake is replaced by the time of
-    /// the handshake: it would shut the device out, for as long as its clock was ahead or, if a stranger sent
-    /// it, for good.
+    /// Handles the first frame. An attempt that is more than `ahead_ms` ahead of the handshake is replaced by the
+    /// time of the handshake. Otherwise the device's later attempts would be refused as lower, for as long as its
+    /// clock was ahead or, if an attacker sent it, for ever.
     ///
     /// # Errors
-    /// It is not a Hello, or not one for this token.
+    /// The frame is not a Hello, or not one for this token.
     pub fn frame(self, frame: ClientFrame, ahead_ms: u64) -> Result<Connecting, Close> {
         let ClientFrame::Hello(hello) = frame else {
             return Err(bad("the first frame is hello"));
@@ -92,17 +91,17 @@ impl Unidentified {
 }
 
 impl Connecting {
-    /// For a Hello whose attempt was too far ahead and whose handshake time was refused as below `known`: the
-    /// same Hello with the attempt after `known`. Without it, a Redis clock that went back would shut the
-    /// device out until it has caught up. `None`: the refusal names no known attempt (0), or the Hello none
-    /// above it.
+    /// For a Hello whose attempt was replaced by the time of the handshake, which was then refused as lower than
+    /// `known`: returns the same Hello with the attempt after `known`. Otherwise, after Redis's clock went back, the
+    /// device would be refused until the clock has caught up. `None`: the refusal names no known attempt (0), or the
+    /// Hello's own attempt is not above it.
     pub fn counted_on(mut self, known: Attempt) -> Option<Self> {
         self.attempt_ahead.take().filter(|named| known.0 > 0 && *named > known)?;
         self.identity.attempt = Attempt(known.0 + 1);
         Some(self)
     }
 
-    /// What to ask the mailbox.
+    /// The connect request to the mailbox.
     pub fn request(&self, session: SessionRef) -> ConnectRequest {
         ConnectRequest {
             user: self.identity.user.clone(),
@@ -114,10 +113,10 @@ impl Connecting {
         }
     }
 
-    /// Takes the mailbox's answer; also returns the session that this one took over from.
+    /// Handles the mailbox's answer. Also returns the session that this one replaces.
     ///
     /// # Errors
-    /// The device may not connect now.
+    /// The mailbox refused the device.
     pub fn answered(
         self,
         outcome: ConnectOutcome,
@@ -128,8 +127,9 @@ impl Connecting {
             ConnectOutcome::Connected { cursor, newest, replaced, evicted, reset: _ } => {
                 Ok((Connected::new(self.identity, cursor, newest, evicted, settings), replaced))
             }
-            // Not `Replaced`, which tells a client not to reconnect: the clock of the device may have gone back,
-            // or those of two nodes may differ. The known attempt lets it name a higher one.
+            // Not `Replaced`, after which a client does not reconnect: the device's clock may have gone back, or the
+            // clocks of two nodes may differ. The refusal carries the known attempt, so that the device can send a
+            // higher one.
             ConnectOutcome::Superseded { by } => {
                 let text =
                     "a connection of this device with a higher attempt is known; name a higher one";

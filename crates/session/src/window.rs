@@ -1,5 +1,5 @@
-//! What was written and is not acknowledged. Skips need no entry of their own: they extend the entry
-//! before them, or the acknowledged position where there is none.
+//! The window of unacknowledged messages. A skip extends the message before it, or the acknowledged position if there
+//! is no such message.
 
 use std::collections::VecDeque;
 
@@ -7,42 +7,42 @@ use barid_core::{Chain, Seq};
 
 use crate::effect::Mark;
 
-/// One delivered message.
+/// A delivered message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sent {
     /// Its position.
     pub mark: Mark,
-    /// The last skip right behind it, or itself: what an ack of it covers.
+    /// The last position that an ack of it covers: its own, or that of the last skip directly after it.
     pub to: Mark,
-    /// Its times, if it was first written from a push.
+    /// Its times, if it was written from a push.
     pub pushed: Option<PushedAt>,
-    /// Kept only where the business asked for receipts or samples its trace.
+    /// Kept only if receipts are requested or its trace is sampled.
     pub receipt: Option<Box<Wanted>>,
 }
 
-/// Where the hops of a message that end with its acknowledgement begin.
+/// The beginnings of the hops that end with a message's acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PushedAt {
     /// When it was written, µs since the Unix epoch.
     pub written_us: u64,
-    /// When it was produced, ms likewise; 0: not known.
+    /// When it was produced, ms since the Unix epoch; 0: unknown.
     pub produced_ms: u64,
 }
 
-/// What receipts and the log of a message need.
+/// What receipts and trace events of a message need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// The message.
     pub id: String,
-    /// The kinds asked for.
+    /// The requested kinds.
     pub receipts: u32,
-    /// To be returned.
+    /// The business's data, which receipts return.
     pub traceparent: String,
     /// When it was produced, ms since the Unix epoch; 0: not known.
     pub produced_ms: u64,
 }
 
-/// `acked ≤ entries… ≤ high`, in order.
+/// The window. In order: `acked`, the entries, `high`.
 #[derive(Debug, Clone)]
 pub struct Window {
     acked: Mark,
@@ -51,43 +51,43 @@ pub struct Window {
 }
 
 impl Window {
-    /// Everything up to `cursor` is acknowledged, nothing behind it was written.
+    /// Creates a window: everything up to `cursor` is acknowledged, and nothing after it was written.
     pub fn new(cursor: Mark) -> Self {
         Self { acked: cursor, high: cursor, entries: VecDeque::new() }
     }
 
-    /// The last position that is acknowledged.
+    /// The last acknowledged position.
     pub fn acked(&self) -> Mark {
         self.acked
     }
 
-    /// The last position that was ever told to the device.
+    /// The last position that was sent to the device.
     pub fn high(&self) -> Mark {
         self.high
     }
 
-    /// Messages without an acknowledgement.
+    /// Number of unacknowledged messages.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether all is acknowledged.
+    /// Whether all messages are acknowledged.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Messages without an acknowledgement, oldest first.
+    /// The unacknowledged messages, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Sent> {
         self.entries.iter()
     }
 
-    /// A message behind `high` was written.
+    /// Adds a message after `high`.
     pub fn sent(&mut self, sent: Sent) {
         self.high = sent.to;
         self.entries.push_back(sent);
     }
 
-    /// Positions behind `high` were skipped. Returns whether `acked` moved.
+    /// Skips positions after `high`. Returns whether `acked` has moved.
     pub fn skipped(&mut self, to: Mark) -> bool {
         self.high = to;
         match self.entries.back_mut() {
@@ -97,8 +97,8 @@ impl Window {
         self.entries.is_empty()
     }
 
-    /// A message that was written is one no longer (it expired, or was voided): an ack of the one
-    /// before covers it. Returns whether `acked` moved.
+    /// Turns a written message into a skip, because it has expired or was voided: an ack of the message before covers
+    /// it. Returns whether `acked` has moved.
     pub fn withdraw(&mut self, seq: Seq) -> bool {
         let Ok(index) = self.entries.binary_search_by_key(&seq, |sent| sent.mark.seq) else {
             return false;
@@ -111,8 +111,7 @@ impl Window {
         index == 0
     }
 
-    /// Everything up to `seq` is acknowledged; `done` is told each message. Returns whether `acked`
-    /// moved.
+    /// Acknowledges everything up to `seq`; `done` is called for each message. Returns whether `acked` has moved.
     pub fn ack(&mut self, seq: Seq, mut done: impl FnMut(Sent)) -> bool {
         let before = self.acked;
         while self.entries.front().is_some_and(|sent| sent.mark.seq <= seq)
@@ -127,7 +126,7 @@ impl Window {
         self.acked != before
     }
 
-    /// The chain at a position, where the window knows it.
+    /// The chain at a position, if the window knows it.
     pub fn chain_at(&self, seq: Seq) -> Option<Chain> {
         let known = [self.acked, self.high];
         known.into_iter().find(|mark| mark.seq == seq).map(|mark| mark.chain).or_else(|| {

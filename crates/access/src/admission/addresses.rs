@@ -10,13 +10,13 @@ use parking_lot::Mutex;
 
 use crate::admission::rate::Rate;
 
-/// A client address as far as limits go: an IPv4 address, or the /64 of an IPv6 address, which is what
-/// one customer has. IPv4 lies in `::/32`, where no IPv6 client is.
+/// The unit of address limits: an IPv4 address, or the /64 network of an IPv6 address, which usually belongs to one
+/// customer. IPv4 addresses are mapped into `::/32`, which no IPv6 client uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AddressKey(NonZeroU64);
 
 impl AddressKey {
-    /// `None`: the address is nobody's (0.0.0.0).
+    /// The key of an address; `None` for the unspecified address (0.0.0.0).
     pub fn of(address: IpAddr) -> Option<Self> {
         let key = match address.to_canonical() {
             IpAddr::V4(v4) => u64::from(v4.to_bits()),
@@ -26,42 +26,42 @@ impl AddressKey {
     }
 }
 
-/// What one address may have; 0: as much as it likes.
+/// Limits of one address; 0: no limit.
 #[derive(Debug, Clone, Copy)]
 pub struct AddressLimits {
-    /// Connections at once, handshakes included.
+    /// Concurrent connections, handshakes included.
     pub connections_max: u32,
-    /// Handshakes at once.
+    /// Concurrent handshakes.
     pub handshakes_max: u32,
-    /// Handshakes a second.
+    /// Handshakes per second.
     pub rate: Rate,
-    /// Addresses that are remembered.
+    /// Addresses in the table.
     pub addresses_max: usize,
 }
 
-/// Why an address has to wait.
+/// The limit that an address has reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressRefused {
-    /// It has as many connections as it may have.
+    /// Too many connections.
     Connections,
-    /// It has as many handshakes under way as it may have.
+    /// Too many concurrent handshakes.
     Handshakes,
-    /// Its rate: not before so long.
+    /// Too many handshakes per second; the next one is allowed after this time.
     Rate(Duration),
 }
 
-/// Whether an address is in the table.
+/// How a handshake was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entered {
-    /// It is: [`Addresses::handshaken`] and [`Addresses::leave`] have to follow.
+    /// In the table: [`Addresses::handshaken`] and [`Addresses::leave`] must follow.
     Counted,
-    /// There was no room for it: it is not limited.
+    /// The table is full: this address is not limited.
     NoRoom,
-    /// Addresses are not limited at all.
+    /// No limit is configured.
     Unlimited,
 }
 
-/// The table. An address is forgotten once it has no connection and its bucket is full.
+/// The table of addresses. An address is forgotten once it has no connection and its bucket is full.
 #[derive(Debug)]
 pub struct Addresses {
     limits: AddressLimits,
@@ -82,15 +82,15 @@ impl Address {
 }
 
 impl Addresses {
-    /// Empty.
+    /// Creates an empty table.
     pub fn new(limits: AddressLimits) -> Self {
         Self { limits, table: Mutex::default() }
     }
 
-    /// A handshake from this address begins.
+    /// Counts a new handshake from this address.
     ///
     /// # Errors
-    /// It may not; nothing is counted.
+    /// A limit is reached; nothing is counted.
     pub fn enter(&self, key: AddressKey, now_us: u64) -> Result<Entered, AddressRefused> {
         let limits = &self.limits;
         let limited = |max: u32| max > 0;
@@ -119,14 +119,14 @@ impl Addresses {
         Ok(Entered::Counted)
     }
 
-    /// A counted handshake is over; its connection may go on.
+    /// Ends a counted handshake. Its connection stays counted.
     pub fn handshaken(&self, key: AddressKey) {
         if let Some(address) = self.table.lock().get_mut(&key) {
             address.handshakes = address.handshakes.saturating_sub(1);
         }
     }
 
-    /// A counted connection is over.
+    /// Ends a counted connection.
     pub fn leave(&self, key: AddressKey, now_us: u64) {
         if let Entry::Occupied(mut entry) = self.table.lock().entry(key) {
             let address = entry.get_mut();
@@ -137,7 +137,7 @@ impl Addresses {
         }
     }
 
-    /// Forgets who need not be remembered. To be called now and then.
+    /// Forgets addresses without connections and with a full bucket.
     pub fn sweep(&self, now_us: u64) {
         let mut table = self.table.lock();
         table.retain(|_, address| address.is_needed(now_us));
@@ -146,7 +146,7 @@ impl Addresses {
         }
     }
 
-    /// How many are remembered.
+    /// Number of addresses in the table.
     pub fn len(&self) -> usize {
         self.table.lock().len()
     }

@@ -1,15 +1,15 @@
-//! Which web pages may connect: browsers say in `Origin` (RFC 6454) whose page it is, and a page cannot
-//! change that. A client without `Origin` is no browser.
+//! The allow-list of web pages. Browsers send the page's origin in `Origin` (RFC 6454), which a page cannot change. A
+//! client that sends none is not a browser.
 
-/// The allow-list; empty: every page.
+/// The allow-list; an empty one allows every page.
 #[derive(Debug, Clone, Default)]
 pub struct Origins(Vec<Pattern>);
 
 #[derive(Debug, Clone)]
 enum Pattern {
-    /// Serialized as browsers do: `https://app.example.com`, `http://localhost:3000`, `null`.
+    /// An origin as browsers serialize it: `https://app.example.com`, `http://localhost:3000`, `null`.
     Exactly(String),
-    /// `https://*.example.com`: any name below it, and the port, if there is one.
+    /// `https://*.example.com`: any subdomain; the port must match.
     Below { scheme: String, domain: String },
 }
 
@@ -17,12 +17,12 @@ impl Origins {
     /// Parses `auth.origins`.
     ///
     /// # Errors
-    /// The first entry that is no origin.
+    /// Returns the first invalid entry.
     pub fn new(patterns: &[String]) -> Result<Self, String> {
         patterns.iter().map(|pattern| parse(pattern)).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Whether a page of this origin may connect; `None`: the request names none.
+    /// Whether a page of this origin may connect; `None`: the request has no `Origin`.
     pub fn allow(&self, origin: Option<&str>) -> bool {
         let Some(origin) = origin else { return true };
         self.0.is_empty() || self.0.iter().any(|pattern| pattern.fits(origin))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 const SECOND_US: u64 = 1_000_000;
 
-/// So many tokens a second, and as many at once as flow in during the burst.
+/// A rate in tokens per second. A full bucket holds the tokens of the burst time.
 #[derive(Debug, Clone, Copy)]
 pub struct Rate {
     per_second: u64,
@@ -13,7 +13,7 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// `per_second` 0: no limit.
+    /// Creates a rate; `per_second` 0: no limit.
     pub fn new(per_second: u64, burst: Duration) -> Self {
         let burst_us = u64::try_from(burst.as_micros()).unwrap_or(u64::MAX);
         let one_us = SECOND_US.checked_div(per_second).unwrap_or(0);
@@ -28,7 +28,7 @@ impl Rate {
     /// Takes tokens out of the bucket that is full at `full_at_us`.
     ///
     /// # Errors
-    /// There are not enough: how long until there are. Nothing is taken.
+    /// There are not enough tokens. Returns the time until there are, and takes none.
     pub fn acquire(&self, full_at_us: &mut u64, now_us: u64, tokens: u64) -> Result<(), Duration> {
         if !self.is_limited() {
             return Ok(());
@@ -43,11 +43,11 @@ impl Rate {
         Ok(())
     }
 
-    /// As [`Self::take`] for a bucket of which only the lower 32 bits are kept (µs: 71 minutes). After
-    /// a longer pause it may, rarely, seem less full than it is.
+    /// As [`Self::acquire`], for a bucket that is stored as the lower 32 bits of its time (71 minutes in µs). After a
+    /// longer pause it may, rarely, seem less full than it is.
     pub fn acquire_packed(&self, full_at_us: &mut u32, now_us: u64, tokens: u64) -> bool {
         let left_us = u64::from(full_at_us.wrapping_sub(now_us as u32));
-        // A bucket is never further from full than this: it was full long ago.
+        // A time further ahead than a burst is one that has passed: the clock has wrapped.
         let left_us = if left_us > self.burst_us { 0 } else { left_us };
         let mut full_at = now_us + left_us;
         let taken = self.acquire(&mut full_at, now_us, tokens).is_ok();

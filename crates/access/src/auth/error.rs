@@ -1,4 +1,4 @@
-//! Why a token, or the configuration of keys, is not good.
+//! Errors of tokens and of the configured keys.
 
 use crate::labels::TokenRefusal;
 
@@ -8,33 +8,33 @@ pub enum AuthError {
     /// The request has no token.
     #[error("no token: send one as Authorization: Bearer, ?token= or subprotocol bearer.<token>")]
     Missing,
-    /// It is not a JWT, or lacks a claim, or has one of another type.
+    /// The token is not a JWT, lacks a claim, or has a claim of the wrong type.
     #[error("not a valid token: {0}")]
     Malformed(String),
     /// No key has its key id and algorithm.
     #[error("no key for the token's key id and algorithm")]
     UnknownKey,
-    /// The signature is not that of a key.
+    /// The signature does not match the key.
     #[error("the token's signature is not valid")]
     Signature,
-    /// Its time is over.
+    /// `exp` has passed.
     #[error("the token has expired")]
     Expired,
-    /// Its time has not come.
+    /// `nbf` is in the future.
     #[error("the token is not valid yet")]
     TooEarly,
     /// `aud` is not the configured one.
     #[error("the token is for another audience")]
     Audience,
     /// `iss` is not the configured one.
-    #[error("the token is by another issuer")]
+    #[error("the token is from another issuer")]
     Issuer,
-    /// The key may not speak for this app.
-    #[error("the key is not one of this app")]
+    /// The key is not allowed for this app.
+    #[error("the key is not allowed for this app")]
     OtherApp,
 }
 
-/// The configuration of keys does not make sense; names the key, shows no secret.
+/// The configured keys cannot be used. Names the key, and shows no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct KeyError(pub(super) String);

@@ -1,4 +1,4 @@
-//! Key sets from a file or a URL: read again now and then, the last good one kept.
+//! Key sets (JWKS) from a file or a URL. They are read again periodically; if that fails, the last good set stays.
 
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -6,11 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::AppId;
+use barid_runtime::PemFile;
 use jsonwebtoken::jwk::Jwk;
 use parking_lot::{Mutex, RwLock};
 use prometheus::IntCounter;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use tokio::time::Instant;
 use ureq::tls::{Certificate, RootCerts};
 
@@ -33,7 +32,7 @@ pub(super) struct Jwks {
     skipped: IntCounter,
 }
 
-/// A key set whose keys are not parsed yet: an unreadable key must not fail the others.
+/// A key set with unparsed keys, so that one unreadable key does not fail the others.
 #[derive(serde::Deserialize)]
 struct KeySet {
     keys: Vec<serde_json::Value>,
@@ -80,7 +79,8 @@ impl Jwks {
         }
     }
 
-    /// Whether it was read since the caller looked: a token may name a key that is minutes old.
+    /// Reads the set if that is allowed now. Returns whether it was read since the caller looked: a token may name a
+    /// key that was added minutes ago.
     pub(super) async fn refresh_for_unknown_key(&self) -> bool {
         if !self.is_older_than(self.refresh_min) {
             return false;
@@ -93,7 +93,7 @@ impl Jwks {
         self.tried.lock().is_none_or(|tried| tried.elapsed() >= age)
     }
 
-    /// One at a time; who waited for another's reading does not read again.
+    /// Reads the set. Concurrent callers wait for one reading.
     async fn refresh(&self) {
         let asked = Instant::now();
         let _running = self.running.lock().await;
@@ -113,7 +113,7 @@ impl Jwks {
 
     fn take(&self, set: &KeySet) {
         let keys = set.keys.iter().filter_map(|jwk| {
-            // A key that cannot be read is skipped by itself; `from_jwk` skips those of other types and uses.
+            // An unreadable key is skipped. `from_jwk` skips keys of other types and uses.
             let jwk = serde_json::from_value::<Jwk>(jwk.clone()).inspect_err(|error| {
                 self.skipped.inc();
                 tracing::warn!(source = %self.source, %error, "key set has an unreadable key, which is skipped");
@@ -144,7 +144,7 @@ impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::File(path) => path.display().fmt(f),
-            // Without a query, which may hold a secret.
+            // Without the query, which may contain a secret.
             Self::Url { url, .. } => f.write_str(url.split('?').next().unwrap_or_default()),
         }
     }
@@ -156,17 +156,12 @@ fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     if !config.url.starts_with("https://") {
         return Err("ca_file is for an https url".into());
     }
-    let named = |problem: &dyn std::fmt::Display| format!("ca_file {}: {problem}", path.display());
-    let pem = std::fs::read(path).map_err(|error| named(&error))?;
-    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let certificates = read.map_err(|error| named(&error))?;
+    let file = PemFile::read("ca_file", path)?;
+    let certificates = file.certificates()?;
     // ureq drops unusable certificates silently: they are an error here.
     let mut store = rustls::RootCertStore::empty();
     for certificate in &certificates {
-        store.add(certificate.clone()).map_err(|error| named(&error))?;
-    }
-    if certificates.is_empty() {
-        return Err(named(&"it holds no certificate"));
+        store.add(certificate.clone()).map_err(|error| file.error(error))?;
     }
     let owned = certificates.iter().map(|der| Certificate::from_der(der).to_owned());
     Ok(RootCerts::Specific(Arc::new(owned.collect())))

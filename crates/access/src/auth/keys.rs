@@ -1,4 +1,4 @@
-//! Keys: one algorithm each.
+//! Verification keys. Each is bound to one algorithm.
 
 use std::path::Path;
 
@@ -38,8 +38,8 @@ impl Key {
         Ok(Self { id, algorithm, decoding, apps: apps(&config.apps).map_err(fail)? })
     }
 
-    /// A key of a set; `None` for what cannot check a signature here. A symmetric key in a set that
-    /// is meant to be public is no key.
+    /// A key of a key set; `None` if it is of another type or use. Symmetric keys are ignored, because a key set is
+    /// public.
     pub(super) fn from_jwk(jwk: &Jwk, apps: &[AppId]) -> Option<Self> {
         if matches!(jwk.common.public_key_use, Some(PublicKeyUse::Encryption)) {
             return None;
@@ -69,7 +69,7 @@ impl Key {
         })
     }
 
-    /// Whether a token of this algorithm and key id may be this key's. Either may go without an id.
+    /// Whether this key may have signed a token with this algorithm and key id. The id is compared if both have one.
     pub(super) fn fits(&self, algorithm: Algorithm, id: Option<&str>) -> bool {
         let same_id = match (&self.id, id) {
             (Some(mine), Some(named)) => mine == named,

@@ -1,5 +1,5 @@
-//! What a session asks of its mailbox and of the token's verifier. Nobody waits: each answer is taken when
-//! it is there.
+//! Calls to the session's mailbox and to the token's verifier. The connection never waits for one: it polls them,
+//! and handles each answer when it arrives.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -113,12 +113,12 @@ impl Connection {
         self.calls.len() > before
     }
 
-    /// What to acknowledge now; sees to it that what has to wait is looked at again.
+    /// The acknowledgement to send now. If it has to wait for its interval, a timer is started.
     fn next_ack(&mut self) -> Option<(AckPoint, AckUrgency)> {
         let urgency = self.session.ack_urgency()?;
         let (now_ms, interval_ms) =
             (self.node.clock.uptime_ms(), self.node.policy.settings.ack_interval_ms);
-        // The clock wraps: a time that has passed lies further ahead than any interval.
+        // The clock wraps: a time in the past appears further ahead than any interval.
         let early_ms = self.next_ack_ms.wrapping_sub(now_ms);
         if urgency == AckUrgency::Paced && (1..=interval_ms).contains(&early_ms) {
             if !std::mem::replace(&mut self.ack_waits, true) {
@@ -133,7 +133,8 @@ impl Connection {
         self.session.next_ack().map(|point| (point, urgency))
     }
 
-    /// One at a time. One that is under way may have begun under another incarnation.
+    /// Starts a confirmation; at most one is under way. A request during one is repeated after it, because the first
+    /// may have begun under another incarnation.
     pub(super) fn confirm(&mut self) {
         if self.confirming != Confirming::No {
             self.confirming = Confirming::Again;

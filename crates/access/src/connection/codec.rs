@@ -1,4 +1,4 @@
-//! Frames of one connection to and from WebSocket messages, and what a connection is closed with.
+//! Conversion between frames and WebSocket messages, and the frames that precede a close.
 
 use barid_core::CloseCode;
 use barid_session::Close;
@@ -14,7 +14,7 @@ use crate::socket::{self, Message};
 /// Devices that are closed with 4006 are told to reconnect within this time, at random, ms.
 const RETURN_SPREAD_MS: u32 = 10_000;
 
-/// How a session's frames are written.
+/// How a session's frames are encoded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Codec {
     pub encoding: Encoding,
@@ -24,7 +24,7 @@ pub(super) struct Codec {
     pub ping_interval: u16,
 }
 
-/// A device's frame; `None` for control frames.
+/// Decodes a device's frame; `None` for WebSocket control frames.
 pub(super) fn decode(
     metrics: &Metrics,
     encoding: Encoding,
@@ -53,7 +53,7 @@ pub(super) fn decode(
     Ok(Some(heard))
 }
 
-/// What a broken socket is closed with; `None`: there is nobody to tell.
+/// The close for an error of the socket; `None` if the device is gone.
 pub(super) fn refusal(metrics: &Metrics, error: &socket::Error) -> Option<Close> {
     if let socket::Error::Capacity(CapacityError::MessageTooLong { .. }) = error {
         metrics.limit(Limit::FrameBytes);
@@ -61,7 +61,7 @@ pub(super) fn refusal(metrics: &Metrics, error: &socket::Error) -> Option<Close>
     socket::refusal(error)
 }
 
-/// The frames before a close frame: an error, and GoAway with 4006. None for draining, which GoAway has
+/// The frames before a close frame: an error, and GoAway before 4006. There are none for draining, which a GoAway has
 /// announced, and none for RFC 6455 violations.
 pub(super) fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     if close.code == CloseCode::Draining || close.code.is_websockets() {
@@ -84,7 +84,7 @@ pub(super) fn message(encoding: Encoding, frame: Bytes) -> Message {
         Encoding::Proto => Message::Binary(frame),
         Encoding::Json => match frame.try_into() {
             Ok(text) => Message::Text(text),
-            // JSON is written from text only.
+            // The JSON encoder writes valid UTF-8.
             Err(_) => Message::Text(Default::default()),
         },
     }

@@ -1,4 +1,4 @@
-//! What a session wants done.
+//! Execution of a session's effects.
 
 use barid_session::Effect;
 use barid_wire::frames::ServerFrame;
@@ -8,7 +8,7 @@ use crate::connection::state::Connection;
 use crate::connection::trace::wrote;
 
 impl Connection {
-    /// Does what the session wants done, in order.
+    /// Carries out the session's effects, in order.
     pub(super) fn apply(&mut self) {
         for effect in std::mem::take(&mut self.effects) {
             match effect {

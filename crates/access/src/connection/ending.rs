@@ -1,4 +1,4 @@
-//! How a connection ends: the session gives back what it holds, and the socket is closed.
+//! The end of a connection: the session is removed from the node and from Redis, and the socket is closed.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::node::Node;
 use crate::socket::Socket;
 
 impl Connection {
-    /// Gives everything back: the registry's entry, the device's last acknowledgement, its route.
+    /// Removes the session from the registry, stores the device's last acknowledgement, and removes its route.
     pub(super) async fn finish(self: Box<Self>, close: End) {
         let Self { node, socket, handle, session, codec, out, listener, .. } = *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
@@ -41,7 +41,7 @@ impl Connection {
     }
 }
 
-/// Tells the mailbox what it is owed.
+/// Stores the last acknowledgement, and removes the route.
 async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
     if let Some(point) = closing.ack {
         let request = ack_request(node, handle, point);
@@ -49,13 +49,13 @@ async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
         let call = node
             .mailboxes
             .until_answered(Call::Ack, || node.mailboxes.store().ack(request.clone()));
-        // Not told in time: the device is sent again what it has, and drops it.
+        // If this times out, the device is sent the messages again, and drops them.
         let _ = timeout(limit, call).await;
     }
     forget(node, handle).await;
 }
 
-/// Ends a socket politely, within a bound.
+/// Sends the close and waits for the device's, up to `limits.close_timeout_ms`.
 pub(super) async fn hang_up(
     node: &Node,
     socket: Socket,

@@ -1,4 +1,4 @@
-//! What the node has for a session: pushes, turns of the clock, orders to go.
+//! Handling of what other tasks put into a session's inbox: pushes, clock ticks, orders to go or to close.
 
 use std::task::{Context, Poll};
 

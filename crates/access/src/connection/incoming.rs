@@ -1,4 +1,4 @@
-//! What a device sends.
+//! Handling of a device's frames.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,13 +15,13 @@ use crate::connection::trace::of;
 use crate::fanout::Refused;
 use crate::labels::{Limit, Unknown};
 
-/// Bytes of an ignored name that are repeated to the client.
+/// Bytes of an ignored name that are quoted to the client.
 const IGNORED_BYTES_MAX: usize = 64;
 
 impl Connection {
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> bool {
         if self.refreshing.is_some() {
-            return false; // its outcome decides on what follows
+            return false; // frames behind a Refresh wait for its outcome
         }
         let message = match self.socket.poll_next(cx) {
             Poll::Pending => return false,
@@ -62,9 +62,9 @@ impl Connection {
         true
     }
 
-    /// Counts something that this version does not know and ignores. The first one of a connection is also
-    /// reported to the client, so that its developer notices a mistake. Escaped, `name` takes up to six
-    /// times its bytes, so at most `IGNORED_BYTES_MAX` of it are shown.
+    /// Counts an unknown field, kind or mailbox, which is ignored. The first one of a connection is also reported to
+    /// the client, so that its developer notices a mistake. At most `IGNORED_BYTES_MAX` of `name` are quoted, because
+    /// escaping can make it six times as long.
     fn ignored(&mut self, what: Unknown, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.reported_ignored, true) {

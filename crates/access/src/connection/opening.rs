@@ -15,7 +15,7 @@ use crate::handshake::Accepted;
 use crate::labels::{Call, Limit, Unknown};
 use crate::node::Node;
 
-/// From the first frame to a welcomed session. The error says why it is refused; `None`: the device left.
+/// Reads Hello and creates the session. The error says why the device is refused; `None`: it has gone.
 pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,
@@ -46,7 +46,7 @@ pub(super) async fn identify(
     Ok((session, handle, codec))
 }
 
-/// Registers a session and asks the mailbox for it.
+/// Registers a session, and connects it to its mailbox.
 async fn enter(
     node: &Arc<Node>,
     connecting: Connecting,

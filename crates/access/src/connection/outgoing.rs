@@ -1,4 +1,4 @@
-//! What waits for the socket, and how it is written: what waits together goes out together.
+//! The queue of frames to the device. Everything in it is written in one flush.
 
 use std::task::{Context, Poll};
 
@@ -84,8 +84,8 @@ impl Connection {
         }
     }
 
-    /// Writes what is for an audience, once everything else has left: what the socket does not take stays
-    /// in the audience's log.
+    /// Writes messages of audiences, once the queue is empty: while the socket is full, they stay in the audience's
+    /// log.
     pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) {
         while self.fanned_out && self.end.is_none() && self.is_flushed() {
             if !self.write_fanout(cx) {
@@ -94,7 +94,7 @@ impl Connection {
         }
     }
 
-    /// One run of messages; false if the device is gone.
+    /// Writes one run of messages. Returns false if the device is gone.
     fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
         let format = Format::new(self.codec.encoding, self.codec.zstd);
         let Read { missed, run, report } = self.listener.read(format);
@@ -120,7 +120,7 @@ impl Connection {
         true
     }
 
-    /// Hops and trace events of messages that were written.
+    /// Records the hops and trace events of messages that were written.
     fn report(&self, report: &Report) {
         let app = &self.handle.user().app;
         let now_us = self.node.mailboxes.audience_now_us(app, &report.mailbox);
@@ -161,8 +161,7 @@ impl Connection {
         self.socket.feed(message(self.codec.encoding, frame))
     }
 
-    /// The frames of pushes that wait behind this one and go with it: what arrives together costs the
-    /// device one frame.
+    /// Takes the queued pushes that are joined with `first` into one frame.
     fn pushed_with(&mut self, first: Bytes, generation: u32) -> Vec<Bytes> {
         let mut bytes = first.len();
         let mut frames = vec![first];
@@ -177,7 +176,7 @@ impl Connection {
         frames
     }
 
-    /// One frame for all of them; entry by entry if one of them is broken.
+    /// Encodes entries into one frame. An entry that cannot be encoded is skipped, and the rest is queued again.
     fn encode(&mut self, mut entries: Vec<Envelope>) -> Option<Bytes> {
         let generation = self.session.generation().0;
         let Codec { encoding, zstd, .. } = self.codec;

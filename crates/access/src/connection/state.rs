@@ -1,4 +1,4 @@
-//! A connection between turns of its loop: what it holds, and what it waits for.
+//! The state of a connection.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -19,10 +19,10 @@ use crate::node::Node;
 use crate::socket::Socket;
 use crate::upstream::Spent;
 
-/// What waits for the socket.
+/// An item of the queue to the device.
 pub(super) enum Out {
     Frame(Bytes),
-    /// Pushed messages, in a frame for each that its other receivers share.
+    /// One pushed message, in a frame that it shares with the user's other sessions.
     Pushed {
         frame: Bytes,
         generation: u32,
@@ -35,7 +35,7 @@ pub(super) enum Out {
 /// The answer to a call.
 pub(super) enum Answer {
     Page(Page),
-    /// The time until the next acknowledgement is over.
+    /// The interval between two acknowledgements has passed.
     AckDue,
     Acked(AckOutcome),
     Confirmed(ConfirmOutcome, Incarnation),
@@ -52,7 +52,7 @@ pub(super) enum Confirming {
     Again,
 }
 
-/// How a connection ended: what to close with, or `None` if the device is gone.
+/// How a connection ended: the close to send, or `None` if the device is gone.
 pub(super) type End = Option<Close>;
 
 pub(super) struct Connection {
@@ -61,30 +61,30 @@ pub(super) struct Connection {
     pub handle: Arc<Handle>,
     pub session: Connected,
     pub codec: Codec,
-    /// What it hears beside its user's messages.
+    /// The audiences that the session reads.
     pub listener: Listener,
-    /// There may be something to read for it.
+    /// `listener` may have messages to read.
     pub fanned_out: bool,
     pub beat: Heartbeat,
     pub spent: Spent,
     pub out: VecDeque<Out>,
     /// Bytes in `out`: of frames, and of the payloads of entries.
     pub out_bytes: usize,
-    /// Redis: at most one read, one acknowledgement and one confirmation.
+    /// Calls to Redis under way: at most one read, one acknowledgement and one confirmation.
     pub calls: Vec<PendingCall>,
-    /// Acknowledgements are cumulative: the next one waits until then, unless it is urgent.
+    /// Node uptime before which only an urgent acknowledgement is sent, ms, modulo 2^32.
     pub next_ack_ms: u32,
     pub ack_waits: bool,
     pub confirming: Confirming,
     pub refreshing: Option<Refreshing>,
     pub effects: Vec<Effect>,
     pub end: Option<End>,
-    /// The device has been told once that something it sent was ignored.
+    /// The device has been told that something it sent was ignored; that is done once.
     pub reported_ignored: bool,
 }
 
 impl Connection {
-    /// A session that is registered and known to its mailbox. The caller writes Welcome.
+    /// Creates the connection of a session that is registered and connected to its mailbox. The caller writes Welcome.
     pub(super) fn new(
         node: &Arc<Node>,
         accepted: Accepted,
@@ -122,7 +122,7 @@ impl Connection {
         })
     }
 
-    /// Whether everything written so far has left.
+    /// Whether the queue and the socket's buffer are empty.
     pub(super) fn is_flushed(&self) -> bool {
         self.socket.fed() == 0 && self.out.is_empty()
     }

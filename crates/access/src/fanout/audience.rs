@@ -1,4 +1,4 @@
-//! One audience: its log, its members, and whom of them to tell.
+//! One audience: its log, its members, and the wake-ups they are due.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,9 +18,9 @@ use crate::handle::Handle;
 
 /// Bytes of messages that share a frame; one alone may be larger.
 const RUN_BYTES_MAX: usize = 16 << 10;
-/// Runs that are kept for the next readers of the same messages.
+/// Encoded runs cached for the next readers of the same messages.
 const RUNS_MAX: usize = 8;
-/// Of so many deliveries one is on the hops: to look at the clock for each would cost more than to find it.
+/// One delivery in this many is measured for the hops: reading the clock for each would cost more than the delivery.
 const COUNTED_ONE_IN: u32 = 16;
 
 /// A message, and its frames without a mailbox.
@@ -30,17 +30,17 @@ pub(super) struct Entry {
     at: Seconds,
     /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
     dispatched_us: u64,
-    /// Its trace is recorded, and nobody was written it yet.
+    /// The message is traced, and no member has been sent it yet.
     untraced: bool,
-    /// By [`Format`]: not asked for yet, or what came of it.
+    /// Frames by [`Format`]; unset until the first reader of that format.
     frames: [Option<Option<Bytes>>; Format::COUNT],
 }
 
 impl Entry {
-    /// Taken at `at`; queued for this node at `dispatched_us`.
+    /// `at`: when this node received it. `dispatched_us`: when its dispatcher queued it for this node.
     ///
     /// # Errors
-    /// Its payload is broken.
+    /// The payload cannot be decompressed.
     pub(super) fn new(
         envelope: Envelope,
         at: Seconds,
@@ -61,7 +61,7 @@ impl Entry {
         size_of::<Self>() + self.envelope.payload.len() + frames
     }
 
-    /// Its frame; `None`: it has none of this format (a body that is no JSON).
+    /// Its frame; `None`: the message cannot be written in this format (a body that is not JSON).
     fn frame(&mut self, format: Format) -> Option<Bytes> {
         let frame = &mut self.frames[format as usize];
         frame.get_or_insert_with(|| format.encode(&self.envelope).ok()).clone()
@@ -74,7 +74,7 @@ pub struct Run {
     first: u32,
     next: u32,
     format: Format,
-    /// There was no room for more.
+    /// The frame has no room for another message.
     full: bool,
     /// Messages in it; 0: none of them could be written.
     pub messages: u32,
@@ -82,18 +82,18 @@ pub struct Run {
     pub frame: Bytes,
 }
 
-/// What a member finds.
+/// Result of one read by a member.
 #[derive(Debug, Default)]
 pub struct Read {
-    /// Messages that had left the log.
+    /// Messages that left the log before the member read them.
     pub missed: u32,
     /// What to write; `None`: nothing.
     pub run: Option<Run>,
-    /// What is to be told of it once it is written; mostly nothing.
+    /// What to report once the frame is written; `None` for most frames.
     pub report: Option<Box<Report>>,
 }
 
-/// Messages by number; numbers wrap.
+/// The stored messages, by number. Numbers wrap.
 #[derive(Debug, Default)]
 struct Log {
     entries: VecDeque<Entry>,
@@ -101,9 +101,9 @@ struct Log {
     first: u32,
     runs: VecDeque<Run>,
     bytes: usize,
-    /// So many of them are [`Entry::untraced`].
+    /// How many of them are [`Entry::untraced`].
     untraced: usize,
-    /// It is among those that hold something.
+    /// The hub lists this audience as holding messages.
     listed: bool,
 }
 
@@ -127,7 +127,7 @@ impl Log {
             self.untraced -= usize::from(entry.untraced);
             self.first = self.first.wrapping_add(1);
         }
-        // They may hold more than is left.
+        // Cached runs may be larger than what is left in the log.
         self.forget_runs();
     }
 
@@ -153,7 +153,7 @@ impl Log {
         Read { missed, run: Some(run), report }
     }
 
-    /// Each member's turn comes with every message, so that those who are told late count as well as others.
+    /// Every member is sampled equally often, so that members woken late count as much as others.
     fn report(&mut self, mailbox: &Arc<str>, run: &Run, slot: u32) -> Option<Box<Report>> {
         let counts = slot.wrapping_add(run.first).is_multiple_of(COUNTED_ONE_IN);
         if !counts && self.untraced == 0 {
@@ -219,24 +219,24 @@ struct Slots {
     free: Vec<u32>,
 }
 
-/// How far its members are told.
+/// Progress of waking the members.
 #[derive(Debug, Default)]
 struct Walk {
-    /// Since when; `None`: they know all there is.
+    /// When the round began; `None`: every member has been woken for all messages.
     since: Option<Instant>,
-    /// The slot to go on with.
+    /// The next slot to wake.
     at: usize,
-    /// Something came since it began.
+    /// A message arrived since the round began, so another round follows.
     again: bool,
 }
 
-/// Sessions that are told the same.
+/// The sessions that receive the same messages.
 #[derive(Debug)]
 pub(super) struct Audience {
-    /// What frames call it.
+    /// The audience's name in frames.
     mailbox: Arc<str>,
     log: Mutex<Log>,
-    /// The log's end.
+    /// The number after the last message of the log.
     end: AtomicU32,
     members: Mutex<Slots>,
     walk: Mutex<Walk>,
@@ -255,7 +255,7 @@ impl Audience {
         }
     }
 
-    /// How many members it has.
+    /// Number of members.
     pub(super) fn len(&self) -> usize {
         let members = self.members.lock();
         members.slots.len() - members.free.len()
@@ -265,7 +265,7 @@ impl Audience {
         self.len() == 0
     }
 
-    /// Adds a member, who reads what comes from now on.
+    /// Adds a member. It reads the messages that arrive from now on.
     pub(super) fn join(audience: &Arc<Self>, handle: &Arc<Handle>) -> Member {
         let mut members = audience.members.lock();
         let handle = Some(Arc::clone(handle));
@@ -284,7 +284,7 @@ impl Audience {
         Member { audience: Arc::clone(audience), slot, next }
     }
 
-    /// Takes a message. True if the audience held nothing before.
+    /// Appends a message. Returns whether the log was empty before.
     pub(super) fn append(&self, entry: Entry) -> bool {
         let mut log = self.log.lock();
         let before = log.bytes;
@@ -294,7 +294,7 @@ impl Audience {
         !std::mem::replace(&mut log.listed, true)
     }
 
-    /// Drops what was taken before `oldest`; whether something is left.
+    /// Drops messages that were received before `oldest`. Returns whether any are left.
     pub(super) fn forget_before(&self, oldest: Seconds) -> bool {
         let mut log = self.log.lock();
         let before = log.bytes;
@@ -308,7 +308,7 @@ impl Audience {
         log.listed
     }
 
-    /// Bytes that its log holds, counted anew.
+    /// Recounts the bytes that the log holds.
     #[cfg(test)]
     pub(super) fn held(&self) -> usize {
         let log = self.log.lock();
@@ -316,7 +316,7 @@ impl Audience {
         runs + log.entries.iter().map(Entry::bytes).sum::<usize>()
     }
 
-    /// Something came: its members have to be told. False if somebody is at it.
+    /// Starts a round of wake-ups for a new message. Returns false if one is under way, which then covers the message.
     pub(super) fn start_round(&self) -> bool {
         let mut walk = self.walk.lock();
         walk.again = true;
@@ -325,7 +325,8 @@ impl Audience {
         first
     }
 
-    /// Tells up to so many members; how many it were, and once all are told, how long that took.
+    /// Wakes up to `count_max` members. Returns how many were woken and, at the end of a round, how long the round
+    /// took.
     pub(super) fn notify(&self, count_max: usize) -> (usize, Option<Duration>) {
         let mut walk = self.walk.lock();
         if walk.at == 0 {
@@ -353,7 +354,7 @@ impl Audience {
     }
 }
 
-/// A session's place in an audience.
+/// A session's membership of an audience, with its read position.
 #[derive(Debug)]
 pub struct Member {
     audience: Arc<Audience>,
@@ -363,7 +364,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// What is to be written next.
+    /// Reads the next run of messages.
     pub fn read(&mut self, format: Format) -> Read {
         let audience = &*self.audience;
         if audience.end.load(Ordering::Acquire) == self.next {

@@ -1,4 +1,4 @@
-//! Takes messages for audiences, and tells their members.
+//! The audiences of a node: receives messages for them, and wakes their members.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,41 +18,41 @@ use crate::handle::Handle;
 use crate::labels::FanoutResult;
 use crate::metrics::Metrics;
 
-/// Sessions told at once, before other tasks have their turn: about what a worker's own queue takes twice.
+/// Sessions woken before the task yields: about half of what a worker's local run queue holds.
 const NOTIFIED_AT_ONCE: usize = 128;
 
-/// Who is to be told what, on this node.
+/// All audiences of this node.
 pub struct Fanout {
     apps: Mutex<HashMap<AppId, App>>,
-    /// Audiences some of whose members are not told yet, in turn.
+    /// Audiences with members that are still to be woken; served in turn.
     pending: Mutex<VecDeque<Arc<Audience>>>,
     more: Notify,
-    /// Audiences whose logs hold something.
+    /// Audiences whose logs hold messages.
     holding: Mutex<Vec<Arc<Audience>>>,
     room: Arc<Room>,
     metrics: Metrics,
     seconds_max: Seconds,
 }
 
-/// The audiences of an app: there while it has a session here.
+/// The audiences of an app. They exist while the app has a session on this node.
 struct App {
     everyone: Arc<Audience>,
     groups: HashMap<GroupId, Arc<Audience>>,
 }
 
-/// When a message for an audience received.
+/// When a message for an audience was received.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Received {
     /// Milliseconds since the Unix epoch.
     pub now_ms: u64,
     /// By the coarse clock.
     pub now: Seconds,
-    /// From its acceptance until its dispatcher queued it for this node, µs; `None`: not known.
+    /// Time from the message's acceptance until its dispatcher queued it for this node, µs; `None`: unknown.
     pub dispatched_after_us: Option<u32>,
 }
 
 impl Fanout {
-    /// Without audiences.
+    /// Creates a hub without audiences.
     pub fn new(limits: &LimitsConfig, metrics: &Metrics) -> Self {
         Self {
             apps: Mutex::default(),
@@ -65,7 +65,7 @@ impl Fanout {
         }
     }
 
-    /// A session begins: it reads what is for everyone of its app from now on.
+    /// Adds a new session to the audience "everyone" of its app.
     pub(super) fn join(&self, handle: &Arc<Handle>) -> Member {
         let mut apps = self.apps.lock();
         Audience::join(&self.app(&mut apps, &handle.user().app).everyone, handle)
@@ -78,7 +78,7 @@ impl Fanout {
         })
     }
 
-    /// The session is over.
+    /// Removes a session that has ended.
     pub(super) fn leave(&self, app: &AppId, everyone: &Member) {
         let mut apps = self.apps.lock();
         everyone.leave();
@@ -87,7 +87,7 @@ impl Fanout {
         }
     }
 
-    /// A session reads what is for a group from now on. It has joined.
+    /// Adds a session, which has joined, to the audience of a group.
     pub(super) fn subscribe(&self, handle: &Arc<Handle>, group: &GroupId) -> Member {
         let mut apps = self.apps.lock();
         let app = self.app(&mut apps, &handle.user().app);
@@ -99,7 +99,7 @@ impl Fanout {
         Audience::join(audience, handle)
     }
 
-    /// And no longer.
+    /// Removes a session from the audience of a group.
     pub(super) fn unsubscribe(&self, app: &AppId, group: &GroupId, member: &Member) {
         let mut apps = self.apps.lock();
         self.metrics.subscriptions.dec();
@@ -111,24 +111,12 @@ impl Fanout {
         }
     }
 
-    /// Takes a message (an entry of the audience's mailbox) for everyone of an app, or for a group of it.
-    /// [`Self::wake`] has it told.
+    /// Stores a message (an entry of the audience's mailbox) for everyone of an app, or for one of its groups. Call
+    /// [`Self::wake`] afterwards, once for all messages of a batch.
     ///
     /// # Errors
-    /// It is no entry, or its payload is broken.
+    /// `entry` is not a valid envelope, or its payload cannot be decompressed.
     pub fn receive(
-        &self,
-        app: &AppId,
-        group: Option<&GroupId>,
-        entry: Bytes,
-        received: Received,
-    ) -> Result<FanoutResult, EnvelopeError> {
-        let result = self.store(app, group, entry, received)?;
-        self.metrics.fanout(result);
-        Ok(result)
-    }
-
-    fn store(
         &self,
         app: &AppId,
         group: Option<&GroupId>,
@@ -165,12 +153,12 @@ impl Fanout {
         }
     }
 
-    /// Has what was taken told.
+    /// Starts waking the members that have messages to read.
     pub fn wake(&self) {
         self.more.notify_one();
     }
 
-    /// Tells members, for as long as the node lives.
+    /// Wakes members. Never returns.
     pub async fn run(&self) {
         loop {
             let mut left = NOTIFIED_AT_ONCE;
@@ -190,7 +178,7 @@ impl Fanout {
         }
     }
 
-    /// Forgets what members had time enough to read. Once a second.
+    /// Drops messages older than `limits.fanout_seconds`. Call it once a second.
     pub fn sweep(&self, now: Seconds) {
         let oldest = now.saturating_sub(self.seconds_max);
         self.holding.lock().retain(|audience| audience.forget_before(oldest));

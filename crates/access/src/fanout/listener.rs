@@ -1,4 +1,4 @@
-//! What one session listens to: everyone of its app, and the groups that it subscribed to.
+//! The audiences that one session reads: everyone of its app, and the groups that it is subscribed to.
 
 use std::sync::Arc;
 
@@ -9,11 +9,11 @@ use crate::fanout::audience::{Member, Read};
 use crate::fanout::hub::Fanout;
 use crate::handle::Handle;
 
-/// A session's places in its audiences.
+/// A session's memberships.
 #[derive(Debug)]
 pub struct Listener {
     everyone: Member,
-    /// Of a token that lists groups.
+    /// The groups that the session's token lists.
     groups: Option<Box<Groups>>,
 }
 
@@ -21,21 +21,21 @@ pub struct Listener {
 struct Groups {
     allowed: Vec<GroupId>,
     subscribed: Vec<(GroupId, Member)>,
-    /// The audience to look at first, from 0: everyone.
+    /// Index of the audience to read first; 0 is everyone.
     turn: usize,
 }
 
 /// Why a session may not subscribe to a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
-    /// The token does not list it.
+    /// The token does not list the group.
     NotListed,
-    /// The session has as many as it may have.
+    /// The session has as many subscriptions as it may have.
     TooMany,
 }
 
 impl Refused {
-    /// What a device is told: a close code, and a text for people.
+    /// The code and the text of the `unsubscribed` frame.
     pub fn reply(self) -> (CloseCode, &'static str) {
         match self {
             Self::NotListed => (CloseCode::BadToken, "the token does not list this group"),
@@ -45,7 +45,7 @@ impl Refused {
 }
 
 impl Listener {
-    /// Of a session that begins, whose token lists these groups.
+    /// Joins a new session to its app's audience. `groups` are those that its token lists.
     pub fn new(fanout: &Fanout, handle: &Arc<Handle>, allowed: Vec<GroupId>) -> Self {
         let mut listener = Self { everyone: fanout.join(handle), groups: None };
         listener.set_allowed(allowed);
@@ -58,10 +58,10 @@ impl Listener {
         }
     }
 
-    /// From now on the group's messages as well; at most `groups_max` groups. Once more does nothing.
+    /// Subscribes to a group; at most `groups_max` at once. A repeated subscription has no effect.
     ///
     /// # Errors
-    /// It may not.
+    /// The token does not list the group, or the session has too many subscriptions.
     pub fn subscribe(
         &mut self,
         fanout: &Fanout,
@@ -83,7 +83,7 @@ impl Listener {
         Ok(())
     }
 
-    /// No further messages of the group; whether there would have been.
+    /// Ends the subscription to a group. Returns whether there was one.
     pub fn unsubscribe(&mut self, fanout: &Fanout, app: &AppId, group: &GroupId) -> bool {
         let Some(groups) = &mut self.groups else { return false };
         let at = groups.subscribed.iter().position(|(name, _)| name == group);
@@ -93,7 +93,7 @@ impl Listener {
         true
     }
 
-    /// The token lists these groups now. Returns those whose subscription that ended.
+    /// Replaces the groups of the token. Returns the groups whose subscription this ended.
     pub fn allow(&mut self, fanout: &Fanout, app: &AppId, allowed: Vec<GroupId>) -> Vec<GroupId> {
         self.set_allowed(allowed);
         let Some(groups) = &mut self.groups else { return Vec::new() };
@@ -105,7 +105,7 @@ impl Listener {
         ended
     }
 
-    /// What is to be written next, of each audience in turn.
+    /// Reads the next run of messages, from each audience in turn.
     pub fn read(&mut self, format: Format) -> Read {
         let Some(groups) = &mut self.groups else { return self.everyone.read(format) };
         let mut missed = 0;
@@ -125,7 +125,7 @@ impl Listener {
         Read { missed, ..Read::default() }
     }
 
-    /// The session is over.
+    /// Leaves all audiences.
     pub fn leave(self, fanout: &Fanout, app: &AppId) {
         for (group, member) in self.groups.into_iter().flat_map(|groups| groups.subscribed) {
             fanout.unsubscribe(app, &group, &member);

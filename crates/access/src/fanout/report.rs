@@ -1,18 +1,18 @@
-//! What a connection reports of a delivery for an audience once it is written: the hops of one in sixteen, and the
-//! traces of sampled messages.
+//! What a connection reports after it has written messages for an audience: the hops of one delivery in sixteen, and
+//! the trace events of sampled messages.
 
 use std::sync::Arc;
 
 use barid_wire::envelope::Envelope;
 
-/// The report for messages that a member reads together.
+/// The report for one run of messages.
 #[derive(Debug, PartialEq)]
 pub struct Report {
-    /// What frames call the audience.
+    /// The audience's name in frames.
     pub mailbox: Arc<str>,
-    /// If this delivery counts: when the dispatcher queued the oldest message for this node, µs in Redis's
+    /// If this delivery is measured: when the dispatcher queued the oldest message for this node, µs in Redis's
     /// time, and when it was produced, ms since the Unix epoch; 0: not known.
     pub hop: Option<(u64, u64)>,
-    /// Sampled messages that nobody on the node was written before.
+    /// Sampled messages that no other session of the node was sent before.
     pub traced: Vec<Envelope>,
 }

@@ -1,4 +1,4 @@
-//! The bytes that the logs of all audiences may hold.
+//! The bound on the bytes of all audiences' logs (`limits.node_fanout_bytes_max`).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,12 +6,12 @@ use prometheus::IntGauge;
 
 use crate::config::LimitsConfig;
 
-/// What all logs together hold, bytes, and may hold.
+/// Bytes that all logs together hold, and the bounds.
 #[derive(Debug)]
 pub(super) struct Room {
     held: AtomicU64,
     held_max: u64,
-    /// Bound of one log, bytes.
+    /// Bound of one log.
     pub(super) log_bytes_max: usize,
     gauge: IntGauge,
 }
@@ -30,13 +30,13 @@ impl Room {
         self.held.load(Ordering::Relaxed) > self.held_max
     }
 
-    /// Bytes held.
+    /// Bytes that all logs hold.
     #[cfg(test)]
     pub(super) fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// A log holds `now` bytes instead of `before`.
+    /// Records that a log holds `now` bytes instead of `before`.
     pub(super) fn changed(&self, before: usize, now: usize) {
         let (before, now) = (before as u64, now as u64);
         self.held.fetch_add(now.wrapping_sub(before), Ordering::Relaxed);

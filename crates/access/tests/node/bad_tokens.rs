@@ -201,13 +201,13 @@ fn table() -> Vec<Bad> {
         (
             "another app's key",
             sign(json!({ "alg": "HS256", "kid": "shop" }), &plain, SHOP_SECRET),
-            "not one of this app",
+            "not allowed for this app",
             "other_app",
         ),
         (
             "another app's key, no kid",
             sign(json!({ "alg": "HS256" }), &plain, SHOP_SECRET),
-            "not one of this app",
+            "not allowed for this app",
             "other_app",
         ),
         (

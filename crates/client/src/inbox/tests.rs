@@ -56,6 +56,10 @@ impl Device {
         self.inbox.next_message().expect("a message waits").0
     }
 
+    fn finished(&mut self, ticket: Ticket, handled: bool) {
+        self.inbox.finished(ticket, handled, &mut self.events);
+    }
+
     fn shown(&mut self) -> Option<String> {
         self.inbox.next_message().map(|(_, message)| message.id)
     }
@@ -68,7 +72,7 @@ impl Device {
     fn handle_all(&mut self) -> Vec<String> {
         std::iter::from_fn(|| {
             let (ticket, message) = self.inbox.next_message()?;
-            self.inbox.finished(ticket, true);
+            self.finished(ticket, true);
             Some(message.id)
         })
         .collect()
@@ -94,7 +98,7 @@ fn a_refused_message_that_is_evicted_with_newer_ones_holds_up_nothing() {
     let mut device = Device::welcomed();
     device.deliver(G, 1, "a");
     let ticket = device.take();
-    device.inbox.finished(ticket, false);
+    device.finished(ticket, false);
     device.evicted(2);
     device.deliver(G, 3, "c");
     assert_eq!(device.handle_all(), ["c"]);
@@ -111,9 +115,35 @@ fn a_message_that_is_refused_after_it_was_evicted_holds_up_nothing() {
     let ticket = device.take();
     device.evicted(2);
     device.deliver(G, 3, "c");
-    device.inbox.finished(ticket, false);
+    device.finished(ticket, false);
     assert_eq!(device.handle_all(), ["c"]);
     assert_eq!(device.acked(), Some(3));
+    // The skip did not name "a", which the application had. Now that it gives it back, it is told.
+    let why = SkipReason::Evicted;
+    let told = |seq| Event::Skipped { first: Seq(seq), last: Seq(seq), why };
+    assert_eq!(device.events, [told(2), told(1)]);
+}
+
+#[test]
+fn a_message_that_is_handled_after_it_was_evicted_is_not_skipped() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    device.evicted(1);
+    device.finished(ticket, true);
+    assert_eq!((device.events.len(), device.acked()), (0, Some(1)));
+}
+
+#[test]
+fn a_message_that_is_refused_after_an_earlier_connection_acknowledged_it_is_told_as_such() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let ticket = device.take();
+    let why = SkipReason::Acknowledged;
+    device.inbox.skip(G, Seq(1), Chain(0), why, &mut device.events).unwrap();
+    device.finished(ticket, false);
+    let (first, last) = (Seq(1), Seq(1));
+    assert_eq!(device.events, [Event::Skipped { first, last, why }]);
 }
 
 #[test]
@@ -123,11 +153,11 @@ fn an_ack_never_passes_a_message_that_is_not_handled() {
         device.deliver(G, seq, id);
     }
     let (a, b, c) = (device.take(), device.take(), device.take());
-    device.inbox.finished(c, true);
+    device.finished(c, true);
     assert_eq!(device.acked(), None);
-    device.inbox.finished(a, true);
+    device.finished(a, true);
     assert_eq!(device.acked(), Some(1));
-    device.inbox.finished(b, true);
+    device.finished(b, true);
     assert_eq!(device.acked(), Some(3));
 }
 
@@ -140,7 +170,7 @@ fn hazard_03_what_took_anothers_place_while_the_device_was_away_is_shown() {
     // The connection breaks, Redis forgets both, "z" becomes 1 and they are accepted again.
     device.welcome(at(7, 1, 0));
     device.deliver(G, 1, "z");
-    device.inbox.finished(x, true);
+    device.finished(x, true);
     assert_eq!(device.acked(), None, "what was handled is not what now stands there");
     assert_eq!(device.handle_all(), ["z"]);
     device.deliver(G, 2, "x");
@@ -156,14 +186,14 @@ fn hazard_03_a_fork_whose_place_was_evicted_shows_nothing_twice() {
         device.deliver(G, seq, id);
     }
     let x = device.take();
-    device.inbox.finished(x, true);
+    device.finished(x, true);
     let y = device.take(); // it is being handled, and "z" waits
     // Redis forgets all three, others take their places and are evicted, and they are accepted again.
     device.evicted(6);
     for (seq, id) in [(7, "x"), (8, "y"), (9, "z"), (10, "new")] {
         device.deliver(G, seq, id);
     }
-    device.inbox.finished(y, true);
+    device.finished(y, true);
     assert_eq!(device.handle_all(), ["z", "new"]);
     assert_eq!(device.acked(), Some(10));
 }
@@ -176,14 +206,14 @@ fn hazard_03_what_waited_for_the_application_is_shown_when_the_connection_breaks
     device.deliver(G, 3, "z");
     let x = device.take();
     let refused = device.take();
-    device.inbox.finished(refused, false);
+    device.finished(refused, false);
     device.evicted(6);
     // Redis goes back to before the eviction, while "x" is being handled.
     device.welcome(at(7, 1, 0));
     for (seq, id) in [(1, "x"), (2, "refused"), (3, "z")] {
         device.deliver(G, seq, id);
     }
-    device.inbox.finished(x, true);
+    device.finished(x, true);
     assert_eq!(device.handle_all(), ["refused", "z"]);
     assert_eq!(device.acked(), Some(3));
 }
@@ -195,7 +225,7 @@ fn hazard_03_what_was_handled_behind_an_eviction_is_not_shown_again_after_a_reco
     // Redis went back, others took the place of "a", and were evicted while it is being handled.
     device.evicted(30);
     let ticket = device.take();
-    device.inbox.finished(ticket, true);
+    device.finished(ticket, true);
     assert_eq!(device.acked(), Some(30));
     let checkpoint = device.inbox.checkpoint(1);
     let there = device.inbox.position().unwrap();
@@ -217,7 +247,7 @@ fn what_came_before_is_not_shown_again_but_acknowledged_again() {
     device.deliver(G, 1, "a"); // a re-send while the application has it
     device.deliver(G, 2, "b"); // and while it waits
     assert_eq!(device.events.len(), 2);
-    device.inbox.finished(a, true);
+    device.finished(a, true);
     assert_eq!(device.handle_all(), ["b"]);
     assert_eq!(device.acked(), Some(2));
     device.deliver(G, 2, "b"); // the ack got lost
@@ -231,7 +261,7 @@ fn a_refused_message_comes_again_before_anything_newer() {
     device.deliver(G, 1, "a");
     device.deliver(G, 2, "b");
     let a = device.take();
-    device.inbox.finished(a, false);
+    device.finished(a, false);
     assert_eq!(device.shown(), None);
     device.deliver(G, 1, "a");
     device.deliver(G, 2, "b");
@@ -245,7 +275,7 @@ fn a_refused_message_that_expires_is_skipped() {
     device.deliver(G, 1, "a");
     device.deliver(G, 2, "b");
     let a = device.take();
-    device.inbox.finished(a, false);
+    device.finished(a, false);
     device.skip(1, 5);
     assert_eq!(device.handle_all(), ["b"]);
     assert_eq!(device.acked(), Some(2));
@@ -297,7 +327,7 @@ fn what_is_with_the_application_survives_a_reconnect() {
     device.welcome(at(7, 1, 0));
     device.deliver(G, 1, "a");
     device.deliver(G, 2, "b");
-    device.inbox.finished(a, true);
+    device.finished(a, true);
     assert_eq!(device.handle_all(), ["b"]);
     assert_eq!(device.acked(), Some(2));
 }
@@ -330,13 +360,13 @@ fn a_message_with_the_application_during_a_reset_is_not_shown_twice() {
         let a = device.take();
         device.welcome(at(8, 1, 0));
         if handled_before_it_returns {
-            device.inbox.finished(a, true);
+            device.finished(a, true);
             device.deliver(G, 1, "a");
         } else {
             device.deliver(G, 1, "a");
             assert_eq!(device.shown(), None);
             assert_eq!(device.acked(), None);
-            device.inbox.finished(a, true);
+            device.finished(a, true);
         }
         assert_eq!(device.shown(), None);
         assert_eq!(device.acked(), Some(1));
@@ -350,7 +380,7 @@ fn a_message_refused_after_a_reset_is_shown_again() {
     let a = device.take();
     device.welcome(at(8, 1, 0));
     device.deliver(G, 1, "a");
-    device.inbox.finished(a, false);
+    device.finished(a, false);
     device.deliver(G, 1, "a");
     assert_eq!(device.handle_all(), ["a"]);
 }
@@ -371,7 +401,7 @@ fn a_checkpoint_brings_back_the_position_and_the_ids() {
     device.deliver(G, 1, "a");
     device.deliver(G, 2, "b");
     let a = device.take();
-    device.inbox.finished(a, true);
+    device.finished(a, true);
     let checkpoint = device.inbox.checkpoint(5);
     assert_eq!(checkpoint.position.unwrap().seq, Seq(1)); // "b" was not handled
 
@@ -468,7 +498,7 @@ impl World {
 
     fn finish(&mut self, which: usize, handled: bool) {
         let (ticket, id) = self.out.swap_remove(which);
-        self.device.inbox.finished(ticket, handled);
+        self.device.finished(ticket, handled);
         if handled {
             self.handled.push(id);
         }

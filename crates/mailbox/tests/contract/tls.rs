@@ -149,7 +149,9 @@ fn hazard_60_files_that_are_no_certificates_are_named_before_anything_starts() {
     let absent = RedisConfig { ca_file: Some("/nowhere/ca.pem".into()), ..tls.clone() };
     assert!(error(absent).starts_with("redis.ca_file /nowhere/ca.pem: No such file"));
     let empty = RedisConfig { ca_file: file("empty.pem", "nothing"), ..tls.clone() };
-    assert_eq!(error(empty), "redis.ca_file holds no certificate");
+    let (ca_file, problem) = (empty.ca_file.clone().unwrap(), "it holds no certificate; write");
+    let named = format!("redis.ca_file {}: {problem}", ca_file.display());
+    assert!(error(empty.clone()).starts_with(&named), "{}", error(empty));
     let alone = RedisConfig { certificate_file: certificate_file.clone(), ..whole.clone() };
     assert_eq!(error(alone), "redis.certificate_file and redis.key_file belong together");
     let key_file = file("other.key", &other.key);
@@ -158,7 +160,7 @@ fn hazard_60_files_that_are_no_certificates_are_named_before_anything_starts() {
     assert!(error(foreign).starts_with("redis.certificate_file and redis.key_file: "));
     let key_file = file("client.key", "no key");
     let keyless = RedisConfig { certificate_file, key_file, ..whole };
-    assert!(error(keyless).starts_with("redis.key_file holds no private key"));
+    assert!(error(keyless).contains("/client.key: it holds no private key; write"));
     let plain = RedisConfig { ca_file: ca, ..Default::default() };
     assert!(error(plain).starts_with("redis.url redis://127.0.0.1:6379 is not encrypted"));
 }

@@ -1,4 +1,4 @@
-//! Shards whose master did not take the last call, over all lanes.
+//! Shards whose last call failed, over all lanes.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use barid_core::Shard;
 use parking_lot::Mutex;
 
-/// Written by the lanes, read by the loop.
+/// The failing shards. Lanes write them, and the loop reads them.
 #[derive(Debug, Default)]
 pub struct Away {
     count: AtomicUsize,
@@ -15,7 +15,7 @@ pub struct Away {
 }
 
 impl Away {
-    /// Shards whose last call failed.
+    /// Number of shards whose last call failed.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
@@ -25,12 +25,12 @@ impl Away {
         self.count() > 0 && self.failing.lock().contains(&shard)
     }
 
-    /// Why the last failed call failed.
+    /// The error of the last failed call.
     pub fn reason(&self) -> String {
         self.reason.lock().clone()
     }
 
-    /// A call failed.
+    /// Records the error of a failed call.
     pub fn set_reason(&self, reason: String) {
         *self.reason.lock() = reason;
     }

@@ -14,14 +14,14 @@ pub struct Group {
     pub shard: Shard,
     /// The reading.
     pub reading: Arc<Reading>,
-    /// Empty in a group that only asks.
+    /// Empty in a group that only asks for the shard's position.
     pub parcels: Vec<Parcel>,
-    /// An empty group raises the shard's stored position to here.
+    /// The position that an empty group raises the shard's stored one to.
     pub raise: Option<LogPosition>,
 }
 
 impl Group {
-    /// A group that asks the shard for its position.
+    /// Creates a group that only asks the shard for its position.
     pub fn empty(shard: Shard, reading: Arc<Reading>, raise: Option<LogPosition>) -> Self {
         Self { shard, reading, parcels: Vec::new(), raise }
     }
@@ -32,7 +32,7 @@ impl Group {
     }
 }
 
-/// Groups being gathered.
+/// The groups of a call that is being prepared.
 pub struct Batch {
     groups: Vec<Group>,
     index: HashMap<(Shard, u64, u64), usize>,
@@ -42,7 +42,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// An empty batch. `group_max` bounds the messages of one shard.
+    /// Creates an empty batch. `group_max` bounds the messages of one shard.
     pub fn new(window: &WindowConfig, group_max: usize) -> Self {
         Self {
             groups: Vec::new(),
@@ -53,7 +53,7 @@ impl Batch {
         }
     }
 
-    /// Adds a parcel, or gives it back if there is no room for it.
+    /// Adds a parcel; returns it if there is no room for it.
     pub fn add(&mut self, parcel: Parcel) -> Option<Parcel> {
         if self.room == 0 || self.room_bytes == 0 {
             return Some(parcel);

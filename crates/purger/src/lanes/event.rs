@@ -1,4 +1,4 @@
-//! What the loop and the lanes say to each other besides parcels.
+//! Questions from the loop to the lanes, and reports from the lanes to the loop.
 
 use std::sync::Arc;
 
@@ -9,22 +9,22 @@ use crate::flight::{Assignment, Flight, Reading};
 /// A lane's report to the loop.
 #[derive(Debug)]
 pub enum Event {
-    /// Everything about these records is done.
+    /// These records are finished.
     Finished(Vec<Arc<Flight>>),
-    /// Redis has forgotten what this shard was given after `back_to`: the log must be read again from there.
+    /// The shard has forgotten the messages after `back_to`: the log must be read again from there.
     Gap {
-        /// The reading that found it; it has ended.
+        /// The reading in which this was found; it has ended.
         reading: Arc<Reading>,
         /// The shard.
         shard: Shard,
         /// The last position that the shard knows; `None`: no position of this partition.
         back_to: Option<LogPosition>,
     },
-    /// Positions of shards that were asked or idle.
+    /// The answer to a question, or to a probe of idle shards.
     Answered(Answer),
 }
 
-/// Asks shards of an assignment whether they still know what they have confirmed.
+/// Asks shards of an assignment whether they still know the positions that they have confirmed.
 #[derive(Debug, Clone)]
 pub struct Question {
     /// The assignment.
@@ -42,14 +42,14 @@ pub struct Answer {
     pub assignment: Arc<Assignment>,
     /// The question's round; 0: a probe of idle shards.
     pub round: u64,
-    /// Shards that know what they have confirmed, and were raised if that was asked.
+    /// Shards that know their confirmed position, and whose stored position was raised if the question asked for it.
     pub knowing: Vec<Shard>,
-    /// Shards that have forgotten what came after a position.
+    /// Shards that have forgotten messages, each with the last position that it knows.
     pub gaps: Vec<(Shard, Option<LogPosition>)>,
 }
 
 impl Answer {
-    /// An answer without any shard yet.
+    /// Creates an answer without shards.
     pub fn new(assignment: Arc<Assignment>, round: u64) -> Self {
         Self { assignment, round, knowing: Vec::new(), gaps: Vec::new() }
     }

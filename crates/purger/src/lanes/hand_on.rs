@@ -1,17 +1,17 @@
-//! Handing messages of online users on to the dispatchers: a queue and a task for each dispatcher, so that one that
-//! is slow holds up its own messages only.
+//! Hand-on of messages for online users to the dispatchers. Each dispatcher has a queue and a task, so that a slow one
+//! delays only its own messages.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{NodeId, Shard};
+use barid_runtime::Spawner;
 use barid_wire::internal::Push;
 use futures::future::{BoxFuture, FutureExt as _, join_all};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::metrics::Metrics;
@@ -28,25 +28,20 @@ pub struct HandOn {
 
 struct Inner {
     dispatchers: Box<dyn Dispatchers>,
-    queues: Mutex<Queues>,
-    /// Messages that wait for one dispatcher.
+    /// `None`: no dispatcher is known for the shard; [`Handoff::push`] may wait for one.
+    queues: Mutex<HashMap<Option<NodeId>, mpsc::Sender<Item>>>,
+    tasks: Spawner,
+    /// Bound of one dispatcher's queue.
     queue_max: usize,
-    /// How long to wait for room there.
+    /// How long to wait for room in a full queue.
     wait: Duration,
     metrics: Metrics,
 }
 
-/// `None`: no dispatcher is known for the shard; [`Handoff::push`] may wait for one.
-#[derive(Default)]
-struct Queues {
-    by_dispatcher: HashMap<Option<NodeId>, mpsc::Sender<Item>>,
-    tasks: JoinSet<()>,
-}
-
-/// A [`Handoff`] behind a pointer.
+/// An object-safe [`Handoff`].
 trait Dispatchers: Send + Sync {
     fn dispatcher_of(&self, shard: Shard) -> Option<NodeId>;
-    /// Hands on in order.
+    /// Pushes the items in order, until the queue is closed.
     fn deliver(&self, items: mpsc::Receiver<Item>) -> BoxFuture<'static, ()>;
 }
 
@@ -67,15 +62,21 @@ impl<H: Handoff> Dispatchers for H {
 }
 
 impl HandOn {
-    /// No queue yet. `queue_max` messages may wait for one dispatcher; [`Self::hand_on`] waits up to `wait` for
-    /// room there.
-    pub fn new(handoff: impl Handoff, queue_max: usize, wait: Duration, metrics: Metrics) -> Self {
+    /// Creates a hand-on without queues. `queue_max` bounds the queue of each dispatcher; [`Self::hand_on`] waits up to
+    /// `wait` for room in a full one.
+    pub fn new(
+        handoff: impl Handoff,
+        queue_max: usize,
+        wait: Duration,
+        metrics: Metrics,
+        tasks: Spawner,
+    ) -> Self {
         let (dispatchers, queues) = (Box::new(handoff), Mutex::default());
-        Self { inner: Arc::new(Inner { dispatchers, queues, queue_max, wait, metrics }) }
+        Self { inner: Arc::new(Inner { dispatchers, queues, tasks, queue_max, wait, metrics }) }
     }
 
-    /// Queues messages for their dispatchers. One that does not keep up delays this a little, and no more: a
-    /// message that finds no room is left to the timer that accept has armed.
+    /// Queues messages for their dispatchers. If a queue stays full, its messages are dropped, and the retry timers
+    /// that accept has armed deliver them later.
     pub async fn hand_on(&self, pushes: Vec<Item>) {
         let mut waiting = Vec::new();
         for (dispatcher, pushes) in self.by_dispatcher(pushes) {
@@ -96,7 +97,7 @@ impl HandOn {
         join_all(waiting).await;
     }
 
-    /// Waits for room, until it has waited in vain once.
+    /// Queues messages, and waits for room until the first wait times out.
     async fn hand_on_patiently(
         &self,
         queue: mpsc::Sender<Item>,
@@ -117,10 +118,10 @@ impl HandOn {
         }
     }
 
-    /// The messages of each dispatcher, in order.
+    /// Groups messages by dispatcher, in order.
     fn by_dispatcher(&self, pushes: Vec<Item>) -> Vec<(Option<NodeId>, Vec<Item>)> {
         let mut by_dispatcher: Vec<(Option<NodeId>, Vec<Item>)> = Vec::new();
-        // Messages of one shard mostly follow each other.
+        // Consecutive messages are mostly of one shard.
         let mut last: Option<(Shard, usize)> = None;
         for push in pushes {
             let at = match last.filter(|(shard, _)| *shard == push.0) {
@@ -142,21 +143,21 @@ impl HandOn {
 
     fn queue(&self, dispatcher: Option<NodeId>) -> mpsc::Sender<Item> {
         let mut queues = self.inner.queues.lock();
-        if let Some(queue) = queues.by_dispatcher.get(&dispatcher) {
+        if let Some(queue) = queues.get(&dispatcher) {
             return queue.clone();
         }
-        // A new dispatcher: others may have gone. A queue that is needed again is started again.
-        queues.by_dispatcher.retain(|_, queue| queue.capacity() < queue.max_capacity());
-        while queues.tasks.try_join_next().is_some() {}
+        // There is a new dispatcher, so others may have gone: drop empty queues. They are created again when needed.
+        queues.retain(|_, queue| queue.capacity() < queue.max_capacity());
         let (queue, items) = mpsc::channel(self.inner.queue_max);
-        queues.tasks.spawn(self.inner.dispatchers.deliver(items));
-        queues.by_dispatcher.insert(dispatcher, queue.clone());
+        let deliver = self.inner.dispatchers.deliver(items);
+        self.inner.tasks.spawn_finite("the hand-on to a dispatcher", deliver);
+        queues.insert(dispatcher, queue.clone());
         queue
     }
 
-    /// Ends the queues; the tasks that still hand on what is in them. Call it once nobody hands on any more.
-    pub fn close(&self) -> JoinSet<()> {
-        std::mem::take(&mut *self.inner.queues.lock()).tasks
+    /// Closes the queues: each task ends once its queue is empty. Call it after the last [`Self::hand_on`].
+    pub fn close(&self) {
+        self.inner.queues.lock().clear();
     }
 }
 
@@ -164,6 +165,7 @@ impl HandOn {
 pub(crate) mod tests {
     use super::*;
     use barid_core::ShardCount;
+    use barid_runtime::{Context, Tasks};
     use prometheus::Registry;
     use tokio::time::{Instant, sleep};
 
@@ -214,7 +216,8 @@ pub(crate) mod tests {
         let metrics = Metrics::new(&Registry::new()).unwrap();
         let handoff = SlowAndFast::default();
         let wait = Duration::from_millis(100);
-        let hand_on = HandOn::new(handoff.clone(), 8, wait, metrics.clone());
+        let tasks = Tasks::new(&Context::new());
+        let hand_on = HandOn::new(handoff.clone(), 8, wait, metrics.clone(), tasks.spawner());
         let begun = Instant::now();
         for batch in 0..10 {
             hand_on.hand_on((batch * 40..(batch + 1) * 40).map(push).collect()).await;
@@ -226,8 +229,8 @@ pub(crate) mod tests {
         assert_eq!(handed, odd, "all of the fast one, in order");
         // One is being pushed, eight wait, the rest was left to the timers.
         assert_eq!((metrics.handed.get(), metrics.handoff_dropped.get()), (200 + 9, 191));
-        let mut tasks = hand_on.close();
-        while tasks.join_next().await.is_some() {}
+        hand_on.close();
+        tasks.finished().await;
         assert_eq!(handoff.0.lock().len(), 209, "what waits is handed on before the end");
     }
 }

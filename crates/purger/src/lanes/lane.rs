@@ -1,6 +1,6 @@
-//! Accepting: one task for some shards of one master, with one call under way. While it is, what
-//! arrives is gathered; when it returns, all of that goes in the next. So batches grow only under
-//! load, and what a shard gets stays in order.
+//! A lane: one task that accepts the messages of some shards of one master, with one call under way at a time. Messages
+//! that arrive during a call are sent together in the next one. So batches grow only under load, and the messages of a
+//! shard stay in order.
 
 mod questions;
 
@@ -26,22 +26,22 @@ use crate::metrics::Metrics;
 use crate::ports::Mailboxes;
 use crate::window::PRIORITIES;
 
-/// What every lane works with.
+/// What all lanes share.
 #[derive(Clone)]
 pub struct Shared<M> {
-    /// Redis.
+    /// The mailboxes in Redis.
     pub mailboxes: M,
-    /// Where outcomes go.
+    /// Handles the outcomes of calls.
     pub outbox: Outbox,
-    /// To the loop.
+    /// Reports to the loop.
     pub events: mpsc::Sender<Event>,
     /// Bounds.
     pub window: WindowConfig,
-    /// Messages of one script call for one shard, at most.
+    /// Bound of the messages for one shard in one script call.
     pub group_max: usize,
     /// Waits between failed calls.
     pub retry: Backoff,
-    /// Shown to the loop.
+    /// Shards whose last call failed.
     pub away: Arc<Away>,
     /// The purger's metrics.
     pub metrics: Metrics,
@@ -51,18 +51,18 @@ pub struct Shared<M> {
 pub struct Lane<M> {
     shared: Shared<M>,
     queue: Arc<Queue>,
-    /// Shards whose messages wait: the last call failed, or there were too many for one.
+    /// Messages that are held back, by shard: their call failed, or a call had no room for them.
     held: HashMap<Shard, Held>,
-    /// Those of them that are reported as failing.
+    /// Shards of `held` that are reported in [`Shared::away`].
     failing: HashSet<Shard>,
     history: History,
-    /// The assignments that `history` is about.
+    /// The assignments in `history`.
     assignments: HashMap<u64, Weak<Assignment>>,
     probe_at: Instant,
     probe_every: Duration,
 }
 
-/// What a shard has waiting.
+/// Messages of a shard that are held back.
 struct Held {
     parcels: VecDeque<Parcel>,
     until: Instant,
@@ -70,7 +70,7 @@ struct Held {
 }
 
 impl<M: Mailboxes> Lane<M> {
-    /// A lane; it works once [`Self::run`] does.
+    /// Creates a lane; [`Self::run`] starts its work.
     pub fn new(shared: Shared<M>, queue: Arc<Queue>) -> Self {
         let probe_every = Duration::from_millis(shared.window.probe_interval_ms);
         Self {
@@ -85,7 +85,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Works until the queue is closed and empty.
+    /// Runs until the queue is closed and empty.
     pub async fn run(mut self) {
         loop {
             self.adopt();
@@ -102,7 +102,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Takes over shards that other lanes have delivered.
+    /// Adds shards that other lanes have handed over.
     fn adopt(&mut self) {
         for Handover { tracks, assignments, .. } in self.queue.arrivals() {
             self.history.adopt(tracks);
@@ -110,7 +110,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Delivers shards that belong to other lanes now. No call is under way.
+    /// Hands over shards that now belong to other lanes. Called between two calls.
     fn hand_over(&mut self) {
         let departures = self.queue.departures();
         if departures.is_empty() {
@@ -119,7 +119,7 @@ impl<M: Mailboxes> Lane<M> {
         for (shard, to) in departures {
             let mut parcels = self.queue.release(shard);
             let held = self.held.remove(&shard).map_or_else(VecDeque::new, |held| held.parcels);
-            // What is held was queued before what waits.
+            // Held messages are older than queued ones.
             for parcel in held.into_iter().rev() {
                 let priority = parcel.flight.reading.assignment.priority.min(PRIORITIES - 1);
                 parcels[priority].push_front(parcel);
@@ -134,7 +134,7 @@ impl<M: Mailboxes> Lane<M> {
         self.show_away();
     }
 
-    /// Waits for something to do. False: nothing will come.
+    /// Waits for work. Returns false if the queue is closed and empty.
     async fn wait(&self) -> bool {
         let due = self.held.values().map(|held| held.until).min();
         tokio::select! {
@@ -145,7 +145,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// The next call's groups: shards that waited long enough first, then what is new.
+    /// Prepares the groups of the next call: held messages whose wait is over first, then new ones.
     async fn gather(&mut self) -> Vec<Group> {
         let mut batch = Batch::new(&self.shared.window, self.shared.group_max);
         let now = Instant::now();
@@ -185,7 +185,7 @@ impl<M: Mailboxes> Lane<M> {
         batch.into_groups()
     }
 
-    /// Redis's time, by which devices are told what has expired, ms; ours while that is not known.
+    /// Redis's time, by which messages expire, ms; this machine's while Redis's is unknown.
     fn now_ms(&self, shard: Shard, now: Instant) -> u64 {
         match self.shared.mailboxes.redis_time(shard) {
             Some(redis) => redis.us(now.into_std()) / 1000,
@@ -193,7 +193,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// What waits for nothing any more, as its partition was given back.
+    /// Removes the held messages of readings that have ended.
     fn held_ended(&mut self) -> Vec<Parcel> {
         let mut ended = Vec::new();
         for held in self.held.values_mut() {
@@ -205,7 +205,7 @@ impl<M: Mailboxes> Lane<M> {
                 held.parcels = kept.into();
             }
         }
-        // An entry is empty only while its parcels are in a call.
+        // An entry is empty while its messages are in a call.
         self.held.retain(|_, held| !held.parcels.is_empty());
         self.show_away();
         ended
@@ -219,7 +219,7 @@ impl<M: Mailboxes> Lane<M> {
         })
     }
 
-    /// Parcels of a reading that is over: they will be taken again, here or elsewhere.
+    /// Drops parcels of readings that have ended: their records will be taken again, by this or another purger.
     async fn drop_ended(&self, parcels: Vec<Parcel>) {
         self.queue.done(parcels.len());
         let finished: Vec<_> = last_parts(parcels.into_iter().map(|parcel| parcel.flight));
@@ -235,7 +235,7 @@ impl<M: Mailboxes> Lane<M> {
         self.show_away();
     }
 
-    /// One call a master; nearly always that is one. What each answered.
+    /// Makes one call per master (mostly there is only one), and returns the answers.
     async fn exchange(
         &mut self,
         groups: Vec<Group>,
@@ -260,7 +260,7 @@ impl<M: Mailboxes> Lane<M> {
         for ((groups, _), answers) in calls.into_iter().zip(answers) {
             let parcels: usize = groups.iter().map(|group| group.parcels.len()).sum();
             self.shared.metrics.call_messages.observe(parcels as f64);
-            // A store that answers fewer groups than it was asked failed the others.
+            // Groups without an answer have failed.
             let missing = || Err(Error::Unexpected("an answer is missing".into()));
             let answers = answers.into_iter().chain(std::iter::repeat_with(missing));
             let answers: Vec<_> = groups.into_iter().zip(answers).collect();
@@ -272,7 +272,7 @@ impl<M: Mailboxes> Lane<M> {
         answered
     }
 
-    /// The group as Redis is asked.
+    /// The script's argument for a group.
     fn request(&mut self, group: &Group) -> AcceptGroup {
         let view = self.view(group.shard, &group.reading);
         if !group.parcels.is_empty() {
@@ -287,13 +287,13 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// The group was executed.
+    /// Records that the group was executed.
     fn confirm(&mut self, group: &Group) {
         let view = self.view(group.shard, &group.reading);
         self.history.confirm(group.shard, view, group.last());
     }
 
-    /// Whether a reading that went back for other shards brings this one what it has confirmed.
+    /// Whether the shard has confirmed this parcel already: the reading went back for other shards.
     fn has_confirmed(&mut self, parcel: &Parcel) -> bool {
         let view = self.view(parcel.shard, &parcel.flight.reading);
         self.history.confirmed(parcel.shard, view) >= Some(parcel.message.position)
@@ -308,7 +308,7 @@ impl<M: Mailboxes> Lane<M> {
 
     async fn answered(&mut self, answers: Vec<(Group, Result<GroupOutcome, Error>)>) {
         let mut done = Vec::new();
-        // Back to front, so that what failed is put before what waits in the order that it had.
+        // In reverse, because failed groups are put back in front, and have to keep their order.
         for (group, answer) in answers.into_iter().rev() {
             match answer {
                 Ok(GroupOutcome::Done(outcomes)) if outcomes.len() == group.parcels.len() => {
@@ -346,23 +346,24 @@ impl<M: Mailboxes> Lane<M> {
             partition = partition.number,
             shard = %group.shard,
             ?back_to,
-            "a shard has forgotten what it confirmed"
+            "shard has forgotten confirmed messages"
         );
     }
 
-    /// Nothing is known of the effect: the same again, in the same order, after a while.
+    /// Holds a failed group, to send it again after a pause and in the same order: it is unknown whether it was
+    /// executed.
     fn failed(&mut self, group: Group, error: Error) {
         if matches!(error, Error::Unexpected(_)) {
-            tracing::error!(%error, shard = %group.shard, "accept failed, trying again");
+            tracing::error!(%error, shard = %group.shard, "accept failed, repeating it");
         }
         if group.parcels.is_empty() {
-            return; // a probe: the next one asks again
+            return; // a probe, which is repeated by the next one
         }
         self.shared.away.set_reason(error.to_string());
         let retry = self.shared.retry;
         let held = self.hold(group.shard, Instant::now());
         if matches!(error, Error::Newer(_)) && held.failures == 0 {
-            tracing::warn!(%error, shard = %group.shard, "this shard waits");
+            tracing::warn!(%error, shard = %group.shard, "shard was written by a newer version, waiting");
         }
         held.until = Instant::now() + retry.delay(held.failures);
         held.failures = held.failures.saturating_add(1);
@@ -384,7 +385,7 @@ impl<M: Mailboxes> Lane<M> {
 }
 
 impl Held {
-    /// Whether new parcels of the shard have to queue behind these.
+    /// Whether new parcels of the shard have to wait behind the held ones.
     fn blocks(&self, now: Instant) -> bool {
         !self.parcels.is_empty() || self.until > now
     }

@@ -1,6 +1,6 @@
-//! What waits for a lane: one queue a priority, by shard. A call that cannot carry everything takes all
-//! that waits for some shards, then for the next ones: what a user's messages have in common is paid
-//! once for many of them, just when there are many.
+//! A lane's queue, by priority and shard. If a call has no room for everything, it takes all messages of some shards,
+//! and the next call those of other shards. So the fixed cost per user is shared by many messages when there are
+//! many.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,12 +15,12 @@ use crate::flight::{Assignment, Parcel};
 use crate::history::Tracks;
 use crate::window::PRIORITIES;
 
-/// A lane's queues, one for each priority. Bounded by whoever fills them, who looks at [`Queue::load`] first.
+/// The queue of a lane. The caller bounds it, by checking [`Queue::load`] before it pushes.
 ///
-/// A shard moves to another lane's queue in three steps, so that it stays in order and has one group in a call at
-/// once: the loop calls [`Queue::redirect`], and fills the new queue from then on, which keeps what it gets for the
-/// shard; the old lane, between two calls, gives everything it has of the shard to [`Queue::deliver`]; the new lane
-/// puts that before what came meanwhile ([`Queue::arrivals`]).
+/// A shard moves to another lane's queue in three steps, which keep its messages in order, with one group in a call
+/// at a time. First the loop calls [`Queue::redirect`]; from then on it pushes to the new queue, which holds these
+/// messages back. Then the old lane, between two calls, passes its messages of the shard to [`Queue::deliver`].
+/// Finally the new lane puts them in front of the others ([`Queue::arrivals`]).
 #[derive(Debug, Default)]
 pub struct Queue {
     inner: Mutex<Inner>,
@@ -33,23 +33,23 @@ pub struct Queue {
 struct Inner {
     waiting: [Waiting; PRIORITIES],
     questions: Vec<Question>,
-    /// Shards that another lane has not delivered yet.
+    /// Shards that another lane still has to deliver.
     awaited: HashSet<Shard>,
     arrived: Vec<Handover>,
     /// Shards that are to be delivered to other queues.
     departing: Vec<(Shard, Arc<Queue>)>,
 }
 
-/// Everything that a lane has of a shard.
+/// A shard that moves from one lane to another.
 #[derive(Debug)]
 pub struct Handover {
     /// The shard.
     pub shard: Shard,
     /// Its parcels by priority, in order.
     pub parcels: [VecDeque<Parcel>; PRIORITIES],
-    /// What it has confirmed.
+    /// The positions that it has confirmed.
     pub tracks: Tracks,
-    /// The assignments that the tracks are about.
+    /// The assignments in `tracks`.
     pub assignments: HashMap<u64, Weak<Assignment>>,
 }
 
@@ -57,14 +57,14 @@ pub struct Handover {
 #[derive(Debug, Default)]
 struct Waiting {
     by_shard: HashMap<Shard, VecDeque<Parcel>>,
-    /// Shards that have some, each once; the first has its turn.
+    /// Shards with parcels, each once. The first one has its turn.
     turns: VecDeque<Shard>,
     /// Parcels taken in this turn.
     taken: usize,
 }
 
 impl Waiting {
-    /// Adds a parcel. `awaited`: its shard gets no turn before [`Self::admit`].
+    /// Adds a parcel. `awaited`: the shard gets no turn until [`Self::admit`].
     fn push(&mut self, parcel: Parcel, awaited: bool) {
         let shard = parcel.shard;
         let parcels = self.by_shard.entry(shard).or_default();
@@ -74,7 +74,7 @@ impl Waiting {
         parcels.push_back(parcel);
     }
 
-    /// Puts parcels of an awaited shard before those that were pushed, and gives it its turn.
+    /// Puts the delivered parcels of an awaited shard in front of those that were pushed, and lets it have turns.
     fn admit(&mut self, shard: Shard, mut parcels: VecDeque<Parcel>) {
         parcels.append(&mut self.by_shard.remove(&shard).unwrap_or_default());
         if !parcels.is_empty() {
@@ -92,7 +92,7 @@ impl Waiting {
         self.by_shard.remove(&shard).unwrap_or_default()
     }
 
-    /// The next parcel of the shard whose turn it is, which is over after `turn_max` of them.
+    /// Pops a parcel of the shard whose turn it is. A turn ends after `turn_max` parcels.
     fn pop(&mut self, turn_max: usize) -> Option<Parcel> {
         if self.taken >= turn_max {
             self.end_turn();
@@ -109,7 +109,7 @@ impl Waiting {
         Some(parcel)
     }
 
-    /// One that always has more does not keep the others waiting.
+    /// Ends the current turn, so that a shard with many parcels does not starve the others.
     fn end_turn(&mut self) {
         if self.taken > 0 {
             self.turns.rotate_left(1);
@@ -129,21 +129,21 @@ impl Queue {
         self.bell.notify_one();
     }
 
-    /// Asks, before anything that was added later is accepted.
+    /// Adds a question. It is answered before parcels that are pushed later are accepted.
     pub fn ask(&self, question: Question) {
         self.inner.lock().questions.push(question);
         self.bell.notify_one();
     }
 
-    /// Questions since this was called last, except those about shards that are awaited.
+    /// Takes the questions, except those about awaited shards.
     pub fn questions(&self) -> Vec<Question> {
         let mut inner = self.inner.lock();
         let Inner { questions, awaited, .. } = &mut *inner;
         questions.extract_if(.., |question| !is_about(question, awaited)).collect()
     }
 
-    /// Lets a shard move to the queue `to`, which keeps what is pushed for the shard until this lane has delivered
-    /// it. False: this lane does not have the shard itself yet, and nothing changes.
+    /// Starts to move a shard to the queue `to`, which holds back new parcels of the shard until this lane has
+    /// delivered the old ones. Returns false, and does nothing, if this lane itself still awaits the shard.
     pub fn redirect(&self, shard: Shard, to: &Arc<Self>) -> bool {
         let mut inner = self.inner.lock();
         if inner.awaited.contains(&shard) {
@@ -156,19 +156,19 @@ impl Queue {
         true
     }
 
-    /// Shards to deliver to other queues, except those of which a question is not answered yet.
+    /// Takes the shards to deliver to other queues, except those with an open question.
     pub fn departures(&self) -> Vec<(Shard, Arc<Self>)> {
         let mut inner = self.inner.lock();
         let Inner { departing, questions, .. } = &mut *inner;
         departing.extract_if(.., |(shard, _)| !is_asked(questions, *shard)).collect()
     }
 
-    /// Removes all parcels of a shard, which this queue gets no more of. They stay in [`Self::load`].
+    /// Removes all parcels of a shard that leaves this queue. They stay counted in [`Self::load`].
     pub fn release(&self, shard: Shard) -> [VecDeque<Parcel>; PRIORITIES] {
         self.inner.lock().waiting.each_mut().map(|waiting| waiting.release(shard))
     }
 
-    /// Brings an awaited shard.
+    /// Delivers an awaited shard.
     pub fn deliver(&self, handover: Handover) {
         let parcels: usize = handover.parcels.iter().map(VecDeque::len).sum();
         self.load.fetch_add(parcels, Ordering::Relaxed);
@@ -176,7 +176,7 @@ impl Queue {
         self.bell.notify_one();
     }
 
-    /// Queues the parcels of shards that were delivered; returns the rest.
+    /// Queues the parcels of delivered shards. Returns the handovers without parcels.
     pub fn arrivals(&self) -> Vec<Handover> {
         let mut inner = self.inner.lock();
         let mut arrived = std::mem::take(&mut inner.arrived);
@@ -189,28 +189,28 @@ impl Queue {
         arrived
     }
 
-    /// Parcels that are not done: waiting here, waiting for Redis, or in a call.
+    /// Parcels that are not done: queued, held back, or in a call.
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// So many parcels are done.
+    /// Subtracts parcels that are done from the load.
     pub fn done(&self, parcels: usize) {
         self.load.fetch_sub(parcels, Ordering::Relaxed);
     }
 
-    /// Nothing more will be added.
+    /// Closes the queue: nothing more will be added.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         self.bell.notify_one();
     }
 
-    /// Whether nothing more will be added.
+    /// Whether the queue is closed.
     pub fn closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// Waits until there is something to do. False: the queue is closed and empty, and no shard is awaited.
+    /// Waits for work. Returns false if the queue is closed and empty, and no shard is awaited.
     pub async fn filled(&self) -> bool {
         loop {
             {
@@ -226,8 +226,8 @@ impl Queue {
         }
     }
 
-    /// Removes up to `max` parcels and about `bytes_max` bytes, by weight while all priorities have
-    /// some; of one priority and shard `turn_max` at a time.
+    /// Removes up to `max` parcels and about `bytes_max` bytes. Priorities share by weight while all have parcels. A
+    /// shard's turn is at most `turn_max` parcels.
     pub fn pop_batch(
         &self,
         weights: &[usize; PRIORITIES],

@@ -1,12 +1,11 @@
-//! What follows from an outcome: the dispatcher, the receipt, the dead letter; then the record is
-//! finished.
+//! What follows an accept call: hand-on to a dispatcher, receipts and dead letters. Then the record is finished.
 
 use std::sync::Arc;
 
 use barid_bus::{DeadLetter, DeadLetters, Receipts};
 use barid_core::Clock;
 use barid_mailbox::{AcceptOutcome, RedisTime};
-use barid_runtime::{Hop, Tracer};
+use barid_runtime::{Hop, Spawner, Tracer};
 use barid_wire::envelope::Header;
 use barid_wire::internal::Push;
 use barid_wire::record::ReceiptKind;
@@ -19,24 +18,26 @@ use super::hand_on::HandOn;
 use crate::flight::{Flight, Parcel, last_parts};
 use crate::metrics::{ACCEPT_FAILED, Metrics};
 
-/// Where outcomes go. Cheap to clone.
+/// Handles the outcomes of accept calls. Cheap to clone.
 #[derive(Clone)]
 pub struct Outbox {
-    /// To the business.
+    /// Receipts to the business.
     pub receipts: Receipts,
-    /// For the operator.
+    /// Dead letters for the operator.
     pub dead: DeadLetters,
-    /// To the dispatchers.
+    /// Pushes to the dispatchers.
     pub hand_on: HandOn,
-    /// Receipts are dated by it.
+    /// The clock of receipts.
     pub clock: Arc<dyn Clock>,
     /// The purger's metrics.
     pub metrics: Metrics,
     /// Logs sampled messages.
     pub tracer: Tracer,
+    /// Starts the lanes, and the delivery of receipts and dead letters.
+    pub tasks: Spawner,
 }
 
-/// What has to be delivered before a message is done.
+/// What has to be produced to Kafka before a message is done.
 struct Owed {
     flight: Arc<Flight>,
     receipt: Option<Receipt>,
@@ -45,9 +46,8 @@ struct Owed {
 }
 
 impl Outbox {
-    /// Settles the outcomes of a call: hands on first, for speed; a record is told finished once its
-    /// receipts and dead letters are delivered.
-    /// `clock`: of the master that was called.
+    /// Handles the outcomes of a call. Hands on first, for latency; a record is finished once its receipts and dead
+    /// letters are delivered. `clock` is that of the master that was called.
     pub async fn settle(
         &self,
         done: Vec<(Parcel, AcceptOutcome)>,
@@ -107,13 +107,15 @@ impl Outbox {
         }
         if !owed.is_empty() {
             let (this, events) = (self.clone(), events.clone());
-            // Bounded: what is owed counts in the window of records under way.
-            tokio::spawn(async move { this.deliver(owed, &events).await });
+            // Bounded: these records count in the window until they are finished.
+            self.tasks.spawn_finite("the delivery of receipts", async move {
+                this.deliver(owed, &events).await;
+            });
         }
     }
 
-    /// Settles what a reading that went back brings again, without Redis: what its shard has never
-    /// forgotten was told before; what is over since is told to have expired, and is not shown.
+    /// Handles messages that a repair has read again and that need no call: `had` are known to their shard, and their
+    /// receipts were sent before; `expired` have expired since, and get a receipt that says so.
     pub async fn settle_again(
         &self,
         had: Vec<Parcel>,
@@ -137,7 +139,7 @@ impl Outbox {
         self.finish(settled, owed, events).await;
     }
 
-    /// The hops that end with acceptance.
+    /// Records the hops up to acceptance.
     fn hops(&self, flight: &Flight, user: &str, envelope: &[u8], clock: RedisTime) {
         let Ok(header) = Header::parse(envelope) else { return };
         let taken_us = clock.us(flight.taken.into_std());
@@ -164,7 +166,7 @@ impl Outbox {
             self.dead.write(&DeadLetter { record, code: ACCEPT_FAILED, reason }).await;
         }
         if let Some(receipt) = &owed.receipt {
-            self.receipts.tell(receipt).await;
+            self.receipts.deliver(receipt).await;
         }
     }
 }

@@ -10,7 +10,7 @@ use barid_bus::consumer::Assigned;
 use barid_bus::{DeadLetters, KafkaConfig, Memory, Producer, Receipts, TopicSource};
 use barid_core::{LogPosition, Seq, Shard, ShardCount, SystemClock};
 use barid_mailbox::{AcceptGroup, AcceptOutcome, Error as RedisError, GroupOutcome, RedisTime};
-use barid_runtime::Tracer;
+use barid_runtime::{Context, Tasks, Tracer};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::{IntCounter, Registry};
@@ -195,7 +195,7 @@ fn record(number: i32, offset: i64) -> Record {
 }
 
 /// No record asks for a receipt and none is refused, so nothing is produced.
-fn outbox(metrics: &Metrics) -> Outbox {
+fn outbox(metrics: &Metrics, tasks: &Tasks) -> Outbox {
     static PRODUCER: LazyLock<Producer> =
         LazyLock::new(|| Producer::new(&KafkaConfig::default()).unwrap());
     let config = KafkaConfig::default();
@@ -203,10 +203,11 @@ fn outbox(metrics: &Metrics) -> Outbox {
     Outbox {
         receipts: Receipts::new(PRODUCER.clone(), &config, counter("d")),
         dead: DeadLetters::new(PRODUCER.clone(), &config, counter("l")),
-        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone(), tasks.spawner()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&Registry::new(), 1).unwrap(),
+        tasks: tasks.spawner(),
     }
 }
 
@@ -227,13 +228,14 @@ struct Weather {
     changes: Vec<(usize, usize)>,
 }
 
-/// A pipeline that holds all partitions, and the lanes' reports.
-fn start(config: &Config, store: &Store) -> (Pipeline<Store>, mpsc::Receiver<Event>) {
+/// A pipeline that holds all partitions, the lanes' reports, and their tasks.
+fn start(config: &Config, store: &Store) -> (Pipeline<Store>, mpsc::Receiver<Event>, Tasks) {
+    let tasks = Tasks::new(&Context::new());
     let metrics = Metrics::new(&Registry::new()).unwrap();
     let (lane_events, events) = mpsc::channel(64);
     let shared = Shared {
         mailboxes: store.clone(),
-        outbox: outbox(&metrics),
+        outbox: outbox(&metrics, &tasks),
         events: lane_events,
         window: config.window.clone(),
         group_max: config.redis.accept_batch_max,
@@ -248,7 +250,7 @@ fn start(config: &Config, store: &Store) -> (Pipeline<Store>, mpsc::Receiver<Eve
         let assigned = Assigned { partition, source, id, start: None, memory };
         pipeline.partitions.assign(assigned, 1);
     }
-    (pipeline, events)
+    (pipeline, events, tasks)
 }
 
 /// Reads all of the log, as the service does. How often something was read again for a master.
@@ -267,7 +269,7 @@ async fn read(weather: Weather) -> usize {
         window.call_messages_max = weather.call_messages_max;
         (window.retry_base_ms, window.retry_max_ms) = (1, 10);
     }
-    let (mut pipeline, mut events) = start(&config, &store);
+    let (mut pipeline, mut events, _tasks) = start(&config, &store);
     let (length, seek_turns) = (weather.length, weather.seek_turns);
     let next = [0; PARTITIONS as usize];
     let mut log = Written { length, next, seek_turns, seeks: BTreeMap::new() };
@@ -322,7 +324,7 @@ async fn read(weather: Weather) -> usize {
     pipeline.read_left_out();
     let bytes = (0..PRIORITIES).map(|priority| pipeline.window.bytes(priority));
     assert_eq!((bytes.sum::<usize>(), pipeline.left_out.records()), (0, 0));
-    drop(pipeline.close());
+    pipeline.close();
     again
 }
 
@@ -354,11 +356,12 @@ async fn a_master_that_is_added_gets_a_lane_of_its_own() {
 async fn a_third_master_serves_alone(before: usize) {
     let (store, config) = (Store::new(before), Config::default());
     store.state.lock().slow = [2, 2, 2];
-    let (mut pipeline, mut events) = start(&config, &store);
+    let (mut pipeline, mut events, _tasks) = start(&config, &store);
     let mut log = Written { length: 100, next: [0; 2], seek_turns: 0, seeks: BTreeMap::new() };
     let second = Duration::from_secs(1);
     read_for(&mut pipeline, &mut events, &mut log, second).await;
-    // There are three masters, each of which gets shards of the others, and serves them for a while; then each of its calls takes a minute.
+    // There are three masters, each of which gets shards of the others, and serves them for a while; then each of its
+    // calls takes a minute.
     store.masters.store(3, Ordering::SeqCst);
     log.length = 200;
     read_for(&mut pipeline, &mut events, &mut log, second).await;

@@ -11,10 +11,8 @@ mod wedge;
 use std::time::{Duration, Instant};
 
 use barid_bus::{Producer, ensure_topics};
-use barid_core::{
-    Attempt, ConnectionId, DeviceId, Incarnation, NodeId, ReceiptSet, SessionRef, UserId,
-};
-use barid_mailbox::{ConnectOutcome, ConnectRequest, Mailbox};
+use barid_core::{ReceiptSet, UserId};
+use barid_mailbox::Mailbox;
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::{Kafka, RedisCluster, records};
 use barid_wire::envelope;
@@ -50,20 +48,7 @@ async fn accepts_in_order_and_commits_apache() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_what_is_for_online_users_is_handed_on() {
     let world = World::new(true).await;
-    let connect = ConnectRequest {
-        user: key("alice"),
-        device: DeviceId::new("phone").unwrap(),
-        session: SessionRef {
-            node: NodeId::new("a").unwrap(),
-            incarnation: Incarnation(1),
-            connection: ConnectionId(1),
-        },
-        attempt: Attempt(1),
-        platform: "test".into(),
-        position: None,
-    };
-    let connected = world.mailbox.connect(connect).await.unwrap();
-    assert!(matches!(connected, ConnectOutcome::Connected { .. }));
+    world.connect("alice").await;
     let purger = world.start().await;
     let both = r#"{"id":"7","app":"demo","to":{"users":["alice","bob","alice"]},"text":"hi"}"#;
     world.produce("k", both).await;

@@ -155,11 +155,17 @@ impl Bed {
     }
 }
 
+/// Messages whose acceptance was confirmed. A call that the replicas confirm too late, on a busy machine, is
+/// repeated, and Redis answers that its messages were accepted before.
+fn accepted(purger: &Running) -> f64 {
+    purger.metric_of("messages_total", "accepted") + purger.metric_of("messages_total", "before")
+}
+
 /// Waits until the purger says that too few replicas confirm, and has counted it; nothing more is accepted.
-async fn waits_for_a_replica(purger: &Running, accepted: f64, reason: &str) {
+async fn waits_for_a_replica(purger: &Running, count: f64, reason: &str) {
     purger.fails("redis", &[reason]).await;
     purger.until("counted", |p| p.metric_of("accept_calls_total", "unreplicated") >= 2.0).await;
-    assert_eq!(purger.metric_of("messages_total", "accepted"), accepted, "nothing is told");
+    assert_eq!(accepted(purger), count, "nothing is told");
     assert!(purger.metric("lag_records") + purger.metric("in_flight_records") > 0.0);
 }
 
@@ -168,7 +174,7 @@ async fn nothing_is_confirmed_that_a_replica_lacks(mut bed: Bed, reason: &str) {
     let purger = bed.world.start().await;
     purger.ready().await;
     bed.world.produce_asking(0, 10).await;
-    purger.until("accepted", |p| p.metric_of("messages_total", "accepted") == 10.0).await;
+    purger.until("accepted", |p| accepted(p) == 10.0).await;
     bed.cut().await;
     bed.world.produce_asking(10, 10).await;
     waits_for_a_replica(&purger, 10.0, reason).await;
@@ -190,10 +196,10 @@ async fn what_is_lost_is_brought_back(mut bed: Bed) {
     let purger = bed.world.start().await;
     purger.ready().await;
     bed.world.produce_asking(0, 10).await;
-    purger.until("accepted", |p| p.metric_of("messages_total", "accepted") == 10.0).await;
+    purger.until("accepted", |p| accepted(p) == 10.0).await;
     bed.cut().await;
     bed.world.produce_asking(10, 10).await;
-    purger.until("accepted", |p| p.metric_of("messages_total", "accepted") == 20.0).await;
+    purger.until("accepted", |p| accepted(p) == 20.0).await;
     purger.ready().await;
     assert_eq!(purger.stop().await, Stopped::Clean);
     bed.promote().await;
@@ -259,7 +265,7 @@ async fn hazard_05_one_replica_of_two_away_stops_accepting_until_it_is_back() {
     world.produce_asking(0, 5).await;
     world.has("alice", 5).await;
     purger.ready().await;
-    purger.until("accepted", |p| p.metric_of("messages_total", "accepted") == 5.0).await;
+    purger.until("accepted", |p| accepted(p) == 5.0).await;
     replicas[1].kill().unwrap();
     purger.fails("redis", &["1 of 2 replicas"]).await;
     world.produce_asking(5, 5).await;

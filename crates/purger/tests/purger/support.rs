@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use barid_bus::{EmbeddedKafka, KafkaConfig, Producer, ensure_topics};
-use barid_core::{AppId, ReceiptSet, Shard, UserId};
-use barid_mailbox::{Inspection, Mailbox, RedisConfig, UserKey};
+use barid_core::{
+    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, ReceiptSet, SessionRef, Shard, UserId,
+};
+use barid_mailbox::{ConnectOutcome, ConnectRequest, Inspection, Mailbox, RedisConfig, UserKey};
 use barid_purger::{Config, Handoff, Service};
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::kafka::unique;
@@ -140,6 +142,24 @@ impl World {
         for i in from..from + count {
             self.produce("alice", record(&i.to_string(), "alice")).await;
         }
+    }
+
+    /// A device of the user is online.
+    pub async fn connect(&self, user: &str) {
+        let connect = ConnectRequest {
+            user: key(user),
+            device: DeviceId::new("phone").unwrap(),
+            session: SessionRef {
+                node: NodeId::new("a").unwrap(),
+                incarnation: Incarnation(1),
+                connection: ConnectionId(1),
+            },
+            attempt: Attempt(1),
+            platform: "test".into(),
+            position: None,
+        };
+        let connected = self.mailbox.connect(connect).await.unwrap();
+        assert!(matches!(connected, ConnectOutcome::Connected { .. }));
     }
 
     /// Asks until Redis answers: some tests stop it.

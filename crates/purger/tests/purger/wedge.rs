@@ -1,5 +1,5 @@
-//! The poll loop, which no outside means stops while the process runs on: it is wedged at the one
-//! place where it runs code that is not its own, and `/readyz` is asked as an orchestrator asks it.
+//! A loop that hangs, and tasks that panic, while the process runs on. Both are planted in the mailbox and the
+//! hand-off, which the purger is given, and the admin port is asked as an orchestrator asks it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -7,24 +7,26 @@ use std::time::{Duration, Instant};
 
 use barid_core::{Shard, ShardCount};
 use barid_mailbox::{AcceptGroup, Error, GroupOutcome, Mailbox, RedisTime};
-use barid_purger::{Mailboxes, Service};
+use barid_purger::{Handoff, Mailboxes, Service};
 use barid_runtime::{AdminConfig, Context, admin};
 use barid_testkit::http;
+use barid_wire::internal::Push;
 use tokio::sync::RwLock;
 
 use super::support::*;
 
-/// A mailbox of which no copy is to be had while somebody holds the gate: the loop takes one for
-/// each ping, and waits.
+/// A mailbox that cannot be cloned while somebody holds the gate: the loop clones it for each ping, and hangs.
 struct Gated {
     mailbox: Mailbox,
     gate: Arc<RwLock<()>>,
+    /// Whether accepting panics.
+    panics: bool,
 }
 
 impl Clone for Gated {
     fn clone(&self) -> Self {
         drop(tokio::task::block_in_place(|| self.gate.blocking_read()));
-        Self { mailbox: self.mailbox.clone(), gate: Arc::clone(&self.gate) }
+        Self { mailbox: self.mailbox.clone(), gate: Arc::clone(&self.gate), panics: self.panics }
     }
 }
 
@@ -42,6 +44,7 @@ impl Mailboxes for Gated {
         self.mailbox.redis_time(shard)
     }
     async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
+        assert!(!self.panics, "as planned");
         self.mailbox.accept(groups).await
     }
     async fn ping(&self) -> Result<(), Error> {
@@ -50,9 +53,13 @@ impl Mailboxes for Gated {
 }
 
 async fn readyz(admin: SocketAddr, wanted: impl Fn(u16, &str) -> bool) {
+    until(admin, "/readyz", wanted).await;
+}
+
+async fn until(admin: SocketAddr, path: &str, wanted: impl Fn(u16, &str) -> bool) {
     let begun = Instant::now();
     loop {
-        let (status, body) = http::get(admin, "/readyz").await.unwrap();
+        let (status, body) = http::get(admin, path).await.unwrap();
         if wanted(status, &body) {
             return;
         }
@@ -70,7 +77,7 @@ async fn a_purger_whose_poll_loop_is_wedged_is_not_ready() {
     let admin = context.announcements().get("admin").unwrap();
     let gate = Arc::new(RwLock::new(()));
     let mailbox = Mailbox::open(&world.config.redis, &context.metrics).await.unwrap();
-    let gated = Gated { mailbox, gate: Arc::clone(&gate) };
+    let gated = Gated { mailbox, gate: Arc::clone(&gate), panics: false };
     let service =
         Service::new(world.config.clone(), gated, world.handed.clone(), &context).unwrap();
     let running = tokio::spawn({
@@ -86,4 +93,53 @@ async fn a_purger_whose_poll_loop_is_wedged_is_not_ready() {
     world.has("alice", 1).await;
     context.shutdown.begin(Duration::from_secs(10));
     running.await.unwrap().unwrap();
+}
+
+/// Whose every push panics.
+#[derive(Clone)]
+struct Panicking;
+
+impl Handoff for Panicking {
+    async fn push(&self, _: Shard, _: Push) {
+        panic!("as planned");
+    }
+    async fn any_available(&self) -> bool {
+        true
+    }
+    async fn flush(&self, _: tokio::time::Instant) -> usize {
+        0
+    }
+}
+
+/// Accepts a message for alice, and waits until `/healthz` names the task that panicked meanwhile.
+async fn names_the_task(world: World, panics: bool, handoff: impl Handoff, named: &str) {
+    let context = Context::new();
+    admin::serve(&AdminConfig::local(0), "purger", &context).unwrap();
+    let admin = context.announcements().get("admin").unwrap();
+    let mailbox = Mailbox::open(&world.config.redis, &context.metrics).await.unwrap();
+    let mailbox = Gated { mailbox, gate: Arc::default(), panics };
+    let service = Service::new(world.config.clone(), mailbox, handoff, &context).unwrap();
+    let running = tokio::spawn({
+        let context = context.clone();
+        async move { service.run(&context).await }
+    });
+    until(admin, "/healthz", |status, _| status == 200).await;
+    world.produce_to_alice(0, 1).await;
+    until(admin, "/healthz", |status, body| status == 503 && body.contains(named)).await;
+    context.shutdown.begin(Duration::from_secs(1));
+    running.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_panics_is_named() {
+    let world = World::new(true).await;
+    let handed = world.handed.clone();
+    names_the_task(world, true, handed, "tasks: a lane to Redis ended").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hand_on_that_panics_is_named() {
+    let world = World::new(true).await;
+    world.connect("alice").await;
+    names_the_task(world, false, Panicking, "tasks: the hand-on to a dispatcher ended").await;
 }

@@ -1,11 +1,11 @@
-//! Listeners of one process must not take each other's port.
+//! Checks that the listeners of a process use different ports.
 
 use std::net::SocketAddr;
 
-/// Checks that no two of these keys name the same address. Port 0 is another port each time.
+/// Checks that no two of these keys have the same address. Port 0 never conflicts.
 ///
 /// # Errors
-/// The two keys, and the address.
+/// Returns the two keys and the address.
 pub fn check_apart(listeners: &[(&str, SocketAddr)]) -> Result<(), String> {
     for (at, (key, address)) in listeners.iter().enumerate() {
         let before = listeners[..at].iter().find(|(_, other)| meets(*other, *address));

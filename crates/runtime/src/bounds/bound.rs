@@ -1,26 +1,26 @@
-//! One number of configuration: its key, the values that it may have, and their unit.
+//! The bound of one number in the configuration: its key, its allowed values and their unit.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
-/// An hour in milliseconds: the longest of most waits.
+/// An hour in milliseconds, the upper bound of most waits.
 pub const HOUR_MS: u64 = 3_600_000;
 /// A day in seconds.
 pub const DAY_SECONDS: u64 = 86_400;
-/// The most that a size in memory may be: a tebibyte.
+/// A tebibyte, the upper bound of sizes in memory.
 pub const TEBIBYTE: u64 = 1 << 40;
 
-/// The allowed values of one number of configuration.
+/// The allowed values of a number.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bound {
-    /// The dotted key; within a list of tables without an index.
+    /// The dotted key; without the index in a list of tables.
     pub key: String,
     range: Range,
     /// The unit after the number: `ms`, `bytes`, `a second`; empty for a count.
     pub unit: &'static str,
-    /// What 0 means, where it is allowed beside the range.
+    /// The meaning of 0, if it is allowed in addition to the range.
     zero: Option<&'static str>,
 }
 
@@ -30,42 +30,42 @@ enum Range {
     Real(RangeInclusive<f64>),
 }
 
-/// A whole number.
+/// The bound of an integer.
 pub fn whole(key: &str, range: RangeInclusive<u64>, unit: &'static str) -> Bound {
     Bound { key: key.to_owned(), range: Range::Whole(range), unit, zero: None }
 }
 
-/// A number with a fraction.
+/// The bound of a number with a fraction.
 pub fn real(key: &str, range: RangeInclusive<f64>, unit: &'static str) -> Bound {
     Bound { key: key.to_owned(), range: Range::Real(range), unit, zero: None }
 }
 
-/// The bounds of a table that stands under `key`.
+/// Prefixes the bounds of a table with its `key`.
 pub fn within<T: Bounded>(key: &str) -> Vec<Bound> {
     let below = |bound: Bound| Bound { key: format!("{key}.{}", bound.key), ..bound };
     T::bounds().into_iter().map(below).collect()
 }
 
-/// A table of configuration that declares the bounds of its numbers.
+/// A table of the configuration, with the bounds of its numbers.
 pub trait Bounded {
-    /// One bound for each number in it and in the tables below it.
+    /// One bound for each number in the table and in the tables below it.
     fn bounds() -> Vec<Bound>;
 }
 
 impl Bound {
-    /// 0 is allowed as well, and means `meaning`.
+    /// Allows 0 as well, with this meaning.
     pub fn or_zero(self, meaning: &'static str) -> Self {
         Self { zero: Some(meaning), ..self }
     }
 
-    /// The allowed range and its unit, as errors show it.
+    /// The allowed range and its unit, as shown in errors.
     pub fn allowed(&self) -> String {
         let (unit, zero) = (self.unit, self.zero.map(|meaning| format!(", or 0 ({meaning})")));
         let space = if unit.is_empty() { "" } else { " " };
         format!("{}{space}{unit}{}", self.range, zero.unwrap_or_default())
     }
 
-    /// The smallest and the largest value, 0 aside.
+    /// The smallest and the largest value, not counting an extra 0.
     pub fn ends(&self) -> (Value, Value) {
         match &self.range {
             Range::Whole(range) => ((*range.start()).into(), (*range.end()).into()),
@@ -80,8 +80,10 @@ impl Bound {
         zero || above && max.as_f64().is_none_or(|max| number <= max)
     }
 
+    /// Checks a value.
+    ///
     /// # Errors
-    /// The value and the allowed range, without the key.
+    /// Returns the value and the allowed range, without the key.
     pub(crate) fn check(&self, value: &Value) -> Result<(), String> {
         let allowed = || self.allowed();
         let Value::Number(number) = value else {
@@ -91,7 +93,7 @@ impl Bound {
             };
             return Err(match value {
                 Value::String(text) => match parsed(text) {
-                    // From the environment: an integer that TOML cannot hold stays text.
+                    // An integer from the environment that is too large for TOML is kept as text.
                     Some(number) if !self.spans(number) => {
                         format!("{text} is out of range; write {}", allowed())
                     }

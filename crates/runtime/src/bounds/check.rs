@@ -1,4 +1,4 @@
-//! Checks the numbers of a configuration against their bounds.
+//! Checks of a configuration's numbers against their bounds.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -11,19 +11,19 @@ use super::bound::{Bound, Bounded};
 pub struct OutOfBounds {
     /// The dotted key.
     pub key: String,
-    /// Its value, and what to write instead.
+    /// The value, and what to write instead.
     pub problem: String,
 }
 
 /// Checks every number of a configuration.
 ///
 /// # Errors
-/// The first number that is out of its bounds: key, value, allowed range.
+/// Returns the first number that is out of its bounds, with key, value and allowed range.
 pub fn check<C: Bounded + Serialize>(config: &C) -> Result<(), String> {
     check_under("", config)
 }
 
-/// The same for a table whose keys begin with `prefix` (`redis.`).
+/// As [`check`], for a table whose keys begin with `prefix` (`redis.`).
 ///
 /// # Errors
 /// As [`check`].
@@ -32,7 +32,7 @@ pub fn check_under<C: Bounded + Serialize>(prefix: &str, config: &C) -> Result<(
     check_value(&C::bounds(), &value).map_err(|error| format!("{prefix}{error}"))
 }
 
-/// The same for a file that is parsed and not yet deserialized. Absent keys pass.
+/// As [`check`], for a parsed file that is not deserialized yet. Absent keys pass.
 pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Result<(), OutOfBounds> {
     bounds.iter().try_for_each(|bound| {
         let path: Vec<&str> = bound.key.split('.').collect();
@@ -41,7 +41,7 @@ pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Result<(), OutOfBo
     })
 }
 
-/// The values at a path: several if the path crosses a list, or ends at one.
+/// The values at a path. There are several if the path crosses a list or ends at one.
 fn values<'a>(value: &'a Value, path: &[&str]) -> Vec<&'a Value> {
     match (value, path) {
         (Value::Array(items), _) => items.iter().flat_map(|item| values(item, path)).collect(),

@@ -1,7 +1,6 @@
-//! Shards that are asked, by empty groups, whether they still know what they have confirmed: those
-//! whose partition was just assigned, those of a partition in which one has forgotten something, and
-//! those that had nothing new for a while. A failover may have forgotten it, and no batch may come to
-//! find out.
+//! Empty groups, which ask shards whether they still know the positions that they have confirmed. Asked are the
+//! shards of a partition that was just assigned or in which a shard has forgotten messages, and shards that were idle
+//! for a while. A failover may have lost messages of a shard that no later batch would reveal.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,12 +16,12 @@ use crate::lanes::event::{Answer, Event, Question};
 use crate::ports::Mailboxes;
 
 impl<M: Mailboxes> Lane<M> {
-    /// Answers what was asked. A shard whose master is away is in no answer: it is asked again while it
-    /// is idle, and by its next batch.
+    /// Answers the questions in the queue. A shard whose master is unavailable is left out of the answer; it is asked
+    /// again by the next probe and by its next batch.
     pub(super) async fn answer(&mut self) {
         let mut questions = self.queue.questions();
         while !questions.is_empty() {
-            // A shard and assignment has one group under way at once.
+            // An assignment has at most one group per shard in a call.
             let mut asked = HashSet::new();
             let (now, later) =
                 questions.into_iter().partition(|question| asked.insert(question.assignment.id));
@@ -57,7 +56,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Asks shards that had nothing new for a while.
+    /// Asks idle shards.
     pub(super) async fn probe(&mut self) {
         self.probe_at = Instant::now() + self.probe_every;
         let mut answers = HashMap::new();
@@ -76,7 +75,7 @@ impl<M: Mailboxes> Lane<M> {
         }
     }
 
-    /// Empty groups for shards that were sent nothing since the last time, in portions.
+    /// Empty groups for shards that were idle since the last probe, in portions.
     fn idle(&mut self, portion: usize) -> Vec<Vec<Group>> {
         let mut readings: HashMap<u64, Arc<Reading>> = HashMap::new();
         self.assignments.retain(|id, assignment| {

@@ -9,7 +9,7 @@ use barid_bus::consumer::{Assigned, Partition, Reach, Record};
 use barid_bus::{DeadLetters, KafkaConfig, Memory, Metadata, Producer, Receipts, TopicSource};
 use barid_core::{Seq, ShardCount, SystemClock};
 use barid_mailbox::{AcceptOutcome, RedisTime, Source};
-use barid_runtime::Tracer;
+use barid_runtime::{Context, Tasks, Tracer};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
@@ -145,16 +145,17 @@ impl Mailboxes for Store {
     }
 }
 
-fn outbox(metrics: &Metrics) -> Outbox {
+fn outbox(metrics: &Metrics, tasks: &Tasks) -> Outbox {
     let config = KafkaConfig::default();
     let producer = Producer::new(&config).unwrap();
     Outbox {
         receipts: Receipts::new(producer.clone(), &config, IntCounter::new("d", "d").unwrap()),
         dead: DeadLetters::new(producer, &config, IntCounter::new("l", "l").unwrap()),
-        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone()),
+        hand_on: HandOn::new(Nobody, 1, Duration::ZERO, metrics.clone(), tasks.spawner()),
         clock: Arc::new(SystemClock),
         metrics: metrics.clone(),
         tracer: Tracer::new(&prometheus::Registry::new(), 1).unwrap(),
+        tasks: tasks.spawner(),
     }
 }
 
@@ -164,6 +165,7 @@ struct World {
     store: Store,
     partitions: Partitions,
     queues: Vec<Arc<Queue>>,
+    _tasks: Tasks,
     events: mpsc::Receiver<Event>,
     intake: Intake,
     next: [i64; 2],
@@ -201,11 +203,12 @@ impl World {
         config.window.retry_max_ms = 10;
         let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
         let (sender, events) = mpsc::channel(64);
+        let tasks = Tasks::new(&Context::new());
         let queues: Vec<Arc<Queue>> = vec![Arc::default(), Arc::default()];
         for queue in &queues {
             let shared = Shared {
                 mailboxes: store.clone(),
-                outbox: outbox(&metrics),
+                outbox: outbox(&metrics, &tasks),
                 events: sender.clone(),
                 window: config.window.clone(),
                 group_max: 5,
@@ -213,7 +216,7 @@ impl World {
                 away: Arc::default(),
                 metrics: metrics.clone(),
             };
-            tokio::spawn(Lane::new(shared, Arc::clone(queue)).run());
+            tasks.spawn("a lane", Lane::new(shared, Arc::clone(queue)).run());
         }
         let mut partitions = Partitions::new(store.shards());
         let mut next = [0; 2];
@@ -228,6 +231,7 @@ impl World {
             store,
             partitions,
             queues,
+            _tasks: tasks,
             events,
             intake,
             next,
