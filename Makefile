@@ -17,8 +17,9 @@ bench: ## All benchmarks beside a floor, 15 min (ONLY=idle,handshake: some)
 	@scripts/bench.sh bench $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 bench-200k: ## 200,000 connections, 10,000 messages/s (ARGS='--sessions 50000')
-	@scripts/bench.sh scale --nodes 11 --local-agents 11 --sessions 200000 --connect-rate 2500 --rate 10000 --linger-ms 20 \
-		--out target/bench/bench-200k.json $(ARGS)
+	@scripts/bench.sh bench --only scale --access-nodes 11 --local-agents 11 --sessions 200000 --rate 2500 \
+		--push-rate 10000 --push-linger-ms 20 --push-warmup-seconds 20 --limit-seconds 1800 \
+		--out target/bench/bench-200k.json --report bench-200k-report $(ARGS)
 
 latency: ## Latency by hop, produce to device (ARGS='--push-rate 5000')
 	@scripts/bench.sh bench --only latency --out target/bench/latency.json --report latency-report $(ARGS)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds what is deployed, and measures it: bench.sh SCENARIO [OPTION...],
-# as `barid-loadtest --help` lists them.
+# Installs dependencies, builds the release binaries and runs the load tool: bench.sh COMMAND [OPTION...];
+# `barid-loadtest --help` lists the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-//! An agent: a process that holds connections for a controller. It connects when it is told, reads,
+//! An agent: a process that holds connections for a controller. It connects on request, reads,
 //! acknowledges, checks every delivery, and counts.
 
 use std::collections::{HashMap, VecDeque};
@@ -21,31 +21,31 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-use crate::audit::Audit;
-use crate::clients::sign;
+use crate::audit::{Audit, Start};
 use crate::device::{self, Device, Path, Seen, Socket};
 use crate::histogram;
 use crate::producer::user;
 use crate::rpc;
 use crate::rpc::agent_server::{Agent, AgentServer};
 use crate::rpc::{AgentReport, ChurnRequest, ConnectReply, ConnectRequest, ExpectRequest, Nothing};
+use crate::token::sign;
 
-/// How long the tokens of a run are good.
+/// Validity of tokens.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// How long a handshake may take.
+/// Limit of a handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a connection that is refused is tried again.
+/// How long a refused connection is retried.
 const RETRY_LIMIT: Duration = Duration::from_secs(120);
 
-/// Where it listens.
+/// The agent's listener.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// For the controller. It asks for no secret: keep it within the test's network.
+    /// Address for the controller. There is no authentication: do not expose it outside the test network.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
 }
 
-/// Serves controllers until it is killed.
+/// Serves controllers until the process is killed.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let listener = TcpListener::bind(options.listen).await?;
     announce(&[listener.local_addr()?])?;
@@ -55,10 +55,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// The first line of output: where a process listens.
-///
-/// # Errors
-/// Standard output is closed.
+/// Prints the addresses that a process listens on, as its first line of output.
 pub fn announce(addresses: &[SocketAddr]) -> std::io::Result<()> {
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     let mut out = std::io::stdout().lock();
@@ -69,24 +66,24 @@ pub fn announce(addresses: &[SocketAddr]) -> std::io::Result<()> {
 #[derive(Default)]
 struct Service(Arc<State>);
 
-/// What the agent holds, and what it has seen.
+/// The agent's connections and counts.
 #[derive(Default)]
 struct State {
-    /// The oldest first.
+    /// Oldest first, with the user's number.
     sessions: Mutex<VecDeque<(u32, JoinHandle<()>)>>,
-    /// By user, the newest position that the application was shown: what survives a reconnect.
+    /// By user, the newest position that was shown; kept over reconnects.
     positions: Mutex<HashMap<u32, Arc<AtomicU64>>>,
     connected: AtomicU32,
     opened: AtomicU64,
     closed: AtomicU64,
     why_closed: Mutex<String>,
-    frames: AtomicU64,
+    delivered: AtomicU64,
     resent: AtomicU64,
     audit: RwLock<Option<Arc<Audit>>>,
 }
 
-/// How to connect, from a request.
-struct Way {
+/// A parsed [`ConnectRequest`].
+struct Connector {
     nodes: Vec<SocketAddr>,
     sources: Vec<IpAddr>,
     floor: bool,
@@ -100,26 +97,26 @@ struct Way {
     tokens: Vec<String>,
 }
 
-impl Way {
-    async fn of(request: &ConnectRequest) -> anyhow::Result<Self> {
+impl Connector {
+    async fn new(request: &ConnectRequest) -> anyhow::Result<Self> {
         let mut nodes = Vec::new();
         for node in &request.nodes {
             let found = lookup_host(node).await.with_context(|| format!("node {node}"))?.next();
             nodes.push(found.with_context(|| format!("node {node} has no address"))?);
         }
-        anyhow::ensure!(!nodes.is_empty(), "no node is named");
+        anyhow::ensure!(!nodes.is_empty(), "the request names no node");
         let sources = request.sources.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
         let tls = (!request.roots.is_empty())
             .then(|| certificates::trusting(&request.roots))
             .transpose()?;
         let key = EncodingKey::from_secret(&request.secret);
-        let end = request.first.checked_add(request.count).context("users beyond 2^32")?;
+        let end = request.first.checked_add(request.count).context("user numbers exceed 2^32")?;
         let users = request.first..end;
         let token = |number: u32| {
             let key_id = Some(request.key_id.clone()).filter(|id| !id.is_empty());
             sign(&key, key_id, &request.app, &user(number.into()), TOKEN_LIFE)
         };
-        // Signed before the clock runs.
+        // Signed before times are measured.
         let tokens =
             if request.floor { Vec::new() } else { users.map(token).collect::<Result<_, _>>()? };
         Ok(Self {
@@ -136,12 +133,12 @@ impl Way {
         })
     }
 
-    /// Opens the connection of a user; a refused one again, if that is wanted.
+    /// Opens a user's connection, with retries if the request allows them.
     async fn open(&self, number: u32, retried: &AtomicU64) -> anyhow::Result<Socket> {
         let begun = Instant::now();
         loop {
             let opened = tokio::time::timeout(CONNECT_TIMEOUT, self.open_once(number)).await;
-            let error = match opened.context("not welcomed in time") {
+            let error = match opened.context("handshake timed out") {
                 Ok(Ok(socket)) => return Ok(socket),
                 Ok(Err(error)) | Err(error) => error,
             };
@@ -171,9 +168,9 @@ impl Way {
 }
 
 impl State {
-    /// Opens what is asked for and keeps it.
+    /// Opens and keeps the requested connections.
     async fn connect(self: &Arc<Self>, request: ConnectRequest) -> anyhow::Result<ConnectReply> {
-        let way = Arc::new(Way::of(&request).await?);
+        let connector = Arc::new(Connector::new(&request).await?);
         let permits = Arc::new(Semaphore::new(request.at_once_max.max(1) as usize));
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
         let mut opening = JoinSet::new();
@@ -186,13 +183,14 @@ impl State {
             }
             let permit = Arc::clone(&permits).acquire_owned().await?;
             let due = due.unwrap_or_else(Instant::now);
-            let (state, way, retried) = (Arc::clone(self), Arc::clone(&way), Arc::clone(&retried));
+            let (state, connector, retried) =
+                (Arc::clone(self), Arc::clone(&connector), Arc::clone(&retried));
             opening.spawn(async move {
-                let opened = way.open(request.first + index, &retried).await;
+                let opened = connector.open(request.first + index, &retried).await;
                 let took = due.elapsed();
                 drop(permit);
                 opened.map(|socket| {
-                    state.keep(&way, request.first + index, socket);
+                    state.keep(&connector, request.first + index, socket);
                     took
                 })
             });
@@ -204,29 +202,29 @@ impl State {
         Ok(tally.reply(retried.load(Ordering::Relaxed)))
     }
 
-    /// Closes one connection after the other and opens it again.
+    /// Drops one connection after the other, the oldest first, and opens it again.
     async fn churn(self: &Arc<Self>, request: ChurnRequest) -> anyhow::Result<ConnectReply> {
-        let connect = request.connect.context("nothing to connect to")?;
-        let way = Arc::new(Way::of(&connect).await?);
+        let connect = request.connect.context("the request names no connections")?;
+        let connector = Arc::new(Connector::new(&connect).await?);
         let (retried, started) = (Arc::new(AtomicU64::new(0)), Instant::now());
         let total =
-            request.rate.checked_mul(request.seconds).context("more than 2^32 connections")?;
+            request.rate.checked_mul(request.seconds).context("rate times seconds exceeds 2^32")?;
         let mut opening = JoinSet::new();
         let mut tally = Tally::new(started);
         for index in 0..total {
             let due = started + Duration::from_secs(1) * index / request.rate;
             sleep_until(due).await;
-            // The oldest goes.
             let oldest = self.sessions.lock().pop_front();
-            let (number, oldest) = oldest.context("nobody is connected")?;
+            let (number, oldest) = oldest.context("no connection is left")?;
             oldest.abort();
-            let (state, way, retried) = (Arc::clone(self), Arc::clone(&way), Arc::clone(&retried));
+            let (state, connector, retried) =
+                (Arc::clone(self), Arc::clone(&connector), Arc::clone(&retried));
             opening.spawn(async move {
-                // It may be in the middle of a delivery.
+                // It may be handling a delivery.
                 let _ = oldest.await;
-                let opened = way.open(number, &retried).await;
+                let opened = connector.open(number, &retried).await;
                 opened.map(|socket| {
-                    state.keep(&way, number, socket);
+                    state.keep(&connector, number, socket);
                     due.elapsed()
                 })
             });
@@ -240,22 +238,22 @@ impl State {
         Ok(tally.reply(retried.load(Ordering::Relaxed)))
     }
 
-    /// Serves a connection on a task of its own.
-    fn keep(self: &Arc<Self>, way: &Arc<Way>, number: u32, socket: Socket) {
-        let (state, here) = (Arc::clone(self), Here::new(self));
+    /// Reads a connection in its own task.
+    fn keep(self: &Arc<Self>, connector: &Arc<Connector>, number: u32, socket: Socket) {
+        let (state, counted) = (Arc::clone(self), Counted::new(self));
         self.opened.fetch_add(1, Ordering::Relaxed);
-        let (floor, slow, ack_delay) = (way.floor, way.slow, way.ack_delay);
+        let (floor, slow, ack_delay) = (connector.floor, connector.slow, connector.ack_delay);
         let position = Arc::clone(self.positions.lock().entry(number).or_default());
         let task = tokio::spawn(async move {
             let ended = if floor {
-                device::read_plain(socket, &state.frames).await
+                device::read_plain(socket, &state.delivered).await
             } else if slow {
                 device::read_slowly(socket).await
             } else {
                 let device = Device::new(socket, number, ack_delay, Arc::clone(&state));
-                device.behind(position).serve().await
+                device.resume(position).serve().await
             };
-            drop(here);
+            drop(counted);
             state.closed.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = ended {
                 *state.why_closed.lock() = format!("{error:#}");
@@ -276,7 +274,7 @@ impl State {
             passed_over: of(|totals| totals.passed_over),
             repeats: of(|totals| totals.repeats),
             foreign: of(|totals| totals.foreign),
-            frames: self.frames.load(Ordering::Relaxed),
+            delivered: self.delivered.load(Ordering::Relaxed),
             resent: self.resent.load(Ordering::Relaxed),
             opened: self.opened.load(Ordering::Relaxed),
         }
@@ -285,6 +283,7 @@ impl State {
 
 impl Seen for Arc<State> {
     fn shown(&self, number: u32, id: &str) {
+        self.delivered.fetch_add(1, Ordering::Relaxed);
         if let Some(audit) = &*self.audit.read() {
             audit.shown(number, id);
         }
@@ -295,27 +294,27 @@ impl Seen for Arc<State> {
     }
 
     fn for_everyone(&self, messages: usize) {
-        self.frames.fetch_add(messages as u64, Ordering::Relaxed);
+        self.delivered.fetch_add(messages as u64, Ordering::Relaxed);
     }
 }
 
-/// Counts a connection, however it ends.
-struct Here(Arc<State>);
+/// Counts a connection as open until it is dropped.
+struct Counted(Arc<State>);
 
-impl Here {
+impl Counted {
     fn new(state: &Arc<State>) -> Self {
         state.connected.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(state))
     }
 }
 
-impl Drop for Here {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.connected.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// What came of attempts to connect.
+/// The results of connection attempts.
 struct Tally {
     started: Instant,
     last: Instant,
@@ -369,12 +368,11 @@ impl Agent for Service {
     }
 
     async fn expect(&self, request: Request<ExpectRequest>) -> Result<Response<Nothing>, Status> {
-        let ExpectRequest { run, users, rate, starts_at_us, burst } = request.into_inner();
-        let schedule = Some((rate, starts_at_us)).filter(|(rate, _)| *rate > 0);
-        *self.0.audit.write() =
-            Some(Arc::new(Audit::of_run(run, users, schedule).in_bursts_of(burst)));
+        let ExpectRequest { run, users, rate, starts_at_ms, burst } = request.into_inner();
+        let is_scheduled = rate > 0 && starts_at_ms > 0;
+        let schedule = is_scheduled.then(|| (rate, Start::at_unix_ms(starts_at_ms)));
+        *self.0.audit.write() = Some(Arc::new(Audit::of_run(run, users, burst, schedule)));
         self.0.closed.store(0, Ordering::Relaxed);
-        self.0.frames.store(0, Ordering::Relaxed);
         self.0.resent.store(0, Ordering::Relaxed);
         Ok(Response::new(Nothing {}))
     }

@@ -1,4 +1,4 @@
-//! What was produced against what was shown: latency, order, loss, repeats.
+//! Compares what was produced with what devices received: latency, order, loss, repeats.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -14,17 +14,17 @@ use crate::histogram;
 /// How long the last deliveries of a measurement may take.
 pub const SETTLE: Duration = Duration::from_secs(30);
 
-/// Audits of this process.
+/// Audits created in this process; part of a run's name.
 static RUNS: AtomicU64 = AtomicU64::new(0);
 
-/// Shared by all devices.
+/// The deliveries of one run. Shared by all devices of a process.
 #[derive(Debug)]
 pub struct Audit {
     /// By user, the turn that is expected next. Locked by that user's device alone while a run lasts.
     turns: Vec<Mutex<u64>>,
-    /// Records of one user in a row.
+    /// Consecutive records of one user.
     burst: u64,
-    started: OnceLock<(Instant, u64)>,
+    start: OnceLock<Start>,
     run: String,
     total: AtomicU64,
     rate: Option<u32>,
@@ -32,35 +32,65 @@ pub struct Audit {
     repeats: AtomicU64,
     passed_over: AtomicU64,
     foreign: AtomicU64,
-    /// Of records shown in other processes, or passed over there.
+    /// Records shown or passed over in other processes.
     elsewhere: AtomicU64,
-    /// From when a record was due to when it was shown; empty without a rate.
+    /// From when a record was due until it was shown; empty without a rate.
     latencies_us: Mutex<Histogram<u64>>,
 }
 
-/// What the books say.
+/// The start of a schedule: a whole millisecond of the system clock, because Kafka's timestamps have no
+/// fractions.
+#[derive(Debug, Clone, Copy)]
+pub struct Start {
+    at: Instant,
+    unix_ms: u64,
+}
+
+impl Start {
+    pub fn after(wait: Duration) -> Self {
+        let unix_ms = (unix_time() + wait).as_millis() + 1;
+        Self::at_unix_ms(u64::try_from(unix_ms).unwrap_or(u64::MAX))
+    }
+
+    pub fn at_unix_ms(unix_ms: u64) -> Self {
+        let (now, start) = (unix_time(), Duration::from_millis(unix_ms));
+        let at = Instant::now() + start.saturating_sub(now);
+        Self { at: at.checked_sub(now.saturating_sub(start)).unwrap_or(at), unix_ms }
+    }
+
+    pub fn unix_ms(self) -> u64 {
+        self.unix_ms
+    }
+
+    /// Time that is left until the start.
+    pub fn wait(self) -> Duration {
+        self.at.saturating_duration_since(Instant::now())
+    }
+}
+
+/// Counts of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Totals {
-    /// Records to be shown.
+    /// Records produced, or to be produced.
     pub total: u64,
     /// Records shown in their turn.
     pub shown: u64,
-    /// Shown ones that were older than one shown before.
+    /// Records shown after a later one, or twice.
     pub repeats: u64,
-    /// Records passed over: shown later (out of order) or never.
+    /// Records skipped: shown later (out of order) or never.
     pub passed_over: u64,
-    /// Shown, but of another run: left in the mailbox from before.
+    /// Messages of other runs, left in the mailbox.
     pub foreign: u64,
 }
 
 impl Audit {
-    /// For records that are dealt to `users` users in turn, `rate` a second; without a rate they
-    /// have no time at which they are due, and no latency.
+    /// For records to `users` users in turn, `rate` per second. Without a rate records are not due at any
+    /// time and have no latency.
     pub fn new(users: u32, rate: Option<u32>) -> Self {
         Self {
             turns: (0..users).map(|_| Mutex::default()).collect(),
             burst: 1,
-            started: OnceLock::new(),
+            start: OnceLock::new(),
             run: format!("{}.{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed)),
             total: AtomicU64::new(0),
             rate,
@@ -73,118 +103,91 @@ impl Audit {
         }
     }
 
-    /// Users get so many records in a row, at least one, before it is the next one's turn.
+    /// The part of a run that this process sees. `schedule`: records per second, and their start.
+    pub fn of_run(run: String, users: u32, burst: u32, schedule: Option<(u32, Start)>) -> Self {
+        let audit = Self { run, ..Self::new(users, schedule.map(|(rate, _)| rate)) };
+        schedule.into_iter().for_each(|(_, start)| audit.start(start));
+        audit.in_bursts_of(burst)
+    }
+
+    /// Gives each user this many records in a row (at least one).
     #[must_use]
     pub fn in_bursts_of(self, burst: u32) -> Self {
         Self { burst: u64::from(burst.max(1)), ..self }
     }
 
-    /// Records of one user in a row.
     pub fn burst(&self) -> u64 {
         self.burst
     }
 
-    /// Whose record `number` is.
+    /// The user of record `number`.
     pub fn user_of(&self, number: u64) -> u64 {
         number / self.burst % self.users()
     }
 
-    /// How many records that user was dealt before.
+    /// How many records that user got before.
     fn turn_of(&self, number: u64) -> u64 {
         number / (self.burst * self.users()) * self.burst + number % self.burst
     }
 
-    /// For the part of a run that another process sees: its name, all of its users, and its schedule:
-    /// records a second, the first of them at `starts_at_us` since the Unix epoch.
-    pub fn of_run(run: String, users: u32, schedule: Option<(u32, u64)>) -> Self {
-        let audit = Self { run, ..Self::new(users, schedule.map(|(rate, _)| rate)) };
-        if let Some((_, starts_at_us)) = schedule {
-            let (now, starts_at) = (unix_time(), Duration::from_micros(starts_at_us));
-            let (early, late) = (starts_at.saturating_sub(now), now.saturating_sub(starts_at));
-            let at = Instant::now() + early;
-            let _ = audit.started.set((at.checked_sub(late).unwrap_or(at), starts_at_us / 1000));
-        }
-        audit
+    /// Records per second.
+    pub fn rate(&self) -> Option<u32> {
+        self.rate
     }
 
-    /// The schedule, for other processes: records a second, and when the first is due, µs since the Unix
-    /// epoch. None: there is none, or nobody knows yet when it begins.
-    pub fn schedule(&self) -> Option<(u32, u64)> {
-        let (_, started_ms) = self.started.get()?;
-        Some((self.rate?, started_ms * 1000))
-    }
-
-    /// What names the run in its messages' ids.
+    /// The run's name, which all ids of its messages begin with.
     pub fn run(&self) -> &str {
         &self.run
     }
 
-    /// So many records were shown or passed over in other processes.
+    /// Reports records that were shown or passed over in other processes.
     pub fn settled_elsewhere(&self, records: u64) {
         self.elsewhere.store(records, Ordering::Relaxed);
     }
 
-    /// How many users there are.
     pub fn users(&self) -> u64 {
         self.turns.len() as u64
     }
 
-    /// The schedule begins, at a whole millisecond of the clock: Kafka's timestamps have no others.
-    pub fn start(&self) {
-        self.started.get_or_init(|| {
-            loop {
-                let now = unix_time();
-                if now.subsec_micros() % 1000 < 20 {
-                    return (Instant::now(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-                }
-                std::hint::spin_loop();
-            }
-        });
+    /// Sets the start of the schedule; only the first call has an effect.
+    pub fn start(&self, start: Start) {
+        let _ = self.start.set(start);
     }
 
-    /// The schedule will begin in `wait`, at a whole millisecond: so long others have to be told.
-    pub fn start_in(&self, wait: Duration) {
-        let now = unix_time();
-        let starts_at_ms = u64::try_from((now + wait).as_millis()).unwrap_or(u64::MAX);
-        let rest = Duration::from_millis(starts_at_ms).saturating_sub(now);
-        let _ = self.started.set((Instant::now() + rest, starts_at_ms));
+    /// Time that is left until the schedule starts.
+    pub fn wait(&self) -> Duration {
+        self.start.get().map_or(Duration::ZERO, |start| start.wait())
     }
 
-    /// How long until the schedule begins.
-    pub fn early(&self) -> Duration {
-        let starts = self.started.get().map(|(at, _)| at.saturating_duration_since(Instant::now()));
-        starts.unwrap_or_default()
-    }
-
-    /// The timestamp of record `number`, ms since the Unix epoch: when it was due.
+    /// The timestamp of record `number`, ms since the Unix epoch: when it is due.
     pub fn timestamp_ms(&self, number: u64) -> Option<u64> {
         let due = u64::try_from(self.due(number)?.as_millis()).ok()?;
-        self.started.get().map(|(_, started_ms)| started_ms + due)
+        self.start.get().map(|start| start.unix_ms + due)
     }
 
-    /// Time since [`Self::start`].
+    /// Time since the start.
     pub fn elapsed(&self) -> Duration {
-        self.started.get().map_or(Duration::ZERO, |(at, _)| at.elapsed())
+        self.start.get().map_or(Duration::ZERO, |start| start.at.elapsed())
     }
 
-    /// The id of record `number`. It names the run, so that a second one against the same mailboxes
+    /// The id of record `number`. It contains the run's name, so that a second run on the same mailboxes
     /// meets no duplicates.
     pub fn id(&self, number: u64) -> String {
         format!("{}-{number}", self.run)
     }
 
-    /// When record `number` is due, from [`Self::start`] on.
+    /// When record `number` is due, from the start.
     pub fn due(&self, number: u64) -> Option<Duration> {
         let rate = u64::from(self.rate?);
         Some(Duration::from_nanos(number.saturating_mul(1_000_000_000) / rate))
     }
 
-    /// `total` records were, or will be, produced.
+    /// Sets the number of records that were, or will be, produced.
     pub fn expect(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    /// A device was shown the message `id`.
+    /// Records that a user's device was shown the message `id`.
     pub fn shown(&self, user: u32, id: &str) {
         let Some(expected) = self.turns.get(user as usize) else { return };
         let number = id
@@ -213,7 +216,7 @@ impl Audit {
         self.shown.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Records shown in their turn or passed over, up to now.
+    /// Records shown in their turn or passed over, in all processes.
     pub fn settled(&self) -> u64 {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         of(&self.shown) + of(&self.passed_over) + of(&self.elsewhere)
@@ -224,7 +227,7 @@ impl Audit {
         let deadline = Instant::now() + timeout;
         while Instant::now() < deadline {
             if self.settled() >= self.total.load(Ordering::Relaxed) {
-                // A repeat would follow closely.
+                // Repeats follow closely.
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 return;
             }
@@ -232,7 +235,6 @@ impl Audit {
         }
     }
 
-    /// What the books say now.
     pub fn totals(&self) -> Totals {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Totals {
@@ -244,7 +246,7 @@ impl Audit {
         }
     }
 
-    /// From when records were due to when they were shown, microseconds; empty without a rate.
+    /// From when records were due until they were shown, µs; empty without a rate.
     pub fn latencies_us(&self) -> Histogram<u64> {
         self.latencies_us.lock().clone()
     }
@@ -254,21 +256,21 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// What became of a run's records, in every report. Field names are stable.
+/// What happened to a run's records. Field names are stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Outcome {
     /// Records shown in their turn.
     pub shown: u64,
     /// Records never shown.
     pub lost: u64,
-    /// Records passed over: shown later (out of order) or never.
+    /// Records skipped: shown later (out of order) or never.
     pub passed_over: u64,
-    /// Shown ones that were older than one shown before.
+    /// Records shown after a later one, or twice.
     pub repeats: u64,
 }
 
 impl Outcome {
-    /// Whether everything was shown once and in order.
+    /// Whether every record was shown exactly once and in order.
     pub fn is_clean(&self) -> bool {
         self.lost == 0 && self.passed_over == 0 && self.repeats == 0
     }
@@ -277,46 +279,39 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { shown, lost, passed_over, repeats } = self;
-        write!(f, "shown {shown}: lost {lost}, passed over {passed_over}, repeated {repeats}")
+        write!(f, "{shown} delivered, {lost} lost, {passed_over} skipped, {repeats} repeated")
     }
 }
 
 impl Totals {
-    /// Records never shown.
-    pub fn lost(&self) -> u64 {
-        self.total.saturating_sub(self.shown)
-    }
-
-    /// In short.
     pub fn outcome(&self) -> Outcome {
-        let Self { shown, passed_over, repeats, .. } = *self;
-        Outcome { shown, lost: self.lost(), passed_over, repeats }
+        let Self { total, shown, passed_over, repeats, .. } = *self;
+        Outcome { shown, lost: total.saturating_sub(shown), passed_over, repeats }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::histogram::quantile_ms;
 
     #[test]
     fn every_kind_of_fault_is_counted() {
         let audit = Audit::new(2, Some(1000));
         audit.expect(8);
-        audit.start();
+        audit.start(Start::after(Duration::ZERO));
         let shown = |user, number| audit.shown(user, &audit.id(number));
         for (user, number) in [(0, 0), (1, 1), (0, 2), (1, 3)] {
             shown(user, number);
         }
         assert_eq!((audit.totals().shown, audit.totals().passed_over), (4, 0));
         shown(0, 2); // a repeat
-        shown(0, 6); // 4 was passed over
-        shown(0, 4); // and comes late
+        shown(0, 6); // skips 4
+        shown(0, 4); // which is late
         shown(1, 4); // another user's
         audit.shown(1, "other-5"); // of another run
         let totals = audit.totals();
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
-        assert_eq!((totals.shown, totals.lost(), audit.settled()), (5, 3, 6));
+        assert_eq!((totals.shown, totals.outcome().lost, audit.settled()), (5, 3, 6));
         assert!(!totals.outcome().is_clean());
     }
 
@@ -337,20 +332,22 @@ mod tests {
 
     #[tokio::test]
     async fn another_process_measures_from_the_same_schedule() {
-        let audit = Audit::new(1, Some(10));
-        assert_eq!(audit.schedule(), None);
-        audit.start_in(Duration::from_millis(30));
-        assert!(audit.early() > Duration::from_millis(1));
-        let elsewhere = Audit::of_run(audit.run().to_owned(), 1, audit.schedule());
-        tokio::time::sleep(audit.early() + Duration::from_millis(250)).await;
+        let (audit, start) = (Audit::new(1, Some(10)), Start::after(Duration::from_millis(30)));
+        audit.start(start);
+        assert!(audit.wait() > Duration::from_millis(1));
+        let same = Start::at_unix_ms(start.unix_ms());
+        let elsewhere = Audit::of_run(audit.run().to_owned(), 1, 1, Some((10, same)));
+        tokio::time::sleep(audit.wait() + Duration::from_millis(250)).await;
         for audit in [&audit, &elsewhere] {
-            // Due 100 ms after the first, and shown 250 ms after it.
             audit.shown(0, &elsewhere.id(0));
+            let first = audit.elapsed().as_secs_f64() * 1e3;
             audit.shown(0, &elsewhere.id(1));
+            let both = first + audit.elapsed().as_secs_f64() * 1e3;
             let latencies = audit.latencies_us();
             assert_eq!((audit.totals().shown, latencies.len(), audit.settled()), (2, 2, 2));
-            let (least, most) = (quantile_ms(&latencies, 0.0), quantile_ms(&latencies, 1.0));
-            assert!((140.0..240.0).contains(&least) && most >= 240.0, "{least} {most}");
+            // The second record is due 100 ms after the first.
+            let sum = 2.0 * histogram::mean_ms(&latencies);
+            assert!((398.0..=(both - 100.0) * 1.01).contains(&sum), "{sum} of {both}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What Barid is measured by, beside the floor and the goal: one table, one list, one report.
+//! Runs scenarios: prints a table of measures, and writes it as JSON and as a report.
 
 mod churn;
 mod fanout;
@@ -6,6 +6,7 @@ mod handshake;
 mod idle;
 mod latency;
 mod options;
+mod scale;
 mod slow;
 mod soak;
 mod storm;
@@ -28,14 +29,14 @@ pub use self::options::Options;
 use self::options::{OUT, REPORT, Scenario};
 use self::trial::Trial;
 
-/// The bench with one scenario, which takes long.
+/// `bench --only soak`, with a verdict.
 #[derive(Debug, Args)]
 pub struct SoakCommand {
     #[command(flatten)]
     options: Options,
 }
 
-/// Soaks, and prints a verdict; `false`: something was lost, or grew.
+/// Returns false if a message was lost or something grew.
 pub async fn soak(SoakCommand { options }: SoakCommand) -> anyhow::Result<bool> {
     let is_default = options.out == Path::new(OUT);
     let out = if is_default { options.out.with_file_name("soak.json") } else { options.out };
@@ -46,24 +47,24 @@ pub async fn soak(SoakCommand { options }: SoakCommand) -> anyhow::Result<bool> 
     let grown = report.measures.iter().filter(|row| row.measure.met == Some(false));
     let wrong: Vec<_> = scenarios.chain(grown.map(|row| row.measure.measure.clone())).collect();
     let verdict = match wrong.is_empty() {
-        true => "soaked: everything was shown once and in order, and nothing grew".to_owned(),
-        false => format!("soaked, and found wanting: {}", wrong.join("; ")),
+        true => "passed: every message arrived once and in order, and nothing grew".to_owned(),
+        false => format!("failed: {}", wrong.join("; ")),
     };
     writeln!(std::io::stdout().lock(), "\n{verdict}")?;
     Ok(wrong.is_empty())
 }
 
-/// Measures everything, prints the table, writes the files; `false`: something could not be measured.
+/// Returns false if a scenario failed.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let report = bench(options).await?;
     Ok(report.scenarios.iter().all(|scenario| scenario.failed.is_none()))
 }
 
 async fn bench(options: &Options) -> anyhow::Result<Report> {
-    let (begun, mut report, mut rows) = (Instant::now(), Report::begin(), Vec::new());
+    let (started, mut report, mut rows) = (Instant::now(), Report::begin(), Vec::new());
     let all = Scenario::value_variants();
     let only = |scenario: &&Scenario| match options.only.is_empty() {
-        true => scenario.is_usual(),
+        true => scenario.is_default(),
         false => options.only.contains(scenario),
     };
     for (scenario, repetition) in all
@@ -72,7 +73,7 @@ async fn bench(options: &Options) -> anyhow::Result<Report> {
         .flat_map(|scenario| (1..=options.repeat).map(move |number| (*scenario, number)))
     {
         say(&format!("{} ...", scenario.name()))?;
-        let started = Instant::now();
+        let scenario_started = Instant::now();
         let (measured, recorded) = scenario.measure(options).await;
         let failed = match measured {
             Ok(measured) => {
@@ -85,12 +86,12 @@ async fn bench(options: &Options) -> anyhow::Result<Report> {
                 Some(format!("{error:#}"))
             }
         };
-        let (scenario, seconds) = (scenario.name(), started.elapsed().as_secs_f64());
+        let (scenario, seconds) = (scenario.name(), scenario_started.elapsed().as_secs_f64());
         let done = report::Scenario { scenario, repetition, seconds, failed, recorded };
         report.scenarios.push(done);
         report.measures = Repeated::of(&rows);
-        report.seconds = begun.elapsed().as_secs_f64();
-        // What was measured stays, whatever becomes of the rest.
+        report.seconds = started.elapsed().as_secs_f64();
+        // Written after each scenario: a later failure loses nothing.
         write(options, &report)?;
     }
     let measures: Vec<_> = report.measures.iter().map(|row| row.measure.clone()).collect();
@@ -104,7 +105,7 @@ async fn bench(options: &Options) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// The list of measures, and the report beside it.
+/// Writes the list of measures, and the report beside it.
 fn write(options: &Options, report: &Report) -> anyhow::Result<()> {
     let directory = options.out.parent().unwrap_or(Path::new(""));
     std::fs::create_dir_all(directory)?;
@@ -116,7 +117,7 @@ fn write(options: &Options, report: &Report) -> anyhow::Result<()> {
 }
 
 impl Scenario {
-    /// What was measured, and what was seen meanwhile.
+    /// The measures, and what was recorded for the report.
     async fn measure(self, options: &Options) -> (anyhow::Result<Vec<Measure>>, Recorded) {
         let mut trial = match Trial::start(options, &self.name()).await {
             Ok(trial) => trial,
@@ -128,9 +129,9 @@ impl Scenario {
         };
         let rows = match tokio::time::timeout(limit, self.rows(&mut trial)).await {
             Ok(rows) => rows,
-            Err(_) => Err(anyhow::anyhow!("not done within {limit:?}")),
+            Err(_) => Err(anyhow::anyhow!("time limit of {limit:?} exceeded")),
         };
-        (rows, trial.live.recorded())
+        (rows, trial.live.finish().await)
     }
 
     async fn rows(self, trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
@@ -142,6 +143,7 @@ impl Scenario {
             Self::Fanout => fanout::measure(trial).await,
             Self::Unicast => unicast::measure(trial).await,
             Self::Latency => latency::measure(trial).await,
+            Self::Scale => scale::measure(trial).await,
             Self::Slow => slow::measure(trial).await,
             Self::Tls => tls::measure(trial).await,
             Self::Soak => soak::measure(trial).await,

@@ -1,4 +1,4 @@
-//! What changed between runs of the bench, and whether it is more than noise.
+//! Compares runs of `bench`: what changed by more than noise.
 
 mod statistics;
 
@@ -13,24 +13,23 @@ use serde_json::Value;
 use crate::measure::{Measure, shown};
 use crate::report::Repeated;
 
-/// What is compared, and how.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The base, then what is held against it: bench.json or report.json, several runs of one side with
-    /// commas between.
+    /// The base, then one or more sides to compare with it: bench.json or report.json files; several runs
+    /// of one side are separated by commas.
     #[arg(required = true, num_args = 2.., value_name = "FILE[,FILE...]")]
     sides: Vec<String>,
-    /// What is compared of each measure.
+    /// The value to compare.
     #[arg(long, default_value = "barid")]
     of: Of,
-    /// With what probability noise is taken for noise, for each measure.
+    /// Confidence level of each measure's margin: 0.5 to 0.9999.
     #[arg(long, default_value_t = 0.99, value_parser = confidence)]
     confidence: f64,
-    /// By how much two single runs of the same thing differ, as a share, instead of what is known of each
-    /// measure.
+    /// Noise band of all measures, instead of their own: 0.1 if two runs of the same thing differ by up to
+    /// 10 %.
     #[arg(long, value_parser = band)]
     noise: Option<f64>,
-    /// End with exit code 1 if something became worse by more than noise, or is no longer measured.
+    /// Exit with code 1 if a measure became worse by more than noise, or is missing.
     #[arg(long)]
     fail_on_regression: bool,
     /// Print one JSON object.
@@ -39,26 +38,26 @@ pub struct Options {
 }
 
 fn confidence(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "must be a number")?;
+    let value: f64 = text.parse().map_err(|_| "not a number")?;
     if (0.5..=0.9999).contains(&value) { Ok(value) } else { Err("must be 0.5 to 0.9999".into()) }
 }
 
 fn band(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "must be a number")?;
+    let value: f64 = text.parse().map_err(|_| "not a number")?;
     if value > 0.0 && value <= 100.0 { Ok(value) } else { Err("must be above 0, up to 100".into()) }
 }
 
-/// Which of a measure's values.
+/// A value of each measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Of {
-    /// Barid's.
+    /// Barid's value.
     Barid,
-    /// Barid's over the floor's: what another machine, or a busier one, changes less.
+    /// Barid's value over the floor's, which depends less on the machine and its load.
     Ratio,
 }
 
-/// One measure of one side, over its runs.
+/// One measure in all runs of one side.
 #[derive(Debug, Clone, Default)]
 struct Runs {
     unit: String,
@@ -69,9 +68,10 @@ struct Runs {
     floor: Vec<f64>,
 }
 
-/// By name; the order is that of the first file.
+/// All runs of one side.
 #[derive(Debug, Clone, Default)]
 struct Side {
+    /// In the order of the first file.
     names: Vec<String>,
     runs: BTreeMap<String, Runs>,
 }
@@ -79,15 +79,13 @@ struct Side {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
-    /// By more than noise.
     Better,
-    /// By more than noise.
     Worse,
-    /// Noise, or nothing.
+    /// Equal, or different by no more than noise.
     Same,
-    /// Only the later side has it.
+    /// Missing in the base.
     New,
-    /// Only the base has it.
+    /// Missing in the compared side.
     Gone,
 }
 
@@ -96,14 +94,14 @@ enum Verdict {
 struct Row {
     measure: String,
     unit: String,
-    /// Geometric means; absent: not measured there.
+    /// The base's geometric mean.
     before: Option<f64>,
     after: Option<f64>,
-    /// As a share: 0.1 is a tenth more. Absent: there is nothing to divide by.
+    /// Relative: 0.1 is 10 % more. Absent if a value is not above zero.
     change: Option<f64>,
-    /// A change by a factor of up to 1 + margin is noise.
+    /// Changes by a factor of up to 1 + margin are noise.
     margin: Option<f64>,
-    /// Of the floor, in the same files: where it moved as well, the machine did.
+    /// The floor's change, if it is more than noise: then the machine changed.
     floor_change: Option<f64>,
     runs: (usize, usize),
     verdict: Verdict,
@@ -119,11 +117,11 @@ struct Comparison {
     rows: Vec<Row>,
 }
 
-/// Compares and prints; `false`: a regression, if that was asked for.
+/// Returns false on a regression if `--fail-on-regression` is set.
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let sides = options.sides.iter().map(|files| Side::read(files));
     let sides = sides.collect::<anyhow::Result<Vec<_>>>()?;
-    let (base, others) = sides.split_first().context("nothing to compare")?;
+    let (base, others) = sides.split_first().context("no file to compare")?;
     let comparisons: Vec<_> = others
         .iter()
         .zip(&options.sides[1..])
@@ -142,7 +140,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 }
 
 impl Side {
-    /// Reads runs with commas between.
+    /// Reads comma-separated files.
     fn read(files: &str) -> anyhow::Result<Self> {
         let mut side = Self::default();
         for file in files.split(',').map(PathBuf::from) {
@@ -150,7 +148,7 @@ impl Side {
                 side.add(measure);
             }
         }
-        ensure!(!side.names.is_empty(), "{files} measured nothing");
+        ensure!(!side.names.is_empty(), "{files} has no measures");
         Ok(side)
     }
 
@@ -171,7 +169,7 @@ impl Side {
     }
 }
 
-/// Of a bench.json (a list) or a report.json (an object).
+/// Reads a bench.json (a list) or a report.json (an object).
 fn measures(file: &Path) -> anyhow::Result<Vec<Repeated>> {
     let json: Value = serde_json::from_slice(&std::fs::read(file)?)?;
     if json.is_array() {
@@ -188,7 +186,7 @@ fn rows(before: &Side, after: &Side, options: &Options) -> Vec<Row> {
     names.filter_map(|name| row(name, before, after, options)).collect()
 }
 
-/// `None`: neither side has such a value.
+/// `None` if neither side has a value.
 fn row(name: &str, before: &Side, after: &Side, options: &Options) -> Option<Row> {
     let (nothing, of) = (Runs::default(), options.of);
     let values = |runs: &Runs| match of {
@@ -209,7 +207,7 @@ fn row(name: &str, before: &Side, after: &Side, options: &Options) -> Option<Row
             Some(compared) if !compared.is_significant() => Verdict::Same,
             Some(compared) if (compared.change > 0.0) == known.more_is_better => Verdict::Better,
             Some(_) => Verdict::Worse,
-            // Zeros have no share: something where nothing was, or the other way round.
+            // A value is zero, so there is no relative change.
             None => match mean(&new).total_cmp(&mean(&old)) {
                 std::cmp::Ordering::Equal => Verdict::Same,
                 more if more.is_gt() == known.more_is_better => Verdict::Better,
@@ -235,7 +233,7 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
-/// The geometric mean, where there is one.
+/// The geometric mean; the arithmetic mean if a value is not above zero.
 fn typical(values: &[f64]) -> f64 {
     if values.iter().any(|value| *value <= 0.0) {
         return mean(values);
@@ -285,10 +283,11 @@ fn text(comparison: &Comparison) -> String {
     let count = |verdict| rows.iter().filter(|row| row.verdict == verdict).count();
     let by_chance = rows.len() as f64 * (1.0 - confidence);
     lines.push(format!(
-        "\n{} better, {} worse, {} gone; of {} measures some {by_chance:.1} seem to change by chance alone",
+        "\n{} better, {} worse, {} gone; {:.1} of {} measures are expected to change by chance",
         count(Verdict::Better),
         count(Verdict::Worse),
         count(Verdict::Gone),
+        by_chance,
         rows.len(),
     ));
     lines.join("\n")
@@ -298,7 +297,7 @@ fn per_cent(share: f64) -> String {
     format!("{:+.1} %", share * 100.0)
 }
 
-/// A factor of 1.25 either way is from 20 % less to 25 % more.
+/// A factor of 1.25 either way: from 20 % less to 25 % more.
 fn noise_per_cent(margin: f64) -> String {
     let less = 1.0 - 1.0 / (1.0 + margin);
     format!("-{:.0}..+{:.0} %", less * 100.0, margin * 100.0)
@@ -372,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_a_side_are_one_side_and_the_floor_tells_of_the_machine() {
+    fn a_slower_machine_shows_in_the_floor_and_not_in_the_ratio() {
         let dir = tempfile::tempdir().unwrap();
         let run = |name: &str, barid, floor| {
             file(dir.path(), name, &[("cost_us", "us", barid, Some(floor))])
@@ -388,7 +387,7 @@ mod tests {
                 options.sides.iter().map(|files| Side::read(files).unwrap()).collect();
             rows(&sides[0], &sides[1], &options).remove(0)
         };
-        // Twice as dear, but so is the floor: the machine is slower.
+        // The cost doubled, but so did the floor's: the machine is slower.
         let barid = row(&[&before, &after]);
         assert_eq!((barid.verdict, barid.runs), (Verdict::Worse, (3, 3)));
         assert!((barid.floor_change.unwrap() - 1.0).abs() < 0.01, "{barid:?}");
@@ -397,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_became_something_is_a_change() {
+    fn a_change_from_or_to_zero_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let of = |name: &str, refused| file(dir.path(), name, &[("refused", "", refused, None)]);
         let (none, some) = (of("a.json", 0.0), of("b.json", 7.0));

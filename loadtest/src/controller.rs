@@ -1,4 +1,4 @@
-//! Steers agents as if they were one: splits what is asked among them, and merges what they saw.
+//! Controls agents as if they were one: splits requests among them and merges their answers.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use futures::future::try_join_all;
 use hdrhistogram::Histogram;
 use tonic::transport::Channel;
 
-use crate::audit::{Audit, Outcome};
+use crate::audit::{Audit, Outcome, Start};
 use crate::histogram;
 use crate::rpc::agent_client::AgentClient;
 use crate::rpc::floor_client::FloorClient;
@@ -17,10 +17,10 @@ use crate::rpc::{
     BroadcastRequest, ChurnRequest, ConnectReply, ConnectRequest, ExpectRequest, Nothing,
 };
 
-/// How long a process of ours may take to start.
-const START_LIMIT: Duration = Duration::from_secs(10);
-/// Source addresses of each local agent. A pair of addresses has some 28,000 ports; and devices come from many
-/// addresses: all of a storm at once stay below a node's limit for one (`limits.address_handshakes_max`, 512).
+/// How long an agent or a floor may take to start.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// Source addresses of each local agent. A pair of addresses has some 28,000 ports; and in a storm each
+/// address stays below a node's limit (`limits.address_handshakes_max`, 512).
 const SOURCES: u8 = 32;
 
 /// Agents, and the processes of those that were started here.
@@ -30,41 +30,34 @@ pub struct Agents {
     _dir: tempfile::TempDir,
 }
 
-/// What came of connecting.
+/// The result of opening connections.
 #[derive(Debug, Clone)]
 pub struct Connected {
-    /// Sessions that were welcomed.
     pub connected: u32,
-    /// Attempts that were refused and made again.
+    /// Refused attempts that were retried.
     pub retried: u64,
-    /// From when each was due until it was welcomed.
+    /// From when each connection was due until it was welcomed.
     pub took_us: Histogram<u64>,
-    /// From the first until the last.
+    /// From the first attempt until the last connection was open.
     pub elapsed: Duration,
 }
 
-/// What all agents have seen of a run.
+/// The sums of all agents' reports; [`crate::rpc::AgentReport`] explains the fields.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
-    /// Connections that stand.
     pub connected: u32,
-    /// Connections that the other side ended, and why one of them was.
     pub closed: u64,
     pub why_closed: String,
-    /// Deliveries.
     pub shown: u64,
     pub passed_over: u64,
     pub repeats: u64,
-    /// The floor's frames.
-    pub frames: u64,
-    /// Messages that came again and were not shown again.
+    pub delivered: u64,
     pub resent: u64,
-    /// Connections that were welcomed since the agents were started.
     pub opened: u64,
 }
 
 impl Seen {
-    /// What became of `total` records.
+    /// The outcome of a run of `total` records.
     pub fn outcome(&self, total: u64) -> Outcome {
         let Self { shown, passed_over, repeats, .. } = *self;
         Outcome { shown, lost: total.saturating_sub(shown), passed_over, repeats }
@@ -72,19 +65,16 @@ impl Seen {
 }
 
 impl Agents {
-    /// Those that are named; if none are, `local` processes of this machine.
-    ///
-    /// # Errors
-    /// One does not start or cannot be reached.
+    /// Connects to the named agents; if none are named, starts `local` processes.
     pub async fn start(named: &[String], local: usize) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut addresses = named.to_vec();
         let mut processes = Vec::new();
         if named.is_empty() {
             for number in 0..local {
-                let (process, addresses_of) =
+                let (process, listeners) =
                     spawn(&dir, &format!("agent-{number}"), &["agent"]).await?;
-                addresses.push(addresses_of[0].to_string());
+                addresses.push(listeners[0].to_string());
                 processes.push(process);
             }
         }
@@ -97,12 +87,11 @@ impl Agents {
         Ok(Self { clients, local: processes, _dir: dir })
     }
 
-    /// Handles, of which any number may ask at once.
     fn clients(&self) -> impl Iterator<Item = AgentClient<Channel>> {
         self.clients.iter().cloned()
     }
 
-    /// Each agent's part of `request`, and the agent.
+    /// Each agent with its part of the request.
     fn parts(&self, request: &ConnectRequest) -> Vec<(AgentClient<Channel>, ConnectRequest)> {
         let agents = u32::try_from(self.clients.len()).unwrap_or(u32::MAX);
         let (is_local, mut first) = (!self.local.is_empty(), request.first);
@@ -126,10 +115,7 @@ impl Agents {
         self.clients().enumerate().map(part).collect()
     }
 
-    /// Connects users over all agents.
-    ///
-    /// # Errors
-    /// Any of them failed.
+    /// Opens connections. Fails if any of them fails.
     pub async fn connect(&self, request: &ConnectRequest) -> anyhow::Result<Connected> {
         let parts = self.parts(request).into_iter();
         let open = async |(mut client, part): (AgentClient<Channel>, _)| client.open(part).await;
@@ -137,10 +123,7 @@ impl Agents {
         merge(replies.into_iter().map(tonic::Response::into_inner))
     }
 
-    /// Closes and opens connections at `rate` a second over all agents.
-    ///
-    /// # Errors
-    /// One was not welcomed again.
+    /// Drops and opens `rate` connections per second.
     pub async fn churn(
         &self,
         request: &ConnectRequest,
@@ -155,16 +138,15 @@ impl Agents {
         merge(replies.into_iter().map(tonic::Response::into_inner))
     }
 
-    /// From now on deliveries are checked against this run.
-    ///
-    /// # Errors
-    /// An agent is gone.
-    pub async fn expect(&self, audit: &Audit) -> anyhow::Result<()> {
-        let users = u32::try_from(audit.users())?;
-        let (rate, starts_at_us) = audit.schedule().unwrap_or_default();
-        let run = audit.run().to_owned();
-        let burst = u32::try_from(audit.burst())?;
-        let request = ExpectRequest { run, users, rate, starts_at_us, burst };
+    /// Begins a run. `start`: when its schedule starts, if that is known.
+    pub async fn expect(&self, audit: &Audit, start: Option<Start>) -> anyhow::Result<()> {
+        let request = ExpectRequest {
+            run: audit.run().to_owned(),
+            users: u32::try_from(audit.users())?,
+            rate: audit.rate().unwrap_or_default(),
+            starts_at_ms: start.map(Start::unix_ms).unwrap_or_default(),
+            burst: u32::try_from(audit.burst())?,
+        };
         let expect = |mut client: AgentClient<Channel>| {
             let request = request.clone();
             async move { client.expect(request).await }
@@ -173,42 +155,31 @@ impl Agents {
         Ok(())
     }
 
-    /// The same agents, to be asked while these are busy.
+    /// A handle for reports while other requests are under way.
     pub fn watch(&self) -> Watch {
         Watch(self.clients.clone())
     }
 
-    /// The processes of those that were started here.
+    /// Process ids of the agents that were started here.
     pub fn pids(&self) -> Vec<u32> {
         self.local.iter().map(Process::pid).collect()
     }
 
-    /// From when the run's messages were due until they were shown, microseconds, over all agents.
-    ///
-    /// # Errors
-    /// An agent is gone.
+    /// From when the run's messages were due until they were shown, µs.
     pub async fn latencies_us(&self) -> anyhow::Result<Histogram<u64>> {
         let ask = async |mut client: AgentClient<Channel>| client.latencies(Nothing {}).await;
-        let each = self.clients().map(ask);
         let mut sum = histogram::new();
-        for latencies in try_join_all(each).await? {
+        for latencies in try_join_all(self.clients().map(ask)).await? {
             histogram::add(&mut sum, &latencies.into_inner());
         }
         Ok(sum)
     }
 
-    /// What they have seen.
-    ///
-    /// # Errors
-    /// An agent is gone.
     pub async fn report(&self) -> anyhow::Result<Seen> {
         self.watch().report().await
     }
 
-    /// Closes every connection at once.
-    ///
-    /// # Errors
-    /// An agent is gone.
+    /// Drops every connection at once.
     pub async fn drop_all(&self) -> anyhow::Result<()> {
         let close = async |mut client: AgentClient<Channel>| client.close(Nothing {}).await;
         try_join_all(self.clients().map(close)).await?;
@@ -216,25 +187,22 @@ impl Agents {
     }
 }
 
-/// Asks agents what they have seen, and nothing else.
+/// Reads the agents' reports.
+#[derive(Clone)]
 pub struct Watch(Vec<AgentClient<Channel>>);
 
 impl Watch {
-    /// What they have seen.
-    ///
-    /// # Errors
-    /// An agent is gone.
     pub async fn report(&mut self) -> anyhow::Result<Seen> {
-        let each = self.0.iter_mut().map(|client| client.report(Nothing {}));
+        let reports = self.0.iter_mut().map(|client| client.report(Nothing {}));
         let mut seen = Seen::default();
-        for report in try_join_all(each).await? {
+        for report in try_join_all(reports).await? {
             let report = report.into_inner();
             seen.connected += report.connected;
             seen.closed += report.closed;
             seen.shown += report.shown;
             seen.passed_over += report.passed_over;
             seen.repeats += report.repeats;
-            seen.frames += report.frames;
+            seen.delivered += report.delivered;
             seen.resent += report.resent;
             seen.opened += report.opened;
             if !report.why_closed.is_empty() {
@@ -268,40 +236,33 @@ pub struct Floor {
 }
 
 impl Floor {
-    /// Starts one that listens at this address of the machine.
-    ///
-    /// # Errors
-    /// It does not start.
+    /// Starts a floor that listens at this address of the machine.
     pub async fn start(host: IpAddr) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let listen = SocketAddr::new(host, 0).to_string();
         let (process, addresses) = spawn(&dir, "floor", &["floor", "--listen", &listen]).await?;
-        let [steering, address] = addresses[..] else { anyhow::bail!("two listeners") };
-        let client = FloorClient::connect(format!("http://{steering}")).await?;
+        let [control, address] = addresses[..] else { anyhow::bail!("floor has two listeners") };
+        let client = FloorClient::connect(format!("http://{control}")).await?;
         Ok(Self { client, process, address, _dir: dir })
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
 
-    /// How to connect to it; nothing is said about users.
-    pub fn way(&self) -> ConnectRequest {
+    /// A request that connects to it, without users.
+    pub fn connect_request(&self) -> ConnectRequest {
         ConnectRequest { nodes: vec![self.address.to_string()], floor: true, ..Default::default() }
     }
 
-    /// To every connection.
-    ///
-    /// # Errors
-    /// It is gone.
+    /// Sends messages to every connection.
     pub async fn broadcast(&mut self, count: u32, payload_bytes: u32) -> anyhow::Result<()> {
         self.client.broadcast(BroadcastRequest { count, payload_bytes }).await?;
         Ok(())
     }
 }
 
-/// Starts this program once more with these arguments; tells where it listens.
+/// Starts this program once more with other arguments, and returns the addresses that it listens on.
 async fn spawn(
     dir: &tempfile::TempDir,
     name: &str,
@@ -311,7 +272,7 @@ async fn spawn(
     let mut process = Process::spawn(name, std::env::current_exe()?, &log, |command| {
         command.args(arguments);
     })?;
-    let begun = Instant::now();
+    let started = Instant::now();
     loop {
         let output = process.output();
         let line = output.lines().find_map(|line| line.strip_prefix("listening "));
@@ -320,7 +281,7 @@ async fn spawn(
             return Ok((process, addresses));
         }
         process.must_run()?;
-        ensure!(begun.elapsed() < START_LIMIT, "{name} does not start: {output}");
+        ensure!(started.elapsed() < START_LIMIT, "{name} does not start: {output}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -1,6 +1,6 @@
-//! Devices that cost as little as devices can, so that a measurement is the cluster's: one task and
-//! one socket each, protobuf frames, acknowledgements as the protocol advises. They do not come
-//! back after a close; for that there are [`crate::clients`].
+//! Devices that use few resources, so that a measurement shows the cluster's: one task and one socket each,
+//! protobuf frames, acknowledgements as the protocol advises. They do not reconnect; the Rust SDK does
+//! ([`crate::run`]).
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -20,24 +20,22 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config};
 
-/// What a slow device's socket holds, bytes.
+/// Receive buffer of a slow device's socket.
 const NARROW_BYTES: u32 = 4 << 10;
 
-/// A client's end.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// How a device comes to its node.
+/// How a device connects to its node.
 #[derive(Debug, Clone)]
 pub struct Path {
-    /// Where to.
     pub node: SocketAddr,
-    /// From an address of this machine, if one is given.
+    /// A source address of this machine.
     pub source: Option<IpAddr>,
-    /// Through a socket that holds little.
+    /// Use a small receive buffer.
     pub narrow: bool,
-    /// How often it asks to be pinged, ms; 0: it does not ask.
+    /// The ping interval to ask for, ms; 0: the node's default.
     pub ping_interval_ms: u32,
-    /// Over TLS, trusting this.
+    /// Use TLS.
     pub tls: Option<Arc<rustls::ClientConfig>>,
 }
 
@@ -71,18 +69,12 @@ fn config() -> WebSocketConfig {
 }
 
 /// Opens a connection to the floor.
-///
-/// # Errors
-/// It is refused.
 pub async fn open_plain(path: &Path) -> anyhow::Result<Socket> {
     let (stream, url, connector) = (stream(path).await?, path.url("/"), path.connector());
     Ok(client_async_tls_with_config(url, stream, Some(config()), Some(connector)).await?.0)
 }
 
-/// Reads a byte a second until the connection ends.
-///
-/// # Errors
-/// Why it ended.
+/// Reads one byte per second until the connection ends. Returns why it ended.
 pub async fn read_slowly(mut socket: Socket) -> anyhow::Result<()> {
     loop {
         socket.get_mut().read_u8().await?;
@@ -90,23 +82,17 @@ pub async fn read_slowly(mut socket: Socket) -> anyhow::Result<()> {
     }
 }
 
-/// Counts the floor's frames until the connection ends.
-///
-/// # Errors
-/// Why it ended.
-pub async fn read_plain(mut socket: Socket, frames: &AtomicU64) -> anyhow::Result<()> {
+/// Counts the floor's messages until the connection ends. Returns why it ended.
+pub async fn read_plain(mut socket: Socket, delivered: &AtomicU64) -> anyhow::Result<()> {
     while let Some(frame) = socket.next().await {
         if let Frame::Binary(_) = frame? {
-            frames.fetch_add(1, Ordering::Relaxed);
+            delivered.fetch_add(1, Ordering::Relaxed);
         }
     }
     bail!("end of stream")
 }
 
-/// Opens a session of the token's user.
-///
-/// # Errors
-/// It is refused, or closed before it is welcomed.
+/// Opens a session for the token's user.
 pub async fn open(path: &Path, token: &str) -> anyhow::Result<Socket> {
     let (stream, connector) = (stream(path).await?, path.connector());
     let mut request = path.url("/v1/connect").into_client_request()?;
@@ -123,26 +109,26 @@ pub async fn open(path: &Path, token: &str) -> anyhow::Result<Socket> {
     };
     socket.send(Frame::Binary(encode_client(Encoding::Proto, &Kind::Hello(hello)))).await?;
     loop {
-        match socket.next().await.context("closed before it was welcomed")?? {
+        match socket.next().await.context("connection closed before Welcome")?? {
             Frame::Binary(bytes) => match decode_server(Encoding::Proto, bytes)? {
                 ServerFrame::Welcome(_) => return Ok(socket),
-                other => bail!("expected welcome, got {other:?}"),
+                other => bail!("expected Welcome, got {other:?}"),
             },
-            Frame::Close(close) => bail!("closed before it was welcomed: {close:?}"),
+            Frame::Close(close) => bail!("connection closed before Welcome: {close:?}"),
             _ => (),
         }
     }
 }
 
-/// Is told what devices are shown.
+/// The application behind the devices.
 pub trait Seen: Send + Sync + 'static {
-    /// A user's device was shown the message `id`.
+    /// Shows the message `id` to a user.
     fn shown(&self, number: u32, id: &str);
 
-    /// A message came again that was shown before.
+    /// A message that was shown before arrived again.
     fn resent(&self) {}
 
-    /// So many messages came that were for everyone.
+    /// Messages to everyone arrived.
     fn for_everyone(&self, _messages: usize) {}
 }
 
@@ -152,32 +138,29 @@ pub struct Device<S> {
     number: u32,
     ack_delay: Duration,
     seen: S,
-    /// The newest position that the application was shown; 0: none yet.
+    /// The newest position that was shown; 0 before the first.
     position: Arc<AtomicU64>,
     acked: u64,
-    /// The last message for everyone.
+    /// The position of the last message to everyone.
     everyone: u64,
 }
 
 impl<S: Seen> Device<S> {
-    /// The device of user `number`. `ack_delay`: it acknowledges at once, but not sooner than that after its
-    /// last time.
+    /// The device of user `number`. It acknowledges at once, but not sooner than `ack_delay` after its last
+    /// acknowledgement.
     pub fn new(socket: Socket, number: u32, ack_delay: Duration, seen: S) -> Self {
         Self { socket, number, ack_delay, seen, position: Arc::default(), acked: 0, everyone: 0 }
     }
 
-    /// It was here before, and its application was shown everything up to this position.
+    /// Resumes an earlier session of the device, which showed everything up to this position.
     #[must_use]
-    pub fn behind(self, position: Arc<AtomicU64>) -> Self {
-        // Whether all of it was acknowledged is not known: what was not comes again.
+    pub fn resume(self, position: Arc<AtomicU64>) -> Self {
+        // Unacknowledged messages before the position are re-sent.
         let acked = position.load(Ordering::Relaxed);
         Self { position, acked, ..self }
     }
 
-    /// Reads and acknowledges until the connection ends.
-    ///
-    /// # Errors
-    /// Why it ended, or that a position was left out.
+    /// Reads and acknowledges until the connection ends or a position is missing. Returns why it ended.
     pub async fn serve(mut self) -> anyhow::Result<()> {
         let mut next_ack = Instant::now();
         loop {
@@ -194,7 +177,7 @@ impl<S: Seen> Device<S> {
                 () = sleep_until(next_ack), if self.received() > self.acked => continue,
             };
             self.read(frame)?;
-            // What lies in the buffer is acknowledged in one go.
+            // Everything in the buffer is acknowledged at once.
             while let Some(frame) = self.socket.next().now_or_never() {
                 self.read(frame)?;
             }
@@ -216,13 +199,12 @@ impl<S: Seen> Device<S> {
                 }
                 ServerFrame::Deliver(deliver) => {
                     for message in deliver.messages {
-                        // Where a mailbox begins, the node knows; from then on without a hole.
+                        // The first position is the node's choice; later ones are consecutive.
                         let (seq, before) = (message.seq, self.received());
                         ensure!(before == 0 || seq <= before + 1, "seq {seq} after {before}");
                         if seq <= before {
-                            // A re-send that crossed the acknowledgement, or what was not yet
-                            // acknowledged when the device left: the application is not shown it, as
-                            // in every SDK, and it is acknowledged again.
+                            // Re-sent before the acknowledgement arrived, or not yet acknowledged when
+                            // the device left. As in every SDK, it is not shown, but acknowledged again.
                             self.acked = self.acked.min(seq.saturating_sub(1));
                             self.seen.resent();
                             continue;
@@ -244,11 +226,11 @@ impl<S: Seen> Device<S> {
 }
 
 impl<S: Seen> Device<S> {
-    /// Each once and in order, from the first one on.
+    /// Checks that each message arrives once and in order.
     fn for_everyone(&mut self, messages: &[Message]) -> anyhow::Result<()> {
         for Message { seq, .. } in messages {
             let before = self.everyone;
-            ensure!(*seq == before + 1, "seq {seq} for everyone after {before}");
+            ensure!(*seq == before + 1, "seq {seq} to everyone after {before}");
             self.everyone = *seq;
         }
         self.seen.for_everyone(messages.len());
@@ -264,7 +246,7 @@ mod tests {
 
     use super::*;
 
-    /// What the application was shown, and how often something came again.
+    /// The ids that were shown, and the number of re-sent messages.
     #[derive(Clone, Default)]
     struct Application(Arc<parking_lot::Mutex<(Vec<String>, u32)>>);
 
@@ -278,9 +260,9 @@ mod tests {
         }
     }
 
-    /// What a device says of a node that sends these positions and ends, what its application was
-    /// shown, and how often something came again.
-    async fn told(seqs: &'static [u64]) -> (String, String, u32) {
+    /// Sends these positions to a device. Returns why it ended, the ids that it showed, and the number of
+    /// re-sent messages.
+    async fn receive(seqs: &'static [u64]) -> (String, String, u32) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let node = listener.local_addr().unwrap();
         let serving = tokio::spawn(async move {
@@ -304,10 +286,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_device_finds_holes_and_shows_nothing_twice() {
-        let (why, shown, again) = told(&[4, 5, 7]).await;
+    async fn a_device_finds_missing_positions_and_shows_nothing_twice() {
+        let (why, shown, again) = receive(&[4, 5, 7]).await;
         assert_eq!((why.as_str(), shown.as_str(), again), ("seq 7 after 5", "m4 m5", 0));
-        let (why, shown, again) = told(&[1, 2, 1, 2, 3]).await;
+        let (why, shown, again) = receive(&[1, 2, 1, 2, 3]).await;
         assert_eq!((shown.as_str(), again), ("m1 m2 m3", 2));
         assert!(!why.contains("after"), "{why}");
     }

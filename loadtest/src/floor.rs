@@ -1,6 +1,6 @@
-//! The floor: the barest WebSocket server that can hold connections and broadcast to them, one task
-//! a connection over tokio-tungstenite, no sessions, no tokens, no routes. What Barid takes beyond
-//! this is what its promises cost.
+//! The floor: the barest WebSocket server that can hold connections and broadcast to them. It has one task
+//! per connection over tokio-tungstenite, and no sessions, tokens or routes. What Barid takes beyond the
+//! floor is the cost of its guarantees.
 
 use std::net::SocketAddr;
 
@@ -19,29 +19,29 @@ use crate::agent::announce;
 use crate::rpc::floor_server::{Floor, FloorServer};
 use crate::rpc::{BroadcastRequest, Nothing};
 
-/// Messages that wait for the slowest connection.
+/// Messages that are queued for the slowest connection, at most.
 const WAITING_MAX: usize = 128;
 
-/// Where it listens.
+/// The floor's listeners.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// For connections.
+    /// Address for devices.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// For the controller.
+    /// Address for the controller.
     #[arg(long, default_value = "127.0.0.1:0")]
     grpc_listen: SocketAddr,
 }
 
-/// Serves until it is killed.
+/// Serves until the process is killed.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let connections = TcpListener::bind(options.listen).await?;
-    let steering = TcpListener::bind(options.grpc_listen).await?;
-    announce(&[steering.local_addr()?, connections.local_addr()?])?;
+    let control = TcpListener::bind(options.grpc_listen).await?;
+    announce(&[control.local_addr()?, connections.local_addr()?])?;
     let (messages, _) = broadcast::channel(WAITING_MAX);
     tokio::spawn(accept(connections, messages.clone()));
     let service = FloorServer::new(Service { messages });
-    let incoming = TcpListenerStream::new(steering);
+    let incoming = TcpListenerStream::new(control);
     tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await?;
     Ok(true)
 }
@@ -82,7 +82,7 @@ impl Floor for Service {
         let BroadcastRequest { count, payload_bytes } = request.into_inner();
         let message = Bytes::from(vec![b'x'; payload_bytes as usize]);
         for _ in 0..count {
-            // A connection that lags behind is closed: wait for the slowest.
+            // A connection that lags behind the channel is closed, so wait for the slowest.
             while self.messages.len() >= WAITING_MAX {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             }

@@ -1,37 +1,36 @@
-//! HDR histograms of microseconds that travel between processes and add up.
+//! HDR histograms of microseconds that processes exchange and add up.
 
 use hdrhistogram::Histogram;
 
 use crate::rpc;
 
-/// An hour; what is longer counts as that.
+/// An hour; longer times count as an hour.
 const MAX_US: u64 = 3_600_000_000;
 
-/// An empty one, of three digits.
+/// An empty histogram with three significant digits.
 pub fn new() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, MAX_US, 3).expect("constants that make sense")
+    Histogram::new_with_bounds(1, MAX_US, 3).expect("the bounds are valid constants")
 }
 
-/// What was recorded.
 pub fn to_wire(histogram: &Histogram<u64>) -> rpc::Histogram {
     let recorded = histogram.iter_recorded();
     let (values, counts) = recorded.map(|at| (at.value_iterated_to(), at.count_at_value())).unzip();
     rpc::Histogram { values, counts }
 }
 
-/// Adds what another process recorded.
+/// Adds another process's histogram.
 pub fn add(sum: &mut Histogram<u64>, other: &rpc::Histogram) {
     for (value, count) in other.values.iter().zip(&other.counts) {
         sum.saturating_record_n(*value, *count);
     }
 }
 
-/// The value in milliseconds below which a share (0 to 1) lies.
+/// The value, in ms, at or below which a share (0 to 1) of all values lies.
 pub fn quantile_ms(histogram: &Histogram<u64>, share: f64) -> f64 {
     histogram.value_at_quantile(share) as f64 / 1000.0
 }
 
-/// The mean in milliseconds; 0 where nothing was recorded.
+/// The mean in ms; 0 for an empty histogram.
 pub fn mean_ms(histogram: &Histogram<u64>) -> f64 {
     histogram.mean() / 1000.0
 }

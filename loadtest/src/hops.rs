@@ -1,50 +1,45 @@
-//! Where the time of a message goes: the roles' histograms of hops, over the time between two scrapes.
+//! The time that a message spends in each hop, from the roles' histograms between two scrapes.
 
 use barid_runtime::exposition::{Histogram, Metrics};
 use barid_runtime::{Hop, Hops};
 
 use crate::table::Table;
 
-/// One hop over some time.
+/// One hop between two scrapes.
 #[derive(Debug)]
-struct Passed {
-    /// From which moment to which.
+struct HopTime {
     name: String,
-    /// Messages that were seen.
-    count: u64,
-    /// Milliseconds.
+    messages: u64,
     mean_ms: f64,
-    /// Milliseconds, to a bucket's width.
+    /// Precise to the width of a histogram bucket.
     p50_ms: f64,
-    /// Milliseconds, to a bucket's width.
     p99_ms: f64,
-    /// Of the whole way's mean.
+    /// Of the mean from produce to device.
     share: f64,
 }
 
-/// The hops of the fast path, in a message's order. What is left of the whole way lies between the
-/// node's write and the application.
-const WAY: [Hop; 4] =
+/// The hops of the fast path, in order. The rest of the latency is between the node's write and the
+/// application.
+const PATH: [Hop; 4] =
     [Hop::ProducedTaken, Hop::TakenAccepted, Hop::AcceptedDispatched, Hop::DispatchedWritten];
 
-/// What was observed, in a message's order.
-fn between(before: &str, after: &str, whole_ms: f64) -> Vec<Passed> {
+fn between(before: &str, after: &str, whole_ms: f64) -> Vec<HopTime> {
     let hops = |text| Metrics::parse(text).histograms(Hops::FAMILY, "hop");
     let (mut before, after) = (hops(before), hops(after));
-    let passed = |hop: &Hop| {
+    let time = |hop: &Hop| {
         let earlier = before.remove(hop.as_str()).unwrap_or_default();
-        passed(*hop, &after.get(hop.as_str())?.since(&earlier), whole_ms)
+        hop_time(*hop, &after.get(hop.as_str())?.since(&earlier), whole_ms)
     };
-    WAY.iter().filter_map(passed).collect()
+    PATH.iter().filter_map(time).collect()
 }
 
-/// What was observed between two scrapes of all roles, with what is left between the node's write and the
-/// application. `whole_ms`: what the whole way took on average, as the devices saw it.
+/// The hops between two scrapes of all roles. `whole_ms`: the mean from produce to device, as the devices
+/// measured it.
 pub fn table(before: &str, after: &str, whole_ms: f64) -> Table {
     let mut table = Table::new("hop", &["mean_ms", "p50_ms", "p99_ms", "share", "messages"]);
     let hops = between(before, after, whole_ms);
-    for Passed { name, count, mean_ms, p50_ms, p99_ms, share } in &hops {
-        let figures = [*mean_ms, *p50_ms, *p99_ms, *share, *count as f64];
+    for HopTime { name, messages, mean_ms, p50_ms, p99_ms, share } in &hops {
+        let figures = [*mean_ms, *p50_ms, *p99_ms, *share, *messages as f64];
         table.row(name, figures.map(Some));
     }
     let rest_ms = whole_ms - hops.iter().map(|hop| hop.mean_ms).sum::<f64>();
@@ -53,12 +48,12 @@ pub fn table(before: &str, after: &str, whole_ms: f64) -> Table {
     table
 }
 
-fn passed(hop: Hop, times: &Histogram, whole_ms: f64) -> Option<Passed> {
+fn hop_time(hop: Hop, times: &Histogram, whole_ms: f64) -> Option<HopTime> {
     let ms = |share| times.quantile(share).map(|seconds| seconds * 1000.0);
     let mean_ms = times.mean()? * 1000.0;
-    Some(Passed {
+    Some(HopTime {
         name: hop.as_str().to_owned(),
-        count: times.count() as u64,
+        messages: times.count() as u64,
         mean_ms,
         p50_ms: ms(0.5)?,
         p99_ms: ms(0.99)?,
@@ -84,7 +79,7 @@ mod tests {
         };
         let hops = between(&scrape(5, 5, 1.0), &scrape(5, 15, 1.015), 3.0);
         let [hop] = &hops[..] else { panic!("{hops:?}") };
-        assert_eq!((hop.name.as_str(), hop.count), ("taken_accepted", 10));
+        assert_eq!((hop.name.as_str(), hop.messages), ("taken_accepted", 10));
         let is = |value: f64, expected: f64| (value - expected).abs() < 1e-6;
         assert!(is(hop.mean_ms, 1.5) && is(hop.p50_ms, 1.5) && is(hop.share, 0.5), "{hop:?}");
         assert!(between(&scrape(5, 5, 1.0), &scrape(5, 5, 1.0), 1.0).is_empty());

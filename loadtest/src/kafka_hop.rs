@@ -1,5 +1,4 @@
-//! The floor of a message's first hop: the same records at the same rate through the same Kafka, with
-//! nothing behind it but a loop that takes them.
+//! The floor of latency: the same records at the same rate through the same Kafka, to a bare consumer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,18 +13,14 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::audit::{Audit, SETTLE};
+use crate::audit::{Audit, SETTLE, Start};
 use crate::producer::{Business, Pace, Plan};
 
-/// How long the consumer looks for its end while nothing comes.
-const LOOK: Duration = Duration::from_millis(100);
+/// How often the consumer checks whether it shall end.
+const POLL_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Produces `rate` records a second for `seconds` to the plan's topic, which has `partitions` and no
-/// other consumer, and tells how long each took to arrive,
-/// microseconds.
-///
-/// # Errors
-/// Kafka does not take or give them.
+/// Produces `rate` records per second for `seconds` to the plan's topic, which must have `partitions` and no
+/// other consumer. Returns how long each record took, µs.
 pub async fn measure(
     plan: &Plan,
     partitions: i32,
@@ -37,17 +32,17 @@ pub async fn measure(
     let total = u64::from(rate) * seconds;
     audit.expect(total);
     let business = Business::open(plan).await?;
-    let over = Arc::new(AtomicBool::new(false));
-    let taking = {
-        let (audit, over) = (Arc::clone(&audit), Arc::clone(&over));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let consuming = {
+        let (audit, is_over) = (Arc::clone(&audit), Arc::clone(&is_over));
         let consumer = consumer(plan, partitions)?;
-        tokio::task::spawn_blocking(move || take(&consumer, &audit, &over))
+        tokio::task::spawn_blocking(move || consume(&consumer, &audit, &is_over))
     };
-    audit.start();
+    audit.start(Start::after(Duration::ZERO));
     business.produce(Pace::Scheduled(total), &audit).await?;
     audit.all_settled(SETTLE).await;
-    over.store(true, Ordering::Relaxed);
-    taking.await??;
+    is_over.store(true, Ordering::Relaxed);
+    consuming.await??;
     Ok(audit.latencies_us())
 }
 
@@ -66,13 +61,13 @@ fn consumer(plan: &Plan, partitions: i32) -> anyhow::Result<BaseConsumer> {
     Ok(consumer)
 }
 
-fn take(consumer: &BaseConsumer, audit: &Audit, over: &AtomicBool) -> anyhow::Result<()> {
-    while !over.load(Ordering::Relaxed) {
-        let Some(record) = consumer.poll(LOOK) else { continue };
+fn consume(consumer: &BaseConsumer, audit: &Audit, is_over: &AtomicBool) -> anyhow::Result<()> {
+    while !is_over.load(Ordering::Relaxed) {
+        let Some(record) = consumer.poll(POLL_TIMEOUT) else { continue };
         let record = record?;
-        let record = PushRecord::decode(record.payload().context("an empty record")?)?;
-        let user = record.to.context("a record to nobody")?.user;
-        let number = user.strip_prefix("user-").context("another's record")?.parse()?;
+        let record = PushRecord::decode(record.payload().context("record without value")?)?;
+        let user = record.to.context("record without recipient")?.user;
+        let number = user.strip_prefix("user-").context("record of another run")?.parse()?;
         audit.shown(number, &record.id);
     }
     Ok(())

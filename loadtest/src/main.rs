@@ -1,12 +1,10 @@
-//! Measures Barid and checks what its devices are shown while it does.
+//! Measures a Barid cluster, and checks every delivery while it does.
 
 mod agent;
 mod audit;
 mod bench;
-mod clients;
 mod compare;
 mod controller;
-mod cpu;
 mod device;
 mod drive;
 mod floor;
@@ -15,13 +13,14 @@ mod hops;
 mod kafka_hop;
 mod live;
 mod measure;
+mod process;
 mod producer;
 mod report;
 mod run;
 mod sandbox;
-mod scale;
 mod table;
 mod target;
+mod token;
 mod usage;
 
 /// Generated from `proto/loadtest.proto`.
@@ -37,45 +36,44 @@ use clap::{Parser, Subcommand};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Drive a Barid cluster: Kafka to device and back, checked.
+/// Measure a Barid cluster and check every delivery.
 #[derive(Debug, Parser)]
 #[command(name = "barid-loadtest", version)]
 struct Arguments {
     #[command(subcommand)]
-    scenario: Scenario,
+    command: Command,
 }
 
 #[derive(Debug, Subcommand)]
-enum Scenario {
-    /// Measure density, handshakes, storms, throughput and latency, each beside a floor.
+enum Command {
+    /// Measure memory, handshakes, throughput and latency against a floor.
+    // An option that `make` sets can be set again in ARGS.
+    #[command(args_override_self = true)]
     Bench(bench::Options),
-    /// Steady sessions, messages and churn for as long as is wanted: nothing is lost, and nothing grows.
+    /// Check deliveries and the growth of memory over a long time.
     Soak(bench::SoakCommand),
-    /// Say what changed between runs of the bench, and whether it is more than noise.
+    /// Show what changed between runs of `bench` by more than noise.
     Compare(compare::Options),
-    /// Make the page of a report.json again.
+    /// Create the HTML page of a report.json.
     Report(report::Options),
-    /// Hold connections for a controller, which `bench --agents` names.
+    /// Hold connections for the controller that names it with `bench --agents`.
     Agent(agent::Options),
-    /// Be the barest server, for comparison.
+    /// Run the barest server, for comparison.
     Floor(floor::Options),
-    /// Drive a running cluster at a fixed rate, through the Rust SDK, over outages if need be.
+    /// Drive a running cluster at a fixed rate through the Rust SDK.
     Run(run::Options),
-    /// Start a cluster and measure what many connections over several nodes take, messages flowing.
-    Scale(scale::Options),
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
-    let is_clean = match Arguments::parse().scenario {
-        Scenario::Bench(options) => bench::run(&options).await?,
-        Scenario::Soak(options) => bench::soak(options).await?,
-        Scenario::Compare(options) => compare::run(&options)?,
-        Scenario::Report(options) => report::run(&options)?,
-        Scenario::Agent(options) => agent::run(&options).await?,
-        Scenario::Floor(options) => floor::run(&options).await?,
-        Scenario::Run(options) => run::run(&options).await?,
-        Scenario::Scale(options) => scale::run(&options).await?,
+    let is_clean = match Arguments::parse().command {
+        Command::Bench(options) => bench::run(&options).await?,
+        Command::Soak(options) => bench::soak(options).await?,
+        Command::Compare(options) => compare::run(&options)?,
+        Command::Report(options) => report::run(&options)?,
+        Command::Agent(options) => agent::run(&options).await?,
+        Command::Floor(options) => floor::run(&options).await?,
+        Command::Run(options) => run::run(&options).await?,
     };
     Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -88,7 +86,7 @@ mod tests {
     #[test]
     fn hazard_61_every_number_of_the_command_line_is_bounded() {
         let numbers = barid_runtime::bounds::walk_arguments(&Arguments::command());
-        for number in ["run --rate", "scale --linger-ms", "bench --limit-seconds"] {
+        for number in ["run --rate", "bench --push-linger-ms", "bench --limit-seconds"] {
             assert!(numbers.iter().any(|found| found == number), "{number} of {numbers:?}");
         }
     }

@@ -1,33 +1,27 @@
-//! What is measured, beside the floor and the goal: a row of the table and of `bench.json`.
+//! A measure: a row of the table and of `bench.json`.
 
 use serde::{Deserialize, Serialize};
 
-/// What would be good.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Goal {
-    /// No more than this.
     AtMost(f64),
-    /// No less than this.
     AtLeast(f64),
 }
 
 /// One row. Field names are stable.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Measure {
-    /// Its name, which is stable.
+    /// The name; stable.
     pub measure: String,
-    /// `1/s`, `ms`, `B` and so on; empty: it has none.
+    /// `1/s`, `ms`, `B` and so on; may be empty.
     pub unit: String,
-    /// What the barest program takes, measured in the same run; for latencies Kafka's hop alone;
-    /// absent: there is none.
+    /// The barest program's value in the same run; for latencies, that of Kafka's hop alone.
     pub floor: Option<f64>,
-    /// What Barid takes.
     pub barid: f64,
-    /// Barid's over the floor's; absent: there is no floor, or it is zero.
+    /// Barid's value over the floor's; absent if the floor's is absent or zero.
     pub ratio: Option<f64>,
-    /// What would be good; absent: there is no goal.
     pub goal: Option<f64>,
-    /// Absent: there is no goal.
+    /// Whether the goal is met.
     pub met: Option<bool>,
 }
 
@@ -39,7 +33,7 @@ impl Measure {
         Self { measure, unit, floor, barid, ratio, goal: None, met: None }
     }
 
-    /// Held against a goal.
+    /// Adds a goal.
     #[must_use]
     pub fn against(self, goal: Goal) -> Self {
         let (value, met) = match goal {
@@ -49,14 +43,14 @@ impl Measure {
         Self { goal: Some(value), met: Some(met), ..self }
     }
 
-    /// Whether more is better: what comes a second. All else is cost.
+    /// Whether more is better: true for rates; everything else is a cost.
     pub fn more_is_better(&self) -> bool {
         self.unit == "1/s"
     }
 
-    /// By what factor, less one, two runs of the same binaries differ on a machine that does nothing
-    /// else, 99 times in 100: what is known without repeating. Counts of bytes and CPU time bear a busy
-    /// machine; times do not, and the tail of a distribution least.
+    /// The noise band: 99 in 100 pairs of runs of the same binaries on a quiet machine differ by at most this
+    /// factor, less one. Bytes and CPU time vary little on a busy machine; times vary more, and the tail of
+    /// a distribution most.
     pub fn noise(&self) -> f64 {
         let is_tail = ["_p99_", "_p999_", "_max_"].iter().any(|tail| self.measure.contains(tail));
         match self.unit.as_str() {
@@ -71,7 +65,7 @@ impl Measure {
     }
 }
 
-/// The rows as people read them.
+/// The rows as a text table.
 pub fn table(measures: &[Measure]) -> String {
     let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), shown);
     let head = ["measure", "unit", "floor", "barid", "ratio", "goal", ""].map(str::to_owned);
@@ -95,7 +89,7 @@ pub fn table(measures: &[Measure]) -> String {
     std::iter::once(head).chain(rows).map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Three digits, or all before the point.
+/// The number with three significant digits, or without decimals.
 pub fn shown(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),
@@ -109,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_says_how_far_from_floor_and_goal_it_is() {
+    fn a_row_has_ratio_and_verdict() {
         let row = Measure::new("idle_bytes_per_session", "B", Some(2000.0), 2500.0);
         assert_eq!(row.clone().against(Goal::AtMost(2560.0)).met, Some(true));
         assert_eq!(row.clone().against(Goal::AtMost(2400.0)).met, Some(false));

@@ -1,4 +1,4 @@
-//! The business: records for users in turn, at a fixed rate or as fast as they are shown.
+//! The business: produces records for users in turn, at a fixed rate or as fast as they are delivered.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,44 +15,40 @@ use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProd
 
 use crate::audit::Audit;
 
-/// How long the last records may take to be with Kafka.
+/// How long Kafka may take to accept the last records.
 const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
-/// An idempotent producer is given its id by Kafka in the background, and tells nobody when.
+/// An idempotent producer gets its id from Kafka in the background, and does not report when.
 const PRODUCER_ID_TIME: Duration = Duration::from_secs(1);
 
 /// What is produced.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// `host:port` of Kafka's brokers.
     pub brokers: String,
-    /// Where to.
     pub topic: String,
-    /// Tenant of the users.
     pub app: String,
-    /// Bytes of each payload.
     pub payload_bytes: u32,
-    /// How long records wait for others of their batch, milliseconds; more makes larger batches.
+    /// How long the producer waits to fill a batch, ms.
     pub linger_ms: u32,
 }
 
 /// When records are produced.
 #[derive(Debug, Clone, Copy)]
 pub enum Pace {
-    /// So many, each when it is due.
+    /// This many records, each when it is due.
     Scheduled(u64),
-    /// As long as `time` lasts, never more than `window` beyond what was shown.
+    /// For `time`, with at most `window` undelivered records.
     Window { window: u64, time: Duration },
-    /// So many, never more than `window` beyond what was shown, and none after `limit`.
+    /// `total` records, with at most `window` undelivered ones, and none after `limit`.
     Counted { window: u64, total: u64, limit: Duration },
 }
 
-/// The name of a user by number.
+/// A user's id by number.
 pub fn user(number: u64) -> String {
     format!("user-{number}")
 }
 
-/// Counts what Kafka did not take.
+/// The number of records that Kafka refused.
 #[derive(Debug, Default)]
 struct Failures(AtomicU64);
 
@@ -68,12 +64,12 @@ impl ProducerContext for Failures {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the producer has a thread of its own")]
+#[expect(clippy::disallowed_methods, reason = "the producer runs in its own thread")]
 fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// What a business service has: a producer that is kept.
+/// A business service: one long-lived producer.
 pub struct Business {
     kafka: ThreadedProducer<Failures>,
     plan: Plan,
@@ -81,10 +77,8 @@ pub struct Business {
 }
 
 impl Business {
-    /// Connects, and waits until the first record would leave at once.
-    ///
-    /// # Errors
-    /// The topic is not there.
+    /// Connects, and waits until the first record would be sent without delay. Fails if the topic does not
+    /// exist.
     pub async fn open(plan: &Plan) -> anyhow::Result<Arc<Self>> {
         let kafka: ThreadedProducer<_> = ClientConfig::new()
             .set("bootstrap.servers", &plan.brokers)
@@ -92,7 +86,7 @@ impl Business {
             .set("linger.ms", plan.linger_ms.to_string())
             .set("queue.buffering.max.messages", "500000")
             .create_with_context(Failures::default())?;
-        // Text of a kind that compresses like text, for who measures compression as well.
+        // Natural text, so that compression has a realistic effect.
         let words =
             "your parcel 4711 has left the depot and will be with you between two and four ";
         let text = words.chars().cycle().take(plan.payload_bytes as usize).collect();
@@ -106,34 +100,31 @@ impl Business {
         Ok(business)
     }
 
-    /// Produces on a thread of its own until everything is with Kafka; tells how many records.
-    ///
-    /// # Errors
-    /// Kafka did not take everything.
+    /// Produces in a separate thread until Kafka has accepted everything. Returns the number of records.
     pub async fn produce(self: &Arc<Self>, pace: Pace, audit: &Arc<Audit>) -> anyhow::Result<u64> {
         let (business, audit) = (Arc::clone(self), Arc::clone(audit));
         let (done, outcome) = tokio::sync::oneshot::channel();
         std::thread::Builder::new().name("producer".into()).spawn(move || {
             let _ = done.send(business.run(pace, &audit));
         })?;
-        outcome.await.context("the producing thread is gone")?
+        outcome.await.context("the producing thread has ended")?
     }
 
     fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<u64> {
-        pause(audit.early());
+        pause(audit.wait());
         let mut number = 0;
-        while self.awaited(pace, audit, number) {
+        while self.wait_for(pace, audit, number) {
             self.send(audit, number)?;
             number += 1;
         }
-        self.kafka.flush(FLUSH_LIMIT).context("Kafka did not take everything")?;
+        self.kafka.flush(FLUSH_LIMIT).context("Kafka did not accept everything in time")?;
         let failed = self.kafka.context().0.swap(0, Ordering::Relaxed);
         ensure!(failed == 0, "Kafka refused {failed} of {number} records");
         Ok(number)
     }
 
-    /// Waits until record `number` is due; `false`: it is one too many.
-    fn awaited(&self, pace: Pace, audit: &Audit, number: u64) -> bool {
+    /// Waits until record `number` is due; returns false if there is no such record.
+    fn wait_for(&self, pace: Pace, audit: &Audit, number: u64) -> bool {
         match pace {
             Pace::Scheduled(total) => {
                 let due = audit.due(number).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! What is kept of a run of the bench beside its list of measures: everything that was seen, where, and
-//! by which command; as JSON for programs and as HTML for people.
+//! The report of a run of `bench`, as JSON and as an HTML page: measures, samples, latencies, the machine
+//! and the command.
 
 mod data;
 mod escape;
@@ -14,17 +14,16 @@ use clap::Args;
 
 pub use self::data::{Repeated, Report, Scenario};
 
-/// A report, made again.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// A report.json.
+    /// The report.json.
     report: PathBuf,
-    /// Where the page goes; without it, beside the report.
+    /// File for the page (default: beside the report).
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
-/// Makes the page of a report that was kept.
+/// Creates the page of a stored report.
 pub fn run(options: &Options) -> anyhow::Result<bool> {
     let json = std::fs::read(&options.report)
         .with_context(|| format!("reading {}", options.report.display()))?;
@@ -36,10 +35,7 @@ pub fn run(options: &Options) -> anyhow::Result<bool> {
 }
 
 impl Report {
-    /// Writes report.json and report.html into a directory, which is there.
-    ///
-    /// # Errors
-    /// A file cannot be written.
+    /// Writes NAME.json and NAME.html into an existing directory.
     pub fn write(&self, directory: &Path, name: &str) -> anyhow::Result<()> {
         let json = serde_json::to_string(self)? + "\n";
         for (extension, text) in [("json", json), ("html", html::page(self))] {

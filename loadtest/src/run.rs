@@ -1,19 +1,28 @@
-//! Against a running cluster: records at a fixed rate, devices that are the Rust SDK.
+//! Drives a running cluster: records at a fixed rate, to devices that use the Rust SDK and therefore
+//! reconnect after an outage.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use anyhow::{Context as _, bail};
+use barid_client::{Client, Event, Message, Token};
+use clap::{Args, value_parser};
+use jsonwebtoken::EncodingKey;
 use serde::Serialize;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::audit::{Audit, Outcome};
-use crate::clients;
+use crate::audit::{Audit, Outcome, Start};
 use crate::histogram::quantile_ms;
-use crate::producer::{Business, Pace, Plan};
+use crate::producer::{Business, Pace, Plan, user};
+use crate::token::sign;
 
-/// What is driven, and how.
+/// Handshakes under way at once while the devices connect.
+const HANDSHAKES_MAX: u32 = 64;
+/// How long one group of handshakes may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
 #[derive(Debug, Args)]
 pub struct Options {
     /// Kafka brokers.
@@ -24,37 +33,37 @@ pub struct Options {
     topic: String,
     /// Access nodes; users are spread over them.
     #[arg(long, default_value = "ws://127.0.0.1:7080", value_delimiter = ',')]
-    pub url: Vec<String>,
+    url: Vec<String>,
     /// File with the HS256 secret that signs the users' tokens.
     #[arg(long)]
-    pub secret_file: PathBuf,
+    secret_file: PathBuf,
     /// Key id of that secret.
     #[arg(long)]
-    pub key_id: Option<String>,
+    key_id: Option<String>,
     /// App of the users.
     #[arg(long, default_value = "loadtest")]
-    pub app: String,
+    app: String,
     /// Users, one device each.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=15_000))]
-    pub users: u32,
-    /// Records a second.
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=200_000))]
+    #[arg(long, default_value_t = 100, value_parser = value_parser!(u32).range(1..=15_000))]
+    users: u32,
+    /// Records per second.
+    #[arg(long, default_value_t = 1000, value_parser = value_parser!(u32).range(1..=200_000))]
     rate: u32,
-    /// How long to produce.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub seconds: u64,
-    /// Bytes of each payload.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    /// Seconds to produce.
+    #[arg(long, default_value_t = 10, value_parser = value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// Payload size in bytes.
+    #[arg(long, default_value_t = 200, value_parser = value_parser!(u32).range(1..=65_536))]
     payload_bytes: u32,
-    /// How long to wait for the last deliveries.
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    pub settle_seconds: u64,
+    /// Seconds to wait for the last deliveries.
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(0..=86_400))]
+    settle_seconds: u64,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
 
-/// Field names are stable: programs compare runs by them.
+/// Field names are stable.
 #[derive(Debug, Serialize)]
 struct Report {
     users: u32,
@@ -71,12 +80,12 @@ struct Report {
     latency_max_ms: f64,
 }
 
-/// Drives and prints; `false` if something was not delivered once and in order.
+/// Returns false unless every record was delivered exactly once and in order.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let total = u64::from(options.rate) * options.seconds;
     let audit = Arc::new(Audit::new(options.users, Some(options.rate)));
     audit.expect(total);
-    let clients = clients::connect(options, &audit).await?;
+    let clients = connect(options, &audit).await?;
     let plan = Plan {
         brokers: options.brokers.clone(),
         topic: options.topic.clone(),
@@ -87,7 +96,7 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     let business = Business::open(&plan).await?;
 
     let started = Instant::now();
-    audit.start();
+    audit.start(Start::after(Duration::ZERO));
     business.produce(Pace::Scheduled(total), &audit).await?;
     let produced_in = started.elapsed();
     audit.all_settled(Duration::from_secs(options.settle_seconds)).await;
@@ -107,9 +116,52 @@ pub async fn run(options: &Options) -> anyhow::Result<bool> {
     };
     report.print(options.json)?;
 
-    let mut closing: JoinSet<_> = clients.into_iter().map(barid_client::Client::shutdown).collect();
+    let mut closing: JoinSet<_> = clients.into_iter().map(Client::shutdown).collect();
     while closing.join_next().await.is_some() {}
     Ok(totals.outcome().is_clean())
+}
+
+/// Connects one SDK client for each user and waits until all of them were welcomed.
+async fn connect(options: &Options, audit: &Arc<Audit>) -> anyhow::Result<Vec<Client>> {
+    let secret = std::fs::read(&options.secret_file)
+        .with_context(|| format!("reading {}", options.secret_file.display()))?;
+    let key = EncodingKey::from_secret(secret.trim_ascii_end());
+    let life = Duration::from_secs(options.seconds + options.settle_seconds + 3600);
+    let (welcomed, mut welcomes) = mpsc::channel(options.users as usize);
+    let mut clients = Vec::new();
+    for number in 0..options.users {
+        let (key_id, user) = (options.key_id.clone(), user(number.into()));
+        let token = sign(&key, key_id, &options.app, &user, life)?;
+        let url = &options.url[number as usize % options.url.len()];
+        let (audit, welcomed) = (Arc::clone(audit), welcomed.clone());
+        let client = Client::builder(url)
+            .device("load")
+            .platform("loadtest")
+            .token(move || {
+                let token = Token::new(token.clone());
+                async move { Ok(token) }
+            })
+            .on_event(move |event| {
+                if let Event::Connected { .. } = event {
+                    // The channel is full only when all clients have connected; reconnects do not count.
+                    let _ = welcomed.try_send(());
+                }
+            })
+            .start(move |message: Message| {
+                audit.shown(number, &message.id);
+                async { Ok(()) }
+            })?;
+        clients.push(client);
+        if (number + 1) % HANDSHAKES_MAX == 0 || number + 1 == options.users {
+            let group = clients.len() - (number / HANDSHAKES_MAX * HANDSHAKES_MAX) as usize;
+            for _ in 0..group {
+                if tokio::time::timeout(CONNECT_TIMEOUT, welcomes.recv()).await.is_err() {
+                    bail!("no Welcome within {CONNECT_TIMEOUT:?} from {url}");
+                }
+            }
+        }
+    }
+    Ok(clients)
 }
 
 impl Report {
@@ -124,7 +176,7 @@ impl Report {
             "produced {} records of {} bytes in {:.1} s to {} users",
             self.produced, self.payload_bytes, self.produced_in_s, self.users
         )?;
-        writeln!(out, "{}; of other runs {}", self.outcome, self.foreign)?;
+        writeln!(out, "{}; {} of other runs", self.outcome, self.foreign)?;
         writeln!(
             out,
             "latency p50 {:.2} ms   p90 {:.2} ms   p99 {:.2} ms   max {:.2} ms",

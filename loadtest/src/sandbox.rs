@@ -1,5 +1,5 @@
-//! A whole cluster for the time of a measurement: Apache Kafka, redis-server and Barid's binaries as
-//! processes on free ports, with the CPU time that each of them takes.
+//! A cluster for one measurement: Apache Kafka, redis-server and Barid's binaries as processes on free
+//! ports, with the CPU time and memory of each.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,14 +10,13 @@ use barid_testkit::kafka::KafkaOptions;
 use barid_testkit::{Cluster, Role, certificates, http, token};
 
 use crate::controller::Agents;
-use crate::cpu;
 use crate::producer::Plan;
 use crate::rpc::ConnectRequest;
 
-/// How long a device may hold an acknowledgement back, ms.
+/// Minimum time between two acknowledgements of a device, ms.
 pub const ACK_DELAY_MS: u32 = 100;
 
-/// Partitions of a topic.
+/// Partitions of each topic.
 pub const PARTITIONS: i32 = 4;
 
 /// A running cluster.
@@ -25,39 +24,27 @@ pub const PARTITIONS: i32 = 4;
 pub struct Sandbox {
     cluster: Cluster,
     pids: BTreeMap<String, u32>,
-    /// Holds the certificate of who serves TLS.
+    /// The directory of the certificate.
     _certificate: tempfile::TempDir,
 }
 
-/// What [`Sandbox`] has beside one node of each other role.
+/// The access nodes of a [`Sandbox`], which has one node of each other role.
 #[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    /// Access nodes.
-    pub access_nodes: usize,
-    /// They are spoken to over TLS, with [`certificates::ONE`].
+pub struct Access {
+    pub nodes: usize,
+    /// Whether they serve TLS, with [`certificates::ONE`].
     pub tls: bool,
 }
 
-/// CPU seconds since its start, by role; `agents` are those of this machine, `business` is this process.
-pub type CpuTimes = BTreeMap<String, f64>;
+/// A figure by role; `agents` are those of this machine, `business` is this process.
+pub type ByRole = BTreeMap<String, f64>;
 
 impl Sandbox {
-    /// One node of each role, with the configuration that they come with.
-    ///
-    /// # Errors
-    /// Something does not come up.
-    pub async fn start() -> anyhow::Result<Self> {
-        Self::of(Shape { access_nodes: 1, tls: false }).await
-    }
-
-    /// The same, of this shape.
-    ///
-    /// # Errors
-    /// Something does not come up.
-    pub async fn of(shape: Shape) -> anyhow::Result<Self> {
-        // C1 alone: in so short a time the other compiler takes more of two cores than it gives back. A large
-        // young generation: each collection stops the broker for some 15 ms, and at a thousand messages a
-        // second 140 MiB were full every two seconds, which is nearly one message in a hundred.
+    /// Starts a cluster with default configuration, except for the delay of re-sends.
+    pub async fn start(access: Access) -> anyhow::Result<Self> {
+        // C1 alone: in such a short time the other compiler costs more CPU time than it saves. A large young
+        // generation: each collection stops the broker for some 15 ms, and at 1,000 messages per second
+        // 140 MiB were full every two seconds, which affected nearly 1 % of all messages.
         let jvm = [
             "-Xms1g",
             "-Xmx1g",
@@ -69,7 +56,7 @@ impl Sandbox {
         let kafka = KafkaOptions { jvm: jvm.map(str::to_owned).to_vec(), ..Default::default() };
         let certificate = tempfile::tempdir()?;
         let mut cluster = Cluster::builder();
-        if shape.tls {
+        if access.tls {
             for (key, name, text) in [
                 ("tls.certificate_file", "tls.pem", certificates::ONE.pem),
                 ("tls.key_file", "tls.key", certificates::ONE.key),
@@ -82,15 +69,15 @@ impl Sandbox {
         let mut cluster = cluster
             .quiet()
             .partitions(PARTITIONS)
-            .nodes(Role::Access, shape.access_nodes)
+            .nodes(Role::Access, access.nodes)
             .own_kafka_with(kafka)
             .set("redis.retry_base_ms", 2_000)
             .set("redis.retry_max_ms", 60_000)
             .start()
             .await?;
         let mut pids = BTreeMap::new();
-        pids.insert("kafka".into(), cluster.kafka()?.pid().context("Kafka is gone")?);
-        pids.insert("redis".into(), cluster.redis.pid().context("Redis is gone")?);
+        pids.insert("kafka".into(), cluster.kafka()?.pid().context("Kafka is not running")?);
+        pids.insert("redis".into(), cluster.redis.pid().context("Redis is not running")?);
         for role in Role::ALL {
             for number in 0..cluster.count(role) {
                 let name = match number {
@@ -103,7 +90,7 @@ impl Sandbox {
         Ok(Self { cluster, pids, _certificate: certificate })
     }
 
-    /// What to produce to it.
+    /// How to produce to it.
     pub fn plan(&self, payload_bytes: u32, linger_ms: u32) -> Plan {
         Plan {
             brokers: self.cluster.brokers(),
@@ -114,29 +101,20 @@ impl Sandbox {
         }
     }
 
-    /// The same, to a topic that nobody consumes, with as many partitions.
-    ///
-    /// # Errors
-    /// Kafka does not create it.
+    /// The same for a new topic that Barid does not consume.
     pub async fn unconsumed(&mut self, plan: &Plan) -> anyhow::Result<Plan> {
         let topic = "unconsumed";
         self.cluster.kafka()?.create_topics(&[topic], PARTITIONS).await?;
         Ok(Plan { topic: topic.into(), ..plan.clone() })
     }
 
-    /// Where the access node answers operators.
-    ///
-    /// # Errors
-    /// It is gone.
+    /// The first access node's admin address.
     pub async fn admin(&mut self) -> anyhow::Result<SocketAddr> {
         self.cluster.node(Role::Access, 0).address("admin").await
     }
 
-    /// How agents connect, to all access nodes; nothing is said about users.
-    ///
-    /// # Errors
-    /// An access node is gone.
-    pub async fn way(&mut self) -> anyhow::Result<ConnectRequest> {
+    /// A request that connects to all access nodes, without users.
+    pub async fn connect_request(&mut self) -> anyhow::Result<ConnectRequest> {
         let mut nodes = Vec::new();
         for number in 0..self.cluster.count(Role::Access) {
             let address = self.cluster.node(Role::Access, number).address("ws").await?;
@@ -152,18 +130,13 @@ impl Sandbox {
         })
     }
 
-    /// Where dispatchers reach the access node.
-    ///
-    /// # Errors
-    /// The access node is gone.
+    /// The first access node's address for dispatchers.
     pub async fn dispatchers_address(&mut self) -> anyhow::Result<SocketAddr> {
         self.cluster.node(Role::Access, 0).address("grpc").await
     }
 
-    /// Waits until every device has acknowledged everything, which ends the retry timers.
-    ///
-    /// # Errors
-    /// Some are left after `limit`.
+    /// Waits until every device has acknowledged everything, which ends the retry timers. Fails after
+    /// `limit`.
     pub async fn all_acknowledged(&self, limit: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + limit;
         loop {
@@ -171,15 +144,12 @@ impl Sandbox {
             if timers.is_empty() {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "not everything is acknowledged after {limit:?}");
+            ensure!(Instant::now() < deadline, "acknowledgements are missing after {limit:?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
-    /// What all roles' metrics say, as text.
-    ///
-    /// # Errors
-    /// A role does not answer.
+    /// The metrics of all processes, as text.
     pub async fn metrics(&mut self) -> anyhow::Result<String> {
         let mut all = String::new();
         for role in Role::ALL {
@@ -191,43 +161,36 @@ impl Sandbox {
         Ok(all)
     }
 
-    /// The processes by name (the second and later nodes of a role are numbered), for who wants to profile
-    /// one.
+    /// Process ids by name; the second and later nodes of a role are numbered.
     pub fn pids(&self) -> &BTreeMap<String, u32> {
         &self.pids
     }
 
-    /// CPU time of each role, and of the load tool, until now.
-    ///
-    /// # Errors
-    /// A process is gone.
-    pub fn cpu_times(&self, agents: &Agents) -> anyhow::Result<CpuTimes> {
-        self.by_role(agents, cpu::of_process)
+    /// Process ids of the access nodes.
+    pub fn access_pids(&self) -> Vec<u32> {
+        let access = self.pids.iter().filter(|(name, _)| role(name) == Role::Access.name());
+        access.map(|(_, pid)| *pid).collect()
     }
 
-    /// What is measured of each process, summed by role: `agents` are those of this machine, `business` is
-    /// this process.
-    ///
-    /// # Errors
-    /// A process is gone.
+    /// The sum over each role's processes of a figure that is read by process id.
     pub fn by_role(
         &self,
         agents: &Agents,
-        measured: impl Fn(u32) -> anyhow::Result<f64>,
-    ) -> anyhow::Result<BTreeMap<String, f64>> {
+        figure: impl Fn(u32) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<ByRole> {
         let roles = self.pids.iter().map(|(name, pid)| (name.as_str(), *pid));
         let agents = agents.pids().into_iter().map(|pid| ("agents", pid));
         let business = [("business", std::process::id())];
-        let mut sums = BTreeMap::<String, f64>::new();
+        let mut sums = ByRole::new();
         for (name, pid) in roles.chain(agents).chain(business) {
             *sums.entry(role(name).to_owned()).or_default() +=
-                measured(pid).with_context(|| format!("{name} is gone"))?;
+                figure(pid).with_context(|| format!("{name} is not running"))?;
         }
         Ok(sums)
     }
 }
 
 /// The role of a process by its name.
-pub fn role(name: &str) -> &str {
+fn role(name: &str) -> &str {
     name.split_once('-').map_or(name, |(role, _)| role)
 }

@@ -1,4 +1,4 @@
-//! What a scenario shows beside its measures: where time and CPU go, of one run.
+//! Tables that a scenario shows beside its measures.
 
 use std::fmt;
 
@@ -6,34 +6,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::measure::shown;
 
-/// Names, each with some figures. Field names are stable.
+/// Rows of figures. Field names are stable.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Table {
-    /// What stands in its first column: `hop`, `process`.
+    /// Heading of the first column: `hop`, `process`.
     pub what: String,
-    /// What the figures are, with their unit: `mean_ms`.
+    /// Headings of the figures, with their unit: `mean_ms`.
     pub columns: Vec<String>,
-    /// In the order in which people read them.
     pub rows: Vec<Row>,
 }
 
 /// A row of a [`Table`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// Of what.
     pub name: String,
-    /// One for each column; absent: it is not known.
+    /// One for each column; absent if unknown.
     pub values: Vec<Option<f64>>,
 }
 
 impl Table {
-    /// Without rows.
     pub fn new(what: &str, columns: &[&str]) -> Self {
         let columns = columns.iter().map(|column| (*column).to_owned()).collect();
         Self { what: what.to_owned(), columns, rows: Vec::new() }
     }
 
-    /// One row more.
     pub fn row(&mut self, name: &str, values: impl IntoIterator<Item = Option<f64>>) {
         let values = values.into_iter().collect();
         self.rows.push(Row { name: name.to_owned(), values });

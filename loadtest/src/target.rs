@@ -1,4 +1,4 @@
-//! The cluster that is measured: one that was started for it, or one that runs already.
+//! The cluster under test: started for the measurement, or running already.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,136 +13,110 @@ use tokio::net::lookup_host;
 use crate::controller::Agents;
 use crate::producer::Plan;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::{ACK_DELAY_MS, CpuTimes, PARTITIONS, Sandbox};
-use crate::usage::Usage;
+use crate::sandbox::{ACK_DELAY_MS, Access, ByRole, PARTITIONS, Sandbox};
+use crate::usage::Source;
 
-/// A cluster that runs already; without nodes, one is started for each scenario.
+/// A running cluster. Without `--nodes`, each scenario starts a cluster of its own.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "A cluster that runs already")]
+#[command(next_help_heading = "Running cluster")]
 pub struct ClusterOptions {
-    /// Its access nodes; users are spread over them.
+    /// Access nodes; users are spread over them.
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',', env = "BARID_NODES")]
     nodes: Vec<String>,
-    /// Its Kafka.
+    /// Kafka.
     #[arg(long, alias = "kafka", value_name = "HOST:PORT", env = "BARID_BROKERS")]
     brokers: Option<String>,
     /// Topic to produce to.
     #[arg(long, default_value = "barid.push")]
     topic: String,
-    /// A file with the certificates (PEM) that its access nodes' certificates go back to; without, they are
-    /// spoken to without TLS.
+    /// File with trusted root certificates (PEM); connections then use TLS.
     #[arg(long, value_name = "FILE")]
     roots: Option<PathBuf>,
     /// App of the users.
     #[arg(long, default_value = "loadtest", env = "BARID_APP")]
     app: String,
-    /// A file that holds the HS256 secret which signs the users' tokens.
+    /// File with the HS256 secret that signs the users' tokens.
     #[arg(long, value_name = "FILE", env = "BARID_SECRET_FILE")]
     secret_file: Option<PathBuf>,
-    /// Which of the cluster's keys it is.
+    /// Key id of that secret.
     #[arg(long, value_name = "ID", env = "BARID_KEY_ID")]
     key_id: Option<String>,
-    /// Admin addresses of the access nodes: their memory and CPU time are read from `/metrics`.
+    /// Admin addresses of the access nodes, to read memory and CPU time from `/metrics`.
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',', env = "BARID_ADMIN")]
     admin: Vec<String>,
-    /// The process of the only access node, if it is on this machine, instead of --admin.
+    /// Process id of the only access node, if it runs on this machine; replaces --admin.
     #[arg(long, conflicts_with = "admin", value_parser = clap::value_parser!(u32).range(1..=4_194_304))]
     pid: Option<u32>,
 }
 
 impl ClusterOptions {
-    /// Whether a cluster is named.
+    /// Whether a running cluster is named.
     pub fn is_given(&self) -> bool {
         !self.nodes.is_empty()
     }
 }
 
-/// A cluster.
 pub enum Target {
-    /// Started for a measurement, with one node of each role.
+    /// A cluster that was started for the measurement.
     Sandbox(Box<Sandbox>),
-    /// Somebody else's.
+    /// A cluster that runs already. Only its access nodes can be measured.
     Running(Box<Running>),
 }
 
-/// What is known of a cluster that runs already.
 pub struct Running {
-    way: ConnectRequest,
+    connect_request: ConnectRequest,
     brokers: Option<String>,
     topic: String,
-    usage: Usage,
+    usage: Source,
 }
 
 impl Target {
-    /// The one that is named, or a new one.
-    ///
-    /// # Errors
-    /// It does not come up, or too little is known of it.
-    pub async fn start(options: &ClusterOptions) -> anyhow::Result<Self> {
+    /// Takes the named cluster, or starts one with these access nodes.
+    pub async fn start(options: &ClusterOptions, access: Access) -> anyhow::Result<Self> {
         if options.is_given() {
-            return Ok(Self::Running(Box::new(Running::of(options).await?)));
+            return Ok(Self::Running(Box::new(Running::new(options).await?)));
         }
-        Ok(Self::Sandbox(Box::new(Sandbox::start().await?)))
+        Ok(Self::Sandbox(Box::new(Sandbox::start(access).await?)))
     }
 
-    /// How agents connect to it; nothing is said about users.
-    ///
-    /// # Errors
-    /// The access node is gone.
-    pub async fn way(&mut self) -> anyhow::Result<ConnectRequest> {
+    /// A request that connects to it, without users.
+    pub async fn connect_request(&mut self) -> anyhow::Result<ConnectRequest> {
         match self {
-            Self::Sandbox(sandbox) => sandbox.way().await,
-            Self::Running(running) => Ok(running.way.clone()),
+            Self::Sandbox(sandbox) => sandbox.connect_request().await,
+            Self::Running(running) => Ok(running.connect_request.clone()),
         }
     }
 
-    /// What its access nodes take.
-    ///
-    /// # Errors
-    /// The access node is gone.
-    pub fn usage(&self) -> anyhow::Result<Usage> {
+    /// Where the usage of its access nodes is read.
+    pub fn usage(&self) -> Source {
         match self {
-            Self::Sandbox(sandbox) => {
-                let pid = sandbox.pids().get("access").copied();
-                Ok(Usage::Processes(vec![pid.context("no access node")?]))
-            }
+            Self::Sandbox(sandbox) => Source::Processes(sandbox.access_pids()),
+            Self::Running(running) => running.usage.clone(),
+        }
+    }
+
+    /// The same from `/metrics`, which also counts tasks.
+    pub async fn scraped(&mut self) -> anyhow::Result<Source> {
+        match self {
+            Self::Sandbox(sandbox) => Ok(Source::Scraped(vec![sandbox.admin().await?])),
             Self::Running(running) => Ok(running.usage.clone()),
         }
     }
 
-    /// The same, from its admin endpoints, where they are known.
-    ///
-    /// # Errors
-    /// The access node is gone.
-    pub async fn scraped(&mut self) -> anyhow::Result<Usage> {
-        match self {
-            Self::Sandbox(sandbox) => Ok(Usage::Scraped(vec![sandbox.admin().await?])),
-            Self::Running(running) => Ok(running.usage.clone()),
-        }
-    }
-
-    /// What to produce to it.
-    ///
-    /// # Errors
-    /// Its Kafka was not named.
+    /// How to produce to it.
     pub fn plan(&self, payload_bytes: u32, linger_ms: u32) -> anyhow::Result<Plan> {
         match self {
             Self::Sandbox(sandbox) => Ok(sandbox.plan(payload_bytes, linger_ms)),
             Self::Running(running) => {
-                let brokers = running.brokers.clone();
-                let brokers = brokers.context("where is Kafka? Give --brokers")?;
-                let Running { topic, way, .. } = &**running;
-                let (topic, app) = (topic.clone(), way.app.clone());
+                let brokers = running.brokers.clone().context("--brokers is missing")?;
+                let (topic, app) = (running.topic.clone(), running.connect_request.app.clone());
                 Ok(Plan { brokers, topic, app, payload_bytes, linger_ms })
             }
         }
     }
 
-    /// A topic that nobody consumes, and its partitions; `None`: no topics are made in somebody
-    /// else's Kafka.
-    ///
-    /// # Errors
-    /// Kafka does not create it.
+    /// A new topic that Barid does not consume, and its partitions; `None` for a running cluster, whose
+    /// Kafka gets no new topics.
     pub async fn unconsumed(&mut self, plan: &Plan) -> anyhow::Result<Option<(Plan, i32)>> {
         match self {
             Self::Sandbox(sandbox) => Ok(Some((sandbox.unconsumed(plan).await?, PARTITIONS))),
@@ -150,10 +124,7 @@ impl Target {
         }
     }
 
-    /// What all roles' metrics say, as text; `None`: of somebody else's cluster not all are known.
-    ///
-    /// # Errors
-    /// A role does not answer.
+    /// The metrics of all processes, as text; `None` for a running cluster.
     pub async fn metrics(&mut self) -> anyhow::Result<Option<String>> {
         match self {
             Self::Sandbox(sandbox) => sandbox.metrics().await.map(Some),
@@ -161,22 +132,20 @@ impl Target {
         }
     }
 
-    /// CPU time until now, as [`Sandbox::cpu_times`] has it; `None`: it is somebody else's cluster.
-    ///
-    /// # Errors
-    /// A process is gone.
-    pub fn cpu_times(&self, agents: &Agents) -> anyhow::Result<Option<CpuTimes>> {
+    /// As [`Sandbox::by_role`]; `None` for a running cluster.
+    pub fn by_role(
+        &self,
+        agents: &Agents,
+        figure: impl Fn(u32) -> anyhow::Result<f64>,
+    ) -> anyhow::Result<Option<ByRole>> {
         match self {
-            Self::Sandbox(sandbox) => sandbox.cpu_times(agents).map(Some),
+            Self::Sandbox(sandbox) => sandbox.by_role(agents, figure).map(Some),
             Self::Running(_) => Ok(None),
         }
     }
 
-    /// Waits until every device has acknowledged everything that it was shown. Of a cluster of its own
-    /// the tool asks Redis; elsewhere it waits until the devices have sent it.
-    ///
-    /// # Errors
-    /// Some are left after `limit`.
+    /// Waits until every device has acknowledged everything. A running cluster cannot be asked: there this
+    /// waits until the devices have sent their acknowledgements.
     pub async fn all_acknowledged(&self, limit: Duration) -> anyhow::Result<()> {
         match self {
             Self::Sandbox(sandbox) => sandbox.all_acknowledged(limit).await,
@@ -189,37 +158,24 @@ impl Target {
 }
 
 impl Running {
-    async fn of(options: &ClusterOptions) -> anyhow::Result<Self> {
-        let file = options.secret_file.as_ref();
-        let file = file.context("which key signs tokens? Give --secret-file")?;
+    async fn new(options: &ClusterOptions) -> anyhow::Result<Self> {
+        let file = options.secret_file.as_ref().context("--secret-file is missing")?;
         let secret = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
         let secret = secret.trim_ascii_end();
         ensure!(!secret.is_empty(), "{} is empty; it must hold the secret", file.display());
         let roots = options.roots.as_ref().map(|file| {
             std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))
         });
-        let mut admin: Vec<SocketAddr> = Vec::new();
-        for name in &options.admin {
-            let found = lookup_host(name).await.with_context(|| name.clone())?.next();
-            let address = found.with_context(|| format!("{name} has no address"))?;
-            let (_, text) = http::get(address, "/metrics").await?;
-            // Other roles are named to `barid top` as well.
-            if Metrics::parse(&text).role() == Some(Role::Access.name()) {
-                admin.push(address);
-            }
-        }
-        ensure!(
-            options.admin.is_empty() || !admin.is_empty(),
-            "no admin address is an access node's"
-        );
         let usage = match options.pid {
-            Some(pid) => Usage::Processes(vec![pid]),
-            None if admin.is_empty() => Usage::Unknown,
-            None => Usage::Scraped(admin),
+            Some(pid) => Source::Processes(vec![pid]),
+            None => match access_admins(&options.admin).await? {
+                admins if admins.is_empty() => Source::Unknown,
+                admins => Source::Scraped(admins),
+            },
         };
-        // Better now than in the middle of a measurement.
-        usage.now().await.context("what the access nodes take")?;
-        let way = ConnectRequest {
+        // A wrong address is better found now than during the measurement.
+        usage.read().await.context("usage of the access nodes")?;
+        let connect_request = ConnectRequest {
             nodes: options.nodes.clone(),
             app: options.app.clone(),
             secret: secret.to_vec(),
@@ -229,6 +185,22 @@ impl Running {
             ..Default::default()
         };
         let (brokers, topic) = (options.brokers.clone(), options.topic.clone());
-        Ok(Self { way, brokers, topic, usage })
+        Ok(Self { connect_request, brokers, topic, usage })
     }
+}
+
+/// Those of the admin addresses that belong to access nodes. The list may name other roles, as for
+/// `barid top`.
+async fn access_admins(names: &[String]) -> anyhow::Result<Vec<SocketAddr>> {
+    let mut admins = Vec::new();
+    for name in names {
+        let found = lookup_host(name).await.with_context(|| name.clone())?.next();
+        let address = found.with_context(|| format!("{name} has no address"))?;
+        let (_, text) = http::get(address, "/metrics").await?;
+        if Metrics::parse(&text).role() == Some(Role::Access.name()) {
+            admins.push(address);
+        }
+    }
+    ensure!(names.is_empty() || !admins.is_empty(), "no admin address belongs to an access node");
+    Ok(admins)
 }

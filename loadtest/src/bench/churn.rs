@@ -1,4 +1,4 @@
-//! Some sessions come and go all the time, the number of them does not change: memory may not either.
+//! Some sessions leave and return all the time, and their number stays the same: memory may not grow.
 
 use anyhow::ensure;
 
@@ -9,16 +9,14 @@ use crate::histogram::quantile_ms;
 use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 
-/// Sessions at any time.
-const COUNT: u32 = 5_000;
-/// Of which so many a second go and come back.
+const SESSIONS: u32 = 5_000;
+/// Sessions per second that leave and return.
 const RATE: u32 = 400;
-/// What comes first finds memory that was never used: it is not counted. Seconds.
+/// The first sessions use memory that was never touched before; they are not counted.
 const WARM_UP_SECONDS: u32 = 15;
 const SECONDS: u32 = 45;
 
 struct Churn {
-    /// Where memory is known.
     memory_ratio: Option<f64>,
     returned: Connected,
 }
@@ -31,22 +29,23 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
 }
 
 async fn churn(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Churn> {
-    let connect = ConnectRequest { count: COUNT, at_once_max: 64, ..server.way().await? };
-    trial.agents.expect(&Audit::new(COUNT, None)).await?;
+    let connect =
+        ConnectRequest { count: SESSIONS, at_once_max: 64, ..server.connect_request().await? };
+    trial.agents.expect(&Audit::new(SESSIONS, None), None).await?;
     trial.live.phase("connecting");
     trial.agents.connect(&connect).await?;
     trial.live.phase("warming up");
     trial.agents.churn(&connect, RATE, WARM_UP_SECONDS).await?;
     trial.settle(5).await;
-    let before = server.taken().await?;
+    let before = server.usage().await?;
     trial.live.phase("churning");
     let returned = trial.agents.churn(&connect, RATE, SECONDS).await?;
     trial.live.latencies("return", &returned.took_us);
     trial.settle(5).await;
-    let both = before.zip(server.taken().await?);
+    let both = before.zip(server.usage().await?);
     let memory_ratio = both.map(|(b, a)| a.resident_bytes as f64 / b.resident_bytes as f64);
     let seen = trial.agents.report().await?;
-    ensure!(seen.connected == COUNT, "{} of {COUNT}: {}", seen.connected, seen.why_closed);
+    ensure!(seen.connected == SESSIONS, "{} of {SESSIONS}: {}", seen.connected, seen.why_closed);
     trial.agents.drop_all().await?;
     Ok(Churn { memory_ratio, returned })
 }

@@ -1,4 +1,4 @@
-//! Fan-out to every session of a node: in bursts, and at a steady rate. The bench is the dispatcher.
+//! Fan-out to every session of a node, in bursts and at a steady rate. The load tool acts as the dispatcher.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -16,21 +16,20 @@ use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 use crate::target::Target;
 
-/// Bytes of a message.
 const PAYLOAD_BYTES: u32 = 100;
-/// Messages at once; so many times, and once before to warm up.
+/// Messages sent at once.
 const BURST: u32 = 100;
+/// Bursts that are measured, after one that is not.
 const BURSTS: u32 = 5;
-/// Messages a second one by one, and for how many seconds.
+/// Messages per second, sent one by one.
 const STEADY_PER_S: u32 = 10;
 const STEADY_SECONDS: u32 = 20;
-/// Of the floor's CPU time, what a delivery may take.
-const STEADY_SHARE: f64 = 1.2;
-/// Handshakes under way at once.
-const AT_ONCE_MAX: u32 = 256;
-/// How long the last delivery may take, and how often the agents are asked.
+/// The goal for CPU time per delivery, relative to the floor.
+const STEADY_RATIO: f64 = 1.2;
+const HANDSHAKES_MAX: u32 = 256;
+/// How long the last delivery may take.
 const LIMIT: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_millis(5);
+const REPORT_INTERVAL: Duration = Duration::from_millis(5);
 
 struct Cost {
     burst_per_s: f64,
@@ -44,65 +43,66 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let Some(floor) = &both.floor else { return Ok(vec![burst, steady]) };
     Ok(vec![
         burst.against(Goal::AtLeast(floor.burst_per_s)),
-        steady.against(Goal::AtMost(STEADY_SHARE * floor.steady_cpu_us)),
+        steady.against(Goal::AtMost(STEADY_RATIO * floor.steady_cpu_us)),
     ])
 }
 
 async fn cost(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Cost> {
     let (count, rate) = (trial.options.sessions, trial.options.rate);
-    let connect = ConnectRequest { count, rate, at_once_max: AT_ONCE_MAX, ..server.way().await? };
-    let mut source = Source::of(server).await?;
-    trial.agents.expect(&Audit::new(count, None)).await?;
+    let request = server.connect_request().await?;
+    let connect = ConnectRequest { count, rate, at_once_max: HANDSHAKES_MAX, ..request };
+    let mut source = Source::new(server).await?;
+    trial.agents.expect(&Audit::new(count, None), None).await?;
     trial.live.phase("connecting");
     trial.agents.connect(&connect).await?;
     trial.settle(trial.options.settle_seconds).await;
     let sessions = u64::from(count);
-    let mut total = 0;
+    let mut total = trial.agents.report().await?.delivered;
     let mut bursts = Duration::ZERO;
     for burst in 0..=BURSTS {
         trial.live.phase("bursts");
-        let begun = Instant::now();
+        let started = Instant::now();
         source.broadcast(server, BURST).await?;
         total += sessions * u64::from(BURST);
         delivered(&mut trial.agents, total).await?;
         if burst > 0 {
-            bursts += begun.elapsed();
+            bursts += started.elapsed();
         }
         trial.settle(1).await;
     }
     let burst_per_s = f64::from(BURSTS * BURST) * f64::from(count) / bursts.as_secs_f64();
-    say(&format!("bursts: {burst_per_s:.0} deliveries a second"))?;
+    say(&format!("bursts: {burst_per_s:.0} deliveries per second"))?;
     trial.live.phase("steady");
-    let (begun, before) = (Instant::now(), server.must_know().await?.cpu_s);
+    let (started, before) = (Instant::now(), server.known_usage().await?.cpu_s);
     let messages = STEADY_PER_S * STEADY_SECONDS;
     for message in 0..messages {
-        sleep_until(begun + Duration::from_secs(1) * message / STEADY_PER_S).await;
+        sleep_until(started + Duration::from_secs(1) * message / STEADY_PER_S).await;
         source.broadcast(server, 1).await?;
     }
     total += sessions * u64::from(messages);
     delivered(&mut trial.agents, total).await?;
-    let spent = server.must_know().await?.cpu_s - before;
+    let spent = server.known_usage().await?.cpu_s - before;
     let steady_cpu_us = spent * 1e6 / (f64::from(messages) * f64::from(count));
-    say(&format!("steady: {steady_cpu_us:.2} µs of CPU a delivery"))?;
+    say(&format!("steady: {steady_cpu_us:.2} µs of CPU time per delivery"))?;
     trial.settle(1).await;
     let seen = trial.agents.report().await?;
-    ensure!(seen.frames == total, "{} deliveries of {total}", seen.frames);
+    ensure!(seen.delivered == total, "{} deliveries, expected {total}", seen.delivered);
     trial.agents.drop_all().await?;
     Ok(Cost { burst_per_s, steady_cpu_us })
 }
 
-/// Where messages come from.
+/// The origin of messages.
 enum Source {
-    /// The floor makes them itself.
+    /// The floor generates them itself.
     Floor,
     Dispatcher(Box<Dispatcher>),
 }
 
 impl Source {
-    async fn of(server: &mut Server) -> anyhow::Result<Self> {
+    async fn new(server: &mut Server) -> anyhow::Result<Self> {
         let Server::Barid(target) = server else { return Ok(Self::Floor) };
         let Target::Sandbox(sandbox) = target else {
-            bail!("the bench is the dispatcher here: that is for a cluster of its own");
+            bail!("this scenario needs a cluster of its own; remove --nodes");
         };
         let dispatcher = Dispatcher::connect(sandbox.dispatchers_address().await?).await?;
         Ok(Self::Dispatcher(Box::new(dispatcher)))
@@ -112,27 +112,27 @@ impl Source {
         match (self, server) {
             (Self::Floor, Server::Floor(floor)) => floor.broadcast(count, PAYLOAD_BYTES).await,
             (Self::Dispatcher(dispatcher), _) => dispatcher.broadcast(count, PAYLOAD_BYTES).await,
-            (Self::Floor, Server::Barid(_)) => bail!("another server than it began with"),
+            (Self::Floor, Server::Barid(_)) => bail!("the source belongs to another server"),
         }
     }
 }
 
-/// Waits until the agents have seen so many deliveries. That each session sees each message once and in
-/// order is theirs to check: they hang up on who does not keep to it.
+/// Waits until the agents count `total` deliveries. Agents close a session that does not receive each
+/// message once and in order.
 async fn delivered(agents: &mut Agents, total: u64) -> anyhow::Result<()> {
     let deadline = Instant::now() + LIMIT;
     loop {
         let seen = agents.report().await?;
-        ensure!(seen.closed == 0, "{} sessions were closed: {}", seen.closed, seen.why_closed);
-        if seen.frames >= total {
+        ensure!(seen.closed == 0, "{} sessions closed: {}", seen.closed, seen.why_closed);
+        if seen.delivered >= total {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "{} deliveries of {total}", seen.frames);
-        sleep(LOOK).await;
+        ensure!(Instant::now() < deadline, "{} deliveries, expected {total}", seen.delivered);
+        sleep(REPORT_INTERVAL).await;
     }
 }
 
-/// A dispatcher of one node.
+/// A dispatcher for one node.
 struct Dispatcher {
     stream: NodeStream,
     seq: u64,
@@ -143,7 +143,7 @@ impl Dispatcher {
         Ok(Self { stream: NodeStream::connect(node).await?, seq: 0 })
     }
 
-    /// In one batch, to everyone.
+    /// Sends one batch to everyone.
     async fn broadcast(&mut self, count: u32, payload_bytes: u32) -> anyhow::Result<()> {
         let entries = (0..count).map(|_| self.next(payload_bytes)).collect();
         self.stream.fan_out(barid_testkit::cluster::APP, "", entries).await

@@ -1,4 +1,4 @@
-//! What a handshake costs the access node: WebSocket, JWT, route, mailbox, welcome.
+//! The cost of a handshake for the access node: WebSocket, JWT, route, mailbox, welcome.
 
 use super::trial::{Both, Server, Trial};
 use crate::controller::Connected;
@@ -6,14 +6,13 @@ use crate::histogram::quantile_ms;
 use crate::measure::{Goal, Measure};
 use crate::rpc::ConnectRequest;
 
-/// Handshakes that are counted, and before those some that warm up.
-const COUNT: u32 = 10_000;
+const HANDSHAKES: u32 = 10_000;
 const WARM_UP: u32 = 2_000;
-/// Under way at once: as many as keep the server busy.
+/// Handshakes under way at once: enough to keep the server busy.
 const AT_ONCE_MAX: u32 = 64;
 
 struct Cost {
-    /// By the CPU time of the server's process, where that is known.
+    /// By the CPU time of the server's process, if known.
     per_s_per_core: Option<f64>,
     connected: Connected,
 }
@@ -34,19 +33,20 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
 }
 
 async fn cost(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Cost> {
-    let way = server.way().await?;
-    let connect = |count| ConnectRequest { count, at_once_max: AT_ONCE_MAX, ..way.clone() };
+    let request = server.connect_request().await?;
+    let connect = |count| ConnectRequest { count, at_once_max: AT_ONCE_MAX, ..request.clone() };
     trial.live.phase("warming up");
     trial.agents.connect(&connect(WARM_UP)).await?;
     trial.agents.drop_all().await?;
     trial.settle(3).await;
-    let before = server.taken().await?;
+    let before = server.usage().await?;
     trial.live.phase("connecting");
-    let connected = trial.agents.connect(&connect(COUNT)).await?;
+    let connected = trial.agents.connect(&connect(HANDSHAKES)).await?;
     trial.live.latencies("handshake", &connected.took_us);
     trial.settle(1).await;
-    let after = server.taken().await?;
+    let after = server.usage().await?;
     trial.agents.drop_all().await?;
-    let spent = before.zip(after).map(|(before, after)| (after.cpu_s - before.cpu_s).max(0.01));
-    Ok(Cost { per_s_per_core: spent.map(|spent| f64::from(COUNT) / spent), connected })
+    let spent_s = before.zip(after).map(|(before, after)| (after.cpu_s - before.cpu_s).max(0.01));
+    let per_s_per_core = spent_s.map(|spent_s| f64::from(HANDSHAKES) / spent_s);
+    Ok(Cost { per_s_per_core, connected })
 }

@@ -1,5 +1,5 @@
-//! Steady sessions, messages at a fixed rate, and some devices that come and go, for as long as is wanted:
-//! every delivery is checked, and memory, files and tasks may not grow.
+//! Messages at a fixed rate to sessions of which some leave and return, for a long time. Every delivery is
+//! checked; memory, open files and tasks may not grow.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use anyhow::ensure;
 
 use super::trial::{Server, Trial};
 use crate::audit::{Audit, SETTLE};
-use crate::drive::{all_open, drive, must_be_clean};
+use crate::drive::{drive, must_be_clean};
 use crate::histogram::quantile_ms;
 use crate::live::{Sample, say};
 use crate::measure::{Goal, Measure};
@@ -16,18 +16,18 @@ use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
 
 const PAYLOAD_BYTES: u32 = 200;
-/// Handshakes under way at once while all connect.
-const AT_ONCE_MAX: u32 = 64;
-/// Fewer samples than this say nothing about growth.
+const HANDSHAKES_MAX: u32 = 64;
+/// Growth is not computed from fewer samples.
 const SAMPLES_MIN: usize = 10;
-/// So many points, and all pairs of them, are looked at.
+/// Growth is computed from all pairs of at most this many points.
 const POINTS_MAX: usize = 200;
 
 pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let options = trial.options.soak.clone();
     let (users, seconds) = (options.soak_sessions, options.seconds());
     let mut server = trial.barid_with_tasks().await?;
-    let connect = ConnectRequest { count: users, at_once_max: AT_ONCE_MAX, ..server.way().await? };
+    let request = server.connect_request().await?;
+    let connect = ConnectRequest { count: users, at_once_max: HANDSHAKES_MAX, ..request };
     let Server::Barid(target) = &server else { anyhow::bail!("no cluster") };
     let business = Business::open(&target.plan(PAYLOAD_BYTES, 0)?).await?;
     trial.live.phase("connecting");
@@ -36,13 +36,13 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     trial.live.phase("soaking");
     let audit = Arc::new(Audit::new(users, Some(options.soak_rate)));
     let pace = Pace::Scheduled(u64::from(options.soak_rate) * u64::from(seconds));
-    let pushing = drive(&trial.agents, &business, pace, &audit, SETTLE, all_open);
+    let pushing = drive(&trial.agents, &business, pace, &audit, SETTLE);
     let churning = trial.agents.churn(&connect, options.soak_churn, seconds);
     let (_, returned) = tokio::try_join!(pushing, churning)?;
     let samples = last_half(&trial.live.series().samples, f64::from(seconds));
     let seen = must_be_clean(&trial.agents, &audit).await?;
     ensure!(seen.connected == users, "{} of {users}: {}", seen.connected, seen.why_closed);
-    say(&format!("{}; re-sent though shown: {}", seen.outcome(audit.totals().total), seen.resent))?;
+    say(&format!("{}, {} re-sent", seen.outcome(audit.totals().total), seen.resent))?;
     target.all_acknowledged(Duration::from_secs(60)).await?;
 
     let times_us = trial.agents.latencies_us().await?;
@@ -55,43 +55,45 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         Measure::new("soak_push_p99_ms", "ms", None, quantile_ms(&times_us, 0.99)),
         Measure::new("soak_push_max_ms", "ms", None, quantile_ms(&times_us, 1.0)),
     ];
-    type Of = fn(&Sample) -> Option<u64>;
-    let memory: Of = |sample| sample.resident_bytes;
-    let (files, tasks): (Of, Of) = (|sample| sample.open_files, |sample| sample.tasks);
-    let known =
-        [("soak_memory_ratio", memory), ("soak_files_ratio", files), ("soak_tasks_ratio", tasks)];
-    for (name, of) in known {
-        let points: Vec<_> = samples.iter().filter_map(|s| Some((s.at_s, of(s)? as f64))).collect();
+    type Field = fn(&Sample) -> Option<u64>;
+    let fields: [(&str, Field); 3] = [
+        ("soak_memory_ratio", |sample| sample.resident_bytes),
+        ("soak_files_ratio", |sample| sample.open_files),
+        ("soak_tasks_ratio", |sample| sample.tasks),
+    ];
+    for (name, field) in fields {
+        let point = |sample: &Sample| Some((sample.at_s, field(sample)? as f64));
+        let points: Vec<_> = samples.iter().filter_map(point).collect();
         match growth(&points) {
             Some(growth) => {
                 let row = Measure::new(name, "", None, 1.0 + growth);
                 rows.push(row.against(Goal::AtMost(1.0 + options.growth_max)));
             }
-            None => say(&format!("{name}: not known"))?,
+            None => say(&format!("{name}: unknown"))?,
         }
     }
     Ok(rows)
 }
 
-/// What was seen in the last `seconds / 2`.
+/// The samples of the last `seconds / 2`.
 fn last_half(samples: &[Sample], seconds: f64) -> Vec<Sample> {
     let end = samples.last().map_or(0.0, |sample| sample.at_s);
     samples.iter().filter(|sample| sample.at_s > end - seconds / 2.0).copied().collect()
 }
 
-/// By what share a value grew from the first moment to the last, after Theil and Sen: the slope is the
-/// median of those between any two points, so that a peak is no growth. `None`: too few points, or nothing
-/// to grow from.
+/// Relative growth from the first point to the last, by the Theil-Sen estimator: the slope is the median of
+/// the slopes of all pairs of points, so a peak does not count as growth. `None`: too few points, or the
+/// median is not above zero.
 fn growth(points: &[(f64, f64)]) -> Option<f64> {
     if points.len() < SAMPLES_MIN {
         return None;
     }
-    // Of a long time not every point, but what points close together are on average.
-    let stretches = points.chunks(points.len().div_ceil(POINTS_MAX));
-    let mean = |stretch: &[(f64, f64)], of: fn(&(f64, f64)) -> f64| {
-        stretch.iter().map(of).sum::<f64>() / stretch.len() as f64
+    // Neighbouring points of a long run are averaged.
+    let chunks = points.chunks(points.len().div_ceil(POINTS_MAX));
+    let mean = |chunk: &[(f64, f64)], field: fn(&(f64, f64)) -> f64| {
+        chunk.iter().map(field).sum::<f64>() / chunk.len() as f64
     };
-    let points: Vec<_> = stretches.map(|s| (mean(s, |p| p.0), mean(s, |p| p.1))).collect();
+    let points: Vec<_> = chunks.map(|c| (mean(c, |p| p.0), mean(c, |p| p.1))).collect();
     let pairs = points
         .iter()
         .enumerate()
@@ -117,10 +119,10 @@ mod tests {
     }
 
     #[test]
-    fn a_leak_is_found_and_a_wave_or_a_peak_is_none() {
+    fn growth_is_found_and_a_wave_or_a_peak_is_not_growth() {
         let grown = |of: fn(f64) -> f64| growth(&points(of)).unwrap();
         assert_eq!(grown(|_| 7.0), 0.0);
-        // A tenth more over the time.
+        // 10 % more at the end than at the start.
         assert!((grown(|s| 100.0 + s / 30.0) - 0.095).abs() < 0.005);
         assert!(grown(|s| 100.0 + 5.0 * (s / 7.0).sin()).abs() < 0.02);
         assert!(grown(|s| if (140.0..150.0).contains(&s) { 300.0 } else { 100.0 }).abs() < 0.01);

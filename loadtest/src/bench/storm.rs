@@ -1,4 +1,4 @@
-//! Everybody drops and returns at once, as after a network's failure.
+//! All devices drop and reconnect at once, as after a network failure.
 
 use super::trial::{Both, Server, Trial};
 use crate::controller::Connected;
@@ -6,14 +6,14 @@ use crate::histogram::quantile_ms;
 use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
 
-/// Half of what a process may hold: the old ones are still there when the new ones come.
-const COUNT: u32 = 9_000;
-/// A client that is refused comes again with full jitter up to this, ms.
+/// Half of what a process may hold: old connections are still open when the new ones arrive.
+const SESSIONS: u32 = 9_000;
+/// A refused client retries with full jitter up to this time, ms.
 const RETRY_MAX_MS: u32 = 1_000;
 
 struct Storm {
     returned: Connected,
-    /// CPU time of the server, µs for each that returned, where that is known.
+    /// CPU time of the server per device, if known, µs.
     cpu_us: Option<f64>,
 }
 
@@ -30,18 +30,20 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
 }
 
 async fn storm(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Storm> {
-    let calm = ConnectRequest { count: COUNT, at_once_max: 64, ..server.way().await? };
+    let calm =
+        ConnectRequest { count: SESSIONS, at_once_max: 64, ..server.connect_request().await? };
     trial.live.phase("connecting");
     trial.agents.connect(&calm).await?;
     trial.settle(3).await;
-    let before = server.taken().await?;
+    let before = server.usage().await?;
     trial.live.phase("returning");
     trial.agents.drop_all().await?;
-    let all = ConnectRequest { at_once_max: COUNT, retry_max_ms: RETRY_MAX_MS, ..calm };
+    let all = ConnectRequest { at_once_max: SESSIONS, retry_max_ms: RETRY_MAX_MS, ..calm };
     let returned = trial.agents.connect(&all).await?;
     trial.live.latencies("return", &returned.took_us);
     trial.settle(1).await;
-    let spent = before.zip(server.taken().await?).map(|(before, after)| after.cpu_s - before.cpu_s);
+    let spent_s =
+        before.zip(server.usage().await?).map(|(before, after)| after.cpu_s - before.cpu_s);
     trial.agents.drop_all().await?;
-    Ok(Storm { returned, cpu_us: spent.map(|spent| spent * 1e6 / f64::from(COUNT)) })
+    Ok(Storm { returned, cpu_us: spent_s.map(|spent_s| spent_s * 1e6 / f64::from(SESSIONS)) })
 }

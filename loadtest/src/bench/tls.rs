@@ -1,15 +1,14 @@
-//! What TLS adds to a session's memory and to a handshake. The floor is the same node without it.
+//! Memory and handshakes over TLS. The floor is the same node without TLS.
 
 use barid_testkit::certificates;
 
 use super::trial::{Both, Server, Trial};
 use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
+use crate::sandbox::Access;
 
-/// Sessions.
-const COUNT: u32 = 8_000;
-/// Handshakes under way at once.
-const AT_ONCE_MAX: u32 = 64;
+const SESSIONS: u32 = 8_000;
+const HANDSHAKES_MAX: u32 = 64;
 
 struct Cost {
     bytes: f64,
@@ -17,10 +16,11 @@ struct Cost {
 }
 
 pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
+    trial.needs_own_cluster()?;
     let mut plain = trial.barid().await?;
     let without = cost(trial, &mut plain, "").await?;
     drop(plain);
-    let mut server = trial.barid_over_tls().await?;
+    let mut server = trial.barid_with(Access { nodes: 1, tls: true }).await?;
     let with = cost(trial, &mut server, certificates::ONE.pem).await?;
     let both = Both { floor: Some(without), barid: with };
     Ok(vec![
@@ -30,17 +30,21 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
 }
 
 async fn cost(trial: &mut Trial<'_>, server: &mut Server, roots: &str) -> anyhow::Result<Cost> {
-    let roots = roots.to_owned();
-    let way =
-        ConnectRequest { count: COUNT, at_once_max: AT_ONCE_MAX, roots, ..server.way().await? };
+    let connect = ConnectRequest {
+        count: SESSIONS,
+        at_once_max: HANDSHAKES_MAX,
+        roots: roots.to_owned(),
+        ..server.connect_request().await?
+    };
     trial.settle(5).await;
-    let empty = server.must_know().await?;
+    let empty = server.known_usage().await?;
     trial.live.phase("connecting");
-    trial.agents.connect(&way).await?;
+    trial.agents.connect(&connect).await?;
     trial.settle(10).await;
-    let full = server.must_know().await?;
+    let full = server.known_usage().await?;
     trial.agents.drop_all().await?;
     let bytes = full.resident_bytes.saturating_sub(empty.resident_bytes) as f64;
-    let spent = (full.cpu_s - empty.cpu_s).max(0.01);
-    Ok(Cost { bytes: bytes / f64::from(COUNT), per_s_per_core: f64::from(COUNT) / spent })
+    let spent_s = (full.cpu_s - empty.cpu_s).max(0.01);
+    let sessions = f64::from(SESSIONS);
+    Ok(Cost { bytes: bytes / sessions, per_s_per_core: sessions / spent_s })
 }

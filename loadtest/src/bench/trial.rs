@@ -1,4 +1,4 @@
-//! One run of one scenario: agents, the servers that are measured in turn, and who watches.
+//! One run of one scenario: its agents, the servers that are measured in turn, and its live display.
 
 use std::time::Duration;
 
@@ -9,178 +9,138 @@ use crate::controller::{Agents, Floor};
 use crate::live::{Live, say};
 use crate::measure::Measure;
 use crate::rpc::ConnectRequest;
-use crate::sandbox::{Sandbox, Shape};
+use crate::sandbox::Access;
 use crate::target::Target;
-use crate::usage::{Taken, Usage};
+use crate::usage::{Source, Usage};
 
-/// What a scenario works with.
+const ONE_ACCESS_NODE: Access = Access { nodes: 1, tls: false };
+
 pub struct Trial<'a> {
-    /// As given.
     pub options: &'a Options,
-    /// Hold the devices; nobody is connected when a scenario begins.
+    /// No device is connected when a scenario begins.
     pub agents: Agents,
-    /// Shows and keeps what happens.
     pub live: Live,
 }
 
-/// What is measured: the floor, or Barid.
+/// The server that is measured.
 pub enum Server {
-    /// The barest program.
+    /// The barest server.
     Floor(Box<Floor>),
     /// A cluster.
     Barid(Target),
 }
 
 impl Server {
-    /// How agents connect to it; nothing is said about users.
-    ///
-    /// # Errors
-    /// It is gone.
-    pub async fn way(&mut self) -> anyhow::Result<ConnectRequest> {
+    /// A request that connects to it, without users.
+    pub async fn connect_request(&mut self) -> anyhow::Result<ConnectRequest> {
         match self {
-            Self::Floor(floor) => Ok(floor.way()),
-            Self::Barid(target) => target.way().await,
+            Self::Floor(floor) => Ok(floor.connect_request()),
+            Self::Barid(target) => target.connect_request().await,
         }
     }
 
-    /// What it takes now; `None`: it is not known.
-    ///
-    /// # Errors
-    /// It is gone.
-    pub async fn taken(&self) -> anyhow::Result<Option<Taken>> {
-        self.usage()?.now().await
+    /// Its present usage, if that can be read.
+    pub async fn usage(&self) -> anyhow::Result<Option<Usage>> {
+        self.source().read().await
     }
 
-    /// What it takes now, for a scenario that measures nothing else.
-    ///
-    /// # Errors
-    /// It is gone, or nobody can be asked.
-    pub async fn must_know(&self) -> anyhow::Result<Taken> {
-        self.taken()
-            .await?
-            .context("what the access nodes take is not known: give --admin or --pid")
+    /// Its present usage, for a scenario that measures nothing else.
+    pub async fn known_usage(&self) -> anyhow::Result<Usage> {
+        let unknown = "memory and CPU time of the access nodes are unknown: set --admin or --pid";
+        self.usage().await?.context(unknown)
     }
 
-    fn usage(&self) -> anyhow::Result<Usage> {
+    fn source(&self) -> Source {
         match self {
-            Self::Floor(floor) => Ok(Usage::Processes(vec![floor.pid()])),
+            Self::Floor(floor) => Source::Processes(vec![floor.pid()]),
             Self::Barid(target) => target.usage(),
         }
     }
 }
 
-/// The same of both; no floor: it was not wanted.
+/// A result for the floor, unless `--no-floor` is set, and for Barid.
 pub struct Both<T> {
-    /// Of the floor.
     pub floor: Option<T>,
-    /// Of Barid.
     pub barid: T,
 }
 
 impl<T> Both<T> {
-    /// A row of the table.
-    pub fn row(&self, measure: &str, unit: &str, of: impl Fn(&T) -> f64) -> Measure {
-        Measure::new(measure, unit, self.floor.as_ref().map(&of), of(&self.barid))
+    pub fn row(&self, measure: &str, unit: &str, value: impl Fn(&T) -> f64) -> Measure {
+        Measure::new(measure, unit, self.floor.as_ref().map(&value), value(&self.barid))
     }
 
-    /// A row of the table, if it is known.
+    /// A row, if Barid's value is known.
     pub fn row_if(
         &self,
         measure: &str,
         unit: &str,
-        of: impl Fn(&T) -> Option<f64>,
+        value: impl Fn(&T) -> Option<f64>,
     ) -> Option<Measure> {
-        let floor = self.floor.as_ref().and_then(&of);
-        of(&self.barid).map(|barid| Measure::new(measure, unit, floor, barid))
+        let floor = self.floor.as_ref().and_then(&value);
+        value(&self.barid).map(|barid| Measure::new(measure, unit, floor, barid))
     }
 }
 
 impl<'a> Trial<'a> {
-    /// Starts the agents.
-    ///
-    /// # Errors
-    /// One does not start or cannot be reached.
     pub async fn start(options: &'a Options, scenario: &str) -> anyhow::Result<Self> {
         let agents = Agents::start(&options.agents, options.local_agents.into()).await?;
-        // Agents that run already may hold what an earlier scenario left.
+        // Named agents may hold connections of an earlier scenario.
         agents.drop_all().await?;
         let live = Live::start(scenario, agents.watch());
         Ok(Self { options, agents, live })
     }
 
     /// Measures the floor, then Barid.
-    ///
-    /// # Errors
-    /// One of them could not be measured.
     pub async fn both<T>(
         &mut self,
         measure: impl AsyncFn(&mut Trial<'a>, &mut Server) -> anyhow::Result<T>,
     ) -> anyhow::Result<Both<T>> {
         let mut floor = None;
         if !self.options.no_floor {
-            let mut server = self.floor().await?;
+            let started = Floor::start(self.options.floor_address).await?;
+            let mut server = self.measured("floor", Server::Floor(Box::new(started)));
             floor = Some(measure(self, &mut server).await.context("the floor")?);
         }
         let mut server = self.barid().await?;
         Ok(Both { floor, barid: measure(self, &mut server).await? })
     }
 
-    /// Starts the floor, which is measured from now on.
-    ///
-    /// # Errors
-    /// It does not start.
-    pub async fn floor(&self) -> anyhow::Result<Server> {
-        let server = Server::Floor(Box::new(Floor::start(self.options.floor_address).await?));
-        self.live.server("floor", server.usage()?);
-        Ok(server)
-    }
-
-    /// Starts a cluster, or takes the one that is named; it is measured from now on.
-    ///
-    /// # Errors
-    /// It does not come up.
+    /// Takes the named cluster, or starts one with a single access node.
     pub async fn barid(&self) -> anyhow::Result<Server> {
-        let server = Server::Barid(Target::start(&self.options.target).await?);
-        self.live.server("barid", server.usage()?);
-        Ok(server)
+        self.barid_with(ONE_ACCESS_NODE).await
     }
 
-    /// Starts a cluster whose access node is spoken to over TLS; it is measured from now on.
-    ///
-    /// # Errors
-    /// It does not come up, or another cluster was named.
-    pub async fn barid_over_tls(&self) -> anyhow::Result<Server> {
-        anyhow::ensure!(
-            !self.options.target.is_given(),
-            "it is measured with a cluster of its own"
-        );
-        let sandbox = Sandbox::of(Shape { access_nodes: 1, tls: true }).await?;
-        let server = Server::Barid(Target::Sandbox(Box::new(sandbox)));
-        self.live.server("barid", server.usage()?);
-        Ok(server)
+    /// Takes the named cluster, or starts one with these access nodes.
+    pub async fn barid_with(&self, access: Access) -> anyhow::Result<Server> {
+        let target = Target::start(&self.options.target, access).await?;
+        Ok(self.measured("barid", Server::Barid(target)))
     }
 
-    /// The same, watched through its admin endpoints, which count tasks as well.
-    ///
-    /// # Errors
-    /// It does not come up.
+    /// As [`Trial::barid`]; the live display reads `/metrics`, which also counts tasks.
     pub async fn barid_with_tasks(&self) -> anyhow::Result<Server> {
-        let mut target = Target::start(&self.options.target).await?;
-        let usage = target.scraped().await?;
-        self.live.server("barid", usage);
+        let mut target = Target::start(&self.options.target, ONE_ACCESS_NODE).await?;
+        self.live.server("barid", target.scraped().await?);
         Ok(Server::Barid(target))
     }
 
-    /// Waits, and says what for.
+    /// Fails if a running cluster is named.
+    pub fn needs_own_cluster(&self) -> anyhow::Result<()> {
+        let is_own = !self.options.target.is_given();
+        anyhow::ensure!(is_own, "this scenario needs a cluster of its own; remove --nodes");
+        Ok(())
+    }
+
+    fn measured(&self, name: &str, server: Server) -> Server {
+        self.live.server(name, server.source());
+        server
+    }
+
     pub async fn settle(&self, seconds: u64) {
         self.live.phase("settling");
         tokio::time::sleep(Duration::from_secs(seconds)).await;
     }
 
-    /// Names the processes and waits, if that is wanted.
-    ///
-    /// # Errors
-    /// Standard error is closed.
+    /// Prints the process ids and waits for `--attach-seconds`, if set.
     pub async fn attach(&self, target: &Target) -> std::io::Result<()> {
         let seconds = self.options.push.attach_seconds;
         if seconds > 0 {

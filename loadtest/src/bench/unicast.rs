@@ -1,4 +1,4 @@
-//! Kafka to device and back as an acknowledgement, as many as go, and what each process spends on one.
+//! Kafka to device, with acknowledgements, as fast as possible; and the CPU time of each process per message.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,19 +7,20 @@ use barid_runtime::exposition::Metrics;
 
 use super::trial::{Server, Trial};
 use crate::audit::{Audit, SETTLE};
-use crate::drive::{all_open, drive, must_be_clean};
+use crate::drive::{drive, must_be_clean};
 use crate::measure::{Goal, Measure};
+use crate::process;
 use crate::producer::{Business, Pace};
 use crate::rpc::ConnectRequest;
-use crate::sandbox::CpuTimes;
+use crate::sandbox::ByRole;
 use crate::table::Table;
 
-/// How long is measured, unless it is said.
+/// Default of `--push-seconds`.
 const SECONDS: u64 = 20;
 /// How long the last acknowledgements may take.
 const ACKED_LIMIT: Duration = Duration::from_secs(10);
 
-/// Hops on which messages travel together: what counts the messages, what the batches, of which script.
+/// Hops on which messages share batches: the counters of messages and batches, and the value of `script`.
 const BATCHES: [(&str, &str, &str, Option<&str>); 4] = [
     ("accept call", "barid_purger_accept_messages_sum", "barid_purger_accept_messages_count", None),
     (
@@ -41,7 +42,8 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let options = trial.options.push.clone();
     let (users, window) = (options.push_users, options.push_window);
     let mut server = trial.barid().await?;
-    let connect = ConnectRequest { count: users, at_once_max: 64, ..server.way().await? };
+    let connect =
+        ConnectRequest { count: users, at_once_max: 64, ..server.connect_request().await? };
     let Server::Barid(target) = &mut server else { anyhow::bail!("no cluster") };
     let plan = target.plan(options.push_bytes, options.push_linger_ms)?;
     let business = Business::open(&plan).await?;
@@ -51,14 +53,14 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let (mut acked_per_s, mut tables) = (0.0, Vec::new());
     for (phase, seconds) in options.phases(options.push_seconds.unwrap_or(SECONDS)) {
         let metrics = target.metrics().await?;
-        let spent = target.cpu_times(&trial.agents)?;
+        let spent = target.by_role(&trial.agents, process::cpu_s)?;
         trial.live.phase(phase);
         let audit = Arc::new(Audit::new(users, None));
         let pace = Pace::Window { window, time: Duration::from_secs(seconds) };
-        let (records, _) = drive(&trial.agents, &business, pace, &audit, SETTLE, all_open).await?;
+        let records = drive(&trial.agents, &business, pace, &audit, SETTLE).await?;
         target.all_acknowledged(ACKED_LIMIT).await?;
         let seconds = audit.elapsed().as_secs_f64();
-        let spent = spent.zip(target.cpu_times(&trial.agents)?);
+        let spent = spent.zip(target.by_role(&trial.agents, process::cpu_s)?);
         let metrics = metrics.zip(target.metrics().await?);
         must_be_clean(&trial.agents, &audit).await?;
         acked_per_s = records as f64 / seconds;
@@ -72,8 +74,8 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     Ok(vec![row.against(Goal::AtLeast(50_000.0))])
 }
 
-/// CPU time of each process for one message, dearest first.
-fn processes(before: &CpuTimes, after: &CpuTimes, records: u64) -> Table {
+/// CPU time of each process per message, largest first.
+fn processes(before: &ByRole, after: &ByRole, records: u64) -> Table {
     let each = after.iter().map(|(name, spent)| {
         let spent = spent - before.get(name).copied().unwrap_or_default();
         (name.as_str(), spent * 1e6 / records.max(1) as f64)
@@ -86,7 +88,7 @@ fn processes(before: &CpuTimes, after: &CpuTimes, records: u64) -> Table {
     table
 }
 
-/// Messages of one batch, by hop: what is shared shares its cost.
+/// Messages per batch, by hop.
 fn batches(before: &str, after: &str) -> Table {
     let (before, after) = (Metrics::parse(before), Metrics::parse(after));
     let mut table = Table::new("batch", &["messages"]);

@@ -1,4 +1,4 @@
-//! What a report holds.
+//! The contents of a report.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,64 +6,57 @@ use super::machine::{self, Machine};
 use crate::live::Recorded;
 use crate::measure::Measure;
 
-/// Grows when a field changes its meaning.
+/// Version of the file format; increases when a field changes its meaning.
 const FORMAT: u32 = 1;
 
-/// A run of the bench. Field names are stable, as are those within.
+/// A run of `bench`. Field names are stable, also of the types within.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Of this file.
     pub format: u32,
-    /// Of the load tool.
+    /// Version of the load tool.
     pub version: String,
-    /// `git describe` where the tool was built; absent: not known.
+    /// `git describe` in the work tree of the load tool's binary.
     pub commit: Option<String>,
     /// UTC, RFC 3339.
     pub started: String,
-    /// How long all of it took.
     pub seconds: f64,
-    /// As it was typed.
+    /// The command line.
     pub command: String,
-    /// Where it ran.
     pub machine: Machine,
-    /// In the order of the table.
     pub measures: Vec<Repeated>,
-    /// In the order in which they ran.
     pub scenarios: Vec<Scenario>,
 }
 
-/// A measure, and what each repetition gave.
+/// A measure with the values of all repetitions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Repeated {
-    /// The middle one of the repetitions, by Barid's value; of an even number, the worse of the two.
+    /// The median repetition by Barid's value; the worse one of the middle two.
     #[serde(flatten)]
     pub measure: Measure,
-    /// By what factor, less one, two single runs of the same thing differ.
+    /// As [`Measure::noise`].
     pub noise: f64,
-    /// Barid's.
+    /// Barid's values.
     pub values: Vec<f64>,
-    /// The floor's, in the same order; empty: there is none.
+    /// The floor's values in the same order; empty without a floor.
     pub floor_values: Vec<f64>,
 }
 
-/// One scenario, once.
+/// One repetition of a scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scenario {
-    /// Its name on the command line.
+    /// The name on the command line.
     pub scenario: String,
-    /// From 1 on.
+    /// From 1.
     pub repetition: u32,
-    /// How long it took.
     pub seconds: f64,
-    /// Why nothing was measured; absent: it was.
+    /// The error, if it failed.
     pub failed: Option<String>,
-    /// What was seen.
     #[serde(flatten)]
     pub recorded: Recorded,
 }
 
 impl Repeated {
-    /// One that was not repeated.
+    /// A single run.
     pub fn once(measure: Measure) -> Self {
         Self {
             noise: measure.noise(),
@@ -73,7 +66,7 @@ impl Repeated {
         }
     }
 
-    /// Rows of all repetitions, by name, in the order in which they first came.
+    /// Groups the rows of all repetitions by name.
     pub fn of(rows: &[Measure]) -> Vec<Self> {
         let mut names: Vec<&str> = Vec::new();
         for row in rows {
@@ -99,7 +92,7 @@ impl Repeated {
 }
 
 impl Report {
-    /// Of a run that begins now.
+    /// An empty report of a run that starts now.
     pub fn begin() -> Self {
         let command = std::env::args().map(|word| quoted(&word)).collect::<Vec<_>>().join(" ");
         Self {
@@ -109,14 +102,14 @@ impl Report {
             started: machine::now(),
             seconds: 0.0,
             command,
-            machine: Machine::find(),
+            machine: Machine::this(),
             measures: Vec::new(),
             scenarios: Vec::new(),
         }
     }
 }
 
-/// A word as a shell wants it.
+/// The word, quoted for a shell if necessary.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) {
@@ -144,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_is_quoted_as_a_shell_wants_it() {
+    fn a_command_is_quoted_for_a_shell() {
         assert_eq!(quoted("it's") + &quoted("a=b"), r"'it'\''s'a=b");
     }
 }

@@ -1,6 +1,5 @@
-//! Text in HTML and SVG.
+//! Escapes text for HTML and SVG.
 
-/// The text without a character that means something in markup.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

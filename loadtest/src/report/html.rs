@@ -1,4 +1,4 @@
-//! The report as one page that needs nothing else.
+//! The report as a self-contained HTML page.
 
 use std::fmt::Write as _;
 
@@ -9,14 +9,13 @@ use crate::live::{Latencies, Series, clock, thousands};
 
 const STYLE: &str = include_str!("report.css");
 const MIB: f64 = 1024.0 * 1024.0;
-/// A scenario whose memory is worth a look takes at least this long.
+/// Memory is drawn for scenarios that take at least this long.
 const MEMORY_SECONDS: f64 = 20.0;
-/// What happened in fewer moments than this is no line.
+/// A line over time needs this many points above zero.
 const POINTS_MIN: usize = 5;
-/// Memory over connections is a line only if so many numbers of them were seen.
+/// A line over connections needs this many different numbers of them.
 const CONNECTIONS_MIN: usize = 6;
 
-/// The page of a report.
 pub fn page(report: &Report) -> String {
     let mut page = String::new();
     let _ = write!(
@@ -56,11 +55,11 @@ fn head(page: &mut String, report: &Report) {
             write!(page, "<li class=\"{class}\"><b>{met}</b> of {} goals met</li>", goals.len());
     }
     if failed > 0 {
-        let _ = write!(page, "<li class=\"bad\"><b>{failed}</b> not measured</li>");
+        let _ = write!(page, "<li class=\"bad\"><b>{failed}</b> failed</li>");
     }
     let scenarios = match report.scenarios.len() {
         1 => "<b>1</b> scenario".to_owned(),
-        more => format!("<b>{more}</b> scenarios"),
+        number => format!("<b>{number}</b> scenarios"),
     };
     let _ = write!(
         page,
@@ -72,7 +71,7 @@ fn head(page: &mut String, report: &Report) {
 fn measures(page: &mut String, rows: &[Repeated]) {
     page.push_str(
         "<section><h2>Measures</h2><p class=\"key\"><span><i class=\"barid\"></i>Barid</span>\
-         <span><i class=\"floor\"></i>floor, the barest program in the same run</span>\
+         <span><i class=\"floor\"></i>floor: the barest program in the same run</span>\
          <span><i class=\"goal\"></i>goal</span></p>\
          <table><thead><tr><th>Measure<th class=\"n\">Barid<th class=\"n\">Floor<th class=\"n\">Ratio\
          <th class=\"n\">Goal<th><th class=\"v\"></tr></thead><tbody>",
@@ -110,7 +109,7 @@ fn measure(page: &mut String, row: &Repeated) {
     );
 }
 
-/// From the least to the largest of several runs.
+/// The range of several runs.
 fn spread(values: &[f64]) -> Option<String> {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -118,14 +117,14 @@ fn spread(values: &[f64]) -> Option<String> {
         .then(|| format!("{} to {}, {} runs", number(least), number(largest), values.len()))
 }
 
-/// Barid's value as a bar, with marks for the floor and the goal; nothing where there is neither.
+/// Barid's value as a bar with marks for floor and goal; empty if there is neither.
 fn bar(barid: f64, floor: Option<f64>, goal: Option<f64>, met: Option<bool>) -> String {
     let largest = [Some(barid), floor, goal].into_iter().flatten().fold(0.0, f64::max);
     if largest <= 0.0 || floor.or(goal).is_none() {
         return String::new();
     }
     let at = |value: f64| (value / largest * 100.0).clamp(0.0, 100.0);
-    // What is beyond the goal, or short of it.
+    // The part between the value and a missed goal.
     let off = goal.filter(|_| met == Some(false)).map_or_else(String::new, |goal| {
         let (from, to) = (at(goal.min(barid)), at(goal.max(barid)));
         format!(
@@ -151,7 +150,7 @@ fn bar(barid: f64, floor: Option<f64>, goal: Option<f64>, met: Option<bool>) -> 
     )
 }
 
-/// Three digits, or all before the point.
+/// The number with three significant digits, or without decimals.
 fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 1000.0 && value > 0.0 => thousands(value.round() as u64),
@@ -162,7 +161,7 @@ fn number(value: f64) -> String {
 fn section(page: &mut String, scenario: &Scenario) {
     let repetition = match scenario.repetition {
         0 | 1 => String::new(),
-        number => format!(", once more ({number})"),
+        number => format!(", repetition {number}"),
     };
     let _ = write!(
         page,
@@ -171,7 +170,7 @@ fn section(page: &mut String, scenario: &Scenario) {
         clock(scenario.seconds)
     );
     if let Some(why) = &scenario.failed {
-        let _ = write!(page, "<p class=\"failed\">Not measured: {}</p>", escaped(why));
+        let _ = write!(page, "<p class=\"failed\">Failed: {}</p>", escaped(why));
     }
     let figures: Vec<String> =
         latency_figures(scenario).into_iter().chain(series_figures(scenario)).collect();
@@ -196,7 +195,7 @@ fn figure(plot: &Plot<'_>, caption: &str) -> Option<String> {
     Some(format!("<figure><figcaption>{title}</figcaption>{}{caption}</figure>", plot.svg()?))
 }
 
-/// One for each kind of time, floor and Barid in the same.
+/// One figure for each kind of time, with a line for the floor and one for Barid.
 fn latency_figures(scenario: &Scenario) -> Vec<String> {
     let all = &scenario.recorded.latencies;
     let mut kinds: Vec<&str> = Vec::new();
@@ -212,7 +211,7 @@ fn latency_figures(scenario: &Scenario) -> Vec<String> {
             points: quantile_points(latencies),
         });
         let plot = Plot {
-            title: &format!("{kind}: how long it takes"),
+            title: &format!("{kind}: time by percentile"),
             x_name: "percentile",
             x_scale: Scale::Nines,
             y_name: "ms",
@@ -226,7 +225,7 @@ fn latency_figures(scenario: &Scenario) -> Vec<String> {
     kinds.into_iter().filter_map(of).collect()
 }
 
-/// The longest stands where one in as many as were recorded does.
+/// The maximum of n values is drawn at the share 1 - 0.5 / n.
 fn quantile_points(latencies: &Latencies) -> Vec<(f64, f64)> {
     let end = 1.0 - 0.5 / latencies.count.max(1) as f64;
     latencies.quantiles.iter().map(|at| (at.share.min(end), at.ms)).collect()
@@ -352,11 +351,11 @@ fn foot(page: &mut String, report: &Report) {
     let gib = machine.memory_bytes as f64 / (1024.0 * MIB);
     let _ = write!(
         page,
-        "<footer><h2>Where and how</h2><dl><dt>Machine<dd>{} × {}, {gib:.0} GiB<dt>System<dd>{}, {}\
+        "<footer><h2>Environment</h2><dl><dt>Machine<dd>{} × {}, {gib:.0} GiB<dt>System<dd>{}, {}\
          <dt>Load before<dd>{:.2}<dt>Command<dd><code>{}</code></dl>\
-         <p>Every delivery was checked for order, gaps and repeats. Rates are open-loop: a time counts from \
-         the moment at which something was due. The lines of a percentile plot are HDR histograms of three \
-         digits, merged over all agents.</p></footer>",
+         <p>Every delivery was checked for order, gaps and repeats. Rates are open-loop: times are measured from \
+         the moment at which a message or connection was due. Percentiles are from HDR histograms with three \
+         significant digits, merged over all agents.</p></footer>",
         machine.cores,
         escaped(&machine.cpu),
         escaped(&machine.os),

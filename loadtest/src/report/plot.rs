@@ -6,52 +6,48 @@ use super::escape::escaped;
 
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 216.0;
-/// Of the plot's area within.
+/// Edges of the area that the lines are drawn in.
 const LEFT: f64 = 46.0;
 const RIGHT: f64 = 344.0;
 const TOP: f64 = 22.0;
 const BOTTOM: f64 = 178.0;
-/// How wide a label of the x axis is taken to be, and a letter of a mark's name.
+/// Estimated widths of an x axis label and of a letter in a mark's name.
 const LABEL_WIDTH: f64 = 40.0;
 const LETTER_WIDTH: f64 = 4.8;
-/// More points than this are not seen.
+/// More points than this are not visible.
 const POINTS_MAX: usize = 300;
 
-/// How values become distances.
+/// How values map to positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
-    /// From zero on.
+    /// Linear from zero.
     Linear,
-    /// Powers of ten are equally far apart.
+    /// Logarithmic.
     Log,
-    /// Shares of a whole, 0 to 1: 0.9, 0.99, 0.999 are equally far apart.
+    /// Shares from 0 to 1; the distances from 0.9 to 0.99 and from 0.99 to 0.999 are equal.
     Nines,
 }
 
-/// A plot.
 #[derive(Debug)]
 pub struct Plot<'a> {
-    /// Above it.
     pub title: &'a str,
-    /// Below the x axis.
     pub x_name: &'a str,
     pub x_scale: Scale,
     pub y_name: &'a str,
     pub y_scale: Scale,
     pub lines: Vec<Line>,
-    /// Moments on the x axis.
+    /// Named positions on the x axis.
     pub marks: Vec<(f64, String)>,
 }
 
-/// A line; its points are joined in this order.
 #[derive(Debug)]
 pub struct Line {
-    /// `floor` or `barid`: what the page has a colour for.
+    /// `floor` or `barid`; the page has a colour for each.
     pub class: &'static str,
     pub points: Vec<(f64, f64)>,
 }
 
-/// An axis whose ends are known.
+/// An axis from `low` to `high`, drawn between two positions.
 struct Axis {
     scale: Scale,
     low: f64,
@@ -61,8 +57,7 @@ struct Axis {
 }
 
 impl Scale {
-    /// A distance, in no unit.
-    fn of(self, value: f64) -> f64 {
+    fn position(self, value: f64) -> f64 {
         match self {
             Self::Linear => value,
             Self::Log => value.max(1e-9).log10(),
@@ -72,7 +67,7 @@ impl Scale {
 }
 
 impl Axis {
-    /// The x axis ends with what is shown.
+    /// The x axis ends with the largest value.
     fn x(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Self {
         let largest = values.clone().fold(f64::NEG_INFINITY, f64::max);
         let low = if scale == Scale::Log { values.fold(f64::INFINITY, f64::min) } else { 0.0 };
@@ -80,7 +75,7 @@ impl Axis {
         Self { scale, low, high: largest.max(least_high), from: LEFT, to: RIGHT }
     }
 
-    /// The y axis ends with a tick.
+    /// The y axis ends at a tick.
     fn y(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Self {
         let largest = values.clone().fold(f64::NEG_INFINITY, f64::max).max(1e-6);
         let (low, high) = match scale {
@@ -95,8 +90,8 @@ impl Axis {
     }
 
     fn at(&self, value: f64) -> f64 {
-        let (low, high) = (self.scale.of(self.low), self.scale.of(self.high));
-        let share = (self.scale.of(value) - low) / (high - low).max(1e-12);
+        let (low, high) = (self.scale.position(self.low), self.scale.position(self.high));
+        let share = (self.scale.position(value) - low) / (high - low).max(1e-12);
         self.from + share.clamp(0.0, 1.0) * (self.to - self.from)
     }
 
@@ -132,7 +127,7 @@ impl Axis {
     }
 }
 
-/// 1, 2, 2.5 or 5 times a power of ten, of which a value holds three to five.
+/// 1, 2, 2.5 or 5 times a power of ten, such that the value has three to five ticks.
 fn linear_step(value: f64) -> f64 {
     let wanted = value / 5.0;
     let power = 10_f64.powf(wanted.log10().floor());
@@ -140,7 +135,7 @@ fn linear_step(value: f64) -> f64 {
     steps.into_iter().find(|step| *step >= wanted * 0.9999).unwrap_or(10.0 * power)
 }
 
-/// The next 1, 2 or 5 times a power of ten, up or down.
+/// The next 1, 2 or 5 times a power of ten, upwards or downwards.
 fn step_of(value: f64, up: bool) -> f64 {
     let steps = [0.0, 2_f64.log10(), 5_f64.log10(), 1.0];
     let (whole, rest) = (value.log10().floor(), value.log10().rem_euclid(1.0));
@@ -152,7 +147,7 @@ fn step_of(value: f64, up: bool) -> f64 {
     10_f64.powf(whole + step.unwrap_or(0.0))
 }
 
-/// A number in few characters.
+/// The number in few characters.
 pub fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 1e9 => format!("{}G", trimmed(value / 1e9)),
@@ -162,14 +157,14 @@ pub fn short(value: f64) -> String {
     }
 }
 
-/// Without the zeros behind the point.
+/// The number without trailing zeros.
 fn trimmed(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 impl Plot<'_> {
-    /// As SVG; `None`: there is nothing to show.
+    /// The plot as SVG; `None` if it has fewer than two points.
     pub fn svg(&self) -> Option<String> {
         let points = || self.lines.iter().flat_map(|line| line.points.iter().copied());
         if points().count() < 2 {
@@ -233,7 +228,7 @@ impl Plot<'_> {
         for (index, (moment, name)) in self.marks.iter().enumerate() {
             let at = x.at(*moment);
             let _ = write!(svg, "<path class=\"mark\" d=\"M{at:.1} {TOP}V{BOTTOM}\"/>");
-            // A name that does not fit before the next mark is left out.
+            // Names that do not fit before the next mark are left out.
             let end = self.marks.get(index + 1).map_or(WIDTH, |(next, _)| x.at(*next));
             if at + name.len() as f64 * LETTER_WIDTH < end {
                 let (at, y, name) = (at + 2.0, TOP - 1.0, escaped(name));
@@ -252,18 +247,18 @@ fn path(points: &[(f64, f64)], x: &Axis, y: &Axis) -> String {
     path
 }
 
-/// As many points as are seen: of each stretch the least and the largest, so that no peak is lost.
+/// At most [`POINTS_MAX`] points: the least and the largest of each group, so that no peak is lost.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.len() <= POINTS_MAX {
         return points.to_vec();
     }
     let mut kept = Vec::new();
-    for stretch in points.chunks(points.len().div_ceil(POINTS_MAX / 2)) {
+    for group in points.chunks(points.len().div_ceil(POINTS_MAX / 2)) {
         let by_y = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
-        let ends = stretch.iter().min_by(by_y).zip(stretch.iter().max_by(by_y));
+        let ends = group.iter().min_by(by_y).zip(group.iter().max_by(by_y));
         let Some((least, largest)) = ends else { continue };
         let is_first =
-            stretch.iter().position(|p| p == least) < stretch.iter().position(|p| p == largest);
+            group.iter().position(|p| p == least) < group.iter().position(|p| p == largest);
         let (first, second) = if is_first { (least, largest) } else { (largest, least) };
         kept.extend([*first, *second]);
     }
