@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use barid_bus::{EmbeddedKafka, KafkaConfig, Producer, ensure_topics};
 use barid_core::{
-    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, ReceiptSet, SessionRef, Shard, UserId,
+    AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, ReceiptSet, SessionRef, Shard,
+    UserId,
 };
 use barid_mailbox::{ConnectOutcome, ConnectRequest, Inspection, Mailbox, RedisConfig, UserKey};
 use barid_purger::{Config, Handoff, Service};
