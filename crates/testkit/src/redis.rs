@@ -472,7 +472,18 @@ impl Sentinel {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        Ok(Self { process, port, _dir: dir })
+        let sentinel = Self { process, port, _dir: dir };
+        // A replica is promoted only if its last INFO is less than 5 s old. It is asked every 10 s, and once more in
+        // the tick before the choice, for the answer to which a busy machine leaves too little time. Without a
+        // replica to promote, the Sentinel gives up for twice the failover-timeout.
+        let _: Value = sentinel.query(&["SENTINEL", "DEBUG", "INFO-PERIOD", "1000"]).await?;
+        Ok(sentinel)
+    }
+
+    async fn query<T: FromRedisValue>(&self, command: &[&str]) -> Result<T> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        Ok(redis::cmd(command[0]).arg(&command[1..]).query_async(&mut connection).await?)
     }
 
     /// `redis://127.0.0.1:port`.
@@ -490,12 +501,8 @@ impl Sentinel {
     /// # Errors
     /// Returns an error if it does not within the time limit.
     pub async fn knows_replicas(&self, count: usize) -> Result<()> {
-        let client = redis::Client::open(self.url())?;
-        let mut connection = client.get_multiplexed_async_connection().await?;
-        let mut cmd = redis::cmd("SENTINEL");
-        cmd.arg("REPLICAS").arg("main");
         let began = Instant::now();
-        while cmd.query_async::<Vec<Value>>(&mut connection).await?.len() < count {
+        while self.query::<Vec<Value>>(&["SENTINEL", "REPLICAS", "main"]).await?.len() < count {
             ensure!(began.elapsed() < START_LIMIT, "the Sentinel does not know the replicas");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
