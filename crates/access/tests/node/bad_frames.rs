@@ -126,7 +126,7 @@ fn table() -> Vec<Bad> {
         broken("HTTP", b"GET / HTTP/1.1\r\n\r\n".to_vec(), "not WebSocket"),
         // Protobuf.
         bad(Encoding::Proto, true, "a text message", text("{}"), "proto frames binary"),
-        packed("nothing in protobuf", Vec::new(), "of no kind; hello, ack"),
+        packed("nothing in protobuf", Vec::new(), "no kind; expected one of hello, ack"),
         packed("half a protobuf frame", ack()[..3].to_vec(), "not a protobuf frame"),
         packed("two kinds in protobuf", [ack(), ack()].concat(), "more than one kind"),
         packed("another wire type", vec![0x10, 1], "not a protobuf frame"),
