@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hops_are_what_came_between_two_scrapes() {
+    fn hops_are_the_difference_of_two_scrapes() {
         let scrape = |a: u32, b: u32, sum: f64| {
             format!(
                 "# TYPE barid_hop_seconds histogram\n\

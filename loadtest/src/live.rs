@@ -104,7 +104,7 @@ pub struct Sample {
 /// A distribution of times.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Latencies {
-    /// What took so long.
+    /// The name: `push`, `return`, `handshake`, `connect`.
     pub what: String,
     /// `floor` or `barid`.
     pub server: String,

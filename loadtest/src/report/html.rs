@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::data::{Repeated, Report, Scenario};
 use super::escape::escaped;
-use super::plot::{Line, Plot, Scale};
+use super::plot::{Axes, Line, Plot};
 use crate::live::{Latencies, Series, clock, thousands};
 
 const STYLE: &str = include_str!("report.css");
@@ -213,9 +213,8 @@ fn latency_figures(scenario: &Scenario) -> Vec<String> {
         let plot = Plot {
             title: &format!("{kind}: time by percentile"),
             x_name: "percentile",
-            x_scale: Scale::Nines,
             y_name: "ms",
-            y_scale: Scale::Log,
+            axes: Axes::Percentiles,
             lines: lines.collect(),
             marks: Vec::new(),
         };
@@ -262,15 +261,8 @@ fn series_figures(scenario: &Scenario) -> Vec<String> {
         let lines = lines(of);
         let above_zero = |line: &Line| line.points.iter().filter(|(_, y)| *y > 0.0).count();
         let is_something = lines.iter().map(above_zero).sum::<usize>() >= POINTS_MIN;
-        let plot = Plot {
-            title,
-            x_name: "seconds",
-            x_scale: Scale::Linear,
-            y_name,
-            y_scale: Scale::Linear,
-            lines,
-            marks: marks(),
-        };
+        let plot =
+            Plot { title, x_name: "seconds", y_name, axes: Axes::Linear, lines, marks: marks() };
         figure(&plot, "").filter(|_| is_something)
     };
     let mut figures = vec![
@@ -294,9 +286,8 @@ fn series_figures(scenario: &Scenario) -> Vec<String> {
         let plot = Plot {
             title: "Memory over connections",
             x_name: "sessions",
-            x_scale: Scale::Linear,
             y_name: "MiB",
-            y_scale: Scale::Linear,
+            axes: Axes::Linear,
             lines: lines(&memory_over_sessions),
             marks: Vec::new(),
         };

@@ -1,40 +1,46 @@
-//! Line plots as inline SVG, in the colours of the page. One unit is about one pixel of a phone.
+//! Line plots as inline SVG, in the colours of the page.
 
-use std::fmt::Write as _;
+use std::error::Error;
+
+use plotters::coord::ranged1d::{
+    AsRangedCoord, DefaultFormatting, KeyPointHint, Ranged, ValueFormatter,
+};
+use plotters::coord::types::RangedCoordf64;
+use plotters::prelude::*;
 
 use super::escape::escaped;
 
-const WIDTH: f64 = 360.0;
-const HEIGHT: f64 = 216.0;
-/// Edges of the area that the lines are drawn in.
-const LEFT: f64 = 46.0;
-const RIGHT: f64 = 344.0;
-const TOP: f64 = 22.0;
-const BOTTOM: f64 = 178.0;
-/// Estimated widths of an x axis label and of a letter in a mark's name.
-const LABEL_WIDTH: f64 = 40.0;
-const LETTER_WIDTH: f64 = 4.8;
+/// plotters draws at whole pixels, so plots are drawn large and the page scales them down.
+const SIZE: (u32, u32) = (1440, 864);
+const LEFT: u32 = 170;
+const TEXT: u32 = 42;
+const LETTER: f64 = 20.0;
+/// plotters knows no CSS variables; these colours are replaced by them.
+const COLOURS: [(RGBColor, &str); 4] = [
+    (RGBColor(1, 0, 0), "var(--barid)"),
+    (RGBColor(2, 0, 0), "var(--floor)"),
+    (RGBColor(3, 0, 0), "var(--grid)"),
+    (RGBColor(4, 0, 0), "var(--soft)"),
+];
+const TICKS: usize = 6;
 /// More points than this are not visible.
 const POINTS_MAX: usize = 300;
 
-/// How values map to positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scale {
+pub enum Axes {
     /// Linear from zero.
     Linear,
-    /// Logarithmic.
-    Log,
-    /// Shares from 0 to 1; the distances from 0.9 to 0.99 and from 0.99 to 0.999 are equal.
-    Nines,
+    /// Shares from 0 to 1 on the x axis, with equal distances from 0.9 to 0.99 and from 0.99 to 0.999; the y
+    /// axis is logarithmic.
+    Percentiles,
 }
 
 #[derive(Debug)]
 pub struct Plot<'a> {
     pub title: &'a str,
     pub x_name: &'a str,
-    pub x_scale: Scale,
     pub y_name: &'a str,
-    pub y_scale: Scale,
+    pub axes: Axes,
     pub lines: Vec<Line>,
     /// Named positions on the x axis.
     pub marks: Vec<(f64, String)>,
@@ -47,108 +53,136 @@ pub struct Line {
     pub points: Vec<(f64, f64)>,
 }
 
-/// An axis from `low` to `high`, drawn between two positions.
-struct Axis {
-    scale: Scale,
-    low: f64,
-    high: f64,
-    from: f64,
-    to: f64,
-}
-
-impl Scale {
-    fn position(self, value: f64) -> f64 {
-        match self {
-            Self::Linear => value,
-            Self::Log => value.max(1e-9).log10(),
-            Self::Nines => -(1.0 - value).max(1e-9).log10(),
+impl Plot<'_> {
+    /// The plot as SVG; `None` if it has fewer than two points.
+    pub fn svg(&self) -> Option<String> {
+        let points = || self.lines.iter().flat_map(|line| line.points.iter().copied());
+        if points().count() < 2 {
+            return None;
         }
-    }
-}
-
-impl Axis {
-    /// The x axis ends with the largest value.
-    fn x(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Self {
-        let largest = values.clone().fold(f64::NEG_INFINITY, f64::max);
-        let low = if scale == Scale::Log { values.fold(f64::INFINITY, f64::min) } else { 0.0 };
-        let least_high = if scale == Scale::Nines { 0.9 } else { 1e-6 };
-        Self { scale, low, high: largest.max(least_high), from: LEFT, to: RIGHT }
-    }
-
-    /// The y axis ends at a tick.
-    fn y(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Self {
-        let largest = values.clone().fold(f64::NEG_INFINITY, f64::max).max(1e-6);
-        let (low, high) = match scale {
-            Scale::Log => {
-                let least = values.fold(f64::INFINITY, f64::min).max(largest / 1e5);
-                (step_of(least, false), step_of(largest.max(least * 2.0), true))
+        let largest = |value: fn((f64, f64)) -> f64| points().map(value).fold(1e-6, f64::max);
+        let (x, y) = (largest(|(x, _)| x), largest(|(_, y)| y));
+        let mut svg = String::new();
+        let drawn = match self.axes {
+            Axes::Linear => {
+                let ticks = RangedCoordf64::from(0.0..y).key_points(TICKS);
+                let step = ticks.get(1).copied().unwrap_or(y);
+                self.draw(&mut svg, 0.0..x, 0.0..(y / step).ceil() * step, &|x| short(*x))
             }
-            Scale::Linear => (0.0, (largest / linear_step(largest)).ceil() * linear_step(largest)),
-            Scale::Nines => (0.0, largest),
+            Axes::Percentiles => {
+                let least = points().map(|(_, y)| y).fold(f64::INFINITY, f64::min).max(y / 1e5);
+                let decades = decade(least, f64::floor)..decade(y.max(least * 1.01), f64::ceil);
+                let percent = |x: &f64| format!("{}%", trimmed(x * 100.0));
+                self.draw(&mut svg, Shares { end: x }, decades.log_scale(), &percent)
+            }
         };
-        Self { scale, low, high, from: BOTTOM, to: TOP }
+        drawn.ok()?;
+        let coloured = COLOURS.iter().fold(svg, |svg, (RGBColor(r, g, b), css)| {
+            svg.replace(&format!("#{r:02X}{g:02X}{b:02X}"), css)
+        });
+        let [title, x, y] = [self.title, self.x_name, self.y_name].map(escaped);
+        let label = format!("<svg role=\"img\" aria-label=\"{title}: {y} over {x}\"");
+        // HTML needs no namespace.
+        Some(
+            coloured
+                .replacen("<svg", &label, 1)
+                .replace("xmlns=\"http://www.w3.org/2000/svg\"", ""),
+        )
     }
 
-    fn at(&self, value: f64) -> f64 {
-        let (low, high) = (self.scale.position(self.low), self.scale.position(self.high));
-        let share = (self.scale.position(value) - low) / (high - low).max(1e-12);
-        self.from + share.clamp(0.0, 1.0) * (self.to - self.from)
-    }
-
-    fn ticks(&self) -> Vec<f64> {
-        match self.scale {
-            Scale::Linear => {
-                let step = linear_step(self.high);
-                let ticks = (self.high / step * 1.0001).floor() as u32;
-                (0..=ticks).map(|tick| f64::from(tick) * step).collect()
-            }
-            Scale::Log => {
-                let is_wide = self.high / self.low > 200.0;
-                let steps: &[f64] = if is_wide { &[1.0] } else { &[1.0, 2.0, 5.0] };
-                let decades = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
-                let each =
-                    decades.flat_map(|d| steps.iter().map(move |step| step * 10_f64.powi(d)));
-                let is_within = |tick: &f64| (self.low * 0.999..=self.high * 1.001).contains(tick);
-                each.filter(is_within).collect()
-            }
-            Scale::Nines => {
-                let known = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999];
-                known.into_iter().filter(|tick| *tick <= self.high).collect()
+    fn draw<X, Y>(
+        &self,
+        svg: &mut String,
+        x: X,
+        y: Y,
+        x_label: &dyn Fn(&f64) -> String,
+    ) -> Result<(), Box<dyn Error>>
+    where
+        X: AsRangedCoord<Value = f64>,
+        X::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
+        Y: AsRangedCoord<Value = f64>,
+        Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    {
+        let [barid, floor, grid, soft] = COLOURS.map(|(colour, _)| colour);
+        let text = ("sans-serif", TEXT).into_font().color(&soft);
+        let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        let mut chart = ChartBuilder::on(&root)
+            .margin(60)
+            .margin_left(20)
+            .x_label_area_size(110)
+            .y_label_area_size(LEFT)
+            .build_cartesian_2d(x, y)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(grid.stroke_width(4))
+            .axis_style(floor.stroke_width(4))
+            .x_labels(TICKS)
+            .y_labels(TICKS)
+            .x_desc(self.x_name)
+            .y_desc(self.y_name)
+            .label_style(text.clone())
+            .x_label_formatter(&x_label)
+            .y_label_formatter(&|y| short(*y))
+            .draw()?;
+        let y_range = chart.y_range();
+        let per_letter = LETTER * chart.x_range().end / f64::from(SIZE.0 - LEFT - 80);
+        for (index, (x, name)) in self.marks.iter().enumerate() {
+            let bottom_and_top = [(*x, y_range.start), (*x, y_range.end)];
+            chart.draw_series(DashedLineSeries::new(bottom_and_top, 24, 30, floor.into()))?;
+            // Names that do not fit before the next mark are left out.
+            let next = self.marks.get(index + 1).map_or(f64::INFINITY, |(next, _)| *next);
+            if x + per_letter * (name.len() as f64) < next {
+                let above = EmptyElement::at(bottom_and_top[1])
+                    + Text::new(name.clone(), (6, -(TEXT as i32)), text.clone());
+                chart.plotting_area().draw(&above)?;
             }
         }
-    }
-
-    fn label(&self, tick: f64) -> String {
-        match self.scale {
-            Scale::Nines if tick == 0.0 => "0".into(),
-            Scale::Nines => format!("{}%", trimmed(tick * 100.0)),
-            _ => short(tick),
+        for Line { class, points } in &self.lines {
+            let colour = if *class == "floor" { floor } else { barid };
+            chart.draw_series(LineSeries::new(thinned(points), colour.stroke_width(7)))?;
         }
+        root.present()?;
+        Ok(())
     }
 }
 
-/// 1, 2, 2.5 or 5 times a power of ten, such that the value has three to five ticks.
-fn linear_step(value: f64) -> f64 {
-    let wanted = value / 5.0;
-    let power = 10_f64.powf(wanted.log10().floor());
-    let steps = [1.0, 2.0, 2.5, 5.0, 10.0].map(|step| step * power);
-    steps.into_iter().find(|step| *step >= wanted * 0.9999).unwrap_or(10.0 * power)
+/// Shares from zero to `end`, by their distance to 1.
+struct Shares {
+    end: f64,
 }
 
-/// The next 1, 2 or 5 times a power of ten, upwards or downwards.
-fn step_of(value: f64, up: bool) -> f64 {
-    let steps = [0.0, 2_f64.log10(), 5_f64.log10(), 1.0];
-    let (whole, rest) = (value.log10().floor(), value.log10().rem_euclid(1.0));
-    let step = if up {
-        steps.into_iter().find(|step| *step >= rest - 1e-9)
-    } else {
-        steps.into_iter().rev().find(|step| *step <= rest + 1e-9)
-    };
-    10_f64.powf(whole + step.unwrap_or(0.0))
+impl Ranged for Shares {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, share: &f64, (from, to): (i32, i32)) -> i32 {
+        from + (f64::from(to - from) * nines(*share) / nines(self.end)) as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        let shares = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999];
+        shares.into_iter().filter(|share| *share <= self.end).collect()
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        0.0..self.end
+    }
+}
+
+/// The number of nines in a share: 2 for 0.99.
+fn nines(share: f64) -> f64 {
+    -(1.0 - share).max(1e-9).log10()
+}
+
+/// A power of ten beside the value.
+fn decade(value: f64, round: fn(f64) -> f64) -> f64 {
+    10_f64.powf(round(value.max(1e-9).log10()))
 }
 
 /// The number in few characters.
-pub fn short(value: f64) -> String {
+fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 1e9 => format!("{}G", trimmed(value / 1e9)),
         size if size >= 1e6 => format!("{}M", trimmed(value / 1e6)),
@@ -161,90 +195,6 @@ pub fn short(value: f64) -> String {
 fn trimmed(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
-}
-
-impl Plot<'_> {
-    /// The plot as SVG; `None` if it has fewer than two points.
-    pub fn svg(&self) -> Option<String> {
-        let points = || self.lines.iter().flat_map(|line| line.points.iter().copied());
-        if points().count() < 2 {
-            return None;
-        }
-        let x = Axis::x(self.x_scale, points().map(|(x, _)| x));
-        let y = Axis::y(self.y_scale, points().map(|(_, y)| y));
-        let mut svg = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}: {} over {}\">",
-            escaped(self.title),
-            escaped(self.y_name),
-            escaped(self.x_name)
-        );
-        self.axes(&mut svg, &x, &y);
-        self.marks(&mut svg, &x);
-        for line in &self.lines {
-            let path = path(&thinned(&line.points), &x, &y);
-            let _ = write!(svg, "<path class=\"line {}\" d=\"{path}\"/>", line.class);
-        }
-        svg.push_str("</svg>");
-        Some(svg)
-    }
-
-    fn axes(&self, svg: &mut String, x: &Axis, y: &Axis) {
-        for tick in y.ticks() {
-            let (at, label) = (y.at(tick), y.label(tick));
-            let _ = write!(
-                svg,
-                "<path class=\"grid\" d=\"M{LEFT} {at:.1}H{RIGHT}\"/>\
-                 <text class=\"tick end\" x=\"{:.1}\" y=\"{:.1}\">{label}</text>",
-                LEFT - 5.0,
-                at + 3.5
-            );
-        }
-        let mut free_from = 0.0;
-        for tick in x.ticks() {
-            let (at, label) = (x.at(tick), x.label(tick));
-            if at < free_from {
-                continue;
-            }
-            free_from = at + LABEL_WIDTH;
-            let _ = write!(
-                svg,
-                "<path class=\"grid\" d=\"M{at:.1} {BOTTOM}v4\"/>\
-                 <text class=\"tick middle\" x=\"{at:.1}\" y=\"{:.1}\">{label}</text>",
-                BOTTOM + 16.0
-            );
-        }
-        let _ = write!(
-            svg,
-            "<path class=\"axis\" d=\"M{LEFT} {BOTTOM}H{RIGHT}\"/>\
-             <text class=\"name end\" x=\"{RIGHT}\" y=\"{:.1}\">{}</text>\
-             <text class=\"name\" x=\"4\" y=\"8\">{}</text>",
-            HEIGHT - 6.0,
-            escaped(self.x_name),
-            escaped(self.y_name)
-        );
-    }
-
-    fn marks(&self, svg: &mut String, x: &Axis) {
-        for (index, (moment, name)) in self.marks.iter().enumerate() {
-            let at = x.at(*moment);
-            let _ = write!(svg, "<path class=\"mark\" d=\"M{at:.1} {TOP}V{BOTTOM}\"/>");
-            // Names that do not fit before the next mark are left out.
-            let end = self.marks.get(index + 1).map_or(WIDTH, |(next, _)| x.at(*next));
-            if at + name.len() as f64 * LETTER_WIDTH < end {
-                let (at, y, name) = (at + 2.0, TOP - 1.0, escaped(name));
-                let _ = write!(svg, "<text class=\"phase\" x=\"{at:.1}\" y=\"{y}\">{name}</text>");
-            }
-        }
-    }
-}
-
-fn path(points: &[(f64, f64)], x: &Axis, y: &Axis) -> String {
-    let mut path = String::new();
-    for (index, (px, py)) in points.iter().enumerate() {
-        let command = if index == 0 { 'M' } else { 'L' };
-        let _ = write!(path, "{command}{:.1} {:.1}", x.at(*px), y.at(*py));
-    }
-    path
 }
 
 /// At most [`POINTS_MAX`] points: the least and the largest of each group, so that no peak is lost.
@@ -270,39 +220,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn axes_end_at_round_numbers_and_nines_are_equally_far_apart() {
-        let high = |largest: f64| Axis::y(Scale::Linear, [largest].into_iter()).high;
-        assert_eq!([0.7, 1.0, 19_000.0, 101.0].map(high), [0.8, 1.0, 20_000.0, 125.0]);
-        let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-9;
-        assert!(close(step_of(0.34, false), 0.2) && close(step_of(0.34, true), 0.5));
-        assert!(close(step_of(7.0, true), 10.0) && close(step_of(1.0, false), 1.0));
-        let seconds = Axis::x(Scale::Linear, [61.0].into_iter());
-        assert_eq!((seconds.ticks(), seconds.high), (vec![0.0, 20.0, 40.0, 60.0], 61.0));
-        let axis = Axis { from: 0.0, to: 400.0, ..Axis::x(Scale::Nines, [0.9999].into_iter()) };
-        assert!((axis.at(0.9) - 100.0).abs() < 0.1 && (axis.at(0.99) - 200.0).abs() < 0.1);
-        assert_eq!(axis.label(0.999), "99.9%");
+    fn numbers_are_short() {
         assert_eq!([short(12_500.0), short(0.25), short(3e6)], ["12.5k", "0.25", "3M"]);
+        assert_eq!((decade(37.0, f64::floor), decade(37.0, f64::ceil)), (10.0, 100.0));
+        assert!((nines(0.999) - 3.0).abs() < 1e-9);
     }
 
     #[test]
-    fn a_plot_stays_within_its_frame_and_keeps_peaks() {
+    fn peaks_stay_and_names_that_fit_are_escaped() {
         let mut points: Vec<_> = (0..10_000).map(|x| (f64::from(x), 1.0)).collect();
         points[7_777].1 = 50.0;
         assert!(thinned(&points).iter().any(|(_, y)| *y == 50.0));
         assert!(thinned(&points).len() <= POINTS_MAX + 2);
-        let lines = vec![Line { class: "barid", points }];
         let plot = Plot {
             title: "<t>",
             x_name: "s",
-            x_scale: Scale::Linear,
             y_name: "a & b",
-            y_scale: Scale::Log,
-            lines,
-            marks: vec![(5_000.0, "<half>".into())],
+            axes: Axes::Linear,
+            lines: vec![Line { class: "barid", points }],
+            marks: vec![(5_000.0, "<half>".into()), (5_001.0, "later".into())],
         };
         let svg = plot.svg().unwrap();
-        assert!(svg.contains("a &amp; b") && svg.contains("&lt;half&gt;") && !svg.contains("<t>"));
-        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        assert!(svg.contains("a &amp; b") && svg.contains("later") && !svg.contains("half"));
+        assert!(svg.contains("var(--barid)") && !svg.contains("#0") && !svg.contains("http"));
+        assert!(!svg.contains("<t>") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        let shares = vec![Line { class: "floor", points: vec![(0.0, 1.0), (0.9999, 3.0)] }];
+        let plot = Plot { axes: Axes::Percentiles, lines: shares, marks: Vec::new(), ..plot };
+        let svg = plot.svg().unwrap();
+        assert!(["50%", "90%", "99.99%"].iter().all(|label| svg.contains(label)), "{svg}");
+        let lines = vec![Line { class: "barid", points: vec![(0.0, 1.0), (2.0, 3.0)] }];
+        let plot = Plot { axes: Axes::Linear, lines, marks: vec![(1.0, "<half>".into())], ..plot };
+        assert!(plot.svg().unwrap().contains("&lt;half&gt;"));
         assert!(Plot { lines: Vec::new(), ..plot }.svg().is_none());
     }
 }
