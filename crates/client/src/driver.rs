@@ -134,7 +134,7 @@ impl Driver {
             let (why, wait) = match ended {
                 Ended::Stopped => break Closed::Shutdown,
                 Ended::Lost(why) if is_final(&why) => {
-                    self.work.tell(Event::Disconnected { why: why.clone(), retry_in: None });
+                    self.work.emit(Event::Disconnected { why: why.clone(), retry_in: None });
                     break Closed::Refused(why);
                 }
                 // The refusal named the known attempt, and the next one will be higher: reconnect at once.
@@ -147,7 +147,7 @@ impl Driver {
                     (Disconnect::GoAway, after.saturating_sub(since.elapsed()))
                 }
             };
-            self.work.tell(Event::Disconnected { why, retry_in: Some(wait) });
+            self.work.emit(Event::Disconnected { why, retry_in: Some(wait) });
             tokio::select! {
                 () = self.work.until_stopped(&self.stop) => break Closed::Shutdown,
                 () = sleep(wait) => {}
@@ -162,7 +162,7 @@ impl Driver {
     /// Makes one attempt, and serves the connection.
     async fn connection(&mut self) -> Ended {
         self.attempt = next_attempt(self.attempt, SystemClock.now_ms());
-        self.work.tell(Event::Connecting { attempt: self.attempt });
+        self.work.emit(Event::Connecting { attempt: self.attempt });
         let settings = self.settings.clone();
         let avoid = self.last.clone().filter(|_| self.avoid);
         let opening = timeout(settings.timing.connect, open(&settings, avoid));
@@ -236,7 +236,7 @@ impl Driver {
                 token = &mut refresh => {
                     let (token, next) = token;
                     session.connection.send(client_frame::Kind::Refresh(v1::Refresh { token })).await?;
-                    self.work.tell(Event::TokenRefreshed);
+                    self.work.emit(Event::TokenRefreshed);
                     refresh.set(self::refresh(self.settings.clone(), next));
                 }
                 // The client was dropped.
@@ -297,13 +297,13 @@ impl Driver {
 }
 
 impl Work {
-    fn tell(&self, event: Event) {
+    fn emit(&self, event: Event) {
         tracing::debug!(?event, "event");
         (self.settings.on_event)(event);
     }
 
-    fn tell_all(&self, events: Vec<Event>) {
-        events.into_iter().for_each(|event| self.tell(event));
+    fn emit_all(&self, events: Vec<Event>) {
+        events.into_iter().for_each(|event| self.emit(event));
     }
 
     /// Waits for the first frame that is a welcome.
@@ -332,21 +332,21 @@ impl Work {
             Some(server_frame::Control::GoAway(go_away)) => {
                 let reconnect_after = Duration::from_millis(go_away.reconnect_after_ms.into());
                 session.leave_at = Some(Instant::now() + reconnect_after);
-                self.tell(Event::GoingAway { why: go_away.why, reconnect_after });
+                self.emit(Event::GoingAway { why: go_away.why, reconnect_after });
             }
             Some(server_frame::Control::Error(error)) => {
                 session.known_attempt = error.attempt;
-                self.tell(Event::ServerError { code: error.code, text: error.text });
+                self.emit(Event::ServerError { code: error.code, text: error.text });
             }
             Some(server_frame::Control::Ping(_)) => {
                 session.connection.send(client_frame::Kind::Pong(v1::Pong {})).await?;
             }
             Some(server_frame::Control::Subscribed(subscribed)) => {
-                self.tell(Event::Subscribed { group: subscribed.group });
+                self.emit(Event::Subscribed { group: subscribed.group });
             }
             Some(server_frame::Control::Unsubscribed(unsubscribed)) => {
                 let v1::Unsubscribed { group, code, text } = unsubscribed;
-                self.tell(Event::Unsubscribed { group, code, text });
+                self.emit(Event::Unsubscribed { group, code, text });
             }
             None => {}
         }
@@ -368,7 +368,7 @@ impl Work {
                 .deliver(generation, message, &mut events)
                 .map_err(|violation| Disconnect::Violation(violation.to_string()))?;
         }
-        self.tell_all(events);
+        self.emit_all(events);
         Ok(())
     }
 
@@ -380,7 +380,7 @@ impl Work {
                 .map_err(|bad| Disconnect::Violation(format!("body of message {seq}: {bad}")))?;
             self.live.deliver(group, message, &mut events);
         }
-        self.tell_all(events);
+        self.emit_all(events);
         Ok(())
     }
 
@@ -401,9 +401,9 @@ impl Work {
         session.unacked_max = u64::from(welcome.max_unacked / 2).clamp(1, UNACKED_MAX);
         let mut events = Vec::new();
         self.inbox.welcome(position, &mut events);
-        self.tell_all(events);
+        self.emit_all(events);
         if !welcome.session.is_empty() {
-            self.tell(Event::Connected { session: welcome.session, position });
+            self.emit(Event::Connected { session: welcome.session, position });
         }
     }
 
@@ -416,7 +416,7 @@ impl Work {
         self.inbox
             .skip(Generation(skip.generation), Seq(skip.to), Chain(skip.chain), why, &mut events)
             .map_err(|violation| Disconnect::Violation(violation.to_string()))?;
-        self.tell_all(events);
+        self.emit_all(events);
         Ok(())
     }
 
@@ -450,7 +450,7 @@ impl Work {
             if let Some(ticket) = ticket {
                 let mut events = Vec::new();
                 self.inbox.finished(ticket, handled, &mut events);
-                self.tell_all(events);
+                self.emit_all(events);
             }
             self.hand_out();
         }
@@ -518,7 +518,7 @@ impl Work {
             Ok(Err(error)) => error.to_string(),
             Err(error) => error.to_string(),
         };
-        self.tell(Event::PositionNotSaved { reason: problem });
+        self.emit(Event::PositionNotSaved { reason: problem });
     }
 }
 

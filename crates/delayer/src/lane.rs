@@ -9,7 +9,7 @@ use barid_mailbox::{
     DeferRequest, DeferWaits, DueDevice, DueUser, Mailbox, NodeTable, Unreached, UserKey,
 };
 use barid_mesh::DispatchPool;
-use barid_runtime::{Shutdown, Sighting, Tracer};
+use barid_runtime::{Shutdown, TraceEvent, Tracer};
 use barid_wire::envelope::{self, Envelope};
 use barid_wire::internal::{Resend, ResendDevice, Sampled, Unreachable};
 use futures::future::join_all;
@@ -155,7 +155,7 @@ impl Lanes {
     /// Logs a re-send if its message is sampled.
     fn trace(&self, user: &UserKey, device: &DueDevice, sampled: Option<&Sampled>) {
         let Some(Sampled { id, traceparent, produced_at_ms }) = sampled else { return };
-        self.tracer.saw(Sighting {
+        self.tracer.log(TraceEvent {
             hop: "resent",
             traceparent,
             id,

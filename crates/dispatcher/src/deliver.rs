@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
 use barid_mailbox::{Route, Standing, UserKey};
-use barid_runtime::{Hop, Sighting, Tracer};
+use barid_runtime::{Hop, TraceEvent, Tracer};
 use barid_wire::envelope::{self, Header};
 use barid_wire::internal::{
     DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend, ResendDevice, Sampled,
@@ -154,7 +154,7 @@ impl<R: Routes> Delivery<R> {
 
     fn trace(&self, push: &Push, at_us: u64) {
         let Ok((_, entry)) = envelope::decode(push.envelope.clone()) else { return };
-        self.tracer.saw(Sighting {
+        self.tracer.log(TraceEvent {
             hop: "dispatched",
             traceparent: &entry.traceparent,
             id: &entry.id,
@@ -169,7 +169,7 @@ impl<R: Routes> Delivery<R> {
     fn trace_resend(&self, resend: &Resend, user: &UserKey, device: &ResendDevice) {
         let Some(Sampled { id, traceparent, produced_at_ms }) = &device.sampled else { return };
         let Some(time) = self.resolver.redis_time(user) else { return };
-        self.tracer.saw(Sighting {
+        self.tracer.log(TraceEvent {
             hop: "dispatched",
             traceparent,
             id,

@@ -39,6 +39,7 @@ pub struct Service {
     nodes: Arc<Nodes>,
     // Ends the listener.
     stop: CancellationToken,
+    /// Aborted when the service is dropped.
     _tasks: Tasks,
 }
 

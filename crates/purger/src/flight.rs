@@ -8,7 +8,7 @@ use barid_bus::consumer::{Partition, Record};
 use barid_core::limits::TIME_MS_MAX;
 use barid_core::{ReceiptSet, Shard, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition, Source};
-use barid_runtime::Sighting;
+use barid_runtime::TraceEvent;
 use barid_wire::record::{Push, ReceiptKind};
 use barid_wire::v1::Receipt;
 use parking_lot::Mutex;
@@ -215,10 +215,15 @@ impl Flight {
     }
 
     /// A trace event about it; `user` may be empty.
-    pub fn sighting<'a>(&'a self, hop: &'static str, user: &'a str, at_us: u64) -> Sighting<'a> {
+    pub fn trace_event<'a>(
+        &'a self,
+        hop: &'static str,
+        user: &'a str,
+        at_us: u64,
+    ) -> TraceEvent<'a> {
         let (id, app) = self.push.as_ref().map_or(("", ""), |p| (p.id.as_str(), p.app.as_str()));
         let (traceparent, produced_ms) = (&*self.traceparent, self.produced_at_ms());
-        Sighting { hop, traceparent, id, app, user, produced_ms, at_us, ..Default::default() }
+        TraceEvent { hop, traceparent, id, app, user, produced_ms, at_us, ..Default::default() }
     }
 
     /// Whether its trace is sampled.

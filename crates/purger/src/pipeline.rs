@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use barid_bus::DeadLetter;
 use barid_bus::consumer::{Partition, Record};
-use barid_runtime::Sighting;
+use barid_runtime::TraceEvent;
 use barid_wire::record::Refusal;
 use barid_wire::v1::Receipt;
 
@@ -128,11 +128,11 @@ impl<M: Mailboxes> Pipeline<M> {
                 open.ledger.finish(offset, []);
             }
             Decoded::Refused(flight, refusal) => {
-                tracer.saw(Sighting {
+                tracer.log(TraceEvent {
                     id: &refusal.id,
                     app: &refusal.app,
                     how: refusal.code.as_str(),
-                    ..flight.sighting("refused", &refusal.user, now_ms * 1000)
+                    ..flight.trace_event("refused", &refusal.user, now_ms * 1000)
                 });
                 self.enter_window(&flight);
                 self.refuse(flight, refusal, now_ms);
@@ -140,7 +140,7 @@ impl<M: Mailboxes> Pipeline<M> {
             Decoded::Parcels(parcels) => {
                 if let Some(parcel) = parcels.first() {
                     let flight = Arc::clone(&parcel.flight);
-                    tracer.saw(flight.sighting("taken", "", now_ms * 1000));
+                    tracer.log(flight.trace_event("taken", "", now_ms * 1000));
                     self.enter_window(&flight);
                 }
                 self.admit(&partition, parcels);

@@ -31,7 +31,7 @@ pub use pem_file::PemFile;
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;
 pub use tasks::{Spawner, Tasks};
-pub use trace::{Sighting, Tracer};
+pub use trace::{TraceEvent, Tracer};
 pub use workers::Workers;
 
 use std::future::Future;

@@ -12,7 +12,7 @@ use crate::metric_set::MetricSet;
 
 /// A trace event.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Sighting<'a> {
+pub struct TraceEvent<'a> {
     /// `taken`, `refused`, `accepted`, `dispatched`, `written`, `acked`, `resent`.
     pub hop: &'static str,
     /// The record's `traceparent`; only sampled ones are logged.
@@ -65,7 +65,7 @@ impl Tracer {
     }
 
     /// Logs an event if its message is sampled.
-    pub fn saw(&self, seen: Sighting<'_>) {
+    pub fn log(&self, seen: TraceEvent<'_>) {
         let trace = TraceParent::parse(seen.traceparent.as_bytes());
         let Some(trace) = trace.filter(|trace| trace.is_sampled()) else { return };
         if !self.admits() {
@@ -73,7 +73,7 @@ impl Tracer {
             return;
         }
         self.0.logged.inc();
-        let Sighting { hop, id, app, user, device, how, produced_ms, at_us, .. } = seen;
+        let TraceEvent { hop, id, app, user, device, how, produced_ms, at_us, .. } = seen;
         let since_produced_us = if produced_ms == 0 {
             0
         } else {
@@ -112,7 +112,7 @@ mod tests {
     fn only_sampled_ones_count_and_no_more_than_may() {
         let tracer = Tracer::new(&Registry::new(), 2).unwrap();
         let saw = |traceparent: &str| {
-            tracer.saw(Sighting { hop: "taken", traceparent, ..Default::default() });
+            tracer.log(TraceEvent { hop: "taken", traceparent, ..Default::default() });
         };
         saw("");
         saw("junk");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use barid_core::{CloseCode, GroupId};
-use barid_runtime::{Hop, Sighting};
+use barid_runtime::{Hop, TraceEvent};
 use barid_session::Close;
 use barid_wire::frames::{ClientFrame, Heard, Ignored, ServerFrame};
 use barid_wire::{cut, v1};
@@ -100,8 +100,9 @@ impl Connection {
                     {
                         let (id, traceparent) = (&*wanted.id, &*wanted.traceparent);
                         let produced_ms = wanted.produced_ms;
-                        let seen = Sighting { id, traceparent, produced_ms, ..Default::default() };
-                        tracer.saw(Sighting { hop: "acked", at_us: now_us, ..of(handle, seen) });
+                        let seen =
+                            TraceEvent { id, traceparent, produced_ms, ..Default::default() };
+                        tracer.log(TraceEvent { hop: "acked", at_us: now_us, ..of(handle, seen) });
                     }
                 });
                 let acked = before.saturating_sub(self.session.unacked());

@@ -1,6 +1,6 @@
 //! Trace events of sampled messages.
 
-use barid_runtime::{Sighting, Tracer};
+use barid_runtime::{TraceEvent, Tracer};
 use barid_wire::envelope::Envelope;
 
 use crate::handle::Handle;
@@ -16,14 +16,14 @@ pub(super) fn wrote(
     if !entry.traceparent.is_empty() {
         let (id, traceparent) = (&*entry.id, &*entry.traceparent);
         let produced_ms = entry.produced_at_ms;
-        let seen = Sighting { id, traceparent, produced_ms, ..Default::default() };
-        tracer.saw(Sighting { hop: "written", how, at_us, ..of(handle, seen) });
+        let seen = TraceEvent { id, traceparent, produced_ms, ..Default::default() };
+        tracer.log(TraceEvent { hop: "written", how, at_us, ..of(handle, seen) });
     }
 }
 
 /// A trace event with the names of the session.
-pub(super) fn of<'a>(handle: &'a Handle, seen: Sighting<'a>) -> Sighting<'a> {
+pub(super) fn of<'a>(handle: &'a Handle, seen: TraceEvent<'a>) -> TraceEvent<'a> {
     let user = handle.user();
     let (app, device) = (user.app.as_str(), handle.device().as_str());
-    Sighting { app, user: user.user.as_str(), device, ..seen }
+    TraceEvent { app, user: user.user.as_str(), device, ..seen }
 }

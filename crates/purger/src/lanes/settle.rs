@@ -145,7 +145,7 @@ impl Outbox {
         let taken_us = clock.us(flight.taken.into_std());
         let produced_us = flight.produced_at_ms().saturating_mul(1000);
         if flight.is_sampled() {
-            self.tracer.saw(flight.sighting("accepted", user, header.accepted_at_us));
+            self.tracer.log(flight.trace_event("accepted", user, header.accepted_at_us));
         }
         self.metrics.hops.observe(Hop::ProducedTaken, produced_us, taken_us);
         self.metrics.hops.observe(Hop::TakenAccepted, taken_us, header.accepted_at_us);

@@ -82,8 +82,8 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
             envelope.traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into();
         }
         let entry = [&header.encode()[..], &encode_body(envelope)].concat().into();
-        let came = Received { dispatched_after_us: Some(5), ..NOW };
-        fanout.receive(&demo(), None, entry, came).unwrap();
+        let received = Received { dispatched_after_us: Some(5), ..NOW };
+        fanout.receive(&demo(), None, entry, received).unwrap();
         for (member, listener) in listeners.iter_mut().enumerate() {
             let read = listener.read(Format::Proto);
             let Some(report) = read.report else { continue };
