@@ -61,7 +61,7 @@ impl Files {
 /// Checks the files before a connection is made.
 ///
 /// # Errors
-/// The key whose file is wrong, and why.
+/// Returns an error that names the key of the invalid file.
 pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
     let files = Files::read(config)?;
     let urls = std::iter::once(&config.url).chain(&config.urls);
@@ -70,7 +70,7 @@ pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
     {
         return Err(format!(
             "redis.url {plain} is not encrypted: redis.ca_file, redis.certificate_file and \
-             redis.key_file are for rediss://"
+             redis.key_file need rediss://"
         ));
     }
     files.rustls().map(drop)
@@ -80,7 +80,7 @@ fn is_tls(url: &str) -> bool {
     url.starts_with("rediss://") || url.starts_with("valkeys://")
 }
 
-/// A client of one of the configured nodes.
+/// A client of one of the configured URLs.
 pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisError> {
     let invalid = |why| RedisError::from((redis::ErrorKind::InvalidClientConfig, "TLS", why));
     let Files { ca, client } = Files::read(config).map_err(invalid)?;
@@ -94,7 +94,7 @@ pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisErr
     Client::build_with_tls(url, TlsCertificates { client_tls, root_cert: ca.map(|ca| ca.bytes) })
 }
 
-/// The same for the subscriber.
+/// The TLS connector of the subscriber ([`crate::announcements`]).
 pub(crate) fn connector(config: &RedisConfig) -> Result<Option<TlsConnector>, String> {
     if !is_tls(config.url.expose()) {
         return Ok(None);

@@ -1,101 +1,114 @@
--- connect: a device said Hello. Allowed when Redis is full.
+-- connect: a device sent Hello. Allowed when Redis is full.
 --
 -- KEYS  an item: head, queue, routes, timers.
--- ARGV  ttl ms, retry base ms, retry jitter, devices_max, fence ms; then an item: member
---       (app NUL user), device, node, incarnation, connection, attempt, platform, deadline ms of
---       Redis's time (0: none), epoch candidate, 1 if it says where it stands else 0, and there:
+-- ARGV  ttl ms, retry base ms, retry jitter, devices_max, how long the attempt of an ended session refuses lower ones
+--       (ms); then an item: member (app NUL user), device, node, incarnation, connection, attempt, platform, deadline
+--       in Redis's time (ms; 0: none), epoch candidate, 1 if the device names a position else 0, and that position:
 --       epoch, generation, seq, chain or ''.
 -- Reply now, then an item:
---       {'C', epoch, generation, seq, chain, newest, 1 if it was reset, and of the session that it
---             replaced: node or '', incarnation, connection; 1 if what follows was evicted}
---       {'S', attempt} this newer attempt is or was there · {'M'} too many devices, all online
---       {'L'} past its deadline · {'U'} · {'E', text}
+--       {'C', epoch, generation, seq, chain, newest, 1 if the device was reset else 0, node or '', incarnation and
+--             connection of the session that it replaces, 1 if entries behind seq were evicted else 0}  connected
+--       {'S', attempt}  superseded: this newer attempt is connected, or was
+--       {'M'}           too many devices, all with routes
+--       {'L'}           past its deadline
+--       {'U'}, {'E', text}
 --
--- The fence holds while the route stands and for `fence ms` after: a call cannot arrive later than
--- that (its deadline), and a device whose clock went back must not be locked out for ever.
+-- An attempt refuses lower ones while its route exists, and for a while after: no call arrives later than
+-- that (its deadline), and a device whose clock went back is not locked out for ever.
 
-local TTL, BASE, JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local DEVICES_MAX, FENCE = tonumber(ARGV[4]), tonumber(ARGV[5])
+TTL, RETRY_BASE, RETRY_JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local DEVICES_MAX, ATTEMPT_TTL = tonumber(ARGV[4]), tonumber(ARGV[5])
+local CONNECTED, SUPERSEDED, TOO_MANY_DEVICES, TOO_LATE = 'C', 'S', 'M', 'L'
 
--- Where a device new to this user starts: the furthest cursor of the others, else the oldest entry. While the
--- mailbox keeps all it starts at the oldest entry, because Redis may have forgotten it.
-local function start(h, queue, name, others)
-  local seq = h.b - 1
-  for i, other in ipairs(keeps_all(h) and {} or others) do
-    if i == 1 or other.seq > seq then seq = math.max(other.seq, h.b - 1) end
+-- A device new to this user starts at the furthest cursor of the others, else before the oldest entry. While the
+-- mailbox keeps all it starts before the oldest entry, because Redis may have lost it.
+local function first_device_state(mailbox, name, others)
+  local seq = mailbox.oldest - 1
+  for i, other in ipairs(keeps_all(mailbox) and {} or others) do
+    if i == 1 or other.seq > seq then seq = max(other.seq, mailbox.oldest - 1) end
   end
-  local d = new_device(h, name, 0)
-  d.seq, d.chain = seq, chain_at(h, queue, seq) or h.bc
-  return d
+  local device = new_device(mailbox, name, 0)
+  device.seq, device.chain = seq, chain_at(mailbox, seq) or mailbox.chain_before_oldest
+  return device
 end
 
--- Moves `d` to where the device says it stands. Returns the seq and chain from which it reads (below
--- the oldest entry: what lies between was evicted, and it is told), and whether it was reset.
-local function resume(h, queue, d, known, a)
-  local epoch, generation = tonumber(ARGV[a]), claimed(d, tonumber(ARGV[a + 1]))
-  local seq, chain = tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
-  if epoch ~= h.e or seq > h.n then
-    reset_device(h, d, generation, not known and epoch ~= h.e)
-    return d.seq, d.chain, true
+-- Moves `device` to the position that it names, which begins at `position_at`. Returns the seq and chain from which it
+-- reads (below the oldest entry: the entries between were evicted, and the node tells it), and whether it was reset.
+local function resume(mailbox, device, is_known, position_at)
+  local epoch = tonumber(ARGV[position_at])
+  local generation = clamped_generation(device, tonumber(ARGV[position_at + 1]))
+  local seq, chain = tonumber(ARGV[position_at + 2]), tonumber(ARGV[position_at + 3])
+  local oldest = mailbox.oldest
+  if epoch ~= mailbox.epoch or seq > mailbox.newest then
+    reset_device(mailbox, device, generation, not is_known and epoch ~= mailbox.epoch)
+    return device.seq, device.chain, true
   end
-  if seq < h.b - 1 then
-    d.seq, d.chain, d.generation = h.b - 1, h.bc, math.max(d.generation, generation)
+  if seq < oldest - 1 then
+    device.seq, device.chain = oldest - 1, mailbox.chain_before_oldest
+    device.generation = max(device.generation, generation)
     return seq, chain or 0, false
   end
-  local ours = chain_at(h, queue, seq)
-  if chain and chain ~= ours then
-    reset_device(h, d, generation)
-    return d.seq, d.chain, true
+  local stored_chain = chain_at(mailbox, seq)
+  if chain and chain ~= stored_chain then
+    reset_device(mailbox, device, generation)
+    return device.seq, device.chain, true
   end
-  if not chain and known and generation < d.generation then
-    return d.seq, d.chain, true -- it has not heard yet of its reset
+  if not chain and is_known and generation < device.generation then
+    return device.seq, device.chain, true -- it has not learned of its reset yet
   end
-  d.seq, d.chain, d.generation = seq, ours, math.max(d.generation, generation)
-  return seq, ours, false
+  device.seq, device.chain = seq, stored_chain
+  device.generation = max(device.generation, generation)
+  return seq, stored_chain, false
 end
 
-local function connect(k, a)
-  local head, queue, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3]
-  local member, name, attempt = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 5])
-  local deadline = tonumber(ARGV[a + 7])
-  if deadline > 0 and NOW > deadline then return { 'L' } end
-  local text = call('HGET', routes, name)
-  local old = text and parse_route(text)
-  if old and old.attempt > attempt then return { 'S', old.attempt } end
-  local h = find_head(head) or new_head(head, ARGV[a + 8])
-  local d = find_device(h, name)
-  local others, known = other_devices(h, d and name), d ~= nil and d ~= false
-  open(h, queue, TTL)
-  if d and not old and d.fence > attempt and NOW - d.used < FENCE then return { 'S', d.fence } end
-
-  if not known then
-    d = start(h, queue, name, others)
-    if not add_device(h, routes, d, others, DEVICES_MAX) then return { 'M' } end
+local function connect(key_at, arg_at)
+  local head, queue, routes, timers =
+    KEYS[key_at], KEYS[key_at + 1], KEYS[key_at + 2], KEYS[key_at + 3]
+  local member, name = ARGV[arg_at], ARGV[arg_at + 1]
+  local node, incarnation, connection = ARGV[arg_at + 2], ARGV[arg_at + 3], ARGV[arg_at + 4]
+  local attempt, deadline = tonumber(ARGV[arg_at + 5]), tonumber(ARGV[arg_at + 7])
+  if deadline > 0 and NOW > deadline then return { TOO_LATE } end
+  local stored_route = call('HGET', routes, name)
+  local before = stored_route and parse_route(stored_route)
+  if before and before.attempt > attempt then return { SUPERSEDED, before.attempt } end
+  local mailbox = find_mailbox(head, queue) or new_mailbox(head, queue, ARGV[arg_at + 8])
+  local device = find_device(mailbox, name)
+  local is_known = device and true or false
+  local others = other_devices(mailbox, is_known and name)
+  open(mailbox)
+  if is_known and not before and device.last_attempt > attempt
+    and NOW - device.used_at < ATTEMPT_TTL then
+    return { SUPERSEDED, device.last_attempt }
   end
-  local seq, chain, reset
-  if ARGV[a + 9] == '1' then
-    seq, chain, reset = resume(h, queue, d, known, a + 10)
-  else
-    if d.seq > h.n then
-      reset_device(h, d, 0)
-      reset = true
+  if not is_known then
+    device = first_device_state(mailbox, name, others)
+    if not add_device(mailbox, routes, device, others, DEVICES_MAX) then
+      return { TOO_MANY_DEVICES }
     end
-    seq, chain = d.seq, d.chain
   end
 
-  if keeps_all(h) then trim_to_lowest(h, queue, d, others) end
-  d.used, d.fence, d.attempt, d.defers = NOW, attempt, 0, 0
-  d.due = d.seq < h.n and NOW + spread(BASE, JITTER) or 0
-  save(h, d)
-  set_route(routes, name, table.concat({ ARGV[a + 2], ARGV[a + 3], ARGV[a + 4],
-    ARGV[a + 5], ARGV[a + 6] }, ' '), TTL)
-  others[#others + 1] = d
+  local seq, chain, is_reset
+  if ARGV[arg_at + 9] == '1' then
+    seq, chain, is_reset = resume(mailbox, device, is_known, arg_at + 10)
+  else
+    is_reset = device.seq > mailbox.newest
+    if is_reset then reset_device(mailbox, device, 0) end
+    seq, chain = device.seq, device.chain
+  end
+
+  if keeps_all(mailbox) then trim_acknowledged(mailbox, device, others) end
+  device.used_at, device.last_attempt, device.defers = NOW, attempt, 0
+  if device.seq < mailbox.newest then arm_device(device) else disarm_device(device) end
+  save(mailbox, device)
+  set_route(routes, name, table.concat({ node, incarnation, connection, ARGV[arg_at + 5],
+    ARGV[arg_at + 6] }, ' '))
+  others[#others + 1] = device
   set_timer(timers, member, others)
-  local replaced = old and not (old.node == ARGV[a + 2] and old.incarnation == ARGV[a + 3]
-    and old.connection == ARGV[a + 4]) and old
-  return { 'C', h.e, d.generation, seq, chain, h.n, reset and 1 or 0,
-    replaced and old.node or '', replaced and old.incarnation or '0',
-    replaced and old.connection or '0', d.seq > seq and 1 or 0 }
+  local replaced = before and not (before.node == node and before.incarnation == incarnation
+    and before.connection == connection) and before
+  return { CONNECTED, mailbox.epoch, device.generation, seq, chain, mailbox.newest,
+    is_reset and 1 or 0, replaced and replaced.node or '', replaced and replaced.incarnation or '0',
+    replaced and replaced.connection or '0', device.seq > seq and 1 or 0 }
 end
 
 return each(#KEYS / 4, connect, 4, 14, 6)

@@ -1,7 +1,7 @@
 -- copies: the copies of leases beside a shard. Writes nothing.
 --
 -- KEYS  {s}:n
--- Reply now, then of each: id, its copy (see `copy`).
+-- Reply now, then for each copy: id, text (see `copy`).
 
 local replies = call('HGETALL', KEYS[1])
 table.insert(replies, 1, NOW_US)

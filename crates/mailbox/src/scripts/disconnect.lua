@@ -1,30 +1,35 @@
--- disconnect: a session is over. Its route goes only if it is still its own. Allowed when Redis is
--- full.
+-- disconnect: a session has ended. Removes its route if the route still names this session. Allowed when Redis is full.
 --
 -- KEYS  an item: head, routes, timers.
 -- ARGV  an item: member (app NUL user), device, node, incarnation, connection.
--- Reply now, then an item: {'R'} removed · {'K'} another session's or none, kept · {'U'} · {'E', text}
+-- Reply now, then an item:
+--       {'R'}  removed
+--       {'K'}  kept: another session's route, or none
+--       {'U'}, {'E', text}
 
-local function disconnect(k, a)
-  local head, routes, timers = KEYS[k], KEYS[k + 1], KEYS[k + 2]
-  local member, name = ARGV[a], ARGV[a + 1]
-  local text = call('HGET', routes, name)
-  if not text then return { 'K' } end
-  local route = parse_route(text)
-  if route.node ~= ARGV[a + 2] or route.incarnation ~= ARGV[a + 3]
-    or route.connection ~= ARGV[a + 4] then
-    return { 'K' }
+local REMOVED, KEPT = 'R', 'K'
+
+local function disconnect(key_at, arg_at)
+  local head, routes, timers = KEYS[key_at], KEYS[key_at + 1], KEYS[key_at + 2]
+  local member, name = ARGV[arg_at], ARGV[arg_at + 1]
+  local stored_route = call('HGET', routes, name)
+  if not stored_route then return { KEPT } end
+  local route = parse_route(stored_route)
+  if route.node ~= ARGV[arg_at + 2] or route.incarnation ~= ARGV[arg_at + 3]
+    or route.connection ~= ARGV[arg_at + 4] then
+    return { KEPT }
   end
-  local h = find_head(head)
-  local d = h and find_device(h, name)
-  local others = d and other_devices(h, name)
+  local mailbox = find_mailbox(head)
+  local device = mailbox and find_device(mailbox, name)
+  local others = device and other_devices(mailbox, name)
   call('HDEL', routes, name)
-  if d then
-    d.used, d.due, d.attempt, d.defers = NOW, 0, 0, 0
-    save_device(h, d)
+  if device then
+    disarm_device(device)
+    device.used_at, device.defers = NOW, 0
+    save_device(mailbox, device)
     set_timer(timers, member, others)
   end
-  return { 'R' }
+  return { REMOVED }
 end
 
 return each(#KEYS / 3, disconnect, 3, 5, 1)

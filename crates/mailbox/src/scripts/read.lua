@@ -2,36 +2,39 @@
 --
 -- KEYS  an item: head, queue.
 -- ARGV  an item: after (seq), entries_max, bytes_max, device or ''.
--- Reply now, then an item: {epoch (0: no mailbox), oldest, the chain before it, newest, entries
---       from max(after + 1, oldest), each its header (as it is kept: the first 37 bytes are the
---       header) and its body, and where entries behind `after` are gone: the device's cursor, its chain
---       and generation}; or {'U'}; or {'E', text}. At least one entry comes if there is one.
+-- Reply now, then an item:
+--       {epoch (0: no mailbox), oldest, chain before it, newest, entries from max(after + 1, oldest), each a stored
+--        header (of which the first 37 bytes are the header) and a body; and, if entries after `after` are gone, the
+--        device's cursor: seq, chain, generation}  at least one entry, if there is one
+--       {'U'}, {'E', text}
 
-local CHUNK = 16 -- entries fetched at once, so that a byte bound does not cost the whole list
+local ENTRIES_PER_RANGE = 16 -- entries read at once: a byte bound must not cost the whole list
 
-local function read(k, a)
-  local h = find_head(KEYS[k])
-  if not h then return { 0, 1, 0, 0, {} } end
-  -- What is gone may have been acknowledged by the device itself: that is no eviction.
-  local d = ARGV[a + 3] ~= '' and tonumber(ARGV[a]) < h.b - 1 and find_device(h, ARGV[a + 3])
-  local seq, chain, generation = d and d.seq, d and d.chain, d and d.generation
+local function read(key_at, arg_at)
+  local after, entries_max = tonumber(ARGV[arg_at]), tonumber(ARGV[arg_at + 1])
+  local bytes_max, name = tonumber(ARGV[arg_at + 2]), ARGV[arg_at + 3]
+  local mailbox = find_mailbox(KEYS[key_at], KEYS[key_at + 1])
+  if not mailbox then return { 0, 1, 0, 0, {} } end
+  local oldest = mailbox.oldest
+  -- Entries that are gone may have been acknowledged by the device itself: those were not evicted.
+  local device = name ~= '' and after < oldest - 1 and find_device(mailbox, name) or {}
   local entries, bytes = {}, 0
-  local next = math.max(tonumber(ARGV[a]) + 1, h.b)
-  local last = math.min(next + tonumber(ARGV[a + 1]) - 1, h.n)
+  local reply = { mailbox.epoch, oldest, mailbox.chain_before_oldest, mailbox.newest, entries,
+    device.seq, device.chain, device.generation }
+  local next = max(after + 1, oldest)
+  local last = min(next + entries_max - 1, mailbox.newest)
   while next <= last do
-    local to = math.min(next + CHUNK - 1, last)
-    local chunk =
-      call('LRANGE', KEYS[k + 1], int((next - h.b) * 2), int((to - h.b) * 2 + 1))
-    for i = 1, #chunk, 2 do
-      bytes = bytes + HEADER_BYTES + #chunk[i + 1]
-      if #entries > 0 and bytes > tonumber(ARGV[a + 2]) then
-        return { h.e, h.b, h.bc, h.n, entries, seq, chain, generation }
-      end
-      entries[#entries + 1], entries[#entries + 2] = chunk[i], chunk[i + 1]
+    local to = min(next + ENTRIES_PER_RANGE - 1, last)
+    local parts =
+      call('LRANGE', mailbox.queue, int((next - oldest) * 2), int((to - oldest) * 2 + 1))
+    for i = 1, #parts, 2 do
+      bytes = bytes + HEADER_BYTES + #parts[i + 1]
+      if #entries > 0 and bytes > bytes_max then return reply end
+      entries[#entries + 1], entries[#entries + 2] = parts[i], parts[i + 1]
     end
     next = to + 1
   end
-  return { h.e, h.b, h.bc, h.n, entries, seq, chain, generation }
+  return reply
 end
 
 return each(#KEYS / 2, read, 2, 4, 1)
