@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_barid-loadtest");
 
-/// Held by tests that measure: three clusters that start at once on a busy machine take minutes.
+/// Held by tests that measure, so that they do not take each other's CPU time.
 static MEASURING: Mutex<()> = Mutex::const_new(());
 
 async fn agent(dir: &Path, name: &str) -> (Process, String) {
