@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use barid_testkit::audit::{Order, Shown};
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -20,9 +21,15 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 /// The deliveries of one run. Shared by all devices of a process.
 #[derive(Debug)]
 pub struct Audit {
+<<<<<<< HEAD
     /// By user, the turn that is expected next. Locked by that user's device alone while a run lasts.
     turns: Vec<Mutex<u64>>,
     /// Consecutive records of one user.
+=======
+    /// By user, the turns shown so far. Locked by that user's device alone while a run lasts.
+    turns: Vec<Mutex<Order>>,
+    /// Records of one user in a row.
+>>>>>>> house
     burst: u64,
     start: OnceLock<Start>,
     run: String,
@@ -73,11 +80,15 @@ impl Start {
 pub struct Totals {
     /// Records produced, or to be produced.
     pub total: u64,
-    /// Records shown in their turn.
+    /// Records shown.
     pub shown: u64,
     /// Records shown after a later one, or twice.
     pub repeats: u64,
+<<<<<<< HEAD
     /// Records skipped: shown later (out of order) or never.
+=======
+    /// Records passed over, and not shown since.
+>>>>>>> house
     pub passed_over: u64,
     /// Messages of other runs, left in the mailbox.
     pub foreign: u64,
@@ -189,7 +200,7 @@ impl Audit {
 
     /// Records that a user's device was shown the message `id`.
     pub fn shown(&self, user: u32, id: &str) {
-        let Some(expected) = self.turns.get(user as usize) else { return };
+        let Some(turns) = self.turns.get(user as usize) else { return };
         let number = id
             .split_once('-')
             .filter(|(run, _)| *run == self.run)
@@ -199,15 +210,20 @@ impl Audit {
             self.foreign.fetch_add(1, Ordering::Relaxed);
             return;
         };
-        let turn = self.turn_of(number);
-        let mut expected = expected.lock();
-        if turn < *expected {
-            self.repeats.fetch_add(1, Ordering::Relaxed);
-            return;
+        let shown = turns.lock().shown(self.turn_of(number));
+        match shown {
+            Shown::InOrder { passed_over } => {
+                self.passed_over.fetch_add(passed_over, Ordering::Relaxed);
+            }
+            Shown::OutOfOrder => {
+                self.passed_over.fetch_sub(1, Ordering::Relaxed);
+                self.repeats.fetch_add(1, Ordering::Relaxed);
+            }
+            Shown::Repeated => {
+                self.repeats.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
         }
-        self.passed_over.fetch_add(turn - *expected, Ordering::Relaxed);
-        *expected = turn + 1;
-        drop(expected);
         if let Some(due) = self.due(number) {
             let late = self.elapsed().saturating_sub(due).as_micros();
             let late = u64::try_from(late).unwrap_or(u64::MAX).max(1);
@@ -259,11 +275,15 @@ fn unix_time() -> Duration {
 /// What happened to a run's records. Field names are stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Outcome {
-    /// Records shown in their turn.
+    /// Records shown.
     pub shown: u64,
     /// Records never shown.
     pub lost: u64,
+<<<<<<< HEAD
     /// Records skipped: shown later (out of order) or never.
+=======
+    /// Records passed over, and not shown since.
+>>>>>>> house
     pub passed_over: u64,
     /// Records shown after a later one, or twice.
     pub repeats: u64,
@@ -310,8 +330,13 @@ mod tests {
         shown(1, 4); // another user's
         audit.shown(1, "other-5"); // of another run
         let totals = audit.totals();
+<<<<<<< HEAD
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
         assert_eq!((totals.shown, totals.outcome().lost, audit.settled()), (5, 3, 6));
+=======
+        assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 0, 2));
+        assert_eq!((totals.shown, totals.lost(), audit.settled()), (6, 2, 6));
+>>>>>>> house
         assert!(!totals.outcome().is_clean());
     }
 

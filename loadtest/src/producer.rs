@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use barid_wire::v1::{Audience, PushRecord, push_record::Body};
-use prost::Message as _;
+use barid_core::{AppId, MessageId, UserId};
+use barid_wire::record::{BodyKind, Format, Push, RecordLimits, encode_push};
+use bytes::Bytes;
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -73,7 +74,8 @@ fn pause(time: Duration) {
 pub struct Business {
     kafka: ThreadedProducer<Failures>,
     plan: Plan,
-    text: String,
+    app: AppId,
+    text: Bytes,
 }
 
 impl Business {
@@ -89,8 +91,9 @@ impl Business {
         // Natural text, so that compression has a realistic effect.
         let words =
             "your parcel 4711 has left the depot and will be with you between two and four ";
-        let text = words.chars().cycle().take(plan.payload_bytes as usize).collect();
-        let business = Arc::new(Self { kafka, plan: plan.clone(), text });
+        let text: String = words.chars().cycle().take(plan.payload_bytes as usize).collect();
+        let (app, text) = (AppId::new(&plan.app)?, text.into());
+        let business = Arc::new(Self { kafka, plan: plan.clone(), app, text });
         let asking = Arc::clone(&business);
         let ask = move || {
             asking.kafka.client().fetch_metadata(Some(&asking.plan.topic), FLUSH_LIMIT).map(drop)
@@ -154,16 +157,11 @@ impl Business {
     }
 
     fn send(&self, audit: &Audit, number: u64) -> anyhow::Result<()> {
-        let user = user(audit.user_of(number));
-        let record = PushRecord {
-            id: audit.id(number),
-            app: self.plan.app.clone(),
-            to: Some(Audience { user: user.clone(), ..Audience::default() }),
-            body: Some(Body::Text(self.text.clone())),
-            ..PushRecord::default()
-        };
-        let value = record.encode_to_vec();
-        let mut record = BaseRecord::to(&self.plan.topic).key(&user).payload(&value);
+        let (id, user) =
+            (MessageId::new(&audit.id(number))?, UserId::new(&user(audit.user_of(number)))?);
+        let push = Push::new(id, self.app.clone(), user, BodyKind::Text, self.text.clone());
+        let value = encode_push(&push, Format::Protobuf, &RecordLimits::HIGHEST)?;
+        let mut record = BaseRecord::to(&self.plan.topic).key(push.key()).payload(&value[..]);
         record.timestamp = audit.timestamp_ms(number).and_then(|ms| i64::try_from(ms).ok());
         while let Err((error, again)) = self.kafka.send(record) {
             let full = KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull);
