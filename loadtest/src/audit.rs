@@ -21,15 +21,9 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 /// The deliveries of one run. Shared by all devices of a process.
 #[derive(Debug)]
 pub struct Audit {
-<<<<<<< HEAD
-    /// By user, the turn that is expected next. Locked by that user's device alone while a run lasts.
-    turns: Vec<Mutex<u64>>,
-    /// Consecutive records of one user.
-=======
     /// By user, the turns shown so far. Locked by that user's device alone while a run lasts.
     turns: Vec<Mutex<Order>>,
-    /// Records of one user in a row.
->>>>>>> house
+    /// Consecutive records of one user.
     burst: u64,
     start: OnceLock<Start>,
     run: String,
@@ -84,11 +78,7 @@ pub struct Totals {
     pub shown: u64,
     /// Records shown after a later one, or twice.
     pub repeats: u64,
-<<<<<<< HEAD
-    /// Records skipped: shown later (out of order) or never.
-=======
     /// Records passed over, and not shown since.
->>>>>>> house
     pub passed_over: u64,
     /// Messages of other runs, left in the mailbox.
     pub foreign: u64,
@@ -279,11 +269,7 @@ pub struct Outcome {
     pub shown: u64,
     /// Records never shown.
     pub lost: u64,
-<<<<<<< HEAD
-    /// Records skipped: shown later (out of order) or never.
-=======
     /// Records passed over, and not shown since.
->>>>>>> house
     pub passed_over: u64,
     /// Records shown after a later one, or twice.
     pub repeats: u64,
@@ -330,13 +316,8 @@ mod tests {
         shown(1, 4); // another user's
         audit.shown(1, "other-5"); // of another run
         let totals = audit.totals();
-<<<<<<< HEAD
-        assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 1, 2));
-        assert_eq!((totals.shown, totals.outcome().lost, audit.settled()), (5, 3, 6));
-=======
         assert_eq!((totals.repeats, totals.passed_over, totals.foreign), (2, 0, 2));
-        assert_eq!((totals.shown, totals.lost(), audit.settled()), (6, 2, 6));
->>>>>>> house
+        assert_eq!((totals.shown, totals.outcome().lost, audit.settled()), (6, 2, 6));
         assert!(!totals.outcome().is_clean());
     }
 

@@ -1,4 +1,4 @@
-//! A node's lease, while which its routes are valid.
+//! A node's lease: its routes are valid while the lease is held.
 //!
 //! ```text
 //! Lease ── Keeper (its task) ── places: writes it everywhere ── record: encodes it
