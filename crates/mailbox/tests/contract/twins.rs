@@ -197,7 +197,7 @@ impl Step {
         let device = DEVICES[usize::from(random.random_bool(0.1))];
         let attempt = n.into();
         // Every third user has no device: collapse keys stay until 64 positions have passed.
-        let steps = if seed % 3 == 0 { 5 } else { 10 };
+        let steps = if seed.is_multiple_of(3) { 5 } else { 10 };
         match random.random_range(0..steps) {
             0..5 => {
                 let count = if random.random_bool(0.8) { 1 } else { 3 };
