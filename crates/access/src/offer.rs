@@ -43,18 +43,10 @@ pub(crate) mod tests {
     use barid_mailbox::NodeRole;
 
     pub(crate) fn node(id: &str, zone: &str, load: u64) -> NodeRecord {
-        NodeRecord {
-            id: NodeId::new(id).unwrap(),
-            role: NodeRole::Access,
-            address: "h:1".into(),
-            incarnation: Incarnation(1),
-            load,
-            draining: false,
-            zone: zone.into(),
-            admin: String::new(),
-            devices: format!("ws://{id}/v1/connect"),
-            confirmed: true,
-        }
+        let devices = format!("ws://{id}/v1/connect");
+        let id = NodeId::new(id).unwrap();
+        let record = NodeRecord::new(NodeRole::Access, id, Incarnation(1), "h:1");
+        NodeRecord { load, zone: zone.into(), devices, ..record }
     }
 
     #[test]

@@ -267,9 +267,9 @@ impl Keeping {
         let mut look = interval(LOOK);
         loop {
             tokio::select! {
-                event = lease.next_event() => confirming.heed(node, event),
+                event = lease.next_event() => confirming.handle(node, event),
                 _ = pace.tick() => {
-                    confirming.go_on(node, Instant::now());
+                    confirming.tick(node, Instant::now());
                     if let Some(incarnation) = confirming.finished_life() {
                         tracing::info!(incarnation = incarnation.0, "every session is confirmed");
                         lease.set_confirmed(incarnation);

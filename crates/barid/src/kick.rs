@@ -201,18 +201,8 @@ mod tests {
     use barid_core::{Incarnation, NodeId};
 
     fn node(id: &str, load: u64) -> NodeRecord {
-        NodeRecord {
-            id: NodeId::new(id).unwrap(),
-            role: NodeRole::Access,
-            address: String::new(),
-            incarnation: Incarnation(1),
-            load,
-            draining: false,
-            zone: String::new(),
-            admin: String::new(),
-            devices: String::new(),
-            confirmed: true,
-        }
+        let id = NodeId::new(id).unwrap();
+        NodeRecord { load, ..NodeRecord::new(NodeRole::Access, id, Incarnation(1), "") }
     }
 
     #[test]

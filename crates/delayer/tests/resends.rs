@@ -124,7 +124,7 @@ impl Cluster {
         let (seen, resends) = mpsc::channel(4096);
         let (fake, address) = Fake::start(nodes, seen).await;
         let id = NodeId::new("d1").unwrap();
-        let record = node(NodeRole::Dispatcher, id, Incarnation(1), address);
+        let record = NodeRecord::new(NodeRole::Dispatcher, id, Incarnation(1), address);
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (resends, fake, lease)
     }
@@ -192,21 +192,6 @@ impl Cluster {
 
 fn user(name: &str) -> UserKey {
     UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(name).unwrap() }
-}
-
-fn node(role: NodeRole, id: NodeId, incarnation: Incarnation, address: String) -> NodeRecord {
-    NodeRecord {
-        id,
-        role,
-        address,
-        incarnation,
-        load: 0,
-        draining: false,
-        zone: String::new(),
-        admin: String::new(),
-        devices: String::new(),
-        confirmed: true,
-    }
 }
 
 fn session() -> SessionRef {
@@ -440,7 +425,7 @@ async fn asked_behind_a_lease(nodes_refresh_ms: u64) -> bool {
     let mut cluster = Cluster::start().await;
     let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Void).await;
     let SessionRef { node: id, incarnation, .. } = session();
-    let record = node(NodeRole::Access, id, incarnation, "127.0.0.1:1".into());
+    let record = NodeRecord::new(NodeRole::Access, id, incarnation, "127.0.0.1:1");
     let ttl = Duration::from_secs(30);
     let lease = Lease::acquire(&cluster.mailbox, record, ttl).await.unwrap();
     let (_delayer, _context) =

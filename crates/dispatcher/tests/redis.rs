@@ -81,18 +81,8 @@ impl Cluster {
 
     async fn node(&self, name: &str) -> (FakeNode, Lease) {
         let node = FakeNode::start().await;
-        let record = NodeRecord {
-            id: NodeId::new(name).unwrap(),
-            role: NodeRole::Access,
-            address: node.address.clone(),
-            incarnation: Incarnation(7),
-            load: 0,
-            draining: false,
-            zone: String::new(),
-            admin: String::new(),
-            devices: String::new(),
-            confirmed: true,
-        };
+        let id = NodeId::new(name).unwrap();
+        let record = NodeRecord::new(NodeRole::Access, id, Incarnation(7), &node.address);
         let lease = Lease::acquire(&self.mailbox, record, Duration::from_secs(10)).await.unwrap();
         (node, lease)
     }

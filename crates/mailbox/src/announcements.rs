@@ -1,7 +1,7 @@
-//! Learns at once that a node joined, ended or is leaving, instead of at the next reading of the leases.
-//! It only saves time: without it, or while it reconnects, readings every few seconds find the same.
+//! Announcements of changed leases, so that readers notice at once that a node joined, ended or drains. They only save
+//! time: without them, the periodic readings of the leases find the same.
 //!
-//! This is fred's place in Barid: a subscriber that heals itself, on a connection of its own.
+//! The subscriber is fred's, which reconnects and re-subscribes by itself, on a connection of its own.
 
 use std::time::Duration;
 
@@ -16,9 +16,9 @@ use tokio::task::JoinHandle;
 use crate::lease::node::NodeRole;
 use crate::{RedisConfig, keys};
 
-/// Unheard announcements kept; more of them say nothing that one does not.
+/// Pending announcements; one is as good as many.
 const BACKLOG_MAX: usize = 64;
-/// Waits between attempts to reconnect, ms: from, to, and the factor between.
+/// Waits between attempts to reconnect: minimum ms, maximum ms, factor.
 const RECONNECT_MS: (u32, u32, u32) = (100, 5_000, 2);
 
 /// A subscription; it ends when this is dropped.
@@ -28,22 +28,22 @@ pub struct Announcements {
 }
 
 impl Announcements {
-    /// Subscribes in the background, as soon as Redis is there.
-    pub fn hear(config: &RedisConfig) -> Self {
+    /// Subscribes in the background, as soon as Redis can be reached.
+    pub fn subscribe(config: &RedisConfig) -> Self {
         match subscriber(config) {
             Ok(client) => {
                 let messages = Some(client.message_rx());
                 Self { messages, tasks: vec![tokio::spawn(subscribe(client))] }
             }
             Err(error) => {
-                tracing::warn!(%error, "changes of the nodes are not heard of at once");
+                tracing::warn!(%error, "no announcements of leases, which are only read periodically");
                 Self { messages: None, tasks: Vec::new() }
             }
         }
     }
 
     /// Waits until a node of `role` announces a change. Cancel-safe.
-    pub async fn of(&mut self, role: NodeRole) {
+    pub async fn next(&mut self, role: NodeRole) {
         let Some(messages) = &mut self.messages else { return std::future::pending().await };
         loop {
             match messages.recv().await {
@@ -87,19 +87,19 @@ fn client_config(config: &RedisConfig) -> Result<Config, fred::error::Error> {
             }
         }
     }
-    // The same trust as all other connections have, whatever the system's is.
+    // The trusted authorities of all other connections, not the system's.
     client.tls = crate::tls::connector(config)
         .map_err(|why| fred::error::Error::new(fred::error::ErrorKind::Tls, why))?
         .map(Into::into);
     if !config.sentinel_master.is_empty() {
         client.server = sentinels(config);
     }
-    // Redis may come later than this process.
+    // Redis may start after this process.
     client.fail_fast = false;
     Ok(client)
 }
 
-/// Sentinels have one user and password for all: those of the first URL that names some.
+/// fred uses one user and password for all Sentinels: those of the first URL that has any.
 fn sentinels(config: &RedisConfig) -> ServerConfig {
     let named = config.sentinels.iter().filter_map(|url| Config::from_url(url.expose()).ok());
     let (mut hosts, mut username, mut password) = (Vec::new(), None, None);
@@ -121,7 +121,7 @@ async fn subscribe(client: SubscriberClient) {
     let _keeper = AbortOnDrop(client.manage_subscriptions());
     let _connection = AbortOnDrop(connection);
     while let Err(error) = client.subscribe(keys::NODES_CHANGED).await {
-        tracing::debug!(%error, "not subscribed yet");
+        tracing::debug!(%error, "subscribing to announcements failed");
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     std::future::pending().await

@@ -1,5 +1,5 @@
-//! Turns single calls into batches: what waits is sent as soon as the call before is on its way.
-//! Only what nobody waits for lingers; the batches of all else grow under load alone.
+//! Combines single calls into batches: queued items are sent as soon as the call before is on its way, so batches grow
+//! with the load. Only items whose outcome nothing waits for linger.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -17,28 +17,28 @@ use crate::{Error, RedisConfig};
 
 /// A script that processes a list of independent items.
 pub(crate) trait Operation: Send + Sync + 'static {
-    /// What one item asks.
+    /// An item's request.
     type Request: Send + Sync + 'static;
-    /// What it is answered.
+    /// An item's outcome.
     type Outcome: Send + 'static;
-    /// Items in one call, at most, whatever the configuration says.
+    /// Maximum items of one call, whatever the configuration says.
     const ITEMS_MAX: usize = usize::MAX;
 
-    /// How long the first item of a call waits for others, where none of them is in a hurry.
+    /// How long the first item of a call waits for others, if all of them may linger.
     fn linger(_config: &RedisConfig) -> Duration {
         Duration::ZERO
     }
 
     fn script() -> &'static Script;
-    /// Arguments in front of the items'.
+    /// Encodes the arguments before the items.
     fn shared(config: &RedisConfig, call: &mut Call);
-    /// An item's keys and arguments.
+    /// Encodes an item's keys and arguments.
     fn item(item: &Item<'_, Self::Request>, call: &mut Call);
-    /// An item's answer.
+    /// Decodes an item's reply.
     fn outcome(reply: Reply) -> Result<Self::Outcome, Error>;
 }
 
-/// The masters to which batches go. The topology implements it, and owns the batchers in front of each master.
+/// The masters that batches are sent to. The topology implements it, and owns the batchers in front of each master.
 pub(crate) trait Masters: Send + Sync + 'static {
     fn config(&self) -> &RedisConfig;
 
@@ -47,7 +47,7 @@ pub(crate) trait Masters: Send + Sync + 'static {
     /// The connection to the master of a shard.
     fn link(&self, shard: Shard) -> Arc<Link>;
 
-    /// Runs a script where `shard` is, wherever it has moved.
+    /// Runs a script on the master of `shard`, and follows redirections.
     fn run(
         &self,
         shard: Shard,
@@ -56,11 +56,11 @@ pub(crate) trait Masters: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Value, Error>> + Send;
 }
 
-/// What an item's keys and arguments are made of.
+/// What an item's keys and arguments are encoded from.
 pub(crate) struct Item<'a, Request> {
     pub request: &'a Request,
     pub shard: Shard,
-    /// After this the caller has given up.
+    /// When the caller stops waiting.
     pub deadline: Instant,
     pub clock: &'a RedisClock,
 }
@@ -68,8 +68,9 @@ pub(crate) struct Item<'a, Request> {
 /// The queue in front of one script on one master. Cheap to clone.
 pub(crate) struct Batcher<O: Operation> {
     queue: mpsc::Sender<Pending<O>>,
-    hurry: Arc<Notify>,
-    patience: Duration,
+    /// Ends the linger of the current batch.
+    send_now: Arc<Notify>,
+    timeout: Duration,
 }
 
 struct Pending<O: Operation> {
@@ -84,18 +85,18 @@ impl<O: Operation> Batcher<O> {
     pub fn start(masters: Weak<impl Masters>, config: &RedisConfig) -> Self {
         let (queue, receiver) = mpsc::channel(config.queue_max);
         let items_max = config.batch_max.min(O::ITEMS_MAX);
-        let hurry = Arc::new(Notify::new());
-        let linger = Linger { time: O::linger(config), hurry: Arc::clone(&hurry) };
+        let send_now = Arc::new(Notify::new());
+        let linger = Linger { time: O::linger(config), send_now: Arc::clone(&send_now) };
         tokio::spawn(work(receiver, masters, config.window, items_max, linger));
-        Self { queue, hurry, patience: config.response_timeout() }
+        Self { queue, send_now, timeout: config.response_timeout() }
     }
 
-    /// Waits for the item's answer, for the response time-out at most. Those that linger go with it.
+    /// Sends an item, with all that linger, and waits for its outcome, for the response timeout at most.
     pub async fn call(&self, request: O::Request, shard: Shard) -> Result<O::Outcome, Error> {
-        self.queued(request, shard, || self.hurry.notify_one()).await
+        self.queued(request, shard, || self.send_now.notify_one()).await
     }
 
-    /// The same, for an item that may linger ([`Operation::linger`]).
+    /// As [`Self::call`], for an item that may linger ([`Operation::linger`]).
     pub async fn call_soon(&self, request: O::Request, shard: Shard) -> Result<O::Outcome, Error> {
         self.queued(request, shard, || ()).await
     }
@@ -107,7 +108,7 @@ impl<O: Operation> Batcher<O> {
         then: impl FnOnce(),
     ) -> Result<O::Outcome, Error> {
         let (answer, answered) = oneshot::channel();
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         let pending = Pending { request, shard, deadline, answer };
         let away = |why: &str| Error::Away(why.into());
         let wait = async {
@@ -122,17 +123,16 @@ impl<O: Operation> Batcher<O> {
     }
 }
 
-/// How long the first item of a call waits for others, unless one of them is in a hurry.
+/// How long the first item of a call waits for others, unless one of them may not linger.
 struct Linger {
     time: Duration,
-    hurry: Arc<Notify>,
+    send_now: Arc<Notify>,
 }
 
 impl Linger {
     async fn wait(&self) {
         if !self.time.is_zero() {
-            // Passed or told: the call leaves now.
-            let _ = tokio::time::timeout(self.time, self.hurry.notified()).await;
+            let _timed_out = tokio::time::timeout(self.time, self.send_now.notified()).await;
         }
     }
 }
@@ -146,7 +146,7 @@ async fn work<O: Operation>(
 ) {
     let window = Arc::new(Semaphore::new(window));
     while let Some(first) = queue.recv().await {
-        // A batch that is full already waits for nobody.
+        // A full batch does not linger.
         if queue.len() + 1 < items_max {
             linger.wait().await;
         }
@@ -168,7 +168,7 @@ async fn work<O: Operation>(
     }
 }
 
-/// Sends a batch: in one call, or in one a shard where shards may lie on different slots.
+/// Sends a batch in one call, or in a Redis Cluster in one call per shard.
 async fn execute<O: Operation>(masters: &impl Masters, mut batch: Vec<Pending<O>>) {
     if !masters.config().cluster {
         return call(masters, batch).await;
@@ -211,7 +211,7 @@ fn fail<O: Operation>(script: &Script, metrics: &Metrics, batch: Vec<Pending<O>>
 async fn send<O: Operation>(masters: &impl Masters, batch: &[Pending<O>]) -> Result<Reply, Error> {
     let shard = batch[0].shard;
     let link = masters.link(shard);
-    link.ready().await?; // its clock is known from then on
+    link.ready().await?; // from then on its clock is known
     let mut call = Call::default();
     O::shared(masters.config(), &mut call);
     for pending in batch {

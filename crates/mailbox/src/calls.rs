@@ -1,5 +1,5 @@
-//! Calls that no batcher makes: their callers bring many items at once, or ask for several keys. They stand
-//! above the topology, through which each of them reaches its masters.
+//! Calls that are not batched here: their callers pass many items at once, or read several keys. They reach the masters
+//! through the topology.
 
 mod accept;
 mod inspect;

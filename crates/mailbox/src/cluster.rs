@@ -1,4 +1,4 @@
-//! Which master serves which hash slot of a Redis Cluster.
+//! The masters of a Redis, and the hash slots that each serves.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use crate::{Error, RedisConfig};
 /// Hash slots of a Redis Cluster.
 const SLOTS: u16 = 16_384;
 
-/// A master and what it serves.
+/// A master and its hash slots.
 pub(crate) struct Master {
-    /// `host:port`, by which it is known again.
+    /// `host:port`, which identifies it.
     pub name: String,
     pub client: Client,
     /// First and last slot of each range.
@@ -21,7 +21,7 @@ pub(crate) struct Master {
 }
 
 impl Master {
-    /// The only one.
+    /// The only master, which serves all slots.
     pub fn alone(client: Client) -> Self {
         Self { name: "redis".into(), client, slots: vec![(0, SLOTS - 1)] }
     }
@@ -31,7 +31,7 @@ impl Master {
     }
 }
 
-/// The configured Redis, or a Redis Cluster's masters as the first node that answers knows them.
+/// The configured Redis, or the masters according to Sentinel or to the first node of a Redis Cluster that answers.
 /// `known` nodes are asked as well as the configured ones.
 pub(crate) async fn masters(
     config: &RedisConfig,
@@ -56,15 +56,14 @@ pub(crate) async fn masters(
     Ok(masters)
 }
 
-/// The master, as the first Sentinel that answers knows it; reached as `url` says, with another host
-/// and port.
+/// The master according to the first Sentinel that answers: `url` with its host and port.
 async fn master_by_sentinels(
     config: &RedisConfig,
     url: &Client,
     timeout: Duration,
 ) -> Result<Master, Error> {
     let name = &config.sentinel_master;
-    let mut last = Error::Away("no Sentinel was asked".into());
+    let mut last = Error::Away("redis.sentinels is empty".into());
     for sentinel in &config.sentinels {
         let client = crate::tls::client(config, sentinel.expose())?;
         match address_by(&client, name, timeout).await {
@@ -93,7 +92,9 @@ async fn address_by(
     let mut cmd = redis::cmd("SENTINEL");
     cmd.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
     let address: Option<(String, u16)> = cmd.query_async(&mut connection).await?;
-    address.ok_or_else(|| Error::Unusable(format!("the Sentinels know no master {name:?}")))
+    address.ok_or_else(|| {
+        Error::Unusable(format!("Sentinel has no master {name:?}; check redis.sentinel_master"))
+    })
 }
 
 async fn slots(client: Client, timeout: Duration) -> Result<Vec<Master>, Error> {
@@ -106,12 +107,12 @@ async fn slots(client: Client, timeout: Duration) -> Result<Vec<Master>, Error> 
     let value: Value = cmd.query_async(&mut connection).await?;
     let masters = parse(value, client.get_connection_info())?;
     if masters.is_empty() {
-        return Err(Error::Away("this node knows no slots".into()));
+        return Err(Error::Away("this node has no hash slots".into()));
     }
     Ok(masters)
 }
 
-/// `CLUSTER SLOTS`: first slot, last slot, [host, port, …] of the master, then replicas.
+/// Parses `CLUSTER SLOTS`: first slot, last slot, [host, port, …] of the master, then replicas.
 fn parse(value: Value, seed: &ConnectionInfo) -> Result<Vec<Master>, Error> {
     let mut masters: Vec<Master> = Vec::new();
     let mut ranges = Reply::new(value)?;
@@ -120,7 +121,7 @@ fn parse(value: Value, seed: &ConnectionInfo) -> Result<Vec<Master>, Error> {
         let slot = |number: u64| u16::try_from(number).unwrap_or(SLOTS - 1);
         let range_slots = (slot(range.number()?), slot(range.number()?));
         let mut master = range.array()?;
-        // A node that does not know its own name means the one that it was asked under.
+        // A node that does not know its own name means the address at which it was asked.
         let host = master.text().ok().filter(|host| !host.is_empty() && host != "?");
         let port = u16::try_from(master.number()?).unwrap_or(0);
         let address = readdressed(seed.addr(), host, port);
@@ -136,7 +137,7 @@ fn parse(value: Value, seed: &ConnectionInfo) -> Result<Vec<Master>, Error> {
     Ok(masters)
 }
 
-/// The seed's kind of address (plain or TLS) with another host and port.
+/// The seed's address (plain or TLS) with another host and port.
 fn readdressed(seed: &ConnectionAddr, other: Option<String>, other_port: u16) -> ConnectionAddr {
     match seed.clone() {
         ConnectionAddr::TcpTls { host, insecure, tls_params, .. } => ConnectionAddr::TcpTls {

@@ -1,4 +1,4 @@
-//! Where Redis is, and the bounds of what is kept there.
+//! Configuration of Redis: addresses, timeouts and the bounds of mailboxes.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,16 +10,16 @@ use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, wh
 use redis::IntoConnectionInfo as _;
 use serde::{Deserialize, Serialize};
 
-/// More replicas of one master are not known to anybody.
+/// Nobody runs more replicas of one master.
 const WAIT_REPLICAS_MAX: u64 = 16;
-/// Above it, a node that dies would take more acknowledgements with it than pacing does.
+/// With more, a node that dies would lose more acknowledgements than pacing delays.
 const ACK_LINGER_MAX_MS: u64 = 100;
-/// More would not fit beside a mailbox's other fields.
+/// More would not fit into a head besides its other fields.
 const DEVICES_MAX: u64 = 64;
-/// Bytes of a mailbox: the largest body has room, and sums of 32 bits do not wrap.
+/// Bounds of a mailbox's bytes: the largest body fits, and 32-bit sums do not wrap twice.
 const MAILBOX_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 30;
 
-/// Keys under `redis`. All roles of a cluster must agree on everything but the time-outs.
+/// Keys under `redis`. All roles of a cluster must agree on everything but the timeouts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RedisConfig {
@@ -27,65 +27,62 @@ pub struct RedisConfig {
     pub url: SecretUrl,
     /// Further nodes of a Redis Cluster, tried in turn to learn its masters.
     pub urls: Vec<SecretUrl>,
-    /// Whether it is a Redis Cluster.
+    /// Whether `url` is a node of a Redis Cluster.
     pub cluster: bool,
-    /// `rediss://`: the only authorities that are trusted, PEM, one or several; Mozilla's public ones if not
-    /// given. Read when a process starts.
+    /// `rediss://`: trusted authorities, one or several, PEM, read at start-up. Default: Mozilla's public ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// `rediss://`: the certificate that a process shows to Redis, with those that it was issued by, PEM.
+    /// `rediss://`: client certificate and its chain, PEM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate_file: Option<PathBuf>,
-    /// Its private key, PEM.
+    /// Private key of the client certificate, PEM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_file: Option<PathBuf>,
-    /// How many shards; fixed when a cluster is created, recorded in Redis, 1 to 16384.
+    /// Number of shards, 1 to 16384; fixed when a cluster is created, and recorded in Redis.
     pub shards: u32,
-    /// How long to wait for a connection, ms.
+    /// Timeout of a connection attempt, ms.
     pub connect_timeout_ms: u64,
-    /// How long to wait for an answer, ms; then the connection is dropped.
+    /// Timeout of a call, ms; the connection is dropped after it.
     pub response_timeout_ms: u64,
-    /// The name that Sentinels know the master by: `sentinels` say where it is, in place of the host
-    /// and port of `url`. Empty: there are no Sentinels.
+    /// Name of the master in Sentinel: `sentinels` are asked for its host and port, which replace those of `url`.
+    /// Empty: Sentinel is not used.
     pub sentinel_master: String,
-    /// Sentinels, asked in turn. Users and passwords in these URLs are theirs, and the same for all of them;
-    /// those of the master are in `url`.
+    /// Sentinels, asked in turn. User and password in these URLs are the Sentinels' own, the same for all; the master's
+    /// are in `url`.
     pub sentinels: Vec<SecretUrl>,
-    /// Replicas that must have a batch before it is confirmed (WAIT); 0: none. All that may be
-    /// promoted, else a promotion may still forget what is confirmed. Only purgers wait.
+    /// Replicas that must confirm an accepted batch (WAIT); 0: none. Count every replica that may be promoted, or a
+    /// promotion may still lose what was confirmed. Only purgers wait.
     pub wait_replicas: u32,
-    /// How long a batch waits for them, ms; below `response_timeout_ms`.
+    /// Timeout of this confirmation, ms; below `response_timeout_ms`.
     pub wait_timeout_ms: u64,
-    /// Entries that a mailbox keeps.
+    /// Maximum entries of a mailbox; the oldest are evicted.
     pub entries_max: u32,
-    /// Bytes that they have in all, headers and bodies as stored; the oldest are evicted, never the newest.
+    /// Maximum bytes of a mailbox, headers and bodies as stored; the oldest entries are evicted, never the newest.
     pub mailbox_bytes_max: u64,
-    /// How long it keeps them, seconds.
+    /// How long a mailbox keeps an entry, seconds.
     pub ttl_seconds: u64,
-    /// For how long after Redis was found to have forgotten something of a shard a mailbox that has dropped
-    /// nothing yet keeps what is acknowledged, seconds, at most a day; 0: not at all. Other devices of its user
-    /// may be forgotten, too: all that are connected are known again when
-    /// `sync.confirm_interval_seconds` have passed, so longer than that.
+    /// How long after a shard was found to have lost data its new mailboxes keep acknowledged entries, seconds, at
+    /// most a day; 0: they do not. Redis may have lost other devices of the user as well. All connected ones are known
+    /// again after `sync.confirm_interval_seconds`, so this should be longer.
     pub keep_after_loss_seconds: u64,
-    /// Devices that a mailbox knows; the one that is offline and unused for longest is forgotten.
+    /// Maximum known devices of a mailbox; the offline device that was unused for longest is forgotten.
     pub devices_max: u32,
-    /// Messages of one Kafka partition for one shard in one accept call.
+    /// Maximum messages of one Kafka partition for one shard in one accept call.
     pub accept_batch_max: usize,
     /// First wait for an acknowledgement before a re-send, ms; doubles with each.
     pub retry_base_ms: u64,
-    /// Longest wait between re-sends, ms.
+    /// Maximum wait between re-sends, ms.
     pub retry_max_ms: u64,
-    /// Share by which each wait may be longer or shorter, 0 to 1.
+    /// Random variation of each wait: ± this share of it, 0 to 1.
     pub retry_jitter: f64,
-    /// Single calls (connect, ack, …) that one script call may carry.
+    /// Maximum single calls (connect, ack, …) in one script call.
     pub batch_max: usize,
-    /// How long an acknowledgement waits for others of its node that share its script call, ms; 0: not
-    /// at all; at most 100. Nobody waits for its answer.
+    /// How long an acknowledgement waits for others of its node to share a script call, ms, 0 to 100. Nothing waits for
+    /// its outcome.
     pub ack_linger_ms: u64,
-    /// Script calls of one kind in flight to one master.
+    /// Maximum script calls of one kind in flight to one master.
     pub window: usize,
-    /// Single calls that wait for one master, per kind; more of them wait outside, up to the
-    /// response time-out.
+    /// Maximum queued single calls of one kind to one master; callers beyond it wait, up to `response_timeout_ms`.
     pub queue_max: usize,
 }
 
@@ -122,7 +119,7 @@ impl Default for RedisConfig {
     }
 }
 
-/// Waits for Redis, ms.
+/// Maximum of a timeout, ms.
 const WAIT_MS_MAX: u64 = HOUR_MS / 6;
 
 impl Bounded for RedisConfig {
@@ -151,10 +148,10 @@ impl Bounded for RedisConfig {
 }
 
 impl RedisConfig {
-    /// What must hold before anything starts.
+    /// Checks all keys and files.
     ///
     /// # Errors
-    /// A key out of its range; names it.
+    /// Returns an error that names the first invalid key.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("redis.", self)?;
         self.check_urls()?;
@@ -163,14 +160,14 @@ impl RedisConfig {
         self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
     }
 
-    /// Errors name the key and show no URL: it may hold a password.
+    /// Errors name the key without its URL, which may contain a password.
     fn check_urls(&self) -> Result<(), String> {
         let nodes = self.urls.iter().map(|url| ("redis.urls", url));
         let sentinels = self.sentinels.iter().map(|url| ("redis.sentinels", url));
         for (key, url) in std::iter::once(("redis.url", &self.url)).chain(nodes).chain(sentinels) {
             if url.expose().into_connection_info().is_err() {
                 return Err(format!(
-                    "{key} is not a URL of Redis; write redis://[user:password@]host:port[/db], rediss:// for \
+                    "{key} is not a Redis URL; write redis://[user:password@]host:port[/db], rediss:// for \
                      TLS, or redis+unix:///path"
                 ));
             }
@@ -205,7 +202,7 @@ impl RedisConfig {
         }
     }
 
-    /// Whether its masters may be others than those that are configured.
+    /// Whether other servers than those configured may become masters.
     pub(crate) fn may_move(&self) -> bool {
         self.cluster || !self.sentinel_master.is_empty()
     }
@@ -213,7 +210,7 @@ impl RedisConfig {
     /// The number of shards.
     ///
     /// # Errors
-    /// Out of range.
+    /// Returns an error if it is out of range.
     pub fn shard_count(&self) -> Result<ShardCount, InvalidShardCount> {
         ShardCount::new(self.shards)
     }
@@ -221,7 +218,7 @@ impl RedisConfig {
     /// The backoff between re-sends.
     ///
     /// # Errors
-    /// The settings contradict each other.
+    /// Returns an error if the settings contradict each other.
     pub fn retry(&self) -> Result<Backoff, InvalidBackoff> {
         Backoff::new(
             Duration::from_millis(self.retry_base_ms),

@@ -1,4 +1,4 @@
-//! Keys, arguments and answers that several scripts have in common.
+//! Keys, arguments and replies that several scripts share.
 
 use barid_core::limits::TTL_SECONDS_MAX;
 use barid_core::{
@@ -11,7 +11,7 @@ use crate::reply::Reply;
 use crate::scripts::Call;
 use crate::{Error, RedisConfig, UserKey, keys};
 
-/// A random epoch for a mailbox that has no head: below 2^53, not 0.
+/// A random epoch for a new mailbox: 1 to 2^53 - 1.
 pub(crate) fn epoch_candidate() -> u64 {
     (rand::random::<u64>() >> 11).max(1)
 }
@@ -36,18 +36,18 @@ pub(crate) fn ttl_ms(config: &RedisConfig) -> u64 {
     config.ttl_seconds.min(TTL_SECONDS_MAX) * 1000
 }
 
-/// An entry as devices are sent it; Redis holds its two parts apart, and more behind the header.
+/// An entry as it is sent to devices. Redis stores header and body apart, with more bytes behind the header.
 pub(crate) fn entry(header: &[u8], body: &[u8]) -> Bytes {
     let header = header.get(..envelope::HEADER_BYTES).unwrap_or(header);
     [header, body].concat().into()
 }
 
-/// A number as the scripts take it: they hold whole numbers to 2^53.
+/// Clamps a number to what scripts can hold, 2^53.
 pub(crate) fn number(value: u64) -> u64 {
     value.min(1 << 53)
 }
 
-/// Three elements: node, incarnation, connection.
+/// Reads three elements: node (may be empty), incarnation, connection.
 pub(crate) fn read_session(reply: &mut Reply) -> Result<Option<SessionRef>, Error> {
     let node = reply.text()?;
     let (incarnation, connection) = (reply.number()?, reply.number()?);
@@ -66,12 +66,12 @@ pub(crate) fn read_epoch(reply: &mut Reply) -> Result<Epoch, Error> {
     reply.number().map(Epoch)
 }
 
-/// Time to live, first backoff, jitter.
+/// Adds time to live, first backoff and jitter.
 pub(crate) fn retry_args(config: &RedisConfig, call: &mut Call) {
     call.arg(ttl_ms(config)).arg(config.retry_base_ms).arg(config.retry_jitter);
 }
 
-/// Four elements: epoch, generation, seq, chain.
+/// Reads four elements: epoch, generation, seq, chain.
 pub(crate) fn read_position(reply: &mut Reply) -> Result<Position, Error> {
     Ok(Position {
         epoch: read_epoch(reply)?,

@@ -1,42 +1,42 @@
-//! How calls to Redis fail.
+//! Errors of calls to Redis.
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
-/// A call did not come through. Nothing is known of its effect unless it says so.
+/// A call failed. Whether it had an effect is unknown, unless stated otherwise.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// Redis, or the master of this shard, cannot be reached or does not answer in time.
+    /// Redis, or the master of this shard, cannot be reached or does not answer in time. Try again.
     #[error("redis is away: {0}")]
     Away(String),
-    /// Redis is full (OOM): only accept is refused so.
+    /// Redis has reached its memory limit (OOM). Only accept fails with it.
     #[error("redis is full: {0}")]
     Full(String),
-    /// The master executed the call, and too few replicas have confirmed it so far: nothing counts.
+    /// The master executed the call, but too few replicas confirmed it in time: it does not count as done.
     #[error("redis: {have} of {want} replicas have confirmed")]
     Unreplicated {
-        /// So many have.
+        /// Replicas that have confirmed.
         have: u32,
-        /// So many should.
+        /// Replicas that must confirm.
         want: u32,
     },
-    /// Redis answered something that no script answers: a bug, or another program writes there.
+    /// Redis returned a reply that no script returns: a bug, or another program writes to this Redis.
     #[error("redis answered unexpectedly: {0}")]
     Unexpected(String),
-    /// A newer version has marked what it keeps of this user so that this version must not touch it:
-    /// nothing was written. Wait, and ask again: this process is about to be upgraded.
+    /// A newer version has marked this user's mailbox as critical, so nothing was written. Try again: this process is
+    /// about to be upgraded.
     #[error("{0}")]
     Newer(String),
-    /// Start-up refused this Redis (it evicts, or it belongs to a cluster with another shard count).
+    /// This Redis or its configuration cannot be used, for example because it evicts or has another shard count.
     #[error("this redis cannot be used: {0}")]
     Unusable(String),
 }
 
 impl Error {
-    /// What [`Self::kind`] may be.
+    /// All values of [`Self::kind`].
     pub(crate) const KINDS: [&str; 6] =
         ["away", "full", "newer", "unreplicated", "unexpected", "unusable"];
 
-    /// A stable word for metrics.
+    /// The value of the metrics' label `kind`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Away(_) => "away",
@@ -48,19 +48,17 @@ impl Error {
         }
     }
 
-    /// Whether it is worth waiting: Redis may come, or come back.
+    /// Whether Redis may become available later.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Away(_))
     }
 
-    /// What the answer 'U' of a script means.
+    /// The error of a script's reply 'U'.
     pub(crate) fn newer() -> Self {
-        Self::Newer(
-            "a newer version keeps what this one does not know: upgrade this process".into(),
-        )
+        Self::Newer("a newer version wrote this mailbox: upgrade this process".into())
     }
 
-    /// What an item's error inside a script means.
+    /// The error of a script's reply 'E'.
     pub(crate) fn of_item(text: &[u8]) -> Self {
         let text = String::from_utf8_lossy(text).into_owned();
         if text.contains("OOM ") { Self::Full(text) } else { Self::Unexpected(text) }

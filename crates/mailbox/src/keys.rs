@@ -1,4 +1,4 @@
-//! The names of keys. The hash tag is the shard, so everything about a user is in one slot.
+//! Names of keys. The hash tag is the shard, so everything about a user is in one hash slot.
 
 use barid_core::{AppId, Shard, UserId};
 
@@ -7,7 +7,7 @@ use crate::UserKey;
 /// Shard count and schema version.
 pub(crate) const META: &str = "barid:meta";
 
-/// Ids of nodes, where processes of layout 2 have them.
+/// Node ids of processes with layout 2.
 pub(crate) const NODES_OF_LAYOUT_2: &str = "barid:nodes";
 
 /// A node's lease.
@@ -15,7 +15,7 @@ pub(crate) fn node(id: &str) -> String {
     format!("barid:node:{id}")
 }
 
-/// Copies of all leases beside a shard: whichever masters answer, some of these do.
+/// Copies of all leases beside a shard: some can be read as long as any master answers.
 pub(crate) fn copies(shard: Shard) -> String {
     format!("{{{shard}}}:n")
 }
@@ -47,7 +47,7 @@ pub(crate) fn parse_routes(key: &[u8]) -> Option<UserKey> {
     Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
 }
 
-/// A user in the timers: NUL is in no name, `:` is in no app.
+/// A user as a member of the timers. Names contain no NUL.
 pub(crate) fn member(app: &AppId, user: &UserId) -> String {
     format!("{app}\0{user}")
 }
@@ -58,8 +58,8 @@ pub(crate) fn parse_member(member: &str) -> Option<UserKey> {
     Some(UserKey { app: AppId::new(app).ok()?, user: UserId::new(user).ok()? })
 }
 
-/// The channel on which a node says that its lease was taken, given up, or is draining; the message
-/// is its role.
+/// The channel on which nodes announce that their lease was taken or released, or that they drain. The message is the
+/// node's role.
 pub const NODES_CHANGED: &str = "barid:nodes:changed";
 
 #[cfg(test)]

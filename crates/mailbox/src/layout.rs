@@ -1,14 +1,14 @@
-//! Reads what the scripts write: a mailbox's head (scripts/lib.lua), for inspection, and routes.
+//! Parses what the scripts write: a mailbox's head (layout in scripts/lib/mailbox.lua), for inspection, and routes.
 
 use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef};
 use bytes::Buf as _;
 
 use crate::Route;
 
-/// The layout of the keys, and the version that a state and a device begin with.
+/// Version of the layout of all keys; a state and a device begin with it.
 pub(crate) const LAYOUT: u32 = 3;
 
-/// The part of a mailbox's state that `barid inspect` shows.
+/// The part of a mailbox's state that an inspection contains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct State {
     pub epoch: u64,
@@ -16,7 +16,7 @@ pub(crate) struct State {
     pub newest: u64,
 }
 
-/// A device.
+/// A device's stored state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Device {
     pub seq: u64,
@@ -25,7 +25,7 @@ pub(crate) struct Device {
     pub due_ms: u64,
     pub attempt: u8,
     pub used_ms: u64,
-    /// How often in a row a re-send did not reach its node.
+    /// Re-sends in a row that did not reach its node.
     pub defers: u8,
 }
 
@@ -64,14 +64,13 @@ impl Device {
     }
 }
 
-/// The bytes behind the version and the flags. Flags and a tail do not change what is read here.
+/// The bytes after version and flags. Neither flags nor a tail affect what is parsed here.
 fn known(state: &[u8]) -> Option<&[u8]> {
     let (mark, state) = state.split_first_chunk::<2>()?;
     (u32::from(mark[0]) == LAYOUT).then_some(state)
 }
 
-/// A route as the scripts write it, but for what a newer version writes behind the platform; `None`:
-/// somebody else did.
+/// Parses a route as the scripts write it, without what a newer version appends after the platform. `None`: malformed.
 pub(crate) fn parse_route(device: &str, route: &str) -> Option<Route> {
     let mut parts = route.split(' ');
     let number = |text: Option<&str>| text?.parse::<u64>().ok();

@@ -1,9 +1,12 @@
-//! A node's lease: what makes its routes valid.
+//! A node's lease: its routes are valid while the lease is held.
 //!
 //! ```text
-//! Lease ── Keeper (its task) ── places: writing it everywhere ── record: how it is written
-//!             └─ Life: the state machine     events: what the owner hears     copies: reading it
+//! Lease ── Keeper (its task) ── places: writes it everywhere ── record: encodes it
+//!             └─ Life: state machine     events: for the owner     copies: reads it
 //! ```
+//!
+//! A life is what an incarnation number identifies: a node from its first write of a lease to a restart, or to a lapse
+//! that is too long.
 
 mod config;
 mod confirming;
@@ -35,10 +38,10 @@ use self::life::Life;
 pub use self::node::{NodeRecord, NodeRole, check_text};
 use crate::{Error, Mailbox};
 
-/// How long the routes of a node that is gone are kept, unless told otherwise.
+/// How long the routes of a node that is gone are kept by default.
 const VOID_AFTER: Duration = Duration::from_secs(600);
 
-/// A lease that renews itself until it is released or dropped (then it ends by itself).
+/// A lease that renews itself until it is released. If it is dropped instead, it expires.
 pub struct Lease {
     orders: mpsc::Sender<Order>,
     wanted: watch::Sender<NodeRecord>,
@@ -48,11 +51,11 @@ pub struct Lease {
 }
 
 impl LeaseConfig {
-    /// Takes the lease and renews it every third of `ttl`. The incarnation that it stands under may be
-    /// higher than `record` says: another life of this name was ahead ([`Lease::record`]).
+    /// Takes the lease, and renews it every third of `ttl`. Its incarnation may be higher than in `record`, if a
+    /// higher one of this name is found ([`Lease::record`]).
     ///
     /// # Errors
-    /// [`Error::Away`]: nothing is taken.
+    /// Returns [`Error::Away`] if the lease could not be written anywhere.
     pub async fn acquire(&self, mailbox: &Mailbox, record: NodeRecord) -> Result<Lease, Error> {
         Lease::acquire_with(mailbox, record, self.ttl, self.void_after).await
     }
@@ -62,7 +65,7 @@ impl Lease {
     /// As [`LeaseConfig::acquire`], with this `ttl` and routes that are kept for ten minutes.
     ///
     /// # Errors
-    /// [`Error::Away`]: nothing is taken.
+    /// Returns [`Error::Away`] if the lease could not be written anywhere.
     pub async fn acquire(
         mailbox: &Mailbox,
         record: NodeRecord,
@@ -92,13 +95,13 @@ impl Lease {
         };
         keeper.acquire().await?;
         keeper.life.begin_work();
-        // What happened so far is what was asked for.
+        // The events so far are those of acquiring it.
         happened.clear();
         let task = tokio::spawn(keeper.run(inbox, reconnections));
         Ok(Self { orders, wanted, happened, reported, task })
     }
 
-    /// Adds the condition `lease` to `health`: it holds while this lease is renewed in time.
+    /// Adds the condition `lease` to `health`, which is ready while this lease is renewed in time.
     pub fn report_to(&self, health: &Health, ttl: Duration) {
         let condition = health.lapsing("lease", "renewal", ttl);
         condition.ready();
@@ -106,35 +109,35 @@ impl Lease {
         let _first = self.reported.set(condition);
     }
 
-    /// The record as it is (to be) published.
+    /// The current record, which is published with the next write.
     pub fn record(&self) -> NodeRecord {
         self.wanted.borrow().clone()
     }
 
-    /// Publishes how many sessions there are, with the next renewal.
+    /// Publishes the number of sessions with the next renewal.
     pub fn set_load(&self, load: u64) {
         self.wanted.send_modify(|record| record.load = load);
     }
 
-    /// Publishes at once that the node is leaving.
+    /// Publishes at once that the node drains.
     pub fn set_draining(&self) {
         self.wanted.send_modify(|record| record.draining = true);
         self.order(Order::Publish);
     }
 
-    /// Publishes at once that no route of a life before this one is good any longer.
+    /// Publishes at once that all routes of earlier incarnations are void.
     pub fn set_confirmed(&self, incarnation: Incarnation) {
         if self.wanted.send_if_modified(|record| record.set_confirmed(incarnation)) {
             self.order(Order::Publish);
         }
     }
 
-    /// The next thing that happened. Cancel-safe.
+    /// Waits for the next event. Cancel-safe.
     pub async fn next_event(&mut self) -> LeaseEvent {
         self.happened.next().await
     }
 
-    /// Gives it up. Where Redis is away it ends by itself.
+    /// Releases the lease. Where Redis cannot be reached, it expires.
     pub async fn release(mut self) {
         if self.orders.send(Order::Release).await.is_ok() {
             let _cancelled = (&mut self.task).await;
@@ -142,7 +145,7 @@ impl Lease {
     }
 
     fn order(&self, order: Order) {
-        // A full queue means that the keeper has the same to do already.
+        // If the queue is full, the keeper is about to publish anyway.
         let _full = self.orders.try_send(order);
     }
 }

@@ -1,17 +1,17 @@
-//! Redis: mailboxes, routes, retry timers, leases. Every change of a user's state is one atomic
-//! script on one hash slot; callers never see a key.
+//! Redis: mailboxes, routes, retry timers, leases. Every change of a user's state is one atomic script on one hash
+//! slot. Callers never see a key.
 //!
 //! ```text
 //! Mailbox · Lease · NodeTable · TrackedRoutes     what other crates use
-//! calls/*                                         many items in one call: accept, fire, defer, inspect
+//! calls/*                                         calls with many items: accept, fire, defer, inspect
 //! Topology: shard -> Lane                         a master's Link, and a queue for each operation
 //! operations/* · Batcher                          single items: connect, confirm, read, ack, disconnect
 //! Link                                            one connection to one master
-//! encoding · reply · scripts · keys               what goes over it; scripts/*.lua say what Redis does with it
+//! encoding · reply · scripts · keys               requests and replies; scripts/*.lua is what Redis executes
 //! ```
 //!
 //! Each file stands above those that it uses. `TrackedRoutes` has connections of its own, on which Redis reports
-//! changes; `announcements` hears of changed leases at once.
+//! changes; `announcements` subscribes to changes of leases.
 
 mod announcements;
 mod batcher;

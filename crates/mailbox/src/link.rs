@@ -1,4 +1,4 @@
-//! One connection to one Redis node, made again whenever it breaks.
+//! One connection to one Redis node, re-established whenever it breaks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,24 +13,24 @@ use crate::redis_clock::RedisClock;
 use crate::scripts::{Call, Script};
 use crate::{Error, RedisConfig, keys};
 
-/// A new connection asks for the time so often: the fastest answer tells it best.
+/// How often a new connection reads the time: the fastest answer is the most precise.
 const FIRST_TIMES: usize = 8;
-/// After a failed attempt to connect, calls fail at once for so long.
+/// How long calls fail at once after a failed attempt to connect.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
-/// A node of Redis: its address, its connection while there is one, its time.
+/// A Redis node: its address, its connection if there is one, and its clock.
 pub(crate) struct Link {
     client: Client,
     shards: u32,
     connect_timeout: Duration,
     response_timeout: Duration,
     live: RwLock<Option<Live>>,
-    /// One attempt at a time; when the last one failed, and how.
+    /// Held during an attempt to connect; when the last one failed, and why.
     attempt: tokio::sync::Mutex<Option<(Instant, Error)>>,
     clock: RedisClock,
-    /// Whether a connection records shard count and layout where nobody has: not before it is known
-    /// that no process of another layout is at work.
-    founds: AtomicBool,
+    /// Whether new connections record shard count and layout in an empty Redis. Not before it is known that no process
+    /// of another layout is running.
+    records_meta: AtomicBool,
     on_connect: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -41,12 +41,12 @@ struct Live {
 }
 
 impl Link {
-    /// A link to `client`'s node; nothing is connected yet. `founds`: as after [`Self::found`].
-    /// `on_connect` hears of each connection.
+    /// A link to `client`'s node, not connected yet. `records_meta`: as after [`Self::record_meta`]. `on_connect` is
+    /// called for each connection.
     pub fn new(
         client: Client,
         config: &RedisConfig,
-        founds: bool,
+        records_meta: bool,
         on_connect: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -57,16 +57,16 @@ impl Link {
             live: RwLock::new(None),
             attempt: tokio::sync::Mutex::new(None),
             clock: RedisClock::new(),
-            founds: AtomicBool::new(founds),
+            records_meta: AtomicBool::new(records_meta),
             on_connect: Box::new(on_connect),
         })
     }
 
-    /// Runs a script; loads it first where this node does not know it.
+    /// Runs a script, and loads it first if this node does not have it.
     pub async fn run(&self, script: &Script, call: &Call) -> Result<Value, RedisError> {
         let cmd = script.command(call);
         match self.send(&cmd).await {
-            Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+            Err(error) if is_no_script(&error) => {
                 self.send(&script.load()).await?;
                 self.send(&cmd).await
             }
@@ -74,7 +74,7 @@ impl Link {
         }
     }
 
-    /// Sends one command. A connection that fails or does not answer in time is dropped.
+    /// Sends one command. Drops a connection that fails or does not answer in time.
     pub async fn send(&self, cmd: &Cmd) -> Result<Value, RedisError> {
         let mut live = self.live().await?;
         let sent = live.connection.send_packed_command(cmd).await;
@@ -87,41 +87,40 @@ impl Link {
         sent
     }
 
-    /// Runs calls of a script, and behind them WAIT, in one pipeline: what follows on another
-    /// connection would not wait for them, and on one that was made anew it would answer at once. What
-    /// failed or was redirected was not executed, so WAIT says nothing of it; a connection that breaks
-    /// fails all of them.
+    /// Runs calls of a script and then WAIT, in one pipeline: on another connection WAIT would not cover these calls,
+    /// and on a new one it would answer at once. WAIT says nothing of a call that failed or was redirected, which was
+    /// not executed. A connection that breaks fails all calls.
     pub async fn run_replicated(
         &self,
         script: &Script,
         calls: &[&Call],
         replicas: u32,
         timeout_ms: u64,
-    ) -> Vec<Result<Value, RedisError>> {
-        let mut results = self.round(script, calls, replicas, timeout_ms).await;
-        let unknown = |result: &Result<Value, RedisError>| matches!(result, Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::NoScript));
-        let again: Vec<usize> = (0..calls.len()).filter(|i| unknown(&results[*i])).collect();
+    ) -> Vec<Result<Value, ReplicatedError>> {
+        let mut results = self.run_and_wait(script, calls, replicas, timeout_ms).await;
+        let not_loaded = |result: &Result<_, _>| matches!(result, Err(ReplicatedError::Call(e)) if is_no_script(e));
+        let again: Vec<usize> = (0..calls.len()).filter(|i| not_loaded(&results[*i])).collect();
         if !again.is_empty() && self.send(&script.load()).await.is_ok() {
             let calls: Vec<&Call> = again.iter().map(|index| calls[*index]).collect();
-            let second = self.round(script, &calls, replicas, timeout_ms).await;
+            let second = self.run_and_wait(script, &calls, replicas, timeout_ms).await;
             again.into_iter().zip(second).for_each(|(index, result)| results[index] = result);
         }
         results
     }
 
-    async fn round(
+    async fn run_and_wait(
         &self,
         script: &Script,
         calls: &[&Call],
         replicas: u32,
         timeout_ms: u64,
-    ) -> Vec<Result<Value, RedisError>> {
+    ) -> Vec<Result<Value, ReplicatedError>> {
         let mut pipeline = redis::Pipeline::with_capacity(calls.len() + 1);
         for call in calls {
             pipeline.add_command(script.command(call));
         }
         pipeline.cmd("WAIT").arg(replicas).arg(timeout_ms);
-        let failed = |error: RedisError| calls.iter().map(|_| Err(error.clone())).collect();
+        let failed = |error: RedisError| calls.iter().map(|_| Err(error.clone().into())).collect();
         let mut live = match self.live().await {
             Ok(live) => live,
             Err(error) => return failed(error),
@@ -129,32 +128,39 @@ impl Link {
         let sent = live.connection.send_packed_commands(&pipeline, 0, calls.len() + 1).await;
         let mut answers = match sent {
             Ok(answers) if answers.len() == calls.len() + 1 => answers,
-            // Whatever came back, it is not known which call it belongs to.
+            // Whatever was answered, it is unknown to which call it belongs.
             sent => {
                 self.drop_connection(live.number);
-                let other = || RedisError::from((ErrorKind::Io, "WAIT", "another answer".into()));
-                return failed(sent.err().unwrap_or_else(other));
+                return failed(
+                    sent.err().unwrap_or_else(|| malformed_wait("another number of answers")),
+                );
             }
         };
         let have = match answers.pop().map(Value::extract_error) {
             Some(Ok(Value::Int(have))) => Ok(u32::try_from(have).unwrap_or(0)),
             Some(Err(error)) => Err(error),
-            _ => Err(RedisError::from((ErrorKind::Io, "WAIT", "no number".into()))),
+            _ => Err(malformed_wait("not a number")),
         };
-        let mut results: Vec<_> = answers.into_iter().map(Value::extract_error).collect();
-        for result in &mut results {
-            match (&result, &have) {
-                (Ok(_), Ok(have)) if *have < replicas => *result = Err(unreplicated(*have)),
-                (Ok(_), Err(error)) => *result = Err(error.clone()),
-                // What was refused tells why, whatever WAIT says: a former master answers both with errors.
-                (Err(error), _) if breaks_connection(error) => self.drop_connection(live.number),
-                _ => {}
-            }
-        }
-        results
+        answers
+            .into_iter()
+            .map(|answer| match (answer.extract_error(), &have) {
+                (Ok(_), Ok(have)) if *have < replicas => {
+                    Err(ReplicatedError::TooFew { have: *have })
+                }
+                (Ok(_), Err(error)) => Err(error.clone().into()),
+                (Ok(value), Ok(_)) => Ok(value),
+                // The call's own error, whatever WAIT says: a former master answers both with errors.
+                (Err(error), _) => {
+                    if breaks_connection(&error) {
+                        self.drop_connection(live.number);
+                    }
+                    Err(error.into())
+                }
+            })
+            .collect()
     }
 
-    /// How many replicas are connected to this node.
+    /// Number of replicas connected to this node.
     pub async fn replicas(&self) -> Result<u32, Error> {
         let role = self.send(&redis::cmd("ROLE")).await?;
         let (_, _, replicas): (String, u64, Vec<Value>) =
@@ -162,11 +168,11 @@ impl Link {
         Ok(u32::try_from(replicas.len()).unwrap_or(u32::MAX))
     }
 
-    /// Warns of a setting that stops more than accepting when a replica is away.
+    /// Warns if `min-replicas-to-write` is set, which refuses more than accept while a replica is away.
     pub async fn warn_of_min_replicas(&self) {
         let mut get = redis::cmd("CONFIG");
         get.arg("GET").arg("min-replicas-to-write");
-        // Some do not let CONFIG be read.
+        // Some servers do not allow CONFIG.
         let Ok(value) = self.send(&get).await else { return };
         let Ok(pairs) = redis::from_redis_value::<std::collections::HashMap<String, String>>(value)
         else {
@@ -176,13 +182,13 @@ impl Link {
         if min != "0" {
             tracing::warn!(
                 min,
-                "min-replicas-to-write is set: with a replica away this redis refuses \
-                 acknowledgements and connects as well; redis.wait_replicas holds up accepting alone"
+                "min-replicas-to-write is set: while a replica is away, redis refuses acknowledgements and connects \
+                 too; redis.wait_replicas delays only accept"
             );
         }
     }
 
-    /// Answers when the node does, with its time: a process that runs no scripts learns it from here.
+    /// Waits for an answer of the node. Also observes its time, for processes that run no scripts.
     pub async fn ping(&self) -> Result<(), Error> {
         let sent = Instant::now();
         let time = self.send(&redis::cmd("TIME")).await?;
@@ -197,7 +203,7 @@ impl Link {
         Ok(())
     }
 
-    /// Where it connects to.
+    /// The client that connects to this node.
     pub fn client(&self) -> &Client {
         &self.client
     }
@@ -207,10 +213,9 @@ impl Link {
         &self.clock
     }
 
-    /// From now on its connections record shard count and layout where nobody has; this one does at
-    /// once, if there is one.
-    pub async fn found(&self) -> Result<(), Error> {
-        self.founds.store(true, Ordering::Relaxed);
+    /// From now on, connections record shard count and layout in an empty Redis; the current one does so at once.
+    pub async fn record_meta(&self) -> Result<(), Error> {
+        self.records_meta.store(true, Ordering::Relaxed);
         let live = self.live.read().clone();
         match live {
             Some(mut live) => check_meta(&mut live.connection, self.shards, true).await,
@@ -218,7 +223,7 @@ impl Link {
         }
     }
 
-    /// As at each new connection: shard count and layout are what the cluster was set up with.
+    /// Checks shard count and layout, as at each new connection.
     pub async fn check_meta(&self) -> Result<(), Error> {
         let mut live = self.live().await?;
         check_meta(&mut live.connection, self.shards, true).await
@@ -259,7 +264,7 @@ impl Link {
             }
             Err(error) => {
                 let refusal = refused(&error);
-                tracing::warn!(%error, "redis refused a connection");
+                tracing::warn!(%error, "connecting to redis failed");
                 *attempt = Some((Instant::now(), error));
                 Err(refusal)
             }
@@ -273,8 +278,8 @@ impl Link {
         let mut connection =
             self.client.get_multiplexed_async_connection_with_config(&config).await?;
         check_node(&mut connection).await?;
-        let founds = self.founds.load(Ordering::Relaxed);
-        check_meta(&mut connection, self.shards, founds).await?;
+        let records_meta = self.records_meta.load(Ordering::Relaxed);
+        check_meta(&mut connection, self.shards, records_meta).await?;
         self.clock.reset();
         for _ in 0..FIRST_TIMES {
             let sent = Instant::now();
@@ -285,7 +290,7 @@ impl Link {
     }
 }
 
-/// An [`Error`] on its way through a function that fails with a [`RedisError`].
+/// Converts an [`Error`] for a function that fails with a [`RedisError`].
 fn refused(error: &Error) -> RedisError {
     let kind = match error {
         Error::Unusable(_) => ErrorKind::InvalidClientConfig,
@@ -294,17 +299,23 @@ fn refused(error: &Error) -> RedisError {
     RedisError::from((kind, "not connected", error.to_string()))
 }
 
-/// Marks an [`Error::Unreplicated`] on its way through a function that fails with a [`RedisError`].
-const UNREPLICATED: &str = "too few replicas have confirmed";
-
-fn unreplicated(have: u32) -> RedisError {
-    RedisError::from((ErrorKind::Client, UNREPLICATED, have.to_string()))
+/// Why a call that waits for replicas does not count.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReplicatedError {
+    /// The call or WAIT failed.
+    #[error(transparent)]
+    Call(#[from] RedisError),
+    /// The master executed it, and too few replicas have confirmed it.
+    #[error("{have} replicas have confirmed")]
+    TooFew { have: u32 },
 }
 
-/// How many replicas had confirmed, where that was too few.
-pub(crate) fn replicas_of(error: &RedisError) -> Option<u32> {
-    let text = error.to_string();
-    text.contains(UNREPLICATED).then(|| error.detail()?.parse().ok()).flatten()
+fn malformed_wait(why: &str) -> RedisError {
+    RedisError::from((ErrorKind::Io, "malformed answer to WAIT", why.into()))
+}
+
+fn is_no_script(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
 fn breaks_connection(error: &RedisError) -> bool {
@@ -313,58 +324,58 @@ fn breaks_connection(error: &RedisError) -> bool {
         || error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
 }
 
-/// It must be a master, and must not evict: an evicted head is a lost mailbox.
+/// Checks that the node is a master and does not evict: an evicted head is a lost mailbox.
 async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error> {
     let info: String = redis::cmd("INFO").query_async(connection).await?;
     let field = |name: &str| {
         info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or("")
     };
     if field("role") != "master" {
-        return Err(Error::Away(format!("it is a {}, not a master", field("role"))));
+        return Err(Error::Away(format!("the node is a {}, not a master", field("role"))));
     }
     let (limit, policy) = (field("maxmemory"), field("maxmemory_policy"));
     if limit != "0" && policy != "noeviction" {
         return Err(Error::Unusable(format!(
-            "maxmemory-policy is {policy}: it would evict mailboxes; set it to noeviction"
+            "maxmemory-policy is {policy}, which evicts mailboxes; set it to noeviction"
         )));
     }
     Ok(())
 }
 
-/// Shard count and layout are what the cluster was created with; recorded by whoever comes first and
-/// `founds`.
+/// Checks that the recorded shard count and layout are this process's. `records_meta`: records them if they are
+/// missing.
 async fn check_meta(
     connection: &mut MultiplexedConnection,
     shards: u32,
-    founds: bool,
+    records_meta: bool,
 ) -> Result<(), Error> {
-    match meta(connection, shards, founds).await {
+    match meta(connection, shards, records_meta).await {
         Ok(None) => Ok(()),
         Ok(Some((recorded, LAYOUT))) if recorded == shards => Ok(()),
         Ok(Some((recorded, LAYOUT))) => Err(Error::Unusable(format!(
-            "it was set up with {recorded} shards, the configuration says {shards}"
+            "it was set up with {recorded} shards, but redis.shards is {shards}"
         ))),
         Ok(Some((_, layout))) => Err(Error::Unusable(format!(
-            "its keys have layout {layout}, this program knows layout {LAYOUT}"
+            "its keys have layout {layout}, but this program uses layout {LAYOUT}"
         ))),
-        // In a Redis Cluster another master holds it, and its link checks it.
+        // In a Redis Cluster another master has this key, and its link checks it.
         Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::Moved) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
 
-/// Shard count and layout; `None`: nobody has recorded them.
+/// The recorded shard count and layout; `None`: they are missing.
 async fn meta(
     connection: &mut MultiplexedConnection,
     shards: u32,
-    founds: bool,
+    records_meta: bool,
 ) -> Result<Option<(u32, u32)>, RedisError> {
     let mut read = redis::cmd("HMGET");
     read.arg(keys::META).arg("shards").arg("schema");
     if let (Some(shards), Some(layout)) = read.query_async(connection).await? {
         return Ok(Some((shards, layout)));
     }
-    if !founds {
+    if !records_meta {
         return Ok(None);
     }
     for (field, value) in [("shards", shards), ("schema", LAYOUT)] {

@@ -1,4 +1,4 @@
-//! Everything that other crates ask of Redis.
+//! All calls to Redis that other crates make.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,127 +18,128 @@ use crate::{
     Inspection, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
-/// A client of the mailboxes in Redis, cheap to clone. Single calls are batched inside: those that wait are
-/// sent as soon as the call before is on its way. Every call ends within the response time-out.
+/// A client of the mailboxes in Redis. Cheap to clone. Single calls are batched: queued ones are sent as soon as the
+/// call before is on its way. Every call ends within the response timeout.
 #[derive(Clone)]
 pub struct Mailbox {
     topology: Arc<Topology>,
 }
 
 impl Mailbox {
-    /// Connects and checks that this Redis may be used. One mailbox a registry.
+    /// Connects and checks that this Redis can be used. A registry takes the metrics of one mailbox only.
     ///
     /// # Errors
-    /// [`Error::Unusable`]: the configuration is wrong, Redis evicts, or it was set up with another
-    /// shard count or key layout. [`Error::Away`]: it cannot be reached; try again.
+    /// Returns [`Error::Unusable`] if the configuration is invalid, or Redis evicts or was set up with another shard
+    /// count or layout; [`Error::Away`] if it cannot be reached.
     pub async fn open(config: &RedisConfig, registry: &Registry) -> Result<Self, Error> {
         config.check().map_err(Error::Unusable)?;
         let shards = config.shard_count().map_err(|e| Error::Unusable(e.to_string()))?;
         let metrics = Metrics::new()?;
         let topology = Topology::open(config.clone(), shards, metrics.clone()).await?;
         refuse_other_layouts(&topology).await?;
-        topology.found().await?;
+        topology.record_meta().await?;
         metrics.register(registry)?;
         Ok(Self { topology })
     }
 
-    /// How many shards there are.
+    /// The number of shards.
     pub fn shards(&self) -> ShardCount {
         self.topology.shards()
     }
 
-    /// Where a user lives.
+    /// The shard of a user.
     pub fn shard_of(&self, user: &UserKey) -> Shard {
         self.topology.shard_of(user)
     }
 
-    /// Where the mailbox of an app's group lives, or of everyone, by the name that frames call it.
+    /// The shard of an app's group, by its name in frames; also of the group of everyone.
     pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
         self.topology.shard_of_group(app, group)
     }
 
-    /// Which lane (master) a shard belongs to. One that is away stops its own shards only.
+    /// The lane of a shard: shards of one master share a lane, and a master that is away stops only its own.
     pub fn lane_of(&self, shard: Shard) -> usize {
         self.topology.lane_of(shard)
     }
 
-    /// How many lanes there are; in a Redis Cluster it may change.
+    /// The number of lanes; in a Redis Cluster it may change.
     pub fn lanes(&self) -> usize {
         self.topology.lanes()
     }
 
-    /// Appends messages to mailboxes: one result a group, in order. Groups of one shard keep their
-    /// order. An error says nothing of the effect: sent again, the group is told what was passed.
+    /// Appends messages to mailboxes; returns one result per group, in order. Groups of one shard keep their order.
+    /// After an error it is unknown whether the group was executed: send it again, and what was accepted is reported
+    /// as [`crate::AcceptOutcome::AcceptedBefore`].
     pub async fn accept(&self, groups: &[AcceptGroup]) -> Vec<Result<GroupOutcome, Error>> {
         calls::accept(&self.topology, groups).await
     }
 
-    /// A device said Hello. Executed before the response time-out, or not at all.
+    /// Connects a device that sent Hello. Executed before the response timeout, or not at all.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn connect(&self, request: ConnectRequest) -> Result<ConnectOutcome, Error> {
         let shard = self.shard_of(&request.user);
         let began = Instant::now();
         let outcome = self.topology.lane(shard).connect.call(request.clone(), shard).await?;
         let in_time = began.elapsed() < self.topology.config().response_timeout() / 2;
         if outcome == ConnectOutcome::TooLate && in_time {
-            // Redis's clock went ahead; its answer has told us.
+            // Redis's clock was set forward; its reply has corrected our estimate.
             return self.topology.lane(shard).connect.call(request, shard).await;
         }
         Ok(outcome)
     }
 
-    /// A session says that it lives.
+    /// Confirms that a session is alive, and restores its route.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn confirm(&self, request: ConfirmRequest) -> Result<ConfirmOutcome, Error> {
         let shard = self.shard_of(&request.user);
         self.topology.lane(shard).confirm.call(request, shard).await
     }
 
-    /// The entries after a position.
+    /// Reads the entries after a position.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn read(&self, request: ReadRequest) -> Result<Page, Error> {
         let shard = self.shard_of(&request.user);
         self.topology.lane(shard).read.call(request, shard).await
     }
 
-    /// A device has everything up to a position.
+    /// Acknowledges everything up to a position.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn ack(&self, request: AckRequest) -> Result<AckOutcome, Error> {
         let shard = self.shard_of(&request.user);
         self.topology.lane(shard).ack.call(request, shard).await
     }
 
-    /// The same, for which nobody waits: for `redis.ack_linger_ms` others may join its script call.
+    /// As [`Self::ack`], but may wait `redis.ack_linger_ms` for others to share the script call.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn ack_soon(&self, request: AckRequest) -> Result<AckOutcome, Error> {
         let shard = self.shard_of(&request.user);
         self.topology.lane(shard).ack.call_soon(request, shard).await
     }
 
-    /// A session is over: its route goes, if it is still its own.
+    /// Removes the route of an ended session, if the route still names it.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn disconnect(&self, request: DisconnectRequest) -> Result<(), Error> {
         let shard = self.shard_of(&request.user);
         self.topology.lane(shard).disconnect.call(request, shard).await
     }
 
-    /// Claims up to `max` due users of each call's shards; `shards` are of one lane. Those that are
-    /// not behind or have no route are dropped on the way.
+    /// Claims up to `max` due users of these shards, which are of one lane (in a Redis Cluster, up to `max` per shard).
+    /// Devices that have acknowledged everything or have no route are disarmed.
     ///
     /// # Errors
-    /// [`Error::Away`]; claims of shards that did answer are returned rather than an error.
+    /// Returns [`Error::Away`] if no user was claimed and a call failed.
     pub async fn fire(
         &self,
         shards: &[Shard],
@@ -148,7 +149,7 @@ impl Mailbox {
         self.fire_past(shards, max, retry, &[]).await
     }
 
-    /// As [`Self::fire`]; devices whose routes name one of these lives of nodes, which are gone, are put
+    /// As [`Self::fire`]; devices whose routes name one of these nodes, which are gone in this incarnation, are put
     /// off for the longest backoff.
     ///
     /// # Errors
@@ -163,10 +164,10 @@ impl Mailbox {
         calls::fire(&self.topology, shards, max, retry, gone).await
     }
 
-    /// Gives claims back, where nobody has moved the timer since. `retry` bounds the waits.
+    /// Defers claimed timers that have not moved since. `retry` bounds the waits.
     ///
     /// # Errors
-    /// [`Error::Away`]: the claims stand, and are due again at their claimed score.
+    /// Returns [`Error::Away`]: the claims stay, and are due again at their claimed score.
     pub async fn defer(
         &self,
         requests: &[DeferRequest],
@@ -176,34 +177,34 @@ impl Mailbox {
         calls::defer(&self.topology, requests, waits, retry).await
     }
 
-    /// A user's routes as they are in Redis, for a re-send.
+    /// Reads a user's routes from Redis, for a re-send.
     ///
     /// # Errors
-    /// [`Error::Away`].
+    /// Returns [`Error::Away`] if the shard's master does not answer.
     pub async fn read_routes(&self, user: &UserKey) -> Result<Vec<Route>, Error> {
         calls::read_routes(&self.topology, user).await
     }
 
-    /// Everything that Redis holds about a user, for people.
+    /// Reads everything that Redis holds about a user, for operators.
     ///
     /// # Errors
-    /// [`Error::Away`], [`Error::Unexpected`].
+    /// Returns [`Error::Away`] or [`Error::Unexpected`].
     pub async fn inspect(&self, user: &UserKey) -> Result<Inspection, Error> {
         calls::inspect(&self.topology, user).await
     }
 
-    /// Redis's time at a shard, ms since the Unix epoch, or a little less; `None` before its master
-    /// has answered anything. Machines' clocks differ; this one is shared by all.
+    /// The time of a shard's master, ms since the Unix epoch, or a little less; `None` before the master has answered.
+    /// All processes share this clock, while those of machines differ.
     pub fn redis_now_ms(&self, shard: Shard) -> Option<u64> {
         self.topology.link(shard).clock().at(Instant::now())
     }
 
-    /// The same clock for moments of messages: neither early nor late by intent, and finer.
+    /// The best estimate of the time of a shard's master, for measuring: neither early nor late on purpose, in µs.
     pub fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
         self.topology.redis_time(shard)
     }
 
-    /// Tells of every connection to Redis that is made from now on.
+    /// Reports every new connection to Redis from now on.
     pub fn reconnections(&self) -> broadcast::Receiver<Reconnected> {
         self.topology.reconnections()
     }
@@ -212,10 +213,10 @@ impl Mailbox {
         &self.topology
     }
 
-    /// Answers when every master does, for readiness.
+    /// Waits for an answer of every master, for readiness.
     ///
     /// # Errors
-    /// [`Error::Away`].
+    /// Returns [`Error::Away`] if a master does not answer, [`Error::Unreplicated`] if it has too few replicas.
     pub async fn ping(&self) -> Result<(), Error> {
         self.topology.ping().await
     }

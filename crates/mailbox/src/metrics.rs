@@ -21,16 +21,16 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// Not registered yet, so that opening a mailbox can be tried again.
+    /// Creates the metrics. They are registered later, so that opening a mailbox can be retried.
     ///
     /// # Errors
-    /// None, as long as the names and buckets make sense.
+    /// Returns an error if a name or a bucket is invalid.
     pub fn new() -> Result<Self, Error> {
         Self::create().map_err(|e| Error::Unusable(e.to_string()))
     }
 
     /// # Errors
-    /// The registry has metrics of these names already.
+    /// Returns an error if the registry already has these metrics.
     pub fn register(&self, registry: &Registry) -> Result<(), Error> {
         let all: [Box<dyn Collector>; 7] = [
             Box::new(self.seconds.clone()),
@@ -47,8 +47,11 @@ impl Metrics {
 
     fn create() -> prometheus::Result<Self> {
         let seconds = HistogramVec::new(
-            HistogramOpts::new("barid_mailbox_call_seconds", "Script calls, by script.")
-                .buckets(exponential_buckets(0.000_1, 2.5, 12)?),
+            HistogramOpts::new(
+                "barid_mailbox_call_seconds",
+                "Duration of script calls, by script.",
+            )
+            .buckets(exponential_buckets(0.000_1, 2.5, 12)?),
             &["script"],
         )?;
         let batch_items = HistogramVec::new(
@@ -61,14 +64,14 @@ impl Metrics {
             &["script", "kind"],
         )?;
         let lease_events = IntCounterVec::new(
-            Opts::new("barid_mailbox_lease_events_total", "What happened to this node's lease."),
+            Opts::new("barid_mailbox_lease_events_total", "Events of this node's lease, by event."),
             &["event"],
         )?;
         for event in ["taken", "lapsed", "was_gone", "forgot"] {
             drop(lease_events.with_label_values(&[event]));
         }
         let counter = |name: &str, help: &str| IntCounter::new(name, help);
-        // All of them are there from the start, as zeros.
+        // All label values exist from the start, as zeros.
         for script in scripts::TIMED.map(|script| script.name) {
             drop((seconds.with_label_values(&[script]), batch_items.with_label_values(&[script])));
             Error::KINDS.iter().for_each(|kind| drop(errors.with_label_values(&[script, kind])));
@@ -80,17 +83,17 @@ impl Metrics {
             connections: counter("barid_mailbox_connections_total", "Connections made to Redis.")?,
             evicted: counter(
                 "barid_mailbox_evicted_total",
-                "Entries that left a full or old mailbox before every device had them.",
+                "Entries evicted before every device had acknowledged them.",
             )?,
             gaps: counter(
                 "barid_mailbox_gaps_total",
-                "Accept groups that Redis refused because it lacks what came before.",
+                "Accept groups refused because an earlier one is missing.",
             )?,
             lease_events,
         })
     }
 
-    /// The timer of one script.
+    /// Counts a call's items; returns the histogram of its duration.
     pub fn timer(&self, script: &str, items: usize) -> Histogram {
         self.batch_items.with_label_values(&[script]).observe(items as f64);
         self.seconds.with_label_values(&[script])

@@ -1,5 +1,5 @@
-//! The operations that [`crate::batcher`] batches: what an item of each asks of its script, and how its answer
-//! reads. They stand below the topology, which has a queue for each of them in front of every master.
+//! The operations that [`crate::batcher`] batches: how an item is encoded for its script, and its reply decoded. The
+//! topology has a queue for each of them in front of every master.
 
 mod ack;
 mod sessions;

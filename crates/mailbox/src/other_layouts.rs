@@ -1,4 +1,4 @@
-//! Refuses a Redis in which processes of another layout work.
+//! Refuses a Redis that running processes use with another layout.
 
 use crate::layout::LAYOUT;
 use crate::lease::copies::copies;
@@ -8,12 +8,12 @@ use crate::{Error, keys};
 /// Role, address and layout of a node.
 type Lease = (Option<String>, Option<String>, Option<String>);
 
-/// A process of another layout would take what this one writes for corrupt, and delete it. Only
-/// those with a lease are seen; and only where their lease can be read.
+/// A process of another layout would consider this one's data corrupt and delete it. Detects only processes whose
+/// leases can be read.
 pub(crate) async fn refuse_other_layouts(topology: &Topology) -> Result<(), Error> {
     for shards in topology.shards_by_lane() {
         let Ok((now, copies)) = copies(topology, shards[0]).await else { continue };
-        let living = copies.into_iter().filter(|(_, copy)| !copy.given_up && copy.ends > now);
+        let living = copies.into_iter().filter(|(_, copy)| !copy.released && copy.ends > now);
         for (id, copy) in living {
             let layout = copy.layout.unwrap_or(LAYOUT);
             if layout != LAYOUT {
@@ -31,7 +31,7 @@ pub(crate) async fn refuse_other_layouts(topology: &Topology) -> Result<(), Erro
         let lease: Lease = match topology.query_on(&key, &get).await {
             Ok(lease) => lease,
             Err(error) => {
-                tracing::warn!(%error, node = id, "a lease cannot be read");
+                tracing::warn!(%error, node = id, "reading a lease failed");
                 continue;
             }
         };
@@ -45,7 +45,7 @@ pub(crate) async fn refuse_other_layouts(topology: &Topology) -> Result<(), Erro
 
 fn other_layout(node: &impl std::fmt::Display, layout: u32) -> Error {
     Error::Unusable(format!(
-        "{node} is alive and keeps keys of layout {layout}, this program of layout {LAYOUT}: stop all \
-         processes of its version first, and empty this redis"
+        "{node} is running with layout {layout}, but this program uses layout {LAYOUT}: stop all processes of its \
+         version first, and empty this redis"
     ))
 }

@@ -1,21 +1,22 @@
-//! What time it is in Redis.
+//! An estimate of Redis's time.
 
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+/// Bounds are forgotten after one to two windows.
 const WINDOW: Duration = Duration::from_secs(10);
 const ALMOST_A_US: Duration = Duration::from_nanos(999);
 
-/// Estimates a master's time from its replies. A reply's time was read between the moments at which
-/// the call was sent and the reply came, so the true offset lies between `its time - arrival` and
-/// `its time - sending`; the closest of recent bounds are kept.
+/// Estimates a master's time from the times in its replies. Redis read such a time between the sending of the call and
+/// the arrival of the reply, so the true offset is between `time - arrival` and `time - sending`. The closest recent
+/// bounds are kept.
 pub(crate) struct RedisClock {
     origin: Instant,
     samples: Mutex<Samples>,
 }
 
-/// Bounds (µs, from `origin`) of this window and of the one before.
+/// Bounds of the offset, µs, in this window and in the one before.
 struct Samples {
     window_ends: Instant,
     current: Option<Bounds>,
@@ -29,14 +30,14 @@ struct Bounds {
 }
 
 impl Bounds {
-    /// Both of them, as far as they agree: where they do not, a clock was set, and the newer is right.
+    /// The intersection. If it is empty, a clock was set, and the newer bounds are right.
     fn and(self, newer: Self) -> Self {
         let both = Self { low: self.low.max(newer.low), high: self.high.min(newer.high) };
         if both.low <= both.high { both } else { newer }
     }
 }
 
-/// A master's time, for any moment near the one at which it was asked for.
+/// A master's time, valid for moments near that of its creation.
 #[derive(Debug, Clone, Copy)]
 pub struct RedisTime {
     origin: Instant,
@@ -44,7 +45,7 @@ pub struct RedisTime {
 }
 
 impl RedisTime {
-    /// The time at `at`, µs since the Unix epoch, to within half of the fastest recent round trip.
+    /// The master's time at `at`, µs since the Unix epoch. The error is at most half of the fastest recent round trip.
     pub fn us(&self, at: Instant) -> u64 {
         let us = match at.checked_duration_since(self.origin) {
             Some(after) => after.as_micros() as i64,
@@ -61,16 +62,16 @@ impl RedisClock {
         Self { origin: now, samples: Mutex::new(samples) }
     }
 
-    /// Forgets everything: another connection may lead to another machine.
+    /// Forgets all bounds: a new connection may lead to another machine.
     pub fn reset(&self) {
         let mut samples = self.samples.lock();
         (samples.current, samples.before) = (None, None);
     }
 
-    /// A call was sent at `sent` or later, and its reply, which carries Redis's time, arrived at
-    /// `arrived`.
+    /// Takes into account a reply that contains Redis's time and arrived at `arrived`; its call was sent at `sent` or
+    /// later.
     pub fn observe(&self, redis_us: u64, sent: Instant, arrived: Instant) {
-        // Outwards: parts of a microsecond must make no bound too close.
+        // Rounded outwards, so that fractions of a microsecond make no bound too tight.
         let low = redis_us as i64 - self.elapsed_us(arrived + ALMOST_A_US);
         let high = redis_us as i64 + 1 - self.elapsed_us(sent);
         let new = Bounds { low, high };
@@ -82,14 +83,14 @@ impl RedisClock {
         samples.current = Some(samples.current.map_or(new, |known| known.and(new)));
     }
 
-    /// Redis's time at `at`, ms since the Unix epoch, or a little less; `None` before any reply. So
-    /// a deadline computed from it is never later than was meant, whatever this machine's clock says.
+    /// Redis's time at `at`, ms since the Unix epoch, or a little less, so that a deadline computed from it is never
+    /// too late, whatever this machine's clock says. `None` before any reply.
     pub fn at(&self, at: Instant) -> Option<u64> {
         let us = self.bounds()?.low + self.elapsed_us(at);
         u64::try_from(us / 1000).ok()
     }
 
-    /// The best estimate, neither early nor late by intent; `None` before any reply.
+    /// The best estimate, neither early nor late on purpose; `None` before any reply.
     pub fn time(&self) -> Option<RedisTime> {
         let Bounds { low, high } = self.bounds()?;
         Some(RedisTime { origin: self.origin, offset_us: low + (high - low) / 2 })

@@ -1,4 +1,4 @@
-//! Reading what scripts answer.
+//! Decoding of replies.
 
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ impl Reply {
         self.0.len() == 0
     }
 
-    /// The next element, whatever it is.
+    /// The next element, of any type.
     pub fn value(&mut self) -> Result<Value, Error> {
         self.0.next().ok_or_else(|| Error::Unexpected("a script's reply is too short".into()))
     }
@@ -33,7 +33,7 @@ impl Reply {
         Self::new(self.value()?)
     }
 
-    /// The next element, an item's answer: an array, or what stands alone as one of a single element.
+    /// The next element, an item's reply: an array, or a single value, which counts as an array of one element.
     pub fn item(&mut self) -> Result<Self, Error> {
         match self.value()? {
             Value::Array(values) => Ok(Self(values.into_iter())),
@@ -41,7 +41,7 @@ impl Reply {
         }
     }
 
-    /// The only element, where it is a number.
+    /// The number, if the reply is a single number.
     pub fn lone_number(&self) -> Option<u64> {
         match self.0.as_slice() {
             [Value::Int(number)] => u64::try_from(*number).ok(),
@@ -60,7 +60,7 @@ impl Reply {
         String::from_utf8(bytes.into()).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
-    /// The next element, a number, also where it is written as text.
+    /// The next element, a number or its text.
     pub fn number(&mut self) -> Result<u64, Error> {
         match self.value()? {
             Value::Int(number) => {
@@ -69,7 +69,7 @@ impl Reply {
             Value::BulkString(text) => std::str::from_utf8(&text)
                 .ok()
                 .and_then(|t| t.parse().ok())
-                .ok_or_else(|| Error::Unexpected("a script answered no number".into())),
+                .ok_or_else(|| Error::Unexpected("a script's reply is not a number".into())),
             other => Err(unexpected("a number", &other)),
         }
     }
@@ -79,19 +79,18 @@ impl Reply {
         u32::try_from(self.number()?).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
-    /// The next element's one-letter tag; `E` is turned into the error that follows it, `U` into
-    /// [`Error::Newer`].
+    /// The next element, a one-letter tag. `E` becomes the error that follows it, `U` becomes [`Error::Newer`].
     pub fn tag(&mut self) -> Result<u8, Error> {
         match self.bytes()?.as_ref() {
             b"E" => Err(Error::of_item(&self.bytes()?)),
             b"U" => Err(Error::newer()),
             [tag] => Ok(*tag),
-            other => Err(Error::Unexpected(format!("a script answered tag {other:?}"))),
+            other => Err(Error::Unexpected(format!("a script's reply has the tag {other:?}"))),
         }
     }
 }
 
-/// What follows the first element of a reply, and that: Redis's time, µs since the Unix epoch. The
+/// Splits a reply into what follows its first element and that element, Redis's time in µs since the Unix epoch. The
 /// call was sent at `sent` or later.
 pub(crate) fn timed_reply(
     value: Value,
@@ -119,9 +118,9 @@ pub(crate) fn unexpected(wanted: &str, got: &Value) -> Error {
         Value::Array(_) => "an array",
         _ => "something else",
     };
-    Error::Unexpected(format!("a script answered {kind} instead of {wanted}"))
+    Error::Unexpected(format!("a script's reply has {kind} instead of {wanted}"))
 }
 
 pub(crate) fn unknown_tag(tag: u8) -> Error {
-    Error::Unexpected(format!("a script answered tag {:?}", char::from(tag)))
+    Error::Unexpected(format!("a script's reply has the tag {:?}", char::from(tag)))
 }

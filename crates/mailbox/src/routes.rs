@@ -1,7 +1,7 @@
 //! Routes, read on connections on which Redis reports every change of what was read.
 //!
-//! Each master has a connection of its own that is kept for itself: one that breaks, a slot that moves,
-//! a master that comes or goes is a matter of its own shards.
+//! Each master has such a connection: one that breaks, a slot that moves, or a master that is added or removed affects
+//! only its own shards.
 
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -18,29 +18,26 @@ use crate::cluster::{self, Master, slot_of};
 use crate::layout::parse_route;
 use crate::{Error, RedisConfig, Route, UserKey, keys};
 
-/// How often each connection is asked whether it lives, and how long it may take to answer; how often a
-/// Redis Cluster or Sentinel is asked for the masters.
+/// How often each connection is checked, and how long an answer may take; how often a Redis Cluster or Sentinel is
+/// asked for the masters.
 const PING_EVERY: Duration = Duration::from_secs(1);
-/// The pause between attempts to connect, after a connection that broke sooner than `PING_EVERY`, and
-/// between a redirection and the look at the slots that it asks for.
+/// Wait between attempts to connect, and after a connection that broke within `PING_EVERY`.
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
-/// Cached routes that are no longer valid.
+/// Cached routes to discard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invalidation {
     /// This user's routes changed.
     User(UserKey),
-    /// All routes of these shards: their master was emptied or replaced, or its connection was lost, and
-    /// with it an unknown number of reports.
+    /// All routes of these shards may have changed: their master was emptied or replaced, or its connection was lost.
     Shards(Arc<[Shard]>),
 }
 
-/// Reads routes with server-assisted client-side caching (CLIENT TRACKING). A report of a change
-/// arrives on the connection on which the value was read, in order with the replies: a value that
-/// [`TrackedRoutes::get`] returned is reported when it changes, and before any later reply. A slot that
-/// moves to another master, and a master that Sentinel replaces, are noticed within about a second.
+/// Reads routes with server-assisted client-side caching (CLIENT TRACKING). A change of a value that
+/// [`TrackedRoutes::get`] returned is reported on the connection on which it was read, before any later reply. A slot
+/// that moves to another master, and a master that Sentinel replaces, are noticed within about a second.
 ///
-/// Cheap to clone; ends with the last clone.
+/// Cheap to clone; stops with the last clone.
 #[derive(Clone)]
 pub struct TrackedRoutes {
     inner: Arc<Inner>,
@@ -52,9 +49,9 @@ struct Inner {
     map: RwLock<Arc<Map>>,
     listeners: RwLock<Vec<Listener>>,
     tracking: watch::Sender<bool>,
-    /// Told at each sign that changes are reported.
+    /// Renewed at each sign that changes are reported.
     alive: OnceLock<Condition>,
-    /// Somebody was redirected.
+    /// A read was redirected: look up the masters.
     redirected: Arc<Notify>,
 }
 
@@ -63,7 +60,7 @@ type Listener = Box<dyn Fn(Invalidation) + Send + Sync>;
 #[derive(Default)]
 struct Map {
     masters: Vec<Arc<Tracked>>,
-    /// The master of each shard; `None`: nobody serves its slot.
+    /// The master of each shard; `None`: its slot is not served.
     of_shard: Vec<Option<usize>>,
 }
 
@@ -78,7 +75,7 @@ impl Map {
     }
 }
 
-/// One master, and its connection while it is tracking.
+/// One master, and its connection while changes are reported.
 struct Tracked {
     name: String,
     client: Client,
@@ -89,15 +86,15 @@ struct Tracked {
 #[derive(Clone)]
 struct Live {
     connection: MultiplexedConnection,
-    /// Notified when this connection fails; the next one has another.
+    /// Notified when this connection fails; each connection has its own.
     broken: Arc<Notify>,
 }
 
 impl TrackedRoutes {
-    /// Starts to connect in the background and to stay connected.
+    /// Connects in the background, and stays connected.
     ///
     /// # Errors
-    /// [`Error::Unusable`]: the configuration is wrong.
+    /// Returns [`Error::Unusable`] if the configuration is invalid.
     pub async fn open(config: &RedisConfig) -> Result<Self, Error> {
         config.check().map_err(Error::Unusable)?;
         let inner = Arc::new(Inner {
@@ -109,35 +106,35 @@ impl TrackedRoutes {
             alive: OnceLock::new(),
             redirected: Arc::default(),
         });
-        if let Err(error) = inner.look().await {
-            tracing::warn!(%error, "route changes cannot be followed yet");
+        if let Err(error) = inner.look_up_masters().await {
+            tracing::warn!(%error, "looking up the masters of routes failed");
         }
         tokio::spawn(follow(Arc::downgrade(&inner)));
         Ok(Self { inner })
     }
 
-    /// Keeps `condition` true as long as the tracked connections answer.
+    /// Keeps `condition` ready as long as changes of every shard are reported.
     pub fn report_to(&self, condition: Condition) {
         // A second call would change nothing.
         let _first = self.inner.alive.set(condition);
     }
 
-    /// Calls `listener` for each change, on the task that reads the connection: it must be short.
+    /// Calls `listener` for each invalidation. It must not block: it runs on the task that reads the connection.
     pub fn on_invalidate(&self, listener: impl Fn(Invalidation) + Send + Sync + 'static) {
         self.inner.listeners.write().push(Box::new(listener));
     }
 
-    /// Whether changes are reported now of every shard. Where they are not, [`Self::get`] fails.
+    /// Whether changes of every shard are reported now. [`Self::get`] fails for shards of which they are not.
     pub fn tracking(&self) -> watch::Receiver<bool> {
         self.inner.tracking.subscribe()
     }
 
-    /// A user's routes. From now on their next change is reported.
+    /// Reads a user's routes, whose next change is then reported.
     ///
     /// # Errors
-    /// [`Error::Away`]: also while changes of this user's shard are not tracked.
+    /// Returns [`Error::Away`] if the master does not answer, or changes of the user's shard are not reported now.
     pub async fn get(&self, user: &UserKey) -> Result<Vec<Route>, Error> {
-        let away = || Error::Away("route changes are not followed now".into());
+        let away = || Error::Away("route changes are not tracked now".into());
         let shard = self.inner.shards.shard_of(user.app.as_str(), user.user.as_str());
         let master = self.inner.map.read().of(shard).cloned().ok_or_else(away)?;
         let Live { mut connection, broken } = master.live.read().clone().ok_or_else(away)?;
@@ -145,13 +142,13 @@ impl TrackedRoutes {
         get.arg(keys::routes(shard, &user.app, &user.user));
         let fields: Result<Vec<(String, String)>, _> = get.query_async(&mut connection).await;
         let fields = fields.inspect_err(|error| match error.kind() {
-            // It answers: the slot is on its way, or has arrived elsewhere.
+            // The master answers: the slot is being moved, or was.
             ErrorKind::Server(_) => {
-                tracing::debug!(%error, %shard, "routes cannot be read where they were");
+                tracing::debug!(%error, %shard, "routes have moved to another master");
                 self.inner.redirected.notify_one();
             }
             _ => {
-                tracing::warn!(%error, "routes cannot be read on the tracked connection");
+                tracing::warn!(%error, "reading routes failed");
                 broken.notify_one();
             }
         })?;
@@ -160,17 +157,16 @@ impl TrackedRoutes {
 }
 
 impl Inner {
-    /// Asks who serves what, and follows those.
-    async fn look(self: &Arc<Self>) -> Result<(), Error> {
+    /// Looks up the masters, and tracks changes on each of them.
+    async fn look_up_masters(self: &Arc<Self>) -> Result<(), Error> {
         let known = self.map.read().masters.iter().map(|master| master.client.clone()).collect();
         let masters = cluster::masters(&self.config, known).await?;
         self.install(masters);
         Ok(())
     }
 
-    /// Takes over a set of masters; the connections of those that stay go on. What was read of a shard
-    /// that has another master now is forgotten: nobody reports its changes any longer, not even of
-    /// routes that were not there.
+    /// Replaces the masters; connections to known masters are kept. Everything read of a shard that has another master
+    /// now is invalidated: its changes are no longer reported, including those of routes that did not exist.
     fn install(self: &Arc<Self>, masters: Vec<Master>) {
         let old = self.map.read().clone();
         let mut map = Map::default();
@@ -191,7 +187,7 @@ impl Inner {
             (old, new) => old.is_none() && new.is_none(),
         };
         let moved: Arc<[Shard]> = self.shards.all().filter(|shard| !same(shard)).collect();
-        // First the map: what is read from now on is read where its changes are reported.
+        // The map before the invalidation: from now on reads go where changes are reported.
         *self.map.write() = Arc::new(map);
         if !moved.is_empty() {
             self.report(&Invalidation::Shards(moved));
@@ -199,7 +195,7 @@ impl Inner {
         for master in new {
             tokio::spawn(keep(Arc::downgrade(self), master));
         }
-        self.tell();
+        self.update_tracking();
     }
 
     fn shards_of(&self, master: &Arc<Tracked>) -> Arc<[Shard]> {
@@ -213,12 +209,12 @@ impl Inner {
         !map.masters.is_empty() && map.masters.iter().all(|master| master.live.read().is_some())
     }
 
-    fn tell(&self) {
+    fn update_tracking(&self) {
         let now = self.is_tracking();
         self.tracking.send_if_modified(|before| std::mem::replace(before, now) != now);
     }
 
-    /// Connects to a master and has Redis report changes.
+    /// Connects to a master, and turns tracking on.
     async fn track(self: &Arc<Self>, master: &Arc<Tracked>) -> Result<Live, Error> {
         let (inner, of) = (Arc::downgrade(self), Arc::downgrade(master));
         let broken = Arc::<Notify>::default();
@@ -231,7 +227,7 @@ impl Inner {
                     on_disconnect.notify_one();
                 }
                 if let (Some(inner), Some(master)) = (inner.upgrade(), of.upgrade()) {
-                    inner.heard(&master, &push);
+                    inner.receive(&master, &push);
                 }
                 Ok::<(), redis::aio::SendError>(())
             });
@@ -246,8 +242,8 @@ impl Inner {
         Ok(Live { connection, broken })
     }
 
-    /// One push of Redis: `invalidate` with a list of keys, or nil for all of them.
-    fn heard(&self, master: &Arc<Tracked>, push: &PushInfo) {
+    /// Handles a push: `invalidate` with a list of keys, or with nil for all keys.
+    fn receive(&self, master: &Arc<Tracked>, push: &PushInfo) {
         match (&push.kind, push.data.first()) {
             (PushKind::Disconnection, _) | (PushKind::Invalidate, Some(Value::Nil) | None) => {
                 self.report(&Invalidation::Shards(self.shards_of(master)));
@@ -278,7 +274,7 @@ async fn follow(inner: Weak<Inner>) {
         let Some(strong) = inner.upgrade() else { return };
         let known = !strong.map.read().masters.is_empty();
         if known && !strong.config.may_move() {
-            return; // it is the only one for ever
+            return; // the only master never changes
         }
         let (redirected, wait) =
             (Arc::clone(&strong.redirected), if known { PING_EVERY } else { RETRY_AFTER });
@@ -287,13 +283,13 @@ async fn follow(inner: Weak<Inner>) {
             sleep(RETRY_AFTER / 3).await;
         }
         let Some(strong) = inner.upgrade() else { return };
-        if let Err(error) = strong.look().await {
-            tracing::warn!(%error, "the masters of routes cannot be looked up");
+        if let Err(error) = strong.look_up_masters().await {
+            tracing::warn!(%error, "looking up the masters of routes failed");
         }
     }
 }
 
-/// Keeps a master's connection, or makes a new one, for as long as it is a master and anybody wants it.
+/// Keeps a connection to a master until it is no longer one, or the last [`TrackedRoutes`] is dropped.
 async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
     loop {
         let Some(strong) = inner.upgrade().filter(|inner| inner.map.read().has(&master)) else {
@@ -302,22 +298,22 @@ async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
         match strong.track(&master).await {
             Ok(live) => {
                 let began = Instant::now();
-                // What was read of it before was read on connections that are gone.
+                // Earlier reads were invalidated when their connection was lost.
                 *master.live.write() = Some(live.clone());
-                strong.tell();
+                strong.update_tracking();
                 drop(strong);
                 while answers(&inner, &master, live.clone()).await {}
                 *master.live.write() = None;
                 let Some(strong) = inner.upgrade() else { return };
                 strong.report(&Invalidation::Shards(strong.shards_of(&master)));
-                strong.tell();
+                strong.update_tracking();
                 drop(strong);
                 if began.elapsed() < PING_EVERY {
                     sleep(RETRY_AFTER).await;
                 }
             }
             Err(error) => {
-                tracing::warn!(master = master.name, %error, "route changes cannot be followed");
+                tracing::warn!(master = master.name, %error, "tracking route changes failed");
                 drop(strong);
                 sleep(RETRY_AFTER).await;
             }
@@ -325,7 +321,7 @@ async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
     }
 }
 
-/// Whether a while later the connection is still one to a master that is wanted.
+/// Checks a connection once, and waits. Returns whether it still leads to a master in use.
 async fn answers(inner: &Weak<Inner>, master: &Arc<Tracked>, live: Live) -> bool {
     let Live { mut connection, broken } = live;
     tokio::select! {
@@ -333,7 +329,7 @@ async fn answers(inner: &Weak<Inner>, master: &Arc<Tracked>, live: Live) -> bool
         answer = timeout(PING_EVERY, check_role(&mut connection)) => match answer {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(master = master.name, %error, "route changes are no longer followed");
+                tracing::warn!(master = master.name, %error, "tracking route changes stopped");
                 return false;
             }
             Err(_) => return false,
@@ -355,7 +351,8 @@ async fn answers(inner: &Weak<Inner>, master: &Arc<Tracked>, live: Live) -> bool
     }
 }
 
-/// A replica reports changes late or not at all. After a failover the old master's address may be one.
+/// Checks that the node is a master: a replica reports changes late or not at all, and after a failover the former
+/// master's address may be one.
 async fn check_role(connection: &mut MultiplexedConnection) -> Result<(), Error> {
     let mut info = redis::cmd("INFO");
     info.arg("replication");
@@ -363,6 +360,6 @@ async fn check_role(connection: &mut MultiplexedConnection) -> Result<(), Error>
     let role = info.lines().find_map(|line| line.strip_prefix("role:")).unwrap_or_default();
     match role.trim_end() {
         "master" => Ok(()),
-        role => Err(Error::Away(format!("it is a {role}, not a master"))),
+        role => Err(Error::Away(format!("the node is a {role}, not a master"))),
     }
 }

@@ -77,7 +77,7 @@ impl Files {
 /// Checks the files before a connection is made.
 ///
 /// # Errors
-/// The key whose file is wrong, and why.
+/// Returns an error that names the key of the invalid file.
 pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
     let files = Files::read(config)?;
     let urls = std::iter::once(&config.url).chain(&config.urls);
@@ -86,7 +86,7 @@ pub(crate) fn check(config: &RedisConfig) -> Result<(), String> {
     {
         return Err(format!(
             "redis.url {plain} is not encrypted: redis.ca_file, redis.certificate_file and \
-             redis.key_file are for rediss://"
+             redis.key_file need rediss://"
         ));
     }
     files.rustls().map(drop)
@@ -96,7 +96,7 @@ fn is_tls(url: &str) -> bool {
     url.starts_with("rediss://") || url.starts_with("valkeys://")
 }
 
-/// A client of one of the configured nodes.
+/// A client of one of the configured URLs.
 pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisError> {
     let invalid = |why| RedisError::from((redis::ErrorKind::InvalidClientConfig, "TLS", why));
     let Files { ca, client } = Files::read(config).map_err(invalid)?;
@@ -108,7 +108,7 @@ pub(crate) fn client(config: &RedisConfig, url: &str) -> Result<Client, RedisErr
     Client::build_with_tls(url, TlsCertificates { client_tls, root_cert: ca })
 }
 
-/// The same for the subscriber.
+/// The TLS connector of the subscriber ([`crate::announcements`]).
 pub(crate) fn connector(config: &RedisConfig) -> Result<Option<TlsConnector>, String> {
     if !is_tls(config.url.expose()) {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Which master holds which shard: one lane a master, with a queue for each script.
+//! The master of each shard: a lane per master, with a queue for each operation.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,19 +12,19 @@ use tokio::sync::broadcast;
 
 use crate::batcher::{Batcher, Masters};
 use crate::cluster::{self, Master, slot_of};
-use crate::link::{Link, replicas_of};
+use crate::link::{Link, ReplicatedError};
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
 use crate::redis_clock::RedisTime;
 use crate::scripts::{Call, Script};
 use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
 
-/// The masters are looked up again at most this often.
+/// Minimum time between look-ups of the masters.
 const REFRESH_SPACING: Duration = Duration::from_millis(300);
-/// Redirections that one call follows.
+/// Maximum redirections of one call.
 const REDIRECTIONS_MAX: usize = 3;
-/// Events that a slow subscriber may be behind.
-const EVENTS: usize = 64;
+/// Maximum events that a slow subscriber may lag behind.
+const EVENTS_MAX: usize = 64;
 
 /// All masters, and the queues in front of them.
 pub(crate) struct Topology {
@@ -33,11 +33,11 @@ pub(crate) struct Topology {
     shards: ShardCount,
     metrics: Metrics,
     map: RwLock<Arc<Map>>,
-    /// When the masters were looked up last; held during a look-up.
+    /// When the masters were last looked up; locked during a look-up.
     refreshed: tokio::sync::Mutex<Instant>,
     reconnected: broadcast::Sender<Reconnected>,
-    /// See [`Link::found`].
-    founds: AtomicBool,
+    /// As in [`Link`].
+    records_meta: AtomicBool,
 }
 
 #[derive(Default)]
@@ -49,11 +49,11 @@ struct Map {
     slots: Vec<Vec<(u16, u16)>>,
 }
 
-/// One master: its link, and a queue a script.
+/// One master: its link, and a queue per operation.
 pub(crate) struct Lane {
     name: String,
     pub link: Arc<Link>,
-    /// A connection for accept and WAIT alone, where replicas are waited for: it blocks behind WAIT.
+    /// Only with `wait_replicas`: a connection for accept and WAIT, which blocks it.
     replicated: Option<Arc<Link>>,
     pub connect: Batcher<Connect>,
     pub confirm: Batcher<Confirm>,
@@ -63,7 +63,7 @@ pub(crate) struct Lane {
 }
 
 impl Topology {
-    /// Connects to the masters, and records nothing there before [`Self::found`]. Of several, some may be away.
+    /// Connects to the masters; some may be away. Nothing is recorded there before [`Self::record_meta`].
     pub async fn open(
         config: RedisConfig,
         shards: ShardCount,
@@ -77,8 +77,8 @@ impl Topology {
             metrics,
             map: RwLock::default(),
             refreshed: tokio::sync::Mutex::new(Instant::now()),
-            reconnected: broadcast::Sender::new(EVENTS),
-            founds: AtomicBool::new(false),
+            reconnected: broadcast::Sender::new(EVENTS_MAX),
+            records_meta: AtomicBool::new(false),
         });
         topology.install(masters);
         let lanes = topology.map.read().lanes.clone();
@@ -94,24 +94,24 @@ impl Topology {
         Ok(topology)
     }
 
-    /// From now on connections record shard count and layout where nobody has; those that stand do at once.
+    /// From now on, connections record shard count and layout in an empty Redis; current ones do so at once.
     ///
     /// # Errors
-    /// [`Error::Unusable`]: another shard count or layout is recorded.
-    pub async fn found(&self) -> Result<(), Error> {
+    /// Returns [`Error::Unusable`] if another shard count or layout is recorded.
+    pub async fn record_meta(&self) -> Result<(), Error> {
         let lanes = self.map.read().lanes.clone();
         for lane in lanes {
             if let Some(link) = &lane.replicated {
-                let _nothing_connected = link.found().await;
+                let _not_connected = link.record_meta().await;
             }
-            match lane.link.found().await {
+            match lane.link.record_meta().await {
                 Err(error @ Error::Unusable(_)) => return Err(error),
-                Err(error) => tracing::warn!(%error, "a master went away at once"),
+                Err(error) => tracing::warn!(%error, "shard count and layout not recorded"),
                 Ok(()) => {}
             }
         }
-        self.founds.store(true, Ordering::Relaxed);
-        self.look_at_replicas().await;
+        self.records_meta.store(true, Ordering::Relaxed);
+        self.check_replica_settings().await;
         Ok(())
     }
 
@@ -127,28 +127,27 @@ impl Topology {
         &self.metrics
     }
 
-    /// Tells of every connection that is made from now on.
+    /// Reports every new connection from now on.
     pub fn reconnections(&self) -> broadcast::Receiver<Reconnected> {
         self.reconnected.subscribe()
     }
 
-    /// Whether each shard needs a call of its own.
+    /// Whether each shard needs calls of its own.
     pub fn is_cluster(&self) -> bool {
         self.config.cluster
     }
 
-    /// Where a user lives.
+    /// The shard of a user.
     pub fn shard_of(&self, user: &UserKey) -> Shard {
         self.shards.shard_of(user.app.as_str(), user.user.as_str())
     }
 
-    /// Where a group lives.
+    /// The shard of a group.
     pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
         self.shards.shard_of(app.as_str(), group)
     }
 
-    /// Splits items into what one call may carry, keeping their order: all of them, or in a Redis
-    /// Cluster those of one shard.
+    /// Groups items by the call that may carry them, in order: all in one, or in a Redis Cluster one call per shard.
     pub fn calls<'a, T>(&self, items: &'a [T], shard: impl Fn(&T) -> Shard) -> Vec<Vec<&'a T>> {
         if !self.is_cluster() {
             return if items.is_empty() { Vec::new() } else { vec![items.iter().collect()] };
@@ -160,7 +159,7 @@ impl Topology {
         calls.into_values().collect()
     }
 
-    /// The shards of each master that has some.
+    /// The shards of each master that has any.
     pub fn shards_by_lane(&self) -> Vec<Vec<Shard>> {
         let map = self.map.read().clone();
         let mut lanes = vec![Vec::new(); map.lanes.len()];
@@ -188,48 +187,47 @@ impl Topology {
         self.lane(shard).link.clone()
     }
 
-    /// The clock of a shard's master; cheap enough for every message.
+    /// The time of a shard's master; cheap enough for every message.
     pub fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
         let map = self.map.read();
         map.lanes[map.of_shard[usize::from(shard.get())]].link.clock().time()
     }
 
-    /// Runs a script where `shard` is.
+    /// Runs a script on the master of `shard`.
     pub async fn run(&self, shard: Shard, script: &Script, call: &Call) -> Result<Value, Error> {
         let command = Command::Script(script, call);
         self.follow(|| self.link(shard), &command).await
     }
 
-    /// Sends a command on keys of `shard`.
+    /// Sends a command to the master of `shard`.
     pub async fn query<T: FromRedisValue>(&self, shard: Shard, cmd: &Cmd) -> Result<T, Error> {
         let value = self.follow(|| self.link(shard), &Command::Plain(cmd)).await?;
         redis::from_redis_value(value).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
-    /// Runs a script on a key that belongs to no shard.
+    /// Runs a script on the master of a key that belongs to no shard.
     pub async fn run_on(&self, key: &str, script: &Script, call: &Call) -> Result<Value, Error> {
         self.follow(|| self.link_of_key(key), &Command::Script(script, call)).await
     }
 
-    /// Sends a command on a key that belongs to no shard.
+    /// Sends a command to the master of a key that belongs to no shard.
     pub async fn query_on<T: FromRedisValue>(&self, key: &str, cmd: &Cmd) -> Result<T, Error> {
         let value = self.follow(|| self.link_of_key(key), &Command::Plain(cmd)).await?;
         redis::from_redis_value(value).map_err(|e| Error::Unexpected(e.to_string()))
     }
 
-    /// Looks again whether this Redis is the one that the configuration describes, and records it where
-    /// it was forgotten.
+    /// Checks shard count and layout, and records them again if they were lost.
     pub async fn check_meta(&self) -> Result<(), Error> {
         self.link_of_key(keys::META).check_meta().await
     }
 
-    /// Answers when every master does.
+    /// Waits for an answer of every master.
     pub async fn ping(&self) -> Result<(), Error> {
         let lanes = self.map.read().lanes.clone();
         let want = self.config.wait_replicas;
         let answers = lanes.iter().map(|lane| async move {
             lane.link.ping().await?;
-            // Without messages nobody waits, and nobody would miss a replica.
+            // While there are no messages, no WAIT shows that a replica is missing.
             match want > 0 {
                 true => match lane.link.replicas().await? {
                     have if have < want => Err(Error::Unreplicated { have, want }),
@@ -242,8 +240,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Runs calls of a script, each where its shard is, and has each master's replicas confirm them;
-    /// one result a call. A call that is redirected fails: what WAIT says is not about it.
+    /// Runs calls of a script, each on its shard's master, and waits until that master's replicas confirm them;
+    /// returns one result per call. A call that is redirected fails, because WAIT does not cover it.
     pub async fn run_replicated(
         &self,
         script: &Script,
@@ -269,12 +267,12 @@ impl Topology {
         let mut results: Vec<_> = calls.iter().map(|_| missing()).collect();
         let mut moved = false;
         for (index, result) in rounds.into_iter().flatten() {
-            results[index] = result.map_err(|error| {
-                moved |= error.kind() == ErrorKind::Server(ServerErrorKind::Moved);
-                self.look_again(&error);
-                match replicas_of(&error) {
-                    Some(have) => Error::Unreplicated { have, want },
-                    None => Error::from(error),
+            results[index] = result.map_err(|error| match error {
+                ReplicatedError::TooFew { have } => Error::Unreplicated { have, want },
+                ReplicatedError::Call(error) => {
+                    moved |= error.kind() == ErrorKind::Server(ServerErrorKind::Moved);
+                    self.refresh_after(&error);
+                    Error::from(error)
                 }
             });
         }
@@ -284,8 +282,8 @@ impl Topology {
         results
     }
 
-    /// Warns, once, of settings that do not go with waiting for replicas.
-    async fn look_at_replicas(&self) {
+    /// Warns of server settings that conflict with `wait_replicas`.
+    async fn check_replica_settings(&self) {
         if self.config.wait_replicas > 0 {
             let lanes = self.map.read().lanes.clone();
             let looks = lanes.iter().map(|lane| lane.link.warn_of_min_replicas());
@@ -293,8 +291,8 @@ impl Topology {
         }
     }
 
-    /// Sends to `link()`, and goes where it is redirected. A slot on its way to another master (ASK,
-    /// TRYAGAIN: some of a script's keys are here, some there) is away until it has arrived.
+    /// Sends to `link()`, and follows redirections. A slot that is being moved to another master (ASK, TRYAGAIN: a
+    /// script's keys may be on both) counts as away until the move is complete.
     async fn follow(
         &self,
         link: impl Fn() -> Arc<Link>,
@@ -309,17 +307,17 @@ impl Topology {
             match error.kind() {
                 ErrorKind::Server(ServerErrorKind::Moved) => self.refresh().await,
                 _ => {
-                    self.look_again(&error);
+                    self.refresh_after(&error);
                     return Err(error.into());
                 }
             }
             last = Some(error);
         }
-        Err(last.map_or_else(|| Error::Away("redirected".into()), Error::from))
+        Err(last.map_or_else(|| Error::Away("too many redirections".into()), Error::from))
     }
 
-    /// After a failure that a failover may explain, looks for the masters without making anyone wait.
-    fn look_again(&self, error: &RedisError) {
+    /// Looks up the masters in the background if a failover may explain the error.
+    fn refresh_after(&self, error: &RedisError) {
         let moved = error.is_io_error()
             || matches!(
                 error.kind(),
@@ -333,32 +331,32 @@ impl Topology {
         }
     }
 
-    /// Looks up the masters. Those who come while somebody does wait for that one.
+    /// Looks up the masters. Callers during a look-up wait for it and do not start another.
     async fn refresh(&self) {
         if !self.config.may_move() {
             return;
         }
-        let came = Instant::now();
+        let called_at = Instant::now();
         let mut refreshed = self.refreshed.lock().await;
-        if *refreshed > came {
+        if *refreshed > called_at {
             return;
         }
         tokio::time::sleep(REFRESH_SPACING.saturating_sub(refreshed.elapsed())).await;
         let known = self.map.read().lanes.iter().map(|lane| lane.link.client().clone()).collect();
         match cluster::masters(&self.config, known).await {
             Ok(masters) => self.install(masters),
-            Err(error) => tracing::warn!(%error, "the masters could not be looked up"),
+            Err(error) => tracing::warn!(%error, "looking up the masters failed"),
         }
         *refreshed = Instant::now();
     }
 
-    /// Takes over a set of masters; lanes of those that stay go on.
+    /// Replaces the masters; lanes of known masters are kept.
     fn install(&self, masters: Vec<Master>) {
         let old = self.map.read().clone();
         let mut map = Map::default();
         for shard in self.shards.all() {
             let slot = slot_of(&keys::timers(shard));
-            // A slot that nobody serves: whoever is asked says so.
+            // Any master reports that a slot is not served.
             let lane = masters.iter().position(|master| master.serves(slot)).unwrap_or(0);
             map.of_shard.push(lane);
         }
@@ -372,14 +370,14 @@ impl Topology {
 
     fn start_lane(&self, master: &Master) -> Arc<Lane> {
         let (this, name) = (self.this.clone(), master.name.clone());
-        let founds = self.founds.load(Ordering::Relaxed);
-        let link = Link::new(master.client.clone(), &self.config, founds, move || {
+        let records_meta = self.records_meta.load(Ordering::Relaxed);
+        let link = Link::new(master.client.clone(), &self.config, records_meta, move || {
             if let Some(topology) = this.upgrade() {
                 topology.connected(&name);
             }
         });
         let replicated = (self.config.wait_replicas > 0)
-            .then(|| Link::new(master.client.clone(), &self.config, founds, || {}));
+            .then(|| Link::new(master.client.clone(), &self.config, records_meta, || {}));
         Arc::new(Lane::start(master.name.clone(), link, replicated, &self.this, &self.config))
     }
 
@@ -390,7 +388,7 @@ impl Topology {
         let shards = self.shards.all().zip(&map.of_shard).filter(|(_, of)| Some(**of) == lane);
         let shards = shards.map(|(shard, _)| shard).collect();
         tracing::info!(master = name, "connected to redis");
-        let _nobody_listens = self.reconnected.send(Reconnected { shards });
+        let _no_subscriber = self.reconnected.send(Reconnected { shards });
     }
 
     fn link_of_key(&self, key: &str) -> Arc<Link> {
@@ -422,7 +420,7 @@ impl Masters for Topology {
     }
 }
 
-/// What can be sent again somewhere else.
+/// A command or script call, which can be sent again after a redirection.
 enum Command<'a> {
     Plain(&'a Cmd),
     Script(&'a Script, &'a Call),

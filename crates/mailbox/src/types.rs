@@ -1,4 +1,4 @@
-//! What the scripts are asked and what they answer.
+//! Requests to Redis and their outcomes.
 
 use std::sync::Arc;
 
@@ -15,335 +15,334 @@ pub use barid_core::LogPosition;
 pub struct Source {
     /// Kafka's topic id (base64url), or the topic's name where the broker gives none.
     pub topic_id: Arc<str>,
-    /// The partition.
+    /// Kafka's number of the partition.
     pub partition: i32,
 }
 
 /// Messages of one partition for one shard, in log order.
 #[derive(Debug, Clone)]
 pub struct AcceptGroup {
-    /// The shard of every message in it.
+    /// Shard of all its messages.
     pub shard: Shard,
-    /// Where they come from.
+    /// The partition of its messages.
     pub source: Source,
-    /// The last position that this shard has confirmed, whoever sent it; `None`: none is known.
+    /// The last position of this source that the shard has confirmed to any purger; `None`: unknown.
     pub prev: Option<LogPosition>,
-    /// Moves the shard's position up to here, where nothing is accepted: the log no longer holds
-    /// what lay between.
+    /// Raises the shard's stored position to this one. Only for a group without messages: the log no longer holds what
+    /// lay between.
     pub raise: Option<LogPosition>,
-    /// What to accept; at most [`crate::RedisConfig::accept_batch_max`] per group are sensible.
+    /// In log order; sensible are up to [`crate::RedisConfig::accept_batch_max`].
     pub messages: Vec<AcceptMessage>,
 }
 
 /// One message for one user's mailbox.
 #[derive(Debug, Clone)]
 pub struct AcceptMessage {
-    /// Its place in the log.
+    /// Position in the log.
     pub position: LogPosition,
-    /// The app.
+    /// Recipient's app.
     pub app: AppId,
-    /// The user.
+    /// Recipient user.
     pub user: UserId,
-    /// The hashes of its id.
+    /// Hashes of the message id.
     pub id: IdHash,
-    /// Replaces an older waiting message with the same key.
+    /// Replaces an undelivered message that has the same key.
     pub collapse_key: Option<Arc<str>>,
     /// The encoded envelope without its first five fields.
     pub body: Bytes,
 }
 
-/// What became of a group.
+/// The outcome of an [`AcceptGroup`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GroupOutcome {
-    /// Executed: one outcome a message, in order.
+    /// Executed: one outcome per message, in order.
     Done(Vec<AcceptOutcome>),
-    /// Nothing was written: a group in between was never executed. Go back to just after this
-    /// position (`None`: the shard knows nothing of this source).
+    /// Nothing was written, because an earlier group was never executed. Read the log again from just after this
+    /// position (`None`: the shard has no position of this source).
     Gap(Option<LogPosition>),
 }
 
-/// What became of a message.
+/// The outcome of an [`AcceptMessage`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AcceptOutcome {
-    /// In the mailbox.
+    /// Appended to the mailbox.
     Accepted {
-        /// Its position.
+        /// Its position in the mailbox.
         seq: Seq,
         /// The entry as stored (header and body).
         envelope: Bytes,
-        /// Whether the user has a route: hand it to a dispatcher.
+        /// Whether the user has a route: then a dispatcher delivers the message.
         online: bool,
-        /// Entries that had to leave for it (length or age).
+        /// Older entries that were evicted (count, bytes or age).
         evicted: u32,
     },
-    /// This log position was executed before (Kafka redelivered it): it is accepted.
+    /// This log position was executed before; Kafka redelivered it.
     AcceptedBefore,
-    /// Another record with the same id was accepted before.
+    /// Another record with the same message id was accepted before.
     Duplicate,
-    /// The script failed on this message and wrote nothing for it: dead letter.
+    /// The script failed on this message and wrote nothing for it; it becomes a dead letter.
     Failed(String),
 }
 
 /// A user of an app.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct UserKey {
-    /// The app.
+    /// The tenant.
     pub app: AppId,
-    /// The user.
+    /// The name within the app.
     pub user: UserId,
 }
 
-/// A device that says Hello.
+/// A device sent Hello.
 #[derive(Debug, Clone)]
 pub struct ConnectRequest {
-    /// Whose mailbox.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// The device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// The session that asks.
+    /// The session to which the route leads.
     pub session: SessionRef,
-    /// The client's connection attempt: fences late and early calls.
+    /// The client's connection attempt; a higher one supersedes a lower one, in whatever order they arrive.
     pub attempt: Attempt,
-    /// Free text for people: `ios`, `android`, `pos`, …
+    /// Free text, such as `ios`, `android` or `pos`; shown to operators.
     pub platform: Arc<str>,
-    /// Where the device says it stands; `None`: where the server last saw it.
+    /// The position that the device names; `None`: its stored cursor.
     pub position: Option<Position>,
 }
 
-/// The answer to Hello.
+/// The outcome of a [`ConnectRequest`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectOutcome {
     /// The route is written.
     Connected {
-        /// Where the device now stands: read from here. Its chain is always there.
+        /// The device's cursor: read from here. Its chain is always set.
         cursor: Position,
-        /// The newest entry.
+        /// Seq of the newest entry.
         newest: Seq,
-        /// The session that this one took over from, to be closed with 4502.
+        /// The session that this one replaces, to be closed with 4502.
         replaced: Option<SessionRef>,
-        /// The position that the device named was void (another epoch, or a fork): it was reset.
+        /// The device was reset, because the position that it named is of another epoch or of a forked history.
         reset: bool,
-        /// The device named a position whose next entry is not kept any more: it was evicted, though the
-        /// device's cursor is beyond it now.
+        /// Entries after the position that the device named were evicted; its stored cursor is beyond them.
         evicted: bool,
     },
-    /// A newer attempt of this device is connected, or came and went.
+    /// A newer attempt of this device is connected, or was.
     Superseded {
-        /// That attempt: a higher one connects.
+        /// The newer attempt: only a higher one can connect.
         by: Attempt,
     },
-    /// The user has as many devices as it may have, all of them online.
+    /// The user has the maximum of devices, all of them online.
     TooManyDevices,
     /// The call reached Redis after its deadline.
     TooLate,
 }
 
-/// A session that says that it lives.
+/// A session is alive.
 #[derive(Debug, Clone)]
 pub struct ConfirmRequest {
-    /// Whose mailbox.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// The device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// The session.
+    /// The session to which the route leads.
     pub session: SessionRef,
-    /// Its attempt.
+    /// The attempt with which the session connected.
     pub attempt: Attempt,
-    /// Its platform.
+    /// As in [`ConnectRequest`].
     pub platform: Arc<str>,
-    /// Where it stands, so that a head that was forgotten or expired is noticed.
+    /// The last position that it acknowledged, for a head that was lost or has expired.
     pub position: Position,
 }
 
-/// The answer to a confirmation.
+/// The outcome of a [`ConfirmRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConfirmOutcome {
-    /// The route stands (again).
+    /// The route is stored.
     Confirmed {
-        /// The route had been forgotten.
+        /// The route was missing.
         restored: bool,
-        /// The mailbox's epoch; another one than the session's means: read again from its start.
+        /// The mailbox's epoch; if it is not the session's, read the mailbox from its start.
         epoch: Epoch,
-        /// The newest entry.
+        /// Seq of the newest entry.
         newest: Seq,
     },
-    /// A newer session of the device is there: close this one with 4502.
+    /// A newer session of the device is connected, or was: close this one with 4502.
     Superseded,
 }
 
-/// Asks for the entries after a position.
+/// Reads the entries after a position.
 #[derive(Debug, Clone)]
 pub struct ReadRequest {
-    /// Whose mailbox.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// Read what comes after this.
+    /// Seq before the first entry to read.
     pub after: Seq,
-    /// At most so many entries.
+    /// Maximum number of entries.
     pub entries_max: u32,
-    /// Stop after so many bytes (at least one entry comes).
+    /// Maximum bytes of all entries; the first one is returned whatever its size.
     pub bytes_max: u32,
-    /// The device whose cursor the page returns where entries behind `after` are gone.
+    /// The device whose cursor the page contains if entries after `after` are gone.
     pub device: Option<DeviceId>,
 }
 
-/// A part of a mailbox.
+/// The outcome of a [`ReadRequest`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
-    /// The mailbox's epoch (0: there is none).
+    /// The mailbox's epoch; 0: the mailbox does not exist.
     pub epoch: Epoch,
-    /// The oldest kept position; `after + 1` below it was evicted. `newest + 1` where nothing is kept.
+    /// Seq of the oldest entry; `newest + 1` if there is none.
     pub oldest: Seq,
     /// The chain before `oldest`.
     pub chain_before_oldest: Chain,
-    /// The newest position.
+    /// Seq of the newest entry.
     pub newest: Seq,
     /// Encoded envelopes, in order, from `max(after + 1, oldest)`.
     pub entries: Vec<Bytes>,
-    /// The device's cursor, where `oldest` is above `after + 1` and the device is known: up to there it
-    /// acknowledged by itself what is gone, perhaps in an earlier session a moment ago.
+    /// The device's cursor, if `oldest` is above `after + 1` and the device is known: entries up to there are gone
+    /// because it acknowledged them, perhaps in an earlier session, and were not evicted.
     pub cursor: Option<Position>,
 }
 
-/// Everything up to a position is done.
+/// A device has received everything up to a position.
 #[derive(Debug, Clone)]
 pub struct AckRequest {
-    /// Whose mailbox.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// Which device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// The session that heard it, so that its due time moves.
+    /// The session that received the ack; only its own retries are started over.
     pub session: SessionRef,
-    /// The epoch in which it was sent.
+    /// The epoch under which the entries were sent.
     pub epoch: Epoch,
-    /// The generation in which it was sent.
+    /// The generation under which the entries were sent.
     pub generation: Generation,
-    /// The last position; the node has clamped it to what it sent.
+    /// The acknowledged seq, at most what the node has sent.
     pub seq: Seq,
     /// The chain there.
     pub chain: Chain,
 }
 
-/// What became of an acknowledgement.
+/// The outcome of an [`AckRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AckOutcome {
-    /// The cursor stands at least there.
+    /// The cursor is at the acknowledged seq or beyond.
     Advanced {
-        /// The cursor.
+        /// Seq of the stored cursor.
         cursor: Seq,
     },
-    /// The history forked, or the epoch changed: the device's cursor was reset to before the oldest
-    /// kept entry, with a new generation. The session starts over from here.
+    /// The position is of another epoch or of a forked history: the cursor was reset to before the oldest entry, with a
+    /// new generation.
     Reset {
-        /// The new cursor, with its chain.
+        /// The new cursor, from which the session starts over. Its chain is set.
         cursor: Position,
     },
-    /// Sent under an older generation: ignored.
+    /// Sent under an older generation; ignored.
     Stale,
 }
 
-/// A session that is over.
+/// A session has ended.
 #[derive(Debug, Clone)]
 pub struct DisconnectRequest {
-    /// Whose route.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// Which device's.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// Removed only if the route still names this session.
+    /// The route is removed only if it names this session.
     pub session: SessionRef,
 }
 
-/// A timer that was claimed.
+/// A claimed timer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DueUser {
-    /// The user.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// The score that the claim wrote (the next due time): what `defer` compares.
+    /// The score that the claim wrote (the next due time), which [`DeferRequest`] names.
     pub claimed_score: u64,
-    /// How long it had been due, ms.
+    /// How long the timer had been due, ms.
     pub late_ms: u64,
-    /// Devices that were due and were put off, because their node is gone.
+    /// Number of due devices that were put off, because their node is gone.
     pub put_off: u32,
-    /// The others that are behind and due.
+    /// The other due devices.
     pub devices: Vec<DueDevice>,
 }
 
-/// A device that has a route, is behind, and was due.
+/// A device that has a route, has not acknowledged everything, and is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DueDevice {
-    /// The device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// Its session.
+    /// The session to which its route leads.
     pub session: SessionRef,
-    /// Which re-send this is, from 1. Above five: the node closes the session.
+    /// Number of this re-send, from 1. Above 5 the node closes the session.
     pub attempt: u32,
-    /// The oldest entry that it has not acknowledged, if its trace is sampled; else empty.
+    /// The oldest unacknowledged entry, if its trace is sampled; else empty.
     pub sampled: Bytes,
 }
 
-/// A claim to give back: nobody could be reached.
+/// Takes a claim back for devices that the re-send did not reach.
 #[derive(Debug, Clone)]
 pub struct DeferRequest {
-    /// The user.
+    /// The owner of the mailbox.
     pub user: UserKey,
-    /// What `fire` returned.
+    /// As in [`DueUser`]; a timer that has moved since is left alone.
     pub claimed_score: u64,
-    /// The devices whose attempts are taken back, and why.
+    /// The devices whose re-sends do not count, and why.
     pub devices: Vec<(DeviceId, Unreached)>,
 }
 
-/// Why a re-send did not reach a device's node: how long the next one waits follows from it.
+/// Why a re-send did not reach a device's node; it determines how long the next one waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreached {
-    /// The node cannot be reached: doubles from the first wait.
+    /// The node cannot be reached: the wait doubles from [`DeferWaits::base_ms`].
     Down,
-    /// It takes no more now: doubles from a longer one.
+    /// The node accepts no more now: the wait doubles from [`DeferWaits::full_ms`].
     Full,
-    /// That life of it is over: the longest backoff at once.
+    /// The node is gone in this incarnation: the longest backoff at once.
     Void,
-    /// Nobody could be asked: the first wait, each time.
+    /// No dispatcher could be asked: [`DeferWaits::base_ms`] each time.
     Away,
 }
 
-/// The waits of claims that are given back.
+/// First waits of deferred re-sends.
 #[derive(Debug, Clone, Copy)]
 pub struct DeferWaits {
-    /// The first, ms.
+    /// Unless the node is full, ms.
     pub base_ms: u32,
-    /// The first for a node that is full, ms.
+    /// For a node that is full, ms.
     pub full_ms: u32,
 }
 
-/// One entry of a user's routes.
+/// A device's route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// The device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// Where its socket is.
+    /// The session that holds the device's socket.
     pub session: SessionRef,
-    /// The attempt that wrote it.
+    /// The connection attempt that wrote the route.
     pub attempt: Attempt,
-    /// The platform it named.
+    /// As in [`ConnectRequest`].
     pub platform: Arc<str>,
 }
 
-/// Everything that Redis holds about a user, for people.
+/// Everything that Redis holds about a user, for operators.
 #[derive(Debug, Clone)]
 pub struct Inspection {
-    /// The shard.
+    /// The user's shard.
     pub shard: Shard,
-    /// The mailbox's epoch (0: none).
+    /// The mailbox's epoch; 0: the mailbox does not exist.
     pub epoch: Epoch,
-    /// Oldest kept and newest position.
+    /// Seq of the oldest entry; `newest + 1` if there is none.
     pub oldest: Seq,
-    /// The newest position.
+    /// Seq of the newest entry.
     pub newest: Seq,
-    /// Bytes that the entries take.
+    /// Memory that the entries take in Redis.
     pub bytes: u64,
     /// The newest entries (up to 100), encoded envelopes in order.
     pub entries: Vec<Bytes>,
-    /// Known devices.
+    /// The known devices.
     pub devices: Vec<DeviceState>,
-    /// Live routes.
+    /// The routes of connected devices.
     pub routes: Vec<Route>,
     /// When the retry timer is due, ms since the Unix epoch; `None`: not armed.
     pub timer_due_ms: Option<u64>,
@@ -351,27 +350,27 @@ pub struct Inspection {
     pub now_ms: u64,
 }
 
-/// What a mailbox's head knows of a device.
+/// A device as a mailbox's head stores it. Times are ms since the Unix epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceState {
-    /// The device.
+    /// The device, by its name within the user.
     pub device: DeviceId,
-    /// Its cursor.
+    /// The last position that it acknowledged.
     pub cursor: Position,
-    /// When it is due for a re-send, ms; 0: not.
+    /// When the next re-send is due; 0: none.
     pub due_ms: u64,
     /// Re-sends so far.
     pub attempt: u32,
-    /// How often in a row a re-send was given back because it did not reach its node.
+    /// Re-sends in a row that did not reach its node.
     pub defers: u32,
-    /// When it was last seen, ms.
+    /// When it was last seen.
     pub used_ms: u64,
 }
 
-/// A connection to Redis was made anew: what was written before may have been forgotten. Sessions
-/// of these shards are confirmed, purgers probe them.
+/// A new connection to Redis: earlier writes may be lost. Access nodes confirm the sessions of these shards, purgers
+/// probe them.
 #[derive(Debug, Clone)]
 pub struct Reconnected {
-    /// The shards that lie behind it.
+    /// The shards that the connection serves.
     pub shards: Arc<[Shard]>,
 }

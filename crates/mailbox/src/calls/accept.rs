@@ -1,4 +1,4 @@
-//! accept: groups of messages, in one call a slot.
+//! accept: groups of messages, in one call per hash slot.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -16,13 +16,13 @@ use crate::{
     AcceptGroup, AcceptMessage, AcceptOutcome, Error, GroupOutcome, LogPosition, RedisConfig, keys,
 };
 
-/// What is packed of a group, of a message, and of a mailbox in the answer.
+/// Packed sizes of a group, a message, and a mailbox in the reply.
 const GROUP_BYTES: usize = 57;
 const MESSAGE_BYTES: usize = 29;
 const MAILBOX_BYTES: usize = 24;
 
-/// Accepts groups, one result each, in order. Groups of one shard share a call, so that they keep
-/// their order; in a Redis Cluster each shard has its own.
+/// Accepts groups; returns one result per group, in order. Groups of one shard share a call, which keeps their order;
+/// in a Redis Cluster each shard has a call of its own.
 pub(crate) async fn accept(
     topology: &Topology,
     groups: &[AcceptGroup],
@@ -47,7 +47,7 @@ pub(crate) async fn accept(
     results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
 }
 
-/// As [`accept`], with a round of all calls to a master and one WAIT behind them.
+/// As [`accept`], with all calls to a master in one pipeline, followed by WAIT.
 async fn accept_replicated(
     topology: &Topology,
     groups: &[AcceptGroup],
@@ -87,7 +87,7 @@ fn out_of_order() -> Error {
     Error::Unexpected("a group is not in the log's order".into())
 }
 
-/// What each group of a call was answered.
+/// The result of each group of a call.
 fn read(
     groups: &[ByUser<'_>],
     reply: Result<(Reply, u64), Error>,
@@ -101,7 +101,7 @@ fn read(
     }
 }
 
-/// A group, and which of its messages each user has.
+/// A group, and the indices of each user's messages.
 struct ByUser<'a> {
     group: &'a AcceptGroup,
     users: Vec<Vec<usize>>,
@@ -145,7 +145,7 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
     }
 }
 
-/// The answer, and Redis's time in it, µs.
+/// Returns the reply and Redis's time in it, µs.
 async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64), Error> {
     if !groups.iter().all(ByUser::is_in_order) {
         return Err(out_of_order());
@@ -237,7 +237,7 @@ fn put_count(packed: &mut BytesMut, count: usize) {
     packed.put_u32_le(u32::try_from(count).unwrap_or(u32::MAX)); // batches are far below
 }
 
-/// Which messages each user has, in the log's order; the users as they come up.
+/// The indices of each user's messages, in log order; users in the order of their first messages.
 fn by_user(messages: &[AcceptMessage]) -> Vec<Vec<usize>> {
     let mut numbers = HashMap::with_capacity(messages.len());
     let mut users: Vec<Vec<usize>> = Vec::new();
@@ -263,7 +263,7 @@ fn read_group(group: &ByUser<'_>, mut reply: Reply, at_us: u64) -> Result<GroupO
     }
 }
 
-/// The script tells of each mailbox where the new entries begin: the headers follow from that.
+/// The script returns the position before each mailbox's new entries; their headers follow from it.
 fn read_outcomes(
     ByUser { group, users }: &ByUser<'_>,
     mut reply: Reply,
@@ -271,7 +271,7 @@ fn read_outcomes(
 ) -> Result<Vec<AcceptOutcome>, Error> {
     let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
     if letters.len() != group.messages.len() || mailboxes.len() != users.len() * MAILBOX_BYTES {
-        return Err(Error::Unexpected("accept answered of others than it was asked".into()));
+        return Err(Error::Unexpected("accept returned another number of outcomes".into()));
     }
     let mut letters = letters.into_iter();
     let mut outcomes = vec![AcceptOutcome::Duplicate; group.messages.len()]; // each is set below
@@ -291,7 +291,7 @@ fn read_outcomes(
     Ok(outcomes)
 }
 
-/// A mailbox while the entries that were appended to it are counted off.
+/// Position of a mailbox while its new entries' headers are derived.
 struct Mailbox {
     epoch: Epoch,
     newest: Seq,
@@ -310,7 +310,7 @@ impl Mailbox {
         }
     }
 
-    /// The next entry. What was evicted is told with the first.
+    /// The next entry. Evicted entries are counted in the first outcome.
     fn append(&mut self, message: &AcceptMessage, online: bool, at_us: u64) -> AcceptOutcome {
         let header = Header {
             epoch: self.epoch,
@@ -329,7 +329,7 @@ impl Mailbox {
     }
 }
 
-/// `leader offset index`, as the script writes it.
+/// Parses `leader offset index`, as the script writes it.
 fn read_position(text: &[u8]) -> Result<LogPosition, Error> {
     let parse = || {
         let mut parts = std::str::from_utf8(text).ok()?.split(' ');

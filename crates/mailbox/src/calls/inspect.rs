@@ -1,5 +1,4 @@
-//! Reading a user's keys, for people and for re-sends. No script: nothing depends on the parts being
-//! of one moment.
+//! Reading a user's keys, for operators and for re-sends. Without a script: the parts need not be of the same moment.
 
 use barid_core::{Chain, DeviceId, Epoch, Generation, Position, Seq};
 
@@ -8,10 +7,10 @@ use crate::layout::{self, parse_route};
 use crate::topology::Topology;
 use crate::{DeviceState, Error, Inspection, Route, UserKey, keys};
 
-/// Entries that an inspection shows.
+/// Newest entries in an inspection.
 const ENTRIES_MAX: i64 = 100;
 
-/// A user's routes, as they are now.
+/// Reads a user's routes.
 pub(crate) async fn routes(topology: &Topology, user: &UserKey) -> Result<Vec<Route>, Error> {
     let shard = topology.shard_of(user);
     let mut get = redis::cmd("HGETALL");
@@ -20,7 +19,7 @@ pub(crate) async fn routes(topology: &Topology, user: &UserKey) -> Result<Vec<Ro
     Ok(fields.iter().filter_map(|(device, route)| parse_route(device, route)).collect())
 }
 
-/// Everything that Redis holds about a user.
+/// Reads everything that Redis holds about a user.
 pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspection, Error> {
     let shard = topology.shard_of(user);
     let (app, name) = (&user.app, &user.user);

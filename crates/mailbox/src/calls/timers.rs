@@ -10,8 +10,7 @@ use crate::scripts::{self, Call, Script};
 use crate::topology::Topology;
 use crate::{DeferRequest, DeferWaits, DueDevice, DueUser, Error, Unreached, UserKey, keys};
 
-/// Claims up to `max` due users of these shards. One shard's failure is logged and leaves the
-/// others' claims; all failing is an error.
+/// Claims up to `max` due users of these shards. An error of one call is returned only if no user was claimed.
 pub(crate) async fn fire(
     topology: &Topology,
     shards: &[Shard],
@@ -64,14 +63,14 @@ async fn fire_call(
             Ok(claim) => due.extend(claim),
             Err(error) => {
                 topology.metrics().failed(scripts::FIRE.name, &error);
-                tracing::warn!(%error, "a timer could not be fired");
+                tracing::warn!(%error, "due timer not claimed");
             }
         }
     }
     Ok(due)
 }
 
-/// Who may be due: the script that claims must be told the keys that it touches.
+/// Users who may be due: the script that claims must declare the keys that it touches.
 async fn candidates(
     topology: &Topology,
     shards: &[&Shard],
@@ -124,7 +123,7 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
     Ok(Some(DueUser { user, claimed_score, late_ms, put_off, devices }))
 }
 
-/// Gives claims back. Those whose timer has moved since are left alone.
+/// Defers claims. Those whose timer has moved since are left alone.
 pub(crate) async fn defer(
     topology: &Topology,
     requests: &[DeferRequest],
@@ -148,7 +147,7 @@ async fn defer_call(
         let shard = topology.shard_of(&request.user);
         head(&mut call, shard, &request.user);
         call.key(keys::timers(shard)).arg(keys::member(&request.user.app, &request.user.user));
-        let devices: Vec<String> = request.devices.iter().map(given_back).collect();
+        let devices: Vec<String> = request.devices.iter().map(deferred).collect();
         call.arg(request.claimed_score).arg(devices.join("\0"));
     }
     let shard = topology.shard_of(&requests[0].user);
@@ -156,13 +155,13 @@ async fn defer_call(
     for _ in requests {
         if let Err(error) = replies.array().and_then(|mut reply| reply.tag()) {
             topology.metrics().failed(scripts::DEFER.name, &error);
-            tracing::warn!(%error, "a timer could not be given back");
+            tracing::warn!(%error, "claimed timer not deferred");
         }
     }
     Ok(())
 }
 
-/// Runs a script, timed and counted; its reply without the time.
+/// Runs a script with metrics; returns its reply without Redis's time.
 async fn run(
     topology: &Topology,
     shard: Shard,
@@ -178,8 +177,8 @@ async fn run(
     timed_reply(value, topology.link(shard).clock(), sent).map(|(reply, _)| reply)
 }
 
-/// A device behind the letter that says why.
-fn given_back((device, why): &(DeviceId, Unreached)) -> String {
+/// A device after the letter of its reason.
+fn deferred((device, why): &(DeviceId, Unreached)) -> String {
     let letter = match why {
         Unreached::Down => 'D',
         Unreached::Full => 'F',

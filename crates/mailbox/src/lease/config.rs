@@ -1,4 +1,4 @@
-//! The configuration of a lease, and the record that follows from it.
+//! Configuration of a lease, and the record that follows from it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,35 +8,35 @@ use barid_runtime::bounds::{Bound, DAY_SECONDS, whole};
 
 use super::node::{NodeRecord, NodeRole, check_text};
 
-/// Configuration of a node's lease, under the keys of these names.
+/// Configuration of a node's lease.
 #[derive(Debug, Clone)]
 pub struct LeaseConfig {
-    /// `node`: its name; empty: made from its role and address.
+    /// `node`: the node's name; empty: made from its role and address.
     pub node: String,
-    /// `advertise`: the `host:port` at which others reach it; empty: where it listens.
+    /// `advertise`: the `host:port` at which others reach the node; empty: where it listens.
     pub advertise: String,
-    /// `zone`: where it stands; may be empty.
+    /// `zone`: the node's availability zone; may be empty.
     pub zone: String,
-    /// `lease_ttl_ms`: how long the lease lives without renewal.
+    /// `lease_ttl_ms`: how long the lease is valid without renewal.
     pub ttl: Duration,
     /// `void_after_seconds`: how long dispatchers keep the routes of a node whose lease ended.
     pub void_after: Duration,
 }
 
 impl LeaseConfig {
-    /// The bounds of these numbers.
+    /// Bounds of the numeric keys.
     pub fn bounds() -> Vec<Bound> {
         vec![
             whole("lease_ttl_ms", 100..=600_000, "ms"),
-            // A day: routes of a node that will not come back cost a re-send each until then.
+            // Until then each route of a node that does not return costs a re-send.
             whole("void_after_seconds", 1..=DAY_SECONDS, "s"),
         ]
     }
 
-    /// Checks it before a port binds; `key` is the key of the address `listen`.
+    /// Checks all keys, before a port is bound. `key` is the key of the address `listen`.
     ///
     /// # Errors
-    /// The first key that is wrong, and why.
+    /// Returns an error that names the first invalid key.
     pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
         if self.ttl > self.void_after / 2 {
             return Err(format!(
@@ -65,7 +65,7 @@ impl LeaseConfig {
     /// The record of a node that listens on `bound`, with its admin endpoint on `admin`.
     ///
     /// # Errors
-    /// The name made from its address is too long: `node` has to be set.
+    /// Returns an error if the name made from its address is invalid: then `node` must be set.
     pub fn record(
         &self,
         role: NodeRole,
@@ -84,22 +84,12 @@ impl LeaseConfig {
         };
         let id = NodeId::new(&id)?;
         let admin = admin.map_or_else(String::new, |admin| match address.rsplit_once(':') {
-            // Bound everywhere: reached where the node is.
+            // Bound to all interfaces: reached at the node's own host.
             Some((host, _)) if admin.ip().is_unspecified() => format!("{host}:{}", admin.port()),
             _ => admin.to_string(),
         });
-        Ok(NodeRecord {
-            id,
-            role,
-            address,
-            incarnation,
-            load: 0,
-            draining: false,
-            zone: self.zone.clone(),
-            admin,
-            devices: String::new(),
-            confirmed: true,
-        })
+        let zone = self.zone.clone();
+        Ok(NodeRecord { zone, admin, ..NodeRecord::new(role, id, incarnation, address) })
     }
 }
 

@@ -1,5 +1,5 @@
-//! Which sessions say next that they live: those whose routes may be gone or are void, as fast as is
-//! allowed, and all of them in turn. It names no Redis and takes its time as an argument.
+//! Schedules the confirmation of sessions: first those whose routes may be missing or void, as fast as allowed, and
+//! all of them in turn. It names no Redis and takes its time as an argument.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Weak};
@@ -10,93 +10,94 @@ use tokio::time::Instant;
 
 use super::events::LeaseEvent;
 
-/// The sessions of a node, as far as their routes are concerned.
+/// The sessions of a node, for confirmation.
 pub trait LiveSessions {
-    /// One of them.
+    /// A session with a route.
     type Session: LiveSession;
 
-    /// All of them at this moment.
+    /// All current sessions.
     fn all(&self) -> Vec<Arc<Self::Session>>;
 
-    /// Where its route is written.
+    /// The shard of its route.
     fn shard_of(&self, session: &Self::Session) -> Shard;
 
-    /// Routes that are written from now on name this life.
+    /// Uses this incarnation in all routes that are written from now on.
     fn begin_life(&self, incarnation: Incarnation);
 }
 
-/// A session that has a route.
+/// A session, for confirmation.
 pub trait LiveSession {
     /// Whether it has ended.
     fn is_over(&self) -> bool;
 
-    /// The last life that an answered confirmation of it named.
+    /// The incarnation in its last successful confirmation.
     fn confirmed_life(&self) -> Incarnation;
 
-    /// Has it confirm, soon, that it lives.
+    /// Requests that it confirms soon.
     fn confirm(&self);
 }
 
-/// Sessions to confirm, at a bounded rate.
+/// Confirms sessions at a bounded rate.
 pub struct Confirming<S> {
     /// Sessions to confirm before their turn.
     urgent: VecDeque<Weak<S>>,
-    /// Sessions that were requested while `urgent` was not empty. `urgent` is finished first, so that
-    /// repeated requests starve no session.
-    again: Option<Whose>,
+    /// Sessions that were requested while `urgent` was not empty. `urgent` is finished first, so that repeated
+    /// requests starve no session.
+    again: Option<Selection>,
     /// Sessions of the regular round.
-    calm: VecDeque<Weak<S>>,
-    calm_per_pace: usize,
-    per_pace: usize,
-    pace: Duration,
+    regular: VecDeque<Weak<S>>,
+    regular_per_tick: usize,
+    per_tick: usize,
+    tick: Duration,
     every: Duration,
+    /// When the next regular round begins.
     next: Instant,
-    /// A new life, and those whose routes named another one when it began.
+    /// A new incarnation, and the sessions with routes of earlier ones.
     life: Option<(Incarnation, VecDeque<Weak<S>>)>,
 }
 
-enum Whose {
+enum Selection {
     All,
-    Of(BTreeSet<Shard>),
+    Shards(BTreeSet<Shard>),
 }
 
 impl<S: LiveSession> Confirming<S> {
-    /// [`Self::go_on`] will be called each `pace`; all sessions are confirmed once in `every`.
-    pub fn new(per_second: u32, every: Duration, pace: Duration, now: Instant) -> Self {
-        let per_pace = (f64::from(per_second) * pace.as_secs_f64()).ceil();
+    /// [`Self::tick`] must be called once per `tick`. All sessions are confirmed once in `every`.
+    pub fn new(per_second: u32, every: Duration, tick: Duration, now: Instant) -> Self {
+        let per_tick = (f64::from(per_second) * tick.as_secs_f64()).ceil();
         Self {
             urgent: VecDeque::new(),
             again: None,
-            calm: VecDeque::new(),
-            calm_per_pace: 1,
-            per_pace: (per_pace as usize).max(1),
-            pace,
+            regular: VecDeque::new(),
+            regular_per_tick: 1,
+            per_tick: (per_tick as usize).max(1),
+            tick,
             every,
             next: now + every,
             life: None,
         }
     }
 
-    /// Does what an event of the lease asks for.
-    pub fn heed(&mut self, sessions: &impl LiveSessions<Session = S>, event: LeaseEvent) {
+    /// Schedules the confirmations that an event of the lease requires.
+    pub fn handle(&mut self, sessions: &impl LiveSessions<Session = S>, event: LeaseEvent) {
         match event {
             LeaseEvent::Lapsed => {}
             LeaseEvent::NewLife(incarnation) => {
-                // Routes of the new life are written only after its lease.
+                // Routes of the new incarnation are written only after its lease.
                 sessions.begin_life(incarnation);
                 let all = sessions.all();
                 self.life = Some((incarnation, all.iter().map(Arc::downgrade).collect()));
-                self.ask(sessions, Whose::All);
+                self.request(sessions, Selection::All);
             }
-            LeaseEvent::WasGone => self.ask(sessions, Whose::All),
+            LeaseEvent::WasGone => self.request(sessions, Selection::All),
             LeaseEvent::Forgot(shards) => {
-                tracing::info!(shards = shards.len(), "confirming the sessions of shards");
-                self.ask(sessions, Whose::Of(shards.into_iter().collect()));
+                tracing::info!(shards = shards.len(), "confirming sessions of shards");
+                self.request(sessions, Selection::Shards(shards.into_iter().collect()));
             }
         }
     }
 
-    /// The last new life, once: no session has a route of an earlier one.
+    /// Returns a new incarnation, once, when no session has a route of an earlier one any longer.
     pub fn finished_life(&mut self) -> Option<Incarnation> {
         let (incarnation, waiting) = self.life.as_mut()?;
         while let Some(first) = waiting.front() {
@@ -110,53 +111,53 @@ impl<S: LiveSession> Confirming<S> {
         self.life.take().map(|(incarnation, _)| incarnation)
     }
 
-    fn ask(&mut self, sessions: &impl LiveSessions<Session = S>, whose: Whose) {
+    fn request(&mut self, sessions: &impl LiveSessions<Session = S>, selection: Selection) {
         if self.urgent.is_empty() {
-            self.urgent = of(sessions, &whose);
+            self.urgent = select(sessions, &selection);
             return;
         }
-        self.again = Some(match (self.again.take(), whose) {
-            (Some(Whose::Of(mut known)), Whose::Of(more)) => {
+        self.again = Some(match (self.again.take(), selection) {
+            (Some(Selection::Shards(mut known)), Selection::Shards(more)) => {
                 known.extend(more);
-                Whose::Of(known)
+                Selection::Shards(known)
             }
-            (None, Whose::Of(shards)) => Whose::Of(shards),
-            _ => Whose::All,
+            (None, Selection::Shards(shards)) => Selection::Shards(shards),
+            _ => Selection::All,
         });
     }
 
-    /// Tells as many as one pace allows.
-    pub fn go_on(&mut self, sessions: &impl LiveSessions<Session = S>, now: Instant) {
+    /// Requests as many confirmations as the rate allows in one tick.
+    pub fn tick(&mut self, sessions: &impl LiveSessions<Session = S>, now: Instant) {
         if self.urgent.is_empty()
-            && let Some(whose) = self.again.take()
+            && let Some(selection) = self.again.take()
         {
-            self.urgent = of(sessions, &whose);
+            self.urgent = select(sessions, &selection);
         }
-        if self.calm.is_empty() && now >= self.next {
-            self.calm = of(sessions, &Whose::All);
+        if self.regular.is_empty() && now >= self.next {
+            self.regular = select(sessions, &Selection::All);
             self.next = now + self.every;
             // Spread over half the interval.
-            let paces = (self.every.as_secs_f64() / 2.0 / self.pace.as_secs_f64()).max(1.0);
-            let calm = (self.calm.len() as f64 / paces).ceil() as usize;
-            self.calm_per_pace = calm.clamp(1, self.per_pace);
+            let ticks = (self.every.as_secs_f64() / 2.0 / self.tick.as_secs_f64()).max(1.0);
+            let regular = (self.regular.len() as f64 / ticks).ceil() as usize;
+            self.regular_per_tick = regular.clamp(1, self.per_tick);
         }
-        let half = if self.urgent.is_empty() { self.per_pace } else { self.per_pace.div_ceil(2) };
-        let calm = self.calm_per_pace.min(half).min(self.calm.len());
-        tell(&mut self.calm, calm);
-        tell(&mut self.urgent, (self.per_pace - calm).max(1));
+        let half = if self.urgent.is_empty() { self.per_tick } else { self.per_tick.div_ceil(2) };
+        let regular = self.regular_per_tick.min(half).min(self.regular.len());
+        confirm_next(&mut self.regular, regular);
+        confirm_next(&mut self.urgent, (self.per_tick - regular).max(1));
     }
 }
 
-fn of<T: LiveSessions>(sessions: &T, whose: &Whose) -> VecDeque<Weak<T::Session>> {
+fn select<T: LiveSessions>(sessions: &T, selection: &Selection) -> VecDeque<Weak<T::Session>> {
     let all = sessions.all();
-    let wanted = |session: &&Arc<T::Session>| match whose {
-        Whose::All => true,
-        Whose::Of(shards) => shards.contains(&sessions.shard_of(session)),
+    let is_selected = |session: &&Arc<T::Session>| match selection {
+        Selection::All => true,
+        Selection::Shards(shards) => shards.contains(&sessions.shard_of(session)),
     };
-    all.iter().filter(wanted).map(Arc::downgrade).collect()
+    all.iter().filter(is_selected).map(Arc::downgrade).collect()
 }
 
-fn tell<S: LiveSession>(waiting: &mut VecDeque<Weak<S>>, count: usize) {
+fn confirm_next<S: LiveSession>(waiting: &mut VecDeque<Weak<S>>, count: usize) {
     for session in waiting.drain(..count.min(waiting.len())) {
         if let Some(session) = session.upgrade() {
             session.confirm();

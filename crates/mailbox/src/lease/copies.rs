@@ -1,4 +1,4 @@
-//! Reading copies of leases.
+//! Reads copies of leases.
 
 use barid_core::{NodeId, Shard};
 
@@ -8,7 +8,7 @@ use crate::scripts::{self, Call};
 use crate::topology::Topology;
 use crate::{Error, keys};
 
-/// The copies beside a shard, and its master's time, ms.
+/// Returns the time of a shard's master, ms, and the copies beside the shard.
 pub(crate) async fn copies(
     topology: &Topology,
     shard: Shard,
@@ -20,7 +20,7 @@ pub(crate) async fn copies(
     let mut copies = Vec::new();
     while !reply.is_empty() {
         let (id, text) = (reply.text()?, reply.text()?);
-        // Others than nodes have copies as well.
+        // Other members than nodes have copies as well.
         let copy =
             NodeId::new(&id).ok().and_then(|id| Some((id.clone(), Copy::parse(&id, &text)?)));
         copies.extend(copy);

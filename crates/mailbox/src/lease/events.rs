@@ -1,4 +1,4 @@
-//! Events of a lease, from the task that keeps it to its owner.
+//! Events of a lease, from its task to its owner.
 
 use std::collections::BTreeSet;
 
@@ -8,22 +8,20 @@ use tokio::sync::Notify;
 
 use super::life::{News, Place};
 
-/// What became of a lease.
+/// An event of a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseEvent {
-    /// This life is over; another one is being taken.
+    /// This incarnation has ended; a new one is being taken.
     Lapsed,
-    /// Another life stands, under this incarnation. Its record says that it is not confirmed, until
-    /// [`crate::Lease::set_confirmed`].
+    /// A new incarnation was taken. Its record is not `confirmed`, until [`crate::Lease::set_confirmed`].
     NewLife(Incarnation),
-    /// The lease had gone, and stands again in the same life: sessions have to be confirmed.
+    /// The lease was missing, and is held again in the same incarnation: all sessions must be confirmed.
     WasGone,
-    /// These shards lost what was written there, or may have: a connection was made anew. Their
-    /// sessions have to be confirmed.
+    /// These shards have lost data, or may have, because a connection is new. Their sessions must be confirmed.
     Forgot(Vec<Shard>),
 }
 
-/// Events that the owner has not taken yet. Merged: a slow owner misses repetitions, never a kind or a shard.
+/// Events that the owner has not received yet, merged: a slow owner misses repetitions, but no kind and no shard.
 #[derive(Default)]
 pub(super) struct Happened {
     pending: Mutex<Pending>,
@@ -44,12 +42,12 @@ impl Happened {
         self.more.notify_one();
     }
 
-    /// Forgets the events that were not taken.
+    /// Discards all pending events.
     pub fn clear(&self) {
         *self.pending.lock() = Pending::default();
     }
 
-    /// The next event. Cancel-safe.
+    /// Waits for the next event. Cancel-safe.
     pub async fn next(&self) -> LeaseEvent {
         loop {
             if let Some(event) = self.pending.lock().next() {
@@ -70,7 +68,7 @@ impl Pending {
         }
     }
 
-    /// Marks these shards as having possibly lost what was written.
+    /// Marks these shards as having possibly lost data.
     pub fn forget(&mut self, shards: impl IntoIterator<Item = Shard>) {
         self.forgot.extend(shards);
     }

@@ -1,4 +1,4 @@
-//! The task behind a lease: renews it, and reports what happens to it.
+//! The task of a lease: renews it and reports its events.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::{Error, Mailbox};
 /// The readiness condition of the lease.
 pub(super) type Reported = Arc<OnceLock<Condition>>;
 
-/// What the owner of a lease asks of its keeper.
+/// A request of the lease's owner.
 pub(super) enum Order {
     Publish,
     Release,
@@ -34,7 +34,7 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Writes until the lease is held. Retries only where another life is ahead, and outbids it.
+    /// Writes until the lease is held. Retries only with a higher incarnation, if one ahead of its own was found.
     pub async fn acquire(&mut self) -> Result<(), Error> {
         loop {
             let before = self.life.incarnation();
@@ -47,7 +47,7 @@ impl Keeper {
         }
     }
 
-    /// Renews the lease until it is given up, or its owner is gone.
+    /// Renews the lease until it is released or its owner is dropped.
     pub async fn run(
         mut self,
         mut inbox: mpsc::Receiver<Order>,
@@ -59,13 +59,13 @@ impl Keeper {
             tokio::select! {
                 order = inbox.recv() => match order {
                     Some(Order::Publish) => announce = true,
-                    Some(Order::Release) | None => return self.give_up().await,
+                    Some(Order::Release) | None => return self.release().await,
                 },
                 reconnected = reconnections.recv() => match reconnected {
                     Ok(reconnected) => {
                         self.happened.add(|pending| pending.forget(reconnected.shards.iter().copied()));
                     }
-                    // Which ones is not known any longer.
+                    // It is unknown which shards.
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         let all = self.mailbox.shards().all();
                         self.happened.add(|pending| pending.forget(all));
@@ -85,15 +85,15 @@ impl Keeper {
         }
     }
 
-    /// Writes the lease once everywhere. The error is one of those that came, if any did.
+    /// Writes the lease once in all places. Returns one of the errors, if there were any.
     async fn write(&mut self, state: State) -> Option<Error> {
         let began = Instant::now();
         let (stamp, news) = self.life.attempt(began, SystemClock.now_ms());
-        self.heed(news);
+        self.act_on(news);
         let record = self.wanted.borrow().clone();
         let sweep = !self.life.is_held();
         let writing = Writing { record: &record, stamp, ttl: self.ttl, state, sweep };
-        // A master that does not answer must not keep the others from the next writing.
+        // A master that does not answer must not delay the next write to the others.
         let mut answers = writing.start(self.mailbox.topology(), self.ttl / 3);
         let (mut failed, mut forgot) = (None, false);
         while let Some((place, answer)) = answers.recv().await {
@@ -102,17 +102,17 @@ impl Keeper {
                     let now_ms = SystemClock.now_ms();
                     let news = self.life.answered(place, stamp, wrote, began, now_ms);
                     forgot |= matches!(news, Some(News::Forgot(_)));
-                    self.heed(news);
+                    self.act_on(news);
                     self.report(began);
                 }
                 Err(error) => failed = Some(error),
             }
         }
         if let Some(error) = &failed {
-            tracing::debug!(%error, "the lease was not written everywhere");
+            tracing::debug!(%error, "lease not written in all places");
         }
         if forgot {
-            self.look_at_meta().await;
+            self.check_meta().await;
         }
         failed
     }
@@ -126,7 +126,7 @@ impl Keeper {
         }
     }
 
-    fn heed(&mut self, news: Option<News>) {
+    fn act_on(&mut self, news: Option<News>) {
         self.wanted.send_if_modified(|record| self.life.enter(record, news));
         let Some(news) = news else { return };
         self.happened.add(|pending| pending.add(news));
@@ -137,7 +137,7 @@ impl Keeper {
                 tracing::warn!(
                     why,
                     incarnation = incarnation.0,
-                    "the lease lapsed: a new life begins"
+                    "lease lapsed, taking a new incarnation"
                 );
                 events.with_label_values(&["lapsed"]).inc();
                 if let Some(condition) = self.reported.get() {
@@ -146,32 +146,31 @@ impl Keeper {
             }
             News::Taken(_) => events.with_label_values(&["taken"]).inc(),
             News::Forgot(Place::Own) => {
-                tracing::warn!("the lease was gone: it stands again");
+                tracing::warn!("lease was missing, written again");
                 events.with_label_values(&["was_gone"]).inc();
             }
             News::Forgot(Place::Copy(shard)) => {
-                tracing::warn!(%shard, "a shard forgot what was written there");
+                tracing::warn!(%shard, "shard has lost data");
                 events.with_label_values(&["forgot"]).inc();
             }
         }
     }
 
-    /// Checks `barid:meta` after a shard forgot: a Redis that was emptied gets it written again, and one that
-    /// was set up otherwise is reported.
-    async fn look_at_meta(&self) {
-        let looked = self.mailbox.topology().check_meta();
-        match tokio::time::timeout(self.ttl / 3, looked).await {
+    /// Checks `barid:meta` after a shard has lost data: it is written again if Redis was emptied.
+    async fn check_meta(&self) {
+        let checked = self.mailbox.topology().check_meta();
+        match tokio::time::timeout(self.ttl / 3, checked).await {
             Ok(Err(error @ Error::Unusable(_))) => {
-                tracing::error!(%error, "redis was emptied and set up otherwise");
+                tracing::error!(%error, "redis was emptied and set up differently");
             }
-            Ok(Err(error)) => tracing::debug!(%error, "barid:meta cannot be looked at"),
+            Ok(Err(error)) => tracing::debug!(%error, "checking barid:meta failed"),
             Ok(Ok(())) | Err(_) => {}
         }
     }
 
-    async fn give_up(mut self) {
-        if let Some(error) = self.write(State::GivenUp).await {
-            tracing::warn!(%error, "the lease could not be given up everywhere: it ends by itself");
+    async fn release(mut self) {
+        if let Some(error) = self.write(State::Released).await {
+            tracing::warn!(%error, "lease not released in all places, it expires there");
         }
     }
 }

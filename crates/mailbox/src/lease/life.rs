@@ -1,8 +1,8 @@
 //! The state machine of a lease. It names no Redis and takes its time as an argument.
 //!
-//! A lease is written in several places: its own key, and a copy beside each shard. It is held while any
-//! of them takes the writing, so that no single master ends it. Each place returns the stamp that it held: one
-//! older than the last confirmed writing shows that the place lost writes.
+//! A lease is written in several places: its own key, and a copy beside each shard. It is held while any of them
+//! confirms writes, so no single master ends it. Each place returns the stamp that it had before: one older than the
+//! last confirmed write shows that the place has lost data.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,11 +12,11 @@ use tokio::time::Instant;
 
 use super::node::NodeRecord;
 
-/// Which writing of a lease; a later one is greater.
+/// Identifies a write of a lease; a later one is greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Stamp {
     pub incarnation: Incarnation,
-    /// Counts the writings of a process.
+    /// Counts the writes of a process.
     pub number: u64,
 }
 
@@ -25,54 +25,52 @@ pub(crate) struct Stamp {
 pub(crate) enum Place {
     /// `barid:node:<id>`
     Own,
-    /// Beside a shard.
+    /// The copy beside a shard.
     Copy(Shard),
 }
 
-/// What a place answered.
+/// A place's answer to a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wrote {
-    /// False: a later writing stands there.
+    /// False: refused, because a later write is there.
     pub done: bool,
-    /// What stood there before.
-    pub stood: Option<Stamp>,
+    /// The stamp that was there before.
+    pub before: Option<Stamp>,
 }
 
 /// A change that the owner of the lease must act on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum News {
-    /// This life is over: another process has the name, or nothing was written for too long.
+    /// This life has ended, and why: another process has the name, or no write was confirmed for too long.
     Lapsed(&'static str),
-    /// This life stands.
+    /// This life's lease was taken.
     Taken(Incarnation),
-    /// A place had lost what was confirmed there, or may have.
+    /// A place has lost what was confirmed there, or may have.
     Forgot(Place),
 }
 
-/// A life of a node, from its first writing to the next life.
+/// A life of a node, from its first write to the next life.
 #[derive(Debug)]
 pub(crate) struct Life {
     stamp: Stamp,
     held: bool,
-    /// The process works under its lease. Before, another life that it finds is outbid, and nobody is told:
-    /// it has no session yet.
+    /// The process may have sessions. Before, outbidding another life is not reported.
     works: bool,
-    /// When the last writing that was confirmed began, or this life.
+    /// When the last confirmed write began; before one, when this life began.
     held_at: Instant,
-    /// How long others count on a writing.
+    /// How long a write is valid for others.
     ttl: Duration,
-    /// A lease that nothing renewed for so long begins another life: others may soon hold its routes
-    /// for void, and what removes those must not meet routes that are good again.
+    /// After this time without a confirmed write, another life begins: others may soon consider its routes void, and
+    /// remove them while they are valid again.
     lapse_max: Duration,
-    /// The number of the writing by which this life was taken.
+    /// Number of the write by which this life was taken.
     taken: u64,
     /// The last number that each place confirmed in this life.
     confirmed: HashMap<Place, u64>,
 }
 
 impl Life {
-    /// A life that has not been written yet. `void_after`: how long others keep the routes of a node
-    /// that is gone.
+    /// A life that is not written yet. `void_after`: how long others keep the routes of a node that is gone.
     pub fn new(
         incarnation: Incarnation,
         ttl: Duration,
@@ -95,49 +93,49 @@ impl Life {
         self.stamp.incarnation
     }
 
-    /// Whether this life was written somewhere.
+    /// Whether a write of this life was confirmed.
     pub fn is_held(&self) -> bool {
         self.held
     }
 
-    /// Whether others may hold the lease for gone: no writing that began within its time was confirmed.
+    /// Whether others may consider the lease expired: no write within its time to live was confirmed.
     pub fn has_expired(&self, now: Instant) -> bool {
         self.held && now.saturating_duration_since(self.held_at) > self.ttl
     }
 
-    /// The process begins to work: from now on a life that ends leaves sessions behind.
+    /// From now on the process may have sessions, which continue when this life ends.
     pub fn begin_work(&mut self) {
         self.works = true;
     }
 
-    /// Makes `record` say what follows from `news`; whether it names another life than before.
+    /// Updates `record` to this life and `news`. Returns whether its incarnation has changed.
     pub fn enter(&self, record: &mut NodeRecord, news: Option<News>) -> bool {
-        let other = record.incarnation != self.stamp.incarnation;
+        let has_changed = record.incarnation != self.stamp.incarnation;
         record.incarnation = self.stamp.incarnation;
-        // A life that another one of this process goes before has sessions of that.
+        // After a lapse, sessions have routes of the earlier life.
         record.confirmed &= !matches!(news, Some(News::Lapsed(_)));
-        other
+        has_changed
     }
 
-    /// When the last writing that was confirmed began, if it is held.
+    /// When the last confirmed write began, if the lease is held.
     pub fn held_at(&self) -> Instant {
         self.held_at
     }
 
-    /// The stamp of the next writing, to be sent to every place. `wall_ms` is what another life would be
-    /// called after.
+    /// The stamp of the next write, to be sent to every place. `wall_ms` becomes the incarnation if another life
+    /// begins.
     pub fn attempt(&mut self, now: Instant, wall_ms: u64) -> (Stamp, Option<News>) {
         let mut news = None;
-        // Also one that nobody confirmed: it may have been written, and be held for gone since.
+        // Also a life without a confirmed write: it may have been written, and have expired for others.
         if now.saturating_duration_since(self.held_at) > self.lapse_max {
-            news = self.held.then_some(News::Lapsed("it was not renewed for too long"));
+            news = self.held.then_some(News::Lapsed("not renewed for too long"));
             self.begin(self.stamp.incarnation, wall_ms, now);
         }
         self.stamp.number += 1;
         (self.stamp, news)
     }
 
-    /// A place answered the writing `stamp`, which began at `sent`.
+    /// Handles a place's answer to the write `stamp`, which began at `sent`.
     pub fn answered(
         &mut self,
         place: Place,
@@ -147,49 +145,49 @@ impl Life {
         wall_ms: u64,
     ) -> Option<News> {
         if stamp.incarnation != self.stamp.incarnation {
-            return None; // of a former life
+            return None; // of an earlier life
         }
         if !wrote.done {
-            let stood = wrote.stood.unwrap_or_default();
+            let before = wrote.before.unwrap_or_default();
             let known = self.confirmed.contains_key(&place);
-            // The same life with a higher number: a writing of ours that overtook this one, unless
+            // The same life with a higher number: a write of ours that overtook this one, unless
             // another process began in the same millisecond.
-            let ours = stood.incarnation == stamp.incarnation && (self.held || known);
-            return if ours { None } else { self.outbid(stood, wall_ms, sent) };
+            let ours = before.incarnation == stamp.incarnation && (self.held || known);
+            return if ours { None } else { self.outbid(before, wall_ms, sent) };
         }
         let expired = self.has_expired(sent);
         self.held_at = self.held_at.max(sent);
-        let before = self.confirmed.insert(place, stamp.number);
+        let confirmed = self.confirmed.insert(place, stamp.number);
         if !self.held {
             self.held = true;
             self.taken = stamp.number;
             return Some(News::Taken(stamp.incarnation));
         }
-        // The master of its own key may not tell: it answers later than others, or after a writing that it executed
+        // The own key need not show it: its master may answer later than others, or have executed an earlier write
         // late. Meanwhile others acted on what they saw.
         if expired {
             return Some(News::Forgot(Place::Own));
         }
-        let stood = wrote.stood.filter(|stood| stood.incarnation == stamp.incarnation);
-        let forgot = match (place, before) {
-            // A writing of ours that was executed and not answered is no gap.
-            (Place::Own, Some(number)) => stood.is_none_or(|stood| stood.number < number),
+        let before = wrote.before.filter(|before| before.incarnation == stamp.incarnation);
+        let forgot = match (place, confirmed) {
+            // A later write than the confirmed one was executed without an answer.
+            (Place::Own, Some(number)) => before.is_none_or(|before| before.number < number),
             (Place::Own, None) => false,
-            // It may have been executed where everything was lost before: then it hides that.
-            (Place::Copy(_), Some(number)) => stood.is_none_or(|stood| stood.number != number),
-            // Nothing written there since this life began has been confirmed.
+            // Such a write may have been executed after everything was lost, and hide that.
+            (Place::Copy(_), Some(number)) => before.is_none_or(|before| before.number != number),
+            // No write of this life was confirmed there.
             (Place::Copy(_), None) => stamp.number != self.taken,
         };
         forgot.then_some(News::Forgot(place))
     }
 
     fn outbid(&mut self, by: Stamp, wall_ms: u64, now: Instant) -> Option<News> {
-        let told = self.held && self.works;
+        let is_reported = self.held && self.works;
         self.begin(by.incarnation, wall_ms, now);
-        told.then_some(News::Lapsed("another process has this node's name"))
+        is_reported.then_some(News::Lapsed("another process has this node's name"))
     }
 
-    /// Begins a life after `last`: lives of a name are ordered, whatever the machines' clocks say.
+    /// Begins a life after `last`: lives of a node are ordered, whatever the machines' clocks say.
     fn begin(&mut self, last: Incarnation, wall_ms: u64, now: Instant) {
         self.stamp.incarnation = Incarnation(wall_ms.max(last.0 + 1));
         (self.held, self.held_at) = (false, now);
@@ -214,8 +212,8 @@ mod tests {
         Some(Stamp { incarnation: Incarnation(incarnation), number })
     }
 
-    fn done(stood: Option<Stamp>) -> Wrote {
-        Wrote { done: true, stood }
+    fn done(before: Option<Stamp>) -> Wrote {
+        Wrote { done: true, before }
     }
 
     struct Walk {
@@ -338,9 +336,9 @@ mod tests {
     fn only_a_newer_life_is_a_conflict() {
         let mut walk = Walk::new();
         walk.attempt(3);
-        let late = Wrote { done: false, stood: stood(100, 9) };
+        let late = Wrote { done: false, before: stood(100, 9) };
         assert_eq!(walk.answer(OWN, late), None, "a later writing of its own overtook this one");
-        let usurped = Wrote { done: false, stood: stood(700, 1) };
+        let usurped = Wrote { done: false, before: stood(700, 1) };
         assert!(matches!(walk.answer(OWN, usurped), Some(News::Lapsed(_))));
         assert_eq!(walk.answer(copy(0), usurped), None, "an answer to the life before");
         walk.attempt(0);
@@ -354,7 +352,7 @@ mod tests {
         let (stamp, _) = life.attempt(now, 100);
         // The clock of the process before was ahead; or it began in the same millisecond.
         for found in [900, 901] {
-            let wrote = Wrote { done: false, stood: stood(found, 1) };
+            let wrote = Wrote { done: false, before: stood(found, 1) };
             let stamp = Stamp { incarnation: life.incarnation(), ..stamp };
             assert_eq!(life.answered(OWN, stamp, wrote, now, 100), None);
             assert_eq!(life.incarnation(), Incarnation(found + 1));

@@ -1,20 +1,20 @@
-//! Random interleavings of what happens to nodes, their leases, their routes and those who read them, on
-//! three masters that go away, stall, come back older or are emptied, and networks that are cut in
-//! parts. All of it is in memory, and the time is turned by hand.
+//! Model test of leases, routes and their readers: random interleavings on three masters that become unreachable,
+//! stall, go back in time or are emptied, and on partitioned networks. Everything is in memory, with a manual clock.
 //!
-//! What decides is the shipped code: `Life`, `Pending` and `Confirming` in each process, `Reading`,
-//! `Memory` and `Standing` in each dispatcher. The scripts' part (a later writing is not undone; a route
-//! goes only by its own reference; a confirmation yields to a newer attempt) is written down here again,
-//! in `master.rs`; contract tests hold the scripts themselves to it.
+//! Decisions are made by the shipped code: `Life`, `Pending` and `Confirming` in each process, `Reading`, `Memory` and
+//! `Standing` in each dispatcher. `master.rs` repeats what the scripts do (an earlier write does not undo a later one;
+//! a route is removed only by its own reference; a confirmation yields to a newer attempt); contract tests check the
+//! scripts themselves.
 //!
-//! Held at every moment: no route of a session that lives is removed, or held for over, unless nothing of
-//! its process could be read for long; nobody begins another life while it is heard, or an earlier one;
-//! a reader sees whoever has one readable copy, and keeps whoever cannot be read; a process says that all is confirmed when it is. And at
-//! the end, after a bounded time without faults: every session has its route and nothing else has, every
-//! reader sees exactly the processes that run, and nobody who is connected waits for a message.
+//! Invariants at every moment: no route of a running session is removed or considered over, unless nothing of its
+//! process could be read for long; a process begins no other life while its writes are confirmed, and never an earlier
+//! one; a reader sees every node that has a readable copy, and keeps nodes that it cannot read; a process says that
+//! all sessions are confirmed only when they are. At the end, after a bounded time without faults: every session has
+//! its route and there are no other routes, every reader sees exactly the running processes, and no connected user
+//! waits for a message.
 //!
-//! Not provided for: a process whose clock is behind that of its predecessor, where no master that it
-//! reaches tells it so; and two processes under one name at the same time.
+//! Not covered: a process whose clock is behind its predecessor's, if no master that it reaches shows this; two
+//! processes with one name at the same time.
 //!
 //! `BARID_MODEL_SECONDS` (6) is how long it runs, `BARID_MODEL_STEPS` (80) how long a run may get.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may fail loudly")]
@@ -63,10 +63,10 @@ fn whatever_masters_do_living_routes_stay_and_dead_ones_go() {
     println!("{} cases in {:?}", cases.into_inner(), began.elapsed());
 }
 
-/// A machine that has no time for it makes the test longer, not weaker.
+/// A busy machine makes the test longer, not weaker.
 const CASES_MIN: usize = 1_000;
 
-/// Until the time is over, or one of them has found something, which it shrinks.
+/// Runs random cases until the time is over or a failure is found, which is shrunk.
 fn search(began: Instant, cases: &AtomicUsize, broken: &AtomicBool) -> Checked {
     let length = Duration::from_secs(setting("BARID_MODEL_SECONDS", 6));
     let strategy = steps(setting("BARID_MODEL_STEPS", 80) as usize);
@@ -129,7 +129,7 @@ fn hazard_85_a_late_copy_of_an_earlier_life_does_not_hide_the_later_one() {
         Step::Stall { master: 2 },
         Step::Stall { master: 1 },
         wait(64_468),
-        Step::GoOn { master: 2 },
+        Step::Resume { master: 2 },
         Step::Away { master: 0 },
         wait(43_000),
     ];

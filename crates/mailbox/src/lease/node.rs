@@ -1,16 +1,16 @@
-//! A node, as its lease describes it.
+//! A node's record in its lease.
 
 use barid_core::{Incarnation, NodeId};
 
-/// Bytes of a text in a lease's record: a copy of it stands beside every shard.
+/// Maximum bytes of a text in a record, of which every shard has a copy.
 const TEXT_BYTES_MAX: usize = 256;
 
-/// What kind of node it is.
+/// The role of a node that has a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NodeRole {
-    /// Holds sockets.
+    /// An access node, which holds devices' sockets.
     Access,
-    /// Resolves audiences.
+    /// A dispatcher, which resolves users to access nodes.
     Dispatcher,
 }
 
@@ -30,44 +30,65 @@ impl NodeRole {
 /// A node's record in its lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeRecord {
-    /// Its name; one living node has it.
+    /// The node's name, unique among running nodes.
     pub id: NodeId,
-    /// Its role.
+    /// The node's role.
     pub role: NodeRole,
-    /// Its gRPC `host:port`.
+    /// `host:port` of its gRPC server.
     pub address: String,
-    /// Its life: a restart makes a new one, and a lapse for longer than half of the time for which
-    /// others keep the routes of a node that is gone. A later one is greater.
+    /// Changes at a restart, and at a lapse for longer than half of the time for which others keep the routes of a
+    /// node that is gone. A later one is greater.
     pub incarnation: Incarnation,
-    /// Sessions it holds.
+    /// Number of its sessions.
     pub load: u64,
-    /// It is leaving: nothing new is given to it if there is another.
+    /// It is draining: new work goes to other nodes, if there are any.
     pub draining: bool,
-    /// Where it stands, free text; empty: not told.
+    /// Its availability zone, free text; may be empty.
     pub zone: String,
-    /// The `host:port` of its admin endpoint; empty: not told.
+    /// `host:port` of its admin endpoint; empty: unknown.
     pub admin: String,
-    /// The URL at which devices connect; empty: not told, or they do not.
+    /// The URL at which devices connect; empty: unknown, or none.
     pub devices: String,
-    /// All routes of earlier lives of this node are void: each session that lived on into this life has
-    /// written its route anew. True from the start in a process that has just started.
+    /// All routes of earlier incarnations are void: each session that continues in this one has written its route
+    /// again. A new process starts with true.
     pub confirmed: bool,
 }
 
 impl NodeRecord {
-    /// Notes that the sessions of this life are confirmed; whether that is news.
+    /// The record of a node that has just started: without sessions, not draining, confirmed, the optional texts empty.
+    pub fn new(
+        role: NodeRole,
+        id: NodeId,
+        incarnation: Incarnation,
+        address: impl Into<String>,
+    ) -> Self {
+        Self {
+            id,
+            role,
+            address: address.into(),
+            incarnation,
+            load: 0,
+            draining: false,
+            zone: String::new(),
+            admin: String::new(),
+            devices: String::new(),
+            confirmed: true,
+        }
+    }
+
+    /// Notes that the sessions of this incarnation are confirmed. Returns whether this is a change.
     pub(crate) fn set_confirmed(&mut self, incarnation: Incarnation) -> bool {
-        let news = self.incarnation == incarnation && !self.confirmed;
-        self.confirmed |= news;
-        news
+        let changes = self.incarnation == incarnation && !self.confirmed;
+        self.confirmed |= changes;
+        changes
     }
 }
 
-/// Checks a text of a lease's record. NUL separates the fields of a copy; other control characters
-/// would reach logs and terminals.
+/// Checks a text of a record. NUL separates the fields of a copy; other control characters would reach logs and
+/// terminals.
 ///
 /// # Errors
-/// It is too long, or has a control character; names the key.
+/// Returns an error that names `key` if the text is too long or contains a control character.
 pub fn check_text(key: &str, text: &str) -> Result<(), String> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(format!("{key} has {} bytes, the limit is {TEXT_BYTES_MAX}", text.len()));

@@ -1,4 +1,4 @@
-//! How a node's record is written: names and values, so that a reader passes over what it does not know.
+//! Encoding of a node's record: names and values, so that readers ignore unknown fields.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use super::life::Stamp;
 use super::node::{NodeRecord, NodeRole};
 use crate::layout::LAYOUT;
 
-/// The record as names and values, without the incarnation, which is part of the stamp.
+/// Encodes a record as names and values, without the incarnation, which is part of the stamp.
 pub(super) fn fields(record: &NodeRecord) -> Vec<(&'static str, String)> {
     let state = if record.draining { "draining" } else { "serving" };
     vec![
@@ -25,7 +25,7 @@ pub(super) fn fields(record: &NodeRecord) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// The record in a copy.
+/// Encodes these fields for a copy.
 pub(super) fn text(fields: &[(&str, String)]) -> String {
     let pairs: Vec<String> =
         fields.iter().map(|(name, value)| format!("{name}\0{value}")).collect();
@@ -38,22 +38,22 @@ pub(crate) struct Copy {
     pub stamp: Stamp,
     /// When the lease ends, ms in the time of the master that holds the copy.
     pub ends: u64,
-    /// It was given up.
-    pub given_up: bool,
-    /// The layout of the keys that its process writes.
+    /// Whether the lease was released.
+    pub released: bool,
+    /// The key layout of its process.
     pub layout: Option<u32>,
-    /// `None`: it cannot be read, as a newer version may have written it.
+    /// `None`: unreadable, perhaps written by a newer version.
     pub record: Option<NodeRecord>,
 }
 
 impl Copy {
-    /// The copy of `id`; `None`: it is not one.
+    /// Parses the copy of `id`; `None`: malformed.
     pub fn parse(id: &NodeId, text: &str) -> Option<Self> {
         let mut words = text.splitn(5, ' ');
         let mut number = || self::number(words.next()?);
         let stamp = Stamp { incarnation: Incarnation(number()?), number: number()? };
         let ends = number()?;
-        let given_up = words.next()? == "G";
+        let released = words.next()? == "G";
         let mut parts = words.next().unwrap_or_default().split('\0');
         let mut fields = HashMap::new();
         while let (Some(name), Some(value)) = (parts.next(), parts.next()) {
@@ -61,11 +61,11 @@ impl Copy {
         }
         let record = record(id, stamp, |name| fields.get(name).copied());
         let layout = fields.get("layout").and_then(|layout| layout.parse().ok());
-        Some(Self { stamp, ends, given_up, layout, record })
+        Some(Self { stamp, ends, released, layout, record })
     }
 }
 
-/// A lease as its own key has it.
+/// Parses the fields of a node's own key.
 pub(crate) fn own(id: &NodeId, fields: &HashMap<String, String>) -> Option<(Stamp, NodeRecord)> {
     let field = |name: &str| fields.get(name).map(String::as_str);
     let incarnation = Incarnation(number(field("incarnation")?)?);
@@ -73,7 +73,7 @@ pub(crate) fn own(id: &NodeId, fields: &HashMap<String, String>) -> Option<(Stam
     Some((stamp, record(id, stamp, field)?))
 }
 
-/// Parses a number up to `WIRE_NUMBER_MAX`: lives and renewals are incremented, and loads summed.
+/// Parses a number up to `WIRE_NUMBER_MAX`: incarnations and renewals are incremented, and loads summed.
 fn number(text: &str) -> Option<u64> {
     text.parse().ok().filter(|number| *number <= WIRE_NUMBER_MAX)
 }
@@ -83,17 +83,16 @@ fn record<'a>(
     stamp: Stamp,
     field: impl Fn(&str) -> Option<&'a str>,
 ) -> Option<NodeRecord> {
+    let text = |name: &str| field(name).unwrap_or_default().to_owned();
+    let role = NodeRole::parse(field("role")?)?;
     Some(NodeRecord {
-        id: id.clone(),
-        role: NodeRole::parse(field("role")?)?,
-        address: field("address")?.to_owned(),
-        incarnation: stamp.incarnation,
         load: number(field("load")?)?,
         draining: field("state")? == "draining",
-        zone: field("zone").unwrap_or_default().to_owned(),
-        admin: field("admin").unwrap_or_default().to_owned(),
-        devices: field("devices").unwrap_or_default().to_owned(),
+        zone: text("zone"),
+        admin: text("admin"),
+        devices: text("devices"),
         confirmed: field("confirmed") == Some("1"),
+        ..NodeRecord::new(role, id.clone(), stamp.incarnation, field("address")?)
     })
 }
 
@@ -131,24 +130,19 @@ mod tests {
     fn a_record_survives_its_copy_and_unknown_fields_are_passed_over() {
         let id = NodeId::new("n").unwrap();
         let record = NodeRecord {
-            id: id.clone(),
-            role: NodeRole::Access,
-            address: "[::1]:7081".into(),
-            incarnation: Incarnation(7),
             load: 3,
             draining: true,
             zone: "a zone, with = and spaces".into(),
-            admin: String::new(),
             devices: "wss://h/".into(),
-            confirmed: true,
+            ..NodeRecord::new(NodeRole::Access, id.clone(), Incarnation(7), "[::1]:7081")
         };
         let text = text(&fields(&record));
         let copy = Copy::parse(&id, &format!("7 12 1000 H {text}\0city\0riyadh")).unwrap();
         let stamp = Stamp { incarnation: Incarnation(7), number: 12 };
-        assert_eq!((copy.stamp, copy.ends, copy.given_up), (stamp, 1000, false));
+        assert_eq!((copy.stamp, copy.ends, copy.released), (stamp, 1000, false));
         assert_eq!(copy.record, Some(record));
         let newer = Copy::parse(&id, "7 12 1000 G role\0newer").unwrap();
-        assert_eq!((newer.given_up, newer.record), (true, None));
+        assert_eq!((newer.released, newer.record), (true, None));
         assert_eq!(Copy::parse(&id, "7 x"), None);
     }
 }

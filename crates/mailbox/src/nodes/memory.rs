@@ -1,5 +1,5 @@
-//! What a reader of leases remembers, and whom it takes for gone. It names no Redis and takes its time as
-//! an argument.
+//! What a reader of leases remembers of nodes, and which of them it considers gone. It names no Redis and takes its
+//! time as an argument.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,46 +11,48 @@ use crate::lease::life::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record::Copy;
 
-/// When more than half of the nodes vanish at once, it is believed only after so long: a failover of
-/// the leases' master or a stepped clock takes them all, and most live.
+/// If more than half of the nodes vanish at once, they count as gone only after this time: a failover of the leases'
+/// master or a clock step makes all leases vanish, while most nodes run.
 pub(super) const DISBELIEF: Duration = Duration::from_secs(30);
-/// How long a node that is gone is looked for. Its routes are void long before, and one that a device left behind is
-/// then void as a stranger's is.
+/// How long a node that is gone is remembered. Its routes are void long before, and a route that remains is then void
+/// as that of an unknown node.
 const REMEMBERED: Duration = Duration::from_secs(3600);
-/// Unknown lives whose first evidence is remembered.
+/// A reading that is older says nothing of nodes that may have come back.
+const FRESH: Duration = Duration::from_millis(1_500);
+/// Maximum unknown incarnations that are remembered.
 const STRANGERS_MAX: usize = 4096;
 
 /// What a node's own key says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Own {
-    /// It was not asked: a copy told enough.
+    /// It was not read, because a copy shows that the node is running.
     #[default]
     Unasked,
-    /// Its master does not answer.
+    /// Its master did not answer.
     Unreadable,
-    /// There is none.
+    /// It does not exist.
     Absent,
-    /// It stands.
+    /// It exists.
     Held(Stamp, NodeRecord),
 }
 
-/// What a reading saw of a node.
+/// What a reading found about a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Evidence {
-    /// The newest copy whose lease had not ended.
+    /// The newest copy whose lease has not ended.
     copy: Option<(Stamp, NodeRecord)>,
-    /// The newest copy that says that the lease was given up.
-    given_up: Option<Stamp>,
+    /// The newest copy that says that the lease was released.
+    released: Option<Stamp>,
     pub own: Own,
-    /// The newest writing that the reader knew before.
+    /// The newest write that the reader knew before.
     known: Option<Stamp>,
 }
 
 impl Evidence {
-    /// Takes a copy into account; `now` is the time of the master that holds it, ms.
+    /// Takes a copy into account. `now` is the time of the master that has it, ms.
     pub fn add(&mut self, copy: Copy, now: u64) {
-        if copy.given_up {
-            self.given_up = self.given_up.max(Some(copy.stamp));
+        if copy.released {
+            self.released = self.released.max(Some(copy.stamp));
         } else if let Some(record) = copy.record
             && copy.ends > now
             && self.copy.as_ref().is_none_or(|(stamp, _)| *stamp < copy.stamp)
@@ -59,13 +61,12 @@ impl Evidence {
         }
     }
 
-    /// Whether the copies leave open if it lives: then its own key decides.
+    /// Whether the copies do not show that the node is running: then its own key decides.
     fn is_open(&self) -> bool {
-        !matches!(self.verdict(self.known), Verdict::Lives(..))
+        !matches!(self.verdict(self.known), Verdict::Running(..))
     }
 
-    /// `known`: the newest writing that was ever read. That an earlier one gave the lease up says nothing
-    /// of it.
+    /// `known`: the newest write that was ever read. A release before it is outdated.
     fn verdict(&self, known: Option<Stamp>) -> Verdict<'_> {
         let own = match &self.own {
             Own::Held(stamp, record) => Some((*stamp, record)),
@@ -73,19 +74,21 @@ impl Evidence {
         };
         let copy = self.copy.as_ref().map(|(stamp, record)| (*stamp, record));
         let newest = own.into_iter().chain(copy).max_by_key(|(stamp, _)| *stamp);
-        match (newest, self.given_up) {
-            (Some((stamp, record)), given_up)
-                if given_up.is_none_or(|given_up| given_up < stamp) =>
+        match (newest, self.released) {
+            (Some((stamp, record)), released)
+                if released.is_none_or(|released| released < stamp) =>
             {
-                // A copy of an earlier life, written late or brought back by a failover, tells nothing of a later
-                // life whose own key was not read.
+                // A copy of an earlier incarnation, written late or brought back by a failover, says nothing of a later
+                // one whose own key was not read.
                 let earlier = known.is_some_and(|known| stamp.incarnation < known.incarnation);
                 match self.own {
                     Own::Unasked | Own::Unreadable if earlier => Verdict::Unknown,
-                    _ => Verdict::Lives(stamp, record),
+                    _ => Verdict::Running(stamp, record),
                 }
             }
-            (_, Some(stamp)) if known.is_none_or(|known| known <= stamp) => Verdict::GaveUp(stamp),
+            (_, Some(stamp)) if known.is_none_or(|known| known <= stamp) => {
+                Verdict::Released(stamp)
+            }
             (..) if self.own == Own::Absent => Verdict::Gone,
             _ => Verdict::Unknown,
         }
@@ -93,19 +96,19 @@ impl Evidence {
 }
 
 enum Verdict<'a> {
-    Lives(Stamp, &'a NodeRecord),
-    /// It gave its lease up after all else that was read.
-    GaveUp(Stamp),
-    /// Its own key was read and is absent, and no copy stands.
+    Running(Stamp, &'a NodeRecord),
+    /// It released its lease after all other writes that were read.
+    Released(Stamp),
+    /// Its own key was read and is absent, and no copy is valid.
     Gone,
-    /// Nobody can tell.
     Unknown,
 }
 
-/// What Redis says at a moment.
-#[derive(Debug, Default)]
+/// The result of reading the leases once.
+#[derive(Debug)]
 pub(crate) struct Reading {
-    /// Those that are known, or of which there is a copy.
+    began: Instant,
+    /// Known nodes, and those that have a copy.
     pub nodes: HashMap<NodeId, Evidence>,
     /// Whether every master answered.
     pub complete: bool,
@@ -114,17 +117,17 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// Nobody has answered yet. `known`: the nodes to look for, whether a copy shows them or not, each with the newest
-    /// writing that was ever read.
-    pub fn of(known: impl IntoIterator<Item = (NodeId, Stamp)>) -> Self {
+    /// A reading without any answer yet. `known`: the nodes to look for, whether or not they have a copy, each with the
+    /// newest write that was ever read.
+    pub fn of(known: impl IntoIterator<Item = (NodeId, Stamp)>, began: Instant) -> Self {
         let of = |(id, stamp)| (id, Evidence { known: Some(stamp), ..Evidence::default() });
         let nodes = known.into_iter().map(of).collect();
-        Self { nodes, complete: true, any: false }
+        Self { began, nodes, complete: true, any: false }
     }
 
-    /// A master's answer: its time, ms, and the copies beside one of its shards, of which those of `role`
-    /// count, or all; `None`: it did not answer.
-    pub fn heard(
+    /// Adds a master's answer: its time, ms, and the copies beside one of its shards, of which those of `role` count,
+    /// or all; `None`: it did not answer.
+    pub fn add_copies(
         &mut self,
         role: Option<NodeRole>,
         answer: Option<(u64, impl IntoIterator<Item = (NodeId, Copy)>)>,
@@ -142,14 +145,14 @@ impl Reading {
         }
     }
 
-    /// Those whose own keys have to be asked: the copies leave open whether they live.
+    /// The nodes whose own keys must be read, because copies do not show that they are running.
     pub fn open(&self) -> Vec<NodeId> {
         let open = self.nodes.iter().filter(|(_, evidence)| evidence.is_open());
         open.map(|(id, _)| id.clone()).collect()
     }
 
-    /// What one of their own keys says.
-    pub fn asked(&mut self, role: Option<NodeRole>, id: &NodeId, own: Own) {
+    /// Adds a node's own key.
+    pub fn add_own(&mut self, role: Option<NodeRole>, id: &NodeId, own: Own) {
         let own = match own {
             Own::Held(_, record) if role.is_some_and(|role| role != record.role) => Own::Absent,
             own => own,
@@ -161,24 +164,26 @@ impl Reading {
         }
     }
 
-    /// The records of those that live.
-    pub fn living(&self) -> impl Iterator<Item = &NodeRecord> {
+    /// The records of running nodes.
+    pub fn running(&self) -> impl Iterator<Item = &NodeRecord> {
         self.nodes.values().filter_map(|evidence| match evidence.verdict(None) {
-            Verdict::Lives(_, record) => Some(record),
+            Verdict::Running(_, record) => Some(record),
             _ => None,
         })
     }
 }
 
-/// What is known of nodes beyond the view.
+/// What is known of nodes from all readings.
 pub(crate) struct Memory {
-    /// What was read longer ago says nothing of who is gone.
+    /// Readings that are older say nothing about nodes that are gone.
     stale_after: Duration,
     known: HashMap<NodeId, Known>,
-    /// When lives that no lease was ever seen for were first asked about.
+    /// Incarnations without a known lease, and when each was first asked about.
     strangers: HashMap<(NodeId, Incarnation), Instant>,
+    /// When the last reading began.
+    read_at: Option<Instant>,
     /// When a master answered last, and when all did.
-    heard_at: Option<Instant>,
+    answered_at: Option<Instant>,
     complete_at: Option<Instant>,
     /// Since when more than half were missing.
     vanished_at: Option<Instant>,
@@ -188,7 +193,7 @@ struct Known {
     stamp: Stamp,
     record: NodeRecord,
     gone_since: Option<Instant>,
-    gave_up: bool,
+    released: bool,
 }
 
 impl Memory {
@@ -197,13 +202,14 @@ impl Memory {
             stale_after,
             known: HashMap::new(),
             strangers: HashMap::new(),
-            heard_at: None,
+            read_at: None,
+            answered_at: None,
             complete_at: None,
             vanished_at: None,
         }
     }
 
-    /// The nodes to look for, whether a copy shows them or not, each with the newest writing that was ever read.
+    /// The nodes to look for, whether or not they have a copy, each with the newest write that was ever read.
     pub fn known(&self) -> impl Iterator<Item = (NodeId, Stamp)> {
         self.known.iter().map(|(id, known)| (id.clone(), known.stamp))
     }
@@ -212,15 +218,14 @@ impl Memory {
         at.is_none_or(|at| now - at > self.stale_after)
     }
 
-    /// How long a life of a node has been over; `None`: it is not, or nobody can tell now.
-    /// `Duration::MAX`: nothing of it is left.
+    /// See [`super::NodeTable::void_since`].
     pub fn void_since(
         &mut self,
         node: &NodeId,
         incarnation: Incarnation,
         now: Instant,
     ) -> Option<Duration> {
-        if self.is_stale(self.heard_at, now) {
+        if self.is_stale(self.answered_at, now) {
             return None;
         }
         if let Some(known) = self.known.get(node)
@@ -228,7 +233,7 @@ impl Memory {
         {
             let former = incarnation < known.stamp.incarnation;
             return match known.gone_since {
-                // Its sessions live on in the later life, until that says that all of them are confirmed.
+                // Its sessions continue in the later incarnation, until that has confirmed all of them.
                 _ if former && known.record.confirmed => Some(Duration::MAX),
                 since => since.map(|at| now - at),
             };
@@ -245,7 +250,8 @@ impl Memory {
 
     /// See [`super::NodeTable::gone_for_less_than`].
     pub fn gone_for_less_than(&self, limit: Duration, now: Instant) -> Vec<(NodeId, Incarnation)> {
-        if self.is_stale(self.heard_at, now) {
+        let is_fresh = self.read_at.is_some_and(|at| now - at <= FRESH);
+        if !is_fresh || self.is_stale(self.answered_at, now) {
             return Vec::new();
         }
         let gone = |known: &Known| known.gone_since.is_some_and(|at| now - at < limit);
@@ -253,15 +259,16 @@ impl Memory {
         lives.map(|(id, known)| (id.clone(), known.stamp.incarnation)).collect()
     }
 
-    /// Takes over a reading; returns the view that follows from it, by id.
+    /// Takes a reading into account; returns the running nodes, sorted by id.
     pub fn update(&mut self, reading: Reading, now: Instant) -> Vec<NodeRecord> {
+        self.read_at = Some(reading.began);
         if reading.any {
-            self.heard_at = Some(now);
+            self.answered_at = Some(now);
         }
-        // What nobody showed may have been on a master that was not read. Then the time anew begins from
-        // which it counts as gone; a moment may pass without, in which no lease comes and ends.
-        let anew = self.is_stale(self.complete_at, now);
-        if anew {
+        // After too long without a complete reading, a missing node may have been on a master that was not read: it
+        // counts as gone only from now on.
+        let starts_over = self.is_stale(self.complete_at, now);
+        if starts_over {
             self.strangers.clear();
         }
         if reading.complete {
@@ -272,25 +279,27 @@ impl Memory {
         for (id, evidence) in reading.nodes {
             let known = self.known.get(&id).map(|known| known.stamp);
             match evidence.verdict(known) {
-                Verdict::Lives(stamp, record) => self.see(id, stamp, record, believe, now),
-                Verdict::GaveUp(stamp) => {
+                Verdict::Running(stamp, record) => {
+                    self.note_running(id, stamp, record, believe, now)
+                }
+                Verdict::Released(stamp) => {
                     if let Some(known) = self.known.get_mut(&id) {
                         known.stamp = stamp;
-                        known.gave_up = true;
+                        known.released = true;
                         known.gone_since.get_or_insert(now);
                     }
                 }
                 Verdict::Gone => {
                     if let Some(known) = self.known.get_mut(&id).filter(|_| believe) {
                         let since = known.gone_since.get_or_insert(now);
-                        if anew && !known.gave_up {
+                        if starts_over && !known.released {
                             *since = now;
                         }
                     }
                 }
                 Verdict::Unknown => {
-                    // Nobody can tell since when, either: it counts anew.
-                    if let Some(known) = self.known.get_mut(&id).filter(|known| !known.gave_up)
+                    // Since when is unknown as well: it counts from now on.
+                    if let Some(known) = self.known.get_mut(&id).filter(|known| !known.released)
                         && let Some(since) = &mut known.gone_since
                     {
                         *since = now;
@@ -302,21 +311,21 @@ impl Memory {
     }
 
     fn view(&self) -> Vec<NodeRecord> {
-        let living = self.known.values().filter(|known| known.gone_since.is_none());
-        let mut view: Vec<NodeRecord> = living.map(|known| known.record.clone()).collect();
+        let running = self.known.values().filter(|known| known.gone_since.is_none());
+        let mut view: Vec<NodeRecord> = running.map(|known| known.record.clone()).collect();
         view.sort_by(|a, b| a.id.cmp(&b.id));
         view
     }
 
-    /// Whether those who are missing are taken for gone. Who cannot be read is not missing.
+    /// Whether missing nodes count as gone. A node that could not be read is not missing.
     fn believes(&mut self, reading: &Reading, now: Instant) -> bool {
         let (mut all, mut missing) = (0, 0);
         for (id, known) in self.known.iter().filter(|(_, known)| known.gone_since.is_none()) {
             match reading.nodes.get(id).map(|evidence| evidence.verdict(Some(known.stamp))) {
                 None | Some(Verdict::Unknown) => continue,
                 Some(Verdict::Gone) => missing += 1,
-                // An older life than the one that is known: that one is missing.
-                Some(Verdict::Lives(stamp, _)) if stamp.incarnation < known.stamp.incarnation => {
+                // An earlier incarnation than the known one, which is therefore missing.
+                Some(Verdict::Running(stamp, _)) if stamp.incarnation < known.stamp.incarnation => {
                     missing += 1;
                 }
                 Some(_) => {}
@@ -338,24 +347,31 @@ impl Memory {
         believe
     }
 
-    fn see(&mut self, id: NodeId, stamp: Stamp, record: &NodeRecord, believe: bool, now: Instant) {
+    fn note_running(
+        &mut self,
+        id: NodeId,
+        stamp: Stamp,
+        record: &NodeRecord,
+        believe: bool,
+        now: Instant,
+    ) {
         self.strangers.remove(&(id.clone(), stamp.incarnation));
         let Some(known) = self.known.get_mut(&id) else {
             let record = record.clone();
-            self.known.insert(id, Known { stamp, record, gone_since: None, gave_up: false });
+            self.known.insert(id, Known { stamp, record, gone_since: None, released: false });
             return;
         };
         let former = stamp.incarnation < known.stamp.incarnation;
         if former && known.gone_since.is_none() {
-            // A Redis that went back shows it, or that forgot the later one: that one is missing.
+            // Redis has lost the later one, which is therefore missing.
             if believe {
                 known.gone_since = Some(now);
             }
         } else if stamp >= known.stamp || former {
-            // A former life after the later one was found gone: a process whose clock is behind, and
-            // nothing told it of the later one.
-            *known = Known { stamp, record: record.clone(), gone_since: None, gave_up: false };
-        } else if !known.gave_up {
+            // An earlier incarnation after the later one was found gone: its process has a clock that is behind, and
+            // found no trace of the later one.
+            *known = Known { stamp, record: record.clone(), gone_since: None, released: false };
+        } else if !known.released {
             known.gone_since = None;
         }
     }

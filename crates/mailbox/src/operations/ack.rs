@@ -1,4 +1,4 @@
-//! read, ack.
+//! read and ack.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ pub(crate) struct Read;
 impl Operation for Read {
     type Request = ReadRequest;
     type Outcome = Page;
-    /// Pages are large: many in one reply would hold up everything behind it.
+    /// Pages are large: many in one reply would delay everything behind it.
     const ITEMS_MAX: usize = 16;
 
     fn script() -> &'static Script {

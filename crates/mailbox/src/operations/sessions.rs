@@ -1,4 +1,4 @@
-//! connect, confirm, disconnect.
+//! connect, confirm and disconnect.
 
 use std::time::Instant;
 
@@ -16,9 +16,8 @@ use crate::{
     RedisConfig, keys,
 };
 
-/// How long the attempt of a session that is over refuses lower ones, ms. Longer than any call may
-/// be on its way.
-const FENCE_MS: u64 = 60_000;
+/// How long the attempt of an ended session refuses lower ones, ms. Longer than any call may be on its way.
+const ATTEMPT_TTL_MS: u64 = 60_000;
 
 pub(crate) struct Connect;
 
@@ -32,7 +31,7 @@ impl Operation for Connect {
 
     fn shared(config: &RedisConfig, call: &mut Call) {
         retry_args(config, call);
-        call.arg(config.devices_max).arg(FENCE_MS);
+        call.arg(config.devices_max).arg(ATTEMPT_TTL_MS);
     }
 
     fn item(item: &Item<'_, ConnectRequest>, call: &mut Call) {
@@ -42,7 +41,7 @@ impl Operation for Connect {
         session(call, &request.session);
         call.arg(number(request.attempt.0)).arg(platform(&request.platform)).arg(deadline(item));
         call.arg(epoch_candidate());
-        // An epoch of 0 is no place: a client that has never received anything.
+        // A client that has never received anything names epoch 0.
         let position = request.position.filter(|position| position.epoch.0 != 0);
         call.arg(u8::from(position.is_some()));
         position_args(position.unwrap_or_default(), call);
@@ -68,7 +67,7 @@ impl Operation for Connect {
     }
 }
 
-/// The deadline in Redis's time. 0 would be none: the clock is known once a link is ready.
+/// The deadline in Redis's time, ms. Never 0, which means none: the clock is known once a link is ready.
 fn deadline<R>(item: &Item<'_, R>) -> u64 {
     let left = item.deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
     item.clock.at(Instant::now()).map_or(1, |now| now + left)
@@ -148,7 +147,7 @@ fn user_keys(shard: barid_core::Shard, user: &crate::UserKey, call: &mut Call) {
     call.key(keys::timers(shard));
 }
 
-/// A route's fields have blanks between them.
+/// A route's fields are separated by spaces.
 fn platform(text: &str) -> String {
     text.replace(char::is_whitespace, "-")
 }

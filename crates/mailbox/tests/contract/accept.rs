@@ -1,4 +1,4 @@
-//! accept, read.
+//! accept and read.
 
 use barid_core::{Chain, Seq, ShardCount};
 use barid_mailbox::{

@@ -1,4 +1,4 @@
-//! ack.
+//! ack: cursors, resets and trimming.
 
 use barid_core::{Chain, DeviceId, Epoch, Generation, Position, Seq};
 use barid_mailbox::{AcceptOutcome, AckOutcome, ConnectOutcome, ConnectRequest, ReadRequest};

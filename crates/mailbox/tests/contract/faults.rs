@@ -1,4 +1,4 @@
-//! Redis away, restarted, emptied of scripts, full, or not to be used.
+//! Redis unreachable, restarted, without loaded scripts, full, or unusable.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Two purgers, a connect beside an accept, and a Redis that forgets.
+//! Two purgers at once, connect concurrent with accept, and a Redis that loses data.
 
 use std::time::Duration;
 

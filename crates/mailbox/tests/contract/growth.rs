@@ -1,4 +1,4 @@
-//! What users, devices and nodes that do not come back leave behind.
+//! Redis's memory while users, devices and nodes come and never return: it stays bounded.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

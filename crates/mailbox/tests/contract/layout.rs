@@ -1,5 +1,5 @@
-//! Layout 3: what a newer version adds is kept, or keeps this version away; heads stay packed; no number
-//! wraps.
+//! Layout 3: what a newer version adds is preserved, or prevents writes by this version; heads stay in Redis's compact
+//! encoding; no number wraps.
 
 use barid_core::{AppId, Attempt, Chain, Epoch, Generation, Incarnation, Position, Seq, UserId};
 use barid_mailbox::{

@@ -17,17 +17,11 @@ contract!(
 const REFRESH: Duration = Duration::from_millis(50);
 
 pub fn record(id: &str, role: NodeRole) -> NodeRecord {
+    let id = NodeId::new(id).unwrap();
     NodeRecord {
-        id: NodeId::new(id).unwrap(),
-        role,
-        address: "10.0.0.1:7081".into(),
-        incarnation: Incarnation(11),
-        load: 0,
-        draining: false,
         zone: "riyadh".into(),
         admin: "127.0.0.1:7082".into(),
-        devices: String::new(),
-        confirmed: true,
+        ..NodeRecord::new(role, id, Incarnation(11), "10.0.0.1:7081")
     }
 }
 

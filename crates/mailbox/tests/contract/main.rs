@@ -1,4 +1,4 @@
-//! What the mailbox promises, on a real redis-server and on a real Redis Cluster of three masters.
+//! Contract tests of the mailbox, on a real redis-server and on a real Redis Cluster of three masters.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in #[test] functions; these are their bodies
 
 mod accept;

@@ -1,6 +1,5 @@
-//! Accept with WAIT behind it, in one pipeline on a connection of its own (hazard 4). WAIT answers for the
-//! connection's last *executed* command: behind one that was refused it tells of something else, so the pair
-//! is judged together.
+//! Accept followed by WAIT, in one pipeline on a connection of its own (hazard 4). WAIT covers the connection's last
+//! *executed* command: after a refused one it says nothing of it, so both replies are judged together.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;

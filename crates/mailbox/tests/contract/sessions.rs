@@ -1,4 +1,4 @@
-//! connect, confirm, disconnect.
+//! connect, confirm and disconnect.
 
 use barid_core::{Attempt, Chain, Epoch, Generation, Incarnation, Position, Seq};
 use barid_mailbox::{AcceptOutcome, AckOutcome, ConfirmOutcome, ConnectOutcome};

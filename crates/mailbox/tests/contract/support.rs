@@ -1,4 +1,4 @@
-//! A mailbox on a real Redis, and short names for what tests ask of it.
+//! A mailbox on a real Redis, and helpers for its calls.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -50,7 +50,7 @@ enum Store {
     OwnCluster(RedisCluster),
 }
 
-/// A mailbox and what it is tested with. Users and sources of a bed are its own.
+/// A mailbox under test. Users and sources of a bed are its own, although servers are shared.
 pub struct Bed {
     store: Store,
     pub config: RedisConfig,
@@ -177,8 +177,8 @@ impl Bed {
         UserKey { app: AppId::new("demo").unwrap(), user: UserId::new(&name).unwrap() }
     }
 
-    /// The same, in a shard where no test beside this one fires timers: [`Bed::fire`] claims all of a
-    /// shard, also what another test has just made due.
+    /// As [`Bed::user`], in a shard in which no concurrent test fires timers: [`Bed::fire`] claims everything due in a
+    /// shard.
     pub fn timed_user(&self, name: &str) -> UserKey {
         let own = self.number % u64::from(self.config.shards);
         let mut users = (0..).map(|n| self.user(&format!("{name}-{n}")));
@@ -239,12 +239,12 @@ impl Bed {
         }
     }
 
-    /// A device says Hello with connection and attempt `n`.
+    /// A device sends Hello.
     pub async fn hello(&self, request: ConnectRequest) -> ConnectOutcome {
         self.mailbox.connect(request).await.expect("connect comes through")
     }
 
-    /// As [`Bed::hello`]; it must be let in.
+    /// A device connects with connection and attempt `n`.
     pub async fn connect(&self, user: &UserKey, device: &str, n: u64) -> Connected {
         connected(self.hello(hello(user, device, n)).await)
     }
@@ -274,7 +274,7 @@ impl Bed {
         self.read(user, None, after).await
     }
 
-    /// With where the mailbox thinks that the device stands, if something behind `after` is gone.
+    /// As [`Bed::page`], with the device's cursor if entries after `after` are gone.
     pub async fn page_of(&self, user: &UserKey, device: &str, after: u64) -> Page {
         self.read(user, Some(DeviceId::new(device).unwrap()), after).await
     }
@@ -326,7 +326,7 @@ impl Bed {
         self.mailbox.inspect(user).await.expect("inspect comes through").timer_due_ms
     }
 
-    /// Turns the clock, as it were: whoever waits to be due is.
+    /// Makes the user's timer and its waiting devices due.
     pub async fn make_due(&self, user: &UserKey) {
         for state in self.mailbox.inspect(user).await.expect("inspect comes through").devices {
             if state.due_ms > 0 {
@@ -337,7 +337,7 @@ impl Bed {
         let () = self.query(&["ZADD", &self.key("t", user), "XX", "1", &member]).await;
     }
 
-    /// Writes one number of what the head knows of a device.
+    /// Writes one number of a device's stored state.
     pub async fn set_device(&self, user: &UserKey, device: &str, number: Number, value: u64) {
         let script = "local state = redis.call('HGET', KEYS[1], ARGV[1])
             local at, bytes = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -353,7 +353,7 @@ impl Bed {
         let () = self.query(&["EVAL", script, "1", &head, &field, at, bytes, &value]).await;
     }
 
-    /// So much of Redis's time passes for all that expires, and for timers. On a server of its own.
+    /// Simulates that Redis's time passes, for expiries and timers. On a server of its own.
     pub async fn grow_old(&self, ms: u64) {
         for node in self.nodes() {
             node.grow_old(Duration::from_millis(ms)).await.expect("Redis answers");
@@ -369,7 +369,7 @@ impl Bed {
         keys
     }
 
-    /// Gives a claim back.
+    /// Defers a claim.
     pub async fn defer(&self, due: &DueUser, why: Unreached) {
         let request = DeferRequest {
             user: due.user.clone(),
@@ -381,7 +381,7 @@ impl Bed {
         given.expect("defer comes through");
     }
 
-    /// Claims what is due; only this user's is told. The user is a [`Bed::timed_user`].
+    /// Claims due timers; returns this user's claim. The user is a [`Bed::timed_user`].
     pub async fn fire(&self, user: &UserKey) -> Option<DueUser> {
         let retry = self.config.retry().unwrap();
         let due = self.mailbox.fire(&[self.shard(user)], 1_000, &retry).await;
@@ -389,7 +389,7 @@ impl Bed {
     }
 }
 
-/// What [`Bed::set_device`] writes.
+/// A number that [`Bed::set_device`] writes.
 #[derive(Debug, Clone, Copy)]
 pub enum Number {
     Due,

@@ -1,4 +1,4 @@
-//! Retry timers: accept and connect arm, ack and disconnect disarm, fire claims, defer gives back.
+//! Retry timers: accept and connect arm them, ack and disconnect disarm them, fire claims and defer postpones.
 
 use barid_core::{Incarnation, NodeId, Seq};
 use barid_mailbox::{AcceptMessage, AckOutcome, Unreached};

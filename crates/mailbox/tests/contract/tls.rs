@@ -1,4 +1,4 @@
-//! `rediss://`: who is trusted, and who has to show a certificate.
+//! `rediss://`: trusted authorities and client certificates.
 
 use std::path::PathBuf;
 use std::time::Duration;

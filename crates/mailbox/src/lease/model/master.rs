@@ -1,11 +1,11 @@
-//! A master: what it holds, and what the scripts do there.
+//! A master: its data, and what the scripts do with it.
 
 use barid_core::{Incarnation, NodeId};
 
 use super::ground::{NODES, RETRY_BASE_MS, RETRY_MAX_MS, SHARDS, TTL_MS, id, index};
 use crate::NodeRecord;
 use crate::lease::life::{Place, Stamp, Wrote};
-use crate::lease::places::KEPT;
+use crate::lease::places::KEEP_ENDED;
 use crate::lease::record::Copy;
 use crate::nodes::memory::Own;
 
@@ -31,15 +31,15 @@ struct Timer {
     defers: u32,
 }
 
-/// A call that may be executed after its caller has given it up.
+/// A call, which may be executed after its caller has stopped waiting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
-    Write { node: usize, place: Place, stamp: Stamp, record: NodeRecord, given_up: bool },
+    Write { node: usize, place: Place, stamp: Stamp, record: NodeRecord, released: bool },
     Confirm { user: usize, route: Route, behind: bool },
     Disconnect { user: usize, route: Route },
 }
 
-/// What a call is answered.
+/// The answer to a call.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Answer {
     Wrote(Wrote),
@@ -48,7 +48,7 @@ pub enum Answer {
     Removed(Option<Route>),
 }
 
-/// What a master holds; what is of shards and users is there for all, and used for its own only.
+/// A master's data, with places for all shards and users, of which only its own are used.
 #[derive(Clone, Default)]
 struct Held {
     own: [Option<(Stamp, NodeRecord, u64)>; NODES],
@@ -62,11 +62,11 @@ struct Held {
 #[derive(Default)]
 pub struct Master {
     pub away: bool,
-    /// It takes calls and executes none of them yet.
+    /// It accepts calls and executes none of them yet.
     stalled: Option<Vec<Call>>,
-    /// Connections to it are others since it was another one.
+    /// Changes with each failover, which breaks all connections.
     pub link: u64,
-    /// How often it lost anything.
+    /// How often it has lost data.
     pub losses: u64,
     /// How far its clock is ahead.
     pub ahead_ms: u64,
@@ -74,7 +74,7 @@ pub struct Master {
     replica: Held,
 }
 
-/// A stall is over before more callers wait for it.
+/// Maximum waiting calls; a stall ends before there are more.
 const STALLED_MAX: usize = 64;
 
 impl Master {
@@ -86,7 +86,7 @@ impl Master {
         self.stalled.get_or_insert_default();
     }
 
-    pub fn go_on(&mut self, now_ms: u64) -> Vec<Answer> {
+    pub fn resume(&mut self, now_ms: u64) -> Vec<Answer> {
         let late = self.stalled.take().unwrap_or_default();
         late.into_iter().map(|call| self.execute(call, now_ms)).collect()
     }
@@ -95,7 +95,7 @@ impl Master {
         self.replica = self.held.clone();
     }
 
-    /// Its replica takes its place. What its callers waited for is lost.
+    /// Its replica is promoted; waiting calls are lost.
     pub fn fail_over(&mut self) {
         self.held = self.replica.clone();
         (self.away, self.stalled) = (false, None);
@@ -103,7 +103,7 @@ impl Master {
         self.losses += 1;
     }
 
-    /// FLUSHALL: connections stand.
+    /// FLUSHALL: connections stay open.
     pub fn forget_all(&mut self) {
         if self.answers() {
             self.held = Held::default();
@@ -127,8 +127,8 @@ impl Master {
 
     fn execute(&mut self, call: Call, now_ms: u64) -> Answer {
         match call {
-            Call::Write { node, place, stamp, record, given_up } => {
-                Answer::Wrote(self.write(node, place, stamp, record, given_up, now_ms))
+            Call::Write { node, place, stamp, record, released } => {
+                Answer::Wrote(self.write(node, place, stamp, record, released, now_ms))
             }
             Call::Confirm { user, route, behind } => self.confirm(user, route, behind, now_ms),
             Call::Disconnect { user, route } => Answer::Removed(self.disconnect(user, route)),
@@ -142,22 +142,22 @@ impl Master {
         place: Place,
         stamp: Stamp,
         record: NodeRecord,
-        given_up: bool,
+        released: bool,
         now_ms: u64,
     ) -> Wrote {
         let now_ms = now_ms + self.ahead_ms;
         let stood = self.stamp(node, place, now_ms);
         let done = stood.is_none_or(|stood| stood <= stamp);
-        let ends = if given_up { now_ms } else { now_ms + TTL_MS };
+        let ends = if released { now_ms } else { now_ms + TTL_MS };
         match place {
             _ if !done => {}
-            Place::Own => self.held.own[node] = (!given_up).then_some((stamp, record, ends)),
+            Place::Own => self.held.own[node] = (!released).then_some((stamp, record, ends)),
             Place::Copy(shard) => {
                 let (layout, record) = (None, Some(record));
                 let copies = &mut self.held.copies[index(shard)];
-                copies[node] = Some(Copy { stamp, ends, given_up, layout, record });
+                copies[node] = Some(Copy { stamp, ends, released, layout, record });
                 if stamp.number == 1 {
-                    let old = |copy: &Copy| copy.ends + (KEPT.as_millis() as u64) < now_ms;
+                    let old = |copy: &Copy| copy.ends + (KEEP_ENDED.as_millis() as u64) < now_ms;
                     copies
                         .iter_mut()
                         .filter(|copy| copy.as_ref().is_some_and(old))
@@ -165,7 +165,7 @@ impl Master {
                 }
             }
         }
-        Wrote { done, stood }
+        Wrote { done, before: stood }
     }
 
     fn stamp(&self, node: usize, place: Place, now_ms: u64) -> Option<Stamp> {
@@ -178,7 +178,7 @@ impl Master {
         }
     }
 
-    /// What stands in a place of a node.
+    /// The stamp in a place of a node.
     pub fn stands(&self, node: usize, place: Place, now_ms: u64) -> Option<Stamp> {
         self.stamp(node, place, now_ms + self.ahead_ms)
     }
@@ -187,10 +187,10 @@ impl Master {
         self.held.copies[shard][node].as_ref()
     }
 
-    /// The life of a node that a copy shows.
+    /// The incarnation of a node in a valid copy.
     pub fn shows(&self, shard: usize, node: usize, now_ms: u64) -> Option<Incarnation> {
         let now_ms = now_ms + self.ahead_ms;
-        let copy = self.copy(shard, node).filter(|copy| !copy.given_up && copy.ends > now_ms);
+        let copy = self.copy(shard, node).filter(|copy| !copy.released && copy.ends > now_ms);
         copy.map(|copy| copy.stamp.incarnation)
     }
 
@@ -213,7 +213,7 @@ impl Master {
         self.held.routes[user]
     }
 
-    /// connect.lua; false: a newer attempt was there.
+    /// connect.lua; false: superseded by a newer attempt.
     pub fn connect(&mut self, user: usize, route: Route, behind: bool, now_ms: u64) -> bool {
         if self.held.fences[user] > route.attempt {
             return false;
@@ -263,7 +263,7 @@ impl Master {
         self.held.timers[user] = None;
     }
 
-    /// due.lua and fire.lua: whom to send to again.
+    /// due.lua and fire.lua: the route to re-send to, if one is due.
     pub fn fire(&mut self, user: usize, now_ms: u64) -> Option<Route> {
         let timer = self.held.timers[user].as_mut().filter(|timer| timer.due_ms <= now_ms)?;
         let route = self.held.routes[user];

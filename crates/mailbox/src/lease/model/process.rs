@@ -1,4 +1,4 @@
-//! A process of an access node: the shipped [`Life`], [`Pending`] and [`Confirming`], and its sessions.
+//! A process of an access node, with the shipped [`Life`], [`Pending`] and [`Confirming`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,18 +17,18 @@ use crate::lease::life::{Life, News, Place, Wrote};
 use crate::lease::{Confirming, LiveSession, LiveSessions};
 use crate::{NodeRecord, NodeRole};
 
-/// Of the model's sessions, so many are confirmed a second.
+/// Confirmations per second.
 const CONFIRMS_PER_SECOND: u32 = 1;
-/// So rarely that nothing is healed by it here.
+/// So rarely that the regular round repairs nothing here.
 const CONFIRM_EVERY: Duration = Duration::from_secs(1_000_000);
 
 pub struct Session {
     user: usize,
     pub connection: u64,
     pub attempt: u64,
-    /// The life that its route is known to name.
+    /// The incarnation in its last confirmed route.
     confirmed: AtomicU64,
-    /// How often its master had lost something when its route was written last.
+    /// Its master's losses when its route was last written.
     losses: AtomicU64,
     over: AtomicBool,
     asked: AtomicBool,
@@ -48,7 +48,7 @@ impl LiveSession for Session {
     }
 }
 
-/// What routes name, and the sessions by user.
+/// The incarnation in new routes, and the sessions by user.
 pub struct Sessions {
     first: Incarnation,
     incarnation: AtomicU64,
@@ -80,17 +80,17 @@ impl Sessions {
 pub struct Process {
     pub number: usize,
     pub frozen: bool,
-    /// Masters that it does not reach, and those whose answers do not reach it.
+    /// Masters that it cannot reach, and those whose answers are lost.
     pub cut: u8,
     pub deaf: u8,
     pub renew_at: u64,
     pub pace_at: u64,
     pub record: NodeRecord,
-    /// When it became able to serve routes of its life.
+    /// When it began to serve routes of its current life.
     pub life_began_ms: u64,
-    /// The last life of which it said that all is confirmed: routes that name an earlier one are void for good.
+    /// The last incarnation whose sessions it has published as confirmed: earlier routes are void.
     pub all_confirmed: Incarnation,
-    /// The life that a master executed a writing of, and when that was first.
+    /// The last incarnation of which a master executed a write, and when it first did.
     first_executed: (Incarnation, u64),
     life: Life,
     pending: Pending,
@@ -98,11 +98,11 @@ pub struct Process {
     sessions: Sessions,
     connections: u64,
     writings: usize,
-    /// Which connection it has to each master: another one than the master's own is broken.
+    /// Its connection to each master; one that differs from the master's own is broken.
     links: [u64; MASTERS],
     clock_s: i64,
-    /// By the world's account: when a writing was executed and answered last, and executed at all, and
-    /// when the last silence ended in which readers may have lost it.
+    /// As the world knows it: when a write was last executed and answered, when one was last executed, and when the
+    /// last silence ended in which readers may have considered it gone.
     answered_ms: u64,
     executed_ms: u64,
     silence_ended_ms: Option<u64>,
@@ -113,7 +113,7 @@ fn wall_ms(now_ms: u64, clock_s: i64) -> u64 {
 }
 
 impl Process {
-    /// A process that begins; it holds no lease if no master let it.
+    /// Starts a process; it holds no lease if no master confirmed its write.
     pub fn start(
         number: usize,
         clock_s: i64,
@@ -121,18 +121,8 @@ impl Process {
         masters: &mut [Master],
         now_ms: u64,
     ) -> Result<Self, String> {
-        let record = NodeRecord {
-            id: id(number).clone(),
-            role: NodeRole::Access,
-            address: String::new(),
-            incarnation: Incarnation(wall_ms(now_ms, clock_s)),
-            load: 0,
-            draining: false,
-            zone: String::new(),
-            admin: String::new(),
-            devices: String::new(),
-            confirmed: true,
-        };
+        let incarnation = Incarnation(wall_ms(now_ms, clock_s));
+        let record = NodeRecord::new(NodeRole::Access, id(number).clone(), incarnation, "");
         let pace = Duration::from_millis(PACE_MS);
         let mut process = Self {
             number,
@@ -188,7 +178,7 @@ impl Process {
         self.cut & (1 << master) == 0
     }
 
-    /// The life that routes name.
+    /// The incarnation in new routes.
     pub fn incarnation(&self) -> Incarnation {
         self.sessions.incarnation()
     }
@@ -207,7 +197,7 @@ impl Process {
         self.sessions.by_user.get(&user).map(|session| &**session)
     }
 
-    /// Whether the device at `attempt` got through.
+    /// Connects the device with `attempt`; returns whether a master executed it.
     pub fn connect(
         &mut self,
         user: usize,
@@ -242,7 +232,7 @@ impl Process {
         true
     }
 
-    /// A session is over; returns what its route names.
+    /// Ends a session; returns its route.
     pub fn end(&mut self, user: usize) -> Option<Route> {
         let session = self.sessions.by_user.remove(&user)?;
         session.over.store(true, Relaxed);
@@ -254,15 +244,15 @@ impl Process {
         Route { node: self.number, incarnation: self.incarnation(), connection, attempt }
     }
 
-    /// One writing everywhere, and what follows from the answers.
+    /// Writes the lease in all places, and acts on the answers.
     pub fn renew(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
         let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
-        self.heed(news, None, now_ms)?;
+        self.act_on(news, None, now_ms)?;
         let record = self.record.clone();
-        let given_up = false;
+        let released = false;
         self.everywhere(masters, |process, master, place, masters| {
             let (node, record) = (process.number, record.clone());
-            let call = Call::Write { node, place, stamp, record, given_up };
+            let call = Call::Write { node, place, stamp, record, released };
             let Some(Answer::Wrote(wrote)) = masters[master].call(call, now_ms) else {
                 return Ok(());
             };
@@ -280,26 +270,26 @@ impl Process {
             }
             let wall_ms = wall_ms(now_ms, process.clock_s);
             let news = process.life.answered(place, stamp, wrote, at(now_ms), wall_ms);
-            process.heed(news, Some(wrote), now_ms)
+            process.act_on(news, Some(wrote), now_ms)
         })?;
         let renewed = self.life.is_held() && self.life.held_at() >= at(now_ms);
         self.renew_at = now_ms + if renewed { TTL_MS / 3 } else { TTL_MS / 10 };
         Ok(())
     }
 
-    pub fn give_up(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
+    pub fn release(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
         let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
-        self.heed(news, None, now_ms)?;
+        self.act_on(news, None, now_ms)?;
         let record = self.record.clone();
-        let given_up = true;
+        let released = true;
         self.everywhere(masters, |process, master, place, masters| {
             let (node, record) = (process.number, record.clone());
-            masters[master].call(Call::Write { node, place, stamp, record, given_up }, now_ms);
+            masters[master].call(Call::Write { node, place, stamp, record, released }, now_ms);
             Ok(())
         })
     }
 
-    /// Calls `each` for all places that it reaches; with another one first each time.
+    /// Calls `each` for all places that it reaches, in rotated order.
     fn everywhere(
         &mut self,
         masters: &mut [Master],
@@ -337,28 +327,27 @@ impl Process {
         self.executed_ms = now_ms;
     }
 
-    /// Whether readers may rightly take it for gone: nothing of it could be read for long, or until a
-    /// moment ago.
+    /// Whether readers may consider it gone: nothing of it could be read for long, or until a moment ago.
     pub fn was_silent(&self, now_ms: u64, moment_ms: u64) -> bool {
         now_ms - self.executed_ms >= SILENT_MS
             || self.silence_ended_ms.is_some_and(|ended| now_ms - ended <= moment_ms)
     }
 
-    /// Whether its life just came. One that was written, not heard of, and not renewed for as long as a lease holds may
-    /// have been seen, and seen to end, before.
+    /// Whether its life has just begun. A life that was written without an answer, and not renewed within a lease's
+    /// validity, may have been seen to end before.
     pub fn is_young(&self, now_ms: u64) -> bool {
         let unheard_ms = self.life_began_ms.saturating_sub(self.first_executed.1);
-        // Nor does one come that a later life has followed already.
+        // A life that a later one has followed is not young either.
         let latest = self.first_executed.0 == self.incarnation();
         latest && now_ms - self.life_began_ms < 2_000 && unheard_ms < TTL_MS
     }
 
-    /// Whether its lease stands somewhere.
+    /// Whether its lease is written somewhere.
     pub fn is_fresh(&self, now_ms: u64) -> bool {
         now_ms - self.executed_ms < TTL_MS
     }
 
-    fn heed(&mut self, news: Option<News>, wrote: Option<Wrote>, now_ms: u64) -> Checked {
+    fn act_on(&mut self, news: Option<News>, wrote: Option<Wrote>, now_ms: u64) -> Checked {
         let before = self.record.incarnation;
         self.life.enter(&mut self.record, news);
         if self.record.incarnation < before {
@@ -368,7 +357,8 @@ impl Process {
         self.pending.add(news);
         if let News::Lapsed(why) = news {
             let silent = now_ms - self.answered_ms > LAPSE_MS;
-            let outbid = wrote.is_some_and(|it| it.stood.is_some_and(|it| it.incarnation > before));
+            let outbid =
+                wrote.is_some_and(|it| it.before.is_some_and(|it| it.incarnation > before));
             if !silent && !outbid {
                 return Err(format!("n{} begins another life: {why}", self.number));
             }
@@ -376,7 +366,7 @@ impl Process {
         Ok(())
     }
 
-    /// What is kept at a pace: the lease's events, and confirmations.
+    /// One tick: handles the lease's events, and confirms sessions.
     pub fn pace(&mut self, masters: &mut [Master], behind: &[bool], now_ms: u64) -> Checked {
         self.pace_at = now_ms + PACE_MS;
         for master in 0..MASTERS {
@@ -384,7 +374,7 @@ impl Process {
         }
         while let Some(event) = self.pending.next() {
             let before = self.incarnation();
-            self.confirming.heed(&self.sessions, event);
+            self.confirming.handle(&self.sessions, event);
             if self.incarnation() < before {
                 return Err(format!("n{} goes on in a life before its last", self.number));
             }
@@ -392,7 +382,7 @@ impl Process {
                 self.life_began_ms = now_ms;
             }
         }
-        self.confirming.go_on(&self.sessions, at(now_ms));
+        self.confirming.tick(&self.sessions, at(now_ms));
         for session in self.sessions.all() {
             if session.asked.load(Relaxed) && self.reaches(master_of(session.user)) {
                 self.confirm(&session, &mut masters[master_of(session.user)], behind, now_ms);
@@ -421,11 +411,11 @@ impl Process {
             Some(_) => {
                 self.end(user);
             }
-            None => {} // it is asked again until it answers
+            None => {} // repeated until it is answered
         }
     }
 
-    /// Every session that it has wrote its route anew in this life, as far as nothing was lost since.
+    /// Checks that every session has written its route in this life, unless the master has lost data since.
     fn check_confirmed(&self, masters: &[Master]) -> Checked {
         for session in self.sessions.by_user.values() {
             let master = &masters[master_of(session.user)];
@@ -443,7 +433,7 @@ impl Process {
         Ok(())
     }
 
-    /// After it took its name: no place that answered shows another life of it.
+    /// Checks, after it took its lease, that no place that answered has another life of its node.
     pub fn check_outbid(&self, masters: &[Master], now_ms: u64) -> Checked {
         for master in (0..MASTERS).filter(|it| self.reaches(*it) && masters[*it].answers()) {
             for place in users_of(master).map(|user| Place::Copy(shard(user))) {

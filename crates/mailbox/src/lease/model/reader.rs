@@ -1,5 +1,4 @@
-//! A dispatcher, as far as it reads leases and judges routes: the shipped `Reading`, [`Memory`] and
-//! [`Standing`].
+//! A dispatcher that reads leases and judges routes, with the shipped `Reading`, [`Memory`] and [`Standing`].
 
 use std::collections::VecDeque;
 
@@ -17,17 +16,17 @@ const ROLE: Option<NodeRole> = Some(NodeRole::Access);
 
 pub struct Reader {
     pub frozen: bool,
-    /// Masters that it does not reach.
+    /// Masters that it cannot reach.
     pub cut: u8,
     pub read_at: u64,
     pub view: Vec<NodeRecord>,
-    /// Routes as it read them last, which may be older than what is there.
+    /// Routes as it last read them; they may be outdated.
     pub cached: [Option<Route>; USERS],
-    /// Routes to remove; it may stop before it does.
+    /// Routes to remove; it may be stopped before it does.
     pub to_remove: VecDeque<(usize, Route)>,
     pub holds_removals: bool,
     memory: Memory,
-    /// Nodes that were in its view once.
+    /// Nodes that have been in its view.
     knew: [bool; NODES],
     turn: usize,
 }
@@ -56,29 +55,29 @@ impl Reader {
         Some(&masters[master]).filter(|it| self.reaches(master) && it.answers())
     }
 
-    /// The shard beside which it looks now.
+    /// The shard whose copies it reads in this turn.
     pub fn asks(&self, master: usize) -> usize {
         users_of(master).nth(self.turn % (USERS / MASTERS)).unwrap()
     }
 
     pub fn read(&mut self, masters: &[Master], now_ms: u64) {
         self.turn += 1;
-        let mut reading = Reading::of(self.memory.known().collect::<Vec<_>>());
+        let mut reading = Reading::of(self.memory.known().collect::<Vec<_>>(), at(now_ms));
         for master in 0..MASTERS {
             let heard = self.hears(master, masters);
-            reading.heard(ROLE, heard.map(|it| it.copies(self.asks(master), now_ms)));
+            reading.add_copies(ROLE, heard.map(|it| it.copies(self.asks(master), now_ms)));
         }
         for open in reading.open() {
             let node = number(&open);
             let heard = self.hears(own_master(node), masters);
-            reading.asked(ROLE, &open, heard.map_or(Own::Unreadable, |it| it.own(node, now_ms)));
+            reading.add_own(ROLE, &open, heard.map_or(Own::Unreadable, |it| it.own(node, now_ms)));
         }
         self.view = self.memory.update(reading, at(now_ms));
         self.view.iter().for_each(|record| self.knew[number(&record.id)] = true);
         self.read_at = now_ms + REFRESH_MS;
     }
 
-    /// Whether what it can read shows that this process lives.
+    /// Whether something that it can read shows that this process is running.
     pub fn is_shown(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
         let node = number(&record.id);
         let copied = self.shown(node, masters, now_ms).any(|life| life == record.incarnation);
@@ -88,14 +87,14 @@ impl Reader {
         copied || (own && self.knew[node])
     }
 
-    /// Whether nothing that it can read speaks for or against this life.
+    /// Whether it can read nothing about this node.
     pub fn is_hidden(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
         let node = number(&record.id);
         self.hears(own_master(node), masters).is_none()
             && self.shown(node, masters, now_ms).next().is_none()
     }
 
-    /// The lives of a node that copies show it.
+    /// The incarnations of a node in the copies that it can read.
     fn shown<'a>(
         &'a self,
         node: usize,

@@ -1,76 +1,76 @@
-//! The steps of a run, and how random runs are drawn.
+//! The steps of a run, and the strategy that generates them.
 
 use proptest::prelude::*;
 
 use super::ground::{MASTERS, NODES, READERS, USERS};
 
-/// What may happen. What makes no sense does nothing. Sets of masters are bits.
+/// A step. One that does not apply does nothing. Sets of masters are bit sets.
 #[derive(Debug, Clone)]
 pub enum Step {
     /// Time passes.
     Wait { ms: u64 },
-    /// A master does not answer.
+    /// A master becomes unreachable.
     Away { master: usize },
-    /// It does again.
+    /// It can be reached again.
     Back { master: usize },
-    /// A master takes calls and executes none of them.
+    /// A master accepts calls and executes none of them.
     Stall { master: usize },
-    /// It executes them; nobody waits for the answers any longer.
-    GoOn { master: usize },
-    /// A replica has all that its master has.
+    /// It executes them; the callers no longer wait.
+    Resume { master: usize },
+    /// A replica catches up with its master.
     Replicate { master: usize },
-    /// It takes its place.
+    /// The replica is promoted.
     FailOver { master: usize },
-    /// Masters are emptied; connections stand.
+    /// Masters are emptied; connections stay open.
     Emptied { masters: u8 },
-    /// A master's clock goes forward.
+    /// A master's clock is set forward.
     Ahead { master: usize, seconds: u64 },
-    /// A process does not reach these masters, and reaches the others.
+    /// A process reaches all masters but these.
     Cut { node: usize, masters: u8 },
-    /// A process does not hear what these masters answer.
+    /// A process receives no answers of these masters.
     Deaf { node: usize, masters: u8 },
-    /// As `Cut`, of a dispatcher.
+    /// As `Cut`, for a dispatcher.
     CutReader { reader: usize, masters: u8 },
     /// A process dies.
     Kill { node: usize },
-    /// Another one begins under its name; its machine's clock may be off.
+    /// Another process starts with its name; its machine's clock may be wrong.
     Start { node: usize, clock_s: i64, cut: u8 },
-    /// A process drains: its sessions end, and it gives up its lease.
+    /// A process drains: its sessions end, and it releases its lease.
     Drain { node: usize },
     /// A process is stopped.
     Freeze { node: usize },
     /// It goes on.
     Thaw { node: usize },
-    /// A device connects; whoever had its session before may hear of it.
+    /// A device connects; the node of its earlier session may be told.
     Connect { user: usize, node: usize, told: bool },
     /// A session ends.
     Disconnect { user: usize },
     /// A message is accepted for a user.
     Message { user: usize },
-    /// A push goes through a dispatcher, perhaps by an old route.
+    /// A dispatcher pushes, perhaps by a cached route.
     Push { user: usize, reader: usize, old: bool },
-    /// Everybody is pushed to again and again, or not.
+    /// Turns periodic pushes to all users on or off.
     Traffic { on: bool },
-    /// A dispatcher is started again: it knows nobody.
+    /// A dispatcher restarts without any memory.
     Fresh { reader: usize },
     /// A dispatcher is stopped.
     FreezeReader { reader: usize },
     /// It goes on.
     ThawReader { reader: usize },
-    /// A dispatcher's reaper is slow from now on.
+    /// A dispatcher holds back removals.
     HoldRemovals { reader: usize },
-    /// It gets to what it was told.
+    /// It executes them.
     Remove { reader: usize },
 }
 
 const TRAFFIC: u32 = 15;
 
 impl Step {
-    /// Each run has some kinds of steps only: what is rare among all is frequent then.
+    /// Each run has only some kinds of steps, so that rare combinations become frequent.
     fn kind(&self) -> Option<u32> {
         Some(match self {
             Self::Away { .. } | Self::Back { .. } => 0,
-            Self::Stall { .. } | Self::GoOn { .. } => 1,
+            Self::Stall { .. } | Self::Resume { .. } => 1,
             Self::FailOver { .. } | Self::Replicate { .. } => 2,
             Self::Emptied { .. } => 3,
             Self::Ahead { .. } => 4,
@@ -89,7 +89,7 @@ impl Step {
         })
     }
 
-    /// Each run has so many nodes, users and dispatchers only, for the same reason.
+    /// Each run has only some nodes, users and dispatchers, for the same reason.
     fn be_of(&mut self, (nodes, users, readers): (usize, usize, usize)) {
         match self {
             Self::Cut { node, .. }
@@ -153,7 +153,7 @@ pub fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         3 => master.clone().prop_map(|master| Step::Away { master }),
         4 => master.clone().prop_map(|master| Step::Back { master }),
         2 => master.clone().prop_map(|master| Step::Stall { master }),
-        3 => master.clone().prop_map(|master| Step::GoOn { master }),
+        3 => master.clone().prop_map(|master| Step::Resume { master }),
         3 => master.clone().prop_map(|master| Step::Replicate { master }),
         3 => master.clone().prop_map(|master| Step::FailOver { master }),
         3 => masters.prop_map(|masters| Step::Emptied { masters }),
@@ -179,8 +179,8 @@ pub fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     })
 }
 
-/// A process is stopped past its lease and not for long enough to begin another life; a dispatcher may
-/// begin meanwhile.
+/// A process is stopped for longer than its lease is valid, but not long enough to begin another life; a dispatcher
+/// may start meanwhile.
 fn silence(node: usize, ms: u64, fresh: Option<usize>) -> Vec<Step> {
     let mut steps = vec![Step::Freeze { node }, Step::Wait { ms }];
     steps.extend(fresh.map(|reader| Step::Fresh { reader }));
@@ -188,8 +188,7 @@ fn silence(node: usize, ms: u64, fresh: Option<usize>) -> Vec<Step> {
     steps
 }
 
-/// A process and a dispatcher are on two sides of a network for some time; the process may be stopped
-/// when that ends.
+/// A partition separates a process from a dispatcher for some time; the process may be stopped when it ends.
 fn parted(node: usize, reader: usize, masters: u8, ms: u64, stopped: bool) -> Vec<Step> {
     let others = !masters & 7;
     let mut steps = vec![

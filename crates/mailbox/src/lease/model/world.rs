@@ -62,7 +62,7 @@ impl World {
             Step::Away { master } => self.masters[master].away = true,
             Step::Back { master } => self.masters[master].away = false,
             Step::Stall { master } => self.masters[master].stall(),
-            Step::GoOn { master } => return self.go_on(master),
+            Step::Resume { master } => return self.resume(master),
             Step::Replicate { master } => self.masters[master].replicate(),
             Step::FailOver { master } => self.masters[master].fail_over(),
             Step::Emptied { masters } => {
@@ -179,7 +179,7 @@ impl World {
         for user in 0..USERS {
             self.end_session(&mut process, user);
         }
-        process.give_up(&mut self.masters, self.now_ms)?;
+        process.release(&mut self.masters, self.now_ms)?;
         self.lives[node] = self.lives[node].max(process.record.incarnation);
         Ok(())
     }
@@ -387,8 +387,8 @@ impl World {
         Ok(())
     }
 
-    fn go_on(&mut self, master: usize) -> Checked {
-        for answer in self.masters[master].go_on(self.now_ms) {
+    fn resume(&mut self, master: usize) -> Checked {
+        for answer in self.masters[master].resume(self.now_ms) {
             if let Answer::Removed(Some(route)) = answer {
                 let user = users_of(master).find(|it| {
                     let of =
@@ -420,7 +420,7 @@ impl World {
     pub fn settle(&mut self) -> Checked {
         for master in 0..MASTERS {
             self.masters[master].away = false;
-            self.go_on(master)?;
+            self.resume(master)?;
         }
         for node in 0..NODES {
             self.process(node, |it| (it.cut, it.deaf, it.frozen) = (0, 0, false));

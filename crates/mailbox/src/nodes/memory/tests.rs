@@ -9,18 +9,7 @@ fn id(id: &str) -> NodeId {
 }
 
 fn record(name: &str, incarnation: u64) -> NodeRecord {
-    NodeRecord {
-        id: id(name),
-        role: NodeRole::Access,
-        address: "127.0.0.1:1".into(),
-        incarnation: Incarnation(incarnation),
-        load: 0,
-        draining: false,
-        zone: String::new(),
-        admin: String::new(),
-        devices: String::new(),
-        confirmed: true,
-    }
+    NodeRecord::new(NodeRole::Access, id(name), Incarnation(incarnation), "127.0.0.1:1")
 }
 
 fn stamp(incarnation: u64, number: u64) -> Stamp {
@@ -34,7 +23,7 @@ fn ids(view: &[NodeRecord]) -> Vec<&str> {
 /// A copy at a master whose time is 1000.
 fn copy(name: &str, incarnation: u64, number: u64, ends: u64) -> Copy {
     let record = Some(record(name, incarnation));
-    Copy { stamp: stamp(incarnation, number), ends, given_up: false, layout: Some(3), record }
+    Copy { stamp: stamp(incarnation, number), ends, released: false, layout: Some(3), record }
 }
 
 fn seen(copies: impl IntoIterator<Item = Copy>, own: Own) -> Evidence {
@@ -45,7 +34,7 @@ fn seen(copies: impl IntoIterator<Item = Copy>, own: Own) -> Evidence {
 
 fn all(nodes: impl IntoIterator<Item = (&'static str, Evidence)>) -> Reading {
     let nodes = nodes.into_iter().map(|(name, evidence)| (id(name), evidence)).collect();
-    Reading { nodes, complete: true, any: true }
+    Reading { nodes, began: Instant::now(), complete: true, any: true }
 }
 
 /// Those that live, in these lives; those that should and do not.
@@ -62,8 +51,8 @@ fn held(name: &str) -> Evidence {
     seen([], Own::Held(stamp(1, 1), record(name, 1)))
 }
 
-fn gave_up(name: &str, incarnation: u64, number: u64) -> Copy {
-    Copy { given_up: true, ..copy(name, incarnation, number, 1000) }
+fn released_copy(name: &str, incarnation: u64, number: u64) -> Copy {
+    Copy { released: true, ..copy(name, incarnation, number, 1000) }
 }
 
 #[test]
@@ -82,8 +71,8 @@ fn hazard_13_mass_death_is_believed_only_after_a_while() {
 fn leases_that_were_given_up_are_gone_at_once() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 1), ("b", 1)], ""), t);
-    let given_up = || seen([gave_up("a", 1, 9), copy("a", 1, 8, 2000)], Own::Absent);
-    let both = all([("a", given_up()), ("b", seen([gave_up("b", 1, 9)], Own::Unreadable))]);
+    let released = || seen([released_copy("a", 1, 9), copy("a", 1, 8, 2000)], Own::Absent);
+    let both = all([("a", released()), ("b", seen([released_copy("b", 1, 9)], Own::Unreadable))]);
     assert!(memory.update(both, t).is_empty());
     // A failover brings an older copy back, without the news that it was given up.
     let back = all([("a", seen([copy("a", 1, 8, 2000)], Own::Absent))]);
@@ -128,7 +117,8 @@ fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing
     assert_eq!(memory.void_since(&id("c"), Incarnation(1), last), Some(Duration::ZERO));
     // Nobody answers at all.
     let silence = last + STALE + SECOND;
-    memory.update(Reading::default(), silence);
+    let nothing = Reading { nodes: HashMap::new(), began: silence, complete: false, any: false };
+    memory.update(nothing, silence);
     assert_eq!(memory.void_since(&id("c"), Incarnation(1), silence), None);
 }
 
@@ -168,11 +158,11 @@ fn hazard_62_a_life_is_void_only_by_readings_in_which_every_master_answered() {
 fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     // The later one could not be written where the former one was given up.
-    let given_up = |own| all([("a", seen([gave_up("a", 1, 9)], own)), ("b", held("b"))]);
-    let lives = given_up(Own::Held(stamp(2, 1), record("a", 2)));
+    let released = |own| all([("a", seen([released_copy("a", 1, 9)], own)), ("b", held("b"))]);
+    let lives = released(Own::Held(stamp(2, 1), record("a", 2)));
     assert_eq!(ids(&memory.update(lives, t)), ["a", "b"]);
-    assert_eq!(ids(&memory.update(given_up(Own::Unreadable), t)), ["a", "b"]);
-    assert_eq!(ids(&memory.update(given_up(Own::Absent), t)), ["b"]);
+    assert_eq!(ids(&memory.update(released(Own::Unreadable), t)), ["a", "b"]);
+    assert_eq!(ids(&memory.update(released(Own::Absent), t)), ["b"]);
 }
 
 #[test]
@@ -220,8 +210,8 @@ fn hazard_28_a_fresh_reader_sees_whoever_has_one_readable_copy() {
         ("a", seen([copy("a", 1, 3, 2000)], Own::Unreadable)),
         ("b", seen([copy("b", 1, 3, 900), copy("b", 1, 4, 1001)], Own::Absent)),
         ("c", seen([copy("c", 1, 3, 1000)], Own::Unreadable)),
-        ("d", seen([gave_up("d", 1, 3), copy("d", 1, 4, 2000)], Own::Absent)),
-        ("e", seen([gave_up("e", 1, 5), copy("e", 1, 4, 2000)], Own::Unreadable)),
+        ("d", seen([released_copy("d", 1, 3), copy("d", 1, 4, 2000)], Own::Absent)),
+        ("e", seen([released_copy("e", 1, 5), copy("e", 1, 4, 2000)], Own::Unreadable)),
     ];
     assert_eq!(ids(&Memory::new(STALE).update(all(cases), t)), ["a", "b", "d"]);
 }
@@ -253,4 +243,16 @@ fn hazard_27_a_former_life_is_void_once_the_later_one_is_confirmed() {
     assert_eq!(memory.void_since(&a, Incarnation(10), now), Some(Duration::ZERO));
     // Redis away: nobody can tell.
     assert_eq!(memory.void_since(&a, Incarnation(11), now + STALE * 2), None);
+}
+
+#[test]
+fn nodes_are_known_to_be_gone_only_for_a_while_after_a_reading() {
+    let (mut memory, t) = (Memory::new(STALE), Instant::now());
+    let reading =
+        |living: &[(&'static str, u64)], lapsed| Reading { began: t, ..read(living, lapsed) };
+    memory.update(reading(&[("a", 1), ("b", 1)], ""), t);
+    memory.update(reading(&[("a", 1)], "b"), t);
+    let gone = |at| memory.gone_for_less_than(SECOND * 10, at);
+    assert_eq!(gone(t + FRESH), [(id("b"), Incarnation(1))]);
+    assert_eq!(gone(t + FRESH + Duration::from_millis(1)), []);
 }
