@@ -206,9 +206,9 @@ impl Step {
                 Self::Accept(messages.collect())
             }
             5..9 => {
-                let share = [16, 16, random.random_range(0..=17)][random.random_range(0..3)];
+                let share = [16, random.random_range(0..=17)][random.random_range(0..2)];
                 let generation = [0, 0, 0, 0, 0, 0, 0, 0, -1, 1][random.random_range(0..10)];
-                Self::Ack { device, share, forked: random.random_bool(0.1), generation }
+                Self::Ack { device, share, forked: random.random_bool(0.15), generation }
             }
             _ if random.random_bool(0.7) => {
                 let share = random.random_bool(0.5).then(|| random.random_range(0..=16));
