@@ -158,7 +158,11 @@ fn table() -> Vec<Bad> {
             hello(json!({ "positions": many })),
             "257 entries, the limit is 256",
         ),
-        first("a mailbox twice", hello(json!({ "positions": [{}, {}] })), "a mailbox twice"),
+        first(
+            "a mailbox twice",
+            hello(json!({ "positions": [{}, {}] })),
+            "positions of one mailbox",
+        ),
         first(
             "a huge chain",
             hello(json!({ "positions": [{ "chain": 1_u64 << 32 }] })),
