@@ -220,10 +220,12 @@ impl Step {
 }
 
 impl Twin {
-    /// The position after this share of the entries, in sixteenths.
+    /// The position after this share, in sixteenths: of all entries, or if it is odd, of the stored ones.
     async fn position(&self, bed: &Bed, share: u64) -> Position {
-        let newest = bed.page(&self.user, 0).await.newest.0;
-        bed.position(&self.user, newest * share / 16).await
+        let page = bed.page(&self.user, 0).await;
+        let before = if share.is_multiple_of(2) { 0 } else { page.oldest.0 - 1 };
+        let seq = before + (page.newest.0 - before) * share / 16;
+        bed.position(&self.user, seq).await
     }
 
     /// Does a step; returns what was answered, without the epoch.
