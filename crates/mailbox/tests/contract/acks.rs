@@ -11,6 +11,7 @@ contract!(
     an_ack_never_goes_back,
     hazard_56_a_read_tells_what_the_device_acknowledged_itself,
     hazard_03_an_ack_of_another_history_resets_its_device_only,
+    hazard_03_an_ack_of_another_history_resets_an_only_device,
     hazard_08_an_absurd_ack_resets_its_own_device_only,
     an_ack_of_another_epoch_resets,
     an_ack_of_an_older_generation_is_ignored,
@@ -107,6 +108,19 @@ async fn hazard_03_an_ack_of_another_history_resets_its_device_only(bed: Bed) {
     assert_eq!(bed.state(&user, "tablet").await.unwrap().cursor.seq, Seq(6));
     assert_eq!(bed.page(&user, 0).await.oldest, Seq(1), "nothing is lost to it");
     assert!(bed.timer(&user).await.is_some());
+}
+
+/// With one device the script takes its short path, which has a branch for the newest entry and one for the others.
+async fn hazard_03_an_ack_of_another_history_resets_an_only_device(bed: Bed) {
+    for seq in [2, 3] {
+        let user = bed.user(&format!("alice-{seq}"));
+        bed.connect(&user, "phone", 1).await;
+        bed.fill(&user, 1..=3).await;
+        let forked = Position { chain: Some(Chain(99)), ..bed.position(&user, seq).await };
+        let outcome = bed.ack_at(&user, "phone", 1, forked).await;
+        assert!(matches!(outcome, AckOutcome::Reset { .. }), "{outcome:?}");
+        assert_eq!(bed.page(&user, 0).await.oldest, Seq(1), "nothing is lost to it");
+    }
 }
 
 async fn hazard_08_an_absurd_ack_resets_its_own_device_only(bed: Bed) {
