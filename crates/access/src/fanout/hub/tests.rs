@@ -220,7 +220,7 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     fanout.receive(&demo(), None, entry(1, 1), NOW).unwrap();
     fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
     fanout.wake();
-    // What a worker's own queue takes, half of it.
+    // Half of what a worker's local queue holds.
     const AT_ONCE_MAX: usize = 128;
     let (mut turns, mut all, mut few_after) = (0, 0, None);
     while all < many.len() {
