@@ -30,9 +30,9 @@ const QUEUE_BYTES_MIN: usize = 16 << 10;
 /// The high-water marks, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Marks {
-    /// Of the bytes queued for all sessions.
+    /// The bound of the bytes queued for all sessions.
     pub queued: u64,
-    /// Of resident memory; `None`: not bounded.
+    /// The bound of resident memory; `None` if there is none.
     pub resident: Option<u64>,
 }
 

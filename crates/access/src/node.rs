@@ -22,7 +22,7 @@ pub struct Node {
     pub zone: String,
     /// The clocks.
     pub clock: Arc<Clock>,
-    /// What devices may do.
+    /// The rules and limits for devices.
     pub policy: Policy,
     /// The sessions.
     pub sessions: Sessions,

@@ -1,4 +1,4 @@
-//! What a node allows: who may connect, from where and how often, and the bounds of a session. It is parsed from the
+//! The rules of a node: who may connect, from where and how often, and the bounds of a session. It is parsed from the
 //! configuration once.
 
 use std::sync::Arc;

@@ -157,7 +157,7 @@ impl Socket {
     }
 
     /// Writes a shared frame ([`crate::frames::framed`]) without copying it. Call it only while the buffer is empty.
-    /// What cannot be written at once is buffered.
+    /// Buffers the bytes that the socket does not accept immediately.
     ///
     /// # Errors
     /// The peer has gone, or the socket is closing.

@@ -42,7 +42,7 @@ pub enum Command {
     Inspect(Inspect),
 }
 
-/// What to inspect.
+/// The targets of `barid inspect`.
 #[derive(Debug, Subcommand)]
 pub enum Inspect {
     /// Show a user's mailbox, devices, routes and retry timer

@@ -185,7 +185,7 @@ pub struct Reach {
     pub low: i64,
     /// One past the last offset.
     pub high: i64,
-    /// The first offset at or after the requested time; `high` if there is none.
+    /// The first offset at or after the requested time, or `high` if no record is that recent.
     pub since: i64,
 }
 

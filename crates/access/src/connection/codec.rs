@@ -61,8 +61,8 @@ pub(super) fn refusal(metrics: &Metrics, error: &socket::Error) -> Option<Close>
     socket::refusal(error)
 }
 
-/// The frames before a close frame: an error, and GoAway before 4006. There are none for draining, which a GoAway has
-/// announced, and none for RFC 6455 violations.
+/// The frames before a close frame: an error, and GoAway before 4006. A draining node has announced the close by GoAway
+/// already, and sends no frame here; neither does it after a violation of RFC 6455.
 pub(super) fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     if close.code == CloseCode::Draining || close.code.is_websockets() {
         return Vec::new();

@@ -89,7 +89,7 @@ pub struct Read {
     pub missed: u32,
     /// What to write; `None`: nothing.
     pub run: Option<Run>,
-    /// What to report once the frame is written; `None` for most frames.
+    /// Reported once the frame is written; `None` for most frames.
     pub report: Option<Box<Report>>,
 }
 

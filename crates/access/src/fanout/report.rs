@@ -1,4 +1,4 @@
-//! What a connection reports after it has written messages for an audience: the hops of one delivery in sixteen, and
+//! Reports of a connection that has written messages for an audience: the hops of one delivery in sixteen, and
 //! the trace events of sampled messages.
 
 use std::sync::Arc;
