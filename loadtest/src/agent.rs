@@ -71,7 +71,7 @@ struct Service(Arc<State>);
 struct State {
     /// Oldest first, with the user's number.
     sessions: Mutex<VecDeque<(u32, JoinHandle<()>)>>,
-    /// By user, the newest position that was shown; kept over reconnects.
+    /// The newest position shown to each user; kept over reconnects.
     positions: Mutex<HashMap<u32, Arc<AtomicU64>>>,
     connected: AtomicU32,
     opened: AtomicU64,
@@ -93,7 +93,7 @@ struct Connector {
     ack_delay: Duration,
     retry_max: Duration,
     first: u32,
-    /// By user, from the first.
+    /// Tokens of the users, starting with `first`.
     tokens: Vec<String>,
 }
 

@@ -21,7 +21,7 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 /// The deliveries of one run. Shared by all devices of a process.
 #[derive(Debug)]
 pub struct Audit {
-    /// By user, the turns shown so far. Locked by that user's device alone while a run lasts.
+    /// Turns shown so far, indexed by user. Only that user's device locks it during a run.
     turns: Vec<Mutex<Order>>,
     /// Consecutive records of one user.
     burst: u64,
@@ -262,7 +262,7 @@ fn unix_time() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// What happened to a run's records. Field names are stable.
+/// Outcome of a run's records. Field names are stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Outcome {
     /// Records shown.

@@ -174,7 +174,7 @@ impl Live {
         state.recorded.series.push(series);
     }
 
-    /// What the scenario does from now on, in a word or two.
+    /// Sets the scenario's current phase, in a word or two.
     pub fn phase(&self, phase: &str) {
         let at_s = self.shared.started.elapsed().as_secs_f64();
         let mut state = self.shared.state.lock();

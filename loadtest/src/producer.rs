@@ -22,7 +22,7 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 /// An idempotent producer gets its id from Kafka in the background, and does not report when.
 const PRODUCER_ID_TIME: Duration = Duration::from_secs(1);
 
-/// What is produced.
+/// Settings of the producer and of its messages.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub brokers: String,

@@ -7,14 +7,10 @@ use std::time::{Duration, Instant};
 
 use barid_testkit::cluster::APP;
 use barid_testkit::process::Process;
-use barid_testkit::{Cluster, Role, token};
+use barid_testkit::{Cluster, Role, alone, token};
 use serde_json::Value;
-use tokio::sync::Mutex;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_barid-loadtest");
-
-/// Held by tests that measure, so that they do not take each other's CPU time.
-static MEASURING: Mutex<()> = Mutex::const_new(());
 
 async fn agent(dir: &Path, name: &str) -> (Process, String) {
     let process = Process::spawn(name, TOOL, &dir.join(name), |command| {
@@ -35,13 +31,13 @@ async fn agent(dir: &Path, name: &str) -> (Process, String) {
 
 #[tokio::test]
 async fn sessions_on_two_agents_are_measured_beside_the_floor() {
-    let _measuring = MEASURING.lock().await;
+    let _alone = alone().await;
     let dir = tempfile::tempdir().unwrap();
     let (_one, first) = agent(dir.path(), "one").await;
     let (_other, second) = agent(dir.path(), "other").await;
     let out = dir.path().join("new").join("bench.json");
     let mut command = Command::new(TOOL);
-    command.args(["bench", "--only", "idle", "--sessions", "201", "--rate", "500"]);
+    command.args(["bench", "--only", "idle", "--sessions", "1201", "--rate", "1000"]);
     command.args(["--settle-seconds", "1", "--idle-seconds", "3"]);
     command.arg("--agents").arg(format!("{first},{second}")).arg("--out").arg(&out);
     let output = command.output().unwrap();
@@ -59,8 +55,12 @@ async fn sessions_on_two_agents_are_measured_beside_the_floor() {
     assert!(rows[2]["floor"].as_f64().unwrap() > 0.0 && rows[2]["barid"].as_f64().unwrap() > 0.0);
     for row in &rows[..3] {
         let value = |field: &str| row[field].as_f64().unwrap();
-        // Resident memory varies by more than what 201 sessions hold: their size may even be negative.
-        assert!(value("floor").abs() < 100_000.0 && value("barid").abs() < 100_000.0, "{row}");
+        // 1,201 sessions hold several times the 3 MB by which resident memory varies.
+        let plausible = 0.0..100_000.0;
+        assert!(
+            plausible.contains(&value("floor")) && plausible.contains(&value("barid")),
+            "{row}"
+        );
         assert!((value("ratio") - value("barid") / value("floor")).abs() < 1e-9, "{row}");
         assert_eq!(row["met"].as_bool().unwrap(), value("barid") <= value("goal"), "{row}");
         assert!(row["unit"].is_string(), "{row}");
@@ -74,7 +74,7 @@ async fn sessions_on_two_agents_are_measured_beside_the_floor() {
     for series in series {
         let samples = series["samples"].as_array().unwrap();
         let most = |field: &str| samples.iter().filter_map(|s| s[field].as_u64()).max().unwrap();
-        assert_eq!((most("sessions"), most("delivered")), (201, 20_100), "{series}");
+        assert_eq!((most("sessions"), most("delivered")), (1_201, 120_100), "{series}");
         assert!(most("resident_bytes") > 1 << 20, "{series}");
     }
     let page = beside("report.html");
@@ -100,7 +100,7 @@ fn rows(report: &Value, scenario: usize, what: &str) -> Vec<(String, f64)> {
 
 #[tokio::test]
 async fn pushes_are_measured_by_hop_process_and_batch() {
-    let _measuring = MEASURING.lock().await;
+    let _alone = alone().await;
     let dir = tempfile::tempdir().unwrap();
     let mut command = Command::new(TOOL);
     command.args(["bench", "--only", "unicast,latency,scale", "--push-users", "50"]);

@@ -16,7 +16,7 @@ const EACH: usize = 40;
 /// The message at which the fault is planted.
 const AT: usize = 20;
 
-/// What is between the SDK and an application.
+/// A filter between the SDK and an application.
 type Between = Box<dyn FnMut(Message) -> Vec<Message> + Send>;
 
 fn id(user: &str, number: usize) -> String {

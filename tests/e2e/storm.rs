@@ -19,7 +19,7 @@ const PAUSE_MS: u64 = 500;
 const DEAD_MS: usize = 1_500;
 const STOPPED_MS: usize = 4_000;
 
-/// What can be killed or stopped.
+/// A process that can be killed or stopped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Victim {
     Node(Role, usize),
@@ -34,7 +34,7 @@ struct Storm {
     rising: Vec<(Role, usize)>,
 }
 
-/// What is killed or stopped, and until when.
+/// A killed or stopped process, and until when.
 struct Down {
     victim: Victim,
     until: Instant,

@@ -34,7 +34,7 @@ pub struct Trial {
     listeners: Vec<Listener>,
     chance: StdRng,
     began: Instant,
-    /// What was done when, printed if the trial fails.
+    /// Events of the trial so far, printed if it fails.
     story: String,
 }
 

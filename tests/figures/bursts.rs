@@ -11,15 +11,13 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use barid_testkit::cluster::Business;
 use barid_testkit::grpc::{NodeStream, audience_entry};
 use barid_testkit::raw::{self, Raw};
-use barid_testkit::{Cluster, Device, Role, token};
+use barid_testkit::{Cluster, Device, Role, alone, token};
 use bytes::Bytes;
 use tokio::io::AsyncReadExt as _;
 use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
-
-use crate::alone;
 
 /// Sessions that receive the fan-out. Their app is not the user's.
 const SESSIONS: usize = 5_000;

@@ -4,10 +4,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use barid_testkit::{Cluster, Role, raw};
+use barid_testkit::{Cluster, Role, alone, raw};
 use tokio::time::sleep;
-
-use crate::alone;
 
 /// Sessions with which the process reaches its size, and sessions that are measured.
 const BEFORE: usize = 400;

@@ -9,12 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use barid_testkit::cluster::Business;
 use barid_testkit::raw::{Raw, TEXT, frame};
-use barid_testkit::{Cluster, Role};
+use barid_testkit::{Cluster, Role, alone};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-
-use crate::alone;
 
 const USERS: usize = 10_000;
 const WAVES: usize = 20;
@@ -109,7 +107,7 @@ struct Gauge {
     value: f64,
 }
 
-/// What there may be in each process while nobody is connected.
+/// Upper bounds of each process's gauges while nobody is connected.
 fn held(l1: f64) -> Vec<Gauge> {
     let zero =
         HELD.into_iter().flat_map(|(role, names)| names.iter().map(move |name| (role, *name, 0.0)));

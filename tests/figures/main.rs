@@ -5,11 +5,3 @@ mod bursts;
 mod density;
 mod growth;
 mod void;
-
-use tokio::sync::{Mutex, MutexGuard};
-
-/// Waits until no other test runs; none begins before this is dropped.
-pub async fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::const_new(());
-    ALONE.lock().await
-}

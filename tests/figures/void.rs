@@ -3,11 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use barid_testkit::{Cluster, Role, raw};
+use barid_testkit::{Cluster, Role, alone, raw};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
-
-use crate::alone;
 
 /// Sessions of the killed node, each with an unacknowledged message, and of the other node.
 const KILLED: usize = 5_000;

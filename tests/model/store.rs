@@ -256,7 +256,7 @@ fn held((head, queue, routes, timer, head_at, queue_at, routes_at): Raw, now: u6
 const STATE: [usize; 11] = [7, 6, 4, 6, 4, 6, 6, 6, 1, 4, 4];
 const DEVICE: [usize; 8] = [6, 4, 4, 6, 1, 6, 7, 1];
 
-/// What the scripts pack: the version, no flags, and whole numbers.
+/// Unpacks a value that the scripts packed: version, no flags, whole numbers.
 fn numbers(state: &[u8], sizes: &[usize]) -> Vec<u64> {
     let mut rest = state.strip_prefix(&[3]).and_then(|rest| rest.get(1..)).expect("layout 3");
     let mut numbers = Vec::new();

@@ -23,7 +23,7 @@ use crate::purger::{Group, Partition, Record, at};
 use crate::session::Session;
 use crate::store::{Held, Store};
 
-/// What was broken, in words.
+/// The result of a check; the error describes the violation.
 pub type Checked<T = ()> = Result<T, String>;
 
 macro_rules! check {
@@ -64,7 +64,7 @@ pub struct World<'a> {
     left: Vec<(&'static str, DisconnectRequest)>,
     /// Ids whose mailbox expired.
     expired: HashSet<String>,
-    /// By user, the ids whose mailbox expired on the replica since the last copy.
+    /// Ids whose mailbox expired on the replica since the last copy, with their user.
     expired_there: Vec<(usize, Vec<String>)>,
     connections: u64,
     /// Incarnation of the node's lease.

@@ -15,15 +15,15 @@ use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::frames::BODY_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 
-/// Accept loops: `acceptors` keeps a bit for each.
+/// Maximum accept loops: `acceptors` keeps a bit for each.
 pub(crate) const ACCEPTORS_MAX: u32 = u64::BITS;
-/// A burst of minutes is no limit.
+/// Maximum length of a burst, s.
 const BURST_SECONDS_MAX: u64 = 600;
-/// Connections, of a node or a part of it: a node's sockets and their memory end before.
+/// Maximum of a connection limit; no machine has memory for more sockets.
 const CONNECTIONS_MAX: u64 = 10_000_000;
-/// Waits for a device, ms.
+/// Maximum of a timeout, ms.
 const WAIT_MS_MAX: u64 = HOUR_MS / 6;
-/// A queue of messages in memory.
+/// Maximum bytes of a queue of messages.
 const QUEUE_BYTES_MAX: u64 = 4 << 30;
 
 impl Bounded for JwksConfig {
@@ -140,7 +140,7 @@ impl Bounded for Config {
     }
 }
 
-/// The whole configuration.
+/// The access node's configuration; an empty file is valid.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -148,46 +148,46 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logs.
     pub log: LogConfig,
-    /// How long draining may take; GoAways are spread over it.
+    /// Maximum duration of a drain after SIGTERM, s. GoAways are spread over it.
     pub drain_seconds: u64,
-    /// Where the bound addresses are written as JSON.
+    /// File to which the bound addresses are written as JSON once the role is up.
     pub ready_file: Option<PathBuf>,
-    /// The node's name, unique in the cluster; empty: made from the address in its lease.
+    /// Name of this node, unique in the cluster. Empty: derived from the address in its lease.
     pub node: String,
-    /// Where the node stands, for people and placement; may be empty.
+    /// Zone of the node, shown to operators and used for placement; may be empty.
     pub zone: String,
-    /// Where devices connect (`/v1/connect`).
+    /// Address for devices (`/v1/connect`).
     pub listen: SocketAddr,
-    /// Accept loops on `listen`, 1 to 64. With more than one each has a listener of its own (SO_REUSEPORT),
-    /// and the kernel spreads connections over them by a hash of the addresses.
+    /// Accept loops on `listen`, 1 to 64. More than one use a listener each (SO_REUSEPORT), among which the kernel
+    /// distributes connections by a hash of their addresses.
     pub acceptors: u32,
-    /// Where dispatchers connect. Not for devices: it asks for no credentials.
+    /// Address for dispatchers (gRPC, not authenticated: a private network only).
     pub grpc_listen: SocketAddr,
-    /// `host:port` at which dispatchers reach `grpc_listen`; empty: the bound address.
+    /// `host:port` at which dispatchers reach `grpc_listen`. Empty: the bound address.
     pub advertise: String,
-    /// The URL at which devices reach `listen`, `wss://HOST/v1/connect`, told by `GET /v1/nodes`; empty:
-    /// `ws://` and the bound address, or nothing if that names none.
+    /// URL at which devices reach `listen` (`wss://HOST/v1/connect`), returned by `GET /v1/nodes`. Empty: `ws://` and
+    /// the bound address; none if that is a wildcard.
     pub advertise_url: String,
-    /// How long the node's lease holds without renewal, ms.
+    /// Time to live of the lease without renewal, ms.
     pub lease_ttl_ms: u64,
-    /// How long dispatchers keep the routes of a node whose lease ended, as their `void_after_seconds`
-    /// says. A node that could not renew its lease for longer than half of it begins another life.
+    /// The dispatchers' `void_after_seconds`, s. A node that could not renew its lease for more than half of it starts
+    /// a new incarnation.
     pub void_after_seconds: u64,
     /// Redis.
     pub redis: RedisConfig,
-    /// Who may connect.
+    /// Authentication of devices.
     pub auth: AuthConfig,
     /// TLS on `listen`.
     pub tls: TlsConfig,
-    /// Balancers between the devices and this node.
+    /// Load balancers in front of this node.
     pub proxy: ProxyConfig,
-    /// Bounds.
+    /// Limits of connections, frames, queues and memory.
     pub limits: LimitsConfig,
-    /// Pings.
+    /// Pings, and timeouts of silent devices.
     pub heartbeat: HeartbeatConfig,
-    /// Letting devices go to other nodes.
+    /// Shedding of sessions to other nodes.
     pub balance: BalanceConfig,
-    /// Reading and confirming.
+    /// Mailbox reads, confirmations and acknowledgements.
     pub sync: SyncConfig,
     /// Whether receipts are produced for messages that ask for them.
     pub receipts: bool,
@@ -199,18 +199,18 @@ pub struct Config {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
-    /// Keys by hand. Several may be good at once: that is how they are rotated.
+    /// Configured keys. Several are valid at once, so that they can be rotated.
     pub keys: Vec<KeyConfig>,
-    /// Key sets.
+    /// Key sets (JWKS).
     pub jwks: Vec<JwksConfig>,
-    /// If not empty: `aud` must be one of these.
+    /// Accepted values of `aud`. Empty: `aud` is not checked.
     pub audience: Vec<String>,
-    /// If not empty: `iss` must be one of these.
+    /// Accepted values of `iss`. Empty: `iss` is not checked.
     pub issuer: Vec<String>,
-    /// How far ahead `nbf` may lie for clocks that differ, seconds. `exp` is taken at its word.
+    /// Tolerated clock difference for `nbf`, s. `exp` has none.
     pub nbf_leeway_seconds: u64,
-    /// The web pages that may connect, as browsers name them in `Origin`: `https://app.example.com`,
-    /// `https://*.example.com`, `null`. Empty: all. Clients that are no browsers send none.
+    /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
+    /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
 }
 
@@ -218,17 +218,17 @@ pub struct AuthConfig {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KeyConfig {
-    /// Its `kid`; empty: tried for every token of its algorithm.
+    /// Key id (`kid`). Empty: tried for every token of its algorithm.
     pub id: String,
-    /// The only algorithm that it is good for.
+    /// Signature algorithm; tokens of other algorithms do not match the key.
     pub algorithm: KeyAlgorithmName,
     /// HS256: the secret, at least 32 bytes.
     pub secret: Secret,
-    /// HS256: a file that holds the secret.
+    /// HS256: file that contains the secret.
     pub secret_file: Option<PathBuf>,
-    /// The others: a public key in PEM.
+    /// Other algorithms: public key, PEM.
     pub public_key_file: Option<PathBuf>,
-    /// The apps that it speaks for; empty: all.
+    /// Apps whose tokens the key may sign. Empty: all.
     pub apps: Vec<String>,
 }
 
@@ -250,22 +250,20 @@ pub enum KeyAlgorithmName {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JwksConfig {
-    /// A file that holds it.
+    /// File that contains the key set.
     pub file: Option<PathBuf>,
-    /// Or a URL.
+    /// URL of the key set; excludes `file`.
     pub url: String,
-    /// `https`: the only authorities that are trusted, PEM, one or several; Mozilla's public ones if not
-    /// given. Read when the node starts.
+    /// `https`: trusted authorities, one or several, PEM, read at start-up. Default: Mozilla's public ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// The apps that its keys speak for; empty: all.
+    /// Apps whose tokens these keys may sign. Empty: all.
     pub apps: Vec<String>,
-    /// Read again after so many seconds.
+    /// Interval between reloads, s.
     pub refresh_seconds: u64,
-    /// A token with an unknown key id has it read again, but not sooner than so many seconds after
-    /// the last time.
+    /// Minimum interval between reloads caused by tokens with an unknown key id, s.
     pub refresh_min_seconds: u64,
-    /// How long a URL may take, ms.
+    /// Timeout of a request to the URL, ms.
     pub timeout_ms: u64,
 }
 
@@ -283,25 +281,25 @@ impl Default for JwksConfig {
     }
 }
 
-/// Keys under `tls`. Without files the port is plain, and TLS ends before it.
+/// Keys under `tls`. Without files, `listen` is plain text, for a load balancer that terminates TLS.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TlsConfig {
-    /// The certificate and those that it was issued by, PEM. Read again when it changes, and at SIGHUP.
+    /// Certificate and its chain, PEM. Reloaded when it changes, and on SIGHUP.
     pub certificate_file: Option<PathBuf>,
-    /// Its private key, PEM.
+    /// Private key of the certificate, PEM.
     pub key_file: Option<PathBuf>,
 }
 
-/// Keys under `proxy`: how clients' addresses are learnt where balancers stand before the node.
+/// Keys under `proxy`: how to learn the clients' addresses behind load balancers.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxyConfig {
-    /// Their networks, `10.0.0.0/8`, or addresses. Nobody else is believed.
+    /// Networks (`10.0.0.0/8`) or addresses of load balancers. The headers of other peers are ignored.
     pub trusted: Vec<String>,
-    /// Every connection of theirs begins with a header of the PROXY protocol (version 1 or 2).
+    /// Whether each of their connections begins with a PROXY protocol header (version 1 or 2).
     pub protocol: bool,
-    /// Their requests say in `X-Forwarded-For` who the client is.
+    /// Whether their requests carry the client's address in `X-Forwarded-For`.
     pub forwarded_for: bool,
 }
 
@@ -309,72 +307,72 @@ pub struct ProxyConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
-    /// Connections at once.
+    /// Maximum connections.
     pub connections_max: usize,
-    /// Handshakes at once; further ones get 503. As many may be told so at once; those beyond are hung
-    /// up on.
+    /// Maximum concurrent handshakes. Further ones are answered with 503, at most as many at once; beyond that,
+    /// connections are closed without an answer.
     pub handshakes_max: usize,
-    /// Handshakes a second; further ones get 503. 0: no limit, as for all limits below where it is allowed.
+    /// Maximum handshakes per second; further ones are answered with 503. 0: unlimited, here and in the limits below
+    /// that allow 0.
     pub handshakes_per_second: u32,
-    /// Handshakes that may come at once, of the node and of an address: as many as in so many seconds.
+    /// Maximum burst of handshakes, of the node and of an address: the rates times this many seconds.
     pub handshakes_burst_seconds: u64,
-    /// Connections of one client address (IPv6: of a /64) at once; further ones get 429. May be 0.
+    /// Maximum connections of one client address (IPv6: of a /64); further ones are answered with 429. May be 0.
     pub address_connections_max: u32,
-    /// Handshakes of one client address at once; further ones get 429. May be 0.
+    /// Maximum concurrent handshakes of one client address; further ones are answered with 429. May be 0.
     pub address_handshakes_max: u32,
-    /// Handshakes of one client address a second; further ones get 429. May be 0.
+    /// Maximum handshakes of one client address per second; further ones are answered with 429. May be 0.
     pub address_handshakes_per_second: u32,
-    /// Client addresses that are remembered for these limits; those beyond are not limited.
+    /// Maximum client addresses tracked for these limits; further ones are not limited.
     pub addresses_max: usize,
-    /// Devices of one user connected to this node at once; a further one is closed with 4504. May be 0, and
-    /// is at most `redis.devices_max`, which bounds those of all nodes.
+    /// Maximum devices of one user connected to this node; a further one is closed with 4504. May be 0; at most
+    /// `redis.devices_max`, which limits the devices on all nodes.
     pub user_connections_max: u32,
-    /// A Hello's attempt is believed up to so many milliseconds ahead of the clock of the user's mailbox;
-    /// the moment of the handshake takes the place of one beyond.
+    /// Maximum lead of a Hello's `attempt` over the clock of the user's mailbox, ms. A later one is replaced by the
+    /// time of the handshake.
     pub attempt_ahead_ms: u64,
-    /// Connections of one app to this node at once; further ones get 429. May be 0.
+    /// Maximum connections of one app to this node; further ones are answered with 429. May be 0.
     pub app_connections_max: u32,
-    /// How long a handshake may take, ms.
+    /// Timeout of a handshake, ms.
     pub handshake_timeout_ms: u64,
-    /// How long a device may take to say Hello, and the mailbox to answer it, ms each.
+    /// Timeout of a device's Hello, and of the mailbox's answer to it, ms each.
     pub hello_timeout_ms: u64,
-    /// Bytes of a frame from a device.
+    /// Maximum bytes of a frame from a device.
     pub frame_bytes_max: usize,
-    /// Frames of one device a second, pings and pongs included; one that sends more is closed with
-    /// 4504. May be 0.
+    /// Maximum frames of one device per second, including pings and pongs; a device above it is closed with 4504. May
+    /// be 0.
     pub upstream_frames_per_second: u32,
-    /// Bytes of frames of one device a second; one that sends more is closed with 4504. May be 0.
+    /// Maximum bytes of frames of one device per second; a device above it is closed with 4504. May be 0.
     pub upstream_bytes_per_second: u32,
-    /// What one device may send at once: as much as in so many seconds.
+    /// Maximum burst of one device: the two rates above times this many seconds.
     pub upstream_burst_seconds: u64,
-    /// Bytes of pushes that may wait for one device; beyond them it is closed with 4002.
+    /// Maximum bytes of pushes queued for one device; beyond it the device is closed with 4002.
     pub queued_bytes_max: usize,
-    /// Bytes that the kernel may hold for one device that does not take them, beside `queued_bytes_max`: its
-    /// send buffer, which would else grow to what `net.ipv4.tcp_wmem` allows (the kernel takes twice as much
-    /// for its own bookkeeping). 0: as the system has it.
+    /// Send buffer of one device's socket (SO_SNDBUF), in addition to `queued_bytes_max`; the kernel doubles it for its
+    /// bookkeeping. 0: the system's default, which may grow to the maximum of `net.ipv4.tcp_wmem`.
     pub send_buffer_bytes: u32,
-    /// Bytes of pushes that may wait for all devices together; beyond them new handshakes get 503, and
-    /// the largest queues are closed with 4002.
+    /// Maximum bytes of pushes queued for all devices; beyond it new handshakes are answered with 503, and the devices
+    /// with the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
-    /// Groups that one session may be subscribed to; a further one is refused with 4504. At most 254.
+    /// Maximum subscribed groups of a session; a further one is refused with 4504. At most 254.
     pub subscriptions_max: usize,
-    /// Bytes of messages that are held for the members of an audience (everyone of an app, or a group) who
-    /// have not read them yet; beyond them the oldest is dropped.
+    /// Maximum bytes of unread messages held for one audience (everyone of an app, or a group); beyond it the oldest is
+    /// dropped.
     pub fanout_bytes_max: usize,
-    /// The same for all audiences together; beyond them new messages are dropped.
+    /// The same for all audiences together; beyond it new messages are dropped.
     pub node_fanout_bytes_max: u64,
-    /// How long they are held, seconds.
+    /// Maximum age of these messages, s.
     pub fanout_seconds: u32,
-    /// Resident memory of the process, bytes; beyond it the same happens. 0: 80 % of what its cgroup may
-    /// have, if that is limited.
+    /// Maximum resident memory of the process, bytes; beyond it new handshakes are answered with 503, and the devices
+    /// with the largest queues are closed with 4002. 0: 80 % of the cgroup's limit, if there is one.
     pub memory_bytes_max: u64,
-    /// Messages in flight to one device without an acknowledgement.
+    /// Maximum unacknowledged messages of one device.
     pub unacked_max: usize,
-    /// How long a closing connection may take to take its last frames, ms.
+    /// Timeout for sending a closing connection's last frames, ms.
     pub close_timeout_ms: u64,
-    /// Batches of one dispatcher that may be unanswered.
+    /// Maximum unanswered batches of one dispatcher.
     pub batches_max: usize,
-    /// Sessions that are kicked a second, unless the order says otherwise.
+    /// Maximum kicked sessions per second, unless the kick gives another rate.
     pub kicks_per_second: u32,
 }
 
@@ -441,15 +439,15 @@ impl LimitsConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HeartbeatConfig {
-    /// A connection with a silent direction is pinged after so many seconds.
+    /// Silence in either direction after which a connection is pinged, s.
     pub interval_seconds: u16,
-    /// And closed with 4003 if nothing came so many seconds after the ping.
+    /// Timeout of a ping, s; the connection is closed with 4003 after it.
     pub timeout_seconds: u16,
-    /// A device may ask for another interval in its Hello, from this one
+    /// Minimum interval that a device may ask for in its Hello, s.
     pub interval_min_seconds: u16,
-    /// to this one.
+    /// Maximum interval that a device may ask for in its Hello, s.
     pub interval_max_seconds: u16,
-    /// A session whose device sent nothing but pongs for so many seconds is closed with 4003. 0: never.
+    /// Time without any frame but pongs after which a session is closed with 4003, s. 0: never.
     pub idle_seconds: u32,
 }
 
@@ -467,7 +465,7 @@ impl HeartbeatConfig {
         Ok(())
     }
 
-    /// What a device gets that asked for this, seconds; 0: it did not ask.
+    /// Heartbeat interval of a device that asked for `wanted_ms` (0 if it did not ask), seconds.
     pub(crate) fn interval(&self, wanted_ms: u32) -> u16 {
         if wanted_ms == 0 {
             return self.interval_seconds;
@@ -493,13 +491,13 @@ impl Default for HeartbeatConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BalanceConfig {
-    /// A node with more sessions than so many times the mean of its zone's nodes lets devices go until it
-    /// is at the mean. Above 1; 0: never. For clients that ask `GET /v1/nodes`, or whose balancer spreads
-    /// them: others come back to where they were.
+    /// A node sheds sessions, down to the mean of its zone's nodes, once it has more than this many times the mean.
+    /// Above 1; 0: never. Only for clients that ask `GET /v1/nodes` or sit behind a load balancer: others reconnect to
+    /// the same node.
     pub shed_above: f64,
-    /// And with so many more than that.
+    /// Sessions above that threshold before shedding begins.
     pub shed_slack: u64,
-    /// So many a second.
+    /// Maximum shed sessions per second.
     pub sheds_per_second: u32,
 }
 
@@ -513,16 +511,16 @@ impl Default for BalanceConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SyncConfig {
-    /// Entries read at once.
+    /// Maximum entries of one mailbox read.
     pub page_entries_max: u32,
-    /// Bytes read at once.
+    /// Maximum bytes of one mailbox read.
     pub page_bytes_max: u32,
-    /// Every session is confirmed once in so many seconds.
+    /// Interval at which every session is confirmed, s.
     pub confirm_interval_seconds: u64,
-    /// After a lapsed lease or a new connection to Redis: so many sessions a second.
+    /// Maximum confirmed sessions per second after a lapsed lease or a new connection to Redis.
     pub confirms_per_second: u32,
-    /// A session writes acknowledgements to Redis at once, but not sooner than so many ms after its
-    /// last one: they are cumulative. Devices are advised to keep to it as well. 0: every one.
+    /// Minimum interval between a session's writes of acknowledgements to Redis, ms; they are cumulative. Devices are
+    /// advised to use it as well. 0: each acknowledgement is written.
     pub ack_interval_ms: u32,
 }
 
@@ -576,7 +574,7 @@ impl Config {
     /// checked by [`crate::policy::Policy::new`], which parses them.
     ///
     /// # Errors
-    /// The first key that does not fit, with what to write instead.
+    /// Returns the first invalid key, with what to write instead.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("grpc_listen", self.grpc_listen)?;
@@ -603,7 +601,7 @@ impl Config {
         self.kafka.check()
     }
 
-    /// Numbers of one table that a number of another would overrule.
+    /// Checks limits that limits of another table would override.
     fn check_between_tables(&self) -> Result<(), String> {
         let (devices, devices_max) = (self.limits.user_connections_max, self.redis.devices_max);
         if devices > devices_max {

@@ -48,7 +48,7 @@ pub struct Accepted {
     pub socket: Socket,
     /// Encoding of its frames.
     pub encoding: Encoding,
-    /// What the token grants.
+    /// The token's claims.
     pub claims: Claims,
     /// Time of the handshake, ms since the Unix epoch, by the clock of the user's mailbox, which all nodes share. It
     /// orders the attempts of devices that do not count them.

@@ -1,4 +1,4 @@
-//! What all connections of a node share.
+//! State shared by all connections of a node.
 
 use std::sync::Arc;
 

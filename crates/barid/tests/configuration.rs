@@ -8,7 +8,7 @@ use barid_runtime::bounds::Bounded as _;
 use serde_json::Value;
 
 const DOC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.md");
-/// What stands above the table, by hand.
+/// Header of the table.
 const TABLE: &str = "| key | roles | default | allowed |\n|---|---|---|---|\n";
 
 /// Key, default, allowed; and the roles that have it so.

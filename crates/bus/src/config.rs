@@ -11,48 +11,47 @@ use rdkafka::error::KafkaError;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
-/// Where Kafka is and how it is used. Roles that only produce leave the group's settings alone.
+/// Keys under `kafka`. Roles that only produce ignore those of the consumer group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KafkaConfig {
-    /// `host:port` of some brokers.
+    /// `host:port` of one or more brokers.
     pub brokers: Vec<String>,
     /// Names of the topics.
     pub topics: Topics,
-    /// Whether topics that are missing are created at start.
+    /// Whether missing topics are created at start-up.
     pub create_topics: bool,
-    /// Partitions of created push topics; the others get one, receipts get as many.
+    /// Partitions of created push and receipts topics; other topics get one.
     pub partitions: u16,
     /// Replicas of created topics; 0: the broker's default.
     pub replication: u16,
-    /// The consumers' group.
+    /// Name of the consumer group.
     pub group: String,
-    /// How the group balances.
+    /// Rebalance protocol of the group.
     pub group_protocol: GroupProtocol,
-    /// A name of this process that stays over restarts (`barid-purger-0`): its partitions wait for
-    /// it. Empty: none.
+    /// Static member id (`barid-purger-0`): the partitions of a restarted process wait for it. Empty: none.
     pub group_instance_id: String,
-    /// How receipts are written.
+    /// Format of receipts.
     pub receipts_format: Format,
-    /// Records that wait in a producer, at most.
+    /// Maximum records queued in a producer.
     pub producer_queue_records_max: u32,
-    /// Their size, at most, KiB.
+    /// Maximum size of the records queued in a producer, KiB.
     pub producer_queue_kbytes_max: u32,
-    /// Bytes of a dead letter where its topic is created (`max.message.bytes`): above what the push
-    /// topics take, else what is refused there is cut.
+    /// `max.message.bytes` of a created dead-letter topic. Keep it above that of the push topics, or large dead letters
+    /// are truncated.
     pub dead_bytes_max: u32,
-    /// How long a producer tries to deliver a record before it says so.
+    /// Timeout for delivering a produced record, ms.
     pub delivery_timeout_ms: u32,
-    /// Bytes prefetched a partition, at most, KiB.
+    /// Maximum prefetched data of a partition, KiB.
     pub prefetch_kbytes_max: u32,
-    /// How long a broker holds a fetch open while there is nothing. A record that arrives ends the
-    /// wait at once; the price of a low value is empty answers.
+    /// Maximum time for which a broker holds an empty fetch, ms. A new record ends the wait at once; low values cost
+    /// more empty answers.
     pub fetch_wait_max_ms: u32,
-    /// Bytes of metadata beside a committed offset, at most. Keep it below the broker's
-    /// `offset.metadata.max.bytes` (4096); else the purger lowers it to what the broker takes.
+    /// Maximum bytes of metadata of a committed offset. Keep it below the broker's `offset.metadata.max.bytes` (4096);
+    /// otherwise the purger lowers it to what the broker accepts.
     pub metadata_bytes_max: u32,
-    /// Further settings of librdkafka, as `security.protocol`, `sasl.password`. They come last and
-    /// win, except over what correctness rests on.
+    /// Further librdkafka settings, such as `security.protocol` and `sasl.password`. They override Barid's own, except
+    /// those that correctness depends on.
     pub properties: Properties,
 }
 
@@ -68,19 +67,19 @@ pub struct Topics {
     pub push_bulk: String,
     /// Receipts for the business.
     pub receipts: String,
-    /// Dead letters: records that were refused.
+    /// Dead letters (refused records).
     pub dead: String,
 }
 
-/// How partitions are assigned to the members of the group.
+/// Rebalance protocol of the consumer group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupProtocol {
-    /// KIP-848 where the broker has it, else classic.
+    /// KIP-848 if the broker supports it, otherwise classic.
     Auto,
-    /// KIP-848: the broker assigns, and moves only what has to move.
+    /// KIP-848: the broker assigns partitions, incrementally.
     Consumer,
-    /// The range assignor; everything stops while the group balances.
+    /// The range assignor; all members stop during a rebalance.
     Classic,
 }
 
@@ -153,12 +152,12 @@ impl Bounded for KafkaConfig {
     }
 }
 
-/// Settings that the delivery promises depend on, or that have a key of their own; `kafka.properties` must
-/// not set them, by no name.
+/// Settings that the delivery guarantees depend on, or that have a key of their own. `kafka.properties` must not set
+/// them, under any of their names.
 const RESERVED: [&str; 19] = [
     "auto.commit.enable",
     "auto.offset.reset",
-    // Only failures would be told, and nothing that succeeds would ever be finished.
+    // Only failures would be reported, so that no delivered record would ever be finished.
     "delivery.report.only.error",
     "enable.auto.commit",
     "enable.auto.offset.store",
@@ -206,7 +205,7 @@ impl KafkaConfig {
     /// Checks bounds, names, properties and the files that they name.
     ///
     /// # Errors
-    /// The first key that is wrong, and why.
+    /// Returns the first invalid key and the reason.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("kafka.", self)?;
         if self.brokers.is_empty() || self.brokers.iter().any(String::is_empty) {

@@ -934,7 +934,7 @@ mod tests {
         Some((7, Metadata::decode(text.as_bytes(), 7)))
     }
 
-    /// What becomes of a partition whose topic's id is now `id`.
+    /// The source, start and remembered confirmations of a partition whose topic's id is now `id`.
     fn of(id: Option<&str>, committed: Option<(i64, Metadata)>) -> (String, Option<i64>, bool) {
         let partition = Partition { topic: "push".into(), number: 0 };
         let assigned = Assigned::of(&partition, id, committed);

@@ -189,7 +189,7 @@ async fn a_broker_without_kip_848_is_used_with_the_classic_protocol() {
     assert_eq!(consumer.drain().finish(LIMIT).await, Done::Left);
 }
 
-/// What the group decided, seen from one member, for `span`.
+/// Follows the group's assignments from one member for `span`.
 async fn follow(consumer: &mut Consumer<Consuming>, held: &mut Vec<Partition>, span: Duration) {
     let end = Instant::now() + span;
     while Instant::now() < end {

@@ -53,7 +53,7 @@ pub enum InvalidBuilder {
     Url {
         /// The URL.
         url: String,
-        /// What is wrong with it.
+        /// The reason.
         problem: String,
     },
     /// A setting is out of range.

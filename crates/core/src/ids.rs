@@ -9,7 +9,7 @@ use std::sync::Arc;
 pub struct InvalidName {
     /// The kind of name: `app`, `user`, `device` and so on.
     pub kind: &'static str,
-    /// What is wrong with it; follows the kind in the error's text.
+    /// The reason; follows the kind in the error's text.
     pub problem: String,
 }
 

@@ -1,4 +1,4 @@
-//! What an operator may set.
+//! Configuration of a delayer.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,23 +13,23 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The wait between two polls of a master while timers come due.
+    /// Interval between polls of a master while timers come due, ms.
     pub poll_ms: u64,
-    /// The wait that it grows to while none do.
+    /// Maximum interval between polls of a master while none do, ms.
     pub poll_idle_ms: u64,
-    /// Users claimed in one poll; after a full page the next poll follows at once.
+    /// Maximum users claimed in one poll. A full page is followed by the next poll at once.
     pub page_users_max: u32,
-    /// Pages of one master that are being handed on at the same time.
+    /// Maximum pages of one master that are handed on concurrently.
     pub pages_max: usize,
-    /// A claim that could not be handed on is due again after about so long; doubles with each time in
-    /// a row, up to `redis.retry_max_ms`.
+    /// Delay of a claim that could not be handed on, ms, approximately. Doubles with each consecutive failure, up to
+    /// `redis.retry_max_ms`.
     pub defer_ms: u32,
-    /// The same where the device's node takes no more.
+    /// The same delay if the device's access node is full, ms.
     pub defer_full_ms: u32,
-    /// How often the delayer reads which nodes hold a lease.
+    /// Interval between readings of the nodes' leases, ms.
     pub nodes_refresh_ms: u64,
-    /// How long dispatchers keep the routes of an access node whose lease ended, as their `void_after_seconds`
-    /// says. For that time the delayer puts its devices off without asking them.
+    /// The dispatchers' `void_after_seconds`, s. For that time after an access node's lease ended, timers of its
+    /// devices are deferred without a lookup.
     pub void_after_seconds: u64,
     /// Redis, and the times between re-sends.
     pub redis: RedisConfig,
@@ -39,9 +39,9 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logs.
     pub log: LogConfig,
-    /// How long draining may take.
+    /// Maximum duration of a drain after SIGTERM, s.
     pub drain_seconds: u64,
-    /// Where to write the bound addresses once it is up.
+    /// File to which the bound addresses are written as JSON once the role is up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_file: Option<PathBuf>,
 }
@@ -95,7 +95,7 @@ impl Bounded for Config {
 
 impl Config {
     /// # Errors
-    /// What is wrong, naming the key.
+    /// Returns the first violated relation, with the key.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         if self.poll_idle_ms < self.poll_ms {

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use crate::Metrics;
 use crate::schedule::{Polled, Schedule};
 
-/// What the lanes share. Cheap to clone.
+/// State shared by all lanes. Cheap to clone.
 #[derive(Clone)]
 pub struct Lanes {
     /// The mailboxes in Redis.

@@ -30,7 +30,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 const SOON: Duration = Duration::from_secs(15);
 
-/// What a dispatcher does with re-sends.
+/// A dispatcher's answer to re-sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Nodes {
     Reached,

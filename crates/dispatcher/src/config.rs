@@ -1,4 +1,4 @@
-//! What an operator may set.
+//! Configuration of a dispatcher.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,23 +16,23 @@ use crate::resolve::Limits;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// This dispatcher's name among all nodes; empty: made from the address in its lease.
+    /// Name of this dispatcher, unique in the cluster. Empty: derived from the address in its lease.
     pub node: String,
-    /// Where it listens for purgers and delayers (gRPC, plain text: a private network).
+    /// Address for purgers and delayers (gRPC in plain text: a private network only).
     pub listen: SocketAddr,
-    /// The `host:port` that it writes into its lease; empty: where it listens.
+    /// `host:port` written into the lease. Empty: the bound address.
     pub advertise: String,
-    /// Where it stands, for people.
+    /// Zone shown to operators; may be empty.
     pub zone: String,
-    /// How long its lease lives without renewal.
+    /// Time to live of the lease without renewal, ms.
     pub lease_ttl_ms: u64,
-    /// How often it reads the table of access nodes.
+    /// Interval between readings of the access nodes' leases, ms.
     pub nodes_refresh_ms: u64,
-    /// Batches of one caller that are looked up at the same time.
+    /// Maximum batches of one caller that are looked up concurrently.
     pub window_batches: usize,
-    /// Routes of a node that has been gone for so long are removed.
+    /// Age at which the routes of a node without a lease are removed, s.
     pub void_after_seconds: u64,
-    /// After it said that it drains, it goes on taking batches for so long, until its callers know.
+    /// Time for which a draining dispatcher still takes batches, so that its callers learn of the drain, ms.
     pub drain_settle_ms: u64,
     /// Redis.
     pub redis: RedisConfig,
@@ -46,9 +46,9 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logs.
     pub log: LogConfig,
-    /// How long draining may take.
+    /// Maximum duration of a drain after SIGTERM, s.
     pub drain_seconds: u64,
-    /// Where to write the bound addresses once it is up.
+    /// File to which the bound addresses are written as JSON once the role is up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_file: Option<PathBuf>,
 }
@@ -57,13 +57,13 @@ pub struct Config {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct L1Config {
-    /// Bytes that it may hold, about.
+    /// Approximate maximum bytes of the cache.
     pub bytes_max: u64,
-    /// An entry leaves after so long, whatever happened.
+    /// Maximum age of an entry, s.
     pub ttl_seconds: u64,
-    /// Reading routes from Redis may take so long; a push that waits longer is left to its timer.
+    /// Timeout of a route lookup in Redis, ms. The retry timer re-sends a push whose lookup timed out.
     pub load_timeout_ms: u64,
-    /// After a read failed, reads from the same master fail at once for so long.
+    /// Time for which lookups on a master fail at once after one failed, ms.
     pub away_ms: u64,
 }
 
@@ -77,9 +77,9 @@ impl Default for L1Config {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReapConfig {
-    /// Void routes that wait to be removed; further ones are met again.
+    /// Maximum void routes queued for removal. Further ones are found again by later lookups.
     pub queue_max: usize,
-    /// Removals at the same time.
+    /// Maximum concurrent removals.
     pub concurrency: usize,
 }
 
@@ -156,7 +156,7 @@ impl Bounded for Config {
 
 impl Config {
     /// # Errors
-    /// What is wrong, naming the key.
+    /// Returns the first violated relation, with the key.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("listen", self.listen)?;

@@ -56,7 +56,7 @@ pub(crate) trait Masters: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Value, Error>> + Send;
 }
 
-/// What an item's keys and arguments are encoded from.
+/// Input of an item's keys and arguments.
 pub(crate) struct Item<'a, Request> {
     pub request: &'a Request,
     pub shard: Shard,

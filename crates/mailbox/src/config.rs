@@ -10,11 +10,11 @@ use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, wh
 use redis::IntoConnectionInfo as _;
 use serde::{Deserialize, Serialize};
 
-/// Nobody runs more replicas of one master.
+/// Maximum of `wait_replicas`.
 const WAIT_REPLICAS_MAX: u64 = 16;
-/// With more, a node that dies would lose more acknowledgements than pacing delays.
+/// Maximum of `ack_linger_ms`: a killed node loses the acknowledgements that linger.
 const ACK_LINGER_MAX_MS: u64 = 100;
-/// More would not fit into a head besides its other fields.
+/// Maximum of `devices_max`: more would not fit into a head besides its other fields.
 const DEVICES_MAX: u64 = 64;
 /// Bounds of a mailbox's bytes: the largest body fits, and 32-bit sums do not wrap twice.
 const MAILBOX_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 30;

@@ -29,7 +29,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(1);
 /// An incarnation that is missing for this long is not just too new to have been read.
 const SURELY_VOID: Duration = Duration::from_secs(2);
 
-/// What is known of an incarnation that is not among the running nodes.
+/// State of an incarnation that is not among the running nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// Unknown: it may be newer than the last reading of the leases.

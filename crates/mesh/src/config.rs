@@ -7,31 +7,31 @@ use barid_core::limits::PAYLOAD_BYTES_MAX;
 use barid_runtime::bounds::{self, Bound, Bounded, HOUR_MS, whole};
 use serde::{Deserialize, Serialize};
 
-/// One stream to one peer.
+/// Bounds and timeouts of one stream to one peer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinkConfig {
-    /// Unanswered batches; a further one waits.
+    /// Maximum unanswered batches.
     pub window_batches: usize,
-    /// Items in a batch.
+    /// Maximum items of a batch.
     pub batch_items_max: usize,
-    /// Bytes in a batch; an item that is larger goes alone.
+    /// Maximum bytes of a batch; a larger item is sent alone.
     pub batch_bytes_max: usize,
-    /// Items that wait for a place in a batch.
+    /// Maximum queued items.
     pub queue_items_max: usize,
-    /// Bytes that wait for a place in a batch.
+    /// Maximum bytes of queued items.
     pub queue_bytes_max: usize,
-    /// A batch unanswered for so long breaks the stream.
+    /// Timeout of a batch, ms; the stream is closed after it.
     pub reply_timeout_ms: u64,
-    /// Connecting and opening the stream may take so long.
+    /// Timeout for connecting and opening the stream, ms.
     pub connect_timeout_ms: u64,
-    /// An HTTP/2 ping goes out after so long without traffic, so that a half-open peer is noticed.
+    /// Idle time before an HTTP/2 ping is sent, ms; it detects half-open connections.
     pub keepalive_interval_ms: u64,
-    /// A ping unanswered for so long breaks the connection.
+    /// Timeout of a ping, ms; the connection is closed after it.
     pub keepalive_timeout_ms: u64,
-    /// The wait before the first reconnect; doubles with each failure.
+    /// First wait before a reconnect, ms; doubles with each failure.
     pub reconnect_base_ms: u64,
-    /// The longest wait before a reconnect.
+    /// Maximum wait before a reconnect, ms.
     pub reconnect_max_ms: u64,
 }
 
@@ -55,7 +55,7 @@ impl Default for LinkConfig {
 
 /// The largest message that a peer takes by default (gRPC's 4 MiB), less room for one more item.
 const BATCH_BYTES_LIMIT: u64 = 3 << 20;
-/// Waits for a peer, ms: whoever waits for longer has lost it.
+/// Maximum of a timeout, ms.
 const WAIT_MS_MAX: u64 = HOUR_MS / 6;
 
 impl Bounded for LinkConfig {
@@ -85,7 +85,7 @@ impl Bounded for MeshConfig {
 
 impl LinkConfig {
     /// # Errors
-    /// Says in words which bound makes no sense.
+    /// Returns the first violated bound, with its key.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         if self.batch_bytes_max > self.queue_bytes_max {
@@ -94,10 +94,10 @@ impl LinkConfig {
         self.reconnect().map(drop)
     }
 
-    /// The waits between reconnects.
+    /// The backoff between reconnects.
     ///
     /// # Errors
-    /// The waits make no sense.
+    /// Returns an error if the two waits contradict each other.
     pub fn reconnect(&self) -> Result<Backoff, String> {
         let base = Duration::from_millis(self.reconnect_base_ms);
         Backoff::new(base, Duration::from_millis(self.reconnect_max_ms), 0.5)
@@ -113,12 +113,12 @@ impl LinkConfig {
     }
 }
 
-/// What purgers and delayers say of their streams to the dispatchers.
+/// The purgers' and delayers' streams to the dispatchers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MeshConfig {
-    /// A push waits so long for room in its dispatcher's queue, or for a dispatcher at all; then it
-    /// is dropped, and the retry timer repairs.
+    /// Maximum wait of a push for room in its dispatcher's queue, or for any dispatcher, ms. Then it is dropped, and
+    /// the retry timer re-sends the message.
     pub push_wait_ms: u64,
     /// Each stream.
     pub link: LinkConfig,
@@ -132,7 +132,7 @@ impl Default for MeshConfig {
 
 impl MeshConfig {
     /// # Errors
-    /// Says in words which bound makes no sense.
+    /// Returns the first violated bound, with its key.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.link.check().map_err(|e| format!("link.{e}"))

@@ -132,7 +132,7 @@ impl<P: Protocol> Link<P> {
     /// Starts the link's task. `address` is the peer's gRPC `host:port`. Call within a runtime.
     ///
     /// # Errors
-    /// The bounds in `config` make no sense.
+    /// Returns the first invalid bound of `config`.
     pub fn open(
         address: &str,
         config: LinkConfig,

@@ -62,7 +62,7 @@ impl DispatchPool {
     /// last clone.
     ///
     /// # Errors
-    /// The bounds in `config` make no sense.
+    /// Returns the first invalid bound of `config`.
     pub fn new(
         mut nodes: NodeTable,
         config: MeshConfig,
@@ -85,7 +85,7 @@ impl DispatchPool {
     /// with the sender of `peers`.
     ///
     /// # Errors
-    /// The bounds in `config` make no sense.
+    /// Returns the first invalid bound of `config`.
     pub fn over(
         mut peers: watch::Receiver<Vec<Peer>>,
         config: MeshConfig,

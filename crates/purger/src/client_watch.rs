@@ -62,7 +62,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// What comes of a client that is silent for `seconds`; how often a new one was tried.
+    /// Lets a client be silent for `seconds`. Returns how long it was silent when it was declared broken, and the number
+    /// of new clients tried.
     async fn silent(seconds: u64, answer: fn() -> Result<(), Error>) -> (Option<Duration>, u32) {
         let (mut watch, mut tried) = (ClientWatch::default(), 0);
         watch.failed(Instant::now());

@@ -12,7 +12,7 @@ use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::record::RecordLimits;
 use serde::{Deserialize, Serialize};
 
-/// Everything that a purger can be told.
+/// The purger's configuration; an empty file is valid.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -20,92 +20,91 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logs.
     pub log: LogConfig,
-    /// How long draining may take after SIGTERM.
+    /// Maximum duration of a drain after SIGTERM, s.
     pub drain_seconds: u64,
-    /// Where to write the bound addresses as JSON once everything is up.
+    /// File to which the bound addresses are written as JSON once the role is up.
     pub ready_file: Option<PathBuf>,
-    /// Where the records come from.
+    /// Kafka.
     pub kafka: KafkaConfig,
-    /// Where the mailboxes are.
+    /// Redis.
     pub redis: RedisConfig,
     /// The streams to the dispatchers.
     pub mesh: MeshConfig,
-    /// What a record may be.
+    /// Limits of a record.
     pub limits: LimitsConfig,
-    /// How payloads are compressed.
+    /// Compression of payloads.
     pub compression: CompressionConfig,
-    /// How much is under way at once.
+    /// Bounds of the work in progress.
     pub window: WindowConfig,
-    /// How often finished offsets are committed.
+    /// Interval between commits of finished offsets, ms.
     pub commit_interval_ms: u64,
-    /// How long a partition that is taken away may take to finish what is under way.
+    /// Maximum time to finish the records of a revoked partition, ms.
     pub revoke_drain_ms: u64,
-    /// How often the topics' ids are compared, which also shows that a broker answers.
+    /// Interval between checks of the topics' ids, ms. Each check also proves that a broker answers.
     pub topic_refresh_ms: u64,
-    /// How often the dispatchers' leases are read.
+    /// Interval between readings of the dispatchers' leases, ms.
     pub nodes_refresh_ms: u64,
 }
 
-/// What a record may be.
+/// Limits of a record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
-    /// Bytes of a payload before compression.
+    /// Maximum bytes of a payload before compression.
     pub payload_bytes_max: usize,
-    /// Users of one record.
+    /// Maximum recipients of a record.
     pub users_max: usize,
-    /// Users times payload bytes of one record.
+    /// Maximum recipients times payload bytes of a record.
     pub fanout_bytes_max: usize,
-    /// Arrays and objects inside each other in a JSON body.
+    /// Maximum depth of nested arrays and objects in a JSON body.
     pub json_depth_max: usize,
-    /// The longest time to live.
+    /// Maximum time to live, s.
     pub ttl_seconds_max: u64,
 }
 
-/// How payloads are compressed, once for every hop.
+/// Compression of payloads, which are compressed once for all hops.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CompressionConfig {
-    /// Payloads below so many bytes stay as they are.
+    /// Payloads below this many bytes are not compressed.
     pub min_bytes: usize,
     /// zstd's level, 1 to 19.
     pub level: i32,
 }
 
-/// How much is under way at once. What does not fit stays in Kafka.
+/// Bounds of the work in progress. Records beyond them stay in Kafka.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WindowConfig {
-    /// Records of one priority that are taken and not finished.
+    /// Maximum unfinished records of one priority.
     pub records_max: usize,
-    /// Their size in memory.
+    /// Maximum bytes of the unfinished records of one priority.
     pub bytes_max: usize,
-    /// Messages that wait for one Redis master: what may pile up while it is away before the other
-    /// masters' messages behind them have to wait.
+    /// Maximum messages queued for one Redis master. Beyond it, messages for the other masters wait as well.
     pub lane_messages_max: usize,
-    /// Messages that wait for a master that is away; further ones are left in the log and read again
-    /// once it is back. Never more than half of `records_max` over all masters.
+    /// Maximum messages queued for a master that does not answer, capped at half of `records_max` over all such
+    /// masters. Further ones are skipped in the log and read again once the master is back.
     pub away_messages_max: usize,
-    /// Records that may be left in the log for that, over all partitions; then these stand still. Each
-    /// takes some 20 bytes of memory.
+    /// Maximum records skipped that way, over all partitions, at some 20 bytes of memory each. Beyond it the partitions
+    /// pause.
     pub skipped_records_max: usize,
-    /// Shares of the three priorities, most urgent first, while all have something to do.
+    /// Shares of the three priorities, most urgent first, while all of them have records.
     pub weights: [usize; 3],
-    /// Accept calls under way to one master at once; each has its own shards.
+    /// Maximum concurrent accept calls to one master; each call has shards of its own.
     pub calls_per_lane: usize,
-    /// Messages of one accept call: what waits beyond them goes in the next, other shards first.
+    /// Maximum messages of an accept call. The rest is sent with the next call, behind those of other shards.
     pub call_messages_max: usize,
-    /// Bytes of one accept call.
+    /// Maximum bytes of an accept call.
     pub call_bytes_max: usize,
-    /// Messages that wait for one dispatcher; further ones are left to the retry timers.
+    /// Maximum messages queued for one dispatcher; further ones are left to the retry timers.
     pub handoff_max: usize,
-    /// How long accepting waits for room there before it goes on without.
+    /// Maximum wait for room in that queue, ms.
     pub handoff_wait_ms: u64,
-    /// How often shards without new messages are asked whether they still know what they confirmed.
+    /// Interval at which shards without new messages are checked for lost data, ms.
     pub probe_interval_ms: u64,
-    /// First wait after a failed accept call.
+    /// First wait after a failed accept call, ms; doubles with each failure.
     pub retry_base_ms: u64,
-    /// Longest wait between them.
+    /// Maximum wait after a failed accept call, ms.
     pub retry_max_ms: u64,
 }
 
@@ -242,7 +241,7 @@ impl Config {
     /// Relations that types do not check.
     ///
     /// # Errors
-    /// What is wrong, naming the keys.
+    /// Returns the first violated relation, with the keys and their values.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.kafka.check()?;
@@ -264,7 +263,7 @@ impl Config {
     /// Waits between failed accept calls.
     ///
     /// # Errors
-    /// They make no sense.
+    /// Returns an error if the two waits contradict each other.
     pub fn retry(&self) -> Result<Backoff, String> {
         let base = Duration::from_millis(self.window.retry_base_ms);
         let max = Duration::from_millis(self.window.retry_max_ms);

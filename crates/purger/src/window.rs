@@ -36,7 +36,7 @@ pub enum Bound {
     Bytes,
 }
 
-/// What a priority may take in one turn.
+/// Records that a priority may take in one turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grant {
     /// Records.
@@ -56,7 +56,7 @@ impl Window {
         }
     }
 
-    /// What a priority may take in this turn.
+    /// Computes the records that a priority may take in this turn.
     pub fn grant(&mut self, priority: usize) -> Grant {
         let used = &mut self.used[priority];
         let full = used.bytes >= self.bytes_max;
@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(window.grant(1), Grant { records: 2, reached: None }, "bounds are per priority");
     }
 
-    /// What happens to a priority.
+    /// An event of a priority.
     #[derive(Debug, Clone)]
     enum Step {
         /// A turn: as much as is granted is taken, records of so many bytes.

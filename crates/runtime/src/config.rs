@@ -19,9 +19,9 @@ pub struct Common {
     pub admin: AdminConfig,
     /// Logs.
     pub log: LogConfig,
-    /// How long draining may take after SIGTERM.
+    /// Maximum duration of a drain after SIGTERM, s.
     pub drain_seconds: u64,
-    /// Where to write the bound addresses as JSON once everything is up.
+    /// File to which the bound addresses are written as JSON once the role is up.
     pub ready_file: Option<PathBuf>,
 }
 
@@ -53,12 +53,11 @@ macro_rules! has_common {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
-    /// Where `/metrics`, `/healthz` and `/readyz` are served. They carry no secrets and ask for
-    /// none: do not expose them beyond your own network.
+    /// Address of `/metrics`, `/healthz` and `/readyz`, which need no authentication: keep it on a private network.
     pub listen: SocketAddr,
-    /// `/readyz` fails when a loop of the role has shown no progress for so long.
+    /// Time without progress of one of the role's loops after which `/readyz` fails, s.
     pub stalled_after_seconds: u64,
-    /// `/healthz` fails when the process has run none of its tasks for so long.
+    /// Time without any task being run after which `/healthz` fails, s.
     pub blocked_after_seconds: u64,
 }
 
@@ -100,11 +99,11 @@ impl Default for AdminConfig {
 pub struct LogConfig {
     /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as `info,barid_access=debug`.
     pub level: String,
-    /// `text` for people, `json` for machines.
+    /// `text` for terminals, `json` for log collectors.
     pub format: LogFormat,
-    /// Events of sampled messages (target `barid::trace`) that are logged in a second, at most.
+    /// Maximum events of sampled messages (target `barid::trace`) logged per second.
     pub traces_per_second: u32,
-    /// Lines that wait to be written to stderr, bytes; beyond them lines are dropped and counted.
+    /// Maximum bytes of lines queued for stderr; further lines are dropped and counted.
     pub buffer_bytes_max: usize,
 }
 
@@ -153,7 +152,7 @@ pub enum ConfigError {
         line: usize,
         /// Character of the line, from 1.
         column: usize,
-        /// What is wrong there.
+        /// The parser's description of the error.
         problem: String,
     },
     /// A key is unknown, or its value does not fit.
@@ -161,7 +160,7 @@ pub enum ConfigError {
     Key {
         /// The key, dotted.
         key: String,
-        /// What is wrong with it.
+        /// The reason, and what to write instead.
         problem: String,
         /// The environment variable that it came from, if one.
         origin: String,

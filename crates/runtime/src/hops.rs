@@ -33,10 +33,10 @@ pub enum Hop {
     ProducedWritten,
     /// From the Kafka timestamp until it is acknowledged. Producer's clock, Redis's.
     ProducedAcked,
-    /// Of a message for an audience: from when it is queued for an access node until the node writes it to a
-    /// member's connection. Redis's clock.
+    /// Fan-out: from the time a message is queued for an access node until the node writes it to a member's
+    /// connection. Redis's clock.
     FanoutDispatchedWritten,
-    /// Of a message for an audience: from the Kafka timestamp until it is written. Producer's clock, Redis's.
+    /// Fan-out: from the Kafka timestamp (producer's clock) until a message is written (Redis's clock).
     FanoutProducedWritten,
 }
 
@@ -76,7 +76,7 @@ const HOP_US_MAX: u64 = 3_600_000_000;
 /// `barid_hop_seconds` of one role. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Hops {
-    /// By [`Hop`]'s number; `None`: measured by another role.
+    /// Indexed by [`Hop`]; `None` if another role measures the hop.
     of: [Option<Counted>; Hop::ALL.len()],
 }
 

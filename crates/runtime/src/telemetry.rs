@@ -327,7 +327,7 @@ mod tests {
     /// As much as fills any pipe.
     const LINES: usize = 20_000;
 
-    /// What the other tests start as a process of its own; by itself it does nothing.
+    /// Started as a process by the other tests; does nothing by itself.
     #[tokio::test(flavor = "multi_thread")]
     async fn logs() {
         let Some(told) = std::env::var_os("LOGS") else { return };

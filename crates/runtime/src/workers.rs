@@ -47,7 +47,7 @@ mod tests {
 
     use super::*;
 
-    /// What the other tests start as a process of its own; by itself it does nothing.
+    /// Started as a process by the other tests; does nothing by itself.
     #[test]
     fn tells() {
         let Some(told) = std::env::var_os("TOLD") else { return };
@@ -55,7 +55,7 @@ mod tests {
         std::fs::write(told, found.unwrap_or_else(|error| error)).unwrap();
     }
 
-    /// What such a process finds; `through` starts it.
+    /// The worker count that such a process finds if it is started through the command `through`.
     fn told_by(through: &[&str], variable: Option<&str>) -> String {
         let dir = tempfile::tempdir().unwrap();
         let told = dir.path().join("told");

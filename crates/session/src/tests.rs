@@ -26,7 +26,7 @@ const SETTINGS: Settings = Settings {
     crossing_ms: 1_000,
 };
 
-/// What Redis holds.
+/// The content of Redis.
 #[derive(Clone)]
 struct History {
     epoch: Epoch,

@@ -29,7 +29,7 @@ pub struct PushedAt {
     pub produced_ms: u64,
 }
 
-/// What receipts and trace events of a message need.
+/// Fields of a message that its receipts and trace events use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// The message.

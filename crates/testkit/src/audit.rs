@@ -63,10 +63,10 @@ pub struct Fault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Application(usize);
 
-/// What happened in a run, seen from outside.
+/// The observed events of a run: records produced, deliveries, faults.
 #[derive(Debug, Default)]
 pub struct Audit {
-    /// By user and id.
+    /// Keyed by user, then message id.
     produced: BTreeMap<String, HashMap<String, Produced>>,
     applications: Vec<Deliveries>,
     harms: Vec<Span>,
@@ -218,7 +218,7 @@ impl Audit {
         self.moment
     }
 
-    /// What was produced for the application's user and not shown to it, in Kafka's order.
+    /// Records produced for the application's user and not shown to it, in Kafka's order.
     fn missing(&self, deliveries: &Deliveries) -> Vec<(&String, &Produced)> {
         let shown: HashSet<&str> = deliveries.shown.iter().map(|(id, _)| id.as_str()).collect();
         let produced = self.produced.get(&deliveries.user).into_iter().flatten();

@@ -12,7 +12,7 @@ const WARM_UP: u32 = 2_000;
 const AT_ONCE_MAX: u32 = 64;
 
 struct Cost {
-    /// By the CPU time of the server's process, if known.
+    /// Handshakes per second of the server's CPU time, if known.
     per_s_per_core: Option<f64>,
     connected: Connected,
 }

@@ -87,7 +87,7 @@ pub struct Run {
 pub struct Read {
     /// Messages that left the log before the member read them.
     pub missed: u32,
-    /// What to write; `None`: nothing.
+    /// Messages to write; `None` if there are none.
     pub run: Option<Run>,
     /// Reported once the frame is written; `None` for most frames.
     pub report: Option<Box<Report>>,

@@ -47,7 +47,7 @@ struct App {
 pub struct Received {
     /// Milliseconds since the Unix epoch.
     pub now_ms: u64,
-    /// By the coarse clock.
+    /// The same time on the coarse clock.
     pub now: Seconds,
     /// Time from the message's acceptance until its dispatcher queued it for this node, µs; `None`: unknown.
     pub dispatched_after_us: Option<u32>,

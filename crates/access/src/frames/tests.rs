@@ -76,7 +76,7 @@ fn message() -> impl Strategy<Value = Vec<Frame>> {
     })
 }
 
-/// What was read, and whether it ended in an error.
+/// The messages read, and whether reading ended in an error.
 type Outcome = (Vec<Message>, bool);
 
 /// Until a close, an error, or the end of the bytes; they come in pieces of up to `piece`.

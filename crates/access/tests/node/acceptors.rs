@@ -27,7 +27,7 @@ async fn node(world: &World, change: impl FnOnce(&mut Config)) -> Result<Node> {
     world.node_with(several).await
 }
 
-/// What each loop accepted.
+/// Connections accepted by each loop.
 fn accepted(node: &Node) -> Vec<f64> {
     (0..ACCEPTORS).map(|number| node.metric(ACCEPTED, &number.to_string())).collect()
 }

@@ -14,7 +14,7 @@ use crate::support::*;
 
 const JSON: &str = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
 
-/// What is sent, the status, a part of the reason, and under which result it is counted.
+/// Bytes sent, status, a part of the reason, label of the counter.
 type Bad = (Vec<u8>, u16, &'static str, &'static str);
 
 fn table(token: &str) -> Vec<Bad> {

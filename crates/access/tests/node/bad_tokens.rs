@@ -102,7 +102,7 @@ fn headed(header: Value) -> String {
     sign(header, &claims(json!({})).to_string(), token::SECRET)
 }
 
-/// What it is, the token, a part of the reason, the word that it is counted under.
+/// Name of the case, token, a part of the reason, label of the counter.
 type Bad = (&'static str, String, &'static str, &'static str);
 
 fn table() -> Vec<Bad> {

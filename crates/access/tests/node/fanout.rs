@@ -1,4 +1,4 @@
-//! What is for everyone of an app, and for its groups.
+//! Fan-out to everyone of an app, and to groups.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -51,12 +51,12 @@ fn token_for(app: &str, user: &str, groups: &Value) -> String {
     token::sign(&claims, token::SECRET)
 }
 
-/// Of a user whose token lists these groups.
+/// Connects a user whose token lists these groups.
 async fn member(node: &Node, user: &str, groups: &[&str]) -> Result<Device> {
     Device::connect(&node.url(), &token_for(APP, user, &json!(groups)), "phone").await
 }
 
-/// What is answered to Subscribe or Unsubscribe.
+/// Sends a Subscribe or Unsubscribe and returns the answer.
 async fn asked(device: &mut Device, kind: &str, group: &str) -> Result<(String, Value)> {
     device.send(&json!({ kind: { "group": group } })).await?;
     match device.next(PATIENCE).await? {

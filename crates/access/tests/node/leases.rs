@@ -1,4 +1,4 @@
-//! What a node's lease means for its sessions, on a redis-server and on a Redis Cluster of three masters.
+//! Effect of a node's lease on its sessions, on a redis-server and on a Redis Cluster of three masters.
 
 use std::time::{Duration, Instant};
 

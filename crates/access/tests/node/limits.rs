@@ -27,7 +27,7 @@ async fn socket_from(node: &Node, last: u8) -> Result<TcpStream> {
     Ok(socket.connect(node.addresses["ws"]).await?)
 }
 
-/// What a good handshake from 127.0.0.x is answered; the socket stays open with the answer.
+/// Sends a valid handshake from 127.0.0.`last`, and returns the open socket and the answer.
 async fn handshake_from(node: &Node, last: u8, headers: &str) -> Result<(TcpStream, String)> {
     let mut stream = socket_from(node, last).await?;
     let path = format!("/v1/connect?token={}", token_of("alice"));

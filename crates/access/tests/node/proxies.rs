@@ -24,7 +24,7 @@ async fn socket_from(node: &Node, last: u8) -> Result<TcpStream> {
     Ok(socket.connect(node.addresses["ws"]).await?)
 }
 
-/// What the node answers to these bytes before a good handshake with these headers.
+/// Sends `before` in front of a valid handshake with these headers, and returns the answer.
 async fn handshake(
     node: &Node,
     from: u8,

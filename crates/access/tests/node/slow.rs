@@ -19,7 +19,7 @@ const CLOSES: &str = "barid_access_closes_total";
 const LIMITS: &str = "barid_access_limits_total";
 const QUEUED: &str = "barid_access_queued_bytes";
 
-/// What no compression makes smaller.
+/// Incompressible bytes.
 fn noise(bytes: u32) -> Bytes {
     (0..bytes).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
 }

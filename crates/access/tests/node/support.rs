@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 
 pub const APP: &str = "demo";
 
-/// What most tests need.
+/// A node with its Redis, as most tests need it.
 pub struct World {
     pub redis: Redis,
     pub mailbox: Mailbox,

@@ -39,7 +39,7 @@ async fn node(world: &World, directory: &Path) -> Result<Node> {
         .await
 }
 
-/// Who trusts this certificate and no other.
+/// Connects a client that trusts this certificate and no other.
 async fn connect(node: &Node, name: &str) -> Result<TlsStream<TcpStream>> {
     let stream = TcpStream::connect(node.addresses["ws"]).await?;
     secured(stream, name).await

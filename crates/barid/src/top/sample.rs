@@ -13,7 +13,7 @@ use crate::values;
 /// Scrapes kept for each endpoint. Latencies are computed between the first and the last.
 const LOOKS: usize = 11;
 
-/// What `barid top` shows.
+/// One screen of `barid top`.
 #[derive(Debug, Serialize)]
 pub struct Sample {
     pub event: &'static str,

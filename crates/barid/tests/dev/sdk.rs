@@ -13,7 +13,7 @@ use crate::place::{PATIENCE, Place};
 
 const COUNT: usize = 300;
 
-/// What the state file and `barid token` tell.
+/// Addresses from the state file, and a token from `barid token`.
 struct Cluster {
     address: std::net::SocketAddr,
     producer: Producer,

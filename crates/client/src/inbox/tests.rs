@@ -46,7 +46,7 @@ impl Device {
         self.inbox.skip(G, Seq(to), Chain(chain), why, &mut self.events).unwrap();
     }
 
-    /// What Redis evicted: nothing shows whose history the place before was in.
+    /// Skips to `to` as evicted; the position's history is then unknown.
     fn evicted(&mut self, to: u64) {
         let why = SkipReason::Evicted;
         self.inbox.skip(G, Seq(to), Chain(0), why, &mut self.events).unwrap();
@@ -422,7 +422,7 @@ fn a_server_that_is_further_is_believed() {
     assert_eq!(device.acked(), Some(6));
 }
 
-/// What can happen between a device, its application and a cluster that may lose its newest writes.
+/// An event between a device, its application and a cluster that may lose its newest writes.
 #[derive(Debug, Clone)]
 enum Step {
     Push,

@@ -14,7 +14,7 @@ use fake::{PATIENCE, Server};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-/// What a client shows, in order.
+/// Messages that a client shows, in order.
 struct Shown(mpsc::Receiver<Message>);
 
 impl Shown {
@@ -296,7 +296,7 @@ async fn skips_are_told_and_acknowledged() {
     }
 }
 
-/// What the client asks of its groups, in the order of the names.
+/// The client's next `count` Subscribe and Unsubscribe frames, sorted by group.
 async fn asked(peer: &mut fake::Peer, count: usize) -> Vec<(bool, String)> {
     let mut asked = Vec::new();
     for _ in 0..count {

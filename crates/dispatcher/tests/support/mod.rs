@@ -29,7 +29,7 @@ pub struct FakeNode {
     _server: Server,
 }
 
-/// What the node is told to do, and what it got.
+/// A fake access node: its scripted answers, and the pushes it received.
 #[derive(Clone)]
 pub struct Fake {
     seen: watch::Sender<(Vec<NodePush>, Vec<NodeResend>)>,

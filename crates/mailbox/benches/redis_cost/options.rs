@@ -35,7 +35,7 @@ pub struct Options {
     bench: bool,
 }
 
-/// What is measured.
+/// A measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
     /// Barid's scripts against the floor's.

@@ -1,5 +1,5 @@
-//! What a reader of leases remembers of nodes, and which of them it considers gone. It names no Redis and takes its
-//! time as an argument.
+//! A lease reader's memory of nodes, which decides which of them are gone. It does no I/O and takes the time as an
+//! argument.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const FRESH: Duration = Duration::from_millis(1_500);
 /// Maximum unknown incarnations that are remembered.
 const STRANGERS_MAX: usize = 4096;
 
-/// What a node's own key says.
+/// State of a node's own key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) enum Own {
     /// It was not read, because a copy shows that the node is running.
@@ -36,7 +36,7 @@ pub(crate) enum Own {
     Held(Stamp, NodeRecord),
 }
 
-/// What a reading found about a node.
+/// A node in one reading of the leases.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Evidence {
     /// The newest copy whose lease has not ended.
@@ -173,7 +173,7 @@ impl Reading {
     }
 }
 
-/// What is known of nodes from all readings.
+/// All nodes seen so far, over all readings.
 pub(crate) struct Memory {
     /// Readings that are older say nothing about nodes that are gone.
     stale_after: Duration,

@@ -193,7 +193,7 @@ async fn hazard_27_no_single_master_ends_a_life() {
     }
 }
 
-/// What all masters have done so far.
+/// Usage counters of all masters, summed.
 #[derive(Debug, Clone, Copy, Default)]
 struct Usage {
     scripts: f64,

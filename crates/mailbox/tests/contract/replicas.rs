@@ -64,7 +64,7 @@ async fn accepted_at_last(mailbox: &Mailbox, group: AcceptGroup) -> Vec<AcceptOu
     tokio::time::timeout(Duration::from_secs(30), done).await.expect("it is accepted")
 }
 
-/// What Redis says to a write and to the WAIT behind it, on a new connection: a number, or an error's code.
+/// Sends a write and a WAIT on a new connection, and returns both answers: a number, or an error's code.
 async fn write_and_wait(redis: &Redis, key: &str) -> [String; 2] {
     let client = redis::Client::open(redis.url()).unwrap();
     let mut connection = client.get_multiplexed_async_connection().await.unwrap();

@@ -33,7 +33,7 @@ struct Twin {
     generations: BTreeMap<&'static str, Generation>,
 }
 
-/// What a mailbox holds, without times, its epoch and flags.
+/// A mailbox's content without times, epoch and flags.
 #[derive(Debug, PartialEq)]
 struct Held {
     fields: BTreeMap<String, Vec<u8>>,
@@ -157,7 +157,7 @@ impl Sent {
     }
 }
 
-/// What became of messages, without the epoch.
+/// Outcomes of messages as text, without the epoch.
 fn told(outcomes: impl IntoIterator<Item = AcceptOutcome>) -> String {
     let told = outcomes.into_iter().map(|outcome| match outcome {
         AcceptOutcome::Accepted { seq, online, evicted, .. } => {

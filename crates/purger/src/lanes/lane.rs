@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 use crate::ports::Mailboxes;
 use crate::window::PRIORITIES;
 
-/// What all lanes share.
+/// State shared by all lanes.
 #[derive(Clone)]
 pub struct Shared<M> {
     /// The mailboxes in Redis.

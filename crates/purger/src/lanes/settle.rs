@@ -1,4 +1,4 @@
-//! What follows an accept call: hand-on to a dispatcher, receipts and dead letters. Then the record is finished.
+//! Work that follows an accept call: hand-on to a dispatcher, receipts and dead letters. Then the record is finished.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ pub struct Outbox {
     pub tasks: Spawner,
 }
 
-/// What has to be produced to Kafka before a message is done.
+/// Kafka records that must be delivered before a message is done.
 struct Owed {
     flight: Arc<Flight>,
     receipt: Option<Receipt>,

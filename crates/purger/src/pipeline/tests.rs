@@ -25,7 +25,7 @@ const SHARDS: u32 = 12;
 const MASTERS: usize = 3;
 const PARTITIONS: i32 = 2;
 
-/// What happens to a call of a master.
+/// The fate of a call to a master.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     Executed,
@@ -39,7 +39,7 @@ type Place = (i32, i64, u32);
 
 #[derive(Default)]
 struct State {
-    /// What is to come, a master; then all goes well.
+    /// Fates of the next calls, by master; later calls succeed.
     fates: [VecDeque<Fate>; MASTERS],
     /// How long a call takes, a master, ms.
     slow: [u64; MASTERS],

@@ -19,7 +19,7 @@ struct Bad {
     value: Bytes,
     headers: Vec<(String, Vec<u8>)>,
     code: &'static str,
-    /// What could be read of it.
+    /// The message id, if it could be read.
     id: String,
 }
 

@@ -1,5 +1,5 @@
-//! What a Kafka may do to a purger: every codec, partitions that cannot be read, topics that are not
-//! there, topics that take no receipts or dead letters, and how partitions are shared out.
+//! Purgers and Kafka: every codec, unreadable partitions, missing topics, topics that take no receipts or dead
+//! letters, and the assignment of partitions.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

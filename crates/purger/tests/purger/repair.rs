@@ -1,4 +1,4 @@
-//! What Redis has forgotten is brought back from Kafka: by whoever holds the partition, once, and no
+//! Messages that Redis lost are brought back from Kafka: by whichever purger holds the partition, once, and no
 //! more than is still owed.
 
 use std::time::{Duration, Instant};

@@ -104,7 +104,7 @@ impl Bed {
         Self { world, replicas: followers, store }
     }
 
-    /// What comes from now on does not reach the first replica; everybody else's link stands.
+    /// Cuts the first replica's link; the other links stay up.
     async fn cut(&self) {
         match &self.store {
             Store::Sentinel { relay, .. } => relay.hold(),

@@ -95,7 +95,7 @@ async fn a_purger_whose_poll_loop_is_wedged_is_not_ready() {
     running.await.unwrap().unwrap();
 }
 
-/// Whose every push panics.
+/// A dispatcher that panics on every push.
 #[derive(Clone)]
 struct Panicking;
 

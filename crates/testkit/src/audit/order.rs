@@ -13,7 +13,7 @@ pub struct Order {
     gaps: Vec<Range<u64>>,
 }
 
-/// What showing a record meant.
+/// Place of a shown record relative to those shown before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shown {
     /// It is the latest record shown so far.

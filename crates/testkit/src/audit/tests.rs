@@ -126,7 +126,7 @@ fn an_altered_payload_is_found() {
     assert_eq!(found(&audit), one(Kind::Altered, "a2"));
 }
 
-/// What is blamed when the first application's session sees `events` and then everything is shown.
+/// Violations reported if the first application's session sees `events` and is then shown everything.
 fn session(events: impl FnOnce(&mut Audit, Application)) -> Vec<(Kind, String)> {
     let (mut audit, a, _) = audit();
     events(&mut audit, a);

@@ -1,4 +1,4 @@
-//! What a business service does: produce records to the cluster's push topics.
+//! The business service's part: produces records to the cluster's push topics.
 
 use std::time::Duration;
 

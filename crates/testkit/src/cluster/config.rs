@@ -22,7 +22,7 @@ pub(super) struct Setting {
     pub value: Value,
 }
 
-/// What the nodes of a cluster share.
+/// Settings shared by the nodes of a cluster.
 pub(super) struct Shared<'a> {
     pub redis: &'a Redis,
     pub masters: Option<&'a RedisCluster>,

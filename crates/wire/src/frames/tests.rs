@@ -415,7 +415,7 @@ proptest! {
     }
 }
 
-/// What a number can be on the wire: the ends of every width, and one beyond.
+/// Boundary values of numbers on the wire: the ends of every width, and one beyond.
 const NUMBERS: [u64; 13] = [
     0,
     1,

@@ -25,7 +25,7 @@ pub fn encode_push(push: &Push, format: Format, limits: &RecordLimits) -> Result
     })
 }
 
-/// What names the record in a refusal.
+/// Address and id of a push, which name it in a refusal.
 fn addressed(push: &Push) -> PushRecord {
     let to = match &push.audience {
         Audience::User { user, device } => v1::Audience {

@@ -36,7 +36,7 @@ fn entry(seq: u64, bytes: usize) -> Bytes {
     [&header.encode()[..], &encode_body(envelope)].concat().into()
 }
 
-/// What a session would write, and how much it missed.
+/// The messages that a session would write, and the number that it missed.
 fn read_all(listener: &mut Listener, format: Format) -> (Vec<Bytes>, u32) {
     let (mut frames, mut missed) = (Vec::new(), 0);
     loop {

@@ -18,7 +18,7 @@ pub struct Route {
 }
 
 impl Route {
-    /// What a script compares before it removes one.
+    /// The fields that a script compares before it removes a route.
     pub fn session(&self) -> (usize, Incarnation, u64) {
         (self.node, self.incarnation, self.connection)
     }

@@ -27,7 +27,7 @@ pub struct World {
     readers: Vec<Reader>,
     poll_at: u64,
     traffic_at: Option<u64>,
-    /// Who has a message that was not handled.
+    /// Users with an unhandled message.
     behind: [bool; USERS],
     /// The last life under each name.
     lives: [Incarnation; NODES],
@@ -343,7 +343,7 @@ impl World {
         Ok(None)
     }
 
-    /// What is over has nothing that lives.
+    /// Checks that a living route's incarnation is not considered over.
     fn check_standing(
         &self,
         reader: usize,
@@ -474,7 +474,7 @@ impl World {
     }
 }
 
-/// What is due next.
+/// The next event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Due {
     Renew(usize),

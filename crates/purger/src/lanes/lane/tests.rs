@@ -25,7 +25,7 @@ use crate::partitions::Partitions;
 
 const SHARDS: u32 = 4;
 
-/// What happens to a call.
+/// The fate of a call.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     Executed,
@@ -444,7 +444,7 @@ pub(crate) fn parcel(shard: u16, offset: i64) -> Parcel {
     Parcel { shard, ..parcels.remove(0) }
 }
 
-/// What each shard must hold of each partition.
+/// Log positions that each shard must hold, by partition.
 fn expected(world: &World) -> BTreeMap<(u16, i32), Vec<LogPosition>> {
     let mut expected: BTreeMap<(u16, i32), Vec<LogPosition>> = BTreeMap::new();
     for number in 0..2 {
@@ -484,8 +484,8 @@ fn check_moving(fates: Vec<Fate>, move_every: usize) {
     });
 }
 
-/// What is forgotten is noticed by the next batch for the shard: sends every shard some more, and looks
-/// whether each holds its part of the log.
+/// Sends each shard more messages, because only the next batch for a shard notices a loss, and checks that each
+/// holds its part of the log.
 async fn settle(world: &mut World) {
     world.store.0.lock().fates.clear();
     world.length = 150;
