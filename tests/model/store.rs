@@ -56,7 +56,7 @@ pub struct HeldDevice {
     pub chain: u64,
     pub generation: u64,
     pub due: u64,
-    pub attempt: u64,
+    pub resends: u64,
     pub used: u64,
     pub fence: u64,
     pub defers: u64,
@@ -225,10 +225,10 @@ fn held((head, queue, routes, timer, head_at, queue_at, routes_at): Raw, now: u6
     let name = |slot: u64| field(format!("n{slot}").as_bytes()).map(|name| text(name));
     let device = |name: String| {
         let state = numbers(field(format!("d:{name}").as_bytes())?, &DEVICE);
-        let [seq, chain, generation, due, attempt, used, fence, defers] = state[..] else {
+        let [seq, chain, generation, due, resends, used, fence, defers] = state[..] else {
             panic!("the state of a device: {state:?}");
         };
-        Some(HeldDevice { name, seq, chain, generation, due, attempt, used, fence, defers })
+        Some(HeldDevice { name, seq, chain, generation, due, resends, used, fence, defers })
     };
     assert_eq!(name(known), None, "a device is named that is not known");
     let packed = head.iter().all(|(field, value)| field.len() <= 64 && value.len() <= 64);

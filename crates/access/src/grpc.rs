@@ -186,7 +186,7 @@ fn hand_out(
 }
 
 fn deliver_resend(node: &Node, mine: bool, resend: NodeResend, gone: &mut Vec<Gone>) {
-    let NodeResend { app, user, connection, device, attempt: _ } = resend;
+    let NodeResend { app, user, connection, device } = resend;
     let key = if mine { user_key(&app, &user) } else { None };
     match key.and_then(|key| node.sessions.registry.get(&key, ConnectionId(connection))) {
         Some(handle) if handle.device().as_str() == device => {

@@ -114,7 +114,7 @@ pub struct Handle {
     slotted: AtomicU32,
     place: AtomicU32,
     queued_bytes: AtomicU32,
-    confirmed_life: AtomicU64,
+    confirmed_incarnation: AtomicU64,
 }
 
 /// Result of a push.
@@ -131,8 +131,8 @@ impl LiveSession for Handle {
         Handle::is_over(self)
     }
 
-    fn confirmed_life(&self) -> Incarnation {
-        Incarnation(self.confirmed_life.load(Ordering::Relaxed))
+    fn confirmed_incarnation(&self) -> Incarnation {
+        Incarnation(self.confirmed_incarnation.load(Ordering::Relaxed))
     }
 
     fn confirm(&self) {
@@ -158,13 +158,13 @@ impl Handle {
             slotted: AtomicU32::new(Seconds::MAX),
             place: AtomicU32::new(0),
             queued_bytes: AtomicU32::new(0),
-            confirmed_life: AtomicU64::new(0),
+            confirmed_incarnation: AtomicU64::new(0),
         }
     }
 
     /// Records that a confirmation under this incarnation was answered.
-    pub fn set_confirmed_life(&self, incarnation: Incarnation) {
-        self.confirmed_life.fetch_max(incarnation.0, Ordering::Relaxed);
+    pub fn set_confirmed_incarnation(&self, incarnation: Incarnation) {
+        self.confirmed_incarnation.fetch_max(incarnation.0, Ordering::Relaxed);
     }
 
     /// The session's user.

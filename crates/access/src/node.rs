@@ -53,7 +53,7 @@ impl LiveSessions for Node {
         self.mailboxes.store().shard_of(session.user())
     }
 
-    fn begin_life(&self, incarnation: Incarnation) {
+    fn begin_incarnation(&self, incarnation: Incarnation) {
         self.sessions.set_incarnation(incarnation);
     }
 }

@@ -269,7 +269,7 @@ impl Keeping {
                 event = lease.next_event() => confirming.handle(node, event),
                 _ = pace.tick() => {
                     confirming.tick(node, Instant::now());
-                    if let Some(incarnation) = confirming.finished_life() {
+                    if let Some(incarnation) = confirming.finished_incarnation() {
                         tracing::info!(incarnation = incarnation.0, "all sessions confirmed");
                         lease.set_confirmed(incarnation);
                     }

@@ -114,7 +114,7 @@ fn device<'a>(state: &'a DeviceState, route: Option<&'a Route>, newest: Seq) -> 
         seq: state.cursor.seq.0,
         generation: state.cursor.generation.0,
         behind: newest.0.saturating_sub(state.cursor.seq.0),
-        resends: state.attempt,
+        resends: state.resends,
         due_ms: (state.due_ms > 0).then_some(state.due_ms),
         used_ms: state.used_ms,
         online: route.is_some(),

@@ -139,7 +139,7 @@ struct Sent<'a> {
 }
 
 #[derive(Serialize)]
-struct Heard<'a> {
+struct ReceiptLine<'a> {
     event: &'static str,
     kind: &'static str,
     id: &'a str,
@@ -245,7 +245,7 @@ async fn wait(
         if receipt.id != push.id.as_str() || receipt.app != push.app.as_str() {
             continue;
         }
-        tell(&receipt, began, out)?;
+        print_receipt(&receipt, began, out)?;
         if receipt.kind() == ReceiptKind::Refused {
             return Ok(ExitCode::FAILURE);
         }
@@ -261,10 +261,10 @@ fn missing(awaited: &HashSet<(Milestone, String)>) -> String {
     format!("no receipt {}", names.join(", "))
 }
 
-fn tell(receipt: &Receipt, began: Instant, out: Output) -> anyhow::Result<()> {
+fn print_receipt(receipt: &Receipt, began: Instant, out: Output) -> anyhow::Result<()> {
     let elapsed_ms = millis(began);
     let kind = receipt.kind().word();
-    let heard = Heard {
+    let line = ReceiptLine {
         event: "receipt",
         kind,
         id: &receipt.id,
@@ -275,7 +275,7 @@ fn tell(receipt: &Receipt, began: Instant, out: Output) -> anyhow::Result<()> {
         reason: &receipt.reason,
         elapsed_ms,
     };
-    out.either(&heard, || {
+    out.either(&line, || {
         let mut who = clean(&receipt.user);
         if !receipt.device.is_empty() {
             who = format!("{who}/{}", clean(&receipt.device));

@@ -162,7 +162,7 @@ impl Lanes {
             app: user.app.as_str(),
             user: user.user.as_str(),
             device: device.device.as_str(),
-            how: &device.attempt.to_string(),
+            how: &device.resends.to_string(),
             produced_ms: *produced_at_ms,
             at_us: SystemClock.now_ms() * 1000,
         });
@@ -177,7 +177,7 @@ impl Lanes {
             node: device.session.node.as_str().to_owned(),
             incarnation: device.session.incarnation.0,
             connection: device.session.connection.0,
-            attempt: device.attempt,
+            number: device.resends,
             sampled: sampled.clone(),
         });
         let resend = Resend {
@@ -191,7 +191,7 @@ impl Lanes {
         };
         for (index, (device, sampled)) in due.devices.iter().zip(&samples).enumerate() {
             if !back.iter().any(|(at, _)| *at == index) {
-                self.metrics.resends_of(device.attempt).inc();
+                self.metrics.resends_of(device.resends).inc();
                 self.trace(&due.user, device, sampled.as_ref());
             }
         }

@@ -43,7 +43,7 @@ impl Metrics {
     /// One of the names is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let set = MetricSet::new(registry, "barid_delayer");
-        let attempts: Vec<_> = (1..=RESENDS_MAX + 1).map(attempt_label).collect();
+        let numbers: Vec<_> = (1..=RESENDS_MAX + 1).map(number_label).collect();
         let whys = [Unreached::Down, Unreached::Full, Unreached::Void, Unreached::Away];
         let whys = whys.map(why_label);
         let seconds = exponential_buckets(0.000_2, 2.5, 13)?;
@@ -53,8 +53,8 @@ impl Metrics {
             resends: set.counters(
                 "resends_total",
                 "Devices handed on, by re-send.",
-                "attempt",
-                &attempts,
+                "number",
+                &numbers,
             )?,
             deferred: set.counters(
                 "deferred_total",
@@ -91,8 +91,8 @@ impl Metrics {
     }
 
     /// The counter of a re-send.
-    pub(crate) fn resends_of(&self, attempt: u32) -> IntCounter {
-        self.resends.with_label_values(&[attempt_label(attempt)])
+    pub(crate) fn resends_of(&self, number: u32) -> IntCounter {
+        self.resends.with_label_values(&[number_label(number)])
     }
 }
 
@@ -105,8 +105,8 @@ fn why_label(why: Unreached) -> &'static str {
     }
 }
 
-fn attempt_label(attempt: u32) -> &'static str {
-    match attempt {
+fn number_label(number: u32) -> &'static str {
+    match number {
         1 => "1",
         2 => "2",
         3 => "3",

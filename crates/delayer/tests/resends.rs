@@ -214,12 +214,12 @@ async fn what_is_not_acknowledged_is_resent_with_backoff_until_it_is() {
     let begun = Instant::now();
     let (cursor, envelope) = cluster.behind("alice").await;
     let mut waits = Vec::new();
-    for attempt in 1..=3 {
+    for number in 1..=3 {
         let (at, resend) = next(&mut resends).await;
         let device = &resend.devices[0];
         assert_eq!((resend.user.as_str(), resend.devices.len()), ("alice", 1));
         assert_eq!((device.device.as_str(), device.node.as_str()), ("phone", "n1"));
-        assert_eq!((device.incarnation, device.connection, device.attempt), (7, 3, attempt));
+        assert_eq!((device.incarnation, device.connection, device.number), (7, 3, number));
         waits.push(at.duration_since(begun).as_millis());
     }
     // 300 ms, then 600 and 1200 ms more.
@@ -255,10 +255,10 @@ async fn two_delayers_resend_nothing_twice() {
     let mut seen = Vec::new();
     while seen.len() < users.len() * 2 {
         let (_, resend) = next(&mut resends).await;
-        seen.push((resend.user, resend.devices[0].attempt));
+        seen.push((resend.user, resend.devices[0].number));
     }
     // Those of the third try, if one is early, are not counted.
-    seen.retain(|(_, attempt)| *attempt <= 2);
+    seen.retain(|(_, number)| *number <= 2);
     let count = seen.len();
     seen.sort();
     seen.dedup();
@@ -281,10 +281,10 @@ async fn an_outage_inside_costs_the_device_no_try() {
     cluster.behind("alice").await;
     for _ in 0..6 {
         let (_, resend) = next(&mut resends).await;
-        assert_eq!(resend.devices[0].attempt, 1, "its node cannot be reached");
+        assert_eq!(resend.devices[0].number, 1, "its node cannot be reached");
     }
     *fake.nodes.lock() = Nodes::Reached;
-    while next(&mut resends).await.1.devices[0].attempt == 1 {}
+    while next(&mut resends).await.1.devices[0].number == 1 {}
 }
 
 #[tokio::test]
@@ -297,7 +297,7 @@ async fn without_a_dispatcher_timers_wait_and_readiness_says_so() {
     let not_ready = context.health.not_ready();
     assert!(not_ready.iter().any(|(name, _)| *name == "dispatchers"), "{not_ready:?}");
     let (mut resends, _fake, _lease) = cluster.dispatcher(Nodes::Reached).await;
-    assert_eq!(next(&mut resends).await.1.devices[0].attempt, 1);
+    assert_eq!(next(&mut resends).await.1.devices[0].number, 1);
     let begun = Instant::now();
     while !context.health.not_ready().is_empty() {
         assert!(begun.elapsed() < SOON, "{:?}", context.health.not_ready());
@@ -417,7 +417,7 @@ async fn hazard_29_a_node_that_was_cut_off_is_sent_to_soon_after_it_confirms() {
     cluster.mailbox.confirm(request).await.unwrap();
     let waits = cluster.mailbox.inspect(&user("alice")).await.unwrap();
     assert!(waits.timer_due_ms.unwrap() <= waits.now_ms + 300, "{waits:?}");
-    assert_eq!(next(&mut resends).await.1.devices[0].attempt, 1);
+    assert_eq!(next(&mut resends).await.1.devices[0].number, 1);
 }
 
 /// The node's lease ends; whether a dispatcher is asked about its devices 2 s later.

@@ -111,14 +111,14 @@ impl<R: Routes> Delivery<R> {
         let dispatched_after_us = self.dispatched(&push, user, now);
         for (at, route) in routes.iter().enumerate() {
             let session = &route.session;
-            let same_life = |other: &Route| {
+            let same_incarnation = |other: &Route| {
                 other.session.node == session.node
                     && other.session.incarnation == session.incarnation
             };
-            if routes[..at].iter().any(same_life) {
+            if routes[..at].iter().any(same_incarnation) {
                 continue; // the node has it already, with another route
             }
-            let there = routes[at..].iter().filter(|other| same_life(other));
+            let there = routes[at..].iter().filter(|other| same_incarnation(other));
             let connections = there.map(|other| other.session.connection.0).collect();
             let item = NodeItem::Push(NodePush {
                 app: push.app.clone(),
@@ -132,7 +132,7 @@ impl<R: Routes> Delivery<R> {
                 Err(unsent) => {
                     self.count_push(unsent.label());
                     if unsent == Unsent::Void {
-                        routes[at..].iter().filter(|r| same_life(r)).for_each(|route| {
+                        routes[at..].iter().filter(|r| same_incarnation(r)).for_each(|route| {
                             self.reap_if_void(user, route);
                         });
                     }
@@ -203,7 +203,6 @@ impl<R: Routes> Delivery<R> {
                 user: resend.user.clone(),
                 connection: device.connection,
                 device: device.device.clone(),
-                attempt: device.attempt,
             });
             match self.nodes.send(&route.session, item) {
                 Ok(()) => {

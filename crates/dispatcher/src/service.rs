@@ -115,7 +115,7 @@ impl Service {
     /// A new incarnation is confirmed at once, because no route names a dispatcher.
     fn keep_lease(&self, event: LeaseEvent) {
         match event {
-            LeaseEvent::NewLife(incarnation) => self.lease.set_confirmed(incarnation),
+            LeaseEvent::NewIncarnation(incarnation) => self.lease.set_confirmed(incarnation),
             LeaseEvent::Lapsed | LeaseEvent::WasGone | LeaseEvent::Forgot(_) => {}
         }
     }

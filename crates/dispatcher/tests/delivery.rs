@@ -174,7 +174,7 @@ fn resend(name: &str, device: &str, at: &str, incarnation: u64, connection: u64)
         node: at.into(),
         incarnation,
         connection,
-        attempt: 2,
+        number: 2,
         sampled: None,
     };
     Resend { app: "demo".into(), user: name.into(), devices: vec![device] }
@@ -256,7 +256,7 @@ async fn one_stopped_node_delays_no_other() {
     let reply = caller.dispatch(DispatchBatch { resends, ..Default::default() }).await;
     assert_eq!(reply.unreachable, [0]);
     assert_eq!(reply.why, [i32::from(Unreachable::Full)]);
-    assert_eq!(well.resends(1).await[0].attempt, 2);
+    assert_eq!(well.resends(1).await[0].user, "bob");
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ pub(crate) struct Device {
     pub chain: u32,
     pub generation: u32,
     pub due_ms: u64,
-    pub attempt: u8,
+    pub resends: u8,
     pub used_ms: u64,
     /// Re-sends in a row that did not reach its node.
     pub defers: u8,
@@ -56,11 +56,11 @@ impl Device {
         let chain = state.try_get_u32_le().ok()?;
         let generation = state.try_get_u32_le().ok()?;
         let due_ms = state.try_get_uint_le(6).ok()?;
-        let attempt = state.try_get_u8().ok()?;
+        let resends = state.try_get_u8().ok()?;
         let used_ms = state.try_get_uint_le(6).ok()?;
         let _fence = state.try_get_uint_le(7).ok()?;
         let defers = state.try_get_u8().ok()?;
-        Some(Self { seq, chain, generation, due_ms, attempt, used_ms, defers })
+        Some(Self { seq, chain, generation, due_ms, resends, used_ms, defers })
     }
 }
 

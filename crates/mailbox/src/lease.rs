@@ -2,23 +2,22 @@
 //!
 //! ```text
 //! Lease ── Keeper (its task) ── places: writes it everywhere ── record: encodes it
-//!             └─ Life: state machine     events: for the owner     copies: reads it
+//!             └─ LeaseState: state machine     events: for the owner     copies: reads it
 //! ```
 //!
-//! A life is what an incarnation number identifies: a node from its first write of a lease to a restart, or to a lapse
-//! that is too long.
+//! An incarnation of a node lasts from its first write of a lease to a restart, or to a lapse that is too long.
 
 mod config;
 mod confirming;
 pub(crate) mod copies;
 mod events;
 mod keeper;
-pub(crate) mod life;
 #[cfg(test)]
 mod model;
 pub(crate) mod node;
 pub(crate) mod places;
 pub(crate) mod record;
+pub(crate) mod state;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +33,7 @@ pub use self::confirming::{Confirming, LiveSession, LiveSessions};
 use self::events::Happened;
 pub use self::events::LeaseEvent;
 use self::keeper::{Keeper, Order, Reported};
-use self::life::Life;
+use self::state::LeaseState;
 pub use self::node::{NodeRecord, NodeRole, check_text};
 use crate::{Error, Mailbox};
 
@@ -81,20 +80,20 @@ impl Lease {
         void_after: Duration,
     ) -> Result<Self, Error> {
         let reconnections = mailbox.reconnections();
-        let life = Life::new(record.incarnation, ttl, void_after, Instant::now());
+        let state = LeaseState::new(record.incarnation, ttl, void_after, Instant::now());
         let (orders, inbox) = mpsc::channel(16);
         let (wanted, _) = watch::channel(record);
         let (happened, reported) = (Arc::<Happened>::default(), Reported::default());
         let mut keeper = Keeper {
             mailbox: mailbox.clone(),
             ttl,
-            life,
+            state,
             wanted: wanted.clone(),
             happened: Arc::clone(&happened),
             reported: Arc::clone(&reported),
         };
         keeper.acquire().await?;
-        keeper.life.begin_work();
+        keeper.state.begin_work();
         // The events so far are those of acquiring it.
         happened.clear();
         let task = tokio::spawn(keeper.run(inbox, reconnections));

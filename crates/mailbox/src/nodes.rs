@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
 use crate::lease::copies::copies;
-use crate::lease::life::Stamp;
+use crate::lease::state::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record;
 use crate::topology::Topology;

@@ -273,8 +273,8 @@ pub struct DueDevice {
     pub device: DeviceId,
     /// The session to which its route leads.
     pub session: SessionRef,
-    /// Number of this re-send, from 1. Above 5 the node closes the session.
-    pub attempt: u32,
+    /// Re-sends so far, including this one. Above 5 the node closes the session.
+    pub resends: u32,
     /// The oldest unacknowledged entry, if its trace is sampled; else empty.
     pub sampled: Bytes,
 }
@@ -360,7 +360,7 @@ pub struct DeviceState {
     /// When the next re-send is due; 0: none.
     pub due_ms: u64,
     /// Re-sends so far.
-    pub attempt: u32,
+    pub resends: u32,
     /// Re-sends in a row that did not reach its node.
     pub defers: u32,
     /// When it was last seen.

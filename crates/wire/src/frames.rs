@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 pub use self::body::body;
 pub use self::error::FrameError;
-pub use self::types::{Body, ClientFrame, Deliver, Encoding, Heard, Ignored, ServerFrame};
+pub use self::types::{Body, ClientFrame, Deliver, Encoding, Decoded, Ignored, ServerFrame};
 pub use crate::envelope::BODY_BYTES_MAX;
 use crate::envelope::{Envelope, EnvelopeError};
 
@@ -66,7 +66,7 @@ impl Format {
 ///
 /// # Errors
 /// Returns an error whose text is sent to the client, for its developer.
-pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<Heard, FrameError> {
+pub fn decode_client(encoding: Encoding, bytes: &[u8]) -> Result<Decoded, FrameError> {
     let heard = match encoding {
         Encoding::Proto => proto::decode_client(bytes)?,
         Encoding::Json => json::decode_client(bytes)?,

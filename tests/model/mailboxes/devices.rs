@@ -15,7 +15,7 @@ pub struct Device {
     pub generation: u32,
     pub due: Due,
     /// Number of re-sends.
-    pub attempt: u32,
+    pub resends: u32,
     /// When it was last seen, ms; `None` if by the last call.
     pub used: Option<u64>,
     /// Its last connection attempt.
@@ -86,7 +86,7 @@ impl Mailbox {
             let device = self.devices.iter_mut().find(|device| device.name == name);
             let device = device.expect("it was added");
             if device.due == Due::Never {
-                (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+                (device.due, device.resends) = (Due::In(RETRY_BASE), 0);
                 self.timer = Timer::Earliest;
             }
         }
@@ -117,7 +117,7 @@ impl Mailbox {
             None => (device.seq, false),
         };
         device.due = if device.seq < self.newest() { Due::In(RETRY_BASE) } else { Due::Never };
-        (device.attempt, device.used, device.fence) = (0, None, hello.route.attempt);
+        (device.resends, device.used, device.fence) = (0, None, hello.route.attempt);
         device.defers = 0;
         let chain = self.kept_chain_at(read_from);
         let generation = device.generation;
@@ -131,8 +131,8 @@ impl Mailbox {
         Connected::At { seq: read_from, chain, generation, reset, replaced }
     }
 
-    /// Moves the device to the position that it names, if that is in this history. Returns the position to read from, and
-    /// whether the device is reset.
+    /// Moves the device to the position that it names, if that is in this history. Returns the position to read from,
+    /// and whether the device is reset.
     fn resume(&self, device: &mut Device, known: bool, at: Place) -> (u64, bool) {
         let forked = match (self.kept_chain_at(at.seq), at.chain) {
             (Some(ours), Some(theirs)) => ours != theirs,
@@ -176,9 +176,9 @@ impl Mailbox {
             let mut device = known.unwrap_or_else(|| self.remember(name, at));
             (device.used, device.fence) = (None, hello.route.attempt);
             if device.seq >= self.newest() {
-                (device.due, device.attempt) = (Due::Never, 0);
+                (device.due, device.resends) = (Due::Never, 0);
             } else if device.due == Due::Never {
-                (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+                (device.due, device.resends) = (Due::In(RETRY_BASE), 0);
             } else if device.defers > 0 {
                 device.due = device.due.or_sooner(RETRY_BASE);
             }
@@ -238,9 +238,9 @@ impl Mailbox {
         });
         let before = device.due;
         if device.seq >= self.newest() {
-            (device.due, device.attempt, device.defers) = (Due::Never, 0, 0);
+            (device.due, device.resends, device.defers) = (Due::Never, 0, 0);
         } else if progress && device.due != Due::Never || (reset || unknown) && begins {
-            (device.due, device.attempt, device.defers) = (Due::In(RETRY_BASE), 0, 0);
+            (device.due, device.resends, device.defers) = (Due::In(RETRY_BASE), 0, 0);
         }
         if device.due != before {
             self.timer = Timer::Earliest;
@@ -266,7 +266,7 @@ impl Mailbox {
         }
         self.routes.remove(name);
         if let Some(device) = self.devices.iter_mut().find(|device| device.name == name) {
-            (device.used, device.due, device.attempt) = (None, Due::Never, 0);
+            (device.used, device.due, device.resends) = (None, Due::Never, 0);
             device.defers = 0;
             self.timer = Timer::Earliest;
         }
@@ -284,7 +284,7 @@ impl Mailbox {
         }
     }
 
-    /// The re-sends: device, session, attempt.
+    /// The re-sends: device, session, number.
     pub fn fire(&mut self) -> Vec<(&'static str, u64, u32)> {
         if self.timer != Timer::At(1) {
             return Vec::new();
@@ -296,15 +296,15 @@ impl Mailbox {
             let route = self.routes.get(device.name);
             match (route, device.due) {
                 (Some(route), Due::At(1)) if device.seq < newest => {
-                    device.attempt += 1;
-                    device.due = Due::In((RETRY_BASE << device.attempt).min(RETRY_MAX));
-                    due.push((device.name, route.number, device.attempt));
+                    device.resends += 1;
+                    device.due = Due::In((RETRY_BASE << device.resends).min(RETRY_MAX));
+                    due.push((device.name, route.number, device.resends));
                 }
                 (Some(_), Due::Never) if device.seq < newest => {
-                    (device.due, device.attempt) = (Due::In(RETRY_BASE), 0);
+                    (device.due, device.resends) = (Due::In(RETRY_BASE), 0);
                 }
                 (Some(_), _) if device.seq < newest => (),
-                _ => (device.due, device.attempt) = (Due::Never, 0),
+                _ => (device.due, device.resends) = (Due::Never, 0),
             }
         }
         due
@@ -317,14 +317,14 @@ impl Mailbox {
         }
         for device in &mut self.devices {
             let given = names.iter().any(|name| name == device.name);
-            if given && device.due != Due::Never && device.attempt > 0 {
+            if given && device.due != Due::Never && device.resends > 0 {
                 let (first, times) = match why {
                     Unreached::Away => (DEFER_BASE, 0),
                     Unreached::Down => (DEFER_BASE, device.defers),
                     Unreached::Full => (DEFER_FULL, device.defers),
                     Unreached::Void => (RETRY_MAX, 0),
                 };
-                device.attempt -= 1;
+                device.resends -= 1;
                 device.due = Due::In((first << times.min(10)).min(RETRY_MAX));
                 device.defers += u32::from(why != Unreached::Away);
             }
@@ -346,7 +346,7 @@ impl Mailbox {
             seq,
             generation,
             due: Due::Never,
-            attempt: 0,
+            resends: 0,
             used: None,
             fence: 0,
             defers: 0,

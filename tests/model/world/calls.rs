@@ -228,7 +228,7 @@ impl World<'_> {
         self.look().await?;
         let devices = due.iter().flat_map(|due| &due.devices);
         let devices: Vec<_> = devices
-            .map(|due| (due.device.as_str(), due.session.connection.0, due.attempt))
+            .map(|due| (due.device.as_str(), due.session.connection.0, due.resends))
             .collect();
         check!(devices == expected, "fired for {devices:?}, not for {expected:?}");
         for claim in &due {

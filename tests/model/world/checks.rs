@@ -185,7 +185,7 @@ fn same_devices(mailbox: &mut Mailbox, held: &Held, since: u64) -> Checked {
         let same = seen.seq == device.seq
             && chain.is_none_or(|chain| chain == seen.chain)
             && seen.generation == u64::from(device.generation)
-            && seen.attempt == u64::from(device.attempt)
+            && seen.resends == u64::from(device.resends)
             && seen.fence == device.fence
             && seen.defers == u64::from(device.defers);
         let due = match device.due {

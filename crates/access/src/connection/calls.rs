@@ -38,7 +38,7 @@ impl Connection {
                     self.session.acked(outcome, now_us, &mut self.effects);
                 }
                 Answer::Confirmed(outcome, incarnation) => {
-                    self.handle.set_confirmed_life(incarnation);
+                    self.handle.set_confirmed_incarnation(incarnation);
                     self.node.metrics.confirm(match outcome {
                         ConfirmOutcome::Confirmed { restored: false, .. } => Confirmation::Stood,
                         ConfirmOutcome::Confirmed { restored: true, .. } => Confirmation::Restored,

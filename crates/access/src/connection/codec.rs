@@ -2,7 +2,7 @@
 
 use barid_core::CloseCode;
 use barid_session::Close;
-use barid_wire::frames::{ClientFrame, Encoding, Heard, ServerFrame, decode_client};
+use barid_wire::frames::{ClientFrame, Encoding, Decoded, ServerFrame, decode_client};
 use barid_wire::v1;
 use bytes::Bytes;
 use tokio_tungstenite::tungstenite::error::CapacityError;
@@ -29,7 +29,7 @@ pub(super) fn decode(
     metrics: &Metrics,
     encoding: Encoding,
     message: &Message,
-) -> Result<Option<Heard>, Close> {
+) -> Result<Option<Decoded>, Close> {
     let bytes: &[u8] = match (message, encoding) {
         (Message::Text(text), Encoding::Json) => text.as_bytes(),
         (Message::Binary(bytes), Encoding::Proto) => bytes,

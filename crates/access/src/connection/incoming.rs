@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use barid_core::{CloseCode, GroupId};
 use barid_runtime::{Hop, TraceEvent};
 use barid_session::Close;
-use barid_wire::frames::{ClientFrame, Heard, Ignored, ServerFrame};
+use barid_wire::frames::{ClientFrame, Decoded, Ignored, ServerFrame};
 use barid_wire::{cut, v1};
 
 use crate::connection::codec::{decode, refusal};
@@ -45,7 +45,7 @@ impl Connection {
         self.beat.heard(self.node.clock.seconds());
         self.handle.set_due(self.beat.due());
         match decode(&self.node.metrics, self.codec.encoding, &message) {
-            Ok(Some(Heard { frame, ignored })) => {
+            Ok(Some(Decoded { frame, ignored })) => {
                 if let Some(frame) = frame {
                     self.frame_in(frame);
                 }

@@ -82,9 +82,9 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
     world.redis.stop()?;
     tokio::time::sleep(Duration::from_secs(5)).await;
     world.redis.cont()?;
-    let life = || table.snapshot().first().map(|node| (node.incarnation, node.confirmed));
-    eventually("another life", async || Ok(life().is_some_and(|(now, _)| now != before))).await?;
-    // A route of the former life leads to the session as well, and is not void.
+    let incarnation = || table.snapshot().first().map(|node| (node.incarnation, node.confirmed));
+    eventually("another incarnation", async || Ok(incarnation().is_some_and(|(now, _)| now != before))).await?;
+    // A route of the former incarnation leads to the session as well, and is not void.
     let mut dispatcher = node.dispatcher().await?;
     for (n, phone) in phones.iter_mut().enumerate().rev() {
         let user = format!("u{n}");
@@ -104,7 +104,7 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
         assert!(dispatcher.send(before.0, vec![push], vec![]).await?.gone.is_empty());
         assert_eq!(phone.receive(1).await?, ["m1"]);
     }
-    eventually("all are confirmed", async || Ok(life().is_some_and(|(_, done)| done))).await?;
+    eventually("all are confirmed", async || Ok(incarnation().is_some_and(|(_, done)| done))).await?;
     for n in 0..USERS {
         assert_ne!(incarnation(&world.mailbox, &format!("u{n}")).await?, before);
     }
@@ -216,7 +216,7 @@ async fn hazard_27_no_master_that_is_away_makes_sessions_void() -> Result<()> {
     }
     for n in 0..USERS {
         let now = incarnation(&three.world.mailbox, &format!("u{n}")).await?;
-        ensure!(now == node.incarnation, "another life in the route of u{n}");
+        ensure!(now == node.incarnation, "another incarnation in the route of u{n}");
     }
     for phone in &mut three.phones {
         phone.expect_silence(Duration::from_millis(1)).await?;

@@ -174,11 +174,11 @@ async fn hazard_15_five_resends_without_an_answer_close_with_4001_and_the_messag
     let (entry, _) = world.accept("alice", "m1").await?;
     dispatcher.push(&world, "alice", entry).await?;
     assert_eq!(phone.message().await?.seq, 1);
-    for attempt in 1..=5 {
-        assert!(dispatcher.resend(&world, "alice", attempt).await?.gone.is_empty());
-        assert_eq!(phone.message().await?.seq, 1, "re-send {attempt}");
+    for resend in 1..=5 {
+        assert!(dispatcher.resend(&world, "alice").await?.gone.is_empty());
+        assert_eq!(phone.message().await?.seq, 1, "re-send {resend}");
     }
-    dispatcher.resend(&world, "alice", 6).await?;
+    dispatcher.resend(&world, "alice").await?;
     assert_eq!(phone.closed(PATIENCE).await?, 4001);
     world.routes_become("alice", 0).await?;
     let mut phone = node.device("alice", "phone").await?;
@@ -204,7 +204,7 @@ async fn whoever_is_not_here_is_gone_and_loses_the_route() -> Result<()> {
     let here = route.session.connection.0;
     let incarnation = route.session.incarnation.0;
     let reply = dispatcher.send(incarnation + 1, vec![push(here)], vec![]).await?;
-    assert_eq!(reply.gone.len(), 1, "another life of the node");
+    assert_eq!(reply.gone.len(), 1, "another incarnation of the node");
     phone.expect_silence(Duration::from_millis(200)).await?;
     let reply = dispatcher.send(incarnation, vec![push(here), push(here + 7)], vec![]).await?;
     assert_eq!(reply.gone.iter().map(|gone| gone.connection).collect::<Vec<_>>(), [here + 7]);

@@ -202,7 +202,7 @@ async fn a_node_that_is_short_of_memory_takes_nobody_and_keeps_whom_it_has() -> 
     Ok(())
 }
 
-/// The node's life, as the user's routes name it.
+/// The node's incarnation, as the user's routes name it.
 async fn incarnation(world: &World, user: &str) -> Result<u64> {
     let routes = world.inspect(user).await?.routes;
     Ok(routes.first().context("a route")?.session.incarnation.0)

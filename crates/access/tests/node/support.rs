@@ -277,14 +277,13 @@ impl Dispatcher {
         self.send(incarnation, vec![push], vec![]).await
     }
 
-    pub async fn resend(&mut self, world: &World, user: &str, attempt: u32) -> Result<NodeReply> {
+    pub async fn resend(&mut self, world: &World, user: &str) -> Result<NodeReply> {
         let route = world.inspect(user).await?.routes.remove(0);
         let resend = NodeResend {
             app: APP.into(),
             user: user.into(),
             connection: route.session.connection.0,
             device: route.device.to_string(),
-            attempt,
         };
         self.send(route.session.incarnation.0, vec![], vec![resend]).await
     }

@@ -56,7 +56,7 @@ pub(crate) async fn inspect(topology: &Topology, user: &UserKey) -> Result<Inspe
 
 fn device(epoch: Epoch, name: &[u8], state: &[u8]) -> Option<DeviceState> {
     let name = std::str::from_utf8(name).ok()?.strip_prefix("d:")?;
-    let layout::Device { seq, chain, generation, due_ms, attempt, used_ms, defers } =
+    let layout::Device { seq, chain, generation, due_ms, resends, used_ms, defers } =
         layout::Device::parse(state)?;
     Some(DeviceState {
         device: DeviceId::new(name).ok()?,
@@ -67,7 +67,7 @@ fn device(epoch: Epoch, name: &[u8], state: &[u8]) -> Option<DeviceState> {
             chain: Some(Chain(chain)),
         },
         due_ms,
-        attempt: attempt.into(),
+        resends: resends.into(),
         defers: defers.into(),
         used_ms,
     })

@@ -116,7 +116,7 @@ fn read_claim(user: UserKey, mut reply: Reply) -> Result<Option<DueUser>, Error>
                 incarnation: Incarnation(reply.number()?),
                 connection: ConnectionId(reply.number()?),
             },
-            attempt: reply.number_u32()?,
+            resends: reply.number_u32()?,
             sampled: reply.bytes()?,
         });
     }

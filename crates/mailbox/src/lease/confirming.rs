@@ -22,7 +22,7 @@ pub trait LiveSessions {
     fn shard_of(&self, session: &Self::Session) -> Shard;
 
     /// Uses this incarnation in all routes that are written from now on.
-    fn begin_life(&self, incarnation: Incarnation);
+    fn begin_incarnation(&self, incarnation: Incarnation);
 }
 
 /// A session, for confirmation.
@@ -31,7 +31,7 @@ pub trait LiveSession {
     fn is_over(&self) -> bool;
 
     /// The incarnation in its last successful confirmation.
-    fn confirmed_life(&self) -> Incarnation;
+    fn confirmed_incarnation(&self) -> Incarnation;
 
     /// Requests that it confirms soon.
     fn confirm(&self);
@@ -53,7 +53,7 @@ pub struct Confirming<S> {
     /// When the next regular round begins.
     next: Instant,
     /// A new incarnation, and the sessions with routes of earlier ones.
-    life: Option<(Incarnation, VecDeque<Weak<S>>)>,
+    pending: Option<(Incarnation, VecDeque<Weak<S>>)>,
 }
 
 enum Selection {
@@ -74,7 +74,7 @@ impl<S: LiveSession> Confirming<S> {
             tick,
             every,
             next: now + every,
-            life: None,
+            pending: None,
         }
     }
 
@@ -82,11 +82,11 @@ impl<S: LiveSession> Confirming<S> {
     pub fn handle(&mut self, sessions: &impl LiveSessions<Session = S>, event: LeaseEvent) {
         match event {
             LeaseEvent::Lapsed => {}
-            LeaseEvent::NewLife(incarnation) => {
+            LeaseEvent::NewIncarnation(incarnation) => {
                 // Routes of the new incarnation are written only after its lease.
-                sessions.begin_life(incarnation);
+                sessions.begin_incarnation(incarnation);
                 let all = sessions.all();
-                self.life = Some((incarnation, all.iter().map(Arc::downgrade).collect()));
+                self.pending = Some((incarnation, all.iter().map(Arc::downgrade).collect()));
                 self.request(sessions, Selection::All);
             }
             LeaseEvent::WasGone => self.request(sessions, Selection::All),
@@ -98,17 +98,17 @@ impl<S: LiveSession> Confirming<S> {
     }
 
     /// Returns a new incarnation, once, when no session has a route of an earlier one any longer.
-    pub fn finished_life(&mut self) -> Option<Incarnation> {
-        let (incarnation, waiting) = self.life.as_mut()?;
+    pub fn finished_incarnation(&mut self) -> Option<Incarnation> {
+        let (incarnation, waiting) = self.pending.as_mut()?;
         while let Some(first) = waiting.front() {
             let over =
-                |session: &Arc<S>| session.is_over() || session.confirmed_life() >= *incarnation;
+                |session: &Arc<S>| session.is_over() || session.confirmed_incarnation() >= *incarnation;
             if first.upgrade().as_ref().is_some_and(|session| !over(session)) {
                 return None;
             }
             waiting.pop_front();
         }
-        self.life.take().map(|(incarnation, _)| incarnation)
+        self.pending.take().map(|(incarnation, _)| incarnation)
     }
 
     fn request(&mut self, sessions: &impl LiveSessions<Session = S>, selection: Selection) {

@@ -6,7 +6,7 @@ use barid_core::{Incarnation, Shard};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::life::{News, Place};
+use super::state::{News, Place};
 
 /// An event of a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub enum LeaseEvent {
     /// This incarnation has ended; a new one is being taken.
     Lapsed,
     /// A new incarnation was taken. Its record is not `confirmed`, until [`crate::Lease::set_confirmed`].
-    NewLife(Incarnation),
+    NewIncarnation(Incarnation),
     /// The lease was missing, and is held again in the same incarnation: all sessions must be confirmed.
     WasGone,
     /// These shards have lost data, or may have, because a connection is new. Their sessions must be confirmed.
@@ -31,7 +31,7 @@ pub(super) struct Happened {
 #[derive(Default)]
 pub(super) struct Pending {
     lapsed: bool,
-    life: Option<Incarnation>,
+    incarnation: Option<Incarnation>,
     was_gone: bool,
     forgot: BTreeSet<Shard>,
 }
@@ -61,8 +61,8 @@ impl Happened {
 impl Pending {
     pub fn add(&mut self, news: News) {
         match news {
-            News::Lapsed(_) => (self.lapsed, self.life) = (true, None),
-            News::Taken(incarnation) => self.life = Some(incarnation),
+            News::Lapsed(_) => (self.lapsed, self.incarnation) = (true, None),
+            News::Taken(incarnation) => self.incarnation = Some(incarnation),
             News::Forgot(Place::Own) => self.was_gone = true,
             News::Forgot(Place::Copy(shard)) => self.forget([shard]),
         }
@@ -77,8 +77,8 @@ impl Pending {
         if std::mem::take(&mut self.lapsed) {
             return Some(LeaseEvent::Lapsed);
         }
-        if let Some(incarnation) = self.life.take() {
-            return Some(LeaseEvent::NewLife(incarnation));
+        if let Some(incarnation) = self.incarnation.take() {
+            return Some(LeaseEvent::NewIncarnation(incarnation));
         }
         if std::mem::take(&mut self.was_gone) {
             return Some(LeaseEvent::WasGone);

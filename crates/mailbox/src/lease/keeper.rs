@@ -9,7 +9,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
 
 use super::events::Happened;
-use super::life::{Life, News, Place};
+use super::state::{LeaseState, News, Place};
 use super::node::NodeRecord;
 use super::places::{State, Writing};
 use crate::{Error, Mailbox};
@@ -27,7 +27,7 @@ pub(super) enum Order {
 pub(super) struct Keeper {
     pub mailbox: Mailbox,
     pub ttl: Duration,
-    pub life: Life,
+    pub state: LeaseState,
     pub wanted: watch::Sender<NodeRecord>,
     pub happened: Arc<Happened>,
     pub reported: Reported,
@@ -37,11 +37,11 @@ impl Keeper {
     /// Writes until the lease is held. Retries only with a higher incarnation, if one ahead of its own was found.
     pub async fn acquire(&mut self) -> Result<(), Error> {
         loop {
-            let before = self.life.incarnation();
+            let before = self.state.incarnation();
             let error = self.write(State::Held { announce: true }).await;
             match error {
-                _ if self.life.is_held() => return Ok(()),
-                Some(error) if self.life.incarnation() == before => return Err(error),
+                _ if self.state.is_held() => return Ok(()),
+                Some(error) if self.state.incarnation() == before => return Err(error),
                 _ => {}
             }
         }
@@ -77,10 +77,10 @@ impl Keeper {
             let began = Instant::now();
             let announce = announce
                 || self.wanted.borrow().draining
-                || !self.life.is_held()
-                || self.life.has_expired(began);
+                || !self.state.is_held()
+                || self.state.has_expired(began);
             self.write(State::Held { announce }).await;
-            let renewed = self.life.is_held() && self.life.held_at() >= began;
+            let renewed = self.state.is_held() && self.state.held_at() >= began;
             due = began + if renewed { self.ttl / 3 } else { self.ttl / 10 };
         }
     }
@@ -88,10 +88,10 @@ impl Keeper {
     /// Writes the lease once in all places. Returns one of the errors, if there were any.
     async fn write(&mut self, state: State) -> Option<Error> {
         let began = Instant::now();
-        let (stamp, news) = self.life.attempt(began, SystemClock.now_ms());
+        let (stamp, news) = self.state.attempt(began, SystemClock.now_ms());
         self.act_on(news);
         let record = self.wanted.borrow().clone();
-        let sweep = !self.life.is_held();
+        let sweep = !self.state.is_held();
         let writing = Writing { record: &record, stamp, ttl: self.ttl, state, sweep };
         // A master that does not answer must not delay the next write to the others.
         let mut answers = writing.start(self.mailbox.topology(), self.ttl / 3);
@@ -100,7 +100,7 @@ impl Keeper {
             match answer {
                 Ok(wrote) => {
                     let now_ms = SystemClock.now_ms();
-                    let news = self.life.answered(place, stamp, wrote, began, now_ms);
+                    let news = self.state.answered(place, stamp, wrote, began, now_ms);
                     forgot |= matches!(news, Some(News::Forgot(_)));
                     self.act_on(news);
                     self.report(began);
@@ -118,8 +118,8 @@ impl Keeper {
     }
 
     fn report(&self, began: Instant) {
-        if self.life.is_held()
-            && self.life.held_at() >= began
+        if self.state.is_held()
+            && self.state.held_at() >= began
             && let Some(condition) = self.reported.get()
         {
             condition.ready();
@@ -127,10 +127,10 @@ impl Keeper {
     }
 
     fn act_on(&mut self, news: Option<News>) {
-        self.wanted.send_if_modified(|record| self.life.enter(record, news));
+        self.wanted.send_if_modified(|record| self.state.enter(record, news));
         let Some(news) = news else { return };
         self.happened.add(|pending| pending.add(news));
-        let incarnation = self.life.incarnation();
+        let incarnation = self.state.incarnation();
         let events = &self.mailbox.topology().metrics().lease_events;
         match news {
             News::Lapsed(why) => {

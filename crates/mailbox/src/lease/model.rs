@@ -1,16 +1,16 @@
 //! Model test of leases, routes and their readers: random interleavings on three masters that become unreachable,
 //! stall, go back in time or are emptied, and on partitioned networks. Everything is in memory, with a manual clock.
 //!
-//! Decisions are made by the shipped code: `Life`, `Pending` and `Confirming` in each process, `Reading`, `Memory` and
-//! `Standing` in each dispatcher. `master.rs` repeats what the scripts do (an earlier write does not undo a later one;
-//! a route is removed only by its own reference; a confirmation yields to a newer attempt); contract tests check the
-//! scripts themselves.
+//! Decisions are made by the shipped code: `LeaseState`, `Pending` and `Confirming` in each process, `Reading`,
+//! `Memory` and `Standing` in each dispatcher. `master.rs` repeats what the scripts do (an earlier write does not undo
+//! a later one; a route is removed only by its own reference; a confirmation yields to a newer attempt); contract tests
+//! check the scripts themselves.
 //!
 //! Invariants at every moment: no route of a running session is removed or considered over, unless nothing of its
-//! process could be read for long; a process begins no other life while its writes are confirmed, and never an earlier
-//! one; a reader sees every node that has a readable copy, and keeps nodes that it cannot read; a process says that
-//! all sessions are confirmed only when they are. At the end, after a bounded time without faults: every session has
-//! its route and there are no other routes, every reader sees exactly the running processes, and no connected user
+//! process could be read for long; a process begins no other incarnation while its writes are confirmed, and never an
+//! earlier one; a reader sees every node that has a readable copy, and keeps nodes that it cannot read; a process says
+//! that all sessions are confirmed only when they are. At the end, after a bounded time without faults: every session
+//! has its route and there are no other routes, every reader sees exactly the running processes, and no connected user
 //! waits for a message.
 //!
 //! Not covered: a process whose clock is behind its predecessor's, if no master that it reaches shows this; two

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use super::life::{Place, Stamp, Wrote};
+use super::state::{Place, Stamp, Wrote};
 use super::node::{NodeRecord, NodeRole};
 use super::record::{fields, text};
 use crate::reply::Reply;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use barid_core::limits::WIRE_NUMBER_MAX;
 use barid_core::{Incarnation, NodeId};
 
-use super::life::Stamp;
+use super::state::Stamp;
 use super::node::{NodeRecord, NodeRole};
 use crate::layout::LAYOUT;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId};
 use tokio::time::Instant;
 
-use crate::lease::life::Stamp;
+use crate::lease::state::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record::Copy;
 
@@ -255,8 +255,8 @@ impl Memory {
             return Vec::new();
         }
         let gone = |known: &Known| known.gone_since.is_some_and(|at| now - at < limit);
-        let lives = self.known.iter().filter(|(_, known)| gone(known));
-        lives.map(|(id, known)| (id.clone(), known.stamp.incarnation)).collect()
+        let gone = self.known.iter().filter(|(_, known)| gone(known));
+        gone.map(|(id, known)| (id.clone(), known.stamp.incarnation)).collect()
     }
 
     /// Takes a reading into account; returns the running nodes, sorted by id.

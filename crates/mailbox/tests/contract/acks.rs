@@ -196,10 +196,10 @@ async fn progress_starts_the_retries_over(bed: Bed) {
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=3).await;
     bed.make_due(&user).await;
-    assert_eq!(bed.fire(&user).await.unwrap().devices[0].attempt, 1);
+    assert_eq!(bed.fire(&user).await.unwrap().devices[0].resends, 1);
     bed.ack(&user, "phone", 1, 1).await;
     let state = bed.state(&user, "phone").await.unwrap();
-    assert_eq!(state.attempt, 0);
+    assert_eq!(state.resends, 0);
     assert_eq!(Some(state.due_ms), bed.timer(&user).await);
 }
 
@@ -217,5 +217,5 @@ async fn no_progress_leaves_the_retries_alone(bed: Bed) {
     let before = bed.state(&user, "phone").await.unwrap();
     bed.ack_at(&user, "phone", 1, Position { seq: Seq(1), ..place }).await;
     let after = bed.state(&user, "phone").await.unwrap();
-    assert_eq!((after.due_ms, after.attempt), (before.due_ms, before.attempt));
+    assert_eq!((after.due_ms, after.resends), (before.due_ms, before.resends));
 }

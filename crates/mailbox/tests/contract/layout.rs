@@ -164,7 +164,7 @@ async fn hazard_36_a_mailbox_that_a_newer_version_marked_as_critical_is_left_alo
             let now = bed.mailbox.redis_now_ms(bed.shard(&user)).unwrap();
             assert!(later > now + 30_000, "it must not stand in the way of those who are due");
             let device =
-                DueDevice { device, session: session(1), attempt: 1, sampled: Bytes::new() };
+                DueDevice { device, session: session(1), resends: 1, sampled: Bytes::new() };
             let due = DueUser {
                 user: user.clone(),
                 claimed_score: later,

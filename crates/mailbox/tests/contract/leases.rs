@@ -10,7 +10,7 @@ use crate::support::{Bed, contract, until};
 contract!(
     a_node_is_seen_changes_and_leaves,
     a_change_is_heard_of_before_the_next_reading,
-    hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life,
+    hazard_27_a_lease_that_was_gone_stands_again_in_the_same_incarnation,
     a_name_that_another_process_took_is_fought_for_in_another_life
 );
 
@@ -93,7 +93,7 @@ async fn a_change_is_heard_of_before_the_next_reading(bed: Bed) {
     .await;
 }
 
-async fn hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life(bed: Bed) {
+async fn hazard_27_a_lease_that_was_gone_stands_again_in_the_same_incarnation(bed: Bed) {
     let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
     let mine = record(&name(&bed, "three"), NodeRole::Access);
     let ttl = Duration::from_millis(1_500);
@@ -106,14 +106,14 @@ async fn hazard_27_a_lease_that_was_gone_stands_again_in_the_same_life(bed: Bed)
     assert_eq!(next(&mut lease).await, LeaseEvent::WasGone);
     assert_eq!(see(), Some(mine.clone()));
     assert_eq!(table.void_since(&mine.id, mine.incarnation), None);
-    // A failover brings the life before back.
+    // A failover brings the incarnation before back.
     let () = bed.query(&["HSET", &key, "incarnation", "9", "number", "400"]).await;
     assert_eq!(next(&mut lease).await, LeaseEvent::WasGone);
     let incarnation: String = bed.query(&["HGET", &key, "incarnation"]).await;
     assert_eq!(incarnation, "11");
 }
 
-async fn a_name_that_another_process_took_is_fought_for_in_another_life(bed: Bed) {
+async fn a_name_that_another_process_took_is_fought_for_in_another_incarnation(bed: Bed) {
     let table = NodeTable::watch(&bed.mailbox, NodeRole::Access, REFRESH);
     let mine = record(&name(&bed, "four"), NodeRole::Access);
     let ttl = Duration::from_millis(1_500);
@@ -124,13 +124,13 @@ async fn a_name_that_another_process_took_is_fought_for_in_another_life(bed: Bed
     assert!(usurper.record().incarnation > Incarnation(11));
     assert_eq!(next(&mut lease).await, LeaseEvent::Lapsed);
     drop(usurper);
-    let LeaseEvent::NewLife(life) = next(&mut lease).await else { panic!("no new life") };
+    let LeaseEvent::NewIncarnation(incarnation) = next(&mut lease).await else { panic!("no new incarnation") };
     let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
-    until("the new life is seen", async || see().is_some_and(|node| node.incarnation == life))
+    until("the new incarnation is seen", async || see().is_some_and(|node| node.incarnation == incarnation))
         .await;
     assert_eq!(table.void_since(&mine.id, Incarnation(11)), None, "its sessions live on");
-    lease.set_confirmed(life);
-    until("the former life is void", async || {
+    lease.set_confirmed(incarnation);
+    until("the former incarnation is void", async || {
         table.void_since(&mine.id, Incarnation(11)) == Some(Duration::MAX)
     })
     .await;
@@ -163,7 +163,7 @@ async fn hazard_12_a_new_connection_is_an_event_and_a_full_redis_renews() {
 /// Each master holds still for longer than the leases last: those whose own keys it has are on the others,
 /// and so is what each process has to know.
 #[tokio::test]
-async fn hazard_27_no_single_master_ends_a_life() {
+async fn hazard_27_no_single_master_ends_an_incarnation() {
     let mut bed = Bed::own_cluster(|config| config.response_timeout_ms = 500).await;
     let ttl = Duration::from_millis(2_000);
     let mut leases = Vec::new();
@@ -188,7 +188,7 @@ async fn hazard_27_no_single_master_ends_a_life() {
         while let Ok(event) =
             tokio::time::timeout(Duration::from_millis(1), lease.next_event()).await
         {
-            assert!(!matches!(event, LeaseEvent::Lapsed | LeaseEvent::NewLife(_)), "{event:?}");
+            assert!(!matches!(event, LeaseEvent::Lapsed | LeaseEvent::NewIncarnation(_)), "{event:?}");
         }
     }
 }

@@ -12,9 +12,9 @@ contract!(
     fire_claims_once_and_backs_off,
     only_one_of_many_delayers_claims,
     hazard_15_a_claim_keeps_the_timer,
-    hazard_16_each_device_has_its_own_due_time_and_attempt,
+    hazard_16_each_device_has_its_own_due_time_and_resends,
     hazard_17_a_defer_after_the_ack_restores_nothing,
-    a_defer_takes_the_attempt_back,
+    a_defer_takes_the_resend_back,
     a_defer_of_another_claim_is_ignored,
     a_defer_leaves_a_device_whose_retries_began_again,
     hazard_17_fire_drops_who_is_not_behind,
@@ -42,7 +42,7 @@ async fn a_device_that_connects_behind_is_armed(bed: Bed) {
     assert_eq!(Some(state.due_ms), bed.timer(&user).await);
     bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
-    assert_eq!((&due.devices[0].session, due.devices[0].attempt), (&session(1), 1));
+    assert_eq!((&due.devices[0].session, due.devices[0].resends), (&session(1), 1));
 }
 
 async fn fire_claims_once_and_backs_off(bed: Bed) {
@@ -50,16 +50,16 @@ async fn fire_claims_once_and_backs_off(bed: Bed) {
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     assert_eq!(bed.fire(&user).await, None, "not due yet");
-    for attempt in 1..=4_u32 {
+    for resend in 1..=4_u32 {
         bed.make_due(&user).await;
         let due = bed.fire(&user).await.unwrap();
-        assert_eq!(due.devices[0].attempt, attempt);
+        assert_eq!(due.devices[0].resends, resend);
         assert_eq!(bed.timer(&user).await, Some(due.claimed_score));
         assert_eq!(bed.fire(&user).await, None, "claimed");
         let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
-        let next = (bed.config.retry_base_ms << attempt).min(bed.config.retry_max_ms);
+        let next = (bed.config.retry_base_ms << resend).min(bed.config.retry_max_ms);
         let wait = due.claimed_score - now;
-        assert!(wait <= next && wait + 8_000 > next, "{attempt}: {wait}");
+        assert!(wait <= next && wait + 8_000 > next, "{resend}: {wait}");
     }
 }
 
@@ -79,37 +79,37 @@ async fn hazard_15_a_claim_keeps_the_timer(bed: Bed) {
     bed.make_due(&user).await;
     bed.fire(&user).await.unwrap(); // and the delayer dies
     bed.make_due(&user).await;
-    assert_eq!(bed.fire(&user).await.unwrap().devices[0].attempt, 2);
+    assert_eq!(bed.fire(&user).await.unwrap().devices[0].resends, 2);
 }
 
-async fn hazard_16_each_device_has_its_own_due_time_and_attempt(bed: Bed) {
+async fn hazard_16_each_device_has_its_own_due_time_and_resends(bed: Bed) {
     let user = bed.timed_user("alice");
     bed.connect(&user, "tablet", 1).await;
     bed.connect(&user, "phone", 2).await;
     bed.fill(&user, 1..=1).await;
     bed.ack(&user, "phone", 2, 1).await;
-    for attempt in 1..=3_u32 {
+    for resend in 1..=3_u32 {
         // The phone hears and acknowledges everything; the tablet is half-open.
         let before = bed.state(&user, "tablet").await.unwrap();
-        let seq = u64::from(attempt) + 1;
+        let seq = u64::from(resend) + 1;
         bed.fill(&user, seq as i64..=seq as i64).await;
         bed.ack(&user, "phone", 2, seq).await;
         let after = bed.state(&user, "tablet").await.unwrap();
-        assert_eq!((after.due_ms, after.attempt), (before.due_ms, before.attempt));
+        assert_eq!((after.due_ms, after.resends), (before.due_ms, before.resends));
         assert_eq!(bed.timer(&user).await, Some(after.due_ms), "the tablet's time stands");
         bed.make_due(&user).await;
         let due = bed.fire(&user).await.expect("the tablet is due");
         assert_eq!(due.devices.len(), 1);
-        assert_eq!((due.devices[0].device.as_str(), due.devices[0].attempt), ("tablet", attempt));
+        assert_eq!((due.devices[0].device.as_str(), due.devices[0].resends), ("tablet", resend));
     }
     // And the phone's next message starts with its own first attempt.
     bed.fill(&user, 50..=50).await;
-    assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 0);
-    assert_eq!(bed.state(&user, "tablet").await.unwrap().attempt, 3);
+    assert_eq!(bed.state(&user, "phone").await.unwrap().resends, 0);
+    assert_eq!(bed.state(&user, "tablet").await.unwrap().resends, 3);
     bed.make_due(&user).await;
     let due = bed.fire(&user).await.unwrap();
     let phone = due.devices.iter().find(|due| due.device.as_str() == "phone").unwrap();
-    assert_eq!(phone.attempt, 1);
+    assert_eq!(phone.resends, 1);
 }
 
 async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
@@ -124,14 +124,14 @@ async fn hazard_17_a_defer_after_the_ack_restores_nothing(bed: Bed) {
     assert_eq!(bed.state(&user, "phone").await.unwrap().due_ms, 0);
 }
 
-async fn a_defer_takes_the_attempt_back(bed: Bed) {
+async fn a_defer_takes_the_resend_back(bed: Bed) {
     let user = bed.timed_user("alice");
     bed.connect(&user, "phone", 1).await;
     bed.fill(&user, 1..=1).await;
     bed.make_due(&user).await;
     for _ in 0..6 {
         let due = bed.fire(&user).await.unwrap();
-        assert_eq!(due.devices[0].attempt, 1, "an outage inside is not the device's failure");
+        assert_eq!(due.devices[0].resends, 1, "an outage inside is not the device's failure");
         bed.defer(&due, Unreached::Away).await;
         let timer = bed.timer(&user).await.unwrap();
         assert!(timer < due.claimed_score, "due again before the claim would have been");
@@ -150,7 +150,7 @@ async fn a_defer_of_another_claim_is_ignored(bed: Bed) {
     let second = bed.fire(&user).await.unwrap();
     bed.defer(&first, Unreached::Down).await;
     assert_eq!(bed.timer(&user).await, Some(second.claimed_score));
-    assert_eq!(bed.state(&user, "phone").await.unwrap().attempt, 2);
+    assert_eq!(bed.state(&user, "phone").await.unwrap().resends, 2);
 }
 
 async fn a_defer_leaves_a_device_whose_retries_began_again(bed: Bed) {
@@ -166,10 +166,10 @@ async fn a_defer_leaves_a_device_whose_retries_began_again(bed: Bed) {
     assert_eq!((due.devices.len(), due.claimed_score), (1, soon));
     bed.connect(&user, "phone", 3).await;
     let began = bed.state(&user, "phone").await.unwrap();
-    assert_eq!((began.attempt, bed.timer(&user).await), (0, Some(soon)));
+    assert_eq!((began.resends, bed.timer(&user).await), (0, Some(soon)));
     bed.defer(&due, Unreached::Void).await;
     let state = bed.state(&user, "phone").await.unwrap();
-    assert_eq!((state.attempt, state.due_ms), (0, began.due_ms));
+    assert_eq!((state.resends, state.due_ms), (0, began.due_ms));
 }
 
 async fn hazard_17_fire_drops_who_is_not_behind(bed: Bed) {
@@ -239,7 +239,7 @@ async fn hazard_19_a_time_far_ahead_is_due(bed: Bed) {
         bed.set_device(&user, "phone", number, value).await;
     }
     let due = bed.fire(&user).await.expect("due now");
-    assert_eq!(due.devices[0].attempt, 3);
+    assert_eq!(due.devices[0].resends, 3);
     assert!(due.claimed_score < far - 3_000_000);
     assert_eq!(bed.fire(&user).await, None, "and backed off from now on");
 }
@@ -270,7 +270,7 @@ async fn hazard_29_a_claim_given_back_again_and_again_waits_longer_and_longer(be
         for wait in waits {
             bed.make_due(&user).await;
             let due = bed.fire(&user).await.unwrap();
-            assert_eq!(due.devices[0].attempt, 1);
+            assert_eq!(due.devices[0].resends, 1);
             let before = bed.mailbox.inspect(&user).await.unwrap().now_ms;
             bed.defer(&due, why).await;
             let inspection = bed.mailbox.inspect(&user).await.unwrap();
@@ -314,7 +314,7 @@ async fn hazard_29_a_node_that_is_back_is_sent_to_at_once(bed: Bed) {
             Some(due) => assert!(due <= after.now_ms + base, "{what}"),
         }
         let state = bed.state(&user, "phone").await.unwrap();
-        assert_eq!((state.defers, state.attempt), (0, 0), "{what}: it begins anew");
+        assert_eq!((state.defers, state.resends), (0, 0), "{what}: it begins anew");
     }
 }
 
@@ -325,26 +325,26 @@ async fn hazard_29_devices_of_a_node_that_is_gone_are_put_off_where_they_are_cla
     tablet.session.node = NodeId::new("node-2").unwrap();
     bed.hello(tablet).await;
     bed.fill(&user, 1..=1).await;
-    let (node, life) = (session(1).node, session(1).incarnation);
+    let (node, incarnation) = (session(1).node, session(1).incarnation);
     let claim = async |gone: &[(NodeId, Incarnation)]| {
         bed.make_due(&user).await;
         let (shard, retry) = (bed.mailbox.shard_of(&user), bed.config.retry().unwrap());
         let due = bed.mailbox.fire_past(&[shard], 1_000, &retry, gone).await.unwrap();
         due.into_iter().find(|due| due.user == user).expect("it is due")
     };
-    let due = claim(&[(node.clone(), life), (NodeId::new("node-3").unwrap(), life)]).await;
+    let due = claim(&[(node.clone(), incarnation), (NodeId::new("node-3").unwrap(), incarnation)]).await;
     assert_eq!((due.put_off, due.devices.len()), (1, 1));
     assert_eq!(due.devices[0].device.as_str(), "tablet");
     let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
     let phone = bed.state(&user, "phone").await.unwrap();
-    assert_eq!((phone.attempt, phone.defers), (0, 1), "no try of the device");
+    assert_eq!((phone.resends, phone.defers), (0, 1), "no try of the device");
     let longest = bed.config.retry_max_ms;
     assert!((now + longest - 10_000..=now + longest).contains(&phone.due_ms), "{phone:?} at {now}");
     assert_eq!(bed.timer(&user).await, Some(due.claimed_score), "the tablet's claim");
     // Nobody is left: it is claimed all the same, and counted.
-    let alone = claim(&[(node.clone(), life), (NodeId::new("node-2").unwrap(), life)]).await;
+    let alone = claim(&[(node.clone(), incarnation), (NodeId::new("node-2").unwrap(), incarnation)]).await;
     assert_eq!((alone.put_off, alone.devices.len()), (2, 0));
-    // A later life of it is not gone.
-    let due = claim(&[(node, Incarnation(life.0 + 1))]).await;
+    // A later incarnation of it is not gone.
+    let due = claim(&[(node, Incarnation(incarnation.0 + 1))]).await;
     assert_eq!((due.put_off, due.devices.len()), (0, 2));
 }

@@ -14,16 +14,16 @@ use serde_json::value::RawValue;
 
 use super::body::{body, checked_payload};
 use super::error::FrameError;
-use super::types::{Body, ClientFrame, Deliver, Heard, Ignored, ServerFrame};
+use super::types::{Body, ClientFrame, Deliver, Decoded, Ignored, ServerFrame};
 use crate::cut;
 use crate::envelope::{BODY_BYTES_MAX, Envelope, EnvelopeError};
 use crate::record::decode_base64;
 use crate::v1::{self, BodyKind, SkipReason, message};
 
-pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
+pub(super) fn decode_client(bytes: &[u8]) -> Result<Decoded, FrameError> {
     let OneKey { kind, value } = parse(bytes)?;
     let Some(fields) = fields_of(&kind) else {
-        return Ok(Heard { frame: None, ignored: Some(Ignored::Kind(cut(&kind, 32))) });
+        return Ok(Decoded { frame: None, ignored: Some(Ignored::Kind(cut(&kind, 32))) });
     };
     // serde would accept an array of values instead of an object.
     if !value.get().starts_with('{') {
@@ -36,9 +36,9 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
         && let Ok(frame) = decode_kind(&kind, &known)
     {
         let ignored = Some(Ignored::Field(cut(&format!("{kind}.{ignored}"), 64)));
-        return Ok(Heard { frame: Some(frame), ignored });
+        return Ok(Decoded { frame: Some(frame), ignored });
     }
-    Ok(Heard { frame: Some(strict?), ignored: None })
+    Ok(Decoded { frame: Some(strict?), ignored: None })
 }
 
 /// The names of a kind's fields, in all spellings; `None` if the kind is unknown.

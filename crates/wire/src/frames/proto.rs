@@ -6,23 +6,23 @@ use prost::{DecodeError, Message as _};
 
 use super::body::checked_payload;
 use super::error::FrameError;
-use super::types::{ClientFrame, Deliver, Heard, Ignored, ServerFrame};
+use super::types::{ClientFrame, Deliver, Decoded, Ignored, ServerFrame};
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::server_frame::Control;
 use crate::v1::{self, BodyKind};
 
-pub(super) fn decode_client(bytes: &[u8]) -> Result<Heard, FrameError> {
+pub(super) fn decode_client(bytes: &[u8]) -> Result<Decoded, FrameError> {
     let broken = |e: DecodeError| FrameError::Proto(e.to_string());
     if kinds(bytes).map_err(broken)? > 1 {
         return Err(FrameError::Proto("it has more than one kind".into()));
     }
     match v1::ClientFrame::decode(bytes).map_err(broken)?.kind {
-        Some(kind) => Ok(Heard { frame: Some(kind), ignored: None }),
+        Some(kind) => Ok(Decoded { frame: Some(kind), ignored: None }),
         None if bytes.is_empty() => Err(FrameError::Kind),
         // It has unknown fields only.
         None => {
             let (field, _) = decode_key(&mut &*bytes).map_err(broken)?;
-            Ok(Heard { frame: None, ignored: Some(Ignored::Kind(format!("field {field}"))) })
+            Ok(Decoded { frame: None, ignored: Some(Ignored::Kind(format!("field {field}"))) })
         }
     }
 }

@@ -97,7 +97,7 @@ fn hazard_41_what_only_a_newer_client_says_is_passed_over_and_named() {
         (r#"{"ack":{"a":1,"b":2,"seq":"5","generation":null}}"#, ack(5), field("ack.a")),
         (r#"{"pong":{"load":1}}"#, Some(ClientFrame::Pong(v1::Pong {})), field("pong.load")),
     ] {
-        assert_eq!(heard(text), Heard { frame, ignored }, "{text}");
+        assert_eq!(heard(text), Decoded { frame, ignored }, "{text}");
     }
     let hello = heard(r#"{"hello":{"device":"phone","visible_pings":true,"city":"thr"}}"#);
     let Some(ClientFrame::Hello(v1::Hello { device, visible_pings, .. })) = hello.frame else {
@@ -369,7 +369,7 @@ proptest! {
     fn client_frames_come_back_as_they_went(frame in client_frame()) {
         for encoding in BOTH {
             let bytes = encode_client(encoding, &frame);
-            let heard = Heard { frame: Some(frame.clone()), ignored: None };
+            let heard = Decoded { frame: Some(frame.clone()), ignored: None };
             prop_assert_eq!(decode_client(encoding, &bytes).unwrap(), heard);
         }
     }

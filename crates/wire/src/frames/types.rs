@@ -76,7 +76,7 @@ pub enum Body {
 
 /// A decoded frame of a device.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Heard {
+pub struct Decoded {
     /// The frame; `None` if its kind is unknown.
     pub frame: Option<ClientFrame>,
     /// An unknown part that was ignored. Unknown protobuf fields are not reported.

@@ -4,7 +4,7 @@ use barid_core::{Incarnation, NodeId};
 
 use super::ground::{NODES, RETRY_BASE_MS, RETRY_MAX_MS, SHARDS, TTL_MS, id, index};
 use crate::NodeRecord;
-use crate::lease::life::{Place, Stamp, Wrote};
+use crate::lease::state::{Place, Stamp, Wrote};
 use crate::lease::places::KEEP_ENDED;
 use crate::lease::record::Copy;
 use crate::nodes::memory::Own;

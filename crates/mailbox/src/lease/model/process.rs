@@ -1,4 +1,4 @@
-//! A process of an access node, with the shipped [`Life`], [`Pending`] and [`Confirming`].
+//! A process of an access node, with the shipped [`LeaseState`], [`Pending`] and [`Confirming`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use super::ground::{
 };
 use super::master::{Answer, Call, Master, Route};
 use crate::lease::events::Pending;
-use crate::lease::life::{Life, News, Place, Wrote};
+use crate::lease::state::{LeaseState, News, Place, Wrote};
 use crate::lease::{Confirming, LiveSession, LiveSessions};
 use crate::{NodeRecord, NodeRole};
 
@@ -39,7 +39,7 @@ impl LiveSession for Session {
         self.over.load(Relaxed)
     }
 
-    fn confirmed_life(&self) -> Incarnation {
+    fn confirmed_incarnation(&self) -> Incarnation {
         Incarnation(self.confirmed.load(Relaxed))
     }
 
@@ -66,7 +66,7 @@ impl LiveSessions for Sessions {
         shard(session.user)
     }
 
-    fn begin_life(&self, incarnation: Incarnation) {
+    fn begin_incarnation(&self, incarnation: Incarnation) {
         self.incarnation.store(incarnation.0, Relaxed);
     }
 }
@@ -86,13 +86,13 @@ pub struct Process {
     pub renew_at: u64,
     pub pace_at: u64,
     pub record: NodeRecord,
-    /// When it began to serve routes of its current life.
-    pub life_began_ms: u64,
+    /// When it began to serve routes of its current incarnation.
+    pub incarnation_began_ms: u64,
     /// The last incarnation whose sessions it has published as confirmed: earlier routes are void.
     pub all_confirmed: Incarnation,
     /// The last incarnation of which a master executed a write, and when it first did.
     first_executed: (Incarnation, u64),
-    life: Life,
+    state: LeaseState,
     pending: Pending,
     confirming: Confirming<Session>,
     sessions: Sessions,
@@ -131,14 +131,14 @@ impl Process {
             deaf: 0,
             renew_at: 0,
             pace_at: now_ms + PACE_MS,
-            life: Life::new(
+            state: LeaseState::new(
                 record.incarnation,
                 Duration::from_millis(TTL_MS),
                 VOID_AFTER,
                 at(now_ms),
             ),
             record,
-            life_began_ms: now_ms,
+            incarnation_began_ms: now_ms,
             all_confirmed: Incarnation(0),
             first_executed: (Incarnation(0), now_ms),
             pending: Pending::default(),
@@ -156,22 +156,22 @@ impl Process {
             executed_ms: now_ms,
             silence_ended_ms: None,
         };
-        while !process.life.is_held() {
-            let before = process.life.incarnation();
+        while !process.state.is_held() {
+            let before = process.state.incarnation();
             process.renew(masters, now_ms)?;
-            if !process.life.is_held() && process.life.incarnation() == before {
+            if !process.state.is_held() && process.state.incarnation() == before {
                 return Ok(process);
             }
         }
-        process.life.begin_work();
+        process.state.begin_work();
         process.pending = Pending::default();
         process.sessions.first = process.record.incarnation;
-        process.sessions.begin_life(process.record.incarnation);
+        process.sessions.begin_incarnation(process.record.incarnation);
         Ok(process)
     }
 
     pub fn is_held(&self) -> bool {
-        self.life.is_held()
+        self.state.is_held()
     }
 
     fn reaches(&self, master: usize) -> bool {
@@ -246,7 +246,7 @@ impl Process {
 
     /// Writes the lease in all places, and acts on the answers.
     pub fn renew(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
-        let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        let (stamp, news) = self.state.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
         self.act_on(news, None, now_ms)?;
         let record = self.record.clone();
         let released = false;
@@ -265,20 +265,20 @@ impl Process {
             if process.deaf & (1 << master) != 0 {
                 return Ok(());
             }
-            if wrote.done && stamp.incarnation == process.life.incarnation() {
+            if wrote.done && stamp.incarnation == process.state.incarnation() {
                 process.answered_ms = now_ms;
             }
             let wall_ms = wall_ms(now_ms, process.clock_s);
-            let news = process.life.answered(place, stamp, wrote, at(now_ms), wall_ms);
+            let news = process.state.answered(place, stamp, wrote, at(now_ms), wall_ms);
             process.act_on(news, Some(wrote), now_ms)
         })?;
-        let renewed = self.life.is_held() && self.life.held_at() >= at(now_ms);
+        let renewed = self.state.is_held() && self.state.held_at() >= at(now_ms);
         self.renew_at = now_ms + if renewed { TTL_MS / 3 } else { TTL_MS / 10 };
         Ok(())
     }
 
     pub fn release(&mut self, masters: &mut [Master], now_ms: u64) -> Checked {
-        let (stamp, news) = self.life.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
+        let (stamp, news) = self.state.attempt(at(now_ms), wall_ms(now_ms, self.clock_s));
         self.act_on(news, None, now_ms)?;
         let record = self.record.clone();
         let released = true;
@@ -333,13 +333,13 @@ impl Process {
             || self.silence_ended_ms.is_some_and(|ended| now_ms - ended <= moment_ms)
     }
 
-    /// Whether its life has just begun. A life that was written without an answer, and not renewed within a lease's
-    /// validity, may have been seen to end before.
+    /// Whether its incarnation has just begun. An incarnation that was written without an answer, and not renewed
+    /// within a lease's validity, may have been seen to end before.
     pub fn is_young(&self, now_ms: u64) -> bool {
-        let unheard_ms = self.life_began_ms.saturating_sub(self.first_executed.1);
-        // A life that a later one has followed is not young either.
+        let unheard_ms = self.incarnation_began_ms.saturating_sub(self.first_executed.1);
+        // An incarnation that a later one has followed is not young either.
         let latest = self.first_executed.0 == self.incarnation();
-        latest && now_ms - self.life_began_ms < 2_000 && unheard_ms < TTL_MS
+        latest && now_ms - self.incarnation_began_ms < 2_000 && unheard_ms < TTL_MS
     }
 
     /// Whether its lease is written somewhere.
@@ -349,9 +349,9 @@ impl Process {
 
     fn act_on(&mut self, news: Option<News>, wrote: Option<Wrote>, now_ms: u64) -> Checked {
         let before = self.record.incarnation;
-        self.life.enter(&mut self.record, news);
+        self.state.enter(&mut self.record, news);
         if self.record.incarnation < before {
-            return Err(format!("n{} begins a life before its last one", self.number));
+            return Err(format!("n{} begins an incarnation before its last one", self.number));
         }
         let Some(news) = news else { return Ok(()) };
         self.pending.add(news);
@@ -360,7 +360,7 @@ impl Process {
             let outbid =
                 wrote.is_some_and(|it| it.before.is_some_and(|it| it.incarnation > before));
             if !silent && !outbid {
-                return Err(format!("n{} begins another life: {why}", self.number));
+                return Err(format!("n{} begins another incarnation: {why}", self.number));
             }
         }
         Ok(())
@@ -376,10 +376,10 @@ impl Process {
             let before = self.incarnation();
             self.confirming.handle(&self.sessions, event);
             if self.incarnation() < before {
-                return Err(format!("n{} goes on in a life before its last", self.number));
+                return Err(format!("n{} goes on in an incarnation before its last", self.number));
             }
             if self.incarnation() > before {
-                self.life_began_ms = now_ms;
+                self.incarnation_began_ms = now_ms;
             }
         }
         self.confirming.tick(&self.sessions, at(now_ms));
@@ -388,9 +388,9 @@ impl Process {
                 self.confirm(&session, &mut masters[master_of(session.user)], behind, now_ms);
             }
         }
-        match self.confirming.finished_life() {
-            Some(life) if self.record.set_confirmed(life) => {
-                self.all_confirmed = life;
+        match self.confirming.finished_incarnation() {
+            Some(incarnation) if self.record.set_confirmed(incarnation) => {
+                self.all_confirmed = incarnation;
                 self.check_confirmed(masters)?;
                 self.renew(masters, now_ms)
             }
@@ -415,7 +415,7 @@ impl Process {
         }
     }
 
-    /// Checks that every session has written its route in this life, unless the master has lost data since.
+    /// Checks that every session has written its route in this incarnation, unless the master has lost data since.
     fn check_confirmed(&self, masters: &[Master]) -> Checked {
         for session in self.sessions.by_user.values() {
             let master = &masters[master_of(session.user)];
@@ -433,13 +433,13 @@ impl Process {
         Ok(())
     }
 
-    /// Checks, after it took its lease, that no place that answered has another life of its node.
+    /// Checks, after it took its lease, that no place that answered has another incarnation of its node.
     pub fn check_outbid(&self, masters: &[Master], now_ms: u64) -> Checked {
         for master in (0..MASTERS).filter(|it| self.reaches(*it) && masters[*it].answers()) {
             for place in users_of(master).map(|user| Place::Copy(shard(user))) {
                 let stood = masters[master].stands(self.number, place, now_ms);
                 if stood.is_some_and(|stood| stood.incarnation != self.record.incarnation) {
-                    return Err(format!("n{} began in the life of another process", self.number));
+                    return Err(format!("n{} began in the incarnation of another process", self.number));
                 }
             }
         }

@@ -179,8 +179,8 @@ pub fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     })
 }
 
-/// A process is stopped for longer than its lease is valid, but not long enough to begin another life; a dispatcher
-/// may start meanwhile.
+/// A process is stopped for longer than its lease is valid, but not long enough to begin another incarnation; a
+/// dispatcher may start meanwhile.
 fn silence(node: usize, ms: u64, fresh: Option<usize>) -> Vec<Step> {
     let mut steps = vec![Step::Freeze { node }, Step::Wait { ms }];
     steps.extend(fresh.map(|reader| Step::Fresh { reader }));

@@ -29,8 +29,8 @@ pub struct World {
     traffic_at: Option<u64>,
     /// Users with an unhandled message.
     behind: [bool; USERS],
-    /// The last life under each name.
-    lives: [Incarnation; NODES],
+    /// The last incarnation under each name.
+    newest: [Incarnation; NODES],
     /// The last attempt of each user's device.
     attempts: [u64; USERS],
     pushes: usize,
@@ -50,7 +50,7 @@ impl World {
             poll_at: POLL_MS,
             traffic_at: None,
             behind: [false; USERS],
-            lives: [Incarnation(0); NODES],
+            newest: [Incarnation(0); NODES],
             attempts: [0; USERS],
             pushes: 0,
         }
@@ -134,7 +134,7 @@ impl World {
             Due::Renew(node) => match &mut self.nodes[node] {
                 Some(process) => {
                     let renewed = process.renew(&mut self.masters, self.now_ms);
-                    self.lives[node] = self.lives[node].max(process.record.incarnation);
+                    self.newest[node] = self.newest[node].max(process.record.incarnation);
                     renewed
                 }
                 None => Ok(()),
@@ -162,9 +162,9 @@ impl World {
         let process = Process::start(node, clock_s, cut, &mut self.masters, self.now_ms)?;
         // A clock that is behind the last process's, and no master to tell it so: that is not provided
         // for. The process dies of it at once.
-        let (life, behind) =
-            (process.record.incarnation, process.record.incarnation <= self.lives[node]);
-        self.lives[node] = self.lives[node].max(life);
+        let (incarnation, behind) =
+            (process.record.incarnation, process.record.incarnation <= self.newest[node]);
+        self.newest[node] = self.newest[node].max(incarnation);
         if process.is_held() {
             process.check_outbid(&self.masters, self.now_ms)?;
             self.nodes[node] = Some(process).filter(|_| !behind);
@@ -180,7 +180,7 @@ impl World {
             self.end_session(&mut process, user);
         }
         process.release(&mut self.masters, self.now_ms)?;
-        self.lives[node] = self.lives[node].max(process.record.incarnation);
+        self.newest[node] = self.newest[node].max(process.record.incarnation);
         Ok(())
     }
 
@@ -304,7 +304,7 @@ impl World {
         }
     }
 
-    /// A dispatcher sends to the life that it sees, and has routes removed that are over, or of sessions
+    /// A dispatcher sends to the incarnation that it sees, and has routes removed that are over, or of sessions
     /// that their node does not have. Returns what the route is worth if nobody was sent to.
     fn send(
         &mut self,
@@ -359,7 +359,7 @@ impl World {
         };
         let current = route.incarnation == process.incarnation();
         let young = current && process.is_young(self.now_ms);
-        // Once all are confirmed, what names an earlier life is a failover's: it is confirmed again.
+        // Once all are confirmed, what names an earlier incarnation is a failover's: it is confirmed again.
         let valid = current || route.incarnation >= process.all_confirmed;
         let silent = process.was_silent(self.now_ms, STALE.as_millis() as u64);
         let wrong = match standing {

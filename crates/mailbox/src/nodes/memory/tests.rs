@@ -37,10 +37,10 @@ fn all(nodes: impl IntoIterator<Item = (&'static str, Evidence)>) -> Reading {
     Reading { nodes, began: Instant::now(), complete: true, any: true }
 }
 
-/// Those that live, in these lives; those that should and do not.
+/// Those that live, in these incarnations; those that should and do not.
 fn read(living: &[(&'static str, u64)], lapsed: &'static str) -> Reading {
-    let living = living.iter().map(|(name, life)| {
-        let held = Own::Held(stamp(*life, 1), record(name, *life));
+    let living = living.iter().map(|(name, incarnation)| {
+        let held = Own::Held(stamp(*incarnation, 1), record(name, *incarnation));
         (*name, seen([], held))
     });
     let lapsed = lapsed.split_whitespace().map(|name| (name, seen([], Own::Absent)));
@@ -109,7 +109,7 @@ fn hazard_28_a_node_that_cannot_be_read_keeps_its_last_record_and_is_not_missing
     let later = t + DISBELIEF;
     assert_eq!(ids(&memory.update(half(), later)), ["a", "b"]);
     assert_eq!(memory.void_since(&id("a"), Incarnation(1), later), None);
-    // Unknown lives may be on the master that does not answer.
+    // Unknown incarnations may be on the master that does not answer.
     assert_eq!(memory.void_since(&id("d"), Incarnation(1), later), None);
     // Once c cannot be read either, nobody can tell since when it is gone.
     let last = later + SECOND * 60;
@@ -159,8 +159,8 @@ fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     // The later one could not be written where the former one was given up.
     let released = |own| all([("a", seen([released_copy("a", 1, 9)], own)), ("b", held("b"))]);
-    let lives = released(Own::Held(stamp(2, 1), record("a", 2)));
-    assert_eq!(ids(&memory.update(lives, t)), ["a", "b"]);
+    let all = released(Own::Held(stamp(2, 1), record("a", 2)));
+    assert_eq!(ids(&memory.update(all, t)), ["a", "b"]);
     assert_eq!(ids(&memory.update(released(Own::Unreadable), t)), ["a", "b"]);
     assert_eq!(ids(&memory.update(released(Own::Absent), t)), ["b"]);
 }
@@ -169,7 +169,7 @@ fn hazard_64_a_life_that_was_given_up_does_not_hide_the_end_of_a_later_one() {
 fn hazard_85_a_late_copy_of_an_earlier_life_does_not_hide_the_later_one() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     memory.update(read(&[("a", 9), ("b", 1), ("c", 1)], ""), t);
-    // The only master that answers executed queued writings of the earlier life.
+    // The only master that answers executed queued writings of the earlier incarnation.
     let late = |own| {
         let mut evidence = seen([copy("a", 4, 7, 2000)], own);
         evidence.known = Some(stamp(9, 1));
@@ -182,7 +182,7 @@ fn hazard_85_a_late_copy_of_an_earlier_life_does_not_hide_the_later_one() {
         assert_eq!(ids(&memory.update(reading(own), t)), ["a", "b", "c"]);
         assert_eq!(memory.void_since(&id("a"), Incarnation(9), t), None);
     }
-    // Its own key is gone: Redis went back, and shows the earlier life only.
+    // Its own key is gone: Redis went back, and shows the earlier incarnation only.
     memory.update(reading(Own::Absent), t);
     assert_eq!(memory.void_since(&id("a"), Incarnation(9), t), Some(Duration::ZERO));
 }
@@ -221,21 +221,21 @@ fn hazard_27_a_former_life_is_void_once_the_later_one_is_confirmed() {
     let (mut memory, t) = (Memory::new(STALE), Instant::now());
     let a = id("a");
     memory.update(read(&[("a", 4)], ""), t);
-    let life = |confirmed, number| {
+    let found = |confirmed, number| {
         let record = NodeRecord { confirmed, ..record("a", 9) };
         all([("a", seen([], Own::Held(stamp(9, number), record)))])
     };
-    memory.update(life(false, 1), t);
+    memory.update(found(false, 1), t);
     for after in [0, 3_600, 86_400] {
         let now = t + SECOND * after;
-        memory.update(life(false, 1), now);
+        memory.update(found(false, 1), now);
         assert_eq!(memory.void_since(&a, Incarnation(4), now), None, "it lives on");
     }
     let now = t + SECOND * 86_401;
-    memory.update(life(true, 2), now);
+    memory.update(found(true, 2), now);
     assert_eq!(memory.void_since(&a, Incarnation(4), now), Some(Duration::MAX));
     assert_eq!(memory.void_since(&a, Incarnation(9), now), None);
-    // A failover brings the record of the former life back.
+    // A failover brings the record of the former incarnation back.
     memory.update(read(&[("a", 4)], ""), now);
     assert_eq!(memory.void_since(&a, Incarnation(9), now), None);
     assert_eq!(memory.void_since(&a, Incarnation(4), now), Some(Duration::MAX));

@@ -41,36 +41,36 @@ pub(crate) struct Wrote {
 /// A change that the owner of the lease must act on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum News {
-    /// This life has ended, and why: another process has the name, or no write was confirmed for too long.
+    /// This incarnation has ended, and why: another process has the name, or no write was confirmed for too long.
     Lapsed(&'static str),
-    /// This life's lease was taken.
+    /// This incarnation's lease was taken.
     Taken(Incarnation),
     /// A place has lost what was confirmed there, or may have.
     Forgot(Place),
 }
 
-/// A life of a node, from its first write to the next life.
+/// An incarnation of a node, from its first write to the next incarnation.
 #[derive(Debug)]
-pub(crate) struct Life {
+pub(crate) struct LeaseState {
     stamp: Stamp,
     held: bool,
-    /// The process may have sessions. Before, outbidding another life is not reported.
+    /// The process may have sessions. Before, outbidding another incarnation is not reported.
     works: bool,
-    /// When the last confirmed write began; before one, when this life began.
+    /// When the last confirmed write began; before one, when this incarnation began.
     held_at: Instant,
     /// How long a write is valid for others.
     ttl: Duration,
-    /// After this time without a confirmed write, another life begins: others may soon consider its routes void, and
-    /// remove them while they are valid again.
+    /// After this time without a confirmed write, another incarnation begins: others may soon consider its routes void,
+    /// and remove them while they are valid again.
     lapse_max: Duration,
-    /// Number of the write by which this life was taken.
+    /// Number of the write by which this incarnation was taken.
     taken: u64,
-    /// The last number that each place confirmed in this life.
+    /// The last number that each place confirmed in this incarnation.
     confirmed: HashMap<Place, u64>,
 }
 
-impl Life {
-    /// A life that is not written yet. `void_after`: how long others keep the routes of a node that is gone.
+impl LeaseState {
+    /// An incarnation that is not written yet. `void_after`: how long others keep the routes of a node that is gone.
     pub fn new(
         incarnation: Incarnation,
         ttl: Duration,
@@ -93,7 +93,7 @@ impl Life {
         self.stamp.incarnation
     }
 
-    /// Whether a write of this life was confirmed.
+    /// Whether a write of this incarnation was confirmed.
     pub fn is_held(&self) -> bool {
         self.held
     }
@@ -103,16 +103,16 @@ impl Life {
         self.held && now.saturating_duration_since(self.held_at) > self.ttl
     }
 
-    /// From now on the process may have sessions, which continue when this life ends.
+    /// From now on the process may have sessions, which continue when this incarnation ends.
     pub fn begin_work(&mut self) {
         self.works = true;
     }
 
-    /// Updates `record` to this life and `news`. Returns whether its incarnation has changed.
+    /// Updates `record` to this incarnation and `news`. Returns whether its incarnation has changed.
     pub fn enter(&self, record: &mut NodeRecord, news: Option<News>) -> bool {
         let has_changed = record.incarnation != self.stamp.incarnation;
         record.incarnation = self.stamp.incarnation;
-        // After a lapse, sessions have routes of the earlier life.
+        // After a lapse, sessions have routes of the earlier incarnation.
         record.confirmed &= !matches!(news, Some(News::Lapsed(_)));
         has_changed
     }
@@ -122,11 +122,11 @@ impl Life {
         self.held_at
     }
 
-    /// The stamp of the next write, to be sent to every place. `wall_ms` becomes the incarnation if another life
+    /// The stamp of the next write, to be sent to every place. `wall_ms` becomes the incarnation if another incarnation
     /// begins.
     pub fn attempt(&mut self, now: Instant, wall_ms: u64) -> (Stamp, Option<News>) {
         let mut news = None;
-        // Also a life without a confirmed write: it may have been written, and have expired for others.
+        // Also an incarnation without a confirmed write: it may have been written, and have expired for others.
         if now.saturating_duration_since(self.held_at) > self.lapse_max {
             news = self.held.then_some(News::Lapsed("not renewed for too long"));
             self.begin(self.stamp.incarnation, wall_ms, now);
@@ -145,12 +145,12 @@ impl Life {
         wall_ms: u64,
     ) -> Option<News> {
         if stamp.incarnation != self.stamp.incarnation {
-            return None; // of an earlier life
+            return None; // of an earlier incarnation
         }
         if !wrote.done {
             let before = wrote.before.unwrap_or_default();
             let known = self.confirmed.contains_key(&place);
-            // The same life with a higher number: a write of ours that overtook this one, unless
+            // The same incarnation with a higher number: a write of ours that overtook this one, unless
             // another process began in the same millisecond.
             let ours = before.incarnation == stamp.incarnation && (self.held || known);
             return if ours { None } else { self.outbid(before, wall_ms, sent) };
@@ -175,7 +175,7 @@ impl Life {
             (Place::Own, None) => false,
             // Such a write may have been executed after everything was lost, and hide that.
             (Place::Copy(_), Some(number)) => before.is_none_or(|before| before.number != number),
-            // No write of this life was confirmed there.
+            // No write of this incarnation was confirmed there.
             (Place::Copy(_), None) => stamp.number != self.taken,
         };
         forgot.then_some(News::Forgot(place))
@@ -187,7 +187,7 @@ impl Life {
         is_reported.then_some(News::Lapsed("another process has this node's name"))
     }
 
-    /// Begins a life after `last`: lives of a node are ordered, whatever the machines' clocks say.
+    /// Begins an incarnation after `last`: the incarnations of a node are ordered, whatever the machines' clocks say.
     fn begin(&mut self, last: Incarnation, wall_ms: u64, now: Instant) {
         self.stamp.incarnation = Incarnation(wall_ms.max(last.0 + 1));
         (self.held, self.held_at) = (false, now);
@@ -217,7 +217,7 @@ mod tests {
     }
 
     struct Walk {
-        life: Life,
+        state: LeaseState,
         now: Instant,
         stamp: Stamp,
     }
@@ -226,29 +226,29 @@ mod tests {
         /// Held at its own key and beside shard 0, both at number 1.
         fn new() -> Self {
             let now = Instant::now();
-            let life = Life::new(Incarnation(100), TTL, VOID_AFTER, now);
-            let mut walk = Self { life, now, stamp: Stamp::default() };
-            walk.life.begin_work();
+            let state = LeaseState::new(Incarnation(100), TTL, VOID_AFTER, now);
+            let mut walk = Self { state, now, stamp: Stamp::default() };
+            walk.state.begin_work();
             assert_eq!(walk.attempt(0), None);
             assert_eq!(walk.answer(OWN, done(None)), Some(News::Taken(Incarnation(100))));
-            assert_eq!(walk.answer(copy(0), done(stood(90, 7))), None, "a former life");
+            assert_eq!(walk.answer(copy(0), done(stood(90, 7))), None, "a former incarnation");
             walk
         }
 
         fn attempt(&mut self, after_s: u64) -> Option<News> {
             self.now += Duration::from_secs(after_s);
-            let (stamp, news) = self.life.attempt(self.now, 500);
+            let (stamp, news) = self.state.attempt(self.now, 500);
             self.stamp = stamp;
             news
         }
 
         fn answer(&mut self, place: Place, wrote: Wrote) -> Option<News> {
-            self.life.answered(place, self.stamp, wrote, self.now, 500)
+            self.state.answered(place, self.stamp, wrote, self.now, 500)
         }
     }
 
     #[test]
-    fn hazard_27_any_place_holds_the_lease_and_a_gone_key_is_written_again_in_the_same_life() {
+    fn hazard_27_any_place_holds_the_lease_and_a_gone_key_is_written_again_in_the_same_incarnation() {
         let mut walk = Walk::new();
         // Its own key's master is away for an hour; a copy is written.
         for _ in 0..60 {
@@ -258,18 +258,18 @@ mod tests {
         }
         assert_eq!(walk.attempt(60), None);
         assert_eq!(walk.answer(OWN, done(None)), Some(News::Forgot(OWN)));
-        assert_eq!(walk.life.incarnation(), Incarnation(100));
+        assert_eq!(walk.state.incarnation(), Incarnation(100));
     }
 
     #[test]
-    fn a_lapse_of_half_the_time_for_which_routes_are_kept_begins_another_life() {
+    fn a_lapse_of_half_the_time_for_which_routes_are_kept_begins_another_incarnation() {
         let mut walk = Walk::new();
         assert_eq!(walk.attempt(300), None, "not yet");
         assert!(matches!(walk.attempt(1), Some(News::Lapsed(_))));
         assert_eq!(walk.stamp.incarnation, Incarnation(500));
-        assert!(!walk.life.is_held());
+        assert!(!walk.state.is_held());
         assert_eq!(walk.answer(copy(0), done(None)), Some(News::Taken(Incarnation(500))));
-        assert_eq!(walk.answer(OWN, done(stood(100, 1))), None, "the life before was there");
+        assert_eq!(walk.answer(OWN, done(stood(100, 1))), None, "the incarnation before was there");
     }
 
     #[test]
@@ -304,9 +304,9 @@ mod tests {
         let mut walk = Walk::new();
         // Stopped for longer than the lease holds; the master of its own key answers later than the others.
         assert_eq!(walk.attempt(101), None);
-        assert!(walk.life.has_expired(walk.now));
+        assert!(walk.state.has_expired(walk.now));
         assert_eq!(walk.answer(copy(0), done(stood(100, 1))), Some(News::Forgot(OWN)));
-        assert!(!walk.life.has_expired(walk.now));
+        assert!(!walk.state.has_expired(walk.now));
         assert_eq!(walk.answer(OWN, done(stood(100, 1))), None, "once");
     }
 
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(walk.answer(OWN, late), None, "a later writing of its own overtook this one");
         let usurped = Wrote { done: false, before: stood(700, 1) };
         assert!(matches!(walk.answer(OWN, usurped), Some(News::Lapsed(_))));
-        assert_eq!(walk.answer(copy(0), usurped), None, "an answer to the life before");
+        assert_eq!(walk.answer(copy(0), usurped), None, "an answer to the incarnation before");
         walk.attempt(0);
         assert_eq!(walk.stamp.incarnation, Incarnation(701), "above it, whatever the clock says");
     }
@@ -348,14 +348,14 @@ mod tests {
     #[test]
     fn a_process_that_begins_outbids_what_it_finds() {
         let now = Instant::now();
-        let mut life = Life::new(Incarnation(100), TTL, VOID_AFTER, now);
-        let (stamp, _) = life.attempt(now, 100);
+        let mut state = LeaseState::new(Incarnation(100), TTL, VOID_AFTER, now);
+        let (stamp, _) = state.attempt(now, 100);
         // The clock of the process before was ahead; or it began in the same millisecond.
         for found in [900, 901] {
             let wrote = Wrote { done: false, before: stood(found, 1) };
-            let stamp = Stamp { incarnation: life.incarnation(), ..stamp };
-            assert_eq!(life.answered(OWN, stamp, wrote, now, 100), None);
-            assert_eq!(life.incarnation(), Incarnation(found + 1));
+            let stamp = Stamp { incarnation: state.incarnation(), ..stamp };
+            assert_eq!(state.answered(OWN, stamp, wrote, now, 100), None);
+            assert_eq!(state.incarnation(), Incarnation(found + 1));
         }
     }
 }
