@@ -25,7 +25,7 @@ pub use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
 
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
-/// Retry-After, seconds, where it is unknown when a retry can succeed.
+/// Retry-After, seconds, if it is unknown when a retry can succeed.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 pub const BAD_REQUEST: &str = "400 Bad Request";
@@ -131,7 +131,7 @@ pub fn refused(status: &'static str, label: Handshake, text: impl Into<String>) 
 
 /// The request was not complete in time.
 pub fn no_request() -> Ended {
-    refused("408 Request Timeout", Handshake::Timeout, "no whole request came in time")
+    refused("408 Request Timeout", Handshake::Timeout, "the request was not complete in time")
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.
@@ -180,7 +180,7 @@ fn check_first_byte(first: u8) -> Result<(), Ended> {
     match first {
         b'A'..=b'Z' | b'\r' | b'\n' => Ok(()),
         TLS_HANDSHAKE => {
-            let text = "this port speaks plain HTTP; TLS ends before it";
+            let text = "this port serves plain HTTP; TLS is terminated before it";
             Err(refused(BAD_REQUEST, Handshake::BadRequest, text))
         }
         _ => Err(refused(BAD_REQUEST, Handshake::BadRequest, "not an HTTP request")),
@@ -213,13 +213,13 @@ pub fn check_headers(request: &Request) -> Result<(), Ended> {
         return Err(refused(
             BAD_REQUEST,
             Handshake::BadRequest,
-            format!("header {name} stands twice"),
+            format!("header {name} is repeated"),
         ));
     }
     let no_length = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
     let tokens = request.uri().query().unwrap_or_default().split('&');
     if tokens.filter(|pair| pair.starts_with("token=")).count() > 1 {
-        return Err(refused(BAD_REQUEST, Handshake::BadRequest, "parameter token stands twice"));
+        return Err(refused(BAD_REQUEST, Handshake::BadRequest, "parameter token is repeated"));
     }
     if headers.contains_key(TRANSFER_ENCODING) || !no_length {
         return Err(refused(BAD_REQUEST, Handshake::BadRequest, "a handshake has no body"));

@@ -134,6 +134,7 @@ labels! {
         Memory => "memory",
         MemoryClosed => "memory_closed",
         Forgets => "forgets",
+        PeerCloses => "peer_closes",
         CloseTimeout => "close_timeout",
     }
 }

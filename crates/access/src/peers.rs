@@ -39,9 +39,11 @@ impl Peers {
     }
 
     /// Asks the node of `session` to close it, in a task of its own. It is tried a few times, because a node that has
-    /// just started is not in the table yet. Failures are only logged.
-    pub fn close(&self, user: &UserKey, device: &DeviceId, session: SessionRef) {
-        let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else { return };
+    /// just started is not in the table yet. Failures are only logged. Returns false if too many calls are in
+    /// progress; then the node is not asked.
+    #[must_use]
+    pub fn close(&self, user: &UserKey, device: &DeviceId, session: SessionRef) -> bool {
+        let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else { return false };
         let request = CloseRequest {
             app: user.app.to_string(),
             user: user.user.to_string(),
@@ -62,6 +64,7 @@ impl Peers {
                 tokio::time::sleep(PAUSE).await;
             }
         });
+        true
     }
 }
 

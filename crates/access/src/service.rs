@@ -116,8 +116,10 @@ impl Service {
             never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
         };
         accepting.shutdown().await;
-        lease.release().await;
-        flush_receipts(&node, &context).await;
+        let deadline = context.shutdown.deadline().unwrap_or_else(Instant::now);
+        // The lease expires by itself if Redis is unavailable.
+        let release = timeout_at(deadline, lease.release());
+        let (_, ()) = tokio::join!(release, flush_receipts(&node, deadline));
         tasks.shutdown().await;
         match cut {
             0 => Stopped::Clean,
@@ -334,9 +336,8 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
     }
 }
 
-async fn flush_receipts(node: &Node, context: &Context) {
+async fn flush_receipts(node: &Node, deadline: Instant) {
     if let Some(receipts) = &node.receipts {
-        let deadline = context.shutdown.deadline().unwrap_or_else(Instant::now);
         let left = receipts.flush(deadline).await;
         if left > 0 {
             tracing::warn!(left, "receipts were not delivered");

@@ -56,8 +56,8 @@ pub struct Args {
 
 fn level(text: &str) -> Result<String, String> {
     // clap adds the option's name.
-    let told = |told: String| told.trim_start_matches("log.level: ").to_owned();
-    telemetry::check_level(text).map(|()| text.to_owned()).map_err(told)
+    let reason = |error: String| error.trim_start_matches("log.level: ").to_owned();
+    telemetry::check_level(text).map(|()| text.to_owned()).map_err(reason)
 }
 
 /// Kafka and Redis.

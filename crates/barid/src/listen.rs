@@ -84,7 +84,7 @@ struct Received<'a> {
 
 /// Prints messages until the count, the time, a signal, or the end of the client.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
-    let (events, told) = mpsc::channel(1024);
+    let (events, reported) = mpsc::channel(1024);
     let at_once = if args.no_ack { HELD_MAX } else { 1 };
     let (client, deliveries) = builder(&args)?
         .on_event(move |event| {
@@ -92,7 +92,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             let _ = events.try_send(event);
         })
         .open(at_once)?;
-    let result = show(&args, &client, deliveries, told, out).await;
+    let result = show(&args, &client, deliveries, reported, out).await;
     let closed = client.shutdown().await;
     result?;
     match closed {
@@ -136,7 +136,7 @@ async fn show(
     args: &Args,
     client: &Client,
     mut deliveries: Deliveries,
-    mut told: mpsc::Receiver<Event>,
+    mut reported: mpsc::Receiver<Event>,
     out: Output,
 ) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -148,7 +148,7 @@ async fn show(
     while left > 0 {
         tokio::select! {
             biased;
-            Some(event) = told.recv() => tell(&event, out)?,
+            Some(event) = reported.recv() => print_event(&event, out)?,
             Some(Delivery { message, ack }) = deliveries.next() => {
                 show_message(&message, out)?;
                 left -= 1;
@@ -161,8 +161,8 @@ async fn show(
             _ = client.closed() => break,
         }
     }
-    while let Ok(event) = told.try_recv() {
-        tell(&event, out)?;
+    while let Ok(event) = reported.try_recv() {
+        print_event(&event, out)?;
     }
     Ok(())
 }
@@ -261,7 +261,7 @@ fn object(event: &Event) -> serde_json::Value {
     }
 }
 
-fn tell(event: &Event, out: Output) -> anyhow::Result<()> {
+fn print_event(event: &Event, out: Output) -> anyhow::Result<()> {
     if out.is_json() {
         return Ok(out.object(&object(event))?);
     }

@@ -24,7 +24,7 @@ use rdkafka::topic_partition_list::Offset;
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 
-use crate::context::{Callbacks, Told};
+use crate::context::{Callbacks, Callback};
 use crate::stuck::{Next, Stuck};
 use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ffi};
 
@@ -143,7 +143,7 @@ pub struct Assigned {
 }
 
 impl Assigned {
-    /// Decides where to begin. Only a different id proves that the topic was created anew. An absent id proves
+    /// Decides where to begin. Only a different id proves that the topic was recreated. An absent id proves
     /// nothing. An id that is new, for an offset that was committed under the topic's name, belongs to the same
     /// topic, whose positions Redis stores under the name.
     fn of(partition: &Partition, now: Option<&str>, committed: Option<(i64, Metadata)>) -> Self {
@@ -164,7 +164,7 @@ impl Assigned {
             tracing::warn!(
                 topic = &*partition.topic,
                 partition = partition.number,
-                "topic was created anew, starting at its beginning"
+                "topic was recreated, starting at its beginning"
             );
             return fresh(Memory::default(), None);
         }
@@ -392,8 +392,8 @@ impl<State> Consumer<State> {
     /// the partitions.
     pub fn poll(&mut self) -> Option<Event> {
         loop {
-            if let Some(told) = self.core.member.callbacks.next() {
-                return Some(self.core.event(told));
+            if let Some(callback) = self.core.member.callbacks.next() {
+                return Some(self.core.event(callback));
             }
             match self.core.member.inner.poll(Duration::ZERO) {
                 Some(Err(error)) => {
@@ -411,8 +411,8 @@ impl<State> Consumer<State> {
                 None => break,
             }
         }
-        let told = self.core.member.callbacks.next();
-        told.map(|told| self.core.event(told)).or_else(|| {
+        let callback = self.core.member.callbacks.next();
+        callback.map(|callback| self.core.event(callback)).or_else(|| {
             let down = self.core.member.callbacks.take_all_down();
             down.then(|| Event::Trouble(Error::Away("no broker can be reached".into())))
         })
@@ -480,7 +480,7 @@ impl<State> Consumer<State> {
     }
 
     /// Finds where to begin reading each of these partitions: at its committed offset, or at the start of the log if
-    /// there is none or the topic was created anew. Pass the result to [`Self::take_up`] to answer
+    /// there is none or the topic was recreated. Pass the result to [`Self::take_up`] to answer
     /// [`Event::Assigned`].
     ///
     /// # Errors
@@ -688,13 +688,13 @@ impl<State> Consumer<State> {
 }
 
 impl Core {
-    fn event(&mut self, told: Told) -> Event {
-        match told {
-            Told::Assign(list) => Event::Assigned(self.partitions(list)),
-            Told::Revoke { partitions, lost } => {
+    fn event(&mut self, callback: Callback) -> Event {
+        match callback {
+            Callback::Assign(list) => Event::Assigned(self.partitions(list)),
+            Callback::Revoke { partitions, lost } => {
                 Event::Revoked { partitions: self.partitions(partitions), lost }
             }
-            Told::Committed(result) => Event::Committed(result),
+            Callback::Committed(result) => Event::Committed(result),
         }
     }
 

@@ -40,7 +40,7 @@ fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
 
 /// An event from a consumer's callbacks.
 #[derive(Debug)]
-pub(crate) enum Told {
+pub(crate) enum Callback {
     /// Partitions were assigned.
     Assign(Vec<(String, i32)>),
     /// Partitions were revoked; `lost`: another member already has them.
@@ -53,20 +53,20 @@ pub(crate) enum Told {
 /// partition can be drained first.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Callbacks {
-    told: Arc<Mutex<VecDeque<Told>>>,
+    queue: Arc<Mutex<VecDeque<Callback>>>,
     closing: Arc<AtomicBool>,
     all_down: Arc<AtomicBool>,
 }
 
 impl Callbacks {
     /// The next event.
-    pub(crate) fn next(&self) -> Option<Told> {
-        self.told.lock().pop_front()
+    pub(crate) fn next(&self) -> Option<Callback> {
+        self.queue.lock().pop_front()
     }
 
     /// A commit was answered.
     pub(crate) fn committed(&self, result: Result<usize, Error>) {
-        self.told.lock().push_back(Told::Committed(result));
+        self.queue.lock().push_back(Callback::Committed(result));
     }
 
     /// From now on, rebalances are answered in the callback.
@@ -113,10 +113,10 @@ impl ConsumerContext for Callbacks {
         }
         let partitions = names(list);
         let lost = consumer.assignment_lost();
-        self.told.lock().push_back(if assign {
-            Told::Assign(partitions)
+        self.queue.lock().push_back(if assign {
+            Callback::Assign(partitions)
         } else {
-            Told::Revoke { partitions, lost }
+            Callback::Revoke { partitions, lost }
         });
     }
 }

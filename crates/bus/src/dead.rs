@@ -6,7 +6,7 @@ use bytes::Bytes;
 use prometheus::IntCounter;
 
 use crate::consumer::Record;
-use crate::producer::Company;
+use crate::producer::Batching;
 use crate::{Error, KafkaConfig, Producer};
 
 /// Headers that a dead letter adds to those of its record; the last one only if the record was truncated.
@@ -71,19 +71,19 @@ impl DeadLetters {
     /// even then is logged and counted, and its partition continues (P6).
     pub async fn write(&self, letter: &DeadLetter<'_>) {
         let mut refused = match letter.record.bytes() < self.queue_bytes {
-            true => self.send(letter, Cut::Whole, Company::Any).await,
+            true => self.send(letter, Cut::Whole, Batching::Shared).await,
             false => Err(Error::TooLarge),
         };
         for bytes in CUTS {
-            let (cut, company) = match refused {
+            let (cut, batching) = match refused {
                 Ok(()) => return,
                 // Truncating does not help against a refusal for another reason than size.
                 Err(Error::Rejected(_)) if bytes > 0 => continue,
                 // It was in a batch of its own already, and would get other records rejected.
-                Err(Error::Rejected(_)) => (Cut::Headers, Company::Alone),
-                Err(_) => (Cut::To(bytes), Company::Any),
+                Err(Error::Rejected(_)) => (Cut::Headers, Batching::Alone),
+                Err(_) => (Cut::To(bytes), Batching::Shared),
             };
-            refused = self.send(letter, cut, company).await;
+            refused = self.send(letter, cut, batching).await;
         }
         let Err(error) = refused else { return };
         self.dropped.inc();
@@ -97,7 +97,7 @@ impl DeadLetters {
         );
     }
 
-    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut, company: Company) -> Result<(), Error> {
+    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut, batching: Batching) -> Result<(), Error> {
         let record = letter.record;
         let numbers = [
             record.partition.to_string(),
@@ -132,7 +132,7 @@ impl DeadLetters {
             headers.extend(original.map(|(name, value)| (name.as_str(), &**value)));
         }
         let key = key.as_deref();
-        self.producer.send_until_delivered(&self.topic, key, value, &headers, company).await
+        self.producer.send_until_delivered(&self.topic, key, value, &headers, batching).await
     }
 }
 

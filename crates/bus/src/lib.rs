@@ -24,4 +24,4 @@ pub use metadata::{EPOCHS_MAX, Memory, Metadata, TopicSource};
 pub use producer::{Held, Producer};
 pub use receipts::Receipts;
 pub use stuck::Stuck;
-pub use topics::{broker_answers, ensure_topics};
+pub use topics::{describe_topics_anew, ensure_topics};

@@ -18,7 +18,7 @@ use crate::ledger::Confirmed;
 /// Bound of the leader epochs that are kept.
 pub const EPOCHS_MAX: usize = 8;
 
-/// The identity of a topic, in commits and in Redis's positions. A topic that is created anew has another id.
+/// The identity of a topic, in commits and in Redis's positions. A topic that is recreated has another id.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum TopicSource {
     /// Its id (base64).
@@ -64,7 +64,7 @@ pub struct Memory {
 pub struct Metadata {
     /// The topic that the offset belongs to; `None` if the commit was not made by a purger or does not contain it.
     pub source: Option<TopicSource>,
-    /// The topic's id, if known. Another id at the next assignment means that the topic was created anew.
+    /// The topic's id, if known. Another id at the next assignment means that the topic was recreated.
     pub id: Option<Arc<str>>,
     /// State for the next owner.
     pub memory: Memory,

@@ -29,9 +29,9 @@ pub struct Producer {
 
 /// Which records share a batch. Kafka rejects a whole batch for one of its records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Company {
+pub(crate) enum Batching {
     /// All records that are sent at the same time.
-    Any,
+    Shared,
     /// None, so that a rejection concerns this record.
     Alone,
 }
@@ -71,7 +71,7 @@ impl Producer {
     /// # Errors
     /// [`Error::Config`].
     pub fn new(config: &KafkaConfig) -> Result<Self, Error> {
-        let together = Arc::new(RwLock::new(Some(create(config, Company::Any)?)));
+        let together = Arc::new(RwLock::new(Some(create(config, Batching::Shared)?)));
         let config = Arc::new(config.clone());
         Ok(Self { config, together, alone: Arc::default(), held: Arc::default() })
     }
@@ -89,7 +89,7 @@ impl Producer {
         payload: Bytes,
         headers: &[(&str, &[u8])],
     ) -> Result<(), Error> {
-        self.send_as_it_came(topic, Some(key), payload, headers, Company::Any).await
+        self.send_with_key(topic, Some(key), payload, headers, Batching::Shared).await
     }
 
     /// As [`Self::send`], but retries while Kafka is unavailable or the topic or the permission to write is missing;
@@ -104,14 +104,14 @@ impl Producer {
         key: Option<&[u8]>,
         payload: Bytes,
         headers: &[(&str, &[u8])],
-        mut company: Company,
+        mut batching: Batching,
     ) -> Result<(), Error> {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5), 0.2)
             .expect("constants in range");
         let (mut failures, mut holding) = (0, None);
         loop {
-            match self.send_as_it_came(topic, key, payload.clone(), headers, company).await {
-                Err(Error::Rejected(_)) if company == Company::Any => company = Company::Alone,
+            match self.send_with_key(topic, key, payload.clone(), headers, batching).await {
+                Err(Error::Rejected(_)) if batching == Batching::Shared => batching = Batching::Alone,
                 Err(error @ (Error::Away(_) | Error::Refused(_))) => {
                     let holding = holding.get_or_insert_with(|| Holding::new(self));
                     holding.refused(topic, &error);
@@ -132,38 +132,38 @@ impl Producer {
     }
 
     /// As [`Self::send`], for a record without a key, too.
-    pub(crate) async fn send_as_it_came(
+    pub(crate) async fn send_with_key(
         &self,
         topic: &str,
         key: Option<&[u8]>,
         payload: Bytes,
         headers: &[(&str, &[u8])],
-        company: Company,
+        batching: Batching,
     ) -> Result<(), Error> {
         let deadline =
             Instant::now() + Duration::from_millis(u64::from(self.config.delivery_timeout_ms));
         loop {
-            match self.try_send_in(company, topic, key, &payload, headers) {
+            match self.try_send_in(batching, topic, key, &payload, headers) {
                 Ok(delivery) => {
                     let canceled = || Error::Away("the producer was closed".into());
                     let delivered = delivery.await.map_err(|_| canceled())?;
                     return match delivered {
                         Ok(_) => Ok(()),
-                        Err((error, _)) => Err(self.failed(company, error)),
+                        Err((error, _)) => Err(self.failed(batching, error)),
                     };
                 }
                 Err(error) if is_queue_full(&error) && Instant::now() < deadline => {
                     sleep(Duration::from_millis(5)).await;
                 }
-                Err(error) => return Err(self.failed(company, error)),
+                Err(error) => return Err(self.failed(batching, error)),
             }
         }
     }
 
-    fn of(&self, company: Company) -> &RwLock<Option<FutureProducer<Logged>>> {
-        match company {
-            Company::Any => &self.together,
-            Company::Alone => &self.alone,
+    fn of(&self, batching: Batching) -> &RwLock<Option<FutureProducer<Logged>>> {
+        match batching {
+            Batching::Shared => &self.together,
+            Batching::Alone => &self.alone,
         }
     }
 
@@ -175,12 +175,12 @@ impl Producer {
         payload: &[u8],
         headers: &[(&str, &[u8])],
     ) -> Result<DeliveryFuture, KafkaError> {
-        self.try_send_in(Company::Any, topic, key, payload, headers)
+        self.try_send_in(Batching::Shared, topic, key, payload, headers)
     }
 
     fn try_send_in(
         &self,
-        company: Company,
+        batching: Batching,
         topic: &str,
         key: Option<&[u8]>,
         payload: &[u8],
@@ -193,13 +193,13 @@ impl Producer {
             });
         let mut record: Out<'_> = FutureRecord::to(topic).payload(payload).headers(owned);
         record.key = key;
-        if let Some(producer) = &*self.of(company).read() {
+        if let Some(producer) = &*self.of(batching).read() {
             return producer.send_result(record).map_err(|(error, _)| error);
         }
-        let mut unmade = self.of(company).write();
+        let mut unmade = self.of(batching).write();
         let producer = match &mut *unmade {
             Some(producer) => producer,
-            unmade => unmade.insert(create(&self.config, company)?),
+            unmade => unmade.insert(create(&self.config, batching)?),
         };
         producer.send_result(record).map_err(|(error, _)| error)
     }
@@ -207,8 +207,8 @@ impl Producer {
     /// Waits until every queued record is delivered or has failed. Returns how many are left at the deadline.
     pub async fn flush(&self, deadline: Instant) -> usize {
         loop {
-            let left = [Company::Any, Company::Alone].map(|company| {
-                let queued = self.of(company).read().as_ref().map_or(0, |p| p.in_flight_count());
+            let left = [Batching::Shared, Batching::Alone].map(|batching| {
+                let queued = self.of(batching).read().as_ref().map_or(0, |p| p.in_flight_count());
                 usize::try_from(queued).unwrap_or(0)
             });
             let left = left.iter().sum();
@@ -221,11 +221,11 @@ impl Producer {
 
     /// Replaces the client after a fatal error: an idempotent producer that has lost its sequence numbers cannot be
     /// used again.
-    fn failed(&self, company: Company, error: KafkaError) -> Error {
-        let mut used = self.of(company).write();
+    fn failed(&self, batching: Batching, error: KafkaError) -> Error {
+        let mut used = self.of(batching).write();
         if let Some((code, reason)) = used.as_ref().and_then(|used| used.client().fatal_error()) {
             tracing::warn!(%code, reason, "replaced the kafka producer");
-            match create(&self.config, company) {
+            match create(&self.config, batching) {
                 Ok(fresh) => *used = Some(fresh),
                 Err(error) => tracing::error!(%error, "cannot replace the kafka producer"),
             }
@@ -267,7 +267,7 @@ pub(crate) fn is_queue_full(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull)
 }
 
-fn create(config: &KafkaConfig, company: Company) -> Result<FutureProducer<Logged>, KafkaError> {
+fn create(config: &KafkaConfig, batching: Batching) -> Result<FutureProducer<Logged>, KafkaError> {
     let mut client = config.client();
     client
         .set("enable.idempotence", "true")
@@ -280,7 +280,7 @@ fn create(config: &KafkaConfig, company: Company) -> Result<FutureProducer<Logge
         .set("queue.buffering.max.kbytes", config.producer_queue_kbytes_max.to_string())
         .set("delivery.timeout.ms", config.delivery_timeout_ms.to_string());
     let mut client = config.overlay(client);
-    if company == Company::Alone {
+    if batching == Batching::Alone {
         client.set("batch.num.messages", "1");
     }
     FutureProducer::from_config_and_context(&client, Logged)

@@ -7,7 +7,7 @@ use barid_wire::v1::Receipt;
 use prometheus::IntCounter;
 use tokio::time::Instant;
 
-use crate::producer::Company;
+use crate::producer::Batching;
 use crate::{KafkaConfig, Producer};
 
 /// Produces receipts, keyed by message id. Cheap to clone.
@@ -45,7 +45,7 @@ impl Receipts {
         let headers = self.headers();
         let key = Some(receipt.id.as_bytes());
         let (producer, topic) = (&self.producer, &self.topic);
-        let sent = producer.send_until_delivered(topic, key, payload, &headers, Company::Any);
+        let sent = producer.send_until_delivered(topic, key, payload, &headers, Batching::Shared);
         if let Err(error) = sent.await {
             tracing::error!(%error, id = receipt.id, "receipt rejected by kafka");
             self.dropped.inc();

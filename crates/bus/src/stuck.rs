@@ -15,7 +15,7 @@ pub struct Stuck {
     /// The cause, for people.
     pub cause: String,
     /// When librdkafka last reported it.
-    told: Instant,
+    reported: Instant,
     /// When a fetch was started to check it.
     asked: Option<Instant>,
 }
@@ -33,19 +33,19 @@ pub(crate) enum Next {
 
 impl Stuck {
     pub(crate) fn new(offset: Option<i64>, cause: String, now: Instant) -> Self {
-        Self { offset, cause, told: now, asked: None }
+        Self { offset, cause, reported: now, asked: None }
     }
 
     /// The same cause was reported again.
     pub(crate) fn again(&mut self, now: Instant) {
-        (self.told, self.asked) = (now, None);
+        (self.reported, self.asked) = (now, None);
     }
 
     /// The next step at `now`. [`Next::Ask`] is returned once: the caller must then fetch.
     pub(crate) fn next(&mut self, now: Instant) -> Next {
         match self.asked {
             Some(asked) if now.duration_since(asked) > SILENT => Next::Over,
-            None if now.duration_since(self.told) > SILENT => {
+            None if now.duration_since(self.reported) > SILENT => {
                 self.asked = Some(now);
                 Next::Ask
             }

@@ -1,4 +1,4 @@
-//! Creation of topics.
+//! Creation of topics, and a description of them by a new client.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use crate::consumer::Pending;
 use crate::context::Logged;
-use crate::{Error, KafkaConfig};
+use crate::{Error, KafkaConfig, ffi};
 
 /// Creates the topics of `config` that are missing. Existing ones are not changed.
 ///
@@ -51,16 +51,18 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
     Ok(())
 }
 
-/// Requests the cluster's metadata with a new client.
+/// Describes the push topics with a new client, as [`Consumer::topic_ids`] does with its own.
 ///
 /// # Errors
 /// No broker answers within 5 s.
-pub fn broker_answers(config: &KafkaConfig) -> Pending<()> {
+///
+/// [`Consumer::topic_ids`]: crate::Consumer::topic_ids
+pub fn describe_topics_anew(config: &KafkaConfig) -> Pending<()> {
     let client = config.overlay(config.client());
+    let topics = config.topics.pushes().map(str::to_owned);
     let ask = move || -> Result<(), Error> {
         let client: AdminClient<Logged> = AdminClient::from_config_and_context(&client, Logged)?;
-        client.inner().fetch_metadata(None, Duration::from_secs(5)).map(drop)?;
-        Ok(())
+        ffi::topic_ids(client.inner(), &topics, Duration::from_secs(5)).map(drop)
     };
     Box::pin(async move {
         let asked = tokio::task::spawn_blocking(ask).await;

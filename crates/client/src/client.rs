@@ -252,7 +252,7 @@ impl Builder {
                 match AssertUnwindSafe(async { handler(message).await }).catch_unwind().await {
                     Ok(Ok(())) => ack.ack(),
                     Ok(Err(error)) => {
-                        tracing::warn!(%seq, id, %error, "handler failed, the message will be sent again")
+                        tracing::warn!(%seq, id, %error, "handler failed")
                     }
                     Err(panic) => {
                         let why = format!("the handler of message {seq}: {}", panic_text(&*panic));

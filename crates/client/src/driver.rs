@@ -141,7 +141,7 @@ impl Driver {
                 Ended::Lost(why) if self.overtaken == 1 => (why, Duration::ZERO),
                 Ended::Lost(why) => {
                     let wait = self.reconnect.next_wait();
-                    (why.clone(), wait + told_to_wait(&why))
+                    (why.clone(), wait + retry_after(&why))
                 }
                 Ended::Leaving { since, after } => {
                     (Disconnect::GoAway, after.saturating_sub(since.elapsed()))
@@ -239,7 +239,7 @@ impl Driver {
                     self.work.emit(Event::TokenRefreshed);
                     refresh.set(self::refresh(self.settings.clone(), next));
                 }
-                // The client was dropped.
+                // The application changed its groups. An error (the client was dropped) disables this arm; `stop` ends the loop.
                 Ok(()) = self.groups.changed() => {}
                 () = sleep_until(session.heard_at + session.silence) => {
                     return Err(Disconnect::Timeout("sign of life"));
@@ -554,8 +554,8 @@ fn is_final(why: &Disconnect) -> bool {
     }
 }
 
-/// The wait that the server asks for, plus jitter, which spreads clients that were told the same.
-fn told_to_wait(why: &Disconnect) -> Duration {
+/// The wait that the server asks for. The caller adds a jittered wait, which spreads clients.
+fn retry_after(why: &Disconnect) -> Duration {
     match why {
         Disconnect::Http { retry_after, .. } => retry_after.unwrap_or_default(),
         _ => Duration::ZERO,

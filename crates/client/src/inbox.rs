@@ -15,6 +15,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
+use barid_core::limits::WIRE_NUMBER_MAX;
 use barid_core::{Chain, Generation, IdHash, Position, Seq};
 
 use crate::event::{Event, SkipReason};
@@ -33,8 +34,8 @@ const PENDING_MAX: usize = 65_536;
 pub struct Inbox {
     standing: Option<Standing>,
     pending: VecDeque<Pending>,
-    /// Counts the resets. Positions in tickets of an earlier life are void.
-    life: u64,
+    /// Counts the resets. Positions in tickets from before the last one are void.
+    resets: u64,
     recent: VecDeque<u64>,
     /// Ids that were handled before the last reset, or ahead of the position before a restart. Each is dropped once,
     /// and not every time, because a business may use an id again.
@@ -46,6 +47,8 @@ pub struct Inbox {
     /// The mailbox no longer has entries up to this position, for this reason. Refused messages up to here are not
     /// sent again.
     gone: Option<(Seq, SkipReason)>,
+    /// The last position below `received` that the server has sent again or skipped.
+    resent: Seq,
     acked: Seq,
     ack_due: bool,
 }
@@ -64,6 +67,8 @@ struct Pending {
     chain: Option<Chain>,
     id: u64,
     state: State,
+    /// The server will not send the message again, for this reason.
+    withdrawn: Option<SkipReason>,
 }
 
 #[derive(Debug)]
@@ -74,7 +79,7 @@ enum State {
     Out,
     /// The application has it under a void position.
     Ghost,
-    /// The application gave it back. The server will send it again.
+    /// The application gave it back. The server will send it again, unless it is withdrawn.
     Refused,
     /// It is also pending at an earlier position.
     Twin,
@@ -84,7 +89,7 @@ enum State {
 /// Identifies a message that the application has, for [`Inbox::finished`].
 #[derive(Debug, Clone, Copy)]
 pub struct Ticket {
-    life: u64,
+    resets: u64,
     seq: Seq,
     id: u64,
 }
@@ -116,11 +121,15 @@ pub enum Violation {
     /// A message or a skip arrived before the first Welcome.
     #[error("a message before welcome")]
     Early,
+    /// A position is above 2^53 - 1, which no server sends.
+    #[error("position {0} is above {WIRE_NUMBER_MAX}")]
+    OutOfRange(Seq),
 }
 
 impl Inbox {
-    /// Restores an inbox from a checkpoint.
+    /// Restores an inbox from a checkpoint. A position out of range is dropped.
     pub fn resume(checkpoint: &Checkpoint) -> Self {
+        let checkpoint = checkpoint.clone().bounded();
         let mut inbox = Self::default();
         inbox.recent.extend(checkpoint.recent.iter().rev().take(RECENT_MAX).rev());
         inbox.seen.extend(&checkpoint.ahead);
@@ -152,7 +161,7 @@ impl Inbox {
 
     /// Handles the position in a Welcome.
     pub fn welcome(&mut self, now: Position, events: &mut Vec<Event>) {
-        self.gone = None;
+        (self.gone, self.resent) = (None, Seq(0));
         let Some(standing) = self.standing else {
             self.standing = Some(Standing::at(now));
             self.acked = now.seq;
@@ -184,7 +193,8 @@ impl Inbox {
     /// Continues the same history at the `handled` mark. Redis may have forgotten later entries and assigned their
     /// positions to other messages. So all pending messages are received again, and recognized by their ids.
     fn resume_history(&mut self, before: Position, now: Position) {
-        self.life += 1;
+        self.resets += 1;
+        self.resent = Seq(0);
         self.twins.clear();
         for entry in self.pending.drain(..) {
             match entry.state {
@@ -207,7 +217,8 @@ impl Inbox {
     }
 
     fn reset(&mut self, now: Position) {
-        self.life += 1;
+        self.resets += 1;
+        self.resent = Seq(0);
         self.twins.clear();
         for entry in self.pending.drain(..) {
             if matches!(entry.state, State::Out | State::Ghost) {
@@ -223,7 +234,8 @@ impl Inbox {
     /// Handles a message of a frame with this `generation`. A message of another generation is dropped.
     ///
     /// # Errors
-    /// The message arrived before the first Welcome, leaves a gap, or exceeds the bound of pending positions.
+    /// Returns a [`Violation`] if the message arrived before the first Welcome, leaves a gap, is out of range, or
+    /// exceeds the bound of pending positions.
     pub fn deliver(
         &mut self,
         generation: Generation,
@@ -234,6 +246,7 @@ impl Inbox {
         if generation != standing.handled.generation {
             return Ok(()); // it was sent before the positions started anew
         }
+        check_range(message.seq)?;
         if message.seq <= standing.received {
             self.again(message, events);
             return Ok(());
@@ -257,7 +270,7 @@ impl Inbox {
         } else {
             State::Waiting(message)
         };
-        self.pending.push_back(Pending { seq, chain, id, state });
+        self.pending.push_back(Pending { seq, chain, id, state, withdrawn: None });
         self.settle();
         Ok(())
     }
@@ -265,11 +278,13 @@ impl Inbox {
     /// Handles a message that was received before, because the server has no ack for it.
     fn again(&mut self, message: Message, events: &mut Vec<Event>) {
         self.ack_due = true;
-        if let Some(entry) = self.entry(message.seq)
-            && matches!(entry.state, State::Refused)
-        {
-            entry.state = State::Waiting(message);
-            return;
+        self.resent = message.seq;
+        if let Some(entry) = self.entry(message.seq) {
+            entry.withdrawn = None;
+            if matches!(entry.state, State::Refused) {
+                entry.state = State::Waiting(message);
+                return;
+            }
         }
         events.push(Event::Duplicate { seq: message.seq, id: message.id });
     }
@@ -277,7 +292,7 @@ impl Inbox {
     /// Handles a skip: positions up to `to` will not be sent, and `chain` is the chain there.
     ///
     /// # Errors
-    /// The skip arrived before the first Welcome.
+    /// Returns a [`Violation`] if the skip arrived before the first Welcome, or is out of range.
     pub fn skip(
         &mut self,
         generation: Generation,
@@ -290,20 +305,22 @@ impl Inbox {
         if generation != standing.handled.generation {
             return Ok(());
         }
+        check_range(to)?;
         let gone = matches!(why, SkipReason::Evicted | SkipReason::Acknowledged);
         if gone && self.gone.is_none_or(|(seq, _)| seq < to) {
             self.gone = Some((to, why));
         }
         if to <= standing.received {
             self.ack_due = true;
-            self.give_up_refused(to, why, events);
+            self.withdraw(to, why);
+            self.give_up_refused(events);
             return Ok(());
         }
         let first = standing.received.next();
         standing.received = to;
         standing.received_chain = Some(chain);
         if gone {
-            self.give_up_refused(to, why, events);
+            self.give_up_refused(events);
         }
         // Messages that this device acknowledged are not lost.
         if why != SkipReason::Acknowledged {
@@ -312,7 +329,8 @@ impl Inbox {
         if gone {
             self.compare_ids();
         }
-        self.pending.push_back(Pending { seq: to, chain: Some(chain), id: 0, state: State::Done });
+        let (chain, state) = (Some(chain), State::Done);
+        self.pending.push_back(Pending { seq: to, chain, id: 0, state, withdrawn: None });
         self.settle();
         Ok(())
     }
@@ -327,11 +345,31 @@ impl Inbox {
         self.twins = self.pending.iter().filter(unhandled).map(|entry| entry.id).collect();
     }
 
-    /// Skips messages that the application gave back and that will not be sent again. They do not count as handled,
-    /// because after a failover they may be received at another position.
-    fn give_up_refused(&mut self, to: Seq, why: SkipReason, events: &mut Vec<Event>) {
+    /// Marks messages as withdrawn that the server skips while it sends again: those between the last position that it
+    /// sent again and `to`, and those that the application gave back.
+    fn withdraw(&mut self, to: Seq, why: SkipReason) {
+        // A position that is not above the last one begins the sending anew.
+        let from = if self.resent < to { self.resent } else { Seq(0) };
+        self.resent = to;
         for entry in self.pending.iter_mut().take_while(|entry| entry.seq <= to) {
-            if matches!(entry.state, State::Refused) {
+            if entry.seq > from || matches!(entry.state, State::Refused) {
+                entry.withdrawn.get_or_insert(why);
+            }
+        }
+    }
+
+    /// Skips messages that the application gave back and that will not be sent again. They do not count as handled,
+    /// because after a failover they may be received at another position. If such a message is also pending there, the
+    /// server will send it again.
+    fn give_up_refused(&mut self, events: &mut Vec<Event>) {
+        let mut given_up = Vec::new();
+        for entry in &mut self.pending {
+            if matches!(entry.state, State::Twin) && given_up.contains(&entry.id) {
+                entry.state = State::Refused;
+            }
+            let evicted = self.gone.filter(|(to, _)| entry.seq <= *to).map(|(_, why)| why);
+            if let (State::Refused, Some(why)) = (&entry.state, entry.withdrawn.or(evicted)) {
+                given_up.push(entry.id);
                 (entry.state, entry.id) = (State::Done, 0);
                 events.push(Event::Skipped { first: entry.seq, last: entry.seq, why });
             }
@@ -342,7 +380,7 @@ impl Inbox {
     /// Returns the next message for the application. Messages stay in order, so that none is returned while an
     /// earlier one that was given back is missing.
     pub fn next_message(&mut self) -> Option<(Ticket, Message)> {
-        let life = self.life;
+        let resets = self.resets;
         let entry = self
             .pending
             .iter_mut()
@@ -352,7 +390,7 @@ impl Inbox {
         }
         match std::mem::replace(&mut entry.state, State::Out) {
             State::Waiting(message) => {
-                Some((Ticket { life, seq: entry.seq, id: entry.id }, message))
+                Some((Ticket { resets, seq: entry.seq, id: entry.id }, message))
             }
             other => {
                 entry.state = other;
@@ -362,8 +400,8 @@ impl Inbox {
     }
 
     /// Records that the application has handled a message, or (`handled` false) gives it back. The order does not
-    /// matter. A message that is given back is sent again, unless it was evicted meanwhile; then an
-    /// [`Event::Skipped`] names its position.
+    /// matter. A message that is given back is sent again, unless it has expired, was collapsed or was evicted
+    /// meanwhile; then an [`Event::Skipped`] names its position.
     pub fn finished(&mut self, ticket: Ticket, handled: bool, events: &mut Vec<Event>) {
         let comes_again = self.twins.remove(&ticket.id);
         if handled {
@@ -373,7 +411,7 @@ impl Inbox {
             }
         }
         let state = if handled { State::Done } else { State::Refused };
-        if ticket.life == self.life {
+        if ticket.resets == self.resets {
             if let Some(entry) = self.entry(ticket.seq) {
                 entry.state = state;
             }
@@ -391,10 +429,11 @@ impl Inbox {
                 None => {}
             }
         }
-        if let (false, Some((to, why))) = (handled, self.gone) {
-            self.give_up_refused(to, why, events);
+        if handled {
+            self.settle();
+        } else {
+            self.give_up_refused(events);
         }
-        self.settle();
     }
 
     /// Takes the ack that is due, if there is one. Each is returned once.
@@ -436,6 +475,11 @@ impl Inbox {
             self.pending.pop_front();
         }
     }
+}
+
+/// Refuses a position that could overflow when it is incremented.
+fn check_range(seq: Seq) -> Result<(), Violation> {
+    if seq.0 <= WIRE_NUMBER_MAX { Ok(()) } else { Err(Violation::OutOfRange(seq)) }
 }
 
 impl Standing {

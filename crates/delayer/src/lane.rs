@@ -82,7 +82,7 @@ impl Lanes {
     async fn poll(&self, lane: usize, pulse: &Mutex<Pulse>, pages: &mut JoinSet<()>) -> Polled {
         let shards = self.shards_of(lane);
         // Without a dispatcher, a claim would only be given back.
-        if shards.is_empty() || !self.pool.any_available().await {
+        if shards.is_empty() || !self.pool.any_available() {
             pulse.lock().polled = Instant::now();
             return Polled::None;
         }

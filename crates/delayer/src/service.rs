@@ -94,7 +94,7 @@ impl Service {
             }
         }
         let claims = || u64::try_from(self.lanes.metrics.claims.get()).unwrap_or(0);
-        self.tasks.drained(&self.context, "claims", claims).await
+        self.tasks.drained("claims", claims).await
     }
 
     fn schedule(&self) -> Schedule {
@@ -107,7 +107,7 @@ impl Service {
             Some(why) => self.conditions.redis.failing(why),
             None => self.conditions.redis.ready(),
         }
-        if self.lanes.pool.any_available().await {
+        if self.lanes.pool.any_available() {
             self.conditions.dispatchers.ready();
         } else {
             self.conditions.dispatchers.failing("no dispatcher can be reached");

@@ -139,12 +139,6 @@ impl Nodes {
         })
     }
 
-    /// Whether this incarnation is the node's current one.
-    pub fn knows(&self, session: &SessionRef) -> bool {
-        let table = self.table.read();
-        table.get(&session.node).is_some_and(|node| node.incarnation == session.incarnation)
-    }
-
     /// How long the incarnation in a session's route has been over; `None`: it is not, or that is unknown.
     pub fn void_since(&self, session: &SessionRef) -> Option<Duration> {
         (self.void_since)(&session.node, session.incarnation)

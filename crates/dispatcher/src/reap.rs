@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use barid_core::{DeviceId, SessionRef};
 use barid_mailbox::{DisconnectRequest, Error, UserKey};
+use barid_runtime::Spawner;
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::config::ReapConfig;
 use crate::metrics::Metrics;
 use crate::resolve::Routes;
 
@@ -30,22 +32,22 @@ pub struct Reaper {
 }
 
 impl Reaper {
-    /// Starts the reaper. It ends with the last clone. Up to `queue_max` routes are queued, and `concurrency` are
-    /// removed at a time.
+    /// Starts the reaper in `tasks`.
     pub fn start<R: Routes>(
         routes: Arc<R>,
-        queue_max: usize,
-        concurrency: usize,
+        config: &ReapConfig,
         metrics: Metrics,
+        tasks: &Spawner,
     ) -> Self {
-        let (queue, mut queued) = mpsc::channel::<Void>(queue_max);
-        let places = Arc::new(Semaphore::new(concurrency));
+        let (queue, mut queued) = mpsc::channel::<Void>(config.queue_max);
+        let places = Arc::new(Semaphore::new(config.concurrency));
         let counts = metrics.clone();
-        tokio::spawn(async move {
+        let spawner = tasks.clone();
+        tasks.spawn_finite("the reaper", async move {
             while let Some(void) = queued.recv().await {
                 let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
                 let (routes, counts) = (Arc::clone(&routes), counts.clone());
-                tokio::spawn(async move {
+                spawner.spawn_finite("a removal of a route", async move {
                     let outcome = match remove(&*routes, void).await {
                         Ok(true) => "removed",
                         Ok(false) => "unknown",

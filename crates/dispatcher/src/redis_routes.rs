@@ -41,12 +41,12 @@ impl Routes for RedisRoutes {
     }
 }
 
-/// Forwards Redis's reports of changes to L1. `told` is called with whether all shards are tracked. Ends when all other
+/// Forwards Redis's reports of changes to L1. `report` is called with whether all shards are tracked. Ends when all other
 /// clones of `tracked` are dropped.
 pub async fn follow_tracking(
     tracked: TrackedRoutes,
     resolver: Resolver<RedisRoutes>,
-    mut told: impl FnMut(bool),
+    mut report: impl FnMut(bool),
 ) {
     // The resolver holds `tracked`: a strong reference here would keep both alive for ever.
     let listener = resolver.downgrade();
@@ -61,7 +61,7 @@ pub async fn follow_tracking(
     let mut tracking = tracked.tracking();
     loop {
         let now = *tracking.borrow_and_update();
-        told(now);
+        report(now);
         if tracking.changed().await.is_err() {
             return;
         }

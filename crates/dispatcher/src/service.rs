@@ -7,7 +7,7 @@ use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
-use barid_runtime::{Condition, Context, Stopped, Tasks, Tracer};
+use barid_runtime::{Condition, Context, Spawner, Stopped, Tasks, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use tokio::net::TcpListener;
@@ -62,7 +62,7 @@ impl Service {
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
         let tasks = Tasks::new(&context);
         tracked.report_to(tracking.clone());
-        let told = {
+        let report = {
             let metrics = metrics.clone();
             move |now: bool| {
                 metrics.tracking.set(now.into());
@@ -72,12 +72,12 @@ impl Service {
                 }
             }
         };
-        let following = follow_tracking(tracked, resolver.clone(), told);
+        let following = follow_tracking(tracked, resolver.clone(), report);
         tasks.spawn("the route tracking", following);
         tasks.spawn("the Redis probe", watch_redis(mailbox.clone(), redis.clone()));
         tasks.spawn("the cache metrics", count_entries(resolver.clone(), metrics.clone()));
         let (delivery, table) =
-            assemble(&config, &mailbox, resolver, metrics, context.tracer.clone());
+            assemble(&config, &mailbox, resolver, metrics, context.tracer.clone(), &tasks.spawner());
         let nodes = Arc::clone(&delivery.nodes);
         tasks.spawn("the node table", follow_nodes(table, Arc::clone(&nodes)));
         let batches = BatchService::new(Arc::new(delivery), config.window_batches);
@@ -149,10 +149,9 @@ fn assemble(
     resolver: Resolver<RedisRoutes>,
     metrics: Metrics,
     tracer: Tracer,
+    tasks: &Spawner,
 ) -> (Delivery<RedisRoutes>, NodeTable) {
-    let reap = &config.reap;
-    let reaper =
-        Reaper::start(resolver.routes(), reap.queue_max, reap.concurrency, metrics.clone());
+    let reaper = Reaper::start(resolver.routes(), &config.reap, metrics.clone(), tasks);
     let refresh = Duration::from_millis(config.nodes_refresh_ms);
     let table = NodeTable::watch(mailbox, NodeRole::Access, refresh);
     let void_since = {

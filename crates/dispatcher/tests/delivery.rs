@@ -12,6 +12,7 @@ use barid_core::{
     AppId, Attempt, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard, ShardCount,
     UserId,
 };
+use barid_dispatcher::ReapConfig;
 use barid_dispatcher::deliver::{Delivery, void_of};
 use barid_dispatcher::grpc::BatchService;
 use barid_dispatcher::metrics::Metrics;
@@ -20,7 +21,7 @@ use barid_dispatcher::reap::Reaper;
 use barid_dispatcher::resolve::{Limits, Resolver, Routes};
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use barid_mesh::LinkConfig;
-use barid_runtime::Tracer;
+use barid_runtime::{Context, Tasks, Tracer};
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice, Unreachable};
 use parking_lot::Mutex;
@@ -69,6 +70,7 @@ struct Cluster {
     metrics: Metrics,
     batches: BatchService<InMemory>,
     address: String,
+    _tasks: Tasks,
 }
 
 fn user(name: &str) -> UserKey {
@@ -90,7 +92,10 @@ impl Cluster {
             away: Duration::from_millis(100),
         };
         let resolver = Resolver::new(Arc::clone(&routes), limits, metrics.clone());
-        let reaper = Reaper::start(Arc::clone(&routes), 64, 4, metrics.clone());
+        let tasks = Tasks::new(&Context::new());
+        let reap = ReapConfig { queue_max: 64, concurrency: 4 };
+        let reaper =
+            Reaper::start(Arc::clone(&routes), &reap, metrics.clone(), &tasks.spawner());
         let on_gone = {
             let (resolver, reaper) = (resolver.clone(), reaper.clone());
             Arc::new(move |node: &NodeId, incarnation, gone: Gone| {
@@ -119,7 +124,7 @@ impl Cluster {
             let incoming = TcpListenerStream::new(listener);
             Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
         });
-        Self { routes, nodes, resolver, metrics, batches, address }
+        Self { routes, nodes, resolver, metrics, batches, address, _tasks: tasks }
     }
 
     async fn follow(&self, nodes: &[(&str, u64, &FakeNode)]) {

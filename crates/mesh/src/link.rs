@@ -166,11 +166,6 @@ impl<P: Protocol> Link<P> {
         *self.shared.state.borrow()
     }
 
-    /// A watch of the state.
-    pub fn states(&self) -> watch::Receiver<LinkState> {
-        self.shared.state.subscribe()
-    }
-
     /// Number of items that are queued or unanswered.
     pub fn pending(&self) -> usize {
         self.shared.pending.load(Ordering::SeqCst)

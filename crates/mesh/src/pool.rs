@@ -151,7 +151,7 @@ impl DispatchPool {
     }
 
     /// Whether a dispatcher is available; for readiness.
-    pub async fn any_available(&self) -> bool {
+    pub fn any_available(&self) -> bool {
         self.inner.members().iter().any(|member| member.link.state() == LinkState::Up)
     }
 

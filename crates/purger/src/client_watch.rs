@@ -13,7 +13,8 @@ const SILENT_MAX: Duration = Duration::from_secs(60);
 /// Time between two trials of a new client.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// Watches the outcomes of the client's requests.
+/// Watches the outcomes of the client's requests. A request to the controller alone may fail for long while the client
+/// works, so records and commits count as answers, too.
 #[derive(Default)]
 pub struct ClientWatch {
     silent_since: Option<Instant>,
@@ -39,15 +40,10 @@ impl ClientWatch {
         if silent < SILENT_MAX {
             return None;
         }
-        let Some(trial) = &mut self.trial else {
-            if self.tried.is_none_or(|tried| tried + RETRY <= now) {
-                (self.tried, self.trial) = (Some(now), Some(ask()));
-            }
-            return None;
-        };
-        let answer = trial.answer()?;
-        self.trial = None;
-        answer.is_ok().then_some(silent)
+        if self.trial.is_none() && self.tried.is_none_or(|tried| tried + RETRY <= now) {
+            (self.tried, self.trial) = (Some(now), Some(ask()));
+        }
+        Errand::take(&mut self.trial)?.is_ok().then_some(silent)
     }
 }
 

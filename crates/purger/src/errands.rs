@@ -28,13 +28,11 @@ impl<T: Send + 'static> Errand<T> {
         }))
     }
 
-    /// The answer, if it has arrived. Do not call this again after it has returned one.
-    pub fn answer(&mut self) -> Option<Result<T, Error>> {
-        if !self.0.is_finished() {
-            return None;
-        }
+    /// Takes the errand out of its slot if it is answered, and returns the answer.
+    pub fn take(slot: &mut Option<Self>) -> Option<Result<T, Error>> {
+        let errand = slot.take_if(|errand| errand.0.is_finished())?;
         let gone = || Error::Away("a task ended early".into());
-        (&mut self.0).now_or_never().map(|answer| answer.unwrap_or_else(|_| Err(gone())))
+        errand.0.now_or_never().map(|answer| answer.unwrap_or_else(|_| Err(gone())))
     }
 }
 
@@ -42,7 +40,7 @@ impl<T: Send + 'static> Errand<T> {
 struct Sent<T> {
     assignment: u64,
     about: i64,
-    errand: Errand<T>,
+    errand: Option<Errand<T>>,
     /// When to repeat the request, after an error.
     pause: Option<Instant>,
 }
@@ -72,7 +70,7 @@ impl<T: Send + 'static> ByPartition<T> {
                     return None;
                 }
             } else {
-                match sent.errand.answer()? {
+                match Errand::take(&mut sent.errand)? {
                     Ok(answer) if (sent.assignment, sent.about) == (assignment, about) => {
                         self.0.remove(partition);
                         return Some(answer);
@@ -87,7 +85,7 @@ impl<T: Send + 'static> ByPartition<T> {
                 }
             }
         }
-        let errand = Errand::new(ask(), Arc::clone(bell));
+        let errand = Some(Errand::new(ask(), Arc::clone(bell)));
         self.0.insert(partition.clone(), Sent { assignment, about, errand, pause: None });
         None
     }

@@ -167,8 +167,8 @@ pub struct Flight {
 
 /// A record's timestamp, ms since the Unix epoch; 0: absent or implausible.
 pub fn produced_at_ms(record: &Record) -> u64 {
-    let told = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok());
-    told.filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0)
+    let timestamp = record.timestamp_ms.and_then(|ms| u64::try_from(ms).ok());
+    timestamp.filter(|ms| *ms <= TIME_MS_MAX).unwrap_or(0)
 }
 
 impl Flight {

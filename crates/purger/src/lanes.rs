@@ -53,8 +53,7 @@ impl<M: Mailboxes> Lanes<M> {
     /// Starts lanes for new masters. The lanes of removed masters stay, and are reused for masters that are added
     /// later.
     fn add_missing(&mut self) {
-        let masters = self.shared.mailboxes.lanes().max(1);
-        while self.queues.len() < masters * self.shared.window.calls_per_lane {
+        while !self.has_all_lanes() {
             let queue: Arc<Queue> = Arc::default();
             let lane = Lane::new(self.shared.clone(), Arc::clone(&queue));
             self.shared.outbox.tasks.spawn("a lane to Redis", lane.run());
@@ -62,11 +61,18 @@ impl<M: Mailboxes> Lanes<M> {
         }
     }
 
+    /// Whether there are lanes for all masters.
+    fn has_all_lanes(&self) -> bool {
+        let masters = self.shared.mailboxes.lanes().max(1);
+        self.queues.len() >= masters * self.shared.window.calls_per_lane
+    }
+
     /// Moves shards whose master has changed to the lanes of the new one. A shard whose last move is not complete is
     /// moved by a later call.
     pub fn follow_masters(&mut self) {
         let shards = self.shared.mailboxes.shards();
-        let all_known = self.shared.mailboxes.lanes() <= self.groups.len();
+        // `groups` may be longer: it names masters that were numbered since the lanes were counted.
+        let all_known = self.has_all_lanes();
         if all_known && shards.all().all(|shard| self.place(shard) == self.lane_of(shard)) {
             return;
         }
@@ -157,11 +163,6 @@ impl<M: Mailboxes> Lanes<M> {
         lanes
     }
 
-    /// How many lanes [`Self::ask`] would use for these shards.
-    pub fn count_of(&self, shards: impl Iterator<Item = Shard>) -> usize {
-        shards.map(|shard| self.lane_of(shard)).collect::<HashSet<_>>().len()
-    }
-
     /// Shards whose last call failed.
     pub fn away(&self) -> &Away {
         &self.shared.away
@@ -172,9 +173,9 @@ impl<M: Mailboxes> Lanes<M> {
         &self.shared.mailboxes
     }
 
-    /// The outbox of the lanes.
-    pub fn outbox(&self) -> &Outbox {
-        &self.shared.outbox
+    /// The state that the lanes share.
+    pub fn shared(&self) -> &Shared<M> {
+        &self.shared
     }
 
     /// The sender of the lanes' reports.

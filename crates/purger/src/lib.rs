@@ -4,12 +4,14 @@
 //!
 //! - `service` is the loop, which never waits; `errands` are its requests to Kafka.
 //! - `membership` joins partitions and gives them back; `repairs` reads messages again that shards have forgotten;
-//!   `topics` watches for topics that are missing or were created anew; `readiness` sets the conditions of `/readyz`.
+//!   `topics` watches for topics that are missing or were recreated, and `client_watch` for a client that reaches no
+//!   broker any more; `readiness` sets the conditions of `/readyz`, for which `oldest` finds the oldest record in flight.
 //! - `pipeline` moves records from the log into the lanes, within the `window`; `intake` decodes them; `skips` are the
 //!   records that are left in the log for an unavailable master.
 //! - `partitions`, with the bus's ledger, keeps which offsets may be committed and which are read again.
 //! - `lanes` accept messages and hand them on, with one or several lanes for each Redis master; [`history`] is the
-//!   positions that a lane's shards have confirmed.
+//!   positions that a lane's shards have confirmed; `flight` is a record on its way; `ports` are the interfaces to Redis
+//!   and the dispatchers.
 
 mod client_watch;
 mod config;

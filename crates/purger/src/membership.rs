@@ -38,8 +38,10 @@ struct Joining {
 struct Revocation {
     partitions: Vec<Partition>,
     deadline: Instant,
-    /// The last commit, and the revocation's label: `drained` or `cut`.
-    commit: Option<(Errand<usize>, &'static str)>,
+    /// The last commit, once it has begun.
+    commit: Option<Errand<usize>>,
+    /// The revocation's label: `drained` or `cut`.
+    how: &'static str,
 }
 
 impl Membership {
@@ -64,7 +66,7 @@ impl Membership {
         self.decline(consumer, &partitions);
         partitions.iter().for_each(|partition| pipeline.stop(partition));
         let deadline = Instant::now() + self.drain;
-        self.revocations.push(Revocation { partitions, deadline, commit: None });
+        self.revocations.push(Revocation { partitions, deadline, commit: None, how: "cut" });
     }
 
     /// Gives up partitions that already belong to another member, so that nothing can be committed for them.
@@ -118,16 +120,11 @@ impl Membership {
         pipeline: &mut Pipeline<M>,
     ) -> Option<Result<(), Error>> {
         let joining = self.joining.as_mut()?;
-        let Some(errand) = &mut joining.errand else {
-            if joining.due <= Instant::now() {
-                let plan = consumer.plan(&joining.partitions);
-                joining.errand = Some(Errand::new(plan, consumer.bell()));
-            }
-            return None;
-        };
-        let answer = errand.answer()?;
-        joining.errand = None;
-        let joined = answer.and_then(|mut assigned| {
+        if joining.errand.is_none() && joining.due <= Instant::now() {
+            let plan = consumer.plan(&joining.partitions);
+            joining.errand = Some(Errand::new(plan, consumer.bell()));
+        }
+        let joined = Errand::take(&mut joining.errand)?.and_then(|mut assigned| {
             assigned.retain(|assigned| joining.partitions.contains(&assigned.partition));
             consumer.take_up(&assigned).map(|()| assigned)
         });
@@ -157,22 +154,18 @@ impl Membership {
         let now = Instant::now();
         for at in (0..self.revocations.len()).rev() {
             let revocation = &mut self.revocations[at];
-            let Some((errand, how)) = &mut revocation.commit else {
-                let drained = pipeline.is_drained(&revocation.partitions);
-                if drained || revocation.deadline <= now {
-                    let how = if drained { "drained" } else { "cut" };
-                    let commits = pipeline.partitions.commits_of(&revocation.partitions);
-                    let commit = consumer.commit_and_wait(commits, COMMIT_TIMEOUT);
-                    revocation.commit = Some((Errand::new(commit, consumer.bell()), how));
-                }
-                continue;
-            };
-            let how = *how;
-            let Some(committed) = errand.answer() else { continue };
+            let drained = pipeline.is_drained(&revocation.partitions);
+            if revocation.commit.is_none() && (drained || revocation.deadline <= now) {
+                let commits = pipeline.partitions.commits_of(&revocation.partitions);
+                let commit = consumer.commit_and_wait(commits, COMMIT_TIMEOUT);
+                revocation.commit = Some(Errand::new(commit, consumer.bell()));
+                revocation.how = if drained { "drained" } else { "cut" };
+            }
+            let Some(committed) = Errand::take(&mut revocation.commit) else { continue };
             if let Err(error) = committed {
                 tracing::warn!(%error, "cannot commit revoked partitions: their next owner reads uncommitted records again");
             }
-            let Revocation { partitions, .. } = self.revocations.swap_remove(at);
+            let Revocation { partitions, how, .. } = self.revocations.swap_remove(at);
             tracing::info!(partitions = partitions.len(), how, "partitions given back");
             self.metrics.revoked.with_label_values(&[how]).inc_by(partitions.len() as u64);
             for partition in &partitions {

@@ -45,7 +45,7 @@ pub struct Open {
     /// The partition is being revoked: no further record is taken.
     pub revoking: bool,
     /// The round in which its shards are asked for their positions. No record is taken until they have answered.
-    pub round: Option<Round>,
+    round: Option<Round>,
     repair: Option<Repair>,
     rounds: u64,
     committed: Option<i64>,
@@ -191,12 +191,11 @@ impl Open {
         dropped
     }
 
-    /// The shards to ask now, if a question is due.
-    pub fn questions(&self, shards: ShardCount) -> Option<Vec<Shard>> {
-        matches!(self.round, Some(Round { stage: Stage::Due, .. })).then(|| {
-            let confirmed = self.ledger.confirmed().keys();
-            confirmed.filter_map(|shard| shards.shard(*shard)).collect()
-        })
+    /// The shards to ask now, and the number of the round, if a question is due.
+    pub fn questions(&self, shards: ShardCount) -> Option<(u64, Vec<Shard>)> {
+        let round = self.round.as_ref().filter(|round| matches!(round.stage, Stage::Due))?;
+        let confirmed = self.ledger.confirmed().keys();
+        Some((round.number, confirmed.filter_map(|shard| shards.shard(*shard)).collect()))
     }
 
     /// Records that they were asked: waits for this many answers until the deadline.
@@ -277,13 +276,17 @@ impl Open {
         (settled && over).then(|| repair.shards.iter().map(|(shard, at)| (*shard, *at)).collect())
     }
 
-    /// Starts the round that raises them. Returns its number.
-    pub fn close(&mut self, answers: usize) -> u64 {
+    /// The number of a new round.
+    pub fn next_round(&mut self) -> u64 {
         self.rounds += 1;
-        if let Some(repair) = &mut self.repair {
-            repair.closing = Some((self.rounds, answers));
-        }
         self.rounds
+    }
+
+    /// Records that the shards of a repair were asked to raise their positions: waits for this many answers.
+    pub fn close(&mut self, round: u64, answers: usize) {
+        if let Some(repair) = &mut self.repair {
+            repair.closing = Some((round, answers));
+        }
     }
 
     /// Shards under repair.
@@ -426,7 +429,7 @@ impl Partitions {
         (open.assignment.id == assignment.id).then_some(open)
     }
 
-    /// Compares the topics' ids with those at assignment. A topic with another id was created anew: its log starts at
+    /// Compares the topics' ids with those at assignment. A topic with another id was recreated: its log starts at
     /// 0, and has its own positions. An absent id proves nothing. Returns the number of such partitions, and the
     /// stalled flights.
     pub fn compare(&mut self, ids: &HashMap<String, String>) -> (usize, Vec<Arc<Flight>>) {
@@ -656,12 +659,14 @@ mod tests {
         finish(&mut partitions, 65..91);
         let open = partitions.get_mut(&partition()).unwrap();
         assert_eq!(open.closing(), Some(vec![(shard(), must)]));
-        let round = open.close(1);
+        let round = open.next_round();
+        open.close(round, 1);
         assert_eq!(open.closing(), None, "it is under way");
         partitions.answered(&answer(&partitions, round, &[]));
         let open = partitions.get_mut(&partition()).unwrap();
         assert_eq!(open.closing(), Some(vec![(shard(), must)]), "its master was away");
-        let round = open.close(1);
+        let round = open.next_round();
+        open.close(round, 1);
         partitions.answered(&answer(&partitions, round, &[shard()]));
         assert_eq!(partitions.get(&partition()).unwrap().repairing(), 0);
     }

@@ -198,9 +198,9 @@ impl<M: Mailboxes> Pipeline<M> {
         // Messages are left in the log only while other shards can be served.
         let some_serve = self.lanes.some_serve();
         let much = self.window.is_half_full(priority);
-        let skips = self.left_out.of(partition, reading);
+        let skips = self.left_out.known(partition, reading);
         let leaves = |parcel: &Parcel| {
-            skips.blocks(parcel.shard)
+            skips.as_ref().is_some_and(|skips| skips.blocks(parcel.shard))
                 || (some_serve
                     && (much || self.lanes.is_laden(parcel.shard))
                     && self.lanes.away().is_failing(parcel.shard))
@@ -293,7 +293,7 @@ impl<M: Mailboxes> Pipeline<M> {
         }
     }
 
-    /// Compares the topics' ids with those at assignment; partitions of a topic that was created anew are read
+    /// Compares the topics' ids with those at assignment; partitions of a topic that was recreated are read
     /// from its start. Returns how many there are.
     pub fn compare_topics(&mut self, ids: &HashMap<String, String>) -> usize {
         let (recreated, dropped) = self.partitions.compare(ids);

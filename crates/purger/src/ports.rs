@@ -83,7 +83,7 @@ pub trait Handoff: Clone + Send + Sync + 'static {
     /// Pushes a message; waits for room for a bounded time.
     fn push(&self, shard: Shard, push: Push) -> impl Future<Output = ()> + Send;
     /// Whether a dispatcher is available.
-    fn any_available(&self) -> impl Future<Output = bool> + Send;
+    fn any_available(&self) -> bool;
     /// Waits until all pushes are answered. Returns how many are not at the deadline.
     fn flush(&self, deadline: Instant) -> impl Future<Output = usize> + Send;
 }
@@ -95,8 +95,8 @@ impl Handoff for DispatchPool {
     async fn push(&self, shard: Shard, push: Push) {
         Self::push(self, shard, push).await;
     }
-    async fn any_available(&self) -> bool {
-        Self::any_available(self).await
+    fn any_available(&self) -> bool {
+        Self::any_available(self)
     }
     async fn flush(&self, deadline: Instant) -> usize {
         Self::flush(self, deadline).await

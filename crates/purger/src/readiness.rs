@@ -154,22 +154,15 @@ impl Readiness {
         }
     }
 
-    /// Handles the answer to the last ping of Redis and the dispatchers, and sends the next.
-    pub fn watch_redis<M: Mailboxes, H: Handoff>(
-        &mut self,
-        mailboxes: &M,
-        handoff: &H,
-        away: &Away,
-        now: Instant,
-    ) {
+    /// Handles the answer to the last ping of Redis, and sends the next.
+    pub fn watch_redis<M: Mailboxes>(&mut self, mailboxes: &M, away: &Away, now: Instant) {
         let shards_away = away.count();
         if shards_away > 0 {
             self.redis.failing(format!("{shards_away} shards wait: {}", away.reason()));
         }
         if self.pong.is_none() && self.ping <= now {
             self.ping = now + PING;
-            self.pong =
-                Some(tokio::spawn(ping(mailboxes.clone(), handoff.clone(), self.metrics.clone())));
+            self.pong = Some(tokio::spawn(ping(mailboxes.clone())));
         }
         let Some(pong) = self.pong.take_if(|pong| pong.is_finished()) else { return };
         match pong.now_or_never() {
@@ -180,13 +173,8 @@ impl Readiness {
     }
 }
 
-/// Checks the dispatchers, and pings Redis. Returns why Redis does not answer.
-async fn ping<M: Mailboxes, H: Handoff>(
-    mailboxes: M,
-    handoff: H,
-    metrics: Metrics,
-) -> Option<String> {
-    metrics.dispatchers.set(i64::from(handoff.any_available().await));
+/// Pings Redis. Returns why it does not answer.
+async fn ping<M: Mailboxes>(mailboxes: M) -> Option<String> {
     match timeout(PING_TIMEOUT, mailboxes.ping()).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(error.to_string()),

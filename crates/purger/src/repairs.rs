@@ -52,13 +52,9 @@ impl Repairs {
             if !open.must_rewind(now) {
                 continue;
             }
-            let redis = open.forgetful().and_then(|shard| lanes.mailboxes().redis_time(shard));
+            let now_ms = lanes.shared().now_ms(open.forgetful(), now);
             let partition = open.assignment.partition.clone();
             let reach = self.reaches.answer(&partition, (open.assignment.id, 0), &bell, || {
-                let now_ms = match redis {
-                    Some(redis) => redis.us(now.into_std()) / 1000,
-                    None => lanes.outbox().clock.now_ms(),
-                };
                 let since_ms = i64::try_from(now_ms.saturating_sub(self.ttl_ms));
                 consumer.reach(&partition, since_ms.unwrap_or(i64::MAX))
             });
@@ -97,8 +93,7 @@ fn ask_shards<M: Mailboxes>(pipeline: &mut Pipeline<M>) {
     let Pipeline { partitions, lanes, .. } = pipeline;
     let shards = lanes.mailboxes().shards();
     for open in partitions.iter_mut() {
-        if let Some(asked) = open.questions(shards) {
-            let round = open.round.as_ref().map_or(0, |round| round.number);
+        if let Some((round, asked)) = open.questions(shards) {
             let asked = asked.into_iter().map(|shard| (shard, None));
             let missing = lanes.ask(&open.assignment, round, asked);
             open.asked(missing, Instant::now() + ANSWER_PATIENCE);
@@ -111,9 +106,10 @@ pub fn close<M: Mailboxes>(pipeline: &mut Pipeline<M>) {
     let Pipeline { partitions, lanes, .. } = pipeline;
     for open in partitions.iter_mut() {
         let Some(shards) = open.closing() else { continue };
-        let answers = lanes.count_of(shards.iter().map(|(shard, _)| *shard));
-        let round = open.close(answers);
         let shards = shards.into_iter().map(|(shard, at)| (shard, Some(at)));
-        lanes.ask(&open.assignment, round, shards);
+        // The answers arrive through the loop, after this.
+        let round = open.next_round();
+        let missing = lanes.ask(&open.assignment, round, shards);
+        open.close(round, missing);
     }
 }

@@ -37,7 +37,6 @@ const EVENTS_MAX: usize = 1024;
 /// A purger.
 pub struct Service<M, H> {
     config: Config,
-    mailboxes: M,
     handoff: H,
     producer: Producer,
     hand_on: HandOn,
@@ -87,7 +86,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             tasks: tasks.spawner(),
         };
         let shared = Shared {
-            mailboxes: mailboxes.clone(),
+            mailboxes,
             outbox,
             events: lane_events,
             window: config.window.clone(),
@@ -111,7 +110,6 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             commit_due: now,
             committing: false,
             config,
-            mailboxes,
             handoff,
             producer,
             hand_on,
@@ -130,6 +128,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         while !shutdown.is_draining() {
             self.turn(&mut consumer)?;
             if self.pipeline.fill(&mut consumer) > 0 {
+                self.client.answered();
                 // Lets the lanes run.
                 tokio::task::yield_now().await;
                 continue;
@@ -160,7 +159,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.commit(consumer, now);
         self.look(consumer, now);
         self.watch_topics(consumer, now);
-        let ask = || Errand::new(barid_bus::broker_answers(&self.config.kafka), consumer.bell());
+        let ask = || Errand::new(barid_bus::describe_topics_anew(&self.config.kafka), consumer.bell());
         self.client.broken(now, ask).map_or(Ok(()), |silent| Err(Error::BrokenClient(silent)))
     }
 
@@ -221,6 +220,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.committing = false;
         match result {
             Ok(left_out) => {
+                self.client.answered();
                 self.metrics.left_out.inc_by(left_out as u64);
                 self.readiness.commits.ready();
             }
@@ -239,8 +239,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             let partitions = &self.pipeline.partitions;
             self.readiness.update(partitions, finished, consumer, &self.producer, now);
         }
-        let away = self.pipeline.lanes.away();
-        self.readiness.watch_redis(&self.mailboxes, &self.handoff, away, now);
+        let lanes = &self.pipeline.lanes;
+        self.metrics.dispatchers.set(self.handoff.any_available().into());
+        self.readiness.watch_redis(lanes.mailboxes(), lanes.away(), now);
     }
 
     fn watch_topics<S>(&mut self, consumer: &Consumer<S>, now: Instant) {
@@ -252,7 +253,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 self.readiness.kafka.ready();
                 let partitions = self.pipeline.compare_topics(&ids);
                 if partitions > 0 {
-                    tracing::warn!(partitions, "topic was created anew, reading it from its start");
+                    tracing::warn!(partitions, "topic was recreated, reading it from its start");
                 }
             }
             Some(Err(error)) => {
@@ -309,8 +310,9 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let left = deadline.saturating_duration_since(Instant::now());
         let leaving = consumer.finish(left.max(Duration::from_millis(500)));
         let handoff = self.handoff.clone();
-        let closing = self.close(deadline);
-        let (done, unhanded, ()) = tokio::join!(leaving, handoff.flush(deadline), closing);
+        let (done, ()) = tokio::join!(leaving, self.close(deadline));
+        // The lanes and the hand-on have ended, so no further pushes are queued.
+        let unhanded = handoff.flush(deadline).await;
         if done == Done::Abandoned {
             tracing::warn!("left the group without waiting for its answer");
         }

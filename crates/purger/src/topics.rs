@@ -1,4 +1,4 @@
-//! Requests for the topics' ids, which show that a topic was created anew and that a broker answers, and for topics
+//! Requests for the topics' ids, which show that a topic was recreated and that a broker answers, and for topics
 //! that do not exist.
 
 use std::collections::HashMap;
@@ -43,16 +43,12 @@ impl TopicWatch {
 
     /// The topics' ids by name; each answer is returned once.
     pub fn ids(&mut self) -> Option<Result<HashMap<String, String>, Error>> {
-        let answer = self.ids.as_mut()?.answer()?;
-        self.ids = None;
-        Some(answer)
+        Errand::take(&mut self.ids)
     }
 
     /// The topics that do not exist; each answer is returned once.
     pub fn missing(&mut self) -> Option<Result<Vec<String>, Error>> {
-        let answer = self.missing.as_mut()?.answer()?;
-        self.missing = None;
-        Some(answer)
+        Errand::take(&mut self.missing)
     }
 }
 

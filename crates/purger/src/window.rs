@@ -90,14 +90,15 @@ impl Window {
         self.used[priority].records
     }
 
-    /// Their bytes.
+    /// Bytes of the records in flight.
     pub fn bytes(&self, priority: usize) -> usize {
         self.used[priority].bytes
     }
 
-    /// Whether the bound of records is reached.
+    /// Whether a bound is reached.
     pub fn is_full(&self, priority: usize) -> bool {
-        self.used[priority].records >= self.records_max
+        let used = &self.used[priority];
+        used.records >= self.records_max || used.bytes >= self.bytes_max
     }
 
     /// Whether half of the bytes are in use.

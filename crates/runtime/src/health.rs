@@ -160,7 +160,10 @@ impl Condition {
 
     /// Removes the condition, when the code that renews it ends as planned.
     pub fn retire(&self) {
-        self.health.0.conditions.lock().remove(self.name);
+        let mut conditions = self.health.0.conditions.lock();
+        conditions.remove(self.name);
+        // Under the lock, because collecting the metrics sets the label again. Fails if it was never collected.
+        let _ = self.health.0.metric.remove_label_values(&[self.name]);
     }
 
     /// Sets the condition to hold, and renews it.

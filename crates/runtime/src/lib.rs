@@ -52,7 +52,7 @@ pub trait Role: Sized + Send + 'static {
     /// Its configuration; an empty file means `Config::default()`.
     type Config: DeserializeOwned + Serialize + Default + HasCommon + Bounded + Send + 'static;
 
-    /// Checks relations between settings. Called before anything starts.
+    /// Checks the configuration. It may read files that the configuration names. Called before anything starts.
     ///
     /// # Errors
     /// Returns what is wrong, with the keys.

@@ -9,8 +9,7 @@ use barid_core::pem::{self, CertificateDer, PrivateKeyDer};
 pub struct PemFile {
     key: &'static str,
     path: PathBuf,
-    /// The file's contents.
-    pub bytes: Vec<u8>,
+    bytes: Vec<u8>,
 }
 
 impl PemFile {

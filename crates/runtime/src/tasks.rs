@@ -28,7 +28,7 @@ pub struct Spawner {
 }
 
 impl Tasks {
-    /// No tasks yet. Adds the condition `tasks`, which holds until one of them ends early.
+    /// Creates an empty set, and adds the condition `tasks`, which fails when a task ends early.
     pub fn new(context: &Context) -> Self {
         let running = Arc::default();
         let spawner = Spawner {
@@ -44,7 +44,7 @@ impl Tasks {
         self.spawner.spawn(name, task);
     }
 
-    /// Starts tasks later, and from elsewhere.
+    /// A handle with which tasks are started later.
     pub fn spawner(&self) -> Spawner {
         self.spawner.clone()
     }
@@ -57,11 +57,10 @@ impl Tasks {
     /// Waits for [`Self::finished`] until the deadline of draining. What is cut off then is `count` of `what`.
     pub async fn drained(
         &self,
-        context: &Context,
         what: &str,
         count: impl FnOnce() -> u64,
     ) -> Stopped {
-        let deadline = context.shutdown.deadline().unwrap_or_else(tokio::time::Instant::now);
+        let deadline = self.spawner.shutdown.deadline().unwrap_or_else(tokio::time::Instant::now);
         tokio::select! {
             () = self.finished() => Stopped::Clean,
             () = sleep_until(deadline) => Stopped::Cut { what: what.into(), count: count() },
@@ -70,8 +69,10 @@ impl Tasks {
 
     /// Aborts all tasks, and waits until they have ended.
     pub async fn shutdown(self) {
-        self.running.lock().abort_all();
-        self.finished().await;
+        let mut running = std::mem::take(&mut *self.running.lock());
+        // A task that is just being polled starts no further ones.
+        drop(self);
+        running.shutdown().await;
     }
 }
 
@@ -169,9 +170,9 @@ mod tests {
         tasks.spawn("a lane", tokio::time::sleep(Duration::from_secs(2)));
         context.shutdown.begin(Duration::from_secs(1));
         let cut = Stopped::Cut { what: "claims".into(), count: 7 };
-        assert_eq!(tasks.drained(&context, "claims", || 7).await, cut);
+        assert_eq!(tasks.drained("claims", || 7).await, cut);
         let context = Context::new();
         context.shutdown.begin(Duration::from_secs(5));
-        assert_eq!(tasks.drained(&context, "claims", || 7).await, Stopped::Clean);
+        assert_eq!(tasks.drained("claims", || 7).await, Stopped::Clean);
     }
 }

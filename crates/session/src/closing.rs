@@ -1,13 +1,10 @@
 //! The end of a session: what remains to be stored in the mailbox.
 
 use crate::effect::{AckPoint, Close};
-use crate::identity::Identity;
 
 /// A session that has ended. Its socket may be closed already.
 #[derive(Debug)]
 pub struct Closing {
-    /// The session's identity.
-    pub identity: Identity,
     /// The last acknowledgement, if it is not stored yet.
     pub ack: Option<AckPoint>,
     /// The close; `None` if the device closed the connection.

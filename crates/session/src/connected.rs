@@ -152,11 +152,6 @@ impl Connected {
         }
     }
 
-    /// Whether everything is acknowledged and no page is being read.
-    pub fn is_settled(&self) -> bool {
-        self.window.is_empty() && !self.reading && !self.acking && !self.ack_wanted
-    }
-
     /// Handles a pushed entry.
     pub fn push(
         &mut self,
@@ -575,7 +570,7 @@ impl Connected {
         let mark = self.window.acked();
         let owed = self.ack_wanted || self.acking;
         let ack = owed.then_some(AckPoint { epoch: self.epoch, generation: self.generation, mark });
-        Closing { identity: self.identity, ack, close }
+        Closing { ack, close }
     }
 
     fn want(&mut self, cause: SyncCause) {

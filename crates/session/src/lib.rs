@@ -1,5 +1,5 @@
 //! The session of a connection as a typestate: [`Unidentified`] → [`Connecting`] → [`Connected`] → [`Closing`]. Pure:
-//! inputs and the time go in, effects come out. It knows no socket, no encoding and no Redis; an access node's
+//! inputs and the time go in, effects come out. It knows no socket, no encoding of frames and no Redis; an access node's
 //! connection does the I/O.
 
 mod closing;
@@ -18,7 +18,7 @@ pub use heartbeat::{Beat, Heartbeat, Seconds};
 pub use identity::{Claims, Identity};
 pub use settings::Settings;
 pub use unidentified::{Connecting, Unidentified};
-pub use window::{PushedAt, Sent};
+pub use window::{PushedAt, Sent, Wanted};
 
 #[cfg(test)]
 mod tests;

@@ -36,9 +36,9 @@ pub struct Wanted {
     pub id: String,
     /// The requested kinds.
     pub receipts: u32,
-    /// The business's data, which receipts return.
+    /// The record's `traceparent`, which receipts return; may be empty.
     pub traceparent: String,
-    /// When it was produced, ms since the Unix epoch; 0: not known.
+    /// When it was produced, ms since the Unix epoch; 0: unknown.
     pub produced_ms: u64,
 }
 

@@ -69,11 +69,6 @@ impl Process {
         output.lines().skip(skip).collect::<Vec<_>>().join("\n")
     }
 
-    /// Whether it is still running.
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
-    }
-
     /// SIGTERM: asks the process to drain and end.
     ///
     /// # Errors

@@ -304,7 +304,7 @@ impl Mailbox {
                     (device.due, device.resends) = (Due::In(RETRY_BASE), 0);
                 }
                 (Some(_), _) if device.seq < newest => (),
-                _ => (device.due, device.resends) = (Due::Never, 0),
+                _ => (device.due, device.resends, device.defers) = (Due::Never, 0, 0),
             }
         }
         due

@@ -127,8 +127,8 @@ async fn connect(
             {
                 other.close(Close::new(CloseCode::Replaced, text));
             }
-        } else {
-            node.peers.close(handle.user(), handle.device(), replaced);
+        } else if !node.peers.close(handle.user(), handle.device(), replaced) {
+            node.metrics.limit(Limit::PeerCloses);
         }
     }
     Ok(session)

@@ -45,7 +45,7 @@ impl Refused {
 }
 
 impl Listener {
-    /// Joins a new session to its app's audience. `groups` are those that its token lists.
+    /// Joins a new session to its app's audience. `allowed` are the groups that its token lists.
     pub fn new(fanout: &Fanout, handle: &Arc<Handle>, allowed: Vec<GroupId>) -> Self {
         let mut listener = Self { everyone: fanout.join(handle), groups: None };
         listener.set_allowed(allowed);
@@ -83,14 +83,13 @@ impl Listener {
         Ok(())
     }
 
-    /// Ends the subscription to a group. Returns whether there was one.
-    pub fn unsubscribe(&mut self, fanout: &Fanout, app: &AppId, group: &GroupId) -> bool {
-        let Some(groups) = &mut self.groups else { return false };
+    /// Ends the subscription to a group, if there is one.
+    pub fn unsubscribe(&mut self, fanout: &Fanout, app: &AppId, group: &GroupId) {
+        let Some(groups) = &mut self.groups else { return };
         let at = groups.subscribed.iter().position(|(name, _)| name == group);
-        let Some(at) = at else { return false };
+        let Some(at) = at else { return };
         let (_, member) = groups.subscribed.swap_remove(at);
         fanout.unsubscribe(app, group, &member);
-        true
     }
 
     /// Replaces the groups of the token. Returns the groups whose subscription this ended.

@@ -166,7 +166,7 @@ impl Cluster {
                 Err(_) => Some("does not end".into()),
             };
             match problem {
-                None => tell(role.name, began, out)?,
+                None => print_drained(role.name, began, out)?,
                 Some(problem) => {
                     exit = ExitCode::from(EXIT_CUT);
                     out.note(format_args!("{}: {problem}", role.name));
@@ -193,7 +193,7 @@ fn serve_admin(usual: AdminConfig, role: &'static str, context: &Context) -> std
         .or_else(|_| admin::serve(&AdminConfig { listen: any, ..usual }, role, context))
 }
 
-/// Why roles are not ready, and whether their streams to other roles are open.
+/// Whether a stream to another role is open; true for roles without such streams.
 fn has_links(context: &Context) -> bool {
     let families = context.metrics.gather();
     let links = families.iter().find(|family| family.name().ends_with("_links_up"));
@@ -210,7 +210,7 @@ fn missing(contexts: &[(&str, Context)]) -> String {
     if reasons.is_empty() { "a role does not listen".into() } else { reasons.join("; ") }
 }
 
-fn tell(role: &str, began: Instant, out: Output) -> anyhow::Result<()> {
+fn print_drained(role: &str, began: Instant, out: Output) -> anyhow::Result<()> {
     let elapsed_ms = began.elapsed().as_millis() as u64;
     let drained = Drained { event: "drained", role, elapsed_ms };
     out.either(&drained, || {

@@ -84,7 +84,7 @@ impl Demo<'_> {
         self.heading("A push to a device that is online")?;
         let began = Instant::now();
         let (mut phone, position) = self.connect().await?;
-        self.tell(
+        self.print_step(
             "online",
             "connected",
             began,
@@ -109,7 +109,7 @@ impl Demo<'_> {
         sleep(AWAY.saturating_sub(push.began.elapsed())).await;
         let (mut phone, position) = self.connect().await?;
         let back = format!("{USER}'s {DEVICE} is back, behind #{}", position.seq);
-        self.tell(push.case, "connected", push.began, &back)?;
+        self.print_step(push.case, "connected", push.began, &back)?;
         self.follow(&push, &mut phone, &["received", "acked"]).await?;
         phone.client.shutdown().await;
         match self.kept().await? {
@@ -164,7 +164,7 @@ impl Demo<'_> {
             .send(topic, USER.as_bytes(), value, &headers)
             .await
             .context("cannot produce to Kafka")?;
-        self.tell(case, "produced", push.began, &format!("{} to Kafka topic {topic}", push.id))?;
+        self.print_step(case, "produced", push.began, &format!("{} to Kafka topic {topic}", push.id))?;
         Ok(push)
     }
 
@@ -207,7 +207,7 @@ impl Demo<'_> {
                 }
                 _ => bail!("unexpected receipt: {} {}", kind.word(), receipt.reason),
             };
-            self.tell(push.case, kind.word(), push.began, &detail)?;
+            self.print_step(push.case, kind.word(), push.began, &detail)?;
             return Ok(kind.word());
         }
     }
@@ -224,7 +224,7 @@ impl Demo<'_> {
                     bail!("the device received a body that differs from what was sent");
                 }
                 let detail = format!("#{} \"{}\"", delivery.message.seq, clean(push.text));
-                self.tell(push.case, "received", push.began, &detail)?;
+                self.print_step(push.case, "received", push.began, &detail)?;
             }
             delivery.ack.ack();
             if is_it {
@@ -246,7 +246,7 @@ impl Demo<'_> {
         Ok(())
     }
 
-    fn tell(&self, case: &str, step: &str, began: Instant, detail: &str) -> anyhow::Result<()> {
+    fn print_step(&self, case: &str, step: &str, began: Instant, detail: &str) -> anyhow::Result<()> {
         let elapsed_ms = (began.elapsed().as_secs_f64() * 1e4).round() / 10.0;
         let object = Step { event: "demo", case, step, elapsed_ms, detail };
         self.out.either(&object, || {

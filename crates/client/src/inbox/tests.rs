@@ -282,6 +282,80 @@ fn a_refused_message_that_expires_is_skipped() {
 }
 
 #[test]
+fn a_message_that_expires_with_the_application_and_is_given_back_holds_up_nothing() {
+    let mut device = Device::welcomed();
+    for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
+        device.deliver(G, seq, id);
+    }
+    let (a, b) = (device.take(), device.take());
+    // The server sends again: a, and not b, which has expired.
+    device.deliver(G, 1, "a");
+    device.skip(2, 5);
+    device.finished(b, false);
+    let (first, last) = (Seq(2), Seq(2));
+    let skipped = Event::Skipped { first, last, why: SkipReason::Expired };
+    assert_eq!(device.events.last(), Some(&skipped));
+    device.finished(a, false);
+    assert_eq!(device.shown(), None, "a will be sent again");
+    device.deliver(G, 1, "a");
+    assert_eq!(device.handle_all(), ["a", "c"]);
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
+fn a_message_of_a_second_pass_is_withdrawn_only_by_that_pass() {
+    let mut device = Device::welcomed();
+    for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
+        device.deliver(G, seq, id);
+    }
+    let _a = device.take();
+    let b = device.take();
+    for seq in [1, 2] {
+        device.deliver(G, seq, if seq == 1 { "a" } else { "b" });
+    }
+    // The next pass begins with a hole.
+    device.skip(1, 5);
+    device.finished(b, false);
+    assert_eq!(device.shown(), None, "b will be sent again");
+    device.deliver(G, 2, "b");
+    assert_eq!(device.handle_all(), ["b", "c"]);
+}
+
+#[test]
+fn a_message_given_back_after_its_eviction_is_sent_again_where_it_came_back() {
+    let mut device = Device::welcomed();
+    device.deliver(G, 1, "a");
+    let a = device.take();
+    device.evicted(2);
+    // After a failover, the mailbox has the message once more.
+    device.deliver(G, 3, "a");
+    device.finished(a, false);
+    assert_eq!(device.acked(), Some(2), "it is not handled");
+    device.deliver(G, 3, "a");
+    assert_eq!(device.handle_all(), ["a"]);
+    assert_eq!(device.acked(), Some(3));
+}
+
+#[test]
+fn hazard_61_positions_of_an_inbox_are_bounded() {
+    for seq in [WIRE_NUMBER_MAX + 1, 1 << 63, u64::MAX] {
+        let mut device = Device::welcomed();
+        let refused = Err(Violation::OutOfRange(Seq(seq)));
+        let skip = SkipReason::Expired;
+        let events = &mut device.events;
+        assert_eq!(device.inbox.skip(G, Seq(seq), Chain(1), skip, events), refused);
+        assert_eq!(device.inbox.deliver(G, message(seq, "a"), events), refused);
+        let position = Some(at(7, 1, seq));
+        let checkpoint = Checkpoint { position, ..Default::default() };
+        assert_eq!(Inbox::resume(&checkpoint).position(), None);
+    }
+    let mut device = Device::welcomed();
+    device.skip(WIRE_NUMBER_MAX, 1);
+    let beyond = device.inbox.deliver(G, message(WIRE_NUMBER_MAX + 1, "a"), &mut device.events);
+    assert_eq!(beyond, Err(Violation::OutOfRange(Seq(WIRE_NUMBER_MAX + 1))));
+}
+
+#[test]
 fn a_gap_is_a_violation() {
     let mut device = Device::welcomed();
     let gap = device.inbox.deliver(G, message(2, "b"), &mut device.events);

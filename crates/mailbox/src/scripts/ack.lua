@@ -57,7 +57,6 @@ local function ack_any(key_at, arg_at, stored)
   local due_at = device.due_at
   if device.seq >= mailbox.newest then
     disarm_device(device)
-    device.defers = 0
   elseif has_advanced and due_at > 0 -- it is behind and has a route
     or (is_reset or not is_known)
       and may_arm(routes, name, sub(ARGV[arg_at + 2], session_at), due_at) then

@@ -25,7 +25,7 @@ local function disconnect(key_at, arg_at)
   call('HDEL', routes, name)
   if device then
     disarm_device(device)
-    device.used_at, device.defers = NOW, 0
+    device.used_at = NOW
     save_device(mailbox, device)
     set_timer(timers, member, others)
   end

@@ -175,7 +175,7 @@ pub(crate) mod tests {
 
     impl Handoff for Nobody {
         async fn push(&self, _shard: Shard, _push: Push) {}
-        async fn any_available(&self) -> bool {
+        fn any_available(&self) -> bool {
             false
         }
         async fn flush(&self, _deadline: Instant) -> usize {
@@ -198,7 +198,7 @@ pub(crate) mod tests {
             }
             self.0.lock().push((shard.get(), push.user));
         }
-        async fn any_available(&self) -> bool {
+        fn any_available(&self) -> bool {
             true
         }
         async fn flush(&self, _deadline: Instant) -> usize {

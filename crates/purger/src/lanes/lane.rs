@@ -47,6 +47,17 @@ pub struct Shared<M> {
     pub metrics: Metrics,
 }
 
+impl<M: Mailboxes> Shared<M> {
+    /// Redis's time on a shard, by which messages expire, ms; this machine's if no shard is given or its time is
+    /// unknown.
+    pub fn now_ms(&self, shard: Option<Shard>, now: Instant) -> u64 {
+        match shard.and_then(|shard| self.mailboxes.redis_time(shard)) {
+            Some(redis) => redis.us(now.into_std()) / 1000,
+            None => self.outbox.clock.now_ms(),
+        }
+    }
+}
+
 /// A lane's task.
 pub struct Lane<M> {
     shared: Shared<M>,
@@ -171,7 +182,7 @@ impl<M: Mailboxes> Lane<M> {
                 ended.push(parcel);
             } else if again && self.has_confirmed(&parcel) {
                 had.push(parcel);
-            } else if again && parcel.flight.is_expired(self.now_ms(parcel.shard, now)) {
+            } else if again && parcel.flight.is_expired(self.shared.now_ms(Some(parcel.shard), now)) {
                 expired.push(parcel);
             } else if self.held.get(&parcel.shard).is_some_and(|held| held.blocks(now)) {
                 self.hold(parcel.shard, now).parcels.push_back(parcel);
@@ -183,14 +194,6 @@ impl<M: Mailboxes> Lane<M> {
         self.queue.done(had.len() + expired.len());
         self.shared.outbox.settle_again(had, expired, &self.shared.events).await;
         batch.into_groups()
-    }
-
-    /// Redis's time, by which messages expire, ms; this machine's while Redis's is unknown.
-    fn now_ms(&self, shard: Shard, now: Instant) -> u64 {
-        match self.shared.mailboxes.redis_time(shard) {
-            Some(redis) => redis.us(now.into_std()) / 1000,
-            None => self.shared.outbox.clock.now_ms(),
-        }
     }
 
     /// Removes the held messages of readings that have ended.

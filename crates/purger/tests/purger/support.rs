@@ -37,7 +37,7 @@ impl Handoff for Kept {
     async fn push(&self, _shard: Shard, push: internal::Push) {
         self.0.lock().await.push(push);
     }
-    async fn any_available(&self) -> bool {
+    fn any_available(&self) -> bool {
         true
     }
     async fn flush(&self, _deadline: tokio::time::Instant) -> usize {

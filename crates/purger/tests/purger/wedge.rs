@@ -103,7 +103,7 @@ impl Handoff for Panicking {
     async fn push(&self, _: Shard, _: Push) {
         panic!("as planned");
     }
-    async fn any_available(&self) -> bool {
+    fn any_available(&self) -> bool {
         true
     }
     async fn flush(&self, _: tokio::time::Instant) -> usize {

@@ -1,17 +1,17 @@
 //! Checks that the listeners of a process use different ports.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-/// Checks that no two of these keys have the same address. Port 0 never conflicts.
+/// Checks that no two of these keys have addresses that conflict. Port 0 never conflicts.
 ///
 /// # Errors
-/// Returns the two keys and the address.
+/// Returns the two keys and their addresses.
 pub fn check_apart(listeners: &[(&str, SocketAddr)]) -> Result<(), String> {
     for (at, (key, address)) in listeners.iter().enumerate() {
         let before = listeners[..at].iter().find(|(_, other)| meets(*other, *address));
-        if let Some((other, _)) = before {
+        if let Some((other, taken)) = before {
             return Err(format!(
-                "{other} and {key} are both {address}; write another port for one"
+                "{other} {taken} and {key} {address} use the same port; write another port for one"
             ));
         }
     }
@@ -19,9 +19,10 @@ pub fn check_apart(listeners: &[(&str, SocketAddr)]) -> Result<(), String> {
 }
 
 fn meets(one: SocketAddr, other: SocketAddr) -> bool {
-    let same_ip =
-        one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
-    one.port() != 0 && one.port() == other.port() && same_ip
+    let (a, b) = (one.ip(), other.ip());
+    // Linux binds `::` to IPv4 as well, unless net.ipv6.bindv6only is set.
+    let covers = |a: IpAddr, b: IpAddr| a.is_unspecified() && (a.is_ipv6() || b.is_ipv4());
+    one.port() != 0 && one.port() == other.port() && (a == b || covers(a, b) || covers(b, a))
 }
 
 #[cfg(test)]
@@ -38,6 +39,9 @@ mod tests {
         assert_eq!(check(["127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"]), Ok(()));
         assert_eq!(check(["127.0.0.1:1", "127.0.0.2:1", "[::1]:1"]), Ok(()));
         let told = check(["127.0.0.1:1", "127.0.0.1:2", "0.0.0.0:1"]).unwrap_err();
-        assert_eq!(told, "listen and admin.listen are both 0.0.0.0:1; write another port for one");
+        let both = "listen 127.0.0.1:1 and admin.listen 0.0.0.0:1 use the same port";
+        assert_eq!(told, format!("{both}; write another port for one"));
+        assert_eq!(check(["0.0.0.0:1", "127.0.0.1:2", "[::1]:1"]), Ok(()));
+        assert!(check(["[::]:1", "127.0.0.1:1", "127.0.0.1:3"]).is_err());
     }
 }

@@ -1,4 +1,4 @@
-"""Kafka grows, is created anew, and rebalances."""
+"""Kafka grows, is recreated, and rebalances."""
 
 from ..checker import Expected
 from ..world import World

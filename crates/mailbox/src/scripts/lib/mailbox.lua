@@ -255,7 +255,7 @@ end
 
 -- Removes the device's due time.
 local function disarm_device(device)
-  device.due_at, device.resends = 0, 0
+  device.due_at, device.resends, device.defers = 0, 0, 0
 end
 
 local function parse_route(text)
