@@ -97,9 +97,9 @@ fn audience(order: &KickRequest) -> Result<Audience, Status> {
     let invalid = |error: barid_core::InvalidName| Status::invalid_argument(error.to_string());
     match (everyone, app.as_str(), user.as_str(), device.as_str()) {
         (true, "", "", "") => Ok(Audience::Everyone),
-        (true, ..) => Err(Status::invalid_argument("everyone has no name")),
+        (true, ..) => Err(Status::invalid_argument("everyone excludes app, user and device")),
         (false, app, "", "") => Ok(Audience::App(AppId::new(app).map_err(invalid)?)),
-        (false, _, "", _) => Err(Status::invalid_argument("whose device?")),
+        (false, _, "", _) => Err(Status::invalid_argument("device needs user")),
         (false, app, user, device) => {
             let app = AppId::new(app).map_err(invalid)?;
             let user = UserKey { app, user: UserId::new(user).map_err(invalid)? };

@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-/// Many small, long-lived allocations that come and go in waves: it keeps them dense, and gives back what
-/// a wave leaves (`.cargo/config.toml` says how soon).
+/// Keeps many small, long-lived allocations dense, and returns memory after a peak (`.cargo/config.toml` sets the delay).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -127,7 +127,7 @@ pub async fn guard(node: Arc<Node>, marks: Marks) {
 fn close_largest(registry: &Registry, metrics: &Metrics, excess: u64) {
     for handle in largest(registry.all(), excess) {
         metrics.limit(Limit::MemoryClosed);
-        let text = "the node is short of memory, and much waits for this device";
+        let text = "the node is short of memory, and this device's queue is one of the largest";
         handle.close(Close::new(CloseCode::SlowConsumer, text));
     }
 }

@@ -1,4 +1,4 @@
-//! Shedding: a node with far more sessions than its peers tells some of its devices to reconnect elsewhere.
+//! Shedding: a node with far more sessions than its peers asks some of its devices to reconnect elsewhere.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};

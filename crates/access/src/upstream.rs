@@ -54,11 +54,11 @@ impl Upstream {
         }
         let now_us = now_us();
         if !self.frames.acquire_packed(&mut spent.frames_full_at_us, now_us, 1) {
-            let text = "the device sends more frames a second than it may";
+            let text = "the device exceeds its limit of frames per second";
             return Err(Exceeded { limit: Limit::UpstreamFrames, text });
         }
         if !self.bytes.acquire_packed(&mut spent.bytes_full_at_us, now_us, bytes as u64) {
-            let text = "the device sends more bytes a second than it may";
+            let text = "the device exceeds its limit of bytes per second";
             return Err(Exceeded { limit: Limit::UpstreamBytes, text });
         }
         Ok(())

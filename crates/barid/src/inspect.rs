@@ -150,7 +150,7 @@ fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
     let place = out.paint(Tone::Faint, format_args!("in {}, shard {}", user.app, user.shard));
     out.line(format_args!("{}  {place}", out.paint(Tone::Strong, clean(user.user))))?;
     if user.epoch == 0 {
-        out.line("nothing is known of this user")?;
+        out.line("no data for this user")?;
         return Ok(());
     }
     let kept = match user.kept {

@@ -159,7 +159,7 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// Sends one message. The exit code is 1 if an awaited receipt does not come.
+/// Sends one message. The exit code is 1 if an awaited receipt does not arrive.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let push = push(&args)?;
     let value = encode(&push)?;

@@ -116,7 +116,7 @@ impl Places {
         });
         let mut looks: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
         if looks.is_empty() {
-            let hint = "nobody answers: name admin endpoints with --admin HOST:PORT";
+            let hint = "no admin endpoint answers; name some with --admin HOST:PORT";
             looks.push((self.usual.join(", "), Err(anyhow::anyhow!(hint))));
         }
         memory.take(looks, nodes)

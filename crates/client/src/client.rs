@@ -54,6 +54,7 @@ pub struct Builder {
 
 /// Bound of the messages that the application has at a time.
 const AT_ONCE_MAX: usize = 100_000;
+
 impl Client {
     /// Creates a builder for a client of the cluster at `url`: `ws://HOST:PORT` or `wss://HOST`. The path is
     /// `/v1/connect` unless the URL has one.
@@ -234,8 +235,8 @@ impl Builder {
     }
 
     /// Starts a client that calls `handler` with one message at a time, in order, and acknowledges it when the
-    /// handler returns `Ok`. After an error the server sends the message again, and no newer message is shown before
-    /// it.
+    /// handler returns `Ok`. After an error the server sends a message of the user again, and no newer one is shown
+    /// before it. Group messages are not sent again.
     ///
     /// # Errors
     /// A setting is invalid. An unreachable server is reported as an event instead.
@@ -251,9 +252,7 @@ impl Builder {
                 let (seq, id) = (message.seq, message.id.clone());
                 match AssertUnwindSafe(async { handler(message).await }).catch_unwind().await {
                     Ok(Ok(())) => ack.ack(),
-                    Ok(Err(error)) => {
-                        tracing::warn!(%seq, id, %error, "handler failed")
-                    }
+                    Ok(Err(error)) => tracing::warn!(%seq, id, %error, "handler failed"),
                     Err(panic) => {
                         let why = format!("the handler of message {seq}: {}", panic_text(&*panic));
                         let _ = failed.set(why);

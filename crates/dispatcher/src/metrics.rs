@@ -56,13 +56,13 @@ impl Metrics {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
             pushes: set.counters(
                 "pushes_total",
-                "Pushes by what became of them.",
+                "Pushes, by outcome.",
                 "outcome",
                 &PUSHES,
             )?,
             resends: set.counters(
                 "resends_total",
-                "Re-sends by what became of them.",
+                "Re-sends, by outcome.",
                 "outcome",
                 &RESENDS,
             )?,
@@ -79,7 +79,7 @@ impl Metrics {
             load_failures: set.counter("load_failures_total", "Loads of routes that failed.")?,
             reaped: set.counters(
                 "reaped_total",
-                "Void routes by what became of them.",
+                "Void routes, by outcome.",
                 "outcome",
                 &REAPED,
             )?,

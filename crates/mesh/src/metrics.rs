@@ -68,8 +68,8 @@ impl MeshMetrics {
         let counters = |name, help, outcomes| set.counters(name, help, "outcome", outcomes);
         Ok(Self {
             link: LinkMetrics::new(registry, &format!("{prefix}_mesh_links"))?,
-            pushes: counters("pushes_total", "Pushes by what became of them.", &PUSHES)?,
-            resends: counters("resends_total", "Re-sends by what became of them.", &RESENDS)?,
+            pushes: counters("pushes_total", "Pushes, by outcome.", &PUSHES)?,
+            resends: counters("resends_total", "Re-sends, by outcome.", &RESENDS)?,
         })
     }
 }

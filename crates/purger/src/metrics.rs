@@ -64,7 +64,7 @@ pub struct Metrics {
     pub lag: IntGauge,
     /// Revoked partitions, by result: drained, cut, lost.
     pub revoked: IntCounterVec,
-    /// Topics that were found created anew.
+    /// Topics found recreated.
     pub recreated: IntCounter,
     /// Commits, by outcome.
     pub commits: IntCounterVec,
@@ -110,7 +110,7 @@ impl Metrics {
             )?,
             messages: set.counters(
                 "messages_total",
-                "Messages, one a user.",
+                "Messages, one per user.",
                 "outcome",
                 &OUTCOMES,
             )?,
@@ -118,9 +118,9 @@ impl Metrics {
             handed: set.counter("handed_total", "Messages handed to dispatchers.")?,
             handoff_dropped: set
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
-            evicted: set.counter("evicted_total", "Entries that left a full mailbox.")?,
-            gaps: set.counter("gaps_total", "Shards that had forgotten what they confirmed.")?,
-            repairs: set.counter("repairs_total", "Logs read again for that.")?,
+            evicted: set.counter("evicted_total", "Entries evicted from full mailboxes.")?,
+            gaps: set.counter("gaps_total", "Times that a shard had forgotten confirmed messages.")?,
+            repairs: set.counter("repairs_total", "Times that a log was read again for forgotten messages.")?,
             repairing: set.gauge("shards_repairing", "Shards for which a log is read again.")?,
             left_out: set.counter(
                 "commit_shards_left_out_total",
@@ -132,30 +132,30 @@ impl Metrics {
                 "outcome",
                 &CALLS,
             )?,
-            call_messages: set.histogram("accept_messages", "Messages of a call.", SIZES)?,
-            call_seconds: set.histogram("accept_seconds", "Time of accept calls.", LATENCY)?,
-            in_flight: set.gauges("in_flight_records", "Records not finished.", "topic")?,
-            in_flight_bytes: set.gauges("in_flight_bytes", "Their bytes.", "topic")?,
-            stalls: set.counters("stalls_total", "Bounds reached.", "limit", &LIMITS)?,
+            call_messages: set.histogram("accept_messages", "Messages of an accept call.", SIZES)?,
+            call_seconds: set.histogram("accept_seconds", "Duration of accept calls.", LATENCY)?,
+            in_flight: set.gauges("in_flight_records", "Records in flight.", "topic")?,
+            in_flight_bytes: set.gauges("in_flight_bytes", "Bytes of the records in flight.", "topic")?,
+            stalls: set.counters("stalls_total", "Times that a bound stopped the purger from taking records.", "limit", &LIMITS)?,
             partitions: set.gauges("partitions", "Partitions assigned.", "topic")?,
             partitions_stuck: set
                 .gauge("partitions_stuck", "Partitions that cannot be fetched.")?,
             assignor_missing: set
-                .gauge("assignor_missing", "Partitions are not shared by topic.")?,
+                .gauge("assignor_missing", "1 if the group does not distribute each topic evenly.")?,
             topics_missing: set.gauge("topics_missing", "Topics that do not exist.")?,
             produce_held: set.gauge("produce_held", "Receipts and dead letters that wait.")?,
-            oldest_seconds: set.gauge("oldest_unfinished_seconds", "Age of the oldest record.")?,
+            oldest_seconds: set.gauge("oldest_unfinished_seconds", "Age of the oldest unfinished record.")?,
             paused: set.gauge("partitions_paused", "Partitions that wait for room.")?,
             skipped: set.gauge("skipped_records", "Records left in the log for a master.")?,
             shards_away: set.gauge("shards_away", "Shards whose master does not answer.")?,
             lag: set.gauge("lag_records", "Records between the commits and the logs' ends.")?,
             revoked: set.counters(
                 "partitions_revoked_total",
-                "Partitions taken away.",
+                "Partitions revoked, by result.",
                 "how",
                 &REVOKED,
             )?,
-            recreated: set.counter("topics_recreated_total", "Topics found created anew.")?,
+            recreated: set.counter("topics_recreated_total", "Topics found recreated.")?,
             commits: set.counters("commits_total", "Commits.", "outcome", &COMMITS)?,
             receipts_dropped: set.counter("receipts_dropped_total", "Receipts not produced.")?,
             dead_letters_dropped: set

@@ -89,7 +89,7 @@ fn register(context: &Context, role: &'static str) {
     );
     let workers = IntGauge::new(
         "barid_worker_threads",
-        "Threads that run tasks: one a core of the CPU quota, unless TOKIO_WORKER_THREADS says otherwise",
+        "Worker threads: one per CPU of the quota, or TOKIO_WORKER_THREADS",
     );
     let registered = context
         .metrics
@@ -157,7 +157,7 @@ async fn healthz(State(context): State<Context>) -> (StatusCode, String) {
 async fn readyz(State(context): State<Context>) -> (StatusCode, String) {
     let mut reasons = context.health.not_ready();
     if context.shutdown.is_draining() {
-        reasons.push(("draining", "told to stop".into()));
+        reasons.push(("draining", "the process is draining".into()));
     }
     answer(&reasons, "ready")
 }

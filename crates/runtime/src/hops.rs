@@ -98,11 +98,11 @@ impl Hops {
     pub fn new(registry: &Registry, hops: &[Hop]) -> Result<Self, prometheus::Error> {
         let metrics = MetricSet::new(registry, "barid");
         let names: Vec<_> = hops.iter().map(|hop| hop.as_str()).collect();
-        let help = "Times of the hops of messages that went the fast path.";
+        let help = "Latency of each hop on the fast path.";
         let latencies = register_latencies(registry, Self::FAMILY, help, "hop", &names)?;
-        let help = "Hops that came out below zero, and count as zero: clocks that differ.";
+        let help = "Negative hops, which count as zero.";
         let negative = metrics.counters("hop_negative_total", help, "hop", &names)?;
-        let help = "Hops that came out above an hour, and count as an hour: clocks that differ.";
+        let help = "Hops above an hour, which count as an hour: a producer's timestamp is wrong.";
         let capped = metrics.counters("hop_capped_total", help, "hop", &names)?;
         let mut of = [const { None }; Hop::ALL.len()];
         for (hop, latency) in hops.iter().zip(latencies) {

@@ -121,7 +121,7 @@ pub fn flush() {
 /// It is registered already.
 pub fn register(registry: &Registry) -> prometheus::Result<()> {
     let name = "barid_log_lines_dropped_total";
-    let help = "Log lines that were lost: full, the reader of stderr is too slow or stands still; \
+    let help = "Log lines that were lost: full, the reader of stderr is too slow or has stopped; \
                 failed, stderr cannot be written";
     let counter = IntCounterVec::new(Opts::new(name, help), &["why"])?;
     registry.register(Box::new(Dropped { lines: stderr(), counter }))

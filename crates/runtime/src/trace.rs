@@ -52,7 +52,7 @@ impl Tracer {
     /// # Errors
     /// Its metrics are registered already.
     pub fn new(registry: &Registry, per_second: u32) -> Result<Self, prometheus::Error> {
-        let help = "Events of sampled messages, by what became of them.";
+        let help = "Trace events, by outcome.";
         let metrics = MetricSet::new(registry, "barid");
         let outcomes = ["logged", "dropped"];
         let events = metrics.counters("trace_events_total", help, "outcome", &outcomes)?;

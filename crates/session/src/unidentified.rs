@@ -136,7 +136,7 @@ impl Connecting {
                 Err(Refusal { close: Close::new(CloseCode::Overloaded, text), attempt: by })
             }
             ConnectOutcome::TooManyDevices => {
-                refused(CloseCode::Limit, "this user has as many devices as it may have")
+                refused(CloseCode::Limit, "this user has too many devices")
             }
             ConnectOutcome::TooLate => {
                 refused(CloseCode::Overloaded, "the mailbox answered too late")

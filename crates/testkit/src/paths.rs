@@ -28,7 +28,7 @@ pub fn target_dir() -> Result<PathBuf> {
 ///
 /// # Errors
 /// Returns an error if it was not built. Cargo builds a package's binaries only for that package's own tests,
-/// so tests of a whole cluster need the command before them, as `make test` has it.
+/// so tests of a whole cluster need the command before them, as in `make test`.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let path = profile_dir()?.join(name);
     if !path.is_file() {

@@ -140,7 +140,7 @@ fn audience(record: &PushRecord, limits: &RecordLimits) -> Result<Audience, Flaw
     match (to.user.is_empty(), to.users.is_empty()) {
         (true, true) => nobody(),
         (false, false) => {
-            flaw(RefusalCode::TwoAudiences, "`to` names both `user` and `users`: one of them")
+            flaw(RefusalCode::TwoAudiences, "`to` names both `user` and `users`; give only one")
         }
         (false, true) => {
             let device = (!to.device.is_empty())
@@ -150,7 +150,7 @@ fn audience(record: &PushRecord, limits: &RecordLimits) -> Result<Audience, Flaw
             Ok(Audience::User { user: user("to.user".into(), &to.user)?, device })
         }
         (true, false) if !to.device.is_empty() => {
-            flaw(RefusalCode::BadDevice, "`to.device` goes with `user`, not with `users`")
+            flaw(RefusalCode::BadDevice, "`to.device` is allowed only with `user`")
         }
         (true, false) => {
             let mut seen = HashSet::new();
@@ -168,7 +168,7 @@ fn audience(record: &PushRecord, limits: &RecordLimits) -> Result<Audience, Flaw
 
 fn body(record: &PushRecord, limits: &RecordLimits) -> Result<(BodyKind, Bytes), Flaw> {
     let (kind, payload) = match &record.body {
-        None => return flaw(RefusalCode::NoBody, "none of `text`, `json` and `data` is there"),
+        None => return flaw(RefusalCode::NoBody, "none of `text`, `json` and `data` is given"),
         Some(Body::Text(text)) => (BodyKind::Text, Bytes::from(text.clone())),
         Some(Body::Json(text)) => (BodyKind::Json, Bytes::from(text.clone())),
         Some(Body::Data(data)) => (BodyKind::Data, data.clone()),
@@ -211,7 +211,7 @@ fn collapse_key(key: &str) -> Result<Option<Arc<str>>, Flaw> {
         return flaw(RefusalCode::BadCollapseKey, reason);
     }
     if let Some(bad) = key.chars().find(|c| c.is_control()) {
-        let reason = format!("`collapseKey` contains {bad:?}: no control characters");
+        let reason = format!("`collapseKey` contains {bad:?}; control characters are not allowed");
         return flaw(RefusalCode::BadCollapseKey, reason);
     }
     Ok((!key.is_empty()).then(|| Arc::from(key)))

@@ -1,4 +1,4 @@
-//! Handling of what other tasks put into a session's inbox: pushes, clock ticks, orders to go or to close.
+//! Handling of what other tasks put into a session's inbox: pushes, clock ticks, requests to leave or to close.
 
 use std::task::{Context, Poll};
 
@@ -87,7 +87,7 @@ impl Connection {
         self.apply();
         let queued_max = self.node.policy.limits.queued_bytes_max;
         if self.out_bytes + self.socket.fed() > queued_max.max(WRITE_BUFFER_BYTES) {
-            let text = "more waits for the device than may wait";
+            let text = "too many bytes are queued for the device";
             self.end(Some(Close::new(CloseCode::SlowConsumer, text)));
         }
     }
@@ -99,7 +99,7 @@ impl Connection {
             Beat::Ping if self.codec.visible_pings => self.control(&ServerFrame::Ping(v1::Ping {})),
             Beat::Ping => self.out.push_back(Out::Ping),
             Beat::Dead => {
-                let text = "nothing was heard from the device";
+                let text = "the device answered no ping in time";
                 self.end(Some(Close::new(CloseCode::Heartbeat, text)));
             }
             Beat::Idle => {
@@ -112,7 +112,7 @@ impl Connection {
                 self.end(Some(Close::new(CloseCode::TokenExpired, text)));
             }
             Beat::Leave => {
-                self.end(Some(Close::new(CloseCode::Draining, "this node asked the device to go")));
+                self.end(Some(Close::new(CloseCode::Draining, "the device stayed connected after GoAway")));
             }
         }
         self.node.sessions.set_due(&self.handle, self.beat.due());

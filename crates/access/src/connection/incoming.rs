@@ -119,7 +119,7 @@ impl Connection {
             ClientFrame::Subscribe(subscribe) => self.subscribe(&subscribe.group),
             ClientFrame::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe.group),
             ClientFrame::Hello(_) => {
-                self.end(Some(Close::new(CloseCode::BadFrame, "hello came twice")));
+                self.end(Some(Close::new(CloseCode::BadFrame, "a second hello")));
             }
         }
     }

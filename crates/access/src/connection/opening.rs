@@ -22,7 +22,7 @@ pub(super) async fn identify(
 ) -> Result<(Connected, Arc<Handle>, Codec), Option<Refusal>> {
     let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
     let hello = timeout(limit, first_frame(node, accepted)).await;
-    let late = || Close::new(CloseCode::Heartbeat, "no hello came in time");
+    let late = || Close::new(CloseCode::Heartbeat, "no hello arrived in time");
     let connecting =
         hello.unwrap_or_else(|_| Err(Some(late()))).map_err(|close| close.map(Refusal::from))?;
     if connecting.attempt_ahead.is_some() {
@@ -63,7 +63,7 @@ async fn enter(
     if !node.sessions.registry.insert(Arc::clone(&handle), node.policy.limits.user_connections_max)
     {
         node.metrics.limit(Limit::UserConnections);
-        let text = "this user has as many devices connected here as it may have";
+        let text = "too many devices of this user are connected to this node";
         return Err(Close::new(CloseCode::Limit, text).into());
     }
     match connect(node, connecting, &handle).await {

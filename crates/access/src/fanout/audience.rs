@@ -28,7 +28,7 @@ const COUNTED_ONE_IN: u32 = 16;
 pub(super) struct Entry {
     envelope: Envelope,
     at: Seconds,
-    /// When its dispatcher queued it for this node, µs in Redis's time; 0: not known.
+    /// When its dispatcher queued it for this node, µs in Redis's time; 0: unknown.
     dispatched_us: u64,
     /// The message is traced, and no member has been sent it yet.
     untraced: bool,

@@ -18,9 +18,9 @@ use crate::handle::Handle;
 use crate::labels::FanoutResult;
 use crate::metrics::Metrics;
 
-/// Members that are woken before other tasks run. Far below the 256 tasks of a worker's local queue in Tokio: what
-/// overflows it waits in the global queue, behind all members. With 128 a user's message took 150 ms during a burst of
-/// 350 ms, with 16 it takes 17 ms, and the burst as long.
+/// Members that are woken before other tasks run. Far below the 256 tasks of a Tokio worker's local queue, because tasks
+/// that overflow it wait in the global queue behind all members. Measured: with 128, a user's message waited 150 ms in a
+/// burst of 350 ms; with 16, 17 ms, in a burst of the same length.
 const NOTIFIED_AT_ONCE: usize = 16;
 
 /// All audiences of this node.

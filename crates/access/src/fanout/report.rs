@@ -11,7 +11,7 @@ pub struct Report {
     /// The audience's name in frames.
     pub mailbox: Arc<str>,
     /// If this delivery is measured: when the dispatcher queued the oldest message for this node, µs in Redis's
-    /// time, and when it was produced, ms since the Unix epoch; 0: not known.
+    /// time, and when it was produced, ms since the Unix epoch; 0: unknown.
     pub hop: Option<(u64, u64)>,
     /// Sampled messages that no other session of the node was sent before.
     pub traced: Vec<Envelope>,

@@ -111,10 +111,10 @@ fn flow(sample: &Sample) -> Vec<Line> {
     lines.push(header(format!("{:<26}{:>10}{:>10}{:>11}", "hop", "p50", "p99", "messages")));
     lines.extend(sample.hops.iter().map(hop));
     if sample.hops.is_empty() {
-        lines.push(Line::of(Tone::Faint, "  none was counted yet"));
+        lines.push(Line::of(Tone::Faint, "  no messages yet"));
     } else if sample.hops.iter().all(|hop| hop.since_start) {
         lines
-            .push(Line::of(Tone::Faint, "  nothing came in the last seconds: all since the start"));
+            .push(Line::of(Tone::Faint, "  no messages in the last seconds: all since the start"));
     }
     lines.push(Line::default());
     lines.extend(waiting(sample));

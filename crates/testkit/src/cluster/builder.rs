@@ -116,7 +116,7 @@ impl Builder {
         self
     }
 
-    /// Starts a Redis Cluster of so many masters, without replicas, instead of one Redis; see
+    /// Starts a Redis Cluster of this many masters, without replicas, instead of one Redis; see
     /// [`Cluster::masters`].
     #[must_use]
     pub fn redis_cluster(mut self, masters: u16) -> Self {

@@ -77,7 +77,7 @@ fn read_audience(raw: &RawValue, limits: &RecordLimits, to: &mut Audience) -> Re
 }
 
 fn unknown(name: &str) -> Result<(), Flaw> {
-    flaw(RefusalCode::UnknownField, format!("there is no field `{name}`"))
+    flaw(RefusalCode::UnknownField, format!("unknown field `{name}`"))
 }
 
 /// A bound on the memory that a hostile record takes; more than any object has.
@@ -104,7 +104,7 @@ impl<'a> Fields<'a> {
         let sound = match (read, fields.repeated) {
             (Err(e), _) => flaw(code, format!("{what} is not a JSON object: {e}")),
             (Ok(()), Some(name)) => {
-                flaw(RefusalCode::RepeatedField, format!("`{prefix}{name}` stands twice"))
+                flaw(RefusalCode::RepeatedField, format!("`{prefix}{name}` is given twice"))
             }
             (Ok(()), None) => Ok(()),
         };

@@ -238,7 +238,7 @@ fn a_refusal_names_the_record_as_far_as_it_can_be_read() {
     let refusal =
         decode(r#"{"text":"x","nonsense":1,"id":"order-7","app":"demo","to":{"user":"alice"}}"#)
             .unwrap_err();
-    assert_eq!(refusal.to_string(), "unknown_field: there is no field `nonsense`");
+    assert_eq!(refusal.to_string(), "unknown_field: unknown field `nonsense`");
     assert_eq!((&*refusal.id, &*refusal.app, &*refusal.user), ("order-7", "demo", "alice"));
 }
 
@@ -274,7 +274,7 @@ fn reasons_say_what_to_mend() {
     let json = |text: &str| decode(text).unwrap_err().reason;
     assert_eq!(json(r#"{"id":7}"#), "`id` must be a string, is a number");
     assert!(json(r#"{"id":"\ud800"}"#).starts_with("`id` is not a string of Unicode: "));
-    assert_eq!(json(r#"{"to":{"user":"a","user":"b"}}"#), "`to.user` stands twice");
+    assert_eq!(json(r#"{"to":{"user":"a","user":"b"}}"#), "`to.user` is given twice");
     let guessed = decode(r#"[{"id":"1"}]"#).unwrap_err();
     assert_eq!(guessed.code, RefusalCode::BadProtobuf);
     assert!(guessed.reason.ends_with("; JSON would begin with {"), "{}", guessed.reason);
