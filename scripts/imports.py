@@ -41,8 +41,8 @@ def expand(tree: str) -> list[list[str]]:
 
 def shipped(text: str) -> str:
     """The source without comments, strings and what is compiled for tests only."""
-    text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
+    # In one pass: a string may contain `//`, and a comment a quote. `'"'` is a char, not the start of a string.
+    text = re.sub(r"""//[^\n]*|'"'|"(?:[^"\\]|\\.)*\"""", lambda match: "" if match[0][0] == "/" else '""', text)
     while match := re.search(r"#\[cfg\(test\)\]\s*(?:pub(?:\([^)]*\))?\s+)?(?:mod\s+\w+\s*;|[^;{]*\{)", text):
         end = match.end()
         if text[end - 1] == "{":

@@ -1,0 +1,75 @@
+//! The services of a process to its role.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::announce::Announcements;
+use crate::config::{AdminConfig, LogConfig};
+use crate::health::{Condition, Health};
+use crate::shutdown::Shutdown;
+use crate::trace::Tracer;
+
+/// The services of the process to its role. Cheap to clone.
+#[derive(Clone)]
+pub struct Context {
+    /// The beginning and the deadline of draining.
+    pub shutdown: Shutdown,
+    /// The registry of metrics.
+    pub metrics: prometheus::Registry,
+    /// The conditions of readiness.
+    pub health: Health,
+    /// How long a loop of the role may make no progress until its condition fails.
+    pub stalled_after: Duration,
+    /// Logs sampled messages.
+    pub tracer: Tracer,
+    announcements: Announcements,
+}
+
+impl Context {
+    /// Creates a new context, for a role in `barid dev` or in a test.
+    pub fn new() -> Self {
+        Self::of(&AdminConfig::default(), &LogConfig::default(), None)
+    }
+
+    pub(crate) fn of(admin: &AdminConfig, log: &LogConfig, ready_file: Option<PathBuf>) -> Self {
+        let metrics = prometheus::Registry::new();
+        Self {
+            shutdown: Shutdown::new(),
+            tracer: Tracer::new(&metrics, log.traces_per_second).expect("the registry is empty"),
+            metrics,
+            health: Health::new(),
+            stalled_after: Duration::from_secs(admin.stalled_after_seconds),
+            announcements: Announcements::new(ready_file),
+        }
+    }
+
+    /// Adds a condition that `deed` has to renew; see [`Health::lapsing`].
+    pub fn progress(&self, name: &'static str, deed: &'static str) -> Condition {
+        self.health.lapsing(name, deed, self.stalled_after)
+    }
+
+    /// Announces the address of a listener (`grpc`, `ws` and so on).
+    pub fn announce(&self, listener: &'static str, address: SocketAddr) {
+        tracing::info!(listener, %address, "listening");
+        self.announcements.add(listener, address);
+    }
+
+    /// Ends the announcements, and writes the ready file if one is configured.
+    pub fn announce_done(&self) {
+        if let Err(error) = self.announcements.done() {
+            tracing::error!(%error, "cannot write the ready file");
+        }
+    }
+
+    /// The announced listeners.
+    pub fn announcements(&self) -> &Announcements {
+        &self.announcements
+    }
+}
+
+impl Default for Context {
+    fn default() -> Self {
+        Self::new()
+    }
+}
