@@ -413,6 +413,18 @@ impl Default for LimitsConfig {
 }
 
 impl LimitsConfig {
+    pub(crate) fn handshake_timeout(&self) -> Duration {
+        Duration::from_millis(self.handshake_timeout_ms)
+    }
+
+    pub(crate) fn hello_timeout(&self) -> Duration {
+        Duration::from_millis(self.hello_timeout_ms)
+    }
+
+    pub(crate) fn close_timeout(&self) -> Duration {
+        Duration::from_millis(self.close_timeout_ms)
+    }
+
     fn check(&self, page_bytes_max: u32) -> Result<(), String> {
         let burst =
             u64::from(self.upstream_bytes_per_second).saturating_mul(self.upstream_burst_seconds);

@@ -1,7 +1,6 @@
 //! The gRPC services for dispatchers (batches of deliveries) and for other access nodes (closing a replaced session).
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use barid_core::{
     AppId, CloseCode, ConnectionId, DeviceId, GroupId, Incarnation, SessionRef, UserId,
@@ -232,7 +231,7 @@ async fn forget_one(node: &Node, incarnation: Incarnation, gone: Gone) {
     };
     let Some(device) = device else { return };
     if node.sessions.registry.get(&user, connection).is_none() {
-        let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+        let limit = node.policy.limits.hello_timeout();
         let request = DisconnectRequest { user, device, session };
         node.mailboxes.disconnect(request, limit).await;
     }

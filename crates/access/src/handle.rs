@@ -2,8 +2,8 @@
 //! smaller than a channel: an idle session costs a lock and two empty vectors.
 
 use std::mem;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 
 use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation};
@@ -13,7 +13,9 @@ use barid_wire::envelope::{Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Encoding, Format, encode_deliver};
 use bytes::Bytes;
 use parking_lot::Mutex;
-use std::sync::OnceLock;
+
+/// Devices that are sent away reconnect within this time, at random, ms.
+const RECONNECT_SPREAD_MS: u32 = 1_000;
 
 /// An entry for all sessions of a user on this node, encoded once per encoding.
 #[derive(Debug)]
@@ -218,6 +220,12 @@ impl Handle {
         self.notify(|inbox| {
             inbox.close.get_or_insert(close);
         });
+    }
+
+    /// Asks the device to reconnect, after a random time so that devices do not reconnect together.
+    pub fn send_go_away(&self) {
+        let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
+        self.notify(|inbox| inbox.go_away = Some(reconnect_after_ms));
     }
 
     /// Takes the whole inbox.

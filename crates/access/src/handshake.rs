@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use barid_session::Claims;
 use barid_wire::frames::Encoding;
@@ -59,7 +59,7 @@ pub struct Accepted {
 pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
     let Arrival { node, stream, mut address, mut admitted } = arrival;
     let node = &*node;
-    let limit = Duration::from_millis(node.policy.limits.handshake_timeout_ms);
+    let limit = node.policy.limits.handshake_timeout();
     let deadline = Instant::now() + limit;
     let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
     let opened = timeout_at(deadline.into(), opening).await;
@@ -123,7 +123,7 @@ async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answe
     let Some(_place) = policy.admission.turn_away() else {
         return metrics.limit(Limit::TurnedAway);
     };
-    let limit = Duration::from_millis(policy.limits.close_timeout_ms);
+    let limit = policy.limits.close_timeout();
     let _ = timeout(limit, answer.write(stream)).await;
 }
 
@@ -278,7 +278,7 @@ async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
 }
 
 async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, Ended> {
-    let limit = Duration::from_millis(node.policy.limits.handshake_timeout_ms);
+    let limit = node.policy.limits.handshake_timeout();
     let verifying = async {
         let token = http::token(request, offered).ok_or(AuthError::Missing)?;
         node.policy.verifier.verify(&token, node.clock.now_ms() / 1000).await
@@ -308,7 +308,7 @@ fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
 /// refused or the other end went away. Of `limits`, those of a handshake, a frame and a close apply.
 pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<Socket> {
     let mut stream = Stream::Plain(stream);
-    let limit = Duration::from_millis(limits.handshake_timeout_ms);
+    let limit = limits.handshake_timeout();
     let answered = async {
         let (request, rest) = http::read_request(&mut stream).await?;
         http::check_headers(&request)?;
@@ -318,7 +318,7 @@ pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<
     match timeout(limit, answered).await.unwrap_or_else(|_| Err(http::no_request())) {
         Ok(rest) => Some(Socket::new(stream, rest, limits.frame_bytes_max)),
         Err(Ended::Answered(answer)) => {
-            let limit = Duration::from_millis(limits.close_timeout_ms);
+            let limit = limits.close_timeout();
             let _ = timeout(limit, answer.write(stream)).await;
             None
         }

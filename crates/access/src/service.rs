@@ -47,8 +47,6 @@ const GO_AWAY_SHARE: f64 = 0.6;
 const DRAIN_RESERVE: Duration = Duration::from_millis(500);
 /// Time before the end of draining at which the remaining sessions are closed.
 const LAST_CALL: Duration = Duration::from_secs(1);
-/// Devices that are sent away reconnect within this time, at random, ms.
-const RECONNECT_SPREAD_MS: u32 = 1_000;
 /// Interval at which the table of address limits is swept, seconds.
 const SWEEP_SECONDS: Seconds = 10;
 
@@ -306,8 +304,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
         if at > Instant::now() {
             sleep_until(at).await;
         }
-        let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
-        handle.notify(|inbox| inbox.go_away = Some(reconnect_after_ms));
+        handle.send_go_away();
     }
     drop(handles);
     let all_gone = async {
@@ -317,7 +314,7 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
                 _ = look.tick() => (),
                 // For devices whose Hello was under way when draining began.
                 _ = late.tick() => for handle in node.sessions.registry.all() {
-                    handle.notify(|inbox| inbox.go_away = Some(RECONNECT_SPREAD_MS));
+                    handle.send_go_away();
                 },
             }
         }

@@ -15,8 +15,6 @@ use crate::sessions::Sessions;
 
 /// Pause between two episodes, seconds: longer than the nodes take to learn each other's loads.
 const REST_SECONDS: u32 = 15;
-/// Devices that are sent away reconnect within this time, at random, ms.
-const RECONNECT_SPREAD_MS: u32 = 1_000;
 
 /// Mean sessions per node of the zone; `None` if there is no other node.
 fn mean(own: &NodeId, sessions: u64, nodes: &[NodeRecord], zone: &str) -> Option<u64> {
@@ -63,10 +61,10 @@ impl Shedding {
             tracing::info!(sessions = welcomed, target, "{event}");
             self.waiting.clear();
         }
-        self.let_go(sessions, metrics, count);
+        self.shed(sessions, metrics, count);
     }
 
-    fn let_go(&mut self, sessions: &Sessions, metrics: &Metrics, count: u64) {
+    fn shed(&mut self, sessions: &Sessions, metrics: &Metrics, count: u64) {
         if count > 0 && self.waiting.is_empty() {
             let mut all = sessions.registry.all();
             all.shuffle(&mut rand::rng());
@@ -77,8 +75,7 @@ impl Shedding {
             && let Some(handle) = self.waiting.pop_front()
         {
             if let Some(handle) = handle.upgrade().filter(|handle| !handle.is_over()) {
-                let reconnect_after_ms = rand::random_range(0..=RECONNECT_SPREAD_MS);
-                handle.notify(|inbox| inbox.go_away = Some(reconnect_after_ms));
+                handle.send_go_away();
                 metrics.shed.inc();
                 self.leaving.push(handle);
                 left -= 1;

@@ -48,10 +48,7 @@ pub use ports::{Handoff, Mailboxes};
 pub use service::Service;
 
 /// The purger's [`Role`].
-pub struct Purger {
-    service: Service<Mailbox, DispatchPool>,
-    context: Context,
-}
+pub struct Purger(Service<Mailbox, DispatchPool>);
 
 impl Role for Purger {
     const NAME: &'static str = "purger";
@@ -71,13 +68,13 @@ impl Role for Purger {
         let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
         let metrics = MeshMetrics::new(&context.metrics, "barid_purger")?;
         let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics)?;
-        let service = Service::new(config, mailbox, pool, &context)?;
+        let service = Service::start(config, mailbox, pool, context.clone())?;
         context.announce_done();
-        Ok(Some(Self { service, context }))
+        Ok(Some(Self(service)))
     }
 
     async fn work(self) -> Result<Stopped, RunError> {
-        Ok(self.service.run(&self.context).await?)
+        Ok(self.0.work().await?)
     }
 }
 

@@ -37,6 +37,7 @@ const EVENTS_MAX: usize = 1024;
 /// A purger.
 pub struct Service<M, H> {
     config: Config,
+    context: Context,
     handoff: H,
     producer: Producer,
     hand_on: HandOn,
@@ -56,17 +57,22 @@ pub struct Service<M, H> {
 }
 
 impl<M: Mailboxes, H: Handoff> Service<M, H> {
-    /// Creates a purger, and starts its lanes. [`Self::run`] starts to consume.
+    /// Starts the lanes. [`Self::work`] starts to consume.
     ///
     /// # Errors
     /// The configuration is invalid, or a metric is registered already.
-    pub fn new(config: Config, mailboxes: M, handoff: H, context: &Context) -> Result<Self, Error> {
+    pub fn start(
+        config: Config,
+        mailboxes: M,
+        handoff: H,
+        context: Context,
+    ) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
         let metrics = Metrics::new(&context.metrics)?;
         let producer = Producer::new(&config.kafka)?;
         let (lane_events, events) = mpsc::channel(EVENTS_MAX);
         let wait = Duration::from_millis(config.window.handoff_wait_ms);
-        let tasks = Tasks::new(context);
+        let tasks = Tasks::new(&context);
         let hand_on = HandOn::new(
             handoff.clone(),
             config.window.handoff_max,
@@ -104,12 +110,13 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             membership: Membership::new(drain, metrics.clone()),
             repairs: Repairs::new(config.redis.ttl_seconds.saturating_mul(1000), metrics.clone()),
             topics: TopicWatch::new(config.kafka.topics.all(), refresh, now),
-            readiness: Readiness::new(&config, context, metrics.clone()),
+            readiness: Readiness::new(&config, &context, metrics.clone()),
             client: ClientWatch::default(),
             metrics,
             commit_due: now,
             committing: false,
             config,
+            context,
             handoff,
             producer,
             hand_on,
@@ -121,10 +128,10 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     ///
     /// # Errors
     /// The consumer cannot continue.
-    pub async fn run(mut self, context: &Context) -> Result<Stopped, Error> {
+    pub async fn work(mut self) -> Result<Stopped, Error> {
         let topics = self.config.kafka.topics.pushes();
         let mut consumer = Consumer::start(&self.config.kafka, &topics)?;
-        let (shutdown, bell) = (context.shutdown.clone(), consumer.bell());
+        let (shutdown, bell) = (self.context.shutdown.clone(), consumer.bell());
         while !shutdown.is_draining() {
             self.turn(&mut consumer)?;
             if self.pipeline.fill(&mut consumer) > 0 {

@@ -1,6 +1,5 @@
 //! The end of a connection: the session is removed from the node and from Redis, and the socket is closed.
 
-use std::time::Duration;
 
 use barid_mailbox::DisconnectRequest;
 use barid_session::Closing;
@@ -45,7 +44,7 @@ impl Connection {
 async fn settle(node: &Node, handle: &Handle, closing: &Closing) {
     if let Some(point) = closing.ack {
         let request = ack_request(node, handle, point);
-        let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+        let limit = node.policy.limits.hello_timeout();
         let call = node
             .mailboxes
             .until_answered(Call::Ack, || node.mailboxes.store().ack(request.clone()));
@@ -63,7 +62,7 @@ pub(super) async fn hang_up(
     close: End,
     attempt: u64,
 ) {
-    let limit = Duration::from_millis(node.policy.limits.close_timeout_ms);
+    let limit = node.policy.limits.close_timeout();
     let last = close.as_ref().map_or_else(Vec::new, |close| last_frames(close, attempt));
     let last = last.iter().filter_map(|frame| encode_server(encoding, frame).ok());
     let last: Vec<_> = last.map(|frame| message(encoding, frame)).collect();
@@ -74,7 +73,7 @@ pub(super) async fn hang_up(
 
 /// Removes the session's route.
 pub(super) async fn forget(node: &Node, handle: &Handle) {
-    let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+    let limit = node.policy.limits.hello_timeout();
     let request = DisconnectRequest {
         user: handle.user().clone(),
         device: handle.device().clone(),

@@ -1,7 +1,6 @@
 //! From the first frame to a welcomed session.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use barid_core::CloseCode;
 use barid_session::{Close, Connected, Connecting, Refusal, Unidentified};
@@ -20,7 +19,7 @@ pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,
 ) -> Result<(Connected, Arc<Handle>, Codec), Option<Refusal>> {
-    let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+    let limit = node.policy.limits.hello_timeout();
     let hello = timeout(limit, first_frame(node, accepted)).await;
     let late = || Close::new(CloseCode::Heartbeat, "no hello arrived in time");
     let connecting =
@@ -106,7 +105,7 @@ async fn connect(
     handle: &Arc<Handle>,
 ) -> Result<Connected, Refusal> {
     let request = connecting.request(node.sessions.reference(handle.connection));
-    let limit = Duration::from_millis(node.policy.limits.hello_timeout_ms);
+    let limit = node.policy.limits.hello_timeout();
     let call = node
         .mailboxes
         .until_answered(Call::Connect, || node.mailboxes.store().connect(request.clone()));

@@ -1,5 +1,5 @@
-//! Loops that no outside means can stop while the process runs on: each is wedged by the one thing
-//! that it waits for, a session's lock, and `/readyz` is asked as an orchestrator asks it.
+//! Stalled loops. No outside means can stop one of them alone, so each is blocked by what it waits for, a session's
+//! lock; then `/readyz` must name it.
 #![allow(clippy::unwrap_used, reason = "tests may fail loudly")]
 
 use barid_core::Secret;
@@ -44,24 +44,13 @@ async fn fails(admin: SocketAddr, conditions: &[&str]) {
     }
 }
 
-/// The node as it runs alone, but for its dispatchers; and where devices find it.
+/// Starts a node; also returns the address for devices.
 async fn start(config: Config, context: Context) -> (Arc<Node>, SocketAddr) {
     admin::serve(&AdminConfig::local(0), "access", &context).unwrap();
-    let wheel = context.progress("wheel", "turn of the heartbeat wheel");
-    let confirming = context.progress("confirming", "look at the sessions to confirm");
-    let devices = Acceptors::bind(&config).unwrap();
-    let dispatchers = bind("grpc_listen", config.grpc_listen).await.unwrap();
-    let there = context.progress("redis", "answer");
-    let address = devices.address();
-    let (node, mut lease) =
-        build(&config, &context, &dispatchers, address, &there).await.unwrap().unwrap();
-    tokio::spawn(tick(Arc::clone(&node), wheel));
-    tokio::spawn(watch_redis(Arc::clone(&node), there));
-    let listening = context.progress("listener", "turn of the listeners");
-    devices.serve(&node, listening).detach_all();
-    let kept = Arc::clone(&node);
-    tokio::spawn(async move { Keeping::new(&config).run(&kept, &mut lease, &confirming).await });
-    (node, address)
+    let service = Service::start(config, context.clone()).await.unwrap().unwrap();
+    let node = Arc::clone(&service.node);
+    tokio::spawn(service.work());
+    (node, context.announcements().get("ws").unwrap())
 }
 
 #[tokio::test]

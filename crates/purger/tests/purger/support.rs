@@ -124,13 +124,9 @@ impl World {
 
     pub async fn start_with(&self, context: Context) -> Running {
         let mailbox = Mailbox::open(&self.config.redis, &context.metrics).await.unwrap();
-        let service =
-            Service::new(self.config.clone(), mailbox, self.handed.clone(), &context).unwrap();
-        let task = tokio::spawn({
-            let context = context.clone();
-            async move { service.run(&context).await }
-        });
-        Running { context, task }
+        let (config, handed) = (self.config.clone(), self.handed.clone());
+        let service = Service::start(config, mailbox, handed, context.clone()).unwrap();
+        Running { context, task: tokio::spawn(service.work()) }
     }
 
     pub async fn produce(&self, key: &str, value: impl Into<Bytes>) {

@@ -78,12 +78,9 @@ async fn a_purger_whose_poll_loop_is_wedged_is_not_ready() {
     let gate = Arc::new(RwLock::new(()));
     let mailbox = Mailbox::open(&world.config.redis, &context.metrics).await.unwrap();
     let gated = Gated { mailbox, gate: Arc::clone(&gate), panics: false };
-    let service =
-        Service::new(world.config.clone(), gated, world.handed.clone(), &context).unwrap();
-    let running = tokio::spawn({
-        let context = context.clone();
-        async move { service.run(&context).await }
-    });
+    let config = world.config.clone();
+    let service = Service::start(config, gated, world.handed.clone(), context.clone()).unwrap();
+    let running = tokio::spawn(service.work());
     readyz(admin, |status, _| status == 200).await;
     let closed = gate.write().await;
     readyz(admin, |_, body| body.contains("consumer: no poll for ")).await;
@@ -118,11 +115,9 @@ async fn names_the_task(world: World, panics: bool, handoff: impl Handoff, named
     let admin = context.announcements().get("admin").unwrap();
     let mailbox = Mailbox::open(&world.config.redis, &context.metrics).await.unwrap();
     let mailbox = Gated { mailbox, gate: Arc::default(), panics };
-    let service = Service::new(world.config.clone(), mailbox, handoff, &context).unwrap();
-    let running = tokio::spawn({
-        let context = context.clone();
-        async move { service.run(&context).await }
-    });
+    let service =
+        Service::start(world.config.clone(), mailbox, handoff, context.clone()).unwrap();
+    let running = tokio::spawn(service.work());
     until(admin, "/healthz", |status, _| status == 200).await;
     world.produce_to_alice(0, 1).await;
     until(admin, "/healthz", |status, body| status == 503 && body.contains(named)).await;
