@@ -101,7 +101,7 @@ async fn accept(
             arrived = listener.accept() => arrived,
             _ = turn.tick() => {
                 if failed_at.is_none_or(|at| at.elapsed() >= TURN) {
-                    turns.had(number);
+                    turns.ran(number);
                 }
                 continue;
             }
@@ -111,7 +111,7 @@ async fn accept(
             Ok((stream, peer)) => {
                 accepted.inc();
                 let _ = stream.set_nodelay(true);
-                let_in(&node, stream, peer);
+                admit(&node, stream, peer);
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept");
@@ -123,7 +123,7 @@ async fn accept(
     }
 }
 
-fn let_in(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
+fn admit(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
     match node.policy.admission.admit() {
         Ok(admitted) => {
             let (node, address) = (Arc::clone(node), peer.ip().to_canonical());
@@ -148,7 +148,7 @@ impl Turns {
         Self { condition, had: AtomicU64::new(0), all }
     }
 
-    fn had(&self, number: usize) {
+    fn ran(&self, number: usize) {
         let had = self.had.fetch_or(bit(number), Ordering::Relaxed) | bit(number);
         if had == self.all {
             self.had.store(0, Ordering::Relaxed);
@@ -178,17 +178,17 @@ mod tests {
         let listening = Context::new().progress("listener", "turn of the listeners");
         let turns = Turns::new(listening.clone(), 3);
         for number in [0, 1, 0, 1] {
-            turns.had(number);
+            turns.ran(number);
             assert!(!listening.is_ready(), "the third has not accepted yet");
         }
-        turns.had(2);
+        turns.ran(2);
         assert!(listening.is_ready());
-        turns.had(1);
+        turns.ran(1);
         turns.failed(1, &std::io::Error::other("no files"));
-        turns.had(0);
-        turns.had(2);
+        turns.ran(0);
+        turns.ran(2);
         assert_eq!(listening.reason().as_deref(), Some("cannot accept: no files"));
-        turns.had(1);
+        turns.ran(1);
         assert!(listening.is_ready());
     }
 
@@ -196,7 +196,7 @@ mod tests {
     fn every_loop_has_a_bit() {
         let listening = Context::new().progress("listener", "turn of the listeners");
         let turns = Turns::new(listening.clone(), ACCEPTORS_MAX as usize);
-        (0..ACCEPTORS_MAX as usize).for_each(|number| turns.had(number));
+        (0..ACCEPTORS_MAX as usize).for_each(|number| turns.ran(number));
         assert!(listening.is_ready());
     }
 }

@@ -70,7 +70,7 @@ impl AccessPeer for AccessService {
         let invalid = || Status::invalid_argument("invalid app or user id");
         let key = user_key(&app, &user).ok_or_else(invalid)?;
         let handle = self.node.sessions.registry.get(&key, ConnectionId(connection));
-        let closed = self.node.sessions.was(Incarnation(incarnation))
+        let closed = self.node.sessions.includes(Incarnation(incarnation))
             && handle.is_some_and(|handle| {
                 let same = handle.device().as_str() == device;
                 if same {
@@ -85,7 +85,7 @@ impl AccessPeer for AccessService {
 
 fn deliver(node: &Arc<Node>, forgetting: &Arc<Semaphore>, batch: NodeBatch) -> NodeReply {
     let incarnation = Incarnation(batch.incarnation);
-    let mine = node.sessions.was(incarnation);
+    let mine = node.sessions.includes(incarnation);
     let (mut gone, mut waiting) = (Vec::new(), Vec::new());
     fan_out(node, batch.fanouts);
     for push in batch.pushes {

@@ -49,7 +49,7 @@ impl AccessAdmin for AdminService {
         request: Request<KickRequest>,
     ) -> Result<Response<Self::KickStream>, Status> {
         let order = request.into_inner();
-        let audience = audience(&order)?;
+        let target = target(&order)?;
         if order.reason.len() > REASON_BYTES_MAX {
             let text = format!("a reason has at most {REASON_BYTES_MAX} bytes");
             return Err(Status::invalid_argument(text));
@@ -57,7 +57,7 @@ impl AccessAdmin for AdminService {
         let busy = |_| Status::resource_exhausted("too many kicks are under way");
         let permit = Arc::clone(&self.orders).try_acquire_owned().map_err(busy)?;
         let kicking = Kicking {
-            handles: audience.select(&self.node.sessions.registry),
+            handles: target.select(&self.node.sessions.registry),
             per_second: match order.per_second {
                 0 => self.node.policy.limits.kicks_per_second,
                 given => given,
@@ -71,7 +71,7 @@ impl AccessAdmin for AdminService {
             _permit: permit,
         };
         tracing::info!(
-            ?audience,
+            ?target,
             matched = kicking.handles.len(),
             per_second = kicking.per_second,
             reason = kicking.reason,
@@ -85,33 +85,33 @@ impl AccessAdmin for AdminService {
 
 /// The sessions that an order selects.
 #[derive(Debug, PartialEq, Eq)]
-enum Audience {
+enum Target {
     Device(UserKey, DeviceId),
     User(UserKey),
     App(AppId),
     Everyone,
 }
 
-fn audience(order: &KickRequest) -> Result<Audience, Status> {
+fn target(order: &KickRequest) -> Result<Target, Status> {
     let KickRequest { app, user, device, everyone, .. } = order;
     let invalid = |error: barid_core::InvalidName| Status::invalid_argument(error.to_string());
     match (everyone, app.as_str(), user.as_str(), device.as_str()) {
-        (true, "", "", "") => Ok(Audience::Everyone),
+        (true, "", "", "") => Ok(Target::Everyone),
         (true, ..) => Err(Status::invalid_argument("everyone excludes app, user and device")),
-        (false, app, "", "") => Ok(Audience::App(AppId::new(app).map_err(invalid)?)),
+        (false, app, "", "") => Ok(Target::App(AppId::new(app).map_err(invalid)?)),
         (false, _, "", _) => Err(Status::invalid_argument("device needs user")),
         (false, app, user, device) => {
             let app = AppId::new(app).map_err(invalid)?;
             let user = UserKey { app, user: UserId::new(user).map_err(invalid)? };
             Ok(match device {
-                "" => Audience::User(user),
-                device => Audience::Device(user, DeviceId::new(device).map_err(invalid)?),
+                "" => Target::User(user),
+                device => Target::Device(user, DeviceId::new(device).map_err(invalid)?),
             })
         }
     }
 }
 
-impl Audience {
+impl Target {
     /// The selected sessions that exist now.
     fn select(&self, registry: &Registry) -> Vec<Weak<Handle>> {
         let mut selected = Vec::new();
@@ -216,12 +216,12 @@ mod tests {
     fn an_order_names_whom_it_means() {
         let user = || UserKey { app: AppId::new("a").unwrap(), user: UserId::new("u").unwrap() };
         let device = DeviceId::new("d").unwrap();
-        assert_eq!(audience(&order("", "", "", true)).unwrap(), Audience::Everyone);
-        assert_eq!(audience(&order("a", "", "", false)).unwrap(), Audience::App(user().app));
-        assert_eq!(audience(&order("a", "u", "", false)).unwrap(), Audience::User(user()));
+        assert_eq!(target(&order("", "", "", true)).unwrap(), Target::Everyone);
+        assert_eq!(target(&order("a", "", "", false)).unwrap(), Target::App(user().app));
+        assert_eq!(target(&order("a", "u", "", false)).unwrap(), Target::User(user()));
         assert_eq!(
-            audience(&order("a", "u", "d", false)).unwrap(),
-            Audience::Device(user(), device)
+            target(&order("a", "u", "d", false)).unwrap(),
+            Target::Device(user(), device)
         );
         // Nothing that is left out means everyone.
         for bad in [
@@ -231,7 +231,7 @@ mod tests {
             order("a", "", "", true),
             order("a:b", "u", "", false),
         ] {
-            let status = audience(&bad).unwrap_err();
+            let status = target(&bad).unwrap_err();
             assert_eq!(status.code(), tonic::Code::InvalidArgument, "{bad:?}");
         }
     }

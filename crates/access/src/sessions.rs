@@ -52,7 +52,7 @@ impl Sessions {
     /// Whether a route of this incarnation may name a session of this process. That includes earlier incarnations of
     /// the process: connection numbers are unique over all of them, and a session keeps its number when a new
     /// incarnation begins, before its route is rewritten.
-    pub fn was(&self, incarnation: Incarnation) -> bool {
+    pub fn includes(&self, incarnation: Incarnation) -> bool {
         (self.first_incarnation..=self.incarnation()).contains(&incarnation)
     }
 

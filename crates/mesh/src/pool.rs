@@ -119,7 +119,7 @@ impl DispatchPool {
     /// timer is armed. Pushes of a shard keep their order while the dispatchers stay the same.
     pub async fn push(&self, shard: Shard, push: Push) {
         let item = Item::Push { shard, push, moved: false };
-        if let Err(outcome) = self.inner.hand(shard, item).await {
+        if let Err(outcome) = self.inner.send(shard, item).await {
             self.inner.metrics.pushes.with_label_values(&[outcome]).inc();
         }
     }
@@ -136,7 +136,7 @@ impl DispatchPool {
     ) -> Result<Vec<(usize, Unreachable)>, Unavailable> {
         let (answer, answered) = oneshot::channel();
         let item = Item::Resend { parts: split(resend), answer };
-        let result = match self.inner.hand(shard, item).await {
+        let result = match self.inner.send(shard, item).await {
             Ok(()) => answered.await.map_err(|_| Unavailable),
             Err(_) => Err(Unavailable),
         };
@@ -225,7 +225,7 @@ impl Inner {
         pick(&self.members(), shard).map(|member| member.link.clone())
     }
 
-    fn try_hand(&self, shard: Shard, item: Item) -> Result<(), Item> {
+    fn try_send(&self, shard: Shard, item: Item) -> Result<(), Item> {
         match self.pick(shard) {
             Some(link) => link.try_send(item).map_err(|refused| refused.item),
             None => Err(item),
@@ -235,8 +235,8 @@ impl Inner {
     /// Sends an item; waits up to `push_wait_ms` for room or for a dispatcher. If none has been available for that
     /// long already, it does not wait, so that an outage of the dispatchers does not slow down accepting. The error
     /// is the outcome to count.
-    async fn hand(&self, shard: Shard, item: Item) -> Result<(), &'static str> {
-        let Err(mut item) = self.try_hand(shard, item) else { return Ok(()) };
+    async fn send(&self, shard: Shard, item: Item) -> Result<(), &'static str> {
+        let Err(mut item) = self.try_send(shard, item) else { return Ok(()) };
         let deadline = Instant::now() + self.config.push_wait();
         let mut changes = self.changes.subscribe();
         loop {
@@ -260,10 +260,10 @@ impl Inner {
 
     /// Moves a push whose stream broke to the next dispatcher, once. If both deliver it, the access node drops the
     /// second.
-    fn hand_again(&self, item: Item) {
+    fn resend_moved(&self, item: Item) {
         let outcome = match item {
             Item::Push { shard, push, moved: false } => {
-                match self.try_hand(shard, Item::Push { shard, push, moved: true }) {
+                match self.try_send(shard, Item::Push { shard, push, moved: true }) {
                     Ok(()) => "moved",
                     Err(_) => "lost",
                 }
@@ -386,7 +386,7 @@ impl Protocol for Dispatching {
     fn fail(&mut self, items: Vec<Item>) {
         let Some(pool) = self.pool.upgrade() else { return };
         for item in items {
-            pool.hand_again(item);
+            pool.resend_moved(item);
         }
     }
 

@@ -190,7 +190,7 @@ impl Connected {
             return Pushed::Dropped(Dropped::Window);
         }
         let pushed = PushedAt { written_us: now_us, produced_ms: entry.produced_at_ms };
-        match self.take(header, entry, Some(pushed), now_us, out) {
+        match self.advance(header, entry, Some(pushed), now_us, out) {
             None => Pushed::Write,
             Some(why) => {
                 out.push(Effect::Skip { to: self.at, why });
@@ -289,7 +289,7 @@ impl Connected {
                 break;
             }
             match envelope::decode(bytes) {
-                Ok((_, entry)) => match self.take(&header, &entry, None, now_us, out) {
+                Ok((_, entry)) => match self.advance(&header, &entry, None, now_us, out) {
                     None => batch.deliver(entry, out),
                     Some(why) => batch.skip(self.at, why, out),
                 },
@@ -304,7 +304,7 @@ impl Connected {
     }
 
     /// Advances over the next entry. Returns why it is skipped; `None` if it is delivered.
-    fn take(
+    fn advance(
         &mut self,
         header: &Header,
         entry: &Envelope,
