@@ -92,7 +92,7 @@ async fn two_devices_of_a_user_have_their_own_cursors() -> Result<()> {
     tablet.close().await?;
     business.send_text("alice", "phone-now", "tablet later").await?;
     assert_eq!(phone.receive(1).await?, ["phone-now"]);
-    // What the phone acknowledged still waits for the tablet.
+    // Messages acknowledged by the phone still wait for the tablet.
     let mut tablet = cluster.device("alice", "tablet").await?;
     assert_eq!(tablet.receive(1).await?, ["phone-now"]);
     let tablet_only =

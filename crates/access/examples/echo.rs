@@ -44,7 +44,7 @@ fn echo(socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Option<Close>> {
     loop {
         match socket.poll_flush(cx) {
             Poll::Ready(Err(_)) => return Poll::Ready(None),
-            // Who does not read is not read from.
+            // A client that does not read is not read from.
             Poll::Pending if !socket.has_room() => return Poll::Pending,
             Poll::Pending | Poll::Ready(Ok(())) => (),
         }

@@ -140,7 +140,7 @@ mod tests {
         assert_eq!(episodes.next(610, || Some(500)), 0, "not far enough");
         assert_eq!(episodes.next(1000, || None), 0, "nowhere to go");
         assert_eq!(episodes.next(611, || Some(500)), 50);
-        // What others hold is heard of late: it does not move the target.
+        // Other nodes' loads are known late: they do not move the target.
         assert_eq!(episodes.next(561, || Some(100)), 50);
         assert_eq!(episodes.next(511, || Some(100)), 11);
         assert_eq!(episodes.next(500, || Some(100)), 0);

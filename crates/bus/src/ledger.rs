@@ -162,10 +162,10 @@ mod tests {
         #[test]
         fn hazard_26_never_commits_past_an_unfinished_offset_nor_without_what_its_shards_must_know(steps in prop::collection::vec(step(), 0..200)) {
             let mut ledger = Ledger::default();
-            // What the ledger must agree with: every offset taken, and whether it is finished.
+            // Model of the ledger: every offset taken, and whether it is finished.
             let mut taken: Vec<(i64, bool)> = Vec::new();
             let mut next = 0;
-            // What was ever finished, by shard; and what each shard was known to have confirmed.
+            // All finished offsets by shard, and the offset that each shard is known to have confirmed.
             let mut finished: Vec<(u16, LogPosition)> = Vec::new();
             let mut known = Confirmed::new();
             for step in steps {

@@ -34,7 +34,7 @@ use tonic::transport::Server;
 /// Redis in memory.
 #[derive(Default)]
 struct InMemory {
-    // What a read takes, ms.
+    // Duration of a read, ms.
     read_ms: AtomicU64,
     routes: Mutex<HashMap<UserKey, Vec<Route>>>,
     removed: Mutex<Vec<DisconnectRequest>>,

@@ -128,7 +128,7 @@ impl Link {
         let sent = live.connection.send_packed_commands(&pipeline, 0, calls.len() + 1).await;
         let mut answers = match sent {
             Ok(answers) if answers.len() == calls.len() + 1 => answers,
-            // Whatever was answered, it is unknown to which call it belongs.
+            // It is unknown to which call an answer belongs.
             sent => {
                 self.drop_connection(live.number);
                 return failed(

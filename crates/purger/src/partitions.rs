@@ -649,7 +649,7 @@ mod tests {
             "epoch 2 began below what epoch 1 is known to 80"
         );
         assert_eq!((open.repairing(), open.closing()), (1, None));
-        // What it must know never goes down, nor is it kept apart from the offset.
+        // The position that it must know never decreases, and is committed together with the offset.
         take(&mut partitions, 60..65, 2);
         finish(&mut partitions, 60..65);
         let commit = partitions.begin_commits().remove(0);

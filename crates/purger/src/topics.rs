@@ -94,7 +94,7 @@ mod tests {
         let start = Instant::now();
         let mut refresh = Refresh::new(start);
         let every = Duration::from_secs(5);
-        // What is asked in ten seconds of a loop that turns each 50 ms and has each answer at once.
+        // Requests within ten seconds of a loop that turns every 50 ms and has each answer at once.
         let mut asked = |from: u64, urgent: bool| {
             let turns = (0..200).map(|turn| start + Duration::from_millis(from + 50 * turn));
             turns.filter(|now| refresh.is_due(*now, every, urgent)).count()

@@ -332,7 +332,7 @@ mod tests {
     async fn logs() {
         let Some(told) = std::env::var_os("LOGS") else { return };
         if std::env::var_os("CLOSED").is_some() {
-            // Whoever read stderr is gone when the line from stdin comes.
+            // The reader of stderr is gone when the line from stdin arrives.
             io::stdin().read_line(&mut String::new()).unwrap();
         }
         let buffer_bytes_max = 64 << 10;

@@ -92,7 +92,7 @@ mod tests {
         let rate = Rate::new(10, BURST);
         for now in [0, 7 * SECOND_US, u64::from(u32::MAX) - 500_000, u64::from(u32::MAX) * 9 + 1] {
             let mut bucket = 0;
-            // What it was left at long ago does not count.
+            // Tokens left long ago do not count.
             let _ = rate.acquire_packed(&mut bucket, now + u64::from(u32::MAX) / 2, 20);
             let taken = (0..100).filter(|_| rate.acquire_packed(&mut bucket, now, 1)).count();
             assert_eq!(taken, 20, "{now}");

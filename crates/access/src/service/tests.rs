@@ -58,7 +58,7 @@ async fn a_wedged_wheel_and_a_wedged_confirmation_make_the_node_not_ready() {
     let redis = Redis::start().await.unwrap();
     let mut context = Context::new();
     context.stalled_after = STALLED;
-    // Who asks is not on the runtime that is wedged.
+    // The client is not on the runtime that is blocked.
     let own = Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
     let (node, address) = own.spawn(start(config(&redis), context.clone())).await.unwrap();
     let admin = context.announcements().get("admin").unwrap();

@@ -121,7 +121,7 @@ async fn draining_ends_all_acceptors() -> Result<()> {
     let world = World::new().await?;
     let node = node(&world, |_| ()).await?;
     let address = node.addresses["ws"];
-    // What it has not acknowledged keeps the drain going.
+    // Its unacknowledged messages keep the drain going.
     let mut phone = node.device("alice", "phone").await?;
     let (entry, _) = world.accept("alice", "m1").await?;
     node.dispatcher().await?.push(&world, "alice", entry).await?;

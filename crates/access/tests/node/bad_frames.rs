@@ -76,7 +76,7 @@ fn table() -> Vec<Bad> {
     let unmasked = [&[TEXT, 2][..], b"{}"].concat();
     let many: Vec<Value> = (0..257).map(|n| json!({ "mailbox": n.to_string() })).collect();
     vec![
-        // What a session does not understand.
+        // Frames that a session does not understand.
         session("a binary message", frame(BINARY, "{}"), "json frames are text messages"),
         session("nothing", text(""), "EOF"),
         session("half a frame", text("{\"ack\":"), "EOF"),
@@ -104,7 +104,7 @@ fn table() -> Vec<Bad> {
         session("a second hello", hello(json!({})), "a second hello"),
         session("a token of another type", text(r#"{"refresh":{"token":7}}"#), "a string"),
         session("half a character", text("{\"refresh\":{\"token\":\"\\ud800\"}}"), "hex escape"),
-        // What is not even WebSocket.
+        // Violations of WebSocket itself.
         garbled("no UTF-8", frame(TEXT, b"{\"ack\xff")),
         session("a long frame", frame(TEXT, vec![b' '; FRAME_BYTES_MAX + 1]), "the limit is 16384"),
         session("an absurdly long frame", announced(TEXT, 1 << 62), "the limit is 16384"),
@@ -252,7 +252,7 @@ async fn hazard_41_what_only_a_newer_client_says_is_ignored_and_counted() -> Res
     ] {
         phone.send(&later).await?;
     }
-    // Who writes a client is told once what it was.
+    // A client's author is told once what was ignored.
     let told = Incoming::Other(
         "error".into(),
         json!({ "code": 0, "text": "kind \"probe\" is not known here and was ignored" }),

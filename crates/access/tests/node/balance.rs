@@ -55,7 +55,7 @@ async fn any_node_names_the_least_loaded_of_a_zone() -> Result<()> {
     let shown = nodes(&two, "", "").await?;
     let expected = json!({ "node": "one", "url": one.url(), "zone": "east", "load": 1 });
     assert_eq!((&shown["nodes"][1], &shown["zone"]), (&expected, &json!("east")));
-    // What it names is where devices connect.
+    // The address returned is the one where devices connect.
     let url = shown["nodes"][0]["url"].as_str().context("a url")?;
     let _tablet = Device::connect(url, &token_of("alice"), "tablet").await?;
 

@@ -101,7 +101,7 @@ async fn everyone_of_an_app_and_nobody_else_hears_what_is_for_everyone() -> Resu
     dispatcher.fan_out("other", "", vec![entry(9)]).await?;
     hears(&mut stranger, "everyone", &[9]).await?;
     devices[0].expect_silence(QUIET).await?;
-    // Who comes later hears what comes later; whoever has gone is no member.
+    // A later member receives later messages only; a device that has gone is not a member.
     devices.remove(0).close().await?;
     let mut late = node.device("carol", "phone").await?;
     dispatcher.fan_out(APP, "", vec![entry(5)]).await?;

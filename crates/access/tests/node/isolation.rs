@@ -36,7 +36,7 @@ async fn apps_with_the_same_user_share_nothing() -> Result<()> {
         dispatcher.push_to(&world, &user_of("demo", "alice"), entry).await?;
         assert_eq!(ours.message().await?.id, id);
     }
-    // What was not sent to this session is not acknowledged by it.
+    // A message that was not sent to this session is not acknowledged by it.
     theirs.ack(2).await?;
     theirs.expect_silence(QUIET).await?;
     world.cursor_becomes("alice", "phone", 0).await?;

@@ -67,7 +67,7 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
     let mut world = World::new().await?;
     let slow = |config: &mut Config| {
         (config.lease_ttl_ms, config.void_after_seconds) = (1_500, 6);
-        // Who is confirmed first, and who later, is told apart.
+        // Tells sessions confirmed early from those confirmed late.
         config.sync.confirms_per_second = 10;
     };
     let node = world.node_with(slow).await?;

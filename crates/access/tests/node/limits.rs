@@ -63,7 +63,7 @@ async fn handshakes_above_the_rate_of_the_node_get_503_and_later_ones_are_welcom
     let mut open = Vec::new();
     let mut refused = 0;
     for n in 0..12 {
-        // Whoever they are.
+        // Regardless of the user.
         let (stream, answer) = handshake_from(&node, 1 + n, "").await?;
         if answer.starts_with("HTTP/1.1 101") {
             open.push(stream);
@@ -224,7 +224,7 @@ async fn a_user_has_so_many_devices_here_and_may_always_come_back_with_one() -> 
     // A device whose old connection is not known to be dead replaces it.
     let again = node.device("alice", "phone").await?;
     assert_eq!(phone.closed(PATIENCE).await?, 4502);
-    // What was refused took nothing away.
+    // The refused ones used no tokens.
     let (entry, _) = world.accept("alice", "m1").await?;
     node.dispatcher().await?.push(&world, "alice", entry).await?;
     assert_eq!(tablet.receive(1).await?, ["m1"]);

@@ -551,7 +551,7 @@ async fn hazard_37_an_attempt_far_ahead_shuts_nobody_out() -> Result<()> {
 #[tokio::test]
 async fn hazard_37_a_device_counts_on_although_redis_s_clock_went_back() -> Result<()> {
     let world = World::new().await?;
-    // What it connected with lies far ahead of the clock now: this node still believed it.
+    // Its connect was far ahead of the present clock, because this node still allowed that.
     let before = world.node_with(|config| config.limits.attempt_ahead_ms = 3_600_000).await?;
     let node = world.node().await?;
     let known = world.inspect("alice").await?.now_ms + 1_800_000;

@@ -136,7 +136,7 @@ async fn forwarded_for_is_believed_of_balancers_only() -> Result<()> {
     let mut open = Vec::new();
     for (from, headers, status) in [
         (BALANCER, "X-Forwarded-For: 192.0.2.1\r\n", 101),
-        // What a client invents stands before what the balancer saw.
+        // Addresses invented by a client precede the one that the balancer saw.
         (BALANCER, "X-Forwarded-For: 1.2.3.4, 192.0.2.1\r\n", 429),
         (BALANCER, "X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-For: 192.0.2.1:99\r\n", 429),
         (BALANCER, "X-Forwarded-For: 192.0.2.2, 127.0.0.10\r\n", 101),

@@ -100,7 +100,7 @@ async fn a_certificate_is_replaced_without_a_restart_and_sessions_go_on() -> Res
     assert!(connect(&node, "one").await.is_err());
     session(&mut connect(&node, "two").await?, "carol").await?;
 
-    // Whoever was connected is still there, and is delivered to.
+    // Devices connected before are still connected, and receive messages.
     let (entry, _) = world.accept("alice", "m1").await?;
     node.dispatcher().await?.push(&world, "alice", entry).await?;
     expect(&mut before, "text of m1").await

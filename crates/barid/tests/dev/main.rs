@@ -121,7 +121,7 @@ fn a_killed_cluster_takes_its_redis_with_it() {
         assert!(Instant::now() < deadline, "redis-server outlives barid");
         pause();
     }
-    // What it left behind names a process that is gone: not taken for a running cluster.
+    // The state file that it left names a process that is gone: not taken for a running cluster.
     let (_, status) = place.run("token --user alice");
     assert!(!status.success());
 }

@@ -158,7 +158,7 @@ async fn hazard_03_a_redis_that_went_back_by_ten_writes_and_moved_on_shows_what_
         assert_eq!(accepted(bed.mailbox.accept(&[other]).await[0].as_ref().unwrap()), 1);
     }
     bed.fill(&user, 6..=11).await;
-    // What the phone acknowledged is no place in this history: nothing is trimmed for it.
+    // The phone's acknowledged position is not in this history: nothing is trimmed for it.
     let AckOutcome::Reset { cursor } = bed.ack_at(&user, "phone", 1, before).await else {
         panic!()
     };
@@ -293,7 +293,7 @@ async fn hazard_76_a_mailbox_that_keeps_all_gives_way_when_memory_is_short() {
     let newest = Position { generation: Generation(1), ..bed.position(&user, 5).await };
     bed.ack_at(&user, "phone", 1, newest).await;
     assert!(ids(&bed, &user).await.is_empty());
-    // Whoever comes now is told.
+    // A device that connects now is told.
     let back = bed.resume(&user, "tablet", 3, place).await;
     assert_eq!((back.cursor.seq, back.newest), (Seq(0), Seq(5)));
 }
@@ -314,7 +314,7 @@ async fn hazard_76_a_mailbox_keeps_all_behind_a_loss_for_a_time_only() {
     )
     .await;
     assert_eq!(ids(&bed, &user).await.len(), 5);
-    // Whoever comes next drops it: an ack, a confirmation, a connect.
+    // The next call of any kind drops it: an ack, a confirmation, a connect.
     let over = async |then: &str| {
         keep(&bed, &user).await;
         bed.grow_old(2_000).await;

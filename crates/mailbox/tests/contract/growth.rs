@@ -192,7 +192,7 @@ async fn hazard_49_a_mailbox_is_bounded_in_bytes_and_what_leaves_is_told() {
             }
         }
     }
-    // What is acknowledged makes room: nothing more is evicted.
+    // Acknowledged messages make room: nothing more is evicted.
     let newest = bed.page(&user, offset as u64).await.newest.0;
     bed.connect(&user, "tablet", 2).await;
     for seq in newest - 30..newest {

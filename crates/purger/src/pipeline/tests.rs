@@ -313,7 +313,7 @@ async fn read(weather: Weather) -> usize {
             pipeline.lane_event(event);
         }
     }
-    // What was taken in readings that have ended is still being dropped.
+    // Records taken in readings that have ended are still being dropped.
     let under_way = |pipeline: &Pipeline<Store>| {
         let window = (0..PRIORITIES).map(|priority| pipeline.window.records(priority));
         window.sum::<usize>() + pipeline.lanes.load()

@@ -26,7 +26,7 @@ async fn accepts_in_order_and_commits(world: World) {
     world.has("alice", 30).await;
     assert_eq!(world.ids("alice").await, expected(30));
     assert_eq!(purger.stop().await, Stopped::Clean);
-    // What was committed is not taken again.
+    // Committed records are not taken again.
     let again = world.start().await;
     world.produce_to_alice(30, 5).await;
     world.has("alice", 35).await;

@@ -86,7 +86,7 @@ async fn hazard_48_what_the_log_no_longer_holds_is_missed_once_and_not_for_ever(
     second.until("raised", |p| p.metric("shards_repairing") == 0.0).await;
     assert_eq!((second.metric("gaps_total"), second.metric("repairs_total")), (1.0, 1.0));
     assert_eq!(second.stop().await, Stopped::Clean);
-    // Whoever comes next has nothing to repair, and reads nothing twice.
+    // The next owner has nothing to repair, and reads nothing twice.
     let third = world.start().await;
     send(11).await;
     world.has("alice", 2).await;

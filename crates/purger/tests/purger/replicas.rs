@@ -209,7 +209,7 @@ async fn what_is_lost_is_brought_back(mut bed: Bed) {
     assert_eq!(bed.world.ids("alice").await, expected(20));
     purger.until("raised", |p| p.metric("shards_repairing") == 0.0).await;
     assert_eq!((purger.metric("gaps_total"), purger.metric("repairs_total")), (1.0, 1.0));
-    // What was brought back was accepted, and told, twice.
+    // Repaired messages were accepted, and reported, twice.
     let receipts = bed.world.receipts(30).await;
     for id in expected(20) {
         let told = receipts.iter().filter(|receipt| receipt.id == id).count();

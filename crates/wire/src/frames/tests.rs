@@ -114,7 +114,7 @@ fn hazard_41_what_only_a_newer_client_says_is_passed_over_and_named() {
         let heard = decode_client(Encoding::Proto, later).unwrap();
         assert!(heard.frame.is_none() && heard.ignored.is_some(), "{later:?}");
     }
-    // What is wrong besides is an error still.
+    // Other errors are still reported.
     for text in
         [r#"{"ack":{"seq":-1,"new":1}}"#, r#"{"ack":{"new":1}}"#, r#"{"refresh":{"new":1}}"#]
     {

@@ -105,7 +105,7 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
     }
     let reports = listeners.iter_mut().filter_map(|listener| listener.read(Format::Proto).report);
     assert_eq!(reports.filter_map(|report| report.hop).collect::<Vec<_>>(), [(0, 0)]);
-    // What has left the log is not waited for.
+    // Messages that have left the log are not waited for.
     fanout.sweep(Seconds::MAX);
     assert_eq!(fanout.audience(&demo(), None).unwrap().held(), 0);
 }
