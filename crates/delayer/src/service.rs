@@ -127,5 +127,5 @@ impl Service {
 /// The waits before polling an unavailable master again.
 fn reconnecting() -> Backoff {
     Backoff::new(Duration::from_millis(100), Duration::from_secs(2), 0.3)
-        .expect("constants that make sense")
+        .expect("constants in range")
 }

@@ -53,7 +53,7 @@ impl Health {
     /// Creates an empty set.
     pub fn new() -> Self {
         let opts = Opts::new("barid_ready", "Whether a condition of readiness holds: 1 or 0");
-        let metric = IntGaugeVec::new(opts, &["condition"]).expect("constants that make sense");
+        let metric = IntGaugeVec::new(opts, &["condition"]).expect("constants in range");
         Self(Arc::new(Inner { conditions: Mutex::default(), metric }))
     }
 
