@@ -282,7 +282,7 @@ fn a_refused_message_that_expires_is_skipped() {
 }
 
 #[test]
-fn a_message_that_expires_with_the_application_and_is_given_back_holds_up_nothing() {
+fn hazard_87_a_message_that_expires_with_the_application_and_is_given_back_holds_up_nothing() {
     let mut device = Device::welcomed();
     for (seq, id) in [(1, "a"), (2, "b"), (3, "c")] {
         device.deliver(G, seq, id);
@@ -322,7 +322,7 @@ fn a_message_of_a_second_pass_is_withdrawn_only_by_that_pass() {
 }
 
 #[test]
-fn a_message_given_back_after_its_eviction_is_sent_again_where_it_came_back() {
+fn hazard_88_a_message_given_back_after_its_eviction_is_sent_again_where_it_came_back() {
     let mut device = Device::welcomed();
     device.deliver(G, 1, "a");
     let a = device.take();
