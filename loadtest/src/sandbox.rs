@@ -95,7 +95,7 @@ impl Sandbox {
         Plan {
             brokers: self.cluster.brokers(),
             topic: self.cluster.topics().push.clone(),
-            app: barid_testkit::cluster::APP.into(),
+            app: barid_testkit::token::APP.into(),
             payload_bytes,
             linger_ms,
         }
@@ -122,7 +122,7 @@ impl Sandbox {
         }
         Ok(ConnectRequest {
             nodes,
-            app: barid_testkit::cluster::APP.into(),
+            app: barid_testkit::token::APP.into(),
             secret: token::SECRET.into(),
             key_id: token::KEY_ID.into(),
             ack_delay_ms: ACK_DELAY_MS,

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use barid_testkit::cluster::APP;
 use barid_testkit::process::Process;
+use barid_testkit::token::APP;
 use barid_testkit::{Cluster, Role, alone, token};
 use serde_json::Value;
 

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use barid_testkit::cluster::{APP, Business};
+use barid_testkit::cluster::Business;
+use barid_testkit::token::APP;
 use barid_testkit::{Cluster, Device, Role};
 
 /// Enough users for each master.

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use barid_core::ReceiptSet;
-use barid_testkit::cluster::APP;
 use barid_testkit::device::PATIENCE;
 use barid_testkit::grpc::{NodeStream, audience_entry};
+use barid_testkit::token::APP;
 use barid_testkit::{Cluster, Role, records};
 use barid_wire::record::Push;
 use bytes::Bytes;

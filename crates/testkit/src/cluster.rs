@@ -21,7 +21,6 @@ pub use self::reader::{Reader, Record};
 pub use self::topics::Topics;
 use crate::device::next_attempt;
 use crate::spawner::Scratch;
-pub use crate::token::APP;
 use crate::{Device, Kafka, Redis, RedisCluster, token};
 
 /// A running cluster. Dropping it ends its processes and removes its files, after printing the end of
@@ -181,9 +180,9 @@ impl Cluster {
         Ok(format!("ws://{address}/v1/connect"))
     }
 
-    /// A token of a user of [`APP`], valid for an hour.
+    /// A token of a user of [`token::APP`], valid for an hour.
     pub fn token(&self, user: &str) -> String {
-        token::token(APP, user, Duration::from_secs(3_600))
+        token::token(token::APP, user, Duration::from_secs(3_600))
     }
 
     /// A device of `user` connected to the first access node.

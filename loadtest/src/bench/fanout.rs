@@ -146,7 +146,7 @@ impl Dispatcher {
     /// Sends one batch to everyone.
     async fn broadcast(&mut self, count: u32, payload_bytes: u32) -> anyhow::Result<()> {
         let entries = (0..count).map(|_| self.next(payload_bytes)).collect();
-        self.stream.fan_out(barid_testkit::cluster::APP, "", entries).await
+        self.stream.fan_out(barid_testkit::token::APP, "", entries).await
     }
 
     fn next(&mut self, payload_bytes: u32) -> Bytes {
