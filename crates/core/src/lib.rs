@@ -7,6 +7,7 @@ mod close;
 mod history;
 mod ids;
 pub mod limits;
+pub mod mailbox;
 pub mod pem;
 mod receipts;
 mod secret;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use barid_core::{Attempt, DeviceId, GroupId};
-use barid_mailbox::UserKey;
+use barid_core::mailbox::UserKey;
 
 /// The claims of a valid token.
 #[derive(Debug, Clone, PartialEq, Eq)]
