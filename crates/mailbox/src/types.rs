@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use barid_core::{
-    AppId, Attempt, Chain, DeviceId, Epoch, Generation, IdHash, Position, Seq, SessionRef, Shard,
-    UserId,
+    AppId, Attempt, DeviceId, Epoch, IdHash, Position, Seq, SessionRef, Shard, UserId,
 };
 use bytes::Bytes;
 
