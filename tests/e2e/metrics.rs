@@ -55,8 +55,13 @@ async fn every_metric_is_documented_and_there_from_the_start() -> Result<()> {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md"))?;
     let mut cluster = Cluster::start().await?;
     let mut differences = Vec::new();
-    for (role, section) in Role::ALL.into_iter().zip(["Purger", "Dispatcher", "Delayer", "Access"])
-    {
+    for role in Role::ALL {
+        let section = match role {
+            Role::Purger => "Purger",
+            Role::Dispatcher => "Dispatcher",
+            Role::Delayer => "Delayer",
+            Role::Access => "Access",
+        };
         let mut wanted = documented(&page, "Every role");
         wanted.extend(documented(&page, section));
         let mut found = served(&cluster.node(role, 0).metrics_text().await?)?;

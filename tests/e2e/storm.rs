@@ -80,7 +80,7 @@ impl Storm {
         let victim = match trial.pick(40) {
             0 => Victim::Kafka,
             1 | 2 => Victim::Redis,
-            dice => Victim::Node(Role::ALL[dice % 4], trial.pick(2)),
+            dice => Victim::Node(Role::ALL[dice % Role::ALL.len()], trial.pick(2)),
         };
         if self.down.iter().any(|one| one.victim == victim) {
             return Ok(());

@@ -33,13 +33,16 @@ fn add<R: Role>(rows: &mut Rows) {
 #[test]
 fn hazard_61_the_documentation_tells_the_bounds_of_every_number() {
     let mut rows = Rows::new();
-    add::<barid_access::Access>(&mut rows);
-    add::<barid_delayer::Delayer>(&mut rows);
-    add::<barid_dispatcher::Dispatcher>(&mut rows);
-    add::<barid_purger::Purger>(&mut rows);
+    let all = [
+        add::<barid_access::Access>,
+        add::<barid_delayer::Delayer>,
+        add::<barid_dispatcher::Dispatcher>,
+        add::<barid_purger::Purger>,
+    ];
+    all.iter().for_each(|add| add(&mut rows));
     let mut table = TABLE.to_owned();
     for ((key, default, allowed), roles) in &rows {
-        let roles = if roles.len() == 4 { "all".to_owned() } else { roles.join(", ") };
+        let roles = if roles.len() == all.len() { "all".to_owned() } else { roles.join(", ") };
         writeln!(table, "| `{key}` | {roles} | {default} | {allowed} |").expect("a string");
     }
     let doc = std::fs::read_to_string(DOC).expect("docs/configuration.md is there");
@@ -50,7 +53,7 @@ fn hazard_61_the_documentation_tells_the_bounds_of_every_number() {
     } else {
         assert_eq!(
             doc, current,
-            "write it anew: BARID_WRITE_DOCS=1 cargo test -p barid --test configuration"
+            "regenerate it: BARID_WRITE_DOCS=1 cargo test -p barid --test configuration"
         );
     }
 }

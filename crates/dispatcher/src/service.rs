@@ -39,8 +39,7 @@ pub struct Service {
     nodes: Arc<Nodes>,
     // Ends the listener.
     stop: CancellationToken,
-    /// Aborted when the service is dropped.
-    _tasks: Tasks,
+    tasks: Tasks,
 }
 
 impl Service {
@@ -95,7 +94,7 @@ impl Service {
         held.report_to(&context.health, lease.ttl);
         tasks.spawn("the batch watch", watch_batches(batches.clone(), answering));
         context.announce_done();
-        Ok(Some(Self { config, context, lease: held, batches, nodes, stop, _tasks: tasks }))
+        Ok(Some(Self { config, context, lease: held, batches, nodes, stop, tasks }))
     }
 }
 
@@ -135,11 +134,12 @@ impl Service {
         self.stop.cancel();
         // The lease expires by itself if Redis is unavailable.
         drop(timeout_at(deadline, self.lease.release()).await);
-        if in_time {
-            return Stopped::Clean;
-        }
         let count = self.batches.unanswered() + self.nodes.pending() as u64;
-        Stopped::Cut { what: "batches and items".into(), count }
+        self.tasks.shutdown().await;
+        match in_time {
+            true => Stopped::Clean,
+            false => Stopped::Cut { what: "batches and items".into(), count },
+        }
     }
 }
 
