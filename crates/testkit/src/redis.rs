@@ -24,7 +24,8 @@ const SLOTS: u16 = 16_384;
 /// Options of a server.
 #[derive(Debug, Clone, Default)]
 pub struct RedisOptions {
-    /// Keep data over a `kill -9` (appendonly yes, appendfsync everysec).
+    /// Keep data over a `kill -9` (appendonly yes, appendfsync everysec), except writes answered while an fsync was
+    /// under way.
     pub append_only: bool,
     /// Further settings, as on the command line without the dashes: `("maxmemory", "10mb")`.
     pub settings: Vec<(String, String)>,

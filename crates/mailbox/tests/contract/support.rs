@@ -106,7 +106,10 @@ impl Bed {
 
     /// On a redis-server that the test may break.
     pub async fn own(change: impl FnOnce(&mut RedisConfig)) -> Self {
-        let options = RedisOptions { append_only: true, ..Default::default() };
+        // Each write is in the file before it is answered, so that a kill loses none; `everysec` answers first while an
+        // fsync is under way.
+        let settings = vec![("appendfsync".into(), "no".into())];
+        let options = RedisOptions { append_only: true, settings };
         let redis = Redis::start_with(options).await.expect("redis-server starts");
         let mut config = config(&redis.url());
         change(&mut config);
