@@ -219,10 +219,7 @@ mod tests {
         assert_eq!(target(&order("", "", "", true)).unwrap(), Target::Everyone);
         assert_eq!(target(&order("a", "", "", false)).unwrap(), Target::App(user().app));
         assert_eq!(target(&order("a", "u", "", false)).unwrap(), Target::User(user()));
-        assert_eq!(
-            target(&order("a", "u", "d", false)).unwrap(),
-            Target::Device(user(), device)
-        );
+        assert_eq!(target(&order("a", "u", "d", false)).unwrap(), Target::Device(user(), device));
         // Nothing that is left out means everyone.
         for bad in [
             order("", "", "", false),

@@ -153,7 +153,10 @@ impl Metrics {
                 "subscriptions_refused_total",
                 "Subscriptions to groups that the token does not list",
             )?,
-            fanout_missed: set.counter("fanout_missed_total", "Messages that left an audience's log before a member read them")?,
+            fanout_missed: set.counter(
+                "fanout_missed_total",
+                "Messages that left an audience's log before a member read them",
+            )?,
             fanout_held_bytes: set.gauge("fanout_held_bytes", "Bytes in the logs of audiences")?,
             fanout_seconds: set.histogram(
                 "fanout_seconds",
@@ -187,7 +190,10 @@ impl Metrics {
                 PushDrop::VALUES,
             )?,
             resends: set.counter("resends_total", "Re-sends written")?,
-            gone: set.counter("gone_total", "Connections that dispatchers named and this node does not have")?,
+            gone: set.counter(
+                "gone_total",
+                "Connections that dispatchers named and this node does not have",
+            )?,
             queued_bytes: set.gauge("queued_bytes", "Bytes queued for devices")?,
             redis_retries: set.counters(
                 "redis_retries_total",
@@ -213,7 +219,10 @@ impl Metrics {
                 "outcome",
                 CertificateRead::VALUES,
             )?,
-            receipts_dropped: set.counter("receipts_dropped_total", "Receipts dropped because the producer's queue was full")?,
+            receipts_dropped: set.counter(
+                "receipts_dropped_total",
+                "Receipts dropped because the producer's queue was full",
+            )?,
             shed: set.counter("shed_total", "Devices sent to another node by shedding")?,
             acked: set.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,

@@ -24,7 +24,7 @@ use rdkafka::topic_partition_list::Offset;
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 
-use crate::context::{Callbacks, Callback};
+use crate::context::{Callback, Callbacks};
 use crate::stuck::{Next, Stuck};
 use crate::{Error, GroupProtocol, KafkaConfig, Memory, Metadata, TopicSource, ffi};
 

@@ -97,7 +97,12 @@ impl DeadLetters {
         );
     }
 
-    async fn send(&self, letter: &DeadLetter<'_>, cut: Cut, batching: Batching) -> Result<(), Error> {
+    async fn send(
+        &self,
+        letter: &DeadLetter<'_>,
+        cut: Cut,
+        batching: Batching,
+    ) -> Result<(), Error> {
         let record = letter.record;
         let numbers = [
             record.partition.to_string(),

@@ -111,7 +111,9 @@ impl Producer {
         let (mut failures, mut holding) = (0, None);
         loop {
             match self.send_with_key(topic, key, payload.clone(), headers, batching).await {
-                Err(Error::Rejected(_)) if batching == Batching::Shared => batching = Batching::Alone,
+                Err(Error::Rejected(_)) if batching == Batching::Shared => {
+                    batching = Batching::Alone
+                }
                 Err(error @ (Error::Away(_) | Error::Refused(_))) => {
                     let holding = holding.get_or_insert_with(|| Holding::new(self));
                     holding.refused(topic, &error);

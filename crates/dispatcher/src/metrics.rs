@@ -54,18 +54,8 @@ impl Metrics {
         let set = MetricSet::new(registry, "barid_dispatcher");
         Ok(Self {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
-            pushes: set.counters(
-                "pushes_total",
-                "Pushes, by outcome.",
-                "outcome",
-                &PUSHES,
-            )?,
-            resends: set.counters(
-                "resends_total",
-                "Re-sends, by outcome.",
-                "outcome",
-                &RESENDS,
-            )?,
+            pushes: set.counters("pushes_total", "Pushes, by outcome.", "outcome", &PUSHES)?,
+            resends: set.counters("resends_total", "Re-sends, by outcome.", "outcome", &RESENDS)?,
             lost: set.counter("lost_items_total", "Items on streams that broke.")?,
             batches: set.counter("batches_total", "Batches received.")?,
             callers: set.gauge("callers", "Open streams from purgers and delayers.")?,
@@ -77,12 +67,7 @@ impl Metrics {
             l1_entries: set.gauge("l1_entries", "Users in L1.")?,
             tracking: set.gauge("tracking", "1 while Redis reports changes of routes.")?,
             load_failures: set.counter("load_failures_total", "Loads of routes that failed.")?,
-            reaped: set.counters(
-                "reaped_total",
-                "Void routes, by outcome.",
-                "outcome",
-                &REAPED,
-            )?,
+            reaped: set.counters("reaped_total", "Void routes, by outcome.", "outcome", &REAPED)?,
             hops: Hops::new(registry, &[Hop::AcceptedDispatched])?,
         })
     }

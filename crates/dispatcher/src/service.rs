@@ -75,8 +75,14 @@ impl Service {
         tasks.spawn("the route tracking", following);
         tasks.spawn("the Redis probe", watch_redis(mailbox.clone(), redis.clone()));
         tasks.spawn("the cache metrics", count_entries(resolver.clone(), metrics.clone()));
-        let (delivery, table) =
-            assemble(&config, &mailbox, resolver, metrics, context.tracer.clone(), &tasks.spawner());
+        let (delivery, table) = assemble(
+            &config,
+            &mailbox,
+            resolver,
+            metrics,
+            context.tracer.clone(),
+            &tasks.spawner(),
+        );
         let nodes = Arc::clone(&delivery.nodes);
         tasks.spawn("the node table", follow_nodes(table, Arc::clone(&nodes)));
         let batches = BatchService::new(Arc::new(delivery), config.window_batches);

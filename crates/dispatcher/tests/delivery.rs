@@ -94,8 +94,7 @@ impl Cluster {
         let resolver = Resolver::new(Arc::clone(&routes), limits, metrics.clone());
         let tasks = Tasks::new(&Context::new());
         let reap = ReapConfig { queue_max: 64, concurrency: 4 };
-        let reaper =
-            Reaper::start(Arc::clone(&routes), &reap, metrics.clone(), &tasks.spawner());
+        let reaper = Reaper::start(Arc::clone(&routes), &reap, metrics.clone(), &tasks.spawner());
         let on_gone = {
             let (resolver, reaper) = (resolver.clone(), reaper.clone());
             Arc::new(move |node: &NodeId, incarnation, gone: Gone| {

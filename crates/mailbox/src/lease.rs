@@ -33,8 +33,8 @@ pub use self::confirming::{Confirming, LiveSession, LiveSessions};
 use self::events::Happened;
 pub use self::events::LeaseEvent;
 use self::keeper::{Keeper, Order, Reported};
-use self::state::LeaseState;
 pub use self::node::{NodeRecord, NodeRole, check_text};
+use self::state::LeaseState;
 use crate::{Error, Mailbox};
 
 /// How long the routes of a node that is gone are kept by default.

@@ -15,9 +15,9 @@ use tokio::time::{Instant, timeout};
 use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
 use crate::lease::copies::copies;
-use crate::lease::state::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record;
+use crate::lease::state::Stamp;
 use crate::topology::Topology;
 use crate::{Error, Mailbox, keys};
 

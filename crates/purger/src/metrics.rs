@@ -119,8 +119,12 @@ impl Metrics {
             handoff_dropped: set
                 .counter("handoff_dropped_total", "Messages left to the retry timer.")?,
             evicted: set.counter("evicted_total", "Entries evicted from full mailboxes.")?,
-            gaps: set.counter("gaps_total", "Times that a shard had forgotten confirmed messages.")?,
-            repairs: set.counter("repairs_total", "Times that a log was read again for forgotten messages.")?,
+            gaps: set
+                .counter("gaps_total", "Times that a shard had forgotten confirmed messages.")?,
+            repairs: set.counter(
+                "repairs_total",
+                "Times that a log was read again for forgotten messages.",
+            )?,
             repairing: set.gauge("shards_repairing", "Shards for which a log is read again.")?,
             left_out: set.counter(
                 "commit_shards_left_out_total",
@@ -132,19 +136,35 @@ impl Metrics {
                 "outcome",
                 &CALLS,
             )?,
-            call_messages: set.histogram("accept_messages", "Messages of an accept call.", SIZES)?,
+            call_messages: set.histogram(
+                "accept_messages",
+                "Messages of an accept call.",
+                SIZES,
+            )?,
             call_seconds: set.histogram("accept_seconds", "Duration of accept calls.", LATENCY)?,
             in_flight: set.gauges("in_flight_records", "Records in flight.", "topic")?,
-            in_flight_bytes: set.gauges("in_flight_bytes", "Bytes of the records in flight.", "topic")?,
-            stalls: set.counters("stalls_total", "Times that a bound stopped the purger from taking records.", "limit", &LIMITS)?,
+            in_flight_bytes: set.gauges(
+                "in_flight_bytes",
+                "Bytes of the records in flight.",
+                "topic",
+            )?,
+            stalls: set.counters(
+                "stalls_total",
+                "Times that a bound stopped the purger from taking records.",
+                "limit",
+                &LIMITS,
+            )?,
             partitions: set.gauges("partitions", "Partitions assigned.", "topic")?,
             partitions_stuck: set
                 .gauge("partitions_stuck", "Partitions that cannot be fetched.")?,
-            assignor_missing: set
-                .gauge("assignor_missing", "1 if the group does not distribute each topic evenly.")?,
+            assignor_missing: set.gauge(
+                "assignor_missing",
+                "1 if the group does not distribute each topic evenly.",
+            )?,
             topics_missing: set.gauge("topics_missing", "Topics that do not exist.")?,
             produce_held: set.gauge("produce_held", "Receipts and dead letters that wait.")?,
-            oldest_seconds: set.gauge("oldest_unfinished_seconds", "Age of the oldest unfinished record.")?,
+            oldest_seconds: set
+                .gauge("oldest_unfinished_seconds", "Age of the oldest unfinished record.")?,
             paused: set.gauge("partitions_paused", "Partitions that wait for room.")?,
             skipped: set.gauge("skipped_records", "Records left in the log for a master.")?,
             shards_away: set.gauge("shards_away", "Shards whose master does not answer.")?,

@@ -198,6 +198,12 @@ impl Open {
         Some((round.number, confirmed.filter_map(|shard| shards.shard(*shard)).collect()))
     }
 
+    /// Whether its shards are being asked for their positions, or soon will be.
+    #[cfg(test)]
+    pub fn is_asking(&self) -> bool {
+        self.round.is_some()
+    }
+
     /// Records that they were asked: waits for this many answers until the deadline.
     pub fn asked(&mut self, answers: usize, until: Instant) {
         if let Some(round) = &mut self.round {
@@ -635,7 +641,7 @@ mod tests {
         let mut partitions = succeeded(memory);
         let open = partitions.get_mut(&partition()).unwrap();
         assert_eq!(open.assignment.confirmed, [(shard(), must)].into());
-        assert_eq!((open.wants(), open.questions(shards())), (false, Some(vec![shard()])));
+        assert_eq!((open.wants(), open.questions(shards())), (false, Some((1, vec![shard()]))));
         open.asked(1, Instant::now() + std::time::Duration::from_secs(9));
         assert!(open.questions(shards()).is_none() && !open.must_rewind(Instant::now()));
         let mut forgot = answer(&partitions, 1, &[]);

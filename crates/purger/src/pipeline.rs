@@ -115,13 +115,13 @@ impl<M: Mailboxes> Pipeline<M> {
         if open.suspect.is_some() || !open.track(record.offset, record.leader_epoch) {
             return;
         }
-        let now_ms = self.lanes.outbox().clock.now_ms();
+        let now_ms = self.lanes.shared().outbox.clock.now_ms();
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
         let offset = record.offset;
         let skips = self.left_out.known(&partition, open.reading.id());
         let reported =
             open.reading.was_finished(offset) || skips.is_some_and(|skips| skips.is_again(offset));
-        let tracer = &self.lanes.outbox().tracer;
+        let tracer = &self.lanes.shared().outbox.tracer;
         match self.intake.decode(&open.reading, record, now_ms) {
             // Its dead letter and its receipt were written when it was first read.
             Decoded::Refused(..) if reported => {
@@ -268,9 +268,9 @@ impl<M: Mailboxes> Pipeline<M> {
     /// Writes a dead letter and a receipt for a refused record; the partition continues (P6).
     fn refuse(&self, flight: Arc<Flight>, refusal: Refusal, now_ms: u64) {
         self.metrics.refused.with_label_values(&[refusal.code.as_str()]).inc();
-        let (outbox, events) = (self.lanes.outbox().clone(), self.lanes.events().clone());
+        let (outbox, events) = (self.lanes.shared().outbox.clone(), self.lanes.events().clone());
         // Bounded: the flight counts in the window until this is done.
-        self.lanes.outbox().tasks.spawn_finite("the refusal of a record", async move {
+        self.lanes.shared().outbox.tasks.spawn_finite("the refusal of a record", async move {
             let (code, reason) = (refusal.code.as_str(), refusal.reason.as_str());
             outbox.dead.write(&DeadLetter { record: &flight.record, code, reason }).await;
             let receipt = Receipt {

@@ -14,7 +14,7 @@ use crate::lanes::Away;
 use crate::metrics::Metrics;
 use crate::oldest::OldestWatch;
 use crate::partitions::Partitions;
-use crate::ports::{Handoff, Mailboxes};
+use crate::ports::Mailboxes;
 
 /// Time between two checks.
 const LOOK: Duration = Duration::from_millis(250);

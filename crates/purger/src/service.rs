@@ -166,7 +166,8 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         self.commit(consumer, now);
         self.look(consumer, now);
         self.watch_topics(consumer, now);
-        let ask = || Errand::new(barid_bus::describe_topics_anew(&self.config.kafka), consumer.bell());
+        let ask =
+            || Errand::new(barid_bus::describe_topics_anew(&self.config.kafka), consumer.bell());
         self.client.broken(now, ask).map_or(Ok(()), |silent| Err(Error::BrokenClient(silent)))
     }
 

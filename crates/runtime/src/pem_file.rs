@@ -9,7 +9,8 @@ use barid_core::pem::{self, CertificateDer, PrivateKeyDer};
 pub struct PemFile {
     key: &'static str,
     path: PathBuf,
-    bytes: Vec<u8>,
+    /// The contents of the file; may be a private key.
+    pub bytes: Vec<u8>,
 }
 
 impl PemFile {

@@ -55,11 +55,7 @@ impl Tasks {
     }
 
     /// Waits for [`Self::finished`] until the deadline of draining. What is cut off then is `count` of `what`.
-    pub async fn drained(
-        &self,
-        what: &str,
-        count: impl FnOnce() -> u64,
-    ) -> Stopped {
+    pub async fn drained(&self, what: &str, count: impl FnOnce() -> u64) -> Stopped {
         let deadline = self.spawner.shutdown.deadline().unwrap_or_else(tokio::time::Instant::now);
         tokio::select! {
             () = self.finished() => Stopped::Clean,

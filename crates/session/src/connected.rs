@@ -7,8 +7,8 @@
 //! chains, and resets the device if its history differs.
 
 use barid_core::limits::RESENDS_MAX;
-use barid_core::{Chain, CloseCode, Epoch, Generation, Position, ReceiptSet, Seq};
 use barid_core::mailbox::{AckOutcome, ConfirmOutcome, Page};
+use barid_core::{Chain, CloseCode, Epoch, Generation, Position, ReceiptSet, Seq};
 use barid_wire::envelope::{self, Envelope, Header, SkipReason};
 use barid_wire::v1::{self, ReceiptKind};
 

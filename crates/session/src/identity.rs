@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use barid_core::{Attempt, DeviceId, GroupId};
 use barid_core::mailbox::UserKey;
+use barid_core::{Attempt, DeviceId, GroupId};
 
 /// The claims of a valid token.
 #[derive(Debug, Clone, PartialEq, Eq)]

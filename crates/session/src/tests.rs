@@ -1,10 +1,10 @@
 //! Walks through a session's life, each named after what has to hold.
 
+use barid_core::mailbox::{AckOutcome, ConfirmOutcome, ConnectOutcome, Page, UserKey};
 use barid_core::{
     AppId, Attempt, Chain, CloseCode, ConnectionId, DeviceId, Epoch, Generation, Incarnation,
     NodeId, Position, ReceiptSet, Seq, SessionRef, UserId,
 };
-use barid_core::mailbox::{AckOutcome, ConfirmOutcome, ConnectOutcome, Page, UserKey};
 use barid_wire::envelope::{BodyKind, Envelope, Header, SkipReason, encode_body};
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use barid_core::limits::{PLATFORM_BYTES_MAX, SDK_BYTES_MAX};
+use barid_core::mailbox::{ConnectOutcome, ConnectRequest};
 use barid_core::{
     Attempt, Chain, CloseCode, DeviceId, Epoch, Generation, Position, Seq, SessionRef,
 };
-use barid_core::mailbox::{ConnectOutcome, ConnectRequest};
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;
 

@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 pub use self::body::body;
 pub use self::error::FrameError;
-pub use self::types::{Body, ClientFrame, Deliver, Encoding, Decoded, Ignored, ServerFrame};
+pub use self::types::{Body, ClientFrame, Decoded, Deliver, Encoding, Ignored, ServerFrame};
 pub use crate::envelope::BODY_BYTES_MAX;
 use crate::envelope::{Envelope, EnvelopeError};
 

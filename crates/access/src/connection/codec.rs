@@ -2,7 +2,7 @@
 
 use barid_core::CloseCode;
 use barid_session::Close;
-use barid_wire::frames::{ClientFrame, Encoding, Decoded, ServerFrame, decode_client};
+use barid_wire::frames::{ClientFrame, Decoded, Encoding, ServerFrame, decode_client};
 use barid_wire::v1;
 use bytes::Bytes;
 use tokio_tungstenite::tungstenite::error::CapacityError;

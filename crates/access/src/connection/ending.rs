@@ -1,6 +1,5 @@
 //! The end of a connection: the session is removed from the node and from Redis, and the socket is closed.
 
-
 use barid_mailbox::DisconnectRequest;
 use barid_session::Closing;
 use barid_wire::frames::{Encoding, encode_server};

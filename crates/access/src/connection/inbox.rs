@@ -112,7 +112,10 @@ impl Connection {
                 self.end(Some(Close::new(CloseCode::TokenExpired, text)));
             }
             Beat::Leave => {
-                self.end(Some(Close::new(CloseCode::Draining, "the device stayed connected after GoAway")));
+                self.end(Some(Close::new(
+                    CloseCode::Draining,
+                    "the device stayed connected after GoAway",
+                )));
             }
         }
         self.node.sessions.set_due(&self.handle, self.beat.due());

@@ -64,12 +64,7 @@ fn table(token: &str) -> Vec<Bad> {
         ),
         (with("Content-Length: 5\r\n"), 400, "no body", "bad_request"),
         (with("Content-Length: 0\r\nContent-Length: 5\r\n"), 400, "no body", "bad_request"),
-        (
-            request(&format!("{path}&token=x"), JSON).into(),
-            400,
-            "token is repeated",
-            "bad_request",
-        ),
+        (request(&format!("{path}&token=x"), JSON).into(), 400, "token is repeated", "bad_request"),
         (with("Sec-WebSocket-Version: 13\r\n"), 400, "version is repeated", "bad_request"),
         (with("Origin: a\r\nOrigin: b\r\n"), 400, "origin is repeated", "bad_request"),
         (with("Transfer-Encoding: chunked\r\n"), 400, "no body", "bad_request"),

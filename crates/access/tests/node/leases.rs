@@ -82,8 +82,9 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
     world.redis.stop()?;
     tokio::time::sleep(Duration::from_secs(5)).await;
     world.redis.cont()?;
-    let incarnation = || table.snapshot().first().map(|node| (node.incarnation, node.confirmed));
-    eventually("another incarnation", async || Ok(incarnation().is_some_and(|(now, _)| now != before))).await?;
+    let listed = || table.snapshot().first().map(|node| (node.incarnation, node.confirmed));
+    eventually("another incarnation", async || Ok(listed().is_some_and(|(now, _)| now != before)))
+        .await?;
     // A route of the former incarnation leads to the session as well, and is not void.
     let mut dispatcher = node.dispatcher().await?;
     for (n, phone) in phones.iter_mut().enumerate().rev() {
@@ -104,7 +105,7 @@ async fn hazard_13_a_long_lapse_begins_another_life_in_which_sessions_live_on() 
         assert!(dispatcher.send(before.0, vec![push], vec![]).await?.gone.is_empty());
         assert_eq!(phone.receive(1).await?, ["m1"]);
     }
-    eventually("all are confirmed", async || Ok(incarnation().is_some_and(|(_, done)| done))).await?;
+    eventually("all are confirmed", async || Ok(listed().is_some_and(|(_, done)| done))).await?;
     for n in 0..USERS {
         assert_ne!(incarnation(&world.mailbox, &format!("u{n}")).await?, before);
     }

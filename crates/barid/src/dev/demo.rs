@@ -164,7 +164,12 @@ impl Demo<'_> {
             .send(topic, USER.as_bytes(), value, &headers)
             .await
             .context("cannot produce to Kafka")?;
-        self.print_step(case, "produced", push.began, &format!("{} to Kafka topic {topic}", push.id))?;
+        self.print_step(
+            case,
+            "produced",
+            push.began,
+            &format!("{} to Kafka topic {topic}", push.id),
+        )?;
         Ok(push)
     }
 
@@ -246,7 +251,13 @@ impl Demo<'_> {
         Ok(())
     }
 
-    fn print_step(&self, case: &str, step: &str, began: Instant, detail: &str) -> anyhow::Result<()> {
+    fn print_step(
+        &self,
+        case: &str,
+        step: &str,
+        began: Instant,
+        detail: &str,
+    ) -> anyhow::Result<()> {
         let elapsed_ms = (began.elapsed().as_secs_f64() * 1e4).round() / 10.0;
         let object = Step { event: "demo", case, step, elapsed_ms, detail };
         self.out.either(&object, || {

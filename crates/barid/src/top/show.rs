@@ -113,8 +113,7 @@ fn flow(sample: &Sample) -> Vec<Line> {
     if sample.hops.is_empty() {
         lines.push(Line::of(Tone::Faint, "  no messages yet"));
     } else if sample.hops.iter().all(|hop| hop.since_start) {
-        lines
-            .push(Line::of(Tone::Faint, "  no messages in the last seconds: all since the start"));
+        lines.push(Line::of(Tone::Faint, "  no messages in the last seconds: all since the start"));
     }
     lines.push(Line::default());
     lines.extend(waiting(sample));

@@ -101,8 +101,9 @@ impl<S: LiveSession> Confirming<S> {
     pub fn finished_incarnation(&mut self) -> Option<Incarnation> {
         let (incarnation, waiting) = self.pending.as_mut()?;
         while let Some(first) = waiting.front() {
-            let over =
-                |session: &Arc<S>| session.is_over() || session.confirmed_incarnation() >= *incarnation;
+            let over = |session: &Arc<S>| {
+                session.is_over() || session.confirmed_incarnation() >= *incarnation
+            };
             if first.upgrade().as_ref().is_some_and(|session| !over(session)) {
                 return None;
             }

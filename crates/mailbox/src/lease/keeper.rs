@@ -9,9 +9,9 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
 
 use super::events::Happened;
-use super::state::{LeaseState, News, Place};
 use super::node::NodeRecord;
 use super::places::{State, Writing};
+use super::state::{LeaseState, News, Place};
 use crate::{Error, Mailbox};
 
 /// The readiness condition of the lease.

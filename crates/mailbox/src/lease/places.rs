@@ -9,9 +9,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use super::state::{Place, Stamp, Wrote};
 use super::node::{NodeRecord, NodeRole};
 use super::record::{fields, text};
+use super::state::{Place, Stamp, Wrote};
 use crate::reply::Reply;
 use crate::scripts::{self, Call};
 use crate::topology::Topology;

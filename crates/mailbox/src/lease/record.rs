@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use barid_core::limits::WIRE_NUMBER_MAX;
 use barid_core::{Incarnation, NodeId};
 
-use super::state::Stamp;
 use super::node::{NodeRecord, NodeRole};
+use super::state::Stamp;
 use crate::layout::LAYOUT;
 
 /// Encodes a record as names and values, without the incarnation, which is part of the stamp.

@@ -248,7 +248,8 @@ mod tests {
     }
 
     #[test]
-    fn hazard_27_any_place_holds_the_lease_and_a_gone_key_is_written_again_in_the_same_incarnation() {
+    fn hazard_27_any_place_holds_the_lease_and_a_gone_key_is_written_again_in_the_same_incarnation()
+    {
         let mut walk = Walk::new();
         // Its own key's master is away for an hour; a copy is written.
         for _ in 0..60 {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId};
 use tokio::time::Instant;
 
-use crate::lease::state::Stamp;
 use crate::lease::node::{NodeRecord, NodeRole};
 use crate::lease::record::Copy;
+use crate::lease::state::Stamp;
 
 /// If more than half of the nodes vanish at once, they count as gone only after this time: a failover of the leases'
 /// master or a clock step makes all leases vanish, while most nodes run.

@@ -11,7 +11,7 @@ contract!(
     a_node_is_seen_changes_and_leaves,
     a_change_is_heard_of_before_the_next_reading,
     hazard_27_a_lease_that_was_gone_stands_again_in_the_same_incarnation,
-    a_name_that_another_process_took_is_fought_for_in_another_life
+    a_name_that_another_process_took_is_fought_for_in_another_incarnation
 );
 
 const REFRESH: Duration = Duration::from_millis(50);
@@ -124,10 +124,14 @@ async fn a_name_that_another_process_took_is_fought_for_in_another_incarnation(b
     assert!(usurper.record().incarnation > Incarnation(11));
     assert_eq!(next(&mut lease).await, LeaseEvent::Lapsed);
     drop(usurper);
-    let LeaseEvent::NewIncarnation(incarnation) = next(&mut lease).await else { panic!("no new incarnation") };
+    let LeaseEvent::NewIncarnation(incarnation) = next(&mut lease).await else {
+        panic!("no new incarnation")
+    };
     let see = || table.snapshot().iter().find(|node| node.id == mine.id).cloned();
-    until("the new incarnation is seen", async || see().is_some_and(|node| node.incarnation == incarnation))
-        .await;
+    until("the new incarnation is seen", async || {
+        see().is_some_and(|node| node.incarnation == incarnation)
+    })
+    .await;
     assert_eq!(table.void_since(&mine.id, Incarnation(11)), None, "its sessions live on");
     lease.set_confirmed(incarnation);
     until("the former incarnation is void", async || {
@@ -188,7 +192,10 @@ async fn hazard_27_no_single_master_ends_an_incarnation() {
         while let Ok(event) =
             tokio::time::timeout(Duration::from_millis(1), lease.next_event()).await
         {
-            assert!(!matches!(event, LeaseEvent::Lapsed | LeaseEvent::NewIncarnation(_)), "{event:?}");
+            assert!(
+                !matches!(event, LeaseEvent::Lapsed | LeaseEvent::NewIncarnation(_)),
+                "{event:?}"
+            );
         }
     }
 }

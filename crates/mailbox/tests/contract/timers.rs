@@ -332,7 +332,8 @@ async fn hazard_29_devices_of_a_node_that_is_gone_are_put_off_where_they_are_cla
         let due = bed.mailbox.fire_past(&[shard], 1_000, &retry, gone).await.unwrap();
         due.into_iter().find(|due| due.user == user).expect("it is due")
     };
-    let due = claim(&[(node.clone(), incarnation), (NodeId::new("node-3").unwrap(), incarnation)]).await;
+    let due =
+        claim(&[(node.clone(), incarnation), (NodeId::new("node-3").unwrap(), incarnation)]).await;
     assert_eq!((due.put_off, due.devices.len()), (1, 1));
     assert_eq!(due.devices[0].device.as_str(), "tablet");
     let now = bed.mailbox.inspect(&user).await.unwrap().now_ms;
@@ -342,7 +343,8 @@ async fn hazard_29_devices_of_a_node_that_is_gone_are_put_off_where_they_are_cla
     assert!((now + longest - 10_000..=now + longest).contains(&phone.due_ms), "{phone:?} at {now}");
     assert_eq!(bed.timer(&user).await, Some(due.claimed_score), "the tablet's claim");
     // Nobody is left: it is claimed all the same, and counted.
-    let alone = claim(&[(node.clone(), incarnation), (NodeId::new("node-2").unwrap(), incarnation)]).await;
+    let alone =
+        claim(&[(node.clone(), incarnation), (NodeId::new("node-2").unwrap(), incarnation)]).await;
     assert_eq!((alone.put_off, alone.devices.len()), (2, 0));
     // A later incarnation of it is not gone.
     let due = claim(&[(node, Incarnation(incarnation.0 + 1))]).await;

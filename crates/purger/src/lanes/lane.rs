@@ -182,7 +182,8 @@ impl<M: Mailboxes> Lane<M> {
                 ended.push(parcel);
             } else if again && self.has_confirmed(&parcel) {
                 had.push(parcel);
-            } else if again && parcel.flight.is_expired(self.shared.now_ms(Some(parcel.shard), now)) {
+            } else if again && parcel.flight.is_expired(self.shared.now_ms(Some(parcel.shard), now))
+            {
                 expired.push(parcel);
             } else if self.held.get(&parcel.shard).is_some_and(|held| held.blocks(now)) {
                 self.hold(parcel.shard, now).parcels.push_back(parcel);

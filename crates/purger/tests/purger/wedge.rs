@@ -115,8 +115,7 @@ async fn names_the_task(world: World, panics: bool, handoff: impl Handoff, named
     let admin = context.announcements().get("admin").unwrap();
     let mailbox = Mailbox::open(&world.config.redis, &context.metrics).await.unwrap();
     let mailbox = Gated { mailbox, gate: Arc::default(), panics };
-    let service =
-        Service::start(world.config.clone(), mailbox, handoff, context.clone()).unwrap();
+    let service = Service::start(world.config.clone(), mailbox, handoff, context.clone()).unwrap();
     let running = tokio::spawn(service.work());
     until(admin, "/healthz", |status, _| status == 200).await;
     world.produce_to_alice(0, 1).await;

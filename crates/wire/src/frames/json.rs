@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 
 use super::body::{body, checked_payload};
 use super::error::FrameError;
-use super::types::{Body, ClientFrame, Deliver, Decoded, Ignored, ServerFrame};
+use super::types::{Body, ClientFrame, Decoded, Deliver, Ignored, ServerFrame};
 use crate::cut;
 use crate::envelope::{BODY_BYTES_MAX, Envelope, EnvelopeError};
 use crate::record::decode_base64;

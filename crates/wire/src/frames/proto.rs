@@ -6,7 +6,7 @@ use prost::{DecodeError, Message as _};
 
 use super::body::checked_payload;
 use super::error::FrameError;
-use super::types::{ClientFrame, Deliver, Decoded, Ignored, ServerFrame};
+use super::types::{ClientFrame, Decoded, Deliver, Ignored, ServerFrame};
 use crate::envelope::{Envelope, EnvelopeError};
 use crate::v1::server_frame::Control;
 use crate::v1::{self, BodyKind};

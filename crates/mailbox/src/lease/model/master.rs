@@ -4,9 +4,9 @@ use barid_core::{Incarnation, NodeId};
 
 use super::ground::{NODES, RETRY_BASE_MS, RETRY_MAX_MS, SHARDS, TTL_MS, id, index};
 use crate::NodeRecord;
-use crate::lease::state::{Place, Stamp, Wrote};
 use crate::lease::places::KEEP_ENDED;
 use crate::lease::record::Copy;
+use crate::lease::state::{Place, Stamp, Wrote};
 use crate::nodes::memory::Own;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -439,7 +439,10 @@ impl Process {
             for place in users_of(master).map(|user| Place::Copy(shard(user))) {
                 let stood = masters[master].stands(self.number, place, now_ms);
                 if stood.is_some_and(|stood| stood.incarnation != self.record.incarnation) {
-                    return Err(format!("n{} began in the incarnation of another process", self.number));
+                    return Err(format!(
+                        "n{} began in the incarnation of another process",
+                        self.number
+                    ));
                 }
             }
         }

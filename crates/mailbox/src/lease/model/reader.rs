@@ -80,7 +80,8 @@ impl Reader {
     /// Whether something that it can read shows that this process is running.
     pub fn is_shown(&self, record: &NodeRecord, masters: &[Master], now_ms: u64) -> bool {
         let node = number(&record.id);
-        let copied = self.shown(node, masters, now_ms).any(|incarnation| incarnation == record.incarnation);
+        let copied =
+            self.shown(node, masters, now_ms).any(|incarnation| incarnation == record.incarnation);
         let own = self.hears(own_master(node), masters).map(|it| it.own(node, now_ms));
         let own =
             matches!(own, Some(Own::Held(stamp, _)) if stamp.incarnation == record.incarnation);

@@ -336,8 +336,7 @@ impl World {
                 }
                 by_lane.len()
             };
-            if let Some(asked) = open.questions(shards) {
-                let round = open.round.as_ref().unwrap().number;
+            if let Some((round, asked)) = open.questions(shards) {
                 let missing = ask(round, asked.into_iter().map(|s| (s, None)).collect());
                 open.asked(missing, now + Duration::from_secs(2));
             }
@@ -346,13 +345,11 @@ impl World {
                 self.went_back += 1;
             }
             if let Some(raised) = open.closing() {
-                // The shards of both lanes are asked, or those of one.
-                let lanes: std::collections::BTreeSet<usize> =
-                    raised.iter().map(|(s, _)| self.by_shard[usize::from(s.get())]).collect();
-                let round = open.close(lanes.len());
-                ask(round, raised.into_iter().map(|(s, at)| (s, Some(at))).collect());
+                let round = open.next_round();
+                let missing = ask(round, raised.into_iter().map(|(s, at)| (s, Some(at))).collect());
+                open.close(round, missing);
             }
-            mending |= open.round.is_some() || open.repairing() > 0;
+            mending |= open.is_asking() || open.repairing() > 0;
         }
         mending
     }
