@@ -201,7 +201,9 @@ mod tests {
                     prop_assert!(under_way.len() <= records_max);
                     prop_assert_eq!(window.records(priority), under_way.len());
                     prop_assert_eq!(window.bytes(priority), under_way.iter().sum::<usize>());
-                    prop_assert_eq!(window.is_full(priority), under_way.len() == records_max);
+                    let bytes: usize = under_way.iter().sum();
+                    let full = under_way.len() == records_max || bytes >= bytes_max;
+                    prop_assert_eq!(window.is_full(priority), full);
                 }
             }
         }

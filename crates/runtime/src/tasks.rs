@@ -159,16 +159,33 @@ mod tests {
         assert_eq!(Arc::strong_count(&held), 1, "it was not started");
     }
 
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_task_that_starts_others_while_all_are_shut_down_does_not_outlive_them() {
+        for _ in 0..200 {
+            let context = Context::new();
+            let tasks = Tasks::new(&context);
+            let spawner = tasks.spawner();
+            tasks.spawn("the starter", async move {
+                loop {
+                    spawner.spawn_finite("a child", pending());
+                    tokio::task::yield_now().await;
+                }
+            });
+            tokio::task::yield_now().await;
+            let shutdown = tokio::time::timeout(Duration::from_secs(10), tasks.shutdown());
+            assert!(shutdown.await.is_ok(), "it waits for a task that nobody aborts");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn draining_waits_for_tasks_until_the_deadline() {
-        let context = Context::new();
-        let tasks = Tasks::new(&context);
-        tasks.spawn("a lane", tokio::time::sleep(Duration::from_secs(2)));
-        context.shutdown.begin(Duration::from_secs(1));
         let cut = Stopped::Cut { what: "claims".into(), count: 7 };
-        assert_eq!(tasks.drained("claims", || 7).await, cut);
-        let context = Context::new();
-        context.shutdown.begin(Duration::from_secs(5));
-        assert_eq!(tasks.drained("claims", || 7).await, Stopped::Clean);
+        for (drain, stopped) in [(1, cut), (5, Stopped::Clean)] {
+            let context = Context::new();
+            let tasks = Tasks::new(&context);
+            tasks.spawn("a lane", tokio::time::sleep(Duration::from_secs(2)));
+            context.shutdown.begin(Duration::from_secs(drain));
+            assert_eq!(tasks.drained("claims", || 7).await, stopped);
+        }
     }
 }
