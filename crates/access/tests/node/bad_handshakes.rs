@@ -54,7 +54,7 @@ fn table(token: &str) -> Vec<Bad> {
         (without("Sec-WebSocket-Protocol"), 400, "barid.v1.json", "subprotocol"),
         (instead("barid.v1.json", "barid.v9.json"), 400, "barid.v1.json", "subprotocol"),
         (instead("barid.v1.json", "BARID.V1.JSON"), 400, "barid.v1.json", "subprotocol"),
-        (with("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400, "twice", "bad_request"),
+        (with("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400, "repeated", "bad_request"),
         (with("Host: y\r\n"), 400, "host is repeated", "bad_request"),
         (
             with("Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"),

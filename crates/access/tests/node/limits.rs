@@ -297,7 +297,7 @@ async fn a_device_that_sends_too_much_is_closed_with_4504_and_harms_nobody() -> 
         let mut flood = open(device).await?;
         flood.send(&bytes.repeat(60)).await;
         let ended = flood.ended().await?;
-        assert_eq!((ended.code, ended.text.contains("more frames")), (4504, true), "{ended:?}");
+        assert_eq!((ended.code, ended.text.contains("limit of frames")), (4504, true), "{ended:?}");
         assert_eq!(node.metric(LIMITS, "upstream_frames"), before + 1.0, "{device}");
     }
     // Few frames, many bytes.
@@ -307,7 +307,7 @@ async fn a_device_that_sends_too_much_is_closed_with_4504_and_harms_nobody() -> 
         large.send(&frame(TEXT, &padded)).await;
     }
     let ended = large.ended().await?;
-    assert_eq!((ended.code, ended.text.contains("more bytes")), (4504, true), "{ended:?}");
+    assert_eq!((ended.code, ended.text.contains("limit of bytes")), (4504, true), "{ended:?}");
     assert_eq!(node.metric(LIMITS, "upstream_bytes"), 1.0);
     // One frame too large.
     let mut huge = open("huge").await?;
