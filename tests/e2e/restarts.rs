@@ -64,6 +64,23 @@ async fn a_stopped_access_node_delays_no_other() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_cuts_sessions_off_and_says_how_many() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let _phones = [cluster.device("alice", "a").await?, cluster.device("bob", "b").await?];
+    let access = cluster.node(Role::Access, 0);
+    access.process()?.term()?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let ready = access.metrics_text().await?;
+    ensure!(ready.contains(r#"barid_ready{condition="draining"} 0"#), "{ready}");
+    access.process()?.term()?;
+    let status = access.process()?.wait(Duration::from_secs(3)).await?;
+    let output = access.output()?;
+    ensure!(status.code() == Some(3), "{status}:\n{output}");
+    ensure!(output.contains(r#"cut off role="access" what="sessions" count=2"#), "{output}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_draining_node_says_where_to_go_before_it_closes() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(Role::Access, 2).start().await?;
     let business = cluster.business()?;

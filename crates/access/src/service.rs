@@ -15,7 +15,7 @@ use barid_wire::internal::access_peer_server::AccessPeerServer;
 use barid_wire::internal::access_server::AccessServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep_until, timeout_at};
+use tokio::time::{Instant, interval, sleep_until};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::acceptors::Acceptors;
@@ -114,10 +114,10 @@ impl Service {
             never = keeping.run(&node, &mut lease, &self.confirming) => match never {},
         };
         accepting.shutdown().await;
-        let deadline = context.shutdown.deadline().unwrap_or_else(Instant::now);
+        let shutdown = &context.shutdown;
         // The lease expires by itself if Redis is unavailable.
-        let release = timeout_at(deadline, lease.release());
-        let (_, ()) = tokio::join!(release, flush_receipts(&node, deadline));
+        let release = shutdown.cut(Duration::ZERO, lease.release());
+        let (_, ()) = tokio::join!(release, flush_receipts(&node, shutdown.deadline()));
         tasks.shutdown().await;
         match cut {
             0 => Stopped::Clean,
@@ -289,25 +289,10 @@ impl Keeping {
 /// Sends GoAway to all devices at a steady rate, and waits until they have gone. Returns how many sessions were left at
 /// the deadline.
 async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
-    let begun = Instant::now();
-    let deadline = context.shutdown.deadline().unwrap_or(begun) - DRAIN_RESERVE;
-    let span = deadline.saturating_duration_since(begun).mul_f64(GO_AWAY_SHARE);
-    let handles = node.sessions.registry.all();
-    tracing::info!(
-        sessions = handles.len(),
-        spread_ms = span.as_millis() as u64,
-        "sending GoAway to devices"
-    );
-    let total = handles.len().max(1) as f64;
-    for (index, handle) in handles.iter().enumerate() {
-        let at = begun + span.mul_f64(index as f64 / total);
-        if at > Instant::now() {
-            sleep_until(at).await;
-        }
-        handle.send_go_away();
-    }
-    drop(handles);
+    let (shutdown, begun) = (&context.shutdown, Instant::now());
     let all_gone = async {
+        let deadline = shutdown.deadline() - DRAIN_RESERVE;
+        send_go_away(node, deadline.saturating_duration_since(begun).mul_f64(GO_AWAY_SHARE)).await;
         let (mut look, mut late) = (interval(PACE), interval(LOOK));
         while node.metrics.connections.get() > 0 {
             tokio::select! {
@@ -320,16 +305,32 @@ async fn drain(node: &Arc<Node>, context: &Context) -> u64 {
         }
     };
     tokio::pin!(all_gone);
-    if timeout_at(deadline - LAST_CALL, &mut all_gone).await.is_ok() {
+    if shutdown.cut(DRAIN_RESERVE + LAST_CALL, &mut all_gone).await.is_some() {
         return 0;
     }
     for handle in node.sessions.registry.all() {
         handle.close(Close::new(CloseCode::Draining, "this node is being drained"));
     }
     // Only sessions count: their acknowledgements and routes have to be stored. Sockets may be cut off.
-    match timeout_at(deadline, all_gone).await {
-        Ok(()) => 0,
-        Err(_) => u64::try_from(node.metrics.sessions.get()).unwrap_or(0),
+    match shutdown.cut(DRAIN_RESERVE, all_gone).await {
+        Some(()) => 0,
+        None => u64::try_from(node.metrics.sessions.get()).unwrap_or(0),
+    }
+}
+
+/// Sends GoAway to each device that is connected, spread evenly over `span`.
+async fn send_go_away(node: &Node, span: Duration) {
+    let begun = Instant::now();
+    let handles = node.sessions.registry.all();
+    let spread_ms = span.as_millis() as u64;
+    tracing::info!(sessions = handles.len(), spread_ms, "sending GoAway to devices");
+    let total = handles.len().max(1) as f64;
+    for (index, handle) in handles.iter().enumerate() {
+        let at = begun + span.mul_f64(index as f64 / total);
+        if at > Instant::now() {
+            sleep_until(at).await;
+        }
+        handle.send_go_away();
     }
 }
 

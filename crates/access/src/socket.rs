@@ -240,7 +240,8 @@ pub fn refusal(error: &Error) -> Option<Close> {
             return Some(Close::new(CloseCode::BadFrame, text));
         }
         Error::Utf8(_) => {
-            return Some(Close::new(CloseCode::InvalidPayload, "a text message is not UTF-8"));
+            let text = "a text message or the reason of a close is not UTF-8";
+            return Some(Close::new(CloseCode::InvalidPayload, text));
         }
         Error::Protocol(
             ProtocolError::ResetWithoutClosingHandshake

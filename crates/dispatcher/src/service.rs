@@ -11,7 +11,7 @@ use barid_runtime::{Condition, Context, Spawner, Stopped, Tasks, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use tokio::net::TcpListener;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::sleep;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -126,25 +126,24 @@ impl Service {
     }
 
     async fn drain(self) -> Stopped {
-        let deadline = self.context.shutdown.deadline().unwrap_or_else(Instant::now);
+        let shutdown = &self.context.shutdown;
         self.lease.set_draining();
-        let settle = Duration::from_millis(self.config.drain_settle_ms);
-        sleep(settle.min(deadline.saturating_duration_since(Instant::now()))).await;
-        let finished = timeout_at(deadline, async {
+        let finished = shutdown.cut(Duration::ZERO, async {
+            sleep(Duration::from_millis(self.config.drain_settle_ms)).await;
             self.batches.finish().await;
             while self.nodes.pending() > 0 {
                 sleep(Duration::from_millis(2)).await;
             }
         });
-        let in_time = finished.await.is_ok();
+        let in_time = finished.await.is_some();
         self.stop.cancel();
         // The lease expires by itself if Redis is unavailable.
-        drop(timeout_at(deadline, self.lease.release()).await);
+        shutdown.cut(Duration::ZERO, self.lease.release()).await;
         let count = self.batches.unanswered() + self.nodes.pending() as u64;
         self.tasks.shutdown().await;
-        match in_time {
-            true => Stopped::Clean,
-            false => Stopped::Cut { what: "batches and items".into(), count },
+        match (in_time, count) {
+            (true, _) | (false, 0) => Stopped::Clean,
+            (false, count) => Stopped::Cut { what: "batches and items".into(), count },
         }
     }
 }

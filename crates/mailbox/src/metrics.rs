@@ -67,7 +67,7 @@ impl Metrics {
             Opts::new("barid_mailbox_lease_events_total", "Events of this node's lease, by event."),
             &["event"],
         )?;
-        for event in ["taken", "lapsed", "was_gone", "forgot"] {
+        for event in ["taken", "lapsed", "was_gone", "forgot", "uncertain"] {
             drop(lease_events.with_label_values(&[event]));
         }
         let counter = |name: &str, help: &str| IntCounter::new(name, help);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_bus::consumer::{Consumer, Done, Draining, Event};
 use barid_bus::{DeadLetters, Error as KafkaError, Producer, Receipts};
 use barid_core::SystemClock;
-use barid_runtime::{Context, Stopped, Tasks};
+use barid_runtime::{Context, Shutdown, Stopped, Tasks};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -147,8 +147,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
                 () = shutdown.draining() => {}
             }
         }
-        let deadline = shutdown.deadline().unwrap_or_else(Instant::now);
-        self.drain(consumer.drain(), deadline).await
+        self.drain(consumer.drain(), shutdown).await
     }
 
     /// Handles events and everything that is due; takes no records.
@@ -292,14 +291,14 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
     async fn drain(
         mut self,
         mut consumer: Consumer<Draining>,
-        deadline: Instant,
+        shutdown: Shutdown,
     ) -> Result<Stopped, Error> {
         tracing::info!(unfinished = self.pipeline.unfinished(), "draining");
         self.pipeline.stop_all();
         // Reserves time for the last commit and for leaving.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let enough = deadline - (left / 3).min(COMMIT_TIMEOUT);
-        while self.pipeline.unfinished() > 0 && Instant::now() < enough {
+        let left = || shutdown.deadline().saturating_duration_since(Instant::now());
+        let reserve = (left() / 3).min(COMMIT_TIMEOUT);
+        while self.pipeline.unfinished() > 0 && left() > reserve {
             self.turn(&mut consumer)?;
             tokio::select! {
                 Some(event) = self.events.recv() => self.pipeline.lane_event(event),
@@ -309,15 +308,13 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let cut = self.pipeline.unfinished();
         self.pipeline.partitions.uncommit();
         let commits = self.pipeline.partitions.begin_commits();
-        let patience = deadline.saturating_duration_since(Instant::now()).min(COMMIT_TIMEOUT);
-        if let Err(error) = consumer.commit_and_wait(commits, patience).await {
+        if let Err(error) = consumer.commit_and_wait(commits, left().min(COMMIT_TIMEOUT)).await {
             tracing::warn!(%error, "last commit failed: its records will be read again");
         }
         // The lanes drop the records of readings that have ended, and end.
         self.pipeline.partitions.iter().for_each(|open| open.reading.end());
-        let left = deadline.saturating_duration_since(Instant::now());
-        let leaving = consumer.finish(left.max(Duration::from_millis(500)));
-        let handoff = self.handoff.clone();
+        let leaving = consumer.finish(left().max(Duration::from_millis(500)));
+        let (handoff, deadline) = (self.handoff.clone(), shutdown.deadline());
         let (done, ()) = tokio::join!(leaving, self.close(deadline));
         // The lanes and the hand-on have ended, so no further pushes are queued.
         let unhanded = handoff.flush(deadline).await;

@@ -153,13 +153,9 @@ async fn healthz(State(context): State<Context>) -> (StatusCode, String) {
     answer(&context.health.dying(), "ok")
 }
 
-/// 200 if every condition holds and the role is not draining; otherwise 503 with a line for each reason.
+/// 200 if every condition holds; otherwise 503 with a line for each reason.
 async fn readyz(State(context): State<Context>) -> (StatusCode, String) {
-    let mut reasons = context.health.not_ready();
-    if context.shutdown.is_draining() {
-        reasons.push(("draining", "the process is draining".into()));
-    }
-    answer(&reasons, "ready")
+    answer(&context.health.not_ready(), "ready")
 }
 
 fn answer(reasons: &[(&str, String)], good: &str) -> (StatusCode, String) {

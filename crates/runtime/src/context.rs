@@ -34,11 +34,12 @@ impl Context {
 
     pub(crate) fn of(admin: &AdminConfig, log: &LogConfig, ready_file: Option<PathBuf>) -> Self {
         let metrics = prometheus::Registry::new();
+        let shutdown = Shutdown::new();
         Self {
-            shutdown: Shutdown::new(),
+            health: Health::new(shutdown.clone()),
+            shutdown,
             tracer: Tracer::new(&metrics, log.traces_per_second).expect("the registry is empty"),
             metrics,
-            health: Health::new(),
             stalled_after: Duration::from_secs(admin.stalled_after_seconds),
             announcements: Announcements::new(ready_file),
         }

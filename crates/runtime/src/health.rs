@@ -12,6 +12,10 @@ use prometheus::proto::MetricFamily;
 use prometheus::{IntGaugeVec, Opts};
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::Shutdown;
+
+const DRAINING: &str = "draining";
+
 /// The conditions of a role, which is ready if all hold. Cheap to clone. As a collector it is the metric
 /// `barid_ready{condition}`: 1 if the condition holds, otherwise 0.
 #[derive(Debug, Clone)]
@@ -19,6 +23,8 @@ pub struct Health(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// Not ready while it drains: the condition `draining`.
+    shutdown: Shutdown,
     conditions: Mutex<BTreeMap<&'static str, State>>,
     metric: IntGaugeVec,
 }
@@ -50,11 +56,11 @@ pub struct Condition {
 }
 
 impl Health {
-    /// Creates an empty set.
-    pub fn new() -> Self {
+    /// Creates a set with the condition `draining`, which holds until `shutdown` begins.
+    pub fn new(shutdown: Shutdown) -> Self {
         let opts = Opts::new("barid_ready", "Whether a condition of readiness holds: 1 or 0");
         let metric = IntGaugeVec::new(opts, &["condition"]).expect("constants in range");
-        Self(Arc::new(Inner { conditions: Mutex::default(), metric }))
+        Self(Arc::new(Inner { shutdown, conditions: Mutex::default(), metric }))
     }
 
     /// Adds a condition. It fails as `starting` until it is set, and stays as it is set.
@@ -94,13 +100,8 @@ impl Health {
             state.log_change(name, reason.as_deref());
             Some((*name, reason?))
         });
-        failing.collect()
-    }
-}
-
-impl Default for Health {
-    fn default() -> Self {
-        Self::new()
+        let draining = self.0.shutdown.is_draining();
+        failing.chain(draining.then(|| (DRAINING, "the process is draining".into()))).collect()
     }
 }
 
@@ -115,6 +116,8 @@ impl Collector for Health {
             let holds = i64::from(state.reason(now).is_none());
             self.0.metric.with_label_values(&[name]).set(holds);
         }
+        let holds = i64::from(!self.0.shutdown.is_draining());
+        self.0.metric.with_label_values(&[DRAINING]).set(holds);
         self.0.metric.collect()
     }
 }
@@ -226,7 +229,7 @@ mod tests {
 
     #[test]
     fn ready_when_every_condition_holds() {
-        let health = Health::new();
+        let health = Health::new(Shutdown::new());
         let (kafka, redis) = (health.condition("kafka"), health.condition("redis"));
         assert_eq!(health.not_ready().len(), 2);
         kafka.ready();
@@ -239,7 +242,7 @@ mod tests {
 
     #[test]
     fn silence_fails_what_lapses_and_a_word_mends_it() {
-        let health = Health::new();
+        let health = Health::new(Shutdown::new());
         let poll = health.lapsing("consumer", "poll", 10 * SECOND);
         assert_eq!(health.not_ready(), [("consumer", "starting".to_owned())]);
         poll.ready();
@@ -255,7 +258,7 @@ mod tests {
 
     #[test]
     fn only_what_is_vital_asks_for_a_restart() {
-        let health = Health::new();
+        let health = Health::new(Shutdown::new());
         let (redis, tasks) = (health.condition("redis"), health.condition("tasks").vital());
         assert!(!redis.is_ready() && tasks.is_ready() && health.dying().is_empty());
         tasks.failing("one ended");
@@ -264,14 +267,18 @@ mod tests {
 
     #[test]
     fn the_metric_says_which_condition_holds() {
-        let health = Health::new();
+        let shutdown = Shutdown::new();
+        let health = Health::new(shutdown.clone());
         health.condition("redis").ready();
         health.lapsing("consumer", "poll", SECOND).failing("fenced");
-        let family = health.collect().remove(0);
         let value = |name: &str| {
+            let family = health.collect().remove(0);
             let named = |m: &&prometheus::proto::Metric| m.get_label()[0].value() == name;
             family.get_metric().iter().find(named).map(|m| m.get_gauge().get_value())
         };
         assert_eq!((value("redis"), value("consumer")), (Some(1.0), Some(0.0)));
+        assert_eq!(value("draining"), Some(1.0));
+        shutdown.begin(SECOND);
+        assert_eq!(value("draining"), Some(0.0));
     }
 }

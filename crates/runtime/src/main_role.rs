@@ -72,11 +72,14 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
         "starting"
     );
     let drain = Duration::from_secs(common.drain_seconds);
-    let outcome = tokio::select! {
-        outcome = R::run(config, context.clone()) => outcome,
-        () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => Ok(Stopped::Cut { what: "role".into(), count: 1 }),
-    };
-    exit_code(R::NAME, outcome)
+    tokio::select! {
+        outcome = R::run(config, context.clone()) => exit_code(R::NAME, outcome),
+        () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => {
+            let overtime_s = OVERTIME.as_secs();
+            tracing::error!(role = R::NAME, overtime_s, "did not end after the drain deadline, aborted");
+            ExitCode::from(EXIT_CUT)
+        }
+    }
 }
 
 fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
@@ -86,7 +89,7 @@ fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Stopped::Cut { what, count }) => {
-            tracing::error!(role, what, count, "cut off at the drain deadline");
+            tracing::error!(role, what, count, "cut off");
             ExitCode::from(EXIT_CUT)
         }
         Err(error) => {
@@ -118,8 +121,8 @@ impl Signals {
         }
     }
 
-    /// Begins draining at the first SIGTERM or SIGINT. Returns at a second one, or when the role overruns the
-    /// deadline. SIGHUP (`systemctl reload`, a closed terminal) reloads the configuration, and never ends the
+    /// Begins draining at the first SIGTERM or SIGINT. A second one moves the deadline to now. Returns when the role
+    /// overruns the deadline. SIGHUP (`systemctl reload`, a closed terminal) reloads the configuration, and never ends the
     /// process.
     async fn drain_then_abort(mut self, context: &Context, drain: Duration, reload: impl Fn()) {
         loop {
@@ -132,9 +135,13 @@ impl Signals {
         tracing::info!(drain_seconds = drain.as_secs(), "draining");
         context.shutdown.begin(drain);
         tokio::select! {
-            () = self.next() => tracing::warn!("second signal: not waiting any longer"),
-            () = tokio::time::sleep(drain + OVERTIME) => tracing::error!("drain deadline passed"),
+            () = self.next() => {
+                tracing::warn!("second signal: cutting off what is unfinished");
+                context.shutdown.begin(Duration::ZERO);
+            }
+            () = tokio::time::sleep(drain) => tracing::warn!("drain deadline passed"),
         }
+        tokio::time::sleep(OVERTIME).await;
     }
 }
 

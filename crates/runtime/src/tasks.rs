@@ -4,11 +4,11 @@
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
-use tokio::time::sleep_until;
 
 use crate::{Condition, Context, Shutdown, Stopped};
 
@@ -56,10 +56,9 @@ impl Tasks {
 
     /// Waits for [`Self::finished`] until the deadline of draining. What is cut off then is `count` of `what`.
     pub async fn drained(&self, what: &str, count: impl FnOnce() -> u64) -> Stopped {
-        let deadline = self.spawner.shutdown.deadline().unwrap_or_else(tokio::time::Instant::now);
-        tokio::select! {
-            () = self.finished() => Stopped::Clean,
-            () = sleep_until(deadline) => Stopped::Cut { what: what.into(), count: count() },
+        match self.spawner.shutdown.cut(Duration::ZERO, self.finished()).await {
+            Some(()) => Stopped::Clean,
+            None => Stopped::Cut { what: what.into(), count: count() },
         }
     }
 
@@ -116,7 +115,6 @@ impl Spawner {
 mod tests {
     use super::*;
     use std::future::pending;
-    use std::time::Duration;
 
     /// The reasons for which a role whose task `start` begins must be restarted.
     async fn reasons(start: impl FnOnce(&Spawner)) -> Vec<String> {

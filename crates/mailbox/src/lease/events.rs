@@ -64,7 +64,7 @@ impl Pending {
             News::Lapsed(_) => (self.lapsed, self.incarnation) = (true, None),
             News::Taken(incarnation) => self.incarnation = Some(incarnation),
             News::Forgot(Place::Own) => self.was_gone = true,
-            News::Forgot(Place::Copy(shard)) => self.forget([shard]),
+            News::Forgot(Place::Copy(shard)) | News::Uncertain(shard) => self.forget([shard]),
         }
     }
 

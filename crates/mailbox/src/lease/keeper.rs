@@ -33,6 +33,39 @@ pub(super) struct Keeper {
     pub reported: Reported,
 }
 
+/// What one write showed of the copies beside the shards.
+#[derive(Default)]
+struct Copies {
+    forgot: Vec<u16>,
+    uncertain: Vec<u16>,
+}
+
+impl Copies {
+    fn add(&mut self, news: Option<News>) {
+        match news {
+            Some(News::Forgot(Place::Copy(shard))) => self.forgot.push(shard.get()),
+            Some(News::Uncertain(shard)) => self.uncertain.push(shard.get()),
+            _ => {}
+        }
+    }
+
+    /// One line each, because a master holds many shards.
+    fn log(&self) {
+        if !self.forgot.is_empty() {
+            let (count, shards) = (self.forgot.len(), &self.forgot);
+            tracing::warn!(count, ?shards, "shards of redis have lost data");
+        }
+        if !self.uncertain.is_empty() {
+            let (count, shards) = (self.uncertain.len(), &self.uncertain);
+            tracing::info!(
+                count,
+                ?shards,
+                "redis did not answer in time: shards may have lost data"
+            );
+        }
+    }
+}
+
 impl Keeper {
     /// Writes until the lease is held. Retries only with a higher incarnation, if one ahead of its own was found.
     pub async fn acquire(&mut self) -> Result<(), Error> {
@@ -95,13 +128,14 @@ impl Keeper {
         let writing = Writing { record: &record, stamp, ttl: self.ttl, state, sweep };
         // A master that does not answer must not delay the next write to the others.
         let mut answers = writing.start(self.mailbox.topology(), self.ttl / 3);
-        let (mut failed, mut forgot) = (None, false);
+        let (mut failed, mut copies, mut forgot) = (None, Copies::default(), false);
         while let Some((place, answer)) = answers.recv().await {
             match answer {
                 Ok(wrote) => {
                     let now_ms = SystemClock.now_ms();
                     let news = self.state.answered(place, stamp, wrote, began, now_ms);
-                    forgot |= matches!(news, Some(News::Forgot(_)));
+                    forgot |= matches!(news, Some(News::Forgot(_) | News::Uncertain(_)));
+                    copies.add(news);
                     self.act_on(news);
                     self.report(began);
                 }
@@ -111,6 +145,7 @@ impl Keeper {
         if let Some(error) = &failed {
             tracing::debug!(%error, "lease not written in all places");
         }
+        copies.log();
         if forgot {
             self.check_meta().await;
         }
@@ -149,10 +184,8 @@ impl Keeper {
                 tracing::warn!("lease was missing, written again");
                 events.with_label_values(&["was_gone"]).inc();
             }
-            News::Forgot(Place::Copy(shard)) => {
-                tracing::warn!(%shard, "shard has lost data");
-                events.with_label_values(&["forgot"]).inc();
-            }
+            News::Forgot(Place::Copy(_)) => events.with_label_values(&["forgot"]).inc(),
+            News::Uncertain(_) => events.with_label_values(&["uncertain"]).inc(),
         }
     }
 

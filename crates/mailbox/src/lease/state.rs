@@ -45,8 +45,10 @@ pub(crate) enum News {
     Lapsed(&'static str),
     /// This incarnation's lease was taken.
     Taken(Incarnation),
-    /// A place has lost what was confirmed there, or may have.
+    /// A place has lost what was confirmed there.
     Forgot(Place),
+    /// The copy beside a shard may have been lost: it can have expired, or a write that was not answered hides it.
+    Uncertain(Shard),
 }
 
 /// An incarnation of a node, from its first write to the next incarnation.
@@ -65,8 +67,15 @@ pub(crate) struct LeaseState {
     lapse_max: Duration,
     /// Number of the write by which this incarnation was taken.
     taken: u64,
-    /// The last number that each place confirmed in this incarnation.
-    confirmed: HashMap<Place, u64>,
+    /// The last write that each place confirmed in this incarnation.
+    confirmed: HashMap<Place, Confirmed>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Confirmed {
+    number: u64,
+    /// When it began.
+    sent: Instant,
 }
 
 impl LeaseState {
@@ -157,7 +166,7 @@ impl LeaseState {
         }
         let expired = self.has_expired(sent);
         self.held_at = self.held_at.max(sent);
-        let confirmed = self.confirmed.insert(place, stamp.number);
+        let confirmed = self.confirmed.insert(place, Confirmed { number: stamp.number, sent });
         if !self.held {
             self.held = true;
             self.taken = stamp.number;
@@ -169,16 +178,30 @@ impl LeaseState {
             return Some(News::Forgot(Place::Own));
         }
         let before = wrote.before.filter(|before| before.incarnation == stamp.incarnation);
-        let forgot = match (place, confirmed) {
+        match (place, confirmed) {
             // A later write than the confirmed one was executed without an answer.
-            (Place::Own, Some(number)) => before.is_none_or(|before| before.number < number),
-            (Place::Own, None) => false,
-            // Such a write may have been executed after everything was lost, and hide that.
-            (Place::Copy(_), Some(number)) => before.is_none_or(|before| before.number != number),
+            (Place::Own, Some(confirmed)) => before
+                .is_none_or(|before| before.number < confirmed.number)
+                .then_some(News::Forgot(place)),
+            (Place::Own, None) => None,
+            (Place::Copy(shard), Some(confirmed)) => match before {
+                Some(before) if before.number == confirmed.number => None,
+                // That later write may have been executed after everything was lost, and hide that.
+                Some(before) if before.number > confirmed.number => Some(News::Uncertain(shard)),
+                None if self.can_have_expired(confirmed, sent) => Some(News::Uncertain(shard)),
+                _ => Some(News::Forgot(place)),
+            },
             // No write of this incarnation was confirmed there.
-            (Place::Copy(_), None) => stamp.number != self.taken,
-        };
-        forgot.then_some(News::Forgot(place))
+            (Place::Copy(shard), None) => {
+                (stamp.number != self.taken).then_some(News::Uncertain(shard))
+            }
+        }
+    }
+
+    /// Whether a copy can have expired before a write that began at `sent` was executed. An answer that takes longer
+    /// than a third of the time to live is not waited for.
+    fn can_have_expired(&self, confirmed: Confirmed, sent: Instant) -> bool {
+        sent.saturating_duration_since(confirmed.sent) + self.ttl / 3 > self.ttl
     }
 
     fn outbid(&mut self, by: Stamp, wall_ms: u64, now: Instant) -> Option<News> {
@@ -206,6 +229,11 @@ mod tests {
     fn copy(shard: usize) -> Place {
         let mut all = barid_core::ShardCount::new(8).unwrap().all();
         Place::Copy(all.nth(shard).unwrap())
+    }
+
+    fn uncertain(shard: usize) -> News {
+        let Place::Copy(shard) = copy(shard) else { unreachable!() };
+        News::Uncertain(shard)
     }
 
     fn stood(incarnation: u64, number: u64) -> Option<Stamp> {
@@ -295,7 +323,7 @@ mod tests {
         // The shard is emptied. The second writing is executed there, and its answer is lost.
         walk.attempt(3);
         walk.attempt(3);
-        assert_eq!(walk.answer(copy(0), done(stood(100, 2))), Some(News::Forgot(copy(0))));
+        assert_eq!(walk.answer(copy(0), done(stood(100, 2))), Some(uncertain(0)));
         // The lease's own key holds nothing else.
         assert_eq!(walk.answer(OWN, done(stood(100, 2))), None);
     }
@@ -312,12 +340,22 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_can_have_expired_is_not_called_lost() {
+        let mut walk = Walk::new();
+        // The master hangs. What is executed afterwards may have been sent a third of the time to live before.
+        walk.attempt(67);
+        assert_eq!(walk.answer(copy(0), done(None)), Some(uncertain(0)));
+        walk.attempt(66);
+        assert_eq!(walk.answer(copy(0), done(None)), Some(News::Forgot(copy(0))));
+    }
+
+    #[test]
     fn hazard_65_a_shard_that_is_reached_later_than_others_may_have_forgotten() {
         let mut walk = Walk::new();
         assert_eq!(walk.answer(copy(1), done(None)), None, "nothing can be there yet");
         walk.attempt(3);
         // A session was written there meanwhile, and the shard was emptied.
-        assert_eq!(walk.answer(copy(2), done(None)), Some(News::Forgot(copy(2))));
+        assert_eq!(walk.answer(copy(2), done(None)), Some(uncertain(2)));
         walk.attempt(3);
         assert_eq!(walk.answer(copy(2), done(stood(100, 2))), None);
     }

@@ -19,7 +19,8 @@ pub fn check_apart(listeners: &[(&str, SocketAddr)]) -> Result<(), String> {
 }
 
 fn meets(one: SocketAddr, other: SocketAddr) -> bool {
-    let (a, b) = (one.ip(), other.ip());
+    // `[::ffff:127.0.0.1]` binds 127.0.0.1.
+    let (a, b) = (one.ip().to_canonical(), other.ip().to_canonical());
     // Linux binds `::` to IPv4 as well, unless net.ipv6.bindv6only is set.
     let covers = |a: IpAddr, b: IpAddr| a.is_unspecified() && (a.is_ipv6() || b.is_ipv4());
     one.port() != 0 && one.port() == other.port() && (a == b || covers(a, b) || covers(b, a))
@@ -43,5 +44,8 @@ mod tests {
         assert_eq!(told, format!("{both}; write another port for one"));
         assert_eq!(check(["0.0.0.0:1", "127.0.0.1:2", "[::1]:1"]), Ok(()));
         assert!(check(["[::]:1", "127.0.0.1:1", "127.0.0.1:3"]).is_err());
+        assert!(check(["127.0.0.1:1", "[::ffff:127.0.0.1]:1", "127.0.0.1:3"]).is_err());
+        assert!(check(["127.0.0.1:1", "[::ffff:0.0.0.0]:1", "127.0.0.1:3"]).is_err());
+        assert_eq!(check(["127.0.0.1:1", "[::ffff:127.0.0.2]:1", "[::1]:1"]), Ok(()));
     }
 }

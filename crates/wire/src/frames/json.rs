@@ -719,14 +719,19 @@ fn optional<'de, D: Deserializer<'de>, T: TryFrom<u64>>(from: D) -> Result<Optio
         }
 
         fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
-            let out_of_range = || E::invalid_value(de::Unexpected::Unsigned(value), &self);
-            T::try_from(value).ok().map(Some).ok_or_else(out_of_range)
+            let bits = 8 * size_of::<T>();
+            let too_large = || E::custom(format_args!("{value} is too large for {bits} bits"));
+            T::try_from(value).ok().map(Some).ok_or_else(too_large)
         }
 
         fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
             // A whole float below 2^53 converts without loss.
             if value.fract() == 0.0 && (0.0..9_007_199_254_740_992.0).contains(&value) {
                 return self.visit_u64(value as u64);
+            }
+            // serde_json reads whole numbers from 2^64 as floats.
+            if value.fract() == 0.0 && value >= 18_446_744_073_709_551_616.0 {
+                return Err(E::custom("a number is too large for 64 bits"));
             }
             Err(E::invalid_value(de::Unexpected::Float(value), &self))
         }

@@ -58,7 +58,10 @@ fn errors_say_what_is_wrong() {
     assert!(error(r#"{"ack":{"seqq":1}}"#).contains("unknown field `seqq`"));
     assert!(error(r#"{"ack":{}}"#).contains("missing field `seq`"));
     assert!(error(r#"{"ack":{"seq":-1}}"#).contains("whole number"));
-    assert!(error(r#"{"ack":{"seq":1,"generation":4294967296}}"#).contains("4294967296"));
+    let too_large = error(r#"{"ack":{"seq":1,"generation":4294967296}}"#);
+    assert!(too_large.contains("4294967296 is too large for 32 bits"), "{too_large}");
+    let too_large = error(r#"{"ack":{"seq":18446744073709551616}}"#);
+    assert!(too_large.contains("too large for 64 bits"), "{too_large}");
     assert_eq!(error(r#"{"ack":{"seq":9007199254740992}}"#), "ack.seq is not below 2^53");
     assert_eq!(decode_client(Encoding::Proto, b"").unwrap_err(), FrameError::Kind);
 }
