@@ -129,7 +129,8 @@ fn a_killed_cluster_takes_its_redis_with_it() {
 #[test]
 fn hazard_58_a_closed_terminal_drains_the_cluster() {
     let place = Place::new();
-    let mut dev = place.start("dev --port 0");
+    // The tests may run under nohup, which makes every process below it ignore the signal.
+    let mut dev = place.start_through("env --default-signal=HUP", "dev --port 0");
     dev.event("ready");
     dev.signal("HUP");
     let order: Vec<String> =
@@ -142,16 +143,7 @@ fn hazard_58_a_closed_terminal_drains_the_cluster() {
 #[test]
 fn hazard_58_nohup_outlives_its_terminal() {
     let place = Place::new();
-    let mut command = std::process::Command::new("nohup");
-    let barid = place.barid("dev --port 0");
-    command.arg(barid.get_program()).args(barid.get_args());
-    for (name, value) in barid.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
-    let mut dev = place::Running::of(command);
+    let mut dev = place.start_through("nohup", "dev --port 0");
     dev.event("ready");
     dev.signal("HUP");
     let (_, status) = place.run("send --user alice --wait accepted hello");

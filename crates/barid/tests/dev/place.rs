@@ -58,6 +58,21 @@ impl Place {
     pub fn start(&self, line: &str) -> Running {
         Running::of(self.barid(line))
     }
+
+    /// Starts barid by another program, which changes how it handles signals.
+    pub fn start_through(&self, program: &str, line: &str) -> Running {
+        let barid = self.barid(line);
+        let mut words = program.split(' ');
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).arg(barid.get_program()).args(barid.get_args());
+        for (name, value) in barid.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        Running::of(command)
+    }
 }
 
 pub struct Running {
