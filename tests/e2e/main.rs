@@ -7,6 +7,7 @@ mod balance;
 mod binaries;
 mod delivery;
 mod hops;
+mod internal_tls;
 mod kick;
 mod kills;
 mod listener;

@@ -8,6 +8,7 @@ use barid_bus::KafkaConfig;
 use barid_core::Secret;
 use barid_core::limits::GROUPS_MAX;
 use barid_mailbox::{LeaseConfig, RedisConfig, check_text};
+use barid_mesh::{GrpcConfig, InternalTlsConfig};
 use barid_runtime::bounds::{
     self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within,
 };
@@ -128,6 +129,7 @@ impl Bounded for Config {
             LeaseConfig::bounds(),
             within::<AdminConfig>("admin"),
             within::<LogConfig>("log"),
+            within::<GrpcConfig>("grpc"),
             within::<RedisConfig>("redis"),
             within::<AuthConfig>("auth"),
             within::<LimitsConfig>("limits"),
@@ -161,7 +163,7 @@ pub struct Config {
     /// Accept loops on `listen`, 1 to 64. More than one use a listener each (SO_REUSEPORT), among which the kernel
     /// distributes connections by a hash of their addresses.
     pub acceptors: u32,
-    /// Address for dispatchers (gRPC, not authenticated: a private network only).
+    /// Address for dispatchers and other access nodes (gRPC).
     pub grpc_listen: SocketAddr,
     /// `host:port` at which dispatchers reach `grpc_listen`. Empty: the bound address.
     pub advertise: String,
@@ -173,6 +175,10 @@ pub struct Config {
     /// The dispatchers' `void_after_seconds`, s. A node that could not renew its lease for more than half of it starts
     /// a new incarnation.
     pub void_after_seconds: u64,
+    /// The port for other roles, `grpc_listen`.
+    pub grpc: GrpcConfig,
+    /// Mutual TLS with other roles.
+    pub internal_tls: InternalTlsConfig,
     /// Redis.
     pub redis: RedisConfig,
     /// Authentication of devices.
@@ -565,6 +571,8 @@ impl Default for Config {
             advertise_url: String::new(),
             lease_ttl_ms: 10_000,
             void_after_seconds: 600,
+            grpc: GrpcConfig::default(),
+            internal_tls: InternalTlsConfig::default(),
             redis: RedisConfig::default(),
             auth: AuthConfig::default(),
             tls: TlsConfig::default(),
@@ -590,6 +598,7 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("grpc_listen", self.grpc_listen)?;
+        self.grpc.check("grpc_listen", self.grpc_listen, &self.internal_tls)?;
         let ports = [
             ("listen", self.listen),
             ("grpc_listen", self.grpc_listen),

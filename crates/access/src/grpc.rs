@@ -51,10 +51,11 @@ impl Access for AccessService {
         let node = Arc::clone(&self.node);
         let forgetting = Arc::clone(&self.forgetting);
         tokio::spawn(async move {
-            // Ends with the stream, the only sender.
-            while let Ok(Some(batch)) = batches.message().await {
-                let reply = deliver(&node, &forgetting, batch);
-                if replies.send(Ok(reply)).await.is_err() {
+            // Ends with the stream, the only sender. A batch that cannot be read ends it with the reason.
+            while let Some(batch) = batches.message().await.transpose() {
+                let reply = batch.map(|batch| deliver(&node, &forgetting, batch));
+                let last = reply.is_err();
+                if replies.send(reply).await.is_err() || last {
                     return;
                 }
             }

@@ -27,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// A closed session ends within this time, unless its task does not run.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
-/// The admin service. It asks for no credentials; neither do the other services of this port.
+/// The admin service, for operators.
 pub struct AdminService {
     node: Arc<Node>,
     orders: Arc<Semaphore>,

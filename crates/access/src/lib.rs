@@ -45,6 +45,7 @@ pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
 
+use barid_mesh::{Credentials, Party};
 use barid_runtime::{Context, Role, RunError, Stopped};
 
 /// The role.
@@ -56,6 +57,7 @@ impl Role for Access {
 
     fn check(config: &Config) -> Result<(), String> {
         config.check()?;
+        Credentials::read(&config.internal_tls, Party::Access)?;
         policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use barid_core::{DeviceId, SessionRef};
 use barid_mailbox::{NodeRecord, NodeTable, UserKey};
+use barid_mesh::{Credentials, Party, dial};
 use barid_wire::internal::CloseRequest;
 use barid_wire::internal::access_peer_client::AccessPeerClient;
 use tokio::sync::Semaphore;
@@ -24,13 +25,14 @@ const PAUSE: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Peers {
     nodes: NodeTable,
+    credentials: Credentials,
     calls: Arc<Semaphore>,
 }
 
 impl Peers {
     /// Creates the calls to the nodes of a table.
-    pub fn new(nodes: NodeTable) -> Self {
-        Self { nodes, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
+    pub fn new(nodes: NodeTable, credentials: Credentials) -> Self {
+        Self { nodes, credentials, calls: Arc::new(Semaphore::new(CALLS_MAX)) }
     }
 
     /// The access nodes that hold a lease, this one included.
@@ -51,11 +53,11 @@ impl Peers {
             connection: session.connection.0,
             incarnation: session.incarnation.0,
         };
-        let nodes = self.nodes.clone();
+        let (nodes, credentials) = (self.nodes.clone(), self.credentials.clone());
         tokio::spawn(async move {
             let _permit = permit;
             for _ in 0..TRIES {
-                match try_close(&nodes, &session, &request).await {
+                match try_close(&nodes, &credentials, &session, &request).await {
                     Ok(()) => return,
                     Err(error) => {
                         tracing::debug!(%session, error, "cannot close the replaced session on its node");
@@ -70,6 +72,7 @@ impl Peers {
 
 async fn try_close(
     nodes: &NodeTable,
+    credentials: &Credentials,
     session: &SessionRef,
     request: &CloseRequest,
 ) -> Result<(), String> {
@@ -78,15 +81,8 @@ async fn try_close(
         Some(node) if node.incarnation >= session.incarnation => node.address.clone(),
         _ => return Err("the node is not in the table".into()),
     };
-    call(&address, request.clone()).await
-}
-
-async fn call(address: &str, request: CloseRequest) -> Result<(), String> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| error.to_string())?
-        .connect_timeout(TIMEOUT)
-        .timeout(TIMEOUT);
-    let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+    let settings = |endpoint: Endpoint| endpoint.timeout(TIMEOUT);
+    let channel = dial(credentials, Party::Access, &address, TIMEOUT, settings).await?;
     let mut client = AccessPeerClient::new(channel);
-    client.close(request).await.map(|_| ()).map_err(|status| status.code().to_string())
+    client.close(request.clone()).await.map(|_| ()).map_err(|status| status.code().to_string())
 }

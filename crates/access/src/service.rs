@@ -8,6 +8,7 @@ use std::time::Duration;
 use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
+use barid_mesh::{Credentials, Party, Server};
 use barid_runtime::{Condition, Context, Stopped, Tasks};
 use barid_session::{Close, Seconds};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
@@ -16,7 +17,8 @@ use barid_wire::internal::access_server::AccessServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until};
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 
 use crate::acceptors::Acceptors;
 use crate::clock::Clock;
@@ -39,8 +41,8 @@ use crate::shedding::Shedding;
 const PACE: Duration = Duration::from_millis(100);
 /// Interval of periodic work: readiness, key sets, the load in the lease.
 const LOOK: Duration = Duration::from_secs(1);
-/// Bound of a dispatcher's batch.
-const BATCH_BYTES_MAX: usize = 16 << 20;
+/// Bound of a request other than a dispatcher's batch.
+const CALL_BYTES_MAX: usize = 16 << 10;
 /// Share of the drain period over which GoAways are spread; the rest is for the devices that get theirs last.
 const GO_AWAY_SHARE: f64 = 0.6;
 /// Part of the drain period that is reserved for the steps after the last session.
@@ -77,7 +79,12 @@ impl Service {
 
         let devices = Acceptors::bind(&config)?;
         let dispatchers = bind("grpc_listen", config.grpc_listen).await?;
-        let built = build(&config, &context, &dispatchers, devices.address(), &redis).await?;
+        let credentials =
+            Credentials::read(&config.internal_tls, Party::Access).map_err(Error::Config)?;
+        tasks.spawn(Credentials::TASK, credentials.keep_fresh(&context)?);
+        let server = Server::new(config.grpc.clone(), credentials.clone(), &context.metrics)?;
+        let ports = (&dispatchers, devices.address());
+        let built = build(&config, &context, ports, credentials, &redis).await?;
         let Some((node, lease)) = built else { return Ok(None) };
         redis.ready();
         lease.report_to(&context.health, config.lease().ttl);
@@ -91,7 +98,7 @@ impl Service {
         let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
         tasks.spawn("the memory guard", guard);
         tasks.spawn("the Redis probe", watch_redis(Arc::clone(&node), redis));
-        tasks.spawn("the gRPC server", serve_dispatchers(&node, dispatchers));
+        tasks.spawn("the gRPC server", serve_roles(&node, server, dispatchers));
         context.announce("ws", devices.address());
         let accepting = devices.serve(&node, listening.clone());
         context.announce_done();
@@ -138,8 +145,8 @@ fn local(listener: &TcpListener) -> SocketAddr {
 async fn build(
     config: &Config,
     context: &Context,
-    dispatchers: &TcpListener,
-    devices: SocketAddr,
+    (dispatchers, devices): (&TcpListener, SocketAddr),
+    credentials: Credentials,
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics)?;
@@ -159,7 +166,8 @@ async fn build(
     let acquire = || lease.acquire(&mailbox, record.clone());
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
     let incarnation = held.record().incarnation;
-    let peers = Peers::new(NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4));
+    let table = NodeTable::watch(&mailbox, NodeRole::Access, lease.ttl / 4);
+    let peers = Peers::new(table, credentials);
     let clock = Arc::new(Clock::new(Arc::new(SystemClock)));
     let node = Node {
         zone: config.zone.clone(),
@@ -226,21 +234,23 @@ async fn watch_redis(node: Arc<Node>, condition: Condition) {
     condition.probe(LOOK, || node.mailboxes.store().ping()).await;
 }
 
-fn serve_dispatchers(node: &Arc<Node>, listener: TcpListener) -> impl Future<Output = ()> + use<> {
+fn serve_roles(
+    node: &Arc<Node>,
+    server: Server,
+    listener: TcpListener,
+) -> impl Future<Output = ()> + use<> {
     let service = AccessService::new(Arc::clone(node));
-    let deliver = AccessServer::new(service.clone()).max_decoding_message_size(BATCH_BYTES_MAX);
-    let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(Duration::from_secs(10)))
-        .add_service(deliver)
-        .add_service(AccessPeerServer::new(service))
-        .add_service(AccessAdminServer::new(AdminService::new(Arc::clone(node))))
-        .serve_with_incoming(TcpListenerStream::new(listener));
-    async {
-        if let Err(error) = server.await {
-            tracing::error!(%error, "gRPC server failed");
-        }
-    }
+    let admin = AdminService::new(Arc::clone(node));
+    let peer = AccessPeerServer::new(service.clone()).max_decoding_message_size(CALL_BYTES_MAX);
+    let admin = AccessAdminServer::new(admin).max_decoding_message_size(CALL_BYTES_MAX);
+    let dispatchers = server.only(&[Party::Dispatcher]);
+    let routes = Routes::new(AccessServer::with_interceptor(service, dispatchers))
+        .add_service(InterceptedService::new(peer, server.only(&[Party::Access])))
+        .add_service(InterceptedService::new(admin, server.only(&[Party::Operator])));
+    let settings = |server: tonic::transport::Server| {
+        server.http2_keepalive_interval(Some(Duration::from_secs(10)))
+    };
+    server.serve(listener, routes, settings, std::future::pending())
 }
 
 /// Handles events of the lease, confirms routes, and sheds sessions.

@@ -2,25 +2,19 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
-use barid_runtime::PemFile;
+use barid_runtime::{FileWatch, PemFile};
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::interval;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::config::TlsConfig;
 use crate::labels::CertificateRead;
 use crate::metrics::Metrics;
-
-/// How often the files' modification times are checked.
-const LOOK: Duration = Duration::from_secs(2);
 
 /// The TLS acceptor with the current certificate. Cheap to clone.
 #[derive(Clone)]
@@ -88,26 +82,10 @@ impl Tls {
     /// Reloads the files when one of them changes, and at SIGHUP. If they cannot be used, that is counted and logged,
     /// and the last good certificate stays. Never returns.
     pub async fn keep_fresh(self, metrics: Metrics) {
-        let mut hangup = signal(SignalKind::hangup()).ok();
-        let mut look = interval(LOOK);
-        let mut known = self.current.files.changed_at();
+        let Files { certificate, key } = &self.current.files;
+        let mut watch = FileWatch::new([certificate.clone(), key.clone()]);
         loop {
-            let asked = async {
-                match &mut hangup {
-                    Some(hangup) => hangup.recv().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                _ = look.tick() => {
-                    let now = self.current.files.changed_at();
-                    if now == known {
-                        continue;
-                    }
-                    known = now;
-                }
-                _ = asked => known = self.current.files.changed_at(),
-            }
+            watch.changed().await;
             match self.current.files.read(&self.current.provider) {
                 Ok(key) => {
                     *self.current.key.write() = Arc::new(key);
@@ -129,11 +107,5 @@ impl Files {
         let key = PemFile::read("tls.key_file", &self.key)?;
         CertifiedKey::from_der(certificate.certificates()?, key.private_key()?, provider)
             .map_err(|error| key.error(error))
-    }
-
-    /// Follows symbolic links: a mounted Kubernetes secret is a link, which is replaced at an update.
-    fn changed_at(&self) -> [Option<SystemTime>; 2] {
-        [&self.certificate, &self.key]
-            .map(|path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok())
     }
 }

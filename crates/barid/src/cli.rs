@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{dev, inspect, kick, listen, send, token, top};
+use crate::{authority, dev, inspect, kick, listen, send, token, top};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -40,6 +40,16 @@ pub enum Command {
     /// Show stored state
     #[command(subcommand)]
     Inspect(Inspect),
+    /// Set up a cluster
+    #[command(subcommand)]
+    Cluster(Cluster),
+}
+
+/// The actions of `barid cluster`.
+#[derive(Debug, Subcommand)]
+pub enum Cluster {
+    /// Create a certificate authority for mutual TLS between the roles, and issue their certificates
+    Ca(authority::Args),
 }
 
 /// The targets of `barid inspect`.
@@ -67,8 +77,14 @@ mod tests {
     #[test]
     fn hazard_61_every_number_of_the_command_line_is_bounded() {
         let numbers = barid_runtime::bounds::walk_arguments(&Cli::command());
-        for number in ["kick --rate", "listen --count", "listen --for", "send --ttl", "token --ttl"]
-        {
+        for number in [
+            "cluster ca --days",
+            "kick --rate",
+            "listen --count",
+            "listen --for",
+            "send --ttl",
+            "token --ttl",
+        ] {
             assert!(numbers.iter().any(|found| found == number), "{number} of {numbers:?}");
         }
     }

@@ -5,7 +5,7 @@ mod demo;
 mod redis_server;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use barid_runtime::{LogConfig, SecretUrl, telemetry};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::authority;
 use crate::output::{Output, Tone};
 use crate::state::DevState;
 use crate::values::{Key, random_name};
@@ -29,6 +30,8 @@ const PORT: u16 = 7080;
 const KEY_ID: &str = "dev";
 /// Partitions of the push topics on the in-process broker.
 const PARTITIONS: u16 = 4;
+/// Validity of the roles' certificates.
+const TLS_VALID: time::Duration = time::Duration::days(365);
 
 /// Warnings, except those about streams and leases that end because the process ends.
 const LOG: &str = "warn,fred=error,barid_mesh::link=error,barid_mailbox::routes=error,\
@@ -110,9 +113,11 @@ async fn run_cluster(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         id: Some(KEY_ID.into()),
     };
     let listen = listen(args.port)?;
-    let mut cluster = Cluster::start(&ground.kafka, &ground.redis, &key, listen)?;
+    let tls = tempfile::Builder::new().prefix("barid-dev-tls-").tempdir()?;
+    authority::issue(tls.path(), TLS_VALID)?;
+    let mut cluster = Cluster::start(&ground.kafka, &ground.redis, &key, tls.path(), listen)?;
     let result = tokio::select! {
-        result = work(&args, &ground, &mut cluster, &key, began, out) => result,
+        result = work(&args, &ground, &mut cluster, &key, tls.path(), began, out) => result,
         () = signals.next() => Ok(()),
         why = died(&mut server) => Err(why),
     };
@@ -133,6 +138,7 @@ async fn work(
     ground: &Ground,
     cluster: &mut Cluster,
     key: &Key,
+    tls: &Path,
     began: Instant,
     out: Output,
 ) -> anyhow::Result<()> {
@@ -143,6 +149,7 @@ async fn work(
         redis: ground.redis.url.expose().to_owned(),
         url: format!("ws://{access}"),
         admin: cluster.admins().iter().map(ToString::to_string).collect(),
+        tls: tls.into(),
         key_id: KEY_ID.into(),
         secret: key.secret.expose().to_owned(),
     };

@@ -7,15 +7,15 @@ use std::time::Duration;
 use anyhow::Context as _;
 use barid_core::{AppId, DeviceId, UserId};
 use barid_mailbox::{Mailbox, NodeRecord, NodeRole};
+use barid_mesh::{Credentials, Party, dial};
 use barid_wire::internal::access_admin_client::AccessAdminClient;
 use barid_wire::internal::{KickProgress, KickRequest};
 use futures::StreamExt as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
-use tonic::transport::Endpoint;
 
 use crate::output::{Output, Tone, clean, span};
-use crate::values::RedisArgs;
+use crate::values::{InternalArgs, RedisArgs};
 
 /// For a node's first answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -51,6 +51,8 @@ pub struct Args {
     pub reason: String,
     #[command(flatten)]
     pub redis: RedisArgs,
+    #[command(flatten)]
+    pub internal: InternalArgs,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -70,6 +72,7 @@ struct NodeOutcome {
 
 /// Asks all nodes at once. The exit code is 1 if a node could not be asked or did not finish.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let credentials = args.internal.credentials(&args.redis)?;
     let nodes = nodes(&args).await?;
     if nodes.is_empty() {
         anyhow::bail!("no access node has a lease in this Redis");
@@ -94,10 +97,11 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         let id = node.id.to_string();
         outcome.nodes.insert(id.clone(), NodeOutcome::default());
         let request = KickRequest { per_second, ..request.clone() };
-        let (address, told) = (node.address.clone(), told.clone());
+        let (credentials, address, told) =
+            (credentials.clone(), node.address.clone(), told.clone());
         let of = id.clone();
         let task = tokio::spawn(async move {
-            let failed = kick(&address, request, &id, &told).await.err();
+            let failed = kick(&credentials, &address, request, &id, &told).await.err();
             if let Some(error) = failed {
                 // The receiver is gone once the program ends.
                 let _ = told.send((id, Err(format!("{error:#}")))).await;
@@ -158,14 +162,14 @@ fn split(rate: u32, nodes: &[NodeRecord]) -> Vec<(&NodeRecord, u32)> {
 type News = (String, Result<KickProgress, String>);
 
 async fn kick(
+    credentials: &Credentials,
     address: &str,
     request: KickRequest,
     id: &str,
     told: &mpsc::Sender<News>,
 ) -> anyhow::Result<()> {
-    let endpoint =
-        Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(CONNECT_LIMIT);
-    let channel = endpoint.connect().await.context("cannot be reached")?;
+    let dialed = dial(credentials, Party::Access, address, CONNECT_LIMIT, |endpoint| endpoint);
+    let channel = dialed.await.map_err(anyhow::Error::msg).context("cannot be reached")?;
     let mut client = AccessAdminClient::new(channel);
     let asked = tokio::time::timeout(CONNECT_LIMIT, client.kick(request)).await;
     let refused =

@@ -1,5 +1,6 @@
 //! `barid`: the command line of a Barid cluster, and a whole cluster in one process.
 
+mod authority;
 mod cli;
 mod dev;
 mod inspect;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{Cli, Command, Inspect};
+use crate::cli::{Cli, Cluster, Command, Inspect};
 use crate::output::Output;
 
 fn main() -> ExitCode {
@@ -46,6 +47,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
         Command::Token(args) => token::run(&args, out),
+        Command::Cluster(Cluster::Ca(args)) => authority::run(&args, out),
         Command::Kick(args) => kick::run(args, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,

@@ -22,6 +22,8 @@ pub struct DevState {
     /// The admin endpoints of its roles.
     #[serde(default)]
     pub admin: Vec<String>,
+    /// Directory of its authority and certificates.
+    pub tls: PathBuf,
     /// Id of the key.
     pub key_id: String,
     /// Secret of the key.

@@ -7,8 +7,10 @@ use anyhow::{Context as _, bail};
 use barid_core::Secret;
 use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
+use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
 
+use crate::authority;
 use crate::state::DevState;
 
 /// Parses `30s`, `15m`, `1h`, `7d`, `500ms`; a number without a unit is in seconds.
@@ -114,6 +116,45 @@ impl RedisArgs {
     /// Returns an error if no Redis is known, or the state of `barid dev` cannot be read.
     pub fn needed(&self) -> anyhow::Result<RedisConfig> {
         self.known()?.ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS"))
+    }
+}
+
+/// The options of commands that call access nodes as an operator.
+#[derive(Debug, Clone, clap::Args)]
+pub struct InternalArgs {
+    /// Authority of the roles' certificates (PEM) [default: that of the running `barid dev`]
+    #[arg(id = "internal_ca", long = "ca-file", env = "BARID_CA_FILE", value_name = "FILE")]
+    #[arg(requires_all = ["internal_certificate", "internal_key"])]
+    pub ca_file: Option<PathBuf>,
+    /// Certificate of an operator (PEM): operator.pem of `barid cluster ca`
+    #[arg(id = "internal_certificate", long = "certificate-file", value_name = "FILE")]
+    #[arg(env = "BARID_CERTIFICATE_FILE", requires_all = ["internal_ca", "internal_key"])]
+    pub certificate_file: Option<PathBuf>,
+    /// Private key of the certificate (PEM)
+    #[arg(id = "internal_key", long = "key-file", env = "BARID_KEY_FILE", value_name = "FILE")]
+    #[arg(requires_all = ["internal_ca", "internal_certificate"])]
+    pub key_file: Option<PathBuf>,
+}
+
+impl InternalArgs {
+    /// As given, else those of the running `barid dev`, else none: then the nodes must not use TLS.
+    ///
+    /// # Errors
+    /// Returns an error if a file, or the state of `barid dev`, cannot be used.
+    pub fn credentials(&self, redis: &RedisArgs) -> anyhow::Result<Credentials> {
+        let mut files = InternalTlsConfig {
+            ca_file: self.ca_file.clone(),
+            certificate_file: self.certificate_file.clone(),
+            key_file: self.key_file.clone(),
+        };
+        if !files.is_set()
+            && redis.url.is_none()
+            && let Some(dev) = DevState::running()?
+        {
+            files = authority::files(&dev.tls, Party::Operator);
+        }
+        let reword = |error: String| anyhow::anyhow!(error.replace("internal_tls.", "--"));
+        Credentials::read(&files, Party::Operator).map_err(reword)
     }
 }
 

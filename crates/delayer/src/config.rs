@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use barid_mailbox::RedisConfig;
-use barid_mesh::MeshConfig;
+use barid_mesh::{InternalTlsConfig, MeshConfig};
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,8 @@ pub struct Config {
     pub void_after_seconds: u64,
     /// Redis, and the times between re-sends.
     pub redis: RedisConfig,
+    /// Mutual TLS with other roles.
+    pub internal_tls: InternalTlsConfig,
     /// The streams to dispatchers.
     pub mesh: MeshConfig,
     /// Metrics and health.
@@ -58,6 +60,7 @@ impl Default for Config {
             nodes_refresh_ms: 500,
             void_after_seconds: 600,
             redis: RedisConfig::default(),
+            internal_tls: InternalTlsConfig::default(),
             mesh: MeshConfig::default(),
             admin: AdminConfig::local(7112),
             log: LogConfig::default(),

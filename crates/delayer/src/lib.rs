@@ -16,6 +16,7 @@ pub use error::Error;
 pub use metrics::Metrics;
 pub use service::Service;
 
+use barid_mesh::{Credentials, Party};
 use barid_runtime::{Context, Role, RunError, Stopped};
 
 /// The delayer's [`Role`](barid_runtime::Role).
@@ -26,7 +27,8 @@ impl Role for Delayer {
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()
+        config.check()?;
+        Credentials::read(&config.internal_tls, Party::Delayer).map(drop)
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use barid_core::Backoff;
 use barid_mailbox::{DeferWaits, Mailbox, NodeRole, NodeTable};
-use barid_mesh::DispatchPool;
+use barid_mesh::{Credentials, DispatchPool, Party};
 use barid_runtime::{Condition, Context, Stopped, Tasks};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
@@ -52,8 +52,11 @@ impl Service {
         };
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let table = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
-        let pool = DispatchPool::new(table, config.mesh.clone(), metrics.mesh.clone())
-            .map_err(Error::Config)?;
+        let credentials =
+            Credentials::read(&config.internal_tls, Party::Delayer).map_err(Error::Config)?;
+        tasks.spawn(Credentials::TASK, credentials.keep_fresh(&context)?);
+        let mesh = (config.mesh.clone(), metrics.mesh.clone());
+        let pool = DispatchPool::new(table, credentials, mesh.0, mesh.1).map_err(Error::Config)?;
         let nodes = NodeTable::watch(&mailbox, NodeRole::Access, refresh);
         let lanes = Lanes {
             retry: config.redis.retry().map_err(|e| Error::Config(e.to_string()))?,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use barid_mailbox::{LeaseConfig, RedisConfig};
-use barid_mesh::LinkConfig;
+use barid_mesh::{GrpcConfig, InternalTlsConfig, LinkConfig};
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use crate::resolve::Limits;
 pub struct Config {
     /// Name of this dispatcher, unique in the cluster. Empty: derived from the address in its lease.
     pub node: String,
-    /// Address for purgers and delayers (gRPC in plain text: a private network only).
+    /// Address for purgers and delayers (gRPC).
     pub listen: SocketAddr,
     /// `host:port` written into the lease. Empty: the bound address.
     pub advertise: String,
@@ -40,6 +40,10 @@ pub struct Config {
     pub l1: L1Config,
     /// Removal of void routes.
     pub reap: ReapConfig,
+    /// The port for other roles.
+    pub grpc: GrpcConfig,
+    /// Mutual TLS with other roles.
+    pub internal_tls: InternalTlsConfig,
     /// The streams to access nodes.
     pub links: LinkConfig,
     /// Metrics and health.
@@ -104,6 +108,8 @@ impl Default for Config {
             redis: RedisConfig::default(),
             l1: L1Config::default(),
             reap: ReapConfig::default(),
+            grpc: GrpcConfig::default(),
+            internal_tls: InternalTlsConfig::default(),
             links: LinkConfig::default(),
             admin: AdminConfig::local(7092),
             log: LogConfig::default(),
@@ -146,6 +152,7 @@ impl Bounded for Config {
             within::<RedisConfig>("redis"),
             within::<L1Config>("l1"),
             within::<ReapConfig>("reap"),
+            within::<GrpcConfig>("grpc"),
             within::<LinkConfig>("links"),
             within::<AdminConfig>("admin"),
             within::<LogConfig>("log"),
@@ -160,6 +167,7 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         self.lease().check("listen", self.listen)?;
+        self.grpc.check("listen", self.listen, &self.internal_tls)?;
         bounds::check_apart(&[("listen", self.listen), ("admin.listen", self.admin.listen)])?;
         if self.nodes_refresh_ms > self.lease_ttl_ms {
             return Err("nodes_refresh_ms must be at most lease_ttl_ms".into());

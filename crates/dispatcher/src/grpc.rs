@@ -107,17 +107,20 @@ impl<R: Routes> Dispatcher for BatchService<R> {
         if self.stop.is_cancelled() {
             return Err(Status::unavailable("draining"));
         }
-        // A broken stream is treated as a finished one: the caller knows which batches were not answered.
-        let batches = stream::unfold(request.into_inner(), |mut inbound| async move {
+        let (replies, outbound) = mpsc::channel(self.window_batches);
+        // A batch that cannot be read ends the stream with the reason, or the caller has gone. It knows which batches
+        // were not answered.
+        let from = (request.into_inner(), replies.clone());
+        let batches = stream::unfold(from, |(mut inbound, replies)| async move {
             match inbound.message().await {
-                Ok(batch) => batch.map(|batch| (batch, inbound)),
+                Ok(batch) => batch.map(|batch| (batch, (inbound, replies))),
                 Err(status) => {
                     tracing::debug!(%status, "a caller's stream broke");
+                    drop(replies.try_send(Err(status)));
                     None
                 }
             }
         });
-        let (replies, outbound) = mpsc::channel(self.window_batches);
         self.streams.spawn(self.clone().serve(batches.boxed(), replies));
         Ok(Response::new(ReceiverStream::new(outbound)))
     }

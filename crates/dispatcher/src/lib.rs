@@ -18,6 +18,7 @@ pub use error::Error;
 pub use redis_routes::{RedisRoutes, follow_tracking};
 pub use service::Service;
 
+use barid_mesh::{Credentials, Party};
 use barid_runtime::{Context, Role, RunError, Stopped};
 
 /// The dispatcher's [`Role`](barid_runtime::Role).
@@ -28,7 +29,8 @@ impl Role for Dispatcher {
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()
+        config.check()?;
+        Credentials::read(&config.internal_tls, Party::Dispatcher).map(drop)
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

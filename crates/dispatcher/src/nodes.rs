@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId, SessionRef};
-use barid_mesh::{Broken, Link, LinkConfig, LinkMetrics, Protocol, Refusal};
+use barid_mesh::{Broken, Credentials, Link, LinkConfig, LinkMetrics, Party, Protocol, Refusal};
 use barid_wire::internal::access_client::AccessClient;
 use barid_wire::internal::{Gone, NodeBatch, NodePush, NodeReply, NodeResend};
 use parking_lot::RwLock;
@@ -65,6 +65,7 @@ pub enum NodeItem {
 
 /// The table of nodes and the links to them.
 pub struct Nodes {
+    credentials: Credentials,
     config: LinkConfig,
     metrics: LinkMetrics,
     lost: IntCounter,
@@ -82,13 +83,15 @@ struct Node {
 impl Nodes {
     /// Creates an empty table.
     pub fn new(
+        credentials: Credentials,
         config: LinkConfig,
         metrics: LinkMetrics,
         lost: IntCounter,
         void_since: VoidSince,
         on_gone: OnGone,
     ) -> Self {
-        Self { config, metrics, lost, void_since, on_gone, table: RwLock::default() }
+        let table = RwLock::default();
+        Self { credentials, config, metrics, lost, void_since, on_gone, table }
     }
 
     /// Opens links to new incarnations, and lets the links of incarnations that are over finish.
@@ -122,7 +125,8 @@ impl Nodes {
             lost: self.lost.clone(),
             on_gone: Arc::clone(&self.on_gone),
         };
-        Link::open(&node.address, self.config.clone(), self.metrics.clone(), protocol)
+        let (credentials, config) = (self.credentials.clone(), self.config.clone());
+        Link::open(&node.address, credentials, config, self.metrics.clone(), protocol)
     }
 
     /// Queues an item for the node of a session. Never waits.
@@ -163,6 +167,7 @@ impl Protocol for Delivering {
     type Batch = NodeBatch;
     type Reply = NodeReply;
     type Sealed = usize;
+    const PEER: Party = Party::Access;
 
     fn bytes(item: &NodeItem) -> usize {
         match item {

@@ -7,14 +7,14 @@ use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
+use barid_mesh::{Credentials, Party, Server};
 use barid_runtime::{Condition, Context, Spawner, Stopped, Tasks, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use tokio::net::TcpListener;
 use tokio::time::sleep;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use tonic::service::Routes;
 
 use crate::deliver::{Delivery, void_of};
 use crate::grpc::BatchService;
@@ -27,8 +27,6 @@ use crate::{Config, Error, RedisRoutes, follow_tracking};
 const UNTRACKED: &str = "redis does not report changes of routes; nothing is cached";
 /// How often readiness is updated.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
-/// Bound of a batch, bytes: the callers' bound and room for one more item.
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// A running dispatcher.
 pub struct Service {
@@ -60,6 +58,9 @@ impl Service {
         let routes = Arc::new(RedisRoutes { mailbox: mailbox.clone(), tracked: tracked.clone() });
         let resolver = Resolver::new(routes, config.limits(), metrics.clone());
         let tasks = Tasks::new(&context);
+        let credentials =
+            Credentials::read(&config.internal_tls, Party::Dispatcher).map_err(Error::Config)?;
+        tasks.spawn(Credentials::TASK, credentials.keep_fresh(&context)?);
         tracked.report_to(tracking.clone());
         let report = {
             let metrics = metrics.clone();
@@ -78,6 +79,7 @@ impl Service {
         let (delivery, table) = assemble(
             &config,
             &mailbox,
+            credentials.clone(),
             resolver,
             metrics,
             context.tracer.clone(),
@@ -87,7 +89,8 @@ impl Service {
         tasks.spawn("the node table", follow_nodes(table, Arc::clone(&nodes)));
         let batches = BatchService::new(Arc::new(delivery), config.window_batches);
         let stop = CancellationToken::new();
-        let address = listen(&config, &context, &batches, &stop, &tasks).await?;
+        let server = Server::new(config.grpc.clone(), credentials, &context.metrics)?;
+        let address = listen(&config, &context, server, &batches, &stop, &tasks).await?;
         let lease = config.lease();
         let admin = context.announcements().get("admin");
         let incarnation = Incarnation(SystemClock.now_ms());
@@ -151,6 +154,7 @@ impl Service {
 fn assemble(
     config: &Config,
     mailbox: &Mailbox,
+    credentials: Credentials,
     resolver: Resolver<RedisRoutes>,
     metrics: Metrics,
     tracer: Tracer,
@@ -164,6 +168,7 @@ fn assemble(
         Arc::new(move |node: &NodeId, incarnation| table.void_since(node, incarnation))
     };
     let nodes = Nodes::new(
+        credentials,
         config.links.clone(),
         metrics.nodes.clone(),
         metrics.lost.clone(),
@@ -195,6 +200,7 @@ fn on_gone(resolver: &Resolver<RedisRoutes>, reaper: &Reaper) -> OnGone {
 async fn listen(
     config: &Config,
     context: &Context,
+    server: Server,
     batches: &BatchService<RedisRoutes>,
     stop: &CancellationToken,
     tasks: &Tasks,
@@ -203,23 +209,19 @@ async fn listen(
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     context.announce("grpc", address);
-    let service =
-        DispatcherServer::new(batches.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let callers = server.only(&[Party::Purger, Party::Delayer]);
+    let routes = Routes::new(DispatcherServer::with_interceptor(batches.clone(), callers));
     let keepalive = Duration::from_millis(config.links.keepalive_interval_ms);
-    let server = Server::builder()
-        .tcp_nodelay(true)
-        .initial_stream_window_size(4 << 20)
-        .initial_connection_window_size(8 << 20)
-        .http2_keepalive_interval(Some(keepalive))
-        .http2_keepalive_timeout(Some(Duration::from_millis(config.links.keepalive_timeout_ms)))
-        .add_service(service);
+    let keepalive_timeout = Duration::from_millis(config.links.keepalive_timeout_ms);
+    let settings = move |server: tonic::transport::Server| {
+        server
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(8 << 20)
+            .http2_keepalive_interval(Some(keepalive))
+            .http2_keepalive_timeout(Some(keepalive_timeout))
+    };
     let stop = stop.clone().cancelled_owned();
-    tasks.spawn("the gRPC server", async move {
-        let incoming = TcpListenerStream::new(listener);
-        if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop).await {
-            tracing::error!(%error, "gRPC server failed");
-        }
-    });
+    tasks.spawn("the gRPC server", server.serve(listener, routes, settings, stop));
     Ok(address)
 }
 

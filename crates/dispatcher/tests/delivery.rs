@@ -20,7 +20,7 @@ use barid_dispatcher::nodes::{AccessNode, Nodes, VoidSince};
 use barid_dispatcher::reap::Reaper;
 use barid_dispatcher::resolve::{Limits, Resolver, Routes};
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
-use barid_mesh::LinkConfig;
+use barid_mesh::{Credentials, LinkConfig};
 use barid_runtime::{Context, Tasks, Tracer};
 use barid_wire::internal::dispatcher_server::DispatcherServer;
 use barid_wire::internal::{DispatchBatch, Gone, Resend, ResendDevice, Unreachable};
@@ -105,8 +105,8 @@ impl Cluster {
             })
         };
         let links_metrics = metrics.nodes.clone();
-        let nodes =
-            Arc::new(Nodes::new(links, links_metrics, metrics.lost.clone(), void_since, on_gone));
+        let (plain, lost) = (Credentials::none(), metrics.lost.clone());
+        let nodes = Arc::new(Nodes::new(plain, links, links_metrics, lost, void_since, on_gone));
         let delivery = Arc::new(Delivery {
             resolver: resolver.clone(),
             nodes: Arc::clone(&nodes),
@@ -353,4 +353,16 @@ async fn finishing_answers_what_was_read_and_ends_the_streams() {
     timeout(SOON, cluster.batches.finish()).await.unwrap();
     assert_eq!((cluster.metrics.callers.get(), cluster.batches.unanswered()), (0, 0));
     a.pushes(1).await;
+}
+
+#[tokio::test]
+async fn hazard_131_a_batch_above_the_bound_ends_its_stream_with_the_reason() {
+    let cluster = Cluster::start(LinkConfig::default(), never()).await;
+    let mut caller = Caller::connect(&cluster.address).await;
+    let mut large = push("alice", 1);
+    large.envelope = vec![0; 5 << 20].into();
+    caller.send(DispatchBatch { pushes: vec![large], ..Default::default() });
+    let told = caller.reply().await.unwrap_err().to_string();
+    assert!(told.contains("decoded message length too large"), "{told}");
+    Caller::connect(&cluster.address).await.push(vec![push("alice", 2)]).await;
 }

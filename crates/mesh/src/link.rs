@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
-use crate::{LinkConfig, LinkMetrics};
+use crate::{Credentials, LinkConfig, LinkMetrics, Party, dial};
 
 /// The items of a link, and callbacks for their outcomes. Callbacks run on the link's task and must not block.
 pub trait Protocol: Send + 'static {
@@ -30,6 +30,8 @@ pub trait Protocol: Send + 'static {
     type Reply: Send + 'static;
     /// State of a batch, kept until it is answered.
     type Sealed: Send + 'static;
+    /// The role of the peer, which its certificate must name.
+    const PEER: Party;
 
     /// The item's approximate size on the wire, bytes.
     fn bytes(item: &Self::Item) -> usize;
@@ -135,6 +137,7 @@ impl<P: Protocol> Link<P> {
     /// Returns the first invalid bound of `config`.
     pub fn open(
         address: &str,
+        credentials: Credentials,
         config: LinkConfig,
         metrics: LinkMetrics,
         protocol: P,
@@ -150,6 +153,7 @@ impl<P: Protocol> Link<P> {
         let room = Arc::new(Semaphore::new(config.queue_bytes_max));
         let task = Task {
             address: address.to_owned(),
+            credentials,
             reconnect: config.reconnect()?,
             config,
             protocol,
@@ -239,6 +243,7 @@ enum End {
 
 struct Task<P: Protocol> {
     address: String,
+    credentials: Credentials,
     config: LinkConfig,
     reconnect: Backoff,
     protocol: P,
@@ -295,7 +300,8 @@ impl<P: Protocol> Task<P> {
     /// Connects; `None`: all senders are dropped. Items wait for the first connection, and are refused while a later
     /// one is established.
     async fn connect(&mut self) -> Option<Result<Open<P>, String>> {
-        let connecting = connect::<P>(self.address.clone(), self.config.clone());
+        let connecting =
+            connect::<P>(self.address.clone(), self.credentials.clone(), self.config.clone());
         let state = *self.shared.state.borrow();
         if state != LinkState::Down {
             return Some(connecting.await);
@@ -430,21 +436,24 @@ impl<P: Protocol> Task<P> {
 
 type Open<P> = (mpsc::Sender<<P as Protocol>::Batch>, Streaming<<P as Protocol>::Reply>);
 
-async fn connect<P: Protocol>(address: String, config: LinkConfig) -> Result<Open<P>, String> {
+async fn connect<P: Protocol>(
+    address: String,
+    credentials: Credentials,
+    config: LinkConfig,
+) -> Result<Open<P>, String> {
     let limit = config.connect_timeout();
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|e| format!("address: {e}"))?
-        .connect_timeout(limit)
-        .tcp_nodelay(true)
-        .initial_stream_window_size(4 << 20)
-        .initial_connection_window_size(8 << 20)
-        .http2_keep_alive_interval(Duration::from_millis(config.keepalive_interval_ms))
-        .keep_alive_timeout(Duration::from_millis(config.keepalive_timeout_ms))
-        .keep_alive_while_idle(true);
+    let settings = |endpoint: Endpoint| {
+        endpoint
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(8 << 20)
+            .http2_keep_alive_interval(Duration::from_millis(config.keepalive_interval_ms))
+            .keep_alive_timeout(Duration::from_millis(config.keepalive_timeout_ms))
+            .keep_alive_while_idle(true)
+    };
     // The channel has room for the whole window, so that sending a batch never waits.
     let (batches, outbound) = mpsc::channel(config.window_batches);
     let open = async {
-        let channel = endpoint.connect().await.map_err(|e| describe(&e))?;
+        let channel = dial(&credentials, P::PEER, &address, limit, settings).await?;
         P::call(channel, ReceiverStream::new(outbound)).await.map_err(|e| e.to_string())
     };
     let replies = timeout(limit, open).await.map_err(|_| "connecting timed out".to_owned())??;
@@ -456,15 +465,4 @@ async fn until(limit: Option<Instant>) {
         Some(limit) => sleep_until(limit).await,
         None => std::future::pending().await,
     }
-}
-
-/// The error with its sources: tonic's own text is only "transport error".
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }

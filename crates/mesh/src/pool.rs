@@ -16,7 +16,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::{Broken, Link, LinkState, MeshConfig, MeshMetrics, Protocol, rendezvous};
+use crate::{
+    Broken, Credentials, Link, LinkState, MeshConfig, MeshMetrics, Party, Protocol, rendezvous,
+};
 
 /// A dispatcher, as in its lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +45,7 @@ pub struct DispatchPool {
 }
 
 struct Inner {
+    credentials: Credentials,
     config: MeshConfig,
     metrics: MeshMetrics,
     members: RwLock<Arc<Vec<Member>>>,
@@ -65,11 +68,12 @@ impl DispatchPool {
     /// Returns the first invalid bound of `config`.
     pub fn new(
         mut nodes: NodeTable,
+        credentials: Credentials,
         config: MeshConfig,
         metrics: MeshMetrics,
     ) -> Result<Self, String> {
         let (peers, followed) = watch::channel(peers_of(&nodes));
-        let pool = Self::over(followed, config, metrics)?;
+        let pool = Self::over(followed, credentials, config, metrics)?;
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -88,11 +92,13 @@ impl DispatchPool {
     /// Returns the first invalid bound of `config`.
     pub fn over(
         mut peers: watch::Receiver<Vec<Peer>>,
+        credentials: Credentials,
         config: MeshConfig,
         metrics: MeshMetrics,
     ) -> Result<Self, String> {
         config.check()?;
         let inner = Arc::new(Inner {
+            credentials,
             config,
             metrics,
             members: RwLock::default(),
@@ -217,8 +223,8 @@ impl Inner {
 
     fn open(self: &Arc<Self>, peer: &Peer) -> Result<Link<Dispatching>, String> {
         let protocol = Dispatching { pool: Arc::downgrade(self) };
-        let config = self.config.link.clone();
-        Link::open(&peer.address, config, self.metrics.link.clone(), protocol)
+        let (credentials, config) = (self.credentials.clone(), self.config.link.clone());
+        Link::open(&peer.address, credentials, config, self.metrics.link.clone(), protocol)
     }
 
     fn pick(&self, shard: Shard) -> Option<Link<Dispatching>> {
@@ -326,6 +332,7 @@ impl Protocol for Dispatching {
     type Batch = DispatchBatch;
     type Reply = DispatchReply;
     type Sealed = SealedDispatch;
+    const PEER: Party = Party::Dispatcher;
 
     fn bytes(item: &Item) -> usize {
         match item {

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use barid_core::{Incarnation, NodeId, Shard, ShardCount};
-use barid_mesh::{DispatchPool, LinkConfig, MeshConfig, MeshMetrics, Peer, Unavailable};
+use barid_mesh::{
+    Credentials, DispatchPool, LinkConfig, MeshConfig, MeshMetrics, Peer, Unavailable,
+};
 use barid_testkit::grpc::{FakeDispatcher, Server};
 use barid_wire::internal::{DispatchBatch, DispatchReply, Push, Resend, ResendDevice, Unreachable};
 use prometheus::Registry;
@@ -95,7 +97,11 @@ fn shard() -> Shard {
 
 fn pool(peers: &watch::Sender<Vec<Peer>>, config: MeshConfig) -> (DispatchPool, MeshMetrics) {
     let metrics = MeshMetrics::new(&Registry::new(), "test").unwrap();
-    (DispatchPool::over(peers.subscribe(), config, metrics.clone()).unwrap(), metrics)
+    (
+        DispatchPool::over(peers.subscribe(), Credentials::none(), config, metrics.clone())
+            .unwrap(),
+        metrics,
+    )
 }
 
 async fn up(pool: &DispatchPool, metrics: &MeshMetrics, count: i64) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use barid_bus::KafkaConfig;
 use barid_core::Backoff;
 use barid_mailbox::RedisConfig;
-use barid_mesh::MeshConfig;
+use barid_mesh::{InternalTlsConfig, MeshConfig};
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
 use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::record::RecordLimits;
@@ -30,6 +30,8 @@ pub struct Config {
     pub redis: RedisConfig,
     /// The streams to the dispatchers.
     pub mesh: MeshConfig,
+    /// Mutual TLS with dispatchers.
+    pub internal_tls: InternalTlsConfig,
     /// Limits of a record.
     pub limits: LimitsConfig,
     /// Compression of payloads.
@@ -118,6 +120,7 @@ impl Default for Config {
             kafka: KafkaConfig::default(),
             redis: RedisConfig::default(),
             mesh: MeshConfig::default(),
+            internal_tls: InternalTlsConfig::default(),
             limits: LimitsConfig::default(),
             compression: CompressionConfig::default(),
             window: WindowConfig::default(),

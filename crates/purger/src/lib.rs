@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use barid_bus::ensure_topics;
 use barid_mailbox::{Mailbox, NodeRole, NodeTable};
-use barid_mesh::{DispatchPool, MeshMetrics};
+use barid_mesh::{Credentials, DispatchPool, MeshMetrics, Party};
 use barid_runtime::{Condition, Context, Role, RunError, Stopped};
 
 pub use config::{CompressionConfig, Config, LimitsConfig, WindowConfig};
@@ -55,7 +55,8 @@ impl Role for Purger {
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()
+        config.check()?;
+        Credentials::read(&config.internal_tls, Party::Purger).map(drop)
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
@@ -67,8 +68,11 @@ impl Role for Purger {
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
         let metrics = MeshMetrics::new(&context.metrics, "barid_purger")?;
-        let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics)?;
+        let credentials = Credentials::read(&config.internal_tls, Party::Purger)?;
+        let fresh = credentials.keep_fresh(&context)?;
+        let pool = DispatchPool::new(dispatchers, credentials, config.mesh.clone(), metrics)?;
         let service = Service::start(config, mailbox, pool, context.clone())?;
+        service.spawner().spawn(Credentials::TASK, fresh);
         context.announce_done();
         Ok(Some(Self(service)))
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_bus::consumer::{Consumer, Done, Draining, Event};
 use barid_bus::{DeadLetters, Error as KafkaError, Producer, Receipts};
 use barid_core::SystemClock;
-use barid_runtime::{Context, Shutdown, Stopped, Tasks};
+use barid_runtime::{Context, Shutdown, Spawner, Stopped, Tasks};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -122,6 +122,11 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             hand_on,
             tasks,
         })
+    }
+
+    /// Starts further tasks of the role.
+    pub fn spawner(&self) -> Spawner {
+        self.tasks.spawner()
     }
 
     /// Runs until draining begins, then finishes the records in flight and leaves the group.

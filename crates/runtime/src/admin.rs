@@ -1,6 +1,7 @@
 //! `/metrics`, `/healthz` and `/readyz` of a role. They have a thread of their own, so that they answer even if the
 //! role's runtime is blocked.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::Router;
@@ -9,17 +10,27 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{Encoder as _, IntGauge, TextEncoder};
+use prometheus::{Encoder as _, IntCounter, IntGauge, TextEncoder};
 use tokio::runtime::{Builder, Handle};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::task::AbortHandle;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::{AdminConfig, Condition, Context, telemetry};
 
 /// How often the role's runtime reports that it runs tasks, and changes of the conditions are logged.
 const BEAT: Duration = Duration::from_millis(250);
 const LOOK: Duration = Duration::from_secs(1);
+/// Wait after an error of accept, such as too many open files.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Bound of a request's head, bytes.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// Bound of a connection's life: clients open another one.
+const LIFETIME: Duration = Duration::from_secs(600);
 
 /// Binds, and serves on a thread of its own until the process ends. Call it on the role's runtime, which it watches.
 ///
@@ -33,14 +44,14 @@ pub fn serve(config: &AdminConfig, role: &'static str, context: &Context) -> std
     let blocked_after = Duration::from_secs(config.blocked_after_seconds);
     let runtime = context.health.lapsing("runtime", "heartbeat of the runtime", blocked_after);
     tokio::spawn(beat(runtime.vital()));
-    let context = context.clone();
+    let (config, context) = (config.clone(), context.clone());
     let own = Builder::new_current_thread().enable_all().build()?;
     let thread = std::thread::Builder::new().name("admin".into());
-    thread.spawn(move || own.block_on(run(listener, context)))?;
+    thread.spawn(move || own.block_on(run(listener, config, context)))?;
     Ok(())
 }
 
-async fn run(listener: std::net::TcpListener, context: Context) {
+async fn run(listener: std::net::TcpListener, config: AdminConfig, context: Context) {
     let health = context.health.clone();
     tokio::spawn(async move {
         let mut look = interval(LOOK);
@@ -50,13 +61,57 @@ async fn run(listener: std::net::TcpListener, context: Context) {
             health.not_ready();
         }
     });
-    let served = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => axum::serve(listener, router(context)).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = served {
-        tracing::error!(%error, "admin endpoint stopped");
+    match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => accept(listener, &config, context).await,
+        Err(error) => tracing::error!(%error, "admin endpoint stopped"),
     }
+}
+
+/// Serves connections. If there are too many, the oldest is closed, so that a flood of silent ones locks nobody out.
+/// Never returns.
+async fn accept(listener: tokio::net::TcpListener, config: &AdminConfig, context: Context) {
+    let closed = closed_counter(&context);
+    let service = TowerToHyperService::new(router(context));
+    let head = Duration::from_secs(config.request_timeout_seconds);
+    let mut open: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection of the admin endpoint");
+                sleep(PAUSE).await;
+                continue;
+            }
+        };
+        open.retain(|connection| !connection.is_finished());
+        if open.len() >= config.connections_max
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+            closed.inc();
+        }
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(head)
+            .max_buf_size(HEAD_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), service.clone());
+        let task = tokio::spawn(async move {
+            let connection = std::pin::pin!(connection);
+            // Errors are those of the peer.
+            let _ = timeout(LIFETIME, connection).await;
+        });
+        open.push_back(task.abort_handle());
+    }
+}
+
+fn closed_counter(context: &Context) -> IntCounter {
+    let text = "Connections of the admin endpoint that were closed for newer ones";
+    let counter = IntCounter::new("barid_admin_connections_closed_total", text);
+    let counter = counter.expect("constants in range");
+    if let Err(error) = context.metrics.register(Box::new(counter.clone())) {
+        tracing::warn!(%error, "cannot register a metric of the admin endpoint");
+    }
+    counter
 }
 
 async fn beat(runtime: Condition) {
@@ -230,6 +285,33 @@ mod tests {
         }
         context.shutdown.begin(Duration::ZERO);
         assert_eq!(head(admin, "GET", "/readyz").await, ("503".into(), text.into()));
+    }
+
+    #[tokio::test]
+    async fn hazard_131_silent_connections_end_and_lock_nobody_out() {
+        let context = Context::new();
+        let config =
+            AdminConfig { connections_max: 8, request_timeout_seconds: 1, ..Default::default() };
+        serve(&config, "test", &context).unwrap();
+        context.announce_done();
+        let admin = context.announcements().wait().await["admin"];
+        let mut silent = Vec::new();
+        for text in ["", "GET /met", "GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n"] {
+            for _ in 0..20 {
+                let mut stream = TcpStream::connect(admin).await.unwrap();
+                stream.write_all(text.as_bytes()).await.unwrap();
+                silent.push(stream);
+            }
+            assert!(ask(admin, "/metrics").await.contains("barid_ready"));
+        }
+        for mut stream in silent {
+            let end = timeout(Duration::from_secs(5), stream.read_to_end(&mut Vec::new())).await;
+            assert!(end.is_ok(), "a silent connection stays");
+        }
+        let metrics = ask(admin, "/metrics").await;
+        let closed = "barid_admin_connections_closed_total ";
+        let closed = metrics.lines().find_map(|line| line.strip_prefix(closed)).unwrap();
+        assert!(closed.parse::<u32>().unwrap() >= 50, "{closed}");
     }
 
     #[tokio::test]

@@ -59,13 +59,23 @@ pub struct AdminConfig {
     pub stalled_after_seconds: u64,
     /// Time without any task being run after which `/healthz` fails, s.
     pub blocked_after_seconds: u64,
+    /// Maximum connections; for a further one the oldest is closed.
+    pub connections_max: usize,
+    /// Timeout of a request's head, s; also of the next one on the same connection.
+    pub request_timeout_seconds: u64,
 }
 
 impl AdminConfig {
     /// On this port of this machine.
     pub fn local(port: u16) -> Self {
         let listen = SocketAddr::from(([127, 0, 0, 1], port));
-        Self { listen, stalled_after_seconds: 15, blocked_after_seconds: 30 }
+        Self {
+            listen,
+            stalled_after_seconds: 15,
+            blocked_after_seconds: 30,
+            connections_max: 64,
+            request_timeout_seconds: 20,
+        }
     }
 }
 
@@ -74,6 +84,8 @@ impl Bounded for AdminConfig {
         vec![
             whole("stalled_after_seconds", 1..=DAY_SECONDS, "s"),
             whole("blocked_after_seconds", 1..=DAY_SECONDS, "s"),
+            whole("connections_max", 1..=10_000, ""),
+            whole("request_timeout_seconds", 1..=3_600, "s"),
         ]
     }
 }

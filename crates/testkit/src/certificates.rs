@@ -83,8 +83,17 @@ impl Authority {
     /// # Errors
     /// Returns an error if no key can be generated.
     pub fn issue(&self) -> Result<Issued> {
+        self.issue_for(&["127.0.0.1", "localhost"])
+    }
+
+    /// Issues a certificate for these names, for servers and clients.
+    ///
+    /// # Errors
+    /// Returns an error if a name is invalid, or no key can be generated.
+    pub fn issue_for(&self, names: &[&str]) -> Result<Issued> {
         let key = KeyPair::generate()?;
-        let params = CertificateParams::new(vec!["127.0.0.1".into(), "localhost".into()])?;
+        let names = names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let params = CertificateParams::new(names)?;
         Ok(Issued { pem: params.signed_by(&key, &self.0)?.pem(), key: key.serialize_pem() })
     }
 }

@@ -111,7 +111,14 @@ impl FakeDispatcher {
     pub async fn start(
         answer: impl Fn(DispatchBatch) -> Option<DispatchReply> + Send + Sync + 'static,
     ) -> Result<Server> {
-        Server::start(DispatcherServer::new(Self { answer: Arc::new(answer) })).await
+        Server::start(DispatcherServer::new(Self::new(answer))).await
+    }
+
+    /// A dispatcher that gives each batch to `answer`, which must not block, for a server of the test.
+    pub fn new(
+        answer: impl Fn(DispatchBatch) -> Option<DispatchReply> + Send + Sync + 'static,
+    ) -> Self {
+        Self { answer: Arc::new(answer) }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The four roles in this process, started as their binaries start them.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use barid_bus::KafkaConfig;
 use barid_delayer::Delayer;
 use barid_dispatcher::Dispatcher;
 use barid_mailbox::RedisConfig;
+use barid_mesh::Party;
 use barid_purger::Purger;
 use barid_runtime::{AdminConfig, Context, HasCommon as _, Role, RunError, Stopped, admin};
 use futures::future::select_all;
@@ -17,6 +19,7 @@ use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::authority;
 use crate::output::{Output, Tone};
 use crate::values::Key;
 
@@ -55,6 +58,7 @@ impl Cluster {
         kafka: &KafkaConfig,
         redis: &RedisConfig,
         key: &Key,
+        tls: &Path,
         listen: SocketAddr,
     ) -> anyhow::Result<Self> {
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -66,6 +70,7 @@ impl Cluster {
         let access = barid_access::Config {
             listen,
             grpc_listen: any,
+            internal_tls: authority::files(tls, Party::Access),
             kafka: kafka.clone(),
             redis: redis.clone(),
             auth: barid_access::config::AuthConfig { keys: vec![auth_key], ..Default::default() },
@@ -74,6 +79,7 @@ impl Cluster {
         };
         let dispatcher = barid_dispatcher::Config {
             listen: any,
+            internal_tls: authority::files(tls, Party::Dispatcher),
             redis: redis.clone(),
             // Its callers are in this process and stop before it.
             drain_settle_ms: 50,
@@ -82,12 +88,14 @@ impl Cluster {
             ..Default::default()
         };
         let delayer = barid_delayer::Config {
+            internal_tls: authority::files(tls, Party::Delayer),
             redis: redis.clone(),
             nodes_refresh_ms: NODES_REFRESH_MS,
             drain_seconds: DRAIN.as_secs(),
             ..Default::default()
         };
         let purger = barid_purger::Config {
+            internal_tls: authority::files(tls, Party::Purger),
             kafka: kafka.clone(),
             redis: redis.clone(),
             nodes_refresh_ms: NODES_REFRESH_MS,

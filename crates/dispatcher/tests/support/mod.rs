@@ -115,11 +115,15 @@ impl Caller {
         self.batches.try_send(batch).unwrap();
     }
 
+    /// The next answer, as the stream gives it.
+    pub async fn reply(&mut self) -> Result<Option<DispatchReply>, Status> {
+        timeout(SOON, self.replies.message()).await.expect("no reply in time")
+    }
+
     /// Sends a batch and waits for its answer.
     pub async fn dispatch(&mut self, batch: DispatchBatch) -> DispatchReply {
         self.send(batch);
-        let reply = timeout(SOON, self.replies.message()).await.expect("no reply in time");
-        let reply = reply.unwrap().expect("the dispatcher ended the stream");
+        let reply = self.reply().await.unwrap().expect("the dispatcher ended the stream");
         assert_eq!(reply.batch, self.number);
         reply
     }
