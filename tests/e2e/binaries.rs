@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use barid_runtime::exposition::Metrics;
 use barid_testkit::device::PATIENCE;
 use barid_testkit::process::Process;
-use barid_testkit::{Role, certificates, http, ports, token};
+use barid_testkit::{Role, certificates, http, paths, ports, token};
 
 fn run(role: Role, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
     let mut command = Command::new(role.binary()?);
@@ -148,6 +148,9 @@ fn the_sample_configurations_are_valid_and_show_the_limits_that_there_are() -> R
     ] {
         std::fs::write(dir.path().join(name), text)?;
     }
+    let mut ca = Command::new(paths::binary("barid")?);
+    let created = ca.args(["cluster", "ca"]).arg(dir.path().join("tls")).output()?;
+    ensure!(created.status.success(), "{created:?}");
     let printed = |role, text: &str| -> Result<toml::Table> {
         let path = config(dir.path(), text);
         for flag in ["--check-config", "--print-config"] {
