@@ -49,6 +49,8 @@ pub enum ConnectOutcome {
         reset: bool,
         /// Entries after the position that the device named were evicted; its stored cursor is beyond them.
         evicted: bool,
+        /// The user had no mailbox.
+        created: bool,
     },
     /// A newer attempt of this device is connected, or was.
     Superseded {
@@ -59,6 +61,8 @@ pub enum ConnectOutcome {
     TooManyDevices,
     /// The call reached Redis after its deadline.
     TooLate,
+    /// The user has neither a mailbox nor a route, and gets none: Redis is full, or the caller wished so.
+    NotCreated,
 }
 
 /// A session is alive.

@@ -74,20 +74,33 @@ impl Mailbox {
         calls::accept(&self.topology, groups).await
     }
 
-    /// Connects a device that sent Hello. Executed before the response timeout, or not at all.
+    /// Connects a device that sent Hello. Executed before the response timeout, or not at all. When Redis is full,
+    /// only users that have a mailbox or a route connect.
     ///
     /// # Errors
     /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn connect(&self, request: ConnectRequest) -> Result<ConnectOutcome, Error> {
         let shard = self.shard_of(&request.user);
         let began = Instant::now();
-        let outcome = self.topology.lane(shard).connect.call(request.clone(), shard).await?;
+        let outcome = self.topology.lane(shard).connect.call(request.clone(), shard).await;
         let in_time = began.elapsed() < self.topology.config().response_timeout() / 2;
-        if outcome == ConnectOutcome::TooLate && in_time {
+        match outcome {
             // Redis's clock was set forward; its reply has corrected our estimate.
-            return self.topology.lane(shard).connect.call(request, shard).await;
+            Ok(ConnectOutcome::TooLate) if in_time => {
+                self.topology.lane(shard).connect.call(request, shard).await
+            }
+            Err(Error::Full(_)) => self.connect_known(request).await,
+            outcome => outcome,
         }
-        Ok(outcome)
+    }
+
+    /// As [`Self::connect`], for a user that must not get a mailbox.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_known(&self, request: ConnectRequest) -> Result<ConnectOutcome, Error> {
+        let shard = self.shard_of(&request.user);
+        self.topology.lane(shard).connect_known.call(request, shard).await
     }
 
     /// Confirms that a session is alive, and restores its route.

@@ -38,7 +38,9 @@ macro_rules! script {
 }
 
 script!(ACCEPT, "accept", "", ["base", "mailbox", "append"]);
-script!(CONNECT, "connect", " flags=allow-oom", ["base", "mailbox"]);
+script!(CONNECT, "connect", "", ["base", "mailbox"]);
+// The same, for users that Redis holds already.
+script!(CONNECT_KNOWN, "connect", " flags=allow-oom", ["base", "mailbox"]);
 script!(CONFIRM, "confirm", " flags=allow-oom", ["base", "mailbox"]);
 script!(READ, "read", " flags=no-writes", ["base", "mailbox"]);
 script!(ACK, "ack", " flags=allow-oom", ["base", "mailbox"]);

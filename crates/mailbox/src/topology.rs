@@ -55,7 +55,8 @@ pub(crate) struct Lane {
     pub link: Arc<Link>,
     /// Only with `wait_replicas`: a connection for accept and WAIT, which blocks it.
     replicated: Option<Arc<Link>>,
-    pub connect: Batcher<Connect>,
+    pub connect: Batcher<Connect<true>>,
+    pub connect_known: Batcher<Connect<false>>,
     pub confirm: Batcher<Confirm>,
     pub read: Batcher<Read>,
     pub ack: Batcher<Ack>,
@@ -448,6 +449,7 @@ impl Lane {
             link,
             replicated,
             connect: Batcher::start(topology.clone(), config),
+            connect_known: Batcher::start(topology.clone(), config),
             confirm: Batcher::start(topology.clone(), config),
             read: Batcher::start(topology.clone(), config),
             ack: Batcher::start(topology.clone(), config),

@@ -135,8 +135,14 @@ fn connecting() -> Connecting {
 
 fn connected_at(cursor: Position, history: &History) -> Connected {
     let newest = history.newest();
-    let outcome =
-        ConnectOutcome::Connected { cursor, newest, replaced: None, reset: false, evicted: false };
+    let outcome = ConnectOutcome::Connected {
+        cursor,
+        newest,
+        replaced: None,
+        reset: false,
+        evicted: false,
+        created: false,
+    };
     connecting().answered(outcome, SETTINGS).unwrap().0
 }
 
@@ -300,6 +306,7 @@ fn refusals_of_the_mailbox_become_close_codes() {
     let code = |outcome| connecting().answered(outcome, SETTINGS).unwrap_err().close.code;
     assert_eq!(code(ConnectOutcome::TooManyDevices), CloseCode::Limit);
     assert_eq!(code(ConnectOutcome::TooLate), CloseCode::Overloaded);
+    assert_eq!(code(ConnectOutcome::NotCreated), CloseCode::Overloaded);
     let replaced = SessionRef {
         node: NodeId::new("a").unwrap(),
         incarnation: Incarnation(1),
@@ -311,6 +318,7 @@ fn refusals_of_the_mailbox_become_close_codes() {
         replaced: Some(replaced.clone()),
         reset: false,
         evicted: false,
+        created: false,
     };
     assert_eq!(connecting().answered(connected, SETTINGS).unwrap().1, Some(replaced));
 }
@@ -696,6 +704,7 @@ fn hazard_56_what_the_device_acknowledged_in_an_earlier_session_is_not_evicted()
         replaced: None,
         reset: false,
         evicted: true,
+        created: false,
     };
     let session = connecting().answered(outcome, SETTINGS).unwrap().0;
     let mut walk = Walk { session, effects: Vec::new(), hops: Vec::new() };

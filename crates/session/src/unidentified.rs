@@ -124,7 +124,7 @@ impl Connecting {
     ) -> Result<(Connected, Option<SessionRef>), Refusal> {
         let refused = |code, text: &'static str| Err(Close::new(code, text).into());
         match outcome {
-            ConnectOutcome::Connected { cursor, newest, replaced, evicted, reset: _ } => {
+            ConnectOutcome::Connected { cursor, newest, replaced, evicted, .. } => {
                 Ok((Connected::new(self.identity, cursor, newest, evicted, settings), replaced))
             }
             // Not `Replaced`, after which a client does not reconnect: the device's clock may have gone back, or the
@@ -140,6 +140,9 @@ impl Connecting {
             }
             ConnectOutcome::TooLate => {
                 refused(CloseCode::Overloaded, "the mailbox answered too late")
+            }
+            ConnectOutcome::NotCreated => {
+                refused(CloseCode::Overloaded, "there is no room for new users at the moment")
             }
         }
     }

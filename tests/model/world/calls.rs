@@ -98,7 +98,7 @@ impl World<'_> {
                     replaced: replaced.as_ref().map(|session| session.connection.0),
                 }
             }
-            ConnectOutcome::TooLate => return Err("too late".into()),
+            ConnectOutcome::TooLate | ConnectOutcome::NotCreated => return Err("too late".into()),
         };
         check!(answer == expected, "{answer:?} where {expected:?} is right: {hello:?}");
         Ok(outcome)

@@ -19,14 +19,15 @@ use crate::{
 /// How long the attempt of an ended session refuses lower ones, ms. Longer than any call may be on its way.
 const ATTEMPT_TTL_MS: u64 = 60_000;
 
-pub(crate) struct Connect;
+/// `CREATES`: users of whom Redis holds nothing get a mailbox. Without it, the call is allowed when Redis is full.
+pub(crate) struct Connect<const CREATES: bool>;
 
-impl Operation for Connect {
+impl<const CREATES: bool> Operation for Connect<CREATES> {
     type Request = ConnectRequest;
     type Outcome = ConnectOutcome;
 
     fn script() -> &'static Script {
-        &scripts::CONNECT
+        if CREATES { &scripts::CONNECT } else { &scripts::CONNECT_KNOWN }
     }
 
     fn shared(config: &RedisConfig, call: &mut Call) {
@@ -45,6 +46,7 @@ impl Operation for Connect {
         let position = request.position.filter(|position| position.epoch.0 != 0);
         call.arg(u8::from(position.is_some()));
         position_args(position.unwrap_or_default(), call);
+        call.arg(u8::from(CREATES));
     }
 
     fn outcome(mut reply: Reply) -> Result<ConnectOutcome, Error> {
@@ -57,8 +59,10 @@ impl Operation for Connect {
                     reset: reply.number()? == 1,
                     replaced: read_session(&mut reply)?,
                     evicted: reply.number()? == 1,
+                    created: reply.number()? == 1,
                 })
             }
+            b'N' => Ok(ConnectOutcome::NotCreated),
             b'S' => Ok(ConnectOutcome::Superseded { by: Attempt(reply.number()?) }),
             b'M' => Ok(ConnectOutcome::TooManyDevices),
             b'L' => Ok(ConnectOutcome::TooLate),

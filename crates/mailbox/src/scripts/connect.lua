@@ -1,16 +1,19 @@
--- connect: a device sent Hello. Allowed when Redis is full.
+-- connect: a device sent Hello. When Redis is full, users that have nothing there are refused: the caller repeats the
+-- call by a variant that Redis allows, and asks it to create nothing.
 --
 -- KEYS  an item: head, queue, routes, timers.
 -- ARGV  ttl ms, retry base ms, retry jitter, devices_max, how long the attempt of an ended session refuses lower ones
 --       (ms); then an item: member (app NUL user), device, node, incarnation, connection, attempt, platform, deadline
 --       in Redis's time (ms; 0: none), epoch candidate, 1 if the device names a position else 0, and that position:
---       epoch, generation, seq, chain or ''.
+--       epoch, generation, seq, chain or ''; 1 if a user that has neither mailbox nor route may get one, else 0.
 -- Reply now, then an item:
 --       {'C', epoch, generation, seq, chain, newest, 1 if the device was reset else 0, node or '', incarnation and
---             connection of the session that it replaces, 1 if entries behind seq were evicted else 0}  connected
+--             connection of the session that it replaces, 1 if entries behind seq were evicted else 0,
+--             1 if the mailbox was created else 0}  connected
 --       {'S', attempt}  superseded: this newer attempt is connected, or was
 --       {'M'}           too many devices, all with routes
 --       {'L'}           past its deadline
+--       {'N'}           the user has nothing, and may get nothing
 --       {'U'}, {'E', text}
 --
 -- An attempt refuses lower ones while its route exists, and for a while after: no call arrives later than
@@ -18,7 +21,7 @@
 
 TTL, RETRY_BASE, RETRY_JITTER = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local DEVICES_MAX, ATTEMPT_TTL = tonumber(ARGV[4]), tonumber(ARGV[5])
-local CONNECTED, SUPERSEDED, TOO_MANY_DEVICES, TOO_LATE = 'C', 'S', 'M', 'L'
+local CONNECTED, SUPERSEDED, TOO_MANY_DEVICES, TOO_LATE, NOT_CREATED = 'C', 'S', 'M', 'L', 'N'
 
 -- A device new to this user starts at the furthest cursor of the others, else before the oldest entry. While the
 -- mailbox keeps all it starts before the oldest entry, because Redis may have lost it.
@@ -71,7 +74,12 @@ local function connect(key_at, arg_at)
   local stored_route = call('HGET', routes, name)
   local before = stored_route and parse_route(stored_route)
   if before and before.attempt > attempt then return { SUPERSEDED, before.attempt } end
-  local mailbox = find_mailbox(head, queue) or new_mailbox(head, queue, ARGV[arg_at + 8])
+  local mailbox = find_mailbox(head, queue)
+  local is_created = not mailbox
+  if is_created then
+    if ARGV[arg_at + 14] ~= '1' and not before then return { NOT_CREATED } end
+    mailbox = new_mailbox(head, queue, ARGV[arg_at + 8])
+  end
   local device = find_device(mailbox, name)
   local is_known = device and true or false
   local others = other_devices(mailbox, is_known and name)
@@ -108,7 +116,7 @@ local function connect(key_at, arg_at)
     and before.connection == connection) and before
   return { CONNECTED, mailbox.epoch, device.generation, seq, chain, mailbox.newest,
     is_reset and 1 or 0, replaced and replaced.node or '', replaced and replaced.incarnation or '0',
-    replaced and replaced.connection or '0', device.seq > seq and 1 or 0 }
+    replaced and replaced.connection or '0', device.seq > seq and 1 or 0, is_created and 1 or 0 }
 end
 
-return each(#KEYS / 4, connect, 4, 14, 6)
+return each(#KEYS / 4, connect, 4, 15, 6)

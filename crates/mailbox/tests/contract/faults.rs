@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use barid_core::Seq;
-use barid_mailbox::{AcceptOutcome, Error, GroupOutcome, Mailbox, RedisConfig};
+use barid_mailbox::{AcceptOutcome, ConnectOutcome, Error, GroupOutcome, Mailbox, RedisConfig};
 use barid_runtime::SecretUrl;
 use barid_testkit::Redis;
 use barid_testkit::redis::RedisOptions;
@@ -133,6 +133,21 @@ async fn hazard_21_a_full_redis_takes_everything_but_messages() {
     let () = bed.query(&["CONFIG", "SET", "maxmemory", "0"]).await;
     let done = bed.mailbox.accept(&[group]).await.remove(0).unwrap();
     assert!(matches!(done, GroupOutcome::Done(_)));
+}
+
+#[tokio::test]
+async fn hazard_132_a_full_redis_takes_no_new_users() {
+    let bed = Bed::own(|_| {}).await;
+    let (known, routed, stranger) = (bed.user("alice"), bed.user("carol"), bed.user("bob"));
+    bed.connect(&known, "phone", 1).await;
+    bed.connect(&routed, "phone", 1).await;
+    let () = bed.query(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    assert_eq!(bed.hello(hello(&stranger, "phone", 1)).await, ConnectOutcome::NotCreated);
+    assert_eq!(bed.mailbox.inspect(&stranger).await.unwrap().epoch.0, 0);
+    bed.connect(&known, "phone", 2).await;
+    bed.connect(&routed, "tablet", 2).await;
+    let () = bed.query(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    bed.connect(&stranger, "phone", 2).await;
 }
 
 async fn refusal(config: &RedisConfig) -> Error {
