@@ -31,6 +31,8 @@ list_missing() {
   need gcc cc
   need g++ c++ # librdkafka's configure asks for one
   need make make
+  need pkg-config pkg-config # finds OpenSSL
+  [[ -e /usr/include/openssl/ssl.h ]] || missing+=(libssl-dev)
   need redis-server redis-server
   [[ -e /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates)
   rust_is_new_enough || need curl curl

@@ -359,18 +359,13 @@ mod tests {
         assert!(told.contains("sasl.pasword") && !told.contains("hunter2"), "{told}");
         let told = with("socket.timeout.ms", "hunter2").unwrap_err();
         assert!(told.contains("socket.timeout.ms") && !told.contains("hunter2"), "{told}");
-        // An authority of one's own: its file is looked for, where the build has TLS at all.
+        // An authority of one's own: its file is looked for.
         let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         let (there, absent) =
             (with("ssl.ca.location", authority), with("ssl.ca.location", "/nowhere/ca.pem"));
         let absent = absent.unwrap_err();
-        if cfg!(feature = "kafka-tls") {
-            assert_eq!(there, Ok(()));
-            assert!(absent.contains("\"ssl.ca.location\": /nowhere/ca.pem: No such"), "{absent}");
-        } else {
-            assert!(there.unwrap_err().contains("not supported in this build"));
-            assert!(absent.contains("not supported in this build"), "{absent}");
-        }
+        assert_eq!(there, Ok(()));
+        assert!(absent.contains("\"ssl.ca.location\": /nowhere/ca.pem: No such"), "{absent}");
     }
 
     #[test]

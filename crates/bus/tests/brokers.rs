@@ -10,10 +10,11 @@ use barid_bus::consumer::{
 };
 use barid_bus::{
     DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Memory, Metadata, Producer,
-    Receipts, TopicSource, ensure_topics,
+    Properties, Receipts, TopicSource, ensure_topics,
 };
 use barid_core::LogPosition;
 use barid_testkit::Kafka;
+use barid_testkit::certificates::Authority;
 use barid_testkit::kafka::{KafkaOptions, unique};
 use barid_wire::v1::Receipt;
 use bytes::Bytes;
@@ -446,4 +447,36 @@ async fn hazard_69_a_record_that_its_topic_rejects_delays_no_other() {
     assert_eq!(count.get(), 1, "the one without a key");
     assert!(!told.is_finished());
     told.abort();
+}
+
+#[tokio::test]
+async fn kafka_over_tls_with_sasl() {
+    let authority = Authority::new().unwrap();
+    let password = "a password: with 'quotes'".replace(['\'', ':', ' '], "-");
+    let secured = Some((authority.issue().unwrap(), password.clone()));
+    let kafka = Kafka::start_with(KafkaOptions { secured, ..Default::default() }).await.unwrap();
+    let mut ca = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut ca, authority.pem().as_bytes()).unwrap();
+    let ca = ca.path().display().to_string();
+    let with = |mechanism: &str, password: &str| {
+        let properties = [
+            ("security.protocol", "SASL_SSL"),
+            ("ssl.ca.location", &ca),
+            ("sasl.mechanism", mechanism),
+            ("sasl.username", "barid"),
+            ("sasl.password", password),
+        ];
+        let pair = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+        let properties = Properties(properties.into_iter().map(pair).collect());
+        KafkaConfig { brokers: vec![kafka.secured()], properties, ..config() }
+    };
+    for mechanism in ["SCRAM-SHA-512", "PLAIN"] {
+        let config = with(mechanism, &password);
+        assert_eq!(config.check(), Ok(()));
+        ensure_topics(&config, LIMIT).await.unwrap();
+        produce(&config, 3).await;
+        assert_eq!(take(&mut start(&config), 3).await.len(), 3);
+    }
+    let wrong = ensure_topics(&with("PLAIN", "another"), Duration::from_secs(3)).await;
+    assert!(wrong.is_err(), "a wrong password");
 }

@@ -4,7 +4,7 @@ mod acls;
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +15,7 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::types::RDKafkaErrorCode;
 use tokio::sync::OnceCell;
 
+use crate::certificates::Issued;
 use crate::paths;
 use crate::ports::free_port;
 use crate::process::Process;
@@ -31,6 +32,9 @@ pub struct KafkaOptions {
     /// After this time without a heartbeat, a consumer leaves its group, milliseconds. Kafka's default (45 s)
     /// is too long for tests that kill consumers.
     pub session_timeout_ms: u32,
+    /// A second listener with TLS and SASL, [`Kafka::secured`]: the certificate of the broker, its key, and the
+    /// password of the user `barid`, for PLAIN and SCRAM-SHA-512.
+    pub secured: Option<(Issued, String)>,
     /// Further lines of server.properties, which override the others.
     pub properties: Vec<(String, String)>,
     /// Options of the Java virtual machine. The default starts fast and takes little memory; benchmarks need
@@ -44,6 +48,7 @@ impl Default for KafkaOptions {
         Self {
             auto_create_topics: false,
             session_timeout_ms: 3_000,
+            secured: None,
             properties: Vec::new(),
             jvm: jvm.map(str::to_owned).to_vec(),
         }
@@ -69,6 +74,8 @@ pub struct Kafka {
     // First: the process ends before its directory is removed.
     process: Option<Process>,
     port: u16,
+    secured: u16,
+    password: Option<String>,
     jvm: Vec<String>,
     dir: Scratch,
 }
@@ -102,10 +109,16 @@ impl Kafka {
     pub async fn start_with(options: KafkaOptions) -> Result<Self> {
         paths::kafka_class_path()?;
         let dir = Scratch::new("barid-kafka-").context("directory for Kafka's data")?;
-        let (port, controller) = (free_port(), free_port());
-        let properties = server_properties(&options, port, controller, &dir);
+        let (port, controller, secured) = (free_port(), free_port(), free_port());
+        let mut properties = server_properties(&options, port, controller, &dir);
+        if let Some((certificate, password)) = &options.secured {
+            let file = dir.path().join("broker.pem");
+            std::fs::write(&file, certificate.key.clone() + &certificate.pem)?;
+            properties = secure(&properties, secured, &file, password);
+        }
         std::fs::write(dir.path().join("server.properties"), properties)?;
-        let mut kafka = Self { process: None, port, jvm: options.jvm, dir };
+        let password = options.secured.map(|(_, password)| password);
+        let mut kafka = Self { process: None, port, secured, password, jvm: options.jvm, dir };
         kafka.format().await?;
         kafka.restart().await?;
         Ok(kafka)
@@ -114,6 +127,11 @@ impl Kafka {
     /// `host:port` for clients.
     pub fn brokers(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// `host:port` of the listener with TLS and SASL; only with [`KafkaOptions::secured`].
+    pub fn secured(&self) -> String {
+        format!("127.0.0.1:{}", self.secured)
     }
 
     /// Its process id, while it runs.
@@ -232,6 +250,10 @@ impl Kafka {
                 .args(["-cp", &class_path, "kafka.tools.StorageTool", "format", "--standalone"])
                 .args(["-t", "YmFyaWQtdGVzdGtpdC0wMQ", "-c"])
                 .arg(properties);
+            if let Some(password) = &self.password {
+                let user = format!("SCRAM-SHA-512=[name=barid,password={password}]");
+                java.args(["--add-scram", &user]);
+            }
         })
         .context("is Java installed? scripts/setup.sh test installs what tests need")?;
         let status = format.wait(START_LIMIT).await?;
@@ -323,6 +345,30 @@ fn server_properties(
     for (key, value) in &options.properties {
         let _ = writeln!(text, "{key}={value}");
     }
+    text
+}
+
+/// Adds a listener with TLS and SASL.
+fn secure(properties: &str, port: u16, certificate: &Path, password: &str) -> String {
+    let listener = format!("SASL_SSL://127.0.0.1:{port}");
+    let with = |line: &str| {
+        let of = line.starts_with("listeners=") || line.starts_with("advertised.listeners=");
+        if of { format!("{line},{listener}\n") } else { format!("{line}\n") }
+    };
+    let mut text: String = properties.lines().map(with).collect();
+    let module = "org.apache.kafka.common.security";
+    let prefix = "listener.name.sasl_ssl";
+    let _ = write!(
+        text,
+        "listener.security.protocol.map=\
+           PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL\n\
+         ssl.keystore.type=PEM\n\
+         ssl.keystore.location={}\n\
+         sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-512\n\
+         {prefix}.plain.sasl.jaas.config={module}.plain.PlainLoginModule required user_barid=\"{password}\";\n\
+         {prefix}.scram-sha-512.sasl.jaas.config={module}.scram.ScramLoginModule required;\n",
+        certificate.display()
+    );
     text
 }
 
