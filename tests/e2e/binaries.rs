@@ -97,7 +97,8 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
     for role in Role::ALL {
         let mut text = "[redis]\nurl = 'redis://me:hunter2@example.test:6380/3'\n".to_owned();
         if matches!(role, Role::Purger | Role::Access) {
-            text += "[kafka.properties]\n'sasl.password' = 'hunter2'\n";
+            text += "[kafka.properties]\n'sasl.password' = 'hunter2'\n'sasl.username' = 'me'\n\
+                     'sasl.mechanism' = 'PLAIN'\n'security.protocol' = 'SASL_PLAINTEXT'\n";
         }
         let path = config(dir.path(), &(text + &least(role)));
         let prefix = format!("BARID_{}_", role.name().to_uppercase());

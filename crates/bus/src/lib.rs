@@ -1,6 +1,7 @@
 //! Access to Kafka: the consumer, which gives partitions back only when they are finished; the ledger of offsets that
 //! may be committed; producers of receipts and dead letters; topics. It knows nothing of what records contain.
 
+mod check;
 mod config;
 pub mod consumer;
 mod context;

@@ -20,6 +20,7 @@ mod tasks;
 pub mod telemetry;
 mod trace;
 mod until_there;
+pub mod words;
 mod workers;
 
 pub use announce::Announcements;

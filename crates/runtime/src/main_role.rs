@@ -9,6 +9,7 @@ use clap::{Arg, ArgAction, Command};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::config::Loaded;
 use crate::{
     Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, bounds, config, telemetry,
 };
@@ -24,19 +25,23 @@ const OVERTIME: Duration = Duration::from_secs(2);
 /// deadline or a second signal.
 pub fn main<R: Role>() -> ExitCode {
     let arguments = Arguments::parse::<R>();
-    let config = match load::<R>(&arguments) {
-        Ok(config) => config,
-        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+    for (variable, meant) in config::misspelt(std::env::vars_os()) {
+        say_as::<R>(&format!("warning: {variable} sets nothing; did you mean {meant}?"));
+    }
+    let loaded = match load::<R>(&arguments) {
+        Ok(loaded) => loaded,
+        Err(problems) => return fail_as::<R>(EXIT_CONFIG, &problems),
     };
     if arguments.print_config {
-        return print_config(&config);
+        return print_config::<R>(&loaded.config);
     }
-    if let Err(problem) = check::<R>(&config) {
-        return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME));
+    if let Err(problems) = check::<R>(&loaded) {
+        return fail_as::<R>(EXIT_CONFIG, &problems);
     }
+    let config = loaded.config;
     let workers = match Workers::find() {
         Ok(workers) => workers,
-        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+        Err(problem) => return fail_as::<R>(EXIT_CONFIG, &problem),
     };
     if arguments.check_config {
         return say("configuration is valid\n");
@@ -45,7 +50,9 @@ pub fn main<R: Role>() -> ExitCode {
     let runtime =
         match Builder::new_multi_thread().worker_threads(workers.count).enable_all().build() {
             Ok(runtime) => runtime,
-            Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
+            Err(error) => {
+                return fail_as::<R>(EXIT_FAILED, &format!("cannot start the runtime: {error}"));
+            }
         };
     let exit = runtime.block_on(serve::<R>(config, workers, &arguments));
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -58,11 +65,14 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
         Ok(signals) => signals,
-        Err(error) => return fail(EXIT_FAILED, &format!("cannot listen for signals: {error}")),
+        Err(error) => {
+            return fail_as::<R>(EXIT_FAILED, &format!("cannot listen for signals: {error}"));
+        }
     };
     if let Err(error) = admin::serve(&common.admin, R::NAME, &context) {
         let listen = common.admin.listen;
-        return fail(EXIT_FAILED, &format!("cannot listen on admin.listen {listen}: {error}"));
+        let problem = format!("cannot listen on admin.listen {listen}: {error}");
+        return fail_as::<R>(EXIT_FAILED, &problem);
     }
     tracing::info!(
         role = R::NAME,
@@ -73,7 +83,7 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     );
     let drain = Duration::from_secs(common.drain_seconds);
     tokio::select! {
-        outcome = R::run(config, context.clone()) => exit_code(R::NAME, outcome),
+        outcome = R::run(config, context.clone()) => exit_code::<R>(outcome),
         () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => {
             let overtime_s = OVERTIME.as_secs();
             tracing::error!(role = R::NAME, overtime_s, "did not end after the drain deadline, aborted");
@@ -82,7 +92,8 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     }
 }
 
-fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
+fn exit_code<R: Role>(outcome: Result<Stopped, RunError>) -> ExitCode {
+    let role = R::NAME;
     match outcome {
         Ok(Stopped::Clean) => {
             tracing::info!(role, "drained");
@@ -94,7 +105,7 @@ fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
         }
         Err(error) => {
             tracing::error!(role, %error, "failed");
-            fail(EXIT_FAILED, &format!("barid-{role}: {error}"))
+            fail_as::<R>(EXIT_FAILED, &error.to_string())
         }
     }
 }
@@ -148,8 +159,8 @@ impl Signals {
 /// Applies the settings that can change while the role runs, which is `log.level`. An invalid configuration changes
 /// nothing.
 fn reload<R: Role>(arguments: &Arguments) {
-    let read = load::<R>(arguments).and_then(|config| check::<R>(&config).map(|()| config));
-    let level = read.map(|config| config.common().log.level);
+    let read = load::<R>(arguments).and_then(|loaded| check::<R>(&loaded).map(|()| loaded));
+    let level = read.map(|loaded| loaded.config.common().log.level);
     match level.and_then(|level| telemetry::set_level(&level).map(|()| level)) {
         Ok(level) => {
             tracing::info!(level, "SIGHUP: log.level was read again")
@@ -206,22 +217,26 @@ impl Arguments {
     }
 }
 
-fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
+fn load<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
     let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
     config::load(arguments.config.as_deref(), &prefix, std::env::vars_os())
         .map_err(|error| error.to_string())
 }
 
-fn check<R: Role>(config: &R::Config) -> Result<(), String> {
-    bounds::check(config)?;
-    telemetry::check_level(&config.common().log.level)?;
-    R::check(config)
+fn check<R: Role>(loaded: &Loaded<R::Config>) -> Result<(), String> {
+    let config = &loaded.config;
+    let level = telemetry::check_level(&config.common().log.level);
+    bounds::check(config)
+        .and_then(|()| bounds::all([level, R::check(config)]))
+        .map_err(|problems| loaded.sources.add_to(&problems))
 }
 
-fn print_config<C: serde::Serialize>(config: &C) -> ExitCode {
+fn print_config<R: Role>(config: &R::Config) -> ExitCode {
     match toml::to_string_pretty(config) {
         Ok(text) => say(&text),
-        Err(error) => fail(EXIT_FAILED, &format!("cannot print the configuration: {error}")),
+        Err(error) => {
+            fail_as::<R>(EXIT_FAILED, &format!("cannot print the configuration: {error}"))
+        }
     }
 }
 
@@ -232,8 +247,13 @@ fn say(text: &str) -> ExitCode {
     }
 }
 
-fn fail(code: u8, problem: &str) -> ExitCode {
-    telemetry::say(problem);
+/// Says each line of `problems` with the role's name in front.
+fn fail_as<R: Role>(code: u8, problems: &str) -> ExitCode {
+    problems.lines().for_each(say_as::<R>);
     telemetry::flush();
     ExitCode::from(code)
+}
+
+fn say_as<R: Role>(line: &str) {
+    telemetry::say(&format!("barid-{}: {line}", R::NAME));
 }
