@@ -45,7 +45,9 @@ pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
 
-use barid_runtime::{Context, Role, RunError, Stopped};
+use std::time::Duration;
+
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The role.
 pub struct Access(service::Service);
@@ -57,6 +59,20 @@ impl Role for Access {
     fn check(config: &Config) -> Result<(), String> {
         config.check()?;
         policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        let receipts = async {
+            let topics = vec![config.kafka.topics.receipts.clone()];
+            match config.receipts {
+                true => vec![barid_bus::probe(&config.kafka, topics, timeout).await],
+                false => Vec::new(),
+            }
+        };
+        let redis = barid_mailbox::probe(&config.redis, timeout);
+        let keys = auth::probe(&config.auth, timeout);
+        let (receipts, redis, keys) = tokio::join!(receipts, redis, keys);
+        [receipts, redis, keys].concat()
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -16,7 +16,9 @@ pub use error::Error;
 pub use metrics::Metrics;
 pub use service::Service;
 
-use barid_runtime::{Context, Role, RunError, Stopped};
+use std::time::Duration;
+
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The delayer's [`Role`](barid_runtime::Role).
 pub struct Delayer(Service);
@@ -27,6 +29,10 @@ impl Role for Delayer {
 
     fn check(config: &Config) -> Result<(), String> {
         config.check()
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        barid_mailbox::probe(&config.redis, timeout).await
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -18,7 +18,9 @@ pub use error::Error;
 pub use redis_routes::{RedisRoutes, follow_tracking};
 pub use service::Service;
 
-use barid_runtime::{Context, Role, RunError, Stopped};
+use std::time::Duration;
+
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The dispatcher's [`Role`](barid_runtime::Role).
 pub struct Dispatcher(Service);
@@ -29,6 +31,10 @@ impl Role for Dispatcher {
 
     fn check(config: &Config) -> Result<(), String> {
         config.check()
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        barid_mailbox::probe(&config.redis, timeout).await
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

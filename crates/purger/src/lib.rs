@@ -39,7 +39,7 @@ use std::time::Duration;
 use barid_bus::ensure_topics;
 use barid_mailbox::{Mailbox, NodeRole, NodeTable};
 use barid_mesh::{DispatchPool, MeshMetrics};
-use barid_runtime::{Condition, Context, Role, RunError, Stopped};
+use barid_runtime::{Condition, Context, Probe, Role, RunError, Stopped};
 
 pub use config::{CompressionConfig, Config, LimitsConfig, WindowConfig};
 pub use error::Error;
@@ -58,6 +58,12 @@ impl Role for Purger {
         config.check()
     }
 
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        let kafka = barid_bus::probe(&config.kafka, config.kafka.topics.all(), timeout);
+        let (kafka, redis) = tokio::join!(kafka, barid_mailbox::probe(&config.redis, timeout));
+        [vec![kafka], redis].concat()
+    }
+
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
         let redis = context.health.condition("redis");
         let kafka = context.health.condition("kafka");
@@ -66,8 +72,9 @@ impl Role for Purger {
         };
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
-        let metrics = MeshMetrics::new(&context.metrics, "barid_purger")?;
-        let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics)?;
+        let metrics = MeshMetrics::new(&context.metrics, "barid_purger").map_err(Error::from)?;
+        let pool = DispatchPool::new(dispatchers, config.mesh.clone(), metrics);
+        let pool = pool.map_err(Error::Config)?;
         let service = Service::start(config, mailbox, pool, context.clone())?;
         context.announce_done();
         Ok(Some(Self(service)))
