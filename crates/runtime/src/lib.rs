@@ -14,6 +14,7 @@ mod latency;
 mod main_role;
 mod metric_set;
 mod pem_file;
+mod process;
 mod role;
 mod secret_url;
 mod shutdown;
