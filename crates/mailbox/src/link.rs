@@ -292,11 +292,12 @@ impl Link {
 
 /// Converts an [`Error`] for a function that fails with a [`RedisError`].
 fn refused(error: &Error) -> RedisError {
-    let kind = match error {
-        Error::Unusable(_) => ErrorKind::InvalidClientConfig,
-        _ => ErrorKind::Io,
+    let (kind, why) = match error {
+        Error::Unusable(why) => (ErrorKind::InvalidClientConfig, why.clone()),
+        Error::Away(why) => (ErrorKind::Io, why.clone()),
+        other => (ErrorKind::Io, other.to_string()),
     };
-    RedisError::from((kind, "not connected", error.to_string()))
+    RedisError::from((kind, "not connected", why))
 }
 
 /// Why a call that waits for replicas does not count.
