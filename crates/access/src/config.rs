@@ -233,7 +233,15 @@ impl AuthConfig {
             self.jwks.iter().enumerate().map(|(at, set)| {
                 set.check().map_err(|problem| format!("auth.jwks[{at}].{problem}"))
             });
-        bounds::all(keys.chain(sets))
+        let names = [("audience", &self.audience), ("issuer", &self.issuer)];
+        let names =
+            names.into_iter().map(|(key, names)| match names.iter().position(String::is_empty) {
+                Some(at) => {
+                    Err(format!("auth.{key}[{at}] is empty; write a name, or clear the list"))
+                }
+                None => Ok(()),
+            });
+        bounds::all(keys.chain(sets).chain(names))
     }
 }
 
@@ -799,6 +807,7 @@ mod tests {
             assert!(told.starts_with(&format!("advertise_url: {bad:?} is not a URL")), "{told}");
         }
         assert!(told("advertise = '0.0.0.0:7081'").contains("reaches nobody"));
+        assert!(told("auth.audience = ['a', '']").starts_with("auth.audience[1] is empty"));
         let both = told("advertise = '[::]:1'\nadvertise_url = 'ws://'");
         assert_eq!(both.lines().count(), 2, "{both}");
         let key = |text: &str| read(&format!("[[auth.keys]]\n{text}")).check().unwrap_err();

@@ -247,6 +247,9 @@ fn check_url(key: &str, url: &SecretUrl, cluster: bool) -> Result<(), String> {
         ConnectionAddr::Tcp(_, 0) | ConnectionAddr::TcpTls { port: 0, .. } => {
             Err(format!("{key}: port 0 cannot be connected to; {form}"))
         }
+        _ if info.redis_settings().db() < 0 => {
+            Err(format!("{key}: databases have numbers from 0; {form}"))
+        }
         _ if cluster && info.redis_settings().db() != 0 => {
             Err(format!("{key}: a Redis Cluster has only database 0; write the URL without one"))
         }
@@ -272,6 +275,7 @@ mod tests {
             check(|config| config.url = SecretUrl::new("http://:hunter2@h")),
             check(|config| config.url = SecretUrl::new("redis://h:99999")),
             check(|config| config.url = SecretUrl::new("redis://:hunter2@h:0")),
+            check(|config| config.url = SecretUrl::new("redis://:hunter2@h/-1")),
             check(|config| {
                 config.url = SecretUrl::new("redis://:hunter2@h/3");
                 config.cluster = true;
@@ -285,6 +289,7 @@ mod tests {
             "redis.url is not",
             "redis.url is not",
             "redis.url: port 0",
+            "redis.url: databases have numbers from 0",
             "redis.url: a Redis Cluster has only database 0",
             "redis.sentinels[0] is not",
             "redis.urls are nodes",

@@ -273,9 +273,10 @@ fn check<R: Role>(loaded: &Loaded<R::Config>) -> Result<(), String> {
 
 fn check_ready_file(path: &Path) -> Result<(), String> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match dir.is_dir() {
-        true => Ok(()),
-        false => Err(format!("ready_file: {} is not a directory", dir.display())),
+    match (dir.is_dir(), path.is_dir()) {
+        (true, false) => Ok(()),
+        (true, true) => Err(format!("ready_file: {} is a directory", path.display())),
+        (false, _) => Err(format!("ready_file: {} is not a directory", dir.display())),
     }
 }
 

@@ -37,7 +37,9 @@ async fn ask(config: &JwksConfig) -> (String, Result<String, Unfit>) {
         Ok(0) => Err(Unfit::Unusable("the set has no key for RS256, ES256 or EdDSA".into())),
         Ok(1) => Ok("1 key".into()),
         Ok(keys) => Ok(format!("{keys} keys")),
-        Err(why) if why.starts_with("not a key set") => Err(Unfit::Unusable(why)),
+        Err(why) if config.file.is_some() || why.starts_with("not a key set") => {
+            Err(Unfit::Unusable(why))
+        }
         Err(why) => Err(Unfit::Away(why.replace(config.url.as_str(), &source))),
     };
     (source, found)
