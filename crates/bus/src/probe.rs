@@ -73,3 +73,33 @@ fn ask(config: &KafkaConfig, topics: &[String], limit: Duration) -> Result<Strin
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EmbeddedKafka;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn hazard_114_a_kafka_without_the_topics_or_without_an_answer_is_told() {
+        let mut config = KafkaConfig::default();
+        let broker = EmbeddedKafka::start(&mut config).unwrap();
+        let ask = async |config: &KafkaConfig| {
+            probe(config, config.topics.all(), Duration::from_secs(3)).await.found
+        };
+        let told = ask(&config).await.unwrap();
+        assert!(
+            told.starts_with("1 broker; partitions: barid.push.high (12), barid.push"),
+            "{told}"
+        );
+        config.topics.dead = "nowhere".into();
+        let Err(Unfit::Unusable(told)) = ask(&config).await else { panic!("it has no such topic") };
+        assert!(told.starts_with("topics are missing, or may not be seen: nowhere; "), "{told}");
+        config.create_topics = true;
+        let told = ask(&config).await.unwrap();
+        assert!(told.ends_with("topics that will be created: nowhere"), "{told}");
+        drop(broker);
+        let began = Instant::now();
+        assert!(matches!(ask(&config).await, Err(Unfit::Away(_))));
+        assert!(began.elapsed() < Duration::from_secs(10), "each topic within the same limit");
+    }
+}
