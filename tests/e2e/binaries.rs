@@ -97,7 +97,8 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
     for role in Role::ALL {
         let mut text = "[redis]\nurl = 'redis://me:hunter2@example.test:6380/3'\n".to_owned();
         if matches!(role, Role::Purger | Role::Access) {
-            text += "[kafka.properties]\n'sasl.password' = 'hunter2'\n";
+            text += "[kafka.properties]\n'sasl.password' = 'hunter2'\n'sasl.username' = 'me'\n\
+                     'sasl.mechanism' = 'PLAIN'\n'security.protocol' = 'SASL_PLAINTEXT'\n";
         }
         let path = config(dir.path(), &(text + &least(role)));
         let prefix = format!("BARID_{}_", role.name().to_uppercase());
@@ -115,6 +116,37 @@ fn the_printed_configuration_is_complete_valid_and_without_secrets() -> Result<(
             told(&run(role, &["--config", &path, "--check-config"], &[])?);
         assert_eq!(code, Some(0), "{role:?}: {complaint}");
         assert_eq!(said, "configuration is valid\n");
+    }
+    Ok(())
+}
+
+#[test]
+fn hazard_111_the_password_of_kafka_comes_from_the_environment() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for role in [Role::Purger, Role::Access] {
+        let path = config(dir.path(), &least(role));
+        let name = |property: &str| {
+            format!("BARID_{}_KAFKA__PROPERTIES__{property}", role.name().to_uppercase())
+        };
+        let names = ["SECURITY_PROTOCOL", "SASL_MECHANISM", "SASL_USERNAME", "SASL_PASSWORD"];
+        let values = ["SASL_PLAINTEXT", "PLAIN", "barid", "12345"];
+        let names = names.map(name);
+        let all: Vec<_> = names.iter().map(String::as_str).zip(values).collect();
+        // A shell, which refuses names with dots.
+        let exports = all.iter().map(|(name, value)| format!("export {name}={value}; "));
+        let line = exports.collect::<String>() + "exec \"$0\" \"$@\"";
+        for (flag, part) in [("--check-config", "valid"), ("--print-config", "\"***\"")] {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &line]).arg(role.binary()?).args(["--config", &path, flag]);
+            let (code, said, complaint) = told(&shell.output()?);
+            assert_eq!(code, Some(0), "{role:?}: {complaint}");
+            assert!(said.contains(part) && !said.contains("12345"), "{role:?}: {said}");
+        }
+        // Without its password, librdkafka refuses the rest.
+        let (code, _, complaint) =
+            told(&run(role, &["--config", &path, "--check-config"], &all[..3])?);
+        assert_eq!(code, Some(2), "{role:?}: {complaint}");
+        assert!(complaint.contains("sasl.password"), "{role:?}: {complaint}");
     }
     Ok(())
 }

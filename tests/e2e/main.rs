@@ -6,6 +6,7 @@
 mod balance;
 mod binaries;
 mod delivery;
+mod exit_codes;
 mod hops;
 mod internal_tls;
 mod kick;

@@ -6,6 +6,7 @@
 mod error;
 mod jwks;
 mod keys;
+mod probe;
 
 use barid_core::limits::GROUPS_MAX;
 use barid_core::{AppId, DeviceId, GroupId, UserId};
@@ -20,6 +21,7 @@ use jwks::Jwks;
 use keys::Key;
 
 pub use error::{AuthError, KeyError};
+pub use probe::probe;
 use prometheus::IntCounter;
 
 /// The last second of the year 9999. A time in milliseconds is far larger.

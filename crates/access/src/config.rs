@@ -12,6 +12,8 @@ use barid_mesh::{GrpcConfig, InternalTlsConfig};
 use barid_runtime::bounds::{
     self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within,
 };
+use barid_runtime::config::listen;
+use barid_runtime::words::{is_url, shown};
 use barid_runtime::{AdminConfig, LogConfig};
 use barid_wire::frames::BODY_BYTES_MAX;
 use serde::{Deserialize, Serialize};
@@ -159,11 +161,13 @@ pub struct Config {
     /// Zone of the node, shown to operators and used for placement; may be empty.
     pub zone: String,
     /// Address for devices (`/v1/connect`).
+    #[serde(deserialize_with = "listen")]
     pub listen: SocketAddr,
     /// Accept loops on `listen`, 1 to 64. More than one use a listener each (SO_REUSEPORT), among which the kernel
     /// distributes connections by a hash of their addresses.
     pub acceptors: u32,
     /// Address for dispatchers and other access nodes (gRPC).
+    #[serde(deserialize_with = "listen")]
     pub grpc_listen: SocketAddr,
     /// `host:port` at which dispatchers reach `grpc_listen`. Empty: the bound address.
     pub advertise: String,
@@ -218,6 +222,74 @@ pub struct AuthConfig {
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
+}
+
+impl AuthConfig {
+    fn check(&self) -> Result<(), String> {
+        if self.keys.is_empty() && self.jwks.is_empty() {
+            return Err(
+                "auth: no device can connect without an entry in auth.keys or auth.jwks".into()
+            );
+        }
+        let keys =
+            self.keys.iter().enumerate().map(|(at, key)| {
+                key.check().map_err(|problem| format!("auth.keys[{at}].{problem}"))
+            });
+        let sets =
+            self.jwks.iter().enumerate().map(|(at, set)| {
+                set.check().map_err(|problem| format!("auth.jwks[{at}].{problem}"))
+            });
+        let names = [("audience", &self.audience), ("issuer", &self.issuer)];
+        let names =
+            names.into_iter().map(|(key, names)| match names.iter().position(String::is_empty) {
+                Some(at) => {
+                    Err(format!("auth.{key}[{at}] is empty; write a name, or clear the list"))
+                }
+                None => Ok(()),
+            });
+        bounds::all(keys.chain(sets).chain(names))
+    }
+}
+
+impl KeyConfig {
+    /// Refuses what the algorithm has no use for: a key that was meant for another one.
+    fn check(&self) -> Result<(), String> {
+        let algorithm = self.algorithm;
+        match (algorithm, &self.public_key_file) {
+            (KeyAlgorithmName::HS256, Some(_)) => Err("public_key_file has no effect with HS256; \
+                set algorithm to RS256, ES256 or EdDSA"
+                .into()),
+            (KeyAlgorithmName::HS256, None) => Ok(()),
+            _ if !self.secret.is_empty() => {
+                Err(format!("secret has no effect with {algorithm:?}; write public_key_file"))
+            }
+            _ if self.secret_file.is_some() => {
+                Err(format!("secret_file has no effect with {algorithm:?}; write public_key_file"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl JwksConfig {
+    /// Errors do not show the URL, which may hold a secret.
+    fn check(&self) -> Result<(), String> {
+        if self.refresh_min_seconds > self.refresh_seconds {
+            return Err(format!(
+                "refresh_min_seconds must be at most its refresh_seconds, {}",
+                self.refresh_seconds
+            ));
+        }
+        let (_, authority) = self.url.split_once("://").unwrap_or_default();
+        let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
+        let bare = authority.rsplit('@').next().unwrap_or_default();
+        if !self.url.is_empty() && !is_url(&format!("https://{bare}"), &["https"]) {
+            return Err("url has no host, or a port that does not exist; write \
+                        https://HOST[:PORT]/PATH"
+                .into());
+        }
+        Ok(())
+    }
 }
 
 /// One key under `auth.keys`.
@@ -594,32 +666,38 @@ impl Config {
     /// checked by [`crate::policy::Policy::new`], which parses them.
     ///
     /// # Errors
-    /// Returns the first invalid key, with what to write instead.
+    /// Returns the invalid keys, one a line, with what to write instead.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
-        self.lease().check("grpc_listen", self.grpc_listen)?;
-        self.grpc.check("grpc_listen", self.grpc_listen, &self.internal_tls)?;
         let ports = [
             ("listen", self.listen),
             ("grpc_listen", self.grpc_listen),
             ("admin.listen", self.admin.listen),
         ];
-        bounds::check_apart(&ports)?;
-        if self.auth.keys.is_empty() && self.auth.jwks.is_empty() {
-            return Err(
-                "auth: no device can connect without an entry in auth.keys or auth.jwks".into()
-            );
-        }
-        self.heartbeat.check()?;
-        let url = &self.advertise_url;
-        if !(url.is_empty() || url.starts_with("ws://") || url.starts_with("wss://")) {
-            return Err("advertise_url must begin with wss:// or ws://".into());
-        }
+        bounds::all([
+            self.lease().check("grpc_listen", self.grpc_listen),
+            self.grpc.check("grpc_listen", self.grpc_listen, &self.internal_tls),
+            bounds::check_apart(&ports),
+            self.auth.check(),
+            self.heartbeat.check(),
+            self.check_advertise_url(),
+            self.limits.check(self.sync.page_bytes_max),
+            self.check_between_tables(),
+            self.redis.check(),
+            self.kafka.check(),
+        ])
+    }
+
+    fn check_advertise_url(&self) -> Result<(), String> {
+        let url = self.advertise_url.as_str();
         check_text("advertise_url", url)?;
-        self.limits.check(self.sync.page_bytes_max)?;
-        self.check_between_tables()?;
-        self.redis.check()?;
-        self.kafka.check()
+        if url.is_empty() || is_url(url, &["ws", "wss"]) {
+            return Ok(());
+        }
+        Err(format!(
+            "advertise_url: {} is not a URL for devices; write wss://HOST[:PORT]/v1/connect, or ws://",
+            shown(url)
+        ))
     }
 
     /// Checks limits that limits of another table would override.
@@ -646,12 +724,7 @@ impl Config {
                  ({confirm}), or 0: by then devices that are connected are known again"
             ));
         }
-        match self.auth.jwks.iter().find(|set| set.refresh_min_seconds > set.refresh_seconds) {
-            Some(_) => {
-                Err("auth.jwks.refresh_min_seconds must be at most its refresh_seconds".into())
-            }
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// The URL at which devices connect, given where the node listens for them; may be empty.
@@ -719,6 +792,47 @@ mod tests {
         assert!(told.starts_with("advertise_url contains '\\0'"), "{told}");
         let told = error(|config| config.lease_ttl_ms = 300_001);
         assert!(told.starts_with("lease_ttl_ms must be at most half of void_after_seconds"));
+    }
+
+    fn read(text: &str) -> Config {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), text).unwrap();
+        barid_runtime::config::load(Some(path.path()), "BARID_ACCESS_", std::iter::empty())
+            .unwrap()
+            .config
+    }
+
+    #[test]
+    fn hazard_112_what_start_or_devices_would_stumble_over_is_refused_by_key() {
+        let told = |text: &str| {
+            let keys = "[[auth.keys]]\nsecret = 'a secret of 32 bytes, or of more'\n";
+            read(&format!("{text}\n{keys}")).check().map_or_else(|told| told, |()| String::new())
+        };
+        for good in ["wss://h", "ws://10.0.0.1:7080/v1/connect", "wss://[::1]:1/"] {
+            assert_eq!(told(&format!("advertise_url = '{good}'")), "");
+        }
+        for bad in ["ws://", "ws://h:99999/v1", "ws://h:0", "http://h", "h:1", "ws://a b/"] {
+            let told = told(&format!("advertise_url = '{bad}'"));
+            assert!(told.starts_with(&format!("advertise_url: {bad:?} is not a URL")), "{told}");
+        }
+        assert!(told("advertise = '0.0.0.0:7081'").contains("reaches nobody"));
+        assert!(told("auth.audience = ['a', '']").starts_with("auth.audience[1] is empty"));
+        let both = told("advertise = '[::]:1'\nadvertise_url = 'ws://'");
+        assert_eq!(both.lines().count(), 2, "{both}");
+        let key = |text: &str| read(&format!("[[auth.keys]]\n{text}")).check().unwrap_err();
+        let told = key("algorithm = 'RS256'\nsecret = 'hunter2'");
+        assert!(told.starts_with("auth.keys[0].secret has no effect with RS256"), "{told}");
+        let told = key("public_key_file = '/a.pem'");
+        assert!(told.starts_with("auth.keys[0].public_key_file has no effect with HS256"));
+        let set = |url: &str| {
+            read(&format!("[[auth.jwks]]\nurl = '{url}'"))
+                .check()
+                .map_or_else(|told| told, |()| String::new())
+        };
+        assert_eq!(set("https://me:hunter2@idp.example/keys?a=b"), "");
+        for bad in ["https://", "https://h:99999/keys", "https://:1/"] {
+            assert!(set(bad).starts_with("auth.jwks[0].url has no host"), "{bad}");
+        }
     }
 
     #[test]

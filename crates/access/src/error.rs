@@ -34,3 +34,15 @@ pub enum Error {
     #[error(transparent)]
     Name(#[from] barid_core::InvalidName),
 }
+
+impl From<Error> for barid_runtime::RunError {
+    fn from(error: Error) -> Self {
+        let is_config = match &error {
+            Error::Keys(_) | Error::Config(_) | Error::Name(_) => true,
+            Error::Bus(barid_bus::Error::Config(_)) => true,
+            Error::Mailbox(error) => error.is_config(),
+            _ => false,
+        };
+        Self::new(is_config, error)
+    }
+}

@@ -45,8 +45,10 @@ pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
 
+use std::time::Duration;
+
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The role.
 pub struct Access(service::Service);
@@ -59,6 +61,20 @@ impl Role for Access {
         config.check()?;
         Credentials::read(&config.internal_tls, Party::Access)?;
         policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        let receipts = async {
+            let topics = vec![config.kafka.topics.receipts.clone()];
+            match config.receipts {
+                true => vec![barid_bus::probe(&config.kafka, topics, timeout).await],
+                false => Vec::new(),
+            }
+        };
+        let redis = barid_mailbox::probe(&config.redis, timeout);
+        let keys = auth::probe(&config.auth, timeout);
+        let (receipts, redis, keys) = tokio::join!(receipts, redis, keys);
+        [receipts, redis, keys].concat()
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -10,9 +10,12 @@ use crate::{authority, dev, inspect, kick, listen, send, token, top};
 #[command(
     version,
     disable_help_subcommand = true,
-    after_help = "While `barid dev` is running, the other commands use its cluster. For another cluster, set\n\
-                  BARID_BROKERS, BARID_ADMIN, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
-                  or give the options of the same names."
+    after_help = format!(
+        "While `barid dev` is running, the other commands use its cluster. For another cluster, set\n\
+         BARID_BROKERS, BARID_ADMIN, BARID_REDIS, BARID_URL, BARID_TOKEN and BARID_SECRET_FILE,\n\
+         or give the options of the same names.\n\n{}",
+        barid_runtime::exit::help(|row| row.2)
+    )
 )]
 pub struct Cli {
     /// Print JSON, one object per line
@@ -119,6 +122,16 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn hazard_115_a_time_that_is_over_at_once_is_refused() {
+        for line in
+            ["token --user a --ttl 0s", "send --user a x --ttl 0s", "listen --user a --for 0"]
+        {
+            assert!(parse(line).unwrap_err().contains("longer than 0"), "{line}");
+        }
+        assert!(parse("dev --log bogus").unwrap_err().contains("bogus"));
     }
 
     #[test]

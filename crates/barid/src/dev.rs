@@ -168,9 +168,9 @@ async fn work(
         fact(out, "access", &state.url, &note)
     })?;
     if !out.is_json() {
-        let ports: Vec<String> = cluster.admins().iter().map(|a| a.port().to_string()).collect();
-        let value = format!("http://127.0.0.1:{{{}}}", ports.join(","));
-        out.line(fact(out, "admin", &value, "/metrics, /healthz, /readyz"))?;
+        let ports = cluster.admin_ports().into_iter();
+        let ports: Vec<String> = ports.map(|(role, port)| format!("{role} {port}")).collect();
+        out.line(format_args!("  {:<7} {}", "admin", ports.join(", ")))?;
     }
     demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await?;
     if args.once {
@@ -266,15 +266,13 @@ fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let barid = own_name();
-    let faint = |text: &str| out.paint(Tone::Faint, text);
-    out.line(format_args!("\n{}", out.paint(Tone::Strong, "Your turn, in two other terminals")))?;
+    let title = "Your turn, in other terminals (Ctrl-C here stops everything)";
+    out.line(out.paint(Tone::Strong, title))?;
     out.line(format_args!("  {barid} listen --user alice"))?;
     out.line(format_args!("  {barid} send --user alice \"hello\" --wait accepted,acked"))?;
     out.line(format_args!("  {barid} top"))?;
-    out.line(format_args!("{}", faint("Or with any Kafka client:")))?;
     let record = r#"{"id":"k-1","app":"demo","to":{"user":"alice"},"text":"hello from kcat"}"#;
     out.line(format_args!("  echo '{record}' | kcat -P -b {} -t barid.push", state.brokers))?;
-    out.line(faint("Ctrl-C stops everything."))?;
     Ok(())
 }
 

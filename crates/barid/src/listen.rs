@@ -15,13 +15,16 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, interval_at};
 
-use crate::output::{Output, Tone, clean, clock, span};
+use crate::output::{Coded, Output, Tone, clean, clock, span};
 use crate::token::{Holder, sign};
 use crate::values::{self, KeyArgs, now_ms};
 
 /// Unacknowledged messages at once with `--no-ack`.
 const HELD_MAX: usize = 10_000;
+/// How often it is said that the cluster does not answer.
+const SILENCE: Duration = Duration::from_secs(2);
 /// The time to live of the tokens that this command signs.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
@@ -57,8 +60,8 @@ pub struct Args {
     /// Stop after N messages
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 53))]
     pub count: Option<u64>,
-    /// Stop after this time: 30s, 15m
-    #[arg(long = "for", value_name = "TIME", value_parser = values::duration)]
+    /// Stop after this time: 30s, 15m; the exit code is 3 if fewer than --count messages have arrived
+    #[arg(long = "for", value_name = "TIME", value_parser = values::positive_duration)]
     pub period: Option<Duration>,
     /// Save the position in this file, instead of relying on the position in the cluster
     #[arg(long, value_name = "FILE")]
@@ -94,9 +97,9 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         .open(at_once)?;
     let result = show(&args, &client, deliveries, reported, out).await;
     let closed = client.shutdown().await;
-    result?;
+    let seen = result?;
     match closed {
-        Closed::Shutdown => Ok(ExitCode::SUCCESS),
+        Closed::Shutdown => seen.verdict(&args),
         Closed::Refused(why) => bail!("the cluster refused this device: {why}"),
         Closed::Failed(why) => bail!("the client failed: {why}"),
     }
@@ -131,6 +134,25 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
     }))
 }
 
+/// How a session went.
+#[derive(Default)]
+struct Seen {
+    messages: u64,
+    connected: bool,
+}
+
+impl Seen {
+    fn verdict(&self, args: &Args) -> anyhow::Result<ExitCode> {
+        match (args.count, self.connected) {
+            (Some(count), true) if self.messages < count => {
+                bail!(Coded::cut(format!("{} of {count} messages have arrived", self.messages)))
+            }
+            (_, true) => Ok(ExitCode::SUCCESS),
+            (_, false) => bail!(Coded::away("the cluster has not answered")),
+        }
+    }
+}
+
 /// Prints until the count, the time, a signal, or the end of the client.
 async fn show(
     args: &Args,
@@ -138,32 +160,56 @@ async fn show(
     mut deliveries: Deliveries,
     mut reported: mpsc::Receiver<Event>,
     out: Output,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Seen> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
     let mut over = std::pin::pin!(tokio::time::sleep(args.period.unwrap_or(Duration::MAX)));
-    let mut left = args.count.unwrap_or(u64::MAX);
+    let count = args.count.unwrap_or(u64::MAX);
+    let mut seen = Seen::default();
     let mut held: Vec<AckHandle> = Vec::new();
-    while left > 0 {
+    let began = Instant::now();
+    let mut silence = interval_at(began + SILENCE, SILENCE);
+    let mut waiting = true;
+    while seen.messages < count {
         tokio::select! {
             biased;
-            Some(event) = reported.recv() => print_event(&event, out)?,
+            Some(event) = reported.recv() => {
+                match &event {
+                    Event::Connected { .. } => (waiting, seen.connected) = (false, true),
+                    Event::Connecting { .. } => waiting = true,
+                    _ => {}
+                }
+                print_event(&event, out)?;
+            }
             Some(Delivery { message, ack }) = deliveries.next() => {
                 show_message(&message, out)?;
-                left -= 1;
+                seen.messages += 1;
                 if args.no_ack { held.push(ack) } else { ack.ack() }
             }
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
             _ = hangup.recv() => break,
             () = &mut over => break,
+            _ = silence.tick(), if waiting => print_silence(began.elapsed(), out)?,
             _ = client.closed() => break,
         }
     }
     while let Ok(event) = reported.try_recv() {
+        seen.connected |= matches!(event, Event::Connected { .. });
         print_event(&event, out)?;
     }
+    Ok(seen)
+}
+
+/// A node answers a Hello once it has read the device's mailbox.
+fn print_silence(since: Duration, out: Output) -> anyhow::Result<()> {
+    let for_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+    out.either(&serde_json::json!({"event": "waiting", "for_ms": for_ms}), || {
+        let time = out.paint(Tone::Faint, clock(now_ms()));
+        let text = format!("no answer after {}; the node may wait for Redis", span(for_ms));
+        format!("{time}  {}", out.paint(Tone::Warn, text))
+    })?;
     Ok(())
 }
 
@@ -269,7 +315,10 @@ fn print_event(event: &Event, out: Output) -> anyhow::Result<()> {
         Event::Connecting { .. } | Event::TokenRefreshed => return Ok(()),
         Event::Connected { session, position } => (
             Tone::Good,
-            format!("connected, behind #{}, as session {}", position.seq, clean(session)),
+            match position.seq.0 {
+                0 => format!("connected as session {}, nothing received yet", clean(session)),
+                seq => format!("connected as session {}, received up to #{seq}", clean(session)),
+            },
         ),
         Event::Disconnected { why, retry_in: Some(wait) } => {
             let wait = span(wait.as_millis() as u64);
@@ -287,7 +336,7 @@ fn print_event(event: &Event, out: Output) -> anyhow::Result<()> {
             (Tone::Warn, format!("#{first} to #{last} skipped: {}", why.as_str()))
         }
         Event::Reset { before, now } => {
-            (Tone::Warn, format!("position reset: behind #{} instead of #{}", now.seq, before.seq))
+            (Tone::Warn, format!("position reset: from #{} to #{}", before.seq, now.seq))
         }
         Event::Duplicate { seq, id } => {
             (Tone::Faint, format!("#{seq} {} was sent again", clean(id)))

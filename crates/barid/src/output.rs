@@ -4,7 +4,60 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use barid_runtime::exit;
 use serde::Serialize;
+
+/// An error with an exit code of its own.
+#[derive(Debug, thiserror::Error)]
+#[error("{problem}")]
+pub struct Coded {
+    /// One of [`exit`].
+    pub code: u8,
+    problem: String,
+}
+
+impl Coded {
+    /// The arguments, or the configuration, have to be changed.
+    pub fn config(problem: impl Into<String>) -> Self {
+        Self { code: exit::CONFIG, problem: problem.into() }
+    }
+
+    /// The time was over first.
+    pub fn cut(problem: impl Into<String>) -> Self {
+        Self { code: exit::CUT, problem: problem.into() }
+    }
+
+    /// Something does not answer.
+    pub fn away(problem: impl Into<String>) -> Self {
+        Self { code: exit::AWAY, problem: problem.into() }
+    }
+}
+
+/// The exit code of an error.
+fn code_of(error: &anyhow::Error) -> u8 {
+    let of = |cause: &(dyn std::error::Error + 'static)| {
+        if let Some(coded) = cause.downcast_ref::<Coded>() {
+            return Some(coded.code);
+        }
+        if let Some(redis) = cause.downcast_ref::<barid_mailbox::Error>() {
+            return match redis {
+                error if error.is_away() => Some(exit::AWAY),
+                error if error.is_config() => Some(exit::CONFIG),
+                _ => None,
+            };
+        }
+        let own = |error: &barid_bus::Error| match error {
+            barid_bus::Error::Away(_) => Some(exit::AWAY),
+            barid_bus::Error::Config(_) => Some(exit::CONFIG),
+            _ => None,
+        };
+        match cause.downcast_ref::<rdkafka::error::KafkaError>() {
+            Some(kafka) => own(&barid_bus::Error::from(kafka.clone())),
+            None => cause.downcast_ref::<barid_bus::Error>().and_then(own),
+        }
+    };
+    error.chain().find_map(of).unwrap_or(exit::FAILED)
+}
 
 /// How to print. Colours are used on a terminal if `NO_COLOR` is not set.
 #[derive(Debug, Clone, Copy)]
@@ -109,7 +162,7 @@ impl Output {
         } else {
             self.note(format_args!("barid: {error:#}"));
         }
-        ExitCode::FAILURE
+        ExitCode::from(code_of(error))
     }
 }
 
@@ -167,6 +220,25 @@ mod tests {
             ("7 ms".into(), "2.5 s".into(), "10 min".into())
         );
         assert_eq!((bytes(7), bytes(12_345)), ("7 B".into(), "12.3 KB".into()));
+    }
+
+    #[test]
+    fn hazard_113_an_error_ends_with_the_code_of_its_cause() {
+        use anyhow::Context as _;
+        let code = |error: anyhow::Error| code_of(&error);
+        let redis =
+            |error: barid_mailbox::Error| code(Err::<(), _>(error).context("a").unwrap_err());
+        assert_eq!(redis(barid_mailbox::Error::Away("a".into())), 4);
+        assert_eq!(redis(barid_mailbox::Error::Unusable("a".into())), 2);
+        assert_eq!(redis(barid_mailbox::Error::Full("a".into())), 1);
+        let kafka = |code| rdkafka::error::KafkaError::MetadataFetch(code);
+        let away = kafka(rdkafka::types::RDKafkaErrorCode::BrokerTransportFailure);
+        assert_eq!(code(away.into()), 4);
+        let refused = kafka(rdkafka::types::RDKafkaErrorCode::TopicAuthorizationFailed);
+        assert_eq!(code(refused.into()), 1);
+        assert_eq!(code(anyhow::anyhow!("a")), 1);
+        assert_eq!(code(Coded::cut("a").into()), 3);
+        assert_eq!(code(Coded::config("a").into()), 2);
     }
 
     #[test]

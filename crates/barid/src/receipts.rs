@@ -1,6 +1,6 @@
 //! Reads `barid.receipts`, for the receipts of messages that were just sent.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use barid_wire::record::decode_receipt;
@@ -8,24 +8,22 @@ use barid_wire::v1::Receipt;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
-/// For an answer of a broker.
-const TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Reads the topic from its end at the time of opening. Joins no group and commits nothing.
 pub struct Receipts {
     consumer: StreamConsumer,
 }
 
 impl Receipts {
-    /// Opens the topic; `properties` are further settings of librdkafka.
+    /// Opens the topic, within `limit`; `properties` are further settings of librdkafka.
     pub async fn open(
         brokers: &[String],
         topic: &str,
         properties: Vec<(String, String)>,
+        limit: Duration,
     ) -> anyhow::Result<Self> {
         let (brokers, topic) = (brokers.join(","), topic.to_owned());
         let opened = tokio::task::spawn_blocking(move || {
-            open(&brokers, &topic, properties)
+            open(&brokers, &topic, properties, limit)
                 .with_context(|| format!("cannot read topic {topic} of Kafka at {brokers}"))
         });
         opened.await?
@@ -44,7 +42,14 @@ impl Receipts {
     }
 }
 
-fn open(brokers: &str, topic: &str, properties: Vec<(String, String)>) -> anyhow::Result<Receipts> {
+fn open(
+    brokers: &str,
+    topic: &str,
+    properties: Vec<(String, String)>,
+    limit: Duration,
+) -> anyhow::Result<Receipts> {
+    let deadline = Instant::now() + limit;
+    let left = || deadline.saturating_duration_since(Instant::now());
     let mut client = ClientConfig::new();
     client
         .set("bootstrap.servers", brokers)
@@ -56,14 +61,14 @@ fn open(brokers: &str, topic: &str, properties: Vec<(String, String)>) -> anyhow
         .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
     client.extend(properties);
     let consumer: StreamConsumer = client.create()?;
-    let metadata = consumer.fetch_metadata(Some(topic), TIMEOUT)?;
+    let metadata = consumer.fetch_metadata(Some(topic), left())?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
     if partitions.is_empty() {
         bail!("the topic does not exist");
     }
     let mut ends = TopicPartitionList::new();
     for partition in partitions {
-        let (_, end) = consumer.fetch_watermarks(topic, partition.id(), TIMEOUT)?;
+        let (_, end) = consumer.fetch_watermarks(topic, partition.id(), left())?;
         ends.add_partition_offset(topic, partition.id(), Offset::Offset(end))?;
     }
     consumer.assign(&ends)?;

@@ -17,17 +17,15 @@ use bytes::Bytes;
 use clap::ValueEnum;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
 use serde::Serialize;
 use tokio::time::{Instant as Deadline, timeout_at};
 
-use crate::output::{Output, Tone, clean};
+use crate::output::{Coded, Output, Tone, clean, span};
 use crate::receipts::Receipts;
 use crate::values;
-
-/// For Kafka to store the record.
-const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Options of `barid send`.
 #[derive(Debug, clap::Args)]
@@ -75,7 +73,7 @@ pub struct Args {
     #[arg(long, default_value = "normal")]
     pub priority: Priority,
     /// Time to live: 30s, 15m, 1h, 7d [default: as long as the mailbox keeps it]
-    #[arg(long, value_parser = values::duration)]
+    #[arg(long, value_parser = values::positive_duration)]
     pub ttl: Option<Duration>,
     /// Replace an undelivered message that has the same key
     #[arg(long, value_name = "KEY")]
@@ -86,8 +84,8 @@ pub struct Args {
     /// Receipts to ask for and to wait for, for every user, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND")]
     pub wait: Vec<Milestone>,
-    /// How long to wait for receipts
-    #[arg(long, default_value = "30s", value_parser = values::duration)]
+    /// How long to wait for Kafka, and then for receipts
+    #[arg(long, default_value = "30s", value_parser = values::positive_duration)]
     pub timeout: Duration,
     /// Kafka brokers: HOST:PORT, comma-separated [default: those of the running `barid dev`]
     #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
@@ -159,26 +157,37 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-/// Sends one message. The exit code is 1 if an awaited receipt does not arrive.
-pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+/// Sends one message. The exit code is 1 if the cluster refuses it or knows its id, and 3 if an awaited receipt does not
+/// arrive in time.
+pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    if args.wait.is_empty() && is_large(&args)? {
+        // Kafka takes what a purger may refuse.
+        out.note("larger than the default limits of purgers: waiting for what they answer");
+        args.wait.push(Milestone::Accepted);
+    }
     let push = push(&args)?;
-    let value = encode(&push)?;
+    let value = encode(&push, &RecordLimits::HIGHEST)?;
     let config =
         KafkaConfig { brokers: values::brokers(args.brokers.clone())?, ..Default::default() };
-    let receipts = match args.wait.is_empty() {
-        true => None,
-        false => {
-            let topic = &config.topics.receipts;
-            Some(Receipts::open(&config.brokers, topic, args.properties.clone()).await?)
-        }
-    };
     let topic = match args.priority {
         Priority::High => &config.topics.push_high,
         Priority::Normal => &config.topics.push,
         Priority::Bulk => &config.topics.push_bulk,
     };
+    let receipts = async {
+        let topic = &config.topics.receipts;
+        match args.wait.is_empty() {
+            true => Ok(None),
+            false => Receipts::open(&config.brokers, topic, args.properties.clone(), args.timeout)
+                .await
+                .map(Some),
+        }
+    };
+    // At once: each waits up to the time-out where Kafka does not answer.
+    let (receipts, producer) = tokio::join!(receipts, connect(&config, &args, topic));
+    let (producer, receipts) = (producer?, receipts?);
     let began = Instant::now();
-    produce(&config, &args.properties, topic, push.key(), &value).await?;
+    produce(&producer, &config, &args, topic, push.key(), &value).await?;
     let elapsed_ms = millis(began);
     let (id, bytes) = (push.id.as_str(), value.len());
     let sent = Sent { event: "sent", id, topic, bytes, elapsed_ms };
@@ -193,18 +202,17 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Produces one record. The producer is not idempotent, which takes half a second to set up; the
-/// message id makes repeats harmless.
-async fn produce(
-    config: &KafkaConfig,
-    properties: &[(String, String)],
-    topic: &str,
-    key: &str,
-    value: &[u8],
-) -> anyhow::Result<()> {
+/// Whether purgers with default limits would refuse the record.
+fn is_large(args: &Args) -> anyhow::Result<bool> {
+    let push = push(args)?;
+    encode(&push, &RecordLimits::HIGHEST)?;
+    Ok(encode(&push, &RecordLimits::default()).is_err())
+}
+
+/// Connects a producer to the topic's brokers, so that the time of a record does not contain that. The producer is not
+/// idempotent, which takes half a second to set up; the message id makes repeats harmless.
+async fn connect(config: &KafkaConfig, args: &Args, topic: &str) -> anyhow::Result<FutureProducer> {
     let brokers = config.brokers.join(",");
-    let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
-    let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
     let mut client = ClientConfig::new();
     client
         .set("bootstrap.servers", &brokers)
@@ -212,16 +220,52 @@ async fn produce(
         .set("acks", "all")
         .set("linger.ms", "0")
         .set("message.max.bytes", "100000000")
-        .set("message.timeout.ms", SEND_TIMEOUT.as_millis().to_string())
+        .set("message.timeout.ms", args.timeout.as_millis().max(1).to_string())
         .set_log_level(RDKafkaLogLevel::Emerg);
-    client.extend(properties.iter().cloned());
-    let producer: FutureProducer = client.create().context("cannot make a Kafka client")?;
-    let record = FutureRecord::to(topic).key(key).payload(value).headers(headers);
-    match producer.send(record, SEND_TIMEOUT).await {
-        Ok(_) => Ok(()),
-        Err((error, _)) => {
-            Err(error).with_context(|| format!("cannot send through Kafka at {brokers}"))
+    client.extend(args.properties.iter().cloned());
+    let producer: FutureProducer = client.create().map_err(|error| match error {
+        KafkaError::ClientConfig(_, why, name, _) => Coded::config(format!("-X {name}: {why}")),
+        error => Coded::config(format!("cannot make a Kafka client: {error}")),
+    })?;
+    let (asking, topic, limit) = (producer.clone(), topic.to_owned(), args.timeout);
+    let asked = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
+        let metadata = asking.client().fetch_metadata(Some(&topic), limit)?;
+        if metadata.topics().first().is_none_or(|topic| topic.partitions().is_empty()) {
+            bail!("topic {topic} does not exist");
         }
+        Ok(())
+    });
+    match asked.await? {
+        Ok(()) => Ok(producer),
+        Err(error) if error.is::<KafkaError>() => Err(away(&brokers, args.timeout, &error).into()),
+        Err(error) => Err(error.context(format!("cannot send through Kafka at {brokers}"))),
+    }
+}
+
+fn away(brokers: &str, limit: Duration, error: &anyhow::Error) -> Coded {
+    let limit = span(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+    Coded::away(format!("Kafka at {brokers} does not answer within {limit}: {error}"))
+}
+
+/// Produces one record.
+async fn produce(
+    producer: &FutureProducer,
+    config: &KafkaConfig,
+    args: &Args,
+    topic: &str,
+    key: &str,
+    value: &[u8],
+) -> anyhow::Result<()> {
+    let brokers = config.brokers.join(",");
+    let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
+    let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
+    let record = FutureRecord::to(topic).key(key).payload(value).headers(headers);
+    match producer.send(record, args.timeout).await {
+        Ok(_) => Ok(()),
+        Err((error, _)) => match barid_bus::Error::from(error.clone()) {
+            barid_bus::Error::Away(_) => Err(away(&brokers, args.timeout, &error.into()).into()),
+            other => Err(other).with_context(|| format!("cannot send through Kafka at {brokers}")),
+        },
     }
 }
 
@@ -237,9 +281,10 @@ async fn wait(
         .flat_map(|user| args.wait.iter().map(|milestone| (*milestone, user.to_string())))
         .collect();
     let deadline = Deadline::now() + args.timeout;
+    let mut is_repeat = false;
     while !awaited.is_empty() {
         let Ok(receipt) = timeout_at(deadline, receipts.next()).await else {
-            bail!("{} after {:?}", missing(&awaited), args.timeout);
+            bail!(Coded::cut(format!("{} after {:?}", missing(&awaited), args.timeout)));
         };
         let receipt = receipt?;
         if receipt.id != push.id.as_str() || receipt.app != push.app.as_str() {
@@ -250,6 +295,14 @@ async fn wait(
             return Ok(ExitCode::FAILURE);
         }
         awaited.retain(|(m, user)| !(m.kind() == receipt.kind() && *user == receipt.user));
+        if receipt.kind() == ReceiptKind::Duplicate && !args.wait.contains(&Milestone::Duplicate) {
+            // No other receipt follows.
+            is_repeat = true;
+            awaited.retain(|(_, user)| *user != receipt.user);
+        }
+    }
+    if is_repeat {
+        bail!("a message with this id was accepted before, and is not delivered again");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -339,11 +392,14 @@ fn push(args: &Args) -> anyhow::Result<Push> {
         None => Audience::Users(args.users.clone()),
     };
     let (kind, payload) = body(args)?;
-    let asked = args.receipts.iter().chain(&args.wait);
+    let mut asked: Vec<Milestone> = args.receipts.iter().chain(&args.wait).copied().collect();
+    if !args.wait.is_empty() {
+        asked.push(Milestone::Duplicate);
+    }
     Ok(Push {
         ttl_ms: args.ttl.map(whole_seconds).transpose()?.unwrap_or_default() * 1000,
         collapse_key: args.collapse_key.as_deref().filter(|key| !key.is_empty()).map(Into::into),
-        receipts: asked.fold(ReceiptSet::default(), |set, m| set.with(m.kind().into())),
+        receipts: asked.iter().fold(ReceiptSet::default(), |set, m| set.with(m.kind().into())),
         ..Push::new(id, args.app.clone(), audience, kind, payload)
     })
 }
@@ -351,7 +407,7 @@ fn push(args: &Args) -> anyhow::Result<Push> {
 fn whole_seconds(ttl: Duration) -> anyhow::Result<u64> {
     match ttl.subsec_millis() {
         0 => Ok(ttl.as_secs()),
-        _ => bail!("--ttl must be whole seconds"),
+        _ => bail!(Coded::config("--ttl must be whole seconds")),
     }
 }
 
@@ -395,10 +451,10 @@ fn file_body(file: &Path, kind: Option<Kind>) -> anyhow::Result<(BodyKind, Bytes
     })
 }
 
-/// Encodes a record, and refuses what every cluster would refuse.
-fn encode(push: &Push) -> anyhow::Result<Bytes> {
-    encode_push(push, Format::Json, &RecordLimits::HIGHEST)
-        .map_err(|refusal| anyhow!("the cluster would refuse this record: {}", refusal.reason))
+/// Encodes a record, and refuses what a cluster with these limits would refuse.
+fn encode(push: &Push, limits: &RecordLimits) -> anyhow::Result<Bytes> {
+    let refused = |reason| Coded::config(format!("the cluster would refuse this record: {reason}"));
+    Ok(encode_push(push, Format::Json, limits).map_err(|refusal| refused(refusal.reason))?)
 }
 
 #[cfg(test)]
@@ -414,7 +470,7 @@ mod tests {
 
     fn json(words: &[&str]) -> anyhow::Result<String> {
         let line = Line::try_parse_from(std::iter::once(&"send").chain(words))?;
-        Ok(String::from_utf8(encode(&push(&line.args)?)?.to_vec())?)
+        Ok(String::from_utf8(encode(&push(&line.args)?, &RecordLimits::HIGHEST)?.to_vec())?)
     }
 
     #[test]
@@ -431,7 +487,7 @@ mod tests {
                      --receipts sent --wait acked,sent";
         assert_eq!(
             json(&words.split_whitespace().collect::<Vec<_>>()).unwrap(),
-            r#"{"id":"a","app":"shop","to":{"users":["x","y"]},"json":{"n":1},"ttlSeconds":3600,"collapseKey":"k","receipts":["sent","acked"]}"#
+            r#"{"id":"a","app":"shop","to":{"users":["x","y"]},"json":{"n":1},"ttlSeconds":3600,"collapseKey":"k","receipts":["duplicate","sent","acked"]}"#
         );
     }
 
@@ -444,6 +500,15 @@ mod tests {
         let not_base64 = error(&["--data", "???"]).to_string();
         assert!(not_base64.contains("'???' for '--data <BASE64>'"), "{not_base64}");
         assert_eq!(error(&["--ttl", "500ms", "x"]).to_string(), "--ttl must be whole seconds");
+    }
+
+    #[test]
+    fn hazard_115_a_message_that_default_purgers_refuse_is_not_sent_unheard() {
+        let large = |text: &str| {
+            is_large(&Line::try_parse_from(["send", "--user", "a", text]).unwrap().args).unwrap()
+        };
+        assert!(!large("x") && !large(&"x".repeat(65_536)));
+        assert!(large(&"x".repeat(65_537)));
     }
 
     #[test]

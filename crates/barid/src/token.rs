@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long = "group", value_name = "GROUP")]
     pub groups: Vec<GroupId>,
     /// Time to live: 30s, 15m, 1h, 7d
-    #[arg(long, default_value = "1h", value_parser = values::duration)]
+    #[arg(long, default_value = "1h", value_parser = values::positive_duration)]
     pub ttl: Duration,
     #[command(flatten)]
     pub key: KeyArgs,

@@ -2,28 +2,33 @@
 
 mod sample;
 mod scrape;
+mod screen;
 mod show;
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::bail;
 use barid_mailbox::{Mailbox, NodeRecord, RedisConfig};
+use barid_runtime::exit;
 use futures::future::join_all;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use crate::output::{Output, span};
+use crate::output::{Coded, Output, span};
 use crate::state::DevState;
 use crate::values::{self, RedisArgs};
 use sample::{Memory, Sample};
+use screen::Screen;
+use show::View;
 
 /// The default admin ports of the roles: purger, dispatcher, delayer, access.
 const USUAL: [&str; 4] = ["127.0.0.1:7102", "127.0.0.1:7092", "127.0.0.1:7112", "127.0.0.1:7082"];
 /// For reading the leases.
 const LEASES_LIMIT: Duration = Duration::from_secs(2);
-/// The size if neither the terminal nor the environment gives one.
-const SIZE: (usize, usize) = (80, 1_000);
+/// The width of output that goes to no terminal.
+const COLUMNS: usize = 80;
 
 /// Options of `barid top`.
 #[derive(Debug, clap::Args)]
@@ -37,7 +42,7 @@ pub struct Args {
     /// Refresh interval
     #[arg(long, default_value = "1s", value_parser = values::duration)]
     pub interval: Duration,
-    /// Print one sample and exit; the exit code is 1 if no endpoint answers
+    /// Print one sample and exit; the exit code is 4 if no endpoint answers
     #[arg(long)]
     pub once: bool,
 }
@@ -64,19 +69,47 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         places.look(&mut memory).await;
         looks.tick().await;
         let sample = places.look(&mut memory).await;
+        if sample.roles.is_empty() && !out.is_json() {
+            let said = sample.problems.iter().map(|one| format!("{}: {}", one.of, one.problem));
+            bail!(Coded::away(said.collect::<Vec<_>>().join("; ")));
+        }
         print(&sample, &every, out)?;
-        return Ok(if sample.roles.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+        return Ok(ExitCode::from(if sample.roles.is_empty() { exit::AWAY } else { exit::DONE }));
     }
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let screen = (!out.is_json() && io::stdout().is_terminal()).then(Screen::open).transpose()?;
+    let mut keys = screen.as_ref().map(Screen::keys);
+    let mut resized = signal(SignalKind::window_change())?;
     let showing = async {
+        let (mut view, mut last) = (View::default(), None);
         loop {
-            looks.tick().await;
-            let sample = places.look(&mut memory).await;
-            match &screen {
-                Some(screen) => screen.draw(&sample, &every, out)?,
-                None => print(&sample, &every, out)?,
+            let pressed = async {
+                match &mut keys {
+                    Some(keys) => keys.recv().await,
+                    None => None,
+                }
+            };
+            tokio::select! {
+                Some(key) = pressed => {
+                    if view.press(key) {
+                        return Ok(ExitCode::SUCCESS);
+                    }
+                }
+                _ = resized.recv() => {}
+                sample = async {
+                    looks.tick().await;
+                    places.look(&mut memory).await
+                } => last = Some(sample),
+            }
+            match (&screen, &mut last) {
+                (Some(screen), Some(sample)) => screen.draw(sample, &every, &mut view, out)?,
+                (None, last) => {
+                    if let Some(sample) = last.take() {
+                        print(&sample, &every, out)?;
+                    }
+                }
+                (Some(_), None) => {}
             }
         }
     };
@@ -89,10 +122,14 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 
 impl Places {
     fn of(args: &Args) -> anyhow::Result<Self> {
-        let dev = DevState::running()?;
-        let of_dev = dev.map(|dev| dev.admin).unwrap_or_default();
-        let named = if args.admin.is_empty() { of_dev } else { args.admin.clone() };
-        let redis = args.redis.known()?;
+        // Endpoints that are given are of another cluster than a running `barid dev`.
+        let (named, redis) = match args.admin.as_slice() {
+            [] => {
+                let dev = DevState::running()?;
+                (dev.map(|dev| dev.admin).unwrap_or_default(), args.redis.known()?)
+            }
+            given => (given.to_vec(), args.redis.given()),
+        };
         let usual: &[&str] = if named.is_empty() { &USUAL } else { &[] };
         Ok(Self { named, usual, redis, mailbox: None })
     }
@@ -116,7 +153,7 @@ impl Places {
         });
         let mut looks: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
         if looks.is_empty() {
-            let hint = "no admin endpoint answers; name some with --admin HOST:PORT";
+            let hint = "nothing answers here; name a role\'s admin endpoint with --admin HOST:PORT";
             looks.push((self.usual.join(", "), Err(anyhow::anyhow!(hint))));
         }
         memory.take(looks, nodes)
@@ -149,53 +186,9 @@ fn print(sample: &Sample, every: &str, out: Output) -> io::Result<()> {
     if out.is_json() {
         return out.object(sample);
     }
-    let (columns, _) = size().unwrap_or(SIZE);
-    for line in show::lines(sample, columns, SIZE.1, every, out) {
+    let columns = screen::size().map_or(COLUMNS, |(columns, _)| columns);
+    for line in show::lines(sample, columns, every, out) {
         out.line(line.trim_end())?;
     }
     Ok(())
-}
-
-/// Columns and rows of the terminal.
-fn size() -> Option<(usize, usize)> {
-    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
-    let (columns, rows) = (usize::from(size.ws_col), usize::from(size.ws_row));
-    (columns > 0 && rows > 0).then_some((columns, rows))
-}
-
-/// The terminal's alternate screen, left on drop.
-struct Screen;
-
-impl Screen {
-    fn open() -> io::Result<Self> {
-        write("\x1b[?1049h\x1b[?25l")?;
-        Ok(Self)
-    }
-
-    fn draw(&self, sample: &Sample, every: &str, out: Output) -> io::Result<()> {
-        let (columns, rows) = size().unwrap_or((SIZE.0, 24));
-        // Overwrite in place to avoid flicker, and erase the rest of each line and of the screen.
-        let mut frame = String::from("\x1b[H");
-        let lines = show::lines(sample, columns, rows, every, out);
-        let count = lines.len();
-        for (index, line) in lines.into_iter().enumerate() {
-            frame += &line;
-            frame += if index + 1 < count { "\x1b[K\r\n" } else { "\x1b[K" };
-        }
-        frame += "\x1b[J";
-        write(&frame)
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        // Errors do not matter if the terminal is gone.
-        let _ = write("\x1b[?25h\x1b[?1049l");
-    }
-}
-
-fn write(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
 }

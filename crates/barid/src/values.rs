@@ -11,6 +11,7 @@ use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
 
 use crate::authority;
+use crate::output::Coded;
 use crate::state::DevState;
 
 /// Parses `30s`, `15m`, `1h`, `7d`, `500ms`; a number without a unit is in seconds.
@@ -30,6 +31,14 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     millis
         .map(Duration::from_millis)
         .ok_or_else(|| "the longest duration is ten years (3660d)".into())
+}
+
+/// As [`duration`], but longer than 0.
+pub fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("it must be longer than 0, such as 30s".into()),
+        duration => Ok(duration),
+    }
 }
 
 /// Milliseconds since the Unix epoch.
@@ -58,7 +67,7 @@ pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
     let brokers: Vec<String> =
         brokers.split(',').map(|b| b.trim().to_owned()).filter(|b| !b.is_empty()).collect();
     if brokers.is_empty() {
-        bail!("--brokers is empty; give HOST:PORT, or several, comma-separated");
+        bail!(Coded::config("--brokers is empty; give HOST:PORT, or several, comma-separated"));
     }
     Ok(brokers)
 }
@@ -95,11 +104,19 @@ impl RedisArgs {
     /// # Errors
     /// Returns an error if the state of `barid dev` cannot be read.
     pub fn known(&self) -> anyhow::Result<Option<RedisConfig>> {
-        let url = match &self.url {
-            Some(url) => Some(url.clone()),
-            None => DevState::running()?.map(|dev| dev.redis),
-        };
-        Ok(url.map(|url| RedisConfig {
+        if let Some(config) = self.given() {
+            return Ok(Some(config));
+        }
+        Ok(DevState::running()?.map(|dev| self.at(&dev.redis)))
+    }
+
+    /// As given.
+    pub fn given(&self) -> Option<RedisConfig> {
+        self.url.as_deref().map(|url| self.at(url))
+    }
+
+    fn at(&self, url: &str) -> RedisConfig {
+        RedisConfig {
             url: SecretUrl::new(url),
             cluster: self.cluster,
             ca_file: self.ca_file.clone(),
@@ -107,7 +124,7 @@ impl RedisArgs {
             key_file: self.key_file.clone(),
             shards: self.shards,
             ..Default::default()
-        }))
+        }
     }
 
     /// As [`Self::known`], for commands that need Redis.
@@ -164,14 +181,13 @@ pub fn url(given: Option<String>) -> anyhow::Result<String> {
         Some(url) => Ok(url),
         None => DevState::running()?
             .map(|dev| dev.url)
-            .ok_or_else(|| missing("the access nodes", "--url ws://HOST:PORT", "BARID_URL")),
+            .ok_or_else(|| missing("an access node", "--url ws://HOST:PORT", "BARID_URL")),
     }
 }
 
 fn missing(what: &str, option: &str, variable: &str) -> anyhow::Error {
-    anyhow::anyhow!(
-        "the address of {what} is unknown: give {option}, set {variable}, or start `barid dev` in another terminal"
-    )
+    let write = format!("give {option}, set {variable}, or start `barid dev` in another terminal");
+    Coded::config(format!("the address of {what} is unknown: {write}")).into()
 }
 
 /// The key that signs tokens.
@@ -212,9 +228,9 @@ impl KeyArgs {
             return Ok(Key { secret: Secret::new(secret), id });
         }
         let dev = DevState::running()?.ok_or_else(|| {
-            anyhow::anyhow!(
-                "the key that signs tokens is unknown: give --secret-file FILE, set BARID_SECRET_FILE, or start \
-                 `barid dev` in another terminal"
+            Coded::config(
+                "the key that signs tokens is unknown: give --secret-file FILE, set \
+                 BARID_SECRET_FILE, or start `barid dev` in another terminal",
             )
         })?;
         Ok(Key { secret: Secret::new(dev.secret), id: id.or(Some(dev.key_id)) })

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use barid_runtime::bounds::{self, Bound, Bounded, HOUR_MS, whole};
+use barid_runtime::bounds::{Bound, Bounded, HOUR_MS, whole};
 use barid_wire::record::Format;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::KafkaError;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -154,7 +153,7 @@ impl Bounded for KafkaConfig {
 
 /// Settings that the delivery guarantees depend on, or that have a key of their own. `kafka.properties` must not set
 /// them, under any of their names.
-const RESERVED: [&str; 19] = [
+pub(crate) const RESERVED: [&str; 19] = [
     "auto.commit.enable",
     "auto.offset.reset",
     // Only failures would be reported, so that no delivered record would ever be finished.
@@ -197,61 +196,11 @@ const ALIASES: [(&str, &str); 11] = [
 ];
 
 /// A setting's own name, where `key` is its alias.
-fn own_name(key: &str) -> &str {
+pub(crate) fn own_name(key: &str) -> &str {
     ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key, |(_, name)| name)
 }
 
 impl KafkaConfig {
-    /// Checks bounds, names, properties and the files that they name.
-    ///
-    /// # Errors
-    /// Returns the first invalid key and the reason.
-    pub fn check(&self) -> Result<(), String> {
-        bounds::check_under("kafka.", self)?;
-        if self.brokers.is_empty() || self.brokers.iter().any(String::is_empty) {
-            return Err("kafka.brokers names no broker".into());
-        }
-        if self.group.is_empty() {
-            return Err("kafka.group is empty".into());
-        }
-        let names = &self.topics;
-        let mut all = vec![&names.push_high, &names.push, &names.push_bulk];
-        all.extend([&names.receipts, &names.dead]);
-        all.sort();
-        all.dedup();
-        if all.len() != 5 || all[0].is_empty() {
-            return Err("kafka.topics must be five different names".into());
-        }
-        let reserved = |key: &&String| RESERVED.contains(&own_name(key));
-        match self.properties.0.keys().find(reserved) {
-            Some(key) => Err(format!("kafka.properties must not set {key:?}")),
-            None => self.check_properties(),
-        }
-    }
-
-    /// Refuses properties that librdkafka does not know or this build does not support, and files that are
-    /// absent. Errors show no values of properties: they may be secrets.
-    fn check_properties(&self) -> Result<(), String> {
-        for (key, value) in &self.properties.0 {
-            let mut alone = ClientConfig::new();
-            if let Err(error) = alone.set(key, value).create_native_config() {
-                let why = match error {
-                    KafkaError::ClientConfig(_, why, ..) => why,
-                    _ => "it is refused".to_owned(),
-                };
-                // Every string contains the empty one.
-                let why = if value.is_empty() { why } else { why.replace(value, "…") };
-                return Err(format!("kafka.properties: {key:?}: {why}"));
-            }
-            // `probe` is no path: OpenSSL then searches its default locations.
-            let is_file = key.starts_with("ssl.") && key.ends_with(".location") && value != "probe";
-            if is_file && let Err(error) = std::fs::metadata(value) {
-                return Err(format!("kafka.properties: {key:?}: {value}: {error}"));
-            }
-        }
-        Ok(())
-    }
-
     /// Settings of every librdkafka client.
     pub(crate) fn client(&self) -> ClientConfig {
         let mut client = ClientConfig::new();
@@ -281,49 +230,71 @@ impl KafkaConfig {
 
 /// Settings of librdkafka by name. Values of keys that hold secrets are neither printed nor logged.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(from = "BTreeMap<String, Text>")]
+#[serde(from = "BTreeMap<String, Written>")]
 pub struct Properties(pub BTreeMap<String, String>);
 
-impl From<BTreeMap<String, Text>> for Properties {
-    fn from(properties: BTreeMap<String, Text>) -> Self {
-        Self(properties.into_iter().map(|(key, Text(value))| (key, value)).collect())
+impl From<BTreeMap<String, Written>> for Properties {
+    fn from(properties: BTreeMap<String, Written>) -> Self {
+        fn add(name: String, written: Written, all: &mut BTreeMap<String, String>) {
+            match written {
+                Written::Text(value) => drop(all.insert(name, value)),
+                Written::Below(below) => {
+                    below
+                        .into_iter()
+                        .for_each(|(last, value)| add(format!("{name}.{last}"), value, all));
+                }
+            }
+        }
+        let mut all = BTreeMap::new();
+        properties.into_iter().for_each(|(name, written)| add(name, written, &mut all));
+        Self(all)
     }
 }
 
-/// A property's value; its errors tell how to write one.
-struct Text(String);
+/// A property's value; its errors tell how to write one. A name without quotes (`sasl.password`) is a table in TOML.
+enum Written {
+    Text(String),
+    Below(BTreeMap<String, Written>),
+}
 
-impl<'de> Deserialize<'de> for Text {
+impl<'de> Deserialize<'de> for Written {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         struct Reader;
-        impl Visitor<'_> for Reader {
-            type Value = Text;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Written;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("name and value in quotes: \"linger.ms\" = \"5\"")
+                f.write_str("the value in quotes: \"linger.ms\" = \"5\"")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {
-                Ok(Text(text.to_owned()))
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Written, E> {
+                Ok(Written::Text(text.to_owned()))
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Written, A::Error> {
+                BTreeMap::deserialize(de::value::MapAccessDeserializer::new(map))
+                    .map(Written::Below)
             }
         }
-        from.deserialize_str(Reader)
+        from.deserialize_any(Reader)
     }
 }
 
 impl Properties {
     fn shown(&self) -> BTreeMap<&str, &str> {
-        let secret = |key: &str| {
-            ["password", "secret", "key", "token", "jaas", "oauthbearer.config"]
-                .iter()
-                .any(|word| key.contains(word))
-        };
         let shown = |(key, value)| {
             let (key, value): (&String, &String) = (key, value);
-            (key.as_str(), if secret(key) { "***" } else { value.as_str() })
+            (key.as_str(), if is_secret(key) { "***" } else { value.as_str() })
         };
         self.0.iter().map(shown).collect()
     }
+}
+
+/// Whether the value of a setting is a secret.
+pub(crate) fn is_secret(name: &str) -> bool {
+    ["password", "secret", "key", "token", "jaas", "oauthbearer.config"]
+        .iter()
+        .any(|word| name.contains(word))
 }
 
 impl fmt::Debug for Properties {
@@ -349,26 +320,6 @@ mod tests {
     }
 
     #[test]
-    fn hazard_60_properties_that_cannot_work_are_refused_by_name_and_show_no_value() {
-        let with = |key: &str, value: &str| {
-            let properties = [(key.to_owned(), value.to_owned())].into();
-            KafkaConfig { properties: Properties(properties), ..Default::default() }.check()
-        };
-        assert_eq!(with("socket.nagle.disable", "true"), Ok(()));
-        let told = with("sasl.pasword", "hunter2").unwrap_err();
-        assert!(told.contains("sasl.pasword") && !told.contains("hunter2"), "{told}");
-        let told = with("socket.timeout.ms", "hunter2").unwrap_err();
-        assert!(told.contains("socket.timeout.ms") && !told.contains("hunter2"), "{told}");
-        // An authority of one's own: its file is looked for.
-        let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
-        let (there, absent) =
-            (with("ssl.ca.location", authority), with("ssl.ca.location", "/nowhere/ca.pem"));
-        let absent = absent.unwrap_err();
-        assert_eq!(there, Ok(()));
-        assert!(absent.contains("\"ssl.ca.location\": /nowhere/ca.pem: No such"), "{absent}");
-    }
-
-    #[test]
     fn secrets_are_not_shown() {
         let text =
             "properties = { \"sasl.password\" = \"hunter2\", \"socket.nagle.disable\" = \"true\" }";
@@ -380,14 +331,6 @@ mod tests {
             );
         }
         assert_eq!(config.properties.0["sasl.password"], "hunter2");
-    }
-
-    #[test]
-    fn an_error_about_an_empty_value_stays_readable() {
-        let properties = [("socket.timeout.ms".to_owned(), String::new())].into();
-        let config = KafkaConfig { properties: Properties(properties), ..Default::default() };
-        let told = config.check().unwrap_err();
-        assert!(told.contains("\"socket.timeout.ms\"") && !told.contains('…'), "{told}");
     }
 
     #[test]
@@ -410,8 +353,8 @@ mod tests {
         for key in names {
             let properties = Properties([(key.to_owned(), "1".to_owned())].into());
             let config = KafkaConfig { properties, ..Default::default() };
-            let told = format!("kafka.properties must not set {key:?}");
-            assert_eq!(config.check(), Err(told));
+            let told = format!("kafka.properties.{key:?} must not be set");
+            assert!(config.check().unwrap_err().starts_with(&told));
         }
     }
 
@@ -437,14 +380,5 @@ mod tests {
                 assert_eq!(client.remove(theirs).get(ours), None, "{ours} {theirs}");
             }
         }
-    }
-
-    #[test]
-    fn what_the_promises_rest_on_cannot_be_set() {
-        let config: KafkaConfig = toml::from_str("properties = { acks = \"1\" }").unwrap();
-        assert_eq!(config.check().unwrap_err(), "kafka.properties must not set \"acks\"");
-        let mut config = KafkaConfig::default();
-        config.topics.dead = config.topics.push.clone();
-        assert!(config.check().is_err());
     }
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use rdkafka::ClientConfig;
 use rdkafka::TopicPartitionList;
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::consumer::base_consumer::PartitionQueue;
@@ -224,7 +225,7 @@ struct Core {
 
 /// How the group balances, from the preferred protocol to the one that every broker supports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Protocol {
+pub(crate) enum Protocol {
     /// KIP-848 with the assignor that distributes each topic evenly. The default (`uniform`) balances the sum over
     /// all topics, so that one of two members may get all partitions of the only busy topic.
     Range,
@@ -796,6 +797,18 @@ fn create(
     protocol: Protocol,
     bell: &Arc<Notify>,
 ) -> Result<Member, Error> {
+    let callbacks = Callbacks::default();
+    let client = settings(config, protocol);
+    let mut inner: BaseConsumer<Callbacks> =
+        BaseConsumer::from_config_and_context(&client, callbacks.clone())?;
+    let ring = Arc::clone(bell);
+    inner.set_nonempty_callback(move || ring.notify_one());
+    inner.subscribe(topics)?;
+    Ok(Member { inner: Arc::new(inner), callbacks })
+}
+
+/// librdkafka's settings of a member of the group.
+pub(crate) fn settings(config: &KafkaConfig, protocol: Protocol) -> ClientConfig {
     let mut client = config.client();
     client
         .set("group.id", &config.group)
@@ -824,14 +837,7 @@ fn create(
     if !config.group_instance_id.is_empty() {
         client.set("group.instance.id", &config.group_instance_id);
     }
-    let callbacks = Callbacks::default();
-    let client = config.overlay(client);
-    let mut inner: BaseConsumer<Callbacks> =
-        BaseConsumer::from_config_and_context(&client, callbacks.clone())?;
-    let ring = Arc::clone(bell);
-    inner.set_nonempty_callback(move || ring.notify_one());
-    inner.subscribe(topics)?;
-    Ok(Member { inner: Arc::new(inner), callbacks })
+    config.overlay(client)
 }
 
 fn copy(topic: &Arc<str>, message: &BorrowedMessage<'_>) -> Record {

@@ -1,6 +1,7 @@
 //! Access to Kafka: the consumer, which gives partitions back only when they are finished; the ledger of offsets that
 //! may be committed; producers of receipts and dead letters; topics. It knows nothing of what records contain.
 
+mod check;
 mod config;
 pub mod consumer;
 mod context;
@@ -10,6 +11,7 @@ mod error;
 mod ffi;
 pub mod ledger;
 mod metadata;
+mod probe;
 mod producer;
 mod receipts;
 mod stuck;
@@ -21,6 +23,7 @@ pub use embedded::EmbeddedKafka;
 pub use error::Error;
 pub use ledger::{Confirmed, Ledger};
 pub use metadata::{EPOCHS_MAX, Memory, Metadata, TopicSource};
+pub use probe::probe;
 pub use producer::{Held, Producer};
 pub use receipts::Receipts;
 pub use stuck::Stuck;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use barid_core::Backoff;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
+use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
@@ -270,6 +271,15 @@ pub(crate) fn is_queue_full(error: &KafkaError) -> bool {
 }
 
 fn create(config: &KafkaConfig, batching: Batching) -> Result<FutureProducer<Logged>, KafkaError> {
+    let mut client = settings(config);
+    if batching == Batching::Alone {
+        client.set("batch.num.messages", "1");
+    }
+    FutureProducer::from_config_and_context(&client, Logged)
+}
+
+/// librdkafka's settings of a producer.
+pub(crate) fn settings(config: &KafkaConfig) -> ClientConfig {
     let mut client = config.client();
     client
         .set("enable.idempotence", "true")
@@ -281,9 +291,5 @@ fn create(config: &KafkaConfig, batching: Batching) -> Result<FutureProducer<Log
         .set("queue.buffering.max.messages", config.producer_queue_records_max.to_string())
         .set("queue.buffering.max.kbytes", config.producer_queue_kbytes_max.to_string())
         .set("delivery.timeout.ms", config.delivery_timeout_ms.to_string());
-    let mut client = config.overlay(client);
-    if batching == Batching::Alone {
-        client.set("batch.num.messages", "1");
-    }
-    FutureProducer::from_config_and_context(&client, Logged)
+    config.overlay(client)
 }

@@ -97,21 +97,31 @@ impl Bounded for Config {
 }
 
 impl Config {
+    /// Checks numbers and relations.
+    ///
     /// # Errors
-    /// Returns the first violated relation, with the key.
+    /// Returns the invalid keys, one a line.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
-        if self.poll_idle_ms < self.poll_ms {
-            return Err("poll_idle_ms must not be below poll_ms".into());
-        }
+        let (poll, idle) = (self.poll_ms, self.poll_idle_ms);
+        let poll = match idle < poll {
+            true => Err(format!("poll_idle_ms ({idle}) must not be below poll_ms ({poll})")),
+            false => Ok(()),
+        };
         let longest = self.redis.retry_max_ms;
-        for (name, value) in [("defer_ms", self.defer_ms), ("defer_full_ms", self.defer_full_ms)] {
-            if u64::from(value) > longest {
-                return Err(format!("{name} must not be above redis.retry_max_ms ({longest})"));
+        let defer = |name: &str, value: u32| match u64::from(value) > longest {
+            true => {
+                Err(format!("{name} ({value}) must not be above redis.retry_max_ms ({longest})"))
             }
-        }
-        self.redis.check()?;
-        self.mesh.check().map_err(|e| format!("mesh.{e}"))
+            false => Ok(()),
+        };
+        bounds::all([
+            poll,
+            defer("defer_ms", self.defer_ms),
+            defer("defer_full_ms", self.defer_full_ms),
+            self.redis.check(),
+            self.mesh.check().map_err(|e| format!("mesh.{e}")),
+        ])
     }
 
     pub(crate) fn poll(&self) -> Duration {
@@ -151,7 +161,8 @@ mod tests {
     fn hazard_59_settings_that_contradict_each_other_are_named() {
         assert_eq!(Config::default().check(), Ok(()));
         let config = Config { poll_idle_ms: 1, ..Default::default() };
-        assert_eq!(config.check().unwrap_err(), "poll_idle_ms must not be below poll_ms");
+        let told = "poll_idle_ms (1) must not be below poll_ms (100)";
+        assert_eq!(config.check().unwrap_err(), told);
         let config = Config { defer_full_ms: 60_001, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("defer_full_ms"));
         let config = Config { page_users_max: 0, ..Default::default() };

@@ -13,3 +13,14 @@ pub enum Error {
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
 }
+
+impl From<Error> for barid_runtime::RunError {
+    fn from(error: Error) -> Self {
+        let is_config = match &error {
+            Error::Config(_) => true,
+            Error::Redis(error) => error.is_config(),
+            _ => false,
+        };
+        Self::new(is_config, error)
+    }
+}

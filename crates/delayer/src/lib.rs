@@ -16,8 +16,10 @@ pub use error::Error;
 pub use metrics::Metrics;
 pub use service::Service;
 
+use std::time::Duration;
+
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The delayer's [`Role`](barid_runtime::Role).
 pub struct Delayer(Service);
@@ -29,6 +31,10 @@ impl Role for Delayer {
     fn check(config: &Config) -> Result<(), String> {
         config.check()?;
         Credentials::read(&config.internal_tls, Party::Delayer).map(drop)
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        barid_mailbox::probe(&config.redis, timeout).await
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

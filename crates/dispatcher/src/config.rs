@@ -7,6 +7,7 @@ use std::time::Duration;
 use barid_mailbox::{LeaseConfig, RedisConfig};
 use barid_mesh::{GrpcConfig, InternalTlsConfig, LinkConfig};
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, whole, within};
+use barid_runtime::config::listen;
 use barid_runtime::{AdminConfig, LogConfig};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,7 @@ pub struct Config {
     /// Name of this dispatcher, unique in the cluster. Empty: derived from the address in its lease.
     pub node: String,
     /// Address for purgers and delayers (gRPC).
+    #[serde(deserialize_with = "listen")]
     pub listen: SocketAddr,
     /// `host:port` written into the lease. Empty: the bound address.
     pub advertise: String,
@@ -162,21 +164,35 @@ impl Bounded for Config {
 }
 
 impl Config {
+    /// Checks numbers, texts and relations.
+    ///
     /// # Errors
-    /// Returns the first violated relation, with the key.
+    /// Returns the invalid keys, one a line.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
-        self.lease().check("listen", self.listen)?;
-        self.grpc.check("listen", self.listen, &self.internal_tls)?;
-        bounds::check_apart(&[("listen", self.listen), ("admin.listen", self.admin.listen)])?;
-        if self.nodes_refresh_ms > self.lease_ttl_ms {
-            return Err("nodes_refresh_ms must be at most lease_ttl_ms".into());
-        }
-        if Duration::from_millis(self.drain_settle_ms) >= Duration::from_secs(self.drain_seconds) {
-            return Err("drain_settle_ms must be below drain_seconds".into());
-        }
-        self.redis.check()?;
-        self.links.check().map_err(|e| format!("links.{e}"))
+        let lease_ttl = self.lease_ttl_ms;
+        let refresh = match self.nodes_refresh_ms {
+            refresh if refresh > lease_ttl => Err(format!(
+                "nodes_refresh_ms ({refresh}) must be at most lease_ttl_ms ({lease_ttl})"
+            )),
+            _ => Ok(()),
+        };
+        let (settle, drain) = (self.drain_settle_ms, self.drain_seconds);
+        let settle = match Duration::from_millis(settle) >= Duration::from_secs(drain) {
+            true => {
+                Err(format!("drain_settle_ms ({settle}) must be below drain_seconds ({drain})"))
+            }
+            false => Ok(()),
+        };
+        bounds::all([
+            self.lease().check("listen", self.listen),
+            self.grpc.check("listen", self.listen, &self.internal_tls),
+            bounds::check_apart(&[("listen", self.listen), ("admin.listen", self.admin.listen)]),
+            refresh,
+            settle,
+            self.redis.check(),
+            self.links.check().map_err(|e| format!("links.{e}")),
+        ])
     }
 
     pub(crate) fn lease(&self) -> LeaseConfig {
@@ -232,7 +248,8 @@ mod tests {
         let config = Config { listen, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("advertise must be set"));
         let config = Config { nodes_refresh_ms: 10_001, ..Default::default() };
-        assert_eq!(config.check().unwrap_err(), "nodes_refresh_ms must be at most lease_ttl_ms");
+        let told = "nodes_refresh_ms (10001) must be at most lease_ttl_ms (10000)";
+        assert_eq!(config.check().unwrap_err(), told);
         let config = Config { drain_seconds: 1, ..Default::default() };
         assert!(config.check().unwrap_err().starts_with("drain_settle_ms"));
         let config = Config { node: "a:b".into(), ..Default::default() };

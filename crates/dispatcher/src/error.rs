@@ -24,3 +24,14 @@ pub enum Error {
         error: std::io::Error,
     },
 }
+
+impl From<Error> for barid_runtime::RunError {
+    fn from(error: Error) -> Self {
+        let is_config = match &error {
+            Error::Config(_) | Error::Name(_) => true,
+            Error::Redis(error) => error.is_config(),
+            _ => false,
+        };
+        Self::new(is_config, error)
+    }
+}

@@ -18,8 +18,10 @@ pub use error::Error;
 pub use redis_routes::{RedisRoutes, follow_tracking};
 pub use service::Service;
 
+use std::time::Duration;
+
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped};
 
 /// The dispatcher's [`Role`](barid_runtime::Role).
 pub struct Dispatcher(Service);
@@ -31,6 +33,10 @@ impl Role for Dispatcher {
     fn check(config: &Config) -> Result<(), String> {
         config.check()?;
         Credentials::read(&config.internal_tls, Party::Dispatcher).map(drop)
+    }
+
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        barid_mailbox::probe(&config.redis, timeout).await
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

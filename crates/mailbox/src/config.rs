@@ -7,7 +7,7 @@ use barid_core::limits::TTL_SECONDS_MAX;
 use barid_core::{Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
 use barid_runtime::SecretUrl;
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, whole};
-use redis::IntoConnectionInfo as _;
+use redis::{ConnectionAddr, IntoConnectionInfo as _};
 use serde::{Deserialize, Serialize};
 
 /// Maximum of `wait_replicas`.
@@ -151,34 +151,35 @@ impl RedisConfig {
     /// Checks all keys and files.
     ///
     /// # Errors
-    /// Returns an error that names the first invalid key.
+    /// Returns the invalid keys, one a line.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("redis.", self)?;
-        self.check_urls()?;
-        crate::tls::check(self)?;
-        self.check_replicas()?;
-        self.retry().map(drop).map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}"))
+        let retry = self.retry().map(drop);
+        bounds::all([
+            self.check_urls(),
+            crate::tls::check(self),
+            self.check_replicas(),
+            retry.map_err(|e| format!("redis.retry_base_ms and retry_max_ms: {e}")),
+        ])
     }
 
-    /// Errors name the key without its URL, which may contain a password.
     fn check_urls(&self) -> Result<(), String> {
-        let nodes = self.urls.iter().map(|url| ("redis.urls", url));
-        let sentinels = self.sentinels.iter().map(|url| ("redis.sentinels", url));
-        for (key, url) in std::iter::once(("redis.url", &self.url)).chain(nodes).chain(sentinels) {
-            if url.expose().into_connection_info().is_err() {
-                return Err(format!(
-                    "{key} is not a Redis URL; write redis://[user:password@]host:port[/db], rediss:// for \
-                     TLS, or redis+unix:///path"
-                ));
-            }
-        }
+        let list = |key: &str, urls: &[SecretUrl]| {
+            let urls = urls.iter().enumerate();
+            urls.map(|(at, url)| check_url(&format!("{key}[{at}]"), url, self.cluster))
+                .collect::<Vec<_>>()
+        };
+        let mut checks = vec![check_url("redis.url", &self.url, self.cluster)];
+        checks.extend(list("redis.urls", &self.urls));
+        checks.extend(list("redis.sentinels", &self.sentinels));
         if !(self.cluster || self.urls.is_empty()) {
-            return Err(
-                "redis.urls are nodes of a Redis Cluster; set redis.cluster = true, or clear them"
+            checks.push(Err(
+                "redis.urls are nodes of a Redis Cluster; set redis.cluster = true, or \
+                             clear them"
                     .into(),
-            );
+            ));
         }
-        Ok(())
+        bounds::all(checks)
     }
 
     fn check_replicas(&self) -> Result<(), String> {
@@ -236,6 +237,26 @@ impl RedisConfig {
     }
 }
 
+/// Errors name the key without its URL, which may contain a password.
+fn check_url(key: &str, url: &SecretUrl, cluster: bool) -> Result<(), String> {
+    let form = "write redis://[user:password@]host:port[/db], rediss:// for TLS, or \
+                redis+unix:///path";
+    let info = url.expose().into_connection_info();
+    let info = info.map_err(|_| format!("{key} is not a Redis URL; {form}"))?;
+    match info.addr() {
+        ConnectionAddr::Tcp(_, 0) | ConnectionAddr::TcpTls { port: 0, .. } => {
+            Err(format!("{key}: port 0 cannot be connected to; {form}"))
+        }
+        _ if info.redis_settings().db() < 0 => {
+            Err(format!("{key}: databases have numbers from 0; {form}"))
+        }
+        _ if cluster && info.redis_settings().db() != 0 => {
+            Err(format!("{key}: a Redis Cluster has only database 0; write the URL without one"))
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,6 +274,12 @@ mod tests {
             check(|config| config.url = SecretUrl::new("")),
             check(|config| config.url = SecretUrl::new("http://:hunter2@h")),
             check(|config| config.url = SecretUrl::new("redis://h:99999")),
+            check(|config| config.url = SecretUrl::new("redis://:hunter2@h:0")),
+            check(|config| config.url = SecretUrl::new("redis://:hunter2@h/-1")),
+            check(|config| {
+                config.url = SecretUrl::new("redis://:hunter2@h/3");
+                config.cluster = true;
+            }),
             check(|config| config.sentinels = vec![SecretUrl::new("h:26379")]),
             check(|config| config.urls = vec![SecretUrl::new("redis://h:6379")]),
         ];
@@ -261,7 +288,10 @@ mod tests {
             "redis.url is not",
             "redis.url is not",
             "redis.url is not",
-            "redis.sentinels is not",
+            "redis.url: port 0",
+            "redis.url: databases have numbers from 0",
+            "redis.url: a Redis Cluster has only database 0",
+            "redis.sentinels[0] is not",
             "redis.urls are nodes",
         ]) {
             let told = told.unwrap_err();

@@ -53,6 +53,11 @@ impl Error {
         matches!(self, Self::Away(_))
     }
 
+    /// Whether the configuration, or Redis's, has to be changed.
+    pub fn is_config(&self) -> bool {
+        matches!(self, Self::Unusable(_))
+    }
+
     /// The error of a script's reply 'U'.
     pub(crate) fn newer() -> Self {
         Self::Newer("a newer version wrote this mailbox: upgrade this process".into())

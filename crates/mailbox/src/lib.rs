@@ -29,6 +29,7 @@ mod metrics;
 mod nodes;
 mod operations;
 mod other_layouts;
+mod probe;
 mod redis_clock;
 mod reply;
 mod routes;
@@ -45,6 +46,7 @@ pub use lease::{
 };
 pub use mailbox::Mailbox;
 pub use nodes::{NodeTable, Standing};
+pub use probe::probe;
 pub use redis_clock::RedisTime;
 pub use routes::{Invalidation, TrackedRoutes};
 pub use types::*;

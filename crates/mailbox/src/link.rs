@@ -218,7 +218,7 @@ impl Link {
         self.records_meta.store(true, Ordering::Relaxed);
         let live = self.live.read().clone();
         match live {
-            Some(mut live) => check_meta(&mut live.connection, self.shards, true).await,
+            Some(mut live) => check_meta(&mut live.connection, self.shards, true).await.map(drop),
             None => Ok(()),
         }
     }
@@ -226,7 +226,7 @@ impl Link {
     /// Checks shard count and layout, as at each new connection.
     pub async fn check_meta(&self) -> Result<(), Error> {
         let mut live = self.live().await?;
-        check_meta(&mut live.connection, self.shards, true).await
+        check_meta(&mut live.connection, self.shards, true).await.map(drop)
     }
 
     /// Connects if there is no connection.
@@ -292,11 +292,12 @@ impl Link {
 
 /// Converts an [`Error`] for a function that fails with a [`RedisError`].
 fn refused(error: &Error) -> RedisError {
-    let kind = match error {
-        Error::Unusable(_) => ErrorKind::InvalidClientConfig,
-        _ => ErrorKind::Io,
+    let (kind, why) = match error {
+        Error::Unusable(why) => (ErrorKind::InvalidClientConfig, why.clone()),
+        Error::Away(why) => (ErrorKind::Io, why.clone()),
+        other => (ErrorKind::Io, other.to_string()),
     };
-    RedisError::from((kind, "not connected", error.to_string()))
+    RedisError::from((kind, "not connected", why))
 }
 
 /// Why a call that waits for replicas does not count.
@@ -325,7 +326,7 @@ fn breaks_connection(error: &RedisError) -> bool {
 }
 
 /// Checks that the node is a master and does not evict: an evicted head is a lost mailbox.
-async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error> {
+pub(crate) async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error> {
     let info: String = redis::cmd("INFO").query_async(connection).await?;
     let field = |name: &str| {
         info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or("")
@@ -343,15 +344,15 @@ async fn check_node(connection: &mut MultiplexedConnection) -> Result<(), Error>
 }
 
 /// Checks that the recorded shard count and layout are this process's. `records_meta`: records them if they are
-/// missing.
-async fn check_meta(
+/// missing. Returns `None` if this node has no record.
+pub(crate) async fn check_meta(
     connection: &mut MultiplexedConnection,
     shards: u32,
     records_meta: bool,
-) -> Result<(), Error> {
+) -> Result<Option<()>, Error> {
     match meta(connection, shards, records_meta).await {
-        Ok(None) => Ok(()),
-        Ok(Some((recorded, LAYOUT))) if recorded == shards => Ok(()),
+        Ok(None) => Ok(None),
+        Ok(Some((recorded, LAYOUT))) if recorded == shards => Ok(Some(())),
         Ok(Some((recorded, LAYOUT))) => Err(Error::Unusable(format!(
             "it was set up with {recorded} shards, but redis.shards is {shards}"
         ))),
@@ -359,7 +360,7 @@ async fn check_meta(
             "its keys have layout {layout}, but this program uses layout {LAYOUT}"
         ))),
         // In a Redis Cluster another master has this key, and its link checks it.
-        Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::Moved) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::Server(ServerErrorKind::Moved) => Ok(None),
         Err(e) => Err(e.into()),
     }
 }

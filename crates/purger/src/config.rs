@@ -241,26 +241,35 @@ impl Bounded for Config {
 }
 
 impl Config {
-    /// Relations that types do not check.
+    /// Checks numbers, names and relations.
     ///
     /// # Errors
-    /// Returns the first violated relation, with the keys and their values.
+    /// Returns the invalid keys, one a line, with the values that contradict each other.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
-        self.kafka.check()?;
-        self.redis.check()?;
-        self.mesh.check().map_err(|e| format!("mesh.{e}"))?;
-        let (payload, mailbox) = (self.limits.payload_bytes_max, self.redis.mailbox_bytes_max);
-        if payload as u64 > mailbox {
-            return Err(format!(
+        let payload = self.limits.payload_bytes_max;
+        let (mailbox, fanout) = (self.redis.mailbox_bytes_max, self.limits.fanout_bytes_max);
+        let in_mailbox = match payload as u64 > mailbox {
+            true => Err(format!(
                 "limits.payload_bytes_max must be at most redis.mailbox_bytes_max, {mailbox}: one \
                  message would push out all others"
-            ));
-        }
-        if payload > self.limits.fanout_bytes_max {
-            return Err("limits.payload_bytes_max must be at most limits.fanout_bytes_max".into());
-        }
-        self.retry().map(|_| ())
+            )),
+            false => Ok(()),
+        };
+        let in_fanout = match payload > fanout {
+            true => Err(format!(
+                "limits.payload_bytes_max must be at most limits.fanout_bytes_max, {fanout}"
+            )),
+            false => Ok(()),
+        };
+        bounds::all([
+            self.kafka.check(),
+            self.redis.check(),
+            self.mesh.check().map_err(|e| format!("mesh.{e}")),
+            in_mailbox,
+            in_fanout,
+            self.retry().map(drop),
+        ])
     }
 
     /// Waits between failed accept calls.
@@ -271,7 +280,7 @@ impl Config {
         let base = Duration::from_millis(self.window.retry_base_ms);
         let max = Duration::from_millis(self.window.retry_max_ms);
         Backoff::new(base, max, 0.2)
-            .map_err(|e| format!("window.retry_base_ms and retry_max_ms: {e}"))
+            .map_err(|e| format!("window.retry_base_ms and window.retry_max_ms: {e}"))
     }
 
     /// The limits as the decoder takes them.
@@ -304,7 +313,7 @@ mod tests {
             told.starts_with("limits.payload_bytes_max must be at most redis.mailbox_bytes_max")
         );
         let told = error("limits = { fanout_bytes_max = 65535 }");
-        assert_eq!(told, "limits.payload_bytes_max must be at most limits.fanout_bytes_max");
+        assert_eq!(told, "limits.payload_bytes_max must be at most limits.fanout_bytes_max, 65535");
         let told =
             error("mesh = { link = { queue_bytes_max = 2097152, batch_bytes_max = 2097153 } }");
         assert_eq!(told, "mesh.link.batch_bytes_max must be at most queue_bytes_max");

@@ -22,3 +22,14 @@ pub enum Error {
     #[error("fatal error of the kafka consumer: {0}")]
     Fatal(String),
 }
+
+impl From<Error> for barid_runtime::RunError {
+    fn from(error: Error) -> Self {
+        let is_config = match &error {
+            Error::Config(_) | Error::Kafka(barid_bus::Error::Config(_)) => true,
+            Error::Redis(error) => error.is_config(),
+            _ => false,
+        };
+        Self::new(is_config, error)
+    }
+}

@@ -39,7 +39,7 @@ use std::time::Duration;
 use barid_bus::ensure_topics;
 use barid_mailbox::{Mailbox, NodeRole, NodeTable};
 use barid_mesh::{Credentials, DispatchPool, MeshMetrics, Party};
-use barid_runtime::{Condition, Context, Role, RunError, Stopped};
+use barid_runtime::{Condition, Context, Probe, Role, RunError, Stopped};
 
 pub use config::{CompressionConfig, Config, LimitsConfig, WindowConfig};
 pub use error::Error;
@@ -59,6 +59,12 @@ impl Role for Purger {
         Credentials::read(&config.internal_tls, Party::Purger).map(drop)
     }
 
+    async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
+        let kafka = barid_bus::probe(&config.kafka, config.kafka.topics.all(), timeout);
+        let (kafka, redis) = tokio::join!(kafka, barid_mailbox::probe(&config.redis, timeout));
+        [vec![kafka], redis].concat()
+    }
+
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {
         let redis = context.health.condition("redis");
         let kafka = context.health.condition("kafka");
@@ -67,10 +73,12 @@ impl Role for Purger {
         };
         let refresh = Duration::from_millis(config.nodes_refresh_ms);
         let dispatchers = NodeTable::watch(&mailbox, NodeRole::Dispatcher, refresh);
-        let metrics = MeshMetrics::new(&context.metrics, "barid_purger")?;
-        let credentials = Credentials::read(&config.internal_tls, Party::Purger)?;
-        let fresh = credentials.keep_fresh(&context)?;
-        let pool = DispatchPool::new(dispatchers, credentials, config.mesh.clone(), metrics)?;
+        let metrics = MeshMetrics::new(&context.metrics, "barid_purger").map_err(Error::from)?;
+        let credentials =
+            Credentials::read(&config.internal_tls, Party::Purger).map_err(Error::Config)?;
+        let fresh = credentials.keep_fresh(&context).map_err(Error::from)?;
+        let pool = DispatchPool::new(dispatchers, credentials, config.mesh.clone(), metrics);
+        let pool = pool.map_err(Error::Config)?;
         let service = Service::start(config, mailbox, pool, context.clone())?;
         service.spawner().spawn(Credentials::TASK, fresh);
         context.announce_done();

@@ -20,6 +20,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
+use crate::process::Process;
 use crate::{AdminConfig, Condition, Context, telemetry};
 
 /// How often the role's runtime reports that it runs tasks, and changes of the conditions are logged.
@@ -136,7 +137,6 @@ fn router(context: Context) -> Router {
 /// Registers the metrics of the process (CPU, memory, open files, start time), its build, its worker threads, and its
 /// conditions.
 fn register(context: &Context, role: &'static str) {
-    let process = prometheus::process_collector::ProcessCollector::for_self();
     let build = IntGauge::with_opts(
         prometheus::Opts::new("barid_build_info", "1, with the role and version as labels")
             .const_label("role", role)
@@ -148,8 +148,8 @@ fn register(context: &Context, role: &'static str) {
     );
     let registered = context
         .metrics
-        .register(Box::new(process))
-        .and_then(|()| context.metrics.register(Box::new(context.health.clone())))
+        .register(Box::new(context.health.clone()))
+        .and_then(|()| context.metrics.register(Box::new(Process::this()?)))
         .and_then(|()| {
             let build = build?;
             build.set(1);

@@ -1,8 +1,14 @@
 //! Configuration: a TOML file, overridden by environment variables, checked before anything starts.
 //! An unknown key is a start-up error that names the key.
 
+mod address;
+mod environment;
+mod file;
+mod problem;
+mod sources;
+
 use std::ffi::OsString;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +17,11 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::bounds::{Bound, Bounded, DAY_SECONDS, check_value, whole};
+
+pub use self::address::listen;
+pub use self::environment::misspelt;
+pub use self::problem::Problem;
+pub use self::sources::Sources;
 
 /// The settings that all roles share.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +65,7 @@ macro_rules! has_common {
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
     /// Address of `/metrics`, `/healthz` and `/readyz`, which need no authentication: keep it on a private network.
+    #[serde(deserialize_with = "listen")]
     pub listen: SocketAddr,
     /// Time without progress of one of the role's loops after which `/readyz` fails, s.
     pub stalled_after_seconds: u64,
@@ -167,194 +179,137 @@ pub enum ConfigError {
         /// The parser's description of the error.
         problem: String,
     },
-    /// A key is unknown, or its value does not fit.
-    #[error("{key}: {problem}{origin}")]
-    Key {
-        /// The key, dotted.
-        key: String,
-        /// The reason, and what to write instead.
-        problem: String,
-        /// The environment variable that it came from, if one.
-        origin: String,
-    },
-    /// An environment variable is not UTF-8.
-    #[error("{0}: its value is not UTF-8")]
-    NotText(String),
-    /// An environment variable's path crosses a value.
-    #[error("{variable}: {key} is not a table")]
-    NotATable {
-        /// The variable.
-        variable: String,
-        /// The key in the way.
-        key: String,
-    },
+    /// Keys that are unknown, or whose values do not fit; one a line.
+    #[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))]
+    Keys(Vec<Problem>),
+}
+
+/// A configuration, and where its keys were set.
+#[derive(Debug)]
+pub struct Loaded<C> {
+    /// The configuration.
+    pub config: C,
+    /// Where its keys were set.
+    pub sources: Sources,
 }
 
 /// Reads `file` (if there is one), then `<prefix>A__B=value` from `variables` as key `a.b`. Variables
 /// that Kubernetes sets for a Service named like the role are ignored.
 ///
 /// # Errors
-/// [`ConfigError`]; the first problem found.
+/// [`ConfigError`], with all problems that are found.
 pub fn load<C: DeserializeOwned + Serialize + Default + Bounded>(
-    file: Option<&Path>,
+    path: Option<&Path>,
     prefix: &str,
     variables: impl Iterator<Item = (OsString, OsString)>,
-) -> Result<C, ConfigError> {
-    let mut table = file.map(read).transpose()?.unwrap_or_default();
+) -> Result<Loaded<C>, ConfigError> {
+    let read = path.map(|path| file::read(path, &C::bounds())).transpose()?;
+    let (mut table, mut sources) = read.unwrap_or_default();
     let defaults = Table::try_from(C::default()).unwrap_or_default();
-    let mut origins = Vec::new();
-    for (variable, value) in variables {
-        // Variables of other programs need not be UTF-8.
-        let Some(name) = variable.to_str().and_then(|name| name.strip_prefix(prefix)) else {
-            continue;
-        };
-        let variable = format!("{prefix}{name}");
-        let Some(value) = value.to_str() else { return Err(ConfigError::NotText(variable)) };
-        let path: Vec<String> = name.split("__").map(str::to_lowercase).collect();
-        let default = lookup(&defaults, &path);
-        if default.is_none() && is_of_a_service(name, value) {
-            continue;
+    let (variables, mut problems) = environment::read(prefix, &defaults, variables);
+    for variable in variables {
+        match set(&mut table, &variable.path, variable.value) {
+            Ok(()) => sources.variables.push((variable.path.join("."), variable.name)),
+            Err(table) => {
+                problems.push(Problem::new(&variable.name, &format!("{table} is not a table")));
+            }
         }
-        let value = environment_value(value, default);
-        set(&mut table, &path, value, &variable)?;
-        origins.push((path.join("."), variable));
     }
-    accept(table, &origins)
+    accept(table, prefix, &sources, problems).map(|config| Loaded { config, sources })
 }
+
+/// Rounds of reading, each of which finds a further problem.
+const PROBLEMS_MAX: usize = 100;
 
 /// Numbers are compared with their bounds before they are made to fit types, so that the error names the
-/// range. `origins`: keys and the variables that set them.
-pub(crate) fn accept<C: DeserializeOwned + Bounded>(
-    table: Table,
-    origins: &[(String, String)],
+/// range. What is refused is removed, so that the rest can be read and its problems be found as well.
+pub(crate) fn accept<C: DeserializeOwned + Serialize + Default + Bounded>(
+    mut table: Table,
+    prefix: &str,
+    sources: &Sources,
+    mut problems: Vec<Problem>,
 ) -> Result<C, ConfigError> {
-    let refused = |key: String, problem: String| {
-        let origin = origin(&key, origins).map(|variable| format!(" (set by {variable})"));
-        ConfigError::Key { key, problem, origin: origin.unwrap_or_default() }
-    };
-    if let Ok(written) = serde_json::to_value(&table) {
-        check_value(&C::bounds(), &written).map_err(|e| refused(e.key, e.problem))?;
+    let defaults = Table::try_from(C::default()).unwrap_or_default();
+    for (key, problem) in problem::not_tables(&table, &defaults) {
+        remove(&mut table, &key);
+        problems.push(Problem::new(&key, &problem).at(sources));
     }
-    serde_path_to_error::deserialize(Value::Table(table))
-        .map_err(|error| refused(error.path().to_string(), without_value(error.inner().message())))
+    let written = serde_json::to_value(&table).unwrap_or_default();
+    for out in check_value(&C::bounds(), &written) {
+        remove(&mut table, &out.key);
+        problems.push(Problem::new(&out.key, &out.problem).at(sources));
+    }
+    while problems.len() < PROBLEMS_MAX {
+        let error = match serde_path_to_error::deserialize(Value::Table(table.clone())) {
+            Ok(config) if problems.is_empty() => return Ok(config),
+            Ok(_) => break,
+            Err(error) => error,
+        };
+        let key = error.path().to_string();
+        let value = find(&table, &key);
+        let meant = |meant: &str| match sources.variable_of(&key) {
+            Some(_) => environment::name_of(prefix, meant),
+            None => format!("{meant:?}"),
+        };
+        let message = error.inner().message();
+        let problem = problem::reword(&key, message, value, &known::<C>(), meant);
+        problems.push(Problem::new(&key, &problem).at(sources));
+        if !remove(&mut table, &key) {
+            break;
+        }
+    }
+    problems.sort_by_key(Problem::order);
+    Err(ConfigError::Keys(problems))
 }
 
-/// The variable that set `key`, or a key in it, or a table that it is in.
-fn origin<'a>(key: &str, origins: &'a [(String, String)]) -> Option<&'a str> {
+/// All keys of a configuration, dotted, those of lists and of absent values excepted.
+fn known<C: Serialize + Default>() -> Vec<String> {
+    fn add(table: &Table, path: &str, known: &mut Vec<String>) {
+        for (name, value) in table {
+            let key = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            match value {
+                Value::Table(below) => add(below, &key, known),
+                _ => known.push(key),
+            }
+        }
+    }
+    let mut known = Vec::new();
+    add(&Table::try_from(C::default()).unwrap_or_default(), "", &mut known);
+    known
+}
+
+/// The table that holds a key, and the key's last part; names may contain dots. Of a list, the list.
+fn parent<'a, 'b>(table: &'a mut Table, key: &'b str) -> Option<(&'a mut Table, &'b str)> {
     let key = key.trim_end_matches(".?");
-    let is_below = |key: &str, table: &str| {
-        key.strip_prefix(table).is_some_and(|rest| rest.starts_with(['.', '[']))
-    };
-    let find = |fits: &dyn Fn(&str) -> bool| {
-        origins.iter().find(|(path, _)| fits(path)).map(|(_, variable)| variable.as_str())
-    };
-    find(&|path| path == key)
-        .or_else(|| find(&|path| is_below(path, key)))
-        .or_else(|| find(&|path| is_below(key, path)))
-}
-
-/// serde's message without the value that it repeats, which may be a secret: "invalid type: integer
-/// `12345`, expected a string".
-fn without_value(message: &str) -> String {
-    for problem in ["invalid type: ", "invalid value: "] {
-        let parts = message.strip_prefix(problem).and_then(|rest| rest.rsplit_once(", expected "));
-        if let Some((found, expected)) = parts {
-            let kind = found.split(['`', '"']).next().unwrap_or_default().trim_end();
-            let expected = if expected.starts_with("struct ") { "a table" } else { expected };
-            return format!("{problem}{kind}, expected {expected}");
-        }
+    let whole = key.split('[').next().unwrap_or_default();
+    if table.contains_key(whole) {
+        return Some((table, whole));
     }
-    message.to_owned()
+    let dots = whole.match_indices('.').map(|(dot, _)| dot);
+    let dot =
+        dots.into_iter().find(|dot| matches!(table.get(&whole[..*dot]), Some(Value::Table(_))))?;
+    let (first, rest) = (&whole[..dot], &whole[dot + 1..]);
+    parent(table.get_mut(first)?.as_table_mut()?, rest)
 }
 
-fn read(path: &Path) -> Result<Table, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| ConfigError::Read { path: path.into(), error })?;
-    text.parse().map_err(|error: toml::de::Error| {
-        let at = error.span().map_or(0, |span| text.floor_char_boundary(span.start));
-        let before = &text[..at];
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        ConfigError::Toml {
-            path: path.into(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-            problem: without_value(error.message()),
-        }
+fn find<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
+    // An item of a list is not looked for: its own kind would be shown as the list's.
+    if key.contains('[') {
+        return None;
+    }
+    let key = key.trim_end_matches(".?");
+    table.get(key).or_else(|| {
+        let mut parts = key.match_indices('.');
+        parts.find_map(|(dot, _)| find(table.get(&key[..dot])?.as_table()?, &key[dot + 1..]))
     })
 }
 
-/// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value the
-/// form that Kubernetes writes there. A mistyped key of Barid's has another value, and stays an error.
-fn is_of_a_service(name: &str, value: &str) -> bool {
-    let is_port = |text: &str| text.parse::<u16>().is_ok_and(|port| port != 0);
-    let is_address = |text: &str| text.parse::<IpAddr>().is_ok();
-    let is_protocol = |text: &str| matches!(text, "tcp" | "udp" | "sctp");
-    let is_url = |text: &str| {
-        let parts =
-            text.split_once("://").and_then(|(scheme, at)| Some((scheme, at.rsplit_once(':')?)));
-        parts.is_some_and(|(scheme, (host, port))| {
-            let host =
-                host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-            is_protocol(scheme) && is_address(host) && is_port(port)
-        })
-    };
-    // The name of the Service, behind the role's, may stand before these.
-    let ends = |end: &str| name == end || name.ends_with(&format!("_{end}"));
-    if ends("SERVICE_HOST") {
-        return is_address(value);
-    }
-    if ends("SERVICE_PORT") || name.starts_with("SERVICE_PORT_") || name.contains("_SERVICE_PORT_")
-    {
-        return is_port(value);
-    }
-    if ends("PORT") {
-        // Also the end of PORT_<number>_<protocol>_PORT.
-        return is_url(value) || is_numbered(name, "_PORT") && is_port(value);
-    }
-    is_numbered(name, "") && is_url(value)
-        || is_numbered(name, "_PROTO") && is_protocol(value)
-        || is_numbered(name, "_ADDR") && is_address(value)
+fn remove(table: &mut Table, key: &str) -> bool {
+    parent(table, key).is_some_and(|(table, last)| table.remove(last).is_some())
 }
 
-/// Whether a name ends with `PORT_<number>_<protocol>` and `end`.
-fn is_numbered(name: &str, end: &str) -> bool {
-    let Some((rest, protocol)) = name.strip_suffix(end).and_then(|name| name.rsplit_once('_'))
-    else {
-        return false;
-    };
-    let Some((rest, number)) = rest.rsplit_once('_') else { return false };
-    matches!(protocol, "TCP" | "UDP" | "SCTP")
-        && number.parse::<u16>().is_ok()
-        && (rest == "PORT" || rest.ends_with("_PORT"))
-}
-
-fn lookup<'a>(table: &'a Table, path: &[String]) -> Option<&'a Value> {
-    let (last, tables) = path.split_last()?;
-    let mut table = table;
-    for key in tables {
-        table = table.get(key)?.as_table()?;
-    }
-    table.get(last)
-}
-
-/// A value is text where the default is text; else it is read as TOML, and as text if it is not TOML.
-fn environment_value(text: &str, default: Option<&Value>) -> Value {
-    if matches!(default, Some(Value::String(_))) {
-        return Value::String(text.to_owned());
-    }
-    format!("v = {text}")
-        .parse::<Table>()
-        .ok()
-        .and_then(|mut table| table.remove("v"))
-        .unwrap_or_else(|| Value::String(text.to_owned()))
-}
-
-fn set(
-    table: &mut Table,
-    path: &[String],
-    value: Value,
-    variable: &str,
-) -> Result<(), ConfigError> {
+/// The error is the key that is in the way.
+fn set(table: &mut Table, path: &[String], value: Value) -> Result<(), String> {
     let Some((last, tables)) = path.split_last() else { return Ok(()) };
     let mut table = table;
     for key in tables {
@@ -362,225 +317,11 @@ fn set(
             .entry(key.clone())
             .or_insert_with(|| Value::Table(Table::new()))
             .as_table_mut()
-            .ok_or_else(|| ConfigError::NotATable {
-                variable: variable.into(),
-                key: key.clone(),
-            })?;
+            .ok_or_else(|| key.clone())?;
     }
     table.insert(last.clone(), value);
     Ok(())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write as _;
-
-    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
-    #[serde(deny_unknown_fields, default)]
-    struct Config {
-        name: String,
-        admin: AdminConfig,
-        brokers: Vec<String>,
-        limit: u32,
-    }
-
-    impl Bounded for Config {
-        fn bounds() -> Vec<Bound> {
-            [vec![whole("limit", 0..=9, "")], crate::bounds::within::<AdminConfig>("admin")]
-                .concat()
-        }
-    }
-
-    fn with(file: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
-        let mut path = tempfile::NamedTempFile::new().unwrap();
-        path.write_all(file.as_bytes()).unwrap();
-        let variables = variables.iter().map(|(k, v)| ((*k).into(), (*v).into()));
-        load(Some(path.path()), "BARID_X_", variables).map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn environment_overrides_the_file() {
-        let config = with(
-            "limit = 1\nname = 'file'",
-            &[
-                ("BARID_X_LIMIT", "7"),
-                ("BARID_X_NAME", "12"),
-                ("BARID_X_BROKERS", "['a:1', 'b:2']"),
-                ("BARID_X_ADMIN__LISTEN", "127.0.0.1:9"),
-                ("BARID_Y_LIMIT", "8"),
-            ],
-        )
-        .unwrap();
-        assert_eq!((config.limit, config.name.as_str()), (7, "12"));
-        assert_eq!(config.brokers, ["a:1", "b:2"]);
-        assert_eq!(config.admin.listen.port(), 9);
-    }
-
-    #[test]
-    fn hazard_54_what_kubernetes_sets_for_a_service_is_passed_over() {
-        // Services named barid-x, barid-x-grpc and barid-x--odd, with a named port and IPv6.
-        let variables = [
-            ("BARID_X_SERVICE_HOST", "10.96.0.7"),
-            ("BARID_X_SERVICE_PORT", "7080"),
-            ("BARID_X_SERVICE_PORT_WS", "7080"),
-            ("BARID_X_PORT", "tcp://10.96.0.7:7080"),
-            ("BARID_X_PORT_7080_TCP", "tcp://10.96.0.7:7080"),
-            ("BARID_X_PORT_7080_TCP_PROTO", "tcp"),
-            ("BARID_X_PORT_7080_TCP_PORT", "7080"),
-            ("BARID_X_PORT_7080_TCP_ADDR", "10.96.0.7"),
-            ("BARID_X_GRPC_SERVICE_HOST", "fd00::7"),
-            ("BARID_X_GRPC_SERVICE_PORT", "7081"),
-            ("BARID_X_GRPC_SERVICE_PORT_HTTP_2", "7081"),
-            ("BARID_X_GRPC_PORT", "tcp://[fd00::7]:7081"),
-            ("BARID_X_GRPC_PORT_7081_UDP", "udp://[fd00::7]:7081"),
-            ("BARID_X_GRPC_PORT_7081_SCTP_PROTO", "sctp"),
-            ("BARID_X_GRPC_PORT_7081_TCP_PORT", "7081"),
-            ("BARID_X_GRPC_PORT_7081_TCP_ADDR", "fd00::7"),
-            ("BARID_X__ODD_SERVICE_HOST", "10.96.0.7"),
-            ("BARID_X__ODD_PORT", "tcp://10.96.0.7:7080"),
-        ];
-        assert_eq!(with("", &variables).unwrap(), Config::default());
-    }
-
-    #[test]
-    fn hazard_54_what_is_surely_a_typo_is_an_error_still() {
-        for (variable, value) in [
-            ("BARID_X_PORT", "7080"),
-            ("BARID_X_PORT", "0.0.0.0:7080"),
-            ("BARID_X_PORT", "http://10.96.0.7:7080"),
-            ("BARID_X_ADMIN_PORT", "7102"),
-            ("BARID_X_SERVICE_HOST", "here"),
-            ("BARID_X_SERVICE_PORT", "many"),
-            ("BARID_X_SERVICE", "10.96.0.7"),
-            ("BARID_X_PORT_7080_TCP", "7080"),
-            ("BARID_X_PORT_TCP", "tcp://10.96.0.7:7080"),
-            ("BARID_X_ADMIN__PORT", "7102"),
-        ] {
-            let error = with("", &[(variable, value)]).unwrap_err();
-            assert!(
-                error.ends_with(&format!("(set by {variable})")),
-                "{variable}={value}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn hazard_54_variables_that_are_no_text_end_nothing_unless_they_are_ours() {
-        use std::os::unix::ffi::OsStringExt as _;
-        let bytes = || OsString::from_vec(vec![0xff]);
-        let load = |name: OsString| {
-            load::<Config>(None, "BARID_X_", [(name, bytes())].into_iter())
-                .map_err(|e| e.to_string())
-        };
-        assert_eq!(load(bytes()).unwrap(), Config::default());
-        assert_eq!(load("BARID_Y_NAME".into()).unwrap(), Config::default());
-        assert_eq!(
-            load("BARID_X_NAME".into()).unwrap_err(),
-            "BARID_X_NAME: its value is not UTF-8"
-        );
-    }
-
-    #[test]
-    fn unknown_keys_are_refused_by_name() {
-        let error = with("[admin]\nlisen = 'x'", &[]).unwrap_err();
-        assert!(error.starts_with("admin.lisen: unknown field `lisen`"), "{error}");
-        let error = with("", &[("BARID_X_LIMITT", "7")]).unwrap_err();
-        assert!(error.contains("limitt") && error.ends_with("(set by BARID_X_LIMITT)"), "{error}");
-    }
-
-    #[test]
-    fn hazard_74_no_error_repeats_the_value_of_a_key() {
-        let refused = |file: &str, variables: &[(&str, &str)]| {
-            let error = with(file, variables).unwrap_err();
-            assert!(!error.contains("12345") && !error.contains("hunter2"), "{error}");
-            error
-        };
-        for wrong in ["12345", "-12345", "12345.5", "[12345]", "{ v = 12345 }", "true"] {
-            let told = refused(&format!("name = {wrong}"), &[]);
-            assert!(told.starts_with("name: invalid type: "), "{told}");
-            // As text it would be good.
-            refused("", &[("BARID_X_BROKERS", wrong)]);
-        }
-        // Nested wrongly: a text or a list where a table belongs, a table where a text does.
-        for file in [
-            "admin = \"hunter2\"",
-            "admin = [\"hunter2\"]",
-            "admin = 12345",
-            "brokers = \"hunter2, expected 12345, expected x\"",
-            "brokers = [[\"hunter2\"]]",
-            "brokers = [12345]",
-            "name = { a = \"hunter2\" }",
-            "name.a.b = \"hunter2\"",
-            "admin.listen = \"hunter2\"",
-            "admin.name = \"hunter2\"",
-            "limit = \"hunter2\"",
-            "limit = { a = \"hunter2\" }",
-        ] {
-            refused(file, &[]);
-        }
-        let told = refused("", &[("BARID_X_ADMIN", "hunter2")]);
-        assert_eq!(told, "admin: invalid type: string, expected a table (set by BARID_X_ADMIN)");
-        refused("", &[("BARID_X_NAME__A", "hunter2")]);
-        refused("name = \"hunter2\"", &[("BARID_X_NAME__A", "hunter2")]);
-        refused("", &[("BARID_X_BROKERS", "[\"hunter2\"")]);
-        // Not TOML: the line is not shown.
-        for line in [
-            "name = hunter2",
-            "name = \"hunter2",
-            "name = 'hunter2\"",
-            "name = \"hunter2\" 12345",
-            "name = \"\\hunter2\"",
-            "name = 12345hunter2",
-            "name: hunter2",
-            "name = \"a\"\nname = \"hunter2\"",
-            "name = \"\"\"hunter2",
-            "brokers = [\"hunter2\"",
-            "admin = { a = \"hunter2\"",
-            "name = 123450000000000000000000",
-        ] {
-            let told = refused(&format!("limit = 1\n{line}"), &[]);
-            assert!(told.contains(": line "), "{told}");
-        }
-        let told = refused("limit = 1\n  name = hunter2", &[]);
-        assert!(told.contains(": line 2, column 10: "), "{told}");
-    }
-
-    #[test]
-    fn an_error_is_blamed_on_the_variable_that_set_its_key_and_no_other() {
-        let origins = |keys: &[&str]| -> Vec<(String, String)> {
-            keys.iter().map(|key| ((*key).to_owned(), key.to_uppercase())).collect()
-        };
-        let all = origins(&["nodes_refresh_ms", "auth.keys", "admin.listen", "name.deep"]);
-        assert_eq!(origin("node", &all), None);
-        assert_eq!(origin("auth.key", &all), None);
-        assert_eq!(origin("admin.listen_more", &all), None);
-        assert_eq!(origin("nodes_refresh_ms", &all), Some("NODES_REFRESH_MS"));
-        assert_eq!(origin("auth.keys[0].secret", &all), Some("AUTH.KEYS"));
-        assert_eq!(origin("name", &all), Some("NAME.DEEP"));
-        assert_eq!(origin("name.?", &all), Some("NAME.DEEP"));
-        let exact = origins(&["log.level_x", "log.level", "log"]);
-        assert_eq!(origin("log.level", &exact), Some("LOG.LEVEL"));
-    }
-
-    #[test]
-    fn values_that_do_not_fit_name_their_key() {
-        let error = with("name = 1", &[]).unwrap_err();
-        assert!(error.starts_with("name: invalid type"), "{error}");
-        let error = with("limit = 'many'", &[]).unwrap_err();
-        assert_eq!(error, "limit: not a number; write 0 to 9");
-        for (file, variable) in [("limit = '7'", "1"), ("", "'7'")] {
-            let variables = [("BARID_X_LIMIT", variable)];
-            let error = with(file, if file.is_empty() { &variables } else { &[] }).unwrap_err();
-            let told = "limit: \"7\" is text, not a number; write 0 to 9 without quotes";
-            assert!(error.starts_with(told), "{error}");
-        }
-        let error = with("", &[("BARID_X_LIMIT", "18446744073709551616")]).unwrap_err();
-        assert_eq!(
-            error,
-            "limit: 18446744073709551616 is out of range; write 0 to 9 (set by BARID_X_LIMIT)"
-        );
-        let error = with("limit = 1", &[("BARID_X_LIMIT__DEEP", "1")]).unwrap_err();
-        assert_eq!(error, "BARID_X_LIMIT__DEEP: limit is not a table");
-    }
-}
+mod tests;

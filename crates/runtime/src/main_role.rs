@@ -1,7 +1,7 @@
 //! The process of a role: arguments, configuration, admin endpoint, signals, draining, exit code.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,43 +9,50 @@ use clap::{Arg, ArgAction, Command};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::config::Loaded;
 use crate::{
-    Context, HasCommon as _, Role, RunError, Stopped, Workers, admin, bounds, config, telemetry,
+    Context, HasCommon as _, Probe, Role, RunError, Stopped, Unfit, Workers, admin, bounds, config,
+    exit, telemetry,
 };
-
-const EXIT_FAILED: u8 = 1;
-const EXIT_CONFIG: u8 = 2;
-const EXIT_CUT: u8 = 3;
 
 /// How long after the drain deadline the process waits for the role to end.
 const OVERTIME: Duration = Duration::from_secs(2);
 
-/// Runs a role as this process. Exit codes: 0 drained, 1 failed, 2 invalid configuration, 3 cut off by the drain
-/// deadline or a second signal.
+/// Time within which a dependency has to answer to `--connect`.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Runs a role as this process, and returns one of the codes of [`exit`].
 pub fn main<R: Role>() -> ExitCode {
     let arguments = Arguments::parse::<R>();
-    let config = match load::<R>(&arguments) {
-        Ok(config) => config,
-        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+    for (variable, meant) in config::misspelt(std::env::vars_os()) {
+        say_as::<R>(&format!("warning: {variable} sets nothing; did you mean {meant}?"));
+    }
+    let loaded = match load::<R>(&arguments) {
+        Ok(loaded) => loaded,
+        Err(problems) => return fail_as::<R>(exit::CONFIG, &problems),
     };
     if arguments.print_config {
-        return print_config(&config);
+        return print_config::<R>(&loaded.config);
     }
-    if let Err(problem) = check::<R>(&config) {
-        return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME));
+    if let Err(problems) = check::<R>(&loaded) {
+        return fail_as::<R>(exit::CONFIG, &problems);
     }
+    let config = loaded.config;
     let workers = match Workers::find() {
         Ok(workers) => workers,
-        Err(problem) => return fail(EXIT_CONFIG, &format!("barid-{}: {problem}", R::NAME)),
+        Err(problem) => return fail_as::<R>(exit::CONFIG, &problem),
     };
     if arguments.check_config {
-        return say("configuration is valid\n");
+        let said = say("configuration is valid\n");
+        return if arguments.connect { probe::<R>(&config) } else { said };
     }
     telemetry::init(&config.common().log);
     let runtime =
         match Builder::new_multi_thread().worker_threads(workers.count).enable_all().build() {
             Ok(runtime) => runtime,
-            Err(error) => return fail(EXIT_FAILED, &format!("cannot start the runtime: {error}")),
+            Err(error) => {
+                return fail_as::<R>(exit::FAILED, &format!("cannot start the runtime: {error}"));
+            }
         };
     let exit = runtime.block_on(serve::<R>(config, workers, &arguments));
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -53,16 +60,47 @@ pub fn main<R: Role>() -> ExitCode {
     exit
 }
 
+/// Asks the dependencies, and prints a line for each.
+fn probe<R: Role>(config: &R::Config) -> ExitCode {
+    let runtime = match Builder::new_multi_thread().worker_threads(1).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            return fail_as::<R>(exit::FAILED, &format!("cannot start the runtime: {error}"));
+        }
+    };
+    let probes = runtime.block_on(R::probe(config, PROBE_TIMEOUT));
+    runtime.shutdown_background();
+    let mut code = exit::DONE;
+    for Probe { name, found } in probes {
+        let line = match found {
+            Ok(what) => format!("{name}: {what}\n"),
+            Err(Unfit::Unusable(why)) => {
+                code = exit::CONFIG;
+                format!("{name}: cannot be used: {why}\n")
+            }
+            Err(Unfit::Away(why)) => {
+                code = if code == exit::DONE { exit::AWAY } else { code };
+                format!("{name}: does not answer: {why}\n")
+            }
+        };
+        say(&line);
+    }
+    ExitCode::from(code)
+}
+
 async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Arguments) -> ExitCode {
     let common = config.common().to_owned();
     let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
         Ok(signals) => signals,
-        Err(error) => return fail(EXIT_FAILED, &format!("cannot listen for signals: {error}")),
+        Err(error) => {
+            return fail_as::<R>(exit::FAILED, &format!("cannot listen for signals: {error}"));
+        }
     };
     if let Err(error) = admin::serve(&common.admin, R::NAME, &context) {
         let listen = common.admin.listen;
-        return fail(EXIT_FAILED, &format!("cannot listen on admin.listen {listen}: {error}"));
+        let problem = format!("cannot listen on admin.listen {listen}: {error}");
+        return fail_as::<R>(exit::FAILED, &problem);
     }
     tracing::info!(
         role = R::NAME,
@@ -73,16 +111,17 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     );
     let drain = Duration::from_secs(common.drain_seconds);
     tokio::select! {
-        outcome = R::run(config, context.clone()) => exit_code(R::NAME, outcome),
+        outcome = R::run(config, context.clone()) => exit_code::<R>(outcome),
         () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => {
             let overtime_s = OVERTIME.as_secs();
             tracing::error!(role = R::NAME, overtime_s, "did not end after the drain deadline, aborted");
-            ExitCode::from(EXIT_CUT)
+            ExitCode::from(exit::CUT)
         }
     }
 }
 
-fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
+fn exit_code<R: Role>(outcome: Result<Stopped, RunError>) -> ExitCode {
+    let role = R::NAME;
     match outcome {
         Ok(Stopped::Clean) => {
             tracing::info!(role, "drained");
@@ -90,11 +129,12 @@ fn exit_code(role: &str, outcome: Result<Stopped, RunError>) -> ExitCode {
         }
         Ok(Stopped::Cut { what, count }) => {
             tracing::error!(role, what, count, "cut off");
-            ExitCode::from(EXIT_CUT)
+            ExitCode::from(exit::CUT)
         }
         Err(error) => {
             tracing::error!(role, %error, "failed");
-            fail(EXIT_FAILED, &format!("barid-{role}: {error}"))
+            let code = if error.is_config { exit::CONFIG } else { exit::FAILED };
+            fail_as::<R>(code, &error.to_string())
         }
     }
 }
@@ -148,8 +188,8 @@ impl Signals {
 /// Applies the settings that can change while the role runs, which is `log.level`. An invalid configuration changes
 /// nothing.
 fn reload<R: Role>(arguments: &Arguments) {
-    let read = load::<R>(arguments).and_then(|config| check::<R>(&config).map(|()| config));
-    let level = read.map(|config| config.common().log.level);
+    let read = load::<R>(arguments).and_then(|loaded| check::<R>(&loaded).map(|()| loaded));
+    let level = read.map(|loaded| loaded.config.common().log.level);
     match level.and_then(|level| telemetry::set_level(&level).map(|()| level)) {
         Ok(level) => {
             tracing::info!(level, "SIGHUP: log.level was read again")
@@ -161,6 +201,7 @@ fn reload<R: Role>(arguments: &Arguments) {
 struct Arguments {
     config: Option<PathBuf>,
     check_config: bool,
+    connect: bool,
     print_config: bool,
 }
 
@@ -175,8 +216,9 @@ impl Arguments {
             .after_help(format!(
                 "Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.\n\
                  TOKIO_WORKER_THREADS overrides how many threads run tasks: by default one a core of the\n\
-                 cgroup's CPU quota.",
-                name.to_uppercase()
+                 cgroup's CPU quota.\n\n{}",
+                name.to_uppercase(),
+                exit::help(|row| row.1)
             ))
             .arg(
                 Arg::new("config")
@@ -189,7 +231,14 @@ impl Arguments {
                 Arg::new("check-config")
                     .long("check-config")
                     .action(ArgAction::SetTrue)
-                    .help("Check the configuration and exit: 0 valid, 2 not"),
+                    .help("Check the configuration and exit"),
+            )
+            .arg(
+                Arg::new("connect")
+                    .long("connect")
+                    .action(ArgAction::SetTrue)
+                    .requires("check-config")
+                    .help("Also ask Kafka, Redis and key sets whether they can be used"),
             )
             .arg(
                 Arg::new("print-config")
@@ -201,39 +250,59 @@ impl Arguments {
         Self {
             config: matches.get_one("config").cloned(),
             check_config: matches.get_flag("check-config"),
+            connect: matches.get_flag("connect"),
             print_config: matches.get_flag("print-config"),
         }
     }
 }
 
-fn load<R: Role>(arguments: &Arguments) -> Result<R::Config, String> {
+fn load<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
     let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
     config::load(arguments.config.as_deref(), &prefix, std::env::vars_os())
         .map_err(|error| error.to_string())
 }
 
-fn check<R: Role>(config: &R::Config) -> Result<(), String> {
-    bounds::check(config)?;
-    telemetry::check_level(&config.common().log.level)?;
-    R::check(config)
+fn check<R: Role>(loaded: &Loaded<R::Config>) -> Result<(), String> {
+    let config = &loaded.config;
+    let level = telemetry::check_level(&config.common().log.level);
+    let ready = config.common().ready_file.map_or(Ok(()), |path| check_ready_file(&path));
+    bounds::check(config)
+        .and_then(|()| bounds::all([level, ready, R::check(config)]))
+        .map_err(|problems| loaded.sources.add_to(&problems))
 }
 
-fn print_config<C: serde::Serialize>(config: &C) -> ExitCode {
+fn check_ready_file(path: &Path) -> Result<(), String> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match (dir.is_dir(), path.is_dir()) {
+        (true, false) => Ok(()),
+        (true, true) => Err(format!("ready_file: {} is a directory", path.display())),
+        (false, _) => Err(format!("ready_file: {} is not a directory", dir.display())),
+    }
+}
+
+fn print_config<R: Role>(config: &R::Config) -> ExitCode {
     match toml::to_string_pretty(config) {
         Ok(text) => say(&text),
-        Err(error) => fail(EXIT_FAILED, &format!("cannot print the configuration: {error}")),
+        Err(error) => {
+            fail_as::<R>(exit::FAILED, &format!("cannot print the configuration: {error}"))
+        }
     }
 }
 
 fn say(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::from(EXIT_FAILED),
+        Err(_) => ExitCode::from(exit::FAILED),
     }
 }
 
-fn fail(code: u8, problem: &str) -> ExitCode {
-    telemetry::say(problem);
+/// Says each line of `problems` with the role's name in front.
+fn fail_as<R: Role>(code: u8, problems: &str) -> ExitCode {
+    problems.lines().for_each(say_as::<R>);
     telemetry::flush();
     ExitCode::from(code)
+}
+
+fn say_as<R: Role>(line: &str) {
+    telemetry::say(&format!("barid-{}: {line}", R::NAME));
 }

@@ -1,6 +1,8 @@
 //! The shape of a role: check, start, work until drained.
 
+use std::fmt;
 use std::future::Future;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -10,7 +12,46 @@ use crate::config::HasCommon;
 use crate::context::Context;
 
 /// Why a role's run ended early.
-pub type RunError = Box<dyn std::error::Error + Send + Sync>;
+#[derive(Debug)]
+pub struct RunError {
+    /// Whether the configuration must be changed: the exit code is 2.
+    pub is_config: bool,
+    error: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl RunError {
+    /// Wraps a role's error.
+    pub fn new(
+        is_config: bool,
+        error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { is_config, error: error.into() }
+    }
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+/// What a dependency answered to `--check-config --connect`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// The key, and the address without its password.
+    pub name: String,
+    /// What it is, or why it is of no use.
+    pub found: Result<String, Unfit>,
+}
+
+/// Why a dependency is of no use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unfit {
+    /// It does not answer.
+    Away(String),
+    /// It answers, but cannot be used with this configuration.
+    Unusable(String),
+}
 
 /// A role, as [`main`](crate::main) runs it.
 pub trait Role: Sized + Send + 'static {
@@ -24,6 +65,10 @@ pub trait Role: Sized + Send + 'static {
     /// # Errors
     /// Returns what is wrong, with the keys.
     fn check(config: &Self::Config) -> Result<(), String>;
+
+    /// Asks each dependency that the configuration names for what the role needs of it, for at most `timeout` each.
+    /// Changes nothing there.
+    fn probe(config: &Self::Config, timeout: Duration) -> impl Future<Output = Vec<Probe>> + Send;
 
     /// Connects, listens, and announces the listeners. Waits while Kafka or Redis is unavailable. `None`: draining
     /// began meanwhile.

@@ -16,6 +16,7 @@ use prometheus::{IntCounterVec, Opts, Registry};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
+use crate::words::nearest;
 
 /// The longest wait for buffered lines when the process exits.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -87,11 +88,17 @@ fn parse_level(level: &str) -> Result<EnvFilter, String> {
     let wrong = parts.iter().find(|part| !valid(part));
     match (wrong, EnvFilter::try_new(level)) {
         (None, Ok(filter)) => Ok(filter),
-        (wrong, _) => Err(format!(
-            "log.level: {:?} is not valid; write {}, or directives such as info,barid_access=debug",
-            wrong.unwrap_or(&level),
-            LEVELS.join(", ")
-        )),
+        (wrong, _) => {
+            let wrong = wrong.unwrap_or(&level);
+            let word = wrong.rsplit_once('=').map_or(*wrong, |(_, level)| level);
+            let meant = nearest(word, &LEVELS).map(|near| format!("did you mean {near:?}? "));
+            Err(format!(
+                "log.level: {wrong:?} is not valid; {}write {}, or directives such as \
+                 info,barid_access=debug",
+                meant.unwrap_or_default(),
+                LEVELS.join(", ")
+            ))
+        }
     }
 }
 
@@ -316,10 +323,7 @@ mod tests {
             ("barid=debug=info", "barid=debug=info"),
         ] {
             let told = told(level);
-            assert!(
-                told.starts_with(&format!("log.level: {wrong:?} is not valid; write ")),
-                "{told}"
-            );
+            assert!(told.starts_with(&format!("log.level: {wrong:?} is not valid; ")), "{told}");
             assert!(told.ends_with("or directives such as info,barid_access=debug"), "{told}");
         }
     }

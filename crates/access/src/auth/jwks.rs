@@ -111,6 +111,15 @@ impl Jwks {
         }
     }
 
+    /// Reads the set once, and returns the number of usable keys.
+    pub(super) async fn probe(&self) -> Result<usize, String> {
+        let source = self.source.clone();
+        let read = tokio::task::spawn_blocking(move || source.read()).await;
+        let set = read.map_err(|error| error.to_string())??;
+        let keys = set.keys.into_iter().filter_map(|jwk| serde_json::from_value::<Jwk>(jwk).ok());
+        Ok(keys.filter_map(|jwk| Key::from_jwk(&jwk, &self.apps)).count())
+    }
+
     fn take(&self, set: &KeySet) {
         let keys = set.keys.iter().filter_map(|jwk| {
             // An unreadable key is skipped. `from_jwk` skips keys of other types and uses.
@@ -137,6 +146,12 @@ impl Source {
             Self::Url { url, timeout, roots } => fetch(url, *timeout, roots)?,
         };
         serde_json::from_slice(&bytes).map_err(|error| format!("not a key set: {error}"))
+    }
+}
+
+impl std::fmt::Display for Jwks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.source.fmt(f)
     }
 }
 

@@ -12,6 +12,9 @@ use crate::config::{KeyAlgorithmName, KeyConfig};
 /// RFC 7518 asks for an HMAC secret at least as long as the hash.
 const SECRET_BYTES_MIN: usize = 32;
 
+/// Part of the first line of every private key in PEM.
+const PRIVATE: &[u8] = b"PRIVATE KEY-----";
+
 /// A key for exactly one algorithm.
 #[derive(Clone)]
 pub(super) struct Key {
@@ -95,6 +98,10 @@ fn decoding(config: &KeyConfig) -> Result<(Algorithm, DecodingKey), String> {
         return Err(format!("{:?} needs public_key_file", config.algorithm));
     };
     let pem = read(path)?;
+    if pem.windows(PRIVATE.len()).any(|part| part == PRIVATE) {
+        let file = path.display();
+        return Err(format!("{file} is a private key; write its public key: openssl pkey -pubout"));
+    }
     let (algorithm, key) = match config.algorithm {
         KeyAlgorithmName::RS256 => (Algorithm::RS256, DecodingKey::from_rsa_pem(&pem)),
         KeyAlgorithmName::ES256 => (Algorithm::ES256, DecodingKey::from_ec_pem(&pem)),

@@ -389,6 +389,17 @@ fn keys_that_cannot_work_are_refused_at_start() {
     assert!(error(app).contains("app contains ':'"));
 }
 
+#[test]
+fn hazard_112_a_private_key_is_not_a_public_key() {
+    for label in ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY"] {
+        let pem = file(&pem(label, b"hunter2"));
+        let key = public_key("a", KeyAlgorithmName::RS256, pem.path().into());
+        let keys = AuthConfig { keys: vec![key], ..Default::default() };
+        let told = Verifier::new(&keys).unwrap_err().to_string();
+        assert!(told.contains("is a private key; write its public key"), "{told}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_text_panics(token in "\\PC{0,60}", parts in prop::collection::vec("[A-Za-z0-9_-]{0,30}", 3)) {

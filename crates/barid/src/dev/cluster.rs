@@ -13,7 +13,7 @@ use barid_dispatcher::Dispatcher;
 use barid_mailbox::RedisConfig;
 use barid_mesh::Party;
 use barid_purger::Purger;
-use barid_runtime::{AdminConfig, Context, HasCommon as _, Role, RunError, Stopped, admin};
+use barid_runtime::{AdminConfig, Context, HasCommon as _, Role, RunError, Stopped, admin, exit};
 use futures::future::select_all;
 use serde::Serialize;
 use tokio::task::JoinHandle;
@@ -31,8 +31,6 @@ const DRAIN: Duration = Duration::from_secs(3);
 const OVERTIME: Duration = Duration::from_secs(2);
 /// How often roles read the table of nodes: often, so that they find each other at once.
 const NODES_REFRESH_MS: u64 = 100;
-/// The exit code of an incomplete drain, as of the roles.
-const EXIT_CUT: u8 = 3;
 
 /// The running roles, in the order in which they stop.
 pub struct Cluster {
@@ -148,6 +146,13 @@ impl Cluster {
         self.roles.iter().filter_map(admin).collect()
     }
 
+    /// The port of each role's admin endpoint.
+    pub fn admin_ports(&self) -> Vec<(&'static str, u16)> {
+        let port =
+            |role: &Running| Some((role.name, role.context.announcements().get("admin")?.port()));
+        self.roles.iter().filter_map(port).collect()
+    }
+
     /// Waits until a role ends, which is an error.
     pub async fn failed(&mut self) -> anyhow::Result<()> {
         let tasks: Vec<_> = self.roles.iter_mut().map(|role| &mut role.task).collect();
@@ -176,7 +181,7 @@ impl Cluster {
             match problem {
                 None => print_drained(role.name, began, out)?,
                 Some(problem) => {
-                    exit = ExitCode::from(EXIT_CUT);
+                    exit = ExitCode::from(exit::CUT);
                     out.note(format_args!("{}: {problem}", role.name));
                 }
             }

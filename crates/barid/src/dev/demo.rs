@@ -73,7 +73,8 @@ pub async fn run(
     out: Output,
 ) -> anyhow::Result<()> {
     let producer = Producer::new(kafka)?;
-    let receipts = Receipts::open(&kafka.brokers, &kafka.topics.receipts, Vec::new()).await?;
+    let receipts =
+        Receipts::open(&kafka.brokers, &kafka.topics.receipts, Vec::new(), PATIENCE).await?;
     let demo = Demo { kafka, redis, url, key, producer, receipts, out };
     let phone = demo.online().await?;
     demo.away(phone).await
@@ -88,7 +89,7 @@ impl Demo<'_> {
             "online",
             "connected",
             began,
-            &format!("{USER}'s {DEVICE}, over WebSocket, behind #{}", position.seq),
+            &format!("{USER}'s {DEVICE}, over WebSocket, received up to #{}", position.seq),
         )?;
         let push = self.produce("online", "hello, you are online").await?;
         self.follow(&push, &mut phone, &["accepted", "received", "acked"]).await?;
@@ -96,9 +97,9 @@ impl Demo<'_> {
     }
 
     async fn away(&self, phone: Phone) -> anyhow::Result<()> {
-        self.heading("A push to a device that is offline")?;
+        self.heading("The same device is offline")?;
         phone.client.shutdown().await;
-        self.remark("offline", &format!("{USER}'s {DEVICE} has closed its connection"))?;
+        self.quiet_remark("offline", &format!("{USER}'s {DEVICE} has closed its connection"))?;
         let push = self.produce("offline", "hello, you were away").await?;
         self.follow_receipt(&push).await?;
         let kept = self.kept().await?;
@@ -108,12 +109,12 @@ impl Demo<'_> {
         self.remark("offline", &format!("{kept} held in the mailbox; no device is online"))?;
         sleep(AWAY.saturating_sub(push.began.elapsed())).await;
         let (mut phone, position) = self.connect().await?;
-        let back = format!("{USER}'s {DEVICE} is back, behind #{}", position.seq);
+        let back = format!("{USER}'s {DEVICE} is back, received up to #{}", position.seq);
         self.print_step(push.case, "connected", push.began, &back)?;
         self.follow(&push, &mut phone, &["received", "acked"]).await?;
         phone.client.shutdown().await;
         match self.kept().await? {
-            0 => self.remark("offline", "the mailbox is empty again"),
+            0 => self.quiet_remark("offline", "the mailbox is empty again"),
             n => bail!("the mailbox still holds {n} messages"),
         }
     }
@@ -164,12 +165,8 @@ impl Demo<'_> {
             .send(topic, USER.as_bytes(), value, &headers)
             .await
             .context("cannot produce to Kafka")?;
-        self.print_step(
-            case,
-            "produced",
-            push.began,
-            &format!("{} to Kafka topic {topic}", push.id),
-        )?;
+        let detail = format!("{} to Kafka topic {topic}", push.id);
+        self.print_step(case, "produced", push.began, &detail)?;
         Ok(push)
     }
 
@@ -246,7 +243,7 @@ impl Demo<'_> {
 
     fn heading(&self, text: &str) -> anyhow::Result<()> {
         if !self.out.is_json() {
-            self.out.line(format_args!("\n{}", self.out.paint(Tone::Strong, text)))?;
+            self.out.line(self.out.paint(Tone::Strong, text))?;
         }
         Ok(())
     }
@@ -260,6 +257,12 @@ impl Demo<'_> {
     ) -> anyhow::Result<()> {
         let elapsed_ms = (began.elapsed().as_secs_f64() * 1e4).round() / 10.0;
         let object = Step { event: "demo", case, step, elapsed_ms, detail };
+        // The first screen of a terminal has no room for these.
+        if !self.out.is_json()
+            && matches!((case, step), ("online", "connected") | ("offline", "produced"))
+        {
+            return Ok(());
+        }
         self.out.either(&object, || {
             let tone = if step == "acked" { Tone::Good } else { Tone::Strong };
             let step = self.out.paint(tone, format_args!("{step:<9}"));
@@ -267,6 +270,11 @@ impl Demo<'_> {
             format!("{time}  {step}  {detail}")
         })?;
         Ok(())
+    }
+
+    /// A remark that the first screen of a terminal has no room for.
+    fn quiet_remark(&self, case: &str, detail: &str) -> anyhow::Result<()> {
+        if self.out.is_json() { self.remark(case, detail) } else { Ok(()) }
     }
 
     fn remark(&self, case: &str, detail: &str) -> anyhow::Result<()> {

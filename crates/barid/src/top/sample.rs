@@ -69,6 +69,8 @@ pub struct RoleState {
     /// Percent of one core.
     pub cpu_percent: f64,
     pub memory_bytes: u64,
+    /// Process id; 0: unknown.
+    pub process_id: u64,
     /// A purger's partitions by topic; empty for other roles.
     pub partitions: BTreeMap<String, u64>,
 }
@@ -113,6 +115,24 @@ impl Pair<'_> {
         // The counters of a restarted process begin at zero.
         let grown = if now >= then { now - then } else { now };
         if seconds > 0.0 { grown / seconds } else { 0.0 }
+    }
+}
+
+impl RoleState {
+    /// Whether both run in one process.
+    pub fn shares_a_process_with(&self, other: &Self) -> bool {
+        let host = |role: &Self| role.admin.rsplit_once(':').map(|(host, _)| host.to_owned());
+        self.process_id != 0 && self.process_id == other.process_id && host(self) == host(other)
+    }
+}
+
+impl Sample {
+    /// The number of processes.
+    pub fn processes(&self) -> usize {
+        let is_first = |(at, role): &(usize, &RoleState)| {
+            !self.roles[..*at].iter().any(|other| other.shares_a_process_with(role))
+        };
+        self.roles.iter().enumerate().filter(is_first).count()
     }
 }
 
@@ -232,8 +252,9 @@ impl Memory {
                 role: pair.now.metrics.role().unwrap_or_default().to_owned(),
                 admin: address.clone(),
                 ready: pair.now.not_ready.is_empty(),
-                cpu_percent: round(100.0 * self.cpu(address), 10.0),
+                cpu_percent: round(100.0 * pair.rate(|m| m.sum("process_cpu_seconds_total")), 10.0),
                 memory_bytes: pair.now.metrics.sum("process_resident_memory_bytes") as u64,
+                process_id: pair.now.metrics.sum("barid_process_id") as u64,
                 partitions: pair.now.metrics.by_label("barid_purger_partitions", "topic"),
             })
             .collect();
@@ -242,15 +263,6 @@ impl Memory {
         };
         roles.sort_by_key(place);
         roles
-    }
-
-    /// Cores in use, over all scrapes that are kept: the counter has whole seconds only.
-    fn cpu(&self, address: &str) -> f64 {
-        let looks = self.looks.get(address);
-        let Some((now, before)) = looks.and_then(|l| Some((l.front()?, l.back()))) else {
-            return 0.0;
-        };
-        Pair { now, before }.rate(|metrics| metrics.sum("process_cpu_seconds_total"))
     }
 
     fn not_ready(&self) -> Vec<Problem> {
@@ -331,6 +343,17 @@ mod tests {
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);
+    }
+
+    #[test]
+    fn hazard_116_cpu_time_of_a_second_is_shown_to_a_tenth_of_a_percent() {
+        let (mut memory, t) = (Memory::default(), Instant::now());
+        let mut cpu = |seconds: u64, cpu: f64| {
+            let text = format!("process_cpu_seconds_total {cpu}");
+            let at = t + Duration::from_secs(seconds);
+            memory.take(vec![("a:1".to_owned(), look(at, &text))], Ok(vec![])).roles[0].cpu_percent
+        };
+        assert_eq!((cpu(0, 7.5), cpu(1, 7.623)), (0.0, 12.3));
     }
 
     #[test]

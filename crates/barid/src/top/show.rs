@@ -1,4 +1,5 @@
-//! Formats a sample: its sections one below the other in 80 columns, side by side in a wide terminal.
+//! Formats a sample: problems first, then its sections, one below the other in 80 columns, side by side in a wide
+//! terminal.
 
 use crate::output::{Output, Tone, bytes, clean, clock, span};
 
@@ -32,6 +33,10 @@ impl Line {
         self.0.iter().map(|(_, text)| text.chars().count()).sum()
     }
 
+    fn contains(&self, text: &str) -> bool {
+        self.0.iter().map(|(_, part)| part.as_str()).collect::<String>().contains(text)
+    }
+
     /// The coloured text, cut at `width`.
     fn paint(&self, width: usize, out: Output) -> String {
         let mut left = width;
@@ -48,45 +53,160 @@ impl Line {
     }
 }
 
-/// The lines of a sample for a terminal of this size.
-pub fn lines(
+/// All lines of a sample, for a terminal with this many columns.
+pub fn lines(sample: &Sample, columns: usize, every: &str, out: Output) -> Vec<String> {
+    let lines = [vec![heading(sample, columns, every)], body(sample, columns, "")].concat();
+    lines.iter().map(|line| line.paint(columns, out)).collect()
+}
+
+/// What a user has chosen to see.
+#[derive(Debug, Default)]
+pub struct View {
+    /// First line of the body that is shown.
+    pub from: usize,
+    /// Processes, nodes and problems that contain this text are shown; empty: all.
+    pub filter: String,
+    /// Whether the filter is being typed.
+    pub typing: bool,
+    /// Whether the keys are explained.
+    pub help: bool,
+}
+
+/// A screen of a sample: the heading, a part of the body, and the keys. Moves the view back to what there is.
+pub fn page(
     sample: &Sample,
-    columns: usize,
-    rows: usize,
+    (columns, rows): (usize, usize),
     every: &str,
+    view: &mut View,
     out: Output,
 ) -> Vec<String> {
-    let mut lines = vec![heading(sample, columns, every), Line::default()];
-    let wide = columns >= WIDE;
-    let flow = flow(sample);
+    let body = if view.help { help() } else { body(sample, columns, &view.filter) };
     let room = rows.saturating_sub(2);
-    if wide {
-        let right = columns - LEFT;
-        let who = who(sample, right, room);
-        lines.extend(beside(flow, who));
-    } else {
-        let left = room.saturating_sub(flow.len());
-        lines.extend(flow);
-        lines.extend(who(sample, columns.min(NARROW), left));
-    }
+    view.from = view.from.min(body.len().saturating_sub(room));
+    let to = body.len().min(view.from + room);
+    let mut lines = vec![heading(sample, columns, every)];
+    lines.extend_from_slice(&body[view.from..to]);
+    lines.resize(rows.saturating_sub(1).max(1), Line::default());
+    lines.push(keys(view, to, body.len()));
     lines.truncate(rows);
     lines.iter().map(|line| line.paint(columns, out)).collect()
+}
+
+fn keys(view: &View, to: usize, all: usize) -> Line {
+    if view.typing {
+        let text = format!(" /{}", clean(&view.filter));
+        return Line::of(Tone::Strong, text).and(Some(Tone::Faint), "   Enter keep  Esc clear");
+    }
+    let mut keys = " q quit  ? help  / filter".to_owned();
+    if view.from > 0 || to < all {
+        keys += &format!("  \u{2191}\u{2193} scroll, lines {} to {to} of {all}", view.from + 1);
+    }
+    let filter = match view.filter.as_str() {
+        "" => String::new(),
+        filter => format!("  only: {}", clean(filter)),
+    };
+    Line::of(Tone::Faint, keys).and(Some(Tone::Strong), filter)
+}
+
+fn help() -> Vec<Line> {
+    [
+        "q, Ctrl-C      quit",
+        "?              show or hide these lines",
+        "/              show only processes, nodes and problems that contain a text",
+        "Esc            clear the filter",
+        "up, down, j, k scroll by a line",
+        "PgUp, PgDn     scroll by ten lines",
+        "g, G           to the first, to the last line",
+        "",
+        "taken      records that purgers have read from Kafka",
+        "accepted   messages that are in mailboxes",
+        "written    messages that access nodes have written to sockets",
+        "acked      messages that devices have acknowledged",
+        "re-sent    messages that were written again, because no acknowledgement came",
+        "refused    records that went to the dead letters",
+        "",
+        "A hop is the time between two of these events; p99: 99 % are faster.",
+    ]
+    .map(|text| Line::plain(format!("  {text}")))
+    .into()
+}
+
+/// Problems, then rates and lags, processes and nodes; side by side in a wide terminal.
+fn body(sample: &Sample, columns: usize, filter: &str) -> Vec<Line> {
+    let mut lines = problems(sample, columns, filter);
+    let flow = flow(sample);
+    if columns >= WIDE {
+        lines.extend(beside(flow, who(sample, columns - LEFT, filter)));
+    } else {
+        lines.extend(flow);
+        lines.extend(who(sample, columns.min(NARROW), filter));
+    }
+    lines
+}
+
+/// The problems, in lines of the terminal's width.
+fn problems(sample: &Sample, columns: usize, filter: &str) -> Vec<Line> {
+    let width = columns.saturating_sub(4).max(20);
+    let mut lines = Vec::new();
+    for problem in &sample.problems {
+        let text = format!("{}: {}", clean(&problem.of), clean(&problem.problem));
+        if !text.contains(filter) {
+            continue;
+        }
+        let wrapped = wrap(&text, width).into_iter().enumerate();
+        lines.extend(wrapped.map(|(at, part)| {
+            Line::of(Tone::Bad, if at == 0 { "! " } else { "  " }).and(None, part)
+        }));
+    }
+    if !lines.is_empty() {
+        lines.push(Line::default());
+    }
+    lines
+}
+
+/// Lines of at most `width` characters, broken at spaces where there are any.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let mut word: Vec<char> = word.chars().collect();
+        loop {
+            let line = lines.last_mut().expect("there is a first line");
+            let used = line.chars().count();
+            let gap = usize::from(used > 0);
+            if used + gap + word.len() <= width {
+                line.extend(" ".chars().take(gap).chain(word));
+                break;
+            }
+            if used > 0 {
+                lines.push(String::new());
+            } else {
+                line.extend(word.drain(..width));
+                lines.push(String::new());
+            }
+        }
+    }
+    lines
 }
 
 fn heading(sample: &Sample, columns: usize, every: &str) -> Line {
     let sessions: u64 = sample.nodes.iter().map(|node| node.sessions).sum();
     let (tone, state) = match sample.problems.len() {
         0 => (Tone::Good, "all is well".to_owned()),
-        1 => (Tone::Bad, "1 problem".to_owned()),
-        count => (Tone::Bad, format!("{count} problems")),
+        count => (Tone::Bad, counted(count as u64, "problem", "problems")),
     };
+    let processes = counted(sample.processes() as u64, "process", "processes");
+    let sessions = counted(sessions, "session", "sessions");
     let line = Line::of(Tone::Strong, "Barid ")
         .and(Some(tone), format!(" {state}"))
-        .and(None, format!("  {} processes, {} sessions", sample.roles.len(), number(sessions)));
+        .and(None, format!("  {processes}, {sessions}"));
     let time = clock(sample.at_ms);
     let right = format!("{} UTC, every {every}", time.split('.').next().unwrap_or_default());
     let gap = columns.saturating_sub(line.width() + right.chars().count()).max(2);
     line.and(None, " ".repeat(gap)).and(Some(Tone::Faint), right)
+}
+
+fn counted(count: u64, one: &str, many: &str) -> String {
+    format!("{} {}", number(count), if count == 1 { one } else { many })
 }
 
 /// Rates, hops, lags.
@@ -109,10 +229,11 @@ fn flow(sample: &Sample) -> Vec<Line> {
     }
     let mut lines = vec![Line::of(Tone::Faint, format!(" {names}  /s")), values, Line::default()];
     lines.push(header(format!("{:<26}{:>10}{:>10}{:>11}", "hop", "p50", "p99", "messages")));
-    lines.extend(sample.hops.iter().map(hop));
-    if sample.hops.is_empty() {
+    let hops: Vec<&Hop> = sample.hops.iter().filter(|hop| hop.count > 0).collect();
+    lines.extend(hops.iter().map(|one| hop(one)));
+    if hops.is_empty() {
         lines.push(Line::of(Tone::Faint, "  no messages yet"));
-    } else if sample.hops.iter().all(|hop| hop.since_start) {
+    } else if hops.iter().all(|hop| hop.since_start) {
         lines.push(Line::of(Tone::Faint, "  no messages in the last seconds: all since the start"));
     }
     lines.push(Line::default());
@@ -161,34 +282,36 @@ fn waiting(sample: &Sample) -> Vec<Line> {
     lines
 }
 
-/// Problems, then processes and nodes, as far as there is room.
-fn who(sample: &Sample, columns: usize, room: usize) -> Vec<Line> {
+/// Processes and nodes.
+fn who(sample: &Sample, columns: usize, filter: &str) -> Vec<Line> {
     let mut lines = Vec::new();
-    if !sample.problems.is_empty() {
-        lines.push(Line::of(Tone::Bad, "  problems"));
-        for problem in &sample.problems {
-            let text = format!("  {:<28} {}", clean(&problem.of), clean(&problem.problem));
-            lines.push(Line::plain(text));
-        }
-        lines.push(Line::default());
-    }
     if !sample.roles.is_empty() {
         lines.push(header(format!(
             "{:<12}{:>8}{:>11}  {:<10}{}",
-            "process", "cpu", "memory", "", "admin"
+            "role", "cpu", "memory", "", "admin"
         )));
-        lines.extend(sample.roles.iter().map(role));
+        let rows = sample.roles.iter().enumerate().map(|(at, one)| {
+            let first = sample.roles[..at].iter().find(|other| other.shares_a_process_with(one));
+            role(one, first)
+        });
+        lines.extend(rows.filter(|line| line.contains(filter)));
         lines.push(Line::default());
     }
-    let left = room.saturating_sub(lines.len() + 1);
-    lines.extend(nodes(&sample.nodes, left, columns));
+    lines.extend(nodes(&sample.nodes, columns, filter));
     lines
 }
 
-fn role(role: &RoleState) -> Line {
+/// `first`: a role above in the same process, whose CPU time and memory are this one's as well.
+fn role(role: &RoleState, first: Option<&RoleState>) -> Line {
     let (tone, state) = if role.ready { (Tone::Good, "ready") } else { (Tone::Bad, "not ready") };
-    let cpu = format!("{:.1} %", role.cpu_percent);
-    Line::plain(format!("  {:<12}{cpu:>8}{:>11}  ", clean(&role.role), bytes(role.memory_bytes)))
+    let usage = match first {
+        Some(first) => format!("{:>19}", format!("with {}", clean(&first.role))),
+        None => {
+            format!("{:>8}{:>11}", format!("{:.1} %", role.cpu_percent), bytes(role.memory_bytes))
+        }
+    };
+    Line::plain(format!("  {:<12}", clean(&role.role)))
+        .and(first.map(|_| Tone::Faint), format!("{usage}  "))
         .and(Some(tone), format!("{state:<10}"))
         .and(Some(Tone::Faint), clean(&role.admin))
         .and(Some(Tone::Faint), share(role))
@@ -203,41 +326,44 @@ fn share(role: &RoleState) -> String {
     format!("  {} partitions", counts.join("+"))
 }
 
-/// The nodes with most sessions, as far as there is room.
-fn nodes(nodes: &[NodeState], room: usize, columns: usize) -> Vec<Line> {
+/// The nodes, those with most sessions first.
+fn nodes(nodes: &[NodeState], columns: usize, filter: &str) -> Vec<Line> {
     if nodes.is_empty() {
         return Vec::new();
     }
     let mut sorted: Vec<&NodeState> = nodes.iter().collect();
     sorted.sort_by(|a, b| a.role.cmp(b.role).then(b.sessions.cmp(&a.sessions)));
     let wide = columns >= 90;
-    let name = if wide { 34 } else { 26 };
+    let width = if wide { 34 } else { 24 };
     let mut lines = vec![header(format!(
-        "{:<name$} {:<11}{:>9}  {:<9} {:<22}{}",
+        "{:<width$} {:<10} {:>8}  {:<8} {:<21}{}",
         "node",
         "role",
         "sessions",
         "state",
         "address",
-        if wide { "zone" } else { "" },
+        if wide { " zone" } else { "" },
     ))];
-    let shown = if sorted.len() > room { room.max(4) - 1 } else { sorted.len() };
-    for node in sorted.iter().take(shown) {
+    let rows = sorted.into_iter().map(|node| {
         let tone = if node.state == "serving" { Tone::Good } else { Tone::Warn };
         let sessions = if node.role == "access" { number(node.sessions) } else { String::new() };
-        let id: String = clean(&node.node).chars().take(name).collect();
-        let address = format!("{:<22}", clean(&node.address));
-        let zone = if wide { clean(&node.zone) } else { String::new() };
-        lines.push(
-            Line::plain(format!("  {id:<name$} {:<11}{sessions:>9}  ", node.role))
-                .and(Some(tone), format!("{:<9}", node.state))
-                .and(None, format!(" {address}{zone}")),
-        );
-    }
-    if shown < sorted.len() {
-        lines.push(Line::of(Tone::Faint, format!("  and {} more", sorted.len() - shown)));
-    }
+        let id = cut(&clean(&node.node), width);
+        let address = format!("{:<21}", cut(&clean(&node.address), if wide { 40 } else { 21 }));
+        let zone = if wide { format!(" {}", clean(&node.zone)) } else { String::new() };
+        Line::plain(format!("  {id:<width$} {:<10} {sessions:>8}  ", node.role))
+            .and(Some(tone), format!("{:<8}", node.state))
+            .and(None, format!(" {address}{zone}"))
+    });
+    lines.extend(rows.filter(|line| line.contains(filter)));
     lines
+}
+
+/// A text of at most `width` characters, with a mark where it was cut.
+fn cut(text: &str, width: usize) -> String {
+    match text.chars().count() > width {
+        true => text.chars().take(width - 1).chain(['\u{2026}']).collect(),
+        false => text.to_owned(),
+    }
 }
 
 fn beside(left: Vec<Line>, right: Vec<Line>) -> Vec<Line> {
@@ -303,6 +429,7 @@ mod tests {
             ready: true,
             cpu_percent: 99.9,
             memory_bytes: 123_000_000,
+            process_id: 0,
             partitions: match name {
                 "purger" => ["high", "push", "bulk"].map(|topic| (topic.to_owned(), 4)).into(),
                 _ => Default::default(),
@@ -325,19 +452,62 @@ mod tests {
         let out = Output::plain();
         for (columns, rows) in [(80, 24), (40, 10), (131, 50), (132, 50), (200, 50), (80, 3)] {
             for nodes in [0, 1, 100] {
-                let lines = lines(&sample(nodes), columns, rows, "1 s", out);
-                assert!(lines.len() <= rows, "{columns}x{rows}");
-                for line in lines {
-                    assert!(line.chars().count() <= columns, "{columns}: {line}");
+                for from in [0, 7, 10_000] {
+                    let mut view = View { from, ..Default::default() };
+                    let lines = page(&sample(nodes), (columns, rows), "1 s", &mut view, out);
+                    assert_eq!(lines.len(), rows, "{columns}x{rows}");
+                    for line in lines {
+                        assert!(line.chars().count() <= columns, "{columns}: {line}");
+                    }
                 }
             }
         }
     }
 
     #[test]
+    fn hazard_117_problems_come_first_and_nothing_is_out_of_reach() {
+        let mut view = View::default();
+        let shown =
+            |view: &mut View| page(&sample(100), (80, 24), "1 s", view, Output::plain()).join("\n");
+        let first = shown(&mut view);
+        let second_line = first.lines().nth(1).unwrap();
+        assert!(second_line.starts_with("! purger a:1: kafka: away"), "{first}");
+        let problem: String = first.lines().filter(|line| line.contains("away")).collect();
+        assert_eq!(problem.matches("away").count(), 20, "wrapped, not cut: {first}");
+        assert!(
+            first.contains("scroll, lines 1 to 22 of ") && first.contains("q quit  ? help"),
+            "{first}"
+        );
+        view.from = usize::MAX;
+        let last = shown(&mut view);
+        assert!(last.contains("access-99-with"), "{last}");
+        view = View { filter: "access-77-".into(), ..Default::default() };
+        let one = shown(&mut view);
+        assert!(one.contains("access-77-") && !one.contains("access-78-"), "{one}");
+        view.help = true;
+        assert!(shown(&mut view).contains("scroll by a line"));
+    }
+
+    #[test]
+    fn hazard_117_roles_of_one_process_are_one_process() {
+        let mut sample = sample(1);
+        sample.nodes[0].sessions = 1;
+        sample.roles.iter_mut().for_each(|role| role.process_id = 7);
+        let text = lines(&sample, 80, "1 s", Output::plain()).join("\n");
+        assert!(text.contains("1 process, 1 session "), "{text}");
+        assert_eq!(text.matches("with purger").count(), 3, "{text}");
+        sample.roles[3].process_id = 8;
+        assert_eq!(sample.processes(), 2);
+        // Another machine has processes with the same ids.
+        sample.roles[3].process_id = 7;
+        sample.roles[3].admin = "10.0.0.2:7082".into();
+        assert_eq!(sample.processes(), 2);
+    }
+
+    #[test]
     fn everything_that_matters_is_shown() {
         for columns in [80, 200] {
-            let text = lines(&sample(2), columns, 50, "1 s", Output::plain()).join("\n");
+            let text = lines(&sample(2), columns, "1 s", Output::plain()).join("\n");
             for part in [
                 "1,002",
                 "produced to taken",

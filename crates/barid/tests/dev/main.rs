@@ -56,7 +56,7 @@ async fn once_runs_on_apache_kafka_and_a_given_redis() {
 }
 
 #[test]
-fn the_other_commands_find_the_running_cluster() {
+fn hazard_115_the_other_commands_find_the_running_cluster_and_say_how_they_ended() {
     let place = Place::new();
     let mut dev = place.start("dev --port 0");
     dev.event("ready");
@@ -98,6 +98,26 @@ fn the_other_commands_find_the_running_cluster() {
     assert!(status.success() && events.iter().any(|e| e["event"] == "connected"), "{events:?}");
     let (_, status) = place.run("listen --user bob --secret not-the-secret-of-this-cluster-at-all");
     assert!(!status.success());
+
+    let code = |line: &str| {
+        let output = place.barid(line).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    // A duplicate is not a time-out, and a message that is too large is not "sent".
+    let (status, said) = code("send --user alice --id order-7 --wait acked --timeout 20s again");
+    assert!(status == Some(1) && said.contains("was accepted before"), "{status:?} {said}");
+    let file = place.dir.path().join("large.txt");
+    std::fs::write(&file, "x".repeat(70_000)).unwrap();
+    let (status, said) = code(&format!("send --user alice --file {}", file.display()));
+    assert!(status == Some(1) && said.contains("larger than the default limits"), "{said}");
+    let (status, said) = code("send --user nobody --wait acked --timeout 1s hello");
+    assert!(status == Some(3) && said.contains("no receipt acked of nobody"), "{said}");
+    let (status, said) = code("listen --user eve --count 1 --for 1s");
+    assert!(status == Some(3) && said.contains("0 of 1 messages have arrived"), "{said}");
+    // The time of a record does not contain the set-up of a client.
+    let (sent, _) = place.run("send --user bob hello");
+    assert!(sent[0]["elapsed_ms"].as_f64().unwrap() < 60.0, "{sent:?}");
 
     let second = place.barid("dev").output().unwrap();
     let complaint = String::from_utf8_lossy(&second.stderr).into_owned();

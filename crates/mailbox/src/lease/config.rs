@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use barid_core::{Incarnation, InvalidName, NodeId};
-use barid_runtime::bounds::{Bound, DAY_SECONDS, whole};
+use barid_runtime::bounds::{self, Bound, DAY_SECONDS, whole};
+use barid_runtime::words::{is_host_port, is_wildcard};
 
 use super::node::{NodeRecord, NodeRole, check_text};
 
@@ -36,30 +37,49 @@ impl LeaseConfig {
     /// Checks all keys, before a port is bound. `key` is the key of the address `listen`.
     ///
     /// # Errors
-    /// Returns an error that names the first invalid key.
+    /// Returns the invalid keys, one a line.
     pub fn check(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
-        if self.ttl > self.void_after / 2 {
-            return Err(format!(
-                "lease_ttl_ms must be at most half of void_after_seconds, {} ms; it is {}",
-                self.void_after.as_millis() / 2,
-                self.ttl.as_millis()
-            ));
-        }
-        if !self.node.is_empty() {
-            NodeId::new(&self.node).map_err(|error| format!("node: {error}"))?;
-        }
-        check_text("advertise", &self.advertise)?;
-        if !(self.advertise.is_empty() || is_host_port(&self.advertise)) {
-            return Err(format!(
-                "advertise: {:?} is not an address; write host:port, as others reach {key}",
-                self.advertise
-            ));
-        }
-        check_text("zone", &self.zone)?;
-        if listen.ip().is_unspecified() && self.advertise.is_empty() {
-            return Err(format!("advertise must be set where {key} names no address"));
+        bounds::all([
+            self.check_ttl(),
+            self.check_node(),
+            self.check_advertise(key, listen),
+            check_text("zone", &self.zone),
+        ])
+    }
+
+    fn check_ttl(&self) -> Result<(), String> {
+        let (ttl, most) = (self.ttl.as_millis(), self.void_after.as_millis() / 2);
+        if ttl > most {
+            let of = "lease_ttl_ms must be at most half of void_after_seconds";
+            return Err(format!("{of}, {most} ms; it is {ttl}"));
         }
         Ok(())
+    }
+
+    fn check_node(&self) -> Result<(), String> {
+        match self.node.as_str() {
+            "" => Ok(()),
+            node => NodeId::new(node).map(drop).map_err(|error| format!("node: {error}")),
+        }
+    }
+
+    fn check_advertise(&self, key: &str, listen: SocketAddr) -> Result<(), String> {
+        check_text("advertise", &self.advertise)?;
+        let text = self.advertise.as_str();
+        match text {
+            "" if listen.ip().is_unspecified() => {
+                Err(format!("advertise must be set where {key} names no address"))
+            }
+            "" => Ok(()),
+            text if !is_host_port(text) => Err(format!(
+                "advertise: {text:?} is not an address; write host:port, as others reach {key}"
+            )),
+            text if is_wildcard(text) => Err(format!(
+                "advertise: {text:?} reaches nobody; write this machine's host:port, as others \
+                 reach {key}"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The record of a node that listens on `bound`, with its admin endpoint on `admin`.
@@ -91,21 +111,6 @@ impl LeaseConfig {
         let zone = self.zone.clone();
         Ok(NodeRecord { zone, admin, ..NodeRecord::new(role, id, incarnation, address) })
     }
-}
-
-/// Whether a text is `host:port`; IPv6 addresses stand in brackets.
-fn is_host_port(text: &str) -> bool {
-    let Some((host, port)) = text.rsplit_once(':') else { return false };
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let host_good = match bare {
-        Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => {
-            let good =
-                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-            !host.is_empty() && host.bytes().all(good)
-        }
-    };
-    host_good && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 #[cfg(test)]
@@ -166,6 +171,10 @@ mod tests {
                 "advertise: {bad:?} is not an address; write host:port, as others reach grpc_listen"
             );
             assert_eq!(error, told);
+        }
+        for bad in ["0.0.0.0:7081", "[::]:7081", "[::ffff:0.0.0.0]:7081"] {
+            let error = config("", bad).check("grpc_listen", everywhere).unwrap_err();
+            assert!(error.starts_with(&format!("advertise: {bad:?} reaches nobody")), "{error}");
         }
         let error = config("a:b", "").check("listen", ([127, 0, 0, 1], 1).into()).unwrap_err();
         assert!(error.starts_with("node: node contains ':'"), "{error}");

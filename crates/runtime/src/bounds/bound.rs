@@ -5,6 +5,8 @@ use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
+use crate::words::shown;
+
 /// An hour in milliseconds, the upper bound of most waits.
 pub const HOUR_MS: u64 = 3_600_000;
 /// A day in seconds.
@@ -103,7 +105,10 @@ impl Bound {
                             allowed()
                         )
                     }
-                    None => format!("not a number; write {}", allowed()),
+                    None if text.is_empty() => {
+                        format!("is empty; write {}, or leave it out", allowed())
+                    }
+                    None => format!("{} is not a number; write {}", shown(text), allowed()),
                 },
                 // serde_json turns NaN and infinity into null.
                 Value::Null => format!("not a finite number; write {}", allowed()),

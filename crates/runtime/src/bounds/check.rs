@@ -18,7 +18,7 @@ pub struct OutOfBounds {
 /// Checks every number of a configuration.
 ///
 /// # Errors
-/// Returns the first number that is out of its bounds, with key, value and allowed range.
+/// Returns the numbers that are out of their bounds, one a line, with key, value and allowed range.
 pub fn check<C: Bounded + Serialize>(config: &C) -> Result<(), String> {
     check_under("", config)
 }
@@ -29,26 +29,54 @@ pub fn check<C: Bounded + Serialize>(config: &C) -> Result<(), String> {
 /// As [`check`].
 pub fn check_under<C: Bounded + Serialize>(prefix: &str, config: &C) -> Result<(), String> {
     let value = serde_json::to_value(config).map_err(|error| error.to_string())?;
-    check_value(&C::bounds(), &value).map_err(|error| format!("{prefix}{error}"))
+    let out =
+        check_value(&C::bounds(), &value).into_iter().map(|out| Err(format!("{prefix}{out}")));
+    all(out)
+}
+
+/// The problems of several checks, which are one or more lines each.
+///
+/// # Errors
+/// Returns all lines.
+pub fn all(checks: impl IntoIterator<Item = Result<(), String>>) -> Result<(), String> {
+    let problems: Vec<String> = checks.into_iter().filter_map(Result::err).collect();
+    if problems.is_empty() { Ok(()) } else { Err(problems.join("\n")) }
 }
 
 /// As [`check`], for a parsed file that is not deserialized yet. Absent keys pass.
-pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Result<(), OutOfBounds> {
-    bounds.iter().try_for_each(|bound| {
+pub(crate) fn check_value(bounds: &[Bound], value: &Value) -> Vec<OutOfBounds> {
+    let mut out = Vec::new();
+    for bound in bounds {
         let path: Vec<&str> = bound.key.split('.').collect();
-        let out_of_bounds = |problem| OutOfBounds { key: bound.key.clone(), problem };
-        values(value, &path).into_iter().try_for_each(|v| bound.check(v).map_err(out_of_bounds))
-    })
+        for (key, value) in values(String::new(), value, &path) {
+            out.extend(bound.check(value).err().map(|problem| OutOfBounds { key, problem }));
+        }
+    }
+    out
 }
 
-/// The values at a path. There are several if the path crosses a list or ends at one.
-fn values<'a>(value: &'a Value, path: &[&str]) -> Vec<&'a Value> {
+/// A key without the indexes of lists: `auth.keys[1].secret` is `auth.keys.secret`.
+pub(crate) fn without_indexes(key: &str) -> String {
+    let parts = key.split('[').enumerate();
+    let without = |(at, part): (usize, &str)| match part.split_once(']') {
+        Some((_, rest)) if at > 0 => rest.to_owned(),
+        _ => part.to_owned(),
+    };
+    parts.map(without).collect()
+}
+
+/// The values at a path, each with its key. There are several if the path crosses a list or ends at one.
+fn values<'a>(key: String, value: &'a Value, path: &[&str]) -> Vec<(String, &'a Value)> {
     match (value, path) {
-        (Value::Array(items), _) => items.iter().flat_map(|item| values(item, path)).collect(),
-        (Value::Object(table), [key, rest @ ..]) => {
-            table.get(*key).map_or_else(Vec::new, |value| values(value, rest))
+        (Value::Array(items), _) => {
+            let items = items.iter().enumerate();
+            items.flat_map(|(index, item)| values(format!("{key}[{index}]"), item, path)).collect()
         }
-        (value, []) => vec![value],
+        (Value::Object(table), [name, rest @ ..]) => {
+            let key = if key.is_empty() { (*name).to_owned() } else { format!("{key}.{name}") };
+            table.get(*name).map_or_else(Vec::new, |value| values(key, value, rest))
+        }
+        (value, []) => vec![(key, value)],
         _ => Vec::new(),
     }
 }
@@ -69,7 +97,8 @@ mod tests {
     }
 
     fn problem(value: &Value) -> String {
-        check_value(&bounds(), value).map_or_else(|e| e.to_string(), |()| String::new())
+        let out = check_value(&bounds(), value).into_iter();
+        out.map(|out| out.to_string()).collect::<Vec<_>>().join("\n")
     }
 
     #[test]
@@ -87,7 +116,7 @@ mod tests {
             rate(json!(1e308))
                 .starts_with("limits.rate: 1e+308 is not a whole number; write 1 to 10")
         );
-        assert!(rate(json!("ten")).starts_with("limits.rate: not a number"));
+        assert!(rate(json!("ten")).starts_with("limits.rate: \"ten\" is not a number"));
         assert_eq!((rate(json!(0)), rate(json!(1)), rate(json!(10))), Default::default());
     }
 
@@ -95,7 +124,7 @@ mod tests {
     fn lists_and_fractions_are_looked_into() {
         assert_eq!(
             problem(&json!({"weights": [8, 0]})),
-            "weights: 0 is out of range; write 1 to 9"
+            "weights[1]: 0 is out of range; write 1 to 9"
         );
         assert_eq!(problem(&json!({"share": 1.5})), "share: 1.5 is out of range; write 0 to 1");
         assert_eq!(
@@ -104,6 +133,6 @@ mod tests {
         );
         assert_eq!(problem(&json!({"share": 1})), "");
         let keys = json!({"keys": [{"seconds": 5}, {"seconds": 4}, {}]});
-        assert_eq!(problem(&keys), "keys.seconds: 4 is out of range; write 5 to 9 s");
+        assert_eq!(problem(&keys), "keys[1].seconds: 4 is out of range; write 5 to 9 s");
     }
 }

@@ -8,7 +8,8 @@ use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use super::bound::{Bound, Bounded};
-use crate::config::accept;
+use super::check::without_indexes;
+use crate::config::{ConfigError, Sources, accept};
 
 /// A configuration that [`walk`] can check.
 pub trait Walked: Bounded + DeserializeOwned + Serialize + Default {}
@@ -24,7 +25,7 @@ impl<C: Bounded + DeserializeOwned + Serialize + Default> Walked for C {}
 /// One of these does not hold.
 pub fn walk<C: Walked>(base: &str, check: impl Fn(&C) -> Result<(), String>, build: impl Fn(C)) {
     let table: Table = base.parse().expect("the base is TOML");
-    let config: C = accept(table.clone(), &[]).expect("the base is a configuration");
+    let config: C = read(table.clone()).expect("the base is a configuration");
     check(&config).expect("the base is valid");
     // As it is printed, defaults are there as well.
     let whole = Table::try_from(&config).expect("a configuration is a table");
@@ -36,7 +37,7 @@ pub fn walk<C: Walked>(base: &str, check: impl Fn(&C) -> Result<(), String>, bui
             let path: Vec<&str> = bound.key.split('.').collect();
             set(&mut table, &path, list_like(&whole, &path, &value));
             let within = serde_json::to_value(&value).is_ok_and(|v| bound.check(&v).is_ok());
-            match accept::<C>(table, &[]) {
+            match read::<C>(table) {
                 Ok(config) => {
                     assert!(within, "{told} is taken");
                     match check(&config) {
@@ -50,12 +51,17 @@ pub fn walk<C: Walked>(base: &str, check: impl Fn(&C) -> Result<(), String>, bui
                 Err(error) => {
                     let error = error.to_string();
                     assert!(!within, "{told} is refused: {error}");
-                    let named = error.starts_with(&format!("{}: ", bound.key));
+                    let named =
+                        error.split(": ").next().map(without_indexes).as_ref() == Some(&bound.key);
                     assert!(named && error.contains(&bound.allowed()), "{told}: {error}");
                 }
             }
         }
     }
+}
+
+fn read<C: Walked>(table: Table) -> Result<C, ConfigError> {
+    accept(table, "", &Sources::default(), Vec::new())
 }
 
 fn probes(bound: &Bound) -> Vec<Value> {

@@ -1,0 +1,89 @@
+//! Words of errors: values, and what may have been meant.
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use strsim::damerau_levenshtein;
+
+/// A value for an error, in quotes and not too long.
+pub fn shown(text: &str) -> String {
+    const SHOWN_MAX: usize = 64;
+    match text.char_indices().nth(SHOWN_MAX) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+    }
+}
+
+/// The one that may have been meant: at most a third of its letters differ.
+pub fn nearest<'a>(word: &str, all: &'a [impl AsRef<str>]) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    let distance = |one: &&'a str| damerau_levenshtein(&one.to_lowercase(), &word);
+    let near = all.iter().map(AsRef::as_ref).min_by_key(distance)?;
+    (distance(&near) <= (near.chars().count() / 3).clamp(1, 4)).then_some(near)
+}
+
+/// Whether a text is `host:port` as others can reach it: IPv6 addresses stand in brackets, and the port is not 0.
+pub fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    is_host(host) && port.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+/// Whether a text is a host: a name, an IPv4 address, or an IPv6 address in brackets.
+pub fn is_host(text: &str) -> bool {
+    let bare = text.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    match bare {
+        Some(v6) => v6.parse::<Ipv6Addr>().is_ok(),
+        None => {
+            let good =
+                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+            !text.is_empty() && text.bytes().all(good)
+        }
+    }
+}
+
+/// Whether the host of a `host:port` is a wildcard, which nobody can connect to.
+pub fn is_wildcard(text: &str) -> bool {
+    text.parse::<SocketAddr>().is_ok_and(|address| address.ip().to_canonical().is_unspecified())
+}
+
+/// Whether a URL is `scheme://host[:port][/path]`, with one of `schemes`.
+pub fn is_url(url: &str, schemes: &[&str]) -> bool {
+    let Some((scheme, rest)) = url.split_once("://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    schemes.contains(&scheme) && (is_host(authority) || is_host_port(authority))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_have_a_host_and_a_port_that_exists() {
+        let good = |url: &str| is_url(url, &["ws", "wss"]);
+        for url in ["ws://h", "wss://h/v1/connect", "ws://[::1]:7080/v1", "ws://10.0.0.1:1?a=b"] {
+            assert!(good(url), "{url}");
+        }
+        for url in ["ws://", "ws://h:99999/", "ws://h:0", "http://h", "ws:h", "ws://:1", "ws://a b"]
+        {
+            assert!(!good(url), "{url}");
+        }
+        assert!(
+            is_wildcard("0.0.0.0:1") && is_wildcard("[::]:1") && is_wildcard("[::ffff:0.0.0.0]:1")
+        );
+        assert!(!is_wildcard("h:1") && !is_wildcard("10.0.0.1:1"));
+    }
+
+    #[test]
+    fn a_slip_is_recognized_and_another_word_is_not() {
+        let all = ["listen", "level", "HS256", "drain_seconds"];
+        for (word, near) in [
+            ("lisen", Some("listen")),
+            ("hs256", Some("HS256")),
+            ("drain_second", Some("drain_seconds")),
+            ("drainseconds", Some("drain_seconds")),
+            ("port", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(word, &all), near, "{word}");
+        }
+    }
+}
