@@ -54,11 +54,17 @@ impl Bounded for LimitsConfig {
             whole("handshakes_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
             connections("address_connections_max").or_zero("no limit"),
             whole("address_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
+            whole("network_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
             a_second("address_handshakes_per_second").or_zero("no limit"),
             connections("addresses_max"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
             connections("app_connections_max").or_zero("no limit"),
+            connections("unidentified_max"),
+            connections("address_unidentified_max").or_zero("no limit"),
+            connections("user_unidentified_max").or_zero("no limit"),
+            whole("first_byte_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("hello_timeout_min_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
             // Room for a Hello, or a token.
@@ -319,8 +325,11 @@ pub struct LimitsConfig {
     pub handshakes_burst_seconds: u64,
     /// Maximum connections of one client address (IPv6: of a /64); further ones are answered with 429. May be 0.
     pub address_connections_max: u32,
-    /// Maximum concurrent handshakes of one client address; further ones are answered with 429. May be 0.
+    /// Maximum concurrent handshakes of one client address. A further one gets the place of the oldest, if that is
+    /// older than `first_byte_timeout_ms`, or is answered with 429. May be 0.
     pub address_handshakes_max: u32,
+    /// The same for one IPv6 /48. May be 0.
+    pub network_handshakes_max: u32,
     /// Maximum handshakes of one client address per second; further ones are answered with 429. May be 0.
     pub address_handshakes_per_second: u32,
     /// Maximum client addresses tracked for these limits; further ones are not limited.
@@ -333,8 +342,19 @@ pub struct LimitsConfig {
     pub attempt_ahead_ms: u64,
     /// Maximum connections of one app to this node; further ones are answered with 429. May be 0.
     pub app_connections_max: u32,
+    /// Maximum connections without Hello; further ones are answered with 503.
+    pub unidentified_max: usize,
+    /// Maximum connections without Hello of one client address; further ones are answered with 429. May be 0.
+    pub address_unidentified_max: u32,
+    /// Maximum connections of one user without Welcome; further ones are answered with 429. May be 0.
+    pub user_unidentified_max: u32,
+    /// Timeout of the first byte of a handshake, ms.
+    pub first_byte_timeout_ms: u64,
     /// Timeout of a handshake, ms.
     pub handshake_timeout_ms: u64,
+    /// Timeout of a device's Hello while as many connections as allowed have not said theirs, ms. Up to half as many,
+    /// it is `hello_timeout_ms`.
+    pub hello_timeout_min_ms: u64,
     /// Timeout of a device's Hello, and of the mailbox's answer to it, ms each.
     pub hello_timeout_ms: u64,
     /// Maximum bytes of a frame from a device.
@@ -384,13 +404,19 @@ impl Default for LimitsConfig {
             handshakes_per_second: 10_000,
             handshakes_burst_seconds: 2,
             address_connections_max: 0,
-            address_handshakes_max: 512,
+            address_handshakes_max: 128,
+            network_handshakes_max: 256,
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
             user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
+            unidentified_max: 10_000,
+            address_unidentified_max: 2_000,
+            user_unidentified_max: 32,
+            first_byte_timeout_ms: 2_000,
             handshake_timeout_ms: 5_000,
+            hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,
             upstream_frames_per_second: 1_000,
@@ -417,6 +443,14 @@ impl LimitsConfig {
         Duration::from_millis(self.handshake_timeout_ms)
     }
 
+    pub(crate) fn first_byte_timeout(&self) -> Duration {
+        Duration::from_millis(self.first_byte_timeout_ms)
+    }
+
+    pub(crate) fn hello_timeout_min(&self) -> Duration {
+        Duration::from_millis(self.hello_timeout_min_ms)
+    }
+
     pub(crate) fn hello_timeout(&self) -> Duration {
         Duration::from_millis(self.hello_timeout_ms)
     }
@@ -432,6 +466,12 @@ impl LimitsConfig {
             return Err(format!(
                 "limits.frame_bytes_max must be at most upstream_bytes_per_second times \
                  upstream_burst_seconds, {burst}"
+            ));
+        }
+        let (address, network) = (self.address_handshakes_max, self.network_handshakes_max);
+        if network != 0 && address > network {
+            return Err(format!(
+                "limits.address_handshakes_max must be at most network_handshakes_max, {network}"
             ));
         }
         if self.queued_bytes_max < page_bytes_max as usize {
@@ -698,6 +738,8 @@ mod tests {
         assert_eq!(told, "limits.queued_bytes_max must be at least sync.page_bytes_max");
         let told = error(|config| config.limits.node_queued_bytes_max = 1);
         assert_eq!(told, "limits.node_queued_bytes_max must be at least queued_bytes_max");
+        let told = error(|config| config.limits.network_handshakes_max = 127);
+        assert!(told.starts_with("limits.address_handshakes_max must be at most network_"));
         let told = error(|config| config.limits.upstream_bytes_per_second = 1);
         assert!(
             told.starts_with("limits.frame_bytes_max must be at most upstream_bytes_per_second")

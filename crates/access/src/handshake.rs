@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
-use crate::admission::{Admitted, Refused};
+use crate::admission::{AddressKey, Admitted, Evicted, Refused, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
@@ -40,6 +40,8 @@ pub struct Arrival {
     pub address: IpAddr,
     /// Its share of the limits, released on drop.
     pub admitted: Admitted,
+    /// Its handshake has to end.
+    pub evicted: Evicted,
 }
 
 /// A handshake that succeeded.
@@ -53,18 +55,28 @@ pub struct Accepted {
     /// Time of the handshake, ms since the Unix epoch, by the clock of the user's mailbox, which all nodes share. It
     /// orders the attempts of devices that do not count them.
     pub at_ms: u64,
+    /// Its share of the limits on connections without Hello.
+    pub unidentified: Unidentified,
+    /// Another connection has its place among these.
+    pub evicted: Evicted,
 }
 
 /// Reads and answers a handshake, and counts its result; `None` if it was refused or the device has gone.
 pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
-    let Arrival { node, stream, mut address, mut admitted } = arrival;
+    let Arrival { node, stream, mut address, mut admitted, mut evicted } = arrival;
     let node = &*node;
     let limit = node.policy.limits.handshake_timeout();
     let deadline = Instant::now() + limit;
+    let unopened = |label| Unopened { label, answer: None };
     let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
-    let opened = timeout_at(deadline.into(), opening).await;
-    let unopened = Unopened { label: Handshake::Timeout, answer: None };
-    let mut stream = match opened.unwrap_or(Err(unopened)) {
+    let opened = tokio::select! {
+        biased;
+        opened = timeout_at(deadline.into(), opening) => {
+            opened.unwrap_or(Err(unopened(Handshake::Timeout)))
+        }
+        _ = &mut evicted => Err(unopened(Handshake::Evicted)),
+    };
+    let mut stream = match opened {
         Ok(stream) => stream,
         Err(Unopened { label, answer: None }) => {
             tracing::debug!(%address, label = label.as_str(), "no connection was opened");
@@ -77,15 +89,20 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             return None;
         }
     };
-    let judged = judge(node, &mut stream, &mut address, &mut admitted, deadline).await;
+    let judged = tokio::select! {
+        biased;
+        judged = judge(node, &mut stream, &mut address, &mut admitted, deadline) => judged,
+        _ = &mut evicted => Err(http::evicted()),
+    };
     let answer = match judged {
-        Ok(Verdict::Upgrade { rest, encoding, claims }) => {
+        Ok(Verdict::Upgrade { rest, encoding, claims, unidentified, evicted }) => {
             node.metrics.handshake(Handshake::Accepted);
             admitted.handshaken();
             tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
             let at_ms = node.mailboxes.now_ms(&claims.user);
             let socket = Socket::new(stream, rest, node.policy.limits.frame_bytes_max);
-            return Some((Accepted { socket, encoding, claims, at_ms }, admitted));
+            let accepted = Accepted { socket, encoding, claims, at_ms, unidentified, evicted };
+            return Some((accepted, admitted));
         }
         Err(Ended::Gone) => {
             node.metrics.handshake(Handshake::Gone);
@@ -98,6 +115,9 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             answer
         }
     };
+    if answer.label == Handshake::Evicted {
+        node.metrics.limit(Limit::Evicted);
+    }
     // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
@@ -148,8 +168,8 @@ impl From<std::io::Error> for Unopened {
     }
 }
 
-/// The steps before the request: the PROXY header, the limits of the address, and TLS. `address` is the peer's, and is
-/// replaced by the one in the header.
+/// The steps before the request: the PROXY header, the limits of the address, the first byte, and TLS. `address` is the
+/// peer's, and is replaced by the one in the header.
 async fn open(
     policy: &Policy,
     metrics: &Metrics,
@@ -157,15 +177,27 @@ async fn open(
     address: &mut IpAddr,
     admitted: &mut Admitted,
 ) -> Result<Stream, Unopened> {
-    if policy.proxies.speaks_first(*address) {
+    let first_byte = policy.limits.first_byte_timeout();
+    let late = |_| Unopened { label: Handshake::Timeout, answer: None };
+    let was_known = !policy.proxies.speaks_first(*address);
+    if !was_known {
+        timeout(first_byte, stream.peek(&mut [0])).await.map_err(late)??;
         *address = read_proxy_header(&mut stream).await?.unwrap_or(*address);
     }
-    if !policy.proxies.forwards(*address)
-        && let Err(answer) = limit_address(metrics, *address, admitted)
-    {
-        let label = answer.label;
-        let answer = policy.tls.is_none().then(|| (Stream::Plain(stream), answer));
-        return Err(Unopened { label, answer });
+    let answered = |stream, answer: Answer| Unopened {
+        label: answer.label,
+        answer: policy.tls.is_none().then(|| (Stream::Plain(stream), answer)),
+    };
+    if !policy.proxies.forwards(*address) {
+        let key = policy.address_key(*address).filter(|_| !was_known);
+        if let Err(answer) = limit_address(metrics, *address, key, admitted) {
+            return Err(answered(stream, answer));
+        }
+    }
+    // Nothing is allocated for a client that sends nothing.
+    match timeout(first_byte, stream.peek(&mut [0])).await {
+        Ok(peeked) => drop(peeked?),
+        Err(_) => return Err(answered(stream, http::late())),
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     match tls.accept(stream).await {
@@ -177,12 +209,18 @@ async fn open(
     }
 }
 
+/// `learnt`: the key of an address that was unknown when the handshake began.
 fn limit_address(
     metrics: &Metrics,
     address: IpAddr,
+    learnt: Option<AddressKey>,
     admitted: &mut Admitted,
 ) -> Result<(), Answer> {
-    if admitted.coming_from(address).map_err(|refused| over_limit(metrics, refused))? {
+    let refused = |refused| over_limit(metrics, refused);
+    if let Some(key) = learnt {
+        admitted.coming_from(key).map_err(refused)?;
+    }
+    if admitted.count_address(address).map_err(refused)? {
         metrics.limit(Limit::Addresses);
     }
     Ok(())
@@ -209,7 +247,13 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
 /// Outcome of a valid request.
 enum Verdict {
     /// The request upgrades to a WebSocket; 101 has been written.
-    Upgrade { rest: Vec<u8>, encoding: Encoding, claims: Claims },
+    Upgrade {
+        rest: Vec<u8>,
+        encoding: Encoding,
+        claims: Claims,
+        unidentified: Unidentified,
+        evicted: Evicted,
+    },
     /// The request asks for `/v1/nodes`.
     Answer(Answer),
 }
@@ -228,7 +272,8 @@ async fn judge(
         let values = request.headers().get_all(FORWARDED_FOR).iter();
         let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
         *address = policy.proxies.client(*address, values.into_iter());
-        limit_address(&node.metrics, *address, admitted).map_err(Ended::Answered)?;
+        let key = policy.address_key(*address);
+        limit_address(&node.metrics, *address, key, admitted).map_err(Ended::Answered)?;
     }
     match request.uri().path() {
         PATH => (),
@@ -253,9 +298,11 @@ async fn judge(
     let claims = verify(node, &request, &offered).await?;
     let over = |refused| Ended::Answered(over_limit(&node.metrics, refused));
     admitted.for_app(&claims.user.app).map_err(over)?;
+    let key = policy.address_key(*address);
+    let (unidentified, evicted) = admitted.await_hello(key, Some(&claims.user)).map_err(over)?;
     http::agree(&mut response, encoding);
     http::respond(stream, &response).await?;
-    Ok(Verdict::Upgrade { rest, encoding, claims })
+    Ok(Verdict::Upgrade { rest, encoding, claims, unidentified, evicted })
 }
 
 /// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.

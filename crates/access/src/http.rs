@@ -31,6 +31,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 pub const BAD_REQUEST: &str = "400 Bad Request";
 pub const UNAVAILABLE: &str = "503 Service Unavailable";
 pub const TOO_MANY: &str = "429 Too Many Requests";
+const REQUEST_TIMEOUT: &str = "408 Request Timeout";
 const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const VERSION: &str = "505 HTTP Version Not Supported";
 
@@ -130,8 +131,20 @@ pub fn refused(status: &'static str, label: Handshake, text: impl Into<String>) 
 }
 
 /// The request was not complete in time.
+pub fn late() -> Answer {
+    let text = "the request was not complete in time";
+    Answer::refusal(REQUEST_TIMEOUT, Handshake::Timeout, text)
+}
+
+/// As [`late`], as an error.
 pub fn no_request() -> Ended {
-    refused("408 Request Timeout", Handshake::Timeout, "the request was not complete in time")
+    Ended::Answered(late())
+}
+
+/// The request was not complete when another client needed its place.
+pub fn evicted() -> Ended {
+    let text = "the request was not complete, and other clients wait";
+    refused(REQUEST_TIMEOUT, Handshake::Evicted, text)
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.

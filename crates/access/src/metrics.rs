@@ -41,6 +41,8 @@ pub struct Metrics {
     accepted: IntCounterVec,
     /// Client addresses in the table of address limits.
     pub addresses: IntGauge,
+    /// Connections without Hello, updated once a second.
+    pub unidentified: IntGauge,
     /// Sessions that were sent Welcome.
     pub sessions: IntGauge,
     /// Users in the registry, updated once a second.
@@ -119,6 +121,7 @@ impl Metrics {
                 &[],
             )?,
             addresses: set.gauge("addresses", "Client addresses in the table of address limits")?,
+            unidentified: set.gauge("unidentified", "Connections without Hello")?,
             sessions: set.gauge("sessions", "Welcomed sessions")?,
             users: set.gauge("users", "Users with a session, welcomed or about to be")?,
             wheel_entries: set.gauge("wheel_entries", "Sessions on the heartbeat wheel")?,

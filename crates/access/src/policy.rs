@@ -1,11 +1,12 @@
 //! The rules of a node: who may connect, from where and how often, and the bounds of a session. It is parsed from the
 //! configuration once.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use barid_session::Settings;
 
-use crate::admission::{Admission, Origins};
+use crate::admission::{AddressKey, Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::{Config, HeartbeatConfig, LimitsConfig};
 use crate::error::Error;
@@ -62,6 +63,12 @@ impl Policy {
                 crossing_ms: (config.redis.retry_base_ms / 2).min(CROSSING_MAX_MS) as u32,
             },
         })
+    }
+
+    /// The key under which a client's address is limited; `None`: not by its address, because it is a trusted
+    /// balancer's, or unknown.
+    pub fn address_key(&self, address: IpAddr) -> Option<AddressKey> {
+        AddressKey::of(address).filter(|_| !self.proxies.trusts(address))
     }
 }
 

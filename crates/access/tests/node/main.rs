@@ -5,6 +5,7 @@ mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
 mod balance;
+mod door;
 mod fanout;
 mod heartbeats;
 mod isolation;

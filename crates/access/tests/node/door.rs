@@ -1,0 +1,212 @@
+//! Attacks on the devices' port by clients that never become sessions. Each runs beside honest clients, which are
+//! served throughout.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use barid_testkit::Device;
+use barid_testkit::device::PATIENCE;
+use barid_testkit::raw::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::support::*;
+
+const LIMITS: &str = "barid_access_limits_total";
+const HANDSHAKES: &str = "barid_access_handshakes_total";
+const JSON: &str = "Sec-WebSocket-Protocol: barid.v1.json\r\n";
+
+/// A socket from 127.0.0.`last`.
+async fn socket_from(node: &Node, last: u8) -> Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((std::net::Ipv4Addr::new(127, 0, 0, last), 0).into())?;
+    Ok(socket.connect(node.addresses["ws"]).await?)
+}
+
+/// Sends a valid handshake from 127.0.0.`last`, and returns the open socket and the answer.
+async fn handshake_from(node: &Node, last: u8, user: &str) -> Result<(TcpStream, String)> {
+    let mut stream = socket_from(node, last).await?;
+    let path = format!("/v1/connect?token={}", token_of(user));
+    let _ = stream.write_all(request(&path, JSON).as_bytes()).await;
+    let answer = read_head(&mut stream).await?;
+    Ok((stream, answer))
+}
+
+#[tokio::test]
+async fn hazard_89_one_token_without_hello_takes_few_places() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut open = Vec::new();
+    let mut refused = 0;
+    for number in 0..300 {
+        let (stream, answer) = handshake_from(&node, 2, "mallory").await?;
+        if answer.starts_with("HTTP/1.1 101") {
+            open.push(stream);
+        } else {
+            assert!(answer.starts_with("HTTP/1.1 429 "), "{answer}");
+            assert!(answer.contains("of this user") && answer.contains("Retry-After"), "{answer}");
+            refused += 1;
+        }
+        if number % 100 == 0 {
+            node.device("alice", &format!("phone{number}")).await?.close().await?;
+        }
+    }
+    assert_eq!((open.len(), refused), (32, 268));
+    assert_eq!(node.metric(LIMITS, "user_unidentified"), 268.0);
+    eventually("counted", async || Ok(node.metric("barid_access_unidentified", "") == 32.0))
+        .await?;
+    // A place is free once its connection has gone or has said Hello.
+    open.truncate(30);
+    eventually("places are given back", async || Ok(node.device("mallory", "phone").await.is_ok()))
+        .await?;
+    for n in 0..40 {
+        node.device("bob", &format!("phone{}", n % 4)).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_89_many_users_of_one_address_without_hello_leave_room_for_others() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.unidentified_max = 40;
+            config.limits.address_unidentified_max = 0;
+            config.limits.hello_timeout_min_ms = 1_000;
+        })
+        .await?;
+    let mut silent = Vec::new();
+    for number in 0..40 {
+        silent.push(handshake_from(&node, 2, &format!("m{number}")).await?.0);
+    }
+    // Another address gets in at once, in place of the attacker's oldest connection.
+    let (_honest, answer) = handshake_from(&node, 3, "alice").await?;
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    assert_eq!(node.metric(LIMITS, "evicted"), 1.0);
+    let begun = Instant::now();
+    eventually("their time is short", async || {
+        Ok(node.metric("barid_access_closes_total", "heartbeat") >= 15.0)
+    })
+    .await?;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop(silent);
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_90_half_requests_of_two_addresses_keep_nobody_out() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut held = Vec::new();
+    for last in [2, 3] {
+        for _ in 0..512 {
+            let mut stream = socket_from(&node, last).await?;
+            let _ = stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await;
+            held.push(stream);
+        }
+    }
+    for attempt in 0..60 {
+        let (_stream, answer) = handshake_from(&node, 1, &format!("u{attempt}")).await?;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{attempt}: {answer}");
+    }
+    assert_eq!(node.metric(LIMITS, "address_handshakes"), 768.0, "each had 128");
+    drop(held);
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_90_an_honest_client_gets_the_place_of_a_greedy_network() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.handshakes_max = 32;
+            config.limits.address_handshakes_max = 0;
+            config.limits.network_handshakes_max = 0;
+            config.limits.first_byte_timeout_ms = 1_000;
+        })
+        .await?;
+    let (stop, mut stopped) = tokio::sync::watch::channel(false);
+    let address = node.addresses["ws"];
+    // Both take each place that is free, again and again.
+    let attacks = [2_u8, 3].map(|last| {
+        let mut stopped = stopped.clone();
+        tokio::spawn(async move {
+            let mut held = std::collections::VecDeque::new();
+            while !*stopped.borrow_and_update() {
+                let socket = TcpSocket::new_v4().unwrap();
+                socket.bind((std::net::Ipv4Addr::new(127, 0, 0, last), 0).into()).unwrap();
+                if let Ok(mut stream) = socket.connect(address).await {
+                    let _ = stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await;
+                    held.push_back(stream);
+                }
+                if held.len() > 200 {
+                    held.pop_front();
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        })
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut in_at_once = 0;
+    for attempt in 0..100 {
+        let (_stream, answer) = handshake_from(&node, 1, &format!("u{attempt}")).await?;
+        in_at_once += usize::from(answer.starts_with("HTTP/1.1 101"));
+    }
+    assert!(in_at_once >= 98, "{in_at_once} of 100");
+    assert!(node.metric(LIMITS, "evicted") > 0.0);
+    assert!(node.metric(LIMITS, "handshakes") > 0.0, "the attackers were refused");
+    stop.send_replace(true);
+    stopped.mark_unchanged();
+    for attack in attacks {
+        attack.await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_90_a_client_behind_the_address_of_an_attacker_gets_in_later() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.address_handshakes_max = 4;
+            config.limits.first_byte_timeout_ms = 500;
+        })
+        .await?;
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut stream = socket_from(&node, 2).await?;
+        stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await?;
+        held.push(stream);
+    }
+    eventually("the attacker's oldest one goes", async || {
+        Ok(handshake_from(&node, 2, "alice").await?.1.starts_with("HTTP/1.1 101"))
+    })
+    .await?;
+    let mut answer = String::new();
+    held[0].read_to_string(&mut answer).await?;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert_eq!(node.metric(HANDSHAKES, "evicted"), 1.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_90_the_first_byte_has_less_time_than_the_request() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.first_byte_timeout_ms = 300).await?;
+    let begun = Instant::now();
+    let mut silent = TcpStream::connect(node.addresses["ws"]).await?;
+    let mut slow = TcpStream::connect(node.addresses["ws"]).await?;
+    slow.write_all(b"GET").await?;
+    let answer = read_head(&mut silent).await?;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    // The request still has its time.
+    let path = format!("/v1/connect?token={}", token_of("alice"));
+    slow.write_all(&request(&path, JSON).as_bytes()[3..]).await?;
+    let answer = read_head(&mut slow).await?;
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    let mut phone = Device::connect(&node.url(), &token_of("bob"), "phone").await?;
+    phone.expect_silence(Duration::from_millis(500)).await?;
+    let _ = PATIENCE;
+    Ok(())
+}
