@@ -23,6 +23,8 @@ const BURST_SECONDS_MAX: u64 = 600;
 const CONNECTIONS_MAX: u64 = 10_000_000;
 /// Maximum of a timeout, ms.
 const WAIT_MS_MAX: u64 = HOUR_MS / 6;
+/// Maximum bytes of a WebSocket frame's head.
+const FRAME_HEAD_BYTES_MAX: u64 = 14;
 /// Maximum bytes of a queue of messages.
 const QUEUE_BYTES_MAX: u64 = 4 << 30;
 
@@ -69,6 +71,7 @@ impl Bounded for LimitsConfig {
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
             // Room for a Hello, or a token.
             whole("frame_bytes_max", 1024..=BODY_BYTES_MAX.into(), "bytes"),
+            whole("fragments_max", 1..=1 << 20, ""),
             whole("upstream_frames_per_second", 1..=1_000_000, "a second").or_zero("no limit"),
             whole("upstream_bytes_per_second", 1..=1 << 30, "bytes a second").or_zero("no limit"),
             whole("upstream_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
@@ -359,10 +362,13 @@ pub struct LimitsConfig {
     pub hello_timeout_ms: u64,
     /// Maximum bytes of a frame from a device.
     pub frame_bytes_max: usize,
-    /// Maximum frames of one device per second, including pings and pongs; a device above it is closed with 4504. May
-    /// be 0.
+    /// Maximum fragments of a message from a device; beyond it the device is closed with 4501.
+    pub fragments_max: u32,
+    /// Maximum WebSocket frames of one device per second, including fragments, pings and pongs; a device above it is
+    /// closed with 4504. May be 0.
     pub upstream_frames_per_second: u32,
-    /// Maximum bytes of frames of one device per second; a device above it is closed with 4504. May be 0.
+    /// Maximum bytes of one device per second, including the heads of frames; a device above it is closed with 4504.
+    /// May be 0.
     pub upstream_bytes_per_second: u32,
     /// Maximum burst of one device: the two rates above times this many seconds.
     pub upstream_burst_seconds: u64,
@@ -419,6 +425,7 @@ impl Default for LimitsConfig {
             hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,
+            fragments_max: 256,
             upstream_frames_per_second: 1_000,
             upstream_bytes_per_second: 256 << 10,
             upstream_burst_seconds: 10,
@@ -462,10 +469,11 @@ impl LimitsConfig {
     fn check(&self, page_bytes_max: u32) -> Result<(), String> {
         let burst =
             u64::from(self.upstream_bytes_per_second).saturating_mul(self.upstream_burst_seconds);
-        if burst != 0 && burst < self.frame_bytes_max as u64 {
+        let whole = self.frame_bytes_max as u64 + FRAME_HEAD_BYTES_MAX;
+        if burst != 0 && burst < whole {
             return Err(format!(
                 "limits.frame_bytes_max must be at most upstream_bytes_per_second times \
-                 upstream_burst_seconds, {burst}"
+                 upstream_burst_seconds, {burst}, less a frame's head of {FRAME_HEAD_BYTES_MAX}"
             ));
         }
         let (address, network) = (self.address_handshakes_max, self.network_handshakes_max);

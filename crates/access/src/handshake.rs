@@ -25,6 +25,7 @@ use crate::policy::Policy;
 use crate::proxy;
 use crate::socket::Socket;
 use crate::stream::Stream;
+use crate::upstream::Spent;
 
 const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
@@ -59,6 +60,8 @@ pub struct Accepted {
     pub unidentified: Unidentified,
     /// Another connection has its place among these.
     pub evicted: Evicted,
+    /// What it has sent, which counts from the first byte after the handshake.
+    pub spent: Spent,
 }
 
 /// Reads and answers a handshake, and counts its result; `None` if it was refused or the device has gone.
@@ -100,8 +103,10 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             admitted.handshaken();
             tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
             let at_ms = node.mailboxes.now_ms(&claims.user);
-            let socket = Socket::new(stream, rest, node.policy.limits.frame_bytes_max);
-            let accepted = Accepted { socket, encoding, claims, at_ms, unidentified, evicted };
+            let socket = Socket::new(stream, rest, &node.policy.limits);
+            let spent = Spent::default();
+            let accepted =
+                Accepted { socket, encoding, claims, at_ms, unidentified, evicted, spent };
             return Some((accepted, admitted));
         }
         Err(Ended::Gone) => {
@@ -363,7 +368,7 @@ pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<
         Ok(rest)
     };
     match timeout(limit, answered).await.unwrap_or_else(|_| Err(http::no_request())) {
-        Ok(rest) => Some(Socket::new(stream, rest, limits.frame_bytes_max)),
+        Ok(rest) => Some(Socket::new(stream, rest, limits)),
         Err(Ended::Answered(answer)) => {
             let limit = limits.close_timeout();
             let _ = timeout(limit, answer.write(stream)).await;

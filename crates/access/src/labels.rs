@@ -132,6 +132,7 @@ labels! {
         UserConnections => "user_connections",
         AppConnections => "app_connections",
         FrameBytes => "frame_bytes",
+        Fragments => "fragments",
         UpstreamFrames => "upstream_frames",
         UpstreamBytes => "upstream_bytes",
         Idle => "idle",

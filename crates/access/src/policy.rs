@@ -75,6 +75,7 @@ impl Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::Received;
     use crate::upstream::Spent;
     use barid_runtime::bounds;
     use std::time::{Duration, Instant};
@@ -89,7 +90,8 @@ mod tests {
             let Policy { upstream, .. } = Policy::new(&config).unwrap();
             let mut spent = Spent::default();
             for now_us in [0, 1 << 32, 1 << 53] {
-                let _ = upstream.frame(&mut spent, limits.frame_bytes_max, || now_us);
+                let received = Received { frames: u32::MAX, bytes: limits.frame_bytes_max };
+                let _ = upstream.charge(&mut spent, received, || now_us);
             }
             for wanted_ms in [0, 1, 999, 1 << 16, u32::MAX] {
                 let interval = config.heartbeat.interval(wanted_ms);

@@ -58,6 +58,9 @@ pub(super) fn refusal(metrics: &Metrics, error: &socket::Error) -> Option<Close>
     if let socket::Error::Capacity(CapacityError::MessageTooLong { .. }) = error {
         metrics.limit(Limit::FrameBytes);
     }
+    if let socket::Error::AttackAttempt = error {
+        metrics.limit(Limit::Fragments);
+    }
     socket::refusal(error)
 }
 

@@ -14,7 +14,8 @@ use crate::handle::Handle;
 use crate::handshake::Accepted;
 use crate::labels::{Call, Limit, Unknown};
 use crate::node::Node;
-use crate::socket::Socket;
+use crate::socket::{Received, Socket};
+use crate::upstream::Spent;
 
 /// How often a connection without Hello looks at how much time it has.
 const LOOK: Duration = Duration::from_secs(1);
@@ -51,9 +52,9 @@ pub(super) async fn identify(
 /// Waits for Hello, for less time the more connections do.
 async fn hello_in_time(node: &Node, accepted: &mut Accepted) -> Result<Connecting, Option<Close>> {
     let begun = Instant::now();
-    let Accepted { socket, encoding, claims, at_ms, evicted, .. } = accepted;
+    let Accepted { socket, encoding, claims, at_ms, evicted, spent, .. } = accepted;
     let unidentified = Unidentified::new(claims.clone(), *at_ms);
-    let hello = first_frame(node, socket, *encoding, unidentified);
+    let hello = first_frame(node, socket, spent, *encoding, unidentified);
     tokio::pin!(hello);
     loop {
         let left = node.policy.admission.hello_timeout().saturating_sub(begun.elapsed());
@@ -108,12 +109,25 @@ async fn enter(
 async fn first_frame(
     node: &Node,
     socket: &mut Socket,
+    spent: &mut Spent,
     encoding: Encoding,
     unidentified: Unidentified,
 ) -> Result<Connecting, Option<Close>> {
+    let mut charge = |received| {
+        let charged = node.policy.upstream.charge(spent, received, || node.clock.uptime_us());
+        charged.map_err(|over| {
+            node.metrics.limit(over.limit);
+            Some(Close::new(CloseCode::Limit, over.text))
+        })
+    };
+    charge(socket.received())?;
     loop {
-        let message = match socket.next().await {
-            Some(Ok(message)) => message,
+        let mut received = Received::default();
+        let next = socket.next(&mut received).await;
+        charge(received)?;
+        let message = match next {
+            Some(Ok(None)) => continue,
+            Some(Ok(Some(message))) => message,
             Some(Err(error)) => return Err(refusal(&node.metrics, &error)),
             None => return Err(None),
         };

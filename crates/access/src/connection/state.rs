@@ -108,7 +108,7 @@ impl Connection {
             session,
             codec,
             beat,
-            spent: Spent::default(),
+            spent: accepted.spent,
             out: VecDeque::new(),
             out_bytes: 0,
             calls: Vec::new(),

@@ -1,12 +1,14 @@
 //! Attacks on the devices' port by clients that never become sessions. Each runs beside honest clients, which are
 //! served throughout.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use barid_testkit::Device;
-use barid_testkit::device::PATIENCE;
 use barid_testkit::raw::*;
+use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -207,6 +209,120 @@ async fn hazard_90_the_first_byte_has_less_time_than_the_request() -> Result<()>
     assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
     let mut phone = Device::connect(&node.url(), &token_of("bob"), "phone").await?;
     phone.expect_silence(Duration::from_millis(500)).await?;
-    let _ = PATIENCE;
     Ok(())
+}
+
+/// Sends `attack` again and again until the node closes the connection. Returns the close, and the bytes that were sent.
+async fn flood(raw: Raw, attack: Vec<u8>) -> Result<(Ended, usize)> {
+    let (raw, mut writer) = raw.with_writer()?;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&sent);
+    let writing = tokio::spawn(async move {
+        while writer.write_all(&attack).await.is_ok() {
+            counted.fetch_add(attack.len(), Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    let ended = raw.ended().await;
+    writing.abort();
+    Ok((ended?, sent.load(Ordering::SeqCst)))
+}
+
+/// A connection, after Welcome if `hello`. Each has a device of its own.
+async fn opened(node: &Node, hello: bool) -> Result<Raw> {
+    static DEVICES: AtomicUsize = AtomicUsize::new(0);
+    let mut raw = Raw::open(node.addresses["ws"], Encoding::Json, &token_of("mallory")).await?;
+    if hello {
+        let device = DEVICES.fetch_add(1, Ordering::SeqCst);
+        raw.send(&frame(TEXT, format!(r#"{{"hello":{{"device":"d{device}"}}}}"#))).await;
+        raw.welcomed().await?;
+    }
+    Ok(raw)
+}
+
+/// Runs attacks, each with a text of the close, while bob receives a push between any two of them.
+async fn attack(
+    world: &World,
+    node: &Node,
+    attacks: Vec<(&str, Raw, Vec<u8>, u16, &str)>,
+) -> Result<()> {
+    let mut bob = node.device("bob", "phone").await?;
+    let mut dispatcher = node.dispatcher().await?;
+    for (name, raw, bytes, code, label) in attacks {
+        let before = node.metric(LIMITS, label);
+        let (ended, sent) = flood(raw, bytes).await?;
+        assert_eq!(ended.code, code, "{name}: {ended:?}");
+        assert!(sent < 2 << 20, "{name}: {sent} bytes were read");
+        assert_eq!(node.metric(LIMITS, label), before + 1.0, "{name}");
+        let (entry, _) = world.accept("bob", name).await?;
+        dispatcher.push(world, "bob", entry).await?;
+        assert_eq!(bob.receive(1).await?, [name]);
+    }
+    Ok(())
+}
+
+/// Empty fragments, and a pong, after which a device counts as alive.
+fn empty_fragments() -> Vec<u8> {
+    [frame(CONTINUATION - LAST, "").repeat(600), frame(PONG, "")].concat()
+}
+
+#[tokio::test]
+async fn hazard_91_control_frames_and_empty_fragments_count_as_they_arrive() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.fragments_max = 1 << 20).await?;
+    let mut attacks = Vec::new();
+    for hello in [false, true] {
+        let (name, other) = match hello {
+            false => ("fragments before hello", "pings before hello"),
+            true => ("fragments", "pings"),
+        };
+        let mut begun = opened(&node, hello).await?;
+        begun.send(&frame(TEXT - LAST, "")).await;
+        attacks.push((name, begun, empty_fragments(), 4504, "upstream_frames"));
+        let pings = frame(PING, [b'x'; 9]).repeat(100);
+        attacks.push((other, opened(&node, hello).await?, pings, 4504, "upstream_frames"));
+    }
+    attack(&world, &node, attacks).await
+}
+
+#[tokio::test]
+async fn hazard_91_bytes_count_before_their_frame_is_complete() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.frame_bytes_max = 16_000;
+            config.limits.upstream_bytes_per_second = 10_000;
+            config.limits.upstream_burst_seconds = 2;
+        })
+        .await?;
+    let padded = frame(TEXT, format!(r#"{{"pong":{{}}{}}}"#, " ".repeat(15_000)));
+    let mut half = opened(&node, true).await?;
+    half.send(&padded).await;
+    half.send(&padded[..9_000]).await;
+    let ended = half.ended().await?;
+    assert_eq!((ended.code, ended.text.contains("limit of bytes")), (4504, true), "{ended:?}");
+    assert_eq!(node.metric(LIMITS, "upstream_bytes"), 1.0);
+    let pings = frame(PING, [b'x'; 125]).repeat(10);
+    let attacks = vec![("pings", opened(&node, false).await?, pings, 4504, "upstream_bytes")];
+    attack(&world, &node, attacks).await
+}
+
+#[tokio::test]
+async fn hazard_91_a_message_has_so_many_fragments() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut attacks = Vec::new();
+    for (hello, name) in [(false, "before hello"), (true, "after welcome")] {
+        let mut begun = opened(&node, hello).await?;
+        begun.send(&frame(TEXT - LAST, "")).await;
+        attacks.push((name, begun, empty_fragments(), 4501, "fragments"));
+    }
+    attack(&world, &node, attacks).await?;
+    // As many as are allowed are a message.
+    let mut raw = opened(&node, false).await?;
+    let hello = r#"{"hello":{"device":"phone"}}"#;
+    raw.send(&frame(TEXT - LAST, "")).await;
+    raw.send(&frame(CONTINUATION - LAST, "").repeat(254)).await;
+    raw.send(&frame(CONTINUATION, hello)).await;
+    raw.welcomed().await
 }
