@@ -27,10 +27,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use self::ending::hang_up;
-use self::opening::identify;
+use self::opening::{Identified, identify};
 use self::state::{Connection, End};
 use crate::admission::Admitted;
 use crate::handshake::{self, Arrival};
+use crate::labels::Unknown;
 
 /// Turns of the loop before the task yields.
 const TURNS_MAX: usize = 64;
@@ -50,9 +51,12 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let (mut accepted, admitted) = handshake::accept(*arrival).await?;
     node.metrics.connections.inc();
     let refusal = match identify(&node, &mut accepted).await {
-        Ok((session, handle, codec)) => {
+        Ok(Identified { session, handle, codec, ignored }) => {
             let mut connection = Connection::new(&node, accepted, session, handle, codec);
             connection.begin();
+            if let Some(field) = ignored {
+                connection.ignored(Unknown::Field, &field);
+            }
             return Some((connection, admitted));
         }
         Err(refusal) => refusal,

@@ -273,6 +273,7 @@ async fn judge(
     let policy = &node.policy;
     let read = timeout_at(deadline.into(), http::read_request(stream)).await;
     let (request, rest) = read.map_err(|_| http::no_request())??;
+    http::check_headers(&request)?;
     if policy.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
         let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
@@ -292,7 +293,6 @@ async fn judge(
         let text = "this node is being drained";
         return Err(refused(http::UNAVAILABLE, Handshake::Draining, text));
     }
-    http::check_headers(&request)?;
     check_origin(policy, &request)?;
     let mut response = http::upgrade(&request)?;
     let offered = http::protocols(&request);
@@ -312,7 +312,6 @@ async fn judge(
 
 /// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.
 async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
-    http::check_headers(request)?;
     check_origin(&node.policy, request)?;
     verify(node, request, &http::protocols(request)).await?;
     let zone = http::query(request, "zone").map_or_else(

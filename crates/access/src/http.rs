@@ -14,9 +14,10 @@ use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
 use tokio_tungstenite::tungstenite::handshake::server::{create_response, write_response};
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL,
-    TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_EXTENSIONS,
+    SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING, UPGRADE,
 };
+use tokio_tungstenite::tungstenite::http::uri::Authority;
 
 use crate::labels::Handshake;
 use crate::stream::Stream;
@@ -214,7 +215,7 @@ fn join_lists(request: &mut Request) {
     }
 }
 
-/// Refuses repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
+/// Refuses a request without `Host`, and repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
 /// this node.
 ///
 /// # Errors
@@ -228,6 +229,12 @@ pub fn check_headers(request: &Request) -> Result<(), Ended> {
             Handshake::BadRequest,
             format!("header {name} is repeated"),
         ));
+    }
+    // RFC 9112, 3.2.
+    let host = headers.get(HOST).map(HeaderValue::as_bytes);
+    if !host.is_some_and(|host| host.is_empty() || Authority::try_from(host).is_ok()) {
+        let text = "header host is missing or malformed";
+        return Err(refused(BAD_REQUEST, Handshake::BadRequest, text));
     }
     let no_length = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
     let tokens = request.uri().query().unwrap_or_default().split('&');

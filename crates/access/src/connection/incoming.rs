@@ -69,7 +69,7 @@ impl Connection {
     /// Counts an unknown field, kind or mailbox, which is ignored. The first one of a connection is also reported to
     /// the client, so that its developer notices a mistake. At most `IGNORED_BYTES_MAX` of `name` are quoted, because
     /// escaping can make it six times as long.
-    fn ignored(&mut self, what: Unknown, name: &str) {
+    pub(super) fn ignored(&mut self, what: Unknown, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.reported_ignored, true) {
             let name = cut(name, IGNORED_BYTES_MAX);

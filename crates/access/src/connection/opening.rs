@@ -12,7 +12,7 @@ use crate::connection::codec::{Codec, decode, refusal};
 use crate::connection::ending::forget;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
-use crate::labels::{Call, Limit, Unknown};
+use crate::labels::{Call, Limit};
 use crate::node::Node;
 use crate::socket::{Received, Socket};
 use crate::upstream::Spent;
@@ -20,13 +20,22 @@ use crate::upstream::Spent;
 /// How often a connection without Hello looks at how much time it has.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// A session that waits for its Welcome.
+pub(super) struct Identified {
+    pub session: Connected,
+    pub handle: Arc<Handle>,
+    pub codec: Codec,
+    /// A field of Hello that is unknown here.
+    pub ignored: Option<String>,
+}
+
 /// Reads Hello and creates the session. The error says why the device is refused; `None`: it has gone.
 pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,
-) -> Result<(Connected, Arc<Handle>, Codec), Option<Refusal>> {
-    let connecting =
-        hello_in_time(node, accepted).await.map_err(|close| close.map(Refusal::from))?;
+) -> Result<Identified, Option<Refusal>> {
+    let hello = hello_in_time(node, accepted).await;
+    let (connecting, ignored) = hello.map_err(|close| close.map(Refusal::from))?;
     accepted.unidentified.identified();
     if connecting.attempt_ahead.is_some() {
         node.metrics.limit(Limit::AttemptAhead);
@@ -46,11 +55,14 @@ pub(super) async fn identify(
         entered => entered,
     };
     let (session, handle) = entered.map_err(Some)?;
-    Ok((session, handle, codec))
+    Ok(Identified { session, handle, codec, ignored })
 }
 
-/// Waits for Hello, for less time the more connections do.
-async fn hello_in_time(node: &Node, accepted: &mut Accepted) -> Result<Connecting, Option<Close>> {
+/// Waits for Hello, and returns its first unknown field with it; for less time the more connections do.
+async fn hello_in_time(
+    node: &Node,
+    accepted: &mut Accepted,
+) -> Result<(Connecting, Option<String>), Option<Close>> {
     let begun = Instant::now();
     let Accepted { socket, encoding, claims, at_ms, evicted, spent, .. } = accepted;
     let unidentified = Unidentified::new(claims.clone(), *at_ms);
@@ -112,7 +124,7 @@ async fn first_frame(
     spent: &mut Spent,
     encoding: Encoding,
     unidentified: Unidentified,
-) -> Result<Connecting, Option<Close>> {
+) -> Result<(Connecting, Option<String>), Option<Close>> {
     let mut charge = |received| {
         let charged = node.policy.upstream.charge(spent, received, || node.clock.uptime_us());
         charged.map_err(|over| {
@@ -134,11 +146,13 @@ async fn first_frame(
         if let Some(heard) = decode(&node.metrics, encoding, &message).map_err(Some)? {
             let ahead_ms = node.policy.limits.attempt_ahead_ms;
             let unknown = || Close::new(CloseCode::BadFrame, "the first frame is hello");
-            if matches!(heard.ignored, Some(Ignored::Field(_))) {
-                node.metrics.ignored(Unknown::Field);
-            }
+            let ignored = match heard.ignored {
+                Some(Ignored::Field(field)) => Some(field),
+                _ => None,
+            };
             let frame = heard.frame.ok_or_else(|| Some(unknown()))?;
-            return unidentified.frame(frame, ahead_ms).map_err(Some);
+            let connecting = unidentified.frame(frame, ahead_ms).map_err(Some)?;
+            return Ok((connecting, ignored));
         }
         if message.is_close() {
             return Err(None);
