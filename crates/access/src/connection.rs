@@ -26,12 +26,14 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use self::ending::hang_up;
+use self::codec::refusal_frames;
+use self::ending::{hang_up, hang_up_with};
 use self::opening::{Identified, identify};
 use self::state::{Connection, End};
 use crate::admission::Admitted;
-use crate::handshake::{self, Arrival};
-use crate::labels::Unknown;
+use crate::handshake::{self, Arrival, Outcome, Refused};
+use crate::labels::{Limit, Unknown};
+use crate::node::Node;
 
 /// Turns of the loop before the task yields.
 const TURNS_MAX: usize = 64;
@@ -48,7 +50,13 @@ pub async fn serve(arrival: Box<Arrival>) {
 /// Handshake, Hello and Welcome; `None` if one of them failed.
 async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let node = Arc::clone(&arrival.node);
-    let (mut accepted, admitted) = handshake::accept(*arrival).await?;
+    let (mut accepted, admitted) = match handshake::accept(*arrival).await? {
+        Outcome::Accepted(accepted, admitted) => (accepted, admitted),
+        Outcome::Refused(refused) => {
+            refuse(&node, refused).await;
+            return None;
+        }
+    };
     node.metrics.connections.inc();
     let refusal = match identify(&node, &mut accepted).await {
         Ok(Identified { session, handle, codec, ignored }) => {
@@ -67,6 +75,19 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     hang_up(&node, accepted.socket, accepted.encoding, close, attempt).await;
     node.metrics.connections.dec();
     None
+}
+
+/// Closes a WebSocket that was opened only to be refused with a code.
+async fn refuse(node: &Node, refused: Refused) {
+    let Refused { socket, encoding, close, after, evicted, .. } = refused;
+    node.metrics.connections.inc();
+    node.metrics.close(Some(close.code));
+    let last = refusal_frames(&close, after);
+    tokio::select! {
+        () = hang_up_with(node, socket, encoding, Some(close), last) => (),
+        _ = evicted => node.metrics.limit(Limit::Evicted),
+    }
+    node.metrics.connections.dec();
 }
 
 impl Connection {

@@ -3,17 +3,19 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use barid_session::Claims;
+use barid_core::CloseCode;
+use barid_session::{Claims, Close};
 use barid_wire::frames::Encoding;
 use percent_encoding::percent_decode_str;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
+use tokio_tungstenite::tungstenite::http::Method;
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
-use crate::admission::{AddressKey, Admitted, Evicted, Refused, Unidentified};
+use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
@@ -29,6 +31,9 @@ use crate::upstream::Spent;
 
 const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
+/// What a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
+const PREFLIGHT_HEADERS: &str = "Access-Control-Allow-Methods: GET\r\n\
+    Access-Control-Allow-Headers: Authorization\r\nAccess-Control-Max-Age: 600\r\n";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 /// An accepted socket that admission has let in.
@@ -64,8 +69,32 @@ pub struct Accepted {
     pub spent: Spent,
 }
 
+/// A handshake that was refused after its upgrade, because the client asked for a close code.
+pub struct Refused {
+    /// The WebSocket.
+    pub socket: Socket,
+    /// Encoding of its frames.
+    pub encoding: Encoding,
+    /// The close.
+    pub close: Close,
+    /// When a retry may succeed.
+    pub after: Option<Duration>,
+    /// Another connection has its place among those without Hello.
+    pub evicted: Evicted,
+    _unidentified: Unidentified,
+    _admitted: Admitted,
+}
+
+/// An open WebSocket.
+pub enum Outcome {
+    /// It becomes a session.
+    Accepted(Accepted, Admitted),
+    /// It is to be closed.
+    Refused(Refused),
+}
+
 /// Reads and answers a handshake, and counts its result; `None` if it was refused or the device has gone.
-pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
+pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let Arrival { node, stream, mut address, mut admitted, mut evicted } = arrival;
     let node = &*node;
     let limit = node.policy.limits.handshake_timeout();
@@ -107,7 +136,23 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             let spent = Spent::default();
             let accepted =
                 Accepted { socket, encoding, claims, at_ms, unidentified, evicted, spent };
-            return Some((accepted, admitted));
+            return Some(Outcome::Accepted(accepted, admitted));
+        }
+        Ok(Verdict::Refuse { rest, encoding, answer, close, after, unidentified, evicted }) => {
+            let (status, reason) = (answer.status, &answer.text);
+            tracing::debug!(%address, status, reason, "handshake refused by a close");
+            node.metrics.handshake(answer.label);
+            admitted.handshaken();
+            let socket = Socket::new(stream, rest, &node.policy.limits);
+            return Some(Outcome::Refused(Refused {
+                socket,
+                encoding,
+                close,
+                after,
+                evicted,
+                _unidentified: unidentified,
+                _admitted: admitted,
+            }));
         }
         Err(Ended::Gone) => {
             node.metrics.handshake(Handshake::Gone);
@@ -131,7 +176,7 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
 
 /// Answers a connection that admission has refused, without reading its request. With TLS the connection is closed
 /// instead, because a TLS handshake costs more than an overloaded node can spend.
-pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
+pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: admission::Refused) {
     let answer = over_limit(&node.metrics, refused);
     if node.policy.tls.is_some() {
         return node.metrics.handshake(answer.label);
@@ -152,7 +197,7 @@ async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answe
     let _ = timeout(limit, answer.write(stream)).await;
 }
 
-fn over_limit(metrics: &Metrics, refused: Refused) -> Answer {
+fn over_limit(metrics: &Metrics, refused: admission::Refused) -> Answer {
     metrics.limit(refused.limit);
     let (status, label) = match refused.own {
         true => (http::TOO_MANY, Handshake::Limited),
@@ -259,6 +304,16 @@ enum Verdict {
         unidentified: Unidentified,
         evicted: Evicted,
     },
+    /// As [`Self::Upgrade`], to be closed in place of this answer.
+    Refuse {
+        rest: Vec<u8>,
+        encoding: Encoding,
+        answer: Answer,
+        close: Close,
+        after: Option<Duration>,
+        unidentified: Unidentified,
+        evicted: Evicted,
+    },
     /// The request asks for `/v1/nodes`.
     Answer(Answer),
 }
@@ -289,42 +344,81 @@ async fn judge(
             return Err(refused("404 Not Found", Handshake::NotFound, text));
         }
     }
-    if node.shutdown.is_draining() {
-        let text = "this node is being drained";
-        return Err(refused(http::UNAVAILABLE, Handshake::Draining, text));
-    }
-    check_origin(policy, &request)?;
+    http::check_method(&request)?;
     let mut response = http::upgrade(&request)?;
     let offered = http::protocols(&request);
     let Some(encoding) = offered.iter().find_map(|name| Encoding::from_subprotocol(name)) else {
         let text = "offer subprotocol barid.v1.json or barid.v1.proto";
         return Err(refused(http::BAD_REQUEST, Handshake::Subprotocol, text));
     };
-    let claims = verify(node, &request, &offered).await?;
-    let over = |refused| Ended::Answered(over_limit(&node.metrics, refused));
-    admitted.for_app(&claims.user.app).map_err(over)?;
     let key = policy.address_key(*address);
-    let (unidentified, evicted) = admitted.await_hello(key, Some(&claims.user)).map_err(over)?;
+    let verdict = match permit(node, &request, &offered, key, admitted).await {
+        Ok((claims, unidentified, evicted)) => {
+            Verdict::Upgrade { rest, encoding, claims, unidentified, evicted }
+        }
+        Err(Ended::Answered(answer)) if http::refuses_by_close(&request) => {
+            // Such a connection has no user: it may take any place, if there is one.
+            let place = admitted.await_hello(key, None).ok();
+            match answer.close().zip(place) {
+                Some(((close, after), (unidentified, evicted))) => {
+                    Verdict::Refuse { rest, encoding, answer, close, after, unidentified, evicted }
+                }
+                None => return Err(Ended::Answered(answer)),
+            }
+        }
+        Err(ended) => return Err(ended),
+    };
     http::agree(&mut response, encoding);
     http::respond(stream, &response).await?;
-    Ok(Verdict::Upgrade { rest, encoding, claims, unidentified, evicted })
+    Ok(verdict)
+}
+
+/// Decides on a WebSocket handshake. The errors have close codes.
+async fn permit(
+    node: &Node,
+    request: &Request,
+    offered: &[String],
+    key: Option<AddressKey>,
+    admitted: &mut Admitted,
+) -> Result<(Claims, Unidentified, Evicted), Ended> {
+    if node.shutdown.is_draining() {
+        let text = "this node is being drained";
+        let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Draining, text);
+        return Err(Ended::Answered(answer.or_close(CloseCode::Draining)));
+    }
+    check_origin(&node.policy, request)?;
+    let claims = verify(node, request, offered).await?;
+    let over = |refused| {
+        Ended::Answered(over_limit(&node.metrics, refused).or_close(CloseCode::Overloaded))
+    };
+    admitted.for_app(&claims.user.app).map_err(over)?;
+    let (unidentified, evicted) = admitted.await_hello(key, Some(&claims.user)).map_err(over)?;
+    Ok((claims, unidentified, evicted))
 }
 
 /// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.
 async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
     check_origin(&node.policy, request)?;
-    verify(node, request, &http::protocols(request)).await?;
+    // A page of an allowed origin may read the answer, whatever it is.
+    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
+    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
+    let headers = format!("Vary: Origin\r\n{}", allow.unwrap_or_default());
+    if request.method() == Method::OPTIONS {
+        let headers = format!("{headers}{PREFLIGHT_HEADERS}");
+        return Ok(Answer::empty(Handshake::Preflight, headers));
+    }
+    let verified = verify(node, request, &http::protocols(request)).await;
+    verified.map_err(|ended| match ended {
+        Ended::Answered(answer) => Ended::Answered(answer.with_headers(&headers)),
+        Ended::Gone => Ended::Gone,
+    })?;
     let zone = http::query(request, "zone").map_or_else(
         || node.zone.clone(),
         |zone| percent_decode_str(zone).decode_utf8_lossy().into_owned(),
     );
     let nodes = node.peers.snapshot();
     let text = serde_json::to_string(&offer(&nodes, &zone)).unwrap_or_default();
-    // An allowed origin may also read the answer.
-    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
-    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
-    let headers =
-        format!("Cache-Control: no-store\r\nVary: Origin\r\n{}", allow.unwrap_or_default());
+    let headers = format!("Cache-Control: no-store\r\n{headers}");
     Ok(Answer::json(Handshake::Nodes, text, headers))
 }
 
@@ -336,11 +430,18 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
     };
     let late = |_| {
         let text = "the token could not be checked in time";
-        refused(http::UNAVAILABLE, Handshake::Timeout, text)
+        let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Timeout, text);
+        Ended::Answered(answer.or_close(CloseCode::Overloaded))
     };
     timeout(limit, verifying).await.map_err(late)?.map_err(|error| {
         node.metrics.token_refused(error.label());
-        refused("401 Unauthorized", Handshake::Unauthorized, error.to_string())
+        let code = match error {
+            AuthError::Expired => CloseCode::TokenExpired,
+            _ => CloseCode::BadToken,
+        };
+        let answer =
+            Answer::refusal("401 Unauthorized", Handshake::Unauthorized, error.to_string());
+        Ended::Answered(answer.or_close(code))
     })
 }
 
@@ -352,7 +453,8 @@ fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
         return Ok(());
     }
     let text = "pages of this origin may not connect";
-    Err(refused("403 Forbidden", Handshake::Forbidden, text))
+    let answer = Answer::refusal("403 Forbidden", Handshake::Forbidden, text);
+    Err(Ended::Answered(answer.or_close(CloseCode::Forbidden)))
 }
 
 /// A handshake without token and subprotocol: HTTP and WebSocket alone, for conformance suites. `None` if it was

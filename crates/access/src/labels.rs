@@ -32,6 +32,7 @@ labels! {
         Proxy => "proxy",
         Tls => "tls",
         Nodes => "nodes",
+        Preflight => "preflight",
         NotFound => "not_found",
         Draining => "draining",
         Subprotocol => "subprotocol",

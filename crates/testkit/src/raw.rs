@@ -164,6 +164,11 @@ impl Raw {
         let _ = self.stream.write_all(bytes).await;
     }
 
+    /// The WebSocket of a socket whose handshake was accepted.
+    pub fn upgraded(stream: TcpStream, encoding: Encoding) -> Self {
+        Self { stream, encoding }
+    }
+
     /// The same connection, and a second handle of its socket.
     ///
     /// # Errors

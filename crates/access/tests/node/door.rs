@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use barid_testkit::Device;
+use barid_core::CloseCode;
 use barid_testkit::raw::*;
-use barid_wire::frames::Encoding;
+use barid_testkit::{Device, token};
+use barid_wire::frames::{Encoding, ServerFrame};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -325,4 +326,133 @@ async fn hazard_91_a_message_has_so_many_fragments() -> Result<()> {
     raw.send(&frame(CONTINUATION - LAST, "").repeat(254)).await;
     raw.send(&frame(CONTINUATION, hello)).await;
     raw.welcomed().await
+}
+
+/// How a page's handshake ends: a status, or frames and a close code.
+async fn page(node: &Node, token: &str, query: &str, headers: &str) -> Result<(String, Ended)> {
+    let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
+    let protocols = format!("Sec-WebSocket-Protocol: barid.v1.json, bearer.{token}\r\n");
+    let path = format!("/v1/connect{query}");
+    stream.write_all(request(&path, &format!("{protocols}{headers}")).as_bytes()).await?;
+    let answer = read_head(&mut stream).await?;
+    Ok((answer, Raw::upgraded(stream, Encoding::Json).ended().await?))
+}
+
+#[tokio::test]
+async fn hazard_92_a_page_that_asks_for_it_is_refused_with_a_close_code() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.auth.origins = vec!["https://app.example.com".into()];
+            config.limits.app_connections_max = 1;
+        })
+        .await?;
+    let ours = "Origin: https://app.example.com\r\n";
+    let shop = token::token("shop", "carol", Duration::from_secs(3600));
+    let _carol = Device::connect(&node.url(), &shop, "phone").await?;
+    let expired = token::token(APP, "alice", Duration::ZERO);
+    let good = token_of("alice");
+    for (token, headers, status, code, text) in [
+        ("a.b.c", ours, "401", 4500, "not a valid token"),
+        (&expired, ours, "401", 4004, "expired"),
+        (&good, "Origin: https://evil.example.com\r\n", "403", 4505, "origin"),
+        (&shop, ours, "429", 4005, "the app has too many"),
+    ] {
+        let (answer, ended) = page(&node, token, "?refuse=close", headers).await?;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+        assert_eq!(ended.code, code, "{ended:?}");
+        assert!(ended.text.contains(text), "{ended:?}");
+        // Without the parameter it is a status, as before.
+        let (answer, _) = page(&node, token, "?refuse=no", headers).await?;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        let word = CloseCode::from_code(code).unwrap().as_str();
+        assert_eq!(node.metric("barid_access_closes_total", word), 1.0, "{word}");
+    }
+    assert_eq!(node.metric(HANDSHAKES, "unauthorized"), 4.0);
+    // When to come back is in a frame before the close.
+    let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
+    let asked =
+        request("/v1/connect?refuse=close", &format!("{JSON}Authorization: Bearer {shop}\r\n"));
+    stream.write_all(asked.as_bytes()).await?;
+    read_head(&mut stream).await?;
+    let mut raw = Raw::upgraded(stream, Encoding::Json);
+    let (_, ServerFrame::GoAway(go_away)) = raw.next().await? else { panic!("no goAway") };
+    assert_eq!(go_away.why, "overloaded");
+    assert!((2_000..=4_000).contains(&go_away.reconnect_after_ms), "{go_away:?}");
+    // A handshake that is none cannot be upgraded.
+    let bad = request("/v1/connect?refuse=close", "").replace("Version: 13", "Version: 8");
+    let answer = http(node.addresses["ws"], bad.as_bytes()).await?;
+    assert!(answer.starts_with("HTTP/1.1 426 "), "{answer}");
+    eventually("nothing is held", async || {
+        Ok(node.metric("barid_access_unidentified", "") == 0.0
+            && node.metric("barid_access_connections", "") == 1.0)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn hazard_92_refusals_by_close_are_bounded_as_connections_without_hello() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.unidentified_max = 4;
+            config.limits.close_timeout_ms = 1_000;
+        })
+        .await?;
+    let mut held = Vec::new();
+    let mut answers = Vec::new();
+    for _ in 0..8 {
+        let mut stream = socket_from(&node, 2).await?;
+        stream.write_all(request("/v1/connect?refuse=close&token=x", JSON).as_bytes()).await?;
+        answers.push(read_head(&mut stream).await?);
+        held.push(stream);
+    }
+    let upgraded = answers.iter().filter(|answer| answer.starts_with("HTTP/1.1 101")).count();
+    let refused = answers.iter().filter(|answer| answer.starts_with("HTTP/1.1 401")).count();
+    assert_eq!((upgraded, refused), (4, 4), "{answers:?}");
+    eventually("the places are free", async || Ok(node.device("alice", "phone").await.is_ok()))
+        .await
+}
+
+#[tokio::test]
+async fn a_page_may_ask_for_the_nodes_with_a_header() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| config.auth.origins = vec!["https://app.example.com".into()])
+        .await?;
+    let ask = async |method: &str, path: &str, headers: &str| {
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
+        http(node.addresses["ws"], request.as_bytes()).await
+    };
+    let ours = "Origin: https://app.example.com\r\n";
+    let allowed = "Access-Control-Allow-Origin: https://app.example.com\r\n";
+    let preflight = format!(
+        "{ours}Access-Control-Request-Method: GET\r\nAccess-Control-Request-Headers: authorization\r\n"
+    );
+    let answer = ask("OPTIONS", "/v1/nodes", &preflight).await?;
+    assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
+    for line in [
+        allowed,
+        "Access-Control-Allow-Methods: GET\r\n",
+        "Access-Control-Allow-Headers: Authorization\r\n",
+    ] {
+        assert!(answer.contains(line), "{answer}");
+    }
+    assert!(answer.ends_with("\r\n\r\n") && !answer.contains("Content-"), "no body: {answer}");
+    assert_eq!(node.metric(HANDSHAKES, "preflight"), 1.0);
+    let good = format!("{ours}Authorization: Bearer {}\r\n", token_of("alice"));
+    let answer = ask("GET", "/v1/nodes", &good).await?;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(allowed), "{answer}");
+    // A page can read why it is refused; one of another origin cannot.
+    let answer = ask("GET", "/v1/nodes", ours).await?;
+    assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains(allowed), "{answer}");
+    let theirs = preflight.replace("app.", "evil.");
+    let answer = ask("OPTIONS", "/v1/nodes", &theirs).await?;
+    assert!(answer.starts_with("HTTP/1.1 403 ") && !answer.contains("Allow-Origin"), "{answer}");
+    for path in ["/v1/connect", "/"] {
+        let answer = ask("OPTIONS", path, ours).await?;
+        let status = if path == "/" { "404" } else { "405" };
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    Ok(())
 }
