@@ -127,6 +127,9 @@ fn admit(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
     let (policy, address) = (&node.policy, peer.ip().to_canonical());
     let is_known = !policy.proxies.speaks_first(address) && !policy.proxies.forwards(address);
     let key = is_known.then(|| policy.address_key(address)).flatten();
+    if key.is_some_and(|key| policy.admission.blocked(key).is_some()) {
+        return handshake::blocked(node, stream);
+    }
     match policy.admission.admit(key) {
         Ok((admitted, evicted)) => {
             let node = Arc::clone(node);

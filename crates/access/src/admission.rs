@@ -4,6 +4,7 @@
 //! `docs/limits.md` lists all limits.
 
 mod addresses;
+mod blocks;
 mod origins;
 mod rate;
 mod room;
@@ -20,6 +21,7 @@ use parking_lot::Mutex;
 
 pub use addresses::AddressKey;
 use addresses::{AddressLimits, AddressRefused, Addresses, Entered};
+use blocks::{BlockLimits, Blocks};
 pub use origins::Origins;
 pub use rate::Rate;
 pub use room::Evicted;
@@ -63,6 +65,7 @@ pub struct Admission {
     full_at_us: Mutex<u64>,
     memory_short: AtomicBool,
     addresses: Addresses,
+    blocks: Blocks,
     app_connections_max: u32,
     apps: Mutex<HashMap<AppId, u32>>,
     user_unidentified_max: u32,
@@ -97,6 +100,13 @@ impl Admission {
             addresses: Addresses::new(AddressLimits {
                 connections_max: limits.address_connections_max,
                 rate: Rate::new(limits.address_handshakes_per_second.into(), burst),
+                addresses_max: limits.addresses_max,
+                counts: limits.address_refusals_max > 0,
+            }),
+            blocks: Blocks::new(BlockLimits {
+                refusals_max: limits.address_refusals_max,
+                first: Duration::from_secs(limits.block_seconds),
+                longest: Duration::from_secs(limits.block_seconds_max),
                 addresses_max: limits.addresses_max,
             }),
             app_connections_max: limits.app_connections_max,
@@ -139,6 +149,25 @@ impl Admission {
         Ok((admitted, evicted))
     }
 
+    /// Counts a refusal that an address has brought upon itself, and blocks it if there are too many.
+    pub fn blame(&self, address: AddressKey) {
+        let connections = self.addresses.connections(address);
+        if let Some(block) = self.blocks.refused(address, connections, self.now_us()) {
+            let seconds = block.as_secs();
+            tracing::warn!(%address, seconds, "address blocked: it was refused too often");
+        }
+    }
+
+    /// The rest of an address's block; `None`: it is not blocked.
+    pub fn blocked(&self, address: AddressKey) -> Option<Duration> {
+        self.blocks.left(address, self.now_us())
+    }
+
+    /// Number of addresses that are blocked. Call it every second.
+    pub fn count_blocked(&self) -> usize {
+        self.blocks.count(self.now_us())
+    }
+
     /// Permits the caller to answer a refused connection; `None`: too many refusals are being answered already.
     pub fn turn_away(&self) -> Option<TurnedAway<'_>> {
         self.turned_away.acquire().then(|| TurnedAway(&self.turned_away))
@@ -160,6 +189,7 @@ impl Admission {
     /// Forgets addresses without connections and with a full bucket. Call it every few seconds.
     pub fn sweep(&self) {
         self.addresses.sweep(self.now_us());
+        self.blocks.sweep(self.now_us());
     }
 
     /// Number of addresses in the table.
@@ -203,8 +233,12 @@ impl Admitted {
     /// Sets the client's address, which was unknown when the handshake began.
     ///
     /// # Errors
-    /// Too many handshakes of the address are under way.
+    /// The address is blocked, or too many handshakes of it are under way.
     pub fn coming_from(&mut self, address: AddressKey) -> Result<(), Refused> {
+        if let Some(left) = self.admission.blocked(address) {
+            let text = "your address was refused too often";
+            return Err(Refused { after: Some(left), ..Refused::own(Limit::Blocked, text) });
+        }
         let Some(place) = self.handshake else { return Ok(()) };
         let handshakes = &self.admission.handshakes;
         handshakes.set_address(place, address, self.admission.now_us()).map_err(handshake_refused)
@@ -421,6 +455,7 @@ mod tests {
             limits.handshakes_max = 3;
             limits.address_connections_max = 2;
             limits.app_connections_max = 1;
+            limits.address_refusals_max = 0;
         });
         let mut one = admit(&admission).unwrap();
         one.count_address(address).unwrap();

@@ -59,6 +59,10 @@ impl Bounded for LimitsConfig {
             whole("network_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
             a_second("address_handshakes_per_second").or_zero("no limit"),
             connections("addresses_max"),
+            whole("address_refusals_max", 1..=1_000_000, "a minute")
+                .or_zero("no address is blocked"),
+            whole("block_seconds", 1..=DAY_SECONDS, "s"),
+            whole("block_seconds_max", 1..=DAY_SECONDS, "s"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
             connections("app_connections_max").or_zero("no limit"),
             connections("unidentified_max"),
@@ -335,8 +339,16 @@ pub struct LimitsConfig {
     pub network_handshakes_max: u32,
     /// Maximum handshakes of one client address per second; further ones are answered with 429. May be 0.
     pub address_handshakes_per_second: u32,
-    /// Maximum client addresses tracked for these limits; further ones are not limited.
+    /// Maximum client addresses tracked for these limits, and for blocks; further ones are not limited.
     pub addresses_max: usize,
+    /// Maximum refusals of one client address per minute, beyond one for each of its connections: bad tokens,
+    /// malformed or slow handshakes, too many connections, violations before Hello. Above it the address is blocked.
+    /// May be 0.
+    pub address_refusals_max: u32,
+    /// First block of an address, s; each further one is ten times as long.
+    pub block_seconds: u64,
+    /// Longest block, and the time without one after which the next block is a first one, s.
+    pub block_seconds_max: u64,
     /// Maximum devices of one user connected to this node; a further one is closed with 4504. May be 0; at most
     /// `redis.devices_max`, which limits the devices on all nodes.
     pub user_connections_max: u32,
@@ -414,6 +426,9 @@ impl Default for LimitsConfig {
             network_handshakes_max: 256,
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
+            address_refusals_max: 300,
+            block_seconds: 1,
+            block_seconds_max: 600,
             user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
@@ -481,6 +496,9 @@ impl LimitsConfig {
             return Err(format!(
                 "limits.address_handshakes_max must be at most network_handshakes_max, {network}"
             ));
+        }
+        if self.block_seconds > self.block_seconds_max {
+            return Err("limits.block_seconds must be at most block_seconds_max".into());
         }
         if self.queued_bytes_max < page_bytes_max as usize {
             return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
@@ -748,6 +766,8 @@ mod tests {
         assert_eq!(told, "limits.node_queued_bytes_max must be at least queued_bytes_max");
         let told = error(|config| config.limits.network_handshakes_max = 127);
         assert!(told.starts_with("limits.address_handshakes_max must be at most network_"));
+        let told = error(|config| config.limits.block_seconds = 601);
+        assert_eq!(told, "limits.block_seconds must be at most block_seconds_max");
         let told = error(|config| config.limits.upstream_bytes_per_second = 1);
         assert!(
             told.starts_with("limits.frame_bytes_max must be at most upstream_bytes_per_second")

@@ -26,6 +26,8 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use barid_core::CloseCode;
+
 use self::codec::refusal_frames;
 use self::ending::{hang_up, hang_up_with};
 use self::opening::{Identified, identify};
@@ -69,12 +71,28 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
         }
         Err(refusal) => refusal,
     };
-    node.metrics.close(refusal.as_ref().map(|refusal| refusal.close.code));
+    let code = refusal.as_ref().map(|refusal| refusal.close.code);
+    node.metrics.close(code);
+    if code.is_some_and(is_blamed) {
+        node.policy.blame(accepted.address);
+    }
     let attempt = refusal.as_ref().map_or(0, |refusal| refusal.attempt.0);
     let close = refusal.map(|refusal| refusal.close);
     hang_up(&node, accepted.socket, accepted.encoding, close, attempt).await;
     node.metrics.connections.dec();
     None
+}
+
+/// Whether a close before Welcome counts towards a block of the client's address.
+fn is_blamed(code: CloseCode) -> bool {
+    matches!(
+        code,
+        CloseCode::BadFrame
+            | CloseCode::Heartbeat
+            | CloseCode::InvalidPayload
+            | CloseCode::Limit
+            | CloseCode::ProtocolError
+    )
 }
 
 /// Closes a WebSocket that was opened only to be refused with a code.

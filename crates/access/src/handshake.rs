@@ -52,6 +52,8 @@ pub struct Arrival {
 
 /// A handshake that succeeded.
 pub struct Accepted {
+    /// The client's address.
+    pub address: IpAddr,
     /// The WebSocket.
     pub socket: Socket,
     /// Encoding of its frames.
@@ -113,9 +115,18 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
         Err(Unopened { label, answer: None }) => {
             tracing::debug!(%address, label = label.as_str(), "no connection was opened");
             node.metrics.handshake(label);
+            if label == Handshake::Evicted {
+                node.metrics.limit(Limit::Evicted);
+            }
+            if matches!(label, Handshake::Timeout | Handshake::Evicted | Handshake::Tls) {
+                node.policy.blame(address);
+            }
             return None;
         }
         Err(Unopened { answer: Some((stream, answer)), .. }) => {
+            if answer.is_blamed {
+                node.policy.blame(address);
+            }
             drop(admitted);
             write(&node.policy, &node.metrics, stream, answer).await;
             return None;
@@ -135,7 +146,7 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
             let socket = Socket::new(stream, rest, &node.policy.limits);
             let spent = Spent::default();
             let accepted =
-                Accepted { socket, encoding, claims, at_ms, unidentified, evicted, spent };
+                Accepted { address, socket, encoding, claims, at_ms, unidentified, evicted, spent };
             return Some(Outcome::Accepted(accepted, admitted));
         }
         Ok(Verdict::Refuse { rest, encoding, answer, close, after, unidentified, evicted }) => {
@@ -143,6 +154,9 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
             tracing::debug!(%address, status, reason, "handshake refused by a close");
             node.metrics.handshake(answer.label);
             admitted.handshaken();
+            if answer.is_blamed {
+                node.policy.blame(address);
+            }
             let socket = Socket::new(stream, rest, &node.policy.limits);
             return Some(Outcome::Refused(Refused {
                 socket,
@@ -168,6 +182,9 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     if answer.label == Handshake::Evicted {
         node.metrics.limit(Limit::Evicted);
     }
+    if answer.is_blamed {
+        node.policy.blame(address);
+    }
     // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
@@ -187,6 +204,14 @@ pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: admission::Refused)
     });
 }
 
+/// Disconnects a client whose address is blocked, for as little work as possible.
+pub fn blocked(node: &Node, stream: TcpStream) {
+    node.metrics.limit(Limit::Blocked);
+    node.metrics.handshake(Handshake::Blocked);
+    // A reset: the kernel keeps nothing of the connection.
+    let _ = stream.set_zero_linger();
+}
+
 /// Writes an answer, unless too many refusals are being written already.
 async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answer) {
     metrics.handshake(answer.label);
@@ -199,11 +224,15 @@ async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answe
 
 fn over_limit(metrics: &Metrics, refused: admission::Refused) -> Answer {
     metrics.limit(refused.limit);
-    let (status, label) = match refused.own {
-        true => (http::TOO_MANY, Handshake::Limited),
-        false => (http::UNAVAILABLE, Handshake::Overloaded),
+    let (status, label) = match (refused.limit, refused.own) {
+        (Limit::Blocked, _) => (http::TOO_MANY, Handshake::Blocked),
+        (_, true) => (http::TOO_MANY, Handshake::Limited),
+        (_, false) => (http::UNAVAILABLE, Handshake::Overloaded),
     };
-    Answer::refusal(status, label, refused.text).retry_after(refused.after)
+    let mut answer = Answer::refusal(status, label, refused.text).retry_after(refused.after);
+    // Not handshakes and rates, which a carrier's address exceeds when all its phones return at once.
+    answer.is_blamed = matches!(refused.limit, Limit::AddressConnections | Limit::UserUnidentified);
+    answer
 }
 
 /// A socket that failed before its request was read: the label to count it by, and the answer, if one can be written.
@@ -236,7 +265,8 @@ async fn open(
     }
     let answered = |stream, answer: Answer| Unopened {
         label: answer.label,
-        answer: policy.tls.is_none().then(|| (Stream::Plain(stream), answer)),
+        answer: (policy.tls.is_none() && answer.label != Handshake::Blocked)
+            .then(|| (Stream::Plain(stream), answer)),
     };
     if !policy.proxies.forwards(*address) {
         let key = policy.address_key(*address).filter(|_| !was_known);
@@ -453,7 +483,7 @@ fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
         return Ok(());
     }
     let text = "pages of this origin may not connect";
-    let answer = Answer::refusal("403 Forbidden", Handshake::Forbidden, text);
+    let answer = Answer::refusal(http::FORBIDDEN, Handshake::Forbidden, text);
     Err(Ended::Answered(answer.or_close(CloseCode::Forbidden)))
 }
 

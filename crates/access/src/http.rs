@@ -34,6 +34,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 pub const BAD_REQUEST: &str = "400 Bad Request";
 pub const UNAVAILABLE: &str = "503 Service Unavailable";
+pub const FORBIDDEN: &str = "403 Forbidden";
 pub const TOO_MANY: &str = "429 Too Many Requests";
 const NO_CONTENT: &str = "204 No Content";
 const REQUEST_TIMEOUT: &str = "408 Request Timeout";
@@ -54,6 +55,8 @@ pub struct Answer {
     retry_after: Duration,
     /// The close code that says the same, for pages that ask for one.
     close: Option<CloseCode>,
+    /// The client has brought the refusal upon itself, and counts towards a block of its address.
+    pub is_blamed: bool,
 }
 
 impl Answer {
@@ -67,6 +70,7 @@ impl Answer {
             headers: String::new(),
             retry_after: RETRY_AFTER,
             close: None,
+            is_blamed: status.starts_with('4') && !matches!(status, TOO_MANY | FORBIDDEN),
         }
     }
 

@@ -41,6 +41,8 @@ pub struct Metrics {
     accepted: IntCounterVec,
     /// Client addresses in the table of address limits.
     pub addresses: IntGauge,
+    /// Client addresses that are blocked, updated once a second.
+    pub blocked_addresses: IntGauge,
     /// Connections without Hello, updated once a second.
     pub unidentified: IntGauge,
     /// Sessions that were sent Welcome.
@@ -121,6 +123,8 @@ impl Metrics {
                 &[],
             )?,
             addresses: set.gauge("addresses", "Client addresses in the table of address limits")?,
+            blocked_addresses: set
+                .gauge("blocked_addresses", "Client addresses that are blocked")?,
             unidentified: set.gauge("unidentified", "Connections without Hello")?,
             sessions: set.gauge("sessions", "Welcomed sessions")?,
             users: set.gauge("users", "Users with a session, welcomed or about to be")?,

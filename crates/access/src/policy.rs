@@ -65,6 +65,13 @@ impl Policy {
         })
     }
 
+    /// Counts a refusal that a client has brought upon itself.
+    pub fn blame(&self, address: IpAddr) {
+        if let Some(key) = self.address_key(address) {
+            self.admission.blame(key);
+        }
+    }
+
     /// The key under which a client's address is limited; `None`: not by its address, because it is a trusted
     /// balancer's, or unknown.
     pub fn address_key(&self, address: IpAddr) -> Option<AddressKey> {

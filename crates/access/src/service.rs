@@ -204,6 +204,7 @@ async fn tick(node: Arc<Node>, turning: Condition) {
             }
         }
         node.metrics.addresses.set(node.policy.admission.addresses() as i64);
+        node.metrics.blocked_addresses.set(node.policy.admission.count_blocked() as i64);
         node.metrics.unidentified.set(node.policy.admission.unidentified() as i64);
         node.metrics.users.set(node.sessions.registry.users() as i64);
         node.metrics.wheel_entries.set(node.sessions.wheel.entries() as i64);

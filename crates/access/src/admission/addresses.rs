@@ -60,6 +60,8 @@ pub struct AddressLimits {
     pub rate: Rate,
     /// Addresses in the table.
     pub addresses_max: usize,
+    /// Connections are counted, also without a limit.
+    pub counts: bool,
 }
 
 /// The limit that an address has reached.
@@ -113,7 +115,7 @@ impl Addresses {
     /// A limit is reached; nothing is counted.
     pub fn enter(&self, key: AddressKey, now_us: u64) -> Result<Entered, AddressRefused> {
         let limits = &self.limits;
-        if limits.connections_max == 0 && !limits.rate.is_limited() {
+        if limits.connections_max == 0 && !limits.rate.is_limited() && !limits.counts {
             return Ok(Entered::Unlimited);
         }
         let mut table = self.table.lock();
@@ -129,6 +131,11 @@ impl Addresses {
         limits.rate.acquire(&mut address.full_at_us, now_us, 1).map_err(AddressRefused::Rate)?;
         address.connections += 1;
         Ok(Entered::Counted)
+    }
+
+    /// Number of counted connections of an address.
+    pub fn connections(&self, key: AddressKey) -> u32 {
+        self.table.lock().get(&key).map_or(0, |address| address.connections)
     }
 
     /// Ends a counted connection.
@@ -169,7 +176,8 @@ mod tests {
 
     fn addresses(connections_max: u32, per_second: u64) -> Addresses {
         let rate = Rate::new(per_second, Duration::from_secs(1));
-        Addresses::new(AddressLimits { connections_max, rate, addresses_max: 3 })
+        let limits = AddressLimits { connections_max, rate, addresses_max: 3, counts: false };
+        Addresses::new(limits)
     }
 
     #[test]

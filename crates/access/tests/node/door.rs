@@ -456,3 +456,88 @@ async fn a_page_may_ask_for_the_nodes_with_a_header() -> Result<()> {
     }
     Ok(())
 }
+
+/// Sends a handshake with a bad token from 127.0.0.`last`. Returns the answer; empty if there was none.
+async fn bad_token(node: &Node, last: u8) -> Result<String> {
+    let mut stream = socket_from(node, last).await?;
+    let _ = stream.write_all(request("/v1/connect?token=x", JSON).as_bytes()).await;
+    read_head(&mut stream).await
+}
+
+#[tokio::test]
+async fn hazard_93_an_address_that_is_refused_again_and_again_is_blocked() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.address_refusals_max = 20).await?;
+    let blocked = || node.metric("barid_access_blocked_addresses", "");
+    let mut answered = 0;
+    while bad_token(&node, 2).await?.starts_with("HTTP/1.1 401 ") {
+        answered += 1;
+        assert!(answered < 30, "still answered");
+    }
+    assert!(answered > 20, "{answered}");
+    eventually("an operator sees it", async || Ok(blocked() == 1.0)).await?;
+    // Others are served, and the address itself after a second.
+    let (_alice, answer) = handshake_from(&node, 3, "alice").await?;
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    let (_bob, answer) = handshake_from(&node, 2, "bob").await?;
+    assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+    // Next time for ten seconds.
+    let begun = Instant::now();
+    while !bad_token(&node, 2).await?.is_empty() {}
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert_eq!(bad_token(&node, 2).await?, "");
+    let before = node.metric(LIMITS, "blocked");
+    for _ in 0..500 {
+        bad_token(&node, 2).await?;
+    }
+    assert_eq!(node.metric(LIMITS, "blocked"), before + 500.0);
+    assert_eq!(node.metric(HANDSHAKES, "blocked"), before + 500.0);
+    eventually("it is over", async || {
+        Ok(handshake_from(&node, 2, "carol").await?.1.starts_with("HTTP/1.1 101"))
+    })
+    .await?;
+    assert!(begun.elapsed() >= Duration::from_secs(10), "{:?}", begun.elapsed());
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_93_violations_before_hello_count_and_a_balancer_is_never_blocked() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.address_refusals_max = 10;
+            config.proxy.trusted = vec!["127.0.0.10".into()];
+            config.proxy.protocol = true;
+        })
+        .await?;
+    for _ in 0..30 {
+        let Ok((stream, _)) = handshake_from(&node, 2, "mallory").await else { break };
+        let mut raw = Raw::upgraded(stream, Encoding::Json);
+        raw.send(&frame(TEXT, r#"{"ack":{"seq":1}}"#)).await;
+        raw.ended().await?;
+    }
+    let (_, answer) = handshake_from(&node, 2, "mallory").await?;
+    assert_eq!(answer, "", "blocked");
+    // A client behind the balancer is blocked by its own address, the balancer is not.
+    let through = async |client: &str| {
+        let mut stream = socket_from(&node, 10).await?;
+        let header = format!("PROXY TCP4 {client} 198.51.100.1 4711 443\r\n");
+        let bytes = header + &request("/v1/connect?token=x", JSON);
+        let _ = stream.write_all(bytes.as_bytes()).await;
+        read_head(&mut stream).await
+    };
+    for _ in 0..40 {
+        through("192.0.2.1").await?;
+    }
+    assert_eq!(through("192.0.2.1").await?, "", "blocked");
+    assert!(through("192.0.2.2").await?.starts_with("HTTP/1.1 401 "));
+    for _ in 0..40 {
+        // The balancer speaks for itself.
+        let mut stream = socket_from(&node, 10).await?;
+        let bytes = format!("PROXY UNKNOWN\r\n{}", request("/v1/connect?token=x", JSON));
+        let _ = stream.write_all(bytes.as_bytes()).await;
+        assert!(read_head(&mut stream).await?.starts_with("HTTP/1.1 401 "));
+    }
+    Ok(())
+}
