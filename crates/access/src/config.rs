@@ -34,13 +34,18 @@ impl Bounded for JwksConfig {
             whole("refresh_seconds", 1..=7 * DAY_SECONDS, "s"),
             whole("refresh_min_seconds", 0..=DAY_SECONDS, "s"),
             whole("timeout_ms", 1..=60_000, "ms"),
+            whole("age_max_seconds", 1..=30 * DAY_SECONDS, "s").or_zero("no limit"),
+            whole("keys_max", 1..=10_000, ""),
         ]
     }
 }
 
 impl Bounded for AuthConfig {
     fn bounds() -> Vec<Bound> {
-        let own = vec![whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s")];
+        let own = vec![
+            whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s"),
+            whole("lifetime_max_seconds", 1..=3_660 * DAY_SECONDS, "s").or_zero("no limit"),
+        ];
         [own, within::<JwksConfig>("jwks")].concat()
     }
 }
@@ -216,12 +221,14 @@ pub struct AuthConfig {
     pub keys: Vec<KeyConfig>,
     /// Key sets (JWKS).
     pub jwks: Vec<JwksConfig>,
-    /// Accepted values of `aud`. Empty: `aud` is not checked.
+    /// Accepted values of `aud`, one of which a token must name. Empty: tokens must not name any.
     pub audience: Vec<String>,
     /// Accepted values of `iss`. Empty: `iss` is not checked.
     pub issuer: Vec<String>,
     /// Tolerated clock difference for `nbf`, s. `exp` has none.
     pub nbf_leeway_seconds: u64,
+    /// Longest time until `exp` of a token, s. 0: no limit.
+    pub lifetime_max_seconds: u64,
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
@@ -278,6 +285,12 @@ pub struct JwksConfig {
     pub refresh_min_seconds: u64,
     /// Timeout of a request to the URL, ms.
     pub timeout_ms: u64,
+    /// Time since the last successful reading after which the keys are not used any more, s. 0: no limit.
+    pub age_max_seconds: u64,
+    /// Maximum keys of the set; a larger one is not used.
+    pub keys_max: usize,
+    /// Whether the URL may be `http`, so that anybody on the way can choose the keys.
+    pub insecure_http: bool,
 }
 
 impl Default for JwksConfig {
@@ -290,6 +303,9 @@ impl Default for JwksConfig {
             refresh_seconds: 300,
             refresh_min_seconds: 10,
             timeout_ms: 5_000,
+            age_max_seconds: DAY_SECONDS,
+            keys_max: 100,
+            insecure_http: false,
         }
     }
 }
@@ -703,12 +719,20 @@ impl Config {
                  ({confirm}), or 0: by then devices that are connected are known again"
             ));
         }
-        match self.auth.jwks.iter().find(|set| set.refresh_min_seconds > set.refresh_seconds) {
-            Some(_) => {
-                Err("auth.jwks.refresh_min_seconds must be at most its refresh_seconds".into())
+        for set in &self.auth.jwks {
+            if set.refresh_min_seconds > set.refresh_seconds {
+                return Err(
+                    "auth.jwks.refresh_min_seconds must be at most its refresh_seconds".into()
+                );
             }
-            None => Ok(()),
+            if (1..set.refresh_seconds).contains(&set.age_max_seconds) {
+                return Err(
+                    "auth.jwks.refresh_seconds must be at most its age_max_seconds, or that 0"
+                        .into(),
+                );
+            }
         }
+        Ok(())
     }
 
     /// The URL at which devices connect, given where the node listens for them; may be empty.

@@ -29,6 +29,7 @@ use crate::socket::Socket;
 use crate::stream::Stream;
 use crate::upstream::Spent;
 
+const UNAUTHORIZED: &str = "401 Unauthorized";
 const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
 /// What a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
@@ -465,12 +466,12 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
     };
     timeout(limit, verifying).await.map_err(late)?.map_err(|error| {
         node.metrics.token_refused(error.label());
-        let code = match error {
-            AuthError::Expired => CloseCode::TokenExpired,
-            _ => CloseCode::BadToken,
+        let (status, label, code) = match error {
+            AuthError::NoKeys => (http::UNAVAILABLE, Handshake::NoKeys, CloseCode::Overloaded),
+            AuthError::Expired => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::TokenExpired),
+            _ => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::BadToken),
         };
-        let answer =
-            Answer::refusal("401 Unauthorized", Handshake::Unauthorized, error.to_string());
+        let answer = Answer::refusal(status, label, error.to_string());
         Ended::Answered(answer.or_close(code))
     })
 }

@@ -55,6 +55,8 @@ pub struct Metrics {
     pub session_bytes: IntGauge,
     handshakes: IntCounterVec,
     tokens_refused: IntCounterVec,
+    /// Time since the least recently read key set was read, s.
+    pub key_set_age: IntGauge,
     closes: IntCounterVec,
     /// Messages written from a dispatcher's push.
     pub delivered_fast: IntCounter,
@@ -144,6 +146,10 @@ impl Metrics {
                 "Tokens refused in handshakes and refreshes, by reason",
                 "why",
                 TokenRefusal::VALUES,
+            )?,
+            key_set_age: set.gauge(
+                "key_set_age_seconds",
+                "Time since the least recently read key set was read",
             )?,
             closes: set.counters("closes_total", "Closed connections, by code", "code", &closes)?,
             delivered_fast: delivered.with_label_values(&["fast"]),

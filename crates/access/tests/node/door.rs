@@ -541,3 +541,42 @@ async fn hazard_93_violations_before_hello_count_and_a_balancer_is_never_blocked
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn hazard_95_without_a_key_set_a_node_is_not_ready_and_asks_to_come_back() -> Result<()> {
+    let world = World::new().await?;
+    let set = tempfile::NamedTempFile::new()?;
+    let node = world
+        .node_with(|config| {
+            config.auth.jwks = vec![barid_access::config::JwksConfig {
+                file: Some(set.path().into()),
+                refresh_min_seconds: 0,
+                ..Default::default()
+            }];
+            config.limits.address_refusals_max = 5;
+        })
+        .await?;
+    let not_ready = || node.context.health.not_ready();
+    eventually("it says so", async || {
+        Ok(not_ready().iter().any(|(name, why)| *name == "keys" && why.contains("was not read")))
+    })
+    .await?;
+    // Somebody else's key: the set may hold it. It costs the address nothing.
+    let foreign = "eyJhbGciOiJFZERTQSIsImtpZCI6ImsifQ.e30.c2ln";
+    for _ in 0..20 {
+        let bytes = request(&format!("/v1/connect?token={foreign}"), JSON);
+        let answer = http(node.addresses["ws"], bytes.as_bytes()).await?;
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After"), "{answer}");
+    }
+    assert_eq!(node.metric(HANDSHAKES, "no_keys"), 20.0);
+    let (_, ended) = page(&node, foreign, "?refuse=close", "").await?;
+    assert_eq!(ended.code, 4005, "{ended:?}");
+    // Tokens of configured keys are good all along.
+    let _alice = node.device("alice", "phone").await?;
+    std::fs::write(set.path(), r#"{"keys":[]}"#)?;
+    eventually("it is ready", async || Ok(not_ready().is_empty())).await?;
+    let bytes = request(&format!("/v1/connect?token={foreign}"), JSON);
+    let answer = http(node.addresses["ws"], bytes.as_bytes()).await?;
+    assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+    Ok(())
+}
