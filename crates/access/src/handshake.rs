@@ -100,36 +100,19 @@ pub enum Outcome {
 pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let Arrival { node, stream, mut address, mut admitted, mut evicted } = arrival;
     let node = &*node;
-    let limit = node.policy.limits.handshake_timeout();
-    let deadline = Instant::now() + limit;
-    let unopened = |label| Unopened { label, answer: None };
+    let deadline = Instant::now() + node.policy.limits.handshake_timeout();
     let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
     let opened = tokio::select! {
         biased;
         opened = timeout_at(deadline.into(), opening) => {
-            opened.unwrap_or(Err(unopened(Handshake::Timeout)))
+            opened.unwrap_or(Err(Unopened { label: Handshake::Timeout, answer: None }))
         }
-        _ = &mut evicted => Err(unopened(Handshake::Evicted)),
+        _ = &mut evicted => Err(Unopened { label: Handshake::Evicted, answer: None }),
     };
     let mut stream = match opened {
         Ok(stream) => stream,
-        Err(Unopened { label, answer: None }) => {
-            tracing::debug!(%address, label = label.as_str(), "no connection was opened");
-            node.metrics.handshake(label);
-            if label == Handshake::Evicted {
-                node.metrics.limit(Limit::Evicted);
-            }
-            if matches!(label, Handshake::Timeout | Handshake::Evicted | Handshake::Tls) {
-                node.policy.blame(address);
-            }
-            return None;
-        }
-        Err(Unopened { answer: Some((stream, answer)), .. }) => {
-            if answer.is_blamed {
-                node.policy.blame(address);
-            }
-            drop(admitted);
-            write(&node.policy, &node.metrics, stream, answer).await;
+        Err(unopened) => {
+            unopened.end(node, address, admitted).await;
             return None;
         }
     };
@@ -139,35 +122,9 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
         _ = &mut evicted => Err(http::evicted()),
     };
     let answer = match judged {
-        Ok(Verdict::Upgrade { rest, encoding, claims, unidentified, evicted }) => {
-            node.metrics.handshake(Handshake::Accepted);
+        Ok(Verdict::Open(opening)) => {
             admitted.handshaken();
-            tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
-            let at_ms = node.mailboxes.now_ms(&claims.user);
-            let socket = Socket::new(stream, rest, &node.policy.limits);
-            let spent = Spent::default();
-            let accepted =
-                Accepted { address, socket, encoding, claims, at_ms, unidentified, evicted, spent };
-            return Some(Outcome::Accepted(accepted, admitted));
-        }
-        Ok(Verdict::Refuse { rest, encoding, answer, close, after, unidentified, evicted }) => {
-            let (status, reason) = (answer.status, &answer.text);
-            tracing::debug!(%address, status, reason, "handshake refused by a close");
-            node.metrics.handshake(answer.label);
-            admitted.handshaken();
-            if answer.is_blamed {
-                node.policy.blame(address);
-            }
-            let socket = Socket::new(stream, rest, &node.policy.limits);
-            return Some(Outcome::Refused(Refused {
-                socket,
-                encoding,
-                close,
-                after,
-                evicted,
-                _unidentified: unidentified,
-                _admitted: admitted,
-            }));
+            return Some(upgraded(node, address, stream, *opening, admitted));
         }
         Err(Ended::Gone) => {
             node.metrics.handshake(Handshake::Gone);
@@ -180,6 +137,12 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
             answer
         }
     };
+    end(node, address, stream, answer, admitted).await;
+    None
+}
+
+/// Answers a handshake without an upgrade.
+async fn end(node: &Node, address: IpAddr, stream: Stream, answer: Answer, admitted: Admitted) {
     if answer.label == Handshake::Evicted {
         node.metrics.limit(Limit::Evicted);
     }
@@ -189,7 +152,46 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
-    None
+}
+
+/// A WebSocket for which 101 has been written.
+fn upgraded(
+    node: &Node,
+    address: IpAddr,
+    stream: Stream,
+    opening: Opening,
+    admitted: Admitted,
+) -> Outcome {
+    let Opening { rest, encoding, permit, unidentified, evicted } = opening;
+    let socket = Socket::new(stream, rest, &node.policy.limits);
+    match permit {
+        Permit::Granted(claims) => {
+            node.metrics.handshake(Handshake::Accepted);
+            tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
+            let at_ms = node.mailboxes.now_ms(&claims.user);
+            let spent = Spent::default();
+            let accepted =
+                Accepted { address, socket, encoding, claims, at_ms, unidentified, evicted, spent };
+            Outcome::Accepted(accepted, admitted)
+        }
+        Permit::Refused { answer, close, after } => {
+            let (status, reason) = (answer.status, &answer.text);
+            tracing::debug!(%address, status, reason, "handshake refused by a close");
+            node.metrics.handshake(answer.label);
+            if answer.is_blamed {
+                node.policy.blame(address);
+            }
+            Outcome::Refused(Refused {
+                socket,
+                encoding,
+                close,
+                after,
+                evicted,
+                _unidentified: unidentified,
+                _admitted: admitted,
+            })
+        }
+    }
 }
 
 /// Answers a connection that admission has refused, without reading its request. With TLS the connection is closed
@@ -242,6 +244,23 @@ struct Unopened {
     answer: Option<(Stream, Answer)>,
 }
 
+impl Unopened {
+    async fn end(self, node: &Node, address: IpAddr, admitted: Admitted) {
+        let Self { label, answer } = self;
+        if let Some((stream, answer)) = answer {
+            return end(node, address, stream, answer, admitted).await;
+        }
+        tracing::debug!(%address, label = label.as_str(), "no connection was opened");
+        node.metrics.handshake(label);
+        if label == Handshake::Evicted {
+            node.metrics.limit(Limit::Evicted);
+        }
+        if matches!(label, Handshake::Timeout | Handshake::Evicted | Handshake::Tls) {
+            node.policy.blame(address);
+        }
+    }
+}
+
 impl From<std::io::Error> for Unopened {
     fn from(_: std::io::Error) -> Self {
         Self { label: Handshake::Gone, answer: None }
@@ -276,9 +295,12 @@ async fn open(
         }
     }
     // Nothing is allocated for a client that sends nothing.
-    match timeout(first_byte, stream.peek(&mut [0])).await {
-        Ok(peeked) => drop(peeked?),
-        Err(_) => return Err(answered(stream, http::late())),
+    let Ok(peeked) = timeout(first_byte, stream.peek(&mut [0])).await else {
+        return Err(answered(stream, http::late()));
+    };
+    if peeked? == 0 {
+        // A health check, for instance: nobody is to blame.
+        return Err(Unopened { label: Handshake::Gone, answer: None });
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     match tls.accept(stream).await {
@@ -328,25 +350,27 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
 /// Outcome of a valid request.
 enum Verdict {
     /// The request upgrades to a WebSocket; 101 has been written.
-    Upgrade {
-        rest: Vec<u8>,
-        encoding: Encoding,
-        claims: Claims,
-        unidentified: Unidentified,
-        evicted: Evicted,
-    },
-    /// As [`Self::Upgrade`], to be closed in place of this answer.
-    Refuse {
-        rest: Vec<u8>,
-        encoding: Encoding,
-        answer: Answer,
-        close: Close,
-        after: Option<Duration>,
-        unidentified: Unidentified,
-        evicted: Evicted,
-    },
+    Open(Box<Opening>),
     /// The request asks for `/v1/nodes`.
     Answer(Answer),
+}
+
+/// A request that upgrades to a WebSocket.
+struct Opening {
+    /// Bytes that arrived with it.
+    rest: Vec<u8>,
+    encoding: Encoding,
+    permit: Permit,
+    unidentified: Unidentified,
+    evicted: Evicted,
+}
+
+/// What becomes of a WebSocket.
+enum Permit {
+    /// The token is valid.
+    Granted(Claims),
+    /// The WebSocket is closed in place of this answer.
+    Refused { answer: Answer, close: Close, after: Option<Duration> },
 }
 
 async fn judge(
@@ -383,25 +407,22 @@ async fn judge(
         return Err(refused(http::BAD_REQUEST, Handshake::Subprotocol, text));
     };
     let key = policy.address_key(*address);
-    let verdict = match permit(node, &request, &offered, key, admitted).await {
-        Ok((claims, unidentified, evicted)) => {
-            Verdict::Upgrade { rest, encoding, claims, unidentified, evicted }
-        }
+    let permitted = permit(node, &request, &offered, key, admitted).await;
+    let (permit, unidentified, evicted) = match permitted {
+        Ok((claims, unidentified, evicted)) => (Permit::Granted(claims), unidentified, evicted),
         Err(Ended::Answered(answer)) if http::refuses_by_close(&request) => {
             // Such a connection has no user: it may take any place, if there is one.
             let place = admitted.await_hello(key, None).ok();
-            match answer.close().zip(place) {
-                Some(((close, after), (unidentified, evicted))) => {
-                    Verdict::Refuse { rest, encoding, answer, close, after, unidentified, evicted }
-                }
-                None => return Err(Ended::Answered(answer)),
-            }
+            let Some(((close, after), (unidentified, evicted))) = answer.close().zip(place) else {
+                return Err(Ended::Answered(answer));
+            };
+            (Permit::Refused { answer, close, after }, unidentified, evicted)
         }
         Err(ended) => return Err(ended),
     };
     http::agree(&mut response, encoding);
     http::respond(stream, &response).await?;
-    Ok(verdict)
+    Ok(Verdict::Open(Box::new(Opening { rest, encoding, permit, unidentified, evicted })))
 }
 
 /// Decides on a WebSocket handshake. The errors have close codes.
