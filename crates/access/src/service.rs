@@ -143,7 +143,7 @@ async fn build(
     devices: SocketAddr,
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
-    let metrics = Metrics::new(&context.metrics)?;
+    let metrics = Metrics::new(&context.metrics, config.limits.platforms_max)?;
     let policy = Policy::new(config)?;
     context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
     let receipts = receipts(config, &metrics)?;

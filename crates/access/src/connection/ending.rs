@@ -16,9 +16,12 @@ use crate::socket::Socket;
 impl Connection {
     /// Removes the session from the registry, stores the device's last acknowledgement, and removes its route.
     pub(super) async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, out, listener, .. } = *self;
+        let Self { node, socket, handle, session, codec, out, listener, begun, .. } = *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
-        node.metrics.close(close.as_ref().map(|close| close.code));
+        let code = close.as_ref().map(|close| close.code);
+        node.metrics.close(code);
+        node.metrics.session_ended(code, node.clock.seconds().saturating_sub(begun));
+        node.metrics.platforms.gauge(&session.identity().platform).dec();
         node.sessions.registry.remove(handle.user(), handle.connection);
         listener.leave(&node.fanout, &handle.user().app);
         handle.finish();
