@@ -20,7 +20,7 @@ use crate::rpc::{
 /// How long an agent or a floor may take to start.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// Source addresses of each local agent. A pair of addresses has some 28,000 ports; and in a storm each
-/// address stays below a node's limit (`limits.address_handshakes_max`, 512).
+/// address stays below a node's limit (`limits.address_handshakes_max`, 128).
 const SOURCES: u8 = 32;
 
 /// Agents, and the processes of those that were started here.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Result;
 use barid_access::accept_anybody;
 use barid_access::config::LimitsConfig;
-use barid_access::socket::{Close, Message, Socket, refusal};
+use barid_access::socket::{Close, Message, Received, Socket, refusal};
 use tokio::net::{TcpListener, TcpStream};
 
 #[tokio::main]
@@ -21,6 +21,8 @@ async fn main() -> Result<()> {
     let mut limits = LimitsConfig::default();
     if let Some(bytes) = arguments.next() {
         limits.frame_bytes_max = bytes.parse()?;
+        // The suite sends messages in fragments of 64 bytes.
+        limits.fragments_max = 1 << 20;
     }
     let listener = TcpListener::bind(&address).await?;
     writeln!(std::io::stdout(), "ws://{}", listener.local_addr()?)?;
@@ -48,11 +50,12 @@ fn echo(socket: &mut Socket, cx: &mut Context<'_>) -> Poll<Option<Close>> {
             Poll::Pending if !socket.has_room() => return Poll::Pending,
             Poll::Pending | Poll::Ready(Ok(())) => (),
         }
-        let message = match socket.poll_next(cx) {
+        let message = match socket.poll_next(cx, &mut Received::default()) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(None) => return Poll::Ready(None),
             Poll::Ready(Some(Err(error))) => return Poll::Ready(refusal(&error)),
-            Poll::Ready(Some(Ok(message))) => message,
+            Poll::Ready(Some(Ok(None))) => continue,
+            Poll::Ready(Some(Ok(Some(message)))) => message,
         };
         match message {
             Message::Text(_) | Message::Binary(_) => {

@@ -124,10 +124,16 @@ async fn accept(
 }
 
 fn admit(node: &Arc<Node>, stream: TcpStream, peer: SocketAddr) {
-    match node.policy.admission.admit() {
-        Ok(admitted) => {
-            let (node, address) = (Arc::clone(node), peer.ip().to_canonical());
-            let arrival = Arrival { node, stream, address, admitted };
+    let (policy, address) = (&node.policy, peer.ip().to_canonical());
+    let is_known = !policy.proxies.speaks_first(address) && !policy.proxies.forwards(address);
+    let key = is_known.then(|| policy.address_key(address)).flatten();
+    if key.is_some_and(|key| policy.admission.blocked(key).is_some()) {
+        return handshake::blocked(node, stream);
+    }
+    match policy.admission.admit(key) {
+        Ok((admitted, evicted)) => {
+            let node = Arc::clone(node);
+            let arrival = Arrival { node, stream, address, admitted, evicted };
             tokio::spawn(connection::serve(Box::new(arrival)));
         }
         Err(refused) => handshake::no_room(node, stream, refused),

@@ -1,10 +1,13 @@
-//! Admission: the limits on connections, concurrent handshakes and handshakes per second, for the node, for one client
-//! address and for one app. An admitted connection holds an [`Admitted`], which releases its share when dropped.
+//! Admission: the limits on connections, unfinished handshakes, connections without Hello and handshakes per second, for
+//! the node, for one client address or network, for one user and for one app. An admitted connection holds an
+//! [`Admitted`], which releases its share when dropped, and between handshake and Welcome an [`Unidentified`].
 //! `docs/limits.md` lists all limits.
 
 mod addresses;
+mod blocks;
 mod origins;
 mod rate;
+mod room;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,12 +16,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use barid_core::AppId;
+use barid_mailbox::UserKey;
 use parking_lot::Mutex;
 
 pub use addresses::AddressKey;
 use addresses::{AddressLimits, AddressRefused, Addresses, Entered};
+use blocks::{BlockLimits, Blocks};
 pub use origins::Origins;
 pub use rate::Rate;
+pub use room::Evicted;
+use room::{PlaceId, Room, RoomFull, RoomLimits};
 
 use crate::config::LimitsConfig;
 use crate::labels::Limit;
@@ -51,14 +58,20 @@ impl Refused {
 pub struct Admission {
     began: Instant,
     connections: Places,
-    handshakes: Places,
+    handshakes: Room,
+    unidentified: Room,
     turned_away: Places,
     rate: Rate,
     full_at_us: Mutex<u64>,
     memory_short: AtomicBool,
     addresses: Addresses,
+    blocks: Blocks,
     app_connections_max: u32,
     apps: Mutex<HashMap<AppId, u32>>,
+    user_unidentified_max: u32,
+    users: Mutex<HashMap<UserKey, u32>>,
+    hello_timeout: Duration,
+    hello_timeout_min: Duration,
 }
 
 impl Admission {
@@ -68,27 +81,52 @@ impl Admission {
         Self {
             began: Instant::now(),
             connections: Places::new(limits.connections_max),
-            handshakes: Places::new(limits.handshakes_max),
+            handshakes: Room::new(RoomLimits {
+                places: limits.handshakes_max,
+                address_places: limits.address_handshakes_max,
+                network_places: limits.network_handshakes_max,
+                keep_us: limits.first_byte_timeout_ms * 1000,
+            }),
+            unidentified: Room::new(RoomLimits {
+                places: limits.unidentified_max,
+                address_places: limits.address_unidentified_max,
+                network_places: 0,
+                keep_us: limits.hello_timeout_min_ms * 1000,
+            }),
             turned_away: Places::new(limits.handshakes_max),
             rate: Rate::new(limits.handshakes_per_second.into(), burst),
             full_at_us: Mutex::default(),
             memory_short: AtomicBool::new(false),
             addresses: Addresses::new(AddressLimits {
                 connections_max: limits.address_connections_max,
-                handshakes_max: limits.address_handshakes_max,
                 rate: Rate::new(limits.address_handshakes_per_second.into(), burst),
+                addresses_max: limits.addresses_max,
+                counts: limits.address_refusals_max > 0,
+            }),
+            blocks: Blocks::new(BlockLimits {
+                refusals_max: limits.address_refusals_max,
+                first: Duration::from_secs(limits.block_seconds),
+                longest: Duration::from_secs(limits.block_seconds_max),
                 addresses_max: limits.addresses_max,
             }),
             app_connections_max: limits.app_connections_max,
             apps: Mutex::default(),
+            user_unidentified_max: limits.user_unidentified_max,
+            users: Mutex::default(),
+            hello_timeout: limits.hello_timeout(),
+            hello_timeout_min: limits.hello_timeout().min(limits.hello_timeout_min()),
         }
     }
 
-    /// Admits an accepted socket.
+    /// Admits an accepted socket, whose handshake begins. `address` is the client's; `None` while it is unknown:
+    /// [`Admitted::coming_from`] follows. The handshake ends early when [`Evicted`] resolves.
     ///
     /// # Errors
-    /// A limit of the node is reached.
-    pub fn admit(self: &Arc<Self>) -> Result<Admitted, Refused> {
+    /// A limit of the node, or of the address, is reached.
+    pub fn admit(
+        self: &Arc<Self>,
+        address: Option<AddressKey>,
+    ) -> Result<(Admitted, Evicted), Refused> {
         if self.memory_short.load(Ordering::Relaxed) {
             return Err(Refused::node(Limit::Memory, "short of memory: come back later"));
         }
@@ -96,12 +134,10 @@ impl Admission {
             return Err(Refused::node(Limit::Connections, "no room: come back later"));
         }
         let mut admitted =
-            Admitted { admission: Arc::clone(self), address: None, app: None, handshaking: false };
-        if !self.handshakes.acquire() {
-            let text = "too many handshakes are under way: come back later";
-            return Err(Refused::node(Limit::Handshakes, text));
-        }
-        admitted.handshaking = true;
+            Admitted { admission: Arc::clone(self), address: None, app: None, handshake: None };
+        let (place, evicted) =
+            self.handshakes.enter(address, self.now_us()).map_err(handshake_refused)?;
+        admitted.handshake = Some(place);
         if self.rate.is_limited() {
             let taken = self.rate.acquire(&mut self.full_at_us.lock(), self.now_us(), 1);
             let text = "too many handshakes a second: come back later";
@@ -110,7 +146,26 @@ impl Admission {
                 ..Refused::node(Limit::HandshakeRate, text)
             })?;
         }
-        Ok(admitted)
+        Ok((admitted, evicted))
+    }
+
+    /// Counts a refusal that an address has brought upon itself, and blocks it if there are too many.
+    pub fn blame(&self, address: AddressKey) {
+        let connections = self.addresses.connections(address);
+        if let Some(block) = self.blocks.refused(address, connections, self.now_us()) {
+            let seconds = block.as_secs();
+            tracing::warn!(%address, seconds, "address blocked: it was refused too often");
+        }
+    }
+
+    /// The rest of an address's block; `None`: it is not blocked.
+    pub fn blocked(&self, address: AddressKey) -> Option<Duration> {
+        self.blocks.left(address, self.now_us())
+    }
+
+    /// Number of addresses that are blocked. Call it every second.
+    pub fn count_blocked(&self) -> usize {
+        self.blocks.count(self.now_us())
     }
 
     /// Permits the caller to answer a refused connection; `None`: too many refusals are being answered already.
@@ -123,9 +178,18 @@ impl Admission {
         self.memory_short.store(short, Ordering::Relaxed);
     }
 
+    /// Time that a connection has for its Hello now. It shrinks while more than half of the places for such
+    /// connections are taken.
+    pub fn hello_timeout(&self) -> Duration {
+        let (taken, places) = (self.unidentified.len(), self.unidentified.places());
+        let crowded = (2.0 * taken as f64 / places as f64 - 1.0).clamp(0.0, 1.0);
+        self.hello_timeout - (self.hello_timeout - self.hello_timeout_min).mul_f64(crowded)
+    }
+
     /// Forgets addresses without connections and with a full bucket. Call it every few seconds.
     pub fn sweep(&self) {
         self.addresses.sweep(self.now_us());
+        self.blocks.sweep(self.now_us());
     }
 
     /// Number of addresses in the table.
@@ -133,8 +197,25 @@ impl Admission {
         self.addresses.len()
     }
 
+    /// Number of connections without Hello.
+    pub fn unidentified(&self) -> usize {
+        self.unidentified.len()
+    }
+
     fn now_us(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+fn handshake_refused(full: RoomFull) -> Refused {
+    match full {
+        RoomFull::Address => Refused::own(
+            Limit::AddressHandshakes,
+            "too many handshakes of your address or network are under way",
+        ),
+        RoomFull::Node => {
+            Refused::node(Limit::Handshakes, "too many handshakes are under way: come back later")
+        }
     }
 }
 
@@ -142,18 +223,33 @@ impl Admission {
 #[derive(Debug)]
 pub struct Admitted {
     admission: Arc<Admission>,
+    /// Set while the table of addresses counts the connection.
     address: Option<AddressKey>,
     app: Option<AppId>,
-    handshaking: bool,
+    handshake: Option<PlaceId>,
 }
 
 impl Admitted {
-    /// Applies the limits of the client's address. Returns whether the table of addresses is full, in which case this
-    /// one is not limited.
+    /// Sets the client's address, which was unknown when the handshake began.
+    ///
+    /// # Errors
+    /// The address is blocked, or too many handshakes of it are under way.
+    pub fn coming_from(&mut self, address: AddressKey) -> Result<(), Refused> {
+        if let Some(left) = self.admission.blocked(address) {
+            let text = "your address was refused too often";
+            return Err(Refused { after: Some(left), ..Refused::own(Limit::Blocked, text) });
+        }
+        let Some(place) = self.handshake else { return Ok(()) };
+        let handshakes = &self.admission.handshakes;
+        handshakes.set_address(place, address, self.admission.now_us()).map_err(handshake_refused)
+    }
+
+    /// Applies the limits on connections and rate of the client's address. Returns whether the table of addresses is
+    /// full, in which case this one is not limited.
     ///
     /// # Errors
     /// A limit of the address is reached.
-    pub fn coming_from(&mut self, address: IpAddr) -> Result<bool, Refused> {
+    pub fn count_address(&mut self, address: IpAddr) -> Result<bool, Refused> {
         let Some(key) = AddressKey::of(address) else { return Ok(false) };
         match self.admission.addresses.enter(key, self.admission.now_us()) {
             Ok(Entered::Counted) => {
@@ -165,10 +261,6 @@ impl Admitted {
             Err(AddressRefused::Connections) => Err(Refused::own(
                 Limit::AddressConnections,
                 "your address has too many connections",
-            )),
-            Err(AddressRefused::Handshakes) => Err(Refused::own(
-                Limit::AddressHandshakes,
-                "too many handshakes of your address are under way",
             )),
             Err(AddressRefused::Rate(after)) => {
                 let text = "your address connects too often";
@@ -197,13 +289,48 @@ impl Admitted {
         Ok(())
     }
 
+    /// Applies the limits on connections without Hello, for a connection that is about to be upgraded. `user`: whom
+    /// the token is for; `None` for a connection that is closed at once. It ends early when [`Evicted`] resolves.
+    ///
+    /// # Errors
+    /// A limit is reached.
+    pub fn await_hello(
+        &self,
+        address: Option<AddressKey>,
+        user: Option<&UserKey>,
+    ) -> Result<(Unidentified, Evicted), Refused> {
+        let admission = &self.admission;
+        let mut unidentified =
+            Unidentified { admission: Arc::clone(admission), place: None, user: None };
+        if let Some(user) = user.filter(|_| admission.user_unidentified_max > 0) {
+            let mut users = admission.users.lock();
+            let connections = users.entry(user.clone()).or_default();
+            if *connections >= admission.user_unidentified_max {
+                let text = "too many connections of this user wait for Hello or Welcome";
+                return Err(Refused::own(Limit::UserUnidentified, text));
+            }
+            *connections += 1;
+            unidentified.user = Some(user.clone());
+        }
+        let entered = admission.unidentified.enter(address, admission.now_us());
+        let (place, evicted) = entered.map_err(|full| match full {
+            RoomFull::Address => Refused::own(
+                Limit::AddressUnidentified,
+                "too many connections of your address wait for Hello",
+            ),
+            RoomFull::Node => Refused::node(
+                Limit::Unidentified,
+                "too many connections wait for Hello: come back later",
+            ),
+        })?;
+        unidentified.place = Some(place);
+        Ok((unidentified, evicted))
+    }
+
     /// Ends the handshake, and keeps the connection.
     pub fn handshaken(&mut self) {
-        if std::mem::take(&mut self.handshaking) {
-            self.admission.handshakes.release();
-            if let Some(address) = self.address {
-                self.admission.addresses.handshaken(address);
-            }
+        if let Some(place) = self.handshake.take() {
+            self.admission.handshakes.leave(place);
         }
     }
 }
@@ -216,15 +343,44 @@ impl Drop for Admitted {
             admission.addresses.leave(address, admission.now_us());
         }
         if let Some(app) = self.app.take() {
-            let mut apps = admission.apps.lock();
-            if let Some(connections) = apps.get_mut(&app) {
-                *connections -= 1;
-                if *connections == 0 {
-                    apps.remove(&app);
-                }
-            }
+            count_down(&mut admission.apps.lock(), &app);
         }
         admission.connections.release();
+    }
+}
+
+fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// A connection between its handshake and Welcome. Its user counts it until it is dropped.
+#[derive(Debug)]
+pub struct Unidentified {
+    admission: Arc<Admission>,
+    place: Option<PlaceId>,
+    user: Option<UserKey>,
+}
+
+impl Unidentified {
+    /// Hello has arrived: the connection waits for its mailbox.
+    pub fn identified(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.admission.unidentified.leave(place);
+        }
+    }
+}
+
+impl Drop for Unidentified {
+    fn drop(&mut self) {
+        self.identified();
+        if let Some(user) = self.user.take() {
+            count_down(&mut self.admission.users.lock(), &user);
+        }
     }
 }
 
@@ -276,10 +432,18 @@ mod tests {
 
     /// Everything that was taken.
     fn taken(admission: &Admission) -> (usize, usize, usize, usize) {
-        let places = |places: &Places| places.taken.load(Ordering::Acquire);
+        let connections = admission.connections.taken.load(Ordering::Acquire);
         let apps = admission.apps.lock().len();
-        let (connections, handshakes) = (&admission.connections, &admission.handshakes);
-        (places(connections), places(handshakes), admission.addresses(), apps)
+        (connections, admission.handshakes.len(), admission.addresses(), apps)
+    }
+
+    fn admit(admission: &Arc<Admission>) -> Result<Admitted, Refused> {
+        admission.admit(None).map(|(admitted, _)| admitted)
+    }
+
+    fn user(name: &str) -> UserKey {
+        let app = AppId::new("demo").unwrap();
+        UserKey { app, user: barid_core::UserId::new(name).unwrap() }
     }
 
     #[test]
@@ -291,21 +455,22 @@ mod tests {
             limits.handshakes_max = 3;
             limits.address_connections_max = 2;
             limits.app_connections_max = 1;
+            limits.address_refusals_max = 0;
         });
-        let mut one = admission.admit().unwrap();
-        one.coming_from(address).unwrap();
+        let mut one = admit(&admission).unwrap();
+        one.count_address(address).unwrap();
         one.for_app(&demo).unwrap();
-        let mut two = admission.admit().unwrap();
-        two.coming_from(address).unwrap();
+        let mut two = admit(&admission).unwrap();
+        two.count_address(address).unwrap();
         assert_eq!(refused(two.for_app(&demo)), "app_connections");
         two.for_app(&shop).unwrap();
-        let mut three = admission.admit().unwrap();
-        assert_eq!(refused(three.coming_from(address)), "address_connections");
-        assert_eq!(refused(admission.admit()), "handshakes");
+        let mut three = admit(&admission).unwrap();
+        assert_eq!(refused(three.count_address(address)), "address_connections");
+        assert_eq!(refused(admit(&admission)), "handshakes");
         [&mut one, &mut two, &mut three].into_iter().for_each(Admitted::handshaken);
         one.handshaken();
-        let four = admission.admit().unwrap();
-        assert_eq!(refused(admission.admit()), "connections");
+        let four = admit(&admission).unwrap();
+        assert_eq!(refused(admit(&admission)), "connections");
         assert_eq!(taken(&admission), (4, 1, 1, 2));
         drop((one, two, three, four));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
@@ -317,8 +482,8 @@ mod tests {
             limits.handshakes_per_second = 1;
             limits.handshakes_burst_seconds = 1;
         });
-        drop(admission.admit().unwrap());
-        let refused = admission.admit().unwrap_err();
+        drop(admit(&admission).unwrap());
+        let refused = admit(&admission).unwrap_err();
         assert_eq!((refused.limit, refused.own), (Limit::HandshakeRate, false));
         assert!(refused.after.is_some_and(|after| after <= Duration::from_secs(1)));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
@@ -332,5 +497,42 @@ mod tests {
         assert!(admission.turn_away().is_none(), "who got no place gives none back");
         drop(one);
         assert!(admission.turn_away().is_some());
+    }
+
+    #[test]
+    fn hazard_89_a_user_has_so_many_connections_without_hello_and_welcome() {
+        let admission = admission(|limits| limits.user_unidentified_max = 2);
+        let one = admit(&admission).unwrap();
+        let enter = |name| one.await_hello(None, Some(&user(name))).map(|(waiting, _)| waiting);
+        let (mut first, second) = (enter("alice").unwrap(), enter("alice").unwrap());
+        assert_eq!(refused(enter("alice")), "user_unidentified");
+        let _bob = enter("bob").unwrap();
+        first.identified();
+        assert_eq!(admission.unidentified(), 2, "bob, and the second one of alice");
+        assert_eq!(refused(enter("alice")), "user_unidentified", "its mailbox has not answered");
+        drop(first);
+        let again = enter("alice").unwrap();
+        drop((second, again, _bob));
+        assert_eq!((admission.unidentified(), admission.users.lock().len()), (0, 0));
+    }
+
+    #[test]
+    fn hazard_89_the_more_connections_wait_for_hello_the_less_time_each_has() {
+        let admission = admission(|limits| {
+            limits.unidentified_max = 100;
+            limits.user_unidentified_max = 0;
+        });
+        let one = admit(&admission).unwrap();
+        let mut waiting = Vec::new();
+        let mut times = Vec::new();
+        for n in 0..=100_u64 {
+            if [0, 50, 75, 100].contains(&n) {
+                times.push(admission.hello_timeout().as_millis());
+            }
+            waiting.extend(one.await_hello(None, Some(&user("alice"))));
+        }
+        assert_eq!(times, [10_000, 10_000, 6_000, 2_000]);
+        assert_eq!(waiting.len(), 100);
+        assert_eq!(refused(one.await_hello(None, None)), "unidentified");
     }
 }

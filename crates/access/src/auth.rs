@@ -8,6 +8,8 @@ mod jwks;
 mod keys;
 mod probe;
 
+use std::time::Duration;
+
 use barid_core::limits::GROUPS_MAX;
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
@@ -35,6 +37,7 @@ pub struct Verifier {
     audience: Vec<String>,
     issuer: Vec<String>,
     nbf_leeway_s: u64,
+    lifetime_max_s: u64,
     /// Unreadable keys in key sets, counted each time a set is read.
     pub keys_skipped: IntCounter,
 }
@@ -47,6 +50,7 @@ struct RawClaims {
     sub: Value,
     exp: Value,
     nbf: Value,
+    aud: Value,
     device: Value,
     groups: Value,
 }
@@ -67,6 +71,7 @@ impl Verifier {
             audience: config.audience.clone(),
             issuer: config.issuer.clone(),
             nbf_leeway_s: config.nbf_leeway_seconds,
+            lifetime_max_s: config.lifetime_max_seconds,
             keys_skipped,
         })
     }
@@ -78,7 +83,9 @@ impl Verifier {
     /// Returns why the token is refused.
     pub async fn verify(&self, token: &str, now_s: u64) -> Result<Claims, AuthError> {
         match self.check(token, now_s) {
-            Err(AuthError::UnknownKey) if self.refresh_for_unknown_key().await => {
+            Err(AuthError::UnknownKey | AuthError::NoKeys)
+                if self.refresh_for_unknown_key().await =>
+            {
                 self.check(token, now_s)
             }
             result => result,
@@ -90,6 +97,16 @@ impl Verifier {
         for jwks in &self.jwks {
             jwks.refresh_if_due().await;
         }
+    }
+
+    /// A key set that was never read, or too long ago.
+    pub fn missing(&self) -> Option<String> {
+        self.jwks.iter().find(|set| set.keys().is_none()).map(ToString::to_string)
+    }
+
+    /// Time since the least recently read key set was read; `None`: none was read.
+    pub fn key_set_age(&self) -> Option<Duration> {
+        self.jwks.iter().filter_map(Jwks::age).max()
     }
 
     async fn refresh_for_unknown_key(&self) -> bool {
@@ -110,9 +127,15 @@ impl Verifier {
         }
         let fits = |key: &&Key| key.fits(header.alg, header.kid.as_deref());
         let fetched: Vec<_> = self.jwks.iter().map(Jwks::keys).collect();
-        let candidates = self.keys.iter().chain(fetched.iter().flat_map(|keys| keys.iter()));
-        let mut refusal = AuthError::UnknownKey;
-        for key in candidates.filter(fits) {
+        let of_sets = fetched
+            .iter()
+            .flatten()
+            .filter_map(|set| Key::of_set(set, header.alg, header.kid.as_deref()));
+        let mut refusal = match fetched.iter().all(Option::is_some) {
+            true => AuthError::UnknownKey,
+            false => AuthError::NoKeys,
+        };
+        for key in self.keys.iter().filter(fits).chain(of_sets) {
             match self.check_with(key, token) {
                 Ok(claims) => return self.check_claims(key, claims, now_s),
                 Err(error) => refusal = error,
@@ -164,6 +187,15 @@ impl Verifier {
         }
         if expires_s <= now_s {
             return Err(AuthError::Expired);
+        }
+        let lifetime_max_s = self.lifetime_max_s;
+        let latest_s = now_s.saturating_add(lifetime_max_s).saturating_add(self.nbf_leeway_s);
+        if lifetime_max_s > 0 && expires_s > latest_s {
+            return Err(AuthError::Lifetime(lifetime_max_s));
+        }
+        // RFC 7519, 4.1.3: a token that names audiences is for none but these.
+        if self.audience.is_empty() && !raw.aud.is_null() {
+            return Err(AuthError::Audience);
         }
         if starts_s > now_s.saturating_add(self.nbf_leeway_s) {
             return Err(AuthError::TooEarly);

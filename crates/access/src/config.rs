@@ -26,6 +26,8 @@ const BURST_SECONDS_MAX: u64 = 600;
 const CONNECTIONS_MAX: u64 = 10_000_000;
 /// Maximum of a timeout, ms.
 const WAIT_MS_MAX: u64 = HOUR_MS / 6;
+/// Maximum bytes of a WebSocket frame's head.
+const FRAME_HEAD_BYTES_MAX: u64 = 14;
 /// Maximum bytes of a queue of messages.
 const QUEUE_BYTES_MAX: u64 = 4 << 30;
 
@@ -35,13 +37,18 @@ impl Bounded for JwksConfig {
             whole("refresh_seconds", 1..=7 * DAY_SECONDS, "s"),
             whole("refresh_min_seconds", 0..=DAY_SECONDS, "s"),
             whole("timeout_ms", 1..=60_000, "ms"),
+            whole("age_max_seconds", 1..=30 * DAY_SECONDS, "s").or_zero("no limit"),
+            whole("keys_max", 1..=10_000, ""),
         ]
     }
 }
 
 impl Bounded for AuthConfig {
     fn bounds() -> Vec<Bound> {
-        let own = vec![whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s")];
+        let own = vec![
+            whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s"),
+            whole("lifetime_max_seconds", 1..=3_660 * DAY_SECONDS, "s").or_zero("no limit"),
+        ];
         [own, within::<JwksConfig>("jwks")].concat()
     }
 }
@@ -57,15 +64,26 @@ impl Bounded for LimitsConfig {
             whole("handshakes_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
             connections("address_connections_max").or_zero("no limit"),
             whole("address_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
+            whole("network_handshakes_max", 1..=1_000_000, "").or_zero("no limit"),
             a_second("address_handshakes_per_second").or_zero("no limit"),
             connections("addresses_max"),
+            whole("address_refusals_max", 1..=1_000_000, "a minute")
+                .or_zero("no address is blocked"),
+            whole("block_seconds", 1..=DAY_SECONDS, "s"),
+            whole("block_seconds_max", 1..=DAY_SECONDS, "s"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
             connections("app_connections_max").or_zero("no limit"),
+            connections("unidentified_max"),
+            connections("address_unidentified_max").or_zero("no limit"),
+            connections("user_unidentified_max").or_zero("no limit"),
+            whole("first_byte_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("hello_timeout_min_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
             // Room for a Hello, or a token.
             whole("frame_bytes_max", 1024..=BODY_BYTES_MAX.into(), "bytes"),
+            whole("fragments_max", 1..=1 << 20, ""),
             whole("upstream_frames_per_second", 1..=1_000_000, "a second").or_zero("no limit"),
             whole("upstream_bytes_per_second", 1..=1 << 30, "bytes a second").or_zero("no limit"),
             whole("upstream_burst_seconds", 1..=BURST_SECONDS_MAX, "s"),
@@ -73,6 +91,7 @@ impl Bounded for LimitsConfig {
             // The kernel takes half an i32, and doubles it.
             whole("send_buffer_bytes", 1..=1 << 30, "bytes").or_zero("as the system has it"),
             whole("node_queued_bytes_max", 1..=TEBIBYTE, "bytes"),
+            whole("platforms_max", 0..=1_000, ""),
             whole("subscriptions_max", 0..=GROUPS_MAX as u64, ""),
             whole("fanout_bytes_max", 1..=QUEUE_BYTES_MAX, "bytes"),
             whole("node_fanout_bytes_max", 1..=TEBIBYTE, "bytes"),
@@ -213,12 +232,14 @@ pub struct AuthConfig {
     pub keys: Vec<KeyConfig>,
     /// Key sets (JWKS).
     pub jwks: Vec<JwksConfig>,
-    /// Accepted values of `aud`. Empty: `aud` is not checked.
+    /// Accepted values of `aud`, one of which a token must name. Empty: tokens must not name any.
     pub audience: Vec<String>,
     /// Accepted values of `iss`. Empty: `iss` is not checked.
     pub issuer: Vec<String>,
     /// Tolerated clock difference for `nbf`, s. `exp` has none.
     pub nbf_leeway_seconds: u64,
+    /// Longest time until `exp` of a token, s. 0: no limit.
+    pub lifetime_max_seconds: u64,
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
@@ -278,6 +299,12 @@ impl JwksConfig {
             return Err(format!(
                 "refresh_min_seconds must be at most its refresh_seconds, {}",
                 self.refresh_seconds
+            ));
+        }
+        let (refresh, age) = (self.refresh_seconds, self.age_max_seconds);
+        if (1..refresh).contains(&age) {
+            return Err(format!(
+                "age_max_seconds ({age}) must be at least its refresh_seconds, {refresh}, or 0"
             ));
         }
         let (_, authority) = self.url.split_once("://").unwrap_or_default();
@@ -343,6 +370,12 @@ pub struct JwksConfig {
     pub refresh_min_seconds: u64,
     /// Timeout of a request to the URL, ms.
     pub timeout_ms: u64,
+    /// Time since the last successful reading after which the keys are not used any more, s. 0: no limit.
+    pub age_max_seconds: u64,
+    /// Maximum keys of the set; a larger one is not used.
+    pub keys_max: usize,
+    /// Whether the URL may be `http`, so that anybody on the way can choose the keys.
+    pub insecure_http: bool,
 }
 
 impl Default for JwksConfig {
@@ -355,6 +388,9 @@ impl Default for JwksConfig {
             refresh_seconds: 300,
             refresh_min_seconds: 10,
             timeout_ms: 5_000,
+            age_max_seconds: DAY_SECONDS,
+            keys_max: 100,
+            insecure_http: false,
         }
     }
 }
@@ -397,12 +433,23 @@ pub struct LimitsConfig {
     pub handshakes_burst_seconds: u64,
     /// Maximum connections of one client address (IPv6: of a /64); further ones are answered with 429. May be 0.
     pub address_connections_max: u32,
-    /// Maximum concurrent handshakes of one client address; further ones are answered with 429. May be 0.
+    /// Maximum concurrent handshakes of one client address. A further one gets the place of the oldest, if that is
+    /// older than `first_byte_timeout_ms`, or is answered with 429. May be 0.
     pub address_handshakes_max: u32,
+    /// The same for one IPv6 /48. May be 0.
+    pub network_handshakes_max: u32,
     /// Maximum handshakes of one client address per second; further ones are answered with 429. May be 0.
     pub address_handshakes_per_second: u32,
-    /// Maximum client addresses tracked for these limits; further ones are not limited.
+    /// Maximum client addresses tracked for these limits, and for blocks; further ones are not limited.
     pub addresses_max: usize,
+    /// Maximum refusals of one client address per minute, beyond one for each of its connections: bad tokens,
+    /// malformed or slow handshakes, too many connections, violations before Hello. Above it the address is blocked.
+    /// May be 0.
+    pub address_refusals_max: u32,
+    /// First block of an address, s; each further one is ten times as long.
+    pub block_seconds: u64,
+    /// Longest block, and the time without one after which the next block is a first one, s.
+    pub block_seconds_max: u64,
     /// Maximum devices of one user connected to this node; a further one is closed with 4504. May be 0; at most
     /// `redis.devices_max`, which limits the devices on all nodes.
     pub user_connections_max: u32,
@@ -411,16 +458,30 @@ pub struct LimitsConfig {
     pub attempt_ahead_ms: u64,
     /// Maximum connections of one app to this node; further ones are answered with 429. May be 0.
     pub app_connections_max: u32,
+    /// Maximum connections without Hello; further ones are answered with 503.
+    pub unidentified_max: usize,
+    /// Maximum connections without Hello of one client address; further ones are answered with 429. May be 0.
+    pub address_unidentified_max: u32,
+    /// Maximum connections of one user without Welcome; further ones are answered with 429. May be 0.
+    pub user_unidentified_max: u32,
+    /// Timeout of the first byte of a handshake, ms.
+    pub first_byte_timeout_ms: u64,
     /// Timeout of a handshake, ms.
     pub handshake_timeout_ms: u64,
+    /// Timeout of a device's Hello while as many connections as allowed have not said theirs, ms. Up to half as many,
+    /// it is `hello_timeout_ms`.
+    pub hello_timeout_min_ms: u64,
     /// Timeout of a device's Hello, and of the mailbox's answer to it, ms each.
     pub hello_timeout_ms: u64,
     /// Maximum bytes of a frame from a device.
     pub frame_bytes_max: usize,
-    /// Maximum frames of one device per second, including pings and pongs; a device above it is closed with 4504. May
-    /// be 0.
+    /// Maximum fragments of a message from a device; beyond it the device is closed with 4501.
+    pub fragments_max: u32,
+    /// Maximum WebSocket frames of one device per second, including fragments, pings and pongs; a device above it is
+    /// closed with 4504. May be 0.
     pub upstream_frames_per_second: u32,
-    /// Maximum bytes of frames of one device per second; a device above it is closed with 4504. May be 0.
+    /// Maximum bytes of one device per second, including the heads of frames; a device above it is closed with 4504.
+    /// May be 0.
     pub upstream_bytes_per_second: u32,
     /// Maximum burst of one device: the two rates above times this many seconds.
     pub upstream_burst_seconds: u64,
@@ -432,6 +493,8 @@ pub struct LimitsConfig {
     /// Maximum bytes of pushes queued for all devices; beyond it new handshakes are answered with 503, and the devices
     /// with the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
+    /// Maximum platforms that metrics name; sessions of further ones count together.
+    pub platforms_max: usize,
     /// Maximum subscribed groups of a session; a further one is refused with 4504. At most 254.
     pub subscriptions_max: usize,
     /// Maximum bytes of unread messages held for one audience (everyone of an app, or a group); beyond it the oldest is
@@ -462,21 +525,32 @@ impl Default for LimitsConfig {
             handshakes_per_second: 10_000,
             handshakes_burst_seconds: 2,
             address_connections_max: 0,
-            address_handshakes_max: 512,
+            address_handshakes_max: 128,
+            network_handshakes_max: 256,
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
+            address_refusals_max: 300,
+            block_seconds: 1,
+            block_seconds_max: 600,
             user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
+            unidentified_max: 10_000,
+            address_unidentified_max: 2_000,
+            user_unidentified_max: 32,
+            first_byte_timeout_ms: 2_000,
             handshake_timeout_ms: 5_000,
+            hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,
+            fragments_max: 256,
             upstream_frames_per_second: 1_000,
             upstream_bytes_per_second: 256 << 10,
             upstream_burst_seconds: 10,
             queued_bytes_max: 1 << 20,
             send_buffer_bytes: 64 << 10,
             node_queued_bytes_max: 512 << 20,
+            platforms_max: 32,
             subscriptions_max: 64,
             fanout_bytes_max: 1 << 20,
             node_fanout_bytes_max: 64 << 20,
@@ -495,6 +569,14 @@ impl LimitsConfig {
         Duration::from_millis(self.handshake_timeout_ms)
     }
 
+    pub(crate) fn first_byte_timeout(&self) -> Duration {
+        Duration::from_millis(self.first_byte_timeout_ms)
+    }
+
+    pub(crate) fn hello_timeout_min(&self) -> Duration {
+        Duration::from_millis(self.hello_timeout_min_ms)
+    }
+
     pub(crate) fn hello_timeout(&self) -> Duration {
         Duration::from_millis(self.hello_timeout_ms)
     }
@@ -506,11 +588,21 @@ impl LimitsConfig {
     fn check(&self, page_bytes_max: u32) -> Result<(), String> {
         let burst =
             u64::from(self.upstream_bytes_per_second).saturating_mul(self.upstream_burst_seconds);
-        if burst != 0 && burst < self.frame_bytes_max as u64 {
+        let whole = self.frame_bytes_max as u64 + FRAME_HEAD_BYTES_MAX;
+        if burst != 0 && burst < whole {
             return Err(format!(
                 "limits.frame_bytes_max must be at most upstream_bytes_per_second times \
-                 upstream_burst_seconds, {burst}"
+                 upstream_burst_seconds, {burst}, less a frame's head of {FRAME_HEAD_BYTES_MAX}"
             ));
+        }
+        let (address, network) = (self.address_handshakes_max, self.network_handshakes_max);
+        if network != 0 && address > network {
+            return Err(format!(
+                "limits.address_handshakes_max must be at most network_handshakes_max, {network}"
+            ));
+        }
+        if self.block_seconds > self.block_seconds_max {
+            return Err("limits.block_seconds must be at most block_seconds_max".into());
         }
         if self.queued_bytes_max < page_bytes_max as usize {
             return Err("limits.queued_bytes_max must be at least sync.page_bytes_max".into());
@@ -780,6 +872,10 @@ mod tests {
         assert_eq!(told, "limits.queued_bytes_max must be at least sync.page_bytes_max");
         let told = error(|config| config.limits.node_queued_bytes_max = 1);
         assert_eq!(told, "limits.node_queued_bytes_max must be at least queued_bytes_max");
+        let told = error(|config| config.limits.network_handshakes_max = 127);
+        assert!(told.starts_with("limits.address_handshakes_max must be at most network_"));
+        let told = error(|config| config.limits.block_seconds = 601);
+        assert_eq!(told, "limits.block_seconds must be at most block_seconds_max");
         let told = error(|config| config.limits.upstream_bytes_per_second = 1);
         assert!(
             told.starts_with("limits.frame_bytes_max must be at most upstream_bytes_per_second")

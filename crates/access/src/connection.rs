@@ -26,11 +26,16 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use self::ending::hang_up;
-use self::opening::identify;
+use barid_core::CloseCode;
+
+use self::codec::refusal_frames;
+use self::ending::{hang_up, hang_up_with};
+use self::opening::{Identified, identify};
 use self::state::{Connection, End};
 use crate::admission::Admitted;
-use crate::handshake::{self, Arrival};
+use crate::handshake::{self, Arrival, Outcome, Refused};
+use crate::labels::{Limit, Unknown};
+use crate::node::Node;
 
 /// Turns of the loop before the task yields.
 const TURNS_MAX: usize = 64;
@@ -47,17 +52,30 @@ pub async fn serve(arrival: Box<Arrival>) {
 /// Handshake, Hello and Welcome; `None` if one of them failed.
 async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let node = Arc::clone(&arrival.node);
-    let (mut accepted, admitted) = handshake::accept(*arrival).await?;
+    let (mut accepted, admitted) = match handshake::accept(*arrival).await? {
+        Outcome::Accepted(accepted, admitted) => (accepted, admitted),
+        Outcome::Refused(refused) => {
+            refuse(&node, refused).await;
+            return None;
+        }
+    };
     node.metrics.connections.inc();
     let refusal = match identify(&node, &mut accepted).await {
-        Ok((session, handle, codec)) => {
+        Ok(Identified { session, handle, codec, ignored }) => {
             let mut connection = Connection::new(&node, accepted, session, handle, codec);
             connection.begin();
+            if let Some(field) = ignored {
+                connection.ignored(Unknown::Field, &field);
+            }
             return Some((connection, admitted));
         }
         Err(refusal) => refusal,
     };
-    node.metrics.close(refusal.as_ref().map(|refusal| refusal.close.code));
+    let code = refusal.as_ref().map(|refusal| refusal.close.code);
+    node.metrics.close(code);
+    if code.is_some_and(is_blamed) {
+        node.policy.blame(accepted.address);
+    }
     let attempt = refusal.as_ref().map_or(0, |refusal| refusal.attempt.0);
     let close = refusal.map(|refusal| refusal.close);
     hang_up(&node, accepted.socket, accepted.encoding, close, attempt).await;
@@ -65,9 +83,35 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     None
 }
 
+/// Whether a close before Welcome counts towards a block of the client's address.
+fn is_blamed(code: CloseCode) -> bool {
+    matches!(
+        code,
+        CloseCode::BadFrame
+            | CloseCode::Heartbeat
+            | CloseCode::InvalidPayload
+            | CloseCode::Limit
+            | CloseCode::ProtocolError
+    )
+}
+
+/// Closes a WebSocket that was opened only to be refused with a code.
+async fn refuse(node: &Node, refused: Refused) {
+    let Refused { socket, encoding, close, after, evicted, .. } = refused;
+    node.metrics.connections.inc();
+    node.metrics.close(Some(close.code));
+    let last = refusal_frames(&close, after);
+    tokio::select! {
+        () = hang_up_with(node, socket, encoding, Some(close), last) => (),
+        _ = evicted => node.metrics.limit(Limit::Evicted),
+    }
+    node.metrics.connections.dec();
+}
+
 impl Connection {
     fn begin(&mut self) {
         self.node.metrics.sessions.inc();
+        self.node.metrics.platforms.gauge(&self.session.identity().platform).inc();
         self.welcome();
         self.node.sessions.set_due(&self.handle, self.beat.due());
     }

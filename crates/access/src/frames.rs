@@ -25,31 +25,40 @@ pub struct Decoder {
     fragments: Option<Box<Fragments>>,
     /// Bound of a frame's payload, and of a message's.
     bytes_max: u32,
+    /// Bound of a message's fragments.
+    fragments_max: u32,
 }
 
 #[derive(Debug)]
 struct Fragments {
     is_text: bool,
     bytes: Vec<u8>,
+    count: u32,
     /// How many bytes of a fragmented text are known to be valid UTF-8.
     checked: usize,
 }
 
 impl Decoder {
     /// Creates the decoder of a connection on which `kept` was received already.
-    pub fn new(kept: Vec<u8>, bytes_max: usize) -> Self {
+    pub fn new(kept: Vec<u8>, bytes_max: usize, fragments_max: u32) -> Self {
         let bytes_max = u32::try_from(bytes_max).unwrap_or(u32::MAX);
-        Self { kept, begin: 0, fragments: None, bytes_max }
+        Self { kept, begin: 0, fragments: None, bytes_max, fragments_max }
     }
 
-    /// Decodes the next message out of earlier bytes and `fresh`; `None` if it is not complete.
+    /// Bytes that are not decoded yet.
+    pub fn undecoded(&self) -> usize {
+        self.kept.len() - self.begin
+    }
+
+    /// Decodes the next message out of earlier bytes and `fresh`; `None` if it is not complete. Adds the decoded frames
+    /// to `frames`.
     ///
     /// # Errors
     /// The bytes violate RFC 6455 or exceed a bound. The connection cannot be read any further.
-    pub fn next(&mut self, fresh: &[u8]) -> Result<Option<Message>, Error> {
+    pub fn next(&mut self, fresh: &[u8], frames: &mut u32) -> Result<Option<Message>, Error> {
         if self.kept.is_empty() {
             let mut left = fresh;
-            let message = self.read(&mut left)?;
+            let message = self.read(&mut left, frames)?;
             self.keep(left);
             return Ok(message);
         }
@@ -59,7 +68,7 @@ impl Decoder {
             kept.extend_from_slice(fresh);
         }
         let mut left = &kept[self.begin..];
-        let message = self.read(&mut left)?;
+        let message = self.read(&mut left, frames)?;
         if left.is_empty() {
             self.begin = 0;
         } else {
@@ -87,8 +96,9 @@ impl Decoder {
     }
 
     /// Decodes frames from the front of `input` until one completes a message.
-    fn read(&mut self, input: &mut &[u8]) -> Result<Option<Message>, Error> {
+    fn read(&mut self, input: &mut &[u8], frames: &mut u32) -> Result<Option<Message>, Error> {
         while let Some((header, payload)) = self.frame(input)? {
+            *frames += 1;
             let message = match header.opcode {
                 OpCode::Control(Control::Ping) => Some(Message::Ping(payload.into())),
                 OpCode::Control(Control::Pong) => Some(Message::Pong(payload.into())),
@@ -146,13 +156,19 @@ impl Decoder {
         let mut message = match (kind, self.fragments.take()) {
             (Data::Continue, None) => return Err(ProtocolError::UnexpectedContinueFrame.into()),
             (Data::Continue, Some(mut begun)) => {
+                begun.count += 1;
+                if begun.count > self.fragments_max {
+                    // tungstenite has no error of its own for this.
+                    return Err(Error::AttackAttempt);
+                }
                 begun.bytes.extend_from_slice(&payload);
                 begun
             }
             (_, Some(_)) => return Err(ProtocolError::ExpectedFragment(kind).into()),
             (_, None) if is_final => return whole(kind == Data::Text, payload).map(Some),
             (_, None) => {
-                Box::new(Fragments { is_text: kind == Data::Text, bytes: payload, checked: 0 })
+                let is_text = kind == Data::Text;
+                Box::new(Fragments { is_text, bytes: payload, count: 1, checked: 0 })
             }
         };
         if is_final {

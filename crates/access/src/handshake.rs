@@ -3,17 +3,19 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use barid_session::Claims;
+use barid_core::CloseCode;
+use barid_session::{Claims, Close};
 use barid_wire::frames::Encoding;
 use percent_encoding::percent_decode_str;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
+use tokio_tungstenite::tungstenite::http::Method;
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
-use crate::admission::{Admitted, Refused};
+use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
@@ -25,9 +27,14 @@ use crate::policy::Policy;
 use crate::proxy;
 use crate::socket::Socket;
 use crate::stream::Stream;
+use crate::upstream::Spent;
 
+const UNAUTHORIZED: &str = "401 Unauthorized";
 const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
+/// What a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
+const PREFLIGHT_HEADERS: &str = "Access-Control-Allow-Methods: GET\r\n\
+    Access-Control-Allow-Headers: Authorization\r\nAccess-Control-Max-Age: 600\r\n";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 /// An accepted socket that admission has let in.
@@ -40,10 +47,14 @@ pub struct Arrival {
     pub address: IpAddr,
     /// Its share of the limits, released on drop.
     pub admitted: Admitted,
+    /// Its handshake has to end.
+    pub evicted: Evicted,
 }
 
 /// A handshake that succeeded.
 pub struct Accepted {
+    /// The client's address.
+    pub address: IpAddr,
     /// The WebSocket.
     pub socket: Socket,
     /// Encoding of its frames.
@@ -53,39 +64,67 @@ pub struct Accepted {
     /// Time of the handshake, ms since the Unix epoch, by the clock of the user's mailbox, which all nodes share. It
     /// orders the attempts of devices that do not count them.
     pub at_ms: u64,
+    /// Its share of the limits on connections without Hello.
+    pub unidentified: Unidentified,
+    /// Another connection has its place among these.
+    pub evicted: Evicted,
+    /// What it has sent, which counts from the first byte after the handshake.
+    pub spent: Spent,
+}
+
+/// A handshake that was refused after its upgrade, because the client asked for a close code.
+pub struct Refused {
+    /// The WebSocket.
+    pub socket: Socket,
+    /// Encoding of its frames.
+    pub encoding: Encoding,
+    /// The close.
+    pub close: Close,
+    /// When a retry may succeed.
+    pub after: Option<Duration>,
+    /// Another connection has its place among those without Hello.
+    pub evicted: Evicted,
+    _unidentified: Unidentified,
+    _admitted: Admitted,
+}
+
+/// An open WebSocket.
+pub enum Outcome {
+    /// It becomes a session.
+    Accepted(Accepted, Admitted),
+    /// It is to be closed.
+    Refused(Refused),
 }
 
 /// Reads and answers a handshake, and counts its result; `None` if it was refused or the device has gone.
-pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
-    let Arrival { node, stream, mut address, mut admitted } = arrival;
+pub async fn accept(arrival: Arrival) -> Option<Outcome> {
+    let Arrival { node, stream, mut address, mut admitted, mut evicted } = arrival;
     let node = &*node;
-    let limit = node.policy.limits.handshake_timeout();
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + node.policy.limits.handshake_timeout();
     let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
-    let opened = timeout_at(deadline.into(), opening).await;
-    let unopened = Unopened { label: Handshake::Timeout, answer: None };
-    let mut stream = match opened.unwrap_or(Err(unopened)) {
-        Ok(stream) => stream,
-        Err(Unopened { label, answer: None }) => {
-            tracing::debug!(%address, label = label.as_str(), "no connection was opened");
-            node.metrics.handshake(label);
-            return None;
+    let opened = tokio::select! {
+        biased;
+        opened = timeout_at(deadline.into(), opening) => {
+            opened.unwrap_or(Err(Unopened { label: Handshake::Timeout, answer: None }))
         }
-        Err(Unopened { answer: Some((stream, answer)), .. }) => {
-            drop(admitted);
-            write(&node.policy, &node.metrics, stream, answer).await;
+        _ = &mut evicted => Err(Unopened { label: Handshake::Evicted, answer: None }),
+    };
+    let mut stream = match opened {
+        Ok(stream) => stream,
+        Err(unopened) => {
+            unopened.end(node, address, admitted).await;
             return None;
         }
     };
-    let judged = judge(node, &mut stream, &mut address, &mut admitted, deadline).await;
+    let judged = tokio::select! {
+        biased;
+        judged = judge(node, &mut stream, &mut address, &mut admitted, deadline) => judged,
+        _ = &mut evicted => Err(http::evicted()),
+    };
     let answer = match judged {
-        Ok(Verdict::Upgrade { rest, encoding, claims }) => {
-            node.metrics.handshake(Handshake::Accepted);
+        Ok(Verdict::Open(opening)) => {
             admitted.handshaken();
-            tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
-            let at_ms = node.mailboxes.now_ms(&claims.user);
-            let socket = Socket::new(stream, rest, node.policy.limits.frame_bytes_max);
-            return Some((Accepted { socket, encoding, claims, at_ms }, admitted));
+            return Some(upgraded(node, address, stream, *opening, admitted));
         }
         Err(Ended::Gone) => {
             node.metrics.handshake(Handshake::Gone);
@@ -98,15 +137,66 @@ pub async fn accept(arrival: Arrival) -> Option<(Accepted, Admitted)> {
             answer
         }
     };
+    end(node, address, stream, answer, admitted).await;
+    None
+}
+
+/// Answers a handshake without an upgrade.
+async fn end(node: &Node, address: IpAddr, stream: Stream, answer: Answer, admitted: Admitted) {
+    if answer.label == Handshake::Evicted {
+        node.metrics.limit(Limit::Evicted);
+    }
+    if answer.is_blamed {
+        node.policy.blame(address);
+    }
     // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
-    None
+}
+
+/// A WebSocket for which 101 has been written.
+fn upgraded(
+    node: &Node,
+    address: IpAddr,
+    stream: Stream,
+    opening: Opening,
+    admitted: Admitted,
+) -> Outcome {
+    let Opening { rest, encoding, permit, unidentified, evicted } = opening;
+    let socket = Socket::new(stream, rest, &node.policy.limits);
+    match permit {
+        Permit::Granted(claims) => {
+            node.metrics.handshake(Handshake::Accepted);
+            tracing::debug!(%address, user = %claims.user.user, "handshake accepted");
+            let at_ms = node.mailboxes.now_ms(&claims.user);
+            let spent = Spent::default();
+            let accepted =
+                Accepted { address, socket, encoding, claims, at_ms, unidentified, evicted, spent };
+            Outcome::Accepted(accepted, admitted)
+        }
+        Permit::Refused { answer, close, after } => {
+            let (status, reason) = (answer.status, &answer.text);
+            tracing::debug!(%address, status, reason, "handshake refused by a close");
+            node.metrics.handshake(answer.label);
+            if answer.is_blamed {
+                node.policy.blame(address);
+            }
+            Outcome::Refused(Refused {
+                socket,
+                encoding,
+                close,
+                after,
+                evicted,
+                _unidentified: unidentified,
+                _admitted: admitted,
+            })
+        }
+    }
 }
 
 /// Answers a connection that admission has refused, without reading its request. With TLS the connection is closed
 /// instead, because a TLS handshake costs more than an overloaded node can spend.
-pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
+pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: admission::Refused) {
     let answer = over_limit(&node.metrics, refused);
     if node.policy.tls.is_some() {
         return node.metrics.handshake(answer.label);
@@ -115,6 +205,14 @@ pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: Refused) {
     tokio::spawn(async move {
         write(&node.policy, &node.metrics, Stream::Plain(stream), answer).await;
     });
+}
+
+/// Disconnects a client whose address is blocked, for as little work as possible.
+pub fn blocked(node: &Node, stream: TcpStream) {
+    node.metrics.limit(Limit::Blocked);
+    node.metrics.handshake(Handshake::Blocked);
+    // A reset: the kernel keeps nothing of the connection.
+    let _ = stream.set_zero_linger();
 }
 
 /// Writes an answer, unless too many refusals are being written already.
@@ -127,13 +225,17 @@ async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answe
     let _ = timeout(limit, answer.write(stream)).await;
 }
 
-fn over_limit(metrics: &Metrics, refused: Refused) -> Answer {
+fn over_limit(metrics: &Metrics, refused: admission::Refused) -> Answer {
     metrics.limit(refused.limit);
-    let (status, label) = match refused.own {
-        true => (http::TOO_MANY, Handshake::Limited),
-        false => (http::UNAVAILABLE, Handshake::Overloaded),
+    let (status, label) = match (refused.limit, refused.own) {
+        (Limit::Blocked, _) => (http::TOO_MANY, Handshake::Blocked),
+        (_, true) => (http::TOO_MANY, Handshake::Limited),
+        (_, false) => (http::UNAVAILABLE, Handshake::Overloaded),
     };
-    Answer::refusal(status, label, refused.text).retry_after(refused.after)
+    let mut answer = Answer::refusal(status, label, refused.text).retry_after(refused.after);
+    // Not handshakes and rates, which a carrier's address exceeds when all its phones return at once.
+    answer.is_blamed = matches!(refused.limit, Limit::AddressConnections | Limit::UserUnidentified);
+    answer
 }
 
 /// A socket that failed before its request was read: the label to count it by, and the answer, if one can be written.
@@ -142,14 +244,31 @@ struct Unopened {
     answer: Option<(Stream, Answer)>,
 }
 
+impl Unopened {
+    async fn end(self, node: &Node, address: IpAddr, admitted: Admitted) {
+        let Self { label, answer } = self;
+        if let Some((stream, answer)) = answer {
+            return end(node, address, stream, answer, admitted).await;
+        }
+        tracing::debug!(%address, label = label.as_str(), "no connection was opened");
+        node.metrics.handshake(label);
+        if label == Handshake::Evicted {
+            node.metrics.limit(Limit::Evicted);
+        }
+        if matches!(label, Handshake::Timeout | Handshake::Evicted | Handshake::Tls) {
+            node.policy.blame(address);
+        }
+    }
+}
+
 impl From<std::io::Error> for Unopened {
     fn from(_: std::io::Error) -> Self {
         Self { label: Handshake::Gone, answer: None }
     }
 }
 
-/// The steps before the request: the PROXY header, the limits of the address, and TLS. `address` is the peer's, and is
-/// replaced by the one in the header.
+/// The steps before the request: the PROXY header, the limits of the address, the first byte, and TLS. `address` is the
+/// peer's, and is replaced by the one in the header.
 async fn open(
     policy: &Policy,
     metrics: &Metrics,
@@ -157,15 +276,31 @@ async fn open(
     address: &mut IpAddr,
     admitted: &mut Admitted,
 ) -> Result<Stream, Unopened> {
-    if policy.proxies.speaks_first(*address) {
+    let first_byte = policy.limits.first_byte_timeout();
+    let late = |_| Unopened { label: Handshake::Timeout, answer: None };
+    let was_known = !policy.proxies.speaks_first(*address);
+    if !was_known {
+        timeout(first_byte, stream.peek(&mut [0])).await.map_err(late)??;
         *address = read_proxy_header(&mut stream).await?.unwrap_or(*address);
     }
-    if !policy.proxies.forwards(*address)
-        && let Err(answer) = limit_address(metrics, *address, admitted)
-    {
-        let label = answer.label;
-        let answer = policy.tls.is_none().then(|| (Stream::Plain(stream), answer));
-        return Err(Unopened { label, answer });
+    let answered = |stream, answer: Answer| Unopened {
+        label: answer.label,
+        answer: (policy.tls.is_none() && answer.label != Handshake::Blocked)
+            .then(|| (Stream::Plain(stream), answer)),
+    };
+    if !policy.proxies.forwards(*address) {
+        let key = policy.address_key(*address).filter(|_| !was_known);
+        if let Err(answer) = limit_address(metrics, *address, key, admitted) {
+            return Err(answered(stream, answer));
+        }
+    }
+    // Nothing is allocated for a client that sends nothing.
+    let Ok(peeked) = timeout(first_byte, stream.peek(&mut [0])).await else {
+        return Err(answered(stream, http::late()));
+    };
+    if peeked? == 0 {
+        // A health check, for instance: nobody is to blame.
+        return Err(Unopened { label: Handshake::Gone, answer: None });
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     match tls.accept(stream).await {
@@ -177,12 +312,18 @@ async fn open(
     }
 }
 
+/// `learnt`: the key of an address that was unknown when the handshake began.
 fn limit_address(
     metrics: &Metrics,
     address: IpAddr,
+    learnt: Option<AddressKey>,
     admitted: &mut Admitted,
 ) -> Result<(), Answer> {
-    if admitted.coming_from(address).map_err(|refused| over_limit(metrics, refused))? {
+    let refused = |refused| over_limit(metrics, refused);
+    if let Some(key) = learnt {
+        admitted.coming_from(key).map_err(refused)?;
+    }
+    if admitted.count_address(address).map_err(refused)? {
         metrics.limit(Limit::Addresses);
     }
     Ok(())
@@ -209,9 +350,27 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
 /// Outcome of a valid request.
 enum Verdict {
     /// The request upgrades to a WebSocket; 101 has been written.
-    Upgrade { rest: Vec<u8>, encoding: Encoding, claims: Claims },
+    Open(Box<Opening>),
     /// The request asks for `/v1/nodes`.
     Answer(Answer),
+}
+
+/// A request that upgrades to a WebSocket.
+struct Opening {
+    /// Bytes that arrived with it.
+    rest: Vec<u8>,
+    encoding: Encoding,
+    permit: Permit,
+    unidentified: Unidentified,
+    evicted: Evicted,
+}
+
+/// What becomes of a WebSocket.
+enum Permit {
+    /// The token is valid.
+    Granted(Claims),
+    /// The WebSocket is closed in place of this answer.
+    Refused { answer: Answer, close: Close, after: Option<Duration> },
 }
 
 async fn judge(
@@ -224,11 +383,13 @@ async fn judge(
     let policy = &node.policy;
     let read = timeout_at(deadline.into(), http::read_request(stream)).await;
     let (request, rest) = read.map_err(|_| http::no_request())??;
+    http::check_headers(&request)?;
     if policy.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
         let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
         *address = policy.proxies.client(*address, values.into_iter());
-        limit_address(&node.metrics, *address, admitted).map_err(Ended::Answered)?;
+        let key = policy.address_key(*address);
+        limit_address(&node.metrics, *address, key, admitted).map_err(Ended::Answered)?;
     }
     match request.uri().path() {
         PATH => (),
@@ -238,42 +399,78 @@ async fn judge(
             return Err(refused("404 Not Found", Handshake::NotFound, text));
         }
     }
-    if node.shutdown.is_draining() {
-        let text = "this node is being drained";
-        return Err(refused(http::UNAVAILABLE, Handshake::Draining, text));
-    }
-    http::check_headers(&request)?;
-    check_origin(policy, &request)?;
+    http::check_method(&request)?;
     let mut response = http::upgrade(&request)?;
     let offered = http::protocols(&request);
     let Some(encoding) = offered.iter().find_map(|name| Encoding::from_subprotocol(name)) else {
         let text = "offer subprotocol barid.v1.json or barid.v1.proto";
         return Err(refused(http::BAD_REQUEST, Handshake::Subprotocol, text));
     };
-    let claims = verify(node, &request, &offered).await?;
-    let over = |refused| Ended::Answered(over_limit(&node.metrics, refused));
-    admitted.for_app(&claims.user.app).map_err(over)?;
+    let key = policy.address_key(*address);
+    let permitted = permit(node, &request, &offered, key, admitted).await;
+    let (permit, unidentified, evicted) = match permitted {
+        Ok((claims, unidentified, evicted)) => (Permit::Granted(claims), unidentified, evicted),
+        Err(Ended::Answered(answer)) if http::refuses_by_close(&request) => {
+            // Such a connection has no user: it may take any place, if there is one.
+            let place = admitted.await_hello(key, None).ok();
+            let Some(((close, after), (unidentified, evicted))) = answer.close().zip(place) else {
+                return Err(Ended::Answered(answer));
+            };
+            (Permit::Refused { answer, close, after }, unidentified, evicted)
+        }
+        Err(ended) => return Err(ended),
+    };
     http::agree(&mut response, encoding);
     http::respond(stream, &response).await?;
-    Ok(Verdict::Upgrade { rest, encoding, claims })
+    Ok(Verdict::Open(Box::new(Opening { rest, encoding, permit, unidentified, evicted })))
+}
+
+/// Decides on a WebSocket handshake. The errors have close codes.
+async fn permit(
+    node: &Node,
+    request: &Request,
+    offered: &[String],
+    key: Option<AddressKey>,
+    admitted: &mut Admitted,
+) -> Result<(Claims, Unidentified, Evicted), Ended> {
+    if node.shutdown.is_draining() {
+        let text = "this node is being drained";
+        let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Draining, text);
+        return Err(Ended::Answered(answer.or_close(CloseCode::Draining)));
+    }
+    check_origin(&node.policy, request)?;
+    let claims = verify(node, request, offered).await?;
+    let over = |refused| {
+        Ended::Answered(over_limit(&node.metrics, refused).or_close(CloseCode::Overloaded))
+    };
+    admitted.for_app(&claims.user.app).map_err(over)?;
+    let (unidentified, evicted) = admitted.await_hello(key, Some(&claims.user)).map_err(over)?;
+    Ok((claims, unidentified, evicted))
 }
 
 /// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.
 async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
-    http::check_headers(request)?;
     check_origin(&node.policy, request)?;
-    verify(node, request, &http::protocols(request)).await?;
+    // A page of an allowed origin may read the answer, whatever it is.
+    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
+    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
+    let headers = format!("Vary: Origin\r\n{}", allow.unwrap_or_default());
+    if request.method() == Method::OPTIONS {
+        let headers = format!("{headers}{PREFLIGHT_HEADERS}");
+        return Ok(Answer::empty(Handshake::Preflight, headers));
+    }
+    let verified = verify(node, request, &http::protocols(request)).await;
+    verified.map_err(|ended| match ended {
+        Ended::Answered(answer) => Ended::Answered(answer.with_headers(&headers)),
+        Ended::Gone => Ended::Gone,
+    })?;
     let zone = http::query(request, "zone").map_or_else(
         || node.zone.clone(),
         |zone| percent_decode_str(zone).decode_utf8_lossy().into_owned(),
     );
     let nodes = node.peers.snapshot();
     let text = serde_json::to_string(&offer(&nodes, &zone)).unwrap_or_default();
-    // An allowed origin may also read the answer.
-    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
-    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
-    let headers =
-        format!("Cache-Control: no-store\r\nVary: Origin\r\n{}", allow.unwrap_or_default());
+    let headers = format!("Cache-Control: no-store\r\n{headers}");
     Ok(Answer::json(Handshake::Nodes, text, headers))
 }
 
@@ -285,11 +482,18 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
     };
     let late = |_| {
         let text = "the token could not be checked in time";
-        refused(http::UNAVAILABLE, Handshake::Timeout, text)
+        let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Timeout, text);
+        Ended::Answered(answer.or_close(CloseCode::Overloaded))
     };
     timeout(limit, verifying).await.map_err(late)?.map_err(|error| {
         node.metrics.token_refused(error.label());
-        refused("401 Unauthorized", Handshake::Unauthorized, error.to_string())
+        let (status, label, code) = match error {
+            AuthError::NoKeys => (http::UNAVAILABLE, Handshake::NoKeys, CloseCode::Overloaded),
+            AuthError::Expired => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::TokenExpired),
+            _ => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::BadToken),
+        };
+        let answer = Answer::refusal(status, label, error.to_string());
+        Ended::Answered(answer.or_close(code))
     })
 }
 
@@ -301,7 +505,8 @@ fn check_origin(policy: &Policy, request: &Request) -> Result<(), Ended> {
         return Ok(());
     }
     let text = "pages of this origin may not connect";
-    Err(refused("403 Forbidden", Handshake::Forbidden, text))
+    let answer = Answer::refusal(http::FORBIDDEN, Handshake::Forbidden, text);
+    Err(Ended::Answered(answer.or_close(CloseCode::Forbidden)))
 }
 
 /// A handshake without token and subprotocol: HTTP and WebSocket alone, for conformance suites. `None` if it was
@@ -316,7 +521,7 @@ pub async fn accept_anybody(stream: TcpStream, limits: &LimitsConfig) -> Option<
         Ok(rest)
     };
     match timeout(limit, answered).await.unwrap_or_else(|_| Err(http::no_request())) {
-        Ok(rest) => Some(Socket::new(stream, rest, limits.frame_bytes_max)),
+        Ok(rest) => Some(Socket::new(stream, rest, limits)),
         Err(Ended::Answered(answer)) => {
             let limit = limits.close_timeout();
             let _ = timeout(limit, answer.write(stream)).await;

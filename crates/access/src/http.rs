@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use barid_core::CloseCode;
+use barid_session::Close;
 use barid_wire::frames::Encoding;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_tungstenite::tungstenite::Error as WsError;
@@ -12,17 +14,19 @@ use tokio_tungstenite::tungstenite::error::ProtocolError::{
 };
 use tokio_tungstenite::tungstenite::handshake::machine::TryParse as _;
 use tokio_tungstenite::tungstenite::handshake::server::{create_response, write_response};
-use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_PROTOCOL,
-    TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_EXTENSIONS,
+    SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING, UPGRADE,
 };
+use tokio_tungstenite::tungstenite::http::uri::Authority;
+use tokio_tungstenite::tungstenite::http::{HeaderValue, Method};
 
 use crate::labels::Handshake;
 use crate::stream::Stream;
 
 pub use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
 
+const OPTIONS: &[u8] = b"OPTIONS ";
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 const BEARER_PROTOCOL: &str = "bearer.";
 /// Retry-After, seconds, if it is unknown when a retry can succeed.
@@ -30,7 +34,10 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 pub const BAD_REQUEST: &str = "400 Bad Request";
 pub const UNAVAILABLE: &str = "503 Service Unavailable";
+pub const FORBIDDEN: &str = "403 Forbidden";
 pub const TOO_MANY: &str = "429 Too Many Requests";
+const NO_CONTENT: &str = "204 No Content";
+const REQUEST_TIMEOUT: &str = "408 Request Timeout";
 const TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const VERSION: &str = "505 HTTP Version Not Supported";
 
@@ -46,6 +53,10 @@ pub struct Answer {
     /// Further header lines, each with its line end.
     headers: String,
     retry_after: Duration,
+    /// The close code that says the same, for pages that ask for one.
+    close: Option<CloseCode>,
+    /// The client has brought the refusal upon itself, and counts towards a block of its address.
+    pub is_blamed: bool,
 }
 
 impl Answer {
@@ -58,7 +69,14 @@ impl Answer {
             content_type: "text/plain; charset=utf-8",
             headers: String::new(),
             retry_after: RETRY_AFTER,
+            close: None,
+            is_blamed: status.starts_with('4') && !matches!(status, TOO_MANY | FORBIDDEN),
         }
+    }
+
+    /// Creates an answer without a body. `headers` are lines with their line ends.
+    pub fn empty(label: Handshake, headers: String) -> Self {
+        Self { headers, ..Self::refusal(NO_CONTENT, label, "") }
     }
 
     /// Creates a 200 with a JSON body. `headers` are lines with their line ends.
@@ -73,15 +91,40 @@ impl Answer {
         Self { retry_after: after.unwrap_or(RETRY_AFTER), ..self }
     }
 
+    /// Adds a close code that says the same.
+    #[must_use]
+    pub fn or_close(self, code: CloseCode) -> Self {
+        Self { close: Some(code), ..self }
+    }
+
+    /// Adds header lines with their line ends.
+    #[must_use]
+    pub fn with_headers(self, headers: &str) -> Self {
+        Self { headers: self.headers + headers, ..self }
+    }
+
+    /// The close that says the same, and the time after which a retry may succeed; `None`: there is none.
+    pub fn close(&self) -> Option<(Close, Option<Duration>)> {
+        let close = Close::new(self.close?, self.text.clone());
+        let after = matches!(self.status, TOO_MANY | UNAVAILABLE).then(|| self.jittered());
+        Some((close, after))
+    }
+
+    /// The time after which a retry may succeed. Random, so that clients that were refused together do not retry
+    /// together.
+    fn jittered(&self) -> Duration {
+        let after = self.retry_after.max(Duration::from_secs(1));
+        after.mul_f64(rand::random_range(1.0..2.0))
+    }
+
     /// Writes the answer and closes the stream.
     ///
     /// # Errors
     /// The other end is gone.
     pub async fn write(&self, mut stream: Stream) -> std::io::Result<()> {
         let Self { status, text, content_type, headers, .. } = self;
-        // Random, so that clients that were refused together do not retry together.
-        let after_s = (self.retry_after.as_secs_f64().ceil() as u64).max(1);
-        let retry_after = format!("Retry-After: {}\r\n", rand::random_range(after_s..=2 * after_s));
+        let after_s = self.jittered().as_secs_f64().ceil();
+        let retry_after = format!("Retry-After: {after_s}\r\n");
         // Headers that RFC 9110 and RFC 6455 require with some statuses.
         let required = match &status[..3] {
             "401" => "WWW-Authenticate: Bearer\r\n",
@@ -90,10 +133,17 @@ impl Answer {
             "429" | "503" => &retry_after,
             _ => "",
         };
+        let (content, body) = match *status {
+            NO_CONTENT => (String::new(), String::new()),
+            _ => {
+                let length = text.len() + 1;
+                let content =
+                    format!("Content-Type: {content_type}\r\nContent-Length: {length}\r\n");
+                (content, format!("{text}\n"))
+            }
+        };
         let response = format!(
-            "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
-             {required}{headers}Connection: close\r\n\r\n{text}\n",
-            text.len() + 1
+            "HTTP/1.1 {status}\r\n{content}{required}{headers}Connection: close\r\n\r\n{body}"
         );
         stream.write_all(response.as_bytes()).await?;
         stream.shutdown().await?;
@@ -130,8 +180,20 @@ pub fn refused(status: &'static str, label: Handshake, text: impl Into<String>) 
 }
 
 /// The request was not complete in time.
+pub fn late() -> Answer {
+    let text = "the request was not complete in time";
+    Answer::refusal(REQUEST_TIMEOUT, Handshake::Timeout, text)
+}
+
+/// As [`late`], as an error.
 pub fn no_request() -> Ended {
-    refused("408 Request Timeout", Handshake::Timeout, "the request was not complete in time")
+    Ended::Answered(late())
+}
+
+/// The request was not complete when another client needed its place.
+pub fn evicted() -> Ended {
+    let text = "the request was not complete, and other clients wait";
+    refused(REQUEST_TIMEOUT, Handshake::Evicted, text)
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.
@@ -158,8 +220,16 @@ pub async fn read_request(stream: &mut Stream) -> Result<(Request, Vec<u8>), End
                     "this port speaks HTTP/1.1, not HTTP/2",
                 ));
             }
+            let is_options = bytes.starts_with(OPTIONS);
+            if is_options {
+                // tungstenite parses GET only.
+                bytes.splice(..OPTIONS.len(), *b"GET ");
+            }
             return match Request::try_parse(&bytes).map_err(unreadable)? {
                 Some((length, mut request)) => {
+                    if is_options {
+                        *request.method_mut() = Method::OPTIONS;
+                    }
                     join_lists(&mut request);
                     Ok((request, bytes.split_off(length)))
                 }
@@ -201,7 +271,7 @@ fn join_lists(request: &mut Request) {
     }
 }
 
-/// Refuses repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
+/// Refuses a request without `Host`, and repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
 /// this node.
 ///
 /// # Errors
@@ -215,6 +285,12 @@ pub fn check_headers(request: &Request) -> Result<(), Ended> {
             Handshake::BadRequest,
             format!("header {name} is repeated"),
         ));
+    }
+    // RFC 9112, 3.2.
+    let host = headers.get(HOST).map(HeaderValue::as_bytes);
+    if !host.is_some_and(|host| host.is_empty() || Authority::try_from(host).is_ok()) {
+        let text = "header host is missing or malformed";
+        return Err(refused(BAD_REQUEST, Handshake::BadRequest, text));
     }
     let no_length = headers.get_all(CONTENT_LENGTH).iter().all(|length| length == "0");
     let tokens = request.uri().query().unwrap_or_default().split('&');
@@ -271,6 +347,19 @@ fn unreadable(error: WsError) -> Ended {
         ) => refused("426 Upgrade Required", Handshake::Upgrade, error.to_string()),
         error => refused(BAD_REQUEST, Handshake::BadRequest, error.to_string()),
     }
+}
+
+/// Refuses a preflight (OPTIONS).
+///
+/// # Errors
+/// Returns the 405 answer.
+pub fn check_method(request: &Request) -> Result<(), Ended> {
+    if request.method() == Method::GET { Ok(()) } else { Err(unreadable(WrongHttpMethod.into())) }
+}
+
+/// Whether the client asks for a close code in place of a status: pages do not see a status.
+pub fn refuses_by_close(request: &Request) -> bool {
+    query(request, "refuse") == Some("close")
 }
 
 /// The subprotocols that a request offers, in order.

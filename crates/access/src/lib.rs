@@ -29,6 +29,7 @@ mod metrics;
 mod node;
 mod offer;
 mod peers;
+mod platforms;
 mod policy;
 mod proxy;
 mod registry;

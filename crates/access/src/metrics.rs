@@ -1,17 +1,19 @@
 //! All metrics of an access node.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
 use barid_runtime::{Hop, Hops, MetricSet};
-use barid_session::{Dropped, SyncCause};
+use barid_session::{Dropped, Seconds, SyncCause};
 use barid_wire::envelope::SkipReason;
-use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, Registry};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry};
 
 use crate::labels::{
     Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
     TokenRefusal, Unknown,
 };
+use crate::platforms::Platforms;
 
 const SKIPS: [SkipReason; 7] = [
     SkipReason::Unspecified,
@@ -22,6 +24,9 @@ const SKIPS: [SkipReason; 7] = [
     SkipReason::Recalled,
     SkipReason::Acknowledged,
 ];
+
+/// Buckets of how long sessions last, s.
+const SESSION_SECONDS: [f64; 8] = [1.0, 10.0, 60.0, 600.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0];
 
 /// The hops that an access node measures.
 const HOPS: [Hop; 6] = [
@@ -41,6 +46,10 @@ pub struct Metrics {
     accepted: IntCounterVec,
     /// Client addresses in the table of address limits.
     pub addresses: IntGauge,
+    /// Client addresses that are blocked, updated once a second.
+    pub blocked_addresses: IntGauge,
+    /// Connections without Hello, updated once a second.
+    pub unidentified: IntGauge,
     /// Sessions that were sent Welcome.
     pub sessions: IntGauge,
     /// Users in the registry, updated once a second.
@@ -51,7 +60,12 @@ pub struct Metrics {
     pub session_bytes: IntGauge,
     handshakes: IntCounterVec,
     tokens_refused: IntCounterVec,
+    /// Time since the least recently read key set was read, s.
+    pub key_set_age: IntGauge,
     closes: IntCounterVec,
+    session_seconds: HistogramVec,
+    /// Sessions by platform.
+    pub platforms: Arc<Platforms>,
     /// Messages written from a dispatcher's push.
     pub delivered_fast: IntCounter,
     /// Messages written from a mailbox's page.
@@ -99,7 +113,7 @@ impl Metrics {
     ///
     /// # Errors
     /// A metric of the same name is registered already.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+    pub fn new(registry: &Registry, platforms_max: usize) -> Result<Self, prometheus::Error> {
         let set = MetricSet::new(registry, "barid_access");
         let closes = CloseCode::ALL.iter().map(|code| code.as_str());
         let closes: Vec<_> = closes.chain(["device"]).collect();
@@ -119,6 +133,9 @@ impl Metrics {
                 &[],
             )?,
             addresses: set.gauge("addresses", "Client addresses in the table of address limits")?,
+            blocked_addresses: set
+                .gauge("blocked_addresses", "Client addresses that are blocked")?,
+            unidentified: set.gauge("unidentified", "Connections without Hello")?,
             sessions: set.gauge("sessions", "Welcomed sessions")?,
             users: set.gauge("users", "Users with a session, welcomed or about to be")?,
             wheel_entries: set.gauge("wheel_entries", "Sessions on the heartbeat wheel")?,
@@ -138,7 +155,22 @@ impl Metrics {
                 "why",
                 TokenRefusal::VALUES,
             )?,
+            key_set_age: set.gauge(
+                "key_set_age_seconds",
+                "Time since the least recently read key set was read",
+            )?,
             closes: set.counters("closes_total", "Closed connections, by code", "code", &closes)?,
+            session_seconds: set.histograms(
+                "session_seconds",
+                "Time from Welcome to the end of a session, by close code",
+                "code",
+                &closes,
+                SESSION_SECONDS,
+            )?,
+            platforms: Arc::new(Platforms::new(
+                set.gauges("platform_sessions", "Welcomed sessions, by platform", "platform")?,
+                platforms_max,
+            )),
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
             delivered_fanout: delivered.with_label_values(&["fanout"]),
@@ -257,6 +289,12 @@ impl Metrics {
     /// Counts a closed connection; `None`: closed by the device.
     pub fn close(&self, code: Option<CloseCode>) {
         self.closes.with_label_values(&[code.map_or("device", CloseCode::as_str)]).inc();
+    }
+
+    /// Records how long a session lasted; `None`: closed by the device.
+    pub fn session_ended(&self, code: Option<CloseCode>, seconds: Seconds) {
+        let code = code.map_or("device", CloseCode::as_str);
+        self.session_seconds.with_label_values(&[code]).observe(seconds.into());
     }
 
     /// Counts a message for an audience.

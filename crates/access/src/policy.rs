@@ -1,11 +1,12 @@
 //! The rules of a node: who may connect, from where and how often, and the bounds of a session. It is parsed from the
 //! configuration once.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use barid_session::Settings;
 
-use crate::admission::{Admission, Origins};
+use crate::admission::{AddressKey, Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::{Config, HeartbeatConfig, LimitsConfig};
 use crate::error::Error;
@@ -63,11 +64,25 @@ impl Policy {
             },
         })
     }
+
+    /// Counts a refusal that a client has brought upon itself.
+    pub fn blame(&self, address: IpAddr) {
+        if let Some(key) = self.address_key(address) {
+            self.admission.blame(key);
+        }
+    }
+
+    /// The key under which a client's address is limited; `None`: not by its address, because it is a trusted
+    /// balancer's, or unknown.
+    pub fn address_key(&self, address: IpAddr) -> Option<AddressKey> {
+        AddressKey::of(address).filter(|_| !self.proxies.trusts(address))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::Received;
     use crate::upstream::Spent;
     use barid_runtime::bounds;
     use barid_runtime::config::Loaded;
@@ -83,7 +98,8 @@ mod tests {
             let Policy { upstream, .. } = Policy::new(&config).unwrap();
             let mut spent = Spent::default();
             for now_us in [0, 1 << 32, 1 << 53] {
-                let _ = upstream.frame(&mut spent, limits.frame_bytes_max, || now_us);
+                let received = Received { frames: u32::MAX, bytes: limits.frame_bytes_max };
+                let _ = upstream.charge(&mut spent, received, || now_us);
             }
             for wanted_ms in [0, 1, 999, 1 << 16, u32::MAX] {
                 let interval = config.heartbeat.interval(wanted_ms);

@@ -70,7 +70,8 @@ impl Proxies {
         client
     }
 
-    fn trusts(&self, address: IpAddr) -> bool {
+    /// Whether this is the address of a trusted balancer.
+    pub fn trusts(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         // IPv6 networks contain IPv4 addresses in their mapped form.
         let mapped = match address {

@@ -90,7 +90,8 @@ impl Service {
         lease.report_to(&context.health, config.lease().ttl);
 
         tasks.spawn("the heartbeat wheel", tick(Arc::clone(&node), wheel));
-        tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node)));
+        let keys = context.health.condition("keys");
+        tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node), keys));
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
         if let Some(tls) = &node.policy.tls {
             tasks.spawn("the certificate refresh", tls.clone().keep_fresh(node.metrics.clone()));
@@ -149,7 +150,7 @@ async fn build(
     credentials: Credentials,
     redis: &Condition,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
-    let metrics = Metrics::new(&context.metrics)?;
+    let metrics = Metrics::new(&context.metrics, config.limits.platforms_max)?;
     let policy = Policy::new(config)?;
     context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
     let receipts = receipts(config, &metrics)?;
@@ -212,17 +213,26 @@ async fn tick(node: Arc<Node>, turning: Condition) {
             }
         }
         node.metrics.addresses.set(node.policy.admission.addresses() as i64);
+        node.metrics.blocked_addresses.set(node.policy.admission.count_blocked() as i64);
+        node.metrics.unidentified.set(node.policy.admission.unidentified() as i64);
         node.metrics.users.set(node.sessions.registry.users() as i64);
         node.metrics.wheel_entries.set(node.sessions.wheel.entries() as i64);
         turning.ready();
     }
 }
 
-async fn keep_keys_fresh(node: Arc<Node>) {
+async fn keep_keys_fresh(node: Arc<Node>, condition: Condition) {
+    let verifier = &node.policy.verifier;
     let mut look = interval(LOOK);
     loop {
         look.tick().await;
-        node.policy.verifier.refresh().await;
+        match verifier.missing() {
+            Some(source) => condition.failing(format!("key set {source} was not read in time")),
+            None => condition.ready(),
+        }
+        let age = verifier.key_set_age().map_or(0, |age| age.as_secs() as i64);
+        node.metrics.key_set_age.set(age);
+        verifier.refresh().await;
     }
 }
 

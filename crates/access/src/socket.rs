@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
+use crate::config::LimitsConfig;
 use crate::frames::{Decoder, close_answer, encode};
 use crate::stream::Stream;
 
@@ -29,6 +30,19 @@ const READ_BYTES: usize = 4 << 10;
 pub(crate) const WRITE_BUFFER_BYTES: usize = 128 << 10;
 /// Bound of a close's reason: a control frame has at most 125 bytes, two of which are the code.
 const REASON_BYTES_MAX: usize = 123;
+
+/// Bytes that are read from a device that is sent a close. It has that much under way at most, unless it ignores the
+/// close.
+const CLOSING_BYTES_MAX: usize = 256 << 10;
+
+/// What a device has sent: WebSocket frames, and bytes with those of incomplete frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Received {
+    /// Frames of any kind; each fragment of a message is one.
+    pub frames: u32,
+    /// Bytes, with the heads of frames.
+    pub bytes: usize,
+}
 
 /// An open WebSocket.
 pub struct Socket {
@@ -45,18 +59,27 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Creates the WebSocket after a handshake. `rest` are bytes that were received after the request. Frames and
-    /// fragmented messages are bounded by `frame_bytes_max`.
-    pub(crate) fn new(stream: Stream, rest: Vec<u8>, frame_bytes_max: usize) -> Self {
-        let decoder = Decoder::new(rest, frame_bytes_max);
+    /// Creates the WebSocket after a handshake. `rest` are bytes that were received after the request.
+    pub(crate) fn new(stream: Stream, rest: Vec<u8>, limits: &LimitsConfig) -> Self {
+        let decoder = Decoder::new(rest, limits.frame_bytes_max, limits.fragments_max);
         Self { stream, decoder, unsent: Vec::new(), is_dirty: false, reads: true, writes: true }
     }
 
-    /// Reads the next message; `None`: the peer has gone. Pings and closes are answered, and also returned.
+    /// Bytes that arrived with the request; [`Self::poll_next`] does not report them.
+    pub fn received(&self) -> Received {
+        Received { frames: 0, bytes: self.decoder.undecoded() }
+    }
+
+    /// Reads once, and adds what arrived to `received`. Returns the next message if it is complete; `None` outside: the
+    /// peer has gone. Pings and closes are answered, and also returned.
     ///
     /// # Errors
     /// See [`refusal`]. Afterwards only [`Self::hang_up`] may be called.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, Error>>> {
+    pub fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        received: &mut Received,
+    ) -> Poll<Option<Result<Option<Message>, Error>>> {
         // An answer is flushed even if nothing else is written.
         if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             self.reads = false;
@@ -65,13 +88,13 @@ impl Socket {
         if !self.reads {
             return Poll::Ready(None);
         }
-        let next = ready!(self.poll_read(cx));
+        let next = ready!(self.poll_read(cx, received));
         match &next {
             // A device that does not read gets no more answers, so that their queue stays bounded.
-            Ok(Message::Ping(bytes)) if self.writes && self.has_room() => {
+            Ok(Some(Message::Ping(bytes))) if self.writes && self.has_room() => {
                 self.queue(&Message::Pong(bytes.clone()));
             }
-            Ok(Message::Close(close)) => {
+            Ok(Some(Message::Close(close))) => {
                 if self.writes {
                     self.queue(&Message::Close(close_answer(close.clone())));
                 }
@@ -83,29 +106,33 @@ impl Socket {
         Poll::Ready(Some(next))
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Message, Error>> {
-        if let Some(message) = self.decoder.next(&[])? {
-            return Poll::Ready(Ok(message));
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        received: &mut Received,
+    ) -> Poll<Result<Option<Message>, Error>> {
+        if let Some(message) = self.decoder.next(&[], &mut received.frames)? {
+            return Poll::Ready(Ok(Some(message)));
         }
-        loop {
-            let mut space = [MaybeUninit::uninit(); READ_BYTES];
-            let mut bytes = ReadBuf::uninit(&mut space);
-            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut bytes))?;
-            if bytes.filled().is_empty() {
-                return Poll::Ready(Err(ProtocolError::ResetWithoutClosingHandshake.into()));
-            }
-            if let Some(message) = self.decoder.next(bytes.filled())? {
-                return Poll::Ready(Ok(message));
-            }
+        let mut space = [MaybeUninit::uninit(); READ_BYTES];
+        let mut bytes = ReadBuf::uninit(&mut space);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut bytes))?;
+        if bytes.filled().is_empty() {
+            return Poll::Ready(Err(ProtocolError::ResetWithoutClosingHandshake.into()));
         }
+        received.bytes += bytes.filled().len();
+        Poll::Ready(self.decoder.next(bytes.filled(), &mut received.frames))
     }
 
     /// Awaits [`Self::poll_next`].
     ///
     /// # Errors
     /// As [`Self::poll_next`].
-    pub(crate) async fn next(&mut self) -> Option<Result<Message, Error>> {
-        poll_fn(|cx| self.poll_next(cx)).await
+    pub(crate) async fn next(
+        &mut self,
+        received: &mut Received,
+    ) -> Option<Result<Option<Message>, Error>> {
+        poll_fn(|cx| self.poll_next(cx, received)).await
     }
 
     /// Bytes that are buffered and not written yet.
@@ -209,15 +236,23 @@ impl Socket {
         poll_fn(|cx| self.poll_flush(cx)).await?;
         // Read until the peer has answered: closing a socket with unread bytes resets it, and the peer would not see
         // the close.
-        let mut answered = false;
-        while let Some(Ok(message)) = self.next().await {
-            answered |= message.is_close();
+        let (mut answered, mut received) = (false, Received::default());
+        while let Some(Ok(message)) = self.next(&mut received).await {
+            answered |= message.is_some_and(|message| message.is_close());
+            if received.bytes > CLOSING_BYTES_MAX {
+                return Ok(());
+            }
         }
         if !answered {
             // After a violation of RFC 6455, bytes are discarded without decoding.
             self.stream.shutdown().await?;
-            let mut rest = [0; 512];
-            while self.stream.read(&mut rest).await? > 0 {}
+            let (mut rest, mut bytes) = ([0; 512], received.bytes);
+            while bytes <= CLOSING_BYTES_MAX {
+                match self.stream.read(&mut rest).await? {
+                    0 => break,
+                    read => bytes += read,
+                }
+            }
         }
         Ok(())
     }
@@ -237,6 +272,10 @@ pub fn refusal(error: &Error) -> Option<Close> {
     let text = match error {
         Error::Capacity(CapacityError::MessageTooLong { size, max_size }) => {
             let text = format!("a frame of {size} bytes, the limit is {max_size}");
+            return Some(Close::new(CloseCode::BadFrame, text));
+        }
+        Error::AttackAttempt => {
+            let text = "a message has too many fragments";
             return Some(Close::new(CloseCode::BadFrame, text));
         }
         Error::Utf8(_) => {

@@ -33,11 +33,13 @@ pub enum CloseCode {
     Kicked = 4503,
     /// A limit of the app or the user was exceeded.
     Limit = 4504,
+    /// Pages of this origin may not connect.
+    Forbidden = 4505,
 }
 
 impl CloseCode {
     /// All codes, ordered by number.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::ProtocolError,
         Self::InvalidPayload,
         Self::Draining,
@@ -52,6 +54,7 @@ impl CloseCode {
         Self::Replaced,
         Self::Kicked,
         Self::Limit,
+        Self::Forbidden,
     ];
 
     /// The number on the wire.
@@ -92,6 +95,7 @@ impl CloseCode {
             Self::Replaced => "replaced",
             Self::Kicked => "kicked",
             Self::Limit => "limit",
+            Self::Forbidden => "forbidden",
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, Result,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, Result,
 };
 
 /// Metrics with a common prefix. Each is registered when it is created.
@@ -79,6 +79,24 @@ impl<'a> MetricSet<'a> {
     ) -> Result<Histogram> {
         let options = HistogramOpts::new(self.full(name), help).buckets(buckets.into());
         self.register(Histogram::with_opts(options)?)
+    }
+
+    /// Histograms with a label. Each of `values` is exported from the start, as empty.
+    ///
+    /// # Errors
+    /// As [`Self::histogram`].
+    pub fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+        buckets: impl Into<Vec<f64>>,
+    ) -> Result<HistogramVec> {
+        let options = HistogramOpts::new(self.full(name), help).buckets(buckets.into());
+        let histograms = HistogramVec::new(options, &[label])?;
+        values.iter().for_each(|value| drop(histograms.with_label_values(&[value])));
+        self.register(histograms)
     }
 
     fn full(&self, name: &str) -> String {

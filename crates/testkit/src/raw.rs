@@ -67,6 +67,8 @@ pub const BINARY: u8 = 0x82;
 pub const CLOSE: u8 = 0x88;
 /// A Ping frame.
 pub const PING: u8 = 0x89;
+/// A Pong frame.
+pub const PONG: u8 = 0x8a;
 /// The bit of a message's last frame (FIN).
 pub const LAST: u8 = 0x80;
 /// The bit of a compressed frame (RSV1).
@@ -160,6 +162,21 @@ impl Raw {
     /// Sends bytes, as far as the node reads them: it need not read more once it has decided to close.
     pub async fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes).await;
+    }
+
+    /// The WebSocket of a socket whose handshake was accepted.
+    pub fn upgraded(stream: TcpStream, encoding: Encoding) -> Self {
+        Self { stream, encoding }
+    }
+
+    /// The same connection, and a second handle of its socket.
+    ///
+    /// # Errors
+    /// Returns an error if the process has no room for another file.
+    pub fn with_writer(self) -> Result<(Self, TcpStream)> {
+        let stream = self.stream.into_std()?;
+        let writer = TcpStream::from_std(stream.try_clone()?)?;
+        Ok((Self { stream: TcpStream::from_std(stream)?, ..self }, writer))
     }
 
     /// Reads until `text` was sent, and drops what was read.

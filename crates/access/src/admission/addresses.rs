@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -12,8 +13,13 @@ use crate::admission::rate::Rate;
 
 /// The unit of address limits: an IPv4 address, or the /64 network of an IPv6 address, which usually belongs to one
 /// customer. IPv4 addresses are mapped into `::/32`, which no IPv6 client uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AddressKey(NonZeroU64);
+
+/// The network of an address: the /48 of an IPv6 address, which one customer may hold in whole, or the IPv4 address
+/// itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NetworkKey(AddressKey);
 
 impl AddressKey {
     /// The key of an address; `None` for the unspecified address (0.0.0.0).
@@ -24,6 +30,25 @@ impl AddressKey {
         };
         NonZeroU64::new(key).map(Self)
     }
+
+    /// The network that the address is in.
+    pub fn network(self) -> NetworkKey {
+        let network = NonZeroU64::new(self.0.get() & !0xffff).filter(|_| !self.is_v4());
+        NetworkKey(network.map_or(self, Self))
+    }
+
+    fn is_v4(self) -> bool {
+        self.0.get() >> 32 == 0
+    }
+}
+
+impl fmt::Display for AddressKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.is_v4() {
+            true => Ipv4Addr::from_bits(self.0.get() as u32).fmt(f),
+            false => write!(f, "{}/64", Ipv6Addr::from_bits(u128::from(self.0.get()) << 64)),
+        }
+    }
 }
 
 /// Limits of one address; 0: no limit.
@@ -31,12 +56,12 @@ impl AddressKey {
 pub struct AddressLimits {
     /// Concurrent connections, handshakes included.
     pub connections_max: u32,
-    /// Concurrent handshakes.
-    pub handshakes_max: u32,
     /// Handshakes per second.
     pub rate: Rate,
     /// Addresses in the table.
     pub addresses_max: usize,
+    /// Connections are counted, also without a limit.
+    pub counts: bool,
 }
 
 /// The limit that an address has reached.
@@ -44,8 +69,6 @@ pub struct AddressLimits {
 pub enum AddressRefused {
     /// Too many connections.
     Connections,
-    /// Too many concurrent handshakes.
-    Handshakes,
     /// Too many handshakes per second; the next one is allowed after this time.
     Rate(Duration),
 }
@@ -53,7 +76,7 @@ pub enum AddressRefused {
 /// How a handshake was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entered {
-    /// In the table: [`Addresses::handshaken`] and [`Addresses::leave`] must follow.
+    /// In the table: [`Addresses::leave`] must follow.
     Counted,
     /// The table is full: this address is not limited.
     NoRoom,
@@ -71,7 +94,6 @@ pub struct Addresses {
 #[derive(Debug, Default)]
 struct Address {
     connections: u32,
-    handshakes: u32,
     full_at_us: u64,
 }
 
@@ -93,11 +115,7 @@ impl Addresses {
     /// A limit is reached; nothing is counted.
     pub fn enter(&self, key: AddressKey, now_us: u64) -> Result<Entered, AddressRefused> {
         let limits = &self.limits;
-        let limited = |max: u32| max > 0;
-        if !limited(limits.connections_max)
-            && !limited(limits.handshakes_max)
-            && !limits.rate.is_limited()
-        {
+        if limits.connections_max == 0 && !limits.rate.is_limited() && !limits.counts {
             return Ok(Entered::Unlimited);
         }
         let mut table = self.table.lock();
@@ -107,23 +125,17 @@ impl Addresses {
             Entry::Vacant(_) if full => return Ok(Entered::NoRoom),
             Entry::Vacant(entry) => entry.insert(Address::default()),
         };
-        if limited(limits.connections_max) && address.connections >= limits.connections_max {
+        if limits.connections_max > 0 && address.connections >= limits.connections_max {
             return Err(AddressRefused::Connections);
-        }
-        if limited(limits.handshakes_max) && address.handshakes >= limits.handshakes_max {
-            return Err(AddressRefused::Handshakes);
         }
         limits.rate.acquire(&mut address.full_at_us, now_us, 1).map_err(AddressRefused::Rate)?;
         address.connections += 1;
-        address.handshakes += 1;
         Ok(Entered::Counted)
     }
 
-    /// Ends a counted handshake. Its connection stays counted.
-    pub fn handshaken(&self, key: AddressKey) {
-        if let Some(address) = self.table.lock().get_mut(&key) {
-            address.handshakes = address.handshakes.saturating_sub(1);
-        }
+    /// Number of counted connections of an address.
+    pub fn connections(&self, key: AddressKey) -> u32 {
+        self.table.lock().get(&key).map_or(0, |address| address.connections)
     }
 
     /// Ends a counted connection.
@@ -162,9 +174,10 @@ mod tests {
         AddressKey::of(text.parse().unwrap()).unwrap()
     }
 
-    fn addresses(connections_max: u32, handshakes_max: u32, per_second: u64) -> Addresses {
+    fn addresses(connections_max: u32, per_second: u64) -> Addresses {
         let rate = Rate::new(per_second, Duration::from_secs(1));
-        Addresses::new(AddressLimits { connections_max, handshakes_max, rate, addresses_max: 3 })
+        let limits = AddressLimits { connections_max, rate, addresses_max: 3, counts: false };
+        Addresses::new(limits)
     }
 
     #[test]
@@ -174,17 +187,19 @@ mod tests {
         assert_eq!(key("192.0.2.1"), key("::ffff:192.0.2.1"));
         assert_ne!(key("192.0.2.1"), key("192.0.2.2"));
         assert_eq!(AddressKey::of("0.0.0.0".parse().unwrap()), None);
+        assert_eq!(key("2001:db8:1:2::3").network(), key("2001:db8:1:ffff::").network());
+        assert_ne!(key("2001:db8:1:2::3").network(), key("2001:db8:2:2::3").network());
+        assert_ne!(key("192.0.2.1").network(), key("192.0.2.2").network());
+        assert_eq!(key("192.0.2.1").to_string(), "192.0.2.1");
+        assert_eq!(key("2001:db8:1:2::3").to_string(), "2001:db8:1:2::/64");
     }
 
     #[test]
     fn each_limit_bites_and_gives_way() {
         let (a, b) = (key("192.0.2.1"), key("192.0.2.2"));
-        let table = addresses(2, 1, 0);
+        let table = addresses(2, 0);
         assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
-        assert_eq!(table.enter(a, 0), Err(AddressRefused::Handshakes));
-        table.handshaken(a);
         assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
-        table.handshaken(a);
         assert_eq!(table.enter(a, 0), Err(AddressRefused::Connections));
         assert_eq!(table.enter(b, 0), Ok(Entered::Counted), "another address");
         table.leave(a, 0);
@@ -194,10 +209,9 @@ mod tests {
     #[test]
     fn who_waits_for_its_rate_is_remembered_and_forgotten_when_it_need_not() {
         let a = key("192.0.2.1");
-        let table = addresses(0, 0, 2);
+        let table = addresses(0, 2);
         for _ in 0..2 {
             assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
-            table.handshaken(a);
             table.leave(a, 0);
         }
         let wait = Duration::from_millis(500);
@@ -210,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_full_table_limits_whom_it_knows_and_grows_no_more() {
-        let table = addresses(1, 0, 0);
+        let table = addresses(1, 0);
         for n in 1..=3 {
             assert_eq!(table.enter(key(&format!("192.0.2.{n}")), 0), Ok(Entered::Counted));
         }
@@ -223,7 +237,7 @@ mod tests {
 
     #[test]
     fn without_limits_nothing_is_kept() {
-        let table = addresses(0, 0, 0);
+        let table = addresses(0, 0);
         assert_eq!(table.enter(key("192.0.2.1"), 0), Ok(Entered::Unlimited));
         assert_eq!(table.len(), 0);
     }

@@ -17,13 +17,19 @@ pub enum AuthError {
     /// The signature does not match the key.
     #[error("the token's signature is not valid")]
     Signature,
+    /// A key set that may hold the key was never read, or too long ago.
+    #[error("the key set that may hold the token's key could not be read: come back later")]
+    NoKeys,
     /// `exp` has passed.
     #[error("the token has expired")]
     Expired,
     /// `nbf` is in the future.
     #[error("the token is not valid yet")]
     TooEarly,
-    /// `aud` is not the configured one.
+    /// `exp` is too far ahead.
+    #[error("the token is valid for longer than {0} s")]
+    Lifetime(u64),
+    /// `aud` does not name this service.
     #[error("the token is for another audience")]
     Audience,
     /// `iss` is not the configured one.
@@ -47,6 +53,8 @@ impl AuthError {
             Self::Malformed(_) => TokenRefusal::Malformed,
             Self::UnknownKey => TokenRefusal::UnknownKey,
             Self::Signature => TokenRefusal::Signature,
+            Self::NoKeys => TokenRefusal::NoKeys,
+            Self::Lifetime(_) => TokenRefusal::Lifetime,
             Self::Expired => TokenRefusal::Expired,
             Self::TooEarly => TokenRefusal::TooEarly,
             Self::Audience => TokenRefusal::Audience,

@@ -1,8 +1,10 @@
-//! Key sets (JWKS) from a file or a URL. They are read again periodically; if that fails, the last good set stays.
+//! Key sets (JWKS) from a file or a URL. They are read again periodically; if that fails, the last one stays for a
+//! bounded time.
 
 use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use barid_core::AppId;
@@ -18,6 +20,8 @@ use crate::auth::keys::{Key, apps};
 use crate::config::JwksConfig;
 
 const BYTES_MAX: u64 = 1 << 20;
+/// Shortest time until a set that could not be read is read again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// One key set.
 #[derive(Debug)]
@@ -26,10 +30,20 @@ pub(super) struct Jwks {
     apps: Vec<AppId>,
     refresh: Duration,
     refresh_min: Duration,
-    keys: RwLock<Arc<Vec<Key>>>,
+    age_max: Duration,
+    keys_max: usize,
+    read: RwLock<Option<Read>>,
     tried: Mutex<Option<Instant>>,
+    failed: AtomicBool,
     running: tokio::sync::Mutex<()>,
     skipped: IntCounter,
+}
+
+/// The last set that was read.
+#[derive(Debug)]
+struct Read {
+    keys: Arc<Vec<Key>>,
+    at: Instant,
 }
 
 /// A key set with unparsed keys, so that one unreadable key does not fail the others.
@@ -41,7 +55,7 @@ struct KeySet {
 #[derive(Debug, Clone)]
 enum Source {
     File(PathBuf),
-    Url { url: String, timeout: Duration, roots: RootCerts },
+    Url { url: String, timeout: Duration, roots: RootCerts, https_only: bool },
 }
 
 impl Jwks {
@@ -50,10 +64,17 @@ impl Jwks {
         let fail = |problem: &str| KeyError(format!("auth.jwks: {problem}"));
         let source = match (&config.file, config.url.as_str()) {
             (Some(path), "") => Source::File(path.clone()),
+            (None, url) if url.starts_with("http://") && !config.insecure_http => {
+                return Err(fail(
+                    "an http url lets anybody in between choose the keys; write an https url, or set \
+                     insecure_http",
+                ));
+            }
             (None, url) if url.starts_with("https://") || url.starts_with("http://") => {
                 let timeout = Duration::from_millis(config.timeout_ms);
                 let roots = roots(config).map_err(|problem| fail(&problem))?;
-                Source::Url { url: url.to_owned(), timeout, roots }
+                let https_only = !config.insecure_http;
+                Source::Url { url: url.to_owned(), timeout, roots, https_only }
             }
             _ => return Err(fail("needs either file or an http(s) url")),
         };
@@ -62,19 +83,34 @@ impl Jwks {
             apps: apps(&config.apps).map_err(|problem| fail(&problem))?,
             refresh: Duration::from_secs(config.refresh_seconds),
             refresh_min: Duration::from_secs(config.refresh_min_seconds),
-            keys: RwLock::default(),
+            age_max: Duration::from_secs(config.age_max_seconds),
+            keys_max: config.keys_max,
+            read: RwLock::default(),
             tried: Mutex::default(),
+            failed: AtomicBool::new(false),
             running: tokio::sync::Mutex::default(),
             skipped,
         })
     }
 
-    pub(super) fn keys(&self) -> Arc<Vec<Key>> {
-        Arc::clone(&self.keys.read())
+    /// The keys; `None`: the set was never read, or too long ago.
+    pub(super) fn keys(&self) -> Option<Arc<Vec<Key>>> {
+        let read = self.read.read();
+        let read = read
+            .as_ref()
+            .filter(|read| self.age_max.is_zero() || read.at.elapsed() <= self.age_max)?;
+        Some(Arc::clone(&read.keys))
+    }
+
+    /// Time since the set was read; `None`: it never was.
+    pub(super) fn age(&self) -> Option<Duration> {
+        self.read.read().as_ref().map(|read| read.at.elapsed())
     }
 
     pub(super) async fn refresh_if_due(&self) {
-        if self.is_older_than(self.refresh) {
+        let failed = self.failed.load(Ordering::Relaxed);
+        let due = if failed { self.refresh_min.max(RETRY) } else { self.refresh };
+        if self.is_older_than(due) {
             self.refresh().await;
         }
     }
@@ -103,11 +139,12 @@ impl Jwks {
         *self.tried.lock() = Some(Instant::now());
         let source = self.source.clone();
         let read = tokio::task::spawn_blocking(move || source.read()).await;
-        match read.map_err(|error| error.to_string()).and_then(|read| read) {
-            Ok(set) => self.take(&set),
-            Err(error) => {
-                tracing::warn!(source = %self.source, error, "cannot read key set; the last good one stays");
-            }
+        let read = read.map_err(|error| error.to_string()).and_then(|read| read);
+        let taken = read.and_then(|set| self.take(&set));
+        self.failed.store(taken.is_err(), Ordering::Relaxed);
+        if let Err(error) = taken {
+            let age_seconds = self.age().map(|age| age.as_secs());
+            tracing::warn!(source = %self.source, error, age_seconds, "cannot read key set");
         }
     }
 
@@ -120,22 +157,38 @@ impl Jwks {
         Ok(keys.filter_map(|jwk| Key::from_jwk(&jwk, &self.apps)).count())
     }
 
-    fn take(&self, set: &KeySet) {
+    /// Replaces the keys, also by none.
+    fn take(&self, set: &KeySet) -> Result<(), String> {
+        let count = set.keys.len();
+        if count > self.keys_max {
+            return Err(format!("the set has {count} keys, the limit is {}", self.keys_max));
+        }
+        let mut unreadable = false;
         let keys = set.keys.iter().filter_map(|jwk| {
             // An unreadable key is skipped. `from_jwk` skips keys of other types and uses.
             let jwk = serde_json::from_value::<Jwk>(jwk.clone()).inspect_err(|error| {
                 self.skipped.inc();
+                unreadable = true;
                 tracing::warn!(source = %self.source, %error, "key set has an unreadable key, which is skipped");
             });
             Key::from_jwk(&jwk.ok()?, &self.apps)
         });
         let keys: Vec<Key> = keys.collect();
+        if keys.is_empty() && unreadable {
+            return Err("none of its keys is readable".into());
+        }
         if keys.is_empty() {
-            tracing::warn!(source = %self.source, "key set holds no usable key; the last good one stays");
-            return;
+            tracing::warn!(source = %self.source, "key set has no key for tokens: all are refused");
         }
         tracing::debug!(source = %self.source, keys = keys.len(), "key set read");
-        *self.keys.write() = Arc::new(keys);
+        *self.read.write() = Some(Read { keys: Arc::new(keys), at: Instant::now() });
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Jwks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.source.fmt(f)
     }
 }
 
@@ -143,15 +196,11 @@ impl Source {
     fn read(&self) -> Result<KeySet, String> {
         let bytes = match self {
             Self::File(path) => std::fs::read(path).map_err(|error| error.to_string())?,
-            Self::Url { url, timeout, roots } => fetch(url, *timeout, roots)?,
+            Self::Url { url, timeout, roots, https_only } => {
+                fetch(url, *timeout, roots, *https_only)?
+            }
         };
         serde_json::from_slice(&bytes).map_err(|error| format!("not a key set: {error}"))
-    }
-}
-
-impl std::fmt::Display for Jwks {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.source.fmt(f)
     }
 }
 
@@ -182,15 +231,29 @@ fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     Ok(RootCerts::Specific(Arc::new(owned.collect())))
 }
 
-fn fetch(url: &str, timeout: Duration, roots: &RootCerts) -> Result<Vec<u8>, String> {
+fn fetch(
+    url: &str,
+    timeout: Duration,
+    roots: &RootCerts,
+    https_only: bool,
+) -> Result<Vec<u8>, String> {
     let tls = ureq::tls::TlsConfig::builder()
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .root_certs(roots.clone())
         .build();
     let agent = ureq::Agent::new_with_config(
-        ureq::Agent::config_builder().tls_config(tls).timeout_global(Some(timeout)).build(),
+        ureq::Agent::config_builder()
+            .tls_config(tls)
+            .timeout_global(Some(timeout))
+            // A redirect may lead to a host or a scheme that the operator did not name.
+            .max_redirects(0)
+            .https_only(https_only)
+            .build(),
     );
     let response = agent.get(url).call().map_err(|error| error.to_string())?;
+    if response.status() != 200 {
+        return Err(format!("answered with {}, which is not followed", response.status()));
+    }
     let mut bytes = Vec::new();
     let mut body = response.into_body();
     body.as_reader().take(BYTES_MAX).read_to_end(&mut bytes).map_err(|error| error.to_string())?;

@@ -72,6 +72,22 @@ impl Key {
         })
     }
 
+    /// The key of a set that may have signed a token with this algorithm and key id: the one with this id, or, if the
+    /// token or the key has none, the only one of the algorithm. Others are not tried: a set may have many keys, and a
+    /// signature costs some 50 µs.
+    pub(super) fn of_set<'a>(
+        set: &'a [Self],
+        algorithm: Algorithm,
+        id: Option<&str>,
+    ) -> Option<&'a Self> {
+        let mut of_algorithm = set.iter().filter(|key| key.algorithm == algorithm);
+        let named = |key: &&Self| id.is_some() && key.id.as_deref() == id;
+        of_algorithm.clone().find(named).or_else(|| {
+            let only = of_algorithm.next().filter(|_| of_algorithm.next().is_none())?;
+            only.fits(algorithm, id).then_some(only)
+        })
+    }
+
     /// Whether this key may have signed a token with this algorithm and key id. The id is compared if both have one.
     pub(super) fn fits(&self, algorithm: Algorithm, id: Option<&str>) -> bool {
         let same_id = match (&self.id, id) {

@@ -10,6 +10,7 @@ use barid_mailbox::{AckRequest, ConfirmOutcome, ConfirmRequest, ReadRequest};
 use barid_session::{AckPoint, AckUrgency, Close};
 use tokio::time::sleep;
 
+use crate::auth::AuthError;
 use crate::connection::state::{Answer, Confirming, Connection};
 use crate::fanout::Refused;
 use crate::handle::Handle;
@@ -60,7 +61,13 @@ impl Connection {
         let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
         self.refreshing = None;
         let checked = result
-            .map_err(|e| (e.label(), Close::new(CloseCode::BadToken, e.to_string())))
+            .map_err(|error| {
+                let code = match error {
+                    AuthError::NoKeys => CloseCode::Overloaded,
+                    _ => CloseCode::BadToken,
+                };
+                (error.label(), Close::new(code, error.to_string()))
+            })
             .and_then(|claims| match self.session.refresh(&claims) {
                 Ok(()) => Ok(claims),
                 Err(close) => Err((TokenRefusal::SomebodyElse, close)),

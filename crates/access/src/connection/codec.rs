@@ -1,5 +1,7 @@
 //! Conversion between frames and WebSocket messages, and the frames that precede a close.
 
+use std::time::Duration;
+
 use barid_core::CloseCode;
 use barid_session::Close;
 use barid_wire::frames::{ClientFrame, Decoded, Encoding, ServerFrame, decode_client};
@@ -58,6 +60,9 @@ pub(super) fn refusal(metrics: &Metrics, error: &socket::Error) -> Option<Close>
     if let socket::Error::Capacity(CapacityError::MessageTooLong { .. }) = error {
         metrics.limit(Limit::FrameBytes);
     }
+    if let socket::Error::AttackAttempt = error {
+        metrics.limit(Limit::Fragments);
+    }
     socket::refusal(error)
 }
 
@@ -76,6 +81,16 @@ pub(super) fn last_frames(close: &Close, attempt: u64) -> Vec<ServerFrame> {
     let why = close.code.as_str().to_owned();
     let reconnect_after_ms = rand::random_range(0..=RETURN_SPREAD_MS);
     vec![ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms }), error]
+}
+
+/// The frames before the close of a refused handshake. `after`: when a retry may succeed.
+pub(super) fn refusal_frames(close: &Close, after: Option<Duration>) -> Vec<ServerFrame> {
+    let go_away = after.map(|after| {
+        let why = close.code.as_str().to_owned();
+        let reconnect_after_ms = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
+        ServerFrame::GoAway(v1::GoAway { why, reconnect_after_ms })
+    });
+    go_away.into_iter().chain(last_frames(close, 0)).collect()
 }
 
 /// A frame as a WebSocket message of its encoding.

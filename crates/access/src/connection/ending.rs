@@ -2,7 +2,7 @@
 
 use barid_mailbox::DisconnectRequest;
 use barid_session::Closing;
-use barid_wire::frames::{Encoding, encode_server};
+use barid_wire::frames::{Encoding, ServerFrame, encode_server};
 use tokio::time::timeout;
 
 use crate::connection::calls::ack_request;
@@ -16,9 +16,12 @@ use crate::socket::Socket;
 impl Connection {
     /// Removes the session from the registry, stores the device's last acknowledgement, and removes its route.
     pub(super) async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, out, listener, .. } = *self;
+        let Self { node, socket, handle, session, codec, out, listener, begun, .. } = *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
-        node.metrics.close(close.as_ref().map(|close| close.code));
+        let code = close.as_ref().map(|close| close.code);
+        node.metrics.close(code);
+        node.metrics.session_ended(code, node.clock.seconds().saturating_sub(begun));
+        node.metrics.platforms.gauge(&session.identity().platform).dec();
         node.sessions.registry.remove(handle.user(), handle.connection);
         listener.leave(&node.fanout, &handle.user().app);
         handle.finish();
@@ -61,8 +64,19 @@ pub(super) async fn hang_up(
     close: End,
     attempt: u64,
 ) {
-    let limit = node.policy.limits.close_timeout();
     let last = close.as_ref().map_or_else(Vec::new, |close| last_frames(close, attempt));
+    hang_up_with(node, socket, encoding, close, last).await;
+}
+
+/// As [`hang_up`], with other frames before the close.
+pub(super) async fn hang_up_with(
+    node: &Node,
+    socket: Socket,
+    encoding: Encoding,
+    close: End,
+    last: Vec<ServerFrame>,
+) {
+    let limit = node.policy.limits.close_timeout();
     let last = last.iter().filter_map(|frame| encode_server(encoding, frame).ok());
     let last: Vec<_> = last.map(|frame| message(encoding, frame)).collect();
     if !socket.hang_up(last, close.as_ref(), limit).await {

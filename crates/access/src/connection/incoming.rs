@@ -14,6 +14,7 @@ use crate::connection::state::Connection;
 use crate::connection::trace::of;
 use crate::fanout::Refused;
 use crate::labels::{Limit, Unknown};
+use crate::socket::Received;
 
 /// Bytes of an ignored name that are quoted to the client.
 const IGNORED_BYTES_MAX: usize = 64;
@@ -23,9 +24,18 @@ impl Connection {
         if self.refreshing.is_some() {
             return false; // frames behind a Refresh wait for its outcome
         }
-        let message = match self.socket.poll_next(cx) {
+        let mut received = Received::default();
+        let next = self.socket.poll_next(cx, &mut received);
+        let now_us = || self.node.clock.uptime_us();
+        if let Err(over) = self.node.policy.upstream.charge(&mut self.spent, received, now_us) {
+            self.node.metrics.limit(over.limit);
+            self.end(Some(Close::new(CloseCode::Limit, over.text)));
+            return true;
+        }
+        let message = match next {
             Poll::Pending => return false,
-            Poll::Ready(Some(Ok(message))) => message,
+            Poll::Ready(Some(Ok(None))) => return true,
+            Poll::Ready(Some(Ok(Some(message)))) => message,
             Poll::Ready(Some(Err(error))) => {
                 let close = refusal(&self.node.metrics, &error);
                 self.end(close);
@@ -36,12 +46,6 @@ impl Connection {
                 return true;
             }
         };
-        let now_us = || self.node.clock.uptime_us();
-        if let Err(over) = self.node.policy.upstream.frame(&mut self.spent, message.len(), now_us) {
-            self.node.metrics.limit(over.limit);
-            self.end(Some(Close::new(CloseCode::Limit, over.text)));
-            return true;
-        }
         self.beat.heard(self.node.clock.seconds());
         self.handle.set_due(self.beat.due());
         match decode(&self.node.metrics, self.codec.encoding, &message) {
@@ -65,7 +69,7 @@ impl Connection {
     /// Counts an unknown field, kind or mailbox, which is ignored. The first one of a connection is also reported to
     /// the client, so that its developer notices a mistake. At most `IGNORED_BYTES_MAX` of `name` are quoted, because
     /// escaping can make it six times as long.
-    fn ignored(&mut self, what: Unknown, name: &str) {
+    pub(super) fn ignored(&mut self, what: Unknown, name: &str) {
         self.node.metrics.ignored(what);
         if !std::mem::replace(&mut self.reported_ignored, true) {
             let name = cut(name, IGNORED_BYTES_MAX);

@@ -1,29 +1,42 @@
 //! From the first frame to a welcomed session.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use barid_core::CloseCode;
 use barid_session::{Close, Connected, Connecting, Refusal, Unidentified};
-use barid_wire::frames::Ignored;
-use tokio::time::timeout;
+use barid_wire::frames::{Encoding, Ignored};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::connection::codec::{Codec, decode, refusal};
 use crate::connection::ending::forget;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
-use crate::labels::{Call, Limit, Unknown};
+use crate::labels::{Call, Limit};
 use crate::node::Node;
+use crate::socket::{Received, Socket};
+use crate::upstream::Spent;
+
+/// How often a connection without Hello looks at how much time it has.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A session that waits for its Welcome.
+pub(super) struct Identified {
+    pub session: Connected,
+    pub handle: Arc<Handle>,
+    pub codec: Codec,
+    /// A field of Hello that is unknown here.
+    pub ignored: Option<String>,
+}
 
 /// Reads Hello and creates the session. The error says why the device is refused; `None`: it has gone.
 pub(super) async fn identify(
     node: &Arc<Node>,
     accepted: &mut Accepted,
-) -> Result<(Connected, Arc<Handle>, Codec), Option<Refusal>> {
-    let limit = node.policy.limits.hello_timeout();
-    let hello = timeout(limit, first_frame(node, accepted)).await;
-    let late = || Close::new(CloseCode::Heartbeat, "no hello arrived in time");
-    let connecting =
-        hello.unwrap_or_else(|_| Err(Some(late()))).map_err(|close| close.map(Refusal::from))?;
+) -> Result<Identified, Option<Refusal>> {
+    let hello = hello_in_time(node, accepted).await;
+    let (connecting, ignored) = hello.map_err(|close| close.map(Refusal::from))?;
+    accepted.unidentified.identified();
     if connecting.attempt_ahead.is_some() {
         node.metrics.limit(Limit::AttemptAhead);
     }
@@ -42,7 +55,36 @@ pub(super) async fn identify(
         entered => entered,
     };
     let (session, handle) = entered.map_err(Some)?;
-    Ok((session, handle, codec))
+    Ok(Identified { session, handle, codec, ignored })
+}
+
+/// Waits for Hello, and returns its first unknown field with it; for less time the more connections do.
+async fn hello_in_time(
+    node: &Node,
+    accepted: &mut Accepted,
+) -> Result<(Connecting, Option<String>), Option<Close>> {
+    let begun = Instant::now();
+    let Accepted { socket, encoding, claims, at_ms, evicted, spent, .. } = accepted;
+    let unidentified = Unidentified::new(claims.clone(), *at_ms);
+    let hello = first_frame(node, socket, spent, *encoding, unidentified);
+    tokio::pin!(hello);
+    loop {
+        let left = node.policy.admission.hello_timeout().saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            let text = "no hello arrived in time";
+            return Err(Some(Close::new(CloseCode::Heartbeat, text)));
+        }
+        tokio::select! {
+            biased;
+            hello = &mut hello => return hello,
+            _ = &mut *evicted => {
+                node.metrics.limit(Limit::Evicted);
+                let text = "no hello arrived, and other devices wait";
+                return Err(Some(Close::new(CloseCode::Overloaded, text)));
+            }
+            () = sleep(left.min(LOOK)) => (),
+        }
+    }
 }
 
 /// Registers a session, and connects it to its mailbox.
@@ -76,22 +118,41 @@ async fn enter(
     }
 }
 
-async fn first_frame(node: &Node, accepted: &mut Accepted) -> Result<Connecting, Option<Close>> {
-    let unidentified = Unidentified::new(accepted.claims.clone(), accepted.at_ms);
+async fn first_frame(
+    node: &Node,
+    socket: &mut Socket,
+    spent: &mut Spent,
+    encoding: Encoding,
+    unidentified: Unidentified,
+) -> Result<(Connecting, Option<String>), Option<Close>> {
+    let mut charge = |received| {
+        let charged = node.policy.upstream.charge(spent, received, || node.clock.uptime_us());
+        charged.map_err(|over| {
+            node.metrics.limit(over.limit);
+            Some(Close::new(CloseCode::Limit, over.text))
+        })
+    };
+    charge(socket.received())?;
     loop {
-        let message = match accepted.socket.next().await {
-            Some(Ok(message)) => message,
+        let mut received = Received::default();
+        let next = socket.next(&mut received).await;
+        charge(received)?;
+        let message = match next {
+            Some(Ok(None)) => continue,
+            Some(Ok(Some(message))) => message,
             Some(Err(error)) => return Err(refusal(&node.metrics, &error)),
             None => return Err(None),
         };
-        if let Some(heard) = decode(&node.metrics, accepted.encoding, &message).map_err(Some)? {
+        if let Some(heard) = decode(&node.metrics, encoding, &message).map_err(Some)? {
             let ahead_ms = node.policy.limits.attempt_ahead_ms;
             let unknown = || Close::new(CloseCode::BadFrame, "the first frame is hello");
-            if matches!(heard.ignored, Some(Ignored::Field(_))) {
-                node.metrics.ignored(Unknown::Field);
-            }
+            let ignored = match heard.ignored {
+                Some(Ignored::Field(field)) => Some(field),
+                _ => None,
+            };
             let frame = heard.frame.ok_or_else(|| Some(unknown()))?;
-            return unidentified.frame(frame, ahead_ms).map_err(Some);
+            let connecting = unidentified.frame(frame, ahead_ms).map_err(Some)?;
+            return Ok((connecting, ignored));
         }
         if message.is_close() {
             return Err(None);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use barid_core::Incarnation;
 use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
-use barid_session::{Claims, Close, Connected, Effect, Heartbeat};
+use barid_session::{Claims, Close, Connected, Effect, Heartbeat, Seconds};
 use barid_wire::envelope::Envelope;
 use bytes::Bytes;
 
@@ -74,6 +74,8 @@ pub(super) struct Connection {
     pub calls: Vec<PendingCall>,
     /// Node uptime before which only an urgent acknowledgement is sent, ms, modulo 2^32.
     pub next_ack_ms: u32,
+    /// When it was welcomed, by the coarse clock.
+    pub begun: Seconds,
     pub ack_waits: bool,
     pub confirming: Confirming,
     pub refreshing: Option<Refreshing>,
@@ -108,11 +110,12 @@ impl Connection {
             session,
             codec,
             beat,
-            spent: Spent::default(),
+            spent: accepted.spent,
             out: VecDeque::new(),
             out_bytes: 0,
             calls: Vec::new(),
             next_ack_ms: node.clock.uptime_ms(),
+            begun: node.clock.seconds(),
             ack_waits: false,
             confirming: Confirming::No,
             refreshing: None,

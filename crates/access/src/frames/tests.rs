@@ -81,9 +81,9 @@ type Outcome = (Vec<Message>, bool);
 
 /// Until a close, an error, or the end of the bytes; they come in pieces of up to `piece`.
 fn read_here(bytes: &[u8], piece: usize) -> Outcome {
-    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX);
+    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX, 99);
     let (mut messages, mut pieces) = (Vec::new(), bytes.chunks(piece));
-    let mut next = decoder.next(&[]);
+    let mut next = decoder.next(&[], &mut 0);
     loop {
         match next {
             Ok(Some(message)) => {
@@ -91,10 +91,10 @@ fn read_here(bytes: &[u8], piece: usize) -> Outcome {
                 if messages.last().is_some_and(Message::is_close) {
                     return (messages, false);
                 }
-                next = decoder.next(&[]);
+                next = decoder.next(&[], &mut 0);
             }
             Ok(None) => match pieces.next() {
-                Some(piece) => next = decoder.next(piece),
+                Some(piece) => next = decoder.next(piece, &mut 0),
                 None => {
                     let kept = decoder.kept.capacity();
                     assert!(kept > 0 || decoder.begin == 0);
@@ -184,32 +184,48 @@ proptest! {
 
 #[test]
 fn nothing_is_held_between_messages() {
-    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX);
+    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX, 99);
     let one = Frame { first: 0x82, masked: true, payload: vec![7; 200] }.bytes();
     for piece in [1, 7, one.len()] {
         let pieces = one.chunks(piece);
-        let read = pieces.filter_map(|piece| decoder.next(piece).unwrap()).collect::<Vec<_>>();
+        let read =
+            pieces.filter_map(|piece| decoder.next(piece, &mut 0).unwrap()).collect::<Vec<_>>();
         assert_eq!(read, [Message::Binary(vec![7; 200].into())]);
         assert_eq!((decoder.kept.capacity(), decoder.begin), (0, 0));
     }
     // Of several at once the others wait, and are all that is held.
     let several = [&one[..], &one, &one[..9]].concat();
-    assert!(decoder.next(&several).unwrap().is_some());
-    assert!(decoder.next(&[]).unwrap().is_some());
-    assert!(decoder.next(&[]).unwrap().is_none());
-    assert!(decoder.next(&one[9..]).unwrap().is_some());
+    assert!(decoder.next(&several, &mut 0).unwrap().is_some());
+    assert!(decoder.next(&[], &mut 0).unwrap().is_some());
+    assert!(decoder.next(&[], &mut 0).unwrap().is_none());
+    assert!(decoder.next(&one[9..], &mut 0).unwrap().is_some());
     assert_eq!((decoder.kept.capacity(), decoder.begin), (0, 0));
 }
 
 #[test]
 fn what_is_too_large_is_refused_at_its_head_and_takes_no_memory() {
     let huge = |first| [&[first, 0xff][..], &(1_u64 << 40).to_be_bytes(), &[1, 2, 3, 4]].concat();
-    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX);
+    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX, 99);
     let ping = Frame { first: 0x89, masked: true, payload: Vec::new() }.bytes();
-    assert!(decoder.next(&[ping, huge(0x82)].concat()).unwrap().is_some());
+    assert!(decoder.next(&[ping, huge(0x82)].concat(), &mut 0).unwrap().is_some());
     assert!(decoder.kept.capacity() < 64);
-    let error = decoder.next(&[]).unwrap_err();
+    let error = decoder.next(&[], &mut 0).unwrap_err();
     assert!(matches!(error, Error::Capacity(CapacityError::MessageTooLong { .. })), "{error}");
-    let error = Decoder::new(huge(0x89), BYTES_MAX).next(&[]).unwrap_err();
+    let error = Decoder::new(huge(0x89), BYTES_MAX, 99).next(&[], &mut 0).unwrap_err();
     assert!(matches!(error, Error::Protocol(ProtocolError::ControlFrameTooBig)), "{error}");
+}
+
+#[test]
+fn hazard_91_every_frame_counts_and_a_message_has_so_many_fragments() {
+    let fragment = |first: u8| [&[first, 0x80][..], &[0; 4]].concat();
+    let mut decoder = Decoder::new(Vec::new(), BYTES_MAX, 3);
+    let mut frames = 0;
+    let begun = [fragment(0x01), fragment(0x00), fragment(0x89)].concat();
+    assert!(decoder.next(&begun, &mut frames).unwrap().is_some_and(|message| message.is_ping()));
+    assert_eq!(frames, 3, "two fragments and a ping");
+    assert!(decoder.next(&fragment(0x80), &mut frames).unwrap().is_some());
+    assert_eq!(frames, 4);
+    let endless = [fragment(0x02), fragment(0x00).repeat(3)].concat();
+    let error = decoder.next(&endless, &mut frames).unwrap_err();
+    assert!(matches!(error, Error::AttackAttempt), "{error}");
 }

@@ -22,6 +22,7 @@ const ENOUGH: usize = 100;
 async fn node(world: &World, change: impl FnOnce(&mut Config)) -> Result<Node> {
     let several = |config: &mut Config| {
         config.acceptors = ACCEPTORS;
+        config.limits.user_unidentified_max = 0;
         change(config);
     };
     world.node_with(several).await

@@ -56,6 +56,9 @@ fn table(token: &str) -> Vec<Bad> {
         (instead("barid.v1.json", "BARID.V1.JSON"), 400, "barid.v1.json", "subprotocol"),
         (with("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400, "repeated", "bad_request"),
         (with("Host: y\r\n"), 400, "host is repeated", "bad_request"),
+        (without("Host"), 400, "host is missing", "bad_request"),
+        (instead("Host: x", "Host: x/y"), 400, "host is missing or malformed", "bad_request"),
+        (plain("GET / HTTP/1.1\r\n\r\n"), 400, "host is missing", "bad_request"),
         (
             with("Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"),
             400,

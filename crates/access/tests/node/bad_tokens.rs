@@ -254,6 +254,7 @@ fn table() -> Vec<Bad> {
         ("NUL in the user", claim(json!({ "sub": "a\0b" })), "user contains", "malformed"),
         ("a long device", claim(json!({ "device": "d".repeat(65) })), "65 bytes", "malformed"),
         ("an end in ms", claim(json!({ "exp": now_s() * 1000 })), "not milliseconds", "malformed"),
+        ("an audience", claim(json!({ "aud": "shop" })), "another audience", "audience"),
         ("no end", claim(json!({ "exp": 1e300 })), "later than the year 9999", "malformed"),
         ("an end long ago", claim(json!({ "exp": 1 })), "expired", "expired"),
         ("an end before time began", claim(json!({ "exp": -1e300 })), "expired", "expired"),
@@ -305,7 +306,7 @@ async fn tokens_that_are_odd_but_valid_are_taken() -> Result<()> {
     for change in [
         json!({ "exp": 253_402_300_799_u64 }),
         json!({ "exp": now_s() as f64 + 100.5, "nbf": -7, "device": null }),
-        json!({ "aud": "somebody", "iss": 7, "app2": "shop", "deep": [[[[{}]]]] }),
+        json!({ "aud": null, "iss": 7, "app2": "shop", "deep": [[[[{}]]]] }),
     ] {
         Device::connect(&node.url(), &good(change), "phone").await?.close().await?;
     }

@@ -5,6 +5,7 @@ mod bad_frames;
 mod bad_handshakes;
 mod bad_tokens;
 mod balance;
+mod door;
 mod fanout;
 mod heartbeats;
 mod isolation;
@@ -44,6 +45,29 @@ async fn a_push_to_an_online_device_is_written_and_its_ack_moves_the_cursor() ->
     assert_eq!(world.inspect("alice").await?.timer_due_ms, None);
     assert_eq!(node.metric("barid_access_delivered_total", "fast"), 1.0);
     Ok(())
+}
+
+#[tokio::test]
+async fn sessions_are_counted_by_platform_and_timed_by_how_they_end() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.platforms_max = 1).await?;
+    let sessions = |platform| node.metric("barid_access_platform_sessions", platform);
+    let token = token_of("alice");
+    let mut open = Vec::new();
+    for (device, platform) in [("a", "ios"), ("b", "ios"), ("c", "web"), ("d", "")] {
+        let hello = json!({ "device": device, "platform": platform });
+        open.push(Device::connect_with(&node.url(), &token, hello).await?.0);
+    }
+    assert_eq!(["ios", "other", "none"].map(sessions), [2.0, 1.0, 1.0]);
+    tokio::time::sleep(Duration::from_millis(2_100)).await;
+    for device in open {
+        device.close().await?;
+    }
+    eventually("they have ended", async || {
+        Ok(["ios", "other", "none"].map(sessions) == [0.0; 3]
+            && node.metric("barid_access_session_seconds", "device") >= 4.0)
+    })
+    .await
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Decoded, FrameError> {
     let strict = decode_kind(&kind, value.get().as_bytes());
     // If a required field is missing as well, the unknown one is probably a typo: the error names it.
     if let Err(FrameError::Json(_)) = strict
-        && let Some((known, ignored)) = without_unknown(value, fields)
+        && let Some((known, Some(ignored))) = without_unknown(value, fields)
         && let Ok(frame) = decode_kind(&kind, &known)
     {
         let ignored = Some(Ignored::Field(cut(&format!("{kind}.{ignored}"), 64)));
@@ -40,6 +40,8 @@ pub(super) fn decode_client(bytes: &[u8]) -> Result<Decoded, FrameError> {
     }
     Ok(Decoded { frame: Some(strict?), ignored: None })
 }
+
+const POSITION_FIELDS: [&str; 5] = ["mailbox", "epoch", "generation", "seq", "chain"];
 
 /// The names of a kind's fields, in all spellings; `None` if the kind is unknown.
 fn fields_of(kind: &str) -> Option<&'static [&'static str]> {
@@ -66,23 +68,48 @@ fn fields_of(kind: &str) -> Option<&'static [&'static str]> {
     })
 }
 
-/// An object without its unknown fields, and the first of them; `None` if there is none.
-fn without_unknown(value: &RawValue, known: &[&str]) -> Option<(Vec<u8>, String)> {
+/// An object without its unknown fields and those of its positions, and the first of them. `None`: not an object.
+fn without_unknown(value: &RawValue, known: &[&str]) -> Option<(Vec<u8>, Option<String>)> {
     let Fields(fields) = serde_json::from_str(value.get()).ok()?;
-    let (known, unknown): (Vec<_>, Vec<_>) =
-        fields.into_iter().partition(|(name, _)| known.contains(&&**name));
-    let (first, _) = unknown.into_iter().next()?;
+    let mut first = None;
     let mut out = vec![b'{'];
-    for (name, value) in known {
+    for (name, value) in fields {
+        if !known.contains(&&*name) {
+            first.get_or_insert(name.into_owned());
+            continue;
+        }
         if out.len() > 1 {
             out.push(b',');
         }
         put_text(&mut out, &name);
         out.push(b':');
-        out.extend_from_slice(value.get().as_bytes());
+        match (name == "positions").then(|| positions_without_unknown(value)).flatten() {
+            Some((positions, unknown)) => {
+                out.extend_from_slice(&positions);
+                first = first.or(unknown);
+            }
+            None => out.extend_from_slice(value.get().as_bytes()),
+        }
     }
     out.push(b'}');
-    Some((out, first.into_owned()))
+    Some((out, first))
+}
+
+/// As [`without_unknown`], for a list of positions.
+fn positions_without_unknown(list: &RawValue) -> Option<(Vec<u8>, Option<String>)> {
+    let list: Vec<&RawValue> = serde_json::from_str(list.get()).ok()?;
+    let mut first = None;
+    let mut out = vec![b'['];
+    for position in list {
+        let (position, unknown) = without_unknown(position, &POSITION_FIELDS)?;
+        if out.len() > 1 {
+            out.push(b',');
+        }
+        out.extend_from_slice(&position);
+        first = first.or_else(|| Some(format!("positions.{}", unknown?)));
+    }
+    out.push(b']');
+    Some((out, first))
 }
 
 /// An object's fields, whose values are not decoded.
@@ -378,7 +405,7 @@ struct Hello {
     #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
     attempt: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    positions: Option<Vec<Position>>,
+    positions: Option<Vec<Handled>>,
     #[serde(alias = "accepts_zstd", skip_serializing_if = "Option::is_none")]
     accepts_zstd: Option<bool>,
     #[serde(alias = "visible_pings", skip_serializing_if = "Option::is_none")]
@@ -388,7 +415,23 @@ struct Hello {
     ping_interval_ms: u32,
 }
 
-/// A part of Welcome as well, so unknown fields are ignored.
+/// A position in Hello.
+#[derive(Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Handled {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mailbox: Option<String>,
+    #[serde(deserialize_with = "number")]
+    epoch: u64,
+    #[serde(deserialize_with = "number", skip_serializing_if = "is_default")]
+    generation: u32,
+    #[serde(deserialize_with = "number")]
+    seq: u64,
+    #[serde(deserialize_with = "optional", skip_serializing_if = "Option::is_none")]
+    chain: Option<u32>,
+}
+
+/// A position in Welcome, a frame of a node, so unknown fields are ignored.
 #[derive(Serialize, Deserialize, Default)]
 #[serde(default)]
 struct Position {
@@ -411,7 +454,7 @@ struct Ack {
     mailbox: Option<String>,
     #[serde(default, deserialize_with = "optional", skip_serializing_if = "Option::is_none")]
     generation: Option<u32>,
-    #[serde(deserialize_with = "number")]
+    #[serde(deserialize_with = "seq")]
     seq: u64,
 }
 
@@ -505,7 +548,7 @@ struct DeliverIn {
 
 #[derive(Deserialize)]
 struct MessageIn {
-    #[serde(deserialize_with = "number")]
+    #[serde(deserialize_with = "seq")]
     seq: u64,
     id: String,
     text: Option<String>,
@@ -558,6 +601,30 @@ impl From<Position> for v1::Position {
 }
 
 impl From<v1::Position> for Position {
+    fn from(position: v1::Position) -> Self {
+        Self {
+            mailbox: some(position.mailbox),
+            epoch: position.epoch,
+            generation: position.generation,
+            seq: position.seq,
+            chain: position.chain,
+        }
+    }
+}
+
+impl From<Handled> for v1::Position {
+    fn from(position: Handled) -> Self {
+        Self {
+            mailbox: position.mailbox.unwrap_or_default(),
+            epoch: position.epoch,
+            generation: position.generation,
+            seq: position.seq,
+            chain: position.chain,
+        }
+    }
+}
+
+impl From<v1::Position> for Handled {
     fn from(position: v1::Position) -> Self {
         Self {
             mailbox: some(position.mailbox),
@@ -701,6 +768,11 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 /// A field whose `null` is a value: JSON null is a valid body.
 fn present<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
     T::deserialize(from).map(Some)
+}
+
+/// A seq, which must be present: null would otherwise be position 0.
+fn seq<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    optional(from)?.ok_or_else(|| de::Error::missing_field("seq"))
 }
 
 fn number<'de, D: Deserializer<'de>, T: TryFrom<u64> + Default>(from: D) -> Result<T, D::Error> {

@@ -110,6 +110,14 @@ fn hazard_41_what_only_a_newer_client_says_is_passed_over_and_named() {
         (device.as_str(), visible_pings, hello.ignored),
         ("phone", true, field("hello.city"))
     );
+    let hello = heard(
+        r#"{"hello":{"device":"phone","positions":[{"seq":4},{"mailbox":"m","at":[1],"seq":"5"}]}}"#,
+    );
+    let Some(ClientFrame::Hello(v1::Hello { positions, .. })) = hello.frame else {
+        panic!("not a hello")
+    };
+    assert_eq!(positions.iter().map(|position| position.seq).collect::<Vec<_>>(), [4, 5]);
+    assert_eq!(hello.ignored, field("hello.positions.at"));
     let long = format!(r#"{{"{}":{{}}}}"#, "x".repeat(9999));
     assert!(matches!(heard(&long).ignored, Some(Ignored::Kind(name)) if name.len() <= 40));
     // Kinds 7 to 9 are reserved, others unheard of.
@@ -118,9 +126,14 @@ fn hazard_41_what_only_a_newer_client_says_is_passed_over_and_named() {
         assert!(heard.frame.is_none() && heard.ignored.is_some(), "{later:?}");
     }
     // Other errors are still reported.
-    for text in
-        [r#"{"ack":{"seq":-1,"new":1}}"#, r#"{"ack":{"new":1}}"#, r#"{"refresh":{"new":1}}"#]
-    {
+    for text in [
+        r#"{"ack":{"seq":-1,"new":1}}"#,
+        r#"{"ack":{"new":1}}"#,
+        r#"{"ack":{"seq":null,"new":1}}"#,
+        r#"{"refresh":{"new":1}}"#,
+        r#"{"hello":{"device":"phone","positions":[{"seq":-1,"new":1}]}}"#,
+        r#"{"hello":{"device":"phone","positions":[7,{"new":1}]}}"#,
+    ] {
         assert!(decode_client(Encoding::Json, text.as_bytes()).is_err(), "{text}");
     }
     let twice = r#"{"ack":{"seq":1,"seq":2,"new":1}}"#;

@@ -15,7 +15,7 @@ use crate::handle::tests::handle;
 const NOW: Received = Received { now_ms: 0, now: 0, dispatched_after_us: None };
 
 fn fanout(fanout_bytes_max: usize) -> (Fanout, Metrics) {
-    let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
+    let metrics = Metrics::new(&prometheus::Registry::new(), 1).unwrap();
     let limits = LimitsConfig { fanout_bytes_max, ..Default::default() };
     (Fanout::new(&limits, &metrics), metrics)
 }
