@@ -255,7 +255,8 @@ impl Unopened {
         if label == Handshake::Evicted {
             node.metrics.limit(Limit::Evicted);
         }
-        if matches!(label, Handshake::Timeout | Handshake::Evicted | Handshake::Tls) {
+        // Not a TLS handshake that was not complete in time: the node may have been busy.
+        if label == Handshake::Tls {
             node.policy.blame(address);
         }
     }

@@ -193,7 +193,9 @@ pub fn no_request() -> Ended {
 /// The request was not complete when another client needed its place.
 pub fn evicted() -> Ended {
     let text = "the request was not complete, and other clients wait";
-    refused(REQUEST_TIMEOUT, Handshake::Evicted, text)
+    // The client may have had little time.
+    let answer = Answer::refusal(REQUEST_TIMEOUT, Handshake::Evicted, text);
+    Ended::Answered(Answer { is_blamed: false, ..answer })
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.
