@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{authority, dev, inspect, kick, listen, send, token, top};
+use crate::{authority, dev, inspect, kick, listen, send, token, top, topics};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -46,6 +46,18 @@ pub enum Command {
     /// Set up a cluster
     #[command(subcommand)]
     Cluster(Cluster),
+    /// Create or check the topics in Kafka
+    #[command(subcommand)]
+    Topics(Topics),
+}
+
+/// The actions of `barid topics`.
+#[derive(Debug, Subcommand)]
+pub enum Topics {
+    /// Create the topics that are missing, then check all of them. Existing ones are not changed
+    Create(topics::CreateArgs),
+    /// Check that the topics exist, and that their settings fit
+    Check(topics::Args),
 }
 
 /// The actions of `barid cluster`.
@@ -82,6 +94,7 @@ mod tests {
         let numbers = barid_runtime::bounds::walk_arguments(&Cli::command());
         for number in [
             "cluster ca --days",
+            "topics create --partitions",
             "kick --rate",
             "listen --count",
             "listen --for",

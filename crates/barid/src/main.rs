@@ -12,13 +12,14 @@ mod send;
 mod state;
 mod token;
 mod top;
+mod topics;
 mod values;
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{Cli, Cluster, Command, Inspect};
+use crate::cli::{Cli, Cluster, Command, Inspect, Topics};
 use crate::output::Output;
 
 fn main() -> ExitCode {
@@ -48,6 +49,8 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Listen(args) => listen::run(args, out).await,
         Command::Token(args) => token::run(&args, out),
         Command::Cluster(Cluster::Ca(args)) => authority::run(&args, out),
+        Command::Topics(Topics::Create(args)) => topics::create(args, out).await,
+        Command::Topics(Topics::Check(args)) => topics::check(args, out).await,
         Command::Kick(args) => kick::run(args, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,

@@ -27,4 +27,4 @@ pub use probe::probe;
 pub use producer::{Held, Producer};
 pub use receipts::Receipts;
 pub use stuck::Stuck;
-pub use topics::{describe_topics_anew, ensure_topics};
+pub use topics::{Topic, describe_topics, describe_topics_anew, ensure_topics};

@@ -1,8 +1,9 @@
 //! Creation of topics, and a description of them by a new client.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::config::FromClientConfigAndContext as _;
 use rdkafka::types::RDKafkaErrorCode;
 
@@ -10,11 +11,16 @@ use crate::consumer::Pending;
 use crate::context::Logged;
 use crate::{Error, KafkaConfig, ffi};
 
-/// Creates the topics of `config` that are missing. Existing ones are not changed.
+/// For the answer about settings, once the broker has told of its topics.
+const SETTINGS_TIMEOUT: Duration = Duration::from_secs(3);
+/// Bytes that a dead letter has over the record: headers with the reason and the source.
+const DEAD_OVERHEAD: u64 = 4096;
+
+/// Creates the topics of `config` that are missing, and returns their names. Existing ones are not changed.
 ///
 /// # Errors
 /// No broker answered within `timeout`, or one refused.
-pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<(), Error> {
+pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<Vec<String>, Error> {
     let admin: AdminClient<Logged> =
         AdminClient::from_config_and_context(&config.overlay(config.client()), Logged)?;
     // -1 is the cluster's default number of replicas, which brokers know since Kafka 2.4.
@@ -40,15 +46,118 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
     .collect();
     let options =
         AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout));
+    let mut created = Vec::new();
     for outcome in admin.create_topics(&wanted, &options).await? {
         match outcome {
-            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Ok(name) => created.push(name),
+            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
             Err((name, code)) => {
                 return Err(Error::Refused(format!("creating topic {name}: {code}")));
             }
         }
     }
-    Ok(())
+    Ok(created)
+}
+
+/// A topic as Kafka has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topic {
+    /// Its name.
+    pub name: String,
+    /// Its partitions; 0: it does not exist.
+    pub partitions: usize,
+    /// Replicas of its first partition.
+    pub replicas: usize,
+    /// Its settings, as the broker names them; empty if it does not tell them.
+    pub settings: BTreeMap<String, String>,
+    /// What does not fit Barid, and what to set.
+    pub problems: Vec<String>,
+}
+
+impl Topic {
+    fn number(&self, setting: &str) -> Option<i64> {
+        self.settings.get(setting)?.parse().ok()
+    }
+}
+
+/// Describes the topics of `config`, and what does not fit.
+///
+/// # Errors
+/// No broker answered within `timeout`, or one refused.
+pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<Vec<Topic>, Error> {
+    let client = config.overlay(config.client());
+    let names: Vec<String> = config.topics.all();
+    let ask = move || -> Result<(AdminClient<Logged>, Vec<Topic>), Error> {
+        let client: AdminClient<Logged> = AdminClient::from_config_and_context(&client, Logged)?;
+        let ask = |name: String| -> Result<Topic, Error> {
+            let metadata = client.inner().fetch_metadata(Some(&name), timeout)?;
+            let found = metadata.topics().first().map(|topic| topic.partitions());
+            let partitions = found.unwrap_or_default();
+            let replicas = partitions.first().map_or(0, |partition| partition.replicas().len());
+            let (settings, problems) = (BTreeMap::new(), Vec::new());
+            Ok(Topic { name, partitions: partitions.len(), replicas, settings, problems })
+        };
+        let topics = names.into_iter().map(ask).collect::<Result<_, _>>()?;
+        Ok((client, topics))
+    };
+    let asked = tokio::task::spawn_blocking(ask).await;
+    let (client, mut topics) =
+        asked.map_err(|error| Error::Away(format!("worker thread: {error}")))??;
+    let there: Vec<_> = topics.iter().filter(|topic| topic.partitions > 0).collect();
+    let resources: Vec<_> =
+        there.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
+    let options = AdminOptions::new().request_timeout(Some(timeout.min(SETTINGS_TIMEOUT)));
+    let mut settings = Vec::new();
+    if !resources.is_empty() {
+        let described = client.describe_configs(&resources, &options).await.map_err(Error::from);
+        // librdkafka's in-process broker does not answer this request.
+        for described in
+            described.or_else(|error| if error.is_away() { Ok(vec![]) } else { Err(error) })?
+        {
+            let described = described.map_err(|code| Error::Refused(code.to_string()))?;
+            let entries = described.entries.into_iter();
+            let pairs = entries.filter_map(|entry| Some((entry.name, entry.value?)));
+            settings.push(pairs.collect::<BTreeMap<_, _>>());
+        }
+    }
+    for (topic, settings) in topics.iter_mut().filter(|topic| topic.partitions > 0).zip(settings) {
+        topic.settings = settings;
+    }
+    let largest = topics.iter().filter(|topic| topic.name != config.topics.dead);
+    let largest = largest.filter_map(|topic| topic.number("max.message.bytes")).max();
+    for topic in &mut topics {
+        topic.problems = problems(topic, topic.name == config.topics.dead, largest);
+    }
+    Ok(topics)
+}
+
+/// What does not fit. `largest`: the largest record of the other topics, bytes.
+fn problems(topic: &Topic, is_dead: bool, largest: Option<i64>) -> Vec<String> {
+    if topic.partitions == 0 {
+        return vec!["it does not exist, or may not be seen; `barid topics create`".into()];
+    }
+    let mut problems = Vec::new();
+    if topic.settings.get("cleanup.policy").is_some_and(|policy| policy.contains("compact")) {
+        problems.push("it is compacted, which removes messages; set cleanup.policy=delete".into());
+    }
+    let needed = largest.map(|largest| largest.saturating_add(DEAD_OVERHEAD as i64));
+    if let (true, Some(needed), Some(max)) = (is_dead, needed, topic.number("max.message.bytes"))
+        && max < needed
+    {
+        problems.push(format!(
+            "dead letters of the largest records are cut; set max.message.bytes={needed}"
+        ));
+    }
+    if let Some(insync) = topic.number("min.insync.replicas")
+        && insync > topic.replicas as i64
+    {
+        let replicas = topic.replicas;
+        problems.push(format!(
+            "nothing can be written: min.insync.replicas is {insync}, and it has {replicas} \
+             replicas; lower it, or add replicas"
+        ));
+    }
+    problems
 }
 
 /// Describes the push topics with a new client, as [`Consumer::topic_ids`] does with its own.

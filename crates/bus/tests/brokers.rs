@@ -10,7 +10,7 @@ use barid_bus::consumer::{
 };
 use barid_bus::{
     DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Memory, Metadata, Producer,
-    Properties, Receipts, TopicSource, ensure_topics,
+    Properties, Receipts, TopicSource, describe_topics, ensure_topics,
 };
 use barid_core::LogPosition;
 use barid_testkit::Kafka;
@@ -53,8 +53,9 @@ async fn apache() -> KafkaConfig {
 
 async fn apache_with(config: KafkaConfig) -> KafkaConfig {
     let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..config };
-    ensure_topics(&config, LIMIT).await.unwrap();
-    ensure_topics(&config, LIMIT).await.expect("topics that exist stay");
+    assert_eq!(ensure_topics(&config, LIMIT).await.unwrap().len(), 5);
+    let again = ensure_topics(&config, LIMIT).await.expect("topics that exist stay");
+    assert!(again.is_empty(), "{again:?}");
     config
 }
 
@@ -479,4 +480,40 @@ async fn kafka_over_tls_with_sasl() {
     }
     let wrong = ensure_topics(&with("PLAIN", "another"), Duration::from_secs(3)).await;
     assert!(wrong.is_err(), "a wrong password");
+}
+
+#[tokio::test]
+async fn topics_that_do_not_fit_are_told_with_what_to_set() {
+    let config = apache().await;
+    let fits = describe_topics(&config, LIMIT).await.unwrap();
+    assert!(fits.iter().all(|topic| topic.problems.is_empty()), "{fits:?}");
+    assert_eq!(fits[1].partitions, 3);
+    assert!(fits.iter().all(|topic| topic.settings.contains_key("retention.ms")));
+
+    let mut odd = config.clone();
+    for (name, settings) in [
+        (&mut odd.topics.push, [("cleanup.policy", "compact"), ("max.message.bytes", "2000000")]),
+        (&mut odd.topics.dead, [("min.insync.replicas", "2"), ("max.message.bytes", "1000000")]),
+    ] {
+        *name = unique("odd");
+        let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1));
+        let topic = settings.iter().fold(topic, |topic, (key, value)| topic.set(key, value));
+        let admin: AdminClient<DefaultClientContext> =
+            Kafka::shared().await.client().create().unwrap();
+        admin.create_topics(&[topic], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
+    }
+    odd.topics.receipts = "nowhere".into();
+    let topics = describe_topics(&odd, LIMIT).await.unwrap();
+    let told = |name: &str| {
+        let topic = topics.iter().find(|topic| topic.name == name).unwrap();
+        topic.problems.join("; ")
+    };
+    assert!(told(&odd.topics.push).contains("cleanup.policy=delete"));
+    let dead = told(&odd.topics.dead);
+    assert!(dead.contains("max.message.bytes=2004096") && dead.contains("min.insync"), "{dead}");
+    assert!(told("nowhere").contains("does not exist"));
+
+    let (_broker, config) = embedded();
+    let topics = describe_topics(&config, LIMIT).await.unwrap();
+    assert!(topics.iter().all(|topic| topic.problems.is_empty()), "{topics:?}");
 }
