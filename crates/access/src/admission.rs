@@ -186,6 +186,11 @@ impl Admission {
         self.hello_timeout - (self.hello_timeout - self.hello_timeout_min).mul_f64(crowded)
     }
 
+    /// Whether most places of connections without Hello are free: the time for Hello is the full one.
+    pub fn is_roomy(&self) -> bool {
+        2 * self.unidentified.len() < self.unidentified.places()
+    }
+
     /// Forgets addresses without connections and with a full bucket. Call it every few seconds.
     pub fn sweep(&self) {
         self.addresses.sweep(self.now_us());

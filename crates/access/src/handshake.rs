@@ -105,9 +105,9 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let opened = tokio::select! {
         biased;
         opened = timeout_at(deadline.into(), opening) => {
-            opened.unwrap_or(Err(Unopened { label: Handshake::Timeout, answer: None }))
+            opened.unwrap_or(Err(Unopened::silent(Handshake::Timeout)))
         }
-        _ = &mut evicted => Err(Unopened { label: Handshake::Evicted, answer: None }),
+        _ = &mut evicted => Err(Unopened::silent(Handshake::Evicted)),
     };
     let mut stream = match opened {
         Ok(stream) => stream,
@@ -242,11 +242,13 @@ fn over_limit(metrics: &Metrics, refused: admission::Refused) -> Answer {
 struct Unopened {
     label: Handshake,
     answer: Option<(Stream, Answer)>,
+    /// Counts towards a block of the address, if there is no answer.
+    is_blamed: bool,
 }
 
 impl Unopened {
     async fn end(self, node: &Node, address: IpAddr, admitted: Admitted) {
-        let Self { label, answer } = self;
+        let Self { label, answer, is_blamed } = self;
         if let Some((stream, answer)) = answer {
             return end(node, address, stream, answer, admitted).await;
         }
@@ -255,16 +257,33 @@ impl Unopened {
         if label == Handshake::Evicted {
             node.metrics.limit(Limit::Evicted);
         }
-        // Not a TLS handshake that was not complete in time: the node may have been busy.
-        if label == Handshake::Tls {
+        if is_blamed {
             node.policy.blame(address);
         }
     }
 }
 
+impl Unopened {
+    /// Without an answer, and without blame: the client may have had a reason.
+    fn silent(label: Handshake) -> Self {
+        Self { label, answer: None, is_blamed: false }
+    }
+}
+
 impl From<std::io::Error> for Unopened {
     fn from(_: std::io::Error) -> Self {
-        Self { label: Handshake::Gone, answer: None }
+        Self::silent(Handshake::Gone)
+    }
+}
+
+/// Why there is no TLS. A client that gives up, or refuses the node's certificate, is not blamed: the node may have been
+/// busy, or the certificate may have expired.
+fn no_tls(error: &std::io::Error) -> Unopened {
+    let violation = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match violation {
+        None => Unopened::silent(Handshake::Gone),
+        Some(rustls::Error::AlertReceived(_)) => Unopened::silent(Handshake::Tls),
+        Some(_) => Unopened { is_blamed: true, ..Unopened::silent(Handshake::Tls) },
     }
 }
 
@@ -278,7 +297,7 @@ async fn open(
     admitted: &mut Admitted,
 ) -> Result<Stream, Unopened> {
     let first_byte = policy.limits.first_byte_timeout();
-    let late = |_| Unopened { label: Handshake::Timeout, answer: None };
+    let late = |_| Unopened::silent(Handshake::Timeout);
     let was_known = !policy.proxies.speaks_first(*address);
     if !was_known {
         timeout(first_byte, stream.peek(&mut [0])).await.map_err(late)??;
@@ -288,6 +307,7 @@ async fn open(
         label: answer.label,
         answer: (policy.tls.is_none() && answer.label != Handshake::Blocked)
             .then(|| (Stream::Plain(stream), answer)),
+        is_blamed: false,
     };
     if !policy.proxies.forwards(*address) {
         let key = policy.address_key(*address).filter(|_| !was_known);
@@ -297,18 +317,19 @@ async fn open(
     }
     // Nothing is allocated for a client that sends nothing.
     let Ok(peeked) = timeout(first_byte, stream.peek(&mut [0])).await else {
-        return Err(answered(stream, http::late()));
+        // A browser may connect in advance.
+        return Err(answered(stream, http::nothing_sent()));
     };
     if peeked? == 0 {
-        // A health check, for instance: nobody is to blame.
-        return Err(Unopened { label: Handshake::Gone, answer: None });
+        // A health check, for instance.
+        return Err(Unopened::silent(Handshake::Gone));
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     match tls.accept(stream).await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
         Err(error) => {
             tracing::debug!(%address, %error, "no TLS");
-            Err(Unopened { label: Handshake::Tls, answer: None })
+            Err(no_tls(&error))
         }
     }
 }
@@ -337,7 +358,7 @@ async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Uno
         match proxy::header(&bytes) {
             proxy::Header::Whole { source, .. } => return Ok(source),
             proxy::Header::Malformed => {
-                return Err(Unopened { label: Handshake::Proxy, answer: None });
+                return Err(Unopened::silent(Handshake::Proxy));
             }
             proxy::Header::Partial(more) => {
                 let seen = bytes.len();
@@ -412,8 +433,10 @@ async fn judge(
     let (permit, unidentified, evicted) = match permitted {
         Ok((claims, unidentified, evicted)) => (Permit::Granted(claims), unidentified, evicted),
         Err(Ended::Answered(answer)) if http::refuses_by_close(&request) => {
-            // Such a connection has no user: it may take any place, if there is one.
-            let place = admitted.await_hello(key, None).ok();
+            // Such a connection has no user: it may take a place as long as there are many, so that it evicts nobody and
+            // shortens nobody's time for Hello.
+            let is_roomy = policy.admission.is_roomy();
+            let place = is_roomy.then(|| admitted.await_hello(key, None).ok()).flatten();
             let Some(((close, after), (unidentified, evicted))) = answer.close().zip(place) else {
                 return Err(Ended::Answered(answer));
             };

@@ -190,6 +190,11 @@ pub fn no_request() -> Ended {
     Ended::Answered(late())
 }
 
+/// No byte arrived in time. The client may have connected in advance.
+pub fn nothing_sent() -> Answer {
+    Answer { is_blamed: false, ..late() }
+}
+
 /// The request was not complete when another client needed its place.
 pub fn evicted() -> Ended {
     let text = "the request was not complete, and other clients wait";
@@ -273,8 +278,8 @@ fn join_lists(request: &mut Request) {
     }
 }
 
-/// Refuses a request without `Host`, and repeated headers and bodies, which enable request smuggling: a proxy may interpret them differently than
-/// this node.
+/// Refuses a request without `Host`, and repeated headers and bodies, which enable request smuggling: a proxy may
+/// interpret them differently than this node.
 ///
 /// # Errors
 /// Returns the 400 answer.

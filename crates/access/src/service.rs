@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_bus::{Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
-use barid_mesh::{Credentials, Party, Server};
+use barid_mesh::{BATCH_BYTES_MAX, Credentials, Party, Server};
 use barid_runtime::{Condition, Context, Stopped, Tasks};
 use barid_session::{Close, Seconds};
 use barid_wire::internal::access_admin_server::AccessAdminServer;
@@ -125,7 +125,8 @@ impl Service {
         let shutdown = &context.shutdown;
         // The lease expires by itself if Redis is unavailable.
         let release = shutdown.cut(Duration::ZERO, lease.release());
-        let (_, ()) = tokio::join!(release, flush_receipts(&node, shutdown.deadline()));
+        let receipts = flush_receipts(&node, shutdown.deadline());
+        tokio::join!(release, shutdown.cut(Duration::ZERO, receipts));
         tasks.shutdown().await;
         match cut {
             0 => Stopped::Clean,
@@ -254,7 +255,8 @@ fn serve_roles(
     let peer = AccessPeerServer::new(service.clone()).max_decoding_message_size(CALL_BYTES_MAX);
     let admin = AccessAdminServer::new(admin).max_decoding_message_size(CALL_BYTES_MAX);
     let dispatchers = server.only(&[Party::Dispatcher]);
-    let routes = Routes::new(AccessServer::with_interceptor(service, dispatchers))
+    let deliver = AccessServer::new(service).max_decoding_message_size(BATCH_BYTES_MAX);
+    let routes = Routes::new(InterceptedService::new(deliver, dispatchers))
         .add_service(InterceptedService::new(peer, server.only(&[Party::Access])))
         .add_service(InterceptedService::new(admin, server.only(&[Party::Operator])));
     let settings = |server: tonic::transport::Server| {

@@ -105,7 +105,7 @@ fn show_topic(topic: &Topic, created: bool, out: Output) -> anyhow::Result<()> {
     let state = match (created, topic.problems.is_empty()) {
         (true, _) => out.paint(Tone::Good, "created"),
         (false, true) if topic.settings.is_empty() => {
-            out.paint(Tone::Warn, "exists; Kafka does not tell its settings")
+            out.paint(Tone::Warn, "exists, settings unavailable")
         }
         (false, true) => out.paint(Tone::Good, "fits"),
         (false, false) => out.paint(Tone::Bad, "does not fit"),

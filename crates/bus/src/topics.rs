@@ -85,7 +85,9 @@ impl Topic {
 /// # Errors
 /// No broker answered within `timeout`, or one refused.
 pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<Vec<Topic>, Error> {
-    let client = config.overlay(config.client());
+    let mut client = config.overlay(config.client());
+    // An admin client is a producer: by default, asking for a topic would create it.
+    client.set("allow.auto.create.topics", "false");
     let names: Vec<String> = config.topics.all();
     let ask = move || -> Result<(AdminClient<Logged>, Vec<Topic>), Error> {
         let client: AdminClient<Logged> = AdminClient::from_config_and_context(&client, Logged)?;
@@ -114,8 +116,9 @@ pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<
         for described in
             described.or_else(|error| if error.is_away() { Ok(vec![]) } else { Err(error) })?
         {
-            let described = described.map_err(|code| Error::Refused(code.to_string()))?;
-            let entries = described.entries.into_iter();
+            // A right may be missing.
+            let entries = described.map(|described| described.entries).unwrap_or_default();
+            let entries = entries.into_iter();
             let pairs = entries.filter_map(|entry| Some((entry.name, entry.value?)));
             settings.push(pairs.collect::<BTreeMap<_, _>>());
         }

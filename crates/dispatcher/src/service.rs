@@ -7,7 +7,7 @@ use barid_core::{Clock as _, Incarnation, NodeId, SystemClock};
 use barid_mailbox::{
     Error as RedisError, Lease, LeaseEvent, Mailbox, NodeRole, NodeTable, TrackedRoutes,
 };
-use barid_mesh::{Credentials, Party, Server};
+use barid_mesh::{BATCH_BYTES_MAX, Credentials, Party, Server};
 use barid_runtime::{Condition, Context, Spawner, Stopped, Tasks, Tracer};
 use barid_wire::internal::Gone;
 use barid_wire::internal::dispatcher_server::DispatcherServer;
@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 
 use crate::deliver::{Delivery, void_of};
 use crate::grpc::BatchService;
@@ -210,7 +211,9 @@ async fn listen(
     let address = listener.local_addr().map_err(failed)?;
     context.announce("grpc", address);
     let callers = server.only(&[Party::Purger, Party::Delayer]);
-    let routes = Routes::new(DispatcherServer::with_interceptor(batches.clone(), callers));
+    let service = DispatcherServer::new(batches.clone());
+    let service = service.max_decoding_message_size(BATCH_BYTES_MAX);
+    let routes = Routes::new(InterceptedService::new(service, callers));
     let keepalive = Duration::from_millis(config.links.keepalive_interval_ms);
     let keepalive_timeout = Duration::from_millis(config.links.keepalive_timeout_ms);
     let settings = move |server: tonic::transport::Server| {

@@ -360,7 +360,7 @@ async fn hazard_131_a_batch_above_the_bound_ends_its_stream_with_the_reason() {
     let cluster = Cluster::start(LinkConfig::default(), never()).await;
     let mut caller = Caller::connect(&cluster.address).await;
     let mut large = push("alice", 1);
-    large.envelope = vec![0; 5 << 20].into();
+    large.envelope = vec![0; 9 << 20].into();
     caller.send(DispatchBatch { pushes: vec![large], ..Default::default() });
     let told = caller.reply().await.unwrap_err().to_string();
     assert!(told.contains("decoded message length too large"), "{told}");

@@ -170,7 +170,7 @@ impl Files {
         let roots = Arc::new(roots);
         let chain = certificate.certificates()?;
         let provider = Arc::new(aws_lc_rs::default_provider());
-        // What peers would refuse, so that it is told here.
+        // Peers would refuse it later, and at each connection.
         WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
             .build()
             .map_err(|error| ca.error(error))?
@@ -189,6 +189,9 @@ impl Files {
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
                 .build()
                 .map_err(|error| ca.error(error))?;
+        verifier.verify_client_cert(&chain[0], &chain[1..], UnixTime::now()).map_err(|error| {
+            certificate.error(format!("peers with this ca_file refuse it as a client: {error}"))
+        })?;
         let protocols = &[&rustls::version::TLS13];
         let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(protocols)

@@ -22,4 +22,4 @@ pub use link::{Broken, Link, LinkState, Protocol, Refusal, Refused};
 pub use metrics::{LinkMetrics, MeshMetrics};
 pub use party::Party;
 pub use pool::{DispatchPool, Peer, Unavailable};
-pub use server::{GrpcConfig, Only, Server};
+pub use server::{BATCH_BYTES_MAX, GrpcConfig, Only, Server};

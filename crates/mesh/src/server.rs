@@ -1,5 +1,6 @@
 //! The gRPC server of a role: it bounds connections, handshakes and streams, and knows who calls.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -24,6 +26,10 @@ use tonic::{Request, Status};
 
 use crate::{Credentials, InternalTlsConfig, Party};
 
+/// Bound of a batch between roles, bytes: twice what [`crate::LinkConfig`] allows, because it estimates sizes.
+pub const BATCH_BYTES_MAX: usize = 8 << 20;
+/// Handshakes at once; for a further one the oldest is aborted.
+const HANDSHAKES_MAX: usize = 256;
 /// Wait after an error of accept, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 /// The first bytes of HTTP/2 (RFC 9113, 3.4).
@@ -110,8 +116,9 @@ impl Interceptor for Only {
             return Ok(request);
         }
         self.denied.inc();
-        let names = |parties: &[Party]| {
-            parties.iter().map(|party| party.as_str()).collect::<Vec<_>>().join(" or ")
+        let names = |parties: &[Party]| match parties {
+            [] => "no role".to_owned(),
+            _ => parties.iter().map(|party| party.as_str()).collect::<Vec<_>>().join(" or "),
         };
         let (is, needed) = (names(parties), names(self.allowed));
         tracing::warn!(address = %caller.address, is, needed, "call denied");
@@ -192,6 +199,8 @@ impl Server {
     async fn accept(self, listener: TcpListener, ready: mpsc::Sender<std::io::Result<Accepted>>) {
         let room = Arc::new(Semaphore::new(self.config.connections_max));
         let limit = Duration::from_millis(self.config.handshake_timeout_ms);
+        // In the order of arrival: a flood of silent connections locks nobody out.
+        let mut handshakes: VecDeque<AbortHandle> = VecDeque::new();
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -206,22 +215,29 @@ impl Server {
                 }
             };
             let metrics = self.metrics.clone();
-            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+            handshakes.retain(|handshake| !handshake.is_finished());
+            if handshakes.len() >= HANDSHAKES_MAX
+                && let Some(oldest) = handshakes.pop_front()
+            {
+                oldest.abort();
                 metrics.accepts.with_label_values(&["over_limit"]).inc();
-                continue;
-            };
-            let place = Place { connections: metrics.connections.clone(), _permit: permit };
-            place.connections.inc();
+            }
             let acceptor = self.credentials.server().map(TlsAcceptor::from);
-            let ready = ready.clone();
-            tokio::spawn(async move {
+            let (ready, room) = (ready.clone(), Arc::clone(&room));
+            let handshake = tokio::spawn(async move {
                 let shaken = timeout(limit, shake(stream, address, acceptor)).await;
                 let result = match shaken {
-                    Ok(Ok((stream, caller))) => {
-                        // Fails if the server has ended.
-                        let _ = ready.send(Ok(Accepted { stream, caller, _place: place })).await;
-                        "accepted"
-                    }
+                    Ok(Ok((stream, caller))) => match room.try_acquire_owned() {
+                        Err(_) => "over_limit",
+                        Ok(permit) => {
+                            let connections = metrics.connections.clone();
+                            connections.inc();
+                            let _place = Place { connections, _permit: permit };
+                            // Fails if the server has ended.
+                            let _ = ready.send(Ok(Accepted { stream, caller, _place })).await;
+                            "accepted"
+                        }
+                    },
                     Ok(Err(error)) => {
                         tracing::debug!(%address, %error, "gRPC handshake failed");
                         "failed"
@@ -230,6 +246,7 @@ impl Server {
                 };
                 metrics.accepts.with_label_values(&[result]).inc();
             });
+            handshakes.push_back(handshake.abort_handle());
         }
     }
 }

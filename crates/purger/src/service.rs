@@ -313,16 +313,23 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
         let cut = self.pipeline.unfinished();
         self.pipeline.partitions.uncommit();
         let commits = self.pipeline.partitions.begin_commits();
-        if let Err(error) = consumer.commit_and_wait(commits, left().min(COMMIT_TIMEOUT)).await {
-            tracing::warn!(%error, "last commit failed: its records will be read again");
+        let committing = consumer.commit_and_wait(commits, left().min(COMMIT_TIMEOUT));
+        match shutdown.cut(Duration::ZERO, committing).await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => {
+                tracing::warn!(%error, "last commit failed: its records will be read again");
+            }
+            None => tracing::warn!("last commit was cut off: its records will be read again"),
         }
         // The lanes drop the records of readings that have ended, and end.
         self.pipeline.partitions.iter().for_each(|open| open.reading.end());
         let leaving = consumer.finish(left().max(Duration::from_millis(500)));
         let (handoff, deadline) = (self.handoff.clone(), shutdown.deadline());
-        let (done, ()) = tokio::join!(leaving, self.close(deadline));
+        let closing = shutdown.cut(Duration::ZERO, self.close(deadline));
+        let (done, _) = tokio::join!(leaving, closing);
         // The lanes and the hand-on have ended, so no further pushes are queued.
-        let unhanded = handoff.flush(deadline).await;
+        let flushing = shutdown.cut(Duration::ZERO, handoff.flush(deadline));
+        let unhanded = flushing.await.unwrap_or_default();
         if done == Done::Abandoned {
             tracing::warn!("left the group without waiting for its answer");
         }

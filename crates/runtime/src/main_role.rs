@@ -112,7 +112,7 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     let drain = Duration::from_secs(common.drain_seconds);
     tokio::select! {
         outcome = R::run(config, context.clone()) => exit_code::<R>(outcome),
-        () = signals.drain_then_abort(&context, drain, || reload::<R>(arguments)) => {
+        () = signals.drain_then_abort(&context, drain, || reload_apart::<R>(arguments)) => {
             let overtime_s = OVERTIME.as_secs();
             tracing::error!(role = R::NAME, overtime_s, "did not end after the drain deadline, aborted");
             ExitCode::from(exit::CUT)
@@ -198,6 +198,13 @@ fn reload<R: Role>(arguments: &Arguments) {
     }
 }
 
+/// On a thread of its own: names of hosts may have to be looked up, and the role goes on meanwhile.
+fn reload_apart<R: Role>(arguments: &Arguments) {
+    let arguments = arguments.clone();
+    drop(tokio::task::spawn_blocking(move || reload::<R>(&arguments)));
+}
+
+#[derive(Clone)]
 struct Arguments {
     config: Option<PathBuf>,
     check_config: bool,

@@ -53,7 +53,7 @@ struct Taken {
     last: u64,
     /// In the order of arrival.
     places: BTreeMap<PlaceId, Place>,
-    addresses: HashMap<AddressKey, u32>,
+    addresses: HashMap<AddressKey, BTreeSet<PlaceId>>,
     networks: HashMap<NetworkKey, BTreeSet<PlaceId>>,
     by_count: BTreeSet<(usize, NetworkKey)>,
 }
@@ -143,11 +143,12 @@ impl Taken {
         now_us: u64,
     ) -> Result<(), RoomFull> {
         let reached = |max: u32, held: usize| max > 0 && held >= max as usize;
-        let held = self.addresses.get(&address).map_or(0, |held| *held as usize);
+        let (held, oldest) = self
+            .addresses
+            .get(&address)
+            .map_or((0, None), |places| (places.len(), places.first().copied()));
         let network = address.network();
         if reached(limits.address_places, held) {
-            let of_network = self.networks.get(&network).into_iter().flatten();
-            let oldest = of_network.copied().find(|id| self.address(*id) == Some(address));
             self.evict_if_old(oldest, limits, now_us).ok_or(RoomFull::Address)?;
         }
         if reached(limits.network_places, self.held(network)) {
@@ -190,10 +191,6 @@ impl Taken {
         (now_us.saturating_sub(since_us) >= limits.keep_us).then(|| self.remove(id))
     }
 
-    fn address(&self, id: PlaceId) -> Option<AddressKey> {
-        self.places.get(&id)?.address
-    }
-
     fn held(&self, network: NetworkKey) -> usize {
         self.networks.get(&network).map_or(0, BTreeSet::len)
     }
@@ -205,7 +202,7 @@ impl Taken {
     fn set_address(&mut self, id: PlaceId, address: AddressKey) {
         let Some(place) = self.places.get_mut(&id) else { return };
         place.address = Some(address);
-        *self.addresses.entry(address).or_default() += 1;
+        self.addresses.entry(address).or_default().insert(id);
         let network = address.network();
         let held = self.networks.entry(network).or_default();
         self.by_count.remove(&(held.len(), network));
@@ -216,9 +213,9 @@ impl Taken {
     fn remove(&mut self, id: PlaceId) {
         let Some(place) = self.places.remove(&id) else { return };
         let Some(address) = place.address else { return };
-        if let Some(held) = self.addresses.get_mut(&address) {
-            *held -= 1;
-            if *held == 0 {
+        if let Some(places) = self.addresses.get_mut(&address) {
+            places.remove(&id);
+            if places.is_empty() {
                 self.addresses.remove(&address);
             }
         }

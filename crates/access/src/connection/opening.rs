@@ -71,8 +71,12 @@ async fn hello_in_time(
     loop {
         let left = node.policy.admission.hello_timeout().saturating_sub(begun.elapsed());
         if left.is_zero() {
-            let text = "no hello arrived in time";
-            return Err(Some(Close::new(CloseCode::Heartbeat, text)));
+            // Only a client that had the full time is to blame.
+            let code = match begun.elapsed() < node.policy.limits.hello_timeout() {
+                true => CloseCode::Overloaded,
+                false => CloseCode::Heartbeat,
+            };
+            return Err(Some(Close::new(code, "no hello arrived in time")));
         }
         tokio::select! {
             biased;

@@ -122,7 +122,7 @@ async fn hazard_131_a_batch_above_the_bound_ends_its_stream_with_the_reason() ->
     let world = World::new().await?;
     let node = world.node().await?;
     let mut dispatcher = node.dispatcher().await?;
-    let large = NodePush { envelope: vec![0; 5 << 20].into(), ..Default::default() };
+    let large = NodePush { envelope: vec![0; 9 << 20].into(), ..Default::default() };
     let told = dispatcher.send(0, vec![large], vec![]).await.unwrap_err().to_string();
     assert!(told.contains("decoded message length too large"), "{told}");
     node.dispatcher().await?.send(0, vec![], vec![]).await?;
