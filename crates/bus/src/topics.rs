@@ -40,7 +40,12 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<()
     .collect();
     let options =
         AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout));
-    for outcome in admin.create_topics(&wanted, &options).await? {
+    let created = admin.create_topics(&wanted, &options).await;
+    let created = created.map_err(|error| match Error::from(error) {
+        Error::Away(why) => Error::Away(format!("{}: {why}", config.brokers.join(","))),
+        other => other,
+    })?;
+    for outcome in created {
         match outcome {
             Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
             Err((name, code)) => {
