@@ -91,13 +91,8 @@ pub struct Args {
     #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
     pub brokers: Option<String>,
     /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
-    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = property)]
+    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = values::property)]
     pub properties: Vec<(String, String)>,
-}
-
-fn property(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
-    Ok((key.trim().into(), value.trim().into()))
 }
 
 /// The type of a body.

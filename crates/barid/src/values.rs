@@ -1,6 +1,6 @@
 //! Options that several commands have, and their defaults.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
@@ -45,6 +45,12 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Parses a setting of librdkafka.
+pub fn property(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
+    Ok((key.trim().into(), value.trim().into()))
 }
 
 /// A random name: `<prefix>-` and 10 letters and digits.
@@ -204,6 +210,17 @@ pub struct KeyArgs {
     pub key_id: Option<String>,
 }
 
+/// The secret in a file, without the end of its line.
+pub fn secret_in(file: &Path) -> anyhow::Result<Secret> {
+    let secret = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read the secret in {}", file.display()))?;
+    let secret = secret.trim_end_matches(['\r', '\n']);
+    if secret.is_empty() {
+        bail!("{} is empty; it must hold the secret", file.display());
+    }
+    Ok(Secret::new(secret))
+}
+
 /// A key: its secret and its id.
 #[derive(Debug)]
 pub struct Key {
@@ -219,13 +236,7 @@ impl KeyArgs {
             return Ok(Key { secret: Secret::new(secret), id });
         }
         if let Some(file) = &self.secret_file {
-            let secret = std::fs::read_to_string(file)
-                .with_context(|| format!("cannot read the secret in {}", file.display()))?;
-            let secret = secret.trim_end_matches(['\r', '\n']);
-            if secret.is_empty() {
-                bail!("{} is empty; it must hold the secret", file.display());
-            }
-            return Ok(Key { secret: Secret::new(secret), id });
+            return Ok(Key { secret: secret_in(file)?, id });
         }
         let dev = DevState::running()?.ok_or_else(|| {
             Coded::config(

@@ -44,7 +44,7 @@ fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
 
 /// A message of librdkafka without what differs at each attempt and in each client: the thread in front, and the times
 /// at the end.
-fn lasting(message: &str) -> &str {
+pub(crate) fn lasting(message: &str) -> &str {
     let thread = message.strip_prefix("[thrd:").and_then(|rest| rest.split_once("]: "));
     let message = thread.map_or(message, |(_, rest)| rest);
     message.split_once(" (after ").map_or(message, |(lasting, _)| lasting)

@@ -49,6 +49,7 @@ pub async fn probe(config: &RedisConfig, limit: Duration) -> Vec<Probe> {
         let found = answer.map_err(|error| match error {
             Error::Unusable(why) => Unfit::Unusable(why),
             Error::Unexpected(why) => Unfit::Unusable(why),
+            Error::Away(why) => Unfit::Away(why),
             other => Unfit::Away(other.to_string()),
         });
         Probe { name, found }
