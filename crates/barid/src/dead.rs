@@ -88,8 +88,7 @@ fn read(args: &Args, brokers: &str) -> anyhow::Result<Vec<Letter>> {
         .set("enable.partition.eof", "true")
         .set("queued.max.messages.kbytes", "16384")
         .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
-    client.extend(args.properties.clone());
-    let consumer: BaseConsumer = client.create()?;
+    let consumer: BaseConsumer = values::kafka_client(client, &args.properties)?;
     let topic = args.topic.as_str();
     let metadata = consumer.fetch_metadata(Some(topic), left())?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();

@@ -217,11 +217,7 @@ async fn connect(config: &KafkaConfig, args: &Args, topic: &str) -> anyhow::Resu
         .set("message.max.bytes", "100000000")
         .set("message.timeout.ms", args.timeout.as_millis().max(1).to_string())
         .set_log_level(RDKafkaLogLevel::Emerg);
-    client.extend(args.properties.iter().cloned());
-    let producer: FutureProducer = client.create().map_err(|error| match error {
-        KafkaError::ClientConfig(_, why, name, _) => Coded::config(format!("-X {name}: {why}")),
-        error => Coded::config(format!("cannot make a Kafka client: {error}")),
-    })?;
+    let producer: FutureProducer = values::kafka_client(client, &args.properties)?;
     let (asking, topic, limit) = (producer.clone(), topic.to_owned(), args.timeout);
     let asked = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
         let metadata = asking.client().fetch_metadata(Some(&topic), limit)?;

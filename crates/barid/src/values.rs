@@ -9,6 +9,9 @@ use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
 use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
+use rdkafka::ClientConfig;
+use rdkafka::config::FromClientConfig;
+use rdkafka::error::KafkaError;
 
 use crate::authority;
 use crate::output::Coded;
@@ -47,10 +50,27 @@ pub fn now_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Parses a setting of librdkafka.
-pub fn property(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
+/// Parses a setting of librdkafka. Never fails, because clap would print the text, which may hold a password;
+/// [`kafka_client`] refuses a setting without a key.
+pub fn property(text: &str) -> Result<(String, String), std::convert::Infallible> {
+    let (key, value) = text.split_once('=').unwrap_or_default();
     Ok((key.trim().into(), value.trim().into()))
+}
+
+/// Creates a client with further settings. Errors show no values: they may be secrets.
+pub fn kafka_client<T: FromClientConfig>(
+    mut client: ClientConfig,
+    properties: &[(String, String)],
+) -> anyhow::Result<T> {
+    if properties.iter().any(|(key, _)| key.is_empty()) {
+        bail!(Coded::config("-X: a setting is KEY=VALUE"));
+    }
+    client.extend(properties.iter().cloned());
+    let created = client.create().map_err(|error| match error {
+        KafkaError::ClientConfig(_, why, name, _) => Coded::config(format!("-X {name}: {why}")),
+        error => Coded::config(format!("cannot make a Kafka client: {error}")),
+    });
+    Ok(created?)
 }
 
 /// A random name: `<prefix>-` and 10 letters and digits.
