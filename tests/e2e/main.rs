@@ -20,6 +20,7 @@ mod python;
 mod repair;
 mod resends;
 mod restarts;
+mod secrets;
 mod sessions;
 mod slow;
 mod storm;

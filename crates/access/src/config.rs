@@ -14,7 +14,7 @@ use barid_runtime::bounds::{
 };
 use barid_runtime::config::listen;
 use barid_runtime::words::{is_url, shown};
-use barid_runtime::{AdminConfig, LogConfig};
+use barid_runtime::{AdminConfig, LogConfig, SecretUrl};
 use barid_wire::frames::BODY_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 
@@ -307,10 +307,11 @@ impl JwksConfig {
                 "age_max_seconds ({age}) must be at least its refresh_seconds, {refresh}, or 0"
             ));
         }
-        let (_, authority) = self.url.split_once("://").unwrap_or_default();
+        let url = self.url.expose();
+        let (_, authority) = url.split_once("://").unwrap_or_default();
         let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
         let bare = authority.rsplit('@').next().unwrap_or_default();
-        if !self.url.is_empty() && !is_url(&format!("https://{bare}"), &["https"]) {
+        if !url.is_empty() && !is_url(&format!("https://{bare}"), &["https"]) {
             return Err("url has no host, or a port that does not exist; write \
                         https://HOST[:PORT]/PATH"
                 .into());
@@ -358,7 +359,7 @@ pub struct JwksConfig {
     /// File that contains the key set.
     pub file: Option<PathBuf>,
     /// URL of the key set; excludes `file`.
-    pub url: String,
+    pub url: SecretUrl,
     /// `https`: trusted authorities, one or several, PEM, read at start-up. Default: Mozilla's public ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
@@ -382,7 +383,7 @@ impl Default for JwksConfig {
     fn default() -> Self {
         Self {
             file: None,
-            url: String::new(),
+            url: SecretUrl::default(),
             ca_file: None,
             apps: Vec::new(),
             refresh_seconds: 300,

@@ -165,6 +165,7 @@ async fn build(
     let incarnation = Incarnation(SystemClock.now_ms());
     let mut record = lease.record(NodeRole::Access, grpc, admin, incarnation)?;
     record.devices = config.devices_url(devices);
+    context.known_as(record.id.as_str());
     let acquire = || lease.acquire(&mailbox, record.clone());
     let Some(held) = context.until_there(redis, is_away, acquire).await? else { return Ok(None) };
     let incarnation = held.record().incarnation;

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{authority, dev, inspect, kick, listen, send, token, top, topics};
+use crate::{authority, dead, dev, inspect, kick, listen, send, token, top, topics};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -72,6 +72,8 @@ pub enum Cluster {
 pub enum Inspect {
     /// Show a user's mailbox, devices, routes and retry timer
     User(inspect::Args),
+    /// Show the newest dead letters: refused records, with the reason
+    Dead(dead::Args),
 }
 
 #[cfg(test)]

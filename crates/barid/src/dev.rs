@@ -2,7 +2,9 @@
 
 mod cluster;
 mod demo;
+mod port;
 mod redis_server;
+mod relay;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -13,19 +15,28 @@ use anyhow::{Context as _, bail};
 use barid_bus::{EmbeddedKafka, KafkaConfig, ensure_topics};
 use barid_core::Secret;
 use barid_mailbox::RedisConfig;
-use barid_runtime::{LogConfig, SecretUrl, telemetry};
+use barid_runtime::{LogConfig, Probe, SecretUrl, Unfit, telemetry};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::authority;
-use crate::output::{Output, Tone};
-use crate::state::DevState;
-use crate::values::{Key, random_name};
+use crate::output::{Coded, Output, Tone};
+use crate::state::{self, DevState};
+use crate::values::{Key, random_name, secret_in};
 use cluster::Cluster;
+use port::Port;
 use redis_server::RedisServer;
+use relay::Relay;
 
 /// The port for devices, unless `--port` is given or it is in use.
 const PORT: u16 = 7080;
+/// The port of the in-process broker, unless `--kafka-port` is given or it is in use.
+const KAFKA_PORT: u16 = 9092;
+/// The port of the private Redis, unless `--redis-port` is given or it is in use. Not Redis's own, where another one may
+/// be expected.
+const REDIS_PORT: u16 = 7379;
+/// Time within which a given Kafka or Redis has to answer.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// The id of the key that signs this cluster's tokens.
 const KEY_ID: &str = "dev";
 /// Partitions of the push topics on the in-process broker.
@@ -49,6 +60,15 @@ pub struct Args {
     /// Port for devices [default: 7080, or a free port]
     #[arg(long)]
     pub port: Option<u16>,
+    /// Port of the in-process broker [default: 9092, or a free port]
+    #[arg(long, value_name = "PORT", conflicts_with = "kafka")]
+    pub kafka_port: Option<u16>,
+    /// Port of the private redis-server [default: 7379, or a free port]
+    #[arg(long, value_name = "PORT", conflicts_with = "redis")]
+    pub redis_port: Option<u16>,
+    /// File with the secret that signs tokens [default: one that is created once, beside the state file]
+    #[arg(long, value_name = "FILE", env = "BARID_SECRET_FILE")]
+    pub secret_file: Option<PathBuf>,
     /// Run the demonstration and exit; the exit code is 0 if it succeeds
     #[arg(long)]
     pub once: bool,
@@ -68,7 +88,7 @@ struct Ground {
     kafka: KafkaConfig,
     redis: RedisConfig,
     // Ends when this value is dropped.
-    _broker: Option<EmbeddedKafka>,
+    _broker: Option<(EmbeddedKafka, Relay)>,
 }
 
 #[derive(Serialize)]
@@ -108,11 +128,8 @@ async fn run_cluster(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         ground = ground(&args, out) => ground?,
         () = signals.next() => return Ok(ExitCode::FAILURE),
     };
-    let key = Key {
-        secret: Secret::new(random_name("") + &random_name("") + &random_name("")),
-        id: Some(KEY_ID.into()),
-    };
-    let listen = listen(args.port)?;
+    let key = Key { secret: secret(&args)?, id: Some(KEY_ID.into()) };
+    let listen = listen(&Port::new("--port", args.port, PORT), out)?;
     let tls = tempfile::Builder::new().prefix("barid-dev-tls-").tempdir()?;
     authority::issue(tls.path(), TLS_VALID)?;
     let mut cluster = Cluster::start(&ground.kafka, &ground.redis, &key, tls.path(), listen)?;
@@ -198,58 +215,117 @@ fn fact(out: Output, name: &str, value: &str, note: &str) -> String {
 
 /// Connects to Redis and Kafka, or starts them.
 async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<RedisServer>)> {
+    let (redis, server) = redis(args, out).await?;
+    let (kafka, broker) = kafka(args, out).await?;
+    Ok((Ground { kafka, redis, _broker: broker }, server))
+}
+
+async fn redis(args: &Args, out: Output) -> anyhow::Result<(RedisConfig, Option<RedisServer>)> {
     let mut redis = RedisConfig::default();
-    let server = match &args.redis {
+    let (server, note) = match &args.redis {
         Some(url) => {
             redis.url = SecretUrl::new(url);
-            None
+            redis.check().map_err(|why| Coded::config(format!("--redis: {why}")))?;
+            let remedy = "start it, or omit --redis to use a private one";
+            check("Redis", barid_mailbox::probe(&redis, PROBE_TIMEOUT).await, remedy)?;
+            (None, "yours".into())
         }
-        None => Some(RedisServer::start().await?),
-    };
-    let note = match &server {
-        Some(server) => {
+        None => {
+            let port = Port::new("--redis-port", args.redis_port, REDIS_PORT);
+            let server = RedisServer::start(&port).await?;
+            port.tell(server.port(), out);
             redis.url = SecretUrl::new(server.url());
-            format!("private redis-server {}, in memory", server.version())
+            let note = format!("private redis-server {}, in memory", server.version());
+            (Some(server), note)
         }
-        None => "yours".into(),
     };
     if !out.is_json() {
         out.line(fact(out, "redis", &redis.url.to_string(), &note))?;
     }
+    Ok((redis, server))
+}
+
+async fn kafka(
+    args: &Args,
+    out: Output,
+) -> anyhow::Result<(KafkaConfig, Option<(EmbeddedKafka, Relay)>)> {
     let mut kafka = KafkaConfig { partitions: PARTITIONS, ..Default::default() };
-    let broker = match &args.kafka {
+    let (broker, note) = match &args.kafka {
         Some(brokers) => {
             kafka.brokers = brokers.split(',').map(|b| b.trim().to_owned()).collect();
+            let creates = KafkaConfig { create_topics: true, ..kafka.clone() };
+            let probe = barid_bus::probe(&creates, kafka.topics.all(), PROBE_TIMEOUT).await;
+            check("Kafka", vec![probe], "start it, or omit --kafka to use the in-process broker")?;
             ensure_topics(&kafka, Duration::from_secs(10))
                 .await
                 .with_context(|| format!("cannot create Barid's topics in Kafka at {brokers}"))?;
-            None
+            (None, "yours")
         }
         None => {
-            Some(EmbeddedKafka::start(&mut kafka).context("cannot start the in-process broker")?)
+            let broker =
+                EmbeddedKafka::start(&mut kafka).context("cannot start the in-process broker")?;
+            let port = Port::new("--kafka-port", args.kafka_port, KAFKA_PORT);
+            let relay = relay(&port, broker.brokers()).await?;
+            port.tell(relay.address().port(), out);
+            broker.advertise(relay.address().port());
+            kafka.brokers = vec![relay.address().to_string()];
+            (Some((broker, relay)), "in-process broker, for any Kafka client")
         }
-    };
-    let note = match &broker {
-        Some(_) => "in-process broker, for any Kafka client",
-        None => "yours",
     };
     if !out.is_json() {
         out.line(fact(out, "kafka", &kafka.brokers.join(","), note))?;
     }
-    Ok((Ground { kafka, redis, _broker: broker }, server))
+    Ok((kafka, broker))
 }
 
-/// The port that was given, or the default port, or a free one.
-fn listen(port: Option<u16>) -> anyhow::Result<SocketAddr> {
-    let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let is_free = |port| TcpListener::bind(at(port)).is_ok();
-    match port {
-        Some(port) if port != 0 && !is_free(port) => {
-            bail!("port {port} is in use; give another port, or omit --port")
+async fn relay(port: &Port, to: String) -> anyhow::Result<Relay> {
+    let mut problem = None;
+    for number in port.candidates().take(2) {
+        match Relay::start(number, to.clone()).await {
+            Ok(relay) => return Ok(relay),
+            Err(error) => problem = Some(error),
         }
-        Some(port) => Ok(at(port)),
-        None => Ok(at(if is_free(PORT) { PORT } else { 0 })),
     }
+    match problem {
+        Some(error) => Err(error).with_context(|| port.remedy()),
+        None => bail!(port.remedy()),
+    }
+}
+
+/// Fails if a Kafka or Redis of the user cannot be used, before the roles would log it all the time.
+fn check(what: &str, probes: Vec<Probe>, remedy: &str) -> anyhow::Result<()> {
+    for Probe { name, found } in probes {
+        match found {
+            Ok(_) => {}
+            Err(Unfit::Away(why)) => {
+                bail!(Coded::away(format!("{what} does not answer ({name}): {why}; {remedy}")))
+            }
+            Err(Unfit::Unusable(why)) => {
+                bail!(Coded::config(format!("{what} cannot be used ({name}): {why}")))
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The secret of the given file, or one that stays the same over restarts.
+fn secret(args: &Args) -> anyhow::Result<Secret> {
+    match &args.secret_file {
+        Some(file) => secret_in(file),
+        None => state::kept_secret(|| random_name("") + &random_name("") + &random_name("")),
+    }
+}
+
+/// The address for devices.
+fn listen(port: &Port, out: Output) -> anyhow::Result<SocketAddr> {
+    for number in port.candidates().take(2) {
+        if let Ok(free) = TcpListener::bind((Ipv4Addr::LOCALHOST, number)) {
+            let address = free.local_addr()?;
+            port.tell(address.port(), out);
+            return Ok(address);
+        }
+    }
+    bail!(Coded::config(port.remedy()))
 }
 
 /// Waits until the private Redis ends, which is an error.

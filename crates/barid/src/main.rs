@@ -2,11 +2,13 @@
 
 mod authority;
 mod cli;
+mod dead;
 mod dev;
 mod inspect;
 mod kick;
 mod listen;
 mod output;
+mod private;
 mod receipts;
 mod send;
 mod state;
@@ -54,5 +56,6 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Kick(args) => kick::run(args, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
+        Command::Inspect(Inspect::Dead(args)) => dead::run(args, out).await,
     }
 }

@@ -8,6 +8,8 @@ use barid_wire::v1::Receipt;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
+use crate::values;
+
 /// Reads the topic from its end at the time of opening. Joins no group and commits nothing.
 pub struct Receipts {
     consumer: StreamConsumer,
@@ -59,8 +61,7 @@ fn open(
         .set("fetch.wait.max.ms", "5")
         .set("fetch.queue.backoff.ms", "5")
         .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
-    client.extend(properties);
-    let consumer: StreamConsumer = client.create()?;
+    let consumer: StreamConsumer = values::kafka_client(client, &properties)?;
     let metadata = consumer.fetch_metadata(Some(topic), left())?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
     if partitions.is_empty() {

@@ -91,13 +91,8 @@ pub struct Args {
     #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
     pub brokers: Option<String>,
     /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
-    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = property)]
+    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = values::property)]
     pub properties: Vec<(String, String)>,
-}
-
-fn property(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("a setting is KEY=VALUE")?;
-    Ok((key.trim().into(), value.trim().into()))
 }
 
 /// The type of a body.
@@ -222,11 +217,7 @@ async fn connect(config: &KafkaConfig, args: &Args, topic: &str) -> anyhow::Resu
         .set("message.max.bytes", "100000000")
         .set("message.timeout.ms", args.timeout.as_millis().max(1).to_string())
         .set_log_level(RDKafkaLogLevel::Emerg);
-    client.extend(args.properties.iter().cloned());
-    let producer: FutureProducer = client.create().map_err(|error| match error {
-        KafkaError::ClientConfig(_, why, name, _) => Coded::config(format!("-X {name}: {why}")),
-        error => Coded::config(format!("cannot make a Kafka client: {error}")),
-    })?;
+    let producer: FutureProducer = values::kafka_client(client, &args.properties)?;
     let (asking, topic, limit) = (producer.clone(), topic.to_owned(), args.timeout);
     let asked = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
         let metadata = asking.client().fetch_metadata(Some(&topic), limit)?;

@@ -1,12 +1,12 @@
 //! The file in which a running `barid dev` leaves its addresses for the other commands.
 
-use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
+use barid_core::Secret;
 use serde::{Deserialize, Serialize};
+
+use crate::private::PrivateFile;
 
 /// The addresses of a development cluster, and the key of its tokens. Only the user can read the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,16 +34,8 @@ impl DevState {
     /// The running cluster, if there is one.
     pub fn running() -> anyhow::Result<Option<Self>> {
         let path = path()?;
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read {}", path.display()));
-            }
-        };
-        if fs::metadata(&path)?.uid() != own_uid()? {
-            bail!("{} belongs to another user; remove it, or set BARID_DEV_STATE", path.display());
-        }
+        let Some(file) = PrivateFile::find(&path)? else { return Ok(None) };
+        let Some(text) = file.read()? else { return Ok(None) };
         let state: Self = serde_json::from_slice(&text)
             .with_context(|| format!("{} is not a state file of `barid dev`", path.display()))?;
         Ok(state.is_alive().then_some(state))
@@ -51,25 +43,9 @@ impl DevState {
 
     /// Writes the file. It is removed when the guard is dropped.
     pub fn publish(&self) -> anyhow::Result<Published> {
-        let path = path()?;
-        let problem = || format!("cannot write {}", path.display());
-        if let Some(dir) = path.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(problem)?;
-            if fs::metadata(dir)?.uid() != own_uid()? {
-                bail!("{} belongs to another user; set BARID_DEV_STATE to a file", dir.display());
-            }
-        }
-        let new = path.with_extension("new");
-        let _ = fs::remove_file(&new);
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&new)
-            .with_context(problem)?;
-        file.write_all(&serde_json::to_vec_pretty(self)?).with_context(problem)?;
-        fs::rename(&new, &path).with_context(problem)?;
-        Ok(Published { path })
+        let file = PrivateFile::prepare(&path()?)?;
+        file.write(&serde_json::to_vec_pretty(self)?)?;
+        Ok(Published { file })
     }
 
     /// Whether the process is running: a killed `barid dev` does not remove its file.
@@ -82,13 +58,28 @@ impl DevState {
 /// Removes the file on drop.
 #[derive(Debug)]
 pub struct Published {
-    path: PathBuf,
+    file: PrivateFile,
 }
 
 impl Drop for Published {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        self.file.remove();
     }
+}
+
+/// The secret that signs the tokens of `barid dev`: in a file beside the state, so that tokens outlive a restart.
+pub fn kept_secret(new: impl FnOnce() -> String) -> anyhow::Result<Secret> {
+    let path = path()?.with_extension("secret");
+    let file = PrivateFile::prepare(&path)?;
+    if let Some(kept) = file.read()? {
+        let kept = String::from_utf8(kept).ok().filter(|kept| !kept.is_empty());
+        let kept =
+            kept.with_context(|| format!("{} holds no secret; remove it", path.display()))?;
+        return Ok(Secret::new(kept));
+    }
+    let secret = new();
+    file.write(secret.as_bytes())?;
+    Ok(Secret::new(secret))
 }
 
 /// `BARID_DEV_STATE`, else `barid/dev.json` in the user's runtime directory, else
@@ -101,9 +92,7 @@ fn path() -> anyhow::Result<PathBuf> {
     if let Some(runtime) = runtime.filter(|dir| dir.is_absolute() && dir.is_dir()) {
         return Ok(runtime.join("barid").join("dev.json"));
     }
-    Ok(std::env::temp_dir().join(format!("barid-dev-{}", own_uid()?)).join("dev.json"))
-}
-
-fn own_uid() -> io::Result<u32> {
-    Ok(fs::metadata("/proc/self")?.uid())
+    Ok(std::env::temp_dir()
+        .join(format!("barid-dev-{}", rustix::process::geteuid().as_raw()))
+        .join("dev.json"))
 }

@@ -1,6 +1,6 @@
 //! Options that several commands have, and their defaults.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
@@ -9,6 +9,9 @@ use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
 use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
+use rdkafka::ClientConfig;
+use rdkafka::config::FromClientConfig;
+use rdkafka::error::KafkaError;
 
 use crate::authority;
 use crate::output::Coded;
@@ -45,6 +48,29 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Parses a setting of librdkafka. Never fails, because clap would print the text, which may hold a password;
+/// [`kafka_client`] refuses a setting without a key.
+pub fn property(text: &str) -> Result<(String, String), std::convert::Infallible> {
+    let (key, value) = text.split_once('=').unwrap_or_default();
+    Ok((key.trim().into(), value.trim().into()))
+}
+
+/// Creates a client with further settings. Errors show no values: they may be secrets.
+pub fn kafka_client<T: FromClientConfig>(
+    mut client: ClientConfig,
+    properties: &[(String, String)],
+) -> anyhow::Result<T> {
+    if properties.iter().any(|(key, _)| key.is_empty()) {
+        bail!(Coded::config("-X: a setting is KEY=VALUE"));
+    }
+    client.extend(properties.iter().cloned());
+    let created = client.create().map_err(|error| match error {
+        KafkaError::ClientConfig(_, why, name, _) => Coded::config(format!("-X {name}: {why}")),
+        error => Coded::config(format!("cannot make a Kafka client: {error}")),
+    });
+    Ok(created?)
 }
 
 /// A random name: `<prefix>-` and 10 letters and digits.
@@ -204,6 +230,17 @@ pub struct KeyArgs {
     pub key_id: Option<String>,
 }
 
+/// The secret in a file, without the end of its line.
+pub fn secret_in(file: &Path) -> anyhow::Result<Secret> {
+    let secret = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read the secret in {}", file.display()))?;
+    let secret = secret.trim_end_matches(['\r', '\n']);
+    if secret.is_empty() {
+        bail!("{} is empty; it must hold the secret", file.display());
+    }
+    Ok(Secret::new(secret))
+}
+
 /// A key: its secret and its id.
 #[derive(Debug)]
 pub struct Key {
@@ -219,13 +256,7 @@ impl KeyArgs {
             return Ok(Key { secret: Secret::new(secret), id });
         }
         if let Some(file) = &self.secret_file {
-            let secret = std::fs::read_to_string(file)
-                .with_context(|| format!("cannot read the secret in {}", file.display()))?;
-            let secret = secret.trim_end_matches(['\r', '\n']);
-            if secret.is_empty() {
-                bail!("{} is empty; it must hold the secret", file.display());
-            }
-            return Ok(Key { secret: Secret::new(secret), id });
+            return Ok(Key { secret: secret_in(file)?, id });
         }
         let dev = DevState::running()?.ok_or_else(|| {
             Coded::config(

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use barid_runtime::repeats;
 use parking_lot::Mutex;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -31,11 +32,22 @@ fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     use RDKafkaLogLevel as Level;
     match level {
         Level::Emerg | Level::Alert | Level::Critical | Level::Error | Level::Warning => {
-            tracing::warn!(target: "librdkafka", facility, message);
+            let message = lasting(message);
+            if let Some(repeated) = repeats::due(message) {
+                tracing::warn!(target: "librdkafka", facility, message, repeated);
+            }
         }
         Level::Notice | Level::Info => tracing::info!(target: "librdkafka", facility, message),
         Level::Debug => tracing::debug!(target: "librdkafka", facility, message),
     }
+}
+
+/// A message of librdkafka without what differs at each attempt and in each client: the thread in front, and the times
+/// at the end.
+pub(crate) fn lasting(message: &str) -> &str {
+    let thread = message.strip_prefix("[thrd:").and_then(|rest| rest.split_once("]: "));
+    let message = thread.map_or(message, |(_, rest)| rest);
+    message.split_once(" (after ").map_or(message, |(lasting, _)| lasting)
 }
 
 /// An event from a consumer's callbacks.
@@ -123,4 +135,20 @@ impl ConsumerContext for Callbacks {
 
 fn names(list: &TopicPartitionList) -> Vec<(String, i32)> {
     list.elements().iter().map(|e| (e.topic().to_owned(), e.partition())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazard_118_lines_of_librdkafka_are_the_same_at_each_attempt() {
+        let first = "[thrd:h:1/bootstrap]: h:1/bootstrap: Connect to ipv4#127.0.0.1:1 failed: \
+                     Connection refused (after 0ms in state CONNECT)";
+        let later = "[thrd:h:1/bootstrap]: h:1/bootstrap: Connect to ipv4#127.0.0.1:1 failed: \
+                     Connection refused (after 3ms in state CONNECT, 29 identical error(s) suppressed)";
+        let lasts = "h:1/bootstrap: Connect to ipv4#127.0.0.1:1 failed: Connection refused";
+        assert_eq!((lasting(first), lasting(later)), (lasts, lasts));
+        assert_eq!(lasting("1/1 brokers are down"), "1/1 brokers are down");
+    }
 }

@@ -41,6 +41,11 @@ impl EmbeddedKafka {
         self.client.client().mock_cluster().map(|c| c.bootstrap_servers()).unwrap_or_default()
     }
 
+    /// Tells clients that the broker is at `127.0.0.1:port`, where somebody else forwards to [`Self::brokers`].
+    pub fn advertise(&self, port: u16) {
+        ffi::advertise_mock(self.client.client(), port);
+    }
+
     /// Creates a topic.
     ///
     /// # Errors

@@ -333,6 +333,21 @@ pub(crate) fn delay_mock_answers<C: ClientContext>(
     true
 }
 
+/// Makes the only broker of a client's mock cluster name `127.0.0.1:port` as its address. Returns false if the client has
+/// no mock cluster.
+pub(crate) fn advertise_mock<C: ClientContext>(client: &Client<C>, port: u16) -> bool {
+    // SAFETY: the client lives, its mock cluster as long as it, and the host is copied.
+    unsafe {
+        let cluster = sys::rd_kafka_handle_mock_cluster(client.native_ptr());
+        if cluster.is_null() {
+            return false;
+        }
+        let host = c"127.0.0.1".as_ptr();
+        sys::rd_kafka_mock_broker_set_host_port(cluster, 1, host, c_int::from(port));
+    }
+    true
+}
+
 /// Shortens the time that a client's mock cluster waits for further members of a new group (3 s by default). Returns
 /// false if the client has no mock cluster.
 pub(crate) fn set_mock_rebalance_delay<C: ClientContext>(

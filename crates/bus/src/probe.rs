@@ -10,6 +10,7 @@ use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
 use rdkafka::error::KafkaError;
 
+use crate::context::lasting;
 use crate::{Error, KafkaConfig};
 
 /// Keeps what librdkafka says of the brokers, which the error of a call does not tell.
@@ -17,7 +18,12 @@ use crate::{Error, KafkaConfig};
 struct Heard(Arc<Mutex<Option<String>>>);
 
 impl ClientContext for Heard {
-    fn log(&self, _: RDKafkaLogLevel, _: &str, _: &str) {}
+    fn log(&self, level: RDKafkaLogLevel, _: &str, message: &str) {
+        // The lower, the more severe. Unlike the callback of errors, this one does not wait for a poll.
+        if level as i32 <= RDKafkaLogLevel::Warning as i32 {
+            self.0.lock().get_or_insert_with(|| lasting(message).to_owned());
+        }
+    }
 
     fn error(&self, _: KafkaError, reason: &str) {
         self.0.lock().get_or_insert_with(|| reason.to_owned());
@@ -99,7 +105,8 @@ mod tests {
         assert!(told.ends_with("topics that will be created: nowhere"), "{told}");
         drop(broker);
         let began = Instant::now();
-        assert!(matches!(ask(&config).await, Err(Unfit::Away(_))));
+        let Err(Unfit::Away(told)) = ask(&config).await else { panic!("the broker is gone") };
+        assert!(told.contains("127.0.0.1:") && told.contains("Connection refused"), "{told}");
         assert!(began.elapsed() < Duration::from_secs(10), "each topic within the same limit");
     }
 }

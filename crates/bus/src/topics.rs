@@ -46,8 +46,13 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<Ve
     .collect();
     let options =
         AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout));
+    let answered = admin.create_topics(&wanted, &options).await;
+    let answered = answered.map_err(|error| match Error::from(error) {
+        Error::Away(why) => Error::Away(format!("{}: {why}", config.brokers.join(","))),
+        other => other,
+    })?;
     let mut created = Vec::new();
-    for outcome in admin.create_topics(&wanted, &options).await? {
+    for outcome in answered {
         match outcome {
             Ok(name) => created.push(name),
             Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}

@@ -9,7 +9,7 @@ use barid_mailbox::{
     DeferRequest, DeferWaits, DueDevice, DueUser, Mailbox, NodeTable, Unreached, UserKey,
 };
 use barid_mesh::DispatchPool;
-use barid_runtime::{Shutdown, TraceEvent, Tracer};
+use barid_runtime::{Shutdown, TraceEvent, Tracer, repeats};
 use barid_wire::envelope::{self, Envelope};
 use barid_wire::internal::{Resend, ResendDevice, Sampled, Unreachable};
 use futures::future::join_all;
@@ -114,10 +114,13 @@ impl Lanes {
                 polled
             }
             Err(error) => {
-                if pulse.away.is_none() {
-                    tracing::warn!(lane, %error, "cannot claim timers");
+                let why = error.to_string();
+                if pulse.away.is_none()
+                    && let Some(repeated) = repeats::due(&why)
+                {
+                    tracing::warn!(lane, error = why, repeated, "cannot claim timers");
                 }
-                pulse.away = Some(error.to_string());
+                pulse.away = Some(why);
                 self.metrics.poll_failures.inc();
                 Polled::Away
             }
@@ -147,7 +150,9 @@ impl Lanes {
         {
             let devices: usize = back.iter().map(|request| request.devices.len()).sum();
             self.metrics.defer_failures.inc_by(devices as u64);
-            tracing::warn!(%error, devices, "cannot give claims back");
+            if let Some(repeated) = repeats::due(&error.to_string()) {
+                tracing::warn!(%error, devices, repeated, "cannot give claims back");
+            }
         }
         self.metrics.claims.sub(count as i64);
     }

@@ -96,6 +96,7 @@ impl Service {
         let admin = context.announcements().get("admin");
         let incarnation = Incarnation(SystemClock.now_ms());
         let record = lease.record(NodeRole::Dispatcher, address, admin, incarnation)?;
+        context.known_as(record.id.as_str());
         let take = || lease.acquire(&mailbox, record.clone());
         let Some(held) = context.until_there(&redis, RedisError::is_away, take).await? else {
             return Ok(None);

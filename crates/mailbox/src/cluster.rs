@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, Value};
 
+use crate::dial::dial;
 use crate::reply::Reply;
 use crate::{Error, RedisConfig};
 
@@ -88,7 +89,7 @@ async fn address_by(
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(timeout))
         .set_response_timeout(Some(timeout));
-    let mut connection = sentinel.get_multiplexed_async_connection_with_config(&config).await?;
+    let mut connection = dial(sentinel, &config).await?;
     let mut cmd = redis::cmd("SENTINEL");
     cmd.arg("GET-MASTER-ADDR-BY-NAME").arg(name);
     let address: Option<(String, u16)> = cmd.query_async(&mut connection).await?;
@@ -101,7 +102,7 @@ async fn slots(client: Client, timeout: Duration) -> Result<Vec<Master>, Error> 
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(timeout))
         .set_response_timeout(Some(timeout));
-    let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+    let mut connection = dial(&client, &config).await?;
     let mut cmd = redis::cmd("CLUSTER");
     cmd.arg("SLOTS");
     let value: Value = cmd.query_async(&mut connection).await?;

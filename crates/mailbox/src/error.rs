@@ -2,6 +2,9 @@
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
+/// How a [`RedisError`] begins that carries the words of an [`Error`] as its detail.
+pub(crate) const NOT_CONNECTED: &str = "not connected";
+
 /// A call failed. Whether it had an effect is unknown, unless stated otherwise.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
@@ -72,7 +75,7 @@ impl Error {
 
 impl From<RedisError> for Error {
     fn from(error: RedisError) -> Self {
-        let text = error.to_string();
+        let text = cause(&error);
         if error.code() == Some("OOM") {
             return Self::Full(text);
         }
@@ -97,5 +100,24 @@ impl From<RedisError> for Error {
             _ if error.is_connection_dropped() || error.is_timeout() => Self::Away(text),
             _ => Self::Unexpected(text),
         }
+    }
+}
+
+/// What is wrong, in words that tell a stopped Redis from a wrong name and from a silent network.
+pub(crate) fn cause(error: &RedisError) -> String {
+    // The error of an earlier attempt, which says all.
+    if let Some(why) = error.detail().filter(|_| error.to_string().starts_with(NOT_CONNECTED)) {
+        return why.into();
+    }
+    if error.is_connection_refusal() {
+        return "connection refused".into();
+    }
+    if error.is_timeout() {
+        return "no answer in time".into();
+    }
+    let text = error.to_string();
+    match text.strip_prefix("failed to lookup address information: ") {
+        Some(why) => format!("the host name cannot be resolved: {why}"),
+        None => text,
     }
 }

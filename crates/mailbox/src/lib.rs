@@ -18,6 +18,7 @@ mod batcher;
 mod calls;
 mod cluster;
 mod config;
+mod dial;
 mod encoding;
 mod error;
 mod keys;

@@ -8,6 +8,8 @@ use parking_lot::RwLock;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, RedisError, ServerErrorKind, Value};
 
+use crate::dial::{dial, warn_sparingly};
+use crate::error::{NOT_CONNECTED, cause};
 use crate::layout::LAYOUT;
 use crate::redis_clock::RedisClock;
 use crate::scripts::{Call, Script};
@@ -84,7 +86,16 @@ impl Link {
         {
             self.drop_connection(live.number);
         }
-        sent
+        sent.map_err(|error| self.named(error))
+    }
+
+    /// An error of the connection, with the address.
+    fn named(&self, error: RedisError) -> RedisError {
+        if !error.is_io_error() {
+            return error;
+        }
+        let address = self.client.get_connection_info().addr();
+        RedisError::from((ErrorKind::Io, NOT_CONNECTED, format!("{address}: {}", cause(&error))))
     }
 
     /// Runs calls of a script and then WAIT, in one pipeline: on another connection WAIT would not cover these calls,
@@ -131,9 +142,11 @@ impl Link {
             // It is unknown to which call an answer belongs.
             sent => {
                 self.drop_connection(live.number);
-                return failed(
-                    sent.err().unwrap_or_else(|| malformed_wait("another number of answers")),
+                let error = sent.map_or_else(
+                    |error| self.named(error),
+                    |_| malformed_wait("another number of answers"),
                 );
+                return failed(error);
             }
         };
         let have = match answers.pop().map(Value::extract_error) {
@@ -264,7 +277,7 @@ impl Link {
             }
             Err(error) => {
                 let refusal = refused(&error);
-                tracing::warn!(%error, "connecting to redis failed");
+                warn_sparingly!(error, "cannot connect to redis");
                 *attempt = Some((Instant::now(), error));
                 Err(refusal)
             }
@@ -275,8 +288,7 @@ impl Link {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.connect_timeout))
             .set_response_timeout(Some(self.response_timeout));
-        let mut connection =
-            self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        let mut connection = dial(&self.client, &config).await?;
         check_node(&mut connection).await?;
         let records_meta = self.records_meta.load(Ordering::Relaxed);
         check_meta(&mut connection, self.shards, records_meta).await?;
@@ -297,7 +309,7 @@ fn refused(error: &Error) -> RedisError {
         Error::Away(why) => (ErrorKind::Io, why.clone()),
         other => (ErrorKind::Io, other.to_string()),
     };
-    RedisError::from((kind, "not connected", why))
+    RedisError::from((kind, NOT_CONNECTED, why))
 }
 
 /// Why a call that waits for replicas does not count.

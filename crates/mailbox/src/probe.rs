@@ -8,6 +8,7 @@ use redis::{AsyncConnectionConfig, Client};
 use tokio::time::timeout;
 
 use crate::cluster::masters;
+use crate::dial::dial;
 use crate::link::{check_meta, check_node};
 use crate::{Error, RedisConfig};
 
@@ -48,6 +49,7 @@ pub async fn probe(config: &RedisConfig, limit: Duration) -> Vec<Probe> {
         let found = answer.map_err(|error| match error {
             Error::Unusable(why) => Unfit::Unusable(why),
             Error::Unexpected(why) => Unfit::Unusable(why),
+            Error::Away(why) => Unfit::Away(why),
             other => Unfit::Away(other.to_string()),
         });
         Probe { name, found }
@@ -76,7 +78,7 @@ async fn ask(
     let timeouts = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(limit))
         .set_response_timeout(Some(limit));
-    let mut connection = client.get_multiplexed_async_connection_with_config(&timeouts).await?;
+    let mut connection = dial(client, &timeouts).await?;
     let () = redis::cmd("PING").query_async(&mut connection).await?;
     let info = info(&mut connection).await?;
     let field = |name: &str| {

@@ -15,6 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{self, Master, slot_of};
+use crate::dial::{dial, warn_sparingly};
 use crate::layout::parse_route;
 use crate::{Error, RedisConfig, Route, UserKey, keys};
 
@@ -107,7 +108,7 @@ impl TrackedRoutes {
             redirected: Arc::default(),
         });
         if let Err(error) = inner.look_up_masters().await {
-            tracing::warn!(%error, "looking up the masters of routes failed");
+            warn_sparingly!(error, "looking up the masters of routes failed");
         }
         tokio::spawn(follow(Arc::downgrade(&inner)));
         Ok(Self { inner })
@@ -148,7 +149,7 @@ impl TrackedRoutes {
                 self.inner.redirected.notify_one();
             }
             _ => {
-                tracing::warn!(%error, "reading routes failed");
+                warn_sparingly!(error, "reading routes failed");
                 broken.notify_one();
             }
         })?;
@@ -234,7 +235,7 @@ impl Inner {
         let info = master.client.get_connection_info().clone();
         let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let client = Client::open(info.set_redis_settings(settings))?;
-        let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        let mut connection = dial(&client, &config).await?;
         check_role(&mut connection).await?;
         let mut on = redis::cmd("CLIENT");
         on.arg("TRACKING").arg("ON");
@@ -284,7 +285,7 @@ async fn follow(inner: Weak<Inner>) {
         }
         let Some(strong) = inner.upgrade() else { return };
         if let Err(error) = strong.look_up_masters().await {
-            tracing::warn!(%error, "looking up the masters of routes failed");
+            warn_sparingly!(error, "looking up the masters of routes failed");
         }
     }
 }
@@ -313,7 +314,7 @@ async fn keep(inner: Weak<Inner>, master: Arc<Tracked>) {
                 }
             }
             Err(error) => {
-                tracing::warn!(master = master.name, %error, "tracking route changes failed");
+                warn_sparingly!(error, "tracking route changes failed");
                 drop(strong);
                 sleep(RETRY_AFTER).await;
             }
@@ -329,7 +330,7 @@ async fn answers(inner: &Weak<Inner>, master: &Arc<Tracked>, live: Live) -> bool
         answer = timeout(PING_EVERY, check_role(&mut connection)) => match answer {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(master = master.name, %error, "tracking route changes stopped");
+                warn_sparingly!(error, "tracking route changes stopped");
                 return false;
             }
             Err(_) => return false,

@@ -12,6 +12,7 @@ use tokio::sync::broadcast;
 
 use crate::batcher::{Batcher, Masters};
 use crate::cluster::{self, Master, slot_of};
+use crate::dial::warn_sparingly;
 use crate::link::{Link, ReplicatedError};
 use crate::metrics::Metrics;
 use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
@@ -107,7 +108,7 @@ impl Topology {
             }
             match lane.link.record_meta().await {
                 Err(error @ Error::Unusable(_)) => return Err(error),
-                Err(error) => tracing::warn!(%error, "shard count and layout not recorded"),
+                Err(error) => warn_sparingly!(error, "shard count and layout not recorded"),
                 Ok(()) => {}
             }
         }
@@ -346,7 +347,7 @@ impl Topology {
         let known = self.map.read().lanes.iter().map(|lane| lane.link.client().clone()).collect();
         match cluster::masters(&self.config, known).await {
             Ok(masters) => self.install(masters),
-            Err(error) => tracing::warn!(%error, "looking up the masters failed"),
+            Err(error) => warn_sparingly!(error, "looking up the masters failed"),
         }
         *refreshed = Instant::now();
     }

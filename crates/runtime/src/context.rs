@@ -8,6 +8,7 @@ use crate::announce::Announcements;
 use crate::config::{AdminConfig, LogConfig};
 use crate::health::{Condition, Health};
 use crate::shutdown::Shutdown;
+use crate::telemetry;
 use crate::trace::Tracer;
 
 /// The services of the process to its role. Cheap to clone.
@@ -24,12 +25,15 @@ pub struct Context {
     /// Logs sampled messages.
     pub tracer: Tracer,
     announcements: Announcements,
+    /// Whether the process is this role only, and not one in `barid dev` or a test.
+    alone: bool,
 }
 
 impl Context {
     /// Creates a new context, for a role in `barid dev` or in a test.
     pub fn new() -> Self {
-        Self::of(&AdminConfig::default(), &LogConfig::default(), None)
+        let alone = false;
+        Self { alone, ..Self::of(&AdminConfig::default(), &LogConfig::default(), None) }
     }
 
     pub(crate) fn of(admin: &AdminConfig, log: &LogConfig, ready_file: Option<PathBuf>) -> Self {
@@ -42,6 +46,7 @@ impl Context {
             metrics,
             stalled_after: Duration::from_secs(admin.stalled_after_seconds),
             announcements: Announcements::new(ready_file),
+            alone: true,
         }
     }
 
@@ -54,6 +59,13 @@ impl Context {
     pub fn announce(&self, listener: &'static str, address: SocketAddr) {
         tracing::info!(listener, %address, "listening");
         self.announcements.add(listener, address);
+    }
+
+    /// Names the role's node in the lines of the process's log from now on.
+    pub fn known_as(&self, node: &str) {
+        if self.alone {
+            telemetry::set_node(node);
+        }
     }
 
     /// Ends the announcements, and writes the ready file if one is configured.

@@ -16,6 +16,7 @@ mod main_role;
 mod metric_set;
 mod pem_file;
 mod process;
+pub mod repeats;
 mod role;
 mod secret_url;
 mod shutdown;

@@ -47,6 +47,7 @@ pub fn main<R: Role>() -> ExitCode {
         return if arguments.connect { probe::<R>(&config) } else { said };
     }
     telemetry::init(&config.common().log);
+    telemetry::set_role(R::NAME);
     let runtime =
         match Builder::new_multi_thread().worker_threads(workers.count).enable_all().build() {
             Ok(runtime) => runtime,
@@ -103,7 +104,6 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
         return fail_as::<R>(exit::FAILED, &problem);
     }
     tracing::info!(
-        role = R::NAME,
         version = env!("CARGO_PKG_VERSION"),
         workers = workers.count,
         workers_from = workers.from,
@@ -114,25 +114,24 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
         outcome = R::run(config, context.clone()) => exit_code::<R>(outcome),
         () = signals.drain_then_abort(&context, drain, || reload_apart::<R>(arguments)) => {
             let overtime_s = OVERTIME.as_secs();
-            tracing::error!(role = R::NAME, overtime_s, "did not end after the drain deadline, aborted");
+            tracing::error!(overtime_s, "did not end after the drain deadline, aborted");
             ExitCode::from(exit::CUT)
         }
     }
 }
 
 fn exit_code<R: Role>(outcome: Result<Stopped, RunError>) -> ExitCode {
-    let role = R::NAME;
     match outcome {
         Ok(Stopped::Clean) => {
-            tracing::info!(role, "drained");
+            tracing::info!("drained");
             ExitCode::SUCCESS
         }
         Ok(Stopped::Cut { what, count }) => {
-            tracing::error!(role, what, count, "cut off");
+            tracing::error!(what, count, "cut off");
             ExitCode::from(exit::CUT)
         }
         Err(error) => {
-            tracing::error!(role, %error, "failed");
+            tracing::error!(%error, "failed");
             let code = if error.is_config { exit::CONFIG } else { exit::FAILED };
             fail_as::<R>(code, &error.to_string())
         }

@@ -3,8 +3,9 @@
 use std::fmt;
 
 /// A URL whose password is printed as `***` by `Debug`, `Display` and `Serialize`. The password ends at the last `@`,
-/// because it may contain any character, or it is in the query (`redis+unix:///path?pass=…`).
-#[derive(Clone, PartialEq, Eq, serde::Deserialize)]
+/// because it may contain any character, or it is in the query (`redis+unix:///path?pass=…`). A text without scheme is
+/// hidden as a whole.
+#[derive(Clone, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(transparent)]
 pub struct SecretUrl(String);
 
@@ -20,7 +21,11 @@ impl SecretUrl {
     }
 
     fn masked(&self) -> String {
-        let (scheme, rest) = self.0.split_at(self.0.find("://").map_or(0, |at| at + 3));
+        // What is not a URL may be a password that was set in place of one.
+        let Some(scheme) = self.0.find("://").map(|at| at + 3) else {
+            return if self.0.is_empty() { String::new() } else { "***".into() };
+        };
+        let (scheme, rest) = self.0.split_at(scheme);
         // A path without host has no authority.
         let credentials = rest.rfind('@').filter(|_| !rest.starts_with('/'));
         let (credentials, rest) = rest.split_at(credentials.unwrap_or(0));
@@ -69,7 +74,10 @@ mod tests {
         assert_eq!(shown("redis://me:p@ss@h:1/0"), "redis://me:***@h:1/0");
         assert_eq!(shown("redis://:pw@h"), "redis://:***@h");
         assert_eq!(shown("redis://tokenonly@h"), "redis://:***@h");
-        assert_eq!(shown("me:pw@h:1"), "me:***@h:1");
+        assert_eq!(
+            (shown("me:pw@h:1"), shown("pw"), shown("")),
+            ("***".into(), "***".into(), "".into())
+        );
     }
 
     #[test]

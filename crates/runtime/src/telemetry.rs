@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, Opts, Registry};
@@ -32,6 +32,7 @@ static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
 /// Installs the process's subscriber, and a panic hook that logs. A second call has no effect.
 pub fn init(config: &LogConfig) {
     let lines = stderr();
+    ORIGIN.write().format = config.format;
     lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
     // The level was checked by `check_level`.
     let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
@@ -58,6 +59,59 @@ pub fn init(config: &LogConfig) {
         let _ = SET_FILTER.set(set_filter);
         std::panic::set_hook(Box::new(log_panic));
     }
+}
+
+/// Names the process's role in each line, for whoever collects the lines of many processes.
+pub(crate) fn set_role(role: &'static str) {
+    ORIGIN.write().set(|origin| origin.role = role);
+}
+
+/// Names the process's node in each line.
+pub(crate) fn set_node(node: &str) {
+    ORIGIN.write().set(|origin| origin.node = node.to_owned());
+}
+
+static ORIGIN: RwLock<Origin> = RwLock::new(Origin::none());
+
+/// Who writes the lines of this process, in the form in which each line shows it.
+struct Origin {
+    role: &'static str,
+    node: String,
+    format: LogFormat,
+    shown: String,
+}
+
+impl Origin {
+    const fn none() -> Self {
+        Self { role: "", node: String::new(), format: LogFormat::Text, shown: String::new() }
+    }
+
+    fn set(&mut self, change: impl FnOnce(&mut Self)) {
+        change(self);
+        let named = [("role", self.role), ("node", &self.node)];
+        let named = named.into_iter().filter(|(_, value)| !value.is_empty());
+        self.shown = match self.format {
+            LogFormat::Json => {
+                named.map(|(name, value)| format!("{name:?}:{},", json(value))).collect()
+            }
+            LogFormat::Text => named.map(|(name, value)| format!(" {name}={value:?}")).collect(),
+        };
+    }
+
+    /// A line of the subscriber, with its origin: the first members of a JSON object, or the last fields of a text.
+    fn add_to(&self, line: &[u8]) -> Option<Vec<u8>> {
+        let shown = self.shown.as_bytes();
+        match (shown, self.format, line) {
+            ([], ..) => None,
+            (_, LogFormat::Json, [b'{', rest @ ..]) => Some([b"{", shown, rest].concat()),
+            (_, LogFormat::Text, [text @ .., b'\n']) => Some([text, shown, b"\n"].concat()),
+            _ => None,
+        }
+    }
+}
+
+fn json(text: &str) -> String {
+    serde_json::to_string(text).unwrap_or_default()
 }
 
 /// Checks a value of `log.level`. An unknown name (`verbose`) is refused: `EnvFilter` would take it for a target, and
@@ -271,7 +325,10 @@ struct Writer(&'static Arc<Lines>);
 
 impl Write for Writer {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.push(line);
+        match ORIGIN.read().add_to(line) {
+            Some(line) => self.0.push(&line),
+            None => self.0.push(line),
+        }
         Ok(line.len())
     }
 
@@ -326,6 +383,25 @@ mod tests {
             assert!(told.starts_with(&format!("log.level: {wrong:?} is not valid; ")), "{told}");
             assert!(told.ends_with("or directives such as info,barid_access=debug"), "{told}");
         }
+    }
+
+    #[test]
+    fn hazard_119_each_line_says_which_role_and_node_wrote_it() {
+        let mut origin = Origin { format: LogFormat::Json, ..Origin::none() };
+        let line = |origin: &Origin, line: &[u8]| {
+            origin.add_to(line).map(|line| String::from_utf8(line).unwrap())
+        };
+        assert_eq!(line(&origin, b"{}\n"), None);
+        origin.set(|origin| origin.role = "access");
+        assert_eq!(line(&origin, b"{\"a\":1}\n").unwrap(), "{\"role\":\"access\",\"a\":1}\n");
+        origin.set(|origin| origin.node = "n\"1".into());
+        let told = line(&origin, b"{\"a\":1}\n").unwrap();
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        assert_eq!(told, serde_json::json!({"role": "access", "node": "n\"1", "a": 1}));
+        origin.format = LogFormat::Text;
+        origin.set(|origin| origin.node = "n1".into());
+        let told = line(&origin, b"INFO starting\n").unwrap();
+        assert_eq!(told, "INFO starting role=\"access\" node=\"n1\"\n");
     }
 
     /// As much as fills any pipe.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use barid_core::Backoff;
 use tokio::time::sleep;
 
-use crate::{Condition, Context};
+use crate::{Condition, Context, repeats};
 
 impl Context {
     /// Repeats `attempt` while it fails with an error for which `is_away` is true; `condition` fails with that error
@@ -27,8 +27,11 @@ impl Context {
         while !self.shutdown.is_draining() {
             match attempt().await {
                 Err(error) if is_away(&error) => {
-                    tracing::warn!(%error, "waiting for {}", condition.name());
-                    condition.failing(error.to_string());
+                    let why = error.to_string();
+                    if let Some(repeated) = repeats::due(&why) {
+                        tracing::warn!(error = why, repeated, "waiting for {}", condition.name());
+                    }
+                    condition.failing(why);
                 }
                 done => return done.map(Some),
             }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use barid_core::AppId;
-use barid_runtime::PemFile;
+use barid_runtime::{PemFile, SecretUrl};
 use jsonwebtoken::jwk::Jwk;
 use parking_lot::{Mutex, RwLock};
 use prometheus::IntCounter;
@@ -55,14 +55,14 @@ struct KeySet {
 #[derive(Debug, Clone)]
 enum Source {
     File(PathBuf),
-    Url { url: String, timeout: Duration, roots: RootCerts, https_only: bool },
+    Url { url: SecretUrl, timeout: Duration, roots: RootCerts, https_only: bool },
 }
 
 impl Jwks {
     /// `skipped` counts keys that cannot be read.
     pub(super) fn new(config: &JwksConfig, skipped: IntCounter) -> Result<Self, KeyError> {
         let fail = |problem: &str| KeyError(format!("auth.jwks: {problem}"));
-        let source = match (&config.file, config.url.as_str()) {
+        let source = match (&config.file, config.url.expose()) {
             (Some(path), "") => Source::File(path.clone()),
             (None, url) if url.starts_with("http://") && !config.insecure_http => {
                 return Err(fail(
@@ -74,7 +74,7 @@ impl Jwks {
                 let timeout = Duration::from_millis(config.timeout_ms);
                 let roots = roots(config).map_err(|problem| fail(&problem))?;
                 let https_only = !config.insecure_http;
-                Source::Url { url: url.to_owned(), timeout, roots, https_only }
+                Source::Url { url: SecretUrl::new(url), timeout, roots, https_only }
             }
             _ => return Err(fail("needs either file or an http(s) url")),
         };
@@ -208,8 +208,7 @@ impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::File(path) => path.display().fmt(f),
-            // Without the query, which may contain a secret.
-            Self::Url { url, .. } => f.write_str(url.split('?').next().unwrap_or_default()),
+            Self::Url { url, .. } => url.fmt(f),
         }
     }
 }
@@ -217,7 +216,7 @@ impl std::fmt::Display for Source {
 /// The certificate authorities that a fetch trusts.
 fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     let Some(path) = &config.ca_file else { return Ok(RootCerts::WebPki) };
-    if !config.url.starts_with("https://") {
+    if !config.url.expose().starts_with("https://") {
         return Err("ca_file is for an https url".into());
     }
     let file = PemFile::read("ca_file", path)?;
@@ -232,7 +231,7 @@ fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
 }
 
 fn fetch(
-    url: &str,
+    url: &SecretUrl,
     timeout: Duration,
     roots: &RootCerts,
     https_only: bool,
@@ -250,7 +249,10 @@ fn fetch(
             .https_only(https_only)
             .build(),
     );
-    let response = agent.get(url).call().map_err(|error| error.to_string())?;
+    let response = agent.get(url.expose()).call();
+    // Some errors repeat the URL.
+    let masked = |error: ureq::Error| error.to_string().replace(url.expose(), &url.to_string());
+    let response = response.map_err(masked)?;
     if response.status() != 200 {
         return Err(format!("answered with {}, which is not followed", response.status()));
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use barid_runtime::{Probe, SecretUrl, Unfit};
+use barid_runtime::{Probe, Unfit};
 use prometheus::IntCounter;
 use tokio::task::JoinSet;
 
@@ -32,7 +32,7 @@ async fn ask(config: &JwksConfig) -> (String, Result<String, Unfit>) {
             Ok(set) => set,
             Err(error) => return (String::new(), Err(Unfit::Unusable(error))),
         };
-    let source = SecretUrl::new(set.to_string()).to_string();
+    let source = set.to_string();
     let found = match set.probe().await {
         Ok(0) => Err(Unfit::Unusable("the set has no key for RS256, ES256 or EdDSA".into())),
         Ok(1) => Ok("1 key".into()),
@@ -40,7 +40,7 @@ async fn ask(config: &JwksConfig) -> (String, Result<String, Unfit>) {
         Err(why) if config.file.is_some() || why.starts_with("not a key set") => {
             Err(Unfit::Unusable(why))
         }
-        Err(why) => Err(Unfit::Away(why.replace(config.url.as_str(), &source))),
+        Err(why) => Err(Unfit::Away(why)),
     };
     (source, found)
 }

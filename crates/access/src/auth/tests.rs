@@ -7,6 +7,7 @@ use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RsaKeyPair,
 };
 use barid_core::Secret;
+use barid_runtime::SecretUrl;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use futures::FutureExt as _;
@@ -359,7 +360,7 @@ async fn hazard_95_a_key_set_comes_from_where_it_is_configured() {
     });
     let with = |path: &str, insecure_http| {
         let url = format!("http://{address}{path}");
-        let jwks = JwksConfig { url, insecure_http, ..Default::default() };
+        let jwks = JwksConfig { url: SecretUrl::new(url), insecure_http, ..Default::default() };
         Verifier::new(&AuthConfig { jwks: vec![jwks], ..Default::default() })
     };
     let token = pair.token("k", &claims());
@@ -403,7 +404,11 @@ async fn key_sets_come_over_http_at_a_bounded_rate() {
         }
     });
     let config = AuthConfig {
-        jwks: vec![JwksConfig { url, insecure_http: true, ..Default::default() }],
+        jwks: vec![JwksConfig {
+            url: SecretUrl::new(url),
+            insecure_http: true,
+            ..Default::default()
+        }],
         ..Default::default()
     };
     let verifier = Verifier::new(&config).unwrap();
@@ -442,7 +447,7 @@ async fn hazard_60_key_sets_come_over_https_from_whom_an_authority_of_ones_own_v
         }
     });
     let with = |ca_file: Option<std::path::PathBuf>, url: &str| {
-        let jwks = JwksConfig { url: url.to_owned(), ca_file, ..Default::default() };
+        let jwks = JwksConfig { url: SecretUrl::new(url), ca_file, ..Default::default() };
         Verifier::new(&AuthConfig { jwks: vec![jwks], ..Default::default() })
     };
     let (own, other) = (file(&authority.pem()), barid_testkit::certificates::ONE.pem);

@@ -12,8 +12,10 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::port::Port;
+
 /// Attempts: another process may take a port before it is used.
-const TRIES: u32 = 5;
+const TRIES: usize = 5;
 /// For its first answer.
 const START: Duration = Duration::from_secs(10);
 
@@ -29,7 +31,7 @@ pub struct RedisServer {
 impl RedisServer {
     /// Starts a server and waits until it answers. Must be called on the main thread: the kernel kills the
     /// server when the thread that started it ends.
-    pub async fn start() -> anyhow::Result<Self> {
+    pub async fn start(port: &Port) -> anyhow::Result<Self> {
         let program = find("redis-server").ok_or_else(|| {
             anyhow!(
                 "redis-server is not installed. On Debian and Ubuntu:\n\n    \
@@ -38,8 +40,8 @@ impl RedisServer {
             )
         })?;
         let mut problem = anyhow!("no free port");
-        for _ in 0..TRIES {
-            match Self::try_start(&program).await {
+        for number in port.candidates().take(TRIES) {
+            match Self::try_start(&program, number).await {
                 Ok(server) => return Ok(server),
                 Err(error) => problem = error,
             }
@@ -50,6 +52,11 @@ impl RedisServer {
     /// The URL.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// The version.
@@ -65,8 +72,8 @@ impl RedisServer {
         }
     }
 
-    async fn try_start(program: &Path) -> anyhow::Result<Self> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    async fn try_start(program: &Path, port: u16) -> anyhow::Result<Self> {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?.port();
         let dir = tempfile::Builder::new().prefix("barid-dev-redis-").tempdir()?;
         let child = command(program, port, dir.path()).spawn()?;
         let mut server = Self { child, port, version: String::new(), dir };

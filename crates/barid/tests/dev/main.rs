@@ -119,6 +119,17 @@ fn hazard_115_the_other_commands_find_the_running_cluster_and_say_how_they_ended
     let (sent, _) = place.run("send --user bob hello");
     assert!(sent[0]["elapsed_ms"].as_f64().unwrap() < 60.0, "{sent:?}");
 
+    // A record that no purger accepts, and where it is found.
+    let (_, status) = place.run("inspect dead");
+    assert!(status.success());
+    let invalid = "send --user dave --ttl 3660d too-long --wait accepted --timeout 20s";
+    assert!(!place.run(invalid).1.success());
+    let (dead, status) = place.run("inspect dead --count 5");
+    assert!(status.success(), "{dead:?}");
+    let codes: Vec<_> = dead.iter().map(|letter| letter["code"].as_str().unwrap()).collect();
+    assert_eq!(codes, ["ttl_too_long", "payload_too_large"], "the newest first");
+    assert!(dead[0]["body_bytes"].as_u64() > Some(0) && dead[0]["topic"] == "barid.push");
+
     let second = place.barid("dev").output().unwrap();
     let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(!second.status.success() && complaint.contains("is already running"), "{complaint}");
@@ -216,4 +227,65 @@ fn a_missing_redis_server_is_named_with_its_remedy() {
     let output = place.barid("dev --once").env("PATH", nothing).output().unwrap();
     let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(complaint.contains("apt-get install"), "{complaint}");
+}
+
+#[test]
+fn hazard_122_addresses_and_tokens_outlive_a_restart() {
+    let place = Place::new();
+    let free = barid_testkit::ports::free_port;
+    let (port, kafka, redis) = (free(), free(), free());
+    let line = format!("dev --port {port} --kafka-port {kafka} --redis-port {redis}");
+    let mut token = String::new();
+    for _ in 0..2 {
+        let mut dev = place.start(&line);
+        let ready = dev.event("ready");
+        assert_eq!(ready["url"], format!("ws://127.0.0.1:{port}"));
+        assert_eq!(ready["brokers"], format!("127.0.0.1:{kafka}"));
+        assert_eq!(ready["redis"], format!("redis://127.0.0.1:{redis}"));
+        if token.is_empty() {
+            let (signed, _) = place.run("token --user bob --ttl 1h");
+            token = signed[0]["token"].as_str().unwrap().to_owned();
+        }
+        // The token of the first start opens the door of the second one.
+        let listen = format!("listen --for 500ms --token {token}");
+        let (events, status) = place.run(&listen);
+        assert!(status.success() && events.iter().any(|e| e["event"] == "connected"), "{events:?}");
+        let (_, status) = place.run("send --user bob --wait accepted hello");
+        assert!(status.success());
+        dev.signal("TERM");
+        assert!(dev.end().success());
+    }
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", kafka)).unwrap();
+    let output =
+        place.barid(&format!("dev --once --port 0 --kafka-port {kafka}")).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(told.contains(&format!("cannot listen on port {kafka}")), "{told}");
+}
+
+#[test]
+fn hazard_122_a_usual_port_in_use_is_told() {
+    let place = Place::new();
+    // If this fails, somebody else listens there.
+    let _taken = std::net::TcpListener::bind("127.0.0.1:7080");
+    let output = place.barid("dev --once").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("port 7080 is in use: --port is "), "{told}");
+}
+
+#[test]
+fn hazard_123_a_wrong_kafka_or_redis_is_told_in_one_line() {
+    let place = Place::new();
+    for (option, address) in [
+        ("--redis redis://me:hush@127.0.0.1:1", "127.0.0.1:1"),
+        ("--kafka 127.0.0.1:1", "127.0.0.1:1"),
+    ] {
+        let output = place.barid(&format!("dev --port 0 {option}")).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(4), "{told}");
+        let lines: Vec<&str> = told.lines().filter(|line| !line.contains(" is in use")).collect();
+        assert!(lines.len() <= 2, "{told}");
+        assert!(told.contains(address) && told.to_lowercase().contains("refused"), "{told}");
+        assert!(told.contains("start it, or omit") && !told.contains("hush"), "{told}");
+    }
 }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use barid_core::{Backoff, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, Shard};
 
+use crate::dial::warn_sparingly;
 use crate::encoding::{head, queue, routes};
 use crate::reply::{Reply, timed_reply, unknown_tag};
 use crate::scripts::{self, Call, Script};
@@ -63,7 +64,7 @@ async fn fire_call(
             Ok(claim) => due.extend(claim),
             Err(error) => {
                 topology.metrics().failed(scripts::FIRE.name, &error);
-                tracing::warn!(%error, "due timer not claimed");
+                warn_sparingly!(error, "due timer not claimed");
             }
         }
     }
@@ -155,7 +156,7 @@ async fn defer_call(
     for _ in requests {
         if let Err(error) = replies.array().and_then(|mut reply| reply.tag()) {
             topology.metrics().failed(scripts::DEFER.name, &error);
-            tracing::warn!(%error, "claimed timer not deferred");
+            warn_sparingly!(error, "claimed timer not deferred");
         }
     }
     Ok(())
