@@ -82,7 +82,11 @@ impl RedisServer {
             if let Some(status) = server.child.try_wait()? {
                 bail!("it ended ({status}){}", server.last_words());
             }
-            if let Some(version) = ask_version(port).await {
+            if let Some((version, process)) = ask_version(port).await {
+                // Another server may have taken the port first.
+                if server.child.id() != Some(process) {
+                    bail!("port {port} was taken by process {process}");
+                }
                 server.version = version;
                 return Ok(server);
             }
@@ -124,8 +128,8 @@ fn command(program: &Path, port: u16, dir: &Path) -> Command {
     command
 }
 
-/// The server's version; `None` if it does not answer.
-async fn ask_version(port: u16) -> Option<String> {
+/// The server's version and process; `None` if it does not answer.
+async fn ask_version(port: u16) -> Option<(String, u32)> {
     let ask = async {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
         stream.write_all(b"INFO server\r\nQUIT\r\n").await?;
@@ -134,8 +138,8 @@ async fn ask_version(port: u16) -> Option<String> {
         anyhow::Ok(answer)
     };
     let answer = timeout(Duration::from_secs(2), ask).await.ok()?.ok()?;
-    let line = answer.lines().find_map(|line| line.strip_prefix("redis_version:"))?;
-    Some(line.trim().to_owned())
+    let field = |name: &str| answer.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    Some((field("redis_version:")?.to_owned(), field("process_id:")?.parse().ok()?))
 }
 
 /// Finds a program in the directories of PATH.
