@@ -88,7 +88,7 @@ async fn hazard_89_many_users_of_one_address_without_hello_leave_room_for_others
     assert_eq!(node.metric(LIMITS, "evicted"), 1.0);
     let begun = Instant::now();
     eventually("their time is short", async || {
-        Ok(node.metric("barid_access_closes_total", "heartbeat") >= 15.0)
+        Ok(node.metric("barid_access_closes_total", "overloaded") >= 15.0)
     })
     .await?;
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
@@ -409,7 +409,7 @@ async fn hazard_92_refusals_by_close_are_bounded_as_connections_without_hello() 
     }
     let upgraded = answers.iter().filter(|answer| answer.starts_with("HTTP/1.1 101")).count();
     let refused = answers.iter().filter(|answer| answer.starts_with("HTTP/1.1 401")).count();
-    assert_eq!((upgraded, refused), (4, 4), "{answers:?}");
+    assert_eq!((upgraded, refused), (2, 6), "half of the places, so that nobody is evicted");
     eventually("the places are free", async || Ok(node.device("alice", "phone").await.is_ok()))
         .await
 }
