@@ -76,7 +76,7 @@ async fn a_second_signal_cuts_sessions_off_and_says_how_many() -> Result<()> {
     let status = access.process()?.wait(Duration::from_secs(3)).await?;
     let output = access.output()?;
     ensure!(status.code() == Some(3), "{status}:\n{output}");
-    ensure!(output.contains(r#"cut off role="access" what="sessions" count=2"#), "{output}");
+    ensure!(output.contains(r#"cut off what="sessions" count=2"#), "{output}");
     Ok(())
 }
 
