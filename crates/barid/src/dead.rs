@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{BorrowedMessage, Headers as _};
-use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use rdkafka::{Message as _, Offset, TopicPartitionList};
 use serde::Serialize;
 
 use crate::output::{Output, Tone, clean};
@@ -79,15 +79,8 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 fn read(args: &Args, brokers: &str) -> anyhow::Result<Vec<Letter>> {
     let deadline = Instant::now() + args.timeout;
     let left = || deadline.saturating_duration_since(Instant::now());
-    let mut client = ClientConfig::new();
-    client
-        .set("bootstrap.servers", brokers)
-        .set("client.id", "barid-cli")
-        .set("group.id", "barid-cli")
-        .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
-        .set("queued.max.messages.kbytes", "16384")
-        .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
+    let mut client = values::reader_config(brokers);
+    client.set("enable.partition.eof", "true").set("queued.max.messages.kbytes", "16384");
     let consumer: BaseConsumer = values::kafka_client(client, &args.properties)?;
     let topic = args.topic.as_str();
     let metadata = consumer.fetch_metadata(Some(topic), left())?;

@@ -49,7 +49,7 @@ impl PrivateFile {
         Self::find(path)?.with_context(problem)
     }
 
-    /// What it contains. `None`: there is no file.
+    /// Its contents; `None`: there is no file.
     pub fn read(&self) -> anyhow::Result<Option<Vec<u8>>> {
         // A pipe would block the opening.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;

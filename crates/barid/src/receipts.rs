@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use barid_wire::record::decode_receipt;
 use barid_wire::v1::Receipt;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
-use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
+use rdkafka::{Message as _, Offset, TopicPartitionList};
 
 use crate::values;
 
@@ -52,15 +52,8 @@ fn open(
 ) -> anyhow::Result<Receipts> {
     let deadline = Instant::now() + limit;
     let left = || deadline.saturating_duration_since(Instant::now());
-    let mut client = ClientConfig::new();
-    client
-        .set("bootstrap.servers", brokers)
-        .set("client.id", "barid-cli")
-        .set("group.id", "barid-cli")
-        .set("enable.auto.commit", "false")
-        .set("fetch.wait.max.ms", "5")
-        .set("fetch.queue.backoff.ms", "5")
-        .set_log_level(rdkafka::config::RDKafkaLogLevel::Emerg);
+    let mut client = values::reader_config(brokers);
+    client.set("fetch.wait.max.ms", "5").set("fetch.queue.backoff.ms", "5");
     let consumer: StreamConsumer = values::kafka_client(client, &properties)?;
     let metadata = consumer.fetch_metadata(Some(topic), left())?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();

@@ -10,7 +10,7 @@ use barid_mailbox::RedisConfig;
 use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
 use rdkafka::ClientConfig;
-use rdkafka::config::FromClientConfig;
+use rdkafka::config::{FromClientConfig, RDKafkaLogLevel};
 use rdkafka::error::KafkaError;
 
 use crate::authority;
@@ -55,6 +55,18 @@ pub fn now_ms() -> u64 {
 pub fn property(text: &str) -> Result<(String, String), std::convert::Infallible> {
     let (key, value) = text.split_once('=').unwrap_or_default();
     Ok((key.trim().into(), value.trim().into()))
+}
+
+/// Settings of a consumer that joins no group, commits nothing and logs nothing.
+pub fn reader_config(brokers: &str) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client
+        .set("bootstrap.servers", brokers)
+        .set("client.id", "barid-cli")
+        .set("group.id", "barid-cli")
+        .set("enable.auto.commit", "false")
+        .set_log_level(RDKafkaLogLevel::Emerg);
+    client
 }
 
 /// Creates a client with further settings. Errors show no values: they may be secrets.

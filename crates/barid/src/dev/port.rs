@@ -30,7 +30,7 @@ impl Port {
         }
     }
 
-    /// What to do if the given port is in use.
+    /// Remedy to name if the given port is in use.
     pub fn remedy(&self) -> String {
         let number = self.given.unwrap_or(self.usual);
         format!("cannot listen on port {number}; give another one, or omit {}", self.option)

@@ -59,7 +59,7 @@ pub fn lines(sample: &Sample, columns: usize, every: &str, out: Output) -> Vec<S
     lines.iter().map(|line| line.paint(columns, out)).collect()
 }
 
-/// What a user has chosen to see.
+/// The view that the user has chosen.
 #[derive(Debug, Default)]
 pub struct View {
     /// First line of the body that is shown.
