@@ -32,7 +32,7 @@ use crate::upstream::Spent;
 const UNAUTHORIZED: &str = "401 Unauthorized";
 const PATH: &str = "/v1/connect";
 const NODES_PATH: &str = "/v1/nodes";
-/// What a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
+/// Methods and headers that a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
 const PREFLIGHT_HEADERS: &str = "Access-Control-Allow-Methods: GET\r\n\
     Access-Control-Allow-Headers: Authorization\r\nAccess-Control-Max-Age: 600\r\n";
 const FORWARDED_FOR: &str = "x-forwarded-for";
@@ -68,7 +68,7 @@ pub struct Accepted {
     pub unidentified: Unidentified,
     /// Another connection has its place among these.
     pub evicted: Evicted,
-    /// What it has sent, which counts from the first byte after the handshake.
+    /// Frames and bytes that it has sent, from the first byte after the handshake on.
     pub spent: Spent,
 }
 
@@ -387,7 +387,7 @@ struct Opening {
     evicted: Evicted,
 }
 
-/// What becomes of a WebSocket.
+/// Whether a WebSocket stays open.
 enum Permit {
     /// The token is valid.
     Granted(Claims),

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use prometheus::{IntGauge, IntGaugeVec};
 
-/// What is counted for all platforms beyond the bound.
+/// Label of all platforms beyond the bound.
 const OTHER: &str = "other";
-/// What is counted for devices that name no platform.
+/// Label of devices that name no platform.
 const NONE: &str = "none";
 
 /// The gauges of the platforms that were named first.

@@ -35,7 +35,7 @@ const REASON_BYTES_MAX: usize = 123;
 /// close.
 const CLOSING_BYTES_MAX: usize = 256 << 10;
 
-/// What a device has sent: WebSocket frames, and bytes with those of incomplete frames.
+/// WebSocket frames that a device has sent, and bytes, those of incomplete frames included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Received {
     /// Frames of any kind; each fragment of a message is one.

@@ -75,7 +75,7 @@ pub struct Topic {
     pub replicas: usize,
     /// Its settings, as the broker names them; empty if it does not tell them.
     pub settings: BTreeMap<String, String>,
-    /// What does not fit Barid, and what to set.
+    /// Settings that do not fit Barid, each with the value to set.
     pub problems: Vec<String>,
 }
 
@@ -139,7 +139,7 @@ pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<
     Ok(topics)
 }
 
-/// What does not fit. `largest`: the largest record of the other topics, bytes.
+/// Settings that do not fit. `largest`: the largest record of the other topics, bytes.
 fn problems(topic: &Topic, is_dead: bool, largest: Option<i64>) -> Vec<String> {
     if topic.partitions == 0 {
         return vec!["it does not exist, or may not be seen; `barid topics create`".into()];

@@ -103,7 +103,7 @@ impl From<RedisError> for Error {
     }
 }
 
-/// What is wrong, in words that tell a stopped Redis from a wrong name and from a silent network.
+/// The cause in words, which tell a stopped Redis from a wrong name and from a silent network.
 pub(crate) fn cause(error: &RedisError) -> String {
     // The error of an earlier attempt, which says all.
     if let Some(why) = error.detail().filter(|_| error.to_string().starts_with(NOT_CONNECTED)) {

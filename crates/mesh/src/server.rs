@@ -42,8 +42,8 @@ const ACCEPTS: [&str; 4] = ["accepted", "over_limit", "timeout", "failed"];
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GrpcConfig {
-    /// Allows a port that other machines reach without `internal_tls`. Whoever reaches such a port can send messages to
-    /// every device and close every session.
+    /// Allows a port that other machines reach without `internal_tls`. Everybody who reaches such a port can send messages
+    /// to every device and close every session.
     pub insecure: bool,
     /// Maximum connections; further ones are closed.
     pub connections_max: usize,
@@ -91,7 +91,7 @@ impl GrpcConfig {
     }
 }
 
-/// Who called: in the extensions of each request.
+/// The caller, in the extensions of each request.
 #[derive(Debug, Clone)]
 struct Caller {
     address: SocketAddr,

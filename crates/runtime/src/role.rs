@@ -35,12 +35,12 @@ impl fmt::Display for RunError {
     }
 }
 
-/// What a dependency answered to `--check-config --connect`.
+/// The answer of a dependency to `--check-config --connect`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
     /// The key, and the address without its password.
     pub name: String,
-    /// What it is, or why it is of no use.
+    /// Its description, or why it cannot be used.
     pub found: Result<String, Unfit>,
 }
 

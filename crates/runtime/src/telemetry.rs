@@ -61,7 +61,7 @@ pub fn init(config: &LogConfig) {
     }
 }
 
-/// Names the process's role in each line, for whoever collects the lines of many processes.
+/// Names the process's role in each line, for collectors of the lines of many processes.
 pub(crate) fn set_role(role: &'static str) {
     ORIGIN.write().set(|origin| origin.role = role);
 }
@@ -73,7 +73,7 @@ pub(crate) fn set_node(node: &str) {
 
 static ORIGIN: RwLock<Origin> = RwLock::new(Origin::none());
 
-/// Who writes the lines of this process, in the form in which each line shows it.
+/// The writer of this process's lines, in the form in which each line shows it.
 struct Origin {
     role: &'static str,
     node: String,

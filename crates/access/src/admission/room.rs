@@ -26,7 +26,7 @@ pub struct RoomLimits {
     pub keep_us: u64,
 }
 
-/// Whose places are all taken.
+/// Bound whose places are all taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RoomFull {
     /// Those of the address, or of its network.

@@ -33,7 +33,7 @@ pub(super) struct Keeper {
     pub reported: Reported,
 }
 
-/// What one write showed of the copies beside the shards.
+/// Copies beside the shards that one write found lost, or possibly lost.
 #[derive(Default)]
 struct Copies {
     forgot: Vec<u16>,

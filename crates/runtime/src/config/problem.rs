@@ -1,4 +1,4 @@
-//! What is wrong with a key, and what to write instead.
+//! A problem with a key, and the value to write instead.
 
 use std::fmt;
 
@@ -100,7 +100,7 @@ pub(super) fn not_tables(table: &Table, defaults: &Table) -> Vec<(String, String
 
 const TABLE_FORM: &str = "write its name in brackets, and its keys below";
 
-/// What serde expected, in words, and how to write it.
+/// The form that serde expected, in words, and how to write it.
 fn wanted(expected: &str) -> Option<(&'static str, String)> {
     let write = |form: &str| format!("write {form}");
     Some(match expected {
