@@ -243,8 +243,9 @@ async fn a_device_that_does_not_read_misses_and_the_others_do_not() -> Result<()
     }
     assert!(node.metric("barid_access_queued_bytes", "") < 100_000.0, "a run, and no more");
     eventually("nothing is held", async || Ok(node.metric(HELD, "") == 0.0)).await?;
-    // It stays, and what it reads is whole: what it missed lies between what it was sent in part and
-    // what comes now, and its own messages are not among it.
+    // It stays, and what it reads is whole and in order. What it missed lies between what it was sent in
+    // part and what comes now, or in several gaps: the kernel compacts a full receive buffer when it
+    // likes and then takes a little more. Its own messages are not among what it missed.
     let (own, _) = world.accept("alice", "own").await?;
     dispatcher.push(&world, "alice", own).await?;
     let mut heard = Vec::new();
@@ -254,12 +255,12 @@ async fn a_device_that_does_not_read_misses_and_the_others_do_not() -> Result<()
     }
     assert_eq!(heard.pop(), Some((String::new(), 1)));
     let seqs: Vec<u64> = heard.into_iter().map(|(_, seq)| seq).collect();
-    let first = seqs.len() as u64;
-    assert!(first < 300, "it missed nothing");
-    assert_eq!(seqs, (1..=first).collect::<Vec<_>>());
+    assert_eq!(seqs.first(), Some(&1));
+    assert!(seqs.is_sorted_by(|a, b| a < b), "out of order or repeated: {seqs:?}");
+    assert!(seqs.len() < 300, "it missed nothing");
     dispatcher.fan_out(APP, "", vec![large(301)]).await?;
     assert_eq!(slow.message().await?.seq, 301);
-    assert_eq!(node.metric(MISSED, ""), (300 - first) as f64);
+    assert_eq!(node.metric(MISSED, ""), (300 - seqs.len()) as f64);
     assert_eq!(node.metric("barid_access_closes_total", ""), 0.0);
     Ok(())
 }
