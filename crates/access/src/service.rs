@@ -84,7 +84,7 @@ impl Service {
         tasks.spawn(Credentials::TASK, credentials.keep_fresh(&context)?);
         let server = Server::new(config.grpc.clone(), credentials.clone(), &context.metrics)?;
         let ports = (&dispatchers, devices.address());
-        let built = build(&config, &context, ports, credentials, &redis).await?;
+        let built = build(&config, &context, ports, credentials, &redis, &tasks).await?;
         let Some((node, lease)) = built else { return Ok(None) };
         redis.ready();
         lease.report_to(&context.health, config.lease().ttl);
@@ -93,9 +93,6 @@ impl Service {
         let keys = context.health.condition("keys");
         tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node), keys));
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
-        if let Some(tls) = &node.policy.tls {
-            tasks.spawn("the certificate refresh", tls.clone().keep_fresh(node.metrics.clone()));
-        }
         let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
         tasks.spawn("the memory guard", guard);
         tasks.spawn("the Redis probe", watch_redis(Arc::clone(&node), redis));
@@ -150,10 +147,15 @@ async fn build(
     (dispatchers, devices): (&TcpListener, SocketAddr),
     credentials: Credentials,
     redis: &Condition,
+    tasks: &Tasks,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics, config.limits.platforms_max)?;
     let policy = Policy::new(config)?;
     context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
+    // Before Redis answers: that may take longer than a certificate is valid.
+    if let Some(tls) = &policy.tls {
+        tasks.spawn("the certificate refresh", tls.clone().keep_fresh(metrics.clone()));
+    }
     let receipts = receipts(config, &metrics)?;
     let open = || Mailbox::open(&config.redis, &context.metrics);
     let is_away = barid_mailbox::Error::is_away;

@@ -27,6 +27,7 @@ pub struct Tls {
 #[derive(Debug)]
 struct Current {
     files: Files,
+    watch: FileWatch<2>,
     provider: Arc<CryptoProvider>,
     key: RwLock<Arc<CertifiedKey>>,
 }
@@ -56,9 +57,10 @@ impl Tls {
             return Ok(None);
         };
         let files = Files { certificate: certificate.clone(), key: key.clone() };
+        let watch = FileWatch::new([certificate.clone(), key.clone()]);
         let provider = Arc::new(aws_lc_rs::default_provider());
         let key = RwLock::new(Arc::new(files.read(&provider)?));
-        let current = Arc::new(Current { files, provider: Arc::clone(&provider), key });
+        let current = Arc::new(Current { files, watch, provider: Arc::clone(&provider), key });
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("tls: {error}"))?
@@ -82,22 +84,15 @@ impl Tls {
     /// Reloads the files when one of them changes, and at SIGHUP. If they cannot be used, that is counted and logged,
     /// and the last good certificate stays. Never returns.
     pub async fn keep_fresh(self, metrics: Metrics) {
-        let Files { certificate, key } = &self.current.files;
-        let mut watch = FileWatch::new([certificate.clone(), key.clone()]);
-        loop {
-            watch.changed().await;
-            match self.current.files.read(&self.current.provider) {
-                Ok(key) => {
-                    *self.current.key.write() = Arc::new(key);
-                    metrics.certificate_read(CertificateRead::Read);
-                    tracing::info!("certificate reloaded");
-                }
-                Err(error) => {
-                    metrics.certificate_read(CertificateRead::Failed);
-                    tracing::error!(error, "cannot use the certificate; the last good one stays");
-                }
+        let Current { files, watch, provider, key } = &*self.current;
+        let used = |new: Option<CertifiedKey>| match new {
+            Some(new) => {
+                *key.write() = Arc::new(new);
+                metrics.certificate_read(CertificateRead::Read);
             }
-        }
+            None => metrics.certificate_read(CertificateRead::Failed),
+        };
+        watch.clone().keep("certificate", || files.read(provider), used).await;
     }
 }
 

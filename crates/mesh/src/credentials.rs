@@ -49,6 +49,7 @@ pub struct Credentials(Option<Arc<Current>>);
 #[derive(Debug)]
 struct Current {
     files: Files,
+    watch: FileWatch<3>,
     loaded: RwLock<Loaded>,
 }
 
@@ -91,9 +92,10 @@ impl Credentials {
             return Ok(Self::none());
         };
         let [ca, certificate, key] = [ca, certificate, key].map(PathBuf::clone);
+        let watch = FileWatch::new([&ca, &certificate, &key].map(PathBuf::clone));
         let files = Files { own, ca, certificate, key };
         let loaded = RwLock::new(files.read()?);
-        Ok(Self(Some(Arc::new(Current { files, loaded }))))
+        Ok(Self(Some(Arc::new(Current { files, watch, loaded }))))
     }
 
     /// Whether there are any.
@@ -136,25 +138,15 @@ impl Credentials {
     /// Never returns.
     async fn reload(self, reads: IntCounterVec) {
         let Some(current) = self.0 else { return std::future::pending().await };
-        let Files { ca, certificate, key, .. } = &current.files;
-        let mut watch = FileWatch::new([ca, certificate, key].map(PathBuf::clone));
-        loop {
-            watch.changed().await;
-            match current.files.read() {
-                Ok(loaded) => {
-                    *current.loaded.write() = loaded;
-                    reads.with_label_values(&["read"]).inc();
-                    tracing::info!("internal certificate reloaded");
-                }
-                Err(error) => {
-                    reads.with_label_values(&["failed"]).inc();
-                    tracing::error!(
-                        error,
-                        "cannot use the internal certificate; the last good one stays"
-                    );
-                }
+        let used = |loaded: Option<Loaded>| {
+            let result = if loaded.is_some() { "read" } else { "failed" };
+            reads.with_label_values(&[result]).inc();
+            if let Some(loaded) = loaded {
+                *current.loaded.write() = loaded;
             }
-        }
+        };
+        let watch = current.watch.clone();
+        watch.keep("internal certificate", || current.files.read(), used).await;
     }
 }
 

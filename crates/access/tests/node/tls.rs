@@ -1,6 +1,7 @@
 //! TLS on the devices' port, and a certificate that changes while devices are connected.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use barid_testkit::certificates::trusting;
@@ -104,6 +105,24 @@ async fn a_certificate_is_replaced_without_a_restart_and_sessions_go_on() -> Res
     let (entry, _) = world.accept("alice", "m1").await?;
     node.dispatcher().await?.push(&world, "alice", entry).await?;
     expect(&mut before, "text of m1").await
+}
+
+#[tokio::test]
+async fn hazard_107_a_certificate_that_is_replaced_while_redis_is_away_is_served() -> Result<()> {
+    let mut world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    world.redis.kill()?;
+    let mut config = config(&world.redis);
+    config.tls.certificate_file = Some(directory.path().join("tls.pem"));
+    config.tls.key_file = Some(directory.path().join("tls.key"));
+    let starting = tokio::spawn(Node::start(config));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    install("two", directory.path())?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    world.redis.restart().await?;
+    let node = starting.await??;
+    eventually("the new one is served", async || Ok(connect(&node, "two").await.is_ok())).await
 }
 
 #[tokio::test]
