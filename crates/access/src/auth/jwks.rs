@@ -12,6 +12,7 @@ use barid_runtime::{PemFile, SecretUrl};
 use jsonwebtoken::jwk::Jwk;
 use parking_lot::{Mutex, RwLock};
 use prometheus::IntCounter;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use ureq::tls::{Certificate, RootCerts};
 
@@ -26,16 +27,23 @@ const RETRY: Duration = Duration::from_secs(1);
 /// One key set.
 #[derive(Debug)]
 pub(super) struct Jwks {
-    source: Source,
-    apps: Vec<AppId>,
+    set: Arc<Set>,
     refresh: Duration,
     refresh_min: Duration,
+    /// The last reading; it is under way until its sender is dropped.
+    reading: Mutex<Option<watch::Receiver<()>>>,
+}
+
+/// A set and what was read of it.
+#[derive(Debug)]
+struct Set {
+    source: Source,
+    apps: Vec<AppId>,
     age_max: Duration,
     keys_max: usize,
     read: RwLock<Option<Read>>,
     tried: Mutex<Option<Instant>>,
     failed: AtomicBool,
-    running: tokio::sync::Mutex<()>,
     skipped: IntCounter,
 }
 
@@ -78,65 +86,108 @@ impl Jwks {
             }
             _ => return Err(fail("needs either file or an http(s) url")),
         };
-        Ok(Self {
+        let set = Set {
             source,
             apps: apps(&config.apps).map_err(|problem| fail(&problem))?,
-            refresh: Duration::from_secs(config.refresh_seconds),
-            refresh_min: Duration::from_secs(config.refresh_min_seconds),
             age_max: Duration::from_secs(config.age_max_seconds),
             keys_max: config.keys_max,
             read: RwLock::default(),
             tried: Mutex::default(),
             failed: AtomicBool::new(false),
-            running: tokio::sync::Mutex::default(),
             skipped,
+        };
+        Ok(Self {
+            set: Arc::new(set),
+            refresh: Duration::from_secs(config.refresh_seconds),
+            refresh_min: Duration::from_secs(config.refresh_min_seconds),
+            reading: Mutex::default(),
         })
     }
 
     /// The keys; `None`: the set was never read, or too long ago.
     pub(super) fn keys(&self) -> Option<Arc<Vec<Key>>> {
-        let read = self.read.read();
-        let read = read
-            .as_ref()
-            .filter(|read| self.age_max.is_zero() || read.at.elapsed() <= self.age_max)?;
+        let read = self.set.read.read();
+        let age_max = self.set.age_max;
+        let read =
+            read.as_ref().filter(|read| age_max.is_zero() || read.at.elapsed() <= age_max)?;
         Some(Arc::clone(&read.keys))
     }
 
     /// Time since the set was read; `None`: it never was.
     pub(super) fn age(&self) -> Option<Duration> {
-        self.read.read().as_ref().map(|read| read.at.elapsed())
+        self.set.age()
     }
 
     pub(super) async fn refresh_if_due(&self) {
-        let failed = self.failed.load(Ordering::Relaxed);
+        let failed = self.set.failed.load(Ordering::Relaxed);
         let due = if failed { self.refresh_min.max(RETRY) } else { self.refresh };
-        if self.is_older_than(due) {
-            self.refresh().await;
+        if self.set.was_not_tried_for(due) {
+            read_to_the_end(self.start()).await;
         }
     }
 
-    /// Reads the set if that is allowed now. Returns whether it was read since the caller looked: a token may name a
-    /// key that was added minutes ago.
+    /// Reads the set if that is allowed now, or waits for the reading that is under way. Returns whether it was read
+    /// since the caller looked: a token may name a key that was added minutes ago.
     pub(super) async fn refresh_for_unknown_key(&self) -> bool {
-        if !self.is_older_than(self.refresh_min) {
+        let may_read = self.set.was_not_tried_for(self.refresh_min);
+        let Some(reading) = self.under_way().or_else(|| may_read.then(|| self.start())) else {
             return false;
-        }
-        self.refresh().await;
+        };
+        read_to_the_end(reading).await;
         true
     }
 
-    fn is_older_than(&self, age: Duration) -> bool {
-        self.tried.lock().is_none_or(|tried| tried.elapsed() >= age)
+    fn under_way(&self) -> Option<watch::Receiver<()>> {
+        self.reading.lock().clone().filter(is_under_way)
     }
 
-    /// Reads the set. Concurrent callers wait for one reading.
-    async fn refresh(&self) {
-        let asked = Instant::now();
-        let _running = self.running.lock().await;
-        if self.tried.lock().is_some_and(|tried| tried >= asked) {
-            return;
+    /// Starts a reading, unless one is under way. It ends although nobody waits for it: the handshake that asked may go
+    /// away, and the next one needs the keys as well.
+    fn start(&self) -> watch::Receiver<()> {
+        let mut reading = self.reading.lock();
+        if let Some(under_way) = reading.clone().filter(is_under_way) {
+            return under_way;
         }
-        *self.tried.lock() = Some(Instant::now());
+        let (sender, receiver) = watch::channel(());
+        *self.set.tried.lock() = Some(Instant::now());
+        let set = Arc::clone(&self.set);
+        tokio::spawn(async move {
+            set.read().await;
+            drop(sender);
+        });
+        *reading = Some(receiver.clone());
+        receiver
+    }
+
+    /// Reads the set once, and returns the number of usable keys.
+    pub(super) async fn probe(&self) -> Result<usize, String> {
+        let source = self.set.source.clone();
+        let read = tokio::task::spawn_blocking(move || source.read()).await;
+        let set = read.map_err(|error| error.to_string())??;
+        let keys = set.keys.into_iter().filter_map(|jwk| serde_json::from_value::<Jwk>(jwk).ok());
+        Ok(keys.filter_map(|jwk| Key::from_jwk(&jwk, &self.set.apps)).count())
+    }
+}
+
+fn is_under_way(reading: &watch::Receiver<()>) -> bool {
+    reading.has_changed().is_ok()
+}
+
+async fn read_to_the_end(mut reading: watch::Receiver<()>) {
+    while reading.changed().await.is_ok() {}
+}
+
+impl Set {
+    fn age(&self) -> Option<Duration> {
+        self.read.read().as_ref().map(|read| read.at.elapsed())
+    }
+
+    fn was_not_tried_for(&self, time: Duration) -> bool {
+        self.tried.lock().is_none_or(|tried| tried.elapsed() >= time)
+    }
+
+    /// Reads the set. A failure leaves the last keys.
+    async fn read(&self) {
         let source = self.source.clone();
         let read = tokio::task::spawn_blocking(move || source.read()).await;
         let read = read.map_err(|error| error.to_string()).and_then(|read| read);
@@ -146,15 +197,6 @@ impl Jwks {
             let age_seconds = self.age().map(|age| age.as_secs());
             tracing::warn!(source = %self.source, error, age_seconds, "cannot read key set");
         }
-    }
-
-    /// Reads the set once, and returns the number of usable keys.
-    pub(super) async fn probe(&self) -> Result<usize, String> {
-        let source = self.source.clone();
-        let read = tokio::task::spawn_blocking(move || source.read()).await;
-        let set = read.map_err(|error| error.to_string())??;
-        let keys = set.keys.into_iter().filter_map(|jwk| serde_json::from_value::<Jwk>(jwk).ok());
-        Ok(keys.filter_map(|jwk| Key::from_jwk(&jwk, &self.apps)).count())
     }
 
     /// Replaces the keys, also by none.
@@ -188,7 +230,7 @@ impl Jwks {
 
 impl std::fmt::Display for Jwks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.source.fmt(f)
+        self.set.source.fmt(f)
     }
 }
 

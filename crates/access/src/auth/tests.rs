@@ -421,6 +421,37 @@ async fn key_sets_come_over_http_at_a_bounded_rate() {
 }
 
 #[tokio::test]
+async fn hazard_105_a_reading_goes_on_when_the_handshake_that_asked_for_it_has_gone() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let pair = Pair::ed();
+    let body = json!({ "keys": [pair.jwk("k")] }).to_string();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = SecretUrl::new(format!("http://{}/keys", listener.local_addr().unwrap()));
+    let jwks = JwksConfig { url, insecure_http: true, ..Default::default() };
+    let config = AuthConfig { jwks: vec![jwks], ..Default::default() };
+    let verifier = std::sync::Arc::new(Verifier::new(&config).unwrap());
+    let token = pair.token("k", &claims());
+    let ask = || {
+        let (verifier, token) = (verifier.clone(), token.clone());
+        tokio::spawn(async move { verifier.verify(&token, NOW).await })
+    };
+    let first = ask();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let _ = stream.read(&mut [0; 1024]).await;
+    first.abort();
+    assert!(first.await.unwrap_err().is_cancelled());
+    // The reading is under way: another one waits for it instead of being refused.
+    let second = ask();
+    tokio::task::yield_now().await;
+    let head =
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    stream.write_all((head + &body).as_bytes()).await.unwrap();
+    drop(stream);
+    second.await.unwrap().unwrap();
+    assert_eq!(verifier.missing(), None);
+}
+
+#[tokio::test]
 async fn hazard_60_key_sets_come_over_https_from_whom_an_authority_of_ones_own_vouches_for() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let authority = barid_testkit::certificates::Authority::new().unwrap();
