@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use barid_core::{AppId, DeviceId, UserId};
 use barid_mailbox::{Mailbox, NodeRecord, NodeRole};
 use barid_mesh::{Credentials, Party, dial};
+use barid_runtime::exit;
 use barid_wire::internal::access_admin_client::AccessAdminClient;
 use barid_wire::internal::{KickProgress, KickRequest};
 use futures::StreamExt as _;
@@ -68,9 +69,31 @@ struct NodeOutcome {
     closed: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// The error is that it does not answer.
+    #[serde(skip)]
+    is_away: bool,
 }
 
-/// Asks all nodes at once. The exit code is 1 if a node could not be asked or did not finish.
+/// Why a node was not asked, or did not finish.
+struct Failed {
+    text: String,
+    is_away: bool,
+}
+
+impl Failed {
+    fn away(text: impl Into<String>) -> Self {
+        Self { text: text.into(), is_away: true }
+    }
+}
+
+impl From<tonic::Status> for Failed {
+    fn from(status: tonic::Status) -> Self {
+        let text = format!("{}: {}", status.code(), status.message());
+        Self { text, is_away: status.code() == tonic::Code::Unavailable }
+    }
+}
+
+/// Asks all nodes at once. The exit code is 1 if a node refused or broke off, otherwise 4 if one did not answer.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let credentials = args.internal.credentials(&args.redis)?;
     let nodes = nodes(&args).await?;
@@ -101,10 +124,9 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             (credentials.clone(), node.address.clone(), told.clone());
         let of = id.clone();
         let task = tokio::spawn(async move {
-            let failed = kick(&credentials, &address, request, &id, &told).await.err();
-            if let Some(error) = failed {
+            if let Err(failed) = kick(&credentials, &address, request, &id, &told).await {
                 // The receiver is gone once the program ends.
-                let _ = told.send((id, Err(format!("{error:#}")))).await;
+                let _ = told.send((id, Err(failed))).await;
             }
         });
         tasks.push((of, task));
@@ -114,7 +136,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         let node = outcome.nodes.entry(id).or_default();
         match news {
             Ok(progress) => (node.matched, node.closed) = (progress.matched, progress.closed),
-            Err(error) => node.error = Some(error),
+            Err(Failed { text, is_away }) => (node.error, node.is_away) = (Some(text), is_away),
         }
     }
     for (id, task) in tasks {
@@ -127,8 +149,18 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     outcome.closed = outcome.nodes.values().map(|node| node.closed).sum();
     let took = span(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
     show(&outcome, &took, out)?;
-    let whole = outcome.nodes.values().all(|node| node.error.is_none());
-    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(ExitCode::from(outcome.exit_code()))
+}
+
+impl Outcome {
+    fn exit_code(&self) -> u8 {
+        let mut failed = self.nodes.values().filter(|node| node.error.is_some()).peekable();
+        match (failed.peek().is_some(), failed.all(|node| node.is_away)) {
+            (false, _) => exit::DONE,
+            (true, true) => exit::AWAY,
+            (true, false) => exit::FAILED,
+        }
+    }
 }
 
 /// The app of the user: as given, else from the environment, else `demo`.
@@ -159,7 +191,7 @@ fn split(rate: u32, nodes: &[NodeRecord]) -> Vec<(&NodeRecord, u32)> {
     nodes.iter().map(|node| (node, u32::try_from(share(node).max(1)).unwrap_or(rate))).collect()
 }
 
-type News = (String, Result<KickProgress, String>);
+type News = (String, Result<KickProgress, Failed>);
 
 async fn kick(
     credentials: &Credentials,
@@ -167,22 +199,20 @@ async fn kick(
     request: KickRequest,
     id: &str,
     told: &mpsc::Sender<News>,
-) -> anyhow::Result<()> {
+) -> Result<(), Failed> {
     let dialed = dial(credentials, Party::Access, address, CONNECT_LIMIT, |endpoint| endpoint);
-    let channel = dialed.await.map_err(anyhow::Error::msg).context("cannot be reached")?;
-    let mut client = AccessAdminClient::new(channel);
+    let unreachable = |error| Failed::away(format!("cannot be reached: {error}"));
+    let mut client = AccessAdminClient::new(dialed.await.map_err(unreachable)?);
     let asked = tokio::time::timeout(CONNECT_LIMIT, client.kick(request)).await;
-    let refused =
-        |status: tonic::Status| anyhow::anyhow!("{}: {}", status.code(), status.message());
-    let mut stream = asked.context("no answer")?.map_err(refused)?.into_inner();
+    let mut stream = asked.map_err(|_| Failed::away("no answer"))??.into_inner();
     loop {
         let next = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await;
         let progress = next
-            .context("no further answer")?
-            .context("the node ended the stream")?
-            .map_err(refused)?;
+            .map_err(|_| Failed::away("no further answer"))?
+            .ok_or_else(|| Failed::away("the node ended the stream"))??;
         let done = progress.done;
-        told.send((id.to_owned(), Ok(progress))).await?;
+        // The receiver is gone once the program ends.
+        let _ = told.send((id.to_owned(), Ok(progress))).await;
         if done {
             return Ok(());
         }
@@ -210,6 +240,26 @@ mod tests {
     fn node(id: &str, load: u64) -> NodeRecord {
         let id = NodeId::new(id).unwrap();
         NodeRecord { load, ..NodeRecord::new(NodeRole::Access, id, Incarnation(1), "") }
+    }
+
+    #[test]
+    fn hazard_109_nodes_that_do_not_answer_end_with_4_and_refusals_with_1() {
+        let code = |failures: &[Failed]| {
+            let nodes = failures.iter().enumerate().map(|(n, failed)| {
+                let error = Some(failed.text.clone());
+                (
+                    n.to_string(),
+                    NodeOutcome { error, is_away: failed.is_away, ..Default::default() },
+                )
+            });
+            let well = ("well".to_owned(), NodeOutcome::default());
+            Outcome { nodes: nodes.chain([well]).collect(), ..Default::default() }.exit_code()
+        };
+        let refused = || Failed::from(tonic::Status::permission_denied("not an operator"));
+        let gone = || Failed::from(tonic::Status::unavailable("broken pipe"));
+        assert_eq!(code(&[]), exit::DONE);
+        assert_eq!(code(&[Failed::away("no answer"), gone()]), exit::AWAY);
+        assert_eq!(code(&[Failed::away("no answer"), refused()]), exit::FAILED);
     }
 
     #[test]
