@@ -111,7 +111,7 @@ async fn refuse(node: &Node, refused: Refused) {
 impl Connection {
     fn begin(&mut self) {
         self.node.metrics.sessions.inc();
-        self.node.metrics.platforms.gauge(&self.session.identity().platform).inc();
+        self.platform = self.node.metrics.platforms.enter(&self.session.identity().platform);
         self.welcome();
         self.node.sessions.set_due(&self.handle, self.beat.due());
     }

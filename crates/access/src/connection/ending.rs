@@ -16,12 +16,13 @@ use crate::socket::Socket;
 impl Connection {
     /// Removes the session from the registry, stores the device's last acknowledgement, and removes its route.
     pub(super) async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, out, listener, begun, .. } = *self;
+        let Self { node, socket, handle, session, codec, out, listener, begun, platform, .. } =
+            *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
         let code = close.as_ref().map(|close| close.code);
         node.metrics.close(code);
         node.metrics.session_ended(code, node.clock.seconds().saturating_sub(begun));
-        node.metrics.platforms.gauge(&session.identity().platform).dec();
+        node.metrics.platforms.leave(platform);
         node.sessions.registry.remove(handle.user(), handle.connection);
         listener.leave(&node.fanout, &handle.user().app);
         handle.finish();

@@ -16,6 +16,7 @@ use crate::fanout::Listener;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
 use crate::node::Node;
+use crate::platforms::Platform;
 use crate::socket::Socket;
 use crate::upstream::Spent;
 
@@ -81,6 +82,8 @@ pub(super) struct Connection {
     pub refreshing: Option<Refreshing>,
     pub effects: Vec<Effect>,
     pub end: Option<End>,
+    /// Where metrics count it.
+    pub platform: Platform,
     /// The device has been told that something it sent was ignored; that is done once.
     pub reported_ignored: bool,
 }
@@ -121,6 +124,7 @@ impl Connection {
             refreshing: None,
             effects: Vec::new(),
             end: None,
+            platform: Platform::None,
             reported_ignored: false,
         })
     }
