@@ -1,6 +1,8 @@
 //! From a socket to an authenticated WebSocket. The request is read, checked and answered here, so that a refusal is a
 //! plain HTTP response with a reason, and costs little.
 
+mod nodes;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,11 +10,9 @@ use std::time::{Duration, Instant};
 use barid_core::CloseCode;
 use barid_session::{Claims, Close};
 use barid_wire::frames::Encoding;
-use percent_encoding::percent_decode_str;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
-use tokio_tungstenite::tungstenite::http::Method;
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
 use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
@@ -22,7 +22,6 @@ use crate::http::{self, Answer, Ended, Request, refused};
 use crate::labels::{Handshake, Limit};
 use crate::metrics::Metrics;
 use crate::node::Node;
-use crate::offer::offer;
 use crate::policy::Policy;
 use crate::proxy;
 use crate::socket::Socket;
@@ -31,10 +30,6 @@ use crate::upstream::Spent;
 
 const UNAUTHORIZED: &str = "401 Unauthorized";
 const PATH: &str = "/v1/connect";
-const NODES_PATH: &str = "/v1/nodes";
-/// Methods and headers that a page may send to `/v1/nodes`, for its browser's preflight (WHATWG Fetch).
-const PREFLIGHT_HEADERS: &str = "Access-Control-Allow-Methods: GET\r\n\
-    Access-Control-Allow-Headers: Authorization\r\nAccess-Control-Max-Age: 600\r\n";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 /// An accepted socket that admission has let in.
@@ -116,10 +111,19 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
             return None;
         }
     };
-    let judged = tokio::select! {
+    let reading = timeout_at(deadline.into(), http::read_request(&mut stream));
+    let request = tokio::select! {
         biased;
-        judged = judge(node, &mut stream, &mut address, &mut admitted, deadline) => judged,
+        read = reading => read.unwrap_or_else(|_| Err(http::no_request())),
         _ = &mut evicted => Err(http::evicted()),
+    };
+    let judged = match request {
+        Err(ended) => Err(ended),
+        Ok((request, rest)) => tokio::select! {
+            biased;
+            judged = judge(node, &mut stream, request, rest, &mut address, &mut admitted) => judged,
+            _ = &mut evicted => Err(http::evicted_while_judged()),
+        },
     };
     let answer = match judged {
         Ok(Verdict::Open(opening)) => {
@@ -395,16 +399,16 @@ enum Permit {
     Refused { answer: Answer, close: Close, after: Option<Duration> },
 }
 
+/// Checks a request, and answers 101 to one that upgrades. `rest`: the bytes that arrived with it.
 async fn judge(
     node: &Node,
     stream: &mut Stream,
+    request: Request,
+    rest: Vec<u8>,
     address: &mut IpAddr,
     admitted: &mut Admitted,
-    deadline: Instant,
 ) -> Result<Verdict, Ended> {
     let policy = &node.policy;
-    let read = timeout_at(deadline.into(), http::read_request(stream)).await;
-    let (request, rest) = read.map_err(|_| http::no_request())??;
     http::check_headers(&request)?;
     if policy.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
@@ -415,7 +419,7 @@ async fn judge(
     }
     match request.uri().path() {
         PATH => (),
-        NODES_PATH => return nodes(node, &request).await.map(Verdict::Answer),
+        nodes::PATH => return nodes::answer(node, &request).await.map(Verdict::Answer),
         _ => {
             let text = format!("devices connect to {PATH}");
             return Err(refused("404 Not Found", Handshake::NotFound, text));
@@ -470,32 +474,6 @@ async fn permit(
     admitted.for_app(&claims.user.app).map_err(over)?;
     let (unidentified, evicted) = admitted.await_hello(key, Some(&claims.user)).map_err(over)?;
     Ok((claims, unidentified, evicted))
-}
-
-/// Answers `/v1/nodes`: the nodes that a device should connect to. Any valid token is accepted.
-async fn nodes(node: &Node, request: &Request) -> Result<Answer, Ended> {
-    check_origin(&node.policy, request)?;
-    // A page of an allowed origin may read the answer, whatever it is.
-    let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
-    let allow = origin.map(|origin| format!("Access-Control-Allow-Origin: {origin}\r\n"));
-    let headers = format!("Vary: Origin\r\n{}", allow.unwrap_or_default());
-    if request.method() == Method::OPTIONS {
-        let headers = format!("{headers}{PREFLIGHT_HEADERS}");
-        return Ok(Answer::empty(Handshake::Preflight, headers));
-    }
-    let verified = verify(node, request, &http::protocols(request)).await;
-    verified.map_err(|ended| match ended {
-        Ended::Answered(answer) => Ended::Answered(answer.with_headers(&headers)),
-        Ended::Gone => Ended::Gone,
-    })?;
-    let zone = http::query(request, "zone").map_or_else(
-        || node.zone.clone(),
-        |zone| percent_decode_str(zone).decode_utf8_lossy().into_owned(),
-    );
-    let nodes = node.peers.snapshot();
-    let text = serde_json::to_string(&offer(&nodes, &zone)).unwrap_or_default();
-    let headers = format!("Cache-Control: no-store\r\n{headers}");
-    Ok(Answer::json(Handshake::Nodes, text, headers))
 }
 
 async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, Ended> {

@@ -203,6 +203,12 @@ pub fn evicted() -> Ended {
     Ended::Answered(Answer { is_blamed: false, ..answer })
 }
 
+/// The request was complete, and waited for the keys of its token when another client needed its place.
+pub fn evicted_while_judged() -> Ended {
+    let text = "the token could not be checked yet, and other clients wait: come back later";
+    refused(UNAVAILABLE, Handshake::Evicted, text)
+}
+
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.
 ///
 /// # Errors
