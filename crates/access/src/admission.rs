@@ -20,7 +20,7 @@ use barid_mailbox::UserKey;
 use parking_lot::Mutex;
 
 pub use addresses::AddressKey;
-use addresses::{AddressLimits, AddressRefused, Addresses, Entered};
+use addresses::{AddressLimits, AddressRefused, Addresses, Entered, count_down};
 use blocks::{BlockLimits, Blocks};
 pub use origins::Origins;
 pub use rate::Rate;
@@ -133,11 +133,12 @@ impl Admission {
         if !self.connections.acquire() {
             return Err(Refused::node(Limit::Connections, "no room: come back later"));
         }
+        let stage = Stage::OPEN;
         let mut admitted =
-            Admitted { admission: Arc::clone(self), address: None, app: None, handshake: None };
+            Admitted { admission: Arc::clone(self), address: None, app: None, stage };
         let (place, evicted) =
             self.handshakes.enter(address, self.now_us()).map_err(handshake_refused)?;
-        admitted.handshake = Some(place);
+        admitted.stage = Stage::handshake(place);
         if self.rate.is_limited() {
             let taken = self.rate.acquire(&mut self.full_at_us.lock(), self.now_us(), 1);
             let text = "too many handshakes a second: come back later";
@@ -149,21 +150,28 @@ impl Admission {
         Ok((admitted, evicted))
     }
 
-    /// Counts a refusal that an address has brought upon itself, and blocks it if there are too many.
-    pub fn blame(&self, address: AddressKey) {
-        let connections = self.addresses.connections(address);
-        if let Some(block) = self.blocks.refused(address, connections, self.now_us()) {
+    /// Counts a refusal that an address has brought upon itself, and blocks it, or its IPv6 /48, if there are too many.
+    /// Returns how many addresses and networks were forgotten because the table of blocks is full.
+    pub fn blame(&self, address: AddressKey) -> u64 {
+        let sessions = self.addresses.sessions(address);
+        let refusal = self.blocks.refused(address, sessions, self.now_us());
+        if let Some(block) = refusal.address {
             let seconds = block.as_secs();
             tracing::warn!(%address, seconds, "address blocked: it was refused too often");
         }
+        if let Some(block) = refusal.network {
+            let (network, seconds) = (address.network(), block.as_secs());
+            tracing::warn!(%network, seconds, "network blocked: its addresses were refused too often");
+        }
+        refusal.forgotten
     }
 
-    /// The rest of an address's block; `None`: it is not blocked.
+    /// The rest of the block of an address, or of its network; `None`: it is not blocked.
     pub fn blocked(&self, address: AddressKey) -> Option<Duration> {
         self.blocks.left(address, self.now_us())
     }
 
-    /// Number of addresses that are blocked. Call it every second.
+    /// Number of addresses and networks that are blocked. Call it every second.
     pub fn count_blocked(&self) -> usize {
         self.blocks.count(self.now_us())
     }
@@ -231,7 +239,27 @@ pub struct Admitted {
     /// Set while the table of addresses counts the connection.
     address: Option<AddressKey>,
     app: Option<AppId>,
-    handshake: Option<PlaceId>,
+    stage: Stage,
+}
+
+/// How far a connection is, in eight bytes, because every session holds one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stage(u64);
+
+impl Stage {
+    /// The handshake is over.
+    const OPEN: Self = Self(0);
+    /// The session has its Welcome, and its address counts it. No place has this number.
+    const WELCOMED: Self = Self(u64::MAX);
+
+    fn handshake(place: PlaceId) -> Self {
+        Self(place.get())
+    }
+
+    /// The place of a handshake that is under way.
+    fn place(self) -> Option<PlaceId> {
+        PlaceId::new(self.0).filter(|_| self != Self::WELCOMED)
+    }
 }
 
 impl Admitted {
@@ -244,7 +272,7 @@ impl Admitted {
             let text = "your address was refused too often";
             return Err(Refused { after: Some(left), ..Refused::own(Limit::Blocked, text) });
         }
-        let Some(place) = self.handshake else { return Ok(()) };
+        let Some(place) = self.stage.place() else { return Ok(()) };
         let handshakes = &self.admission.handshakes;
         handshakes.set_address(place, address, self.admission.now_us()).map_err(handshake_refused)
     }
@@ -332,10 +360,20 @@ impl Admitted {
         Ok((unidentified, evicted))
     }
 
+    /// The connection has its Welcome: from now on its address is blocked later.
+    pub fn welcomed(&mut self) {
+        self.handshaken();
+        if let Some(address) = self.address.filter(|_| self.stage != Stage::WELCOMED) {
+            self.admission.addresses.welcome(address);
+            self.stage = Stage::WELCOMED;
+        }
+    }
+
     /// Ends the handshake, and keeps the connection.
     pub fn handshaken(&mut self) {
-        if let Some(place) = self.handshake.take() {
+        if let Some(place) = self.stage.place() {
             self.admission.handshakes.leave(place);
+            self.stage = Stage::OPEN;
         }
     }
 }
@@ -345,21 +383,13 @@ impl Drop for Admitted {
         self.handshaken();
         let admission = &self.admission;
         if let Some(address) = self.address {
-            admission.addresses.leave(address, admission.now_us());
+            let welcomed = self.stage == Stage::WELCOMED;
+            admission.addresses.leave(address, welcomed, admission.now_us());
         }
         if let Some(app) = self.app.take() {
             count_down(&mut admission.apps.lock(), &app);
         }
         admission.connections.release();
-    }
-}
-
-fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
-    if let Some(count) = counts.get_mut(key) {
-        *count -= 1;
-        if *count == 0 {
-            counts.remove(key);
-        }
     }
 }
 
@@ -424,6 +454,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::blocks::Sessions;
 
     fn admission(change: impl FnOnce(&mut LimitsConfig)) -> Arc<Admission> {
         let mut limits = LimitsConfig { handshakes_per_second: 0, ..Default::default() };
@@ -492,6 +523,33 @@ mod tests {
         assert_eq!((refused.limit, refused.own), (Limit::HandshakeRate, false));
         assert!(refused.after.is_some_and(|after| after <= Duration::from_secs(1)));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn hazard_102_only_welcomed_sessions_make_an_address_blocked_later() {
+        let address = IpAddr::from([192, 0, 2, 1]);
+        let key = AddressKey::of(address).unwrap();
+        let refusals_until_blocked = |unfinished: usize, welcomed: usize| {
+            let admission = admission(|limits| limits.address_refusals_max = 10);
+            let mut open: Vec<_> = (0..unfinished + welcomed)
+                .map(|_| {
+                    let mut admitted = admit(&admission).unwrap();
+                    admitted.count_address(address).unwrap();
+                    admitted
+                })
+                .collect();
+            open[unfinished..].iter_mut().for_each(Admitted::welcomed);
+            let counted = (1..).find(|_| {
+                admission.blame(key);
+                admission.blocked(key).is_some()
+            });
+            drop(open);
+            assert_eq!(admission.addresses.sessions(key), Sessions::default());
+            counted
+        };
+        assert_eq!(refusals_until_blocked(0, 0), Some(11));
+        assert_eq!(refusals_until_blocked(100, 0), Some(11), "handshakes that do not end");
+        assert_eq!(refusals_until_blocked(100, 50), Some(61));
     }
 
     #[test]

@@ -441,11 +441,12 @@ pub struct LimitsConfig {
     pub network_handshakes_max: u32,
     /// Maximum handshakes of one client address per second; further ones are answered with 429. May be 0.
     pub address_handshakes_per_second: u32,
-    /// Maximum client addresses tracked for these limits, and for blocks; further ones are not limited.
+    /// Maximum client addresses tracked for these limits; further ones are not limited. As many refused ones, and IPv6
+    /// /48s, are tracked for blocks; further ones take the place of others.
     pub addresses_max: usize,
-    /// Maximum refusals of one client address per minute, beyond one for each of its connections: bad tokens,
+    /// Maximum refusals of one client address per minute, beyond one for each of its welcomed sessions: bad tokens,
     /// malformed or slow handshakes, too many connections, violations before Hello. Above it the address is blocked.
-    /// May be 0.
+    /// An IPv6 /48 is blocked at four times as many. May be 0.
     pub address_refusals_max: u32,
     /// First block of an address, s; each further one is ten times as long.
     pub block_seconds: u64,
@@ -494,7 +495,7 @@ pub struct LimitsConfig {
     /// Maximum bytes of pushes queued for all devices; beyond it new handshakes are answered with 503, and the devices
     /// with the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
-    /// Maximum platforms that metrics name; sessions of further ones count together.
+    /// Maximum platforms that metrics name at once; sessions of further ones count together.
     pub platforms_max: usize,
     /// Maximum subscribed groups of a session; a further one is refused with 4504. At most 254.
     pub subscriptions_max: usize,

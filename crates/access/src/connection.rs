@@ -52,7 +52,7 @@ pub async fn serve(arrival: Box<Arrival>) {
 /// Handshake, Hello and Welcome; `None` if one of them failed.
 async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let node = Arc::clone(&arrival.node);
-    let (mut accepted, admitted) = match handshake::accept(*arrival).await? {
+    let (mut accepted, mut admitted) = match handshake::accept(*arrival).await? {
         Outcome::Accepted(accepted, admitted) => (accepted, admitted),
         Outcome::Refused(refused) => {
             refuse(&node, refused).await;
@@ -64,6 +64,7 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
         Ok(Identified { session, handle, codec, ignored }) => {
             let mut connection = Connection::new(&node, accepted, session, handle, codec);
             connection.begin();
+            admitted.welcomed();
             if let Some(field) = ignored {
                 connection.ignored(Unknown::Field, &field);
             }
@@ -74,7 +75,7 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let code = refusal.as_ref().map(|refusal| refusal.close.code);
     node.metrics.close(code);
     if code.is_some_and(is_blamed) {
-        node.policy.blame(accepted.address);
+        node.policy.blame(&node.metrics, accepted.address);
     }
     let attempt = refusal.as_ref().map_or(0, |refusal| refusal.attempt.0);
     let close = refusal.map(|refusal| refusal.close);

@@ -151,7 +151,7 @@ async fn end(node: &Node, address: IpAddr, stream: Stream, answer: Answer, admit
         node.metrics.limit(Limit::Evicted);
     }
     if answer.is_blamed {
-        node.policy.blame(address);
+        node.policy.blame(&node.metrics, address);
     }
     // Release the places first: writing the answer may take a while.
     drop(admitted);
@@ -183,7 +183,7 @@ fn upgraded(
             tracing::debug!(%address, status, reason, "handshake refused by a close");
             node.metrics.handshake(answer.label);
             if answer.is_blamed {
-                node.policy.blame(address);
+                node.policy.blame(&node.metrics, address);
             }
             Outcome::Refused(Refused {
                 socket,
@@ -262,7 +262,7 @@ impl Unopened {
             node.metrics.limit(Limit::Evicted);
         }
         if is_blamed {
-            node.policy.blame(address);
+            node.policy.blame(&node.metrics, address);
         }
     }
 }

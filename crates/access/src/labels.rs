@@ -130,6 +130,7 @@ labels! {
         AddressHandshakes => "address_handshakes",
         AddressRate => "address_rate",
         Addresses => "addresses",
+        Blocks => "blocks",
         Unidentified => "unidentified",
         AddressUnidentified => "address_unidentified",
         UserUnidentified => "user_unidentified",

@@ -134,7 +134,7 @@ impl Metrics {
             )?,
             addresses: set.gauge("addresses", "Client addresses in the table of address limits")?,
             blocked_addresses: set
-                .gauge("blocked_addresses", "Client addresses that are blocked")?,
+                .gauge("blocked_addresses", "Client addresses and IPv6 /48s that are blocked")?,
             unidentified: set.gauge("unidentified", "Connections without Hello")?,
             sessions: set.gauge("sessions", "Welcomed sessions")?,
             users: set.gauge("users", "Users with a session, welcomed or about to be")?,

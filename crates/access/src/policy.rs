@@ -10,6 +10,8 @@ use crate::admission::{AddressKey, Admission, Origins};
 use crate::auth::Verifier;
 use crate::config::{Config, HeartbeatConfig, LimitsConfig};
 use crate::error::Error;
+use crate::labels::Limit;
+use crate::metrics::Metrics;
 use crate::proxy::Proxies;
 use crate::tls::Tls;
 use crate::upstream::Upstream;
@@ -66,10 +68,9 @@ impl Policy {
     }
 
     /// Counts a refusal that a client has brought upon itself.
-    pub fn blame(&self, address: IpAddr) {
-        if let Some(key) = self.address_key(address) {
-            self.admission.blame(key);
-        }
+    pub fn blame(&self, metrics: &Metrics, address: IpAddr) {
+        let forgotten = self.address_key(address).map_or(0, |key| self.admission.blame(key));
+        (0..forgotten).for_each(|_| metrics.limit(Limit::Blocks));
     }
 
     /// The key under which a client's address is limited; `None`: not by its address, because it is a trusted

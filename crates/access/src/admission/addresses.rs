@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::admission::blocks::Sessions;
 use crate::admission::rate::Rate;
 
 /// The unit of address limits: an IPv4 address, or the /64 network of an IPv6 address, which usually belongs to one
@@ -37,6 +38,11 @@ impl AddressKey {
         NetworkKey(network.map_or(self, Self))
     }
 
+    /// The /48 that an IPv6 address is in; `None`: an IPv4 address is a network of its own.
+    pub fn wider_network(self) -> Option<NetworkKey> {
+        (!self.is_v4()).then(|| self.network())
+    }
+
     fn is_v4(self) -> bool {
         self.0.get() >> 32 == 0
     }
@@ -47,6 +53,15 @@ impl fmt::Display for AddressKey {
         match self.is_v4() {
             true => Ipv4Addr::from_bits(self.0.get() as u32).fmt(f),
             false => write!(f, "{}/64", Ipv6Addr::from_bits(u128::from(self.0.get()) << 64)),
+        }
+    }
+}
+
+impl fmt::Display for NetworkKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.is_v4() {
+            true => self.0.fmt(f),
+            false => write!(f, "{}/48", Ipv6Addr::from_bits(u128::from(self.0.0.get()) << 64)),
         }
     }
 }
@@ -89,11 +104,15 @@ pub enum Entered {
 pub struct Addresses {
     limits: AddressLimits,
     table: Mutex<HashMap<AddressKey, Address>>,
+    /// Sessions of addresses in the table, by IPv6 /48.
+    networks: Mutex<HashMap<NetworkKey, u32>>,
 }
 
 #[derive(Debug, Default)]
 struct Address {
     connections: u32,
+    /// Those that have their Welcome.
+    sessions: u32,
     full_at_us: u64,
 }
 
@@ -106,7 +125,7 @@ impl Address {
 impl Addresses {
     /// Creates an empty table.
     pub fn new(limits: AddressLimits) -> Self {
-        Self { limits, table: Mutex::default() }
+        Self { limits, table: Mutex::default(), networks: Mutex::default() }
     }
 
     /// Counts a new handshake from this address.
@@ -133,16 +152,35 @@ impl Addresses {
         Ok(Entered::Counted)
     }
 
-    /// Number of counted connections of an address.
-    pub fn connections(&self, key: AddressKey) -> u32 {
-        self.table.lock().get(&key).map_or(0, |address| address.connections)
+    /// Sessions of an address and of its network, as far as they are counted.
+    pub fn sessions(&self, key: AddressKey) -> Sessions {
+        let network = key.wider_network();
+        Sessions {
+            address: self.table.lock().get(&key).map_or(0, |address| address.sessions),
+            network: network
+                .map_or(0, |key| self.networks.lock().get(&key).copied().unwrap_or_default()),
+        }
     }
 
-    /// Ends a counted connection.
-    pub fn leave(&self, key: AddressKey, now_us: u64) {
+    /// A counted connection has its Welcome.
+    pub fn welcome(&self, key: AddressKey) {
+        if let Some(address) = self.table.lock().get_mut(&key) {
+            address.sessions += 1;
+        }
+        if let Some(network) = key.wider_network() {
+            *self.networks.lock().entry(network).or_default() += 1;
+        }
+    }
+
+    /// Ends a counted connection. `welcomed`: it had its Welcome.
+    pub fn leave(&self, key: AddressKey, welcomed: bool, now_us: u64) {
+        if let Some(network) = key.wider_network().filter(|_| welcomed) {
+            count_down(&mut self.networks.lock(), &network);
+        }
         if let Entry::Occupied(mut entry) = self.table.lock().entry(key) {
             let address = entry.get_mut();
             address.connections = address.connections.saturating_sub(1);
+            address.sessions = address.sessions.saturating_sub(u32::from(welcomed));
             if !address.is_needed(now_us) {
                 entry.remove();
             }
@@ -161,6 +199,16 @@ impl Addresses {
     /// Number of addresses in the table.
     pub fn len(&self) -> usize {
         self.table.lock().len()
+    }
+}
+
+/// Takes one off a count, and forgets it at 0.
+pub fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            counts.remove(key);
+        }
     }
 }
 
@@ -192,6 +240,7 @@ mod tests {
         assert_ne!(key("192.0.2.1").network(), key("192.0.2.2").network());
         assert_eq!(key("192.0.2.1").to_string(), "192.0.2.1");
         assert_eq!(key("2001:db8:1:2::3").to_string(), "2001:db8:1:2::/64");
+        assert_eq!(key("2001:db8:1:2::3").network().to_string(), "2001:db8:1::/48");
     }
 
     #[test]
@@ -202,7 +251,7 @@ mod tests {
         assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
         assert_eq!(table.enter(a, 0), Err(AddressRefused::Connections));
         assert_eq!(table.enter(b, 0), Ok(Entered::Counted), "another address");
-        table.leave(a, 0);
+        table.leave(a, false, 0);
         assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
     }
 
@@ -212,7 +261,7 @@ mod tests {
         let table = addresses(0, 2);
         for _ in 0..2 {
             assert_eq!(table.enter(a, 0), Ok(Entered::Counted));
-            table.leave(a, 0);
+            table.leave(a, false, 0);
         }
         let wait = Duration::from_millis(500);
         assert_eq!(table.enter(a, 0), Err(AddressRefused::Rate(wait)), "although none is open");
@@ -231,8 +280,24 @@ mod tests {
         assert_eq!(table.enter(key("192.0.2.4"), 0), Ok(Entered::NoRoom));
         assert_eq!(table.enter(key("192.0.2.1"), 0), Err(AddressRefused::Connections));
         assert_eq!(table.len(), 3);
-        table.leave(key("192.0.2.2"), 0);
+        table.leave(key("192.0.2.2"), false, 0);
         assert_eq!(table.enter(key("192.0.2.4"), 0), Ok(Entered::Counted));
+    }
+
+    #[test]
+    fn sessions_count_for_their_address_and_its_48() {
+        let (a, b, v4) = (key("2001:db8:1:1::1"), key("2001:db8:1:2::1"), key("192.0.2.1"));
+        let table = addresses(9, 0);
+        for key in [a, a, b, v4] {
+            table.enter(key, 0).unwrap();
+        }
+        [a, b, v4].into_iter().for_each(|key| table.welcome(key));
+        assert_eq!(table.sessions(a), Sessions { address: 1, network: 2 });
+        assert_eq!(table.sessions(v4), Sessions { address: 1, network: 0 });
+        table.leave(a, false, 0);
+        assert_eq!(table.sessions(a), Sessions { address: 1, network: 2 });
+        [a, b, v4].into_iter().for_each(|key| table.leave(key, true, 0));
+        assert_eq!((table.len(), table.networks.lock().len()), (0, 0));
     }
 
     #[test]

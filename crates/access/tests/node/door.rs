@@ -580,3 +580,75 @@ async fn hazard_95_without_a_key_set_a_node_is_not_ready_and_asks_to_come_back()
     assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
     Ok(())
 }
+
+#[tokio::test]
+async fn hazard_102_half_requests_of_an_attacker_do_not_put_off_his_block() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.address_refusals_max = 20).await?;
+    let mut half = Vec::new();
+    for _ in 0..100 {
+        let mut stream = socket_from(&node, 2).await?;
+        stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await?;
+        half.push(stream);
+    }
+    // Those that are upgraded and say no Hello do not, either.
+    for _ in 0..20 {
+        half.push(handshake_from(&node, 2, "mallory").await?.0);
+    }
+    let mut answered = 0;
+    while bad_token(&node, 2).await?.starts_with("HTTP/1.1 401 ") {
+        answered += 1;
+        assert!(answered < 30, "still answered");
+    }
+    // An address with sessions has as many refusals more.
+    let mut sessions = Vec::new();
+    for n in 0..20 {
+        let mut raw =
+            Raw::upgraded(handshake_from(&node, 3, &format!("u{n}")).await?.0, Encoding::Json);
+        raw.send(&frame(TEXT, r#"{"hello":{"device":"phone"}}"#)).await;
+        raw.welcomed().await?;
+        sessions.push(raw);
+    }
+    let mut answered = 0;
+    while bad_token(&node, 3).await?.starts_with("HTTP/1.1 401 ") {
+        answered += 1;
+    }
+    assert!((40..50).contains(&answered), "{answered}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_108_a_whole_request_that_waits_for_keys_and_gives_way_may_come_back() -> Result<()>
+{
+    let world = World::new().await?;
+    // It accepts connections and never answers.
+    let keys = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}/keys", keys.local_addr()?);
+    let node = world
+        .node_with(|config| {
+            config.auth.jwks = vec![barid_access::config::JwksConfig {
+                url: barid_runtime::SecretUrl::new(url),
+                insecure_http: true,
+                refresh_min_seconds: 0,
+                timeout_ms: 4_000,
+                ..Default::default()
+            }];
+            config.limits.handshakes_max = 1;
+            config.limits.first_byte_timeout_ms = 100;
+            config.limits.address_refusals_max = 1;
+        })
+        .await?;
+    let foreign = "eyJhbGciOiJFZERTQSIsImtpZCI6ImsifQ.e30.c2ln";
+    for _ in 0..3 {
+        let mut waiting = socket_from(&node, 2).await?;
+        let bytes = request(&format!("/v1/connect?token={foreign}"), JSON);
+        waiting.write_all(bytes.as_bytes()).await?;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let (_alice, welcome) = handshake_from(&node, 3, "alice").await?;
+        assert!(welcome.starts_with("HTTP/1.1 101"), "{welcome}");
+        let answer = read_head(&mut waiting).await?;
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After"), "{answer}");
+    }
+    assert_eq!((node.metric(LIMITS, "evicted"), node.metric(HANDSHAKES, "evicted")), (3.0, 3.0));
+    Ok(())
+}
