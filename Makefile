@@ -2,7 +2,7 @@
 # Where rustup puts cargo, for shells that started before it was installed.
 export PATH := $(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help run test bench bench-200k latency throughput redis-cost l1 stranger autobahn imports lint fmt setup
+.PHONY: help run test bench bench-200k latency throughput attack redis-cost l1 stranger autobahn imports lint fmt setup
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,6 +26,9 @@ latency: ## Latency by hop, produce to device (ARGS='--push-rate 5000')
 
 throughput: ## Messages per second, and CPU time by process
 	@scripts/bench.sh bench --only unicast --out target/bench/throughput.json --report throughput-report $(ARGS)
+
+attack: ## Honest handshakes beside attacks on the devices' port, 10 min
+	@scripts/bench.sh bench --only attack --out target/bench/attack.json --report attack-report $(ARGS)
 
 redis-cost: ## Cost of accept and ack in Redis, relative to the barest scripts
 	@scripts/setup.sh run

@@ -1,5 +1,6 @@
 //! Runs scenarios: prints a table of measures, and writes it as JSON and as a report.
 
+mod attack;
 mod churn;
 mod fanout;
 mod handshake;
@@ -119,12 +120,13 @@ fn write(options: &Options, report: &Report) -> anyhow::Result<()> {
 impl Scenario {
     /// The measures, and what was recorded for the report.
     async fn measure(self, options: &Options) -> (anyhow::Result<Vec<Measure>>, Recorded) {
-        let mut trial = match Trial::start(options, &self.name()).await {
+        let mut trial = match Trial::start(options, self).await {
             Ok(trial) => trial,
             Err(error) => return (Err(error), Recorded::default()),
         };
         let limit = match self {
             Self::Soak => options.soak.limit(),
+            Self::Attack => options.attack.limit(),
             _ => Duration::from_secs(options.limit_seconds),
         };
         let rows = match tokio::time::timeout(limit, self.rows(&mut trial)).await {
@@ -146,6 +148,7 @@ impl Scenario {
             Self::Scale => scale::measure(trial).await,
             Self::Slow => slow::measure(trial).await,
             Self::Tls => tls::measure(trial).await,
+            Self::Attack => attack::measure(trial).await,
             Self::Soak => soak::measure(trial).await,
         }
     }

@@ -34,6 +34,9 @@ pub struct Agents {
 #[derive(Debug, Clone)]
 pub struct Connected {
     pub connected: u32,
+    /// Connections that failed for good, and why the last one did.
+    pub failed: u32,
+    pub why_failed: String,
     /// Refused attempts that were retried.
     pub retried: u64,
     /// From when each connection was due until it was welcomed.
@@ -117,10 +120,15 @@ impl Agents {
 
     /// Opens connections. Fails if any of them fails.
     pub async fn connect(&self, request: &ConnectRequest) -> anyhow::Result<Connected> {
+        self.attempt(request).await?.without_failures()
+    }
+
+    /// Opens connections, and counts those that fail.
+    pub async fn attempt(&self, request: &ConnectRequest) -> anyhow::Result<Connected> {
         let parts = self.parts(request).into_iter();
         let open = async |(mut client, part): (AgentClient<Channel>, _)| client.open(part).await;
         let replies = try_join_all(parts.map(open)).await?;
-        merge(replies.into_iter().map(tonic::Response::into_inner))
+        Ok(merge(replies.into_iter().map(tonic::Response::into_inner)))
     }
 
     /// Drops and opens `rate` connections per second.
@@ -135,7 +143,7 @@ impl Agents {
             client.churn(ChurnRequest { rate: part.rate, seconds, connect: Some(part) }).await
         };
         let replies = try_join_all(self.parts(&whole).into_iter().map(churn)).await?;
-        merge(replies.into_iter().map(tonic::Response::into_inner))
+        merge(replies.into_iter().map(tonic::Response::into_inner)).without_failures()
     }
 
     /// Begins a run. `start`: when its schedule starts, if that is known.
@@ -213,18 +221,34 @@ impl Watch {
     }
 }
 
-fn merge(replies: impl Iterator<Item = ConnectReply>) -> anyhow::Result<Connected> {
-    let mut sum =
-        Connected { connected: 0, retried: 0, took_us: histogram::new(), elapsed: Duration::ZERO };
+impl Connected {
+    fn without_failures(self) -> anyhow::Result<Self> {
+        ensure!(self.failed == 0, "{} connections failed: {}", self.failed, self.why_failed);
+        Ok(self)
+    }
+}
+
+fn merge(replies: impl Iterator<Item = ConnectReply>) -> Connected {
+    let mut sum = Connected {
+        connected: 0,
+        failed: 0,
+        why_failed: String::new(),
+        retried: 0,
+        took_us: histogram::new(),
+        elapsed: Duration::ZERO,
+    };
     for reply in replies {
         let ConnectReply { connected, failed, retried, took_us, elapsed_us, why } = reply;
-        ensure!(failed == 0, "{failed} connections failed: {why}");
         sum.connected += connected;
+        sum.failed += failed;
+        if failed > 0 {
+            sum.why_failed = why;
+        }
         sum.retried += retried;
         histogram::add(&mut sum.took_us, &took_us.unwrap_or_default());
         sum.elapsed = sum.elapsed.max(Duration::from_micros(elapsed_us));
     }
-    Ok(sum)
+    sum
 }
 
 /// A running floor.
@@ -263,7 +287,7 @@ impl Floor {
 }
 
 /// Starts this program once more with other arguments, and returns the addresses that it listens on.
-async fn spawn(
+pub async fn spawn(
     dir: &tempfile::TempDir,
     name: &str,
     arguments: &[&str],

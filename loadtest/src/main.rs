@@ -1,6 +1,7 @@
 //! Measures a Barid cluster, and checks every delivery while it does.
 
 mod agent;
+mod attacker;
 mod audit;
 mod bench;
 mod compare;
@@ -60,6 +61,10 @@ enum Command {
     Agent(agent::Options),
     /// Run the barest server, for comparison.
     Floor(floor::Options),
+    /// Attack a server, as `bench --only attack` does.
+    Attacker(attacker::Options),
+    /// Run the barest server that can be attacked, for comparison.
+    Hold,
     /// Drive a running cluster at a fixed rate through the Rust SDK.
     Run(run::Options),
 }
@@ -73,6 +78,8 @@ async fn main() -> anyhow::Result<ExitCode> {
         Command::Report(options) => report::run(&options)?,
         Command::Agent(options) => agent::run(&options).await?,
         Command::Floor(options) => floor::run(&options).await?,
+        Command::Attacker(options) => attacker::run(&options).await?,
+        Command::Hold => attacker::hold().await?,
         Command::Run(options) => run::run(&options).await?,
     };
     Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use barid_testkit::cluster::Builder;
 use barid_testkit::kafka::KafkaOptions;
 use barid_testkit::{Cluster, Role, certificates, http, token};
 
@@ -24,7 +26,7 @@ pub const PARTITIONS: i32 = 4;
 pub struct Sandbox {
     cluster: Cluster,
     pids: BTreeMap<String, u32>,
-    /// The directory of the certificate.
+    /// The directory of the certificates.
     _certificate: tempfile::TempDir,
 }
 
@@ -34,6 +36,8 @@ pub struct Access {
     pub nodes: usize,
     /// Whether they serve TLS, with [`certificates::ONE`].
     pub tls: bool,
+    /// Whether the roles speak mutual TLS (`internal_tls`), with an authority that is made for the cluster.
+    pub internal_tls: bool,
 }
 
 /// A figure by role; `agents` are those of this machine, `business` is this process.
@@ -65,6 +69,9 @@ impl Sandbox {
                 std::fs::write(&file, text)?;
                 cluster = cluster.set_of(Role::Access, key, file.display().to_string());
             }
+        }
+        if access.internal_tls {
+            cluster = with_internal_tls(cluster, certificate.path())?;
         }
         let mut cluster = cluster
             .quiet()
@@ -188,6 +195,27 @@ impl Sandbox {
         }
         Ok(sums)
     }
+}
+
+/// Each role gets a certificate that names it, as `barid cluster ca` makes them.
+fn with_internal_tls(mut cluster: Builder, dir: &Path) -> anyhow::Result<Builder> {
+    let authority = certificates::Authority::new()?;
+    let ca = dir.join("ca.pem");
+    std::fs::write(&ca, authority.pem())?;
+    for role in Role::ALL {
+        let issued = authority.issue_for(&[&format!("{}.barid.internal", role.name())])?;
+        let [certificate, key] =
+            ["pem", "key"].map(|end| dir.join(format!("{}.{end}", role.name())));
+        std::fs::write(&certificate, issued.pem)?;
+        std::fs::write(&key, issued.key)?;
+        for (key, file) in
+            [("ca_file", &ca), ("certificate_file", &certificate), ("key_file", &key)]
+        {
+            cluster =
+                cluster.set_of(role, &format!("internal_tls.{key}"), file.display().to_string());
+        }
+    }
+    Ok(cluster)
 }
 
 /// The role of a process by its name.

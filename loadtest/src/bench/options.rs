@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum, value_parser};
 
+use crate::attacker::Kind;
 use crate::target::ClusterOptions;
 
 /// Default of `--out`.
@@ -15,7 +16,7 @@ pub const REPORT: &str = "report";
 
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Comma-separated scenarios (default: all except scale, slow, tls and soak).
+    /// Comma-separated scenarios (default: all except scale, slow, tls, attack and soak).
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<Scenario>,
     /// Running agents, host:port; without any, --local-agents are started.
@@ -57,6 +58,12 @@ pub struct Options {
     /// Name of the report beside that file: NAME.json and NAME.html.
     #[arg(long, default_value = REPORT, value_name = "NAME")]
     pub report: String,
+    /// Whether the roles of the cluster speak mutual TLS (default: in `idle`, `handshake` and `attack`). Never in
+    /// `fanout`, where the tool acts as the dispatcher.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub internal_tls: Option<bool>,
+    #[command(flatten)]
+    pub attack: AttackOptions,
     #[command(flatten)]
     pub push: PushOptions,
     #[command(flatten)]
@@ -88,6 +95,8 @@ pub enum Scenario {
     Slow,
     /// Memory and handshakes over TLS.
     Tls,
+    /// Latency of honest handshakes beside attacks on the devices' port.
+    Attack,
     /// All deliveries and the growth of memory over a long time.
     Soak,
 }
@@ -100,7 +109,13 @@ impl Scenario {
 
     /// Whether it runs when `--only` is absent; these take 15 minutes.
     pub fn is_default(self) -> bool {
-        !matches!(self, Self::Scale | Self::Slow | Self::Tls | Self::Soak)
+        !matches!(self, Self::Scale | Self::Slow | Self::Tls | Self::Attack | Self::Soak)
+    }
+
+    /// Whether its cluster has `internal_tls` unless an option says otherwise.
+    pub fn has_internal_tls(self, asked: Option<bool>) -> bool {
+        let is_default = matches!(self, Self::Idle | Self::Handshake | Self::Attack);
+        self != Self::Fanout && asked.unwrap_or(is_default)
     }
 }
 
@@ -138,6 +153,30 @@ impl PushOptions {
     pub fn phases(&self, seconds: u64) -> Vec<(&'static str, u64)> {
         let phases = [("warming up", self.push_warmup_seconds), ("pushing", seconds)];
         phases.into_iter().filter(|(_, seconds)| *seconds > 0).collect()
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Attack")]
+pub struct AttackOptions {
+    /// Comma-separated attacks (default: all).
+    #[arg(long, value_delimiter = ',')]
+    pub attacks: Vec<Kind>,
+    /// Rounds; the median of their ratios counts.
+    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..=20))]
+    pub attack_rounds: u32,
+    /// Seconds that honest clients connect in each of a round's three phases.
+    #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=600))]
+    pub attack_seconds: u32,
+    /// Connections of the attacker, per second and held, relative to the full attack.
+    #[arg(long, default_value_t = 100, value_parser = value_parser!(u32).range(1..=150))]
+    pub attack_percent: u32,
+}
+
+impl AttackOptions {
+    /// Time limit of the scenario.
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(u64::from(self.attack_rounds * (self.attack_seconds + 20) * 15) + 300)
     }
 }
 

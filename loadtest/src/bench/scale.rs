@@ -23,7 +23,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 
 pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let options = trial.options;
-    let access = Access { nodes: options.access_nodes.into(), tls: false };
+    let access = Access { nodes: options.access_nodes.into(), ..trial.access() };
     let mut server = trial.barid_with(access).await?;
     let connect = ConnectRequest {
         count: options.sessions,

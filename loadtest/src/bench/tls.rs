@@ -20,7 +20,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let mut plain = trial.barid().await?;
     let without = cost(trial, &mut plain, "").await?;
     drop(plain);
-    let mut server = trial.barid_with(Access { nodes: 1, tls: true }).await?;
+    let mut server = trial.barid_with(Access { tls: true, ..trial.access() }).await?;
     let with = cost(trial, &mut server, certificates::ONE.pem).await?;
     let both = Both { floor: Some(without), barid: with };
     Ok(vec![

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-use super::options::Options;
+use super::options::{Options, Scenario};
 use crate::controller::{Agents, Floor};
 use crate::live::{Live, say};
 use crate::measure::Measure;
@@ -13,13 +13,13 @@ use crate::sandbox::Access;
 use crate::target::Target;
 use crate::usage::{Source, Usage};
 
-const ONE_ACCESS_NODE: Access = Access { nodes: 1, tls: false };
-
 pub struct Trial<'a> {
     pub options: &'a Options,
     /// No device is connected when a scenario begins.
     pub agents: Agents,
     pub live: Live,
+    /// Whether the roles of a cluster that is started speak mutual TLS.
+    internal_tls: bool,
 }
 
 /// The server that is measured.
@@ -82,12 +82,13 @@ impl<T> Both<T> {
 }
 
 impl<'a> Trial<'a> {
-    pub async fn start(options: &'a Options, scenario: &str) -> anyhow::Result<Self> {
+    pub async fn start(options: &'a Options, scenario: Scenario) -> anyhow::Result<Self> {
         let agents = Agents::start(&options.agents, options.local_agents.into()).await?;
         // Named agents may hold connections of an earlier scenario.
         agents.drop_all().await?;
-        let live = Live::start(scenario, agents.watch());
-        Ok(Self { options, agents, live })
+        let live = Live::start(&scenario.name(), agents.watch());
+        let internal_tls = scenario.has_internal_tls(options.internal_tls);
+        Ok(Self { options, agents, live, internal_tls })
     }
 
     /// Measures the floor, then Barid.
@@ -105,9 +106,14 @@ impl<'a> Trial<'a> {
         Ok(Both { floor, barid: measure(self, &mut server).await? })
     }
 
+    /// A single access node, without TLS towards devices.
+    pub fn access(&self) -> Access {
+        Access { nodes: 1, tls: false, internal_tls: self.internal_tls }
+    }
+
     /// Takes the named cluster, or starts one with a single access node.
     pub async fn barid(&self) -> anyhow::Result<Server> {
-        self.barid_with(ONE_ACCESS_NODE).await
+        self.barid_with(self.access()).await
     }
 
     /// Takes the named cluster, or starts one with these access nodes.
@@ -118,7 +124,7 @@ impl<'a> Trial<'a> {
 
     /// As [`Trial::barid`]; the live display reads `/metrics`, which also counts tasks.
     pub async fn barid_with_tasks(&self) -> anyhow::Result<Server> {
-        let mut target = Target::start(&self.options.target, ONE_ACCESS_NODE).await?;
+        let mut target = Target::start(&self.options.target, self.access()).await?;
         self.live.server("barid", target.scraped().await?);
         Ok(Server::Barid(target))
     }
