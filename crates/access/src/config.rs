@@ -78,6 +78,7 @@ impl Bounded for LimitsConfig {
             connections("user_unidentified_max").or_zero("no limit"),
             whole("first_byte_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("handshake_keep_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_min_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
@@ -470,6 +471,9 @@ pub struct LimitsConfig {
     pub first_byte_timeout_ms: u64,
     /// Timeout of a handshake, ms.
     pub handshake_timeout_ms: u64,
+    /// Time for which an unfinished handshake keeps its place when all are taken, ms; `first_byte_timeout_ms` if that is
+    /// less. After it, a newcomer gets the place.
+    pub handshake_keep_ms: u64,
     /// Timeout of a device's Hello while as many connections as allowed have not said theirs, ms. Up to half as many,
     /// it is `hello_timeout_ms`.
     pub hello_timeout_min_ms: u64,
@@ -542,6 +546,7 @@ impl Default for LimitsConfig {
             user_unidentified_max: 32,
             first_byte_timeout_ms: 2_000,
             handshake_timeout_ms: 5_000,
+            handshake_keep_ms: 250,
             hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,

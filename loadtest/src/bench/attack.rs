@@ -15,6 +15,7 @@ use hdrhistogram::Histogram;
 use jsonwebtoken::EncodingKey;
 use tokio::time::{Instant, sleep};
 
+use super::options::AttackOptions;
 use super::trial::{Server, Trial};
 use crate::attacker::{Kind, Outcome, TOKEN};
 use crate::controller::spawn;
@@ -52,17 +53,18 @@ struct Attack {
 }
 
 const ATTACKS: [Attack; 5] = [
-    Attack { kind: Kind::Half, addresses: 200, rate: 2_000, hold: 10_000 },
-    Attack { kind: Kind::Drip, addresses: 200, rate: 2_000, hold: 10_000 },
+    Attack { kind: Kind::Half, addresses: 1_000, rate: 2_000, hold: 10_000 },
+    Attack { kind: Kind::Drip, addresses: 1_000, rate: 2_000, hold: 10_000 },
     Attack { kind: Kind::Silent, addresses: 64, rate: 500, hold: 2_000 },
     Attack { kind: Kind::Flood, addresses: 8, rate: 20, hold: 24 },
     Attack { kind: Kind::Tokens, addresses: 50, rate: 1_000, hold: 1_000 },
 ];
 
 impl Attack {
-    fn scaled(self, percent: u32) -> Self {
-        let part = |of: u32| (of * percent / 100).max(1);
-        Self { rate: part(self.rate), hold: part(self.hold), ..self }
+    fn changed(self, options: &AttackOptions) -> Self {
+        let part = |of: u32| (of * options.attack_percent / 100).max(1);
+        let addresses = options.attack_addresses.unwrap_or(self.addresses);
+        Self { rate: part(self.rate), hold: part(self.hold), addresses, ..self }
     }
 
     fn ramp_seconds(self) -> u64 {
@@ -114,7 +116,7 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let chosen = ATTACKS
         .into_iter()
         .filter(|attack| options.attacks.is_empty() || options.attacks.contains(&attack.kind));
-    let attacks: Vec<_> = chosen.map(|attack| attack.scaled(options.attack_percent)).collect();
+    let attacks: Vec<_> = chosen.map(|attack| attack.changed(options)).collect();
     let mut rounds: Vec<Vec<Round>> = attacks.iter().map(|_| Vec::new()).collect();
     for _ in 0..options.attack_rounds {
         for (attack, rounds) in attacks.iter().zip(&mut rounds) {
@@ -122,41 +124,29 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
         }
     }
     let mut rows = Vec::new();
-    let mut figures = Table::new("attack", &COLUMNS);
+    let mut cost = Table::new("attack", &COSTS);
+    let mut clients = Table::new("honest clients", &HONEST);
     let mut refused = Table::new("counted by the node", &["a round"]);
     for (attack, rounds) in attacks.iter().zip(&rounds) {
         rows.extend(measures(*attack, rounds));
-        figures.row(&attack.kind.name(), columns(*attack, rounds, empty).map(Some));
+        cost.row(&attack.kind.name(), costs(*attack, rounds, empty).map(Some));
+        clients.row(&attack.kind.name(), honest(rounds).map(Some));
         for (what, count) in mean_counts(rounds) {
             refused.row(&format!("{}: {what}", attack.kind.name()), [Some(count)]);
         }
     }
-    trial.live.table(figures);
+    trial.live.table(cost);
+    trial.live.table(clients);
     trial.live.table(refused);
     Ok(rows)
 }
 
-const COLUMNS: [&str; 15] = [
-    "attempts/s",
-    "held",
-    "sent_MiB/s",
-    "attacker_cores",
-    "node_cores",
-    "node_MiB",
-    "more_MiB",
-    "quiet_p50_ms",
-    "quiet_p99_ms",
-    "bare_p50_ms",
-    "bare_p99_ms",
-    "node_p50_ms",
-    "node_p99_ms",
-    "p99_ratio",
-    "failed",
-];
+/// Figures of an attack: the median of the rounds, of memory the maximum.
+const COSTS: [&str; 7] =
+    ["attempts/s", "held", "sent MiB/s", "its cores", "node's cores", "node MiB", "of it more"];
 
-fn columns(attack: Attack, rounds: &[Round], empty: u64) -> [f64; COLUMNS.len()] {
+fn costs(attack: Attack, rounds: &[Round], empty: u64) -> [f64; COSTS.len()] {
     let of = |value: &dyn Fn(&Round) -> f64| median(rounds.iter().map(value).collect());
-    let ms = |honest: fn(&Round) -> &Honest, share| of(&|r| quantile_ms(&honest(r).took_us, share));
     let resident = rounds.iter().map(|round| round.node.resident_bytes).max().unwrap_or_default();
     let seconds = |r: &Round| r.node.outcome.attempts as f64 / f64::from(attack.rate);
     [
@@ -167,13 +157,34 @@ fn columns(attack: Attack, rounds: &[Round], empty: u64) -> [f64; COLUMNS.len()]
         of(&|r| r.node.node_cores),
         resident as f64 / MIB,
         resident.saturating_sub(empty) as f64 / MIB,
-        ms(|r| &r.quiet, 0.5),
-        ms(|r| &r.quiet, 0.99),
-        ms(|r| &r.bare.honest, 0.5),
-        ms(|r| &r.bare.honest, 0.99),
-        ms(|r| &r.node.honest, 0.5),
-        ms(|r| &r.node.honest, 0.99),
-        of(&|r| r.node.honest.p99_ms() / r.quiet.p99_ms()),
+    ]
+}
+
+/// Times of honest handshakes: the median of the rounds.
+const HONEST: [&str; 8] = [
+    "quiet p50 ms",
+    "quiet p99 ms",
+    "bare p50 ms",
+    "bare p99 ms",
+    "node p50 ms",
+    "node p99 ms",
+    "handshakes",
+    "failed",
+];
+
+fn honest(rounds: &[Round]) -> [f64; HONEST.len()] {
+    let of = |value: &dyn Fn(&Round) -> f64| median(rounds.iter().map(value).collect());
+    let ms = |honest: fn(&Round) -> &Honest, share| of(&|r| quantile_ms(&honest(r).took_us, share));
+    let [quiet, bare, node]: [fn(&Round) -> &Honest; 3] =
+        [|r| &r.quiet, |r| &r.bare.honest, |r| &r.node.honest];
+    [
+        ms(quiet, 0.5),
+        ms(quiet, 0.99),
+        ms(bare, 0.5),
+        ms(bare, 0.99),
+        ms(node, 0.5),
+        ms(node, 0.99),
+        rounds.iter().map(|r| r.node.honest.took_us.len() as f64).sum(),
         rounds.iter().map(|r| f64::from(r.node.honest.failed)).sum(),
     ]
 }

@@ -171,6 +171,9 @@ pub struct AttackOptions {
     /// Connections of the attacker, per second and held, relative to the full attack.
     #[arg(long, default_value_t = 100, value_parser = value_parser!(u32).range(1..=150))]
     pub attack_percent: u32,
+    /// Addresses of the attacker (default: 8 to 1,000, by attack).
+    #[arg(long, value_parser = value_parser!(u16).range(1..=10_000))]
+    pub attack_addresses: Option<u16>,
 }
 
 impl AttackOptions {

@@ -22,8 +22,11 @@ pub struct RoomLimits {
     pub address_places: u32,
     /// Places of one network.
     pub network_places: u32,
-    /// Time for which a place is kept, except by a network that holds far more than the newcomer's, µs.
+    /// Time for which a place is kept when its address or network has all of its own, µs.
     pub keep_us: u64,
+    /// Time for which a place is kept when all are taken, except by a network that holds far more than the newcomer's,
+    /// µs. With a long one, half requests from many networks keep newcomers out at little cost.
+    pub keep_full_us: u64,
 }
 
 /// Bound whose places are all taken.
@@ -149,10 +152,11 @@ impl Taken {
             .map_or((0, None), |places| (places.len(), places.first().copied()));
         let network = address.network();
         if reached(limits.address_places, held) {
-            self.evict_if_old(oldest, limits, now_us).ok_or(RoomFull::Address)?;
+            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
         }
         if reached(limits.network_places, self.held(network)) {
-            self.evict_if_old(self.oldest(network), limits, now_us).ok_or(RoomFull::Address)?;
+            let oldest = self.oldest(network);
+            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
         }
         Ok(())
     }
@@ -172,23 +176,18 @@ impl Taken {
                 oldest.into_iter().for_each(|id| self.remove(id));
                 return Ok(());
             }
-            if held >= own && self.evict_if_old(oldest, limits, now_us).is_some() {
+            if held >= own && self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
                 return Ok(());
             }
         }
         let oldest = self.places.keys().next().copied();
-        self.evict_if_old(oldest, limits, now_us).ok_or(RoomFull::Node)
+        self.evict_if_old(oldest, limits.keep_full_us, now_us).ok_or(RoomFull::Node)
     }
 
-    fn evict_if_old(
-        &mut self,
-        id: Option<PlaceId>,
-        limits: &RoomLimits,
-        now_us: u64,
-    ) -> Option<()> {
+    fn evict_if_old(&mut self, id: Option<PlaceId>, keep_us: u64, now_us: u64) -> Option<()> {
         let id = id?;
         let since_us = self.places.get(&id)?.since_us;
-        (now_us.saturating_sub(since_us) >= limits.keep_us).then(|| self.remove(id))
+        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.remove(id))
     }
 
     fn held(&self, network: NetworkKey) -> usize {
@@ -242,8 +241,8 @@ mod tests {
     }
 
     fn room(places: usize, address_places: u32, network_places: u32) -> Room {
-        let keep_us = 2 * SECOND_US;
-        Room::new(RoomLimits { places, address_places, network_places, keep_us })
+        let (keep_us, keep_full_us) = (2 * SECOND_US, 2 * SECOND_US);
+        Room::new(RoomLimits { places, address_places, network_places, keep_us, keep_full_us })
     }
 
     fn is_evicted(evicted: &mut Evicted) -> bool {
@@ -311,6 +310,25 @@ mod tests {
         let late = 2 * SECOND_US;
         assert!(room.enter(key("192.0.2.9"), late).is_ok());
         assert!(is_evicted(&mut first), "although its address is unknown");
+    }
+
+    #[test]
+    fn hazard_90_half_requests_of_as_many_networks_as_places_keep_one_for_a_short_time() {
+        let (keep_us, keep_full_us) = (2 * SECOND_US, SECOND_US / 4);
+        let limits =
+            RoomLimits { places: 4, address_places: 2, network_places: 0, keep_us, keep_full_us };
+        let room = Room::new(limits);
+        let address = |n: u64| key(&format!("192.0.2.{n}"));
+        let mut first = room.enter(address(1), 0).unwrap().1;
+        for n in 2..5 {
+            room.enter(address(n), n).unwrap();
+        }
+        assert_eq!(room.enter(address(9), keep_full_us - 1).unwrap_err(), RoomFull::Node);
+        room.enter(address(9), keep_full_us).unwrap();
+        assert!(is_evicted(&mut first));
+        // An address that has its own share waits for longer.
+        room.enter(address(9), keep_full_us + 2).unwrap();
+        assert_eq!(room.enter(address(9), SECOND_US).unwrap_err(), RoomFull::Address);
     }
 
     #[test]
