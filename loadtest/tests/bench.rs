@@ -87,6 +87,37 @@ async fn sessions_on_two_agents_are_measured_beside_the_floor() {
     );
 }
 
+#[tokio::test]
+async fn honest_clients_are_measured_beside_attacks_and_none_fails() {
+    let _alone = alone().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(TOOL);
+    // A few hundred sockets.
+    command.args(["bench", "--only", "attack", "--attacks", "half,tokens"]);
+    command.args(["--attack-percent", "4", "--attack-addresses", "40"]);
+    command.args(["--attack-rounds", "1", "--attack-seconds", "2"]);
+    let output = command.arg("--out").arg(dir.path().join("bench.json")).output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{printed}");
+    let json = std::fs::read(dir.path().join("report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&json).unwrap();
+    let measures = report["measures"].as_array().unwrap();
+    let value = |name: &str| {
+        let row = measures.iter().find(|row| row["measure"] == name).unwrap();
+        row["barid"].as_f64().unwrap()
+    };
+    for attack in ["half", "tokens"] {
+        assert_eq!(value(&format!("attack_{attack}_failed")), 0.0, "{printed}");
+        // Generous, because other work on the machine is measured as well.
+        assert!(value(&format!("attack_{attack}_p99_ms")) < 2_000.0, "{printed}");
+    }
+    let counted = rows(&report, 0, "counted by the node");
+    let count = |name: &str| counted.iter().find(|(n, _)| n == name).map_or(0.0, |(_, n)| *n);
+    assert_eq!(count("half: handshakes=accepted"), 200.0, "{counted:?}");
+    assert!(count("half: handshakes=gone") > 100.0, "{counted:?}");
+    assert!(count("tokens: handshakes=unauthorized") > 100.0, "{counted:?}");
+}
+
 /// Names and first figures of the rows of a scenario's table.
 fn rows(report: &Value, scenario: usize, what: &str) -> Vec<(String, f64)> {
     let tables = report["scenarios"][scenario]["tables"].as_array().unwrap();

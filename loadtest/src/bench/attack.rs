@@ -30,9 +30,9 @@ use crate::token::sign;
 
 /// Honest handshakes per second.
 const HONEST_RATE: u32 = 100;
-/// Honest handshakes before the first round.
+/// Honest handshakes before the first round, at most.
 const WARM_UP: u32 = 500;
-/// An attack begins so long before honest clients are measured beside it, if its connections are not all held sooner.
+/// An attack begins at least so long before honest clients are measured beside it.
 const RAMP_MIN_SECONDS: u64 = 2;
 const SETTLE_SECONDS: u64 = 2;
 const SAMPLE: Duration = Duration::from_millis(200);
@@ -67,8 +67,10 @@ impl Attack {
         Self { rate: part(self.rate), hold: part(self.hold), addresses, ..self }
     }
 
-    fn ramp_seconds(self) -> u64 {
-        u64::from(self.hold / self.rate).max(RAMP_MIN_SECONDS)
+    /// Until its connections are all held, but not longer than honest clients are measured.
+    fn ramp_seconds(self, options: &AttackOptions) -> u64 {
+        let longest = u64::from(options.attack_seconds).max(RAMP_MIN_SECONDS);
+        u64::from(self.hold / self.rate).clamp(RAMP_MIN_SECONDS, longest)
     }
 }
 
@@ -111,7 +113,8 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     let options = &trial.options.attack;
     let mut server = trial.barid().await?;
     let mut stage = Stage::new(trial, &mut server).await?;
-    stage.honest(trial, "warming up", WARM_UP).await?;
+    let phase = HONEST_RATE * options.attack_seconds;
+    stage.honest(trial, "warming up", WARM_UP.min(phase)).await?;
     let empty = process::resident_bytes(stage.pid)?;
     let chosen = ATTACKS
         .into_iter()
@@ -292,7 +295,7 @@ impl Stage {
         count: u32,
     ) -> anyhow::Result<Beside> {
         let before = self.counts().await?;
-        let ramp = attack.ramp_seconds();
+        let ramp = attack.ramp_seconds(&trial.options.attack);
         let seconds = ramp + u64::from(count / HONEST_RATE) + 1;
         let mut attacker = self.attacker(attack, target, seconds)?;
         sleep(Duration::from_secs(ramp)).await;

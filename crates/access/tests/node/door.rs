@@ -167,6 +167,37 @@ async fn hazard_90_an_honest_client_gets_the_place_of_a_greedy_network() -> Resu
 }
 
 #[tokio::test]
+async fn hazard_90_half_requests_of_more_addresses_than_places_keep_nobody_out() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.handshakes_max = 32).await?;
+    let address = node.addresses["ws"];
+    // No address holds more than an honest client, and all places are taken all the time.
+    let attack = tokio::spawn(async move {
+        let mut held = std::collections::VecDeque::new();
+        for last in (1..=200_u8).cycle() {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind((std::net::Ipv4Addr::new(127, 0, 1, last), 0).into()).unwrap();
+            if let Ok(mut stream) = socket.connect(address).await {
+                let _ = stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await;
+                held.push_back(stream);
+            }
+            if held.len() > 200 {
+                held.pop_front();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    eventually("all places are taken", async || Ok(node.metric(LIMITS, "evicted") > 0.0)).await?;
+    for attempt in 0..50 {
+        let (_stream, answer) = handshake_from(&node, 1, &format!("u{attempt}")).await?;
+        assert!(answer.starts_with("HTTP/1.1 101"), "{attempt}: {answer}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    attack.abort();
+    Ok(())
+}
+
+#[tokio::test]
 async fn hazard_90_a_client_behind_the_address_of_an_attacker_gets_in_later() -> Result<()> {
     let world = World::new().await?;
     let node = world
