@@ -16,6 +16,9 @@ python3 scripts/imports.py --check
 if command -v shellcheck >/dev/null; then
   shellcheck scripts/*.sh .ci/run
 fi
+# Vulnerable dependencies, licences, sources. cargo-deny has newer advisories, where it can fetch them.
+python3 -m doctest scripts/dependencies.py
+python3 scripts/dependencies.py
 if command -v cargo-deny >/dev/null; then
-  cargo deny check bans licenses sources
+  cargo deny check
 fi

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 scripts/setup.sh run
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
-# Not --release: that takes several times as long to build, and shows nothing more. With one test, so
-# that dependencies have the features that they have in test.sh, and are built once for both.
-cargo build --locked --workspace --bin barid --test dev
+# Not --release: that takes several times as long to build, and shows nothing more. Only this package, so that
+# what others need is left out: jemalloc, for one, which takes half a minute to build.
+cargo build --locked --package barid --bin barid
 exec "${CARGO_TARGET_DIR:-target}/debug/barid" dev "$@"

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{authority, dead, dev, inspect, kick, listen, send, token, top, topics};
+use crate::{authority, dead, dev, inspect, kick, listen, receipts, send, token, top, topics};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -74,6 +74,8 @@ pub enum Inspect {
     User(inspect::Args),
     /// Show the newest dead letters: refused records, with the reason
     Dead(dead::Args),
+    /// Show the newest receipts, or follow them
+    Receipts(receipts::Args),
 }
 
 #[cfg(test)]

@@ -44,9 +44,9 @@ const PARTITIONS: u16 = 4;
 /// Validity of the roles' certificates.
 const TLS_VALID: time::Duration = time::Duration::days(365);
 
-/// Warnings, except those about streams and leases that end because the process ends.
-const LOG: &str = "warn,fred=error,barid_mesh::link=error,barid_mailbox::routes=error,\
-                   barid_mailbox::nodes=error";
+/// Warnings, except those about streams and leases that end because the process ends; and the hops of `send --trace`.
+const LOG: &str = "warn,barid::trace=info,fred=error,barid_mesh::link=error,\
+                   barid_mailbox::routes=error,barid_mailbox::nodes=error";
 
 /// Options of `barid dev`.
 #[derive(Debug, clap::Args)]

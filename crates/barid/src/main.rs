@@ -5,6 +5,7 @@ mod cli;
 mod dead;
 mod dev;
 mod inspect;
+mod kafka_reader;
 mod kick;
 mod listen;
 mod output;
@@ -57,5 +58,6 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
         Command::Inspect(Inspect::Dead(args)) => dead::run(args, out).await,
+        Command::Inspect(Inspect::Receipts(args)) => receipts::run(args, out).await,
     }
 }

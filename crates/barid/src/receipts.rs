@@ -1,70 +1,182 @@
-//! Reads `barid.receipts`, for the receipts of messages that were just sent.
+//! `barid inspect receipts`: what the cluster answered to senders.
 
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use barid_core::{AppId, MessageId, UserId};
 use barid_wire::record::decode_receipt;
-use barid_wire::v1::Receipt;
-use rdkafka::consumer::{Consumer as _, StreamConsumer};
-use rdkafka::{Message as _, Offset, TopicPartitionList};
+use barid_wire::v1::{Receipt, ReceiptKind};
+use rdkafka::Message as _;
+use rdkafka::message::BorrowedMessage;
+use serde::Serialize;
 
-use crate::values;
+use crate::kafka_reader::{Tail, newest};
+use crate::output::{Output, Tone, clean, clock};
+use crate::values::{self, KafkaArgs};
 
-/// Reads the topic from its end at the time of opening. Joins no group and commits nothing.
-pub struct Receipts {
-    consumer: StreamConsumer,
+/// Options of `barid inspect receipts`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only receipts of this message
+    #[arg(long, value_name = "ID")]
+    pub id: Option<MessageId>,
+    /// Only receipts of this app
+    #[arg(long)]
+    pub app: Option<AppId>,
+    /// Only receipts of this user
+    #[arg(long)]
+    pub user: Option<UserId>,
+    /// How many receipts, the newest first
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    pub count: u16,
+    /// How many records of each partition to look through for them, from the newest on
+    #[arg(long, default_value_t = 100_000, value_name = "RECORDS", conflicts_with = "follow")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
+    pub depth: u32,
+    /// Print the receipts that come from now on, until Ctrl-C
+    #[arg(long, conflicts_with = "count")]
+    pub follow: bool,
+    /// Topic of receipts
+    #[arg(long, default_value = "barid.receipts")]
+    pub topic: String,
+    /// How long to wait for Kafka
+    #[arg(long, default_value = "10s", value_parser = values::positive_duration)]
+    pub timeout: Duration,
+    #[command(flatten)]
+    pub kafka: KafkaArgs,
 }
 
-impl Receipts {
-    /// Opens the topic, within `limit`; `properties` are further settings of librdkafka.
-    pub async fn open(
-        brokers: &[String],
-        topic: &str,
-        properties: Vec<(String, String)>,
-        limit: Duration,
-    ) -> anyhow::Result<Self> {
-        let (brokers, topic) = (brokers.join(","), topic.to_owned());
-        let opened = tokio::task::spawn_blocking(move || {
-            open(&brokers, &topic, properties, limit)
-                .with_context(|| format!("cannot read topic {topic} of Kafka at {brokers}"))
-        });
-        opened.await?
-    }
+/// A receipt as it is printed.
+#[derive(Serialize)]
+struct Shown<'a> {
+    event: &'static str,
+    kind: &'static str,
+    id: &'a str,
+    app: &'a str,
+    user: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    device: &'a str,
+    #[serde(skip_serializing_if = "is_zero")]
+    seq: u64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    code: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    reason: &'a str,
+    at_ms: u64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    traceparent: &'a str,
+    /// Since the message was sent, ms; only in `barid send`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elapsed_ms: Option<f64>,
+}
 
-    /// The next receipt. Invalid records are ignored.
-    pub async fn next(&self) -> anyhow::Result<Receipt> {
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// Prints receipts.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    if args.follow {
+        let tail = Tail::open(&args.kafka, &args.topic, args.timeout).await?;
         loop {
-            let record = self.consumer.recv().await.context("cannot read receipts")?;
-            if let Some(payload) = record.payload()
-                && let Ok(receipt) = decode_receipt(payload)
-            {
-                return Ok(receipt);
+            let receipt = tail.next(decode).await?;
+            if args.selects(&receipt) {
+                print(&receipt, None, out)?;
             }
         }
     }
+    let Args { kafka, topic, timeout, .. } = &args;
+    let amount = (args.count.into(), args.depth as usize);
+    let selection = args.selection();
+    let selected = move |record: &BorrowedMessage<'_>| {
+        decode(record).filter(|receipt| selects(&selection, receipt))
+    };
+    let found = newest(kafka, topic, amount, *timeout, selected).await?;
+    if found.is_empty() && !out.is_json() {
+        out.line("no receipts")?;
+    }
+    for (_, receipt) in &found {
+        print(receipt, None, out)?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn open(
-    brokers: &str,
-    topic: &str,
-    properties: Vec<(String, String)>,
-    limit: Duration,
-) -> anyhow::Result<Receipts> {
-    let deadline = Instant::now() + limit;
-    let left = || deadline.saturating_duration_since(Instant::now());
-    let mut client = values::reader_config(brokers);
-    client.set("fetch.wait.max.ms", "5").set("fetch.queue.backoff.ms", "5");
-    let consumer: StreamConsumer = values::kafka_client(client, &properties)?;
-    let metadata = consumer.fetch_metadata(Some(topic), left())?;
-    let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
-    if partitions.is_empty() {
-        bail!("the topic does not exist");
+/// The id, app and user that a receipt must have; `None`: any.
+type Selection = [Option<String>; 3];
+
+impl Args {
+    fn selection(&self) -> Selection {
+        let Self { id, app, user, .. } = self;
+        [
+            id.as_ref().map(MessageId::to_string),
+            app.as_ref().map(AppId::to_string),
+            user.as_ref().map(UserId::to_string),
+        ]
     }
-    let mut ends = TopicPartitionList::new();
-    for partition in partitions {
-        let (_, end) = consumer.fetch_watermarks(topic, partition.id(), left())?;
-        ends.add_partition_offset(topic, partition.id(), Offset::Offset(end))?;
+
+    fn selects(&self, receipt: &Receipt) -> bool {
+        selects(&self.selection(), receipt)
     }
-    consumer.assign(&ends)?;
-    Ok(Receipts { consumer })
+}
+
+fn selects(selection: &Selection, receipt: &Receipt) -> bool {
+    let has = [&receipt.id, &receipt.app, &receipt.user];
+    selection.iter().zip(has).all(|(wanted, has)| wanted.as_ref().is_none_or(|w| w == has))
+}
+
+/// The receipt in a record; `None` if there is none.
+pub fn decode(record: &BorrowedMessage<'_>) -> Option<Receipt> {
+    record.payload().and_then(|payload| decode_receipt(payload).ok())
+}
+
+/// Prints a receipt, with the time since the message was sent if that is known, else with its own time.
+pub fn print(receipt: &Receipt, elapsed_ms: Option<f64>, out: Output) -> anyhow::Result<()> {
+    let kind = receipt.kind().word();
+    let shown = Shown {
+        event: "receipt",
+        kind,
+        id: &receipt.id,
+        app: &receipt.app,
+        user: &receipt.user,
+        device: &receipt.device,
+        seq: receipt.seq,
+        code: &receipt.code,
+        reason: &receipt.reason,
+        at_ms: receipt.at_ms,
+        traceparent: &receipt.traceparent,
+        elapsed_ms,
+    };
+    out.either(&shown, || {
+        let mut who = clean(&receipt.user);
+        if !receipt.device.is_empty() {
+            who = format!("{who}/{}", clean(&receipt.device));
+        }
+        let what = match receipt.kind() {
+            ReceiptKind::Refused => format!("{}: {}", receipt.code, clean(&receipt.reason)),
+            _ if receipt.seq > 0 => format!("seq {}", receipt.seq),
+            _ => String::new(),
+        };
+        let kind = column(out, kind);
+        match elapsed_ms {
+            Some(elapsed_ms) => {
+                let took = out.paint(Tone::Faint, format_args!("{elapsed_ms:.1} ms"));
+                format!("{kind}  {who}  {what}  {took}")
+            }
+            None => {
+                let at = out.paint(Tone::Faint, clock(receipt.at_ms));
+                format!("{at}  {kind}  {}  {who}  {what}", clean(&receipt.id)).trim_end().into()
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// A kind of receipt, or `sent`, as the first column.
+pub fn column(out: Output, word: &str) -> String {
+    let tone = match word {
+        "refused" | "exhausted" | "expired" => Tone::Bad,
+        "duplicate" => Tone::Warn,
+        _ => Tone::Good,
+    };
+    out.paint(tone, format_args!("{word:<9}"))
 }

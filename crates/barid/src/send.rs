@@ -12,7 +12,7 @@ use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
 use barid_wire::record::{
     Audience, BodyKind, CONTENT_TYPE, Format, Push, RecordLimits, decode_base64, encode_push,
 };
-use barid_wire::v1::{Receipt, ReceiptKind};
+use barid_wire::v1::ReceiptKind;
 use bytes::Bytes;
 use clap::ValueEnum;
 use rdkafka::ClientConfig;
@@ -23,9 +23,10 @@ use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
 use serde::Serialize;
 use tokio::time::{Instant as Deadline, timeout_at};
 
+use crate::kafka_reader::Tail;
 use crate::output::{Coded, Output, Tone, clean, span};
-use crate::receipts::Receipts;
-use crate::values;
+use crate::receipts;
+use crate::values::{self, KafkaArgs};
 
 /// Options of `barid send`.
 #[derive(Debug, clap::Args)]
@@ -87,12 +88,11 @@ pub struct Args {
     /// How long to wait for Kafka, and then for receipts
     #[arg(long, default_value = "30s", value_parser = values::positive_duration)]
     pub timeout: Duration,
-    /// Kafka brokers: HOST:PORT, comma-separated [default: those of the running `barid dev`]
-    #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
-    pub brokers: Option<String>,
-    /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
-    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = values::property)]
-    pub properties: Vec<(String, String)>,
+    /// Trace this message: every role logs its hops under the trace id that is printed
+    #[arg(long)]
+    pub trace: bool,
+    #[command(flatten)]
+    pub kafka: KafkaArgs,
 }
 
 /// The type of a body.
@@ -129,27 +129,8 @@ struct Sent<'a> {
     topic: &'a str,
     bytes: usize,
     elapsed_ms: f64,
-}
-
-#[derive(Serialize)]
-struct ReceiptLine<'a> {
-    event: &'static str,
-    kind: &'static str,
-    id: &'a str,
-    user: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    device: &'a str,
-    #[serde(skip_serializing_if = "is_zero")]
-    seq: u64,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    code: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    reason: &'a str,
-    elapsed_ms: f64,
-}
-
-fn is_zero(number: &u64) -> bool {
-    *number == 0
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<String>,
 }
 
 /// Sends one message. The exit code is 1 if the cluster refuses it or knows its id, and 3 if an awaited receipt does not
@@ -162,8 +143,7 @@ pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
     let push = push(&args)?;
     let value = encode(&push, &RecordLimits::HIGHEST)?;
-    let config =
-        KafkaConfig { brokers: values::brokers(args.brokers.clone())?, ..Default::default() };
+    let config = KafkaConfig { brokers: args.kafka.brokers()?, ..Default::default() };
     let topic = match args.priority {
         Priority::High => &config.topics.push_high,
         Priority::Normal => &config.topics.push,
@@ -173,23 +153,28 @@ pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
         let topic = &config.topics.receipts;
         match args.wait.is_empty() {
             true => Ok(None),
-            false => Receipts::open(&config.brokers, topic, args.properties.clone(), args.timeout)
-                .await
-                .map(Some),
+            false => Tail::open(&args.kafka, topic, args.timeout).await.map(Some),
         }
     };
     // At once: each waits up to the time-out where Kafka does not answer.
     let (receipts, producer) = tokio::join!(receipts, connect(&config, &args, topic));
     let (producer, receipts) = (producer?, receipts?);
+    let trace = args.trace.then(Trace::new);
     let began = Instant::now();
-    produce(&producer, &config, &args, topic, push.key(), &value).await?;
+    produce(&producer, &config, &args, topic, (push.key(), &value), trace.as_ref()).await?;
     let elapsed_ms = millis(began);
     let (id, bytes) = (push.id.as_str(), value.len());
-    let sent = Sent { event: "sent", id, topic, bytes, elapsed_ms };
+    let trace_id = trace.map(|trace| format!("{:032x}", trace.id));
+    let sent = Sent { event: "sent", id, topic, bytes, elapsed_ms, trace_id };
     out.either(&sent, || {
         let to = out.paint(Tone::Strong, clean(&shown(&push.audience)));
         let took = out.paint(Tone::Faint, format_args!("{topic}, {elapsed_ms:.1} ms"));
-        format!("{}  {} to {to}  {took}", column(out, "sent"), clean(id))
+        let traced = sent
+            .trace_id
+            .as_ref()
+            .map(|id| format!("\ntraced     as {id} in the logs of the roles"));
+        let word = receipts::column(out, "sent");
+        format!("{word}  {} to {to}  {took}{}", clean(id), traced.unwrap_or_default())
     })?;
     match receipts {
         Some(receipts) => wait(&args, &push, &receipts, began, out).await,
@@ -217,7 +202,7 @@ async fn connect(config: &KafkaConfig, args: &Args, topic: &str) -> anyhow::Resu
         .set("message.max.bytes", "100000000")
         .set("message.timeout.ms", args.timeout.as_millis().max(1).to_string())
         .set_log_level(RDKafkaLogLevel::Emerg);
-    let producer: FutureProducer = values::kafka_client(client, &args.properties)?;
+    let producer: FutureProducer = values::kafka_client(client, &args.kafka.properties)?;
     let (asking, topic, limit) = (producer.clone(), topic.to_owned(), args.timeout);
     let asked = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
         let metadata = asking.client().fetch_metadata(Some(&topic), limit)?;
@@ -244,12 +229,16 @@ async fn produce(
     config: &KafkaConfig,
     args: &Args,
     topic: &str,
-    key: &str,
-    value: &[u8],
+    (key, value): (&str, &[u8]),
+    trace: Option<&Trace>,
 ) -> anyhow::Result<()> {
     let brokers = config.brokers.join(",");
     let content_type = Header { key: CONTENT_TYPE, value: Some(Format::Json.content_type()) };
-    let headers = OwnedHeaders::new_with_capacity(1).insert(content_type);
+    let mut headers = OwnedHeaders::new_with_capacity(2).insert(content_type);
+    if let Some(trace) = trace {
+        let traceparent = trace.traceparent();
+        headers = headers.insert(Header { key: "traceparent", value: Some(&traceparent) });
+    }
     let record = FutureRecord::to(topic).key(key).payload(value).headers(headers);
     match producer.send(record, args.timeout).await {
         Ok(_) => Ok(()),
@@ -263,7 +252,7 @@ async fn produce(
 async fn wait(
     args: &Args,
     push: &Push,
-    receipts: &Receipts,
+    receipts: &Tail,
     began: Instant,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
@@ -274,14 +263,14 @@ async fn wait(
     let deadline = Deadline::now() + args.timeout;
     let mut is_repeat = false;
     while !awaited.is_empty() {
-        let Ok(receipt) = timeout_at(deadline, receipts.next()).await else {
+        let Ok(receipt) = timeout_at(deadline, receipts.next(receipts::decode)).await else {
             bail!(Coded::cut(format!("{} after {:?}", missing(&awaited), args.timeout)));
         };
         let receipt = receipt?;
         if receipt.id != push.id.as_str() || receipt.app != push.app.as_str() {
             continue;
         }
-        print_receipt(&receipt, began, out)?;
+        receipts::print(&receipt, Some(millis(began)), out)?;
         if receipt.kind() == ReceiptKind::Refused {
             return Ok(ExitCode::FAILURE);
         }
@@ -305,43 +294,22 @@ fn missing(awaited: &HashSet<(Milestone, String)>) -> String {
     format!("no receipt {}", names.join(", "))
 }
 
-fn print_receipt(receipt: &Receipt, began: Instant, out: Output) -> anyhow::Result<()> {
-    let elapsed_ms = millis(began);
-    let kind = receipt.kind().word();
-    let line = ReceiptLine {
-        event: "receipt",
-        kind,
-        id: &receipt.id,
-        user: &receipt.user,
-        device: &receipt.device,
-        seq: receipt.seq,
-        code: &receipt.code,
-        reason: &receipt.reason,
-        elapsed_ms,
-    };
-    out.either(&line, || {
-        let mut who = clean(&receipt.user);
-        if !receipt.device.is_empty() {
-            who = format!("{who}/{}", clean(&receipt.device));
-        }
-        let what = match receipt.kind() {
-            ReceiptKind::Refused => format!("{}: {}", receipt.code, clean(&receipt.reason)),
-            _ if receipt.seq > 0 => format!("seq {}", receipt.seq),
-            _ => String::new(),
-        };
-        let took = out.paint(Tone::Faint, format_args!("{elapsed_ms:.1} ms"));
-        format!("{}  {who}  {what}  {took}", column(out, kind))
-    })?;
-    Ok(())
+/// A sampled W3C trace of which the record is the first span.
+struct Trace {
+    id: u128,
+    span: u64,
 }
 
-fn column(out: Output, word: &str) -> String {
-    let tone = match word {
-        "refused" | "exhausted" | "expired" => Tone::Bad,
-        "duplicate" => Tone::Warn,
-        _ => Tone::Good,
-    };
-    out.paint(tone, format_args!("{word:<9}"))
+impl Trace {
+    /// A new trace. Neither number may be 0.
+    fn new() -> Self {
+        Self { id: rand::random::<u128>().max(1), span: rand::random::<u64>().max(1) }
+    }
+
+    /// The header, with the flag `sampled`.
+    fn traceparent(&self) -> String {
+        format!("00-{:032x}-{:016x}-01", self.id, self.span)
+    }
 }
 
 fn millis(since: Instant) -> f64 {

@@ -10,7 +10,7 @@ use barid_mailbox::RedisConfig;
 use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
 use rdkafka::ClientConfig;
-use rdkafka::config::{FromClientConfig, RDKafkaLogLevel};
+use rdkafka::config::FromClientConfig;
 use rdkafka::error::KafkaError;
 
 use crate::authority;
@@ -57,18 +57,6 @@ pub fn property(text: &str) -> Result<(String, String), std::convert::Infallible
     Ok((key.trim().into(), value.trim().into()))
 }
 
-/// Settings of a consumer that joins no group, commits nothing and logs nothing.
-pub fn reader_config(brokers: &str) -> ClientConfig {
-    let mut client = ClientConfig::new();
-    client
-        .set("bootstrap.servers", brokers)
-        .set("client.id", "barid-cli")
-        .set("group.id", "barid-cli")
-        .set("enable.auto.commit", "false")
-        .set_log_level(RDKafkaLogLevel::Emerg);
-    client
-}
-
 /// Creates a client with further settings. Errors show no values: they may be secrets.
 pub fn kafka_client<T: FromClientConfig>(
     mut client: ClientConfig,
@@ -108,6 +96,27 @@ pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
         bail!(Coded::config("--brokers is empty; give HOST:PORT, or several, comma-separated"));
     }
     Ok(brokers)
+}
+
+/// The options of commands that read Kafka or produce to it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct KafkaArgs {
+    /// Kafka brokers: HOST:PORT, comma-separated [default: those of the running `barid dev`]
+    #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
+    pub brokers: Option<String>,
+    /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
+    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = property)]
+    pub properties: Vec<(String, String)>,
+}
+
+impl KafkaArgs {
+    /// The brokers: as given, else those of the running `barid dev`.
+    ///
+    /// # Errors
+    /// None are known, or the state of `barid dev` cannot be read.
+    pub fn brokers(&self) -> anyhow::Result<Vec<String>> {
+        brokers(self.brokers.clone())
+    }
 }
 
 /// The options of commands that read Redis.

@@ -9,6 +9,8 @@ use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Re
 pub struct Metrics {
     /// Records taken, by topic.
     pub taken: IntCounterVec,
+    /// Bytes of these records' values, by topic.
+    pub taken_bytes: IntCounterVec,
     /// Messages (one per user), by outcome: accepted, before, duplicate, failed; for messages that a repair reads again
     /// also known, expired.
     pub messages: IntCounterVec,
@@ -105,6 +107,12 @@ impl Metrics {
             taken: set.counters(
                 "records_taken_total",
                 "Records taken from Kafka.",
+                "topic",
+                &[],
+            )?,
+            taken_bytes: set.counters(
+                "record_bytes_taken_total",
+                "Bytes of the records' values.",
                 "topic",
                 &[],
             )?,

@@ -44,7 +44,10 @@ impl<M: Mailboxes> Pipeline<M> {
         let topics: Vec<Arc<str>> =
             config.kafka.topics.pushes().iter().map(|topic| Arc::from(*topic)).collect();
         // Exports every label from the start, as zero.
-        topics.iter().for_each(|topic| drop(metrics.taken.with_label_values(&[topic])));
+        for topic in &topics {
+            let _ = metrics.taken.with_label_values(&[topic]);
+            let _ = metrics.taken_bytes.with_label_values(&[topic]);
+        }
         let shards = shared.mailboxes.shards();
         Self {
             partitions: Partitions::new(shards),
@@ -117,6 +120,8 @@ impl<M: Mailboxes> Pipeline<M> {
         }
         let now_ms = self.lanes.shared().outbox.clock.now_ms();
         self.metrics.taken.with_label_values(&[&record.topic]).inc();
+        let bytes = self.metrics.taken_bytes.with_label_values(&[&record.topic]);
+        bytes.inc_by(record.value.len() as u64);
         let offset = record.offset;
         let skips = self.left_out.known(&partition, open.reading.id());
         let reported =

@@ -17,10 +17,11 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use crate::inspect;
+use crate::kafka_reader::Tail;
 use crate::output::{Output, Tone, clean};
-use crate::receipts::Receipts;
+use crate::receipts;
 use crate::token::{Holder, sign};
-use crate::values::{Key, random_name};
+use crate::values::{KafkaArgs, Key, random_name};
 
 /// An app of its own, so that the demonstration does not disturb other messages.
 const APP: &str = "barid-demo";
@@ -37,7 +38,7 @@ struct Demo<'a> {
     url: &'a str,
     key: &'a Key,
     producer: Producer,
-    receipts: Receipts,
+    receipts: Tail,
     out: Output,
 }
 
@@ -73,8 +74,9 @@ pub async fn run(
     out: Output,
 ) -> anyhow::Result<()> {
     let producer = Producer::new(kafka)?;
-    let receipts =
-        Receipts::open(&kafka.brokers, &kafka.topics.receipts, Vec::new(), PATIENCE).await?;
+    let brokers = Some(kafka.brokers.join(","));
+    let args = KafkaArgs { brokers, properties: Vec::new() };
+    let receipts = Tail::open(&args, &kafka.topics.receipts, PATIENCE).await?;
     let demo = Demo { kafka, redis, url, key, producer, receipts, out };
     let phone = demo.online().await?;
     demo.away(phone).await
@@ -192,7 +194,7 @@ impl Demo<'_> {
     /// The next receipt of this push. Cancel-safe.
     async fn receipt(&self, push: &Push) -> anyhow::Result<&'static str> {
         loop {
-            let receipt = self.receipts.next().await?;
+            let receipt = self.receipts.next(receipts::decode).await?;
             if receipt.id != push.id {
                 continue;
             }

@@ -119,6 +119,16 @@ fn hazard_115_the_other_commands_find_the_running_cluster_and_say_how_they_ended
     let (sent, _) = place.run("send --user bob hello");
     assert!(sent[0]["elapsed_ms"].as_f64().unwrap() < 60.0, "{sent:?}");
 
+    // Receipts, by the id of a message, with the trace that it was sent in.
+    let (sent, _) = place.run("send --user bob --id traced --trace --wait accepted hello");
+    let (receipts, status) = place.run("inspect receipts --id traced --app demo");
+    assert!(status.success() && receipts.len() == 1, "{receipts:?}");
+    assert_eq!((&receipts[0]["kind"], &receipts[0]["user"]), (&"accepted".into(), &"bob".into()));
+    let trace_id = sent[0]["trace_id"].as_str().unwrap();
+    assert_eq!(receipts[0]["traceparent"].as_str().unwrap().split('-').nth(1), Some(trace_id));
+    let (none, status) = place.run("inspect receipts --id traced --user alice");
+    assert!(status.success() && none.is_empty(), "{none:?}");
+
     // A record that no purger accepts, and where it is found.
     let (_, status) = place.run("inspect dead");
     assert!(status.success());
