@@ -92,7 +92,7 @@ impl Bounded for LimitsConfig {
             // The kernel takes half an i32, and doubles it.
             whole("send_buffer_bytes", 1..=1 << 30, "bytes").or_zero("as the system has it"),
             whole("node_queued_bytes_max", 1..=TEBIBYTE, "bytes"),
-            whole("platforms_max", 0..=1_000, ""),
+            whole("metric_names_max", 0..=1_000, ""),
             whole("subscriptions_max", 0..=GROUPS_MAX as u64, ""),
             whole("fanout_bytes_max", 1..=QUEUE_BYTES_MAX, "bytes"),
             whole("node_fanout_bytes_max", 1..=TEBIBYTE, "bytes"),
@@ -499,8 +499,8 @@ pub struct LimitsConfig {
     /// Maximum bytes of pushes queued for all devices; beyond it new handshakes are answered with 503, and the devices
     /// with the largest queues are closed with 4002.
     pub node_queued_bytes_max: u64,
-    /// Maximum platforms that metrics name at once; sessions of further ones count together.
-    pub platforms_max: usize,
+    /// Maximum platforms that metrics name at once, and SDKs, and apps; sessions of further ones count together.
+    pub metric_names_max: usize,
     /// Maximum subscribed groups of a session; a further one is refused with 4504. At most 254.
     pub subscriptions_max: usize,
     /// Maximum bytes of unread messages held for one audience (everyone of an app, or a group); beyond it the oldest is
@@ -557,7 +557,7 @@ impl Default for LimitsConfig {
             queued_bytes_max: 1 << 20,
             send_buffer_bytes: 64 << 10,
             node_queued_bytes_max: 512 << 20,
-            platforms_max: 32,
+            metric_names_max: 32,
             subscriptions_max: 64,
             fanout_bytes_max: 1 << 20,
             node_fanout_bytes_max: 64 << 20,

@@ -61,9 +61,9 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     };
     node.metrics.connections.inc();
     let refusal = match identify(&node, &mut accepted).await {
-        Ok(Identified { session, handle, codec, ignored }) => {
+        Ok(Identified { session, handle, codec, sdk, ignored }) => {
             let mut connection = Connection::new(&node, accepted, session, handle, codec);
-            connection.begin();
+            connection.begin(&sdk);
             admitted.welcomed();
             if let Some(field) = ignored {
                 connection.ignored(Unknown::Field, &field);
@@ -110,9 +110,11 @@ async fn refuse(node: &Node, refused: Refused) {
 }
 
 impl Connection {
-    fn begin(&mut self) {
-        self.node.metrics.sessions.inc();
-        self.platform = self.node.metrics.platforms.enter(&self.session.identity().platform);
+    fn begin(&mut self, sdk: &str) {
+        let metrics = &self.node.metrics;
+        metrics.sessions.inc();
+        let identity = self.session.identity();
+        self.counted = Some(metrics.enter(&identity.user.app, &identity.platform, sdk));
         self.welcome();
         self.node.sessions.set_due(&self.handle, self.beat.due());
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::CloseCode;
+use barid_core::{AppId, CloseCode};
 use barid_runtime::{Hop, Hops, MetricSet};
 use barid_session::{Dropped, Seconds, SyncCause};
 use barid_wire::envelope::SkipReason;
@@ -13,7 +13,7 @@ use crate::labels::{
     Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
     TokenRefusal, Unknown,
 };
-use crate::platforms::Platforms;
+use crate::names::{Name, Names};
 
 const SKIPS: [SkipReason; 7] = [
     SkipReason::Unspecified,
@@ -64,8 +64,9 @@ pub struct Metrics {
     pub key_set_age: IntGauge,
     closes: IntCounterVec,
     session_seconds: HistogramVec,
-    /// Sessions by platform.
-    pub platforms: Arc<Platforms>,
+    platforms: Arc<Names>,
+    sdks: Arc<Names>,
+    apps: Arc<Names>,
     /// Messages written from a dispatcher's push.
     pub delivered_fast: IntCounter,
     /// Messages written from a mailbox's page.
@@ -98,6 +99,8 @@ pub struct Metrics {
     limits: IntCounterVec,
     ignored: IntCounterVec,
     certificates: IntCounterVec,
+    /// When the certificate of the devices' port expires, s since the Unix epoch; 0: no TLS there.
+    pub certificate_expires: IntGauge,
     /// Receipts dropped because the producer's queue was full.
     pub receipts_dropped: IntCounter,
     /// Devices sent to another node by shedding.
@@ -108,12 +111,22 @@ pub struct Metrics {
     pub hops: Hops,
 }
 
+/// Where a session is counted.
+#[derive(Debug)]
+pub struct Counted {
+    app: Name,
+    platform: Name,
+    sdk: Name,
+    /// Bytes to devices of its app.
+    pub bytes: IntCounter,
+}
+
 impl Metrics {
     /// Creates and registers the metrics.
     ///
     /// # Errors
     /// A metric of the same name is registered already.
-    pub fn new(registry: &Registry, platforms_max: usize) -> Result<Self, prometheus::Error> {
+    pub fn new(registry: &Registry, names_max: usize) -> Result<Self, prometheus::Error> {
         let set = MetricSet::new(registry, "barid_access");
         let closes = CloseCode::ALL.iter().map(|code| code.as_str());
         let closes: Vec<_> = closes.chain(["device"]).collect();
@@ -167,9 +180,25 @@ impl Metrics {
                 &closes,
                 SESSION_SECONDS,
             )?,
-            platforms: Arc::new(Platforms::new(
+            platforms: Arc::new(Names::new(
                 set.gauges("platform_sessions", "Welcomed sessions, by platform", "platform")?,
-                platforms_max,
+                None,
+                names_max,
+            )),
+            sdks: Arc::new(Names::new(
+                set.gauges("sdk_sessions", "Welcomed sessions, by SDK and its version", "sdk")?,
+                None,
+                names_max,
+            )),
+            apps: Arc::new(Names::new(
+                set.gauges("app_sessions", "Welcomed sessions, by app", "app")?,
+                Some(set.counters(
+                    "app_bytes_out_total",
+                    "Bytes of frames to welcomed devices, by app",
+                    "app",
+                    &[],
+                )?),
+                names_max,
             )),
             delivered_fast: delivered.with_label_values(&["fast"]),
             delivered_sync: delivered.with_label_values(&["sync"]),
@@ -245,6 +274,10 @@ impl Metrics {
                 "limit",
                 Limit::VALUES,
             )?,
+            certificate_expires: set.gauge(
+                "certificate_expires_timestamp_seconds",
+                "When the certificate of the devices' port expires",
+            )?,
             certificates: set.counters(
                 "certificate_reads_total",
                 "Reloads of the certificate, by outcome",
@@ -269,6 +302,24 @@ impl Metrics {
     /// Counts a limit that was reached.
     pub fn limit(&self, limit: Limit) {
         self.limits.with_label_values(&[limit.as_str()]).inc();
+    }
+
+    /// Counts a welcomed session by what it names. [`Self::leave`] must follow.
+    pub fn enter(&self, app: &AppId, platform: &str, sdk: &str) -> Counted {
+        let app = self.apps.enter(app.as_str());
+        Counted {
+            app,
+            platform: self.platforms.enter(platform),
+            sdk: self.sdks.enter(sdk),
+            bytes: self.apps.bytes(app).unwrap_or_else(|| self.bytes_out.clone()),
+        }
+    }
+
+    /// Ends the count of a session.
+    pub fn leave(&self, counted: Counted) {
+        self.apps.leave(counted.app);
+        self.platforms.leave(counted.platform);
+        self.sdks.leave(counted.sdk);
     }
 
     /// Counts a reading of the certificate's files.

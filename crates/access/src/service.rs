@@ -149,7 +149,7 @@ async fn build(
     redis: &Condition,
     tasks: &Tasks,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
-    let metrics = Metrics::new(&context.metrics, config.limits.platforms_max)?;
+    let metrics = Metrics::new(&context.metrics, config.limits.metric_names_max)?;
     let policy = Policy::new(config)?;
     context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
     // Before Redis answers: that may take longer than a certificate is valid.

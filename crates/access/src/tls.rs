@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use barid_runtime::{FileWatch, PemFile};
+use barid_runtime::{FileWatch, PemFile, expires_s};
 use parking_lot::RwLock;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
@@ -85,8 +85,11 @@ impl Tls {
     /// and the last good certificate stays. Never returns.
     pub async fn keep_fresh(self, metrics: Metrics) {
         let Current { files, watch, provider, key } = &*self.current;
+        let expires = &metrics.certificate_expires;
+        expires.set(expires_s(&key.read().cert));
         let used = |new: Option<CertifiedKey>| match new {
             Some(new) => {
+                expires.set(expires_s(&new.cert));
                 *key.write() = Arc::new(new);
                 metrics.certificate_read(CertificateRead::Read);
             }

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use barid_runtime::{Context, FileWatch, MetricSet, PemFile};
+use barid_runtime::{Context, FileWatch, MetricSet, PemFile, expires_s};
 use parking_lot::RwLock;
-use prometheus::IntCounterVec;
+use prometheus::{IntCounterVec, IntGauge};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier as _;
 use rustls::crypto::aws_lc_rs;
@@ -66,6 +66,8 @@ struct Files {
 struct Loaded {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    /// When the certificate expires, s since the Unix epoch.
+    expires_s: i64,
 }
 
 impl Credentials {
@@ -120,28 +122,33 @@ impl Credentials {
         &self,
         context: &Context,
     ) -> Result<impl Future<Output = ()> + Send + use<>, prometheus::Error> {
-        let reads = MetricSet::new(&context.metrics, "barid_internal_certificate").counters(
+        let set = MetricSet::new(&context.metrics, "barid_internal_certificate");
+        let reads = set.counters(
             "reads_total",
             "Reloads of the files of internal_tls, by result.",
             "result",
             &READS,
         )?;
+        let expires = set
+            .gauge("expires_timestamp_seconds", "When the certificate of internal_tls expires.")?;
+        expires.set(self.0.as_ref().map_or(0, |current| current.loaded.read().expires_s));
         let (credentials, shutdown) = (self.clone(), context.shutdown.clone());
         Ok(async move {
             tokio::select! {
-                () = credentials.reload(reads) => {}
+                () = credentials.reload(reads, expires) => {}
                 () = shutdown.draining() => {}
             }
         })
     }
 
     /// Never returns.
-    async fn reload(self, reads: IntCounterVec) {
+    async fn reload(self, reads: IntCounterVec, expires: IntGauge) {
         let Some(current) = self.0 else { return std::future::pending().await };
         let used = |loaded: Option<Loaded>| {
             let result = if loaded.is_some() { "read" } else { "failed" };
             reads.with_label_values(&[result]).inc();
             if let Some(loaded) = loaded {
+                expires.set(loaded.expires_s);
                 *current.loaded.write() = loaded;
             }
         };
@@ -199,9 +206,10 @@ impl Files {
             .with_protocol_versions(protocols)
             .map_err(|error| format!("internal_tls: {error}"))?
             .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key.private_key()?)
+            .with_client_auth_cert(chain.clone(), key.private_key()?)
             .map_err(|error| key.error(error))?;
         client.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Loaded { server: Arc::new(server), client: Arc::new(client) })
+        let expires_s = expires_s(&chain);
+        Ok(Loaded { server: Arc::new(server), client: Arc::new(client), expires_s })
     }
 }

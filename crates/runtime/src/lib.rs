@@ -36,7 +36,7 @@ pub use hops::{Hop, Hops};
 pub use latency::{BOUNDS_US, Latency, register_latencies};
 pub use main_role::main;
 pub use metric_set::MetricSet;
-pub use pem_file::PemFile;
+pub use pem_file::{PemFile, expires_s};
 pub use role::{Probe, Role, RunError, Stopped, Unfit};
 pub use secret_url::SecretUrl;
 pub use shutdown::Shutdown;

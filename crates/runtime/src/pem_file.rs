@@ -2,8 +2,14 @@
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use barid_core::pem::{self, CertificateDer, PrivateKeyDer};
+use rustls_pki_types::UnixTime;
+use webpki::{EndEntityCert, KeyUsage};
+
+/// The year 10000: later than any date that a certificate can name, s since the Unix epoch.
+const NEVER_S: u64 = 253_402_300_800;
 
 /// The contents of a file in PEM. Every error names the key and the file: `redis.ca_file /etc/ca.pem: …`.
 pub struct PemFile {
@@ -43,5 +49,21 @@ impl PemFile {
     /// A problem with the file, after its key and its path.
     pub fn error(&self, problem: impl Display) -> String {
         format!("{} {}: {problem}", self.key, self.path.display())
+    }
+}
+
+/// When the first certificate of a chain expires, s since the Unix epoch; 0 if there is none.
+pub fn expires_s(chain: &[CertificateDer<'_>]) -> i64 {
+    let certificate = chain.first().and_then(|first| EndEntityCert::try_from(first).ok());
+    // webpki checks the dates before anything else, and tells the one that has passed.
+    let late = UnixTime::since_unix_epoch(Duration::from_secs(NEVER_S));
+    let usage = KeyUsage::server_auth();
+    let checked =
+        certificate.map(|it| it.verify_for_usage(&[], &[], &[], late, usage, None, None).map(drop));
+    match checked {
+        Some(Err(webpki::Error::CertExpired { not_after, .. })) => {
+            i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX)
+        }
+        _ => 0,
     }
 }

@@ -27,6 +27,8 @@ pub struct Unidentified {
 pub struct Connecting {
     /// The session's identity.
     pub identity: Identity,
+    /// The name and version of the device's SDK, from Hello; may be empty.
+    pub sdk: String,
     /// The device accepts zstd.
     pub accepts_zstd: bool,
     /// The device asks for Ping frames.
@@ -69,6 +71,7 @@ impl Unidentified {
                 attempt: Attempt(attempt),
                 platform: Arc::from(hello.platform.as_str()),
             },
+            sdk: hello.sdk,
             accepts_zstd: hello.accepts_zstd,
             visible_pings: hello.visible_pings,
             ping_interval_ms: hello.ping_interval_ms,

@@ -16,13 +16,15 @@ use crate::socket::Socket;
 impl Connection {
     /// Removes the session from the registry, stores the device's last acknowledgement, and removes its route.
     pub(super) async fn finish(self: Box<Self>, close: End) {
-        let Self { node, socket, handle, session, codec, out, listener, begun, platform, .. } =
+        let Self { node, socket, handle, session, codec, out, listener, begun, counted, .. } =
             *self;
         node.metrics.queued_bytes.add(handle.set_queued_bytes(0));
         let code = close.as_ref().map(|close| close.code);
         node.metrics.close(code);
         node.metrics.session_ended(code, node.clock.seconds().saturating_sub(begun));
-        node.metrics.platforms.leave(platform);
+        if let Some(counted) = counted {
+            node.metrics.leave(counted);
+        }
         node.sessions.registry.remove(handle.user(), handle.connection);
         listener.leave(&node.fanout, &handle.user().app);
         handle.finish();

@@ -25,6 +25,8 @@ pub(super) struct Identified {
     pub session: Connected,
     pub handle: Arc<Handle>,
     pub codec: Codec,
+    /// The name and version of the device's SDK.
+    pub sdk: String,
     /// A field of Hello that is unknown here.
     pub ignored: Option<String>,
 }
@@ -35,7 +37,7 @@ pub(super) async fn identify(
     accepted: &mut Accepted,
 ) -> Result<Identified, Option<Refusal>> {
     let hello = hello_in_time(node, accepted).await;
-    let (connecting, ignored) = hello.map_err(|close| close.map(Refusal::from))?;
+    let (mut connecting, ignored) = hello.map_err(|close| close.map(Refusal::from))?;
     accepted.unidentified.identified();
     if connecting.attempt_ahead.is_some() {
         node.metrics.limit(Limit::AttemptAhead);
@@ -46,6 +48,7 @@ pub(super) async fn identify(
         visible_pings: connecting.visible_pings,
         ping_interval: node.policy.heartbeat.interval(connecting.ping_interval_ms),
     };
+    let sdk = std::mem::take(&mut connecting.sdk);
     let as_named = connecting.clone();
     let entered = match enter(node, connecting).await {
         Err(refusal) => match as_named.counted_on(refusal.attempt) {
@@ -55,7 +58,7 @@ pub(super) async fn identify(
         entered => entered,
     };
     let (session, handle) = entered.map_err(Some)?;
-    Ok(Identified { session, handle, codec, ignored })
+    Ok(Identified { session, handle, codec, sdk, ignored })
 }
 
 /// Waits for Hello, and returns its first unknown field with it; for less time the more connections do.

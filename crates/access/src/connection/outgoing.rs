@@ -109,7 +109,7 @@ impl Connection {
             return true;
         }
         self.node.metrics.delivered_fanout.inc_by(run.messages.into());
-        self.node.metrics.bytes_out.inc_by(run.frame.len() as u64);
+        self.count_bytes(run.frame.len());
         self.beat.written(self.node.clock.seconds());
         if self.socket.write_shared(cx, &run.frame).is_err() {
             return false;
@@ -157,8 +157,16 @@ impl Connection {
                 }
             }
         };
-        self.node.metrics.bytes_out.inc_by(frame.len() as u64);
+        self.count_bytes(frame.len());
         self.socket.feed(message(self.codec.encoding, frame))
+    }
+
+    fn count_bytes(&self, count: usize) {
+        let count = count as u64;
+        self.node.metrics.bytes_out.inc_by(count);
+        if let Some(counted) = &self.counted {
+            counted.bytes.inc_by(count);
+        }
     }
 
     /// Takes the queued pushes that are joined with `first` into one frame.

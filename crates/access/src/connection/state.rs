@@ -15,8 +15,8 @@ use crate::connection::codec::Codec;
 use crate::fanout::Listener;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
+use crate::metrics::Counted;
 use crate::node::Node;
-use crate::platforms::Platform;
 use crate::socket::Socket;
 use crate::upstream::Spent;
 
@@ -82,8 +82,8 @@ pub(super) struct Connection {
     pub refreshing: Option<Refreshing>,
     pub effects: Vec<Effect>,
     pub end: Option<End>,
-    /// Where metrics count it.
-    pub platform: Platform,
+    /// Where metrics count it, from Welcome on.
+    pub counted: Option<Counted>,
     /// The device has been told that something it sent was ignored; that is done once.
     pub reported_ignored: bool,
 }
@@ -124,7 +124,7 @@ impl Connection {
             refreshing: None,
             effects: Vec::new(),
             end: None,
-            platform: Platform::None,
+            counted: None,
             reported_ignored: false,
         })
     }

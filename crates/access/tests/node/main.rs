@@ -48,17 +48,22 @@ async fn a_push_to_an_online_device_is_written_and_its_ack_moves_the_cursor() ->
 }
 
 #[tokio::test]
-async fn sessions_are_counted_by_platform_and_timed_by_how_they_end() -> Result<()> {
+async fn sessions_are_counted_by_what_they_name_and_timed_by_how_they_end() -> Result<()> {
     let world = World::new().await?;
-    let node = world.node_with(|config| config.limits.platforms_max = 1).await?;
+    let node = world.node_with(|config| config.limits.metric_names_max = 1).await?;
     let sessions = |platform| node.metric("barid_access_platform_sessions", platform);
     let token = token_of("alice");
     let mut open = Vec::new();
     for (device, platform) in [("a", "ios"), ("b", "ios"), ("c", "web"), ("d", "")] {
-        let hello = json!({ "device": device, "platform": platform });
+        let sdk = if device == "d" { "barid-go/1.2.0" } else { "barid-rust/0.1.0" };
+        let hello = json!({ "device": device, "platform": platform, "sdk": sdk });
         open.push(Device::connect_with(&node.url(), &token, hello).await?.0);
     }
     assert_eq!(["ios", "other", "none"].map(sessions), [2.0, 1.0, 1.0]);
+    let sdks = |sdk| node.metric("barid_access_sdk_sessions", sdk);
+    assert_eq!(["barid-rust/0.1.0", "other", "none"].map(sdks), [3.0, 1.0, 0.0]);
+    assert_eq!(node.metric("barid_access_app_sessions", APP), 4.0);
+    assert!(node.metric("barid_access_app_bytes_out_total", APP) > 4.0 * 20.0, "four Welcomes");
     tokio::time::sleep(Duration::from_millis(2_100)).await;
     for device in open {
         device.close().await?;

@@ -87,6 +87,8 @@ async fn a_certificate_is_replaced_without_a_restart_and_sessions_go_on() -> Res
     let directory = tempfile::tempdir()?;
     install("one", directory.path())?;
     let node = node(&world, directory.path()).await?;
+    let expires = node.metric("barid_access_certificate_expires_timestamp_seconds", "");
+    assert_eq!(expires, 4_948_889_510.0, "2126-10-28, as openssl x509 -enddate shows it");
     let mut before = connect(&node, "one").await?;
     session(&mut before, "alice").await?;
     assert!(connect(&node, "two").await.is_err(), "it is the other one's");
