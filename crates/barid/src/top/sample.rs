@@ -8,8 +8,11 @@ use barid_runtime::exposition::{Histogram, Metrics};
 use serde::Serialize;
 
 use super::scrape::Scrape;
+use crate::output::span;
 use crate::values;
 
+/// Time before the end of a certificate from which on it is a problem, s.
+const EXPIRES_SOON_S: f64 = 14.0 * 86_400.0;
 /// Scrapes kept for each endpoint. Latencies are computed between the first and the last.
 const LOOKS: usize = 11;
 
@@ -23,7 +26,16 @@ pub struct Sample {
     pub lags: Lags,
     pub roles: Vec<RoleState>,
     pub nodes: Vec<NodeState>,
+    pub sessions: Sessions,
     pub problems: Vec<Problem>,
+}
+
+/// Welcomed sessions by what they name, as access nodes export it; names without a session are left out.
+#[derive(Debug, Default, Serialize)]
+pub struct Sessions {
+    pub by_app: BTreeMap<String, u64>,
+    pub by_platform: BTreeMap<String, u64>,
+    pub by_sdk: BTreeMap<String, u64>,
 }
 
 /// Messages per second since the previous scrape.
@@ -165,6 +177,7 @@ impl Memory {
         problems.extend(unread.map(|problem| Problem { of: "leases".into(), problem }));
         let lags = self.lags();
         problems.extend(self.not_ready());
+        problems.extend(self.expiring(values::now_ms()));
         if lags.shards_away > 0 {
             let problem = format!("{} shards are unavailable", lags.shards_away);
             problems.push(Problem { of: "purger".into(), problem });
@@ -177,6 +190,7 @@ impl Memory {
             lags,
             roles: self.roles(),
             nodes: nodes.iter().map(node).collect(),
+            sessions: self.sessions(),
             problems,
         }
     }
@@ -243,6 +257,48 @@ impl Memory {
             queued_bytes: sum("barid_access_queued_bytes") as u64,
             shards_away: max("barid_purger_shards_away") as u64,
         }
+    }
+
+    fn sessions(&self) -> Sessions {
+        let by = |name: &str, label: &str| {
+            let mut all: BTreeMap<String, u64> = BTreeMap::new();
+            for (_, pair) in self.pairs() {
+                for (value, count) in pair.now.metrics.by_label(name, label) {
+                    *all.entry(value).or_default() += count;
+                }
+            }
+            all.retain(|_, count| *count > 0);
+            all
+        };
+        Sessions {
+            by_app: by("barid_access_app_sessions", "app"),
+            by_platform: by("barid_access_platform_sessions", "platform"),
+            by_sdk: by("barid_access_sdk_sessions", "sdk"),
+        }
+    }
+
+    /// Certificates that end soon, or have ended.
+    fn expiring(&self, now_ms: u64) -> Vec<Problem> {
+        let kinds = [
+            ("barid_internal_certificate_expires_timestamp_seconds", "certificate of internal_tls"),
+            ("barid_access_certificate_expires_timestamp_seconds", "certificate for devices"),
+        ];
+        let found = self.pairs().flat_map(|(address, pair)| {
+            let left = kinds.map(|(name, what)| {
+                // 0: there is none.
+                let at = Some(pair.now.metrics.sum(name)).filter(|at| *at > 0.0)?;
+                let left = at - now_ms as f64 / 1e3;
+                (left < EXPIRES_SOON_S).then_some((what, left))
+            });
+            left.into_iter().flatten().map(|(what, left)| {
+                let problem = match left > 0.0 {
+                    true => format!("the {what} expires in {}", span((left * 1e3) as u64)),
+                    false => format!("the {what} has expired"),
+                };
+                Problem { of: address.clone(), problem }
+            })
+        });
+        found.collect()
     }
 
     fn roles(&self) -> Vec<RoleState> {
@@ -343,6 +399,34 @@ mod tests {
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);
+    }
+
+    #[test]
+    fn certificates_that_expire_soon_are_problems_and_sessions_add_up() {
+        let mut memory = Memory::default();
+        let now_s = values::now_ms() as f64 / 1e3;
+        let text = |expires: f64| {
+            format!(
+                "barid_internal_certificate_expires_timestamp_seconds {expires}\n\
+                 barid_access_certificate_expires_timestamp_seconds 0\n\
+                 barid_access_sdk_sessions{{sdk=\"go/1\"}} 2\n\
+                 barid_access_sdk_sessions{{sdk=\"none\"}} 0"
+            )
+        };
+        let days = [-1.0, 3.1, 30.0];
+        let looks = ["a:1", "b:1", "c:1"].iter().zip(days).map(|(address, days)| {
+            let mut scrape = look(Instant::now(), &text(now_s + days * 86_400.0)).unwrap();
+            scrape.not_ready.clear();
+            ((*address).to_owned(), Ok(scrape))
+        });
+        let sample = memory.take(looks.collect(), Ok(vec![]));
+        let told: Vec<_> = sample.problems.iter().map(|p| (&*p.of, &*p.problem)).collect();
+        let wanted = [
+            ("a:1", "the certificate of internal_tls has expired"),
+            ("b:1", "the certificate of internal_tls expires in 3 d"),
+        ];
+        assert_eq!(told, wanted);
+        assert_eq!(sample.sessions.by_sdk, [("go/1".to_owned(), 6)].into());
     }
 
     #[test]

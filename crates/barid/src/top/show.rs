@@ -1,9 +1,11 @@
 //! Formats a sample: problems first, then its sections, one below the other in 80 columns, side by side in a wide
 //! terminal.
 
+use std::collections::BTreeMap;
+
 use crate::output::{Output, Tone, bytes, clean, clock, span};
 
-use super::sample::{Hop, NodeState, RoleState, Sample};
+use super::sample::{Hop, NodeState, RoleState, Sample, Sessions};
 
 /// From this width on, rates and lags are left of processes and nodes.
 const WIDE: usize = 132;
@@ -298,7 +300,41 @@ fn who(sample: &Sample, columns: usize, filter: &str) -> Vec<Line> {
         lines.push(Line::default());
     }
     lines.extend(nodes(&sample.nodes, columns, filter));
+    lines.extend(sessions(&sample.sessions, columns));
     lines
+}
+
+/// Sessions by app, platform and SDK, the most frequent names first, as many as a line holds.
+fn sessions(sessions: &Sessions, columns: usize) -> Vec<Line> {
+    let kinds =
+        [("app", &sessions.by_app), ("platform", &sessions.by_platform), ("SDK", &sessions.by_sdk)];
+    if kinds.iter().all(|(_, names)| names.is_empty()) {
+        return Vec::new();
+    }
+    let mut lines = vec![Line::default(), header("sessions by")];
+    for (kind, names) in kinds {
+        let room = columns.saturating_sub(14).max(20);
+        lines.push(Line::plain(format!("  {kind:<10}{}", most_frequent(names, room))));
+    }
+    lines
+}
+
+/// `web 1,203, ios 800, 3 more`, in at most `room` characters.
+fn most_frequent(names: &BTreeMap<String, u64>, room: usize) -> String {
+    let mut sorted: Vec<_> = names.iter().collect();
+    sorted.sort_by_key(|(name, count)| (std::cmp::Reverse(**count), *name));
+    let mut text = String::new();
+    for (at, (name, count)) in sorted.iter().enumerate() {
+        let gap = if at > 0 { ", " } else { "" };
+        let next = format!("{gap}{} {}", cut(&clean(name), 40), number(**count));
+        let rest = format!(", {} more", sorted.len() - at);
+        let last = if at + 1 < sorted.len() { rest.len() } else { 0 };
+        if at > 0 && text.chars().count() + next.chars().count() + last > room {
+            return text + &rest;
+        }
+        text += &next;
+    }
+    text
 }
 
 /// `first`: a role above in the same process, whose CPU time and memory are this one's as well.
@@ -443,6 +479,11 @@ mod tests {
             lags: Lags { timers_late_ms: 2_500, ..Default::default() },
             roles: ["purger", "dispatcher", "delayer", "access"].map(role).into(),
             nodes: (0..nodes).map(node).collect(),
+            sessions: Sessions {
+                by_app: (0..50).map(|n| (format!("app-{n}"), 1_000 - n)).collect(),
+                by_platform: [("ios".into(), 700), ("web".into(), 7_000)].into(),
+                by_sdk: BTreeMap::new(),
+            },
             problems: vec![Problem { of: "purger a:1".into(), problem: "kafka: away".repeat(20) }],
         }
     }
@@ -480,7 +521,7 @@ mod tests {
         );
         view.from = usize::MAX;
         let last = shown(&mut view);
-        assert!(last.contains("access-99-with"), "{last}");
+        assert!(last.contains("access-99-with") && last.contains("platform"), "{last}");
         view = View { filter: "access-77-".into(), ..Default::default() };
         let one = shown(&mut view);
         assert!(one.contains("access-77-") && !one.contains("access-78-"), "{one}");
@@ -521,6 +562,9 @@ mod tests {
                 "dispatcher",
                 "01:02:03 UTC",
                 "4+4+4 partitions",
+                "platform  web 7,000, ios 700",
+                "app       app-0 1,000, app-1 999, ",
+                " more",
             ] {
                 assert!(text.contains(part), "{columns}: no {part} in\n{text}");
             }
