@@ -48,6 +48,7 @@ impl Bounded for AuthConfig {
         let own = vec![
             whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s"),
             whole("lifetime_max_seconds", 1..=3_660 * DAY_SECONDS, "s").or_zero("no limit"),
+            whole("revocations_max", 1..=10_000_000, ""),
         ];
         [own, within::<JwksConfig>("jwks")].concat()
     }
@@ -220,12 +221,14 @@ pub struct Config {
     pub sync: SyncConfig,
     /// Whether receipts are produced for messages that ask for them.
     pub receipts: bool,
-    /// Kafka, for receipts.
+    /// Whether the topic of revocations is followed. Then no device is admitted until it has been read once.
+    pub revocations: bool,
+    /// Kafka, for receipts and revocations.
     pub kafka: KafkaConfig,
 }
 
 /// Keys under `auth`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
     /// Configured keys. Several are valid at once, so that they can be rotated.
@@ -243,6 +246,23 @@ pub struct AuthConfig {
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
+    /// Maximum revocations that the node keeps; beyond it the oldest is dropped, and its tokens are valid again.
+    pub revocations_max: usize,
+}
+
+impl Default for AuthConfig {
+    fn default() -> Self {
+        Self {
+            keys: Vec::new(),
+            jwks: Vec::new(),
+            audience: Vec::new(),
+            issuer: Vec::new(),
+            nbf_leeway_seconds: 0,
+            lifetime_max_seconds: 0,
+            origins: Vec::new(),
+            revocations_max: 100_000,
+        }
+    }
 }
 
 impl AuthConfig {
@@ -747,6 +767,7 @@ impl Default for Config {
             balance: BalanceConfig::default(),
             sync: SyncConfig::default(),
             receipts: true,
+            revocations: true,
             kafka: KafkaConfig::default(),
         }
     }

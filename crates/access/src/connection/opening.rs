@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
-use barid_session::{Close, Connected, Connecting, Refusal, Unidentified};
+use barid_session::{Close, Connected, Connecting, Refusal, TokenFacts, Unidentified};
 use barid_wire::frames::{Encoding, Ignored};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -12,8 +12,9 @@ use crate::connection::codec::{Codec, decode, refusal};
 use crate::connection::ending::forget;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
-use crate::labels::{Call, Limit};
+use crate::labels::{Call, Limit, RevokedAt};
 use crate::node::Node;
+use crate::revocations::REVOKED;
 use crate::socket::{Received, Socket};
 use crate::upstream::Spent;
 
@@ -47,9 +48,10 @@ pub(super) async fn identify(
         ping_interval: node.policy.heartbeat.interval(connecting.ping_interval_ms),
     };
     let as_named = connecting.clone();
-    let entered = match enter(node, connecting).await {
+    let token = accepted.claims.token;
+    let entered = match enter(node, connecting, token).await {
         Err(refusal) => match as_named.counted_on(refusal.attempt) {
-            Some(connecting) => enter(node, connecting).await,
+            Some(connecting) => enter(node, connecting, token).await,
             None => Err(refusal),
         },
         entered => entered,
@@ -95,6 +97,7 @@ async fn hello_in_time(
 async fn enter(
     node: &Arc<Node>,
     connecting: Connecting,
+    token: TokenFacts,
 ) -> Result<(Connected, Arc<Handle>), Refusal> {
     let identity = &connecting.identity;
     let connection = node.sessions.next_connection();
@@ -103,6 +106,7 @@ async fn enter(
         identity.attempt,
         identity.user.clone(),
         identity.device.clone(),
+        token,
     ));
     // Before the route is written: a push must find the session that its route names.
     if !node.sessions.registry.insert(Arc::clone(&handle), node.policy.limits.user_connections_max)
@@ -110,6 +114,16 @@ async fn enter(
         node.metrics.limit(Limit::UserConnections);
         let text = "too many devices of this user are connected to this node";
         return Err(Close::new(CloseCode::Limit, text).into());
+    }
+    // The handshake's check was before the session could be found by a revocation.
+    if node.revocations.hit(handle.user(), &token, node.clock.now_s()).is_some() {
+        node.sessions.registry.remove(handle.user(), connection);
+        let close = Close::new(CloseCode::TokenExpired, REVOKED);
+        if handle.close(close.clone()) {
+            node.metrics.revoked(RevokedAt::Session);
+        }
+        handle.finish();
+        return Err(close.into());
     }
     match connect(node, connecting, &handle).await {
         Ok(session) => Ok((session, handle)),
