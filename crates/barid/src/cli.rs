@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{authority, dead, dev, inspect, kick, listen, send, token, top, topics};
+use crate::{authority, dead, dev, inspect, kick, listen, revoke, send, token, top, topics};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -40,6 +40,9 @@ pub enum Command {
     Top(top::Args),
     /// Close the sessions of a device, a user, an app, or everyone
     Kick(kick::Args),
+    /// Revoke tokens of devices: of a user, a token's id, a key, an app, or everyone
+    #[command(subcommand)]
+    Revoke(revoke::Action),
     /// Show stored state
     #[command(subcommand)]
     Inspect(Inspect),
@@ -134,6 +137,35 @@ mod tests {
             "kick --everyone --app shop",
             "kick --whole-app shop --device phone",
             "kick --everyone --rate 0",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_revocation_names_what_it_revokes() {
+        for good in [
+            "revoke user alice --app shop --issued-before 2026-12-01T09:00:00Z --for 1h",
+            "revoke token a:b --reason stolen",
+            "revoke key 2026-11",
+            "revoke app shop",
+            "revoke everyone",
+            "revoke list",
+            "revoke withdraw user alice",
+            "revoke withdraw everyone",
+        ] {
+            assert!(parse(good).is_ok(), "{good}: {:?}", parse(good).err());
+        }
+        for bad in [
+            "revoke",
+            "revoke user",
+            "revoke everyone alice",
+            "revoke key k --issued-before 1760000000",
+            "revoke user alice --issued-before soon",
+            "revoke user alice --for 0s",
+            "revoke app a:b",
+            "revoke withdraw",
+            "revoke withdraw user",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

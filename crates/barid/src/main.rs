@@ -10,6 +10,7 @@ mod listen;
 mod output;
 mod private;
 mod receipts;
+mod revoke;
 mod send;
 mod state;
 mod token;
@@ -54,6 +55,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Topics(Topics::Create(args)) => topics::create(args, out).await,
         Command::Topics(Topics::Check(args)) => topics::check(args, out).await,
         Command::Kick(args) => kick::run(args, out).await,
+        Command::Revoke(action) => revoke::run(action, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
         Command::Inspect(Inspect::Dead(args)) => dead::run(args, out).await,
