@@ -20,6 +20,7 @@ mod python;
 mod repair;
 mod resends;
 mod restarts;
+mod revocations;
 mod secrets;
 mod sessions;
 mod slow;
