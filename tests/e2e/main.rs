@@ -26,6 +26,7 @@ mod sessions;
 mod slow;
 mod storm;
 mod tls;
+mod token_check;
 mod top;
 mod traces;
 mod trial;

@@ -46,6 +46,7 @@ mod wheel;
 pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
+pub use revocations::{Table as RevocationTable, key_hash};
 
 use std::time::Duration;
 

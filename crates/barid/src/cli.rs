@@ -34,7 +34,7 @@ pub enum Command {
     Send(send::Args),
     /// Connect as a device, print its messages and acknowledge them
     Listen(listen::Args),
-    /// Create a token for a device
+    /// Create a token for a device, or check one
     Token(token::Args),
     /// Show the live state of a cluster: rates, latencies, lags, nodes, problems
     Top(top::Args),
@@ -138,6 +138,19 @@ mod tests {
             "kick --whole-app shop --device phone",
             "kick --everyone --rate 0",
         ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_made_or_checked() {
+        let Command::Token(args) = parse("token check abc --config a.toml").unwrap() else {
+            panic!("a token")
+        };
+        assert!(args.action.is_some() && args.user.is_none());
+        assert!(parse("token check").is_ok() && parse("token --user alice").is_ok());
+        assert!(parse("token").unwrap_err().contains("--user"));
+        for bad in ["token --user alice check abc", "token check abc --config a --secret b"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

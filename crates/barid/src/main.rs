@@ -50,7 +50,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Dev(args) => dev::run(args, out).await,
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
-        Command::Token(args) => token::run(&args, out),
+        Command::Token(args) => token::run(args, out).await,
         Command::Cluster(Cluster::Ca(args)) => authority::run(&args, out),
         Command::Topics(Topics::Create(args)) => topics::create(args, out).await,
         Command::Topics(Topics::Check(args)) => topics::check(args, out).await,
