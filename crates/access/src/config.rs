@@ -74,6 +74,7 @@ impl Bounded for LimitsConfig {
             whole("block_seconds_max", 1..=DAY_SECONDS, "s"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
             connections("app_connections_max").or_zero("no limit"),
+            a_second("app_new_users_per_second").or_zero("no limit"),
             connections("unidentified_max"),
             connections("address_unidentified_max").or_zero("no limit"),
             connections("user_unidentified_max").or_zero("no limit"),
@@ -450,7 +451,8 @@ pub struct LimitsConfig {
     /// Maximum handshakes per second; further ones are answered with 503. 0: unlimited, here and in the limits below
     /// that allow 0.
     pub handshakes_per_second: u32,
-    /// Maximum burst of handshakes, of the node and of an address: the rates times this many seconds.
+    /// Maximum burst of handshakes, of the node and of an address, and of an app's new users: the rates times this many
+    /// seconds.
     pub handshakes_burst_seconds: u64,
     /// Maximum connections of one client address (IPv6: of a /64); further ones are answered with 429. May be 0.
     pub address_connections_max: u32,
@@ -479,6 +481,9 @@ pub struct LimitsConfig {
     pub attempt_ahead_ms: u64,
     /// Maximum connections of one app to this node; further ones are answered with 429. May be 0.
     pub app_connections_max: u32,
+    /// Maximum users of one app per second, of whom Redis holds nothing, that may connect to this node; further ones are
+    /// closed with 4005, while known users connect. A burst may bring `handshakes_burst_seconds` of them. May be 0.
+    pub app_new_users_per_second: u32,
     /// Maximum connections without Hello; further ones are answered with 503.
     pub unidentified_max: usize,
     /// Maximum connections without Hello of one client address; further ones are answered with 429. May be 0.
@@ -556,6 +561,7 @@ impl Default for LimitsConfig {
             user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
+            app_new_users_per_second: 500,
             unidentified_max: 10_000,
             address_unidentified_max: 2_000,
             user_unidentified_max: 32,

@@ -156,6 +156,7 @@ labels! {
         Blocked => "blocked",
         UserConnections => "user_connections",
         AppConnections => "app_connections",
+        AppNewUsers => "app_new_users",
         FrameBytes => "frame_bytes",
         Fragments => "fragments",
         UpstreamFrames => "upstream_frames",

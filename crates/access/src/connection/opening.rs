@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
+use barid_mailbox::ConnectOutcome;
 use barid_session::{Close, Connected, Connecting, Refusal, TokenFacts, Unidentified};
 use barid_wire::frames::{Encoding, Ignored};
 use tokio::time::{Instant, sleep, timeout};
@@ -185,11 +186,26 @@ async fn connect(
 ) -> Result<Connected, Refusal> {
     let request = connecting.request(node.sessions.reference(handle.connection));
     let limit = node.policy.limits.hello_timeout();
-    let call = node
-        .mailboxes
-        .until_answered(Call::Connect, || node.mailboxes.store().connect(request.clone()));
+    // Known users need no permission: it is given back.
+    let new_user = node.policy.admission.new_user(&handle.user().app);
+    let is_permitted = new_user.is_some();
+    let call = node.mailboxes.until_answered(Call::Connect, async || match is_permitted {
+        true => node.mailboxes.store().connect(request.clone()).await,
+        false => node.mailboxes.store().connect_known(request.clone()).await,
+    });
+    let answered = timeout(limit, call).await;
+    if let (Some(new_user), Err(_) | Ok(ConnectOutcome::Connected { created: true, .. })) =
+        (new_user, &answered)
+    {
+        new_user.used();
+    }
     let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");
-    let outcome = timeout(limit, call).await.map_err(away)?;
+    let outcome = answered.map_err(away)?;
+    if outcome == ConnectOutcome::NotCreated && !is_permitted {
+        node.metrics.limit(Limit::AppNewUsers);
+        let text = "the app has too many new users: come back later";
+        return Err(Close::new(CloseCode::Overloaded, text).into());
+    }
     let (session, replaced) = connecting.answered(outcome, node.policy.settings)?;
     let text = "a newer connection of this device took over";
     node.sessions.registry.each(handle.user(), |other| {
