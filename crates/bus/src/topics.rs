@@ -15,8 +15,6 @@ use crate::{Error, KafkaConfig, ffi};
 const SETTINGS_TIMEOUT: Duration = Duration::from_secs(3);
 /// Bytes that a dead letter has over the record: headers with the reason and the source.
 const DEAD_OVERHEAD: u64 = 4096;
-/// `max.message.bytes` of a created compacted topic: every access node reads all of it, and its records are short.
-const COMPACTED_BYTES_MAX: &str = "65536";
 
 /// Creates the topics of `config` that are missing, and returns their names. Existing ones are not changed.
 ///
@@ -47,7 +45,8 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<Ve
         if name == topics.dead {
             topic.set("max.message.bytes", &dead_bytes_max)
         } else if topics.compacted().contains(&name) {
-            topic.set("cleanup.policy", "compact").set("max.message.bytes", COMPACTED_BYTES_MAX)
+            // Not a lower max.message.bytes, although its records are short: it bounds batches.
+            topic.set("cleanup.policy", "compact")
         } else {
             topic
         }

@@ -102,7 +102,7 @@ impl Table {
 
     /// By what a token is revoked at `now_s`; `None`: it is not.
     pub fn hit(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Option<RevokedBy> {
-        if self.entries.is_empty() {
+        if self.is_empty() {
             return None;
         }
         let issued_s = u64::from(token.issued_s);
@@ -128,6 +128,11 @@ impl Table {
     /// Number of revocations.
     pub fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
     }
 
     /// Number of revocations of each kind, in the order of [`RevokedBy::VALUES`].
