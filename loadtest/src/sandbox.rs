@@ -80,6 +80,8 @@ impl Sandbox {
             .own_kafka_with(kafka)
             .set("redis.retry_base_ms", 2_000)
             .set("redis.retry_max_ms", 60_000)
+            // All devices are new, and connect at once.
+            .set_of(Role::Access, "limits.app_new_users_per_second", 0)
             .start()
             .await?;
         let mut pids = BTreeMap::new();

@@ -195,7 +195,9 @@ async fn a_dispatcher_that_answers_no_batch_is_not_ready() -> Result<()> {
 /// The required settings of an access node.
 fn access() -> String {
     let key = format!("id = '{}', secret = '{}'", token::KEY_ID, token::SECRET);
-    format!("grpc_listen = '127.0.0.1:0'\nreceipts = false\nauth = {{ keys = [{{ {key} }}] }}")
+    format!(
+        "grpc_listen = '127.0.0.1:0'\nreceipts = false\nrevocations = false\nauth = {{ keys = [{{ {key} }}] }}"
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,8 +44,12 @@ struct Shown {
 async fn a_burst_for_everyone_holds_up_one_users_messages_by_a_share_of_itself() -> Result<()> {
     let _alone = alone().await;
     // One worker thread: a burst that blocks it blocks everything.
-    let mut cluster =
-        Cluster::builder().variable_of(Role::Access, "TOKIO_WORKER_THREADS", "1").start().await?;
+    // All users are new, and connect at once.
+    let mut cluster = Cluster::builder()
+        .variable_of(Role::Access, "TOKIO_WORKER_THREADS", "1")
+        .set_of(Role::Access, "limits.app_new_users_per_second", 0)
+        .start()
+        .await?;
     let access = cluster.node(Role::Access, 0);
     let (devices, dispatchers) = (access.address("ws").await?, access.address("grpc").await?);
     let life = Duration::from_secs(3600);

@@ -17,7 +17,11 @@ const SESSION_BYTES_MAX: f64 = 3_072.0;
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_session_takes_no_more_than_its_kibibytes() -> Result<()> {
     let _alone = alone().await;
-    let mut cluster = Cluster::start().await?;
+    // All users are new, and connect at once.
+    let mut cluster = Cluster::builder()
+        .set_of(Role::Access, "limits.app_new_users_per_second", 0)
+        .start()
+        .await?;
     let address = cluster.node(Role::Access, 0).address("ws").await?;
     let tokens = |users: Range<usize>| users.map(|user| cluster.token(&format!("user-{user}")));
     let (first, rest) = (tokens(0..BEFORE), tokens(BEFORE..BEFORE + WEIGHED));

@@ -64,6 +64,7 @@ async fn what_processes_hold_of_users_who_came_and_went_is_given_back() -> Resul
     let cluster = Cluster::builder()
         .pairs()
         .set("redis.ttl_seconds", TTL_SECONDS)
+        .set_of(Role::Access, "limits.app_new_users_per_second", 0)
         .set_of(Role::Access, "sync.confirm_interval_seconds", TTL_SECONDS / 4)
         .set_of(Role::Access, "heartbeat.interval_seconds", HEARTBEAT_SECONDS)
         .set_of(Role::Dispatcher, "l1.ttl_seconds", i64::try_from(L1_TTL.as_secs())?)

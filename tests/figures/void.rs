@@ -69,7 +69,12 @@ fn defaults() -> barid_testkit::cluster::Builder {
         .pairs()
         .set("redis.retry_base_ms", 2_000)
         .set("redis.retry_max_ms", 60_000);
-    let times = times.set_of(Role::Access, "heartbeat.interval_seconds", 3_600);
+    // All devices are new, and connect at once.
+    let times = times.set_of(Role::Access, "limits.app_new_users_per_second", 0).set_of(
+        Role::Access,
+        "heartbeat.interval_seconds",
+        3_600,
+    );
     let roles = [Role::Purger, Role::Dispatcher, Role::Delayer];
     roles.into_iter().fold(times, |all, role| all.set_of(role, "nodes_refresh_ms", 500))
 }

@@ -5,6 +5,7 @@
 
 mod addresses;
 mod blocks;
+mod new_users;
 mod origins;
 mod rate;
 mod room;
@@ -22,6 +23,7 @@ use parking_lot::Mutex;
 pub use addresses::AddressKey;
 use addresses::{AddressLimits, AddressRefused, Addresses, Entered, count_down};
 use blocks::{BlockLimits, Blocks};
+use new_users::NewUsers;
 pub use origins::Origins;
 pub use rate::Rate;
 pub use room::Evicted;
@@ -67,6 +69,7 @@ pub struct Admission {
     addresses: Addresses,
     blocks: Blocks,
     app_connections_max: u32,
+    new_users: NewUsers,
     apps: Mutex<HashMap<AppId, u32>>,
     user_unidentified_max: u32,
     users: Mutex<HashMap<UserKey, u32>>,
@@ -112,6 +115,7 @@ impl Admission {
                 addresses_max: limits.addresses_max,
             }),
             app_connections_max: limits.app_connections_max,
+            new_users: NewUsers::new(Rate::new(limits.app_new_users_per_second.into(), burst)),
             apps: Mutex::default(),
             user_unidentified_max: limits.user_unidentified_max,
             users: Mutex::default(),
@@ -201,10 +205,21 @@ impl Admission {
         2 * self.unidentified.len() < self.unidentified.places()
     }
 
-    /// Forgets addresses without connections and with a full bucket. Call it every few seconds.
+    /// Forgets addresses without connections, and full buckets. Call it every few seconds.
     pub fn sweep(&self) {
         self.addresses.sweep(self.now_us());
         self.blocks.sweep(self.now_us());
+        self.new_users.sweep(self.now_us());
+    }
+
+    /// Permits one user of an app to be new; `None`: the app has brought too many.
+    pub fn new_user(self: &Arc<Self>, app: &AppId) -> Option<NewUser> {
+        let admission = Arc::clone(self);
+        self.new_users.acquire(app, self.now_us()).then(|| NewUser {
+            admission,
+            app: app.clone(),
+            is_used: false,
+        })
     }
 
     /// Number of addresses in the table.
@@ -230,6 +245,29 @@ fn handshake_refused(full: RoomFull) -> Refused {
         ),
         RoomFull::Node => {
             Refused::node(Limit::Handshakes, "too many handshakes are under way: come back later")
+        }
+    }
+}
+
+/// Permission to create a user. It is given back on drop: most users are known.
+#[derive(Debug)]
+pub struct NewUser {
+    admission: Arc<Admission>,
+    app: AppId,
+    is_used: bool,
+}
+
+impl NewUser {
+    /// The user was created, or may have been.
+    pub fn used(mut self) {
+        self.is_used = true;
+    }
+}
+
+impl Drop for NewUser {
+    fn drop(&mut self) {
+        if !self.is_used {
+            self.admission.new_users.give_back(&self.app);
         }
     }
 }

@@ -13,12 +13,13 @@ use std::time::Duration;
 use barid_core::limits::GROUPS_MAX;
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
-use barid_session::Claims;
+use barid_session::{Claims, TokenFacts};
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::AuthConfig;
+use crate::revocations::{id_hash, key_hash};
 use jwks::Jwks;
 use keys::Key;
 
@@ -50,6 +51,8 @@ struct RawClaims {
     sub: Value,
     exp: Value,
     nbf: Value,
+    iat: Value,
+    jti: Value,
     aud: Value,
     device: Value,
     groups: Value,
@@ -137,7 +140,10 @@ impl Verifier {
         };
         for key in self.keys.iter().filter(fits).chain(of_sets) {
             match self.check_with(key, token) {
-                Ok(claims) => return self.check_claims(key, claims, now_s),
+                Ok(claims) => {
+                    let kid = key.id.as_deref().or(header.kid.as_deref());
+                    return self.check_claims(key, claims, kid, now_s);
+                }
                 Err(error) => refusal = error,
             }
         }
@@ -167,7 +173,14 @@ impl Verifier {
         })
     }
 
-    fn check_claims(&self, key: &Key, raw: RawClaims, now_s: u64) -> Result<Claims, AuthError> {
+    /// `kid`: the id of the key, or the one in the header if the key has none.
+    fn check_claims(
+        &self,
+        key: &Key,
+        raw: RawClaims,
+        kid: Option<&str>,
+        now_s: u64,
+    ) -> Result<Claims, AuthError> {
         let invalid = |error: barid_core::InvalidName| AuthError::Malformed(error.to_string());
         let missing = |claim| AuthError::Malformed(format!("claim {claim} is missing"));
         let app = text("app", &raw.app)?.ok_or_else(|| missing("app"))?;
@@ -203,7 +216,13 @@ impl Verifier {
         let groups = names("groups", &raw.groups)?;
         let groups = groups.into_iter().map(GroupId::new).collect::<Result<_, _>>();
         let groups = groups.map_err(invalid)?;
-        Ok(Claims { user: UserKey { app, user }, device, expires_s, groups })
+        let issued_s = seconds("iat", &raw.iat)?.unwrap_or(0);
+        let token = TokenFacts {
+            issued_s: u32::try_from(issued_s).unwrap_or(u32::MAX),
+            id: text("jti", &raw.jti)?.map_or(0, |jti| id_hash(&app, jti)),
+            key: kid.map_or(0, key_hash),
+        };
+        Ok(Claims { user: UserKey { app, user }, device, expires_s, groups, token })
     }
 }
 

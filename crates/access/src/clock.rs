@@ -24,6 +24,11 @@ impl Clock {
         self.wall.now_ms()
     }
 
+    /// Seconds since the Unix epoch, by this machine's clock.
+    pub fn now_s(&self) -> u64 {
+        self.now_ms() / 1000
+    }
+
     /// The coarse clock: uptime in seconds, as last set by [`Self::set_seconds`].
     pub fn seconds(&self) -> Seconds {
         self.seconds.load(Ordering::Relaxed)

@@ -48,6 +48,7 @@ impl Bounded for AuthConfig {
         let own = vec![
             whole("nbf_leeway_seconds", 0..=DAY_SECONDS, "s"),
             whole("lifetime_max_seconds", 1..=3_660 * DAY_SECONDS, "s").or_zero("no limit"),
+            whole("revocations_max", 1..=10_000_000, ""),
         ];
         [own, within::<JwksConfig>("jwks")].concat()
     }
@@ -73,6 +74,7 @@ impl Bounded for LimitsConfig {
             whole("block_seconds_max", 1..=DAY_SECONDS, "s"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
             connections("app_connections_max").or_zero("no limit"),
+            a_second("app_new_users_per_second").or_zero("no limit"),
             connections("unidentified_max"),
             connections("address_unidentified_max").or_zero("no limit"),
             connections("user_unidentified_max").or_zero("no limit"),
@@ -221,12 +223,14 @@ pub struct Config {
     pub sync: SyncConfig,
     /// Whether receipts are produced for messages that ask for them.
     pub receipts: bool,
-    /// Kafka, for receipts.
+    /// Whether the topic of revocations is followed. Then no device is admitted until it has been read once.
+    pub revocations: bool,
+    /// Kafka, for receipts and revocations.
     pub kafka: KafkaConfig,
 }
 
 /// Keys under `auth`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
     /// Configured keys. Several are valid at once, so that they can be rotated.
@@ -244,6 +248,23 @@ pub struct AuthConfig {
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
+    /// Maximum revocations that the node keeps; beyond it the oldest is dropped, and its tokens are valid again.
+    pub revocations_max: usize,
+}
+
+impl Default for AuthConfig {
+    fn default() -> Self {
+        Self {
+            keys: Vec::new(),
+            jwks: Vec::new(),
+            audience: Vec::new(),
+            issuer: Vec::new(),
+            nbf_leeway_seconds: 0,
+            lifetime_max_seconds: 0,
+            origins: Vec::new(),
+            revocations_max: 100_000,
+        }
+    }
 }
 
 impl AuthConfig {
@@ -431,7 +452,8 @@ pub struct LimitsConfig {
     /// Maximum handshakes per second; further ones are answered with 503. 0: unlimited, here and in the limits below
     /// that allow 0.
     pub handshakes_per_second: u32,
-    /// Maximum burst of handshakes, of the node and of an address: the rates times this many seconds.
+    /// Maximum burst of handshakes, of the node and of an address, and of an app's new users: the rates times this many
+    /// seconds.
     pub handshakes_burst_seconds: u64,
     /// Maximum connections of one client address (IPv6: of a /64); further ones are answered with 429. May be 0.
     pub address_connections_max: u32,
@@ -461,6 +483,9 @@ pub struct LimitsConfig {
     pub attempt_ahead_ms: u64,
     /// Maximum connections of one app to this node; further ones are answered with 429. May be 0.
     pub app_connections_max: u32,
+    /// Maximum users of one app per second, of whom Redis holds nothing, that may connect to this node; further ones are
+    /// closed with 4005, while known users connect. A burst may bring `handshakes_burst_seconds` of them. May be 0.
+    pub app_new_users_per_second: u32,
     /// Maximum connections without Hello; further ones are answered with 503.
     pub unidentified_max: usize,
     /// Maximum connections without Hello of one client address; further ones are answered with 429. May be 0.
@@ -541,6 +566,7 @@ impl Default for LimitsConfig {
             user_connections_max: 16,
             attempt_ahead_ms: 10_000,
             app_connections_max: 0,
+            app_new_users_per_second: 500,
             unidentified_max: 10_000,
             address_unidentified_max: 2_000,
             user_unidentified_max: 32,
@@ -753,6 +779,7 @@ impl Default for Config {
             balance: BalanceConfig::default(),
             sync: SyncConfig::default(),
             receipts: true,
+            revocations: true,
             kafka: KafkaConfig::default(),
         }
     }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation};
 use barid_mailbox::{LiveSession, UserKey};
-use barid_session::{Close, Seconds};
+use barid_session::{Close, Seconds, TokenFacts};
 use barid_wire::envelope::{Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Encoding, Format, encode_deliver};
 use bytes::Bytes;
@@ -82,8 +82,8 @@ pub struct Inbox {
     pub confirm: bool,
     /// Send GoAway; the device shall reconnect after this many ms.
     pub go_away: Option<u32>,
-    /// Close the connection.
-    pub close: Option<Close>,
+    /// Close the connection. Boxed, because almost no inbox has one.
+    pub close: Option<Box<Close>>,
 }
 
 impl Inbox {
@@ -99,6 +99,7 @@ impl Inbox {
 struct State {
     inbox: Inbox,
     waker: Option<Waker>,
+    token: TokenFacts,
     over: bool,
 }
 
@@ -149,13 +150,14 @@ impl Handle {
         attempt: Attempt,
         user: UserKey,
         device: DeviceId,
+        token: TokenFacts,
     ) -> Self {
         Self {
             connection,
             attempt,
             user,
             device,
-            state: Mutex::default(),
+            state: Mutex::new(State { token, ..State::default() }),
             due: AtomicU32::new(Seconds::MAX),
             slotted: AtomicU32::new(Seconds::MAX),
             place: AtomicU32::new(0),
@@ -177,6 +179,16 @@ impl Handle {
     /// The session's device.
     pub fn device(&self) -> &DeviceId {
         &self.device
+    }
+
+    /// By what the session's token can be revoked.
+    pub fn token(&self) -> TokenFacts {
+        self.state.lock().token
+    }
+
+    /// The session's token was replaced.
+    pub fn set_token(&self, token: TokenFacts) {
+        self.state.lock().token = token;
     }
 
     /// Queues an entry; drops it if `count_max` entries or `bytes_max` bytes are queued. If [`Queued::first`] is set,
@@ -215,11 +227,15 @@ impl Handle {
         Self::wake_locked(state);
     }
 
-    /// Closes the session's connection.
-    pub fn close(&self, close: Close) {
-        self.notify(|inbox| {
-            inbox.close.get_or_insert(close);
-        });
+    /// Closes the session's connection. Returns false if it is over, or about to be closed.
+    pub fn close(&self, close: Close) -> bool {
+        let mut state = self.state.lock();
+        let is_first = !state.over && state.inbox.close.is_none();
+        if is_first {
+            state.inbox.close = Some(Box::new(close));
+        }
+        Self::wake_locked(state);
+        is_first
     }
 
     /// Asks the device to reconnect, after a random time so that devices do not reconnect together.
@@ -311,7 +327,8 @@ pub(crate) mod tests {
         let user =
             UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
         let device = DeviceId::new("phone").unwrap();
-        Arc::new(Handle::new(ConnectionId(connection), Attempt(connection), user, device))
+        let token = TokenFacts::default();
+        Arc::new(Handle::new(ConnectionId(connection), Attempt(connection), user, device, token))
     }
 
     fn push(seq: u64) -> Arc<Push> {

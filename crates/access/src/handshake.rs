@@ -19,7 +19,7 @@ use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
-use crate::labels::{Handshake, Limit};
+use crate::labels::{Handshake, Limit, RevokedAt};
 use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::policy::Policy;
@@ -28,7 +28,6 @@ use crate::socket::Socket;
 use crate::stream::Stream;
 use crate::upstream::Spent;
 
-const UNAUTHORIZED: &str = "401 Unauthorized";
 const PATH: &str = "/v1/connect";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
@@ -480,22 +479,28 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
     let limit = node.policy.limits.handshake_timeout();
     let verifying = async {
         let token = http::token(request, offered).ok_or(AuthError::Missing)?;
-        node.policy.verifier.verify(&token, node.clock.now_ms() / 1000).await
+        let now_s = node.clock.now_s();
+        let claims = node.policy.verifier.verify(&token, now_s).await?;
+        node.revocations.check(&claims.user, &claims.token, now_s)?;
+        Ok(claims)
     };
     let late = |_| {
         let text = "the token could not be checked in time";
         let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Timeout, text);
         Ended::Answered(answer.or_close(CloseCode::Overloaded))
     };
-    timeout(limit, verifying).await.map_err(late)?.map_err(|error| {
+    timeout(limit, verifying).await.map_err(late)?.map_err(|error: AuthError| {
         node.metrics.token_refused(error.label());
-        let (status, label, code) = match error {
-            AuthError::NoKeys => (http::UNAVAILABLE, Handshake::NoKeys, CloseCode::Overloaded),
-            AuthError::Expired => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::TokenExpired),
-            _ => (UNAUTHORIZED, Handshake::Unauthorized, CloseCode::BadToken),
+        let label = match error {
+            AuthError::NoKeys => Handshake::NoKeys,
+            AuthError::NoRevocations => Handshake::NoRevocations,
+            _ => Handshake::Unauthorized,
         };
-        let answer = Answer::refusal(status, label, error.to_string());
-        Ended::Answered(answer.or_close(code))
+        if error == AuthError::Revoked {
+            node.metrics.revoked(RevokedAt::Handshake);
+        }
+        let answer = Answer::refusal(error.status(), label, error.to_string());
+        Ended::Answered(answer.or_close(error.close_code()))
     })
 }
 

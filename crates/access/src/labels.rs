@@ -40,6 +40,7 @@ labels! {
         BadRequest => "bad_request",
         Unauthorized => "unauthorized",
         NoKeys => "no_keys",
+        NoRevocations => "no_revocations",
         Headers => "headers",
         Version => "version",
         Method => "method",
@@ -52,6 +53,8 @@ labels! {
         Malformed => "malformed",
         UnknownKey => "unknown_key",
         NoKeys => "no_keys",
+        NoRevocations => "no_revocations",
+        Revoked => "revoked",
         Signature => "signature",
         Expired => "expired",
         Lifetime => "lifetime",
@@ -60,6 +63,22 @@ labels! {
         Issuer => "issuer",
         OtherApp => "other_app",
         SomebodyElse => "somebody_else",
+    }
+
+    /// What a revocation revokes.
+    RevokedBy {
+        User => "user",
+        App => "app",
+        Everyone => "everyone",
+        Token => "token",
+        Key => "key",
+    }
+
+    /// Where a revoked token was met.
+    RevokedAt {
+        Handshake => "handshake",
+        Refresh => "refresh",
+        Session => "session",
     }
 
     /// Unknown parts of a device's frame.
@@ -138,6 +157,7 @@ labels! {
         Blocked => "blocked",
         UserConnections => "user_connections",
         AppConnections => "app_connections",
+        AppNewUsers => "app_new_users",
         FrameBytes => "frame_bytes",
         Fragments => "fragments",
         UpstreamFrames => "upstream_frames",

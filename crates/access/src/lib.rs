@@ -33,6 +33,7 @@ mod peers;
 mod policy;
 mod proxy;
 mod registry;
+mod revocations;
 mod service;
 mod sessions;
 mod shedding;
@@ -45,6 +46,7 @@ mod wheel;
 pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
+pub use revocations::{Table as RevocationTable, key_hash};
 
 use std::time::Duration;
 
@@ -65,17 +67,20 @@ impl Role for Access {
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
-        let receipts = async {
-            let topics = vec![config.kafka.topics.receipts.clone()];
-            match config.receipts {
-                true => vec![barid_bus::probe(&config.kafka, topics, timeout).await],
-                false => Vec::new(),
+        let names = &config.kafka.topics;
+        let used = [(config.receipts, &names.receipts), (config.revocations, &names.revocations)];
+        let topics: Vec<_> =
+            used.into_iter().filter(|(used, _)| *used).map(|(_, name)| name.clone()).collect();
+        let kafka = async {
+            match topics.is_empty() {
+                true => Vec::new(),
+                false => vec![barid_bus::probe(&config.kafka, topics, timeout).await],
             }
         };
         let redis = barid_mailbox::probe(&config.redis, timeout);
         let keys = auth::probe(&config.auth, timeout);
-        let (receipts, redis, keys) = tokio::join!(receipts, redis, keys);
-        [receipts, redis, keys].concat()
+        let (kafka, redis, keys) = tokio::join!(kafka, redis, keys);
+        [kafka, redis, keys].concat()
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -7,11 +7,13 @@ use barid_core::{AppId, CloseCode};
 use barid_runtime::{Hop, Hops, MetricSet};
 use barid_session::{Dropped, Seconds, SyncCause};
 use barid_wire::envelope::SkipReason;
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry};
+use prometheus::{
+    Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+};
 
 use crate::labels::{
     Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
-    TokenRefusal, Unknown,
+    RevokedAt, RevokedBy, TokenRefusal, Unknown,
 };
 use crate::names::{Name, Names};
 
@@ -103,6 +105,14 @@ pub struct Metrics {
     pub certificate_expires: IntGauge,
     /// Receipts dropped because the producer's queue was full.
     pub receipts_dropped: IntCounter,
+    revocations: IntGaugeVec,
+    /// 1 while revocations are read as they are made; 0: Kafka is away, or has not been read yet.
+    pub revocations_current: IntGauge,
+    /// Records of the topic of revocations that are none.
+    pub revocations_malformed: IntCounter,
+    /// Revocations that had to make room for newer ones.
+    pub revocations_evicted: IntCounter,
+    revoked: IntCounterVec,
     /// Devices sent to another node by shedding.
     pub shed: IntCounter,
     /// Messages that devices acknowledged.
@@ -288,6 +298,30 @@ impl Metrics {
                 "receipts_dropped_total",
                 "Receipts dropped because the producer's queue was full",
             )?,
+            revocations: {
+                let gauges =
+                    set.gauges("revocations", "Revocations in force, by what they revoke", "kind")?;
+                RevokedBy::VALUES.iter().for_each(|kind| gauges.with_label_values(&[kind]).set(0));
+                gauges
+            },
+            revocations_current: set.gauge(
+                "revocations_current",
+                "1 while new revocations arrive; 0: Kafka is away, or was not read yet",
+            )?,
+            revocations_malformed: set.counter(
+                "revocations_malformed_total",
+                "Malformed records in the topic of revocations",
+            )?,
+            revocations_evicted: set.counter(
+                "revocations_evicted_total",
+                "Revocations that made room for newer ones",
+            )?,
+            revoked: set.counters(
+                "revoked_total",
+                "Revoked tokens refused, and sessions closed, by where the token was met",
+                "where",
+                RevokedAt::VALUES,
+            )?,
             shed: set.counter("shed_total", "Devices sent to another node by shedding")?,
             acked: set.counter("acked_total", "Messages acknowledged")?,
             hops: Hops::new(registry, &HOPS)?,
@@ -335,6 +369,18 @@ impl Metrics {
     /// Counts a token that was refused in a handshake or a Refresh.
     pub fn token_refused(&self, why: TokenRefusal) {
         self.tokens_refused.with_label_values(&[why.as_str()]).inc();
+    }
+
+    /// Sets the number of revocations of each kind, in the order of [`RevokedBy::VALUES`].
+    pub fn revocations(&self, counts: [usize; RevokedBy::VALUES.len()]) {
+        for (kind, count) in RevokedBy::VALUES.iter().zip(counts) {
+            self.revocations.with_label_values(&[kind]).set(count as i64);
+        }
+    }
+
+    /// Counts a revoked token that was refused, or whose session was closed.
+    pub fn revoked(&self, at: RevokedAt) {
+        self.revoked.with_label_values(&[at.as_str()]).inc();
     }
 
     /// Counts a closed connection; `None`: closed by the device.

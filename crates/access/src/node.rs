@@ -14,6 +14,7 @@ use crate::mailboxes::Mailboxes;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::policy::Policy;
+use crate::revocations::Revocations;
 use crate::sessions::Sessions;
 
 /// The parts of a running node. A function that needs only one of them takes only that one.
@@ -24,6 +25,8 @@ pub struct Node {
     pub clock: Arc<Clock>,
     /// The rules and limits for devices.
     pub policy: Policy,
+    /// Tokens that are revoked.
+    pub revocations: Revocations,
     /// The sessions.
     pub sessions: Sessions,
     /// Messages for audiences.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_bus::{Producer, Receipts};
+use barid_bus::{Follower, Producer, Receipts};
 use barid_core::{Clock as _, CloseCode, Incarnation, SystemClock};
 use barid_mailbox::{Confirming, Lease, Mailbox, NodeRole, NodeTable};
 use barid_mesh::{BATCH_BYTES_MAX, Credentials, Party, Server};
@@ -34,6 +34,7 @@ use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::peers::Peers;
 use crate::policy::Policy;
+use crate::revocations::{Revocations, follow};
 use crate::sessions::Sessions;
 use crate::shedding::Shedding;
 
@@ -75,6 +76,7 @@ impl Service {
         let listening = context.progress("listener", "turn of the listeners");
         let wheel = context.progress("wheel", "turn of the heartbeat wheel");
         let confirming = context.progress("confirming", "look at the sessions to confirm");
+        let revocations = config.revocations.then(|| context.health.condition("revocations"));
         let tasks = Tasks::new(&context);
 
         let devices = Acceptors::bind(&config)?;
@@ -93,6 +95,10 @@ impl Service {
         let keys = context.health.condition("keys");
         tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node), keys));
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
+        if let Some(condition) = revocations {
+            let follower = Follower::start(&config.kafka, &config.kafka.topics.revocations)?;
+            tasks.spawn("the revocations", follow::run(Arc::clone(&node), follower, condition));
+        }
         let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
         tasks.spawn("the memory guard", guard);
         tasks.spawn("the Redis probe", watch_redis(Arc::clone(&node), redis));
@@ -176,6 +182,7 @@ async fn build(
     let clock = Arc::new(Clock::new(Arc::new(SystemClock)));
     let node = Node {
         zone: config.zone.clone(),
+        revocations: Revocations::new(config.auth.revocations_max, config.revocations),
         sessions: Sessions::new(record.id, incarnation, Arc::clone(&clock)),
         fanout: Fanout::new(&config.limits, &metrics),
         mailboxes: Mailboxes::new(mailbox, Arc::clone(&clock), metrics.clone()),

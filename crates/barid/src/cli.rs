@@ -2,7 +2,9 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::{authority, dead, dev, inspect, kick, listen, receipts, send, token, top, topics};
+use crate::{
+    authority, dead, dev, inspect, kick, listen, receipts, revoke, send, token, top, topics,
+};
 
 /// Barid, a push cluster: delivers messages from Kafka to devices, in order and once, and keeps them for devices
 /// that are offline.
@@ -34,12 +36,15 @@ pub enum Command {
     Send(send::Args),
     /// Connect as a device, print its messages and acknowledge them
     Listen(listen::Args),
-    /// Create a token for a device
+    /// Create a token for a device, or check one
     Token(token::Args),
     /// Show the live state of a cluster: rates, latencies, lags, nodes, problems
     Top(top::Args),
     /// Close the sessions of a device, a user, an app, or everyone
     Kick(kick::Args),
+    /// Revoke tokens of devices: of a user, a token's id, a key, an app, or everyone
+    #[command(subcommand)]
+    Revoke(revoke::Action),
     /// Show stored state
     #[command(subcommand)]
     Inspect(Inspect),
@@ -136,6 +141,48 @@ mod tests {
             "kick --everyone --app shop",
             "kick --whole-app shop --device phone",
             "kick --everyone --rate 0",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_made_or_checked() {
+        let Command::Token(args) = parse("token check abc --config a.toml").unwrap() else {
+            panic!("a token")
+        };
+        assert!(args.action.is_some() && args.user.is_none());
+        assert!(parse("token check").is_ok() && parse("token --user alice").is_ok());
+        assert!(parse("token").unwrap_err().contains("--user"));
+        for bad in ["token --user alice check abc", "token check abc --config a --secret b"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_revocation_names_what_it_revokes() {
+        for good in [
+            "revoke user alice --app shop --issued-before 2026-12-01T09:00:00Z --for 1h",
+            "revoke token a:b --reason stolen",
+            "revoke key 2026-11",
+            "revoke app shop",
+            "revoke everyone",
+            "revoke list",
+            "revoke withdraw user alice",
+            "revoke withdraw everyone",
+        ] {
+            assert!(parse(good).is_ok(), "{good}: {:?}", parse(good).err());
+        }
+        for bad in [
+            "revoke",
+            "revoke user",
+            "revoke everyone alice",
+            "revoke key k --issued-before 1760000000",
+            "revoke user alice --issued-before soon",
+            "revoke user alice --for 0s",
+            "revoke app a:b",
+            "revoke withdraw",
+            "revoke withdraw user",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

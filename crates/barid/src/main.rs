@@ -11,6 +11,7 @@ mod listen;
 mod output;
 mod private;
 mod receipts;
+mod revoke;
 mod send;
 mod state;
 mod token;
@@ -50,11 +51,12 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Dev(args) => dev::run(args, out).await,
         Command::Send(args) => send::run(args, out).await,
         Command::Listen(args) => listen::run(args, out).await,
-        Command::Token(args) => token::run(&args, out),
+        Command::Token(args) => token::run(args, out).await,
         Command::Cluster(Cluster::Ca(args)) => authority::run(&args, out),
         Command::Topics(Topics::Create(args)) => topics::create(args, out).await,
         Command::Topics(Topics::Check(args)) => topics::check(args, out).await,
         Command::Kick(args) => kick::run(args, out).await,
+        Command::Revoke(action) => revoke::run(action, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
         Command::Inspect(Inspect::Dead(args)) => dead::run(args, out).await,

@@ -1,25 +1,30 @@
-//! `barid token`.
+//! `barid token`: signs a token, or checks one.
+
+pub mod check;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 
-use crate::output::Output;
+use crate::output::{Coded, Output};
 use crate::values::{self, Key, KeyArgs};
 
 /// Options of `barid token`.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
+    #[command(subcommand)]
+    pub action: Option<Action>,
     /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
     /// User
-    #[arg(long)]
-    pub user: UserId,
+    #[arg(long, required = true)]
+    pub user: Option<UserId>,
     /// Only device that may use the token
     #[arg(long)]
     pub device: Option<DeviceId>,
@@ -31,6 +36,13 @@ pub struct Args {
     pub ttl: Duration,
     #[command(flatten)]
     pub key: KeyArgs,
+}
+
+/// The actions of `barid token`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Action {
+    /// Check a token as an access node does: accepted, or refused and why
+    Check(check::Args),
 }
 
 /// The user, device and groups of a token.
@@ -62,17 +74,17 @@ struct Made<'a> {
     expires_at_ms: u64,
 }
 
-/// Prints a token.
-pub fn run(args: &Args, out: Output) -> anyhow::Result<ExitCode> {
-    let holder = Holder {
-        app: args.app.clone(),
-        user: args.user.clone(),
-        device: args.device.clone(),
-        groups: args.groups.clone(),
+/// Prints a token, or checks one.
+pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let user = match (args.action, args.user) {
+        (Some(Action::Check(args)), _) => return check::run(args, out).await,
+        (None, Some(user)) => user,
+        (None, None) => bail!(Coded::config("--user is missing")),
     };
+    let holder = Holder { app: args.app, user, device: args.device, groups: args.groups };
     let (token, expires_at_ms) = sign(&args.key.key()?, &holder, args.ttl)?;
-    let made =
-        Made { token: &token, app: args.app.as_str(), user: args.user.as_str(), expires_at_ms };
+    let (app, user) = (holder.app.as_str(), holder.user.as_str());
+    let made = Made { token: &token, app, user, expires_at_ms };
     out.either(&made, || token.clone())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -270,6 +270,11 @@ pub struct Key {
 }
 
 impl KeyArgs {
+    /// Whether a secret is given.
+    pub fn is_given(&self) -> bool {
+        self.secret.is_some() || self.secret_file.is_some()
+    }
+
     /// The key: as given, else that of the running `barid dev`.
     pub fn key(&self) -> anyhow::Result<Key> {
         let id = self.key_id.clone();

@@ -70,6 +70,7 @@ impl KafkaConfig {
             ("push_bulk", &names.push_bulk),
             ("receipts", &names.receipts),
             ("dead", &names.dead),
+            ("revocations", &names.revocations),
         ];
         let checks = all.iter().enumerate().map(|(at, (key, name))| {
             check_topic(name).map_err(|problem| format!("kafka.topics.{key}: {problem}"))?;

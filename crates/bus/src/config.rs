@@ -68,6 +68,8 @@ pub struct Topics {
     pub receipts: String,
     /// Dead letters (refused records).
     pub dead: String,
+    /// Revocations of devices' tokens; compacted.
+    pub revocations: String,
 }
 
 /// Rebalance protocol of the consumer group.
@@ -114,6 +116,7 @@ impl Default for Topics {
             push_bulk: "barid.push.bulk".into(),
             receipts: "barid.receipts".into(),
             dead: "barid.dead".into(),
+            revocations: "barid.revocations".into(),
         }
     }
 }
@@ -124,10 +127,21 @@ impl Topics {
         [&self.push_high, &self.push, &self.push_bulk]
     }
 
-    /// All five.
-    pub fn all(&self) -> Vec<String> {
+    /// The topics that purgers read and write.
+    pub fn of_purgers(&self) -> Vec<String> {
         let others = [self.receipts.as_str(), &self.dead];
         self.pushes().into_iter().chain(others).map(str::to_owned).collect()
+    }
+
+    /// The compacted topics, of one partition each, which every access node follows.
+    pub fn compacted(&self) -> [&str; 1] {
+        [&self.revocations]
+    }
+
+    /// All topics.
+    pub fn all(&self) -> Vec<String> {
+        let compacted = self.compacted().into_iter().map(str::to_owned);
+        self.of_purgers().into_iter().chain(compacted).collect()
     }
 }
 

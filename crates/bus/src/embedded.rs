@@ -32,7 +32,9 @@ impl EmbeddedKafka {
         for topic in topics.iter().chain([&config.topics.receipts.as_str()]) {
             this.create_topic(topic, config.partitions)?;
         }
-        this.create_topic(&config.topics.dead, 1)?;
+        for topic in config.topics.compacted().into_iter().chain([config.topics.dead.as_str()]) {
+            this.create_topic(topic, 1)?;
+        }
         Ok(this)
     }
 

@@ -1,5 +1,5 @@
 //! Access to Kafka: the consumer, which gives partitions back only when they are finished; the ledger of offsets that
-//! may be committed; producers of receipts and dead letters; topics. It knows nothing of what records contain.
+//! may be committed; followers of compacted topics; producers of receipts and dead letters; topics. It knows nothing of what records contain.
 
 mod check;
 mod config;
@@ -9,6 +9,7 @@ mod dead;
 mod embedded;
 mod error;
 mod ffi;
+mod follower;
 pub mod ledger;
 mod metadata;
 mod probe;
@@ -21,6 +22,7 @@ pub use config::{GroupProtocol, KafkaConfig, Properties, Topics};
 pub use dead::{DeadLetter, DeadLetters};
 pub use embedded::EmbeddedKafka;
 pub use error::Error;
+pub use follower::{Change, Followed, Follower};
 pub use ledger::{Confirmed, Ledger};
 pub use metadata::{EPOCHS_MAX, Memory, Metadata, TopicSource};
 pub use probe::probe;

@@ -90,7 +90,15 @@ impl Producer {
         payload: Bytes,
         headers: &[(&str, &[u8])],
     ) -> Result<(), Error> {
-        self.send_with_key(topic, Some(key), payload, headers, Batching::Shared).await
+        self.send_with_key(topic, Some(key), Some(payload), headers, Batching::Shared).await
+    }
+
+    /// As [`Self::send`], for a tombstone, after which a compacted topic has no value of the key.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn delete(&self, topic: &str, key: &[u8]) -> Result<(), Error> {
+        self.send_with_key(topic, Some(key), None, &[], Batching::Shared).await
     }
 
     /// As [`Self::send`], but retries while Kafka is unavailable or the topic or the permission to write is missing;
@@ -111,7 +119,7 @@ impl Producer {
             .expect("constants in range");
         let (mut failures, mut holding) = (0, None);
         loop {
-            match self.send_with_key(topic, key, payload.clone(), headers, batching).await {
+            match self.send_with_key(topic, key, Some(payload.clone()), headers, batching).await {
                 Err(Error::Rejected(_)) if batching == Batching::Shared => {
                     batching = Batching::Alone
                 }
@@ -139,14 +147,14 @@ impl Producer {
         &self,
         topic: &str,
         key: Option<&[u8]>,
-        payload: Bytes,
+        payload: Option<Bytes>,
         headers: &[(&str, &[u8])],
         batching: Batching,
     ) -> Result<(), Error> {
         let deadline =
             Instant::now() + Duration::from_millis(u64::from(self.config.delivery_timeout_ms));
         loop {
-            match self.try_send_in(batching, topic, key, &payload, headers) {
+            match self.try_send_in(batching, topic, key, payload.as_deref(), headers) {
                 Ok(delivery) => {
                     let canceled = || Error::Away("the producer was closed".into());
                     let delivered = delivery.await.map_err(|_| canceled())?;
@@ -178,7 +186,7 @@ impl Producer {
         payload: &[u8],
         headers: &[(&str, &[u8])],
     ) -> Result<DeliveryFuture, KafkaError> {
-        self.try_send_in(Batching::Shared, topic, key, payload, headers)
+        self.try_send_in(Batching::Shared, topic, key, Some(payload), headers)
     }
 
     fn try_send_in(
@@ -186,7 +194,7 @@ impl Producer {
         batching: Batching,
         topic: &str,
         key: Option<&[u8]>,
-        payload: &[u8],
+        payload: Option<&[u8]>,
         headers: &[(&str, &[u8])],
     ) -> Result<DeliveryFuture, KafkaError> {
         let owned = headers
@@ -194,8 +202,8 @@ impl Producer {
             .fold(OwnedHeaders::new_with_capacity(headers.len()), |owned, (key, value)| {
                 owned.insert(Header { key, value: Some(*value) })
             });
-        let mut record: Out<'_> = FutureRecord::to(topic).payload(payload).headers(owned);
-        record.key = key;
+        let mut record: Out<'_> = FutureRecord::to(topic).headers(owned);
+        (record.key, record.payload) = (key, payload);
         if let Some(producer) = &*self.of(batching).read() {
             return producer.send_result(record).map_err(|(error, _)| error);
         }

@@ -39,9 +39,17 @@ pub async fn ensure_topics(config: &KafkaConfig, timeout: Duration) -> Result<Ve
         (&topics.dead, 1),
     ]
     .into_iter()
+    .chain(topics.compacted().map(|name| (name, 1)))
     .map(|(name, partitions)| {
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(replication));
-        if name == topics.dead { topic.set("max.message.bytes", &dead_bytes_max) } else { topic }
+        if name == topics.dead {
+            topic.set("max.message.bytes", &dead_bytes_max)
+        } else if topics.compacted().contains(&name) {
+            // Not a lower max.message.bytes, although its records are short: it bounds batches.
+            topic.set("cleanup.policy", "compact")
+        } else {
+            topic
+        }
     })
     .collect();
     let options =
@@ -134,22 +142,56 @@ pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<
     let largest = topics.iter().filter(|topic| topic.name != config.topics.dead);
     let largest = largest.filter_map(|topic| topic.number("max.message.bytes")).max();
     for topic in &mut topics {
-        topic.problems = problems(topic, topic.name == config.topics.dead, largest);
+        let usage = match &topic.name {
+            name if *name == config.topics.dead => Usage::Dead,
+            name if config.topics.compacted().contains(&name.as_str()) => Usage::Compacted,
+            _ => Usage::Log,
+        };
+        topic.problems = problems(topic, usage, largest);
     }
     Ok(topics)
 }
 
-/// Settings that do not fit. `largest`: the largest record of the other topics, bytes.
-fn problems(topic: &Topic, is_dead: bool, largest: Option<i64>) -> Vec<String> {
+/// What a topic is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Usage {
+    /// Records that are kept for a time.
+    Log,
+    /// Dead letters.
+    Dead,
+    /// The newest record of each key.
+    Compacted,
+}
+
+/// Settings that do not fit. `largest`: the largest record of topics other than that of dead letters, bytes.
+fn problems(topic: &Topic, usage: Usage, largest: Option<i64>) -> Vec<String> {
     if topic.partitions == 0 {
         return vec!["it does not exist, or may not be seen; `barid topics create`".into()];
     }
     let mut problems = Vec::new();
-    if topic.settings.get("cleanup.policy").is_some_and(|policy| policy.contains("compact")) {
-        problems.push("it is compacted, which removes messages; set cleanup.policy=delete".into());
+    let policy = topic.settings.get("cleanup.policy").map(String::as_str);
+    match (usage, policy) {
+        // With `compact,delete`, what is old is removed as well.
+        (Usage::Compacted, Some(policy)) if policy != "compact" => problems.push(format!(
+            "its records are removed after a time (cleanup.policy={policy}), and are then not in force \
+             on nodes that start; set cleanup.policy=compact"
+        )),
+        (Usage::Log | Usage::Dead, Some(policy)) if policy.contains("compact") => {
+            problems
+                .push("it is compacted, which removes messages; set cleanup.policy=delete".into());
+        }
+        _ => {}
+    }
+    if usage == Usage::Compacted && topic.partitions > 1 {
+        problems.push(format!(
+            "it has {} partitions, among which clients of other languages place a key differently; \
+             create it with one",
+            topic.partitions
+        ));
     }
     let needed = largest.map(|largest| largest.saturating_add(DEAD_OVERHEAD as i64));
-    if let (true, Some(needed), Some(max)) = (is_dead, needed, topic.number("max.message.bytes"))
+    if let (Usage::Dead, Some(needed), Some(max)) =
+        (usage, needed, topic.number("max.message.bytes"))
         && max < needed
     {
         problems.push(format!(

@@ -60,7 +60,7 @@ impl Role for Purger {
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
-        let kafka = barid_bus::probe(&config.kafka, config.kafka.topics.all(), timeout);
+        let kafka = barid_bus::probe(&config.kafka, config.kafka.topics.of_purgers(), timeout);
         let (kafka, redis) = tokio::join!(kafka, barid_mailbox::probe(&config.redis, timeout));
         [vec![kafka], redis].concat()
     }

@@ -109,7 +109,7 @@ impl<M: Mailboxes, H: Handoff> Service<M, H> {
             pipeline: Pipeline::start(&config, shared),
             membership: Membership::new(drain, metrics.clone()),
             repairs: Repairs::new(config.redis.ttl_seconds.saturating_mul(1000), metrics.clone()),
-            topics: TopicWatch::new(config.kafka.topics.all(), refresh, now),
+            topics: TopicWatch::new(config.kafka.topics.of_purgers(), refresh, now),
             readiness: Readiness::new(&config, &context, metrics.clone()),
             client: ClientWatch::default(),
             metrics,

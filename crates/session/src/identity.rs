@@ -16,6 +16,19 @@ pub struct Claims {
     pub expires_s: u64,
     /// The groups that the session may subscribe to.
     pub groups: Vec<GroupId>,
+    /// By what the token can be revoked.
+    pub token: TokenFacts,
+}
+
+/// By what a token can be revoked, in few bytes: sessions keep it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TokenFacts {
+    /// When it was issued (`iat`), seconds since the Unix epoch; 0: it does not say.
+    pub issued_s: u32,
+    /// Hash of its app and its id (`jti`); 0: it has none.
+    pub id: u64,
+    /// Hash of the id of the key that has verified it; 0: the key has none.
+    pub key: u64,
 }
 
 /// The identity of a session.

@@ -122,7 +122,8 @@ fn bytes_of(entry: &Entry) -> Bytes {
 
 fn claims() -> Claims {
     let user = UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
-    Claims { user, device: None, expires_s: u64::MAX, groups: Vec::new() }
+    let token = TokenFacts::default();
+    Claims { user, device: None, expires_s: u64::MAX, groups: Vec::new(), token }
 }
 
 fn hello(device: &str) -> ClientFrame {

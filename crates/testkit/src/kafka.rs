@@ -151,10 +151,23 @@ impl Kafka {
     /// # Errors
     /// Returns an error if the broker refuses one, or does not answer.
     pub async fn create_topics(&self, names: &[&str], partitions: i32) -> Result<()> {
-        let topics: Vec<_> = names
-            .iter()
-            .map(|name| NewTopic::new(name, partitions, TopicReplication::Fixed(1)))
-            .collect();
+        let topic = |name| NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        self.create(names.iter().map(|name| topic(*name)).collect()).await
+    }
+
+    /// Creates a compacted topic of one partition, which is compacted within a second or two: its segments are short.
+    ///
+    /// # Errors
+    /// Returns an error if the broker refuses it, or does not answer.
+    pub async fn create_compacted(&self, name: &str) -> Result<()> {
+        let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1))
+            .set("cleanup.policy", "compact")
+            .set("segment.ms", "1000")
+            .set("min.cleanable.dirty.ratio", "0.01");
+        self.create(vec![topic]).await
+    }
+
+    async fn create(&self, topics: Vec<NewTopic<'_>>) -> Result<()> {
         for outcome in self.admin()?.create_topics(&topics, &admin_options()).await? {
             match outcome {
                 Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}

@@ -23,8 +23,16 @@ pub fn token(app: &str, user: &str, life: Duration) -> String {
 /// # Panics
 /// Panics if the claims cannot be encoded.
 pub fn sign(claims: &Value, secret: &str) -> String {
+    sign_by(KEY_ID, claims, secret)
+}
+
+/// As [`sign`], naming another key.
+///
+/// # Panics
+/// Panics if the claims cannot be encoded.
+pub fn sign_by(key_id: &str, claims: &Value, secret: &str) -> String {
     let mut header = Header::new(Algorithm::HS256);
-    header.kid = Some(KEY_ID.into());
+    header.kid = Some(key_id.into());
     let key = EncodingKey::from_secret(secret.as_bytes());
     jsonwebtoken::encode(&header, claims, &key).expect("JSON claims can be signed")
 }

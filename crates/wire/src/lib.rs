@@ -4,6 +4,7 @@
 pub mod envelope;
 pub mod frames;
 pub mod record;
+pub mod revocation;
 
 /// Generated from `proto/barid/v1/{envelope,record,frames}.proto`.
 #[allow(missing_docs, clippy::all)]

@@ -108,7 +108,13 @@ impl World<'_> {
             ..Default::default()
         };
         let user = user_key(user_of(client));
-        let claims = Claims { user, device: Some(device), expires_s: u64::MAX, groups: Vec::new() };
+        let claims = Claims {
+            user,
+            device: Some(device),
+            expires_s: u64::MAX,
+            groups: Vec::new(),
+            token: Default::default(),
+        };
         let unidentified = Unidentified::new(claims, self.now_us / 1000);
         let connecting = unidentified.frame(ClientFrame::Hello(hello), AHEAD_MS);
         connecting.map_err(|close| format!("a Hello is refused: {close:?}"))

@@ -36,15 +36,17 @@ class Topics:
             "bulk": f"{prefix}.push.bulk",
             "receipts": f"{prefix}.receipts",
             "dead": f"{prefix}.dead",
+            "revocations": f"{prefix}.revocations",
         }
         # Which life of a topic an offset belongs to.
         self.life = dict.fromkeys(self.names.values(), 0)
 
     async def create(self, *kinds: str) -> None:
         # A producer's clock may be wrong: Kafka refuses nothing for its timestamp.
-        any_time = {"message.timestamp.after.max.ms": str(2**63 - 1)}
+        config = dict.fromkeys(PUSH, {"message.timestamp.after.max.ms": str(2**63 - 1)})
+        config["revocations"] = {"cleanup.policy": "compact"}
         topics = [
-            NewTopic(self.names[k], self.partitions, 1, config=any_time if k in PUSH else {})
+            NewTopic(self.names[k], 1 if k == "revocations" else self.partitions, 1, config=config.get(k, {}))
             for k in kinds or self.names
         ]
         await self._all(self.admin.create_topics(topics))

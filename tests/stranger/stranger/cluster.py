@@ -452,6 +452,7 @@ class Role(Process):
                     ("push_bulk", "bulk"),
                     ("receipts", "receipts"),
                     ("dead", "dead"),
+                    ("revocations", "revocations"),
                 )
             )
         return text + self.extra

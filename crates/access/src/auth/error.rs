@@ -1,6 +1,9 @@
 //! Errors of tokens and of the configured keys.
 
+use barid_core::CloseCode;
+
 use crate::labels::TokenRefusal;
+use crate::revocations::{REVOKED, Refusal};
 
 /// Why a token was refused, in words for the developer who issues tokens.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,12 +41,27 @@ pub enum AuthError {
     /// The key is not allowed for this app.
     #[error("the key is not allowed for this app")]
     OtherApp,
+    /// It is revoked.
+    #[error("{REVOKED}")]
+    Revoked,
+    /// The topic of revocations was not read since the node started.
+    #[error("the revocations of tokens have not been read yet: come back later")]
+    NoRevocations,
 }
 
 /// The configured keys cannot be used. Names the key, and shows no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct KeyError(pub(super) String);
+
+impl From<Refusal> for AuthError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Revoked => Self::Revoked,
+            Refusal::Unread => Self::NoRevocations,
+        }
+    }
+}
 
 impl AuthError {
     /// The value that metrics show.
@@ -60,6 +78,32 @@ impl AuthError {
             Self::Audience => TokenRefusal::Audience,
             Self::Issuer => TokenRefusal::Issuer,
             Self::OtherApp => TokenRefusal::OtherApp,
+            Self::Revoked => TokenRefusal::Revoked,
+            Self::NoRevocations => TokenRefusal::NoRevocations,
         }
+    }
+
+    /// Whether the same token may be accepted later.
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::NoKeys | Self::NoRevocations)
+    }
+
+    /// The status of a handshake's answer.
+    pub fn status(&self) -> &'static str {
+        if self.is_temporary() { "503 Service Unavailable" } else { "401 Unauthorized" }
+    }
+
+    /// The close code of a handshake that is refused by a close.
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            error if error.is_temporary() => CloseCode::Overloaded,
+            Self::Expired | Self::Revoked => CloseCode::TokenExpired,
+            _ => CloseCode::BadToken,
+        }
+    }
+
+    /// The close code after a Refresh.
+    pub fn refresh_code(&self) -> CloseCode {
+        if self.is_temporary() { CloseCode::Overloaded } else { CloseCode::BadToken }
     }
 }

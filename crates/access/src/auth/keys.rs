@@ -18,7 +18,7 @@ const PRIVATE: &[u8] = b"PRIVATE KEY-----";
 /// A key for exactly one algorithm.
 #[derive(Clone)]
 pub(super) struct Key {
-    id: Option<String>,
+    pub(super) id: Option<String>,
     pub(super) algorithm: Algorithm,
     pub(super) decoding: DecodingKey,
     apps: Vec<AppId>,

@@ -53,6 +53,25 @@ async fn refusal(verifier: &Verifier, token: &str) -> AuthError {
     verifier.verify(token, NOW).await.unwrap_err()
 }
 
+#[tokio::test]
+async fn a_token_can_be_revoked_by_its_time_its_id_and_the_key_that_verified_it() {
+    let facts = async |key: &str, kid: Option<&str>, change: Value| {
+        let token = sign(kid, &with(change), SECRET);
+        verifier(vec![hmac_key(key, SECRET)]).verify(&token, NOW).await.unwrap().token
+    };
+    let app = AppId::new("demo").unwrap();
+    let whole = facts("k", Some("k"), json!({ "iat": NOW - 7, "jti": "t" })).await;
+    let issued_s = (NOW - 7) as u32;
+    assert_eq!(whole, TokenFacts { issued_s, id: id_hash(&app, "t"), key: key_hash("k") });
+    // What a token does not say, its key does.
+    assert_eq!(facts("k", None, json!({})).await.key, key_hash("k"));
+    assert_eq!(facts("", Some("k2"), json!({})).await.key, key_hash("k2"));
+    assert_eq!(facts("", None, json!({})).await, TokenFacts::default());
+    for (iat, issued_s) in [(json!(1.9), 1), (json!(-5), 0), (json!(1e300), u32::MAX)] {
+        assert_eq!(facts("k", None, json!({ "iat": iat })).await.issued_s, issued_s);
+    }
+}
+
 /// A key pair: how tokens are signed, and the public half as PEM.
 struct Pair {
     algorithm: Algorithm,

@@ -5,16 +5,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_core::CloseCode;
 use barid_mailbox::{AckRequest, ConfirmOutcome, ConfirmRequest, ReadRequest};
-use barid_session::{AckPoint, AckUrgency, Close};
+use barid_session::{AckPoint, AckUrgency, Claims, Close};
 use tokio::time::sleep;
 
 use crate::auth::AuthError;
 use crate::connection::state::{Answer, Confirming, Connection};
 use crate::fanout::Refused;
 use crate::handle::Handle;
-use crate::labels::{Call, Confirmation, TokenRefusal};
+use crate::labels::{Call, Confirmation, RevokedAt, TokenRefusal};
 use crate::node::Node;
 
 impl Connection {
@@ -61,17 +60,12 @@ impl Connection {
         let Poll::Ready(result) = refreshing.as_mut().poll(cx) else { return false };
         self.refreshing = None;
         let checked = result
-            .map_err(|error| {
-                let code = match error {
-                    AuthError::NoKeys => CloseCode::Overloaded,
-                    _ => CloseCode::BadToken,
-                };
-                (error.label(), Close::new(code, error.to_string()))
-            })
+            .map_err(refused)
             .and_then(|claims| match self.session.refresh(&claims) {
                 Ok(()) => Ok(claims),
                 Err(close) => Err((TokenRefusal::SomebodyElse, close)),
-            });
+            })
+            .and_then(|claims| self.check_revocations(claims).map_err(refused));
         match checked {
             Ok(claims) => {
                 self.beat.expires(self.node.clock.seconds_at(claims.expires_s));
@@ -87,6 +81,17 @@ impl Connection {
             }
         }
         true
+    }
+
+    /// The session has the new token before it is checked: a revocation that arrives meanwhile finds it.
+    fn check_revocations(&self, claims: Claims) -> Result<Claims, AuthError> {
+        self.handle.set_token(claims.token);
+        let now_s = self.node.clock.now_s();
+        let checked = self.node.revocations.check(&claims.user, &claims.token, now_s);
+        checked.map(|()| claims).map_err(|refusal| {
+            self.node.metrics.revoked(RevokedAt::Refresh);
+            refusal.into()
+        })
     }
 
     pub(super) fn start_calls(&mut self) -> bool {
@@ -164,6 +169,10 @@ impl Connection {
             Answer::Confirmed(outcome, request.session.incarnation)
         }));
     }
+}
+
+fn refused(error: AuthError) -> (TokenRefusal, Close) {
+    (error.label(), Close::new(error.refresh_code(), error.to_string()))
 }
 
 pub(super) fn ack_request(node: &Node, handle: &Handle, point: AckPoint) -> AckRequest {

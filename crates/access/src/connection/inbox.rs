@@ -23,7 +23,7 @@ impl Connection {
         let Inbox { pushes, missed, tick, resend, fanout, confirm, go_away, close, .. } = inbox;
         self.fanned_out |= fanout;
         if let Some(close) = close {
-            self.end(Some(close));
+            self.end(Some(*close));
             return true;
         }
         let now_us = self.node.mailboxes.now_us(self.handle.user());

@@ -116,7 +116,7 @@ impl Connection {
             ClientFrame::Refresh(refresh) => {
                 let node = Arc::clone(&self.node);
                 self.refreshing = Some(Box::pin(async move {
-                    node.policy.verifier.verify(&refresh.token, node.clock.now_ms() / 1000).await
+                    node.policy.verifier.verify(&refresh.token, node.clock.now_s()).await
                 }));
             }
             ClientFrame::Pong(_) => (),

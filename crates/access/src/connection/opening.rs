@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::CloseCode;
-use barid_session::{Close, Connected, Connecting, Refusal, Unidentified};
+use barid_mailbox::ConnectOutcome;
+use barid_session::{Close, Connected, Connecting, Refusal, TokenFacts, Unidentified};
 use barid_wire::frames::{Encoding, Ignored};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -12,8 +13,9 @@ use crate::connection::codec::{Codec, decode, refusal};
 use crate::connection::ending::forget;
 use crate::handle::Handle;
 use crate::handshake::Accepted;
-use crate::labels::{Call, Limit};
+use crate::labels::{Call, Limit, RevokedAt};
 use crate::node::Node;
+use crate::revocations::REVOKED;
 use crate::socket::{Received, Socket};
 use crate::upstream::Spent;
 
@@ -50,9 +52,10 @@ pub(super) async fn identify(
     };
     let sdk = std::mem::take(&mut connecting.sdk);
     let as_named = connecting.clone();
-    let entered = match enter(node, connecting).await {
+    let token = accepted.claims.token;
+    let entered = match enter(node, connecting, token).await {
         Err(refusal) => match as_named.counted_on(refusal.attempt) {
-            Some(connecting) => enter(node, connecting).await,
+            Some(connecting) => enter(node, connecting, token).await,
             None => Err(refusal),
         },
         entered => entered,
@@ -98,6 +101,7 @@ async fn hello_in_time(
 async fn enter(
     node: &Arc<Node>,
     connecting: Connecting,
+    token: TokenFacts,
 ) -> Result<(Connected, Arc<Handle>), Refusal> {
     let identity = &connecting.identity;
     let connection = node.sessions.next_connection();
@@ -106,6 +110,7 @@ async fn enter(
         identity.attempt,
         identity.user.clone(),
         identity.device.clone(),
+        token,
     ));
     // Before the route is written: a push must find the session that its route names.
     if !node.sessions.registry.insert(Arc::clone(&handle), node.policy.limits.user_connections_max)
@@ -113,6 +118,16 @@ async fn enter(
         node.metrics.limit(Limit::UserConnections);
         let text = "too many devices of this user are connected to this node";
         return Err(Close::new(CloseCode::Limit, text).into());
+    }
+    // The handshake's check was before the session could be found by a revocation.
+    if node.revocations.hit(handle.user(), &token, node.clock.now_s()).is_some() {
+        node.sessions.registry.remove(handle.user(), connection);
+        let close = Close::new(CloseCode::TokenExpired, REVOKED);
+        if handle.close(close.clone()) {
+            node.metrics.revoked(RevokedAt::Session);
+        }
+        handle.finish();
+        return Err(close.into());
     }
     match connect(node, connecting, &handle).await {
         Ok(session) => Ok((session, handle)),
@@ -174,11 +189,26 @@ async fn connect(
 ) -> Result<Connected, Refusal> {
     let request = connecting.request(node.sessions.reference(handle.connection));
     let limit = node.policy.limits.hello_timeout();
-    let call = node
-        .mailboxes
-        .until_answered(Call::Connect, || node.mailboxes.store().connect(request.clone()));
+    // Known users need no permission: it is given back.
+    let new_user = node.policy.admission.new_user(&handle.user().app);
+    let is_permitted = new_user.is_some();
+    let call = node.mailboxes.until_answered(Call::Connect, async || match is_permitted {
+        true => node.mailboxes.store().connect(request.clone()).await,
+        false => node.mailboxes.store().connect_known(request.clone()).await,
+    });
+    let answered = timeout(limit, call).await;
+    if let (Some(new_user), Err(_) | Ok(ConnectOutcome::Connected { created: true, .. })) =
+        (new_user, &answered)
+    {
+        new_user.used();
+    }
     let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");
-    let outcome = timeout(limit, call).await.map_err(away)?;
+    let outcome = answered.map_err(away)?;
+    if outcome == ConnectOutcome::NotCreated && !is_permitted {
+        node.metrics.limit(Limit::AppNewUsers);
+        let text = "the app has too many new users: come back later";
+        return Err(Close::new(CloseCode::Overloaded, text).into());
+    }
     let (session, replaced) = connecting.answered(outcome, node.policy.settings)?;
     let text = "a newer connection of this device took over";
     node.sessions.registry.each(handle.user(), |other| {

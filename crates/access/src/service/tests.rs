@@ -16,8 +16,13 @@ const STALLED: Duration = Duration::from_secs(2);
 
 fn config(redis: &Redis) -> Config {
     let local = SocketAddr::from(([127, 0, 0, 1], 0));
-    let mut config =
-        Config { listen: local, grpc_listen: local, receipts: false, ..Config::default() };
+    let mut config = Config {
+        listen: local,
+        grpc_listen: local,
+        receipts: false,
+        revocations: false,
+        ..Config::default()
+    };
     config.redis.url = SecretUrl::new(redis.url());
     config.heartbeat.interval_seconds = 1;
     config.sync.confirm_interval_seconds = 1;

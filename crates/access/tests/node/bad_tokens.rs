@@ -240,6 +240,8 @@ fn table() -> Vec<Bad> {
             "malformed",
         ),
         ("a begin in words", claim(json!({ "nbf": "today" })), "nbf is not a number", "malformed"),
+        ("an issue in words", claim(json!({ "iat": "today" })), "iat is not a number", "malformed"),
+        ("an id of another type", claim(json!({ "jti": 7 })), "jti is not a string", "malformed"),
         (
             "a device of another type",
             claim(json!({ "device": true })),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use barid_core::Secret;
-use barid_testkit::device::PATIENCE;
+use barid_testkit::device::{Incoming, PATIENCE};
 use barid_testkit::raw::*;
 use barid_testkit::{Device, token};
 use barid_wire::frames::Encoding;
@@ -374,4 +374,75 @@ fn limits_that_make_no_sense_refuse_to_start() {
     assert_eq!(text, "limits.handshakes_burst_seconds: 601 is out of range; write 1 to 600 s");
     let text = error(|config| config.auth.origins = vec!["example.com".into()]);
     assert!(text.starts_with("auth.origins: \"example.com\" is not"), "{text}");
+}
+
+#[tokio::test]
+async fn hazard_124_a_flood_of_new_users_of_one_app_leaves_room_for_all_others() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.app_new_users_per_second = 5;
+            config.limits.handshakes_burst_seconds = 2;
+        })
+        .await?;
+    let enter = async |app: &str, user: String| {
+        let token = token::token(app, &user, Duration::from_secs(600));
+        let hello = json!({ "device": "phone", "attempt": barid_testkit::device::next_attempt() });
+        let mut device = Device::open(&node.url(), &token).await?;
+        device.send(&json!({ "hello": hello })).await?;
+        device.next(PATIENCE).await
+    };
+    let is_in = |answer: &Incoming| matches!(answer, Incoming::Welcome(_));
+    for n in 0..5 {
+        assert!(is_in(&enter("flood", format!("known{n}")).await?));
+    }
+    let begun = Instant::now();
+    let (mut created, mut refused) = (0, 0);
+    for n in 0..150 {
+        match enter("flood", format!("new{n}")).await? {
+            Incoming::Welcome(_) => created += 1,
+            Incoming::Other(kind, error) => {
+                assert_eq!((kind.as_str(), &error["code"]), ("error", &json!(4005)), "{error}");
+                assert_eq!(error["text"], "the app has too many new users: come back later");
+                refused += 1;
+                let stranger = user_of("flood", &format!("new{n}"));
+                assert_eq!(world.mailbox.inspect(&stranger).await?.epoch.0, 0, "it left a mailbox");
+            }
+            other => panic!("{other:?}"),
+        }
+        if n % 5 == 0 {
+            // The app's own known users, again and again, and another app's new ones.
+            assert!(is_in(&enter("flood", format!("known{}", n / 5 % 5)).await?), "{n}");
+        }
+        if n % 15 == 0 {
+            assert!(is_in(&enter("other", format!("new{n}")).await?), "{n}");
+        }
+    }
+    let most = 10.0 + 5.0 * begun.elapsed().as_secs_f64() + 1.0;
+    assert!(f64::from(created) <= most && refused > 50, "{created} created, {refused} refused");
+    assert_eq!(node.metric(LIMITS, "app_new_users"), f64::from(refused));
+    // Later the same users are welcome.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(is_in(&enter("flood", "new149".into()).await?));
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_125_known_users_take_nothing_from_the_new_ones() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.app_new_users_per_second = 1;
+            config.limits.handshakes_burst_seconds = 3;
+        })
+        .await?;
+    let _first = node.device("alice", "phone").await?;
+    // A mass of reconnects, all at once.
+    let entering = (0..60).map(|n| node.device("alice", ["phone", "tablet", "watch"][n % 3]));
+    let entered = futures::future::join_all(entering).await;
+    assert!(entered.iter().filter(|entered| entered.is_ok()).count() > 3);
+    let _second = node.device("bob", "phone").await?;
+    let _third = node.device("carol", "phone").await?;
+    assert_eq!(node.metric(LIMITS, "app_new_users"), 0.0);
+    Ok(())
 }

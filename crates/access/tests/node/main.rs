@@ -13,6 +13,7 @@ mod kick;
 mod leases;
 mod limits;
 mod proxies;
+mod revocations;
 mod slow;
 mod support;
 mod tls;

@@ -161,6 +161,7 @@ pub fn config(redis: &Redis) -> Config {
         grpc_listen: local,
         redis: redis_config(redis),
         receipts: false,
+        revocations: false,
         ..Default::default()
     };
     config.auth.keys = vec![barid_access::config::KeyConfig {

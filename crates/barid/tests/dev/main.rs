@@ -150,6 +150,51 @@ fn hazard_115_the_other_commands_find_the_running_cluster_and_say_how_they_ended
 }
 
 #[test]
+fn tokens_are_checked_and_revoked_beside_it_without_flags() {
+    let place = Place::new();
+    let mut dev = place.start("dev --port 0");
+    dev.event("ready");
+    while !place.state().exists() {
+        pause();
+    }
+    let (made, _) = place.run("token --user alice");
+    let token = made[0]["token"].as_str().unwrap().to_owned();
+    let check = format!("token check {token}");
+    let (said, status) = place.run(&check);
+    assert!(status.success(), "{said:?}");
+    assert_eq!((&said[0]["event"], &said[0]["user"]), (&"accepted".into(), &"alice".into()));
+    assert_eq!((&said[0]["revoked"], &said[0]["key_id"]), (&false.into(), &"dev".into()));
+
+    let (said, _) = place.run("revoke list");
+    assert!(said.is_empty(), "{said:?}");
+    let mut listener = place.start(&format!("listen --token {token}"));
+    listener.event("connected");
+    let (said, status) = place.run("revoke user alice --reason stolen --for 1h");
+    assert!(status.success(), "{said:?}");
+    let gone = listener.event("disconnected");
+    assert!(gone["why"].as_str().unwrap().contains("4004"), "{gone}");
+    // It comes back with the same token, which is final.
+    assert!(!listener.end().success());
+    let (said, status) = place.run(&check);
+    assert_eq!(status.code(), Some(1));
+    assert_eq!((&said[0]["status"], &said[0]["close_code"]), (&401.into(), &4004.into()));
+    assert!(said[0]["hint"].as_str().unwrap().contains("user:demo:alice"), "{said:?}");
+    let (made, _) = place.run("token --user alice");
+    let fresh = made[0]["token"].as_str().unwrap();
+    let (said, status) = place.run(&format!("token check {fresh}"));
+    assert!(status.success(), "{said:?}");
+
+    let (said, _) = place.run("revoke list");
+    assert_eq!((said.len(), &said[0]["reason"]), (1, &"stolen".into()));
+    let (said, status) = place.run("revoke withdraw user alice");
+    assert!(status.success() && said[0]["event"] == "withdrawn", "{said:?}");
+    assert!(place.run(&check).1.success());
+    assert_eq!(place.run("revoke withdraw user alice").1.code(), Some(1));
+    dev.signal("TERM");
+    assert!(dev.end().success());
+}
+
+#[test]
 fn a_killed_cluster_takes_its_redis_with_it() {
     let place = Place::new();
     let mut dev = place.start("dev --port 0");

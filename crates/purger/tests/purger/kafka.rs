@@ -119,7 +119,7 @@ async fn topics_that_are_missing(protocol: GroupProtocol) {
     let mut world = World::bare(Kafka::shared().await).await;
     world.config.kafka.group_protocol = protocol;
     let purger = world.start().await;
-    let topics = world.config.kafka.topics.all();
+    let topics = world.config.kafka.topics.of_purgers();
     let mut words: Vec<&str> = topics.iter().map(String::as_str).collect();
     words.push("create it");
     purger.fails("topics", &words).await;

@@ -99,6 +99,7 @@ impl World {
             &mut names.push,
             &mut names.push_bulk,
             &mut names.receipts,
+            &mut names.revocations,
             &mut names.dead,
         ] {
             *name = unique(name);

@@ -146,7 +146,8 @@ impl Builder {
             None => Kafka::shared().await,
         };
         let topics = Topics::new();
-        kafka.create_topics(&topics.all(), self.partitions).await?;
+        kafka.create_topics(&topics.logs(), self.partitions).await?;
+        kafka.create_compacted(&topics.revocations).await?;
         let client = kafka.client();
         let dir = Scratch::new("barid-cluster-")?;
         let counts = Role::ALL.map(|role| (role, self.counts.get(&role).copied().unwrap_or(1)));

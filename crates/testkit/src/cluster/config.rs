@@ -91,6 +91,7 @@ impl Shared<'_> {
         put("kafka.topics.push_bulk", topics.bulk.clone().into())?;
         put("kafka.topics.receipts", topics.receipts.clone().into())?;
         put("kafka.topics.dead", topics.dead.clone().into())?;
+        put("kafka.topics.revocations", topics.revocations.clone().into())?;
         put("kafka.group", format!("{}.purger", topics.push).into())
     }
 }

@@ -16,6 +16,8 @@ pub struct Topics {
     pub receipts: String,
     /// Dead letters: refused records.
     pub dead: String,
+    /// Revocations of tokens; compacted.
+    pub revocations: String,
 }
 
 impl Topics {
@@ -28,10 +30,12 @@ impl Topics {
             bulk: name("push.bulk"),
             receipts: name("receipts"),
             dead: name("dead"),
+            revocations: name("revocations"),
         }
     }
 
-    pub(super) fn all(&self) -> [&str; 5] {
+    /// The topics that are not compacted.
+    pub(super) fn logs(&self) -> [&str; 5] {
         [&self.high, &self.push, &self.bulk, &self.receipts, &self.dead].map(String::as_str)
     }
 }

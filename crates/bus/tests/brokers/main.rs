@@ -2,6 +2,8 @@
 //! both have to behave alike.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail loudly, too")]
 
+mod follower;
+
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -40,6 +42,7 @@ fn config() -> KafkaConfig {
         &mut topics.push,
         &mut topics.push_bulk,
         &mut topics.receipts,
+        &mut topics.revocations,
         &mut topics.dead,
     ] {
         *name = unique(name);
@@ -53,7 +56,7 @@ async fn apache() -> KafkaConfig {
 
 async fn apache_with(config: KafkaConfig) -> KafkaConfig {
     let config = KafkaConfig { brokers: vec![Kafka::shared().await.brokers()], ..config };
-    assert_eq!(ensure_topics(&config, LIMIT).await.unwrap().len(), 5);
+    assert_eq!(ensure_topics(&config, LIMIT).await.unwrap().len(), 6);
     let again = ensure_topics(&config, LIMIT).await.expect("topics that exist stay");
     assert!(again.is_empty(), "{again:?}");
     config
@@ -494,6 +497,7 @@ async fn topics_that_do_not_fit_are_told_with_what_to_set() {
     for (name, settings) in [
         (&mut odd.topics.push, [("cleanup.policy", "compact"), ("max.message.bytes", "2000000")]),
         (&mut odd.topics.dead, [("min.insync.replicas", "2"), ("max.message.bytes", "1000000")]),
+        (&mut odd.topics.revocations, [("cleanup.policy", "delete"), ("retention.ms", "1000")]),
     ] {
         *name = unique("odd");
         let topic = NewTopic::new(name, 1, TopicReplication::Fixed(1));
@@ -512,6 +516,7 @@ async fn topics_that_do_not_fit_are_told_with_what_to_set() {
     let dead = told(&odd.topics.dead);
     assert!(dead.contains("max.message.bytes=2004096") && dead.contains("min.insync"), "{dead}");
     assert!(told("nowhere").contains("does not exist"));
+    assert!(told(&odd.topics.revocations).contains("set cleanup.policy=compact"));
 
     let (_broker, config) = embedded();
     let topics = describe_topics(&config, LIMIT).await.unwrap();

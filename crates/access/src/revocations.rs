@@ -1,0 +1,99 @@
+//! Revocations of tokens: what is in force on this node, and whether a token may be used.
+//!
+//! Each node follows the compacted topic `barid.revocations` by itself, so that a restarted node knows all of it before
+//! it admits a device. Redis is not used: a failover there may forget.
+//!
+//! | module | what |
+//! |---|---|
+//! | `facts` | what a session keeps of its token |
+//! | `table` | the revocations in force, pure |
+//! | `follow` | the task that follows the topic, and closes open sessions |
+
+mod facts;
+pub mod follow;
+mod table;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use barid_mailbox::UserKey;
+use barid_session::TokenFacts;
+use parking_lot::{RwLock, RwLockReadGuard};
+
+pub use facts::{id_hash, key_hash};
+pub use table::Table;
+
+use crate::labels::RevokedBy;
+
+/// The reason that devices are told.
+pub const REVOKED: &str = "the token has been revoked";
+
+/// Why a token may not be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It is revoked.
+    Revoked,
+    /// The revocations have not been read since the start.
+    Unread,
+}
+
+/// The revocations in force.
+#[derive(Debug)]
+pub struct Revocations {
+    table: RwLock<Table>,
+    /// Number of entries of `table`, which most nodes have none of.
+    held: AtomicUsize,
+    is_read: AtomicBool,
+}
+
+impl Revocations {
+    /// Creates an empty set of at most `entries_max`. Until [`Self::set_read`], all tokens are refused, unless the node
+    /// does not follow the topic.
+    pub fn new(entries_max: usize, is_followed: bool) -> Self {
+        Self {
+            table: RwLock::new(Table::new(entries_max)),
+            held: AtomicUsize::new(0),
+            is_read: AtomicBool::new(!is_followed),
+        }
+    }
+
+    /// Checks a valid token at `now_s` (seconds since the Unix epoch). A session is checked again once it is registered:
+    /// a revocation that arrives between the two either finds the session or is found here.
+    ///
+    /// # Errors
+    /// The token may not be used.
+    pub fn check(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Result<(), Refusal> {
+        if !self.is_read.load(Ordering::Acquire) {
+            return Err(Refusal::Unread);
+        }
+        match self.hit(user, token, now_s) {
+            Some(_) => Err(Refusal::Revoked),
+            None => Ok(()),
+        }
+    }
+
+    /// By what a token is revoked; `None`: it is not.
+    pub fn hit(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Option<RevokedBy> {
+        if self.held.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.table.read().hit(user, token, now_s)
+    }
+
+    /// The table, for many checks.
+    pub fn table(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read()
+    }
+
+    /// Changes the table.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Table) -> T) -> T {
+        let mut table = self.table.write();
+        let changed = change(&mut table);
+        self.held.store(table.len(), Ordering::Release);
+        changed
+    }
+
+    /// Everything that was in the topic at the start has been read.
+    pub fn set_read(&self) {
+        self.is_read.store(true, Ordering::Release);
+    }
+}

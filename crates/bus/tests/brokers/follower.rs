@@ -1,0 +1,174 @@
+//! Followers of a compacted topic, on Apache Kafka and on librdkafka's in-process broker.
+
+use std::time::Duration;
+
+use barid_bus::{Change, Error, Followed, Follower, KafkaConfig, ensure_topics};
+use barid_testkit::Kafka;
+use barid_testkit::kafka::unique;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use tokio::time::{Instant, timeout};
+
+use crate::{LIMIT, apache, config, embedded};
+
+fn producer(config: &KafkaConfig) -> FutureProducer {
+    let mut client = ClientConfig::new();
+    client.set("bootstrap.servers", config.brokers.join(",")).set("linger.ms", "0");
+    client.create().unwrap()
+}
+
+/// Produces to a partition; without a value, a tombstone.
+async fn put(
+    producer: &FutureProducer,
+    topic: &str,
+    partition: i32,
+    key: &str,
+    value: Option<&str>,
+) {
+    let mut record = FutureRecord::to(topic).key(key).partition(partition);
+    record.payload = value;
+    producer.send(record, LIMIT).await.unwrap();
+}
+
+fn change(key: &str, value: Option<&str>) -> Change {
+    let value = value.map(|value| value.as_bytes().to_vec().into());
+    Change { key: key.as_bytes().to_vec().into(), value }
+}
+
+async fn next(follower: &mut Follower) -> Followed {
+    timeout(LIMIT, follower.next()).await.expect("an event")
+}
+
+/// The changes until it has caught up.
+async fn caught_up(follower: &mut Follower) -> Vec<Change> {
+    let mut all = Vec::new();
+    loop {
+        match next(follower).await {
+            Followed::Changes(changes) => all.extend(changes),
+            Followed::CaughtUp => return all,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn follows(config: &KafkaConfig) {
+    let topic = &config.topics.revocations;
+    let mut early = Follower::start(config, topic).unwrap();
+    assert_eq!(caught_up(&mut early).await, [], "an empty topic is read at once");
+    let producer = producer(config);
+    put(&producer, topic, 0, "a", Some("1")).await;
+    put(&producer, topic, 0, "b", Some("2")).await;
+    put(&producer, topic, 0, "a", None).await;
+    // More than one event can hold.
+    for n in 0..2_500 {
+        let (key, value) = (format!("k{n}"), "v".to_owned());
+        let record = FutureRecord::to(topic).key(&key).payload(&value).partition(0);
+        drop(producer.send_result(record).unwrap());
+    }
+    put(&producer, topic, 0, "last", Some("3")).await;
+
+    let mut late = Follower::start(config, topic).unwrap();
+    let all = caught_up(&mut late).await;
+    assert_eq!(all.len(), 2_504);
+    assert_eq!(all[..3], [change("a", Some("1")), change("b", Some("2")), change("a", None)]);
+    assert_eq!(all[2_503], change("last", Some("3")));
+    let mut seen = Vec::new();
+    while seen.len() < all.len() {
+        match next(&mut early).await {
+            Followed::Changes(changes) => {
+                assert!(changes.len() <= 1_000);
+                seen.extend(changes);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(seen, all, "who follows from before has seen the same");
+
+    // A record without a key, or with any bytes, is passed on.
+    let bytes: &[u8] = b"\xff\x00";
+    let bare: FutureRecord<'_, (), [u8]> = FutureRecord::to(topic).payload(bytes).partition(0);
+    let began = Instant::now();
+    let is_accepted = producer.send(bare, LIMIT).await.is_ok();
+    put(&producer, topic, 0, "now", Some("4")).await;
+    let mut seen = Vec::new();
+    while seen.last() != Some(&change("now", Some("4"))) {
+        let Followed::Changes(changes) = next(&mut late).await else { panic!("no changes") };
+        seen.extend(changes);
+    }
+    assert_eq!(seen.len(), 1 + usize::from(is_accepted), "{seen:?}");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_holds_the_topic_and_what_changes() {
+    follows(&apache().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_works_on_the_in_process_broker() {
+    let (_broker, config) = embedded();
+    follows(&config).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_topic_is_told_and_its_creation_is_noticed_and_more_partitions() {
+    let kafka = Kafka::shared().await;
+    let config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    let topic = &config.topics.revocations;
+    let mut follower = Follower::start(&config, topic).unwrap();
+    let Followed::Trouble(Error::Refused(why)) = next(&mut follower).await else { panic!() };
+    assert!(why.contains(topic.as_str()) && why.contains("does not exist"), "{why}");
+    ensure_topics(&config, LIMIT).await.unwrap();
+    assert_eq!(next(&mut follower).await, Followed::CaughtUp);
+    assert_eq!(next(&mut follower).await, Followed::Healed);
+
+    let admin: AdminClient<DefaultClientContext> = kafka.client().create().unwrap();
+    let more = NewPartitions::new(topic, 2);
+    admin.create_partitions(&[more], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
+    put(&producer(&config), topic, 1, "there", Some("1")).await;
+    let told = next(&mut follower).await;
+    assert_eq!(told, Followed::Changes(vec![change("there", Some("1"))]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_97_kafka_away_is_told_and_afterwards_nothing_is_missing() {
+    let mut kafka = Kafka::start().await.unwrap();
+    let mut config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    config.topics.revocations = unique("compacted");
+    ensure_topics(&config, LIMIT).await.unwrap();
+    let topic = config.topics.revocations.clone();
+    let mut follower = Follower::start(&config, &topic).unwrap();
+    assert_eq!(caught_up(&mut follower).await, []);
+    put(&producer(&config), &topic, 0, "a", Some("1")).await;
+    assert_eq!(next(&mut follower).await, Followed::Changes(vec![change("a", Some("1"))]));
+
+    kafka.kill().unwrap();
+    let mut without = Follower::start(&config, &topic).unwrap();
+    for follower in [&mut follower, &mut without] {
+        let Followed::Trouble(Error::Away(why)) = next(follower).await else { panic!() };
+        assert!(why.starts_with(&config.brokers[0]), "{why}");
+    }
+    kafka.restart().await.unwrap();
+    put(&producer(&config), &topic, 0, "b", Some("2")).await;
+    let (mut changes, mut is_healed) = (Vec::new(), false);
+    while changes.is_empty() || !is_healed {
+        match next(&mut follower).await {
+            Followed::Changes(more) => changes.extend(more),
+            Followed::Healed => is_healed = true,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(changes, [change("b", Some("2"))], "no record twice, none missing");
+    let mut all = Vec::new();
+    loop {
+        match next(&mut without).await {
+            Followed::Changes(more) => all.extend(more),
+            Followed::CaughtUp => break,
+            Followed::Healed => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(all, [change("a", Some("1")), change("b", Some("2"))]);
+}
