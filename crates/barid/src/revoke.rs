@@ -19,7 +19,7 @@ use time::{Date, Month, OffsetDateTime, PrimitiveDateTime, Time};
 use tokio::time::{sleep, timeout};
 
 use crate::output::{Coded, Output, Tone, clean};
-use crate::values;
+use crate::values::{self, KafkaArgs};
 
 /// What to do. Each revocation is kept until it is withdrawn, or for the time of --for.
 #[derive(Debug, Subcommand)]
@@ -64,7 +64,7 @@ pub enum Action {
         how: How,
     },
     /// List what is revoked
-    List(KafkaArgs),
+    List(TopicArgs),
     /// Withdraw a revocation
     #[command(subcommand)]
     Withdraw(Withdraw),
@@ -78,31 +78,31 @@ pub enum Withdraw {
         #[command(flatten)]
         user: UserArgs,
         #[command(flatten)]
-        kafka: KafkaArgs,
+        topic: TopicArgs,
     },
     /// That of the token with an id
     Token {
         #[command(flatten)]
         token: TokenArgs,
         #[command(flatten)]
-        kafka: KafkaArgs,
+        topic: TopicArgs,
     },
     /// That of the tokens of a key
     Key {
         #[command(flatten)]
         key: KeyArgs,
         #[command(flatten)]
-        kafka: KafkaArgs,
+        topic: TopicArgs,
     },
     /// That of an app's tokens
     App {
         #[command(flatten)]
         app: AppArgs,
         #[command(flatten)]
-        kafka: KafkaArgs,
+        topic: TopicArgs,
     },
     /// That of everyone's tokens
-    Everyone(KafkaArgs),
+    Everyone(TopicArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -156,23 +156,19 @@ pub struct How {
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = reason)]
     pub reason: String,
     #[command(flatten)]
-    pub kafka: KafkaArgs,
+    pub topic: TopicArgs,
 }
 
 #[derive(Debug, Clone, clap::Args)]
-pub struct KafkaArgs {
+pub struct TopicArgs {
     /// Topic of revocations
     #[arg(long, default_value = "barid.revocations")]
     pub topic: String,
     /// How long to wait for Kafka
     #[arg(long, default_value = "30s", value_parser = values::positive_duration)]
     pub timeout: Duration,
-    /// Kafka brokers: HOST:PORT, comma-separated [default: those of the running `barid dev`]
-    #[arg(long, env = "BARID_BROKERS", value_name = "HOST:PORT")]
-    pub brokers: Option<String>,
-    /// Setting of librdkafka, such as security.protocol=ssl; may be repeated
-    #[arg(short = 'X', value_name = "KEY=VALUE", value_parser = values::property)]
-    pub properties: Vec<(String, String)>,
+    #[command(flatten)]
+    pub kafka: KafkaArgs,
 }
 
 /// A revocation, as it is shown.
@@ -211,7 +207,7 @@ pub async fn run(action: Action, out: Output) -> anyhow::Result<ExitCode> {
         Action::Key { key, how } => (Revoked::Key(key.kid), None, how),
         Action::App { app, when, how } => (Revoked::App(app.app), Some(when), how),
         Action::Everyone { when, how } => (Revoked::Everyone, Some(when), how),
-        Action::List(kafka) => return list(&kafka, out).await,
+        Action::List(topic) => return list(&topic, out).await,
         Action::Withdraw(what) => return withdraw(what, out).await,
     };
     revoke(revoked, when, how, out).await
@@ -235,8 +231,8 @@ async fn revoke(
     how: How,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
-    let kafka = how.kafka.config()?;
-    how.kafka.check(&kafka).await?;
+    let kafka = how.topic.config()?;
+    how.topic.check(&kafka).await?;
     let issued_before_s = match when {
         None => 0,
         Some(When { issued_before: Some(given) }) => given,
@@ -275,16 +271,16 @@ async fn next_second() -> u64 {
 }
 
 async fn withdraw(what: Withdraw, out: Output) -> anyhow::Result<ExitCode> {
-    let (revoked, kafka) = match what {
-        Withdraw::User { user, kafka } => (user.revoked(), kafka),
-        Withdraw::Token { token, kafka } => (token.revoked(), kafka),
-        Withdraw::Key { key, kafka } => (Revoked::Key(key.kid), kafka),
-        Withdraw::App { app, kafka } => (Revoked::App(app.app), kafka),
-        Withdraw::Everyone(kafka) => (Revoked::Everyone, kafka),
+    let (revoked, topic) = match what {
+        Withdraw::User { user, topic } => (user.revoked(), topic),
+        Withdraw::Token { token, topic } => (token.revoked(), topic),
+        Withdraw::Key { key, topic } => (Revoked::Key(key.kid), topic),
+        Withdraw::App { app, topic } => (Revoked::App(app.app), topic),
+        Withdraw::Everyone(topic) => (Revoked::Everyone, topic),
     };
-    let config = kafka.config()?;
+    let config = topic.config()?;
     let key = revoked.to_string();
-    if !read(&config, kafka.timeout).await?.contains_key(key.as_bytes()) {
+    if !read(&config, topic.timeout).await?.contains_key(key.as_bytes()) {
         bail!("{} is not revoked", clean(&key));
     }
     let producer = Producer::new(&config)?;
@@ -296,8 +292,8 @@ async fn withdraw(what: Withdraw, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn list(kafka: &KafkaArgs, out: Output) -> anyhow::Result<ExitCode> {
-    let all = read(&kafka.config()?, kafka.timeout).await?;
+async fn list(topic: &TopicArgs, out: Output) -> anyhow::Result<ExitCode> {
+    let all = read(&topic.config()?, topic.timeout).await?;
     if all.is_empty() && !out.is_json() {
         out.line("nothing is revoked")?;
     }
@@ -354,19 +350,19 @@ pub async fn read(
     }
 }
 
-impl KafkaArgs {
+impl TopicArgs {
     /// The configuration of clients.
     ///
     /// # Errors
     /// No broker is known, or a setting is invalid.
     pub fn config(&self) -> anyhow::Result<KafkaConfig> {
-        if self.properties.iter().any(|(key, _)| key.is_empty()) {
+        if self.kafka.properties.iter().any(|(key, _)| key.is_empty()) {
             bail!(Coded::config("-X: a setting is KEY=VALUE"));
         }
         let timeout_ms = u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX);
         let mut config = KafkaConfig {
-            brokers: values::brokers(self.brokers.clone())?,
-            properties: Properties(self.properties.iter().cloned().collect()),
+            brokers: self.kafka.brokers()?,
+            properties: Properties(self.kafka.properties.iter().cloned().collect()),
             delivery_timeout_ms: timeout_ms.clamp(100, 3_600_000),
             fetch_wait_max_ms: 5,
             ..Default::default()
