@@ -28,8 +28,6 @@ use crate::{Credentials, InternalTlsConfig, Party};
 
 /// Bound of a batch between roles, bytes: twice what [`crate::LinkConfig`] allows, because it estimates sizes.
 pub const BATCH_BYTES_MAX: usize = 8 << 20;
-/// Handshakes at once; for a further one the oldest is aborted.
-const HANDSHAKES_MAX: usize = 256;
 /// Wait after an error of accept, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 /// The first bytes of HTTP/2 (RFC 9113, 3.4).
@@ -47,6 +45,8 @@ pub struct GrpcConfig {
     pub insecure: bool,
     /// Maximum connections; further ones are closed.
     pub connections_max: usize,
+    /// Maximum concurrent handshakes; for a further one the oldest is aborted.
+    pub handshakes_max: usize,
     /// Maximum concurrent calls of one connection. The roles use one a connection.
     pub streams_max: u32,
     /// Timeout of the TLS handshake or, without TLS, of the first bytes, ms.
@@ -55,7 +55,13 @@ pub struct GrpcConfig {
 
 impl Default for GrpcConfig {
     fn default() -> Self {
-        Self { insecure: false, connections_max: 1024, streams_max: 4, handshake_timeout_ms: 5_000 }
+        Self {
+            insecure: false,
+            connections_max: 1024,
+            handshakes_max: 256,
+            streams_max: 4,
+            handshake_timeout_ms: 5_000,
+        }
     }
 }
 
@@ -63,6 +69,7 @@ impl Bounded for GrpcConfig {
     fn bounds() -> Vec<Bound> {
         vec![
             whole("connections_max", 1..=100_000, ""),
+            whole("handshakes_max", 1..=100_000, ""),
             whole("streams_max", 1..=1_000, ""),
             whole("handshake_timeout_ms", 1..=600_000, "ms"),
         ]
@@ -216,7 +223,7 @@ impl Server {
             };
             let metrics = self.metrics.clone();
             handshakes.retain(|handshake| !handshake.is_finished());
-            if handshakes.len() >= HANDSHAKES_MAX
+            if handshakes.len() >= self.config.handshakes_max
                 && let Some(oldest) = handshakes.pop_front()
             {
                 oldest.abort();
