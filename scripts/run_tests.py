@@ -19,8 +19,8 @@ AT_ONCE = 2
 LIMIT_SECONDS = 25 * 60
 # What takes minutes, so that it does not begin last. The order is all that depends on it.
 LONG = ["barid-e2e e2e", "barid-access node", "barid-e2e model", "barid-mailbox redis", "barid-purger pipeline"]
-# What compares CPU times, memory or latencies with bounds.
-ALONE = ["barid-e2e figures"]
+# What compares CPU times, memory or latencies with bounds, or uses the usual ports.
+ALONE = ["barid-e2e figures", "barid dev"]
 
 
 def binaries() -> list[tuple[str, Path, Path]]:

@@ -11,8 +11,11 @@ export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 cargo build --locked --workspace --bins --tests
 # A test that hangs is an error that names it (as running for over 60 seconds), not a job without end.
 status=0
-timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@" || status=$?
-if (($# == 0)); then
+if (($# > 0)); then
+  timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@" || status=$?
+else
+  timeout --foreground 30m scripts/run_tests.py || status=$?
+  cargo test --locked --workspace --doc --quiet || status=$?
   # The stranger's suite, in its short form: also when a test before it failed.
   scripts/stranger.sh --built --short --jobs 2 --quiet || status=$?
 fi
