@@ -1,39 +1,55 @@
 #!/usr/bin/env python3
-"""Runs the workspace's test binaries, two at a time, the longest first; what measures runs by itself at the end.
+"""Runs the workspace's test binaries, two at a time, the longest first; those that measure run alone at the end.
 
-Cargo runs them one after the other, and most of them wait for servers for most of their time. A binary's output is
-printed when it has ended, if a test of it failed; the rest is one line each.
+Cargo runs them one after the other, and most of them wait for servers for most of their time. Each prints one line
+when it has ended, and all of its output if one of its tests failed.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = 2
-# For one binary. A test that hangs is named in its output, as running for over 60 seconds.
-LIMIT_SECONDS = 25 * 60
-# What takes minutes, so that it does not begin last. The order is all that depends on it.
-LONG = ["barid-e2e e2e", "barid-access node", "barid-e2e model", "barid-mailbox redis", "barid-purger pipeline"]
-# What compares CPU times, memory or latencies with bounds, or uses the usual ports.
+# For all. What still runs then is printed with what it has said, which names tests that run for over a minute.
+LIMIT_SECONDS = 30 * 60
+# They take minutes, so they begin first.
+LONG = ["barid-e2e e2e", "barid-purger purger", "barid-mailbox contract", "barid-access node", "barid-loadtest bench"]
+# They compare CPU times, memory or latencies with bounds, or use the usual ports: one by one, at the end.
 ALONE = ["barid-e2e figures", "barid dev"]
 
 
-def binaries() -> list[tuple[str, Path, Path]]:
-    """Name, executable and package directory of each test binary. Builds what is not built."""
+@dataclass
+class Test:
+    name: str
+    executable: Path
+    package: Path
+    said: list[str] = field(default_factory=list)
+    process: subprocess.Popen | None = None
+    code: int | None = None
+    seconds: float = 0.0
+
+
+def tests() -> list[Test]:
+    """The workspace's test binaries, built if need be."""
     command = ["cargo", "test", "--locked", "--workspace", "--no-run", "--message-format", "json-render-diagnostics"]
     built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     found = []
     for line in built.stdout.splitlines():
         message = json.loads(line)
         if message.get("reason") == "compiler-artifact" and message["profile"]["test"] and message["executable"]:
-            package = Path(message["manifest_path"]).parent
             name = f"{package_name(message['package_id'])} {message['target']['name']}"
-            found.append((name, Path(message["executable"]), package))
+            found.append(Test(name, Path(message["executable"]), Path(message["manifest_path"]).parent))
+    unknown = {*LONG, *ALONE} - {test.name for test in found}
+    if unknown:
+        sys.exit(f"run_tests.py: no test binary is named {', '.join(sorted(unknown))}")
     return found
 
 
@@ -43,57 +59,65 @@ def package_name(package_id: str) -> str:
     return version.split("@")[0] if "@" in version else path.rsplit("/", 1)[1]
 
 
-class Runner:
-    def __init__(self, waiting: list[tuple[str, Path, Path]]):
-        self.waiting = waiting
-        self.lock = threading.Lock()
-        self.failed: list[str] = []
+def run(test: Test, printing: threading.Lock) -> None:
+    begun = time.monotonic()
+    # A group of its own, so that what it has started can be ended with it.
+    test.process = subprocess.Popen(
+        [test.executable], cwd=test.package, env={**os.environ, "CARGO_MANIFEST_DIR": str(test.package)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )
+    reading = threading.Thread(target=lambda: test.said.extend(test.process.stdout), daemon=True)
+    reading.start()
+    test.code = test.process.wait()
+    # What it left running may hold the pipe open.
+    reading.join(timeout=5)
+    end_group(test.process)
+    test.seconds = time.monotonic() - begun
+    results = [line for line in test.said if line.startswith("test result:")]
+    summary = results[-1].removeprefix("test result: ").strip() if results else f"ended with {test.code}"
+    with printing:
+        if test.code != 0:
+            print_output(test, "failed")
+        print(f"{test.name:<32} {test.seconds:4.0f} s  {summary}", flush=True)
 
-    def work(self) -> None:
-        while True:
-            with self.lock:
-                if not self.waiting:
-                    return
-                test = self.waiting.pop(0)
-            self.run(*test)
 
-    def run(self, name: str, executable: Path, package: Path) -> None:
-        begun = time.monotonic()
-        environment = {**os.environ, "CARGO_MANIFEST_DIR": str(package)}
-        process = subprocess.Popen(
-            [executable], cwd=package, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace",
-        )
-        timer = threading.Timer(LIMIT_SECONDS, process.kill)
-        timer.start()
-        output = process.stdout.read()
-        code = process.wait()
-        timer.cancel()
-        took = time.monotonic() - begun
-        results = [line for line in output.splitlines() if line.startswith("test result:")]
-        summary = results[-1].removeprefix("test result: ") if results else f"ended with {code}"
-        with self.lock:
-            if code != 0:
-                self.failed.append(name)
-                print(f"\n==== {name} failed; its output:\n{output}\n==== end of {name}", flush=True)
-            print(f"{name:<32} {took:4.0f} s  {summary}", flush=True)
+def end_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def print_output(test: Test, why: str) -> None:
+    print(f"\n==== {test.name} {why}; its output:\n{''.join(test.said)}\n==== end of {test.name}", flush=True)
+
+
+def give_up(running: list[Test], why: str) -> None:
+    for test in running:
+        if test.process and test.code is None:
+            print_output(test, why)
+            end_group(test.process)
+    os._exit(1)
 
 
 def main() -> int:
-    tests = binaries()
-    alone = [test for test in tests if test[0] in ALONE]
-    beside = [test for test in tests if test[0] not in ALONE]
-    beside.sort(key=lambda test: LONG.index(test[0]) if test[0] in LONG else len(LONG))
-    failed = []
+    found = tests()
+    printing = threading.Lock()
+    watch = threading.Timer(LIMIT_SECONDS, give_up, [found, f"did not end within {LIMIT_SECONDS} s of the start"])
+    watch.daemon = True
+    watch.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: give_up(found, "was interrupted"))
+    beside = [test for test in found if test.name not in ALONE]
+    beside.sort(key=lambda test: LONG.index(test.name) if test.name in LONG else len(LONG))
+    alone = [test for test in found if test.name in ALONE]
     for group, at_once in ((beside, AT_ONCE), (alone, 1)):
-        runner = Runner(list(group))
-        workers = [threading.Thread(target=runner.work) for _ in range(at_once)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        failed += runner.failed
-    print(f"{len(tests)} test binaries, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}")
+        with ThreadPoolExecutor(at_once) as pool:
+            # The results, so that an error of this script is one.
+            list(pool.map(lambda test: run(test, printing), group))
+    failed = [test.name for test in found if test.code != 0]
+    print(f"{len(found)} test binaries, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}")
     return 1 if failed else 0
 
 

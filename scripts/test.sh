@@ -14,7 +14,7 @@ status=0
 if (($# > 0)); then
   timeout --foreground 30m cargo test --locked --workspace --no-fail-fast "$@" || status=$?
 else
-  timeout --foreground 30m scripts/run_tests.py || status=$?
+  scripts/run_tests.py || status=$?
   cargo test --locked --workspace --doc --quiet || status=$?
   # The stranger's suite, in its short form: also when a test before it failed.
   scripts/stranger.sh --built --short --jobs 2 --quiet || status=$?
