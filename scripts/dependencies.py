@@ -5,7 +5,8 @@
   dependencies.py --lock FILE    only the vulnerabilities of another Cargo.lock
   dependencies.py --update DIR   write advisories.jsonl anew from a checkout of https://github.com/rustsec/advisory-db
 
-It reads deny.toml, as cargo-deny does, and is for machines that have no cargo-deny or cannot fetch RustSec's database.
+It takes the allowed licences, the bans, the targets and the ignored advisories from deny.toml, and is for machines that
+have no cargo-deny or cannot fetch RustSec's database.
 advisories.jsonl is that database as of the date in its first line; after 180 days this warns. RustSec's data is in the
 public domain (CC0 1.0); entries adapted from GitHub's advisory database (CC BY 4.0) have their source as `url`, as that
 licence asks.
@@ -53,6 +54,9 @@ def meets_one(comparator: str, have: Version) -> bool:
     if not match:
         raise ValueError(f"no comparator: {comparator!r}")
     sign, want = match.group(1) or "^", version(match.group(2))
+    if sign in (">", "<=", "=") and match.group(2).split("-")[0].count(".") < 2:
+        # Cargo would mean all of 1.2.x by 1.2.
+        raise ValueError(f"an incomplete version: {comparator!r}")
     match sign:
         case ">=":
             return have >= want
@@ -167,9 +171,13 @@ def vulnerabilities(lock: Path, deny: dict) -> list[str]:
     return found
 
 
-def policies(deny: dict) -> list[str]:
-    """What breaks a rule about licences, sources or bans."""
-    command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", "x86_64-unknown-linux-gnu"]
+def policies(deny: dict) -> set[str]:
+    """Violations of the rules about licences, sources and bans, for each target."""
+    return {problem for target in deny["graph"]["targets"] for problem in policies_of(target, deny)}
+
+
+def policies_of(target: str, deny: dict) -> list[str]:
+    command = ["cargo", "metadata", "--format-version", "1", "--locked", "--filter-platform", target]
     metadata = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
     used = {node["id"] for node in metadata["resolve"]["nodes"]}
     packages = {package["id"]: package for package in metadata["packages"] if package["id"] in used}
@@ -201,7 +209,7 @@ def main() -> int:
     found = vulnerabilities(args.lock or ROOT / "Cargo.lock", deny)
     if not args.lock:
         found += policies(deny)
-    for problem in found:
+    for problem in sorted(found):
         print(problem, file=sys.stderr)
     return 1 if found else 0
 

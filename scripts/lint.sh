@@ -16,7 +16,7 @@ python3 scripts/imports.py --check
 if command -v shellcheck >/dev/null; then
   shellcheck scripts/*.sh .ci/run
 fi
-# Vulnerable dependencies, licences, sources. cargo-deny has newer advisories, where it can fetch them.
+# Vulnerable dependencies, licences, sources. cargo-deny, where it is installed, has newer advisories.
 python3 -m doctest scripts/dependencies.py
 python3 scripts/dependencies.py
 if command -v cargo-deny >/dev/null; then

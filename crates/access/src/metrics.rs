@@ -128,7 +128,7 @@ pub struct Counted {
     platform: Name,
     sdk: Name,
     /// Bytes to devices of its app.
-    pub bytes: IntCounter,
+    pub bytes: Option<IntCounter>,
 }
 
 impl Metrics {
@@ -345,7 +345,7 @@ impl Metrics {
             app,
             platform: self.platforms.enter(platform),
             sdk: self.sdks.enter(sdk),
-            bytes: self.apps.bytes(app).unwrap_or_else(|| self.bytes_out.clone()),
+            bytes: self.apps.bytes(app),
         }
     }
 

@@ -8,7 +8,12 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::BorrowedMessage;
 use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
+use tokio::time::sleep;
+
 use crate::values::{KafkaArgs, kafka_client};
+
+/// Wait after an error that passes.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// The records that come after the time of opening.
 pub struct Tail {
@@ -16,12 +21,20 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// Opens the topic, within `limit`.
-    pub async fn open(kafka: &KafkaArgs, topic: &str, limit: Duration) -> anyhow::Result<Self> {
+    /// Opens the topic, within `limit`. With `eager`, records arrive within milliseconds, for five times as many
+    /// requests: for a short wait.
+    pub async fn open(
+        kafka: &KafkaArgs,
+        topic: &str,
+        limit: Duration,
+        eager: bool,
+    ) -> anyhow::Result<Self> {
         let (args, brokers, name) = (kafka.clone(), kafka.brokers()?.join(","), topic.to_owned());
         let opened = tokio::task::spawn_blocking(move || {
             let mut client = settings(&brokers);
-            client.set("fetch.wait.max.ms", "5").set("fetch.queue.backoff.ms", "5");
+            if eager {
+                client.set("fetch.wait.max.ms", "5").set("fetch.queue.backoff.ms", "5");
+            }
             let consumer: StreamConsumer = kafka_client(client, &args.properties)?;
             let deadline = Instant::now() + limit;
             let ends = starts(&consumer, &name, deadline, |_, end| end)?;
@@ -31,22 +44,29 @@ impl Tail {
         opened.await?.with_context(|| unreadable(kafka, topic))
     }
 
-    /// The next record for which `decode` returns something.
+    /// The next record for which `decode` returns something. Waits while Kafka is away: librdkafka reconnects.
     pub async fn next<T>(
         &self,
         decode: impl Fn(&BorrowedMessage<'_>) -> Option<T>,
     ) -> anyhow::Result<T> {
         loop {
-            let record = self.consumer.recv().await.context("cannot read from Kafka")?;
-            if let Some(decoded) = decode(&record) {
-                return Ok(decoded);
+            match self.consumer.recv().await {
+                Ok(record) => {
+                    if let Some(decoded) = decode(&record) {
+                        return Ok(decoded);
+                    }
+                }
+                Err(error) => match barid_bus::Error::from(error.clone()) {
+                    barid_bus::Error::Away(_) => sleep(RETRY).await,
+                    _ => return Err(error).context("cannot read from Kafka"),
+                },
             }
         }
     }
 }
 
 /// The newest `count` records for which `decode` returns something, with their timestamps (ms), the newest first. Looks
-/// at the last `depth` records of each partition.
+/// at the last `depth` records of each partition. `limit` bounds the wait for the next record.
 pub async fn newest<T: Send + 'static>(
     kafka: &KafkaArgs,
     topic: &str,
@@ -71,9 +91,10 @@ fn read_newest<T>(
     limit: Duration,
     decode: impl Fn(&BorrowedMessage<'_>) -> Option<T>,
 ) -> anyhow::Result<Vec<(u64, T)>> {
-    let deadline = Instant::now() + limit;
     let depth = i64::try_from(depth).unwrap_or(i64::MAX);
-    let list = starts(consumer, topic, deadline, |low, end| low.max(end.saturating_sub(depth)))?;
+    let list = starts(consumer, topic, Instant::now() + limit, |low, end| {
+        low.max(end.saturating_sub(depth))
+    })?;
     let mut unread = list.count();
     consumer.assign(&list)?;
     let mut found: Vec<(u64, T)> = Vec::new();
@@ -83,7 +104,7 @@ fn read_newest<T>(
     };
     // A partition is read once its end is reached: transactions leave offsets without a record.
     while unread > 0 {
-        match consumer.poll(deadline.saturating_duration_since(Instant::now())) {
+        match consumer.poll(limit) {
             Some(Ok(record)) => {
                 let at_ms = record.timestamp().to_millis().and_then(|ms| u64::try_from(ms).ok());
                 if let Some(decoded) = decode(&record) {

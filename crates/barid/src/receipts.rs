@@ -76,21 +76,17 @@ fn is_zero(number: &u64) -> bool {
 
 /// Prints receipts.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
+    let selection = args.selection();
+    let selected =
+        move |record: &BorrowedMessage<'_>| decode(record).filter(|it| selection.admits(it));
     if args.follow {
-        let tail = Tail::open(&args.kafka, &args.topic, args.timeout).await?;
+        let tail = Tail::open(&args.kafka, &args.topic, args.timeout, false).await?;
         loop {
-            let receipt = tail.next(decode).await?;
-            if args.selects(&receipt) {
-                print(&receipt, None, out)?;
-            }
+            print(&tail.next(&selected).await?, None, out)?;
         }
     }
     let Args { kafka, topic, timeout, .. } = &args;
     let amount = (args.count.into(), args.depth as usize);
-    let selection = args.selection();
-    let selected = move |record: &BorrowedMessage<'_>| {
-        decode(record).filter(|receipt| selects(&selection, receipt))
-    };
     let found = newest(kafka, topic, amount, *timeout, selected).await?;
     if found.is_empty() && !out.is_json() {
         out.line("no receipts")?;
@@ -102,26 +98,24 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 }
 
 /// The id, app and user that a receipt must have; `None`: any.
-type Selection = [Option<String>; 3];
+struct Selection([Option<String>; 3]);
 
 impl Args {
     fn selection(&self) -> Selection {
         let Self { id, app, user, .. } = self;
-        [
+        Selection([
             id.as_ref().map(MessageId::to_string),
             app.as_ref().map(AppId::to_string),
             user.as_ref().map(UserId::to_string),
-        ]
-    }
-
-    fn selects(&self, receipt: &Receipt) -> bool {
-        selects(&self.selection(), receipt)
+        ])
     }
 }
 
-fn selects(selection: &Selection, receipt: &Receipt) -> bool {
-    let has = [&receipt.id, &receipt.app, &receipt.user];
-    selection.iter().zip(has).all(|(wanted, has)| wanted.as_ref().is_none_or(|w| w == has))
+impl Selection {
+    fn admits(&self, receipt: &Receipt) -> bool {
+        let has = [&receipt.id, &receipt.app, &receipt.user];
+        self.0.iter().zip(has).all(|(wanted, has)| wanted.as_ref().is_none_or(|it| it == has))
+    }
 }
 
 /// The receipt in a record; `None` if there is none.
@@ -152,7 +146,7 @@ pub fn print(receipt: &Receipt, elapsed_ms: Option<f64>, out: Output) -> anyhow:
             who = format!("{who}/{}", clean(&receipt.device));
         }
         let what = match receipt.kind() {
-            ReceiptKind::Refused => format!("{}: {}", receipt.code, clean(&receipt.reason)),
+            ReceiptKind::Refused => format!("{}: {}", clean(&receipt.code), clean(&receipt.reason)),
             _ if receipt.seq > 0 => format!("seq {}", receipt.seq),
             _ => String::new(),
         };

@@ -153,7 +153,7 @@ pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
         let topic = &config.topics.receipts;
         match args.wait.is_empty() {
             true => Ok(None),
-            false => Tail::open(&args.kafka, topic, args.timeout).await.map(Some),
+            false => Tail::open(&args.kafka, topic, args.timeout, true).await.map(Some),
         }
     };
     // At once: each waits up to the time-out where Kafka does not answer.

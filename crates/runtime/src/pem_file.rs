@@ -52,18 +52,19 @@ impl PemFile {
     }
 }
 
-/// When the first certificate of a chain expires, s since the Unix epoch; 0 if there is none.
+/// When the first of a chain's certificates expires, s since the Unix epoch; 0 if there is none.
 pub fn expires_s(chain: &[CertificateDer<'_>]) -> i64 {
-    let certificate = chain.first().and_then(|first| EndEntityCert::try_from(first).ok());
-    // webpki checks the dates before anything else, and tells the one that has passed.
+    chain.iter().filter_map(not_after_s).min().unwrap_or(0)
+}
+
+fn not_after_s(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let certificate = EndEntityCert::try_from(certificate).ok()?;
+    // webpki checks the dates before anything else; its error contains the one that has passed.
     let late = UnixTime::since_unix_epoch(Duration::from_secs(NEVER_S));
-    let usage = KeyUsage::server_auth();
-    let checked =
-        certificate.map(|it| it.verify_for_usage(&[], &[], &[], late, usage, None, None).map(drop));
-    match checked {
-        Some(Err(webpki::Error::CertExpired { not_after, .. })) => {
-            i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX)
+    match certificate.verify_for_usage(&[], &[], &[], late, KeyUsage::server_auth(), None, None) {
+        Err(webpki::Error::CertExpired { not_after, .. }) => {
+            Some(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX))
         }
-        _ => 0,
+        _ => None,
     }
 }

@@ -164,8 +164,8 @@ impl Connection {
     fn count_bytes(&self, count: usize) {
         let count = count as u64;
         self.node.metrics.bytes_out.inc_by(count);
-        if let Some(counted) = &self.counted {
-            counted.bytes.inc_by(count);
+        if let Some(bytes) = self.counted.as_ref().and_then(|counted| counted.bytes.as_ref()) {
+            bytes.inc_by(count);
         }
     }
 

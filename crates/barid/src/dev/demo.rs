@@ -76,7 +76,7 @@ pub async fn run(
     let producer = Producer::new(kafka)?;
     let brokers = Some(kafka.brokers.join(","));
     let args = KafkaArgs { brokers, properties: Vec::new() };
-    let receipts = Tail::open(&args, &kafka.topics.receipts, PATIENCE).await?;
+    let receipts = Tail::open(&args, &kafka.topics.receipts, PATIENCE, true).await?;
     let demo = Demo { kafka, redis, url, key, producer, receipts, out };
     let phone = demo.online().await?;
     demo.away(phone).await
