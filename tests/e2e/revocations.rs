@@ -94,7 +94,6 @@ async fn closed(devices: [Device; 2], since: Instant) -> Result<Duration> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::print_stderr, reason = "what was measured")]
 async fn a_revocation_is_in_force_within_a_second_on_all_nodes_and_after_restarts() -> Result<()> {
     let mut cluster = Cluster::builder()
         .nodes(Role::Access, 2)
@@ -213,7 +212,6 @@ async fn a_revocation_is_in_force_within_a_second_on_all_nodes_and_after_restart
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::print_stderr, reason = "what was measured")]
 async fn hazard_100_each_of_many_revocations_is_in_force_within_a_second() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(Role::Access, 2).start().await?;
     let business = cluster.business()?;

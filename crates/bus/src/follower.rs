@@ -15,7 +15,7 @@ use bytes::Bytes;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::consumer::{Consumer as _, ConsumerContext, StreamConsumer};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -163,6 +163,10 @@ impl Follower {
     }
 
     fn cannot_fetch(&mut self, error: KafkaError) {
+        // librdkafka looks for the group's coordinator, which a follower has no use for.
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::GroupAuthorizationFailed) {
+            return tracing::debug!(topic = &*self.topic, %error, "no right to use a group");
+        }
         match Error::from(error) {
             // librdkafka reports some outages that it has bridged: the next look decides.
             Error::Away(why) => {

@@ -42,7 +42,7 @@ pub struct Args {
     pub token: Option<String>,
     /// Configuration of the access node: its keys, audience, issuer and Kafka (with BARID_ACCESS_… variables)
     /// [default: that of the running `barid dev`]
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["secret", "secret_file", "key_id"])]
+    #[arg(long, value_name = "FILE", conflicts_with = "secret")]
     pub config: Option<PathBuf>,
     #[command(flatten)]
     pub key: KeyArgs,
