@@ -39,6 +39,10 @@ const REDIS_PORT: u16 = 7379;
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// The id of the key that signs this cluster's tokens.
 const KEY_ID: &str = "dev";
+/// As RFC 7518, 3.2 demands of HS256.
+const SECRET_BYTES_MIN: usize = 32;
+/// Consumer group on a Kafka of the user, which may serve another cluster as well.
+const GROUP: &str = "barid-dev";
 /// Partitions of the push topics on the in-process broker.
 const PARTITIONS: u16 = 4;
 /// Validity of the roles' certificates.
@@ -50,6 +54,10 @@ const LOG: &str = "warn,barid::trace=info,fred=error,barid_mesh::link=error,\
 
 /// Options of `barid dev`.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The other commands find the running cluster by a file in the user's runtime directory. To run \
+                        a second one, set BARID_DEV_STATE to another file for both."
+)]
 pub struct Args {
     /// Use this Kafka instead of the in-process broker
     #[arg(long, value_name = "HOST:PORT", env = "BARID_BROKERS")]
@@ -66,7 +74,7 @@ pub struct Args {
     /// Port of the private redis-server [default: 7379, or a free port]
     #[arg(long, value_name = "PORT", conflicts_with = "redis")]
     pub redis_port: Option<u16>,
-    /// File with the secret that signs tokens [default: one that is created once, beside the state file]
+    /// File with the secret that signs tokens [default: barid/dev.secret in ~/.local/state, created once]
     #[arg(long, value_name = "FILE", env = "BARID_SECRET_FILE")]
     pub secret_file: Option<PathBuf>,
     /// Run the demonstration and exit; the exit code is 0 if it succeeds
@@ -163,6 +171,7 @@ async fn work(
     let state = DevState {
         pid: std::process::id(),
         brokers: ground.kafka.brokers.join(","),
+        in_process_kafka: args.kafka.is_none(),
         redis: ground.redis.url.expose().to_owned(),
         url: format!("ws://{access}"),
         admin: cluster.admins().iter().map(ToString::to_string).collect(),
@@ -185,13 +194,23 @@ async fn work(
         fact(out, "access", &state.url, &note)
     })?;
     if !out.is_json() {
-        let ports = cluster.admin_ports().into_iter();
-        let ports: Vec<String> = ports.map(|(role, port)| format!("{role} {port}")).collect();
-        out.line(format_args!("  {:<7} {}", "admin", ports.join(", ")))?;
+        let ports = cluster.admin_ports();
+        let moved = ports.iter().any(|admin| admin.port != admin.usual);
+        let ports: Vec<String> =
+            ports.iter().map(|admin| format!("{} {}", admin.role, admin.port)).collect();
+        let note = if moved {
+            out.paint(Tone::Faint, "  the usual ones are in use")
+        } else {
+            String::new()
+        };
+        out.line(format_args!("  {:<7} {}{note}", "admin", ports.join(", ")))?;
     }
-    demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await?;
+    let shown = demo::run(&ground.kafka, &ground.redis, &state.url, key, out).await;
     if args.once {
-        return Ok(());
+        return shown;
+    }
+    if let Err(error) = shown {
+        out.note(format_args!("the demonstration failed: {error:#}"));
     }
     invite(&state, out)?;
     cluster.failed().await
@@ -253,13 +272,14 @@ async fn kafka(
     let (broker, note) = match &args.kafka {
         Some(brokers) => {
             kafka.brokers = brokers.split(',').map(|b| b.trim().to_owned()).collect();
+            kafka.group = GROUP.into();
             let creates = KafkaConfig { create_topics: true, ..kafka.clone() };
             let probe = barid_bus::probe(&creates, kafka.topics.all(), PROBE_TIMEOUT).await;
             check("Kafka", vec![probe], "start it, or omit --kafka to use the in-process broker")?;
             ensure_topics(&kafka, Duration::from_secs(10))
                 .await
                 .with_context(|| format!("cannot create Barid's topics in Kafka at {brokers}"))?;
-            (None, "yours")
+            (None, "yours; consumer group barid-dev")
         }
         None => {
             let broker =
@@ -287,8 +307,10 @@ async fn relay(port: &Port, to: String) -> anyhow::Result<Relay> {
         }
     }
     match problem {
-        Some(error) => Err(error).with_context(|| port.remedy()),
-        None => bail!(port.remedy()),
+        Some(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+            Err(error).with_context(|| port.remedy())
+        }
+        _ => bail!(Coded::config(port.remedy())),
     }
 }
 
@@ -311,7 +333,16 @@ fn check(what: &str, probes: Vec<Probe>, remedy: &str) -> anyhow::Result<()> {
 /// The secret of the given file, or one that stays the same over restarts.
 fn secret(args: &Args) -> anyhow::Result<Secret> {
     match &args.secret_file {
-        Some(file) => secret_in(file),
+        Some(file) => {
+            let secret = secret_in(file)?;
+            let (file, bytes) = (file.display(), secret.expose().len());
+            if bytes < SECRET_BYTES_MIN {
+                bail!(Coded::config(format!(
+                    "--secret-file {file}: HS256 needs {SECRET_BYTES_MIN} bytes or more, it has {bytes}"
+                )));
+            }
+            Ok(secret)
+        }
         None => state::kept_secret(|| random_name("") + &random_name("") + &random_name("")),
     }
 }
@@ -347,8 +378,8 @@ fn invite(state: &DevState, out: Output) -> anyhow::Result<()> {
     out.line(format_args!("  {barid} listen --user alice"))?;
     out.line(format_args!("  {barid} send --user alice \"hello\" --wait accepted,acked"))?;
     out.line(format_args!("  {barid} top"))?;
-    let record = r#"{"id":"k-1","app":"demo","to":{"user":"alice"},"text":"hello from kcat"}"#;
-    out.line(format_args!("  echo '{record}' | kcat -P -b {} -t barid.push", state.brokers))?;
+    let note = format!("  or any Kafka client: topic barid.push of {}", state.brokers);
+    out.line(out.paint(Tone::Faint, note))?;
     Ok(())
 }
 

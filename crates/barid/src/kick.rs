@@ -18,6 +18,9 @@ use tokio::sync::mpsc;
 use crate::output::{Output, Tone, clean, span};
 use crate::values::{InternalArgs, RedisArgs};
 
+/// After an error without certificates.
+const PLAIN_HINT: &str =
+    "; if the cluster has internal_tls, give --ca-file, --certificate-file and --key-file";
 /// For a node's first answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// For each further answer: a node reports its progress every second.
@@ -88,12 +91,14 @@ impl Failed {
 
 impl From<tonic::Status> for Failed {
     fn from(status: tonic::Status) -> Self {
+        // A connection that breaks has any code, and the error of the transport as its source.
+        let broke = std::error::Error::source(&status).is_some();
         let text = format!("{}: {}", status.code(), status.message());
-        Self { text, is_away: status.code() == tonic::Code::Unavailable }
+        Self { text, is_away: broke || status.code() == tonic::Code::Unavailable }
     }
 }
 
-/// Asks all nodes at once. The exit code is 1 if a node refused or broke off, otherwise 4 if one did not answer.
+/// Asks all nodes at once. The exit code is 1 if a node refused, otherwise 4 if one could not be asked or broke off.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let credentials = args.internal.credentials(&args.redis)?;
     let nodes = nodes(&args).await?;
@@ -124,7 +129,10 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             (credentials.clone(), node.address.clone(), told.clone());
         let of = id.clone();
         let task = tokio::spawn(async move {
-            if let Err(failed) = kick(&credentials, &address, request, &id, &told).await {
+            if let Err(mut failed) = kick(&credentials, &address, request, &id, &told).await {
+                if failed.is_away && !credentials.is_some() {
+                    failed.text += PLAIN_HINT;
+                }
                 // The receiver is gone once the program ends.
                 let _ = told.send((id, Err(failed))).await;
             }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::output::{Coded, Output, Tone, clean, clock, span};
 use crate::token::{Holder, sign};
@@ -30,12 +30,13 @@ const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
 /// Options of `barid listen`.
 #[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("who").required(true).multiple(true).args(["user", "token"]))]
 pub struct Args {
     /// App
     #[arg(long, default_value = "demo", env = "BARID_APP")]
     pub app: AppId,
     /// User; not needed with --token
-    #[arg(long, required_unless_present = "token")]
+    #[arg(long)]
     pub user: Option<UserId>,
     /// Device; a second session of the same device replaces the first
     #[arg(long, default_value = "terminal")]
@@ -168,16 +169,21 @@ async fn show(
     let count = args.count.unwrap_or(u64::MAX);
     let mut seen = Seen::default();
     let mut held: Vec<AckHandle> = Vec::new();
-    let began = Instant::now();
-    let mut silence = interval_at(began + SILENCE, SILENCE);
-    let mut waiting = true;
+    // When the attempt began that has not been answered.
+    let mut waiting: Option<Instant> = None;
+    let mut silence = interval(SILENCE);
+    silence.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while seen.messages < count {
         tokio::select! {
             biased;
             Some(event) = reported.recv() => {
                 match &event {
-                    Event::Connected { .. } => (waiting, seen.connected) = (false, true),
-                    Event::Connecting { .. } => waiting = true,
+                    Event::Connecting { .. } => {
+                        waiting = Some(Instant::now());
+                        silence.reset();
+                    }
+                    Event::Connected { .. } => (waiting, seen.connected) = (None, true),
+                    Event::Disconnected { .. } => waiting = None,
                     _ => {}
                 }
                 print_event(&event, out)?;
@@ -191,7 +197,9 @@ async fn show(
             _ = terminate.recv() => break,
             _ = hangup.recv() => break,
             () = &mut over => break,
-            _ = silence.tick(), if waiting => print_silence(began.elapsed(), out)?,
+            _ = silence.tick(), if waiting.is_some() => {
+                print_silence(waiting.map_or(Duration::ZERO, |since| since.elapsed()), out)?;
+            }
             _ = client.closed() => break,
         }
     }
@@ -207,7 +215,7 @@ fn print_silence(since: Duration, out: Output) -> anyhow::Result<()> {
     let for_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
     out.either(&serde_json::json!({"event": "waiting", "for_ms": for_ms}), || {
         let time = out.paint(Tone::Faint, clock(now_ms()));
-        let text = format!("no answer after {}; the node may wait for Redis", span(for_ms));
+        let text = format!("no answer for {}; the node may be waiting for Redis", span(for_ms));
         format!("{time}  {}", out.paint(Tone::Warn, text))
     })?;
     Ok(())

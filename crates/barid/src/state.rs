@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::private::PrivateFile;
 
+/// Variable with the path of the file.
+pub const STATE_FILE: &str = "BARID_DEV_STATE";
+
 /// The addresses of a development cluster, and the key of its tokens. Only the user can read the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevState {
@@ -15,6 +18,9 @@ pub struct DevState {
     pub pid: u32,
     /// Kafka's brokers.
     pub brokers: String,
+    /// The broker is a part of the process, and supports only what producers and consumers need.
+    #[serde(default)]
+    pub in_process_kafka: bool,
     /// Redis's URL.
     pub redis: String,
     /// URL for devices.
@@ -67,9 +73,11 @@ impl Drop for Published {
     }
 }
 
-/// The secret that signs the tokens of `barid dev`: in a file beside the state, so that tokens outlive a restart.
+/// The secret that signs the tokens of `barid dev`: in a file, so that tokens outlive a restart.
 pub fn kept_secret(new: impl FnOnce() -> String) -> anyhow::Result<Secret> {
-    let path = path()?.with_extension("secret");
+    let beside = path()?.with_extension("secret");
+    let kept = kept_secret_path().filter(|path| PrivateFile::prepare(path).is_ok());
+    let path = kept.unwrap_or(beside);
     let file = PrivateFile::prepare(&path)?;
     if let Some(kept) = file.read()? {
         let kept = String::from_utf8(kept).ok().filter(|kept| !kept.is_empty());
@@ -82,10 +90,21 @@ pub fn kept_secret(new: impl FnOnce() -> String) -> anyhow::Result<Secret> {
     Ok(Secret::new(secret))
 }
 
+/// `barid/dev.secret` in the user's directory for state (XDG), which outlives a restart of the machine; `None` if
+/// `BARID_DEV_STATE` is set or the user has no such directory: then it is beside the state.
+fn kept_secret_path() -> Option<PathBuf> {
+    if std::env::var_os(STATE_FILE).is_some_and(|path| !path.is_empty()) {
+        return None;
+    }
+    let set = |name| std::env::var_os(name).map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let state = set("XDG_STATE_HOME").or_else(|| Some(set("HOME")?.join(".local/state")))?;
+    Some(state.join("barid").join("dev.secret"))
+}
+
 /// `BARID_DEV_STATE`, else `barid/dev.json` in the user's runtime directory, else
 /// `/tmp/barid-dev-<uid>/dev.json`.
 fn path() -> anyhow::Result<PathBuf> {
-    if let Some(path) = std::env::var_os("BARID_DEV_STATE").filter(|path| !path.is_empty()) {
+    if let Some(path) = std::env::var_os(STATE_FILE).filter(|path| !path.is_empty()) {
         return Ok(path.into());
     }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::bail;
 use barid_bus::{KafkaConfig, Topic, describe_topics, ensure_topics};
 use barid_runtime::exit;
 use serde::Serialize;
 
 use crate::output::{Coded, Output, Tone};
+use crate::state::DevState;
 use crate::values::brokers;
 
 /// For each answer of Kafka.
@@ -52,6 +54,14 @@ struct Shown<'a> {
 /// Creates what is missing, and checks everything.
 pub async fn create(args: CreateArgs, out: Output) -> anyhow::Result<ExitCode> {
     let mut config = kafka(args.kafka)?;
+    if DevState::running()?
+        .is_some_and(|dev| dev.in_process_kafka && config.brokers == [dev.brokers])
+    {
+        bail!(Coded::config(
+            "the in-process broker of `barid dev` has its topics and cannot create others; \
+             give --brokers of an Apache Kafka"
+        ));
+    }
     config.partitions = args.partitions.unwrap_or(config.partitions);
     config.replication = args.replication.unwrap_or(config.replication);
     let created = ensure_topics(&config, TIMEOUT).await?;

@@ -187,15 +187,25 @@ impl RedisArgs {
 #[derive(Debug, Clone, clap::Args)]
 pub struct InternalArgs {
     /// Authority of the roles' certificates (PEM) [default: that of the running `barid dev`]
-    #[arg(id = "internal_ca", long = "ca-file", env = "BARID_CA_FILE", value_name = "FILE")]
+    #[arg(
+        id = "internal_ca",
+        long = "ca-file",
+        env = "BARID_INTERNAL_CA_FILE",
+        value_name = "FILE"
+    )]
     #[arg(requires_all = ["internal_certificate", "internal_key"])]
     pub ca_file: Option<PathBuf>,
     /// Certificate of an operator (PEM): operator.pem of `barid cluster ca`
     #[arg(id = "internal_certificate", long = "certificate-file", value_name = "FILE")]
-    #[arg(env = "BARID_CERTIFICATE_FILE", requires_all = ["internal_ca", "internal_key"])]
+    #[arg(env = "BARID_INTERNAL_CERTIFICATE_FILE", requires_all = ["internal_ca", "internal_key"])]
     pub certificate_file: Option<PathBuf>,
     /// Private key of the certificate (PEM)
-    #[arg(id = "internal_key", long = "key-file", env = "BARID_KEY_FILE", value_name = "FILE")]
+    #[arg(
+        id = "internal_key",
+        long = "key-file",
+        env = "BARID_INTERNAL_KEY_FILE",
+        value_name = "FILE"
+    )]
     #[arg(requires_all = ["internal_ca", "internal_certificate"])]
     pub key_file: Option<PathBuf>,
 }
@@ -217,8 +227,14 @@ impl InternalArgs {
         {
             files = authority::files(&dev.tls, Party::Operator);
         }
-        let reword = |error: String| anyhow::anyhow!(error.replace("internal_tls.", "--"));
-        Credentials::read(&files, Party::Operator).map_err(reword)
+        let reword = |error: String| {
+            let keys = ["ca", "certificate", "key"];
+            keys.iter().fold(error, |error, key| {
+                error.replace(&format!("internal_tls.{key}_file"), &format!("--{key}-file"))
+            })
+        };
+        let reword = |error| Coded::config(reword(error));
+        Ok(Credentials::read(&files, Party::Operator).map_err(reword)?)
     }
 }
 

@@ -44,7 +44,13 @@ impl Connection {
         trust: Option<&Trust>,
     ) -> Result<Self, Disconnect> {
         install_tls_provider();
-        let network = |error: &dyn std::fmt::Display| Disconnect::Network(error.to_string());
+        let place = match (uri.host(), uri.port()) {
+            (Some(host), Some(port)) => format!("{host}:{port}"),
+            (host, _) => host.unwrap_or_default().to_owned(),
+        };
+        let network = |error: &dyn std::fmt::Display| {
+            Disconnect::Network(format!("cannot connect to {place}: {error}"))
+        };
         let mut request = uri.clone().into_client_request().map_err(|e| network(&e))?;
         let mut bearer = HeaderValue::try_from(format!("Bearer {}", token.expose()))
             .map_err(|_| Disconnect::Token("it has characters that no header may have".into()))?;

@@ -39,8 +39,18 @@ pub struct Cluster {
 
 struct Running {
     name: &'static str,
+    /// Default port of its admin endpoint.
+    usual_admin: u16,
     context: Context,
     task: JoinHandle<Result<Stopped, RunError>>,
+}
+
+/// Where a role has its admin endpoint.
+pub struct AdminPort {
+    pub role: &'static str,
+    pub port: u16,
+    /// The default.
+    pub usual: u16,
 }
 
 #[derive(Serialize)]
@@ -147,9 +157,11 @@ impl Cluster {
     }
 
     /// The port of each role's admin endpoint.
-    pub fn admin_ports(&self) -> Vec<(&'static str, u16)> {
-        let port =
-            |role: &Running| Some((role.name, role.context.announcements().get("admin")?.port()));
+    pub fn admin_ports(&self) -> Vec<AdminPort> {
+        let port = |role: &Running| {
+            let port = role.context.announcements().get("admin")?.port();
+            Some(AdminPort { role: role.name, port, usual: role.usual_admin })
+        };
         self.roles.iter().filter_map(port).collect()
     }
 
@@ -193,10 +205,12 @@ impl Cluster {
 fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
     R::check(&config).map_err(|problem| anyhow!("{}: {problem}", R::NAME))?;
     let context = Context::new();
-    serve_admin(config.common().admin, R::NAME, &context)
+    let admin = config.common().admin;
+    let usual_admin = admin.listen.port();
+    serve_admin(admin, R::NAME, &context)
         .with_context(|| format!("{}: no admin endpoint", R::NAME))?;
     let task = tokio::spawn(R::run(config, context.clone()));
-    Ok(Running { name: R::NAME, context, task })
+    Ok(Running { name: R::NAME, usual_admin, context, task })
 }
 
 /// The role's default port, or a free one if it is in use.

@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::port::Port;
+use crate::output::Coded;
 
 /// Attempts: another process may take a port before it is used.
 const TRIES: usize = 5;
@@ -46,6 +47,10 @@ impl RedisServer {
                 Err(error) => problem = error,
             }
         }
+        let io = problem.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|error| error.kind() == std::io::ErrorKind::AddrInUse) {
+            bail!(Coded::config(port.remedy()));
+        }
         Err(problem.context(format!("cannot start {}", program.display())))
     }
 
@@ -74,7 +79,11 @@ impl RedisServer {
 
     async fn try_start(program: &Path, port: u16) -> anyhow::Result<Self> {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?.port();
-        let dir = tempfile::Builder::new().prefix("barid-dev-redis-").tempdir()?;
+        let dir = tempfile::Builder::new().prefix("barid-dev-redis-").tempdir();
+        let dir = dir.with_context(|| {
+            let place = std::env::temp_dir();
+            format!("cannot create a directory in {} (set TMPDIR)", place.display())
+        })?;
         let child = command(program, port, dir.path()).spawn()?;
         let mut server = Self { child, port, version: String::new(), dir };
         let deadline = Instant::now() + START;
