@@ -92,5 +92,12 @@ async def main():
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+    except websockets.InvalidStatus as refused:
+        reason = refused.response.body.decode().strip()
+        raise SystemExit(f"refused by the node: {refused.response.status_code} {reason}")
     except websockets.ConnectionClosed as closed:
         raise SystemExit(f"closed by the node: {closed}")
+    except asyncio.TimeoutError:
+        raise SystemExit("not everything arrived within 30 s; is the token that of --user?")
+    except OSError as error:
+        raise SystemExit(error)
