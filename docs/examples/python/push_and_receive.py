@@ -55,7 +55,7 @@ async def receive(socket, wanted):
     async for text in socket:
         # A frame is an object with one key, its kind.
         ((kind, frame),) = json.loads(text).items()
-        if kind == "deliver":
+        if kind == "deliver" and not frame.get("mailbox"):  # others are not acknowledged
             for message in frame["messages"]:
                 if message["seq"] <= handled:
                     continue  # a re-send that crossed the acknowledgement
@@ -70,7 +70,8 @@ async def receive(socket, wanted):
             handled = max(handled, frame["to"])  # skips may be repeated
         elif kind == "welcome":
             # The position of this device; Welcome is sent again if positions start anew.
-            handled = next((p.get("seq", 0) for p in frame.get("positions", [])), 0)
+            own = (p for p in frame.get("positions", []) if not p.get("mailbox"))
+            handled = next(own, {}).get("seq", 0)
         elif kind == "error" and frame.get("code", 0):  # 0: a warning, the connection stays open
             raise SystemExit(f"error {frame.get('code', 0)}: {frame.get('text', '')}")
         if not wanted:
