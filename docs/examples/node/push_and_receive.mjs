@@ -57,7 +57,7 @@ async function connect(url, token) {
   const socket = new WebSocket(url, ["barid.v1.json"], { headers });
   const refused = new Promise((_, reject) =>
     socket.on("unexpected-response", async (_request, response) =>
-      reject(new Error(`refused by the node: ${response.statusCode} ${await text(response)}`)),
+      reject(new Error(`refused by the node: ${response.statusCode} ${(await text(response)).trim()}`)),
     ),
   );
   await Promise.race([once(socket, "open"), refused]);
