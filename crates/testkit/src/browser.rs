@@ -54,6 +54,7 @@ impl Browser {
         let log = profile.path().join("chromium.log");
         let mut process = Process::spawn("chromium", "chromium", &log, |command| {
             command.args(FLAGS).arg(format!("--user-data-dir={}", profile.path().display()));
+            command.env("TMPDIR", profile.path()); // a killed Chromium leaves files
         })?;
         let address = devtools(&mut process, profile.path()).await?;
         let (socket, _) = timeout(LIMIT, connect_async(address)).await??;
