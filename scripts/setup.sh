@@ -2,7 +2,8 @@
 # Installs what this machine lacks, and nothing else.
 #   setup.sh run     what building and running Barid takes
 #   setup.sh lint    that, and what the lints take (Python)
-#   setup.sh test    what building and running takes, and the tests (Java, Maven, Apache Kafka's jars, Python packages)
+#   setup.sh test    what building and running takes, and the tests (Java, Maven, Apache Kafka's jars, and what the
+#                    examples take: Python, Node and Go with their packages, Chromium)
 # Debian packages are installed with apt by root, or through sudo where that asks for no password;
 # otherwise they are named, and nothing is touched. Quick when nothing is missing.
 set -euo pipefail
@@ -42,6 +43,10 @@ list_missing() {
     need maven mvn
     # ensurepip is what Debian leaves out of python3.
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+    need nodejs node
+    need npm npm
+    need golang-go go
+    need chromium chromium
   fi
 }
 
@@ -105,4 +110,5 @@ rust_is_new_enough || install_rust
 if [[ "$purpose" == test ]]; then
   scripts/kafka.sh
   scripts/python.sh
+  scripts/examples.sh
 fi

@@ -6,6 +6,7 @@
 mod balance;
 mod binaries;
 mod delivery;
+mod examples;
 mod exit_codes;
 mod hops;
 mod internal_tls;
@@ -16,7 +17,6 @@ mod masters;
 mod metrics;
 mod outages;
 mod planted;
-mod python;
 mod repair;
 mod resends;
 mod restarts;

@@ -4,6 +4,7 @@
 //! Every process started here ends with the test process, however that ends, and leaves no files.
 
 pub mod audit;
+pub mod browser;
 pub mod certificates;
 pub mod cluster;
 pub mod device;
@@ -21,6 +22,7 @@ pub mod relay;
 mod spawner;
 pub mod token;
 
+pub use browser::Browser;
 pub use cluster::{Cluster, Role};
 pub use device::Device;
 pub use kafka::Kafka;

@@ -55,7 +55,7 @@ async def receive(socket, wanted):
     async for text in socket:
         # A frame is an object with one key, its kind.
         ((kind, frame),) = json.loads(text).items()
-        if kind == "deliver":
+        if kind == "deliver" and not frame.get("mailbox"):  # others are not acknowledged
             for message in frame["messages"]:
                 if message["seq"] <= handled:
                     continue  # a re-send that crossed the acknowledgement
@@ -70,7 +70,8 @@ async def receive(socket, wanted):
             handled = max(handled, frame["to"])  # skips may be repeated
         elif kind == "welcome":
             # The position of this device; Welcome is sent again if positions start anew.
-            handled = next((p.get("seq", 0) for p in frame.get("positions", [])), 0)
+            own = (p for p in frame.get("positions", []) if not p.get("mailbox"))
+            handled = next(own, {}).get("seq", 0)
         elif kind == "error" and frame.get("code", 0):  # 0: a warning, the connection stays open
             raise SystemExit(f"error {frame.get('code', 0)}: {frame.get('text', '')}")
         if not wanted:
@@ -92,5 +93,12 @@ async def main():
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+    except websockets.InvalidStatus as refused:
+        reason = refused.response.body.decode().strip()
+        raise SystemExit(f"refused by the node: {refused.response.status_code} {reason}")
     except websockets.ConnectionClosed as closed:
         raise SystemExit(f"closed by the node: {closed}")
+    except asyncio.TimeoutError:
+        raise SystemExit("not everything arrived within 30 s; is the token that of --user?")
+    except OSError as error:
+        raise SystemExit(error)
