@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A business and a device in one script: produce pushes to Kafka, receive and acknowledge them.
 
-    pip install -r requirements.txt
-    python3 push_and_receive.py --user alice --token "$(barid token --user alice)"
+    python3 -m venv env && env/bin/pip install -r requirements.txt    # Debian: python3-venv
+    env/bin/python push_and_receive.py --user alice --token "$(barid token --user alice)"
 
 It uses no code of Barid: the records and frames below follow docs/protocol.md.
 """
