@@ -228,9 +228,17 @@ async fn hazard_121_no_secret_of_the_command_line_is_printed() -> Result<()> {
         ["sasl.password:hush5ecret", "sasl.pasword=hush5ecret", "sasl.password=hush5ecret"]
     {
         let kafka = ["--brokers", "127.0.0.1:1", "--timeout", "1s", "-X", setting];
-        lines.push([&["inspect", "dead"], &kafka[..]].concat());
+        for command in [&["inspect", "dead"][..], &["inspect", "receipts"], &["revoke", "list"]] {
+            lines.push([command, &kafka[..]].concat());
+        }
+        lines.push([&["revoke", "user", "alice"], &kafka[..]].concat());
         lines.push([&["send", "--user", "alice", "--wait", "acked", "hello"], &kafka[..]].concat());
     }
+    for token in ["hush5ecret.hush5ecret.hush5ecret", "hush5ecret"] {
+        lines.push(vec!["token", "check", token, "--secret", key]);
+        lines.push(vec!["listen", "--url", "ws://127.0.0.1:1", "--token", token, "--for", "1s"]);
+    }
+    lines.push(vec!["kick", "--everyone", "--redis", REDIS_URLS[0]]);
     lines.push(vec!["--help", "--redis", REDIS_URLS[0]]);
     for line in lines {
         let mut command = Command::new(paths::binary("barid")?);
