@@ -56,8 +56,8 @@ const ATTACKS: [Attack; 5] = [
     Attack { kind: Kind::Half, addresses: 1_000, rate: 2_000, hold: 10_000 },
     Attack { kind: Kind::Drip, addresses: 1_000, rate: 2_000, hold: 10_000 },
     Attack { kind: Kind::Silent, addresses: 64, rate: 500, hold: 2_000 },
-    Attack { kind: Kind::Flood, addresses: 8, rate: 20, hold: 24 },
-    Attack { kind: Kind::Tokens, addresses: 50, rate: 1_000, hold: 1_000 },
+    Attack { kind: Kind::Flood, addresses: 8, rate: 20, hold: 100 },
+    Attack { kind: Kind::Tokens, addresses: 20, rate: 1_000, hold: 1_000 },
 ];
 
 impl Attack {
