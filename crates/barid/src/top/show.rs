@@ -12,6 +12,9 @@ use super::sample::{Hop, NodeState, RoleState, Sample, Sessions};
 const WIDE: usize = 132;
 /// Width of rates, hops and lags in a wide terminal.
 const LEFT: usize = 62;
+/// From this width on, that is [`LEFT_WITH_LAGS`]: the lags are right of the hops.
+const WIDER: usize = 150;
+const LEFT_WITH_LAGS: usize = 78;
 /// Width of what waits.
 const WAITING: usize = 20;
 /// The place of a number that is not known.
@@ -112,9 +115,12 @@ fn body(sample: &Sample, columns: usize, rows: usize, view: &View) -> Vec<Line> 
     if !filter.is_empty() {
         return [problems, who(sample, columns, filter)].concat();
     }
+    let left = if columns >= WIDER { LEFT_WITH_LAGS } else { LEFT };
     let with = |hops: Vec<&Hop>| {
         let rest = match columns >= WIDE {
-            true => beside(flow(sample, &hops, LEFT), who(sample, columns - LEFT, filter), LEFT),
+            true => {
+                beside(flow(sample, &hops, left - 2), who(sample, columns - left, filter), left)
+            }
             false => [flow(sample, &hops, columns), who(sample, columns, filter)].concat(),
         };
         [problems.clone(), rest].concat()
@@ -185,7 +191,7 @@ fn flow(sample: &Sample, hops: &[&Hop], width: usize) -> Vec<Line> {
     let left = table.iter().map(Line::width).max().unwrap_or_default();
     let below = match left + 1 + WAITING <= width {
         true => beside(table, waiting(sample), (left + 3).min(width - WAITING)),
-        false => [table, waiting(sample)].concat(),
+        false => [table, beside(Vec::new(), waiting(sample), 2)].concat(),
     };
     [rates(sample), below].concat()
 }
