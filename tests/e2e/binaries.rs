@@ -349,6 +349,48 @@ fn hazard_54_a_service_named_like_a_role_harms_none() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn hazard_138_check_config_names_all_files_that_are_missing_and_ignored_variables() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let files = |table: &str, names: &[&str]| {
+        let keys = names.iter().map(|name| format!("{name} = '/nonexistent/{table}.{name}'\n"));
+        format!("[{table}]\n{}", keys.collect::<String>())
+    };
+    let internal = files("internal_tls", &["ca_file", "certificate_file", "key_file"]);
+    for role in Role::ALL {
+        let tls = match role {
+            Role::Access => files("tls", &["certificate_file", "key_file"]),
+            _ => String::new(),
+        };
+        let wrong = "[redis]\nurl = 'localhost'\nshards = 0\n";
+        let path = config(dir.path(), &format!("{wrong}{internal}{tls}{}", least(role)));
+        let flags = ["--config", &path, "--check-config"];
+        let (code, _, complaint) = told(&run(role, &flags, &[])?);
+        ensure!(code == Some(2), "{role:?}: {complaint}");
+        let files = complaint.lines().filter(|line| line.contains("No such file")).count();
+        ensure!(files == if role == Role::Access { 5 } else { 3 }, "{role:?}: {complaint}");
+        ensure!(complaint.contains("redis.shards: 0 is out"), "{role:?}: {complaint}");
+        ensure!(complaint.contains("redis.url is not a Redis URL"), "{role:?}: {complaint}");
+
+        let path = config(dir.path(), &least(role));
+        let name = role.name().to_uppercase();
+        for (variable, meant) in [
+            ("BARID_REDIS__URL".to_owned(), format!("BARID_{name}_REDIS__URL")),
+            (format!("barid_{}_drain_seconds", role.name()), format!("BARID_{name}_DRAIN_SECONDS")),
+        ] {
+            let output = run(role, &["--config", &path, "--check-config"], &[(&variable, "1")])?;
+            let (code, said, complaint) = told(&output);
+            ensure!(code == Some(2) && said.is_empty(), "{role:?}: {said} {complaint}");
+            let meant = format!("{variable} sets nothing; did you mean {meant}?");
+            ensure!(complaint.contains(&meant), "{role:?}: {complaint}");
+        }
+        let (_, help, _) = told(&run(role, &["--help"], &[])?);
+        let sample = format!("deploy/config/{}.toml", role.name());
+        ensure!(help.contains(&sample) && help.contains("admin.listen"), "{help}");
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result<()> {
     for role in Role::ALL {
@@ -362,6 +404,12 @@ async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result
         waiting.process.hang_up()?;
         // This message has level info itself.
         waiting.until_logged("log.level was read again").await?;
+        config(waiting.dir.path(), &format!("nodes_refresh_ms = 77\n{}", waiting.config));
+        waiting.process.hang_up()?;
+        let kept = "changed keys take effect at the next start keys=\"nodes_refresh_ms\"";
+        if role != Role::Access {
+            waiting.until_logged(kept).await?;
+        }
         waiting.leaves_cleanly().await?;
     }
     Ok(())

@@ -74,6 +74,9 @@ async fn a_sampled_message_is_found_in_every_log_and_receipt_by_its_trace_id() -
 
     let purger = hops(&mut cluster, Role::Purger, TRACE_ID)?;
     assert_eq!(purger, ["taken", "accepted", "taken", "refused no_audience"]);
+    let lines = cluster.node(Role::Purger, 0).process()?.output();
+    let taken = lines.lines().find(|line| line.contains("taken") && line.contains(TRACE_ID));
+    assert!(taken.is_some_and(|line| line.contains("alice")), "the record's only user: {taken:?}");
     let dispatcher = hops(&mut cluster, Role::Dispatcher, TRACE_ID)?;
     assert_eq!(dispatcher[..2], ["dispatched", "dispatched resend"], "{dispatcher:?}");
     let access = hops(&mut cluster, Role::Access, TRACE_ID)?;

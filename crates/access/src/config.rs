@@ -268,7 +268,11 @@ impl Default for AuthConfig {
 }
 
 impl AuthConfig {
-    fn check(&self) -> Result<(), String> {
+    /// Checks names and relations.
+    ///
+    /// # Errors
+    /// Returns the invalid keys, one a line.
+    pub(crate) fn check(&self) -> Result<(), String> {
         if self.keys.is_empty() && self.jwks.is_empty() {
             return Err(
                 "auth: no device can connect without an entry in auth.keys or auth.jwks".into()
@@ -330,6 +334,9 @@ impl JwksConfig {
             ));
         }
         let url = self.url.expose();
+        if !url.is_empty() && !url.contains("://") {
+            return Err("url has no scheme; write https://HOST[:PORT]/PATH".into());
+        }
         let (_, authority) = url.split_once("://").unwrap_or_default();
         let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
         let bare = authority.rsplit('@').next().unwrap_or_default();
@@ -963,6 +970,9 @@ mod tests {
         for bad in ["https://", "https://h:99999/keys", "https://:1/"] {
             assert!(set(bad).starts_with("auth.jwks[0].url has no host"), "{bad}");
         }
+        assert!(
+            set("id.example.com/jwks").starts_with("auth.jwks[0].url has no scheme; write https")
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Kick: closes sessions (4503) on an operator's order, at a bounded rate, and reports the progress.
 
+use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -71,7 +72,7 @@ impl AccessAdmin for AdminService {
             _permit: permit,
         };
         tracing::info!(
-            ?target,
+            %target,
             matched = kicking.handles.len(),
             per_second = kicking.per_second,
             reason = kicking.reason,
@@ -107,6 +108,19 @@ fn target(order: &KickRequest) -> Result<Target, Status> {
                 "" => Target::User(user),
                 device => Target::Device(user, DeviceId::new(device).map_err(invalid)?),
             })
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device(UserKey { app, user }, device) => {
+                write!(f, "device {device} of user {user} of app {app}")
+            }
+            Self::User(UserKey { app, user }) => write!(f, "user {user} of app {app}"),
+            Self::App(app) => write!(f, "app {app}"),
+            Self::Everyone => f.write_str("everyone"),
         }
     }
 }

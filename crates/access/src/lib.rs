@@ -51,19 +51,19 @@ pub use revocations::{Table as RevocationTable, key_hash};
 use std::time::Duration;
 
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Probe, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped, bounds};
 
 /// The role.
 pub struct Access(service::Service);
 
 impl Role for Access {
     const NAME: &'static str = "access";
+    const ABOUT: &'static str = "Keeps the devices' connections: checks tokens, writes messages to devices, takes their acknowledgements.";
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()?;
-        Credentials::read(&config.internal_tls, Party::Access)?;
-        policy::Policy::new(config).map(drop).map_err(|error| error.to_string())
+        let credentials = Credentials::read(&config.internal_tls, Party::Access).map(drop);
+        bounds::all([config.check(), policy::Policy::check(config), credentials])
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {

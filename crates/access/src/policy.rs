@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use barid_runtime::bounds;
 use barid_session::Settings;
 
 use crate::admission::{AddressKey, Admission, Origins};
@@ -43,6 +44,22 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Checks what [`Self::new`] parses and reads, and what [`Config::check`] does not.
+    ///
+    /// # Errors
+    /// Returns the keys whose values cannot be used, one a line.
+    pub fn check(config: &Config) -> Result<(), String> {
+        bounds::all([
+            // Its own contradictions are found by `Config::check`, in other words.
+            config.auth.check().map_or(Ok(()), |()| {
+                Verifier::new(&config.auth).map(drop).map_err(|error| error.to_string())
+            }),
+            Origins::new(&config.auth.origins).map(drop),
+            Proxies::new(&config.proxy).map(drop),
+            Tls::new(&config.tls).map(drop),
+        ])
+    }
+
     /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.
     ///
     /// # Errors
@@ -85,7 +102,6 @@ mod tests {
     use super::*;
     use crate::socket::Received;
     use crate::upstream::Spent;
-    use barid_runtime::bounds;
     use barid_runtime::config::Loaded;
     use std::time::{Duration, Instant};
 

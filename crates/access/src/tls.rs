@@ -101,8 +101,10 @@ impl Tls {
 
 impl Files {
     fn read(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
-        let certificate = PemFile::read("tls.certificate_file", &self.certificate)?;
-        let key = PemFile::read("tls.key_file", &self.key)?;
+        let [certificate, key] = PemFile::read_all([
+            ("tls.certificate_file", &self.certificate),
+            ("tls.key_file", &self.key),
+        ])?;
         CertifiedKey::from_der(certificate.certificates()?, key.private_key()?, provider)
             .map_err(|error| key.error(error))
     }

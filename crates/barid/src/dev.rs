@@ -121,7 +121,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         );
     }
     let level = args.log.as_deref().unwrap_or(LOG).to_owned();
-    telemetry::init(&LogConfig { level, ..Default::default() });
+    telemetry::init_brief(&LogConfig { level, ..Default::default() });
     let exit = run_cluster(args, out).await;
     // Before an error is printed as well: the last lines may explain it.
     telemetry::flush();

@@ -1,5 +1,7 @@
 //! `barid top`: the live state of a running cluster.
 
+mod line;
+mod problems;
 mod sample;
 mod scrape;
 mod screen;
@@ -10,7 +12,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
-use barid_mailbox::{Mailbox, NodeRecord, RedisConfig};
+use barid_mailbox::{Mailbox, RedisConfig};
 use barid_runtime::exit;
 use futures::future::join_all;
 use tokio::signal::unix::{SignalKind, signal};
@@ -19,7 +21,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::output::{Coded, Output, span};
 use crate::state::DevState;
 use crate::values::{self, RedisArgs};
-use sample::{Memory, Sample};
+use sample::{Leases, Memory, Sample};
 use screen::Screen;
 use show::View;
 
@@ -136,9 +138,13 @@ impl Places {
 
     /// Reads every endpoint that was given, is in a lease, or has a default port.
     async fn look(&mut self, memory: &mut Memory) -> Sample {
-        let nodes = self.nodes().await;
+        let leases = self.leases().await;
         let mut addresses = self.named.clone();
-        for node in nodes.iter().flatten().filter(|node| !node.admin.is_empty()) {
+        let known = match &leases {
+            Leases::Read(nodes) => nodes.as_slice(),
+            Leases::Unread(_) | Leases::NoRedis => &[],
+        };
+        for node in known.iter().filter(|node| !node.admin.is_empty()) {
             if !addresses.contains(&node.admin) {
                 addresses.push(node.admin.clone());
             }
@@ -156,12 +162,11 @@ impl Places {
             let hint = "nothing answers here; name a role\'s admin endpoint with --admin HOST:PORT";
             looks.push((self.usual.join(", "), Err(anyhow::anyhow!(hint))));
         }
-        memory.take(looks, nodes)
+        memory.take(looks, leases)
     }
 
-    /// The leases; empty if no Redis is known.
-    async fn nodes(&mut self) -> Result<Vec<NodeRecord>, String> {
-        let Some(config) = &self.redis else { return Ok(Vec::new()) };
+    async fn leases(&mut self) -> Leases {
+        let Some(config) = &self.redis else { return Leases::NoRedis };
         let reading = async {
             let mailbox = match &self.mailbox {
                 Some(mailbox) => mailbox.clone(),
@@ -173,10 +178,12 @@ impl Places {
         match timeout(LEASES_LIMIT, reading).await {
             Ok(Ok((mailbox, nodes))) => {
                 self.mailbox = Some(mailbox);
-                Ok(nodes)
+                Leases::Read(nodes)
             }
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("redis does not answer within {} s", LEASES_LIMIT.as_secs())),
+            Ok(Err(error)) => Leases::Unread(error.to_string()),
+            Err(_) => {
+                Leases::Unread(format!("redis does not answer within {} s", LEASES_LIMIT.as_secs()))
+            }
         }
     }
 }

@@ -19,18 +19,19 @@ pub use service::Service;
 use std::time::Duration;
 
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Probe, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped, bounds};
 
 /// The delayer's [`Role`](barid_runtime::Role).
 pub struct Delayer(Service);
 
 impl Role for Delayer {
     const NAME: &'static str = "delayer";
+    const ABOUT: &'static str = "Re-sends messages that no device has acknowledged, when their retry timers in Redis are due.";
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()?;
-        Credentials::read(&config.internal_tls, Party::Delayer).map(drop)
+        let credentials = Credentials::read(&config.internal_tls, Party::Delayer).map(drop);
+        bounds::all([config.check(), credentials])
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {

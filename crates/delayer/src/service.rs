@@ -113,7 +113,8 @@ impl Service {
         if self.lanes.pool.any_available() {
             self.conditions.dispatchers.ready();
         } else {
-            self.conditions.dispatchers.failing("no dispatcher can be reached");
+            let why = self.lanes.pool.failure();
+            self.conditions.dispatchers.failing(format!("no dispatcher can be reached: {why}"));
         }
         let oldest = pulses.iter().map(|pulse| pulse.polled.elapsed()).max().unwrap_or_default();
         self.lanes.metrics.poll_age_seconds.set(oldest.as_secs() as i64);

@@ -21,18 +21,19 @@ pub use service::Service;
 use std::time::Duration;
 
 use barid_mesh::{Credentials, Party};
-use barid_runtime::{Context, Probe, Role, RunError, Stopped};
+use barid_runtime::{Context, Probe, Role, RunError, Stopped, bounds};
 
 /// The dispatcher's [`Role`](barid_runtime::Role).
 pub struct Dispatcher(Service);
 
 impl Role for Dispatcher {
     const NAME: &'static str = "dispatcher";
+    const ABOUT: &'static str = "Finds the access node of a user's devices, and sends it what purgers and delayers hand over.";
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()?;
-        Credentials::read(&config.internal_tls, Party::Dispatcher).map(drop)
+        let credentials = Credentials::read(&config.internal_tls, Party::Dispatcher).map(drop);
+        bounds::all([config.check(), credentials])
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {

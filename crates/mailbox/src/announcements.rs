@@ -12,6 +12,7 @@ use fred::types::{Builder, Message};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
+use tracing::Instrument as _;
 
 use crate::lease::node::NodeRole;
 use crate::{RedisConfig, keys};
@@ -33,7 +34,7 @@ impl Announcements {
         match subscriber(config) {
             Ok(client) => {
                 let messages = Some(client.message_rx());
-                Self { messages, tasks: vec![tokio::spawn(subscribe(client))] }
+                Self { messages, tasks: vec![tokio::spawn(subscribe(client).in_current_span())] }
             }
             Err(error) => {
                 tracing::warn!(%error, "no announcements of leases, which are only read periodically");

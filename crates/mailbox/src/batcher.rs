@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use barid_core::Shard;
 use redis::Value;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tracing::Instrument as _;
 
 use crate::link::Link;
 use crate::metrics::Metrics;
@@ -87,7 +88,8 @@ impl<O: Operation> Batcher<O> {
         let items_max = config.batch_max.min(O::ITEMS_MAX);
         let send_now = Arc::new(Notify::new());
         let linger = Linger { time: O::linger(config), send_now: Arc::clone(&send_now) };
-        tokio::spawn(work(receiver, masters, config.window, items_max, linger));
+        let working = work(receiver, masters, config.window, items_max, linger);
+        tokio::spawn(working.in_current_span());
         Self { queue, send_now, timeout: config.response_timeout() }
     }
 

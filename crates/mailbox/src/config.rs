@@ -237,6 +237,9 @@ impl RedisConfig {
     }
 }
 
+/// The largest number that Redis accepts for `databases`, less one.
+const DATABASE_MAX: i64 = i32::MAX as i64 - 1;
+
 /// Errors name the key without its URL, which may contain a password.
 fn check_url(key: &str, url: &SecretUrl, cluster: bool) -> Result<(), String> {
     let form = "write redis://[user:password@]host:port[/db], rediss:// for TLS, or \
@@ -249,6 +252,9 @@ fn check_url(key: &str, url: &SecretUrl, cluster: bool) -> Result<(), String> {
         }
         _ if info.redis_settings().db() < 0 => {
             Err(format!("{key}: databases have numbers from 0; {form}"))
+        }
+        _ if info.redis_settings().db() > DATABASE_MAX => {
+            Err(format!("{key}: databases have numbers up to {DATABASE_MAX}; {form}"))
         }
         _ if cluster && info.redis_settings().db() != 0 => {
             Err(format!("{key}: a Redis Cluster has only database 0; write the URL without one"))
@@ -276,6 +282,7 @@ mod tests {
             check(|config| config.url = SecretUrl::new("redis://h:99999")),
             check(|config| config.url = SecretUrl::new("redis://:hunter2@h:0")),
             check(|config| config.url = SecretUrl::new("redis://:hunter2@h/-1")),
+            check(|config| config.url = SecretUrl::new("redis://:hunter2@h/99999999999")),
             check(|config| {
                 config.url = SecretUrl::new("redis://:hunter2@h/3");
                 config.cluster = true;
@@ -290,6 +297,7 @@ mod tests {
             "redis.url is not",
             "redis.url: port 0",
             "redis.url: databases have numbers from 0",
+            "redis.url: databases have numbers up to 2147483646",
             "redis.url: a Redis Cluster has only database 0",
             "redis.sentinels[0] is not",
             "redis.urls are nodes",

@@ -27,6 +27,7 @@ use barid_runtime::Health;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tracing::Instrument as _;
 
 pub use self::config::LeaseConfig;
 pub use self::confirming::{Confirming, LiveSession, LiveSessions};
@@ -96,7 +97,7 @@ impl Lease {
         keeper.state.begin_work();
         // The events so far are those of acquiring it.
         happened.clear();
-        let task = tokio::spawn(keeper.run(inbox, reconnections));
+        let task = tokio::spawn(keeper.run(inbox, reconnections).in_current_span());
         Ok(Self { orders, wanted, happened, reported, task })
     }
 

@@ -11,6 +11,7 @@ use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tracing::Instrument as _;
 
 use self::memory::{Memory, Own, Reading};
 use crate::announcements::Announcements;
@@ -71,7 +72,8 @@ impl NodeTable {
         let (view, receiver) = watch::channel(Arc::default());
         let stale_after = (refresh + READ_TIMEOUT) * 4;
         let inner = Arc::new(Inner { view, memory: Mutex::new(Memory::new(stale_after)) });
-        tokio::spawn(follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh));
+        let following = follow(Arc::downgrade(&inner), mailbox.clone(), role, refresh);
+        tokio::spawn(following.in_current_span());
         Self { inner, view: receiver }
     }
 

@@ -13,6 +13,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ErrorKind, ProtocolVersion, PushInfo, PushKind, Value};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
+use tracing::Instrument as _;
 
 use crate::cluster::{self, Master, slot_of};
 use crate::dial::{dial, warn_sparingly};
@@ -110,7 +111,7 @@ impl TrackedRoutes {
         if let Err(error) = inner.look_up_masters().await {
             warn_sparingly!(error, "looking up the masters of routes failed");
         }
-        tokio::spawn(follow(Arc::downgrade(&inner)));
+        tokio::spawn(follow(Arc::downgrade(&inner)).in_current_span());
         Ok(Self { inner })
     }
 
@@ -194,7 +195,7 @@ impl Inner {
             self.report(&Invalidation::Shards(moved));
         }
         for master in new {
-            tokio::spawn(keep(Arc::downgrade(self), master));
+            tokio::spawn(keep(Arc::downgrade(self), master).in_current_span());
         }
         self.update_tracking();
     }

@@ -20,10 +20,13 @@ impl Files {
         let ca = config.ca_file.as_deref().map(|path| PemFile::read("redis.ca_file", path));
         let client = match (&config.certificate_file, &config.key_file) {
             (None, None) => None,
-            (Some(certificate), Some(key)) => Some((
-                PemFile::read("redis.certificate_file", certificate)?,
-                PemFile::read("redis.key_file", key)?,
-            )),
+            (Some(certificate), Some(key)) => {
+                let [certificate, key] = PemFile::read_all([
+                    ("redis.certificate_file", certificate),
+                    ("redis.key_file", key),
+                ])?;
+                Some((certificate, key))
+            }
             _ => return Err("redis.certificate_file and redis.key_file belong together".into()),
         };
         Ok(Self { ca: ca.transpose()?, client })

@@ -9,6 +9,7 @@ use barid_core::{AppId, Shard, ShardCount};
 use parking_lot::RwLock;
 use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, Value};
 use tokio::sync::broadcast;
+use tracing::Instrument as _;
 
 use crate::batcher::{Batcher, Masters};
 use crate::cluster::{self, Master, slot_of};
@@ -329,7 +330,7 @@ impl Topology {
             && moved
             && let Some(topology) = self.this.upgrade()
         {
-            tokio::spawn(async move { topology.refresh().await });
+            tokio::spawn(async move { topology.refresh().await }.in_current_span());
         }
     }
 

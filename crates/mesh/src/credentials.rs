@@ -159,9 +159,11 @@ impl Credentials {
 
 impl Files {
     fn read(&self) -> Result<Loaded, String> {
-        let ca = PemFile::read("internal_tls.ca_file", &self.ca)?;
-        let certificate = PemFile::read("internal_tls.certificate_file", &self.certificate)?;
-        let key = PemFile::read("internal_tls.key_file", &self.key)?;
+        let [ca, certificate, key] = PemFile::read_all([
+            ("internal_tls.ca_file", &self.ca),
+            ("internal_tls.certificate_file", &self.certificate),
+            ("internal_tls.key_file", &self.key),
+        ])?;
         let mut roots = RootCertStore::empty();
         for root in ca.certificates()? {
             roots.add(root).map_err(|error| ca.error(error))?;

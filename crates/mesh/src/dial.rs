@@ -1,11 +1,14 @@
 //! Connections to other roles.
 
+use std::error::Error as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use barid_runtime::words;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tonic::Status;
 use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
@@ -44,16 +47,29 @@ pub async fn dial(
             endpoint.connect_with_connector(connect).await
         }
     };
-    connected.map_err(|error| describe(&error))
+    // tonic's own text is only "transport error".
+    connected.map_err(|error| words::causes(&error))
 }
 
-/// The error with its sources: tonic's own text is only "transport error".
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
+/// A call's failure in words: the peer's message with its code, or the causes if the connection failed.
+pub(crate) fn reason(status: &Status) -> String {
+    match (status.source(), status.message()) {
+        (Some(source), _) => words::causes(source),
+        (None, "") => status.code().description().to_owned(),
+        (None, message) => format!("{message} ({})", status.code().description()),
     }
-    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazard_137_the_failure_of_a_call_is_told_in_words() {
+        let broken = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert_eq!(reason(&Status::from_error(Box::new(broken))), "broken pipe");
+        let denied = Status::permission_denied("your certificate is for access");
+        let told = "your certificate is for access (The caller does not have permission to execute the specified operation)";
+        assert_eq!(reason(&denied), told);
+    }
 }

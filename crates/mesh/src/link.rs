@@ -12,12 +12,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use barid_core::Backoff;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
+use tracing::Instrument as _;
 
+use crate::dial::reason;
 use crate::{Credentials, LinkConfig, LinkMetrics, Party, dial};
 
 /// The items of a link, and callbacks for their outcomes. Callbacks run on the link's task and must not block.
@@ -113,6 +116,8 @@ struct Queued<I> {
 
 struct Shared {
     state: watch::Sender<LinkState>,
+    /// Why the last stream ended or could not be opened; empty: none has.
+    failure: Mutex<String>,
     pending: AtomicUsize,
     bytes_max: usize,
     metrics: LinkMetrics,
@@ -146,6 +151,7 @@ impl<P: Protocol> Link<P> {
         let (queue, queued) = mpsc::channel(config.queue_items_max);
         let shared = Arc::new(Shared {
             state: watch::Sender::new(LinkState::Connecting),
+            failure: Mutex::default(),
             pending: AtomicUsize::new(0),
             bytes_max: config.queue_bytes_max,
             metrics,
@@ -161,13 +167,18 @@ impl<P: Protocol> Link<P> {
             held: None,
             shared: Arc::clone(&shared),
         };
-        tokio::spawn(task.run());
+        tokio::spawn(task.run().in_current_span());
         Ok(Self { queue, room, shared })
     }
 
     /// The current state.
     pub fn state(&self) -> LinkState {
         *self.shared.state.borrow()
+    }
+
+    /// Why the last stream ended or could not be opened; empty: none has.
+    pub fn failure(&self) -> String {
+        self.shared.failure.lock().clone()
     }
 
     /// Number of items that are queued or unanswered.
@@ -271,6 +282,7 @@ impl<P: Protocol> Task<P> {
                 Some(Err(why)) => why,
             };
             self.shared.metrics.breaks.inc();
+            self.shared.failure.lock().clone_from(&why);
             if failures == 0 {
                 tracing::warn!(peer = self.address, why, "stream failed, reconnecting");
             }
@@ -419,11 +431,14 @@ impl<P: Protocol> Task<P> {
         reply: Result<Option<P::Reply>, Status>,
         window: &mut VecDeque<Unanswered<P::Sealed>>,
     ) -> Result<(), String> {
-        let reply = reply.map_err(|e| e.to_string())?.ok_or("the peer ended the stream")?;
+        let reply = reply.map_err(|status| reason(&status))?.ok_or("the peer ended the stream")?;
         let number = P::number(&reply);
         match window.front().map(|oldest| oldest.number) {
             Some(expected) if expected == number => {}
-            expected => return Err(format!("reply to batch {number} instead of {expected:?}")),
+            None => return Err(format!("reply to batch {number}, and none is open")),
+            Some(expected) => {
+                return Err(format!("reply to batch {number} instead of {expected}"));
+            }
         }
         if let Some(batch) = window.pop_front() {
             self.shared.metrics.reply_seconds.observe(batch.sent.elapsed().as_secs_f64());
@@ -454,7 +469,14 @@ async fn connect<P: Protocol>(
     let (batches, outbound) = mpsc::channel(config.window_batches);
     let open = async {
         let channel = dial(&credentials, P::PEER, &address, limit, settings).await?;
-        P::call(channel, ReceiverStream::new(outbound)).await.map_err(|e| e.to_string())
+        P::call(channel, ReceiverStream::new(outbound)).await.map_err(|status| {
+            // A peer with TLS ends a connection without it before it can say why.
+            let hint = match credentials.is_some() {
+                true => "",
+                false => "; internal_tls is not set here, and the peer may need it",
+            };
+            reason(&status) + hint
+        })
     };
     let replies = timeout(limit, open).await.map_err(|_| "connecting timed out".to_owned())??;
     Ok((batches, replies))

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
+use tracing::Instrument as _;
 
 use crate::{
     Broken, Credentials, Link, LinkState, MeshConfig, MeshMetrics, Party, Protocol, rendezvous,
@@ -74,14 +75,17 @@ impl DispatchPool {
     ) -> Result<Self, String> {
         let (peers, followed) = watch::channel(peers_of(&nodes));
         let pool = Self::over(followed, credentials, config, metrics)?;
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    () = nodes.changed() => peers.send_replace(peers_of(&nodes)),
-                    () = peers.closed() => return,
-                };
+        tokio::spawn(
+            async move {
+                loop {
+                    tokio::select! {
+                        () = nodes.changed() => peers.send_replace(peers_of(&nodes)),
+                        () = peers.closed() => return,
+                    };
+                }
             }
-        });
+            .in_current_span(),
+        );
         Ok(pool)
     }
 
@@ -107,16 +111,19 @@ impl DispatchPool {
         });
         inner.follow(&peers.borrow_and_update().clone());
         let (weak, alive) = (Arc::downgrade(&inner), inner.changes.subscribe());
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    changed = peers.changed() => if changed.is_err() { return },
-                    () = closed(alive.clone()) => return,
+        tokio::spawn(
+            async move {
+                loop {
+                    tokio::select! {
+                        changed = peers.changed() => if changed.is_err() { return },
+                        () = closed(alive.clone()) => return,
+                    }
+                    let Some(inner) = weak.upgrade() else { return };
+                    inner.follow(&peers.borrow_and_update().clone());
                 }
-                let Some(inner) = weak.upgrade() else { return };
-                inner.follow(&peers.borrow_and_update().clone());
             }
-        });
+            .in_current_span(),
+        );
         Ok(Self { inner })
     }
 
@@ -159,6 +166,19 @@ impl DispatchPool {
     /// Whether a dispatcher is available; for readiness.
     pub fn any_available(&self) -> bool {
         self.inner.members().iter().any(|member| member.link.state() == LinkState::Up)
+    }
+
+    /// Why none is available, for people: the last failure towards each of up to three.
+    pub fn failure(&self) -> String {
+        let members = self.inner.members();
+        let failed = members.iter().map(|member| (&member.peer.address, member.link.failure()));
+        let failed = failed.filter(|(_, why)| !why.is_empty()).take(3);
+        let failed: Vec<String> = failed.map(|(at, why)| format!("{at}: {why}")).collect();
+        match failed.as_slice() {
+            [] if members.is_empty() => "none has a lease in redis".into(),
+            [] => "connecting".into(),
+            failed => failed.join("; "),
+        }
     }
 
     /// Waits until everything is answered. Returns how many items are not at the deadline.

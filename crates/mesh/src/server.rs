@@ -1,14 +1,15 @@
 //! The gRPC server of a role: it bounds connections, handshakes and streams, and knows who calls.
 
 use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_runtime::MetricSet;
 use barid_runtime::bounds::{Bound, Bounded, whole};
+use barid_runtime::{MetricSet, repeats, words};
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -23,6 +24,7 @@ use tokio_util::either::Either;
 use tonic::service::{Interceptor, Routes};
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
+use tracing::Instrument as _;
 
 use crate::{Credentials, InternalTlsConfig, Party};
 
@@ -231,30 +233,43 @@ impl Server {
             }
             let acceptor = self.credentials.server().map(TlsAcceptor::from);
             let (ready, room) = (ready.clone(), Arc::clone(&room));
-            let handshake = tokio::spawn(async move {
-                let shaken = timeout(limit, shake(stream, address, acceptor)).await;
-                let result = match shaken {
-                    Ok(Ok((stream, caller))) => match room.try_acquire_owned() {
-                        Err(_) => "over_limit",
-                        Ok(permit) => {
-                            let connections = metrics.connections.clone();
-                            connections.inc();
-                            let _place = Place { connections, _permit: permit };
-                            // Fails if the server has ended.
-                            let _ = ready.send(Ok(Accepted { stream, caller, _place })).await;
-                            "accepted"
+            let handshake = tokio::spawn(
+                async move {
+                    let shaken = timeout(limit, shake(stream, address, acceptor)).await;
+                    let result = match shaken {
+                        Ok(Ok((stream, caller))) => match room.try_acquire_owned() {
+                            Err(_) => "over_limit",
+                            Ok(permit) => {
+                                let connections = metrics.connections.clone();
+                                connections.inc();
+                                let _place = Place { connections, _permit: permit };
+                                // Fails if the server has ended.
+                                let _ = ready.send(Ok(Accepted { stream, caller, _place })).await;
+                                "accepted"
+                            }
+                        },
+                        Ok(Err(error)) => {
+                            refused(address, &error);
+                            "failed"
                         }
-                    },
-                    Ok(Err(error)) => {
-                        tracing::debug!(%address, %error, "gRPC handshake failed");
-                        "failed"
-                    }
-                    Err(_) => "timeout",
-                };
-                metrics.accepts.with_label_values(&[result]).inc();
-            });
+                        Err(_) => "timeout",
+                    };
+                    metrics.accepts.with_label_values(&[result]).inc();
+                }
+                .in_current_span(),
+            );
             handshakes.push_back(handshake.abort_handle());
         }
+    }
+}
+
+/// Logs a failed handshake, one line a cause in ten seconds. A connection that only opens and closes is a probe.
+fn refused(address: SocketAddr, error: &std::io::Error) {
+    let why = words::causes(error);
+    if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) {
+        tracing::debug!(%address, why, "gRPC handshake failed");
+    } else if let Some(repeated) = repeats::due(&format!("gRPC handshake: {why}")) {
+        tracing::warn!(%address, why, repeated, "gRPC handshake failed");
     }
 }
 
@@ -293,7 +308,10 @@ async fn await_preface(stream: &TcpStream) -> std::io::Result<()> {
     let mut first = [0; PREFACE.len()];
     loop {
         let read = stream.peek(&mut first).await?;
-        if read == 0 || first[..read] != PREFACE[..read] {
+        if read == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        if first[..read] != PREFACE[..read] {
             return Err(std::io::Error::other("it does not speak HTTP/2 without TLS"));
         }
         if read == PREFACE.len() {

@@ -39,7 +39,7 @@ use std::time::Duration;
 use barid_bus::ensure_topics;
 use barid_mailbox::{Mailbox, NodeRole, NodeTable};
 use barid_mesh::{Credentials, DispatchPool, MeshMetrics, Party};
-use barid_runtime::{Condition, Context, Probe, Role, RunError, Stopped};
+use barid_runtime::{Condition, Context, Probe, Role, RunError, Stopped, bounds};
 
 pub use config::{CompressionConfig, Config, LimitsConfig, WindowConfig};
 pub use error::Error;
@@ -52,11 +52,12 @@ pub struct Purger(Service<Mailbox, DispatchPool>);
 
 impl Role for Purger {
     const NAME: &'static str = "purger";
+    const ABOUT: &'static str = "Reads messages from Kafka, puts them into the mailboxes in Redis, and hands them to dispatchers.";
     type Config = Config;
 
     fn check(config: &Config) -> Result<(), String> {
-        config.check()?;
-        Credentials::read(&config.internal_tls, Party::Purger).map(drop)
+        let credentials = Credentials::read(&config.internal_tls, Party::Purger).map(drop);
+        bounds::all([config.check(), credentials])
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {

@@ -145,7 +145,9 @@ impl<M: Mailboxes> Pipeline<M> {
             Decoded::Parcels(parcels) => {
                 if let Some(parcel) = parcels.first() {
                     let flight = Arc::clone(&parcel.flight);
-                    tracer.log(flight.trace_event("taken", "", now_ms * 1000));
+                    // A record for several users is taken once.
+                    let user = if parcels.len() == 1 { parcel.message.user.as_str() } else { "" };
+                    tracer.log(flight.trace_event("taken", user, now_ms * 1000));
                     self.enter_window(&flight);
                 }
                 self.admit(&partition, parcels);

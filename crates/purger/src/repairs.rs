@@ -65,8 +65,10 @@ impl Repairs {
                     topic = &*partition.topic,
                     partition = partition.number,
                     shards = open.repairing(),
-                    to = ?open.seek_to,
-                    ?reach,
+                    to = open.seek_to,
+                    low = reach.low,
+                    high = reach.high,
+                    since = reach.since,
                     "redis has forgotten confirmed messages, reading the log again"
                 );
             }

@@ -19,7 +19,7 @@ use toml::{Table, Value};
 use crate::bounds::{Bound, Bounded, DAY_SECONDS, check_value, whole};
 
 pub use self::address::listen;
-pub use self::environment::misspelt;
+pub use self::environment::{misspelt, without_role};
 pub use self::problem::Problem;
 pub use self::sources::Sources;
 
@@ -203,7 +203,46 @@ pub fn load<C: DeserializeOwned + Serialize + Default + Bounded>(
     prefix: &str,
     variables: impl Iterator<Item = (OsString, OsString)>,
 ) -> Result<Loaded<C>, ConfigError> {
-    let read = path.map(|path| file::read(path, &C::bounds())).transpose()?;
+    let (read, sources) = read(path, prefix, variables)?;
+    match read.config {
+        Some(config) if read.problems.is_empty() => Ok(Loaded { config, sources }),
+        _ => Err(ConfigError::Keys(read.problems)),
+    }
+}
+
+/// As [`load`], followed by `check`, whose lines begin with keys. If keys are refused, the others are checked
+/// nevertheless, so that all problems are found at once.
+///
+/// # Errors
+/// Returns all problems, one a line, each with the place where its key was set.
+pub fn load_checked<C: DeserializeOwned + Serialize + Default + Bounded>(
+    path: Option<&Path>,
+    prefix: &str,
+    variables: impl Iterator<Item = (OsString, OsString)>,
+    check: impl Fn(&C) -> Result<(), String>,
+) -> Result<Loaded<C>, String> {
+    let (read, sources) = read::<C>(path, prefix, variables).map_err(|error| error.to_string())?;
+    let checked = read.config.as_ref().map_or(Ok(()), check);
+    let mut lines: Vec<String> = read.problems.iter().map(Problem::to_string).collect();
+    if let Err(problems) = checked {
+        let refused: Vec<&str> = read.problems.iter().map(|problem| problem.key.as_str()).collect();
+        let lasting = problems
+            .lines()
+            .filter(|line| refused.is_empty() || sources.is_about_set_keys(line, &refused));
+        lines.extend(lasting.map(|line| sources.add_to(line)));
+    }
+    match read.config {
+        Some(config) if lines.is_empty() => Ok(Loaded { config, sources }),
+        _ => Err(lines.join("\n")),
+    }
+}
+
+fn read<C: DeserializeOwned + Serialize + Default + Bounded>(
+    path: Option<&Path>,
+    prefix: &str,
+    variables: impl Iterator<Item = (OsString, OsString)>,
+) -> Result<(Read<C>, Sources), ConfigError> {
+    let read = path.map(|path| file::read(path, &C::bounds(), &known::<C>())).transpose()?;
     let (mut table, mut sources) = read.unwrap_or_default();
     let defaults = Table::try_from(C::default()).unwrap_or_default();
     let (variables, mut problems) = environment::read(prefix, &defaults, variables);
@@ -215,7 +254,15 @@ pub fn load<C: DeserializeOwned + Serialize + Default + Bounded>(
             }
         }
     }
-    accept(table, prefix, &sources, problems).map(|config| Loaded { config, sources })
+    Ok((accept(table, prefix, &sources, problems), sources))
+}
+
+/// What could be read of a configuration.
+pub(crate) struct Read<C> {
+    /// The configuration, without the keys that were refused; `None` if the rest cannot be read either.
+    pub config: Option<C>,
+    /// The keys that were refused.
+    pub problems: Vec<Problem>,
 }
 
 /// Rounds of reading, each of which finds a further problem.
@@ -228,8 +275,9 @@ pub(crate) fn accept<C: DeserializeOwned + Serialize + Default + Bounded>(
     prefix: &str,
     sources: &Sources,
     mut problems: Vec<Problem>,
-) -> Result<C, ConfigError> {
+) -> Read<C> {
     let defaults = Table::try_from(C::default()).unwrap_or_default();
+    let mut accepted = None;
     for (key, problem) in problem::not_tables(&table, &defaults) {
         remove(&mut table, &key);
         problems.push(Problem::new(&key, &problem).at(sources));
@@ -241,8 +289,10 @@ pub(crate) fn accept<C: DeserializeOwned + Serialize + Default + Bounded>(
     }
     while problems.len() < PROBLEMS_MAX {
         let error = match serde_path_to_error::deserialize(Value::Table(table.clone())) {
-            Ok(config) if problems.is_empty() => return Ok(config),
-            Ok(_) => break,
+            Ok(config) => {
+                accepted = Some(config);
+                break;
+            }
             Err(error) => error,
         };
         let key = error.path().to_string();
@@ -251,19 +301,20 @@ pub(crate) fn accept<C: DeserializeOwned + Serialize + Default + Bounded>(
             Some(_) => environment::name_of(prefix, meant),
             None => format!("{meant:?}"),
         };
-        let message = error.inner().message();
-        let problem = problem::reword(&key, message, value, &known::<C>(), meant);
+        let default = find(&defaults, &key).and_then(Value::as_str);
+        let message = address::with_port(error.inner().message(), default);
+        let problem = problem::reword(&key, &message, value, &known::<C>(), meant);
         problems.push(Problem::new(&key, &problem).at(sources));
         if !remove(&mut table, &key) {
             break;
         }
     }
     problems.sort_by_key(Problem::order);
-    Err(ConfigError::Keys(problems))
+    Read { config: accepted, problems }
 }
 
 /// All keys of a configuration, dotted, those of lists and of absent values excepted.
-fn known<C: Serialize + Default>() -> Vec<String> {
+pub(crate) fn known<C: Serialize + Default>() -> Vec<String> {
     fn add(table: &Table, path: &str, known: &mut Vec<String>) {
         for (name, value) in table {
             let key = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing::Span;
+
 use crate::announce::Announcements;
 use crate::config::{AdminConfig, LogConfig};
 use crate::health::{Condition, Health};
@@ -32,8 +34,14 @@ pub struct Context {
 impl Context {
     /// Creates a new context, for a role in `barid dev` or in a test.
     pub fn new() -> Self {
-        let alone = false;
-        Self { alone, ..Self::of(&AdminConfig::default(), &LogConfig::default(), None) }
+        Self::within(Span::none())
+    }
+
+    /// As [`Self::new`]; `span` names the role in the lines about its conditions.
+    pub fn within(span: Span) -> Self {
+        let context = Self::of(&AdminConfig::default(), &LogConfig::default(), None);
+        let health = Health::within(context.shutdown.clone(), span);
+        Self { alone: false, health, ..context }
     }
 
     pub(crate) fn of(admin: &AdminConfig, log: &LogConfig, ready_file: Option<PathBuf>) -> Self {

@@ -12,6 +12,8 @@ use prometheus::proto::MetricFamily;
 use prometheus::{IntGaugeVec, Opts};
 use tokio::time::{MissedTickBehavior, interval};
 
+use tracing::Span;
+
 use crate::Shutdown;
 
 const DRAINING: &str = "draining";
@@ -25,6 +27,8 @@ pub struct Health(Arc<Inner>);
 struct Inner {
     /// Not ready while it drains: the condition `draining`.
     shutdown: Shutdown,
+    /// Names the role in the lines about its conditions, where a process has several roles.
+    span: Span,
     conditions: Mutex<BTreeMap<&'static str, State>>,
     metric: IntGaugeVec,
 }
@@ -58,9 +62,14 @@ pub struct Condition {
 impl Health {
     /// Creates a set with the condition `draining`, which holds until `shutdown` begins.
     pub fn new(shutdown: Shutdown) -> Self {
+        Self::within(shutdown, Span::none())
+    }
+
+    /// As [`Self::new`]; changes of conditions are logged within `span`.
+    pub fn within(shutdown: Shutdown, span: Span) -> Self {
         let opts = Opts::new("barid_ready", "Whether a condition of readiness holds: 1 or 0");
         let metric = IntGaugeVec::new(opts, &["condition"]).expect("constants in range");
-        Self(Arc::new(Inner { shutdown, conditions: Mutex::default(), metric }))
+        Self(Arc::new(Inner { shutdown, span, conditions: Mutex::default(), metric }))
     }
 
     /// Adds a condition. It fails as `starting` until it is set, and stays as it is set.
@@ -97,7 +106,7 @@ impl Health {
         let mut conditions = self.0.conditions.lock();
         let failing = conditions.iter_mut().filter_map(|(name, state)| {
             let reason = state.reason(now);
-            state.log_change(name, reason.as_deref());
+            state.log_change(name, reason.as_deref(), &self.0.span);
             Some((*name, reason?))
         });
         let draining = self.0.shutdown.is_draining();
@@ -135,10 +144,12 @@ impl State {
     }
 
     /// Logs a change of the condition.
-    fn log_change(&mut self, name: &str, reason: Option<&str>) {
+    fn log_change(&mut self, name: &str, reason: Option<&str>, span: &Span) {
         match (self.held, reason) {
-            (false, None) => tracing::info!(condition = name, "condition holds"),
-            (true, Some(reason)) => tracing::warn!(condition = name, reason, "condition fails"),
+            (false, None) => tracing::info!(parent: span, condition = name, "condition holds"),
+            (true, Some(reason)) => {
+                tracing::warn!(parent: span, condition = name, reason, "condition fails");
+            }
             _ => return,
         }
         self.held = reason.is_none();
@@ -217,7 +228,7 @@ impl Condition {
         }
         state.failing = failing;
         let reason = state.reason(now);
-        state.log_change(self.name, reason.as_deref());
+        state.log_change(self.name, reason.as_deref(), &self.health.0.span);
     }
 }
 

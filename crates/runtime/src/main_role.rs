@@ -1,5 +1,6 @@
 //! The process of a role: arguments, configuration, admin endpoint, signals, draining, exit code.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,20 +25,23 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Runs a role as this process, and returns one of the codes of [`exit`].
 pub fn main<R: Role>() -> ExitCode {
     let arguments = Arguments::parse::<R>();
-    for (variable, meant) in config::misspelt(std::env::vars_os()) {
-        say_as::<R>(&format!("warning: {variable} sets nothing; did you mean {meant}?"));
+    let ignored = ignored_variables::<R>();
+    // Variables of other programs may begin alike, so a role starts in spite of them.
+    let severity = if arguments.check_config { "" } else { "warning: " };
+    ignored.iter().for_each(|problem| say_as::<R>(&format!("{severity}{problem}")));
+    if arguments.print_config {
+        return match load::<R>(&arguments) {
+            Ok(loaded) => print_config::<R>(&loaded.config),
+            Err(problems) => fail_as::<R>(exit::CONFIG, &problems),
+        };
     }
-    let loaded = match load::<R>(&arguments) {
-        Ok(loaded) => loaded,
+    let config = match load_checked::<R>(&arguments) {
+        Ok(_) if arguments.check_config && !ignored.is_empty() => {
+            return fail_as::<R>(exit::CONFIG, "");
+        }
+        Ok(loaded) => loaded.config,
         Err(problems) => return fail_as::<R>(exit::CONFIG, &problems),
     };
-    if arguments.print_config {
-        return print_config::<R>(&loaded.config);
-    }
-    if let Err(problems) = check::<R>(&loaded) {
-        return fail_as::<R>(exit::CONFIG, &problems);
-    }
-    let config = loaded.config;
     let workers = match Workers::find() {
         Ok(workers) => workers,
         Err(problem) => return fail_as::<R>(exit::CONFIG, &problem),
@@ -59,6 +63,15 @@ pub fn main<R: Role>() -> ExitCode {
     runtime.shutdown_timeout(Duration::from_secs(1));
     telemetry::flush();
     exit
+}
+
+/// Environment variables that look as if they should set keys of this role, and do not.
+fn ignored_variables<R: Role>() -> Vec<String> {
+    let known = config::known::<R::Config>();
+    let mut found = config::misspelt(std::env::vars_os());
+    found.extend(config::without_role(&prefix::<R>(), &known, std::env::vars_os()));
+    let problem = |(variable, meant)| format!("{variable} sets nothing; did you mean {meant}?");
+    found.into_iter().map(problem).collect()
 }
 
 /// Asks the dependencies, and prints a line for each.
@@ -91,6 +104,7 @@ fn probe<R: Role>(config: &R::Config) -> ExitCode {
 
 async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Arguments) -> ExitCode {
     let common = config.common().to_owned();
+    let running = keys_of::<R>(&config);
     let context = Context::of(&common.admin, &common.log, common.ready_file.clone());
     let signals = match Signals::new() {
         Ok(signals) => signals,
@@ -112,7 +126,7 @@ async fn serve<R: Role>(config: R::Config, workers: Workers, arguments: &Argumen
     let drain = Duration::from_secs(common.drain_seconds);
     tokio::select! {
         outcome = R::run(config, context.clone()) => exit_code::<R>(outcome),
-        () = signals.drain_then_abort(&context, drain, || reload_apart::<R>(arguments)) => {
+        () = signals.drain_then_abort(&context, drain, || reload_apart::<R>(arguments, &running)) => {
             let overtime_s = OVERTIME.as_secs();
             tracing::error!(overtime_s, "did not end after the drain deadline, aborted");
             ExitCode::from(exit::CUT)
@@ -184,10 +198,20 @@ impl Signals {
     }
 }
 
-/// Applies the settings that can change while the role runs, which is `log.level`. An invalid configuration changes
-/// nothing.
-fn reload<R: Role>(arguments: &Arguments) {
-    let read = load::<R>(arguments).and_then(|loaded| check::<R>(&loaded).map(|()| loaded));
+/// Applies the settings that can change while the role runs, which is `log.level`, and names the others that differ
+/// from `running`. An invalid configuration changes nothing.
+fn reload<R: Role>(arguments: &Arguments, running: &BTreeMap<String, String>) {
+    let read = load_checked::<R>(arguments);
+    if let Ok(loaded) = &read {
+        let read = keys_of::<R>(&loaded.config);
+        let ignored = differing(running, &read);
+        if !ignored.is_empty() {
+            tracing::warn!(
+                keys = ignored.join(", "),
+                "SIGHUP: changed keys take effect at the next start"
+            );
+        }
+    }
     let level = read.map(|loaded| loaded.config.common().log.level);
     match level.and_then(|level| telemetry::set_level(&level).map(|()| level)) {
         Ok(level) => {
@@ -198,9 +222,38 @@ fn reload<R: Role>(arguments: &Arguments) {
 }
 
 /// On a thread of its own: names of hosts may have to be looked up, and the role goes on meanwhile.
-fn reload_apart<R: Role>(arguments: &Arguments) {
-    let arguments = arguments.clone();
-    drop(tokio::task::spawn_blocking(move || reload::<R>(&arguments)));
+fn reload_apart<R: Role>(arguments: &Arguments, running: &BTreeMap<String, String>) {
+    let (arguments, running) = (arguments.clone(), running.clone());
+    drop(tokio::task::spawn_blocking(move || reload::<R>(&arguments, &running)));
+}
+
+/// Each key with its value, secrets masked: a changed secret is not noticed.
+fn keys_of<R: Role>(config: &R::Config) -> BTreeMap<String, String> {
+    fn add(key: String, value: &toml::Value, keys: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (name, value) in table {
+                    let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                    add(key, value, keys);
+                }
+            }
+            value => drop(keys.insert(key, value.to_string())),
+        }
+    }
+    let mut keys = BTreeMap::new();
+    let table = toml::Table::try_from(config).unwrap_or_default();
+    add(String::new(), &toml::Value::Table(table), &mut keys);
+    keys
+}
+
+/// The keys whose values differ, except `log.level`, which is applied.
+fn differing<'a>(
+    running: &'a BTreeMap<String, String>,
+    read: &'a BTreeMap<String, String>,
+) -> Vec<&'a str> {
+    let all: BTreeSet<&String> = running.keys().chain(read.keys()).collect();
+    let differs = |key: &&String| running.get(*key) != read.get(*key) && *key != "log.level";
+    all.into_iter().filter(differs).map(String::as_str).collect()
 }
 
 #[derive(Clone)]
@@ -218,11 +271,14 @@ impl Arguments {
             .bin_name(format!("barid-{name}"))
             .display_name(format!("barid-{name}"))
             .version(env!("CARGO_PKG_VERSION"))
-            .about(format!("Barid's {name}"))
+            .about(R::ABOUT)
             .after_help(format!(
-                "Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.\n\
+                "{}A commented sample is deploy/config/{name}.toml in Barid's sources, and\n\
+                 docs/configuration.md describes every key.\n\n\
+                 Every key can be set by an environment variable: BARID_{}_ADMIN__LISTEN sets admin.listen.\n\
                  TOKIO_WORKER_THREADS overrides how many threads run tasks: by default one a core of the\n\
                  cgroup's CPU quota.\n\n{}",
+                default_ports::<R>(),
                 name.to_uppercase(),
                 exit::help(|row| row.1)
             ))
@@ -262,19 +318,34 @@ impl Arguments {
     }
 }
 
+/// The default addresses of the role's listeners, a line each.
+fn default_ports<R: Role>() -> String {
+    let keys = keys_of::<R>(&R::Config::default());
+    let listeners = keys.iter().filter(|(key, _)| key.ends_with("listen"));
+    let line = |(key, address): (&String, &String)| {
+        format!("{key:<13} {} by default\n", address.trim_matches('"'))
+    };
+    listeners.map(line).collect::<String>() + "\n"
+}
+
+fn prefix<R: Role>() -> String {
+    format!("BARID_{}_", R::NAME.to_uppercase())
+}
+
 fn load<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
-    let prefix = format!("BARID_{}_", R::NAME.to_uppercase());
-    config::load(arguments.config.as_deref(), &prefix, std::env::vars_os())
+    config::load(arguments.config.as_deref(), &prefix::<R>(), std::env::vars_os())
         .map_err(|error| error.to_string())
 }
 
-fn check<R: Role>(loaded: &Loaded<R::Config>) -> Result<(), String> {
-    let config = &loaded.config;
+fn load_checked<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
+    let file = arguments.config.as_deref();
+    config::load_checked(file, &prefix::<R>(), std::env::vars_os(), check::<R>)
+}
+
+fn check<R: Role>(config: &R::Config) -> Result<(), String> {
     let level = telemetry::check_level(&config.common().log.level);
     let ready = config.common().ready_file.map_or(Ok(()), |path| check_ready_file(&path));
-    bounds::check(config)
-        .and_then(|()| bounds::all([level, ready, R::check(config)]))
-        .map_err(|problems| loaded.sources.add_to(&problems))
+    bounds::check(config).and_then(|()| bounds::all([level, ready, R::check(config)]))
 }
 
 fn check_ready_file(path: &Path) -> Result<(), String> {
@@ -311,4 +382,21 @@ fn fail_as<R: Role>(code: u8, problems: &str) -> ExitCode {
 
 fn say_as<R: Role>(line: &str) {
     telemetry::say(&format!("barid-{}: {line}", R::NAME));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazard_139_a_reload_names_the_changed_keys_that_it_does_not_apply() {
+        let keys = |pairs: &[(&str, &str)]| {
+            let owned = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+            owned.collect::<BTreeMap<_, _>>()
+        };
+        let running = keys(&[("drain_seconds", "20"), ("log.level", "info"), ("node", "a")]);
+        let read =
+            keys(&[("drain_seconds", "30"), ("log.level", "debug"), ("zone", "z"), ("node", "a")]);
+        assert_eq!(differing(&running, &read), ["drain_seconds", "zone"]);
+    }
 }

@@ -8,6 +8,8 @@ use barid_core::pem::{self, CertificateDer, PrivateKeyDer};
 use rustls_pki_types::UnixTime;
 use webpki::{EndEntityCert, KeyUsage};
 
+use crate::words;
+
 /// The year 10000: later than any date that a certificate can name, s since the Unix epoch.
 const NEVER_S: u64 = 253_402_300_800;
 
@@ -30,6 +32,24 @@ impl PemFile {
         Ok(file)
     }
 
+    /// Reads several files.
+    ///
+    /// # Errors
+    /// Returns all that cannot be read, one a line.
+    pub fn read_all<const N: usize>(
+        files: [(&'static str, &Path); N],
+    ) -> Result<[Self; N], String> {
+        let read = files.map(|(key, path)| Self::read(key, path));
+        let problems: Vec<&str> =
+            read.iter().filter_map(|one| one.as_ref().err()).map(String::as_str).collect();
+        if !problems.is_empty() {
+            return Err(problems.join("\n"));
+        }
+        let read = read.into_iter().flatten().collect::<Vec<_>>();
+        let rest = read.len();
+        read.try_into().map_err(|_| format!("{rest} files instead of {N}"))
+    }
+
     /// Its certificates, at least one.
     ///
     /// # Errors
@@ -48,6 +68,7 @@ impl PemFile {
 
     /// A problem with the file, after its key and its path.
     pub fn error(&self, problem: impl Display) -> String {
+        let problem = words::plain(&problem.to_string());
         format!("{} {}: {problem}", self.key, self.path.display())
     }
 }

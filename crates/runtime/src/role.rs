@@ -57,6 +57,8 @@ pub enum Unfit {
 pub trait Role: Sized + Send + 'static {
     /// The name in `barid-<name>` and `BARID_<NAME>_…`.
     const NAME: &'static str;
+    /// What it does, in a sentence for `--help`.
+    const ABOUT: &'static str;
     /// Its configuration; an empty file means `Config::default()`.
     type Config: DeserializeOwned + Serialize + Default + HasCommon + Bounded + Send + 'static;
 

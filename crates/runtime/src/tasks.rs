@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
+use tracing::Instrument as _;
 
 use crate::{Condition, Context, Shutdown, Stopped};
 
@@ -107,7 +108,7 @@ impl Spawner {
         };
         let mut running = running.lock();
         while running.try_join_next().is_some() {}
-        running.spawn(supervised);
+        running.spawn(supervised.in_current_span());
     }
 }
 

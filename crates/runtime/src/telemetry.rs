@@ -14,6 +14,8 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, Opts, Registry};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
 use crate::words::nearest;
@@ -31,14 +33,49 @@ static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
 
 /// Installs the process's subscriber, and a panic hook that logs. A second call has no effect.
 pub fn init(config: &LogConfig) {
+    install(config, Clock::Date);
+}
+
+/// As [`init`], for a terminal on which people watch: lines begin with the time of day (UTC) and name no module.
+pub fn init_brief(config: &LogConfig) {
+    install(config, Clock::OfDay);
+}
+
+/// How a line begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Clock {
+    /// Date and time, RFC 3339.
+    Date,
+    /// `12:34:56.789`.
+    OfDay,
+}
+
+impl FormatTime for Clock {
+    fn format_time(&self, w: &mut Writer<'_>) -> std::fmt::Result {
+        match self {
+            Self::Date => SystemTime.format_time(w),
+            Self::OfDay => {
+                let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+                let at = since.unwrap_or_default();
+                let (s, ms) = (at.as_secs(), at.subsec_millis());
+                write!(w, "{:02}:{:02}:{:02}.{ms:03}", s / 3600 % 24, s / 60 % 60, s % 60)
+            }
+        }
+    }
+}
+
+fn install(config: &LogConfig, clock: Clock) {
     let lines = stderr();
     ORIGIN.write().format = config.format;
     lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
     // The level was checked by `check_level`.
-    let filter = EnvFilter::try_new(&config.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_new(quiet(&config.level)).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(move || Writer(lines))
+        .with_timer(clock)
+        .with_target(clock == Clock::Date)
+        .with_writer(move || LineWriter(lines))
         .with_ansi(io::stderr().is_terminal());
     // `try_init` fails if another role of this process has installed a subscriber.
     let (set_filter, installed): (SetFilter, _) = match config.format {
@@ -70,6 +107,8 @@ pub(crate) fn set_role(role: &'static str) {
 pub(crate) fn set_node(node: &str) {
     ORIGIN.write().set(|origin| origin.node = node.to_owned());
 }
+
+const NODE: &[u8] = b" node=";
 
 static ORIGIN: RwLock<Origin> = RwLock::new(Origin::none());
 
@@ -104,7 +143,15 @@ impl Origin {
         match (shown, self.format, line) {
             ([], ..) => None,
             (_, LogFormat::Json, [b'{', rest @ ..]) => Some([b"{", shown, rest].concat()),
-            (_, LogFormat::Text, [text @ .., b'\n']) => Some([text, shown, b"\n"].concat()),
+            (_, LogFormat::Text, [text @ .., b'\n']) => {
+                // An event that is about a node names it itself.
+                let named = text.windows(NODE.len()).any(|part| part == NODE);
+                let shown = match self.shown.split_once(" node=") {
+                    Some((role, _)) if named => role.as_bytes(),
+                    _ => shown,
+                };
+                Some([text, shown, b"\n"].concat())
+            }
             _ => None,
         }
     }
@@ -121,6 +168,12 @@ fn json(text: &str) -> String {
 /// Returns the invalid part, and what to write instead.
 pub fn check_level(level: &str) -> Result<(), String> {
     parse_level(level).map(drop)
+}
+
+/// The level, without the lines of the client of Redis's announcements, which are Rust's debug output: the roles report
+/// its failures in their own. A directive for it turns them on.
+fn quiet(level: &str) -> String {
+    format!("fred=off,{level}")
 }
 
 fn parse_level(level: &str) -> Result<EnvFilter, String> {
@@ -140,7 +193,7 @@ fn parse_level(level: &str) -> Result<EnvFilter, String> {
         false => level.split(',').map(str::trim).collect(),
     };
     let wrong = parts.iter().find(|part| !valid(part));
-    match (wrong, EnvFilter::try_new(level)) {
+    match (wrong, EnvFilter::try_new(quiet(level))) {
         (None, Ok(filter)) => Ok(filter),
         (wrong, _) => {
             let wrong = wrong.unwrap_or(&level);
@@ -321,9 +374,9 @@ fn count(text: &[u8]) -> u64 {
 }
 
 /// The subscriber's writer, called once per line.
-struct Writer(&'static Arc<Lines>);
+struct LineWriter(&'static Arc<Lines>);
 
-impl Write for Writer {
+impl Write for LineWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         match ORIGIN.read().add_to(line) {
             Some(line) => self.0.push(&line),
@@ -402,6 +455,8 @@ mod tests {
         origin.set(|origin| origin.node = "n1".into());
         let told = line(&origin, b"INFO starting\n").unwrap();
         assert_eq!(told, "INFO starting role=\"access\" node=\"n1\"\n");
+        let told = line(&origin, b"WARN lapsed node=\"n2\"\n").unwrap();
+        assert_eq!(told, "WARN lapsed node=\"n2\" role=\"access\"\n", "one node");
     }
 
     /// As much as fills any pipe.

@@ -1,5 +1,6 @@
 //! Words of errors: values, and what may have been meant.
 
+use std::error::Error;
 use std::net::{Ipv6Addr, SocketAddr};
 
 use strsim::damerau_levenshtein;
@@ -11,6 +12,48 @@ pub fn shown(text: &str) -> String {
         None => format!("{text:?}"),
         Some((end, _)) => format!("{:?}…", &text[..end]),
     }
+}
+
+/// Texts of libraries that name variants of Rust enums or say nothing, and what they mean.
+const PLAIN: [(&str, &str); 6] = [
+    ("invalid peer certificate: BadSignature", "another authority has signed the certificate"),
+    ("invalid peer certificate: UnknownIssuer", "another authority has signed the certificate"),
+    ("received corrupt message of type InvalidContentType", "the peer does not speak TLS"),
+    (
+        "received fatal alert: DecryptError",
+        "the peer refuses this certificate: another authority has signed it",
+    ),
+    (
+        "received fatal alert: UnknownCA",
+        "the peer refuses this certificate: another authority has signed it",
+    ),
+    (
+        "keys may not be consistent: KeyMismatch",
+        "the private key does not belong to the certificate",
+    ),
+];
+/// Errors that say nothing beside their cause.
+const EMPTY: [&str; 3] = ["transport error", "connection error", "client error (Connect)"];
+
+/// An error with its causes in one line. A cause that the line contains is left out: many errors repeat their source.
+pub fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(one) = next {
+        next = one.source();
+        let text = plain(&one.to_string());
+        let says_nothing = next.is_some() && EMPTY.contains(&text.as_str());
+        if !says_nothing && !parts.iter().any(|part| part.contains(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+/// The text of a library's error in words, on one line.
+pub fn plain(text: &str) -> String {
+    let text = PLAIN.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to));
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The one that may have been meant: at most a third of its letters differ.
@@ -70,6 +113,33 @@ mod tests {
             is_wildcard("0.0.0.0:1") && is_wildcard("[::]:1") && is_wildcard("[::ffff:0.0.0.0]:1")
         );
         assert!(!is_wildcard("h:1") && !is_wildcard("10.0.0.1:1"));
+    }
+
+    #[test]
+    fn hazard_137_an_error_is_one_line_of_words_with_each_cause_once() {
+        #[derive(Debug)]
+        struct Layer(&'static str, Option<Box<Layer>>);
+        impl std::fmt::Display for Layer {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.0)
+            }
+        }
+        impl Error for Layer {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                self.1.as_deref().map(|source| source as _)
+            }
+        }
+        let chain = |texts: &[&'static str]| {
+            let each = texts.iter().rev();
+            let error = each.fold(None, |source, text| Some(Box::new(Layer(text, source))));
+            causes(&*error.unwrap())
+        };
+        let refused = "invalid peer certificate: BadSignature";
+        let words = "another authority has signed the certificate";
+        assert_eq!(chain(&["transport error", refused, refused]), words);
+        assert_eq!(chain(&["a: b", "b"]), "a: b");
+        assert_eq!(chain(&["a", "transport error", "b\n  c"]), "a: b c");
+        assert_eq!(chain(&["transport error"]), "transport error");
     }
 
     #[test]

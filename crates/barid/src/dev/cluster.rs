@@ -18,6 +18,7 @@ use futures::future::select_all;
 use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
+use tracing::{Instrument as _, Span, error_span};
 
 use crate::authority;
 use crate::output::{Output, Tone};
@@ -204,13 +205,26 @@ impl Cluster {
 
 fn start<R: Role>(config: R::Config) -> anyhow::Result<Running> {
     R::check(&config).map_err(|problem| anyhow!("{}: {problem}", R::NAME))?;
-    let context = Context::new();
+    // Lines of four roles are on one screen: each begins with its role.
+    let span = span::<R>();
+    let context = Context::within(span.clone());
     let admin = config.common().admin;
     let usual_admin = admin.listen.port();
     serve_admin(admin, R::NAME, &context)
         .with_context(|| format!("{}: no admin endpoint", R::NAME))?;
-    let task = tokio::spawn(R::run(config, context.clone()));
+    let task = tokio::spawn(R::run(config, context.clone()).instrument(span));
     Ok(Running { name: R::NAME, usual_admin, context, task })
+}
+
+/// A span whose name is the role's. Spans have constant names.
+fn span<R: Role>() -> Span {
+    match R::NAME {
+        Purger::NAME => error_span!("purger"),
+        Dispatcher::NAME => error_span!("dispatcher"),
+        Delayer::NAME => error_span!("delayer"),
+        Access::NAME => error_span!("access"),
+        name => error_span!("role", name),
+    }
 }
 
 /// The role's default port, or a free one if it is in use.

@@ -1,4 +1,4 @@
-//! Computes a sample from the last scrapes of all endpoints.
+//! Computes a sample from the last scrapes of all endpoints. A number that no endpoint tells is `None`, not 0.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -7,6 +7,7 @@ use barid_runtime as runtime;
 use barid_runtime::exposition::{Histogram, Metrics};
 use serde::Serialize;
 
+use super::problems::{LEASES, Problem, Report, SHARDS, problems};
 use super::scrape::Scrape;
 use crate::output::span;
 use crate::values;
@@ -25,28 +26,34 @@ pub struct Sample {
     pub hops: Vec<Hop>,
     pub lags: Lags,
     pub roles: Vec<RoleState>,
-    pub nodes: Vec<NodeState>,
+    /// `None`: unknown.
+    pub nodes: Option<Vec<NodeState>>,
+    /// Why the nodes are unknown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nodes_unknown: Option<&'static str>,
     pub sessions: Sessions,
     pub problems: Vec<Problem>,
 }
 
-/// Welcomed sessions by what they name, as access nodes export it; names without a session are left out.
+/// Welcomed sessions, and by what they name, as access nodes export it; names without a session are left out.
 #[derive(Debug, Default, Serialize)]
 pub struct Sessions {
+    /// Of the access nodes that answer; of others as their leases tell. `None`: unknown.
+    pub total: Option<u64>,
     pub by_app: BTreeMap<String, u64>,
     pub by_platform: BTreeMap<String, u64>,
     pub by_sdk: BTreeMap<String, u64>,
 }
 
-/// Messages per second since the previous scrape.
+/// Messages per second since the previous scrape. `None`: no role that counts them was read twice.
 #[derive(Debug, Default, Serialize)]
 pub struct Rates {
-    pub taken_per_s: f64,
-    pub accepted_per_s: f64,
-    pub written_per_s: f64,
-    pub acked_per_s: f64,
-    pub resent_per_s: f64,
-    pub refused_per_s: f64,
+    pub taken_per_s: Option<f64>,
+    pub accepted_per_s: Option<f64>,
+    pub written_per_s: Option<f64>,
+    pub acked_per_s: Option<f64>,
+    pub resent_per_s: Option<f64>,
+    pub refused_per_s: Option<f64>,
 }
 
 /// The latency of one hop in the last seconds.
@@ -60,16 +67,17 @@ pub struct Hop {
     pub since_start: bool,
 }
 
-/// Messages and timers that wait.
+/// Messages and timers that wait. `None`: no role knows, or one of those that have to know it cannot reach Kafka or
+/// Redis.
 #[derive(Debug, Default, Serialize)]
 pub struct Lags {
-    pub kafka_records: u64,
-    pub in_flight_records: u64,
+    pub kafka_records: Option<u64>,
+    pub in_flight_records: Option<u64>,
     /// How late the timers were that were claimed last.
-    pub timers_late_ms: u64,
-    pub timers_claimed: u64,
-    pub queued_bytes: u64,
-    pub shards_away: u64,
+    pub timers_late_ms: Option<u64>,
+    pub timers_claimed: Option<u64>,
+    pub queued_bytes: Option<u64>,
+    pub shards_away: Option<u64>,
 }
 
 /// A process.
@@ -78,11 +86,12 @@ pub struct RoleState {
     pub role: String,
     pub admin: String,
     pub ready: bool,
-    /// Percent of one core.
-    pub cpu_percent: f64,
-    pub memory_bytes: u64,
-    /// Process id; 0: unknown.
-    pub process_id: u64,
+    /// Percent of one core; `None` before the second scrape.
+    pub cpu_percent: Option<f64>,
+    /// `None`: the role does not tell.
+    pub memory_bytes: Option<u64>,
+    /// `None`: the role does not tell.
+    pub process_id: Option<u64>,
     /// A purger's partitions by topic; empty for other roles.
     pub partitions: BTreeMap<String, u64>,
 }
@@ -98,12 +107,12 @@ pub struct NodeState {
     pub zone: String,
 }
 
-/// A problem.
-#[derive(Debug, Serialize)]
-pub struct Problem {
-    /// The endpoint, the role, or `leases`.
-    pub of: String,
-    pub problem: String,
+/// What is known of the leases.
+pub enum Leases {
+    Read(Vec<NodeRecord>),
+    /// Why they cannot be read.
+    Unread(String),
+    NoRedis,
 }
 
 /// Keeps the last scrapes.
@@ -119,14 +128,29 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// The growth of a counter per second.
-    fn rate(&self, of: impl Fn(&Metrics) -> f64) -> f64 {
-        let Some(before) = self.before else { return 0.0 };
+    /// The growth of a counter per second; `None` before the second scrape.
+    fn rate(&self, of: impl Fn(&Metrics) -> f64) -> Option<f64> {
+        let before = self.before?;
         let (now, then) = (of(&self.now.metrics), of(&before.metrics));
         let seconds = (self.now.at - before.at).as_secs_f64();
         // The counters of a restarted process begin at zero.
         let grown = if now >= then { now - then } else { now };
-        if seconds > 0.0 { grown / seconds } else { 0.0 }
+        (seconds > 0.0).then(|| grown / seconds)
+    }
+
+    fn role(&self) -> &str {
+        self.now.metrics.role().unwrap_or_default()
+    }
+
+    /// The value of a metric without labels; `None`: the role has none.
+    fn value(&self, name: &str) -> Option<u64> {
+        let metrics = &self.now.metrics;
+        metrics.series().any(|(known, _)| known == name).then(|| metrics.sum(name) as u64)
+    }
+
+    /// Whether a condition of readiness holds.
+    fn holds(&self, condition: &str) -> bool {
+        self.now.metrics.get("barid_ready", "condition", condition) != Some(0.0)
     }
 }
 
@@ -134,7 +158,9 @@ impl RoleState {
     /// Whether both run in one process.
     pub fn shares_a_process_with(&self, other: &Self) -> bool {
         let host = |role: &Self| role.admin.rsplit_once(':').map(|(host, _)| host.to_owned());
-        self.process_id != 0 && self.process_id == other.process_id && host(self) == host(other)
+        self.process_id.is_some()
+            && self.process_id == other.process_id
+            && host(self) == host(other)
     }
 }
 
@@ -150,12 +176,8 @@ impl Sample {
 
 impl Memory {
     /// Adds a scrape of every endpoint, and computes a sample.
-    pub fn take(
-        &mut self,
-        looks: Vec<(String, anyhow::Result<Scrape>)>,
-        nodes: Result<Vec<NodeRecord>, String>,
-    ) -> Sample {
-        let mut problems = Vec::new();
+    pub fn take(&mut self, looks: Vec<(String, anyhow::Result<Scrape>)>, leases: Leases) -> Sample {
+        let mut reports = Vec::new();
         self.looks.retain(|known, _| looks.iter().any(|(address, _)| address == known));
         for (address, look) in looks {
             match look {
@@ -166,31 +188,33 @@ impl Memory {
                 }
                 Err(error) => {
                     self.looks.remove(&address);
-                    problems.push(Problem { of: address, problem: format!("{error:#}") });
+                    let text = format!("{error:#}");
+                    reports.push(Report { role: String::new(), at: address, text });
                 }
             }
         }
-        let (nodes, unread) = match nodes {
-            Ok(nodes) => (nodes, None),
-            Err(error) => (Vec::new(), Some(error)),
+        let (nodes, nodes_unknown) = match leases {
+            Leases::Read(nodes) => (Some(nodes), None),
+            Leases::NoRedis => (None, Some("name the cluster's Redis with --redis URL")),
+            Leases::Unread(text) => {
+                reports.push(Report { role: String::new(), at: LEASES.into(), text });
+                (None, Some("Redis does not return the leases"))
+            }
         };
-        problems.extend(unread.map(|problem| Problem { of: "leases".into(), problem }));
-        let lags = self.lags();
-        problems.extend(self.not_ready());
-        problems.extend(self.expiring(values::now_ms()));
-        if lags.shards_away > 0 {
-            let problem = format!("{} shards are unavailable", lags.shards_away);
-            problems.push(Problem { of: "purger".into(), problem });
-        }
+        reports.extend(self.not_ready());
+        reports.extend(self.expiring(values::now_ms()));
+        let endpoints = self.pairs().map(|(at, pair)| (pair.role().to_owned(), at.clone()));
+        let problems = problems(&reports, &endpoints.collect::<Vec<_>>());
         Sample {
             event: "sample",
             at_ms: values::now_ms(),
             rates: self.rates(),
             hops: self.hops(),
-            lags,
+            lags: self.lags(),
             roles: self.roles(),
-            nodes: nodes.iter().map(node).collect(),
-            sessions: self.sessions(),
+            sessions: self.sessions(nodes.as_deref()),
+            nodes: nodes.map(|nodes| nodes.iter().map(node).collect()),
+            nodes_unknown,
             problems,
         }
     }
@@ -201,18 +225,30 @@ impl Memory {
         })
     }
 
+    fn of_role<'a>(&'a self, role: &'a str) -> impl Iterator<Item = Pair<'a>> {
+        self.pairs().map(|(_, pair)| pair).filter(move |pair| pair.role() == role)
+    }
+
+    /// The sum of a metric over a role's endpoints; `None` without such an endpoint.
+    fn total(&self, role: &str, name: &str) -> Option<u64> {
+        let each = self.of_role(role).map(|pair| pair.now.metrics.sum(name));
+        each.reduce(|sum, value| sum + value).map(|sum| sum as u64)
+    }
+
     fn rates(&self) -> Rates {
-        let rate = |of: &dyn Fn(&Metrics) -> f64| self.pairs().map(|(_, pair)| pair.rate(of)).sum();
-        let sum = |name: &'static str| rate(&move |metrics| metrics.sum(name));
+        let rate = |role: &str, of: &dyn Fn(&Metrics) -> f64| {
+            self.of_role(role).filter_map(|pair| pair.rate(of)).reduce(|sum, rate| sum + rate)
+        };
+        let sum = |role, name: &'static str| rate(role, &move |metrics| metrics.sum(name));
         Rates {
-            taken_per_s: sum("barid_purger_records_taken_total"),
-            accepted_per_s: rate(&|m| {
+            taken_per_s: sum("purger", "barid_purger_records_taken_total"),
+            accepted_per_s: rate("purger", &|m| {
                 m.sum_of("barid_purger_messages_total", "outcome", "accepted")
             }),
-            written_per_s: sum("barid_access_delivered_total"),
-            acked_per_s: sum("barid_access_acked_total"),
-            resent_per_s: sum("barid_access_resends_total"),
-            refused_per_s: sum("barid_purger_records_refused_total"),
+            written_per_s: sum("access", "barid_access_delivered_total"),
+            acked_per_s: sum("access", "barid_access_acked_total"),
+            resent_per_s: sum("access", "barid_access_resends_total"),
+            refused_per_s: sum("purger", "barid_purger_records_refused_total"),
         }
     }
 
@@ -244,22 +280,26 @@ impl Memory {
     }
 
     fn lags(&self) -> Lags {
-        let sum = |name| self.pairs().map(|(_, pair)| pair.now.metrics.sum(name)).sum::<f64>();
-        let max = |name| {
-            let each = self.pairs().map(|(_, pair)| pair.now.metrics.sum(name));
-            each.fold(0.0, f64::max)
+        let all = |role: &str, conditions: &[&str]| {
+            self.of_role(role).all(|pair| conditions.iter().all(|one| pair.holds(one)))
         };
+        // The gauge keeps its last value, at first 0, while no broker answers.
+        let kafka = all("purger", &["kafka", "topics"]);
+        let timers = all("delayer", &["redis", "polling"]);
+        let late = self.of_role("delayer").map(|p| p.now.metrics.sum("barid_delayer_late_seconds"));
+        let late = late.reduce(f64::max).map(|seconds| (seconds * 1e3) as u64);
+        let away = self.of_role("purger").map(|p| p.now.metrics.sum("barid_purger_shards_away"));
         Lags {
-            kafka_records: sum("barid_purger_lag_records") as u64,
-            in_flight_records: sum("barid_purger_in_flight_records") as u64,
-            timers_late_ms: (max("barid_delayer_late_seconds") * 1e3) as u64,
-            timers_claimed: sum("barid_delayer_claims") as u64,
-            queued_bytes: sum("barid_access_queued_bytes") as u64,
-            shards_away: max("barid_purger_shards_away") as u64,
+            kafka_records: self.total("purger", "barid_purger_lag_records").filter(|_| kafka),
+            in_flight_records: self.total("purger", "barid_purger_in_flight_records"),
+            timers_late_ms: late.filter(|_| timers),
+            timers_claimed: self.total("delayer", "barid_delayer_claims"),
+            queued_bytes: self.total("access", "barid_access_queued_bytes"),
+            shards_away: away.reduce(f64::max).map(|shards| shards as u64),
         }
     }
 
-    fn sessions(&self) -> Sessions {
+    fn sessions(&self, nodes: Option<&[NodeRecord]>) -> Sessions {
         let by = |name: &str, label: &str| {
             let mut all: BTreeMap<String, u64> = BTreeMap::new();
             for (_, pair) in self.pairs() {
@@ -270,7 +310,16 @@ impl Memory {
             all.retain(|_, count| *count > 0);
             all
         };
+        let others = nodes.map(|nodes| {
+            let silent = nodes.iter().filter(|node| !self.looks.contains_key(&node.admin));
+            silent.filter(|node| node.role == NodeRole::Access).map(|node| node.load).sum::<u64>()
+        });
+        let total = match (self.total("access", "barid_access_sessions"), others) {
+            (None, others) => others,
+            (Some(told), others) => Some(told + others.unwrap_or(0)),
+        };
         Sessions {
+            total,
             by_app: by("barid_access_app_sessions", "app"),
             by_platform: by("barid_access_platform_sessions", "platform"),
             by_sdk: by("barid_access_sdk_sessions", "sdk"),
@@ -278,7 +327,7 @@ impl Memory {
     }
 
     /// Certificates that end soon, or have ended.
-    fn expiring(&self, now_ms: u64) -> Vec<Problem> {
+    fn expiring(&self, now_ms: u64) -> Vec<Report> {
         let kinds = [
             ("barid_internal_certificate_expires_timestamp_seconds", "certificate of internal_tls"),
             ("barid_access_certificate_expires_timestamp_seconds", "certificate for devices"),
@@ -291,11 +340,11 @@ impl Memory {
                 (left < EXPIRES_SOON_S).then_some((what, left))
             });
             left.into_iter().flatten().map(|(what, left)| {
-                let problem = match left > 0.0 {
+                let text = match left > 0.0 {
                     true => format!("the {what} expires in {}", span((left * 1e3) as u64)),
                     false => format!("the {what} has expired"),
                 };
-                Problem { of: address.clone(), problem }
+                Report { role: String::new(), at: address.clone(), text }
             })
         });
         found.collect()
@@ -305,12 +354,14 @@ impl Memory {
         let mut roles: Vec<RoleState> = self
             .pairs()
             .map(|(address, pair)| RoleState {
-                role: pair.now.metrics.role().unwrap_or_default().to_owned(),
+                role: pair.role().to_owned(),
                 admin: address.clone(),
                 ready: pair.now.not_ready.is_empty(),
-                cpu_percent: round(100.0 * pair.rate(|m| m.sum("process_cpu_seconds_total")), 10.0),
-                memory_bytes: pair.now.metrics.sum("process_resident_memory_bytes") as u64,
-                process_id: pair.now.metrics.sum("barid_process_id") as u64,
+                cpu_percent: pair
+                    .rate(|m| m.sum("process_cpu_seconds_total"))
+                    .map(|cpu| round(100.0 * cpu, 10.0)),
+                memory_bytes: pair.value("process_resident_memory_bytes"),
+                process_id: pair.value("barid_process_id"),
                 partitions: pair.now.metrics.by_label("barid_purger_partitions", "topic"),
             })
             .collect();
@@ -321,11 +372,15 @@ impl Memory {
         roles
     }
 
-    fn not_ready(&self) -> Vec<Problem> {
+    /// The failing conditions, and shards that a purger cannot reach.
+    fn not_ready(&self) -> Vec<Report> {
         let said = self.pairs().flat_map(|(address, pair)| {
-            let of = format!("{} {address}", pair.now.metrics.role().unwrap_or_default());
-            let problem = move |line: &String| Problem { of: of.clone(), problem: line.clone() };
-            pair.now.not_ready.iter().map(problem).collect::<Vec<_>>()
+            let shards = pair.value("barid_purger_shards_away").filter(|shards| *shards > 0);
+            let shards = shards.map(|shards| format!("{SHARDS}: {shards} are unavailable"));
+            let lines = pair.now.not_ready.iter().cloned().chain(shards);
+            let (role, at) = (pair.role().to_owned(), address.clone());
+            let report = move |text| Report { role: role.clone(), at: at.clone(), text };
+            lines.map(report).collect::<Vec<_>>()
         });
         said.collect()
     }
@@ -373,13 +428,13 @@ mod tests {
         let mut rate = |seconds: u64, count, hop| {
             let at = t + Duration::from_secs(seconds);
             let looks = vec![("a:1".to_owned(), look(at, &taken(count, hop)))];
-            let sample = memory.take(looks, Ok(vec![]));
+            let sample = memory.take(looks, Leases::Read(vec![]));
             let hop = &sample.hops[0];
             (sample.rates.taken_per_s, hop.count, hop.since_start)
         };
-        assert_eq!(rate(0, 100, 10), (0.0, 10, true));
-        assert_eq!(rate(2, 300, 15), (100.0, 5, false));
-        assert_eq!(rate(3, 50, 2), (50.0, 2, false), "it started anew");
+        assert_eq!(rate(0, 100, 10), (None, 10, true));
+        assert_eq!(rate(2, 300, 15), (Some(100.0), 5, false));
+        assert_eq!(rate(3, 50, 2), (Some(50.0), 2, false), "it started anew");
     }
 
     #[test]
@@ -389,13 +444,13 @@ mod tests {
             ("a:1".to_owned(), look(Instant::now(), "barid_purger_shards_away 3")),
             ("b:1".to_owned(), Err(anyhow::anyhow!("refused"))),
         ];
-        let sample = memory.take(looks, Err("redis is away".into()));
+        let sample = memory.take(looks, Leases::Unread("redis is away".into()));
         let told: Vec<_> = sample.problems.iter().map(|p| (&*p.of, &*p.problem)).collect();
         let wanted = [
             ("b:1", "refused"),
             ("leases", "redis is away"),
             ("purger a:1", "kafka: away"),
-            ("purger", "3 shards are unavailable"),
+            ("purger a:1", "shards: 3 are unavailable"),
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);
@@ -419,7 +474,7 @@ mod tests {
             scrape.not_ready.clear();
             ((*address).to_owned(), Ok(scrape))
         });
-        let sample = memory.take(looks.collect(), Ok(vec![]));
+        let sample = memory.take(looks.collect(), Leases::Read(vec![]));
         let told: Vec<_> = sample.problems.iter().map(|p| (&*p.of, &*p.problem)).collect();
         let wanted = [
             ("a:1", "the certificate of internal_tls has expired"),
@@ -435,9 +490,10 @@ mod tests {
         let mut cpu = |seconds: u64, cpu: f64| {
             let text = format!("process_cpu_seconds_total {cpu}");
             let at = t + Duration::from_secs(seconds);
-            memory.take(vec![("a:1".to_owned(), look(at, &text))], Ok(vec![])).roles[0].cpu_percent
+            let looks = vec![("a:1".to_owned(), look(at, &text))];
+            memory.take(looks, Leases::Read(vec![])).roles[0].cpu_percent
         };
-        assert_eq!((cpu(0, 7.5), cpu(1, 7.623)), (0.0, 12.3));
+        assert_eq!((cpu(0, 7.5), cpu(1, 7.623)), (None, Some(12.3)));
     }
 
     #[test]
@@ -446,8 +502,47 @@ mod tests {
         let shares =
             "barid_purger_partitions{topic=\"a\"} 4\nbarid_purger_partitions{topic=\"b\"} 0";
         let looks = vec![("a:1".to_owned(), look(Instant::now(), shares))];
-        let sample = memory.take(looks, Ok(vec![]));
+        let sample = memory.take(looks, Leases::Read(vec![]));
         let wanted = BTreeMap::from([("a".to_owned(), 4), ("b".to_owned(), 0)]);
         assert_eq!(sample.roles[0].partitions, wanted);
+    }
+
+    #[test]
+    fn hazard_127_what_no_role_knows_is_unknown_and_not_zero() {
+        let sample = Memory::default().take(vec![], Leases::NoRedis);
+        let lags = serde_json::to_value(&sample.lags).unwrap();
+        let rates = serde_json::to_value(&sample.rates).unwrap();
+        for of in [lags, rates] {
+            let values = of.as_object().unwrap();
+            assert!(values.values().all(serde_json::Value::is_null), "{values:?}");
+        }
+        assert_eq!((sample.sessions.total, sample.nodes.is_none()), (None, true));
+        assert_eq!(sample.nodes_unknown, Some("name the cluster's Redis with --redis URL"));
+    }
+
+    #[test]
+    fn hazard_127_a_number_of_a_role_that_cannot_read_it_is_unknown() {
+        let with = |role: &str, text: &str| {
+            let text = format!("barid_build_info{{role=\"{role}\"}} 1\n{text}");
+            let metrics = Metrics::parse(&text);
+            Ok(Scrape { at: Instant::now(), metrics, not_ready: vec![] })
+        };
+        let lags = |kafka: u8, redis: u8| {
+            let purger =
+                format!("barid_purger_lag_records 0\nbarid_ready{{condition=\"kafka\"}} {kafka}");
+            let delayer =
+                format!("barid_delayer_late_seconds 0\nbarid_ready{{condition=\"redis\"}} {redis}");
+            let access = "barid_access_sessions 1";
+            let looks = vec![
+                ("a:1".to_owned(), with("purger", &purger)),
+                ("b:1".to_owned(), with("delayer", &delayer)),
+                ("c:1".to_owned(), with("access", access)),
+            ];
+            let sample = Memory::default().take(looks, Leases::Unread("redis is away".into()));
+            assert_eq!(sample.sessions.total, Some(1), "as the admin port tells");
+            (sample.lags.kafka_records, sample.lags.timers_late_ms)
+        };
+        assert_eq!(lags(1, 1), (Some(0), Some(0)));
+        assert_eq!(lags(0, 0), (None, None));
     }
 }

@@ -167,6 +167,7 @@ impl View {
         match key {
             Key::Char('q') => return true,
             Key::Char('?') => (self.help, self.from) = (!self.help, 0),
+            Key::Char('d') => self.details = !self.details,
             Key::Char('/') => *self = Self { typing: true, ..Self::default() },
             Key::Escape => *self = Self::default(),
             Key::Up | Key::Char('k') => self.from = self.from.saturating_sub(1),
@@ -214,5 +215,7 @@ mod tests {
         assert_eq!(press("j"), (false, 1, "q".into(), false));
         assert_eq!(press("\x1b?"), (false, 0, String::new(), true));
         assert!(press("q").0);
+        view.press(Key::Char('d'));
+        assert!(view.details);
     }
 }

@@ -61,7 +61,11 @@ pub fn walk<C: Walked>(base: &str, check: impl Fn(&C) -> Result<(), String>, bui
 }
 
 fn read<C: Walked>(table: Table) -> Result<C, ConfigError> {
-    accept(table, "", &Sources::default(), Vec::new())
+    let read = accept(table, "", &Sources::default(), Vec::new());
+    match read.config {
+        Some(config) if read.problems.is_empty() => Ok(config),
+        _ => Err(ConfigError::Keys(read.problems)),
+    }
 }
 
 fn probes(bound: &Bound) -> Vec<Value> {

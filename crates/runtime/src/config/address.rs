@@ -17,7 +17,7 @@ pub fn listen<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAddr, D::Error
         type Value = SocketAddr;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an address in quotes: \"127.0.0.1:7080\"")
+            f.write_str("an address in quotes: \"127.0.0.1:PORT\"")
         }
 
         fn visit_i64<E: de::Error>(self, number: i64) -> Result<SocketAddr, E> {
@@ -31,9 +31,20 @@ pub fn listen<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAddr, D::Error
     from.deserialize_any(Reader)
 }
 
+/// Stands for the key's default port in an error's text; see [`with_port`].
+const PORT: &str = "PORT";
+
+/// An error's text with the port of `default`, the key's default value, as the port to write.
+pub(super) fn with_port(message: &str, default: Option<&str>) -> String {
+    let port = default.and_then(|address| address.rsplit_once(':')).map_or(PORT, |(_, port)| port);
+    message
+        .replace("127.0.0.1:PORT", &format!("127.0.0.1:{port}"))
+        .replace("0.0.0.0:PORT", &format!("0.0.0.0:{port}"))
+}
+
 /// How to write an address on `port`.
 fn form(port: &str) -> String {
-    let port = port.parse::<u16>().unwrap_or(7080);
+    let port = port.parse::<u16>().map_or_else(|_| PORT.to_owned(), |port| port.to_string());
     format!("\"127.0.0.1:{port}\", or \"0.0.0.0:{port}\" for all interfaces")
 }
 
@@ -81,9 +92,9 @@ mod tests {
         assert_eq!(parse("[::1]:0").unwrap().to_string(), "[::1]:0");
         for (text, told) in [
             (":7080", "\":7080\" names no host; write \"127.0.0.1:7080\", or \"0.0.0.0:7080\""),
-            ("", "is empty; write \"127.0.0.1:7080\""),
+            ("", "is empty; write \"127.0.0.1:PORT\""),
             ("7081", "\"7081\" names no host; write \"127.0.0.1:7081\""),
-            ("localhost", "\"localhost\" names no port; write \"127.0.0.1:7080\""),
+            ("localhost", "\"localhost\" names no port; write \"127.0.0.1:PORT\""),
             ("localhost:99999", "\"localhost:99999\": the port \"99999\" is not 0 to 65535"),
             ("::1:7080", "\"::1:7080\" is not an address; write IPv6 in brackets: \"[::1]:7080\""),
             ("a b:1", "\"a b:1\": the host cannot be resolved ("),

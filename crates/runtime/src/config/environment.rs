@@ -128,6 +128,23 @@ pub fn misspelt(variables: impl Iterator<Item = (OsString, OsString)>) -> Vec<(S
     variables.filter_map(meant).collect()
 }
 
+/// Variables that lack a role: `BARID_REDIS__URL` sets nothing. Each with the name that sets the key for the role
+/// `prefix` (`BARID_PURGER_`). `known`: all dotted keys.
+pub fn without_role(
+    prefix: &str,
+    known: &[String],
+    variables: impl Iterator<Item = (OsString, OsString)>,
+) -> Vec<(String, String)> {
+    let meant = |(name, _): (OsString, OsString)| {
+        let name = name.to_str()?.to_owned();
+        let upper = name.to_uppercase();
+        let key = upper.strip_prefix("BARID_")?;
+        let is_key = key.contains("__") && known.contains(&path(key).join("."));
+        is_key.then(|| (name, format!("{prefix}{key}")))
+    };
+    variables.filter_map(meant).collect()
+}
+
 /// Whether Kubernetes sets such a variable for a Service: the name has one of its endings, and the value the
 /// form that Kubernetes writes there. A mistyped key of Barid's has another value, and stays an error.
 fn is_of_a_service(name: &str, value: &str) -> bool {

@@ -12,10 +12,16 @@ use super::sources::Sources;
 use crate::bounds::{Bound, without_indexes};
 
 /// Reads `path`. Neither a line nor a value of a file that is not TOML is shown: it may hold a secret.
-pub(super) fn read(path: &Path, bounds: &[Bound]) -> Result<(Table, Sources), ConfigError> {
+///
+/// `known`: all dotted keys. Those that an error names are no secrets.
+pub(super) fn read(
+    path: &Path,
+    bounds: &[Bound],
+    known: &[String],
+) -> Result<(Table, Sources), ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::Read { path: path.into(), error })?;
-    let tree = DeTable::parse(&text).map_err(|error| not_toml(path, &text, &error))?;
+    let tree = DeTable::parse(&text).map_err(|error| not_toml(path, &text, &error, known))?;
     let mut spans = Vec::new();
     add_table(tree.get_ref(), "", &mut spans);
     let lines = spans.iter().map(|(key, span)| (key.clone(), line(&text, span.start)));
@@ -24,7 +30,7 @@ pub(super) fn read(path: &Path, bounds: &[Bound]) -> Result<(Table, Sources), Co
         Ok(table) => Ok((table, sources)),
         Err(error) => Err(match too_large(&text, &error, &spans, bounds) {
             Some(problem) => ConfigError::Keys(vec![problem.at(&sources)]),
-            None => not_toml(path, &text, &error),
+            None => not_toml(path, &text, &error, known),
         }),
     }
 }
@@ -61,14 +67,31 @@ fn too_large(text: &str, error: &Error, spans: &Spans, bounds: &[Bound]) -> Opti
     bound.check(&number.into()).err().map(|problem| Problem::new(key, &problem))
 }
 
-fn not_toml(path: &Path, text: &str, error: &Error) -> ConfigError {
+fn not_toml(path: &Path, text: &str, error: &Error, known: &[String]) -> ConfigError {
     let at = error.span().map_or(0, |span| text.floor_char_boundary(span.start));
     let line_start = text[..at].rfind('\n').map_or(0, |newline| newline + 1);
     ConfigError::Toml {
         path: path.into(),
         line: line(text, at),
         column: text[line_start..at].chars().count() + 1,
-        problem: without_value(error.message()),
+        problem: named(without_value(error.message()), &text[line_start..], known),
+    }
+}
+
+/// The problem, with the key of the line if it is known, and what to write in place of a bare word or a unit.
+fn named(problem: String, line: &str, known: &[String]) -> String {
+    let line = line.lines().next().unwrap_or_default();
+    let key = line.split(['=', ']']).next().unwrap_or_default().trim_matches(['[', ' ', '\t']);
+    let is_known = |one: &String| {
+        one == key || one.ends_with(&format!(".{key}")) || one.starts_with(&format!("{key}."))
+    };
+    let problem = match problem.starts_with("string values must be quoted") {
+        true => "the value is neither a number nor in quotes; write a number without a unit, or text in quotes".to_owned(),
+        false => problem,
+    };
+    match !key.is_empty() && known.iter().any(is_known) {
+        true => format!("{key}: {problem}"),
+        false => problem,
     }
 }
 

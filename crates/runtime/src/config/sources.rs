@@ -18,9 +18,33 @@ impl Sources {
     pub fn add_to(&self, problems: &str) -> String {
         let lines = problems.lines().map(|line| match self.exact(key_of(line).as_str()) {
             Some(source) => format!("{line} ({source})"),
-            None => line.to_owned(),
+            None => match self.mentioned(line) {
+                Some((key, source)) => format!("{line} ({key} {source})"),
+                None => line.to_owned(),
+            },
         });
         lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Whether a line of a check is about a key that was set, and about none of `refused`, in whose place the check saw
+    /// a default.
+    pub(super) fn is_about_set_keys(&self, line: &str, refused: &[&str]) -> bool {
+        let is_set = self.exact(key_of(line).as_str()).is_some() || self.mentioned(line).is_some();
+        let words = || line.split(|c: char| !(c.is_ascii_alphanumeric() || "_.".contains(c)));
+        let names = |key: &str| {
+            let key = key.split('[').next().unwrap_or_default();
+            let last = key.rsplit('.').next().unwrap_or_default();
+            words().any(|word| word == key || word == last)
+        };
+        is_set && !refused.iter().any(|key| names(key))
+    }
+
+    /// The first key that a line names and that was set: the one that the line begins with may be absent.
+    fn mentioned<'a>(&self, line: &'a str) -> Option<(&'a str, String)> {
+        let words = line.split(|c: char| !(c.is_ascii_alphanumeric() || "_.".contains(c)));
+        let keys = words.map(|word| word.trim_matches('.')).filter(|word| !word.is_empty());
+        let mut set = keys.filter_map(|key| Some((key, self.exact(key)?)));
+        set.find(|(key, _)| !self.lines.keys().any(|other| is_below(other, key)))
     }
 
     /// Where `key` was set, or else a key in it, or a table that it is in.
@@ -110,6 +134,8 @@ mod tests {
         let lines: Vec<&str> = told.lines().collect();
         assert_eq!(lines[0], "redis.url is wrong (set in a.toml, line 2)");
         assert_eq!(lines[1], "redis.urls: too");
+        let told = sources.add_to("advertise must be set where redis.url names no address");
+        assert!(told.ends_with("no address (redis.url set in a.toml, line 2)"), "{told}");
         let quoted = "kafka.properties.\"sasl.password\": bad (set in a.toml, line 9)";
         assert_eq!(lines[2], quoted);
         assert_eq!(sources.of("redis.window"), Some("set in a.toml, line 1".into()));

@@ -286,3 +286,65 @@ fn hazard_110_a_variable_with_a_mistyped_prefix_is_named() {
         assert_eq!(meant(name, value).unwrap_or_default(), good, "{name}");
     }
 }
+
+fn checked(file: &str, check: impl Fn(&Config) -> Result<(), String>) -> Vec<String> {
+    let mut path = tempfile::NamedTempFile::new().unwrap();
+    path.write_all(file.as_bytes()).unwrap();
+    let loaded = load_checked(Some(path.path()), "BARID_X_", std::iter::empty(), check);
+    let name = path.path().display().to_string();
+    let problems = loaded.map_or_else(|problems| problems, |_| String::new());
+    problems.replace(&name, "FILE").lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn hazard_138_what_a_check_refuses_is_told_beside_what_cannot_be_read() {
+    let check = |config: &Config| {
+        let brokers = config.brokers.iter().any(|broker| broker.contains("://"));
+        let told = [
+            brokers.then(|| "brokers[0]: write HOST:PORT".to_owned()),
+            // Seen with the defaults of what was refused, and of what was never set.
+            Some(format!("name must be longer than limit ({})", config.limit)),
+            Some("table.a must be set".to_owned()),
+        ];
+        Err(told.into_iter().flatten().collect::<Vec<_>>().join("\n"))
+    };
+    let told = checked("limit = 10\nname = 'n'\nbrokers = ['kafka://a:1']", check);
+    let wanted = [
+        "limit: 10 is out of range; write 0 to 9 (set in FILE, line 1)",
+        "brokers[0]: write HOST:PORT (set in FILE, line 3)",
+    ];
+    assert_eq!(told, wanted);
+    let told = checked("limit = 9\nname = 'n'", check);
+    assert_eq!(told.len(), 2, "nothing was refused: all is told: {told:?}");
+    assert!(told[0].ends_with("limit (9) (set in FILE, line 2)"), "{told:?}");
+}
+
+#[test]
+fn hazard_138_a_hint_names_the_keys_own_port_and_the_line_its_key() {
+    let told = |file: &str| with(file, &[]).unwrap_err();
+    let at = told("[admin]\nlisten = 'localhost'");
+    assert!(at.contains("write \"127.0.0.1:0\", or \"0.0.0.0:0\" for all"), "{at}");
+    let at = told("limit = 20 s");
+    assert!(at.starts_with("FILE: line 1, column "), "{at}");
+    assert!(at.contains(": limit: the value is neither a number nor in quotes; write"), "{at}");
+    let at = told("limit = 1\nname = 'a'\nlimit = 2");
+    assert!(at.contains("line 3, column 1: limit: duplicate key"), "{at}");
+    // The line may hold a secret in place of a key.
+    let at = told("hunter2");
+    assert!(!at.contains("hunter2"), "{at}");
+}
+
+#[test]
+fn hazard_138_variables_without_a_role_are_named() {
+    let known = ["redis.url".to_owned(), "drain_seconds".to_owned()];
+    let told = |name: &str| {
+        let all = std::iter::once((name.into(), "x".into()));
+        without_role("BARID_PURGER_", &known, all).into_iter().map(|(_, meant)| meant).next()
+    };
+    let meant = Some("BARID_PURGER_REDIS__URL".to_owned());
+    assert_eq!((told("BARID_REDIS__URL"), told("barid_redis__url")), (meant.clone(), meant));
+    // Of the command `barid`, of another role, and of a Service.
+    for other in ["BARID_REDIS", "BARID_ACCESS_REDIS__URL", "BARID_REDIS_SERVICE_HOST"] {
+        assert_eq!(told(other), None, "{other}");
+    }
+}
