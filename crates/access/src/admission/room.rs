@@ -2,7 +2,9 @@
 //! places of an address, of a network or of the node are taken, a newcomer gets the place of the one that has waited
 //! longest, so that a few networks that hold theirs cannot shut out all others.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroU64;
 
 use parking_lot::Mutex;
@@ -51,14 +53,18 @@ pub struct Room {
     taken: Mutex<Taken>,
 }
 
+/// The order in which places are given away: the one that has waited longest first.
+type Waiting = (u64, PlaceId);
+
 #[derive(Debug, Default)]
 struct Taken {
     last: u64,
-    /// In the order of arrival.
-    places: BTreeMap<PlaceId, Place>,
-    addresses: HashMap<AddressKey, BTreeSet<PlaceId>>,
-    networks: HashMap<NetworkKey, BTreeSet<PlaceId>>,
-    by_count: BTreeSet<(usize, NetworkKey)>,
+    places: HashMap<PlaceId, Place>,
+    waiting: BTreeSet<Waiting>,
+    addresses: HashMap<AddressKey, BTreeSet<Waiting>>,
+    networks: HashMap<NetworkKey, BTreeSet<Waiting>>,
+    /// Networks by their number of places; among equals, the one with the oldest place last.
+    by_count: BTreeSet<(usize, Reverse<Waiting>, NetworkKey)>,
 }
 
 #[derive(Debug)]
@@ -93,10 +99,7 @@ impl Room {
         }
         let (holder, evicted) = oneshot::channel();
         let id = taken.next_id();
-        taken.places.insert(id, Place { address: None, since_us: now_us, _holder: holder });
-        if let Some(address) = address {
-            taken.set_address(id, address);
-        }
+        taken.insert(id, Place { address, since_us: now_us, _holder: holder });
         Ok((id, evicted))
     }
 
@@ -112,7 +115,9 @@ impl Room {
     ) -> Result<(), RoomFull> {
         let mut taken = self.taken.lock();
         taken.make_share(&self.limits, address, now_us)?;
-        taken.set_address(id, address);
+        if let Some(place) = taken.remove(id) {
+            taken.insert(id, Place { address: Some(address), ..place });
+        }
         Ok(())
     }
 
@@ -145,17 +150,14 @@ impl Taken {
         address: AddressKey,
         now_us: u64,
     ) -> Result<(), RoomFull> {
-        let reached = |max: u32, held: usize| max > 0 && held >= max as usize;
-        let (held, oldest) = self
-            .addresses
-            .get(&address)
-            .map_or((0, None), |places| (places.len(), places.first().copied()));
-        let network = address.network();
-        if reached(limits.address_places, held) {
+        let reached = |max: u32, held: Option<&BTreeSet<Waiting>>| {
+            held.filter(|held| max > 0 && held.len() >= max as usize)?.first().copied()
+        };
+        if let Some(oldest) = reached(limits.address_places, self.addresses.get(&address)) {
             self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
         }
-        if reached(limits.network_places, self.held(network)) {
-            let oldest = self.oldest(network);
+        let network = self.networks.get(&address.network());
+        if let Some(oldest) = reached(limits.network_places, network) {
             self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
         }
         Ok(())
@@ -168,64 +170,71 @@ impl Taken {
         address: Option<AddressKey>,
         now_us: u64,
     ) -> Result<(), RoomFull> {
-        let own = 1 + address.map_or(0, |address| self.held(address.network()));
-        let worst = self.by_count.last().copied();
-        if let Some((held, network)) = worst {
-            let oldest = self.oldest(network);
+        let network = address.and_then(|address| self.networks.get(&address.network()));
+        let own = 1 + network.map_or(0, BTreeSet::len);
+        // A network with no more than the newcomer's has no claim to give way first.
+        if let Some(&(held, Reverse(oldest), _)) = self.by_count.last()
+            && held > own
+        {
             if held > GREEDY * own {
-                oldest.into_iter().for_each(|id| self.remove(id));
+                self.remove(oldest.1);
                 return Ok(());
             }
-            if held >= own && self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
+            if self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
                 return Ok(());
             }
         }
-        let oldest = self.places.keys().next().copied();
+        let oldest = self.waiting.first().copied().ok_or(RoomFull::Node)?;
         self.evict_if_old(oldest, limits.keep_full_us, now_us).ok_or(RoomFull::Node)
     }
 
-    fn evict_if_old(&mut self, id: Option<PlaceId>, keep_us: u64, now_us: u64) -> Option<()> {
-        let id = id?;
-        let since_us = self.places.get(&id)?.since_us;
-        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.remove(id))
+    fn evict_if_old(&mut self, (since_us, id): Waiting, keep_us: u64, now_us: u64) -> Option<()> {
+        (now_us.saturating_sub(since_us) >= keep_us).then(|| drop(self.remove(id)))
     }
 
-    fn held(&self, network: NetworkKey) -> usize {
-        self.networks.get(&network).map_or(0, BTreeSet::len)
-    }
-
-    fn oldest(&self, network: NetworkKey) -> Option<PlaceId> {
-        self.networks.get(&network)?.first().copied()
-    }
-
-    fn set_address(&mut self, id: PlaceId, address: AddressKey) {
-        let Some(place) = self.places.get_mut(&id) else { return };
-        place.address = Some(address);
-        self.addresses.entry(address).or_default().insert(id);
-        let network = address.network();
-        let held = self.networks.entry(network).or_default();
-        self.by_count.remove(&(held.len(), network));
-        held.insert(id);
-        self.by_count.insert((held.len(), network));
-    }
-
-    fn remove(&mut self, id: PlaceId) {
-        let Some(place) = self.places.remove(&id) else { return };
-        let Some(address) = place.address else { return };
-        if let Some(places) = self.addresses.get_mut(&address) {
-            places.remove(&id);
-            if places.is_empty() {
-                self.addresses.remove(&address);
-            }
+    fn insert(&mut self, id: PlaceId, place: Place) {
+        let waiting = (place.since_us, id);
+        self.waiting.insert(waiting);
+        if let Some(address) = place.address {
+            self.addresses.entry(address).or_default().insert(waiting);
+            self.change_network(address.network(), |held| held.insert(waiting));
         }
-        let network = address.network();
-        let Some(held) = self.networks.get_mut(&network) else { return };
-        self.by_count.remove(&(held.len(), network));
-        held.remove(&id);
-        if held.is_empty() {
-            self.networks.remove(&network);
-        } else {
-            self.by_count.insert((held.len(), network));
+        self.places.insert(id, place);
+    }
+
+    fn remove(&mut self, id: PlaceId) -> Option<Place> {
+        let place = self.places.remove(&id)?;
+        let waiting = (place.since_us, id);
+        self.waiting.remove(&waiting);
+        if let Some(address) = place.address {
+            if let Entry::Occupied(mut entry) = self.addresses.entry(address) {
+                entry.get_mut().remove(&waiting);
+                if entry.get().is_empty() {
+                    entry.remove();
+                }
+            }
+            self.change_network(address.network(), |held| held.remove(&waiting));
+        }
+        Some(place)
+    }
+
+    /// Changes the places of a network, and its position among the networks.
+    fn change_network(
+        &mut self,
+        network: NetworkKey,
+        change: impl FnOnce(&mut BTreeSet<Waiting>) -> bool,
+    ) {
+        let position = |held: &BTreeSet<Waiting>| {
+            held.first().map(|oldest| (held.len(), Reverse(*oldest), network))
+        };
+        let held = self.networks.entry(network).or_default();
+        if let Some(before) = position(held) {
+            self.by_count.remove(&before);
+        }
+        change(held);
+        match position(held) {
+            Some(after) => drop(self.by_count.insert(after)),
+            None => drop(self.networks.remove(&network)),
         }
     }
 }
@@ -251,8 +260,9 @@ mod tests {
 
     fn is_empty(room: &Room) -> bool {
         let taken = room.taken.lock();
-        let Taken { places, addresses, networks, by_count, .. } = &*taken;
-        (places.len(), addresses.len(), networks.len(), by_count.len()) == (0, 0, 0, 0)
+        let Taken { last: _, places, waiting, addresses, networks, by_count } = &*taken;
+        let (all, shares) = (places.len() + waiting.len(), addresses.len() + networks.len());
+        (all, shares, by_count.len()) == (0, 0, 0)
     }
 
     #[test]
@@ -329,6 +339,25 @@ mod tests {
         // An address that has its own share waits for longer.
         room.enter(address(9), keep_full_us + 2).unwrap();
         assert_eq!(room.enter(address(9), SECOND_US).unwrap_err(), RoomFull::Address);
+    }
+
+    #[test]
+    fn hazard_90_a_tie_goes_to_whoever_has_waited_longest_whatever_its_address() {
+        for honest in ["2001:db8::1", "1.0.0.1"] {
+            let room = room(4, 0, 0);
+            let attackers: Vec<_> =
+                (1..5).map(|n| room.enter(key(&format!("192.0.2.{n}")), n).unwrap().1).collect();
+            let (_, mut honest) = room.enter(key(honest), 3 * SECOND_US).unwrap();
+            // All are old. Newcomers come from above and below the others.
+            let late = 9 * SECOND_US;
+            for newcomer in ["2001:db8:9::1", "0.0.0.9", "2001:db8:8::1"] {
+                room.enter(key(newcomer), late).unwrap();
+                assert!(!is_evicted(&mut honest), "{newcomer}");
+            }
+            assert!(attackers.into_iter().all(|mut attacker| is_evicted(&mut attacker)));
+            room.enter(key("0.0.0.8"), late).unwrap();
+            assert!(is_evicted(&mut honest), "now it has waited longest");
+        }
     }
 
     #[test]
