@@ -110,6 +110,7 @@ impl Admission {
             }),
             blocks: Blocks::new(BlockLimits {
                 refusals_max: limits.address_refusals_max,
+                network_refusals_max: limits.network_refusals_max,
                 first: Duration::from_secs(limits.block_seconds),
                 longest: Duration::from_secs(limits.block_seconds_max),
                 addresses_max: limits.addresses_max,
