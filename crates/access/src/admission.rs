@@ -61,6 +61,7 @@ pub struct Admission {
     began: Instant,
     connections: Places,
     handshakes: Room,
+    tls_keep_us: u64,
     unidentified: Room,
     turned_away: Places,
     rate: Rate,
@@ -91,6 +92,7 @@ impl Admission {
                 keep_us: limits.first_byte_timeout_ms * 1000,
                 keep_full_us: limits.handshake_keep_ms.min(limits.first_byte_timeout_ms) * 1000,
             }),
+            tls_keep_us: limits.handshake_keep_tls_ms * 1000,
             unidentified: Room::new(RoomLimits {
                 places: limits.unidentified_max,
                 address_places: limits.address_unidentified_max,
@@ -408,6 +410,15 @@ impl Admitted {
             self.admission.addresses.welcome(address);
             self.stage = Stage::WELCOMED;
         }
+    }
+
+    /// The client's first TLS message has arrived: from now on the handshake keeps its place for a round trip, and for
+    /// the node's own work. Returns whether it still has its place.
+    pub fn tls_begins(&self) -> bool {
+        let admission = &self.admission;
+        let keep =
+            |place| admission.handshakes.keep(place, admission.tls_keep_us, admission.now_us());
+        self.stage.place().is_none_or(keep)
     }
 
     /// Ends the handshake, and keeps the connection.

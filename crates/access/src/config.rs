@@ -82,6 +82,7 @@ impl Bounded for LimitsConfig {
             whole("first_byte_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_keep_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("handshake_keep_tls_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_min_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
@@ -502,6 +503,9 @@ pub struct LimitsConfig {
     /// Time for which an unfinished handshake keeps its place when all are taken, ms; `first_byte_timeout_ms` if that is
     /// less. After it, a newcomer gets the place.
     pub handshake_keep_ms: u64,
+    /// The same from the first message of TLS (ClientHello) on, ms, where that is later: the client's next message
+    /// takes a round trip, and with TLS 1.2 two.
+    pub handshake_keep_tls_ms: u64,
     /// Timeout of a device's Hello while as many connections as allowed have not said theirs, ms. Up to half as many,
     /// it is `hello_timeout_ms`.
     pub hello_timeout_min_ms: u64,
@@ -577,6 +581,7 @@ impl Default for LimitsConfig {
             first_byte_timeout_ms: 2_000,
             handshake_timeout_ms: 5_000,
             handshake_keep_ms: 250,
+            handshake_keep_tls_ms: 1_000,
             hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,

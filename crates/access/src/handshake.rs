@@ -26,6 +26,7 @@ use crate::policy::Policy;
 use crate::proxy;
 use crate::socket::Socket;
 use crate::stream::Stream;
+use crate::tls::Tls;
 use crate::upstream::Spent;
 
 const PATH: &str = "/v1/connect";
@@ -328,7 +329,15 @@ async fn open(
         return Err(Unopened::silent(Handshake::Gone));
     }
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
-    match tls.accept(stream).await {
+    let handshake = async {
+        let hello = Tls::hello(stream).await?;
+        // The costly part follows. Without its place the handshake is about to be ended.
+        if !admitted.tls_begins() {
+            std::future::pending::<()>().await;
+        }
+        tls.accept(hello).await
+    };
+    match handshake.await {
         Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
         Err(error) => {
             tracing::debug!(%address, %error, "no TLS");

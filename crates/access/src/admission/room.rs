@@ -70,6 +70,7 @@ struct Taken {
 #[derive(Debug)]
 struct Place {
     address: Option<AddressKey>,
+    /// When it was taken, or later if it is kept for longer.
     since_us: u64,
     /// Dropped when the place is given to another connection.
     _holder: oneshot::Sender<()>,
@@ -119,6 +120,17 @@ impl Room {
             taken.insert(id, Place { address: Some(address), ..place });
         }
         Ok(())
+    }
+
+    /// Keeps a place for `keep_us` from now when all are taken, or for as long as it is kept anyway. Returns whether
+    /// the connection still has it.
+    pub fn keep(&self, id: PlaceId, keep_us: u64, now_us: u64) -> bool {
+        let mut taken = self.taken.lock();
+        let Some(place) = taken.remove(id) else { return false };
+        let later_us = (now_us + keep_us).saturating_sub(self.limits.keep_full_us);
+        let since_us = place.since_us.max(later_us);
+        taken.insert(id, Place { since_us, ..place });
+        true
     }
 
     /// Gives a place back, unless another connection has it already.
@@ -358,6 +370,21 @@ mod tests {
             room.enter(key("0.0.0.8"), late).unwrap();
             assert!(is_evicted(&mut honest), "now it has waited longest");
         }
+    }
+
+    #[test]
+    fn hazard_129_a_place_that_is_kept_for_longer_gives_way_after_newer_ones_of_its_network_too() {
+        let room = room(2, 0, 0);
+        let (kept, mut kept_evicted) = room.enter(key("192.0.2.1"), 0).unwrap();
+        let (_, mut newer) = room.enter(key("192.0.2.1"), 1).unwrap();
+        assert!(room.keep(kept, 5 * SECOND_US, SECOND_US));
+        let (gone, mut third) = room.enter(key("192.0.2.2"), 3 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut newer) && !is_evicted(&mut kept_evicted));
+        room.enter(key("192.0.2.3"), 5 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut third) && !room.keep(gone, 5 * SECOND_US, 5 * SECOND_US));
+        room.enter(key("192.0.2.4"), 6 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut kept_evicted));
+        assert!(!room.keep(kept, 9 * SECOND_US, 6 * SECOND_US), "it is too late");
     }
 
     #[test]
