@@ -26,7 +26,7 @@ use blocks::{BlockLimits, Blocks};
 use new_users::NewUsers;
 pub use origins::Origins;
 pub use rate::Rate;
-pub use room::Evicted;
+pub use room::{Evicted, Eviction};
 use room::{PlaceId, Room, RoomFull, RoomLimits};
 
 use crate::config::LimitsConfig;
@@ -161,7 +161,7 @@ impl Admission {
 
     /// Counts a refusal that an address has brought upon itself, and blocks it, or its IPv6 /48, if there are too many.
     /// Returns how many addresses and networks were forgotten because the table of blocks is full.
-    pub fn blame(&self, address: AddressKey) -> u64 {
+    pub fn count_refusal(&self, address: AddressKey) -> u64 {
         let sessions = self.addresses.sessions(address);
         let refusal = self.blocks.refused(address, sessions, self.now_us());
         if let Some(block) = refusal.address {
@@ -592,7 +592,7 @@ mod tests {
                 .collect();
             open[unfinished..].iter_mut().for_each(Admitted::welcomed);
             let counted = (1..).find(|_| {
-                admission.blame(key);
+                admission.count_refusal(key);
                 admission.blocked(key).is_some()
             });
             drop(open);

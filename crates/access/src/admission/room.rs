@@ -43,8 +43,17 @@ pub enum RoomFull {
 /// Identifies a place.
 pub type PlaceId = NonZeroU64;
 
+/// Why a place was given to another connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Eviction {
+    /// Its address or network has all of its own, and the connection had time.
+    OwnShare,
+    /// All are taken.
+    Node,
+}
+
 /// Resolves when the place is given to another connection.
-pub type Evicted = oneshot::Receiver<()>;
+pub type Evicted = oneshot::Receiver<Eviction>;
 
 /// The places.
 #[derive(Debug)]
@@ -72,8 +81,7 @@ struct Place {
     address: Option<AddressKey>,
     /// When it was taken, or later if it is kept for longer.
     since_us: u64,
-    /// Dropped when the place is given to another connection.
-    _holder: oneshot::Sender<()>,
+    holder: oneshot::Sender<Eviction>,
 }
 
 impl Room {
@@ -100,7 +108,7 @@ impl Room {
         }
         let (holder, evicted) = oneshot::channel();
         let id = taken.next_id();
-        taken.insert(id, Place { address, since_us: now_us, _holder: holder });
+        taken.insert(id, Place { address, since_us: now_us, holder });
         Ok((id, evicted))
     }
 
@@ -166,11 +174,13 @@ impl Taken {
             held.filter(|held| max > 0 && held.len() >= max as usize)?.first().copied()
         };
         if let Some(oldest) = reached(limits.address_places, self.addresses.get(&address)) {
-            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            is_old.ok_or(RoomFull::Address)?;
         }
         let network = self.networks.get(&address.network());
         if let Some(oldest) = reached(limits.network_places, network) {
-            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            is_old.ok_or(RoomFull::Address)?;
         }
         Ok(())
     }
@@ -189,19 +199,33 @@ impl Taken {
             && held > own
         {
             if held > GREEDY * own {
-                self.remove(oldest.1);
+                self.evict(oldest.1, Eviction::Node);
                 return Ok(());
             }
-            if self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
+            if self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node).is_some() {
                 return Ok(());
             }
         }
         let oldest = self.waiting.first().copied().ok_or(RoomFull::Node)?;
-        self.evict_if_old(oldest, limits.keep_full_us, now_us).ok_or(RoomFull::Node)
+        let is_old = self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node);
+        is_old.ok_or(RoomFull::Node)
     }
 
-    fn evict_if_old(&mut self, (since_us, id): Waiting, keep_us: u64, now_us: u64) -> Option<()> {
-        (now_us.saturating_sub(since_us) >= keep_us).then(|| drop(self.remove(id)))
+    fn evict_if_old(
+        &mut self,
+        (since_us, id): Waiting,
+        keep_us: u64,
+        now_us: u64,
+        why: Eviction,
+    ) -> Option<()> {
+        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.evict(id, why))
+    }
+
+    fn evict(&mut self, id: PlaceId, why: Eviction) {
+        if let Some(place) = self.remove(id) {
+            // Nobody listens if the connection ends at the same time.
+            let _ = place.holder.send(why);
+        }
     }
 
     fn insert(&mut self, id: PlaceId, place: Place) {
@@ -267,7 +291,7 @@ mod tests {
     }
 
     fn is_evicted(evicted: &mut Evicted) -> bool {
-        evicted.try_recv() == Err(oneshot::error::TryRecvError::Closed)
+        evicted.try_recv().is_ok()
     }
 
     fn is_empty(room: &Room) -> bool {
@@ -286,7 +310,7 @@ mod tests {
         assert_eq!(room.enter(a, SECOND_US).unwrap_err(), RoomFull::Address);
         assert!(room.enter(key("192.0.2.2"), SECOND_US).is_ok(), "another address");
         let (third, _kept) = room.enter(a, 2 * SECOND_US).unwrap();
-        assert!(is_evicted(&mut evicted));
+        assert_eq!(evicted.try_recv(), Ok(Eviction::OwnShare));
         assert_eq!(room.enter(a, 2 * SECOND_US).unwrap_err(), RoomFull::Address);
         // Whoever was evicted gives nothing back.
         room.leave(first);
@@ -347,7 +371,7 @@ mod tests {
         }
         assert_eq!(room.enter(address(9), keep_full_us - 1).unwrap_err(), RoomFull::Node);
         room.enter(address(9), keep_full_us).unwrap();
-        assert!(is_evicted(&mut first));
+        assert_eq!(first.try_recv(), Ok(Eviction::Node));
         // An address that has its own share waits for longer.
         room.enter(address(9), keep_full_us + 2).unwrap();
         assert_eq!(room.enter(address(9), SECOND_US).unwrap_err(), RoomFull::Address);

@@ -209,6 +209,48 @@ async fn hazard_129_a_tls_handshake_keeps_its_place_for_a_round_trip() -> Result
 }
 
 #[tokio::test]
+async fn hazard_141_half_a_hello_and_too_many_connections_block_their_address_with_tls_too()
+-> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let with = async |change: fn(&mut barid_access::config::LimitsConfig)| {
+        world
+            .node_with(|config| {
+                config.tls.certificate_file = Some(directory.path().join("tls.pem"));
+                config.tls.key_file = Some(directory.path().join("tls.key"));
+                config.limits.address_refusals_max = 4;
+                change(&mut config.limits);
+            })
+            .await
+    };
+    let node = with(|limits| limits.handshake_timeout_ms = 300).await?;
+    let mut held = Vec::new();
+    // Those that send nothing do not count.
+    for bytes in [&[][..]; 6].into_iter().chain([&[0x16, 3, 1, 2, 0, 1][..]; 6]) {
+        let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
+        stream.write_all(bytes).await?;
+        held.push(stream);
+        if held.len() % 6 == 0 {
+            eventually("they are late", async || {
+                Ok(node.metric(HANDSHAKES, "timeout") == held.len() as f64)
+            })
+            .await?;
+            assert_eq!(connect(&node, "one").await.is_ok(), held.len() == 6);
+        }
+    }
+    let node = with(|limits| limits.address_connections_max = 1).await?;
+    let mut only = connect(&node, "one").await?;
+    session(&mut only, "alice").await?;
+    for _ in 0..10 {
+        assert!(connect(&node, "one").await.is_err());
+    }
+    assert_eq!(node.metric("barid_access_limits_total", "address_connections"), 6.0);
+    assert_eq!(node.metric(HANDSHAKES, "blocked"), 4.0, "one refusal more for its session");
+    Ok(())
+}
+
+#[tokio::test]
 async fn who_speaks_no_tls_there_is_counted_and_harms_nobody() -> Result<()> {
     let world = World::new().await?;
     let directory = tempfile::tempdir()?;
