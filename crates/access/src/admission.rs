@@ -26,7 +26,7 @@ use blocks::{BlockLimits, Blocks};
 use new_users::NewUsers;
 pub use origins::Origins;
 pub use rate::Rate;
-pub use room::Evicted;
+pub use room::{Evicted, Eviction};
 use room::{PlaceId, Room, RoomFull, RoomLimits};
 
 use crate::config::LimitsConfig;
@@ -61,6 +61,7 @@ pub struct Admission {
     began: Instant,
     connections: Places,
     handshakes: Room,
+    tls_keep_us: u64,
     unidentified: Room,
     turned_away: Places,
     rate: Rate,
@@ -91,6 +92,7 @@ impl Admission {
                 keep_us: limits.first_byte_timeout_ms * 1000,
                 keep_full_us: limits.handshake_keep_ms.min(limits.first_byte_timeout_ms) * 1000,
             }),
+            tls_keep_us: limits.handshake_keep_tls_ms * 1000,
             unidentified: Room::new(RoomLimits {
                 places: limits.unidentified_max,
                 address_places: limits.address_unidentified_max,
@@ -110,6 +112,7 @@ impl Admission {
             }),
             blocks: Blocks::new(BlockLimits {
                 refusals_max: limits.address_refusals_max,
+                network_refusals_max: limits.network_refusals_max,
                 first: Duration::from_secs(limits.block_seconds),
                 longest: Duration::from_secs(limits.block_seconds_max),
                 addresses_max: limits.addresses_max,
@@ -158,7 +161,7 @@ impl Admission {
 
     /// Counts a refusal that an address has brought upon itself, and blocks it, or its IPv6 /48, if there are too many.
     /// Returns how many addresses and networks were forgotten because the table of blocks is full.
-    pub fn blame(&self, address: AddressKey) -> u64 {
+    pub fn count_refusal(&self, address: AddressKey) -> u64 {
         let sessions = self.addresses.sessions(address);
         let refusal = self.blocks.refused(address, sessions, self.now_us());
         if let Some(block) = refusal.address {
@@ -409,6 +412,15 @@ impl Admitted {
         }
     }
 
+    /// The client's first TLS message has arrived: from now on the handshake keeps its place for a round trip, and for
+    /// the node's own work. Returns whether it still has its place.
+    pub fn tls_begins(&self) -> bool {
+        let admission = &self.admission;
+        let keep =
+            |place| admission.handshakes.keep(place, admission.tls_keep_us, admission.now_us());
+        self.stage.place().is_none_or(keep)
+    }
+
     /// Ends the handshake, and keeps the connection.
     pub fn handshaken(&mut self) {
         if let Some(place) = self.stage.place() {
@@ -580,7 +592,7 @@ mod tests {
                 .collect();
             open[unfinished..].iter_mut().for_each(Admitted::welcomed);
             let counted = (1..).find(|_| {
-                admission.blame(key);
+                admission.count_refusal(key);
                 admission.blocked(key).is_some()
             });
             drop(open);

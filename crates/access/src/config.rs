@@ -70,6 +70,7 @@ impl Bounded for LimitsConfig {
             connections("addresses_max"),
             whole("address_refusals_max", 1..=1_000_000, "a minute")
                 .or_zero("no address is blocked"),
+            whole("network_refusals_max", 1..=1_000_000, "a minute").or_zero("no /48 is blocked"),
             whole("block_seconds", 1..=DAY_SECONDS, "s"),
             whole("block_seconds_max", 1..=DAY_SECONDS, "s"),
             whole("user_connections_max", 1..=10_000, "").or_zero("no limit"),
@@ -81,6 +82,7 @@ impl Bounded for LimitsConfig {
             whole("first_byte_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("handshake_keep_ms", 1..=WAIT_MS_MAX, "ms"),
+            whole("handshake_keep_tls_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_min_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("hello_timeout_ms", 1..=WAIT_MS_MAX, "ms"),
             whole("attempt_ahead_ms", 0..=DAY_SECONDS * 1000, "ms"),
@@ -476,11 +478,13 @@ pub struct LimitsConfig {
     pub addresses_max: usize,
     /// Maximum refusals of one client address per minute, beyond one for each of its welcomed sessions: bad tokens,
     /// malformed or slow handshakes, too many connections, violations before Hello. Above it the address is blocked.
-    /// An IPv6 /48 is blocked at four times as many. May be 0.
+    /// May be 0: nothing is blocked.
     pub address_refusals_max: u32,
+    /// The same for all addresses of one IPv6 /48 together. May be 0: no /48 is blocked.
+    pub network_refusals_max: u32,
     /// First block of an address, s; each further one is ten times as long.
     pub block_seconds: u64,
-    /// Longest block, and the time without one after which the next block is a first one, s.
+    /// Longest block, s. After as much time without one, and a minute at least, the next block is a first one.
     pub block_seconds_max: u64,
     /// Maximum devices of one user connected to this node; a further one is closed with 4504. May be 0; at most
     /// `redis.devices_max`, which limits the devices on all nodes.
@@ -506,6 +510,9 @@ pub struct LimitsConfig {
     /// Time for which an unfinished handshake keeps its place when all are taken, ms; `first_byte_timeout_ms` if that is
     /// less. After it, a newcomer gets the place.
     pub handshake_keep_ms: u64,
+    /// The same from the first message of TLS (ClientHello) on, ms, where that is later: the client's next message
+    /// takes a round trip, and with TLS 1.2 two.
+    pub handshake_keep_tls_ms: u64,
     /// Timeout of a device's Hello while as many connections as allowed have not said theirs, ms. Up to half as many,
     /// it is `hello_timeout_ms`.
     pub hello_timeout_min_ms: u64,
@@ -568,6 +575,7 @@ impl Default for LimitsConfig {
             address_handshakes_per_second: 0,
             addresses_max: 100_000,
             address_refusals_max: 300,
+            network_refusals_max: 1_200,
             block_seconds: 1,
             block_seconds_max: 600,
             user_connections_max: 16,
@@ -580,6 +588,7 @@ impl Default for LimitsConfig {
             first_byte_timeout_ms: 2_000,
             handshake_timeout_ms: 5_000,
             handshake_keep_ms: 250,
+            handshake_keep_tls_ms: 1_000,
             hello_timeout_min_ms: 2_000,
             hello_timeout_ms: 10_000,
             frame_bytes_max: 64 << 10,
@@ -639,6 +648,12 @@ impl LimitsConfig {
         if network != 0 && address > network {
             return Err(format!(
                 "limits.address_handshakes_max must be at most network_handshakes_max, {network}"
+            ));
+        }
+        let (address, network) = (self.address_refusals_max, self.network_refusals_max);
+        if network != 0 && address > network {
+            return Err(format!(
+                "limits.address_refusals_max must be at most network_refusals_max, {network}"
             ));
         }
         if self.block_seconds > self.block_seconds_max {
@@ -915,6 +930,8 @@ mod tests {
         assert_eq!(told, "limits.node_queued_bytes_max must be at least queued_bytes_max");
         let told = error(|config| config.limits.network_handshakes_max = 127);
         assert!(told.starts_with("limits.address_handshakes_max must be at most network_"));
+        let told = error(|config| config.limits.network_refusals_max = 299);
+        assert!(told.starts_with("limits.address_refusals_max must be at most network_"));
         let told = error(|config| config.limits.block_seconds = 601);
         assert_eq!(told, "limits.block_seconds must be at most block_seconds_max");
         let told = error(|config| config.limits.upstream_bytes_per_second = 1);

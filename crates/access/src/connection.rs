@@ -75,7 +75,7 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     let code = refusal.as_ref().map(|refusal| refusal.close.code);
     node.metrics.close(code);
     if code.is_some_and(is_blamed) {
-        node.policy.blame(&node.metrics, accepted.address);
+        node.policy.count_refusal(&node.metrics, accepted.address);
     }
     let attempt = refusal.as_ref().map_or(0, |refusal| refusal.attempt.0);
     let close = refusal.map(|refusal| refusal.close);

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
-use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
+use crate::admission::{self, AddressKey, Admitted, Evicted, Eviction, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
@@ -26,6 +26,7 @@ use crate::policy::Policy;
 use crate::proxy;
 use crate::socket::Socket;
 use crate::stream::Stream;
+use crate::tls::Tls;
 use crate::upstream::Spent;
 
 const PATH: &str = "/v1/connect";
@@ -95,34 +96,32 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let Arrival { node, stream, mut address, mut admitted, mut evicted } = arrival;
     let node = &*node;
     let deadline = Instant::now() + node.policy.limits.handshake_timeout();
-    let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
-    let opened = tokio::select! {
-        biased;
-        opened = timeout_at(deadline.into(), opening) => {
-            opened.unwrap_or(Err(Unopened::silent(Handshake::Timeout)))
-        }
-        _ = &mut evicted => Err(Unopened::silent(Handshake::Evicted)),
+    let opened = async {
+        let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
+        let stream = within(deadline, &mut evicted, opening).await;
+        let stream = stream.unwrap_or_else(|cut| Err(cut.unopened(false)))?;
+        let securing = secure(&node.policy, stream, &admitted);
+        let stream = within(deadline, &mut evicted, securing).await;
+        stream.unwrap_or_else(|cut| Err(cut.unopened(true)))
     };
-    let mut stream = match opened {
+    let mut stream = match opened.await {
         Ok(stream) => stream,
         Err(unopened) => {
             unopened.end(node, address, admitted).await;
             return None;
         }
     };
-    let reading = timeout_at(deadline.into(), http::read_request(&mut stream));
-    let request = tokio::select! {
-        biased;
-        read = reading => read.unwrap_or_else(|_| Err(http::no_request())),
-        _ = &mut evicted => Err(http::evicted()),
-    };
+    let read = within(deadline, &mut evicted, http::read_request(&mut stream)).await;
+    let request = read.unwrap_or_else(|cut| match cut {
+        CutOff::Late => Err(http::no_request()),
+        CutOff::Evicted(_) => Err(http::evicted(cut.is_own())),
+    });
     let judged = match request {
         Err(ended) => Err(ended),
-        Ok((request, rest)) => tokio::select! {
-            biased;
-            judged = judge(node, &mut stream, request, rest, &mut address, &mut admitted) => judged,
-            _ = &mut evicted => Err(http::evicted_while_judged()),
-        },
+        Ok((request, rest)) => {
+            let (address, admitted) = (&mut address, &mut admitted);
+            judge(node, &mut stream, request, rest, address, admitted, &mut evicted).await
+        }
     };
     let answer = match judged {
         Ok(Verdict::Open(opening)) => {
@@ -144,14 +143,62 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     None
 }
 
-/// Answers a handshake without an upgrade.
-async fn end(node: &Node, address: IpAddr, stream: Stream, answer: Answer, admitted: Admitted) {
-    if answer.label == Handshake::Evicted {
+/// Why a step of a handshake was cut off.
+#[derive(Debug, Clone, Copy)]
+enum CutOff {
+    /// It was not complete in time.
+    Late,
+    /// Another connection has its place.
+    Evicted(Option<Eviction>),
+}
+
+impl CutOff {
+    /// Whether the client had its time. A client that gave way because the whole node was full may have had little.
+    fn is_own(self) -> bool {
+        matches!(self, Self::Late | Self::Evicted(Some(Eviction::OwnShare)))
+    }
+
+    fn label(self) -> Handshake {
+        match self {
+            Self::Late => Handshake::Timeout,
+            Self::Evicted(_) => Handshake::Evicted,
+        }
+    }
+
+    /// `has_begun`: the client has sent something.
+    fn unopened(self, has_begun: bool) -> Unopened {
+        Unopened { is_blamed: has_begun && self.is_own(), ..Unopened::silent(self.label()) }
+    }
+}
+
+/// Runs a step of a handshake until its deadline, and as long as the connection has its place. A step that can be
+/// completed by then is.
+async fn within<T>(
+    deadline: Instant,
+    evicted: &mut Evicted,
+    step: impl Future<Output = T>,
+) -> Result<T, CutOff> {
+    tokio::select! {
+        biased;
+        done = timeout_at(deadline.into(), step) => done.map_err(|_| CutOff::Late),
+        eviction = evicted => Err(CutOff::Evicted(eviction.ok())),
+    }
+}
+
+/// Counts a handshake that ended without a session.
+fn count_refusal(node: &Node, address: IpAddr, label: Handshake, is_blamed: bool) {
+    node.metrics.handshake(label);
+    if label == Handshake::Evicted {
         node.metrics.limit(Limit::Evicted);
     }
-    if answer.is_blamed {
-        node.policy.blame(&node.metrics, address);
+    if is_blamed {
+        node.policy.count_refusal(&node.metrics, address);
     }
+}
+
+/// Answers a handshake without an upgrade.
+async fn end(node: &Node, address: IpAddr, stream: Stream, answer: Answer, admitted: Admitted) {
+    count_refusal(node, address, answer.label, answer.is_blamed);
     // Release the places first: writing the answer may take a while.
     drop(admitted);
     write(&node.policy, &node.metrics, stream, answer).await;
@@ -180,10 +227,7 @@ fn upgraded(
         Permit::Refused { answer, close, after } => {
             let (status, reason) = (answer.status, &answer.text);
             tracing::debug!(%address, status, reason, "handshake refused by a close");
-            node.metrics.handshake(answer.label);
-            if answer.is_blamed {
-                node.policy.blame(&node.metrics, address);
-            }
+            count_refusal(node, address, answer.label, answer.is_blamed);
             Outcome::Refused(Refused {
                 socket,
                 encoding,
@@ -201,8 +245,9 @@ fn upgraded(
 /// instead, because a TLS handshake costs more than an overloaded node can spend.
 pub fn no_room(node: &Arc<Node>, stream: TcpStream, refused: admission::Refused) {
     let answer = over_limit(&node.metrics, refused);
+    node.metrics.handshake(answer.label);
     if node.policy.tls.is_some() {
-        return node.metrics.handshake(answer.label);
+        return;
     }
     let node = Arc::clone(node);
     tokio::spawn(async move {
@@ -220,7 +265,6 @@ pub fn blocked(node: &Node, stream: TcpStream) {
 
 /// Writes an answer, unless too many refusals are being written already.
 async fn write(policy: &Policy, metrics: &Metrics, stream: Stream, answer: Answer) {
-    metrics.handshake(answer.label);
     let Some(_place) = policy.admission.turn_away() else {
         return metrics.limit(Limit::TurnedAway);
     };
@@ -256,13 +300,7 @@ impl Unopened {
             return end(node, address, stream, answer, admitted).await;
         }
         tracing::debug!(%address, label = label.as_str(), "no connection was opened");
-        node.metrics.handshake(label);
-        if label == Handshake::Evicted {
-            node.metrics.limit(Limit::Evicted);
-        }
-        if is_blamed {
-            node.policy.blame(&node.metrics, address);
-        }
+        count_refusal(node, address, label, is_blamed);
     }
 }
 
@@ -290,15 +328,15 @@ fn no_tls(error: &std::io::Error) -> Unopened {
     }
 }
 
-/// The steps before the request: the PROXY header, the limits of the address, the first byte, and TLS. `address` is the
-/// peer's, and is replaced by the one in the header.
+/// The steps before the client's first byte, which is left unread: the PROXY header, and the limits of the address.
+/// `address` is the peer's, and is replaced by the one in the header.
 async fn open(
     policy: &Policy,
     metrics: &Metrics,
     mut stream: TcpStream,
     address: &mut IpAddr,
     admitted: &mut Admitted,
-) -> Result<Stream, Unopened> {
+) -> Result<TcpStream, Unopened> {
     let first_byte = policy.limits.first_byte_timeout();
     let late = |_| Unopened::silent(Handshake::Timeout);
     let was_known = !policy.proxies.speaks_first(*address);
@@ -308,9 +346,9 @@ async fn open(
     }
     let answered = |stream, answer: Answer| Unopened {
         label: answer.label,
+        is_blamed: answer.is_blamed,
         answer: (policy.tls.is_none() && answer.label != Handshake::Blocked)
             .then(|| (Stream::Plain(stream), answer)),
-        is_blamed: false,
     };
     if !policy.proxies.forwards(*address) {
         let key = policy.address_key(*address).filter(|_| !was_known);
@@ -327,14 +365,26 @@ async fn open(
         // A health check, for instance.
         return Err(Unopened::silent(Handshake::Gone));
     }
+    Ok(stream)
+}
+
+/// TLS, if the node terminates it.
+async fn secure(
+    policy: &Policy,
+    stream: TcpStream,
+    admitted: &Admitted,
+) -> Result<Stream, Unopened> {
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
-    match tls.accept(stream).await {
-        Ok(stream) => Ok(Stream::Tls(Box::new(stream))),
-        Err(error) => {
-            tracing::debug!(%address, %error, "no TLS");
-            Err(no_tls(&error))
+    let handshake = async {
+        let hello = Tls::hello(stream).await?;
+        // The costly part follows. Without its place the handshake is about to be ended.
+        if !admitted.tls_begins() {
+            std::future::pending::<()>().await;
         }
-    }
+        tls.accept(hello).await
+    };
+    let secured = handshake.await.inspect_err(|error| tracing::debug!(%error, "no TLS"));
+    secured.map(|stream| Stream::Tls(Box::new(stream))).map_err(|error| no_tls(&error))
 }
 
 /// `learnt`: the key of an address that was unknown when the handshake began.
@@ -406,6 +456,7 @@ async fn judge(
     rest: Vec<u8>,
     address: &mut IpAddr,
     admitted: &mut Admitted,
+    evicted: &mut Evicted,
 ) -> Result<Verdict, Ended> {
     let policy = &node.policy;
     http::check_headers(&request)?;
@@ -418,7 +469,7 @@ async fn judge(
     }
     match request.uri().path() {
         PATH => (),
-        nodes::PATH => return nodes::answer(node, &request).await.map(Verdict::Answer),
+        nodes::PATH => return nodes::answer(node, &request, evicted).await.map(Verdict::Answer),
         _ => {
             let text = format!("devices connect to {PATH}");
             return Err(refused("404 Not Found", Handshake::NotFound, text));
@@ -432,7 +483,7 @@ async fn judge(
         return Err(refused(http::BAD_REQUEST, Handshake::Subprotocol, text));
     };
     let key = policy.address_key(*address);
-    let permitted = permit(node, &request, &offered, key, admitted).await;
+    let permitted = permit(node, &request, &offered, key, admitted, evicted).await;
     let (permit, unidentified, evicted) = match permitted {
         Ok((claims, unidentified, evicted)) => (Permit::Granted(claims), unidentified, evicted),
         Err(Ended::Answered(answer)) if http::refuses_by_close(&request) => {
@@ -459,6 +510,7 @@ async fn permit(
     offered: &[String],
     key: Option<AddressKey>,
     admitted: &mut Admitted,
+    evicted: &mut Evicted,
 ) -> Result<(Claims, Unidentified, Evicted), Ended> {
     if node.shutdown.is_draining() {
         let text = "this node is being drained";
@@ -466,7 +518,7 @@ async fn permit(
         return Err(Ended::Answered(answer.or_close(CloseCode::Draining)));
     }
     check_origin(&node.policy, request)?;
-    let claims = verify(node, request, offered).await?;
+    let claims = verify(node, request, offered, evicted).await?;
     let over = |refused| {
         Ended::Answered(over_limit(&node.metrics, refused).or_close(CloseCode::Overloaded))
     };
@@ -475,8 +527,14 @@ async fn permit(
     Ok((claims, unidentified, evicted))
 }
 
-async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Claims, Ended> {
-    let limit = node.policy.limits.handshake_timeout();
+/// Verifies the token, for at most the time of a handshake and as long as the connection has its place.
+async fn verify(
+    node: &Node,
+    request: &Request,
+    offered: &[String],
+    evicted: &mut Evicted,
+) -> Result<Claims, Ended> {
+    let deadline = Instant::now() + node.policy.limits.handshake_timeout();
     let verifying = async {
         let token = http::token(request, offered).ok_or(AuthError::Missing)?;
         let now_s = node.clock.now_s();
@@ -484,12 +542,18 @@ async fn verify(node: &Node, request: &Request, offered: &[String]) -> Result<Cl
         node.revocations.check(&claims.user, &claims.token, now_s)?;
         Ok(claims)
     };
-    let late = |_| {
-        let text = "the token could not be checked in time";
-        let answer = Answer::refusal(http::UNAVAILABLE, Handshake::Timeout, text);
+    let cut_off = |cut: CutOff| {
+        let text = match cut {
+            CutOff::Late => "the token could not be checked in time",
+            CutOff::Evicted(_) => {
+                "the token could not be checked yet, and other clients wait: come back later"
+            }
+        };
+        let answer = Answer::refusal(http::UNAVAILABLE, cut.label(), text);
         Ended::Answered(answer.or_close(CloseCode::Overloaded))
     };
-    timeout(limit, verifying).await.map_err(late)?.map_err(|error: AuthError| {
+    let verified = within(deadline, evicted, verifying).await.map_err(cut_off)?;
+    verified.map_err(|error: AuthError| {
         node.metrics.token_refused(error.label());
         let label = match error {
             AuthError::NoKeys => Handshake::NoKeys,

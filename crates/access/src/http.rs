@@ -195,18 +195,11 @@ pub fn nothing_sent() -> Answer {
     Answer { is_blamed: false, ..late() }
 }
 
-/// The request was not complete when another client needed its place.
-pub fn evicted() -> Ended {
+/// The request was not complete when another client needed its place. `is_blamed`: the client had time enough.
+pub fn evicted(is_blamed: bool) -> Ended {
     let text = "the request was not complete, and other clients wait";
-    // The client may have had little time.
     let answer = Answer::refusal(REQUEST_TIMEOUT, Handshake::Evicted, text);
-    Ended::Answered(Answer { is_blamed: false, ..answer })
-}
-
-/// The request was complete, and waited for the keys of its token when another client needed its place.
-pub fn evicted_while_judged() -> Ended {
-    let text = "the token could not be checked yet, and other clients wait: come back later";
-    refused(UNAVAILABLE, Handshake::Evicted, text)
+    Ended::Answered(Answer { is_blamed, ..answer })
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.

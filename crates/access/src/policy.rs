@@ -84,9 +84,10 @@ impl Policy {
         })
     }
 
-    /// Counts a refusal that a client has brought upon itself.
-    pub fn blame(&self, metrics: &Metrics, address: IpAddr) {
-        let forgotten = self.address_key(address).map_or(0, |key| self.admission.blame(key));
+    /// Counts a refusal that a client has brought upon itself towards a block of its address.
+    pub fn count_refusal(&self, metrics: &Metrics, address: IpAddr) {
+        let forgotten =
+            self.address_key(address).map_or(0, |key| self.admission.count_refusal(key));
         (0..forgotten).for_each(|_| metrics.limit(Limit::Blocks));
     }
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use barid_runtime::{FileWatch, PemFile, expires_s};
 use parking_lot::RwLock;
+use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use crate::config::TlsConfig;
 use crate::labels::CertificateRead;
@@ -19,7 +20,7 @@ use crate::metrics::Metrics;
 /// The TLS acceptor with the current certificate. Cheap to clone.
 #[derive(Clone)]
 pub struct Tls {
-    acceptor: TlsAcceptor,
+    config: Arc<ServerConfig>,
     current: Arc<Current>,
 }
 
@@ -61,7 +62,7 @@ impl Tls {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let key = RwLock::new(Arc::new(files.read(&provider)?));
         let current = Arc::new(Current { files, watch, provider: Arc::clone(&provider), key });
-        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("tls: {error}"))?
             .with_no_client_auth()
@@ -70,15 +71,26 @@ impl Tls {
         // No session resumption, by cache or ticket: every reconnect is a full handshake.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Some(Self { acceptor: TlsAcceptor::from(Arc::new(config)), current }))
+        Ok(Some(Self { config: Arc::new(config), current }))
     }
 
-    /// Does the TLS handshake.
+    /// Reads the client's first message, which costs the node little.
     ///
     /// # Errors
-    /// It failed, or the peer has gone.
-    pub async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
-        self.acceptor.accept(stream).await
+    /// It is malformed, or the peer has gone.
+    pub async fn hello(stream: TcpStream) -> std::io::Result<StartHandshake<TcpStream>> {
+        LazyConfigAcceptor::new(Acceptor::default(), stream).await
+    }
+
+    /// Signs, and waits for the client's next message.
+    ///
+    /// # Errors
+    /// The handshake failed, or the peer has gone.
+    pub async fn accept(
+        &self,
+        hello: StartHandshake<TcpStream>,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
+        hello.into_stream(Arc::clone(&self.config)).await
     }
 
     /// Reloads the files when one of them changes, and at SIGHUP. If they cannot be used, that is counted and logged,

@@ -1,5 +1,6 @@
-//! A TCP relay whose connections a test can cut or hold.
+//! A TCP relay whose connections a test can cut, hold or delay.
 
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::Result;
@@ -8,6 +9,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Duration, Instant, sleep, sleep_until};
 
 #[derive(Debug, Clone, Copy, Default)]
 struct State {
@@ -31,10 +33,18 @@ impl Relay {
     /// # Errors
     /// Returns an error if no port can be bound.
     pub async fn to(target: SocketAddr) -> Result<Self> {
+        Self::delayed(target, Duration::ZERO).await
+    }
+
+    /// As [`Relay::to`]; whatever is sent, in either direction, arrives after `delay`: half of a round trip.
+    ///
+    /// # Errors
+    /// Returns an error if no port can be bound.
+    pub async fn delayed(target: SocketAddr, delay: Duration) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let state = watch::Sender::new(State::default());
-        let task = tokio::spawn(accept(listener, target, state.clone()));
+        let task = tokio::spawn(accept(listener, target, delay, state.clone()));
         Ok(Self { address, state, task })
     }
 
@@ -66,41 +76,60 @@ impl Drop for Relay {
     }
 }
 
-async fn accept(listener: TcpListener, target: SocketAddr, state: watch::Sender<State>) {
+async fn accept(
+    listener: TcpListener,
+    target: SocketAddr,
+    delay: Duration,
+    state: watch::Sender<State>,
+) {
     while let Ok((from, _)) = listener.accept().await {
         let watch = state.subscribe();
         tokio::spawn(async move {
+            sleep(delay).await;
             let Ok(to) = TcpStream::connect(target).await else { return };
             let _ = (from.set_nodelay(true), to.set_nodelay(true));
             let ((from_read, from_write), (to_read, to_write)) =
                 (from.into_split(), to.into_split());
             tokio::select! {
-                () = pump(from_read, to_write, watch.clone()) => {}
-                () = pump(to_read, from_write, watch) => {}
+                () = pump(from_read, to_write, delay, watch.clone()) => {}
+                () = pump(to_read, from_write, delay, watch) => {}
             }
         });
     }
 }
 
 /// Forwards one direction until it ends or is cut.
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut state: watch::Receiver<State>) {
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    delay: Duration,
+    mut state: watch::Receiver<State>,
+) {
     let generation = state.borrow().generation;
     let mut buffer = vec![0; 16 * 1024];
-    loop {
+    // What was sent, each with the time when it arrives.
+    let mut sent = VecDeque::new();
+    let mut has_ended = false;
+    while !(has_ended && sent.is_empty()) {
         let now = *state.borrow_and_update();
         if now.generation != generation {
             return;
         }
+        let next = sent.front().map(|(arrives, _)| *arrives);
         tokio::select! {
             // The change first: nothing is forwarded that arrives after `hold` has returned.
             biased;
             changed = state.changed() => if changed.is_err() { return },
-            read = from.read(&mut buffer), if !now.held => {
-                let Ok(count @ 1..) = read else { return };
-                if to.write_all(&buffer[..count]).await.is_err() {
+            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                let (_, bytes) = sent.pop_front().unwrap_or_else(|| (Instant::now(), Vec::new()));
+                if to.write_all(&bytes).await.is_err() {
                     return;
                 }
             }
+            read = from.read(&mut buffer), if !now.held && !has_ended => match read {
+                Ok(count @ 1..) => sent.push_back((Instant::now() + delay, buffer[..count].to_vec())),
+                _ => has_ended = true,
+            },
         }
     }
 }
@@ -108,7 +137,6 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut state: watch:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[tokio::test]
     async fn connections_are_forwarded_held_and_cut() {

@@ -1,7 +1,6 @@
 //! Blocks of addresses that are refused again and again, each ten times as long as the one before. An IPv6 /48 is
 //! blocked as well, when several of its /64s are refused.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,17 +14,17 @@ use crate::admission::addresses::{AddressKey, NetworkKey};
 const MINUTE_US: u64 = 60_000_000;
 /// A block is so many times as long as the one before.
 const ESCALATION: u64 = 10;
-/// An IPv6 /48 is allowed so many times the refusals of an address.
-const NETWORK_SHARE: u32 = 4;
 
-/// Limits of one address.
+/// Limits of one address, and of one network.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockLimits {
-    /// Refusals in a minute, beyond one for each session of the address; 0: no address is blocked.
+    /// Refusals of an address in a minute, beyond one for each of its sessions; 0: nothing is blocked.
     pub refusals_max: u32,
+    /// Refusals of an IPv6 /48 in a minute, beyond one for each of its sessions; 0: no /48 is blocked.
+    pub network_refusals_max: u32,
     /// The first block.
     pub first: Duration,
-    /// The longest block, and the time without a block after which the next one is a first one.
+    /// The longest block. After as much time without a block, and a minute at least, the next one is a first one.
     pub longest: Duration,
     /// Addresses in the table; also IPv6 networks.
     pub addresses_max: usize,
@@ -40,7 +39,7 @@ pub struct Sessions {
     pub network: u32,
 }
 
-/// What a refusal has led to.
+/// Effect of one counted refusal.
 #[derive(Debug, PartialEq, Eq, Default)]
 pub struct Refusal {
     /// The time for which the address is now blocked.
@@ -69,13 +68,15 @@ struct Tables {
 #[derive(Debug)]
 struct Table<K> {
     records: HashMap<K, Record>,
-    /// When each record may be forgotten, µs.
-    ends: BTreeSet<(u64, K)>,
+    /// When each record without a block may be forgotten, µs.
+    counted: BTreeSet<(u64, K)>,
+    /// When each record with a block may be forgotten, µs.
+    remembered: BTreeSet<(u64, K)>,
     /// Ends of blocks under way, µs.
     blocked: BTreeSet<(u64, K)>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Record {
     /// When the bucket of refusals is full again.
     full_at_us: u64,
@@ -92,6 +93,8 @@ struct Limits {
     cost_us: u64,
     first_us: u64,
     longest_us: u64,
+    /// Time without a block after which earlier ones do not count, µs.
+    memory_us: u64,
     entries_max: usize,
 }
 
@@ -104,19 +107,21 @@ impl Blocks {
     /// Counts a refusal of an address with so many sessions. A /64 that was blocked not long ago does not count towards
     /// a block of its /48, so that a single one cannot shut out the others.
     pub fn refused(&self, key: AddressKey, sessions: Sessions, now_us: u64) -> Refusal {
-        let Some(limits) = self.of(self.limits.refusals_max) else { return Refusal::default() };
+        let Some(limits) = self.limits_for(self.limits.refusals_max) else {
+            return Refusal::default();
+        };
         let mut tables = self.tables.lock();
         let Tables { addresses, networks } = &mut *tables;
         let mut refusal = Refusal::default();
-        let was_blocked = addresses.was_blocked(key, limits.longest_us, now_us);
-        refusal.forgotten = u64::from(addresses.make_room(key, limits.entries_max));
+        let was_blocked = addresses.was_blocked(key, limits, now_us);
+        refusal.forgotten = u64::from(addresses.make_room(key, limits, now_us));
         refusal.address = addresses.refused(key, limits, sessions.address, now_us);
-        let shared = self.of(self.limits.refusals_max.saturating_mul(NETWORK_SHARE));
+        let shared = self.limits_for(self.limits.network_refusals_max);
         if let (Some(network), Some(limits), false) = (key.wider_network(), shared, was_blocked) {
-            refusal.forgotten += u64::from(networks.make_room(network, limits.entries_max));
+            refusal.forgotten += u64::from(networks.make_room(network, limits, now_us));
             refusal.network = networks.refused(network, limits, sessions.network, now_us);
         }
-        self.blocked.store(tables.blocked(now_us), Ordering::Release);
+        self.publish(&mut tables, now_us);
         refusal
     }
 
@@ -133,7 +138,13 @@ impl Blocks {
 
     /// Number of addresses and networks that are blocked. Call it every second: it notes which blocks have ended.
     pub fn count(&self, now_us: u64) -> usize {
-        let blocked = self.tables.lock().blocked(now_us);
+        self.publish(&mut self.tables.lock(), now_us)
+    }
+
+    /// Stores the number of blocks for [`Self::left`], which reads it without the lock. The lock is held meanwhile: an
+    /// older number never replaces a newer one.
+    fn publish(&self, tables: &mut Tables, now_us: u64) -> usize {
+        let blocked = tables.addresses.blocked(now_us) + tables.networks.blocked(now_us);
         self.blocked.store(blocked, Ordering::Release);
         blocked
     }
@@ -146,58 +157,65 @@ impl Blocks {
     }
 
     /// The limits of a table with so many refusals a minute; `None`: nothing is blocked.
-    fn of(&self, refusals_max: u32) -> Option<Limits> {
+    fn limits_for(&self, refusals_max: u32) -> Option<Limits> {
+        let longest_us = micros(self.limits.longest);
         Some(Limits {
             cost_us: MINUTE_US.checked_div(refusals_max.into())?.max(1),
             first_us: micros(self.limits.first),
-            longest_us: micros(self.limits.longest),
+            longest_us,
+            // Refusals of a /48 are counted for a minute: an address that was blocked may not add to them before.
+            memory_us: longest_us.max(MINUTE_US),
             entries_max: self.limits.addresses_max,
         })
     }
 }
 
-impl Tables {
-    fn blocked(&mut self, now_us: u64) -> usize {
-        self.addresses.blocked(now_us) + self.networks.blocked(now_us)
-    }
-}
-
 impl<K: Copy + Ord + Hash> Table<K> {
-    fn was_blocked(&self, key: K, longest_us: u64, now_us: u64) -> bool {
+    fn was_blocked(&self, key: K, limits: Limits, now_us: u64) -> bool {
         let record = self.records.get(&key).filter(|record| record.blocks > 0);
-        record.is_some_and(|record| record.blocked_until_us + longest_us > now_us)
+        record.is_some_and(|record| record.blocked_until_us + limits.memory_us > now_us)
     }
 
-    /// Makes room for a newcomer: the record that would be forgotten first goes. Of blocked ones that is the one whose
-    /// block ends soonest. Returns whether one had to go.
-    fn make_room(&mut self, key: K, entries_max: usize) -> bool {
-        if self.records.len() < entries_max || self.records.contains_key(&key) {
+    /// Makes room for a newcomer: the record that would be forgotten first is removed, of those with a block or of those
+    /// without, whichever are more. So neither kind can leave the other without room. Returns whether one that was
+    /// still needed was removed.
+    fn make_room(&mut self, key: K, limits: Limits, now_us: u64) -> bool {
+        if self.records.len() < limits.entries_max || self.records.contains_key(&key) {
             return false;
         }
-        let Some((_, first)) = self.ends.pop_first() else { return false };
-        let gone = self.records.remove(&first);
-        gone.is_some_and(|gone| {
-            self.blocked.remove(&(gone.blocked_until_us, first));
+        self.sweep(now_us);
+        if self.records.len() < limits.entries_max {
+            return false;
+        }
+        let with_block = self.remembered.len() > self.counted.len();
+        let ends = if with_block { &mut self.remembered } else { &mut self.counted };
+        let Some((_, first)) = ends.pop_first() else { return false };
+        let removed = self.records.remove(&first);
+        removed.is_some_and(|removed| {
+            self.blocked.remove(&(removed.blocked_until_us, first));
             true
         })
     }
 
     /// Counts a refusal. Returns the block that begins with it.
     fn refused(&mut self, key: K, limits: Limits, sessions: u32, now_us: u64) -> Option<Duration> {
-        let record = match self.records.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Record::default()),
-        };
+        let mut record = self.records.get(&key).copied().unwrap_or_default();
         if record.blocked_until_us > now_us {
             return None; // refused before it was blocked
         }
-        self.ends.remove(&(record.needed_until_us(limits.longest_us), key));
+        self.ends(record).remove(&(record.needed_until_us(limits), key));
         let block_us = record.refused(limits, sessions, now_us);
-        self.ends.insert((record.needed_until_us(limits.longest_us), key));
+        self.ends(record).insert((record.needed_until_us(limits), key));
+        self.records.insert(key, record);
         if block_us.is_some() {
             self.blocked.insert((record.blocked_until_us, key));
         }
         block_us.map(Duration::from_micros)
+    }
+
+    /// Where the end of a record is kept.
+    fn ends(&mut self, record: Record) -> &mut BTreeSet<(u64, K)> {
+        if record.blocks > 0 { &mut self.remembered } else { &mut self.counted }
     }
 
     /// The rest of a block, µs.
@@ -214,9 +232,11 @@ impl<K: Copy + Ord + Hash> Table<K> {
     }
 
     fn sweep(&mut self, now_us: u64) {
-        while let Some(&(end_us, key)) = self.ends.first().filter(|(end_us, _)| *end_us <= now_us) {
-            self.ends.remove(&(end_us, key));
-            self.records.remove(&key);
+        for ends in [&mut self.counted, &mut self.remembered] {
+            while let Some(&(_, key)) = ends.first().filter(|(end_us, _)| *end_us <= now_us) {
+                ends.pop_first();
+                self.records.remove(&key);
+            }
         }
         if self.records.capacity() > 4 * self.records.len().max(64) {
             self.records.shrink_to_fit();
@@ -226,7 +246,8 @@ impl<K: Copy + Ord + Hash> Table<K> {
 
 impl<K> Default for Table<K> {
     fn default() -> Self {
-        Self { records: HashMap::new(), ends: BTreeSet::new(), blocked: BTreeSet::new() }
+        let (counted, remembered) = (BTreeSet::new(), BTreeSet::new());
+        Self { records: HashMap::new(), counted, remembered, blocked: BTreeSet::new() }
     }
 }
 
@@ -239,7 +260,7 @@ impl Record {
         if self.full_at_us - now_us <= tolerated_us {
             return None;
         }
-        if now_us >= self.blocked_until_us + limits.longest_us {
+        if now_us >= self.blocked_until_us + limits.memory_us {
             self.blocks = 0;
         }
         let escalated = ESCALATION.saturating_pow(self.blocks);
@@ -249,10 +270,10 @@ impl Record {
         Some(block_us)
     }
 
-    fn needed_until_us(&self, longest_us: u64) -> u64 {
+    fn needed_until_us(&self, limits: Limits) -> u64 {
         match self.blocks {
             0 => self.full_at_us,
-            _ => self.full_at_us.max(self.blocked_until_us + longest_us),
+            _ => self.full_at_us.max(self.blocked_until_us + limits.memory_us),
         }
     }
 }
@@ -274,6 +295,7 @@ mod tests {
     fn blocks(addresses_max: usize) -> Blocks {
         Blocks::new(BlockLimits {
             refusals_max: 10,
+            network_refusals_max: 40,
             first: Duration::from_secs(1),
             longest: Duration::from_secs(600),
             addresses_max,
@@ -282,8 +304,9 @@ mod tests {
 
     fn remembered(blocks: &Blocks) -> (usize, usize) {
         let tables = blocks.tables.lock();
-        assert_eq!(tables.addresses.records.len(), tables.addresses.ends.len());
-        assert_eq!(tables.networks.records.len(), tables.networks.ends.len());
+        let Tables { addresses, networks } = &*tables;
+        assert_eq!(addresses.records.len(), addresses.counted.len() + addresses.remembered.len());
+        assert_eq!(networks.records.len(), networks.counted.len() + networks.remembered.len());
         (tables.addresses.records.len(), tables.networks.records.len())
     }
 
@@ -382,7 +405,7 @@ mod tests {
             let refused = (0..11).map(|_| refuse(&blocks, one, now_us));
             let blocked: Vec<_> = refused.filter(|blocks| *blocks != [None; 2]).collect();
             assert_eq!(blocked, [[Some(1), None]]);
-            now_us += SECOND_US;
+            now_us += 2 * SECOND_US;
         }
         assert_eq!(blocks.left(key("2001:db8:1:2::1"), now_us), None);
         // As many refusals as those of four addresses, each below its own bound.
@@ -399,6 +422,45 @@ mod tests {
         let other = |n: u64| key(&format!("2001:db8:4:{n:x}::1"));
         let first = (1..).find(|n| blocks.refused(other(*n), sessions, now_us).network.is_some());
         assert_eq!(first, Some(141));
+    }
+
+    #[test]
+    fn hazard_103_newcomers_that_take_turns_are_blocked_in_a_table_full_of_blocks() {
+        let blocks = blocks(8);
+        for n in 1..=8 {
+            until_blocked(&blocks, key(&format!("192.0.2.{n}")), 0, 0);
+        }
+        // Three at once, in turn.
+        let late = 2 * SECOND_US;
+        let mut forgotten = 0;
+        for refusal in 1.. {
+            let newcomers = ["198.51.100.1", "198.51.100.2", "198.51.100.3"].map(|newcomer| {
+                let refused = blocks.refused(key(newcomer), Sessions::default(), late);
+                forgotten += refused.forgotten;
+                refused.address.is_some()
+            });
+            if newcomers == [true; 3] {
+                assert_eq!(refusal, 11);
+                break;
+            }
+            assert!(newcomers == [false; 3] && refusal < 20, "{refusal}");
+        }
+        assert_eq!((forgotten, remembered(&blocks)), (3, (8, 0)));
+        // Records that nobody needs any more make room without being counted.
+        let later = 1_000 * SECOND_US;
+        assert_eq!(blocks.refused(key("203.0.113.1"), Sessions::default(), later).forgotten, 0);
+        assert_eq!(remembered(&blocks), (1, 0));
+    }
+
+    #[test]
+    fn hazard_140_a_48_of_many_customers_is_never_blocked_where_networks_are_not() {
+        let limits = BlockLimits { network_refusals_max: 0, ..blocks(1_000).limits };
+        let blocks = Blocks::new(limits);
+        for n in 0..99 {
+            until_blocked(&blocks, key(&format!("2001:db8:1:{n:x}::1")), 0, 0);
+        }
+        assert_eq!(blocks.left(key("2001:db8:1:ffff::1"), 0), None);
+        assert_eq!((remembered(&blocks), blocks.count(0)), ((99, 0), 99));
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //! places of an address, of a network or of the node are taken, a newcomer gets the place of the one that has waited
 //! longest, so that a few networks that hold theirs cannot shut out all others.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroU64;
 
 use parking_lot::Mutex;
@@ -41,8 +43,17 @@ pub enum RoomFull {
 /// Identifies a place.
 pub type PlaceId = NonZeroU64;
 
+/// Why a place was given to another connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Eviction {
+    /// Its address or network has all of its own, and the connection had time.
+    OwnShare,
+    /// All are taken.
+    Node,
+}
+
 /// Resolves when the place is given to another connection.
-pub type Evicted = oneshot::Receiver<()>;
+pub type Evicted = oneshot::Receiver<Eviction>;
 
 /// The places.
 #[derive(Debug)]
@@ -51,22 +62,26 @@ pub struct Room {
     taken: Mutex<Taken>,
 }
 
+/// The order in which places are given away: the one that has waited longest first.
+type Waiting = (u64, PlaceId);
+
 #[derive(Debug, Default)]
 struct Taken {
     last: u64,
-    /// In the order of arrival.
-    places: BTreeMap<PlaceId, Place>,
-    addresses: HashMap<AddressKey, BTreeSet<PlaceId>>,
-    networks: HashMap<NetworkKey, BTreeSet<PlaceId>>,
-    by_count: BTreeSet<(usize, NetworkKey)>,
+    places: HashMap<PlaceId, Place>,
+    waiting: BTreeSet<Waiting>,
+    addresses: HashMap<AddressKey, BTreeSet<Waiting>>,
+    networks: HashMap<NetworkKey, BTreeSet<Waiting>>,
+    /// Networks by their number of places; among equals, the one with the oldest place last.
+    by_count: BTreeSet<(usize, Reverse<Waiting>, NetworkKey)>,
 }
 
 #[derive(Debug)]
 struct Place {
     address: Option<AddressKey>,
+    /// When it was taken, or later if it is kept for longer.
     since_us: u64,
-    /// Dropped when the place is given to another connection.
-    _holder: oneshot::Sender<()>,
+    holder: oneshot::Sender<Eviction>,
 }
 
 impl Room {
@@ -93,10 +108,7 @@ impl Room {
         }
         let (holder, evicted) = oneshot::channel();
         let id = taken.next_id();
-        taken.places.insert(id, Place { address: None, since_us: now_us, _holder: holder });
-        if let Some(address) = address {
-            taken.set_address(id, address);
-        }
+        taken.insert(id, Place { address, since_us: now_us, holder });
         Ok((id, evicted))
     }
 
@@ -112,8 +124,21 @@ impl Room {
     ) -> Result<(), RoomFull> {
         let mut taken = self.taken.lock();
         taken.make_share(&self.limits, address, now_us)?;
-        taken.set_address(id, address);
+        if let Some(place) = taken.remove(id) {
+            taken.insert(id, Place { address: Some(address), ..place });
+        }
         Ok(())
+    }
+
+    /// Keeps a place for `keep_us` from now when all are taken, or for as long as it is kept anyway. Returns whether
+    /// the connection still has it.
+    pub fn keep(&self, id: PlaceId, keep_us: u64, now_us: u64) -> bool {
+        let mut taken = self.taken.lock();
+        let Some(place) = taken.remove(id) else { return false };
+        let later_us = (now_us + keep_us).saturating_sub(self.limits.keep_full_us);
+        let since_us = place.since_us.max(later_us);
+        taken.insert(id, Place { since_us, ..place });
+        true
     }
 
     /// Gives a place back, unless another connection has it already.
@@ -145,18 +170,17 @@ impl Taken {
         address: AddressKey,
         now_us: u64,
     ) -> Result<(), RoomFull> {
-        let reached = |max: u32, held: usize| max > 0 && held >= max as usize;
-        let (held, oldest) = self
-            .addresses
-            .get(&address)
-            .map_or((0, None), |places| (places.len(), places.first().copied()));
-        let network = address.network();
-        if reached(limits.address_places, held) {
-            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
+        let reached = |max: u32, held: Option<&BTreeSet<Waiting>>| {
+            held.filter(|held| max > 0 && held.len() >= max as usize)?.first().copied()
+        };
+        if let Some(oldest) = reached(limits.address_places, self.addresses.get(&address)) {
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            is_old.ok_or(RoomFull::Address)?;
         }
-        if reached(limits.network_places, self.held(network)) {
-            let oldest = self.oldest(network);
-            self.evict_if_old(oldest, limits.keep_us, now_us).ok_or(RoomFull::Address)?;
+        let network = self.networks.get(&address.network());
+        if let Some(oldest) = reached(limits.network_places, network) {
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            is_old.ok_or(RoomFull::Address)?;
         }
         Ok(())
     }
@@ -168,64 +192,85 @@ impl Taken {
         address: Option<AddressKey>,
         now_us: u64,
     ) -> Result<(), RoomFull> {
-        let own = 1 + address.map_or(0, |address| self.held(address.network()));
-        let worst = self.by_count.last().copied();
-        if let Some((held, network)) = worst {
-            let oldest = self.oldest(network);
+        let network = address.and_then(|address| self.networks.get(&address.network()));
+        let own = 1 + network.map_or(0, BTreeSet::len);
+        // A network with no more than the newcomer's has no claim to give way first.
+        if let Some(&(held, Reverse(oldest), _)) = self.by_count.last()
+            && held > own
+        {
             if held > GREEDY * own {
-                oldest.into_iter().for_each(|id| self.remove(id));
+                self.evict(oldest.1, Eviction::Node);
                 return Ok(());
             }
-            if held >= own && self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
+            if self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node).is_some() {
                 return Ok(());
             }
         }
-        let oldest = self.places.keys().next().copied();
-        self.evict_if_old(oldest, limits.keep_full_us, now_us).ok_or(RoomFull::Node)
+        let oldest = self.waiting.first().copied().ok_or(RoomFull::Node)?;
+        let is_old = self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node);
+        is_old.ok_or(RoomFull::Node)
     }
 
-    fn evict_if_old(&mut self, id: Option<PlaceId>, keep_us: u64, now_us: u64) -> Option<()> {
-        let id = id?;
-        let since_us = self.places.get(&id)?.since_us;
-        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.remove(id))
+    fn evict_if_old(
+        &mut self,
+        (since_us, id): Waiting,
+        keep_us: u64,
+        now_us: u64,
+        why: Eviction,
+    ) -> Option<()> {
+        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.evict(id, why))
     }
 
-    fn held(&self, network: NetworkKey) -> usize {
-        self.networks.get(&network).map_or(0, BTreeSet::len)
+    fn evict(&mut self, id: PlaceId, why: Eviction) {
+        if let Some(place) = self.remove(id) {
+            // Nobody listens if the connection ends at the same time.
+            let _ = place.holder.send(why);
+        }
     }
 
-    fn oldest(&self, network: NetworkKey) -> Option<PlaceId> {
-        self.networks.get(&network)?.first().copied()
+    fn insert(&mut self, id: PlaceId, place: Place) {
+        let waiting = (place.since_us, id);
+        self.waiting.insert(waiting);
+        if let Some(address) = place.address {
+            self.addresses.entry(address).or_default().insert(waiting);
+            self.change_network(address.network(), |held| held.insert(waiting));
+        }
+        self.places.insert(id, place);
     }
 
-    fn set_address(&mut self, id: PlaceId, address: AddressKey) {
-        let Some(place) = self.places.get_mut(&id) else { return };
-        place.address = Some(address);
-        self.addresses.entry(address).or_default().insert(id);
-        let network = address.network();
+    fn remove(&mut self, id: PlaceId) -> Option<Place> {
+        let place = self.places.remove(&id)?;
+        let waiting = (place.since_us, id);
+        self.waiting.remove(&waiting);
+        if let Some(address) = place.address {
+            if let Entry::Occupied(mut entry) = self.addresses.entry(address) {
+                entry.get_mut().remove(&waiting);
+                if entry.get().is_empty() {
+                    entry.remove();
+                }
+            }
+            self.change_network(address.network(), |held| held.remove(&waiting));
+        }
+        Some(place)
+    }
+
+    /// Changes the places of a network, and its position among the networks.
+    fn change_network(
+        &mut self,
+        network: NetworkKey,
+        change: impl FnOnce(&mut BTreeSet<Waiting>) -> bool,
+    ) {
+        let position = |held: &BTreeSet<Waiting>| {
+            held.first().map(|oldest| (held.len(), Reverse(*oldest), network))
+        };
         let held = self.networks.entry(network).or_default();
-        self.by_count.remove(&(held.len(), network));
-        held.insert(id);
-        self.by_count.insert((held.len(), network));
-    }
-
-    fn remove(&mut self, id: PlaceId) {
-        let Some(place) = self.places.remove(&id) else { return };
-        let Some(address) = place.address else { return };
-        if let Some(places) = self.addresses.get_mut(&address) {
-            places.remove(&id);
-            if places.is_empty() {
-                self.addresses.remove(&address);
-            }
+        if let Some(before) = position(held) {
+            self.by_count.remove(&before);
         }
-        let network = address.network();
-        let Some(held) = self.networks.get_mut(&network) else { return };
-        self.by_count.remove(&(held.len(), network));
-        held.remove(&id);
-        if held.is_empty() {
-            self.networks.remove(&network);
-        } else {
-            self.by_count.insert((held.len(), network));
+        change(held);
+        match position(held) {
+            Some(after) => drop(self.by_count.insert(after)),
+            None => drop(self.networks.remove(&network)),
         }
     }
 }
@@ -246,13 +291,14 @@ mod tests {
     }
 
     fn is_evicted(evicted: &mut Evicted) -> bool {
-        evicted.try_recv() == Err(oneshot::error::TryRecvError::Closed)
+        evicted.try_recv().is_ok()
     }
 
     fn is_empty(room: &Room) -> bool {
         let taken = room.taken.lock();
-        let Taken { places, addresses, networks, by_count, .. } = &*taken;
-        (places.len(), addresses.len(), networks.len(), by_count.len()) == (0, 0, 0, 0)
+        let Taken { last: _, places, waiting, addresses, networks, by_count } = &*taken;
+        let (all, shares) = (places.len() + waiting.len(), addresses.len() + networks.len());
+        (all, shares, by_count.len()) == (0, 0, 0)
     }
 
     #[test]
@@ -264,7 +310,7 @@ mod tests {
         assert_eq!(room.enter(a, SECOND_US).unwrap_err(), RoomFull::Address);
         assert!(room.enter(key("192.0.2.2"), SECOND_US).is_ok(), "another address");
         let (third, _kept) = room.enter(a, 2 * SECOND_US).unwrap();
-        assert!(is_evicted(&mut evicted));
+        assert_eq!(evicted.try_recv(), Ok(Eviction::OwnShare));
         assert_eq!(room.enter(a, 2 * SECOND_US).unwrap_err(), RoomFull::Address);
         // Whoever was evicted gives nothing back.
         room.leave(first);
@@ -325,10 +371,44 @@ mod tests {
         }
         assert_eq!(room.enter(address(9), keep_full_us - 1).unwrap_err(), RoomFull::Node);
         room.enter(address(9), keep_full_us).unwrap();
-        assert!(is_evicted(&mut first));
+        assert_eq!(first.try_recv(), Ok(Eviction::Node));
         // An address that has its own share waits for longer.
         room.enter(address(9), keep_full_us + 2).unwrap();
         assert_eq!(room.enter(address(9), SECOND_US).unwrap_err(), RoomFull::Address);
+    }
+
+    #[test]
+    fn hazard_90_a_tie_goes_to_whoever_has_waited_longest_whatever_its_address() {
+        for honest in ["2001:db8::1", "1.0.0.1"] {
+            let room = room(4, 0, 0);
+            let attackers: Vec<_> =
+                (1..5).map(|n| room.enter(key(&format!("192.0.2.{n}")), n).unwrap().1).collect();
+            let (_, mut honest) = room.enter(key(honest), 3 * SECOND_US).unwrap();
+            // All are old. Newcomers come from above and below the others.
+            let late = 9 * SECOND_US;
+            for newcomer in ["2001:db8:9::1", "0.0.0.9", "2001:db8:8::1"] {
+                room.enter(key(newcomer), late).unwrap();
+                assert!(!is_evicted(&mut honest), "{newcomer}");
+            }
+            assert!(attackers.into_iter().all(|mut attacker| is_evicted(&mut attacker)));
+            room.enter(key("0.0.0.8"), late).unwrap();
+            assert!(is_evicted(&mut honest), "now it has waited longest");
+        }
+    }
+
+    #[test]
+    fn hazard_129_a_place_that_is_kept_for_longer_gives_way_after_newer_ones_of_its_network_too() {
+        let room = room(2, 0, 0);
+        let (kept, mut kept_evicted) = room.enter(key("192.0.2.1"), 0).unwrap();
+        let (_, mut newer) = room.enter(key("192.0.2.1"), 1).unwrap();
+        assert!(room.keep(kept, 5 * SECOND_US, SECOND_US));
+        let (gone, mut third) = room.enter(key("192.0.2.2"), 3 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut newer) && !is_evicted(&mut kept_evicted));
+        room.enter(key("192.0.2.3"), 5 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut third) && !room.keep(gone, 5 * SECOND_US, 5 * SECOND_US));
+        room.enter(key("192.0.2.4"), 6 * SECOND_US).unwrap();
+        assert!(is_evicted(&mut kept_evicted));
+        assert!(!room.keep(kept, 9 * SECOND_US, 6 * SECOND_US), "it is too late");
     }
 
     #[test]

@@ -488,7 +488,8 @@ async fn hazard_60_key_sets_come_over_https_from_whom_an_authority_of_ones_own_v
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             // A client that does not trust it hangs up.
-            let Ok(mut stream) = tls.accept(stream).await else { continue };
+            let Ok(hello) = crate::tls::Tls::hello(stream).await else { continue };
+            let Ok(mut stream) = tls.accept(hello).await else { continue };
             let _ = stream.read(&mut [0; 1024]).await;
             let length = body.len();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");

@@ -5,6 +5,7 @@ use tokio_tungstenite::tungstenite::http::Method;
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
 use super::{check_origin, verify};
+use crate::admission::Evicted;
 use crate::http::{self, Answer, Ended, Request};
 use crate::labels::Handshake;
 use crate::node::Node;
@@ -17,7 +18,11 @@ const PREFLIGHT_HEADERS: &str = "Access-Control-Allow-Methods: GET\r\n\
     Access-Control-Allow-Headers: Authorization\r\nAccess-Control-Max-Age: 600\r\n";
 
 /// Answers with the nodes that a device should connect to. Any valid token is accepted.
-pub(super) async fn answer(node: &Node, request: &Request) -> Result<Answer, Ended> {
+pub(super) async fn answer(
+    node: &Node,
+    request: &Request,
+    evicted: &mut Evicted,
+) -> Result<Answer, Ended> {
     check_origin(&node.policy, request)?;
     // A page of an allowed origin may read the answer, whatever it is.
     let origin = request.headers().get(ORIGIN).and_then(|origin| origin.to_str().ok());
@@ -27,7 +32,7 @@ pub(super) async fn answer(node: &Node, request: &Request) -> Result<Answer, End
         let headers = format!("{headers}{PREFLIGHT_HEADERS}");
         return Ok(Answer::empty(Handshake::Preflight, headers));
     }
-    let verified = verify(node, request, &http::protocols(request)).await;
+    let verified = verify(node, request, &http::protocols(request), evicted).await;
     verified.map_err(|ended| match ended {
         Ended::Answered(answer) => Ended::Answered(answer.with_headers(&headers)),
         Ended::Gone => Ended::Gone,

@@ -649,6 +649,47 @@ async fn hazard_102_half_requests_of_an_attacker_do_not_put_off_his_block() -> R
 }
 
 #[tokio::test]
+async fn hazard_141_half_requests_that_displace_each_other_block_their_address() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.limits.address_handshakes_max = 2;
+            config.limits.first_byte_timeout_ms = 100;
+            config.limits.address_refusals_max = 4;
+        })
+        .await?;
+    let mut held = Vec::new();
+    while node.metric(HANDSHAKES, "blocked") == 0.0 {
+        assert!(held.len() < 20, "never blocked");
+        for _ in 0..2 {
+            // Fails once it is blocked.
+            let Ok(mut stream) = socket_from(&node, 2).await else { continue };
+            let _ = stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await;
+            held.push(stream);
+        }
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    assert_eq!(node.metric(HANDSHAKES, "timeout"), 0.0, "none of them was late");
+    // Clients that were given no time, because the node is full, and those that send nothing are not to blame.
+    let node = world
+        .node_with(|config| {
+            config.limits.handshakes_max = 1;
+            config.limits.first_byte_timeout_ms = 100;
+            config.limits.address_refusals_max = 1;
+        })
+        .await?;
+    for _ in 0..5 {
+        let mut stream = socket_from(&node, 2).await?;
+        stream.write_all(b"GET /v1/connect HTTP/1.1\r\nHost:").await?;
+        held.push(stream);
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    assert_eq!(node.metric(HANDSHAKES, "evicted"), 4.0);
+    assert_eq!(node.metric(HANDSHAKES, "blocked"), 0.0);
+    Ok(())
+}
+
+#[tokio::test]
 async fn hazard_108_a_whole_request_that_waits_for_keys_and_gives_way_may_come_back() -> Result<()>
 {
     let world = World::new().await?;
@@ -681,5 +722,17 @@ async fn hazard_108_a_whole_request_that_waits_for_keys_and_gives_way_may_come_b
         assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After"), "{answer}");
     }
     assert_eq!((node.metric(LIMITS, "evicted"), node.metric(HANDSHAKES, "evicted")), (3.0, 3.0));
+    // A page that asks for close codes gets one.
+    let waiting = page(&node, foreign, "?refuse=close", "");
+    let newcomer = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        handshake_from(&node, 3, "alice").await
+    };
+    let (refused, newcomer) = tokio::join!(waiting, newcomer);
+    let ((head, ended), (_, welcome)) = (refused?, newcomer?);
+    assert!(head.starts_with("HTTP/1.1 101") && welcome.starts_with("HTTP/1.1 101"), "{head}");
+    assert_eq!(ended.code, 4005, "{ended:?}");
+    assert!(ended.text.contains("other clients wait"), "{ended:?}");
+    assert_eq!((node.metric(LIMITS, "evicted"), node.metric(HANDSHAKES, "evicted")), (4.0, 4.0));
     Ok(())
 }

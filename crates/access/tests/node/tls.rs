@@ -1,14 +1,17 @@
 //! TLS on the devices' port, and a certificate that changes while devices are connected.
 
+use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use barid_testkit::certificates::trusting;
 use barid_testkit::raw::*;
+use barid_testkit::relay::Relay;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -125,6 +128,126 @@ async fn hazard_107_a_certificate_that_is_replaced_while_redis_is_away_is_served
     world.redis.restart().await?;
     let node = starting.await??;
     eventually("the new one is served", async || Ok(connect(&node, "two").await.is_ok())).await
+}
+
+/// Opens a session through a relay.
+async fn far_away(relay: SocketAddr, user: &str) -> Result<TlsStream<TcpStream>> {
+    let mut stream = secured(TcpStream::connect(relay).await?, "one").await?;
+    session(&mut stream, user).await?;
+    Ok(stream)
+}
+
+/// Connects clients that are 200 ms away, all at once; each tries again until it has a session. Returns how long each
+/// took, except those that had none after `time`.
+async fn storm(node: &Node, clients: usize, time: Duration) -> Result<Vec<Duration>> {
+    let relay = Relay::delayed(node.addresses["ws"], Duration::from_millis(100)).await?;
+    let (address, begun) = (relay.address(), Instant::now());
+    let mut storm = tokio::task::JoinSet::new();
+    for client in 0..clients {
+        storm.spawn(timeout(time, async move {
+            loop {
+                if let Ok(stream) = far_away(address, &format!("u{client}")).await {
+                    return (begun.elapsed(), stream);
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }));
+    }
+    let mut open = Vec::new();
+    while let Some(ended) = storm.join_next().await {
+        open.extend(ended?.ok());
+    }
+    Ok(open.iter().map(|(after, _)| *after).collect())
+}
+
+#[tokio::test]
+async fn hazard_129_a_tls_handshake_keeps_its_place_for_a_round_trip() -> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let node = world
+        .node_with(|config| {
+            config.tls.certificate_file = Some(directory.path().join("tls.pem"));
+            config.tls.key_file = Some(directory.path().join("tls.key"));
+            config.limits.handshakes_max = 8;
+        })
+        .await?;
+    // Newcomers that send nothing take each place after 320 ms, while a client is 600 ms away.
+    let address = node.addresses["ws"];
+    let newcomers = tokio::spawn(async move {
+        let mut held = std::collections::VecDeque::new();
+        loop {
+            held.extend(TcpStream::connect(address).await);
+            if held.len() > 50 {
+                held.pop_front();
+            }
+            tokio::time::sleep(Duration::from_millis(40)).await;
+        }
+    });
+    eventually("all places are taken", async || {
+        Ok(node.metric("barid_access_limits_total", "evicted") > 0.0)
+    })
+    .await?;
+    let relay = Relay::delayed(address, Duration::from_millis(300)).await?;
+    let mut attempts = 1;
+    while let Err(error) = far_away(relay.address(), "alice").await {
+        assert!(attempts < 5, "{error}");
+        attempts += 1;
+    }
+    newcomers.abort();
+    let _ = newcomers.await;
+    // Eight places of 200 ms each: 40 a second at most.
+    let mut sessions = storm(&node, 100, Duration::from_secs(20)).await?;
+    sessions.sort_unstable();
+    println!(
+        "after {attempts} attempts; {} in, the last after {:?}",
+        sessions.len(),
+        sessions.last()
+    );
+    assert_eq!(sessions.len(), 100, "the last after {:?}", sessions.last());
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_141_half_a_hello_and_too_many_connections_block_their_address_with_tls_too()
+-> Result<()> {
+    let world = World::new().await?;
+    let directory = tempfile::tempdir()?;
+    install("one", directory.path())?;
+    let with = async |change: fn(&mut barid_access::config::LimitsConfig)| {
+        world
+            .node_with(|config| {
+                config.tls.certificate_file = Some(directory.path().join("tls.pem"));
+                config.tls.key_file = Some(directory.path().join("tls.key"));
+                config.limits.address_refusals_max = 4;
+                change(&mut config.limits);
+            })
+            .await
+    };
+    let node = with(|limits| limits.handshake_timeout_ms = 300).await?;
+    let mut held = Vec::new();
+    // Those that send nothing do not count.
+    for bytes in [&[][..]; 6].into_iter().chain([&[0x16, 3, 1, 2, 0, 1][..]; 6]) {
+        let mut stream = TcpStream::connect(node.addresses["ws"]).await?;
+        stream.write_all(bytes).await?;
+        held.push(stream);
+        if held.len() % 6 == 0 {
+            eventually("they are late", async || {
+                Ok(node.metric(HANDSHAKES, "timeout") == held.len() as f64)
+            })
+            .await?;
+            assert_eq!(connect(&node, "one").await.is_ok(), held.len() == 6);
+        }
+    }
+    let node = with(|limits| limits.address_connections_max = 1).await?;
+    let mut only = connect(&node, "one").await?;
+    session(&mut only, "alice").await?;
+    for _ in 0..10 {
+        assert!(connect(&node, "one").await.is_err());
+    }
+    assert_eq!(node.metric("barid_access_limits_total", "address_connections"), 6.0);
+    assert_eq!(node.metric(HANDSHAKES, "blocked"), 4.0, "one refusal more for its session");
+    Ok(())
 }
 
 #[tokio::test]
