@@ -53,11 +53,11 @@ impl Bed {
         what: &str,
         change: impl FnOnce(&mut Revocation),
     ) -> Result<Instant> {
-        let revoked: barid_wire::revocation::Revoked = what.parse()?;
-        let issued_before_s = if revoked.has_time() { now_s() } else { 0 };
+        let subject: barid_wire::revocation::Subject = what.parse()?;
+        let issued_before_s = subject.has_time().then(now_s);
         let reason = String::new();
         let mut revocation =
-            Revocation { revoked, issued_before_s, until_s: None, reason, at_s: now_s() };
+            Revocation { subject, issued_before_s, until_s: None, reason, at_s: now_s() };
         change(&mut revocation);
         let (key, value) = revocation.encode()?;
         self.put(key.as_bytes(), value).await
@@ -242,6 +242,50 @@ async fn many_sessions_are_closed_at_a_pace_and_a_users_at_once() -> Result<()> 
 }
 
 #[tokio::test]
+async fn hazard_133_a_record_that_cannot_be_read_revokes_all_tokens_of_its_key() -> Result<()> {
+    let bed = Bed::new(|_| ()).await?;
+    let old = old("alice", json!({}));
+    let fresh = dated("alice", now_s() + 30, json!({}));
+    let is_refused = async |node: &Node, token: &str| -> Result<bool> {
+        let bytes = request(&format!("/v1/connect?token={token}"), JSON);
+        Ok(http(node.addresses["ws"], bytes.as_bytes()).await?.starts_with("HTTP/1.1 401 "))
+    };
+    bed.revoke("user:demo:alice").await?;
+    bed.holds(1).await?;
+    assert_eq!(
+        (is_refused(&bed.node, &old).await?, is_refused(&bed.node, &fresh).await?),
+        (true, false)
+    );
+    // Of a newer version: a live node, and one that starts after the compaction, agree.
+    let newer = b"{\"v\":2,\"tokens\":\"all\"}".to_vec();
+    bed.put(b"user:demo:alice", newer.clone()).await?;
+    let mut kafka = KafkaConfig::default();
+    let _broker = EmbeddedKafka::start(&mut kafka)?;
+    Producer::new(&kafka)?
+        .send(&kafka.topics.revocations, b"user:demo:alice", newer.into(), &[])
+        .await?;
+    let world = World::new().await?;
+    let restarted = world
+        .node_with(|config| {
+            config.revocations = true;
+            config.kafka = kafka.clone();
+        })
+        .await?;
+    for node in [&bed.node, &restarted] {
+        eventually("it is read", async || {
+            Ok(node.context.health.not_ready().is_empty()
+                && node.metric("barid_access_revocations_malformed_total", "") == 1.0)
+        })
+        .await?;
+        assert!(is_refused(node, &old).await? && is_refused(node, &fresh).await?);
+    }
+    bed.withdraw("user:demo:alice").await?;
+    bed.holds(0).await?;
+    assert!(!is_refused(&bed.node, &old).await?);
+    Ok(())
+}
+
+#[tokio::test]
 async fn hazard_96_malformed_records_are_counted_and_more_than_allowed_evict_the_oldest()
 -> Result<()> {
     let bed = Bed::new(|config| config.auth.revocations_max = 3).await?;
@@ -260,10 +304,11 @@ async fn hazard_96_malformed_records_are_counted_and_more_than_allowed_evict_the
     let malformed = || bed.node.metric("barid_access_revocations_malformed_total", "");
     eventually("all are read", async || {
         Ok(malformed() == 5.0
-            && bed.node.metric("barid_access_revocations_evicted_total", "") == 2.0)
+            && bed.node.metric("barid_access_revocations_evicted_total", "") == 3.0)
     })
     .await?;
     assert_eq!(bed.node.metric("barid_access_revocations", "user"), 3.0);
+    assert!(bed.answer(&old("alice", json!({})), "").await?.starts_with("HTTP/1.1 101 "));
     for n in 0..5 {
         let answer = bed.answer(&old(&format!("u{n}"), json!({})), "").await?;
         let status = if n < 2 { "101" } else { "401" };

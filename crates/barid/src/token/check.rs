@@ -1,5 +1,5 @@
 //! `barid token check`: says what an access node would say to a token, and why. It runs the node's own verifier with
-//! the node's own configuration, and reads the topic of revocations if Kafka answers.
+//! the node's own configuration, and reads the topic of revocations.
 //!
 //! It prints claims, and never the token or a secret.
 
@@ -12,13 +12,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use barid_access::auth::{AuthError, Verifier};
 use barid_access::config::{AuthConfig, KeyConfig};
-use barid_access::{RevocationTable, key_hash};
+use barid_access::{key_hash, revokes};
 use barid_bus::KafkaConfig;
 use barid_core::GroupId;
 use barid_runtime::exit;
 use barid_session::Claims;
 use barid_wire::cut;
-use barid_wire::revocation::Revocation;
+use barid_wire::revocation::{Revocation, RevocationError};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Serialize;
@@ -31,6 +31,8 @@ use crate::values::{self, KeyArgs};
 
 /// How much of a claim a hint shows, bytes.
 const SHOWN_BYTES: usize = 64;
+/// Why revocations are not read with --offline.
+const OFFLINE: &str = "Kafka was not asked (--offline)";
 /// No token is longer: a handshake has 16 KiB.
 const TOKEN_BYTES_MAX: u64 = 1 << 20;
 
@@ -49,6 +51,9 @@ pub struct Args {
     /// How long to wait for key sets, and for Kafka
     #[arg(long, default_value = "5s", value_parser = values::positive_duration)]
     pub timeout: Duration,
+    /// Do not ask Kafka whether the token is revoked
+    #[arg(long)]
+    pub offline: bool,
 }
 
 #[derive(Serialize)]
@@ -65,7 +70,7 @@ struct Accepted<'a> {
     expires_in_seconds: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     key_id: Option<&'a str>,
-    /// `None`: Kafka could not be read.
+    /// `None`: unknown, for the reason that follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     revoked: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,8 +91,8 @@ struct Refused<'a> {
 /// A node, as far as tokens concern it.
 struct Node {
     auth: AuthConfig,
-    /// `None`: it does not follow revocations, or no Kafka is known.
-    kafka: Option<KafkaConfig>,
+    /// The error says why revocations are not read.
+    kafka: Result<KafkaConfig, &'static str>,
 }
 
 /// What a token says. It is not verified: for hints only.
@@ -96,7 +101,7 @@ struct Said {
     claims: Value,
 }
 
-/// Prints the verdict. The exit code is 1 if the token is refused.
+/// Prints the verdict. The exit code is 1 if the token is refused, and 4 if Kafka does not say whether it is revoked.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let token = read(args.token.clone())?;
     let node = node(&args)?;
@@ -117,13 +122,15 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             return refused(&error, hint.as_deref(), out);
         }
     };
-    match revocation(&node, &claims, args.timeout, now_s).await {
-        Ok(Some(revocation)) => {
-            let hint = revoked_by(&revocation);
-            refused(&AuthError::Revoked, Some(&hint), out)
+    if let Ok(kafka) = &node.kafka {
+        let found = revocation(kafka, &claims, args.timeout, now_s).await;
+        let unknown = "cannot tell whether the token is revoked (--offline does not ask)";
+        if let Some((revocation, error)) = found.context(unknown)? {
+            let hint = revoked_by(&revocation, error);
+            return refused(&AuthError::Revoked, Some(&hint), out);
         }
-        known => accepted(&claims, &said, &node, known.map(|_| ()), now_s, out),
     }
+    accepted(&claims, &said, &node, now_s, out)
 }
 
 /// The token: as given, or from standard input, without what a header has in front of it.
@@ -155,7 +162,11 @@ fn node(args: &Args) -> anyhow::Result<Node> {
         let limit_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
         let mut auth = loaded.config.auth;
         auth.jwks.iter_mut().for_each(|set| set.timeout_ms = set.timeout_ms.min(limit_ms));
-        let kafka = loaded.config.revocations.then_some(loaded.config.kafka);
+        let kafka = match (args.offline, loaded.config.revocations) {
+            (true, _) => Err(OFFLINE),
+            (false, true) => Ok(loaded.config.kafka),
+            (false, false) => Err("the node follows no revocations (revocations = false)"),
+        };
         return Ok(Node { auth, kafka });
     }
     let key = args.key.key().map_err(|error| match args.key.is_given() {
@@ -169,36 +180,39 @@ fn node(args: &Args) -> anyhow::Result<Node> {
     let key =
         KeyConfig { id: key.id.unwrap_or_default(), secret: key.secret, ..Default::default() };
     let dev = if args.key.is_given() { None } else { DevState::running()? };
-    let kafka = dev.map(|dev| KafkaConfig {
-        brokers: dev.brokers.split(',').map(str::to_owned).collect(),
-        fetch_wait_max_ms: 5,
-        ..Default::default()
-    });
+    let kafka = match dev {
+        _ if args.offline => Err(OFFLINE),
+        Some(dev) => Ok(KafkaConfig {
+            brokers: dev.brokers.split(',').map(str::to_owned).collect(),
+            fetch_wait_max_ms: 5,
+            ..Default::default()
+        }),
+        None => Err("no Kafka is known: give --config FILE"),
+    };
     Ok(Node { auth: AuthConfig { keys: vec![key], ..Default::default() }, kafka })
 }
 
-/// The revocation that hits a token; the error says why that is unknown.
+/// The revocation that hits a token, with the error of a record that cannot be decoded.
 async fn revocation(
-    node: &Node,
+    kafka: &KafkaConfig,
     claims: &Claims,
     limit: Duration,
     now_s: u64,
-) -> Result<Option<Revocation>, String> {
-    let Some(kafka) = &node.kafka else { return Err("the node follows no revocations".into()) };
-    let all = revoke::read(kafka, limit).await.map_err(|error| format!("{error:#}"))?;
-    let all = all.iter().filter_map(|(key, value)| Revocation::decode(key, value).ok());
-    let hits = |revocation: &Revocation| {
-        let mut table = RevocationTable::new(1);
-        table.insert(revocation, now_s);
-        table.hit(&claims.user, &claims.token, now_s).is_some()
-    };
-    Ok(all.filter(hits).max_by_key(|revocation| revocation.at_s))
+) -> anyhow::Result<Option<(Revocation, Option<RevocationError>)>> {
+    let all = revoke::read(kafka, limit).await?;
+    let all = all.iter().filter_map(|(key, value)| Revocation::decode_or_all(key, value).ok());
+    let hits = all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
+    Ok(hits.max_by_key(|(revocation, _)| revocation.at_s))
 }
 
-fn revoked_by(revocation: &Revocation) -> String {
-    let mut text = format!("by {:?}", cut(&revocation.revoked.to_string(), SHOWN_BYTES * 4));
-    if revocation.revoked.has_time() {
-        let _ = write!(text, ", issued before {}", revoke::date(revocation.issued_before_s));
+fn revoked_by(revocation: &Revocation, error: Option<RevocationError>) -> String {
+    let mut text = format!("by {:?}", cut(&revocation.subject.to_string(), SHOWN_BYTES * 4));
+    if let Some(error) = error {
+        let _ = write!(text, ", all its tokens: {error}");
+        return text;
+    }
+    if let Some(issued_before_s) = revocation.issued_before_s {
+        let _ = write!(text, ", issued before {}", revoke::date(issued_before_s));
     }
     if let Some(until) = revocation.until_s {
         let _ = write!(text, ", until {}", revoke::date(until));
@@ -213,7 +227,6 @@ fn accepted(
     claims: &Claims,
     said: &Said,
     node: &Node,
-    known: Result<(), String>,
     now_s: u64,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
@@ -222,7 +235,7 @@ fn accepted(
     let key_id = ids.find(|id| !id.is_empty() && key_hash(id) == claims.token.key);
     let issued_at = (claims.token.issued_s > 0).then(|| u64::from(claims.token.issued_s));
     let left_s = claims.expires_s.saturating_sub(now_s);
-    let unknown = known.as_ref().err().filter(|_| node.kafka.is_some());
+    let unknown = node.kafka.as_ref().err().copied();
     let shown = Accepted {
         event: "accepted",
         app: claims.user.app.as_str(),
@@ -233,8 +246,8 @@ fn accepted(
         expires_at: claims.expires_s,
         expires_in_seconds: left_s,
         key_id,
-        revoked: known.is_ok().then_some(false),
-        revocations_unknown: unknown.map(String::as_str),
+        revoked: unknown.is_none().then_some(false),
+        revocations_unknown: unknown,
     };
     if out.is_json() {
         out.object(&shown)?;
@@ -254,7 +267,7 @@ fn accepted(
         ("issued", issued_at.map_or("it does not say (no iat)".into(), dated)),
         ("expires", format!("{} (in {})", revoke::date(claims.expires_s), span(left_s * 1000))),
         ("key", key_id.map_or("without an id".into(), clean)),
-        ("revoked", known.map_or_else(|why| format!("unknown: {}", clean(&why)), |()| "no".into())),
+        ("revoked", unknown.map_or("no".into(), |why| format!("unknown: {why}"))),
     ] {
         out.line(format_args!("  {name:<9} {value}"))?;
     }
