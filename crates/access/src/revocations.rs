@@ -63,7 +63,12 @@ impl Revocations {
     ///
     /// # Errors
     /// The token may not be used.
-    pub fn check(&self, user: &UserKey, token: &TokenFingerprint, now_s: u64) -> Result<(), NotAdmitted> {
+    pub fn check(
+        &self,
+        user: &UserKey,
+        token: &TokenFingerprint,
+        now_s: u64,
+    ) -> Result<(), NotAdmitted> {
         if !self.is_read.load(Ordering::Acquire) {
             return Err(NotAdmitted::NotRead);
         }

@@ -11,8 +11,8 @@ use anyhow::{Context as _, anyhow, bail};
 use barid_bus::{
     Change, Followed, Follower, KafkaConfig, Producer, Properties, describe_revocations,
 };
-use barid_core::mailbox::UserKey;
 use barid_core::limits::EPOCH_SECONDS_MAX;
+use barid_core::mailbox::UserKey;
 use barid_core::{AppId, UserId};
 use barid_wire::revocation::{Name, Revocation, Subject, check_reason};
 use clap::Subcommand;

@@ -44,14 +44,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Follower {
     /// `None` only while it is dropped.
     client: Option<Arc<Client>>,
+    config: KafkaConfig,
     topic: Arc<str>,
-    brokers: String,
     /// The topic's id; `None`: unknown.
     id: Option<String>,
     positions: BTreeMap<i32, Position>,
     is_caught_up: bool,
     /// A record was read whose offset is behind the position: the log has begun again.
     went_back: bool,
+    /// Another client has to be created before anything else.
+    needs_client: bool,
     polling: Option<JoinHandle<Result<Polled, Error>>>,
     poll_at: Instant,
     /// Why the last poll failed.
@@ -133,11 +135,12 @@ impl Follower {
         Ok(Self {
             client: Some(client),
             topic: Arc::from(topic),
-            brokers: config.brokers.join(","),
+            config: config.clone(),
             id: None,
             positions: BTreeMap::new(),
             is_caught_up: false,
             went_back: false,
+            needs_client: false,
             polling: None,
             poll_at: Instant::now(),
             unanswered: None,
@@ -153,6 +156,9 @@ impl Follower {
         loop {
             if let Some(event) = self.queued.pop_front() {
                 return event;
+            }
+            if std::mem::take(&mut self.needs_client) {
+                self.replace_client();
             }
             let Some(client) = self.client.clone() else { return std::future::pending().await };
             tokio::select! {
@@ -253,7 +259,8 @@ impl Follower {
                 self.compare(&polled);
             }
             Err(Error::Away(why)) => {
-                self.unanswered = Some(Error::Away(format!("{}: {why}", self.brokers)));
+                self.unanswered =
+                    Some(Error::Away(format!("{}: {why}", self.config.brokers.join(","))));
             }
             Err(error) => self.unanswered = Some(error),
         }
@@ -276,7 +283,7 @@ impl Follower {
                 "the topic was created again or has lost its end: reading it from the beginning"
             );
             self.positions.clear();
-            (self.is_caught_up, self.went_back) = (false, false);
+            (self.is_caught_up, self.went_back, self.needs_client) = (false, false, true);
             self.queued.push_back(Followed::Restarted);
         }
         self.id = polled.id.clone().or(self.id.take());
@@ -309,8 +316,21 @@ impl Follower {
             position.polled_next = position.next;
         }
         // Assigning again makes librdkafka fetch again what it could not, and report whether it can.
-        if is_new || self.unfetched.is_some() {
+        if !self.needs_client && (is_new || self.unfetched.is_some()) {
             self.assign();
+        }
+    }
+
+    /// librdkafka keeps the leader epochs of a deleted topic, and with them it cannot fetch the new one.
+    fn replace_client(&mut self) {
+        match create(&self.config) {
+            Ok(client) => {
+                close(self.client.replace(Arc::new(client)));
+                self.unfetched = None;
+                self.assign();
+            }
+            // The configuration was valid at the start.
+            Err(error) => self.unfetched = Some(error),
         }
     }
 
@@ -347,12 +367,14 @@ impl Follower {
 }
 
 impl Drop for Follower {
-    /// Closing a client waits for its threads.
     fn drop(&mut self) {
-        if let Some(client) = self.client.take() {
-            std::thread::spawn(move || drop(client));
-        }
+        close(self.client.take());
     }
+}
+
+/// Closes a client, which waits for its threads.
+fn close(client: Option<Arc<Client>>) {
+    std::thread::spawn(move || drop(client));
 }
 
 impl std::fmt::Debug for Follower {
@@ -398,11 +420,7 @@ fn create(config: &KafkaConfig) -> Result<Client, Error> {
 }
 
 /// Requests the topic's metadata. Blocks.
-fn poll(
-    client: &Client,
-    topic: String,
-    next: BTreeMap<i32, Option<i64>>,
-) -> Result<Polled, Error> {
+fn poll(client: &Client, topic: String, next: BTreeMap<i32, Option<i64>>) -> Result<Polled, Error> {
     let metadata = client.fetch_metadata(Some(&topic), PATIENCE)?;
     let found = metadata.topics().first().map(|topic| topic.partitions()).unwrap_or_default();
     if found.is_empty() {

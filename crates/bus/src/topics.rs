@@ -105,10 +105,7 @@ pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<
 ///
 /// # Errors
 /// As [`describe_topics`].
-pub async fn describe_revocations(
-    config: &KafkaConfig,
-    timeout: Duration,
-) -> Result<Topic, Error> {
+pub async fn describe_revocations(config: &KafkaConfig, timeout: Duration) -> Result<Topic, Error> {
     let name = config.topics.revocations.clone();
     let mut topics = describe(config, vec![name], timeout).await?;
     topics.pop().ok_or_else(|| Error::Away("the topic was not described".into()))
@@ -132,9 +129,10 @@ async fn describe(
             let (settings, problems) = (BTreeMap::new(), Vec::new());
             Ok(Topic { name, partitions: partitions.len(), replicas, settings, problems })
         };
-        let topics = names.into_iter().map(ask).collect::<Result<_, _>>()?;
+        let topics: Vec<Topic> = names.into_iter().map(ask).collect::<Result<_, _>>()?;
+        let first = topics.first().map(|topic| topic.name.as_str());
         // librdkafka's in-process broker does not answer requests for settings.
-        let has_settings = ffi::has_controller(client.inner(), None, timeout)?;
+        let has_settings = ffi::has_controller(client.inner(), first, timeout)?;
         Ok((client, has_settings, topics))
     };
     let asked = tokio::task::spawn_blocking(ask).await;

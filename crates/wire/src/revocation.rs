@@ -215,7 +215,9 @@ impl Revocation {
         }
         match (self.subject.has_time(), self.issued_before_s) {
             (true, None) => return Err(invalid("issued_before is missing")),
-            (true, Some(0)) => return Err(invalid("issued_before is 0: no token was issued before")),
+            (true, Some(0)) => {
+                return Err(invalid("issued_before is 0: no token was issued before"));
+            }
             (false, Some(_)) => {
                 let kind = self.subject.kind();
                 return Err(invalid(format!("issued_before has no effect for kind {kind}")));

@@ -54,7 +54,6 @@ impl Following<'_> {
                     Followed::Changes(changes) => self.apply(&changes),
                     Followed::CaughtUp => self.caught_up(&kafka),
                     Followed::Restarted => {
-                        tracing::warn!("the topic of revocations is read again; all stay in force");
                         self.node.revocations.change(|table| table.restart());
                     }
                     Followed::Degraded(error) => {
@@ -143,9 +142,7 @@ impl Following<'_> {
         let read = match &change.value {
             Some(value) => Revocation::decode_or_all(&change.key, value)
                 .map(|(revocation, error)| (Step::Revoke(revocation), error)),
-            None => {
-                Subject::from_key(&change.key).map(|subject| (Step::Withdraw(subject), None))
-            }
+            None => Subject::from_key(&change.key).map(|subject| (Step::Withdraw(subject), None)),
         };
         let (step, error) = match read {
             Ok((step, None)) => return Some(step),

@@ -175,8 +175,13 @@ impl Table {
             entry.is_some_and(|entry| issued_s < entry.issued_before_s && now_s < entry.until_s)
         };
         // Kinds that hit few sessions first: these are closed at once.
-        let kinds =
-            [RevokedBy::User, RevokedBy::Token, RevokedBy::App, RevokedBy::Key, RevokedBy::Everyone];
+        let kinds = [
+            RevokedBy::User,
+            RevokedBy::Token,
+            RevokedBy::App,
+            RevokedBy::Key,
+            RevokedBy::Everyone,
+        ];
         kinds.into_iter().filter(|kind| self.counts[*kind as usize] > 0).find(|kind| match kind {
             RevokedBy::User => is_hit(EntryKey::User(user.clone())),
             RevokedBy::Token => token.id != 0 && is_hit(EntryKey::Token(token.id)),
@@ -277,7 +282,11 @@ mod tests {
         }
         let mut table = Table::new(10);
         table.insert(&revocation("token:a:t1"), NOW);
-        assert_eq!(table.hit(&mine, &TokenFingerprint { id: 0, ..old }, NOW), None, "without an id");
+        assert_eq!(
+            table.hit(&mine, &TokenFingerprint { id: 0, ..old }, NOW),
+            None,
+            "without an id"
+        );
     }
 
     #[test]
@@ -322,9 +331,8 @@ mod tests {
         assert_eq!((table.evict(NOW + 5), table.len()), (0, 4), "what is over makes room");
         table.insert(&revocation("user:a:u4"), NOW);
         assert_eq!(table.evict(NOW), 1);
-        let hits = |name: &str| {
-            table.hit(&user("a", name), &TokenFingerprint::default(), NOW).is_some()
-        };
+        let hits =
+            |name: &str| table.hit(&user("a", name), &TokenFingerprint::default(), NOW).is_some();
         assert_eq!(["u1", "u2", "u3", "u4"].map(hits), [true, false, true, true]);
         assert!(table.hit(&user("b", "x"), &token(NOW, "b", "", "k"), NOW).is_some(), "the key");
         assert_eq!((table.len(), table.by_rank.len()), (4, 4));

@@ -96,7 +96,7 @@ struct Node {
 }
 
 /// What a token says. It is not verified: for hints only.
-struct Said {
+struct Unverified {
     header: Value,
     claims: Value,
 }
@@ -107,7 +107,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let node = node(&args)?;
     let verifier = Verifier::new(&node.auth).map_err(|error| Coded::config(error.to_string()))?;
     let now_s = values::now_ms() / 1000;
-    let said = Said::of(&token);
+    let unverified = Unverified::of(&token);
     let verified = match token.as_str() {
         "" => Err(AuthError::Missing),
         token => {
@@ -118,7 +118,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let claims = match verified {
         Ok(claims) => claims,
         Err(error) => {
-            let hint = hint(&error, &said, &node.auth, &verifier, now_s);
+            let hint = hint(&error, &unverified, &node.auth, &verifier, now_s);
             return refused(&error, hint.as_deref(), out);
         }
     };
@@ -130,7 +130,7 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             return refused(&AuthError::Revoked, Some(&hint), out);
         }
     }
-    accepted(&claims, &said, &node, now_s, out)
+    accepted(&claims, &unverified, &node, now_s, out)
 }
 
 /// The token: as given, or from standard input, without what a header has in front of it.
@@ -201,7 +201,8 @@ async fn revocation(
 ) -> anyhow::Result<Option<(Revocation, Option<RevocationError>)>> {
     let all = revoke::read(kafka, limit).await?;
     let all = all.iter().filter_map(|(key, value)| Revocation::decode_or_all(key, value).ok());
-    let hits = all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
+    let hits =
+        all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
     Ok(hits.max_by_key(|(revocation, _)| revocation.at_s))
 }
 
@@ -225,12 +226,12 @@ fn revoked_by(revocation: &Revocation, error: Option<RevocationError>) -> String
 
 fn accepted(
     claims: &Claims,
-    said: &Said,
+    unverified: &Unverified,
     node: &Node,
     now_s: u64,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
-    let ids = said.header["kid"].as_str().into_iter();
+    let ids = unverified.header["kid"].as_str().into_iter();
     let mut ids = ids.chain(node.auth.keys.iter().map(|key| key.id.as_str()));
     let key_id = ids.find(|id| !id.is_empty() && key_hash(id) == claims.token.key);
     let issued_at = (claims.token.issued_s > 0).then(|| u64::from(claims.token.issued_s));
@@ -302,7 +303,7 @@ fn refused(error: &AuthError, hint: Option<&str>, out: Output) -> anyhow::Result
     Ok(exit)
 }
 
-impl Said {
+impl Unverified {
     fn of(token: &str) -> Self {
         let mut parts = token.split('.').map(|part| {
             let bytes = URL_SAFE_NO_PAD.decode(part).unwrap_or_default();
@@ -321,12 +322,12 @@ impl Said {
 /// What the token says, and what the node wants.
 fn hint(
     error: &AuthError,
-    said: &Said,
+    unverified: &Unverified,
     auth: &AuthConfig,
     verifier: &Verifier,
     now_s: u64,
 ) -> Option<String> {
-    let Said { header, claims } = said;
+    let Unverified { header, claims } = unverified;
     let key = || format!("alg {} and kid {}", shown(&header["alg"]), shown(&header["kid"]));
     Some(match error {
         AuthError::Missing => "write the token, or pass it on standard input".into(),
@@ -355,13 +356,13 @@ fn hint(
             )
         }
         AuthError::Expired => {
-            let at_s = said.seconds("exp")?;
+            let at_s = unverified.seconds("exp")?;
             let (at, now) = (revoke::date(at_s), revoke::date(now_s));
             let ago = span(now_s.saturating_sub(at_s).saturating_mul(1000));
             format!("it expired {ago} ago, at {at}; this machine's clock says {now}")
         }
         AuthError::TooEarly => {
-            let (at, now) = (revoke::date(said.seconds("nbf")?), revoke::date(now_s));
+            let (at, now) = (revoke::date(unverified.seconds("nbf")?), revoke::date(now_s));
             let leeway = auth.nbf_leeway_seconds;
             format!(
                 "it begins at {at} (nbf); this machine's clock says {now}, and the node tolerates \
@@ -369,7 +370,7 @@ fn hint(
             )
         }
         AuthError::Lifetime(max_s) => {
-            let left = span(said.seconds("exp")?.saturating_sub(now_s).saturating_mul(1000));
+            let left = span(unverified.seconds("exp")?.saturating_sub(now_s).saturating_mul(1000));
             format!("it is valid for another {left}; auth.lifetime_max_seconds is {max_s}")
         }
         AuthError::Audience => {
@@ -445,7 +446,7 @@ mod tests {
             "" => AuthError::Missing,
             token => verifier.verify(token, NOW).await.unwrap_err(),
         };
-        let told = hint(&error, &Said::of(token), auth, &verifier, NOW).unwrap_or_default();
+        let told = hint(&error, &Unverified::of(token), auth, &verifier, NOW).unwrap_or_default();
         assert!(!told.contains(SECRET) && (token.is_empty() || !told.contains(token)), "{told}");
         (error, told)
     }

@@ -127,7 +127,14 @@ async fn a_missing_topic_is_told_and_its_creation_is_noticed_and_more_partitions
     let admin: AdminClient<DefaultClientContext> = kafka.client().create().unwrap();
     let more = NewPartitions::new(topic, 2);
     admin.create_partitions(&[more], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
-    put(&producer(&config), topic, 1, "there", Some("1")).await;
+    // Until the broker tells clients of the new partition.
+    while producer(&config)
+        .send(FutureRecord::to(topic).key("there").payload("1").partition(1), LIMIT)
+        .await
+        .is_err()
+    {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let told = next(&mut follower).await;
     assert_eq!(told, Followed::Changes(vec![change("there", Some("1"))]));
 }
