@@ -215,14 +215,9 @@ impl Admission {
         self.new_users.sweep(self.now_us());
     }
 
-    /// Permits one user of an app to be new; `None`: the app has brought too many.
-    pub fn new_user(self: &Arc<Self>, app: &AppId) -> Option<NewUser> {
-        let admission = Arc::clone(self);
-        self.new_users.acquire(app, self.now_us()).then(|| NewUser {
-            admission,
-            app: app.clone(),
-            is_used: false,
-        })
+    /// Permits one user of an app to be new. Returns whether it may: the app may have too many.
+    pub fn permit_new_user(&self, app: &AppId) -> bool {
+        self.new_users.acquire(app, self.now_us())
     }
 
     /// Number of addresses in the table.
@@ -248,29 +243,6 @@ fn handshake_refused(full: RoomFull) -> Refused {
         ),
         RoomFull::Node => {
             Refused::node(Limit::Handshakes, "too many handshakes are under way: come back later")
-        }
-    }
-}
-
-/// Permission to create a user. It is given back on drop: most users are known.
-#[derive(Debug)]
-pub struct NewUser {
-    admission: Arc<Admission>,
-    app: AppId,
-    is_used: bool,
-}
-
-impl NewUser {
-    /// The user was created, or may have been.
-    pub fn used(mut self) {
-        self.is_used = true;
-    }
-}
-
-impl Drop for NewUser {
-    fn drop(&mut self) {
-        if !self.is_used {
-            self.admission.new_users.give_back(&self.app);
         }
     }
 }

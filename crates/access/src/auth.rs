@@ -10,10 +10,10 @@ mod probe;
 
 use std::time::Duration;
 
-use barid_core::limits::GROUPS_MAX;
+use barid_core::limits::{EPOCH_SECONDS_MAX, GROUPS_MAX};
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
-use barid_session::{Claims, TokenFacts};
+use barid_session::{Claims, TokenFingerprint};
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
 use serde_json::Value;
@@ -27,8 +27,8 @@ pub use error::{AuthError, KeyError};
 pub use probe::probe;
 use prometheus::IntCounter;
 
-/// The last second of the year 9999. A time in milliseconds is far larger.
-const EXPIRES_SECONDS_MAX: u64 = 253_402_300_799;
+/// How far ahead of this node's clock an `iat` may be, s. A later one counts as none, so that revocations hit it.
+const ISSUED_AHEAD_SECONDS: u64 = 60;
 
 /// Verifies tokens.
 #[derive(Debug)]
@@ -190,9 +190,13 @@ impl Verifier {
         let device =
             text("device", &raw.device)?.map(DeviceId::new).transpose().map_err(invalid)?;
         let expires_s = seconds("exp", &raw.exp)?.ok_or_else(|| missing("exp"))?;
-        if expires_s > EXPIRES_SECONDS_MAX {
-            let text = "claim exp is later than the year 9999; it counts seconds, not milliseconds";
-            return Err(AuthError::Malformed(text.into()));
+        let issued_s = seconds("iat", &raw.iat)?.unwrap_or(0);
+        for (claim, time_s) in [("exp", expires_s), ("iat", issued_s)] {
+            if time_s > EPOCH_SECONDS_MAX {
+                return Err(AuthError::Malformed(format!(
+                    "claim {claim} is later than the year 9999; it counts seconds, not milliseconds"
+                )));
+            }
         }
         let starts_s = seconds("nbf", &raw.nbf)?.unwrap_or(0);
         if !key.speaks_for(&app) {
@@ -216,9 +220,11 @@ impl Verifier {
         let groups = names("groups", &raw.groups)?;
         let groups = groups.into_iter().map(GroupId::new).collect::<Result<_, _>>();
         let groups = groups.map_err(invalid)?;
-        let issued_s = seconds("iat", &raw.iat)?.unwrap_or(0);
-        let token = TokenFacts {
-            issued_s: u32::try_from(issued_s).unwrap_or(u32::MAX),
+        // A time of the future would escape revocations that are made until then.
+        let is_future =
+            issued_s > now_s.saturating_add(self.nbf_leeway_s.max(ISSUED_AHEAD_SECONDS));
+        let token = TokenFingerprint {
+            issued_s: if is_future { 0 } else { u32::try_from(issued_s).unwrap_or(u32::MAX) },
             id: text("jti", &raw.jti)?.map_or(0, |jti| id_hash(&app, jti)),
             key: kid.map_or(0, key_hash),
         };

@@ -250,7 +250,8 @@ pub struct AuthConfig {
     /// Web origins that may connect, as in a browser's `Origin` header: `https://app.example.com`,
     /// `https://*.example.com`, `null`. Empty: all. Clients other than browsers send no origin and are not checked.
     pub origins: Vec<String>,
-    /// Maximum revocations that the node keeps; beyond it the oldest is dropped, and its tokens are valid again.
+    /// Maximum revocations that the node keeps; beyond it the oldest of a user or a token is dropped, and its tokens are
+    /// valid again.
     pub revocations_max: usize,
 }
 

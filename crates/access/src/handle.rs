@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use barid_core::{Attempt, ConnectionId, DeviceId, Incarnation};
 use barid_mailbox::{LiveSession, UserKey};
-use barid_session::{Close, Seconds, TokenFacts};
+use barid_session::{Close, Seconds, TokenFingerprint};
 use barid_wire::envelope::{Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Encoding, Format, encode_deliver};
 use bytes::Bytes;
@@ -99,7 +99,7 @@ impl Inbox {
 struct State {
     inbox: Inbox,
     waker: Option<Waker>,
-    token: TokenFacts,
+    token: TokenFingerprint,
     over: bool,
 }
 
@@ -150,7 +150,7 @@ impl Handle {
         attempt: Attempt,
         user: UserKey,
         device: DeviceId,
-        token: TokenFacts,
+        token: TokenFingerprint,
     ) -> Self {
         Self {
             connection,
@@ -181,13 +181,13 @@ impl Handle {
         &self.device
     }
 
-    /// By what the session's token can be revoked.
-    pub fn token(&self) -> TokenFacts {
+    /// Fingerprint of the session's token.
+    pub fn token(&self) -> TokenFingerprint {
         self.state.lock().token
     }
 
     /// The session's token was replaced.
-    pub fn set_token(&self, token: TokenFacts) {
+    pub fn set_token(&self, token: TokenFingerprint) {
         self.state.lock().token = token;
     }
 
@@ -327,7 +327,7 @@ pub(crate) mod tests {
         let user =
             UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
         let device = DeviceId::new("phone").unwrap();
-        let token = TokenFacts::default();
+        let token = TokenFingerprint::default();
         Arc::new(Handle::new(ConnectionId(connection), Attempt(connection), user, device, token))
     }
 

@@ -46,7 +46,7 @@ mod wheel;
 pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
-pub use revocations::{Table as RevocationTable, key_hash};
+pub use revocations::{key_hash, revokes};
 
 use std::time::Duration;
 
@@ -80,7 +80,12 @@ impl Role for Access {
         let redis = barid_mailbox::probe(&config.redis, timeout);
         let keys = auth::probe(&config.auth, timeout);
         let (kafka, redis, keys) = tokio::join!(kafka, redis, keys);
-        [kafka, redis, keys].concat()
+        // Only of a topic that exists.
+        let unfit = match config.revocations && kafka.iter().all(|probe| probe.found.is_ok()) {
+            true => barid_bus::probe_revocations(&config.kafka, timeout).await,
+            false => None,
+        };
+        [kafka, unfit.into_iter().collect(), redis, keys].concat()
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

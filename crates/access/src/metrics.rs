@@ -108,9 +108,9 @@ pub struct Metrics {
     revocations: IntGaugeVec,
     /// 1 while revocations are read as they are made; 0: Kafka is away, or has not been read yet.
     pub revocations_current: IntGauge,
-    /// Records of the topic of revocations that are none.
+    /// Malformed records of the topic of revocations.
     pub revocations_malformed: IntCounter,
-    /// Revocations that had to make room for newer ones.
+    /// Revocations that were evicted because there are too many.
     pub revocations_evicted: IntCounter,
     revoked: IntCounterVec,
     /// Devices sent to another node by shedding.
@@ -310,11 +310,11 @@ impl Metrics {
             )?,
             revocations_malformed: set.counter(
                 "revocations_malformed_total",
-                "Malformed records in the topic of revocations",
+                "Malformed records in the topic of revocations: each revokes all tokens of its key",
             )?,
             revocations_evicted: set.counter(
                 "revocations_evicted_total",
-                "Revocations that made room for newer ones",
+                "Revocations evicted because there are too many: they are not in force",
             )?,
             revoked: set.counters(
                 "revoked_total",

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
     use crate::handle::tests::handle;
     use barid_core::{AppId, Attempt, DeviceId, UserId};
-    use barid_session::TokenFacts;
+    use barid_session::TokenFingerprint;
 
     #[test]
     fn old_session_does_not_remove_newer_one() {
@@ -144,7 +144,7 @@ mod tests {
         let app = AppId::new("demo").unwrap();
         let user = UserKey { app, user: UserId::new(&format!("u{number}")).unwrap() };
         let device = DeviceId::new("phone").unwrap();
-        let token = TokenFacts::default();
+        let token = TokenFingerprint::default();
         Arc::new(Handle::new(ConnectionId(number), Attempt(number), user, device, token))
     }
 }

@@ -5,22 +5,24 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `facts` | what a session keeps of its token |
+//! | `fingerprint` | hashes that sessions keep of their token |
 //! | `table` | the revocations in force, pure |
-//! | `follow` | the task that follows the topic, and closes open sessions |
+//! | `follow` | the task that follows the topic |
+//! | `closing` | closes the open sessions of revoked tokens |
 
-mod facts;
+mod closing;
+mod fingerprint;
 pub mod follow;
 mod table;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use barid_mailbox::UserKey;
-use barid_session::TokenFacts;
+use barid_session::TokenFingerprint;
 use parking_lot::{RwLock, RwLockReadGuard};
 
-pub use facts::{id_hash, key_hash};
-pub use table::Table;
+pub use fingerprint::{id_hash, key_hash};
+pub use table::{Table, revokes};
 
 use crate::labels::RevokedBy;
 
@@ -29,18 +31,18 @@ pub const REVOKED: &str = "the token has been revoked";
 
 /// Why a token may not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum NotAdmitted {
     /// It is revoked.
     Revoked,
     /// The revocations have not been read since the start.
-    Unread,
+    NotRead,
 }
 
 /// The revocations in force.
 #[derive(Debug)]
 pub struct Revocations {
     table: RwLock<Table>,
-    /// Number of entries of `table`, which most nodes have none of.
+    /// Number of entries of `table`: on most nodes 0, which spares the lock.
     held: AtomicUsize,
     is_read: AtomicBool,
 }
@@ -61,25 +63,30 @@ impl Revocations {
     ///
     /// # Errors
     /// The token may not be used.
-    pub fn check(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Result<(), Refusal> {
+    pub fn check(
+        &self,
+        user: &UserKey,
+        token: &TokenFingerprint,
+        now_s: u64,
+    ) -> Result<(), NotAdmitted> {
         if !self.is_read.load(Ordering::Acquire) {
-            return Err(Refusal::Unread);
+            return Err(NotAdmitted::NotRead);
         }
         match self.hit(user, token, now_s) {
-            Some(_) => Err(Refusal::Revoked),
+            Some(_) => Err(NotAdmitted::Revoked),
             None => Ok(()),
         }
     }
 
-    /// By what a token is revoked; `None`: it is not.
-    pub fn hit(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Option<RevokedBy> {
+    /// The kind of revocation that hits a token; `None`: it is not revoked.
+    pub fn hit(&self, user: &UserKey, token: &TokenFingerprint, now_s: u64) -> Option<RevokedBy> {
         if self.held.load(Ordering::Acquire) == 0 {
             return None;
         }
         self.table.read().hit(user, token, now_s)
     }
 
-    /// The table, for many checks.
+    /// The table.
     pub fn table(&self) -> RwLockReadGuard<'_, Table> {
         self.table.read()
     }

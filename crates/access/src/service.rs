@@ -97,7 +97,8 @@ impl Service {
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
         if let Some(condition) = revocations {
             let follower = Follower::start(&config.kafka, &config.kafka.topics.revocations)?;
-            tasks.spawn("the revocations", follow::run(Arc::clone(&node), follower, condition));
+            let run = follow::run(Arc::clone(&node), follower, config.kafka.clone(), condition);
+            tasks.spawn("the revocations", run);
         }
         let guard = memory::guard(Arc::clone(&node), Marks::new(&config.limits));
         tasks.spawn("the memory guard", guard);
@@ -156,6 +157,9 @@ async fn build(
     tasks: &Tasks,
 ) -> Result<Option<(Arc<Node>, Lease)>, Error> {
     let metrics = Metrics::new(&context.metrics, config.limits.metric_names_max)?;
+    if !config.revocations {
+        context.metrics.unregister(Box::new(metrics.revocations_current.clone()))?;
+    }
     let policy = Policy::new(config)?;
     context.metrics.register(Box::new(policy.verifier.keys_skipped.clone()))?;
     // Before Redis answers: that may take longer than a certificate is valid.

@@ -170,6 +170,11 @@ mod tests {
             "revoke list",
             "revoke withdraw user alice",
             "revoke withdraw everyone",
+            "revoke withdraw ended",
+            "revoke withdraw record flock:7",
+            "revoke token -x7 --for 1h",
+            "revoke user alice --margin 30s",
+            "revoke user --app shop alice",
         ] {
             assert!(parse(good).is_ok(), "{good}: {:?}", parse(good).err());
         }
@@ -179,6 +184,7 @@ mod tests {
             "revoke everyone alice",
             "revoke key k --issued-before 1760000000",
             "revoke user alice --issued-before soon",
+            "revoke user alice --issued-before 5 --margin 1s",
             "revoke user alice --for 0s",
             "revoke app a:b",
             "revoke withdraw",

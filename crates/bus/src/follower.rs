@@ -4,6 +4,9 @@
 //! every process that follows the topic holds all of it. While Kafka is away it waits; what was read before stays with
 //! the caller.
 //!
+//! Every 10 s it compares its positions with the bounds of the log and the topic's id, so that it notices a log that it
+//! cannot read although Kafka answers, and a topic that was deleted and created again.
+//!
 //! Two records of one key are ordered only within a partition. Create such a topic with one partition, and keep the
 //! number: with more, clients of other languages place a key elsewhere, and so does any client after a change.
 
@@ -15,14 +18,14 @@ use bytes::Bytes;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::consumer::{Consumer as _, ConsumerContext, StreamConsumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 
 use crate::context::Logged;
-use crate::{Error, KafkaConfig};
+use crate::{Error, KafkaConfig, ffi};
 
 /// Maximum changes of one event.
 const CHANGES_MAX: usize = 1_000;
@@ -30,33 +33,52 @@ const CHANGES_MAX: usize = 1_000;
 const CHANGES_BYTES: usize = 1 << 20;
 /// Bound of what librdkafka fetches in advance, KiB.
 const PREFETCH_KBYTES: &str = "4096";
-/// Time between two looks at the topic's partitions, which also show whether Kafka answers.
-const LOOK: Duration = Duration::from_secs(10);
+/// Time between two requests for the topic's metadata, which also show whether Kafka answers.
+const POLL: Duration = Duration::from_secs(10);
 /// The same while something is wrong.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How long a look waits for each answer.
+const POLL_DEGRADED: Duration = Duration::from_secs(1);
+/// How long each answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Follows one topic.
 pub struct Follower {
     /// `None` only while it is dropped.
     client: Option<Arc<Client>>,
+    config: KafkaConfig,
     topic: Arc<str>,
-    brokers: String,
-    /// The next offset of each assigned partition; `None`: its beginning.
-    next: BTreeMap<i32, Option<i64>>,
-    /// Partitions that were there at the first look, and are not read to the end that they had then.
-    unread: BTreeMap<i32, i64>,
+    /// The topic's id; `None`: unknown.
+    id: Option<String>,
+    positions: BTreeMap<i32, Position>,
     is_caught_up: bool,
-    looking: Option<JoinHandle<Result<Vec<Seen>, Error>>>,
-    look_at: Instant,
-    /// Why the last look failed.
-    unseen: Option<Error>,
+    /// A record was read whose offset is behind the position: the log has begun again.
+    went_back: bool,
+    /// Another client has to be created before anything else.
+    needs_client: bool,
+    polling: Option<JoinHandle<Result<Polled, Error>>>,
+    poll_at: Instant,
+    /// Why the last poll failed.
+    unanswered: Option<Error>,
     /// Why a partition cannot be fetched, until one can.
     unfetched: Option<Error>,
-    /// The trouble that the caller knows of.
-    told: Option<Error>,
+    /// The log has records that do not arrive.
+    stalled: Option<Error>,
+    /// The error that the caller knows of.
+    notified: Option<Error>,
     queued: VecDeque<Followed>,
+}
+
+/// How far a partition is read.
+#[derive(Debug, Clone, Copy)]
+struct Position {
+    /// The next offset; `None`: the log's beginning.
+    next: Option<i64>,
+    /// The offset up to which the log has to be read: its end when it was polled, and `has_reached_end` was set.
+    end: i64,
+    has_reached_end: bool,
+    /// `next` at the last poll.
+    polled_next: Option<i64>,
+    /// Whether the end of the log was reached since the last poll began. Its last offsets may have no record.
+    end_since_poll: bool,
 }
 
 /// The newest record of a key.
@@ -68,23 +90,36 @@ pub struct Change {
     pub value: Option<Bytes>,
 }
 
-/// What a follower has to tell.
+/// An event of a follower.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Followed {
     /// Changes, in the order of the log; at most 1,000, and about 1 MiB.
     Changes(Vec<Change>),
-    /// Everything that was in the topic at the start has been told. Told once.
+    /// Everything that was in the topic when reading began has been returned. Once after the start, and once after each
+    /// [`Self::Restarted`].
     CaughtUp,
-    /// Kafka is away, or refuses. What was told before may be out of date. Told once until it changes.
-    Trouble(Error),
-    /// The trouble is over.
-    Healed,
+    /// The topic was deleted and created again, or has lost its end, and is read from its beginning. Keys that are not
+    /// returned again before [`Self::CaughtUp`] no longer exist.
+    Restarted,
+    /// Changes do not arrive: Kafka is away, refuses, or holds what cannot be read. Once until the error changes.
+    Degraded(Error),
+    /// Changes arrive again.
+    Recovered,
 }
 
-type Client = StreamConsumer<Quiet>;
+type Client = StreamConsumer<LogOnly>;
 
-/// A partition that is new to the follower, with the bounds of its log.
-struct Seen {
+/// A topic's metadata.
+struct Polled {
+    /// `None`: the broker has no ids.
+    id: Option<String>,
+    /// The next offset of each known partition when the poll began.
+    next: BTreeMap<i32, Option<i64>>,
+    bounds: Vec<Bounds>,
+}
+
+/// The bounds of a partition's log.
+struct Bounds {
     partition: i32,
     low: i64,
     high: i64,
@@ -100,15 +135,18 @@ impl Follower {
         Ok(Self {
             client: Some(client),
             topic: Arc::from(topic),
-            brokers: config.brokers.join(","),
-            next: BTreeMap::new(),
-            unread: BTreeMap::new(),
+            config: config.clone(),
+            id: None,
+            positions: BTreeMap::new(),
             is_caught_up: false,
-            looking: None,
-            look_at: Instant::now(),
-            unseen: None,
+            went_back: false,
+            needs_client: false,
+            polling: None,
+            poll_at: Instant::now(),
+            unanswered: None,
             unfetched: None,
-            told: None,
+            stalled: None,
+            notified: None,
             queued: VecDeque::new(),
         })
     }
@@ -119,29 +157,28 @@ impl Follower {
             if let Some(event) = self.queued.pop_front() {
                 return event;
             }
+            if std::mem::take(&mut self.needs_client) {
+                self.replace_client();
+            }
             let Some(client) = self.client.clone() else { return std::future::pending().await };
             tokio::select! {
                 biased;
-                seen = finished(&mut self.looking) => self.seen(seen),
-                () = sleep_until(self.look_at), if self.looking.is_none() => self.look(&client),
-                received = client.recv() => self.take(&client, received),
+                polled = finished(&mut self.polling) => self.polled(polled),
+                () = sleep_until(self.poll_at), if self.polling.is_none() => self.poll(&client),
+                received = client.recv() => self.receive(&client, received),
             }
-            self.tell();
+            self.notify();
         }
     }
 
-    /// Takes a record, and what else has arrived.
-    fn take(&mut self, client: &Client, first: Result<BorrowedMessage<'_>, KafkaError>) {
+    /// Queues a record, and the others that have arrived.
+    fn receive(&mut self, client: &Client, first: Result<BorrowedMessage<'_>, KafkaError>) {
         let (mut changes, mut bytes, mut received) = (Vec::new(), 0, Some(first));
         while let Some(record) = received {
             match record {
                 Ok(record) => {
-                    self.unfetched = None;
-                    let (partition, next) = (record.partition(), record.offset() + 1);
-                    self.next.insert(partition, Some(next));
-                    if self.unread.get(&partition).is_some_and(|end| next >= *end) {
-                        self.unread.remove(&partition);
-                    }
+                    (self.unfetched, self.stalled) = (None, None);
+                    self.advance(record.partition(), record.offset());
                     let key = record.key().map(Bytes::copy_from_slice).unwrap_or_default();
                     let value = record.payload().map(Bytes::copy_from_slice);
                     bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
@@ -149,8 +186,11 @@ impl Follower {
                 }
                 // The last offsets of a log may have no record: what was there is compacted.
                 Err(KafkaError::PartitionEOF(partition)) => {
-                    self.unfetched = None;
-                    self.unread.remove(&partition);
+                    (self.unfetched, self.stalled) = (None, None);
+                    if let Some(position) = self.positions.get_mut(&partition) {
+                        position.has_reached_end = true;
+                        position.end_since_poll = true;
+                    }
                 }
                 Err(error) => self.cannot_fetch(error),
             }
@@ -162,57 +202,142 @@ impl Follower {
         }
     }
 
+    fn advance(&mut self, partition: i32, offset: i64) {
+        let Some(position) = self.positions.get_mut(&partition) else { return };
+        if position.next.is_some_and(|next| offset < next) {
+            self.went_back = true;
+            self.poll_at = Instant::now();
+        }
+        position.next = Some(offset + 1);
+        position.has_reached_end |= offset + 1 >= position.end;
+    }
+
     fn cannot_fetch(&mut self, error: KafkaError) {
-        // librdkafka looks for the group's coordinator, which a follower has no use for.
-        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::GroupAuthorizationFailed) {
-            return tracing::debug!(topic = &*self.topic, %error, "no right to use a group");
-        }
-        match Error::from(error) {
-            // librdkafka reports some outages that it has bridged: the next look decides.
-            Error::Away(why) => {
-                tracing::debug!(topic = &*self.topic, why, "fetch failed");
-                self.look_at = self.look_at.min(Instant::now() + LOOK_AGAIN);
+        match error.rdkafka_error_code() {
+            // librdkafka looks for the group's coordinator, which a follower has no use for.
+            Some(Code::GroupAuthorizationFailed) => {
+                tracing::debug!(topic = &*self.topic, %error, "no right to use a group");
             }
-            error => self.unfetched = Some(error),
+            // librdkafka reports some outages that it has bridged: the next poll decides.
+            Some(
+                Code::BrokerTransportFailure
+                | Code::AllBrokersDown
+                | Code::Resolve
+                | Code::OperationTimedOut
+                | Code::RequestTimedOut
+                | Code::NetworkException
+                | Code::LeaderNotAvailable
+                | Code::NotLeaderForPartition
+                | Code::ReplicaNotAvailable
+                | Code::FencedLeaderEpoch
+                | Code::UnknownLeaderEpoch
+                | Code::OffsetNotAvailable,
+            ) => {
+                tracing::debug!(topic = &*self.topic, %error, "fetch failed");
+                self.poll_at = self.poll_at.min(Instant::now() + POLL_DEGRADED);
+            }
+            _ => {
+                self.unfetched = Some(error.into());
+                self.poll_at = self.poll_at.min(Instant::now() + POLL_DEGRADED);
+            }
         }
     }
 
-    fn look(&mut self, client: &Arc<Client>) {
-        let (client, topic) = (Arc::clone(client), Arc::clone(&self.topic));
-        let known: Vec<i32> = self.next.keys().copied().collect();
-        self.looking = Some(spawn_blocking(move || look(&client, &topic, &known)));
+    fn poll(&mut self, client: &Arc<Client>) {
+        let (client, topic) = (Arc::clone(client), self.topic.to_string());
+        self.positions.values_mut().for_each(|position| position.end_since_poll = false);
+        let next = self.positions.iter().map(|(partition, position)| (*partition, position.next));
+        let next = next.collect();
+        self.polling = Some(spawn_blocking(move || poll(&client, topic, next)));
     }
 
-    fn seen(&mut self, seen: Result<Vec<Seen>, Error>) {
-        self.looking = None;
-        match seen {
-            Ok(new) => {
-                self.unseen = None;
-                let is_first = self.next.is_empty();
-                for Seen { partition, low, high } in &new {
-                    self.next.insert(*partition, None);
-                    if is_first && low < high {
-                        self.unread.insert(*partition, *high);
-                    }
-                }
-                // Assigning again makes librdkafka fetch again what it could not, and report whether it can.
-                if !new.is_empty() || self.unfetched.is_some() {
-                    self.assign();
-                }
+    fn polled(&mut self, polled: Result<Polled, Error>) {
+        self.polling = None;
+        match polled {
+            Ok(polled) => {
+                self.unanswered = None;
+                self.compare(&polled);
             }
             Err(Error::Away(why)) => {
-                self.unseen = Some(Error::Away(format!("{}: {why}", self.brokers)));
+                self.unanswered =
+                    Some(Error::Away(format!("{}: {why}", self.config.brokers.join(","))));
             }
-            Err(error) => self.unseen = Some(error),
+            Err(error) => self.unanswered = Some(error),
         }
-        let is_well = self.unseen.is_none() && self.unfetched.is_none();
-        self.look_at = Instant::now() + if is_well { LOOK } else { LOOK_AGAIN };
+        let is_degraded = self.error().is_some();
+        self.poll_at = Instant::now() + if is_degraded { POLL_DEGRADED } else { POLL };
+    }
+
+    /// Compares the positions with the log.
+    fn compare(&mut self, polled: &Polled) {
+        let is_other = self.id.is_some() && polled.id.is_some() && self.id != polled.id;
+        // Positions of when the poll began: since then, records that are beyond these ends may have been read.
+        let is_cut = polled.bounds.iter().any(|Bounds { partition, high, .. }| {
+            polled.next.get(partition).is_some_and(|next| next.is_some_and(|next| next > *high))
+        });
+        if is_other || is_cut || self.went_back {
+            tracing::warn!(
+                topic = &*self.topic,
+                is_other,
+                is_cut,
+                "the topic was created again or has lost its end: reading it from the beginning"
+            );
+            self.positions.clear();
+            (self.is_caught_up, self.went_back, self.needs_client) = (false, false, true);
+            self.queued.push_back(Followed::Restarted);
+        }
+        self.id = polled.id.clone().or(self.id.take());
+        let mut is_new = false;
+        self.stalled = None;
+        for Bounds { partition, low, high } in &polled.bounds {
+            let Some(position) = self.positions.get_mut(partition) else {
+                is_new = true;
+                let position = Position {
+                    next: None,
+                    end: *high,
+                    has_reached_end: low >= high,
+                    polled_next: None,
+                    end_since_poll: false,
+                };
+                self.positions.insert(*partition, position);
+                continue;
+            };
+            if position.has_reached_end && *high > position.end {
+                position.end = *high;
+                position.has_reached_end =
+                    position.end_since_poll || position.next.is_some_and(|next| next >= *high);
+            } else if !position.has_reached_end && position.next == position.polled_next {
+                let next = position.next.unwrap_or(*low);
+                self.stalled = Some(Error::Away(format!(
+                    "partition {partition}: no record arrives from offset {next} on, and the log \
+                     ends at {high}"
+                )));
+            }
+            position.polled_next = position.next;
+        }
+        // Assigning again makes librdkafka fetch again what it could not, and report whether it can.
+        if !self.needs_client && (is_new || self.unfetched.is_some()) {
+            self.assign();
+        }
+    }
+
+    /// librdkafka keeps the leader epochs of a deleted topic, and with them it cannot fetch the new one.
+    fn replace_client(&mut self) {
+        match create(&self.config) {
+            Ok(client) => {
+                close(self.client.replace(Arc::new(client)));
+                self.unfetched = None;
+                self.assign();
+            }
+            // The configuration was valid at the start.
+            Err(error) => self.unfetched = Some(error),
+        }
     }
 
     fn assign(&mut self) {
-        let mut list = TopicPartitionList::with_capacity(self.next.len());
-        let added = self.next.iter().try_for_each(|(partition, next)| {
-            let offset = next.map_or(Offset::Beginning, Offset::Offset);
+        let mut list = TopicPartitionList::with_capacity(self.positions.len());
+        let added = self.positions.iter().try_for_each(|(partition, position)| {
+            let offset = position.next.map_or(Offset::Beginning, Offset::Offset);
             list.add_partition_offset(&self.topic, *partition, offset)
         });
         let assign = |client: &Arc<Client>| client.assign(&list);
@@ -222,27 +347,34 @@ impl Follower {
         }
     }
 
-    /// Queues what has become of the catching up and of the trouble.
-    fn tell(&mut self) {
-        if !self.is_caught_up && !self.next.is_empty() && self.unread.is_empty() {
+    /// Queues events about catching up and about errors.
+    fn notify(&mut self) {
+        let is_read = self.positions.values().all(|position| position.has_reached_end);
+        if !self.is_caught_up && !self.positions.is_empty() && is_read {
             self.is_caught_up = true;
             self.queued.push_back(Followed::CaughtUp);
         }
-        let trouble = self.unseen.as_ref().or(self.unfetched.as_ref());
-        if trouble != self.told.as_ref() {
-            self.told = trouble.cloned();
-            self.queued.push_back(trouble.cloned().map_or(Followed::Healed, Followed::Trouble));
+        let error = self.error().cloned();
+        if error != self.notified {
+            self.notified.clone_from(&error);
+            self.queued.push_back(error.map_or(Followed::Recovered, Followed::Degraded));
         }
+    }
+
+    fn error(&self) -> Option<&Error> {
+        self.unanswered.as_ref().or(self.unfetched.as_ref()).or(self.stalled.as_ref())
     }
 }
 
 impl Drop for Follower {
-    /// Closing a client waits for its threads.
     fn drop(&mut self) {
-        if let Some(client) = self.client.take() {
-            std::thread::spawn(move || drop(client));
-        }
+        close(self.client.take());
     }
+}
+
+/// Closes a client, which waits for its threads.
+fn close(client: Option<Arc<Client>>) {
+    std::thread::spawn(move || drop(client));
 }
 
 impl std::fmt::Debug for Follower {
@@ -253,9 +385,9 @@ impl std::fmt::Debug for Follower {
 
 /// The callbacks of a follower's client: its log.
 #[derive(Debug, Clone, Default)]
-struct Quiet(Logged);
+struct LogOnly(Logged);
 
-impl ClientContext for Quiet {
+impl ClientContext for LogOnly {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         self.0.log(level, facility, message);
     }
@@ -265,7 +397,7 @@ impl ClientContext for Quiet {
     }
 }
 
-impl ConsumerContext for Quiet {}
+impl ConsumerContext for LogOnly {}
 
 fn create(config: &KafkaConfig) -> Result<Client, Error> {
     let mut client = config.client();
@@ -279,32 +411,43 @@ fn create(config: &KafkaConfig) -> Result<Client, Error> {
         .set("auto.offset.reset", "earliest")
         .set("fetch.wait.max.ms", config.fetch_wait_max_ms.to_string())
         .set("fetch.error.backoff.ms", "100")
+        // A full queue is fetched into again after this time: by default a second.
+        .set("fetch.queue.backoff.ms", "5")
+        // A hanging transaction must not hold back the records after it. Nobody writes this topic in transactions.
+        .set("isolation.level", "read_uncommitted")
         .set("queued.max.messages.kbytes", PREFETCH_KBYTES);
-    Ok(StreamConsumer::from_config_and_context(&config.overlay(client), Quiet::default())?)
+    Ok(StreamConsumer::from_config_and_context(&config.overlay(client), LogOnly::default())?)
 }
 
-/// Asks for the partitions of the topic that are not `known`. Blocks.
-fn look(client: &Client, topic: &str, known: &[i32]) -> Result<Vec<Seen>, Error> {
-    let metadata = client.fetch_metadata(Some(topic), PATIENCE)?;
+/// Requests the topic's metadata. Blocks.
+fn poll(client: &Client, topic: String, next: BTreeMap<i32, Option<i64>>) -> Result<Polled, Error> {
+    let metadata = client.fetch_metadata(Some(&topic), PATIENCE)?;
     let found = metadata.topics().first().map(|topic| topic.partitions()).unwrap_or_default();
     if found.is_empty() {
         let why =
             format!("topic {topic} does not exist, or may not be read; `barid topics create`");
         return Err(Error::Refused(why));
     }
-    let new = found.iter().map(|partition| partition.id()).filter(|id| !known.contains(id));
-    let bounds = |partition| -> Result<Seen, Error> {
-        let (low, high) = client.fetch_watermarks(topic, partition, PATIENCE)?;
-        Ok(Seen { partition, low, high })
+    let bounds = |partition| -> Result<Bounds, Error> {
+        let (low, high) = client.fetch_watermarks(&topic, partition, PATIENCE)?;
+        Ok(Bounds { partition, low, high })
     };
-    new.map(bounds).collect()
+    let bounds = found.iter().map(|partition| bounds(partition.id())).collect::<Result<_, _>>()?;
+    let id = match ffi::has_controller(client.client(), Some(&topic), PATIENCE)? {
+        // Brokers before Kafka 3.1 have no ids.
+        true => ffi::topic_ids(client.client(), std::slice::from_ref(&topic), PATIENCE)
+            .unwrap_or_default()
+            .remove(&topic),
+        false => None,
+    };
+    Ok(Polled { id, next, bounds })
 }
 
 async fn finished(
-    looking: &mut Option<JoinHandle<Result<Vec<Seen>, Error>>>,
-) -> Result<Vec<Seen>, Error> {
-    match looking {
-        Some(looking) => looking
+    polling: &mut Option<JoinHandle<Result<Polled, Error>>>,
+) -> Result<Polled, Error> {
+    match polling {
+        Some(polling) => polling
             .await
             .unwrap_or_else(|error| Err(Error::Away(format!("worker thread: {error}")))),
         None => std::future::pending().await,
@@ -317,5 +460,65 @@ fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
     match std::pin::pin!(future).poll(&mut cx) {
         std::task::Poll::Ready(value) => Some(value),
         std::task::Poll::Pending => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn polled(follower: &Follower, id: &str, high: i64) -> Polled {
+        let next =
+            follower.positions.iter().map(|(partition, position)| (*partition, position.next));
+        let bounds = vec![Bounds { partition: 0, low: 0, high }];
+        Polled { id: Some(id.into()), next: next.collect(), bounds }
+    }
+
+    /// A follower that has read a log of three records.
+    async fn caught_up() -> Follower {
+        let config = KafkaConfig { brokers: vec!["127.0.0.1:1".into()], ..Default::default() };
+        let mut follower = Follower::start(&config, "barid.revocations").unwrap();
+        follower.compare(&polled(&follower, "one", 3));
+        (0..3).for_each(|offset| follower.advance(0, offset));
+        follower.notify();
+        assert_eq!(follower.next().await, Followed::CaughtUp);
+        follower
+    }
+
+    #[tokio::test]
+    async fn hazard_136_records_that_do_not_arrive_although_kafka_answers_are_an_error() {
+        let mut follower = caught_up().await;
+        for _ in 0..3 {
+            follower.compare(&polled(&follower, "one", 3));
+            assert_eq!(follower.error(), None, "nothing is missing");
+        }
+        // The second poll in a row: the records may have been on their way.
+        follower.compare(&polled(&follower, "one", 9));
+        assert_eq!(follower.error(), None);
+        follower.compare(&polled(&follower, "one", 9));
+        let error = follower.error().unwrap().to_string();
+        assert!(error.contains("from offset 3 on, and the log ends at 9"), "{error}");
+        // Slow is not still.
+        follower.advance(0, 3);
+        follower.compare(&polled(&follower, "one", 9));
+        assert_eq!(follower.error(), None);
+    }
+
+    #[tokio::test]
+    async fn hazard_134_another_id_or_a_shorter_log_is_read_from_the_beginning() {
+        for (id, high) in [("two", 3), ("one", 2)] {
+            let mut follower = caught_up().await;
+            follower.compare(&polled(&follower, id, high));
+            follower.notify();
+            assert_eq!(follower.next().await, Followed::Restarted, "{id}, {high}");
+            assert_eq!(follower.positions[&0].next, None);
+            (0..high).for_each(|offset| follower.advance(0, offset));
+            follower.notify();
+            assert_eq!(follower.next().await, Followed::CaughtUp);
+        }
+        let mut follower = caught_up().await;
+        follower.advance(0, 0);
+        follower.compare(&polled(&follower, "one", 4));
+        assert_eq!(follower.queued.pop_front(), Some(Followed::Restarted));
     }
 }

@@ -1,5 +1,6 @@
 //! Access to Kafka: the consumer, which gives partitions back only when they are finished; the ledger of offsets that
-//! may be committed; followers of compacted topics; producers of receipts and dead letters; topics. It knows nothing of what records contain.
+//! may be committed; followers of compacted topics; producers of receipts and dead letters; topics. It knows nothing of
+//! what records contain.
 
 mod check;
 mod config;
@@ -25,8 +26,10 @@ pub use error::Error;
 pub use follower::{Change, Followed, Follower};
 pub use ledger::{Confirmed, Ledger};
 pub use metadata::{EPOCHS_MAX, Memory, Metadata, TopicSource};
-pub use probe::probe;
+pub use probe::{probe, probe_revocations};
 pub use producer::{Held, Producer};
 pub use receipts::Receipts;
 pub use stuck::Stuck;
-pub use topics::{Topic, describe_topics, describe_topics_anew, ensure_topics};
+pub use topics::{
+    Topic, describe_revocations, describe_topics, describe_topics_anew, ensure_topics,
+};

@@ -11,7 +11,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
 use rdkafka::error::KafkaError;
 
 use crate::context::lasting;
-use crate::{Error, KafkaConfig};
+use crate::{Error, KafkaConfig, describe_revocations};
 
 /// Keeps what librdkafka says of the brokers, which the error of a call does not tell.
 #[derive(Clone, Default)]
@@ -39,6 +39,17 @@ pub async fn probe(config: &KafkaConfig, topics: Vec<String>, limit: Duration) -
     let asked = tokio::task::spawn_blocking(move || ask(&config, &topics, limit)).await;
     let found = asked.unwrap_or_else(|error| Err(Unfit::Away(error.to_string())));
     Probe { name, found }
+}
+
+/// Describes the topic of revocations, for at most `limit`. `None`: its settings fit, or cannot be read.
+pub async fn probe_revocations(config: &KafkaConfig, limit: Duration) -> Option<Probe> {
+    let topic = describe_revocations(config, limit).await.ok()?;
+    let problems = topic.problems.join("; ");
+    let is_unfit = topic.partitions > 0 && !problems.is_empty();
+    is_unfit.then(|| Probe {
+        name: format!("topic {}", topic.name),
+        found: Err(Unfit::Unusable(problems)),
+    })
 }
 
 fn ask(config: &KafkaConfig, topics: &[String], limit: Duration) -> Result<String, Unfit> {

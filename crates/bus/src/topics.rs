@@ -98,11 +98,28 @@ impl Topic {
 /// # Errors
 /// No broker answered within `timeout`, or one refused.
 pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<Vec<Topic>, Error> {
+    describe(config, config.topics.all(), timeout).await
+}
+
+/// As [`describe_topics`], for the topic of revocations only.
+///
+/// # Errors
+/// As [`describe_topics`].
+pub async fn describe_revocations(config: &KafkaConfig, timeout: Duration) -> Result<Topic, Error> {
+    let name = config.topics.revocations.clone();
+    let mut topics = describe(config, vec![name], timeout).await?;
+    topics.pop().ok_or_else(|| Error::Away("the topic was not described".into()))
+}
+
+async fn describe(
+    config: &KafkaConfig,
+    names: Vec<String>,
+    timeout: Duration,
+) -> Result<Vec<Topic>, Error> {
     let mut client = config.overlay(config.client());
     // An admin client is a producer: by default, asking for a topic would create it.
     client.set("allow.auto.create.topics", "false");
-    let names: Vec<String> = config.topics.all();
-    let ask = move || -> Result<(AdminClient<Logged>, Vec<Topic>), Error> {
+    let ask = move || -> Result<(AdminClient<Logged>, bool, Vec<Topic>), Error> {
         let client: AdminClient<Logged> = AdminClient::from_config_and_context(&client, Logged)?;
         let ask = |name: String| -> Result<Topic, Error> {
             let metadata = client.inner().fetch_metadata(Some(&name), timeout)?;
@@ -112,20 +129,22 @@ pub async fn describe_topics(config: &KafkaConfig, timeout: Duration) -> Result<
             let (settings, problems) = (BTreeMap::new(), Vec::new());
             Ok(Topic { name, partitions: partitions.len(), replicas, settings, problems })
         };
-        let topics = names.into_iter().map(ask).collect::<Result<_, _>>()?;
-        Ok((client, topics))
+        let topics: Vec<Topic> = names.into_iter().map(ask).collect::<Result<_, _>>()?;
+        let first = topics.first().map(|topic| topic.name.as_str());
+        // librdkafka's in-process broker does not answer requests for settings.
+        let has_settings = ffi::has_controller(client.inner(), first, timeout)?;
+        Ok((client, has_settings, topics))
     };
     let asked = tokio::task::spawn_blocking(ask).await;
-    let (client, mut topics) =
+    let (client, has_settings, mut topics) =
         asked.map_err(|error| Error::Away(format!("worker thread: {error}")))??;
     let there: Vec<_> = topics.iter().filter(|topic| topic.partitions > 0).collect();
     let resources: Vec<_> =
         there.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
     let options = AdminOptions::new().request_timeout(Some(timeout.min(SETTINGS_TIMEOUT)));
     let mut settings = Vec::new();
-    if !resources.is_empty() {
+    if has_settings && !resources.is_empty() {
         let described = client.describe_configs(&resources, &options).await.map_err(Error::from);
-        // librdkafka's in-process broker does not answer this request.
         for described in
             described.or_else(|error| if error.is_away() { Ok(vec![]) } else { Err(error) })?
         {

@@ -36,3 +36,5 @@ pub const PAYLOAD_BYTES_MAX: usize = 2 << 20;
 pub const TIME_MS_MAX: u64 = WIRE_NUMBER_MAX / 1000;
 /// Re-sends of a message to an online device before its session is closed.
 pub const RESENDS_MAX: u32 = 5;
+/// The last second of the year 9999, seconds since the Unix epoch: no time is later. A time in milliseconds is.
+pub const EPOCH_SECONDS_MAX: u64 = 253_402_300_799;

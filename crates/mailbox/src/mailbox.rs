@@ -7,8 +7,10 @@ use barid_core::{AppId, Backoff, Incarnation, NodeId, Shard, ShardCount};
 use prometheus::Registry;
 use tokio::sync::broadcast;
 
+use crate::batcher::Batcher;
 use crate::calls;
 use crate::metrics::Metrics;
+use crate::operations::Connect;
 use crate::other_layouts::refuse_other_layouts;
 use crate::redis_clock::RedisTime;
 use crate::topology::Topology;
@@ -81,14 +83,8 @@ impl Mailbox {
     /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
     pub async fn connect(&self, request: ConnectRequest) -> Result<ConnectOutcome, Error> {
         let shard = self.shard_of(&request.user);
-        let began = Instant::now();
-        let outcome = self.topology.lane(shard).connect.call(request.clone(), shard).await;
-        let in_time = began.elapsed() < self.topology.config().response_timeout() / 2;
-        match outcome {
-            // Redis's clock was set forward; its reply has corrected our estimate.
-            Ok(ConnectOutcome::TooLate) if in_time => {
-                self.topology.lane(shard).connect.call(request, shard).await
-            }
+        let lane = self.topology.lane(shard);
+        match self.unless_late(&lane.connect, request.clone()).await {
             Err(Error::Full(_)) => self.connect_known(request).await,
             outcome => outcome,
         }
@@ -99,8 +95,23 @@ impl Mailbox {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn connect_known(&self, request: ConnectRequest) -> Result<ConnectOutcome, Error> {
-        let shard = self.shard_of(&request.user);
-        self.topology.lane(shard).connect_known.call(request, shard).await
+        let lane = self.topology.lane(self.shard_of(&request.user));
+        self.unless_late(&lane.connect_known, request).await
+    }
+
+    /// Calls once more if Redis's clock was set forward: its reply has corrected our estimate.
+    async fn unless_late<const CREATES: bool>(
+        &self,
+        connect: &Batcher<Connect<CREATES>>,
+        request: ConnectRequest,
+    ) -> Result<ConnectOutcome, Error> {
+        let (began, shard) = (Instant::now(), self.shard_of(&request.user));
+        let outcome = connect.call(request.clone(), shard).await;
+        let in_time = began.elapsed() < self.topology.config().response_timeout() / 2;
+        match outcome {
+            Ok(ConnectOutcome::TooLate) if in_time => connect.call(request, shard).await,
+            outcome => outcome,
+        }
     }
 
     /// Confirms that a session is alive, and restores its route.

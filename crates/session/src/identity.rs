@@ -16,14 +16,14 @@ pub struct Claims {
     pub expires_s: u64,
     /// The groups that the session may subscribe to.
     pub groups: Vec<GroupId>,
-    /// By what the token can be revoked.
-    pub token: TokenFacts,
+    /// Fingerprint of the token, for revocations.
+    pub token: TokenFingerprint,
 }
 
-/// By what a token can be revoked, in few bytes: sessions keep it.
+/// What revocations match a token by, in 24 bytes, because each session keeps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct TokenFacts {
-    /// When it was issued (`iat`), seconds since the Unix epoch; 0: it does not say.
+pub struct TokenFingerprint {
+    /// When it was issued (`iat`), seconds since the Unix epoch; 0: it has no `iat`, or one in the future.
     pub issued_s: u32,
     /// Hash of its app and its id (`jti`); 0: it has none.
     pub id: u64,

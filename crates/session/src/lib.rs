@@ -15,7 +15,7 @@ pub use closing::Closing;
 pub use connected::{AckUrgency, Connected, Dropped, Pushed};
 pub use effect::{AckPoint, Close, Effect, Mark, ReadFrom, Refusal, SyncCause};
 pub use heartbeat::{Beat, Heartbeat, Seconds};
-pub use identity::{Claims, Identity, TokenFacts};
+pub use identity::{Claims, Identity, TokenFingerprint};
 pub use settings::Settings;
 pub use unidentified::{Connecting, Unidentified};
 pub use window::{PushedAt, Sent, Wanted};

@@ -122,7 +122,7 @@ fn bytes_of(entry: &Entry) -> Bytes {
 
 fn claims() -> Claims {
     let user = UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
-    let token = TokenFacts::default();
+    let token = TokenFingerprint::default();
     Claims { user, device: None, expires_s: u64::MAX, groups: Vec::new(), token }
 }
 

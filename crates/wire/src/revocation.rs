@@ -1,12 +1,16 @@
 //! Revocations of tokens: the records of `barid.revocations`, a compacted topic that access nodes follow.
 //!
-//! The record's key is the canonical text of what is revoked ([`Revoked`]), so that a later record about the same
-//! replaces an earlier one, and a tombstone withdraws it. The value is one JSON object that says the same, and since
-//! when.
+//! A record's key is the canonical text of its [`Subject`], so that a later record of the same subject replaces an
+//! earlier one, and a tombstone withdraws it. The value is one JSON object that repeats the subject and adds the times.
+//! docs/security.md documents the format for other producers.
+//!
+//! Readers ignore unknown fields of version 1. A value that cannot be decoded revokes all tokens of its key
+//! ([`Revocation::decode_or_all`]): after compaction nobody could know what it has replaced.
 
 use std::fmt;
 use std::str::FromStr;
 
+use barid_core::limits::EPOCH_SECONDS_MAX;
 use barid_core::mailbox::UserKey;
 use barid_core::{AppId, UserId};
 use serde::{Deserialize, Serialize};
@@ -22,8 +26,6 @@ pub const REASON_BYTES_MAX: usize = 256;
 
 /// The version of the encoding.
 const VERSION: u64 = 1;
-/// The last second of the year 9999. A time in milliseconds is far larger.
-const SECONDS_MAX: u64 = 253_402_300_799;
 /// How much of a value an error repeats, bytes.
 const SHOWN_BYTES: usize = 64;
 
@@ -32,9 +34,9 @@ const SHOWN_BYTES: usize = 64;
 #[error("not a revocation: {0}")]
 pub struct RevocationError(String);
 
-/// Which tokens are revoked. Its text is the record's key.
+/// Which tokens a record is about. Its text is the record's key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Revoked {
+pub enum Subject {
     /// `user:APP:USER`: a user's tokens that were issued before a time.
     User(UserKey),
     /// `app:APP`: the tokens of an app that were issued before a time.
@@ -55,10 +57,10 @@ pub struct Name(Box<str>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revocation {
     /// Which tokens.
-    pub revoked: Revoked,
-    /// Only tokens that were issued before this time (seconds since the Unix epoch), or that do not say when. 0 for
-    /// [`Revoked::Token`] and [`Revoked::Key`], which revoke tokens of any time.
-    pub issued_before_s: u64,
+    pub subject: Subject,
+    /// Only tokens that were issued before this time (seconds since the Unix epoch), or that do not say when. `None` for
+    /// [`Subject::Token`] and [`Subject::Key`], which revoke tokens of any time, and only for these.
+    pub issued_before_s: Option<u64>,
     /// When the revocation ends, seconds since the Unix epoch; `None`: never.
     pub until_s: Option<u64>,
     /// The reason, for operators; may be empty.
@@ -68,7 +70,6 @@ pub struct Revocation {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Json {
     v: u64,
     kind: String,
@@ -103,23 +104,23 @@ impl Revocation {
     pub fn encode(&self) -> Result<(String, Vec<u8>), RevocationError> {
         self.check()?;
         let (mut app, mut user, mut jti, mut kid) = (None, None, None, None);
-        match &self.revoked {
-            Revoked::User(key) => {
+        match &self.subject {
+            Subject::User(key) => {
                 (app, user) = (Some(key.app.to_string()), Some(key.user.to_string()));
             }
-            Revoked::App(name) => app = Some(name.to_string()),
-            Revoked::Everyone => {}
-            Revoked::Token(of, id) => (app, jti) = (Some(of.to_string()), Some(id.to_string())),
-            Revoked::Key(id) => kid = Some(id.to_string()),
+            Subject::App(name) => app = Some(name.to_string()),
+            Subject::Everyone => {}
+            Subject::Token(of, id) => (app, jti) = (Some(of.to_string()), Some(id.to_string())),
+            Subject::Key(id) => kid = Some(id.to_string()),
         }
         let json = Json {
             v: VERSION,
-            kind: self.revoked.kind().into(),
+            kind: self.subject.kind().into(),
             app,
             user,
             jti,
             kid,
-            issued_before: self.revoked.has_time().then_some(self.issued_before_s),
+            issued_before: self.issued_before_s,
             until: self.until_s,
             reason: (!self.reason.is_empty()).then(|| self.reason.clone()),
             at: self.at_s,
@@ -128,7 +129,7 @@ impl Revocation {
         if value.len() > RECORD_BYTES_MAX {
             return Err(too_long(value.len()));
         }
-        Ok((self.revoked.to_string(), value))
+        Ok((self.subject.to_string(), value))
     }
 
     /// Decodes a record.
@@ -150,30 +151,48 @@ impl Revocation {
             }
         }
         let json: Json = serde_json::from_slice(value).map_err(not_json)?;
-        let revoked = json.revoked()?;
-        let own = revoked.to_string();
+        let subject = json.subject()?;
+        let own = subject.to_string();
         if own.as_bytes() != key {
             let key = String::from_utf8_lossy(key);
             let (key, own) = (cut(&key, SHOWN_BYTES), cut(&own, SHOWN_BYTES));
             return Err(invalid(format!("its key is {key:?}, and its value revokes {own:?}")));
         }
-        match (revoked.has_time(), json.issued_before) {
-            (true, None) => return Err(invalid("issued_before is missing")),
-            (false, Some(_)) => {
-                let kind = revoked.kind();
-                return Err(invalid(format!("issued_before has no effect for kind {kind}")));
-            }
-            _ => {}
-        }
-        let read = Self {
-            revoked,
-            issued_before_s: json.issued_before.unwrap_or(0),
+        let revocation = Self {
+            subject,
+            issued_before_s: json.issued_before,
             until_s: json.until,
             reason: json.reason.unwrap_or_default(),
             at_s: json.at,
         };
-        read.check()?;
-        Ok(read)
+        revocation.check()?;
+        Ok(revocation)
+    }
+
+    /// Decodes a record. One whose value cannot be decoded revokes all tokens of its key without an end; the reason is
+    /// returned with it.
+    ///
+    /// # Errors
+    /// The key is not that of a subject, so that the record concerns no token.
+    pub fn decode_or_all(
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<(Self, Option<RevocationError>), RevocationError> {
+        let error = match Self::decode(key, value) {
+            Ok(revocation) => return Ok((revocation, None)),
+            Err(error) => error,
+        };
+        let subject = Subject::from_key(key)?;
+        let issued_before_s = subject.has_time().then_some(EPOCH_SECONDS_MAX);
+        let all = Self { subject, issued_before_s, until_s: None, reason: String::new(), at_s: 0 };
+        Ok((all, Some(error)))
+    }
+
+    /// Extends it to what `earlier`, a revocation of the same subject, revokes.
+    pub fn extend(&mut self, earlier: &Self) {
+        self.issued_before_s = self.issued_before_s.max(earlier.issued_before_s);
+        // `None` is the latest end.
+        self.until_s = self.until_s.zip(earlier.until_s).map(|(own, other)| own.max(other));
     }
 
     /// Whether it has ended at `now_s`, seconds since the Unix epoch.
@@ -183,40 +202,43 @@ impl Revocation {
 
     fn check(&self) -> Result<(), RevocationError> {
         let times = [
-            ("issued_before", Some(self.issued_before_s)),
+            ("issued_before", self.issued_before_s),
             ("until", self.until_s),
             ("at", Some(self.at_s)),
         ];
         for (name, time) in times {
-            if time.is_some_and(|time| time > SECONDS_MAX) {
+            if time.is_some_and(|time| time > EPOCH_SECONDS_MAX) {
                 return Err(invalid(format!(
                     "{name} is later than the year 9999; it counts seconds, not milliseconds"
                 )));
             }
         }
-        match (self.revoked.has_time(), self.issued_before_s) {
-            (true, 0) => return Err(invalid("issued_before is 0: no token was issued before")),
-            (false, 1..) => {
-                let kind = self.revoked.kind();
+        match (self.subject.has_time(), self.issued_before_s) {
+            (true, None) => return Err(invalid("issued_before is missing")),
+            (true, Some(0)) => {
+                return Err(invalid("issued_before is 0: no token was issued before"));
+            }
+            (false, Some(_)) => {
+                let kind = self.subject.kind();
                 return Err(invalid(format!("issued_before has no effect for kind {kind}")));
             }
             _ => {}
         }
-        check_text("reason", &self.reason, REASON_BYTES_MAX)
+        check_reason(&self.reason)
     }
 }
 
 impl Json {
-    fn revoked(&self) -> Result<Revoked, RevocationError> {
+    fn subject(&self) -> Result<Subject, RevocationError> {
         let Self { kind, app, user, jti, kid, .. } = self;
         let fields = (app.as_deref(), user.as_deref(), jti.as_deref(), kid.as_deref());
         match (kind.as_str(), fields) {
-            ("user", (Some(app), Some(user), None, None)) => Revoked::user(app, user),
-            ("app", (Some(app), None, None, None)) => Revoked::app(app),
-            ("everyone", (None, None, None, None)) => Ok(Revoked::Everyone),
-            ("token", (Some(app), None, Some(jti), None)) => Revoked::token(app, jti),
-            ("key", (None, None, None, Some(kid))) => Revoked::key(kid),
-            (kind, _) => match Revoked::KINDS.iter().find(|(known, _)| *known == kind) {
+            ("user", (Some(app), Some(user), None, None)) => Subject::user(app, user),
+            ("app", (Some(app), None, None, None)) => Subject::app(app),
+            ("everyone", (None, None, None, None)) => Ok(Subject::Everyone),
+            ("token", (Some(app), None, Some(jti), None)) => Subject::token(app, jti),
+            ("key", (None, None, None, Some(kid))) => Subject::key(kid),
+            (kind, _) => match Subject::KINDS.iter().find(|(known, _)| *known == kind) {
                 Some((_, names)) => Err(invalid(format!("kind {kind} has exactly: {names}"))),
                 None => Err(unknown_kind(kind)),
             },
@@ -224,8 +246,8 @@ impl Json {
     }
 }
 
-impl Revoked {
-    /// The kinds, each with the fields that name what it revokes.
+impl Subject {
+    /// The kinds, each with the fields that name the subject.
     pub const KINDS: [(&str, &str); 5] = [
         ("user", "app, user"),
         ("app", "app"),
@@ -250,6 +272,14 @@ impl Revoked {
         matches!(self, Self::User(_) | Self::App(_) | Self::Everyone)
     }
 
+    /// Parses a record's key.
+    ///
+    /// # Errors
+    /// It is not UTF-8, or not the text of a subject.
+    pub fn from_key(key: &[u8]) -> Result<Self, RevocationError> {
+        std::str::from_utf8(key).map_err(|_| invalid("its key is not UTF-8"))?.parse()
+    }
+
     fn user(app: &str, user: &str) -> Result<Self, RevocationError> {
         let user = UserId::new(user).map_err(|error| invalid(error.to_string()))?;
         Ok(Self::User(UserKey { app: app_id(app)?, user }))
@@ -268,7 +298,7 @@ impl Revoked {
     }
 }
 
-impl fmt::Display for Revoked {
+impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(UserKey { app, user }) => write!(f, "user:{app}:{user}"),
@@ -280,7 +310,7 @@ impl fmt::Display for Revoked {
     }
 }
 
-impl FromStr for Revoked {
+impl FromStr for Subject {
     type Err = RevocationError;
 
     /// Parses a record's key.
@@ -336,6 +366,14 @@ impl FromStr for Name {
     }
 }
 
+/// Checks a reason.
+///
+/// # Errors
+/// It is longer than [`REASON_BYTES_MAX`], or has a control character.
+pub fn check_reason(reason: &str) -> Result<(), RevocationError> {
+    check_text("reason", reason, REASON_BYTES_MAX)
+}
+
 fn app_id(name: &str) -> Result<AppId, RevocationError> {
     AppId::new(name).map_err(|error| invalid(error.to_string()))
 }
@@ -356,7 +394,7 @@ fn invalid(problem: impl Into<String>) -> RevocationError {
 }
 
 fn unknown_kind(kind: &str) -> RevocationError {
-    let kinds = Revoked::KINDS.map(|(kind, _)| kind).join(", ");
+    let kinds = Subject::KINDS.map(|(kind, _)| kind).join(", ");
     invalid(format!("kind {:?} is none of {kinds}", cut(kind, SHOWN_BYTES)))
 }
 
@@ -377,44 +415,44 @@ mod tests {
         texts.prop_map(move |chars| cut(&chars.into_iter().collect::<String>(), bytes_max))
     }
 
-    fn revoked() -> impl Strategy<Value = Revoked> {
+    fn subject() -> impl Strategy<Value = Subject> {
         let app = || "[a-z][a-z0-9._-]{0,12}".prop_map(|name| AppId::new(&name).unwrap());
         let user = "[!-~]{1,40}".prop_map(|name| UserId::new(&name).unwrap());
         let name = || text(NAME_BYTES_MAX).prop_map(|name| Name::new("id", &name).unwrap());
         prop_oneof![
-            (app(), user).prop_map(|(app, user)| Revoked::User(UserKey { app, user })),
-            app().prop_map(Revoked::App),
-            Just(Revoked::Everyone),
-            (app(), name()).prop_map(|(app, jti)| Revoked::Token(app, jti)),
-            name().prop_map(Revoked::Key),
+            (app(), user).prop_map(|(app, user)| Subject::User(UserKey { app, user })),
+            app().prop_map(Subject::App),
+            Just(Subject::Everyone),
+            (app(), name()).prop_map(|(app, jti)| Subject::Token(app, jti)),
+            name().prop_map(Subject::Key),
         ]
     }
 
     proptest! {
         #[test]
         fn any_revocation_reads_back_and_any_bytes_do_no_harm(
-            revoked in revoked(),
-            issued in 1..=SECONDS_MAX,
-            until_s in prop::option::of(0..=SECONDS_MAX),
+            subject in subject(),
+            issued in 1..=EPOCH_SECONDS_MAX,
+            until_s in prop::option::of(0..=EPOCH_SECONDS_MAX),
             reason in prop_oneof![Just(String::new()), text(REASON_BYTES_MAX)],
-            at_s in 0..=SECONDS_MAX,
+            at_s in 0..=EPOCH_SECONDS_MAX,
             bytes in prop::collection::vec(any::<u8>(), 0..200),
         ) {
-            let issued_before_s = if revoked.has_time() { issued } else { 0 };
-            let revocation = Revocation { revoked, issued_before_s, until_s, reason, at_s };
+            let issued_before_s = subject.has_time().then_some(issued);
+            let revocation = Revocation { subject, issued_before_s, until_s, reason, at_s };
             let (key, value) = revocation.encode().unwrap();
-            prop_assert_eq!(key.parse::<Revoked>().unwrap(), revocation.revoked.clone());
+            prop_assert_eq!(key.parse::<Subject>().unwrap(), revocation.subject.clone());
             prop_assert_eq!(Revocation::decode(key.as_bytes(), &value).unwrap(), revocation);
             let _ = Revocation::decode(&bytes, &bytes);
-            let _ = String::from_utf8_lossy(&bytes).parse::<Revoked>();
+            let _ = Revocation::decode_or_all(&bytes, &bytes);
         }
     }
 
     #[test]
     fn a_record_is_short_and_stable() {
         let user = Revocation {
-            revoked: "user:demo:al:ice".parse().unwrap(),
-            issued_before_s: 1_760_000_000,
+            subject: "user:demo:al:ice".parse().unwrap(),
+            issued_before_s: Some(1_760_000_000),
             until_s: Some(1_760_003_600),
             reason: "stolen".into(),
             at_s: 1_760_000_000,
@@ -425,6 +463,50 @@ mod tests {
             String::from_utf8(value).unwrap(),
             r#"{"v":1,"kind":"user","app":"demo","user":"al:ice","issued_before":1760000000,"until":1760003600,"reason":"stolen","at":1760000000}"#
         );
+    }
+
+    #[test]
+    fn hazard_133_what_cannot_be_decoded_revokes_all_tokens_of_its_key() {
+        let read = |key: &str, value: &str| {
+            Revocation::decode_or_all(key.as_bytes(), value.as_bytes()).unwrap()
+        };
+        let newer = r#"{"v":1,"kind":"app","app":"a","issued_before":5,"at":1,"colour":1}"#;
+        let (revocation, error) = read("app:a", newer);
+        assert_eq!((revocation.issued_before_s, error), (Some(5), None), "a field of a newer 1");
+        let user = "user:a:u";
+        for (key, value) in
+            [(user, "{\"v\":2}"), (user, "hello"), ("key:k", ""), (user, r#"{"v":1,"kind":"key"}"#)]
+        {
+            let (revocation, error) = read(key, value);
+            assert_eq!(revocation.subject.to_string(), key);
+            let all = revocation.subject.has_time().then_some(EPOCH_SECONDS_MAX);
+            assert_eq!((revocation.issued_before_s, revocation.until_s), (all, None), "{value}");
+            assert!(error.is_some(), "{value}");
+        }
+        for key in [b"user:a:\xff".as_slice(), b"flock:7", b""] {
+            assert!(Revocation::decode_or_all(key, b"{\"v\":2}").is_err());
+        }
+    }
+
+    #[test]
+    fn an_extended_revocation_revokes_what_either_does() {
+        let revocation = |issued: u64, until_s| Revocation {
+            subject: Subject::Everyone,
+            issued_before_s: Some(issued),
+            until_s,
+            reason: String::new(),
+            at_s: 1,
+        };
+        for (own, earlier, both) in [
+            ((5, None), (9, Some(7)), (9, None)),
+            ((9, Some(7)), (5, None), (9, None)),
+            ((5, Some(8)), (5, Some(7)), (5, Some(8))),
+            ((5, Some(6)), (4, Some(7)), (5, Some(7))),
+        ] {
+            let mut extended = revocation(own.0, own.1);
+            extended.extend(&revocation(earlier.0, earlier.1));
+            assert_eq!(extended, revocation(both.0, both.1));
+        }
     }
 
     #[test]
@@ -451,11 +533,6 @@ mod tests {
                 "app:a",
                 r#"{"v":1,"kind":"app","app":"a","issued_before":1,"at":1,"until":1760000000000}"#,
                 "until is later",
-            ),
-            (
-                "app:a",
-                r#"{"v":1,"kind":"app","app":"a","issued_before":1,"at":1,"colour":1}"#,
-                "unknown field `colour`",
             ),
             (
                 "app:a",
@@ -491,10 +568,10 @@ mod tests {
                 "app is empty",
             ),
         ] {
-            let told = refused(key, value);
+            let error = refused(key, value);
             assert!(
-                told.starts_with("not a revocation: ") && told.contains(why),
-                "{value}: {told}"
+                error.starts_with("not a revocation: ") && error.contains(why),
+                "{value}: {error}"
             );
         }
         let long = "x".repeat(NAME_BYTES_MAX + 1);
@@ -514,7 +591,7 @@ mod tests {
             "flock:a",
             "app:a:b",
         ] {
-            assert!(key.parse::<Revoked>().is_err(), "{key}");
+            assert!(key.parse::<Subject>().is_err(), "{key}");
         }
     }
 }

@@ -34,15 +34,6 @@ impl NewUsers {
         }
     }
 
-    /// Gives a token back: the user was known.
-    pub fn give_back(&self, app: &AppId) {
-        if self.rate.is_limited()
-            && let Some(full_at_us) = self.full_at_us.lock().get_mut(app)
-        {
-            self.rate.give_back(full_at_us, 1);
-        }
-    }
-
     /// Forgets full buckets. Call it every few seconds.
     pub fn sweep(&self, now_us: u64) {
         let mut buckets = self.full_at_us.lock();
@@ -59,7 +50,7 @@ mod tests {
     const SECOND_US: u64 = 1_000_000;
 
     #[test]
-    fn each_app_has_a_bucket_and_known_users_take_nothing() {
+    fn each_app_has_a_bucket() {
         let app = |name| AppId::new(name).unwrap();
         let (a, b) = (app("a"), app("b"));
         let users = NewUsers::new(Rate::new(10, Duration::from_secs(2)));
@@ -67,16 +58,12 @@ mod tests {
         let taken = (0..100).filter(|_| users.acquire(&a, now)).count();
         assert_eq!(taken, 20);
         assert!(users.acquire(&b, now), "another app has its own");
-        users.give_back(&a);
-        assert!(users.acquire(&a, now) && !users.acquire(&a, now));
+        assert!(!users.acquire(&a, now));
         now += SECOND_US;
         users.sweep(now);
         assert_eq!(users.full_at_us.lock().len(), 1, "b's is full again");
         assert_eq!((0..100).filter(|_| users.acquire(&a, now)).count(), 10);
-        users.give_back(&app("c"));
-        // What is given back never fills a bucket beyond its size.
         now += 60 * SECOND_US;
-        (0..50).for_each(|_| users.give_back(&a));
         assert_eq!((0..100).filter(|_| users.acquire(&a, now)).count(), 20);
         let none = NewUsers::new(Rate::new(0, Duration::ZERO));
         assert!((0..1_000).all(|_| none.acquire(&a, now)) && none.full_at_us.lock().is_empty());

@@ -3,7 +3,7 @@
 use barid_core::CloseCode;
 
 use crate::labels::TokenRefusal;
-use crate::revocations::{REVOKED, Refusal};
+use crate::revocations::{NotAdmitted, REVOKED};
 
 /// Why a token was refused, in words for the developer who issues tokens.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,11 +54,11 @@ pub enum AuthError {
 #[error("{0}")]
 pub struct KeyError(pub(super) String);
 
-impl From<Refusal> for AuthError {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Revoked => Self::Revoked,
-            Refusal::Unread => Self::NoRevocations,
+impl From<NotAdmitted> for AuthError {
+    fn from(why: NotAdmitted) -> Self {
+        match why {
+            NotAdmitted::Revoked => Self::Revoked,
+            NotAdmitted::NotRead => Self::NoRevocations,
         }
     }
 }

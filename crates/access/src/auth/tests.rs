@@ -62,13 +62,28 @@ async fn a_token_can_be_revoked_by_its_time_its_id_and_the_key_that_verified_it(
     let app = AppId::new("demo").unwrap();
     let whole = facts("k", Some("k"), json!({ "iat": NOW - 7, "jti": "t" })).await;
     let issued_s = (NOW - 7) as u32;
-    assert_eq!(whole, TokenFacts { issued_s, id: id_hash(&app, "t"), key: key_hash("k") });
+    assert_eq!(whole, TokenFingerprint { issued_s, id: id_hash(&app, "t"), key: key_hash("k") });
     // What a token does not say, its key does.
     assert_eq!(facts("k", None, json!({})).await.key, key_hash("k"));
     assert_eq!(facts("", Some("k2"), json!({})).await.key, key_hash("k2"));
-    assert_eq!(facts("", None, json!({})).await, TokenFacts::default());
-    for (iat, issued_s) in [(json!(1.9), 1), (json!(-5), 0), (json!(1e300), u32::MAX)] {
+    assert_eq!(facts("", None, json!({})).await, TokenFingerprint::default());
+    for (iat, issued_s) in [(json!(1.9), 1), (json!(-5), 0)] {
         assert_eq!(facts("k", None, json!({ "iat": iat })).await.issued_s, issued_s);
+    }
+}
+
+#[tokio::test]
+async fn hazard_135_a_token_of_the_future_or_with_milliseconds_escapes_no_revocation() {
+    let verifier = verifier(vec![hmac_key("", SECRET)]);
+    let verify = async |iat: Value| {
+        let token = sign(None, &with(json!({ "iat": iat })), SECRET);
+        verifier.verify(&token, NOW).await.map(|claims| claims.token.issued_s)
+    };
+    assert_eq!(verify(json!(NOW + 60)).await, Ok((NOW + 60) as u32));
+    assert_eq!(verify(json!(NOW + 61)).await, Ok(0), "as without iat: each revocation hits it");
+    for iat in [json!(NOW * 1000), json!(1e300)] {
+        let Err(AuthError::Malformed(why)) = verify(iat).await else { panic!("it is accepted") };
+        assert!(why.starts_with("claim iat is later than the year 9999"), "{why}");
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use barid_core::CloseCode;
 use barid_mailbox::ConnectOutcome;
-use barid_session::{Close, Connected, Connecting, Refusal, TokenFacts, Unidentified};
+use barid_session::{Close, Connected, Connecting, Refusal, TokenFingerprint, Unidentified};
 use barid_wire::frames::{Encoding, Ignored};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -101,7 +101,7 @@ async fn hello_in_time(
 async fn enter(
     node: &Arc<Node>,
     connecting: Connecting,
-    token: TokenFacts,
+    token: TokenFingerprint,
 ) -> Result<(Connected, Arc<Handle>), Refusal> {
     let identity = &connecting.identity;
     let connection = node.sessions.next_connection();
@@ -189,26 +189,24 @@ async fn connect(
 ) -> Result<Connected, Refusal> {
     let request = connecting.request(node.sessions.reference(handle.connection));
     let limit = node.policy.limits.hello_timeout();
-    // Known users need no permission: it is given back.
-    let new_user = node.policy.admission.new_user(&handle.user().app);
-    let is_permitted = new_user.is_some();
-    let call = node.mailboxes.until_answered(Call::Connect, async || match is_permitted {
-        true => node.mailboxes.store().connect(request.clone()).await,
-        false => node.mailboxes.store().connect_known(request.clone()).await,
-    });
-    let answered = timeout(limit, call).await;
-    if let (Some(new_user), Err(_) | Ok(ConnectOutcome::Connected { created: true, .. })) =
-        (new_user, &answered)
-    {
-        new_user.used();
-    }
+    let (store, app) = (node.mailboxes.store(), &handle.user().app);
+    // Most users are known: they need no permission, and new ones one call more.
+    let connecting_user = async {
+        let connect_known = || store.connect_known(request.clone());
+        let outcome = node.mailboxes.until_answered(Call::Connect, connect_known).await;
+        if outcome != ConnectOutcome::NotCreated {
+            return Ok(outcome);
+        }
+        if !node.policy.admission.permit_new_user(app) {
+            node.metrics.limit(Limit::AppNewUsers);
+            let text = "the app has too many new users: come back later";
+            return Err(Close::new(CloseCode::Overloaded, text));
+        }
+        let connect = || store.connect(request.clone());
+        Ok(node.mailboxes.until_answered(Call::Connect, connect).await)
+    };
     let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");
-    let outcome = answered.map_err(away)?;
-    if outcome == ConnectOutcome::NotCreated && !is_permitted {
-        node.metrics.limit(Limit::AppNewUsers);
-        let text = "the app has too many new users: come back later";
-        return Err(Close::new(CloseCode::Overloaded, text).into());
-    }
+    let outcome = timeout(limit, connecting_user).await.map_err(away)??;
     let (session, replaced) = connecting.answered(outcome, node.policy.settings)?;
     let text = "a newer connection of this device took over";
     node.sessions.registry.each(handle.user(), |other| {

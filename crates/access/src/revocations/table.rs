@@ -1,31 +1,33 @@
-//! The revocations that are in force on a node: which tokens they hit, and which of them is dropped when there are too
+//! The revocations that are in force on a node: which tokens they hit, and which of them are dropped when there are too
 //! many. Pure: the caller gives the time.
 
 use std::collections::{BTreeMap, HashMap};
 
 use barid_core::AppId;
 use barid_mailbox::UserKey;
-use barid_session::TokenFacts;
-use barid_wire::revocation::{Revocation, Revoked};
+use barid_session::TokenFingerprint;
+use barid_wire::revocation::{Revocation, Subject};
 
 use crate::labels::RevokedBy;
-use crate::revocations::facts::{id_hash, key_hash};
+use crate::revocations::fingerprint::{id_hash, key_hash};
 
 /// The revocations, up to a maximum.
 #[derive(Debug)]
 pub struct Table {
-    entries: HashMap<Subject, Entry>,
-    /// The subjects by age: when their revocation was made, and the order of arrival.
-    by_age: BTreeMap<Age, Subject>,
+    entries: HashMap<EntryKey, Entry>,
+    /// The entries, first the one to evict first.
+    by_rank: BTreeMap<Rank, EntryKey>,
     /// Number of entries of each kind.
     counts: Counts,
     entries_max: usize,
     arrivals: u64,
+    /// While the topic is read from its beginning: entries that arrived up to here have not been read again.
+    reading_since: Option<u64>,
 }
 
-/// What is revoked, as facts of a token name it.
+/// A subject, with hashes for ids as fingerprints of tokens have them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Subject {
+enum EntryKey {
     User(UserKey),
     App(AppId),
     Everyone,
@@ -33,8 +35,15 @@ enum Subject {
     Key(u64),
 }
 
-type Age = (u64, u64);
 type Counts = [usize; RevokedBy::VALUES.len()];
+
+/// Which entry is evicted first: one of a user or a token rather than one of many users, then the one that arrived
+/// first. The writer's clock does not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    is_of_many: bool,
+    arrival: u64,
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
@@ -42,68 +51,114 @@ struct Entry {
     issued_before_s: u64,
     /// `u64::MAX`: never.
     until_s: u64,
-    age: Age,
+    rank: Rank,
+}
+
+/// Whether a revocation hits a token at `now_s`, seconds since the Unix epoch.
+pub fn revokes(
+    revocation: &Revocation,
+    user: &UserKey,
+    token: &TokenFingerprint,
+    now_s: u64,
+) -> bool {
+    let is_subject = match &revocation.subject {
+        Subject::User(revoked) => revoked == user,
+        Subject::App(app) => *app == user.app,
+        Subject::Everyone => true,
+        Subject::Token(app, jti) => id_hash(app, jti.as_str()) == token.id,
+        Subject::Key(kid) => key_hash(kid.as_str()) == token.key,
+    };
+    let issued_s = u64::from(token.issued_s);
+    let is_issued_before = revocation.issued_before_s.is_none_or(|before_s| issued_s < before_s);
+    is_subject && is_issued_before && !revocation.is_over(now_s)
 }
 
 impl Table {
-    /// Creates an empty table of at most `entries_max` revocations.
+    /// Creates an empty table of at most `entries_max` revocations, for a topic that is being read from its beginning.
     pub fn new(entries_max: usize) -> Self {
         Self {
             entries: HashMap::new(),
-            by_age: BTreeMap::new(),
+            by_rank: BTreeMap::new(),
             counts: Counts::default(),
             entries_max,
             arrivals: 0,
+            reading_since: Some(0),
         }
+    }
+
+    /// The topic is read from its beginning again. Entries stay in force meanwhile.
+    pub fn restart(&mut self) {
+        self.reading_since = Some(self.arrivals);
+    }
+
+    /// The topic has been read to its end: removes entries that are no longer in it.
+    pub fn caught_up(&mut self) {
+        let Some(since) = self.reading_since.take() else { return };
+        let gone = self.by_rank.iter().filter(|(rank, _)| rank.arrival <= since);
+        let gone: Vec<_> = gone.map(|(_, key)| key.clone()).collect();
+        gone.iter().for_each(|key| self.remove_key(key));
     }
 
     /// Adds a revocation, in place of an earlier one of the same subject; one that is over at `now_s` only removes that.
-    /// Returns whether the oldest was evicted to make room.
-    pub fn insert(&mut self, revocation: &Revocation, now_s: u64) -> bool {
-        let subject = Subject::of(&revocation.revoked);
-        self.remove_subject(&subject);
+    pub fn insert(&mut self, revocation: &Revocation, now_s: u64) {
+        let key = EntryKey::of(&revocation.subject);
+        self.remove_key(&key);
         if revocation.is_over(now_s) {
-            return false;
+            return;
         }
         self.arrivals += 1;
-        let age = (revocation.at_s, self.arrivals);
-        let has_time = revocation.revoked.has_time();
+        let is_of_many = !matches!(key, EntryKey::User(_) | EntryKey::Token(_));
+        let rank = Rank { is_of_many, arrival: self.arrivals };
         let entry = Entry {
-            issued_before_s: if has_time { revocation.issued_before_s } else { u64::MAX },
+            issued_before_s: revocation.issued_before_s.unwrap_or(u64::MAX),
             until_s: revocation.until_s.unwrap_or(u64::MAX),
-            age,
+            rank,
         };
-        self.counts[subject.kind() as usize] += 1;
-        self.by_age.insert(age, subject.clone());
-        self.entries.insert(subject, entry);
-        let is_full = self.entries.len() > self.entries_max;
-        if is_full && let Some((_, oldest)) = self.by_age.first_key_value() {
-            let oldest = oldest.clone();
-            self.remove_subject(&oldest);
+        self.counts[key.kind() as usize] += 1;
+        self.by_rank.insert(rank, key.clone());
+        self.entries.insert(key, entry);
+    }
+
+    /// Evicts what is beyond the maximum, and returns how many were. While the topic is read from its beginning, twice
+    /// the maximum may be held: tombstones follow the records that they withdraw.
+    pub fn evict(&mut self, now_s: u64) -> u64 {
+        let allowed = match self.reading_since {
+            Some(_) => self.entries_max.saturating_mul(2),
+            None => self.entries_max,
+        };
+        if self.len() > allowed {
+            self.sweep(now_s);
         }
-        is_full
+        let mut evicted = 0;
+        while self.len() > allowed
+            && let Some((_, key)) = self.by_rank.pop_first()
+        {
+            self.remove_key(&key);
+            evicted += 1;
+        }
+        evicted
     }
 
     /// Removes a revocation that was withdrawn.
-    pub fn remove(&mut self, revoked: &Revoked) {
-        self.remove_subject(&Subject::of(revoked));
+    pub fn remove(&mut self, subject: &Subject) {
+        self.remove_key(&EntryKey::of(subject));
     }
 
-    fn remove_subject(&mut self, subject: &Subject) {
-        if let Some(entry) = self.entries.remove(subject) {
-            self.by_age.remove(&entry.age);
-            self.counts[subject.kind() as usize] -= 1;
+    fn remove_key(&mut self, key: &EntryKey) {
+        if let Some(entry) = self.entries.remove(key) {
+            self.by_rank.remove(&entry.rank);
+            self.counts[key.kind() as usize] -= 1;
         }
     }
 
     /// Removes what is over at `now_s`. Takes time in proportion to the table.
     pub fn sweep(&mut self, now_s: u64) {
-        let (by_age, counts) = (&mut self.by_age, &mut self.counts);
-        self.entries.retain(|subject, entry| {
+        let (by_rank, counts) = (&mut self.by_rank, &mut self.counts);
+        self.entries.retain(|key, entry| {
             let stays = now_s < entry.until_s;
             if !stays {
-                by_age.remove(&entry.age);
-                counts[subject.kind() as usize] -= 1;
+                by_rank.remove(&entry.rank);
+                counts[key.kind() as usize] -= 1;
             }
             stays
         });
@@ -112,29 +167,28 @@ impl Table {
         }
     }
 
-    /// By what a token is revoked at `now_s`; `None`: it is not.
-    pub fn hit(&self, user: &UserKey, token: &TokenFacts, now_s: u64) -> Option<RevokedBy> {
-        if self.is_empty() {
-            return None;
-        }
+    /// The kind of revocation that hits a token at `now_s`; `None`: it is not revoked.
+    pub fn hit(&self, user: &UserKey, token: &TokenFingerprint, now_s: u64) -> Option<RevokedBy> {
         let issued_s = u64::from(token.issued_s);
-        let is_hit = |subject: &Subject| {
-            let entry = self.entries.get(subject);
+        let is_hit = |key: EntryKey| {
+            let entry = self.entries.get(&key);
             entry.is_some_and(|entry| issued_s < entry.issued_before_s && now_s < entry.until_s)
         };
-        let named = |hash: u64, subject: fn(u64) -> Subject| hash != 0 && is_hit(&subject(hash));
-        // What hits fewer sessions first: these are closed at once.
-        if is_hit(&Subject::User(user.clone())) {
-            Some(RevokedBy::User)
-        } else if named(token.id, Subject::Token) {
-            Some(RevokedBy::Token)
-        } else if is_hit(&Subject::App(user.app.clone())) {
-            Some(RevokedBy::App)
-        } else if named(token.key, Subject::Key) {
-            Some(RevokedBy::Key)
-        } else {
-            is_hit(&Subject::Everyone).then_some(RevokedBy::Everyone)
-        }
+        // Kinds that hit few sessions first: these are closed at once.
+        let kinds = [
+            RevokedBy::User,
+            RevokedBy::Token,
+            RevokedBy::App,
+            RevokedBy::Key,
+            RevokedBy::Everyone,
+        ];
+        kinds.into_iter().filter(|kind| self.counts[*kind as usize] > 0).find(|kind| match kind {
+            RevokedBy::User => is_hit(EntryKey::User(user.clone())),
+            RevokedBy::Token => token.id != 0 && is_hit(EntryKey::Token(token.id)),
+            RevokedBy::App => is_hit(EntryKey::App(user.app.clone())),
+            RevokedBy::Key => token.key != 0 && is_hit(EntryKey::Key(token.key)),
+            RevokedBy::Everyone => is_hit(EntryKey::Everyone),
+        })
     }
 
     /// Number of revocations.
@@ -142,7 +196,7 @@ impl Table {
         self.entries.len()
     }
 
-    /// Whether there is none.
+    /// Whether the table is empty.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -153,14 +207,14 @@ impl Table {
     }
 }
 
-impl Subject {
-    fn of(revoked: &Revoked) -> Self {
-        match revoked {
-            Revoked::User(user) => Self::User(user.clone()),
-            Revoked::App(app) => Self::App(app.clone()),
-            Revoked::Everyone => Self::Everyone,
-            Revoked::Token(app, jti) => Self::Token(id_hash(app, jti.as_str())),
-            Revoked::Key(kid) => Self::Key(key_hash(kid.as_str())),
+impl EntryKey {
+    fn of(subject: &Subject) -> Self {
+        match subject {
+            Subject::User(user) => Self::User(user.clone()),
+            Subject::App(app) => Self::App(app.clone()),
+            Subject::Everyone => Self::Everyone,
+            Subject::Token(app, jti) => Self::Token(id_hash(app, jti.as_str())),
+            Subject::Key(kid) => Self::Key(key_hash(kid.as_str())),
         }
     }
 
@@ -183,26 +237,26 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000;
 
-    fn revocation(revoked: &str, at_s: u64) -> Revocation {
-        let revoked: Revoked = revoked.parse().unwrap();
-        let issued_before_s = if revoked.has_time() { NOW } else { 0 };
-        Revocation { revoked, issued_before_s, until_s: None, reason: String::new(), at_s }
+    fn revocation(subject: &str) -> Revocation {
+        let subject: Subject = subject.parse().unwrap();
+        let issued_before_s = subject.has_time().then_some(NOW);
+        Revocation { subject, issued_before_s, until_s: None, reason: String::new(), at_s: 1 }
     }
 
     fn user(app: &str, user: &str) -> UserKey {
         UserKey { app: AppId::new(app).unwrap(), user: UserId::new(user).unwrap() }
     }
 
-    fn token(issued_s: u64, app: &str, jti: &str, kid: &str) -> TokenFacts {
+    fn token(issued_s: u64, app: &str, jti: &str, kid: &str) -> TokenFingerprint {
         let id = id_hash(&AppId::new(app).unwrap(), jti);
-        TokenFacts { issued_s: issued_s as u32, id, key: key_hash(kid) }
+        TokenFingerprint { issued_s: issued_s as u32, id, key: key_hash(kid) }
     }
 
     #[test]
     fn each_kind_hits_its_tokens_and_no_others() {
         let old = token(NOW - 1, "a", "t1", "k1");
         let new = token(NOW, "a", "t1", "k1");
-        let undated = TokenFacts { issued_s: 0, ..new };
+        let undated = TokenFingerprint { issued_s: 0, ..new };
         let mine = user("a", "u");
         for (revoked, by, is_timeless) in [
             ("user:a:u", RevokedBy::User, false),
@@ -213,84 +267,149 @@ mod tests {
         ] {
             let mut table = Table::new(10);
             assert_eq!(table.hit(&mine, &old, NOW), None);
-            assert!(!table.insert(&revocation(revoked, 1), NOW));
+            table.insert(&revocation(revoked), NOW);
             for hit in [old, undated] {
                 assert_eq!(table.hit(&mine, &hit, NOW), Some(by), "{revoked}");
             }
-            let told = table.hit(&mine, &new, NOW);
-            assert_eq!(told, is_timeless.then_some(by), "{revoked}: issued since");
+            let hit = table.hit(&mine, &new, NOW);
+            assert_eq!(hit, is_timeless.then_some(by), "{revoked}: issued since");
             let other = token(NOW - 1, "b", "t1", "k2");
-            let told = table.hit(&user("b", "u"), &other, NOW);
-            assert_eq!(told, (by == RevokedBy::Everyone).then_some(by), "{revoked}: others");
+            let hit = table.hit(&user("b", "u"), &other, NOW);
+            assert_eq!(hit, (by == RevokedBy::Everyone).then_some(by), "{revoked}: others");
             assert_eq!((table.len(), table.counts()[by as usize]), (1, 1));
             table.remove(&revoked.parse().unwrap());
             assert_eq!((table.hit(&mine, &old, NOW), table.len()), (None, 0));
         }
         let mut table = Table::new(10);
-        table.insert(&revocation("token:a:t1", 1), NOW);
-        assert_eq!(table.hit(&mine, &TokenFacts { id: 0, ..old }, NOW), None, "without an id");
+        table.insert(&revocation("token:a:t1"), NOW);
+        assert_eq!(
+            table.hit(&mine, &TokenFingerprint { id: 0, ..old }, NOW),
+            None,
+            "without an id"
+        );
     }
 
     #[test]
     fn a_later_one_replaces_an_earlier_one_and_ends_in_time() {
         let (mine, old) = (user("a", "u"), token(NOW - 10, "a", "t", "k"));
         let mut table = Table::new(10);
-        table.insert(&revocation("user:a:u", 1), NOW);
-        let early = Revocation { issued_before_s: NOW - 10, ..revocation("user:a:u", 2) };
+        table.insert(&revocation("user:a:u"), NOW);
+        let early = Revocation { issued_before_s: Some(NOW - 10), ..revocation("user:a:u") };
         table.insert(&early, NOW);
         assert_eq!((table.hit(&mine, &old, NOW), table.len()), (None, 1));
-        let short = Revocation { until_s: Some(NOW + 5), ..revocation("user:a:u", 3) };
+        let short = Revocation { until_s: Some(NOW + 5), ..revocation("user:a:u") };
         table.insert(&short, NOW);
         assert!(table.hit(&mine, &old, NOW + 4).is_some());
         assert_eq!(table.hit(&mine, &old, NOW + 5), None);
         table.sweep(NOW + 4);
         assert_eq!(table.len(), 1);
         table.sweep(NOW + 5);
-        assert_eq!((table.len(), table.by_age.len()), (0, 0));
-        table.insert(&revocation("user:a:u", 1), NOW);
-        table.insert(&Revocation { until_s: Some(NOW), ..revocation("user:a:u", 4) }, NOW);
+        assert_eq!((table.len(), table.by_rank.len()), (0, 0));
+        table.insert(&revocation("user:a:u"), NOW);
+        table.insert(&Revocation { until_s: Some(NOW), ..revocation("user:a:u") }, NOW);
         assert_eq!(table.len(), 0, "what is over replaces, too");
     }
 
+    fn full(entries_max: usize) -> Table {
+        let mut table = Table::new(entries_max);
+        table.caught_up();
+        table
+    }
+
     #[test]
-    fn hazard_98_beyond_its_bound_the_oldest_is_evicted() {
-        let mut table = Table::new(3);
-        for (revoked, at_s) in [("app:b", 20), ("app:a", 10), ("app:c", 30)] {
-            assert!(!table.insert(&revocation(revoked, at_s), NOW));
+    fn hazard_98_beyond_its_bound_what_hits_fewest_is_evicted_in_the_order_of_arrival() {
+        let mut table = full(4);
+        let short = Revocation { until_s: Some(NOW + 5), ..revocation("token:a:t") };
+        table.insert(&short, NOW);
+        // The writer's clock may be wrong.
+        table.insert(&Revocation { at_s: NOW, ..revocation("user:a:u1") }, NOW);
+        ["key:k", "user:a:u2"].iter().for_each(|key| table.insert(&revocation(key), NOW));
+        assert_eq!(table.evict(NOW), 0);
+        table.insert(&revocation("user:a:u1"), NOW);
+        assert_eq!(table.evict(NOW), 0, "a repeat takes no room");
+        table.insert(&revocation("user:a:u3"), NOW);
+        assert_eq!((table.evict(NOW + 5), table.len()), (0, 4), "what is over makes room");
+        table.insert(&revocation("user:a:u4"), NOW);
+        assert_eq!(table.evict(NOW), 1);
+        let hits =
+            |name: &str| table.hit(&user("a", name), &TokenFingerprint::default(), NOW).is_some();
+        assert_eq!(["u1", "u2", "u3", "u4"].map(hits), [true, false, true, true]);
+        assert!(table.hit(&user("b", "x"), &token(NOW, "b", "", "k"), NOW).is_some(), "the key");
+        assert_eq!((table.len(), table.by_rank.len()), (4, 4));
+    }
+
+    #[test]
+    fn hazard_98_tombstones_that_follow_make_room_before_any_is_evicted() {
+        let mut table = Table::new(2);
+        for n in 0..4 {
+            table.insert(&revocation(&format!("user:a:u{n}")), NOW);
+            assert_eq!(table.evict(NOW), 0);
         }
-        assert!(!table.insert(&revocation("app:a", 40), NOW), "a repeat takes no room");
-        assert!(table.insert(&revocation("app:d", 50), NOW));
-        let hits = |app: &str| table.hit(&user(app, "u"), &TokenFacts::default(), NOW).is_some();
-        assert_eq!(["a", "b", "c", "d"].map(hits), [true, false, true, true]);
-        assert_eq!((table.len(), table.by_age.len()), (3, 3));
+        (0..2).for_each(|n| table.remove(&format!("user:a:u{n}").parse().unwrap()));
+        table.caught_up();
+        assert_eq!((table.evict(NOW), table.len()), (0, 2));
+        // Even then it is bounded.
+        table.restart();
+        (0..9).for_each(|n| table.insert(&revocation(&format!("user:a:v{n}")), NOW));
+        assert_eq!((table.evict(NOW), table.len()), (7, 4));
+    }
+
+    #[test]
+    fn hazard_134_what_a_topic_no_longer_has_is_gone_once_it_is_read_again() {
+        let mut table = full(10);
+        ["user:a:old", "user:a:kept"].iter().for_each(|key| table.insert(&revocation(key), NOW));
+        table.restart();
+        let hits = |table: &Table, name: &str| {
+            table.hit(&user("a", name), &TokenFingerprint::default(), NOW).is_some()
+        };
+        assert!(hits(&table, "old") && hits(&table, "kept"), "meanwhile all stays in force");
+        ["user:a:kept", "user:a:new"].iter().for_each(|key| table.insert(&revocation(key), NOW));
+        table.caught_up();
+        assert_eq!(["old", "kept", "new"].map(|name| hits(&table, name)), [false, true, true]);
+        table.caught_up();
+        assert_eq!(table.len(), 2);
     }
 
     proptest! {
         #[test]
-        fn its_parts_agree_whatever_arrives(
-            steps in prop::collection::vec(
-                (0..12_u8, 0..5_u64, prop::option::of(0..6_u64), 0..5_u8),
-                0..60,
-            ),
+        fn it_agrees_with_its_revocations_whatever_arrives(
+            steps in prop::collection::vec((0..8_usize, prop::option::of(0..6_u64), 0..8_u8), 0..60),
         ) {
-            let mut table = Table::new(4);
-            for (which, at_s, until, what) in steps {
-                let names = ["everyone:", "app:a", "app:b", "key:k", "key:l", "token:a:t"];
-                let user = format!("user:a:u{which}");
-                let revoked = names.get(usize::from(which)).copied().unwrap_or(&user);
+            let names = [
+                "everyone:", "app:a", "app:b", "key:k", "key:l", "token:a:t", "user:a:u", "user:b:u",
+            ];
+            let mut table = full(4);
+            let mut held: Vec<Revocation> = Vec::new();
+            for (which, until, what) in steps {
+                let name = names[which];
+                let until_s = until.map(|until| NOW - 3 + until);
+                let next = Revocation { until_s, ..revocation(name) };
+                held.retain(|other| what == 1 || other.subject != next.subject);
                 match what {
-                    0 => table.remove(&revoked.parse().unwrap()),
-                    1 => table.sweep(NOW + at_s),
+                    0 => table.remove(&name.parse().unwrap()),
+                    1 => table.sweep(NOW),
                     _ => {
-                        let until_s = until.map(|until| NOW - 3 + until);
-                        table.insert(&Revocation { until_s, ..revocation(revoked, at_s) }, NOW);
+                        table.insert(&next, NOW);
+                        held.push(next);
                     }
                 }
+                let is_full = table.len() > 4;
+                table.evict(NOW);
+                if is_full {
+                    held.retain(|held| table.entries.contains_key(&EntryKey::of(&held.subject)));
+                }
                 prop_assert!(table.len() <= 4);
-                prop_assert_eq!(table.by_age.len(), table.len());
+                prop_assert_eq!(table.by_rank.len(), table.len());
                 let mut counts = Counts::default();
-                table.entries.keys().for_each(|subject| counts[subject.kind() as usize] += 1);
+                table.entries.keys().for_each(|key| counts[key.kind() as usize] += 1);
                 prop_assert_eq!(table.counts(), counts);
+                for (app, jti, kid) in [("a", "t", "k"), ("b", "t", "l"), ("c", "t", "m")] {
+                    for issued_s in [NOW - 1, NOW] {
+                        let (user, token) = (user(app, "u"), token(issued_s, app, jti, kid));
+                        let is_hit = held.iter().any(|held| revokes(held, &user, &token, NOW));
+                        prop_assert_eq!(table.hit(&user, &token, NOW).is_some(), is_hit);
+                    }
+                }
             }
         }
     }

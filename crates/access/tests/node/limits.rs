@@ -441,7 +441,16 @@ async fn hazard_125_known_users_take_nothing_from_the_new_ones() -> Result<()> {
     let entering = (0..60).map(|n| node.device("alice", ["phone", "tablet", "watch"][n % 3]));
     let entered = futures::future::join_all(entering).await;
     assert!(entered.iter().filter(|entered| entered.is_ok()).count() > 3);
-    let _second = node.device("bob", "phone").await?;
+    // While their connects are under way, too.
+    let _paused: String = world.redis.query(&["CLIENT", "PAUSE", "1500", "ALL"]).await?;
+    let known = (0..6).map(|n| node.device("alice", ["phone", "tablet", "watch"][n % 3]));
+    let known = futures::future::join_all(known);
+    let new = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        node.device("bob", "phone").await
+    };
+    let (_known, second) = tokio::join!(known, new);
+    let _second = second?;
     let _third = node.device("carol", "phone").await?;
     assert_eq!(node.metric(LIMITS, "app_new_users"), 0.0);
     Ok(())

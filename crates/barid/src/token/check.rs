@@ -1,5 +1,5 @@
 //! `barid token check`: says what an access node would say to a token, and why. It runs the node's own verifier with
-//! the node's own configuration, and reads the topic of revocations if Kafka answers.
+//! the node's own configuration, and reads the topic of revocations.
 //!
 //! It prints claims, and never the token or a secret.
 
@@ -12,13 +12,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use barid_access::auth::{AuthError, Verifier};
 use barid_access::config::{AuthConfig, KeyConfig};
-use barid_access::{RevocationTable, key_hash};
+use barid_access::{key_hash, revokes};
 use barid_bus::KafkaConfig;
 use barid_core::GroupId;
 use barid_runtime::exit;
 use barid_session::Claims;
 use barid_wire::cut;
-use barid_wire::revocation::Revocation;
+use barid_wire::revocation::{Revocation, RevocationError};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Serialize;
@@ -31,6 +31,8 @@ use crate::values::{self, KeyArgs};
 
 /// How much of a claim a hint shows, bytes.
 const SHOWN_BYTES: usize = 64;
+/// Why revocations are not read with --offline.
+const OFFLINE: &str = "Kafka was not asked (--offline)";
 /// No token is longer: a handshake has 16 KiB.
 const TOKEN_BYTES_MAX: u64 = 1 << 20;
 
@@ -49,6 +51,9 @@ pub struct Args {
     /// How long to wait for key sets, and for Kafka
     #[arg(long, default_value = "5s", value_parser = values::positive_duration)]
     pub timeout: Duration,
+    /// Do not ask Kafka whether the token is revoked
+    #[arg(long)]
+    pub offline: bool,
 }
 
 #[derive(Serialize)]
@@ -65,7 +70,7 @@ struct Accepted<'a> {
     expires_in_seconds: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     key_id: Option<&'a str>,
-    /// `None`: Kafka could not be read.
+    /// `None`: unknown, for the reason that follows.
     #[serde(skip_serializing_if = "Option::is_none")]
     revoked: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,23 +91,23 @@ struct Refused<'a> {
 /// A node, as far as tokens concern it.
 struct Node {
     auth: AuthConfig,
-    /// `None`: it does not follow revocations, or no Kafka is known.
-    kafka: Option<KafkaConfig>,
+    /// The error says why revocations are not read.
+    kafka: Result<KafkaConfig, &'static str>,
 }
 
 /// What a token says. It is not verified: for hints only.
-struct Said {
+struct Unverified {
     header: Value,
     claims: Value,
 }
 
-/// Prints the verdict. The exit code is 1 if the token is refused.
+/// Prints the verdict. The exit code is 1 if the token is refused, and 4 if Kafka does not say whether it is revoked.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let token = read(args.token.clone())?;
     let node = node(&args)?;
     let verifier = Verifier::new(&node.auth).map_err(|error| Coded::config(error.to_string()))?;
     let now_s = values::now_ms() / 1000;
-    let said = Said::of(&token);
+    let unverified = Unverified::of(&token);
     let verified = match token.as_str() {
         "" => Err(AuthError::Missing),
         token => {
@@ -113,17 +118,19 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let claims = match verified {
         Ok(claims) => claims,
         Err(error) => {
-            let hint = hint(&error, &said, &node.auth, &verifier, now_s);
+            let hint = hint(&error, &unverified, &node.auth, &verifier, now_s);
             return refused(&error, hint.as_deref(), out);
         }
     };
-    match revocation(&node, &claims, args.timeout, now_s).await {
-        Ok(Some(revocation)) => {
-            let hint = revoked_by(&revocation);
-            refused(&AuthError::Revoked, Some(&hint), out)
+    if let Ok(kafka) = &node.kafka {
+        let found = revocation(kafka, &claims, args.timeout, now_s).await;
+        let unknown = "cannot tell whether the token is revoked (--offline does not ask)";
+        if let Some((revocation, error)) = found.context(unknown)? {
+            let hint = revoked_by(&revocation, error);
+            return refused(&AuthError::Revoked, Some(&hint), out);
         }
-        known => accepted(&claims, &said, &node, known.map(|_| ()), now_s, out),
     }
+    accepted(&claims, &unverified, &node, now_s, out)
 }
 
 /// The token: as given, or from standard input, without what a header has in front of it.
@@ -155,7 +162,11 @@ fn node(args: &Args) -> anyhow::Result<Node> {
         let limit_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
         let mut auth = loaded.config.auth;
         auth.jwks.iter_mut().for_each(|set| set.timeout_ms = set.timeout_ms.min(limit_ms));
-        let kafka = loaded.config.revocations.then_some(loaded.config.kafka);
+        let kafka = match (args.offline, loaded.config.revocations) {
+            (true, _) => Err(OFFLINE),
+            (false, true) => Ok(loaded.config.kafka),
+            (false, false) => Err("the node follows no revocations (revocations = false)"),
+        };
         return Ok(Node { auth, kafka });
     }
     let key = args.key.key().map_err(|error| match args.key.is_given() {
@@ -169,36 +180,40 @@ fn node(args: &Args) -> anyhow::Result<Node> {
     let key =
         KeyConfig { id: key.id.unwrap_or_default(), secret: key.secret, ..Default::default() };
     let dev = if args.key.is_given() { None } else { DevState::running()? };
-    let kafka = dev.map(|dev| KafkaConfig {
-        brokers: dev.brokers.split(',').map(str::to_owned).collect(),
-        fetch_wait_max_ms: 5,
-        ..Default::default()
-    });
+    let kafka = match dev {
+        _ if args.offline => Err(OFFLINE),
+        Some(dev) => Ok(KafkaConfig {
+            brokers: dev.brokers.split(',').map(str::to_owned).collect(),
+            fetch_wait_max_ms: 5,
+            ..Default::default()
+        }),
+        None => Err("no Kafka is known: give --config FILE"),
+    };
     Ok(Node { auth: AuthConfig { keys: vec![key], ..Default::default() }, kafka })
 }
 
-/// The revocation that hits a token; the error says why that is unknown.
+/// The revocation that hits a token, with the error of a record that cannot be decoded.
 async fn revocation(
-    node: &Node,
+    kafka: &KafkaConfig,
     claims: &Claims,
     limit: Duration,
     now_s: u64,
-) -> Result<Option<Revocation>, String> {
-    let Some(kafka) = &node.kafka else { return Err("the node follows no revocations".into()) };
-    let all = revoke::read(kafka, limit).await.map_err(|error| format!("{error:#}"))?;
-    let all = all.iter().filter_map(|(key, value)| Revocation::decode(key, value).ok());
-    let hits = |revocation: &Revocation| {
-        let mut table = RevocationTable::new(1);
-        table.insert(revocation, now_s);
-        table.hit(&claims.user, &claims.token, now_s).is_some()
-    };
-    Ok(all.filter(hits).max_by_key(|revocation| revocation.at_s))
+) -> anyhow::Result<Option<(Revocation, Option<RevocationError>)>> {
+    let all = revoke::read(kafka, limit).await?;
+    let all = all.iter().filter_map(|(key, value)| Revocation::decode_or_all(key, value).ok());
+    let hits =
+        all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
+    Ok(hits.max_by_key(|(revocation, _)| revocation.at_s))
 }
 
-fn revoked_by(revocation: &Revocation) -> String {
-    let mut text = format!("by {:?}", cut(&revocation.revoked.to_string(), SHOWN_BYTES * 4));
-    if revocation.revoked.has_time() {
-        let _ = write!(text, ", issued before {}", revoke::date(revocation.issued_before_s));
+fn revoked_by(revocation: &Revocation, error: Option<RevocationError>) -> String {
+    let mut text = format!("by {:?}", cut(&revocation.subject.to_string(), SHOWN_BYTES * 4));
+    if let Some(error) = error {
+        let _ = write!(text, ", all its tokens: {error}");
+        return text;
+    }
+    if let Some(issued_before_s) = revocation.issued_before_s {
+        let _ = write!(text, ", issued before {}", revoke::date(issued_before_s));
     }
     if let Some(until) = revocation.until_s {
         let _ = write!(text, ", until {}", revoke::date(until));
@@ -211,18 +226,17 @@ fn revoked_by(revocation: &Revocation) -> String {
 
 fn accepted(
     claims: &Claims,
-    said: &Said,
+    unverified: &Unverified,
     node: &Node,
-    known: Result<(), String>,
     now_s: u64,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
-    let ids = said.header["kid"].as_str().into_iter();
+    let ids = unverified.header["kid"].as_str().into_iter();
     let mut ids = ids.chain(node.auth.keys.iter().map(|key| key.id.as_str()));
     let key_id = ids.find(|id| !id.is_empty() && key_hash(id) == claims.token.key);
     let issued_at = (claims.token.issued_s > 0).then(|| u64::from(claims.token.issued_s));
     let left_s = claims.expires_s.saturating_sub(now_s);
-    let unknown = known.as_ref().err().filter(|_| node.kafka.is_some());
+    let unknown = node.kafka.as_ref().err().copied();
     let shown = Accepted {
         event: "accepted",
         app: claims.user.app.as_str(),
@@ -233,8 +247,8 @@ fn accepted(
         expires_at: claims.expires_s,
         expires_in_seconds: left_s,
         key_id,
-        revoked: known.is_ok().then_some(false),
-        revocations_unknown: unknown.map(String::as_str),
+        revoked: unknown.is_none().then_some(false),
+        revocations_unknown: unknown,
     };
     if out.is_json() {
         out.object(&shown)?;
@@ -254,7 +268,7 @@ fn accepted(
         ("issued", issued_at.map_or("it does not say (no iat)".into(), dated)),
         ("expires", format!("{} (in {})", revoke::date(claims.expires_s), span(left_s * 1000))),
         ("key", key_id.map_or("without an id".into(), clean)),
-        ("revoked", known.map_or_else(|why| format!("unknown: {}", clean(&why)), |()| "no".into())),
+        ("revoked", unknown.map_or("no".into(), |why| format!("unknown: {why}"))),
     ] {
         out.line(format_args!("  {name:<9} {value}"))?;
     }
@@ -289,7 +303,7 @@ fn refused(error: &AuthError, hint: Option<&str>, out: Output) -> anyhow::Result
     Ok(exit)
 }
 
-impl Said {
+impl Unverified {
     fn of(token: &str) -> Self {
         let mut parts = token.split('.').map(|part| {
             let bytes = URL_SAFE_NO_PAD.decode(part).unwrap_or_default();
@@ -308,12 +322,12 @@ impl Said {
 /// What the token says, and what the node wants.
 fn hint(
     error: &AuthError,
-    said: &Said,
+    unverified: &Unverified,
     auth: &AuthConfig,
     verifier: &Verifier,
     now_s: u64,
 ) -> Option<String> {
-    let Said { header, claims } = said;
+    let Unverified { header, claims } = unverified;
     let key = || format!("alg {} and kid {}", shown(&header["alg"]), shown(&header["kid"]));
     Some(match error {
         AuthError::Missing => "write the token, or pass it on standard input".into(),
@@ -342,13 +356,13 @@ fn hint(
             )
         }
         AuthError::Expired => {
-            let at_s = said.seconds("exp")?;
+            let at_s = unverified.seconds("exp")?;
             let (at, now) = (revoke::date(at_s), revoke::date(now_s));
             let ago = span(now_s.saturating_sub(at_s).saturating_mul(1000));
             format!("it expired {ago} ago, at {at}; this machine's clock says {now}")
         }
         AuthError::TooEarly => {
-            let (at, now) = (revoke::date(said.seconds("nbf")?), revoke::date(now_s));
+            let (at, now) = (revoke::date(unverified.seconds("nbf")?), revoke::date(now_s));
             let leeway = auth.nbf_leeway_seconds;
             format!(
                 "it begins at {at} (nbf); this machine's clock says {now}, and the node tolerates \
@@ -356,7 +370,7 @@ fn hint(
             )
         }
         AuthError::Lifetime(max_s) => {
-            let left = span(said.seconds("exp")?.saturating_sub(now_s).saturating_mul(1000));
+            let left = span(unverified.seconds("exp")?.saturating_sub(now_s).saturating_mul(1000));
             format!("it is valid for another {left}; auth.lifetime_max_seconds is {max_s}")
         }
         AuthError::Audience => {
@@ -432,7 +446,7 @@ mod tests {
             "" => AuthError::Missing,
             token => verifier.verify(token, NOW).await.unwrap_err(),
         };
-        let told = hint(&error, &Said::of(token), auth, &verifier, NOW).unwrap_or_default();
+        let told = hint(&error, &Unverified::of(token), auth, &verifier, NOW).unwrap_or_default();
         assert!(!told.contains(SECRET) && (token.is_empty() || !told.contains(token)), "{told}");
         (error, told)
     }

@@ -118,16 +118,23 @@ async fn a_missing_topic_is_told_and_its_creation_is_noticed_and_more_partitions
     let config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
     let topic = &config.topics.revocations;
     let mut follower = Follower::start(&config, topic).unwrap();
-    let Followed::Trouble(Error::Refused(why)) = next(&mut follower).await else { panic!() };
+    let Followed::Degraded(Error::Refused(why)) = next(&mut follower).await else { panic!() };
     assert!(why.contains(topic.as_str()) && why.contains("does not exist"), "{why}");
     ensure_topics(&config, LIMIT).await.unwrap();
     assert_eq!(next(&mut follower).await, Followed::CaughtUp);
-    assert_eq!(next(&mut follower).await, Followed::Healed);
+    assert_eq!(next(&mut follower).await, Followed::Recovered);
 
     let admin: AdminClient<DefaultClientContext> = kafka.client().create().unwrap();
     let more = NewPartitions::new(topic, 2);
     admin.create_partitions(&[more], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
-    put(&producer(&config), topic, 1, "there", Some("1")).await;
+    // Until the broker tells clients of the new partition.
+    while producer(&config)
+        .send(FutureRecord::to(topic).key("there").payload("1").partition(1), LIMIT)
+        .await
+        .is_err()
+    {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let told = next(&mut follower).await;
     assert_eq!(told, Followed::Changes(vec![change("there", Some("1"))]));
 }
@@ -147,7 +154,7 @@ async fn hazard_97_kafka_away_is_told_and_afterwards_nothing_is_missing() {
     kafka.kill().unwrap();
     let mut without = Follower::start(&config, &topic).unwrap();
     for follower in [&mut follower, &mut without] {
-        let Followed::Trouble(Error::Away(why)) = next(follower).await else { panic!() };
+        let Followed::Degraded(Error::Away(why)) = next(follower).await else { panic!() };
         assert!(why.starts_with(&config.brokers[0]), "{why}");
     }
     kafka.restart().await.unwrap();
@@ -156,7 +163,7 @@ async fn hazard_97_kafka_away_is_told_and_afterwards_nothing_is_missing() {
     while changes.is_empty() || !is_healed {
         match next(&mut follower).await {
             Followed::Changes(more) => changes.extend(more),
-            Followed::Healed => is_healed = true,
+            Followed::Recovered => is_healed = true,
             other => panic!("{other:?}"),
         }
     }
@@ -166,9 +173,138 @@ async fn hazard_97_kafka_away_is_told_and_afterwards_nothing_is_missing() {
         match next(&mut without).await {
             Followed::Changes(more) => all.extend(more),
             Followed::CaughtUp => break,
-            Followed::Healed => {}
+            Followed::Recovered => {}
             other => panic!("{other:?}"),
         }
     }
     assert_eq!(all, [change("a", Some("1")), change("b", Some("2"))]);
+}
+
+/// The changes after the follower has begun again, until it has caught up.
+async fn restarted(follower: &mut Follower) -> Vec<Change> {
+    while next(follower).await != Followed::Restarted {}
+    let mut all = Vec::new();
+    loop {
+        match next(follower).await {
+            Followed::Changes(changes) => all.extend(changes),
+            Followed::CaughtUp => return all,
+            Followed::Degraded(_) | Followed::Recovered => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_134_a_topic_that_was_created_again_is_read_from_its_beginning() {
+    let kafka = Kafka::shared().await;
+    let config = apache().await;
+    let topic = &config.topics.revocations;
+    let producer = producer(&config);
+    put(&producer, topic, 0, "old", Some("1")).await;
+    put(&producer, topic, 0, "kept", Some("1")).await;
+    let mut follower = Follower::start(&config, topic).unwrap();
+    assert_eq!(caught_up(&mut follower).await.len(), 2);
+    kafka.delete_topics(&[topic]).await.unwrap();
+    // Until the broker has forgotten it.
+    while ensure_topics(&config, LIMIT).await.unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // More than there were: the old position is within the new log.
+    let names = ["kept", "b", "c", "d"];
+    for name in names {
+        put(&producer, topic, 0, name, Some("2")).await;
+    }
+    assert_eq!(restarted(&mut follower).await, names.map(|name| change(name, Some("2"))));
+    put(&producer, topic, 0, "later", Some("3")).await;
+    loop {
+        match next(&mut follower).await {
+            Followed::Changes(changes) => {
+                break assert_eq!(changes, [change("later", Some("3"))]);
+            }
+            Followed::Degraded(_) | Followed::Recovered => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_compaction_removes_a_new_follower_does_not_see() {
+    let kafka = Kafka::shared().await;
+    let mut config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    config.topics.revocations = unique("compacted");
+    let topic = &config.topics.revocations;
+    kafka.create_compacted(topic).await.unwrap();
+    let producer = producer(&config);
+    for round in 1..=3 {
+        put(&producer, topic, 0, "a", Some(&round.to_string())).await;
+        put(&producer, topic, 0, "b", Some(&round.to_string())).await;
+        // Only closed segments are compacted; the next record closes them.
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+    }
+    put(&producer, topic, 0, "last", Some("1")).await;
+    let whole = [change("a", Some("3")), change("b", Some("3")), change("last", Some("1"))];
+    let begun = Instant::now();
+    loop {
+        let mut follower = Follower::start(&config, topic).unwrap();
+        let all = caught_up(&mut follower).await;
+        if all == whole {
+            break;
+        }
+        assert!(begun.elapsed() < LIMIT, "{all:?}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+/// The last batch is damaged on disk, where Kafka hands it out unseen.
+fn damage(kafka: &Kafka, topic: &str) {
+    let log = kafka.data().join(format!("{topic}-0")).join("00000000000000000000.log");
+    let mut bytes = std::fs::read(&log).unwrap();
+    let (mut at, mut last) = (0, 0);
+    while at + 61 <= bytes.len() {
+        last = at;
+        at += 12 + u32::from_be_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+    }
+    assert_eq!(bytes[last + 22] & 7, 1, "it is compressed with gzip");
+    // Behind the batch's header of 61 bytes and gzip's of 10.
+    for byte in &mut bytes[last + 71..last + 91] {
+        *byte ^= 0x55;
+    }
+    std::fs::write(&log, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_136_a_batch_that_cannot_be_read_is_an_error_until_it_is_gone() {
+    let mut kafka = Kafka::start().await.unwrap();
+    let mut config = KafkaConfig { brokers: vec![kafka.brokers()], ..config() };
+    config.topics.revocations = unique("compacted");
+    ensure_topics(&config, LIMIT).await.unwrap();
+    let topic = config.topics.revocations.clone();
+    put(&producer(&config), &topic, 0, "a", Some("1")).await;
+    let mut packing = ClientConfig::new();
+    packing.set("bootstrap.servers", kafka.brokers()).set("compression.type", "gzip");
+    let packing: FutureProducer = packing.create().unwrap();
+    let long: String = (0..1_000).map(|n| n.to_string()).collect();
+    put(&packing, &topic, 0, "b", Some(&long)).await;
+    kafka.stop().await.unwrap();
+    damage(&kafka, &topic);
+    kafka.restart().await.unwrap();
+
+    let mut follower = Follower::start(&config, &topic).unwrap();
+    let mut changes = Vec::new();
+    let error = loop {
+        match next(&mut follower).await {
+            Followed::Changes(more) => changes.extend(more),
+            Followed::Degraded(error) => break error,
+            other => panic!("{other:?}"),
+        }
+    };
+    eprintln!("a damaged batch: {error}");
+    assert_eq!(changes, [change("a", Some("1"))]);
+    assert!(timeout(Duration::from_secs(3), follower.next()).await.is_err(), "the error stays");
+    kafka.delete_topics(&[&topic]).await.unwrap();
+    while ensure_topics(&config, LIMIT).await.unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    put(&producer(&config), &topic, 0, "c", Some("3")).await;
+    assert_eq!(restarted(&mut follower).await, [change("c", Some("3"))]);
 }

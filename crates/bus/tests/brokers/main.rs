@@ -12,9 +12,10 @@ use barid_bus::consumer::{
 };
 use barid_bus::{
     DeadLetter, DeadLetters, EmbeddedKafka, GroupProtocol, KafkaConfig, Memory, Metadata, Producer,
-    Properties, Receipts, TopicSource, describe_topics, ensure_topics,
+    Properties, Receipts, TopicSource, describe_topics, ensure_topics, probe_revocations,
 };
 use barid_core::LogPosition;
+use barid_runtime::Unfit;
 use barid_testkit::Kafka;
 use barid_testkit::certificates::Authority;
 use barid_testkit::kafka::{KafkaOptions, unique};
@@ -517,6 +518,11 @@ async fn topics_that_do_not_fit_are_told_with_what_to_set() {
     assert!(dead.contains("max.message.bytes=2004096") && dead.contains("min.insync"), "{dead}");
     assert!(told("nowhere").contains("does not exist"));
     assert!(told(&odd.topics.revocations).contains("set cleanup.policy=compact"));
+    let probe = probe_revocations(&odd, LIMIT).await.unwrap();
+    assert_eq!(probe.name, format!("topic {}", odd.topics.revocations));
+    let Err(Unfit::Unusable(why)) = probe.found else { panic!("it fits") };
+    assert!(why.contains("set cleanup.policy=compact"), "{why}");
+    assert!(probe_revocations(&config, LIMIT).await.is_none());
 
     let (_broker, config) = embedded();
     let topics = describe_topics(&config, LIMIT).await.unwrap();

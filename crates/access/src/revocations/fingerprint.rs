@@ -1,11 +1,11 @@
-//! The facts of a token by which it can be revoked, as sessions keep them: hashes in place of names.
+//! Hashes of a token's id and of its key's id, which sessions keep in place of the ids.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::LazyLock;
 
 use barid_core::AppId;
 
-/// Keyed by secrets of this process, so that nobody can choose names that collide.
+/// Keyed by secrets of this process, so that nobody can choose ids that collide.
 static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 /// The hash of a token's id (`jti`) within its app; never 0.
