@@ -145,17 +145,18 @@ impl Admission {
         let stage = Stage::OPEN;
         let mut admitted =
             Admitted { admission: Arc::clone(self), address: None, app: None, stage };
-        let (place, evicted) =
-            self.handshakes.enter(address, self.now_us()).map_err(handshake_refused)?;
+        // Before the place, which may be another client's.
+        let mut full_at_us = self.full_at_us.lock();
+        let text = "too many handshakes a second: come back later";
+        self.rate.acquire(&mut full_at_us, self.now_us(), 1).map_err(|after| Refused {
+            after: Some(after),
+            ..Refused::node(Limit::HandshakeRate, text)
+        })?;
+        let entered = self.handshakes.enter(address, self.now_us()).inspect_err(|_| {
+            self.rate.give_back(&mut full_at_us, 1);
+        });
+        let (place, evicted) = entered.map_err(handshake_refused)?;
         admitted.stage = Stage::handshake(place);
-        if self.rate.is_limited() {
-            let taken = self.rate.acquire(&mut self.full_at_us.lock(), self.now_us(), 1);
-            let text = "too many handshakes a second: come back later";
-            taken.map_err(|after| Refused {
-                after: Some(after),
-                ..Refused::node(Limit::HandshakeRate, text)
-            })?;
-        }
         Ok((admitted, evicted))
     }
 
@@ -547,6 +548,26 @@ mod tests {
         assert_eq!((refused.limit, refused.own), (Limit::HandshakeRate, false));
         assert!(refused.after.is_some_and(|after| after <= Duration::from_secs(1)));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn hazard_142_above_the_rate_a_handshake_takes_no_place_and_without_a_place_no_token() {
+        let admission = admission(|limits| {
+            limits.handshakes_max = 1;
+            limits.handshake_keep_ms = 50;
+            limits.handshakes_per_second = 1;
+            limits.handshakes_burst_seconds = 2;
+        });
+        let (_first, mut evicted) = admission.admit(None).unwrap();
+        for _ in 0..5 {
+            assert_eq!(refused(admit(&admission)), "handshakes", "it is young");
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        let (_second, mut second) = admission.admit(None).unwrap();
+        assert!(evicted.try_recv().is_ok());
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert_eq!(refused(admit(&admission)), "handshake_rate");
+        assert!(second.try_recv().is_err(), "it keeps its place");
     }
 
     #[test]

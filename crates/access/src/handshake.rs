@@ -98,11 +98,11 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let deadline = Instant::now() + node.policy.limits.handshake_timeout();
     let opened = async {
         let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
-        let stream = within(deadline, &mut evicted, opening).await;
-        let stream = stream.unwrap_or_else(|cut| Err(cut.unopened(false)))?;
+        let opened = within(deadline, &mut evicted, opening).await;
+        let stream = opened.map_err(|cut| cut.unopened(false))??;
         let securing = secure(&node.policy, stream, &admitted);
-        let stream = within(deadline, &mut evicted, securing).await;
-        stream.unwrap_or_else(|cut| Err(cut.unopened(true)))
+        let secured = within(deadline, &mut evicted, securing).await;
+        secured.map_err(|cut| cut.unopened(true))?
     };
     let mut stream = match opened.await {
         Ok(stream) => stream,

@@ -99,7 +99,7 @@ impl Tls {
         let Current { files, watch, provider, key } = &*self.current;
         let expires = &metrics.certificate_expires;
         expires.set(expires_s(&key.read().cert));
-        let used = |new: Option<CertifiedKey>| match new {
+        let apply = |new: Option<CertifiedKey>| match new {
             Some(new) => {
                 expires.set(expires_s(&new.cert));
                 *key.write() = Arc::new(new);
@@ -107,7 +107,7 @@ impl Tls {
             }
             None => metrics.certificate_read(CertificateRead::Failed),
         };
-        watch.clone().keep("certificate", || files.read(provider), used).await;
+        watch.clone().reload("certificate", || files.read(provider), apply).await;
     }
 }
 

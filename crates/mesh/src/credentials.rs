@@ -144,7 +144,7 @@ impl Credentials {
     /// Never returns.
     async fn reload(self, reads: IntCounterVec, expires: IntGauge) {
         let Some(current) = self.0 else { return std::future::pending().await };
-        let used = |loaded: Option<Loaded>| {
+        let apply = |loaded: Option<Loaded>| {
             let result = if loaded.is_some() { "read" } else { "failed" };
             reads.with_label_values(&[result]).inc();
             if let Some(loaded) = loaded {
@@ -153,7 +153,7 @@ impl Credentials {
             }
         };
         let watch = current.watch.clone();
-        watch.keep("internal certificate", || current.files.read(), used).await;
+        watch.reload("internal certificate", || current.files.read(), apply).await;
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::time::interval;
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Notices that one of some files was changed, by its modification time, and SIGHUP. Create it before the files are
-/// first read, so that a change after that is noticed, whenever [`Self::keep`] begins.
+/// first read, so that a change after that is noticed, whenever [`Self::reload`] begins.
 #[derive(Debug, Clone)]
 pub struct FileWatch<const N: usize> {
     paths: [PathBuf; N],
@@ -24,14 +24,14 @@ impl<const N: usize> FileWatch<N> {
         Self { paths, known }
     }
 
-    /// Calls `read` when a file was changed since the last call, and at SIGHUP, then `used` with what it has read. If
-    /// that failed, `used` gets `None`, and the last good files stay. `what` names them in the log. Call within a
-    /// runtime; never returns.
-    pub async fn keep<T>(
+    /// Calls `read` when a file was changed since the last call, and at SIGHUP, then `apply` with its result. If `read`
+    /// failed, `apply` gets `None`, and the last good files stay. `what` names them in the log. Call within a runtime;
+    /// never returns.
+    pub async fn reload<T>(
         mut self,
         what: &str,
         read: impl Fn() -> Result<T, String>,
-        mut used: impl FnMut(Option<T>),
+        mut apply: impl FnMut(Option<T>),
     ) {
         let mut look = interval(LOOK);
         let mut hangup = signal(SignalKind::hangup()).ok();
@@ -53,12 +53,16 @@ impl<const N: usize> FileWatch<N> {
             self.known = now;
             match read() {
                 Ok(new) => {
-                    used(Some(new));
-                    tracing::info!("{what} reloaded");
+                    apply(Some(new));
+                    tracing::info!(what, "files reloaded");
                 }
                 Err(error) => {
-                    used(None);
-                    tracing::error!(error, "cannot use the {what}; the last good one stays");
+                    apply(None);
+                    tracing::error!(
+                        what,
+                        error,
+                        "cannot use the changed files; the last good ones stay"
+                    );
                 }
             }
         }
@@ -91,7 +95,7 @@ mod tests {
             text if text == "broken" => Err(text),
             text => Ok(text),
         };
-        let keeping = watch.keep("file", read, |text| seen.lock().push(text));
+        let keeping = watch.reload("file", read, |text| seen.lock().push(text));
         let changing = async {
             for (text, at) in [("broken", 2), ("two", 3), ("two", 3)] {
                 tokio::time::sleep(2 * LOOK).await;

@@ -30,8 +30,15 @@ pub(super) struct Jwks {
     set: Arc<Set>,
     refresh: Duration,
     refresh_min: Duration,
-    /// The last reading; it is under way until its sender is dropped.
-    reading: Mutex<Option<watch::Receiver<()>>>,
+    reading: Mutex<Option<Reading>>,
+}
+
+/// The last reading of a set.
+#[derive(Debug, Clone)]
+struct Reading {
+    begun: Instant,
+    /// Its sender is dropped at the end.
+    under_way: watch::Receiver<()>,
 }
 
 /// A set and what was read of it.
@@ -42,7 +49,6 @@ struct Set {
     age_max: Duration,
     keys_max: usize,
     read: RwLock<Option<Read>>,
-    tried: Mutex<Option<Instant>>,
     failed: AtomicBool,
     skipped: IntCounter,
 }
@@ -92,7 +98,6 @@ impl Jwks {
             age_max: Duration::from_secs(config.age_max_seconds),
             keys_max: config.keys_max,
             read: RwLock::default(),
-            tried: Mutex::default(),
             failed: AtomicBool::new(false),
             skipped,
         };
@@ -121,42 +126,43 @@ impl Jwks {
     pub(super) async fn refresh_if_due(&self) {
         let failed = self.set.failed.load(Ordering::Relaxed);
         let due = if failed { self.refresh_min.max(RETRY) } else { self.refresh };
-        if self.set.was_not_tried_for(due) {
-            read_to_the_end(self.start()).await;
+        if let Some(reading) = self.start(due) {
+            reading.finished().await;
         }
     }
 
     /// Reads the set if that is allowed now, or waits for the reading that is under way. Returns whether it was read
     /// since the caller looked: a token may name a key that was added minutes ago.
     pub(super) async fn refresh_for_unknown_key(&self) -> bool {
-        let may_read = self.set.was_not_tried_for(self.refresh_min);
-        let Some(reading) = self.under_way().or_else(|| may_read.then(|| self.start())) else {
-            return false;
-        };
-        read_to_the_end(reading).await;
-        true
-    }
-
-    fn under_way(&self) -> Option<watch::Receiver<()>> {
-        self.reading.lock().clone().filter(is_under_way)
-    }
-
-    /// Starts a reading, unless one is under way. It ends although nobody waits for it: the handshake that asked may go
-    /// away, and the next one needs the keys as well.
-    fn start(&self) -> watch::Receiver<()> {
-        let mut reading = self.reading.lock();
-        if let Some(under_way) = reading.clone().filter(is_under_way) {
-            return under_way;
+        match self.start(self.refresh_min) {
+            Some(reading) => {
+                reading.finished().await;
+                true
+            }
+            None => false,
         }
-        let (sender, receiver) = watch::channel(());
-        *self.set.tried.lock() = Some(Instant::now());
+    }
+
+    /// The reading that is under way, or else a new one; `None` if the last one began less than `pause` ago. It ends
+    /// although nobody waits for it: the handshake that asked may go away, and the next one needs the keys as well.
+    fn start(&self, pause: Duration) -> Option<Reading> {
+        let mut last = self.reading.lock();
+        if let Some(reading) = &*last {
+            if reading.is_under_way() {
+                return Some(reading.clone());
+            }
+            if reading.begun.elapsed() < pause {
+                return None;
+            }
+        }
+        let (sender, under_way) = watch::channel(());
         let set = Arc::clone(&self.set);
         tokio::spawn(async move {
             set.read().await;
             drop(sender);
         });
-        *reading = Some(receiver.clone());
-        receiver
+        *last = Some(Reading { begun: Instant::now(), under_way });
+        last.clone()
     }
 
     /// Reads the set once, and returns the number of usable keys.
@@ -169,21 +175,19 @@ impl Jwks {
     }
 }
 
-fn is_under_way(reading: &watch::Receiver<()>) -> bool {
-    reading.has_changed().is_ok()
-}
+impl Reading {
+    fn is_under_way(&self) -> bool {
+        self.under_way.has_changed().is_ok()
+    }
 
-async fn read_to_the_end(mut reading: watch::Receiver<()>) {
-    while reading.changed().await.is_ok() {}
+    async fn finished(mut self) {
+        while self.under_way.changed().await.is_ok() {}
+    }
 }
 
 impl Set {
     fn age(&self) -> Option<Duration> {
         self.read.read().as_ref().map(|read| read.at.elapsed())
-    }
-
-    fn was_not_tried_for(&self, time: Duration) -> bool {
-        self.tried.lock().is_none_or(|tried| tried.elapsed() >= time)
     }
 
     /// Reads the set. A failure leaves the last keys.
