@@ -155,7 +155,8 @@ mod tests {
     fn an_idle_session_is_small() {
         // Beside these: tokio's task and registration, the names; the WebSocket has no buffer.
         assert!(future_bytes(serve) <= 120, "the task: {}", future_bytes(serve));
-        assert!(size_of::<Connection>() <= 584, "the connection: {}", size_of::<Connection>());
+        // Within jemalloc's size class of 640 bytes.
+        assert!(size_of::<Connection>() <= 640, "the connection: {}", size_of::<Connection>());
         assert!(size_of::<Socket>() <= 120, "of it the socket: {}", size_of::<Socket>());
         // With its two counts it takes jemalloc's size class of 224 bytes.
         assert!(size_of::<Handle>() <= 208, "its handle: {}", size_of::<Handle>());
