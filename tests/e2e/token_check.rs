@@ -141,9 +141,8 @@ async fn hazard_101_a_token_is_refused_as_the_nodes_refuse_it_and_said_why() -> 
     // Kafka does not answer, or has no such topic: nobody knows whether the token is revoked.
     let good = token::sign(&claims(json!({})), token::SECRET);
     let text = std::fs::read_to_string(&path)?;
-    for (from, to, code) in [(cluster.brokers(), "127.0.0.1:1", 4), (topic.as_str(), "nowhere", 2)]
-    {
-        std::fs::write(&path, text.replace(from, to))?;
+    for (from, to, code) in [(cluster.brokers(), "127.0.0.1:1", 4), (topic, "nowhere", 2)] {
+        std::fs::write(&path, text.replace(&from, to))?;
         let output = run(&config, &good, &["--timeout", "2s"]).await?;
         assert_eq!((output.status.code(), output.stdout.len()), (Some(code), 0), "{output:?}");
         assert!(String::from_utf8_lossy(&output.stderr).contains("--offline"), "{output:?}");
