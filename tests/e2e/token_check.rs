@@ -1,7 +1,7 @@
 //! `barid token check` says what the nodes of a running cluster say.
 
 use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
@@ -36,23 +36,29 @@ fn auth() -> Result<toml::Table> {
 }
 
 /// Runs the command with the token on standard input.
-async fn check(config: &str, token: &str) -> Result<(Option<i32>, Value)> {
+async fn run(config: &str, given: &str, more: &[&str]) -> Result<Output> {
     let mut command = Command::new(paths::binary("barid")?);
-    command.args(["--json", "token", "check", "-", "--config", config]);
+    command.args(["--json", "token", "check", "-", "--config", config]).args(more);
     command.env("BARID_DEV_STATE", "/nonexistent/dev.json");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let token = token.to_owned();
+    let input = given.to_owned();
     let run = move || -> Result<_> {
         let mut child = command.spawn()?;
-        child.stdin.take().context("a pipe")?.write_all(token.as_bytes())?;
-        Ok((child.wait_with_output()?, token))
+        child.stdin.take().context("a pipe")?.write_all(input.as_bytes())?;
+        Ok(child.wait_with_output()?)
     };
-    let (output, token) = tokio::task::spawn_blocking(run).await??;
+    let output = tokio::task::spawn_blocking(run).await??;
     for text in [&output.stdout, &output.stderr] {
         let text = String::from_utf8_lossy(text);
-        ensure!(token.len() < 9 || !text.contains(&token), "it prints the token: {text}");
+        ensure!(given.len() < 9 || !text.contains(given), "it prints the token: {text}");
         ensure!(!text.contains(token::SECRET) && !text.contains(SHOP_SECRET), "{text}");
     }
+    Ok(output)
+}
+
+/// The exit code, and what it prints.
+async fn check(config: &str, token: &str) -> Result<(Option<i32>, Value)> {
+    let output = run(config, token, &[]).await?;
     let said = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
     Ok((output.status.code(), said))
 }
@@ -131,5 +137,19 @@ async fn hazard_101_a_token_is_refused_as_the_nodes_refuse_it_and_said_why() -> 
     assert_eq!((&said["user"], &said["groups"]), (&json!("alice"), &json!(["eng"])));
     assert_eq!((&said["key_id"], &said["revoked"]), (&json!(token::KEY_ID), &json!(false)));
     assert!(said["expires_in_seconds"].as_u64().is_some_and(|left| (500..=600).contains(&left)));
+
+    // Kafka does not answer, or has no such topic: nobody knows whether the token is revoked.
+    let good = token::sign(&claims(json!({})), token::SECRET);
+    let text = std::fs::read_to_string(&path)?;
+    for (from, to, code) in [(cluster.brokers(), "127.0.0.1:1", 4), (topic, "nowhere", 2)] {
+        std::fs::write(&path, text.replace(&from, to))?;
+        let output = run(&config, &good, &["--timeout", "2s"]).await?;
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(code), 0), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("--offline"), "{output:?}");
+        let output = run(&config, &good, &["--offline"]).await?;
+        let said: Value = serde_json::from_slice(&output.stdout)?;
+        assert_eq!((output.status.code(), said.get("revoked")), (Some(0), None), "{said}");
+        assert_eq!(said["revocations_unknown"], "Kafka was not asked (--offline)");
+    }
     Ok(())
 }

@@ -9,7 +9,8 @@ use barid_core::{CloseCode, ConnectionId};
 use barid_mailbox::UserKey;
 use barid_session::Close;
 use barid_wire::revocation::{Revocation, Subject};
-use tokio::sync::mpsc::UnboundedReceiver;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 
@@ -23,12 +24,43 @@ const SCAN: Duration = Duration::from_millis(100);
 /// Sessions that are scanned before other tasks run.
 const SCANNED_MAX: usize = 4_096;
 
-/// Closes the sessions that arriving revocations hit, except those of [`Subject::User`]. Never returns.
-pub async fn run(node: &Node, mut arriving: UnboundedReceiver<Vec<Revocation>>) {
-    let mut closer = Closer::new(node);
+/// Revocations since the last scan: only these can hit a session that was not hit before.
+#[derive(Debug)]
+pub struct Unscanned {
+    table: Mutex<Table>,
+    arrived: Notify,
+}
+
+impl Unscanned {
+    /// Creates an empty set. It holds fewer revocations than the node's table.
+    pub fn new() -> Self {
+        Self { table: Mutex::new(Table::new(usize::MAX)), arrived: Notify::new() }
+    }
+
+    /// Adds revocations, except those of users, whose sessions are found without a scan ([`close_user`]).
+    pub fn add(&self, revocations: &[Revocation], now_s: u64) {
+        let mut table = self.table.lock();
+        for revocation in revocations {
+            if !matches!(revocation.subject, Subject::User(_)) {
+                table.insert(revocation, now_s);
+            }
+        }
+        if !table.is_empty() {
+            self.arrived.notify_one();
+        }
+    }
+
+    fn take(&self) -> Table {
+        std::mem::replace(&mut self.table.lock(), Table::new(usize::MAX))
+    }
+}
+
+/// Closes the sessions that arriving revocations hit. Never returns.
+pub async fn run(node: &Node, unscanned: &Unscanned) {
+    let mut closer = Closer::new(node, unscanned);
     loop {
         tokio::select! {
-            Some(revocations) = arriving.recv() => closer.add(&revocations),
+            () = unscanned.arrived.notified() => closer.plan_scan(),
             () = closer.due() => closer.step().await,
         }
     }
@@ -59,8 +91,7 @@ fn close(node: &Node, handle: &Handle) -> bool {
 
 struct Closer<'a> {
     node: &'a Node,
-    /// Revocations since the last scan: only these can hit a session that was not hit before.
-    made: Table,
+    unscanned: &'a Unscanned,
     /// When to scan all sessions.
     scan_at: Option<Instant>,
     scanned_at: Option<Instant>,
@@ -71,11 +102,11 @@ struct Closer<'a> {
 }
 
 impl<'a> Closer<'a> {
-    fn new(node: &'a Node) -> Self {
+    fn new(node: &'a Node, unscanned: &'a Unscanned) -> Self {
         let per_second = f64::from(node.policy.limits.kicks_per_second);
         Self {
             node,
-            made: Table::new(usize::MAX),
+            unscanned,
             scan_at: None,
             scanned_at: None,
             paced: BTreeMap::new(),
@@ -84,18 +115,10 @@ impl<'a> Closer<'a> {
         }
     }
 
-    fn add(&mut self, revocations: &[Revocation]) {
-        let now_s = self.node.clock.now_s();
-        for revocation in revocations {
-            if !matches!(revocation.subject, Subject::User(_)) {
-                self.made.insert(revocation, now_s);
-            }
-        }
-        if !self.made.is_empty() {
-            let now = Instant::now();
-            let earliest = self.scanned_at.map_or(now, |scanned_at| (scanned_at + SCAN).max(now));
-            self.scan_at.get_or_insert(earliest);
-        }
+    fn plan_scan(&mut self) {
+        let now = Instant::now();
+        let earliest = self.scanned_at.map_or(now, |scanned_at| (scanned_at + SCAN).max(now));
+        self.scan_at.get_or_insert(earliest);
     }
 
     async fn due(&self) {
@@ -126,7 +149,7 @@ impl<'a> Closer<'a> {
 
     /// Finds the sessions that the revocations since the last scan hit.
     async fn scan(&mut self) {
-        let made = std::mem::replace(&mut self.made, Table::new(usize::MAX));
+        let made = self.unscanned.take();
         let queued = self.paced.len();
         if queued == 0 {
             self.close_at = Instant::now();

@@ -7,11 +7,10 @@ use barid_bus::{Change, Error, Followed, Follower, KafkaConfig};
 use barid_runtime::{Condition, repeats};
 use barid_wire::cut;
 use barid_wire::revocation::{Revocation, Subject};
-use tokio::sync::mpsc;
 use tokio::time::interval;
 
 use crate::node::Node;
-use crate::revocations::closing;
+use crate::revocations::closing::{self, Unscanned};
 
 /// Time between two removals of revocations that are over.
 const SWEEP: Duration = Duration::from_secs(10);
@@ -22,17 +21,18 @@ const SHOWN_BYTES: usize = 64;
 
 /// Keeps the revocations of a node. Never returns.
 pub async fn run(node: Arc<Node>, follower: Follower, kafka: KafkaConfig, condition: Condition) {
-    let (made, arriving) = mpsc::unbounded_channel();
-    let following = Following { node: &node, condition, made, is_read: false, degraded: None };
+    let unscanned = Unscanned::new();
+    let following =
+        Following { node: &node, condition, unscanned: &unscanned, is_read: false, degraded: None };
     // One task: closing yields to following while it scans the sessions.
-    tokio::join!(following.run(follower, kafka), closing::run(&node, arriving));
+    tokio::join!(following.run(follower, kafka), closing::run(&node, &unscanned));
 }
 
 struct Following<'a> {
     node: &'a Node,
     condition: Condition,
-    /// Revocations that were added to the table.
-    made: mpsc::UnboundedSender<Vec<Revocation>>,
+    /// Revocations that were added to the table, for the scans of sessions.
+    unscanned: &'a Unscanned,
     /// Whether the topic was read to its end once.
     is_read: bool,
     /// Why new revocations do not arrive.
@@ -133,8 +133,7 @@ impl Following<'_> {
                 closing::close_user(node, user);
             }
         }
-        // Fails only while the process ends.
-        let _ = self.made.send(made);
+        self.unscanned.add(&made, now_s);
     }
 
     /// Reads a record. `None`: its key names no subject.

@@ -43,14 +43,18 @@ async fn next(follower: &mut Follower) -> Followed {
 
 /// The changes until it has caught up.
 async fn caught_up(follower: &mut Follower) -> Vec<Change> {
-    let mut all = Vec::new();
-    loop {
+    let (mut all, mut is_degraded, mut is_caught_up) = (Vec::new(), false, false);
+    while is_degraded || !is_caught_up {
         match next(follower).await {
             Followed::Changes(changes) => all.extend(changes),
-            Followed::CaughtUp => return all,
+            Followed::CaughtUp => is_caught_up = true,
+            // A topic that was just created may have no leader yet.
+            Followed::Degraded(Error::Away(_)) => is_degraded = true,
+            Followed::Recovered => is_degraded = false,
             other => panic!("{other:?}"),
         }
     }
+    all
 }
 
 async fn follows(config: &KafkaConfig) {
