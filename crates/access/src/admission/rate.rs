@@ -43,6 +43,12 @@ impl Rate {
         Ok(())
     }
 
+    /// Gives tokens back that were taken for nothing.
+    pub fn give_back(&self, full_at_us: &mut u64, tokens: u64) {
+        let worth_us = (tokens * SECOND_US).div_ceil(self.per_second.max(1));
+        *full_at_us = full_at_us.saturating_sub(worth_us);
+    }
+
     /// As [`Self::acquire`], for a bucket that is stored as the lower 32 bits of its time (71 minutes in µs). After a
     /// longer pause it may, rarely, seem less full than it is.
     pub fn acquire_packed(&self, full_at_us: &mut u32, now_us: u64, tokens: u64) -> bool {
