@@ -12,6 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rdkafka::ClientConfig;
 use serde_json::json;
+use tokio::time::{Instant, sleep};
+use tokio_tungstenite::tungstenite;
 
 pub use self::builder::Builder;
 pub use self::business::Business;
@@ -22,6 +24,9 @@ pub use self::topics::Topics;
 use crate::device::next_attempt;
 use crate::spawner::Scratch;
 use crate::{Device, Kafka, Redis, RedisCluster, token};
+
+/// For a node that has just started to read the revocations.
+const REVOCATIONS_READ: Duration = Duration::from_secs(10);
 
 /// A running cluster. Dropping it ends its processes and removes its files, after printing the end of
 /// each role's output, which the test harness shows if the test failed.
@@ -193,14 +198,22 @@ impl Cluster {
         self.device_at(0, user, device).await
     }
 
-    /// A device of `user` connected to access node `number`.
+    /// A device of `user` connected to access node `number`, once it has read the revocations of tokens.
     ///
     /// # Errors
     /// Returns an error if the node refuses the handshake or the Hello.
     pub async fn device_at(&mut self, number: usize, user: &str, device: &str) -> Result<Device> {
         let url = self.url(number).await?;
-        let hello = json!({ "device": device, "attempt": next_attempt() });
-        Device::connect_with(&url, &self.token(user), hello).await.map(|(device, _)| device)
+        let deadline = Instant::now() + REVOCATIONS_READ;
+        loop {
+            let hello = json!({ "device": device, "attempt": next_attempt() });
+            match Device::connect_with(&url, &self.token(user), hello).await {
+                Err(error) if is_unavailable(&error) && Instant::now() < deadline => {
+                    sleep(Duration::from_millis(10)).await;
+                }
+                connected => return connected.map(|(device, _)| device),
+            }
+        }
     }
 
     /// A producer to this cluster, which can be moved into another task.
@@ -218,6 +231,14 @@ impl Cluster {
     pub fn reader(&self, topic: &str) -> Result<Reader> {
         Reader::new(self.client.clone(), topic)
     }
+}
+
+/// Whether a node answered 503, as it does until it has read the revocations.
+fn is_unavailable(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(tungstenite::Error::Http(answer)) if answer.status() == 503
+    )
 }
 
 impl Drop for Cluster {
