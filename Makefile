@@ -27,7 +27,7 @@ latency: ## Latency by hop, produce to device (ARGS='--push-rate 5000')
 throughput: ## Messages per second, and CPU time by process
 	@scripts/bench.sh bench --only unicast --out target/bench/throughput.json --report throughput-report $(ARGS)
 
-attack: ## Honest handshakes beside attacks on the devices' port, 10 min
+attack: ## Honest handshakes beside attacks on the devices' port, 20 min
 	@scripts/bench.sh bench --only attack --out target/bench/attack.json --report attack-report $(ARGS)
 
 redis-cost: ## Cost of accept and ack in Redis, relative to the barest scripts

@@ -33,7 +33,7 @@ use crate::token::sign;
 /// Validity of tokens.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// Limit of a handshake.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a refused connection is retried.
 const RETRY_LIMIT: Duration = Duration::from_secs(120);
 

@@ -5,23 +5,28 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use anyhow::{Context as _, ensure};
+use barid_testkit::certificates;
 use barid_testkit::raw::{CONTINUATION, LAST, PING, TEXT, announced, frame, request};
 use clap::{Args, ValueEnum, value_parser};
 use parking_lot::Mutex;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, ServerConfig};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::agent::announce;
 use crate::process;
-
-/// Environment variable with the token of the attacks that need one.
-pub const TOKEN: &str = "BARID_ATTACK_TOKEN";
 
 /// Pause between two bytes of a dripping request.
 const DRIP: Duration = Duration::from_millis(500);
@@ -40,15 +45,29 @@ pub enum Kind {
     Half,
     /// A request, one byte every 500 ms.
     Drip,
-    /// A whole handshake with a valid token, and no Hello.
+    /// A whole handshake with one of many valid tokens, and no Hello.
     Silent,
     /// The same, and floods instead of Hello: pings, empty continuations, half frames.
     Flood,
     /// A whole handshake with a token that is refused.
     Tokens,
+    /// Over TLS: a whole TLS handshake, half a request, and silence.
+    HalfTls,
+    /// Half a ClientHello, and silence.
+    ClientHello,
 }
 
 impl Kind {
+    /// Whether it attacks a port with TLS.
+    pub fn is_over_tls(self) -> bool {
+        matches!(self, Self::HalfTls | Self::ClientHello)
+    }
+
+    /// Whether its handshakes have valid tokens.
+    pub fn has_tokens(self) -> bool {
+        matches!(self, Self::Silent | Self::Flood)
+    }
+
     /// The name on the command line.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
@@ -64,7 +83,7 @@ pub struct Options {
     #[arg(long)]
     pub node: SocketAddr,
     /// The attacker's addresses are 127.NETWORK.x.y.
-    #[arg(long, value_parser = value_parser!(u8).range(1..=255))]
+    #[arg(long, value_parser = value_parser!(u8).range(1..=254))]
     pub network: u8,
     /// Number of its addresses.
     #[arg(long, value_parser = value_parser!(u16).range(1..=10_000))]
@@ -75,9 +94,12 @@ pub struct Options {
     /// A connection is dropped when so many younger ones were begun.
     #[arg(long, value_parser = value_parser!(u32).range(1..=19_000))]
     pub hold: u32,
-    /// How long it attacks.
+    /// How long it attacks, unless it gets SIGTERM before.
     #[arg(long, value_parser = value_parser!(u64).range(1..=86_400))]
     pub seconds: u64,
+    /// File with valid tokens, one a line, used in turn (`silent` and `flood`).
+    #[arg(long)]
+    pub tokens: Option<PathBuf>,
 }
 
 /// What the attacker has done and seen. Field names are stable.
@@ -85,63 +107,93 @@ pub struct Options {
 pub struct Outcome {
     /// Connections begun.
     pub attempts: u64,
+    /// How long it attacked.
+    pub seconds: f64,
     /// Most connections that were open at once.
     pub open_max: u64,
+    /// Most connections that were upgraded (101) and open at once.
+    pub upgraded_max: u64,
     /// Answers by HTTP status.
     pub answers: BTreeMap<String, u64>,
     /// Connections that the server ended with a reset, or that it did not accept.
     pub reset: u64,
     /// Connections that the server closed without an answer, or after its 101.
     pub closed: u64,
+    /// Without those that TLS adds.
     pub sent_bytes: u64,
     /// CPU time of the attacker's process.
     pub cpu_s: f64,
 }
 
+impl Outcome {
+    /// Connections begun per second.
+    pub fn per_second(&self) -> f64 {
+        self.attempts as f64 / self.seconds.max(f64::MIN_POSITIVE)
+    }
+}
+
 #[derive(Default)]
 struct Counts {
-    open: AtomicU64,
+    attempts: AtomicU64,
+    open: Gauge,
+    upgraded: Gauge,
     sent_bytes: AtomicU64,
     outcome: Mutex<Outcome>,
 }
 
+impl Counts {
+    fn outcome(&self) -> Outcome {
+        Outcome {
+            attempts: self.attempts.load(Ordering::Relaxed),
+            open_max: self.open.most.load(Ordering::Relaxed),
+            upgraded_max: self.upgraded.most.load(Ordering::Relaxed),
+            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
+            ..self.outcome.lock().clone()
+        }
+    }
+}
+
 /// Attacks, and prints an [`Outcome`] as JSON.
 pub async fn run(options: &Options) -> anyhow::Result<bool> {
-    let token = match options.kind {
-        Kind::Tokens => "eyJhbGciOiJIUzI1NiJ9.e30.c2ln".to_owned(),
-        _ => std::env::var(TOKEN).unwrap_or_default(),
-    };
-    let path = format!("/v1/connect?token={token}");
-    let handshake = request(&path, "Sec-WebSocket-Protocol: barid.v1.json\r\n");
-    let attack =
-        Arc::new(Attack { options: options.clone(), handshake, counts: Counts::default() });
-    let (begun, mut held) = (Instant::now(), VecDeque::new());
-    let total = u64::from(options.rate) * options.seconds;
-    for number in 0..total {
-        sleep_until(begun + Duration::from_secs_f64(number as f64 / f64::from(options.rate))).await;
-        if held.len() >= options.hold as usize
-            && let Some(oldest) = held.pop_front()
-        {
-            let oldest: tokio::task::JoinHandle<()> = oldest;
-            oldest.abort();
-        }
-        let attack = Arc::clone(&attack);
-        held.push_back(tokio::spawn(async move { attack.once(number).await }));
+    let (attack, mut term) = (Arc::new(Attack::new(options)?), signal(SignalKind::terminate())?);
+    let begun = Instant::now();
+    tokio::select! {
+        () = begin(&attack, begun) => (),
+        () = sleep(Duration::from_secs(options.seconds)) => (),
+        _ = term.recv() => (),
     }
-    sleep_until(begun + Duration::from_secs(options.seconds)).await;
-    let mut outcome = attack.counts.outcome.lock().clone();
-    outcome.attempts = total;
-    outcome.sent_bytes = attack.counts.sent_bytes.load(Ordering::Relaxed);
-    outcome.cpu_s = process::cpu_s(std::process::id())?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let outcome =
+        Outcome { seconds, cpu_s: process::cpu_s(std::process::id())?, ..attack.counts.outcome() };
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", serde_json::to_string(&outcome)?)?;
     out.flush()?;
     Ok(true)
 }
 
+/// Begins connections at the attack's rate, without end.
+async fn begin(attack: &Arc<Attack>, begun: Instant) {
+    let mut held = VecDeque::new();
+    for number in 0.. {
+        let due = number as f64 / f64::from(attack.options.rate);
+        sleep_until(begun + Duration::from_secs_f64(due)).await;
+        if held.len() >= attack.options.hold as usize
+            && let Some(oldest) = held.pop_front()
+        {
+            let oldest: tokio::task::JoinHandle<()> = oldest;
+            oldest.abort();
+        }
+        let attack = Arc::clone(attack);
+        held.push_back(tokio::spawn(async move { attack.once(number).await }));
+    }
+}
+
 struct Attack {
     options: Options,
-    handshake: String,
+    /// Handshakes that are sent in turn.
+    handshakes: Vec<String>,
+    tls: Arc<ClientConfig>,
+    client_hello: Vec<u8>,
     counts: Counts,
 }
 
@@ -153,11 +205,31 @@ enum End {
 }
 
 impl Attack {
+    fn new(options: &Options) -> anyhow::Result<Self> {
+        let tokens = match &options.tokens {
+            Some(file) => std::fs::read_to_string(file)
+                .with_context(|| format!("reading {}", file.display()))?,
+            None => "eyJhbGciOiJIUzI1NiJ9.e30.c2ln".to_owned(),
+        };
+        let handshake = |token: &str| {
+            let path = format!("/v1/connect?token={token}");
+            request(&path, "Sec-WebSocket-Protocol: barid.v1.json\r\n")
+        };
+        let handshakes: Vec<_> = tokens.lines().map(handshake).collect();
+        ensure!(!handshakes.is_empty(), "the file of --tokens is empty");
+        let (tls, mut client_hello) = (certificates::trusting(certificates::ONE.pem)?, Vec::new());
+        ClientConnection::new(Arc::clone(&tls), server_name())?.write_tls(&mut client_hello)?;
+        let (options, counts) = (options.clone(), Counts::default());
+        Ok(Self { options, handshakes, tls, client_hello, counts })
+    }
+
     async fn once(&self, number: u64) {
+        // Counted here, because a task that is dropped before it runs has begun nothing.
+        self.counts.attempts.fetch_add(1, Ordering::Relaxed);
         let end = match self.connect(number).await {
             Ok(stream) => {
-                let _open = Open::new(&self.counts);
-                self.attack(stream, number).await
+                let _open = self.counts.open.enter();
+                self.attack_over(stream, number).await
             }
             Err(_) => End::Reset,
         };
@@ -180,11 +252,24 @@ impl Attack {
         Ok(stream)
     }
 
-    async fn attack(&self, stream: TcpStream, number: u64) -> End {
-        let (mut reading, mut writing) = stream.into_split();
-        let handshake = self.handshake.as_bytes();
+    async fn attack_over(&self, stream: TcpStream, number: u64) -> End {
+        if self.options.kind != Kind::HalfTls {
+            return self.attack(stream, number).await;
+        }
+        let connector = TlsConnector::from(Arc::clone(&self.tls));
+        match connector.connect(server_name(), stream).await {
+            Ok(stream) => self.attack(stream, number).await,
+            Err(_) => End::Reset,
+        }
+    }
+
+    async fn attack(&self, stream: impl AsyncRead + AsyncWrite + Unpin, number: u64) -> End {
+        let (mut reading, mut writing) = tokio::io::split(stream);
+        let handshake =
+            self.handshakes[(number % self.handshakes.len() as u64) as usize].as_bytes();
         let begin = match self.options.kind {
-            Kind::Half => &handshake[..handshake.len() / 2],
+            Kind::Half | Kind::HalfTls => &handshake[..handshake.len() / 2],
+            Kind::ClientHello => &self.client_hello[..self.client_hello.len() / 2],
             Kind::Drip => &handshake[..1],
             Kind::Silent | Kind::Flood | Kind::Tokens => handshake,
         };
@@ -216,6 +301,7 @@ impl Attack {
             return End::Answer(status);
         }
         *self.counts.outcome.lock().answers.entry(status).or_default() += 1;
+        let _upgraded = self.counts.upgraded.enter();
         let until_closed =
             async { while reading.read(&mut answer).await.is_ok_and(|read| read > 0) {} };
         tokio::select! {
@@ -226,7 +312,7 @@ impl Attack {
     }
 
     /// Sends until that fails.
-    async fn flood(&self, writing: &mut (impl tokio::io::AsyncWrite + Unpin), number: u64) {
+    async fn flood(&self, writing: &mut (impl AsyncWrite + Unpin), number: u64) {
         if self.options.kind != Kind::Flood {
             return std::future::pending().await;
         }
@@ -251,7 +337,7 @@ impl Attack {
 
     async fn send(
         &self,
-        writing: &mut (impl tokio::io::AsyncWrite + Unpin),
+        writing: &mut (impl AsyncWrite + Unpin),
         bytes: &[u8],
     ) -> std::io::Result<()> {
         writing.write_all(bytes).await?;
@@ -260,35 +346,71 @@ impl Attack {
     }
 }
 
-/// Counts a connection as open until it is dropped.
-struct Open<'a>(&'a Counts);
+/// The name that the certificate of the devices' port has.
+fn server_name() -> ServerName<'static> {
+    ServerName::from(IpAddr::from(Ipv4Addr::LOCALHOST))
+}
 
-impl<'a> Open<'a> {
-    fn new(counts: &'a Counts) -> Self {
-        let open = counts.open.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut outcome = counts.outcome.lock();
-        outcome.open_max = outcome.open_max.max(open);
-        Self(counts)
+/// A number of connections, and its maximum.
+#[derive(Default)]
+struct Gauge {
+    now: AtomicU64,
+    most: AtomicU64,
+}
+
+impl Gauge {
+    /// Counts a connection until the result is dropped.
+    fn enter(&self) -> Counted<'_> {
+        let now = self.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most.fetch_max(now, Ordering::Relaxed);
+        Counted(self)
     }
 }
 
-impl Drop for Open<'_> {
+struct Counted<'a>(&'a Gauge);
+
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.0.now.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Accepts connections and holds them: it answers 101 to every end of a head, and reads everything else.
+/// Accepts connections and holds them, on a port without TLS and on one with TLS: it answers 101 to every end of a
+/// head, and reads everything else.
 pub async fn hold() -> anyhow::Result<bool> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    announce(&[listener.local_addr()?])?;
-    while let Ok((stream, _)) = listener.accept().await {
-        tokio::spawn(hold_one(stream));
-    }
+    let plain = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let tls = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let acceptor = acceptor()?;
+    announce(&[plain.local_addr()?, tls.local_addr()?])?;
+    tokio::try_join!(serve(plain, None), serve(tls, Some(acceptor)))?;
     Ok(true)
 }
 
-async fn hold_one(mut stream: TcpStream) -> std::io::Result<()> {
+fn acceptor() -> anyhow::Result<TlsAcceptor> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let certificate = CertificateDer::from_pem_slice(certificates::ONE.pem.as_bytes())?;
+    let key = PrivateKeyDer::from_pem_slice(certificates::ONE.key.as_bytes())?;
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>) -> anyhow::Result<()> {
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let tls = tls.clone();
+        tokio::spawn(async move {
+            match tls {
+                Some(tls) => hold_one(tls.accept(stream).await?).await,
+                None => hold_one(stream).await,
+            }
+        });
+    }
+}
+
+async fn hold_one(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Result<()> {
     let mut bytes = vec![0; 4 << 10];
     loop {
         let read = stream.read(&mut bytes).await?;
@@ -297,6 +419,8 @@ async fn hold_one(mut stream: TcpStream) -> std::io::Result<()> {
         }
         if bytes[..read].ends_with(b"\r\n\r\n") {
             stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").await?;
+            // TLS keeps small writes until they are flushed.
+            stream.flush().await?;
         }
     }
 }
@@ -305,41 +429,60 @@ async fn hold_one(mut stream: TcpStream) -> std::io::Result<()> {
 mod tests {
     use super::*;
 
+    async fn listen(tls: Option<TlsAcceptor>) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, tls));
+        address
+    }
+
+    fn attack_of(kind: Kind, node: SocketAddr) -> Attack {
+        let (network, addresses, rate, hold, seconds, tokens) = (9, 3, 50, 20, 1, None);
+        let options = Options { kind, node, network, addresses, rate, hold, seconds, tokens };
+        Attack::new(&options).unwrap()
+    }
+
     async fn attack(kind: Kind, node: SocketAddr) -> Outcome {
-        let options =
-            Options { kind, node, network: 9, addresses: 3, rate: 50, hold: 20, seconds: 1 };
-        let handshake = request("/", "");
-        let attack = Attack { options, handshake, counts: Counts::default() };
+        let attack = attack_of(kind, node);
         let attacking = (0..30).map(|number| attack.once(number));
         let _ =
             tokio::time::timeout(Duration::from_millis(500), futures::future::join_all(attacking))
                 .await;
-        let mut outcome = attack.counts.outcome.lock().clone();
-        outcome.sent_bytes = attack.counts.sent_bytes.load(Ordering::Relaxed);
-        outcome
+        attack.counts.outcome()
     }
 
     #[tokio::test]
     async fn each_kind_sends_what_it_says_and_counts_what_it_sees() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let node = listener.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(hold_one(stream));
-            }
-        });
-        let whole = request("/", "").len() as u64;
-        let half = attack(Kind::Half, node).await;
-        assert_eq!((half.open_max, half.sent_bytes, half.answers.len()), (30, 30 * (whole / 2), 0));
+        let (node, tls) = (listen(None).await, listen(Some(acceptor().unwrap())).await);
+        let sample = attack_of(Kind::Half, node);
+        let (whole, hello) = (sample.handshakes[0].len() as u64, sample.client_hello.len() as u64);
+        for (kind, node, bytes) in [
+            (Kind::Half, node, whole / 2),
+            (Kind::HalfTls, tls, whole / 2),
+            (Kind::ClientHello, tls, hello / 2),
+        ] {
+            let half = attack(kind, node).await;
+            assert_eq!((half.open_max, half.sent_bytes), (30, 30 * bytes), "{kind:?}");
+            assert_eq!((half.attempts, half.upgraded_max, half.reset), (30, 0, 0), "{kind:?}");
+            assert_eq!((half.closed, half.answers.len()), (0, 0), "{kind:?}");
+        }
         let silent = attack(Kind::Silent, node).await;
-        assert_eq!(
-            (silent.open_max, silent.sent_bytes, silent.answers["101"]),
-            (30, 30 * whole, 30)
-        );
+        assert_eq!((silent.upgraded_max, silent.sent_bytes), (30, 30 * whole));
+        assert_eq!(silent.answers["101"], 30);
         let flood = attack(Kind::Flood, node).await;
         assert!(flood.sent_bytes > 30 * whole + (1 << 20), "{flood:?}");
         assert_eq!(attack(Kind::Tokens, node).await.answers["101"], 30);
         let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, barid_testkit::ports::free_port()));
         assert_eq!(attack(Kind::Tokens, nobody).await.reset, 30);
+    }
+
+    #[tokio::test]
+    async fn connections_are_begun_at_the_rate_and_counted_as_they_are_begun() {
+        let attack = Arc::new(attack_of(Kind::Half, listen(None).await));
+        let begun = Instant::now();
+        let _ = tokio::time::timeout(Duration::from_secs(1), begin(&attack, begun)).await;
+        let seconds = begun.elapsed().as_secs_f64();
+        let outcome = Outcome { seconds, ..attack.counts.outcome() };
+        assert!((30.0..=51.0).contains(&outcome.per_second()), "{outcome:?}");
     }
 }

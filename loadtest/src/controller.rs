@@ -19,8 +19,9 @@ use crate::rpc::{
 
 /// How long an agent or a floor may take to start.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// Source addresses of each local agent. A pair of addresses has some 28,000 ports; and in a storm each
-/// address stays below a node's limit (`limits.address_handshakes_max`, 128).
+/// Source addresses of each local agent, by turns below and above those of an attacker ([`crate::attacker`]). A pair of
+/// addresses has some 28,000 ports; and in a storm each address stays below a node's limit
+/// (`limits.address_handshakes_max`, 128).
 const SOURCES: u8 = 32;
 
 /// Agents, and the processes of those that were started here.
@@ -109,8 +110,9 @@ impl Agents {
                 ..request.clone()
             };
             if is_local {
-                part.sources =
-                    (1..=SOURCES).map(|host| format!("127.0.{}.{host}", index + 1)).collect();
+                let network = |host: u8| if host.is_multiple_of(2) { 255 } else { 0 };
+                let source = |host| format!("127.{}.{}.{host}", network(host), index + 1);
+                part.sources = (1..=SOURCES).map(source).collect();
             }
             first += part.count;
             (client, part)

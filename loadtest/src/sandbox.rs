@@ -38,13 +38,16 @@ pub struct Access {
     pub tls: bool,
     /// Whether the roles speak mutual TLS (`internal_tls`), with an authority that is made for the cluster.
     pub internal_tls: bool,
+    /// `limits.handshakes_max`; `None`: its default.
+    pub handshakes_max: Option<u32>,
 }
 
 /// A figure by role; `agents` are those of this machine, `business` is this process.
 pub type ByRole = BTreeMap<String, f64>;
 
 impl Sandbox {
-    /// Starts a cluster with default configuration, except for the delay of re-sends.
+    /// Starts a cluster with default configuration, except for the delay of re-sends and the limit on an app's new
+    /// users.
     pub async fn start(access: Access) -> anyhow::Result<Self> {
         // C1 alone: in such a short time the other compiler costs more CPU time than it saves. A large young
         // generation: each collection stops the broker for some 15 ms, and at 1,000 messages per second
@@ -72,6 +75,9 @@ impl Sandbox {
         }
         if access.internal_tls {
             cluster = with_internal_tls(cluster, certificate.path())?;
+        }
+        if let Some(places) = access.handshakes_max {
+            cluster = cluster.set_of(Role::Access, "limits.handshakes_max", i64::from(places));
         }
         let mut cluster = cluster
             .quiet()

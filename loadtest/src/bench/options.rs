@@ -163,7 +163,7 @@ pub struct AttackOptions {
     #[arg(long, value_delimiter = ',')]
     pub attacks: Vec<Kind>,
     /// Rounds; the median of their ratios counts.
-    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..=20))]
+    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..=15))]
     pub attack_rounds: u32,
     /// Seconds that honest clients connect in each of a round's three phases.
     #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=600))]
@@ -174,12 +174,28 @@ pub struct AttackOptions {
     /// Addresses of the attacker (default: 8 to 1,000, by attack).
     #[arg(long, value_parser = value_parser!(u16).range(1..=10_000))]
     pub attack_addresses: Option<u16>,
+    /// Places of the node for unfinished handshakes (default: that of `limits.handshakes_max`).
+    #[arg(long, value_parser = value_parser!(u32).range(1..=1_000_000))]
+    pub attack_places: Option<u32>,
+    /// Do not search, after `half`, the rate at which honest clients fail.
+    #[arg(long)]
+    pub no_sweep: bool,
+    /// Numbers of attacking networks in that search.
+    #[arg(long, value_delimiter = ',', default_value = "100,400,2000")]
+    #[arg(value_parser = value_parser!(u16).range(1..=10_000))]
+    pub sweep_networks: Vec<u16>,
+    /// Its rates, ascending: half requests begun per second.
+    #[arg(long, value_delimiter = ',', default_value = "2000,3000,4000,5000,6000,8000")]
+    #[arg(value_parser = value_parser!(u32).range(1..=9_000))]
+    pub sweep_rates: Vec<u32>,
 }
 
 impl AttackOptions {
-    /// Time limit of the scenario.
+    /// Time limit of the scenario: a phase ends at the latest when the last handshake of an honest client times out.
     pub fn limit(&self) -> Duration {
-        Duration::from_secs(u64::from(self.attack_rounds * (self.attack_seconds + 20) * 15) + 300)
+        let phases = u64::from(self.attack_rounds) * 3 * Kind::value_variants().len() as u64;
+        let steps = (self.sweep_networks.len() * self.sweep_rates.len()) as u64;
+        Duration::from_secs((phases + steps) * (u64::from(self.attack_seconds) + 50) + 300)
     }
 }
 

@@ -108,7 +108,7 @@ impl<'a> Trial<'a> {
 
     /// A single access node, without TLS towards devices.
     pub fn access(&self) -> Access {
-        Access { nodes: 1, tls: false, internal_tls: self.internal_tls }
+        Access { nodes: 1, tls: false, internal_tls: self.internal_tls, handshakes_max: None }
     }
 
     /// Takes the named cluster, or starts one with a single access node.
