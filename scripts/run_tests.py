@@ -21,9 +21,9 @@ AT_ONCE = 2
 # For all. What still runs then is printed with what it has said, which names tests that run for over a minute.
 LIMIT_SECONDS = 30 * 60
 # They take minutes, so they begin first.
-LONG = ["barid-e2e e2e", "barid-purger purger", "barid-mailbox contract", "barid-access node", "barid-loadtest bench"]
+LONG = ["barid-e2e e2e", "barid-purger purger", "barid-mailbox contract", "barid-access node"]
 # They compare CPU times, memory or latencies with bounds, or use the usual ports: one by one, at the end.
-ALONE = ["barid-e2e figures", "barid dev"]
+ALONE = ["barid-e2e figures", "barid-loadtest bench", "barid dev"]
 
 
 @dataclass

@@ -10,6 +10,7 @@ use hdrhistogram::Histogram;
 use prost::Message as _;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
@@ -64,7 +65,13 @@ fn consumer(plan: &Plan, partitions: i32) -> anyhow::Result<BaseConsumer> {
 fn consume(consumer: &BaseConsumer, audit: &Audit, is_over: &AtomicBool) -> anyhow::Result<()> {
     while !is_over.load(Ordering::Relaxed) {
         let Some(record) = consumer.poll(POLL_TIMEOUT) else { continue };
-        let record = record?;
+        let record = match record {
+            // librdkafka reconnects; what takes too long then shows in the latencies.
+            Err(KafkaError::MessageConsumption(
+                RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::BrokerTransportFailure,
+            )) => continue,
+            record => record?,
+        };
         let record = PushRecord::decode(record.payload().context("record without value")?)?;
         let user = record.to.context("record without recipient")?.user;
         let number = user.strip_prefix("user-").context("record of another run")?.parse()?;

@@ -305,7 +305,7 @@ fn honest(rounds: &[Round]) -> [f64; HONEST.len()] {
 
 /// The floor is the same attack on the barest listener; honest clients connect to the node in both.
 fn measures(attack: Attack, rounds: &[Round]) -> [Measure; 4] {
-    let name = |what: &str| format!("attack_{}_{what}", attack.kind.name());
+    let name = |what: &str| format!("attack_{}_{what}", attack.kind.name().replace('-', "_"));
     let of = |value: &dyn Fn(&Round) -> f64| median(rounds.iter().map(value).collect());
     let ratio =
         |beside: fn(&Round) -> &Beside| of(&|r| beside(r).honest.p99_ms() / r.quiet.p99_ms());
