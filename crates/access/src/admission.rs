@@ -26,7 +26,7 @@ use blocks::{BlockLimits, Blocks};
 use new_users::NewUsers;
 pub use origins::Origins;
 pub use rate::Rate;
-pub use room::{Evicted, Eviction};
+pub use room::Evicted;
 use room::{PlaceId, Room, RoomFull, RoomLimits};
 
 use crate::config::LimitsConfig;
@@ -214,6 +214,11 @@ impl Admission {
         self.addresses.sweep(self.now_us());
         self.blocks.sweep(self.now_us());
         self.new_users.sweep(self.now_us());
+    }
+
+    /// Whether new users are limited at all.
+    pub fn limits_new_users(&self) -> bool {
+        self.new_users.is_limited()
     }
 
     /// Permits one user of an app to be new. Returns whether it may: the app may have too many.

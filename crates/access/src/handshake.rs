@@ -5,6 +5,7 @@ mod nodes;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use barid_core::CloseCode;
@@ -15,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
-use crate::admission::{self, AddressKey, Admitted, Evicted, Eviction, Unidentified};
+use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
 use crate::auth::AuthError;
 use crate::config::LimitsConfig;
 use crate::http::{self, Answer, Ended, Request, refused};
@@ -100,9 +101,11 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
         let opening = open(&node.policy, &node.metrics, stream, &mut address, &mut admitted);
         let opened = within(deadline, &mut evicted, opening).await;
         let stream = opened.map_err(|cut| cut.unopened(false))??;
-        let securing = secure(&node.policy, stream, &admitted);
+        let has_hello = AtomicBool::new(false);
+        let securing = secure(&node.policy, stream, &admitted, &has_hello);
         let secured = within(deadline, &mut evicted, securing).await;
-        secured.map_err(|cut| cut.unopened(true))?
+        // After its first message the time is the node's as well.
+        secured.map_err(|cut| cut.unopened(!has_hello.load(Ordering::Relaxed)))?
     };
     let mut stream = match opened.await {
         Ok(stream) => stream,
@@ -114,7 +117,7 @@ pub async fn accept(arrival: Arrival) -> Option<Outcome> {
     let read = within(deadline, &mut evicted, http::read_request(&mut stream)).await;
     let request = read.unwrap_or_else(|cut| match cut {
         CutOff::Late => Err(http::no_request()),
-        CutOff::Evicted(_) => Err(http::evicted(cut.is_own())),
+        CutOff::Evicted => Err(http::evicted()),
     });
     let judged = match request {
         Err(ended) => Err(ended),
@@ -149,25 +152,22 @@ enum CutOff {
     /// It was not complete in time.
     Late,
     /// Another connection has its place.
-    Evicted(Option<Eviction>),
+    Evicted,
 }
 
 impl CutOff {
-    /// Whether the client had its time. A client that gave way because the whole node was full may have had little.
-    fn is_own(self) -> bool {
-        matches!(self, Self::Late | Self::Evicted(Some(Eviction::OwnShare)))
-    }
-
     fn label(self) -> Handshake {
         match self {
             Self::Late => Handshake::Timeout,
-            Self::Evicted(_) => Handshake::Evicted,
+            Self::Evicted => Handshake::Evicted,
         }
     }
 
-    /// `has_begun`: the client has sent something.
-    fn unopened(self, has_begun: bool) -> Unopened {
-        Unopened { is_blamed: has_begun && self.is_own(), ..Unopened::silent(self.label()) }
+    /// `is_owed`: the client has sent something, and the rest is still to come. Who gave way is never to blame: a carrier's
+    /// phones that all return at once displace each other.
+    fn unopened(self, is_owed: bool) -> Unopened {
+        let is_blamed = is_owed && matches!(self, Self::Late);
+        Unopened { is_blamed, ..Unopened::silent(self.label()) }
     }
 }
 
@@ -181,7 +181,7 @@ async fn within<T>(
     tokio::select! {
         biased;
         done = timeout_at(deadline.into(), step) => done.map_err(|_| CutOff::Late),
-        eviction = evicted => Err(CutOff::Evicted(eviction.ok())),
+        _ = evicted => Err(CutOff::Evicted),
     }
 }
 
@@ -373,10 +373,12 @@ async fn secure(
     policy: &Policy,
     stream: TcpStream,
     admitted: &Admitted,
+    has_hello: &AtomicBool,
 ) -> Result<Stream, Unopened> {
     let Some(tls) = &policy.tls else { return Ok(Stream::Plain(stream)) };
     let handshake = async {
         let hello = Tls::hello(stream).await?;
+        has_hello.store(true, Ordering::Relaxed);
         // The costly part follows. Without its place the handshake is about to be ended.
         if !admitted.tls_begins() {
             std::future::pending::<()>().await;
@@ -545,7 +547,7 @@ async fn verify(
     let cut_off = |cut: CutOff| {
         let text = match cut {
             CutOff::Late => "the token could not be checked in time",
-            CutOff::Evicted(_) => {
+            CutOff::Evicted => {
                 "the token could not be checked yet, and other clients wait: come back later"
             }
         };

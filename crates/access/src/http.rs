@@ -195,11 +195,11 @@ pub fn nothing_sent() -> Answer {
     Answer { is_blamed: false, ..late() }
 }
 
-/// The request was not complete when another client needed its place. `is_blamed`: the client had time enough.
-pub fn evicted(is_blamed: bool) -> Ended {
+/// The request was not complete when another client needed its place.
+pub fn evicted() -> Ended {
     let text = "the request was not complete, and other clients wait";
     let answer = Answer::refusal(REQUEST_TIMEOUT, Handshake::Evicted, text);
-    Ended::Answered(Answer { is_blamed, ..answer })
+    Ended::Answered(Answer { is_blamed: false, ..answer })
 }
 
 /// Reads one request of at most 16 KiB. Also returns the bytes that follow it. List fields on several lines are joined.

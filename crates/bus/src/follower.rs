@@ -329,8 +329,10 @@ impl Follower {
                 self.unfetched = None;
                 self.assign();
             }
-            // The configuration was valid at the start.
-            Err(error) => self.unfetched = Some(error),
+            Err(error) => {
+                self.unfetched = Some(error);
+                self.needs_client = true;
+            }
         }
     }
 

@@ -21,6 +21,11 @@ impl NewUsers {
         Self { rate, full_at_us: Mutex::default() }
     }
 
+    /// Whether there is a limit.
+    pub fn is_limited(&self) -> bool {
+        self.rate.is_limited()
+    }
+
     /// Takes a token of an app. Returns whether there was one.
     pub fn acquire(&self, app: &AppId, now_us: u64) -> bool {
         if !self.rate.is_limited() {

@@ -43,17 +43,8 @@ pub enum RoomFull {
 /// Identifies a place.
 pub type PlaceId = NonZeroU64;
 
-/// Why a place was given to another connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Eviction {
-    /// Its address or network has all of its own, and the connection had time.
-    OwnShare,
-    /// All are taken.
-    Node,
-}
-
 /// Resolves when the place is given to another connection.
-pub type Evicted = oneshot::Receiver<Eviction>;
+pub type Evicted = oneshot::Receiver<()>;
 
 /// The places.
 #[derive(Debug)]
@@ -81,7 +72,7 @@ struct Place {
     address: Option<AddressKey>,
     /// When it was taken, or later if it is kept for longer.
     since_us: u64,
-    holder: oneshot::Sender<Eviction>,
+    holder: oneshot::Sender<()>,
 }
 
 impl Room {
@@ -174,12 +165,12 @@ impl Taken {
             held.filter(|held| max > 0 && held.len() >= max as usize)?.first().copied()
         };
         if let Some(oldest) = reached(limits.address_places, self.addresses.get(&address)) {
-            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us);
             is_old.ok_or(RoomFull::Address)?;
         }
         let network = self.networks.get(&address.network());
         if let Some(oldest) = reached(limits.network_places, network) {
-            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us, Eviction::OwnShare);
+            let is_old = self.evict_if_old(oldest, limits.keep_us, now_us);
             is_old.ok_or(RoomFull::Address)?;
         }
         Ok(())
@@ -199,32 +190,26 @@ impl Taken {
             && held > own
         {
             if held > GREEDY * own {
-                self.evict(oldest.1, Eviction::Node);
+                self.evict(oldest.1);
                 return Ok(());
             }
-            if self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node).is_some() {
+            if self.evict_if_old(oldest, limits.keep_full_us, now_us).is_some() {
                 return Ok(());
             }
         }
         let oldest = self.waiting.first().copied().ok_or(RoomFull::Node)?;
-        let is_old = self.evict_if_old(oldest, limits.keep_full_us, now_us, Eviction::Node);
+        let is_old = self.evict_if_old(oldest, limits.keep_full_us, now_us);
         is_old.ok_or(RoomFull::Node)
     }
 
-    fn evict_if_old(
-        &mut self,
-        (since_us, id): Waiting,
-        keep_us: u64,
-        now_us: u64,
-        why: Eviction,
-    ) -> Option<()> {
-        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.evict(id, why))
+    fn evict_if_old(&mut self, (since_us, id): Waiting, keep_us: u64, now_us: u64) -> Option<()> {
+        (now_us.saturating_sub(since_us) >= keep_us).then(|| self.evict(id))
     }
 
-    fn evict(&mut self, id: PlaceId, why: Eviction) {
+    fn evict(&mut self, id: PlaceId) {
         if let Some(place) = self.remove(id) {
             // Nobody listens if the connection ends at the same time.
-            let _ = place.holder.send(why);
+            let _ = place.holder.send(());
         }
     }
 
@@ -310,7 +295,7 @@ mod tests {
         assert_eq!(room.enter(a, SECOND_US).unwrap_err(), RoomFull::Address);
         assert!(room.enter(key("192.0.2.2"), SECOND_US).is_ok(), "another address");
         let (third, _kept) = room.enter(a, 2 * SECOND_US).unwrap();
-        assert_eq!(evicted.try_recv(), Ok(Eviction::OwnShare));
+        assert_eq!(evicted.try_recv(), Ok(()));
         assert_eq!(room.enter(a, 2 * SECOND_US).unwrap_err(), RoomFull::Address);
         // Whoever was evicted gives nothing back.
         room.leave(first);
@@ -371,7 +356,7 @@ mod tests {
         }
         assert_eq!(room.enter(address(9), keep_full_us - 1).unwrap_err(), RoomFull::Node);
         room.enter(address(9), keep_full_us).unwrap();
-        assert_eq!(first.try_recv(), Ok(Eviction::Node));
+        assert_eq!(first.try_recv(), Ok(()));
         // An address that has its own share waits for longer.
         room.enter(address(9), keep_full_us + 2).unwrap();
         assert_eq!(room.enter(address(9), SECOND_US).unwrap_err(), RoomFull::Address);

@@ -192,6 +192,10 @@ async fn connect(
     let (store, app) = (node.mailboxes.store(), &handle.user().app);
     // Most users are known: they need no permission, and new ones one call more.
     let connecting_user = async {
+        let connect = || store.connect(request.clone());
+        if !node.policy.admission.limits_new_users() {
+            return Ok(node.mailboxes.until_answered(Call::Connect, connect).await);
+        }
         let connect_known = || store.connect_known(request.clone());
         let outcome = node.mailboxes.until_answered(Call::Connect, connect_known).await;
         if outcome != ConnectOutcome::NotCreated {
@@ -202,7 +206,6 @@ async fn connect(
             let text = "the app has too many new users: come back later";
             return Err(Close::new(CloseCode::Overloaded, text));
         }
-        let connect = || store.connect(request.clone());
         Ok(node.mailboxes.until_answered(Call::Connect, connect).await)
     };
     let away = |_| Close::new(CloseCode::Overloaded, "the mailbox did not answer in time");

@@ -197,14 +197,14 @@ async fn hazard_129_a_tls_handshake_keeps_its_place_for_a_round_trip() -> Result
     newcomers.abort();
     let _ = newcomers.await;
     // Eight places of 200 ms each: 40 a second at most.
-    let mut sessions = storm(&node, 100, Duration::from_secs(20)).await?;
+    let mut sessions = storm(&node, 30, Duration::from_secs(60)).await?;
     sessions.sort_unstable();
     println!(
         "after {attempts} attempts; {} in, the last after {:?}",
         sessions.len(),
         sessions.last()
     );
-    assert_eq!(sessions.len(), 100, "the last after {:?}", sessions.last());
+    assert_eq!(sessions.len(), 30, "the last after {:?}", sessions.last());
     Ok(())
 }
 
@@ -220,11 +220,12 @@ async fn hazard_141_half_a_hello_and_too_many_connections_block_their_address_wi
                 config.tls.certificate_file = Some(directory.path().join("tls.pem"));
                 config.tls.key_file = Some(directory.path().join("tls.key"));
                 config.limits.address_refusals_max = 4;
+                config.limits.block_seconds = 60;
                 change(&mut config.limits);
             })
             .await
     };
-    let node = with(|limits| limits.handshake_timeout_ms = 300).await?;
+    let node = with(|limits| limits.handshake_timeout_ms = 1_500).await?;
     let mut held = Vec::new();
     // Those that send nothing do not count.
     for bytes in [&[][..]; 6].into_iter().chain([&[0x16, 3, 1, 2, 0, 1][..]; 6]) {

@@ -310,14 +310,12 @@ impl Memory {
             all.retain(|_, count| *count > 0);
             all
         };
-        let others = nodes.map(|nodes| {
-            let silent = nodes.iter().filter(|node| !self.looks.contains_key(&node.admin));
-            silent.filter(|node| node.role == NodeRole::Access).map(|node| node.load).sum::<u64>()
+        // Admin ports of other machines may be out of reach, so leases come first; they are unknown while Redis is away.
+        let of_leases = nodes.map(|nodes| {
+            let access = nodes.iter().filter(|node| node.role == NodeRole::Access);
+            access.map(|node| node.load).sum::<u64>()
         });
-        let total = match (self.total("access", "barid_access_sessions"), others) {
-            (None, others) => others,
-            (Some(told), others) => Some(told + others.unwrap_or(0)),
-        };
+        let total = of_leases.max(self.total("access", "barid_access_sessions"));
         Sessions {
             total,
             by_app: by("barid_access_app_sessions", "app"),
