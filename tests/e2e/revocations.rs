@@ -243,6 +243,22 @@ async fn hazard_126_another_revocation_never_weakens_the_one_before() -> Result<
     let keys: Vec<_> = listed.iter().filter_map(|line| line["key"].as_str()).collect();
     assert_eq!(keys, ["token:demo:kept"]);
 
+    // Two operators at once, and one who removes what has ended.
+    for round in 0..4 {
+        let token = format!("p{round}");
+        let for_ever = ["token", &token];
+        let (long, short) = (told(&cluster, &for_ever), ["token", &token, "--for", "1s"]);
+        let (long, short) = tokio::join!(long, told(&cluster, &short));
+        (long?, short?);
+        let (again, ended) = (told(&cluster, &for_ever), ["withdraw", "ended"]);
+        let (again, ended) = tokio::join!(again, told(&cluster, &ended));
+        (again?, ended?);
+        let listed = told(&cluster, &["list"]).await?;
+        let key = format!("token:demo:{token}");
+        let kept = listed.iter().find(|line| line["key"] == key.as_str()).context("it is gone")?;
+        assert_eq!(kept["until"], Value::Null, "{kept}");
+    }
+
     // A topic that would forget is refused.
     let output = barid(&cluster, &["everyone", "--topic", &cluster.topics().push]).await?;
     assert_eq!(output.status.code(), Some(2), "{output:?}");

@@ -24,6 +24,11 @@ use tokio::time::{sleep, timeout};
 use crate::output::{Coded, Output, Tone, clean};
 use crate::values::{self, KafkaArgs};
 
+/// Writings of a revocation that another operator overwrites.
+const WRITES_MAX: u32 = 10;
+/// For a producer to be ready to write at once.
+const PRODUCER_SETUP: Duration = Duration::from_secs(1);
+
 /// What to do. Each revocation is kept until it is withdrawn, or for the time of --for. Another one of the same tokens
 /// only extends it: withdraw it first to shorten it.
 #[derive(Debug, Subcommand)]
@@ -252,13 +257,13 @@ async fn revoke(
 ) -> anyhow::Result<ExitCode> {
     let kafka = args.topic.config()?;
     args.topic.check(&kafka).await?;
+    // Its set-up takes half a second, in which the topic may change.
+    let producer = Producer::new(&kafka)?;
     let issued_before_s = match issued {
         None => None,
         Some(IssuedArgs { issued_before: Some(given), .. }) => Some(given),
         Some(IssuedArgs { margin, .. }) => Some(next_second().await + margin.as_secs()),
     };
-    // As late as possible: another operator may be writing the same key.
-    let earlier = earlier(&subject, &kafka, args.topic.timeout).await?;
     let at_s = values::now_ms() / 1000;
     let mut revocation = Revocation {
         subject,
@@ -267,25 +272,42 @@ async fn revoke(
         reason: args.reason,
         at_s,
     };
-    if let Some(earlier) = earlier {
-        revocation.extend(&earlier);
-    }
-    let (key, value) = revocation.encode().map_err(|error| Coded::config(error.to_string()))?;
     let began = Instant::now();
-    let producer = Producer::new(&kafka)?;
-    let sent = producer.send(&kafka.topics.revocations, key.as_bytes(), value.into(), &[]).await;
-    sent.with_context(|| cannot("revoke", &kafka))?;
+    // Another operator may write the same key at the same time: until Kafka has what is wanted.
+    for _ in 0..WRITES_MAX {
+        let present = present(&revocation.subject, &kafka, args.topic.timeout).await?;
+        if let Some(present) = &present {
+            revocation.extend(present);
+        }
+        if present.is_some_and(|present| present.covers(&revocation)) {
+            return confirm(&revocation, began, &kafka, out);
+        }
+        let encoded = revocation.encode().map_err(|error| Coded::config(error.to_string()));
+        let (key, value) = encoded?;
+        let topic = &kafka.topics.revocations;
+        let sent = producer.send(topic, key.as_bytes(), value.into(), &[]).await;
+        sent.with_context(|| cannot("revoke", &kafka))?;
+    }
+    bail!("another operator writes {} all the time", clean(&revocation.subject.to_string()))
+}
+
+fn confirm(
+    revocation: &Revocation,
+    began: Instant,
+    kafka: &KafkaConfig,
+    out: Output,
+) -> anyhow::Result<ExitCode> {
     let took = began.elapsed().as_millis();
-    out.either(&shown("revoked", &revocation), || {
+    out.either(&shown("revoked", revocation), || {
         let title = out.paint(Tone::Good, "revoked");
         let took = out.paint(Tone::Faint, format_args!("{}, {took} ms", kafka.topics.revocations));
-        format!("{title}  {}  {took}", line(&revocation, out))
+        format!("{title}  {}  {took}", line(revocation, out))
     })?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// The revocation of a subject that is in force: a new one must not weaken it.
-async fn earlier(
+async fn present(
     subject: &Subject,
     kafka: &KafkaConfig,
     limit: Duration,
@@ -293,14 +315,14 @@ async fn earlier(
     let key = subject.to_string();
     let all = read(kafka, limit).await?;
     let Some(value) = all.get(key.as_bytes()) else { return Ok(None) };
-    let earlier = Revocation::decode(key.as_bytes(), value).map_err(|error| {
+    let present = Revocation::decode(key.as_bytes(), value).map_err(|error| {
         anyhow!(
             "{} has a record that this version cannot read, and that revokes all its tokens \
              ({error}): withdraw it first",
             clean(&key)
         )
     })?;
-    Ok(Some(earlier).filter(|earlier| !earlier.is_over(values::now_ms() / 1000)))
+    Ok(Some(present).filter(|present| !present.is_over(values::now_ms() / 1000)))
 }
 
 /// Waits until the present second is over, and returns the next one: tokens that were issued so far are issued before
@@ -324,6 +346,7 @@ async fn withdraw(what: Withdraw, out: Output) -> anyhow::Result<ExitCode> {
         Withdraw::Ended(topic) => return withdraw_ended(&topic, out).await,
     };
     let config = topic.config()?;
+    let producer = Producer::new(&config)?;
     let all = read(&config, topic.timeout).await?;
     // As `list` shows it: malformed keys are not always UTF-8.
     let keys: Vec<_> =
@@ -331,11 +354,14 @@ async fn withdraw(what: Withdraw, out: Output) -> anyhow::Result<ExitCode> {
     if keys.is_empty() {
         bail!("{} is not revoked", clean(&wanted));
     }
-    delete(&keys, &config, out).await
+    delete(&keys, &producer, &config, out).await
 }
 
 async fn withdraw_ended(topic: &TopicArgs, out: Output) -> anyhow::Result<ExitCode> {
     let config = topic.config()?;
+    let producer = Producer::new(&config)?;
+    // Its set-up takes half a second, in which the topic may change.
+    sleep(PRODUCER_SETUP).await;
     let now_s = values::now_ms() / 1000;
     let all = read(&config, topic.timeout).await?;
     let ended = all.into_iter().filter(|(key, value)| {
@@ -345,11 +371,15 @@ async fn withdraw_ended(topic: &TopicArgs, out: Output) -> anyhow::Result<ExitCo
     if keys.is_empty() && !out.is_json() {
         out.line("no revocation has ended")?;
     }
-    delete(&keys, &config, out).await
+    delete(&keys, &producer, &config, out).await
 }
 
-async fn delete(keys: &[Vec<u8>], config: &KafkaConfig, out: Output) -> anyhow::Result<ExitCode> {
-    let producer = Producer::new(config)?;
+async fn delete(
+    keys: &[Vec<u8>],
+    producer: &Producer,
+    config: &KafkaConfig,
+    out: Output,
+) -> anyhow::Result<ExitCode> {
     for key in keys {
         let deleted = producer.delete(&config.topics.revocations, key).await;
         deleted.with_context(|| cannot("withdraw", config))?;

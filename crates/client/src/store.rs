@@ -87,10 +87,22 @@ impl FileStore {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Fails where something else than a file is: a device such as /dev/null would be replaced.
+    fn check(&self) -> io::Result<()> {
+        match std::fs::metadata(&self.path) {
+            Ok(status) if !status.is_file() => {
+                let path = self.path.display();
+                Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{path} is not a file")))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl PositionStore for FileStore {
     fn load(&self) -> io::Result<Option<Checkpoint>> {
+        self.check()?;
         let bytes = match std::fs::read(&self.path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -109,6 +121,7 @@ impl PositionStore for FileStore {
     }
 
     fn save(&self, checkpoint: &Checkpoint) -> io::Result<()> {
+        self.check()?;
         let new = self.beside(".new");
         let mut file = File::create(&new)?;
         file.write_all(&serde_json::to_vec(checkpoint)?)?;
@@ -244,6 +257,15 @@ mod tests {
         assert_eq!(store.load().unwrap(), None);
         store.save(&checkpoint).unwrap();
         assert_eq!(store.load().unwrap(), Some(checkpoint));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_device_node_is_neither_read_nor_replaced() {
+        let store = FileStore::new("/dev/null");
+        assert!(store.load().unwrap_err().to_string().contains("is not a file"));
+        assert!(store.save(&Checkpoint::default()).is_err());
+        assert!(!std::fs::metadata("/dev/null").unwrap().is_file());
     }
 
     /// `fsync` of /dev/null is an error: a position that is not on the disk takes no other's place.

@@ -195,6 +195,13 @@ impl Revocation {
         self.until_s = self.until_s.zip(earlier.until_s).map(|(own, other)| own.max(other));
     }
 
+    /// Whether it revokes all that `other`, a revocation of the same subject, revokes.
+    pub fn covers(&self, other: &Self) -> bool {
+        let mut both = self.clone();
+        both.extend(other);
+        (both.issued_before_s, both.until_s) == (self.issued_before_s, self.until_s)
+    }
+
     /// Whether it has ended at `now_s`, seconds since the Unix epoch.
     pub fn is_over(&self, now_s: u64) -> bool {
         self.until_s.is_some_and(|until| until <= now_s)
