@@ -249,10 +249,12 @@ async fn hazard_126_another_revocation_never_weakens_the_one_before() -> Result<
         let for_ever = ["token", &token];
         let (long, short) = (told(&cluster, &for_ever), ["token", &token, "--for", "1s"]);
         let (long, short) = tokio::join!(long, told(&cluster, &short));
-        (long?, short?);
+        long?;
+        short?;
         let (again, ended) = (told(&cluster, &for_ever), ["withdraw", "ended"]);
         let (again, ended) = tokio::join!(again, told(&cluster, &ended));
-        (again?, ended?);
+        again?;
+        ended?;
         let listed = told(&cluster, &["list"]).await?;
         let key = format!("token:demo:{token}");
         let kept = listed.iter().find(|line| line["key"] == key.as_str()).context("it is gone")?;
