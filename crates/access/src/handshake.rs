@@ -163,8 +163,8 @@ impl CutOff {
         }
     }
 
-    /// `is_owed`: the client has sent something, and the rest is still to come. Who gave way is never to blame: a carrier's
-    /// phones that all return at once displace each other.
+    /// `is_owed`: the client has sent something, and the rest is still to come. A client that gave way is never to blame:
+    /// a carrier's phones that all return at once displace each other.
     fn unopened(self, is_owed: bool) -> Unopened {
         let is_blamed = is_owed && matches!(self, Self::Late);
         Unopened { is_blamed, ..Unopened::silent(self.label()) }

@@ -65,7 +65,7 @@ labels! {
         SomebodyElse => "somebody_else",
     }
 
-    /// What a revocation revokes.
+    /// Kind of the tokens that a revocation names.
     RevokedBy {
         User => "user",
         App => "app",

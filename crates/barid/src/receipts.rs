@@ -118,7 +118,7 @@ impl Selection {
     }
 }
 
-/// The receipt in a record; `None` if there is none.
+/// The receipt in a record; `None`: the record is not one.
 pub fn decode(record: &BorrowedMessage<'_>) -> Option<Receipt> {
     record.payload().and_then(|payload| decode_receipt(payload).ok())
 }

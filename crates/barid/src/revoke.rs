@@ -29,7 +29,7 @@ const WRITES_MAX: u32 = 10;
 /// For a producer to be ready to write at once.
 const PRODUCER_SETUP: Duration = Duration::from_secs(1);
 
-/// What to do. Each revocation is kept until it is withdrawn, or for the time of --for. Another one of the same tokens
+/// The actions of `barid revoke`. Each revocation is kept until it is withdrawn, or for the time of --for. Another one of the same tokens
 /// only extends it: withdraw it first to shorten it.
 #[derive(Debug, Subcommand)]
 pub enum Action {

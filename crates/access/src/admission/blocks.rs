@@ -89,7 +89,7 @@ struct Record {
 /// Limits of a table's entries.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// What a refusal takes from the bucket, µs.
+    /// Cost of a refusal in the bucket, µs.
     cost_us: u64,
     first_us: u64,
     longest_us: u64,

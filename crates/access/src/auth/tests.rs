@@ -63,7 +63,7 @@ async fn a_token_can_be_revoked_by_its_time_its_id_and_the_key_that_verified_it(
     let whole = facts("k", Some("k"), json!({ "iat": NOW - 7, "jti": "t" })).await;
     let issued_s = (NOW - 7) as u32;
     assert_eq!(whole, TokenFingerprint { issued_s, id: id_hash(&app, "t"), key: key_hash("k") });
-    // What a token does not say, its key does.
+    // Without a `kid` in the token, the id of its key counts.
     assert_eq!(facts("k", None, json!({})).await.key, key_hash("k"));
     assert_eq!(facts("", Some("k2"), json!({})).await.key, key_hash("k2"));
     assert_eq!(facts("", None, json!({})).await, TokenFingerprint::default());

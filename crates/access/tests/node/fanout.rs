@@ -243,7 +243,7 @@ async fn a_device_that_does_not_read_misses_and_the_others_do_not() -> Result<()
     }
     assert!(node.metric("barid_access_queued_bytes", "") < 100_000.0, "a run, and no more");
     eventually("nothing is held", async || Ok(node.metric(HELD, "") == 0.0)).await?;
-    // It stays, and what it reads is whole and in order. What it missed lies between what it was sent in
+    // It stays, and reads whole messages in order. Those that it missed lie between what it was sent in
     // part and what comes now, or in several gaps: the kernel compacts a full receive buffer when it
     // likes and then takes a little more. Its own messages are not among what it missed.
     let (own, _) = world.accept("alice", "own").await?;

@@ -256,7 +256,7 @@ async fn hazard_133_a_record_that_cannot_be_read_revokes_all_tokens_of_its_key()
         (is_refused(&bed.node, &old).await?, is_refused(&bed.node, &fresh).await?),
         (true, false)
     );
-    // Of a newer version: a live node, and one that starts after the compaction, agree.
+    // A record of a newer version: a live node and one that starts after the compaction, agree.
     let newer = b"{\"v\":2,\"tokens\":\"all\"}".to_vec();
     bed.put(b"user:demo:alice", newer.clone()).await?;
     let mut kafka = KafkaConfig::default();

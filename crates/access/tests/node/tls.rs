@@ -34,11 +34,16 @@ fn install(name: &str, directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Configures the certificate that [`install`] puts there.
+fn installed_in(directory: &Path, config: &mut barid_access::Config) {
+    config.tls.certificate_file = Some(directory.join("tls.pem"));
+    config.tls.key_file = Some(directory.join("tls.key"));
+}
+
 async fn node(world: &World, directory: &Path) -> Result<Node> {
     world
         .node_with(|config| {
-            config.tls.certificate_file = Some(directory.join("tls.pem"));
-            config.tls.key_file = Some(directory.join("tls.key"));
+            installed_in(directory, config);
         })
         .await
 }
@@ -119,8 +124,7 @@ async fn hazard_107_a_certificate_that_is_replaced_while_redis_is_away_is_served
     install("one", directory.path())?;
     world.redis.kill()?;
     let mut config = config(&world.redis);
-    config.tls.certificate_file = Some(directory.path().join("tls.pem"));
-    config.tls.key_file = Some(directory.path().join("tls.key"));
+    installed_in(directory.path(), &mut config);
     let starting = tokio::spawn(Node::start(config));
     tokio::time::sleep(Duration::from_secs(1)).await;
     install("two", directory.path())?;
@@ -167,8 +171,7 @@ async fn hazard_129_a_tls_handshake_keeps_its_place_for_a_round_trip() -> Result
     install("one", directory.path())?;
     let node = world
         .node_with(|config| {
-            config.tls.certificate_file = Some(directory.path().join("tls.pem"));
-            config.tls.key_file = Some(directory.path().join("tls.key"));
+            installed_in(directory.path(), config);
             config.limits.handshakes_max = 8;
         })
         .await?;
@@ -217,8 +220,7 @@ async fn hazard_141_half_a_hello_and_too_many_connections_block_their_address_wi
     let with = async |change: fn(&mut barid_access::config::LimitsConfig)| {
         world
             .node_with(|config| {
-                config.tls.certificate_file = Some(directory.path().join("tls.pem"));
-                config.tls.key_file = Some(directory.path().join("tls.key"));
+                installed_in(directory.path(), config);
                 config.limits.address_refusals_max = 4;
                 config.limits.block_seconds = 60;
                 change(&mut config.limits);
@@ -278,8 +280,7 @@ async fn a_balancer_names_the_client_before_tls_begins() -> Result<()> {
     install("one", directory.path())?;
     let node = world
         .node_with(|config| {
-            config.tls.certificate_file = Some(directory.path().join("tls.pem"));
-            config.tls.key_file = Some(directory.path().join("tls.key"));
+            installed_in(directory.path(), config);
             config.proxy.trusted = vec!["127.0.0.1".into()];
             config.proxy.protocol = true;
             config.limits.address_connections_max = 1;
