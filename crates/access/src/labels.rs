@@ -149,6 +149,7 @@ labels! {
         AddressHandshakes => "address_handshakes",
         AddressRate => "address_rate",
         Addresses => "addresses",
+        ClientUnknown => "client_unknown",
         Blocks => "blocks",
         Unidentified => "unidentified",
         AddressUnidentified => "address_unidentified",
