@@ -574,7 +574,7 @@ async fn verify(
         let token = http::token(request, offered).ok_or(AuthError::Missing)?;
         let now_s = node.clock.now_s();
         let claims = node.policy.verifier.verify(&token, now_s).await?;
-        node.revocations.check(&claims.user, &claims.token, now_s)?;
+        node.revocations.check(&claims, now_s)?;
         Ok(claims)
     };
     let cut_off = |cut: CutOff| {
@@ -595,7 +595,7 @@ async fn verify(
             AuthError::NoRevocations => Handshake::NoRevocations,
             _ => Handshake::Unauthorized,
         };
-        if error == AuthError::Revoked {
+        if error.is_revoked() {
             node.metrics.revoked(RevokedAt::Handshake);
         }
         let answer = Answer::refusal(error.status(), label, error.to_string());

@@ -55,6 +55,7 @@ labels! {
         NoKeys => "no_keys",
         NoRevocations => "no_revocations",
         Revoked => "revoked",
+        IssuedAhead => "issued_ahead",
         Signature => "signature",
         Expired => "expired",
         Lifetime => "lifetime",
