@@ -145,16 +145,22 @@ impl Admission {
         let stage = Stage::OPEN;
         let mut admitted =
             Admitted { admission: Arc::clone(self), address: None, app: None, stage };
-        // Before the place, which may be another client's.
-        let mut full_at_us = self.full_at_us.lock();
-        let text = "too many handshakes a second: come back later";
-        self.rate.acquire(&mut full_at_us, self.now_us(), 1).map_err(|after| Refused {
-            after: Some(after),
-            ..Refused::node(Limit::HandshakeRate, text)
-        })?;
+        // Before the place, which may be another client's. Without a limit nothing is locked.
+        let mut full_at_us = self.rate.is_limited().then(|| self.full_at_us.lock());
+        if let Some(full_at_us) = &mut full_at_us {
+            let text = "too many handshakes a second: come back later";
+            let taken = self.rate.acquire(full_at_us, self.now_us(), 1);
+            taken.map_err(|after| Refused {
+                after: Some(after),
+                ..Refused::node(Limit::HandshakeRate, text)
+            })?;
+        }
         let entered = self.handshakes.enter(address, self.now_us()).inspect_err(|_| {
-            self.rate.give_back(&mut full_at_us, 1);
+            if let Some(full_at_us) = &mut full_at_us {
+                self.rate.give_back(full_at_us, 1);
+            }
         });
+        drop(full_at_us);
         let (place, evicted) = entered.map_err(handshake_refused)?;
         admitted.stage = Stage::handshake(place);
         Ok((admitted, evicted))
@@ -553,6 +559,19 @@ mod tests {
         assert_eq!((refused.limit, refused.own), (Limit::HandshakeRate, false));
         assert!(refused.after.is_some_and(|after| after <= Duration::from_secs(1)));
         assert_eq!(taken(&admission), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn without_a_rate_handshakes_do_not_wait_for_its_bucket() {
+        let admission = admission(|_| ());
+        let _held = admission.full_at_us.lock();
+        let (done, is_done) = std::sync::mpsc::sync_channel(1);
+        let other = Arc::clone(&admission);
+        std::thread::spawn(move || {
+            let _admitted = admit(&other);
+            let _ = done.send(());
+        });
+        assert!(is_done.recv_timeout(Duration::from_secs(10)).is_ok(), "it waits for the lock");
     }
 
     #[tokio::test]

@@ -221,14 +221,16 @@ impl Verifier {
         let groups = groups.into_iter().map(GroupId::new).collect::<Result<_, _>>();
         let groups = groups.map_err(invalid)?;
         // A time of the future would escape revocations that are made until then.
-        let is_future =
-            issued_s > now_s.saturating_add(self.nbf_leeway_s.max(ISSUED_AHEAD_SECONDS));
+        let is_ahead = issued_s > now_s.saturating_add(self.nbf_leeway_s.max(ISSUED_AHEAD_SECONDS));
+        let issued_s = u32::try_from(issued_s).unwrap_or(u32::MAX);
+        let issued_ahead_s = is_ahead.then_some(issued_s);
         let token = TokenFingerprint {
-            issued_s: if is_future { 0 } else { u32::try_from(issued_s).unwrap_or(u32::MAX) },
+            issued_s: if is_ahead { 0 } else { issued_s },
             id: text("jti", &raw.jti)?.map_or(0, |jti| id_hash(&app, jti)),
             key: kid.map_or(0, key_hash),
         };
-        Ok(Claims { user: UserKey { app, user }, device, expires_s, groups, token })
+        let user = UserKey { app, user };
+        Ok(Claims { user, device, expires_s, groups, token, issued_ahead_s })
     }
 }
 

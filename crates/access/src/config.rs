@@ -446,7 +446,7 @@ pub struct ProxyConfig {
     pub trusted: Vec<String>,
     /// Whether each of their connections begins with a PROXY protocol header (version 1 or 2).
     pub protocol: bool,
-    /// Whether their requests carry the client's address in `X-Forwarded-For`.
+    /// Whether their requests carry the client's address in `X-Forwarded-For`. One that names no client gets 400.
     pub forwarded_for: bool,
 }
 

@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use barid_core::CloseCode;
+use barid_runtime::repeats;
 use barid_session::{Claims, Close};
 use barid_wire::frames::Encoding;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
+use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::http::header::ORIGIN;
 
 use crate::admission::{self, AddressKey, Admitted, Evicted, Unidentified};
@@ -329,7 +331,7 @@ fn no_tls(error: &std::io::Error) -> Unopened {
 }
 
 /// The steps before the client's first byte, which is left unread: the PROXY header, and the limits of the address.
-/// `address` is the peer's, and is replaced by the one in the header.
+/// `address` is the peer's, and is replaced by the one in the header, if it names a client.
 async fn open(
     policy: &Policy,
     metrics: &Metrics,
@@ -340,9 +342,18 @@ async fn open(
     let first_byte = policy.limits.first_byte_timeout();
     let late = |_| Unopened::silent(Handshake::Timeout);
     let was_known = !policy.proxies.speaks_first(*address);
+    // Without a client's address no limit of an address applies: all such clients would share the balancer's.
+    let mut is_named = true;
     if !was_known {
         timeout(first_byte, stream.peek(&mut [0])).await.map_err(late)??;
-        *address = read_proxy_header(&mut stream).await?.unwrap_or(*address);
+        match read_proxy_header(&mut stream).await? {
+            proxy::Source::Client(client) => *address = client,
+            proxy::Source::Balancer => is_named = false,
+            proxy::Source::Unknown => {
+                is_named = false;
+                metrics.limit(Limit::ClientUnknown);
+            }
+        }
     }
     let answered = |stream, answer: Answer| Unopened {
         label: answer.label,
@@ -350,7 +361,7 @@ async fn open(
         answer: (policy.tls.is_none() && answer.label != Handshake::Blocked)
             .then(|| (Stream::Plain(stream), answer)),
     };
-    if !policy.proxies.forwards(*address) {
+    if is_named && !policy.proxies.forwards(*address) {
         let key = policy.address_key(*address).filter(|_| !was_known);
         if let Err(answer) = limit_address(metrics, *address, key, admitted) {
             return Err(answered(stream, answer));
@@ -407,7 +418,7 @@ fn limit_address(
 }
 
 /// Reads the PROXY protocol header, and not a byte beyond it.
-async fn read_proxy_header(stream: &mut TcpStream) -> Result<Option<IpAddr>, Unopened> {
+async fn read_proxy_header(stream: &mut TcpStream) -> Result<proxy::Source, Unopened> {
     let mut bytes = Vec::with_capacity(64);
     loop {
         match proxy::header(&bytes) {
@@ -462,14 +473,22 @@ async fn judge(
 ) -> Result<Verdict, Ended> {
     let policy = &node.policy;
     http::check_headers(&request)?;
+    let mut is_named = true;
     if policy.proxies.forwards(*address) {
         let values = request.headers().get_all(FORWARDED_FOR).iter();
-        let values: Vec<_> = values.map(|value| value.to_str().unwrap_or_default()).collect();
-        *address = policy.proxies.client(*address, values.into_iter());
-        let key = policy.address_key(*address);
-        limit_address(&node.metrics, *address, key, admitted).map_err(Ended::Answered)?;
+        let values: Vec<_> = values.map(HeaderValue::as_bytes).collect();
+        match policy.proxies.client(values.into_iter()) {
+            Some(client) => {
+                *address = client;
+                let key = policy.address_key(client);
+                limit_address(&node.metrics, client, key, admitted).map_err(Ended::Answered)?;
+            }
+            None => is_named = false,
+        }
     }
     match request.uri().path() {
+        // Not other paths, which a balancer may ask for by itself.
+        PATH | nodes::PATH if !is_named => return Err(unnamed(*address)),
         PATH => (),
         nodes::PATH => return nodes::answer(node, &request, evicted).await.map(Verdict::Answer),
         _ => {
@@ -503,6 +522,20 @@ async fn judge(
     http::agree(&mut response, encoding);
     http::respond(stream, &response).await?;
     Ok(Verdict::Open(Box::new(Opening { rest, encoding, permit, unidentified, evicted })))
+}
+
+/// The refusal of a request from a trusted balancer that names no client. Without its address no limit of an address
+/// would apply, nor a block.
+fn unnamed(balancer: IpAddr) -> Ended {
+    if let Some(repeated) = repeats::due(&format!("balancer {balancer} names no client")) {
+        tracing::warn!(
+            %balancer,
+            repeated,
+            "handshake refused: the balancer must append the client's address to X-Forwarded-For"
+        );
+    }
+    let text = "the balancer does not say in X-Forwarded-For who you are";
+    refused(http::BAD_REQUEST, Handshake::Proxy, text)
 }
 
 /// Decides on a WebSocket handshake. The errors have close codes.
@@ -541,7 +574,7 @@ async fn verify(
         let token = http::token(request, offered).ok_or(AuthError::Missing)?;
         let now_s = node.clock.now_s();
         let claims = node.policy.verifier.verify(&token, now_s).await?;
-        node.revocations.check(&claims.user, &claims.token, now_s)?;
+        node.revocations.check(&claims, now_s)?;
         Ok(claims)
     };
     let cut_off = |cut: CutOff| {
@@ -562,7 +595,7 @@ async fn verify(
             AuthError::NoRevocations => Handshake::NoRevocations,
             _ => Handshake::Unauthorized,
         };
-        if error == AuthError::Revoked {
+        if error.is_revoked() {
             node.metrics.revoked(RevokedAt::Handshake);
         }
         let answer = Answer::refusal(error.status(), label, error.to_string());

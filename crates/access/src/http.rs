@@ -70,7 +70,7 @@ impl Answer {
             headers: String::new(),
             retry_after: RETRY_AFTER,
             close: None,
-            is_blamed: status.starts_with('4') && !matches!(status, TOO_MANY | FORBIDDEN),
+            is_blamed: is_blamed(status),
         }
     }
 
@@ -158,6 +158,13 @@ impl Answer {
         }
         Ok(())
     }
+}
+
+/// Whether a refusal with this status is the client's own doing, as a rule. A page of another origin (403) says nothing
+/// about its visitor, and 429 depends on the limit.
+fn is_blamed(status: &str) -> bool {
+    let is_of_client = status.starts_with('4') || status == VERSION;
+    is_of_client && !matches!(status, TOO_MANY | FORBIDDEN)
 }
 
 /// How a handshake ends without an upgrade.

@@ -51,18 +51,17 @@ impl Proxies {
         self.forwarded_for && self.trusts(address)
     }
 
-    /// The client's address, given the sender of the request and its `X-Forwarded-For` headers in order: the last
-    /// address that is not a trusted balancer's. Each balancer appends the address of its peer, so that the client
-    /// may have invented everything before that.
+    /// The client's address, given the values of a balancer's `X-Forwarded-For` headers in order: the last address that
+    /// is not a trusted balancer's. Each balancer appends the address of its peer, so that the client may have invented
+    /// everything before that, in any bytes. `None`: the balancer names nobody.
     pub fn client<'a>(
         &self,
-        sender: IpAddr,
-        forwarded_for: impl DoubleEndedIterator<Item = &'a str>,
-    ) -> IpAddr {
-        let mut client = sender;
-        for text in forwarded_for.rev().flat_map(|value| value.rsplit(',')) {
-            let Some(address) = address(text.trim()) else { break };
-            client = address;
+        forwarded_for: impl DoubleEndedIterator<Item = &'a [u8]>,
+    ) -> Option<IpAddr> {
+        let mut client = None;
+        for part in forwarded_for.rev().flat_map(|value| value.rsplit(|byte| *byte == b',')) {
+            let Some(address) = std::str::from_utf8(part).ok().and_then(address) else { break };
+            client = Some(address);
             if !self.trusts(address) {
                 break;
             }
@@ -84,6 +83,7 @@ impl Proxies {
 
 /// Parses an address in `X-Forwarded-For`; some balancers add the port.
 fn address(text: &str) -> Option<IpAddr> {
+    let text = text.trim();
     let plain = || text.parse::<IpAddr>().ok();
     let with_port = || text.parse::<std::net::SocketAddr>().ok().map(|address| address.ip());
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<IpAddr>().ok();
@@ -102,6 +102,17 @@ fn network(text: &str) -> Result<IpNet, String> {
     Ok(network)
 }
 
+/// Who a balancer speaks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A client with this address.
+    Client(IpAddr),
+    /// Itself (`LOCAL`): a health check.
+    Balancer,
+    /// A client without an address (`UNKNOWN`, `AF_UNSPEC`, or a Unix socket).
+    Unknown,
+}
+
 /// Result of reading a connection's first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Header {
@@ -112,8 +123,8 @@ pub enum Header {
     Whole {
         /// Its length; the request follows.
         length: usize,
-        /// The client; `None`: the balancer itself (a health check), or unknown.
-        source: Option<IpAddr>,
+        /// Who has connected to the balancer.
+        source: Source,
     },
     /// The bytes do not begin with a PROXY protocol header.
     Malformed,
@@ -147,11 +158,11 @@ fn v1(bytes: &[u8]) -> Header {
 }
 
 /// The source in `TCP4 192.0.2.1 198.51.100.1 4711 443`.
-fn v1_source(text: &str) -> Option<Option<IpAddr>> {
+fn v1_source(text: &str) -> Option<Source> {
     let mut words = text.split(' ');
     let (protocol, rest) = (words.next()?, words.collect::<Vec<_>>());
     if protocol == "UNKNOWN" {
-        return Some(None);
+        return Some(Source::Unknown);
     }
     let [source, destination, source_port, destination_port] = rest[..] else { return None };
     let parse = |text: &str| match protocol {
@@ -162,7 +173,11 @@ fn v1_source(text: &str) -> Option<Option<IpAddr>> {
     parse(destination)?;
     source_port.parse::<u16>().ok()?;
     destination_port.parse::<u16>().ok()?;
-    parse(source).map(|source| Some(source.to_canonical()))
+    parse(source).map(client)
+}
+
+fn client(address: impl Into<IpAddr>) -> Source {
+    Source::Client(address.into().to_canonical())
 }
 
 fn v2(bytes: &[u8]) -> Header {
@@ -180,24 +195,19 @@ fn v2(bytes: &[u8]) -> Header {
     };
     const LOCAL: u8 = 0;
     let source = match (command, head[13]) {
-        (LOCAL, _) => Some(None),
+        (LOCAL, _) => Some(Source::Balancer),
         // TCP over IPv4, over IPv6.
         (_, 0x11) if body_bytes >= 12 => {
-            body.first_chunk::<4>().map(|octets| Some(Ipv4Addr::from(*octets).into()))
+            body.first_chunk::<4>().map(|octets| client(Ipv4Addr::from(*octets)))
         }
         (_, 0x21) if body_bytes >= 36 => {
-            body.first_chunk::<16>().map(|octets| Some(Ipv6Addr::from(*octets).into()))
+            body.first_chunk::<16>().map(|octets| client(Ipv6Addr::from(*octets)))
         }
         // An unspecified address, or a Unix socket.
-        (_, 0x00 | 0x31) => Some(None),
+        (_, 0x00 | 0x31) => Some(Source::Unknown),
         _ => None,
     };
-    match source {
-        Some(source) => {
-            Header::Whole { length, source: source.map(|source: IpAddr| source.to_canonical()) }
-        }
-        None => Header::Malformed,
-    }
+    source.map_or(Header::Malformed, |source| Header::Whole { length, source })
 }
 
 #[cfg(test)]
@@ -227,19 +237,20 @@ mod tests {
     fn headers_of_both_versions_name_the_client() {
         let v6 = "2001:db8::7".parse::<Ipv6Addr>().unwrap().octets();
         let v6_body = [&v6[..], &[0; 16], &[1, 2, 3, 4], &[3, 0, 1, 9]].concat();
+        let client = |text: &str| Source::Client(ip(text));
         for (bytes, source) in [
-            (b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 443\r\n".to_vec(), Some("192.0.2.1")),
-            (b"PROXY TCP6 2001:db8::7 ::1 1 65535\r\n".to_vec(), Some("2001:db8::7")),
-            (b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\n".to_vec(), Some("192.0.2.1")),
-            (b"PROXY UNKNOWN\r\n".to_vec(), None),
-            (b"PROXY UNKNOWN ::1 ::1 1 2\r\n".to_vec(), None),
-            (v2_tcp4(), Some("192.0.2.1")),
-            (v2_of(1, 0x21, &v6_body), Some("2001:db8::7")),
-            (v2_of(0, 0x11, &[]), None),
-            (v2_of(1, 0, &[1, 2, 3]), None),
-            (v2_of(1, 0x31, &[0; 216]), None),
+            (b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 443\r\n".to_vec(), client("192.0.2.1")),
+            (b"PROXY TCP6 2001:db8::7 ::1 1 65535\r\n".to_vec(), client("2001:db8::7")),
+            (b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\n".to_vec(), client("192.0.2.1")),
+            (b"PROXY UNKNOWN\r\n".to_vec(), Source::Unknown),
+            (b"PROXY UNKNOWN ::1 ::1 1 2\r\n".to_vec(), Source::Unknown),
+            (v2_tcp4(), client("192.0.2.1")),
+            (v2_of(1, 0x21, &v6_body), client("2001:db8::7")),
+            (v2_of(0, 0x11, &[]), Source::Balancer),
+            (v2_of(1, 0, &[1, 2, 3]), Source::Unknown),
+            (v2_of(1, 0x31, &[0; 216]), Source::Unknown),
         ] {
-            let whole = Header::Whole { length: bytes.len(), source: source.map(ip) };
+            let whole = Header::Whole { length: bytes.len(), source };
             assert_eq!(header(&bytes), whole, "{bytes:?}");
             let with_more = [&bytes[..], b"GET / HTTP/1.1\r\n\r\n"].concat();
             assert_eq!(header(&with_more), whole);
@@ -282,24 +293,25 @@ mod tests {
     #[test]
     fn only_balancers_are_believed_and_only_what_they_saw() {
         let proxies = proxies(&["10.0.0.0/8", "2001:db8:ff::/48"]).unwrap();
-        let client = |sender: &str, forwarded: &[&str]| -> IpAddr {
-            proxies.client(ip(sender), forwarded.iter().copied())
-        };
         assert!(proxies.forwards(ip("10.1.2.3")) && proxies.speaks_first(ip("::ffff:10.1.2.3")));
         assert!(!proxies.forwards(ip("192.0.2.1")) && !proxies.speaks_first(ip("11.0.0.1")));
-        assert_eq!(client("10.0.0.1", &["192.0.2.7"]), ip("192.0.2.7"));
-        assert_eq!(client("10.0.0.1", &["1.1.1.1, 192.0.2.7, 10.0.0.2"]), ip("192.0.2.7"));
-        assert_eq!(
-            client("10.0.0.1", &["1.1.1.1", "192.0.2.7", "2001:db8:ff::1"]),
-            ip("192.0.2.7")
-        );
-        assert_eq!(client("10.0.0.1", &["junk, 192.0.2.7:4711"]), ip("192.0.2.7"));
-        assert_eq!(client("10.0.0.1", &["[2001:db8::7]:1"]), ip("2001:db8::7"));
-        // Nothing, or nothing that can be read: the balancer itself is the client.
-        for none in [&[][..], &[""], &["junk"], &["192.0.2.7, junk"], &["192.0.2.7,"]] {
-            assert_eq!(client("10.0.0.1", none), ip("10.0.0.1"), "{none:?}");
+        let client = |forwarded: &[&[u8]]| proxies.client(forwarded.iter().copied());
+        assert_eq!(client(&[b"192.0.2.7"]), Some(ip("192.0.2.7")));
+        assert_eq!(client(&[b"1.1.1.1, 192.0.2.7, 10.0.0.2"]), Some(ip("192.0.2.7")));
+        let lines: [&[u8]; 3] = [b"1.1.1.1", b"192.0.2.7", b"2001:db8:ff::1"];
+        assert_eq!(client(&lines), Some(ip("192.0.2.7")));
+        assert_eq!(client(&[b"[2001:db8::7]:1"]), Some(ip("2001:db8::7")));
+        // What a client has invented is not read, whatever its bytes are.
+        for invented in [&b"junk"[..], b"\xff", b"\"\x80\"", b",,"] {
+            let value = [invented, b", 192.0.2.7:4711"].concat();
+            assert_eq!(client(&[&value]), Some(ip("192.0.2.7")), "{}", value.escape_ascii());
         }
-        assert_eq!(client("10.0.0.1", &["junk, 10.0.0.9"]), ip("10.0.0.9"));
+        // Nothing, or nothing that can be read: the balancer names nobody.
+        assert_eq!(client(&[]), None);
+        for none in ["", "junk", "192.0.2.7, junk", "192.0.2.7,"] {
+            assert_eq!(client(&[none.as_bytes()]), None, "{none:?}");
+        }
+        assert_eq!(client(&[b"junk, 10.0.0.9"]), Some(ip("10.0.0.9")));
     }
 
     #[test]

@@ -18,7 +18,8 @@ mod table;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use barid_mailbox::UserKey;
-use barid_session::TokenFingerprint;
+use barid_runtime::repeats;
+use barid_session::{Claims, TokenFingerprint};
 use parking_lot::{RwLock, RwLockReadGuard};
 
 pub use fingerprint::{id_hash, key_hash};
@@ -34,6 +35,8 @@ pub const REVOKED: &str = "the token has been revoked";
 pub enum NotAdmitted {
     /// It is revoked.
     Revoked,
+    /// It is revoked only because its `iat` is too far ahead of the node's clock.
+    IssuedAhead,
     /// The revocations have not been read since the start.
     NotRead,
 }
@@ -63,18 +66,20 @@ impl Revocations {
     ///
     /// # Errors
     /// The token may not be used.
-    pub fn check(
-        &self,
-        user: &UserKey,
-        token: &TokenFingerprint,
-        now_s: u64,
-    ) -> Result<(), NotAdmitted> {
+    pub fn check(&self, claims: &Claims, now_s: u64) -> Result<(), NotAdmitted> {
         if !self.is_read.load(Ordering::Acquire) {
             return Err(NotAdmitted::NotRead);
         }
-        match self.hit(user, token, now_s) {
-            Some(_) => Err(NotAdmitted::Revoked),
-            None => Ok(()),
+        let is_hit = |token: &TokenFingerprint| self.hit(&claims.user, token, now_s).is_some();
+        if !is_hit(&claims.token) {
+            return Ok(());
+        }
+        match claims.issued_ahead_s {
+            Some(issued_s) if !is_hit(&TokenFingerprint { issued_s, ..claims.token }) => {
+                log_issued_ahead(claims, issued_s, now_s);
+                Err(NotAdmitted::IssuedAhead)
+            }
+            _ => Err(NotAdmitted::Revoked),
         }
     }
 
@@ -102,5 +107,17 @@ impl Revocations {
     /// Everything that was in the topic at the start has been read.
     pub fn set_read(&self) {
         self.is_read.store(true, Ordering::Release);
+    }
+}
+
+fn log_issued_ahead(claims: &Claims, issued_s: u32, now_s: u64) {
+    let (app, ahead_seconds) = (&claims.user.app, u64::from(issued_s).saturating_sub(now_s));
+    if let Some(repeated) = repeats::due("iat ahead") {
+        tracing::warn!(
+            %app,
+            ahead_seconds,
+            repeated,
+            "a token is refused as revoked because its iat is ahead: compare this node's clock with the issuer's"
+        );
     }
 }

@@ -438,6 +438,8 @@ pub async fn read(
                 }),
                 Followed::CaughtUp => return Ok(()),
                 Followed::Restarted => all.clear(),
+                // Found by `describe_revocations` before anything is written.
+                Followed::Partitions(_) => {}
                 Followed::Degraded(error) if error.is_away() => degraded = Some(error),
                 Followed::Degraded(error) => return Err(error),
                 Followed::Recovered => degraded = None,

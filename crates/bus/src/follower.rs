@@ -39,6 +39,8 @@ const POLL: Duration = Duration::from_secs(10);
 const POLL_DEGRADED: Duration = Duration::from_secs(1);
 /// How long each answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The same after a connection was lost: most often Kafka is away.
+const PATIENCE_LOST: Duration = Duration::from_millis(1_500);
 
 /// Follows one topic.
 pub struct Follower {
@@ -49,6 +51,8 @@ pub struct Follower {
     /// The topic's id; `None`: unknown.
     id: Option<String>,
     positions: BTreeMap<i32, Position>,
+    /// The number of partitions that the caller knows of.
+    partitions: usize,
     is_caught_up: bool,
     /// A record was read whose offset is behind the position: the log has begun again.
     went_back: bool,
@@ -56,6 +60,8 @@ pub struct Follower {
     needs_client: bool,
     polling: Option<JoinHandle<Result<Polled, Error>>>,
     poll_at: Instant,
+    /// A connection was lost since the last poll began.
+    is_lost: bool,
     /// Why the last poll failed.
     unanswered: Option<Error>,
     /// Why a partition cannot be fetched, until one can.
@@ -77,7 +83,7 @@ struct Position {
     has_reached_end: bool,
     /// `next` at the last poll.
     polled_next: Option<i64>,
-    /// Whether the end of the log was reached since the last poll began. Its last offsets may have no record.
+    /// Whether the end of the log was reached since the last poll began.
     end_since_poll: bool,
 }
 
@@ -101,6 +107,8 @@ pub enum Followed {
     /// The topic was deleted and created again, or has lost its end, and is read from its beginning. Keys that are not
     /// returned again before [`Self::CaughtUp`] no longer exist.
     Restarted,
+    /// The topic has this number of partitions. Whenever the number changes; not at the start if it has one.
+    Partitions(usize),
     /// Changes do not arrive: Kafka is away, refuses, or holds what cannot be read. Once until the error changes.
     Degraded(Error),
     /// Changes arrive again.
@@ -138,11 +146,13 @@ impl Follower {
             config: config.clone(),
             id: None,
             positions: BTreeMap::new(),
+            partitions: 1,
             is_caught_up: false,
             went_back: false,
             needs_client: false,
             polling: None,
             poll_at: Instant::now(),
+            is_lost: false,
             unanswered: None,
             unfetched: None,
             stalled: None,
@@ -187,10 +197,7 @@ impl Follower {
                 // The last offsets of a log may have no record: what was there is compacted.
                 Err(KafkaError::PartitionEOF(partition)) => {
                     (self.unfetched, self.stalled) = (None, None);
-                    if let Some(position) = self.positions.get_mut(&partition) {
-                        position.has_reached_end = true;
-                        position.end_since_poll = true;
-                    }
+                    self.reach_end(partition);
                 }
                 Err(error) => self.cannot_fetch(error),
             }
@@ -210,6 +217,14 @@ impl Follower {
         }
         position.next = Some(offset + 1);
         position.has_reached_end |= offset + 1 >= position.end;
+    }
+
+    /// There is nothing more in the log of a partition now, whether or not its last offsets have records.
+    fn reach_end(&mut self, partition: i32) {
+        if let Some(position) = self.positions.get_mut(&partition) {
+            position.has_reached_end = true;
+            position.end_since_poll = true;
+        }
     }
 
     fn cannot_fetch(&mut self, error: KafkaError) {
@@ -234,7 +249,11 @@ impl Follower {
                 | Code::OffsetNotAvailable,
             ) => {
                 tracing::debug!(topic = &*self.topic, %error, "fetch failed");
-                self.poll_at = self.poll_at.min(Instant::now() + POLL_DEGRADED);
+                // What is known to be away is polled at its pace, and for longer: it may answer slowly.
+                if self.unanswered.is_none() {
+                    self.poll_at = Instant::now();
+                    self.is_lost = true;
+                }
             }
             _ => {
                 self.unfetched = Some(error.into());
@@ -245,10 +264,17 @@ impl Follower {
 
     fn poll(&mut self, client: &Arc<Client>) {
         let (client, topic) = (Arc::clone(client), self.topic.to_string());
+        let (patience, next) = self.begin_poll();
+        self.polling = Some(spawn_blocking(move || poll(&client, topic, next, patience)));
+    }
+
+    /// How long the answers of a poll are waited for, and the next offset of each partition.
+    fn begin_poll(&mut self) -> (Duration, BTreeMap<i32, Option<i64>>) {
         self.positions.values_mut().for_each(|position| position.end_since_poll = false);
         let next = self.positions.iter().map(|(partition, position)| (*partition, position.next));
         let next = next.collect();
-        self.polling = Some(spawn_blocking(move || poll(&client, topic, next)));
+        let is_lost = std::mem::take(&mut self.is_lost);
+        (if is_lost { PATIENCE_LOST } else { PATIENCE }, next)
     }
 
     fn polled(&mut self, polled: Result<Polled, Error>) {
@@ -287,11 +313,16 @@ impl Follower {
             self.queued.push_back(Followed::Restarted);
         }
         self.id = polled.id.clone().or(self.id.take());
-        let mut is_new = false;
+        if self.partitions != polled.bounds.len() {
+            self.partitions = polled.bounds.len();
+            self.queued.push_back(Followed::Partitions(self.partitions));
+        }
+        // Partitions that are new, or of which it is unknown whether there is a record before their end.
+        let mut must_fetch = false;
         self.stalled = None;
         for Bounds { partition, low, high } in &polled.bounds {
             let Some(position) = self.positions.get_mut(partition) else {
-                is_new = true;
+                must_fetch = true;
                 let position = Position {
                     next: None,
                     end: *high,
@@ -306,6 +337,9 @@ impl Follower {
                 position.end = *high;
                 position.has_reached_end =
                     position.end_since_poll || position.next.is_some_and(|next| next >= *high);
+                // The offsets up to the end may have no records: markers of a transaction, or records that compaction
+                // has removed. librdkafka reported that end, if it has read it, before this poll, and does so once.
+                must_fetch |= !position.has_reached_end;
             } else if !position.has_reached_end && position.next == position.polled_next {
                 let next = position.next.unwrap_or(*low);
                 self.stalled = Some(Error::Away(format!(
@@ -316,7 +350,7 @@ impl Follower {
             position.polled_next = position.next;
         }
         // Assigning again makes librdkafka fetch again what it could not, and report whether it can.
-        if !self.needs_client && (is_new || self.unfetched.is_some()) {
+        if !self.needs_client && (must_fetch || self.unfetched.is_some()) {
             self.assign();
         }
     }
@@ -422,8 +456,13 @@ fn create(config: &KafkaConfig) -> Result<Client, Error> {
 }
 
 /// Requests the topic's metadata. Blocks.
-fn poll(client: &Client, topic: String, next: BTreeMap<i32, Option<i64>>) -> Result<Polled, Error> {
-    let metadata = client.fetch_metadata(Some(&topic), PATIENCE)?;
+fn poll(
+    client: &Client,
+    topic: String,
+    next: BTreeMap<i32, Option<i64>>,
+    patience: Duration,
+) -> Result<Polled, Error> {
+    let metadata = client.fetch_metadata(Some(&topic), patience)?;
     let found = metadata.topics().first().map(|topic| topic.partitions()).unwrap_or_default();
     if found.is_empty() {
         let why =
@@ -431,13 +470,13 @@ fn poll(client: &Client, topic: String, next: BTreeMap<i32, Option<i64>>) -> Res
         return Err(Error::Refused(why));
     }
     let bounds = |partition| -> Result<Bounds, Error> {
-        let (low, high) = client.fetch_watermarks(&topic, partition, PATIENCE)?;
+        let (low, high) = client.fetch_watermarks(&topic, partition, patience)?;
         Ok(Bounds { partition, low, high })
     };
     let bounds = found.iter().map(|partition| bounds(partition.id())).collect::<Result<_, _>>()?;
-    let id = match ffi::has_controller(client.client(), Some(&topic), PATIENCE)? {
+    let id = match ffi::has_controller(client.client(), Some(&topic), patience)? {
         // Brokers before Kafka 3.1 have no ids.
-        true => ffi::topic_ids(client.client(), std::slice::from_ref(&topic), PATIENCE)
+        true => ffi::topic_ids(client.client(), std::slice::from_ref(&topic), patience)
             .unwrap_or_default()
             .remove(&topic),
         false => None,
@@ -469,18 +508,22 @@ fn at_once<T>(future: impl Future<Output = T>) -> Option<T> {
 mod tests {
     use super::*;
 
-    fn polled(follower: &Follower, id: &str, high: i64) -> Polled {
-        let next =
-            follower.positions.iter().map(|(partition, position)| (*partition, position.next));
-        let bounds = vec![Bounds { partition: 0, low: 0, high }];
-        Polled { id: Some(id.into()), next: next.collect(), bounds }
+    fn polled(follower: &mut Follower, id: &str, high: i64) -> Polled {
+        let (_, next) = follower.begin_poll();
+        Polled { id: Some(id.into()), next, bounds: vec![Bounds { partition: 0, low: 0, high }] }
+    }
+
+    /// A poll that finds a log with these bounds.
+    fn poll_finds(follower: &mut Follower, id: &str, high: i64) {
+        let polled = polled(follower, id, high);
+        follower.compare(&polled);
     }
 
     /// A follower that has read a log of three records.
     async fn caught_up() -> Follower {
         let config = KafkaConfig { brokers: vec!["127.0.0.1:1".into()], ..Default::default() };
         let mut follower = Follower::start(&config, "barid.revocations").unwrap();
-        follower.compare(&polled(&follower, "one", 3));
+        poll_finds(&mut follower, "one", 3);
         (0..3).for_each(|offset| follower.advance(0, offset));
         follower.notify();
         assert_eq!(follower.next().await, Followed::CaughtUp);
@@ -491,26 +534,58 @@ mod tests {
     async fn hazard_136_records_that_do_not_arrive_although_kafka_answers_are_an_error() {
         let mut follower = caught_up().await;
         for _ in 0..3 {
-            follower.compare(&polled(&follower, "one", 3));
+            poll_finds(&mut follower, "one", 3);
             assert_eq!(follower.error(), None, "nothing is missing");
         }
         // The second poll in a row: the records may have been on their way.
-        follower.compare(&polled(&follower, "one", 9));
+        poll_finds(&mut follower, "one", 9);
         assert_eq!(follower.error(), None);
-        follower.compare(&polled(&follower, "one", 9));
+        poll_finds(&mut follower, "one", 9);
         let error = follower.error().unwrap().to_string();
         assert!(error.contains("from offset 3 on, and the log ends at 9"), "{error}");
         // Slow is not still.
         follower.advance(0, 3);
-        follower.compare(&polled(&follower, "one", 9));
+        poll_finds(&mut follower, "one", 9);
         assert_eq!(follower.error(), None);
+    }
+
+    #[tokio::test]
+    async fn a_lost_connection_is_looked_at_at_once_and_only_the_first_time_in_a_hurry() {
+        let mut follower = caught_up().await;
+        follower.poll_at = Instant::now() + POLL;
+        let lost = || KafkaError::MessageConsumption(Code::BrokerTransportFailure);
+        follower.cannot_fetch(lost());
+        assert!(follower.poll_at <= Instant::now());
+        assert_eq!(follower.begin_poll().0, PATIENCE_LOST);
+        follower.polled(Err(Error::Away("no answer".into())));
+        // A broker that is away, or answers slowly, has time.
+        follower.cannot_fetch(lost());
+        assert!(follower.poll_at > Instant::now());
+        assert_eq!(follower.begin_poll().0, PATIENCE);
+    }
+
+    #[tokio::test]
+    async fn other_numbers_of_partitions_than_one_are_told_when_they_change() {
+        let mut follower = caught_up().await;
+        for (partitions, event) in [(1, None), (3, Some(3)), (3, None), (1, Some(1))] {
+            let mut polled = polled(&mut follower, "one", 3);
+            polled.bounds = (0..partitions)
+                .map(|partition| Bounds {
+                    partition,
+                    low: 0,
+                    high: if partition == 0 { 3 } else { 0 },
+                })
+                .collect();
+            follower.compare(&polled);
+            assert_eq!(follower.queued.pop_front(), event.map(Followed::Partitions));
+        }
     }
 
     #[tokio::test]
     async fn hazard_134_another_id_or_a_shorter_log_is_read_from_the_beginning() {
         for (id, high) in [("two", 3), ("one", 2)] {
             let mut follower = caught_up().await;
-            follower.compare(&polled(&follower, id, high));
+            poll_finds(&mut follower, id, high);
             follower.notify();
             assert_eq!(follower.next().await, Followed::Restarted, "{id}, {high}");
             assert_eq!(follower.positions[&0].next, None);
@@ -520,7 +595,7 @@ mod tests {
         }
         let mut follower = caught_up().await;
         follower.advance(0, 0);
-        follower.compare(&polled(&follower, "one", 4));
+        poll_finds(&mut follower, "one", 4);
         assert_eq!(follower.queued.pop_front(), Some(Followed::Restarted));
     }
 }

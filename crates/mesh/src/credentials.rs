@@ -186,6 +186,11 @@ impl Files {
                 let name = self.own.dns_name();
                 certificate.error(format!("peers with this ca_file refuse it as {name}: {error}"))
             })?;
+        if !Party::named_by(&chain[0]).contains(&self.own) {
+            let name = self.own.dns_name();
+            let why = format!("it does not name {name} in full; wildcards do not count");
+            return Err(certificate.error(why));
+        }
         let verifier =
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
                 .build()

@@ -8,6 +8,7 @@ use barid_runtime::words;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::Status;
 use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
@@ -41,7 +42,9 @@ pub async fn dial(
                 async move {
                     let stream = TcpStream::connect(&*address).await?;
                     stream.set_nodelay(true)?;
-                    connector.connect(peer.server_name(), stream).await.map(TokioIo::new)
+                    let stream = connector.connect(peer.server_name(), stream).await?;
+                    check(&stream, peer)?;
+                    std::io::Result::Ok(TokioIo::new(stream))
                 }
             });
             endpoint.connect_with_connector(connect).await
@@ -49,6 +52,18 @@ pub async fn dial(
     };
     // tonic's own text is only "transport error".
     connected.map_err(|error| words::causes(&error))
+}
+
+/// Checks that the certificate names the peer in full. TLS has verified it, and would accept a wildcard.
+fn check(stream: &TlsStream<TcpStream>, peer: Party) -> std::io::Result<()> {
+    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    if certificate.is_some_and(|certificate| Party::named_by(certificate).contains(&peer)) {
+        return Ok(());
+    }
+    let name = peer.dns_name();
+    Err(std::io::Error::other(format!(
+        "the certificate does not name {name}; wildcards do not count"
+    )))
 }
 
 /// A call's failure in words: the peer's message with its code, or the causes if the connection failed.

@@ -50,12 +50,13 @@ impl Party {
         ServerName::try_from(self.dns_name()).expect("a DNS name")
     }
 
-    /// Those that a certificate names. The signature must have been verified before.
+    /// Those that a certificate names. The signature must have been verified before. Only whole names count: a wildcard
+    /// (`*.barid.internal`), which TLS accepts for a server, would name every role.
     pub(crate) fn named_by(certificate: &CertificateDer<'_>) -> Vec<Self> {
         let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Vec::new() };
-        let names = |party: &Self| {
-            certificate.verify_is_valid_for_subject_name(&party.server_name()).is_ok()
-        };
-        Self::ALL.into_iter().filter(names).collect()
+        let names: Vec<_> = certificate.valid_dns_names().collect();
+        let is_named =
+            |party: &Self| names.iter().any(|name| name.eq_ignore_ascii_case(party.dns_name()));
+        Self::ALL.into_iter().filter(is_named).collect()
     }
 }

@@ -143,6 +143,36 @@ async fn hazard_130_a_caller_checks_that_it_reached_the_right_role() {
     assert!(plain.called_by(&purger, Party::Dispatcher).await.is_err(), "a port without TLS");
 }
 
+/// The credentials of an access node whose certificate has these names.
+fn access_named(authority: &Authority, names: &[&str]) -> Credentials {
+    let dir = tempfile::tempdir().unwrap();
+    let config = files(dir.path(), authority, names);
+    Credentials::read(&config, Party::Access).unwrap()
+}
+
+#[tokio::test]
+async fn hazard_144_a_wildcard_names_no_role() {
+    let authority = Authority::new().unwrap();
+    let dispatcher = Dispatcher::of(&authority).await;
+    let access = Party::Access.dns_name();
+    // The certificate of an access node, with a wildcard beside its name.
+    let wild = access_named(&authority, &[access, "*.barid.internal"]);
+    let error = dispatcher.called_by(&wild, Party::Dispatcher).await.unwrap_err();
+    assert!(error.contains("your certificate is for access; needed: purger"), "{error}");
+    let wild = Dispatcher::start(wild, GrpcConfig::default()).await;
+    let purger = credentials(&authority, Party::Purger);
+    let error = wild.called_by(&purger, Party::Dispatcher).await.unwrap_err();
+    assert!(error.contains("does not name dispatcher.barid.internal"), "{error}");
+    // Alone it is refused at start.
+    let dir = tempfile::tempdir().unwrap();
+    let config = files(dir.path(), &authority, &["*.barid.internal"]);
+    let error = Credentials::read(&config, Party::Dispatcher).unwrap_err();
+    assert!(error.contains("dispatcher.barid.internal in full"), "{error}");
+    // The case of a name does not matter.
+    let upper = access_named(&authority, &["ACCESS.Barid.internal", "Purger.barid.INTERNAL"]);
+    dispatcher.called_by(&upper, Party::Dispatcher).await.unwrap();
+}
+
 #[tokio::test]
 async fn certificates_are_replaced_while_streams_stay_open() {
     let (old, new) = (Authority::new().unwrap(), Authority::new().unwrap());

@@ -18,6 +18,8 @@ pub struct Claims {
     pub groups: Vec<GroupId>,
     /// Fingerprint of the token, for revocations.
     pub token: TokenFingerprint,
+    /// An `iat` that is too far ahead of the node's clock, seconds since the Unix epoch. The fingerprint has none then.
+    pub issued_ahead_s: Option<u32>,
 }
 
 /// What revocations match a token by, in 24 bytes, because each session keeps it.

@@ -123,7 +123,14 @@ fn bytes_of(entry: &Entry) -> Bytes {
 fn claims() -> Claims {
     let user = UserKey { app: AppId::new("demo").unwrap(), user: UserId::new("alice").unwrap() };
     let token = TokenFingerprint::default();
-    Claims { user, device: None, expires_s: u64::MAX, groups: Vec::new(), token }
+    Claims {
+        user,
+        device: None,
+        expires_s: u64::MAX,
+        groups: Vec::new(),
+        token,
+        issued_ahead_s: None,
+    }
 }
 
 fn hello(device: &str) -> ClientFrame {

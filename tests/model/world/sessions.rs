@@ -114,6 +114,7 @@ impl World<'_> {
             expires_s: u64::MAX,
             groups: Vec::new(),
             token: Default::default(),
+            issued_ahead_s: None,
         };
         let unidentified = Unidentified::new(claims, self.now_us / 1000);
         let connecting = unidentified.frame(ClientFrame::Hello(hello), AHEAD_MS);

@@ -12,8 +12,12 @@ use parking_lot::Mutex;
 use crate::admission::blocks::Sessions;
 use crate::admission::rate::Rate;
 
+/// The first 96 bits of `64:ff9b::/96`, in which a translator puts all of IPv4 (RFC 6052, 2.1).
+const NAT64: u128 = 0x0064_ff9b << 64;
+
 /// The unit of address limits: an IPv4 address, or the /64 network of an IPv6 address, which usually belongs to one
-/// customer. IPv4 addresses are mapped into `::/32`, which no IPv6 client uses.
+/// customer. IPv4 addresses are mapped into `::/32`, which no IPv6 client uses. An IPv6 address that stands for an IPv4
+/// one (`::ffff:192.0.2.1`, and NAT64's `64:ff9b::192.0.2.1`) counts as that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AddressKey(NonZeroU64);
 
@@ -27,7 +31,10 @@ impl AddressKey {
     pub fn of(address: IpAddr) -> Option<Self> {
         let key = match address.to_canonical() {
             IpAddr::V4(v4) => u64::from(v4.to_bits()),
-            IpAddr::V6(v6) => (v6.to_bits() >> 64) as u64,
+            IpAddr::V6(v6) => match v6.to_bits() {
+                bits if bits >> 32 == NAT64 && bits as u32 != 0 => u64::from(bits as u32),
+                bits => (bits >> 64) as u64,
+            },
         };
         NonZeroU64::new(key).map(Self)
     }
@@ -241,6 +248,19 @@ mod tests {
         assert_eq!(key("192.0.2.1").to_string(), "192.0.2.1");
         assert_eq!(key("2001:db8:1:2::3").to_string(), "2001:db8:1:2::/64");
         assert_eq!(key("2001:db8:1:2::3").network().to_string(), "2001:db8:1::/48");
+    }
+
+    #[test]
+    fn hazard_145_clients_behind_a_nat64_translator_count_by_their_ipv4_addresses() {
+        assert_eq!(key("64:ff9b::192.0.2.1"), key("192.0.2.1"));
+        assert_ne!(key("64:ff9b::192.0.2.1"), key("64:ff9b::192.0.2.2"));
+        let network = |text: &str| key(text).wider_network();
+        assert_eq!(network("64:ff9b::192.0.2.1"), None, "nobody shares a /48");
+        assert_eq!(key("64:ff9b::192.0.2.1").to_string(), "192.0.2.1");
+        // Outside of the prefix, and without an address, it is IPv6 as any other.
+        for other in ["64:ff9b::1:0:0", "64:ff9b:1::192.0.2.1", "64:ff9b::"] {
+            assert!(network(other).is_some(), "{other}");
+        }
     }
 
     #[test]

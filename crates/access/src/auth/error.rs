@@ -44,6 +44,11 @@ pub enum AuthError {
     /// It is revoked.
     #[error("{REVOKED}")]
     Revoked,
+    /// A revocation hits it only because its `iat` is so far ahead of the node's clock that it counts as none.
+    #[error(
+        "the token has been revoked: its iat is ahead of this node's clock, and counts as none"
+    )]
+    IssuedAhead,
     /// The topic of revocations was not read since the node started.
     #[error("the revocations of tokens have not been read yet: come back later")]
     NoRevocations,
@@ -58,6 +63,7 @@ impl From<NotAdmitted> for AuthError {
     fn from(why: NotAdmitted) -> Self {
         match why {
             NotAdmitted::Revoked => Self::Revoked,
+            NotAdmitted::IssuedAhead => Self::IssuedAhead,
             NotAdmitted::NotRead => Self::NoRevocations,
         }
     }
@@ -79,8 +85,14 @@ impl AuthError {
             Self::Issuer => TokenRefusal::Issuer,
             Self::OtherApp => TokenRefusal::OtherApp,
             Self::Revoked => TokenRefusal::Revoked,
+            Self::IssuedAhead => TokenRefusal::IssuedAhead,
             Self::NoRevocations => TokenRefusal::NoRevocations,
         }
+    }
+
+    /// Whether a revocation hits the token.
+    pub fn is_revoked(&self) -> bool {
+        matches!(self, Self::Revoked | Self::IssuedAhead)
     }
 
     /// Whether the same token may be accepted later.
@@ -97,7 +109,7 @@ impl AuthError {
     pub fn close_code(&self) -> CloseCode {
         match self {
             error if error.is_temporary() => CloseCode::Overloaded,
-            Self::Expired | Self::Revoked => CloseCode::TokenExpired,
+            Self::Expired | Self::Revoked | Self::IssuedAhead => CloseCode::TokenExpired,
             _ => CloseCode::BadToken,
         }
     }

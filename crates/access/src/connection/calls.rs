@@ -87,7 +87,7 @@ impl Connection {
     fn check_revocations(&self, claims: Claims) -> Result<Claims, AuthError> {
         self.handle.set_token(claims.token);
         let now_s = self.node.clock.now_s();
-        let checked = self.node.revocations.check(&claims.user, &claims.token, now_s);
+        let checked = self.node.revocations.check(&claims, now_s);
         checked.map(|()| claims).map_err(|refusal| {
             self.node.metrics.revoked(RevokedAt::Refresh);
             refusal.into()

@@ -19,7 +19,7 @@ use crate::revocations::REVOKED;
 use crate::socket::{Received, Socket};
 use crate::upstream::Spent;
 
-/// How often a connection without Hello looks at how much time it has.
+/// How often a connection without Hello looks at how much time it has, and whether its token has been revoked.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// A session that waits for its Welcome.
@@ -64,7 +64,8 @@ pub(super) async fn identify(
     Ok(Identified { session, handle, codec, sdk, ignored })
 }
 
-/// Waits for Hello, and returns its first unknown field with it; for less time the more connections do.
+/// Waits for Hello, and returns its first unknown field with it; for less time the more connections do, and until the
+/// token is revoked: no revocation finds a connection before it is registered.
 async fn hello_in_time(
     node: &Node,
     accepted: &mut Accepted,
@@ -93,6 +94,10 @@ async fn hello_in_time(
                 return Err(Some(Close::new(CloseCode::Overloaded, text)));
             }
             () = sleep(left.min(LOOK)) => (),
+        }
+        if node.revocations.hit(&claims.user, &claims.token, node.clock.now_s()).is_some() {
+            node.metrics.revoked(RevokedAt::Session);
+            return Err(Some(Close::new(CloseCode::TokenExpired, REVOKED)));
         }
     }
 }

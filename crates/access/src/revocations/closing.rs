@@ -23,35 +23,55 @@ use crate::revocations::{REVOKED, Table};
 const SCAN: Duration = Duration::from_millis(100);
 /// Sessions that are scanned before other tasks run.
 const SCANNED_MAX: usize = 4_096;
+/// Revocations that are kept for a scan. With more, sessions are compared with all that the node holds.
+const UNSCANNED_MAX: usize = 10_000;
 
 /// Revocations since the last scan: only these can hit a session that was not hit before.
 #[derive(Debug)]
 pub struct Unscanned {
-    table: Mutex<Table>,
+    pending: Mutex<Pending>,
     arrived: Notify,
 }
 
+#[derive(Debug)]
+enum Pending {
+    /// At most [`UNSCANNED_MAX`].
+    These(Table),
+    /// There were more.
+    All,
+}
+
+impl Pending {
+    fn none() -> Self {
+        Self::These(Table::new(usize::MAX))
+    }
+}
+
 impl Unscanned {
-    /// Creates an empty set. It holds fewer revocations than the node's table.
+    /// Creates an empty set.
     pub fn new() -> Self {
-        Self { table: Mutex::new(Table::new(usize::MAX)), arrived: Notify::new() }
+        Self { pending: Mutex::new(Pending::none()), arrived: Notify::new() }
     }
 
     /// Adds revocations, except those of users, whose sessions are found without a scan ([`close_user`]).
     pub fn add(&self, revocations: &[Revocation], now_s: u64) {
-        let mut table = self.table.lock();
+        let mut pending = self.pending.lock();
         for revocation in revocations {
+            let Pending::These(table) = &mut *pending else { break };
             if !matches!(revocation.subject, Subject::User(_)) {
                 table.insert(revocation, now_s);
             }
+            if table.len() > UNSCANNED_MAX {
+                *pending = Pending::All;
+            }
         }
-        if !table.is_empty() {
+        if !matches!(&*pending, Pending::These(table) if table.is_empty()) {
             self.arrived.notify_one();
         }
     }
 
-    fn take(&self) -> Table {
-        std::mem::replace(&mut self.table.lock(), Table::new(usize::MAX))
+    fn take(&self) -> Pending {
+        std::mem::replace(&mut self.pending.lock(), Pending::none())
     }
 }
 
@@ -158,7 +178,12 @@ impl<'a> Closer<'a> {
         for some in handles.chunks(SCANNED_MAX) {
             let now_s = self.node.clock.now_s();
             for handle in some {
-                match made.hit(handle.user(), &handle.token(), now_s) {
+                let (user, token) = (handle.user(), handle.token());
+                let hit = match &made {
+                    Pending::These(table) => table.hit(user, &token, now_s),
+                    Pending::All => self.node.revocations.hit(user, &token, now_s),
+                };
+                match hit {
                     None => {}
                     Some(RevokedBy::User | RevokedBy::Token) => {
                         close(self.node, handle);
@@ -174,5 +199,32 @@ impl<'a> Closer<'a> {
         if found > 0 {
             tracing::info!(sessions = found, "closing sessions of revoked tokens");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_revocations_than_are_kept_for_a_scan_are_all() {
+        let unscanned = Unscanned::new();
+        let revocation = |subject: String| Revocation {
+            subject: subject.parse().unwrap(),
+            issued_before_s: None,
+            until_s: None,
+            reason: String::new(),
+            at_s: 1,
+        };
+        let tokens = |count| (0..count).map(|n| revocation(format!("token:a:{n}")));
+        unscanned.add(&tokens(UNSCANNED_MAX).collect::<Vec<_>>(), 1);
+        unscanned.add(&[revocation("user:a:u".into())], 1);
+        let Pending::These(table) = unscanned.take() else { panic!("too many") };
+        assert_eq!(table.len(), UNSCANNED_MAX);
+        for _ in 0..2 {
+            unscanned.add(&tokens(UNSCANNED_MAX + 1).collect::<Vec<_>>(), 1);
+        }
+        assert!(matches!(unscanned.take(), Pending::All));
+        assert!(matches!(unscanned.take(), Pending::These(table) if table.is_empty()));
     }
 }

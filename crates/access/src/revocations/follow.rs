@@ -7,6 +7,7 @@ use barid_bus::{Change, Error, Followed, Follower, KafkaConfig};
 use barid_runtime::{Condition, repeats};
 use barid_wire::cut;
 use barid_wire::revocation::{Revocation, Subject};
+use tokio::task::yield_now;
 use tokio::time::interval;
 
 use crate::node::Node;
@@ -22,8 +23,15 @@ const SHOWN_BYTES: usize = 64;
 /// Keeps the revocations of a node. Never returns.
 pub async fn run(node: Arc<Node>, follower: Follower, kafka: KafkaConfig, condition: Condition) {
     let unscanned = Unscanned::new();
-    let following =
-        Following { node: &node, condition, unscanned: &unscanned, is_read: false, degraded: None };
+    let following = Following {
+        node: &node,
+        condition,
+        unscanned: &unscanned,
+        topic: kafka.topics.revocations.clone(),
+        partitions: 1,
+        is_read: false,
+        degraded: None,
+    };
     // One task: closing yields to following while it scans the sessions.
     tokio::join!(following.run(follower, kafka), closing::run(&node, &unscanned));
 }
@@ -33,6 +41,9 @@ struct Following<'a> {
     condition: Condition,
     /// Revocations that were added to the table, for the scans of sessions.
     unscanned: &'a Unscanned,
+    topic: String,
+    /// Partitions of the topic. With more than one, the order of two records of a key is unknown.
+    partitions: usize,
     /// Whether the topic was read to its end once.
     is_read: bool,
     /// Why new revocations do not arrive.
@@ -53,6 +64,12 @@ impl Following<'_> {
                 event = follower.next() => match event {
                     Followed::Changes(changes) => self.apply(&changes),
                     Followed::CaughtUp => self.caught_up(&kafka),
+                    Followed::Partitions(partitions) => {
+                        self.partitions = partitions;
+                        if let Some(problem) = self.problem() {
+                            tracing::warn!(problem, "the topic of revocations does not fit");
+                        }
+                    }
                     Followed::Restarted => {
                         self.node.revocations.change(|table| table.restart());
                     }
@@ -75,7 +92,10 @@ impl Following<'_> {
                 },
                 _ = sweep.tick() => {
                     let now_s = self.node.clock.now_s();
-                    self.node.revocations.change(|table| table.sweep(now_s));
+                    // In steps, between which handshakes read the table.
+                    while self.node.revocations.change(|table| table.sweep(now_s)) {
+                        yield_now().await;
+                    }
                 }
             }
             self.publish();
@@ -84,10 +104,15 @@ impl Following<'_> {
 
     fn caught_up(&mut self, kafka: &KafkaConfig) {
         let node = self.node;
-        let evicted = node.revocations.change(|table| {
-            table.caught_up();
-            table.evict(node.clock.now_s())
-        });
+        let now_s = node.clock.now_s();
+        let (lost, evicted) =
+            node.revocations.change(|table| (table.caught_up(now_s), table.evict(now_s)));
+        if lost > 0 {
+            tracing::warn!(
+                lost,
+                "the topic no longer has some revocations, whose tokens are valid again"
+            );
+        }
         self.evicted(evicted);
         node.revocations.set_read();
         self.is_read = true;
@@ -100,11 +125,26 @@ impl Following<'_> {
         let metrics = &self.node.metrics;
         metrics.revocations_current.set((self.is_read && self.degraded.is_none()).into());
         metrics.revocations(self.node.revocations.table().counts());
-        match (&self.degraded, self.is_read) {
-            (_, true) => self.condition.ready(),
-            (Some(error), false) => self.condition.failing(error.to_string()),
-            (None, false) => self.condition.failing("the topic of revocations is being read"),
+        match (self.problem(), &self.degraded, self.is_read) {
+            (Some(problem), _, _) => self.condition.failing(problem),
+            (None, _, true) => self.condition.ready(),
+            (None, Some(error), false) => self.condition.failing(error.to_string()),
+            (None, None, false) => {
+                self.condition.failing("the topic of revocations is being read");
+            }
         }
+    }
+
+    /// Why revocations may not be in force although they arrive.
+    fn problem(&self) -> Option<String> {
+        let Self { topic, partitions, .. } = self;
+        (*partitions > 1).then(|| {
+            format!(
+                "topic {topic} has {partitions} partitions, among which the order of a revocation and \
+                 its withdrawal is lost: note `barid revoke list`, delete the topic, create it with \
+                 one partition (`barid topics create`) and revoke again"
+            )
+        })
     }
 
     /// Applies changes to the table, and has sessions closed that are revoked now.

@@ -1,7 +1,7 @@
 //! The revocations that are in force on a node: which tokens they hit, and which of them are dropped when there are too
 //! many. Pure: the caller gives the time.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use barid_core::AppId;
 use barid_mailbox::UserKey;
@@ -11,12 +11,17 @@ use barid_wire::revocation::{Revocation, Subject};
 use crate::labels::RevokedBy;
 use crate::revocations::fingerprint::{id_hash, key_hash};
 
+/// Maximum entries that one [`Table::sweep`] removes: the caller holds a lock that handshakes wait for.
+const SWEPT_MAX: usize = 1_000;
+
 /// The revocations, up to a maximum.
 #[derive(Debug)]
 pub struct Table {
     entries: HashMap<EntryKey, Entry>,
     /// The entries, first the one to evict first.
     by_rank: BTreeMap<Rank, EntryKey>,
+    /// The entries that have an end, s since the Unix epoch, first the one that ends first.
+    by_end: BTreeSet<(u64, Rank)>,
     /// Number of entries of each kind.
     counts: Counts,
     entries_max: usize,
@@ -79,6 +84,7 @@ impl Table {
         Self {
             entries: HashMap::new(),
             by_rank: BTreeMap::new(),
+            by_end: BTreeSet::new(),
             counts: Counts::default(),
             entries_max,
             arrivals: 0,
@@ -91,12 +97,17 @@ impl Table {
         self.reading_since = Some(self.arrivals);
     }
 
-    /// The topic has been read to its end: removes entries that are no longer in it.
-    pub fn caught_up(&mut self) {
-        let Some(since) = self.reading_since.take() else { return };
-        let gone = self.by_rank.iter().filter(|(rank, _)| rank.arrival <= since);
-        let gone: Vec<_> = gone.map(|(_, key)| key.clone()).collect();
-        gone.iter().for_each(|key| self.remove_key(key));
+    /// The topic has been read to its end: removes entries that are no longer in it. Returns how many were in force at
+    /// `now_s`.
+    pub fn caught_up(&mut self, now_s: u64) -> usize {
+        let Some(since) = self.reading_since.take() else { return 0 };
+        let mut gone = Vec::new();
+        for is_of_many in [false, true] {
+            let rank = |arrival| Rank { is_of_many, arrival };
+            gone.extend(self.by_rank.range(rank(0)..=rank(since)).map(|(_, key)| key.clone()));
+        }
+        let removed = gone.iter().filter_map(|key| self.remove_key(key));
+        removed.filter(|entry| now_s < entry.until_s).count()
     }
 
     /// Adds a revocation, in place of an earlier one of the same subject; one that is over at `now_s` only removes that.
@@ -115,6 +126,9 @@ impl Table {
             rank,
         };
         self.counts[key.kind() as usize] += 1;
+        if let Some(until_s) = revocation.until_s {
+            self.by_end.insert((until_s, rank));
+        }
         self.by_rank.insert(rank, key.clone());
         self.entries.insert(key, entry);
     }
@@ -126,13 +140,13 @@ impl Table {
             Some(_) => self.entries_max.saturating_mul(2),
             None => self.entries_max,
         };
-        if self.len() > allowed {
-            self.sweep(now_s);
-        }
         let mut evicted = 0;
-        while self.len() > allowed
-            && let Some((_, key)) = self.by_rank.pop_first()
-        {
+        while self.len() > allowed {
+            // No more than there is no room for: what is over takes as long to remove as it took to insert.
+            if self.remove_over(now_s) {
+                continue;
+            }
+            let Some((_, key)) = self.by_rank.pop_first() else { break };
             self.remove_key(&key);
             evicted += 1;
         }
@@ -144,27 +158,30 @@ impl Table {
         self.remove_key(&EntryKey::of(subject));
     }
 
-    fn remove_key(&mut self, key: &EntryKey) {
-        if let Some(entry) = self.entries.remove(key) {
-            self.by_rank.remove(&entry.rank);
-            self.counts[key.kind() as usize] -= 1;
-        }
+    fn remove_key(&mut self, key: &EntryKey) -> Option<Entry> {
+        let entry = self.entries.remove(key)?;
+        self.by_rank.remove(&entry.rank);
+        self.by_end.remove(&(entry.until_s, entry.rank));
+        self.counts[key.kind() as usize] -= 1;
+        Some(entry)
     }
 
-    /// Removes what is over at `now_s`. Takes time in proportion to the table.
-    pub fn sweep(&mut self, now_s: u64) {
-        let (by_rank, counts) = (&mut self.by_rank, &mut self.counts);
-        self.entries.retain(|key, entry| {
-            let stays = now_s < entry.until_s;
-            if !stays {
-                by_rank.remove(&entry.rank);
-                counts[key.kind() as usize] -= 1;
-            }
-            stays
-        });
-        if self.entries.capacity() > 4 * self.entries.len().max(1_024) {
+    /// Removes the entry that ended first. Returns false if none has ended at `now_s`.
+    fn remove_over(&mut self, now_s: u64) -> bool {
+        let first = self.by_end.first().filter(|(until_s, _)| *until_s <= now_s);
+        let Some(key) = first.and_then(|(_, rank)| self.by_rank.get(rank)).cloned() else {
+            return false;
+        };
+        self.remove_key(&key).is_some()
+    }
+
+    /// Removes what is over at `now_s`, at most 1,000 entries. Returns whether there may be more.
+    pub fn sweep(&mut self, now_s: u64) -> bool {
+        let is_more = (0..SWEPT_MAX).all(|_| self.remove_over(now_s));
+        if !is_more && self.entries.capacity() > 4 * self.entries.len().max(1_024) {
             self.entries.shrink_to(2 * self.entries.len());
         }
+        is_more
     }
 
     /// The kind of revocation that hits a token at `now_s`; `None`: it is not revoked.
@@ -304,7 +321,7 @@ mod tests {
         table.sweep(NOW + 4);
         assert_eq!(table.len(), 1);
         table.sweep(NOW + 5);
-        assert_eq!((table.len(), table.by_rank.len()), (0, 0));
+        assert_eq!((table.len(), table.by_rank.len(), table.by_end.len()), (0, 0, 0));
         table.insert(&revocation("user:a:u"), NOW);
         table.insert(&Revocation { until_s: Some(NOW), ..revocation("user:a:u") }, NOW);
         assert_eq!(table.len(), 0, "what is over replaces, too");
@@ -312,7 +329,7 @@ mod tests {
 
     fn full(entries_max: usize) -> Table {
         let mut table = Table::new(entries_max);
-        table.caught_up();
+        table.caught_up(NOW);
         table
     }
 
@@ -339,6 +356,25 @@ mod tests {
     }
 
     #[test]
+    fn hazard_149_a_step_at_the_bound_or_of_the_sweep_takes_no_time_in_proportion_to_the_table() {
+        let mut table = full(5_000);
+        let ends = |subject: &str, seconds: u64| Revocation {
+            until_s: Some(NOW + seconds),
+            ..revocation(subject)
+        };
+        (0..5_000).for_each(|n| table.insert(&ends(&format!("user:a:u{n}"), 1), NOW));
+        // All are over, and one place is missing.
+        table.insert(&revocation("user:a:new"), NOW + 1);
+        assert_eq!((table.evict(NOW + 1), table.len()), (0, 5_000));
+        let mut steps = 1;
+        while table.sweep(NOW + 1) {
+            steps += 1;
+            assert_eq!(table.len(), 5_000 - 1_000 * (steps - 1));
+        }
+        assert_eq!((steps, table.len()), (5, 1));
+    }
+
+    #[test]
     fn hazard_98_tombstones_that_follow_make_room_before_any_is_evicted() {
         let mut table = Table::new(2);
         for n in 0..4 {
@@ -346,7 +382,7 @@ mod tests {
             assert_eq!(table.evict(NOW), 0);
         }
         (0..2).for_each(|n| table.remove(&format!("user:a:u{n}").parse().unwrap()));
-        table.caught_up();
+        table.caught_up(NOW);
         assert_eq!((table.evict(NOW), table.len()), (0, 2));
         // Even then it is bounded.
         table.restart();
@@ -364,10 +400,14 @@ mod tests {
         };
         assert!(hits(&table, "old") && hits(&table, "kept"), "meanwhile all stays in force");
         ["user:a:kept", "user:a:new"].iter().for_each(|key| table.insert(&revocation(key), NOW));
-        table.caught_up();
+        assert_eq!(table.caught_up(NOW), 1, "one was lost");
         assert_eq!(["old", "kept", "new"].map(|name| hits(&table, name)), [false, true, true]);
-        table.caught_up();
-        assert_eq!(table.len(), 2);
+        assert_eq!((table.caught_up(NOW), table.len()), (0, 2));
+        // One that is over is not lost.
+        table.insert(&Revocation { until_s: Some(NOW + 1), ..revocation("key:k") }, NOW);
+        table.restart();
+        ["user:a:kept", "user:a:new"].iter().for_each(|key| table.insert(&revocation(key), NOW));
+        assert_eq!((table.caught_up(NOW + 1), table.len()), (0, 2));
     }
 
     proptest! {
@@ -387,7 +427,7 @@ mod tests {
                 held.retain(|other| what == 1 || other.subject != next.subject);
                 match what {
                     0 => table.remove(&name.parse().unwrap()),
-                    1 => table.sweep(NOW),
+                    1 => while table.sweep(NOW) {},
                     _ => {
                         table.insert(&next, NOW);
                         held.push(next);
@@ -400,6 +440,8 @@ mod tests {
                 }
                 prop_assert!(table.len() <= 4);
                 prop_assert_eq!(table.by_rank.len(), table.len());
+                let ends = table.entries.values().filter(|entry| entry.until_s < u64::MAX);
+                prop_assert_eq!(table.by_end.len(), ends.count());
                 let mut counts = Counts::default();
                 table.entries.keys().for_each(|key| counts[key.kind() as usize] += 1);
                 prop_assert_eq!(table.counts(), counts);

@@ -533,6 +533,39 @@ async fn hazard_93_an_address_that_is_refused_again_and_again_is_blocked() -> Re
 }
 
 #[tokio::test]
+async fn hazard_143_each_kind_of_malformed_request_blocks_its_address() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node_with(|config| config.limits.address_refusals_max = 2).await?;
+    let good = request("/v1/connect?token=x", JSON);
+    let long = good.replace("Host: x", &format!("Host: x\r\nX: {}", "x".repeat(20_000)));
+    for (last, (status, bytes)) in (20..).zip([
+        (400, good.replace("Host: x\r\n", "")),
+        (401, good.clone()),
+        (404, request("/", JSON)),
+        (405, good.replace("GET", "POST")),
+        (426, good.replace("Version: 13", "Version: 8")),
+        (431, long),
+        (505, good.replace("HTTP/1.1", "HTTP/1.0")),
+        (505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into()),
+    ]) {
+        let mut answers = 0;
+        loop {
+            let mut stream = socket_from(&node, last).await?;
+            let _ = stream.write_all(bytes.as_bytes()).await;
+            let answer = read_head(&mut stream).await?;
+            if answer.is_empty() {
+                break;
+            }
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+            answers += 1;
+            assert!(answers < 10, "{status} is never counted");
+        }
+        assert!(answers > 2, "{status}: blocked after {answers}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn hazard_93_violations_before_hello_count_and_a_balancer_is_never_blocked() -> Result<()> {
     let world = World::new().await?;
     let node = world

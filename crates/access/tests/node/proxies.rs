@@ -74,16 +74,18 @@ async fn a_balancer_that_speaks_the_proxy_protocol_names_its_clients() -> Result
         (v2([192, 0, 2, 1]), 429),
         (v2([192, 0, 2, 2]), 101),
         (v1("192.0.2.2"), 429),
+        // Clients without an address do not share the balancer's, nor do its own health checks.
         (b"PROXY UNKNOWN\r\n".to_vec(), 101),
-        // It speaks for itself: a health check.
-        (b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0".to_vec(), 429),
+        (b"PROXY UNKNOWN\r\n".to_vec(), 101),
+        (b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0".to_vec(), 101),
     ] {
         let (stream, answer) = handshake(&node, BALANCER, &before, "").await?;
         let shown = before.escape_ascii();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{shown}: {answer}");
         open.push(stream);
     }
-    assert_eq!(node.metric(LIMITS, "address_connections"), 3.0);
+    assert_eq!(node.metric(LIMITS, "address_connections"), 2.0);
+    assert_eq!(node.metric(LIMITS, "client_unknown"), 2.0);
     // Others have no say in it.
     let (_, answer) = handshake(&node, STRANGER, &v1("192.0.2.9"), "").await?;
     assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
@@ -140,8 +142,6 @@ async fn forwarded_for_is_believed_of_balancers_only() -> Result<()> {
         (BALANCER, "X-Forwarded-For: 1.2.3.4, 192.0.2.1\r\n", 429),
         (BALANCER, "X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-For: 192.0.2.1:99\r\n", 429),
         (BALANCER, "X-Forwarded-For: 192.0.2.2, 127.0.0.10\r\n", 101),
-        (BALANCER, "", 101),
-        (BALANCER, "X-Forwarded-For: junk\r\n", 429),
         // A client that is its own balancer.
         (STRANGER, "X-Forwarded-For: 192.0.2.50\r\n", 101),
         (STRANGER, "X-Forwarded-For: 192.0.2.51\r\n", 429),
@@ -150,6 +150,43 @@ async fn forwarded_for_is_believed_of_balancers_only() -> Result<()> {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{headers}: {answer}");
         open.push(stream);
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_146_a_balancer_that_names_nobody_lets_nobody_escape_the_limits() -> Result<()> {
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.proxy.trusted = vec![format!("127.0.0.{BALANCER}")];
+            config.proxy.forwarded_for = true;
+            config.limits.address_refusals_max = 5;
+        })
+        .await?;
+    for headers in ["", "X-Forwarded-For: junk\r\n", "X-Forwarded-For: 192.0.2.7, unknown\r\n"] {
+        let (_, answer) = handshake(&node, BALANCER, b"", headers).await?;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{headers}: {answer}");
+    }
+    assert_eq!(node.metric(HANDSHAKES, "proxy"), 3.0);
+    let ask = async |bytes: &[u8]| {
+        let mut stream = socket_from(&node, BALANCER).await?;
+        stream.write_all(bytes).await?;
+        read_head(&mut stream).await
+    };
+    let health = ask(request("/", "").as_bytes()).await?;
+    assert!(health.starts_with("HTTP/1.1 404 "), "a balancer's own check: {health}");
+    // Many balancers append to the line of the client, whose bytes may be no text.
+    let (before, after) =
+        ("Sec-WebSocket-Protocol: barid.v1.json\r\nX-Forwarded-For: ", ", 192.0.2.7");
+    let good = request("/v1/connect?token=x", &format!("{before}{after}\r\n"));
+    let at = good.find(after).unwrap_or_default();
+    let bytes = [&good.as_bytes()[..at], b"\xff", &good.as_bytes()[at..]].concat();
+    let mut answers = Vec::new();
+    for _ in 0..20 {
+        answers.push(ask(&bytes).await?);
+    }
+    assert!(answers[0].starts_with("HTTP/1.1 401 "), "{}", answers[0]);
+    assert!(answers.iter().any(|answer| answer.contains("refused too often")), "{}", answers[19]);
     Ok(())
 }
 

@@ -199,6 +199,42 @@ async fn hazard_99_a_revocation_between_handshake_and_hello_closes_the_session()
 }
 
 #[tokio::test]
+async fn hazard_148_a_token_that_is_hit_because_of_a_clock_is_counted_as_that() -> Result<()> {
+    let bed = Bed::new(|_| ()).await?;
+    let refused = |why: &str| bed.node.metric("barid_access_tokens_refused_total", why);
+    let long_ago =
+        |revocation: &mut Revocation| revocation.issued_before_s = Some(now_s() - 86_400);
+    bed.revoke_with("everyone:", long_ago).await?;
+    bed.holds(1).await?;
+    let ahead = dated("alice", now_s() + 120, json!({ "jti": "a1" }));
+    let answer = bed.answer(&ahead, "").await?;
+    assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+    assert!(answer.contains("its iat is ahead of this node's clock"), "{answer}");
+    let mut alice = Device::connect(&bed.node.url(), &old("alice", json!({})), "phone").await?;
+    alice.send(&json!({ "refresh": { "token": ahead } })).await?;
+    let (code, text) = closed(&mut alice).await?;
+    assert!(code == 4500 && text.contains("its iat is ahead"), "{code} {text}");
+    assert_eq!((refused("issued_ahead"), refused("revoked")), (2.0, 0.0));
+    // One that is revoked whatever its time.
+    bed.revoke("token:demo:a1").await?;
+    bed.holds(2).await?;
+    assert!(bed.answer(&ahead, "").await?.ends_with("the token has been revoked\n"));
+    assert_eq!((refused("issued_ahead"), refused("revoked")), (2.0, 1.0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_147_a_connection_without_hello_is_closed_when_its_token_is_revoked() -> Result<()> {
+    let bed = Bed::new(|config| config.limits.hello_timeout_ms = 60_000).await?;
+    let mut silent = Device::open(&bed.node.url(), &old("alice", json!({}))).await?;
+    let mut other = Device::open(&bed.node.url(), &old("bob", json!({}))).await?;
+    bed.revoke("user:demo:alice").await?;
+    assert_eq!(closed(&mut silent).await?, (4004, "the token has been revoked".into()));
+    assert_eq!(bed.revoked("session"), 1.0);
+    other.expect_silence(Duration::from_millis(1_500)).await
+}
+
+#[tokio::test]
 async fn the_token_of_the_last_refresh_is_the_one_that_counts() -> Result<()> {
     let bed = Bed::new(|_| ()).await?;
     let token = |jti| old("alice", json!({ "jti": jti }));
@@ -337,6 +373,30 @@ async fn a_node_that_follows_no_revocations_has_no_gauge_of_their_arrival() -> R
     };
     assert!(has_gauge(&Bed::new(|_| ()).await?.node));
     assert!(!has_gauge(&World::new().await?.node_with(|config| config.revocations = false).await?));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_topic_with_several_partitions_is_a_reason_not_to_be_ready() -> Result<()> {
+    let mut kafka = KafkaConfig::default();
+    let broker = EmbeddedKafka::start(&mut kafka)?;
+    kafka.topics.revocations = "spread".into();
+    broker.create_topic("spread", 3)?;
+    let world = World::new().await?;
+    let node = world
+        .node_with(|config| {
+            config.revocations = true;
+            config.kafka = kafka.clone();
+        })
+        .await?;
+    // It has read them, and serves the devices that reach it.
+    eventually("it has read them", async || Ok(node.device("alice", "phone").await.is_ok()))
+        .await?;
+    let failing = node.context.health.not_ready();
+    let [("revocations", why)] = &failing[..] else { panic!("{failing:?}") };
+    for word in ["topic spread has 3 partitions", "barid revoke list", "barid topics create"] {
+        assert!(why.contains(word), "{why}");
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use barid_access::{key_hash, revokes};
 use barid_bus::KafkaConfig;
 use barid_core::GroupId;
 use barid_runtime::exit;
-use barid_session::Claims;
+use barid_session::{Claims, TokenFingerprint};
 use barid_wire::cut;
 use barid_wire::revocation::{Revocation, RevocationError};
 use base64::Engine as _;
@@ -123,11 +123,10 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
         }
     };
     if let Ok(kafka) = &node.kafka {
-        let found = revocation(kafka, &claims, args.timeout, now_s).await;
+        let found = revocations(kafka, &claims, args.timeout, now_s).await;
         let unknown = "cannot tell whether the token is revoked (--offline does not ask)";
-        if let Some((revocation, error)) = found.context(unknown)? {
-            let hint = revoked_by(&revocation, error);
-            return refused(&AuthError::Revoked, Some(&hint), out);
+        if let Some((refusal, hint)) = revoked(found.context(unknown)?, &claims, now_s) {
+            return refused(&refusal, Some(&hint), out);
         }
     }
     accepted(&claims, &unverified, &node, now_s, out)
@@ -192,18 +191,50 @@ fn node(args: &Args) -> anyhow::Result<Node> {
     Ok(Node { auth: AuthConfig { keys: vec![key], ..Default::default() }, kafka })
 }
 
-/// The revocation that hits a token, with the error of a record that cannot be decoded.
-async fn revocation(
+/// A revocation, with the error of a record that cannot be decoded.
+type Found = (Revocation, Option<RevocationError>);
+
+/// The revocations that hit a token.
+async fn revocations(
     kafka: &KafkaConfig,
     claims: &Claims,
     limit: Duration,
     now_s: u64,
-) -> anyhow::Result<Option<(Revocation, Option<RevocationError>)>> {
+) -> anyhow::Result<Vec<Found>> {
     let all = revoke::read(kafka, limit).await?;
     let all = all.iter().filter_map(|(key, value)| Revocation::decode_or_all(key, value).ok());
     let hits =
         all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
-    Ok(hits.max_by_key(|(revocation, _)| revocation.at_s))
+    Ok(hits.collect())
+}
+
+/// What a node would say to a token that these revocations hit, and why; `None`: there are none.
+fn revoked(hits: Vec<Found>, claims: &Claims, now_s: u64) -> Option<(AuthError, String)> {
+    let hits_anyway = |(revocation, _): &Found| match claims.issued_ahead_s {
+        Some(issued_s) => {
+            let token = TokenFingerprint { issued_s, ..claims.token };
+            revokes(revocation, &claims.user, &token, now_s)
+        }
+        None => true,
+    };
+    let is_anyway = hits.iter().any(hits_anyway);
+    let newest = |(revocation, _): &Found| revocation.at_s;
+    let shown = hits.into_iter().filter(|hit| !is_anyway || hits_anyway(hit)).max_by_key(newest);
+    let (revocation, error) = shown?;
+    let by = revoked_by(&revocation, error);
+    match claims.issued_ahead_s {
+        Some(issued_s) if !is_anyway => {
+            let issued_s = u64::from(issued_s);
+            let ahead = span(issued_s.saturating_sub(now_s).saturating_mul(1000));
+            let (at, now) = (revoke::date(issued_s), revoke::date(now_s));
+            let hint = format!(
+                "its iat is {at}, {ahead} ahead of this machine's clock ({now}): compare the clocks \
+                 of issuer and node; hit {by}"
+            );
+            Some((AuthError::IssuedAhead, hint))
+        }
+        _ => Some((AuthError::Revoked, by)),
+    }
 }
 
 fn revoked_by(revocation: &Revocation, error: Option<RevocationError>) -> String {
@@ -262,10 +293,17 @@ fn accepted(
     out.line(format_args!("{title}  user {} of app {}", clean(shown.user), clean(shown.app)))?;
     let groups = shown.groups.iter().map(|group| clean(group)).collect::<Vec<_>>().join(", ");
     let dated = |at_s| format!("{} ({})", revoke::date(at_s), ago(at_s));
+    let issued = match claims.issued_ahead_s {
+        Some(at_s) => format!(
+            "{}: too far ahead of this machine's clock, revocations treat it as without iat",
+            revoke::date(at_s.into())
+        ),
+        None => issued_at.map_or("it does not say (no iat)".into(), dated),
+    };
     for (name, value) in [
         ("device", shown.device.map_or("any".into(), clean)),
         ("groups", if groups.is_empty() { "none".into() } else { groups }),
-        ("issued", issued_at.map_or("it does not say (no iat)".into(), dated)),
+        ("issued", issued),
         ("expires", format!("{} (in {})", revoke::date(claims.expires_s), span(left_s * 1000))),
         ("key", key_id.map_or("without an id".into(), clean)),
         ("revoked", unknown.map_or("no".into(), |why| format!("unknown: {why}"))),
@@ -331,7 +369,10 @@ fn hint(
     let key = || format!("alg {} and kid {}", shown(&header["alg"]), shown(&header["kid"]));
     Some(match error {
         AuthError::Missing => "write the token, or pass it on standard input".into(),
-        AuthError::Malformed(_) | AuthError::NoRevocations | AuthError::Revoked => return None,
+        AuthError::Malformed(_)
+        | AuthError::NoRevocations
+        | AuthError::Revoked
+        | AuthError::IssuedAhead => return None,
         AuthError::UnknownKey => {
             let own = auth.keys.iter().map(|key| match key.id.as_str() {
                 "" => format!("{:?} without an id", key.algorithm),
@@ -491,6 +532,34 @@ mod tests {
         assert!(hint.contains("/nowhere/keys.json cannot be read"), "{hint}");
         let long = told(&auth(), &sign("k1", json!({ "aud": "x".repeat(900) }))).await.1;
         assert!(long.len() < 300, "{long}");
+    }
+
+    #[tokio::test]
+    async fn hazard_148_a_token_that_is_hit_because_of_a_clock_is_told_so() {
+        let verifier = Verifier::new(&auth()).unwrap();
+        let hit = |subject: &str| {
+            let subject: barid_wire::revocation::Subject = subject.parse().unwrap();
+            let issued_before_s = subject.has_time().then_some(NOW - 86_400);
+            let reason = String::new();
+            (Revocation { subject, issued_before_s, until_s: None, reason, at_s: 1 }, None)
+        };
+        let claims = async |iat: u64| {
+            verifier.verify(&sign("k1", json!({ "iat": iat, "jti": "t" })), NOW).await.unwrap()
+        };
+        let ahead = claims(NOW + 90).await;
+        let (error, hint) = revoked(vec![hit("user:demo:a")], &ahead, NOW).unwrap();
+        assert_eq!(error, AuthError::IssuedAhead);
+        for word in
+            ["90.0 s", "ahead of this machine's clock", "2027-01-15T08:01:30Z", "user:demo:a"]
+        {
+            assert!(hint.contains(word), "{word}: {hint}");
+        }
+        let both = vec![hit("user:demo:a"), hit("token:demo:t")];
+        let (error, hint) = revoked(both, &ahead, NOW).unwrap();
+        assert!(error == AuthError::Revoked && hint.contains("token:demo:t"), "{error:?} {hint}");
+        let old = claims(NOW - 86_401).await;
+        assert_eq!(revoked(vec![hit("user:demo:a")], &old, NOW).unwrap().0, AuthError::Revoked);
+        assert_eq!(revoked(Vec::new(), &ahead, NOW), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use barid_testkit::kafka::unique;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
 use tokio::time::{Instant, timeout};
 
 use crate::{LIMIT, apache, config, embedded};
@@ -139,8 +139,36 @@ async fn a_missing_topic_is_told_and_its_creation_is_noticed_and_more_partitions
     {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    assert_eq!(next(&mut follower).await, Followed::Partitions(2));
     let told = next(&mut follower).await;
     assert_eq!(told, Followed::Changes(vec![change("there", Some("1"))]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_136_offsets_without_records_at_the_end_of_a_log_are_no_error() {
+    let config = apache().await;
+    let topic = &config.topics.revocations;
+    let mut follower = Follower::start(&config, topic).unwrap();
+    assert_eq!(caught_up(&mut follower).await, []);
+    let mut client = ClientConfig::new();
+    client.set("bootstrap.servers", config.brokers.join(","));
+    client.set("transactional.id", unique("writer"));
+    let producer: FutureProducer = client.create().unwrap();
+    // The transaction's marker is behind its record.
+    let committed = tokio::task::spawn_blocking(move || {
+        producer.init_transactions(LIMIT).unwrap();
+        producer.begin_transaction().unwrap();
+        producer
+    });
+    let producer = committed.await.unwrap();
+    put(&producer, topic, 0, "a", Some("1")).await;
+    tokio::task::spawn_blocking(move || producer.commit_transaction(LIMIT).unwrap()).await.unwrap();
+    assert_eq!(next(&mut follower).await, Followed::Changes(vec![change("a", Some("1"))]));
+    // Two polls would see a log that does not arrive.
+    let later = timeout(Duration::from_secs(22), follower.next()).await;
+    assert!(later.is_err(), "{later:?}");
+    put(&self::producer(&config), topic, 0, "b", Some("2")).await;
+    assert_eq!(next(&mut follower).await, Followed::Changes(vec![change("b", Some("2"))]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
