@@ -34,6 +34,14 @@ pub fn check_under<C: Bounded + Serialize>(prefix: &str, config: &C) -> Result<(
     all(out)
 }
 
+/// A check of one condition.
+///
+/// # Errors
+/// Returns `problem` if it is bad.
+pub fn refuse_if(is_bad: bool, problem: impl FnOnce() -> String) -> Result<(), String> {
+    if is_bad { Err(problem()) } else { Ok(()) }
+}
+
 /// The problems of several checks, which are one or more lines each.
 ///
 /// # Errors
