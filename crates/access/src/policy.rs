@@ -60,6 +60,15 @@ impl Policy {
         ])
     }
 
+    /// Checks the files without which a node starts, because it reads them again later.
+    ///
+    /// # Errors
+    /// Returns the keys of those that cannot be read, one a line.
+    pub fn check_late_files(config: &Config) -> Result<(), String> {
+        // Other problems are told by `check`.
+        Verifier::new(&config.auth).map_or(Ok(()), |verifier| verifier.check_files())
+    }
+
     /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.
     ///
     /// # Errors
