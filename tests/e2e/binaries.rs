@@ -480,6 +480,25 @@ async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hazard_155_a_failure_that_persists_is_logged_at_the_configured_interval() -> Result<()> {
+    let every_second = "[log]\nrepeat_seconds = 1\n";
+    let start = "exec \"$0\" \"$@\"";
+    let mut waiting = Waiting::start_with(Role::Dispatcher, start, every_second).await?;
+    let suppressed = |body: &str| {
+        let metrics = Metrics::parse(body);
+        metrics.sum_of("barid_log_repeats_total", "outcome", "suppressed") > 0.0
+    };
+    waiting.until("/metrics", suppressed).await?;
+    let begun = Instant::now();
+    while waiting.process.output().matches("redis is away: ").count() < 3 {
+        // By default the third line would come after twenty seconds.
+        ensure!(begun.elapsed() < Duration::from_secs(15), "{}", waiting.process.tail(20));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    waiting.leaves_cleanly().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_role_that_waits_for_redis_leaves_cleanly_when_it_is_told_to() -> Result<()> {
     for role in Role::ALL {
         Waiting::start(role, "exec \"$0\" \"$@\"").await?.leaves_cleanly().await?;

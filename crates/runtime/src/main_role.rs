@@ -308,7 +308,10 @@ impl Arguments {
                     .long("connect")
                     .action(ArgAction::SetTrue)
                     .requires("check-config")
-                    .help("Also ask Kafka, Redis and key sets whether they can be used"),
+                    .help(
+                        "Also ask Kafka, Redis and key sets whether they can be used, and look \
+                         whether ports and the node's name are free",
+                    ),
             )
             .arg(
                 Arg::new("print-config")
