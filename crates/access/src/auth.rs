@@ -59,6 +59,16 @@ struct RawClaims {
     groups: Value,
 }
 
+/// Reads the key sets that are files, which [`Verifier::refresh`] reads later.
+///
+/// # Errors
+/// Returns those that cannot be read, one a line.
+pub fn check_key_set_files(config: &AuthConfig) -> Result<(), String> {
+    bounds::all(config.jwks.iter().enumerate().map(|(at, set)| {
+        jwks::check_file(set).map_err(|problem| format!("auth.jwks[{at}].file {problem}"))
+    }))
+}
+
 impl Verifier {
     /// Reads the configured keys. Key sets are read by [`Self::refresh`].
     ///
@@ -81,17 +91,6 @@ impl Verifier {
             lifetime_max_s: config.lifetime_max_seconds,
             keys_skipped,
         })
-    }
-
-    /// Reads the key sets that are files, which [`Self::refresh`] reads later.
-    ///
-    /// # Errors
-    /// Returns those that cannot be read, one a line.
-    pub fn check_files(&self) -> Result<(), String> {
-        let read = self.jwks.iter().enumerate().map(|(at, set)| {
-            set.check_file().map_err(|problem| format!("auth.jwks[{at}].file {problem}"))
-        });
-        bounds::all(read)
     }
 
     /// Verifies a token at `now_s` (seconds since the Unix epoch). For an unknown key id, key sets are read again, at

@@ -8,7 +8,7 @@ use barid_runtime::bounds;
 use barid_session::Settings;
 
 use crate::admission::{AddressKey, Admission, Origins};
-use crate::auth::Verifier;
+use crate::auth::{Verifier, check_key_set_files};
 use crate::config::{Config, HeartbeatConfig, LimitsConfig};
 use crate::error::Error;
 use crate::labels::Limit;
@@ -65,8 +65,7 @@ impl Policy {
     /// # Errors
     /// Returns the keys of those that cannot be read, one a line.
     pub fn check_late_files(config: &Config) -> Result<(), String> {
-        // Other problems are told by `check`.
-        Verifier::new(&config.auth).map_or(Ok(()), |verifier| verifier.check_files())
+        check_key_set_files(&config.auth)
     }
 
     /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.

@@ -38,14 +38,15 @@ fn scheme_end(text: &str) -> Option<usize> {
 }
 
 /// A text with `***` in place of what is secret if it is a URL, with or without a scheme: the password, which ends at the
-/// last `@`, or a user alone, which may be a token; and the values of its query.
+/// last `@`, or a user without one, which may be a token; and the values of its query.
 pub(crate) fn masked(text: &str) -> String {
     let (scheme, rest) = text.split_at(scheme_end(text).unwrap_or(0));
     // A path without host has no authority.
     let is_path = scheme.contains("unix") && rest.starts_with('/');
     let credentials = rest.rfind('@').filter(|_| !is_path);
     let (credentials, rest) = rest.split_at(credentials.unwrap_or(0));
-    let user = credentials.split_once(':').map_or("", |(user, _)| user);
+    let named = credentials.split_once(':').filter(|(_, password)| !password.is_empty());
+    let user = named.map_or("", |(user, _)| user);
     let mask = if credentials.is_empty() { "" } else { ":***" };
     let Some((path, query)) = rest.split_once('?') else {
         return format!("{scheme}{user}{mask}{rest}");
@@ -111,6 +112,7 @@ mod tests {
             ("me:hush@h:9092", "me:***@h:9092"),
             ("hush@h:9092", ":***@h:9092"),
             ("me:a://hush@h", "me:***@h"),
+            ("https://hush:@h", "https://:***@h"),
             ("kafka://me:hush@h:1,h:2", "kafka://me:***@h:1,h:2"),
             ("wss:///me:hush@h/x?token=hush", "wss:///me:***@h/x?token=***"),
         ] {

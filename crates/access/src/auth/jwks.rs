@@ -165,16 +165,6 @@ impl Jwks {
         last.clone()
     }
 
-    /// Reads the set once if it is a file.
-    pub(super) fn check_file(&self) -> Result<(), String> {
-        match &self.set.source {
-            source @ Source::File(_) => {
-                source.read().map(drop).map_err(|why| format!("{source}: {why}"))
-            }
-            Source::Url { .. } => Ok(()),
-        }
-    }
-
     /// Reads the set once, and returns the number of usable keys.
     pub(super) async fn probe(&self) -> Result<usize, String> {
         let source = self.set.source.clone();
@@ -183,6 +173,13 @@ impl Jwks {
         let keys = set.keys.into_iter().filter_map(|jwk| serde_json::from_value::<Jwk>(jwk).ok());
         Ok(keys.filter_map(|jwk| Key::from_jwk(&jwk, &self.set.apps)).count())
     }
+}
+
+/// Reads a set once if it is a file.
+pub(super) fn check_file(config: &JwksConfig) -> Result<(), String> {
+    let Some(path) = &config.file else { return Ok(()) };
+    let source = Source::File(path.clone());
+    source.read().map(drop).map_err(|why| format!("{source}: {why}"))
 }
 
 impl Reading {

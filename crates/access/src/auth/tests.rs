@@ -570,8 +570,8 @@ fn hazard_153_all_keys_and_key_sets_that_cannot_be_read_are_named() {
     let (none, pipe) = ("/nowhere/keys.json", "/dev/null");
     let set = |file: &str| JwksConfig { file: Some(file.into()), ..Default::default() };
     let config = AuthConfig { jwks: vec![set(none), set(pipe)], ..Default::default() };
-    let verifier = Verifier::new(&config).expect("they may come later");
-    let told = verifier.check_files().unwrap_err();
+    Verifier::new(&config).expect("they may come later");
+    let told = check_key_set_files(&config).unwrap_err();
     let lines: Vec<&str> = told.lines().collect();
     assert!(lines[0].starts_with("auth.jwks[0].file /nowhere/keys.json: No such file"), "{told}");
     assert!(lines[1].starts_with("auth.jwks[1].file /dev/null: it is a device"), "{told}");
