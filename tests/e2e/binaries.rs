@@ -362,31 +362,95 @@ fn hazard_138_check_config_names_all_files_that_are_missing_and_ignored_variable
             Role::Access => files("tls", &["certificate_file", "key_file"]),
             _ => String::new(),
         };
-        let wrong = "[redis]\nurl = 'localhost'\nshards = 0\n";
+        let redis = files("redis", &["ca_file", "certificate_file", "key_file"]);
+        let wrong = format!("{redis}url = 'localhost'\nshards = 0\n");
         let path = config(dir.path(), &format!("{wrong}{internal}{tls}{}", least(role)));
         let flags = ["--config", &path, "--check-config"];
         let (code, _, complaint) = told(&run(role, &flags, &[])?);
         ensure!(code == Some(2), "{role:?}: {complaint}");
         let files = complaint.lines().filter(|line| line.contains("No such file")).count();
-        ensure!(files == if role == Role::Access { 5 } else { 3 }, "{role:?}: {complaint}");
+        ensure!(files == if role == Role::Access { 8 } else { 6 }, "{role:?}: {complaint}");
         ensure!(complaint.contains("redis.shards: 0 is out"), "{role:?}: {complaint}");
         ensure!(complaint.contains("redis.url is not a Redis URL"), "{role:?}: {complaint}");
 
         let path = config(dir.path(), &least(role));
         let name = role.name().to_uppercase();
-        for (variable, meant) in [
-            ("BARID_REDIS__URL".to_owned(), format!("BARID_{name}_REDIS__URL")),
-            (format!("barid_{}_drain_seconds", role.name()), format!("BARID_{name}_DRAIN_SECONDS")),
-        ] {
-            let output = run(role, &["--config", &path, "--check-config"], &[(&variable, "1")])?;
-            let (code, said, complaint) = told(&output);
-            ensure!(code == Some(2) && said.is_empty(), "{role:?}: {said} {complaint}");
-            let meant = format!("{variable} sets nothing; did you mean {meant}?");
-            ensure!(complaint.contains(&meant), "{role:?}: {complaint}");
-        }
+        let flags = ["--config", &path, "--check-config"];
+        let (code, said, complaint) = told(&run(role, &flags, &[("BARID_REDIS__URL", "1")])?);
+        ensure!(code == Some(2) && said.is_empty(), "{role:?}: {said} {complaint}");
+        let meant = format!("BARID_REDIS__URL sets nothing; did you mean BARID_{name}_REDIS__URL?");
+        ensure!(complaint.contains(&meant), "{role:?}: {complaint}");
         let (_, help, _) = told(&run(role, &["--help"], &[])?);
         let sample = format!("deploy/config/{}.toml", role.name());
         ensure!(help.contains(&sample) && help.contains("admin.listen"), "{help}");
+    }
+    Ok(())
+}
+
+#[test]
+fn hazard_154_variables_of_other_programs_that_look_alike_fail_no_check() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for role in Role::ALL {
+        let path = config(dir.path(), &least(role));
+        let own = format!("barid_{}_drain_seconds", role.name());
+        let flags = ["--config", &path, "--check-config"];
+        for variable in ["BRAID_ACCESS_TOKEN", "BARD_PURGER_KEY", "BARID_ACESS_LISTEN", &own] {
+            let (code, said, complaint) = told(&run(role, &flags, &[(variable, "hush")])?);
+            ensure!(code == Some(0) && said.contains("is valid"), "{role:?}: {said} {complaint}");
+            let warning = format!("warning: {variable} sets nothing; did you mean BARID_");
+            ensure!(complaint.contains(&warning), "{role:?}: {complaint}");
+        }
+        // With exactly the role's prefix it is Barid's.
+        let unknown = format!("BARID_{}_TOKEN", role.name().to_uppercase());
+        let (code, _, complaint) = told(&run(role, &flags, &[(&unknown, "hush")])?);
+        ensure!(code == Some(2) && complaint.contains(&unknown), "{role:?}: {complaint}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_151_files_that_never_end_or_begin_are_refused_at_once() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pipe = dir.path().join("pipe.pem").display().to_string();
+    ensure!(Command::new("mkfifo").arg(&pipe).status()?.success());
+    let check = async |role: Role, file: &str| -> Result<String> {
+        let mut command = tokio::process::Command::new(role.binary()?);
+        command.args(["--config", file, "--check-config"]).kill_on_drop(true);
+        let output = tokio::time::timeout(PATIENCE, command.output()).await;
+        Ok(told(&output.with_context(|| format!("{role:?} reads {file} for ever"))??).2)
+    };
+    for (bad, kind) in [("/dev/zero", "a device"), (&*pipe, "a pipe"), ("/etc", "a directory")] {
+        let refused = |complaint: &str, of: &str| {
+            let said = complaint.contains(&format!("it is {kind}"));
+            ensure!(said, "{of} = {bad}: {complaint}");
+            Ok(())
+        };
+        for role in Role::ALL {
+            refused(&check(role, bad).await?, "--config")?;
+            let tls = format!(
+                "[internal_tls]\nca_file = '{bad}'\ncertificate_file = '{bad}'\nkey_file = '{bad}'\n"
+            );
+            refused(&check(role, &config(dir.path(), &(tls + &least(role)))).await?, "TLS")?;
+        }
+        let with_keys = [
+            format!("[tls]\ncertificate_file = '{bad}'\nkey_file = '{bad}'\n"),
+            format!("[redis]\nurl = 'rediss://h'\nca_file = '{bad}'\n"),
+            format!(
+                "[redis]\nurl = 'rediss://h'\ncertificate_file = '{bad}'\nkey_file = '{bad}'\n"
+            ),
+            format!("[kafka.properties]\n'ssl.certificate.location' = '{bad}'\n"),
+            format!("[kafka.properties]\n'ssl.key.location' = '{bad}'\n"),
+            format!("[[auth.jwks]]\nfile = '{bad}'\n"),
+            format!("[[auth.jwks]]\nurl = 'https://h'\nca_file = '{bad}'\n"),
+        ];
+        let with_keys = with_keys.map(|text| text + &least(Role::Access));
+        let alone = [
+            format!("[[auth.keys]]\nsecret_file = '{bad}'\n"),
+            format!("[[auth.keys]]\nalgorithm = 'EdDSA'\npublic_key_file = '{bad}'\n"),
+        ];
+        for text in with_keys.iter().chain(&alone) {
+            refused(&check(Role::Access, &config(dir.path(), text)).await?, text)?;
+        }
     }
     Ok(())
 }
@@ -413,6 +477,25 @@ async fn hazard_58_sighup_reads_the_log_level_again_and_ends_no_role() -> Result
         waiting.leaves_cleanly().await?;
     }
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_155_a_failure_that_persists_is_logged_at_the_configured_interval() -> Result<()> {
+    let every_second = "[log]\nrepeat_seconds = 1\n";
+    let start = "exec \"$0\" \"$@\"";
+    let mut waiting = Waiting::start_with(Role::Dispatcher, start, every_second).await?;
+    let suppressed = |body: &str| {
+        let metrics = Metrics::parse(body);
+        metrics.sum_of("barid_log_repeats_total", "outcome", "suppressed") > 0.0
+    };
+    waiting.until("/metrics", suppressed).await?;
+    let begun = Instant::now();
+    while waiting.process.output().matches("redis is away: ").count() < 3 {
+        // By default the third line would come after twenty seconds.
+        ensure!(begun.elapsed() < Duration::from_secs(15), "{}", waiting.process.tail(20));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    waiting.leaves_cleanly().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,13 +1,14 @@
 //! The exit codes of all programs are those of the table in README.md.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use barid_runtime::exit;
 use barid_testkit::process::Process;
-use barid_testkit::{Redis, Role, paths, ports, token};
+use barid_testkit::{Redis, Role, http, paths, ports, token};
 
 /// Runs a program with words and variables; `barid` itself, or a role.
 fn run(program: &str, words: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
@@ -116,6 +117,13 @@ async fn hazard_113_roles_end_with_the_code_of_the_table() -> Result<()> {
         let status = process.wait(Duration::from_secs(30)).await?;
         ensure!(status.code() == Some(exit::CUT.into()), "{role:?}: {status} {}", process.tail(20));
     }
+    // A Kafka that does not answer beside a Redis that cannot be used.
+    let mut both = settings(Role::Purger, &redis.url());
+    both.push(("BARID_PURGER_REDIS__CLUSTER".into(), "true".into()));
+    both.push(("BARID_PURGER_KAFKA__BROKERS".into(), format!("127.0.0.1:{}", ports::free_port())));
+    let said = run("barid-purger", &["--check-config", "--connect"], &with(&both, &[]))?;
+    let said = ends(&said, exit::CONFIG)?;
+    ensure!(said.contains(": does not answer: ") && said.contains(": cannot be used: "), "{said}");
     // A Redis that cannot be used with this configuration.
     let mine = settings(Role::Delayer, &redis.url());
     let odd = ("BARID_DELAYER_REDIS__CLUSTER", "true");
@@ -128,6 +136,135 @@ async fn hazard_113_roles_end_with_the_code_of_the_table() -> Result<()> {
     redis_cli(&redis.url(), &["HSET", "barid:meta", "shards", "32", "schema", "3"])?;
     let said = ends(&run("barid-delayer", &[], &with(&mine, &[]))?, exit::CONFIG)?;
     ensure!(said.contains("set up with 32 shards, but redis.shards is 64"), "{said}");
+    // One that evicts, for both kinds of programs.
+    redis_cli(&redis.url(), &["HSET", "barid:meta", "shards", "64"])?;
+    redis_cli(&redis.url(), &["CONFIG", "SET", "maxmemory", "100mb"])?;
+    redis_cli(&redis.url(), &["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"])?;
+    let said = run("barid-delayer", &["--check-config", "--connect"], &with(&mine, &[]))?;
+    ends(&said, exit::CONFIG)?;
+    let line = ["inspect", "user", "a", "--app", "demo", "--redis", &redis.url()];
+    let said = ends(&run("barid", &line, &[])?, exit::CONFIG)?;
+    ensure!(said.contains("maxmemory-policy"), "{said}");
+    Ok(())
+}
+
+/// A role that runs with these variables and is ready.
+async fn running(role: Role, settings: &[(String, String)], log: &Path) -> Result<Process> {
+    let program = paths::binary(&format!("barid-{}", role.name()))?;
+    let process = Process::spawn(role.name(), program, log, |command| {
+        command.envs(with(settings, &[]));
+    })?;
+    let admin = settings.iter().find(|(name, _)| name.ends_with("ADMIN__LISTEN"));
+    let admin = admin.context("it has an admin port")?.1.parse()?;
+    let begun = Instant::now();
+    while !matches!(http::get(admin, "/readyz").await, Ok((200, _))) {
+        ensure!(begun.elapsed() < Duration::from_secs(30), "{}", process.tail(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(process)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_152_a_check_sees_ports_and_names_in_use_and_does_not_fail_beside_its_own_process()
+-> Result<()> {
+    let (redis, dir) = (Redis::start().await?, tempfile::tempdir()?);
+    let connect = ["--check-config", "--connect"];
+    for role in [Role::Dispatcher, Role::Access] {
+        let program = format!("barid-{}", role.name());
+        let prefix = format!("BARID_{}_", role.name().to_uppercase());
+        let named = |key: &str| format!("{prefix}{key}");
+        let address = || format!("127.0.0.1:{}", ports::free_port());
+        let own = if role == Role::Access { "GRPC_LISTEN" } else { "LISTEN" };
+        let set = |all: &mut Vec<(String, String)>, key: &str, value: &str| {
+            all.retain(|(name, _)| *name != named(key));
+            all.push((named(key), value.to_owned()));
+        };
+        let mut mine = settings(role, &redis.url());
+        let node = format!("{}-1", role.name());
+        let (grpc, admin, ttl) = (address(), address(), "60000");
+        for (key, value) in
+            [(own, &*grpc), ("ADMIN__LISTEN", &*admin), ("NODE", &*node), ("LEASE_TTL_MS", ttl)]
+        {
+            set(&mut mine, key, value);
+        }
+        if role == Role::Access {
+            set(&mut mine, "RECEIPTS", "false");
+            set(&mut mine, "REVOCATIONS", "false");
+        }
+        let check = |settings: &[(String, String)], code: u8| {
+            ends(&run(&program, &connect, &with(settings, &[]))?, code)
+        };
+        let said = check(&mine, exit::DONE)?;
+        ensure!(said.contains(&format!("node {node}: its name is free\n")), "{said}");
+        ensure!(said.contains(&format!("admin.listen {admin}: free\n")), "{said}");
+
+        let mut process = running(role, &mine, &dir.path().join(role.name())).await?;
+        let said = check(&mine, exit::DONE)?;
+        ensure!(
+            said.contains(&format!("admin.listen {admin}: warning: in use; fine if")),
+            "{said}"
+        );
+        let own_port = format!("{} {grpc}: warning: in use; fine", own.to_lowercase());
+        ensure!(said.contains(&own_port), "{said}");
+        ensure!(
+            said.contains(&format!("node {node}: warning: its name is in use at {grpc}")),
+            "{said}"
+        );
+
+        let mut other = mine.clone();
+        set(&mut other, own, &address());
+        set(&mut other, "ADMIN__LISTEN", &address());
+        let said = check(&other, exit::CONFIG)?;
+        let taken =
+            format!("cannot be used: another process has this node's name: a {}", role.name());
+        ensure!(said.contains(&taken) && said.contains(&grpc), "{said}");
+
+        // Its lease lasts for another minute.
+        process.kill()?;
+        process.wait(Duration::from_secs(10)).await?;
+        let said = check(&other, exit::DONE)?;
+        ensure!(said.contains("which does not answer, has its name until"), "{said}");
+
+        let mut foreign = mine.clone();
+        set(&mut foreign, "ADMIN__LISTEN", "192.0.2.1:7000");
+        let said = check(&foreign, exit::CONFIG)?;
+        ensure!(said.contains("192.0.2.1:7000: cannot be used: cannot be listened on"), "{said}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_113_a_role_ends_with_0_when_it_has_drained_and_with_3_at_a_second_signal()
+-> Result<()> {
+    let (redis, dir) = (Redis::start().await?, tempfile::tempdir()?);
+    let mut settings = settings(Role::Dispatcher, &redis.url());
+    settings[0].1 = format!("127.0.0.1:{}", ports::free_port());
+    let mut process = running(Role::Dispatcher, &settings, &dir.path().join("drained")).await?;
+    process.term()?;
+    let status = process.wait(Duration::from_secs(30)).await?;
+    ensure!(status.code() == Some(exit::DONE.into()), "{status} {}", process.tail(20));
+
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let log = dir.path().join("cut");
+    let program = paths::binary("barid-delayer")?;
+    let mut process = Process::spawn("delayer", program, &log, |command| {
+        command.env("BARID_DELAYER_ADMIN__LISTEN", "127.0.0.1:0");
+        command.env("BARID_DELAYER_REDIS__CONNECT_TIMEOUT_MS", "600000");
+        command
+            .env("BARID_DELAYER_REDIS__URL", format!("redis://{}", silent.local_addr().unwrap()));
+    })?;
+    for said in ["listening", "draining", "second signal"] {
+        let begun = Instant::now();
+        while !process.output().contains(said) {
+            ensure!(begun.elapsed() < Duration::from_secs(30), "{}", process.tail(20));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if said != "second signal" {
+            process.term()?;
+        }
+    }
+    let status = process.wait(Duration::from_secs(10)).await?;
+    ensure!(status.code() == Some(exit::CUT.into()), "{status} {}", process.tail(20));
     Ok(())
 }
 

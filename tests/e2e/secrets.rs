@@ -161,6 +161,62 @@ async fn hazard_121_no_secret_of_the_environment_is_printed() -> Result<()> {
     Ok(())
 }
 
+/// The secret in keys for other values.
+const MISPLACED: [(&str, &str); 27] = [
+    ("access", "advertise_url = \"wss://me:hush5ecret@h/v1/connect\""),
+    ("access", "advertise_url = \"wss://h/v1/connect?token=hush5ecret\\u0000\""),
+    ("access", "advertise = \"me:hush5ecret@h:1\""),
+    ("access", "advertise = \"me:hush5ecret\""),
+    ("access", "listen = \"me:hush5ecret@127.0.0.1:1\""),
+    ("access", "receipts = \"hush5ecret\""),
+    ("access", "auth.origins = [\"https://me:hush5ecret@h\"]"),
+    ("access", "proxy.trusted = [\"me:hush5ecret@10.0.0.1\"]"),
+    ("access", "[[auth.keys]]\nsecret_file = \"hush5ecret-hush5ecret-hush5ecret\""),
+    ("access", "[[auth.keys]]\nsecret_file = \"hush5ecret/+hush5ecret/hush5ecret==\""),
+    ("access", "[[auth.keys]]\nalgorithm = \"ES256\"\npublic_key_file = \"hush5ecret\""),
+    ("access", "[[auth.jwks]]\nfile = \"https://me:hush5ecret@h/keys\""),
+    ("access", "[[auth.jwks]]\nurl = \"https://h\"\nca_file = \"hush5ecret\""),
+    ("access", "[tls]\ncertificate_file = \"hush5ecret\"\nkey_file = \"hush5ecret\""),
+    ("delayer", "redis.url = \"rediss://h\"\nredis.ca_file = \"hush5ecret\""),
+    ("delayer", "redis.url = \"redis:///me:hush5ecret@h\""),
+    ("delayer", "drain_seconds = \"hush5ecret\""),
+    ("delayer", "redis.retry_jitter = \"1hush5ecret\""),
+    ("delayer", "log.format = \"hush5ecret\""),
+    ("delayer", "log.level = \"me:hush5ecret@h\""),
+    ("delayer", "ready_file = \"hush5ecret/ready\""),
+    ("purger", "kafka.brokers = [\"me:hush5ecret@127.0.0.1:1\"]"),
+    ("purger", "kafka.brokers = [\"kafka://me:hush5ecret@127.0.0.1:1\", \"me:hush5ecret\"]"),
+    ("purger", "kafka.topics.push = \"me:hush5ecret@h:1\""),
+    ("purger", "kafka.properties = { \"sasl.pasword\" = \"hush5ecret\" }"),
+    ("purger", "kafka.properties = { \"linger.ms\" = \"hush5ecret\" }"),
+    ("purger", "kafka.properties = { \"ssl.ca.location\" = \"hush5ecret\" }"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_150_no_secret_in_the_wrong_key_is_printed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for (role, toml) in MISPLACED {
+        read_by(role, toml, dir.path(), &MODES[..2]).await?;
+    }
+    for (name, value) in [
+        ("DRAIN_SECONDS", "hush5ecret"),
+        ("RECEIPTS", "hush5ecret"),
+        ("ADVERTISE_URL", "wss://me:hush5ecret@h/"),
+        ("KAFKA__BROKERS", "me:hush5ecret@h:1,h:2"),
+        ("KAFKA__PROPERTIES__SASL_PASWORD", "hush5ecret"),
+        ("KAFKA__PROPERTIES__PASSWORT", "hush5ecret"),
+        ("AUTH__KEYS", "[{secret_file=\"hush5ecret\"}]"),
+        ("TLS__KEY_FILE", "hush5ecret"),
+    ] {
+        for mode in &MODES[..2] {
+            let mut command = role("access")?;
+            command.env(format!("BARID_ACCESS_{name}"), value).args(*mode);
+            check(&told(command).await?, &format!("{mode:?} with {name}={value}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// What `/metrics` and `/readyz` serve.
 async fn served(port: u16) -> Result<String> {
     let mut all = String::new();

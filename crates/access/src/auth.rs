@@ -13,6 +13,7 @@ use std::time::Duration;
 use barid_core::limits::{EPOCH_SECONDS_MAX, GROUPS_MAX};
 use barid_core::{AppId, DeviceId, GroupId, UserId};
 use barid_mailbox::UserKey;
+use barid_runtime::bounds;
 use barid_session::{Claims, TokenFingerprint};
 use jsonwebtoken::{Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
@@ -58,19 +59,32 @@ struct RawClaims {
     groups: Value,
 }
 
+/// Reads the key sets that are files, which [`Verifier::refresh`] reads later.
+///
+/// # Errors
+/// Returns those that cannot be read, one a line.
+pub fn check_key_set_files(config: &AuthConfig) -> Result<(), String> {
+    bounds::all(config.jwks.iter().enumerate().map(|(at, set)| {
+        jwks::check_file(set).map_err(|problem| format!("auth.jwks[{at}].file {problem}"))
+    }))
+}
+
 impl Verifier {
     /// Reads the configured keys. Key sets are read by [`Self::refresh`].
     ///
     /// # Errors
-    /// A key cannot be read or used.
+    /// Returns the keys and key sets that cannot be read or used, one a line.
     pub fn new(config: &AuthConfig) -> Result<Self, KeyError> {
         let name = "barid_access_keys_skipped_total";
         let keys_skipped = IntCounter::new(name, "Keys of key sets that could not be read")
             .map_err(|error| KeyError(error.to_string()))?;
-        let jwks = config.jwks.iter().map(|jwks| Jwks::new(jwks, keys_skipped.clone()));
+        let keys = config.keys.iter().enumerate().map(|(at, key)| Key::from_config(at, key));
+        let jwks = config.jwks.iter().enumerate();
+        let jwks = jwks.map(|(at, jwks)| Jwks::new(at, jwks, keys_skipped.clone()));
+        let (keys, jwks) = all_or_problems(keys, jwks).map_err(KeyError)?;
         Ok(Self {
-            keys: config.keys.iter().map(Key::from_config).collect::<Result<_, _>>()?,
-            jwks: jwks.collect::<Result<_, _>>()?,
+            keys,
+            jwks,
             audience: config.audience.clone(),
             issuer: config.issuer.clone(),
             nbf_leeway_s: config.nbf_leeway_seconds,
@@ -232,6 +246,18 @@ impl Verifier {
         let user = UserKey { app, user };
         Ok(Claims { user, device, expires_s, groups, token, issued_ahead_s })
     }
+}
+
+/// All of both, or all problems, one a line.
+fn all_or_problems<A, B>(
+    ones: impl Iterator<Item = Result<A, String>>,
+    others: impl Iterator<Item = Result<B, String>>,
+) -> Result<(Vec<A>, Vec<B>), String> {
+    let mut problems = Vec::new();
+    let ones = ones.filter_map(|one| one.map_err(|problem| problems.push(problem)).ok()).collect();
+    let others =
+        others.filter_map(|other| other.map_err(|problem| problems.push(problem)).ok()).collect();
+    if problems.is_empty() { Ok((ones, others)) } else { Err(problems.join("\n")) }
 }
 
 /// A text claim; `None` if it is absent.

@@ -13,7 +13,7 @@ use barid_runtime::bounds::{
     self, Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within,
 };
 use barid_runtime::config::listen;
-use barid_runtime::words::{is_url, shown};
+use barid_runtime::words::{is_host, is_host_port, is_url, shown, url_parts};
 use barid_runtime::{AdminConfig, LogConfig, SecretUrl};
 use barid_wire::frames::BODY_BYTES_MAX;
 use serde::{Deserialize, Serialize};
@@ -337,18 +337,16 @@ impl JwksConfig {
             ));
         }
         let url = self.url.expose();
-        if !url.is_empty() && !url.contains("://") {
+        if url.is_empty() {
+            return Ok(());
+        }
+        let Some((_, authority)) = url_parts(url) else {
             return Err("url has no scheme; write https://HOST[:PORT]/PATH".into());
-        }
-        let (_, authority) = url.split_once("://").unwrap_or_default();
-        let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
+        };
         let bare = authority.rsplit('@').next().unwrap_or_default();
-        if !url.is_empty() && !is_url(&format!("https://{bare}"), &["https"]) {
-            return Err("url has no host, or a port that does not exist; write \
-                        https://HOST[:PORT]/PATH"
-                .into());
-        }
-        Ok(())
+        bounds::refuse_if(!(is_host(bare) || is_host_port(bare)), || {
+            "url has no host, or a port that does not exist; write https://HOST[:PORT]/PATH".into()
+        })
     }
 }
 
@@ -966,6 +964,11 @@ mod tests {
         for good in ["wss://h", "ws://10.0.0.1:7080/v1/connect", "wss://[::1]:1/"] {
             assert_eq!(told(&format!("advertise_url = '{good}'")), "");
         }
+        let secret = told("advertise_url = 'wss://me:hush@h/v1'");
+        assert!(
+            secret.starts_with("advertise_url: \"wss://me:***@h/v1\" is not a URL"),
+            "{secret}"
+        );
         for bad in ["ws://", "ws://h:99999/v1", "ws://h:0", "http://h", "h:1", "ws://a b/"] {
             let told = told(&format!("advertise_url = '{bad}'"));
             assert!(told.starts_with(&format!("advertise_url: {bad:?} is not a URL")), "{told}");

@@ -50,6 +50,7 @@ pub use revocations::{key_hash, revokes};
 
 use std::time::Duration;
 
+use barid_mailbox::NodeRole;
 use barid_mesh::{Credentials, Party};
 use barid_runtime::{Context, Probe, Role, RunError, Stopped, bounds};
 
@@ -66,6 +67,10 @@ impl Role for Access {
         bounds::all([config.check(), policy::Policy::check(config), credentials])
     }
 
+    fn check_late_files(config: &Config) -> Result<(), String> {
+        policy::Policy::check_late_files(config)
+    }
+
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
         let names = &config.kafka.topics;
         let used = [(config.receipts, &names.receipts), (config.revocations, &names.revocations)];
@@ -79,13 +84,16 @@ impl Role for Access {
         };
         let redis = barid_mailbox::probe(&config.redis, timeout);
         let keys = auth::probe(&config.auth, timeout);
-        let (kafka, redis, keys) = tokio::join!(kafka, redis, keys);
+        let lease = config.lease();
+        let name = lease.probe(NodeRole::Access, config.grpc_listen, &config.redis, timeout);
+        let (kafka, redis, name, keys) = tokio::join!(kafka, redis, name, keys);
         // Only of a topic that exists.
         let unfit = match config.revocations && kafka.iter().all(|probe| probe.found.is_ok()) {
             true => barid_bus::probe_revocations(&config.kafka, timeout).await,
             false => None,
         };
-        [kafka, unfit.into_iter().collect(), redis, keys].concat()
+        let (unfit, name) = (unfit.into_iter().collect(), name.into_iter().collect());
+        [kafka, unfit, redis, name, keys].concat()
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

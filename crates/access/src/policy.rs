@@ -8,7 +8,7 @@ use barid_runtime::bounds;
 use barid_session::Settings;
 
 use crate::admission::{AddressKey, Admission, Origins};
-use crate::auth::Verifier;
+use crate::auth::{Verifier, check_key_set_files};
 use crate::config::{Config, HeartbeatConfig, LimitsConfig};
 use crate::error::Error;
 use crate::labels::Limit;
@@ -58,6 +58,14 @@ impl Policy {
             Proxies::new(&config.proxy).map(drop),
             Tls::new(&config.tls).map(drop),
         ])
+    }
+
+    /// Checks the files without which a node starts, because it reads them again later.
+    ///
+    /// # Errors
+    /// Returns the keys of those that cannot be read, one a line.
+    pub fn check_late_files(config: &Config) -> Result<(), String> {
+        check_key_set_files(&config.auth)
     }
 
     /// Parses a configuration that [`Config::check`] accepts, and reads the files that it names.

@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use barid_runtime::words::shown;
 use ipnet::IpNet;
 
 use crate::config::ProxyConfig;
@@ -94,7 +95,7 @@ fn address(text: &str) -> Option<IpAddr> {
 fn network(text: &str) -> Result<IpNet, String> {
     let address = || text.parse::<IpAddr>().ok().map(IpNet::from);
     let network = text.parse::<IpNet>().ok().or_else(address).ok_or_else(|| {
-        format!("proxy.trusted: {text:?} is not a network (10.0.0.0/8) or an address")
+        format!("proxy.trusted: {} is not a network (10.0.0.0/8) or an address", shown(text))
     })?;
     if network.addr() != network.network() {
         return Err(format!("proxy.trusted: {text:?} has bits beyond its length"));

@@ -318,7 +318,7 @@ async fn relay(port: &Port, to: String) -> anyhow::Result<Relay> {
 fn check(what: &str, probes: Vec<Probe>, remedy: &str) -> anyhow::Result<()> {
     for Probe { name, found } in probes {
         match found {
-            Ok(_) => {}
+            Ok(_) | Err(Unfit::InUse(_)) => {}
             Err(Unfit::Away(why)) => {
                 bail!(Coded::away(format!("{what} does not answer ({name}): {why}; {remedy}")))
             }

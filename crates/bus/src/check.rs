@@ -1,7 +1,9 @@
 //! Checks of `kafka`, as thorough as they can be without a broker.
 
-use barid_runtime::bounds;
-use barid_runtime::words::{is_host_port, nearest, shown};
+use std::path::Path;
+
+use barid_runtime::words::{is_host_port, nearest, shown, shown_address, shown_path};
+use barid_runtime::{bounds, files};
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::BaseConsumer;
@@ -43,10 +45,9 @@ impl KafkaConfig {
     /// Returns the invalid keys, one a line, each with the reason.
     pub fn check(&self) -> Result<(), String> {
         bounds::check_under("kafka.", self)?;
-        let group = match self.group.as_str() {
-            "" => Err("kafka.group is empty; write the name of the purgers' consumer group".into()),
-            _ => Ok(()),
-        };
+        let group = bounds::refuse_if(self.group.is_empty(), || {
+            "kafka.group is empty; write the name of the purgers' consumer group".into()
+        });
         bounds::all([self.check_brokers(), group, self.check_topics(), self.check_properties()])
     }
 
@@ -55,10 +56,9 @@ impl KafkaConfig {
             return Err("kafka.brokers names no broker; write [\"HOST:PORT\", …]".into());
         }
         bounds::all(self.brokers.iter().enumerate().map(|(at, broker)| {
-            match is_host_port(broker) {
-                true => Ok(()),
-                false => Err(format!("kafka.brokers[{at}]: {} is not HOST:PORT", shown(broker))),
-            }
+            bounds::refuse_if(!is_host_port(broker), || {
+                format!("kafka.brokers[{at}]: {} is not HOST:PORT", shown_address(broker))
+            })
         }))
     }
 
@@ -171,11 +171,15 @@ fn check_property(name: &str, value: &str) -> Result<(), String> {
         return Err(format!("is refused: {why}{}", meant.unwrap_or_default()));
     }
     // `probe` is no path: OpenSSL then searches its default locations.
-    let is_file = name.starts_with("ssl.") && name.ends_with(".location") && value != "probe";
-    match std::fs::metadata(value) {
-        Err(error) if is_file => Err(format!("names {value}: {error}")),
-        _ => Ok(()),
+    if !(name.starts_with("ssl.") && name.ends_with(".location")) || value == "probe" {
+        return Ok(());
     }
+    let path = Path::new(value);
+    // The authorities may be a directory. librdkafka would wait for a pipe.
+    if name == "ssl.ca.location" && path.is_dir() {
+        return Ok(());
+    }
+    files::check_regular(path).map_err(|error| format!("names {}: {error}", shown_path(path)))
 }
 
 #[cfg(test)]
@@ -205,6 +209,11 @@ mod tests {
         let absent = absent.unwrap_err();
         assert_eq!(there, Ok(()));
         assert!(absent.contains("\"ssl.ca.location\" names /nowhere/ca.pem: No such"), "{absent}");
+        let told = with("ssl.ca.location", "hunter2").unwrap_err();
+        assert!(told.contains("names (a text of 7 bytes, not a path): No such"), "{told}");
+        assert_eq!(with("ssl.ca.location", env!("CARGO_MANIFEST_DIR")), Ok(()));
+        let told = with("ssl.key.location", "/dev/zero").unwrap_err();
+        assert!(told.contains("names /dev/zero: it is a device"), "{told}");
     }
 
     #[test]
@@ -247,6 +256,8 @@ mod tests {
         assert_eq!(told(|config| config.topics.push = "a.b_C-9".into()), "");
         let broker = told(|config| config.brokers = vec!["a:1".into(), "b".into()]);
         assert_eq!(broker, "kafka.brokers[1]: \"b\" is not HOST:PORT");
+        let broker = told(|config| config.brokers = vec!["me:hush@h:1".into(), "me:hush".into()]);
+        assert!(!broker.contains("hush") && broker.lines().count() == 2, "{broker}");
         assert!(told(|config| config.brokers.clear()).starts_with("kafka.brokers names no broker"));
     }
 

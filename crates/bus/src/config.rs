@@ -242,7 +242,8 @@ impl KafkaConfig {
     }
 }
 
-/// Settings of librdkafka by name. Values of keys that hold secrets are neither printed nor logged.
+/// Settings of librdkafka by name. Printed and logged are only the values that librdkafka takes, of settings that it
+/// knows and that hold no secret: `sasl.pasword` hides its value as well.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(from = "BTreeMap<String, Written>")]
 pub struct Properties(pub BTreeMap<String, String>);
@@ -298,7 +299,8 @@ impl Properties {
     fn shown(&self) -> BTreeMap<&str, &str> {
         let shown = |(key, value)| {
             let (key, value): (&String, &String) = (key, value);
-            (key.as_str(), if is_secret(key) { "***" } else { value.as_str() })
+            let is_hidden = is_secret(key) || !is_valid(key, value);
+            (key.as_str(), if is_hidden { "***" } else { value.as_str() })
         };
         self.0.iter().map(shown).collect()
     }
@@ -309,6 +311,12 @@ pub(crate) fn is_secret(name: &str) -> bool {
     ["password", "secret", "key", "token", "jaas", "oauthbearer.config"]
         .iter()
         .any(|word| name.contains(word))
+}
+
+/// Whether librdkafka takes this value for this setting. A value that it does not take, or one of an unknown setting, may
+/// be a secret under a mistyped name.
+fn is_valid(name: &str, value: &str) -> bool {
+    ClientConfig::new().set(name, value).create_native_config().is_ok()
 }
 
 impl fmt::Debug for Properties {
@@ -335,14 +343,12 @@ mod tests {
 
     #[test]
     fn secrets_are_not_shown() {
-        let text =
-            "properties = { \"sasl.password\" = \"hunter2\", \"socket.nagle.disable\" = \"true\" }";
+        let text = "[properties]\n\"sasl.password\" = \"hunter2\"\n\"sasl.pasword\" = \"hunter2\"\n\
+                    \"linger.ms\" = \"hunter2\"\n\"socket.nagle.disable\" = \"true\"";
         let config: KafkaConfig = toml::from_str(text).unwrap();
         for shown in [format!("{config:?}"), toml::to_string(&config).unwrap()] {
-            assert!(
-                !shown.contains("hunter2") && shown.contains("socket.nagle.disable"),
-                "{shown}"
-            );
+            assert!(!shown.contains("hunter2"), "{shown}");
+            assert!(shown.contains("sasl.pasword") && shown.contains("true"), "{shown}");
         }
         assert_eq!(config.properties.0["sasl.password"], "hunter2");
     }

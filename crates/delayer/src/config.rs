@@ -104,16 +104,14 @@ impl Config {
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
         let (poll, idle) = (self.poll_ms, self.poll_idle_ms);
-        let poll = match idle < poll {
-            true => Err(format!("poll_idle_ms ({idle}) must not be below poll_ms ({poll})")),
-            false => Ok(()),
-        };
+        let poll = bounds::refuse_if(idle < poll, || {
+            format!("poll_idle_ms ({idle}) must not be below poll_ms ({poll})")
+        });
         let longest = self.redis.retry_max_ms;
-        let defer = |name: &str, value: u32| match u64::from(value) > longest {
-            true => {
-                Err(format!("{name} ({value}) must not be above redis.retry_max_ms ({longest})"))
-            }
-            false => Ok(()),
+        let defer = |name: &str, value: u32| {
+            bounds::refuse_if(u64::from(value) > longest, || {
+                format!("{name} ({value}) must not be above redis.retry_max_ms ({longest})")
+            })
         };
         bounds::all([
             poll,

@@ -170,20 +170,15 @@ impl Config {
     /// Returns the invalid keys, one a line.
     pub fn check(&self) -> Result<(), String> {
         bounds::check(self)?;
-        let lease_ttl = self.lease_ttl_ms;
-        let refresh = match self.nodes_refresh_ms {
-            refresh if refresh > lease_ttl => Err(format!(
-                "nodes_refresh_ms ({refresh}) must be at most lease_ttl_ms ({lease_ttl})"
-            )),
-            _ => Ok(()),
-        };
+        let (refresh, lease_ttl) = (self.nodes_refresh_ms, self.lease_ttl_ms);
+        let refresh = bounds::refuse_if(refresh > lease_ttl, || {
+            format!("nodes_refresh_ms ({refresh}) must be at most lease_ttl_ms ({lease_ttl})")
+        });
         let (settle, drain) = (self.drain_settle_ms, self.drain_seconds);
-        let settle = match Duration::from_millis(settle) >= Duration::from_secs(drain) {
-            true => {
-                Err(format!("drain_settle_ms ({settle}) must be below drain_seconds ({drain})"))
-            }
-            false => Ok(()),
-        };
+        let is_long = Duration::from_millis(settle) >= Duration::from_secs(drain);
+        let settle = bounds::refuse_if(is_long, || {
+            format!("drain_settle_ms ({settle}) must be below drain_seconds ({drain})")
+        });
         bounds::all([
             self.lease().check("listen", self.listen),
             self.grpc.check("listen", self.listen, &self.internal_tls),

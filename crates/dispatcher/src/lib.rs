@@ -20,6 +20,7 @@ pub use service::Service;
 
 use std::time::Duration;
 
+use barid_mailbox::NodeRole;
 use barid_mesh::{Credentials, Party};
 use barid_runtime::{Context, Probe, Role, RunError, Stopped, bounds};
 
@@ -37,7 +38,11 @@ impl Role for Dispatcher {
     }
 
     async fn probe(config: &Config, timeout: Duration) -> Vec<Probe> {
-        barid_mailbox::probe(&config.redis, timeout).await
+        let lease = config.lease();
+        let name = lease.probe(NodeRole::Dispatcher, config.listen, &config.redis, timeout);
+        let (mut probes, name) = tokio::join!(barid_mailbox::probe(&config.redis, timeout), name);
+        probes.extend(name);
+        probes
     }
 
     async fn start(config: Config, context: Context) -> Result<Option<Self>, RunError> {

@@ -23,7 +23,7 @@ pub(crate) async fn dial(
     })
 }
 
-/// Logs an error of Redis if it was not logged within ten seconds, by whichever task met it.
+/// Logs an error of Redis if it was not logged within `log.repeat_seconds`, by whichever task met it.
 macro_rules! warn_sparingly {
     ($error:expr, $($text:tt)+) => {{
         let why = $error.to_string();

@@ -14,6 +14,7 @@ mod events;
 mod keeper;
 #[cfg(test)]
 mod model;
+mod name;
 pub(crate) mod node;
 pub(crate) mod places;
 pub(crate) mod record;

@@ -19,17 +19,22 @@ impl Files {
     fn read(config: &RedisConfig) -> Result<Self, String> {
         let ca = config.ca_file.as_deref().map(|path| PemFile::read("redis.ca_file", path));
         let client = match (&config.certificate_file, &config.key_file) {
-            (None, None) => None,
+            (None, None) => Ok(None),
             (Some(certificate), Some(key)) => {
-                let [certificate, key] = PemFile::read_all([
-                    ("redis.certificate_file", certificate),
-                    ("redis.key_file", key),
-                ])?;
-                Some((certificate, key))
+                let files = [
+                    ("redis.certificate_file", certificate.as_path()),
+                    ("redis.key_file", key.as_path()),
+                ];
+                PemFile::read_all(files).map(|[certificate, key]| Some((certificate, key)))
             }
-            _ => return Err("redis.certificate_file and redis.key_file belong together".into()),
+            _ => Err("redis.certificate_file and redis.key_file belong together".to_owned()),
         };
-        Ok(Self { ca: ca.transpose()?, client })
+        match (ca.transpose(), client) {
+            (Ok(ca), Ok(client)) => Ok(Self { ca, client }),
+            (ca, client) => {
+                Err([ca.err(), client.err()].into_iter().flatten().collect::<Vec<_>>().join("\n"))
+            }
+        }
     }
 
     fn is_empty(&self) -> bool {

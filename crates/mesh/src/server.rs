@@ -263,7 +263,7 @@ impl Server {
     }
 }
 
-/// Logs a failed handshake, one line a cause in ten seconds. A connection that only opens and closes is a probe.
+/// Logs a failed handshake, one line a cause in `log.repeat_seconds`. A connection that only opens and closes is a probe.
 fn refused(address: SocketAddr, error: &std::io::Error) {
     let why = words::causes(error);
     if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) {

@@ -249,19 +249,15 @@ impl Config {
         bounds::check(self)?;
         let payload = self.limits.payload_bytes_max;
         let (mailbox, fanout) = (self.redis.mailbox_bytes_max, self.limits.fanout_bytes_max);
-        let in_mailbox = match payload as u64 > mailbox {
-            true => Err(format!(
+        let in_mailbox = bounds::refuse_if(payload as u64 > mailbox, || {
+            format!(
                 "limits.payload_bytes_max must be at most redis.mailbox_bytes_max, {mailbox}: one \
                  message would push out all others"
-            )),
-            false => Ok(()),
-        };
-        let in_fanout = match payload > fanout {
-            true => Err(format!(
-                "limits.payload_bytes_max must be at most limits.fanout_bytes_max, {fanout}"
-            )),
-            false => Ok(()),
-        };
+            )
+        });
+        let in_fanout = bounds::refuse_if(payload > fanout, || {
+            format!("limits.payload_bytes_max must be at most limits.fanout_bytes_max, {fanout}")
+        });
         bounds::all([
             self.kafka.check(),
             self.redis.check(),

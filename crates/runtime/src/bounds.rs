@@ -11,6 +11,6 @@ mod walk;
 pub use self::apart::check_apart;
 pub use self::arguments::walk_arguments;
 pub use self::bound::{Bound, Bounded, DAY_SECONDS, HOUR_MS, TEBIBYTE, real, whole, within};
-pub use self::check::{OutOfBounds, all, check, check_under};
+pub use self::check::{OutOfBounds, all, check, check_under, refuse_if};
 pub(crate) use self::check::{check_value, without_indexes};
 pub use self::walk::walk;

@@ -4,6 +4,7 @@
 mod address;
 mod environment;
 mod file;
+mod printed;
 mod problem;
 mod sources;
 
@@ -20,6 +21,7 @@ use crate::bounds::{Bound, Bounded, DAY_SECONDS, check_value, whole};
 
 pub use self::address::listen;
 pub use self::environment::{misspelt, without_role};
+pub use self::printed::printed;
 pub use self::problem::Problem;
 pub use self::sources::Sources;
 
@@ -107,6 +109,9 @@ impl Bounded for LogConfig {
         vec![
             whole("traces_per_second", 1..=1_000_000, "a second").or_zero("none"),
             whole("buffer_bytes_max", LOG_BUFFER_BYTES_RANGE, "bytes"),
+            whole("repeat_seconds", 1..=3_600, "s"),
+            // Each is looked at when a new one takes the place of the oldest.
+            whole("conditions_max", 1..=10_000, ""),
         ]
     }
 }
@@ -129,6 +134,11 @@ pub struct LogConfig {
     pub traces_per_second: u32,
     /// Maximum bytes of lines queued for stderr; further lines are dropped and counted.
     pub buffer_bytes_max: usize,
+    /// Interval at which a failure that persists is logged, s; what was left out since is counted in the line.
+    pub repeat_seconds: u64,
+    /// Maximum failures that are remembered for that; beyond it the one that was logged longest ago is forgotten, and may
+    /// be logged again too early.
+    pub conditions_max: usize,
 }
 
 /// Default and range of [`LogConfig::buffer_bytes_max`].
@@ -142,6 +152,8 @@ impl Default for LogConfig {
             format: LogFormat::Text,
             traces_per_second: 100,
             buffer_bytes_max: LOG_BUFFER_BYTES,
+            repeat_seconds: 10,
+            conditions_max: 128,
         }
     }
 }
@@ -159,7 +171,7 @@ pub enum LogFormat {
 /// A configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
+    /// The file cannot be read, or is not a regular one.
     #[error("cannot read {path}: {error}")]
     Read {
         /// The file.

@@ -13,7 +13,7 @@ pub const AWAY: u8 = 4;
 
 /// Each code with its meaning in a role, and in the command line.
 pub const ALL: [(u8, &str, &str); 5] = [
-    (DONE, "drained, or `--check-config` found nothing", "done"),
+    (DONE, "drained, or `--check-config` found nothing but warnings", "done"),
     (FAILED, "failed; the last lines of the log say why", "failed, or the cluster refused"),
     (
         CONFIG,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,9 +12,10 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::Loaded;
+use crate::words::shown_path;
 use crate::{
     Context, HasCommon as _, Probe, Role, RunError, Stopped, Unfit, Workers, admin, bounds, config,
-    exit, telemetry,
+    exit, listening, telemetry,
 };
 
 /// How long after the drain deadline the process waits for the role to end.
@@ -25,20 +27,17 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Runs a role as this process, and returns one of the codes of [`exit`].
 pub fn main<R: Role>() -> ExitCode {
     let arguments = Arguments::parse::<R>();
-    let ignored = ignored_variables::<R>();
-    // Variables of other programs may begin alike, so a role starts in spite of them.
-    let severity = if arguments.check_config { "" } else { "warning: " };
-    ignored.iter().for_each(|problem| say_as::<R>(&format!("{severity}{problem}")));
+    let ignored = ignored_variables::<R>(arguments.check_config);
     if arguments.print_config {
+        // Warnings may wait to be written.
+        telemetry::flush();
         return match load::<R>(&arguments) {
             Ok(loaded) => print_config::<R>(&loaded.config),
             Err(problems) => fail_as::<R>(exit::CONFIG, &problems),
         };
     }
     let config = match load_checked::<R>(&arguments) {
-        Ok(_) if arguments.check_config && !ignored.is_empty() => {
-            return fail_as::<R>(exit::CONFIG, "");
-        }
+        Ok(_) if arguments.check_config && ignored => return fail_as::<R>(exit::CONFIG, ""),
         Ok(loaded) => loaded.config,
         Err(problems) => return fail_as::<R>(exit::CONFIG, &problems),
     };
@@ -47,6 +46,7 @@ pub fn main<R: Role>() -> ExitCode {
         Err(problem) => return fail_as::<R>(exit::CONFIG, &problem),
     };
     if arguments.check_config {
+        telemetry::flush();
         let said = say("configuration is valid\n");
         return if arguments.connect { probe::<R>(&config) } else { said };
     }
@@ -65,13 +65,19 @@ pub fn main<R: Role>() -> ExitCode {
     exit
 }
 
-/// Environment variables that look as if they should set keys of this role, and do not.
-fn ignored_variables<R: Role>() -> Vec<String> {
+/// Names the environment variables that look as if they should set keys of this role, and do not. Returns whether some
+/// are surely Barid's, which fails a check. A role starts in spite of them.
+fn ignored_variables<R: Role>(is_check: bool) -> bool {
     let known = config::known::<R::Config>();
-    let mut found = config::misspelt(std::env::vars_os());
-    found.extend(config::without_role(&prefix::<R>(), &known, std::env::vars_os()));
-    let problem = |(variable, meant)| format!("{variable} sets nothing; did you mean {meant}?");
-    found.into_iter().map(problem).collect()
+    let ours = config::without_role(&prefix::<R>(), &known, std::env::vars_os());
+    // Variables of other programs may look alike.
+    let alike = config::misspelt(std::env::vars_os());
+    let say = |severity: &str, (variable, meant): &(String, String)| {
+        say_as::<R>(&format!("{severity}{variable} sets nothing; did you mean {meant}?"));
+    };
+    alike.iter().for_each(|one| say("warning: ", one));
+    ours.iter().for_each(|one| say(if is_check { "" } else { "warning: " }, one));
+    !ours.is_empty()
 }
 
 /// Asks the dependencies, and prints a line for each.
@@ -82,7 +88,8 @@ fn probe<R: Role>(config: &R::Config) -> ExitCode {
             return fail_as::<R>(exit::FAILED, &format!("cannot start the runtime: {error}"));
         }
     };
-    let probes = runtime.block_on(R::probe(config, PROBE_TIMEOUT));
+    let mut probes = listening::probe(R::NAME, &listeners::<R>(config));
+    probes.extend(runtime.block_on(R::probe(config, PROBE_TIMEOUT)));
     runtime.shutdown_background();
     let mut code = exit::DONE;
     for Probe { name, found } in probes {
@@ -96,6 +103,7 @@ fn probe<R: Role>(config: &R::Config) -> ExitCode {
                 code = if code == exit::DONE { exit::AWAY } else { code };
                 format!("{name}: does not answer: {why}\n")
             }
+            Err(Unfit::InUse(why)) => format!("{name}: warning: {why}\n"),
         };
         say(&line);
     }
@@ -300,7 +308,10 @@ impl Arguments {
                     .long("connect")
                     .action(ArgAction::SetTrue)
                     .requires("check-config")
-                    .help("Also ask Kafka, Redis and key sets whether they can be used"),
+                    .help(
+                        "Also ask Kafka, Redis and key sets whether they can be used, and look \
+                         whether ports and the node's name are free",
+                    ),
             )
             .arg(
                 Arg::new("print-config")
@@ -320,12 +331,17 @@ impl Arguments {
 
 /// The default addresses of the role's listeners, a line each.
 fn default_ports<R: Role>() -> String {
-    let keys = keys_of::<R>(&R::Config::default());
-    let listeners = keys.iter().filter(|(key, _)| key.ends_with("listen"));
-    let line = |(key, address): (&String, &String)| {
-        format!("{key:<13} {} by default\n", address.trim_matches('"'))
-    };
-    listeners.map(line).collect::<String>() + "\n"
+    let line = |(key, address): (String, SocketAddr)| format!("{key:<13} {address} by default\n");
+    listeners::<R>(&R::Config::default()).into_iter().map(line).collect::<String>() + "\n"
+}
+
+/// The addresses that a role listens on, with their keys.
+fn listeners<R: Role>(config: &R::Config) -> Vec<(String, SocketAddr)> {
+    let keys = keys_of::<R>(config);
+    let listeners = keys.into_iter().filter(|(key, _)| key.ends_with("listen"));
+    listeners
+        .filter_map(|(key, address)| Some((key, address.trim_matches('"').parse().ok()?)))
+        .collect()
 }
 
 fn prefix<R: Role>() -> String {
@@ -339,7 +355,14 @@ fn load<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
 
 fn load_checked<R: Role>(arguments: &Arguments) -> Result<Loaded<R::Config>, String> {
     let file = arguments.config.as_deref();
-    config::load_checked(file, &prefix::<R>(), std::env::vars_os(), check::<R>)
+    let check = |config: &R::Config| {
+        if arguments.check_config {
+            let late = R::check_late_files(config).err().unwrap_or_default();
+            late.lines().for_each(|problem| say_as::<R>(&format!("warning: {problem}")));
+        }
+        check::<R>(config)
+    };
+    config::load_checked(file, &prefix::<R>(), std::env::vars_os(), check)
 }
 
 fn check<R: Role>(config: &R::Config) -> Result<(), String> {
@@ -352,13 +375,14 @@ fn check_ready_file(path: &Path) -> Result<(), String> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match (dir.is_dir(), path.is_dir()) {
         (true, false) => Ok(()),
-        (true, true) => Err(format!("ready_file: {} is a directory", path.display())),
-        (false, _) => Err(format!("ready_file: {} is not a directory", dir.display())),
+        (true, true) => Err(format!("ready_file: {} is a directory", shown_path(path))),
+        (false, _) => Err(format!("ready_file: {} is in no directory", shown_path(path))),
     }
 }
 
 fn print_config<R: Role>(config: &R::Config) -> ExitCode {
-    match toml::to_string_pretty(config) {
+    let printed = config::printed(config);
+    match printed.and_then(|table| toml::to_string_pretty(&table).map_err(|e| e.to_string())) {
         Ok(text) => say(&text),
         Err(error) => {
             fail_as::<R>(exit::FAILED, &format!("cannot print the configuration: {error}"))

@@ -8,7 +8,7 @@ use barid_core::pem::{self, CertificateDer, PrivateKeyDer};
 use rustls_pki_types::UnixTime;
 use webpki::{EndEntityCert, KeyUsage};
 
-use crate::words;
+use crate::{files, words};
 
 /// The year 10000: later than any date that a certificate can name, s since the Unix epoch.
 const NEVER_S: u64 = 253_402_300_800;
@@ -25,10 +25,10 @@ impl PemFile {
     /// Reads the file that the configuration's `key` names.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// The file cannot be read: see [`files::read`].
     pub fn read(key: &'static str, path: &Path) -> Result<Self, String> {
         let mut file = Self { key, path: path.into(), bytes: Vec::new() };
-        file.bytes = std::fs::read(path).map_err(|error| file.error(error))?;
+        file.bytes = files::read(path).map_err(|error| file.error(error))?;
         Ok(file)
     }
 
@@ -66,10 +66,10 @@ impl PemFile {
         pem::private_key(&self.bytes).map_err(|error| self.error(error))
     }
 
-    /// A problem with the file, after its key and its path.
+    /// A problem with the file, after its key and its path. What does not look like a path is not shown.
     pub fn error(&self, problem: impl Display) -> String {
         let problem = words::plain(&problem.to_string());
-        format!("{} {}: {problem}", self.key, self.path.display())
+        format!("{} {}: {problem}", self.key, words::shown_path(&self.path))
     }
 }
 

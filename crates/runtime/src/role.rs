@@ -51,6 +51,8 @@ pub enum Unfit {
     Away(String),
     /// It answers, but cannot be used with this configuration.
     Unusable(String),
+    /// It is taken, perhaps by the very process that the configuration belongs to: a warning.
+    InUse(String),
 }
 
 /// A role, as [`main`](crate::main) runs it.
@@ -67,6 +69,15 @@ pub trait Role: Sized + Send + 'static {
     /// # Errors
     /// Returns what is wrong, with the keys.
     fn check(config: &Self::Config) -> Result<(), String>;
+
+    /// Checks files without which the role can start, because it reads them again later: `--check-config` warns of
+    /// them.
+    ///
+    /// # Errors
+    /// Returns what is wrong, with the keys.
+    fn check_late_files(_config: &Self::Config) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Asks each dependency that the configuration names for what the role needs of it, for at most `timeout` each.
     /// Changes nothing there.

@@ -18,7 +18,8 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 use crate::config::{LOG_BUFFER_BYTES, LogConfig, LogFormat};
-use crate::words::nearest;
+use crate::repeats;
+use crate::words::{nearest, shown};
 
 /// The longest wait for buffered lines when the process exits.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -68,6 +69,7 @@ fn install(config: &LogConfig, clock: Clock) {
     let lines = stderr();
     ORIGIN.write().format = config.format;
     lines.bytes_max.store(config.buffer_bytes_max, Ordering::Relaxed);
+    repeats::configure(config);
     // The level was checked by `check_level`.
     let filter =
         EnvFilter::try_new(quiet(&config.level)).unwrap_or_else(|_| EnvFilter::new("info"));
@@ -200,8 +202,9 @@ fn parse_level(level: &str) -> Result<EnvFilter, String> {
             let word = wrong.rsplit_once('=').map_or(*wrong, |(_, level)| level);
             let meant = nearest(word, &LEVELS).map(|near| format!("did you mean {near:?}? "));
             Err(format!(
-                "log.level: {wrong:?} is not valid; {}write {}, or directives such as \
+                "log.level: {} is not valid; {}write {}, or directives such as \
                  info,barid_access=debug",
+                shown(wrong),
                 meant.unwrap_or_default(),
                 LEVELS.join(", ")
             ))
@@ -229,11 +232,12 @@ pub fn flush() {
     }
 }
 
-/// Registers `barid_log_lines_dropped_total`.
+/// Registers `barid_log_lines_dropped_total` and `barid_log_repeats_total`.
 ///
 /// # Errors
-/// It is registered already.
+/// One is registered already.
 pub fn register(registry: &Registry) -> prometheus::Result<()> {
+    repeats::register(registry)?;
     let name = "barid_log_lines_dropped_total";
     let help = "Log lines that were lost: full, the reader of stderr is too slow or has stopped; \
                 failed, stderr cannot be written";

@@ -2,16 +2,81 @@
 
 use std::error::Error;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use strsim::damerau_levenshtein;
 
-/// A value for an error, in quotes and not too long.
+use crate::secret_url::masked;
+
+/// Maximum length of a number that is shown, bytes: 64 bits and a unit.
+const QUANTITY_BYTES_MAX: usize = 24;
+/// Maximum length of a part of a path that is shown, bytes.
+const PATH_PART_BYTES_MAX: usize = 64;
+/// Endings by which a path without directories is recognized.
+const FILE_ENDINGS: [&str; 9] =
+    ["cer", "crt", "json", "key", "pem", "pub", "secret", "toml", "txt"];
+
+/// A value for an error, in quotes and not too long. User info and query are masked as in a URL, whatever it is.
 pub fn shown(text: &str) -> String {
     const SHOWN_MAX: usize = 64;
+    let text = masked(text);
     match text.char_indices().nth(SHOWN_MAX) {
         None => format!("{text:?}"),
         Some((end, _)) => format!("{:?}…", &text[..end]),
     }
+}
+
+/// As [`shown`], for a `host:port`.
+pub fn shown_address(text: &str) -> String {
+    shown(&masked_address(text))
+}
+
+/// A `host:port` with `***` in place of what may be secret: the password of a URL, and in place of the port what is no
+/// number.
+pub(crate) fn masked_address(text: &str) -> String {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') && !is_quantity(port) && !port.is_empty() => {
+            masked(&format!("{host}:***"))
+        }
+        _ => masked(text),
+    }
+}
+
+/// A value for an error where something else was wanted, so that it may be a secret: its length only.
+pub fn described(text: &str) -> String {
+    match text.len() {
+        0 => "an empty text".to_owned(),
+        1 => "a text of 1 byte".to_owned(),
+        bytes => format!("a text of {bytes} bytes"),
+    }
+}
+
+/// Whether a text is a number, perhaps with a short unit (`20s`, `5 MiB`): no secret.
+pub fn is_quantity(text: &str) -> bool {
+    let number = text.trim_start_matches(['+', '-']);
+    let unit = number.trim_start_matches(|c: char| c.is_ascii_digit() || "._ ".contains(c));
+    let is_unit = unit.len() <= 3 && unit.chars().all(|c| c.is_ascii_alphabetic() || c == '%');
+    text.len() <= QUANTITY_BYTES_MAX && number.starts_with(|c: char| c.is_ascii_digit()) && is_unit
+}
+
+/// The path of a file for an error. What does not look like one may be a secret in the wrong key: its length only.
+pub fn shown_path(path: &Path) -> String {
+    match path.to_str().filter(|text| is_path(text)) {
+        Some(text) => text.to_owned(),
+        None => format!("({}, not a path)", described(&path.to_string_lossy())),
+    }
+}
+
+/// Whether a text looks like the path of a file: it begins with `/`, `./`, `../` or `~/`, or has the ending of a file;
+/// its parts have at most 64 bytes, of letters, digits and `._-@~`. URLs and most secrets in base64 do not.
+pub fn is_path(text: &str) -> bool {
+    let is_rooted = ["/", "./", "../", "~/"].iter().any(|start| text.starts_with(start));
+    let ending = text.rsplit_once('.').map_or("", |(_, ending)| ending);
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-@~".contains(c);
+    let is_short = |part: &str| part.len() <= PATH_PART_BYTES_MAX;
+    (is_rooted || FILE_ENDINGS.contains(&ending))
+        && text.chars().all(is_plain)
+        && text.split('/').all(is_short)
 }
 
 /// Texts of libraries that name variants of Rust enums or say nothing, and what they mean.
@@ -88,11 +153,17 @@ pub fn is_wildcard(text: &str) -> bool {
     text.parse::<SocketAddr>().is_ok_and(|address| address.ip().to_canonical().is_unspecified())
 }
 
-/// Whether a URL is `scheme://host[:port][/path]`, with one of `schemes`.
+/// Whether a URL is `scheme://host[:port][/path]`, with one of `schemes`, and without user info.
 pub fn is_url(url: &str, schemes: &[&str]) -> bool {
-    let Some((scheme, rest)) = url.split_once("://") else { return false };
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    schemes.contains(&scheme) && (is_host(authority) || is_host_port(authority))
+    url_parts(url).is_some_and(|(scheme, authority)| {
+        schemes.contains(&scheme) && (is_host(authority) || is_host_port(authority))
+    })
+}
+
+/// The scheme and the authority (`[user:password@]host[:port]`) of a URL.
+pub fn url_parts(url: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = url.split_once("://")?;
+    Some((scheme, rest.split(['/', '?', '#']).next().unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -113,6 +184,31 @@ mod tests {
             is_wildcard("0.0.0.0:1") && is_wildcard("[::]:1") && is_wildcard("[::ffff:0.0.0.0]:1")
         );
         assert!(!is_wildcard("h:1") && !is_wildcard("10.0.0.1:1"));
+    }
+
+    #[test]
+    fn hazard_150_a_value_is_shown_only_in_the_form_that_was_wanted() {
+        for quantity in ["7", "-1.5", "20s", "5 MiB", "100%", "1_000", "18446744073709551616"] {
+            assert!(is_quantity(quantity), "{quantity}");
+        }
+        for other in ["", "hunter2", "12345hush", "s", "-", "7 apples", "1234567890123456789012345"]
+        {
+            assert!(!is_quantity(other), "{other}");
+        }
+        for path in ["/etc/barid/token-secret", "./key", "certs/ca.pem", "ca.pem", "/run/a@1.b/c"] {
+            assert!(is_path(path), "{path}");
+            assert_eq!(shown_path(Path::new(path)), path);
+        }
+        let long = format!("/etc/{}", "a".repeat(65));
+        let base64 = "/Vt0bGQ9wS+z7o/1rN0=";
+        for other in ["hush5ecret", "", "https://me:hush@h/a.pem", "a b.txt", base64, &long] {
+            assert!(!is_path(other), "{other}");
+        }
+        assert_eq!(shown_path(Path::new("hush5ecret")), "(a text of 10 bytes, not a path)");
+        assert_eq!(shown_address("me:hush"), "\"me:***\"");
+        assert_eq!(shown_address("me:hush@h:1"), "\"me:***@h:1\"");
+        assert_eq!(shown_address("h:99999"), "\"h:99999\"");
+        assert_eq!(shown_address("[::1]"), "\"[::1]\"");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The allow-list of web pages. Browsers send the page's origin in `Origin` (RFC 6454), which a page cannot change. A
 //! client that sends none is not a browser.
 
+use barid_runtime::words::shown;
+
 /// The allow-list; an empty one allows every page.
 #[derive(Debug, Clone, Default)]
 pub struct Origins(Vec<Pattern>);
@@ -49,8 +51,9 @@ fn is_host_byte(byte: u8) -> bool {
 fn parse(text: &str) -> Result<Pattern, String> {
     let wrong = || {
         Err(format!(
-            "auth.origins: {text:?} is not scheme://host[:port] in lower case without a path, \
-             scheme://*.host[:port], or null"
+            "auth.origins: {} is not scheme://host[:port] in lower case without a path, \
+             scheme://*.host[:port], or null",
+            shown(text)
         ))
     };
     if text == "null" {

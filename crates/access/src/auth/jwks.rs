@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use barid_core::AppId;
-use barid_runtime::{PemFile, SecretUrl};
+use barid_runtime::words::shown_path;
+use barid_runtime::{PemFile, SecretUrl, files};
 use jsonwebtoken::jwk::Jwk;
 use parking_lot::{Mutex, RwLock};
 use prometheus::IntCounter;
@@ -16,7 +17,6 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use ureq::tls::{Certificate, RootCerts};
 
-use crate::auth::error::KeyError;
 use crate::auth::keys::{Key, apps};
 use crate::config::JwksConfig;
 
@@ -73,28 +73,28 @@ enum Source {
 }
 
 impl Jwks {
-    /// `skipped` counts keys that cannot be read.
-    pub(super) fn new(config: &JwksConfig, skipped: IntCounter) -> Result<Self, KeyError> {
-        let fail = |problem: &str| KeyError(format!("auth.jwks: {problem}"));
+    /// `at`: its place in `auth.jwks`. `skipped` counts keys that cannot be read.
+    pub(super) fn new(at: usize, config: &JwksConfig, skipped: IntCounter) -> Result<Self, String> {
+        let fail = |problem: &str| format!("auth.jwks[{at}]{problem}");
         let source = match (&config.file, config.url.expose()) {
             (Some(path), "") => Source::File(path.clone()),
             (None, url) if url.starts_with("http://") && !config.insecure_http => {
                 return Err(fail(
-                    "an http url lets anybody in between choose the keys; write an https url, or set \
+                    ".url: an http url lets anybody in between choose the keys; write an https url, or set \
                      insecure_http",
                 ));
             }
             (None, url) if url.starts_with("https://") || url.starts_with("http://") => {
                 let timeout = Duration::from_millis(config.timeout_ms);
-                let roots = roots(config).map_err(|problem| fail(&problem))?;
+                let roots = roots(config).map_err(|problem| fail(&format!(".{problem}")))?;
                 let https_only = !config.insecure_http;
                 Source::Url { url: SecretUrl::new(url), timeout, roots, https_only }
             }
-            _ => return Err(fail("needs either file or an http(s) url")),
+            _ => return Err(fail(": needs either file or an http(s) url")),
         };
         let set = Set {
             source,
-            apps: apps(&config.apps).map_err(|problem| fail(&problem))?,
+            apps: apps(&config.apps).map_err(|problem| fail(&format!(".apps: {problem}")))?,
             age_max: Duration::from_secs(config.age_max_seconds),
             keys_max: config.keys_max,
             read: RwLock::default(),
@@ -175,6 +175,13 @@ impl Jwks {
     }
 }
 
+/// Reads a set once if it is a file.
+pub(super) fn check_file(config: &JwksConfig) -> Result<(), String> {
+    let Some(path) = &config.file else { return Ok(()) };
+    let source = Source::File(path.clone());
+    source.read().map(drop).map_err(|why| format!("{source}: {why}"))
+}
+
 impl Reading {
     fn is_under_way(&self) -> bool {
         self.under_way.has_changed().is_ok()
@@ -241,19 +248,26 @@ impl std::fmt::Display for Jwks {
 impl Source {
     fn read(&self) -> Result<KeySet, String> {
         let bytes = match self {
-            Self::File(path) => std::fs::read(path).map_err(|error| error.to_string())?,
+            Self::File(path) => files::read(path).map_err(|error| error.to_string())?,
             Self::Url { url, timeout, roots, https_only } => {
                 fetch(url, *timeout, roots, *https_only)?
             }
         };
-        serde_json::from_slice(&bytes).map_err(|error| format!("not a key set: {error}"))
+        // The error's own text may repeat a value.
+        serde_json::from_slice(&bytes).map_err(|error| match error.is_data() {
+            true => "not a key set: it has no list named keys".into(),
+            false => {
+                let (line, column) = (error.line(), error.column());
+                format!("not a key set: no JSON at line {line}, column {column}")
+            }
+        })
     }
 }
 
 impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::File(path) => path.display().fmt(f),
+            Self::File(path) => f.write_str(&shown_path(path)),
             Self::Url { url, .. } => url.fmt(f),
         }
     }
@@ -263,7 +277,7 @@ impl std::fmt::Display for Source {
 fn roots(config: &JwksConfig) -> Result<RootCerts, String> {
     let Some(path) = &config.ca_file else { return Ok(RootCerts::WebPki) };
     if !config.url.expose().starts_with("https://") {
-        return Err("ca_file is for an https url".into());
+        return Err("ca_file: it is for an https url".into());
     }
     let file = PemFile::read("ca_file", path)?;
     let certificates = file.certificates()?;

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use barid_core::{AppId, Secret};
+use barid_runtime::files;
+use barid_runtime::words::{is_path, shown_path};
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 
-use crate::auth::error::KeyError;
 use crate::config::{KeyAlgorithmName, KeyConfig};
 
 /// RFC 7518 asks for an HMAC secret at least as long as the hash.
@@ -34,11 +35,13 @@ impl std::fmt::Debug for Key {
 }
 
 impl Key {
-    pub(super) fn from_config(config: &KeyConfig) -> Result<Self, KeyError> {
-        let fail = |problem: String| KeyError(format!("auth.keys {:?}: {problem}", config.id));
+    /// `at`: its place in `auth.keys`.
+    pub(super) fn from_config(at: usize, config: &KeyConfig) -> Result<Self, String> {
+        let fail = |problem: String| format!("auth.keys[{at}]{problem}");
         let (algorithm, decoding) = decoding(config).map_err(fail)?;
         let id = (!config.id.is_empty()).then(|| config.id.clone());
-        Ok(Self { id, algorithm, decoding, apps: apps(&config.apps).map_err(fail)? })
+        let apps = apps(&config.apps).map_err(|problem| fail(format!(".apps: {problem}")))?;
+        Ok(Self { id, algorithm, decoding, apps })
     }
 
     /// A key of a key set; `None` if it is of another type or use. Symmetric keys are ignored, because a key set is
@@ -106,17 +109,18 @@ pub(super) fn apps(names: &[String]) -> Result<Vec<AppId>, String> {
     names.iter().map(|name| AppId::new(name).map_err(|error| error.to_string())).collect()
 }
 
+/// Errors begin with the key below that of the entry.
 fn decoding(config: &KeyConfig) -> Result<(Algorithm, DecodingKey), String> {
     if config.algorithm == KeyAlgorithmName::HS256 {
         return Ok((Algorithm::HS256, DecodingKey::from_secret(&secret(config)?)));
     }
     let Some(path) = &config.public_key_file else {
-        return Err(format!("{:?} needs public_key_file", config.algorithm));
+        return Err(format!(": {:?} needs public_key_file", config.algorithm));
     };
-    let pem = read(path)?;
+    let fail = |problem: &str| format!(".public_key_file {}: {problem}", shown_path(path));
+    let pem = files::read(path).map_err(|error| fail(&error.to_string()))?;
     if pem.windows(PRIVATE.len()).any(|part| part == PRIVATE) {
-        let file = path.display();
-        return Err(format!("{file} is a private key; write its public key: openssl pkey -pubout"));
+        return Err(fail("it is a private key; write its public key: openssl pkey -pubout"));
     }
     let (algorithm, key) = match config.algorithm {
         KeyAlgorithmName::RS256 => (Algorithm::RS256, DecodingKey::from_rsa_pem(&pem)),
@@ -124,7 +128,7 @@ fn decoding(config: &KeyConfig) -> Result<(Algorithm, DecodingKey), String> {
         _ => (Algorithm::EdDSA, DecodingKey::from_ed_pem(&pem)),
     };
     let key = key.map_err(|error| {
-        format!("{} is not a {:?} public key in PEM: {error}", path.display(), config.algorithm)
+        fail(&format!("it is not a {:?} public key in PEM: {error}", config.algorithm))
     })?;
     Ok((algorithm, key))
 }
@@ -132,18 +136,24 @@ fn decoding(config: &KeyConfig) -> Result<(Algorithm, DecodingKey), String> {
 fn secret(config: &KeyConfig) -> Result<Vec<u8>, String> {
     let secret = match (&config.secret, &config.secret_file) {
         (secret, None) if !secret.is_empty() => Secret::expose(secret).as_bytes().to_vec(),
-        (secret, Some(path)) if secret.is_empty() => read(path)?.trim_ascii().to_vec(),
-        _ => return Err("HS256 needs either secret or secret_file".into()),
+        (secret, Some(path)) if secret.is_empty() => read_secret(path)?,
+        _ => return Err(": HS256 needs either secret or secret_file".into()),
     };
     if secret.len() < SECRET_BYTES_MIN {
         return Err(format!(
-            "the secret has {} bytes, at least {SECRET_BYTES_MIN} are needed",
+            ": the secret has {} bytes, at least {SECRET_BYTES_MIN} are needed",
             secret.len()
         ));
     }
     Ok(secret)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+fn read_secret(path: &Path) -> Result<Vec<u8>, String> {
+    let read = files::read(path).map_err(|error| {
+        // The secret itself may have been written there.
+        let is_path = path.to_str().is_some_and(is_path);
+        let hint = if is_path { "" } else { "; a secret itself belongs in secret" };
+        format!(".secret_file {}: {error}{hint}", shown_path(path))
+    });
+    Ok(read?.trim_ascii().to_vec())
 }

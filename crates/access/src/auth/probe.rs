@@ -16,7 +16,7 @@ pub async fn probe(config: &AuthConfig, limit: Duration) -> Vec<Probe> {
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         let set = JwksConfig { timeout_ms: set.timeout_ms.min(limit_ms), ..set.clone() };
         asked.spawn(async move {
-            let (source, found) = ask(&set).await;
+            let (source, found) = ask(at, &set).await;
             Probe { name: format!("auth.jwks[{at}] {source}"), found }
         });
     }
@@ -25,13 +25,12 @@ pub async fn probe(config: &AuthConfig, limit: Duration) -> Vec<Probe> {
     probes
 }
 
-async fn ask(config: &JwksConfig) -> (String, Result<String, Unfit>) {
+async fn ask(at: usize, config: &JwksConfig) -> (String, Result<String, Unfit>) {
     let counter = IntCounter::new("skipped", "of this probe").map_err(|error| error.to_string());
-    let set =
-        match counter.and_then(|counter| Jwks::new(config, counter).map_err(|e| e.to_string())) {
-            Ok(set) => set,
-            Err(error) => return (String::new(), Err(Unfit::Unusable(error))),
-        };
+    let set = match counter.and_then(|counter| Jwks::new(at, config, counter)) {
+        Ok(set) => set,
+        Err(error) => return (String::new(), Err(Unfit::Unusable(error))),
+    };
     let source = set.to_string();
     let found = match set.probe().await {
         Ok(0) => Err(Unfit::Unusable("the set has no key for RS256, ES256 or EdDSA".into())),

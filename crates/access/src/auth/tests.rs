@@ -530,12 +530,54 @@ async fn hazard_60_key_sets_come_over_https_from_whom_an_authority_of_ones_own_v
     }
     let error = |ca_file: &str, url| with(Some(ca_file.into()), url).unwrap_err().to_string();
     let absent = error("/nowhere/ca.pem", "https://h");
-    assert!(absent.starts_with("auth.jwks: ca_file /nowhere/ca.pem: No such file"), "{absent}");
+    assert!(absent.starts_with("auth.jwks[0].ca_file /nowhere/ca.pem: No such file"), "{absent}");
     let empty = file("nothing");
     let empty = error(&empty.path().display().to_string(), "https://h");
     assert!(empty.contains(": it holds no certificate; write"), "{empty}");
     let plain = error(&own.path().display().to_string(), "http://h");
     assert!(plain.contains("write an https url"), "{plain}");
+}
+
+#[test]
+fn hazard_153_all_keys_and_key_sets_that_cannot_be_read_are_named() {
+    let secret_file =
+        |path: &str| KeyConfig { secret_file: Some(path.into()), ..Default::default() };
+    let config = AuthConfig {
+        keys: vec![
+            secret_file("/nowhere/a"),
+            public_key("b", KeyAlgorithmName::RS256, "/nowhere/b.pem".into()),
+            hmac_key("c", SECRET),
+            secret_file("hush5ecret-hush5ecret-hush5ecret"),
+            secret_file("/dev/zero"),
+        ],
+        jwks: vec![JwksConfig {
+            url: SecretUrl::new("https://h"),
+            ca_file: Some("/nowhere/ca.pem".into()),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let told = Verifier::new(&config).unwrap_err().to_string();
+    let lines: Vec<&str> = told.lines().collect();
+    let wanted = [
+        "auth.keys[0].secret_file /nowhere/a: No such file",
+        "auth.keys[1].public_key_file /nowhere/b.pem: No such file",
+        "auth.keys[3].secret_file (a text of 32 bytes, not a path): No such file",
+        "auth.keys[4].secret_file /dev/zero: it is a device",
+        "auth.jwks[0].ca_file /nowhere/ca.pem: No such file",
+    ];
+    assert_eq!(lines.len(), wanted.len(), "{told}");
+    lines.iter().zip(wanted).for_each(|(line, wanted)| assert!(line.starts_with(wanted), "{told}"));
+    assert!(lines[2].ends_with("; a secret itself belongs in secret"), "{told}");
+
+    let (none, pipe) = ("/nowhere/keys.json", "/dev/null");
+    let set = |file: &str| JwksConfig { file: Some(file.into()), ..Default::default() };
+    let config = AuthConfig { jwks: vec![set(none), set(pipe)], ..Default::default() };
+    Verifier::new(&config).expect("they may come later");
+    let told = check_key_set_files(&config).unwrap_err();
+    let lines: Vec<&str> = told.lines().collect();
+    assert!(lines[0].starts_with("auth.jwks[0].file /nowhere/keys.json: No such file"), "{told}");
+    assert!(lines[1].starts_with("auth.jwks[1].file /dev/null: it is a device"), "{told}");
 }
 
 #[tokio::test]

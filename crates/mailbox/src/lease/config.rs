@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use barid_core::{Incarnation, InvalidName, NodeId};
 use barid_runtime::bounds::{self, Bound, DAY_SECONDS, whole};
-use barid_runtime::words::{is_host_port, is_wildcard};
+use barid_runtime::words::{is_host_port, is_wildcard, shown_address};
 
 use super::node::{NodeRecord, NodeRole, check_text};
 
@@ -72,7 +72,8 @@ impl LeaseConfig {
             }
             "" => Ok(()),
             text if !is_host_port(text) => Err(format!(
-                "advertise: {text:?} is not an address; write host:port, as others reach {key}"
+                "advertise: {} is not an address; write host:port, as others reach {key}",
+                shown_address(text)
             )),
             text if is_wildcard(text) => Err(format!(
                 "advertise: {text:?} reaches nobody; write this machine's host:port, as others \
@@ -168,9 +169,14 @@ mod tests {
         ] {
             let error = config("", bad).check("grpc_listen", everywhere).unwrap_err();
             let told = format!(
-                "advertise: {bad:?} is not an address; write host:port, as others reach grpc_listen"
+                "advertise: {} is not an address; write host:port, as others reach grpc_listen",
+                shown_address(bad)
             );
             assert_eq!(error, told);
+        }
+        for secret in ["me:hush@h:1", "me:hush"] {
+            let error = config("", secret).check("grpc_listen", everywhere).unwrap_err();
+            assert!(error.starts_with("advertise: \"me:***") && !error.contains("hush"), "{error}");
         }
         for bad in ["0.0.0.0:7081", "[::]:7081", "[::ffff:0.0.0.0]:7081"] {
             let error = config("", bad).check("grpc_listen", everywhere).unwrap_err();

@@ -12,6 +12,9 @@ use tokio::time::Instant;
 
 use super::node::NodeRecord;
 
+/// Why an incarnation ends that another process has outbid.
+pub(crate) const NAME_TAKEN: &str = "another process has this node's name";
+
 /// Identifies a write of a lease; a later one is greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Stamp {
@@ -207,7 +210,7 @@ impl LeaseState {
     fn outbid(&mut self, by: Stamp, wall_ms: u64, now: Instant) -> Option<News> {
         let is_reported = self.held && self.works;
         self.begin(by.incarnation, wall_ms, now);
-        is_reported.then_some(News::Lapsed("another process has this node's name"))
+        is_reported.then_some(News::Lapsed(NAME_TAKEN))
     }
 
     /// Begins an incarnation after `last`: the incarnations of a node are ordered, whatever the machines' clocks say.

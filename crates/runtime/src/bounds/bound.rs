@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::Value;
 
-use crate::words::shown;
+use crate::words::{described, is_quantity, shown};
 
 /// An hour in milliseconds, the upper bound of most waits.
 pub const HOUR_MS: u64 = 3_600_000;
@@ -89,10 +89,8 @@ impl Bound {
     pub(crate) fn check(&self, value: &Value) -> Result<(), String> {
         let allowed = || self.allowed();
         let Value::Number(number) = value else {
-            let parsed = |text: &str| {
-                let short = Some(text).filter(|text| text.len() <= 64);
-                short.and_then(|text| text.parse::<f64>().ok())
-            };
+            // Other texts may be secrets.
+            let parsed = |text: &str| is_quantity(text).then(|| text.parse::<f64>().ok()).flatten();
             return Err(match value {
                 Value::String(text) => match parsed(text) {
                     // An integer from the environment that is too large for TOML is kept as text.
@@ -108,7 +106,10 @@ impl Bound {
                     None if text.is_empty() => {
                         format!("is empty; write {}, or leave it out", allowed())
                     }
-                    None => format!("{} is not a number; write {}", shown(text), allowed()),
+                    None if is_quantity(text) => {
+                        format!("{} is not a number; write {}", shown(text), allowed())
+                    }
+                    None => format!("{}, not a number; write {}", described(text), allowed()),
                 },
                 // serde_json turns NaN and infinity into null.
                 Value::Null => format!("not a finite number; write {}", allowed()),

@@ -34,6 +34,14 @@ pub fn check_under<C: Bounded + Serialize>(prefix: &str, config: &C) -> Result<(
     all(out)
 }
 
+/// A check of one condition.
+///
+/// # Errors
+/// Returns `problem` if it is bad.
+pub fn refuse_if(is_bad: bool, problem: impl FnOnce() -> String) -> Result<(), String> {
+    if is_bad { Err(problem()) } else { Ok(()) }
+}
+
 /// The problems of several checks, which are one or more lines each.
 ///
 /// # Errors
@@ -116,7 +124,8 @@ mod tests {
             rate(json!(1e308))
                 .starts_with("limits.rate: 1e+308 is not a whole number; write 1 to 10")
         );
-        assert!(rate(json!("ten")).starts_with("limits.rate: \"ten\" is not a number"));
+        assert!(rate(json!("ten")).starts_with("limits.rate: a text of 3 bytes, not a number"));
+        assert!(rate(json!("10s")).starts_with("limits.rate: \"10s\" is not a number"));
         assert_eq!((rate(json!(0)), rate(json!(1)), rate(json!(10))), Default::default());
     }
 

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 
 use serde::de::{self, Deserializer, Visitor};
 
-use crate::words::shown;
+use crate::words::shown_address;
 
 /// Reads the address of a listener. A host name is resolved at once; of several addresses an IPv4 one is preferred.
 ///
@@ -52,7 +52,7 @@ fn parse(text: &str) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse() {
         return Ok(address);
     }
-    let is = shown(text);
+    let is = shown_address(text);
     let Some((host, port)) = text.rsplit_once(':') else {
         let problem = if text.parse::<u16>().is_ok() { "names no host" } else { "names no port" };
         return Err(match text {
@@ -64,7 +64,7 @@ fn parse(text: &str) -> Result<SocketAddr, String> {
         return Err(format!("{is} names no host; write {}", form(port)));
     }
     if port.parse::<u16>().is_err() {
-        return Err(format!("{is}: the port {} is not 0 to 65535", shown(port)));
+        return Err(format!("{is}: the port is not 0 to 65535"));
     }
     if host.contains(':') {
         return Err(format!("{is} is not an address; write IPv6 in brackets: \"[::1]:{port}\""));
@@ -95,7 +95,9 @@ mod tests {
             ("", "is empty; write \"127.0.0.1:PORT\""),
             ("7081", "\"7081\" names no host; write \"127.0.0.1:7081\""),
             ("localhost", "\"localhost\" names no port; write \"127.0.0.1:PORT\""),
-            ("localhost:99999", "\"localhost:99999\": the port \"99999\" is not 0 to 65535"),
+            ("localhost:99999", "\"localhost:99999\": the port is not 0 to 65535"),
+            ("localhost:hush", "\"localhost:***\": the port is not 0 to 65535"),
+            ("me:hush@h:1", "\"me:***@h:1\" is not an address; write IPv6 in brackets"),
             ("::1:7080", "\"::1:7080\" is not an address; write IPv6 in brackets: \"[::1]:7080\""),
             ("a b:1", "\"a b:1\": the host cannot be resolved ("),
         ] {

@@ -10,6 +10,7 @@ use super::ConfigError;
 use super::problem::{Problem, without_value};
 use super::sources::Sources;
 use crate::bounds::{Bound, without_indexes};
+use crate::files;
 
 /// Reads `path`. Neither a line nor a value of a file that is not TOML is shown: it may hold a secret.
 ///
@@ -19,8 +20,8 @@ pub(super) fn read(
     bounds: &[Bound],
     known: &[String],
 ) -> Result<(Table, Sources), ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| ConfigError::Read { path: path.into(), error })?;
+    let text =
+        files::read_text(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
     let tree = DeTable::parse(&text).map_err(|error| not_toml(path, &text, &error, known))?;
     let mut spans = Vec::new();
     add_table(tree.get_ref(), "", &mut spans);

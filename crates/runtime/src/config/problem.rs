@@ -5,7 +5,7 @@ use std::fmt;
 use toml::{Table, Value};
 
 use super::sources::Sources;
-use crate::words::{nearest, shown};
+use crate::words::{described, nearest, shown};
 
 /// A key that is unknown, or whose value is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,9 +43,13 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Rewords serde's message about `key`. Values are shown only where the type has no secrets: booleans, words of a
-/// choice, and what the type's own message shows. `known`: all dotted keys; `meant`: how to write a key that is
-/// suggested.
+/// Words that stand for true or false elsewhere.
+const SWITCHES: [&str; 12] =
+    ["yes", "no", "on", "off", "true", "false", "1", "0", "y", "n", "enabled", "disabled"];
+
+/// Rewords serde's message about `key`. Any value may be a secret in the wrong place, so that only words that were
+/// nearly right are shown, and what the type's own message shows. `known`: all dotted keys; `meant`: how to write a key
+/// that is suggested.
 pub(super) fn reword(
     key: &str,
     message: &str,
@@ -65,7 +69,9 @@ pub(super) fn reword(
     let wanted = invalid.and_then(|rest| wanted(rest.rsplit_once(", expected ")?.1));
     match (wanted, value) {
         (Some((what @ "true or false", form)), Some(Value::String(text))) => {
-            format!("{} is text, not {what}; {form}", shown(text))
+            let is_switch = SWITCHES.iter().any(|word| word.eq_ignore_ascii_case(text));
+            let is = if is_switch { format!("{} is text", shown(text)) } else { described(text) };
+            format!("{is}, not {what}; {form}")
         }
         (Some((what, form)), Some(value)) => format!("{}, not {what}; {form}", kind(value)),
         _ => without_value(message),
@@ -147,10 +153,11 @@ fn unknown_key(
 }
 
 fn unknown_word(word: &str, choice: &[String]) -> String {
-    let hint = nearest(word, choice).map(|near| format!("; did you mean {near:?}?"));
+    let near = nearest(word, choice);
+    let hint = near.map(|near| format!("; did you mean {near:?}?"));
     let choice: Vec<String> = choice.iter().map(|word| format!("{word:?}")).collect();
-    let is = format!("{} is not one of {}", shown(word), choice.join(", "));
-    format!("{is}{}", hint.unwrap_or_default())
+    let is = near.map_or_else(|| described(word), |_| shown(word));
+    format!("{is} is not one of {}{}", choice.join(", "), hint.unwrap_or_default())
 }
 
 /// The words in backticks.
