@@ -270,6 +270,23 @@ async fn hazard_126_another_revocation_never_weakens_the_one_before() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hazard_157_two_revocations_at_once_revoke_what_both_of_them_ask_for() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    for round in 0..10 {
+        let token = format!("t{round}");
+        let (forever, hour) = (["token", &token], ["token", &token, "--for", "1h"]);
+        let (one, other) = tokio::join!(told(&cluster, &forever), told(&cluster, &hour));
+        one?;
+        other?;
+        let listed = told(&cluster, &["list"]).await?;
+        let key = format!("token:demo:{token}");
+        let kept = listed.iter().find(|line| line["key"] == key.as_str()).context("it is gone")?;
+        assert_eq!(kept["until"], Value::Null, "{kept}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn hazard_100_each_of_many_revocations_is_in_force_within_a_second() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(Role::Access, 2).start().await?;
     let business = cluster.business()?;
