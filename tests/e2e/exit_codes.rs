@@ -284,7 +284,7 @@ fn hazard_113_the_command_line_ends_with_the_code_of_the_table() -> Result<()> {
     let secret = token::SECRET;
     for (line, code, told) in [
         (&["token", "--user", "a", "--secret", secret][..], exit::DONE, ""),
-        (&["token", "--user", "a", "--secret-file", "/nowhere"], exit::FAILED, "/nowhere"),
+        (&["token", "--user", "a", "--secret-file", "/nowhere"], exit::CONFIG, "/nowhere"),
         (&["token", "--user", "a", "--ttl", "0s"], exit::CONFIG, "longer than 0"),
         (&["token", "--user", "a"], exit::CONFIG, "BARID_SECRET_FILE"),
         (&["listen", "--user", "a", "--secret", secret], exit::CONFIG, "BARID_URL"),
@@ -307,5 +307,113 @@ fn hazard_113_the_command_line_ends_with_the_code_of_the_table() -> Result<()> {
     let said = ends(&run("barid", &words, &[])?, exit::AWAY)?;
     ensure!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     ensure!(said.matches("does not answer").count() == 1, "{said}");
+    Ok(())
+}
+
+/// Arguments that only the command itself can check: the words, and a part of what is told.
+const INVALID: [(&[&str], &str); 42] = [
+    // Addresses.
+    (&["top", "--admin", "garbage"], "'--admin <HOST:PORT>': write HOST:PORT, such as"),
+    (&["top", "--admin", "h:1,http://h:1"], "'http://h:1' for '--admin"),
+    (&["top", "--admin", "h:0"], "write HOST:PORT"),
+    (&["top", "--redis", "garbage", "--once"], "--redis is not a Redis URL; write redis://"),
+    (&["top", "--admin", "h:1", "--redis", "http://h"], "--redis is not a Redis URL"),
+    (&["inspect", "user", "a", "--redis", "garbage"], "--redis is not a Redis URL"),
+    (&["inspect", "user", "a", "--redis", "redis://h:0"], "--redis: port 0"),
+    (&["kick", "--user", "a", "--redis", "http://h"], "--redis is not a Redis URL"),
+    (&["dev", "--redis", "garbage"], "--redis is not a Redis URL"),
+    (&["dev", "--kafka", "kafka://h"], "--kafka: "),
+    (&["dev", "--kafka", "h"], "\"h\" is not HOST:PORT; write HOST:PORT"),
+    (&["send", "--user", "a", "x", "--brokers", "h"], "--brokers: \"h\" is not HOST:PORT"),
+    (&["send", "--user", "a", "x", "--brokers", ","], "--brokers is empty; write HOST:PORT"),
+    (&["inspect", "dead", "--brokers", "http://h:1"], "is not HOST:PORT"),
+    (&["inspect", "receipts", "--brokers", "h"], "is not HOST:PORT"),
+    (&["revoke", "list", "--brokers", "h"], "is not HOST:PORT"),
+    (&["revoke", "user", "a", "--brokers", "h"], "is not HOST:PORT"),
+    (&["topics", "check", "--brokers", "h"], "is not HOST:PORT"),
+    (&["topics", "create", "--brokers", "h"], "is not HOST:PORT"),
+    (&["listen", "--token", "t", "--url", "http://h"], "--url http://h: the scheme is neither"),
+    (&["listen", "--token", "t", "--url", "garbage"], "write ws://HOST:PORT, or wss://HOST"),
+    (&["listen", "--token", "t", "--url", "ws://me:hush@"], "--url ws://me:***@"),
+    // Files.
+    (
+        &["listen", "--token", "t", "--url", "wss://h", "--ca-file", "/nowhere"],
+        "--ca-file /nowhere",
+    ),
+    (
+        &["listen", "--token", "t", "--url", "wss://h", "--ca-file", "/dev/null"],
+        "--ca-file /dev/null",
+    ),
+    (&["listen", "--token", "t", "--url", "ws://h", "--position-file", "/"], "--position-file /"),
+    (
+        &["listen", "--user", "a", "--url", "ws://h", "--secret-file", "/nowhere"],
+        "/nowhere: cannot",
+    ),
+    (&["dev", "--secret-file", "/dev/null"], "--secret-file /dev/null: the secret has 0 bytes"),
+    (
+        &["token", "check", "t", "--secret-file", "/nowhere"],
+        "--secret-file /nowhere: cannot be read",
+    ),
+    (&["token", "check", "t", "--config", "/nowhere"], "/nowhere"),
+    (&["send", "--user", "a", "--file", "/nowhere"], "--file /nowhere: cannot be read"),
+    (&["topics", "check", "--config", "/nowhere"], "/nowhere"),
+    (&["cluster", "ca", "/dev/null/x"], "cannot create /dev/null/x"),
+    (
+        &["inspect", "user", "a", "--redis", "rediss://h", "--redis-ca-file", "/nowhere"],
+        "--redis-ca-file",
+    ),
+    (
+        &["kick", "--user", "a", "--redis", "rediss://h", "--redis-ca-file", "/nowhere"],
+        "--redis-ca-file",
+    ),
+    // Secrets, names, durations.
+    (
+        &["token", "--user", "a", "--secret", "short"],
+        "the secret has 5 bytes, and access nodes refuse",
+    ),
+    (&["listen", "--user", "a", "--url", "ws://h", "--secret", "short"], "has 5 bytes"),
+    (&["inspect", "dead", "--topic", "a b"], "is not a name for a topic; write letters"),
+    (&["revoke", "list", "--topic", ""], "is empty; write letters"),
+    (&["send", "--user", "a", "x", "--ttl", "500ms"], "--ttl must be whole seconds"),
+    (&["send", "--user", "a", "x", "-X", "linger"], "-X: a setting is KEY=VALUE"),
+    (&["send", "--user", "a", "-hello"], "a text that begins with a dash follows --"),
+    (&["top", "--interval", "1w"], "500ms, 30s, 15m, 1h, 7d"),
+];
+
+#[test]
+fn hazard_113_invalid_arguments_end_with_2_and_say_what_to_write() -> Result<()> {
+    let nobody = format!("127.0.0.1:{}", ports::free_port());
+    let dir = tempfile::tempdir()?;
+    let state = dir.path().join("dev.json").display().to_string();
+    let mut wrong = Vec::new();
+    for (line, told) in INVALID {
+        let mut variables = vec![("BARID_DEV_STATE", state.as_str())];
+        if matches!(line[0], "send" | "revoke") && !line.contains(&"--brokers") {
+            variables.push(("BARID_BROKERS", &nobody));
+        }
+        let output = run("barid", line, &variables)?;
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        // clap adds how to get help.
+        let lines =
+            errors.lines().filter(|line| !line.is_empty() && !line.starts_with("For more "));
+        let is_told = lines.count() == 1 && errors.contains(told) && !errors.contains("hush");
+        if output.status.code() != Some(exit::CONFIG.into()) || !is_told {
+            wrong.push(format!("{line:?}, {}: {errors}", output.status));
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let kick = ["kick", "--user", "a", "--redis", "redis://h"];
+    let said = ends(&run("barid", &kick, &[("BARID_APP", "a:b")])?, exit::CONFIG)?;
+    ensure!(said.contains("BARID_APP: "), "{said}");
+    let output = run("barid", &["top", "--once"], &[("BARID_ADMIN", "h")])?;
+    ensure!(ends(&output, exit::CONFIG)?.contains("--admin <HOST:PORT>"));
+    let odd = tempfile::tempdir()?;
+    let odd = odd.path().join("dev.json");
+    std::fs::write(&odd, "odd")?;
+    let odd = odd.display().to_string();
+    for line in [&["send", "--user", "a", "x"][..], &["top", "--once"], &["dev", "--once"]] {
+        let said = ends(&run("barid", line, &[("BARID_DEV_STATE", &odd)])?, exit::CONFIG)?;
+        ensure!(said.contains("is not a state file of `barid dev`"), "{said}");
+    }
     Ok(())
 }

@@ -46,7 +46,7 @@ async fn a_kick_reaches_the_sessions_on_every_node_and_counts_them() -> Result<(
 
     // A node that cannot be reached is named, and the others are asked.
     cluster.kill(Role::Access, 0)?;
-    let (output, shown) = barid(&cluster, &["--everyone", "--rate", "100"]).await?;
+    let (output, shown) = barid(&cluster, &["--everyone", "--yes", "--rate", "100"]).await?;
     assert_eq!(output.status.code(), Some(barid_runtime::exit::AWAY.into()), "{shown}");
     assert_eq!(shown["closed"], 2, "{shown}");
     assert!(shown["nodes"]["access-0"]["error"].is_string(), "{shown}");

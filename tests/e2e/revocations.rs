@@ -133,7 +133,7 @@ async fn a_revocation_is_in_force_within_a_second_on_all_nodes_and_after_restart
     let newer = issued("carol", now_s() - 10, "c2");
     let mut stays = enter(&mut cluster, 0, &newer).await?;
     let before = (now_s() - 30).to_string();
-    told(&cluster, &["app", "demo", "--issued-before", &before]).await?;
+    told(&cluster, &["app", "demo", "--yes", "--issued-before", &before]).await?;
     let [_replaced, mut other] = devices;
     assert_eq!(other.closed(PATIENCE).await?, 4004);
     stays.expect_silence(Duration::from_millis(300)).await?;
@@ -180,7 +180,7 @@ async fn a_revocation_is_in_force_within_a_second_on_all_nodes_and_after_restart
         ensure!(begun.elapsed() < Duration::from_secs(20), "the outage is never told");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let output = barid(&cluster, &["everyone", "--timeout", "1s"]).await?;
+    let output = barid(&cluster, &["everyone", "--yes", "--timeout", "1s"]).await?;
     assert_eq!(output.status.code(), Some(4), "{output:?}");
     cluster.kafka()?.restart().await?;
     cluster.node(Role::Access, 1).ready().await?;
@@ -199,7 +199,7 @@ async fn a_revocation_is_in_force_within_a_second_on_all_nodes_and_after_restart
     let output = barid(&cluster, &["list", "--topic", "nowhere"]).await?;
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("does not exist"), "{output:?}");
-    let output = barid(&cluster, &["everyone", "--topic", "nowhere"]).await?;
+    let output = barid(&cluster, &["everyone", "--yes", "--topic", "nowhere"]).await?;
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     cluster.restart(Role::Access, 0).await?;
     enter(&mut cluster, 0, &stolen).await?;
@@ -262,10 +262,27 @@ async fn hazard_126_another_revocation_never_weakens_the_one_before() -> Result<
     }
 
     // A topic that would forget is refused.
-    let output = barid(&cluster, &["everyone", "--topic", &cluster.topics().push]).await?;
+    let output = barid(&cluster, &["everyone", "--yes", "--topic", &cluster.topics().push]).await?;
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("cleanup.policy"), "{output:?}");
     cluster.node(Role::Access, 0).ready().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hazard_157_two_revocations_at_once_revoke_what_both_of_them_ask_for() -> Result<()> {
+    let cluster = Cluster::builder().start().await?;
+    for round in 0..10 {
+        let token = format!("t{round}");
+        let (forever, hour) = (["token", &token], ["token", &token, "--for", "1h"]);
+        let (one, other) = tokio::join!(told(&cluster, &forever), told(&cluster, &hour));
+        one?;
+        other?;
+        let listed = told(&cluster, &["list"]).await?;
+        let key = format!("token:demo:{token}");
+        let kept = listed.iter().find(|line| line["key"] == key.as_str()).context("it is gone")?;
+        assert_eq!(kept["until"], Value::Null, "{kept}");
+    }
     Ok(())
 }
 

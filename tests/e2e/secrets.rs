@@ -294,7 +294,7 @@ async fn hazard_121_no_secret_of_the_command_line_is_printed() -> Result<()> {
         lines.push(vec!["token", "check", token, "--secret", key]);
         lines.push(vec!["listen", "--url", "ws://127.0.0.1:1", "--token", token, "--for", "1s"]);
     }
-    lines.push(vec!["kick", "--everyone", "--redis", REDIS_URLS[0]]);
+    lines.push(vec!["kick", "--everyone", "--yes", "--redis", REDIS_URLS[0]]);
     lines.push(vec!["--help", "--redis", REDIS_URLS[0]]);
     for line in lines {
         let mut command = Command::new(paths::binary("barid")?);

@@ -138,6 +138,23 @@ async fn hazard_101_a_token_is_refused_as_the_nodes_refuse_it_and_said_why() -> 
     assert_eq!((&said["key_id"], &said["revoked"]), (&json!(token::KEY_ID), &json!(false)));
     assert!(said["expires_in_seconds"].as_u64().is_some_and(|left| (500..=600).contains(&left)));
 
+    // A node that holds one revocation has dropped the first for the second.
+    let stolen = token::sign(&claims(json!({ "jti": "stolen" })), token::SECRET);
+    let mut revoke = Command::new(paths::binary("barid")?);
+    revoke.args(["revoke", "token", "lost", "--topic", &topic]);
+    let output = revoke.env("BARID_BROKERS", cluster.brokers()).output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let text = std::fs::read_to_string(&path)?;
+    std::fs::write(&path, text.replace("[auth]\n", "[auth]\nrevocations_max = 1\n"))?;
+    let (exit, said) = check(&config, &stolen).await?;
+    assert_eq!(
+        (exit, &said["event"], &said["revoked"]),
+        (Some(0), &json!("accepted"), &json!(false))
+    );
+    let evicted = said["revocation_evicted"].as_str().unwrap_or_default();
+    assert!(evicted.contains("token:demo:stolen") && evicted.contains("revocations_max"), "{said}");
+    std::fs::write(&path, &text)?;
+
     // Kafka does not answer, or has no such topic: nobody knows whether the token is revoked.
     let good = token::sign(&claims(json!({})), token::SECRET);
     let text = std::fs::read_to_string(&path)?;

@@ -25,6 +25,7 @@ use jwks::Jwks;
 use keys::Key;
 
 pub use error::{AuthError, KeyError};
+pub use keys::SECRET_BYTES_MIN;
 pub use probe::probe;
 use prometheus::IntCounter;
 

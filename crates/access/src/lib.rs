@@ -46,7 +46,7 @@ mod wheel;
 pub use config::Config;
 pub use error::Error;
 pub use handshake::accept_anybody;
-pub use revocations::{key_hash, revokes};
+pub use revocations::{Table as RevocationTable, key_hash, revokes};
 
 use std::time::Duration;
 

@@ -15,7 +15,7 @@ use rcgen::{
 use serde::Serialize;
 use time::{Duration, OffsetDateTime};
 
-use crate::output::{Output, Tone};
+use crate::output::{Coded, Output, Tone};
 
 const CA_FILE: &str = "ca.pem";
 const CA_KEY_FILE: &str = "ca.key";
@@ -47,7 +47,9 @@ struct Issued<'a> {
 /// Creates the authority unless it exists, and issues a new certificate for each role and for operators.
 pub fn run(args: &Args, out: Output) -> anyhow::Result<ExitCode> {
     let days = Duration::days(args.days.into());
-    let new_authority = issue(&args.dir, days)?;
+    // The directory, or what it holds, has to be changed.
+    let new_authority =
+        issue(&args.dir, days).map_err(|error| Coded::config(format!("{error:#}")))?;
     let valid_until = (OffsetDateTime::now_utc() + days).date().to_string();
     let issued = Issued {
         event: "issued",

@@ -132,7 +132,7 @@ mod tests {
         assert!(parse("kick --user alice").is_ok());
         assert!(parse("kick --user alice --device phone --app shop --reason fraud").is_ok());
         assert!(parse("kick --whole-app shop --rate 50").is_ok());
-        assert!(parse("kick --everyone").is_ok());
+        assert!(parse("kick --everyone --yes").is_ok());
         for bad in [
             "kick",
             "kick --app shop",
@@ -166,7 +166,7 @@ mod tests {
             "revoke token a:b --reason stolen",
             "revoke key 2026-11",
             "revoke app shop",
-            "revoke everyone",
+            "revoke everyone --yes",
             "revoke list",
             "revoke withdraw user alice",
             "revoke withdraw everyone",

@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, default_value_t = 1024, value_name = "BYTES")]
     pub body_bytes: u32,
     /// Topic of dead letters
-    #[arg(long, default_value = "barid.dead")]
+    #[arg(long, default_value = "barid.dead", value_parser = values::topic)]
     pub topic: String,
     /// How long to wait for Kafka
     #[arg(long, default_value = "10s", value_parser = values::positive_duration)]

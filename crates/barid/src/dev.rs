@@ -22,7 +22,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::authority;
 use crate::output::{Coded, Output, Tone};
 use crate::state::{self, DevState};
-use crate::values::{Key, random_name, secret_in};
+use crate::values::{Key, broker_list, check_redis, random_name, secret_in, temporary_dir};
 use cluster::Cluster;
 use port::Port;
 use redis_server::RedisServer;
@@ -39,8 +39,6 @@ const REDIS_PORT: u16 = 7379;
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// The id of the key that signs this cluster's tokens.
 const KEY_ID: &str = "dev";
-/// As RFC 7518, 3.2 demands of HS256.
-const SECRET_BYTES_MIN: usize = 32;
 /// Consumer group on a Kafka of the user, which may serve another cluster as well.
 const GROUP: &str = "barid-dev";
 /// Partitions of the push topics on the in-process broker.
@@ -131,14 +129,17 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
 async fn run_cluster(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
     let began = Instant::now();
+    // What the user may have to change is found before anything starts.
+    let given = Given::of(&args)?;
+    DevState::check()?;
+    let key = Key { secret: secret(&args)?, id: Some(KEY_ID.into()) };
     heading(out)?;
     let (ground, mut server) = tokio::select! {
-        ground = ground(&args, out) => ground?,
+        ground = ground(&args, given, out) => ground?,
         () = signals.next() => return Ok(ExitCode::FAILURE),
     };
-    let key = Key { secret: secret(&args)?, id: Some(KEY_ID.into()) };
     let listen = listen(&Port::new("--port", args.port, PORT), out)?;
-    let tls = tempfile::Builder::new().prefix("barid-dev-tls-").tempdir()?;
+    let tls = temporary_dir("barid-dev-tls-")?;
     authority::issue(tls.path(), TLS_VALID)?;
     let mut cluster = Cluster::start(&ground.kafka, &ground.redis, &key, tls.path(), listen)?;
     let result = tokio::select! {
@@ -232,19 +233,43 @@ fn fact(out: Output, name: &str, value: &str, note: &str) -> String {
     format!("  {name:<7} {value:<26} {}", out.paint(Tone::Faint, note))
 }
 
+/// Kafka and Redis of the user.
+struct Given {
+    brokers: Option<Vec<String>>,
+    redis: Option<RedisConfig>,
+}
+
+impl Given {
+    fn of(args: &Args) -> anyhow::Result<Self> {
+        let brokers = args.kafka.as_deref().map(|brokers| broker_list("--kafka", brokers));
+        let redis = args.redis.as_ref().map(|url| {
+            let config = RedisConfig { url: SecretUrl::new(url), ..Default::default() };
+            check_redis(&config).map(|()| config)
+        });
+        Ok(Self { brokers: brokers.transpose()?, redis: redis.transpose()? })
+    }
+}
+
 /// Connects to Redis and Kafka, or starts them.
-async fn ground(args: &Args, out: Output) -> anyhow::Result<(Ground, Option<RedisServer>)> {
-    let (redis, server) = redis(args, out).await?;
-    let (kafka, broker) = kafka(args, out).await?;
+async fn ground(
+    args: &Args,
+    given: Given,
+    out: Output,
+) -> anyhow::Result<(Ground, Option<RedisServer>)> {
+    let (redis, server) = redis(args, given.redis, out).await?;
+    let (kafka, broker) = kafka(args, given.brokers, out).await?;
     Ok((Ground { kafka, redis, _broker: broker }, server))
 }
 
-async fn redis(args: &Args, out: Output) -> anyhow::Result<(RedisConfig, Option<RedisServer>)> {
+async fn redis(
+    args: &Args,
+    given: Option<RedisConfig>,
+    out: Output,
+) -> anyhow::Result<(RedisConfig, Option<RedisServer>)> {
     let mut redis = RedisConfig::default();
-    let (server, note) = match &args.redis {
-        Some(url) => {
-            redis.url = SecretUrl::new(url);
-            redis.check().map_err(|why| Coded::config(format!("--redis: {why}")))?;
+    let (server, note) = match given {
+        Some(given) => {
+            redis = given;
             let remedy = "start it, or omit --redis to use a private one";
             check("Redis", barid_mailbox::probe(&redis, PROBE_TIMEOUT).await, remedy)?;
             (None, "yours".into())
@@ -266,19 +291,20 @@ async fn redis(args: &Args, out: Output) -> anyhow::Result<(RedisConfig, Option<
 
 async fn kafka(
     args: &Args,
+    given: Option<Vec<String>>,
     out: Output,
 ) -> anyhow::Result<(KafkaConfig, Option<(EmbeddedKafka, Relay)>)> {
     let mut kafka = KafkaConfig { partitions: PARTITIONS, ..Default::default() };
-    let (broker, note) = match &args.kafka {
+    let (broker, note) = match given {
         Some(brokers) => {
-            kafka.brokers = brokers.split(',').map(|b| b.trim().to_owned()).collect();
+            kafka.brokers = brokers;
             kafka.group = GROUP.into();
             let creates = KafkaConfig { create_topics: true, ..kafka.clone() };
             let probe = barid_bus::probe(&creates, kafka.topics.all(), PROBE_TIMEOUT).await;
             check("Kafka", vec![probe], "start it, or omit --kafka to use the in-process broker")?;
-            ensure_topics(&kafka, Duration::from_secs(10))
-                .await
-                .with_context(|| format!("cannot create Barid's topics in Kafka at {brokers}"))?;
+            ensure_topics(&kafka, Duration::from_secs(10)).await.with_context(|| {
+                format!("cannot create Barid's topics in Kafka at {}", kafka.brokers.join(","))
+            })?;
             (None, "yours; consumer group barid-dev")
         }
         None => {
@@ -306,12 +332,7 @@ async fn relay(port: &Port, to: String) -> anyhow::Result<Relay> {
             Err(error) => problem = Some(error),
         }
     }
-    match problem {
-        Some(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
-            Err(error).with_context(|| port.remedy())
-        }
-        _ => bail!(Coded::config(port.remedy())),
-    }
+    bail!(Coded::config(port.remedy(problem.as_ref())))
 }
 
 /// Fails if a Kafka or Redis of the user cannot be used, before the roles would log it all the time.
@@ -333,30 +354,25 @@ fn check(what: &str, probes: Vec<Probe>, remedy: &str) -> anyhow::Result<()> {
 /// The secret of the given file, or one that stays the same over restarts.
 fn secret(args: &Args) -> anyhow::Result<Secret> {
     match &args.secret_file {
-        Some(file) => {
-            let secret = secret_in(file)?;
-            let (file, bytes) = (file.display(), secret.expose().len());
-            if bytes < SECRET_BYTES_MIN {
-                bail!(Coded::config(format!(
-                    "--secret-file {file}: HS256 needs {SECRET_BYTES_MIN} bytes or more, it has {bytes}"
-                )));
-            }
-            Ok(secret)
-        }
+        Some(file) => secret_in(file),
         None => state::kept_secret(|| random_name("") + &random_name("") + &random_name("")),
     }
 }
 
 /// The address for devices.
 fn listen(port: &Port, out: Output) -> anyhow::Result<SocketAddr> {
+    let mut problem = None;
     for number in port.candidates().take(2) {
-        if let Ok(free) = TcpListener::bind((Ipv4Addr::LOCALHOST, number)) {
-            let address = free.local_addr()?;
-            port.tell(address.port(), out);
-            return Ok(address);
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, number)) {
+            Ok(free) => {
+                let address = free.local_addr()?;
+                port.tell(address.port(), out);
+                return Ok(address);
+            }
+            Err(error) => problem = Some(error),
         }
     }
-    bail!(Coded::config(port.remedy()))
+    bail!(Coded::config(port.remedy(problem.as_ref())))
 }
 
 /// Waits until the private Redis ends, which is an error.

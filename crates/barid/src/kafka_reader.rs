@@ -10,6 +10,7 @@ use rdkafka::{ClientConfig, Message as _, Offset, TopicPartitionList};
 
 use tokio::time::sleep;
 
+use crate::output::Coded;
 use crate::values::{KafkaArgs, kafka_client};
 
 /// Wait after an error that passes.
@@ -134,7 +135,7 @@ fn starts(
     let metadata = consumer.fetch_metadata(Some(topic), left())?;
     let partitions = metadata.topics().first().map(|t| t.partitions()).unwrap_or_default();
     if partitions.is_empty() {
-        bail!("the topic does not exist");
+        bail!(Coded::config("the topic does not exist"));
     }
     let mut list = TopicPartitionList::new();
     for partition in partitions {

@@ -15,7 +15,8 @@ use futures::StreamExt as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use crate::output::{Output, Tone, clean, span};
+use crate::confirm::{ConfirmArgs, Step};
+use crate::output::{Coded, Output, Tone, clean, span};
 use crate::values::{InternalArgs, RedisArgs};
 
 /// After an error without certificates.
@@ -53,6 +54,8 @@ pub struct Args {
     /// Reason that is sent to the devices
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub reason: String,
+    #[command(flatten)]
+    pub confirm: ConfirmArgs,
     #[command(flatten)]
     pub redis: RedisArgs,
     #[command(flatten)]
@@ -101,16 +104,19 @@ impl From<tonic::Status> for Failed {
 /// Asks all nodes at once. The exit code is 1 if a node refused, otherwise 4 if one could not be asked or broke off.
 pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let credentials = args.internal.credentials(&args.redis)?;
+    let app = match (&args.user, &args.whole_app) {
+        (Some(_), _) => user_app(args.app.as_ref())?.to_string(),
+        (None, Some(app)) => app.to_string(),
+        (None, None) => String::new(),
+    };
+    args.redis.needed()?;
+    confirm(&args)?;
     let nodes = nodes(&args).await?;
     if nodes.is_empty() {
         anyhow::bail!("no access node has a lease in this Redis");
     }
     let request = KickRequest {
-        app: match (&args.user, &args.whole_app) {
-            (Some(_), _) => user_app(args.app.as_ref())?.to_string(),
-            (None, Some(app)) => app.to_string(),
-            (None, None) => String::new(),
-        },
+        app,
         user: args.user.as_ref().map(UserId::to_string).unwrap_or_default(),
         device: args.device.as_ref().map(DeviceId::to_string).unwrap_or_default(),
         everyone: args.everyone,
@@ -160,6 +166,24 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(outcome.exit_code()))
 }
 
+/// Asks where many are concerned.
+fn confirm(args: &Args) -> anyhow::Result<()> {
+    let rate = args.rate;
+    match &args.whole_app {
+        Some(app) => args.confirm.ask(&Step {
+            given: "--whole-app",
+            effect: &format!("closes all sessions of app {app}, {rate} per second"),
+            word: app.as_str(),
+        }),
+        None if args.everyone => args.confirm.ask(&Step {
+            given: "--everyone",
+            effect: &format!("closes all sessions of all apps, {rate} per second"),
+            word: "everyone",
+        }),
+        None => Ok(()),
+    }
+}
+
 impl Outcome {
     fn exit_code(&self) -> u8 {
         let mut failed = self.nodes.values().filter(|node| node.error.is_some()).peekable();
@@ -177,7 +201,7 @@ fn user_app(given: Option<&AppId>) -> anyhow::Result<AppId> {
         return Ok(app.clone());
     }
     let name = std::env::var("BARID_APP").unwrap_or_else(|_| "demo".into());
-    AppId::new(&name).context("BARID_APP")
+    Ok(AppId::new(&name).map_err(|error| Coded::config(format!("BARID_APP: {error}")))?)
 }
 
 async fn nodes(args: &Args) -> anyhow::Result<Vec<NodeRecord>> {

@@ -1,14 +1,18 @@
 //! `barid listen`: a device that uses the SDK.
 
+mod skips;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use barid_client::{
-    AckHandle, Body, Client, Closed, Deliveries, Delivery, Event, FileStore, Message,
+    AckHandle, Body, Client, Closed, Deliveries, Delivery, Event, FileStore, InvalidBuilder,
+    Message,
 };
 use barid_core::{AppId, DeviceId, GroupId, UserId};
+use barid_runtime::SecretUrl;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
@@ -17,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use self::skips::Skips;
 use crate::output::{Coded, Output, Tone, clean, clock, span};
 use crate::token::{Holder, sign};
 use crate::values::{self, KeyArgs, now_ms};
@@ -25,6 +30,8 @@ use crate::values::{self, KeyArgs, now_ms};
 const HELD_MAX: usize = 10_000;
 /// How often it is said that the cluster does not answer.
 const SILENCE: Duration = Duration::from_secs(2);
+/// A skip waits for the messages before it; after this time without one, they were messages that the SDK does not show.
+const SKIPS_WAIT: Duration = Duration::from_secs(1);
 /// The time to live of the tokens that this command signs.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
@@ -95,7 +102,8 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             // A blocked terminal must not block the connection.
             let _ = events.try_send(event);
         })
-        .open(at_once)?;
+        .open(at_once)
+        .map_err(|error| invalid(error, &args))?;
     let result = show(&args, &client, deliveries, reported, out).await;
     let closed = client.shutdown().await;
     let seen = result?;
@@ -112,11 +120,7 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
         .platform("terminal");
     let builder = args.groups.iter().fold(builder, |builder, group| builder.group(group.as_str()));
     let builder = match &args.ca_file {
-        Some(file) => {
-            let pem = std::fs::read(file)
-                .with_context(|| format!("cannot read the certificates in {}", file.display()))?;
-            builder.root_certificates(pem)
-        }
+        Some(file) => builder.root_certificates(values::content("--ca-file", file)?),
         None => builder,
     };
     let builder = match &args.position_file {
@@ -133,6 +137,28 @@ fn builder(args: &Args) -> anyhow::Result<barid_client::Builder> {
         let token = sign(&key, &holder, TOKEN_TTL);
         std::future::ready(token.map(|(token, _)| token.into()).map_err(Into::into))
     }))
+}
+
+/// The option that the SDK refuses, and what to write. A URL may hold a password.
+fn invalid(error: InvalidBuilder, args: &Args) -> Coded {
+    let file = |file: &Option<std::path::PathBuf>| {
+        file.as_ref().map_or(String::new(), |file| file.display().to_string())
+    };
+    Coded::config(match error {
+        InvalidBuilder::Url { url, problem } => {
+            let shown =
+                if url.contains("://") { format!(" {}", SecretUrl::new(url)) } else { "".into() };
+            format!("--url{shown}: {problem}; write ws://HOST:PORT, or wss://HOST with TLS")
+        }
+        InvalidBuilder::Certificates(why) => {
+            format!("--ca-file {}: {why}; name a file of certificates in PEM", file(&args.ca_file))
+        }
+        InvalidBuilder::Store(error) => {
+            let file = file(&args.position_file);
+            format!("--position-file {file}: cannot be read: {error}; remove it, or name another")
+        }
+        other => other.to_string(),
+    })
 }
 
 /// How a session went.
@@ -173,6 +199,8 @@ async fn show(
     let mut waiting: Option<Instant> = None;
     let mut silence = interval(SILENCE);
     silence.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut skips = Skips::default();
+    let mut skips_over = std::pin::pin!(tokio::time::sleep(SKIPS_WAIT));
     while seen.messages < count {
         tokio::select! {
             biased;
@@ -186,10 +214,16 @@ async fn show(
                     Event::Disconnected { .. } => waiting = None,
                     _ => {}
                 }
-                print_event(&event, out)?;
+                skips_over.as_mut().reset(Instant::now() + SKIPS_WAIT);
+                print_events(skips.event(event), out)?;
             }
             Some(Delivery { message, ack }) = deliveries.next() => {
+                // A group has positions of its own.
+                let seq = message.group.is_none().then_some(message.seq.0);
+                print_events(seq.map(|seq| skips.before(seq)).unwrap_or_default(), out)?;
                 show_message(&message, out)?;
+                print_events(seq.map(|seq| skips.after(seq)).unwrap_or_default(), out)?;
+                skips_over.as_mut().reset(Instant::now() + SKIPS_WAIT);
                 seen.messages += 1;
                 if args.no_ack { held.push(ack) } else { ack.ack() }
             }
@@ -200,14 +234,20 @@ async fn show(
             _ = silence.tick(), if waiting.is_some() => {
                 print_silence(waiting.map_or(Duration::ZERO, |since| since.elapsed()), out)?;
             }
+            () = &mut skips_over, if skips.are_held() => print_events(skips.all(), out)?,
             _ = client.closed() => break,
         }
     }
     while let Ok(event) = reported.try_recv() {
         seen.connected |= matches!(event, Event::Connected { .. });
-        print_event(&event, out)?;
+        print_events(skips.event(event), out)?;
     }
+    print_events(skips.all(), out)?;
     Ok(seen)
+}
+
+fn print_events(events: Vec<Event>, out: Output) -> anyhow::Result<()> {
+    events.iter().try_for_each(|event| print_event(event, out))
 }
 
 /// A node answers a Hello once it has read the device's mailbox.

@@ -2,6 +2,7 @@
 
 mod authority;
 mod cli;
+mod confirm;
 mod dead;
 mod dev;
 mod inspect;
@@ -21,13 +22,17 @@ mod values;
 
 use std::process::ExitCode;
 
+use barid_runtime::exit;
 use clap::Parser as _;
 
 use crate::cli::{Cli, Cluster, Command, Inspect, Topics};
-use crate::output::Output;
+use crate::output::{Coded, Output};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let out = Output::new(cli.json);
     let workers = match barid_runtime::Workers::find() {
         Ok(workers) => workers,
@@ -44,6 +49,19 @@ fn main() -> ExitCode {
     let result = runtime.block_on(run(cli.command, out));
     runtime.shutdown_background();
     result.unwrap_or_else(|error| out.fail(&error))
+}
+
+/// Prints help, or why the arguments are invalid.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let words: Vec<String> =
+        std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    if let Some(hint) = send::dash_hint(&words, error.kind()) {
+        let is_json = words.iter().any(|word| word == "--json");
+        return Output::new(is_json).fail(&Coded::config(hint).into());
+    }
+    // An error of stderr cannot be reported.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::CONFIG))
 }
 
 async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {

@@ -1,7 +1,7 @@
 //! Files that only this user may have written. Directory and file are opened without following links, and their owner
 //! is checked on the opened handles: between a check by name and the use, another user could exchange them.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -76,15 +76,27 @@ impl PrivateFile {
         self.replace(text).with_context(|| format!("cannot write {}", self.path.display()))
     }
 
+    /// Fails where [`Self::write`] would.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let problem = || format!("cannot write {}", self.path.display());
+        let (new, _) = self.create().with_context(problem)?;
+        unlinkat(&self.dir, &new, AtFlags::empty()).with_context(problem)
+    }
+
     fn replace(&self, text: &[u8]) -> io::Result<()> {
-        let name = self.name()?;
-        let mut new = name.to_owned();
+        let (new, mut file) = self.create()?;
+        file.write_all(text)?;
+        Ok(renameat(&self.dir, &new, &self.dir, self.name()?)?)
+    }
+
+    /// Creates the file that will replace it, and returns its name as well.
+    fn create(&self) -> io::Result<(OsString, File)> {
+        let mut new = self.name()?.to_owned();
         new.push(".new");
         let _ = unlinkat(&self.dir, &new, AtFlags::empty());
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat(&self.dir, &new, flags, Mode::RUSR | Mode::WUSR)?;
-        File::from(file).write_all(text)?;
-        Ok(renameat(&self.dir, &new, &self.dir, name)?)
+        Ok((new, file.into()))
     }
 
     /// Removes it if it exists.
@@ -106,7 +118,7 @@ fn parent(path: &Path) -> &Path {
 fn check_owner(handle: impl AsFd, path: &Path) -> anyhow::Result<rustix::fs::Stat> {
     let status = fstat(handle)?;
     if status.st_uid != rustix::process::geteuid().as_raw() {
-        bail!("{} belongs to another user; remove it, or set BARID_DEV_STATE", path.display());
+        bail!("{} belongs to another user", path.display());
     }
     Ok(status)
 }
@@ -150,6 +162,8 @@ mod tests {
         file.write(b"again").unwrap();
         assert_eq!(std::fs::read(&victim).unwrap(), b"kept");
         assert_eq!(file.read().unwrap().unwrap(), b"again");
+        file.check().unwrap();
+        assert_eq!(std::fs::read_dir(dir.path().join("own")).unwrap().count(), 3, "no trace of it");
         file.remove();
         assert!(!path.exists());
     }

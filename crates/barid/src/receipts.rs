@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "count")]
     pub follow: bool,
     /// Topic of receipts
-    #[arg(long, default_value = "barid.receipts")]
+    #[arg(long, default_value = "barid.receipts", value_parser = values::topic)]
     pub topic: String,
     /// How long to wait for Kafka
     #[arg(long, default_value = "10s", value_parser = values::positive_duration)]

@@ -15,16 +15,18 @@ use barid_core::limits::EPOCH_SECONDS_MAX;
 use barid_core::mailbox::UserKey;
 use barid_core::{AppId, UserId};
 use barid_wire::revocation::{Name, Revocation, Subject, check_reason};
+use bytes::Bytes;
 use clap::Subcommand;
 use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::time::{sleep, timeout};
 
+use crate::confirm::{ConfirmArgs, Step};
 use crate::output::{Coded, Output, Tone, clean};
 use crate::values::{self, KafkaArgs};
 
-/// Writings of a revocation that another operator overwrites.
+/// Writings of a revocation while another operator overwrites it.
 const WRITES_MAX: u32 = 10;
 /// For a producer to be ready to write at once.
 const PRODUCER_SETUP: Duration = Duration::from_secs(1);
@@ -61,12 +63,16 @@ pub enum Action {
         #[command(flatten)]
         app: AppArgs,
         #[command(flatten)]
+        confirm: ConfirmArgs,
+        #[command(flatten)]
         issued: IssuedArgs,
         #[command(flatten)]
         revoke: RevokeArgs,
     },
     /// Revoke the tokens that were issued to all users of all apps so far
     Everyone {
+        #[command(flatten)]
+        confirm: ConfirmArgs,
         #[command(flatten)]
         issued: IssuedArgs,
         #[command(flatten)]
@@ -186,7 +192,7 @@ pub struct RevokeArgs {
 #[derive(Debug, Clone, clap::Args)]
 pub struct TopicArgs {
     /// Topic of revocations
-    #[arg(long, default_value = "barid.revocations")]
+    #[arg(long, default_value = "barid.revocations", value_parser = values::topic)]
     pub topic: String,
     /// How long to wait for Kafka
     #[arg(long, default_value = "30s", value_parser = values::positive_duration)]
@@ -229,8 +235,22 @@ pub async fn run(action: Action, out: Output) -> anyhow::Result<ExitCode> {
         Action::User { user, issued, revoke } => (user.subject(), Some(issued), revoke),
         Action::Token { token, revoke } => (token.subject(), None, revoke),
         Action::Key { key, revoke } => (Subject::Key(key.kid), None, revoke),
-        Action::App { app, issued, revoke } => (Subject::App(app.app), Some(issued), revoke),
-        Action::Everyone { issued, revoke } => (Subject::Everyone, Some(issued), revoke),
+        Action::App { app: AppArgs { app }, confirm, issued, revoke } => {
+            confirm.ask(&Step {
+                given: "revoke app",
+                effect: &format!("closes all sessions of app {app} until devices have new tokens"),
+                word: app.as_str(),
+            })?;
+            (Subject::App(app), Some(issued), revoke)
+        }
+        Action::Everyone { confirm, issued, revoke } => {
+            confirm.ask(&Step {
+                given: "revoke everyone",
+                effect: "closes all sessions of all apps until devices have new tokens",
+                word: "everyone",
+            })?;
+            (Subject::Everyone, Some(issued), revoke)
+        }
         Action::List(topic) => return list(&topic, out).await,
         Action::Withdraw(what) => return withdraw(what, out).await,
     };
@@ -273,22 +293,38 @@ async fn revoke(
         at_s,
     };
     let began = Instant::now();
-    // Another operator may write the same key at the same time: until Kafka has what is wanted.
-    for _ in 0..WRITES_MAX {
-        let present = present(&revocation.subject, &kafka, args.topic.timeout).await?;
-        if let Some(present) = &present {
-            revocation.extend(present);
+    establish(&mut revocation, &producer, &kafka, args.topic.timeout).await?;
+    confirm(&revocation, began, &kafka, out)
+}
+
+/// Writes a revocation until Kafka has it, extended by what is in force of the same tokens. Another operator may write or
+/// remove the same key meanwhile: each writing is read back, with the record that it has replaced.
+async fn establish(
+    revocation: &mut Revocation,
+    producer: &Producer,
+    kafka: &KafkaConfig,
+    limit: Duration,
+) -> anyhow::Result<()> {
+    let key = revocation.subject.to_string();
+    for written in 0..WRITES_MAX {
+        let last = last_records(&[key.clone().into_bytes()], kafka, limit).await?;
+        let last = last.into_values().next().unwrap_or_default();
+        let now_s = values::now_ms() / 1000;
+        let present = last.present(&key, now_s)?;
+        present.iter().for_each(|present| revocation.extend(present));
+        if written > 0 {
+            last.replaced(&key, now_s).iter().for_each(|replaced| revocation.extend(replaced));
         }
-        if present.is_some_and(|present| present.covers(&revocation)) {
-            return confirm(&revocation, began, &kafka, out);
+        if present.is_some_and(|present| present.covers(revocation)) {
+            return Ok(());
         }
         let encoded = revocation.encode().map_err(|error| Coded::config(error.to_string()));
         let (key, value) = encoded?;
         let topic = &kafka.topics.revocations;
         let sent = producer.send(topic, key.as_bytes(), value.into(), &[]).await;
-        sent.with_context(|| cannot("revoke", &kafka))?;
+        sent.with_context(|| cannot("revoke", kafka))?;
     }
-    bail!("another operator writes {} all the time", clean(&revocation.subject.to_string()))
+    bail!("another operator writes {} all the time", clean(&key))
 }
 
 fn confirm(
@@ -306,23 +342,62 @@ fn confirm(
     Ok(ExitCode::SUCCESS)
 }
 
-/// The revocation of a subject that is in force: a new one must not weaken it.
-async fn present(
-    subject: &Subject,
+/// The last two records of a key in the log; `None`: a tombstone, or no record.
+#[derive(Debug, Default)]
+struct Last {
+    newest: Option<Bytes>,
+    before: Option<Bytes>,
+}
+
+impl Last {
+    fn add(&mut self, value: Option<Bytes>) {
+        self.before = std::mem::replace(&mut self.newest, value);
+    }
+
+    /// The revocation that is in force: a new one must not weaken it.
+    fn present(&self, key: &str, now_s: u64) -> anyhow::Result<Option<Revocation>> {
+        let Some(value) = &self.newest else { return Ok(None) };
+        let present = Revocation::decode(key.as_bytes(), value).map_err(|error| {
+            anyhow!(
+                "{} has a record that this version cannot read, and that revokes all its tokens \
+                 ({error}): withdraw it first",
+                clean(key)
+            )
+        })?;
+        Ok(Some(present).filter(|present| !present.is_over(now_s)))
+    }
+
+    /// The revocation that would be in force without the newest record.
+    fn replaced(&self, key: &str, now_s: u64) -> Option<Revocation> {
+        let (replaced, _) =
+            Revocation::decode_or_all(key.as_bytes(), self.before.as_ref()?).ok()?;
+        Some(replaced).filter(|replaced| !replaced.is_over(now_s))
+    }
+
+    /// The revocation in force that the newest record, a tombstone, has removed.
+    fn removed(&self, key: &str, now_s: u64) -> Option<Revocation> {
+        if self.newest.is_some() { None } else { self.replaced(key, now_s) }
+    }
+}
+
+/// The last records of these keys.
+async fn last_records(
+    keys: &[Vec<u8>],
     kafka: &KafkaConfig,
     limit: Duration,
-) -> anyhow::Result<Option<Revocation>> {
-    let key = subject.to_string();
-    let all = read(kafka, limit).await?;
-    let Some(value) = all.get(key.as_bytes()) else { return Ok(None) };
-    let present = Revocation::decode(key.as_bytes(), value).map_err(|error| {
-        anyhow!(
-            "{} has a record that this version cannot read, and that revokes all its tokens \
-             ({error}): withdraw it first",
-            clean(&key)
-        )
-    })?;
-    Ok(Some(present).filter(|present| !present.is_over(values::now_ms() / 1000)))
+) -> anyhow::Result<BTreeMap<Vec<u8>, Last>> {
+    let mut all: BTreeMap<Vec<u8>, Last> =
+        keys.iter().map(|key| (key.clone(), Last::default())).collect();
+    let each = |step| match step {
+        Replayed::Changes(changes) => changes.into_iter().for_each(|Change { key, value }| {
+            if let Some(last) = all.get_mut(&*key) {
+                last.add(value);
+            }
+        }),
+        Replayed::Restart => all.values_mut().for_each(|last| *last = Last::default()),
+    };
+    replay(kafka, limit, each).await?;
+    Ok(all)
 }
 
 /// Waits until the present second is over, and returns the next one: tokens that were issued so far are issued before
@@ -371,7 +446,33 @@ async fn withdraw_ended(topic: &TopicArgs, out: Output) -> anyhow::Result<ExitCo
     if keys.is_empty() && !out.is_json() {
         out.line("no revocation has ended")?;
     }
-    delete(&keys, &producer, &config, out).await
+    delete(&keys, &producer, &config, out).await?;
+    restore(&keys, &producer, &config, topic.timeout, out).await
+}
+
+/// Writes again what [`withdraw_ended`] has removed by mistake: another operator may have revoked the same tokens again
+/// after it had read the topic, and before its tombstone.
+async fn restore(
+    keys: &[Vec<u8>],
+    producer: &Producer,
+    config: &KafkaConfig,
+    limit: Duration,
+    out: Output,
+) -> anyhow::Result<ExitCode> {
+    if keys.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let now_s = values::now_ms() / 1000;
+    for (key, last) in last_records(keys, config, limit).await? {
+        let key = String::from_utf8_lossy(&key);
+        let Some(mut removed) = last.removed(&key, now_s) else { continue };
+        establish(&mut removed, producer, config, limit).await?;
+        out.either(&shown("restored", &removed), || {
+            let title = out.paint(Tone::Warn, "restored");
+            format!("{title}  {}: it was revoked again meanwhile", line(&removed, out))
+        })?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn delete(
@@ -420,24 +521,45 @@ async fn list(topic: &TopicArgs, out: Output) -> anyhow::Result<ExitCode> {
 }
 
 /// The newest value of each key, in the order of the keys.
-pub async fn read(
+async fn read(config: &KafkaConfig, limit: Duration) -> anyhow::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let mut all = BTreeMap::new();
+    let each = |step| match step {
+        Replayed::Changes(changes) => changes.into_iter().for_each(|change| match change.value {
+            Some(value) => drop(all.insert(change.key.to_vec(), value.to_vec())),
+            None => drop(all.remove(&*change.key)),
+        }),
+        Replayed::Restart => all.clear(),
+    };
+    replay(config, limit, each).await?;
+    Ok(all)
+}
+
+/// A step of [`replay`].
+#[derive(Debug, Clone)]
+pub enum Replayed {
+    /// Records, in the order of the log; as many at once as a node applies at once.
+    Changes(Vec<Change>),
+    /// The topic is read from its beginning again: what was read before does not count.
+    Restart,
+}
+
+/// Reads the topic of revocations from its beginning to its end: calls `each` with every step.
+///
+/// # Errors
+/// Returns an error if Kafka does not answer within `limit`, or the topic cannot be read.
+pub async fn replay(
     config: &KafkaConfig,
     limit: Duration,
-) -> anyhow::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    mut each: impl FnMut(Replayed),
+) -> anyhow::Result<()> {
     let mut follower = Follower::start(config, &config.topics.revocations)?;
-    let (mut all, mut degraded) = (BTreeMap::new(), None);
+    let mut degraded = None;
     let reading = async {
         loop {
             match follower.next().await {
-                Followed::Changes(changes) => changes.into_iter().for_each(|change| {
-                    let Change { key, value } = change;
-                    match value {
-                        Some(value) => drop(all.insert(key.to_vec(), value.to_vec())),
-                        None => drop(all.remove(&*key)),
-                    }
-                }),
+                Followed::Changes(changes) => each(Replayed::Changes(changes)),
                 Followed::CaughtUp => return Ok(()),
-                Followed::Restarted => all.clear(),
+                Followed::Restarted => each(Replayed::Restart),
                 // Found by `describe_revocations` before anything is written.
                 Followed::Partitions(_) => {}
                 Followed::Degraded(error) if error.is_away() => degraded = Some(error),
@@ -447,7 +569,7 @@ pub async fn read(
         }
     };
     match timeout(limit, reading).await {
-        Ok(Ok(())) => Ok(all),
+        Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
             let problem = format!("{}: {error}", cannot("read the revocations", config));
             bail!(Coded::config(problem))
@@ -579,6 +701,46 @@ mod tests {
         ] {
             assert!(seconds(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn hazard_157_what_a_tombstone_or_a_record_has_replaced_unseen_is_found() {
+        const NOW: u64 = 1_800_000_000;
+        let key = "token:demo:a";
+        let record = |until_s: Option<u64>| {
+            let subject = key.parse().unwrap();
+            let revocation =
+                Revocation { subject, issued_before_s: None, until_s, reason: "".into(), at_s: 1 };
+            Some(Bytes::from(revocation.encode().unwrap().1))
+        };
+        let (ended, hour, forever) = (record(Some(NOW)), record(Some(NOW + 3_600)), record(None));
+        let last = |records: &[&Option<Bytes>]| {
+            let mut last = Last::default();
+            records.iter().for_each(|record| last.add((*record).clone()));
+            last
+        };
+        let removed = |records: &[&Option<Bytes>]| {
+            last(records).removed(key, NOW).map(|removed| removed.until_s)
+        };
+        let tombstone = None;
+        assert_eq!(removed(&[]), None);
+        assert_eq!(removed(&[&ended, &tombstone]), None, "as it was meant");
+        assert_eq!(removed(&[&ended, &forever, &tombstone]), Some(None), "revoked meanwhile");
+        assert_eq!(removed(&[&ended, &hour, &tombstone]), Some(Some(NOW + 3_600)));
+        assert_eq!(removed(&[&ended, &forever, &tombstone, &hour]), None, "and once more");
+        let twice = removed(&[&ended, &forever, &tombstone, &tombstone]);
+        assert_eq!(twice, None, "another operator has withdrawn it");
+        let odd = Some(Bytes::from_static(b"{\"v\":2}"));
+        assert_eq!(removed(&[&odd, &tombstone]), Some(None), "it revokes all tokens of its key");
+
+        let replaced = |records: &[&Option<Bytes>]| {
+            last(records).replaced(key, NOW).map(|replaced| replaced.until_s)
+        };
+        assert_eq!(replaced(&[&forever, &hour]), Some(None), "by a shorter one");
+        assert_eq!(replaced(&[&ended, &hour]), None);
+        assert_eq!(replaced(&[&forever, &tombstone, &hour]), None, "it was withdrawn");
+        assert!(last(&[&odd]).present(key, NOW).is_err());
+        assert!(last(&[&ended]).present(key, NOW).unwrap().is_none());
     }
 
     #[tokio::test]

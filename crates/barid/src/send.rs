@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use barid_bus::KafkaConfig;
 use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
 use barid_wire::record::{
@@ -15,6 +15,7 @@ use barid_wire::record::{
 use barid_wire::v1::ReceiptKind;
 use bytes::Bytes;
 use clap::ValueEnum;
+use clap::error::ErrorKind;
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
@@ -27,6 +28,9 @@ use crate::kafka_reader::Tail;
 use crate::output::{Coded, Output, Tone, clean, span};
 use crate::receipts;
 use crate::values::{self, KafkaArgs};
+
+/// The largest record that is sent, bytes.
+const MESSAGE_BYTES_MAX: u64 = 100_000_000;
 
 /// Options of `barid send`.
 #[derive(Debug, clap::Args)]
@@ -48,14 +52,14 @@ pub struct Args {
     #[arg(long, conflicts_with = "users")]
     pub device: Option<DeviceId>,
 
-    /// Text
+    /// Text; one that begins with a dash follows --
     #[arg(value_name = "TEXT")]
     pub text: Option<String>,
     /// Text that begins with a dash
     #[arg(long = "text", value_name = "TEXT", allow_hyphen_values = true)]
     pub text_option: Option<String>,
     /// JSON value instead of text
-    #[arg(long, value_name = "JSON")]
+    #[arg(long, value_name = "JSON", allow_negative_numbers = true)]
     pub json_body: Option<String>,
     /// Bytes instead of text, in base64
     #[arg(long, value_name = "BASE64", value_parser = decode_base64)]
@@ -133,6 +137,21 @@ struct Sent<'a> {
     trace_id: Option<String>,
 }
 
+/// What to write instead of a text that begins with a dash, which clap takes for options: `-hello` is `-h`. `words`: the
+/// arguments, after the program's name.
+pub fn dash_hint(words: &[String], kind: ErrorKind) -> Option<String> {
+    let is_send = words.iter().find(|word| !word.starts_with('-')).is_some_and(|it| it == "send");
+    let mut options = words.iter().take_while(|word| *word != "--");
+    let text = options.find(|word| match kind {
+        ErrorKind::DisplayHelp => word.starts_with("-h") && word.len() > 2,
+        ErrorKind::UnknownArgument => word.starts_with('-') && !word.starts_with("--"),
+        _ => false,
+    })?;
+    is_send.then(|| {
+        format!("{text} is not an option; a text that begins with a dash follows --: -- '{text}'")
+    })
+}
+
 /// Sends one message. The exit code is 1 if the cluster refuses it or knows its id, and 3 if an awaited receipt does not
 /// arrive in time.
 pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
@@ -199,7 +218,7 @@ async fn connect(config: &KafkaConfig, args: &Args, topic: &str) -> anyhow::Resu
         .set("client.id", "barid-cli")
         .set("acks", "all")
         .set("linger.ms", "0")
-        .set("message.max.bytes", "100000000")
+        .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())
         .set("message.timeout.ms", args.timeout.as_millis().max(1).to_string())
         .set_log_level(RDKafkaLogLevel::Emerg);
     let producer: FutureProducer = values::kafka_client(client, &args.kafka.properties)?;
@@ -387,12 +406,16 @@ fn body(args: &Args) -> anyhow::Result<(BodyKind, Bytes)> {
 fn file_body(file: &Path, kind: Option<Kind>) -> anyhow::Result<(BodyKind, Bytes)> {
     let mut content = Vec::new();
     let standard_input = file == Path::new("-");
+    // Some files have no end; what is larger than a record is refused when it is encoded.
+    let max = MESSAGE_BYTES_MAX + 1;
     let read = match standard_input {
-        true => std::io::stdin().lock().read_to_end(&mut content),
-        false => std::fs::File::open(file).and_then(|mut file| file.read_to_end(&mut content)),
+        true => std::io::stdin().lock().take(max).read_to_end(&mut content),
+        false => {
+            std::fs::File::open(file).and_then(|file| file.take(max).read_to_end(&mut content))
+        }
     };
     let shown = file.display();
-    read.with_context(|| format!("cannot read {shown}"))?;
+    read.map_err(|error| Coded::config(format!("--file {shown}: cannot be read: {error}")))?;
     let kind = kind.unwrap_or_else(|| match file.extension().and_then(|e| e.to_str()) {
         Some("json") => Kind::Json,
         Some("txt") => Kind::Text,
@@ -401,7 +424,7 @@ fn file_body(file: &Path, kind: Option<Kind>) -> anyhow::Result<(BodyKind, Bytes
     });
     let text = |content| {
         String::from_utf8(content)
-            .map_err(|_| anyhow!("{shown} is not UTF-8; send it with --as data"))
+            .map_err(|_| Coded::config(format!("--file {shown} is not UTF-8; add --as data")))
     };
     Ok(match kind {
         Kind::Data => (BodyKind::Data, content.into()),
@@ -468,6 +491,35 @@ mod tests {
         };
         assert!(!large("x") && !large(&"x".repeat(65_536)));
         assert!(large(&"x".repeat(65_537)));
+    }
+
+    #[test]
+    fn hazard_115_a_text_that_begins_with_a_dash_is_sent_or_told_how() {
+        let told = |line: &str| {
+            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            let parsed = crate::cli::Cli::try_parse_from(
+                std::iter::once("barid".into()).chain(words.clone()),
+            );
+            parsed.err().map(|error| dash_hint(&words, error.kind()).unwrap_or_default())
+        };
+        for line in ["send --user a -hello", "send -hello --user a", "--json send --user a -n"] {
+            let hint = told(line).unwrap();
+            let text =
+                line.split(' ').find(|word| word.starts_with("-h") || *word == "-n").unwrap();
+            assert!(hint.ends_with(&format!(": -- '{text}'")) && !hint.contains('\n'), "{hint}");
+        }
+        for line in ["send --user a -- -hello", "send --user a --text -hello"] {
+            assert_eq!(told(line), None, "{line}");
+        }
+        for line in ["send -h", "send --help", "send --usr a hello", "kick -hello", "send --user a"]
+        {
+            assert_eq!(told(line), Some(String::new()), "clap tells: {line}");
+        }
+        assert_eq!(
+            json(&["--id", "i", "--user", "a", "--", "-hello"]).unwrap(),
+            r#"{"id":"i","app":"demo","to":{"user":"a"},"text":"-hello"}"#
+        );
+        assert!(json(&["--id", "i", "--user", "a", "--json-body", "-5"]).unwrap().contains(":-5}"));
     }
 
     #[test]

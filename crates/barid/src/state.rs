@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use barid_core::Secret;
 use serde::{Deserialize, Serialize};
 
+use crate::output::Coded;
 use crate::private::PrivateFile;
 
 /// Variable with the path of the file.
@@ -38,19 +39,31 @@ pub struct DevState {
 
 impl DevState {
     /// The running cluster, if there is one.
+    ///
+    /// # Errors
+    /// Returns an error if there is a file, and it cannot be read or is not one of `barid dev`.
     pub fn running() -> anyhow::Result<Option<Self>> {
-        let path = path()?;
-        let Some(file) = PrivateFile::find(&path)? else { return Ok(None) };
+        Self::read(&path()).map_err(unusable)
+    }
+
+    fn read(path: &Path) -> anyhow::Result<Option<Self>> {
+        let Some(file) = PrivateFile::find(path)? else { return Ok(None) };
         let Some(text) = file.read()? else { return Ok(None) };
-        let state: Self = serde_json::from_slice(&text)
-            .with_context(|| format!("{} is not a state file of `barid dev`", path.display()))?;
+        let state: Self = serde_json::from_slice(&text).map_err(|error| {
+            anyhow!("{} is not a state file of `barid dev` ({error}); remove it", path.display())
+        })?;
         Ok(state.is_alive().then_some(state))
+    }
+
+    /// Fails where [`Self::publish`] would.
+    pub fn check() -> anyhow::Result<()> {
+        PrivateFile::prepare(&path()).and_then(|file| file.check()).map_err(unusable)
     }
 
     /// Writes the file. It is removed when the guard is dropped.
     pub fn publish(&self) -> anyhow::Result<Published> {
-        let file = PrivateFile::prepare(&path()?)?;
-        file.write(&serde_json::to_vec_pretty(self)?)?;
+        let file = PrivateFile::prepare(&path()).map_err(unusable)?;
+        file.write(&serde_json::to_vec_pretty(self)?).map_err(unusable)?;
         Ok(Published { file })
     }
 
@@ -59,6 +72,12 @@ impl DevState {
         let stat = Path::new("/proc").join(self.pid.to_string());
         stat.exists() || !Path::new("/proc/self").exists()
     }
+}
+
+fn unusable(error: anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let or = if text.ends_with("remove it") { ", or" } else { ";" };
+    Coded::config(format!("{text}{or} set {STATE_FILE} to a file elsewhere")).into()
 }
 
 /// Removes the file on drop.
@@ -74,11 +93,17 @@ impl Drop for Published {
 }
 
 /// The secret that signs the tokens of `barid dev`: in a file, so that tokens outlive a restart.
+///
+/// # Errors
+/// Returns an error if the file cannot be read or written, or holds no secret.
 pub fn kept_secret(new: impl FnOnce() -> String) -> anyhow::Result<Secret> {
-    let beside = path()?.with_extension("secret");
+    let beside = path().with_extension("secret");
     let kept = kept_secret_path().filter(|path| PrivateFile::prepare(path).is_ok());
-    let path = kept.unwrap_or(beside);
-    let file = PrivateFile::prepare(&path)?;
+    kept_in(&kept.unwrap_or(beside), new).map_err(unusable)
+}
+
+fn kept_in(path: &Path, new: impl FnOnce() -> String) -> anyhow::Result<Secret> {
+    let file = PrivateFile::prepare(path)?;
     if let Some(kept) = file.read()? {
         let kept = String::from_utf8(kept).ok().filter(|kept| !kept.is_empty());
         let kept =
@@ -103,15 +128,15 @@ fn kept_secret_path() -> Option<PathBuf> {
 
 /// `BARID_DEV_STATE`, else `barid/dev.json` in the user's runtime directory, else
 /// `/tmp/barid-dev-<uid>/dev.json`.
-fn path() -> anyhow::Result<PathBuf> {
+fn path() -> PathBuf {
     if let Some(path) = std::env::var_os(STATE_FILE).filter(|path| !path.is_empty()) {
-        return Ok(path.into());
+        return path.into();
     }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     if let Some(runtime) = runtime.filter(|dir| dir.is_absolute() && dir.is_dir()) {
-        return Ok(runtime.join("barid").join("dev.json"));
+        return runtime.join("barid").join("dev.json");
     }
-    Ok(std::env::temp_dir()
+    std::env::temp_dir()
         .join(format!("barid-dev-{}", rustix::process::geteuid().as_raw()))
-        .join("dev.json"))
+        .join("dev.json")
 }

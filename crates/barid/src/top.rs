@@ -11,17 +11,19 @@ use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use barid_mailbox::{Mailbox, RedisConfig};
 use barid_runtime::exit;
 use futures::future::join_all;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 
 use crate::output::{Coded, Output, span};
 use crate::state::DevState;
 use crate::values::{self, RedisArgs};
 use sample::{Leases, Memory, Sample};
+use scrape::{ScrapeError, Unread};
 use screen::Screen;
 use show::View;
 
@@ -38,6 +40,7 @@ pub struct Args {
     /// Admin endpoints of roles, comma-separated or repeated [default: those of the running `barid dev`, else
     /// the default ports of this machine]
     #[arg(long, value_name = "HOST:PORT", env = "BARID_ADMIN", value_delimiter = ',')]
+    #[arg(value_parser = values::host_port)]
     pub admin: Vec<String>,
     #[command(flatten)]
     pub redis: RedisArgs,
@@ -83,9 +86,13 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let screen = (!out.is_json() && io::stdout().is_terminal()).then(Screen::open).transpose()?;
     let mut keys = screen.as_ref().map(Screen::keys);
     let mut resized = signal(SignalKind::window_change())?;
+    let mut samples = sampling(places, memory, looks);
     let showing = async {
         let (mut view, mut last) = (View::default(), None);
         loop {
+            if let Some(screen) = &screen {
+                screen.draw(last.as_ref(), &every, &mut view, out)?;
+            }
             let pressed = async {
                 match &mut keys {
                     Some(keys) => keys.recv().await,
@@ -99,19 +106,13 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
                     }
                 }
                 _ = resized.recv() => {}
-                sample = async {
-                    looks.tick().await;
-                    places.look(&mut memory).await
-                } => last = Some(sample),
-            }
-            match (&screen, &mut last) {
-                (Some(screen), Some(sample)) => screen.draw(sample, &every, &mut view, out)?,
-                (None, last) => {
-                    if let Some(sample) = last.take() {
+                sample = samples.recv() => {
+                    let sample = sample.context("the task that reads the endpoints has ended")?;
+                    if screen.is_none() {
                         print(&sample, &every, out)?;
                     }
+                    last = Some(sample);
                 }
-                (Some(_), None) => {}
             }
         }
     };
@@ -122,6 +123,21 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Takes a sample at each tick, in a task of its own: a key that is pressed neither waits for a sample nor begins it anew.
+fn sampling(mut places: Places, mut memory: Memory, mut looks: Interval) -> mpsc::Receiver<Sample> {
+    let (taken, samples) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            looks.tick().await;
+            let sample = places.look(&mut memory).await;
+            if taken.send(sample).await.is_err() {
+                return;
+            }
+        }
+    });
+    samples
+}
+
 impl Places {
     fn of(args: &Args) -> anyhow::Result<Self> {
         // Endpoints that are given are of another cluster than a running `barid dev`.
@@ -130,7 +146,7 @@ impl Places {
                 let dev = DevState::running()?;
                 (dev.map(|dev| dev.admin).unwrap_or_default(), args.redis.known()?)
             }
-            given => (given.to_vec(), args.redis.given()),
+            given => (given.to_vec(), args.redis.given()?),
         };
         let usual: &[&str] = if named.is_empty() { &USUAL } else { &[] };
         Ok(Self { named, usual, redis, mailbox: None })
@@ -159,8 +175,9 @@ impl Places {
         });
         let mut looks: Vec<_> = join_all(looks).await.into_iter().flatten().collect();
         if looks.is_empty() {
-            let hint = "nothing answers here; name a role\'s admin endpoint with --admin HOST:PORT";
-            looks.push((self.usual.join(", "), Err(anyhow::anyhow!(hint))));
+            let hint = "nothing answers here; name a role's admin endpoint with --admin HOST:PORT";
+            let nowhere = ScrapeError::new(Unread::Nowhere, hint);
+            looks.push((self.usual.join(", "), Err(nowhere)));
         }
         memory.take(looks, leases)
     }

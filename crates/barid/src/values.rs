@@ -1,9 +1,13 @@
 //! Options that several commands have, and their defaults.
 
+use std::io::Read as _;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
+use barid_access::auth::SECRET_BYTES_MIN;
+use barid_bus::KafkaConfig;
 use barid_core::Secret;
 use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
@@ -12,10 +16,14 @@ use barid_runtime::SecretUrl;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfig;
 use rdkafka::error::KafkaError;
+use tempfile::TempDir;
 
 use crate::authority;
 use crate::output::Coded;
 use crate::state::DevState;
+
+/// More than the certificates or the secret in a file have, bytes.
+const CONTENT_BYTES_MAX: u64 = 1 << 20;
 
 /// Parses `30s`, `15m`, `1h`, `7d`, `500ms`; a number without a unit is in seconds.
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -42,6 +50,56 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
         Duration::ZERO => Err("it must be longer than 0, such as 30s".into()),
         duration => Ok(duration),
     }
+}
+
+/// Parses `HOST:PORT`; HOST is a name or an address, an IPv6 one in brackets.
+pub fn host_port(text: &str) -> Result<String, String> {
+    let is_host = |host: &str| match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
+        None => !host.is_empty() && !host.contains([':', '/', '@', ' ']),
+    };
+    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    match text.rsplit_once(':') {
+        Some((host, port)) if is_host(host) && is_port(port) => Ok(text.to_owned()),
+        _ => Err("write HOST:PORT, such as 127.0.0.1:7082".into()),
+    }
+}
+
+/// Parses the name of a topic.
+pub fn topic(text: &str) -> Result<String, String> {
+    barid_bus::check_topic(text).map(|()| text.to_owned())
+}
+
+/// The content of a file that an option names, at most 1 MiB.
+///
+/// # Errors
+/// Returns an error that names the option and the file if it is larger, or cannot be read.
+pub fn content(option: &str, file: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    // Some files have no end.
+    let read = std::fs::File::open(file)
+        .and_then(|file| file.take(CONTENT_BYTES_MAX + 1).read_to_end(&mut content));
+    let shown = file.display();
+    read.map_err(|error| Coded::config(format!("{option} {shown}: cannot be read: {error}")))?;
+    if content.len() as u64 > CONTENT_BYTES_MAX {
+        bail!(Coded::config(format!("{option} {shown}: more than {CONTENT_BYTES_MAX} bytes")));
+    }
+    Ok(content)
+}
+
+/// A temporary directory, removed on drop.
+///
+/// # Errors
+/// Returns an error that names the place if it cannot be created.
+pub fn temporary_dir(prefix: &str) -> anyhow::Result<TempDir> {
+    let refused = |error: std::io::Error| {
+        let (place, why) = (std::env::temp_dir(), error.kind());
+        let place = place.display();
+        Coded::config(format!(
+            "cannot create a directory in {place}: {why}; set TMPDIR to a directory that can be written"
+        ))
+    };
+    Ok(tempfile::Builder::new().prefix(prefix).tempdir().map_err(refused)?)
 }
 
 /// Milliseconds since the Unix epoch.
@@ -90,12 +148,27 @@ pub fn brokers(given: Option<String>) -> anyhow::Result<Vec<String>> {
             .map(|dev| dev.brokers)
             .ok_or_else(|| missing("Kafka", "--brokers HOST:PORT", "BARID_BROKERS"))?,
     };
-    let brokers: Vec<String> =
-        brokers.split(',').map(|b| b.trim().to_owned()).filter(|b| !b.is_empty()).collect();
+    broker_list("--brokers", &brokers)
+}
+
+/// The brokers in the value of an option.
+///
+/// # Errors
+/// Returns an error if there are none, or one is not `HOST:PORT`.
+pub fn broker_list(option: &str, text: &str) -> anyhow::Result<Vec<String>> {
+    let form = "write HOST:PORT, or several, comma-separated";
+    let all = text.split(',').map(str::trim).filter(|broker| !broker.is_empty());
+    let brokers: Vec<String> = all.map(str::to_owned).collect();
     if brokers.is_empty() {
-        bail!(Coded::config("--brokers is empty; give HOST:PORT, or several, comma-separated"));
+        bail!(Coded::config(format!("{option} is empty; {form}")));
     }
-    Ok(brokers)
+    let config = KafkaConfig { brokers, ..Default::default() };
+    config.check().map_err(|problems| {
+        let first = problems.lines().next().unwrap_or_default();
+        let problem = first.split_once("]: ").map_or(first, |(_, problem)| problem);
+        Coded::config(format!("{option}: {problem}; {form}"))
+    })?;
+    Ok(config.brokers)
 }
 
 /// The options of commands that read Kafka or produce to it.
@@ -149,21 +222,24 @@ impl RedisArgs {
     /// As given, else that of the running `barid dev`, if there is one.
     ///
     /// # Errors
-    /// Returns an error if the state of `barid dev` cannot be read.
+    /// Returns an error if an option is invalid, or the state of `barid dev` cannot be read.
     pub fn known(&self) -> anyhow::Result<Option<RedisConfig>> {
-        if let Some(config) = self.given() {
+        if let Some(config) = self.given()? {
             return Ok(Some(config));
         }
-        Ok(DevState::running()?.map(|dev| self.at(&dev.redis)))
+        DevState::running()?.map(|dev| self.at(&dev.redis)).transpose()
     }
 
     /// As given.
-    pub fn given(&self) -> Option<RedisConfig> {
-        self.url.as_deref().map(|url| self.at(url))
+    ///
+    /// # Errors
+    /// Returns an error if an option is invalid.
+    pub fn given(&self) -> anyhow::Result<Option<RedisConfig>> {
+        self.url.as_deref().map(|url| self.at(url)).transpose()
     }
 
-    fn at(&self, url: &str) -> RedisConfig {
-        RedisConfig {
+    fn at(&self, url: &str) -> anyhow::Result<RedisConfig> {
+        let config = RedisConfig {
             url: SecretUrl::new(url),
             cluster: self.cluster,
             ca_file: self.ca_file.clone(),
@@ -171,16 +247,33 @@ impl RedisArgs {
             key_file: self.key_file.clone(),
             shards: self.shards,
             ..Default::default()
-        }
+        };
+        check_redis(&config)?;
+        Ok(config)
     }
 
     /// As [`Self::known`], for commands that need Redis.
     ///
     /// # Errors
-    /// Returns an error if no Redis is known, or the state of `barid dev` cannot be read.
+    /// Returns an error if no Redis is known, an option is invalid, or the state of `barid dev` cannot be read.
     pub fn needed(&self) -> anyhow::Result<RedisConfig> {
         self.known()?.ok_or_else(|| missing("Redis", "--redis redis://HOST:PORT", "BARID_REDIS"))
     }
+}
+
+/// Checks the Redis that options describe.
+///
+/// # Errors
+/// Returns the first problem, with the option in place of the key.
+pub fn check_redis(config: &RedisConfig) -> anyhow::Result<()> {
+    let reword = |problems: String| {
+        let first = problems.lines().next().unwrap_or_default().to_owned();
+        let files = ["ca", "certificate", "key"].iter().fold(first, |text, key| {
+            text.replace(&format!("redis.{key}_file"), &format!("--redis-{key}-file"))
+        });
+        Coded::config(files.replace("redis.url", "--redis"))
+    };
+    Ok(config.check().map_err(reword)?)
 }
 
 /// The options of commands that call access nodes as an operator.
@@ -267,15 +360,26 @@ pub struct KeyArgs {
     pub key_id: Option<String>,
 }
 
-/// The secret in a file, without the end of its line.
+/// The secret in the file of `--secret-file`, without spaces and line breaks around it, as access nodes read it.
+///
+/// # Errors
+/// Returns an error if the file cannot be read, or access nodes would refuse its secret.
 pub fn secret_in(file: &Path) -> anyhow::Result<Secret> {
-    let secret = std::fs::read_to_string(file)
-        .with_context(|| format!("cannot read the secret in {}", file.display()))?;
-    let secret = secret.trim_end_matches(['\r', '\n']);
-    if secret.is_empty() {
-        bail!("{} is empty; it must hold the secret", file.display());
+    let secret = content("--secret-file", file)?;
+    let option = format!("--secret-file {}", file.display());
+    let secret = String::from_utf8(secret)
+        .map_err(|_| Coded::config(format!("{option}: the secret is not UTF-8")))?;
+    hs256(&option, secret.trim_ascii())
+}
+
+fn hs256(option: &str, secret: &str) -> anyhow::Result<Secret> {
+    match secret.len() {
+        bytes if bytes < SECRET_BYTES_MIN => bail!(Coded::config(format!(
+            "{option}: the secret has {bytes} bytes, and access nodes refuse an HS256 secret of \
+             less than {SECRET_BYTES_MIN}; write that of the nodes' auth.keys"
+        ))),
+        _ => Ok(Secret::new(secret)),
     }
-    Ok(Secret::new(secret))
 }
 
 /// A key: its secret and its id.
@@ -292,10 +396,13 @@ impl KeyArgs {
     }
 
     /// The key: as given, else that of the running `barid dev`.
+    ///
+    /// # Errors
+    /// Returns an error if none is known, or access nodes would refuse its secret.
     pub fn key(&self) -> anyhow::Result<Key> {
         let id = self.key_id.clone();
         if let Some(secret) = &self.secret {
-            return Ok(Key { secret: Secret::new(secret), id });
+            return Ok(Key { secret: hs256("--secret", secret)?, id });
         }
         if let Some(file) = &self.secret_file {
             return Ok(Key { secret: secret_in(file)?, id });
@@ -323,6 +430,38 @@ mod tests {
         for bad in ["", "h", "1w", "-1s", "1.5h", "99999999999999d"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn addresses_have_a_host_and_a_port() {
+        for good in ["127.0.0.1:7082", "node-1.example:1", "[::1]:65535"] {
+            assert_eq!(host_port(good), Ok(good.into()));
+        }
+        for bad in
+            ["", "h", "h:", ":1", "h:0", "h:65536", "h:x", "::1:80", "[h]:1", "http://h:1", "a b:1"]
+        {
+            assert!(host_port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn hazard_113_a_secret_that_nodes_refuse_is_refused() {
+        let key = |secret: &str| {
+            let args =
+                KeyArgs { secret: Some(secret.into()), secret_file: None, key_id: None }.key();
+            args.map(|key| key.secret.expose().to_owned()).map_err(|error| error.to_string())
+        };
+        let error = key(&"x".repeat(31)).unwrap_err();
+        assert!(error.starts_with("--secret: the secret has 31 bytes") && !error.contains("xx"));
+        assert_eq!(key(&"x".repeat(32)), Ok("x".repeat(32)));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("secret");
+        std::fs::write(&file, format!(" {}\r\n", "y".repeat(32))).unwrap();
+        assert_eq!(secret_in(&file).unwrap().expose(), "y".repeat(32), "as nodes read it");
+        std::fs::write(&file, format!("{}\n", "y".repeat(31))).unwrap();
+        assert!(secret_in(&file).unwrap_err().to_string().contains("has 31 bytes"));
+        let endless = secret_in(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(endless.contains("/dev/zero: more than 1048576 bytes"), "{endless}");
     }
 
     #[test]

@@ -142,7 +142,11 @@ impl KafkaConfig {
     }
 }
 
-fn check_topic(name: &str) -> Result<(), String> {
+/// Checks the name of a topic.
+///
+/// # Errors
+/// Returns why Kafka has no topic of this name, and what to write.
+pub fn check_topic(name: &str) -> Result<(), String> {
     let is_legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let form = "write letters, digits, '.', '_' and '-', at most 249";
     match name {

@@ -19,6 +19,7 @@ mod receipts;
 mod stuck;
 mod topics;
 
+pub use check::check_topic;
 pub use config::{GroupProtocol, KafkaConfig, Properties, Topics};
 pub use dead::{DeadLetter, DeadLetters};
 pub use embedded::EmbeddedKafka;

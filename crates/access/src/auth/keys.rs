@@ -10,8 +10,8 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 
 use crate::config::{KeyAlgorithmName, KeyConfig};
 
-/// RFC 7518 asks for an HMAC secret at least as long as the hash.
-const SECRET_BYTES_MIN: usize = 32;
+/// The shortest secret of HS256, bytes: RFC 7518, 3.2 asks for one at least as long as the hash.
+pub const SECRET_BYTES_MIN: usize = 32;
 
 /// Part of the first line of every private key in PEM.
 const PRIVATE: &[u8] = b"PRIVATE KEY-----";

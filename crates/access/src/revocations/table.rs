@@ -208,6 +208,11 @@ impl Table {
         })
     }
 
+    /// Whether it has the revocation of a subject.
+    pub fn holds(&self, subject: &Subject) -> bool {
+        self.entries.contains_key(&EntryKey::of(subject))
+    }
+
     /// Number of revocations.
     pub fn len(&self) -> usize {
         self.entries.len()

@@ -30,10 +30,16 @@ impl Port {
         }
     }
 
-    /// Remedy to name if the given port is in use.
-    pub fn remedy(&self) -> String {
-        let number = self.given.unwrap_or(self.usual);
-        format!("cannot listen on port {number}; give another one, or omit {}", self.option)
+    /// What to say if none of the ports can be used.
+    pub fn remedy(&self, problem: Option<&std::io::Error>) -> String {
+        let Self { option, given, usual } = self;
+        let number = given.unwrap_or(*usual);
+        let why = match problem {
+            Some(error) if error.kind() == std::io::ErrorKind::AddrInUse => ": it is in use".into(),
+            Some(error) => format!(": {error}"),
+            None => String::new(),
+        };
+        format!("cannot listen on port {number}{why}; give {option} another one, or omit it")
     }
 }
 

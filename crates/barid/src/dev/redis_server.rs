@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::port::Port;
 use crate::output::Coded;
+use crate::values::temporary_dir;
 
 /// Attempts: another process may take a port before it is used.
 const TRIES: usize = 5;
@@ -35,7 +36,7 @@ impl RedisServer {
     pub async fn start(port: &Port) -> anyhow::Result<Self> {
         let program = find("redis-server").ok_or_else(|| {
             anyhow!(
-                "redis-server is not installed. On Debian and Ubuntu:\n\n    \
+                "redis-server is not in PATH. Install it, on Debian and Ubuntu with\n\n    \
                  sudo apt-get install -y --no-install-recommends redis-server\n\n\
                  or give another Redis: --redis redis://HOST:PORT"
             )
@@ -49,7 +50,7 @@ impl RedisServer {
         }
         let io = problem.downcast_ref::<std::io::Error>();
         if io.is_some_and(|error| error.kind() == std::io::ErrorKind::AddrInUse) {
-            bail!(Coded::config(port.remedy()));
+            bail!(Coded::config(port.remedy(io)));
         }
         Err(problem.context(format!("cannot start {}", program.display())))
     }
@@ -79,11 +80,7 @@ impl RedisServer {
 
     async fn try_start(program: &Path, port: u16) -> anyhow::Result<Self> {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?.local_addr()?.port();
-        let dir = tempfile::Builder::new().prefix("barid-dev-redis-").tempdir();
-        let dir = dir.with_context(|| {
-            let place = std::env::temp_dir();
-            format!("cannot create a directory in {} (set TMPDIR)", place.display())
-        })?;
+        let dir = temporary_dir("barid-dev-redis-")?;
         let child = command(program, port, dir.path()).spawn()?;
         let mut server = Self { child, port, version: String::new(), dir };
         let deadline = Instant::now() + START;

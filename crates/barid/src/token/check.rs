@@ -1,8 +1,9 @@
 //! `barid token check`: says what an access node would say to a token, and why. It runs the node's own verifier with
-//! the node's own configuration, and reads the topic of revocations.
+//! the node's own configuration, and reads the topic of revocations into the node's own table.
 //!
 //! It prints claims, and never the token or a secret.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -12,20 +13,20 @@ use std::time::Duration;
 use anyhow::Context as _;
 use barid_access::auth::{AuthError, Verifier};
 use barid_access::config::{AuthConfig, KeyConfig};
-use barid_access::{key_hash, revokes};
-use barid_bus::KafkaConfig;
+use barid_access::{RevocationTable, key_hash, revokes};
+use barid_bus::{Change, KafkaConfig};
 use barid_core::GroupId;
 use barid_runtime::exit;
 use barid_session::{Claims, TokenFingerprint};
 use barid_wire::cut;
-use barid_wire::revocation::{Revocation, RevocationError};
+use barid_wire::revocation::{Revocation, RevocationError, Subject};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::output::{Coded, Output, Tone, clean, span};
-use crate::revoke;
+use crate::revoke::{self, Replayed};
 use crate::state::DevState;
 use crate::values::{self, KeyArgs};
 
@@ -75,6 +76,9 @@ struct Accepted<'a> {
     revoked: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     revocations_unknown: Option<&'a str>,
+    /// The revocation that would hit the token, if the node held more of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revocation_evicted: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -122,14 +126,18 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
             return refused(&error, hint.as_deref(), out);
         }
     };
+    let mut evicted = None;
     if let Ok(kafka) = &node.kafka {
-        let found = revocations(kafka, &claims, args.timeout, now_s).await;
-        let unknown = "cannot tell whether the token is revoked (--offline does not ask)";
-        if let Some((refusal, hint)) = revoked(found.context(unknown)?, &claims, now_s) {
-            return refused(&refusal, Some(&hint), out);
+        let mut held = Held::new(&claims, node.auth.revocations_max, now_s);
+        let read = revoke::replay(kafka, args.timeout, |step| held.apply(step)).await;
+        read.context("cannot tell whether the token is revoked (--offline does not ask)")?;
+        match held.verdict() {
+            Verdict::Valid => {}
+            Verdict::Revoked(error, hint) => return refused(&error, Some(&hint), out),
+            Verdict::Evicted(hint) => evicted = Some(hint),
         }
     }
-    accepted(&claims, &unverified, &node, now_s, out)
+    accepted(&claims, &unverified, &node, evicted.as_deref(), now_s, out)
 }
 
 /// The token: as given, or from standard input, without what a header has in front of it.
@@ -194,20 +202,6 @@ fn node(args: &Args) -> anyhow::Result<Node> {
 /// A revocation, with the error of a record that cannot be decoded.
 type Found = (Revocation, Option<RevocationError>);
 
-/// The revocations that hit a token.
-async fn revocations(
-    kafka: &KafkaConfig,
-    claims: &Claims,
-    limit: Duration,
-    now_s: u64,
-) -> anyhow::Result<Vec<Found>> {
-    let all = revoke::read(kafka, limit).await?;
-    let all = all.iter().filter_map(|(key, value)| Revocation::decode_or_all(key, value).ok());
-    let hits =
-        all.filter(|(revocation, _)| revokes(revocation, &claims.user, &claims.token, now_s));
-    Ok(hits.collect())
-}
-
 /// What a node would say to a token that these revocations hit, and why; `None`: there are none.
 fn revoked(hits: Vec<Found>, claims: &Claims, now_s: u64) -> Option<(AuthError, String)> {
     let hits_anyway = |(revocation, _): &Found| match claims.issued_ahead_s {
@@ -237,6 +231,79 @@ fn revoked(hits: Vec<Found>, claims: &Claims, now_s: u64) -> Option<(AuthError, 
     }
 }
 
+/// The revocations that a node holds which starts now, and those that hit one token.
+struct Held<'a> {
+    claims: &'a Claims,
+    table: RevocationTable,
+    entries_max: usize,
+    /// Those that hit the token, by their keys, with the error of a record that cannot be decoded.
+    hits: BTreeMap<Vec<u8>, Found>,
+    now_s: u64,
+}
+
+/// What revocations mean for a token. The text names the revocation.
+#[derive(Debug, PartialEq)]
+enum Verdict {
+    Valid,
+    Revoked(AuthError, String),
+    /// One would hit it, and the node has evicted that.
+    Evicted(String),
+}
+
+impl<'a> Held<'a> {
+    fn new(claims: &'a Claims, entries_max: usize, now_s: u64) -> Self {
+        let table = RevocationTable::new(entries_max);
+        Self { claims, table, entries_max, hits: BTreeMap::new(), now_s }
+    }
+
+    /// Applies records as a node applies them.
+    fn apply(&mut self, step: Replayed) {
+        match step {
+            Replayed::Changes(changes) => {
+                changes.into_iter().for_each(|change| self.apply_change(change));
+                self.table.evict(self.now_s);
+            }
+            Replayed::Restart => {
+                self.table = RevocationTable::new(self.entries_max);
+                self.hits.clear();
+            }
+        }
+    }
+
+    fn apply_change(&mut self, Change { key, value }: Change) {
+        self.hits.remove(&*key);
+        let Some(value) = value else {
+            if let Ok(subject) = Subject::from_key(&key) {
+                self.table.remove(&subject);
+            }
+            return;
+        };
+        let Ok((revocation, error)) = Revocation::decode_or_all(&key, &value) else { return };
+        self.table.insert(&revocation, self.now_s);
+        if revokes(&revocation, &self.claims.user, &self.claims.token, self.now_s) {
+            self.hits.insert(key.to_vec(), (revocation, error));
+        }
+    }
+
+    /// The verdict once the topic is read to its end.
+    fn verdict(mut self) -> Verdict {
+        self.table.caught_up(self.now_s);
+        self.table.evict(self.now_s);
+        let table = &self.table;
+        let (held, evicted): (Vec<_>, Vec<_>) =
+            self.hits.into_values().partition(|(revocation, _)| table.holds(&revocation.subject));
+        let said = |hits| revoked(hits, self.claims, self.now_s);
+        match (said(held), said(evicted)) {
+            (Some((error, text)), _) => Verdict::Revoked(error, text),
+            (None, Some((_, text))) => Verdict::Evicted(format!(
+                "{text}; a node holds {} revocations (auth.revocations_max) and has dropped this one",
+                self.entries_max
+            )),
+            (None, None) => Verdict::Valid,
+        }
+    }
+}
+
 fn revoked_by(revocation: &Revocation, error: Option<RevocationError>) -> String {
     let mut text = format!("by {:?}", cut(&revocation.subject.to_string(), SHOWN_BYTES * 4));
     if let Some(error) = error {
@@ -259,6 +326,7 @@ fn accepted(
     claims: &Claims,
     unverified: &Unverified,
     node: &Node,
+    evicted: Option<&str>,
     now_s: u64,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
@@ -280,6 +348,7 @@ fn accepted(
         key_id,
         revoked: unknown.is_none().then_some(false),
         revocations_unknown: unknown,
+        revocation_evicted: evicted,
     };
     if out.is_json() {
         out.object(&shown)?;
@@ -292,6 +361,11 @@ fn accepted(
     let title = out.paint(Tone::Good, "accepted");
     out.line(format_args!("{title}  user {} of app {}", clean(shown.user), clean(shown.app)))?;
     let groups = shown.groups.iter().map(|group| clean(group)).collect::<Vec<_>>().join(", ");
+    let revoked = match (unknown, evicted) {
+        (Some(why), _) => format!("unknown: {why}"),
+        (None, Some(text)) => out.paint(Tone::Warn, format_args!("no longer {}", clean(text))),
+        (None, None) => "no".into(),
+    };
     let dated = |at_s| format!("{} ({})", revoke::date(at_s), ago(at_s));
     let issued = match claims.issued_ahead_s {
         Some(at_s) => format!(
@@ -306,7 +380,7 @@ fn accepted(
         ("issued", issued),
         ("expires", format!("{} (in {})", revoke::date(claims.expires_s), span(left_s * 1000))),
         ("key", key_id.map_or("without an id".into(), clean)),
-        ("revoked", unknown.map_or("no".into(), |why| format!("unknown: {why}"))),
+        ("revoked", revoked),
     ] {
         out.line(format_args!("  {name:<9} {value}"))?;
     }
@@ -560,6 +634,50 @@ mod tests {
         let old = claims(NOW - 86_401).await;
         assert_eq!(revoked(vec![hit("user:demo:a")], &old, NOW).unwrap().0, AuthError::Revoked);
         assert_eq!(revoked(Vec::new(), &ahead, NOW), None);
+    }
+
+    fn record(key: &str, at_s: u64) -> Change {
+        let subject: Subject = key.parse().unwrap();
+        let issued_before_s = subject.has_time().then_some(NOW);
+        let (until_s, reason) = (None, String::new());
+        let (key, value) =
+            Revocation { subject, issued_before_s, until_s, reason, at_s }.encode().unwrap();
+        Change { key: key.into_bytes().into(), value: Some(value.into()) }
+    }
+
+    #[tokio::test]
+    async fn hazard_98_a_revocation_that_a_node_has_evicted_hits_no_token() {
+        let verifier = Verifier::new(&auth()).unwrap();
+        let claims = verifier.verify(&sign("k1", json!({})), NOW).await.unwrap();
+        let verdict = |entries_max, steps: &[Replayed]| {
+            let mut held = Held::new(&claims, entries_max, NOW);
+            steps.iter().cloned().for_each(|step| held.apply(step));
+            held.verdict()
+        };
+        // The writer's clock does not count.
+        let mine = record("user:demo:a", NOW + 50);
+        let others = (0..3).map(|n| record(&format!("user:demo:u{n}"), 1));
+        let all: Vec<_> = std::iter::once(mine.clone()).chain(others).collect();
+        let all = Replayed::Changes(all);
+        let Verdict::Revoked(_, text) = verdict(4, std::slice::from_ref(&all)) else { panic!() };
+        assert!(text.starts_with("by \"user:demo:a\", issued before "), "{text}");
+        let Verdict::Evicted(text) = verdict(3, std::slice::from_ref(&all)) else { panic!() };
+        assert!(text.contains("user:demo:a") && text.contains("holds 3 revocations"), "{text}");
+        // A broader one stays, and so does one that makes room by its tombstone.
+        let app = record("app:demo", 1);
+        let Verdict::Revoked(_, text) = verdict(3, &[Replayed::Changes(vec![app]), all]) else {
+            panic!()
+        };
+        assert!(text.contains("app:demo"), "{text}");
+        let gone = Change { value: None, ..record("user:demo:u0", 1) };
+        let two = vec![mine.clone(), record("user:demo:u0", 1), gone];
+        assert!(matches!(verdict(1, &[Replayed::Changes(two)]), Verdict::Revoked(..)));
+        // Withdrawn, or no longer in a topic that began again.
+        let withdrawn = Change { value: None, ..mine.clone() };
+        let steps = [Replayed::Changes(vec![mine.clone()]), Replayed::Changes(vec![withdrawn])];
+        assert_eq!(verdict(1, &steps), Verdict::Valid);
+        let steps = [Replayed::Changes(vec![mine]), Replayed::Restart];
+        assert_eq!(verdict(1, &steps), Verdict::Valid);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use super::scrape::Unread;
+
 /// Conditions of an endpoint that fail as a consequence when the first, which names the cause, fails.
 const CONSEQUENCES: [(&str, &[&str]); 2] = [
     ("redis", &["lease", "tracking", "polling", "records", "commits", "confirming", SHARDS]),
@@ -16,26 +18,54 @@ pub struct Problem {
     /// The roles or endpoints that have it, or `leases`.
     pub of: String,
     pub problem: String,
+    /// What each endpoint reports, if they do not all report the same: `role HOST:PORT: condition: reason`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reports: Vec<String>,
     /// Failing conditions that follow from it: `role HOST:PORT: condition: reason`.
     pub consequences: Vec<String>,
 }
 
-/// What an endpoint reports, or does not.
+/// What an endpoint reports, or why it does not.
 #[derive(Debug)]
 pub struct Report {
     /// Empty: the endpoint does not answer, or it is no endpoint's problem.
     pub role: String,
-    /// Its address, or `leases`.
+    /// Its address, or [`LEASES`].
     pub at: String,
-    /// `condition: reason`, or the reason alone.
+    pub about: About,
+    /// What to show: `condition: reason`, or the reason alone.
     pub text: String,
+}
+
+/// What a report is about. Numbers and words of its text do not tell reports apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum About {
+    /// A condition of readiness that fails, by its name.
+    Condition(String),
+    /// An endpoint that cannot be read.
+    Endpoint(Unread),
+    /// The leases, which cannot be read.
+    Leases,
+    /// A certificate, by its use.
+    Certificate { of: &'static str, has_expired: bool },
+}
+
+/// The cause of a report. Reports with equal causes are one problem.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Cause {
+    /// A system does not answer. Each role may have another reason: one waits for an answer, the next for a connection.
+    Away {
+        system: &'static str,
+        address: Option<String>,
+    },
+    About(About),
 }
 
 impl Report {
     /// The failing condition; empty: none.
     fn condition(&self) -> &str {
-        match self.text.split_once(": ") {
-            Some((condition, _)) if !self.role.is_empty() => condition,
+        match &self.about {
+            About::Condition(name) => name,
             _ => "",
         }
     }
@@ -44,15 +74,51 @@ impl Report {
         if self.role.is_empty() { self.at.clone() } else { format!("{} {}", self.role, self.at) }
     }
 
+    fn full(&self) -> String {
+        format!("{}: {}", self.whose(), self.text)
+    }
+
+    /// The system that it reports as away, its address if that is known, and why.
+    fn away(&self) -> Option<(&'static str, Option<&str>, &str)> {
+        if !matches!(self.about, About::Condition(_) | About::Leases) {
+            return None;
+        }
+        let (system, (_, why)) = SYSTEMS.into_iter().find_map(|system| {
+            Some((system, self.text.split_once(&format!("{system} is away: "))?))
+        })?;
+        match why.split_once(": ").filter(|(address, _)| is_address(address)) {
+            Some((address, why)) => Some((system, Some(address), why)),
+            None => Some((system, None, why)),
+        }
+    }
+
+    fn cause(&self) -> Cause {
+        match self.away() {
+            Some((system, address, _)) => {
+                Cause::Away { system, address: address.map(str::to_owned) }
+            }
+            None => Cause::About(self.about.clone()),
+        }
+    }
+
+    /// The text of a problem of which it is the first report.
+    fn problem(&self) -> String {
+        match self.away() {
+            Some((system, Some(address), why)) => format!("{system} {address} is away: {why}"),
+            Some((system, None, why)) => format!("{system} is away: {why}"),
+            None => self.text.clone(),
+        }
+    }
+
     /// Whether it is a consequence of `other`.
     fn follows(&self, other: &Self) -> bool {
         let of_same = self.role == other.role && self.at == other.at;
         let (own, cause) = (self.condition(), other.condition());
         let follows =
             |(from, conditions): &(&str, &[&str])| *from == cause && conditions.contains(&own);
-        let unread = self.at == LEASES && other.at != LEASES;
-        of_same && CONSEQUENCES.iter().any(follows)
-            || unread && system(&other.text) == Some("redis")
+        let unread = self.about == About::Leases && other.about != About::Leases;
+        let is_redis_away = || other.away().is_some_and(|(system, ..)| system == "redis");
+        of_same && CONSEQUENCES.iter().any(follows) || unread && is_redis_away()
     }
 }
 
@@ -60,61 +126,74 @@ impl Report {
 pub const LEASES: &str = "leases";
 /// The condition that stands for `barid_purger_shards_away`.
 pub const SHARDS: &str = "shards";
+/// What roles report as away.
+const SYSTEMS: [&str; 2] = ["redis", "kafka"];
 
-/// The problems of `reports`. `endpoints`: role and address of each one that answers.
+/// Reports with one cause, and those that follow from them.
+struct Group<'a> {
+    cause: Cause,
+    members: Vec<&'a Report>,
+    consequences: Vec<&'a Report>,
+}
+
+/// The problems of `reports`: each report is a part of at least one. `endpoints`: role and address of each one that
+/// answers.
 pub fn problems(reports: &[Report], endpoints: &[(String, String)]) -> Vec<Problem> {
-    let mut groups: Vec<(Cause, Vec<&Report>)> = Vec::new();
-    let (later, first): (Vec<_>, Vec<_>) =
+    let mut groups: Vec<Group<'_>> = Vec::new();
+    let (mut later, first): (Vec<_>, Vec<_>) =
         reports.iter().partition(|one| reports.iter().any(|other| one.follows(other)));
-    for report in first {
-        let cause = Cause::of(&report.text);
-        match groups.iter_mut().find(|(known, _)| known.key == cause.key) {
-            Some((_, members)) => members.push(report),
-            None => groups.push((cause, vec![report])),
+    first.into_iter().for_each(|one| add(&mut groups, one));
+    loop {
+        groups.iter_mut().for_each(|group| group.claim(&later));
+        later.retain(|one| !groups.iter().any(|group| group.has(one)));
+        // Reports that only follow from each other: one of them stands for the cause.
+        let Some(unclaimed) = later.pop() else { break };
+        add(&mut groups, unclaimed);
+    }
+    groups.into_iter().map(|group| group.problem(endpoints)).collect()
+}
+
+fn add<'a>(groups: &mut Vec<Group<'a>>, report: &'a Report) {
+    let cause = report.cause();
+    match groups.iter_mut().find(|group| group.cause == cause) {
+        Some(group) => group.members.push(report),
+        None => groups.push(Group { cause, members: vec![report], consequences: Vec::new() }),
+    }
+}
+
+impl<'a> Group<'a> {
+    /// Adds what follows from its reports, and what follows from that.
+    fn claim(&mut self, reports: &[&'a Report]) {
+        loop {
+            let follows = |one: &&Report| self.all().any(|other| one.follows(other));
+            let more = reports.iter().copied().filter(|one| !self.has(one) && follows(one));
+            let more: Vec<_> = more.collect();
+            if more.is_empty() {
+                return;
+            }
+            self.consequences.extend(more);
         }
     }
-    let problem = |(cause, members): (Cause, Vec<&Report>)| {
-        let follows = |one: &&&Report| members.iter().any(|member| one.follows(member));
-        let consequences = later.iter().filter(follows);
+
+    fn all(&self) -> impl Iterator<Item = &'a Report> {
+        self.members.iter().chain(&self.consequences).copied()
+    }
+
+    fn has(&self, report: &Report) -> bool {
+        self.all().any(|one| std::ptr::eq(one, report))
+    }
+
+    fn problem(&self, endpoints: &[(String, String)]) -> Problem {
+        let full = |reports: &[&Report]| reports.iter().map(|one| one.full()).collect();
+        let problem = self.members.first().map(|first| first.problem()).unwrap_or_default();
+        let is_same = self.members.iter().all(|one| one.problem() == problem);
         Problem {
-            of: whose(&members, endpoints),
-            problem: cause.problem,
-            consequences: consequences
-                .map(|one| format!("{}: {}", one.whose(), one.text))
-                .collect(),
+            of: whose(&self.members, endpoints),
+            problem,
+            reports: if is_same { Vec::new() } else { full(&self.members) },
+            consequences: full(&self.consequences),
         }
-    };
-    groups.into_iter().map(problem).collect()
-}
-
-struct Cause {
-    /// Equal for reports that have the same cause.
-    key: String,
-    problem: String,
-}
-
-impl Cause {
-    fn of(text: &str) -> Self {
-        if let Some(system) = system(text)
-            && let Some((_, why)) = text.split_once(&format!("{system} is away: "))
-        {
-            return match why.split_once(": ").filter(|(address, _)| is_address(address)) {
-                // Each role may have another reason: one waits for an answer, the next for a connection.
-                Some((address, why)) => {
-                    let key = format!("{system} {address}");
-                    Self { problem: format!("{key} is away: {why}"), key }
-                }
-                None => Self { key: why.into(), problem: format!("{system} is away: {why}") },
-            };
-        }
-        // Ages differ.
-        Self { key: text.replace(|c: char| c.is_ascii_digit(), ""), problem: text.into() }
     }
-}
-
-/// The system that a text reports as away.
-fn system(text: &str) -> Option<&'static str> {
-    ["redis", "kafka"].into_iter().find(|system| text.contains(&format!("{system} is away: ")))
 }
 
 fn is_address(text: &str) -> bool {
@@ -157,7 +236,12 @@ mod tests {
     use super::*;
 
     fn report(role: &str, at: &str, text: &str) -> Report {
-        Report { role: role.into(), at: at.into(), text: text.into() }
+        let about = match (at, text.split_once(": ")) {
+            (LEASES, _) => About::Leases,
+            (_, Some((condition, _))) if !role.is_empty() => About::Condition(condition.into()),
+            _ => About::Endpoint(Unread::Silent),
+        };
+        Report { role: role.into(), at: at.into(), about, text: text.into() }
     }
 
     fn shown(reports: &[Report]) -> Vec<String> {
@@ -203,6 +287,75 @@ mod tests {
             "dispatcher h:2: tasks: one ended +0",
         ];
         assert_eq!(shown(&some), told);
+    }
+
+    #[test]
+    fn hazard_156_a_cause_is_known_by_what_fails_and_not_by_its_words() {
+        // One word differs, and a number that is not an age does.
+        let reports = [
+            report("access", "h:4", "lease: lapsed: no answer"),
+            report("dispatcher", "h:2", "lease: no renewal for 9 s"),
+            report("purger", "h:1", "topics: kafka has no topic barid.push1: create it"),
+            report("purger", "h:1", "consumer: no poll for 31 s"),
+        ];
+        let told = [
+            "access, dispatcher: lease: lapsed: no answer +0",
+            "purger h:1: topics: kafka has no topic barid.push1: create it +0",
+            "purger h:1: consumer: no poll for 31 s +0",
+        ];
+        assert_eq!(shown(&reports), told);
+        let all = problems(&reports, &[]);
+        let words =
+            ["access h:4: lease: lapsed: no answer", "dispatcher h:2: lease: no renewal for 9 s"];
+        assert_eq!(all[0].reports, words, "each one's words are kept");
+        assert!(all[1].reports.is_empty());
+        // The words of the errors that are recognized.
+        let redis = barid_mailbox::Error::Away("h:1: connection refused".into());
+        let kafka = barid_bus::Error::Away("h:2: connection refused".into());
+        for (error, of) in [(redis.to_string(), "redis h:1"), (kafka.to_string(), "kafka h:2")] {
+            let report = report("access", "h:4", &format!("x: {error}"));
+            assert_eq!(report.problem(), format!("{of} is away: connection refused"));
+        }
+    }
+
+    #[test]
+    fn hazard_156_every_report_is_shown() {
+        // The lease's report follows from Redis, and that of the leases from the lease's.
+        let chain = [
+            report("", LEASES, "redis is away: no master returns leases"),
+            report("access", "h:4", "lease: lapsed: redis is away: h:6379: no answer in time"),
+            report("access", "h:4", "redis: it evicts keys"),
+        ];
+        assert_eq!(shown(&chain), ["access h:4: redis: it evicts keys +2"]);
+        let names = ["redis", "kafka", "lease", "commits", "records", "topics", "other", SHARDS];
+        let texts = ["redis is away: h:1: x", "kafka is away: y", "redis is away: z", "broken"];
+        // All pairs of conditions and reasons on two roles, with the leases.
+        for seed in 0..4_096_usize {
+            let pick = |shift: usize, of: usize| (seed >> shift) % of;
+            let reports = [
+                report("purger", "h:1", &format!("{}: {}", names[pick(0, 8)], texts[pick(3, 4)])),
+                report("purger", "h:1", &format!("{}: {}", names[pick(5, 8)], texts[pick(8, 4)])),
+                report("access", "h:4", &format!("{}: {}", names[pick(2, 8)], texts[pick(6, 4)])),
+                report("", LEASES, texts[pick(10, 4)]),
+                report("", "h:9", "no answer within 2 s"),
+            ];
+            let all = problems(&reports, &[]);
+            let told: Vec<String> = all
+                .iter()
+                .flat_map(|one| {
+                    let own = [format!("{}: {}", one.of, one.problem)];
+                    own.into_iter().chain(one.reports.clone()).chain(one.consequences.clone())
+                })
+                .collect();
+            for one in &reports {
+                let words = [one.full(), format!("{}: {}", one.whose(), one.problem())];
+                let is_shared = all.iter().any(|problem| {
+                    problem.problem == one.problem() && problem.of.contains(&one.whose())
+                });
+                let is_told = is_shared || words.iter().any(|words| told.contains(words));
+                assert!(is_told, "{words:?} of {reports:?} in {told:?}");
+            }
+        }
     }
 
     #[test]

@@ -7,8 +7,8 @@ use barid_runtime as runtime;
 use barid_runtime::exposition::{Histogram, Metrics};
 use serde::Serialize;
 
-use super::problems::{LEASES, Problem, Report, SHARDS, problems};
-use super::scrape::Scrape;
+use super::problems::{About, LEASES, Problem, Report, SHARDS, problems};
+use super::scrape::{Scrape, ScrapeError};
 use crate::output::span;
 use crate::values;
 
@@ -176,7 +176,11 @@ impl Sample {
 
 impl Memory {
     /// Adds a scrape of every endpoint, and computes a sample.
-    pub fn take(&mut self, looks: Vec<(String, anyhow::Result<Scrape>)>, leases: Leases) -> Sample {
+    pub fn take(
+        &mut self,
+        looks: Vec<(String, Result<Scrape, ScrapeError>)>,
+        leases: Leases,
+    ) -> Sample {
         let mut reports = Vec::new();
         self.looks.retain(|known, _| looks.iter().any(|(address, _)| address == known));
         for (address, look) in looks {
@@ -188,8 +192,8 @@ impl Memory {
                 }
                 Err(error) => {
                     self.looks.remove(&address);
-                    let text = format!("{error:#}");
-                    reports.push(Report { role: String::new(), at: address, text });
+                    let (about, text) = (About::Endpoint(error.why.clone()), error.to_string());
+                    reports.push(Report { role: String::new(), at: address, about, text });
                 }
             }
         }
@@ -197,7 +201,8 @@ impl Memory {
             Leases::Read(nodes) => (Some(nodes), None),
             Leases::NoRedis => (None, Some("name the cluster's Redis with --redis URL")),
             Leases::Unread(text) => {
-                reports.push(Report { role: String::new(), at: LEASES.into(), text });
+                let about = About::Leases;
+                reports.push(Report { role: String::new(), at: LEASES.into(), about, text });
                 (None, Some("Redis does not return the leases"))
             }
         };
@@ -338,11 +343,13 @@ impl Memory {
                 (left < EXPIRES_SOON_S).then_some((what, left))
             });
             left.into_iter().flatten().map(|(what, left)| {
-                let text = match left > 0.0 {
-                    true => format!("the {what} expires in {}", span((left * 1e3) as u64)),
-                    false => format!("the {what} has expired"),
+                let has_expired = left <= 0.0;
+                let text = match has_expired {
+                    false => format!("the {what} expires in {}", span((left * 1e3) as u64)),
+                    true => format!("the {what} has expired"),
                 };
-                Report { role: String::new(), at: address.clone(), text }
+                let about = About::Certificate { of: what, has_expired };
+                Report { role: String::new(), at: address.clone(), about, text }
             })
         });
         found.collect()
@@ -374,10 +381,14 @@ impl Memory {
     fn not_ready(&self) -> Vec<Report> {
         let said = self.pairs().flat_map(|(address, pair)| {
             let shards = pair.value("barid_purger_shards_away").filter(|shards| *shards > 0);
-            let shards = shards.map(|shards| format!("{SHARDS}: {shards} are unavailable"));
+            let shards = shards.map(|shards| format!("{SHARDS}: {shards} unavailable"));
             let lines = pair.now.not_ready.iter().cloned().chain(shards);
             let (role, at) = (pair.role().to_owned(), address.clone());
-            let report = move |text| Report { role: role.clone(), at: at.clone(), text };
+            let report = move |text: String| {
+                let (condition, _) = text.split_once(": ").unwrap_or((&text, ""));
+                let about = About::Condition(condition.to_owned());
+                Report { role: role.clone(), at: at.clone(), about, text }
+            };
             lines.map(report).collect::<Vec<_>>()
         });
         said.collect()
@@ -404,10 +415,11 @@ fn round(value: f64, steps: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scrape::Unread;
     use super::*;
     use std::time::{Duration, Instant};
 
-    fn look(at: Instant, text: &str) -> anyhow::Result<Scrape> {
+    fn look(at: Instant, text: &str) -> Result<Scrape, ScrapeError> {
         let metrics = Metrics::parse(&format!("barid_build_info{{role=\"purger\"}} 1\n{text}"));
         Ok(Scrape { at, metrics, not_ready: vec!["kafka: away".into()] })
     }
@@ -440,7 +452,7 @@ mod tests {
         let mut memory = Memory::default();
         let looks = vec![
             ("a:1".to_owned(), look(Instant::now(), "barid_purger_shards_away 3")),
-            ("b:1".to_owned(), Err(anyhow::anyhow!("refused"))),
+            ("b:1".to_owned(), Err(ScrapeError::new(Unread::Silent, "refused"))),
         ];
         let sample = memory.take(looks, Leases::Unread("redis is away".into()));
         let told: Vec<_> = sample.problems.iter().map(|p| (&*p.of, &*p.problem)).collect();
@@ -448,7 +460,7 @@ mod tests {
             ("b:1", "refused"),
             ("leases", "redis is away"),
             ("purger a:1", "kafka: away"),
-            ("purger a:1", "shards: 3 are unavailable"),
+            ("purger a:1", "shards: 3 unavailable"),
         ];
         assert_eq!(told, wanted);
         assert_eq!(sample.roles.len(), 1);

@@ -1,8 +1,8 @@
 //! Reads an admin endpoint: the role's metrics, and why it is not ready.
 
+use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
 use barid_runtime::exposition::Metrics;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -22,19 +22,60 @@ pub struct Scrape {
     pub not_ready: Vec<String>,
 }
 
+/// Why an endpoint cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unread {
+    /// The connection fails.
+    Network(io::ErrorKind),
+    /// It does not answer in time.
+    Silent,
+    /// It is not Barid's.
+    Foreign,
+    /// None was given, and none answers at the usual places.
+    Nowhere,
+}
+
+/// An endpoint cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct ScrapeError {
+    pub why: Unread,
+    text: String,
+}
+
+impl ScrapeError {
+    pub fn new(why: Unread, text: impl Into<String>) -> Self {
+        Self { why, text: text.into() }
+    }
+
+    fn foreign(text: impl Into<String>) -> Self {
+        Self::new(Unread::Foreign, text)
+    }
+}
+
+impl From<io::Error> for ScrapeError {
+    fn from(error: io::Error) -> Self {
+        let text = match error.kind() {
+            io::ErrorKind::ConnectionRefused => "connection refused: no role listens there".into(),
+            _ => error.to_string(),
+        };
+        Self::new(Unread::Network(error.kind()), text)
+    }
+}
+
 /// Reads an endpoint.
 ///
 /// # Errors
 /// Returns an error if it does not answer in time, or is not Barid's.
-pub async fn scrape(address: &str) -> anyhow::Result<Scrape> {
+pub async fn scrape(address: &str) -> Result<Scrape, ScrapeError> {
     let asked = async {
         let (status, text) = get(address, "/metrics").await?;
         if status != 200 {
-            bail!("/metrics answers {status}");
+            return Err(ScrapeError::foreign(format!("/metrics answers {status}")));
         }
         let metrics = Metrics::parse(&text);
         if metrics.role().is_none() {
-            bail!("not an admin endpoint of Barid");
+            return Err(ScrapeError::foreign("not an admin endpoint of Barid"));
         }
         let (status, reasons) = get(address, "/readyz").await?;
         let not_ready = match status {
@@ -43,10 +84,14 @@ pub async fn scrape(address: &str) -> anyhow::Result<Scrape> {
         };
         Ok(Scrape { at: Instant::now(), metrics, not_ready })
     };
-    timeout(LIMIT, asked).await.unwrap_or_else(|_| bail!("no answer within {} s", LIMIT.as_secs()))
+    let silent = || {
+        let text = format!("no answer within {} s", LIMIT.as_secs());
+        Err(ScrapeError::new(Unread::Silent, text))
+    };
+    timeout(LIMIT, asked).await.unwrap_or_else(|_| silent())
 }
 
-async fn get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
+async fn get(address: &str, path: &str) -> Result<(u16, String), ScrapeError> {
     let mut stream = TcpStream::connect(address).await?;
     // HTTP/1.0: the body is not chunked and ends with the connection.
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
@@ -54,7 +99,9 @@ async fn get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((status.context("not an HTTP answer")?, body.to_owned()))
+    let parsed = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    });
+    parsed.ok_or_else(|| ScrapeError::foreign("not an HTTP answer; name a role's admin port"))
 }

@@ -73,10 +73,10 @@ impl Screen {
         pressed
     }
 
-    /// Draws a page.
+    /// Draws a page; `None`: there is no sample yet.
     pub fn draw(
         &self,
-        sample: &Sample,
+        sample: Option<&Sample>,
         every: &str,
         view: &mut View,
         out: Output,
@@ -84,7 +84,10 @@ impl Screen {
         let size = size().unwrap_or(SIZE);
         // Overwrite in place to avoid flicker, and erase the rest of each line and of the screen.
         let mut frame = String::from("\x1b[H");
-        let lines = show::page(sample, size, every, view, out);
+        let lines = match sample {
+            Some(sample) => show::page(sample, size, every, view, out),
+            None => show::first_page(size, view, out),
+        };
         let count = lines.len();
         for (index, line) in lines.into_iter().enumerate() {
             frame += &line;

@@ -41,7 +41,7 @@ pub struct View {
     pub typing: bool,
     /// Whether the keys are explained.
     pub help: bool,
-    /// Whether consequences of problems, and every hop, are shown.
+    /// Whether the words of each endpoint, consequences of problems, and every hop are shown.
     pub details: bool,
 }
 
@@ -55,9 +55,27 @@ pub fn page(
 ) -> Vec<String> {
     let room = rows.saturating_sub(2);
     let body = if view.help { help() } else { body(sample, columns, room, view) };
+    frame(heading(sample, columns, every), &body, (columns, rows), view, out)
+}
+
+/// A screen before the first sample.
+pub fn first_page((columns, rows): (usize, usize), view: &mut View, out: Output) -> Vec<String> {
+    let heading = Line::of(Tone::Strong, "Barid ").and(None, " reading the admin endpoints…");
+    let body = if view.help { help() } else { Vec::new() };
+    frame(heading, &body, (columns, rows), view, out)
+}
+
+fn frame(
+    heading: Line,
+    body: &[Line],
+    (columns, rows): (usize, usize),
+    view: &mut View,
+    out: Output,
+) -> Vec<String> {
+    let room = rows.saturating_sub(2);
     view.from = view.from.min(body.len().saturating_sub(room));
     let to = body.len().min(view.from + room);
-    let mut lines = vec![heading(sample, columns, every)];
+    let mut lines = vec![heading];
     lines.extend_from_slice(&body[view.from..to]);
     lines.resize(rows.saturating_sub(1).max(1), Line::default());
     lines.push(keys(view, to, body.len()));
@@ -87,7 +105,7 @@ fn help() -> Vec<Line> {
         "?              show or hide these lines",
         "/              show only processes, nodes and problems that contain a text",
         "Esc            clear the filter",
-        "d              show or hide the consequences of problems, and every hop",
+        "d              show or hide what each endpoint says, what follows, and every hop",
         "up, down, j, k scroll by a line",
         "PgUp, PgDn     scroll by ten lines",
         "g, G           to the first, to the last line",
@@ -145,8 +163,9 @@ fn problems(sample: &Sample, columns: usize, view: &View) -> Vec<Line> {
     let mut lines = Vec::new();
     for problem in &sample.problems {
         let text = format!("{}: {}", clean(&problem.of), clean(&problem.problem));
-        let consequences: Vec<String> = problem.consequences.iter().map(|one| clean(one)).collect();
-        let mut all = std::iter::once(&text).chain(&consequences);
+        let details = problem.reports.iter().chain(&problem.consequences);
+        let details: Vec<String> = details.map(|one| clean(one)).collect();
+        let mut all = std::iter::once(&text).chain(&details);
         if !all.any(|line| line.contains(&view.filter)) {
             continue;
         }
@@ -155,7 +174,7 @@ fn problems(sample: &Sample, columns: usize, view: &View) -> Vec<Line> {
             Line::of(Tone::Bad, if at == 0 { "! " } else { "  " }).and(None, part)
         }));
         if view.details {
-            let wrapped = consequences.iter().flat_map(|one| wrap(one, width - 2));
+            let wrapped = details.iter().flat_map(|one| wrap(one, width - 2));
             lines.extend(wrapped.map(|part| Line::of(Tone::Faint, format!("    {part}"))));
         }
     }
@@ -458,6 +477,7 @@ mod tests {
             problems: vec![Problem {
                 of: "purger a:1".into(),
                 problem: "kafka: away".repeat(20),
+                reports: vec![],
                 consequences: vec!["access-99: lease: no renewal".into()],
             }],
         }
@@ -590,8 +610,12 @@ mod tests {
         small.nodes_unknown = Some("Redis does not return the leases");
         let problem = "redis 127.0.0.1:7379 is away: no answer in time";
         let consequences = vec!["access h:4: lease: no renewal for 15 s".into(); 4];
-        small.problems =
-            vec![Problem { of: "all roles".into(), problem: problem.into(), consequences }];
+        small.problems = vec![Problem {
+            of: "all roles".into(),
+            problem: problem.into(),
+            reports: vec![],
+            consequences,
+        }];
         let text = shown(&small, &mut View::default());
         assert!(!text.contains("scroll") && !text.contains("no renewal"), "{text}");
         assert!(text.contains("1 problem ") && text.contains("nodes  ?  Redis does not"), "{text}");

@@ -4,6 +4,7 @@
 
 mod place;
 mod sdk;
+mod terminal;
 
 use std::time::Instant;
 
@@ -190,6 +191,33 @@ fn tokens_are_checked_and_revoked_beside_it_without_flags() {
     assert!(status.success() && said[0]["event"] == "withdrawn", "{said:?}");
     assert!(place.run(&check).1.success());
     assert_eq!(place.run("revoke withdraw user alice").1.code(), Some(1));
+    dev.signal("TERM");
+    assert!(dev.end().success());
+}
+
+#[test]
+fn listen_shows_a_skip_between_the_messages_around_it() {
+    let place = Place::new();
+    let mut dev = place.start("dev --port 0");
+    dev.event("ready");
+    while !place.state().exists() {
+        pause();
+    }
+    for number in 1..=8 {
+        let ttl = if number == 6 { "--ttl 1s" } else { "" };
+        let line = format!("send --user zoe --wait accepted {ttl} m{number}");
+        assert!(place.run(&line).1.success());
+    }
+    std::iter::repeat_n((), 60).for_each(|()| pause());
+    let (events, status) = place.run("listen --user zoe --count 7");
+    assert!(status.success(), "{events:?}");
+    let seq = |event: &serde_json::Value| match event["event"].as_str() {
+        Some("message") => event["seq"].as_u64(),
+        Some("skipped") => event["first"].as_u64(),
+        _ => None,
+    };
+    let order: Vec<u64> = events.iter().filter_map(seq).collect();
+    assert_eq!(order, [1, 2, 3, 4, 5, 6, 7, 8], "{events:#?}");
     dev.signal("TERM");
     assert!(dev.end().success());
 }

@@ -39,12 +39,19 @@ impl Place {
     /// `barid --json <line>`, not started.
     pub fn barid(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_barid"));
-        command.arg("--json").args(line.split_whitespace()).env("BARID_DEV_STATE", self.state());
-        command.env("TMPDIR", self.dir.path());
-        for variable in ["BROKERS", "REDIS", "URL", "TOKEN", "SECRET_FILE", "KEY_ID", "APP"] {
+        command.arg("--json").args(line.split_whitespace());
+        self.settle(&mut command);
+        command
+    }
+
+    /// Has a command use this place, and no other.
+    pub fn settle(&self, command: &mut Command) {
+        command.env("BARID_DEV_STATE", self.state()).env("TMPDIR", self.dir.path());
+        for variable in
+            ["BROKERS", "REDIS", "URL", "TOKEN", "SECRET_FILE", "KEY_ID", "APP", "ADMIN"]
+        {
             command.env_remove(format!("BARID_{variable}"));
         }
-        command
     }
 
     /// Runs to the end; what it printed, and how it ended.
