@@ -30,6 +30,7 @@ pub async fn run(node: Arc<Node>, follower: Follower, kafka: KafkaConfig, condit
         topic: kafka.topics.revocations.clone(),
         partitions: 1,
         is_read: false,
+        was_fit: false,
         degraded: None,
     };
     // One task: closing yields to following while it scans the sessions.
@@ -46,6 +47,8 @@ struct Following<'a> {
     partitions: usize,
     /// Whether the topic was read to its end once.
     is_read: bool,
+    /// Whether that was while it had one partition.
+    was_fit: bool,
     /// Why new revocations do not arrive.
     degraded: Option<Error>,
 }
@@ -116,6 +119,7 @@ impl Following<'_> {
         self.evicted(evicted);
         node.revocations.set_read();
         self.is_read = true;
+        self.was_fit |= self.partitions == 1;
         tracing::info!(revocations = node.revocations.table().len(), "revocations read");
         tokio::spawn(warn_of_problems(kafka.clone()));
     }
@@ -123,9 +127,12 @@ impl Following<'_> {
     /// Sets the condition and the gauges.
     fn publish(&self) {
         let metrics = &self.node.metrics;
-        metrics.revocations_current.set((self.is_read && self.degraded.is_none()).into());
+        let problem = self.problem();
+        let is_current = self.is_read && self.degraded.is_none() && problem.is_none();
+        metrics.revocations_current.set(is_current.into());
         metrics.revocations(self.node.revocations.table().counts());
-        match (self.problem(), &self.degraded, self.is_read) {
+        // What a node has read stays in force: one change of the topic must not take all nodes out of service.
+        match (problem.filter(|_| !self.was_fit), &self.degraded, self.is_read) {
             (Some(problem), _, _) => self.condition.failing(problem),
             (None, _, true) => self.condition.ready(),
             (None, Some(error), false) => self.condition.failing(error.to_string()),
