@@ -8,6 +8,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "barid/v1/internal.proto",
     ];
     let descriptors = protox::compile(files, ["../../proto"])?;
-    tonic_prost_build::configure().bytes(".barid").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".barid")
+        // Most pushes are for users, and are moved through queues.
+        .boxed(".barid.internal.v1.Push.audience")
+        .compile_fds(descriptors)?;
     Ok(())
 }

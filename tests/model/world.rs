@@ -9,7 +9,7 @@ mod strangers;
 use std::collections::{HashSet, VecDeque};
 
 use barid_core::{
-    AppId, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, SessionRef, Shard, UserId,
+    AppId, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, Owner, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
     AcceptGroup, AcceptMessage, AckRequest, DisconnectRequest, DueUser, Source, UserKey,
@@ -140,7 +140,7 @@ fn accept_group(shard: Shard, source: usize, group: &Group) -> AcceptGroup {
     let message = |(offset, record): &(i64, Record)| AcceptMessage {
         position: at(*offset),
         app: user_key(record.user).app,
-        user: user_key(record.user).user,
+        owner: Owner::User(user_key(record.user).user),
         id: IdHash::of(&record.id),
         collapse_key: record.key.as_deref().map(Into::into),
         body: envelope::encode_body(Envelope { id: record.id.clone(), ..Default::default() }),

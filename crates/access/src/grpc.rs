@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use barid_core::{
-    AppId, CloseCode, ConnectionId, DeviceId, GroupId, Incarnation, SessionRef, UserId,
+    AppId, Audience, CloseCode, ConnectionId, DeviceId, Incarnation, SessionRef, UserId,
 };
 use barid_mailbox::{DisconnectRequest, UserKey};
 use barid_session::Close;
@@ -110,17 +110,14 @@ fn fan_out(node: &Node, fanouts: Vec<NodeFanout>) {
         return;
     }
     let (now_ms, now) = (node.clock.now_ms(), node.clock.seconds());
-    for NodeFanout { app, group, envelope, dispatched_after_us } in fanouts {
-        let audience = AppId::new(&app).ok().zip(match group.as_str() {
-            "" => Some(None),
-            group => GroupId::new(group).ok().map(Some),
-        });
-        let Some((app, group)) = audience else {
-            tracing::warn!(app, group, "dispatcher sent an invalid audience");
+    for NodeFanout { app, mailbox, envelope, dispatched_after_us } in fanouts {
+        let names = AppId::new(&app).ok().zip(Audience::new(&mailbox).ok());
+        let Some((app, audience)) = names else {
+            tracing::warn!(app, mailbox, "dispatcher sent an invalid audience");
             continue;
         };
         let received = Received { now_ms, now, dispatched_after_us };
-        match node.fanout.receive(&app, group.as_ref(), envelope, received) {
+        match node.fanout.receive(&app, &audience, envelope, received) {
             Ok(result) => node.metrics.fanout(result),
             // The message stays in its mailbox.
             Err(error) => tracing::warn!(%error, "dispatcher sent an invalid envelope"),

@@ -73,7 +73,7 @@ impl Mailboxes {
 
     /// The best estimate of Redis's time at the shard of a group, or of everyone of an app, µs since the Unix epoch.
     pub fn audience_now_us(&self, app: &AppId, mailbox: &str) -> u64 {
-        self.shard_now_us(self.store.shard_of_group(app, mailbox))
+        self.shard_now_us(self.store.shard_of_audience(app, mailbox))
     }
 
     fn shard_now_us(&self, shard: Shard) -> u64 {

@@ -5,8 +5,8 @@ use std::fmt;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The epoch of a mailbox: a random number below 2^53, which changes only when the mailbox was lost. Positions of
-/// another epoch are void. 0: no mailbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+/// another epoch are void. 0: no mailbox. The order has no meaning but in maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Epoch(pub u64);
 
 /// A position in a mailbox. Positions are contiguous and start at 1; 0 is before the first entry. Below 2^53.

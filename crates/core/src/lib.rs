@@ -1,6 +1,7 @@
 //! Barid's vocabulary: the terms of docs/protocol.md and ARCHITECTURE.md as types. No I/O, no protocol encoding, no
 //! Redis, no Kafka.
 
+mod audience;
 mod backoff;
 mod clock;
 mod close;
@@ -14,6 +15,7 @@ mod secret;
 mod shard;
 mod trace;
 
+pub use audience::{Audience, AudienceKey, Owner};
 pub use backoff::{Backoff, InvalidBackoff};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use close::CloseCode;

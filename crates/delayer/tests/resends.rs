@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use barid_core::{
-    AppId, Attempt, Chain, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, Position, Seq,
-    SessionRef, UserId,
+    AppId, Attempt, Chain, ConnectionId, DeviceId, IdHash, Incarnation, NodeId, Owner, Position,
+    Seq, SessionRef, UserId,
 };
 use barid_delayer::{Config, Delayer};
 use barid_mailbox::{
@@ -169,7 +169,7 @@ impl Cluster {
         let message = AcceptMessage {
             position: LogPosition { leader_epoch: 0, offset: self.offset, index: 0 },
             app: user(name).app,
-            user: user(name).user,
+            owner: Owner::User(user(name).user),
             id: IdHash::of(&id),
             collapse_key: None,
             body: encode_body(Envelope { id, ..Default::default() }),

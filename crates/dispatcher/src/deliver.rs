@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use barid_core::{AppId, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId};
-use barid_mailbox::{Route, Standing, UserKey};
+use barid_core::{
+    AppId, Audience, AudienceKey, ConnectionId, DeviceId, Incarnation, NodeId, SessionRef, UserId,
+};
+use barid_mailbox::{RedisTime, Route, Standing, UserKey};
 use barid_runtime::{Hop, TraceEvent, Tracer};
 use barid_wire::envelope::{self, Header};
 use barid_wire::internal::{
-    DispatchBatch, DispatchReply, NodePush, NodeResend, Push, Resend, ResendDevice, Sampled,
-    Unreachable,
+    DispatchBatch, DispatchReply, NodeFanout, NodePush, NodeResend, Push, PushAudience, Resend,
+    ResendDevice, Sampled, Unreachable,
 };
 
 use crate::metrics::Metrics;
@@ -76,6 +78,10 @@ impl<R: Routes> Delivery<R> {
     pub fn hand_on(&self, resolved: Resolved) -> DispatchReply {
         let now = Instant::now();
         for (push, user) in resolved.pushes {
+            if let Some(audience) = &push.audience {
+                self.fan_out(&push, audience, now);
+                continue;
+            }
             match user {
                 Some((user, Ok(routes))) => self.push(push, &user, &routes, now),
                 Some((_, Err(Away))) => self.count_push("away"),
@@ -108,7 +114,7 @@ impl<R: Routes> Delivery<R> {
         if routes.is_empty() {
             return self.count_push("no_route");
         }
-        let dispatched_after_us = self.dispatched(&push, user, now);
+        let dispatched_after_us = self.dispatched(&push, self.resolver.redis_time(user), now);
         for (at, route) in routes.iter().enumerate() {
             let session = &route.session;
             let same_incarnation = |other: &Route| {
@@ -141,10 +147,37 @@ impl<R: Routes> Delivery<R> {
         }
     }
 
-    /// Records the hop that ends here. Its end is sent to the node, where the next hop begins.
-    fn dispatched(&self, push: &Push, user: &UserKey, now: Instant) -> Option<u32> {
+    /// Queues a message for an audience for each node that had members when it was accepted. A node without a lease has
+    /// no members any more.
+    fn fan_out(&self, push: &Push, audience: &PushAudience, now: Instant) {
+        let Some(key) = audience_key(&push.app, &audience.mailbox) else {
+            return self.count_fanout("invalid");
+        };
+        let time = self.resolver.redis_time_of(&key);
+        let dispatched_after_us = self.dispatched(push, time, now);
+        for name in &audience.nodes {
+            let Ok(node) = NodeId::new(name) else {
+                self.count_fanout("invalid");
+                continue;
+            };
+            let item = NodeItem::Fanout(NodeFanout {
+                app: push.app.clone(),
+                mailbox: audience.mailbox.clone(),
+                envelope: push.envelope.clone(),
+                dispatched_after_us,
+            });
+            match self.nodes.send_to_any(&node, item) {
+                Ok(()) => self.count_fanout("handed"),
+                Err(unsent) => self.count_fanout(unsent.label()),
+            }
+        }
+    }
+
+    /// Records the hop that ends here. Its end is sent to the node, where the next hop begins. `time` is that of the
+    /// mailbox's master.
+    fn dispatched(&self, push: &Push, time: Option<RedisTime>, now: Instant) -> Option<u32> {
         let accepted_us = Header::parse(&push.envelope).ok()?.accepted_at_us;
-        let now_us = self.resolver.redis_time(user)?.us(now);
+        let now_us = time?.us(now);
         if push.sampled {
             self.trace(push, now_us);
         }
@@ -248,9 +281,18 @@ impl<R: Routes> Delivery<R> {
         self.metrics.pushes.with_label_values(&[outcome]).inc();
     }
 
+    fn count_fanout(&self, outcome: &str) {
+        self.metrics.fanouts.with_label_values(&[outcome]).inc();
+    }
+
     fn count_resend(&self, outcome: &str) {
         self.metrics.resends.with_label_values(&[outcome]).inc();
     }
+}
+
+/// `None` if a name is invalid.
+fn audience_key(app: &str, mailbox: &str) -> Option<AudienceKey> {
+    Some(AudienceKey { app: AppId::new(app).ok()?, audience: Audience::new(mailbox).ok()? })
 }
 
 fn key(app: &str, user: &str) -> Option<UserKey> {

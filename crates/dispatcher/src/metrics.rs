@@ -6,6 +6,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, Registry};
 
 const PUSHES: [&str; 7] = ["handed", "no_route", "void", "full", "down", "away", "invalid"];
 const RESENDS: [&str; 7] = ["handed", "superseded", "void", "full", "down", "away", "invalid"];
+const FANOUTS: [&str; 5] = ["handed", "void", "full", "down", "invalid"];
 const REAPED: [&str; 4] = ["removed", "failed", "unknown", "dropped"];
 
 /// The dispatcher's metrics. Cheap to clone.
@@ -19,6 +20,9 @@ pub struct Metrics {
     /// Re-sends by outcome: `handed`, `superseded` (the session has ended), `invalid`, or the reason that is reported
     /// to the delayer: `void`, `full`, `down`, `away`.
     pub resends: IntCounterVec,
+    /// Messages for audiences by outcome, counted per node that had members when the message was accepted: `handed`, or
+    /// the reason for dropping it: `void` (the node has no lease), `full`, `down`, `invalid`.
+    pub fanouts: IntCounterVec,
     /// Items that were lost with a broken stream to a node.
     pub lost: IntCounter,
     /// Batches received.
@@ -56,6 +60,12 @@ impl Metrics {
             nodes: LinkMetrics::new(registry, "barid_dispatcher_node_links")?,
             pushes: set.counters("pushes_total", "Pushes, by outcome.", "outcome", &PUSHES)?,
             resends: set.counters("resends_total", "Re-sends, by outcome.", "outcome", &RESENDS)?,
+            fanouts: set.counters(
+                "fanouts_total",
+                "Messages for audiences, by node and outcome.",
+                "outcome",
+                &FANOUTS,
+            )?,
             lost: set.counter("lost_items_total", "Items on streams that broke.")?,
             batches: set.counter("batches_total", "Batches received.")?,
             callers: set.gauge("callers", "Open streams from purgers and delayers.")?,

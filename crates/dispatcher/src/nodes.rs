@@ -8,7 +8,7 @@ use std::time::Duration;
 use barid_core::{Incarnation, NodeId, SessionRef};
 use barid_mesh::{Broken, Credentials, Link, LinkConfig, LinkMetrics, Party, Protocol, Refusal};
 use barid_wire::internal::access_client::AccessClient;
-use barid_wire::internal::{Gone, NodeBatch, NodePush, NodeReply, NodeResend};
+use barid_wire::internal::{Gone, NodeBatch, NodeFanout, NodePush, NodeReply, NodeResend};
 use parking_lot::RwLock;
 use prometheus::IntCounter;
 use tokio_stream::wrappers::ReceiverStream;
@@ -61,6 +61,8 @@ pub enum NodeItem {
     Push(NodePush),
     /// A session to sync.
     Resend(NodeResend),
+    /// A message for the members of an audience on the node.
+    Fanout(NodeFanout),
 }
 
 /// The table of nodes and the links to them.
@@ -136,11 +138,15 @@ impl Nodes {
     pub fn send(&self, session: &SessionRef, item: NodeItem) -> Result<(), Unsent> {
         let table = self.table.read();
         let node = table.get(&session.node).filter(|n| n.incarnation == session.incarnation);
-        let node = node.ok_or(Unsent::Void)?;
-        node.link.try_send(item).map_err(|refused| match refused.why {
-            Refusal::Full => Unsent::Full,
-            Refusal::Down => Unsent::Down,
-        })
+        try_send(node.ok_or(Unsent::Void)?, item)
+    }
+
+    /// Queues an item for a node, whatever its incarnation. Never waits.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_to_any(&self, node: &NodeId, item: NodeItem) -> Result<(), Unsent> {
+        try_send(self.table.read().get(node).ok_or(Unsent::Void)?, item)
     }
 
     /// How long the incarnation in a session's route has been over; `None`: it is not, or that is unknown.
@@ -152,6 +158,13 @@ impl Nodes {
     pub fn pending(&self) -> usize {
         self.table.read().values().map(|node| node.link.pending()).sum()
     }
+}
+
+fn try_send(node: &Node, item: NodeItem) -> Result<(), Unsent> {
+    node.link.try_send(item).map_err(|refused| match refused.why {
+        Refusal::Full => Unsent::Full,
+        Refusal::Down => Unsent::Down,
+    })
 }
 
 /// The protocol of `barid.internal.v1.Access`.
@@ -178,6 +191,9 @@ impl Protocol for Delivering {
             NodeItem::Resend(resend) => {
                 resend.app.len() + resend.user.len() + resend.device.len() + 32
             }
+            NodeItem::Fanout(fanout) => {
+                fanout.app.len() + fanout.mailbox.len() + fanout.envelope.len() + 16
+            }
         }
     }
 
@@ -189,6 +205,7 @@ impl Protocol for Delivering {
             match item {
                 NodeItem::Push(push) => batch.pushes.push(push),
                 NodeItem::Resend(resend) => batch.resends.push(resend),
+                NodeItem::Fanout(fanout) => batch.fanouts.push(fanout),
             }
         }
         (batch, count)

@@ -36,8 +36,8 @@ impl Routes for RedisRoutes {
         self.mailbox.shards()
     }
 
-    fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
-        self.mailbox.redis_time(self.mailbox.shard_of(user))
+    fn redis_time(&self, shard: Shard) -> Option<RedisTime> {
+        self.mailbox.redis_time(shard)
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use barid_core::{Shard, ShardCount};
+use barid_core::{AudienceKey, Shard, ShardCount};
 use barid_mailbox::{DisconnectRequest, Error, RedisTime, Route, UserKey};
 use moka::notification::RemovalCause;
 use moka::sync::Cache;
@@ -34,8 +34,8 @@ pub trait Routes: Send + Sync + 'static {
     fn shard_of(&self, user: &UserKey) -> Shard;
     /// Number of shards.
     fn shards(&self) -> ShardCount;
-    /// The clock of a user's master; `None`: it has not answered yet.
-    fn redis_time(&self, user: &UserKey) -> Option<RedisTime>;
+    /// The clock of a shard's master; `None`: it has not answered yet.
+    fn redis_time(&self, shard: Shard) -> Option<RedisTime>;
 }
 
 /// Bounds of L1 and of loads.
@@ -177,7 +177,14 @@ impl<R: Routes> Resolver<R> {
 
     /// The clock of a user's master.
     pub fn redis_time(&self, user: &UserKey) -> Option<RedisTime> {
-        self.inner.routes.redis_time(user)
+        self.inner.routes.redis_time(self.inner.routes.shard_of(user))
+    }
+
+    /// The clock of an audience's master.
+    pub fn redis_time_of(&self, audience: &AudienceKey) -> Option<RedisTime> {
+        let AudienceKey { app, audience } = audience;
+        let routes = &self.inner.routes;
+        routes.redis_time(routes.shards().shard_of(app.as_str(), audience.as_str()))
     }
 
     /// Looks up a user's routes in L1, or starts a load. Call within a runtime.

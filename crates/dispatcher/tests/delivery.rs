@@ -58,7 +58,7 @@ impl Routes for InMemory {
     fn shards(&self) -> ShardCount {
         ShardCount::new(8).unwrap()
     }
-    fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
+    fn redis_time(&self, _: Shard) -> Option<RedisTime> {
         None
     }
 }

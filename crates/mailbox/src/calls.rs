@@ -6,5 +6,5 @@ mod inspect;
 mod timers;
 
 pub(crate) use self::accept::accept;
-pub(crate) use self::inspect::{inspect, routes as read_routes};
+pub(crate) use self::inspect::{inspect, inspect_audience, routes as read_routes};
 pub(crate) use self::timers::{defer, fire};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use barid_core::limits::TTL_SECONDS_MAX;
-use barid_core::{Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
+use barid_core::{Audience, Backoff, InvalidBackoff, InvalidShardCount, ShardCount};
 use barid_runtime::SecretUrl;
 use barid_runtime::bounds::{self, Bound, Bounded, DAY_SECONDS, HOUR_MS, real, whole};
 use redis::{ConnectionAddr, IntoConnectionInfo as _};
@@ -61,6 +61,21 @@ pub struct RedisConfig {
     pub mailbox_bytes_max: u64,
     /// How long a mailbox keeps an entry, seconds.
     pub ttl_seconds: u64,
+    /// As `entries_max`, of the mailbox of a group.
+    pub group_entries_max: u32,
+    /// As `mailbox_bytes_max`, of the mailbox of a group.
+    pub group_bytes_max: u64,
+    /// As `ttl_seconds`, of the mailbox of a group.
+    pub group_ttl_seconds: u64,
+    /// As `entries_max`, of an app's mailbox of everyone.
+    pub everyone_entries_max: u32,
+    /// As `mailbox_bytes_max`, of an app's mailbox of everyone.
+    pub everyone_bytes_max: u64,
+    /// As `ttl_seconds`, of an app's mailbox of everyone.
+    pub everyone_ttl_seconds: u64,
+    /// How long an access node stays listed as having members of an audience without confirming it, seconds. Nodes
+    /// confirm three times as often.
+    pub audience_lease_seconds: u64,
     /// How long after a shard was found to have lost data its new mailboxes keep acknowledged entries, seconds, at
     /// most a day; 0: they do not. Redis may have lost other devices of the user as well. All connected ones are known
     /// again after `sync.confirm_interval_seconds`, so this should be longer.
@@ -105,6 +120,13 @@ impl Default for RedisConfig {
             entries_max: 500,
             mailbox_bytes_max: 4 << 20,
             ttl_seconds: 7 * 24 * 3600,
+            group_entries_max: 100,
+            group_bytes_max: 1 << 20,
+            group_ttl_seconds: 3 * 24 * 3600,
+            everyone_entries_max: 10_000,
+            everyone_bytes_max: 32 << 20,
+            everyone_ttl_seconds: 3 * 24 * 3600,
+            audience_lease_seconds: 1_800,
             keep_after_loss_seconds: 900,
             devices_max: 16,
             accept_batch_max: 512,
@@ -133,6 +155,13 @@ impl Bounded for RedisConfig {
             whole("entries_max", 1..=100_000, ""),
             whole("mailbox_bytes_max", MAILBOX_BYTES, "bytes"),
             whole("ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
+            whole("group_entries_max", 1..=100_000, ""),
+            whole("group_bytes_max", MAILBOX_BYTES, "bytes"),
+            whole("group_ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
+            whole("everyone_entries_max", 1..=100_000, ""),
+            whole("everyone_bytes_max", MAILBOX_BYTES, "bytes"),
+            whole("everyone_ttl_seconds", 1..=TTL_SECONDS_MAX, "s"),
+            whole("audience_lease_seconds", 3..=DAY_SECONDS, "s"),
             whole("keep_after_loss_seconds", 0..=DAY_SECONDS, "s"),
             whole("devices_max", 1..=DEVICES_MAX, ""),
             whole("accept_batch_max", 1..=10_000, ""),
@@ -145,6 +174,14 @@ impl Bounded for RedisConfig {
             whole("queue_max", 1..=10_000_000, ""),
         ]
     }
+}
+
+/// Bounds of an audience's mailbox.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AudienceBounds {
+    pub entries_max: u32,
+    pub bytes_max: u64,
+    pub ttl_ms: u64,
 }
 
 impl RedisConfig {
@@ -226,6 +263,24 @@ impl RedisConfig {
             Duration::from_millis(self.retry_max_ms),
             self.retry_jitter,
         )
+    }
+
+    /// How often a node confirms that it has members of an audience, seconds.
+    pub fn audience_confirm_seconds(&self) -> u32 {
+        u32::try_from(self.audience_lease_seconds / 3).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// Bounds of an audience's mailbox.
+    pub(crate) fn audience_bounds(&self, audience: &Audience) -> AudienceBounds {
+        let (entries_max, bytes_max, ttl_seconds) = match audience {
+            Audience::Everyone => {
+                (self.everyone_entries_max, self.everyone_bytes_max, self.everyone_ttl_seconds)
+            }
+            Audience::Group(_) => {
+                (self.group_entries_max, self.group_bytes_max, self.group_ttl_seconds)
+            }
+        };
+        AudienceBounds { entries_max, bytes_max, ttl_ms: ttl_seconds.min(TTL_SECONDS_MAX) * 1000 }
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {

@@ -1,6 +1,6 @@
-//! Names of keys. The hash tag is the shard, so everything about a user is in one hash slot.
+//! Names of keys. The hash tag is the shard, so everything about a user, or about an audience, is in one hash slot.
 
-use barid_core::{AppId, Shard, UserId};
+use barid_core::{AppId, Audience, AudienceKey, Owner, Shard, UserId};
 
 use crate::UserKey;
 
@@ -32,6 +32,33 @@ pub(crate) fn routes(shard: Shard, app: &AppId, user: &UserId) -> String {
     format!("{{{shard}}}:r:{app}:{user}")
 }
 
+/// The keys of an owner's mailbox: head, queue, and where its messages go: routes of a user's devices, or nodes with
+/// members of an audience.
+pub(crate) fn of_owner(shard: Shard, app: &AppId, owner: &Owner) -> [String; 3] {
+    match owner {
+        Owner::User(user) => {
+            [head(shard, app, user), queue(shard, app, user), routes(shard, app, user)]
+        }
+        Owner::Audience(audience) => [
+            audience_head(shard, app, audience),
+            audience_queue(shard, app, audience),
+            audience_nodes(shard, app, audience),
+        ],
+    }
+}
+
+pub(crate) fn audience_head(shard: Shard, app: &AppId, audience: &Audience) -> String {
+    format!("{{{shard}}}:h:g:{app}:{audience}")
+}
+
+pub(crate) fn audience_queue(shard: Shard, app: &AppId, audience: &Audience) -> String {
+    format!("{{{shard}}}:q:g:{app}:{audience}")
+}
+
+pub(crate) fn audience_nodes(shard: Shard, app: &AppId, audience: &Audience) -> String {
+    format!("{{{shard}}}:g:{app}:{audience}")
+}
+
 pub(crate) fn timers(shard: Shard) -> String {
     format!("{{{shard}}}:t")
 }
@@ -50,6 +77,22 @@ pub(crate) fn parse_routes(key: &[u8]) -> Option<UserKey> {
 /// A user as a member of the timers. Names contain no NUL.
 pub(crate) fn member(app: &AppId, user: &UserId) -> String {
     format!("{app}\0{user}")
+}
+
+/// The journal of a shard: which audiences have new messages.
+pub(crate) fn journal(shard: Shard) -> String {
+    format!("{{{shard}}}:j")
+}
+
+/// An audience as a member of the journal.
+pub(crate) fn audience_member(app: &AppId, audience: &Audience) -> String {
+    format!("{app}\0{audience}")
+}
+
+/// The audience of a journal's member.
+pub(crate) fn parse_audience_member(member: &str) -> Option<AudienceKey> {
+    let (app, audience) = member.split_once('\0')?;
+    Some(AudienceKey { app: AppId::new(app).ok()?, audience: Audience::new(audience).ok()? })
 }
 
 /// The user of a timer's member.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use barid_core::{AppId, Backoff, Incarnation, NodeId, Shard, ShardCount};
+use barid_core::{AppId, AudienceKey, Backoff, Incarnation, NodeId, Shard, ShardCount};
 use prometheus::Registry;
 use tokio::sync::broadcast;
 
@@ -15,9 +15,10 @@ use crate::other_layouts::refuse_other_layouts;
 use crate::redis_clock::RedisTime;
 use crate::topology::Topology;
 use crate::{
-    AcceptGroup, AckOutcome, AckRequest, ConfirmOutcome, ConfirmRequest, ConnectOutcome,
-    ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest, DueUser, Error, GroupOutcome,
-    Inspection, Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
+    AcceptGroup, AckOutcome, AckRequest, AudienceInspection, AudienceReadRequest, ConfirmOutcome,
+    ConfirmRequest, ConnectOutcome, ConnectRequest, DeferRequest, DeferWaits, DisconnectRequest,
+    DueUser, Error, GroupOutcome, Inspection, JoinOutcome, JoinRequest, Journal, JournalRequest,
+    Page, ReadRequest, Reconnected, RedisConfig, Route, UserKey,
 };
 
 /// A client of the mailboxes in Redis. Cheap to clone. Single calls are batched: queued ones are sent as soon as the
@@ -54,9 +55,9 @@ impl Mailbox {
         self.topology.shard_of(user)
     }
 
-    /// The shard of an app's group, by its name in frames; also of the group of everyone.
-    pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
-        self.topology.shard_of_group(app, group)
+    /// The shard of an audience of an app, by its name in frames.
+    pub fn shard_of_audience(&self, app: &AppId, audience: &str) -> Shard {
+        self.topology.shard_of_audience(app, audience)
     }
 
     /// The lane of a shard: shards of one master share a lane, and a master that is away stops only its own.
@@ -159,6 +160,26 @@ impl Mailbox {
         self.topology.lane(shard).disconnect.call(request, shard).await
     }
 
+    /// Lists a node as having members of an audience, or removes it, and returns where the audience's mailbox stands.
+    ///
+    /// # Errors
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
+    pub async fn join(&self, request: JoinRequest) -> Result<JoinOutcome, Error> {
+        let AudienceKey { app, audience } = &request.audience;
+        let shard = self.shard_of_audience(app, audience.as_str());
+        self.topology.lane(shard).join.call(request, shard).await
+    }
+
+    /// Reads the entries of an audience's mailbox after a position.
+    ///
+    /// # Errors
+    /// Returns [`Error::Away`], [`Error::Newer`] or [`Error::Unexpected`].
+    pub async fn read_audience(&self, request: AudienceReadRequest) -> Result<Page, Error> {
+        let AudienceKey { app, audience } = &request.audience;
+        let shard = self.shard_of_audience(app, audience.as_str());
+        self.topology.lane(shard).read_audience.call(request, shard).await
+    }
+
     /// Claims up to `max` due users of these shards, which are of one lane (in a Redis Cluster, up to `max` per shard).
     /// Devices that have acknowledged everything or have no route are disarmed.
     ///
@@ -215,6 +236,26 @@ impl Mailbox {
     /// Returns [`Error::Away`] or [`Error::Unexpected`].
     pub async fn inspect(&self, user: &UserKey) -> Result<Inspection, Error> {
         calls::inspect(&self.topology, user).await
+    }
+
+    /// Reads which audiences of a shard have messages after a number.
+    ///
+    /// # Errors
+    /// Returns [`Error::Away`] or [`Error::Unexpected`].
+    pub async fn journal(&self, request: JournalRequest) -> Result<Journal, Error> {
+        let shard = request.shard;
+        self.topology.lane(shard).read_journal.call(request, shard).await
+    }
+
+    /// Reads everything that Redis holds about an audience, for operators.
+    ///
+    /// # Errors
+    /// Returns [`Error::Away`] or [`Error::Unexpected`].
+    pub async fn inspect_audience(
+        &self,
+        audience: &AudienceKey,
+    ) -> Result<AudienceInspection, Error> {
+        calls::inspect_audience(&self.topology, audience).await
     }
 
     /// The time of a shard's master, ms since the Unix epoch, or a little less; `None` before the master has answered.

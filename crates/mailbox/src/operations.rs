@@ -2,7 +2,9 @@
 //! topology has a queue for each of them in front of every master.
 
 mod ack;
+mod audiences;
 mod sessions;
 
 pub(crate) use self::ack::{Ack, Read};
+pub(crate) use self::audiences::{Join, ReadAudience, ReadJournal};
 pub(crate) use self::sessions::{Confirm, Connect, Disconnect};

@@ -45,6 +45,8 @@ script!(CONFIRM, "confirm", " flags=allow-oom", ["base", "mailbox"]);
 script!(READ, "read", " flags=no-writes", ["base", "mailbox"]);
 script!(ACK, "ack", " flags=allow-oom", ["base", "mailbox"]);
 script!(DISCONNECT, "disconnect", " flags=allow-oom", ["base", "mailbox"]);
+script!(JOIN, "join", " flags=allow-oom", ["base", "mailbox"]);
+script!(JOURNAL, "journal", " flags=no-writes", ["base"]);
 script!(FIRE, "fire", " flags=allow-oom", ["base", "mailbox"]);
 script!(DEFER, "defer", " flags=allow-oom", ["base", "mailbox"]);
 script!(DUE, "due", " flags=no-writes", ["base"]);
@@ -53,8 +55,8 @@ script!(COPY, "copy", " flags=allow-oom", ["base"]);
 script!(COPIES, "copies", " flags=no-writes", ["base"]);
 
 /// Scripts with metrics; those of leases are not on a message's path.
-pub(crate) static TIMED: [&Script; 9] =
-    [&ACCEPT, &CONNECT, &CONFIRM, &READ, &ACK, &DISCONNECT, &DUE, &FIRE, &DEFER];
+pub(crate) static TIMED: [&Script; 11] =
+    [&ACCEPT, &CONNECT, &CONFIRM, &READ, &ACK, &DISCONNECT, &JOIN, &JOURNAL, &DUE, &FIRE, &DEFER];
 
 impl Script {
     /// `EVALSHA` with these keys and arguments.

@@ -16,7 +16,7 @@ use crate::cluster::{self, Master, slot_of};
 use crate::dial::warn_sparingly;
 use crate::link::{Link, ReplicatedError};
 use crate::metrics::Metrics;
-use crate::operations::{Ack, Confirm, Connect, Disconnect, Read};
+use crate::operations::{Ack, Confirm, Connect, Disconnect, Join, Read, ReadAudience, ReadJournal};
 use crate::redis_clock::RedisTime;
 use crate::scripts::{Call, Script};
 use crate::{Error, Reconnected, RedisConfig, UserKey, keys};
@@ -63,6 +63,9 @@ pub(crate) struct Lane {
     pub read: Batcher<Read>,
     pub ack: Batcher<Ack>,
     pub disconnect: Batcher<Disconnect>,
+    pub join: Batcher<Join>,
+    pub read_audience: Batcher<ReadAudience>,
+    pub read_journal: Batcher<ReadJournal>,
 }
 
 impl Topology {
@@ -145,9 +148,9 @@ impl Topology {
         self.shards.shard_of(user.app.as_str(), user.user.as_str())
     }
 
-    /// The shard of a group.
-    pub fn shard_of_group(&self, app: &AppId, group: &str) -> Shard {
-        self.shards.shard_of(app.as_str(), group)
+    /// The shard of an audience.
+    pub fn shard_of_audience(&self, app: &AppId, audience: &str) -> Shard {
+        self.shards.shard_of(app.as_str(), audience)
     }
 
     /// Groups items by the call that may carry them, in order: all in one, or in a Redis Cluster one call per shard.
@@ -456,6 +459,9 @@ impl Lane {
             read: Batcher::start(topology.clone(), config),
             ack: Batcher::start(topology.clone(), config),
             disconnect: Batcher::start(topology.clone(), config),
+            join: Batcher::start(topology.clone(), config),
+            read_audience: Batcher::start(topology.clone(), config),
+            read_journal: Batcher::start(topology.clone(), config),
         }
     }
 }

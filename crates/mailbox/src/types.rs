@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use barid_core::{
-    AppId, Attempt, DeviceId, Epoch, IdHash, Position, Seq, SessionRef, Shard, UserId,
+    AppId, Attempt, AudienceKey, DeviceId, Epoch, IdHash, Incarnation, NodeId, Owner, Position,
+    Seq, SessionRef, Shard,
 };
 use bytes::Bytes;
 
@@ -35,15 +36,15 @@ pub struct AcceptGroup {
     pub messages: Vec<AcceptMessage>,
 }
 
-/// One message for one user's mailbox.
+/// One message for one mailbox.
 #[derive(Debug, Clone)]
 pub struct AcceptMessage {
     /// Position in the log.
     pub position: LogPosition,
-    /// Recipient's app.
+    /// The app of the mailbox.
     pub app: AppId,
-    /// Recipient user.
-    pub user: UserId,
+    /// The owner of the mailbox.
+    pub owner: Owner,
     /// Hashes of the message id.
     pub id: IdHash,
     /// Replaces an undelivered message that has the same key.
@@ -71,8 +72,10 @@ pub enum AcceptOutcome {
         seq: Seq,
         /// The entry as stored (header and body).
         envelope: Bytes,
-        /// Whether the user has a route: then a dispatcher delivers the message.
+        /// Whether the user has a route: then a dispatcher delivers the message. Always false for an audience.
         online: bool,
+        /// The access nodes with members of the audience, to which a dispatcher delivers the message. Empty for a user.
+        nodes: Arc<[NodeId]>,
         /// Older entries that were evicted (count, bytes or age).
         evicted: u32,
     },
@@ -82,6 +85,73 @@ pub enum AcceptOutcome {
     Duplicate,
     /// The script failed on this message and wrote nothing for it; it becomes a dead letter.
     Failed(String),
+}
+
+/// A node's membership of an audience begins, goes on, or ends.
+#[derive(Debug, Clone)]
+pub struct JoinRequest {
+    /// The audience.
+    pub audience: AudienceKey,
+    /// The access node.
+    pub node: NodeId,
+    /// The node's incarnation.
+    pub incarnation: Incarnation,
+    /// The node's number of this request. It rises with each request of an incarnation, for whatever audience: a request
+    /// that arrives late, with a lower one, changes nothing.
+    pub number: u64,
+    /// Whether the node has members; if not, it leaves.
+    pub has_members: bool,
+}
+
+/// Reads the entries of an audience's mailbox after a position.
+#[derive(Debug, Clone)]
+pub struct AudienceReadRequest {
+    /// The audience.
+    pub audience: AudienceKey,
+    /// Seq before the first entry to read.
+    pub after: Seq,
+    /// Maximum number of entries.
+    pub entries_max: u32,
+    /// Maximum bytes of all entries; the first one is returned whatever its size.
+    pub bytes_max: u32,
+}
+
+/// Reads which audiences of a shard have new messages.
+#[derive(Debug, Clone)]
+pub struct JournalRequest {
+    /// The shard.
+    pub shard: Shard,
+    /// Only messages with higher numbers. Numbers rise by one a message in the shard, and are never below the time of
+    /// acceptance, µs since the Unix epoch.
+    pub after: u64,
+    /// Maximum number of audiences.
+    pub audiences_max: u32,
+}
+
+/// The outcome of a [`JournalRequest`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Journal {
+    /// Messages up to this number may be missing, because the journal is bounded.
+    pub trimmed: u64,
+    /// Read on from here.
+    pub highest: u64,
+    /// Audiences, each with the number of its newest message.
+    pub changed: Vec<(AudienceKey, u64)>,
+}
+
+/// The outcome of a [`JoinRequest`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JoinOutcome {
+    /// Done. Every message that is accepted from now on names the node, if it has joined; the others are in the mailbox
+    /// up to `newest`.
+    Joined {
+        /// The mailbox's newest entry, with its chain; of epoch 0 if there is no mailbox.
+        newest: Position,
+        /// Seq of the oldest entry; `newest + 1` if there is none.
+        oldest: Seq,
+    },
+    /// A later request of this node was executed before.
+    Superseded,
 }
 
 /// A claimed timer.
@@ -158,10 +228,10 @@ pub struct Route {
     pub platform: Arc<str>,
 }
 
-/// Everything that Redis holds about a user, for operators.
+/// A mailbox, for operators.
 #[derive(Debug, Clone)]
-pub struct Inspection {
-    /// The user's shard.
+pub struct Contents {
+    /// Its shard.
     pub shard: Shard,
     /// The mailbox's epoch; 0: the mailbox does not exist.
     pub epoch: Epoch,
@@ -173,14 +243,38 @@ pub struct Inspection {
     pub bytes: u64,
     /// The newest entries (up to 100), encoded envelopes in order.
     pub entries: Vec<Bytes>,
+    /// Redis's time, ms since the Unix epoch.
+    pub now_ms: u64,
+}
+
+/// Everything that Redis holds about an audience, for operators.
+#[derive(Debug, Clone)]
+pub struct AudienceInspection {
+    /// The audience's mailbox.
+    pub mailbox: Contents,
+    /// The access nodes that are listed as having members, and when each has confirmed it, ms since the Unix epoch.
+    pub nodes: Vec<(NodeId, u64)>,
+}
+
+/// Everything that Redis holds about a user, for operators.
+#[derive(Debug, Clone)]
+pub struct Inspection {
+    /// The user's mailbox.
+    pub mailbox: Contents,
     /// The known devices.
     pub devices: Vec<DeviceState>,
     /// The routes of connected devices.
     pub routes: Vec<Route>,
     /// When the retry timer is due, ms since the Unix epoch; `None`: not armed.
     pub timer_due_ms: Option<u64>,
-    /// Redis's time, ms since the Unix epoch.
-    pub now_ms: u64,
+}
+
+impl std::ops::Deref for Inspection {
+    type Target = Contents;
+
+    fn deref(&self) -> &Contents {
+        &self.mailbox
+    }
 }
 
 /// A device as a mailbox's head stores it. Times are ms since the Unix epoch.

@@ -356,7 +356,13 @@ impl Protocol for Dispatching {
 
     fn bytes(item: &Item) -> usize {
         match item {
-            Item::Push { push, .. } => push.app.len() + push.user.len() + push.envelope.len() + 16,
+            Item::Push { push, .. } => {
+                let audience = push.audience.as_ref().map_or(0, |audience| {
+                    let nodes: usize = audience.nodes.iter().map(|node| node.len() + 2).sum();
+                    audience.mailbox.len() + nodes
+                });
+                push.app.len() + push.user.len() + audience + push.envelope.len() + 16
+            }
             Item::Resend { parts, .. } => {
                 parts.iter().map(|part| part.app.len() + part.user.len() + 160).sum()
             }

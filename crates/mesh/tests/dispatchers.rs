@@ -75,7 +75,7 @@ impl Running {
 
 fn push(user: &str, number: u32) -> Push {
     let envelope = number.to_be_bytes().to_vec().into();
-    Push { app: "demo".into(), user: user.into(), envelope, sampled: false }
+    Push { app: "demo".into(), user: user.into(), envelope, ..Push::default() }
 }
 
 fn number(push: &Push) -> u32 {

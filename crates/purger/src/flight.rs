@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use barid_bus::consumer::{Partition, Record};
 use barid_core::limits::TIME_MS_MAX;
-use barid_core::{ReceiptSet, Shard, TraceParent};
+use barid_core::{Owner, ReceiptSet, Shard, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition, Source};
 use barid_runtime::TraceEvent;
 use barid_wire::record::{Push, ReceiptKind};
@@ -161,7 +161,7 @@ pub struct Flight {
     pub bytes: usize,
     /// Its shards, each with the index of the last message for it.
     places: Vec<(Shard, u32)>,
-    /// Messages (one per user) that are not done.
+    /// Messages (one per mailbox) that are not done.
     left: AtomicUsize,
 }
 
@@ -241,8 +241,14 @@ impl Flight {
         self.left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
-    /// A receipt of this kind, if the business asked for it.
-    pub fn receipt(&self, kind: ReceiptKind, user: &str, seq: u64, at_ms: u64) -> Option<Receipt> {
+    /// A receipt of this kind about the message for `owner`, if the business asked for it.
+    pub fn receipt(
+        &self,
+        kind: ReceiptKind,
+        owner: &Owner,
+        seq: u64,
+        at_ms: u64,
+    ) -> Option<Receipt> {
         let push = self.push.as_ref()?;
         if !push.receipts.wants(ReceiptSet(1 << kind as u32)) {
             return None;
@@ -251,16 +257,15 @@ impl Flight {
             kind: kind as i32,
             id: push.id.as_str().to_owned(),
             app: push.app.as_str().to_owned(),
-            user: user.to_owned(),
             seq,
             at_ms,
             traceparent: self.traceparent.clone(),
-            ..Default::default()
+            ..of_owner(owner)
         })
     }
 
-    /// The receipt for a refusal, which is sent always.
-    pub fn refusal(&self, user: &str, code: &str, reason: &str, at_ms: u64) -> Receipt {
+    /// The receipt for the refusal of the message for `owner` (`None`: of the record), which is sent always.
+    pub fn refusal(&self, owner: Option<&Owner>, code: &str, reason: &str, at_ms: u64) -> Receipt {
         let (id, app) = self.push.as_ref().map_or_else(Default::default, |p| {
             (p.id.as_str().to_owned(), p.app.as_str().to_owned())
         });
@@ -268,12 +273,21 @@ impl Flight {
             kind: ReceiptKind::Refused as i32,
             id,
             app,
-            user: user.to_owned(),
             at_ms,
             code: code.to_owned(),
             reason: reason.to_owned(),
             traceparent: self.traceparent.clone(),
-            ..Default::default()
+            ..owner.map_or_else(Receipt::default, of_owner)
+        }
+    }
+}
+
+/// A receipt that names only the owner of the mailbox.
+fn of_owner(owner: &Owner) -> Receipt {
+    match owner {
+        Owner::User(user) => Receipt { user: user.to_string(), ..Default::default() },
+        Owner::Audience(audience) => {
+            Receipt { mailbox: audience.to_string(), ..Default::default() }
         }
     }
 }

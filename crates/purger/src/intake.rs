@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use barid_bus::consumer::Record;
-use barid_core::{IdHash, Shard, ShardCount, TraceParent, UserId};
+use barid_core::{IdHash, Owner, Shard, ShardCount, TraceParent};
 use barid_mailbox::{AcceptMessage, LogPosition};
 use barid_wire::envelope::{Envelope, encode_body, set_payload};
 use barid_wire::record::{CONTENT_TYPE, Push, RecordLimits, Refusal, decode_push};
@@ -27,7 +27,7 @@ pub struct Intake {
 /// A decoded record: ready for the mailboxes, or refused.
 #[derive(Debug)]
 pub enum Decoded {
-    /// The messages, one per user.
+    /// The messages, one per mailbox.
     Parcels(Vec<Parcel>),
     /// The record, and the reason for its refusal.
     Refused(Arc<Flight>, Refusal),
@@ -52,24 +52,26 @@ impl Intake {
             }
             Ok(push) => {
                 let body = self.body(&push, &record, &traceparent, now_ms);
-                let shards = self.shards_of(&push);
+                let owners = push.to.owners();
+                let shard = |of: &Owner| self.shards.shard_of(push.app.as_str(), of.as_str());
+                let shards: Vec<Shard> = owners.iter().map(shard).collect();
                 let flight = Flight::new(reading, record, Some(push), taken, traceparent, &shards);
-                Decoded::Parcels(self.parcels(flight, &shards, &body))
+                Decoded::Parcels(self.parcels(flight, owners, &shards, &body))
             }
         }
     }
 
-    /// Each user's shard, in order.
-    fn shards_of(&self, push: &Push) -> Vec<Shard> {
-        let shard = |user: &UserId| self.shards.shard_of(push.app.as_str(), user.as_str());
-        push.audience.users().iter().map(shard).collect()
-    }
-
-    fn parcels(&self, flight: Flight, shards: &[Shard], body: &Bytes) -> Vec<Parcel> {
+    fn parcels(
+        &self,
+        flight: Flight,
+        owners: Vec<Owner>,
+        shards: &[Shard],
+        body: &Bytes,
+    ) -> Vec<Parcel> {
         let flight = Arc::new(flight);
         let Some(push) = &flight.push else { return Vec::new() };
         let id = IdHash::of(push.id.as_str());
-        let parcel = |(index, (user, shard)): (u32, (&UserId, &Shard))| Parcel {
+        let parcel = |(index, (owner, shard)): (u32, (Owner, &Shard))| Parcel {
             flight: Arc::clone(&flight),
             shard: *shard,
             message: AcceptMessage {
@@ -79,22 +81,22 @@ impl Intake {
                     index,
                 },
                 app: push.app.clone(),
-                user: user.clone(),
+                owner,
                 id,
                 collapse_key: push.collapse_key.clone(),
                 body: body.clone(),
             },
         };
-        (0u32..).zip(push.audience.users().iter().zip(shards)).map(parcel).collect()
+        (0u32..).zip(owners.into_iter().zip(shards)).map(parcel).collect()
     }
 
-    /// The envelope without the fields that accept writes; the same for all users of the record.
+    /// The envelope without the fields that accept writes; the same for all mailboxes of the record.
     fn body(&self, push: &Push, record: &Record, traceparent: &str, now_ms: u64) -> Bytes {
         let mut envelope = Envelope {
             id: push.id.as_str().to_owned(),
             kind: push.kind as i32,
             ttl_ms: push.ttl_ms,
-            device: push.audience.device().map_or_else(String::new, ToString::to_string),
+            device: push.to.device().map_or_else(String::new, ToString::to_string),
             receipts: push.receipts.0,
             produced_at_ms: produced_at_ms(record),
             taken_at_ms: now_ms,

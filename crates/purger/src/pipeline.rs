@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use barid_bus::DeadLetter;
 use barid_bus::consumer::{Partition, Record};
+use barid_core::UserId;
 use barid_runtime::TraceEvent;
 use barid_wire::record::Refusal;
 use barid_wire::v1::Receipt;
@@ -146,7 +147,8 @@ impl<M: Mailboxes> Pipeline<M> {
                 if let Some(parcel) = parcels.first() {
                     let flight = Arc::clone(&parcel.flight);
                     // A record for several users is taken once.
-                    let user = if parcels.len() == 1 { parcel.message.user.as_str() } else { "" };
+                    let user = parcel.message.owner.user().filter(|_| parcels.len() == 1);
+                    let user = user.map_or("", UserId::as_str);
                     tracer.log(flight.trace_event("taken", user, now_ms * 1000));
                     self.enter_window(&flight);
                 }
@@ -283,7 +285,9 @@ impl<M: Mailboxes> Pipeline<M> {
             let receipt = Receipt {
                 id: refusal.id.clone(),
                 app: refusal.app.clone(),
-                ..flight.refusal(&refusal.user, code, reason, now_ms)
+                user: refusal.user.clone(),
+                mailbox: refusal.mailbox.to_string(),
+                ..flight.refusal(None, code, reason, now_ms)
             };
             outbox.receipts.deliver(&receipt).await;
             let _ = events.send(Event::Finished(vec![flight])).await;

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
+use barid_core::limits::EVERYONE;
 use barid_core::{Chain, Epoch, Seq};
 use barid_wire::envelope::{Header, encode_body, set_payload};
 use barid_wire::internal::access_client::AccessClient;
@@ -174,7 +175,7 @@ impl NodeStream {
     pub async fn fan_out(&mut self, app: &str, group: &str, entries: Vec<Bytes>) -> Result<()> {
         let fanout = |envelope| NodeFanout {
             app: app.into(),
-            group: group.into(),
+            mailbox: if group.is_empty() { EVERYONE } else { group }.into(),
             envelope,
             ..NodeFanout::default()
         };

@@ -16,9 +16,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use barid_core::limits::{
-    APP_BYTES_MAX, COLLAPSE_KEY_BYTES_MAX, MESSAGE_ID_BYTES_MAX, USER_BYTES_MAX, WIRE_NUMBER_MAX,
+    APP_BYTES_MAX, COLLAPSE_KEY_BYTES_MAX, EVERYONE, GROUP_BYTES_MAX, MESSAGE_ID_BYTES_MAX,
+    USER_BYTES_MAX, WIRE_NUMBER_MAX,
 };
-use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
+use barid_core::{AppId, Audience, DeviceId, GroupId, MessageId, ReceiptSet, UserId};
 use bytes::Bytes;
 use prost::Message as _;
 
@@ -26,7 +27,7 @@ pub use self::encode::encode_push;
 pub use self::format::{CONTENT_TYPE, Format};
 pub use self::json::decode_base64;
 pub use self::limits::RecordLimits;
-pub use self::push::{Audience, Push};
+pub use self::push::{Push, Recipients};
 pub use self::receipt::{ReceiptError, decode_receipt, encode_receipt};
 use self::refusal::{Flaw, flaw};
 pub use self::refusal::{Refusal, RefusalCode};
@@ -57,7 +58,13 @@ fn refuse((code, reason): Flaw, record: &PushRecord) -> Refusal {
         id: cut(&record.id, MESSAGE_ID_BYTES_MAX),
         app: cut(&record.app, APP_BYTES_MAX),
         user: record.to.as_ref().map_or_else(String::new, |to| cut(&to.user, USER_BYTES_MAX)),
+        mailbox: record.to.as_ref().map_or_else(String::new, mailbox).into(),
     }
+}
+
+/// The audience's name in frames; empty if none is named.
+fn mailbox(to: &crate::v1::Audience) -> String {
+    if to.everyone { EVERYONE.to_owned() } else { cut(&to.group, GROUP_BYTES_MAX) }
 }
 
 fn read(
@@ -107,10 +114,10 @@ fn check(record: &PushRecord, limits: &RecordLimits) -> Result<Push, Flaw> {
     }
     let id = MessageId::new(&record.id).map_err(|e| (RefusalCode::BadId, e.to_string()))?;
     let app = AppId::new(&record.app).map_err(|e| (RefusalCode::BadApp, e.to_string()))?;
-    let audience = audience(record, limits)?;
+    let to = recipients(record, limits)?;
     let (kind, payload) = body(record, limits)?;
-    let fanout = payload.len().saturating_mul(audience.users().len());
-    if audience.users().len() > 1 && fanout > limits.fanout_bytes_max {
+    let fanout = payload.len().saturating_mul(to.mailboxes());
+    if to.mailboxes() > 1 && fanout > limits.fanout_bytes_max {
         return flaw(
             RefusalCode::FanoutTooLarge,
             format!(
@@ -119,51 +126,71 @@ fn check(record: &PushRecord, limits: &RecordLimits) -> Result<Push, Flaw> {
             ),
         );
     }
+    let receipts = receipts(&record.receipts)?;
+    if matches!(to, Recipients::Audience(_)) {
+        check_receipts_for_many(receipts)?;
+    }
     Ok(Push {
         id,
         app,
-        audience,
+        to,
         kind,
         payload,
         ttl_ms: ttl_ms(record.ttl_seconds, limits)?,
         collapse_key: collapse_key(&record.collapse_key)?,
-        receipts: receipts(&record.receipts)?,
+        receipts,
     })
 }
 
-fn audience(record: &PushRecord, limits: &RecordLimits) -> Result<Audience, Flaw> {
-    let nobody = || flaw(RefusalCode::NoAudience, "`to` names neither `user` nor `users`");
-    let Some(to) = &record.to else { return nobody() };
-    let user = |at: String, name: &str| {
-        UserId::new(name).map_err(|e| (RefusalCode::BadUser, format!("`{at}`: {e}")))
-    };
-    match (to.user.is_empty(), to.users.is_empty()) {
-        (true, true) => nobody(),
-        (false, false) => {
-            flaw(RefusalCode::TwoAudiences, "`to` names both `user` and `users`; give only one")
+fn recipients(record: &PushRecord, limits: &RecordLimits) -> Result<Recipients, Flaw> {
+    const NOBODY: &str = "`to` names none of `user`, `users`, `group` and `everyone`";
+    let Some(to) = &record.to else { return flaw(RefusalCode::NoAudience, NOBODY) };
+    let named = [
+        (!to.user.is_empty(), "user"),
+        (!to.users.is_empty(), "users"),
+        (!to.group.is_empty(), "group"),
+        (to.everyone, "everyone"),
+    ];
+    let named: Vec<&str> = named.iter().filter(|(is_named, _)| *is_named).map(|n| n.1).collect();
+    if !to.device.is_empty() && !matches!(named[..], [] | ["user"]) {
+        return flaw(RefusalCode::BadDevice, "`to.device` is allowed only with `user`");
+    }
+    match named[..] {
+        [] => flaw(RefusalCode::NoAudience, NOBODY),
+        [first, second, ..] => {
+            let reason = format!("`to` names both `{first}` and `{second}`; give only one");
+            flaw(RefusalCode::TwoAudiences, reason)
         }
-        (false, true) => {
+        ["user"] => {
             let device = (!to.device.is_empty())
                 .then(|| DeviceId::new(&to.device))
                 .transpose()
                 .map_err(|e| (RefusalCode::BadDevice, format!("`to.device`: {e}")))?;
-            Ok(Audience::User { user: user("to.user".into(), &to.user)?, device })
+            Ok(Recipients::User { user: user("to.user", &to.user)?, device })
         }
-        (true, false) if !to.device.is_empty() => {
-            flaw(RefusalCode::BadDevice, "`to.device` is allowed only with `user`")
-        }
-        (true, false) => {
-            let mut seen = HashSet::new();
-            let mut users = Vec::new();
-            for (i, name) in to.users.iter().enumerate() {
-                if seen.insert(name.as_str()) {
-                    limits.check_users(seen.len())?;
-                    users.push(user(format!("to.users[{i}]"), name)?);
-                }
-            }
-            Ok(Audience::Users(users))
+        ["users"] => users(&to.users, limits).map(Recipients::Users),
+        ["group"] => GroupId::new(&to.group)
+            .map(|group| Recipients::Audience(Audience::Group(group)))
+            .map_err(|e| (RefusalCode::BadGroup, format!("`to.group`: {e}"))),
+        [_] => Ok(Recipients::Audience(Audience::Everyone)),
+    }
+}
+
+fn user(field: &str, name: &str) -> Result<UserId, Flaw> {
+    UserId::new(name).map_err(|e| (RefusalCode::BadUser, format!("`{field}`: {e}")))
+}
+
+/// Each user once.
+fn users(names: &[String], limits: &RecordLimits) -> Result<Vec<UserId>, Flaw> {
+    let mut seen = HashSet::new();
+    let mut users = Vec::new();
+    for (i, name) in names.iter().enumerate() {
+        if seen.insert(name.as_str()) {
+            limits.check_users(seen.len())?;
+            users.push(user(&format!("to.users[{i}]"), name)?);
         }
     }
+    Ok(users)
 }
 
 fn body(record: &PushRecord, limits: &RecordLimits) -> Result<(BodyKind, Bytes), Flaw> {
@@ -215,6 +242,18 @@ fn collapse_key(key: &str) -> Result<Option<Arc<str>>, Flaw> {
         return flaw(RefusalCode::BadCollapseKey, reason);
     }
     Ok((!key.is_empty()).then(|| Arc::from(key)))
+}
+
+/// Of a message for a group or everyone, one receipt each of these: devices are too many for one receipt each.
+fn check_receipts_for_many(asked: ReceiptSet) -> Result<(), Flaw> {
+    let allowed = ReceiptSet::ACCEPTED.with(ReceiptSet::DUPLICATE);
+    if allowed.wants(asked) {
+        return Ok(());
+    }
+    flaw(
+        RefusalCode::ReceiptForMany,
+        "`receipts` of a message for `group` or `everyone` may name only accepted and duplicate",
+    )
 }
 
 /// The receipts that a business asks for. Refusals always produce one.

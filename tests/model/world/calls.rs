@@ -57,7 +57,7 @@ impl World<'_> {
     ) -> Checked<(usize, usize)> {
         match (outcome, expected) {
             (
-                AcceptOutcome::Accepted { seq, envelope, online, evicted },
+                AcceptOutcome::Accepted { seq, envelope, online, evicted, .. },
                 Expected::Accepted { seq: place, evicted: gone, voided },
             ) if seq == Seq(place) => {
                 check!(online == routed, "online: {online}, routed: {routed}");

@@ -42,7 +42,7 @@ impl Routes for Held {
     fn shards(&self) -> ShardCount {
         ShardCount::new(2).unwrap()
     }
-    fn redis_time(&self, _: &UserKey) -> Option<RedisTime> {
+    fn redis_time(&self, _: Shard) -> Option<RedisTime> {
         None
     }
 }

@@ -144,7 +144,7 @@ pub fn push(user: &str, seq: u64) -> Push {
         accepted_at_us: 1,
     };
     let envelope = Bytes::copy_from_slice(&header.encode());
-    Push { app: "demo".into(), user: user.into(), envelope, sampled: false }
+    Push { app: "demo".into(), user: user.into(), envelope, ..Push::default() }
 }
 
 /// The seq in an envelope.

@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result, ensure};
 use barid_core::{
-    AppId, Attempt, ConnectionId, DeviceId, Generation, IdHash, Incarnation, NodeId, SessionRef,
-    UserId,
+    AppId, Attempt, ConnectionId, DeviceId, Generation, IdHash, Incarnation, NodeId, Owner,
+    SessionRef, UserId,
 };
 use barid_mailbox::{
     AcceptGroup, AcceptMessage, AcceptOutcome, AckOutcome, AckRequest, ConnectOutcome,
@@ -55,7 +55,7 @@ impl Barid {
             Ok(AcceptMessage {
                 position: LogPosition { leader_epoch: 0, offset: message.offset, index: 0 },
                 app,
-                user,
+                owner: Owner::User(user),
                 id: IdHash::of(&message.id),
                 collapse_key: None,
                 body: message.body.clone(),

@@ -1,13 +1,15 @@
 //! accept: groups of messages, in one call per hash slot.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
-use barid_core::{Chain, Epoch, Seq, Shard};
+use barid_core::{Chain, Epoch, NodeId, Owner, Seq, Shard};
 use barid_wire::envelope::Header;
-use bytes::{Buf as _, BufMut as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use redis::Value;
 
+use crate::config::AudienceBounds;
 use crate::encoding::{entry, epoch_candidate, ttl_ms};
 use crate::reply::{Reply, bytes, timed_reply, unknown_tag};
 use crate::scripts::{self, Call};
@@ -20,6 +22,8 @@ use crate::{
 const GROUP_BYTES: usize = 57;
 const MESSAGE_BYTES: usize = 29;
 const MAILBOX_BYTES: usize = 24;
+/// Packed size of an audience's bounds.
+const BOUNDS_BYTES: usize = 24;
 
 /// Accepts groups; returns one result per group, in order. Groups of one shard share a call, which keeps their order;
 /// in a Redis Cluster each shard has a call of its own.
@@ -56,11 +60,11 @@ async fn accept_replicated(
     let (script, metrics) = (&scripts::ACCEPT, topology.metrics());
     let mut results: Vec<Result<GroupOutcome, Error>> = Vec::with_capacity(groups.len());
     results.extend(groups.iter().map(|_| Err(out_of_order())));
-    let mut asked: Vec<(&[&usize], Vec<ByUser<'_>>)> = Vec::with_capacity(calls.len());
+    let mut asked: Vec<(&[&usize], Vec<ByOwner<'_>>)> = Vec::with_capacity(calls.len());
     for indices in calls {
         let of_call = indices.iter().map(|&&index| &groups[index]);
-        let of_call: Vec<ByUser<'_>> = of_call.map(ByUser::new).collect();
-        if of_call.iter().all(ByUser::is_in_order) {
+        let of_call: Vec<ByOwner<'_>> = of_call.map(ByOwner::new).collect();
+        if of_call.iter().all(ByOwner::is_in_order) {
             asked.push((indices, of_call));
         }
     }
@@ -89,7 +93,7 @@ fn out_of_order() -> Error {
 
 /// The result of each group of a call.
 fn read(
-    groups: &[ByUser<'_>],
+    groups: &[ByOwner<'_>],
     reply: Result<(Reply, u64), Error>,
 ) -> Vec<Result<GroupOutcome, Error>> {
     match reply {
@@ -101,10 +105,10 @@ fn read(
     }
 }
 
-/// A group, and the indices of each user's messages.
-struct ByUser<'a> {
+/// A group, and the indices of each owner's messages.
+struct ByOwner<'a> {
     group: &'a AcceptGroup,
-    users: Vec<Vec<usize>>,
+    owners: Vec<Vec<usize>>,
 }
 
 async fn accept_call(
@@ -113,7 +117,7 @@ async fn accept_call(
 ) -> Vec<Result<GroupOutcome, Error>> {
     let (script, metrics) = (&scripts::ACCEPT, topology.metrics());
     let items = groups.iter().map(|group| group.messages.len()).sum();
-    let groups: Vec<ByUser<'_>> = groups.iter().map(|&group| ByUser::new(group)).collect();
+    let groups: Vec<ByOwner<'_>> = groups.iter().map(|&group| ByOwner::new(group)).collect();
     let timer = metrics.timer(script.name, items).start_timer();
     let reply = send(topology, &groups).await;
     timer.observe_duration();
@@ -146,8 +150,8 @@ fn count(topology: &Topology, result: &Result<GroupOutcome, Error>) {
 }
 
 /// Returns the reply and Redis's time in it, µs.
-async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64), Error> {
-    if !groups.iter().all(ByUser::is_in_order) {
+async fn send(topology: &Topology, groups: &[ByOwner<'_>]) -> Result<(Reply, u64), Error> {
+    if !groups.iter().all(ByOwner::is_in_order) {
         return Err(out_of_order());
     }
     let shard = groups[0].group.shard;
@@ -157,18 +161,31 @@ async fn send(topology: &Topology, groups: &[ByUser<'_>]) -> Result<(Reply, u64)
     timed_reply(value, topology.link(shard).clock(), sent)
 }
 
-fn encode(config: &RedisConfig, groups: &[ByUser<'_>]) -> Call {
+fn encode(config: &RedisConfig, groups: &[ByOwner<'_>]) -> Call {
     let mut call = Call::default();
     shared(config, groups.len(), &mut call);
     for group in groups {
-        encode_group(group, &mut call);
+        encode_group(group, config, &mut call);
     }
     call
 }
 
-impl<'a> ByUser<'a> {
+fn is_for_audience(message: &AcceptMessage) -> bool {
+    matches!(message.owner, Owner::Audience(_))
+}
+
+impl<'a> ByOwner<'a> {
     fn new(group: &'a AcceptGroup) -> Self {
-        Self { group, users: by_user(&group.messages) }
+        Self { group, owners: by_owner(&group.messages) }
+    }
+
+    /// The first message of each owner.
+    fn firsts(&self) -> impl Iterator<Item = &'a AcceptMessage> {
+        self.owners.iter().map(|indices| &self.group.messages[indices[0]])
+    }
+
+    fn has_audiences(&self) -> bool {
+        self.group.messages.iter().any(is_for_audience)
     }
 
     fn is_in_order(&self) -> bool {
@@ -183,41 +200,56 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
     call.arg(config.keep_after_loss_seconds * 1000).arg(groups);
 }
 
-fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {
+fn encode_group(by_owner: &ByOwner<'_>, config: &RedisConfig, call: &mut Call) {
+    let ByOwner { group, owners } = by_owner;
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
     call.key(keys::copies(group.shard));
-    let messages = || users.iter().flatten().map(|index| &group.messages[*index]);
+    let messages = || owners.iter().flatten().map(|index| &group.messages[*index]);
     let collapse_keys = messages().filter(|m| m.collapse_key.is_some()).count();
-    let arguments = 4 + users.len() + group.messages.len() + collapse_keys;
+    let arguments = 4 + owners.len() + group.messages.len() + collapse_keys;
     let none = LogPosition { leader_epoch: -1, offset: 0, index: 0 };
     let raise = group.raise.filter(|_| group.messages.is_empty());
     let position =
         |message: Option<&AcceptMessage>| message.map_or(raise.unwrap_or(none), |m| m.position);
     let mut packed = BytesMut::with_capacity(GROUP_BYTES);
-    packed.put_u8(u8::from(group.prev.is_some()) + 2 * u8::from(raise.is_some()));
+    packed.put_u8(
+        u8::from(group.prev.is_some())
+            + 2 * u8::from(raise.is_some())
+            + 4 * u8::from(by_owner.has_audiences()),
+    );
     put_position(&mut packed, group.prev.unwrap_or(none));
     put_position(&mut packed, position(group.messages.first()));
     put_position(&mut packed, position(group.messages.last()));
-    put_count(&mut packed, users.len());
+    put_count(&mut packed, owners.len());
     put_count(&mut packed, arguments);
-    let mut counts = BytesMut::with_capacity(4 * users.len());
+    let mut counts = BytesMut::with_capacity(4 * owners.len());
     let mut metas = BytesMut::with_capacity(MESSAGE_BYTES * group.messages.len());
-    for indices in users {
+    for indices in owners {
         put_count(&mut counts, indices.len());
     }
     for message in messages() {
         metas.put_u64_le(message.id.ring);
         metas.put_u32_le(message.id.crc32);
-        metas.put_u8(message.collapse_key.is_some().into());
+        let has_key = u8::from(message.collapse_key.is_some());
+        metas.put_u8(has_key + 2 * u8::from(is_for_audience(message)));
         put_position(&mut metas, message.position);
     }
     call.arg(format!("{}:{}", group.source.topic_id, group.source.partition));
     call.bytes(packed.freeze()).bytes(counts.freeze()).bytes(metas.freeze());
-    for AcceptMessage { app, user, .. } in users.iter().map(|of| &group.messages[of[0]]) {
-        call.key(keys::head(group.shard, app, user));
-        call.key(keys::queue(group.shard, app, user));
-        call.key(keys::routes(group.shard, app, user));
-        call.arg(keys::member(app, user));
+    for AcceptMessage { app, owner, .. } in by_owner.firsts() {
+        for key in keys::of_owner(group.shard, app, owner) {
+            call.key(key);
+        }
+        match owner {
+            Owner::User(user) => call.arg(keys::member(app, user)),
+            Owner::Audience(audience) => {
+                let member = keys::audience_member(app, audience);
+                call.bytes(pack_bounds(config.audience_bounds(audience), &member))
+            }
+        };
+    }
+    if by_owner.has_audiences() {
+        call.key(keys::journal(group.shard));
     }
     for message in messages() {
         call.bytes(message.body.clone());
@@ -225,6 +257,19 @@ fn encode_group(ByUser { group, users }: &ByUser<'_>, call: &mut Call) {
             call.arg(key);
         }
     }
+}
+
+/// Packed for the script, with the audience's member of the journal.
+fn pack_bounds(
+    AudienceBounds { entries_max, bytes_max, ttl_ms }: AudienceBounds,
+    member: &str,
+) -> Bytes {
+    let mut packed = BytesMut::with_capacity(BOUNDS_BYTES + member.len());
+    packed.put_f64_le(entries_max.into());
+    packed.put_f64_le(bytes_max as f64);
+    packed.put_f64_le(ttl_ms as f64);
+    packed.put_slice(member.as_bytes());
+    packed.freeze()
 }
 
 fn put_position(packed: &mut BytesMut, position: LogPosition) {
@@ -237,21 +282,21 @@ fn put_count(packed: &mut BytesMut, count: usize) {
     packed.put_u32_le(u32::try_from(count).unwrap_or(u32::MAX)); // batches are far below
 }
 
-/// The indices of each user's messages, in log order; users in the order of their first messages.
-fn by_user(messages: &[AcceptMessage]) -> Vec<Vec<usize>> {
+/// The indices of each owner's messages, in log order; owners in the order of their first messages.
+fn by_owner(messages: &[AcceptMessage]) -> Vec<Vec<usize>> {
     let mut numbers = HashMap::with_capacity(messages.len());
-    let mut users: Vec<Vec<usize>> = Vec::new();
+    let mut owners: Vec<Vec<usize>> = Vec::new();
     for (index, message) in messages.iter().enumerate() {
-        let number = *numbers.entry((&message.app, &message.user)).or_insert(users.len());
-        match users.get_mut(number) {
+        let number = *numbers.entry((&message.app, &message.owner)).or_insert(owners.len());
+        match owners.get_mut(number) {
             Some(indices) => indices.push(index),
-            None => users.push(vec![index]),
+            None => owners.push(vec![index]),
         }
     }
-    users
+    owners
 }
 
-fn read_group(group: &ByUser<'_>, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
+fn read_group(group: &ByOwner<'_>, mut reply: Reply, at_us: u64) -> Result<GroupOutcome, Error> {
     match reply.tag()? {
         b'G' => match reply.value()? {
             Value::Nil => Ok(GroupOutcome::Gap(None)),
@@ -263,20 +308,29 @@ fn read_group(group: &ByUser<'_>, mut reply: Reply, at_us: u64) -> Result<GroupO
     }
 }
 
-/// The script returns the position before each mailbox's new entries; their headers follow from it.
+/// The script returns the position before each mailbox's new entries; their headers follow from it. Before the
+/// texts of failures come the nodes of each audience, if there is one.
 fn read_outcomes(
-    ByUser { group, users }: &ByUser<'_>,
+    by_owner: &ByOwner<'_>,
     mut reply: Reply,
     at_us: u64,
 ) -> Result<Vec<AcceptOutcome>, Error> {
+    let ByOwner { group, owners } = by_owner;
     let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
-    if letters.len() != group.messages.len() || mailboxes.len() != users.len() * MAILBOX_BYTES {
+    if letters.len() != group.messages.len() || mailboxes.len() != owners.len() * MAILBOX_BYTES {
         return Err(Error::Unexpected("accept returned another number of outcomes".into()));
     }
+    let mut nodes = if by_owner.has_audiences() { Some(reply.array()?) } else { None };
     let mut letters = letters.into_iter();
     let mut outcomes = vec![AcceptOutcome::Duplicate; group.messages.len()]; // each is set below
-    for (indices, mailbox) in users.iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {
-        let mut mailbox = Mailbox::read(mailbox);
+    for (indices, mailbox) in owners.iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {
+        let nodes = match &mut nodes {
+            Some(nodes) if is_for_audience(&group.messages[indices[0]]) => {
+                read_nodes(nodes.array()?)?
+            }
+            _ => Arc::default(),
+        };
+        let mut mailbox = Mailbox::read(mailbox, nodes);
         for (index, letter) in indices.iter().zip(letters.by_ref()) {
             let message = &group.messages[*index];
             outcomes[*index] = match letter {
@@ -291,18 +345,29 @@ fn read_outcomes(
     Ok(outcomes)
 }
 
+/// Names that are not valid are left out: nothing else writes them.
+fn read_nodes(mut names: Reply) -> Result<Arc<[NodeId]>, Error> {
+    let mut nodes = Vec::new();
+    while !names.is_empty() {
+        nodes.extend(std::str::from_utf8(&names.bytes()?).ok().and_then(|n| NodeId::new(n).ok()));
+    }
+    Ok(nodes.into())
+}
+
 /// Position of a mailbox while its new entries' headers are derived.
 struct Mailbox {
     epoch: Epoch,
     newest: Seq,
     chain: Chain,
     evicted: u32,
+    nodes: Arc<[NodeId]>,
 }
 
 impl Mailbox {
     /// As the script packs it.
-    fn read(mut packed: &[u8]) -> Self {
+    fn read(mut packed: &[u8], nodes: Arc<[NodeId]>) -> Self {
         Self {
+            nodes,
             epoch: Epoch(packed.try_get_f64_le().unwrap_or_default() as u64),
             newest: Seq(packed.try_get_f64_le().unwrap_or_default() as u64),
             chain: Chain(packed.try_get_u32_le().unwrap_or_default()),
@@ -324,6 +389,7 @@ impl Mailbox {
             seq: header.seq,
             envelope: entry(&header.encode(), &message.body),
             online,
+            nodes: Arc::clone(&self.nodes),
             evicted: std::mem::take(&mut self.evicted),
         }
     }

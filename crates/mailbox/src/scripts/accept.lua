@@ -1,13 +1,16 @@
 -- accept: appends messages to mailboxes, in the order of the log. Refused when Redis is full.
 --
--- KEYS  a group: positions {s}:o, timers {s}:t, copies of leases {s}:n; then each of its users: head, queue,
---       routes.
+-- KEYS  a group: positions {s}:o, timers {s}:t, copies of leases {s}:n; then each owner of a mailbox (called user
+--       below): head, queue, and a user's routes or the nodes with members of an audience; then, if it has messages for
+--       audiences, the journal {s}:j.
 -- ARGV  entries_max, mailbox_bytes_max, ttl ms, retry base ms, retry jitter, epoch candidate, how long mailboxes keep
 --       all after a loss (ms), number of groups; then a group: source; packed (GROUP): 1 if there is a
---       prev else 0, plus 2 if an empty group raises the stored position to its last one; prev, first position, last
+--       prev else 0, plus 2 if an empty group raises the stored position to its last one, plus 4 if it has messages
+--       for audiences; prev, first position, last
 --       position, number of users, number of arguments of the group; packed, number of messages of each user
 --       (COUNT); packed, each message (MESSAGE): 8-byte id hash, CRC-32 of the id, 1 if it has a collapse key
---       else 0, position; then each user's member (app NUL user); then each message's body, and its collapse key if
+--       else 0, plus 2 if it is for an audience, position; then each user's member (app NUL user), or the bounds of
+--       the audience's mailbox, packed (BOUNDS), and its member; then each message's body, and its collapse key if
 --       it has one. A user's messages are adjacent, in the order of the log.
 --       A position: leader epoch, offset, index.
 -- Reply now, then a group:
@@ -15,8 +18,9 @@
 --                    but the time of this reply (LOST)
 --       {'U'}        this version must not touch one of its mailboxes: nothing was written
 --       {'E', text}  the shard's positions cannot be read
---       {'D', outcomes, mailboxes, text of each failed message}  outcomes: a letter for each message; mailboxes, packed
---                    for each user (MAILBOX): epoch, seq and chain before the first new entry, evicted entries
+--       {'D', outcomes, mailboxes, if there are audiences: nodes, text of each failed message}  outcomes: a letter for
+--                    each message; mailboxes, packed for each user (MAILBOX): epoch, seq and chain before the first new
+--                    entry, evicted entries; nodes: for each audience a list of the nodes with members
 --
 -- The stored position of a source, "leader offset index", moves together with the appends: no other script
 -- runs between them and the end of the group, and no error skips it. A user's messages are appended in one call, so
@@ -29,6 +33,11 @@ RETRY_BASE, RETRY_JITTER = tonumber(ARGV[4]), tonumber(ARGV[5])
 local EPOCH_CANDIDATE, KEEP_AFTER_LOSS = ARGV[6], tonumber(ARGV[7])
 local GROUP, COUNT, COUNT_BYTES = '<BidIidIidIII', '<I', 4
 local MESSAGE, MESSAGE_BYTES, POSITION, POSITION_AT = '<c8IB', 29, '<idI', 14
+local FOR_AUDIENCE, MESSAGE_FLAGS_AT = 2, 13
+-- Of an audience's mailbox: entries, bytes, ttl ms; then app NUL audience.
+local BOUNDS = '<ddd'
+local BOUNDS_BYTES = 24
+local JOURNAL_MAX = 10000 -- audiences
 local MAILBOX = '<ddII'
 local NOT_ACCEPTED = pack(MAILBOX, 0, 0, 0, 0)
 local ACCEPTED, ACCEPTED_ONLINE, ACCEPTED_BEFORE, DUPLICATE, FAILED = 'A', 'O', 'B', 'D', 'F'
@@ -82,9 +91,15 @@ local function with_pair(list, first, second)
   return list
 end
 
--- Accepts a user's messages, numbers `first` to `last`. The user's keys begin at `key_at`, the bodies at `body_at`;
--- `names` are the devices with a route, `stored` is what `fetch` returned. Returns the user's part of the reply.
-local function accept(group, key_at, member, first, last, body_at, names, stored)
+-- Whether a message is for an audience, given by its number in the group.
+local function is_for_audience(group, message)
+  return group.has_audiences
+    and byte(group.messages, (message - 1) * MESSAGE_BYTES + MESSAGE_FLAGS_AT) >= FOR_AUDIENCE
+end
+
+-- Appends an owner's messages, numbers `first` to `last`. The owner's keys begin at `key_at`, the bodies at `body_at`;
+-- `names` are the devices with a route, `stored` is what `fetch` returned. Returns the owner's part of the reply.
+local function accept_all(group, key_at, member, first, last, body_at, names, stored)
   local head, queue = KEYS[key_at], KEYS[key_at + 1]
   local messages, outcomes = group.messages, group.outcomes
   local accepted = #names > 0 and ACCEPTED_ONLINE or ACCEPTED
@@ -96,7 +111,8 @@ local function accept(group, key_at, member, first, last, body_at, names, stored
   local newest_before, chain_before = newest, chain
   local parts, keyed -- parts: headers and bodies in turn
   for message = first, last do
-    local id, crc, has_key = parse(MESSAGE, messages, (message - 1) * MESSAGE_BYTES + 1)
+    local id, crc, flags = parse(MESSAGE, messages, (message - 1) * MESSAGE_BYTES + 1)
+    local has_key = flags % 2
     if not is_new(group, message) then
       outcomes[message] = outcome_before(group, message)
     elseif is_duplicate(head, ids, marks, id) then
@@ -126,13 +142,51 @@ local function accept(group, key_at, member, first, last, body_at, names, stored
   return pack(MAILBOX, epoch, newest_before, chain_before, evicted)
 end
 
+-- Enters an audience into the shard's journal, which nodes read to learn of messages that did not reach them. The number
+-- of a message rises by one in the shard, and is never below its time of acceptance, µs.
+--
+-- journal  {s}:j  zset: app NUL audience -> number of its newest message; '' -> the highest number that was trimmed
+local function enter_journal(journal, member, count)
+  local last = call('ZREVRANGE', journal, '0', '0', 'WITHSCORES')[2]
+  local number = max((tonumber(last) or 0) + count, NOW_US + count - 1)
+  call('ZADD', journal, int(number), member)
+  local excess = call('ZCARD', journal) - JOURNAL_MAX
+  if excess <= 0 then return end
+  local trimmed = call('ZRANGE', journal, int(excess), int(excess), 'WITHSCORES')[2]
+  call('ZREMRANGEBYRANK', journal, '0', int(excess))
+  call('ZADD', journal, trimmed, '')
+end
+
+-- As `accept_all`, for an audience: its mailbox has bounds of its own, and no devices.
+local function accept_for_audience(group, key_at, bounds, first, last, body_at, nodes, stored)
+  local entries_max, bytes_max, ttl = ENTRIES_MAX, BYTES_MAX, TTL
+  ENTRIES_MAX, BYTES_MAX, TTL = parse(BOUNDS, bounds)
+  local ok, mailbox = pcall(accept_all, group, key_at, '', first, last, body_at, {}, stored)
+  ENTRIES_MAX, BYTES_MAX, TTL = entries_max, bytes_max, ttl
+  if not ok then error(mailbox, 0) end
+  if mailbox ~= NOT_ACCEPTED then
+    local count = 0
+    for message = first, last do
+      if group.outcomes[message] == ACCEPTED then count = count + 1 end
+    end
+    local entered, problem = pcall(enter_journal, group.journal, sub(bounds, BOUNDS_BYTES + 1), count)
+    if not entered then log_problem(problem) end
+  end
+  return mailbox
+end
+
+local function accept(group, key_at, member, first, last, body_at, names, stored)
+  local for_owner = is_for_audience(group, first) and accept_for_audience or accept_all
+  return for_owner(group, key_at, member, first, last, body_at, names, stored)
+end
+
 -- Short path for the usual message: the user's only one in the group, new, without a collapse key, to a mailbox
 -- that exists and has no collapse keys, and at most one device with a route. It allocates no table and leaves what
 -- `accept` would leave; everything else goes there.
 local function accept_one(group, key_at, member, message, last, body_at, names, stored)
   local state, name, device = stored[1], names[1], stored[4]
-  local id, crc, has_key = parse(MESSAGE, group.messages, (message - 1) * MESSAGE_BYTES + 1)
-  if has_key == 1 or names[2] or not state or #state ~= STATE_BYTES
+  local id, crc, flags = parse(MESSAGE, group.messages, (message - 1) * MESSAGE_BYTES + 1)
+  if flags ~= 0 or names[2] or not state or #state ~= STATE_BYTES
     or name and not (device and #device == DEVICE_BYTES) then
     return accept(group, key_at, member, message, last, body_at, names, stored)
   end
@@ -198,6 +252,11 @@ local function read_user(group, key_at, first, last)
     if not any_new then return nil end
   end
   local names = call('HKEYS', KEYS[key_at + 2])
+  if is_for_audience(group, first) then
+    local stored = fetch(KEYS[key_at], {})
+    if stored[1] then check_known(stored[1]) end
+    return names, stored
+  end
   local stored = fetch(KEYS[key_at], names)
   if stored[1] and sub(stored[1], 1, 2) ~= UNFLAGGED then check_known(stored[1]) end
   for i = 4, #names + 3 do
@@ -245,8 +304,8 @@ end
 local function count_arguments(group, first, last)
   local count = last - first + 1
   for message = first, last do
-    local _, _, has_key = parse(MESSAGE, group.messages, (message - 1) * MESSAGE_BYTES + 1)
-    count = count + has_key
+    local _, _, flags = parse(MESSAGE, group.messages, (message - 1) * MESSAGE_BYTES + 1)
+    count = count + flags % 2
   end
   return count
 end
@@ -298,6 +357,16 @@ local function keep_until_after(lost)
   return keep_until
 end
 
+-- The nodes of each audience of the group, in order.
+local function nodes_of(group, names)
+  local nodes, message = {}, 1
+  for user = 1, group.users do
+    if is_for_audience(group, message) then nodes[#nodes + 1] = names[user] or {} end
+    message = message + count_of(group, user - 1)
+  end
+  return nodes
+end
+
 -- Runs the group whose keys and arguments begin here. Returns its reply.
 local function run_group(key_at, arg_at)
   local positions, source, messages = KEYS[key_at], ARGV[arg_at], ARGV[arg_at + 3]
@@ -329,18 +398,20 @@ local function run_group(key_at, arg_at)
     -- Whether all messages are behind it, any has a collapse key, and each is its user's only one.
     all_new = is_after(first_leader, first_offset, first_index, leader, offset, index),
     has_keys = arguments > 4 + users + count, one_each = users == count,
+    has_audiences = flags >= 4, journal = flags >= 4 and KEYS[key_at + 3 + users * 3],
     keep_until = keep_until_after(lost),
   }
   local names, stored = read_users(group)
   if not names then return { 'U' } end
   local mailboxes, problems = accept_users(group, names, stored)
-  if users > 0 or flags > 1 then -- always writes something: a WAIT after it covers everything before
+  if users > 0 or flags % 4 > 1 then -- always writes something: a WAIT after it covers everything before
     local position = is_after(last_leader, last_offset, last_index, leader, offset, index)
       and position_text(last_leader, last_offset, last_index) or stored_position
     if position then call('HSET', positions, source, position) end
   end
   local outcomes = table.concat(group.outcomes)
   local reply = { 'D', outcomes, table.concat(mailboxes) }
+  if group.has_audiences then reply[4] = nodes_of(group, names) end
   for message = find(outcomes, FAILED, 1, true) or count + 1, count do
     if group.outcomes[message] == FAILED then
       reply[#reply + 1] = problems[message] or 'failed when it was accepted first'
@@ -351,9 +422,9 @@ end
 
 local replies, key_at, arg_at = { NOW_US }, 1, 9
 for number = 1, tonumber(ARGV[8]) do
-  local _, _, _, _, _, _, _, _, _, _, users, arguments = parse(GROUP, ARGV[arg_at + 1])
+  local flags, _, _, _, _, _, _, _, _, _, users, arguments = parse(GROUP, ARGV[arg_at + 1])
   local ok, reply = pcall(run_group, key_at, arg_at)
   replies[number + 1] = ok and reply or { 'E', error_text(reply) }
-  key_at, arg_at = key_at + 3 + users * 3, arg_at + arguments
+  key_at, arg_at = key_at + 3 + users * 3 + (flags >= 4 and 1 or 0), arg_at + arguments
 end
 return replies

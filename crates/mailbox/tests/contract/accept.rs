@@ -38,7 +38,7 @@ async fn entries_are_contiguous_and_stored_as_they_were_returned(bed: Bed) {
     let mut envelopes = Vec::new();
     for offset in 1..=5 {
         match bed.accept(&user, offset, &format!("id-{offset}")).await {
-            AcceptOutcome::Accepted { seq, envelope, online, evicted } => {
+            AcceptOutcome::Accepted { seq, envelope, online, evicted, .. } => {
                 assert_eq!((seq, online, evicted), (Seq(offset as u64), false, 0));
                 envelopes.push(envelope);
             }

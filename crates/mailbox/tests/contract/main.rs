@@ -3,6 +3,7 @@
 
 mod accept;
 mod acks;
+mod audiences;
 mod faults;
 mod forgetting;
 mod growth;

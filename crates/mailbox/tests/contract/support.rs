@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use barid_core::{
-    AppId, Attempt, Chain, ConnectionId, DeviceId, Generation, IdHash, Incarnation, NodeId,
+    AppId, Attempt, Chain, ConnectionId, DeviceId, Generation, IdHash, Incarnation, NodeId, Owner,
     Position, Seq, SessionRef, Shard, UserId,
 };
 use barid_mailbox::{
@@ -209,8 +209,8 @@ impl Bed {
 
     pub fn group(&self, messages: Vec<AcceptMessage>, prev: Option<LogPosition>) -> AcceptGroup {
         let first = &messages[0];
-        let user = UserKey { app: first.app.clone(), user: first.user.clone() };
-        AcceptGroup { shard: self.shard(&user), source: self.source(), prev, raise: None, messages }
+        let shard = self.mailbox.shards().shard_of(first.app.as_str(), first.owner.as_str());
+        AcceptGroup { shard, source: self.source(), prev, raise: None, messages }
     }
 
     /// Accepts messages of one shard.
@@ -435,7 +435,7 @@ pub fn message(user: &UserKey, offset: i64, id: &str) -> AcceptMessage {
     AcceptMessage {
         position: at(offset),
         app: user.app.clone(),
-        user: user.user.clone(),
+        owner: Owner::User(user.user.clone()),
         id: IdHash::of(id),
         collapse_key: None,
         body: envelope::encode_body(Envelope { id: id.into(), payload, ..Default::default() }),

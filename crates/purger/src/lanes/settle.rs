@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use barid_bus::{DeadLetter, DeadLetters, Receipts};
-use barid_core::Clock;
-use barid_mailbox::{AcceptOutcome, RedisTime};
+use barid_core::{Clock, NodeId, Owner, UserId};
+use barid_mailbox::{AcceptMessage, AcceptOutcome, RedisTime};
 use barid_runtime::{Hop, Spawner, Tracer};
 use barid_wire::envelope::Header;
-use barid_wire::internal::Push;
+use barid_wire::internal::{Push, PushAudience};
 use barid_wire::record::ReceiptKind;
 use barid_wire::v1::Receipt;
 use futures::future::join_all;
@@ -59,28 +59,31 @@ impl Outbox {
         let (mut owed, mut pushes) = (Vec::new(), Vec::new());
         for (parcel, outcome) in done {
             let Parcel { flight, shard, message } = parcel;
-            let user = message.user.as_str();
+            let owner = &message.owner;
             self.metrics.messages.with_label_values(&[word(&outcome)]).inc();
             let mut dead = None;
             let receipt = match outcome {
-                AcceptOutcome::Accepted { seq, envelope, online, evicted } => {
+                AcceptOutcome::Accepted { seq, envelope, online, nodes, evicted } => {
                     if let Some(clock) = clock {
+                        let user = owner.user().map_or("", UserId::as_str);
                         self.hops(&flight, user, &envelope, clock);
                     }
                     self.metrics.evicted.inc_by(u64::from(evicted));
-                    if online {
-                        let (app, user) = (message.app.to_string(), user.to_owned());
+                    if online || !nodes.is_empty() {
                         let sampled = flight.is_sampled();
-                        pushes.push((shard, Push { app, user, envelope, sampled }));
+                        let push = Push { envelope, sampled, ..push_to(&message, &nodes) };
+                        pushes.push((shard, push));
                     }
-                    flight.receipt(ReceiptKind::Accepted, user, seq.0, now_ms)
+                    flight.receipt(ReceiptKind::Accepted, owner, seq.0, now_ms)
                 }
                 AcceptOutcome::AcceptedBefore => {
-                    flight.receipt(ReceiptKind::Accepted, user, 0, now_ms)
+                    flight.receipt(ReceiptKind::Accepted, owner, 0, now_ms)
                 }
-                AcceptOutcome::Duplicate => flight.receipt(ReceiptKind::Duplicate, user, 0, now_ms),
+                AcceptOutcome::Duplicate => {
+                    flight.receipt(ReceiptKind::Duplicate, owner, 0, now_ms)
+                }
                 AcceptOutcome::Failed(reason) => {
-                    let receipt = flight.refusal(user, ACCEPT_FAILED, &reason, now_ms);
+                    let receipt = flight.refusal(Some(owner), ACCEPT_FAILED, &reason, now_ms);
                     dead = Some(reason);
                     Some(receipt)
                 }
@@ -131,7 +134,7 @@ impl Outbox {
         let mut settled: Vec<Arc<Flight>> = had.into_iter().map(|parcel| parcel.flight).collect();
         let mut owed = Vec::new();
         for Parcel { flight, message, .. } in expired {
-            match flight.receipt(ReceiptKind::Expired, message.user.as_str(), 0, now_ms) {
+            match flight.receipt(ReceiptKind::Expired, &message.owner, 0, now_ms) {
                 Some(receipt) => owed.push(Owed { flight, receipt: Some(receipt), dead: None }),
                 None => settled.push(flight),
             }
@@ -167,6 +170,19 @@ impl Outbox {
         }
         if let Some(receipt) = &owed.receipt {
             self.receipts.deliver(receipt).await;
+        }
+    }
+}
+
+/// The recipients of a message, for the dispatcher.
+fn push_to(message: &AcceptMessage, nodes: &[NodeId]) -> Push {
+    let app = message.app.to_string();
+    match &message.owner {
+        Owner::User(user) => Push { app, user: user.to_string(), ..Default::default() },
+        Owner::Audience(audience) => {
+            let nodes = nodes.iter().map(NodeId::to_string).collect();
+            let audience = PushAudience { mailbox: audience.to_string(), nodes };
+            Push { app, audience: Some(Box::new(audience)), ..Default::default() }
         }
     }
 }

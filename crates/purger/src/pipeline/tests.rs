@@ -85,6 +85,7 @@ impl State {
                 seq: Seq(1),
                 envelope: Bytes::new(),
                 online: false,
+                nodes: Arc::default(),
                 evicted: 0,
             }
         };

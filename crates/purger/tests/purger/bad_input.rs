@@ -112,7 +112,7 @@ fn table() -> Vec<Bad> {
         // Fields.
         named(C::UnknownField, "a field that is none", with(r#""text":"x","nonsense":1"#)),
         named(C::UnknownField, "another language's case", with(r#""text":"x","TTLSeconds":1"#)),
-        named(C::UnknownField, "a group", to(r#"{"group":"g"}"#)),
+        named(C::UnknownField, "a segment", to(r#"{"segment":"g"}"#)),
         named(C::RepeatedField, "a field twice", with(r#""text":"x","text":"y""#)),
         named(C::RepeatedField, "two ids", with(r#""text":"x","id":"2""#)),
         named(
@@ -155,6 +155,9 @@ fn table() -> Vec<Bad> {
             to(&format!(r#"{{"user":"alice","device":"{long_id}"}}"#)),
         ),
         named(C::BadDevice, "a device of many", to(r#"{"users":["alice"],"device":"phone"}"#)),
+        named(C::BadDevice, "a device of a group", to(r#"{"group":"eng","device":"phone"}"#)),
+        named(C::BadGroup, "a long group", to(&format!(r#"{{"group":"{}"}}"#, "g".repeat(65)))),
+        named(C::BadGroup, "the reserved group", to(r#"{"group":"everyone"}"#)),
         named(C::NoAudience, "nobody", to("{}")),
         named(C::NoAudience, "nobody's device", to(r#"{"device":"phone"}"#)),
         named(C::NoAudience, "null", to("null")),
@@ -165,6 +168,12 @@ fn table() -> Vec<Bad> {
             PushRecord { to: Some(Audience::default()), ..protobuf() }.encode_to_vec(),
         ),
         named(C::TwoAudiences, "one and many", to(r#"{"user":"alice","users":["bob"]}"#)),
+        named(C::TwoAudiences, "a group and everyone", to(r#"{"group":"eng","everyone":true}"#)),
+        named(
+            C::ReceiptForMany,
+            "receipts of many devices",
+            to(r#"{"group":"eng"}"#).replace("\"text\"", r#""receipts":["acked"],"text""#),
+        ),
         named(C::TooManyUsers, "too many users", to(&users(1001))),
         named(
             C::FanoutTooLarge,

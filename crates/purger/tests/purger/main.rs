@@ -16,7 +16,7 @@ use barid_mailbox::Mailbox;
 use barid_runtime::{Context, SecretUrl, Stopped};
 use barid_testkit::{Kafka, RedisCluster, records};
 use barid_wire::envelope;
-use barid_wire::record::{Audience, Push, ReceiptKind};
+use barid_wire::record::{Push, ReceiptKind, Recipients};
 
 use support::*;
 
@@ -189,7 +189,7 @@ async fn hazard_47_users_of_living_masters_are_reached_however_long_one_is_away(
             }
             // One for all three, in one record.
             let all = Push {
-                audience: Audience::Users(users.iter().map(|u| UserId::new(u).unwrap()).collect()),
+                to: Recipients::Users(users.iter().map(|u| UserId::new(u).unwrap()).collect()),
                 receipts: ReceiptSet::ACCEPTED,
                 ..message(&format!("all{i}"), "alice")
             };

@@ -172,7 +172,7 @@ impl World {
     }
 
     pub async fn ids(&self, user: &str) -> Vec<String> {
-        let entries = self.inspect(user).await.entries;
+        let entries = self.inspect(user).await.mailbox.entries;
         entries.into_iter().map(|entry| envelope::decode(entry).unwrap().1.id).collect()
     }
 

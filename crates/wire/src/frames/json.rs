@@ -215,8 +215,9 @@ pub(super) fn encode_server(frame: &ServerFrame) -> Result<Bytes, FrameError> {
             to_bytes(&Server::Error(ErrorText { code, text, attempt }))
         }
         ServerFrame::Ping(_) => to_bytes(&Server::Ping(Empty {})),
-        ServerFrame::Subscribed(v1::Subscribed { group }) => {
-            to_bytes(&Server::Subscribed(Subscribed { group }))
+        ServerFrame::Subscribed(v1::Subscribed { group, position }) => {
+            let position = position.map(Into::into);
+            to_bytes(&Server::Subscribed(Subscribed { group, position }))
         }
         ServerFrame::Unsubscribed(v1::Unsubscribed { group, code, text }) => {
             to_bytes(&Server::Unsubscribed(Unsubscribed { group, code, text }))
@@ -469,6 +470,8 @@ struct Group {
 #[serde(default)]
 struct Subscribed {
     group: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    position: Option<Position>,
 }
 
 /// As [`Subscribed`].
@@ -695,8 +698,8 @@ impl From<GoAway> for v1::GoAway {
 }
 
 impl From<Subscribed> for v1::Subscribed {
-    fn from(Subscribed { group }: Subscribed) -> Self {
-        Self { group }
+    fn from(Subscribed { group, position }: Subscribed) -> Self {
+        Self { group, position: position.map(Into::into) }
     }
 }
 

@@ -373,7 +373,9 @@ fn server_frame() -> impl Strategy<Value = ServerFrame> {
         (any::<u32>(), name(), wire_number())
             .prop_map(|(code, text, attempt)| ServerFrame::Error(Error { code, text, attempt })),
         Just(ServerFrame::Ping(Ping {})),
-        name().prop_map(|group| ServerFrame::Subscribed(Subscribed { group })),
+        (name(), prop::option::of(position())).prop_map(|(group, position)| {
+            ServerFrame::Subscribed(Subscribed { group, position })
+        }),
         (name(), any::<u32>(), name()).prop_map(|(group, code, text)| {
             ServerFrame::Unsubscribed(Unsubscribed { group, code, text })
         }),

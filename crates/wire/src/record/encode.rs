@@ -1,12 +1,13 @@
 //! Writes push records: the counterpart of [`super::decode_push`].
 
+use barid_core::Audience;
 use bytes::Bytes;
 use prost::Message as _;
 
 use super::format::Format;
 use super::json;
 use super::limits::RecordLimits;
-use super::push::{Audience, Push};
+use super::push::{Push, Recipients};
 use super::refusal::{Flaw, Refusal, RefusalCode};
 use crate::v1::{self, BodyKind, PushRecord, push_record::Body};
 
@@ -27,16 +28,22 @@ pub fn encode_push(push: &Push, format: Format, limits: &RecordLimits) -> Result
 
 /// Address and id of a push, which name it in a refusal.
 fn addressed(push: &Push) -> PushRecord {
-    let to = match &push.audience {
-        Audience::User { user, device } => v1::Audience {
+    let to = match &push.to {
+        Recipients::User { user, device } => v1::Audience {
             user: user.to_string(),
             device: device.as_ref().map(ToString::to_string).unwrap_or_default(),
-            users: Vec::new(),
+            ..Default::default()
         },
-        Audience::Users(users) => v1::Audience {
+        Recipients::Users(users) => v1::Audience {
             users: users.iter().map(ToString::to_string).collect(),
             ..Default::default()
         },
+        Recipients::Audience(Audience::Group(group)) => {
+            v1::Audience { group: group.to_string(), ..Default::default() }
+        }
+        Recipients::Audience(Audience::Everyone) => {
+            v1::Audience { everyone: true, ..Default::default() }
+        }
     };
     PushRecord {
         id: push.id.to_string(),

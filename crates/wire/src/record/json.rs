@@ -70,6 +70,8 @@ fn read_audience(raw: &RawValue, limits: &RecordLimits, to: &mut Audience) -> Re
             "user" => string("to.user", raw, RefusalCode::BadUser).map(|user| to.user = user),
             "device" => string("to.device", raw, RefusalCode::BadDevice).map(|d| to.device = d),
             "users" => users(raw, limits).map(|users| to.users = users),
+            "group" => string("to.group", raw, RefusalCode::BadGroup).map(|group| to.group = group),
+            "everyone" => boolean("to.everyone", raw).map(|everyone| to.everyone = everyone),
             other => unknown(&format!("to.{other}")),
         });
     }
@@ -169,6 +171,11 @@ fn kind_of(raw: &RawValue) -> &'static str {
         Some(b'n') => "null",
         _ => "a number",
     }
+}
+
+fn boolean(name: &str, raw: &RawValue) -> Result<bool, Flaw> {
+    let bad = |_| (RefusalCode::BadValue, format!("`{name}` must be true or false"));
+    serde_json::from_str(raw.get()).map_err(bad)
 }
 
 /// The mapping allows integers that are plain, quoted, or written with a point or an exponent.
@@ -316,6 +323,10 @@ struct AudienceJson<'a> {
     device: &'a str,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     users: &'a [String],
+    #[serde(skip_serializing_if = "str::is_empty")]
+    group: &'a str,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    everyone: bool,
 }
 
 fn is_zero(number: &i64) -> bool {
@@ -338,6 +349,8 @@ pub(super) fn write_push(record: &PushRecord) -> Bytes {
             user: &to.user,
             device: &to.device,
             users: &to.users,
+            group: &to.group,
+            everyone: to.everyone,
         }),
         text,
         json,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
+use barid_core::{AppId, Audience, DeviceId, MessageId, Owner, ReceiptSet, UserId};
 use bytes::Bytes;
 
 use crate::v1::BodyKind;
@@ -15,7 +15,7 @@ pub struct Push {
     /// Tenant.
     pub app: AppId,
     /// Recipients.
-    pub audience: Audience,
+    pub to: Recipients,
     /// Type of the payload.
     pub kind: BodyKind,
     /// The body, not compressed; text and JSON are UTF-8.
@@ -33,14 +33,14 @@ impl Push {
     pub fn new(
         id: MessageId,
         app: AppId,
-        audience: impl Into<Audience>,
+        to: impl Into<Recipients>,
         kind: BodyKind,
         payload: impl Into<Bytes>,
     ) -> Self {
         Self {
             id,
             app,
-            audience: audience.into(),
+            to: to.into(),
             kind,
             payload: payload.into(),
             ttl_ms: 0,
@@ -49,15 +49,19 @@ impl Push {
         }
     }
 
-    /// The key to produce the record with: its first user, so that a user's records stay in order.
+    /// The key to produce the record with: its first user, or its audience, so that the records of each stay in order.
     pub fn key(&self) -> &str {
-        self.audience.users().first().map_or("", UserId::as_str)
+        match &self.to {
+            Recipients::User { user, .. } => user.as_str(),
+            Recipients::Users(users) => users.first().map_or("", UserId::as_str),
+            Recipients::Audience(audience) => audience.as_str(),
+        }
     }
 }
 
 /// Recipients.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Audience {
+pub enum Recipients {
     /// One user.
     User {
         /// The user.
@@ -67,20 +71,37 @@ pub enum Audience {
     },
     /// Several users, each once, in the order in which they were first named; at least one.
     Users(Vec<UserId>),
+    /// A group, or everyone of the app: one mailbox for all of its members.
+    Audience(Audience),
 }
 
-impl From<UserId> for Audience {
+impl From<UserId> for Recipients {
     fn from(user: UserId) -> Self {
         Self::User { user, device: None }
     }
 }
 
-impl Audience {
-    /// The users, in order.
-    pub fn users(&self) -> &[UserId] {
+impl From<Audience> for Recipients {
+    fn from(audience: Audience) -> Self {
+        Self::Audience(audience)
+    }
+}
+
+impl Recipients {
+    /// The owners of the mailboxes that the message is stored in, in order.
+    pub fn owners(&self) -> Vec<Owner> {
         match self {
-            Self::User { user, .. } => std::slice::from_ref(user),
-            Self::Users(users) => users,
+            Self::User { user, .. } => vec![Owner::User(user.clone())],
+            Self::Users(users) => users.iter().cloned().map(Owner::User).collect(),
+            Self::Audience(audience) => vec![Owner::Audience(audience.clone())],
+        }
+    }
+
+    /// The number of mailboxes that the message is stored in.
+    pub fn mailboxes(&self) -> usize {
+        match self {
+            Self::Users(users) => users.len(),
+            Self::User { .. } | Self::Audience(_) => 1,
         }
     }
 
@@ -88,7 +109,7 @@ impl Audience {
     pub fn device(&self) -> Option<&DeviceId> {
         match self {
             Self::User { device, .. } => device.as_ref(),
-            Self::Users(_) => None,
+            Self::Users(_) | Self::Audience(_) => None,
         }
     }
 }

@@ -25,6 +25,8 @@ struct ReceiptJson {
     #[serde(skip_serializing_if = "String::is_empty")]
     user: String,
     #[serde(skip_serializing_if = "String::is_empty")]
+    mailbox: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     device: String,
     #[serde(skip_serializing_if = "is_zero")]
     seq: u64,
@@ -52,6 +54,7 @@ pub fn encode_receipt(receipt: &Receipt, format: Format) -> Bytes {
                 id: receipt.id.clone(),
                 app: receipt.app.clone(),
                 user: receipt.user.clone(),
+                mailbox: receipt.mailbox.clone(),
                 device: receipt.device.clone(),
                 seq: receipt.seq,
                 at_ms: receipt.at_ms,
@@ -82,6 +85,7 @@ pub fn decode_receipt(value: &[u8]) -> Result<Receipt, ReceiptError> {
         id: json.id,
         app: json.app,
         user: json.user,
+        mailbox: json.mailbox,
         device: json.device,
         seq: json.seq,
         at_ms: json.at_ms,

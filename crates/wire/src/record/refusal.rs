@@ -43,11 +43,13 @@ codes! {
     BadApp = "bad_app",
     /// A user is invalid.
     BadUser = "bad_user",
-    /// The device is invalid, or given together with `users`.
+    /// A group is invalid.
+    BadGroup = "bad_group",
+    /// The device is invalid, or given without `user`.
     BadDevice = "bad_device",
-    /// Neither `user` nor `users` is given.
+    /// None of `user`, `users`, `group` and `everyone` is given.
     NoAudience = "no_audience",
-    /// Both `user` and `users` are given.
+    /// More than one of `user`, `users`, `group` and `everyone` is given.
     TwoAudiences = "two_audiences",
     /// Too many users.
     TooManyUsers = "too_many_users",
@@ -73,6 +75,8 @@ codes! {
     BadCollapseKey = "bad_collapse_key",
     /// A receipt that cannot be asked for.
     UnknownReceipt = "unknown_receipt",
+    /// A receipt of single devices, for a group or everyone.
+    ReceiptForMany = "receipt_for_many",
 }
 
 /// The refusal of a record, with the names that its receipt needs.
@@ -89,6 +93,8 @@ pub struct Refusal {
     pub app: String,
     /// The record's user, likewise.
     pub user: String,
+    /// The record's group, likewise, or `everyone`.
+    pub mailbox: Box<str>,
 }
 
 /// The code and the reason of a refusal.

@@ -1,4 +1,5 @@
 use super::*;
+use barid_core::Owner;
 use proptest::prelude::*;
 
 fn limits() -> RecordLimits {
@@ -45,7 +46,7 @@ fn the_least_record_is_the_same_in_both_formats() {
     let push =
         decode(r#"{"id":"order-7","app":"demo","to":{"user":"alice"},"text":"hello"}"#).unwrap();
     assert_eq!(push.payload, "hello");
-    assert_eq!(push.audience.users(), [UserId::new("alice").unwrap()]);
+    assert_eq!(push.to.owners(), [Owner::User(UserId::new("alice").unwrap())]);
     assert_eq!(protobuf(&least()).unwrap(), push);
     assert_eq!(decode("\r\n\t {\"id\":\"order-7\",\"app\":\"demo\",\"to\":{\"user\":\"alice\"},\"text\":\"hello\"}").unwrap(), push);
 }
@@ -65,7 +66,7 @@ fn every_field_and_spelling_of_the_mapping_is_accepted() {
     );
     assert_eq!(&*push.payload, b"\xff\xef");
     assert_eq!((push.ttl_ms, push.collapse_key.as_deref()), (60_000, Some("k")));
-    assert_eq!(push.audience.device().unwrap().as_str(), "d");
+    assert_eq!(push.to.device().unwrap().as_str(), "d");
     let wanted = ReceiptSet::ACKED.with(ReceiptSet::ACCEPTED).with(ReceiptSet::SENT);
     assert_eq!(push.receipts, wanted);
     for ttl in ["6e1", "60.0", "\"60\"", "60"] {
@@ -160,7 +161,8 @@ fn json_bodies_stand_as_they_were_written() {
 #[test]
 fn repeated_users_are_taken_once() {
     let push = decode(&with(r#""to":{"users":["b","a","b","a","c"]},"text":"x""#)).unwrap();
-    let names: Vec<&str> = push.audience.users().iter().map(UserId::as_str).collect();
+    let owners = push.to.owners();
+    let names: Vec<&str> = owners.iter().map(Owner::as_str).collect();
     assert_eq!(names, ["b", "a", "c"]);
 }
 
@@ -190,7 +192,7 @@ fn each_flaw_has_its_word() {
         (with(r#""to":{"user":"alice"},"text":"x""#).replace('}', ""), C::BadJson),
         (with(r#""to":{"user":"a"},"text":"x""#).replace("order-7", "a\\u0001"), C::BadId),
         (with(&format!(r#"{to},"text":"x","txt":1"#)), C::UnknownField),
-        (with(r#""to":{"group":"g"},"text":"x""#), C::UnknownField),
+        (with(r#""to":{"segment":"g"},"text":"x""#), C::UnknownField),
         (with(&format!(r#"{to},"text":"x","text":"y""#)), C::RepeatedField),
         (with(&format!(r#"{to},"text":5"#)), C::BadValue),
         (with(r#""to":"alice","text":"x""#), C::BadValue),
@@ -207,6 +209,17 @@ fn each_flaw_has_its_word() {
         (with(r#""text":"x""#), C::NoAudience),
         (with(r#""to":{"device":"d","users":[]},"text":"x""#), C::NoAudience),
         (with(r#""to":{"user":"a","users":["b"]},"text":"x""#), C::TwoAudiences),
+        (with(r#""to":{"user":"a","group":"g"},"text":"x""#), C::TwoAudiences),
+        (with(r#""to":{"group":"g","everyone":true},"text":"x""#), C::TwoAudiences),
+        (with(r#""to":{"everyone":false},"text":"x""#), C::NoAudience),
+        (with(r#""to":{"everyone":"yes"},"text":"x""#), C::BadValue),
+        (with(r#""to":{"everyone":true,"device":"d"},"text":"x""#), C::BadDevice),
+        (with(r#""to":{"group":"everyone"},"text":"x""#), C::BadGroup),
+        (with(r#""to":{"group":"a\u0000b"},"text":"x""#), C::BadGroup),
+        (with(&format!(r#""to":{{"group":"{long}"}},"text":"x""#)), C::BadGroup),
+        (with(r#""to":{"group":["g"]},"text":"x""#), C::BadGroup),
+        (with(r#""to":{"group":"g"},"text":"x","receipts":["acked"]"#), C::ReceiptForMany),
+        (with(r#""to":{"everyone":true},"text":"x","receipts":["sent"]"#), C::ReceiptForMany),
         (with(r#""to":{"users":["a","b","c","d"]},"text":"x""#), C::TooManyUsers),
         (
             with(&format!(r#""to":{{"users":["a","b"]}},"text":"{}""#, "x".repeat(80))),
@@ -321,6 +334,8 @@ fn json_like() -> impl Strategy<Value = String> {
         "\"to\"",
         "\"user\"",
         "\"users\"",
+        "\"group\"",
+        "\"everyone\"",
         "\"json\"",
         "\"data\"",
         "\"receipts\"",
@@ -380,7 +395,7 @@ proptest! {
         };
         let push = protobuf(&record).unwrap();
         prop_assert_eq!(push.id.as_str(), id);
-        prop_assert_eq!(push.audience.users()[0].as_str(), user);
+        prop_assert_eq!(push.to.owners(), [Owner::User(UserId::new(&user).unwrap())]);
         prop_assert_eq!(&*push.payload, text.as_bytes());
         prop_assert_eq!(push.ttl_ms, ttl as u64 * 1000);
     }

@@ -16,6 +16,8 @@
 --   confirm       C  confirmed          S  superseded
 --   connect       C  connected          S  superseded   M  too many devices   L  too late
 --   disconnect    R  removed            K  kept
+--   join          J  joined             S  superseded
+--   journal       N  numbers
 --   fire          C  claimed            N  not due
 --   defer         D  deferred           K  kept
 

@@ -70,7 +70,13 @@ impl State {
             let log = state.accepted.entry(group.shard.get()).or_default();
             log.push(((group.source.clone(), group.shard), message.position));
             let seq = Seq(log.len() as u64);
-            AcceptOutcome::Accepted { seq, envelope: Bytes::new(), online: false, evicted: 0 }
+            AcceptOutcome::Accepted {
+                seq,
+                envelope: Bytes::new(),
+                online: false,
+                nodes: Arc::default(),
+                evicted: 0,
+            }
         };
         let outcomes = group.messages.iter().map(|message| outcome(self, message)).collect();
         if let Some(raise) = group.raise.filter(|raise| Some(*raise) > stored) {

@@ -27,12 +27,14 @@ fn users() -> impl Strategy<Value = Vec<UserId>> {
     })
 }
 
-fn audience() -> impl Strategy<Value = Audience> {
+fn recipients() -> impl Strategy<Value = Recipients> {
     let device = "\\PC{1,12}".prop_map(|name| DeviceId::new(&name).unwrap());
     prop_oneof![
         (user(), prop::option::of(device))
-            .prop_map(|(user, device)| Audience::User { user, device }),
-        users().prop_map(Audience::Users),
+            .prop_map(|(user, device)| Recipients::User { user, device }),
+        users().prop_map(Recipients::Users),
+        "\\PC{1,12}".prop_map(|name| Audience::new(&name).unwrap().into()),
+        Just(Audience::Everyone.into()),
     ]
 }
 
@@ -72,11 +74,11 @@ fn push(
     receipts: impl Strategy<Value = u32>,
 ) -> impl Strategy<Value = Push> {
     let names = ("\\PC{1,20}", "[A-Za-z0-9._-]{1,20}");
-    (names, audience(), kind_and_payload(), ttl_ms, prop::option::of(key), receipts).prop_map(
-        |((id, app), audience, (kind, payload), ttl_ms, key, receipts)| Push {
+    (names, recipients(), kind_and_payload(), ttl_ms, prop::option::of(key), receipts).prop_map(
+        |((id, app), to, (kind, payload), ttl_ms, key, receipts)| Push {
             id: MessageId::new(&id).unwrap(),
             app: AppId::new(&app).unwrap(),
-            audience,
+            to,
             kind,
             payload,
             ttl_ms,
@@ -87,7 +89,13 @@ fn push(
 }
 
 fn valid() -> impl Strategy<Value = Push> {
-    push((0..10_000u64).prop_map(|s| s * 1000), "\\PC{1,16}", (0..64u32).prop_map(|set| set << 1))
+    let ttl_ms = (0..10_000u64).prop_map(|s| s * 1000);
+    push(ttl_ms, "\\PC{1,16}", (0..64u32).prop_map(|set| set << 1)).prop_map(|mut push| {
+        if matches!(push.to, Recipients::Audience(_)) {
+            push.receipts.0 &= ReceiptSet::ACCEPTED.with(ReceiptSet::DUPLICATE).0;
+        }
+        push
+    })
 }
 
 fn any_push() -> impl Strategy<Value = Push> {
@@ -163,8 +171,8 @@ fn what_no_record_can_say_is_refused() {
             assert_eq!(code(push, format), not_utf8);
         }
         assert_eq!(code(Push { ttl_ms: 1500, ..least() }, format), RefusalCode::BadValue);
-        let nobody = Audience::Users(Vec::new());
-        assert_eq!(code(Push { audience: nobody, ..least() }, format), RefusalCode::NoAudience);
+        let nobody = Recipients::Users(Vec::new());
+        assert_eq!(code(Push { to: nobody, ..least() }, format), RefusalCode::NoAudience);
     }
     let refusal = encode_push(
         &Push { payload: "x".repeat(70_000).into(), ..least() },
