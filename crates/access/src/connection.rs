@@ -61,8 +61,9 @@ async fn open(arrival: Box<Arrival>) -> Option<(Box<Connection>, Admitted)> {
     };
     node.metrics.connections.inc();
     let refusal = match identify(&node, &mut accepted).await {
-        Ok(Identified { session, handle, codec, sdk, ignored }) => {
-            let mut connection = Connection::new(&node, accepted, session, handle, codec);
+        Ok(Identified { session, handle, codec, sdk, positions, ignored }) => {
+            let mut connection =
+                Connection::new(&node, accepted, session, handle, codec, positions);
             connection.begin(&sdk);
             admitted.welcomed();
             if let Some(field) = ignored {
@@ -126,7 +127,7 @@ impl Connection {
             busy |= self.poll_read(cx);
             busy |= self.start_calls();
             busy |= self.poll_write(cx);
-            self.poll_fanout(cx);
+            busy |= self.poll_fanout(cx);
             self.report_queued();
             if let Some(end) = self.end.take() {
                 return Poll::Ready(end);

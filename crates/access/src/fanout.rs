@@ -7,12 +7,18 @@
 //! time, so that other work of the node runs in between.
 
 mod audience;
+mod catching;
 mod hub;
+mod joining;
 mod listener;
+mod listings;
+mod pages;
+mod place;
 mod report;
 mod room;
 
 pub use audience::Read;
 pub use hub::{Fanout, Received};
-pub use listener::{Listener, Refused};
+pub use joining::{follow_redis, keep_listed, read_journals, read_missing};
+pub use listener::{Begun, Listener, Refused};
 pub use report::Report;

@@ -136,7 +136,14 @@ labels! {
         Told => "told",
         Nobody => "nobody",
         NoRoom => "no_room",
+        NotNext => "not_next",
         Expired => "expired",
+    }
+
+    /// How a device that catches up got a page of an audience's mailbox.
+    PageResult {
+        Read => "read",
+        Shared => "shared",
     }
 
     /// A limit of docs/limits.md.

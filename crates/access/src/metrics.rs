@@ -12,8 +12,8 @@ use prometheus::{
 };
 
 use crate::labels::{
-    Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PushDrop,
-    RevokedAt, RevokedBy, TokenRefusal, Unknown,
+    Call, CertificateRead, Confirmation, FanoutResult, Frame, Handshake, Limit, PageResult,
+    PushDrop, RevokedAt, RevokedBy, TokenRefusal, Unknown,
 };
 use crate::names::{Name, Names};
 
@@ -78,6 +78,11 @@ pub struct Metrics {
     fanouts: IntCounterVec,
     /// Subscriptions of sessions to groups.
     pub subscriptions: IntGauge,
+    /// Readings of audiences' mailboxes.
+    pub audience_reads: IntCounter,
+    audience_pages: IntCounterVec,
+    /// Audiences for which the node is, or is to be, listed in Redis.
+    pub audiences: IntGauge,
     subscriptions_refused: IntCounter,
     /// Messages for an audience that left its log before a session had read them.
     pub fanout_missed: IntCounter,
@@ -220,6 +225,16 @@ impl Metrics {
                 FanoutResult::VALUES,
             )?,
             subscriptions: set.gauge("subscriptions", "Groups that sessions are subscribed to")?,
+            audience_reads: set
+                .counter("audience_reads_total", "Readings of mailboxes of groups and everyone")?,
+            audience_pages: set.counters(
+                "audience_pages_total",
+                "Pages of mailboxes of groups and everyone, for devices that catch up",
+                "result",
+                PageResult::VALUES,
+            )?,
+            audiences: set
+                .gauge("audiences", "Groups and apps with sessions here, as listed in Redis")?,
             subscriptions_refused: set.counter(
                 "subscriptions_refused_total",
                 "Subscriptions to groups that the token does not list",
@@ -402,6 +417,11 @@ impl Metrics {
     /// Records the time from a message's arrival until all members of its audience were woken.
     pub fn fanout_finished(&self, took: Duration) {
         self.fanout_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a page for a device that catches up.
+    pub fn audience_page(&self, result: PageResult) {
+        self.audience_pages.with_label_values(&[result.as_str()]).inc();
     }
 
     /// Counts a subscription to a group that the token does not list.

@@ -24,7 +24,7 @@ use crate::acceptors::Acceptors;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::Error;
-use crate::fanout::Fanout;
+use crate::fanout::{Fanout, follow_redis, keep_listed, read_journals, read_missing};
 use crate::grpc::AccessService;
 use crate::handle::Handle;
 use crate::kick::AdminService;
@@ -95,6 +95,7 @@ impl Service {
         let keys = context.health.condition("keys");
         tasks.spawn("the key set refresh", keep_keys_fresh(Arc::clone(&node), keys));
         tasks.spawn("the fan-out", fan_out(Arc::clone(&node)));
+        tasks.spawn("the audiences", keep_audiences(Arc::clone(&node)));
         if let Some(condition) = revocations {
             let follower = Follower::start(&config.kafka, &config.kafka.topics.revocations)?;
             let run = follow::run(Arc::clone(&node), follower, config.kafka.clone(), condition);
@@ -188,7 +189,7 @@ async fn build(
         zone: config.zone.clone(),
         revocations: Revocations::new(config.auth.revocations_max, config.revocations),
         sessions: Sessions::new(record.id, incarnation, Arc::clone(&clock)),
-        fanout: Fanout::new(&config.limits, &metrics),
+        fanout: Fanout::new(&config.limits, config.redis.audience_confirm_seconds(), &metrics),
         mailboxes: Mailboxes::new(mailbox, Arc::clone(&clock), metrics.clone()),
         clock,
         policy,
@@ -253,6 +254,14 @@ async fn keep_keys_fresh(node: Arc<Node>, condition: Condition) {
 
 async fn fan_out(node: Arc<Node>) {
     node.fanout.run().await;
+}
+
+async fn keep_audiences(node: Arc<Node>) {
+    let Node { fanout, mailboxes, sessions, clock, .. } = &*node;
+    let listed = keep_listed(fanout, mailboxes, sessions);
+    let missing = read_missing(fanout, mailboxes, clock);
+    let journals = read_journals(fanout, mailboxes);
+    tokio::join!(listed, follow_redis(fanout, mailboxes), missing, journals);
 }
 
 async fn watch_redis(node: Arc<Node>, condition: Condition) {

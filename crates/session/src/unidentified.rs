@@ -5,7 +5,7 @@ use std::sync::Arc;
 use barid_core::limits::{PLATFORM_BYTES_MAX, SDK_BYTES_MAX};
 use barid_core::mailbox::{ConnectOutcome, ConnectRequest};
 use barid_core::{
-    Attempt, Chain, CloseCode, DeviceId, Epoch, Generation, Position, Seq, SessionRef,
+    Attempt, Audience, Chain, CloseCode, DeviceId, Epoch, Generation, Position, Seq, SessionRef,
 };
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;
@@ -38,6 +38,8 @@ pub struct Connecting {
     /// The Hello's attempt, if it was too far ahead of the clock and replaced by the time of the handshake.
     pub attempt_ahead: Option<Attempt>,
     position: Option<Position>,
+    /// The device's positions in mailboxes of audiences; each audience once.
+    pub audiences: Vec<(Audience, Position)>,
 }
 
 impl Unidentified {
@@ -64,6 +66,10 @@ impl Unidentified {
         let counted = hello.attempt != 0 && !is_ahead;
         let attempt = if counted { hello.attempt } else { self.handshake_ms };
         let position = hello.positions.iter().find(|position| position.mailbox.is_empty());
+        let others = hello.positions.iter().filter(|position| !position.mailbox.is_empty());
+        let audience =
+            |of: &v1::Position| Some((Audience::new(&of.mailbox).ok()?, position_of(of)));
+        let audiences = others.filter_map(audience).collect();
         Ok(Connecting {
             identity: Identity {
                 user: self.claims.user,
@@ -77,6 +83,7 @@ impl Unidentified {
             ping_interval_ms: hello.ping_interval_ms,
             attempt_ahead,
             position: position.map(position_of),
+            audiences,
         })
     }
 

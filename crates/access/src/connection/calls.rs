@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use barid_core::{Audience, AudienceKey, Seq};
 use barid_mailbox::{AckRequest, ConfirmOutcome, ConfirmRequest, ReadRequest};
 use barid_session::{AckPoint, AckUrgency, Claims, Close};
 use tokio::time::sleep;
@@ -32,6 +33,7 @@ impl Connection {
                     let now_us = self.node.mailboxes.now_us(self.handle.user());
                     self.session.page(page, now_us, &mut self.effects);
                 }
+                Answer::AudiencePage(key, after, page) => self.audience_page(&key, after, &page),
                 Answer::AckDue => self.ack_waits = false,
                 Answer::Acked(outcome) => {
                     let now_us = self.node.mailboxes.now_us(self.handle.user());
@@ -122,7 +124,24 @@ impl Connection {
                 Answer::Page(node.mailboxes.until_answered(Call::Read, call).await)
             }));
         }
+        if self.is_flushed() {
+            let (reached, page) = self.listener.catch_up();
+            self.fanned_out |= reached;
+            if let Some((audience, after)) = page {
+                self.read_audience(audience, after);
+            }
+        }
         self.calls.len() > before
+    }
+
+    /// Reads an audience's mailbox, for a device that is behind its log.
+    fn read_audience(&mut self, audience: Audience, after: Seq) {
+        let key = AudienceKey { app: self.handle.user().app.clone(), audience };
+        let node = Arc::clone(&self.node);
+        self.calls.push(Box::pin(async move {
+            let page = node.fanout.page_for(&node.mailboxes, &key, after).await;
+            Answer::AudiencePage(key, after, page)
+        }));
     }
 
     /// The acknowledgement to send now. If it has to wait for its interval, a timer is started.

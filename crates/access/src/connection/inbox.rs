@@ -21,7 +21,10 @@ impl Connection {
     pub(super) fn poll_inbox(&mut self, cx: &Context<'_>) -> bool {
         let Poll::Ready(inbox) = self.handle.poll_take(cx) else { return false };
         let Inbox { pushes, missed, tick, resend, fanout, confirm, go_away, close, .. } = inbox;
-        self.fanned_out |= fanout;
+        if fanout {
+            self.fanned_out = true;
+            self.listener.resume();
+        }
         if let Some(close) = close {
             self.end(Some(*close));
             return true;

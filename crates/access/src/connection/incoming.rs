@@ -133,8 +133,7 @@ impl Connection {
         let groups_max = self.node.policy.limits.subscriptions_max;
         match self.listener.subscribe(&self.node.fanout, &self.handle, &group, groups_max) {
             Ok(()) => {
-                let group = group.to_string();
-                self.control(&ServerFrame::Subscribed(v1::Subscribed { group }));
+                self.confirm_subscriptions();
             }
             Err(why) => {
                 match why {

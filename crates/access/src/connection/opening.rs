@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::CloseCode;
+use barid_core::{Audience, CloseCode, Position};
 use barid_mailbox::ConnectOutcome;
 use barid_session::{Close, Connected, Connecting, Refusal, TokenFingerprint, Unidentified};
 use barid_wire::frames::{Encoding, Ignored};
@@ -29,6 +29,8 @@ pub(super) struct Identified {
     pub codec: Codec,
     /// The name and version of the device's SDK.
     pub sdk: String,
+    /// Where the device stands in mailboxes of audiences.
+    pub positions: Vec<(Audience, Position)>,
     /// A field of Hello that is unknown here.
     pub ignored: Option<String>,
 }
@@ -51,6 +53,7 @@ pub(super) async fn identify(
         ping_interval: node.policy.heartbeat.interval(connecting.ping_interval_ms),
     };
     let sdk = std::mem::take(&mut connecting.sdk);
+    let positions = std::mem::take(&mut connecting.audiences);
     let as_named = connecting.clone();
     let token = accepted.claims.token;
     let entered = match enter(node, connecting, token).await {
@@ -61,7 +64,7 @@ pub(super) async fn identify(
         entered => entered,
     };
     let (session, handle) = entered.map_err(Some)?;
-    Ok(Identified { session, handle, codec, sdk, ignored })
+    Ok(Identified { session, handle, codec, sdk, positions, ignored })
 }
 
 /// Waits for Hello, and returns its first unknown field with it; for less time the more connections do, and until the

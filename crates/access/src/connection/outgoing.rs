@@ -2,6 +2,8 @@
 
 use std::task::{Context, Poll};
 
+use barid_core::{AudienceKey, Seq};
+use barid_mailbox::Page;
 use barid_runtime::Hop;
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::{Format, ServerFrame, encode_deliver, encode_server, join_delivers};
@@ -11,7 +13,7 @@ use bytes::Bytes;
 use crate::connection::codec::{Codec, message, refusal};
 use crate::connection::state::{Connection, Out};
 use crate::connection::trace::wrote;
-use crate::fanout::{Read, Report};
+use crate::fanout::{Begun, Read, Report};
 use crate::socket::{self, Message};
 
 /// Bytes of pushed messages that share a frame; one alone may be larger.
@@ -84,14 +86,62 @@ impl Connection {
         }
     }
 
+    /// Tells the device of subscriptions that have begun. Returns whether there were any.
+    pub(super) fn confirm_subscriptions(&mut self) -> bool {
+        let mut any = false;
+        while let Some(begun) = self.listener.confirmed() {
+            any = true;
+            self.begun(&begun);
+        }
+        any
+    }
+
+    fn begun(&mut self, Begun { audience, position }: &Begun) {
+        self.control(&ServerFrame::Subscribed(v1::Subscribed {
+            group: audience.to_string(),
+            position: Some(v1::Position {
+                mailbox: String::new(),
+                epoch: position.epoch.0,
+                generation: position.generation.0,
+                seq: position.seq.0,
+                chain: position.chain.map(|chain| chain.0),
+            }),
+        }));
+    }
+
+    /// Queues what a page of an audience's mailbox has for the device.
+    pub(super) fn audience_page(&mut self, key: &AudienceKey, after: Seq, page: &Page) {
+        let now_ms = self.node.clock.now_ms();
+        let (entries, reset) = self.listener.page(&key.audience, after, page, now_ms);
+        if let Some(begun) = reset {
+            self.begun(&begun);
+        }
+        let Codec { encoding, zstd, .. } = self.codec;
+        let format = Format::new(encoding, zstd);
+        // A body that cannot be written in this encoding is left out, as in fan-out.
+        let frames: Vec<Bytes> =
+            entries.iter().filter_map(|entry| format.encode(entry).ok()).collect();
+        if !frames.is_empty() {
+            self.node.metrics.delivered_fanout.inc_by(frames.len() as u64);
+            self.frame(join_delivers(encoding, key.audience.as_str(), 0, &frames));
+        }
+    }
+
     /// Writes messages of audiences, once the queue is empty: while the socket is full, they stay in the audience's
-    /// log.
-    pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) {
-        while self.fanned_out && self.end.is_none() && self.is_flushed() {
+    /// log. Returns whether it has queued frames.
+    pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) -> bool {
+        while self.fanned_out && self.end.is_none() {
+            if self.confirm_subscriptions() {
+                return true;
+            }
+            if !self.is_flushed() {
+                return false;
+            }
             if !self.write_fanout(cx) {
                 self.end(None);
             }
         }
+        false
     }
 
     /// Writes one run of messages. Returns false if the device is gone.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use barid_core::Incarnation;
+use barid_core::{Audience, AudienceKey, Incarnation, Position, Seq};
 use barid_mailbox::{AckOutcome, ConfirmOutcome, Page};
 use barid_session::{Claims, Close, Connected, Effect, Heartbeat, Seconds};
 use barid_wire::envelope::Envelope;
@@ -40,6 +40,8 @@ pub(super) enum Answer {
     AckDue,
     Acked(AckOutcome),
     Confirmed(ConfirmOutcome, Incarnation),
+    /// Entries of an audience's mailbox after a seq.
+    AudiencePage(AudienceKey, Seq, Arc<Page>),
 }
 
 pub(super) type PendingCall = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -96,6 +98,7 @@ impl Connection {
         session: Connected,
         handle: Arc<Handle>,
         codec: Codec,
+        positions: Vec<(Audience, Position)>,
     ) -> Box<Self> {
         let mut beat = Heartbeat::new(
             codec.ping_interval,
@@ -107,7 +110,7 @@ impl Connection {
         Box::new(Self {
             node: Arc::clone(node),
             socket: accepted.socket,
-            listener: Listener::new(&node.fanout, &handle, accepted.claims.groups),
+            listener: Listener::new(&node.fanout, &handle, accepted.claims.groups, positions),
             fanned_out: false,
             handle,
             session,

@@ -2,15 +2,17 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use barid_core::{Epoch, Seq};
 use barid_session::Seconds;
-use barid_wire::envelope::{self, Envelope, EnvelopeError};
+use barid_wire::envelope::{self, Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Format, join_delivers};
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
+use crate::fanout::place::{Page, Place, Point};
 use crate::fanout::report::Report;
 use crate::fanout::room::Room;
 use crate::frames::framed;
@@ -26,13 +28,18 @@ const COUNTED_ONE_IN: u32 = 16;
 /// A message, and its frames without a mailbox.
 #[derive(Debug)]
 pub(super) struct Entry {
+    /// The position before it, and its own.
+    before: Point,
+    own: Point,
+    /// It does not follow the message before it: the mailbox's history is another one from here on.
+    restarts: bool,
     envelope: Envelope,
     at: Seconds,
     /// When its dispatcher queued it for this node, µs in Redis's time; 0: unknown.
     dispatched_us: u64,
     /// The message is traced, and no member has been sent it yet.
     untraced: bool,
-    /// Frames by [`Format`]; unset until the first reader of that format.
+    /// Frames by [`Format`]; unset until the first reader of that format. `Some(None)`: nothing to write.
     frames: [Option<Option<Bytes>>; Format::COUNT],
 }
 
@@ -42,6 +49,7 @@ impl Entry {
     /// # Errors
     /// The payload cannot be decompressed.
     pub(super) fn new(
+        header: &Header,
         envelope: Envelope,
         at: Seconds,
         dispatched_us: u64,
@@ -53,7 +61,24 @@ impl Entry {
         }
         frames[Format::Proto as usize] = Some(Some(frame));
         let untraced = envelope::is_sampled(&envelope);
-        Ok(Self { envelope, at, dispatched_us, untraced, frames })
+        let (before, own) = points(header);
+        let restarts = false;
+        Ok(Self { before, own, restarts, envelope, at, dispatched_us, untraced, frames })
+    }
+
+    /// A message that is not delivered any more: it has expired, was voided, or cannot be read.
+    pub(super) fn void(header: &Header, at: Seconds) -> Self {
+        let (before, own) = points(header);
+        Self {
+            before,
+            own,
+            restarts: false,
+            envelope: Envelope::default(),
+            at,
+            dispatched_us: 0,
+            untraced: false,
+            frames: [const { Some(None) }; Format::COUNT],
+        }
     }
 
     fn bytes(&self) -> usize {
@@ -66,6 +91,13 @@ impl Entry {
         let frame = &mut self.frames[format as usize];
         frame.get_or_insert_with(|| format.encode(&self.envelope).ok()).clone()
     }
+}
+
+/// The position before an entry, and its own.
+fn points(header: &Header) -> (Point, Point) {
+    let Header { epoch, seq, prev_chain, chain, .. } = *header;
+    let before = Point { epoch, seq: Seq(seq.0.saturating_sub(1)), chain: prev_chain };
+    (before, Point { epoch, seq, chain })
 }
 
 /// Messages in one WebSocket frame.
@@ -103,6 +135,8 @@ struct Log {
     bytes: usize,
     /// How many of them are [`Entry::untraced`].
     untraced: usize,
+    /// The position of the last message that was appended.
+    end: Option<Point>,
     /// The hub lists this audience as holding messages.
     listed: bool,
 }
@@ -112,7 +146,12 @@ impl Log {
         self.first.wrapping_add(self.entries.len() as u32)
     }
 
-    fn push(&mut self, entry: Entry, bytes_max: usize) {
+    fn push(&mut self, mut entry: Entry, bytes_max: usize) {
+        // Forward within an epoch, entries are missing, which their seqs tell.
+        entry.restarts = self.end.is_some_and(|end| {
+            entry.before.epoch != end.epoch && end.epoch != Epoch(0) || entry.before.seq < end.seq
+        });
+        self.end = Some(entry.own);
         self.bytes += entry.bytes();
         self.untraced += usize::from(entry.untraced);
         self.entries.push_back(entry);
@@ -129,6 +168,16 @@ impl Log {
         }
         // Cached runs may be larger than what is left in the log.
         self.forget_runs();
+    }
+
+    /// The number of the first message after a position; `None`: the log does not have it.
+    fn number_after(&self, point: Point) -> Option<u32> {
+        let index = match point.epoch {
+            // The mailbox did not exist: all of its first life.
+            Epoch(0) => self.entries.iter().rposition(|entry| entry.before.seq == Seq(0)),
+            _ => self.entries.iter().position(|entry| entry.before == point),
+        };
+        index.map(|index| self.first.wrapping_add(index as u32))
     }
 
     fn forget_runs(&mut self) {
@@ -187,7 +236,7 @@ impl Log {
             let frame = entry.frame(format);
             self.bytes += entry.bytes() - before;
             let more = frame.as_ref().map_or(0, Bytes::len);
-            full = next != first && bytes + more > RUN_BYTES_MAX;
+            full = next != first && (bytes + more > RUN_BYTES_MAX || entry.restarts);
             if full {
                 break;
             }
@@ -240,7 +289,31 @@ pub(super) struct Audience {
     end: AtomicU32,
     members: Mutex<Slots>,
     walk: Mutex<Walk>,
+    standing: Mutex<Standing>,
+    /// This node is listed as having members: it receives every message that is accepted from now on.
+    live: AtomicBool,
     room: Arc<Room>,
+}
+
+/// Where the node stands in the audience's mailbox. Locked before the log.
+#[derive(Debug, Default)]
+struct Standing {
+    place: Place<Entry>,
+    /// A reading of the mailbox is scheduled or under way.
+    reading: bool,
+}
+
+/// What followed from a record, a page or a head.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// Messages that the members can read now.
+    pub appended: usize,
+    /// Messages that found no room; every member misses them.
+    pub dropped: usize,
+    /// The log was empty before.
+    pub begun: bool,
+    /// The mailbox has to be read; returned once until it has been.
+    pub read: bool,
 }
 
 impl Audience {
@@ -251,8 +324,66 @@ impl Audience {
             end: AtomicU32::new(0),
             members: Mutex::default(),
             walk: Mutex::default(),
+            standing: Mutex::default(),
+            live: AtomicBool::new(false),
             room,
         }
+    }
+
+    /// The node is listed, and the mailbox ends at `head`.
+    pub(super) fn open(&self, head: Point) -> Progress {
+        let mut standing = self.standing.lock();
+        let entries = standing.place.open(head);
+        self.live.store(true, Ordering::Release);
+        self.progress(standing, entries)
+    }
+
+    /// A record arrived.
+    pub(super) fn receive(&self, header: Header, entry: Entry) -> Progress {
+        let mut standing = self.standing.lock();
+        let entries = standing.place.receive(header, entry);
+        self.progress(standing, entries)
+    }
+
+    /// Where to read the mailbox from, as the seq before the first entry wanted.
+    pub(super) fn read_after(&self) -> Seq {
+        self.standing.lock().place.read_after()
+    }
+
+    /// Whether the message with this number in the shard's journal is the node's last; false: unknown.
+    pub(super) fn is_numbered(&self, number: u64) -> bool {
+        self.standing.lock().place.is_numbered(number)
+    }
+
+    /// The mailbox was read for a device, up to here.
+    pub(super) fn hear_of(&self, epoch: Epoch, newest: Seq) -> Progress {
+        let mut standing = self.standing.lock();
+        standing.place.hear_of(epoch, newest);
+        self.progress(standing, Vec::new())
+    }
+
+    /// The mailbox was read.
+    pub(super) fn page(&self, page: Page<Entry>) -> Progress {
+        let mut standing = self.standing.lock();
+        let entries = standing.place.page(page);
+        standing.reading = false;
+        self.progress(standing, entries)
+    }
+
+    /// Appends the entries, while no other thread moves the place.
+    fn progress(&self, mut standing: MutexGuard<'_, Standing>, entries: Vec<Entry>) -> Progress {
+        let mut progress = Progress::default();
+        for entry in entries {
+            if self.room.is_full() {
+                progress.dropped += 1;
+            } else {
+                progress.begun |= self.append(entry);
+                progress.appended += 1;
+            }
+        }
+        progress.read =
+            standing.place.is_behind() && !std::mem::replace(&mut standing.reading, true);
+        progress
     }
 
     /// Number of members.
@@ -285,7 +416,7 @@ impl Audience {
     }
 
     /// Appends a message. Returns whether the log was empty before.
-    pub(super) fn append(&self, entry: Entry) -> bool {
+    fn append(&self, entry: Entry) -> bool {
         let mut log = self.log.lock();
         let before = log.bytes;
         log.push(entry, self.room.log_bytes_max);
@@ -377,6 +508,45 @@ impl Member {
             audience.room.changed(before, log.bytes);
         }
         read
+    }
+
+    /// Whether the node receives the audience's messages.
+    pub(super) fn is_live(&self) -> bool {
+        self.audience.live.load(Ordering::Acquire)
+    }
+
+    /// The position of the last message before the one that the member reads next; of epoch 0: none is known.
+    pub(super) fn point(&self) -> Point {
+        let standing = self.audience.standing.lock();
+        let log = self.audience.log.lock();
+        let index = self.next.wrapping_sub(log.first) as usize;
+        let next = log.entries.get(index).map(|entry| entry.before);
+        next.or(standing.place.at()).unwrap_or(Point::NONE)
+    }
+
+    /// The number of the next message, if the mailbox's history is another one from it on.
+    pub(super) fn restart(&self) -> Option<u32> {
+        if self.audience.end.load(Ordering::Acquire) == self.next {
+            return None;
+        }
+        let log = self.audience.log.lock();
+        let next = log.entries.get(self.next.wrapping_sub(log.first) as usize);
+        next.is_some_and(|entry| entry.restarts).then_some(self.next)
+    }
+
+    /// Has the member read the log from just after this position. Returns false if the log does not have it.
+    pub(super) fn enter(&mut self, point: Point) -> bool {
+        let standing = self.audience.standing.lock();
+        let log = self.audience.log.lock();
+        let next = match log.number_after(point) {
+            Some(number) => number,
+            None if standing.place.at() == Some(point) => log.end(),
+            // Nothing of a new life has arrived.
+            None if point.epoch == Epoch(0) => log.end(),
+            None => return false,
+        };
+        self.next = next;
+        true
     }
 
     pub(super) fn leave(&self) {

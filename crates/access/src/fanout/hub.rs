@@ -2,26 +2,38 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use barid_core::{AppId, GroupId, limits};
+use barid_core::{AppId, Audience as Name, AudienceKey, Epoch, GroupId, Seq};
+use barid_mailbox::AudienceReadRequest;
 use barid_session::Seconds;
-use barid_wire::envelope::{self, EnvelopeError};
+use barid_wire::envelope::{self, Envelope, EnvelopeError, Header};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::yield_now;
+use tokio::time::sleep;
 
 use crate::config::LimitsConfig;
-use crate::fanout::audience::{Audience, Entry, Member};
+use crate::fanout::audience::{Audience, Entry, Member, Progress};
+use crate::fanout::listings::{Due, Listings};
+use crate::fanout::pages::{PAGE_BYTES, PAGE_ENTRIES, Pages};
+use crate::fanout::place::{Page, Point};
 use crate::fanout::room::Room;
 use crate::handle::Handle;
-use crate::labels::FanoutResult;
+use crate::labels::{Call, FanoutResult, PageResult};
+use crate::mailboxes::Mailboxes;
 use crate::metrics::Metrics;
 
 /// Members that are woken before other tasks run. Far below the 256 tasks of a Tokio worker's local queue, because tasks
 /// that overflow it wait in the global queue behind all members. Measured: with 128, a user's message waited 150 ms in a
 /// burst of 350 ms; with 16, 17 ms, in a burst of the same length.
 const NOTIFIED_AT_ONCE: usize = 16;
+
+/// How long a record that is not the next one waits for those before it, which take another road.
+const REORDERED: Duration = Duration::from_millis(100);
+/// Pause before a reading that failed is repeated.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// All audiences of this node.
 pub struct Fanout {
@@ -31,6 +43,14 @@ pub struct Fanout {
     more: Notify,
     /// Audiences whose logs hold messages.
     holding: Mutex<Vec<Arc<Audience>>>,
+    /// Where Redis lists this node. Locked while `apps` is, never the other way round.
+    listings: Mutex<Listings>,
+    /// There are requests to send to Redis.
+    unlisted: Notify,
+    /// Mailboxes to read, in the order of when to.
+    reads: Mutex<VecDeque<(Instant, AudienceKey)>>,
+    more_reads: Notify,
+    pages: Pages,
     room: Arc<Room>,
     metrics: Metrics,
     seconds_max: Seconds,
@@ -54,13 +74,18 @@ pub struct Received {
 }
 
 impl Fanout {
-    /// Creates a hub without audiences.
-    pub fn new(limits: &LimitsConfig, metrics: &Metrics) -> Self {
+    /// Creates a hub without audiences. Listings in Redis are confirmed every `confirm_every` seconds.
+    pub fn new(limits: &LimitsConfig, confirm_every: Seconds, metrics: &Metrics) -> Self {
         Self {
             apps: Mutex::default(),
             pending: Mutex::default(),
             more: Notify::new(),
             holding: Mutex::default(),
+            listings: Mutex::new(Listings::new(confirm_every)),
+            unlisted: Notify::new(),
+            reads: Mutex::default(),
+            more_reads: Notify::new(),
+            pages: Pages::default(),
             room: Arc::new(Room::new(limits, metrics.fanout_held_bytes.clone())),
             metrics: metrics.clone(),
             seconds_max: limits.fanout_seconds,
@@ -75,9 +100,21 @@ impl Fanout {
 
     fn app<'a>(&self, apps: &'a mut HashMap<AppId, App>, app: &AppId) -> &'a mut App {
         apps.entry(app.clone()).or_insert_with(|| App {
-            everyone: Arc::new(Audience::new(limits::EVERYONE, Arc::clone(&self.room))),
+            everyone: self.create(app, Name::Everyone),
             groups: HashMap::new(),
         })
+    }
+
+    /// Creates an audience, for its first member.
+    fn create(&self, app: &AppId, name: Name) -> Arc<Audience> {
+        let audience = Audience::new(name.as_str(), Arc::clone(&self.room));
+        self.listings.lock().enter(&AudienceKey { app: app.clone(), audience: name });
+        self.unlisted.notify_one();
+        Arc::new(audience)
+    }
+
+    fn abandon(&self, app: &AppId, name: Name) {
+        self.listings.lock().leave(&AudienceKey { app: app.clone(), audience: name });
     }
 
     /// Removes a session that has ended.
@@ -86,17 +123,19 @@ impl Fanout {
         everyone.leave();
         if apps.get(app).is_some_and(|app| app.everyone.is_empty()) {
             apps.remove(app);
+            self.abandon(app, Name::Everyone);
         }
     }
 
     /// Adds a session, which has joined, to the audience of a group.
     pub(super) fn subscribe(&self, handle: &Arc<Handle>, group: &GroupId) -> Member {
         let mut apps = self.apps.lock();
-        let app = self.app(&mut apps, &handle.user().app);
+        let name = &handle.user().app;
+        let app = self.app(&mut apps, name);
         let audience = app
             .groups
             .entry(group.clone())
-            .or_insert_with(|| Arc::new(Audience::new(group.as_str(), Arc::clone(&self.room))));
+            .or_insert_with(|| self.create(name, Name::Group(group.clone())));
         self.metrics.subscriptions.inc();
         Audience::join(audience, handle)
     }
@@ -106,52 +145,226 @@ impl Fanout {
         let mut apps = self.apps.lock();
         self.metrics.subscriptions.dec();
         member.leave();
-        if let Some(app) = apps.get_mut(app)
-            && app.groups.get(group).is_some_and(|audience| audience.is_empty())
+        if let Some(of_app) = apps.get_mut(app)
+            && of_app.groups.get(group).is_some_and(|audience| audience.is_empty())
         {
-            app.groups.remove(group);
+            of_app.groups.remove(group);
+            self.abandon(app, Name::Group(group.clone()));
         }
+    }
+
+    /// The next request to Redis; waits for one.
+    pub(super) async fn next_due(&self) -> Due {
+        loop {
+            if let Some(due) = self.listings.lock().next() {
+                return due;
+            }
+            self.unlisted.notified().await;
+        }
+    }
+
+    /// Redis has executed a request; the audience's mailbox ends at `head`.
+    pub(super) fn listed(&self, due: &Due, head: Point) {
+        let mut listings = self.listings.lock();
+        listings.done(due);
+        self.metrics.audiences.set(i64::try_from(listings.listed()).unwrap_or(i64::MAX));
+        drop(listings);
+        self.unlisted.notify_one();
+        let audience = self.audience(&due.audience.app, &due.audience.audience);
+        if let Some(audience) = audience.filter(|_| due.has_members) {
+            let progress = audience.open(head);
+            self.follow(&due.audience, &audience, progress);
+            // Also without messages: the members are told that their subscription has begun.
+            self.tell(audience);
+            self.wake();
+        }
+    }
+
+    /// Handles what has changed in an audience.
+    fn follow(&self, key: &AudienceKey, audience: &Arc<Audience>, progress: Progress) {
+        let Progress { appended, dropped, begun, read } = progress;
+        self.metrics.fanout_missed.inc_by((dropped * audience.len()) as u64);
+        if begun {
+            self.holding.lock().push(Arc::clone(audience));
+        }
+        if appended > 0 {
+            self.tell(Arc::clone(audience));
+        }
+        if read {
+            self.read_later(key.clone(), REORDERED);
+        }
+    }
+
+    fn read_later(&self, key: AudienceKey, after: Duration) {
+        let mut reads = self.reads.lock();
+        let at = Instant::now() + after;
+        let place = reads.partition_point(|(due, _)| *due <= at);
+        reads.insert(place, (at, key));
+        drop(reads);
+        self.more_reads.notify_one();
+    }
+
+    /// The next mailbox to read, with the seq before the first entry wanted; waits for one.
+    pub(super) async fn next_read(&self) -> (AudienceKey, Seq) {
+        loop {
+            let due = self.reads.lock().front().map(|(due, _)| *due);
+            match due {
+                Some(due) if due <= Instant::now() => {
+                    let Some((_, key)) = self.reads.lock().pop_front() else { continue };
+                    let audience = self.audience(&key.app, &key.audience);
+                    if let Some(after) = audience.map(|audience| audience.read_after()) {
+                        return (key, after);
+                    }
+                }
+                due => {
+                    let until = due.map_or(Duration::from_secs(3_600), |due| {
+                        due.saturating_duration_since(Instant::now())
+                    });
+                    tokio::select! {
+                        () = self.more_reads.notified() => (),
+                        () = sleep(until) => (),
+                    }
+                }
+            }
+        }
+    }
+
+    /// An audience's mailbox was read.
+    pub(super) fn page(
+        &self,
+        key: &AudienceKey,
+        after: Seq,
+        read: barid_mailbox::Page,
+        received: Received,
+    ) {
+        let Some(audience) = self.audience(&key.app, &key.audience) else { return };
+        self.metrics.audience_reads.inc();
+        let entries = read.entries.into_iter().filter_map(|entry| entry_of(entry, received));
+        let progress = audience.page(Page {
+            epoch: read.epoch,
+            after,
+            oldest: read.oldest,
+            chain_before_oldest: read.chain_before_oldest,
+            newest: read.newest,
+            entries: entries.collect(),
+        });
+        self.follow(key, &audience, progress);
+        self.wake();
+    }
+
+    /// A page of an audience's mailbox, for a device that catches up; devices share them.
+    pub async fn page_for(
+        &self,
+        mailboxes: &Mailboxes,
+        audience: &AudienceKey,
+        after: Seq,
+    ) -> Arc<barid_mailbox::Page> {
+        let request = AudienceReadRequest {
+            audience: audience.clone(),
+            after,
+            entries_max: PAGE_ENTRIES,
+            bytes_max: PAGE_BYTES,
+        };
+        let call = || mailboxes.store().read_audience(request.clone());
+        let read = async || mailboxes.until_answered(Call::Read, call).await;
+        let (page, is_reader) = self.pages.get(audience, after, read).await;
+        let result = if is_reader { PageResult::Read } else { PageResult::Shared };
+        self.metrics.audience_page(result);
+        if is_reader {
+            self.hear_of(audience, page.epoch, page.newest);
+        }
+        page
+    }
+
+    /// An audience's mailbox was read for a device, up to here.
+    fn hear_of(&self, key: &AudienceKey, epoch: Epoch, newest: Seq) {
+        if let Some(audience) = self.audience(&key.app, &key.audience) {
+            let progress = audience.hear_of(epoch, newest);
+            self.follow(key, &audience, progress);
+        }
+    }
+
+    /// An audience's mailbox could not be read.
+    pub(super) fn not_read(&self, key: AudienceKey) {
+        self.read_later(key, RETRY);
+    }
+
+    /// Redis has not answered a request, or refused it as out of date.
+    pub(super) fn not_listed(&self, due: Due) {
+        self.listings.lock().failed(due);
+    }
+
+    /// The audiences of this node.
+    pub(super) fn audiences(&self) -> Vec<AudienceKey> {
+        self.listings.lock().audiences().cloned().collect()
+    }
+
+    /// These audiences have messages with these numbers: asks where those stand of which the node does not know that it
+    /// has them.
+    pub(super) fn changed(&self, changed: Vec<(AudienceKey, u64)>) {
+        let unknown = changed.into_iter().filter(|(key, number)| {
+            let audience = self.audience(&key.app, &key.audience);
+            audience.is_some_and(|audience| !audience.is_numbered(*number))
+        });
+        let unknown: Vec<AudienceKey> = unknown.map(|(key, _)| key).collect();
+        self.listings.lock().ask_again(unknown);
+        self.unlisted.notify_one();
+    }
+
+    /// Redis may have forgotten the listings of these audiences.
+    pub(super) fn forgotten(&self, of: impl Fn(&AudienceKey) -> bool) {
+        self.listings.lock().forgotten(of);
+        self.unlisted.notify_one();
     }
 
     /// Stores a message (an entry of the audience's mailbox) for everyone of an app, or for one of its groups. Call
     /// [`Self::wake`] afterwards, once for all messages of a batch.
     ///
     /// # Errors
-    /// `entry` is not a valid envelope, or its payload cannot be decompressed.
+    /// `entry` is not a valid envelope.
     pub fn receive(
         &self,
         app: &AppId,
-        group: Option<&GroupId>,
+        name: &Name,
         entry: Bytes,
         received: Received,
     ) -> Result<FanoutResult, EnvelopeError> {
-        let Some(audience) = self.audience(app, group) else { return Ok(FanoutResult::Nobody) };
+        let Some(audience) = self.audience(app, name) else { return Ok(FanoutResult::Nobody) };
         let (header, envelope) = envelope::decode(entry)?;
-        if envelope::expired(&envelope, received.now_ms) {
-            return Ok(FanoutResult::Expired);
-        }
-        let dispatched_us =
-            received.dispatched_after_us.map(|us| header.accepted_at_us + u64::from(us));
-        let entry = Entry::new(envelope, received.now, dispatched_us.unwrap_or(0))?;
-        if self.room.is_full() {
-            self.metrics.fanout_missed.inc_by(audience.len() as u64);
-            return Ok(FanoutResult::NoRoom);
-        }
-        if audience.append(entry) {
-            self.holding.lock().push(Arc::clone(&audience));
-        }
+        let expired = envelope::expired(&envelope, received.now_ms);
+        let entry = match expired {
+            true => Entry::void(&header, received.now),
+            false => {
+                let after_us = received.dispatched_after_us;
+                let dispatched_us = after_us.map(|us| header.accepted_at_us + u64::from(us));
+                deliverable(&header, envelope, received.now, dispatched_us.unwrap_or(0))
+            }
+        };
+        let progress = audience.receive(header, entry);
+        let result = match progress {
+            _ if expired => FanoutResult::Expired,
+            Progress { appended: 1.., .. } => FanoutResult::Told,
+            Progress { dropped: 1.., .. } => FanoutResult::NoRoom,
+            _ => FanoutResult::NotNext,
+        };
+        let key = AudienceKey { app: app.clone(), audience: name.clone() };
+        self.follow(&key, &audience, progress);
+        Ok(result)
+    }
+
+    /// Has the members woken by the next [`Self::wake`].
+    fn tell(&self, audience: Arc<Audience>) {
         if audience.start_round() {
             self.pending.lock().push_back(audience);
         }
-        Ok(FanoutResult::Told)
     }
 
-    fn audience(&self, app: &AppId, group: Option<&GroupId>) -> Option<Arc<Audience>> {
+    fn audience(&self, app: &AppId, name: &Name) -> Option<Arc<Audience>> {
         let apps = self.apps.lock();
         let app = apps.get(app)?;
-        match group {
-            None => Some(Arc::clone(&app.everyone)),
-            Some(group) => app.groups.get(group).cloned(),
+        match name {
+            Name::Everyone => Some(Arc::clone(&app.everyone)),
+            Name::Group(group) => app.groups.get(group).cloned(),
         }
     }
 
@@ -180,11 +393,33 @@ impl Fanout {
         }
     }
 
-    /// Drops messages older than `limits.fanout_seconds`. Call it once a second.
+    /// Drops messages older than `limits.fanout_seconds`, and makes requests to Redis due. Call it once a second.
     pub fn sweep(&self, now: Seconds) {
+        self.pages.sweep();
+        self.listings.lock().tick(now);
+        self.unlisted.notify_one();
         let oldest = now.saturating_sub(self.seconds_max);
         self.holding.lock().retain(|audience| audience.forget_before(oldest));
     }
+}
+
+/// An entry of a page. Voided and expired ones are not delivered; `None`: not an envelope at all.
+fn entry_of(entry: Bytes, received: Received) -> Option<(Header, Entry)> {
+    let (header, envelope) = envelope::decode(entry).ok()?;
+    let is_void = envelope.voided != 0 || envelope::expired(&envelope, received.now_ms);
+    let entry = match is_void {
+        true => Entry::void(&header, received.now),
+        false => deliverable(&header, envelope, received.now, 0),
+    };
+    Some((header, entry))
+}
+
+/// A message that cannot be decompressed or written keeps its place, and is not delivered.
+fn deliverable(header: &Header, envelope: Envelope, now: Seconds, dispatched_us: u64) -> Entry {
+    Entry::new(header, envelope, now, dispatched_us).unwrap_or_else(|error| {
+        tracing::warn!(seq = header.seq.0, %error, "entry cannot be delivered");
+        Entry::void(header, now)
+    })
 }
 
 #[cfg(test)]

@@ -2,27 +2,57 @@
 
 use std::sync::Arc;
 
-use barid_core::{AppId, CloseCode, GroupId};
+use barid_core::limits::EVERYONE;
+use barid_core::{AppId, Audience, CloseCode, GroupId, Position, Seq};
+use barid_mailbox::Page;
+use barid_wire::envelope::Envelope;
 use barid_wire::frames::Format;
 
 use crate::fanout::audience::{Member, Read};
+use crate::fanout::catching::Catching;
 use crate::fanout::hub::Fanout;
+use crate::fanout::place::Point;
 use crate::handle::Handle;
 
 /// A session's memberships.
 #[derive(Debug)]
 pub struct Listener {
     everyone: Member,
-    /// The groups that the session's token lists.
+    /// Of a session whose token lists groups, or whose Hello names positions of audiences.
     groups: Option<Box<Groups>>,
 }
 
 #[derive(Debug, Default)]
 struct Groups {
     allowed: Vec<GroupId>,
-    subscribed: Vec<(GroupId, Member)>,
+    subscribed: Vec<Subscription>,
+    /// Positions that Hello names, of audiences that are not subscribed to yet.
+    positions: Vec<(Audience, Position)>,
+    /// Audiences whose mailboxes the session reads, because it is behind their logs.
+    catching: Vec<Catching>,
+    /// The position of everyone that the device has not been told.
+    everyone_unconfirmed: bool,
     /// Index of the audience to read first; 0 is everyone.
     turn: usize,
+}
+
+#[derive(Debug)]
+struct Subscription {
+    group: GroupId,
+    member: Member,
+    /// The device has been told.
+    confirmed: bool,
+    /// The device has been told that the history is another one from the message with this number on.
+    restart: Option<u32>,
+}
+
+/// A subscription that has begun: the messages after this position are delivered.
+#[derive(Debug)]
+pub struct Begun {
+    /// The audience.
+    pub audience: Audience,
+    /// The position.
+    pub position: Position,
 }
 
 /// Why a session may not subscribe to a group.
@@ -45,10 +75,21 @@ impl Refused {
 }
 
 impl Listener {
-    /// Joins a new session to its app's audience. `allowed` are the groups that its token lists.
-    pub fn new(fanout: &Fanout, handle: &Arc<Handle>, allowed: Vec<GroupId>) -> Self {
+    /// Joins a new session to its app's audience. `allowed` are the groups that its token lists, `positions` those that
+    /// its Hello names.
+    pub fn new(
+        fanout: &Fanout,
+        handle: &Arc<Handle>,
+        allowed: Vec<GroupId>,
+        positions: Vec<(Audience, Position)>,
+    ) -> Self {
         let mut listener = Self { everyone: fanout.join(handle), groups: None };
         listener.set_allowed(allowed);
+        if !positions.is_empty() {
+            let groups = listener.groups.get_or_insert_default();
+            groups.positions = positions;
+            groups.everyone_unconfirmed = groups.resume(Audience::Everyone);
+        }
         listener
     }
 
@@ -58,7 +99,8 @@ impl Listener {
         }
     }
 
-    /// Subscribes to a group; at most `groups_max` at once. A repeated subscription has no effect.
+    /// Subscribes to a group; at most `groups_max` at once. The device is told once the node receives the group's
+    /// messages ([`Self::confirmed`]), and a repeated subscription only has it told again.
     ///
     /// # Errors
     /// The token does not list the group, or the session has too many subscriptions.
@@ -73,30 +115,113 @@ impl Listener {
         if !groups.allowed.contains(group) {
             return Err(Refused::NotListed);
         }
-        if groups.subscribed.iter().any(|(name, _)| name == group) {
+        if let Some(known) = groups.subscribed.iter_mut().find(|known| known.group == *group) {
+            known.confirmed = false;
             return Ok(());
         }
         if groups.subscribed.len() >= groups_max {
             return Err(Refused::TooMany);
         }
-        groups.subscribed.push((group.clone(), fanout.subscribe(handle, group)));
+        groups.resume(Audience::Group(group.clone()));
+        let (group, member) = (group.clone(), fanout.subscribe(handle, group));
+        groups.subscribed.push(Subscription { group, member, confirmed: false, restart: None });
         Ok(())
+    }
+
+    /// A subscription that has begun and that the device has not been told of.
+    pub fn confirmed(&mut self) -> Option<Begun> {
+        let Self { everyone, groups } = self;
+        let groups = groups.as_mut()?;
+        let (audience, member) = if groups.everyone_unconfirmed && everyone.is_live() {
+            groups.everyone_unconfirmed = false;
+            (Audience::Everyone, &*everyone)
+        } else {
+            let subscription = groups.subscribed.iter_mut().find_map(Subscription::begins)?;
+            (Audience::Group(subscription.group.clone()), &subscription.member)
+        };
+        let catching = groups.catching.iter().find(|catching| catching.audience == audience);
+        let position = catching.map_or_else(|| position_of(member.point()), Catching::position);
+        Some(Begun { audience, position })
+    }
+
+    /// Has the session read the logs that it has reached, and returns whether there were any; and a mailbox to read for
+    /// the device, as the seq before the first entry wanted.
+    pub fn catch_up(&mut self) -> (bool, Option<(Audience, Seq)>) {
+        let Self { everyone, groups: Some(groups) } = self else { return (false, None) };
+        let Groups { subscribed, catching, .. } = &mut **groups;
+        let (mut reached, mut wanted) = (false, None);
+        catching.retain_mut(|catching| {
+            let member = match &catching.audience {
+                Audience::Everyone => Some(&mut *everyone),
+                Audience::Group(group) => {
+                    let known = subscribed.iter_mut().find(|known| known.group == *group);
+                    known.map(|known| &mut known.member)
+                }
+            };
+            let Some(member) = member else { return false };
+            if !member.is_live() {
+                return true;
+            }
+            if catching.point().is_some_and(|point| member.enter(point)) {
+                reached = true;
+                return false;
+            }
+            if wanted.is_none() {
+                let after = catching.read_after();
+                wanted = after.map(|after| (catching.audience.clone(), after));
+            }
+            true
+        });
+        (reached, wanted)
+    }
+
+    /// A page was read for the device. Returns the entries to send, and the position if it starts anew.
+    pub fn page(
+        &mut self,
+        audience: &Audience,
+        after: Seq,
+        page: &Page,
+        now_ms: u64,
+    ) -> (Vec<Envelope>, Option<Begun>) {
+        let Some(catching) = self.catching(audience) else { return (Vec::new(), None) };
+        let start = Point {
+            epoch: page.epoch,
+            seq: Seq(page.oldest.0.saturating_sub(1)),
+            chain: page.chain_before_oldest,
+        };
+        let found = catching.page(after, page, now_ms);
+        let begun = || Begun { audience: audience.clone(), position: position_of(start) };
+        let reset = found.reset.then(begun);
+        (found.entries, reset)
+    }
+
+    /// The node has heard of messages: sessions that wait for some look again.
+    pub fn resume(&mut self) {
+        if let Some(groups) = &mut self.groups {
+            groups.catching.iter_mut().for_each(Catching::resume);
+        }
+    }
+
+    fn catching(&mut self, audience: &Audience) -> Option<&mut Catching> {
+        let groups = self.groups.as_mut()?;
+        groups.catching.iter_mut().find(|catching| catching.audience == *audience)
     }
 
     /// Ends the subscription to a group, if there is one.
     pub fn unsubscribe(&mut self, fanout: &Fanout, app: &AppId, group: &GroupId) {
         let Some(groups) = &mut self.groups else { return };
-        let at = groups.subscribed.iter().position(|(name, _)| name == group);
+        let at = groups.subscribed.iter().position(|known| known.group == *group);
         let Some(at) = at else { return };
-        let (_, member) = groups.subscribed.swap_remove(at);
-        fanout.unsubscribe(app, group, &member);
+        let subscription = groups.subscribed.swap_remove(at);
+        groups.forget(group);
+        fanout.unsubscribe(app, group, &subscription.member);
     }
 
     /// Replaces the groups of the token. Returns the groups whose subscription this ended.
     pub fn allow(&mut self, fanout: &Fanout, app: &AppId, allowed: Vec<GroupId>) -> Vec<GroupId> {
         self.set_allowed(allowed);
         let Some(groups) = &mut self.groups else { return Vec::new() };
-        let names = groups.subscribed.iter().map(|(name, _)| name);
+        let names = groups.subscribed.iter().map(|known| &known.group);
         let ended: Vec<_> = names.filter(|name| !groups.allowed.contains(name)).cloned().collect();
         for group in &ended {
             self.unsubscribe(fanout, app, group);
@@ -112,9 +237,14 @@ impl Listener {
         for _ in 0..audiences {
             let turn = groups.turn % audiences;
             groups.turn = turn + 1;
+            let Groups { subscribed, catching, .. } = &mut **groups;
+            let is_catching =
+                |name: &str| catching.iter().any(|catching| catching.audience.as_str() == name);
             let read = match turn {
+                0 if is_catching(EVERYONE) => continue,
                 0 => self.everyone.read(format),
-                _ => groups.subscribed[turn - 1].1.read(format),
+                _ if is_catching(subscribed[turn - 1].group.as_str()) => continue,
+                _ => subscribed[turn - 1].member.read(format),
             };
             missed += read.missed;
             if read.run.is_some() {
@@ -126,9 +256,43 @@ impl Listener {
 
     /// Leaves all audiences.
     pub fn leave(self, fanout: &Fanout, app: &AppId) {
-        for (group, member) in self.groups.into_iter().flat_map(|groups| groups.subscribed) {
-            fanout.unsubscribe(app, &group, &member);
+        for known in self.groups.into_iter().flat_map(|groups| groups.subscribed) {
+            fanout.unsubscribe(app, &known.group, &known.member);
         }
         fanout.leave(app, &self.everyone);
     }
+}
+
+impl Subscription {
+    /// Itself, if it has begun, or goes on in another history, and the device has not been told.
+    fn begins(&mut self) -> Option<&mut Self> {
+        let restart = self.member.restart();
+        if self.member.is_live()
+            && (!self.confirmed || restart.is_some() && restart != self.restart)
+        {
+            (self.confirmed, self.restart) = (true, restart);
+            return Some(self);
+        }
+        None
+    }
+}
+
+impl Groups {
+    /// Has the audience caught up with, if Hello names a position of it. Returns whether it does.
+    fn resume(&mut self, audience: Audience) -> bool {
+        let at = self.positions.iter().position(|(of, _)| *of == audience);
+        let Some(at) = at else { return false };
+        let (audience, position) = self.positions.swap_remove(at);
+        self.catching.push(Catching::new(audience, position));
+        true
+    }
+
+    fn forget(&mut self, group: &GroupId) {
+        let of = |audience: &Audience| matches!(audience, Audience::Group(name) if name == group);
+        self.catching.retain(|catching| !of(&catching.audience));
+    }
+}
+
+fn position_of(Point { epoch, seq, chain }: Point) -> Position {
+    Position { epoch, seq, chain: Some(chain), ..Default::default() }
 }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, ensure};
-use barid_core::{Chain, Epoch, Seq};
+use anyhow::{Context as _, Result, ensure};
+use barid_core::{Audience, Chain, Epoch, GroupId, Seq};
 use barid_runtime::Stopped;
 use barid_testkit::device::{Delivered, Incoming, PATIENCE};
 use barid_testkit::raw::{BINARY, Raw, frame};
@@ -67,7 +67,7 @@ async fn asked(device: &mut Device, kind: &str, group: &str) -> Result<(String, 
 
 async fn subscribe(device: &mut Device, group: &str) -> Result<()> {
     let answer = asked(device, "subscribe", group).await?;
-    ensure!(answer == ("subscribed".into(), json!({ "group": group })), "{answer:?}");
+    ensure!(answer.0 == "subscribed" && answer.1["group"] == group, "{answer:?}");
     Ok(())
 }
 
@@ -91,6 +91,7 @@ async fn everyone_of_an_app_and_nobody_else_hears_what_is_for_everyone() -> Resu
     }
     let other = token_for("other", "alice", &Value::Null);
     let mut stranger = Device::connect(&node.url(), &other, "phone").await?;
+    eventually("listed", async || Ok(node.metric("barid_access_audiences", "") == 2.0)).await?;
     dispatcher.fan_out(APP, "", (1..=3).map(entry).collect()).await?;
     dispatcher.fan_out(APP, "", vec![entry(4)]).await?;
     for device in &mut devices {
@@ -98,8 +99,8 @@ async fn everyone_of_an_app_and_nobody_else_hears_what_is_for_everyone() -> Resu
         device.expect_silence(QUIET).await?;
     }
     stranger.expect_silence(QUIET).await?;
-    dispatcher.fan_out("other", "", vec![entry(9)]).await?;
-    hears(&mut stranger, "everyone", &[9]).await?;
+    dispatcher.fan_out("other", "", vec![entry(1)]).await?;
+    hears(&mut stranger, "everyone", &[1]).await?;
     devices[0].expect_silence(QUIET).await?;
     // A later member receives later messages only; a device that has gone is not a member.
     devices.remove(0).close().await?;
@@ -157,8 +158,12 @@ async fn one_delivery_in_sixteen_is_on_the_hops_from_its_dispatcher_and_its_prod
         let envelope = entry_at(now_us - SECOND * 3 / 2, seq, &format!("m{seq}"), |envelope| {
             envelope.produced_at_ms = now_us / 1000 - 2_000;
         });
-        let fanout =
-            NodeFanout { app: APP.into(), envelope, dispatched_after_us, ..Default::default() };
+        let fanout = NodeFanout {
+            app: APP.into(),
+            mailbox: "everyone".into(),
+            envelope,
+            dispatched_after_us,
+        };
         dispatcher.batch(NodeBatch { fanouts: vec![fanout], ..Default::default() }).await?;
         for device in &mut devices {
             hears(device, "everyone", &[seq]).await?;
@@ -221,7 +226,7 @@ async fn what_is_no_message_reaches_nobody_and_harms_nobody() -> Result<()> {
     let bad = vec![entry(1), no_json, no_text, late, junk, entry(5)];
     dispatcher.fan_out(APP, "", bad).await?;
     dispatcher.fan_out("no:app", "", vec![entry(6)]).await?;
-    dispatcher.fan_out(APP, "everyone", vec![entry(6)]).await?;
+    dispatcher.fan_out(APP, "a\nb", vec![entry(6)]).await?;
     hears(&mut phone, "everyone", &[1, 5]).await?;
     phone.expect_silence(QUIET).await?;
     assert_eq!(node.metric("barid_access_fanouts_total", "expired"), 1.0);
@@ -277,6 +282,7 @@ async fn a_node_whose_logs_are_full_takes_nothing_more() -> Result<()> {
         .await?;
     let mut dispatcher = node.dispatcher().await?;
     let mut phone = node.device("alice", "phone").await?;
+    eventually("listed", async || Ok(node.metric("barid_access_audiences", "") == 1.0)).await?;
     dispatcher.fan_out(APP, "", (1..=9).map(large).collect()).await?;
     assert_eq!(phone.message().await?.seq, 1);
     let refused = node.metric("barid_access_fanouts_total", "no_room");
@@ -310,10 +316,10 @@ async fn who_has_subscribed_to_a_group_hears_it_until_it_unsubscribes() -> Resul
     assert_eq!(asked(&mut alice, "unsubscribe", "ops").await?, gone);
     assert_eq!(asked(&mut alice, "unsubscribe", "ops").await?, gone, "and again");
     dispatcher.fan_out(APP, "ops", vec![entry(3)]).await?;
-    dispatcher.fan_out(APP, "", vec![entry(4)]).await?;
-    hears(&mut alice, "everyone", &[4]).await?;
+    dispatcher.fan_out(APP, "", vec![entry(1)]).await?;
+    hears(&mut alice, "everyone", &[1]).await?;
     hears(&mut bob, "ops", &[3]).await?;
-    hears(&mut bob, "everyone", &[4]).await?;
+    hears(&mut bob, "everyone", &[1]).await?;
     alice.expect_silence(QUIET).await?;
     // The end of a session ends its subscriptions; they are its own to renew.
     drop(bob);
@@ -324,8 +330,9 @@ async fn who_has_subscribed_to_a_group_hears_it_until_it_unsubscribes() -> Resul
     dispatcher.fan_out(APP, "ops", vec![entry(6)]).await?;
     bob.expect_silence(QUIET).await?;
     subscribe(&mut bob, "ops").await?;
-    dispatcher.fan_out(APP, "ops", vec![entry(7)]).await?;
-    hears(&mut bob, "ops", &[7]).await?;
+    // Its mailbox in Redis is empty, because the test is the dispatcher: it begins.
+    dispatcher.fan_out(APP, "ops", vec![entry(1)]).await?;
+    hears(&mut bob, "ops", &[1]).await?;
     drop((alice, bob));
     assert_eq!(node.stop(Duration::from_secs(5)).await?, Stopped::Clean);
     Ok(())
@@ -397,8 +404,8 @@ async fn a_new_token_ends_the_subscriptions_that_it_does_not_list() -> Result<()
     let told = (kind.as_str(), &fields["group"], &fields["code"]);
     assert_eq!(told, ("unsubscribed", &json!("eng"), &json!(4500)));
     dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
-    dispatcher.fan_out(APP, "ops", vec![entry(2)]).await?;
-    hears(&mut alice, "ops", &[2]).await?;
+    dispatcher.fan_out(APP, "ops", vec![entry(1)]).await?;
+    hears(&mut alice, "ops", &[1]).await?;
     alice.expect_silence(QUIET).await?;
     subscribe(&mut alice, "new").await
 }
@@ -417,12 +424,207 @@ async fn hazard_09_a_user_a_group_and_an_app_of_one_name_are_three() -> Result<(
     dispatcher.fan_out(APP, "eng", vec![entry(1)]).await?;
     let (own, _) = world.accept("eng", "m1").await?;
     dispatcher.push(&world, "eng", own).await?;
-    dispatcher.fan_out("other", "eng", vec![entry(2)]).await?;
+    dispatcher.fan_out("other", "eng", vec![entry(1)]).await?;
     hears(&mut user, "", &[1]).await?;
     hears(&mut of_group, "eng", &[1]).await?;
-    hears(&mut of_other, "eng", &[2]).await?;
+    hears(&mut of_other, "eng", &[1]).await?;
     for device in [&mut user, &mut of_group, &mut of_other] {
         device.expect_silence(QUIET).await?;
     }
+    Ok(())
+}
+
+/// Accepts a message for an audience into its mailbox. Returns the entry.
+async fn accept(world: &World, audience: &Audience, id: &str) -> Result<Bytes> {
+    let (entry, nodes) = world.accept_for_audience(audience, id).await?;
+    ensure!(nodes.len() == 1, "{nodes:?}");
+    Ok(entry)
+}
+
+#[tokio::test]
+async fn hazard_162_messages_that_are_lost_on_the_way_are_read_from_the_mailbox() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    let mut entries = Vec::new();
+    for n in 1..=9 {
+        entries.push(accept(&world, &eng, &format!("m{n}")).await?);
+    }
+    let read = "barid_access_audience_reads_total";
+    // Overtaken: nothing is read.
+    dispatcher.fan_out(APP, "eng", vec![entries[1].clone()]).await?;
+    dispatcher.fan_out(APP, "eng", vec![entries[0].clone(), entries[0].clone()]).await?;
+    hears(&mut alice, "eng", &[1, 2]).await?;
+    // 3 to 7 are lost, and 8 says so. 9 is lost as well, and the page has it.
+    dispatcher.fan_out(APP, "eng", vec![entries[7].clone()]).await?;
+    hears(&mut alice, "eng", &[3, 4, 5, 6, 7, 8, 9]).await?;
+    dispatcher.fan_out(APP, "eng", entries).await?;
+    alice.expect_silence(QUIET).await?;
+    let reads = node.metric(read, "");
+    assert!((1.0..=2.0).contains(&reads), "{reads} readings");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_164_a_new_connection_to_redis_shows_what_was_lost_last() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    accept(&world, &eng, "m1").await?;
+    alice.expect_silence(QUIET).await?;
+    world.redis.query::<i64>(&["CLIENT", "KILL", "TYPE", "normal"]).await?;
+    hears(&mut alice, "eng", &[1]).await
+}
+
+/// Connects a member whose Hello names a position in a mailbox.
+async fn returning(node: &Node, user: &str, position: &Value) -> Result<Device> {
+    let hello = json!({ "device": "phone", "positions": [position] });
+    let token = token_for(APP, user, &json!(["eng"]));
+    Ok(Device::connect_with(&node.url(), &token, hello).await?.0)
+}
+
+/// Subscribes, and returns the position from which messages are delivered, with the mailbox's name.
+async fn subscribed_at(device: &mut Device, group: &str) -> Result<Value> {
+    let (kind, mut fields) = asked(device, "subscribe", group).await?;
+    ensure!(kind == "subscribed", "{kind} {fields}");
+    fields["position"]["mailbox"] = group.into();
+    Ok(fields["position"].take())
+}
+
+#[tokio::test]
+async fn hazard_165_a_member_that_returns_gets_what_it_missed_from_where_it_stood() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    let start = subscribed_at(&mut alice, "eng").await?;
+    assert_eq!((&start["epoch"], &start["seq"]), (&json!(0), &json!(0)), "no mailbox yet");
+    for n in 1..=3 {
+        let entry = accept(&world, &eng, &format!("m{n}")).await?;
+        dispatcher.fan_out(APP, "eng", vec![entry]).await?;
+    }
+    hears(&mut alice, "eng", &[1, 2, 3]).await?;
+    let at = subscribed_at(&mut alice, "eng").await?;
+    assert_eq!(at["seq"], 3);
+    alice.close().await?;
+    // Away: more than a page.
+    let mut entries = Vec::new();
+    for n in 4..=150 {
+        entries.push(world.accept_for_audience(&eng, &format!("m{n}")).await?.0);
+    }
+    let mut alice = returning(&node, "alice", &at).await?;
+    assert_eq!(subscribed_at(&mut alice, "eng").await?, at);
+    // The default bound of a group is 100 entries: what was evicted is missed.
+    hears(&mut alice, "eng", &(51..=150).collect::<Vec<_>>()).await?;
+    // Live again, and nothing twice, although records of before arrive late.
+    dispatcher.fan_out(APP, "eng", entries.split_off(entries.len() - 20)).await?;
+    let entry = accept(&world, &eng, "m151").await?;
+    dispatcher.fan_out(APP, "eng", vec![entry]).await?;
+    hears(&mut alice, "eng", &[151]).await?;
+    alice.expect_silence(QUIET).await?;
+    // A position at the end, one without a chain, and none.
+    let here = subscribed_at(&mut alice, "eng").await?;
+    let mut before = here.clone();
+    before["seq"] = 149.into();
+    before.as_object_mut().context("a position")?.remove("chain");
+    for (user, position, missed) in
+        [("bob", here.clone(), vec![]), ("carol", before, vec![150, 151])]
+    {
+        let mut device = returning(&node, user, &position).await?;
+        subscribed_at(&mut device, "eng").await?;
+        hears(&mut device, "eng", &missed).await?;
+        device.expect_silence(QUIET).await?;
+    }
+    // Another history: all that is kept, and the device is told.
+    let mut other = here;
+    other["chain"] = (other["chain"].as_u64().context("a chain")? ^ 1).into();
+    let mut dave = returning(&node, "dave", &other).await?;
+    assert_eq!(subscribed_at(&mut dave, "eng").await?, other);
+    let Incoming::Other(kind, told) = dave.next(PATIENCE).await? else {
+        anyhow::bail!("not told of its reset")
+    };
+    assert_eq!((&*kind, &told["position"]["seq"]), ("subscribed", &json!(51)));
+    hears(&mut dave, "eng", &(52..=151).collect::<Vec<_>>()).await
+}
+
+#[tokio::test]
+async fn a_position_for_everyone_needs_no_subscription() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    for n in 1..=3 {
+        world.accept_for_audience(&Audience::Everyone, &format!("m{n}")).await?;
+    }
+    let first = json!({ "mailbox": "everyone", "epoch": 0, "seq": 0 });
+    let mut alice = returning(&node, "alice", &first).await?;
+    let mut positions = Vec::new();
+    for _ in 0..2 {
+        let Incoming::Other(kind, told) = alice.next(PATIENCE).await? else {
+            anyhow::bail!("not subscribed")
+        };
+        assert_eq!((&*kind, &told["group"]), ("subscribed", &json!("everyone")));
+        positions.push(told["position"].clone());
+    }
+    assert_eq!(positions[1]["seq"], 0, "the history is another one than none");
+    hears(&mut alice, "everyone", &[1, 2, 3]).await?;
+    alice.expect_silence(QUIET).await
+}
+
+#[tokio::test]
+async fn devices_that_return_together_share_the_pages_of_their_group() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    for n in 1..=90 {
+        world.accept_for_audience(&eng, &format!("m{n}")).await?;
+    }
+    let first = json!({ "mailbox": "eng", "epoch": 0, "seq": 0 });
+    let mut devices = Vec::new();
+    for n in 0..30 {
+        devices.push(returning(&node, &format!("user-{n}"), &first).await?);
+    }
+    for device in &mut devices {
+        device.send(&json!({ "subscribe": { "group": "eng" } })).await?;
+    }
+    for device in &mut devices {
+        for _ in 0..2 {
+            ensure!(matches!(device.next(PATIENCE).await?, Incoming::Other(..)));
+        }
+        hears(device, "eng", &(1..=90).collect::<Vec<_>>()).await?;
+    }
+    let pages = "barid_access_audience_pages_total";
+    let (read, shared) = (node.metric(pages, "read"), node.metric(pages, "shared"));
+    assert!(read <= 8.0 && read + shared >= 60.0, "{read} read, {shared} shared");
+    Ok(())
+}
+
+#[tokio::test]
+async fn hazard_166_the_last_message_of_a_burst_that_was_lost_comes_within_ten_seconds()
+-> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    for n in 1..=3 {
+        let entry = accept(&world, &eng, &format!("m{n}")).await?;
+        if n < 3 {
+            dispatcher.fan_out(APP, "eng", vec![entry]).await?;
+        }
+    }
+    hears(&mut alice, "eng", &[1, 2]).await?;
+    let lost = Instant::now();
+    hears(&mut alice, "eng", &[3]).await?;
+    assert!(lost.elapsed() < Duration::from_secs(10), "{:?}", lost.elapsed());
+    // A quiet group is not read again and again.
+    let reads = node.metric("barid_access_audience_reads_total", "");
+    alice.expect_silence(Duration::from_secs(6)).await?;
+    assert_eq!(node.metric("barid_access_audience_reads_total", ""), reads);
     Ok(())
 }

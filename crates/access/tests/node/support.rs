@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use barid_access::{Access, Config};
-use barid_core::{AppId, IdHash, Secret, UserId};
+use barid_core::{AppId, Audience, IdHash, NodeId, Owner, Secret, UserId};
 use barid_mailbox::{
     AcceptGroup, AcceptMessage, AcceptOutcome, GroupOutcome, Inspection, LogPosition, Mailbox,
     RedisConfig, Source, UserKey,
@@ -78,20 +78,44 @@ impl World {
         id: &str,
         change: impl FnOnce(&mut Envelope),
     ) -> Result<(Bytes, bool)> {
+        let (app, owner) = (user.app.clone(), Owner::User(user.user.clone()));
+        let (envelope, online, _) = self.accept_any(app, owner, id, change).await?;
+        Ok((envelope, online))
+    }
+
+    /// Accepts a text for an audience of the test's app; the entry and the nodes with members.
+    pub async fn accept_for_audience(
+        &self,
+        audience: &Audience,
+        id: &str,
+    ) -> Result<(Bytes, Arc<[NodeId]>)> {
+        let owner = Owner::Audience(audience.clone());
+        let (envelope, _, nodes) = self.accept_any(AppId::new(APP)?, owner, id, |_| ()).await?;
+        Ok((envelope, nodes))
+    }
+
+    async fn accept_any(
+        &self,
+        app: AppId,
+        owner: Owner,
+        id: &str,
+        change: impl FnOnce(&mut Envelope),
+    ) -> Result<(Bytes, bool, Arc<[NodeId]>)> {
         let mut envelope = Envelope { id: id.into(), ..Default::default() };
         set_payload(&mut envelope, format!("text of {id}").into(), 128, 3);
         change(&mut envelope);
         let offset = self.offset.fetch_add(1, Ordering::SeqCst);
+        let shard = self.mailbox.shards().shard_of(app.as_str(), owner.as_str());
         let message = AcceptMessage {
             position: LogPosition { leader_epoch: 0, offset, index: 0 },
-            app: user.app.clone(),
-            user: user.user.clone(),
+            app,
+            owner,
             id: IdHash::of(id),
             collapse_key: None,
             body: encode_body(envelope),
         };
         let group = AcceptGroup {
-            shard: self.mailbox.shard_of(user),
+            shard,
             source: Source { topic_id: Arc::from("test"), partition: 0 },
             prev: None,
             raise: None,
@@ -100,7 +124,9 @@ impl World {
         let mut outcomes = self.mailbox.accept(&[group]).await;
         match outcomes.remove(0)? {
             GroupOutcome::Done(mut done) => match done.remove(0) {
-                AcceptOutcome::Accepted { envelope, online, .. } => Ok((envelope, online)),
+                AcceptOutcome::Accepted { envelope, online, nodes, .. } => {
+                    Ok((envelope, online, nodes))
+                }
                 other => anyhow::bail!("not accepted: {other:?}"),
             },
             gap @ GroupOutcome::Gap(_) => anyhow::bail!("not accepted: {gap:?}"),

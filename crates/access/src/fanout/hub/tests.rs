@@ -17,7 +17,7 @@ const NOW: Received = Received { now_ms: 0, now: 0, dispatched_after_us: None };
 fn fanout(fanout_bytes_max: usize) -> (Fanout, Metrics) {
     let metrics = Metrics::new(&prometheus::Registry::new(), 1).unwrap();
     let limits = LimitsConfig { fanout_bytes_max, ..Default::default() };
-    (Fanout::new(&limits, &metrics), metrics)
+    (Fanout::new(&limits, 600, &metrics), metrics)
 }
 
 fn demo() -> AppId {
@@ -34,6 +34,16 @@ fn entry(seq: u64, bytes: usize) -> Bytes {
     let mut envelope = Envelope { id: format!("m{seq}"), ..Default::default() };
     set_payload(&mut envelope, vec![b'x'; bytes].into(), 1000, 3);
     [&header.encode()[..], &encode_body(envelope)].concat().into()
+}
+
+/// Redis lists the node for all audiences; their mailboxes do not exist yet.
+fn open(fanout: &Fanout) {
+    let head = Point { epoch: Epoch(0), seq: Seq(0), chain: Chain::START };
+    loop {
+        let due = fanout.listings.lock().next();
+        let Some(due) = due else { return };
+        fanout.listed(&due, head);
+    }
 }
 
 /// The messages that a session would write, and the number that it missed.
@@ -65,7 +75,8 @@ fn seqs(frame: &Bytes) -> Vec<u64> {
 fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_once() {
     let (fanout, _) = fanout(1 << 20);
     let mut listeners: Vec<_> =
-        (0..3).map(|n| Listener::new(&fanout, &handle(n), vec![])).collect();
+        (0..3).map(|n| Listener::new(&fanout, &handle(n), vec![], vec![])).collect();
+    open(&fanout);
     let mut counted = Vec::new();
     let mut traced = Vec::new();
     for seq in 0..64 {
@@ -83,7 +94,7 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
         }
         let entry = [&header.encode()[..], &encode_body(envelope)].concat().into();
         let received = Received { dispatched_after_us: Some(5), ..NOW };
-        fanout.receive(&demo(), None, entry, received).unwrap();
+        fanout.receive(&demo(), &Name::Everyone, entry, received).unwrap();
         for (member, listener) in listeners.iter_mut().enumerate() {
             let read = listener.read(Format::Proto);
             let Some(report) = read.report else { continue };
@@ -100,14 +111,14 @@ fn each_member_is_on_the_hops_with_one_message_in_sixteen_and_a_trace_is_told_on
     assert!(counted.windows(2).all(|two| two[0].1 != two[1].1), "not all at once: {counted:?}");
     assert_eq!(traced, [(0, "m5".to_owned()), (0, "m37".to_owned())]);
     // Of a burst that is read at once, the oldest counts.
-    for seq in 0..16 {
-        fanout.receive(&demo(), None, self::entry(seq, 1), NOW).unwrap();
+    for seq in 65..81 {
+        fanout.receive(&demo(), &Name::Everyone, self::entry(seq, 1), NOW).unwrap();
     }
     let reports = listeners.iter_mut().filter_map(|listener| listener.read(Format::Proto).report);
     assert_eq!(reports.filter_map(|report| report.hop).collect::<Vec<_>>(), [(0, 0)]);
     // Messages that have left the log are not waited for.
     fanout.sweep(Seconds::MAX);
-    assert_eq!(fanout.audience(&demo(), None).unwrap().held(), 0);
+    assert_eq!(fanout.audience(&demo(), &Name::Everyone).unwrap().held(), 0);
 }
 
 #[test]
@@ -115,9 +126,10 @@ fn a_burst_is_joined_once_an_encoding_for_all_members() {
     let (fanout, _) = fanout(1 << 20);
     let handles: Vec<_> = (0..3).map(handle).collect();
     let mut listeners: Vec<_> =
-        handles.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
+        handles.iter().map(|handle| Listener::new(&fanout, handle, vec![], vec![])).collect();
+    open(&fanout);
     for seq in 1..=100 {
-        let taken = fanout.receive(&demo(), None, entry(seq, 100), NOW).unwrap();
+        let taken = fanout.receive(&demo(), &Name::Everyone, entry(seq, 100), NOW).unwrap();
         assert_eq!(taken, FanoutResult::Told);
     }
     let mut frames = Vec::new();
@@ -139,18 +151,19 @@ fn a_burst_is_joined_once_an_encoding_for_all_members() {
 fn a_body_that_is_no_json_is_left_out_of_json_and_of_nothing_else() {
     let (fanout, _) = fanout(1 << 20);
     let (one, other) = (handle(1), handle(2));
-    let mut proto = Listener::new(&fanout, &one, vec![]);
-    let mut json = Listener::new(&fanout, &other, vec![]);
+    let mut proto = Listener::new(&fanout, &one, vec![], vec![]);
+    let mut json = Listener::new(&fanout, &other, vec![], vec![]);
+    open(&fanout);
     let header = Header::parse(&entry(1, 1)).unwrap();
     let mut envelope = Envelope { id: "m1".into(), ..Default::default() };
     envelope.set_kind(BodyKind::Json);
     envelope.payload = Bytes::from_static(b"{");
     let broken = [&header.encode()[..], &encode_body(envelope)].concat().into();
-    fanout.receive(&demo(), None, broken, NOW).unwrap();
+    fanout.receive(&demo(), &Name::Everyone, broken, NOW).unwrap();
     assert_eq!(read_all(&mut proto, Format::Proto).0.len(), 1);
     let read = json.read(Format::Json);
     assert_eq!(read.run.map(|run| run.messages), Some(0), "it goes on behind it");
-    fanout.receive(&demo(), None, entry(2, 1), NOW).unwrap();
+    fanout.receive(&demo(), &Name::Everyone, entry(2, 1), NOW).unwrap();
     assert_eq!(read_all(&mut json, Format::Json).0.len(), 1);
 }
 
@@ -158,18 +171,22 @@ fn a_body_that_is_no_json_is_left_out_of_json_and_of_nothing_else() {
 fn audiences_are_there_while_they_have_members() {
     let (fanout, metrics) = fanout(1 << 20);
     let (one, other) = (handle(1), handle(2));
-    let mut first = Listener::new(&fanout, &one, vec![eng()]);
-    let second = Listener::new(&fanout, &other, vec![]);
+    let mut first = Listener::new(&fanout, &one, vec![eng()], vec![]);
+    let second = Listener::new(&fanout, &other, vec![], vec![]);
     first.subscribe(&fanout, &one, &eng(), 1).unwrap();
+    open(&fanout);
     assert_eq!(metrics.subscriptions.get(), 1);
-    let to_eng = || fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    let to_eng = || fanout.receive(&demo(), &Name::Group(eng()), entry(1, 1), NOW).unwrap();
     assert_eq!(to_eng(), FanoutResult::Told);
     first.leave(&fanout, &demo());
     assert_eq!((to_eng(), metrics.subscriptions.get()), (FanoutResult::Nobody, 0));
     assert_eq!(fanout.apps.lock().len(), 1);
     second.leave(&fanout, &demo());
     assert!(fanout.apps.lock().is_empty());
-    assert_eq!(fanout.receive(&demo(), None, entry(2, 1), NOW).unwrap(), FanoutResult::Nobody);
+    assert_eq!(
+        fanout.receive(&demo(), &Name::Everyone, entry(2, 1), NOW).unwrap(),
+        FanoutResult::Nobody
+    );
     fanout.sweep(100);
     assert!(fanout.holding.lock().is_empty());
     assert_eq!(fanout.room.held(), 0);
@@ -179,12 +196,13 @@ fn audiences_are_there_while_they_have_members() {
 fn a_busy_audience_does_not_silence_a_sessions_others() {
     let (fanout, _) = fanout(1 << 20);
     let one = handle(1);
-    let mut listener = Listener::new(&fanout, &one, vec![eng()]);
+    let mut listener = Listener::new(&fanout, &one, vec![eng()], vec![]);
     listener.subscribe(&fanout, &one, &eng(), 1).unwrap();
-    fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    open(&fanout);
+    fanout.receive(&demo(), &Name::Group(eng()), entry(1, 1), NOW).unwrap();
     let mut turns = 0;
     for seq in 1..10 {
-        fanout.receive(&demo(), None, entry(seq, 1), NOW).unwrap();
+        fanout.receive(&demo(), &Name::Everyone, entry(seq, 1), NOW).unwrap();
         let run = listener.read(Format::Json).run.unwrap();
         turns += 1;
         if run.frame.ends_with(b"\"eng\"}}") {
@@ -206,19 +224,20 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     let many: Vec<_> = (0..1000).map(handle).collect();
     let few: Vec<_> = (0..3).map(handle).collect();
     let mut listeners: Vec<_> =
-        many.iter().map(|handle| Listener::new(&fanout, handle, vec![])).collect();
+        many.iter().map(|handle| Listener::new(&fanout, handle, vec![], vec![])).collect();
     for handle in &few {
-        let mut listener = Listener::new(&fanout, handle, vec![eng()]);
+        let mut listener = Listener::new(&fanout, handle, vec![eng()], vec![]);
         listener.subscribe(&fanout, handle, &eng(), 1).unwrap();
         listeners.push(listener);
     }
+    open(&fanout);
     let fanout = Arc::new(fanout);
     let telling = tokio::spawn({
         let fanout = Arc::clone(&fanout);
         async move { fanout.run().await }
     });
-    fanout.receive(&demo(), None, entry(1, 1), NOW).unwrap();
-    fanout.receive(&demo(), Some(&eng()), entry(1, 1), NOW).unwrap();
+    fanout.receive(&demo(), &Name::Everyone, entry(1, 1), NOW).unwrap();
+    fanout.receive(&demo(), &Name::Group(eng()), entry(1, 1), NOW).unwrap();
     fanout.wake();
     // Half of what a worker's local queue holds.
     const AT_ONCE_MAX: usize = 128;
@@ -238,7 +257,7 @@ async fn other_tasks_have_their_turn_while_many_are_told() {
     assert!(before <= 2 * AT_ONCE_MAX, "after {before} of the others");
     // Something that comes while they are being told is told as well.
     for seq in 2..4 {
-        fanout.receive(&demo(), None, entry(seq, 1), NOW).unwrap();
+        fanout.receive(&demo(), &Name::Everyone, entry(seq, 1), NOW).unwrap();
         fanout.wake();
         yield_now().await;
         yield_now().await;
@@ -268,12 +287,13 @@ proptest! {
         let mut listeners: Vec<Option<(Listener, u64, u64)>> = vec![None, None, None];
         let (mut seq, mut now) = (0, 0);
         // So that the audience stays.
-        let _stays = Listener::new(&fanout, &handle(9), vec![]);
+        let _stays = Listener::new(&fanout, &handle(9), vec![], vec![]);
+        open(&fanout);
         for (step, size) in steps {
             match step {
                 0..=2 => match &mut listeners[step] {
                     empty @ None => {
-                        *empty = Some((Listener::new(&fanout, &handles[step], vec![]), seq, 0));
+                        *empty = Some((Listener::new(&fanout, &handles[step], vec![], vec![]), seq, 0));
                     }
                     Some((listener, last, missed_all)) => {
                         let (frames, missed) = read_all(listener, Format::Proto);
@@ -291,7 +311,7 @@ proptest! {
                 _ => {
                     for _ in 0..size {
                         seq += 1;
-                        fanout.receive(&demo(), None, entry(seq, size * 10), Received { now, ..NOW }).unwrap();
+                        fanout.receive(&demo(), &Name::Everyone, entry(seq, size * 10), Received { now, ..NOW }).unwrap();
                     }
                 }
             }
