@@ -276,23 +276,34 @@ impl Driver {
     }
 
     fn hello(&self) -> v1::Hello {
-        let position = self.work.inbox.position().map(|position| v1::Position {
-            mailbox: String::new(),
+        let position = |mailbox: &str, position: Position| v1::Position {
+            mailbox: mailbox.into(),
             epoch: position.epoch.0,
             generation: position.generation.0,
             seq: position.seq.0,
             chain: position.chain.map(|chain| chain.0),
-        });
+        };
+        let own = self.work.inbox.position().map(|at| position("", at));
+        let groups = self.work.live.positions().map(|(group, at)| position(group, at));
         v1::Hello {
             device: self.settings.device.clone(),
             platform: self.settings.platform.clone(),
             sdk: concat!("barid-rust/", env!("CARGO_PKG_VERSION")).into(),
             attempt: self.attempt,
-            positions: position.into_iter().collect(),
+            positions: own.into_iter().chain(groups).collect(),
             accepts_zstd: true,
             visible_pings: false,
             ping_interval_ms: self.settings.ping_interval_ms,
         }
+    }
+}
+
+fn position_of(position: &v1::Position) -> Position {
+    Position {
+        epoch: Epoch(position.epoch),
+        generation: Generation(position.generation),
+        seq: Seq(position.seq),
+        chain: position.chain.map(Chain),
     }
 }
 
@@ -342,7 +353,9 @@ impl Work {
                 session.connection.send(client_frame::Kind::Pong(v1::Pong {})).await?;
             }
             Some(server_frame::Control::Subscribed(subscribed)) => {
-                self.emit(Event::Subscribed { group: subscribed.group });
+                let v1::Subscribed { group, position } = subscribed;
+                self.live.subscribed(&group, position.as_ref().map(position_of));
+                self.emit(Event::Subscribed { group });
             }
             Some(server_frame::Control::Unsubscribed(unsubscribed)) => {
                 let v1::Unsubscribed { group, code, text } = unsubscribed;
@@ -386,12 +399,7 @@ impl Work {
 
     fn welcomed(&mut self, session: &mut Session, welcome: v1::Welcome) {
         let position = welcome.positions.iter().find(|p| p.mailbox.is_empty());
-        let position = position.map_or_else(Position::default, |p| Position {
-            epoch: Epoch(p.epoch),
-            generation: Generation(p.generation),
-            seq: Seq(p.seq),
-            chain: p.chain.map(Chain),
-        });
+        let position = position.map_or_else(Position::default, position_of);
         let interval = Duration::from_millis(welcome.ping_interval_ms.into());
         if !interval.is_zero() {
             session.silence = interval.min(PING_INTERVAL_MAX) + SILENCE_SLACK;

@@ -1,10 +1,10 @@
-//! Messages of groups. They are delivered live and in order, and neither acknowledged nor sent again. Pure: no
-//! socket, no clock, no task.
+//! Messages of groups and of everyone. They arrive in order, are not acknowledged, and are caught up with after a
+//! reconnect from the positions that the client names. Pure: no socket, no clock, no task.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use barid_core::Seq;
+use barid_core::{Position, Seq};
 
 use crate::event::Event;
 use crate::message::Message;
@@ -16,20 +16,47 @@ const WAITING_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Live {
     waiting: VecDeque<Message>,
-    /// The last received position of each group, kept over reconnects, to count missed messages.
-    last: HashMap<Arc<str>, Seq>,
+    groups: HashMap<Arc<str>, Group>,
+}
+
+/// What is known of a group, kept over reconnects.
+#[derive(Debug, Default)]
+struct Group {
+    /// The last received position; `None`: nothing was received.
+    received: Option<Seq>,
+    /// The position of the last message that the application was given; `None`: the server has told no position.
+    shown: Option<Position>,
 }
 
 impl Live {
+    /// Handles a confirmed subscription, which delivers what follows a position.
+    pub(crate) fn subscribed(&mut self, group: &str, position: Option<Position>) {
+        let known = self.groups.entry(group.into()).or_default();
+        let Some(position) = position else { return };
+        // The server goes on from where the client stood: what waits for the application will be sent again.
+        let goes_on = known.shown.is_some_and(|shown| {
+            (shown.epoch, shown.seq) == (position.epoch, position.seq)
+                && (shown.chain.is_none() || shown.chain == position.chain)
+        });
+        if !goes_on {
+            (known.received, known.shown) = (Some(position.seq), Some(position));
+        }
+    }
+
     /// Handles a message of a group.
     pub(crate) fn deliver(&mut self, group: &str, message: Message, events: &mut Vec<Event>) {
-        let known = self.last.get_key_value(group).map(|(group, last)| (Arc::clone(group), *last));
-        let (group, last) = known.unwrap_or_else(|| (group.into(), Seq(0)));
-        let missed = message.seq.0.saturating_sub(last.0.saturating_add(1));
-        if last != Seq(0) && missed > 0 {
+        let known = self.groups.get_key_value(group).map(|(group, _)| Arc::clone(group));
+        let group = known.unwrap_or_else(|| group.into());
+        let known = self.groups.entry(Arc::clone(&group)).or_default();
+        if known.shown.is_some() && known.received >= Some(message.seq) {
+            return; // it waits for the application already
+        }
+        let missed =
+            known.received.map_or(0, |last| message.seq.0.saturating_sub(last.0.saturating_add(1)));
+        known.received = Some(message.seq);
+        if missed > 0 {
             events.push(Event::Missed { group: Arc::clone(&group), count: missed });
         }
-        self.last.insert(Arc::clone(&group), message.seq);
         if self.waiting.len() == WAITING_MAX
             && let Some(Message { group: Some(group), .. }) = self.waiting.pop_front()
         {
@@ -40,17 +67,34 @@ impl Live {
 
     /// The next message for the application.
     pub(crate) fn next(&mut self) -> Option<Message> {
-        self.waiting.pop_front()
+        let message = self.waiting.pop_front()?;
+        let known = message.group.as_ref().and_then(|group| self.groups.get_mut(group));
+        if let Some(shown) = known.and_then(|known| known.shown.as_mut())
+            && message.seq > shown.seq
+        {
+            // Behind messages that were missed the chain is unknown.
+            let follows = message.seq == shown.seq.next();
+            shown.chain = shown.chain.filter(|_| follows).map(|chain| chain.next(&message.id));
+            shown.seq = message.seq;
+        }
+        Some(message)
+    }
+
+    /// The positions from which to go on, by mailbox.
+    pub(crate) fn positions(&self) -> impl Iterator<Item = (&Arc<str>, Position)> {
+        self.groups.iter().filter_map(|(group, known)| Some((group, known.shown?)))
     }
 
     /// Forgets a group that the application has unsubscribed from.
     pub(crate) fn forget(&mut self, group: &str) {
-        self.last.remove(group);
+        self.groups.remove(group);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use barid_core::{Chain, Epoch};
+
     use super::*;
     use crate::message::Body;
 
@@ -60,6 +104,14 @@ mod tests {
 
     fn missed(group: &str, count: u64) -> Event {
         Event::Missed { group: group.into(), count }
+    }
+
+    fn position(epoch: u64, seq: u64, chain: Option<Chain>) -> Position {
+        Position { epoch: Epoch(epoch), seq: Seq(seq), chain, ..Default::default() }
+    }
+
+    fn shown(live: &mut Live) -> Vec<u64> {
+        std::iter::from_fn(|| live.next()).map(|message| message.seq.0).collect()
     }
 
     #[test]
@@ -77,6 +129,33 @@ mod tests {
         live.forget("a");
         live.deliver("a", message(100), &mut events);
         assert_eq!(events.len(), 1);
+    }
+
+    #[test]
+    fn hazard_165_a_client_goes_on_from_what_its_application_was_given() {
+        let (mut live, mut events) = (Live::default(), Vec::new());
+        live.subscribed("a", Some(position(7, 3, Some(Chain(5)))));
+        for seq in 4..=6 {
+            live.deliver("a", message(seq), &mut events);
+        }
+        live.next();
+        let chain = Chain(5).next("m4");
+        let at = position(7, 4, Some(chain));
+        assert_eq!(live.positions().collect::<Vec<_>>(), [(&"a".into(), at)]);
+        // A reconnect: 5 and 6 wait, and are sent again.
+        live.subscribed("a", Some(at));
+        for seq in 5..=7 {
+            live.deliver("a", message(seq), &mut events);
+        }
+        assert_eq!(shown(&mut live), [5, 6, 7]);
+        // 8 and 9 were evicted: the chain behind them is unknown.
+        live.deliver("a", message(10), &mut events);
+        assert_eq!((shown(&mut live), &*events), (vec![10], &[missed("a", 2)][..]));
+        assert_eq!(live.positions().next().unwrap().1, position(7, 10, None));
+        // Another history, with the same seqs.
+        live.subscribed("a", Some(position(8, 0, Some(Chain::START))));
+        live.deliver("a", message(1), &mut events);
+        assert_eq!((shown(&mut live), events.len()), (vec![1], 1));
     }
 
     #[test]

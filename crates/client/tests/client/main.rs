@@ -326,7 +326,8 @@ async fn groups_are_subscribed_again_after_a_reconnect_and_their_messages_say_so
     client.subscribe("ops").unwrap();
     assert_eq!(asked(&mut peer, 1).await, [(true, "ops".into())]);
     assert!(client.subscribe("everyone").is_err());
-    let control = server_frame::Control::Subscribed(v1::Subscribed { group: "eng".into() });
+    let control =
+        server_frame::Control::Subscribed(v1::Subscribed { group: "eng".into(), position: None });
     peer.control(control).await;
     let control = v1::Unsubscribed { group: "ops".into(), code: 4500, text: "no".into() };
     peer.control(server_frame::Control::Unsubscribed(control)).await;
