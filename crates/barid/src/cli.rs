@@ -77,6 +77,8 @@ pub enum Cluster {
 pub enum Inspect {
     /// Show a user's mailbox, devices, routes and retry timer
     User(inspect::Args),
+    /// Show a group's mailbox, and the access nodes with members; everyone: that of all devices
+    Group(inspect::GroupArgs),
     /// Show the newest dead letters: refused records, with the reason
     Dead(dead::Args),
     /// Show the newest receipts, or follow them

@@ -1,10 +1,10 @@
-//! `barid inspect`: a user's state in Redis, without changing it.
+//! `barid inspect`: the state of a user or a group in Redis, without changing it.
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use barid_core::{AppId, Seq, UserId};
-use barid_mailbox::{DeviceState, Inspection, Mailbox, RedisConfig, Route, UserKey};
+use barid_core::{AppId, Audience, AudienceKey, NodeId, Seq, UserId};
+use barid_mailbox::{Contents, DeviceState, Inspection, Mailbox, RedisConfig, Route, UserKey};
 use barid_wire::envelope::{self, BodyKind, SkipReason};
 use serde::Serialize;
 
@@ -21,6 +21,40 @@ pub struct Args {
     pub app: AppId,
     #[command(flatten)]
     pub redis: RedisArgs,
+}
+
+/// Options of `barid inspect group`.
+#[derive(Debug, clap::Args)]
+pub struct GroupArgs {
+    /// The group; `everyone`: all devices of the app
+    pub group: Audience,
+    /// App
+    #[arg(long, default_value = "demo", env = "BARID_APP")]
+    pub app: AppId,
+    #[command(flatten)]
+    pub redis: RedisArgs,
+}
+
+#[derive(Serialize)]
+struct Group<'a> {
+    app: &'a str,
+    group: &'a str,
+    shard: u16,
+    epoch: u64,
+    oldest: u64,
+    newest: u64,
+    kept: u64,
+    bytes: u64,
+    now_ms: u64,
+    nodes: Vec<Listed<'a>>,
+    entries: Vec<Entry>,
+}
+
+/// An access node with members.
+#[derive(Serialize)]
+struct Listed<'a> {
+    node: &'a str,
+    confirmed_ms: u64,
 }
 
 #[derive(Serialize)]
@@ -81,6 +115,37 @@ pub async fn user(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Prints the state of a group, or of everyone.
+pub async fn group(args: GroupArgs, out: Output) -> anyhow::Result<ExitCode> {
+    let config = args.redis.needed()?;
+    let shown = config.url.to_string();
+    let key = AudienceKey { app: args.app, audience: args.group };
+    let reading = async {
+        let mailbox = Mailbox::open(&config, &barid_runtime::Context::new().metrics).await?;
+        anyhow::Ok(mailbox.inspect_audience(&key).await?)
+    };
+    let found = reading.await.with_context(|| format!("cannot read Redis at {shown}"))?;
+    let group = Group {
+        app: key.app.as_str(),
+        group: key.audience.as_str(),
+        shard: found.mailbox.shard.get(),
+        epoch: found.mailbox.epoch.0,
+        oldest: found.mailbox.oldest.0,
+        newest: found.mailbox.newest.0,
+        kept: kept(&found.mailbox),
+        bytes: found.mailbox.bytes,
+        now_ms: found.mailbox.now_ms,
+        nodes: found.nodes.iter().map(listed).collect(),
+        entries: found.mailbox.entries.iter().filter_map(entry).collect(),
+    };
+    if out.is_json() {
+        out.object(&group)?;
+    } else {
+        show_group(&group, out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Reads the state of a user.
 pub async fn read(config: &RedisConfig, key: &UserKey) -> anyhow::Result<Inspection> {
     let mailbox = Mailbox::open(config, &barid_runtime::Context::new().metrics).await?;
@@ -99,13 +164,21 @@ fn describe<'a>(key: &'a UserKey, found: &'a Inspection) -> User<'a> {
         epoch: found.epoch.0,
         oldest: found.oldest.0,
         newest: found.newest.0,
-        kept: (found.newest.0 + 1).saturating_sub(found.oldest.0),
+        kept: kept(&found.mailbox),
         bytes: found.bytes,
         timer_due_ms: found.timer_due_ms,
         now_ms: found.now_ms,
         devices: known.collect(),
         entries: found.entries.iter().filter_map(entry).collect(),
     }
+}
+
+fn listed((node, confirmed_ms): &(NodeId, u64)) -> Listed<'_> {
+    Listed { node: node.as_str(), confirmed_ms: *confirmed_ms }
+}
+
+fn kept(mailbox: &Contents) -> u64 {
+    (mailbox.newest.0 + 1).saturating_sub(mailbox.oldest.0)
 }
 
 fn device<'a>(state: &'a DeviceState, route: Option<&'a Route>, newest: Seq) -> Device<'a> {
@@ -153,14 +226,40 @@ fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
         out.line("no data for this user")?;
         return Ok(());
     }
-    let kept = match user.kept {
-        0 => format!("empty; the newest was #{}", user.newest),
-        n => format!("{n} entries (#{} to #{}), {}", user.oldest, user.newest, bytes(user.bytes)),
-    };
-    out.line(format_args!("mailbox  {kept}"))?;
+    let range = (user.oldest, user.newest);
+    out.line(format_args!("mailbox  {}", shown_kept(user.kept, range, user.bytes)))?;
     out.line(format_args!("timer    {}", timer(user)))?;
     show_devices(user, out)?;
-    show_entries(user, out)
+    show_entries(&user.entries, user.now_ms, out)
+}
+
+fn show_group(group: &Group<'_>, out: Output) -> anyhow::Result<()> {
+    let place = out.paint(Tone::Faint, format_args!("in {}, shard {}", group.app, group.shard));
+    out.line(format_args!("{}  {place}", out.paint(Tone::Strong, clean(group.group))))?;
+    if group.epoch == 0 {
+        out.line("mailbox  empty")?;
+    } else {
+        let range = (group.oldest, group.newest);
+        out.line(format_args!("mailbox  {}", shown_kept(group.kept, range, group.bytes)))?;
+    }
+    if group.nodes.is_empty() {
+        out.line("nodes    none has members")?;
+    }
+    for (at, node) in group.nodes.iter().enumerate() {
+        let title = if at == 0 { "nodes" } else { "" };
+        let ago = span(group.now_ms.saturating_sub(node.confirmed_ms));
+        let ago = out.paint(Tone::Faint, format_args!("confirmed {ago} ago"));
+        out.line(format_args!("{title:<7}  {}  {ago}", clean(node.node)))?;
+    }
+    show_entries(&group.entries, group.now_ms, out)
+}
+
+fn shown_kept(kept: u64, (oldest, newest): (u64, u64), size: u64) -> String {
+    match kept {
+        0 => format!("empty; the newest was #{newest}"),
+        1 => format!("1 entry (#{newest}), {}", bytes(size)),
+        n => format!("{n} entries (#{oldest} to #{newest}), {}", bytes(size)),
+    }
 }
 
 fn timer(user: &User<'_>) -> String {
@@ -197,14 +296,14 @@ fn show_devices(user: &User<'_>, out: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn show_entries(user: &User<'_>, out: Output) -> anyhow::Result<()> {
-    if user.entries.is_empty() {
+fn show_entries(entries: &[Entry], now_ms: u64, out: Output) -> anyhow::Result<()> {
+    if entries.is_empty() {
         return Ok(());
     }
     let heading = format!("\n{:<8} {:<24} {:<6} {:>10}  ", "entry", "id", "kind", "size");
     out.line(out.paint(Tone::Faint, heading + "waits since"))?;
-    for entry in &user.entries {
-        let age = span(user.now_ms.saturating_sub(entry.accepted_at_ms));
+    for entry in entries {
+        let age = span(now_ms.saturating_sub(entry.accepted_at_ms));
         let only = entry.device.as_deref().map(|d| format!("  only for {}", clean(d)));
         out.line(format_args!(
             "{:<8} {:<24} {:<6} {:>10}  {age}{}",

@@ -77,6 +77,7 @@ async fn run(command: Command, out: Output) -> anyhow::Result<ExitCode> {
         Command::Revoke(action) => revoke::run(action, out).await,
         Command::Top(args) => top::run(args, out).await,
         Command::Inspect(Inspect::User(args)) => inspect::user(args, out).await,
+        Command::Inspect(Inspect::Group(args)) => inspect::group(args, out).await,
         Command::Inspect(Inspect::Dead(args)) => dead::run(args, out).await,
         Command::Inspect(Inspect::Receipts(args)) => receipts::run(args, out).await,
     }

@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use barid_core::{AppId, MessageId, UserId};
+use barid_core::limits::EVERYONE;
+use barid_core::{AppId, Audience, GroupId, MessageId, UserId};
 use barid_wire::record::decode_receipt;
 use barid_wire::v1::{Receipt, ReceiptKind};
 use rdkafka::Message as _;
@@ -26,6 +27,12 @@ pub struct Args {
     /// Only receipts of this user
     #[arg(long)]
     pub user: Option<UserId>,
+    /// Only receipts of this group
+    #[arg(long, conflicts_with = "user")]
+    pub group: Option<GroupId>,
+    /// Only receipts of messages to everyone
+    #[arg(long, conflicts_with_all = ["user", "group"])]
+    pub everyone: bool,
     /// How many receipts, the newest first
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub count: u16,
@@ -53,7 +60,11 @@ struct Shown<'a> {
     kind: &'static str,
     id: &'a str,
     app: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
     user: &'a str,
+    /// A group, or everyone, instead of a user.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    mailbox: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
     device: &'a str,
     #[serde(skip_serializing_if = "is_zero")]
@@ -97,23 +108,26 @@ pub async fn run(args: Args, out: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The id, app and user that a receipt must have; `None`: any.
-struct Selection([Option<String>; 3]);
+/// The id, app, user and mailbox that a receipt must have; `None`: any.
+struct Selection([Option<String>; 4]);
 
 impl Args {
     fn selection(&self) -> Selection {
-        let Self { id, app, user, .. } = self;
+        let Self { id, app, user, group, everyone, .. } = self;
+        let audience =
+            group.clone().map(Audience::Group).or(everyone.then_some(Audience::Everyone));
         Selection([
             id.as_ref().map(MessageId::to_string),
             app.as_ref().map(AppId::to_string),
             user.as_ref().map(UserId::to_string),
+            audience.as_ref().map(Audience::to_string),
         ])
     }
 }
 
 impl Selection {
     fn admits(&self, receipt: &Receipt) -> bool {
-        let has = [&receipt.id, &receipt.app, &receipt.user];
+        let has = [&receipt.id, &receipt.app, &receipt.user, &receipt.mailbox];
         self.0.iter().zip(has).all(|(wanted, has)| wanted.as_ref().is_none_or(|it| it == has))
     }
 }
@@ -132,6 +146,7 @@ pub fn print(receipt: &Receipt, elapsed_ms: Option<f64>, out: Output) -> anyhow:
         id: &receipt.id,
         app: &receipt.app,
         user: &receipt.user,
+        mailbox: &receipt.mailbox,
         device: &receipt.device,
         seq: receipt.seq,
         code: &receipt.code,
@@ -141,7 +156,11 @@ pub fn print(receipt: &Receipt, elapsed_ms: Option<f64>, out: Output) -> anyhow:
         elapsed_ms,
     };
     out.either(&shown, || {
-        let mut who = clean(&receipt.user);
+        let mut who = match receipt.mailbox.as_str() {
+            "" => clean(&receipt.user),
+            EVERYONE => EVERYONE.to_owned(),
+            group => format!("group {}", clean(group)),
+        };
         if !receipt.device.is_empty() {
             who = format!("{who}/{}", clean(&receipt.device));
         }

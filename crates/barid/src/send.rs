@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use barid_bus::KafkaConfig;
-use barid_core::{AppId, DeviceId, MessageId, ReceiptSet, UserId};
+use barid_core::{AppId, Audience, DeviceId, GroupId, MessageId, ReceiptSet, UserId};
 use barid_wire::record::{
-    Audience, BodyKind, CONTENT_TYPE, Format, Push, RecordLimits, decode_base64, encode_push,
+    BodyKind, CONTENT_TYPE, Format, Push, Recipients, RecordLimits, decode_base64, encode_push,
 };
 use barid_wire::v1::ReceiptKind;
 use bytes::Bytes;
@@ -35,7 +35,7 @@ const MESSAGE_BYTES_MAX: u64 = 100_000_000;
 /// Options of `barid send`.
 #[derive(Debug, clap::Args)]
 #[command(
-    group = clap::ArgGroup::new("audience").required(true).args(["user", "users"]),
+    group = clap::ArgGroup::new("audience").required(true).args(["user", "users", "group", "everyone"]),
     group = clap::ArgGroup::new("body").required(true).args(["text", "text_option", "json_body", "data", "file"]),
 )]
 pub struct Args {
@@ -48,8 +48,14 @@ pub struct Args {
     /// Recipient users, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "USER,USER")]
     pub users: Vec<UserId>,
+    /// Recipients: the members of a group
+    #[arg(long)]
+    pub group: Option<GroupId>,
+    /// Recipients: all devices of the app
+    #[arg(long)]
+    pub everyone: bool,
     /// Only this device of the user
-    #[arg(long, conflicts_with = "users")]
+    #[arg(long, requires = "user")]
     pub device: Option<DeviceId>,
 
     /// Text; one that begins with a dash follows --
@@ -86,7 +92,7 @@ pub struct Args {
     /// Receipts to ask for, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND")]
     pub receipts: Vec<Milestone>,
-    /// Receipts to ask for and to wait for, for every user, comma-separated
+    /// Receipts to ask for and to wait for, for every user, or for the group, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "KIND,KIND")]
     pub wait: Vec<Milestone>,
     /// How long to wait for Kafka, and then for receipts
@@ -186,7 +192,7 @@ pub async fn run(mut args: Args, out: Output) -> anyhow::Result<ExitCode> {
     let trace_id = trace.map(|trace| format!("{:032x}", trace.id));
     let sent = Sent { event: "sent", id, topic, bytes, elapsed_ms, trace_id };
     out.either(&sent, || {
-        let to = out.paint(Tone::Strong, clean(&shown(&push.audience)));
+        let to = out.paint(Tone::Strong, clean(&shown(&push.to)));
         let took = out.paint(Tone::Faint, format_args!("{topic}, {elapsed_ms:.1} ms"));
         let traced = sent
             .trace_id
@@ -275,9 +281,11 @@ async fn wait(
     began: Instant,
     out: Output,
 ) -> anyhow::Result<ExitCode> {
-    let users = push.audience.users().iter();
-    let mut awaited: HashSet<(Milestone, String)> = users
-        .flat_map(|user| args.wait.iter().map(|milestone| (*milestone, user.to_string())))
+    // Receipts of a group, or of everyone, name it instead of a user.
+    let owners = push.to.owners();
+    let mut awaited: HashSet<(Milestone, String)> = owners
+        .iter()
+        .flat_map(|owner| args.wait.iter().map(|milestone| (*milestone, owner.as_str().to_owned())))
         .collect();
     let deadline = Deadline::now() + args.timeout;
     let mut is_repeat = false;
@@ -293,11 +301,12 @@ async fn wait(
         if receipt.kind() == ReceiptKind::Refused {
             return Ok(ExitCode::FAILURE);
         }
-        awaited.retain(|(m, user)| !(m.kind() == receipt.kind() && *user == receipt.user));
+        let of = if receipt.mailbox.is_empty() { &receipt.user } else { &receipt.mailbox };
+        awaited.retain(|(m, owner)| !(m.kind() == receipt.kind() && owner == of));
         if receipt.kind() == ReceiptKind::Duplicate && !args.wait.contains(&Milestone::Duplicate) {
             // No other receipt follows.
             is_repeat = true;
-            awaited.retain(|(_, user)| *user != receipt.user);
+            awaited.retain(|(_, owner)| owner != of);
         }
     }
     if is_repeat {
@@ -308,7 +317,7 @@ async fn wait(
 
 fn missing(awaited: &HashSet<(Milestone, String)>) -> String {
     let mut names: Vec<String> =
-        awaited.iter().map(|(m, user)| format!("{} of {}", m.as_str(), clean(user))).collect();
+        awaited.iter().map(|(m, owner)| format!("{} of {}", m.as_str(), clean(owner))).collect();
     names.sort();
     format!("no receipt {}", names.join(", "))
 }
@@ -352,11 +361,13 @@ impl Milestone {
     }
 }
 
-fn shown(audience: &Audience) -> String {
-    match audience {
-        Audience::User { user, device: Some(device) } => format!("{user}/{device}"),
-        Audience::User { user, device: None } => user.to_string(),
-        Audience::Users(users) => users.iter().map(UserId::as_str).collect::<Vec<_>>().join(", "),
+fn shown(to: &Recipients) -> String {
+    match to {
+        Recipients::User { user, device: Some(device) } => format!("{user}/{device}"),
+        Recipients::User { user, device: None } => user.to_string(),
+        Recipients::Users(users) => users.iter().map(UserId::as_str).collect::<Vec<_>>().join(", "),
+        Recipients::Audience(Audience::Group(group)) => format!("group {group}"),
+        Recipients::Audience(Audience::Everyone) => "everyone".into(),
     }
 }
 
@@ -365,9 +376,11 @@ fn push(args: &Args) -> anyhow::Result<Push> {
         Some(id) => id.clone(),
         None => MessageId::new(&values::random_name("cli"))?,
     };
-    let audience = match &args.user {
-        Some(user) => Audience::User { user: user.clone(), device: args.device.clone() },
-        None => Audience::Users(args.users.clone()),
+    let to = match (&args.user, &args.group) {
+        (Some(user), _) => Recipients::User { user: user.clone(), device: args.device.clone() },
+        (None, Some(group)) => Audience::Group(group.clone()).into(),
+        (None, None) if args.everyone => Audience::Everyone.into(),
+        (None, None) => Recipients::Users(args.users.clone()),
     };
     let (kind, payload) = body(args)?;
     let mut asked: Vec<Milestone> = args.receipts.iter().chain(&args.wait).copied().collect();
@@ -378,7 +391,7 @@ fn push(args: &Args) -> anyhow::Result<Push> {
         ttl_ms: args.ttl.map(whole_seconds).transpose()?.unwrap_or_default() * 1000,
         collapse_key: args.collapse_key.as_deref().filter(|key| !key.is_empty()).map(Into::into),
         receipts: asked.iter().fold(ReceiptSet::default(), |set, m| set.with(m.kind().into())),
-        ..Push::new(id, args.app.clone(), audience, kind, payload)
+        ..Push::new(id, args.app.clone(), to, kind, payload)
     })
 }
 

@@ -372,3 +372,47 @@ fn hazard_123_a_wrong_kafka_or_redis_is_told_in_one_line() {
         assert!(told.contains("start it, or omit") && !told.contains("hush"), "{told}");
     }
 }
+
+/// A command of docs/audiences.md, which must contain it, without `barid` and quotes.
+fn documented(command: &str) -> String {
+    const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/audiences.md");
+    let page = std::fs::read_to_string(PAGE).unwrap();
+    assert!(page.contains(&format!("\n    barid {command}\n")), "docs/audiences.md: {command}");
+    command.replace('"', "")
+}
+
+#[test]
+fn the_commands_for_groups_do_what_their_page_says() {
+    let place = Place::new();
+    let dev = place.start("dev --port 0");
+    dev.event("ready");
+    while !place.state().exists() {
+        pause();
+    }
+    let listen = documented("listen --user alice --group eng");
+    let mut listener = place.start(&format!("{listen} --count 2"));
+    assert_eq!(listener.event("subscribed")["group"], "eng");
+    let send = documented(r#"send --group eng --id news-7 --wait accepted "hello""#);
+    let (sent, status) = place.run(&send);
+    assert!(status.success(), "{sent:?}");
+    assert_eq!((&sent[1]["kind"], &sent[1]["mailbox"]), (&"accepted".into(), &"eng".into()));
+    let first = listener.event("message");
+    assert_eq!((&first["group"], &first["id"]), (&"eng".into(), &"news-7".into()));
+    let send = documented(r#"send --everyone --id news-8 "hello all""#).replace(" all", "-all");
+    let (sent, status) = place.run(&send);
+    assert!(status.success(), "{sent:?}");
+    let second = listener.event("message");
+    assert_eq!((&second["group"], &second["id"]), (&"everyone".into(), &"news-8".into()));
+    assert!(listener.end().success());
+    let (token, status) = place.run(&documented("token --user alice --group eng"));
+    assert!(status.success(), "{token:?}");
+    for (group, id) in [("eng", "news-7"), ("everyone", "news-8")] {
+        let (shown, status) = place.run(&documented(&format!("inspect group {group}")));
+        assert!(status.success() && shown[0]["entries"][0]["id"] == id, "{shown:?}");
+        assert_eq!(shown[0]["nodes"].as_array().unwrap().len(), 1, "{shown:?}");
+    }
+    let (receipts, status) = place.run("inspect receipts --group eng");
+    assert!(status.success() && receipts.len() == 1, "{receipts:?}");
+    let refused = place.barid("send --group eng --receipts acked hi").output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
