@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use barid_core::{DeviceId, ReceiptSet, UserId};
 use barid_testkit::device::{Device, Incoming, PATIENCE};
 use barid_testkit::{Cluster, Relay, records};
-use barid_wire::record::{Audience, BodyKind, Push};
+use barid_wire::record::{BodyKind, Push, Recipients};
 use bytes::Bytes;
 use serde_json::json;
 
@@ -96,9 +96,9 @@ async fn two_devices_of_a_user_have_their_own_cursors() -> Result<()> {
     let mut tablet = cluster.device("alice", "tablet").await?;
     assert_eq!(tablet.receive(1).await?, ["phone-now"]);
     let tablet_only =
-        Audience::User { user: UserId::new("alice")?, device: Some(DeviceId::new("tablet")?) };
+        Recipients::User { user: UserId::new("alice")?, device: Some(DeviceId::new("tablet")?) };
     let record = records::text("alice", "tablet-only", "t");
-    business.send(&Push { audience: tablet_only, ..record }).await?;
+    business.send(&Push { to: tablet_only, ..record }).await?;
     business.send_text("alice", "after", "").await?;
     assert_eq!(tablet.receive(2).await?, ["tablet-only", "after"]);
     assert_eq!(phone.receive(1).await?, ["after"]);
@@ -173,8 +173,8 @@ async fn one_record_reaches_several_users_and_names_do_not_mix() -> Result<()> {
     for user in users {
         devices.push(cluster.device(user, "d").await?);
     }
-    let all = Audience::Users(users.into_iter().map(UserId::new).collect::<Result<_, _>>()?);
-    business.send(&Push { audience: all, ..records::text("eng", "all", "to each") }).await?;
+    let all = Recipients::Users(users.into_iter().map(UserId::new).collect::<Result<_, _>>()?);
+    business.send(&Push { to: all, ..records::text("eng", "all", "to each") }).await?;
     for user in users {
         business.send_text(user, &format!("for {user}"), "one").await?;
     }

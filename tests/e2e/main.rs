@@ -3,6 +3,7 @@
 //!
 //! They need `cargo build --workspace --bins`, which `make test` does.
 
+mod audiences;
 mod balance;
 mod binaries;
 mod delivery;
