@@ -133,7 +133,7 @@ pub struct JournalRequest {
 pub struct Journal {
     /// Messages up to this number may be missing, because the journal is bounded.
     pub trimmed: u64,
-    /// Read on from here.
+    /// The highest number of all; below the one that was asked for, Redis has gone back.
     pub highest: u64,
     /// Audiences, each with the number of its newest message.
     pub changed: Vec<(AudienceKey, u64)>,

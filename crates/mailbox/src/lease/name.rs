@@ -53,6 +53,9 @@ async fn judge(ours: &NodeRecord, holder: &NodeRecord, limit: Duration) -> Unfit
             "its name is in use at {at}; fine if this barid-{role} runs there already"
         ));
     }
+    if holder.draining {
+        return Unfit::InUse(format!("a {role} at {at}, which drains, has its name until it ends"));
+    }
     match timeout(limit, TcpStream::connect(at)).await {
         Ok(Ok(_)) => Unfit::Unusable(format!(
             "{NAME_TAKEN}: a {role} at {at}; write another name, or stop that one"

@@ -129,7 +129,8 @@ local function accept_all(group, key_at, member, first, last, body_at, names, st
     body_at = body_at + 1 + has_key
   end
   if newest == newest_before then return NOT_ACCEPTED end
-  if group.keep_until > 0 and mailbox.oldest == 1 then
+  if member == '' then -- an audience: no acknowledgement drops its entries
+  elseif group.keep_until > 0 and mailbox.oldest == 1 then
     keep_all(mailbox, group.keep_until)
   elseif keeps_all(mailbox) and is_memory_short() then
     local devices = other_devices(mailbox)

@@ -10,18 +10,15 @@
 -- nodes  {s}:g:<app>:<audience>  hash: node -> "incarnation number confirmed_at", in ms. accept reads the names in the
 --        script that appends: a message accepted before a join is in the mailbox that the join returns, one accepted
 --        after it names the node. A node that has not confirmed for `lease` is removed by the next join of another
---        one; if there is none, all expire.
+--        one; if there is none, all expire. A confirmation within a sixteenth of `lease` leaves the time as it is.
 
 local LEASE = tonumber(ARGV[1])
 local JOINED, SUPERSEDED = 'J', 'S'
 
--- Whether a later request of the node than this one wrote the field.
-local function is_superseded(field, incarnation, number)
-  local incarnation_before, number_before = match(field, '^(%d+) (%d+) ')
-  incarnation_before, number_before = tonumber(incarnation_before), tonumber(number_before)
-  if not incarnation_before then return false end
-  return incarnation_before > incarnation
-    or incarnation_before == incarnation and number_before > number
+-- The parts of a field: nil if it is malformed.
+local function parse_field(field)
+  local incarnation, number, confirmed_at = match(field, '^(%d+) (%d+) (%d+)$')
+  return tonumber(incarnation), tonumber(number), tonumber(confirmed_at)
 end
 
 -- Removes nodes that have not confirmed for too long, or whose time is ahead of this Redis's.
@@ -39,12 +36,22 @@ local function join(key_at, arg_at)
   local nodes, node = KEYS[key_at], ARGV[arg_at]
   local incarnation, number = tonumber(ARGV[arg_at + 1]), tonumber(ARGV[arg_at + 2])
   local stored = call('HGET', nodes, node)
-  if stored and is_superseded(stored, incarnation, number) then return { SUPERSEDED } end
+  local incarnation_before, number_before, confirmed_at
+  if stored then incarnation_before, number_before, confirmed_at = parse_field(stored) end
+  if incarnation_before and (incarnation_before > incarnation
+    or incarnation_before == incarnation and number_before > number) then
+    return { SUPERSEDED }
+  end
   local mailbox = find_mailbox(KEYS[key_at + 1], KEYS[key_at + 2])
   if ARGV[arg_at + 3] == '1' then
-    call('HSET', nodes, node, table.concat({ ARGV[arg_at + 1], ARGV[arg_at + 2], int(NOW) }, ' '))
-    call('PEXPIRE', nodes, int(LEASE))
-    sweep(nodes)
+    local is_recent = incarnation_before == incarnation and confirmed_at <= NOW
+      and NOW - confirmed_at < LEASE / 16
+    local time = int(is_recent and confirmed_at or NOW)
+    call('HSET', nodes, node, table.concat({ ARGV[arg_at + 1], ARGV[arg_at + 2], time }, ' '))
+    if not is_recent then
+      call('PEXPIRE', nodes, int(LEASE))
+      sweep(nodes)
+    end
   elseif stored then
     call('HDEL', nodes, node)
   end

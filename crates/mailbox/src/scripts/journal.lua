@@ -3,8 +3,8 @@
 -- KEYS  an item: journal.
 -- ARGV  an item: after (a number), how many audiences at most.
 -- Reply now, then an item:
---       {'N', highest number that was trimmed, highest number, then audiences and the numbers of their newest messages,
---        oldest first}  the highest number is that of the last audience returned, if there are more
+--       {'N', highest number that was trimmed, highest number of all, then audiences and the numbers of their newest
+--        messages, oldest first}
 --       {'E', text}
 
 local NUMBERS = 'N'
@@ -12,16 +12,15 @@ local NUMBERS = 'N'
 local function read(key_at, arg_at)
   local journal, count = KEYS[key_at], tonumber(ARGV[arg_at + 1])
   local trimmed = tonumber(call('ZSCORE', journal, '') or 0)
+  local highest = call('ZREVRANGE', journal, '0', '0', 'WITHSCORES')[2]
   local changed = call('ZRANGEBYSCORE', journal, '(' .. ARGV[arg_at], '+inf', 'WITHSCORES', 'LIMIT',
     '0', int(count))
-  local reply, highest = { NUMBERS, trimmed, tonumber(ARGV[arg_at]) }, nil
+  local reply = { NUMBERS, trimmed, tonumber(highest) or 0 }
   for i = 1, #changed, 2 do
-    highest = tonumber(changed[i + 1])
     if changed[i] ~= '' then
-      reply[#reply + 1], reply[#reply + 2] = changed[i], highest
+      reply[#reply + 1], reply[#reply + 2] = changed[i], tonumber(changed[i + 1])
     end
   end
-  reply[3] = highest or reply[3]
   return reply
 end
 
