@@ -1,5 +1,5 @@
-//! Messages of groups and of everyone. They arrive in order, are not acknowledged, and are caught up with after a
-//! reconnect from the positions that the client names. Pure: no socket, no clock, no task.
+//! Messages of groups and of everyone. They arrive in order and are not acknowledged; after a reconnect a group goes on
+//! from the position that the client names. Pure: no socket, no clock, no task.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,7 +15,8 @@ const WAITING_MAX: usize = 1024;
 /// The queue of group messages.
 #[derive(Debug, Default)]
 pub(crate) struct Live {
-    waiting: VecDeque<Message>,
+    /// Each with the life of its group's history in which it was received.
+    waiting: VecDeque<(u32, Message)>,
     groups: HashMap<Arc<str>, Group>,
 }
 
@@ -26,6 +27,8 @@ struct Group {
     received: Option<Seq>,
     /// The position of the last message that the application was given; `None`: the server has told no position.
     shown: Option<Position>,
+    /// Counts the histories of the group.
+    life: u32,
 }
 
 impl Live {
@@ -40,6 +43,7 @@ impl Live {
         });
         if !goes_on {
             (known.received, known.shown) = (Some(position.seq), Some(position));
+            known.life = known.life.wrapping_add(1);
         }
     }
 
@@ -54,21 +58,23 @@ impl Live {
         let missed =
             known.received.map_or(0, |last| message.seq.0.saturating_sub(last.0.saturating_add(1)));
         known.received = Some(message.seq);
+        let life = known.life;
         if missed > 0 {
             events.push(Event::Missed { group: Arc::clone(&group), count: missed });
         }
         if self.waiting.len() == WAITING_MAX
-            && let Some(Message { group: Some(group), .. }) = self.waiting.pop_front()
+            && let Some((_, Message { group: Some(group), .. })) = self.waiting.pop_front()
         {
             events.push(Event::Missed { group, count: 1 });
         }
-        self.waiting.push_back(Message { group: Some(group), ..message });
+        self.waiting.push_back((life, Message { group: Some(group), ..message }));
     }
 
     /// The next message for the application.
     pub(crate) fn next(&mut self) -> Option<Message> {
-        let message = self.waiting.pop_front()?;
+        let (life, message) = self.waiting.pop_front()?;
         let known = message.group.as_ref().and_then(|group| self.groups.get_mut(group));
+        let known = known.filter(|known| known.life == life);
         if let Some(shown) = known.and_then(|known| known.shown.as_mut())
             && message.seq > shown.seq
         {
@@ -152,8 +158,11 @@ mod tests {
         live.deliver("a", message(10), &mut events);
         assert_eq!((shown(&mut live), &*events), (vec![10], &[missed("a", 2)][..]));
         assert_eq!(live.positions().next().unwrap().1, position(7, 10, None));
-        // Another history, with the same seqs.
+        // Another history, with the same seqs. What still waits of the old one does not move the new position.
+        live.deliver("a", message(11), &mut events);
         live.subscribed("a", Some(position(8, 0, Some(Chain::START))));
+        assert_eq!(shown(&mut live), [11]);
+        assert_eq!(live.positions().next().unwrap().1.seq, Seq(0));
         live.deliver("a", message(1), &mut events);
         assert_eq!((shown(&mut live), events.len()), (vec![1], 1));
     }
