@@ -17,8 +17,8 @@ mod place;
 mod report;
 mod room;
 
-pub use audience::Read;
+pub use audience::{Begun, Read};
 pub use hub::{Fanout, Received};
 pub use joining::{follow_redis, keep_listed, read_journals, read_missing};
-pub use listener::{Begun, Listener, Refused};
+pub use listener::{Listener, Refused, Wanted};
 pub use report::Report;

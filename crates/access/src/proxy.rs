@@ -103,7 +103,7 @@ fn network(text: &str) -> Result<IpNet, String> {
     Ok(network)
 }
 
-/// Who a balancer speaks for.
+/// The client that a balancer names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// A client with this address.

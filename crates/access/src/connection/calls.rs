@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use barid_core::{Audience, AudienceKey, Seq};
+use barid_core::AudienceKey;
 use barid_mailbox::{AckRequest, ConfirmOutcome, ConfirmRequest, ReadRequest};
 use barid_session::{AckPoint, AckUrgency, Claims, Close};
 use tokio::time::sleep;
 
 use crate::auth::AuthError;
 use crate::connection::state::{Answer, Confirming, Connection};
-use crate::fanout::Refused;
+use crate::fanout::{Refused, Wanted};
 use crate::handle::Handle;
 use crate::labels::{Call, Confirmation, RevokedAt, TokenRefusal};
 use crate::node::Node;
@@ -127,19 +127,19 @@ impl Connection {
         if self.is_flushed() {
             let (reached, page) = self.listener.catch_up();
             self.fanned_out |= reached;
-            if let Some((audience, after)) = page {
-                self.read_audience(audience, after);
+            if let Some(wanted) = page {
+                self.read_audience(wanted);
             }
         }
         self.calls.len() > before
     }
 
     /// Reads an audience's mailbox, for a device that is behind its log.
-    fn read_audience(&mut self, audience: Audience, after: Seq) {
+    fn read_audience(&mut self, Wanted { audience, after, not_before }: Wanted) {
         let key = AudienceKey { app: self.handle.user().app.clone(), audience };
         let node = Arc::clone(&self.node);
         self.calls.push(Box::pin(async move {
-            let page = node.fanout.page_for(&node.mailboxes, &key, after).await;
+            let page = node.fanout.page_for(&node.mailboxes, &key, after, not_before).await;
             Answer::AudiencePage(key, after, page)
         }));
     }

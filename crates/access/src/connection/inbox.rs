@@ -56,6 +56,7 @@ impl Connection {
             self.node.sessions.set_due(&self.handle, self.beat.due());
         }
         if tick {
+            self.listener.resume();
             self.tick();
         }
         true

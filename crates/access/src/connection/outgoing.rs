@@ -130,26 +130,34 @@ impl Connection {
     /// Writes messages of audiences, once the queue is empty: while the socket is full, they stay in the audience's
     /// log. Returns whether it has queued frames.
     pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut queued = false;
         while self.fanned_out && self.end.is_none() {
             if self.confirm_subscriptions() {
                 return true;
             }
             if !self.is_flushed() {
-                return false;
+                break;
             }
+            let before = self.out.len();
             if !self.write_fanout(cx) {
                 self.end(None);
             }
+            queued |= self.out.len() > before;
         }
-        false
+        queued
     }
 
     /// Writes one run of messages. Returns false if the device is gone.
     fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
         let format = Format::new(self.codec.encoding, self.codec.zstd);
-        let Read { missed, run, report } = self.listener.read(format);
+        let Read { missed, restart, begun, run, report } = self.listener.read(format);
         if missed > 0 {
             self.node.metrics.fanout_missed.inc_by(missed.into());
+        }
+        if restart.is_some() {
+            // The messages follow once the device has been told.
+            begun.iter().for_each(|begun| self.begun(begun));
+            return true;
         }
         let Some(run) = run else {
             self.fanned_out = false;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use barid_core::{Epoch, Seq};
+use barid_core::{Audience as Name, Epoch, Position, Seq};
 use barid_session::Seconds;
 use barid_wire::envelope::{self, Envelope, EnvelopeError, Header};
 use barid_wire::frames::{Format, join_delivers};
@@ -114,11 +114,24 @@ pub struct Run {
     pub frame: Bytes,
 }
 
+/// A subscription that has begun, or goes on in another history: the messages after this position are delivered.
+#[derive(Debug)]
+pub struct Begun {
+    /// The audience.
+    pub audience: Name,
+    /// The position.
+    pub position: Position,
+}
+
 /// Result of one read by a member.
 #[derive(Debug, Default)]
 pub struct Read {
     /// Messages that left the log before the member read them.
     pub missed: u32,
+    /// The mailbox's history is another one from this position on, which is returned once: read again.
+    pub restart: Option<Point>,
+    /// The device is to be told that, or that a subscription has begun, before anything else.
+    pub begun: Option<Begun>,
     /// Messages to write; `None` if there are none.
     pub run: Option<Run>,
     /// Reported once the frame is written; `None` for most frames.
@@ -137,6 +150,8 @@ struct Log {
     untraced: usize,
     /// The position of the last message that was appended.
     end: Option<Point>,
+    /// Number of the last message that began another history and has left the log.
+    popped_restart: Option<u32>,
     /// The hub lists this audience as holding messages.
     listed: bool,
 }
@@ -148,9 +163,9 @@ impl Log {
 
     fn push(&mut self, mut entry: Entry, bytes_max: usize) {
         // Forward within an epoch, entries are missing, which their seqs tell.
-        entry.restarts = self.end.is_some_and(|end| {
-            entry.before.epoch != end.epoch && end.epoch != Epoch(0) || entry.before.seq < end.seq
-        });
+        entry.restarts = self
+            .end
+            .is_some_and(|end| entry.before.epoch != end.epoch || entry.before.seq < end.seq);
         self.end = Some(entry.own);
         self.bytes += entry.bytes();
         self.untraced += usize::from(entry.untraced);
@@ -162,6 +177,9 @@ impl Log {
 
     fn pop(&mut self) {
         if let Some(entry) = self.entries.pop_front() {
+            if entry.restarts {
+                self.popped_restart = Some(self.first);
+            }
             self.bytes -= entry.bytes();
             self.untraced -= usize::from(entry.untraced);
             self.first = self.first.wrapping_add(1);
@@ -186,20 +204,27 @@ impl Log {
         self.runs.clear();
     }
 
-    fn read(&mut self, mailbox: &Arc<str>, format: Format, slot: u32, next: &mut u32) -> Read {
+    fn read(&mut self, mailbox: &Arc<str>, format: Format, slot: u32, member: &mut Next) -> Read {
+        let Next { next, told } = member;
         let behind = self.end().wrapping_sub(*next);
         let missed = behind.saturating_sub(self.entries.len() as u32);
+        let is_missed = |number: u32| number.wrapping_sub(*next) < missed;
+        let missed_restart = self.popped_restart.is_some_and(is_missed);
         *next = next.wrapping_add(missed);
-        if *next == self.end() {
+        let Some(entry) = self.entries.get(next.wrapping_sub(self.first) as usize) else {
             return Read { missed, ..Read::default() };
+        };
+        if (entry.restarts || missed_restart) && !std::mem::replace(told, true) {
+            return Read { missed, restart: Some(entry.before), ..Read::default() };
         }
+        *told = false;
         let run = match self.known(format, *next) {
             Some(run) => run.clone(),
             None => self.join(mailbox, format, *next),
         };
         *next = run.next;
         let report = self.report(mailbox, &run, slot);
-        Read { missed, run: Some(run), report }
+        Read { missed, run: Some(run), report, ..Read::default() }
     }
 
     /// Every member is sampled equally often, so that members woken late count as much as others.
@@ -312,6 +337,8 @@ pub(super) struct Progress {
     pub dropped: usize,
     /// The log was empty before.
     pub begun: bool,
+    /// The node is listed for the first time: subscriptions have begun.
+    pub opened: bool,
     /// The mailbox has to be read; returned once until it has been.
     pub read: bool,
 }
@@ -333,21 +360,28 @@ impl Audience {
     /// The node is listed, and the mailbox ends at `head`.
     pub(super) fn open(&self, head: Point) -> Progress {
         let mut standing = self.standing.lock();
+        let opened = standing.place.at().is_none();
+        if opened {
+            // The first message may already be of another history.
+            self.log.lock().end = Some(head);
+        }
         let entries = standing.place.open(head);
         self.live.store(true, Ordering::Release);
-        self.progress(standing, entries)
+        Progress { opened, ..self.progress(standing, entries) }
     }
 
     /// A record arrived.
     pub(super) fn receive(&self, header: Header, entry: Entry) -> Progress {
         let mut standing = self.standing.lock();
-        let entries = standing.place.receive(header, entry);
+        let entries = standing.place.receive(header, entry, !self.room.is_full());
         self.progress(standing, entries)
     }
 
-    /// Where to read the mailbox from, as the seq before the first entry wanted.
-    pub(super) fn read_after(&self) -> Seq {
-        self.standing.lock().place.read_after()
+    /// Where to read the mailbox from, as the seq before the first entry wanted; `None`: what was missing has arrived.
+    pub(super) fn read_after(&self) -> Option<Seq> {
+        let mut standing = self.standing.lock();
+        standing.reading = standing.place.is_behind();
+        standing.reading.then(|| standing.place.read_after())
     }
 
     /// Whether the message with this number in the shard's journal is the node's last; false: unknown.
@@ -411,7 +445,7 @@ impl Audience {
             }
         };
         drop(members);
-        let next = audience.end.load(Ordering::Acquire);
+        let next = Next { next: audience.end.load(Ordering::Acquire), told: false };
         Member { audience: Arc::clone(audience), slot, next }
     }
 
@@ -490,15 +524,23 @@ impl Audience {
 pub struct Member {
     audience: Arc<Audience>,
     slot: u32,
+    next: Next,
+}
+
+/// Where a member reads.
+#[derive(Debug, Clone, Copy)]
+struct Next {
     /// The number of the next message to read.
     next: u32,
+    /// The member has been told that the history is another one from there on.
+    told: bool,
 }
 
 impl Member {
     /// Reads the next run of messages.
     pub fn read(&mut self, format: Format) -> Read {
         let audience = &*self.audience;
-        if audience.end.load(Ordering::Acquire) == self.next {
+        if audience.end.load(Ordering::Acquire) == self.next.next {
             return Read::default();
         }
         let mut log = audience.log.lock();
@@ -519,19 +561,11 @@ impl Member {
     pub(super) fn point(&self) -> Point {
         let standing = self.audience.standing.lock();
         let log = self.audience.log.lock();
-        let index = self.next.wrapping_sub(log.first) as usize;
+        let ahead = log.end().wrapping_sub(self.next.next) as usize;
+        // A member that is behind the log reads on from its oldest message.
+        let index = log.entries.len().saturating_sub(ahead);
         let next = log.entries.get(index).map(|entry| entry.before);
         next.or(standing.place.at()).unwrap_or(Point::NONE)
-    }
-
-    /// The number of the next message, if the mailbox's history is another one from it on.
-    pub(super) fn restart(&self) -> Option<u32> {
-        if self.audience.end.load(Ordering::Acquire) == self.next {
-            return None;
-        }
-        let log = self.audience.log.lock();
-        let next = log.entries.get(self.next.wrapping_sub(log.first) as usize);
-        next.is_some_and(|entry| entry.restarts).then_some(self.next)
     }
 
     /// Has the member read the log from just after this position. Returns false if the log does not have it.
@@ -541,11 +575,10 @@ impl Member {
         let next = match log.number_after(point) {
             Some(number) => number,
             None if standing.place.at() == Some(point) => log.end(),
-            // Nothing of a new life has arrived.
-            None if point.epoch == Epoch(0) => log.end(),
             None => return false,
         };
-        self.next = next;
+        // The device knows the position before it.
+        self.next = Next { next, told: true };
         true
     }
 

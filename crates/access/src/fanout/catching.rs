@@ -4,6 +4,8 @@
 use barid_core::{Audience, Chain, Epoch, Position, Seq};
 use barid_mailbox::Page;
 use barid_wire::envelope::{self, Envelope, Header};
+use bytes::Bytes;
+use tokio::time::Instant;
 
 use crate::fanout::pages::Pages;
 use crate::fanout::place::Point;
@@ -18,8 +20,17 @@ pub(super) struct Catching {
     chain: Option<Chain>,
     /// The position was compared with the mailbox, or comes from it.
     verified: bool,
-    /// A page is being read, or there is none to read until the node has heard of more.
-    waiting: bool,
+    /// A page is being read.
+    reading: bool,
+    /// There is nothing to read until the node has heard of more.
+    at_end: bool,
+    /// The node has heard of more while a page was being read.
+    again: bool,
+    /// When the device named its position.
+    born: Instant,
+    /// A page contradicted the device. It may have been read before the device got what it has: only a page that was
+    /// asked for since it named its position shows that the history is another one.
+    doubts: bool,
     /// A shared page ended before the device's position: its entries are large.
     alone: bool,
 }
@@ -37,7 +48,19 @@ impl Catching {
     /// A device that names a position. Without a chain, a fork of the history is not noticed.
     pub fn new(audience: Audience, position: Position) -> Self {
         let Position { epoch, seq, chain, .. } = position;
-        Self { audience, epoch, seq, chain, verified: false, waiting: false, alone: false }
+        Self {
+            audience,
+            epoch,
+            seq,
+            chain,
+            verified: false,
+            reading: false,
+            at_end: false,
+            again: false,
+            born: Instant::now(),
+            doubts: false,
+            alone: false,
+        }
     }
 
     /// The device's position; `None` until the mailbox has confirmed it.
@@ -52,26 +75,43 @@ impl Catching {
         Position { epoch, seq, chain, ..Default::default() }
     }
 
-    /// Where to read, as the seq before the first entry wanted; `None`: not now. The device's own last entry is read as
-    /// well, to compare its chain.
-    pub fn read_after(&mut self) -> Option<Seq> {
-        if std::mem::replace(&mut self.waiting, true) {
-            return None;
-        }
-        let after = if self.verified { self.seq } else { Seq(self.seq.0.saturating_sub(1)) };
-        Some(if self.alone { after } else { Pages::begin(after) })
+    /// Whether a page is being read.
+    pub fn is_reading(&self) -> bool {
+        self.reading
     }
 
-    /// The node has heard of more, or a page could not be read.
+    /// Where to read, as the seq before the first entry wanted, and since when the page must have been asked for; `None`:
+    /// not now. The device's own last entry is read as well, to compare its chain.
+    pub fn read_after(&mut self) -> Option<(Seq, Option<Instant>)> {
+        if self.reading || self.at_end {
+            return None;
+        }
+        self.reading = true;
+        let after = if self.verified { self.seq } else { Seq(self.seq.0.saturating_sub(1)) };
+        Some((
+            if self.alone { after } else { Pages::begin(after) },
+            self.doubts.then_some(self.born),
+        ))
+    }
+
+    /// The node has heard of more.
     pub fn resume(&mut self) {
-        self.waiting = false;
+        self.at_end = false;
+        self.again = self.reading;
     }
 
     /// Handles a page that was read after `after`. Entries that have expired at `now_ms` are left out.
     pub fn page(&mut self, after: Seq, page: &Page, now_ms: u64) -> Found {
         let mut found = Found::default();
-        let entries = page.entries.iter().filter_map(|entry| envelope::decode(entry.clone()).ok());
-        let entries: Vec<(Header, Envelope)> = entries.collect();
+        self.reading = false;
+        let before = (self.seq, self.verified, self.alone);
+        // An entry that cannot be read keeps its place.
+        let entry = |entry: &Bytes| {
+            let header = Header::parse(entry).ok()?;
+            Some((header, envelope::decode(entry.clone()).ok().map(|(_, envelope)| envelope)))
+        };
+        let entries: Vec<(Header, Option<Envelope>)> =
+            page.entries.iter().filter_map(entry).collect();
         let before_oldest = Point {
             epoch: page.epoch,
             seq: Seq(page.oldest.0.saturating_sub(1)),
@@ -80,22 +120,32 @@ impl Catching {
         found.reset = page.epoch != self.epoch
             || self.seq > page.newest
             || !self.agrees(&entries, before_oldest);
+        // A device of epoch 0 has nothing that a page could lack.
+        if found.reset && !self.doubts && self.epoch.0 != 0 {
+            self.doubts = true;
+            return Found::default();
+        }
+        self.doubts = false;
         self.verified = true;
         if found.reset || self.seq < before_oldest.seq {
-            self.set(before_oldest); // in the latter case, what lay between was evicted
+            self.set(before_oldest); // in the latter case, entries in between were evicted
         }
         // A page that does not begin where it has to is of no use.
-        self.waiting = after <= self.seq && self.seq >= page.newest;
+        let is_end = after <= self.seq && self.seq >= page.newest;
         let last = entries.last().map_or(Seq(0), |(header, _)| header.seq);
         self.alone = !found.reset && last < page.newest && last <= self.seq;
         for (header, envelope) in entries {
             if header.seq == self.seq.next() && Some(header.prev_chain) == self.chain {
                 self.set(Point { epoch: header.epoch, seq: header.seq, chain: header.chain });
-                if envelope.voided == 0 && !envelope::expired(&envelope, now_ms) {
-                    found.entries.push(envelope);
-                }
+                let delivered = |envelope: &Envelope| {
+                    envelope.voided == 0 && !envelope::expired(envelope, now_ms)
+                };
+                found.entries.extend(envelope.filter(delivered));
             }
         }
+        // Nothing came of it: not again before the node has heard of more.
+        let is_idle = !found.reset && before == (self.seq, self.verified, self.alone);
+        self.at_end = (is_end || is_idle) && !std::mem::take(&mut self.again);
         found
     }
 
@@ -105,7 +155,7 @@ impl Catching {
 
     /// Whether the mailbox's history contains the device's position, as far as the page shows. A device that names no
     /// chain takes the mailbox's.
-    fn agrees(&mut self, entries: &[(Header, Envelope)], oldest: Point) -> bool {
+    fn agrees(&mut self, entries: &[(Header, Option<Envelope>)], oldest: Point) -> bool {
         let chain = if self.seq == oldest.seq {
             Some(oldest.chain)
         } else {
@@ -162,7 +212,7 @@ mod tests {
     fn read(device: &mut Catching, mailbox: impl Fn(u64) -> Page) -> (Vec<String>, bool) {
         let (mut ids, mut reset) = (Vec::new(), false);
         for _ in 0..10 {
-            let Some(after) = device.read_after() else { return (ids, reset) };
+            let Some((after, _)) = device.read_after() else { return (ids, reset) };
             let found = device.page(after, &mailbox(after.0), 0);
             reset |= found.reset;
             ids.extend(found.entries.into_iter().map(|entry| entry.id));
@@ -172,6 +222,25 @@ mod tests {
 
     fn ids(seqs: std::ops::RangeInclusive<u64>) -> Vec<String> {
         seqs.map(|seq| format!("m{seq}")).collect()
+    }
+
+    #[test]
+    fn a_page_from_before_the_device_got_its_last_message_does_not_reset_it() {
+        let mut device = at(7, 65, Some(chain_at(0, 65)));
+        let (after, since) = device.read_after().unwrap();
+        assert_eq!((after, since), (Seq(64), None));
+        let old = device.page(after, &page(7, 1, 64, 0, 64), 0);
+        assert!(!old.reset && device.point().is_none());
+        let (after, since) = device.read_after().unwrap();
+        assert!(since.is_some());
+        let found = device.page(after, &page(7, 1, 66, 0, after.0), 0);
+        assert_eq!((found.reset, found.entries.len()), (false, 1));
+        // Wake-ups while a page is being read cause no further reading beside it.
+        let (after, _) = device.read_after().unwrap();
+        device.resume();
+        assert_eq!(device.read_after(), None);
+        device.page(after, &page(7, 1, 66, 0, after.0), 0);
+        assert!(device.read_after().is_some(), "it was woken meanwhile");
     }
 
     #[test]

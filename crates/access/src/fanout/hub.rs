@@ -173,16 +173,25 @@ impl Fanout {
         let audience = self.audience(&due.audience.app, &due.audience.audience);
         if let Some(audience) = audience.filter(|_| due.has_members) {
             let progress = audience.open(head);
-            self.follow(&due.audience, &audience, progress);
-            // Also without messages: the members are told that their subscription has begun.
-            self.tell(audience);
+            let opened = progress.opened;
+            self.follow(&due.audience, &audience, progress, REORDERED);
+            if opened {
+                // Also without messages: the members are told that their subscription has begun.
+                self.tell(audience);
+            }
             self.wake();
         }
     }
 
-    /// Handles what has changed in an audience.
-    fn follow(&self, key: &AudienceKey, audience: &Arc<Audience>, progress: Progress) {
-        let Progress { appended, dropped, begun, read } = progress;
+    /// Handles what has changed in an audience. If its mailbox has to be read, that waits for `pause`.
+    fn follow(
+        &self,
+        key: &AudienceKey,
+        audience: &Arc<Audience>,
+        progress: Progress,
+        pause: Duration,
+    ) {
+        let Progress { appended, dropped, begun, read, .. } = progress;
         self.metrics.fanout_missed.inc_by((dropped * audience.len()) as u64);
         if begun {
             self.holding.lock().push(Arc::clone(audience));
@@ -191,7 +200,7 @@ impl Fanout {
             self.tell(Arc::clone(audience));
         }
         if read {
-            self.read_later(key.clone(), REORDERED);
+            self.read_later(key.clone(), pause);
         }
     }
 
@@ -212,7 +221,7 @@ impl Fanout {
                 Some(due) if due <= Instant::now() => {
                     let Some((_, key)) = self.reads.lock().pop_front() else { continue };
                     let audience = self.audience(&key.app, &key.audience);
-                    if let Some(after) = audience.map(|audience| audience.read_after()) {
+                    if let Some(after) = audience.and_then(|audience| audience.read_after()) {
                         return (key, after);
                     }
                 }
@@ -248,16 +257,20 @@ impl Fanout {
             newest: read.newest,
             entries: entries.collect(),
         });
-        self.follow(key, &audience, progress);
+        // A page that shows nothing new is not followed by another one at once.
+        let pause = if progress.appended > 0 { Duration::ZERO } else { REORDERED };
+        self.follow(key, &audience, progress, pause);
         self.wake();
     }
 
-    /// A page of an audience's mailbox, for a device that catches up; devices share them.
+    /// A page of an audience's mailbox, for a device that catches up; devices share them, unless it was asked for before
+    /// `not_before`.
     pub async fn page_for(
         &self,
         mailboxes: &Mailboxes,
         audience: &AudienceKey,
         after: Seq,
+        not_before: Option<tokio::time::Instant>,
     ) -> Arc<barid_mailbox::Page> {
         let request = AudienceReadRequest {
             audience: audience.clone(),
@@ -267,7 +280,7 @@ impl Fanout {
         };
         let call = || mailboxes.store().read_audience(request.clone());
         let read = async || mailboxes.until_answered(Call::Read, call).await;
-        let (page, is_reader) = self.pages.get(audience, after, read).await;
+        let (page, is_reader) = self.pages.get(audience, after, not_before, read).await;
         let result = if is_reader { PageResult::Read } else { PageResult::Shared };
         self.metrics.audience_page(result);
         if is_reader {
@@ -280,7 +293,7 @@ impl Fanout {
     fn hear_of(&self, key: &AudienceKey, epoch: Epoch, newest: Seq) {
         if let Some(audience) = self.audience(&key.app, &key.audience) {
             let progress = audience.hear_of(epoch, newest);
-            self.follow(key, &audience, progress);
+            self.follow(key, &audience, progress, REORDERED);
         }
     }
 
@@ -348,7 +361,7 @@ impl Fanout {
             _ => FanoutResult::NotNext,
         };
         let key = AudienceKey { app: app.clone(), audience: name.clone() };
-        self.follow(&key, &audience, progress);
+        self.follow(&key, &audience, progress, REORDERED);
         Ok(result)
     }
 
@@ -403,9 +416,14 @@ impl Fanout {
     }
 }
 
-/// An entry of a page. Voided and expired ones are not delivered; `None`: not an envelope at all.
+/// An entry of a page. Voided and expired ones, and those that cannot be read, are not delivered; `None`: without a
+/// header.
 fn entry_of(entry: Bytes, received: Received) -> Option<(Header, Entry)> {
-    let (header, envelope) = envelope::decode(entry).ok()?;
+    let header = Header::parse(&entry).ok()?;
+    let Ok((_, envelope)) = envelope::decode(entry) else {
+        tracing::warn!(seq = header.seq.0, "entry of an audience cannot be read");
+        return Some((header, Entry::void(&header, received.now)));
+    };
     let is_void = envelope.voided != 0 || envelope::expired(&envelope, received.now_ms);
     let entry = match is_void {
         true => Entry::void(&header, received.now),

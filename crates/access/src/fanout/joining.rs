@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use barid_core::{AudienceKey, Shard};
-use barid_mailbox::{AudienceReadRequest, Error, JoinOutcome, JoinRequest, JournalRequest};
+use barid_mailbox::{
+    AudienceReadRequest, Error, JoinOutcome, JoinRequest, Journal, JournalRequest,
+};
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use tokio::sync::broadcast::error::RecvError;
@@ -27,8 +29,8 @@ const MISSING_ENTRIES: u32 = 128;
 const MISSING_BYTES: u32 = 5 << 20;
 /// How often the journals are read.
 const JOURNAL_EVERY: Duration = Duration::from_secs(5);
-/// Audiences in one reading of a journal; the rest follows in the next one.
-const CHANGED_MAX: u32 = 1_000;
+/// Audiences in one reading: as many as a journal has.
+const CHANGED_MAX: u32 = 10_000;
 /// How long no request is sent to a master that did not answer one.
 const AWAY: Duration = Duration::from_secs(1);
 
@@ -136,10 +138,13 @@ pub async fn read_journals(fanout: &Fanout, mailboxes: &Mailboxes) {
             let request =
                 JournalRequest { shard, after: before.unwrap_or(0), audiences_max: CHANGED_MAX };
             match store.journal(request).await {
-                // The first reading, and one behind what was trimmed, does not show what has changed.
-                Ok(journal) if before.is_none_or(|before| before < journal.trimmed) => {
+                // The first reading, one behind what was trimmed, and one of a Redis that went back do not show what
+                // has changed.
+                Ok(Journal { trimmed, highest, .. })
+                    if before.is_none_or(|before| before < trimmed || before > highest) =>
+                {
                     fanout.changed(audiences.into_iter().map(|key| (key, 0)).collect());
-                    Some((shard, journal.highest.max(journal.trimmed)))
+                    Some((shard, highest))
                 }
                 Ok(journal) => {
                     fanout.changed(journal.changed);

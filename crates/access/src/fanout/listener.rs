@@ -7,8 +7,9 @@ use barid_core::{AppId, Audience, CloseCode, GroupId, Position, Seq};
 use barid_mailbox::Page;
 use barid_wire::envelope::Envelope;
 use barid_wire::frames::Format;
+use tokio::time::Instant;
 
-use crate::fanout::audience::{Member, Read};
+use crate::fanout::audience::{Begun, Member, Read};
 use crate::fanout::catching::Catching;
 use crate::fanout::hub::Fanout;
 use crate::fanout::place::Point;
@@ -30,7 +31,8 @@ struct Groups {
     positions: Vec<(Audience, Position)>,
     /// Audiences whose mailboxes the session reads, because it is behind their logs.
     catching: Vec<Catching>,
-    /// The position of everyone that the device has not been told.
+    /// Whether Hello names a position of everyone, and whether the device has not been told where it begins.
+    follows_everyone: bool,
     everyone_unconfirmed: bool,
     /// Index of the audience to read first; 0 is everyone.
     turn: usize,
@@ -42,17 +44,17 @@ struct Subscription {
     member: Member,
     /// The device has been told.
     confirmed: bool,
-    /// The device has been told that the history is another one from the message with this number on.
-    restart: Option<u32>,
 }
 
-/// A subscription that has begun: the messages after this position are delivered.
+/// A page to read for a device.
 #[derive(Debug)]
-pub struct Begun {
+pub struct Wanted {
     /// The audience.
     pub audience: Audience,
-    /// The position.
-    pub position: Position,
+    /// The seq before the first entry wanted.
+    pub after: Seq,
+    /// Since when it must have been asked for; `None`: any page serves.
+    pub not_before: Option<Instant>,
 }
 
 /// Why a session may not subscribe to a group.
@@ -88,7 +90,8 @@ impl Listener {
         if !positions.is_empty() {
             let groups = listener.groups.get_or_insert_default();
             groups.positions = positions;
-            groups.everyone_unconfirmed = groups.resume(Audience::Everyone);
+            groups.follows_everyone = groups.resume(Audience::Everyone);
+            groups.everyone_unconfirmed = groups.follows_everyone;
         }
         listener
     }
@@ -124,7 +127,7 @@ impl Listener {
         }
         groups.resume(Audience::Group(group.clone()));
         let (group, member) = (group.clone(), fanout.subscribe(handle, group));
-        groups.subscribed.push(Subscription { group, member, confirmed: false, restart: None });
+        groups.subscribed.push(Subscription { group, member, confirmed: false });
         Ok(())
     }
 
@@ -136,7 +139,9 @@ impl Listener {
             groups.everyone_unconfirmed = false;
             (Audience::Everyone, &*everyone)
         } else {
-            let subscription = groups.subscribed.iter_mut().find_map(Subscription::begins)?;
+            let begun = |known: &&mut Subscription| !known.confirmed && known.member.is_live();
+            let subscription = groups.subscribed.iter_mut().find(begun)?;
+            subscription.confirmed = true;
             (Audience::Group(subscription.group.clone()), &subscription.member)
         };
         let catching = groups.catching.iter().find(|catching| catching.audience == audience);
@@ -145,11 +150,13 @@ impl Listener {
     }
 
     /// Has the session read the logs that it has reached, and returns whether there were any; and a mailbox to read for
-    /// the device, as the seq before the first entry wanted.
-    pub fn catch_up(&mut self) -> (bool, Option<(Audience, Seq)>) {
+    /// the device, if none is being read: the seq before the first entry wanted, and since when the page must have been
+    /// asked for.
+    pub fn catch_up(&mut self) -> (bool, Option<Wanted>) {
         let Self { everyone, groups: Some(groups) } = self else { return (false, None) };
         let Groups { subscribed, catching, .. } = &mut **groups;
         let (mut reached, mut wanted) = (false, None);
+        let mut is_reading = catching.iter().any(Catching::is_reading);
         catching.retain_mut(|catching| {
             let member = match &catching.audience {
                 Audience::Everyone => Some(&mut *everyone),
@@ -166,9 +173,9 @@ impl Listener {
                 reached = true;
                 return false;
             }
-            if wanted.is_none() {
-                let after = catching.read_after();
-                wanted = after.map(|after| (catching.audience.clone(), after));
+            if !is_reading && let Some((after, not_before)) = catching.read_after() {
+                is_reading = true;
+                wanted = Some(Wanted { audience: catching.audience.clone(), after, not_before });
             }
             true
         });
@@ -231,7 +238,16 @@ impl Listener {
 
     /// Reads the next run of messages, from each audience in turn.
     pub fn read(&mut self, format: Format) -> Read {
-        let Some(groups) = &mut self.groups else { return self.everyone.read(format) };
+        let Some(groups) = &mut self.groups else {
+            let mut read = self.everyone.read(format);
+            if read.restart.is_some() {
+                // A device that names no position need not know.
+                let missed = read.missed;
+                read = self.everyone.read(format);
+                read.missed += missed;
+            }
+            return read;
+        };
         let mut missed = 0;
         let audiences = 1 + groups.subscribed.len();
         for _ in 0..audiences {
@@ -247,6 +263,16 @@ impl Listener {
                 _ => subscribed[turn - 1].member.read(format),
             };
             missed += read.missed;
+            if let Some(restart) = read.restart {
+                let audience = match turn {
+                    0 => Audience::Everyone,
+                    _ => Audience::Group(subscribed[turn - 1].group.clone()),
+                };
+                groups.turn = turn;
+                let begun = Begun { audience, position: position_of(restart) };
+                let begun = (turn > 0 || groups.follows_everyone).then_some(begun);
+                return Read { missed, begun, ..read };
+            }
             if read.run.is_some() {
                 return Read { missed, ..read };
             }
@@ -260,20 +286,6 @@ impl Listener {
             fanout.unsubscribe(app, &known.group, &known.member);
         }
         fanout.leave(app, &self.everyone);
-    }
-}
-
-impl Subscription {
-    /// Itself, if it has begun, or goes on in another history, and the device has not been told.
-    fn begins(&mut self) -> Option<&mut Self> {
-        let restart = self.member.restart();
-        if self.member.is_live()
-            && (!self.confirmed || restart.is_some() && restart != self.restart)
-        {
-            (self.confirmed, self.restart) = (true, restart);
-            return Some(self);
-        }
-        None
     }
 }
 

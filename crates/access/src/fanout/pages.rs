@@ -27,6 +27,8 @@ type Cell = Arc<OnceCell<Arc<Page>>>;
 #[derive(Debug)]
 struct Kept {
     cell: Cell,
+    /// When its reading began.
+    since: Instant,
     /// `None` while it is being read.
     until: Option<Instant>,
 }
@@ -41,16 +43,17 @@ impl Pages {
         Seq(after.0 - after.0 % u64::from(PAGE_ENTRIES))
     }
 
-    /// The page behind a seq. `read` is called if nobody has read it, and nobody is reading it. Cancel-safe: if the
+    /// The page behind a seq, whose reading did not begin before `not_before`. `read` is called if nobody has read it, and nobody is reading it. Cancel-safe: if the
     /// caller that reads is cancelled, another one that waits reads. Also returns whether this caller has read it.
     pub async fn get(
         &self,
         audience: &AudienceKey,
         after: Seq,
+        not_before: Option<Instant>,
         read: impl AsyncFnOnce() -> Page,
     ) -> (Arc<Page>, bool) {
         let key = (audience.clone(), after);
-        let Some(cell) = self.cell(&key) else { return (Arc::new(read().await), true) };
+        let Some(cell) = self.cell(&key, not_before) else { return (Arc::new(read().await), true) };
         let mut is_reader = false;
         let page = cell.get_or_init(async || {
             is_reader = true;
@@ -64,21 +67,24 @@ impl Pages {
     }
 
     /// The page's cell; `None`: there is no room for another.
-    fn cell(&self, key: &(AudienceKey, Seq)) -> Option<Cell> {
+    fn cell(&self, key: &(AudienceKey, Seq), not_before: Option<Instant>) -> Option<Cell> {
         let (mut pages, now) = (self.0.lock(), Instant::now());
         let is_current = |kept: &Kept| kept.until.is_none_or(|until| until > now);
-        if let Some(kept) = pages.get(key).filter(|kept| is_current(kept)) {
+        let serves = |kept: &&Kept| {
+            is_current(kept) && not_before.is_none_or(|earliest| kept.since >= earliest)
+        };
+        if let Some(kept) = pages.get(key).filter(serves) {
             return Some(Arc::clone(&kept.cell));
         }
         if pages.len() >= PAGES_MAX {
-            // What nobody reads any more was given up.
+            // Readings that were given up have no reader.
             pages.retain(|_, kept| is_current(kept) && !is_abandoned(kept));
         }
         if pages.len() >= PAGES_MAX {
             return None;
         }
         let cell = Cell::default();
-        pages.insert(key.clone(), Kept { cell: Arc::clone(&cell), until: None });
+        pages.insert(key.clone(), Kept { cell: Arc::clone(&cell), since: now, until: None });
         Some(cell)
     }
 
@@ -140,7 +146,7 @@ mod tests {
                     reads.fetch_add(1, Ordering::Relaxed);
                     page(newest)
                 };
-                pages.get(&key(), Seq(0), read).await.0.newest.0
+                pages.get(&key(), Seq(0), None, read).await.0.newest.0
             }
         };
         let many = futures::future::join_all((0..100).map(|_| read(100))).await;
@@ -151,6 +157,9 @@ mod tests {
         assert_eq!((read(10).await, reads.load(Ordering::Relaxed)), (10, 2));
         sleep(LAST).await;
         assert_eq!((read(11).await, reads.load(Ordering::Relaxed)), (11, 3), "there may be more");
+        // A page that was read before is of no use to who doubts it.
+        let doubting = pages.get(&key(), Seq(0), Some(Instant::now()), async || page(12)).await;
+        assert_eq!((doubting.0.newest, doubting.1), (Seq(12), true));
         pages.sweep();
         sleep(WHOLE).await;
         pages.sweep();
@@ -160,16 +169,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_is_cancelled_leaves_nobody_waiting() {
         let (pages, key) = (Pages::default(), key());
-        let never = pages.get(&key, Seq(0), async || std::future::pending().await);
+        let never = pages.get(&key, Seq(0), None, async || std::future::pending().await);
         let cancelled = tokio::time::timeout(Duration::from_millis(10), never);
         let other = async {
             sleep(Duration::from_millis(5)).await;
-            pages.get(&key, Seq(0), async || page(7)).await.0.newest
+            pages.get(&key, Seq(0), None, async || page(7)).await.0.newest
         };
         let (cancelled, other) = tokio::join!(cancelled, other);
         assert!(cancelled.is_err());
         assert_eq!(other, Seq(7));
-        let given_up = pages.get(&key, Seq(64), async || std::future::pending().await);
+        let given_up = pages.get(&key, Seq(64), None, async || std::future::pending().await);
         let _ = tokio::time::timeout(Duration::from_millis(10), given_up).await;
         pages.sweep();
         assert_eq!(pages.0.lock().len(), 1);

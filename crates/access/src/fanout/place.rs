@@ -1,5 +1,5 @@
 //! Where a node stands in an audience's mailbox. Records arrive from several purgers through several dispatchers: out of
-//! order, twice, or not at all. What is missing is read from the mailbox. Pure: no Redis, no clock.
+//! order, twice, or not at all. The node reads what is missing from the mailbox. Pure: no Redis, no clock.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,9 +13,12 @@ const RECENT_MAX: usize = 64;
 
 /// A position in the mailbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Point {
+pub struct Point {
+    /// The mailbox's epoch; 0: there is no mailbox.
     pub epoch: Epoch,
+    /// The last entry.
     pub seq: Seq,
+    /// The chain after it.
     pub chain: Chain,
 }
 
@@ -48,6 +51,15 @@ struct Waiting<T> {
     read: bool,
 }
 
+/// A position of which the node has no record.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    epoch: Epoch,
+    seq: Seq,
+    /// As in [`Waiting`].
+    read: bool,
+}
+
 /// A node's position in one audience's mailbox.
 #[derive(Debug)]
 pub(super) struct Place<T> {
@@ -59,8 +71,10 @@ pub(super) struct Place<T> {
     recent: VecDeque<(Seq, Chain)>,
     /// Records beyond the next one, by epoch and seq.
     ahead: BTreeMap<(Epoch, Seq), Waiting<T>>,
-    /// The mailbox may have entries that the node does not: it has to be read.
-    behind: bool,
+    /// The highest position that something else has shown: a head, a device's page, a record for which there was no room.
+    seen: Option<Seen>,
+    /// The last page was not the end of the mailbox.
+    partial: bool,
     /// Redis has another history than the node: read from the first known position.
     forked: bool,
 }
@@ -72,7 +86,8 @@ impl<T> Default for Place<T> {
             accepted_at_us: 0,
             recent: VecDeque::new(),
             ahead: BTreeMap::new(),
-            behind: false,
+            seen: None,
+            partial: false,
             forked: false,
         }
     }
@@ -88,20 +103,22 @@ impl<T> Place<T> {
         };
         // The listing was confirmed. Records that were accepted after that may have arrived before.
         let known = head.epoch == at.epoch && self.recent.contains(&(head.seq, head.chain));
-        self.behind |= !known;
-        self.forked |= !known && head.epoch == at.epoch && head.seq <= at.seq;
+        if head.epoch == at.epoch && head.seq <= at.seq {
+            self.forked |= !known;
+        } else {
+            self.see(head.epoch, head.seq);
+        }
         Vec::new()
     }
 
-    /// A record arrived. Returns the entries that the node has now, in order.
-    pub fn receive(&mut self, header: Header, entry: T) -> Vec<T> {
+    /// A record arrived. It is kept if it has to wait, and `has_room`. Returns the entries that the node has now, in
+    /// order.
+    pub fn receive(&mut self, header: Header, entry: T, has_room: bool) -> Vec<T> {
         if let Some(at) = self.at {
             if header.epoch == at.epoch && header.seq <= at.seq {
                 // Known, unless Redis has given the position to another message.
                 let known = self.recent.iter().find(|(seq, _)| *seq == header.seq);
-                let is_other = known.is_some_and(|(_, chain)| *chain != header.chain);
-                self.forked |= is_other;
-                self.behind |= is_other;
+                self.forked |= known.is_some_and(|(_, chain)| *chain != header.chain);
                 return Vec::new();
             }
             if self.is_next(&header) {
@@ -111,10 +128,11 @@ impl<T> Place<T> {
                 return entries;
             }
         }
-        self.behind |= self.at.is_some();
-        if self.ahead.len() < AHEAD_MAX {
+        if has_room && self.ahead.len() < AHEAD_MAX {
             let waiting = Waiting { header, entry, read: false };
             self.ahead.insert((header.epoch, header.seq), waiting);
+        } else {
+            self.see(header.epoch, header.seq);
         }
         Vec::new()
     }
@@ -127,17 +145,26 @@ impl<T> Place<T> {
     /// Whether the message with this number in the shard's journal is the node's last. Mostly the number is the time of
     /// acceptance; where it is not, that is unknown.
     pub fn is_numbered(&self, number: u64) -> bool {
-        !self.behind && self.accepted_at_us == number
+        !self.is_behind() && self.accepted_at_us == number
     }
 
     /// A device, or a page that was read for one, shows that the mailbox goes further.
     pub fn hear_of(&mut self, epoch: Epoch, newest: Seq) {
-        self.behind |= self.at.is_some_and(|at| at.epoch != epoch || at.seq < newest);
+        self.see(epoch, newest);
+    }
+
+    fn see(&mut self, epoch: Epoch, seq: Seq) {
+        match &mut self.seen {
+            Some(seen) if seen.epoch == epoch && seen.seq >= seq => {}
+            seen => *seen = Some(Seen { epoch, seq, read: false }),
+        }
     }
 
     /// Whether the mailbox has to be read.
     pub fn is_behind(&self) -> bool {
-        self.at.is_some() && self.behind
+        let Some(at) = self.at else { return false };
+        let is_beyond = |seen: Seen| seen.epoch != at.epoch || seen.seq > at.seq;
+        self.forked || self.partial || !self.ahead.is_empty() || self.seen.is_some_and(is_beyond)
     }
 
     /// Where to read from, as the seq before the first entry wanted: the last known entry, whose chain is compared.
@@ -154,10 +181,16 @@ impl<T> Place<T> {
     pub fn page(&mut self, read: Page<T>) -> Vec<T> {
         let Some(at) = self.at else { return Vec::new() };
         self.ahead.retain(|_, waiting| !std::mem::replace(&mut waiting.read, true));
+        self.seen = self.seen.filter(|seen| !seen.read).map(|seen| Seen { read: true, ..seen });
+        self.partial = false;
         if read.epoch.0 == 0 {
             // Empty or expired. A record of its next life is of another epoch.
-            self.behind = !self.ahead.is_empty();
+            self.forked = false;
             return Vec::new();
+        }
+        if read.after != self.read_after() {
+            // It was asked for before the place moved: it shows what is next, but not what is lost.
+            return if read.epoch == at.epoch { self.take(read) } else { self.read_again() };
         }
         let before_oldest = Point {
             epoch: read.epoch,
@@ -193,7 +226,7 @@ impl<T> Place<T> {
     }
 
     fn read_again(&mut self) -> Vec<T> {
-        self.behind = true;
+        self.partial = true;
         Vec::new()
     }
 
@@ -222,7 +255,7 @@ impl<T> Place<T> {
         entries.extend(self.follow());
         let at = self.at.map_or(Seq(0), |at| at.seq);
         // A record that waited may have been taken in place of one that this page does not reach.
-        self.behind = at < read.newest || last < read.newest || !self.ahead.is_empty();
+        self.partial = at < read.newest || last < read.newest;
         entries
     }
 
@@ -251,7 +284,6 @@ impl<T> Place<T> {
         if let Some(at) = self.at {
             self.ahead.retain(|(epoch, seq), _| *epoch != at.epoch || *seq > at.seq);
         }
-        self.behind = !self.ahead.is_empty();
         entries
     }
 
@@ -272,6 +304,7 @@ impl<T> Place<T> {
     /// Begins anew at a position; what waits of other epochs, or up to there, is dropped.
     fn restart(&mut self, at: Point) {
         self.recent.clear();
+        self.forked = false;
         self.set(at);
         self.ahead.retain(|(epoch, seq), _| *epoch == at.epoch && *seq > at.seq);
     }
