@@ -125,7 +125,12 @@ mod tests {
         let error = parse("send --user alice").unwrap_err();
         assert!(error.contains("--text <TEXT>") || error.contains("[TEXT]"), "{error}");
         assert!(parse("send --user a --users b,c hello").is_err());
-        assert!(parse("send --users b,c --device d hello").is_err());
+        assert!(parse("send --group eng hello").is_ok() && parse("send --everyone hello").is_ok());
+        assert!(parse("send --group eng --everyone hello").is_err());
+        assert!(parse("send --user a --group eng hello").is_err());
+        for many in ["--users b,c", "--group eng", "--everyone"] {
+            assert!(parse(&format!("send {many} --device d hello")).is_err(), "{many}");
+        }
         assert!(parse("send --user a hello --file x").is_err());
     }
 

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 fn refuse(error: &clap::Error) -> ExitCode {
     let words: Vec<String> =
         std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    if let Some(hint) = send::dash_hint(&words, error.kind()) {
+    if let Some(hint) = send::dash_hint(&words, error) {
         let is_json = words.iter().any(|word| word == "--json");
         return Output::new(is_json).fail(&Coded::config(hint).into());
     }

@@ -15,7 +15,7 @@ use barid_wire::record::{
 use barid_wire::v1::ReceiptKind;
 use bytes::Bytes;
 use clap::ValueEnum;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long)]
     pub everyone: bool,
     /// Only this device of the user
-    #[arg(long, requires = "user")]
+    #[arg(long, conflicts_with_all = ["users", "group", "everyone"])]
     pub device: Option<DeviceId>,
 
     /// Text; one that begins with a dash follows --
@@ -144,15 +144,24 @@ struct Sent<'a> {
 }
 
 /// What to write instead of a text that begins with a dash, which clap takes for options: `-hello` is `-h`. `words`: the
-/// arguments, after the program's name.
-pub fn dash_hint(words: &[String], kind: ErrorKind) -> Option<String> {
+/// arguments, after the program's name. `None`: clap's own words serve.
+pub fn dash_hint(words: &[String], error: &clap::Error) -> Option<String> {
     let is_send = words.iter().find(|word| !word.starts_with('-')).is_some_and(|it| it == "send");
-    let mut options = words.iter().take_while(|word| *word != "--");
-    let text = options.find(|word| match kind {
-        ErrorKind::DisplayHelp => word.starts_with("-h") && word.len() > 2,
-        ErrorKind::UnknownArgument => word.starts_with('-') && !word.starts_with("--"),
-        _ => false,
-    })?;
+    let begin = match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::DisplayHelp, _) => "-h",
+        // The first letter that is no option; the word may go on behind it.
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(bad)))
+            if bad.starts_with('-') && !bad.starts_with("--") =>
+        {
+            bad.as_str()
+        }
+        _ => return None,
+    };
+    // A setting of Kafka may be a secret.
+    let is_text = |word: &&String| {
+        word.starts_with(begin) && word.len() > 1 && *word != "-h" && !word.starts_with("-X")
+    };
+    let text = words.iter().take_while(|word| *word != "--").find(is_text)?;
     is_send.then(|| {
         format!("{text} is not an option; a text that begins with a dash follows --: -- '{text}'")
     })
@@ -513,7 +522,7 @@ mod tests {
             let parsed = crate::cli::Cli::try_parse_from(
                 std::iter::once("barid".into()).chain(words.clone()),
             );
-            parsed.err().map(|error| dash_hint(&words, error.kind()).unwrap_or_default())
+            parsed.err().map(|error| dash_hint(&words, &error).unwrap_or_default())
         };
         for line in ["send --user a -hello", "send -hello --user a", "--json send --user a -n"] {
             let hint = told(line).unwrap();
@@ -524,8 +533,15 @@ mod tests {
         for line in ["send --user a -- -hello", "send --user a --text -hello"] {
             assert_eq!(told(line), None, "{line}");
         }
-        for line in ["send -h", "send --help", "send --usr a hello", "kick -hello", "send --user a"]
-        {
+        for line in [
+            "send -h",
+            "send --help",
+            "send --usr a hello",
+            "send --usr a -X sasl.username=x hello",
+            "send --usr a -Xsasl.password=hush hello",
+            "kick -hello",
+            "send --user a",
+        ] {
             assert_eq!(told(line), Some(String::new()), "clap tells: {line}");
         }
         assert_eq!(

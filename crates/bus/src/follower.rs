@@ -37,6 +37,8 @@ const PREFETCH_KBYTES: &str = "4096";
 const POLL: Duration = Duration::from_secs(10);
 /// The same while something is wrong.
 const POLL_DEGRADED: Duration = Duration::from_secs(1);
+/// Pause before a poll because a connection was lost: many may be lost at once.
+const POLL_LOST: Duration = Duration::from_millis(250);
 /// How long each answer is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The same after a connection was lost: most often Kafka is away.
@@ -251,7 +253,7 @@ impl Follower {
                 tracing::debug!(topic = &*self.topic, %error, "fetch failed");
                 // What is known to be away is polled at its pace, and for longer: it may answer slowly.
                 if self.unanswered.is_none() {
-                    self.poll_at = Instant::now();
+                    self.poll_at = self.poll_at.min(Instant::now() + POLL_LOST);
                     self.is_lost = true;
                 }
             }
@@ -290,7 +292,8 @@ impl Follower {
             }
             Err(error) => self.unanswered = Some(error),
         }
-        let is_degraded = self.error().is_some();
+        // A connection that was lost during the poll may have been another one.
+        let is_degraded = self.error().is_some() || self.is_lost;
         self.poll_at = Instant::now() + if is_degraded { POLL_DEGRADED } else { POLL };
     }
 

@@ -41,7 +41,7 @@ pub fn read_text(path: &Path) -> io::Result<String> {
 /// Checks that there is a regular file, for readers that would wait for a pipe, or read a device for ever.
 ///
 /// # Errors
-/// There is none; says what is there instead.
+/// Returns an error that names what is there, unless it is a regular file.
 pub fn check_regular(path: &Path) -> io::Result<()> {
     check_kind(&std::fs::metadata(path)?)
 }

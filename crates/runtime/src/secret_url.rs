@@ -38,7 +38,8 @@ fn scheme_end(text: &str) -> Option<usize> {
 }
 
 /// A text with `***` in place of what is secret if it is a URL, with or without a scheme: the password, which ends at the
-/// last `@`, or a user without one, which may be a token; and the values of its query.
+/// last `@`, or a user without one, which may be a token; what stands in place of a port and is no number; the values of
+/// its query, and its fragment.
 pub(crate) fn masked(text: &str) -> String {
     let (scheme, rest) = text.split_at(scheme_end(text).unwrap_or(0));
     // A path without host has no authority.
@@ -48,17 +49,37 @@ pub(crate) fn masked(text: &str) -> String {
     let named = credentials.split_once(':').filter(|(_, password)| !password.is_empty());
     let user = named.map_or("", |(user, _)| user);
     let mask = if credentials.is_empty() { "" } else { ":***" };
-    let Some((path, query)) = rest.split_once('?') else {
-        return format!("{scheme}{user}{mask}{rest}");
+    let (rest, fragment) = match rest.split_once('#') {
+        Some((rest, _)) if !scheme.is_empty() => (rest, "#***"),
+        _ => (rest, ""),
     };
+    let (path, query) = match rest.split_once('?') {
+        Some((path, query)) => (path, Some(query)),
+        None => (rest, None),
+    };
+    let path = if scheme.is_empty() || is_path { path.to_owned() } else { without_port(path) };
     let shown = |pair: &str| match pair.split_once('=') {
-        Some((name, _)) if !matches!(name, "db" | "user" | "protocol") => {
-            format!("{name}=***")
-        }
-        _ => pair.to_owned(),
+        Some(("db" | "user" | "protocol", _)) => pair.to_owned(),
+        Some((name, _)) => format!("{name}=***"),
+        None => "***".to_owned(),
     };
-    let query: Vec<String> = query.split('&').map(shown).collect();
-    format!("{scheme}{user}{mask}{path}?{}", query.join("&"))
+    let query = query.map(|query| query.split('&').map(shown).collect::<Vec<_>>().join("&"));
+    let query = query.map_or_else(String::new, |query| format!("?{query}"));
+    format!("{scheme}{user}{mask}{path}{query}{fragment}")
+}
+
+/// The part of a URL from its host on, with `***` in place of a port that is no number: a password without a host.
+fn without_port(rest: &str) -> String {
+    let end = rest.find('/').unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    // An IPv6 address is in brackets.
+    let host_end = authority.find(']').unwrap_or(0);
+    match authority[host_end..].split_once(':') {
+        Some((host, port)) if !port.bytes().all(|byte| byte.is_ascii_digit()) => {
+            format!("{}{host}:***{path}", &authority[..host_end])
+        }
+        _ => rest.to_owned(),
+    }
 }
 
 /// Whether a text that is printed may hold user info: it has a scheme, or an `@` with a password before it or a port
@@ -104,6 +125,24 @@ mod tests {
             (shown("me:pw@h:1"), shown("pw"), shown("")),
             ("***".into(), "***".into(), "".into())
         );
+    }
+
+    #[test]
+    fn hazard_150_a_password_without_a_host_a_bare_query_and_a_fragment_are_hidden() {
+        for (url, shown) in [
+            ("redis://:hush", "redis://:***"),
+            ("redis://me:hush", "redis://me:***"),
+            ("wss://me:hush/v1", "wss://me:***/v1"),
+            ("sasl://me:hush:9092", "sasl://me:***"),
+            ("wss://h/v1?hush", "wss://h/v1?***"),
+            ("wss://h:7080/v1#hush", "wss://h:7080/v1#***"),
+            ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+            ("redis://[::1]", "redis://[::1]"),
+            ("redis://h:6379/0", "redis://h:6379/0"),
+            ("redis+unix:///run/a:b.sock?db=1", "redis+unix:///run/a:b.sock?db=1"),
+        ] {
+            assert_eq!(masked(url), shown);
+        }
     }
 
     #[test]

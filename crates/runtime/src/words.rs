@@ -34,7 +34,15 @@ pub fn shown_address(text: &str) -> String {
 /// A `host:port` with `***` in place of what may be secret: the password of a URL, and in place of the port what is no
 /// number.
 pub(crate) fn masked_address(text: &str) -> String {
+    let is_ip = |host: &str| host.starts_with('[') || host.parse::<Ipv6Addr>().is_ok();
     match text.rsplit_once(':') {
+        // `user:password:port`, where `user:password@host:port` was meant.
+        Some((host, _)) if !text.contains(['@', '/']) && host.contains(':') && !is_ip(text) => {
+            match host.split_once(':') {
+                Some((user, _)) if !is_ip(host) => format!("{user}:***"),
+                _ => masked(text),
+            }
+        }
         Some((host, port)) if !port.ends_with(']') && !is_quantity(port) && !port.is_empty() => {
             masked(&format!("{host}:***"))
         }
@@ -208,6 +216,9 @@ mod tests {
         assert_eq!(shown_address("me:hush"), "\"me:***\"");
         assert_eq!(shown_address("me:hush@h:1"), "\"me:***@h:1\"");
         assert_eq!(shown_address("h:99999"), "\"h:99999\"");
+        assert_eq!(shown_address("me:hush:9092"), "\"me:***\"");
+        assert_eq!(shown_address("::1:9092"), "\"::1:9092\"");
+        assert_eq!(shown_address("[::1]:9092"), "\"[::1]:9092\"");
         assert_eq!(shown_address("[::1]"), "\"[::1]\"");
     }
 
