@@ -34,7 +34,14 @@ async fn subscribe(device: &mut Device, group: &str) -> Result<()> {
 
 async fn hears(device: &mut Device, mailbox: &str, ids: &[&str]) -> Result<()> {
     for id in ids {
-        let Delivered { mailbox: of, id: heard, .. } = device.message().await?;
+        let Delivered { mailbox: of, id: heard, .. } = loop {
+            match device.next(PATIENCE).await? {
+                Incoming::Message(message) => break message,
+                // Another history begins, as that of a mailbox which did not exist.
+                Incoming::Other(kind, _) if kind == "subscribed" => {}
+                other => anyhow::bail!("{other:?} instead of {id}"),
+            }
+        };
         ensure!((&*of, &*heard) == (mailbox, *id), "{heard} of {of} instead of {id}");
     }
     Ok(())
@@ -132,7 +139,7 @@ async fn a_record_for_everyone_reaches_every_device_of_the_app() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_group_is_heard_again_after_its_node_or_redis_has_started_anew() -> Result<()> {
+async fn a_group_is_heard_again_after_its_node_has_started_anew() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(Role::Access, 2).durable_redis().start().await?;
     let business = cluster.business()?;
     let mut alice = member(&mut cluster, 0, "alice", &["eng"]).await?;
