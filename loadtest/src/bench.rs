@@ -143,6 +143,7 @@ impl Scenario {
             Self::Storm => storm::measure(trial).await,
             Self::Churn => churn::measure(trial).await,
             Self::Fanout => fanout::measure(trial).await,
+            Self::Audience => fanout::stored(trial).await,
             Self::Unicast => unicast::measure(trial).await,
             Self::Latency => latency::measure(trial).await,
             Self::Scale => scale::measure(trial).await,

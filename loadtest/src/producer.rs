@@ -1,12 +1,13 @@
 //! The business: produces records for users in turn, at a fixed rate or as fast as they are delivered.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use barid_core::{AppId, MessageId, UserId};
-use barid_wire::record::{BodyKind, Format, Push, RecordLimits, encode_push};
+use barid_core::{AppId, Audience, MessageId, UserId};
+use barid_wire::record::{BodyKind, Format, Push, Recipients, RecordLimits, encode_push};
 use bytes::Bytes;
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
@@ -113,6 +114,19 @@ impl Business {
         outcome.await.context("the producing thread has ended")?
     }
 
+    /// Produces messages for everyone of the app, whose numbers make their ids, until Kafka has accepted them.
+    pub async fn broadcast(self: &Arc<Self>, numbers: Range<u64>) -> anyhow::Result<()> {
+        let business = Arc::clone(self);
+        let send = move || {
+            let mut sent = numbers;
+            sent.try_for_each(|number| {
+                business.send_to(Audience::Everyone, &format!("everyone-{number}"), None)
+            })?;
+            business.flush()
+        };
+        tokio::task::spawn_blocking(send).await?
+    }
+
     fn run(&self, pace: Pace, audit: &Audit) -> anyhow::Result<u64> {
         pause(audit.wait());
         let mut number = 0;
@@ -120,10 +134,16 @@ impl Business {
             self.send(audit, number)?;
             number += 1;
         }
+        self.flush()?;
+        Ok(number)
+    }
+
+    /// Waits until Kafka has accepted everything.
+    fn flush(&self) -> anyhow::Result<()> {
         self.kafka.flush(FLUSH_LIMIT).context("Kafka did not accept everything in time")?;
         let failed = self.kafka.context().0.swap(0, Ordering::Relaxed);
-        ensure!(failed == 0, "Kafka refused {failed} of {number} records");
-        Ok(number)
+        ensure!(failed == 0, "Kafka refused {failed} records");
+        Ok(())
     }
 
     /// Waits until record `number` is due; returns false if there is no such record.
@@ -157,12 +177,22 @@ impl Business {
     }
 
     fn send(&self, audit: &Audit, number: u64) -> anyhow::Result<()> {
-        let (id, user) =
-            (MessageId::new(&audit.id(number))?, UserId::new(&user(audit.user_of(number)))?);
-        let push = Push::new(id, self.app.clone(), user, BodyKind::Text, self.text.clone());
+        let user = UserId::new(&user(audit.user_of(number)))?;
+        let due_ms = audit.timestamp_ms(number).and_then(|ms| i64::try_from(ms).ok());
+        self.send_to(user, &audit.id(number), due_ms)
+    }
+
+    fn send_to(
+        &self,
+        to: impl Into<Recipients>,
+        id: &str,
+        timestamp_ms: Option<i64>,
+    ) -> anyhow::Result<()> {
+        let (id, app, text) = (MessageId::new(id)?, self.app.clone(), self.text.clone());
+        let push = Push::new(id, app, to, BodyKind::Text, text);
         let value = encode_push(&push, Format::Protobuf, &RecordLimits::HIGHEST)?;
         let mut record = BaseRecord::to(&self.plan.topic).key(push.key()).payload(&value[..]);
-        record.timestamp = audit.timestamp_ms(number).and_then(|ms| i64::try_from(ms).ok());
+        record.timestamp = timestamp_ms;
         while let Err((error, again)) = self.kafka.send(record) {
             let full = KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull);
             ensure!(error == full, "producing: {error}");

@@ -1,7 +1,6 @@
 //! Options that several commands have, and their defaults.
 
 use std::io::Read as _;
-use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,6 +12,7 @@ use barid_core::limits::TTL_SECONDS_MAX;
 use barid_mailbox::RedisConfig;
 use barid_mesh::{Credentials, InternalTlsConfig, Party};
 use barid_runtime::SecretUrl;
+use barid_runtime::words::is_host_port;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfig;
 use rdkafka::error::KafkaError;
@@ -54,15 +54,10 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
 
 /// Parses `HOST:PORT`; HOST is a name or an address, an IPv6 one in brackets.
 pub fn host_port(text: &str) -> Result<String, String> {
-    let is_host = |host: &str| match host.strip_prefix('[') {
-        Some(rest) => rest.strip_suffix(']').is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
-        None => !host.is_empty() && !host.contains([':', '/', '@', ' ']),
-    };
-    let is_port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
-    match text.rsplit_once(':') {
-        Some((host, port)) if is_host(host) && is_port(port) => Ok(text.to_owned()),
-        _ => Err("write HOST:PORT, such as 127.0.0.1:7082".into()),
+    if is_host_port(text) {
+        return Ok(text.to_owned());
     }
+    Err("write HOST:PORT, such as 127.0.0.1:7082".into())
 }
 
 /// Parses the name of a topic.

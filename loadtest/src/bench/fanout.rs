@@ -1,9 +1,11 @@
-//! Fan-out to every session of a node, in bursts and at a steady rate. The load tool acts as the dispatcher.
+//! Fan-out to every session of a node, in bursts and at a steady rate. The load tool acts as the dispatcher; in
+//! `audience` it acts as a business, so that messages pass Kafka and the mailbox of everyone.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use barid_testkit::grpc::{NodeStream, audience_entry};
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -13,6 +15,7 @@ use crate::audit::Audit;
 use crate::controller::Agents;
 use crate::live::say;
 use crate::measure::{Goal, Measure};
+use crate::producer::Business;
 use crate::rpc::ConnectRequest;
 use crate::target::Target;
 
@@ -26,18 +29,28 @@ const STEADY_PER_S: u32 = 10;
 const STEADY_SECONDS: u32 = 20;
 /// The goal for CPU time per delivery, relative to the floor.
 const STEADY_RATIO: f64 = 1.2;
+/// The goal for bursts of stored messages, relative to fan-out alone.
+const STORED_RATIO: f64 = 0.8;
 const HANDSHAKES_MAX: u32 = 256;
 /// How long the last delivery may take.
 const LIMIT: Duration = Duration::from_secs(60);
 const REPORT_INTERVAL: Duration = Duration::from_millis(5);
 
+/// What fan-out costs a server.
 struct Cost {
+    /// Deliveries per second of bursts.
     burst_per_s: f64,
+    /// CPU time of the server per delivery at a steady rate.
     steady_cpu_us: f64,
 }
 
 pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
-    let both: Both<Cost> = trial.both(cost).await?;
+    let both: Both<Cost> = trial
+        .both(async |trial, server| {
+            let source = Source::new(server).await?;
+            cost(trial, server, source).await
+        })
+        .await?;
     let burst = both.row("fanout_burst_per_s", "1/s", |cost| cost.burst_per_s);
     let steady = both.row("fanout_steady_cpu_us", "µs", |cost| cost.steady_cpu_us);
     let Some(floor) = &both.floor else { return Ok(vec![burst, steady]) };
@@ -47,11 +60,32 @@ pub async fn measure(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
     ])
 }
 
-async fn cost(trial: &mut Trial<'_>, server: &mut Server) -> anyhow::Result<Cost> {
+/// Messages for everyone that are stored, beside fan-out alone on another node.
+pub async fn stored(trial: &mut Trial<'_>) -> anyhow::Result<Vec<Measure>> {
+    trial.needs_own_cluster()?;
+    let mut floor = None;
+    if !trial.options.no_floor {
+        let mut server = trial.barid().await?;
+        let source = Source::new(&mut server).await?;
+        floor = Some(cost(trial, &mut server, source).await.context("fan-out alone")?);
+    }
+    let mut server = trial.barid().await?;
+    let source = Source::business(&server).await?;
+    let both = Both { floor, barid: cost(trial, &mut server, source).await? };
+    let burst = both.row("audience_burst_per_s", "1/s", |cost| cost.burst_per_s);
+    let steady = both.row("audience_steady_cpu_us", "µs", |cost| cost.steady_cpu_us);
+    let Some(floor) = &both.floor else { return Ok(vec![burst, steady]) };
+    Ok(vec![burst.against(Goal::AtLeast(STORED_RATIO * floor.burst_per_s)), steady])
+}
+
+async fn cost(
+    trial: &mut Trial<'_>,
+    server: &mut Server,
+    mut source: Source,
+) -> anyhow::Result<Cost> {
     let (count, rate) = (trial.options.sessions, trial.options.rate);
     let request = server.connect_request().await?;
     let connect = ConnectRequest { count, rate, at_once_max: HANDSHAKES_MAX, ..request };
-    let mut source = Source::new(server).await?;
     trial.agents.expect(&Audit::new(count, None), None).await?;
     trial.live.phase("connecting");
     trial.agents.connect(&connect).await?;
@@ -96,6 +130,8 @@ enum Source {
     /// The floor generates them itself.
     Floor,
     Dispatcher(Box<Dispatcher>),
+    /// Produces to Kafka; the number of the next message.
+    Business(Arc<Business>, u64),
 }
 
 impl Source {
@@ -108,10 +144,20 @@ impl Source {
         Ok(Self::Dispatcher(Box::new(dispatcher)))
     }
 
+    async fn business(server: &Server) -> anyhow::Result<Self> {
+        let Server::Barid(target) = server else { bail!("the floor has no Kafka") };
+        Ok(Self::Business(Business::open(&target.plan(PAYLOAD_BYTES, 0)?).await?, 0))
+    }
+
     async fn broadcast(&mut self, server: &mut Server, count: u32) -> anyhow::Result<()> {
         match (self, server) {
             (Self::Floor, Server::Floor(floor)) => floor.broadcast(count, PAYLOAD_BYTES).await,
             (Self::Dispatcher(dispatcher), _) => dispatcher.broadcast(count, PAYLOAD_BYTES).await,
+            (Self::Business(business, next), _) => {
+                let first = *next;
+                *next += u64::from(count);
+                business.broadcast(first..*next).await
+            }
             (Self::Floor, Server::Barid(_)) => bail!("the source belongs to another server"),
         }
     }

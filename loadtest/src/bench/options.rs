@@ -16,7 +16,7 @@ pub const REPORT: &str = "report";
 
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Comma-separated scenarios (default: all except scale, slow, tls, attack and soak).
+    /// Comma-separated scenarios (default: all except audience, scale, slow, tls, attack and soak).
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<Scenario>,
     /// Running agents, host:port; without any, --local-agents are started.
@@ -34,10 +34,10 @@ pub struct Options {
     /// Do not measure the floor.
     #[arg(long)]
     pub no_floor: bool,
-    /// Sessions of `idle`, `fanout` and `scale`.
+    /// Sessions of `idle`, `fanout`, `audience` and `scale`.
     #[arg(long, default_value_t = 19_000, value_parser = value_parser!(u32).range(1..=10_000_000))]
     pub sessions: u32,
-    /// Sessions begun per second in `idle`, `fanout` and `scale`.
+    /// Sessions begun per second in `idle`, `fanout`, `audience` and `scale`.
     #[arg(long, default_value_t = 2_000, value_parser = value_parser!(u32).range(1..=100_000))]
     pub rate: u32,
     /// Seconds that sessions are idle before their memory is measured again.
@@ -59,7 +59,7 @@ pub struct Options {
     #[arg(long, default_value = REPORT, value_name = "NAME")]
     pub report: String,
     /// Whether the roles of the cluster speak mutual TLS (default: in `idle`, `handshake` and `attack`). Never in
-    /// `fanout`, where the tool acts as the dispatcher.
+    /// `fanout` and `audience`, where the tool acts as the dispatcher.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub internal_tls: Option<bool>,
     #[command(flatten)]
@@ -85,6 +85,8 @@ pub enum Scenario {
     Churn,
     /// Messages to every session of a node, in bursts and at a steady rate.
     Fanout,
+    /// The same through Kafka and the mailbox of everyone, beside fan-out alone.
+    Audience,
     /// Kafka to device as fast as possible.
     Unicast,
     /// Kafka to device at a fixed rate.
@@ -109,13 +111,16 @@ impl Scenario {
 
     /// Whether it runs when `--only` is absent; these take 15 minutes.
     pub fn is_default(self) -> bool {
-        !matches!(self, Self::Scale | Self::Slow | Self::Tls | Self::Attack | Self::Soak)
+        !matches!(
+            self,
+            Self::Audience | Self::Scale | Self::Slow | Self::Tls | Self::Attack | Self::Soak
+        )
     }
 
     /// Whether its cluster has `internal_tls` unless an option says otherwise.
     pub fn has_internal_tls(self, asked: Option<bool>) -> bool {
         let is_default = matches!(self, Self::Idle | Self::Handshake | Self::Attack);
-        self != Self::Fanout && asked.unwrap_or(is_default)
+        !matches!(self, Self::Fanout | Self::Audience) && asked.unwrap_or(is_default)
     }
 }
 
