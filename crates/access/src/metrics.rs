@@ -86,6 +86,7 @@ pub struct Metrics {
     subscriptions_refused: IntCounter,
     /// Messages for an audience that left its log before a session had read them.
     pub fanout_missed: IntCounter,
+    pub fanout_behind: IntCounter,
     /// Bytes in the logs of audiences.
     pub fanout_held_bytes: IntGauge,
     fanout_seconds: Histogram,
@@ -242,6 +243,10 @@ impl Metrics {
             fanout_missed: set.counter(
                 "fanout_missed_total",
                 "Messages that left an audience's log before a member read them",
+            )?,
+            fanout_behind: set.counter(
+                "fanout_behind_total",
+                "Times that an audience's log left a session behind, which then read the mailbox",
             )?,
             fanout_held_bytes: set.gauge("fanout_held_bytes", "Bytes in the logs of audiences")?,
             fanout_seconds: set.histogram(

@@ -19,6 +19,15 @@ use crate::socket::{self, Message};
 /// Bytes of pushed messages that share a frame; one alone may be larger.
 const JOINED_BYTES_MAX: usize = 16 << 10;
 
+/// What became of one run of messages of an audience.
+enum Fanned {
+    Written,
+    /// Its log has left the session behind.
+    Behind,
+    /// The device is gone.
+    Gone,
+}
+
 impl Connection {
     pub(super) fn welcome(&mut self) {
         let position = self.session.position();
@@ -128,7 +137,7 @@ impl Connection {
     }
 
     /// Writes messages of audiences, once the queue is empty: while the socket is full, they stay in the audience's
-    /// log. Returns whether it has queued frames.
+    /// log. Returns whether it has queued frames, or has to read a mailbox.
     pub(super) fn poll_fanout(&mut self, cx: &mut Context<'_>) -> bool {
         let mut queued = false;
         while self.fanned_out && self.end.is_none() {
@@ -139,43 +148,49 @@ impl Connection {
                 break;
             }
             let before = self.out.len();
-            if !self.write_fanout(cx) {
-                self.end(None);
+            match self.write_fanout(cx) {
+                Fanned::Written => (),
+                Fanned::Behind => queued = true,
+                Fanned::Gone => self.end(None),
             }
             queued |= self.out.len() > before;
         }
         queued
     }
 
-    /// Writes one run of messages. Returns false if the device is gone.
-    fn write_fanout(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Writes one run of messages.
+    fn write_fanout(&mut self, cx: &mut Context<'_>) -> Fanned {
         let format = Format::new(self.codec.encoding, self.codec.zstd);
-        let Read { missed, restart, begun, run, report } = self.listener.read(format);
+        let Read { missed, behind, restart, begun, run, report } = self.listener.read(format);
         if missed > 0 {
             self.node.metrics.fanout_missed.inc_by(missed.into());
+        }
+        if behind {
+            self.node.metrics.fanout_behind.inc();
+            return Fanned::Behind;
         }
         if restart.is_some() {
             // The messages follow once the device has been told.
             begun.iter().for_each(|begun| self.begun(begun));
-            return true;
+            return Fanned::Written;
         }
         let Some(run) = run else {
             self.fanned_out = false;
-            return true;
+            return Fanned::Written;
         };
         if run.messages == 0 {
-            return true;
+            return Fanned::Written;
         }
         self.node.metrics.delivered_fanout.inc_by(run.messages.into());
         self.count_bytes(run.frame.len());
         self.beat.written(self.node.clock.seconds());
         if self.socket.write_shared(cx, &run.frame).is_err() {
-            return false;
+            return Fanned::Gone;
         }
         if let Some(report) = report {
             self.report(&report);
         }
-        true
+        Fanned::Written
     }
 
     /// Records the hops and trace events of messages that were written.

@@ -108,6 +108,9 @@ pub struct Run {
     format: Format,
     /// The frame has no room for another message.
     full: bool,
+    /// The position before its first message, and that of its last one.
+    pub(super) before: Point,
+    pub(super) last: Point,
     /// Messages in it; 0: none of them could be written.
     pub messages: u32,
     /// With its WebSocket header.
@@ -128,6 +131,8 @@ pub struct Begun {
 pub struct Read {
     /// Messages that left the log before the member read them.
     pub missed: u32,
+    /// The log no longer has what comes next for the device, or never had: its mailbox is read instead.
+    pub behind: bool,
     /// The mailbox's history is another one from this position on, which is returned once: read again.
     pub restart: Option<Point>,
     /// The device is to be told that, or that a subscription has begun, before anything else.
@@ -256,6 +261,8 @@ impl Log {
     fn join(&mut self, mailbox: &str, format: Format, first: u32) -> Run {
         let skipped = first.wrapping_sub(self.first) as usize;
         let (mut frames, mut bytes, mut next, mut full) = (Vec::new(), 0, first, false);
+        let before_first = self.entries.get(skipped).map_or(Point::NONE, |entry| entry.before);
+        let mut last = before_first;
         for entry in self.entries.iter_mut().skip(skipped) {
             let before = entry.bytes();
             let frame = entry.frame(format);
@@ -267,6 +274,7 @@ impl Log {
             }
             bytes += more;
             next = next.wrapping_add(1);
+            last = entry.own;
             frames.extend(frame);
         }
         let messages = frames.len() as u32;
@@ -274,7 +282,7 @@ impl Log {
             0 => Bytes::new(),
             _ => framed(format.encoding(), &join_delivers(format.encoding(), mailbox, 0, &frames)),
         };
-        let run = Run { first, next, format, full, messages, frame };
+        let run = Run { first, next, format, full, before: before_first, last, messages, frame };
         if self.runs.len() == RUNS_MAX
             && let Some(oldest) = self.runs.pop_front()
         {

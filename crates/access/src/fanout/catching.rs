@@ -1,5 +1,5 @@
-//! A session that is behind an audience's log: it reads the mailbox from where its device stands, until it reaches the
-//! log. Pure: no Redis, no clock.
+//! A session that is behind an audience's log, because its device returns or reads slowly: it reads the mailbox from
+//! where its device stands, until it reaches the log. Pure: no Redis, no clock.
 
 use barid_core::{Audience, Chain, Epoch, Position, Seq};
 use barid_mailbox::Page;
@@ -61,6 +61,14 @@ impl Catching {
             doubts: false,
             alone: false,
         }
+    }
+
+    /// A device that was sent everything up to here, and that the log left behind. A page that was read before does not
+    /// show what it lacks.
+    pub fn behind(audience: Audience, at: Point) -> Self {
+        let Point { epoch, seq, chain } = at;
+        let position = Position { epoch, seq, chain: Some(chain), ..Default::default() };
+        Self { verified: true, doubts: true, ..Self::new(audience, position) }
     }
 
     /// The device's position; `None` until the mailbox has confirmed it.

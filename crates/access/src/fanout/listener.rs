@@ -34,6 +34,8 @@ struct Groups {
     /// Whether Hello names a position of everyone, and whether the device has not been told where it begins.
     follows_everyone: bool,
     everyone_unconfirmed: bool,
+    /// The device was sent everything up to here; `None`: it has not been told where it begins.
+    everyone_at: Option<Point>,
     /// Index of the audience to read first; 0 is everyone.
     turn: usize,
 }
@@ -44,6 +46,8 @@ struct Subscription {
     member: Member,
     /// The device has been told.
     confirmed: bool,
+    /// The device was sent everything up to here; `None`: it has not been told where it begins.
+    at: Option<Point>,
 }
 
 /// A page to read for a device.
@@ -127,7 +131,7 @@ impl Listener {
         }
         groups.resume(Audience::Group(group.clone()));
         let (group, member) = (group.clone(), fanout.subscribe(handle, group));
-        groups.subscribed.push(Subscription { group, member, confirmed: false });
+        groups.subscribed.push(Subscription { group, member, confirmed: false, at: None });
         Ok(())
     }
 
@@ -135,17 +139,21 @@ impl Listener {
     pub fn confirmed(&mut self) -> Option<Begun> {
         let Self { everyone, groups } = self;
         let groups = groups.as_mut()?;
-        let (audience, member) = if groups.everyone_unconfirmed && everyone.is_live() {
+        let (audience, member, at) = if groups.everyone_unconfirmed && everyone.is_live() {
             groups.everyone_unconfirmed = false;
-            (Audience::Everyone, &*everyone)
+            (Audience::Everyone, &*everyone, &mut groups.everyone_at)
         } else {
             let begun = |known: &&mut Subscription| !known.confirmed && known.member.is_live();
             let subscription = groups.subscribed.iter_mut().find(begun)?;
             subscription.confirmed = true;
-            (Audience::Group(subscription.group.clone()), &subscription.member)
+            let Subscription { group, member, at, .. } = subscription;
+            (Audience::Group(group.clone()), &*member, at)
         };
         let catching = groups.catching.iter().find(|catching| catching.audience == audience);
-        let position = catching.map_or_else(|| position_of(member.point()), Catching::position);
+        let position = catching.map_or_else(
+            || position_of(*at.get_or_insert_with(|| member.point())),
+            Catching::position,
+        );
         Some(Begun { audience, position })
     }
 
@@ -154,22 +162,23 @@ impl Listener {
     /// asked for.
     pub fn catch_up(&mut self) -> (bool, Option<Wanted>) {
         let Self { everyone, groups: Some(groups) } = self else { return (false, None) };
-        let Groups { subscribed, catching, .. } = &mut **groups;
+        let Groups { subscribed, catching, everyone_at, .. } = &mut **groups;
         let (mut reached, mut wanted) = (false, None);
         let mut is_reading = catching.iter().any(Catching::is_reading);
         catching.retain_mut(|catching| {
             let member = match &catching.audience {
-                Audience::Everyone => Some(&mut *everyone),
+                Audience::Everyone => Some((&mut *everyone, &mut *everyone_at)),
                 Audience::Group(group) => {
                     let known = subscribed.iter_mut().find(|known| known.group == *group);
-                    known.map(|known| &mut known.member)
+                    known.map(|known| (&mut known.member, &mut known.at))
                 }
             };
-            let Some(member) = member else { return false };
+            let Some((member, at)) = member else { return false };
             if !member.is_live() {
                 return true;
             }
-            if catching.point().is_some_and(|point| member.enter(point)) {
+            if let Some(point) = catching.point().filter(|point| member.enter(*point)) {
+                *at = Some(point);
                 reached = true;
                 return false;
             }
@@ -248,32 +257,44 @@ impl Listener {
             }
             return read;
         };
-        let mut missed = 0;
-        let audiences = 1 + groups.subscribed.len();
+        let Groups { subscribed, catching, everyone_at, turn, follows_everyone, .. } =
+            &mut **groups;
+        let (mut missed, audiences) = (0, 1 + subscribed.len());
         for _ in 0..audiences {
-            let turn = groups.turn % audiences;
-            groups.turn = turn + 1;
-            let Groups { subscribed, catching, .. } = &mut **groups;
-            let is_catching =
-                |name: &str| catching.iter().any(|catching| catching.audience.as_str() == name);
-            let read = match turn {
-                0 if is_catching(EVERYONE) => continue,
-                0 => self.everyone.read(format),
-                _ if is_catching(subscribed[turn - 1].group.as_str()) => continue,
-                _ => subscribed[turn - 1].member.read(format),
+            let this = *turn % audiences;
+            *turn = this + 1;
+            let (group, member, at) = match this.checked_sub(1) {
+                None => (None, &mut self.everyone, &mut *everyone_at),
+                Some(index) => {
+                    let Subscription { group, member, at, .. } = &mut subscribed[index];
+                    (Some(&*group), member, at)
+                }
             };
+            let name = group.map_or(EVERYONE, GroupId::as_str);
+            if catching.iter().any(|catching| catching.audience.as_str() == name) {
+                continue;
+            }
+            let audience = || group.map_or(Audience::Everyone, |of| Audience::Group(of.clone()));
+            let read = member.read(format);
+            let before = read.run.as_ref().map(|run| run.before);
+            let lacks = |at: &mut Point| read.missed > 0 || before.is_some_and(|it| it != *at);
+            if let Some(at) = at.take_if(lacks) {
+                // What was read of the log comes once more, behind what the mailbox has.
+                catching.push(Catching::behind(audience(), at));
+                return Read { missed, behind: true, ..Read::default() };
+            }
             missed += read.missed;
             if let Some(restart) = read.restart {
-                let audience = match turn {
-                    0 => Audience::Everyone,
-                    _ => Audience::Group(subscribed[turn - 1].group.clone()),
-                };
-                groups.turn = turn;
-                let begun = Begun { audience, position: position_of(restart) };
-                let begun = (turn > 0 || groups.follows_everyone).then_some(begun);
+                *turn = this;
+                // A device that names no position of everyone need not know.
+                let begun = (group.is_some() || *follows_everyone).then(|| {
+                    *at = Some(restart);
+                    Begun { audience: audience(), position: position_of(restart) }
+                });
                 return Read { missed, begun, ..read };
             }
-            if read.run.is_some() {
+            if let Some(run) = &read.run {
+                at.iter_mut().for_each(|at| *at = run.last);
                 return Read { missed, ..read };
             }
         }

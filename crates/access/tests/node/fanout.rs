@@ -673,3 +673,29 @@ async fn hazard_167_a_device_is_told_of_another_history_before_its_messages() ->
     hears(&mut alice, "eng", &[2]).await?;
     alice.expect_silence(QUIET).await
 }
+
+#[tokio::test]
+async fn hazard_168_a_member_that_the_log_leaves_behind_reads_the_mailbox() -> Result<()> {
+    let world = World::new().await?;
+    // Room for a few messages.
+    let node = world.node_with(|config| config.limits.fanout_bytes_max = 4_096).await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    subscribe(&mut alice, "eng").await?;
+    let (mut first, behind) = (1, "barid_access_fanout_behind_total");
+    // A batch is appended at once; whether the session reads in between is up to the scheduler.
+    while node.metric(behind, "") < 3.0 {
+        ensure!(first < 5_000, "its log never left it behind");
+        let mut entries = Vec::new();
+        for n in first..first + 90 {
+            entries.push(accept(&world, &eng, &format!("m{n}")).await?);
+        }
+        dispatcher.fan_out(APP, "eng", entries).await?;
+        hears(&mut alice, "eng", &(first..first + 90).collect::<Vec<_>>()).await?;
+        first += 90;
+    }
+    alice.expect_silence(QUIET).await?;
+    assert_eq!(node.metric(MISSED, ""), 0.0);
+    Ok(())
+}
