@@ -69,17 +69,26 @@ pub(crate) fn masked(text: &str) -> String {
 }
 
 /// The part of a URL from its host on, with `***` in place of a port that is no number: a password without a host.
+/// Several hosts, as of Kafka's brokers, each have a port.
 fn without_port(rest: &str) -> String {
     let end = rest.find('/').unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
+    let has_port = |host: &str| host.rsplit_once(':').is_some_and(|(_, port)| is_port(port));
+    if authority.split(',').all(has_port) {
+        return rest.to_owned();
+    }
     // An IPv6 address is in brackets.
     let host_end = authority.find(']').unwrap_or(0);
     match authority[host_end..].split_once(':') {
-        Some((host, port)) if !port.bytes().all(|byte| byte.is_ascii_digit()) => {
+        Some((host, port)) if !is_port(port) => {
             format!("{}{host}:***{path}", &authority[..host_end])
         }
         _ => rest.to_owned(),
     }
+}
+
+fn is_port(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Whether a text that is printed may hold user info: it has a scheme, or an `@` with a password before it or a port
