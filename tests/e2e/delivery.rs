@@ -6,10 +6,11 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use barid_core::{DeviceId, ReceiptSet, UserId};
 use barid_testkit::device::{Device, Incoming, PATIENCE};
-use barid_testkit::{Cluster, Relay, records};
+use barid_testkit::{Cluster, Relay, Role, records};
 use barid_wire::record::{BodyKind, Push, Recipients};
 use bytes::Bytes;
 use serde_json::json;
+use tokio::time::{Instant, sleep};
 
 use crate::listener::Listener;
 
@@ -50,6 +51,20 @@ async fn a_push_reaches_an_online_device_and_its_ack_is_told() -> Result<()> {
     phone.expect_silence(Duration::from_millis(500)).await
 }
 
+/// Closes a connection, and waits until its last acknowledgement is stored: before that, the device's next session is
+/// sent the message again, which clients drop.
+async fn leave(cluster: &mut Cluster, device: Device) -> Result<()> {
+    let sessions = "barid_access_sessions";
+    let left = cluster.node(Role::Access, 0).metric(sessions).await? - 1.0;
+    device.close().await?;
+    let deadline = Instant::now() + PATIENCE;
+    while cluster.node(Role::Access, 0).metric(sessions).await? > left {
+        ensure!(Instant::now() < deadline, "the session is still there");
+        sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_came_while_a_device_was_away_is_delivered_before_anything_newer() -> Result<()> {
     let mut cluster = Cluster::start().await?;
@@ -57,7 +72,7 @@ async fn what_came_while_a_device_was_away_is_delivered_before_anything_newer() 
     let mut phone = cluster.device("alice", "phone").await?;
     business.send_text("alice", "first", "1").await?;
     assert_eq!(phone.receive(1).await?, ["first"]);
-    phone.close().await?;
+    leave(&mut cluster, phone).await?;
     for id in ["away-1", "away-2", "away-3"] {
         business.send_text("alice", id, "offline").await?;
     }
@@ -89,7 +104,7 @@ async fn two_devices_of_a_user_have_their_own_cursors() -> Result<()> {
     business.send_text("alice", "both", "").await?;
     assert_eq!(phone.receive(1).await?, ["both"]);
     assert_eq!(tablet.receive(1).await?, ["both"]);
-    tablet.close().await?;
+    leave(&mut cluster, tablet).await?;
     business.send_text("alice", "phone-now", "tablet later").await?;
     assert_eq!(phone.receive(1).await?, ["phone-now"]);
     // Messages acknowledged by the phone still wait for the tablet.
