@@ -287,7 +287,7 @@ async fn bulk_does_not_delay_what_is_urgent() -> Result<()> {
     for number in 0..10 {
         let id = format!("h{number}");
         business.send_to(&high, &records::text("urgent", &id, "now")).await?;
-        let start = tokio::time::Instant::now();
+        let start = Instant::now();
         assert_eq!(urgent.receive(1).await?, [id]);
         assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
     }
@@ -308,7 +308,7 @@ async fn what_expired_while_a_device_was_away_is_skipped_and_said() -> Result<()
     let short = records::text("alice", "short", "now or never");
     business.send(&Push { ttl_ms: 1_000, ..short }).await?;
     business.send_text("alice", "lasting", "").await?;
-    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    sleep(Duration::from_millis(2_500)).await;
     let mut phone = Device::open(&cluster.url(0).await?, &cluster.token("alice")).await?;
     phone.send(&json!({"hello": {"device": "phone"}})).await?;
     let mut skipped = None;
