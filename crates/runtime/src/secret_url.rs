@@ -73,15 +73,15 @@ pub(crate) fn masked(text: &str) -> String {
 fn without_port(rest: &str) -> String {
     let end = rest.find('/').unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
-    let has_port = |host: &str| host.rsplit_once(':').is_some_and(|(_, port)| is_port(port));
-    if authority.split(',').all(has_port) {
-        return rest.to_owned();
-    }
     // An IPv6 address is in brackets.
-    let host_end = authority.find(']').unwrap_or(0);
-    match authority[host_end..].split_once(':') {
-        Some((host, port)) if !is_port(port) => {
-            format!("{}{host}:***{path}", &authority[..host_end])
+    let port_of = |host: &str| {
+        let name_end = host.find(']').unwrap_or(0);
+        host[name_end..].find(':').map(|colon| name_end + colon + 1)
+    };
+    let has_port = |host: &str| port_of(host).is_some_and(|port| is_port(&host[port..]));
+    match port_of(authority) {
+        Some(port) if !authority.split(',').all(has_port) => {
+            format!("{}***{path}", &authority[..port])
         }
         _ => rest.to_owned(),
     }
