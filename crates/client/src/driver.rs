@@ -354,8 +354,9 @@ impl Work {
             }
             Some(server_frame::Control::Subscribed(subscribed)) => {
                 let v1::Subscribed { group, position } = subscribed;
-                self.live.subscribed(&group, position.as_ref().map(position_of));
+                let missed = self.live.subscribed(&group, position.as_ref().map(position_of));
                 self.emit(Event::Subscribed { group });
+                missed.into_iter().for_each(|missed| self.emit(missed));
             }
             Some(server_frame::Control::Unsubscribed(unsubscribed)) => {
                 let v1::Unsubscribed { group, code, text } = unsubscribed;

@@ -79,7 +79,7 @@ pub enum Event {
     Missed {
         /// The group, or `everyone`.
         group: Arc<str>,
-        /// How many.
+        /// How many; at most that many if the group's history has begun anew and its first messages are gone.
         count: u64,
     },
     /// A fresh token was sent to the server.

@@ -32,19 +32,24 @@ struct Group {
 }
 
 impl Live {
-    /// Handles a confirmed subscription, which delivers what follows a position.
-    pub(crate) fn subscribed(&mut self, group: &str, position: Option<Position>) {
+    /// Handles a confirmed subscription, which delivers what follows a position. Returns what may be missing of another
+    /// history, which no longer has its first messages.
+    pub(crate) fn subscribed(&mut self, group: &str, position: Option<Position>) -> Option<Event> {
         let known = self.groups.entry(group.into()).or_default();
-        let Some(position) = position else { return };
+        let position = position?;
         // The server goes on from where the client stood: what waits for the application will be sent again.
         let goes_on = known.shown.is_some_and(|shown| {
             (shown.epoch, shown.seq) == (position.epoch, position.seq)
                 && (shown.chain.is_none() || shown.chain == position.chain)
         });
-        if !goes_on {
-            (known.received, known.shown) = (Some(position.seq), Some(position));
-            known.life = known.life.wrapping_add(1);
+        if goes_on {
+            return None;
         }
+        let is_other = known.shown.is_some_and(|shown| shown.epoch != position.epoch);
+        (known.received, known.shown) = (Some(position.seq), Some(position));
+        known.life = known.life.wrapping_add(1);
+        let count = position.seq.0;
+        (is_other && count > 0).then(|| Event::Missed { group: group.into(), count })
     }
 
     /// Handles a message of a group.
@@ -160,11 +165,14 @@ mod tests {
         assert_eq!(live.positions().next().unwrap().1, position(7, 10, None));
         // Another history, with the same seqs. What still waits of the old one does not move the new position.
         live.deliver("a", message(11), &mut events);
-        live.subscribed("a", Some(position(8, 0, Some(Chain::START))));
+        assert_eq!(live.subscribed("a", Some(position(8, 0, Some(Chain::START)))), None);
         assert_eq!(shown(&mut live), [11]);
         assert_eq!(live.positions().next().unwrap().1.seq, Seq(0));
         live.deliver("a", message(1), &mut events);
         assert_eq!((shown(&mut live), events.len()), (vec![1], 1));
+        // One that no longer has its first messages.
+        let told = live.subscribed("a", Some(position(9, 40, Some(Chain(7)))));
+        assert_eq!(told, Some(missed("a", 40)));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::connection::trace::wrote;
 use crate::fanout::{Begun, Read, Report};
 use crate::socket::{self, Message};
 
-/// Bytes of pushed messages that share a frame; one alone may be larger.
+/// Bytes of messages that share a frame; one alone may be larger.
 const JOINED_BYTES_MAX: usize = 16 << 10;
 
 /// What became of one run of messages of an audience.
@@ -130,9 +130,18 @@ impl Connection {
         // A body that cannot be written in this encoding is left out, as in fan-out.
         let frames: Vec<Bytes> =
             entries.iter().filter_map(|entry| format.encode(entry).ok()).collect();
-        if !frames.is_empty() {
-            self.node.metrics.delivered_fanout.inc_by(frames.len() as u64);
-            self.frame(join_delivers(encoding, key.audience.as_str(), 0, &frames));
+        self.node.metrics.delivered_fanout.inc_by(frames.len() as u64);
+        let mut rest = &frames[..];
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |frame: &&Bytes| {
+                bytes += frame.len();
+                bytes <= JOINED_BYTES_MAX
+            };
+            let count = rest.iter().take_while(fits).count().max(1);
+            let (joined, later) = rest.split_at(count);
+            self.frame(join_delivers(encoding, key.audience.as_str(), 0, joined));
+            rest = later;
         }
     }
 

@@ -168,9 +168,11 @@ impl Log {
 
     fn push(&mut self, mut entry: Entry, bytes_max: usize) {
         // Forward within an epoch, entries are missing, which their seqs tell.
-        entry.restarts = self
-            .end
-            .is_some_and(|end| entry.before.epoch != end.epoch || entry.before.seq < end.seq);
+        entry.restarts = self.end.is_some_and(|Point { epoch, seq, chain }| {
+            let before = entry.before;
+            let is_fork = before.seq == seq && before.chain != chain;
+            before.epoch != epoch || before.seq < seq || is_fork
+        });
         self.end = Some(entry.own);
         self.bytes += entry.bytes();
         self.untraced += usize::from(entry.untraced);
@@ -585,8 +587,9 @@ impl Member {
             None if standing.place.at() == Some(point) => log.end(),
             None => return false,
         };
-        // The device knows the position before it.
-        self.next = Next { next, told: true };
+        // A device that stands right before the next message knows the history that this begins.
+        let entry = log.entries.get(next.wrapping_sub(log.first) as usize);
+        self.next = Next { next, told: entry.is_some_and(|entry| entry.before == point) };
         true
     }
 

@@ -10,6 +10,9 @@ use tokio::time::Instant;
 use crate::fanout::pages::Pages;
 use crate::fanout::place::Point;
 
+/// Bytes of bodies that a page gives a device at once, before compression; one message alone may be larger.
+const SENT_BYTES: usize = 64 << 10;
+
 /// Where a device stands.
 #[derive(Debug)]
 pub(super) struct Catching {
@@ -142,13 +145,19 @@ impl Catching {
         let is_end = after <= self.seq && self.seq >= page.newest;
         let last = entries.last().map_or(Seq(0), |(header, _)| header.seq);
         self.alone = !found.reset && last < page.newest && last <= self.seq;
+        let mut bytes = 0;
         for (header, envelope) in entries {
+            if bytes >= SENT_BYTES {
+                break; // the page is shared: it is asked for again once these have been sent
+            }
             if header.seq == self.seq.next() && Some(header.prev_chain) == self.chain {
                 self.set(Point { epoch: header.epoch, seq: header.seq, chain: header.chain });
                 let delivered = |envelope: &Envelope| {
                     envelope.voided == 0 && !envelope::expired(envelope, now_ms)
                 };
-                found.entries.extend(envelope.filter(delivered));
+                let envelope = envelope.filter(delivered);
+                bytes += envelope.as_ref().map_or(0, body_bytes);
+                found.entries.extend(envelope);
             }
         }
         // Nothing came of it: not again before the node has heard of more.
@@ -176,10 +185,15 @@ impl Catching {
     }
 }
 
+/// Bytes of a body, before compression.
+fn body_bytes(envelope: &Envelope) -> usize {
+    envelope.payload.len().max(envelope.raw_bytes as usize)
+}
+
 #[cfg(test)]
 mod tests {
     use barid_core::GroupId;
-    use barid_wire::envelope::encode_body;
+    use barid_wire::envelope::{HEADER_BYTES, encode_body};
 
     use super::*;
 
@@ -249,6 +263,21 @@ mod tests {
         assert_eq!(device.read_after(), None);
         device.page(after, &page(7, 1, 66, 0, after.0), 0);
         assert!(device.read_after().is_some(), "it was woken meanwhile");
+    }
+
+    #[test]
+    fn hazard_169_what_a_page_gives_at_once_is_bounded_before_compression() {
+        let mut page = page(7, 1, 8, 0, 0);
+        for entry in &mut page.entries {
+            let body = Envelope { raw_bytes: 30_000, ..Default::default() };
+            *entry = [&entry[..HEADER_BYTES], &encode_body(body)].concat().into();
+        }
+        let mut device = at(7, 0, None);
+        let mut sent = Vec::new();
+        while let Some((after, _)) = device.read_after() {
+            sent.push(device.page(after, &page, 0).entries.len());
+        }
+        assert_eq!(sent, [3, 3, 2, 0]);
     }
 
     #[test]

@@ -675,6 +675,37 @@ async fn hazard_167_a_device_is_told_of_another_history_before_its_messages() ->
 }
 
 #[tokio::test]
+async fn hazard_167_also_a_device_that_returned_or_knows_no_history_is_told() -> Result<()> {
+    let world = World::new().await?;
+    let node = world.node().await?;
+    let mut dispatcher = node.dispatcher().await?;
+    let eng = Audience::Group(GroupId::new("eng")?);
+    let mut alice = member(&node, "alice", &["eng"]).await?;
+    let nowhere = subscribed_at(&mut alice, "eng").await?;
+    assert_eq!(nowhere["epoch"], 0);
+    alice.close().await?;
+    let mut known = nowhere;
+    for life in ["the first", "another"] {
+        let mut alice = returning(&node, "alice", &known).await?;
+        assert_eq!(subscribed_at(&mut alice, "eng").await?, known, "{life}");
+        alice.expect_silence(QUIET).await?; // it reads the log from its end
+        world.redis.query::<String>(&["FLUSHALL"]).await?;
+        let (first, _) = world.accept_for_audience(&eng, "m1").await?;
+        dispatcher.fan_out(APP, "eng", vec![first]).await?;
+        let Incoming::Other(kind, told) = alice.next(PATIENCE).await? else {
+            anyhow::bail!("not told of {life}")
+        };
+        assert_eq!((&*kind, &told["position"]["seq"]), ("subscribed", &json!(0)), "{life}");
+        assert_ne!(told["position"]["epoch"], known["epoch"], "{life}");
+        hears(&mut alice, "eng", &[1]).await?;
+        known = subscribed_at(&mut alice, "eng").await?;
+        assert_eq!(known["seq"], 1);
+        alice.close().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn hazard_168_a_member_that_the_log_leaves_behind_reads_the_mailbox() -> Result<()> {
     let world = World::new().await?;
     // Room for a few messages.
