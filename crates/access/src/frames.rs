@@ -11,6 +11,9 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control
 use tokio_tungstenite::tungstenite::protocol::frame::{FrameHeader, Utf8Bytes};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+/// Bytes of messages that share a frame; one alone may be larger.
+pub const JOINED_BYTES_MAX: usize = 16 << 10;
+
 /// Bound of a control frame's payload (RFC 6455, 5.5).
 const CONTROL_BYTES_MAX: u64 = 125;
 

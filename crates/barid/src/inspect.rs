@@ -39,15 +39,22 @@ pub struct GroupArgs {
 struct Group<'a> {
     app: &'a str,
     group: &'a str,
+    #[serde(flatten)]
+    mailbox: Kept,
+    now_ms: u64,
+    nodes: Vec<Listed<'a>>,
+    entries: Vec<Entry>,
+}
+
+/// What a mailbox holds.
+#[derive(Serialize)]
+struct Kept {
     shard: u16,
     epoch: u64,
     oldest: u64,
     newest: u64,
     kept: u64,
     bytes: u64,
-    now_ms: u64,
-    nodes: Vec<Listed<'a>>,
-    entries: Vec<Entry>,
 }
 
 /// An access node with members.
@@ -61,12 +68,8 @@ struct Listed<'a> {
 struct User<'a> {
     app: &'a str,
     user: &'a str,
-    shard: u16,
-    epoch: u64,
-    oldest: u64,
-    newest: u64,
-    kept: u64,
-    bytes: u64,
+    #[serde(flatten)]
+    mailbox: Kept,
     timer_due_ms: Option<u64>,
     now_ms: u64,
     devices: Vec<Device<'a>>,
@@ -128,12 +131,7 @@ pub async fn group(args: GroupArgs, out: Output) -> anyhow::Result<ExitCode> {
     let group = Group {
         app: key.app.as_str(),
         group: key.audience.as_str(),
-        shard: found.mailbox.shard.get(),
-        epoch: found.mailbox.epoch.0,
-        oldest: found.mailbox.oldest.0,
-        newest: found.mailbox.newest.0,
-        kept: kept(&found.mailbox),
-        bytes: found.mailbox.bytes,
+        mailbox: kept(&found.mailbox),
         now_ms: found.mailbox.now_ms,
         nodes: found.nodes.iter().map(listed).collect(),
         entries: found.mailbox.entries.iter().filter_map(entry).collect(),
@@ -160,12 +158,7 @@ fn describe<'a>(key: &'a UserKey, found: &'a Inspection) -> User<'a> {
     User {
         app: key.app.as_str(),
         user: key.user.as_str(),
-        shard: found.shard.get(),
-        epoch: found.epoch.0,
-        oldest: found.oldest.0,
-        newest: found.newest.0,
-        kept: kept(&found.mailbox),
-        bytes: found.bytes,
+        mailbox: kept(found),
         timer_due_ms: found.timer_due_ms,
         now_ms: found.now_ms,
         devices: known.collect(),
@@ -177,8 +170,16 @@ fn listed((node, confirmed_ms): &(NodeId, u64)) -> Listed<'_> {
     Listed { node: node.as_str(), confirmed_ms: *confirmed_ms }
 }
 
-fn kept(mailbox: &Contents) -> u64 {
-    (mailbox.newest.0 + 1).saturating_sub(mailbox.oldest.0)
+fn kept(mailbox: &Contents) -> Kept {
+    let (oldest, newest) = (mailbox.oldest.0, mailbox.newest.0);
+    Kept {
+        shard: mailbox.shard.get(),
+        epoch: mailbox.epoch.0,
+        oldest,
+        newest,
+        kept: (newest + 1).saturating_sub(oldest),
+        bytes: mailbox.bytes,
+    }
 }
 
 fn device<'a>(state: &'a DeviceState, route: Option<&'a Route>, newest: Seq) -> Device<'a> {
@@ -220,27 +221,27 @@ fn entry(stored: &bytes::Bytes) -> Option<Entry> {
 }
 
 fn show(user: &User<'_>, out: Output) -> anyhow::Result<()> {
-    let place = out.paint(Tone::Faint, format_args!("in {}, shard {}", user.app, user.shard));
+    let place =
+        out.paint(Tone::Faint, format_args!("in {}, shard {}", user.app, user.mailbox.shard));
     out.line(format_args!("{}  {place}", out.paint(Tone::Strong, clean(user.user))))?;
-    if user.epoch == 0 {
+    if user.mailbox.epoch == 0 {
         out.line("no data for this user")?;
         return Ok(());
     }
-    let range = (user.oldest, user.newest);
-    out.line(format_args!("mailbox  {}", shown_kept(user.kept, range, user.bytes)))?;
+    out.line(format_args!("mailbox  {}", shown_kept(&user.mailbox)))?;
     out.line(format_args!("timer    {}", timer(user)))?;
     show_devices(user, out)?;
     show_entries(&user.entries, user.now_ms, out)
 }
 
 fn show_group(group: &Group<'_>, out: Output) -> anyhow::Result<()> {
-    let place = out.paint(Tone::Faint, format_args!("in {}, shard {}", group.app, group.shard));
+    let place =
+        out.paint(Tone::Faint, format_args!("in {}, shard {}", group.app, group.mailbox.shard));
     out.line(format_args!("{}  {place}", out.paint(Tone::Strong, clean(group.group))))?;
-    if group.epoch == 0 {
+    if group.mailbox.epoch == 0 {
         out.line("mailbox  empty")?;
     } else {
-        let range = (group.oldest, group.newest);
-        out.line(format_args!("mailbox  {}", shown_kept(group.kept, range, group.bytes)))?;
+        out.line(format_args!("mailbox  {}", shown_kept(&group.mailbox)))?;
     }
     if group.nodes.is_empty() {
         out.line("nodes    none has members")?;
@@ -254,11 +255,11 @@ fn show_group(group: &Group<'_>, out: Output) -> anyhow::Result<()> {
     show_entries(&group.entries, group.now_ms, out)
 }
 
-fn shown_kept(kept: u64, (oldest, newest): (u64, u64), size: u64) -> String {
+fn shown_kept(Kept { kept, oldest, newest, bytes: size, .. }: &Kept) -> String {
     match kept {
         0 => format!("empty; the newest was #{newest}"),
-        1 => format!("1 entry (#{newest}), {}", bytes(size)),
-        n => format!("{n} entries (#{oldest} to #{newest}), {}", bytes(size)),
+        1 => format!("1 entry (#{newest}), {}", bytes(*size)),
+        n => format!("{n} entries (#{oldest} to #{newest}), {}", bytes(*size)),
     }
 }
 

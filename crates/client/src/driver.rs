@@ -4,9 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use barid_core::{
-    Chain, Clock as _, CloseCode, Epoch, Generation, GroupId, Position, Seq, SystemClock,
-};
+use barid_core::{Chain, Clock as _, CloseCode, Generation, GroupId, Position, Seq, SystemClock};
 use barid_wire::v1::{self, ServerFrame, client_frame, server_frame};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -276,15 +274,8 @@ impl Driver {
     }
 
     fn hello(&self) -> v1::Hello {
-        let position = |mailbox: &str, position: Position| v1::Position {
-            mailbox: mailbox.into(),
-            epoch: position.epoch.0,
-            generation: position.generation.0,
-            seq: position.seq.0,
-            chain: position.chain.map(|chain| chain.0),
-        };
-        let own = self.work.inbox.position().map(|at| position("", at));
-        let groups = self.work.live.positions().map(|(group, at)| position(group, at));
+        let own = self.work.inbox.position().map(|at| v1::Position::new("", at));
+        let groups = self.work.live.positions().map(|(group, at)| v1::Position::new(group, at));
         v1::Hello {
             device: self.settings.device.clone(),
             platform: self.settings.platform.clone(),
@@ -295,15 +286,6 @@ impl Driver {
             visible_pings: false,
             ping_interval_ms: self.settings.ping_interval_ms,
         }
-    }
-}
-
-fn position_of(position: &v1::Position) -> Position {
-    Position {
-        epoch: Epoch(position.epoch),
-        generation: Generation(position.generation),
-        seq: Seq(position.seq),
-        chain: position.chain.map(Chain),
     }
 }
 
@@ -354,7 +336,7 @@ impl Work {
             }
             Some(server_frame::Control::Subscribed(subscribed)) => {
                 let v1::Subscribed { group, position } = subscribed;
-                let missed = self.live.subscribed(&group, position.as_ref().map(position_of));
+                let missed = self.live.subscribed(&group, position.as_ref().map(Position::from));
                 self.emit(Event::Subscribed { group });
                 missed.into_iter().for_each(|missed| self.emit(missed));
             }
@@ -400,7 +382,7 @@ impl Work {
 
     fn welcomed(&mut self, session: &mut Session, welcome: v1::Welcome) {
         let position = welcome.positions.iter().find(|p| p.mailbox.is_empty());
-        let position = position.map_or_else(Position::default, position_of);
+        let position = position.map_or_else(Position::default, Position::from);
         let interval = Duration::from_millis(welcome.ping_interval_ms.into());
         if !interval.is_zero() {
             session.silence = interval.min(PING_INTERVAL_MAX) + SILENCE_SLACK;

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use barid_core::limits::{PLATFORM_BYTES_MAX, SDK_BYTES_MAX};
 use barid_core::mailbox::{ConnectOutcome, ConnectRequest};
-use barid_core::{
-    Attempt, Audience, Chain, CloseCode, DeviceId, Epoch, Generation, Position, Seq, SessionRef,
-};
+use barid_core::{Attempt, Audience, CloseCode, DeviceId, Position, SessionRef};
 use barid_wire::frames::ClientFrame;
 use barid_wire::v1;
 
@@ -67,8 +65,7 @@ impl Unidentified {
         let attempt = if counted { hello.attempt } else { self.handshake_ms };
         let position = hello.positions.iter().find(|position| position.mailbox.is_empty());
         let others = hello.positions.iter().filter(|position| !position.mailbox.is_empty());
-        let audience =
-            |of: &v1::Position| Some((Audience::new(&of.mailbox).ok()?, position_of(of)));
+        let audience = |of: &v1::Position| Some((Audience::new(&of.mailbox).ok()?, of.into()));
         let audiences = others.filter_map(audience).collect();
         Ok(Connecting {
             identity: Identity {
@@ -82,7 +79,7 @@ impl Unidentified {
             visible_pings: hello.visible_pings,
             ping_interval_ms: hello.ping_interval_ms,
             attempt_ahead,
-            position: position.map(position_of),
+            position: position.map(Position::from),
             audiences,
         })
     }
@@ -155,15 +152,6 @@ impl Connecting {
                 refused(CloseCode::Overloaded, "there is no room for new users at the moment")
             }
         }
-    }
-}
-
-fn position_of(position: &v1::Position) -> Position {
-    Position {
-        epoch: Epoch(position.epoch),
-        generation: Generation(position.generation),
-        seq: Seq(position.seq),
-        chain: position.chain.map(Chain),
     }
 }
 

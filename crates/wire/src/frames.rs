@@ -12,6 +12,7 @@ mod types;
 use std::collections::HashSet;
 
 use barid_core::limits::{GENERATION_MAX, POSITIONS_MAX, WIRE_NUMBER_MAX};
+use barid_core::{Chain, Epoch, Generation, Position, Seq};
 use bytes::Bytes;
 
 pub use self::body::body;
@@ -19,6 +20,7 @@ pub use self::error::FrameError;
 pub use self::types::{Body, ClientFrame, Decoded, Deliver, Encoding, Ignored, ServerFrame};
 pub use crate::envelope::BODY_BYTES_MAX;
 use crate::envelope::{Envelope, EnvelopeError};
+use crate::v1;
 
 /// The format of deliveries. Devices with the same format share frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +61,30 @@ impl Format {
     pub fn encode(self, envelope: &Envelope) -> Result<Bytes, EnvelopeError> {
         let zstd = self == Self::ProtoZstd;
         encode_deliver(self.encoding(), 0, [envelope], zstd).map_err(|(_, error)| error)
+    }
+}
+
+impl v1::Position {
+    /// A position in the mailbox of that name; an empty name is the user's own mailbox.
+    pub fn new(mailbox: &str, position: Position) -> Self {
+        Self {
+            mailbox: mailbox.into(),
+            epoch: position.epoch.0,
+            generation: position.generation.0,
+            seq: position.seq.0,
+            chain: position.chain.map(|chain| chain.0),
+        }
+    }
+}
+
+impl From<&v1::Position> for Position {
+    fn from(position: &v1::Position) -> Self {
+        Self {
+            epoch: Epoch(position.epoch),
+            generation: Generation(position.generation),
+            seq: Seq(position.seq),
+            chain: position.chain.map(Chain),
+        }
     }
 }
 

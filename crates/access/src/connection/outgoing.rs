@@ -14,10 +14,8 @@ use crate::connection::codec::{Codec, message, refusal};
 use crate::connection::state::{Connection, Out};
 use crate::connection::trace::wrote;
 use crate::fanout::{Begun, Read, Report};
+use crate::frames::JOINED_BYTES_MAX;
 use crate::socket::{self, Message};
-
-/// Bytes of messages that share a frame; one alone may be larger.
-const JOINED_BYTES_MAX: usize = 16 << 10;
 
 /// What became of one run of messages of an audience.
 enum Fanned {
@@ -37,13 +35,7 @@ impl Connection {
             ping_interval_ms: u32::from(self.codec.ping_interval) * 1000,
             max_frame_bytes: limit(self.node.policy.limits.frame_bytes_max),
             max_unacked: limit(self.node.policy.limits.unacked_max),
-            positions: vec![v1::Position {
-                mailbox: String::new(),
-                epoch: position.epoch.0,
-                generation: position.generation.0,
-                seq: position.seq.0,
-                chain: position.chain.map(|chain| chain.0),
-            }],
+            positions: vec![v1::Position::new("", position)],
             server_time_ms: self.node.clock.now_ms(),
             ack_interval_ms: self.node.policy.settings.ack_interval_ms,
         }));
@@ -108,13 +100,7 @@ impl Connection {
     fn begun(&mut self, Begun { audience, position }: &Begun) {
         self.control(&ServerFrame::Subscribed(v1::Subscribed {
             group: audience.to_string(),
-            position: Some(v1::Position {
-                mailbox: String::new(),
-                epoch: position.epoch.0,
-                generation: position.generation.0,
-                seq: position.seq.0,
-                chain: position.chain.map(|chain| chain.0),
-            }),
+            position: Some(v1::Position::new("", *position)),
         }));
     }
 

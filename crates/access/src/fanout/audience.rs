@@ -15,11 +15,9 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::fanout::place::{Page, Place, Point};
 use crate::fanout::report::Report;
 use crate::fanout::room::Room;
-use crate::frames::framed;
+use crate::frames::{JOINED_BYTES_MAX, framed};
 use crate::handle::Handle;
 
-/// Bytes of messages that share a frame; one alone may be larger.
-const RUN_BYTES_MAX: usize = 16 << 10;
 /// Encoded runs cached for the next readers of the same messages.
 const RUNS_MAX: usize = 8;
 /// One delivery in this many is measured for the hops: reading the clock for each would cost more than the delivery.
@@ -96,8 +94,7 @@ impl Entry {
 /// The position before an entry, and its own.
 fn points(header: &Header) -> (Point, Point) {
     let Header { epoch, seq, prev_chain, chain, .. } = *header;
-    let before = Point { epoch, seq: Seq(seq.0.saturating_sub(1)), chain: prev_chain };
-    (before, Point { epoch, seq, chain })
+    (Point::before(epoch, seq, prev_chain), Point { epoch, seq, chain })
 }
 
 /// Messages in one WebSocket frame.
@@ -270,7 +267,7 @@ impl Log {
             let frame = entry.frame(format);
             self.bytes += entry.bytes() - before;
             let more = frame.as_ref().map_or(0, Bytes::len);
-            full = next != first && (bytes + more > RUN_BYTES_MAX || entry.restarts);
+            full = next != first && (bytes + more > JOINED_BYTES_MAX || entry.restarts);
             if full {
                 break;
             }
@@ -402,7 +399,7 @@ impl Audience {
     /// The mailbox was read for a device, up to here.
     pub(super) fn hear_of(&self, epoch: Epoch, newest: Seq) -> Progress {
         let mut standing = self.standing.lock();
-        standing.place.hear_of(epoch, newest);
+        standing.place.see(epoch, newest);
         self.progress(standing, Vec::new())
     }
 

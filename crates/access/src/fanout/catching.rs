@@ -69,9 +69,7 @@ impl Catching {
     /// A device that was sent everything up to here, and that the log left behind. A page that was read before does not
     /// show what it lacks.
     pub fn behind(audience: Audience, at: Point) -> Self {
-        let Point { epoch, seq, chain } = at;
-        let position = Position { epoch, seq, chain: Some(chain), ..Default::default() };
-        Self { verified: true, doubts: true, ..Self::new(audience, position) }
+        Self { verified: true, doubts: true, ..Self::new(audience, at.into()) }
     }
 
     /// The device's position; `None` until the mailbox has confirmed it.
@@ -123,11 +121,7 @@ impl Catching {
         };
         let entries: Vec<(Header, Option<Envelope>)> =
             page.entries.iter().filter_map(entry).collect();
-        let before_oldest = Point {
-            epoch: page.epoch,
-            seq: Seq(page.oldest.0.saturating_sub(1)),
-            chain: page.chain_before_oldest,
-        };
+        let before_oldest = Point::before(page.epoch, page.oldest, page.chain_before_oldest);
         found.reset = page.epoch != self.epoch
             || self.seq > page.newest
             || !self.agrees(&entries, before_oldest);

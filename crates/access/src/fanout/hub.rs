@@ -248,7 +248,7 @@ impl Fanout {
     ) {
         let Some(audience) = self.audience(&key.app, &key.audience) else { return };
         self.metrics.audience_reads.inc();
-        let entries = read.entries.into_iter().filter_map(|entry| entry_of(entry, received));
+        let entries = read.entries.into_iter().filter_map(|entry| read_entry(entry, received));
         let progress = audience.page(Page {
             epoch: read.epoch,
             after,
@@ -345,14 +345,7 @@ impl Fanout {
         let Some(audience) = self.audience(app, name) else { return Ok(FanoutResult::Nobody) };
         let (header, envelope) = envelope::decode(entry)?;
         let expired = envelope::expired(&envelope, received.now_ms);
-        let entry = match expired {
-            true => Entry::void(&header, received.now),
-            false => {
-                let after_us = received.dispatched_after_us;
-                let dispatched_us = after_us.map(|us| header.accepted_at_us + u64::from(us));
-                deliverable(&header, envelope, received.now, dispatched_us.unwrap_or(0))
-            }
-        };
+        let entry = entry_of(&header, envelope, received);
         let progress = audience.receive(header, entry);
         let result = match progress {
             _ if expired => FanoutResult::Expired,
@@ -416,28 +409,30 @@ impl Fanout {
     }
 }
 
-/// An entry of a page. Voided and expired ones, and those that cannot be read, are not delivered; `None`: without a
-/// header.
-fn entry_of(entry: Bytes, received: Received) -> Option<(Header, Entry)> {
+/// An entry of a page. One that cannot be read is not delivered; `None`: without a header.
+fn read_entry(entry: Bytes, received: Received) -> Option<(Header, Entry)> {
     let header = Header::parse(&entry).ok()?;
-    let Ok((_, envelope)) = envelope::decode(entry) else {
-        tracing::warn!(seq = header.seq.0, "entry of an audience cannot be read");
-        return Some((header, Entry::void(&header, received.now)));
-    };
-    let is_void = envelope.voided != 0 || envelope::expired(&envelope, received.now_ms);
-    let entry = match is_void {
-        true => Entry::void(&header, received.now),
-        false => deliverable(&header, envelope, received.now, 0),
+    let entry = match envelope::decode(entry) {
+        Ok((_, envelope)) => entry_of(&header, envelope, received),
+        Err(error) => undeliverable(&header, received.now, &error),
     };
     Some((header, entry))
 }
 
-/// A message that cannot be decompressed or written keeps its place, and is not delivered.
-fn deliverable(header: &Header, envelope: Envelope, now: Seconds, dispatched_us: u64) -> Entry {
-    Entry::new(header, envelope, now, dispatched_us).unwrap_or_else(|error| {
-        tracing::warn!(seq = header.seq.0, %error, "entry cannot be delivered");
-        Entry::void(header, now)
-    })
+/// A message that was voided, has expired, or cannot be decompressed or written keeps its place, and is not delivered.
+fn entry_of(header: &Header, envelope: Envelope, received: Received) -> Entry {
+    let Received { now_ms, now, dispatched_after_us } = received;
+    if envelope.voided != 0 || envelope::expired(&envelope, now_ms) {
+        return Entry::void(header, now);
+    }
+    let dispatched_us = dispatched_after_us.map(|us| header.accepted_at_us + u64::from(us));
+    Entry::new(header, envelope, now, dispatched_us.unwrap_or(0))
+        .unwrap_or_else(|error| undeliverable(header, now, &error))
+}
+
+fn undeliverable(header: &Header, now: Seconds, error: &EnvelopeError) -> Entry {
+    tracing::warn!(seq = header.seq.0, %error, "entry cannot be delivered");
+    Entry::void(header, now)
 }
 
 #[cfg(test)]

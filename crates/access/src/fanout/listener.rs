@@ -150,10 +150,8 @@ impl Listener {
             (Audience::Group(group.clone()), &*member, at)
         };
         let catching = groups.catching.iter().find(|catching| catching.audience == audience);
-        let position = catching.map_or_else(
-            || position_of(*at.get_or_insert_with(|| member.point())),
-            Catching::position,
-        );
+        let position = catching
+            .map_or_else(|| (*at.get_or_insert_with(|| member.point())).into(), Catching::position);
         Some(Begun { audience, position })
     }
 
@@ -200,13 +198,11 @@ impl Listener {
         now_ms: u64,
     ) -> (Vec<Envelope>, Option<Begun>) {
         let Some(catching) = self.catching(audience) else { return (Vec::new(), None) };
-        let start = Point {
-            epoch: page.epoch,
-            seq: Seq(page.oldest.0.saturating_sub(1)),
-            chain: page.chain_before_oldest,
-        };
         let found = catching.page(after, page, now_ms);
-        let begun = || Begun { audience: audience.clone(), position: position_of(start) };
+        let begun = || {
+            let start = Point::before(page.epoch, page.oldest, page.chain_before_oldest);
+            Begun { audience: audience.clone(), position: start.into() }
+        };
         let reset = found.reset.then(begun);
         (found.entries, reset)
     }
@@ -289,7 +285,7 @@ impl Listener {
                 // A device that names no position of everyone need not know.
                 let begun = (group.is_some() || *follows_everyone).then(|| {
                     *at = Some(restart);
-                    Begun { audience: audience(), position: position_of(restart) }
+                    Begun { audience: audience(), position: restart.into() }
                 });
                 return Read { missed, begun, ..read };
             }
@@ -324,8 +320,4 @@ impl Groups {
         let of = |audience: &Audience| matches!(audience, Audience::Group(name) if name == group);
         self.catching.retain(|catching| !of(&catching.audience));
     }
-}
-
-fn position_of(Point { epoch, seq, chain }: Point) -> Position {
-    Position { epoch, seq, chain: Some(chain), ..Default::default() }
 }

@@ -120,7 +120,7 @@ impl Listings {
     pub fn forgotten(&mut self, of: impl Fn(&AudienceKey) -> bool) {
         let audiences: Vec<AudienceKey> =
             self.audiences.keys().filter(|audience| of(audience)).cloned().collect();
-        audiences.iter().for_each(|audience| self.ask(audience));
+        self.ask_again(audiences);
     }
 
     fn ask(&mut self, audience: &AudienceKey) {

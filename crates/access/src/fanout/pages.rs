@@ -43,8 +43,9 @@ impl Pages {
         Seq(after.0 - after.0 % u64::from(PAGE_ENTRIES))
     }
 
-    /// The page behind a seq, whose reading did not begin before `not_before`. `read` is called if nobody has read it, and nobody is reading it. Cancel-safe: if the
-    /// caller that reads is cancelled, another one that waits reads. Also returns whether this caller has read it.
+    /// The page behind a seq, whose reading did not begin before `not_before`. `read` is called if nobody has read it, and
+    /// nobody is reading it. Cancel-safe: if the caller that reads is cancelled, another one that waits reads. Also returns
+    /// whether this caller has read it.
     pub async fn get(
         &self,
         audience: &AudienceKey,

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use barid_core::{Chain, Epoch, Seq};
+use barid_core::{Chain, Epoch, Position, Seq};
 use barid_wire::envelope::Header;
 
 /// Records that wait for earlier ones. Beyond it only the highest position is remembered.
@@ -25,6 +25,17 @@ pub struct Point {
 impl Point {
     /// Before the first entry of a mailbox that does not exist.
     pub const NONE: Self = Self { epoch: Epoch(0), seq: Seq(0), chain: Chain::START };
+
+    /// Before the entry `seq`, with the chain there.
+    pub fn before(epoch: Epoch, seq: Seq, chain: Chain) -> Self {
+        Self { epoch, seq: Seq(seq.0.saturating_sub(1)), chain }
+    }
+}
+
+impl From<Point> for Position {
+    fn from(Point { epoch, seq, chain }: Point) -> Self {
+        Self { epoch, seq, chain: Some(chain), ..Self::default() }
+    }
 }
 
 /// The entries after a position, as read.
@@ -148,12 +159,8 @@ impl<T> Place<T> {
         !self.is_behind() && self.accepted_at_us == number
     }
 
-    /// A device, or a page that was read for one, shows that the mailbox goes further.
-    pub fn hear_of(&mut self, epoch: Epoch, newest: Seq) {
-        self.see(epoch, newest);
-    }
-
-    fn see(&mut self, epoch: Epoch, seq: Seq) {
+    /// Something else than a record shows that the mailbox goes this far: a head, a page that was read for a device.
+    pub fn see(&mut self, epoch: Epoch, seq: Seq) {
         match &mut self.seen {
             Some(seen) if seen.epoch == epoch && seen.seq >= seq => {}
             seen => *seen = Some(Seen { epoch, seq, read: false }),
@@ -192,11 +199,7 @@ impl<T> Place<T> {
             // It was asked for before the place moved: it shows what is next, but not what is lost.
             return if read.epoch == at.epoch { self.take(read) } else { self.read_again() };
         }
-        let before_oldest = Point {
-            epoch: read.epoch,
-            seq: Seq(read.oldest.0 - 1),
-            chain: read.chain_before_oldest,
-        };
+        let before_oldest = Point::before(read.epoch, read.oldest, read.chain_before_oldest);
         if read.epoch != at.epoch {
             self.restart(before_oldest);
             // Only a page from the beginning has all of them.

@@ -109,6 +109,7 @@ fn read(
 struct ByOwner<'a> {
     group: &'a AcceptGroup,
     owners: Vec<Vec<usize>>,
+    has_audiences: bool,
 }
 
 async fn accept_call(
@@ -176,16 +177,13 @@ fn is_for_audience(message: &AcceptMessage) -> bool {
 
 impl<'a> ByOwner<'a> {
     fn new(group: &'a AcceptGroup) -> Self {
-        Self { group, owners: by_owner(&group.messages) }
+        let has_audiences = group.messages.iter().any(is_for_audience);
+        Self { group, owners: by_owner(&group.messages), has_audiences }
     }
 
     /// The first message of each owner.
     fn firsts(&self) -> impl Iterator<Item = &'a AcceptMessage> {
         self.owners.iter().map(|indices| &self.group.messages[indices[0]])
-    }
-
-    fn has_audiences(&self) -> bool {
-        self.group.messages.iter().any(is_for_audience)
     }
 
     fn is_in_order(&self) -> bool {
@@ -201,7 +199,7 @@ fn shared(config: &RedisConfig, groups: usize, call: &mut Call) {
 }
 
 fn encode_group(by_owner: &ByOwner<'_>, config: &RedisConfig, call: &mut Call) {
-    let ByOwner { group, owners } = by_owner;
+    let ByOwner { group, owners, has_audiences } = by_owner;
     call.key(keys::positions(group.shard)).key(keys::timers(group.shard));
     call.key(keys::copies(group.shard));
     let messages = || owners.iter().flatten().map(|index| &group.messages[*index]);
@@ -215,7 +213,7 @@ fn encode_group(by_owner: &ByOwner<'_>, config: &RedisConfig, call: &mut Call) {
     packed.put_u8(
         u8::from(group.prev.is_some())
             + 2 * u8::from(raise.is_some())
-            + 4 * u8::from(by_owner.has_audiences()),
+            + 4 * u8::from(*has_audiences),
     );
     put_position(&mut packed, group.prev.unwrap_or(none));
     put_position(&mut packed, position(group.messages.first()));
@@ -248,7 +246,7 @@ fn encode_group(by_owner: &ByOwner<'_>, config: &RedisConfig, call: &mut Call) {
             }
         };
     }
-    if by_owner.has_audiences() {
+    if *has_audiences {
         call.key(keys::journal(group.shard));
     }
     for message in messages() {
@@ -315,12 +313,12 @@ fn read_outcomes(
     mut reply: Reply,
     at_us: u64,
 ) -> Result<Vec<AcceptOutcome>, Error> {
-    let ByOwner { group, owners } = by_owner;
+    let ByOwner { group, owners, has_audiences } = by_owner;
     let (letters, mailboxes) = (reply.bytes()?, reply.bytes()?);
     if letters.len() != group.messages.len() || mailboxes.len() != owners.len() * MAILBOX_BYTES {
         return Err(Error::Unexpected("accept returned another number of outcomes".into()));
     }
-    let mut nodes = if by_owner.has_audiences() { Some(reply.array()?) } else { None };
+    let mut nodes = if *has_audiences { Some(reply.array()?) } else { None };
     let mut letters = letters.into_iter();
     let mut outcomes = vec![AcceptOutcome::Duplicate; group.messages.len()]; // each is set below
     for (indices, mailbox) in owners.iter().zip(mailboxes.chunks(MAILBOX_BYTES)) {

@@ -1,4 +1,5 @@
-//! Reading the keys of a user or an audience, for operators and for re-sends. Without a script: the parts need not be of the same moment.
+//! Reading the keys of a user or an audience, for operators and for re-sends. Without a script: the parts need not be
+//! of the same moment.
 
 use barid_core::{AudienceKey, Chain, DeviceId, Epoch, Generation, NodeId, Position, Seq, Shard};
 
